@@ -1,0 +1,25 @@
+"""What every test stands on: no hub, one torch thread, and the real small model where the checkout has it."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets is imported
+
+from pathlib import Path
+
+import pytest
+import torch
+
+STORIES260K = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """Folder of a real LLaMA of 260k parameters trained on TinyStories, vocabulary 512."""
+    if not (STORIES260K / "model.safetensors").is_file():
+        pytest.skip("the model stories260K is not beside the repository, at ../shared/models/stories260K")
+    return STORIES260K

@@ -1,0 +1,84 @@
+"""Tiny models in memory, one of each family, with no weight left at a value that would hide a mistake (0 or 1)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt2")
+
+EOS = "<|endoftext|>"
+EOS_ID = 256  # after one token for each byte
+VOCAB_SIZE = 264
+
+_WIDTHS: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": EOS_ID,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": None,  # else the embedding of that token gets no gradient
+}
+_GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+_FAMILY: dict[str, dict[str, Any]] = {
+    "llama": _GROUPED,
+    "mistral": _GROUPED,
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": _GROUPED,
+    "gemma": _GROUPED | {"tie_word_embeddings": True},
+    "opt": {"word_embed_proj_dim": 32, "dropout": 0.0},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+_OWN_NAMES = {
+    "opt": {"intermediate_size": "ffn_dim"},
+    "gpt2": {
+        "intermediate_size": "n_inner",
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
+}
+
+
+def tiny_model(family: str, seed: int = 0, **over: Any) -> PreTrainedModel:
+    """A fp32 causal LM of `family` in eval mode: 2 layers, hidden 32, vocabulary 264, context 256.
+
+    Args:
+        family: one of FAMILIES, or another `model_type` of transformers.
+        over: config fields in LLaMA's names, as `intermediate_size=90`, or the family's own.
+    """
+    fields = _WIDTHS | _FAMILY.get(family, {}) | over
+    own = _OWN_NAMES.get(family, {})
+    config = AutoConfig.for_model(family, **{own.get(name, name): value for name, value in fields.items()})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for param in model.parameters():
+                if param.dim() == 1:  # norms and biases, all ones or zeros until here
+                    param.add_(torch.randn_like(param), alpha=0.1)
+                else:
+                    param.normal_(std=0.15)
+    return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, ids 0..255 in the order of its symbol, and an end-of-text: any text round-trips."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS, pad_token=EOS)
+
+
+def save_tiny(folder: str | Path, family: str = "llama", seed: int = 0, **over: Any) -> Path:
+    """Writes `tiny_model` and `tiny_tokenizer` as a Hugging Face folder and returns it."""
+    tiny_model(family, seed, **over).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return Path(folder)
