@@ -1,0 +1,33 @@
+"""castlm: from a dense language model to an n:m sparse one that is as good. The public names, imported when asked for."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "castlm.core.adams": ("AdamS",),
+    "castlm.core.budget": ("decay_budget",),
+    "castlm.core.distill": ("OutputHead", "distillation_loss"),
+    "castlm.core.errors": ("InputError",),
+    "castlm.core.masks": ("count_nm_violations", "flip_rate", "is_nm_sparse", "nm_mask", "sparse_weight_ratio"),
+    "castlm.core.scaling": ("add_weight_scaling", "fold_weight_scaling"),
+    "castlm.core.sparsify": ("is_sparse_linear", "prune_", "sparse_linears", "sparse_param_groups"),
+    "castlm.evaluate": ("perplexity",),
+    "castlm.export.hf": ("export_model",),
+    "castlm.export.verify": ("verify",),
+    "castlm.models": ("load_model", "save_model"),
+    "castlm.training.config": ("TrainConfig",),
+    "castlm.training.loop": ("train",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'castlm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""The method, on torch alone: masks, AdamS, weight scaling, the distillation loss and the decay budget."""

@@ -1,0 +1,205 @@
+"""AdamS against the paper's equations, against torch's Adam, and against what would break it without a word."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from castlm.core.adams import DECAYS, AdamS
+from castlm.core.errors import InputError
+from castlm.core.masks import nm_mask
+from tests.reference import ReferenceAdamS
+
+HYPER = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-8, "lam": 0.3, "total_steps": 50}
+
+
+def sparse_group(*params, n=2, m=4):
+    return [{"params": list(params), "sparse": True, "n": n, "m": m}]
+
+
+def run(optimizer, param, grads):
+    for grad in grads:
+        param.grad = grad.clone()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
+def test_fifty_steps_equal_the_equations(decay, n, m):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, 16))
+    rest = {"mask_interval": 7, "decay": decay, "decay_end": 0.6}
+    reference = ReferenceAdamS(weight.tolist(), n, m, **HYPER, **rest)
+    optimizer = AdamS(sparse_group(weight, n=n, m=m), **HYPER, **rest)
+    for t in range(50):
+        grad = torch.randn(6, 16)
+        reference.step(grad.tolist())
+        run(optimizer, weight, [grad])
+        assert optimizer.mask(weight).tolist() == reference.mask, t
+        expected = torch.tensor(reference.w)
+        assert (weight - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max().item()), t
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg"], torch.tensor(reference.mu), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg_sq"], torch.tensor(reference.v), rtol=1e-5, atol=1e-8)
+
+
+def test_fp64_steps_equal_the_equations_tightly():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, 16, dtype=torch.float64))
+    rest = {"mask_interval": 10, "decay": "proportional", "decay_end": 0.5}
+    reference = ReferenceAdamS(weight.tolist(), 2, 4, **HYPER, **rest)
+    optimizer = AdamS(sparse_group(weight), **HYPER, **rest)
+    for _ in range(50):
+        grad = torch.randn(6, 16, dtype=torch.float64)
+        reference.step(grad.tolist())
+        run(optimizer, weight, [grad])
+    torch.testing.assert_close(weight.data, torch.tensor(reference.w, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+
+
+def test_dense_group_is_torch_adam():
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(7))]
+    theirs = copy.deepcopy(ours)
+    optimizer = AdamS(ours, lr=1e-2, betas=(0.9, 0.99), total_steps=30)
+    adam = torch.optim.Adam(theirs, lr=1e-2, betas=(0.9, 0.99))
+    for _ in range(30):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        adam.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_alpha_zero_is_adam_with_v_from_mu():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 8))
+    start, b1, b2 = weight.detach().clone(), 0.9, 0.95
+    optimizer = AdamS(sparse_group(weight), lr=1e-2, betas=(b1, b2), total_steps=10, decay="none")
+    grads = [torch.randn(4, 8) for _ in range(10)]
+    run(optimizer, weight, grads)
+    w, mu, v = start, torch.zeros(4, 8), torch.zeros(4, 8)
+    for t, g in enumerate(grads):
+        mu = torch.lerp(g, mu, b1)
+        v = torch.lerp(mu.square(), v, b2)
+        w = w - 1e-2 * (mu / (1 - b1 ** (t + 1))) / ((v / (1 - b2 ** (t + 1))).sqrt() + 1e-8)
+    torch.testing.assert_close(weight.data, w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lam", [0.0, 10.0])
+def test_horizon_reaches_exact_zero_at_decay_end_and_stays(lam):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(8, 16))
+    optimizer = AdamS(sparse_group(weight), lr=1e-4, lam=lam, total_steps=40, decay_end=0.5)
+    for t in range(40):
+        run(optimizer, weight, [torch.randn(8, 16)])
+        masked = weight.detach()[~optimizer.mask(weight)]
+        assert (t >= 19) == bool((masked == 0).all())
+    assert torch.equal(optimizer.mask(weight), nm_mask(weight))
+
+
+def test_compiled_path_equals_the_plain_one():
+    torch.manual_seed(0)
+    plain = [nn.Parameter(torch.randn(6, 16)), nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(5))]
+    compiled = copy.deepcopy(plain)
+    optimizers = [
+        AdamS([*sparse_group(*p[:2]), {"params": p[2:]}], lr=1e-2, total_steps=20, mask_interval=3, compile=c)
+        for p, c in ((plain, False), (compiled, True))
+    ]
+    for _ in range(20):
+        for a, b in zip(plain, compiled):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(plain, compiled):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_state_dict_resumes_bitwise_with_an_old_mask():
+    torch.manual_seed(0)
+    grads = [torch.randn(4, 8) for _ in range(20)]
+    weight = nn.Parameter(torch.randn(4, 8))
+    other = nn.Parameter(weight.detach().clone())
+    straight = AdamS(sparse_group(weight), lr=0.3, total_steps=20)
+    run(straight, weight, grads[:7])
+    assert not torch.equal(straight.mask(weight), nm_mask(weight))  # the saved mask is not the mask of the weights
+    saved, saved_weight = copy.deepcopy(straight.state_dict()), weight.detach().clone()
+    run(straight, weight, grads[7:])
+    resumed = AdamS(sparse_group(other), lr=0.3, total_steps=20)
+    other.data.copy_(saved_weight)
+    resumed.load_state_dict(saved)
+    assert resumed.mask(other).dtype == torch.bool
+    assert torch.equal(resumed.mask(other), saved["state"][0]["mask"])
+    run(resumed, other, grads[7:])
+    assert torch.equal(weight, other)
+
+
+@pytest.mark.parametrize("change", [{"total_steps": 21}, {"decay": "additive"}, {"n": 1}, {"mask_interval": 5}])
+def test_changed_run_is_refused_on_load(change):
+    weight = nn.Parameter(torch.randn(4, 8))
+    saved = AdamS(sparse_group(weight), total_steps=20).state_dict()
+    pattern = {"n": change.pop("n", 2)}
+    changed = AdamS(sparse_group(weight, **pattern), **{"total_steps": 20, **change})
+    with pytest.raises(InputError, match="another run"):
+        changed.load_state_dict(saved)
+
+
+def test_torch_distributed_state_dict_takes_no_hidden_step():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = nn.Linear(8, 4, bias=False)
+    optimizer = AdamS(sparse_group(model.weight), total_steps=20)
+    state = get_optimizer_state_dict(model, optimizer)
+    assert int(state["state"]["weight"]["step"]) == 0
+    assert torch.equal(state["state"]["weight"]["mask"], nm_mask(model.weight))
+
+
+def test_schedulers_and_clipping():
+    model = nn.Linear(8, 4)
+    optimizer = AdamS([*sparse_group(model.weight), {"params": [model.bias]}], lr=0.1, total_steps=4)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    for _ in range(4):
+        model(torch.randn(3, 8)).square().sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.randn(64), "FSDP2"),
+        (torch.randn(2, 4, 8), "not \\(out, in\\)"),
+        (torch.randn(4, 8).bfloat16(), "bfloat16"),
+        (torch.randn(4, 8).half(), "float16"),
+        (torch.randn(4, 6), "6 does not divide"),
+        (torch.full((4, 8), float("nan")), "NaN"),
+    ],
+)
+def test_what_would_break_it_raises(weight, message):
+    with pytest.raises(InputError, match=message):
+        AdamS(sparse_group(nn.Parameter(weight)), total_steps=10)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"total_steps": 0}, {"decay": "l2"}, {"decay_end": 0.0}, {"lam": -1}]
+)
+def test_hyperparameters_out_of_range_raise(bad):
+    name = next(iter(bad))
+    with pytest.raises(InputError, match=name):
+        AdamS(sparse_group(nn.Parameter(torch.randn(4, 8))), **{"total_steps": 10, **bad})
+
+
+def test_missing_gradient_and_nan_weight_raise():
+    weight = nn.Parameter(torch.randn(4, 8))
+    optimizer = AdamS(sparse_group(weight), total_steps=10)
+    with pytest.raises(InputError, match="no gradient"):
+        optimizer.step()
+    weight.data[0, 0] = float("nan")
+    weight.grad = torch.zeros_like(weight)
+    with pytest.raises(InputError, match="NaN"):
+        optimizer.step()

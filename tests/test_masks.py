@@ -1,0 +1,95 @@
+"""Masks against a weight-by-weight reference, on the inputs where a topk or a threshold goes wrong: ties and NaN."""
+
+import pytest
+import torch
+
+from castlm.core.errors import InputError
+from castlm.core.masks import (
+    count_nm_violations,
+    flip_rate,
+    is_nm_sparse,
+    nm_mask,
+    parse_pattern,
+    sparse_weight_ratio,
+)
+from tests.reference import keep
+
+PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 16), (7, 8)]
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_mask_equals_reference(n, m, kind, dtype):
+    torch.manual_seed(0)
+    if kind == "normal":
+        weight = torch.randn(24, 2 * m).to(dtype)
+    else:
+        weight = torch.randint(-2, 3, (24, 2 * m)).to(dtype) * (kind == "ties")
+    mask = nm_mask(weight, n, m)
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == [keep(row, n, m) for row in weight.tolist()]
+    assert (mask.view(-1, m).sum(1) == n).all()
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 3, 8), (0, 8), (5, 4)])
+def test_any_leading_shape(shape):
+    weight = torch.randn(shape)
+    mask = nm_mask(weight)
+    assert mask.shape == weight.shape
+    assert is_nm_sparse(weight * mask)
+
+
+def test_non_contiguous_weight():
+    weight = torch.randn(16, 12)
+    assert torch.equal(nm_mask(weight.t()), nm_mask(weight.t().contiguous()))
+
+
+def test_infinity_is_larger_than_everything():
+    assert nm_mask(torch.tensor([1.0, float("-inf"), 2.0, 3.0])).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 2), (0, 4), (4, 4), (2, 0), (-1, 4), (2.0, 4), (True, 4)])
+def test_bad_pattern_raises(n, m):
+    with pytest.raises(InputError, match=f"{n}:{m}"):
+        nm_mask(torch.ones(4, 4), n, m)
+
+
+@pytest.mark.parametrize("pattern", ["4:2", "0:4", "2", "2:4:8", "a:b", "", "2:", "-2:4", "2.0:4"])
+def test_bad_pattern_text_raises(pattern):
+    with pytest.raises(InputError, match="2:4"):
+        parse_pattern(pattern)
+
+
+def test_pattern_text():
+    assert parse_pattern("2:4") == (2, 4)
+
+
+def test_width_and_nan_raise():
+    with pytest.raises(InputError, match="6 does not divide by m = 4"):
+        nm_mask(torch.ones(2, 6))
+    weight = torch.randn(4, 8)
+    weight[2, 5] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        nm_mask(weight)
+
+
+def test_violations_are_counted_from_the_weights():
+    weight = torch.zeros(4, 8)
+    weight[0, :2] = 1
+    assert count_nm_violations(weight) == 0
+    weight[1, 4:7] = torch.tensor([1.0, float("nan"), -1.0])
+    weight[3] = 1
+    assert count_nm_violations(weight) == 3
+    assert not is_nm_sparse(weight)
+
+
+def test_rates():
+    old = torch.tensor([True, True, False, False])
+    new = torch.tensor([True, False, True, False])
+    assert flip_rate(old, new) == 0.5
+    assert sparse_weight_ratio(torch.tensor([3.0, -1.0, 0.0, 0.0]), old) == 1.0
+    assert sparse_weight_ratio(torch.tensor([3.0, -1.0, 0.0, 0.0]), new) == 0.75
+    assert sparse_weight_ratio(torch.zeros(4), new) == 1.0
+    with pytest.raises(InputError):
+        flip_rate(old, new[:2])
