@@ -1,0 +1,45 @@
+"""How transformers stores the weights of a family, told from names and shapes alone.
+
+Free of torch and transformers on purpose: `castlm verify` reads a checkpoint in less time than either takes to import.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""`config.json` model types whose blocks are made of transformers' `Conv1D`, stored (in, out)."""
+
+_CONV1D_LAYER = re.compile(r"(?:^|\.)(?:c_attn|q_attn|c_proj|c_fc)\.weight$")
+_BLOCK_INDEX = re.compile(r"\.\d+\.")
+_NOT_LINEAR = re.compile(r"embed|norm|lm_head|relative_attention_bias|(?:^|\.)(?:wte|wpe|ln_\w+)\.")
+
+
+def stored_transposed(model_type: str | None, name: str) -> bool:
+    """Whether the tensor `name` is stored (in, out), so that its n:m groups run down axis 0.
+
+    Args:
+        model_type: `model_type` of the checkpoint's config.json.
+        name: the tensor's name in the checkpoint, ending in `.weight`.
+    """
+    return model_type in CONV1D_FAMILIES and _CONV1D_LAYER.search(name) is not None
+
+
+def guess_model_type(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """`"gpt2"` where a fused attention projection is (d, 3d), which only Conv1D is; for files without a config.json.
+
+    GPT-BigCode has the same names over `nn.Linear`, with (3d, d) or (d + 2*head, d).
+    """
+    fused = (shape for name, shape in shapes.items() if name.endswith(".attn.c_attn.weight"))
+    return "gpt2" if any(len(shape) == 2 and shape[1] == 3 * shape[0] for shape in fused) else None
+
+
+def in_block(name: str) -> bool:
+    """Whether the tensor `name` belongs to a numbered transformer block: `.layers.3.`, `.h.3.`, `.blocks.3.`."""
+    return _BLOCK_INDEX.search("." + name) is not None
+
+
+def is_block_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a stored tensor is the weight of a linear layer inside a block: what n:m pruning is about."""
+    return len(shape) == 2 and name.endswith(".weight") and in_block(name) and not _NOT_LINEAR.search(name)

@@ -1,0 +1,290 @@
+"""Atomic output: whatever ends the writer, the old result or the new one is there, whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from castlm import files
+from castlm.core.errors import InputError
+from castlm.files import atomic_dir, atomic_write_json, prepare_output_dir, remove_stale_temporaries, sha256_file
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+# ---- prepare_output_dir
+
+
+def test_prepare_makes_the_folder_and_its_parents(tmp_path):
+    assert prepare_output_dir(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert entries(tmp_path / "a") == ["b"]
+    assert entries(tmp_path / "a" / "b") == []
+    assert prepare_output_dir(tmp_path / "a" / "b") == tmp_path / "a" / "b"  # empty is fine
+
+
+def test_prepare_refuses_what_is_taken(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        prepare_output_dir(tmp_path / "file", overwrite=True)
+    with pytest.raises(InputError, match="Not a directory"):
+        prepare_output_dir(tmp_path / "file" / "below")
+    with pytest.raises(InputError, match="already holds something"):
+        prepare_output_dir(tmp_path)
+    prepare_output_dir(tmp_path, overwrite=True)
+    assert entries(tmp_path) == ["file"]  # what is there stays until the result is whole
+
+
+def test_prepare_never_offers_home_or_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "thesis.tex").write_text("x")
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (".", "..", "/"):
+        with pytest.raises(InputError, match="will not be overwritten"):
+            prepare_output_dir(path, overwrite=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir("/")
+    with pytest.raises(InputError, match="will not be overwritten"):
+        prepare_output_dir("~", overwrite=True)
+
+
+def test_prepare_refuses_what_cannot_be_written(tmp_path):
+    with pytest.raises(InputError, match="cannot write /proc/castlm"):
+        prepare_output_dir("/proc/castlm")
+    if os.geteuid() == 0:
+        pytest.skip("root writes through permissions")
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="Permission denied"):
+        prepare_output_dir(tmp_path / "out")
+
+
+# ---- atomic_dir
+
+
+def test_atomic_dir_appears_when_whole(tmp_path):
+    final = tmp_path / "new" / "out"
+    with atomic_dir(final) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("1")
+        assert folder.parent == final.parent
+        assert not final.exists()
+    assert (final / "sub" / "a").read_text() == "1"
+    assert entries(final.parent) == ["out"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_atomic_dir_replaces_with_overwrite_alone(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    final = tmp_path / "out"
+    for version, overwrite in (("1", False), ("2", True)):
+        with atomic_dir(final, overwrite) as folder:
+            (folder / version).write_text(version)
+    assert entries(final) == ["2"]  # nothing of the old is mixed in
+    assert entries(tmp_path) == ["out"]
+    with pytest.raises(InputError, match="already holds something"), atomic_dir(final):
+        pytest.fail("the block must not be entered")
+    assert entries(tmp_path) == ["out"]
+
+
+def test_exchange_is_one_system_call_here(tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("renameat2 is Linux")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not files._exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system has no RENAME_EXCHANGE")
+    assert entries(tmp_path / "a") == ["b"]
+    assert entries(tmp_path / "b") == ["a"]
+    with pytest.raises(FileNotFoundError):
+        files._exchange(tmp_path / "a", tmp_path / "none")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
+def test_atomic_dir_leaves_the_old_on_any_error(tmp_path, error):
+    final = tmp_path / "out"
+    with atomic_dir(final) as folder:
+        (folder / "a").write_text("old")
+
+    def fail() -> None:
+        with atomic_dir(final, overwrite=True) as folder:
+            (folder / "a").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert (final / "a").read_text() == "old"
+    assert entries(tmp_path) == ["out"]
+
+
+def test_fallback_puts_the_old_back_when_the_second_rename_fails(tmp_path, monkeypatch):
+    final = tmp_path / "out"
+    with atomic_dir(final) as folder:
+        (folder / "a").write_text("old")
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    rename = os.rename
+
+    def failing(source, target):
+        if ".tmp-" in str(source):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"), atomic_dir(final, overwrite=True) as folder:
+        (folder / "a").write_text("new")
+    assert (final / "a").read_text() == "old"
+    assert entries(tmp_path) == ["out"]
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_dir(tmp_path / "link") as folder:
+        (folder / "a").write_text("1")
+    assert (tmp_path / "link").is_symlink()
+    assert entries(tmp_path / "real") == ["a"]
+
+
+def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda one, other: (events.append("rename"), rename(one, other)))
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc")
+    with atomic_dir(tmp_path / "out") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("1")
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    assert {str(folder / "sub" / "a"), str(folder / "sub"), str(folder)} <= set(before)
+    assert after == [str(tmp_path)]
+
+
+def replace_and_die(final: Path, moment: int, exchange: bool) -> bool:
+    """Replaces `final` in a child that kills itself before its `moment`-th step on files. False: it came to its end."""
+    child = os.fork()
+    if child == 0:
+        steps = iter(range(moment))
+
+        def hook(event: str, arguments: tuple) -> None:
+            on_files = event.startswith(("os.", "open", "shutil.", "ctypes.dlsym")) and event != "os.kill"
+            if on_files and next(steps, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        if not exchange:
+            files._exchange = lambda one, other: False
+        sys.addaudithook(hook)
+        try:
+            with atomic_dir(final, overwrite=True) as folder:
+                for name in "ab":
+                    (folder / name).write_text("new")
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_sigkill_at_every_moment_leaves_the_old_or_the_new(tmp_path, exchange):
+    final, seen = tmp_path / "out", []
+    for moment in range(500):
+        with atomic_dir(final, overwrite=True) as folder:
+            for name in "ab":
+                (folder / name).write_text("old")
+        killed = replace_and_die(final, moment, exchange)
+        if exchange:
+            assert final.exists()  # without any help
+        remove_stale_temporaries(tmp_path, "out")
+        assert entries(tmp_path) == ["out"]
+        versions = {(final / name).read_text() for name in "ab"}
+        assert len(versions) == 1
+        seen += versions
+        if not killed:
+            break
+    assert not killed
+    assert seen == sorted(seen, reverse=True)  # old up to one moment, new from there on
+    assert seen.count("old") > 10
+    assert seen.count("new") > 3
+
+
+def test_a_result_moved_aside_comes_back(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".out.old-{dead.pid}").mkdir()
+    (tmp_path / f".out.old-{dead.pid}" / "a").write_text("old")
+    (tmp_path / f".out.tmp-{dead.pid}").mkdir()
+    remove_stale_temporaries(tmp_path, "out")
+    assert entries(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_stale_is_what_no_live_process_writes(tmp_path):
+    keep = [f".out.tmp-{os.getppid()}", ".out.tmp-notes", ".other.tmp-1", f".out.old-{os.getppid()}"]
+    for name in [*keep, f".out.tmp-{os.getpid()}"]:
+        (tmp_path / name).mkdir()
+    remove_stale_temporaries(tmp_path, "out")
+    assert entries(tmp_path) == sorted(keep)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB, or a skip where mounting is not permitted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    command = [mount or "mount", "-t", "tmpfs", "-o", "size=256k", "castlm-test", str(disk)]
+    if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no permission to mount a small tmpfs")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_disk_full_leaves_the_old(small_disk):
+    import torch
+    from safetensors.torch import save_file
+
+    final = small_disk / "out"
+    with atomic_dir(final) as folder:
+        (folder / "a").write_text("old")
+    writers = {
+        "plain": lambda folder: (folder / "a").write_bytes(bytes(1 << 20)),
+        "safetensors": lambda folder: save_file({"a": torch.zeros(1 << 18)}, folder / "a.safetensors"),
+    }
+    for write in writers.values():
+        with pytest.raises(InputError, match=rf"disk full while writing {final}"), atomic_dir(final, True) as folder:
+            write(folder)
+        assert entries(small_disk) == ["out"]
+        assert (final / "a").read_text() == "old"
+    with pytest.raises(InputError, match="disk full"):
+        atomic_write_json(small_disk / "big.json", ["x" * 1000] * 1000)
+    assert entries(small_disk) == ["out"]
+
+
+# ---- small files
+
+
+def test_atomic_write_json(tmp_path):
+    file = tmp_path / "a.json"
+    atomic_write_json(file, {"b": [1, float("inf")], "p": tmp_path, 3: (2.5, None)})
+    assert json.loads(file.read_text()) == {"b": [1, None], "p": str(tmp_path), "3": [2.5, None]}
+    with pytest.raises(TypeError):
+        atomic_write_json(file, {"b": object()})
+    assert json.loads(file.read_text())["b"] == [1, None]
+    assert entries(tmp_path) == ["a.json"]
+
+
+def test_sha256_file(tmp_path):
+    content = os.urandom(3 << 20)
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
