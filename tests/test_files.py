@@ -155,6 +155,15 @@ def test_a_link_is_followed(tmp_path):
     assert entries(tmp_path / "real") == ["a"]
 
 
+def test_files_are_as_readable_as_their_folder(tmp_path):
+    with atomic_dir(tmp_path / "out") as folder:
+        (folder / "a").touch(0o600)
+        (folder / "b").touch(0o755)
+    reach = (tmp_path / "out").stat().st_mode & 0o666
+    assert (tmp_path / "out" / "a").stat().st_mode & 0o777 == 0o600 | reach
+    assert (tmp_path / "out" / "b").stat().st_mode & 0o777 == 0o755 | reach
+
+
 def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
     events = []
     fsync, rename = os.fsync, os.rename

@@ -89,6 +89,14 @@ def test_one_weight_too_many_is_found_where_it_is(tmp_path):
     assert "DOES NOT HOLD" in report.summary()
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
+def test_layers_without_weights_hold(tmp_path, shape):
+    for model_type, name in (("llama", Q0), ("gpt2", "h.0.mlp.c_fc.weight")):
+        report = verify(write(tmp_path, {name: torch.zeros(shape)}, model_type))
+        assert report.ok
+        assert report.layers[0].num_groups == 0
+
+
 def test_groups_of_zeros_and_ties_hold(tmp_path):
     weight = torch.full((4, 8), 0.5) * nm_mask(torch.full((4, 8), 0.5))
     weight[0] = 0

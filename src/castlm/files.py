@@ -169,9 +169,12 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def _flush_tree(folder: Path) -> None:
+    # safetensors >= 0.8 makes files that their owner alone can read: give them the reach that their folder has
+    reach = folder.stat().st_mode & 0o666
     for root, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(root, name), "rb") as stream:
+                os.fchmod(stream.fileno(), os.fstat(stream.fileno()).st_mode | reach)
                 os.fsync(stream.fileno())
         flush_folder(Path(root))
 

