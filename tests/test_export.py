@@ -203,6 +203,19 @@ def test_other_values_on_disk_are_rejected(tmp_path, monkeypatch):
     rejected(tmp_path, "model.norm.weight comes back from disk with other values", *pruned(tmp_path))
 
 
+def test_layers_that_are_not_found_on_disk_are_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "verify", lambda folder, n, m: verify(folder, n, m, exclude=["*.layers.1.mlp.*"]))
+    rejected(tmp_path, r"proof: 11 of 14 sparse layers were found in .*out.rejected", *pruned(tmp_path))
+
+
+def test_equal_in_bits():
+    zeros = torch.zeros(4)
+    assert hf._equal_in_bits(zeros, torch.zeros(8)[::2])
+    assert hf._equal_in_bits(zeros[0], zeros[1])  # 0-dimensional
+    for other in (-zeros, torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32), torch.zeros(5)):
+        assert not hf._equal_in_bits(zeros, other)
+
+
 def test_an_error_in_the_proof_keeps_the_result(tmp_path):
     def fail(model):
         raise RuntimeError("out of memory\nlong story")
