@@ -9,9 +9,9 @@ from castlm.core.masks import (
     flip_rate,
     is_nm_sparse,
     nm_mask,
-    parse_pattern,
     sparse_weight_ratio,
 )
+from castlm.core.pattern import parse_pattern
 from tests.reference import keep
 
 PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 16), (7, 8)]

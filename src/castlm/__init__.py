@@ -1,4 +1,4 @@
-"""castlm: from a dense language model to an n:m sparse one that is as good. The public names, imported when asked for."""
+"""From a dense language model to an n:m sparse one that is as good. The public names, imported when asked for."""
 
 import importlib
 
@@ -20,7 +20,7 @@ _HOME = {
     "castlm.training.loop": ("train",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from castlm.core.errors import InputError
-from castlm.core.masks import check_pattern, check_width, nm_mask, rank_mask
+from castlm.core.masks import nm_mask, rank_mask
+from castlm.core.pattern import check_pattern, check_width
 
 DECAYS = ("horizon", "proportional", "additive", "none")
 EXACT_ON_RESUME = ("sparse", "n", "m", "total_steps", "mask_interval", "decay", "decay_end")
@@ -170,8 +171,8 @@ class AdamS(Optimizer):
 
     Raises:
         InputError: on hyperparameters out of range; on sparse parameters that are not 2-D, not fp32, of a width that
-            does not divide by `m`, sharded along it, or hold NaN; from `step` when a sparse parameter has no gradient; from
-            `load_state_dict` when the saved horizon or pattern differs.
+            does not divide by `m`, sharded along it, or hold NaN; from `step` when a sparse parameter has no gradient;
+            from `load_state_dict` when the saved horizon or pattern differs.
 
     Example:
         >>> optimizer = AdamS(sparse_param_groups(model), lr=3e-4, total_steps=1000)
@@ -255,6 +256,10 @@ class AdamS(Optimizer):
     def flips(self) -> int:
         """Mask entries on this rank that the newest refresh changed."""
         return int(self._flips)
+
+    def restore_flips(self, flips: int) -> None:
+        """Sets what `flips` says until the next refresh, after a resume."""
+        self._flips = flips
 
     @torch.no_grad()
     def refresh_masks(self, group: dict[str, Any]) -> None:

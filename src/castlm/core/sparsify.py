@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from castlm.core.errors import InputError
-from castlm.core.masks import check_pattern, nm_mask
+from castlm.core.masks import nm_mask
+from castlm.core.pattern import check_pattern
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -58,7 +59,7 @@ def sparse_linears(
             elif isinstance(module, nn.Embedding):
                 dense[full] = "embedding"
             elif isinstance(module, nn.Linear) and name == "weight":
-                dense[full] = "outside the blocks, or left out by the filter"
+                dense[full] = "left out by the filter" if is_sparse_linear(module, fqn) else "outside the blocks"
             elif param.dim() >= 2:
                 dense[full] = f"a parameter of {type(module).__name__}, not of a linear layer"
     if not sparse:

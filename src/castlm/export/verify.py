@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from castlm.core.errors import InputError
+from castlm.core.pattern import check_pattern
 from castlm.export.stored import FLOATS, StoredTensor, magnitude_chunks, read_json, stored_tensors
 from castlm.layout import guess_model_type, in_block, is_block_linear, stored_transposed
 
@@ -189,8 +190,7 @@ def verify(
         InputError: nothing readable at `path`, a corrupt or short file, packed or integer weights, a bad pattern, or no
             layer to hold to the pattern.
     """
-    if not 1 <= n < m:
-        raise InputError(f"pattern {n}:{m} is not n:m with 1 <= n < m (n weights kept of every m): try 2:4")
+    check_pattern(n, m)
     path = Path(path)
     tensors = stored_tensors(path)
     folder = path if path.is_dir() else path.parent

@@ -1,0 +1,7 @@
+"""`python -m castlm`, which is what `torchrun -m castlm` starts."""
+
+import sys
+
+from castlm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,118 @@
+"""The command `castlm`: a table of subcommands, each a dataclass parsed by tyro. Nothing heavy is imported early."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from castlm.core.errors import InputError
+
+Command = Callable[[list[str]], int]
+
+
+def _parse(kind: type[Any], arguments: list[str], name: str) -> Any:
+    """Arguments into a dataclass; tyro's boxed complaints are folded into one line.
+
+    Raises:
+        InputError: what tyro complains of.
+    """
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=arguments, prog=f"castlm {name}", config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # the box's frame and rules go, its sentences stay
+        words = re.sub(r"[╭╮╰╯│─━]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", complaint.getvalue()))
+        text = " ".join(words.split()).partition("For full helptext")[0].strip()
+        raise InputError(f"{text} (castlm {name} --help lists the options)") from None
+
+
+def train_command(arguments: list[str]) -> int:
+    from castlm.training.config import parse_train_arguments
+
+    config = parse_train_arguments(arguments, _parse)
+    from castlm.training.interrupt import Interrupted
+    from castlm.training.loop import train
+
+    try:
+        train(config)
+    except Interrupted as stop:
+        print(f"castlm: {stop}", file=sys.stderr)
+        return stop.exit_code
+    return 0
+
+
+def eval_command(arguments: list[str]) -> int:
+    from castlm.commands import EvalCommand
+
+    return int(_parse(EvalCommand, arguments, "eval").run())
+
+
+def verify_command(arguments: list[str]) -> int:
+    from castlm.commands import VerifyCommand
+
+    return int(_parse(VerifyCommand, arguments, "verify").run())
+
+
+def prune_command(arguments: list[str]) -> int:
+    from castlm.commands import PruneCommand
+
+    return int(_parse(PruneCommand, arguments, "prune").run())
+
+
+def demo_command(arguments: list[str]) -> int:
+    from castlm.commands import DemoCommand
+
+    return int(_parse(DemoCommand, arguments, "demo").run())
+
+
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "train": (train_command, "a dense model in, a proven n:m sparse one out"),
+    "prune": (prune_command, "prune one-shot, without training: magnitude, Wanda, SparseGPT"),
+    "eval": (eval_command, "perplexity of a model on a text"),
+    "verify": (verify_command, "prove that every group of a checkpoint is n:m"),
+    "demo": (demo_command, "the main job on the embedded SmolLM2-135M-Instruct, in minutes, on a laptop"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:10}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: castlm COMMAND [OPTIONS]   (castlm COMMAND --help lists the options)", "", *lines])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command. Exit codes: 0 done; 1 a proof does not hold; 2 bad input, in one line; 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        import castlm
+
+        print(castlm.__version__)
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise InputError(f"there is no command {arguments[0]!r}: use one of {', '.join(COMMANDS)}")
+        return COMMANDS[arguments[0]][0](arguments[1:])
+    except (InputError, OSError) as error:
+        if os.environ.get("CASTLM_TRACEBACK"):
+            raise
+        print(f"castlm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("castlm: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,349 @@
+"""The loss of CAST, eta*KL(teacher || student) + (1-eta)*CE, without ever holding the full-vocabulary logits.
+
+The forward goes over chunks of tokens from hidden states and output heads, and leaves the gradient behind it; the
+backward only scales it. So one chunk of logits is alive instead of some seven (tokens, vocab) tensors.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+# The head gradient moves 8*vocab*hidden bytes a chunk for 2*chunk*vocab*hidden FLOP: 64 FLOP a byte keeps a CPU busy,
+# an accelerator wants four times that.
+_CHUNK_TOKENS_CPU = 256
+_CHUNK_TOKENS_ACCELERATOR = 1024
+
+
+class OutputHead(NamedTuple):
+    """What turns hidden states into logits: `z = (h @ weight.T + bias) * scale`, then `softcap * tanh(z / softcap)`."""
+
+    weight: Tensor
+    """(vocab, hidden)."""
+    bias: Tensor | None = None
+    """(vocab,)."""
+    softcap: float | None = None
+    """Gemma 2's bound on |logit|; None for no cap."""
+    scale: float = 1.0
+    """Granite's 1/logits_scaling, Cohere's logit_scale."""
+
+
+class DistillationLoss(NamedTuple):
+    """Three 0-dim tensors, normalised alike. Only `loss` carries a gradient."""
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+
+
+def distillation_loss(
+    student_hidden: Tensor,
+    student_head: OutputHead,
+    labels: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: OutputHead | None = None,
+    *,
+    eta: float = 1 / 3,
+    temperature: float = 1.0,
+    num_tokens: int | Tensor | None = None,
+    chunk_tokens: int | None = None,
+    ignore_index: int = -100,
+) -> DistillationLoss:
+    """`eta * T^2 * KL(teacher || student) + (1-eta) * CE` in nats, mean over the tokens whose label is not ignored.
+
+    Equal to log_softmax, kl_div and cross_entropy on full logits. The matmuls run in autocast's dtype, or else in the
+    student's; softmax and logarithms in at least fp32; the gradient of the student head adds up in at least fp32.
+    The backward hands its gradient over and can be run once. The teacher gets no gradient.
+
+    Args:
+        student_hidden: (tokens, hidden) or (batch, seq, hidden), after the final norm.
+        student_head: its weight may be tied to the embedding; its gradient is skipped if it does not require one.
+        labels: int64, `student_hidden.shape[:-1]`, already shifted: `labels[i]` is the token that follows hidden i.
+        teacher_hidden: `labels.shape + (teacher_hidden_size,)`. Not needed, and not read, at `eta=0` (kl is then 0).
+        teacher_head: over the same vocabulary as the student's.
+        eta: share of the KL term, in [0, 1]; the paper's is 1/3. CE is reported at `eta=1` too.
+        temperature: T, divides both logits in the KL term only.
+        num_tokens: divisor of the summed loss instead of this call's count of real tokens: the count over the whole
+            global batch, under gradient accumulation.
+        chunk_tokens: tokens whose logits are alive at once. Default 256 on CPU, 1,024 elsewhere.
+        ignore_index: the label of a token that does not count.
+
+    Raises:
+        InputError: shapes or vocabularies that do not match, a missing teacher, a number out of its range, fp16
+            matmuls with gradients (1/num_tokens underflows before a loss scaler can act).
+
+    Reference: CAST, arXiv 2509.25996, Eq. 13.
+    """
+    _check_numbers(eta, temperature, num_tokens, chunk_tokens)
+    _check_head("student", student_hidden, student_head, labels)
+    teacher = _checked_teacher(eta, student_head, labels, teacher_hidden, teacher_head)
+
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (student_hidden, student_head.weight, student_head.bias)
+    )
+    device = student_hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student_hidden.dtype
+    if needs_grad and dtype == torch.float16:
+        raise InputError("the distillation loss has no fp16 gradient (1/num_tokens underflows): use bf16 or fp32")
+
+    real = labels != ignore_index
+    count = real.sum() if num_tokens is None else torch.as_tensor(num_tokens)
+    # On an accelerator the count of real rows would cost a synchronisation: ignored rows get the weight 0 there.
+    if device == "cpu" and not bool(real.all()):
+        student_hidden, labels = student_hidden[real], labels[real]
+        teacher = teacher and (teacher[0][real], teacher[1])
+        real = real[real]
+
+    plan = _Plan(
+        labels=labels.masked_fill(~real, 0).reshape(-1),
+        token_weights=real.to(torch.promote_types(dtype, torch.float32)).reshape(-1) / count.clamp(min=1),
+        teacher=teacher and _Side.of(*teacher, dtype),
+        eta=eta,
+        temperature=temperature,
+        dtype=dtype,
+        chunk_tokens=chunk_tokens or (_CHUNK_TOKENS_CPU if device == "cpu" else _CHUNK_TOKENS_ACCELERATOR),
+    )
+    hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+    if needs_grad:
+        return DistillationLoss(*_ChunkedLoss.apply(hidden, *student_head, plan))  # type: ignore[no-untyped-call]
+    return _chunked_loss(hidden, student_head, plan, (False, False, False))[0]
+
+
+def _check_numbers(eta: float, temperature: float, num_tokens: int | Tensor | None, chunk_tokens: int | None) -> None:
+    if not 0 <= eta <= 1:
+        raise InputError(f"eta is {eta}: it is the share of the KL term and lies in [0, 1]")
+    if not 0 < temperature < float("inf"):
+        raise InputError(f"temperature is {temperature}: it must be above 0 (1 is the paper's)")
+    if isinstance(num_tokens, int) and num_tokens < 0:
+        raise InputError(f"num_tokens is {num_tokens}: it is the count of real tokens in the global batch")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise InputError(f"chunk_tokens is {chunk_tokens}: it must be at least 1 (None chooses)")
+
+
+def _checked_teacher(
+    eta: float, student_head: OutputHead, labels: Tensor, hidden: Tensor | None, head: OutputHead | None
+) -> tuple[Tensor, OutputHead] | None:
+    if eta == 0:
+        return None
+    if hidden is None or head is None:
+        raise InputError(f"eta is {eta} but no teacher is given: pass teacher_hidden and teacher_head, or eta=0")
+    _check_head("teacher", hidden, head, labels)
+    vocab, student_vocab = head.weight.shape[0], student_head.weight.shape[0]
+    if vocab != student_vocab:
+        raise InputError(
+            f"the teacher's vocabulary has {vocab} entries, the student's {student_vocab}: "
+            "distillation needs the same one, or eta=0"
+        )
+    return hidden, head
+
+
+def _check_head(name: str, hidden: Tensor, head: OutputHead, labels: Tensor) -> None:
+    if hidden.dim() not in (2, 3) or hidden.shape[:-1] != labels.shape:
+        raise InputError(
+            f"{name} hidden states {tuple(hidden.shape)} do not match labels {tuple(labels.shape)}: "
+            "give (tokens, hidden) with (tokens,), or (batch, seq, hidden) with (batch, seq)"
+        )
+    if labels.dtype != torch.int64:
+        raise InputError(f"labels are {labels.dtype}: give int64 token ids")
+    vocab = head.weight.shape[0]
+    if head.weight.dim() != 2 or head.weight.shape[1] != hidden.shape[-1]:
+        raise InputError(
+            f"{name} head weight {tuple(head.weight.shape)} does not match hidden states {tuple(hidden.shape)}: "
+            f"it must be (vocab, {hidden.shape[-1]})"
+        )
+    if head.bias is not None and head.bias.shape != (vocab,):
+        raise InputError(f"{name} head bias {tuple(head.bias.shape)} does not match the vocabulary: give ({vocab},)")
+    if head.softcap is not None and not head.softcap > 0:
+        raise InputError(f"{name} head softcap is {head.softcap}: it must be above 0 (None for no cap)")
+
+
+class _Side(NamedTuple):
+    """Student or teacher, ready for the matmul: cast once, scale (and 1/softcap) folded into the small tensors."""
+
+    hidden: Tensor  # (tokens, hidden)
+    weight_t: Tensor  # (hidden, vocab), a view
+    bias: Tensor | None
+    softcap: float | None
+
+    @staticmethod
+    def of(hidden: Tensor, head: OutputHead, dtype: torch.dtype) -> "_Side":
+        factor = head.scale / (head.softcap or 1.0)
+        hidden = hidden.detach().reshape(-1, hidden.shape[-1]).to(dtype)
+        bias = None if head.bias is None else head.bias.detach().to(dtype) * factor
+        weight_t = head.weight.detach().to(dtype).t()
+        return _Side(hidden if factor == 1 else hidden * factor, weight_t, bias, head.softcap)
+
+
+class _Plan(NamedTuple):
+    """Everything of one call that carries no gradient."""
+
+    labels: Tensor  # (tokens,), ignored ones as 0
+    token_weights: Tensor  # (tokens,), 1/num_tokens where real, 0 where ignored
+    teacher: _Side | None
+    eta: float
+    temperature: float
+    dtype: torch.dtype  # of the matmuls
+    chunk_tokens: int
+
+
+class _Buffers(NamedTuple):
+    """The (chunk, vocab) tensors, allocated once: on CPU fresh pages cost more than the arithmetic on them."""
+
+    student: Tensor
+    teacher: Tensor
+    scratch: Tensor
+    tempered: Tensor
+    tanh: Tensor
+    narrow: Tensor  # in the dtype of the matmuls, where that is below fp32
+
+    @staticmethod
+    def of(plan: _Plan, student: _Side, chunk: int, needs_grad: bool) -> "_Buffers":
+        def empty(wanted: bool, dtype: torch.dtype = plan.token_weights.dtype) -> Tensor:
+            size = (chunk, student.weight_t.shape[1]) if wanted else (0,)
+            return torch.empty(size, dtype=dtype, device=plan.labels.device)
+
+        distil = plan.teacher is not None
+        return _Buffers(
+            student=empty(True),
+            teacher=empty(distil),
+            scratch=empty(distil),
+            tempered=empty(distil and plan.temperature != 1),
+            tanh=empty(needs_grad and student.softcap is not None),
+            narrow=empty(plan.dtype != plan.token_weights.dtype, plan.dtype),
+        )
+
+    def first(self, count: int) -> "_Buffers":
+        return _Buffers(*(buffer[:count] for buffer in self))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float, plan: _Plan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head = OutputHead(weight, bias, softcap, scale)
+        losses, ctx.grads = _chunked_loss(hidden, head, plan, ctx.needs_input_grad[:3])
+        ctx.mark_non_differentiable(losses.ce, losses.kl)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None  # held by no one else, AccumulateGrad takes them without a copy
+        if grads is None:
+            raise RuntimeError("distillation_loss can be run backward once: call it again for another backward")
+        # On an accelerator the comparison would synchronise, and the multiplication is cheap.
+        if grad_loss.device.type != "cpu" or grad_loss != 1:
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(grad_loss)
+        return (*grads, None, None, None)
+
+
+def _chunked_loss(
+    hidden: Tensor, head: OutputHead, plan: _Plan, needs: tuple[bool, bool, bool]
+) -> tuple[DistillationLoss, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """The losses, and the gradients of hidden, weight and bias where `needs` says so."""
+    chunk = max(1, min(plan.chunk_tokens, len(hidden)))
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        student = _Side.of(hidden, head, plan.dtype)
+        all_buffers = _Buffers.of(plan, student, chunk, any(needs))
+        ce = plan.token_weights.new_zeros(())
+        kl = torch.zeros_like(ce)
+        grads = _Gradients(hidden, head, needs, ce.dtype)
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, min(start + chunk, len(hidden)))
+            buffers = all_buffers.first(rows.stop - start)
+            chunk_ce, chunk_kl = _chunk_(student, plan, rows, buffers, any(needs))
+            ce += chunk_ce @ plan.token_weights[rows]
+            kl += chunk_kl @ plan.token_weights[rows]
+            if any(needs):
+                grads.add_(student, plan.token_weights[rows], rows, buffers)
+        return DistillationLoss(plan.eta * kl + (1 - plan.eta) * ce, ce, kl), grads.finish()
+
+
+def _chunk_(student: _Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """CE and KL of each token (chunk,); `buffers.student` is left as d loss / d logits (chunk, vocab).
+
+    That is `(1-eta) (p - onehot) + eta T (p_T - q_T)`, p the student's and q the teacher's probabilities.
+    """
+    eta, T = plan.eta, plan.temperature
+    labels = plan.labels[rows, None]
+    p = p_T = _logits_(student, rows, buffers.student, buffers.narrow, buffers.tanh if needs_grad else None)
+    if plan.teacher is not None and T != 1:
+        p_T = _log_softmax_(torch.div(p, T, out=buffers.tempered))
+    _log_softmax_(p)
+    ce = -p.gather(1, labels)[:, 0]
+    kl = torch.zeros_like(ce)
+    if plan.teacher is not None:
+        q_T = _logits_(plan.teacher, rows, buffers.teacher, buffers.narrow, None)
+        _log_softmax_(q_T if T == 1 else q_T.div_(T))
+        torch.sub(q_T, p_T, out=buffers.scratch)
+        q_T.exp_()
+        kl = buffers.scratch.mul_(q_T).sum(-1) * T**2
+    if needs_grad:
+        p.exp_()
+        if plan.teacher is not None and T == 1:
+            p.sub_(q_T, alpha=eta)
+        elif plan.teacher is not None:
+            p.mul_(1 - eta).add_(p_T.exp_().sub_(q_T), alpha=eta * T)
+        p.scatter_(1, labels, p.gather(1, labels) - (1 - eta))
+    return ce, kl
+
+
+def _logits_(side: _Side, rows: slice, out: Tensor, narrow: Tensor, tanh: Tensor | None) -> Tensor:
+    """(chunk, vocab) in `out`, through `narrow` where the matmul is narrower; leaves the cap's tanh in `tanh`."""
+    product = narrow if narrow.numel() else out
+    if side.bias is None:
+        torch.mm(side.hidden[rows], side.weight_t, out=product)
+    else:
+        torch.addmm(side.bias, side.hidden[rows], side.weight_t, out=product)
+    if product is narrow:
+        out.copy_(narrow)
+    if side.softcap is not None:
+        out.tanh_()
+        if tanh is not None:
+            tanh.copy_(out)
+        out.mul_(side.softcap)
+    return out
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits, -1, out=logits)
+
+
+class _Gradients:
+    """Of hidden, weight and bias: `add_` a chunk at a time, None for what is not needed."""
+
+    def __init__(self, hidden: Tensor, head: OutputHead, needs: tuple[bool, bool, bool], wide: torch.dtype) -> None:
+        self.head = head
+        self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.weight = torch.zeros_like(head.weight, dtype=wide) if needs[1] else None
+        self.bias = torch.zeros_like(head.bias, dtype=wide) if head.bias is not None and needs[2] else None
+
+    def add_(self, student: _Side, token_weights: Tensor, rows: slice, buffers: _Buffers) -> None:
+        grad = buffers.student
+        if student.softcap is not None:
+            torch.ops.aten.tanh_backward.grad_input(grad, buffers.tanh, grad_input=grad)
+        scaled = token_weights * self.head.scale
+        if self.bias is not None:
+            self.bias += scaled @ grad
+        if buffers.narrow.numel():
+            grad = buffers.narrow.copy_(grad)
+        if self.hidden is not None:
+            self.hidden[rows] = torch.mm(grad, student.weight_t.t()) * scaled[:, None]
+        if self.weight is not None:
+            # student.hidden holds scale/softcap already
+            capped = token_weights * (student.softcap or 1.0)
+            hidden = (student.hidden[rows] * capped[:, None]).to(grad.dtype)
+            if grad.dtype == self.weight.dtype:
+                self.weight.addmm_(grad.t(), hidden)
+            else:
+                self.weight += torch.mm(grad.t(), hidden)
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        weight = None if self.weight is None else self.weight.to(self.head.weight.dtype)
+        bias = None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype)
+        return self.hidden, weight, bias

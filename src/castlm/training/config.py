@@ -1,0 +1,316 @@
+"""TrainConfig: one dataclass is the Python API, the YAML file and the command line. No torch here: help is instant."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from castlm.core.errors import InputError
+
+Method = Literal["cast", "ste", "srste", "ast", "gradual_magnitude", "dense"]
+
+
+@dataclass
+class TrainConfig:
+    """A dense causal LM in, an n:m sparse one out. Names are Hugging Face's where the meaning is the same."""
+
+    model: str
+    """Local Hugging Face folder, hub id, GGUF file, or "demo" for the embedded SmolLM2-135M-Instruct."""
+
+    dataset: str
+    """Training text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub name (streamed)."""
+
+    output_dir: str
+    """New folder for the run; the proven result comes to lie in `output_dir/model`."""
+
+    pattern: str = "2:4"
+    """n:m, n weights kept of every m along the input axis."""
+
+    max_steps: int = 300
+    """Optimizer steps, the horizon T of the method. It may not change on resume."""
+
+    learning_rate: float = 5e-4
+    """Peak learning rate."""
+
+    per_device_train_batch_size: int = 8
+    """Sequences per device and micro-step."""
+
+    gradient_accumulation_steps: int = 1
+    """Micro-steps per optimizer step."""
+
+    seq_len: int = 512
+    """Tokens per sequence."""
+
+    method: Method = "cast"
+    """cast, a rival, or the dense control trained alike."""
+
+    recipe: Literal["castlm", "paper"] = "castlm"
+    """castlm: our defaults. paper: decay, rates, betas, eta, batch and length as published for LLaMA2-7B."""
+
+    decay: Literal["horizon", "proportional", "additive", "none"] = "horizon"
+    """How masked weights go to zero; see AdamS."""
+
+    decay_end: float = 0.5
+    """Share of max_steps after which "horizon" has every masked weight at zero."""
+
+    lam: float = 4e-7
+    """Decay coefficient of "proportional" and "additive", of the order of the gradient."""
+
+    mask_interval: int = 10
+    """Steps between mask refreshes (T1)."""
+
+    srste_lam: float = 2e-4
+    """Decay coefficient of the rivals srste and ast, times the masked weight, in the gradient."""
+
+    scale_groups: int = 2
+    """Learnable factors per weight row, folded in at the end; 0 turns weight scaling off."""
+
+    eta: float = 2 / 3
+    """Share of the KL to the dense teacher in the loss, 0 to 1; 0 trains without a teacher."""
+
+    temperature: float = 1.0
+    """Temperature of the KL, which is multiplied by its square."""
+
+    warmup_ratio: float = 0.05
+    """Share of max_steps in which the rate rises linearly from 0."""
+
+    min_lr_ratio: float = 0.1
+    """The cosine ends at this share of learning_rate."""
+
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of Adam's moments."""
+
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down; 0 turns clipping off."""
+
+    seed: int = 0
+    """Order of the data, dropout, and the held-out split."""
+
+    eval_dataset: str | None = None
+    """Text for perplexity; without it, eval_fraction of the documents of `dataset` are held out."""
+
+    eval_fraction: float = 0.02
+    """Share of the documents held out when there is no eval_dataset."""
+
+    eval_tokens: int = 32768
+    """At most so many tokens are evaluated; 0 means all."""
+
+    eval_steps: int = 0
+    """Steps between evaluations; 0 means ten in a run."""
+
+    column: str = "text"
+    """Column of the text in .jsonl and .parquet."""
+
+    dataset_split: str = "train"
+    """Split of a hub dataset."""
+
+    dataset_config: str | None = None
+    """Configuration of a hub dataset."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type of the forward and backward pass; master weights are always fp32. auto: bf16 where it is fast."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time, far less memory."""
+
+    compile_optimizer: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the AdamS update. auto: from 10M parameters on, where a compiler works."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA when there is a GPU, and says which."""
+
+    sharding: Literal["full", "replicate", "hybrid"] = "full"
+    """Under torchrun: FSDP2 over all ranks, one copy per rank, or FSDP2 inside a node and copies across nodes."""
+
+    save_steps: int = 100
+    """Steps between checkpoints, and one when training ends; 0 means only on Ctrl-C and SIGTERM."""
+
+    save_total_limit: int = 2
+    """Checkpoints kept."""
+
+    log_steps: int = 1
+    """Steps between lines in metrics.jsonl."""
+
+    prefetch: bool = True
+    """Tokenise the next batch in a thread meanwhile."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events when the package is installed."""
+
+    ignore_decay_budget: bool = False
+    """Run even when the decay budget says that masked weights cannot reach zero."""
+
+    resume: bool = False
+    """Continue from the newest whole checkpoint in output_dir."""
+
+    overwrite: bool = False
+    """Replace what output_dir holds."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model."""
+
+    revision: str | None = None
+    """Revision of a hub model."""
+
+    left_dense: tuple[str, ...] = field(default_factory=tuple)
+    """Further layers to leave dense, each a part of its name."""
+
+    def __post_init__(self) -> None:
+        for name, right, remedy in (
+            ("max_steps", self.max_steps >= 1, "at least 1"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "above 0"),
+            ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"),
+            ("seq_len", self.seq_len >= 2, "at least 2"),
+            ("decay_end", 0 < self.decay_end <= 1, "in (0, 1]"),
+            ("lam", self.lam >= 0, "at least 0"),
+            ("srste_lam", self.srste_lam >= 0, "at least 0"),
+            ("mask_interval", self.mask_interval >= 1, "at least 1"),
+            ("scale_groups", self.scale_groups >= 0, "at least 0"),
+            ("eta", 0 <= self.eta <= 1, "between 0 and 1"),
+            ("temperature", self.temperature > 0, "above 0"),
+            ("warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1)"),
+            ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "between 0 and 1"),
+            ("adam_betas", all(0 <= b < 1 for b in self.adam_betas), "in [0, 1)"),
+            ("max_grad_norm", self.max_grad_norm >= 0, "at least 0"),
+            ("eval_fraction", 0 < self.eval_fraction < 1, "between 0 and 1"),
+            ("eval_tokens", self.eval_tokens >= 0, "at least 0"),
+            ("eval_steps", self.eval_steps >= 0, "at least 0"),
+            ("save_steps", self.save_steps >= 0, "at least 0"),
+            ("save_total_limit", self.save_total_limit >= 1, "at least 1"),
+            ("log_steps", self.log_steps >= 1, "at least 1"),
+        ):
+            if not right:
+                raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {remedy}")
+        if self.resume and self.overwrite:
+            raise InputError("resume and overwrite exclude each other: choose one")
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "castlm": {},
+    # arXiv 2509.25996, Table XI; schedule, warm-up, betas and clipping are not given there
+    "paper": {
+        "decay": "proportional",
+        "learning_rate": 2e-5,
+        "lam": 4e-7,
+        "mask_interval": 10,
+        "scale_groups": 2,
+        "eta": 1 / 3,
+        "temperature": 1.0,
+        "adam_betas": (0.9, 0.999),
+        "max_steps": 7500,
+        "seq_len": 4096,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 256,
+    },
+}
+
+# What may differ between a run and its resumption; the split of the global batch is compared as a product.
+FREE_ON_RESUME = frozenset(
+    [
+        "output_dir",
+        "resume",
+        "overwrite",
+        "log_steps",
+        "save_steps",
+        "save_total_limit",
+        "prefetch",
+        "tensorboard",
+        "eval_steps",
+        "device",
+        "compile_optimizer",
+        "gradient_checkpointing",
+        "sharding",
+        "ignore_decay_budget",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "recipe",
+        "trust_remote_code",
+    ]
+)
+
+
+def warmup_steps(config: TrainConfig) -> int:
+    return round(config.warmup_ratio * config.max_steps)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of 0-based `step`: linear from 0 over the warm-up, then a cosine down to `min_lr_ratio` of the peak."""
+    warmup = warmup_steps(config)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, config.max_steps - warmup)
+    low = config.min_lr_ratio
+    return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def yaml_arguments(path: str) -> list[str]:
+    """A YAML file of TrainConfig's fields as command-line arguments, so that both are checked by one parser.
+
+    Raises:
+        InputError: a missing file, invalid YAML, or a file that is not a mapping.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise InputError(f"cannot read the config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds {type(values).__name__}, not a mapping of options: write `max_steps: 300`")
+    return mapping_arguments(values)
+
+
+def mapping_arguments(values: dict[str, Any]) -> list[str]:
+    """Fields and values as command-line arguments."""
+    arguments: list[str] = []
+    for key, value in values.items():
+        option = f"--{str(key).replace('_', '-')}"
+        if isinstance(value, bool):
+            arguments.append(option if value else option.replace("--", "--no-", 1))
+        elif isinstance(value, (list, tuple)):
+            arguments += [option, *map(str, value)]
+        else:
+            arguments += [option, str(value)]
+    return arguments
+
+
+def parse_train_arguments(arguments: list[str], parse: Callable[[type[Any], list[str], str], Any]) -> TrainConfig:
+    """`castlm train`'s arguments: the recipe's values, then `--config FILE`'s, then the rest; the last one counts.
+
+    Raises:
+        InputError: anything that `parse` or `TrainConfig` refuses.
+    """
+    given: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name != "--config":
+            given.append(argument)
+            continue
+        if not equals:
+            value = next(rest, "")
+        if not value:
+            raise InputError("--config needs a YAML file: castlm train --config run.yaml")
+        given = yaml_arguments(value) + given
+    recipe = "castlm"
+    for at, argument in enumerate(given):
+        if argument == "--recipe" and at + 1 < len(given):
+            recipe = given[at + 1]
+        elif argument.startswith("--recipe="):
+            recipe = argument.partition("=")[2]
+    config: TrainConfig = parse(TrainConfig, mapping_arguments(RECIPES.get(recipe, {})) + given, "train")
+    return config

@@ -1,0 +1,146 @@
+"""The end of a run: prune with the last mask, fold the scale, write the model, and prove it from the disk."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from castlm.core.scaling import fold_weight_scaling
+from castlm.core.sparsify import prune_
+from castlm.evaluate import perplexity
+from castlm.export.hf import export_model
+from castlm.files import atomic_dir, atomic_write_json
+from castlm.models import linearize_conv1d_, save_model
+
+if TYPE_CHECKING:
+    from castlm.training.loop import Run
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The castlm.json of a finished result."""
+    record: dict[str, Any] = json.loads((folder / "castlm.json").read_text(encoding="utf-8"))
+    return record
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Prunes, folds, exports and proves the model of a finished run; returns its record, on every rank the same.
+
+    Raises:
+        InputError: the disk is full, or the proof fails; the checkpoints are untouched.
+    """
+    n, m = run.pattern
+    masks = run.method.masks()
+    if masks:
+        prune_(run.model, n, m, masks=masks, filter_fn=run._is_sparse)
+    record: dict[str, Any] = {}
+    model = gathered(run) if run.world.mesh is not None else run.model
+    if model is not None:
+        run.objective.teacher = None  # frees its memory before the result is read back
+        fold_weight_scaling(model)
+        record = write_result(run, model.cpu())
+    if run.world.mesh is not None:
+        box = [record]
+        dist.broadcast_object_list(box, src=0)
+        record = box[0]
+    return record
+
+
+def gathered(run: Run) -> PreTrainedModel | None:
+    """The sharded model as a whole one in the memory of the main rank; None on the others."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(run.model, options=options)
+    if not run.world.is_main:
+        return None
+    model = AutoModelForCausalLM.from_config(run.model.config, dtype=torch.float32)
+    linearize_conv1d_(model)
+    run.method.prepare(model)
+    model.load_state_dict(state)
+    return model
+
+
+def write_result(run: Run, model: PreTrainedModel) -> dict[str, Any]:
+    config, folder = run.config, run.output_dir / "model"
+    seq_len, tokenizer = config.seq_len, run.loaded.tokenizer
+
+    def measure(m: PreTrainedModel) -> float:
+        return perplexity(m, run.eval_ids, seq_len=seq_len).perplexity
+
+    record = run_record(run)
+    last = run.figures[str(config.max_steps)]
+    if not run.method.layers:  # the dense control has nothing to prove
+        with atomic_dir(folder, overwrite=True) as temporary:
+            save_model(model, tokenizer, temporary)
+            record |= {"pattern": None, "perplexity": {**record["perplexity"], "trained": last["perplexity"]}}
+            atomic_write_json(temporary / "castlm.json", record)
+        run.telemetry.say(f"the dense control is in {folder}: perplexity {last['perplexity']:.3f}")
+        return record
+    n, m = run.pattern
+    result = export_model(
+        model,
+        tokenizer,
+        folder,
+        n=n,
+        m=m,
+        left_dense=run.method.left_dense,
+        record=record,
+        overwrite=True,
+        eval_fn=measure,
+    )
+    run.telemetry.say(
+        f"{folder}: {config.pattern} proved in {len(run.method.layers)} layers, perplexity "
+        f"{result['proof']['perplexity_from_disk']:.3f} (dense {record['perplexity'].get('dense', float('nan')):.3f})"
+    )
+    return result
+
+
+def run_record(run: Run) -> dict[str, Any]:
+    """What castlm.json says of a run: its figures with all that a figure needs to be compared."""
+    config = run.config
+    first, last = run.figures.get("0", {}), run.figures[str(config.max_steps)]
+    figures = {
+        "dense": first.get("perplexity"),
+        "one_shot": first.get("prune_now_ppl"),
+        "before_prune": last["perplexity"],
+        "pruned": last.get("prune_now_ppl"),
+    }
+    measured = {
+        "seq_len": config.seq_len,
+        "stride": config.seq_len,
+        "text": config.eval_dataset or f"held out of {config.dataset}",
+        "text_sha256": run.eval_hash,
+        "num_tokens": len(run.eval_ids),
+        "tokenizer": str(run.loaded.tokenizer.name_or_path),
+        "precision": run.precision,
+    }
+    labels = {
+        "dense": "dense",
+        "one_shot": "pruned one-shot by magnitude",
+        "before_prune": f"{config.method}, before the prune",
+        "pruned": f"{config.method}, pruned",
+    }
+    rows = [{"name": labels[k], "perplexity": v, **measured} for k, v in figures.items() if v is not None]
+    return {
+        "base_model": config.model,
+        "method": config.method,
+        "config": config.as_dict(),
+        "perplexity": {k: v for k, v in figures.items() if v is not None},
+        "figures": rows,
+        "measured": measured,
+        "mask": {
+            k: last[k] for k in ("sparse_weight_ratio", "flip_rate", "initial_flip_rate", "largest_masked") if k in last
+        },
+        "dataset": {"name": config.dataset, "sha256": run.train_hash},
+        "num_params": sum(p.numel() for p in run.model.parameters()),
+        "train_tokens": run.tokens,
+        "train_steps": config.max_steps,
+        "train_seconds": round(run.seconds, 1),
+        "world_size": run.world.size,
+        "machine": f"{platform.machine()} {run.world.device.type}",
+    }

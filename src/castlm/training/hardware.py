@@ -1,0 +1,62 @@
+"""What this machine can do, decided once at the start of a run and said: compute type, compiler, device."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from castlm.core.errors import InputError
+from castlm.training.distributed import World
+
+# Below this width the casts of bf16 autocast cost more than its matmuls save on a CPU.
+SMALLEST_BF16_WIDTH = 256
+
+
+def choose_precision(wanted: str, device: torch.device, model_config: Any) -> str:
+    """ "fp32" or "bf16"; for "auto" bf16 where the hardware multiplies it faster and the model is not tiny.
+
+    Raises:
+        InputError: bf16 on a GPU that has none.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if wanted == "bf16" and not has_bf16:
+            raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16: use precision fp32")
+    else:
+        wide = getattr(model_config, "hidden_size", 0) >= SMALLEST_BF16_WIDTH
+        has_bf16 = wide and torch.cpu._is_avx512_bf16_supported()
+    return ("bf16" if has_bf16 else "fp32") if wanted == "auto" else wanted
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@functools.cache
+def can_compile(device: torch.device, required: bool) -> bool:
+    """Whether torch.compile works here, found out by compiling one addition.
+
+    Raises:
+        InputError: it does not, and `required` is set.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # what is missing shows in many types: no compiler, no Triton, no Python headers
+        if required:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"compile_optimizer is on, but torch.compile does not work here: {reason}") from error
+        return False
+    return True
+
+
+def describe(world: World, precision: str, compiled: bool) -> str:
+    """One line on where and how a run computes."""
+    if world.device.type == "cuda":
+        where = f"{world.size} x {torch.cuda.get_device_name(world.device)}"
+    else:
+        where = f"{world.size} x {platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{where}, {precision} compute on fp32 weights, optimizer {'compiled' if compiled else 'not compiled'}"

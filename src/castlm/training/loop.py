@@ -1,0 +1,402 @@
+"""train(): from a dense checkpoint to a proven n:m model. One optimizer step is one function, read top to bottom."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from castlm.baselines.retrain import METHODS, Retraining
+from castlm.core.adams import decay_alpha
+from castlm.core.budget import decay_budget
+from castlm.core.errors import InputError
+from castlm.core.pattern import parse_pattern
+from castlm.core.sparsify import is_sparse_linear
+from castlm.files import prepare_output_dir
+from castlm.models import Loaded, check_head, load_model
+from castlm.training.checkpoint import (
+    check_same_run,
+    checkpoint_steps,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+)
+from castlm.training.config import TrainConfig, learning_rate
+from castlm.training.data import (
+    BatchLoader,
+    BlockStream,
+    check_vocabulary,
+    open_documents,
+    split_documents,
+    text_hash,
+    token_ids,
+)
+from castlm.training.distributed import World, close_world, init_world, local, shard_
+from castlm.training.finish import finish, read_result
+from castlm.training.hardware import autocast, can_compile, choose_precision, describe
+from castlm.training.interrupt import Interrupt
+from castlm.training.objective import Objective, make_teacher, pruned
+from castlm.training.telemetry import Telemetry, warn
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Runs `config` from its dense model to the proven result in `output_dir/model`.
+
+    Returns:
+        The record of the run, which is also the result's castlm.json.
+
+    Raises:
+        InputError: on anything the user can put right; nothing is half-written.
+        Interrupted: after Ctrl-C or SIGTERM, with the run saved; its message says how to resume.
+    """
+    world = init_world(config.device, config.sharding)
+    try:
+        finished = Path(config.output_dir) / "model"
+        if config.resume and (finished / "castlm.json").is_file():
+            warn(f"{finished} is finished already")
+            return read_result(finished)
+        run = Run(config, world)
+        with run.telemetry, Interrupt() as interrupt:
+            run.loop(interrupt)
+            return finish(run)
+    finally:
+        close_world(world)
+
+
+class Run:
+    """Everything a training run consists of, made in the order in which it can go wrong."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.pattern = parse_pattern(config.pattern)
+        self.output_dir = Path(config.output_dir)
+        resume_from = self._claim_output_dir()
+        self.loaded: Loaded = load_model(
+            config.model, trust_remote_code=config.trust_remote_code, revision=config.revision
+        )
+        self.model: PreTrainedModel = self.loaded.model
+        self._check_model()
+        self._open_text()
+        self.precision = choose_precision(config.precision, world.device, self.model.config)
+        self._build(config)
+        self.facts = {
+            "world_batch": config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size,
+            "dataset_sha256": self.train_hash,
+            "eval_sha256": self.eval_hash,
+            "precision_used": self.precision,
+        }
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.figures: dict[str, dict[str, float]] = {}  # evaluations by step
+        if resume_from is not None:
+            self._restore(resume_from)
+        elif world.is_main:
+            self._start_fresh()
+        world.barrier()
+        self.telemetry = Telemetry(
+            self.output_dir,
+            config.max_steps,
+            is_main=world.is_main,
+            start_step=self.step,
+            tensorboard=config.tensorboard,
+        )
+        self._announce(resume_from)
+
+    def _claim_output_dir(self) -> Path | None:
+        """The checkpoint to resume from; else makes sure that the output folder may be written."""
+        if self.config.resume:
+            whole = checkpoint_steps(self.output_dir / "checkpoints")
+            if not whole:
+                raise InputError(f"{self.output_dir} holds no whole checkpoint: start it without resume")
+            path = whole[max(whole)]
+            saved = {k: v for k, v in read_manifest(path)["config"].items() if k == "model"}
+            if saved["model"] != self.config.model:
+                raise InputError(f"{path} is of the model {saved['model']}, not {self.config.model}: use that one")
+            return path
+        if self.world.is_main:
+            prepare_output_dir(self.output_dir, self.config.overwrite)
+        self.world.barrier()
+        return None
+
+    def _start_fresh(self) -> None:
+        for entry in self.output_dir.iterdir():  # only what `overwrite` allows is still here
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        kept = {k: v for k, v in self.config.as_dict().items() if k not in ("resume", "overwrite")}
+        kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+        text = yaml.safe_dump(kept, sort_keys=False)
+        (self.output_dir / "config.yaml").write_text(text, encoding="utf-8")
+
+    def _check_model(self) -> None:
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        if longest is not None and self.config.seq_len > longest:
+            raise InputError(f"seq_len {self.config.seq_len} exceeds the model's {longest} positions: lower it")
+        check_head(self.model)
+
+    def _open_text(self) -> None:
+        config = self.config
+        documents = open_documents(
+            config.dataset, column=config.column, split=config.dataset_split, data_config=config.dataset_config
+        )
+        if config.eval_dataset is None:
+            documents, held_out = split_documents(documents, config.eval_fraction, config.seed)
+        else:
+            held_out = open_documents(config.eval_dataset, column=config.column)
+        self.train_hash, self.eval_hash = text_hash(documents), text_hash(held_out)
+        tokenizer = self.loaded.tokenizer
+        stream = BlockStream(documents, tokenizer, seq_len=config.seq_len, seed=config.seed)
+        self.loader = BatchLoader(
+            stream,
+            rows_per_rank=config.per_device_train_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            prefetch=config.prefetch,
+        )
+        self.eval_ids = token_ids(held_out, tokenizer, limit=config.eval_tokens or None)
+        if len(self.eval_ids) < 2:
+            raise InputError(f"the evaluation text {held_out.name} has {len(self.eval_ids)} tokens: give more")
+        check_vocabulary(self.eval_ids, self.model.config.vocab_size)
+
+    def _build(self, config: TrainConfig) -> None:
+        """Teacher, method, sharding, optimizer, in this order: parametrize first, then shard, then the state."""
+        method = METHODS[config.method]
+        if self.world.size > 1 and method.mask_every is not None:
+            raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
+        teacher_dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        teacher = make_teacher(self.model, teacher_dtype) if config.eta > 0 else None
+        self.method: Retraining = method(self.model, config, self.pattern, self._is_sparse)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.objective = Objective(self.model, teacher, config.eta, config.temperature).to(self.world.device)
+        shard_(self.objective, self.world)
+        num_params = sum(p.numel() for p in self.model.parameters())
+        wanted = config.compile_optimizer == "on" or (config.compile_optimizer == "auto" and num_params >= 10_000_000)
+        self.compiled = wanted and can_compile(self.world.device, required=config.compile_optimizer == "on")
+        self.optimizer = self.method.build_optimizer(self.model, self.compiled)
+        self.names = {param: name for name, param in self.model.named_parameters()}
+        self.initial_masks = {self.names[p]: mask.clone() for p, mask in self.method.masks().items()}
+        self._check_decay_budget()
+
+    def _is_sparse(self, module: torch.nn.Module, fqn: str) -> bool:
+        return is_sparse_linear(module, fqn) and not any(part in fqn for part in self.config.left_dense)
+
+    def _check_decay_budget(self) -> None:
+        config = self.config
+        if not self.method.decays or config.decay == "none":
+            self.budget = None
+            return
+        steps = range(config.max_steps)
+        lrs = [learning_rate(t, config) for t in steps]
+        alphas = [decay_alpha(t, config.max_steps, config.decay, config.decay_end) for t in steps]
+        self.budget = decay_budget(self.local_masks().items(), lrs, alphas, config.decay)
+        if not self.world.any(self.budget.reaches_zero) and not config.ignore_decay_budget:
+            raise InputError(f"{self.budget.explain()} (ignore_decay_budget runs it all the same)")
+
+    def local_masks(self) -> dict[Tensor, Tensor]:
+        """This rank's part of every sparse weight, with its mask."""
+        return {local(p.data): local(mask) for p, mask in self.method.masks().items()}
+
+    def _announce(self, resume_from: Path | None) -> None:
+        say, config = self.telemetry.say, self.config
+        say(f"{self.loaded.source}: {describe(self.world, self.precision, self.compiled)}")
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.method.left_dense.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            say(f"left dense: {shown} ({reason})")
+        sparse = sum(mask.numel() for mask in self.method.masks().values())
+        total = sum(p.numel() for p in self.model.parameters())
+        say(f"{config.method}: {sparse:,} of {total:,} weights in {len(self.method.layers)} layers, {config.pattern}")
+        if self.budget is not None:
+            say(self.budget.explain())
+        if resume_from is not None:
+            say(f"resuming {resume_from}")
+
+    # ------------------------------------------------------------------ the loop
+
+    def loop(self, interrupt: Interrupt) -> None:
+        config = self.config
+        eval_steps = config.eval_steps or max(1, config.max_steps // 10)
+        saved = self.step if self.step else -1
+        if self.step == 0:
+            self.evaluate()
+        while self.step < config.max_steps:
+            self.train_step()
+            last = self.step == config.max_steps
+            if self.step % eval_steps == 0 or last:
+                self.evaluate()
+            if config.save_steps and (self.step % config.save_steps == 0 or last):
+                self.save()
+                saved = self.step
+            if self.world.any(interrupt.requested):
+                if saved != self.step:
+                    self.save()
+                raise interrupt.stopped(self.step, self.output_dir)
+
+    def train_step(self) -> None:
+        config, optimizer, started = self.config, self.optimizer, time.perf_counter()
+        seed = np.random.SeedSequence([config.seed, self.step, self.world.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))  # of the step, so that no generator's state has to be saved
+        lr = learning_rate(self.step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        micro_batches = [next(self.loader) for _ in range(config.gradient_accumulation_steps)]
+        check_vocabulary(torch.stack([b["input_ids"] for b in micro_batches]), self.model.config.vocab_size)
+        real_tokens = torch.tensor(sum(int((b["labels"] != -100).sum()) for b in micro_batches))
+        num_tokens = self.world.sum(real_tokens.to(self.world.device))
+
+        self.method.before_forward(self.step)
+        self.objective.train()
+        if self.objective.teacher is not None:
+            self.objective.teacher.eval()
+        sums = torch.zeros(3, device=self.world.device)
+        for batch in micro_batches:
+            with autocast(self.world.device, self.precision):
+                loss = self.objective(
+                    batch["input_ids"].to(self.world.device), batch["labels"].to(self.world.device), num_tokens
+                )
+            (loss.loss * self.world.size).backward()  # FSDP averages over ranks; the loss is normalised already
+            sums += torch.stack(loss).detach().float()
+        total, ce, kl = self.world.sum(sums).tolist()
+        grad_norm = self._clip()
+        if not np.isfinite([total, grad_norm]).all():
+            raise InputError(self._diverged(total, grad_norm))
+        self.method.before_update(self.step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        alpha = decay_alpha(self.step, config.max_steps, config.decay, config.decay_end) if self.method.decays else None
+        self.step += 1
+        self.tokens += int(num_tokens)
+        took = time.perf_counter() - started
+        self.seconds += took
+        values = {"loss": total, "ce": ce, "kl": kl, "lr": lr, "grad_norm": grad_norm, "tokens": self.tokens}
+        values |= {} if alpha is None else {"alpha": alpha}
+        values |= {"tokens_per_s": int(num_tokens) / took}
+        values |= {"eta_s": self.seconds / self.step * (config.max_steps - self.step)}
+        self.telemetry.log(self.step, values, write=self.step % config.log_steps == 0)
+
+    def _clip(self) -> float:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.max_grad_norm, norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _diverged(self, loss: float, grad_norm: float) -> str:
+        whole = checkpoint_steps(self.output_dir / "checkpoints")
+        last = f"the last good checkpoint is {whole[max(whole)]}" if whole else "there is no checkpoint yet"
+        return (
+            f"step {self.step + 1}: the loss is {loss} and the gradient norm {grad_norm}; {last}; "
+            "lower learning_rate or look at the data"
+        )
+
+    # ------------------------------------------------------------------ evaluation and checkpoints
+
+    def evaluate(self) -> None:
+        """Perplexity of the forward pass as it is, and of the model as the prune would leave it now."""
+        values = {"tokens": self.tokens, "perplexity": self.perplexity()}
+        masks = self.local_masks()
+        if masks:
+            with pruned(masks):
+                values["prune_now_ppl"] = self.perplexity()
+            values |= self._mask_figures(masks)
+        self.figures[str(self.step)] = values
+        self.telemetry.evaluated(self.step, values)
+
+    def perplexity(self) -> float:
+        """Of the held-out tokens in windows of `seq_len`, each token but a window's first scored once."""
+        world, size = self.world, self.config.per_device_train_batch_size
+        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        self.objective.eval()
+        with torch.no_grad(), autocast(world.device, self.precision):
+            for input_ids, labels in windows(self.eval_ids, self.config.seq_len, size, world):
+                nll = self.objective(input_ids.to(world.device), labels.to(world.device), 1, ce_only=True).ce
+                sums += torch.stack([nll.double(), (labels != -100).sum().to(nll.device).double()])
+        total, count = world.sum(sums).tolist()
+        return float(np.exp(total / count))
+
+    def _mask_figures(self, masks: dict[Tensor, Tensor]) -> dict[str, float]:
+        sums = torch.zeros(5, dtype=torch.float64, device=self.world.device)
+        largest = torch.zeros((), device=self.world.device)
+        initial = [local(self.initial_masks[self.names[p]]) for p in self.method.masks()]
+        for (weight, mask), first in zip(masks.items(), initial):
+            magnitude = weight.abs()
+            flipped = (mask != first).sum()
+            entries = torch.tensor(mask.numel(), device=mask.device)
+            kept, total = (magnitude * mask).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)
+            sums[:4] += torch.stack([kept, total, flipped.double(), entries.double()])
+            if magnitude.numel():
+                largest = torch.maximum(largest, (magnitude * ~mask).amax())
+        sums[4] = self.optimizer.flips() if self.method.decays else 0
+        kept, total, flipped, entries, flips = self.world.sum(sums).tolist()
+        if self.world.mesh is not None:
+            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        values = {"sparse_weight_ratio": kept / total, "initial_flip_rate": flipped / entries}
+        return values | {"flip_rate": flips / entries, "largest_masked": float(largest)}
+
+    def tensors(self) -> dict[str, Any]:
+        """All tensors of a checkpoint, by name, as views: loading fills them in place."""
+        state = {name: self.optimizer.state[param] for param, name in self.names.items()}
+        weights = {name: param.detach() for param, name in self.names.items()}
+        return {
+            "model": weights,
+            "optimizer": state,
+            "method": self.method.tensors(),
+            "initial_masks": self.initial_masks,
+        }
+
+    def save(self) -> Path:
+        manifest = {
+            "config": self.config.as_dict(),
+            "facts": self.facts,
+            "data": self.loader.state_dict(),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "figures": self.figures,
+            "flips": self.optimizer.flips(),
+        }
+        path = save_checkpoint(
+            self.output_dir / "checkpoints",
+            self.step,
+            self.tensors(),
+            manifest,
+            self.config.save_total_limit,
+            self.world,
+        )
+        self.telemetry.say(f"saved {path}")
+        return path
+
+    def _restore(self, path: Path) -> None:
+        check_same_run(read_manifest(path), self.config.as_dict(), self.facts)
+        manifest = load_checkpoint(path, self.tensors(), self.world)
+        self.loader.load_state_dict(manifest["data"])
+        self.step, self.tokens, self.seconds = manifest["step"], manifest["tokens"], manifest["seconds"]
+        self.figures = manifest["figures"]
+        self.optimizer.restore_flips(manifest["flips"])
+
+
+def windows(token_ids: Tensor, seq_len: int, batch: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's windows of `token_ids` as (input_ids, labels), (batch, seq_len) each; labels are -100 past the end.
+
+    Every rank gets the same number of batches, the last filled up with windows that do not count.
+    """
+    padded = torch.nn.functional.pad(token_ids, (0, -len(token_ids) % seq_len))
+    labels = torch.full_like(padded, -100)
+    labels[: len(token_ids) - 1] = token_ids[1:]
+    labels[seq_len - 1 :: seq_len] = -100
+    rows, labels = padded.view(-1, seq_len), labels.view(-1, seq_len)
+    per_step = batch * world.size
+    empty = -len(rows) % per_step
+    rows = torch.cat([rows, rows.new_zeros(empty, seq_len)])
+    labels = torch.cat([labels, labels.new_full((empty, seq_len), -100)])
+    for start in range(world.rank * batch, len(rows), per_step):
+        yield rows[start : start + batch], labels[start : start + batch]

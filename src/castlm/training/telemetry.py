@@ -1,0 +1,132 @@
+"""What a run says while it runs: one live line on the screen, metrics.jsonl, TensorBoard where it is installed.
+
+Only the main rank writes. On a resume metrics.jsonl is cut back to the checkpoint, so that it reads like one run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "ce": "ce {:.4f}",
+    "kl": "kl {:.4f}",
+    "lr": "lr {:.2e}",
+    "alpha": "alpha {:.2f}",
+    "tokens_per_s": "{:,.0f} tok/s",
+}
+EVALUATION = {
+    "perplexity": "perplexity {:.3f}",
+    "prune_now_ppl": "pruned now {:.3f}",
+    "sparse_weight_ratio": "sparse-weight ratio {:.4f}",
+    "flip_rate": "flips {:.2e}",
+    "initial_flip_rate": "flips since step 0 {:.2e}",
+    "largest_masked": "largest masked {:.2e}",
+}
+
+
+class Telemetry:
+    """A context manager around the loop. `log` every step, `evaluated` at evaluations, `say` in between."""
+
+    def __init__(self, output_dir: Path, total_steps: int, *, is_main: bool, start_step: int, tensorboard: bool):
+        self.is_main = is_main
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.total_steps = total_steps
+        self._file = self._writer = self._task = None
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[shown]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (is_main and self.console.is_terminal),
+            speed_estimate_period=120,
+        )
+        if not is_main:
+            return
+        path = output_dir / "metrics.jsonl"
+        cut_back(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard and importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(output_dir / "tensorboard", purge_step=start_step)
+        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, shown="")
+        self._last_print = time.monotonic()
+
+    def __enter__(self) -> Telemetry:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            self.console.print(text, markup=False)
+
+    def log(self, step: int, values: dict[str, float], write: bool) -> None:
+        """The figures of optimizer step `step` (1-based, just done); a line in metrics.jsonl when `write`."""
+        if not self.is_main:
+            return
+        shown = "  ".join(form.format(values[key]) for key, form in SHOWN.items() if key in values)
+        self._progress.update(self._task, completed=step, shown=shown)
+        if not self.console.is_terminal and (time.monotonic() - self._last_print > 15 or step == self.total_steps):
+            self._last_print = time.monotonic()
+            self.say(f"step {step}/{self.total_steps}  {shown}  ETA {_clock(values['eta_s'])}")
+        if write:
+            self._write(step, values)
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        if self.is_main:
+            self._write(step, values)
+            shown = (form.format(values[key]) for key, form in EVALUATION.items() if key in values)
+            self.say(f"step {step}: " + "  ".join(shown))
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        assert self._file is not None
+        print(json.dumps({"step": step, **values}), file=self._file, flush=True)
+        if self._writer is not None:
+            for key, value in values.items():
+                self._writer.add_scalar(key, value, step)
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drops the rows of metrics.jsonl after `step`, and a last row that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row: dict[str, Any] = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] > step:
+            break
+        kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def warn(text: str) -> None:
+    """One line on stderr, for what happens outside a run."""
+    print(f"castlm: {text}", file=sys.stderr)
