@@ -1,0 +1,318 @@
+"""Packs documents into blocks of tokens, in one order for all ranks, with a position that can be saved and restored.
+
+The position names the next token (epoch, document, token), not a rank: a run goes on exactly on any number of ranks.
+Not `StatefulDataLoader`: its state is one of worker processes; here it travels with each batch, and is six numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from castlm.core.errors import InputError
+from castlm.training.documents import (
+    Documents,
+    HubDocuments,
+    Piece,
+    open_documents,
+    read_text,
+    split_documents,
+    text_hash,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "BatchLoader",
+    "BlockStream",
+    "check_vocabulary",
+    "end_of_text_id",
+    "open_documents",
+    "read_text",
+    "split_documents",
+    "text_hash",
+    "token_ids",
+]
+
+# What base models were pretrained with between documents, where `eos_token` has become the end of a chat turn.
+_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+
+
+class BlockStream(IterableDataset):
+    """Blocks of `seq_len` tokens: documents shuffled by (seed, epoch), an end-of-text after each, nothing dropped.
+
+    Yields dicts of `input_ids` and `labels`, int64 of shape (seq_len,); the labels are already shifted:
+    `labels[i]` is the token after `input_ids[i]`. Consecutive blocks share one token, so that each token is a label
+    once. A document starts with the tokenizer's own beginning-of-text if it adds one. The end of an epoch runs on into
+    the next. Iterating continues where it stopped.
+
+    Args:
+        eos_token_id: what ends a document; `end_of_text_id(tokenizer)` if None.
+        epochs: None for no end. The last incomplete block of the last epoch is left out.
+
+    Raises:
+        InputError: all the text is shorter than one block.
+    """
+
+    def __init__(
+        self,
+        documents: Documents | HubDocuments,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seq_len: int,
+        seed: int,
+        eos_token_id: int | None = None,
+        epochs: int | None = None,
+    ) -> None:
+        if seq_len < 1 or seed < 0:
+            raise InputError(f"seq_len {seq_len} must be at least 1 and seed {seed} at least 0")
+        self.documents, self.seq_len, self.seed, self.epochs = documents, seq_len, seed, epochs
+        self._encoder = _Encoder(tokenizer, eos_token_id)
+        self._go_to({"epoch": 0, "document": None, "token": 0, "blocks": 0})
+        self._fill(seq_len + 1)  # raises on too short a text before a run
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if (worker := get_worker_info()) is not None and worker.num_workers > 1:
+            raise InputError(f"{worker.num_workers} workers would each yield the whole stream: use one or BatchLoader")
+        while (tokens := self.take(1)) is not None:
+            yield {"input_ids": tokens[:-1], "labels": tokens[1:]}
+
+    def take(self, num_blocks: int) -> Tensor | None:
+        """The next blocks in one row, int64, shape (num_blocks * seq_len + 1,); block i starts at `i * seq_len`.
+
+        None where the last epoch has no more of as many.
+        """
+        used = num_blocks * self.seq_len
+        if not self._fill(used + 1):
+            return None
+        parts, missing = [], used + 1
+        for _, _, ids in self._pending:
+            parts.append(ids[self._token if not parts else 0 :][:missing])
+            missing -= len(parts[-1])
+            if not missing:
+                break
+        self._available -= used
+        self._token += used
+        while self._token >= len(self._pending[0][2]):
+            self._token -= len(self._pending.popleft()[2])
+        self._blocks += num_blocks
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the next block's first token, JSON-able; the same on every rank."""
+        epoch, document = self._pending[0][:2] if self._pending else self._start
+        return {
+            "epoch": epoch,
+            "document": copy.deepcopy(document),
+            "token": self._token,
+            "blocks": self._blocks,
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a saved position.
+
+        Raises:
+            InputError: it was saved with another seed or seq_len.
+        """
+        for name, now in (("seed", self.seed), ("seq_len", self.seq_len)):
+            if state[name] != now:
+                raise InputError(f"the data position was saved with {name} {state[name]}, not {now}: keep {name}")
+        self._go_to(state)
+
+    def _go_to(self, state: dict[str, Any]) -> None:
+        # Tokenized and not yet all taken: (epoch, position, token ids int32) of a piece; `_token` counts in the first.
+        self._pending: deque[tuple[int, Any, np.ndarray]] = deque()
+        self._start = (state["epoch"], copy.deepcopy(state["document"]))
+        self._token, self._blocks = state["token"], state["blocks"]
+        self._available = -self._token
+        self._reader = self._read()
+
+    def _fill(self, num_tokens: int) -> bool:
+        while self._available < num_tokens:
+            batch = next(self._reader, None)
+            if batch is None:
+                return False
+            self._pending.extend(batch)
+            self._available += sum(len(ids) for _, _, ids in batch)
+        return True
+
+    def _read(self) -> Iterator[list[tuple[int, Any, np.ndarray]]]:
+        epoch, position = self._start
+        while self.epochs is None or epoch < self.epochs:
+            whole, num_tokens = position is None, 0
+            for pieces in self.documents.pieces(self.seed, epoch, position):
+                batch = [(epoch, piece.position, ids) for piece, ids in zip(pieces, self._encoder(pieces)) if len(ids)]
+                num_tokens += sum(len(ids) for _, _, ids in batch)
+                yield batch
+            if whole and num_tokens <= self.seq_len:
+                raise InputError(
+                    f"{self.documents.name}: {num_tokens} tokens are fewer than one block of seq_len {self.seq_len} "
+                    "and the token after it; give more text or a smaller seq_len"
+                )
+            epoch, position = epoch + 1, None
+
+
+class BatchLoader:
+    """One rank's rows of each global micro-batch of a `BlockStream`.
+
+    Global batch g holds the blocks `[g*R*b, (g+1)*R*b)` of the stream, rank r of R its rows `[r*b, (r+1)*b)`:
+    dicts of `input_ids` and `labels`, int64, shape (rows_per_rank, seq_len). Every rank tokenizes the whole stream.
+    `state_dict` is the position after the last batch handed out, whatever has been prepared ahead, the same on
+    every rank; it may be loaded with other `rows_per_rank`, `rank` and `world_size`. A last incomplete batch is left
+    out (only with `BlockStream(epochs=...)`).
+
+    Args:
+        prefetch: prepare the next batch in a thread meanwhile (fast tokenizers let go of the interpreter).
+    """
+
+    def __init__(
+        self,
+        stream: BlockStream,
+        *,
+        rows_per_rank: int,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: bool = False,
+    ) -> None:
+        if rows_per_rank < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"rows_per_rank {rows_per_rank}, rank {rank} of {world_size}: no such rows")
+        self.stream, self.rows_per_rank, self.rank, self.world_size = stream, rows_per_rank, rank, world_size
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
+        self._ahead: Future[tuple[dict[str, Tensor], dict[str, Any]] | None] | None = None
+        self._position = stream.state_dict()
+
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        item = self._ahead.result() if self._ahead is not None else self._next()
+        if item is None:
+            raise StopIteration
+        if self._thread is not None:
+            self._ahead = self._thread.submit(self._next)
+        batch, self._position = item
+        return batch
+
+    def _next(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        tokens = self.stream.take(self.world_size * self.rows_per_rank)
+        if tokens is None:
+            return None
+        size, shape = self.rows_per_rank * self.stream.seq_len, (self.rows_per_rank, self.stream.seq_len)
+        rows = tokens[self.rank * size : (self.rank + 1) * size + 1]
+        batch = {"input_ids": rows[:-1].view(shape), "labels": rows[1:].view(shape)}
+        return batch, self.stream.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `BlockStream.state_dict`."""
+        return copy.deepcopy(self._position)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `BlockStream.load_state_dict`."""
+        if self._ahead is not None:
+            self._ahead.exception()  # waits
+            self._ahead = None
+        self.stream.load_state_dict(state)
+        self._position = copy.deepcopy(state)
+
+
+class _Encoder:
+    """Token ids of pieces, int32 arrays, with what starts and ends a document."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_id: int | None) -> None:
+        # Its own copy: a fast tokenizer that another thread uses meanwhile may raise "Already borrowed".
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self.eos = end_of_text_id(tokenizer) if eos_token_id is None else eos_token_id
+        bos = tokenizer.bos_token_id
+        self.bos = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+        """What the tokenizer itself puts before a text."""
+        self._first = self.bos if self.bos != [self.eos] else []  # the end-of-text before it is it already
+
+    def __call__(self, pieces: list[Piece]) -> list[np.ndarray]:
+        texts = [piece.text for piece in pieces]
+        return [
+            np.asarray(self._first * piece.first + ids + [self.eos] * piece.last, dtype=np.int32)
+            if ids or not (piece.first and piece.last)
+            else np.empty(0, dtype=np.int32)
+            for piece, ids in zip(pieces, self.plain(texts))
+        ]
+
+    def plain(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # else it warns that a document is longer than the context
+        )
+        return encoded["input_ids"]
+
+
+def token_ids(
+    documents: Documents | HubDocuments | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None = None,
+    *,
+    eos_token_id: int | None = None,
+) -> Tensor:
+    """Documents as they lie, joined with end-of-text: int64, shape (num_tokens,). For evaluation.
+
+    Of one document it is what `tokenizer(text)` gives, so that figures are those of the usual protocol.
+
+    Args:
+        documents: or a dataset that `open_documents` opens.
+        limit: the first so many tokens only.
+    """
+    if not isinstance(documents, Documents | HubDocuments):
+        documents = open_documents(documents)
+    encoder = _Encoder(tokenizer, eos_token_id)
+    ids, text = list(encoder.bos), []
+    for piece in (piece for batch in documents.pieces(None) for piece in batch):
+        text.append(piece.text)
+        if not piece.last:
+            continue
+        if len(ids) > len(encoder.bos):
+            ids += [encoder.eos, *(encoder.bos if encoder.bos != [encoder.eos] else [])]
+        ids += encoder.plain(["".join(text)])[0]
+        text.clear()
+        if limit is not None and len(ids) >= limit:
+            break
+    return torch.tensor(ids[:limit], dtype=torch.int64)
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token between documents: an end-of-text among the added tokens, else `eos_token_id`.
+
+    Raises:
+        InputError: the tokenizer has neither.
+    """
+    added = tokenizer.get_added_vocab()
+    found = next((added[token] for token in _END_OF_TEXT if token in added), tokenizer.eos_token_id)
+    if found is None:
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token: set its eos_token")
+    return found
+
+
+def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
+    """Refuses token ids that the model has no embedding for.
+
+    Raises:
+        InputError: an id is at least `vocab_size`.
+    """
+    if input_ids.numel() and (largest := int(input_ids.max())) >= vocab_size:
+        raise InputError(
+            f"token id {largest} is outside the model's vocabulary of {vocab_size}: use the model's own tokenizer"
+        )

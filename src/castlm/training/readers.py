@@ -1,0 +1,357 @@
+"""Reads the documents of one file where they lie: any of them by its number, no copy on disk, little memory.
+
+Plain text and JSON lines are mapped; a gzip file is entered at seek points, a parquet file by row groups. What has
+to be decompressed is kept in a `Pool` of bounded size that all files share.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import mmap
+import re
+import threading
+import zlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from castlm.core.errors import InputError
+from castlm.files import sha256_file
+
+SEPARATOR = "<|endoftext|>"
+PIECE_BYTES = 256 << 10  # a longer document of a text file is read and tokenized in pieces of about this size
+SEGMENT_BYTES = 8 << 20  # between two seek points of a gzip file
+READ_BYTES = 1 << 20
+
+_INK = re.compile(rb"\S")
+# A byte-level BPE tokenizer cuts at these places itself, so that the tokens are those of the uncut text.
+_LINE_START = re.compile(rb"(?<=\n)(?=\S)")
+_WORD_START = re.compile(rb"(?<=\S)(?= \S)")
+
+
+class Source(Protocol):
+    """The pieces of one file, numbered from 0. A document is one piece or a few consecutive ones.
+
+    `last` (bool, one a piece): the piece ends its document. `unit` (int64, one a piece): what must be decompressed
+    together with it. `unit_bytes` (int64, one a unit): what holding that unit takes, 0 where nothing has to be held.
+    `num_empty`: blank documents that were left out.
+    """
+
+    last: np.ndarray
+    unit: np.ndarray
+    unit_bytes: np.ndarray
+    num_empty: int
+
+    def text(self, piece: int) -> str: ...
+
+    def sha256(self) -> str: ...
+
+
+class Pool:
+    """Keeps the units read last, `limit` bytes of them (the one read last whatever its size)."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._held: OrderedDict[tuple[int, int], tuple[Any, int]] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()  # evaluation may read while the loader reads ahead
+
+    def get(self, key: tuple[int, int], num_bytes: int, load: Callable[[], Any]) -> Any:
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key][0]
+            while self._held and self._bytes + num_bytes > self.limit:
+                self._bytes -= self._held.popitem(last=False)[1][1]
+            value = load()
+            self._held[key] = (value, num_bytes)
+            self._bytes += num_bytes
+            return value
+
+
+class Spans:
+    """Pieces that are byte ranges of a buffer (a mapped file, or bytes in memory); `decode` makes a text of one."""
+
+    def __init__(
+        self,
+        buffer: bytes | mmap.mmap,
+        start: Sequence[int],
+        stop: Sequence[int],
+        last: Sequence[bool],
+        decode: Callable[[bytes], str],
+        num_empty: int = 0,
+        path: Path | None = None,
+    ) -> None:
+        self._buffer, self._decode, self._path = buffer, decode, path
+        self._start, self._stop = np.asarray(start, dtype=np.int64), np.asarray(stop, dtype=np.int64)
+        self.last = np.asarray(last, dtype=bool)
+        self.unit = np.cumsum(self.last) - self.last  # each document for itself
+        self.unit_bytes = np.zeros(int(self.last.sum()), dtype=np.int64)
+        self.num_empty = num_empty
+
+    def text(self, piece: int) -> str:
+        return self._decode(self._buffer[self._start[piece] : self._stop[piece]])
+
+    def sha256(self) -> str:
+        if self._path is not None:
+            return sha256_file(self._path)
+        ends = self._stop[self.last].tobytes()
+        return hashlib.sha256(ends + bytes(self._buffer)).hexdigest()
+
+
+def open_text(path: Path) -> Spans:
+    """A UTF-8 text file: one document, byte for byte, unless `<|endoftext|>` stands in it.
+
+    Then it is split there, and the line breaks around the separator go.
+    """
+    buffer = _map(path)
+    _check_utf8(buffer, path)
+    return _cut_text(buffer, path)
+
+
+def texts_in_memory(texts: Iterable[str]) -> Spans:
+    """Texts that are at hand, each one document."""
+    encoded = [text.encode() for text in texts]
+    stops = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+    starts = stops - [len(text) for text in encoded]
+    return _pieces(b"".join(encoded), zip(starts.tolist(), stops.tolist()))
+
+
+def _cut_text(buffer: bytes | mmap.mmap, path: Path) -> Spans:
+    begin = len(codecs.BOM_UTF8) if buffer[:3] == codecs.BOM_UTF8 else 0
+    cuts = [match.span() for match in re.finditer(re.escape(SEPARATOR.encode()), buffer)]
+    if not cuts:
+        return _pieces(buffer, [(begin, len(buffer))], path)
+    starts, stops = [begin, *(stop for _, stop in cuts)], [*(start for start, _ in cuts), len(buffer)]
+    return _pieces(buffer, (_trim(buffer, *span) for span in zip(starts, stops)), path)
+
+
+def _trim(buffer: bytes | mmap.mmap, start: int, stop: int) -> tuple[int, int]:
+    while start < stop and buffer[start] in b"\r\n":
+        start += 1
+    while start < stop and buffer[stop - 1] in b"\r\n":
+        stop -= 1
+    return start, stop
+
+
+def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]], path: Path | None = None) -> Spans:
+    """Leaves out blank documents and cuts long ones at line starts, else between words, else not at all."""
+    starts, stops, last, num_empty = array("q"), array("q"), [], 0
+    for start, stop in documents:
+        if not _INK.search(buffer, start, stop):
+            num_empty += 1
+            continue
+        while stop - start > 2 * PIECE_BYTES:
+            cut = _LINE_START.search(buffer, start + PIECE_BYTES, start + 2 * PIECE_BYTES) or _WORD_START.search(
+                buffer, start + PIECE_BYTES, stop
+            )
+            if cut is None:
+                break
+            starts.append(start)
+            stops.append(cut.start())
+            last.append(False)
+            start = cut.start()
+        starts.append(start)
+        stops.append(stop)
+        last.append(True)
+    return Spans(buffer, starts, stops, last, bytes.decode, num_empty, path)
+
+
+def open_json_lines(path: Path, column: str) -> Spans:
+    """A file with one JSON object a line. Every line is parsed once, so that a bad one is found before the run."""
+    with open(path, "rb") as lines:
+        starts, stops, num_empty = _index_lines(lines, path, column)
+    last = np.ones(len(starts), dtype=bool)
+    return Spans(_map(path), starts, stops, last, lambda line: _text_of(line, column, str(path)), num_empty, path)
+
+
+def _index_lines(lines: Iterable[bytes], path: Path, column: str) -> tuple[Sequence[int], Sequence[int], int]:
+    """Byte ranges of the lines that hold a document, and the number of blank documents."""
+    starts, stops, num_empty, at = array("q"), array("q"), 0, 0
+    for number, line in enumerate(lines, 1):
+        if not line.isspace():
+            if _text_of(line, column, f"{path}, line {number}").strip():
+                starts.append(at)
+                stops.append(at + len(line))
+            else:
+                num_empty += 1
+        at += len(line)
+    return starts, stops, num_empty
+
+
+def _text_of(line: bytes, column: str, where: str) -> str:
+    try:
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error}); put one JSON object on each line") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: holds a JSON {type(row).__name__}; put one JSON object on each line")
+    if column not in row:
+        raise InputError(f"{where}: no column {column!r}; there are: {', '.join(row) or 'none'}")
+    text = row[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise InputError(f"{where}: column {column!r} holds a {type(text).__name__}, a string is needed")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: half a surrogate pair at character {error.start}; mend the line") from error
+    return text
+
+
+class GzipJsonLines:
+    """Gzipped JSON lines, entered in the middle: the decompressor is copied every `SEGMENT_BYTES` (40 KB each)."""
+
+    def __init__(self, path: Path, column: str, pool: Pool) -> None:
+        self._path, self._column, self._pool = path, column, pool
+        # Of each segment: where it starts in the decompressed text and in the file, and the decompressor there.
+        self._points: list[tuple[int, int, Any]] = [(0, 0, None)]
+        try:
+            starts, stops, self.num_empty = _index_lines(_split_lines(self._scan()), path, column)
+        except (zlib.error, EOFError, OSError) as error:
+            raise InputError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
+        self._start, self._stop = np.asarray(starts, dtype=np.int64), np.asarray(stops, dtype=np.int64)
+        begins = np.asarray([point[0] for point in self._points])
+        self.last = np.ones(len(starts), dtype=bool)
+        self.unit = np.searchsorted(begins, self._start, side="right") - 1
+        ends = begins.copy()  # a line belongs to the segment that it starts in, and may reach into the next
+        np.maximum.at(ends, self.unit, self._stop)
+        self.unit_bytes = ends - begins
+
+    def _scan(self) -> Iterator[bytes]:
+        total = 0
+        for chunk, offset, inflater in _inflate(self._path):
+            yield chunk
+            total += len(chunk)
+            if total - self._points[-1][0] >= SEGMENT_BYTES:
+                self._points.append((total, offset, inflater.copy()))
+
+    def text(self, piece: int) -> str:
+        unit = int(self.unit[piece])
+        segment = self._pool.get((id(self), unit), int(self.unit_bytes[unit]), lambda: self._read(unit))
+        begin = self._points[unit][0]
+        line = segment[self._start[piece] - begin : self._stop[piece] - begin]
+        return _text_of(line, self._column, str(self._path))
+
+    def _read(self, unit: int) -> bytes:
+        _, offset, inflater = self._points[unit]
+        parts, missing = [], int(self.unit_bytes[unit])
+        for chunk, _, _ in _inflate(self._path, offset, inflater):
+            parts.append(chunk[:missing])
+            missing -= len(parts[-1])
+            if not missing:
+                break
+        return b"".join(parts)
+
+    def sha256(self) -> str:
+        return sha256_file(self._path)
+
+
+def _inflate(path: Path, offset: int = 0, inflater: Any = None) -> Iterator[tuple[bytes, int, Any]]:
+    """Chunks of a gzip file (of several members, too), each with the file offset and the decompressor after it."""
+    inflater = inflater.copy() if inflater else zlib.decompressobj(wbits=31)
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while raw := file.read(READ_BYTES):
+            parts = []
+            while raw:
+                if inflater.eof:
+                    raw = raw.lstrip(b"\0")  # padding after a member is allowed
+                    if not raw:
+                        break
+                    inflater = zlib.decompressobj(wbits=31)
+                parts.append(inflater.decompress(raw))
+                raw = inflater.unused_data
+            yield b"".join(parts), file.tell(), inflater
+    if not inflater.eof:
+        raise EOFError("it ends too early")
+
+
+def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    begun: list[bytes] = []
+    for chunk in chunks:
+        *whole, rest = chunk.split(b"\n")
+        for line in whole:
+            yield b"".join([*begun, line, b"\n"])
+            begun = []
+        begun.append(rest)
+    if line := b"".join(begun):
+        yield line
+
+
+class ParquetRows:
+    """One string column of a parquet file; a row group is decoded whole. Blank rows stay and read as ""."""
+
+    def __init__(self, path: Path, column: str, pool: Pool) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._path, self._column, self._pool, self.num_empty = path, column, pool, 0
+        try:
+            file = pq.ParquetFile(path, memory_map=True)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{path}: not a whole parquet file ({_one_line(error)}); fetch it again") from error
+        names = file.schema_arrow.names
+        if column not in names:
+            raise InputError(f"{path}: no column {column!r}; there are: {', '.join(names)}")
+        kind = file.schema_arrow.field(column).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise InputError(f"{path}: column {column!r} holds {kind}, strings are needed")
+        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+        rows = np.asarray([group.num_rows for group in groups], dtype=np.int64)
+        self._first = np.cumsum(rows) - rows
+        self.unit = np.repeat(np.arange(len(rows)), rows)
+        self.last = np.ones(int(rows.sum()), dtype=bool)
+        leaf = [file.metadata.schema.column(index).path for index in range(file.metadata.num_columns)].index(column)
+        self.unit_bytes = np.asarray([g.column(leaf).total_uncompressed_size for g in groups], dtype=np.int64)
+
+    def text(self, piece: int) -> str:
+        unit = int(self.unit[piece])
+        column = self._pool.get((id(self), unit), int(self.unit_bytes[unit]), lambda: self._read(unit))
+        return column[int(piece - self._first[unit])].as_py() or ""
+
+    def _read(self, unit: int) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.ParquetFile(self._path).read_row_group(unit, columns=[self._column]).column(0)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{self._path}: row group {unit} cannot be read ({_one_line(error)})") from error
+
+    def sha256(self) -> str:
+        return sha256_file(self._path)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _map(path: Path) -> bytes | mmap.mmap:
+    with open(path, "rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:  # an empty file cannot be mapped
+            return b""
+
+
+def _check_utf8(buffer: bytes | mmap.mmap, path: Path) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for at in range(0, len(buffer), READ_BYTES):
+        try:
+            decoder.decode(buffer[at : at + READ_BYTES], final=at + READ_BYTES >= len(buffer))
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}: not UTF-8 near byte {at + error.start} ({error.reason}); convert the file to UTF-8"
+            ) from error

@@ -1,0 +1,529 @@
+"""Blocks against a packing written out plainly, positions against the undisturbed run, files against their texts."""
+
+import gzip
+import hashlib
+import json
+import random
+from itertools import pairwise
+from types import SimpleNamespace
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from castlm.core.errors import InputError
+from castlm.training import data as data_module
+from castlm.training import documents as documents_module
+from castlm.training import readers
+from castlm.training.data import (
+    BatchLoader,
+    BlockStream,
+    check_vocabulary,
+    end_of_text_id,
+    open_documents,
+    read_text,
+    split_documents,
+    text_hash,
+    token_ids,
+)
+from castlm.training.documents import Documents, HubDocuments
+from tests.tiny import EOS, EOS_ID, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+def make_texts(count, seed=0, most=60):
+    rng = random.Random(seed)
+    return [f"<{i}> " + "".join(rng.choices("abc défg\n", k=rng.randint(1, most))) + "." for i in range(count)]
+
+
+def ids_of(text):
+    return TOKENIZER(text)["input_ids"]
+
+
+def write_lines(path, texts, column="text"):
+    data = "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def write_parquet(path, texts, rows=None):
+    pq.write_table(pa.table({"id": list(range(len(texts))), "text": texts}), path, row_group_size=rows)
+    return path
+
+
+def texts_of(documents, seed=None, epoch=0):
+    """Whole documents in the order of `pieces`."""
+    found, begun = [], None
+    for piece in (piece for batch in documents.pieces(seed, epoch) for piece in batch):
+        assert piece.first == (begun is None)
+        begun = (begun or "") + piece.text
+        if piece.last:
+            found.append(begun)
+            begun = None
+    assert begun is None
+    return found
+
+
+def blocks_of(stream, count):
+    blocks = iter(stream)
+    return [next(blocks) for _ in range(count)]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x[k], y[k]) for x, y in zip(a, b) for k in ("input_ids", "labels"))
+
+
+def local(count=23):
+    return Documents.from_texts(make_texts(count))
+
+
+def hub(count=23):
+    rows = datasets.Dataset.from_dict({"text": make_texts(count)})
+    return HubDocuments(lambda: rows.to_iterable_dataset(num_shards=3), "text", "some/name", "some/name@abc")
+
+
+@pytest.fixture(params=[local, hub])
+def collection(request, monkeypatch):
+    monkeypatch.setattr(documents_module, "READ_DOCUMENTS", 3)
+    monkeypatch.setattr(documents_module, "HUB_WINDOW", 7)
+    return request.param
+
+
+def stream_of(documents, seq_len=16, seed=5, **kwargs):
+    return BlockStream(documents, TOKENIZER, seq_len=seq_len, seed=seed, **kwargs)
+
+
+# Packing and order
+
+
+def test_blocks_are_the_documents_joined_with_end_of_text(collection):
+    flat = [t for epoch in range(3) for text in texts_of(collection(), 5, epoch) for t in [*ids_of(text), EOS_ID]]
+    count = (len(flat) - 1) // 16
+    for i, block in enumerate(blocks_of(stream_of(collection()), count)):
+        assert block["input_ids"].tolist() == flat[16 * i : 16 * i + 16]
+        assert block["labels"].tolist() == flat[16 * i + 1 : 16 * i + 17]
+        assert block["labels"].dtype == torch.int64
+
+
+def test_every_document_once_an_epoch_in_another_order(collection):
+    texts = make_texts(23)
+    orders = [texts_of(collection(), seed, epoch) for seed, epoch in ((5, 0), (5, 1), (6, 0))]
+    assert all(sorted(order) == sorted(texts) for order in orders)
+    assert len({tuple(order) for order in [*orders, texts]}) == 4
+    assert texts_of(collection(), 5, 1) == orders[1]
+    assert texts_of(collection()) == texts
+
+
+def test_finite_epochs_leave_out_only_an_incomplete_block():
+    total = sum(len(ids_of(text)) + 1 for text in make_texts(23))
+    blocks = list(stream_of(local(), epochs=2))
+    assert len(blocks) == (2 * total - 1) // 16
+
+
+def test_first_block_needs_few_documents_only(monkeypatch):
+    read = []
+    monkeypatch.setattr(Documents, "_text", lambda self, index: read.append(index) or "text " * 20)
+    blocks_of(stream_of(local(1000)), 1)
+    assert len(read) == documents_module.READ_DOCUMENTS
+
+
+# Position
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 17, 60, 100])
+def test_restored_stream_goes_on_bit_for_bit(collection, count):
+    straight = blocks_of(stream_of(collection()), count + 80)  # an epoch is about 60 blocks
+    stopped = stream_of(collection())
+    blocks_of(stopped, count)
+    state = json.loads(json.dumps(stopped.state_dict()))
+    resumed = stream_of(collection())
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    assert state["blocks"] == count
+    assert same(blocks_of(resumed, 80), straight[count:])
+    assert same(blocks_of(stopped, 80), straight[count:])
+
+
+def test_restored_in_the_middle_of_a_long_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 100)
+    path = tmp_path / "long.txt"
+    path.write_text("\n".join(make_texts(40)))
+    straight = blocks_of(stream_of(open_documents(path)), 200)
+    for count in (3, 50, 101):
+        stopped = stream_of(open_documents(path))
+        blocks_of(stopped, count)
+        resumed = stream_of(open_documents(path))
+        resumed.load_state_dict(stopped.state_dict())
+        assert same(blocks_of(resumed, 40), straight[count : count + 40])
+    flat = torch.cat([block["input_ids"] for block in straight]).tolist()
+    assert [*ids_of(path.read_text()), EOS_ID][:3000] == flat[: min(3000, flat.index(EOS_ID) + 1)]
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_resume_on_other_world_sizes(collection, prefetch):
+    straight = blocks_of(stream_of(collection()), 130)
+    state, at = None, 0
+    for world_size, rows, batches in ((1, 3, 9), (2, 2, 6), (4, 1, 12), (1, 1, 20)):
+        ranks = []
+        for rank in range(world_size):
+            loader = BatchLoader(
+                stream_of(collection()), rows_per_rank=rows, rank=rank, world_size=world_size, prefetch=prefetch
+            )
+            if state is not None:
+                loader.load_state_dict(state)
+            ranks.append(loader)
+        for _ in range(batches):
+            rank_rows = [next(loader) for loader in ranks]
+            batch = {key: torch.cat([r[key] for r in rank_rows]) for key in ("input_ids", "labels")}
+            assert rank_rows[0]["input_ids"].shape == (rows, 16)
+            expected = straight[at : at + world_size * rows]
+            assert same([{key: value[i] for key, value in batch.items()} for i in range(len(expected))], expected)
+            at += world_size * rows
+        states = [json.dumps(loader.state_dict(), sort_keys=True) for loader in ranks]
+        assert len(set(states)) == 1
+        state = json.loads(states[0])
+        assert state["blocks"] == at
+
+
+def test_prefetched_batch_is_not_in_the_state():
+    loader = BatchLoader(stream_of(local()), rows_per_rank=2, prefetch=True)
+    before = loader.state_dict()
+    first, second = next(loader), next(loader)
+    loader._ahead.result()
+    assert loader.state_dict()["blocks"] == 4
+    loader.load_state_dict(before)
+    assert same([next(loader), next(loader)], [first, second])
+
+
+def test_loader_ends_with_the_last_whole_batch():
+    for prefetch in (False, True):
+        blocks = list(stream_of(local(), epochs=1))
+        loader = BatchLoader(stream_of(local(), epochs=1), rows_per_rank=4, prefetch=prefetch)
+        assert len(list(loader)) == len(blocks) // 4
+        assert next(loader, None) is None
+
+
+def test_position_of_another_seed_or_seq_len_is_refused():
+    state = stream_of(local()).state_dict()
+    with pytest.raises(InputError, match="seed 5, not 6"):
+        stream_of(local(), seed=6).load_state_dict(state)
+    with pytest.raises(InputError, match="seq_len 16, not 8"):
+        stream_of(local(), seq_len=8).load_state_dict(state)
+
+
+def test_several_workers_of_a_plain_loader_are_refused(monkeypatch):
+    monkeypatch.setattr(data_module, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
+    with pytest.raises(InputError, match="2 workers"):
+        next(iter(stream_of(local())))
+
+
+# Files
+
+
+def test_all_types_hold_the_same_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "SEGMENT_BYTES", 700)
+    monkeypatch.setattr(readers, "READ_BYTES", 50)
+    texts = make_texts(200)
+    write_lines(tmp_path / "a.jsonl", texts)
+    write_lines(tmp_path / "a.jsonl.gz", texts)
+    write_parquet(tmp_path / "a.parquet", texts, rows=9)
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(texts) + "\n<|endoftext|>\n", newline="")
+    assert len(open_documents(tmp_path / "a.jsonl.gz")._unit_bytes) > 10
+    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt"):
+        documents = open_documents(tmp_path / name)
+        assert len(documents) == 200
+        assert texts_of(documents) == texts, name
+        assert sorted(texts_of(documents, 3)) == sorted(texts), name
+
+
+def test_little_is_held_when_units_do_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "SEGMENT_BYTES", 700)
+    monkeypatch.setattr(readers, "READ_BYTES", 50)
+    monkeypatch.setattr(documents_module, "SHUFFLE_BYTES", 5000)
+    texts = make_texts(400)
+    write_lines(tmp_path / "a.jsonl.gz", texts[:200])
+    write_parquet(tmp_path / "b.parquet", texts[200:300], rows=9)
+    write_lines(tmp_path / "c.jsonl", texts[300:])
+    documents = open_documents(tmp_path)
+    loads, read = [], readers.GzipJsonLines._read
+    monkeypatch.setattr(readers.GzipJsonLines, "_read", lambda self, unit: loads.append(unit) or read(self, unit))
+    order = texts_of(documents, 1)
+    assert sorted(order) == sorted(texts)
+    assert documents._pool._bytes <= 5000
+    assert len(loads) == len(set(loads))  # each segment inflated once an epoch
+    place = {text: i for i, text in enumerate(order)}
+    plain = np.array([place[text] for text in texts[300:]])
+    assert plain.min() < 100  # the random-access file is spread over the epoch
+    assert plain.max() > 300
+    assert texts_of(documents, 1, epoch=1) != order
+
+
+def test_folder_and_glob(tmp_path):
+    write_lines(tmp_path / "b.jsonl", ["two", "three"])
+    (tmp_path / "a.txt").write_text("one")
+    write_parquet(tmp_path / "c.parquet", ["four"])
+    write_lines(tmp_path / ".hidden.jsonl", ["hidden"])
+    (tmp_path / "README.md").write_text("not data")
+    assert texts_of(open_documents(tmp_path)) == ["one", "two", "three", "four"]
+    assert texts_of(open_documents(str(tmp_path / "[bc].*"))) == ["two", "three", "four"]
+
+
+def test_text_file_without_separator_is_one_document_byte_for_byte(tmp_path):
+    path = tmp_path / "a.txt"
+    text = " \n = Title = \n \n\n A paragraph .\r\n"
+    path.write_bytes(text.encode())
+    assert texts_of(open_documents(path)) == [text] == [read_text(path)]
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert texts_of(open_documents(path)) == [text] == [read_text(path)]
+
+
+def test_long_text_is_cut_at_lines_else_at_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 50)
+    path = tmp_path / "a.txt"
+    for text, before, after in (("é line here\n" * 40, "\n", "é"), ("word " * 80, "d", " "), ("x" * 400, None, None)):
+        path.write_text(text)
+        pieces = [piece.text for batch in open_documents(path).pieces(None) for piece in batch]
+        assert "".join(pieces) == text
+        if before is None:
+            assert len(pieces) == 1
+        else:
+            assert len(pieces) >= 5
+            assert all(one[-1] == before and two[0] == after for one, two in pairwise(pieces))
+    assert len(open_documents(path)) == 1
+
+
+def test_gzip_of_several_members_and_padding(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in ("one", "two")]
+    path.write_bytes(gzip.compress(lines[0]) + gzip.compress(lines[1]) + bytes(10))
+    assert texts_of(open_documents(path)) == ["one", "two"]
+
+
+def test_blank_documents_are_skipped_and_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text": ""}\n{"text": null}\n{"text": " \\n"}\n{"text": "two"}')
+    documents = open_documents(path)
+    assert (texts_of(documents), documents.num_empty, len(documents)) == (["one", "two"], 3, 2)
+    assert texts_of(open_documents(write_parquet(tmp_path / "a.parquet", ["", "one", None]))) == ["one"]
+    assert Documents.from_texts(["", "one", " "]).num_empty == 2
+
+
+def test_text_hash_is_of_the_contents(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    assert text_hash(path) == text_hash(open_documents(path)) == hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "b.txt").write_text("three")
+    assert text_hash(tmp_path) == text_hash(open_documents(tmp_path)) != text_hash(path)
+    assert text_hash(Documents.from_texts(["ab", "c"])) != text_hash(Documents.from_texts(["a", "bc"]))
+    parts = split_documents(open_documents(path), 0.5, seed=0)
+    assert len({text_hash(path), *map(text_hash, parts)}) == 3
+
+
+# Held-out text and evaluation
+
+
+def test_split_is_by_document_and_deterministic():
+    documents = local(40)
+    train, held_out = split_documents(documents, 0.1, seed=3)
+    assert (len(train), len(held_out)) == (36, 4)
+    assert sorted(texts_of(train, 1) + texts_of(held_out)) == sorted(texts_of(documents))
+    assert texts_of(split_documents(documents, 0.1, seed=3)[1]) == texts_of(held_out)
+    assert texts_of(split_documents(documents, 0.1, seed=4)[1]) != texts_of(held_out)
+
+
+@pytest.mark.parametrize("piece_bytes", [256 << 10, 100])
+def test_split_of_one_document_is_its_end(tmp_path, monkeypatch, piece_bytes):
+    monkeypatch.setattr(readers, "PIECE_BYTES", piece_bytes)
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"line {i} of it\n" for i in range(200)))
+    train, held_out = (texts_of(part) for part in split_documents(open_documents(path), 0.1, seed=0))
+    assert len(train) == len(held_out) == 1
+    assert train[0] + held_out[0] == path.read_text()
+    assert held_out[0].startswith("line ")
+    assert 0.05 < len(held_out[0]) / len(path.read_text()) < 0.15
+
+
+def test_split_that_leaves_nothing_is_refused():
+    with pytest.raises(InputError, match="too few"):
+        split_documents(Documents.from_texts(["a"]), 0.1, seed=0)
+    with pytest.raises(InputError, match="between 0 and 1"):
+        split_documents(local(), 1.0, seed=0)
+
+
+def test_token_ids_are_documents_joined(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    expected = [*ids_of("one"), EOS_ID, *ids_of("two")]
+    assert token_ids(path, TOKENIZER).tolist() == expected
+    assert token_ids(open_documents(path), TOKENIZER, limit=5).tolist() == expected[:5]
+
+
+@pytest.mark.parametrize("bos", ["<s>", EOS])  # as LLaMA has it, and as OPT
+def test_beginning_of_text_as_the_tokenizer_has_it(bos, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 100)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": bos})
+    start = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = start
+    bos_id, repeated = tokenizer.bos_token_id, [tokenizer.bos_token_id] if bos != EOS else []
+    text = "Once upon a time there was a cat.\n" * 30
+    (tmp_path / "a.txt").write_text(text)
+    assert token_ids(tmp_path / "a.txt", tokenizer).tolist() == [bos_id, *ids_of(text)] == tokenizer(text)["input_ids"]
+    documents = Documents.from_texts([text, "a dog"])
+    expected = [bos_id, *ids_of(text), EOS_ID, *repeated, *ids_of("a dog")]
+    assert token_ids(documents, tokenizer).tolist() == expected
+    flat = BlockStream(documents, tokenizer, seq_len=100, seed=0).take(9).tolist()
+    order = [t for text in texts_of(documents, 0) for t in [*repeated, *ids_of(text), EOS_ID]]
+    assert flat == order[: len(flat)]
+
+
+def test_evaluation_tokens_of_a_real_tokenizer(stories260k):
+    tokenizer = AutoTokenizer.from_pretrained(stories260k)
+    text = " \n = A title = \n\n Once upon a time there was a cat .\n" * 30
+    assert token_ids(Documents.from_texts([text]), tokenizer).tolist() == tokenizer(text)["input_ids"]
+
+
+def test_end_of_text_is_not_the_end_of_a_turn():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    assert tokenizer.eos_token_id != EOS_ID
+    assert end_of_text_id(tokenizer) == EOS_ID
+    bare = SimpleNamespace(get_added_vocab=dict, eos_token_id=None, name_or_path="x")
+    with pytest.raises(InputError, match="end-of-text"):
+        end_of_text_id(bare)
+
+
+def test_token_outside_the_vocabulary_is_refused():
+    check_vocabulary(torch.tensor([[0, 263]]), 264)
+    with pytest.raises(InputError, match="token id 264"):
+        check_vocabulary(torch.tensor([[0, 264]]), 264)
+
+
+# Hub
+
+
+def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
+    files = [str(write_lines(tmp_path / f"{i}.jsonl", make_texts(9, seed=i))) for i in range(3)]
+    load = datasets.load_dataset
+
+    def from_files(name, config, *, split, revision, streaming):
+        assert (name, config, split, revision, streaming) == ("some/name", "small", "train", "abc", True)
+        return load("json", data_files=files, split="train", streaming=True)
+
+    info = SimpleNamespace(sha="abc")
+    monkeypatch.setattr(datasets, "load_dataset", from_files)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: info)
+    monkeypatch.setattr(documents_module, "HUB_WINDOW", 7)
+    monkeypatch.setattr(documents_module, "HUB_HELD_OUT", 4)
+    documents = open_documents("some/name@v1", data_config="small")
+    texts = [text for i in range(3) for text in make_texts(9, seed=i)]
+    assert texts_of(documents) == texts
+    assert sorted(texts_of(documents, 1)) == sorted(texts)
+    train, held_out = split_documents(documents, 0.1, seed=0)
+    assert (texts_of(train), texts_of(held_out)) == (texts[4:], texts[:4])
+    straight = blocks_of(stream_of(train), 100)
+    stopped = stream_of(train)
+    blocks_of(stopped, 41)
+    assert texts_of(held_out) == texts[:4]  # reading one part leaves the other's position alone
+    resumed = stream_of(split_documents(open_documents("some/name", data_config="small"), 0.1, 0)[0])
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert same(blocks_of(resumed, 59), straight[41:])
+    assert same(blocks_of(stopped, 59), straight[41:])
+    first_hash = text_hash(documents)
+    info.sha = "def"
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: load("json", data_files=files, split="train", streaming=True)
+    )
+    assert text_hash(open_documents("some/name", data_config="small")) != first_hash
+    with pytest.raises(InputError, match=r"no text column 'body'; there are: text"):
+        open_documents("some/name", column="body", data_config="small")
+
+
+def test_unreachable_hub_dataset():
+    with pytest.raises(InputError, match="no such file or folder here, and the hub does not give it"):
+        open_documents("some/name")
+
+
+# What a user can get wrong
+
+
+def bad(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    return path
+
+
+def parquet_bytes(tmp_path, table):
+    pq.write_table(table, tmp_path / "whole")
+    return (tmp_path / "whole").read_bytes()
+
+
+LINE = b'{"text": "one", "id": 1}\n'
+BAD_FILES = [
+    ("a.csv", LINE, r"not a type of file"),
+    ("a.jsonl", LINE + b'{"text": "tw', r"a\.jsonl, line 2: not valid JSON"),
+    ("a.jsonl", LINE + b"[1]\n", r"line 2: holds a JSON list"),
+    ("a.jsonl", LINE + b'{"id": 2}\n', r"line 2: no column 'text'; there are: id"),
+    ("a.jsonl", b'{"body": "one", "id": 1}\n', r"no column 'text'; there are: body, id"),
+    ("a.jsonl", b'{"text": 3}\n', r"holds a int"),
+    ("a.jsonl", LINE + b'{"text": "\xff"}\n', r"line 2: not UTF-8"),
+    ("a.jsonl", b'{"text": "\\ud800"}\n', r"surrogate"),
+    ("a.jsonl", b"", r"no document with text"),
+    ("a.jsonl", b'{"text": " "}\n', r"no document with text in it \(1 blank ones\)"),
+    ("a.txt", b"", r"no document with text"),
+    ("a.txt", b" \n\n", r"no document with text"),
+    ("a.txt", b"caf\xe9 and more", r"not UTF-8 near byte 3"),
+    ("a.jsonl.gz", LINE, r"not a whole gzip file"),
+    ("a.jsonl.gz", gzip.compress(LINE * 50)[:-12], r"not a whole gzip file"),
+    ("a.jsonl.gz", gzip.compress(LINE + b"{"), r"a\.jsonl\.gz, line 2: not valid JSON"),
+    ("a.parquet", b"PAR1 not really", r"not a whole parquet file"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_bad_file(tmp_path, name, content, message):
+    with pytest.raises(InputError, match=message) as caught:
+        open_documents(bad(tmp_path, name, content))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_parquet(tmp_path):
+    whole = parquet_bytes(tmp_path, pa.table({"body": ["one"], "text": [1]}))
+    with pytest.raises(InputError, match="no column 'story'; there are: body, text"):
+        open_documents(bad(tmp_path, "a.parquet", whole), column="story")
+    with pytest.raises(InputError, match="holds int64"):
+        open_documents(bad(tmp_path, "a.parquet", whole))
+    whole = parquet_bytes(tmp_path, pa.table({"text": make_texts(500)}))
+    documents = open_documents(bad(tmp_path, "a.parquet", whole[:200] + bytes(2000) + whole[2200:]))
+    with pytest.raises(InputError, match="row group 0 cannot be read"):
+        texts_of(documents)
+
+
+def test_missing_and_empty_places(tmp_path):
+    for dataset, message in (
+        (tmp_path / "no.txt", "no such file"),
+        (tmp_path / "no" / "folder", "no such file"),
+        (tmp_path / "*.jsonl", "in this glob, which holds nothing"),
+        (tmp_path, "in this folder, which holds nothing"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_documents(dataset)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(InputError, match="which holds train"):
+        open_documents(tmp_path)
+    with pytest.raises(InputError, match="cannot read"):
+        read_text(tmp_path / "no.txt")
+    with pytest.raises(InputError, match="for hub datasets"):
+        open_documents(bad(tmp_path, "a.txt", b"text"), data_config="small")
+
+
+def test_text_shorter_than_one_block():
+    documents = Documents.from_texts(["abcd", "efg"])  # 9 tokens with their ends
+    assert len(blocks_of(stream_of(documents, seq_len=8), 3)) == 3
+    with pytest.raises(InputError, match="9 tokens are fewer than one block of seq_len 9"):
+        stream_of(documents, seq_len=9)
