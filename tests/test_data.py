@@ -61,7 +61,7 @@ def write_parquet(path, texts, rows=None):
 def texts_of(documents, seed=None, epoch=0):
     """Whole documents in the order of `pieces`."""
     found, begun = [], None
-    for piece in (piece for batch in documents.pieces(seed, epoch) for piece in batch):
+    for piece in documents.pieces(seed, epoch):
         assert piece.first == (begun is None)
         begun = (begun or "") + piece.text
         if piece.last:
@@ -91,7 +91,7 @@ def hub(count=23):
 
 @pytest.fixture(params=[local, hub])
 def collection(request, monkeypatch):
-    monkeypatch.setattr(documents_module, "READ_DOCUMENTS", 3)
+    monkeypatch.setattr(data_module, "_BATCH_PIECES", 3)
     monkeypatch.setattr(documents_module, "HUB_WINDOW", 7)
     return request.param
 
@@ -129,9 +129,10 @@ def test_finite_epochs_leave_out_only_an_incomplete_block():
 
 def test_first_block_needs_few_documents_only(monkeypatch):
     read = []
-    monkeypatch.setattr(Documents, "_text", lambda self, index: read.append(index) or "text " * 20)
+    monkeypatch.setattr(data_module, "_BATCH_CHARS", 250)
+    monkeypatch.setattr(Documents, "_text", lambda self, index: read.append(index) or "x" * 100)
     blocks_of(stream_of(local(1000)), 1)
-    assert len(read) == documents_module.READ_DOCUMENTS
+    assert len(read) == 3
 
 
 # Position
@@ -289,7 +290,7 @@ def test_long_text_is_cut_at_lines_else_at_words(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     for text, before, after in (("é line here\n" * 40, "\n", "é"), ("word " * 80, "d", " "), ("x" * 400, None, None)):
         path.write_text(text)
-        pieces = [piece.text for batch in open_documents(path).pieces(None) for piece in batch]
+        pieces = [piece.text for piece in open_documents(path).pieces(None)]
         assert "".join(pieces) == text
         if before is None:
             assert len(pieces) == 1

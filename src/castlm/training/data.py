@@ -47,6 +47,10 @@ __all__ = [
 # What base models were pretrained with between documents, where `eos_token` has become the end of a chat turn.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
+# Tokenized at once: enough for the cores of a fast tokenizer, little enough that no step waits long.
+_BATCH_PIECES = 64
+_BATCH_CHARS = 128 << 10
+
 
 class BlockStream(IterableDataset):
     """Blocks of `seq_len` tokens: documents shuffled by (seed, epoch), an end-of-text after each, nothing dropped.
@@ -152,7 +156,7 @@ class BlockStream(IterableDataset):
         epoch, position = self._start
         while self.epochs is None or epoch < self.epochs:
             whole, num_tokens = position is None, 0
-            for pieces in self.documents.pieces(self.seed, epoch, position):
+            for pieces in _batches(self.documents.pieces(self.seed, epoch, position)):
                 batch = [(epoch, piece.position, ids) for piece, ids in zip(pieces, self._encoder(pieces)) if len(ids)]
                 num_tokens += sum(len(ids) for _, _, ids in batch)
                 yield batch
@@ -227,6 +231,18 @@ class BatchLoader:
         self._position = copy.deepcopy(state)
 
 
+def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    batch, num_chars = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        num_chars += len(piece.text)
+        if len(batch) == _BATCH_PIECES or num_chars >= _BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
 class _Encoder:
     """Token ids of pieces, int32 arrays, with what starts and ends a document."""
 
@@ -240,17 +256,15 @@ class _Encoder:
         self._first = self.bos if self.bos != [self.eos] else []  # the end-of-text before it is it already
 
     def __call__(self, pieces: list[Piece]) -> list[np.ndarray]:
-        texts = [piece.text for piece in pieces]
+        ids_of_pieces = self.plain([piece.text for piece in pieces])
         return [
             np.asarray(self._first * piece.first + ids + [self.eos] * piece.last, dtype=np.int32)
             if ids or not (piece.first and piece.last)
             else np.empty(0, dtype=np.int32)
-            for piece, ids in zip(pieces, self.plain(texts))
+            for piece, ids in zip(pieces, ids_of_pieces)
         ]
 
     def plain(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
         encoded = self._tokenizer(
             texts,
             add_special_tokens=False,
@@ -280,7 +294,7 @@ def token_ids(
         documents = open_documents(documents)
     encoder = _Encoder(tokenizer, eos_token_id)
     ids, text = list(encoder.bos), []
-    for piece in (piece for batch in documents.pieces(None) for piece in batch):
+    for piece in documents.pieces(None):
         text.append(piece.text)
         if not piece.last:
             continue

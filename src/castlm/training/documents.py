@@ -32,7 +32,6 @@ from castlm.training.readers import (
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 SHUFFLE_BYTES = 256 << 20  # of decompressed gzip segments and parquet row groups, held and shuffled together
-READ_DOCUMENTS = 32
 HUB_WINDOW = 1000  # documents of a stream held and shuffled together
 HUB_HELD_OUT = 200
 
@@ -84,21 +83,19 @@ class Documents:
     def __len__(self) -> int:
         return int(self._last.sum())
 
-    def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[list[Piece]]:
-        """The pieces of all documents once, some at a time, in the order of (seed, epoch), or as they lie for None.
+    def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
+        """The pieces of all documents once, in the order of (seed, epoch), or as they lie for None.
 
         Args:
             position: of the piece to start with; None for the first.
         """
         order = np.arange(len(self._piece)) if seed is None else self._order(seed, epoch)
-        for at in range(position or 0, len(order), READ_DOCUMENTS):
-            batch = []
-            for here, index in enumerate(order[at : at + READ_DOCUMENTS].tolist(), at):
-                first, last = index == 0 or bool(self._last[index - 1]), bool(self._last[index])
-                text = self._text(index)
-                if not (first and last) or (text and not text.isspace()):
-                    batch.append(Piece(text, first, last, here))
-            yield batch
+        start = position or 0
+        for here, index in enumerate(order[start:].tolist(), start):
+            first, last = index == 0 or bool(self._last[index - 1]), bool(self._last[index])
+            text = self._text(index)
+            if not (first and last) or (text and not text.isspace()):
+                yield Piece(text, first, last, here)
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of the pieces, shape (num_pieces,), int64; the pieces of one document stay together.
@@ -156,7 +153,7 @@ class HubDocuments:
         self.name = name
         self._open_stream, self._column, self._identity = open_stream, column, identity
 
-    def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[list[Piece]]:
+    def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
         """See `Documents.pieces`. A position holds the stream's state before the window, not the window's texts."""
         stream = self._open_stream()
         state, window, start = stream.state_dict(), 0, 0
@@ -168,12 +165,9 @@ class HubDocuments:
             order = np.arange(len(texts))
             if seed is not None:
                 order = np.argsort(np.random.default_rng([seed, epoch, window]).random(len(texts)), kind="stable")
-            for at in range(start, len(texts), READ_DOCUMENTS):
-                yield [
-                    Piece(texts[row], True, True, {"stream": state, "window": window, "index": index})
-                    for index, row in enumerate(order[at : at + READ_DOCUMENTS].tolist(), at)
-                    if texts[row] and not texts[row].isspace()
-                ]
+            for index, row in enumerate(order[start:].tolist(), start):
+                if texts[row] and not texts[row].isspace():
+                    yield Piece(texts[row], True, True, {"stream": state, "window": window, "index": index})
             state, window, start = stream.state_dict(), window + 1, 0
 
     def split(self, num_held_out: int) -> tuple[HubDocuments, HubDocuments]:
@@ -318,7 +312,7 @@ def _split_one(documents: Documents, holdout_fraction: float) -> tuple[Documents
     if num_held_out:
         held_out = np.arange(count) >= count - num_held_out
         return documents._select(~held_out), documents._select(held_out)
-    text = "".join(piece.text for batch in documents.pieces(None) for piece in batch)
+    text = "".join(piece.text for piece in documents.pieces(None))
     at = round(len(text) * (1 - holdout_fraction))
     near = text[at : (at + len(text)) // 2]
     cut = at + 1 + (near.find("\n") if "\n" in near else near.find(" "))  # at `at` where there is neither
