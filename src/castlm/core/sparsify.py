@@ -22,7 +22,7 @@ FilterFn = Callable[[nn.Module, str], bool]
 
 def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
     """The default `filter_fn`: an `nn.Linear` inside a numbered block, as `model.layers.3.mlp.up_proj` is."""
-    return isinstance(module, nn.Linear) and any(part.isdigit() for part in fqn.split(".")[:-1])
+    return isinstance(module, nn.Linear) and any(part.isdigit() for part in fqn.split("."))
 
 
 def sparse_linears(

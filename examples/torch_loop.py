@@ -1,0 +1,39 @@
+"""CAST in a plain torch loop: what castlm adds to one is five lines, marked with an arrow.
+
+    python examples/torch_loop.py MODEL_FOLDER TEXT_FILE OUTPUT_FOLDER
+"""
+
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import castlm
+
+
+def main(model_folder: str, text_file: str, output_folder: str, steps: int = 50, seq_len: int = 128) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    ids = tokenizer(open(text_file, encoding="utf-8").read(), return_tensors="pt").input_ids[0]
+    blocks = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
+
+    castlm.add_weight_scaling(model)  # <-
+    optimizer = castlm.AdamS(castlm.sparse_param_groups(model), lr=1e-3, total_steps=steps)  # <-
+    for step in range(steps):
+        batch = blocks[torch.arange(step * 8, step * 8 + 8) % len(blocks)]
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 0 or step == steps - 1:
+            print(f"step {step}: loss {loss.item():.4f}")
+    castlm.prune_(model, masks=optimizer.masks())  # <-
+    castlm.fold_weight_scaling(model)  # <-
+
+    model.save_pretrained(output_folder)
+    tokenizer.save_pretrained(output_folder)
+    print(castlm.verify(output_folder).summary())  # <-
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])

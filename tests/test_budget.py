@@ -1,0 +1,54 @@
+"""The decay budget against a run of AdamS itself: what it promises has to come true, and so does what it denies."""
+
+import pytest
+import torch
+from torch import nn
+
+from castlm.core.adams import AdamS, decay_alpha
+from castlm.core.budget import decay_budget
+from castlm.core.errors import InputError
+
+
+def run(lr: float, steps: int, decay: str):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(16, 32) * 0.1)
+    optimizer = AdamS([{"params": [weight], "sparse": True}], lr=lr, lam=1.0, total_steps=steps, decay=decay)
+    alphas = [decay_alpha(t, steps, decay) for t in range(steps)]
+    budget = decay_budget([(weight, optimizer.mask(weight))], [lr] * steps, alphas, decay)
+    for _ in range(steps):
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    masked = weight.detach()[~optimizer.mask(weight)].abs()
+    return budget, float(masked.quantile(0.99))
+
+
+@pytest.mark.parametrize("decay", ["proportional", "additive"])
+def test_verdict_comes_true(decay):
+    budget, residue = run(2e-2, 100, decay)
+    assert budget.reaches_zero
+    assert residue < 3 * budget.floor
+    budget, residue = run(1e-4, 100, decay)
+    assert not budget.reaches_zero
+    assert residue > 0.01
+    assert budget.factor > 5
+    assert "horizon" in budget.explain()
+    assert f"{budget.factor:.1f}x the steps" in budget.explain()
+
+
+def test_horizon_always_reaches():
+    budget, residue = run(1e-6, 20, "horizon")
+    assert budget.reaches_zero
+    assert residue == 0
+
+
+def test_travel_and_quantiles_are_the_sums_they_say():
+    weight = torch.arange(1.0, 401).view(1, -1)
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    budget = decay_budget([(weight, mask)], [0.5, 1.0, 2.0], [0.0, 0.5, 1.0], "proportional")
+    assert budget.travel == 2.5
+    assert budget.quantiles == pytest.approx((200, 360, 396, 400), abs=1)
+    assert budget.floor == 2.0
+    with pytest.raises(InputError, match="2 learning rates against 1"):
+        decay_budget([(weight, mask)], [1, 1], [1], "additive")
+    with pytest.raises(InputError, match="no masked weight"):
+        decay_budget([(weight, ~mask)], [1], [1], "additive")

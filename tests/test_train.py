@@ -1,0 +1,315 @@
+"""The loop end to end on tiny models: the result, exact resume, equivalences, and every way to be told no."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from castlm.cli import main
+from castlm.core.errors import InputError
+from castlm.export.verify import verify
+from castlm.training.checkpoint import checkpoint_steps
+from castlm.training.config import TrainConfig, learning_rate, parse_train_arguments
+from castlm.training.distributed import init_world
+from castlm.training.loop import Run, train
+from tests.tiny import FAMILIES, save_tiny
+
+TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("llama"), "llama"))
+
+
+def small(model: str, dataset: str, output_dir: Path, **over) -> TrainConfig:
+    fields = {
+        "max_steps": 12,
+        "seq_len": 32,
+        "per_device_train_batch_size": 4,
+        "eval_tokens": 512,
+        "mask_interval": 3,
+        "save_steps": 0,
+        "eval_steps": 6,
+        "learning_rate": 1e-3,
+        "tensorboard": False,
+    }
+    return TrainConfig(model, dataset, str(output_dir), **{**fields, **over})
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def assert_equal_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_ends_proved(family, text, tmp_path):
+    model = save_tiny(tmp_path / "dense", family)
+    record = train(small(str(model), text, tmp_path / "run", max_steps=6))
+    folder = tmp_path / "run" / "model"
+    assert verify(folder).ok
+    assert json.loads((folder / "castlm.json").read_text())["proof"] == record["proof"]
+    assert record["perplexity"]["pruned"] == pytest.approx(record["proof"]["perplexity_from_disk"], rel=1e-5)
+    assert record["mask"]["largest_masked"] == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 7))
+    assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == family
+
+
+def test_widths_that_do_not_divide_stay_dense_and_are_recorded(text, tmp_path):
+    model = save_tiny(tmp_path / "dense", "llama", intermediate_size=90)
+    record = train(small(str(model), text, tmp_path / "run", max_steps=2, scale_groups=1))
+    assert "its width 90" in record["left_dense"]["model.layers.0.mlp.down_proj"]
+
+
+def test_accumulation_is_one_large_batch(llama, text, tmp_path):
+    common = {"eta": 0.5, "max_steps": 4, "decay_end": 1.0}
+    train(small(llama, text, tmp_path / "a", per_device_train_batch_size=8, **common))
+    train(small(llama, text, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8, **common))
+    one, other = weights(tmp_path / "a" / "model"), weights(tmp_path / "b" / "model")
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=2e-5)
+
+
+class StopAfter(Exception):  # noqa: N818
+    pass
+
+
+def stop_after(monkeypatch, step):
+    """Makes the loop end as a kill would, right after its step `step`."""
+    original = Run.train_step
+
+    def train_step(self):
+        if self.step == step:
+            raise StopAfter
+        original(self)
+
+    monkeypatch.setattr(Run, "train_step", train_step)
+
+
+@pytest.mark.parametrize("method", ["cast", "ast", "gradual_magnitude", "dense"])
+def test_resumed_run_is_the_straight_run_bit_for_bit(method, llama, text, tmp_path, monkeypatch):
+    straight = small(llama, text, tmp_path / "straight", method=method, save_steps=5)
+    train(straight)
+    killed = replace(straight, output_dir=str(tmp_path / "killed"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(StopAfter):
+            train(killed)
+    assert list(checkpoint_steps(tmp_path / "killed" / "checkpoints")) == [5]
+    train(replace(killed, resume=True))
+    assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "killed" / "model")
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("straight", "killed")
+    ]
+    timing = ("tokens_per_s", "eta_s")
+    one, other = ([{k: v for k, v in row.items() if k not in timing} for row in r] for r in rows)
+    assert one == other
+    train(replace(killed, resume=True))  # a finished run is left alone
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_steps": 13}, {"pattern": "1:4"}, {"seed": 1}, {"learning_rate": 2e-3}, {"per_device_train_batch_size": 2}],
+)
+def test_another_run_is_not_resumed(change, llama, text, tmp_path, monkeypatch):
+    config = small(llama, text, tmp_path / "run", save_steps=2)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(StopAfter):
+            train(config)
+    name = "world_batch" if "per_device_train_batch_size" in change else next(iter(change))
+    with pytest.raises(InputError, match=name):
+        train(replace(config, resume=True, **change))
+
+
+def test_changed_data_is_not_resumed(llama, tmp_path, monkeypatch):
+    data = tmp_path / "data.txt"
+    data.write_text(TEXT)
+    config = small(llama, str(data), tmp_path / "run", save_steps=2)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(StopAfter):
+            train(config)
+    data.write_text(TEXT + "More.")
+    with pytest.raises(InputError, match=r"eval_sha256|dataset_sha256"):
+        train(replace(config, resume=True))
+
+
+def test_corrupt_checkpoint_is_named(llama, text, tmp_path, monkeypatch):
+    config = small(llama, text, tmp_path / "run", save_steps=2)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(StopAfter):
+            train(config)
+    (file,) = (tmp_path / "run" / "checkpoints" / "step-00000002").glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="corrupt"):
+        train(replace(config, resume=True))
+
+
+def test_kill_in_the_middle_of_a_save_leaves_the_last_whole_one(llama, text, tmp_path):
+    """SIGKILL at random moments of a run that saves every step; each time it goes on, and ends as the straight run."""
+    straight = small(llama, text, tmp_path / "straight", save_steps=1, max_steps=30)
+    train(straight)
+    command = [sys.executable, "-m", "castlm", "train", "--config", str(tmp_path / "straight" / "config.yaml")]
+    command += ["--output-dir", str(tmp_path / "killed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    resume: list[str] = []
+    for saved in (3, 8):
+        process = subprocess.Popen(command + resume, env=environment, stderr=subprocess.DEVNULL)
+        while (
+            len(checkpoint_steps(tmp_path / "killed" / "checkpoints")) == 0
+            or max(checkpoint_steps(tmp_path / "killed" / "checkpoints")) < saved
+        ):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        resume = ["--resume"]
+    assert subprocess.run(command + resume, env=environment, stderr=subprocess.DEVNULL).returncode == 0
+    assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "killed" / "model")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_signals_save_and_say_how_to_go_on(number, code, llama, text, tmp_path):
+    out = tmp_path / "run"
+    config = small(llama, text, out, max_steps=400, eval_steps=400)
+    command = [sys.executable, "-m", "castlm", "train", "--model", llama, "--dataset", text, "--output-dir", str(out)]
+    command += ["--max-steps", "400", "--seq-len", "32", "--per-device-train-batch-size", "4", "--eval-tokens", "512"]
+    command += ["--save-steps", "0", "--eval-steps", "400", "--no-tensorboard"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (out / "metrics.jsonl").is_file() or (out / "metrics.jsonl").read_text().count("\n") < 5:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"castlm train --config {out / 'config.yaml'} --resume" in errors
+    assert len(checkpoint_steps(out / "checkpoints")) == 1
+    assert config.max_steps == 400
+
+
+def test_nan_loss_stops_and_keeps_the_checkpoint(llama, text, tmp_path, monkeypatch):
+    original = Run.train_step
+
+    def poisoned(self):
+        if self.step == 3:
+            self.model.model.norm.weight.data[0] = float("nan")
+        original(self)
+
+    monkeypatch.setattr(Run, "train_step", poisoned)
+    with pytest.raises(InputError, match=r"step 4: the loss is nan.*step-00000002"):
+        train(small(llama, text, tmp_path / "run", save_steps=2))
+    assert list(checkpoint_steps(tmp_path / "run" / "checkpoints")) == [2]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_budget_stops_a_run_that_cannot_reach_zero(llama, text, tmp_path):
+    config = small(llama, text, tmp_path / "run", decay="proportional")
+    with pytest.raises(InputError, match="horizon"):
+        train(config)
+    record = train(replace(config, ignore_decay_budget=True, overwrite=True))
+    assert record["mask"]["largest_masked"] > 0.01
+
+
+def test_prune_now_leaves_the_weights_as_they_were(llama, text, tmp_path):
+    run = Run(small(llama, text, tmp_path / "run"), init_world("cpu", "full"))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.evaluate()
+    assert run.figures["0"]["prune_now_ppl"] != run.figures["0"]["perplexity"]
+    for name, p in run.model.named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
+def test_schedule():
+    config = TrainConfig("m", "d", "o", max_steps=100, learning_rate=1.0, warmup_ratio=0.1, min_lr_ratio=0.1)
+    rates = [learning_rate(t, config) for t in range(101)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[100] == pytest.approx(0.1)
+
+
+def test_recipe_config_file_and_options_in_this_order(tmp_path):
+    from castlm.cli import _parse
+
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndataset: d\noutput_dir: o\nrecipe: paper\nseq_len: 77\neta: 0.25\n")
+    config = parse_train_arguments(["--config", str(file), "--eta", "0.75"], _parse)
+    assert (config.decay, config.lam, config.seq_len, config.eta) == ("proportional", 4e-7, 77, 0.75)
+
+
+BAD = {
+    "missing model": (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+    "missing dataset": (["--dataset", "/nowhere/text.txt"], "/nowhere/text.txt"),
+    "unknown option": (["--max-step", "3"], "--max-step"),
+    "pattern 4:2": (["--pattern", "4:2"], "4:2"),
+    "pattern 0:4": (["--pattern", "0:4"], "0:4"),
+    "not a number": (["--max-steps", "x"], "max-steps"),
+    "out of range": (["--eta", "4"], "eta = 4"),
+    "too long": (["--seq-len", "4096"], "seq_len 4096"),
+    "no checkpoint": (["--resume"], "no whole checkpoint"),
+    "bad config": (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+    "no GPU": (["--device", "cuda"], "cuda"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_2(case, llama, text, tmp_path, capsys):
+    arguments, named = BAD[case]
+    if case == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    base = ["train", "--model", llama, "--dataset", text, "--output-dir", str(tmp_path / "out"), "--seq-len", "64"]
+    assert main([*base, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_taken_output_folder_is_refused(llama, text, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("do not lose me")
+    assert main(["train", "--model", llama, "--dataset", text, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "already holds" in capsys.readouterr().err
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "do not lose me"
+
+
+def test_full_disk_during_a_save(llama, text, tmp_path):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(mount)]).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        config = small(llama, text, mount / "run", save_steps=2, save_total_limit=3)
+        with pytest.raises(InputError, match=r"disk is full.*step-0000000"):
+            train(config)
+        assert checkpoint_steps(mount / "run" / "checkpoints")
+        assert not list((mount / "run" / "checkpoints").glob(".step*"))
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
