@@ -1,0 +1,192 @@
+"""Perplexity against the straightforward computation from full logits, for both conventions and every family."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from castlm.core.errors import InputError
+from castlm.evaluate import evaluate_file, perplexity, token_ids_of
+from castlm.models import load_model
+
+from .tiny import FAMILIES, tiny_model, tiny_tokenizer
+
+TINYSTORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinystories.txt"
+
+
+def some_ids(count, seed=0):
+    return torch.randint(256, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def hugging_face_sliding_window(model, ids, seq_len, stride):
+    """The loop of https://huggingface.co/docs/transformers/perplexity, summed instead of averaged: (nats, tokens)."""
+    nats, tokens, previous_end = 0.0, 0, 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + seq_len, len(ids))
+        window, targets = ids[None, begin:end], ids[None, begin:end].clone()
+        targets[:, : -(end - previous_end)] = -100
+        if (targets[:, 1:] != -100).any():
+            count = int((targets[:, 1:] != -100).sum())
+            nats += float(model(window, labels=targets).loss) * count
+            tokens += count
+        previous_end = end
+        if end == len(ids):
+            break
+    return nats, tokens
+
+
+@torch.no_grad()
+def windows_side_by_side(model, ids, seq_len):
+    nats = [
+        F.cross_entropy(model(chunk[None]).logits[0, :-1].double(), chunk[1:], reduction="none")
+        for chunk in ids.split(seq_len)
+        if len(chunk) > 1
+    ]
+    return torch.cat(nats)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "cohere"])
+def test_windows_side_by_side_equal_full_logits(family):
+    model, ids = tiny_model(family), some_ids(150)
+    nats = windows_side_by_side(model, ids, 64)
+    result = perplexity(model, ids, seq_len=64, batch_size=2)
+    assert result.loss == pytest.approx(float(nats.mean()), rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(nats.mean()), rel=1e-5)
+    assert (result.num_tokens, result.seq_len, result.stride) == (63 + 63 + 21, 64, 64)
+
+
+@pytest.mark.parametrize("stride", [1, 10, 31, 32])
+def test_sliding_window_equals_hugging_face(stride):
+    model, ids = tiny_model("llama"), some_ids(101)
+    nats, tokens = hugging_face_sliding_window(model, ids, 32, stride)
+    result = perplexity(model, ids, seq_len=32, stride=stride, batch_size=3)
+    assert result.num_tokens == tokens
+    assert result.loss == pytest.approx(nats / tokens, rel=1e-6)
+    if stride < 32:
+        assert tokens == 100  # every token but the first, once
+
+
+@pytest.mark.parametrize(
+    ("length", "scored"),
+    [(2, 1), (31, 30), (32, 31), (33, 31), (34, 32), (64, 62)],
+)
+def test_the_tail_is_scored_where_it_has_something_to_score(length, scored):
+    model, ids = tiny_model("llama"), some_ids(length)
+    result = perplexity(model, ids, seq_len=32)
+    assert result.num_tokens == scored
+    assert result.loss == pytest.approx(float(windows_side_by_side(model, ids, 32).mean()), rel=1e-6)
+    assert result.seq_len == min(32, length)
+
+
+def test_the_batch_size_does_not_change_the_figure():
+    model, ids = tiny_model("gpt2"), some_ids(200)
+    one = perplexity(model, ids, seq_len=32)
+    assert perplexity(model, ids, seq_len=32, batch_size=5).loss == pytest.approx(one.loss, rel=1e-6)
+
+
+def test_the_model_comes_back_as_it_was_also_after_an_error():
+    model = tiny_model("gpt2", embd_pdrop=0.5, resid_pdrop=0.5)
+    expected = perplexity(model, some_ids(40), seq_len=32).loss
+    model.train()
+    model.transformer.h[0].eval()
+    before = [module.training for module in model.modules()]
+    assert perplexity(model, some_ids(40), seq_len=32).loss == expected  # no dropout
+    assert [module.training for module in model.modules()] == before
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match="the loss is nan in tokens 0 to 32 of the text"):
+        perplexity(model, some_ids(40), seq_len=32)
+    assert [module.training for module in model.modules()] == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_full_logits_are_never_alive(monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(model, "forward", None)  # would raise
+    largest = []
+    log_softmax = torch.log_softmax
+
+    def spy(logits, *args, **kwargs):
+        largest.append(logits.shape[0])
+        return log_softmax(logits, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "log_softmax", spy)
+    perplexity(model, some_ids(1024), seq_len=256, batch_size=4)
+    assert max(largest) < 256
+    assert sum(largest) == 4 * 255
+
+
+def test_autocast_and_progress():
+    model, ids, calls = tiny_model("llama"), some_ids(100), []
+    exact = perplexity(model, ids, seq_len=32, batch_size=2, progress=lambda *counts: calls.append(counts))
+    assert calls == [(2, 4), (3, 4), (4, 4)]
+    rough = perplexity(model, ids, seq_len=32, autocast_dtype=torch.bfloat16)
+    assert rough.loss == pytest.approx(exact.loss, rel=0.02)
+    assert rough.loss != exact.loss
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        (some_ids(1), {}, r"the text has 1 token\(s\)"),
+        (some_ids(0), {}, r"the text has 0 token\(s\)"),
+        (some_ids(9).view(3, 3), {}, r"\(3, 3\) torch.int64"),
+        (some_ids(9).float(), {}, "torch.float32"),
+        (some_ids(9) + 260, {}, "outside the model's vocabulary of 264"),
+        (some_ids(9), {"seq_len": 257}, "seq_len is 257, and the model takes at most 256"),
+        (some_ids(9), {"seq_len": 1}, "seq_len is 1"),
+        (some_ids(9), {"seq_len": 8, "stride": 9}, "stride is 9"),
+        (some_ids(9), {"seq_len": 8, "stride": 0}, "stride is 0"),
+        (some_ids(9), {"seq_len": 8, "batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_refusals_are_one_line_with_the_value(ids, options, message):
+    with pytest.raises(InputError, match=message) as raised:
+        perplexity(tiny_model("llama"), ids, **{"seq_len": 8, **options})
+    assert "\n" not in str(raised.value)
+
+
+def test_evaluate_file_records_what_the_figure_depends_on(tmp_path):
+    text = "Once upon a time, there was a héron.\n" * 9
+    file = tmp_path / "story.txt"
+    file.write_text(text, encoding="utf-8")
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    tokenizer.name_or_path = "some/tokenizer"
+    record = json.loads(json.dumps(evaluate_file(model, tokenizer, file, 64, 48)))
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    assert torch.equal(token_ids_of(file, tokenizer), ids)
+    assert record["perplexity"] == perplexity(model, ids, seq_len=64, stride=48).perplexity
+    assert record["text_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert (record["seq_len"], record["stride"], record["num_tokens"]) == (64, 48, len(ids) - 1)
+    assert (record["text"], record["text_tokens"], record["tokenizer"]) == ("story.txt", len(ids), "some/tokenizer")
+    assert record["dtype"] == "float32"
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_a_missing_or_broken_text_is_refused(tmp_path):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    with pytest.raises(InputError, match=r"nowhere\.txt"):
+        evaluate_file(model, tokenizer, tmp_path / "nowhere.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(InputError, match="UTF-8"):
+        evaluate_file(model, tokenizer, tmp_path / "latin.txt")
+
+
+def test_stories260k_on_tinystories(stories260k, tmp_path):
+    if not TINYSTORIES.is_file():
+        pytest.skip("the text is not beside the repository, at ../shared/data/tinystories.txt")
+    loaded = load_model(str(stories260k))
+    text = TINYSTORIES.read_text(encoding="utf-8")
+    held_out = tmp_path / "last15.txt"
+    held_out.write_text(text[int(0.85 * len(text)) :], encoding="utf-8")
+    record = evaluate_file(loaded.model, loaded.tokenizer, held_out, seq_len=256, batch_size=8)
+    nats = windows_side_by_side(loaded.model, token_ids_of(held_out, loaded.tokenizer), 256)
+    assert record["loss"] == pytest.approx(float(nats.mean()), rel=1e-6)
+    assert record["perplexity"] == pytest.approx(
+        6.07, abs=0.02
+    )  # 7.7 if the separators between the stories were read as text
