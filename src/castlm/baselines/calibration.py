@@ -1,0 +1,221 @@
+"""Calibration text for one-shot pruning: its windows, and what they feed to the transformer blocks, block after block.
+
+What is alive at a time is the input of one block for all windows, in the model's dtype; it does not grow with depth.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from castlm.core.errors import InputError
+
+# Tokens a forward pass: short windows go together, as below some 2,000 tokens calling the operators is what costs.
+_PASS_TOKENS_CPU = 2048
+_PASS_TOKENS_ACCELERATOR = 8192
+
+
+def calibration_length(model: PreTrainedModel) -> int:
+    """The window length of the published figures: the context of the model, at most 2,048 tokens."""
+    return min(2048, getattr(model.config, "max_position_embeddings", 2048))
+
+
+def calibration_blocks(token_ids: Tensor, num_sequences: int = 128, seq_len: int = 2048, seed: int = 0) -> Tensor:
+    """Random windows of a text: those the loaders of SparseGPT and Wanda take of WikiText-2 and PTB, seed for seed.
+
+    The text is tokenized once as a whole (with the special tokens the tokenizer puts at its start), and each window
+    begins at `random.Random(seed).randint(0, num_tokens - seq_len - 1)`: anywhere, also in the middle of a document;
+    windows can overlap. Of C4 those loaders draw a document first, and then one window of it.
+
+    Args:
+        token_ids: int64, (num_tokens,).
+        seq_len: tokens a window; `calibration_length(model)` is the convention.
+
+    Returns:
+        int64, (num_sequences, seq_len), in the order drawn.
+
+    Raises:
+        InputError: not one row of integers, fewer than `seq_len + 1` tokens, or a count below 1.
+    """
+    if token_ids.dim() != 1 or token_ids.is_floating_point():
+        raise InputError(
+            f"calibration tokens of shape {tuple(token_ids.shape)}, {token_ids.dtype}: pass one row of integer ids"
+        )
+    if num_sequences < 1 or seq_len < 1:
+        raise InputError(f"{num_sequences} calibration sequences of {seq_len} tokens: both must be at least 1")
+    last = len(token_ids) - seq_len - 1
+    if last < 0:
+        raise InputError(
+            f"the calibration text has {len(token_ids):,} tokens and a window takes {seq_len:,} and one more: "
+            "pass a longer text or a smaller seq_len"
+        )
+    draw = random.Random(seed)
+    starts = [draw.randint(0, last) for _ in range(num_sequences)]
+    return torch.stack([token_ids[start : start + seq_len] for start in starts]).long()
+
+
+def check_calibration(model: PreTrainedModel, calibration: Tensor) -> None:
+    """Raises `InputError` unless `calibration` is (num_sequences, seq_len) of token ids that the model can take."""
+    if calibration.dim() != 2 or not calibration.numel() or calibration.is_floating_point():
+        raise InputError(
+            f"a calibration of shape {tuple(calibration.shape)}, {calibration.dtype}: pass token ids of shape "
+            "(num_sequences, seq_len), as from calibration_blocks"
+        )
+    seq_len, context = calibration.shape[1], getattr(model.config, "max_position_embeddings", None)
+    if context is not None and seq_len > context:
+        raise InputError(
+            f"calibration sequences of {seq_len} tokens are longer than the model's context of {context}: "
+            "make them of calibration_length(model)"
+        )
+    lowest, highest = int(calibration.min()), int(calibration.max())
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if lowest < 0 or highest >= vocabulary:
+        raise InputError(
+            f"calibration tokens {lowest} to {highest} are outside the model's vocabulary of {vocabulary}: "
+            "use the model's own tokenizer"
+        )
+
+
+def transformer_blocks(model: nn.Module, layer_names: Iterable[str]) -> tuple[str, list[nn.Module]]:
+    """The stack that the named layers lie in: its name, as `model.layers`, and its blocks in order.
+
+    Raises:
+        InputError: layers outside numbered blocks, or in more than one stack.
+    """
+    stacks = set()
+    for name in layer_names:
+        parts = name.split(".")
+        numbered = [i for i, part in enumerate(parts) if part.isdigit()]
+        if not numbered:
+            raise InputError(f"{name} is in no transformer block: let filter_fn choose layers inside the blocks only")
+        stacks.add(".".join(parts[: numbered[0]]))  # the outermost: experts have numbers too
+    if len(stacks) > 1:
+        raise InputError(f"the layers lie in several stacks ({', '.join(sorted(stacks))}): choose one with filter_fn")
+    (stack,) = stacks
+    return stack, list(model.get_submodule(stack).children())
+
+
+class BlockCall(NamedTuple):
+    """What a block is called with besides its hidden states: masks, rotary tables, flags."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        return _hidden_of(block(hidden, *self.args, **self.kwargs))
+
+
+class StopForward(Exception):  # noqa: N818
+    """Ends a forward pass from within, once what was wanted of it is there."""
+
+
+class BlockInputs:
+    """The hidden states that enter the current block, and how each block is called.
+
+    Taken from forward passes of the model itself, so that embeddings, masks (which can differ between blocks, as with
+    sliding windows) and rotary tables are those of the model. The first pass goes through all blocks, and also checks
+    that nothing but the hidden states runs from block to block; the others end at the first block.
+
+    Args:
+        calibration: int64, (num_sequences, seq_len).
+
+    Raises:
+        InputError: a model that passes more than hidden states between its blocks, or calls them otherwise than once
+            each, in order, with the same arguments for every sequence.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module], calibration: Tensor) -> None:
+        self.blocks, self.index = blocks, 0
+        self.calls: list[BlockCall] = []
+        self.batches: list[Tensor] = []
+        pass_tokens = _PASS_TOKENS_CPU if model.device.type == "cpu" else _PASS_TOKENS_ACCELERATOR
+        size = _batch_size(*calibration.shape, pass_tokens)
+        for ids in calibration.to(model.device).split(size):
+            self._enter(model, ids)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """(batch, seq, hidden) each."""
+        return iter(self.batches)
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """The current block on one batch."""
+        return self.calls[self.index].run(self.blocks[self.index], hidden)
+
+    def advance(self) -> None:
+        """Runs the current block over all batches, each in its place, and goes on to the next."""
+        for i, hidden in enumerate(self.batches):
+            self.batches[i] = self.run(hidden)
+        self.index += 1
+
+    def _enter(self, model: PreTrainedModel, ids: Tensor) -> None:
+        first_pass = not self.batches
+        passed_on: list[Tensor] = []  # what the last block called gave back
+        num_called = 0
+
+        def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal num_called
+            hidden, call = _split_call(args, kwargs)
+            in_order = index == num_called
+            if not in_order or (index > 0 and not _same(hidden, passed_on.pop())):
+                raise InputError(
+                    f"{type(model).__name__} does more between its blocks than pass hidden states on: "
+                    "pruning block by block cannot follow it, use method magnitude"
+                )
+            num_called += 1
+            if index == 0:
+                if not first_pass and not _same(call, self.calls[0]):
+                    raise InputError(
+                        f"the blocks of {type(model).__name__} take arguments that change with the text: "
+                        "pruning block by block cannot follow it, use method magnitude"
+                    )
+                self.batches.append(hidden)
+            if not first_pass:
+                raise StopForward
+            self.calls.append(call)
+
+        with ExitStack() as hooks:
+            for index, block in enumerate(self.blocks):
+                hooks.enter_context(
+                    block.register_forward_pre_hook(
+                        lambda _, args, kwargs, index=index: before(index, args, kwargs), with_kwargs=True
+                    )
+                )
+                hooks.enter_context(block.register_forward_hook(lambda _, __, out: passed_on.append(_hidden_of(out))))
+            with suppress(StopForward):
+                model.base_model(input_ids=ids, use_cache=False)
+        if first_pass and num_called < len(self.blocks):
+            raise InputError(f"{type(model).__name__} runs only {num_called} of its {len(self.blocks)} blocks")
+
+
+def _batch_size(num_sequences: int, seq_len: int, pass_tokens: int) -> int:
+    """Sequences a pass; it divides their number, as masks and rotary tables are kept for one batch size only."""
+    most = max(1, pass_tokens // seq_len)
+    return max(size for size in range(1, min(most, num_sequences) + 1) if num_sequences % size == 0)
+
+
+def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    if args:
+        return args[0], BlockCall(args[1:], kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), BlockCall((), rest)
+
+
+def _hidden_of(output: Tensor | tuple[Any, ...]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal in every tensor they hold; objects of other types are not looked into."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or torch.equal(a, b)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return type(a) is type(b)

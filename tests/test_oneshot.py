@@ -1,0 +1,366 @@
+"""One-shot pruning against the papers' formulas, computed the slow way on inputs taken from whole forward passes."""
+
+import copy
+import json
+import random
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from castlm.baselines import calibration as calibration_module
+from castlm.baselines.calibration import calibration_blocks, calibration_length, transformer_blocks
+from castlm.baselines.oneshot import prune_oneshot_
+from castlm.baselines.sparsegpt import _LowestOfGroup, sparsegpt
+from castlm.core.errors import InputError
+from castlm.core.masks import count_nm_violations, nm_mask, rank_mask
+from castlm.core.scaling import add_weight_scaling
+from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears
+from castlm.models import linearize_conv1d_
+from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_model
+
+
+def tokens(num_sequences: int = 4, seq_len: int = 24, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB_SIZE, (num_sequences, seq_len), generator=generator)
+
+
+def family_model(family: str, **over):
+    model = tiny_model(family, **over)
+    linearize_conv1d_(model)
+    return model
+
+
+def correlated(num: int, columns: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator)
+    return torch.randn(num, columns, generator=generator) @ mix * torch.rand(columns, generator=generator)
+
+
+def obs_reference(weight: Tensor, hessian: Tensor, n: int, m: int, damping: float = 0.01) -> Tensor:
+    """Optimal brain surgery, a weight at a time: the Hessian of the columns still to come is inverted for each column.
+
+    The paper's Eq. 3 without its Cholesky factors, in fp64.
+    """
+    w, h = weight.double().clone(), hessian.double().clone()
+    for j in range(len(h)):
+        if h[j, j] == 0:
+            h[j, j] = 1
+            w[:, j] = 0
+    h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    inverses = [torch.linalg.inv(h[j:, j:]) for j in range(len(h))]
+    for row in w:
+        for j in range(len(row)):
+            if j % m == 0:
+                score = [row[j + k] ** 2 / inverses[j + k][0, 0] for k in range(m)]
+                gone = sorted(range(m), key=lambda k: score[k])[: m - n]
+            if j % m in gone:
+                row[j:] -= row[j].clone() / inverses[j][0, 0] * inverses[j][0]
+                row[j] = 0
+    return w
+
+
+@torch.no_grad()
+def naive_oneshot(model: nn.Module, method: str, calibration: Tensor, n: int, m: int) -> None:
+    """Block after block, each with the inputs that it has in the whole model when all before it are pruned."""
+    layers, _ = sparse_linears(model, n, m)
+    for block in sorted({int(next(p for p in name.split(".") if p.isdigit())) for name in layers}):
+        inside = {name: layer for name, layer in layers.items() if f".{block}." in name}
+        inputs = inputs_of(model, inside, calibration)
+        for name, layer in inside.items():
+            x = inputs[name].double()
+            if method == "wanda":
+                norms = x.norm(dim=0) / len(calibration) ** 0.5
+                layer.weight.masked_fill_(~nm_mask(layer.weight.double() * norms, n, m), 0)
+            else:
+                layer.weight.copy_(obs_reference(layer.weight, 2 / len(calibration) * x.T @ x, n, m))
+
+
+@torch.no_grad()
+def inputs_of(model: nn.Module, layers: dict[str, nn.Linear], calibration: Tensor) -> dict[str, Tensor]:
+    """(tokens, in) by name, from forward passes of the whole model, one sequence at a time."""
+    seen = defaultdict(list)
+    hooks = [
+        layer.register_forward_hook(lambda _, args, __, name=name: seen[name].append(args[0].flatten(0, -2)))
+        for name, layer in layers.items()
+    ]
+    for row in calibration:
+        model(row[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 5), (4, 8), (7, 8)])
+@pytest.mark.parametrize("block_size", [1, 16, 128])
+def test_sparsegpt_is_obs_column_by_column(n, m, block_size):
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    x = correlated(300, 40)
+    hessian = 2 * x.T @ x
+    expected = obs_reference(weight, hessian, n, m)
+    new, damping = sparsegpt(weight, hessian.clone(), n, m, 0.01, block_size)
+    assert damping == 0.01
+    assert torch.equal(new != 0, expected != 0)
+    assert torch.allclose(new.double(), expected, atol=2e-5, rtol=2e-4)
+    assert (new != 0).view(6, -1, m).sum(-1).eq(n).all()
+
+
+def test_sparsegpt_zeroes_dead_columns_and_counts_them_in_the_damping():
+    weight = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+    x = correlated(100, 16)
+    x[:, [3, 8]] = 0
+    hessian = 2e-3 * x.T @ x  # small, so that the ones put on the diagonal weigh in the damping
+    new, _ = sparsegpt(weight, hessian.clone())
+    assert (new[:, [3, 8]] == 0).all()
+    assert torch.allclose(new.double(), obs_reference(weight, hessian, 2, 4), atol=1e-5)
+
+
+def test_sparsegpt_reports_the_damping_it_had_to_raise():
+    x = correlated(1, 32)  # rank 1
+    new, damping = sparsegpt(torch.ones(4, 32), x.T @ x, damping=0.0)
+    assert damping == 0.01
+    assert new.isfinite().all()
+    indefinite = -5 * torch.ones(32, 32) + 6 * torch.eye(32)
+    with pytest.raises(InputError, match="damping of 1"):
+        sparsegpt(torch.ones(4, 32), indefinite)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 3), (5, 8), (15, 16)])
+def test_the_lowest_of_a_group_break_ties_as_masks_do(n, m):
+    score = torch.randint(0, 3, (m, 500), generator=torch.Generator().manual_seed(3)).float()
+    assert torch.equal(_LowestOfGroup(n, m, 500, score)(score), ~rank_mask(score.T, n, m).T)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_equals_the_naive_loop_over_whole_forward_passes(family, method):
+    model = family_model(family)
+    expected = copy.deepcopy(model)
+    naive_oneshot(expected, method, tokens(), 2, 4)
+    report = prune_oneshot_(model, method, calibration=tokens())
+    layers, _ = sparse_linears(model)
+    assert {r.name for r in report.layers} == set(layers)
+    for (name, got), want in zip(model.named_parameters(), expected.parameters()):
+        assert torch.equal(got != 0, want != 0), name
+        assert torch.allclose(got, want, atol=1e-4, rtol=1e-3), name
+        assert name.removesuffix(".weight") not in layers or count_nm_violations(got) == 0
+
+
+def test_blocks_with_masks_of_their_own():
+    """Full and sliding attention in turn: what the first block is called with would be wrong for the second."""
+    over = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "head_dim": 8}
+    model = family_model("gemma3_text", num_key_value_heads=2, **over)
+    expected = copy.deepcopy(model)
+    naive_oneshot(expected, "wanda", tokens(), 2, 4)
+    prune_oneshot_(model, "wanda", calibration=tokens())
+    for got, want in zip(model.parameters(), expected.parameters()):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("pass_tokens", [1, 96, 10_000])
+def test_sequences_a_pass_do_not_change_the_result(monkeypatch, pass_tokens, attention):
+    model = tiny_model("llama", attn_implementation=attention)
+    expected = copy.deepcopy(model)
+    prune_oneshot_(expected, "sparsegpt", calibration=tokens(6))
+    monkeypatch.setattr(calibration_module, "_PASS_TOKENS_CPU", pass_tokens)
+    prune_oneshot_(model, "sparsegpt", calibration=tokens(6))
+    for got, want in zip(model.parameters(), expected.parameters()):
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_magnitude_needs_no_calibration_and_measures_with_one():
+    model = tiny_model("llama")
+    expected, measured = copy.deepcopy(model), copy.deepcopy(model)
+    prune_(expected)
+    report = prune_oneshot_(model, "magnitude")
+    with_errors = prune_oneshot_(measured, "magnitude", calibration=tokens())
+    for a, b, c in zip(expected.parameters(), model.parameters(), measured.parameters()):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    assert all(r.error is None for r in report.layers)
+    assert all(0 < r.error < 1 for r in with_errors.layers)
+
+
+def test_the_reported_error_is_that_of_the_layer():
+    model = tiny_model("llama")
+    dense = copy.deepcopy(model)
+    name = "model.layers.0.mlp.gate_proj"
+    old, new = dense.get_submodule(name), model.get_submodule(name)
+    report = prune_oneshot_(model, "wanda", calibration=tokens())
+    x = inputs_of(dense, {name: old}, tokens())[name].double()
+    lost = (x @ (old.weight - new.weight).double().T).norm() ** 2 / (x @ old.weight.double().T).norm() ** 2
+    (result,) = [r for r in report.layers if r.name == name]
+    assert result.error == pytest.approx(lost.item(), rel=1e-4)
+    assert result.shape == (64, 32)
+    assert result.num_zeros == int((new.weight == 0).sum()) == 64 * 32 // 2
+
+
+def test_sparsegpt_reconstructs_better_than_wanda_and_wanda_than_magnitude():
+    errors = {}
+    for method in ("magnitude", "wanda", "sparsegpt"):
+        report = prune_oneshot_(tiny_model("llama"), method, calibration=tokens(16))
+        errors[method] = sum(r.error for r in report.layers[:7])  # later blocks see other inputs
+    assert errors["sparsegpt"] < 0.8 * errors["wanda"]
+    assert errors["wanda"] < errors["magnitude"]
+
+
+def test_the_report_says_what_was_left_dense_and_is_json():
+    model = tiny_model("llama", intermediate_size=62)
+    report = prune_oneshot_(model, "sparsegpt", calibration=tokens())
+    assert "does not divide by m = 4" in report.left_dense["model.layers.0.mlp.down_proj"]
+    assert len(report.layers) == 12
+    assert report.zero_fraction == 0.5
+    assert report.raised_damping == {}
+    assert report.seconds > 0
+    content = json.loads(json.dumps(report.as_dict()))
+    assert (content["num_sequences"], content["seq_len"], content["damping"]) == (4, 24, 0.01)
+
+
+def test_dtype_and_modes_stay_and_progress_is_told():
+    model = tiny_model("qwen3").to(torch.bfloat16)
+    model.train()
+    model.model.layers[1].mlp.eval()
+    calls = []
+    prune_oneshot_(model, "sparsegpt", calibration=tokens(), progress=lambda *done: calls.append(done))
+    assert calls == [(1, 2), (2, 2)]
+    assert model.training
+    assert not model.model.layers[1].mlp.training
+    for layer in sparse_linears(model)[0].values():
+        assert layer.weight.dtype == torch.bfloat16
+        assert count_nm_violations(layer.weight) == 0
+
+
+def test_a_filter_that_skips_a_block_still_runs_it():
+    model = tiny_model("llama", num_hidden_layers=3)
+    expected = copy.deepcopy(model)
+    report = prune_oneshot_(
+        model, "wanda", calibration=tokens(), filter_fn=lambda m, f: is_sparse_linear(m, f) and ".2." in f
+    )
+    name = "model.layers.2.mlp.down_proj"
+    x = inputs_of(expected, {name: expected.get_submodule(name)}, tokens())[name]
+    weight = expected.get_submodule(name).weight
+    assert torch.equal(model.get_submodule(name).weight, weight * nm_mask(weight.detach() * x.norm(dim=0)))
+    assert len(report.layers) == 7
+
+
+def test_calibration_windows_are_the_published_loaders():
+    ids = torch.arange(1000)
+    got = calibration_blocks(ids, 5, 32, seed=7)
+    random.seed(7)
+    starts = [random.randint(0, 1000 - 32 - 1) for _ in range(5)]
+    assert got.tolist() == [list(range(start, start + 32)) for start in starts]
+    assert calibration_length(tiny_model("gpt2")) == 256
+    with pytest.raises(InputError, match="31 tokens"):
+        calibration_blocks(ids[:31], 5, 32)
+    with pytest.raises(InputError, match="at least 1"):
+        calibration_blocks(ids, 0, 32)
+    with pytest.raises(InputError, match="one row of integer ids"):
+        calibration_blocks(ids[None], 5, 32)
+
+
+def test_layers_outside_one_stack_of_blocks():
+    with pytest.raises(InputError, match="in no transformer block"):
+        transformer_blocks(tiny_model("llama"), ["lm_head"])
+    with pytest.raises(InputError, match="several stacks"):
+        transformer_blocks(tiny_model("llama"), ["encoder.layers.0.q", "decoder.layers.0.q"])
+    assert transformer_blocks(tiny_model("llama"), ["model.layers.0.mlp.experts.3.w1"])[0] == "model.layers"
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_layer_whose_input_is_not_finite_is_named(method):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e38)
+    with pytest.raises(InputError, match=r"NaN or infinity at the input of model\.layers\.1\.mlp\.down_proj"):
+        prune_oneshot_(model, method, calibration=tokens())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_weight_that_is_not_finite_is_named(method):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[3, 3] = torch.nan
+    with pytest.raises(InputError, match=r"weight of model\.layers\.1\.self_attn\.o_proj"):
+        prune_oneshot_(model, method, calibration=tokens())
+
+
+def test_an_input_that_is_all_zero_is_named():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.zero_()
+    with pytest.raises(InputError, match=r"whole input of model\.layers\.0\.self_attn\.o_proj at 0"):
+        prune_oneshot_(model, "wanda", calibration=tokens())
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"method": "wnada"}, "choose one of magnitude, wanda, sparsegpt"),
+        ({"calibration": None}, "needs a calibration text"),
+        ({"calibration": tokens(2, 257)}, "longer than the model's context of 256"),
+        ({"calibration": tokens() + VOCAB_SIZE}, "use the model's own tokenizer"),
+        ({"calibration": tokens()[0]}, r"\(num_sequences, seq_len\)"),
+        ({"damping": 1.5}, "damping 1.5"),
+        ({"n": 4}, "pattern 4:4"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_the_model_is_touched(over, message):
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    arguments = {"method": "sparsegpt", "calibration": tokens()} | over
+    with pytest.raises(InputError, match=message):
+        prune_oneshot_(model, arguments.pop("method"), **arguments)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weight_scaling_has_to_be_folded_first():
+    model = tiny_model("llama")
+    add_weight_scaling(model)
+    with pytest.raises(InputError, match="fold_weight_scaling"):
+        prune_oneshot_(model, "wanda", calibration=tokens())
+
+
+def test_a_model_that_does_more_between_its_blocks_is_refused():
+    model = tiny_model("llama")
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
+    with pytest.raises(InputError, match="more between its blocks"):
+        prune_oneshot_(model, "wanda", calibration=tokens())
+    twice = tiny_model("llama")
+    twice.model.layers[1] = twice.model.layers[0]
+    with pytest.raises(InputError, match="more between its blocks"):
+        prune_oneshot_(twice, "wanda", calibration=tokens())
+
+
+def test_a_layer_that_is_never_called_is_named():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.spare = nn.Linear(32, 32)
+    with pytest.raises(InputError, match=r"no calibration token reaches model\.layers\.1\.mlp\.spare"):
+        prune_oneshot_(model, "wanda", calibration=tokens())
+
+
+def test_blocks_fed_with_the_text_itself_are_refused():
+    model = tiny_model("llama")
+    seen = {}
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    model.model.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"input_ids": seen["input_ids"]}), with_kwargs=True, prepend=True
+    )
+    with pytest.raises(InputError, match="change with the text"):
+        prune_oneshot_(model, "wanda", calibration=tokens(200))
+
+
+def test_the_real_model_ranks_the_methods_as_the_papers_do(stories260k):
+    dense = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32)
+    torch.manual_seed(0)
+    start = torch.full((40, 1), dense.config.bos_token_id)
+    text = dense.generate(start, do_sample=True, max_new_tokens=127, pad_token_id=0)  # what it writes, it knows
+    held_out, loss = text[32:], {}
+    for method in ("magnitude", "wanda", "sparsegpt"):
+        model = copy.deepcopy(dense)
+        prune_oneshot_(model, method, calibration=text[:32])
+        with torch.no_grad():
+            loss[method] = model(held_out, labels=held_out).loss.item()
+    assert loss["sparsegpt"] + 0.1 < loss["wanda"] < loss["magnitude"] - 0.1
