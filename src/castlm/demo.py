@@ -20,11 +20,11 @@ from rich.table import Table
 
 from castlm.core.sparsify import prune_
 from castlm.files import prepare_output_dir
+from castlm.locate import DEMO
 from castlm.models import Loaded, load_model
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 
-DEMO = "demo"  # the embedded model, see castlm.models.load_model
 HELD_OUT = 8  # one topic in so many
 PROMPT = "The for statement is used to"
 NEW_TOKENS = 40

@@ -33,7 +33,7 @@ class TrainConfig:
     max_steps: int = 300
     """Optimizer steps, the horizon T of the method. It may not change on resume."""
 
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-4
     """Peak learning rate."""
 
     per_device_train_batch_size: int = 8
@@ -135,8 +135,14 @@ class TrainConfig:
     save_total_limit: int = 2
     """Checkpoints kept."""
 
+    async_save: bool = True
+    """Write checkpoints while training goes on, from one more copy of weights and moments in host memory."""
+
+    timeout_s: float = 600
+    """Under torchrun: seconds a rank waits for the others before the run stops and names those that are missing."""
+
     log_steps: int = 1
-    """Steps between lines in metrics.jsonl."""
+    """Steps between lines in metrics.jsonl; mask refreshes between self-checks of the masks."""
 
     prefetch: bool = True
     """Tokenise the next batch in a thread meanwhile."""
@@ -185,6 +191,7 @@ class TrainConfig:
             ("eval_steps", self.eval_steps >= 0, "at least 0"),
             ("save_steps", self.save_steps >= 0, "at least 0"),
             ("save_total_limit", self.save_total_limit >= 1, "at least 1"),
+            ("timeout_s", self.timeout_s > 0, "above 0"),
             ("log_steps", self.log_steps >= 1, "at least 1"),
         ):
             if not right:
@@ -194,6 +201,13 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def as_yaml(self) -> str:
+        """The run as a file for `--config`, without how it was started."""
+        import yaml
+
+        kept = {k: v for k, v in self.as_dict().items() if k not in ("resume", "overwrite")}
+        return yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}, sort_keys=False)
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -224,6 +238,8 @@ FREE_ON_RESUME = frozenset(
         "log_steps",
         "save_steps",
         "save_total_limit",
+        "async_save",
+        "timeout_s",
         "prefetch",
         "tensorboard",
         "eval_steps",
