@@ -21,6 +21,8 @@ def rank_mask(score: Tensor, n: int, m: int) -> Tensor:
     comparisons and byte sums: no branch, no sort, and `torch.compile` turns it into one pass over `score`.
     """
     scores = score.reshape(*score.shape[:-1], score.shape[-1] // m, m).unbind(-1)  # m views of (..., groups)
+    if (n, m) == (2, 4):
+        return torch.stack(_two_of_four(*scores), dim=-1).flatten(-2)
     rank = [torch.zeros_like(scores[0], dtype=torch.uint8) for _ in range(m)]
     for j in range(1, m):
         for i in range(j):
@@ -28,6 +30,16 @@ def rank_mask(score: Tensor, n: int, m: int) -> Tensor:
             rank[i] += later_wins
             rank[j] += ~later_wins
     return torch.stack([r < n for r in rank], dim=-1).flatten(-2)
+
+
+def _two_of_four(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> list[Tensor]:
+    """2:4 in six comparisons: kept is what wins at least two of its three, a majority, in three bit operations."""
+
+    def majority(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return (x & y) | (z & (x | y))
+
+    b_a, c_a, d_a, c_b, d_b, d_c = b > a, c > a, d > a, c > b, d > b, d > c
+    return [~majority(b_a, c_a, d_a), majority(b_a, ~c_b, ~d_b), majority(c_a, c_b, ~d_c), majority(d_a, d_b, d_c)]
 
 
 def nm_mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
