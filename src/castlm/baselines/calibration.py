@@ -165,14 +165,14 @@ class BlockInputs:
             if not in_order or (index > 0 and not _same(hidden, passed_on.pop())):
                 raise InputError(
                     f"{type(model).__name__} does more between its blocks than pass hidden states on: "
-                    "pruning block by block cannot follow it, use method magnitude"
+                    "pruning block by block cannot follow it, use magnitude without calibration"
                 )
             num_called += 1
             if index == 0:
                 if not first_pass and not _same(call, self.calls[0]):
                     raise InputError(
                         f"the blocks of {type(model).__name__} take arguments that change with the text: "
-                        "pruning block by block cannot follow it, use method magnitude"
+                        "pruning block by block cannot follow it, use magnitude without calibration"
                     )
                 self.batches.append(hidden)
             if not first_pass:

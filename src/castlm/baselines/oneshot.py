@@ -135,7 +135,9 @@ def _add_hessian(hessian: Tensor, x: Tensor, num_sequences: int) -> None:
 
 def _sparsegpt(weight: Tensor, hessian: Tensor, to: Settings) -> _Pruned:
     num_dead = int((hessian.diagonal() == 0).sum())
-    new, damping = sparsegpt(weight, hessian.triu() + hessian.triu(1).T, *to)
+    hessian.triu_()
+    hessian += hessian.triu(1).T
+    new, damping = sparsegpt(weight, hessian, *to)
     return _Pruned(new, num_dead, damping)
 
 
