@@ -57,6 +57,12 @@ def eval_command(arguments: list[str]) -> int:
     return int(_parse(EvalCommand, arguments, "eval").run())
 
 
+def compare_command(arguments: list[str]) -> int:
+    from castlm.compare.command import CompareCommand
+
+    return int(_parse(CompareCommand, arguments, "compare").run(_parse))
+
+
 def verify_command(arguments: list[str]) -> int:
     from castlm.commands import VerifyCommand
 
@@ -78,7 +84,8 @@ def demo_command(arguments: list[str]) -> int:
 COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (train_command, "a dense model in, a proven n:m sparse one out"),
     "prune": (prune_command, "prune one-shot, without training: magnitude, Wanda, SparseGPT"),
-    "eval": (eval_command, "perplexity of a model on a text"),
+    "eval": (eval_command, "perplexity of a model on a text, zero-shot accuracies on tasks"),
+    "compare": (compare_command, "CAST and its rivals in one harness, and the paper's ablations: one table"),
     "verify": (verify_command, "prove that every group of a checkpoint is n:m"),
     "demo": (demo_command, "the main job on the embedded SmolLM2-135M-Instruct, in minutes, on a laptop"),
 }

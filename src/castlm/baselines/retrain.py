@@ -59,6 +59,7 @@ class Retraining:
     def __init__(self, model: nn.Module, config: TrainConfig, pattern: tuple[int, int], filter_fn: FilterFn) -> None:
         self.config, self.pattern, self.filter_fn = config, pattern, filter_fn
         self.layers, self.left_dense = sparse_linears(model, *pattern, filter_fn)
+        self._flips: Tensor | int = 0
         self.prepare(model)
 
     def build_optimizer(self, model: nn.Module, compile: bool) -> AdamS:
@@ -90,8 +91,23 @@ class Retraining:
     def before_forward(self, step: int) -> None:
         """Refreshes the masks of the forward pass."""
         if self.mask_every and step % self.mask_every == 0:
-            for layer in self.layers.values():
-                _forward_mask(layer).copy_(nm_mask(weight_parameter(layer), *self.pattern))
+            new = {layer: nm_mask(weight_parameter(layer), *self.pattern) for layer in self.layers.values()}
+            self._set_masks(new)
+
+    @torch.no_grad()
+    def _set_masks(self, new: dict[nn.Linear, Tensor]) -> None:
+        flips = [(mask != _forward_mask(layer)).sum() for layer, mask in new.items()]
+        self._flips = torch.stack(flips).sum() if flips else 0
+        for layer, mask in new.items():
+            _forward_mask(layer).copy_(mask)
+
+    def flips(self) -> int:
+        """Mask entries on this rank that the newest refresh changed."""
+        return int(self._flips)
+
+    def restore_flips(self, flips: int) -> None:
+        """Sets what `flips` says until the next refresh, after a resume."""
+        self._flips = flips
 
     def before_update(self, step: int) -> None:
         """Changes the gradients after the backward pass and the clipping."""
@@ -121,6 +137,12 @@ class Cast(Retraining):
 
     def masks(self) -> dict[Tensor, Tensor]:
         return self.optimizer.masks()
+
+    def flips(self) -> int:
+        return self.optimizer.flips()
+
+    def restore_flips(self, flips: int) -> None:
+        self.optimizer.restore_flips(flips)
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
@@ -172,23 +194,25 @@ class GradualMagnitude(Retraining):
 
     def prepare(self, model: nn.Module) -> None:
         super().prepare(model)
-        self._set_masks(0.0)
+        self._set_share(0.0)
 
     def before_forward(self, step: int) -> None:
         if step % self.config.mask_interval == 0:
             progress = min(1.0, step / (0.5 * self.config.max_steps))
-            self._set_masks(1 - (1 - progress) ** 3)
+            self._set_share(1 - (1 - progress) ** 3)
 
     @torch.no_grad()
-    def _set_masks(self, share: float) -> None:
+    def _set_share(self, share: float) -> None:
         _, m = self.pattern
+        new = {}
         for layer in self.layers.values():
             weight = weight_parameter(layer)
             mask = nm_mask(weight, *self.pattern)
             lost = (weight.abs() * ~mask).view(-1, m).sum(dim=1)
             whole = lost.argsort(stable=True)[round(share * len(lost)) :]
             mask.view(-1, m)[whole] = True
-            _forward_mask(layer).copy_(mask)
+            new[layer] = mask
+        self._set_masks(new)
 
 
 METHODS: dict[str, type[Retraining]] = {

@@ -18,6 +18,7 @@ from castlm.evaluate import perplexity
 from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.models import linearize_conv1d_, save_model
+from castlm.training.hardware import peak_memory
 
 if TYPE_CHECKING:
     from castlm.training.loop import Run
@@ -37,6 +38,7 @@ def finish(run: Run) -> dict[str, Any]:
     """
     n, m = run.pattern
     masks = run.method.masks()
+    histogram = masked_histogram(run)
     if masks:
         prune_(run.model, n, m, masks=masks, filter_fn=run._is_sparse)
     record: dict[str, Any] = {}
@@ -44,12 +46,32 @@ def finish(run: Run) -> dict[str, Any]:
     if model is not None:
         run.objective.teacher = None  # frees its memory before the result is read back
         fold_weight_scaling(model)
-        record = write_result(run, model.cpu())
+        record = write_result(run, model.cpu(), histogram)
     if run.world.mesh is not None:
         box = [record]
         dist.broadcast_object_list(box, src=0)
         record = box[0]
     return record
+
+
+def masked_histogram(run: Run) -> dict[str, Any]:
+    """Counts of masked magnitudes, a quarter of a decade a bin, as they are before the prune; of all ranks together.
+
+    `zeros` are exact zeros, `counts[i]` those in `[edges[i], edges[i + 1])`; what is smaller or larger counts at the
+    ends. Empty for the dense control.
+    """
+    masks = run.local_masks()
+    if not masks:
+        return {}
+    exponents = torch.arange(-48, 5) / 4  # 1e-12 to 10
+    counts = torch.zeros(len(exponents), dtype=torch.float64, device=run.world.device)
+    for weight, mask in masks.items():
+        masked = weight[~mask].abs().float()
+        bins = (masked[masked > 0].log10() * 4).floor().clamp(-48, 3) + 48
+        counts[1:] += torch.bincount(bins.long(), minlength=len(exponents) - 1)
+        counts[0] += (masked == 0).sum()
+    zeros, *rest = run.world.sum(counts).long().tolist()
+    return {"edges": (10**exponents).tolist(), "zeros": zeros, "counts": rest}
 
 
 def gathered(run: Run) -> PreTrainedModel | None:
@@ -65,14 +87,14 @@ def gathered(run: Run) -> PreTrainedModel | None:
     return model
 
 
-def write_result(run: Run, model: PreTrainedModel) -> dict[str, Any]:
+def write_result(run: Run, model: PreTrainedModel, histogram: dict[str, Any]) -> dict[str, Any]:
     config, folder = run.config, run.output_dir / "model"
     seq_len, tokenizer = config.seq_len, run.loaded.tokenizer
 
     def measure(m: PreTrainedModel) -> float:
         return perplexity(m, run.eval_ids, seq_len=seq_len).perplexity
 
-    record = run_record(run)
+    record = run_record(run) | {"masked_histogram": histogram}
     last = run.figures[str(config.max_steps)]
     if not run.method.layers:  # the dense control has nothing to prove
         with atomic_dir(folder, overwrite=True) as temporary:
@@ -93,9 +115,10 @@ def write_result(run: Run, model: PreTrainedModel) -> dict[str, Any]:
         overwrite=True,
         eval_fn=measure,
     )
+    dense = f" (dense {record['perplexity']['dense']:.3f})" if "dense" in record["perplexity"] else ""
     run.telemetry.say(
         f"{folder}: {config.pattern} proved in {len(run.method.layers)} layers, perplexity "
-        f"{result['proof']['perplexity_from_disk']:.3f} (dense {record['perplexity'].get('dense', float('nan')):.3f})"
+        f"{result['proof']['perplexity_from_disk']:.3f}{dense}"
     )
     return result
 
@@ -105,7 +128,7 @@ def run_record(run: Run) -> dict[str, Any]:
     config = run.config
     first, last = run.figures.get("0", {}), run.figures[str(config.max_steps)]
     figures = {
-        "dense": first.get("perplexity"),
+        "dense": first.get("perplexity") if run.method.mask_every is None else None,  # else masked from step 0 on
         "one_shot": first.get("prune_now_ppl"),
         "before_prune": last["perplexity"],
         "pruned": last.get("prune_now_ppl"),
@@ -142,5 +165,6 @@ def run_record(run: Run) -> dict[str, Any]:
         "train_steps": config.max_steps,
         "train_seconds": round(run.seconds, 1),
         "world_size": run.world.size,
+        "peak_memory_bytes": peak_memory(run.world.device.type),
         "machine": f"{platform.machine()} {run.world.device.type}",
     }

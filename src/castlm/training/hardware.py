@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import platform
+import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,3 +62,17 @@ def describe(world: World, precision: str, compiled: bool) -> str:
     else:
         where = f"{world.size} x {platform.machine()} CPU, {torch.get_num_threads()} threads"
     return f"{where}, {precision} compute on fp32 weights, optimizer {'compiled' if compiled else 'not compiled'}"
+
+
+def peak_memory(device: str) -> int:
+    """Bytes that this process held at most: on the GPU as torch allocated them, else resident."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")  # not ru_maxrss first: on Linux a new process starts from its parent's peak
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource  # not there on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,111 @@
+"""A one-shot method as a run of the comparison, in its own process: `python -m castlm.compare.oneshot CONFIG.yaml`.
+
+It leaves what a training run leaves: a proven model, and a castlm.json with the same figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from castlm.baselines.oneshot import calibration_blocks, calibration_length, prune_oneshot_
+from castlm.core.errors import InputError
+from castlm.core.pattern import parse_pattern
+from castlm.core.sparsify import sparse_linears
+from castlm.evaluate import perplexity
+from castlm.export.hf import export_model
+from castlm.models import Loaded, load_model
+from castlm.training.data import open_documents, text_hash, token_ids
+from castlm.training.hardware import peak_memory
+
+# So many times what the windows hold is tokenized: enough to draw from, without reading all of the text.
+POOL = 16
+
+
+@dataclass
+class OneshotConfig:
+    """Names as in TrainConfig."""
+
+    model: str
+    method: str
+    calibration: str
+    eval_dataset: str
+    output_dir: str = ""
+    pattern: str = "2:4"
+    seq_len: int = 512
+    """Of the evaluation; calibration windows have the model's context, at most 2,048 tokens."""
+    num_sequences: int = 128
+    eval_tokens: int = 32768
+    column: str = "text"
+    seed: int = 0
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def run_oneshot(config: OneshotConfig) -> dict[str, Any]:
+    """Prunes, measures and exports; returns the record of the run.
+
+    Raises:
+        InputError: as `load_model`, `open_documents`, `prune_oneshot_` and `export_model`.
+    """
+    n, m = parse_pattern(config.pattern)
+    loaded = load_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
+    model = loaded.model
+    held_out = open_documents(config.eval_dataset, column=config.column)
+    eval_ids = token_ids(held_out, loaded.tokenizer, limit=config.eval_tokens or None)
+    _, left_dense = sparse_linears(model, n, m)
+    dense = perplexity(model, eval_ids, seq_len=config.seq_len).perplexity
+    length = calibration_length(model)
+    calibration = open_documents(config.calibration, column=config.column)
+    windows = calibration_blocks(
+        token_ids(calibration, loaded.tokenizer, limit=POOL * config.num_sequences * length),
+        config.num_sequences,
+        length,
+        config.seed,
+    )
+    report = prune_oneshot_(model, config.method, n=n, m=m, calibration=windows)
+    pruned = perplexity(model, eval_ids, seq_len=config.seq_len).perplexity
+    record = {
+        "base_model": config.model,
+        "method": config.method,
+        "config": config.as_dict(),
+        "perplexity": {"dense": dense, "pruned": pruned},
+        "measured": _measured(config, loaded, len(eval_ids), text_hash(held_out)),
+        "calibration": {"text": config.calibration, "num_sequences": config.num_sequences, "seq_len": length},
+        "train_tokens": 0,
+        "train_seconds": round(report.seconds, 1),
+        "peak_memory_bytes": peak_memory("cpu"),
+        "machine": f"{platform.machine()} cpu",
+    }
+    return export_model(
+        model, loaded.tokenizer, Path(config.output_dir) / "model", n=n, m=m, left_dense=left_dense, record=record
+    )
+
+
+def _measured(config: OneshotConfig, loaded: Loaded, num_tokens: int, digest: str) -> dict[str, Any]:
+    return {
+        "seq_len": config.seq_len,
+        "stride": config.seq_len,
+        "text": config.eval_dataset,
+        "text_sha256": digest,
+        "num_tokens": num_tokens,
+        "tokenizer": str(loaded.tokenizer.name_or_path),
+        "precision": "fp32",
+    }
+
+
+if __name__ == "__main__":
+    try:
+        run_oneshot(OneshotConfig(**yaml.safe_load(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    except InputError as error:
+        print(f"castlm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

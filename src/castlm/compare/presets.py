@@ -1,0 +1,63 @@
+"""The paper's ablations and the comparison of methods over budgets, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+RETRAINING = ("cast", "ste", "srste", "ast", "gradual_magnitude", "dense")
+ONESHOT = ("magnitude", "wanda", "sparsegpt")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What `castlm compare --preset` runs, and which plot it is about."""
+
+    question: str
+    """What it answers: the heading of its report."""
+    variants: dict[str, dict[str, Any]]
+    """TrainConfig fields by the name of the variant."""
+    plots: tuple[str, ...] = ("gaps",)
+    """Of "gaps", "time", "histograms" and "budgets"."""
+    budget_shares: tuple[float, ...] = (1.0,)
+    """Of the token budget that is given."""
+    evaluations: int = 4
+    """In a run: points of the plot over time."""
+
+
+# A budget of steps and rates that cannot bring masked weights to zero is what two of the decays are here to show.
+_ANY_BUDGET = {"method": "cast", "ignore_decay_budget": True}
+
+PRESETS: dict[str, Preset] = {
+    "oscillation": Preset(
+        "Does the mask settle? SR-STE against CAST",
+        {"srste": {"method": "srste"}, "cast": {"method": "cast"}},
+        plots=("time",),
+        evaluations=20,
+    ),
+    "decay": Preset(
+        "Where do masked weights end? Additive, proportional and horizon decay",
+        {kind: {**_ANY_BUDGET, "decay": kind} for kind in ("additive", "proportional", "horizon")},
+        plots=("histograms", "time"),
+        evaluations=10,
+    ),
+    "parts": Preset(
+        "What does each part of CAST contribute?",
+        {
+            "cast": {"method": "cast"},
+            "no scaling": {"method": "cast", "scale_groups": 0},
+            "no distillation": {"method": "cast", "eta": 0.0},
+            "no decay": {**_ANY_BUDGET, "decay": "none"},
+            "additive decay": {**_ANY_BUDGET, "decay": "additive"},
+            "proportional decay": {**_ANY_BUDGET, "decay": "proportional"},
+            "mask interval 1": {"method": "cast", "mask_interval": 1},
+            "mask interval 100": {"method": "cast", "mask_interval": 100},
+        },
+    ),
+    "budgets": Preset(
+        "Which method is best at which budget?",
+        {name: {"method": name} for name in RETRAINING},
+        plots=("budgets",),
+        budget_shares=(1 / 8, 1 / 4, 1 / 2, 1.0),
+    ),
+}

@@ -1,0 +1,1 @@
+"""What a person reads: tables, and HTML files that hold their pictures themselves."""

@@ -1,0 +1,282 @@
+"""castlm compare: what a run is, when it is done, what the table says of it. Runs are in-process here, but for one."""
+
+import dataclasses
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from castlm.cli import _parse, main
+from castlm.compare import oneshot, runs
+from castlm.compare.command import CompareCommand, Plan, Result
+from castlm.compare.presets import PRESETS
+from castlm.compare.runs import Run, content_hash, last_line, lock, run_key, run_process
+from castlm.core.errors import InputError
+from castlm.core.sparsify import sparse_linears
+from castlm.models import load_model
+from castlm.report.compare import summarize
+from castlm.training.loop import Run as TrainingRun
+from tests.tiny import save_tiny
+
+TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
+CONFIG = {"mask_interval": 2, "eval_tokens": 256, "seq_len": 32, "per_device_train_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "train.txt").write_text(TEXT)
+    (folder / "eval.txt").write_text(TEXT[:2000])
+    (folder / "common.yaml").write_text(yaml.safe_dump(CONFIG))
+    return {
+        "model": str(save_tiny(folder / "model")),
+        "dataset": str(folder / "train.txt"),
+        "eval_dataset": str(folder / "eval.txt"),
+        "config": str(folder / "common.yaml"),
+    }
+
+
+@pytest.fixture
+def in_process(monkeypatch) -> list[str]:
+    """Runs a comparison's processes in this one; the names of the configs that were started."""
+    started: list[str] = []
+
+    def run_here(arguments, log, lock_descriptor):
+        started.append(Path(arguments[-1]).stem)
+        if arguments[0] == "castlm":
+            code = main(arguments[1:])
+        else:
+            oneshot.run_oneshot(oneshot.OneshotConfig(**yaml.safe_load(Path(arguments[-1]).read_text())))
+            code = 0
+        log.write_text("castlm: error: as it said\n" if code else "done\n")
+        return code
+
+    monkeypatch.setattr(runs, "run_process", run_here)
+    return started
+
+
+def command(files, tmp_path, **over) -> CompareCommand:
+    return CompareCommand(**{**files, "output_dir": str(tmp_path / "out"), "budget_tokens": 6 * 64, "seeds": 1, **over})
+
+
+def compare(files, tmp_path, **over) -> tuple[int, dict]:
+    code = command(files, tmp_path, **over).run(_parse)
+    return code, json.loads((tmp_path / "out" / "table.json").read_text())
+
+
+def test_runs_once_and_says_what_was_measured(files, tmp_path, in_process, capsys):
+    asked = {"methods": "cast,srste,magnitude", "num_sequences": 2}
+    code, table = compare(files, tmp_path, **asked)
+    assert code == 0
+    assert len(in_process) == 4  # and the dense control
+    rows = {row["variant"]: row for row in table["rows"]}
+    assert list(rows) == ["cast", "srste", "magnitude", "dense"]
+    records = {}
+    for file in (tmp_path / "out" / "runs").glob("*/model/castlm.json"):
+        record = json.loads(file.read_text())
+        records[record["method"]] = record
+    control = records["dense"]["perplexity"]["trained"]
+    for name in ("cast", "srste", "magnitude"):
+        pruned = records[name]["perplexity"]["pruned"]
+        assert rows[name]["pruned"]["mean"] == pytest.approx(pruned)
+        assert rows[name]["gap"]["mean"] == pytest.approx(math.log(pruned / control))
+    assert rows["dense"]["gap"]["mean"] == 0
+    untouched = records["cast"]["perplexity"]["dense"]
+    assert untouched == pytest.approx(records["magnitude"]["perplexity"]["dense"], rel=1e-5)  # two ways to measure it
+    assert table["untouched"] == pytest.approx(untouched, rel=1e-5)
+    assert rows["cast"]["tokens"] == 6 * 64
+    assert rows["magnitude"]["tokens"] == 0
+    assert rows["cast"]["peak_memory_bytes"]["mean"] > 1e8
+    for name in ("seq_len", "stride", "text_sha256", "tokenizer", "precision", "versions", "date", "metric"):
+        assert table["stamp"][name]
+    html = (tmp_path / "out" / "table.html").read_text()
+    assert html.count("<svg") == 1
+    assert "http-equiv" not in html
+    assert "src=" not in html
+    assert "| cast | 384 |" in (tmp_path / "out" / "table.md").read_text()
+    assert not list((tmp_path / "out").glob("runs/*/checkpoints"))
+
+    again, table_again = compare(files, tmp_path, **asked)
+    assert again == 0
+    assert len(in_process) == 4  # nothing was run twice
+    assert table_again["rows"] == table["rows"]
+    compare(files, tmp_path, methods="cast", budget_tokens=5 * 64)
+    assert len(in_process) == 6  # another budget is another run, and another control
+
+
+def test_histogram_and_flips_of_a_run(files, tmp_path, in_process):
+    variants = tmp_path / "variants.yaml"
+    variants.write_text(yaml.safe_dump({"srste": {"learning_rate": 1e-2}, "horizon": {"method": "cast"}}))
+    _, table = compare(files, tmp_path, variants=str(variants))
+    layers, _ = sparse_linears(load_model(files["model"]).model)
+    masked = sum(layer.weight.numel() for layer in layers.values()) // 2
+    records = {record["method"]: record for record in table["results"]}
+    horizon, srste = records["horizon"]["masked_histogram"], records["srste"]["masked_histogram"]
+    assert horizon["zeros"] == masked
+    assert sum(horizon["counts"]) == 0
+    assert srste["zeros"] + sum(srste["counts"]) == masked
+    assert len(srste["counts"]) == len(srste["edges"]) - 1
+    inside = [edge for edge, count in zip(srste["edges"], srste["counts"]) if count]
+    assert inside[0] > 1e-9
+    assert inside[-1] <= 1
+    assert records["srste"]["mask"]["flip_rate"] > 0  # of the last of six steps at a high rate
+    assert table["rows"][0]["initial_flip_rate"]["mean"] >= table["rows"][0]["flip_rate"]["mean"]
+
+
+def test_a_failed_run_is_a_line_of_the_table(files, tmp_path, in_process):
+    variants = tmp_path / "variants.yaml"
+    variants.write_text("good: {}\nbad:\n  seq_len: 9999\n  per_device_train_batch_size: 1\n")
+    code, table = compare(files, tmp_path, variants=str(variants), budget_tokens=9999)
+    assert code == 1
+    rows = {row["variant"]: row for row in table["rows"]}
+    assert "exit code 2: as it said" in rows["bad"]["errors"][0]
+    assert rows["good"]["pruned"]["mean"] > 1
+    assert not rows["good"]["errors"]
+
+
+def test_best_rate_is_tried_with_one_seed_and_used_with_all(files, tmp_path, in_process):
+    _, table = compare(files, tmp_path, methods="cast", learning_rates="1e-4,2e-2", seeds=2)
+    assert len(in_process) == 6  # two trials and one more seed, of cast and of the control
+    trials = {t["learning_rate"]: t for t in table["trials"] if t["variant"] == "cast"}
+    best = min(trials.values(), key=lambda t: t["perplexity"])
+    assert best["chosen"]
+    assert sum(t["chosen"] for t in trials.values()) == 1
+    row = table["rows"][0]
+    assert row["learning_rate"] == best["learning_rate"]
+    assert row["seeds"] == [0, 1]
+    assert row["pruned"]["values"][0] == pytest.approx(best["perplexity"])
+
+
+def test_a_killed_run_is_resumed(files, tmp_path, in_process, monkeypatch):
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    original = TrainingRun.train_step
+
+    def train_step(self):
+        if self.step == 4:
+            raise Killed
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "train_step", train_step)
+        with pytest.raises(Killed):
+            compare(files, tmp_path, methods="cast", config=None, seq_len=32, per_device_train_batch_size=2)
+    steps = []
+    monkeypatch.setattr(TrainingRun, "train_step", lambda self: (steps.append(self.step), original(self)))
+    compare(files, tmp_path, methods="cast", config=None, seq_len=32, per_device_train_batch_size=2)
+    assert steps[:2] == [4, 5]  # it saves every step of six here, and the dense control follows
+    assert steps[2:] == list(range(6))
+
+
+def test_key_has_all_that_matters(files, tmp_path):
+    hashes = {"model": "a", "dataset": "b", "eval_dataset": "c"}
+    config = {"model": "x", "dataset": "y", "eval_dataset": "z", "eta": 0.5, "seed": 0, "output_dir": "o"}
+    key = run_key(config, hashes)
+    assert run_key({**config, "output_dir": "p", "model": "elsewhere/x", "log_steps": 7}, hashes) == key
+    assert run_key({**config, "eta": 0.6}, hashes) != key
+    assert run_key({**config, "seed": 1}, hashes) != key
+    assert all(run_key(config, {**hashes, name: "other"}) != key for name in hashes)
+
+    copy = save_tiny(tmp_path / "copy")
+    assert content_hash(str(copy), None) == content_hash(files["model"], None)
+    tensors = load_file(copy / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    assert content_hash(str(copy), None) != content_hash(files["model"], None)
+
+
+def fake(variant: str, tokens: int, seed: int, ppl: float, method: str = "", trial: bool = False) -> Result:
+    run = Run(variant, tokens, {"method": method or variant, "seed": seed, "learning_rate": 1e-3})
+    key = "trained" if variant == "dense" else "pruned"
+    record = {"perplexity": {key: ppl, "before_prune": ppl}, "train_seconds": 2.0}
+    return Result(run, record, Path("."), trial)
+
+
+def test_gap_is_paired_by_budget_and_seed():
+    controls = {(100, 0): 5.0, (100, 1): 6.0, (200, 0): 4.0, (200, 1): 4.5}
+    results = [fake("dense", tokens, seed, ppl) for (tokens, seed), ppl in controls.items()]
+    results += [fake("cast", 100, 0, 7.0), fake("cast", 100, 1, 7.5), fake("cast", 200, 0, 5.0)]
+    results += [fake("cast", 100, 0, 99.0, trial=True), fake("magnitude", 0, 0, 50.0), fake("wanda", 0, 1, 40.0)]
+    results += [fake("cast", 200, 1, 0.0)]
+    results[-1].record = {"error": "it crashed"}
+    rows = {(row["variant"], row["tokens"]): row for row in summarize(results)}
+    gaps = [math.log(7.0 / 5.0), math.log(7.5 / 6.0)]
+    assert rows["cast", 100]["gap"].mean == pytest.approx(statistics.fmean(gaps))
+    assert rows["cast", 100]["gap"].std == pytest.approx(statistics.stdev(gaps))
+    assert rows["cast", 200]["gap"].values == pytest.approx((math.log(5.0 / 4.0),))
+    assert rows["cast", 200]["gap"].std is None
+    assert rows["cast", 200]["errors"] == ["seed 1: it crashed"]
+    assert rows["magnitude", 0]["gap"].mean == pytest.approx(math.log(50.0 / 4.25))  # the mean control of the largest
+    assert rows["wanda", 0]["gap"].mean == pytest.approx(math.log(40.0 / 4.5))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_can_be_planned(name, files, tmp_path):
+    plan = Plan(command(files, tmp_path, preset=name, budget_tokens=64 * 800), _parse)
+    made = [plan.make(v, t, 0, None) for v in plan.variants for t in plan.budgets(v)]
+    keys = {run.key for run in made}
+    assert len(keys) == len(made)  # no two of them are the same run
+    if name == "budgets":
+        assert sorted({run.tokens for run in made}) == [64 * 100, 64 * 200, 64 * 400, 64 * 800]
+
+
+@pytest.mark.parametrize(
+    ("over", "reason"),
+    [
+        ({"methods": "cast,stee"}, "no method stee"),
+        ({"budget_tokens": 63}, "less than one step of 64"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"learning_rates": "1e-3,fast"}, "'fast' is no number"),
+        ({"variants": "nowhere.yaml"}, "cannot read nowhere.yaml"),
+        ({"dataset": "nowhere.txt"}, "nowhere.txt"),
+        ({"model": "no where"}, "no where"),
+    ],
+)
+def test_refusals(over, reason, files, tmp_path):
+    with pytest.raises(InputError, match=reason):
+        Plan(command(files, tmp_path, **over), _parse)
+
+
+def test_an_unknown_field_is_refused_before_anything_runs(files, tmp_path, in_process):
+    variants = tmp_path / "variants.yaml"
+    variants.write_text("good: {}\nbad: {lerning_rate: 1}\n")
+    with pytest.raises(InputError, match="no field lerning_rate"):
+        compare(files, tmp_path, variants=str(variants))
+    assert not in_process
+
+
+def test_one_comparison_at_a_time(tmp_path):
+    with lock(tmp_path), pytest.raises(InputError, match="another castlm compare"), lock(tmp_path):
+        pass
+    with lock(tmp_path):
+        pass
+
+
+def test_process_of_a_run(tmp_path):
+    log = tmp_path / "log"
+    with lock(tmp_path) as descriptor:
+        assert run_process(["castlm", "nonsense"], log, descriptor) == 2
+    assert last_line(log).startswith("there is no command 'nonsense'")
+
+
+def test_command_line_repeats_the_comparison(files, tmp_path):
+    line = command(files, tmp_path, methods="cast", seeds=2).command_line()
+    assert line.startswith("castlm compare --model")
+    assert "--methods cast" in line
+    assert "--seeds 2" in line
+    assert "--preset" not in line
+
+
+def test_oneshot_fields_are_those_of_a_plan(files, tmp_path):
+    plan = Plan(command(files, tmp_path, methods="wanda"), _parse)
+    run = plan.make("wanda", 0, 0, None)
+    known = {f.name for f in dataclasses.fields(oneshot.OneshotConfig)}
+    assert set(run.config) <= known
+    assert run.config["seq_len"] == CONFIG["seq_len"]
+    assert torch.get_num_threads() == 1
