@@ -102,6 +102,7 @@ def stop_after(monkeypatch, step):
 
     def train_step(self):
         if self.step == step:
+            self.saver.finish()
             raise StopAfter
         original(self)
 

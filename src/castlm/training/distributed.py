@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,22 +18,44 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from castlm.core.errors import InputError
+
+T = TypeVar("T")
+# How long the ranks are waited for that may just be late, once a collective has failed.
+DIAGNOSIS_S = 10
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks. `mesh` is None for a single process."""
+    """This process among the ranks. `mesh` is None for a single process.
+
+    `control` and `saving` are gloo groups beside the one that computes: for what ranks tell each other as objects, and
+    for the thread that writes checkpoints, whose messages must not mix with those of the loop.
+    """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None
+    control: dist.ProcessGroup | None = None
+    saving: dist.ProcessGroup | None = None
+    timeout_s: float = 600
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def num_replicas(self) -> int:
+        """How many ranks hold the same shard of every parameter."""
+        return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim == 2 else 1
+
+    @property
+    def shard_index(self) -> int:
+        """Which shard of every parameter this rank holds."""
+        return self.rank % (self.size // self.num_replicas)
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed over all ranks, in place."""
@@ -46,9 +71,71 @@ class World:
         if self.mesh is not None:
             dist.barrier()
 
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank, by rank; any picklable object."""
+        values: list[Any] = [value]
+        if self.mesh is not None:
+            values = [None] * self.size
+            dist.all_gather_object(values, value, group=self.control)
+        return values
 
-def init_world(device: str, sharding: str, timeout_s: int = 600) -> World:
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What `action` returns on the main rank, on every rank.
+
+        Raises:
+            InputError, OSError: raised by `action` there. The other ranks raise `SystemExit`: one rank says it.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except (InputError, OSError) as error:
+                outcome[1] = error
+        if self.mesh is not None:
+            dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if outcome[1] is not None:
+            raise outcome[1] if self.is_main else SystemExit(2)
+        result: T = outcome[0]
+        return result
+
+    def check_all(self, failure: str | None) -> None:
+        """Stops every rank when one of them reports a failure.
+
+        Raises:
+            InputError: the first failure, on the main rank. The other ranks raise `SystemExit`.
+        """
+        failures = [text for text in self.gather(failure) if text is not None]
+        if failures:
+            raise InputError(failures[0]) if self.is_main else SystemExit(2)
+
+    def missing(self, timeout_s: float) -> str:
+        """The ranks that do not come here within `timeout_s`, as the main rank sees it; "" when all do."""
+        if self.mesh is None:
+            return ""
+        try:
+            timeout = datetime.timedelta(seconds=timeout_s)
+            dist.monitored_barrier(self.control, timeout=timeout, wait_all_ranks=True)
+        except RuntimeError as error:
+            found = re.search(r"[Rr]anks? ([\d, ]+?) failed to pass", str(error))
+            return f"rank {found[1]}" if found else "the main rank, or one that is gone"
+        return ""
+
+    def meet(self, where: str) -> None:
+        """Waits for all ranks.
+
+        Raises:
+            InputError: names those that have not come within `timeout_s`.
+        """
+        missing = self.missing(self.timeout_s)
+        if missing:
+            raise InputError(f"{missing} did not come to {where} within {self.timeout_s:g} s: it hangs or is gone")
+
+
+def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
     """Joins the process group that `torchrun` describes, or stands alone.
+
+    Args:
+        timeout_s: how long a rank waits for the others, in the loop and inside a collective.
 
     Raises:
         InputError: CUDA asked for and not there, or a hybrid mesh that the ranks do not fill.
@@ -63,16 +150,19 @@ def init_world(device: str, sharding: str, timeout_s: int = 600) -> World:
         torch.cuda.set_device(here)
     if size == 1:
         return World(0, 1, here, None)
-    if not dist.is_initialized():
-        backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
-    if sharding == "full":
-        return World(rank, size, here, init_device_mesh(kind, (size,), mesh_dim_names=("shard",)))
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(size))) if sharding == "hybrid" else 1
-    if size % per_node:
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    if sharding == "hybrid" and size % per_node:
         raise InputError(f"{size} ranks do not divide into nodes of {per_node}: start the same number on every node")
-    mesh = init_device_mesh(kind, (size // per_node, per_node), mesh_dim_names=("replicate", "shard"))
-    return World(rank, size, here, mesh)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
+    control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    if sharding == "full":
+        mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    else:
+        shards = per_node if sharding == "hybrid" else 1
+        mesh = init_device_mesh(kind, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
+    return World(rank, size, here, mesh, control, saving, timeout_s)
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
@@ -98,6 +188,19 @@ def shard_(module: nn.Module, world: World) -> None:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as all ranks together hold it; all of them call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(tensor: Tensor) -> slice:
+    """Which rows of the whole tensor are on this rank."""
+    if not isinstance(tensor, DTensor):
+        return slice(0, len(tensor))
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return slice(offset[0], offset[0] + shape[0])
 
 
 def close_world(world: World) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,11 +22,12 @@ from castlm.core.sparsify import is_sparse_linear
 from castlm.files import prepare_output_dir
 from castlm.models import Loaded, check_head, load_model
 from castlm.training.checkpoint import (
+    Saver,
+    after_restart,
     check_same_run,
     checkpoint_steps,
     load_checkpoint,
     read_manifest,
-    save_checkpoint,
 )
 from castlm.training.config import TrainConfig, learning_rate
 from castlm.training.data import (
@@ -39,11 +39,12 @@ from castlm.training.data import (
     text_hash,
     token_ids,
 )
-from castlm.training.distributed import World, close_world, init_world, local, shard_
+from castlm.training.distributed import DIAGNOSIS_S, World, close_world, init_world, local, shard_
 from castlm.training.finish import finish, read_result
 from castlm.training.hardware import autocast, can_compile, choose_precision, describe
 from castlm.training.interrupt import Interrupt
 from castlm.training.objective import Objective, make_teacher, pruned
+from castlm.training.selfcheck import SelfCheck, masked_samples
 from castlm.training.telemetry import Telemetry, warn
 
 
@@ -57,16 +58,24 @@ def train(config: TrainConfig) -> dict[str, Any]:
         InputError: on anything the user can put right; nothing is half-written.
         Interrupted: after Ctrl-C or SIGTERM, with the run saved; its message says how to resume.
     """
-    world = init_world(config.device, config.sharding)
+    world = init_world(config.device, config.sharding, config.timeout_s)
     try:
+        config = world.on_main(lambda: after_restart(config))
         finished = Path(config.output_dir) / "model"
-        if config.resume and (finished / "castlm.json").is_file():
-            warn(f"{finished} is finished already")
-            return read_result(finished)
+        if world.on_main(lambda: config.resume and (finished / "castlm.json").is_file()):
+            if world.is_main:
+                warn(f"{finished} is finished already")
+            return world.on_main(lambda: read_result(finished))
         run = Run(config, world)
         with run.telemetry, Interrupt() as interrupt:
             run.loop(interrupt)
             return finish(run)
+    except RuntimeError as error:  # a collective that failed says which address went away, not which rank
+        missing = world.missing(DIAGNOSIS_S)
+        if not missing:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{missing} hangs or is gone; torchrun --max-restarts starts it again ({reason})") from error
     finally:
         close_world(world)
 
@@ -97,9 +106,8 @@ class Run:
         self.figures: dict[str, dict[str, float]] = {}  # evaluations by step
         if resume_from is not None:
             self._restore(resume_from)
-        elif world.is_main:
-            self._start_fresh()
-        world.barrier()
+        else:
+            world.on_main(self._start_fresh)
         self.telemetry = Telemetry(
             self.output_dir,
             config.max_steps,
@@ -107,31 +115,36 @@ class Run:
             start_step=self.step,
             tensorboard=config.tensorboard,
         )
+        self.saver = Saver(
+            self.output_dir / "checkpoints",
+            config.save_total_limit,
+            world,
+            background=config.async_save,
+            say=self.telemetry.say,
+        )
         self._announce(resume_from)
 
     def _claim_output_dir(self) -> Path | None:
         """The checkpoint to resume from; else makes sure that the output folder may be written."""
         if self.config.resume:
-            whole = checkpoint_steps(self.output_dir / "checkpoints")
-            if not whole:
-                raise InputError(f"{self.output_dir} holds no whole checkpoint: start it without resume")
-            path = whole[max(whole)]
-            saved = {k: v for k, v in read_manifest(path)["config"].items() if k == "model"}
-            if saved["model"] != self.config.model:
-                raise InputError(f"{path} is of the model {saved['model']}, not {self.config.model}: use that one")
-            return path
-        if self.world.is_main:
-            prepare_output_dir(self.output_dir, self.config.overwrite)
-        self.world.barrier()
+            return self.world.on_main(self._newest_checkpoint)
+        self.world.on_main(lambda: prepare_output_dir(self.output_dir, self.config.overwrite))
         return None
+
+    def _newest_checkpoint(self) -> Path:
+        whole = checkpoint_steps(self.output_dir / "checkpoints")
+        if not whole:
+            raise InputError(f"{self.output_dir} holds no whole checkpoint: start it without resume")
+        path = whole[max(whole)]
+        model = read_manifest(path)["config"]["model"]
+        if model != self.config.model:
+            raise InputError(f"{path} is of the model {model}, not {self.config.model}: use that one")
+        return path
 
     def _start_fresh(self) -> None:
         for entry in self.output_dir.iterdir():  # only what `overwrite` allows is still here
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        kept = {k: v for k, v in self.config.as_dict().items() if k not in ("resume", "overwrite")}
-        kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
-        text = yaml.safe_dump(kept, sort_keys=False)
-        (self.output_dir / "config.yaml").write_text(text, encoding="utf-8")
+        (self.output_dir / "config.yaml").write_text(self.config.as_yaml(), encoding="utf-8")
 
     def _check_model(self) -> None:
         longest = getattr(self.model.config, "max_position_embeddings", None)
@@ -182,6 +195,8 @@ class Run:
         self.names = {param: name for name, param in self.model.named_parameters()}
         self.initial_masks = {self.names[p]: mask.clone() for p, mask in self.method.masks().items()}
         self._check_decay_budget()
+        watched = self.method.layers if self.method.decays else {}
+        self.self_check = SelfCheck(self.optimizer, watched, self.pattern, config.log_steps, self.world)
 
     def _is_sparse(self, module: torch.nn.Module, fqn: str) -> bool:
         return is_sparse_linear(module, fqn) and not any(part in fqn for part in self.config.left_dense)
@@ -194,8 +209,9 @@ class Run:
         steps = range(config.max_steps)
         lrs = [learning_rate(t, config) for t in steps]
         alphas = [decay_alpha(t, config.max_steps, config.decay, config.decay_end) for t in steps]
-        self.budget = decay_budget(self.local_masks().items(), lrs, alphas, config.decay)
-        if not self.world.any(self.budget.reaches_zero) and not config.ignore_decay_budget:
+        weights = masked_samples(self.local_masks(), self.world)
+        self.budget = decay_budget(weights, lrs, alphas, config.decay)
+        if not self.budget.reaches_zero and not config.ignore_decay_budget:
             raise InputError(f"{self.budget.explain()} (ignore_decay_budget runs it all the same)")
 
     def local_masks(self) -> dict[Tensor, Tensor]:
@@ -228,6 +244,8 @@ class Run:
         if self.step == 0:
             self.evaluate()
         while self.step < config.max_steps:
+            self.world.meet(f"step {self.step + 1}")
+            self.saver.finish_if_written()
             self.train_step()
             last = self.step == config.max_steps
             if self.step % eval_steps == 0 or last:
@@ -238,7 +256,9 @@ class Run:
             if self.world.any(interrupt.requested):
                 if saved != self.step:
                     self.save()
+                self.saver.finish()
                 raise interrupt.stopped(self.step, self.output_dir)
+        self.saver.finish()
 
     def train_step(self) -> None:
         config, optimizer, started = self.config, self.optimizer, time.perf_counter()
@@ -268,9 +288,11 @@ class Run:
         total, ce, kl = self.world.sum(sums).tolist()
         grad_norm = self._clip()
         if not np.isfinite([total, grad_norm]).all():
+            self.saver.finish()
             raise InputError(self._diverged(total, grad_norm))
         self.method.before_update(self.step)
-        optimizer.step()
+        with self.self_check.around_step(self.step, config.mask_interval):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         alpha = decay_alpha(self.step, config.max_steps, config.decay, config.decay_end) if self.method.decays else None
@@ -354,7 +376,8 @@ class Run:
             "initial_masks": self.initial_masks,
         }
 
-    def save(self) -> Path:
+    def save(self) -> None:
+        flips = torch.tensor(float(self.optimizer.flips()), device=self.world.device, dtype=torch.float64)
         manifest = {
             "config": self.config.as_dict(),
             "facts": self.facts,
@@ -362,18 +385,9 @@ class Run:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "figures": self.figures,
-            "flips": self.optimizer.flips(),
+            "flips": int(self.world.sum(flips)) // self.world.num_replicas,
         }
-        path = save_checkpoint(
-            self.output_dir / "checkpoints",
-            self.step,
-            self.tensors(),
-            manifest,
-            self.config.save_total_limit,
-            self.world,
-        )
-        self.telemetry.say(f"saved {path}")
-        return path
+        self.saver.save(self.step, self.tensors(), manifest)
 
     def _restore(self, path: Path) -> None:
         check_same_run(read_manifest(path), self.config.as_dict(), self.facts)
@@ -381,7 +395,8 @@ class Run:
         self.loader.load_state_dict(manifest["data"])
         self.step, self.tokens, self.seconds = manifest["step"], manifest["tokens"], manifest["seconds"]
         self.figures = manifest["figures"]
-        self.optimizer.restore_flips(manifest["flips"])
+        first_shard = self.world.shard_index == 0  # one rank of each replica says what all of them changed
+        self.optimizer.restore_flips(manifest["flips"] if first_shard else 0)
 
 
 def windows(token_ids: Tensor, seq_len: int, batch: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:

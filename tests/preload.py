@@ -1,0 +1,15 @@
+"""What the server of `tests.ranks` imports once for all ranks. It starts no thread: its children are forks."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+import transformers.models.gemma.modeling_gemma
+import transformers.models.gpt2.modeling_gpt2
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import castlm.training.loop  # noqa: F401
+
+torch.set_num_threads(1)

@@ -1,0 +1,89 @@
+"""Runs a function on N gloo ranks. The ranks are forked from one server that has imported everything already: torch
+and transformers take longer to import than a tiny model to train.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.preload"])
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def start_ranks(
+    function: Callable[..., Any],
+    size: int,
+    *args: Any,
+    log: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> list[BaseProcess]:
+    """Starts `function(*args)` on `size` ranks, as `torchrun` would; each writes what it says to `log`.<rank>."""
+    port = free_port()
+    ranks = []
+    for rank in range(size):
+        variables = {
+            **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(environment or {})},
+        }
+        here = {name: str(value) for name, value in variables.items()}
+        target = (function, args, here, None if log is None else f"{log}.{rank}")
+        ranks.append(_FORKS.Process(target=_rank, args=target, daemon=True))
+        ranks[-1].start()
+    return ranks
+
+
+def run_ranks(
+    function: Callable[..., Any], size: int, *args: Any, folder: Path, timeout: float = 60, **over: Any
+) -> None:
+    """Runs `function(*args)` on `size` ranks to its end. Raises AssertionError with what a failed rank said."""
+    log = folder / f"log-{time.monotonic_ns()}"
+    ranks = start_ranks(function, size, *args, log=log, **over)
+    codes = wait_ranks(ranks, timeout)
+    assert not any(codes), f"exit codes {codes}: {said(log, size)}"
+
+
+def wait_ranks(ranks: list[BaseProcess], timeout: float) -> list[int | None]:
+    """The exit codes, None for a rank that had to be killed after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.monotonic()))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        if rank.is_alive():
+            rank.kill()
+        rank.join()
+    return codes
+
+
+def said(log: Path, size: int) -> str:
+    """What the ranks wrote."""
+    return "\n".join(Path(f"{log}.{rank}").read_text() for rank in range(size) if Path(f"{log}.{rank}").is_file())
+
+
+def _rank(function: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str], log: str | None) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    try:
+        code = function(*args)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    os._exit(code if isinstance(code, int) else 0)  # no atexit: a forked rank has its parent's handlers

@@ -1,0 +1,349 @@
+"""Several gloo ranks against one: the same weights, checkpoints that any number of ranks goes on from, and faults."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import AutoModelForCausalLM
+
+import castlm.training.loop as loop
+from castlm.core.adams import AdamS
+from castlm.core.errors import InputError
+from castlm.core.sparsify import prune_, sparse_param_groups
+from castlm.export.verify import verify
+from castlm.training.checkpoint import checkpoint_steps
+from castlm.training.config import TrainConfig
+from castlm.training.data import BatchLoader
+from castlm.training.distributed import close_world, init_world, local, whole
+from castlm.training.loop import Run, train
+from castlm.training.objective import pruned
+from tests.ranks import run_ranks, said, start_ranks, wait_ranks
+from tests.tiny import save_tiny
+
+TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory) -> str:
+    """Tied embeddings, and grouped keys: rows that do not divide by 3."""
+    return str(save_tiny(tmp_path_factory.mktemp("gemma"), "gemma"))
+
+
+def small(model: str, dataset: str, output_dir: Path, ranks: int, **over: Any) -> TrainConfig:
+    """12 blocks a step, whatever the number of ranks."""
+    rows, micro_batches = {1: (6, 2), 2: (3, 2), 3: (2, 2), 4: (1, 3)}[ranks]
+    fields = {
+        "max_steps": 20,
+        "seq_len": 32,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": micro_batches,
+        "eval_tokens": 500,
+        "mask_interval": 3,
+        "save_steps": 0,
+        "eval_steps": 10,
+        "learning_rate": 1e-3,
+        "tensorboard": False,
+        "device": "cpu",
+    }
+    return TrainConfig(model, dataset, str(output_dir), **{**fields, **over})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def assert_close(one: Path, other: Path, atol: float) -> None:
+    one_weights, other_weights = weights(one), weights(other)
+    assert one_weights.keys() == other_weights.keys()
+    for name, weight in one_weights.items():
+        torch.testing.assert_close(weight, other_weights[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------- N ranks = 1 rank
+
+
+def train_uneven(config: TrainConfig) -> None:
+    """Trains with labels that do not count, more of them in one rank than in the other, and keeps the last masks."""
+    original_next, original_finish = BatchLoader.__next__, loop.finish
+
+    def next_with_ignored_labels(self: BatchLoader) -> dict[str, torch.Tensor]:
+        batch = original_next(self)
+        labels = batch["labels"].clone()
+        labels[labels % 5 == batch["input_ids"][:, :1] % 5] = -100
+        labels[batch["input_ids"][:, 0] % 3 == 0, 8:] = -100
+        return batch | {"labels": labels}
+
+    def keep_masks(run: Run) -> dict[str, Any]:
+        masks = {run.names[p]: whole(mask) for p, mask in run.method.masks().items()}
+        if run.world.is_main:
+            torch.save(masks, run.output_dir / "masks.pt")
+        return original_finish(run)
+
+    BatchLoader.__next__, loop.finish = next_with_ignored_labels, keep_masks
+    train(config)
+
+
+@pytest.fixture(scope="module")
+def one_rank(gemma, text, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    run_ranks(train_uneven, 1, small(gemma, text, folder / "run", 1), folder=folder)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("sharding", "ranks", "per_node"), [("full", 3, 3), ("replicate", 2, 2), ("hybrid", 4, 2)])
+def test_ranks_are_one_rank(sharding, ranks, per_node, one_rank, gemma, text, tmp_path):
+    """Teacher, weight scaling, tied embeddings, clipping, accumulation, evaluation, uneven counts and uneven shards."""
+    config = small(gemma, text, tmp_path / "run", ranks, sharding=sharding)
+    environment = {"LOCAL_WORLD_SIZE": str(per_node)}
+    run_ranks(train_uneven, ranks, config, folder=tmp_path, environment=environment)
+
+    assert_close(one_rank / "model", tmp_path / "run" / "model", atol=1e-5)
+    assert verify(tmp_path / "run" / "model").ok
+    one, other = rows(one_rank), rows(tmp_path / "run")
+    assert max(row["grad_norm"] for row in one if "loss" in row) > 1.0  # clipping had work to do
+    assert len(one) == len(other)
+    for expected, row in zip(one, other):
+        for key in ("tokens", "loss", "ce", "kl", "grad_norm", "perplexity", "prune_now_ppl", "flip_rate"):
+            if key in expected:
+                assert row[key] == pytest.approx(expected[key], rel=1e-5), key
+    masks, expected = torch.load(tmp_path / "run" / "masks.pt"), torch.load(one_rank / "masks.pt")
+    for name, mask in expected.items():
+        assert torch.equal(masks[name], mask), name
+
+
+def train_on_dtensors() -> None:
+    """AdamS on row shards, some of them uneven and one empty, bit for bit as on the whole weights."""
+    world = init_world("cpu", "full")
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleList([nn.Linear(8, 5), nn.Linear(5, 12), nn.Linear(12, 1)])
+
+    plain, sharded = model(), model()
+    for layer in sharded:
+        fully_shard(layer, mesh=world.mesh)
+    options: dict[str, Any] = {"lr": 1e-2, "total_steps": 8, "mask_interval": 2, "decay_end": 1.0}
+    optimizers = [AdamS(sparse_param_groups(m), **options) for m in (plain, sharded)]
+    for step in range(6):
+        torch.manual_seed(step)
+        for p, q in zip(plain.parameters(), sharded.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = distribute_tensor(p.grad, world.mesh, [Shard(0)])
+        for optimizer in optimizers:
+            optimizer.step()
+    one, other = (optimizer.masks() for optimizer in optimizers)
+    assert len(one) == len(other) == 2
+    for mask, shard in zip(one.values(), other.values()):
+        assert shard.dtype == torch.bool
+        assert shard.placements == (Shard(0),)
+        assert torch.equal(whole(shard), mask)
+
+    before = [local(p.detach()).clone() for p in sharded.parameters()]
+    with pruned({local(p.data): local(mask) for p, mask in other.items()}):
+        assert all((whole(p) == 0)[~mask].all() for p, mask in zip(other, one.values()))
+    assert all(torch.equal(local(p), b) for p, b in zip(sharded.parameters(), before))
+    prune_(plain, masks=one)
+    prune_(sharded, masks=other)
+    for p, q in zip(plain.parameters(), sharded.parameters()):
+        assert torch.equal(whole(q), p)
+
+    columns = nn.Parameter(distribute_tensor(torch.randn(4, 8), world.mesh, [Shard(1)]))
+    with pytest.raises(InputError, match=r"S\(1\), which splits groups of 4"):
+        AdamS([{"params": [columns], "sparse": True}], total_steps=10)
+    close_world(world)
+
+
+def test_adams_on_shards_is_adams_on_whole_weights(tmp_path):
+    run_ranks(train_on_dtensors, 2, folder=tmp_path)
+
+
+# ---------------------------------------------------------------------- the run checks itself
+
+
+def test_a_mask_that_is_not_its_weights_stops_the_run(gemma, text, tmp_path, monkeypatch):
+    refresh = AdamS.refresh_masks
+
+    def shifted(self, group):  # as where the masks of a flattened parameter begin one weight too late
+        refresh(self, group)
+        mask = self.mask(group["params"][-1])
+        mask.copy_(mask.roll(1))
+
+    monkeypatch.setattr(AdamS, "refresh_masks", shifted)
+    with pytest.raises(RuntimeError, match=r"the mask of model\.layers\.1\.\S+ is not that of its weight"):
+        train(small(gemma, text, tmp_path / "run", 1))
+
+
+def test_a_weight_that_is_not_stepped_stops_the_run(gemma, text, tmp_path, monkeypatch):
+    step_group = AdamS._step_group
+    monkeypatch.setattr(AdamS, "_step_group", lambda self, group: None if group["sparse"] else step_group(self, group))
+    with pytest.raises(RuntimeError, match="0 sparse weights were stepped, the model has 18,432"):
+        train(small(gemma, text, tmp_path / "run", 1))
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def train_until(config: TrainConfig, stop: int) -> None:
+    """As a kill right after step `stop` would end it."""
+    original = Run.train_step
+
+    def train_step(self: Run) -> None:
+        if self.step == stop:
+            self.saver.finish()
+            raise SystemExit(0)
+        original(self)
+
+    Run.train_step = train_step
+    train(config)
+
+
+def test_resumed_on_other_numbers_of_ranks(gemma, text, tmp_path):
+    common: dict[str, Any] = {"max_steps": 12, "save_steps": 4, "eval_steps": 6}
+    run_ranks(train, 1, small(gemma, text, tmp_path / "straight", 1, **common), folder=tmp_path)
+    for ranks, stop, sharding in ((2, 4, "full"), (1, 8, "full"), (4, 12, "hybrid")):
+        config = small(gemma, text, tmp_path / "run", ranks, resume=stop > 4, sharding=sharding, **common)
+        run_ranks(train_until, ranks, config, stop, folder=tmp_path, environment={"LOCAL_WORLD_SIZE": min(ranks, 2)})
+        saved = checkpoint_steps(tmp_path / "run" / "checkpoints")
+        assert max(saved) == stop
+        assert len(list(saved[stop].glob("__*.distcp"))) == ranks
+    assert_close(tmp_path / "straight" / "model", tmp_path / "run" / "model", atol=1e-6)
+    one, other = rows(tmp_path / "straight"), rows(tmp_path / "run")
+    assert [row["step"] for row in one] == [row["step"] for row in other]
+    for expected, row in zip(one, other):
+        for key in ("tokens", "loss", "perplexity", "initial_flip_rate", "flip_rate"):
+            if key in expected:
+                assert row[key] == pytest.approx(expected[key], rel=1e-6), key
+
+
+def slow_writes(monkeypatch, seconds: float) -> None:
+    write_data = FileSystemWriter.write_data
+
+    def slowly(self, plan, planner):
+        time.sleep(seconds)
+        return write_data(self, plan, planner)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", slowly)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(gemma, text, tmp_path, monkeypatch):
+    """What is written is the state when it was taken, whatever has happened since."""
+    config = small(gemma, text, tmp_path / "sync", 1, max_steps=6, save_steps=2, eval_steps=6, async_save=False)
+    train(config)
+    slow_writes(monkeypatch, 0.5)
+    seen = []
+    finish = loop.Saver.finish
+    monkeypatch.setattr(loop.Saver, "finish", lambda self: (seen.append(bool(self._pending)), finish(self)))
+    train(replace(config, output_dir=str(tmp_path / "async"), async_save=True))
+    for step in (4, 6):
+        states = []
+        for name in ("sync", "async"):
+            run = Run(replace(config, output_dir=str(tmp_path / "other"), overwrite=True), init_world("cpu", "full"))
+            run._restore(checkpoint_steps(tmp_path / name / "checkpoints")[step])
+            states.append(run.tensors())
+        for part in ("model", "initial_masks"):
+            for name, tensor in states[0][part].items():
+                assert torch.equal(tensor, states[1][part][name]), name
+        for name, state in states[0]["optimizer"].items():
+            for key, tensor in state.items():
+                assert torch.equal(tensor, states[1]["optimizer"][name][key]), f"{name} {key}"
+    assert seen[:2] == [False, True]  # the second save found the first one still being written
+
+
+def fail_at(config: TrainConfig, rank: int, step: int, code: int) -> None:
+    """Trains; what `rank` writes at `step` fails with the error number `code`, as the system reports it."""
+    write_data = FileSystemWriter.write_data
+
+    def failing(self: FileSystemWriter, plan: Any, planner: Any) -> Any:
+        if f"step-{step:08d}" in str(self.path) and (not dist.is_initialized() or dist.get_rank() == rank):
+            raise OSError(code, {errno.ENOSPC: "No space left on device", errno.EIO: "Input/output error"}[code])
+        return write_data(self, plan, planner)
+
+    FileSystemWriter.write_data = failing
+    raise SystemExit(main_code(config))
+
+
+def main_code(config: TrainConfig) -> int:
+    """Trains as the command does: an error is one line and exit code 2."""
+    try:
+        train(config)
+    except InputError as error:
+        print(f"castlm: error: {error}", flush=True)
+        return 2
+    return 0
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_rank_that_cannot_write_stops_all_with_the_last_checkpoint_whole(background, gemma, text, tmp_path):
+    config = small(gemma, text, tmp_path / "run", 2, max_steps=8, save_steps=2, eval_steps=8, async_save=background)
+    ranks = start_ranks(fail_at, 2, config, 1, 6, errno.ENOSPC, log=tmp_path / "log")
+    assert wait_ranks(ranks, 60) == [2, 2]
+    folder = tmp_path / "run" / "checkpoints"
+    message = f"castlm: error: step 6 could not be saved in {folder}: the disk is full; the last whole checkpoint is "
+    assert said(tmp_path / "log", 2).count(message) == 1
+    assert list(checkpoint_steps(folder)) == [2, 4]
+    assert not list(folder.glob(".step*"))
+    run_ranks(train, 2, replace(config, resume=True), folder=tmp_path)  # and goes on from it
+    assert verify(tmp_path / "run" / "model").ok
+
+
+def test_vanished_folder(gemma, text, tmp_path, monkeypatch):
+    write_data = FileSystemWriter.write_data
+
+    def vanishing(self, plan, planner):
+        if "step-00000004" in str(self.path):
+            shutil.rmtree(self.path)
+        return write_data(self, plan, planner)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", vanishing)
+    with pytest.raises(InputError, match=r"step 4 could not be saved .*step-00000002"):
+        train(small(gemma, text, tmp_path / "run", 1, max_steps=6, save_steps=2, eval_steps=6))
+    assert list(checkpoint_steps(tmp_path / "run" / "checkpoints")) == [2]
+
+
+def test_folder_that_became_read_only(gemma, text, tmp_path, monkeypatch):
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(mount)], capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    original = Run.save
+
+    def save(self):
+        if self.step == 4:
+            subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
+        original(self)
+
+    monkeypatch.setattr(Run, "save", save)
+    try:
+        config = small(gemma, text, tmp_path / "run", 1, max_steps=6, save_steps=2, eval_steps=6, async_save=False)
+        run = Run(config, init_world("cpu", "full"))
+        run.saver.folder = mount / "checkpoints"
+        with run.telemetry, pytest.raises(InputError, match=r"step 4 could not be saved .*Read-only.*step-00000002"):
+            run.loop(loop.Interrupt())
+        assert list(checkpoint_steps(mount / "checkpoints")) == [2]
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
