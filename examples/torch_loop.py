@@ -4,6 +4,7 @@
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,7 +15,7 @@ import castlm
 def main(model_folder: str, text_file: str, output_folder: str, steps: int = 50, seq_len: int = 128) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    ids = tokenizer(open(text_file, encoding="utf-8").read(), return_tensors="pt").input_ids[0]
+    ids = tokenizer(Path(text_file).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     blocks = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
 
     castlm.add_weight_scaling(model)  # <-

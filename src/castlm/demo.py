@@ -51,6 +51,7 @@ def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
         method="cast" if method == "castlm" else "dense",
         max_steps=max_steps,
         seq_len=128,
+        decay_end=0.3,
         per_device_train_batch_size=4,
         eval_tokens=8192,
         eval_steps=max_steps,

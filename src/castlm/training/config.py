@@ -33,7 +33,7 @@ class TrainConfig:
     max_steps: int = 300
     """Optimizer steps, the horizon T of the method. It may not change on resume."""
 
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     """Peak learning rate."""
 
     per_device_train_batch_size: int = 8
