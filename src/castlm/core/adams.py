@@ -160,7 +160,7 @@ class AdamS(Optimizer):
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         lam: decay coefficient of `"proportional"` and `"additive"`, of the order of the gradient.
-        total_steps: the horizon `T`. It is part of the method: it may not change on resume.
+        total_steps: the horizon `T`, which has to be given. It is part of the method: it may not change on resume.
         mask_interval: steps between two refreshes of the masks (`T1`).
         decay: `"horizon"`, `"proportional"`, `"additive"` or `"none"`.
         decay_end: share of `T` after which `"horizon"` has every masked weight at zero, 0 < decay_end <= 1.
@@ -190,11 +190,11 @@ class AdamS(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         lam: float = 4e-7,
-        *,
-        total_steps: int,
+        total_steps: int = 0,
         mask_interval: int = 10,
         decay: str = "horizon",
         decay_end: float = 0.5,
+        *,
         compile: bool = False,
     ) -> None:
         for name, value, right, remedy in (
@@ -202,7 +202,7 @@ class AdamS(Optimizer):
             ("betas", betas, all(0 <= b < 1 for b in betas), "in [0, 1)"),
             ("eps", eps, eps >= 0, ">= 0"),
             ("lam", lam, lam >= 0, ">= 0"),
-            ("total_steps", total_steps, total_steps >= 1, "at least 1"),
+            ("total_steps", total_steps, total_steps >= 1, "given, at least 1"),
             ("mask_interval", mask_interval, mask_interval >= 1, "at least 1"),
             ("decay", decay, decay in DECAYS, f"one of {', '.join(DECAYS)}"),
             ("decay_end", decay_end, 0 < decay_end <= 1, "in (0, 1]"),
