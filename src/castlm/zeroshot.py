@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import importlib.util
 import logging
-import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -187,15 +186,11 @@ def _evaluate(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's log from warnings on, and its progress bars off."""
-    logger, level = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
-    bars = os.environ.get("TQDM_DISABLE")
+    """lm-eval's log from errors on; its progress bars stay."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
     logger.setLevel(logging.ERROR)
-    os.environ["TQDM_DISABLE"] = "1"
     try:
         yield
     finally:
         logger.setLevel(level)
-        os.environ.pop("TQDM_DISABLE")
-        if bars is not None:
-            os.environ["TQDM_DISABLE"] = bars
