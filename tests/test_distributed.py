@@ -23,16 +23,19 @@ from transformers import AutoModelForCausalLM
 import castlm.training.loop as loop
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
-from castlm.core.sparsify import prune_, sparse_param_groups
+from castlm.core.scaling import add_weight_scaling
+from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
 from castlm.export.verify import verify
+from castlm.models import load_model
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.data import BatchLoader
-from castlm.training.distributed import close_world, init_world, local, whole
+from castlm.training.distributed import close_world, init_world, local, shard_, whole
 from castlm.training.loop import Run, train
-from castlm.training.objective import pruned
+from castlm.training.objective import Objective, make_teacher, pruned
+from castlm.training.sharded import load_rows_, materialize_, open_sharded
 from tests.ranks import run_ranks, said, start_ranks, wait_ranks
-from tests.tiny import save_tiny
+from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
 
@@ -347,3 +350,81 @@ def test_folder_that_became_read_only(gemma, text, tmp_path, monkeypatch):
         assert list(checkpoint_steps(mount / "checkpoints")) == [2]
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def load_every_family(folders: list[str]) -> None:
+    world = init_world("cpu", "full")
+    for folder in folders:
+        whole_model = load_model(folder).model
+        loaded, checkpoint = open_sharded(folder, trust_remote_code=False, revision=None)
+        model = loaded.model
+        assert all(parameter.is_meta for parameter in model.parameters())
+        teacher = make_teacher(model, torch.bfloat16)
+        add_weight_scaling(model)
+        objective = Objective(model, teacher, 0.5, 1.0)
+        shard_(objective, world)
+        materialize_(objective, world.device)
+        load_rows_(model, checkpoint, world)
+        load_rows_(teacher, checkpoint, world)
+        held = sum(local(parameter).numel() for parameter in model.parameters())
+        assert held <= 0.51 * sum(parameter.numel() for parameter in model.parameters())
+
+        one, scaled = whole_model.state_dict(), 0
+        for name, tensor in model.state_dict().items():
+            scaled += name.endswith("parametrizations.weight.0.scale")
+            expected = one.get(name.replace(".parametrizations.weight.original", ".weight"), torch.ones_like(tensor))
+            assert torch.equal(whole(tensor), whole(expected)), f"{folder} {name}"
+        assert scaled == len(sparse_linears(model)[0])
+        assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == (
+            whole_model.get_input_embeddings().weight is whole_model.get_output_embeddings().weight
+        )
+        buffers = dict(whole_model.named_buffers())
+        for part in (model, teacher):
+            assert dict(part.named_buffers()).keys() == buffers.keys()
+            for name, buffer in part.named_buffers():
+                assert buffer.dtype == buffers[name].dtype
+                assert torch.equal(buffer, buffers[name]), f"{folder} {name}"
+        for name, parameter in teacher.named_parameters():
+            assert torch.equal(whole(parameter), one[name].bfloat16()), f"{folder} {name}"
+    close_world(world)
+
+
+def test_sharded_load_is_load_model_bit_for_bit(tmp_path):
+    folders = [str(save_tiny(tmp_path / family, family)) for family in FAMILIES]
+    tiny_model("llama").save_pretrained(tmp_path / "cut", max_shard_size="20KB")  # several files and an index
+    tiny_tokenizer().save_pretrained(tmp_path / "cut")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 2
+    run_ranks(load_every_family, 2, [*folders, str(tmp_path / "cut")], folder=tmp_path)
+
+
+def train_as_a_command(config: TrainConfig) -> None:
+    raise SystemExit(main_code(config))
+
+
+def test_bf16_with_a_sharded_teacher(text, tmp_path):
+    model = str(save_tiny(tmp_path / "model", "llama"))
+    for ranks in (1, 2):
+        config = small(model, text, tmp_path / str(ranks), ranks, precision="bf16", max_steps=4, eval_steps=4)
+        run_ranks(train, ranks, config, folder=tmp_path)
+    one, other = rows(tmp_path / "1"), rows(tmp_path / "2")
+    for expected, row in zip(one, other):
+        for key in ("loss", "kl", "perplexity"):
+            if key in expected:
+                assert row[key] == pytest.approx(expected[key], rel=2e-2, abs=1e-4), key
+
+
+@pytest.mark.parametrize("fault", ["NaN", "missing"])
+def test_bad_weights_are_refused_by_every_rank(fault, text, tmp_path):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[-1, -1] = float("nan")  # a row of the last rank
+    state = {k: v for k, v in model.state_dict().items() if fault == "NaN" or not k.endswith("1.mlp.down_proj.weight")}
+    model.save_pretrained(tmp_path / "model", state_dict=state)
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    config = small(str(tmp_path / "model"), text, tmp_path / "run", 2)
+    assert wait_ranks(start_ranks(train_as_a_command, 2, config, log=tmp_path / "log"), 60) == [2, 2]
+    message = {"NaN": "mlp.down_proj.weight of {} holds NaN", "missing": "the weights of {} lack model.layers.1.mlp"}
+    assert message[fault].format(tmp_path / "model") in said(tmp_path / "log", 2)
+    assert "Traceback" not in said(tmp_path / "log", 2)

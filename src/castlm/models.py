@@ -37,7 +37,7 @@ from castlm.layout import stored_transposed
 from castlm.locate import Location, locate
 
 # Causal masks and rotary tables that old checkpoints carry and today's models compute.
-_OLD_BUFFERS = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
+OLD_BUFFERS = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 _NO_TOKENIZER = "{} holds no tokenizer: copy tokenizer.json and tokenizer_config.json into it"
 
 
@@ -70,12 +70,8 @@ def load_model(
         InputError: nothing there, not a causal language model, quantized, an adapter, pickled or corrupt weights,
             weights that are missing, left over, of another shape or not finite, or no tokenizer.
     """
-    where = locate(name)
+    where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
-    with _quiet(where), _as_input_error(where):
-        config = AutoConfig.from_pretrained(where.target, **where.gguf, **options)
-    _check_config(where, config)
-    tokenizer = _load_tokenizer(where, options)
     weights: dict[str, Any] = {"use_safetensors": True}
     if where.gguf:
         weights = {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
@@ -100,6 +96,22 @@ def load_model(
     linearize_conv1d_(model)
     source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
     return Loaded(model.eval(), tokenizer, source)
+
+
+def open_model(
+    name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+) -> tuple[Location, PretrainedConfig, PreTrainedTokenizerBase]:
+    """What `load_model` knows of a model before it reads the weights.
+
+    Raises:
+        InputError: nothing there, not a causal language model, quantized, an adapter, or no tokenizer.
+    """
+    where = locate(name)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    with _quiet(where), _as_input_error(where):
+        config = AutoConfig.from_pretrained(where.target, **where.gguf, **options)
+    _check_config(where, config)
+    return where, config, _load_tokenizer(where, options)
 
 
 def load_tokenizer(
@@ -271,7 +283,7 @@ def _check_weights(where: Location, model: PreTrainedModel, loading_info: Mappin
     missing = sorted(loading_info["missing_keys"])
     if missing:
         raise InputError(f"the weights of {where} lack {some(missing)} for {architecture}: fetch them again")
-    unexpected = sorted(name for name in loading_info["unexpected_keys"] if not _OLD_BUFFERS.search(name))
+    unexpected = sorted(name for name in loading_info["unexpected_keys"] if not OLD_BUFFERS.search(name))
     if unexpected:
         raise InputError(
             f"{architecture} has no place for {some(unexpected)} of {where}: the weights belong to another config.json"

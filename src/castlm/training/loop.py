@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from castlm.baselines.retrain import METHODS, Retraining
@@ -45,6 +46,7 @@ from castlm.training.hardware import autocast, can_compile, choose_precision, de
 from castlm.training.interrupt import Interrupt
 from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.selfcheck import SelfCheck, masked_samples
+from castlm.training.sharded import Checkpoint, load_rows_, materialize_, open_sharded
 from castlm.training.telemetry import Telemetry, warn
 
 
@@ -88,9 +90,7 @@ class Run:
         self.pattern = parse_pattern(config.pattern)
         self.output_dir = Path(config.output_dir)
         resume_from = self._claim_output_dir()
-        self.loaded: Loaded = load_model(
-            config.model, trust_remote_code=config.trust_remote_code, revision=config.revision
-        )
+        self.loaded, self.stored = self._load()
         self.model: PreTrainedModel = self.loaded.model
         self._check_model()
         self._open_text()
@@ -124,6 +124,13 @@ class Run:
         )
         self._announce(resume_from)
 
+    def _load(self) -> tuple[Loaded, Checkpoint | None]:
+        """The model; among several ranks empty where that can be, to be filled with each rank's rows in `_build`."""
+        config = self.config
+        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+        opened = open_sharded(config.model, **options) if self.world.mesh is not None else None
+        return (load_model(config.model, **options), None) if opened is None else opened
+
     def _claim_output_dir(self) -> Path | None:
         """The checkpoint to resume from; else makes sure that the output folder may be written."""
         if self.config.resume:
@@ -150,7 +157,8 @@ class Run:
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest is not None and self.config.seq_len > longest:
             raise InputError(f"seq_len {self.config.seq_len} exceeds the model's {longest} positions: lower it")
-        check_head(self.model)
+        if self.stored is None:
+            check_head(self.model)
 
     def _open_text(self) -> None:
         config = self.config
@@ -186,8 +194,12 @@ class Run:
         self.method: Retraining = method(self.model, config, self.pattern, self._is_sparse)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.objective = Objective(self.model, teacher, config.eta, config.temperature).to(self.world.device)
-        shard_(self.objective, self.world)
+        self.objective = Objective(self.model, teacher, config.eta, config.temperature)
+        if self.stored is None:
+            self.objective.to(self.world.device)
+            shard_(self.objective, self.world)
+        else:
+            self._fill(self.stored)
         num_params = sum(p.numel() for p in self.model.parameters())
         wanted = config.compile_optimizer == "on" or (config.compile_optimizer == "auto" and num_params >= 10_000_000)
         self.compiled = wanted and can_compile(self.world.device, required=config.compile_optimizer == "on")
@@ -197,6 +209,16 @@ class Run:
         self._check_decay_budget()
         watched = self.method.layers if self.method.decays else {}
         self.self_check = SelfCheck(self.optimizer, watched, self.pattern, config.log_steps, self.world)
+
+    def _fill(self, stored: Checkpoint) -> None:
+        shard_(self.objective, self.world)
+        materialize_(self.objective, self.world.device)
+        load_rows_(self.model, stored, self.world)
+        if self.objective.teacher is not None:
+            load_rows_(self.objective.teacher, stored, self.world)
+        register_fsdp_forward_method(self.objective, "prove_head")
+        self.objective.prove_head()
+        self.objective.reshard()  # else the root goes on with these weights after a checkpoint is loaded
 
     def _is_sparse(self, module: torch.nn.Module, fqn: str) -> bool:
         return is_sparse_linear(module, fqn) and not any(part in fqn for part in self.config.left_dense)
@@ -358,7 +380,7 @@ class Run:
             sums[:4] += torch.stack([kept, total, flipped.double(), entries.double()])
             if magnitude.numel():
                 largest = torch.maximum(largest, (magnitude * ~mask).amax())
-        sums[4] = self.optimizer.flips() if self.method.decays else 0
+        sums[4] = self.method.flips()
         kept, total, flipped, entries, flips = self.world.sum(sums).tolist()
         if self.world.mesh is not None:
             torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
@@ -377,7 +399,7 @@ class Run:
         }
 
     def save(self) -> None:
-        flips = torch.tensor(float(self.optimizer.flips()), device=self.world.device, dtype=torch.float64)
+        flips = torch.tensor(float(self.method.flips()), device=self.world.device, dtype=torch.float64)
         manifest = {
             "config": self.config.as_dict(),
             "facts": self.facts,
@@ -396,7 +418,7 @@ class Run:
         self.step, self.tokens, self.seconds = manifest["step"], manifest["tokens"], manifest["seconds"]
         self.figures = manifest["figures"]
         first_shard = self.world.shard_index == 0  # one rank of each replica says what all of them changed
-        self.optimizer.restore_flips(manifest["flips"] if first_shard else 0)
+        self.method.restore_flips(manifest["flips"] if first_shard else 0)
 
 
 def windows(token_ids: Tensor, seq_len: int, batch: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:

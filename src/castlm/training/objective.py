@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.distill import DistillationLoss, distillation_loss
-from castlm.models import backbone, output_head
+from castlm.models import backbone, check_head, output_head
 
 
 class Objective(nn.Module):
@@ -51,10 +51,18 @@ class Objective(nn.Module):
             num_tokens=num_tokens,
         )
 
+    def prove_head(self) -> None:
+        """`check_head` of the student, as a forward of this module, in which sharded weights are whole."""
+        check_head(self.student)
 
+
+@torch.no_grad()
 def make_teacher(student: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A frozen copy of the dense model as it is now, in `dtype`."""
-    teacher = copy.deepcopy(student).to(dtype).eval()
+    """A frozen copy of the dense model as it is now, its weights in `dtype`; buffers such as rotary frequencies are not
+    cast: bf16 has too few bits for them."""
+    teacher = copy.deepcopy(student).eval()
+    for parameter in teacher.parameters():
+        parameter.data = parameter.data.to(dtype)
     return teacher.requires_grad_(False)
 
 
