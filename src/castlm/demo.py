@@ -91,13 +91,13 @@ def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
         f"context {measured['seq_len']}",
         title_justify="left",
     )
-    for heading in ("model", "perplexity", "ln(perplexity / dense)", "of one-shot's"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for heading in ("model", "perplexity", "ln(ppl/dense)", "of one-shot's"):
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     one_shot = math.log(ppl["one_shot"] / ppl["dense"])
     for name, value in (
         ("dense, as it came", ppl["dense"]),
-        ("dense, after the same training", control["perplexity"]["trained"]),
-        ("2:4 one-shot by magnitude", ppl["one_shot"]),
+        ("dense, trained alike", control["perplexity"]["trained"]),
+        ("2:4 one-shot, magnitude", ppl["one_shot"]),
         ("2:4 castlm, before the prune", ppl["before_prune"]),
         ("2:4 castlm, pruned", ppl["pruned"]),
     ):
