@@ -251,6 +251,27 @@ def test_an_unknown_field_is_refused_before_anything_runs(files, tmp_path, in_pr
     assert not in_process
 
 
+def test_zero_shot_of_every_result_and_of_the_model_as_it_came(files, tmp_path, in_process, monkeypatch):
+    asked = []
+
+    def rows_of(model, file, tasks, folder, limit, lock_descriptor):
+        asked.append(model)
+        value = 0.5 if model == files["model"] else 0.25
+        return [{"task": "piqa", "metric": "acc", "value": value, "num_docs": 9}]
+
+    monkeypatch.setattr("castlm.compare.command.zero_shot_rows", rows_of)
+    _, table = compare(files, tmp_path, methods="magnitude", tasks="piqa", tasks_from=str(tmp_path), num_sequences=2)
+    assert asked[0] == files["model"]
+    assert len(asked) == 3
+    assert {row["variant"]: row["zero_shot"]["piqa acc"]["mean"] for row in table["rows"]} == {
+        "magnitude": 0.25,
+        "dense": 0.25,
+    }
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "piqa acc 0.500" in text
+    assert "| 0.250 |" in text
+
+
 def test_one_comparison_at_a_time(tmp_path):
     with lock(tmp_path), pytest.raises(InputError, match="another castlm compare"), lock(tmp_path):
         pass

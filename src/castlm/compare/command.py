@@ -122,19 +122,21 @@ class CompareCommand:
                 for tokens in plan.budgets(name):
                     results += plan.settle(name, tokens, root, descriptor)
                     write_report(root, plan.preset, results, self.command_line(), show=False)
-            if self.tasks:
-                for result in results:
-                    if "error" not in result.record and not result.trial:
-                        result.zero_shot = self._zero_shot(result, descriptor)
-        write_report(root, plan.preset, results, self.command_line(), show=True)
+            untouched = self._zero_shot(self.model, root / "runs" / "untouched", descriptor)
+            for result in results:
+                if "error" not in result.record and not result.trial:
+                    result.zero_shot = self._zero_shot(str(result.folder / "model"), result.folder, descriptor)
+        write_report(root, plan.preset, results, self.command_line(), show=True, untouched=untouched)
         return 1 if any("error" in result.record for result in results) else 0
 
-    def _zero_shot(self, result: Result, descriptor: int) -> list[dict[str, Any]]:
+    def _zero_shot(self, model: str, folder: Path, descriptor: int) -> list[dict[str, Any]]:
+        """The rows of a model, kept in a file beside `folder`; none when no task is asked for."""
+        if not self.tasks:
+            return []
         asked = f"{self.tasks}-{self.limit or 'all'}-{'local' if self.tasks_from else 'hub'}"
-        file = result.folder.with_name(f"{result.folder.name}.zeroshot-{asked.replace(',', '-')}.json")
-        print(f"zero-shot: {result.run}", file=sys.stderr)
-        model = str(result.folder / "model")
-        return zero_shot_rows(model, file, str(self.tasks), self.tasks_from, self.limit, descriptor)
+        file = folder.with_name(f"{folder.name}.zeroshot-{asked.replace(',', '-')}.json")
+        print(f"zero-shot: {model}", file=sys.stderr)
+        return zero_shot_rows(model, file, self.tasks, self.tasks_from, self.limit, descriptor)
 
     def command_line(self) -> str:
         """The command that repeats this comparison."""

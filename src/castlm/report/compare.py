@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -214,10 +214,24 @@ def markdown(question: str, rows: list[dict[str, Any]], notes: list[str], comman
     return "\n\n".join(parts) + "\n"
 
 
-def write_report(root: Path, preset: Preset, results: list[Result], command: str, show: bool) -> None:
-    """Writes table.md and table.json into `root`; with `show` table.html too, and prints the table."""
+def write_report(
+    root: Path,
+    preset: Preset,
+    results: list[Result],
+    command: str,
+    show: bool,
+    untouched: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Writes table.md and table.json into `root`; with `show` table.html too, and prints the table.
+
+    Args:
+        untouched: zero-shot rows of the model as it came.
+    """
     rows, facts = summarize(results), stamp(results)
     notes = explain(facts, results)
+    if untouched:
+        figures = ", ".join(f"{row['task']} {row['metric']} {row['value']:.3f}" for row in untouched)
+        notes.append(f"Zero-shot by lm-eval, no examples, no chat template; the model as it came: {figures}.")
     trained = [r for r in results if not r.trial and r.run.tokens and "error" not in r.record]
     atomic_write_json(
         root / "table.json",
@@ -226,6 +240,7 @@ def write_report(root: Path, preset: Preset, results: list[Result], command: str
             "command": command,
             "stamp": facts,
             "untouched": untouched_perplexity(results),
+            "untouched_zero_shot": list(untouched),
             "rows": [_plain(row) for row in rows],
             "trials": [
                 {"variant": r.run.variant, "tokens": r.run.tokens, "learning_rate": r.run.config["learning_rate"]}
@@ -269,6 +284,8 @@ def print_table(question: str, rows: list[dict[str, Any]], notes: list[str]) -> 
     for line in lines:
         table.add_row(*line)
     console = Console(highlight=False)
+    if not console.is_terminal:  # a log has no width
+        console = Console(highlight=False, width=200)
     console.print(table)
     for row in rows:
         for error in row["errors"]:
@@ -294,7 +311,6 @@ def html(preset: Preset, rows: list[dict[str, Any]], notes: list[str], command: 
         errors=[f"{row['variant']}, {error}" for row in rows for error in row["errors"]],
         notes=notes,
         pictures=[picture for picture in pictures if picture is not None],
-        zero_shot=any(row["zero_shot"] for row in rows),
     )
 
 
