@@ -57,8 +57,8 @@ class TrainConfig:
     decay_end: float = 0.5
     """Share of max_steps after which "horizon" has every masked weight at zero."""
 
-    lam: float = 4e-7
-    """Decay coefficient of "proportional" and "additive", of the order of the gradient."""
+    lam: float | Literal["auto"] = 4e-7
+    """Decay coefficient of "proportional" and "additive", of the order of the gradient; auto measures that first."""
 
     mask_interval: int = 10
     """Steps between mask refreshes (T1)."""
@@ -176,7 +176,7 @@ class TrainConfig:
             ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"),
             ("seq_len", self.seq_len >= 2, "at least 2"),
             ("decay_end", 0 < self.decay_end <= 1, "in (0, 1]"),
-            ("lam", self.lam >= 0, "at least 0"),
+            ("lam", self.lam == "auto" or self.lam >= 0, "at least 0, or auto"),
             ("srste_lam", self.srste_lam >= 0, "at least 0"),
             ("mask_interval", self.mask_interval >= 1, "at least 1"),
             ("scale_groups", self.scale_groups >= 0, "at least 0"),

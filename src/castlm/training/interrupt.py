@@ -12,7 +12,8 @@ from castlm.training.telemetry import warn
 
 
 class Interrupted(Exception):  # noqa: N818
-    """A run stopped on request and saved. `exit_code`: 130 after Ctrl-C, 0 after SIGTERM, which is pre-emption."""
+    """A run stopped on request and saved. `exit_code`: 130 after Ctrl-C; 0 after SIGTERM, which is pre-emption,
+    and where another rank was told."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -48,5 +49,5 @@ class Interrupt:
     def stopped(self, step: int, output_dir: Path) -> Interrupted:
         how = f"castlm train --config {output_dir / 'config.yaml'} --resume"
         return Interrupted(
-            f"stopped after step {step}, saved; continue with: {how}", 0 if self.signal == signal.SIGTERM else 130
+            f"stopped after step {step}, saved; continue with: {how}", 130 if self.signal == signal.SIGINT else 0
         )

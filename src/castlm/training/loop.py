@@ -68,12 +68,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if world.is_main:
                 warn(f"{finished} is finished already")
             return world.on_main(lambda: read_result(finished))
+        if config.lam == "auto":
+            from castlm.training.calibrate import resolve_lam  # which runs a Run of its own
+
+            config = resolve_lam(config, world)
         run = Run(config, world)
         with run.telemetry, Interrupt() as interrupt:
             run.loop(interrupt)
             return finish(run)
     except RuntimeError as error:  # a collective that failed says which address went away, not which rank
-        missing = world.missing(DIAGNOSIS_S)
+        missing = world.missing(min(DIAGNOSIS_S, config.timeout_s))
         if not missing:
             raise
         reason = str(error).strip().splitlines()[0]

@@ -1,0 +1,356 @@
+"""The law that sparse quality follows: the loss ln(perplexity) falls as a power of the training tokens.
+
+A fit says how far it can be trusted (intervals, the largest budget left out), and is refused when the data cannot
+carry it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from castlm.core.errors import InputError
+from castlm.planning.points import Point
+from castlm.planning.solve import (
+    MAX_EXPONENT,
+    MIN_EXPONENT,
+    Array,
+    Data,
+    descend,
+    log_loss,
+    make_data,
+    noise_parts,
+    redraw,
+    solve_from_grid,
+)
+
+NAMES = ("L_inf", "B", "beta", "A", "a")
+"""Parameters, in the order of a row of `Law.draws`."""
+FORMS = {"loglinear": ("B", "beta"), "power": ("L_inf", "B", "beta"), "joint": NAMES}
+MIN_BUDGETS = {"loglinear": 3, "power": 4, "joint": 3}
+MIN_SPREAD = 4.0
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """The largest budget, predicted by the law fitted without it."""
+
+    tokens: float
+    perplexity: float
+    """Measured: geometric mean over its runs."""
+    predicted: float
+    low: float
+    high: float
+    """90 % interval of one run at this budget."""
+    inside: float
+    """Share of its runs that fall in the interval."""
+    num_budgets: int
+    """Budgets that the law was fitted to."""
+
+    @property
+    def error(self) -> float:
+        """Predicted minus measured perplexity."""
+        return self.predicted - self.perplexity
+
+
+@dataclass(frozen=True)
+class Law:
+    """loss(D, N) = L_inf + A * N^-a + B * D^-beta in nats a token, with perplexity = exp(loss).
+
+    `power` has no A term; `loglinear` has no floor either (L_inf = 0), so that log loss = log B - beta * log D is a
+    line.
+    """
+
+    form: str
+    L_inf: float
+    B: float
+    beta: float
+    A: float
+    a: float
+    r2: float
+    """1 - residual / total sum of squares of log loss."""
+    intervals: dict[str, tuple[float, float]]
+    """90 % interval of each parameter that the form fits, and of r2."""
+    noise: float
+    """Standard deviation of log loss of one run about the law, widened for the degrees of freedom behind it."""
+    num_points: int
+    num_budgets: int
+    tokens_range: tuple[float, float]
+    draws: Array
+    """(num_draws, 5): bootstrap refits, columns as in NAMES."""
+    holdout: Holdout | None = None
+    holdout_reason: str = ""
+    """Why there is no `holdout`, when there is none."""
+
+    def loss(self, tokens: ArrayLike, params: ArrayLike | None = None) -> Array:
+        """Predicted ln(perplexity), in the broadcast shape of the arguments; `params` is for the joint law."""
+        return law_loss([self.L_inf, self.B, self.beta, self.A, self.a], tokens, self.size(params))
+
+    def draw_losses(self, tokens: float, params: float | None = None) -> Array:
+        """(num_draws,): `loss` under each bootstrap refit."""
+        return law_loss(self.draws.T, tokens, self.size(params))
+
+    def run_losses(self, tokens: float, params: float | None = None) -> Array:
+        """(num_draws * 21,): losses that a new run may show: each refit with a run's noise, 21 normal quantiles."""
+        from scipy.stats import norm
+
+        deviations = self.noise * norm.ppf((np.arange(21) + 0.5) / 21)
+        return np.outer(self.draw_losses(tokens, params), np.exp(deviations)).ravel()
+
+    def size(self, params: ArrayLike | None) -> ArrayLike:
+        """`params`, which a joint law needs and the others ignore."""
+        if self.form != "joint":
+            return 1.0
+        if params is None:
+            raise InputError("a joint law predicts for one model size: give params")
+        return params
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form: a number a parameter, their `intervals` beside them, and the draws that predictions need."""
+        content = asdict(self)
+        if self.form != "joint":
+            del content["A"], content["a"]
+        content["intervals"] = {name: list(pair) for name, pair in self.intervals.items()}
+        content["tokens_range"] = list(self.tokens_range)
+        content["draws"] = [[float(f"{value:.8g}") for value in row] for row in self.draws]
+        if self.holdout is not None:
+            content["holdout"]["error"] = self.holdout.error
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Law:
+        """Inverse of `as_dict`. Raises InputError when a field is missing or malformed."""
+        try:
+            holdout = content["holdout"]
+            return cls(
+                **{name: float(content[name]) for name in ("L_inf", "B", "beta", "r2", "noise")},
+                **{name: float(content.get(name, 0.0)) for name in ("A", "a")},
+                form={form: form for form in FORMS}[content["form"]],
+                intervals={name: (float(low), float(high)) for name, (low, high) in content["intervals"].items()},
+                num_points=int(content["num_points"]),
+                num_budgets=int(content["num_budgets"]),
+                tokens_range=(float(content["tokens_range"][0]), float(content["tokens_range"][1])),
+                draws=np.asarray(content["draws"], dtype=np.float64).reshape(-1, len(NAMES)),
+                holdout=None if holdout is None else Holdout(**{k: v for k, v in holdout.items() if k != "error"}),
+                holdout_reason=str(content["holdout_reason"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise InputError(
+                f"not a fitted law ({type(error).__name__}: {error}); write one with `plan fit`"
+            ) from error
+
+
+def law_loss(theta: Sequence[float] | Array, tokens: ArrayLike, params: ArrayLike = 1.0) -> Array:
+    """L_inf + A * N^-a + B * D^-beta for `theta` (5, ...) in the order of NAMES; arrays broadcast."""
+    L_inf, B, beta, A, a = theta
+    return np.asarray(L_inf + B * np.asarray(tokens, float) ** -beta + A * np.asarray(params, float) ** -a)
+
+
+def fit_law(
+    points: Sequence[Point],
+    form: str = "power",
+    *,
+    num_draws: int = 200,
+    seed: int = 0,
+    leave_largest_out: bool = True,
+    min_spread: float = MIN_SPREAD,
+) -> Law:
+    """Fit `form` to `points` of one method (and, unless `joint`, of one model size).
+
+    The objective is the Huber loss of the residuals of log loss, minimised from a grid of starts as in Hoffmann et al.
+    (2022), Approach 3, and polished by scipy. Its delta is 1.345 robust standard deviations of the residuals of a
+    first pass, and at least their 1e-3. Amplitudes are fitted as logs, at the geometric mean of the budgets; L_inf
+    itself is not, so that its bound 0 can be reached and seen. Bounds: 0 <= L_inf <= the lowest loss (mean over
+    seeds), 0.01 <= beta, a <= 4.
+
+    Intervals (90 %) come from `num_draws` refits to data drawn about the fitted law: deviations between seeds are
+    resampled within their budget, and what the means of the budgets scatter beyond that is resampled over budgets. Both
+    are widened for the degrees of freedom that the fit used up, the latter by Student's t as well: with one budget more
+    than parameters an interval is wide, as it should be. `min_spread`: least factor between smallest and largest
+    budget.
+
+    Raises:
+        InputError: fewer than 3 (loglinear, joint) or 4 (power) distinct budgets; budgets within a factor of
+            `min_spread`; for joint fewer than 3 sizes or 6 (size, budget) pairs, or sizes and budgets that grow
+            together; several methods or sizes mixed; a value that is not finite and positive; loss that does not fall
+            with tokens; L_inf or an exponent at its bound.
+    """
+    if form not in FORMS:
+        raise InputError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
+    data = _as_data(points, form)
+    _check_design(data, form, MIN_BUDGETS[form], min_spread)
+    law = _fit(data, form, num_draws, seed)
+    if not leave_largest_out:
+        return law
+    try:
+        return replace(law, holdout=_leave_largest_out(data, form, num_draws, seed))
+    except InputError as error:
+        return replace(law, holdout_reason=str(error))
+
+
+def _as_data(points: Sequence[Point], form: str) -> Data:
+    for point in points:
+        values = (point.tokens, point.perplexity, 1.0 if point.params is None else point.params)
+        if not all(math.isfinite(value) and value > 0 for value in values) or point.perplexity <= 1:
+            raise InputError(
+                f"{point.source or 'a point'}: tokens {point.tokens:g}, perplexity {point.perplexity:g}, params "
+                f"{point.params}: positive finite numbers and a perplexity above 1 are needed"
+            )
+    methods = sorted({point.method for point in points if point.method})
+    if len(methods) > 1:
+        raise InputError(
+            f"points of {len(methods)} methods ({', '.join(methods)}): a law holds for one; choose a method"
+        )
+    harnesses = sorted({point.harness for point in points if point.harness})
+    if len(harnesses) > 1:
+        raise InputError(
+            f"perplexities measured in {len(harnesses)} ways ({'; '.join(harnesses[:2])}) do not compare: evaluate "
+            "all runs on one eval_dataset with one seq_len"
+        )
+    sizes = {point.params for point in points}
+    if form == "joint" and None in sizes:
+        raise InputError("the joint form needs params of every point; add the column, or use form power")
+    if form != "joint" and len(sizes - {None}) > 1:
+        raise InputError(f"points of {len(sizes)} model sizes: use form joint, or give one size at a time")
+    if not points:
+        raise InputError("no points to fit")
+    x = np.log([point.tokens for point in points])
+    z = np.log([point.params or 1.0 for point in points]) * (form == "joint")
+    return make_data(x, z, np.log(np.log([point.perplexity for point in points])))
+
+
+def _check_design(data: Data, form: str, min_budgets: int, min_spread: float) -> None:
+    num_budgets, num_sizes, num_cells = (len(np.unique(v)) for v in (data.budget, data.z, data.cell))
+    if num_budgets < min_budgets:
+        raise InputError(f"the {form} form needs {min_budgets} distinct token budgets, found {num_budgets}; add runs")
+    if (spread := math.exp(np.ptp(data.x))) < min_spread * (1 - 1e-9):
+        raise InputError(
+            f"budgets span a factor of {spread:.3g}, {min_spread:g} is the least; add a larger or smaller one"
+        )
+    if form == "joint" and (num_sizes < 3 or num_cells < 6):
+        raise InputError(
+            f"the joint form needs 3 sizes and 6 different (size, budget) pairs, found {num_sizes} and {num_cells}"
+        )
+    if form == "joint" and abs(np.corrcoef(data.x, data.z)[0, 1]) > 0.95:
+        raise InputError("sizes and budgets grow together, their effects cannot be told apart; vary one of them alone")
+    within = data.x.copy()  # runs are compared within a size
+    for size in np.unique(data.z):
+        within[data.z == size] -= within[data.z == size].mean()
+    if not float(within @ data.y) < 0:
+        raise InputError(
+            "perplexity does not fall with tokens: no law to fit; are all runs of one model, text and method?"
+        )
+
+
+def _fit(data: Data, form: str, num_draws: int, seed: int) -> Law:
+    """The point estimate and its bootstrap, for a design that has been checked."""
+    free = [NAMES.index(name) for name in FORMS[form]]
+    lowest = math.exp(min(data.y[data.cell == cell].mean() for cell in np.unique(data.cell)))
+    theta, delta = solve_from_grid(data, free, lowest)
+    _check_bounds(theta, free, lowest)
+    fitted = log_loss(theta, data)
+    noise = noise_parts(data, data.y - fitted, len(free))
+    rng = np.random.default_rng(seed)
+    drawn = fitted + np.array([redraw(data, noise, rng) for _ in range(num_draws)])  # (num_draws, num_points)
+    refits = descend(np.tile(theta, (num_draws, 1)), data, drawn, free, lowest, delta)
+    draws, r2s = _uncentred(refits, data), _r2(drawn, log_loss(refits, data))
+    low, high = float(np.exp(data.x0 + data.x.min())), float(np.exp(data.x0 + data.x.max()))
+    return Law(
+        form,
+        *(float(value) for value in _uncentred(theta, data)),
+        r2=float(_r2(data.y, fitted)),
+        intervals={name: interval(draws[:, NAMES.index(name)]) for name in FORMS[form]} | {"r2": interval(r2s)},
+        noise=noise.one_run,
+        num_points=len(data.y),
+        num_budgets=len(np.unique(data.budget)),
+        tokens_range=(low, high),
+        draws=draws,
+    )
+
+
+def interval(values: Array) -> tuple[float, float]:
+    """Central 90 % of `values` (num,); an infinity stays one."""
+    low, high = np.quantile(values, 0.05, method="lower"), np.quantile(values, 0.95, method="higher")
+    return float(low), float(high)
+
+
+def _check_bounds(theta: Array, free: list[int], lowest: float) -> None:
+    if 0 in free and theta[0] < 1e-3 * lowest:
+        raise InputError("L_inf is at its bound 0: these budgets show no floor; add larger ones, or use form loglinear")
+    if 0 in free and theta[0] > (1 - 1e-3) * lowest:
+        raise InputError(f"L_inf is at its bound, the lowest loss {lowest:.4f}: the curve is flat; add smaller budgets")
+    for index in {2, 4} & set(free):
+        if not MIN_EXPONENT * 1.01 < theta[index] < MAX_EXPONENT * 0.99:
+            raise InputError(f"{NAMES[index]} is at its bound ({theta[index]:.3g}): the points do not follow this form")
+
+
+def _uncentred(theta: Array, data: Data) -> Array:
+    """(..., 5) in the order of NAMES, of the solver's theta."""
+    L_inf, log_b, beta, log_a, a = np.moveaxis(theta, -1, 0)
+    return np.stack([L_inf, np.exp(log_b + beta * data.x0), beta, np.exp(log_a + a * data.z0), a], axis=-1)
+
+
+def _r2(y: Array, fitted: Array) -> Array:
+    return np.asarray(1 - ((y - fitted) ** 2).sum(-1) / ((y - y.mean(-1, keepdims=True)) ** 2).sum(-1))
+
+
+def _leave_largest_out(data: Data, form: str, num_draws: int, seed: int) -> Holdout:
+    """Fit without the largest budget and predict it; with several seeds, as many budgets as parameters are enough."""
+    left = data.budget == data.budget.max()
+    x, z, y = data.x + data.x0, data.z + data.z0, data.y
+    rest = make_data(x[~left], z[~left], y[~left])
+    repeated = len(rest.y) > len(np.unique(rest.cell))
+    _check_design(rest, form, 3 if form == "power" and repeated else MIN_BUDGETS[form], 1.0)
+    law = _fit(rest, form, num_draws, seed)
+    x_left, params = float(np.exp(x[left].mean())), np.exp(z[left])
+    size = float(params[0]) if len(set(params)) == 1 else None
+    if size is None:  # a joint law: the largest budget of the largest size
+        keep = params == params.max()
+        left[np.flatnonzero(left)[~keep]] = False
+        size = float(params.max())
+    low, high = interval(np.exp(law.run_losses(x_left, size)))
+    measured = np.exp(np.exp(y[left]))
+    return Holdout(
+        tokens=x_left,
+        perplexity=float(np.exp(np.log(measured).mean())),
+        predicted=float(np.exp(law.loss(x_left, size))),
+        low=low,
+        high=high,
+        inside=float(((measured >= low) & (measured <= high)).mean()),
+        num_budgets=law.num_budgets,
+    )
+
+
+def plot_law(law: Law, points: Sequence[Point], path: str | Path) -> None:
+    """Write a picture to `path` (its suffix is the format): the law with its 90 % band above, log-loss residuals below.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("the residual plot needs matplotlib: pip install 'castlm[report]'") from error
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    tokens = np.geomspace(law.tokens_range[0] / 1.5, law.tokens_range[1] * 4, 100)
+    for size in sorted({point.params for point in points}, key=lambda params: params or 0.0):
+        of_size = [point for point in points if point.params == size]
+        x, ppl = np.array([p.tokens for p in of_size]), np.array([p.perplexity for p in of_size])
+        band = np.array([interval(np.exp(law.draw_losses(t, size))) for t in tokens])
+        (line,) = upper.plot(tokens, np.exp(law.loss(tokens, size)), label=f"{size:.3g} parameters" if size else "law")
+        upper.fill_between(tokens, band[:, 0], band[:, 1], alpha=0.2, color=line.get_color())
+        upper.plot(x, ppl, "o", color=line.get_color())
+        lower.plot(x, np.log(np.log(ppl)) - np.log(law.loss(x, size)), "o", color=line.get_color())
+    upper.set(xscale="log", ylabel="perplexity", title=f"{law.form} law, R² {law.r2:.4f} in log loss")
+    upper.legend()
+    lower.axhline(0, color="grey", linewidth=0.8)
+    lower.set(xlabel="training tokens", ylabel="log-loss residual")
+    figure.savefig(path)

@@ -1,0 +1,367 @@
+"""How much memory a run takes on each rank, and on how many ranks it fits, from the model's config alone.
+
+Weights are counted on the meta device. What the backward pass keeps is not a formula for one family: two blocks of the
+real model run on fake tensors, which have shapes and no storage, and what autograd saves of them is added up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from castlm.core.errors import InputError
+from castlm.core.scaling import add_weight_scaling
+from castlm.core.sparsify import sparse_linears
+from castlm.models import backbone, linearize_conv1d_
+
+GIB = 2**30
+WORLD_SIZES = tuple(2**i for i in range(13))
+GPUS = {"A100-40GB": 39.4, "A100-80GB": 79.1, "H100-80GB": 79.1, "H200-141GB": 139.8, "RTX4090-24GB": 23.5}
+"""GiB that torch sees of some cards."""
+CONTEXT_GIB, FRAGMENTATION = 1.0, 0.05
+"""Left free on a card: CUDA's and NCCL's own memory, and the share of the peak that an allocator loses."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
+_ATTENTION = "castlm_causal_sdpa"
+AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+
+
+class _Sizes(NamedTuple):
+    """Elements of a model's parameters, read on the meta device."""
+
+    total: int
+    sparse: int
+    block: int
+    """Of one transformer block, the mean."""
+    largest: int
+    largest_sparse: int
+    widest: int
+    """Largest input or output width of a sparse layer."""
+    hidden: int
+    vocab: int
+    num_layers: int
+
+
+class _Saved(NamedTuple):
+    """Bytes that autograd keeps for the backward pass, parameters themselves excluded."""
+
+    block: int
+    """Activations of one block."""
+    block_weights: int
+    """Of one block, whatever the number of tokens: weights cast to the compute type, products `W * A`."""
+    rest: int
+    """Outside the blocks."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on each rank. `components` are not all alive at once; `phases` say what is alive together."""
+
+    components: dict[str, int]
+    phases: dict[str, int]
+    """Peak bytes of `loss`, `backward` and `step`."""
+    num_params: int
+    num_sparse: int
+    world_size: int
+    gradient_checkpointing: bool
+    gpu_gib: float | None = None
+    smallest_world_size: int | None = None
+    """Least power of two of ranks on which it fits `gpu_gib`; None when there is none up to 4,096, or no `gpu_gib`."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def needed_gib(self) -> float:
+        """GiB that a card needs for this peak: with room for the context and for fragmentation."""
+        return self.peak / GIB * (1 + FRAGMENTATION) + CONTEXT_GIB
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits `gpu_gib`; None when that was not given."""
+        return None if self.gpu_gib is None else self.needed_gib <= self.gpu_gib
+
+    def rows(self) -> list[tuple[str, float]]:
+        """(name, GiB): the components, then the phases, then the peak."""
+        parts = [*self.components.items(), *((f"phase: {name}", size) for name, size in self.phases.items())]
+        return [(name, size / GIB) for name, size in (*parts, ("peak", self.peak))]
+
+    def table(self) -> str:
+        """The rows as text, with the verdict in the last line."""
+        lines = [f"{name:<34}{gib:>10.3f} GiB" for name, gib in self.rows()]
+        if self.gpu_gib is not None:
+            verdict = "fits" if self.fits else "does not fit"
+            least = self.smallest_world_size or "none up to 4096"
+            lines.append(
+                f"{verdict} {self.gpu_gib:g} GiB on {self.world_size} rank(s): {self.needed_gib:.1f} GiB with "
+                f"context and fragmentation; smallest number of ranks that fits: {least}"
+            )
+        return "\n".join(lines)
+
+
+def plan_memory(
+    config: PretrainedConfig | str | Path,
+    *,
+    world_size: int = 1,
+    seq_len: int,
+    micro_batch: int,
+    n: int = 2,
+    m: int = 4,
+    scale_groups: int = 2,
+    accumulation: int = 1,
+    gradient_checkpointing: bool = False,
+    compute_dtype: str = "bf16",
+    teacher: bool = True,
+    teacher_dtype: str = "bf16",
+    gather_dtype: str = "fp32",
+    chunk_tokens: int = 1024,
+    compiled_optimizer: bool = True,
+    gpu_gib: float | None = None,
+) -> MemoryPlan:
+    r"""Memory of each of `world_size` ranks that shard everything (FSDP2), in steps of micro_batch x seq_len tokens.
+
+    With P parameters, S of them sparse, R ranks, c bytes of the compute type, T = micro_batch * seq_len tokens, hidden
+    size H, vocabulary V and L blocks of P_b parameters each:
+
+    - weights 4P/R, gradients 4P/R, moments 8P/R (fp32), masks 2S/R (bool: the current one and the first, for the flips
+      between them), teacher P/R in its own type;
+    - activations: L times what autograd saves in one block, found by tracing. In fp32 a LLaMA block of inner size I,
+      with as many key as query heads, saves 4T (10H + 4I): input, normalised input and output of both norms; q, k, v
+      and the attention's output; gate, its silu, up and their product. Under bf16 autocast it is T (34H + 8I): norms
+      and residual path stay fp32, and each linear layer keeps a bf16 copy of its own input;
+    - weights for backward: without sharding, autocast's bf16 copies of all blocks' weights; with weight scaling, the
+      products `W * A` of all blocks in the compute type, on every rank whole: sharding does not reach them;
+    - with checkpointing: L block inputs (T * H each), and the activations and weights of the one block at work;
+    - gathered (R > 1): everything outside the blocks (embedding, head) and two blocks, of the student in
+      gather_dtype and of the teacher; one block's unsharded gradient;
+    - logits: 3 (1 without a teacher) buffers of chunk_tokens * V in fp32 and one in bf16;
+    - the gradients of the head and of the hidden states, and copies of both in the compute type;
+    - optimizer step: nothing when compiled, else 5 copies of the largest parameter's shard.
+
+    The phases: `loss` (all activations and the loss), `backward` (activations shrink while gradients grow, so the
+    larger of its two ends, plus what flows inside a block), `step`. With accumulation > 1 the gradients are there
+    throughout.
+
+    Args:
+        config: a HF config, the path of a `config.json` or of a folder with one.
+        compute_dtype: "bf16" or "fp32", of the forward and backward pass; master weights are fp32.
+        gather_dtype: of the student's weights that FSDP gathers: "fp32", as castlm's loop does, with autocast making the
+            copies; or "bf16", what MixedPrecisionPolicy(param_dtype=torch.bfloat16) would do.
+        chunk_tokens: tokens whose logits are alive at once (the loss's default: 1,024 on a GPU, 256 on CPU).
+        gpu_gib: memory of a card in GiB, see `GPUS`; asks for the verdict.
+
+    Raises:
+        InputError: an unreadable config, not a causal LM, no layer that can be n:m sparse, or a number out of range.
+    """
+    for name, value in (("world_size", world_size), ("seq_len", seq_len), ("micro_batch", micro_batch)):
+        if value < 1:
+            raise InputError(f"{name} = {value} is out of range: it must be at least 1")
+    dtypes = {"compute_dtype": compute_dtype, "teacher_dtype": teacher_dtype, "gather_dtype": gather_dtype}
+    for name, value in dtypes.items():
+        if value not in DTYPES:
+            raise InputError(f"{name} = {value!r} is unknown: one of {', '.join(DTYPES)}")
+    config = read_config(config)
+    run = _Run(
+        seq_len=seq_len,
+        micro_batch=micro_batch,
+        scale_groups=scale_groups,
+        accumulates=accumulation > 1,
+        checkpointing=gradient_checkpointing,
+        compute=DTYPES[compute_dtype],
+        gather=DTYPES[gather_dtype],
+        teacher=DTYPES[teacher_dtype] if teacher else None,
+        chunk_tokens=min(chunk_tokens, micro_batch * seq_len),
+        compiled=compiled_optimizer,
+    )
+    sizes = _sizes(config, n, m, scale_groups)
+    saved = {sharded: _trace(config, run, sharded) for sharded in (False, True)}
+    plan = _plan(sizes, saved[world_size > 1], run, world_size)
+    if gpu_gib is None:
+        return plan
+    candidates = (replace(_plan(sizes, saved[r > 1], run, r), gpu_gib=gpu_gib) for r in WORLD_SIZES)
+    least = next((candidate.world_size for candidate in candidates if candidate.fits), None)
+    return replace(plan, gpu_gib=gpu_gib, smallest_world_size=least)
+
+
+def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
+    """The config itself, or read from a JSON file or from the `config.json` of a folder; nothing is downloaded.
+
+    Raises:
+        InputError: no such file, not JSON, or of a family that transformers does not know.
+    """
+    if isinstance(config, PretrainedConfig):
+        return config
+    path = Path(config)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        return AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"cannot read the model config {path}: {error.strerror or error}") from None
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not the config of a model: {' '.join(str(error).split())[:200]}") from None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The settings that memory depends on, but for the number of ranks."""
+
+    seq_len: int
+    micro_batch: int
+    scale_groups: int
+    accumulates: bool
+    checkpointing: bool
+    compute: torch.dtype
+    gather: torch.dtype
+    teacher: torch.dtype | None
+    chunk_tokens: int
+    compiled: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.seq_len * self.micro_batch
+
+
+def _plan(sizes: _Sizes, saved: _Saved, run: _Run, world_size: int) -> MemoryPlan:
+    parts = _components(sizes, saved, run, world_size)
+    phases = _phases(parts, sizes, saved, run)
+    return MemoryPlan(parts, phases, sizes.total, sizes.sparse, world_size, run.checkpointing)
+
+
+def _components(sizes: _Sizes, saved: _Saved, run: _Run, world_size: int) -> dict[str, int]:
+    sharded, c, g = world_size > 1, run.compute.itemsize, run.gather.itemsize
+    t = 0 if run.teacher is None else run.teacher.itemsize
+    residual = g if sharded else 4  # under autocast of fp32 weights the residual path stays fp32
+    narrow = c if c < 4 else 0  # of a copy that is not made in fp32
+    outside = sizes.total - sizes.block * sizes.num_layers
+    head, states = sizes.vocab * sizes.hidden, run.tokens * sizes.hidden
+
+    def shard(size: int) -> int:
+        return -(-size // world_size)
+
+    # A checkpoint drops the products W * A with the activations, but not the copies in autocast's cache.
+    layers_kept = 1 if run.checkpointing and run.scale_groups else sizes.num_layers
+    return {
+        "weights": shard(4 * sizes.total),
+        "gradients": shard(4 * sizes.total),
+        "moments": shard(8 * sizes.total),
+        "masks": shard(2 * sizes.sparse),
+        "teacher": shard(t * sizes.total),
+        "activations": sizes.num_layers * saved.block + saved.rest,
+        "activations, checkpointed": sizes.num_layers * states * residual + saved.block + saved.rest,
+        "weights kept for backward": layers_kept * saved.block_weights,
+        "gathered weights": sharded * (outside + 2 * sizes.block) * (g + t),
+        "gathered gradients": sharded * sizes.block * (g + 4),
+        "logits": run.chunk_tokens * sizes.vocab * ((12 if t else 4) + narrow),
+        "head's gradient and copies": head * (4 + 2 * narrow) + states * (residual + (t and c) + 2 * narrow),
+        "optimizer step": 0 if run.compiled else shard(20 * sizes.largest),
+    }
+
+
+def _phases(parts: dict[str, int], sizes: _Sizes, saved: _Saved, run: _Run) -> dict[str, int]:
+    static = sum(parts[name] for name in ("weights", "moments", "masks", "teacher", "gathered weights"))
+    earlier = parts["gradients"] if run.accumulates else 0
+    block = saved.block + saved.block_weights
+    activations = parts["activations, checkpointed" if run.checkpointing else "activations"]
+    first = activations + parts["weights kept for backward"]  # the last block's backward, with all activations
+    at_work = saved.block + (saved.block_weights if run.scale_groups else 0)  # what a checkpoint has no more after it
+    forward = first - at_work if run.checkpointing else first
+    last = saved.rest + block + parts["gradients"] - earlier  # the first block's, with all gradients
+    head_gradient = 4 * sizes.vocab * sizes.hidden
+    flowing = 4 * run.tokens * sizes.widest * run.compute.itemsize + 8 * sizes.largest_sparse
+    return {
+        "loss": static + earlier + forward + parts["logits"] + parts["head's gradient and copies"],
+        "backward": static + earlier + max(first + head_gradient, last) + flowing + parts["gathered gradients"],
+        "step": static - parts["gathered weights"] + parts["gradients"] + parts["optimizer step"],
+    }
+
+
+def _sizes(config: PretrainedConfig, n: int, m: int, scale_groups: int) -> _Sizes:
+    with torch.device("meta"), _as_input_error(config):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        linearize_conv1d_(model)
+    layers, _ = sparse_linears(model, n, m)
+    if scale_groups:
+        add_weight_scaling(model, scale_groups, n=n, m=m)
+    num_layers = config.get_text_config().num_hidden_layers
+    in_blocks = sum(
+        p.numel() for name, p in model.named_parameters() if any(part.isdigit() for part in name.split("."))
+    )
+    sparse = [layer.out_features * layer.in_features for layer in layers.values()]
+    embedding = model.get_input_embeddings().weight
+    return _Sizes(
+        total=sum(p.numel() for p in model.parameters()),
+        sparse=sum(sparse),
+        block=in_blocks // num_layers,
+        largest=max(p.numel() for p in model.parameters()),
+        largest_sparse=max(sparse),
+        widest=max(max(layer.out_features, layer.in_features) for layer in layers.values()),
+        hidden=embedding.shape[1],
+        vocab=embedding.shape[0],
+        num_layers=num_layers,
+    )
+
+
+def _trace(config: PretrainedConfig, run: _Run, sharded: bool) -> _Saved:
+    """Saved bytes, from the differences between one block and two, and between two small numbers of tokens."""
+
+    def block(micro_batch: int, seq_len: int) -> tuple[int, int]:
+        one = _saved_bytes(config, 1, micro_batch, seq_len, run, sharded)
+        return _saved_bytes(config, 2, micro_batch, seq_len, run, sharded) - one, one
+
+    both, one = block(run.micro_batch, run.seq_len)
+    weights = 2 * block(1, 16)[0] - block(1, 32)[0]  # saved = weights + tokens * x
+    return _Saved(both - weights, weights, one - both)
+
+
+def _saved_bytes(
+    config: PretrainedConfig, num_layers: int, micro_batch: int, seq_len: int, run: _Run, sharded: bool
+) -> int:
+    """Bytes of the storages that autograd saves in a forward pass of `num_layers` blocks, parameters excluded."""
+    config = copy.deepcopy(config)
+    config.get_text_config().num_hidden_layers = num_layers
+    storages: dict[int, Tensor] = {}  # keeps them alive, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FakeTensorMode(), _as_input_error(config):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=run.gather if sharded else torch.float32, attn_implementation=_ATTENTION
+        )
+        linearize_conv1d_(model)
+        if run.scale_groups:
+            add_weight_scaling(model, run.scale_groups)
+        model.train()
+        input_ids = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
+        autocast = torch.autocast("cpu", run.compute, enabled=run.compute is not torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+            backbone(model)(input_ids=input_ids, use_cache=False)
+        for param in model.parameters():
+            storages.pop(param.untyped_storage()._cdata, None)
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+@contextlib.contextmanager
+def _as_input_error(config: PretrainedConfig) -> Iterator[None]:
+    """What transformers says of a config that it cannot build, as one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"a {config.model_type} causal LM cannot be built from this config: {reason}") from error

@@ -1,0 +1,194 @@
+"""Where the points of a law come from: finished runs, `compare` results, or a CSV of anyone's figures.
+
+All three become the same `Point`, and whatever cannot be read says which file and which line it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from castlm.core.errors import InputError
+
+# The first name of each pair is a CSV column's, the second what a run's castlm.json calls the same thing.
+_TOKENS = ("tokens", "train_tokens")
+_PARAMS = ("params", "num_params")
+_HARNESS = ("seq_len", "stride", "text_sha256", "num_tokens")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One finished run: the budget it was given and the perplexity its pruned model reached."""
+
+    tokens: float
+    """Training tokens (positive)."""
+    perplexity: float
+    """Perplexity after the final prune (above 1)."""
+    params: float | None = None
+    """Parameters of the model; only the joint law needs it."""
+    seed: int | None = None
+    method: str | None = None
+    harness: str = ""
+    """Context length, stride, text and token count of the evaluation, where known: figures of two do not compare."""
+    source: str = ""
+    """File (and line) it was read from; errors name it."""
+
+
+def read_points(paths: Iterable[str | Path], method: str | None = None) -> list[Point]:
+    """Read every point in `paths`, in order.
+
+    Args:
+        paths: each a run folder, a folder of run folders, a compare result (`.json`: a list of records, or an object
+            that has one in `results`; a record is a run's castlm.json or the columns of the CSV) or a `.csv` with the
+            columns `tokens,perplexity[,params][,seed][,method]` (others are ignored, and lines that start with `#`).
+        method: keep only the points of this method.
+
+    Raises:
+        InputError: a path is missing or unreadable, a field is missing or not a positive number (file and line named),
+            or nothing is left.
+    """
+    points = [point for path in paths for point in _read_path(Path(path))]
+    if method is not None:
+        found = sorted({point.method or "(none)" for point in points})
+        points = [point for point in points if point.method == method]
+        if not points:
+            raise InputError(f"no point has method {method!r}; found: {', '.join(found) or 'no points at all'}")
+    if not points:
+        raise InputError("no points given: name run folders, compare results (.json) or a CSV with tokens,perplexity")
+    return points
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The evaluation rows (those with `prune_now_ppl`) of a run's `metrics.jsonl`, in file order.
+
+    An evaluation row has no `alpha` of its own: it gets that of the last step before it. A last line cut short by a
+    kill is dropped; any other malformed line raises `InputError` with its number.
+    """
+    path = Path(run)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    lines = _read_text(path).splitlines()
+    rows, alpha = [], None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}, line {number}: not a JSON object ({error.msg})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: a JSON object was expected, found {type(row).__name__}")
+        alpha = row.get("alpha", alpha)
+        if row.get("prune_now_ppl") is not None:
+            rows.append(row if alpha is None else {**row, "alpha": alpha})
+    return rows
+
+
+def _read_path(path: Path) -> list[Point]:
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix == ".csv":
+        return _read_csv(path)
+    if path.suffix == ".json":
+        return _read_json(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; give run folders, compare results (.json) or a .csv")
+    raise InputError(f"{path}: neither a run folder, nor a .json, nor a .csv")
+
+
+def _read_folder(folder: Path) -> list[Point]:
+    finished = sorted(folder.glob("**/castlm.json"))
+    if not finished and (folder / "metrics.jsonl").is_file():
+        raise InputError(f"{folder}: an unfinished run (no castlm.json); resume it, or look ahead with `plan watch`")
+    if not finished:
+        raise InputError(f"{folder}: no finished run in it (no castlm.json)")
+    return [point for file in finished for point in _read_json(file)]
+
+
+def _read_json(path: Path) -> list[Point]:
+    try:
+        content = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    if isinstance(content, dict):
+        content = content.get("results", [content])
+    if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
+        raise InputError(f"{path}: a run's castlm.json or a list of results was expected")
+    if len(content) == 1:
+        return [_point(_flat(content[0]), str(path))]
+    return [_point(_flat(record), f"{path}, result {number}") for number, record in enumerate(content, 1)]
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of `castlm train` with the CSV's names: nested fields lifted, the pruned model's perplexity chosen."""
+    flat = {key: value for key, value in record.items() if value is not None}
+    if isinstance(flat.get("config"), dict):
+        flat.setdefault("seed", flat["config"].get("seed", 0))
+    if isinstance(flat.get("measured"), dict):
+        flat["harness"] = ", ".join(f"{key} {str(flat['measured'].get(key))[:12]}" for key in _HARNESS)
+    if isinstance(ppl := flat.get("perplexity"), dict):  # `trained`: the dense control, which is not pruned
+        flat["perplexity"] = ppl.get("pruned", ppl.get("trained"))
+    return {key: value for key, value in flat.items() if value is not None}
+
+
+def _read_csv(path: Path) -> list[Point]:
+    lines = _read_text(path).splitlines()
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
+    if not numbered:
+        raise InputError(f"{path}: empty; a header `tokens,perplexity[,params][,seed][,method]` was expected")
+    header = [name.strip() for name in next(csv.reader([numbered[0][1]]))]
+    if missing := [name for name in ("tokens", "perplexity") if name not in header]:
+        raise InputError(f"{path}, line {numbered[0][0]}: no column {' or '.join(missing)} in {','.join(header)}")
+    points = []
+    for number, line in numbered[1:]:
+        cells = [cell.strip() for cell in next(csv.reader([line]))]
+        if len(cells) != len(header):
+            raise InputError(f"{path}, line {number}: {len(cells)} cells where the header has {len(header)}")
+        points.append(_point({k: v for k, v in zip(header, cells) if v}, f"{path}, line {number}"))
+    return points
+
+
+def _point(record: Mapping[str, Any], source: str) -> Point:
+    tokens, perplexity = _number(record, _TOKENS, source), _number(record, ("perplexity",), source)
+    if tokens is None or perplexity is None:
+        name = "tokens" if tokens is None else "perplexity"
+        raise InputError(f"{source}: no {name} in it; is it the result of a finished run?")
+    if perplexity <= 1:
+        raise InputError(f"{source}: perplexity {perplexity:g} is not above 1")
+    seed = _number(record, ("seed",), source, positive=False)
+    method = record.get("method")
+    return Point(
+        tokens=tokens,
+        perplexity=perplexity,
+        params=_number(record, _PARAMS, source),
+        seed=None if seed is None else int(seed),
+        method=None if method is None else str(method),
+        harness=str(record.get("harness", "")),
+        source=source,
+    )
+
+
+def _number(record: Mapping[str, Any], names: tuple[str, ...], source: str, positive: bool = True) -> float | None:
+    name = next((name for name in names if name in record), None)
+    if name is None:
+        return None
+    try:
+        value = float(record[name])
+    except (TypeError, ValueError):
+        raise InputError(f"{source}: {name} is {record[name]!r}, a number was expected") from None
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise InputError(
+            f"{source}: {name} is {value:g}, a {'positive ' if positive else ''}finite number was expected"
+        )
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error

@@ -1,0 +1,87 @@
+"""What a law says before a run is paid for: the perplexity of a budget, the budget of a perplexity, the GPU-hours."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from castlm.core.errors import InputError
+from castlm.planning.law import Law, interval
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Perplexity of one run at `tokens`, with the 90 % interval that the run should fall in."""
+
+    tokens: float
+    perplexity: float
+    low: float
+    high: float
+    beyond: float
+    """How many times `tokens` exceeds the largest fitted budget (1 inside the range)."""
+
+
+@dataclass(frozen=True)
+class TokensNeeded:
+    """Training tokens at which the law reaches `target_ppl`; `low` and `high` are inf where a refit never does."""
+
+    target_ppl: float
+    tokens: float | None
+    """None: cannot be reached, the floor is at or above the target."""
+    low: float
+    high: float
+    floor_ppl: float
+    """Perplexity of endless training: exp(L_inf), for a joint law exp(L_inf + A * N^-a)."""
+    probability: float
+    """Share of the bootstrap refits under which the target can be reached at all."""
+
+    def __str__(self) -> str:
+        if self.tokens is None:
+            return (
+                f"perplexity {self.target_ppl:g} cannot be reached: the law's floor is {self.floor_ppl:.4g} "
+                f"({self.probability:.0%} of the refits reach it)"
+            )
+        high = f"{self.high:.3g}" if math.isfinite(self.high) else "no upper limit"
+        return f"perplexity {self.target_ppl:g} needs {self.tokens:.3g} tokens (90 %: {self.low:.3g} to {high})"
+
+
+def predict_perplexity(law: Law, tokens: float, params: float | None = None) -> Prediction:
+    """The perplexity that `tokens` give. The interval holds the law's uncertainty and the scatter of a single run.
+
+    Raises:
+        InputError: `tokens` is not a positive number, or a joint law got no `params`.
+    """
+    if not (math.isfinite(tokens) and tokens > 0):
+        raise InputError(f"tokens must be a positive number, got {tokens:g}")
+    low, high = interval(np.exp(law.run_losses(tokens, params)))
+    beyond = max(1.0, tokens / law.tokens_range[1])
+    return Prediction(tokens, float(np.exp(law.loss(tokens, params))), low, high, beyond)
+
+
+def tokens_for(law: Law, target_ppl: float, params: float | None = None) -> TokensNeeded:
+    """The budget that reaches `target_ppl` on average over seeds: D = (B / (ln target - floor))^(1 / beta).
+
+    Raises:
+        InputError: `target_ppl` is not above 1, or a joint law got no `params`.
+    """
+    if not (math.isfinite(target_ppl) and target_ppl > 1):
+        raise InputError(f"the target perplexity must be above 1, got {target_ppl:g}")
+    rows = np.vstack([[law.L_inf, law.B, law.beta, law.A, law.a], law.draws])
+    L_inf, B, beta, A, a = rows.T
+    floor = L_inf + A * np.asarray(law.size(params), float) ** -a
+    margin = math.log(target_ppl) - floor
+    reached = margin > 0
+    tokens = np.full(len(rows), math.inf)
+    tokens[reached] = (B[reached] / margin[reached]) ** (1 / beta[reached])
+    low, high = interval(tokens[1:])
+    value = float(tokens[0]) if reached[0] else None
+    return TokensNeeded(target_ppl, value, low, high, math.exp(floor[0]), float(reached[1:].mean()))
+
+
+def gpu_hours(tokens: float, tokens_per_s: float) -> float:
+    """GPU-hours of `tokens` at a measured throughput of `tokens_per_s` for each GPU."""
+    if not (math.isfinite(tokens_per_s) and tokens_per_s > 0):
+        raise InputError(f"tokens_per_s must be a positive number, got {tokens_per_s:g}")
+    return tokens / tokens_per_s / 3600

@@ -1,0 +1,176 @@
+"""Where a run will end, read from its own prune-now perplexities while it still runs.
+
+Once the decay has brought the masked weights to zero, the kept ones heal: log loss falls about as a line over the log
+of the tokens since then. The curve before that is of another kind and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from castlm.core.errors import InputError
+from castlm.planning.law import Law, fit_law, interval
+from castlm.planning.points import Point, read_metrics
+
+MIN_POINTS = 3
+MIN_SPREAD = 1.2
+
+
+@dataclass(frozen=True)
+class WatchReport:
+    """What the curve says of the run's end; perplexities of the pruned model, `low` to `high` a 90 % interval."""
+
+    verdict: str
+    """too early | no target | on target | uncertain | will miss."""
+    message: str
+    final_tokens: float
+    num_used: int
+    num_excluded: int
+    predicted: float | None = None
+    low: float | None = None
+    high: float | None = None
+    form: str | None = None
+
+
+def extrapolate_run(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    total_steps: int | None = None,
+    final_tokens: float | None = None,
+    target_ppl: float | None = None,
+    decay: str | None = "horizon",
+) -> WatchReport:
+    """Extrapolate the prune-now curve of a run to its end.
+
+    The power law is fitted over the tokens since the decay was over, or the loglinear one where the points show no
+    floor. The interval is the hull of two: of all points, and of their later half (from six on), whose disagreement
+    shows how far the curve is from the law.
+
+    Args:
+        rows: evaluation rows in order, as `read_metrics` gives them: `step`, `tokens`, `prune_now_ppl`, `alpha`.
+        total_steps, final_tokens: the end of the run, either of them.
+        target_ppl: perplexity that the run is meant to reach.
+        decay: of the run. "horizon" ends before the run does, and only what follows is used; any other decay goes on to
+            the end (None: a method without one), and the whole curve is used.
+
+    Raises:
+        InputError: no end given, a row that lacks a field, or a target that is not above 1.
+    """
+    for number, row in enumerate(rows, 1):
+        if missing := [key for key in ("step", "tokens", "prune_now_ppl") if key not in row]:
+            raise InputError(f"evaluation {number} has no {', '.join(missing)}: is it a row of castlm's metrics.jsonl?")
+    if target_ppl is not None and not target_ppl > 1:
+        raise InputError(f"the target perplexity must be above 1, got {target_ppl:g}")
+    if final_tokens is None:
+        final_tokens = _tokens_at(rows, total_steps)
+    start, used, note = _healing(rows, decay)
+    excluded = len(rows) - len(used)
+    if len(used) < MIN_POINTS:
+        message = (
+            f"too early: {len(used)} evaluations {note}, {MIN_POINTS} are needed ({excluded} before that are left out)"
+        )
+        return WatchReport("too early", message, final_tokens, len(used), excluded)
+    points = [Point(row["tokens"] - start, row["prune_now_ppl"]) for row in used]
+    try:
+        laws = [_fit(points)]
+        if len(points) >= 2 * MIN_POINTS:
+            laws.append(_fit(points[len(points) // 2 :]))
+    except InputError as error:
+        return WatchReport("too early", f"too early: {error}", final_tokens, len(used), excluded)
+    left = max(final_tokens, used[-1]["tokens"]) - start
+    spans = [interval(np.exp(law.run_losses(left))) for law in laws]
+    low, high = min(span[0] for span in spans), max(span[1] for span in spans)
+    predicted = float(np.exp(laws[0].loss(left)))
+    verdict, judgement = _judge(target_ppl, low, high)
+    message = (
+        f"{verdict}: perplexity {predicted:.4g} ({low:.4g} to {high:.4g}) at {final_tokens:.3g} tokens{judgement}, "
+        f"from {len(used)} evaluations {note} ({excluded} left out), {laws[0].form} law"
+    )
+    return WatchReport(verdict, message, final_tokens, len(used), excluded, predicted, low, high, laws[0].form)
+
+
+def watch_run(run: str | Path, target_ppl: float | None = None) -> WatchReport:
+    """`extrapolate_run` of a run folder: metrics.jsonl for the curve, config.yaml for its end and its decay.
+
+    Raises:
+        InputError: no readable metrics.jsonl or config.yaml in it, or no evaluation yet.
+    """
+    import yaml
+
+    path = Path(run) / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        total_steps, decay = int(config["max_steps"]), str(config["decay"])
+        decay = decay if config["method"] == "cast" and decay != "none" else None
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{run} is not the folder of a run: {path} cannot be read ({error})") from error
+    return extrapolate_run(read_metrics(run), total_steps=total_steps, target_ppl=target_ppl, decay=decay)
+
+
+def backtest_run(
+    rows: Sequence[Mapping[str, Any]],
+    fractions: Sequence[float] = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95),
+    decay: str | None = "horizon",
+) -> list[tuple[float, WatchReport, float]]:
+    """What `extrapolate_run` would have said of a finished run at each share of its steps.
+
+    Returns:
+        (fraction, report, measured) each: `measured` is the perplexity that the run did end at.
+    """
+    if not rows:
+        raise InputError("the run has no evaluation to look back on")
+    last = rows[-1]
+    reports = []
+    for fraction in fractions:
+        seen = [row for row in rows if row["step"] <= fraction * last["step"]]
+        report = extrapolate_run(seen, final_tokens=last["tokens"], decay=decay)
+        reports.append((fraction, report, float(last["prune_now_ppl"])))
+    return reports
+
+
+def _tokens_at(rows: Sequence[Mapping[str, Any]], total_steps: int | None) -> float:
+    """Tokens at step `total_steps`, at the rate of the steps done."""
+    if total_steps is None:
+        raise InputError("the end of the run is not known: give total_steps or final_tokens")
+    if not rows or rows[-1]["step"] < 1:
+        raise InputError("the run has no evaluation after its first step yet: look again later")
+    return float(rows[-1]["tokens"] / rows[-1]["step"] * total_steps)
+
+
+def _healing(rows: Sequence[Mapping[str, Any]], decay: str | None) -> tuple[float, list[Mapping[str, Any]], str]:
+    """Tokens at which the curve to fit starts, its rows, and what they are, in words."""
+    if decay != "horizon" or not any("alpha" in row for row in rows):
+        words = f"of the whole curve (decay {decay!r} goes on to the end)" if decay else "of the whole curve"
+        return 0.0, [row for row in rows if row["tokens"] > 0], words
+    ramp = [row for row in rows if row.get("alpha", 0.0) < 1]
+    healing = [row for row in rows if row.get("alpha", 0.0) >= 1]
+    words = "after the decay ended"
+    started = [row for row in ramp if row.get("alpha", 0.0) > 0]
+    if not healing or not started:
+        return (ramp[-1]["tokens"] if ramp else 0.0), healing, words
+    last = started[-1]  # the alpha of a row is that of its step's start: (step - 1) / end
+    end = (last["step"] - 1) / last["alpha"] * last["tokens"] / last["step"]
+    return min(max(end, last["tokens"]), healing[0]["tokens"] * (1 - 1e-9)), healing, words
+
+
+def _fit(points: Sequence[Point]) -> Law:
+    options: dict[str, Any] = {"leave_largest_out": False, "min_spread": MIN_SPREAD}
+    try:
+        return fit_law(points, "power", **options)
+    except InputError:
+        return fit_law(points, "loglinear", **options)
+
+
+def _judge(target_ppl: float | None, low: float, high: float) -> tuple[str, str]:
+    if target_ppl is None:
+        return "no target", ""
+    if low > target_ppl:
+        return "will miss", f", above the target {target_ppl:g}: a longer run is needed"
+    if high <= target_ppl:
+        return "on target", f", within the target {target_ppl:g}"
+    return "uncertain", f", around the target {target_ppl:g}"

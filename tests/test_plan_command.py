@@ -1,0 +1,114 @@
+"""`castlm plan` from its command line: the calibration of a real run, and what each command prints and returns."""
+
+import json
+import math
+
+import pytest
+
+from castlm.cli import main
+from castlm.training.calibrate import calibrate
+from castlm.training.config import TrainConfig
+from castlm.training.distributed import init_world
+from castlm.training.loop import Run, train
+from tests.test_train import small
+from tests.tiny import save_tiny
+
+TEXT = " ".join(f"word{i % 97}" for i in range(4000))
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "text.txt").write_text(TEXT)
+    return str(save_tiny(folder / "llama", "llama")), str(folder / "text.txt")
+
+
+def test_calibration_measures_the_momentum_of_the_run_itself(given, tmp_path):
+    config = small(*given, tmp_path / "run", decay="proportional", max_steps=30, ignore_decay_budget=True)
+    found = calibrate(config, init_world("cpu", "full"), steps=4)
+    run = Run(config, init_world("cpu", "full"))
+    for _ in range(4):
+        run.train_step()
+    name, layer = next(iter(run.method.layers.items()))
+    momentum = run.optimizer.state[layer.parametrizations.weight.original]["exp_avg"]
+    expected = math.sqrt(momentum.square().mean()) / (1 - 0.9**4)
+    assert found.layers[name].momentum_rms == pytest.approx(expected, rel=1e-5)
+    assert found.tokens_per_step == 4 * 32
+    assert len(found.layers) == 14
+    assert 0 < min(c.momentum_rms for c in found.layers.values()) <= found.lam
+
+
+def test_lam_auto_is_calibrated_recorded_and_kept_on_resume(given, tmp_path):
+    config = small(*given, tmp_path / "run", decay="additive", lam="auto", ignore_decay_budget=True, save_steps=6)
+    record = train(config)
+    assert 0 < record["config"]["lam"] < 1
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "manifest.json").read_text())
+    assert saved["config"]["lam"] == record["config"]["lam"]
+
+
+def arguments(given, *more: str) -> list[str]:
+    model, text = given
+    base = ["plan", "check", "--model", model, "--dataset", text, "--output-dir", "unused", "--seq-len", "32"]
+    return [*base, "--max-steps", "30", "--per-device-train-batch-size", "2", *more]
+
+
+def test_check_says_whether_a_run_can_converge(given, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments(given)) == 0
+    assert "reach zero" in capsys.readouterr().out
+    assert main(arguments(given, "--decay", "proportional")) == 1
+    out = capsys.readouterr().out
+    assert "14 of 14 layers cannot reach zero" in out
+    assert "the learning rate" in out
+    assert main(arguments(given, "--method", "ste")) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_fit_and_predict(tmp_path, capsys):
+    rows = [f"{d},{math.exp(2.0 + 50 * d**-0.4)}" for d in (1e4, 3e4, 1e5, 3e5, 1e6, 3e6)]
+    (tmp_path / "runs.csv").write_text("tokens,perplexity\n" + "\n".join(rows) + "\n")
+    law = tmp_path / "law.json"
+    assert main(["plan", "fit", str(tmp_path / "runs.csv"), "--json", str(law)]) == 0
+    fitted = json.loads(law.read_text())
+    assert fitted["L_inf"] == pytest.approx(2.0, abs=0.02)
+    assert fitted["beta"] == pytest.approx(0.4, abs=0.02)
+    assert fitted["r2"] > 0.999
+    capsys.readouterr()
+    assert main(["plan", "predict", str(law), "--tokens", "1e7", "--tokens-per-s", "1000"]) == 0
+    out = capsys.readouterr().out
+    assert f"{math.exp(2.0 + 50 * 1e7**-0.4):.3f}" in out
+    assert "2.78 hours" in out
+    assert main(["plan", "predict", str(law), "--target-ppl", "5"]) == 1
+    assert "cannot be reached" in capsys.readouterr().out
+
+
+def test_watch_and_memory(given, tmp_path, capsys):
+    train(small(*given, tmp_path / "run", max_steps=12, eval_steps=1))
+    assert main(["plan", "watch", str(tmp_path / "run"), "--target-ppl", "1.5"]) in (0, 1)
+    assert ":" in capsys.readouterr().out
+    assert main(["plan", "memory", "--model", given[0], "--seq-len", "64"]) == 0
+    assert "peak" in capsys.readouterr().out
+    assert main(["plan", "memory", "--model", given[0], "--seq-len", "64", "--gpu", "0.5"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["plan", "forecast"], "forecast"),
+        (["plan", "predict", "/nowhere.json", "--tokens", "1"], "/nowhere.json"),
+        (["plan", "fit", "/nowhere.csv"], "/nowhere.csv"),
+        (["plan", "watch", "/nowhere"], "/nowhere"),
+        (["plan", "memory", "--model", "/nowhere.json"], "/nowhere.json"),
+        (["plan", "memory", "--model", "m", "--gpu", "abacus"], "abacus"),
+        (["plan", "check", "--model", "m"], "dataset"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments, named, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1
+
+
+def test_lam_auto_is_an_option():
+    assert TrainConfig("m", "d", "o", lam="auto").lam == "auto"

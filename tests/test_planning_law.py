@@ -1,0 +1,297 @@
+"""The law is found again in data drawn from it, its intervals hold what they promise, and bad data are refused."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from castlm.core.errors import InputError
+from castlm.planning.law import Law, fit_law, plot_law
+from castlm.planning.points import Point, read_points
+from castlm.planning.predict import gpu_hours, predict_perplexity, tokens_for
+
+L_INF, BETA = 1.6, 0.4
+AMPLITUDE = 0.8 * 1e6**BETA  # 0.8 nats above the floor at a million tokens
+PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "results" / "planning-published.csv"
+
+
+def perplexity(tokens, L_inf=L_INF, b=AMPLITUDE, beta=BETA):
+    return math.exp(L_inf + b * tokens**-beta)
+
+
+def points(budgets, seeds=1, noise=0.0, rng=None, **law):
+    """Runs whose log loss scatters by `noise` about the law."""
+    factor = [1.0 if rng is None else math.exp(rng.normal(0, noise)) for _ in range(len(budgets) * seeds)]
+    runs = [(tokens, seed) for tokens in budgets for seed in range(seeds)]
+    return [Point(t, perplexity(t, **law) ** f, seed=s) for (t, s), f in zip(runs, factor)]
+
+
+SEVEN = np.geomspace(1e6, 1e8, 7)
+
+
+def test_power_law_is_recovered_exactly_from_clean_points():
+    law = fit_law(points(SEVEN), num_draws=5)
+    assert law.L_inf == pytest.approx(L_INF, rel=1e-4)
+    assert math.log(law.B) == pytest.approx(math.log(AMPLITUDE), rel=1e-4)
+    assert law.beta == pytest.approx(BETA, rel=1e-3)
+    assert law.r2 == pytest.approx(1, abs=1e-8)
+
+
+def test_power_law_is_recovered_from_noisy_points_within_its_intervals():
+    law = fit_law(points(SEVEN, 3, 0.003, np.random.default_rng(0)), num_draws=60)
+    assert law.L_inf == pytest.approx(L_INF, abs=0.05)
+    for name, true in (("L_inf", L_INF), ("B", AMPLITUDE), ("beta", BETA)):
+        low, high = law.intervals[name]
+        assert low <= true <= high
+    assert law.r2 > 0.99
+    assert law.noise == pytest.approx(0.003, rel=0.5)
+
+
+def test_intervals_cover_the_truth_nine_times_in_ten():
+    budgets, far = np.geomspace(1e6, 1e8, 6), 4e8
+    beta_inside, run_inside = [], []
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        law = fit_law(points(budgets, 2, 0.003, rng), num_draws=60, seed=seed, leave_largest_out=False)
+        low, high = law.intervals["beta"]
+        beta_inside.append(low <= BETA <= high)
+        new_run = perplexity(far) ** math.exp(rng.normal(0, 0.003))
+        prediction = predict_perplexity(law, far)
+        run_inside.append(prediction.low <= new_run <= prediction.high)
+    assert 0.8 <= np.mean(beta_inside) < 1
+    assert 0.8 <= np.mean(run_inside) < 1
+
+
+def test_one_wild_run_hardly_moves_the_law():
+    runs = points(SEVEN, 3, 0.003, np.random.default_rng(1))
+    clean = fit_law(runs, num_draws=5, leave_largest_out=False)
+    wild = [*runs[:7], replace(runs[7], perplexity=runs[7].perplexity * 1.3), *runs[8:]]
+    assert fit_law(wild, num_draws=5, leave_largest_out=False).L_inf == pytest.approx(clean.L_inf, abs=0.02)
+
+
+def test_loglinear_is_the_regression_line_of_the_logs():
+    runs = points(SEVEN, L_inf=0.0, b=4.0, beta=0.05)
+    law = fit_law(runs, "loglinear", num_draws=5)
+    slope, offset = np.polyfit(np.log(SEVEN), [math.log(math.log(p.perplexity)) for p in runs], 1)
+    assert law.L_inf == 0
+    assert law.beta == pytest.approx(-slope, rel=1e-5)
+    assert math.log(law.B) == pytest.approx(offset, rel=1e-5)
+
+
+def joint_points(sizes, budgets, noise=0.0, rng=None):
+    runs = [(n, d) for n in sizes for d in budgets]
+    factors = [1.0 if rng is None else math.exp(rng.normal(0, noise)) for _ in runs]
+    return [Point(d, math.exp((1.2 + 6 * n**-0.12 + AMPLITUDE * d**-BETA) * f), n) for (n, d), f in zip(runs, factors)]
+
+
+def test_joint_law_is_recovered():
+    runs = joint_points([1e6, 1e7, 1e8, 1e9], np.geomspace(1e6, 1e8, 4), 0.001, np.random.default_rng(0))
+    law = fit_law(runs, "joint", num_draws=20)
+    assert law.L_inf == pytest.approx(1.2, abs=0.1)
+    assert law.beta == pytest.approx(BETA, rel=0.05)
+    assert law.a == pytest.approx(0.12, rel=0.15)
+    assert float(np.exp(law.loss(3e8, 3e9))) == pytest.approx(
+        math.exp(1.2 + 6 * 3e9**-0.12 + AMPLITUDE * 3e8**-BETA), rel=0.02
+    )
+    with pytest.raises(InputError, match="give params"):
+        law.loss(1e6)
+
+
+def test_largest_budget_is_predicted_from_the_others():
+    law = fit_law(points(SEVEN, 3, 0.002, np.random.default_rng(2)), num_draws=60)
+    assert law.holdout is not None
+    assert law.holdout.num_budgets == 6
+    assert law.holdout.tokens == pytest.approx(1e8)
+    assert abs(law.holdout.error) < max(0.05, 0.01 * law.holdout.perplexity)
+    assert law.holdout.inside >= 2 / 3
+    assert law.holdout.low < law.holdout.predicted < law.holdout.high
+
+
+def test_leave_largest_out_says_why_it_cannot_be_done():
+    law = fit_law(points(np.geomspace(1e6, 1e8, 4)), num_draws=5)
+    assert law.holdout is None
+    assert "4 distinct token budgets, found 3" in law.holdout_reason
+
+
+def test_three_budgets_with_seeds_are_enough_to_predict_a_fourth():
+    law = fit_law(points(np.geomspace(1e6, 1e8, 4), 3, 0.002, np.random.default_rng(0)), num_draws=40)
+    assert law.holdout is not None
+    assert law.holdout.num_budgets == 3
+
+
+@pytest.mark.parametrize(
+    ("runs", "form", "reason"),
+    [
+        (points([1e6, 1e7, 1e8]), "power", "needs 4 distinct token budgets, found 3"),
+        (points([1e6, 1.001e6, 1e7, 1e8]), "power", "found 3"),
+        (points([1e6, 1e8], 3), "loglinear", "needs 3 distinct token budgets, found 2"),
+        (points([1e6, 1.5e6, 2e6, 3e6]), "power", "factor of 3, 4 is the least"),
+        (points(SEVEN, b=-0.1, beta=0.1), "power", "does not fall with tokens"),
+        (points(SEVEN, L_inf=0.0, b=4.0, beta=0.05), "power", "L_inf is at its bound 0"),
+        (points([1e6, 2e6, 4e6], L_inf=0, b=5 * 1e6**5, beta=5), "loglinear", "beta is at its bound"),
+        ([*points(SEVEN), Point(math.nan, 5.0, source="x.csv, line 9")], "power", "x.csv, line 9: tokens nan"),
+        ([*points(SEVEN), Point(1e6, 0.5)], "power", "perplexity above 1"),
+        ([*points(SEVEN), Point(-1e6, 5.0)], "power", "positive finite"),
+        (
+            [Point(p.tokens, p.perplexity, 1e6 * (i + 1)) for i, p in enumerate(points(SEVEN))],
+            "power",
+            "use form joint",
+        ),
+        ([replace(p, method=m) for p, m in zip(points(SEVEN), "abababa")], "power", "2 methods (a, b)"),
+        ([replace(p, harness=h) for p, h in zip(points(SEVEN), "abababa")], "power", "one eval_dataset"),
+        (points(SEVEN), "joint", "needs params"),
+        (joint_points([1e6, 1e7], SEVEN), "joint", "3 sizes and 6 different (size, budget) pairs, found 2 and 14"),
+        ([p for i, p in enumerate(joint_points(SEVEN, SEVEN)) if i % 8 == 0], "joint", "grow together"),
+        ([], "power", "no points"),
+        (points(SEVEN), "cubic", "unknown form"),
+    ],
+)
+def test_data_that_cannot_carry_the_fit_are_refused(runs, form, reason):
+    with pytest.raises(InputError) as error:
+        fit_law(runs, form, num_draws=5)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def law():
+    return fit_law(points(SEVEN, 3, 0.002, np.random.default_rng(3)), num_draws=60)
+
+
+def test_law_survives_json_with_its_names_and_predictions(law):
+    content = json.loads(json.dumps(law.as_dict()))
+    assert {"L_inf", "B", "beta", "r2"} <= content.keys()
+    assert set(content["intervals"]) == {"L_inf", "B", "beta", "r2"}
+    again = Law.from_dict(content)
+    assert again.holdout == law.holdout
+    first, second = predict_perplexity(law, 5e8), predict_perplexity(again, 5e8)
+    assert second.perplexity == first.perplexity
+    assert second.low == pytest.approx(first.low, rel=1e-5)
+    with pytest.raises(InputError, match="plan fit"):
+        Law.from_dict({"form": "power"})
+    with pytest.raises(InputError, match="plan fit"):
+        Law.from_dict({**content, "draws": [[1, 2]]})
+
+
+def test_prediction_widens_with_distance_and_is_about_the_law(law):
+    near, far = predict_perplexity(law, 1e8), predict_perplexity(law, 1e10)
+    assert near.perplexity == pytest.approx(perplexity(1e8), rel=0.01)
+    assert near.beyond == 1
+    assert far.beyond == pytest.approx(100)
+    assert far.high / far.low > near.high / near.low > 1
+
+
+def test_tokens_for_is_the_inverse_of_the_prediction(law):
+    needed = tokens_for(law, 6.0)
+    assert needed.tokens is not None
+    assert predict_perplexity(law, needed.tokens).perplexity == pytest.approx(6.0)
+    assert needed.low < needed.tokens < needed.high
+    assert needed.probability == 1
+
+
+def test_target_below_the_floor_cannot_be_reached(law):
+    needed = tokens_for(law, math.exp(L_INF) * 0.9)
+    assert needed.tokens is None
+    assert needed.high == math.inf
+    assert "cannot be reached" in str(needed)
+    assert needed.floor_ppl == pytest.approx(math.exp(L_INF), rel=0.03)
+    for target in (1.0, -3, math.nan):
+        with pytest.raises(InputError, match="above 1"):
+            tokens_for(law, target)
+
+
+def test_gpu_hours():
+    assert gpu_hours(7.2e6, 1000) == pytest.approx(2)
+    with pytest.raises(InputError, match="tokens_per_s"):
+        gpu_hours(1e9, 0)
+
+
+def test_plot_is_written(law, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot_law(law, points(SEVEN), tmp_path / "law.png")
+    assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run_record(tokens, ppl, seed=0, **measured):
+    measured = {"seq_len": 512, "stride": 512, "text_sha256": "abc", "num_tokens": 1000, **measured}
+    return {
+        "method": "cast",
+        "config": {"seed": seed},
+        "perplexity": {"dense": 3.0, "pruned": ppl},
+        "figures": [{"name": "dense", "perplexity": 3.0}],
+        "measured": measured,
+        "num_params": 260_000,
+        "train_tokens": tokens,
+    }
+
+
+def test_points_are_read_from_runs_results_and_csv(tmp_path):
+    (tmp_path / "runs/a/model").mkdir(parents=True)
+    (tmp_path / "runs/a/model/castlm.json").write_text(json.dumps(run_record(1000, 5.5, seed=7)))
+    (tmp_path / "results.json").write_text(json.dumps({"results": [run_record(2000, 5.2), run_record(4000, 5.0)]}))
+    (tmp_path / "other.csv").write_text("# a comment\ntokens, perplexity, params, note\n8e3, 4.9, 260000, best\n\n")
+    found = read_points([tmp_path / "runs/a", tmp_path / "results.json", tmp_path / "other.csv"])
+    assert [(p.tokens, p.perplexity) for p in found] == [(1000, 5.5), (2000, 5.2), (4000, 5.0), (8000, 4.9)]
+    assert {p.params for p in found} == {260_000}
+    assert found[0].seed == 7
+    assert found[0].method == "cast"
+    assert "text_sha256 abc" in found[0].harness
+    assert found[3].method is None
+    assert len(read_points([tmp_path / "runs"], method="cast")) == 1
+
+
+def test_dense_control_has_the_perplexity_it_trained_to(tmp_path):
+    record = {**run_record(1000, None), "method": "dense", "perplexity": {"dense": 3.0, "trained": 2.9}}
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    assert read_points([tmp_path / "r.json"])[0].perplexity == 2.9
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.csv", "", "empty"),
+        ("a.csv", "tokens,ppl\n1,2\n", "line 1: no column perplexity"),
+        ("a.csv", "tokens,perplexity\n1000,5\n2000\n", "line 3: 1 cells where the header has 2"),
+        ("a.csv", "tokens,perplexity\n1000,five\n", "line 2: perplexity is 'five'"),
+        ("a.csv", "tokens,perplexity\n-1000,5\n", "line 2: tokens is -1000"),
+        ("a.csv", "tokens,perplexity\n1000,nan\n", "line 2: perplexity is nan"),
+        ("a.csv", "tokens,perplexity\n1000,0.9\n", "line 2: perplexity 0.9 is not above 1"),
+        ("a.csv", "tokens,perplexity\n1000,\n", "line 2: no perplexity"),
+        ("a.json", "{", "line 1: not JSON"),
+        ("a.json", '[{"tokens": 5, "perplexity": 5}, {"tokens": 5}]', "result 2: no perplexity"),
+        ("a.json", "3", "list of results"),
+        ("a.txt", "x", "neither a run folder"),
+        (None, "", "no such file"),
+        ("run/metrics.jsonl", "", "an unfinished run"),
+        ("run/other", "", "no finished run"),
+    ],
+)
+def test_unreadable_points_name_the_file_and_line(tmp_path, name, content, reason):
+    path = tmp_path / (name or "missing")
+    if name:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    with pytest.raises(InputError) as error:
+        read_points([path.parent if "run/" in (name or "") else path])
+    assert reason in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_points_of_another_method_are_left_out(tmp_path):
+    (tmp_path / "a.csv").write_text("tokens,perplexity,method\n1000,5,cast\n1000,6,ste\n")
+    assert len(read_points([tmp_path / "a.csv"], method="ste")) == 1
+    with pytest.raises(InputError, match="found: cast, ste"):
+        read_points([tmp_path / "a.csv"], method="ast")
+
+
+def test_published_points_are_read_and_too_few_for_a_law():
+    cast = read_points([PUBLISHED], method="cast")
+    assert [(p.tokens, p.perplexity) for p in cast] == [(7.5e9, 5.58), (4e10, 5.21)]
+    for form in ("power", "loglinear"):
+        with pytest.raises(InputError, match="found 2"):
+            fit_law(cast, form)
+    with pytest.raises(InputError, match="3 distinct token budgets, found 1"):
+        fit_law(read_points([PUBLISHED], method="ast"), "joint")

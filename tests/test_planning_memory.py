@@ -1,0 +1,186 @@
+"""The memory plan against what can be counted: published sizes, a block's closed form, and a real forward pass."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from castlm.core.errors import InputError
+from castlm.core.scaling import add_weight_scaling
+from castlm.models import backbone, linearize_conv1d_
+from castlm.planning.memory import DTYPES, GIB, _Run, _saved_bytes, _trace, plan_memory, read_config
+from tests.tiny import FAMILIES, tiny_model
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
+RUN = _Run(
+    seq_len=48,
+    micro_batch=2,
+    scale_groups=2,
+    accumulates=False,
+    checkpointing=False,
+    compute=torch.float32,
+    gather=torch.float32,
+    teacher=torch.float32,
+    chunk_tokens=96,
+    compiled=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "sparse"),
+    [
+        ("llama2-7b", 6_738_415_616, 32 * (4 * 4096**2 + 3 * 4096 * 11008)),
+        ("llama2-13b", 13_015_864_320, 40 * (4 * 5120**2 + 3 * 5120 * 13824)),
+        ("llama2-70b", 68_976_648_192, 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)),
+    ],
+)
+def test_shipped_configs_have_the_published_sizes(name, params, sparse):
+    plan = plan_memory(CONFIGS / f"{name}.json", seq_len=512, micro_batch=1, scale_groups=0)
+    assert plan.num_params == params
+    assert plan.num_sparse == sparse
+    assert plan.components["weights"] == plan.components["gradients"] == 4 * params
+    assert plan.components["moments"] == 8 * params
+    assert plan.components["teacher"] == 2 * params
+    assert plan.components["masks"] == 2 * sparse
+
+
+def llama(**over):
+    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": 3}
+    return AutoConfig.for_model("llama", **sizes, num_key_value_heads=4, vocab_size=256, **over)
+
+
+def test_saved_activations_of_a_llama_block_have_the_closed_form():
+    hidden, inner, heads, tokens = 64, 176, 4, 96
+    numbers = 2 * 4 + 4 * heads  # two norms' scales and the attention's logsumexp, fp32
+    saved = _trace(llama(), RUN, sharded=False)
+    assert saved.block == tokens * (4 * (10 * hidden + 4 * inner) + numbers)
+    assert saved.block_weights == 4 * (4 * hidden**2 + 3 * hidden * inner)  # the products W * A
+    assert _trace(llama(), replace(RUN, scale_groups=0), sharded=False).block_weights == 0
+    autocast = _trace(llama(), replace(RUN, scale_groups=0, compute=torch.bfloat16), sharded=False)
+    assert autocast.block == tokens * (34 * hidden + 8 * inner + numbers)
+    assert autocast.block_weights == 2 * (4 * hidden**2 + 3 * hidden * inner)  # copies of W
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trace_saves_what_a_real_forward_pass_saves(family):
+    model = tiny_model(family)
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    linearize_conv1d_(model)
+    add_weight_scaling(model, 2)
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = backbone(model)(input_ids=torch.zeros(2, 48, dtype=torch.int64), use_cache=False)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    measured = sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in parameters)
+    assert output.last_hidden_state.requires_grad
+    assert _saved_bytes(model.config, 2, 2, 48, RUN, sharded=False) == pytest.approx(measured, rel=0.01)
+
+
+def plan_7b(**options):
+    return plan_memory(CONFIGS / "llama2-7b.json", **{"seq_len": 4096, "micro_batch": 1, **options})
+
+
+def test_ranks_share_what_is_sharded_and_nothing_else():
+    two, eight = plan_7b(world_size=2), plan_7b(world_size=8)
+    for name in ("weights", "gradients", "moments", "masks", "teacher"):
+        assert two.components[name] == pytest.approx(4 * eight.components[name], rel=1e-6)
+    for name in ("activations", "weights kept for backward", "gathered weights", "logits"):
+        assert two.components[name] == eight.components[name]
+    assert plan_7b(world_size=1).components["gathered weights"] == 0
+
+
+def test_gathered_weights_are_the_outside_and_two_blocks():
+    block = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    outside = 2 * 32000 * 4096 + 4096
+    plan = plan_7b(world_size=8, scale_groups=0)
+    assert plan.components["gathered weights"] == (outside + 2 * block) * (4 + 2)
+    plan = plan_7b(world_size=8, scale_groups=0, gather_dtype="bf16")
+    assert plan.components["gathered weights"] == (outside + 2 * block) * (2 + 2)
+
+
+def test_checkpointing_leaves_block_inputs_and_one_block():
+    plain, checkpointed = plan_7b(world_size=8), plan_7b(world_size=8, gradient_checkpointing=True)
+    inputs = 32 * 4096 * 4096 * 4
+    one_block = plain.components["activations"] / 32
+    assert plain.components["activations, checkpointed"] == pytest.approx(inputs + one_block, rel=0.06)
+    assert checkpointed.components["weights kept for backward"] == 2 * plain.num_sparse // 32
+    assert plain.components["weights kept for backward"] == 2 * plain.num_sparse
+    assert checkpointed.peak < plain.peak / 2
+
+
+def test_phases_add_up():
+    plan = plan_7b(compute_dtype="fp32", teacher_dtype="fp32", gradient_checkpointing=False)
+    parts = plan.components
+    static = sum(parts[name] for name in ("weights", "moments", "masks", "teacher"))
+    alive = parts["activations"] + parts["weights kept for backward"]
+    assert plan.phases["loss"] == static + alive + parts["logits"] + parts["head's gradient and copies"]
+    assert plan.phases["step"] == static + parts["gradients"]
+    assert plan.peak == max(plan.phases.values())
+    accumulated = plan_7b(compute_dtype="fp32", teacher_dtype="fp32", accumulation=4)
+    assert accumulated.phases["loss"] == plan.phases["loss"] + parts["gradients"]
+    assert plan_7b(teacher=False).components["teacher"] == 0
+
+
+def test_verdict_and_the_smallest_number_of_ranks():
+    plan = plan_7b(world_size=1, gradient_checkpointing=True, gpu_gib=79.1)
+    assert plan.fits is False
+    least = plan.smallest_world_size
+    assert plan_7b(world_size=least, gradient_checkpointing=True, gpu_gib=79.1).fits
+    assert not plan_7b(world_size=least // 2, gradient_checkpointing=True, gpu_gib=79.1).fits
+    assert "does not fit 79.1 GiB" in plan.table()
+    assert f"ranks that fits: {least}" in plan.table()
+    assert plan_7b(gpu_gib=2).smallest_world_size is None
+    assert plan_7b().fits is None
+
+
+def test_published_recipes_fit_their_machines():
+    assert plan_7b(world_size=8, gpu_gib=79.1).fits
+    large = {"seq_len": 4096, "micro_batch": 1, "world_size": 64, "gpu_gib": 79.1}
+    assert plan_memory(CONFIGS / "llama2-70b.json", **large, gradient_checkpointing=True).fits
+    assert not plan_memory(CONFIGS / "llama2-70b.json", **large).fits
+
+
+def test_rows_are_in_gib():
+    plan = plan_7b()
+    assert dict(plan.rows())["weights"] == pytest.approx(plan.components["weights"] / GIB)
+    assert plan.rows()[-1] == ("peak", plan.peak / GIB)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_config_of_a_model_folder_is_read(tmp_path, dtype):
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    by_folder = plan_memory(tmp_path, seq_len=32, micro_batch=2, compute_dtype=dtype)
+    assert by_folder == plan_memory(read_config(tmp_path), seq_len=32, micro_batch=2, compute_dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "reason"),
+    [
+        (None, {}, "cannot read the model config"),
+        ("{", {}, "is not the config of a model"),
+        ('{"model_type": "nonsense"}', {}, "is not the config of a model"),
+        ('{"hidden_size": 5}', {}, "is not the config of a model"),
+        ('{"model_type": "t5"}', {}, "cannot be built"),
+        (json.dumps(llama().to_dict()), {"world_size": 0}, "world_size = 0"),
+        (json.dumps(llama().to_dict()), {"seq_len": 0}, "seq_len = 0"),
+        (json.dumps(llama().to_dict()), {"compute_dtype": "fp8"}, "compute_dtype = 'fp8'"),
+        (json.dumps(llama().to_dict()), {"n": 4, "m": 2}, "4:2"),
+        (json.dumps(llama().to_dict()), {"scale_groups": 7}, "7 scale groups"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(tmp_path, content, options, reason):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError) as error:
+        plan_memory(path, **{"seq_len": 32, "micro_batch": 1, **options})
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
