@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from castlm.training.data import (
     token_ids,
 )
 from castlm.training.distributed import DIAGNOSIS_S, World, close_world, init_world, local, shard_
+from castlm.training.evaluation import held_out_perplexity, mask_figures
 from castlm.training.finish import finish, read_result
 from castlm.training.hardware import autocast, can_compile, choose_precision, describe
 from castlm.training.interrupt import Interrupt
@@ -356,40 +356,21 @@ class Run:
         if masks:
             with pruned(masks):
                 values["prune_now_ppl"] = self.perplexity()
-            values |= self._mask_figures(masks)
+            initial = [local(self.initial_masks[self.names[p]]) for p in self.method.masks()]
+            values |= mask_figures(masks, initial, self.method.flips(), self.world)
         self.figures[str(self.step)] = values
         self.telemetry.evaluated(self.step, values)
 
     def perplexity(self) -> float:
-        """Of the held-out tokens in windows of `seq_len`, each token but a window's first scored once."""
-        world, size = self.world, self.config.per_device_train_batch_size
-        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-        self.objective.eval()
-        with torch.no_grad(), autocast(world.device, self.precision):
-            for input_ids, labels in windows(self.eval_ids, self.config.seq_len, size, world):
-                nll = self.objective(input_ids.to(world.device), labels.to(world.device), 1, ce_only=True).ce
-                sums += torch.stack([nll.double(), (labels != -100).sum().to(nll.device).double()])
-        total, count = world.sum(sums).tolist()
-        return float(np.exp(total / count))
-
-    def _mask_figures(self, masks: dict[Tensor, Tensor]) -> dict[str, float]:
-        sums = torch.zeros(5, dtype=torch.float64, device=self.world.device)
-        largest = torch.zeros((), device=self.world.device)
-        initial = [local(self.initial_masks[self.names[p]]) for p in self.method.masks()]
-        for (weight, mask), first in zip(masks.items(), initial):
-            magnitude = weight.abs()
-            flipped = (mask != first).sum()
-            entries = torch.tensor(mask.numel(), device=mask.device)
-            kept, total = (magnitude * mask).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)
-            sums[:4] += torch.stack([kept, total, flipped.double(), entries.double()])
-            if magnitude.numel():
-                largest = torch.maximum(largest, (magnitude * ~mask).amax())
-        sums[4] = self.method.flips()
-        kept, total, flipped, entries, flips = self.world.sum(sums).tolist()
-        if self.world.mesh is not None:
-            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        values = {"sparse_weight_ratio": kept / total, "initial_flip_rate": flipped / entries}
-        return values | {"flip_rate": flips / entries, "largest_masked": float(largest)}
+        config = self.config
+        return held_out_perplexity(
+            self.objective,
+            self.eval_ids,
+            seq_len=config.seq_len,
+            batch=config.per_device_train_batch_size,
+            precision=self.precision,
+            world=self.world,
+        )
 
     def tensors(self) -> dict[str, Any]:
         """All tensors of a checkpoint, by name, as views: loading fills them in place."""
@@ -423,21 +404,3 @@ class Run:
         self.figures = manifest["figures"]
         first_shard = self.world.shard_index == 0  # one rank of each replica says what all of them changed
         self.method.restore_flips(manifest["flips"] if first_shard else 0)
-
-
-def windows(token_ids: Tensor, seq_len: int, batch: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's windows of `token_ids` as (input_ids, labels), (batch, seq_len) each; labels are -100 past the end.
-
-    Every rank gets the same number of batches, the last filled up with windows that do not count.
-    """
-    padded = torch.nn.functional.pad(token_ids, (0, -len(token_ids) % seq_len))
-    labels = torch.full_like(padded, -100)
-    labels[: len(token_ids) - 1] = token_ids[1:]
-    labels[seq_len - 1 :: seq_len] = -100
-    rows, labels = padded.view(-1, seq_len), labels.view(-1, seq_len)
-    per_step = batch * world.size
-    empty = -len(rows) % per_step
-    rows = torch.cat([rows, rows.new_zeros(empty, seq_len)])
-    labels = torch.cat([labels, labels.new_full((empty, seq_len), -100)])
-    for start in range(world.rank * batch, len(rows), per_step):
-        yield rows[start : start + batch], labels[start : start + batch]

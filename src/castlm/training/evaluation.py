@@ -1,0 +1,81 @@
+"""The figures of an evaluation while a run goes on: perplexity of held-out tokens, and the state of the masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from castlm.training.distributed import World
+from castlm.training.hardware import autocast
+from castlm.training.objective import Objective
+
+
+@torch.no_grad()
+def held_out_perplexity(
+    objective: Objective, token_ids: Tensor, *, seq_len: int, batch: int, precision: str, world: World
+) -> float:
+    """Of `token_ids` (num_tokens,) in windows of `seq_len`, each token but a window's first scored once, on all ranks.
+
+    The same windows as `castlm.evaluate.perplexity` has at its default stride; inf or NaN where the model diverged.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    objective.eval()
+    with autocast(world.device, precision):
+        for input_ids, labels in windows(token_ids, seq_len, batch, world):
+            nll = objective(input_ids.to(world.device), labels.to(world.device), 1, ce_only=True).ce
+            sums += torch.stack([nll.double(), (labels != -100).sum().to(nll.device).double()])
+    total, count = world.sum(sums)
+    return float((total / count).exp())
+
+
+def windows(token_ids: Tensor, seq_len: int, batch: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's windows of `token_ids` as (input_ids, labels), (batch, seq_len) each; labels are -100 past the end.
+
+    Every rank gets the same number of batches, the last filled up with windows that do not count.
+    """
+    padded = torch.nn.functional.pad(token_ids, (0, -len(token_ids) % seq_len))
+    labels = torch.full_like(padded, -100)
+    labels[: len(token_ids) - 1] = token_ids[1:]
+    labels[seq_len - 1 :: seq_len] = -100
+    rows, labels = padded.view(-1, seq_len), labels.view(-1, seq_len)
+    per_step = batch * world.size
+    empty = -len(rows) % per_step
+    rows = torch.cat([rows, rows.new_zeros(empty, seq_len)])
+    labels = torch.cat([labels, labels.new_full((empty, seq_len), -100)])
+    for start in range(world.rank * batch, len(rows), per_step):
+        yield rows[start : start + batch], labels[start : start + batch]
+
+
+@torch.no_grad()
+def mask_figures(
+    masks: Mapping[Tensor, Tensor], initial_masks: Sequence[Tensor], flips: int, world: World
+) -> dict[str, float]:
+    """Sparse-weight ratio, flip rates and the largest masked weight, over all ranks (CAST, App. C).
+
+    Args:
+        masks: this rank's part of each sparse weight with its mask, True = kept.
+        initial_masks: the masks of step 0, in the same order.
+        flips: mask entries of this rank that the newest refresh changed.
+    """
+    sums = torch.zeros(5, dtype=torch.float64, device=world.device)
+    largest = torch.zeros((), device=world.device)
+    for (weight, mask), first in zip(masks.items(), initial_masks):
+        magnitude = weight.abs()
+        kept, total = (magnitude * mask).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)
+        flipped, entries = (mask != first).sum().double(), torch.tensor(float(mask.numel()), device=mask.device)
+        sums[:4] += torch.stack([kept, total, flipped, entries.double()])
+        if magnitude.numel():
+            largest = torch.maximum(largest, (magnitude * ~mask).amax())
+    sums[4] = flips
+    kept_sum, total_sum, flipped_sum, entries_sum, flips_sum = world.sum(sums).tolist()
+    if world.mesh is not None:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return {
+        "sparse_weight_ratio": kept_sum / total_sum,
+        "initial_flip_rate": flipped_sum / entries_sum,
+        "flip_rate": flips_sum / entries_sum,
+        "largest_masked": float(largest),
+    }
