@@ -8,7 +8,7 @@ from torch import nn
 
 from castlm.core.adams import DECAYS, AdamS
 from castlm.core.errors import InputError
-from castlm.core.masks import nm_mask
+from castlm.core.masks import nm_mask, unpack_mask
 from tests.reference import ReferenceAdamS
 
 HYPER = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-8, "lam": 0.3, "total_steps": 50}
@@ -100,11 +100,13 @@ def test_horizon_reaches_exact_zero_at_decay_end_and_stays(lam):
 
 
 def test_compiled_path_equals_the_plain_one():
+    """Widths in whole bytes and not, a dense tensor of its own and small ones; the masks agree to the bit."""
     torch.manual_seed(0)
-    plain = [nn.Parameter(torch.randn(6, 16)), nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(5))]
+    shapes = [(6, 16), (4, 8), (3, 12), (5,), (260, 260), (2, 3)]
+    plain = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     compiled = copy.deepcopy(plain)
     optimizers = [
-        AdamS([*sparse_group(*p[:2]), {"params": p[2:]}], lr=1e-2, total_steps=20, mask_interval=3, compile=c)
+        AdamS([*sparse_group(*p[:3]), {"params": p[3:]}], lr=1e-2, total_steps=20, mask_interval=3, compile=c)
         for p, c in ((plain, False), (compiled, True))
     ]
     for _ in range(20):
@@ -113,8 +115,27 @@ def test_compiled_path_equals_the_plain_one():
             b.grad = a.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
+        assert optimizers[0].flips() == optimizers[1].flips()
+        for a, b in zip(plain[:3], compiled):
+            assert torch.equal(optimizers[0].mask(a), optimizers[1].mask(b))
     for a, b in zip(plain, compiled):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    compiled[2].data[0, 0] = compiled[0].data[5, 15] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        optimizers[1].refresh_masks(optimizers[1].param_groups[0])
+
+
+def test_a_mask_is_a_bit_a_weight_and_can_be_set():
+    weight = nn.Parameter(torch.randn(6, 20))
+    optimizer = AdamS(sparse_group(weight), total_steps=10, mask_interval=100)
+    assert optimizer.state[weight]["mask"].shape == (6, 3)
+    assert optimizer.state[weight]["mask"].dtype == torch.uint8
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    other = ~nm_mask(weight)
+    optimizer.set_mask(weight, other)
+    assert torch.equal(optimizer.mask(weight), other)
+    assert torch.equal(optimizer.masks()[weight], other)
 
 
 def test_state_dict_resumes_bitwise_with_an_old_mask():
@@ -130,8 +151,8 @@ def test_state_dict_resumes_bitwise_with_an_old_mask():
     resumed = AdamS(sparse_group(other), lr=0.3, total_steps=20)
     other.data.copy_(saved_weight)
     resumed.load_state_dict(saved)
-    assert resumed.mask(other).dtype == torch.bool
-    assert torch.equal(resumed.mask(other), saved["state"][0]["mask"])
+    assert resumed.state[other]["mask"].dtype == torch.uint8
+    assert torch.equal(resumed.state[other]["mask"], saved["state"][0]["mask"])
     run(resumed, other, grads[7:])
     assert torch.equal(weight, other)
 
@@ -153,7 +174,7 @@ def test_torch_distributed_state_dict_takes_no_hidden_step():
     optimizer = AdamS(sparse_group(model.weight), total_steps=20)
     state = get_optimizer_state_dict(model, optimizer)
     assert int(state["state"]["weight"]["step"]) == 0
-    assert torch.equal(state["state"]["weight"]["mask"], nm_mask(model.weight))
+    assert torch.equal(unpack_mask(state["state"]["weight"]["mask"], 8), nm_mask(model.weight))
 
 
 def test_schedulers_and_clipping():

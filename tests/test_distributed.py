@@ -34,6 +34,7 @@ from castlm.training.distributed import close_world, init_world, local, shard_, 
 from castlm.training.loop import Run, train
 from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.sharded import load_rows_, materialize_, open_sharded
+from tests.faults import Ground, check_hang, check_kill, check_sigterm
 from tests.ranks import run_ranks, said, start_ranks, wait_ranks
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
@@ -193,8 +194,8 @@ def test_a_mask_that_is_not_its_weights_stops_the_run(gemma, text, tmp_path, mon
 
     def shifted(self, group):  # as where the masks of a flattened parameter begin one weight too late
         refresh(self, group)
-        mask = self.mask(group["params"][-1])
-        mask.copy_(mask.roll(1))
+        param = group["params"][-1]
+        self.set_mask(param, self.mask(param).roll(1))
 
     monkeypatch.setattr(AdamS, "refresh_masks", shifted)
     with pytest.raises(RuntimeError, match=r"the mask of model\.layers\.1\.\S+ is not that of its weight"):
@@ -350,6 +351,27 @@ def test_folder_that_became_read_only(gemma, text, tmp_path, monkeypatch):
         assert list(checkpoint_steps(mount / "checkpoints")) == [2]
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+# ---------------------------------------------------------------------- faults; `python -m tests.faults` has them all
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory) -> Ground:
+    return Ground.prepare(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize(("victims", "during_save"), [([1], True), ([0, 1], False)])
+def test_killed_ranks_come_home_bit_for_bit(victims, during_save, ground):
+    check_kill(ground, 1, victims, during_save)
+
+
+def test_sigterm_to_one_rank_saves_and_ends_all_with_0(ground):
+    check_sigterm(ground, [1])
+
+
+def test_a_rank_that_hangs_is_named(ground):
+    check_hang(ground, 1, timeout_s=8)
 
 
 # ---------------------------------------------------------------------- loading

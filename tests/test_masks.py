@@ -1,5 +1,6 @@
 """Masks against a weight-by-weight reference, on the inputs where a topk or a threshold goes wrong: ties and NaN."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,8 +9,14 @@ from castlm.core.masks import (
     count_nm_violations,
     flip_rate,
     is_nm_sparse,
+    merge_codes_,
     nm_mask,
+    pack_mask,
+    packed_to_bytes,
+    refresh_mask_,
     sparse_weight_ratio,
+    two_of_four_codes_,
+    unpack_mask,
 )
 from castlm.core.pattern import parse_pattern
 from tests.reference import keep
@@ -93,3 +100,55 @@ def test_rates():
     assert sparse_weight_ratio(torch.zeros(4), new) == 1.0
     with pytest.raises(InputError):
         flip_rate(old, new[:2])
+
+
+@pytest.mark.parametrize("shape", [(24,), (5, 12), (3, 2, 8), (1, 4), (0, 8), (7, 64)])
+def test_packed_bits_are_numpys(shape):
+    torch.manual_seed(0)
+    mask = torch.rand(shape) < 0.5
+    packed = pack_mask(mask)
+    assert packed.dtype == torch.uint8
+    assert np.array_equal(packed.numpy(), np.packbits(mask.numpy(), axis=-1, bitorder="little"))
+    assert torch.equal(unpack_mask(packed, shape[-1]), mask)
+    assert torch.equal(pack_mask(mask.mT.contiguous().mT) if mask.dim() > 1 else packed, packed)
+
+
+def test_every_byte_unpacks():
+    packed = torch.arange(256, dtype=torch.uint8)
+    bits = np.unpackbits(packed.numpy(), bitorder="little")
+    assert np.array_equal(packed_to_bytes(packed).numpy(), bits)
+
+
+def two_of_four_refresh_(weight, packed, n, m):
+    codes = torch.full((weight.numel(),), 255, dtype=torch.uint8)  # what is no group's code must not matter
+    two_of_four_codes_(weight.view(-1), codes[:-3])
+    return merge_codes_(codes.view(torch.int64), packed.view(-1))
+
+
+@pytest.mark.parametrize(
+    ("refresh_", "n", "m", "width"),
+    [(refresh_mask_, 2, 4, 24), (refresh_mask_, 2, 4, 12), (refresh_mask_, 1, 2, 10), (two_of_four_refresh_, 2, 4, 24)],
+)
+@pytest.mark.parametrize("kind", ["normal", "ties", "infinite"])
+def test_refresh_equals_reference_and_counts_flips(refresh_, n, m, width, kind):
+    torch.manual_seed(0)
+    old, weight = torch.randn(40, width), torch.randn(40, width)
+    if kind == "ties":
+        weight = torch.randint(-2, 3, (40, width)).float()
+    elif kind == "infinite":
+        weight[weight > 0.5] = float("inf")
+    packed = pack_mask(nm_mask(old, n, m))
+    flips, has_nan = refresh_(weight, packed, n, m)
+    mask = torch.tensor([keep(row, n, m) for row in weight.tolist()])
+    assert torch.equal(unpack_mask(packed, width), mask)
+    assert int(flips) == int((mask != nm_mask(old, n, m)).sum()) > 0
+    assert not has_nan
+
+
+@pytest.mark.parametrize("refresh_", [refresh_mask_, two_of_four_refresh_])
+@pytest.mark.parametrize("position", [(0, 0), (2, 9), (4, 15)])
+def test_refresh_sees_nan_anywhere(refresh_, position):
+    weight = torch.randn(5, 16)
+    packed = pack_mask(nm_mask(weight))
+    weight[position] = float("nan")
+    assert refresh_(weight, packed, 2, 4)[1]

@@ -61,7 +61,7 @@ def test_prune_by_magnitude_and_by_the_optimizers_masks():
     add_weight_scaling(model)
     optimizer = AdamS(sparse_param_groups(model), total_steps=10)
     for param in optimizer.sparse_params():
-        optimizer.mask(param).copy_(torch.tensor([False, False, True, True]).repeat(param.numel() // 4).view_as(param))
+        optimizer.set_mask(param, torch.tensor([False, False, True, True]).repeat(param.numel() // 4).view_as(param))
     prune_(model, masks=optimizer.masks())
     weight = model.model.layers[1].self_attn.q_proj.weight
     assert is_nm_sparse(weight)

@@ -12,15 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from castlm.core.errors import InputError
-from castlm.core.masks import nm_mask, rank_mask
-from castlm.core.pattern import check_pattern, check_width
+from castlm.core.masks import (
+    merge_codes_,
+    nm_mask,
+    pack_mask,
+    packed_to_bytes,
+    refresh_mask_,
+    two_of_four_codes_,
+    unpack_mask,
+)
+from castlm.core.shards import check_sparse_parameter, like_rows, local
 
 DECAYS = ("horizon", "proportional", "additive", "none")
+_SMALL = 65_536  # dense parameters below this many weights are updated together
 EXACT_ON_RESUME = ("sparse", "n", "m", "total_steps", "mask_interval", "decay", "decay_end")
 
 
@@ -34,47 +42,51 @@ def decay_alpha(step: int, total_steps: int, decay: str, decay_end: float = 0.5)
 
 
 def adams_update(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    mask: Tensor | None,
-    lr: Tensor,
-    beta1: Tensor,
-    beta2: Tensor,
-    eps: Tensor,
-    lam: Tensor,
-    alpha: Tensor,
-    remaining: Tensor,
-    correction1: Tensor,
-    correction2: Tensor,
-    decay: str,
+    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, mask: Tensor | None, hyper: Tensor, decay: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One AdamS step on plain tensors of one shape and dtype; plain Adam where `mask` is None.
 
-    CAST, arXiv 2509.25996, Alg. 1 and Eq. 7-8, and our `"horizon"`. All hyperparameters are 0-dimensional tensors, so
-    that one compilation serves every step and every shape: `correction1 = 1 - beta1^(t+1)`, `correction2` alike, and
-    `remaining = (1 - a_{t+1}) / (1 - a_t)` the share of a masked weight that outlives a `"horizon"` step. Masked and
-    kept are told apart by arithmetic on 0 and 1 rather than `torch.where`: exact, and it vectorises.
+    CAST, arXiv 2509.25996, Alg. 1 and Eq. 7-8, and our `"horizon"`.
+
+    Args:
+        mask: uint8 of 0 and 1, or bool; 1 = kept.
+        hyper: (8,) float64, as `hyperparameters` makes it: a tensor, so that one compilation serves every step.
 
     Returns:
         The new `weight`, `exp_avg` (of the raw gradient, always) and `exp_avg_sq` (of the mix, kept weights too; of the
         raw gradient where `mask` is None).
     """
+    step_size, beta1, beta2, eps, pull, keep, remaining, inverse_root = hyper.unbind()
     exp_avg = exp_avg * beta1 + grad * (1 - beta1)
     mix = exp_avg
     if mask is not None and decay != "none":
-        masked = 1 - mask.to(weight.dtype)
-        if decay in ("horizon", "proportional"):
-            mix = mix * (1 - alpha * masked)
-        if decay in ("proportional", "additive"):
-            mix = mix + (alpha * lam) * masked * weight.sign()
+        kept = mask.to(weight.dtype) > 0  # the conversion is there for inductor, which vectorises no bool on CPU
+        masked_mix = mix if decay == "additive" else mix * keep
+        if decay != "horizon":
+            masked_mix = masked_mix + pull * weight.sign()
+        mix = torch.where(kept, mix, masked_mix)
     squared = grad if mask is None else mix
     exp_avg_sq = exp_avg_sq * beta2 + squared.square() * (1 - beta2)
-    weight = weight - lr * (mix / correction1) / ((exp_avg_sq / correction2).sqrt() + eps)
+    weight = weight - step_size * mix / (exp_avg_sq.sqrt() * inverse_root + eps)
     if mask is not None and decay == "horizon":
-        weight = weight * (1 - masked * (1 - remaining))
+        weight = torch.where(kept, weight, weight * remaining)
     return weight, exp_avg, exp_avg_sq
+
+
+def hyperparameters(group: dict[str, Any], step: int) -> list[float]:
+    """What `adams_update` needs to know of a parameter group at the 0-based `step = t`.
+
+    `lr / (1 - beta1^(t+1))`, both betas, eps, `a_t lam`, `1 - a_t`, the share `(1 - a_{t+1}) / (1 - a_t)` of a masked
+    weight that outlives a `"horizon"` step, and `(1 - beta2^(t+1))^-1/2`.
+    """
+    beta1, beta2 = group["betas"]
+    alpha, alpha_next = (
+        decay_alpha(s, group["total_steps"], group["decay"], group["decay_end"]) for s in (step, step + 1)
+    )
+    remaining = (1 - alpha_next) / (1 - alpha) if alpha < 1 else 0.0
+    step_size = float(group["lr"]) / (1 - beta1 ** (step + 1))
+    inverse_root = (1 - beta2 ** (step + 1)) ** -0.5
+    return [step_size, beta1, beta2, group["eps"], alpha * group["lam"], 1 - alpha, remaining, inverse_root]
 
 
 def _update_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *rest: Any) -> None:
@@ -84,52 +96,15 @@ def _update_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, 
     exp_avg_sq.copy_(new[2])
 
 
+def _update_packed_(
+    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, packed: Tensor, hyper: Tensor, decay: str
+) -> None:
+    _update_(weight, grad, exp_avg, exp_avg_sq, packed_to_bytes(packed), hyper, decay)
+
+
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(local: Tensor, tensor: Tensor) -> Tensor:
-    """`local` as the shard of a DTensor laid out like `tensor`, or as it is."""
-    if not isinstance(tensor, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
-
-
-def check_sparse_parameter(param: Tensor, n: int, m: int) -> None:
-    """Whether AdamS can keep n:m masks on `param`. Raises `InputError` when it is not 2-D (FSDP1 and ZeRO flatten), is
-    half precision (bf16 swallows `lam`), has a width that does not divide by `m`, or is sharded along its groups."""
-    check_pattern(n, m)
-    shape = tuple(param.shape)
-    if param.dim() != 2:
-        raise InputError(
-            f"a sparse parameter has shape {shape}, not (out, in): sharding that flattens parameters (FSDP1, DeepSpeed "
-            "ZeRO) cuts groups apart; use FSDP2 fully_shard"
-        )
-    if param.dtype not in (torch.float32, torch.float64):
-        raise InputError(
-            f"a sparse parameter of shape {shape} is {param.dtype}, which swallows the decay: keep fp32 master weights "
-            "and use autocast or FSDP mixed precision"
-        )
-    check_width(param.shape[1], m)
-    if isinstance(param, DTensor):
-        for placement in param.placements:
-            if not (placement.is_replicate() or placement == Shard(0)):
-                raise InputError(
-                    f"a sparse parameter of shape {shape} is placed as {placement}, which splits groups of {m}: shard "
-                    "its rows, Shard(0)"
-                )
 
 
 class AdamS(Optimizer):
@@ -167,7 +142,8 @@ class AdamS(Optimizer):
         compile: run the update and the refresh through `torch.compile`: one pass over memory, one compilation.
 
     State of a sparse parameter (out, in): `step` () float32, `exp_avg` and `exp_avg_sq` like the parameter, `mask`
-    bool, True = kept; all exist from construction on. Parameters may be DTensors sharded by rows, as FSDP2 makes them.
+    (out, ceil(in / 8)) uint8, a bit a weight, 1 = kept, as `pack_mask` lays them out; all exist from construction on.
+    Parameters may be DTensors sharded by rows, as FSDP2 makes them; `mask` is sharded alike.
 
     Raises:
         InputError: on hyperparameters out of range; on sparse parameters that are not 2-D, not fp32, of a width that
@@ -209,8 +185,7 @@ class AdamS(Optimizer):
         ):
             if not right:
                 raise InputError(f"AdamS: {name} = {value!r} is out of range: it must be {remedy}")
-        self._update = _compiled(_update_) if compile else _update_
-        self._rank_mask = _compiled(rank_mask) if compile else rank_mask
+        self._compile = compile
         self._flips: Tensor | int = 0
         defaults = {
             "lr": lr,
@@ -238,19 +213,22 @@ class AdamS(Optimizer):
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             if group["sparse"]:
-                state["mask"] = _like(nm_mask(_local(param), group["n"], group["m"]), param)
+                state["mask"] = like_rows(pack_mask(nm_mask(local(param), group["n"], group["m"])), param)
 
     def mask(self, param: Tensor) -> Tensor:
-        """The current mask of a sparse parameter: bool, True = kept, shaped and laid out like the parameter."""
-        mask: Tensor = self.state[param]["mask"]
-        return mask
+        """The current mask of a sparse parameter: bool, True = kept, shaped and placed like the parameter. A copy."""
+        return like_rows(unpack_mask(local(self.state[param]["mask"]), param.shape[1]), param)
+
+    def set_mask(self, param: Tensor, mask: Tensor) -> None:
+        """Replaces the mask of a sparse parameter, until the next refresh, by a bool `mask` shaped and placed alike."""
+        local(self.state[param]["mask"]).copy_(pack_mask(local(mask)))
 
     def sparse_params(self) -> Iterable[Tensor]:
         """Every sparse parameter, in the order of the groups."""
         return (p for group in self.param_groups if group["sparse"] for p in group["params"])
 
     def masks(self) -> dict[Tensor, Tensor]:
-        """The current mask of every sparse parameter, for `prune_`."""
+        """The current mask of every sparse parameter, for `prune_`: bool, a byte a weight as long as they are held."""
         return {p: self.mask(p) for p in self.sparse_params()}
 
     def flips(self) -> int:
@@ -266,17 +244,28 @@ class AdamS(Optimizer):
         """Takes the masks of a sparse group anew from `|W|`. Raises `InputError` when a weight is NaN."""
         nan, flips = [], []
         for param in group["params"]:
-            magnitude = _local(param).abs()
-            if magnitude.numel() == 0:  # a rank may hold no row of a small weight
+            weight, packed = local(param), local(self.state[param]["mask"])
+            if weight.numel() == 0:  # a rank may hold no row of a small weight
                 continue
-            new = self._rank_mask(magnitude, group["n"], group["m"])
-            mask = _local(self.mask(param))
-            nan.append(magnitude.amax().isnan())
-            flips.append((new != mask).sum())
-            mask.copy_(new)
+            changed, has_nan = self._refresh(weight, packed, group["n"], group["m"])
+            flips.append(changed)
+            nan.append(has_nan)
         if nan and torch.stack(nan).any():
             raise InputError("a sparse weight is NaN: the run has diverged; resume from a checkpoint at a lower rate")
         self._flips = torch.stack(flips).sum() if flips else 0
+
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+        return (_compiled(function) if self._compile else function)(*args)
+
+    def _refresh(self, weight: Tensor, packed: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+        if self._compile and (n, m) == (2, 4) and weight.shape[1] % 8 == 0:
+            codes = torch.empty(weight.numel(), dtype=torch.uint8, device=weight.device)
+            self._run(two_of_four_codes_, weight.view(-1), codes[:-3])
+            result = self._run(merge_codes_, codes.view(torch.int64), packed.view(-1))
+        else:
+            result = self._run(refresh_mask_, weight, packed, n, m)
+        flips, has_nan = result
+        return flips, has_nan
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -298,33 +287,58 @@ class AdamS(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        scalars: dict[int, list[Tensor]] = {}  # step -> hyperparameters; one entry unless a parameter joined later
+        alike: dict[Any, list[Tensor]] = {}  # one entry unless a parameter joined later or lives elsewhere
         for param in group["params"]:
-            if param.grad is None:
-                continue
-            state = self.state[param]
-            step = int(state["step"])
-            if step not in scalars:
-                alpha, alpha_next = (
-                    decay_alpha(s, group["total_steps"], group["decay"], group["decay_end"]) for s in (step, step + 1)
-                )
-                remaining = (1 - alpha_next) / (1 - alpha) if alpha < 1 else 0.0
-                values = (float(group["lr"]), beta1, beta2, group["eps"], group["lam"], alpha, remaining)
-                corrections = (1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1))
-                scalars[step] = [torch.tensor(v, dtype=torch.float64) for v in (*values, *corrections)]
-            mask = _local(state["mask"]).view(-1) if group["sparse"] else None
-            tensors = (_local(t) for t in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
-            flat = [t.contiguous().view(-1) if t is param.grad else t.view(-1) for t in tensors]
-            self._update(*flat, mask, *scalars[step], group["decay"])
-            state["step"] += 1
+            if param.grad is not None:
+                key = int(self.state[param]["step"]), param.device, param.dtype
+                alike.setdefault(key, []).append(param)
+        for (step, device, _), params in alike.items():
+            device = device if self._compile else torch.device("cpu")  # eager takes a CPU scalar with any tensor
+            hyper = torch.tensor(hyperparameters(group, step), dtype=torch.float64, device=device)
+            small = []
+            for param in params:
+                tensors = self._flat(param)
+                if tensors[0].numel() == 0:  # a rank may hold no row of it
+                    continue
+                if group["sparse"]:
+                    self._update_sparse(param, tensors, hyper, group["decay"])
+                elif tensors[0].numel() < _SMALL:
+                    small.append(tensors)
+                else:
+                    self._run(_update_, *tensors, None, hyper, "none")
+            self._update_together(small, hyper)
+            torch._foreach_add_([self.state[param]["step"] for param in params], 1)
+
+    def _flat(self, param: Tensor) -> list[Tensor]:
+        """This rank's weight, gradient and moments, each (numel,)."""
+        state, grad = self.state[param], param.grad
+        assert grad is not None
+        weight, first, second = (local(t).view(-1) for t in (param, state["exp_avg"], state["exp_avg_sq"]))
+        return [weight, local(grad).contiguous().view(-1), first, second]
+
+    def _update_sparse(self, param: Tensor, tensors: list[Tensor], hyper: Tensor, decay: str) -> None:
+        packed, width = local(self.state[param]["mask"]), param.shape[1]
+        if width % 8 == 0:
+            self._run(_update_packed_, *tensors, packed.view(-1), hyper, decay)
+        else:
+            self._run(_update_, *tensors, unpack_mask(packed, width).view(torch.uint8).view(-1), hyper, decay)
+
+    def _update_together(self, small: list[list[Tensor]], hyper: Tensor) -> None:
+        """Dense tensors as one: a call of a compiled function costs as much as 200,000 weights."""
+        if not small:
+            return
+        together = [torch.cat(kind) for kind in zip(*small)]
+        self._run(_update_, *together, None, hyper, "none")
+        sizes = [weight.numel() for weight, *_ in small]
+        for i in (0, 2, 3):
+            torch._foreach_copy_([tensors[i] for tensors in small], torch.split(together[i], sizes))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, with masks bool as they were saved. Raises `InputError` when what may not change does."""
+        """As in torch, with masks exactly as they were saved. Raises `InputError` when what may not change does."""
         for saved, group in zip(state_dict["param_groups"], self.param_groups):
             changed = [f"{k} {saved.get(k)} -> {group[k]}" for k in EXACT_ON_RESUME if saved.get(k) != group[k]]
             if changed:
                 raise InputError(f"the saved optimizer state is of another run ({', '.join(changed)}): use its values")
         super().load_state_dict(state_dict)
-        for param in self.sparse_params():  # torch casts state to the parameter's dtype: 0 and 1 in fp32, exact
-            self.state[param]["mask"] = self.state[param]["mask"].to(torch.bool)
+        for param in self.sparse_params():  # torch casts state to the parameter's dtype: 0 to 255 in fp32, exact
+            self.state[param]["mask"] = self.state[param]["mask"].to(torch.uint8)
