@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest  # noqa: F401
 import torch
 import transformers.models.gemma.modeling_gemma
 import transformers.models.gpt2.modeling_gpt2

@@ -1,0 +1,224 @@
+"""Kills, stops and hangs the ranks of a run, and holds what comes home against the undisturbed run, bit for bit.
+
+    python -m tests.faults            # 20 kills at random moments, and all the other faults: some minutes
+    python -m tests.faults --quick
+
+Each time the ranks are started again as `torchrun --max-restarts` starts them; once it is torchrun itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+
+from castlm.core.errors import InputError
+from castlm.training.config import TrainConfig
+from tests.ranks import run_ranks, said, start_ranks, wait_ranks
+from tests.tiny import save_tiny
+
+TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
+RESTARTED = {"TORCHELASTIC_RESTART_COUNT": "1"}
+PATIENCE_S = 120  # on a machine that does other things too
+
+
+def train_as_a_command(config: TrainConfig) -> int:
+    """The exit code of `castlm train`; an error is one line."""
+    from castlm.training.interrupt import Interrupted
+    from castlm.training.loop import train
+
+    try:
+        train(config)
+    except InputError as error:
+        print(f"castlm: error: {error}", flush=True)
+        return 2
+    except Interrupted as stop:
+        print(f"castlm: {stop}", flush=True)
+        return stop.exit_code
+    return 0
+
+
+@dataclass
+class Ground:
+    """A model, a text, and the undisturbed run on two ranks."""
+
+    folder: Path
+    config: TrainConfig
+    num_runs: int = 0
+
+    @classmethod
+    def prepare(cls, folder: Path, **over: Any) -> Ground:
+        (folder / "text.txt").write_text(TEXT)
+        model = save_tiny(folder / "dense", "gemma")
+        fields = {
+            "max_steps": 12,
+            "seq_len": 32,
+            "per_device_train_batch_size": 2,
+            "eval_tokens": 256,
+            "eval_steps": 6,
+            "mask_interval": 3,
+            "save_steps": 2,
+            "learning_rate": 1e-3,
+            "tensorboard": False,
+            "device": "cpu",
+        }
+        config = TrainConfig(str(model), str(folder / "text.txt"), str(folder / "undisturbed"), **{**fields, **over})
+        ground = cls(folder, config)
+        run_ranks(train_as_a_command, 2, config, folder=folder, timeout=PATIENCE_S)
+        return ground
+
+    def new_run(self, **over: Any) -> TrainConfig:
+        self.num_runs += 1
+        return replace(self.config, output_dir=str(self.folder / f"run-{self.num_runs}"), **over)
+
+    def start(self, config: TrainConfig, **environment: str) -> tuple[list[BaseProcess], Path]:
+        log = self.folder / f"log-{time.monotonic_ns()}"
+        return start_ranks(train_as_a_command, 2, config, log=log, environment=environment), log
+
+    def bring_home(self, config: TrainConfig) -> None:
+        """Starts the ranks again, as torchrun would, and compares what they end with."""
+        run_ranks(train_as_a_command, 2, config, folder=self.folder, timeout=PATIENCE_S, environment=RESTARTED)
+        self.compare(config)
+
+    def compare(self, config: TrainConfig) -> None:
+        one, other = (load_file(Path(c.output_dir) / "model" / "model.safetensors") for c in (self.config, config))
+        assert one.keys() == other.keys()
+        for name in one:
+            assert one[name].tobytes() == other[name].tobytes(), f"{name} differs from the undisturbed run"
+
+
+def wait_for(condition: Callable[[], bool], ranks: list[BaseProcess]) -> bool:
+    """False when the ranks have ended before."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "the moment did not come"
+        if not any(rank.is_alive() for rank in ranks):
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def num_rows(config: TrainConfig) -> int:
+    metrics = Path(config.output_dir) / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.is_file() else 0
+
+
+def is_saving(config: TrainConfig, step: int) -> bool:
+    return (Path(config.output_dir) / "checkpoints" / f".step-{step:08d}.tmp").is_dir()
+
+
+def check_kill(ground: Ground, seed: int, victims: list[int], during_save: bool) -> str:
+    """SIGKILL; the ranks that are left end by themselves, and the next start goes on."""
+    chance = random.Random(seed)
+    config = ground.new_run(async_save=chance.random() < 0.5)
+    ranks, log = ground.start(config)
+    step = 2 * chance.randint(1, config.max_steps // 2)
+    moment = chance.randint(0, config.max_steps)
+    if moment == 0 and not during_save:
+        victims = [0, 1]  # before they have met, no rank can know of the other: torchrun ends it
+    came = wait_for(lambda: is_saving(config, step) if during_save else num_rows(config) >= moment, ranks)
+    time.sleep(chance.uniform(0, 0.005 if during_save else 0.05))
+    for victim in victims:
+        ranks[victim].kill()
+    codes = wait_ranks(ranks, PATIENCE_S)
+    assert None not in codes, f"a rank goes on without the other: {said(log, 2)}"
+    ground.bring_home(config)
+    when = f"while step {step} is saved" if during_save else f"at row {moment}"
+    return f"SIGKILL of {'all ranks' if len(victims) == 2 else f'rank {victims[0]}'} {when}" + (
+        "" if came else " (late)"
+    )
+
+
+def check_sigterm(ground: Ground, victims: list[int]) -> str:
+    """Pre-emption: all ranks save, exit with 0 within the grace time, also when one alone is told."""
+    config = ground.new_run(save_steps=0, max_steps=ground.config.max_steps)
+    ranks, log = ground.start(config)
+    assert wait_for(lambda: num_rows(config) >= 3, ranks), said(log, 2)
+    started = time.monotonic()
+    for victim in victims:
+        os.kill(ranks[victim].pid, signal.SIGTERM)
+    codes = wait_ranks(ranks, PATIENCE_S)
+    took = time.monotonic() - started
+    assert codes == [0, 0], f"{codes}: {said(log, 2)}"
+    assert "saved; continue with" in said(log, 2) or "model: 2:4 proved" in said(log, 2)
+    ground.bring_home(config)
+    return f"SIGTERM to {len(victims)} of 2 ranks: saved and exit 0 after {took:.1f} s"
+
+
+def check_hang(ground: Ground, victim: int, timeout_s: float) -> str:
+    """A rank that stands still is named, and the other ends."""
+    config = ground.new_run(timeout_s=timeout_s)
+    ranks, log = ground.start(config)
+    assert wait_for(lambda: num_rows(config) >= 4, ranks), said(log, 2)
+    os.kill(ranks[victim].pid, signal.SIGSTOP)
+    other = ranks[1 - victim]
+    other.join(PATIENCE_S)
+    text, code = said(log, 2), other.exitcode
+    ranks[victim].kill()
+    wait_ranks(ranks, PATIENCE_S)
+    assert code == 2, f"{code}: {text}"
+    (line,) = [line for line in text.splitlines() if line.startswith("castlm: error: ")]
+    assert f"rank {victim} " in line, line
+    ground.bring_home(config)
+    return f"a hang of rank {victim}: {line}"
+
+
+def check_torchrun(ground: Ground) -> str:
+    """`torchrun --max-restarts` brings a run home of which a rank is killed."""
+    config = ground.new_run()
+    folder = Path(config.output_dir)
+    arguments = ["--nproc-per-node", "2", "--max-restarts", "2", "--standalone", "-m", "castlm", "train"]
+    file = ground.folder / "elastic.yaml"
+    file.write_text(config.as_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments, "--config", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    log = ground.folder / "torchrun.log"
+    with log.open("w") as stream:
+        agent = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+    deadline = time.monotonic() + PATIENCE_S
+    while not (folder / "checkpoints" / "step-00000002").is_dir() and agent.poll() is None:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.005)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert agent.wait(PATIENCE_S) == 0, log.read_text()
+    text = log.read_text()
+    assert "resuming" in text, text
+    ground.compare(config)
+    return "torchrun --max-restarts, a rank killed: home by itself"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4 kills instead of 20, and one of each other fault")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        ground = Ground.prepare(Path(folder))
+        victims = [[0], [1], [0, 1]]
+        for kill in range(4 if options.quick else 20):
+            seed = options.seed * 1000 + kill
+            print(check_kill(ground, seed, victims[kill % 3], during_save=kill % 2 == 1), flush=True)
+        for told in ([1],) if options.quick else ([0], [1], [0, 1]):
+            print(check_sigterm(ground, told), flush=True)
+        for victim in (1,) if options.quick else (0, 1):
+            print(check_hang(ground, victim, timeout_s=10), flush=True)
+        print(check_torchrun(ground), flush=True)
+    print("after each of them the final weights equal the undisturbed run's, bit for bit")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
