@@ -142,8 +142,8 @@ def plan_memory(
       with as many key as query heads, saves 4T (10H + 4I): input, normalised input and output of both norms; q, k, v
       and the attention's output; gate, its silu, up and their product. Under bf16 autocast it is T (34H + 8I): norms
       and residual path stay fp32, and each linear layer keeps a bf16 copy of its own input;
-    - weights for backward: without sharding, autocast's bf16 copies of all blocks' weights; with weight scaling, the
-      products `W * A` of all blocks in the compute type, on every rank whole: sharding does not reach them;
+    - weights for backward, of all blocks in the compute type and whole on every rank, for sharding does not reach them:
+      the products `W * A` of weight scaling, or else the copies that bf16 autocast makes of fp32 weights;
     - with checkpointing: L block inputs (T * H each), and the activations and weights of the one block at work;
     - gathered (R > 1): everything outside the blocks (embedding, head) and two blocks, of the student in
       gather_dtype and of the teacher; one block's unsharded gradient;
@@ -158,8 +158,8 @@ def plan_memory(
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
         compute_dtype: "bf16" or "fp32", of the forward and backward pass; master weights are fp32.
-        gather_dtype: of the student's weights that FSDP gathers: "fp32", as castlm's loop does, with autocast making the
-            copies; or "bf16", what MixedPrecisionPolicy(param_dtype=torch.bfloat16) would do.
+        gather_dtype: of the student's weights that FSDP gathers: "fp32", as castlm's loop does, with autocast making
+            the copies; or "bf16", what MixedPrecisionPolicy(param_dtype=torch.bfloat16) would do.
         chunk_tokens: tokens whose logits are alive at once (the loss's default: 1,024 on a GPU, 256 on CPU).
         gpu_gib: memory of a card in GiB, see `GPUS`; asks for the verdict.
 
