@@ -1,6 +1,6 @@
 """CAST in a plain torch loop: what castlm adds to one is five lines, marked with an arrow.
 
-    python examples/torch_loop.py MODEL_FOLDER TEXT_FILE OUTPUT_FOLDER
+python examples/torch_loop.py MODEL_FOLDER TEXT_FILE OUTPUT_FOLDER
 """
 
 import sys
