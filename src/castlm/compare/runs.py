@@ -36,6 +36,8 @@ WITHOUT_EFFECT = frozenset(
         "log_steps",
         "save_steps",
         "save_total_limit",
+        "async_save",
+        "timeout_s",
         "prefetch",
         "tensorboard",
         "recipe",
