@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.fsdp import fully_shard
@@ -27,6 +28,7 @@ from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
 from castlm.export.verify import verify
 from castlm.models import load_model
+from castlm.training import sharded_export
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.data import BatchLoader
@@ -351,6 +353,54 @@ def test_folder_that_became_read_only(gemma, text, tmp_path, monkeypatch):
         assert list(checkpoint_steps(mount / "checkpoints")) == [2]
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+# ---------------------------------------------------------------------- export
+
+
+def export_in_small_files(config: TrainConfig, damage: bool) -> None:
+    sharded_export.MAX_SHARD_BYTES = 20_000
+    write_the_rest = sharded_export._write_the_rest
+
+    def damaging(run: Run, folder: Path) -> None:
+        write_the_rest(run, folder)
+        file = sorted(folder.glob("*.safetensors"))[-1]
+        state = load_file(file)
+        name = max(state, key=lambda key: state[key].ndim)
+        state[name] *= 2  # as sparse as before
+        save_file(state, file, metadata={"format": "pt"})
+
+    if damage:
+        sharded_export._write_the_rest = damaging
+    raise SystemExit(main_code(config))
+
+
+def test_export_tensor_by_tensor(text, tmp_path):
+    """Several files, Conv1D in its own layout, ties: what transformers itself would have written."""
+    dense = save_tiny(tmp_path / "dense", "gpt2")
+    config = small(str(dense), text, tmp_path / "run", 2, max_steps=2)
+    run_ranks(export_in_small_files, 2, config, False, folder=tmp_path)
+    folder = tmp_path / "run" / "model"
+    report = verify(folder)
+    assert report.ok
+    assert len(report.sparse_layers) == 8
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = load_file(dense / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in stored.items()} == {n: t.shape for n, t in expected.items()}
+    record = json.loads((folder / "castlm.json").read_text())
+    assert record["proof"]["tensors_equal_in_bits"] == len(load_model(str(folder)).model.state_dict())
+    assert record["proof"]["perplexity_from_disk"] == pytest.approx(record["perplexity"]["pruned"], rel=1e-5)
+    assert (folder / "README.md").is_file()
+
+
+def test_export_that_is_not_what_is_in_memory_is_refused(gemma, text, tmp_path):
+    config = small(gemma, text, tmp_path / "run", 2, max_steps=2)
+    assert wait_ranks(start_ranks(export_in_small_files, 2, config, True, log=tmp_path / "log"), 60) == [2, 2]
+    assert "comes back from disk with other values" in said(tmp_path / "log", 2)
+    assert (tmp_path / "run" / "model.rejected").is_dir()
+    assert not (tmp_path / "run" / "model").exists()
 
 
 # ---------------------------------------------------------------------- faults; `python -m tests.faults` has them all

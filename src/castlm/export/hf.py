@@ -66,17 +66,7 @@ def export_model(
         if parametrize.is_parametrized(module):
             raise InputError(f"{name} is still parametrized: call fold_weight_scaling(model) before the export")
     folder = Path(os.path.realpath(Path(folder).expanduser()))
-    manifest: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "pattern": f"{n}:{m}",
-        **record,
-        "left_dense": dict(left_dense),
-        "versions": {
-            "castlm": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in _LIBRARIES},
-        },
-    }
+    manifest = new_manifest(n, m, left_dense, record)
     was_training = model.training
     model.eval()
     try:
@@ -86,22 +76,39 @@ def export_model(
             try:
                 manifest["proof"] = _prove(temporary, model, n, m, manifest["left_dense"], eval_fn)
             except Exception as error:
-                rejected = _keep_rejected(temporary, folder)
-                reason = (str(error) or type(error).__name__).splitlines()[0].replace(str(temporary), str(rejected))
-                raise InputError(f"the export did not pass its proof: {reason} (kept as {rejected})") from error
-            atomic_write_json(temporary / "castlm.json", manifest)
-            (temporary / "README.md").write_text(model_card(folder.name, manifest), encoding="utf-8")
+                raise rejected(temporary, folder, error) from error
+            write_record(temporary, folder.name, manifest)
     finally:
         model.train(was_training)
     return manifest
 
 
-def _keep_rejected(temporary: Path, folder: Path) -> Path:
-    rejected = folder.with_name(f"{folder.name}.rejected")
-    if rejected.exists():
-        shutil.rmtree(rejected)
-    temporary.rename(rejected)
-    return rejected
+def new_manifest(n: int, m: int, left_dense: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of castlm.json, but for the proof."""
+    versions = {name: version(name) for name in _LIBRARIES}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "pattern": f"{n}:{m}",
+        **record,
+        "left_dense": dict(left_dense),
+        "versions": {"castlm": __version__, "python": platform.python_version(), **versions},
+    }
+
+
+def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> None:
+    """Writes castlm.json and the model card of the model `name` into `folder`."""
+    atomic_write_json(folder / "castlm.json", manifest)
+    (folder / "README.md").write_text(model_card(name, manifest), encoding="utf-8")
+
+
+def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
+    """Keeps what did not pass its proof beside `folder`, and says why and where."""
+    kept = folder.with_name(f"{folder.name}.rejected")
+    if kept.exists():
+        shutil.rmtree(kept)
+    temporary.rename(kept)
+    reason = (str(error) or type(error).__name__).splitlines()[0].replace(str(temporary), str(kept))
+    return InputError(f"the export did not pass its proof: {reason} (kept as {kept})")
 
 
 def _prove(
@@ -114,7 +121,7 @@ def _prove(
 ) -> dict[str, Any]:
     """Proves the files in `folder` against `model`; adds to `left_dense` under the names the files have."""
     report = verify(folder, n, m)
-    _prove_pattern(report, model, left_dense)
+    prove_pattern(report, model, left_dense)
     code_is_trusted = type(model).__module__.startswith("transformers_modules")  # it runs already
     loaded = load_model(str(folder), dtype=model.dtype, trust_remote_code=code_is_trusted).model.eval()
     num_tensors = _prove_equal(model, loaded)
@@ -128,7 +135,8 @@ def _prove(
     return proof
 
 
-def _prove_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict[str, str]) -> None:
+def prove_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict[str, str]) -> None:
+    """Raises `InputError` unless every sparse layer of `model` was found n:m in the files; completes `left_dense`."""
     sparse = {f"{name}.weight" for name, module in model.named_modules() if is_sparse_linear(module, name)}
     sparse -= set(left_dense) | {f"{name}.weight" for name in left_dense}
     for layer in report.layers:

@@ -19,6 +19,7 @@ from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.models import linearize_conv1d_, save_model
 from castlm.training.hardware import peak_memory
+from castlm.training.sharded_export import export_sharded
 
 if TYPE_CHECKING:
     from castlm.training.loop import Run
@@ -41,7 +42,11 @@ def finish(run: Run) -> dict[str, Any]:
     histogram = masked_histogram(run)
     if masks:
         prune_(run.model, n, m, masks=masks, filter_fn=run._is_sparse)
-    record: dict[str, Any] = {}
+    if run.stored is not None and not is_remote_code(run.model):
+        record = export_sharded(run, finished_record(run, histogram))
+        say_result(run, record)
+        return record
+    record = {}
     model = gathered(run) if run.world.mesh is not None else run.model
     if model is not None:
         run.objective.teacher = None  # frees its memory before the result is read back
@@ -74,6 +79,11 @@ def masked_histogram(run: Run) -> dict[str, Any]:
     return {"edges": (10**exponents).tolist(), "zeros": zeros, "counts": rest}
 
 
+def is_remote_code(model: PreTrainedModel) -> bool:
+    """Whether the model comes with code of its own, which `save_pretrained` alone knows how to pass on."""
+    return type(model).__module__.startswith("transformers_modules")
+
+
 def gathered(run: Run) -> PreTrainedModel | None:
     """The sharded model as a whole one in the memory of the main rank; None on the others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -88,20 +98,18 @@ def gathered(run: Run) -> PreTrainedModel | None:
 
 
 def write_result(run: Run, model: PreTrainedModel, histogram: dict[str, Any]) -> dict[str, Any]:
-    config, folder = run.config, run.output_dir / "model"
-    seq_len, tokenizer = config.seq_len, run.loaded.tokenizer
+    folder = run.output_dir / "model"
+    seq_len, tokenizer = run.config.seq_len, run.loaded.tokenizer
 
     def measure(m: PreTrainedModel) -> float:
         return perplexity(m, run.eval_ids, seq_len=seq_len).perplexity
 
-    record = run_record(run) | {"masked_histogram": histogram}
-    last = run.figures[str(config.max_steps)]
+    record = finished_record(run, histogram)
     if not run.method.layers:  # the dense control has nothing to prove
         with atomic_dir(folder, overwrite=True) as temporary:
             save_model(model, tokenizer, temporary)
-            record |= {"pattern": None, "perplexity": {**record["perplexity"], "trained": last["perplexity"]}}
             atomic_write_json(temporary / "castlm.json", record)
-        run.telemetry.say(f"the dense control is in {folder}: perplexity {last['perplexity']:.3f}")
+        say_result(run, record)
         return record
     n, m = run.pattern
     result = export_model(
@@ -115,12 +123,28 @@ def write_result(run: Run, model: PreTrainedModel, histogram: dict[str, Any]) ->
         overwrite=True,
         eval_fn=measure,
     )
-    dense = f" (dense {record['perplexity']['dense']:.3f})" if "dense" in record["perplexity"] else ""
-    run.telemetry.say(
-        f"{folder}: {config.pattern} proved in {len(run.method.layers)} layers, perplexity "
-        f"{result['proof']['perplexity_from_disk']:.3f}{dense}"
-    )
+    say_result(run, result)
     return result
+
+
+def finished_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
+    record = run_record(run) | {"masked_histogram": histogram}
+    if not run.method.layers:
+        trained = run.figures[str(run.config.max_steps)]["perplexity"]
+        record |= {"pattern": None, "perplexity": {**record["perplexity"], "trained": trained}}
+    return record
+
+
+def say_result(run: Run, record: dict[str, Any]) -> None:
+    folder, figures = run.output_dir / "model", record["perplexity"]
+    if not run.method.layers:
+        run.telemetry.say(f"the dense control is in {folder}: perplexity {figures['trained']:.3f}")
+        return
+    dense = f" (dense {figures['dense']:.3f})" if "dense" in figures else ""
+    run.telemetry.say(
+        f"{folder}: {run.config.pattern} proved in {len(run.method.layers)} layers, perplexity "
+        f"{record['proof']['perplexity_from_disk']:.3f}{dense}"
+    )
 
 
 def run_record(run: Run) -> dict[str, Any]:

@@ -1,0 +1,181 @@
+"""Writes and proves the result of a sharded run, a tensor at a time: no rank ever holds the whole model.
+
+The proof is that of `castlm.export.hf`: the pattern counted in the files, every tensor compared in bits with the one in
+memory, each rank its rows, and the perplexity measured again on what was read back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from castlm.core.errors import InputError
+from castlm.export.hf import EVAL_TOLERANCE, new_manifest, prove_pattern, rejected, write_record
+from castlm.export.verify import verify
+from castlm.files import atomic_dir, atomic_write_json, is_disk_full
+from castlm.layout import stored_transposed
+from castlm.training.distributed import local, shard_, whole
+from castlm.training.evaluation import held_out_perplexity
+from castlm.training.objective import Objective
+from castlm.training.sharded import load_rows_, materialize_, open_sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from castlm.training.loop import Run
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def export_sharded(run: Run, record: dict[str, Any]) -> dict[str, Any]:
+    """Writes `output_dir/model` with its record, and proves it; returns castlm.json. All ranks call it.
+
+    Raises:
+        InputError: the disk is full, or the proof fails; the result is then kept as `model.rejected`.
+    """
+    world, (n, m) = run.world, run.pattern
+    folder = Path(os.path.realpath(run.output_dir / "model"))
+    manifest = new_manifest(n, m, run.method.left_dense, record)
+    if not run.method.layers:
+        manifest["pattern"] = None  # the dense control
+    run.objective.reshard()  # type: ignore[operator]  # the root is whole still after the last evaluation
+    with contextlib.ExitStack() as stack:
+        temporary = world.on_main(lambda: stack.enter_context(atomic_dir(folder, overwrite=True)))
+        world.check_all(_write_weights(run, temporary))
+        world.on_main(lambda: _write_the_rest(run, temporary))
+        if run.method.layers:
+            manifest |= world.on_main(lambda: _prove_files(run, temporary, folder, manifest))
+            failure, proof = _prove_again(run, temporary)
+            world.on_main(lambda: _refuse(temporary, folder, failure))
+            manifest["proof"] |= proof
+        world.on_main(lambda: write_record(temporary, folder.name, manifest))
+        world.on_main(stack.close)
+    return manifest
+
+
+def folded_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """The parameters of a model under the names they have without weight scaling, each with its scale."""
+    for name, module in model.named_modules():
+        if "parametrizations" in name.split("."):
+            continue
+        if parametrize.is_parametrized(module, "weight"):
+            layer = module.get_submodule("parametrizations.weight")
+            yield f"{name}.weight", layer.get_parameter("original"), layer.get_parameter("0.scale")
+        for leaf, parameter in module.named_parameters(recurse=False):
+            yield f"{name}.{leaf}", parameter, None
+
+
+def fold(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """`WeightScaling.forward` on the same rows of both: equal in bits, whatever part of the rows they are."""
+    if scale is None:
+        return weight
+    groups = scale.shape[1]
+    return (weight.view(len(weight), groups, weight.shape[1] // groups) * scale.unsqueeze(-1)).flatten(1)
+
+
+@torch.no_grad()
+def _write_weights(run: Run, folder: Path) -> str | None:
+    """What went wrong, on the main rank; it goes on gathering all the same, for the other ranks wait for it."""
+    weights: dict[str, tuple[Tensor, Tensor | None]] = {}
+    seen: set[Tensor] = set()
+    for name, weight, scale in folded_weights(run.model):
+        if weight not in seen:  # what is tied is written once
+            weights[name] = weight, scale
+            seen.add(weight)
+    files = _plan_files({name: weight.numel() * 4 for name, (weight, _) in weights.items()})
+    failure = None
+    for file, names in files.items():
+        held: dict[str, Tensor] = {}
+        for name in names:
+            weight, scale = weights[name]
+            tensor = fold(whole(weight), None if scale is None else whole(scale))
+            if run.world.is_main and failure is None:
+                transposed = stored_transposed(run.model.config.model_type, name)
+                held[name] = (tensor.T if transposed else tensor).contiguous().cpu()
+        if held:
+            try:
+                save_file(held, folder / file, metadata={"format": "pt"})
+            except Exception as error:  # safetensors' own type
+                why = "disk full" if is_disk_full(error) else str(error)
+                failure = f"{why} while writing {folder / file}: free some space or choose another folder"
+    if run.world.is_main and failure is None and len(files) > 1:
+        total = sum(weight.numel() for weight, _ in weights.values())
+        index = {"metadata": {"total_parameters": total, "total_size": total * 4}}
+        index["weight_map"] = {name: file for file, names in files.items() for name in names}
+        atomic_write_json(folder / "model.safetensors.index.json", index)
+    return failure
+
+
+def _plan_files(sizes: dict[str, int]) -> dict[str, list[str]]:
+    """Names by file, in order, none but a single large tensor above `MAX_SHARD_BYTES`."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if shards[-1] and held + size > MAX_SHARD_BYTES:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def _write_the_rest(run: Run, folder: Path) -> None:
+    config = copy.deepcopy(run.model.config)
+    config.architectures, config.dtype = [type(run.model).__name__], "float32"
+    config.save_pretrained(folder)
+    if run.model.can_generate():
+        run.model.generation_config.save_pretrained(folder)
+    run.loaded.tokenizer.save_pretrained(folder)
+
+
+def _prove_files(run: Run, temporary: Path, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    try:
+        report = verify(temporary, *run.pattern)
+        prove_pattern(report, run.model, manifest["left_dense"])
+    except Exception as error:
+        raise rejected(temporary, folder, error) from error
+    return {"left_dense": manifest["left_dense"], "proof": report.totals()}
+
+
+def _refuse(temporary: Path, folder: Path, failure: str | None) -> None:
+    if failure is not None:
+        raise rejected(temporary, folder, InputError(failure))
+
+
+@torch.no_grad()
+def _prove_again(run: Run, folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """Reads the files back, each rank its rows, and compares them and their perplexity with those in memory."""
+    opened = open_sharded(str(folder), trust_remote_code=False, revision=None)
+    failures = run.world.gather("other tensors come back from disk" if opened is None else None)
+    if opened is None or any(failures):
+        return "other tensors come back from disk", {}
+    model: PreTrainedModel = opened[0].model
+    objective = Objective(model, None, 0.0, 1.0)
+    shard_(objective, run.world)
+    materialize_(objective, run.world.device)
+    load_rows_(model, opened[1], run.world)
+    theirs = dict(model.named_parameters(remove_duplicate=False))
+    different, ours = None, list(folded_weights(run.model))
+    for name, weight, scale in ours:
+        expected = fold(local(weight), None if scale is None else local(scale)).contiguous()
+        if not torch.equal(expected.view(torch.int32), local(theirs[name]).contiguous().view(torch.int32)):
+            different = f"{name} comes back from disk with other values"
+    different = next((failure for failure in run.world.gather(different) if failure), None)
+    options: dict[str, Any] = {"seq_len": run.config.seq_len, "batch": 1, "precision": "fp32", "world": run.world}
+    in_memory, from_disk = (held_out_perplexity(o, run.eval_ids, **options) for o in (run.objective, objective))
+    if different is None and not math.isclose(in_memory, from_disk, rel_tol=EVAL_TOLERANCE):
+        different = f"perplexity is {from_disk!r} from disk and {in_memory!r} in memory"
+    proof = {"perplexity_in_memory": in_memory, "perplexity_from_disk": from_disk}
+    return different, {"tensors_equal_in_bits": len(ours), **proof}
