@@ -1,5 +1,6 @@
 """The memory plan against what can be counted: published sizes, a block's closed form, and a real forward pass."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,7 @@ def test_trace_saves_what_a_real_forward_pass_saves(family):
     assert _saved_bytes(model.config, 2, 2, 48, RUN, sharded=False) == pytest.approx(measured, rel=0.01)
 
 
+@functools.cache
 def plan_7b(**options):
     return plan_memory(CONFIGS / "llama2-7b.json", **{"seq_len": 4096, "micro_batch": 1, **options})
 

@@ -187,7 +187,8 @@ def plan_memory(
         compiled=compiled_optimizer,
     )
     sizes = _sizes(config, n, m, scale_groups)
-    saved = {sharded: _trace(config, run, sharded) for sharded in (False, True)}
+    sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
+    saved = {sharded: _trace(config, run, sharded) for sharded in sharded_or_not}
     plan = _plan(sizes, saved[world_size > 1], run, world_size)
     if gpu_gib is None:
         return plan

@@ -1,0 +1,160 @@
+"""`plan memory` against what a real run takes: predicted over measured peak of a training step, on CPU.
+
+Run: `python -m benchmarks.memory [--case NAME ...] [--json OUT]` (Linux: the peak is read from /proc). Each case is a
+process of its own that goes through castlm's loop. Its baseline is taken after a tiny run of the same kind, so that
+libraries and their buffers do not count; malloc is told to hand every block above 64 KiB back at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+MEDIUM = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+MEDIUM |= {"vocab_size": 16000, "max_position_embeddings": 1024}
+LLAMA = {"family": "llama", "over": {**MEDIUM, "num_key_value_heads": 4, "head_dim": 64}}
+DEFAULTS = {
+    "seq_len": 512,
+    "micro_batch": 2,
+    "scale_groups": 2,
+    "accumulation": 1,
+    "gradient_checkpointing": False,
+    "compute_dtype": "fp32",
+    "teacher": True,
+    "world_size": 1,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "llama-41M": LLAMA,
+    "llama-41M, no scaling": {**LLAMA, "scale_groups": 0},
+    "llama-41M, checkpointing": {**LLAMA, "gradient_checkpointing": True},
+    "llama-41M, accumulation": {**LLAMA, "accumulation": 2},
+    "llama-41M, no teacher": {**LLAMA, "teacher": False},
+    "llama-41M, bf16": {**LLAMA, "compute_dtype": "bf16"},
+    "llama-41M, bf16, checkpointing": {**LLAMA, "compute_dtype": "bf16", "gradient_checkpointing": True},
+    "llama-41M, 2 ranks": {**LLAMA, "world_size": 2},
+    "llama-41M, 2 ranks, bf16": {**LLAMA, "world_size": 2, "compute_dtype": "bf16"},
+    "gpt2-34M": {"family": "gpt2", "over": MEDIUM},
+    "demo-135M": {"family": None, "seq_len": 256},
+}
+"""`demo-135M` needs the extra `demo` and 4 GB."""
+
+
+def measure(case: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Bytes over the baseline at the peak of the second training step, and after it. Runs in the child process."""
+    import torch
+
+    from castlm.training.config import TrainConfig
+    from castlm.training.distributed import init_world
+    from castlm.training.loop import Run
+
+    torch.set_num_threads(1)
+
+    def start(model: str, name: str) -> Run:
+        config = TrainConfig(
+            model=model,
+            dataset=str(folder / "text.txt"),
+            output_dir=str(folder / name),
+            seq_len=case["seq_len"],
+            per_device_train_batch_size=case["micro_batch"],
+            gradient_accumulation_steps=case["accumulation"],
+            scale_groups=case["scale_groups"],
+            eta=0.5 if case["teacher"] else 0.0,
+            precision=case["compute_dtype"],
+            gradient_checkpointing=case["gradient_checkpointing"],
+            compile_optimizer="off",
+            tensorboard=False,
+            device="cpu",
+        )
+        return Run(config, world)
+
+    world = init_world("cpu", "full")
+    start(str(folder / "tiny"), "warm").train_step()
+    gc.collect()
+    baseline = _status("RssAnon")
+    run = start(str(folder / "model") if case["family"] else "demo", "run")
+    run.train_step()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    run.train_step()
+    # Pages of mapped files (libraries, safetensors) can be dropped by the kernel: they are no need of the run.
+    return {"peak": _status("VmHWM") - _status("RssFile") - baseline, "after": _status("RssAnon") - baseline}
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def prepare(case: dict[str, Any], folder: Path) -> None:
+    """The text, the tiny model of the same family and the model itself, for the child."""
+    from tests.tiny import save_tiny
+
+    (folder / "text.txt").write_text("\n\n".join("words of a text " * 400 for _ in range(100)), encoding="utf-8")
+    save_tiny(folder / "tiny", case["family"] or "llama", max_position_embeddings=1024)
+    if case["family"]:
+        save_tiny(folder / "model", case["family"], **case["over"])
+
+
+def predict(case: dict[str, Any]) -> Any:
+    from tests.tiny import tiny_model
+
+    from castlm.models import load_model
+    from castlm.planning.memory import plan_memory
+
+    model = tiny_model(case["family"], **case["over"]) if case["family"] else load_model("demo").model
+    options = {name: case[name] for name in DEFAULTS}
+    return plan_memory(
+        model.config,
+        **options,
+        teacher_dtype=case["compute_dtype"],
+        chunk_tokens=256,
+        compiled_optimizer=False,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        measured = measure({**DEFAULTS, **CASES[args.child[0]]}, Path(args.child[1]))
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(measured))
+        return
+    rows = []
+    print(f"{'case':<34}{'predicted':>12}{'measured':>12}{'ratio':>8}  phase of the peak")
+    for name in args.case:
+        case = {**DEFAULTS, **CASES[name]}
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(case, Path(folder))
+            ranks = str(case["world_size"])
+            launcher = ["torch.distributed.run", "--nproc-per-node", ranks, "-m"] if ranks != "1" else []
+            command = [sys.executable, "-m", *launcher, "benchmarks.memory", "--child", name, folder]
+            child = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=False)
+            if child.returncode:
+                sys.exit(f"{name}: {child.stderr}")
+            measured = json.loads(child.stdout.splitlines()[-1])
+        plan = predict(case)
+        ratio = plan.peak / measured["peak"]
+        phase = max(plan.phases, key=lambda key: plan.phases[key])
+        print(
+            f"{name:<34}{plan.peak / MIB:>8.0f} MiB{measured['peak'] / MIB:>8.0f} MiB{ratio:>8.3f}  {phase}", flush=True
+        )
+        rows.append({"case": name, "predicted": plan.peak, **measured, "ratio": ratio, "phases": plan.phases})
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
