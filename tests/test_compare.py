@@ -170,8 +170,9 @@ def test_a_killed_run_is_resumed(files, tmp_path, in_process, monkeypatch):
     steps = []
     monkeypatch.setattr(TrainingRun, "train_step", lambda self: (steps.append(self.step), original(self)))
     compare(files, tmp_path, methods="cast", config=None, seq_len=32, per_device_train_batch_size=2)
-    assert steps[:2] == [4, 5]  # it saves every step of six here, and the dense control follows
-    assert steps[2:] == list(range(6))
+    first = steps[0]
+    assert first in (3, 4)  # it saves every step of six here; the newest save may not have been whole
+    assert steps == [*range(first, 6), *range(6)]  # the dense control follows
 
 
 def test_key_has_all_that_matters(files, tmp_path):

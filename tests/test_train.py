@@ -48,6 +48,7 @@ def small(model: str, dataset: str, output_dir: Path, **over) -> TrainConfig:
         "eval_steps": 6,
         "learning_rate": 1e-3,
         "tensorboard": False,
+        "async_save": False,  # so that the newest checkpoint is whole when a test stops the run
     }
     return TrainConfig(model, dataset, str(output_dir), **{**fields, **over})
 

@@ -140,6 +140,7 @@ def test_a_users_own_task_file_comes_first(folder, tmp_path):
 
 
 def test_refusals(folder, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     with pytest.raises(InputError, match="no local task 'piqua'"):
         zero_shot(model, tokenizer, ["piqua"], folder=folder)
