@@ -421,7 +421,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all_with_0(ground):
 
 
 def test_a_rank_that_hangs_is_named(ground):
-    check_hang(ground, 1, timeout_s=6)
+    check_hang(ground, 1, timeout_s=4)
 
 
 # ---------------------------------------------------------------------- loading

@@ -1,0 +1,124 @@
+"""The examples do what they say: run them as a user does, and hold the Trainer against the plain loop it stands for."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+import castlm
+from castlm.core.errors import InputError
+from castlm.export.verify import verify
+from tests.ranks import run_ranks
+from tests.tiny import save_tiny, tiny_model
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(20))
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def ground(tmp_path) -> SimpleNamespace:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return SimpleNamespace(
+        model=str(save_tiny(tmp_path / "dense")), text=str(tmp_path / "text.txt"), out=tmp_path / "out"
+    )
+
+
+def run_trainer(model: str, text: str, out: str) -> None:
+    example("trainer").main(model, text, out, steps=6, seq_len=32)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_trainer_ends_sparse(ranks, ground, tmp_path):
+    run_ranks(run_trainer, ranks, ground.model, ground.text, str(ground.out), folder=tmp_path, timeout=120)
+    report = verify(ground.out)
+    assert report.ok
+    assert len(report.sparse_layers) == 14
+    result, dense = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (ground.out, ground.model))
+    assert result.keys() == dense.keys()
+    kept = result["model.layers.0.mlp.up_proj.weight"] != 0
+    assert not torch.equal(
+        result["model.layers.0.mlp.up_proj.weight"][kept], dense["model.layers.0.mlp.up_proj.weight"][kept]
+    )
+
+
+def test_trainer_is_the_plain_loop(tmp_path):
+    """The same steps by hand: what Trainer adds (clipping, scheduler, accelerate) changes nothing else."""
+    blocks = torch.randint(256, (8, 16), generator=torch.Generator().manual_seed(1))
+    args = TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=8,
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trained = tiny_model("llama")
+    data = [{"input_ids": block, "labels": block} for block in blocks]
+    example("trainer").CastTrainer(trained, args, train_dataset=data).train()
+
+    model = tiny_model("llama").train()
+    castlm.add_weight_scaling(model)
+    optimizer = castlm.AdamS(castlm.sparse_param_groups(model), lr=1e-3, total_steps=4)
+    for _ in range(4):
+        model(input_ids=blocks, labels=blocks).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    castlm.prune_(model, masks=optimizer.masks())
+    castlm.fold_weight_scaling(model)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(
+            trained.state_dict()[name], weight, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"deepspeed": "zero3.json"}, "DeepSpeed hands the optimizer flat slices"),
+        ({"fsdp": "full_shard"}, "FSDP1 flattens the weights"),
+        ({"load_best_model_at_end": True}, "masks of the last step"),
+        ({"max_steps": -1}, "set max_steps"),
+    ],
+)
+def test_trainer_refuses_what_breaks_the_masks(setting, reason, tmp_path):
+    args = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True)
+    for name, value in setting.items():
+        setattr(args, name, value)
+    with pytest.raises(InputError, match=reason):
+        example("trainer").CastTrainer(tiny_model("llama"), args)
+
+
+def test_trainer_refuses_what_accelerate_launch_asks_for(tmp_path, monkeypatch):
+    args = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="FSDP1 flattens"):
+        example("trainer").CastTrainer(tiny_model("llama"), args)
+
+
+def test_trainer_refuses_half_precision_weights(tmp_path):
+    args = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True, save_strategy="no")
+    blocks = torch.zeros(4, 8, dtype=torch.long)
+    data = [{"input_ids": block, "labels": block} for block in blocks]
+    with pytest.raises(InputError, match="fp32"):
+        example("trainer").CastTrainer(tiny_model("llama").bfloat16(), args, train_dataset=data).train()
+
+
+def test_torch_loop(ground, capsys):
+    example("torch_loop").main(ground.model, ground.text, str(ground.out), steps=4, seq_len=32)
+    assert verify(ground.out).ok
