@@ -50,14 +50,15 @@ def adams_update(
 
     Args:
         mask: uint8 of 0 and 1, or bool; 1 = kept.
-        hyper: (8,) float64, as `hyperparameters` makes it: a tensor, so that one compilation serves every step.
+        hyper: (10,) float32, or float64 for float64 weights, of `hyperparameters`: a tensor, so that one compilation
+            serves every step, and of one type, so that its inner loop converts nothing.
 
     Returns:
         The new `weight`, `exp_avg` (of the raw gradient, always) and `exp_avg_sq` (of the mix, kept weights too; of the
         raw gradient where `mask` is None).
     """
-    step_size, beta1, beta2, eps, pull, keep, remaining, inverse_root = hyper.unbind()
-    exp_avg = exp_avg * beta1 + grad * (1 - beta1)
+    step_size, beta1, one_less_beta1, beta2, one_less_beta2, eps, pull, keep, remaining, inverse_root = hyper.unbind()
+    exp_avg = exp_avg * beta1 + grad * one_less_beta1
     mix = exp_avg
     if mask is not None and decay != "none":
         kept = mask.to(weight.dtype) > 0  # the conversion is there for inductor, which vectorises no bool on CPU
@@ -66,7 +67,7 @@ def adams_update(
             masked_mix = masked_mix + pull * weight.sign()
         mix = torch.where(kept, mix, masked_mix)
     squared = grad if mask is None else mix
-    exp_avg_sq = exp_avg_sq * beta2 + squared.square() * (1 - beta2)
+    exp_avg_sq = exp_avg_sq * beta2 + squared.square() * one_less_beta2
     weight = weight - step_size * mix / (exp_avg_sq.sqrt() * inverse_root + eps)
     if mask is not None and decay == "horizon":
         weight = torch.where(kept, weight, weight * remaining)
@@ -76,8 +77,8 @@ def adams_update(
 def hyperparameters(group: dict[str, Any], step: int) -> list[float]:
     """What `adams_update` needs to know of a parameter group at the 0-based `step = t`.
 
-    `lr / (1 - beta1^(t+1))`, both betas, eps, `a_t lam`, `1 - a_t`, the share `(1 - a_{t+1}) / (1 - a_t)` of a masked
-    weight that outlives a `"horizon"` step, and `(1 - beta2^(t+1))^-1/2`.
+    In this order: `lr / (1 - beta1^(t+1))`; both betas, each followed by what it lacks of 1; eps; `a_t lam`; `1 - a_t`;
+    the share `(1 - a_{t+1}) / (1 - a_t)` of a masked weight that outlives a `"horizon"` step; `(1 - beta2^(t+1))^-1/2`.
     """
     beta1, beta2 = group["betas"]
     alpha, alpha_next = (
@@ -86,7 +87,8 @@ def hyperparameters(group: dict[str, Any], step: int) -> list[float]:
     remaining = (1 - alpha_next) / (1 - alpha) if alpha < 1 else 0.0
     step_size = float(group["lr"]) / (1 - beta1 ** (step + 1))
     inverse_root = (1 - beta2 ** (step + 1)) ** -0.5
-    return [step_size, beta1, beta2, group["eps"], alpha * group["lam"], 1 - alpha, remaining, inverse_root]
+    betas = (beta1, 1 - beta1, beta2, 1 - beta2)
+    return [step_size, *betas, group["eps"], alpha * group["lam"], 1 - alpha, remaining, inverse_root]
 
 
 def _update_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *rest: Any) -> None:
@@ -292,9 +294,9 @@ class AdamS(Optimizer):
             if param.grad is not None:
                 key = int(self.state[param]["step"]), param.device, param.dtype
                 alike.setdefault(key, []).append(param)
-        for (step, device, _), params in alike.items():
-            device = device if self._compile else torch.device("cpu")  # eager takes a CPU scalar with any tensor
-            hyper = torch.tensor(hyperparameters(group, step), dtype=torch.float64, device=device)
+        for (step, device, dtype), params in alike.items():
+            dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            hyper = torch.tensor(hyperparameters(group, step), dtype=dtype, device=device)
             small = []
             for param in params:
                 tensors = self._flat(param)
