@@ -152,3 +152,13 @@ def test_refresh_sees_nan_anywhere(refresh_, position):
     packed = pack_mask(nm_mask(weight))
     weight[position] = float("nan")
     assert refresh_(weight, packed, 2, 4)[1]
+
+
+@pytest.mark.parametrize(("shape", "n", "m"), [((6, 32), 2, 4), ((3, 2, 16), 2, 4), ((6, 12), 2, 4), ((4, 16), 1, 4)])
+def test_compiled_mask_equals_the_plain_one(shape, n, m):
+    torch.manual_seed(0)
+    weight = torch.randint(-3, 4, shape).float()
+    assert torch.equal(nm_mask(weight, n, m, compile=True), nm_mask(weight, n, m))
+    weight.view(-1)[5] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        nm_mask(weight, n, m, compile=True)

@@ -6,7 +6,6 @@ up to `mask_interval` steps old, so it cannot be recomputed from the weights. `t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,12 +16,12 @@ from torch.optim.optimizer import ParamsT
 
 from castlm.core.errors import InputError
 from castlm.core.masks import (
-    merge_codes_,
+    compiled,
+    compiled_refresh_,
     nm_mask,
     pack_mask,
     packed_to_bytes,
     refresh_mask_,
-    two_of_four_codes_,
     unpack_mask,
 )
 from castlm.core.shards import check_sparse_parameter, like_rows, local
@@ -102,11 +101,6 @@ def _update_packed_(
     weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, packed: Tensor, hyper: Tensor, decay: str
 ) -> None:
     _update_(weight, grad, exp_avg, exp_avg_sq, packed_to_bytes(packed), hyper, decay)
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True, fullgraph=True)
 
 
 class AdamS(Optimizer):
@@ -244,12 +238,13 @@ class AdamS(Optimizer):
     @torch.no_grad()
     def refresh_masks(self, group: dict[str, Any]) -> None:
         """Takes the masks of a sparse group anew from `|W|`. Raises `InputError` when a weight is NaN."""
+        refresh = compiled_refresh_ if self._compile else refresh_mask_
         nan, flips = [], []
         for param in group["params"]:
             weight, packed = local(param), local(self.state[param]["mask"])
             if weight.numel() == 0:  # a rank may hold no row of a small weight
                 continue
-            changed, has_nan = self._refresh(weight, packed, group["n"], group["m"])
+            changed, has_nan = refresh(weight, packed, group["n"], group["m"])
             flips.append(changed)
             nan.append(has_nan)
         if nan and torch.stack(nan).any():
@@ -257,17 +252,7 @@ class AdamS(Optimizer):
         self._flips = torch.stack(flips).sum() if flips else 0
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        return (_compiled(function) if self._compile else function)(*args)
-
-    def _refresh(self, weight: Tensor, packed: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-        if self._compile and (n, m) == (2, 4) and weight.shape[1] % 8 == 0:
-            codes = torch.empty(weight.numel(), dtype=torch.uint8, device=weight.device)
-            self._run(two_of_four_codes_, weight.view(-1), codes[:-3])
-            result = self._run(merge_codes_, codes.view(torch.int64), packed.view(-1))
-        else:
-            result = self._run(refresh_mask_, weight, packed, n, m)
-        flips, has_nan = result
-        return flips, has_nan
+        return (compiled(function) if self._compile else function)(*args)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -6,6 +6,10 @@ of two equal weights the earlier one wins, on every device and in every dtype. A
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,11 +51,12 @@ def _two_of_four(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> list[Tensor]:
     ]
 
 
-def nm_mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
+def nm_mask(weight: Tensor, n: int = 2, m: int = 4, *, compile: bool = False) -> Tensor:
     """The mask of the `n` largest `|weight|` of every `m` consecutive weights (CAST, arXiv 2509.25996, Eq. 6).
 
     Args:
         weight: (..., width), any dtype with an order; `width` divides by `m`.
+        compile: through `torch.compile`, some seconds at the first call in a process and one pass over memory at each.
 
     Returns:
         bool, the shape of `weight`, True where a weight is kept: exactly `n` in every group. Ties keep the earlier.
@@ -67,10 +72,18 @@ def nm_mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
     if weight.dim() == 0:
         raise InputError("a 0-dimensional tensor has no groups: pass a weight of shape (..., width)")
     check_width(weight.shape[-1], m)
-    magnitude = weight.detach().abs()
-    if weight.is_floating_point() and magnitude.sum().isnan():  # no NaN of its own: magnitudes have one sign
+    weight = weight.detach()
+    if compile and weight.numel():
+        packed = weight.new_zeros((*weight.shape[:-1], -(-weight.shape[-1] // 8)), dtype=torch.uint8)
+        _, has_nan = compiled_refresh_(weight.contiguous(), packed, n, m)
+        mask = unpack_mask(packed, weight.shape[-1])
+    else:
+        magnitude = weight.abs()
+        has_nan = magnitude.sum().isnan()  # no NaN of its own: magnitudes have one sign
+        mask = rank_mask(magnitude, n, m)
+    if has_nan:
         raise InputError(f"the weight of shape {tuple(weight.shape)} has NaN: no mask of it means anything")
-    return rank_mask(magnitude, n, m)
+    return mask
 
 
 # Eight bytes of 0 and 1 as one int64 and back, as in "Bit Twiddling Hacks": byte k of eight becomes bit k of one. They
@@ -144,6 +157,23 @@ def merge_codes_(codes: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
     flips = _num_bits(new ^ packed.to(torch.int32)).sum()
     packed.copy_(new.to(torch.uint8))
     return flips, ((codes & 0x1000000010) != 0).any()
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` through `torch.compile`, once for all shapes."""
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def compiled_refresh_(weight: Tensor, packed: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """`refresh_mask_` through `torch.compile`, for a contiguous `weight`; 2:4 of whole mask bytes in the two halves."""
+    if (n, m) == (2, 4) and weight.shape[-1] % 8 == 0:
+        codes = torch.empty(weight.numel(), dtype=torch.uint8, device=weight.device)
+        compiled(two_of_four_codes_)(weight.view(-1), codes[:-3])
+        flips, has_nan = compiled(merge_codes_)(codes.view(torch.int64), packed.view(-1))
+    else:
+        flips, has_nan = compiled(refresh_mask_)(weight, packed, n, m)
+    return flips, has_nan
 
 
 def count_nm_violations(weight: Tensor, n: int = 2, m: int = 4) -> int:
