@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -98,9 +99,7 @@ class Law:
 
     def run_losses(self, tokens: float, params: float | None = None) -> Array:
         """(num_draws * 21,): losses that a new run may show: each refit with a run's noise, 21 normal quantiles."""
-        from scipy.stats import norm
-
-        deviations = self.noise * norm.ppf((np.arange(21) + 0.5) / 21)
+        deviations = self.noise * np.array([NormalDist().inv_cdf((i + 0.5) / 21) for i in range(21)])
         return np.outer(self.draw_losses(tokens, params), np.exp(deviations)).ravel()
 
     def size(self, params: ArrayLike | None) -> ArrayLike:
@@ -262,8 +261,8 @@ def _fit(data: Data, form: str, num_draws: int, seed: int) -> Law:
     draws, r2s = _uncentred(refits, data), _r2(drawn, log_loss(refits, data))
     low, high = float(np.exp(data.x0 + data.x.min())), float(np.exp(data.x0 + data.x.max()))
     return Law(
-        form,
-        *(float(value) for value in _uncentred(theta, data)),
+        form=form,
+        **dict(zip(NAMES, map(float, _uncentred(theta, data)))),
         r2=float(_r2(data.y, fitted)),
         intervals={name: interval(draws[:, NAMES.index(name)]) for name in FORMS[form]} | {"r2": interval(r2s)},
         noise=noise.one_run,

@@ -6,6 +6,7 @@ Everything here works on centred logs, where amplitude and exponent are nearly u
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -186,7 +187,7 @@ class Noise(NamedTuple):
 
 def noise_parts(data: Data, residual: Array, num_free: int) -> Noise:
     """Split residuals into two levels, each widened for its degrees of freedom; `between` by Student's t as well."""
-    from scipy.stats import norm, t
+    from scipy.stats import t
 
     cells = np.unique(data.cell)
     groups = [residual[data.cell == cell] for cell in cells]
@@ -201,7 +202,7 @@ def noise_parts(data: Data, residual: Array, num_free: int) -> Noise:
         return Noise(np.zeros(len(cells)), within)
     from_seeds = float(np.mean([(w**2).mean() / len(g) for w, g in zip(within, groups)]))
     beyond = math.sqrt(max(0.0, 1 - from_seeds / spread) * len(cells) / freedom)
-    student = float(t.ppf(0.95, freedom) / norm.ppf(0.95))
+    student = float(t.ppf(0.95, freedom) / NormalDist().inv_cdf(0.95))
     return Noise(means * beyond * student, within)
 
 
