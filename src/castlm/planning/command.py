@@ -97,7 +97,7 @@ class FitCommand:
             print(f"{name:<6} {getattr(law, name):.5g}  (90 %: {low:.5g} to {high:.5g})")
         print(f"{law.num_points} runs at {law.num_budgets} budgets")
         if law.holdout is not None:
-            print(f"the largest budget, predicted from the others: off by {law.holdout.error:.2%}")
+            print(f"the largest budget, predicted from the others: off by {law.holdout.error:+.3f} perplexity")
         else:
             print(f"the largest budget was not predicted from the others: {law.holdout_reason}")
         return 0
@@ -158,7 +158,7 @@ class WatchCommand:
         from castlm.planning.watch import watch_run
 
         report = watch_run(self.run_folder, self.target_ppl)
-        print(f"{report.verdict}: {report.message}")
+        print(report.message)
         return 1 if report.verdict == "will miss" else 0
 
 
