@@ -29,7 +29,7 @@ from castlm.training.loop import Run
 
 def bare_step(student, teacher, optimizer, batches, precision, eta):
     """One optimizer step over micro-batches of (input_ids, labels), labels shifted."""
-    device = torch.device("cpu")
+    device = student.device
     num_tokens = sum(labels.numel() for _, labels in batches)
     for input_ids, labels in batches:
         with autocast(device, precision):
@@ -46,6 +46,15 @@ def bare_step(student, teacher, optimizer, batches, precision, eta):
     optimizer.zero_grad(set_to_none=True)
 
 
+def timed(run, *arguments):
+    """Seconds of one call, the GPU's work included."""
+    started = time.perf_counter()
+    run(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
@@ -53,6 +62,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="in both")
     parser.add_argument("--json")
     args = parser.parse_args()
 
@@ -67,25 +78,26 @@ def main() -> None:
             seq_len=args.seq_len,
             per_device_train_batch_size=args.batch,
             precision=args.precision,
+            gradient_checkpointing=args.gradient_checkpointing,
+            device=args.device,
             tensorboard=False,
         )
-        run = Run(config, init_world("cpu", "full"))
-        student = load_model(args.model).model.train()
+        run = Run(config, init_world(args.device, "full"))
+        student = load_model(args.model).model.train().to(args.device)
+        if args.gradient_checkpointing:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         teacher = copy.deepcopy(student).to(next(run.objective.teacher.parameters()).dtype).eval().requires_grad_(False)
         optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, fused=True)
         seconds: dict[str, list[float]] = {"castlm": [], "bare": []}
         position = run.loader.state_dict()
         for step in range(args.steps + 1):
-            started = time.perf_counter()
-            run.train_step()
-            seconds["castlm"].append(time.perf_counter() - started)
+            seconds["castlm"].append(timed(run.train_step))
             run.loader.load_state_dict(position)  # the same batch for both
             batch = next(run.loader)
             position = run.loader.state_dict()
-            started = time.perf_counter()
-            batches = [(batch["input_ids"], batch["labels"])]
-            bare_step(student, teacher, optimizer, batches, run.precision, config.eta)
-            seconds["bare"].append(time.perf_counter() - started)
+            batches = [(batch["input_ids"].to(args.device), batch["labels"].to(args.device))]
+            arguments = (student, teacher, optimizer, batches, run.precision, config.eta)
+            seconds["bare"].append(timed(bare_step, *arguments))
             print(f"step {step}: castlm {seconds['castlm'][-1]:.2f} s, bare {seconds['bare'][-1]:.2f} s", flush=True)
 
     tokens = args.batch * args.seq_len

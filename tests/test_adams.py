@@ -100,13 +100,13 @@ def test_horizon_reaches_exact_zero_at_decay_end_and_stays(lam):
 
 
 def test_compiled_path_equals_the_plain_one():
-    """Widths in whole bytes and not, a dense tensor of its own and small ones; the masks agree to the bit."""
+    """Widths in whole bytes and not, one and many of a size, large dense tensors and small; masks agree to the bit."""
     torch.manual_seed(0)
-    shapes = [(6, 16), (4, 8), (3, 12), (5,), (260, 260), (2, 3)]
+    shapes = [(6, 16), (4, 8), (3, 12), *[(8, 24)] * 9, (5,), (260, 260), (2, 3)]
     plain = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     compiled = copy.deepcopy(plain)
     optimizers = [
-        AdamS([*sparse_group(*p[:3]), {"params": p[3:]}], lr=1e-2, total_steps=20, mask_interval=3, compile=c)
+        AdamS([*sparse_group(*p[:12]), {"params": p[12:]}], lr=1e-2, total_steps=20, mask_interval=3, compile=c)
         for p, c in ((plain, False), (compiled, True))
     ]
     for _ in range(20):
@@ -116,7 +116,7 @@ def test_compiled_path_equals_the_plain_one():
         for optimizer in optimizers:
             optimizer.step()
         assert optimizers[0].flips() == optimizers[1].flips()
-        for a, b in zip(plain[:3], compiled):
+        for a, b in zip(plain[:12], compiled):
             assert torch.equal(optimizers[0].mask(a), optimizers[1].mask(b))
     for a, b in zip(plain, compiled):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

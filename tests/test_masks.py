@@ -116,11 +116,11 @@ def test_packed_bits_are_numpys(shape):
 def test_every_byte_unpacks():
     packed = torch.arange(256, dtype=torch.uint8)
     bits = np.unpackbits(packed.numpy(), bitorder="little")
-    assert np.array_equal(packed_to_bytes(packed).numpy(), bits)
+    assert np.array_equal(packed_to_bytes(packed).numpy() != 0, bits)
 
 
 def two_of_four_refresh_(weight, packed, n, m):
-    codes = torch.full((weight.numel(),), 255, dtype=torch.uint8)  # what is no group's code must not matter
+    codes = torch.full((weight.numel(),), -1, dtype=torch.int8)  # what is no group's code must not matter
     two_of_four_codes_(weight.view(-1), codes[:-3])
     return merge_codes_(codes.view(torch.int64), packed.view(-1))
 

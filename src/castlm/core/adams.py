@@ -6,7 +6,7 @@ up to `mask_interval` steps old, so it cannot be recomputed from the weights. `t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,13 @@ from castlm.core.masks import (
     refresh_mask_,
     unpack_mask,
 )
-from castlm.core.shards import check_sparse_parameter, like_rows, local
+from castlm.core.shards import check_sparse_parameter, flat, like_rows, local
 
 DECAYS = ("horizon", "proportional", "additive", "none")
-_SMALL = 65_536  # dense parameters below this many weights are updated together
+_SMALL = 65_536  # dense tensors below this many weights are updated as one
+_CALL = 8  # tensors of one size that one call of the compiled update takes
+
+Columns = list[list[Tensor]]  # weights, gradients, first and second moments of some parameters, each tensor (numel,)
 EXACT_ON_RESUME = ("sparse", "n", "m", "total_steps", "mask_interval", "decay", "decay_end")
 
 
@@ -48,7 +51,7 @@ def adams_update(
     CAST, arXiv 2509.25996, Alg. 1 and Eq. 7-8, and our `"horizon"`.
 
     Args:
-        mask: uint8 of 0 and 1, or bool; 1 = kept.
+        mask: uint8, not 0 = kept, or bool.
         hyper: (10,) float32, or float64 for float64 weights, of `hyperparameters`: a tensor, so that one compilation
             serves every step, and of one type, so that its inner loop converts nothing.
 
@@ -90,17 +93,28 @@ def hyperparameters(group: dict[str, Any], step: int) -> list[float]:
     return [step_size, *betas, group["eps"], alpha * group["lam"], 1 - alpha, remaining, inverse_root]
 
 
-def _update_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *rest: Any) -> None:
-    new = adams_update(weight, grad, exp_avg, exp_avg_sq, *rest)
-    weight.copy_(new[0])
-    exp_avg.copy_(new[1])
-    exp_avg_sq.copy_(new[2])
+def _update_(columns: Columns, masks: Sequence[Tensor | None], hyper: Tensor, decay: str) -> None:
+    for weight, grad, exp_avg, exp_avg_sq, mask in zip(*columns, masks):
+        new = adams_update(weight, grad, exp_avg, exp_avg_sq, mask, hyper, decay)
+        weight.copy_(new[0])
+        exp_avg.copy_(new[1])
+        exp_avg_sq.copy_(new[2])
 
 
-def _update_packed_(
-    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, packed: Tensor, hyper: Tensor, decay: str
-) -> None:
-    _update_(weight, grad, exp_avg, exp_avg_sq, packed_to_bytes(packed), hyper, decay)
+def _update_packed_(columns: Columns, packed: Sequence[Tensor], hyper: Tensor, decay: str) -> None:
+    _update_(columns, [packed_to_bytes(bits) for bits in packed], hyper, decay)
+
+
+def _calls(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """`params` in lots of `_CALL` of one size, and the rest one by one: two compilations serve all sizes, and a call,
+    which costs as much as 100,000 weights between passes over memory, is made for eight."""
+    by_size: dict[int, list[Tensor]] = {}
+    for param in params:
+        by_size.setdefault(local(param).numel(), []).append(param)
+    for same in by_size.values():
+        whole = len(same) // _CALL * _CALL
+        yield from (same[i : i + _CALL] for i in range(0, whole, _CALL))
+        yield from ([param] for param in same[whole:])
 
 
 class AdamS(Optimizer):
@@ -241,7 +255,7 @@ class AdamS(Optimizer):
         refresh = compiled_refresh_ if self._compile else refresh_mask_
         nan, flips = [], []
         for param in group["params"]:
-            weight, packed = local(param), local(self.state[param]["mask"])
+            weight, packed = local(param).detach(), local(self.state[param]["mask"])
             if weight.numel() == 0:  # a rank may hold no row of a small weight
                 continue
             changed, has_nan = refresh(weight, packed, group["n"], group["m"])
@@ -282,43 +296,38 @@ class AdamS(Optimizer):
         for (step, device, dtype), params in alike.items():
             dtype = torch.float64 if dtype == torch.float64 else torch.float32
             hyper = torch.tensor(hyperparameters(group, step), dtype=dtype, device=device)
-            small = []
-            for param in params:
-                tensors = self._flat(param)
-                if tensors[0].numel() == 0:  # a rank may hold no row of it
-                    continue
-                if group["sparse"]:
-                    self._update_sparse(param, tensors, hyper, group["decay"])
-                elif tensors[0].numel() < _SMALL:
-                    small.append(tensors)
-                else:
-                    self._run(_update_, *tensors, None, hyper, "none")
-            self._update_together(small, hyper)
+            here = [p for p in params if local(p).numel()]  # a rank may hold no row of one
+            if group["sparse"]:
+                self._update_sparse(here, hyper, group["decay"])
+            else:
+                self._update_dense(here, hyper)
             torch._foreach_add_([self.state[param]["step"] for param in params], 1)
 
-    def _flat(self, param: Tensor) -> list[Tensor]:
-        """This rank's weight, gradient and moments, each (numel,)."""
-        state, grad = self.state[param], param.grad
-        assert grad is not None
-        weight, first, second = (local(t).view(-1) for t in (param, state["exp_avg"], state["exp_avg_sq"]))
-        return [weight, local(grad).contiguous().view(-1), first, second]
+    def _columns(self, params: Sequence[Tensor]) -> Columns:
+        """This rank's weights, gradients and moments, flat."""
+        grads = [flat(local(p.grad).contiguous()) for p in params if p.grad is not None]
+        moments = [[flat(self.state[p][key]) for p in params] for key in ("exp_avg", "exp_avg_sq")]
+        return [[flat(p) for p in params], grads, *moments]
 
-    def _update_sparse(self, param: Tensor, tensors: list[Tensor], hyper: Tensor, decay: str) -> None:
-        packed, width = local(self.state[param]["mask"]), param.shape[1]
-        if width % 8 == 0:
-            self._run(_update_packed_, *tensors, packed.view(-1), hyper, decay)
-        else:
-            self._run(_update_, *tensors, unpack_mask(packed, width).view(torch.uint8).view(-1), hyper, decay)
+    def _update_sparse(self, params: Sequence[Tensor], hyper: Tensor, decay: str) -> None:
+        for some in _calls(params):
+            if all(p.shape[1] % 8 == 0 for p in some):
+                packed = [flat(self.state[p]["mask"]) for p in some]
+                self._run(_update_packed_, self._columns(some), packed, hyper, decay)
+            else:
+                masks = [flat(local(self.mask(p)).view(torch.uint8)) for p in some]
+                self._run(_update_, self._columns(some), masks, hyper, decay)
 
-    def _update_together(self, small: list[list[Tensor]], hyper: Tensor) -> None:
-        """Dense tensors as one: a call of a compiled function costs as much as 200,000 weights."""
-        if not small:
-            return
-        together = [torch.cat(kind) for kind in zip(*small)]
-        self._run(_update_, *together, None, hyper, "none")
-        sizes = [weight.numel() for weight, *_ in small]
-        for i in (0, 2, 3):
-            torch._foreach_copy_([tensors[i] for tensors in small], torch.split(together[i], sizes))
+    def _update_dense(self, params: Sequence[Tensor], hyper: Tensor) -> None:
+        for some in _calls([p for p in params if local(p).numel() >= _SMALL]):
+            self._run(_update_, self._columns(some), [None] * len(some), hyper, "none")
+        small = self._columns([p for p in params if local(p).numel() < _SMALL])
+        if small[0]:
+            together = [torch.cat(column) for column in small]
+            self._run(_update_, [[tensor] for tensor in together], [None], hyper, "none")
+            sizes = [weight.numel() for weight in small[0]]
+            for i in (0, 2, 3):
+                torch._foreach_copy_(small[i], torch.split(together[i], sizes))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, with masks exactly as they were saved. Raises `InputError` when what may not change does."""

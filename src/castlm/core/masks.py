@@ -86,12 +86,11 @@ def nm_mask(weight: Tensor, n: int = 2, m: int = 4, *, compile: bool = False) ->
     return mask
 
 
-# Eight bytes of 0 and 1 as one int64 and back, as in "Bit Twiddling Hacks": byte k of eight becomes bit k of one. They
-# are arithmetic because no comparison, shift by a tensor or bool is vectorised on CPU. Little-endian.
+# Eight bytes of 0 and 1 as one int64 and back, as in "Bit Twiddling Hacks": byte k of eight becomes bit k of one.
+# Arithmetic, because inductor vectorises no bool and no shift by a tensor on CPU. Little-endian.
 _GATHER = 0x0102040810204080
 _EVERY_BYTE = 0x0101010101010101
 _BIT_K_OF_BYTE_K = 0x8040201008040201 - (1 << 64)
-_CARRY = 0x7F7F7F7F7F7F7F7F
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -104,13 +103,13 @@ def pack_mask(mask: Tensor) -> Tensor:
 def unpack_mask(packed: Tensor, width: int) -> Tensor:
     """The bool mask (..., width) of the bits (..., ceil(width / 8)) that `pack_mask` made of it."""
     whole = packed_to_bytes(packed.reshape(-1)).view(*packed.shape[:-1], 8 * packed.shape[-1])
-    return whole[..., :width].contiguous().view(torch.bool)
+    return whole[..., :width] != 0
 
 
 def packed_to_bytes(packed: Tensor) -> Tensor:
-    """Bits (num_bytes,) uint8 as bytes of 0 and 1, (8 num_bytes,) uint8."""
-    bit_k = (packed.to(torch.int64) * _EVERY_BYTE) & _BIT_K_OF_BYTE_K
-    return (((bit_k + _CARRY) >> 7) & _EVERY_BYTE).view(torch.uint8)
+    """Bits (num_bytes,) uint8 as (8 num_bytes,) uint8, a byte each: not 0 where the bit is 1."""
+    whole = packed.to(torch.int32).to(torch.int64)  # in two steps: inductor converts uint8 to int64 one by one
+    return ((whole * _EVERY_BYTE) & _BIT_K_OF_BYTE_K).view(torch.uint8)
 
 
 def _num_bits(byte: Tensor) -> Tensor:
@@ -134,7 +133,7 @@ def refresh_mask_(weight: Tensor, packed: Tensor, n: int, m: int) -> tuple[Tenso
 
 
 def two_of_four_codes_(weight: Tensor, codes: Tensor) -> None:
-    """First half of the compiled 2:4 refresh: into element i of `codes`, (numel - 3,) uint8, the four mask bits of the
+    """First half of the compiled 2:4 refresh: into element i of `codes`, (numel - 3,) int8, the four mask bits of the
     weights i to i + 3 of the flat `weight`, or 16 where one of them is NaN.
 
     Only every fourth is a group. Computing the others too reads memory in order, which is what inductor vectorises on
@@ -147,7 +146,7 @@ def two_of_four_codes_(weight: Tensor, codes: Tensor) -> None:
     code = torch.where(b_wins, 2.0, 1.0) + torch.where(d_wins, 8.0, 4.0)
     code = torch.where(small_ab >= large_cd, 3.0, torch.where(small_cd > large_ab, 12.0, code))
     total = (a + b) + (c + d)
-    codes.copy_(torch.where(total == total, code, 16.0).to(torch.uint8))
+    codes.copy_(torch.where(total == total, code, 16.0).to(torch.int8))
 
 
 def merge_codes_(codes: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,9 +167,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def compiled_refresh_(weight: Tensor, packed: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     """`refresh_mask_` through `torch.compile`, for a contiguous `weight`; 2:4 of whole mask bytes in the two halves."""
     if (n, m) == (2, 4) and weight.shape[-1] % 8 == 0:
-        codes = torch.empty(weight.numel(), dtype=torch.uint8, device=weight.device)
-        compiled(two_of_four_codes_)(weight.view(-1), codes[:-3])
-        flips, has_nan = compiled(merge_codes_)(codes.view(torch.int64), packed.view(-1))
+        codes = torch.empty(weight.numel(), dtype=torch.int8, device=weight.device)
+        # detached, they are no views to autograd: torch.compile would compile anew for every shape they are views of
+        compiled(two_of_four_codes_)(weight.view(-1).detach(), codes[:-3].detach())
+        flips, has_nan = compiled(merge_codes_)(codes.view(torch.int64).detach(), packed.view(-1).detach())
     else:
         flips, has_nan = compiled(refresh_mask_)(weight, packed, n, m)
     return flips, has_nan

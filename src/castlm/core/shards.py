@@ -15,6 +15,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def flat(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, or the tensor itself, as (numel,). It shares memory, but is no view to autograd:
+    `torch.compile` guards the shape that a view was taken of, and would compile anew for each."""
+    return local(tensor).view(-1).detach()
+
+
 def like_rows(local: Tensor, param: Tensor) -> Tensor:
     """`local` (rows, width) as the shard of a DTensor of as many rows as `param` and placed alike, or as it is."""
     if not isinstance(param, DTensor):

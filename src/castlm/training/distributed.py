@@ -109,7 +109,8 @@ class World:
             raise InputError(failures[0]) if self.is_main else SystemExit(2)
 
     def missing(self, timeout_s: float) -> str:
-        """The ranks that do not come here within `timeout_s`, as the main rank sees it; "" when all do."""
+        """The ranks that do not come here within `timeout_s`, "" when all do. Rank 0 sees which; the others see that it
+        does not answer, be it hanging or gone for lack of another."""
         if self.mesh is None:
             return ""
         try:
@@ -117,7 +118,7 @@ class World:
             dist.monitored_barrier(self.control, timeout=timeout, wait_all_ranks=True)
         except RuntimeError as error:
             found = re.search(r"[Rr]anks? ([\d, ]+?) failed to pass", str(error))
-            return f"rank {found[1]}" if found else "the main rank, or one that is gone"
+            return f"rank {found[1]}" if found else "rank 0 (or one that it names)"
         return ""
 
     def meet(self, where: str) -> None:
