@@ -9,13 +9,12 @@ from castlm.core.masks import (
     count_nm_violations,
     flip_rate,
     is_nm_sparse,
-    merge_codes_,
     nm_mask,
     pack_mask,
     packed_to_bytes,
     refresh_mask_,
+    refresh_two_of_four_,
     sparse_weight_ratio,
-    two_of_four_codes_,
     unpack_mask,
 )
 from castlm.core.pattern import parse_pattern
@@ -120,9 +119,7 @@ def test_every_byte_unpacks():
 
 
 def two_of_four_refresh_(weight, packed, n, m):
-    codes = torch.full((weight.numel(),), -1, dtype=torch.int8)  # what is no group's code must not matter
-    two_of_four_codes_(weight.view(-1), codes[:-3])
-    return merge_codes_(codes.view(torch.int64), packed.view(-1))
+    return refresh_two_of_four_(weight.view(-1), packed.view(-1))
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ class AdamS(Optimizer):
         refresh = compiled_refresh_ if self._compile else refresh_mask_
         nan, flips = [], []
         for param in group["params"]:
-            weight, packed = local(param).detach(), local(self.state[param]["mask"])
+            weight, packed = local(param), local(self.state[param]["mask"])
             if weight.numel() == 0:  # a rank may hold no row of a small weight
                 continue
             changed, has_nan = refresh(weight, packed, group["n"], group["m"])
