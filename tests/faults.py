@@ -186,7 +186,7 @@ def check_torchrun(ground: Ground) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     log = ground.folder / "torchrun.log"
     with log.open("w") as stream:
-        agent = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+        agent = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
     deadline = time.monotonic() + PATIENCE_S
     while not (folder / "checkpoints" / "step-00000002").is_dir() and agent.poll() is None:
         assert time.monotonic() < deadline, log.read_text()
