@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -156,7 +157,9 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
         raise InputError(f"{size} ranks do not divide into nodes of {per_node}: start the same number on every node")
     timeout = datetime.timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
+        store = _store_of_this_start(timeout)
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     if sharding == "full":
         mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
@@ -164,6 +167,16 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
         shards = per_node if sharding == "hybrid" else 1
         mesh = init_device_mesh(kind, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
     return World(rank, size, here, mesh, control, saving, timeout_s)
+
+
+def _store_of_this_start(timeout: datetime.timedelta) -> dist.Store:
+    """Where the ranks find each other. torchrun keeps one store over its restarts, and a rank that reads the address of
+    one that is gone waits for ever (torch 2.13), so that each start needs keys of its own. Among nodes the counts of
+    restarts may differ: there, `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` has torchrun make a new store instead."""
+    store, _, size = next(rendezvous("env://", timeout=timeout))
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != size:
+        return store
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
