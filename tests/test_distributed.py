@@ -30,7 +30,7 @@ from castlm.export.verify import verify
 from castlm.models import load_model
 from castlm.training import sharded_export
 from castlm.training.checkpoint import checkpoint_steps
-from castlm.training.config import TrainConfig
+from castlm.training.config import TrainConfig, parse_train_arguments
 from castlm.training.data import BatchLoader
 from castlm.training.distributed import close_world, init_world, local, shard_, whole
 from castlm.training.loop import Run, train
@@ -353,6 +353,16 @@ def test_folder_that_became_read_only(gemma, text, tmp_path, monkeypatch):
         assert list(checkpoint_steps(mount / "checkpoints")) == [2]
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda f: f.stem)
+def test_recipes_are_read_and_make_the_published_batch(file):
+    from castlm.cli import _parse
+
+    config = parse_train_arguments(["--config", str(file), "--dataset", "d", "--output-dir", "o"], _parse)
+    ranks = int(file.stem.rsplit("-", 1)[1].split("x")[0])
+    assert ranks * config.per_device_train_batch_size * config.gradient_accumulation_steps == 256
+    assert config.seq_len == 4096
 
 
 # ---------------------------------------------------------------------- export
