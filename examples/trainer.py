@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
 
 import castlm
 from castlm.core.errors import InputError
@@ -30,6 +31,8 @@ def refuse_what_breaks_the_masks(args: TrainingArguments) -> None:
         )
     if args.load_best_model_at_end:
         raise InputError("load_best_model_at_end would be pruned with the masks of the last step: turn it off")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise InputError("Trainer would train in each process by itself: on a CPU, torchrun needs use_cpu=True")
     if args.max_steps < 1:
         raise InputError("set max_steps: the number of steps is part of the method")
 
@@ -72,7 +75,9 @@ class CastTrainer(Trainer):
         return self.optimizer
 
 
-def main(model_folder: str, text_file: str, output_folder: str, steps: int = 50, seq_len: int = 128) -> None:
+def main(
+    model_folder: str, text_file: str, output_folder: str, steps: int = 50, seq_len: int = 128, batch_size: int = 4
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     ids = tokenizer(Path(text_file).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
@@ -82,7 +87,8 @@ def main(model_folder: str, text_file: str, output_folder: str, steps: int = 50,
         max_steps=steps,
         learning_rate=5e-4,
         lr_scheduler_type="cosine",
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=batch_size,
+        use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
         report_to=[],
     )

@@ -35,22 +35,24 @@ def ground(tmp_path) -> SimpleNamespace:
     )
 
 
-def run_trainer(model: str, text: str, out: str) -> None:
-    example("trainer").main(model, text, out, steps=6, seq_len=32)
+def run_trainer(model: str, text: str, out: str, batch_size: int) -> None:
+    example("trainer").main(model, text, out, steps=6, seq_len=32, batch_size=batch_size)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_trainer_ends_sparse(ranks, ground, tmp_path):
-    run_ranks(run_trainer, ranks, ground.model, ground.text, str(ground.out), folder=tmp_path, timeout=120)
-    report = verify(ground.out)
-    assert report.ok
-    assert len(report.sparse_layers) == 14
-    result, dense = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (ground.out, ground.model))
-    assert result.keys() == dense.keys()
-    kept = result["model.layers.0.mlp.up_proj.weight"] != 0
-    assert not torch.equal(
-        result["model.layers.0.mlp.up_proj.weight"][kept], dense["model.layers.0.mlp.up_proj.weight"][kept]
-    )
+def test_trainer_ends_sparse_in_one_process_and_under_ddp(ground, tmp_path):
+    folders = []
+    for ranks in (1, 2):
+        folders.append(tmp_path / f"out-{ranks}")
+        arguments = (ground.model, ground.text, str(folders[-1]), 4 // ranks)
+        run_ranks(run_trainer, ranks, *arguments, folder=tmp_path, timeout=120)
+        report = verify(folders[-1])
+        assert report.ok
+        assert len(report.sparse_layers) == 14
+    one, two, dense = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (*folders, ground.model))
+    assert one.keys() == two.keys() == dense.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert not torch.equal(weight[weight != 0], dense[name][weight != 0]), f"{name} was not trained"
 
 
 def test_trainer_is_the_plain_loop(tmp_path):
@@ -108,6 +110,13 @@ def test_trainer_refuses_what_accelerate_launch_asks_for(tmp_path, monkeypatch):
     args = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="FSDP1 flattens"):
+        example("trainer").CastTrainer(tiny_model("llama"), args)
+
+
+def test_trainer_refuses_to_train_in_each_process_by_itself(tmp_path, monkeypatch):
+    args = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="each process by itself"):
         example("trainer").CastTrainer(tiny_model("llama"), args)
 
 
