@@ -7,8 +7,6 @@ process, medians and spread.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import castlm
+from benchmarks.machine import machine, proc_status, write_json
 from castlm.core.distill import OutputHead, distillation_loss
 
 ETA = 1 / 3
@@ -84,7 +82,7 @@ def measure(run: Callable[[], object], device: str) -> tuple[float, float | None
     seconds = time.perf_counter() - started
     if device == "cuda":
         return seconds, torch.cuda.max_memory_allocated() - before
-    return seconds, None if before is None else _proc_status("VmHWM") - before
+    return seconds, None if before is None else proc_status("VmHWM") - before
 
 
 def _reset_peak_rss() -> int | None:
@@ -92,12 +90,7 @@ def _reset_peak_rss() -> int | None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None  # not Linux, or not allowed
-    return _proc_status("VmRSS")
-
-
-def _proc_status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    return proc_status("VmRSS")
 
 
 def compare(tokens: int, hidden: int, vocab: int, repeats: int, device: str) -> dict[str, Any]:
@@ -164,23 +157,8 @@ def main() -> None:
     )
     rows = [compare(tokens, 576, vocab, repeats, options.device) for vocab in (49_152, 128_256)]
     show(rows)
-    if options.json:
-        record = {
-            "benchmark": "distillation",
-            "rows": rows,
-            "device": torch.cuda.get_device_name() if options.device == "cuda" else _cpu_name(),
-            "threads": torch.get_num_threads(),
-            "repeats": repeats,
-            "versions": {"castlm": castlm.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        }
-        Path(options.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    figures = {"rows": rows, "device": options.device, "repeats": repeats}
+    write_json(options.json, {"benchmark": "distillation", "machine": machine(), **figures})
 
 
 if __name__ == "__main__":

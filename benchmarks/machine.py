@@ -24,10 +24,16 @@ def machine() -> dict[str, Any]:
         "gpu": gpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "castlm": version("castlm"),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def proc_status(field: str) -> int:
+    """Bytes that Linux tells of this process, as `VmHWM` (peak) or `VmRSS`."""
+    return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith(field))
 
 
 def _lines(path: str) -> list[str]:

@@ -52,6 +52,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, float]:
     """Bytes over the baseline at the peak of the second training step, and after it. Runs in the child process."""
     import torch
 
+    from benchmarks.machine import proc_status
     from castlm.training.config import TrainConfig
     from castlm.training.distributed import init_world
     from castlm.training.loop import Run
@@ -79,19 +80,17 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, float]:
     world = init_world("cpu", "full")
     start(str(folder / "tiny"), "warm").train_step()
     gc.collect()
-    baseline = _status("RssAnon")
+    baseline = proc_status("RssAnon")
     run = start(str(folder / "model") if case["family"] else "demo", "run")
     run.train_step()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     run.train_step()
     # Pages of mapped files (libraries, safetensors) can be dropped by the kernel: they are no need of the run.
-    return {"peak": _status("VmHWM") - _status("RssFile") - baseline, "after": _status("RssAnon") - baseline}
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    return {
+        "peak": proc_status("VmHWM") - proc_status("RssFile") - baseline,
+        "after": proc_status("RssAnon") - baseline,
+    }
 
 
 def prepare(case: dict[str, Any], folder: Path) -> None:

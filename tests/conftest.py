@@ -23,3 +23,13 @@ def stories260k() -> Path:
     if not (STORIES260K / "model.safetensors").is_file():
         pytest.skip("the model stories260K is not beside the repository, at ../shared/models/stories260K")
     return STORIES260K
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> str:
+    """A file of text that every tiny tokenizer can read, long enough for a short run."""
+    from tests.tiny import TEXT
+
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    path.write_text(TEXT)
+    return str(path)

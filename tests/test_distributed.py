@@ -25,6 +25,7 @@ import castlm.training.loop as loop
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
+from castlm.core.shards import local
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
 from castlm.export.verify import verify
 from castlm.models import load_model
@@ -32,22 +33,13 @@ from castlm.training import sharded_export
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig, parse_train_arguments
 from castlm.training.data import BatchLoader
-from castlm.training.distributed import close_world, init_world, local, shard_, whole
+from castlm.training.distributed import close_world, init_world, shard_, whole
 from castlm.training.loop import Run, train
 from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.sharded import load_rows_, materialize_, open_sharded
 from tests.faults import Ground, check_hang, check_kill, check_sigterm
 from tests.ranks import run_ranks, said, start_ranks, wait_ranks
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
-
-TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("text") / "stories.txt"
-    path.write_text(TEXT)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

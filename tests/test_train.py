@@ -20,16 +20,7 @@ from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig, learning_rate, parse_train_arguments
 from castlm.training.distributed import init_world
 from castlm.training.loop import Run, train
-from tests.tiny import FAMILIES, save_tiny
-
-TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("text") / "stories.txt"
-    path.write_text(TEXT)
-    return str(path)
+from tests.tiny import FAMILIES, TEXT, save_tiny
 
 
 @pytest.fixture(scope="module")

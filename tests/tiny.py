@@ -13,6 +13,9 @@ EOS = "<|endoftext|>"
 EOS_ID = 256  # after one token for each byte
 VOCAB_SIZE = 264
 
+TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
+"""A few stories, one document."""
+
 _WIDTHS: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,

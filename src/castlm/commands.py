@@ -167,7 +167,7 @@ class PruneCommand:
     """Run Python code that comes with a hub model."""
 
     def run(self) -> int:
-        from castlm.baselines.oneshot import calibration_blocks, prune_oneshot_
+        from castlm.baselines.oneshot import calibration_blocks, calibration_length, prune_oneshot_
         from castlm.core.sparsify import sparse_linears
         from castlm.export.hf import export_model
         from castlm.files import prepare_output_dir
@@ -182,7 +182,7 @@ class PruneCommand:
         _, left_dense = sparse_linears(loaded.model, n, m)
         blocks, calibration = None, {}
         if self.method != "magnitude":
-            length = self.seq_len or min(2048, getattr(loaded.model.config, "max_position_embeddings", 2048))
+            length = self.seq_len or calibration_length(loaded.model)
             ids = token_ids(str(self.calibration), loaded.tokenizer)
             blocks = calibration_blocks(ids, self.num_sequences, length, self.seed)
             calibration = {

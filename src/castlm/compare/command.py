@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, Preset
 from castlm.compare.runs import Run, content_hash, execute, lock, with_key, zero_shot_rows
 from castlm.core.errors import InputError
+from castlm.files import read_yaml_mapping
 from castlm.training.config import TrainConfig, mapping_arguments, parse_train_arguments
 
 Parse = Callable[[type[Any], list[str], str], Any]
@@ -161,7 +160,7 @@ class Plan:
         if command.seeds < 1:
             raise InputError(f"seeds is {command.seeds}: it must be at least 1")
         self.rates = [_rate(r) for r in command.learning_rates.split(",")] if command.learning_rates else []
-        self.common = _read_mapping(command.config) if command.config else {}
+        self.common = read_yaml_mapping(command.config) if command.config else {}
         for name in ("seq_len", "per_device_train_batch_size", "eval_tokens"):
             if getattr(command, name) is not None:
                 self.common[name] = getattr(command, name)
@@ -181,7 +180,7 @@ class Plan:
         else:
             variants = {} if command.variants and not command.preset else dict(self.preset.variants)
         if command.variants:
-            for name, fields in _read_mapping(command.variants).items():
+            for name, fields in read_yaml_mapping(command.variants).items():
                 if not isinstance(fields, dict | None):
                     raise InputError(f"{command.variants}: variant {name} is no mapping: write `{name}: {{eta: 0.5}}`")
                 start = variants.get(name, {"method": name if name in known else "cast"})
@@ -284,18 +283,6 @@ def _rate(text: str) -> float:
         return float(text)
     except ValueError:
         raise InputError(f"learning rate {text!r} is no number: write --learning-rates 1e-3,3e-3") from None
-
-
-def _read_mapping(path: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}, not a mapping of names")
-    return content
 
 
 @contextmanager

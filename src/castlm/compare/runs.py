@@ -26,25 +26,8 @@ from castlm.compare.presets import ONESHOT
 from castlm.core.errors import InputError
 from castlm.files import sha256_file
 from castlm.locate import locate
+from castlm.training.config import WITHOUT_EFFECT
 
-# What a run's result does not depend on, so that it is no part of the key.
-WITHOUT_EFFECT = frozenset(
-    {
-        "output_dir",
-        "resume",
-        "overwrite",
-        "log_steps",
-        "save_steps",
-        "save_total_limit",
-        "async_save",
-        "timeout_s",
-        "prefetch",
-        "tensorboard",
-        "recipe",
-        "trust_remote_code",
-        "ignore_decay_budget",
-    }
-)
 # Fields that name a model or a text; the key has the hash of what they name.
 NAMED = ("model", "revision", "dataset", "eval_dataset", "calibration")
 

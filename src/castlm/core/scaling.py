@@ -13,6 +13,13 @@ from castlm.core.errors import InputError
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 
 
+def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """`W * A`: (out, in) by (out, groups), each factor over its block of columns. Row by row: of any rows of both."""
+    groups = scale.shape[1]  # the width is divided by hand: a rank may hold no row, and -1 then stands for anything
+    blocks = weight.view(weight.shape[0], groups, weight.shape[1] // groups)  # (1536, 576) -> (1536, 2, 288)
+    return (blocks * scale.unsqueeze(-1)).flatten(1)
+
+
 class WeightScaling(nn.Module):
     """`forward(W) = W * A` (CAST, arXiv 2509.25996, Eq. 11-12).
 
@@ -22,12 +29,10 @@ class WeightScaling(nn.Module):
 
     def __init__(self, weight: Tensor, groups: int) -> None:
         super().__init__()
-        self.groups = groups
         self.scale = nn.Parameter(torch.ones(weight.shape[0], groups, dtype=weight.dtype, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        blocks = weight.view(weight.shape[0], self.groups, -1)  # (1536, 576) -> (1536, 2, 288)
-        return (blocks * self.scale.unsqueeze(-1)).flatten(1)
+        return scale_weight(weight, self.scale)
 
 
 def add_weight_scaling(

@@ -8,22 +8,19 @@ import contextlib
 import dataclasses
 import io
 import math
-import resource
 import statistics
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from castlm.core.adams import decay_alpha
 from castlm.core.budget import DecayBudget, decay_budget
+from castlm.core.shards import local
 from castlm.core.sparsify import weight_parameter
 from castlm.training.checkpoint import checkpoint_steps, read_manifest
-from castlm.training.config import TrainConfig, learning_rate
-from castlm.training.distributed import World, local
-from castlm.training.loop import Run
+from castlm.training.config import TrainConfig
+from castlm.training.distributed import World
+from castlm.training.hardware import peak_memory
+from castlm.training.loop import Run, schedule
 
 STEPS = 20
 PLACEHOLDER_LAM = 4e-7  # of the calibration steps themselves, in which the ramp has hardly begun
@@ -80,16 +77,14 @@ def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibrat
             seconds.append(run.seconds - before)
             tokens = run.tokens - before_tokens
         rms = _momentum_rms(run)
-    peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else _peak_rss()
+    peak = peak_memory(world.device.type)
     layers = {name: LayerCalibration(rms[name], budgets[name]) for name in budgets}
     per_step = statistics.median(seconds[1:] or seconds)  # the first compiles
     return Calibration(layers, statistics.median(rms.values()), tokens / per_step, tokens, peak, len(seconds))
 
 
 def resolve_lam(config: TrainConfig, world: World) -> TrainConfig:
-    """`config` with a number for `lam: auto`: that of the checkpoint it resumes from, else calibrated."""
-    if config.lam != "auto":
-        return config
+    """`config`, whose `lam` is "auto", with a number for it: the checkpoint's it resumes from, else calibrated."""
     whole = checkpoint_steps(Path(config.output_dir) / "checkpoints") if config.resume else {}
     if whole:
         return dataclasses.replace(config, lam=read_manifest(whole[max(whole)])["config"]["lam"])
@@ -100,8 +95,7 @@ def resolve_lam(config: TrainConfig, world: World) -> TrainConfig:
 
 def _budgets(run: Run) -> dict[str, DecayBudget]:
     config = run.config
-    lrs = [learning_rate(t, config) for t in range(config.max_steps)]
-    alphas = [decay_alpha(t, config.max_steps, config.decay, config.decay_end) for t in range(config.max_steps)]
+    lrs, alphas = schedule(config)
     masks = run.method.masks()
     pairs = {name: weight_parameter(layer) for name, layer in run.method.layers.items()}
     return {
@@ -117,8 +111,3 @@ def _momentum_rms(run: Run) -> dict[str, float]:
         momentum = local(run.optimizer.state[weight_parameter(layer)]["exp_avg"])
         rms[name] = math.sqrt(float(momentum.square().mean())) / correction
     return rms
-
-
-def _peak_rss() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -6,10 +6,10 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from castlm.core.errors import InputError
+from castlm.files import read_yaml_mapping
 
 Method = Literal["cast", "ste", "srste", "ast", "gradual_magnitude", "dense"]
 
@@ -229,9 +229,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# What may differ between a run and its resumption; the split of the global batch is compared as a product.
-FREE_ON_RESUME = frozenset(
-    [
+# What the result of a run does not depend on.
+WITHOUT_EFFECT = frozenset(
+    {
         "output_dir",
         "resume",
         "overwrite",
@@ -242,18 +242,22 @@ FREE_ON_RESUME = frozenset(
         "timeout_s",
         "prefetch",
         "tensorboard",
-        "eval_steps",
-        "device",
-        "compile_optimizer",
-        "gradient_checkpointing",
-        "sharding",
         "ignore_decay_budget",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
         "recipe",
         "trust_remote_code",
-    ]
+    }
 )
+
+# What may differ between a run and its resumption; the split of the global batch is compared as a product.
+FREE_ON_RESUME = WITHOUT_EFFECT | {
+    "eval_steps",
+    "device",
+    "compile_optimizer",
+    "gradient_checkpointing",
+    "sharding",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+}
 
 
 def warmup_steps(config: TrainConfig) -> int:
@@ -270,28 +274,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def yaml_arguments(path: str) -> list[str]:
-    """A YAML file of TrainConfig's fields as command-line arguments, so that both are checked by one parser.
-
-    Raises:
-        InputError: a missing file, invalid YAML, or a file that is not a mapping.
-    """
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise InputError(f"cannot read the config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds {type(values).__name__}, not a mapping of options: write `max_steps: 300`")
-    return mapping_arguments(values)
-
-
 def mapping_arguments(values: dict[str, Any]) -> list[str]:
-    """Fields and values as command-line arguments."""
+    """Fields and values as command-line arguments, so that a YAML file and the command line are checked alike."""
     arguments: list[str] = []
     for key, value in values.items():
         option = f"--{str(key).replace('_', '-')}"
@@ -321,7 +305,7 @@ def parse_train_arguments(arguments: list[str], parse: Callable[[type[Any], list
             value = next(rest, "")
         if not value:
             raise InputError("--config needs a YAML file: castlm train --config run.yaml")
-        given = yaml_arguments(value) + given
+        given = mapping_arguments(read_yaml_mapping(value)) + given
     recipe = "castlm"
     for at, argument in enumerate(given):
         if argument == "--recipe" and at + 1 < len(given):

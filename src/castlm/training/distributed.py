@@ -199,11 +199,6 @@ def shard_(module: nn.Module, world: World) -> None:
     assert isinstance(module, FSDPModule)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as all ranks together hold it; all of them call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -46,17 +45,8 @@ def finish(run: Run) -> dict[str, Any]:
         record = export_sharded(run, finished_record(run, histogram))
         say_result(run, record)
         return record
-    record = {}
     model = gathered(run) if run.world.mesh is not None else run.model
-    if model is not None:
-        run.objective.teacher = None  # frees its memory before the result is read back
-        fold_weight_scaling(model)
-        record = write_result(run, model.cpu(), histogram)
-    if run.world.mesh is not None:
-        box = [record]
-        dist.broadcast_object_list(box, src=0)
-        record = box[0]
-    return record
+    return run.world.on_main(lambda: write_result(run, model, histogram))
 
 
 def masked_histogram(run: Run) -> dict[str, Any]:
@@ -97,7 +87,12 @@ def gathered(run: Run) -> PreTrainedModel | None:
     return model
 
 
-def write_result(run: Run, model: PreTrainedModel, histogram: dict[str, Any]) -> dict[str, Any]:
+def write_result(run: Run, model: PreTrainedModel | None, histogram: dict[str, Any]) -> dict[str, Any]:
+    """Folds the whole model, writes and proves it; on the main rank, which alone has one."""
+    assert model is not None
+    run.objective.teacher = None  # frees its memory before the result is read back
+    fold_weight_scaling(model)
+    model.cpu()
     folder = run.output_dir / "model"
     seq_len, tokenizer = run.config.seq_len, run.loaded.tokenizer
 

@@ -18,6 +18,7 @@ from castlm.core.adams import decay_alpha
 from castlm.core.budget import decay_budget
 from castlm.core.errors import InputError
 from castlm.core.pattern import parse_pattern
+from castlm.core.shards import local
 from castlm.core.sparsify import is_sparse_linear
 from castlm.files import prepare_output_dir
 from castlm.models import Loaded, check_head, load_model
@@ -39,7 +40,7 @@ from castlm.training.data import (
     text_hash,
     token_ids,
 )
-from castlm.training.distributed import DIAGNOSIS_S, World, close_world, init_world, local, shard_
+from castlm.training.distributed import DIAGNOSIS_S, World, close_world, init_world, shard_
 from castlm.training.evaluation import held_out_perplexity, mask_figures
 from castlm.training.finish import finish, read_result
 from castlm.training.hardware import autocast, can_compile, choose_precision, describe
@@ -48,6 +49,13 @@ from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.selfcheck import SelfCheck, masked_samples
 from castlm.training.sharded import Checkpoint, load_rows_, materialize_, open_sharded
 from castlm.training.telemetry import Telemetry, warn
+
+
+def schedule(config: TrainConfig) -> tuple[list[float], list[float]]:
+    """The learning rate and the ramp of the decay at each step of a run."""
+    steps = range(config.max_steps)
+    alphas = [decay_alpha(t, config.max_steps, config.decay, config.decay_end) for t in steps]
+    return [learning_rate(t, config) for t in steps], alphas
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -232,11 +240,8 @@ class Run:
         if not self.method.decays or config.decay == "none":
             self.budget = None
             return
-        steps = range(config.max_steps)
-        lrs = [learning_rate(t, config) for t in steps]
-        alphas = [decay_alpha(t, config.max_steps, config.decay, config.decay_end) for t in steps]
         weights = masked_samples(self.local_masks(), self.world)
-        self.budget = decay_budget(weights, lrs, alphas, config.decay)
+        self.budget = decay_budget(weights, *schedule(config), config.decay)
         if not self.budget.reaches_zero and not config.ignore_decay_budget:
             raise InputError(f"{self.budget.explain()} (ignore_decay_budget runs it all the same)")
 
@@ -253,7 +258,7 @@ class Run:
         for reason, names in by_reason.items():
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             say(f"left dense: {shown} ({reason})")
-        sparse = sum(mask.numel() for mask in self.method.masks().values())
+        sparse = sum(layer.out_features * layer.in_features for layer in self.method.layers.values())
         total = sum(p.numel() for p in self.model.parameters())
         say(f"{config.method}: {sparse:,} of {total:,} weights in {len(self.method.layers)} layers, {config.pattern}")
         if self.budget is not None:
@@ -356,7 +361,7 @@ class Run:
         if masks:
             with pruned(masks):
                 values["prune_now_ppl"] = self.perplexity()
-            initial = [local(self.initial_masks[self.names[p]]) for p in self.method.masks()]
+            initial = [local(mask) for mask in self.initial_masks.values()]  # in the order of `masks`
             values |= mask_figures(masks, initial, self.method.flips(), self.world)
         self.figures[str(self.step)] = values
         self.telemetry.evaluated(self.step, values)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.adams import AdamS
+from castlm.core.shards import local
 from castlm.core.sparsify import weight_parameter
-from castlm.training.distributed import World, local, own_rows, whole
+from castlm.training.distributed import World, own_rows, whole
 
 _ROWS = 1024  # sorted at once
 

@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from castlm.core.shards import local
 from castlm.layout import stored_transposed
 from castlm.models import OLD_BUFFERS, Loaded, linearize_conv1d_, open_model
-from castlm.training.distributed import World, local, own_rows
+from castlm.training.distributed import World, own_rows
 
 _PARAMETRIZED = re.compile(r"\.parametrizations\.weight\.original$")
 

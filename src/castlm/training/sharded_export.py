@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from castlm.core.errors import InputError
+from castlm.core.scaling import scale_weight
+from castlm.core.shards import local
 from castlm.export.hf import EVAL_TOLERANCE, new_manifest, prove_pattern, rejected, write_record
 from castlm.export.verify import verify
 from castlm.files import atomic_dir, atomic_write_json, is_disk_full
 from castlm.layout import stored_transposed
-from castlm.training.distributed import local, shard_, whole
+from castlm.training.distributed import shard_, whole
 from castlm.training.evaluation import held_out_perplexity
 from castlm.training.objective import Objective
 from castlm.training.sharded import load_rows_, materialize_, open_sharded
@@ -75,14 +77,6 @@ def folded_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | Non
             yield f"{name}.{leaf}", parameter, None
 
 
-def fold(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """`WeightScaling.forward` on the same rows of both: equal in bits, whatever part of the rows they are."""
-    if scale is None:
-        return weight
-    groups = scale.shape[1]
-    return (weight.view(len(weight), groups, weight.shape[1] // groups) * scale.unsqueeze(-1)).flatten(1)
-
-
 @torch.no_grad()
 def _write_weights(run: Run, folder: Path) -> str | None:
     """What went wrong, on the main rank; it goes on gathering all the same, for the other ranks wait for it."""
@@ -98,7 +92,7 @@ def _write_weights(run: Run, folder: Path) -> str | None:
         held: dict[str, Tensor] = {}
         for name in names:
             weight, scale = weights[name]
-            tensor = fold(whole(weight), None if scale is None else whole(scale))
+            tensor = whole(weight) if scale is None else scale_weight(whole(weight), whole(scale))
             if run.world.is_main and failure is None:
                 transposed = stored_transposed(run.model.config.model_type, name)
                 held[name] = (tensor.T if transposed else tensor).contiguous().cpu()
@@ -169,8 +163,8 @@ def _prove_again(run: Run, folder: Path) -> tuple[str | None, dict[str, Any]]:
     theirs = dict(model.named_parameters(remove_duplicate=False))
     different, ours = None, list(folded_weights(run.model))
     for name, weight, scale in ours:
-        expected = fold(local(weight), None if scale is None else local(scale)).contiguous()
-        if not torch.equal(expected.view(torch.int32), local(theirs[name]).contiguous().view(torch.int32)):
+        expected = local(weight) if scale is None else scale_weight(local(weight), local(scale))
+        if not torch.equal(expected.contiguous().view(torch.int32), local(theirs[name]).contiguous().view(torch.int32)):
             different = f"{name} comes back from disk with other values"
     different = next((failure for failure in run.world.gather(different) if failure), None)
     options: dict[str, Any] = {"seq_len": run.config.seq_len, "batch": 1, "precision": "fp32", "world": run.world}
