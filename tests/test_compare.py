@@ -144,12 +144,27 @@ def test_best_rate_is_tried_with_one_seed_and_used_with_all(files, tmp_path, in_
     assert len(in_process) == 6  # two trials and one more seed, of cast and of the control
     trials = {t["learning_rate"]: t for t in table["trials"] if t["variant"] == "cast"}
     best = min(trials.values(), key=lambda t: t["perplexity"])
-    assert best["chosen"]
-    assert sum(t["chosen"] for t in trials.values()) == 1
+    assert best["in_table"]
+    assert sum(t["in_table"] for t in trials.values()) == 1
     row = table["rows"][0]
     assert row["learning_rate"] == best["learning_rate"]
     assert row["seeds"] == [0, 1]
     assert row["pruned"]["values"][0] == pytest.approx(best["perplexity"])
+
+
+def test_rates_are_chosen_on_the_tuning_text(files, tmp_path, in_process):
+    tuning = tmp_path / "tuning.txt"
+    tuning.write_text("a text of its own, for the choice of the rate\n" * 20)
+    asked = {"methods": "cast", "learning_rates": "1e-4,2e-2", "seeds": 2, "tuning_dataset": str(tuning)}
+    _, table = compare(files, tmp_path, **asked)
+    assert len(in_process) == 8  # two trials and two seeds, of cast and of the control
+    trials = [t for t in table["trials"] if t["variant"] == "cast" and t["text"] == str(tuning)]
+    row = table["rows"][0]
+    assert row["learning_rate"] == min(trials, key=lambda t: t["perplexity"])["learning_rate"]
+    assert row["seeds"] == [0, 1]
+    assert row["pruned"]["values"][0] not in [t["perplexity"] for t in trials]
+    assert table["stamp"]["text"] == files["eval_dataset"]
+    assert f"by that of {tuning}" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_killed_run_is_resumed(files, tmp_path, in_process, monkeypatch):
@@ -234,6 +249,7 @@ def test_presets_can_be_planned(name, files, tmp_path):
         ({"budget_tokens": 63}, "less than one step of 64"),
         ({"seeds": 0}, "seeds is 0"),
         ({"learning_rates": "1e-3,fast"}, "'fast' is no number"),
+        ({"tuning_dataset": "x.txt"}, "give --learning-rates"),
         ({"variants": "nowhere.yaml"}, "cannot read nowhere.yaml"),
         ({"dataset": "nowhere.txt"}, "nowhere.txt"),
         ({"model": "no where"}, "no where"),

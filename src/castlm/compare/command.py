@@ -83,6 +83,9 @@ class CompareCommand:
     learning_rates: str | None = None
     """Rates, with commas: each variant that fixes none tries them with seed 0 and goes on with its best."""
 
+    tuning_dataset: str | None = None
+    """Text by whose perplexity rates are chosen, so that none is chosen on `eval_dataset`."""
+
     seq_len: int | None = None
     """Tokens per sequence, in training and evaluation."""
 
@@ -160,6 +163,8 @@ class Plan:
         if command.seeds < 1:
             raise InputError(f"seeds is {command.seeds}: it must be at least 1")
         self.rates = [_rate(r) for r in command.learning_rates.split(",")] if command.learning_rates else []
+        if command.tuning_dataset and not self.rates:
+            raise InputError("tuning_dataset chooses between learning rates: give --learning-rates 1e-4,3e-4")
         self.common = read_yaml_mapping(command.config) if command.config else {}
         for name in ("seq_len", "per_device_train_batch_size", "eval_tokens"):
             if getattr(command, name) is not None:
@@ -196,6 +201,8 @@ class Plan:
         column = self.common.get("column", "text")
         texts = {"dataset": command.dataset, "eval_dataset": command.eval_dataset}
         texts["calibration"] = command.calibration or command.dataset
+        if command.tuning_dataset:
+            texts["tuning_dataset"] = command.tuning_dataset
         hub = {"split": self.common.get("dataset_split", "train"), "data_config": self.common.get("dataset_config")}
         digests = {
             name: open_documents(text, column=column, **(hub if text == command.dataset else {})).text_hash()
@@ -211,12 +218,18 @@ class Plan:
 
     @property
     def num_runs(self) -> int:
-        return sum(
-            len(self.budgets(name)) * (self.command.seeds + len(self._rates_of(name)) - 1)
-            if fields["method"] != "magnitude"
-            else 1
-            for name, fields in self.variants.items()
-        )
+        def of_a_budget(name: str) -> int:
+            trials = len(self._rates_of(name))
+            return self._num_seeds(name) + (trials if self._is_tuned(name) else trials - 1)
+
+        return sum(len(self.budgets(name)) * of_a_budget(name) for name in self.variants)
+
+    def _num_seeds(self, name: str) -> int:
+        return 1 if self.variants[name]["method"] == "magnitude" else self.command.seeds
+
+    def _is_tuned(self, name: str) -> bool:
+        """Whether its rates are tried on a text of their own."""
+        return self.command.tuning_dataset is not None and self._rates_of(name) != [None]
 
     def _rates_of(self, name: str) -> list[float | None]:
         fields = self.variants[name]
@@ -224,13 +237,16 @@ class Plan:
         return [None] if fixed else list(self.rates)
 
     def settle(self, name: str, tokens: int, root: Path, descriptor: int) -> list[Result]:
-        """The runs of a variant at a budget: seed 0 at each rate, then the other seeds at the best of them."""
-        candidates = [self._execute(self.make(name, tokens, 0, r), root, descriptor) for r in self._rates_of(name)]
+        """The runs of a variant at a budget: seed 0 at each rate, then the other seeds at the best of them; where there
+        is a tuning text, seed 0 too once more, measured on the evaluation text."""
+        tuned = self._is_tuned(name)
+        runs = [self.make(name, tokens, 0, rate, tuning=tuned) for rate in self._rates_of(name)]
+        candidates = [self._execute(run, root, descriptor) for run in runs]
         best = min(candidates, key=lambda result: result.perplexity)
         for candidate in candidates:
-            candidate.trial = candidate is not best
+            candidate.trial = tuned or candidate is not best
         rate = best.run.config.get("learning_rate")
-        seeds = range(1, 1 if best.run.config["method"] == "magnitude" else self.command.seeds)
+        seeds = range(0 if tuned else 1, self._num_seeds(name))
         return candidates + [self._execute(self.make(name, tokens, s, rate), root, descriptor) for s in seeds]
 
     def _execute(self, run: Run, root: Path, descriptor: int) -> Result:
@@ -240,11 +256,14 @@ class Plan:
         print(f"  {record.get('error', f'perplexity {result.perplexity:.3f}')}", file=sys.stderr, flush=True)
         return result
 
-    def make(self, name: str, tokens: int, seed: int, rate: float | None) -> Run:
+    def make(self, name: str, tokens: int, seed: int, rate: float | None, *, tuning: bool = False) -> Run:
         """The run of a variant; `rate` None leaves the learning rate as the fields have it."""
         fields = {**self.common, **self.variants[name]}
-        command = self.command
+        command, hashes = self.command, self.hashes
         named = {"model": command.model, "eval_dataset": command.eval_dataset, "seed": seed}
+        if tuning:
+            named["eval_dataset"] = command.tuning_dataset
+            hashes = {**hashes, "eval_dataset": hashes["tuning_dataset"]}
         if fields["method"] in ONESHOT:
             return self._make_oneshot(name, fields, named)
         fields |= {**named, "dataset": command.dataset, "output_dir": "", "tensorboard": False}
@@ -260,7 +279,7 @@ class Plan:
         config.save_steps = fields.get("save_steps", max(1, steps // 4))
         config.save_total_limit = 1
         content = {k: v for k, v in config.as_dict().items() if k not in ("output_dir", "resume", "overwrite")}
-        return with_key(Run(name, steps * batch, content), self.hashes)
+        return with_key(Run(name, steps * batch, content), hashes)
 
     def _make_oneshot(self, name: str, fields: dict[str, Any], named: dict[str, Any]) -> Run:
         # the fields alone, not the class: it stands beside torch, and planning does without

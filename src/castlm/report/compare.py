@@ -141,7 +141,7 @@ def untouched_perplexity(results: list[Result]) -> float | None:
 
 def stamp(results: list[Result]) -> dict[str, Any]:
     """What all figures were measured on: text, context, tokenizer, versions, machine, date."""
-    record = next((r.record for r in results if "measured" in r.record), {})
+    record = next((r.record for r in results if "measured" in r.record and not r.trial), {})
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -162,7 +162,8 @@ def stamp(results: list[Result]) -> dict[str, Any]:
 
 def explain(facts: dict[str, Any], results: list[Result]) -> list[str]:
     """The lines under the table: what its figures were measured on, and how to read them."""
-    untouched = untouched_perplexity(results)
+    final = [r for r in results if not r.trial]
+    untouched = untouched_perplexity(final)
     lines = [
         f"Perplexity on {facts.get('num_tokens', 0):,} tokens of {facts.get('text')} (sha256 "
         f"{str(facts.get('text_sha256'))[:16]}), context {facts.get('seq_len')}, stride {facts.get('stride')}, "
@@ -172,10 +173,10 @@ def explain(facts: dict[str, Any], results: list[Result]) -> list[str]:
         f"{facts['threads']} threads a run, {', '.join(facts['devices'])}; {facts['date']}.",
         "Mean ± sample standard deviation over seeds. The flip rate is of one mask refresh, at the end.",
     ]
-    if any(r.trial for r in results):
-        lines.append(
-            "Learning rates were chosen with seed 0, by the perplexity shown, of equally many for each variant."
-        )
+    if trials := [r for r in results if r.trial]:
+        text = trials[0].run.config["eval_dataset"]
+        by = "the perplexity shown" if any(r.run.config["eval_dataset"] == text for r in final) else f"that of {text}"
+        lines.append(f"Learning rates were chosen with seed 0, by {by}, of equally many for each variant.")
     return lines
 
 
@@ -239,12 +240,12 @@ def write_report(
             "question": preset.question,
             "command": command,
             "stamp": facts,
-            "untouched": untouched_perplexity(results),
+            "untouched": untouched_perplexity([r for r in results if not r.trial]),
             "untouched_zero_shot": list(untouched),
             "rows": [_plain(row) for row in rows],
             "trials": [
                 {"variant": r.run.variant, "tokens": r.run.tokens, "learning_rate": r.run.config["learning_rate"]}
-                | {"perplexity": r.perplexity, "chosen": not r.trial}
+                | {"perplexity": r.perplexity, "text": r.run.config["eval_dataset"], "in_table": not r.trial}
                 for r in results
                 if r.run.tokens and r.run.seed == 0 and any(o.trial and o.run.variant == r.run.variant for o in results)
             ],
