@@ -20,10 +20,11 @@ def sign(x: float) -> float:
 class ReferenceAdamS:
     """Alg. 1 and Eq. 7-8 of arXiv 2509.25996, and "horizon", on a matrix given as a list of rows."""
 
-    def __init__(self, rows, n, m, *, lr, betas, eps, lam, total_steps, mask_interval, decay, decay_end):
+    def __init__(self, rows, n, m, *, lr, betas, eps, lam, total_steps, mask_interval, decay, decay_end, second_moment):
         self.w = [list(map(float, row)) for row in rows]
         self.n, self.m, self.lr, self.betas, self.eps, self.lam = n, m, lr, betas, eps, lam
         self.total_steps, self.mask_interval, self.decay, self.decay_end = total_steps, mask_interval, decay, decay_end
+        self.second_moment = second_moment
         self.mu = [[0.0] * len(row) for row in self.w]
         self.v = [[0.0] * len(row) for row in self.w]
         self.mask = None
@@ -57,7 +58,7 @@ class ReferenceAdamS:
                     mix = (1 - a) * mu
                 else:
                     mix = mu
-                v = b2 * self.v[i][j] + (1 - b2) * mix**2
+                v = b2 * self.v[i][j] + (1 - b2) * (g if self.second_moment == "gradient" else mix) ** 2
                 mu_hat = mix / (1 - b1 ** (t + 1))
                 v_hat = v / (1 - b2 ** (t + 1))
                 w = w - self.lr * mu_hat / (math.sqrt(v_hat) + self.eps)

@@ -24,12 +24,15 @@ def run(optimizer, param, grads):
         optimizer.step()
 
 
-@pytest.mark.parametrize("decay", DECAYS)
+RULES = [*((decay, "mix") for decay in DECAYS), ("horizon", "gradient"), ("none", "gradient")]
+
+
+@pytest.mark.parametrize(("decay", "second_moment"), RULES)
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
-def test_fifty_steps_equal_the_equations(decay, n, m):
+def test_fifty_steps_equal_the_equations(decay, second_moment, n, m):
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(6, 16))
-    rest = {"mask_interval": 7, "decay": decay, "decay_end": 0.6}
+    rest = {"mask_interval": 7, "decay": decay, "decay_end": 0.6, "second_moment": second_moment}
     reference = ReferenceAdamS(weight.tolist(), n, m, **HYPER, **rest)
     optimizer = AdamS(sparse_group(weight, n=n, m=m), **HYPER, **rest)
     for t in range(50):
@@ -46,7 +49,7 @@ def test_fifty_steps_equal_the_equations(decay, n, m):
 def test_fp64_steps_equal_the_equations_tightly():
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(6, 16, dtype=torch.float64))
-    rest = {"mask_interval": 10, "decay": "proportional", "decay_end": 0.5}
+    rest = {"mask_interval": 10, "decay": "proportional", "decay_end": 0.5, "second_moment": "mix"}
     reference = ReferenceAdamS(weight.tolist(), 2, 4, **HYPER, **rest)
     optimizer = AdamS(sparse_group(weight), **HYPER, **rest)
     for _ in range(50):
@@ -76,7 +79,7 @@ def test_alpha_zero_is_adam_with_v_from_mu():
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(4, 8))
     start, b1, b2 = weight.detach().clone(), 0.9, 0.95
-    optimizer = AdamS(sparse_group(weight), lr=1e-2, betas=(b1, b2), total_steps=10, decay="none")
+    optimizer = AdamS(sparse_group(weight), lr=1e-2, betas=(b1, b2), total_steps=10, decay="none", second_moment="mix")
     grads = [torch.randn(4, 8) for _ in range(10)]
     run(optimizer, weight, grads)
     w, mu, v = start, torch.zeros(4, 8), torch.zeros(4, 8)
@@ -85,6 +88,20 @@ def test_alpha_zero_is_adam_with_v_from_mu():
         v = torch.lerp(mu.square(), v, b2)
         w = w - 1e-2 * (mu / (1 - b1 ** (t + 1))) / ((v / (1 - b2 ** (t + 1))).sqrt() + 1e-8)
     torch.testing.assert_close(weight.data, w, rtol=1e-5, atol=1e-6)
+
+
+def test_kept_weights_of_the_gradient_rule_are_torch_adam():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 8))
+    theirs = copy.deepcopy(weight)
+    optimizer = AdamS(sparse_group(weight), lr=1e-3, total_steps=10, mask_interval=100)
+    adam = torch.optim.Adam([theirs], lr=1e-3)
+    for grad in torch.randn(10, 4, 8):
+        run(optimizer, weight, [grad])
+        run(adam, theirs, [grad])
+    kept = optimizer.mask(weight)
+    torch.testing.assert_close(weight[kept], theirs[kept], rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(weight[~kept], theirs[~kept], atol=1e-2)
 
 
 @pytest.mark.parametrize("lam", [0.0, 10.0])

@@ -78,6 +78,7 @@ class Retraining:
             mask_interval=config.mask_interval,
             decay=config.decay,
             decay_end=config.decay_end,
+            second_moment=config.second_moment,
             compile=compile,
         )
         return self.optimizer

@@ -27,11 +27,12 @@ from castlm.core.masks import (
 from castlm.core.shards import check_sparse_parameter, flat, like_rows, local
 
 DECAYS = ("horizon", "proportional", "additive", "none")
+SECOND_MOMENTS = ("gradient", "mix")
 _SMALL = 65_536  # dense tensors below this many weights are updated as one
 _CALL = 8  # tensors of one size that one call of the compiled update takes
 
 Columns = list[list[Tensor]]  # weights, gradients, first and second moments of some parameters, each tensor (numel,)
-EXACT_ON_RESUME = ("sparse", "n", "m", "total_steps", "mask_interval", "decay", "decay_end")
+EXACT_ON_RESUME = ("sparse", "n", "m", "total_steps", "mask_interval", "decay", "decay_end", "second_moment")
 
 
 def decay_alpha(step: int, total_steps: int, decay: str, decay_end: float = 0.5) -> float:
@@ -44,11 +45,18 @@ def decay_alpha(step: int, total_steps: int, decay: str, decay_end: float = 0.5)
 
 
 def adams_update(
-    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, mask: Tensor | None, hyper: Tensor, decay: str
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    mask: Tensor | None,
+    hyper: Tensor,
+    decay: str,
+    second_moment: str = "mix",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One AdamS step on plain tensors of one shape and dtype; plain Adam where `mask` is None.
 
-    CAST, arXiv 2509.25996, Alg. 1 and Eq. 7-8, and our `"horizon"`.
+    CAST, arXiv 2509.25996, Alg. 1 and Eq. 7-8, and our `"horizon"` and `"gradient"`.
 
     Args:
         mask: uint8, not 0 = kept, or bool.
@@ -57,7 +65,7 @@ def adams_update(
 
     Returns:
         The new `weight`, `exp_avg` (of the raw gradient, always) and `exp_avg_sq` (of the mix, kept weights too; of the
-        raw gradient where `mask` is None).
+        raw gradient where `mask` is None or `second_moment` is `"gradient"`).
     """
     step_size, beta1, one_less_beta1, beta2, one_less_beta2, eps, pull, keep, remaining, inverse_root = hyper.unbind()
     exp_avg = exp_avg * beta1 + grad * one_less_beta1
@@ -68,7 +76,7 @@ def adams_update(
         if decay != "horizon":
             masked_mix = masked_mix + pull * weight.sign()
         mix = torch.where(kept, mix, masked_mix)
-    squared = grad if mask is None else mix
+    squared = mix if mask is not None and second_moment == "mix" else grad
     exp_avg_sq = exp_avg_sq * beta2 + squared.square() * one_less_beta2
     weight = weight - step_size * mix / (exp_avg_sq.sqrt() * inverse_root + eps)
     if mask is not None and decay == "horizon":
@@ -93,16 +101,16 @@ def hyperparameters(group: dict[str, Any], step: int) -> list[float]:
     return [step_size, *betas, group["eps"], alpha * group["lam"], 1 - alpha, remaining, inverse_root]
 
 
-def _update_(columns: Columns, masks: Sequence[Tensor | None], hyper: Tensor, decay: str) -> None:
+def _update_(columns: Columns, masks: Sequence[Tensor | None], hyper: Tensor, decay: str, second_moment: str) -> None:
     for weight, grad, exp_avg, exp_avg_sq, mask in zip(*columns, masks):
-        new = adams_update(weight, grad, exp_avg, exp_avg_sq, mask, hyper, decay)
+        new = adams_update(weight, grad, exp_avg, exp_avg_sq, mask, hyper, decay, second_moment)
         weight.copy_(new[0])
         exp_avg.copy_(new[1])
         exp_avg_sq.copy_(new[2])
 
 
-def _update_packed_(columns: Columns, packed: Sequence[Tensor], hyper: Tensor, decay: str) -> None:
-    _update_(columns, [packed_to_bytes(bits) for bits in packed], hyper, decay)
+def _update_packed_(columns: Columns, packed: Sequence[Tensor], hyper: Tensor, decay: str, second_moment: str) -> None:
+    _update_(columns, [packed_to_bytes(bits) for bits in packed], hyper, decay, second_moment)
 
 
 def _calls(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -129,7 +137,8 @@ class AdamS(Optimizer):
         mix_t = (1 - a_t) mu_t + a_t lam sign(W_{t-1})        where masked, decay="proportional" (the paper's)
         mix_t = mu_t + a_t lam sign(W_{t-1})                  where masked, decay="additive" (its ablation)
         mix_t = (1 - a_t) mu_t                                where masked, decay="horizon" (ours)
-        v_t   = b2 v_{t-1} + (1 - b2) mix_t^2
+        v_t   = b2 v_{t-1} + (1 - b2) mix_t^2                 second_moment="mix" (the paper's)
+        v_t   = b2 v_{t-1} + (1 - b2) g_t^2                   second_moment="gradient" (ours)
         W_t   = W_{t-1} - lr (mix_t / (1 - b1^(t+1))) / (sqrt(v_t / (1 - b2^(t+1))) + eps)
         W_t   = W_t (1 - a_{t+1}) / (1 - a_t)                 where masked, decay="horizon", in which
                                                               a_t = min(1, t / (decay_end T))
@@ -137,6 +146,10 @@ class AdamS(Optimizer):
     `"horizon"` brings a masked weight to exactly zero whatever `lr` and `lam` are; `"none"` tracks the mask and decays
     nothing. The mask is taken anew from `|W|` at the top of every `mask_interval`-th step. Parameter groups without
     `"sparse": True` get plain Adam.
+
+    The square of the momentum lags behind the momentum: with `"mix"` the first step is `1 / (1 - b1)` times `lr`, and
+    all are larger than Adam's at the same rate. With `"gradient"` a rate means what it does in Adam, but a `lam` would
+    be lost beside the gradient.
 
     Args:
         params: parameters, or groups; a group with `"sparse": True` is sparse with its `"n"` and `"m"` (2 and 4 when
@@ -149,6 +162,7 @@ class AdamS(Optimizer):
         mask_interval: steps between two refreshes of the masks (`T1`).
         decay: `"horizon"`, `"proportional"`, `"additive"` or `"none"`.
         decay_end: share of `T` after which `"horizon"` has every masked weight at zero, 0 < decay_end <= 1.
+        second_moment: `"gradient"`, for `"horizon"` and `"none"` only, or `"mix"`; None takes the former where it can.
         compile: run the update and the refresh through `torch.compile`: one pass over memory, one compilation.
 
     State of a sparse parameter (out, in): `step` () float32, `exp_avg` and `exp_avg_sq` like the parameter, `mask`
@@ -180,9 +194,12 @@ class AdamS(Optimizer):
         mask_interval: int = 10,
         decay: str = "horizon",
         decay_end: float = 0.5,
+        second_moment: str | None = None,
         *,
         compile: bool = False,
     ) -> None:
+        by_itself = decay in ("horizon", "none")  # reaches zero, or nothing, whatever lam is
+        second_moment = second_moment or ("gradient" if by_itself else "mix")
         for name, value, right, remedy in (
             ("lr", lr, lr >= 0, ">= 0"),
             ("betas", betas, all(0 <= b < 1 for b in betas), "in [0, 1)"),
@@ -192,6 +209,8 @@ class AdamS(Optimizer):
             ("mask_interval", mask_interval, mask_interval >= 1, "at least 1"),
             ("decay", decay, decay in DECAYS, f"one of {', '.join(DECAYS)}"),
             ("decay_end", decay_end, 0 < decay_end <= 1, "in (0, 1]"),
+            ("second_moment", second_moment, second_moment in SECOND_MOMENTS, f"one of {', '.join(SECOND_MOMENTS)}"),
+            ("second_moment", second_moment, second_moment != "gradient" or by_itself, f"mix with decay {decay!r}"),
         ):
             if not right:
                 raise InputError(f"AdamS: {name} = {value!r} is out of range: it must be {remedy}")
@@ -206,6 +225,7 @@ class AdamS(Optimizer):
             "mask_interval": mask_interval,
             "decay": decay,
             "decay_end": decay_end,
+            "second_moment": second_moment,
             "sparse": False,
             "n": 2,
             "m": 4,
@@ -298,7 +318,7 @@ class AdamS(Optimizer):
             hyper = torch.tensor(hyperparameters(group, step), dtype=dtype, device=device)
             here = [p for p in params if local(p).numel()]  # a rank may hold no row of one
             if group["sparse"]:
-                self._update_sparse(here, hyper, group["decay"])
+                self._update_sparse(here, hyper, group["decay"], group["second_moment"])
             else:
                 self._update_dense(here, hyper)
             torch._foreach_add_([self.state[param]["step"] for param in params], 1)
@@ -309,22 +329,22 @@ class AdamS(Optimizer):
         moments = [[flat(self.state[p][key]) for p in params] for key in ("exp_avg", "exp_avg_sq")]
         return [[flat(p) for p in params], grads, *moments]
 
-    def _update_sparse(self, params: Sequence[Tensor], hyper: Tensor, decay: str) -> None:
+    def _update_sparse(self, params: Sequence[Tensor], hyper: Tensor, *rule: str) -> None:
         for some in _calls(params):
             if all(p.shape[1] % 8 == 0 for p in some):
                 packed = [flat(self.state[p]["mask"]) for p in some]
-                self._run(_update_packed_, self._columns(some), packed, hyper, decay)
+                self._run(_update_packed_, self._columns(some), packed, hyper, *rule)
             else:
                 masks = [flat(local(self.mask(p)).view(torch.uint8)) for p in some]
-                self._run(_update_, self._columns(some), masks, hyper, decay)
+                self._run(_update_, self._columns(some), masks, hyper, *rule)
 
     def _update_dense(self, params: Sequence[Tensor], hyper: Tensor) -> None:
         for some in _calls([p for p in params if local(p).numel() >= _SMALL]):
-            self._run(_update_, self._columns(some), [None] * len(some), hyper, "none")
+            self._run(_update_, self._columns(some), [None] * len(some), hyper, "none", "gradient")
         small = self._columns([p for p in params if local(p).numel() < _SMALL])
         if small[0]:
             together = [torch.cat(column) for column in small]
-            self._run(_update_, [[tensor] for tensor in together], [None], hyper, "none")
+            self._run(_update_, [[tensor] for tensor in together], [None], hyper, "none", "gradient")
             sizes = [weight.numel() for weight in small[0]]
             for i in (0, 2, 3):
                 torch._foreach_copy_(small[i], torch.split(together[i], sizes))

@@ -57,6 +57,9 @@ class TrainConfig:
     decay_end: float = 0.5
     """Share of max_steps after which "horizon" has every masked weight at zero."""
 
+    second_moment: Literal["gradient", "mix"] | None = None
+    """What AdamS squares for its second moment: mix is the paper's; by default gradient, as Adam, where it can be."""
+
     lam: float | Literal["auto"] = 4e-7
     """Decay coefficient of "proportional" and "additive", of the order of the gradient; auto measures that first."""
 
@@ -215,6 +218,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # arXiv 2509.25996, Table XI; schedule, warm-up, betas and clipping are not given there
     "paper": {
         "decay": "proportional",
+        "second_moment": "mix",
         "learning_rate": 2e-5,
         "lam": 4e-7,
         "mask_interval": 10,
