@@ -155,6 +155,18 @@ def test_a_mask_is_a_bit_a_weight_and_can_be_set():
     assert torch.equal(optimizer.masks()[weight], other)
 
 
+def test_a_mask_that_was_set_stays_without_an_interval():
+    weight = nn.Parameter(torch.randn(4, 8))
+    optimizer = AdamS(sparse_group(weight), total_steps=10, mask_interval=0)
+    mask = ~nm_mask(weight)
+    optimizer.set_mask(weight, mask)
+    for _ in range(10):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    assert torch.equal(optimizer.mask(weight), mask)
+    assert torch.equal(weight != 0, mask)
+
+
 def test_state_dict_resumes_bitwise_with_an_old_mask():
     torch.manual_seed(0)
     grads = [torch.randn(4, 8) for _ in range(20)]

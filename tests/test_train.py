@@ -13,11 +13,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from castlm.baselines.oneshot import calibration_blocks, prune_oneshot_
 from castlm.cli import main
 from castlm.core.errors import InputError
+from castlm.core.sparsify import weight_parameter
 from castlm.export.verify import verify
+from castlm.models import load_model
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig, learning_rate, parse_train_arguments
+from castlm.training.data import token_ids
 from castlm.training.distributed import init_world
 from castlm.training.loop import Run, train
 from tests.tiny import FAMILIES, TEXT, save_tiny
@@ -101,9 +105,18 @@ def stop_after(monkeypatch, step):
     monkeypatch.setattr(Run, "train_step", train_step)
 
 
-@pytest.mark.parametrize("method", ["cast", "ast", "gradual_magnitude", "dense"])
-def test_resumed_run_is_the_straight_run_bit_for_bit(method, llama, text, tmp_path, monkeypatch):
-    straight = small(llama, text, tmp_path / "straight", method=method, save_steps=5)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "cast"},
+        {"method": "cast", "initial_mask": "sparsegpt", "calibration_sequences": 4},
+        {"method": "ast"},
+        {"method": "gradual_magnitude"},
+        {"method": "dense"},
+    ],
+)
+def test_resumed_run_is_the_straight_run_bit_for_bit(fields, llama, text, tmp_path, monkeypatch):
+    straight = small(llama, text, tmp_path / "straight", **fields, save_steps=5)
     train(straight)
     killed = replace(straight, output_dir=str(tmp_path / "killed"))
     with monkeypatch.context() as patch:
@@ -239,6 +252,24 @@ def test_prune_now_leaves_the_weights_as_they_were(llama, text, tmp_path):
         assert torch.equal(p, before[name]), name
 
 
+@pytest.mark.parametrize("initial", ["wanda", "sparsegpt"])
+def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, llama, text, tmp_path):
+    config = small(llama, text, tmp_path / "run", initial_mask=initial, calibration_sequences=4)
+    run = Run(config, init_world("cpu", "full"))
+    loaded = load_model(llama)
+    ids = token_ids(run.documents, loaded.tokenizer, limit=16 * 4 * 32)
+    prune_oneshot_(loaded.model, initial, calibration=calibration_blocks(ids, 4, 32, seed=0))
+    masks = run.optimizer.masks()
+    for name, layer in run.method.layers.items():
+        pruned, weight = loaded.model.get_submodule(name).weight, weight_parameter(layer)
+        assert torch.equal(masks[weight], pruned != 0), name
+        assert torch.equal(weight[masks[weight]], pruned[pruned != 0]), name
+        assert weight[~masks[weight]].abs().max() > 0, name
+    record = train(replace(config, overwrite=True))
+    assert record["mask"]["initial_flip_rate"] == 0
+    assert record["mask"]["largest_masked"] == 0
+
+
 def test_schedule():
     config = TrainConfig("m", "d", "o", max_steps=100, learning_rate=1.0, warmup_ratio=0.1, min_lr_ratio=0.1)
     rates = [learning_rate(t, config) for t in range(101)]
@@ -265,6 +296,7 @@ BAD = {
     "pattern 0:4": (["--pattern", "0:4"], "0:4"),
     "not a number": (["--max-steps", "x"], "max-steps"),
     "out of range": (["--eta", "4"], "eta = 4"),
+    "no part of a rival": (["--method", "ste", "--initial-mask", "wanda"], "initial_mask wanda"),
     "too long": (["--seq-len", "4096"], "seq_len 4096"),
     "no checkpoint": (["--resume"], "no whole checkpoint"),
     "bad config": (["--config", "/nowhere.yaml"], "/nowhere.yaml"),

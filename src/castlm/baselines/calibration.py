@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
 
+# So many times what the windows hold is tokenized: enough to draw from, without reading all of a long text.
+CALIBRATION_POOL = 16
+
 # Tokens a forward pass: short windows go together, as below some 2,000 tokens calling the operators is what costs.
 _PASS_TOKENS_CPU = 2048
 _PASS_TOKENS_ACCELERATOR = 8192

@@ -55,6 +55,7 @@ class Retraining:
 
     decays = False  # whether AdamS decays the masked weights
     mask_every: int | None = None  # steps between refreshes of the forward mask
+    mask_interval = 0  # steps between refreshes of AdamS's masks; 0: never
 
     def __init__(self, model: nn.Module, config: TrainConfig, pattern: tuple[int, int], filter_fn: FilterFn) -> None:
         self.config, self.pattern, self.filter_fn = config, pattern, filter_fn
@@ -75,7 +76,7 @@ class Retraining:
             eps=config.adam_epsilon,
             lam=config.lam,
             total_steps=config.max_steps,
-            mask_interval=config.mask_interval,
+            mask_interval=self.mask_interval,
             decay=config.decay,
             decay_end=config.decay_end,
             second_moment=config.second_moment,
@@ -130,6 +131,10 @@ class Cast(Retraining):
     """Dense forward pass, AdamS, weight scaling (arXiv 2509.25996)."""
 
     decays = True
+
+    @property
+    def mask_interval(self) -> int:  # type: ignore[override]
+        return self.config.mask_interval if self.config.initial_mask == "magnitude" else 0
 
     def prepare(self, model: nn.Module) -> None:
         if self.config.scale_groups:

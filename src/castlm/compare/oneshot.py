@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from castlm.baselines.calibration import CALIBRATION_POOL
 from castlm.baselines.oneshot import calibration_blocks, calibration_length, prune_oneshot_
 from castlm.core.errors import InputError
 from castlm.core.pattern import parse_pattern
@@ -23,9 +24,6 @@ from castlm.export.hf import export_model
 from castlm.models import Loaded, load_model
 from castlm.training.data import open_documents, text_hash, token_ids
 from castlm.training.hardware import peak_memory
-
-# So many times what the windows hold is tokenized: enough to draw from, without reading all of the text.
-POOL = 16
 
 
 @dataclass
@@ -67,7 +65,7 @@ def run_oneshot(config: OneshotConfig) -> dict[str, Any]:
     length = calibration_length(model)
     calibration = open_documents(config.calibration, column=config.column)
     windows = calibration_blocks(
-        token_ids(calibration, loaded.tokenizer, limit=POOL * config.num_sequences * length),
+        token_ids(calibration, loaded.tokenizer, limit=CALIBRATION_POOL * config.num_sequences * length),
         config.num_sequences,
         length,
         config.seed,

@@ -159,7 +159,8 @@ class AdamS(Optimizer):
         eps: added to the root of the second moment.
         lam: decay coefficient of `"proportional"` and `"additive"`, of the order of the gradient.
         total_steps: the horizon `T`, which has to be given. It is part of the method: it may not change on resume.
-        mask_interval: steps between two refreshes of the masks (`T1`).
+        mask_interval: steps between two refreshes of the masks (`T1`); 0 leaves them as they are, or as `set_mask` has
+            them.
         decay: `"horizon"`, `"proportional"`, `"additive"` or `"none"`.
         decay_end: share of `T` after which `"horizon"` has every masked weight at zero, 0 < decay_end <= 1.
         second_moment: `"gradient"`, for `"horizon"` and `"none"` only, or `"mix"`; None takes the former where it can.
@@ -206,7 +207,7 @@ class AdamS(Optimizer):
             ("eps", eps, eps >= 0, ">= 0"),
             ("lam", lam, lam >= 0, ">= 0"),
             ("total_steps", total_steps, total_steps >= 1, "given, at least 1"),
-            ("mask_interval", mask_interval, mask_interval >= 1, "at least 1"),
+            ("mask_interval", mask_interval, mask_interval >= 0, "at least 0"),
             ("decay", decay, decay in DECAYS, f"one of {', '.join(DECAYS)}"),
             ("decay_end", decay_end, 0 < decay_end <= 1, "in (0, 1]"),
             ("second_moment", second_moment, second_moment in SECOND_MOMENTS, f"one of {', '.join(SECOND_MOMENTS)}"),
@@ -302,7 +303,8 @@ class AdamS(Optimizer):
                         "a sparse parameter has no gradient, so its masked weights would never decay: leave it out of "
                         "the sparse group"
                     )
-                if int(self.state[group["params"][0]]["step"]) % group["mask_interval"] == 0:
+                interval = group["mask_interval"]
+                if interval and int(self.state[group["params"][0]]["step"]) % interval == 0:
                     self.refresh_masks(group)
             self._step_group(group)
         return loss

@@ -66,6 +66,12 @@ class TrainConfig:
     mask_interval: int = 10
     """Steps between mask refreshes (T1)."""
 
+    initial_mask: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"
+    """cast: where masks come from. A one-shot method's are made before step 0, with its weights, and then stay."""
+
+    calibration_sequences: int = 128
+    """Sequences of the training text, of seq_len tokens, that such an initial mask is calibrated on."""
+
     srste_lam: float = 2e-4
     """Decay coefficient of the rivals srste and ast, times the masked weight, in the gradient."""
 
@@ -182,6 +188,7 @@ class TrainConfig:
             ("lam", self.lam == "auto" or self.lam >= 0, "at least 0, or auto"),
             ("srste_lam", self.srste_lam >= 0, "at least 0"),
             ("mask_interval", self.mask_interval >= 1, "at least 1"),
+            ("calibration_sequences", self.calibration_sequences >= 1, "at least 1"),
             ("scale_groups", self.scale_groups >= 0, "at least 0"),
             ("eta", 0 <= self.eta <= 1, "between 0 and 1"),
             ("temperature", self.temperature > 0, "above 0"),
@@ -199,6 +206,8 @@ class TrainConfig:
         ):
             if not right:
                 raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {remedy}")
+        if self.initial_mask != "magnitude" and self.method != "cast":
+            raise InputError(f"initial_mask {self.initial_mask} is for method cast: {self.method} takes magnitude's")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other: choose one")
 

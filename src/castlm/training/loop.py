@@ -44,6 +44,7 @@ from castlm.training.distributed import DIAGNOSIS_S, World, close_world, init_wo
 from castlm.training.evaluation import held_out_perplexity, mask_figures
 from castlm.training.finish import finish, read_result
 from castlm.training.hardware import autocast, can_compile, choose_precision, describe
+from castlm.training.initial import oneshot_weights, start_from_
 from castlm.training.interrupt import Interrupt
 from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.selfcheck import SelfCheck, masked_samples
@@ -106,8 +107,9 @@ class Run:
         self.model: PreTrainedModel = self.loaded.model
         self._check_model()
         self._open_text()
+        fresh = resume_from is None
         self.precision = choose_precision(config.precision, world.device, self.model.config)
-        self._build(config)
+        self._build(config, fresh)
         self.facts = {
             "world_batch": config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size,
             "dataset_sha256": self.train_hash,
@@ -181,6 +183,7 @@ class Run:
             documents, held_out = split_documents(documents, config.eval_fraction, config.seed)
         else:
             held_out = open_documents(config.eval_dataset, column=config.column)
+        self.documents = documents
         self.train_hash, self.eval_hash = text_hash(documents), text_hash(held_out)
         tokenizer = self.loaded.tokenizer
         stream = BlockStream(documents, tokenizer, seq_len=config.seq_len, seed=config.seed)
@@ -196,11 +199,12 @@ class Run:
             raise InputError(f"the evaluation text {held_out.name} has {len(self.eval_ids)} tokens: give more")
         check_vocabulary(self.eval_ids, self.model.config.vocab_size)
 
-    def _build(self, config: TrainConfig) -> None:
+    def _build(self, config: TrainConfig, fresh: bool) -> None:
         """Teacher, method, sharding, optimizer, in this order: parametrize first, then shard, then the state."""
         method = METHODS[config.method]
         if self.world.size > 1 and method.mask_every is not None:
             raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
+        start = self._oneshot_start() if fresh and config.initial_mask != "magnitude" else {}
         teacher_dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         teacher = make_teacher(self.model, teacher_dtype) if config.eta > 0 else None
         self.method: Retraining = method(self.model, config, self.pattern, self._is_sparse)
@@ -216,11 +220,19 @@ class Run:
         wanted = config.compile_optimizer == "on" or (config.compile_optimizer == "auto" and num_params >= 10_000_000)
         self.compiled = wanted and can_compile(self.world.device, required=config.compile_optimizer == "on")
         self.optimizer = self.method.build_optimizer(self.model, self.compiled)
+        start_from_(self.method.layers, self.optimizer, start)
         self.names = {param: name for name, param in self.model.named_parameters()}
         self.initial_masks = {self.names[p]: mask.clone() for p, mask in self.method.masks().items()}
         self._check_decay_budget()
         watched = self.method.layers if self.method.decays else {}
         self.self_check = SelfCheck(self.optimizer, watched, self.pattern, config.log_steps, self.world)
+
+    def _oneshot_start(self) -> dict[str, Tensor]:
+        config = self.config
+        if self.world.size > 1:
+            raise InputError(f"initial_mask {config.initial_mask} prunes a whole model first: run it in one process")
+        self.model.to(self.world.device)
+        return oneshot_weights(self.model, config, self.pattern, self._is_sparse, self.documents, self.loaded.tokenizer)
 
     def _fill(self, stored: Checkpoint) -> None:
         shard_(self.objective, self.world)
@@ -322,7 +334,7 @@ class Run:
             self.saver.finish()
             raise InputError(self._diverged(total, grad_norm))
         self.method.before_update(self.step)
-        with self.self_check.around_step(self.step, config.mask_interval):
+        with self.self_check.around_step(self.step, self.method.mask_interval):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -65,13 +65,13 @@ class SelfCheck:
 
     @contextlib.contextmanager
     def around_step(self, step: int, mask_interval: int) -> Iterator[None]:
-        """Around the optimizer's 0-based `step`.
+        """Around the optimizer's 0-based `step`; without a `mask_interval` the masks are not those of the weights.
 
         Raises:
             RuntimeError: a sparse weight was not stepped, or a mask is not that of its weight.
         """
-        refresh = step // mask_interval
-        due = bool(self._blocks) and step % mask_interval == 0 and refresh % self.every == 0
+        refresh, since = divmod(step, mask_interval) if mask_interval else (0, 1)
+        due = bool(self._blocks) and since == 0 and refresh % self.every == 0
         watched = self._blocks[refresh // self.every % len(self._blocks)] if due else []
         expected = {weight: sorted_mask(whole(weight)[own_rows(weight)], *self.pattern) for weight in watched}
         before = {} if self.covered else {p: int(self.optimizer.state[p]["step"]) for p in self._names}
