@@ -80,6 +80,7 @@ class Retraining:
             decay=config.decay,
             decay_end=config.decay_end,
             second_moment=config.second_moment,
+            moments=config.moments,
             compile=compile,
         )
         return self.optimizer

@@ -24,6 +24,7 @@ from castlm.core.masks import (
     refresh_mask_,
     unpack_mask,
 )
+from castlm.core.moments import MOMENT_KEYS, MOMENTS, code_map, from_codes, new_moments, to_codes_
 from castlm.core.shards import check_sparse_parameter, flat, like_rows, local
 
 DECAYS = ("horizon", "proportional", "additive", "none")
@@ -31,8 +32,9 @@ SECOND_MOMENTS = ("gradient", "mix")
 _SMALL = 65_536  # dense tensors below this many weights are updated as one
 _CALL = 8  # tensors of one size that one call of the compiled update takes
 
-Columns = list[list[Tensor]]  # weights, gradients, first and second moments of some parameters, each tensor (numel,)
-EXACT_ON_RESUME = ("sparse", "n", "m", "total_steps", "mask_interval", "decay", "decay_end", "second_moment")
+# Of some parameters: weights, gradients, first and second moments, each (numel,); after 8-bit moments their scales.
+Columns = list[list[Tensor]]
+EXACT_ON_RESUME = ("sparse", "n", "m", "total_steps", "mask_interval", "decay", "decay_end", "second_moment", "moments")
 
 
 def decay_alpha(step: int, total_steps: int, decay: str, decay_end: float = 0.5) -> float:
@@ -54,7 +56,7 @@ def adams_update(
     decay: str,
     second_moment: str = "mix",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One AdamS step on plain tensors of one shape and dtype; plain Adam where `mask` is None.
+    """One AdamS step on plain tensors of one shape and dtype (`exp_avg` may be in bf16); plain Adam without `mask`.
 
     CAST, arXiv 2509.25996, Alg. 1 and Eq. 7-8, and our `"horizon"` and `"gradient"`.
 
@@ -68,7 +70,7 @@ def adams_update(
         raw gradient where `mask` is None or `second_moment` is `"gradient"`).
     """
     step_size, beta1, one_less_beta1, beta2, one_less_beta2, eps, pull, keep, remaining, inverse_root = hyper.unbind()
-    exp_avg = exp_avg * beta1 + grad * one_less_beta1
+    exp_avg = exp_avg.to(weight.dtype) * beta1 + grad * one_less_beta1
     mix = exp_avg
     if mask is not None and decay != "none":
         kept = mask.to(weight.dtype) > 0  # the conversion is there for inductor, which vectorises no bool on CPU
@@ -101,16 +103,28 @@ def hyperparameters(group: dict[str, Any], step: int) -> list[float]:
     return [step_size, *betas, group["eps"], alpha * group["lam"], 1 - alpha, remaining, inverse_root]
 
 
-def _update_(columns: Columns, masks: Sequence[Tensor | None], hyper: Tensor, decay: str, second_moment: str) -> None:
-    for weight, grad, exp_avg, exp_avg_sq, mask in zip(*columns, masks):
-        new = adams_update(weight, grad, exp_avg, exp_avg_sq, mask, hyper, decay, second_moment)
+def _update_(
+    columns: Columns,
+    masks: Sequence[Tensor | None],
+    maps: Sequence[Tensor],
+    hyper: Tensor,
+    decay: str,
+    second_moment: str,
+) -> None:
+    """`maps` are those of the codes of both moments; none where they are held as they are."""
+    for weight, grad, *held, mask in zip(*columns, masks):
+        moments = [from_codes(*held[2 * i : 2 * i + 2], values) for i, values in enumerate(maps)] or held
+        new = adams_update(weight, grad, *moments, mask, hyper, decay, second_moment)
         weight.copy_(new[0])
-        exp_avg.copy_(new[1])
-        exp_avg_sq.copy_(new[2])
+        for i, moment in enumerate(new[1:]):
+            if maps:
+                to_codes_(moment, *held[2 * i : 2 * i + 2], maps[i])
+            else:
+                held[i].copy_(moment)
 
 
-def _update_packed_(columns: Columns, packed: Sequence[Tensor], hyper: Tensor, decay: str, second_moment: str) -> None:
-    _update_(columns, [packed_to_bytes(bits) for bits in packed], hyper, decay, second_moment)
+def _update_packed_(columns: Columns, packed: Sequence[Tensor], *rest: Any) -> None:
+    _update_(columns, [packed_to_bytes(bits) for bits in packed], *rest)
 
 
 def _calls(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -164,10 +178,13 @@ class AdamS(Optimizer):
         decay: `"horizon"`, `"proportional"`, `"additive"` or `"none"`.
         decay_end: share of `T` after which `"horizon"` has every masked weight at zero, 0 < decay_end <= 1.
         second_moment: `"gradient"`, for `"horizon"` and `"none"` only, or `"mix"`; None takes the former where it can.
+        moments: `"fp32"`, `"bf16"` (the first moment), or `"8bit"` (both, by torchao's codes): less memory, see
+            `castlm.core.moments`.
         compile: run the update and the refresh through `torch.compile`: one pass over memory, one compilation.
 
-    State of a sparse parameter (out, in): `step` () float32, `exp_avg` and `exp_avg_sq` like the parameter, `mask`
-    (out, ceil(in / 8)) uint8, a bit a weight, 1 = kept, as `pack_mask` lays them out; all exist from construction on.
+    State of a sparse parameter (out, in): `step` () float32, `exp_avg` and `exp_avg_sq` as `new_moments` has them,
+    `mask` (out, ceil(in / 8)) uint8, a bit a weight, 1 = kept, as `pack_mask` lays them out; all exist from
+    construction on.
     Parameters may be DTensors sharded by rows, as FSDP2 makes them; `mask` is sharded alike.
 
     Raises:
@@ -196,6 +213,7 @@ class AdamS(Optimizer):
         decay: str = "horizon",
         decay_end: float = 0.5,
         second_moment: str | None = None,
+        moments: str = "fp32",
         *,
         compile: bool = False,
     ) -> None:
@@ -212,6 +230,7 @@ class AdamS(Optimizer):
             ("decay_end", decay_end, 0 < decay_end <= 1, "in (0, 1]"),
             ("second_moment", second_moment, second_moment in SECOND_MOMENTS, f"one of {', '.join(SECOND_MOMENTS)}"),
             ("second_moment", second_moment, second_moment != "gradient" or by_itself, f"mix with decay {decay!r}"),
+            ("moments", moments, moments in MOMENTS, f"one of {', '.join(MOMENTS)}"),
         ):
             if not right:
                 raise InputError(f"AdamS: {name} = {value!r} is out of range: it must be {remedy}")
@@ -227,6 +246,7 @@ class AdamS(Optimizer):
             "decay": decay,
             "decay_end": decay_end,
             "second_moment": second_moment,
+            "moments": moments,
             "sparse": False,
             "n": 2,
             "m": 4,
@@ -241,8 +261,7 @@ class AdamS(Optimizer):
                 check_sparse_parameter(param, group["n"], group["m"])
             state = self.state[param]
             state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state |= new_moments(param, group["moments"])
             if group["sparse"]:
                 state["mask"] = like_rows(pack_mask(nm_mask(local(param), group["n"], group["m"])), param)
 
@@ -253,6 +272,13 @@ class AdamS(Optimizer):
     def set_mask(self, param: Tensor, mask: Tensor) -> None:
         """Replaces the mask of a sparse parameter, until the next refresh, by a bool `mask` shaped and placed alike."""
         local(self.state[param]["mask"]).copy_(pack_mask(local(mask)))
+
+    def momentum(self, param: Tensor) -> Tensor:
+        """This rank's part of the first moment of a parameter, (numel,), in fp32 whatever it is kept in. A copy."""
+        state = self.state[param]
+        if "exp_avg_scale" not in state:
+            return flat(state["exp_avg"]).float()
+        return from_codes(flat(state["exp_avg"]), flat(state["exp_avg_scale"]), code_map(True).to(param.device))
 
     def sparse_params(self) -> Iterable[Tensor]:
         """Every sparse parameter, in the order of the groups."""
@@ -313,50 +339,56 @@ class AdamS(Optimizer):
         alike: dict[Any, list[Tensor]] = {}  # one entry unless a parameter joined later or lives elsewhere
         for param in group["params"]:
             if param.grad is not None:
-                key = int(self.state[param]["step"]), param.device, param.dtype
+                state = self.state[param]
+                key = int(state["step"]), param.device, param.dtype, "exp_avg_scale" in state
                 alike.setdefault(key, []).append(param)
-        for (step, device, dtype), params in alike.items():
+        for (step, device, dtype, in_8bit), params in alike.items():
             dtype = torch.float64 if dtype == torch.float64 else torch.float32
             hyper = torch.tensor(hyperparameters(group, step), dtype=dtype, device=device)
+            maps = [code_map(signed).to(device) for signed in (True, False)] if in_8bit else []
             here = [p for p in params if local(p).numel()]  # a rank may hold no row of one
             if group["sparse"]:
-                self._update_sparse(here, hyper, group["decay"], group["second_moment"])
+                self._update_sparse(here, maps, hyper, group["decay"], group["second_moment"])
             else:
-                self._update_dense(here, hyper)
+                self._update_dense(here, maps, hyper, "none", "gradient")
             torch._foreach_add_([self.state[param]["step"] for param in params], 1)
 
     def _columns(self, params: Sequence[Tensor]) -> Columns:
         """This rank's weights, gradients and moments, flat."""
         grads = [flat(local(p.grad).contiguous()) for p in params if p.grad is not None]
-        moments = [[flat(self.state[p][key]) for p in params] for key in ("exp_avg", "exp_avg_sq")]
+        moments = [[flat(self.state[p][key]) for p in params] for key in MOMENT_KEYS if key in self.state[params[0]]]
         return [[flat(p) for p in params], grads, *moments]
 
-    def _update_sparse(self, params: Sequence[Tensor], hyper: Tensor, *rule: str) -> None:
+    def _update_sparse(self, params: Sequence[Tensor], *rest: Any) -> None:
         for some in _calls(params):
             if all(p.shape[1] % 8 == 0 for p in some):
                 packed = [flat(self.state[p]["mask"]) for p in some]
-                self._run(_update_packed_, self._columns(some), packed, hyper, *rule)
+                self._run(_update_packed_, self._columns(some), packed, *rest)
             else:
                 masks = [flat(local(self.mask(p)).view(torch.uint8)) for p in some]
-                self._run(_update_, self._columns(some), masks, hyper, *rule)
+                self._run(_update_, self._columns(some), masks, *rest)
 
-    def _update_dense(self, params: Sequence[Tensor], hyper: Tensor) -> None:
-        for some in _calls([p for p in params if local(p).numel() >= _SMALL]):
-            self._run(_update_, self._columns(some), [None] * len(some), hyper, "none", "gradient")
-        small = self._columns([p for p in params if local(p).numel() < _SMALL])
-        if small[0]:
-            together = [torch.cat(column) for column in small]
-            self._run(_update_, [[tensor] for tensor in together], [None], hyper, "none", "gradient")
-            sizes = [weight.numel() for weight in small[0]]
+    def _update_dense(self, params: Sequence[Tensor], maps: Sequence[Tensor], *rest: Any) -> None:
+        together = [p for p in params if local(p).numel() < _SMALL and not maps]
+        for some in _calls([p for p in params if maps or local(p).numel() >= _SMALL]):
+            self._run(_update_, self._columns(some), [None] * len(some), maps, *rest)
+        if together:
+            columns = self._columns(together)
+            whole = [torch.cat(column) for column in columns]
+            self._run(_update_, [[tensor] for tensor in whole], [None], maps, *rest)
+            sizes = [weight.numel() for weight in columns[0]]
             for i in (0, 2, 3):
-                torch._foreach_copy_(small[i], torch.split(together[i], sizes))
+                torch._foreach_copy_(columns[i], torch.split(whole[i], sizes))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, with masks exactly as they were saved. Raises `InputError` when what may not change does."""
+        """As in torch, with masks and codes exactly as they were saved. Raises `InputError` when what may not change
+        does."""
         for saved, group in zip(state_dict["param_groups"], self.param_groups):
             changed = [f"{k} {saved.get(k)} -> {group[k]}" for k in EXACT_ON_RESUME if saved.get(k) != group[k]]
             if changed:
                 raise InputError(f"the saved optimizer state is of another run ({', '.join(changed)}): use its values")
+        dtypes = {param: {key: value.dtype for key, value in state.items()} for param, state in self.state.items()}
         super().load_state_dict(state_dict)
-        for param in self.sparse_params():  # torch casts state to the parameter's dtype: 0 to 255 in fp32, exact
-            self.state[param]["mask"] = self.state[param]["mask"].to(torch.uint8)
+        for param, state in self.state.items():  # torch casts state to the parameter's dtype, in which all of it fits
+            for key, dtype in dtypes[param].items():
+                state[key] = state[key].to(dtype)

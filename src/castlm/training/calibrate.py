@@ -108,6 +108,6 @@ def _momentum_rms(run: Run) -> dict[str, float]:
     correction = 1 - run.config.adam_betas[0] ** run.step
     rms = {}
     for name, layer in run.method.layers.items():
-        momentum = local(run.optimizer.state[weight_parameter(layer)]["exp_avg"])
+        momentum = run.optimizer.momentum(weight_parameter(layer))
         rms[name] = math.sqrt(float(momentum.square().mean())) / correction
     return rms
