@@ -99,6 +99,7 @@ def run_module(module: str, arguments: list[str]) -> dict[str, Any]:
 PARTS = {
     "state": lambda quick, clock: adams.state_only_rows(),
     "adams": lambda quick, clock: adams.step_rows(quick, clock=clock),
+    "moments": lambda quick, clock: adams.moments_rows(quick, clock=clock),
     "masks": lambda quick, clock: masks.refresh_rows(quick, clock=clock) + masks.one_weight_rows(clock=clock),
     "scaling": lambda quick, clock: scaling.rows(quick, clock=clock),
     "distillation": lambda quick, clock: distillation_rows(quick),

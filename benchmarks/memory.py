@@ -49,7 +49,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def measure(case: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Bytes over the baseline at the peak of the second training step, and after it. Runs in the child process."""
+    """Bytes over the baseline at the peak of the second training step and after it, and the median seconds of three
+    more. Runs in the child process."""
+    import statistics
+    import time
+
     import torch
 
     from benchmarks.machine import proc_status
@@ -87,10 +91,27 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     run.train_step()
     # Pages of mapped files (libraries, safetensors) can be dropped by the kernel: they are no need of the run.
-    return {
-        "peak": proc_status("VmHWM") - proc_status("RssFile") - baseline,
-        "after": proc_status("RssAnon") - baseline,
-    }
+    peak, after = proc_status("VmHWM") - proc_status("RssFile") - baseline, proc_status("RssAnon") - baseline
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        run.train_step()
+        seconds.append(time.perf_counter() - started)
+    return {"peak": peak, "after": after, "seconds": statistics.median(seconds)}
+
+
+def measure_in_child(case: dict[str, Any]) -> dict[str, float]:
+    """What `measure` returns, of as many processes as the case has ranks: of the first. Exits where one fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(case, Path(folder))
+        ranks = str(case["world_size"])
+        launcher = ["torch.distributed.run", "--nproc-per-node", ranks, "-m"] if ranks != "1" else []
+        command = [sys.executable, "-m", *launcher, "benchmarks.memory", "--child", json.dumps(case), folder]
+        child = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=False)
+    if child.returncode:
+        sys.exit(f"{case}: {child.stderr}")
+    measured: dict[str, float] = json.loads(child.stdout.splitlines()[-1])
+    return measured
 
 
 def prepare(case: dict[str, Any], folder: Path) -> None:
@@ -127,7 +148,7 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        measured = measure({**DEFAULTS, **CASES[args.child[0]]}, Path(args.child[1]))
+        measured = measure(json.loads(args.child[0]), Path(args.child[1]))
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(measured))
         return
@@ -135,15 +156,7 @@ def main() -> None:
     print(f"{'case':<34}{'predicted':>12}{'measured':>12}{'ratio':>8}  phase of the peak")
     for name in args.case:
         case = {**DEFAULTS, **CASES[name]}
-        with tempfile.TemporaryDirectory() as folder:
-            prepare(case, Path(folder))
-            ranks = str(case["world_size"])
-            launcher = ["torch.distributed.run", "--nproc-per-node", ranks, "-m"] if ranks != "1" else []
-            command = [sys.executable, "-m", *launcher, "benchmarks.memory", "--child", name, folder]
-            child = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=False)
-            if child.returncode:
-                sys.exit(f"{name}: {child.stderr}")
-            measured = json.loads(child.stdout.splitlines()[-1])
+        measured = measure_in_child(case)
         plan = predict(case)
         ratio = plan.peak / measured["peak"]
         phase = max(plan.phases, key=lambda key: plan.phases[key])

@@ -24,7 +24,7 @@ from castlm.core.masks import (
     refresh_mask_,
     unpack_mask,
 )
-from castlm.core.moments import MOMENT_KEYS, MOMENTS, code_map, from_codes, new_moments, to_codes_
+from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, new_moments, to_codes_
 from castlm.core.shards import check_sparse_parameter, flat, like_rows, local
 
 DECAYS = ("horizon", "proportional", "additive", "none")
@@ -32,7 +32,8 @@ SECOND_MOMENTS = ("gradient", "mix")
 _SMALL = 65_536  # dense tensors below this many weights are updated as one
 _CALL = 8  # tensors of one size that one call of the compiled update takes
 
-# Of some parameters: weights, gradients, first and second moments, each (numel,); after 8-bit moments their scales.
+# Of some parameters: weights, gradients, first and second moments, each (numel,). With 8-bit moments each of these is
+# (blocks, block), and after either moment come its scales (blocks,).
 Columns = list[list[Tensor]]
 EXACT_ON_RESUME = ("sparse", "n", "m", "total_steps", "mask_interval", "decay", "decay_end", "second_moment", "moments")
 
@@ -106,21 +107,26 @@ def hyperparameters(group: dict[str, Any], step: int) -> list[float]:
 def _update_(
     columns: Columns,
     masks: Sequence[Tensor | None],
-    maps: Sequence[Tensor],
+    in_8bit: bool,
     hyper: Tensor,
     decay: str,
     second_moment: str,
 ) -> None:
-    """`maps` are those of the codes of both moments; none where they are held as they are."""
     for weight, grad, *held, mask in zip(*columns, masks):
-        moments = [from_codes(*held[2 * i : 2 * i + 2], values) for i, values in enumerate(maps)] or held
-        new = adams_update(weight, grad, *moments, mask, hyper, decay, second_moment)
+        mask = None if mask is None else mask.view(weight.shape)
+        if in_8bit:
+            codes, scale, codes_sq, scale_sq = held
+            moments = [from_codes(codes, scale, signed=True), from_codes(codes_sq, scale_sq, signed=False)]
+        else:
+            moments = held
+        new = adams_update(weight, grad, moments[0], moments[1], mask, hyper, decay, second_moment)
         weight.copy_(new[0])
-        for i, moment in enumerate(new[1:]):
-            if maps:
-                to_codes_(moment, *held[2 * i : 2 * i + 2], maps[i])
-            else:
-                held[i].copy_(moment)
+        if in_8bit:
+            to_codes_(new[1], codes, scale, signed=True)
+            to_codes_(new[2], codes_sq, scale_sq, signed=False)
+        else:
+            held[0].copy_(new[1])
+            held[1].copy_(new[2])
 
 
 def _update_packed_(columns: Columns, packed: Sequence[Tensor], *rest: Any) -> None:
@@ -178,7 +184,7 @@ class AdamS(Optimizer):
         decay: `"horizon"`, `"proportional"`, `"additive"` or `"none"`.
         decay_end: share of `T` after which `"horizon"` has every masked weight at zero, 0 < decay_end <= 1.
         second_moment: `"gradient"`, for `"horizon"` and `"none"` only, or `"mix"`; None takes the former where it can.
-        moments: `"fp32"`, `"bf16"` (the first moment), or `"8bit"` (both, by torchao's codes): less memory, see
+        moments: `"fp32"`, `"bf16"` (the first moment), or `"8bit"` (both): less memory, see
             `castlm.core.moments`.
         compile: run the update and the refresh through `torch.compile`: one pass over memory, one compilation.
 
@@ -278,7 +284,8 @@ class AdamS(Optimizer):
         state = self.state[param]
         if "exp_avg_scale" not in state:
             return flat(state["exp_avg"]).float()
-        return from_codes(flat(state["exp_avg"]), flat(state["exp_avg_scale"]), code_map(True).to(param.device))
+        scale = flat(state["exp_avg_scale"])
+        return from_codes(flat(state["exp_avg"]).view(len(scale), -1), scale, signed=True).view(-1)
 
     def sparse_params(self) -> Iterable[Tensor]:
         """Every sparse parameter, in the order of the groups."""
@@ -345,19 +352,26 @@ class AdamS(Optimizer):
         for (step, device, dtype, in_8bit), params in alike.items():
             dtype = torch.float64 if dtype == torch.float64 else torch.float32
             hyper = torch.tensor(hyperparameters(group, step), dtype=dtype, device=device)
-            maps = [code_map(signed).to(device) for signed in (True, False)] if in_8bit else []
             here = [p for p in params if local(p).numel()]  # a rank may hold no row of one
             if group["sparse"]:
-                self._update_sparse(here, maps, hyper, group["decay"], group["second_moment"])
+                self._update_sparse(here, in_8bit, hyper, group["decay"], group["second_moment"])
             else:
-                self._update_dense(here, maps, hyper, "none", "gradient")
+                self._update_dense(here, in_8bit, hyper, "none", "gradient")
             torch._foreach_add_([self.state[param]["step"] for param in params], 1)
 
     def _columns(self, params: Sequence[Tensor]) -> Columns:
-        """This rank's weights, gradients and moments, flat."""
-        grads = [flat(local(p.grad).contiguous()) for p in params if p.grad is not None]
-        moments = [[flat(self.state[p][key]) for p in params] for key in MOMENT_KEYS if key in self.state[params[0]]]
-        return [[flat(p) for p in params], grads, *moments]
+        """This rank's weights, gradients and moments, and the scales of 8-bit ones."""
+        grads = [local(p.grad).contiguous() for p in params if p.grad is not None]
+        keys = [key for key in MOMENT_KEYS if key in self.state[params[0]]] if params else []
+        columns = [list(params), grads, *([self.state[p][key] for p in params] for key in keys)]
+        scales = [key.endswith("_scale") for key in ("", "", *keys)]
+        if not any(scales):
+            return [[flat(tensor) for tensor in column] for column in columns]
+        shapes = [(local(self.state[p]["exp_avg_scale"]).numel(), -1) for p in params]
+        return [
+            [flat(tensor) if is_scale else flat(tensor).view(shape) for tensor, shape in zip(column, shapes)]
+            for column, is_scale in zip(columns, scales)
+        ]
 
     def _update_sparse(self, params: Sequence[Tensor], *rest: Any) -> None:
         for some in _calls(params):
@@ -368,14 +382,14 @@ class AdamS(Optimizer):
                 masks = [flat(local(self.mask(p)).view(torch.uint8)) for p in some]
                 self._run(_update_, self._columns(some), masks, *rest)
 
-    def _update_dense(self, params: Sequence[Tensor], maps: Sequence[Tensor], *rest: Any) -> None:
-        together = [p for p in params if local(p).numel() < _SMALL and not maps]
-        for some in _calls([p for p in params if maps or local(p).numel() >= _SMALL]):
-            self._run(_update_, self._columns(some), [None] * len(some), maps, *rest)
+    def _update_dense(self, params: Sequence[Tensor], in_8bit: bool, *rest: Any) -> None:
+        together = [p for p in params if local(p).numel() < _SMALL and not in_8bit]
+        for some in _calls([p for p in params if in_8bit or local(p).numel() >= _SMALL]):
+            self._run(_update_, self._columns(some), [None] * len(some), in_8bit, *rest)
         if together:
             columns = self._columns(together)
             whole = [torch.cat(column) for column in columns]
-            self._run(_update_, [[tensor] for tensor in whole], [None], maps, *rest)
+            self._run(_update_, [[tensor] for tensor in whole], [None], in_8bit, *rest)
             sizes = [weight.numel() for weight in columns[0]]
             for i in (0, 2, 3):
                 torch._foreach_copy_(columns[i], torch.split(whole[i], sizes))

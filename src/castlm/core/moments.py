@@ -1,17 +1,15 @@
 """How AdamS keeps its two moments: fp32, the first in bf16, or both in 8 bits a weight with a scale a block.
 
-The 8-bit codes are torchao's (dynamic map, block-wise: Dettmers et al. 2021, arXiv 2110.02861), kept as plain tensors
-whose rows line up with the weight's, so that they are sharded and saved like every other state.
+The 8-bit codes are those of bitsandbytes and torchao (dynamic map, block-wise: Dettmers et al. 2021, arXiv 2110.02861),
+found by arithmetic that vectorises instead of a search in their table, and kept as plain tensors whose rows line up
+with the weight's, so that they are sharded and saved like every other state.
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from castlm.core.errors import InputError
 from castlm.core.shards import like_rows, local
 
 MOMENTS = ("fp32", "bf16", "8bit")
@@ -37,8 +35,7 @@ def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
     rows, width = local(param).shape
     state = {}
     for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-        zero = int(code_map(signed).abs().argmin())
-        state[name] = torch.full_like(param, zero, dtype=torch.uint8)
+        state[name] = torch.full_like(param, _zero(signed), dtype=torch.uint8)
         state[f"{name}_scale"] = like_rows(torch.zeros(rows, width // block, device=param.device), param)
     return state
 
@@ -51,25 +48,53 @@ def block_size(param: Tensor) -> int:
     return block if block >= _SHORTEST else 0
 
 
-@functools.cache
-def code_map(signed: bool) -> Tensor:
-    """The (256,) fp32 values of the codes, rising, in [-1, 1] or [0, 1]. Raises `InputError` without torchao."""
-    try:
-        from torchao.optim.quant_utils import create_dynamic_map
-    except ImportError:
-        raise InputError("moments in 8 bits need torchao: pip install torchao") from None
-    return torch.tensor(create_dynamic_map(signed=signed))
+def _pieces(signed: bool) -> list[tuple[float, float, float, float, float]]:
+    """The map from code to value is linear in seven pieces, a decade of values each, with twice the codes of the one
+    before it. Of each: first and last index, slope, intercept, and the value from which on it is the nearest.
+
+    The index of a code is its distance from the code of 0: 1 to 127 (254 unsigned); one more stands for 1.
+    """
+    pieces: list[tuple[float, float, float, float, float]] = []
+    first, below = 1, 0.0
+    for decade in range(7):
+        count = 2**decade if signed else 2 ** (decade + 1)
+        slope = 0.9 * 10.0 ** (decade - 6) / count
+        intercept = 10.0 ** (decade - 7) + slope * (0.5 - first)
+        pieces.append((first, first + count - 1, slope, intercept, (below + slope * first + intercept) / 2))
+        below = slope * (first + count - 1) + intercept
+        first += count
+    pieces.append((first, first, 0.0, 1.0, (below + 1) / 2))
+    return pieces
 
 
-def from_codes(codes: Tensor, scale: Tensor, values: Tensor) -> Tensor:
-    """fp32 (numel,) of uint8 `codes` (numel,) under `scale` (numel / block,)."""
-    return (values[codes.int()].view(scale.shape[0], -1) * scale[:, None]).view(-1)
+def _zero(signed: bool) -> int:
+    return 127 if signed else 0
 
 
-def to_codes_(new: Tensor, codes: Tensor, scale: Tensor, values: Tensor) -> None:
-    """Writes `new` (numel,) into `codes` and `scale`: of each block the largest magnitude, and the nearest code."""
-    blocks = new.view(scale.shape[0], -1)
-    largest = blocks.abs().amax(dim=1).clamp(min=1e-30)
-    between = (values[1:] + values[:-1]) / 2
-    codes.copy_(torch.bucketize((blocks / largest[:, None]).view(-1), between))
+def from_codes(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
+    """fp32 (blocks, block) of uint8 `codes` (blocks, block) under `scale` (blocks,)."""
+    offset = codes.to(torch.int32).to(torch.float32) - _zero(signed)
+    index = offset.abs()
+    value = torch.zeros_like(index)
+    for first, _, slope, intercept, _ in _pieces(signed):
+        value = torch.where(index >= first, index * slope + intercept, value)
+    value = value * offset.sign() if signed else value
+    return value * scale[:, None]
+
+
+def to_codes_(new: Tensor, codes: Tensor, scale: Tensor, signed: bool) -> None:
+    """Writes `new` (blocks, block) into `codes` and `scale`: of each block the largest magnitude, of each value the
+    nearest code."""
+    largest = new.abs().amax(dim=1).clamp(min=1e-30)
+    value = new / largest[:, None]
+    magnitude = value.abs()
+    index = torch.zeros_like(value)
+    for first, last, slope, intercept, least in _pieces(signed):
+        nearest = torch.full_like(value, first)
+        if slope:
+            nearest = (magnitude * (1 / slope) - intercept / slope).round().clamp(first, last)
+        index = torch.where(magnitude >= least, nearest, index)
+    if signed:
+        index = (index * value.sign()).clamp(min=-_zero(signed))  # there is a code for 1, and none for -1
+    codes.copy_((_zero(signed) + index).to(torch.int32))
     scale.copy_(largest)

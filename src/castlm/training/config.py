@@ -94,7 +94,7 @@ class TrainConfig:
     """Decay rates of Adam's moments."""
 
     moments: Literal["fp32", "bf16", "8bit"] = "fp32"
-    """How Adam's moments are kept: bf16 is the first alone, 8bit both (torchao). Saves 2 and about 6 bytes a weight."""
+    """How Adam's moments are kept: bf16 is the first alone, 8bit both. Saves 2 and about 6 bytes a weight."""
 
     adam_epsilon: float = 1e-8
     """Added to the root of the second moment."""
