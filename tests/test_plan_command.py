@@ -13,6 +13,7 @@ from castlm.training.loop import Run, train
 from tests.test_train import small
 from tests.tiny import save_tiny
 
+CHECK = ["plan", "check", "--model", "m", "--dataset", "d", "--output-dir", "o"]
 TEXT = " ".join(f"word{i % 97}" for i in range(4000))
 
 
@@ -64,6 +65,17 @@ def test_check_says_whether_a_run_can_converge(given, capsys, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+def test_check_gives_a_cost_only_when_it_has_a_price(given, capsys):
+    main(arguments(given))
+    assert "cost" not in capsys.readouterr().out
+    main(arguments(given, "--price-per-hour", "3600000", "--devices", "8"))
+    out = capsys.readouterr().out
+    per_s = float(out.partition(" tokens/s")[0].splitlines()[-1].replace(",", ""))
+    cost = float(out.partition("cost: ")[2].partition(", at")[0].replace(",", ""))
+    assert cost == pytest.approx(30 * 2 * 32 / per_s * 1000 * 8, rel=2e-3)
+    assert "at 3.6e+06 an hour of each of 8 devices" in out
+
+
 def test_fit_and_predict(tmp_path, capsys):
     rows = [f"{d},{math.exp(2.0 + 50 * d**-0.4)}" for d in (1e4, 3e4, 1e5, 3e5, 1e6, 3e6)]
     (tmp_path / "runs.csv").write_text("tokens,perplexity\n" + "\n".join(rows) + "\n")
@@ -78,6 +90,12 @@ def test_fit_and_predict(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"{math.exp(2.0 + 50 * 1e7**-0.4):.3f}" in out
     assert "2.78 hours" in out
+    assert "cost" not in out
+    priced = ["plan", "predict", str(law), "--tokens", "1e7", "--tokens-per-s", "1000", "--price-per-hour", "2.5"]
+    assert main(priced) == 0
+    assert "cost: 6.94, at 2.5 an hour" in capsys.readouterr().out
+    assert main(["plan", "predict", str(law), "--tokens", "1e7", "--price-per-hour", "2.5"]) == 2
+    assert "give --tokens-per-s" in capsys.readouterr().err
     assert main(["plan", "predict", str(law), "--target-ppl", "5"]) == 1
     assert "cannot be reached" in capsys.readouterr().out
 
@@ -101,6 +119,11 @@ def test_watch_and_memory(given, tmp_path, capsys):
         (["plan", "memory", "--model", "/nowhere.json"], "/nowhere.json"),
         (["plan", "memory", "--model", "m", "--gpu", "abacus"], "abacus"),
         (["plan", "check", "--model", "m"], "dataset"),
+        ([*CHECK, "--price-per-hour", "0"], "price_per_hour is 0"),
+        ([*CHECK, "--price-per-hour", "2.5", "--devices", "0"], "devices is 0"),
+        ([*CHECK, "--devices", "8"], "give --price-per-hour"),
+        ([*CHECK, "--max-steps", "0"], "max_steps = 0 is out of range"),
+        ([*CHECK, "--price-per-hour", "much"], "much"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(arguments, named, capsys):

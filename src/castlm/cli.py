@@ -66,14 +66,18 @@ def compare_command(arguments: list[str]) -> int:
 def plan_command(arguments: list[str]) -> int:
     from castlm.planning.command import COMMANDS as PLANS
     from castlm.planning.command import CheckCommand, plan_usage
+    from castlm.planning.sweep import SweepCommand
+    from castlm.training.config import parse_train_arguments
 
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name == "check":
-        return CheckCommand(rest).run(_parse)
+        return parse_train_arguments(rest, _parse, CheckCommand, "plan check").run()
+    if name == "sweep":
+        return int(_parse(SweepCommand, rest, "plan sweep").run(_parse))
     if name in PLANS:
         return int(_parse(PLANS[name], rest, f"plan {name}").run())
     if name not in ("", "-h", "--help"):
-        raise InputError(f"there is no castlm plan {name!r}: use check, {', '.join(PLANS)}")
+        raise InputError(f"there is no castlm plan {name!r}: use check, sweep, {', '.join(PLANS)}")
     print(plan_usage())
     return 0 if name else 2
 
@@ -101,7 +105,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "prune": (prune_command, "prune one-shot, without training: magnitude, Wanda, SparseGPT"),
     "eval": (eval_command, "perplexity of a model on a text, zero-shot accuracies on tasks"),
     "compare": (compare_command, "CAST and its rivals in one harness, and the paper's ablations: one table"),
-    "plan": (plan_command, "before a run: will it converge, what will it reach, how much memory does it take"),
+    "plan": (plan_command, "before a run: will it converge, what will it reach, what does it cost in hours and memory"),
     "verify": (verify_command, "prove that every group of a checkpoint is n:m"),
     "demo": (demo_command, "the main job on the embedded SmolLM2-135M-Instruct, in minutes, on a laptop"),
 }

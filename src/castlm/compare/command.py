@@ -119,7 +119,7 @@ class CompareCommand:
             f"{plan.preset.question}  {len(plan.variants)} variants, {plan.num_runs} runs, in {root}", file=sys.stderr
         )
         results: list[Result] = []
-        with lock(root) as descriptor, _ending_on_sigterm():
+        with lock(root) as descriptor, ending_on_sigterm():
             for name in plan.variants:
                 for tokens in plan.budgets(name):
                     results += plan.settle(name, tokens, root, descriptor)
@@ -142,12 +142,7 @@ class CompareCommand:
 
     def command_line(self) -> str:
         """The command that repeats this comparison."""
-        given = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != f.default and getattr(self, f.name) is not None
-        }
-        return "castlm compare " + shlex.join(mapping_arguments(given))
+        return command_line("compare", self)
 
 
 class Plan:
@@ -241,15 +236,16 @@ class Plan:
         is a tuning text, seed 0 too once more, measured on the evaluation text."""
         tuned = self._is_tuned(name)
         runs = [self.make(name, tokens, 0, rate, tuning=tuned) for rate in self._rates_of(name)]
-        candidates = [self._execute(run, root, descriptor) for run in runs]
+        candidates = [self.measure(run, root, descriptor) for run in runs]
         best = min(candidates, key=lambda result: result.perplexity)
         for candidate in candidates:
             candidate.trial = tuned or candidate is not best
         rate = best.run.config.get("learning_rate")
         seeds = range(0 if tuned else 1, self._num_seeds(name))
-        return candidates + [self._execute(self.make(name, tokens, s, rate), root, descriptor) for s in seeds]
+        return candidates + [self.measure(self.make(name, tokens, s, rate), root, descriptor) for s in seeds]
 
-    def _execute(self, run: Run, root: Path, descriptor: int) -> Result:
+    def measure(self, run: Run, root: Path, descriptor: int) -> Result:
+        """What came of a run: as it lies there, resumed, or run now."""
         print(str(run), file=sys.stderr, flush=True)
         record = execute(run, root, descriptor, lambda text: print(text, file=sys.stderr, flush=True))
         result = Result(run, record, run.folder(root))
@@ -273,7 +269,7 @@ class Plan:
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.seq_len
         steps = tokens // batch
         if steps < 1:
-            raise InputError(f"a budget of {tokens} tokens is less than one step of {batch}: raise --budget-tokens")
+            raise InputError(f"a budget of {tokens} tokens is less than one step of {batch}: raise it")
         config.max_steps = steps
         config.eval_steps = config.eval_steps or max(1, steps // self.preset.evaluations)
         config.save_steps = fields.get("save_steps", max(1, steps // 4))
@@ -288,6 +284,13 @@ class Plan:
         content |= {"calibration": self.command.calibration or self.command.dataset}
         content |= {"num_sequences": self.command.num_sequences}
         return with_key(Run(name, 0, content), self.hashes)
+
+
+def command_line(name: str, command: Any) -> str:
+    """The command that a dataclass of options was read from, without the options at their defaults."""
+    values = {f.name: (getattr(command, f.name), f.default) for f in dataclasses.fields(command)}
+    given = {name: value for name, (value, default) in values.items() if value != default and value is not None}
+    return f"castlm {name} {shlex.join(mapping_arguments(given))}"
 
 
 def _given(fields: dict[str, Any]) -> dict[str, Any]:
@@ -305,8 +308,8 @@ def _rate(text: str) -> float:
 
 
 @contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the comparison as an exception, so that the run at work is told and can save itself."""
+def ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends a comparison as an exception, so that the run at work is told and can save itself."""
 
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)

@@ -92,20 +92,23 @@ def lock(root: Path) -> Iterator[int]:
     """Makes sure that one comparison at a time works in `root`. Its runs inherit the lock: it lasts while one lives.
 
     Raises:
-        InputError: another one does.
+        InputError: another one does, or the folder cannot be written.
     """
     if sys.platform == "win32":
         raise InputError("castlm compare locks its folder with flock, which Windows lacks: run it under WSL")
     import fcntl
 
-    root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"cannot write {root}: {error.strerror}; choose another output folder") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"another castlm compare, or a run that it left, is at work in {root}: wait for it"
+                f"another castlm compare or plan sweep, or a run that it left, is at work in {root}: wait for it"
             ) from None
         yield descriptor
     finally:

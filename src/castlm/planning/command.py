@@ -1,9 +1,8 @@
-"""`castlm plan`: check, fit, predict, watch and memory, as dataclasses of options over the functions of this folder."""
+"""`castlm plan`: its commands but for sweep, as dataclasses of options over the functions of this folder."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,24 +12,35 @@ import tyro
 from castlm.commands import write_json
 from castlm.core.errors import InputError
 from castlm.core.pattern import parse_pattern
+from castlm.planning.sweep import SweepCommand
+from castlm.training.config import TrainConfig
 
 
 @dataclass
 class CheckCommand:
-    """Will a run converge, how long does it take, what lam suits it? Runs its first steps and throws them away.
+    """Will a run converge, what does it take and cost, what lam suits it? Runs its first steps and throws them away.
 
     Takes the options of `castlm train`, --config among them.
     """
 
-    arguments: list[str]
-    """Those of castlm train."""
+    train: TrainConfig
 
-    def run(self, parse: Callable[[type[Any], list[str], str], Any]) -> int:
+    price_per_hour: float | None = None
+    """What an hour of one device costs; gives the run's cost beside its hours."""
+
+    devices: int | None = None
+    """Devices to pay for while the run is as fast as measured here; one a rank when not given."""
+
+    def run(self) -> int:
+        from castlm.planning.predict import check_price
         from castlm.training.calibrate import calibrate
-        from castlm.training.config import parse_train_arguments
         from castlm.training.distributed import close_world, init_world
 
-        config = parse_train_arguments(self.arguments, parse)
+        config = self.train
+        if self.price_per_hour is not None:
+            check_price(self.price_per_hour, 1 if self.devices is None else self.devices)
+        elif self.devices is not None:
+            raise InputError(f"devices is {self.devices} without a price: give --price-per-hour too")
         if config.method != "cast":
             raise InputError(f"method {config.method} has no decay to check: plan check is for method cast")
         world = init_world(config.device, config.sharding, config.timeout_s)
@@ -48,6 +58,10 @@ class CheckCommand:
         hours = config.max_steps * found.tokens_per_step / found.tokens_per_s / 3600
         print(f"lam from the momentum's rms over {found.steps} steps: {found.lam:.2e}")
         print(f"{found.tokens_per_s:,.0f} tokens/s: {hours:.2f} hours for {config.max_steps} steps of training alone")
+        if self.price_per_hour is not None:
+            devices = self.devices or world.size
+            cost = hours * devices * self.price_per_hour
+            print(f"cost: {cost:,.2f}, at {self.price_per_hour:g} an hour of each of {devices} devices")
         print(f"peak memory of this process: {found.peak_bytes / 2**30:.2f} GiB")
         worst = by_headroom[0][1].budget
         floor = f"; masked weights end near {worst.floor:.1e}, the last rate" if worst.floor else ""
@@ -122,12 +136,19 @@ class PredictCommand:
     tokens_per_s: float | None = None
     """Measured throughput of one GPU (or CPU), to give hours."""
 
+    price_per_hour: float | None = None
+    """What an hour of that GPU costs; gives the cost beside the hours."""
+
     def run(self) -> int:
         from castlm.planning.law import Law
-        from castlm.planning.predict import gpu_hours, predict_perplexity, tokens_for
+        from castlm.planning.predict import check_price, gpu_hours, predict_perplexity, tokens_for
 
         if (self.tokens is None) == (self.target_ppl is None):
             raise InputError("give one of --tokens and --target-ppl")
+        if self.price_per_hour is not None:
+            check_price(self.price_per_hour)
+            if self.tokens_per_s is None:
+                raise InputError(f"price_per_hour is {self.price_per_hour:g} of unknown hours: give --tokens-per-s too")
         law = Law.from_dict(_read_json(self.law))
         if self.tokens is not None:
             found = predict_perplexity(law, self.tokens, self.params)
@@ -140,7 +161,10 @@ class PredictCommand:
             print(needed)
             tokens = needed.tokens
         if tokens is not None and self.tokens_per_s is not None:
-            print(f"{gpu_hours(tokens, self.tokens_per_s):.2f} hours at {self.tokens_per_s:,.0f} tokens/s")
+            hours = gpu_hours(tokens, self.tokens_per_s)
+            print(f"{hours:.2f} hours at {self.tokens_per_s:,.0f} tokens/s")
+            if self.price_per_hour is not None:
+                print(f"cost: {hours * self.price_per_hour:,.2f}, at {self.price_per_hour:g} an hour")
         return 0 if tokens is not None else 1
 
 
@@ -230,7 +254,8 @@ COMMANDS = {"fit": FitCommand, "predict": PredictCommand, "watch": WatchCommand,
 
 
 def plan_usage() -> str:
-    lines = [f"  {name:10}{kind.__doc__.splitlines()[0]}" for name, kind in {"check": CheckCommand, **COMMANDS}.items()]
+    kinds = {"check": CheckCommand, "sweep": SweepCommand, **COMMANDS}
+    lines = [f"  {name:10}{kind.__doc__.splitlines()[0]}" for name, kind in kinds.items()]
     return "\n".join(
         ["usage: castlm plan COMMAND [OPTIONS]   (castlm plan COMMAND --help lists the options)", "", *lines]
     )

@@ -85,3 +85,11 @@ def gpu_hours(tokens: float, tokens_per_s: float) -> float:
     if not (math.isfinite(tokens_per_s) and tokens_per_s > 0):
         raise InputError(f"tokens_per_s must be a positive number, got {tokens_per_s:g}")
     return tokens / tokens_per_s / 3600
+
+
+def check_price(price_per_hour: float, devices: int = 1) -> None:
+    """Raises InputError unless the price of a device-hour is positive and there is a device."""
+    if not (math.isfinite(price_per_hour) and price_per_hour > 0):
+        raise InputError(f"price_per_hour is {price_per_hour:g}: give what an hour of one device costs, above 0")
+    if devices < 1:
+        raise InputError(f"devices is {devices}: it must be at least 1")

@@ -304,8 +304,16 @@ def mapping_arguments(values: dict[str, Any]) -> list[str]:
     return arguments
 
 
-def parse_train_arguments(arguments: list[str], parse: Callable[[type[Any], list[str], str], Any]) -> TrainConfig:
+def parse_train_arguments(
+    arguments: list[str],
+    parse: Callable[[type[Any], list[str], str], Any],
+    kind: type[Any] = TrainConfig,
+    name: str = "train",
+) -> Any:
     """`castlm train`'s arguments: the recipe's values, then `--config FILE`'s, then the rest; the last one counts.
+
+    Args:
+        kind: TrainConfig, or the options of the command `name`, with a TrainConfig among their fields.
 
     Raises:
         InputError: anything that `parse` or `TrainConfig` refuses.
@@ -313,14 +321,14 @@ def parse_train_arguments(arguments: list[str], parse: Callable[[type[Any], list
     given: list[str] = []
     rest = iter(arguments)
     for argument in rest:
-        name, equals, value = argument.partition("=")
-        if name != "--config":
+        option, equals, value = argument.partition("=")
+        if option != "--config":
             given.append(argument)
             continue
         if not equals:
             value = next(rest, "")
         if not value:
-            raise InputError("--config needs a YAML file: castlm train --config run.yaml")
+            raise InputError(f"--config needs a YAML file: castlm {name} --config run.yaml")
         given = mapping_arguments(read_yaml_mapping(value)) + given
     recipe = "castlm"
     for at, argument in enumerate(given):
@@ -328,5 +336,4 @@ def parse_train_arguments(arguments: list[str], parse: Callable[[type[Any], list
             recipe = given[at + 1]
         elif argument.startswith("--recipe="):
             recipe = argument.partition("=")[2]
-    config: TrainConfig = parse(TrainConfig, mapping_arguments(RECIPES.get(recipe, {})) + given, "train")
-    return config
+    return parse(kind, mapping_arguments(RECIPES.get(recipe, {})) + given, name)

@@ -1,0 +1,319 @@
+"""`castlm plan sweep`: the runs that a scaling law is fitted to, cheapest first, and no more of them than it takes.
+
+A budget is foretold before it runs. Once the law has foretold one rightly and is sure enough of the largest, the
+largest, which costs most, is not run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from castlm.compare.command import CompareCommand, Plan, command_line, ending_on_sigterm
+from castlm.compare.presets import RETRAINING
+from castlm.compare.runs import lock
+from castlm.core.errors import InputError
+from castlm.files import atomic_write_json, read_yaml_mapping
+from castlm.planning.budgets import check_budgets, geometric_budgets, listed_budgets
+
+if TYPE_CHECKING:
+    from castlm.planning.law import Law
+    from castlm.planning.predict import Prediction
+
+
+@dataclass
+class SweepCommand:
+    """Find the law of a model and text by the fewest runs: cheapest first, the largest only when it is in doubt.
+
+    Give the same command again to go on after a stop. Exit code 1: a run failed, or the runs carry no law.
+    """
+
+    model: str
+    """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
+
+    dataset: str
+    """Training text, as for `castlm train`."""
+
+    eval_dataset: str
+    """Text for perplexity, the same for all runs."""
+
+    output_dir: str
+    """Folder of the runs and of sweep.json and law.json; give it again to continue."""
+
+    largest_tokens: float | None = None
+    """Training tokens of the largest budget."""
+
+    smallest_tokens: float | None = None
+    """Those of the smallest; a 64th of the largest when not given."""
+
+    budgets: int = 6
+    """How many, each by the same factor above the one before."""
+
+    tokens: str | None = None
+    """The budgets themselves, with commas, instead of the three options before."""
+
+    seeds: int = 2
+    """Runs at each budget, with seeds 0, 1, ..."""
+
+    within: float = 0.02
+    """The largest budget is not run when its 90 % interval, from low to high, is narrower than this share of its
+    prediction, and the last budget fell inside the interval that was foretold for it."""
+
+    form: Literal["power", "loglinear"] = "power"
+    """power; loglinear for short ranges."""
+
+    config: str | None = None
+    """YAML of TrainConfig fields for all runs, `method` among them (else cast)."""
+
+    seq_len: int | None = None
+    """Tokens per sequence, in training and evaluation."""
+
+    per_device_train_batch_size: int | None = None
+    """Sequences per step."""
+
+    eval_tokens: int | None = None
+    """At most so many tokens are evaluated; 0 means all."""
+
+    overwrite: bool = False
+    """Replace another sweep that output_dir holds; runs that both have in common stay."""
+
+    def run(self, parse: Callable[[type[Any], list[str], str], Any]) -> int:
+        sweep = Sweep(self, parse)
+        with lock(sweep.root) as descriptor, ending_on_sigterm():
+            sweep.claim()
+            return sweep.run(descriptor)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A budget that was run."""
+
+    tokens: int
+    perplexities: list[float]
+    """Of its runs, by seed."""
+    foretold: Prediction | None
+    """Of one run at this budget, by the law of the smaller ones, before it ran."""
+    largest: Prediction | None = None
+    """Of one run at the largest budget, by the law of all budgets so far."""
+    no_law: str | None = None
+    """Why they carry no law."""
+
+    @property
+    def perplexity(self) -> float:
+        """Geometric mean over its runs."""
+        return math.exp(statistics.fmean(map(math.log, self.perplexities)))
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether it fell in the interval that was foretold."""
+        return None if self.foretold is None else self.foretold.low <= self.perplexity <= self.foretold.high
+
+    @property
+    def width(self) -> float:
+        """Of the interval of the largest budget, as a share of its prediction."""
+        return math.inf if self.largest is None else (self.largest.high - self.largest.low) / self.largest.perplexity
+
+    def settles(self, within: float) -> bool:
+        """Whether the largest budget need not be run any more."""
+        return self.inside is True and self.width < within
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"perplexity": self.perplexity, "inside": self.inside, "width": self.width}
+
+    def __str__(self) -> str:
+        inside = {None: "", True: "inside", False: "outside"}[self.inside]
+        width = "" if self.largest is None else f"{self.width:.2%}"
+        columns = f"{self.tokens:>14,}{self.perplexity:>12.4f}  {_interval(self.foretold):<30}{inside:<10}"
+        largest = f"no law: {self.no_law}" if self.no_law else f"{_interval(self.largest):<30}{width:>8}"
+        return f"{columns}{largest}".rstrip()
+
+
+TITLE = f"{'tokens':>14}{'perplexity':>12}  {'foretold (90 %)':<30}{'':<10}{'largest, foretold (90 %)':<30}{'width':>8}"
+
+
+class Sweep:
+    """The runs of a sweep, and what they have said so far.
+
+    Raises:
+        InputError: budgets that cannot foretell their largest, a method that does not train, whatever `Plan` refuses.
+    """
+
+    def __init__(self, command: SweepCommand, parse: Callable[[type[Any], list[str], str], Any]) -> None:
+        if not 0 < command.within < math.inf:
+            raise InputError(f"within is {command.within:g}: give the share that is narrow enough, as 0.02")
+        self.command, self.root = command, Path(command.output_dir)
+        self.method = _method(command.config)
+        asked = _ask(command)
+        self.plan = Plan(
+            CompareCommand(
+                model=command.model,
+                dataset=command.dataset,
+                eval_dataset=command.eval_dataset,
+                output_dir=command.output_dir,
+                budget_tokens=asked[0],
+                methods=self.method,
+                config=command.config,
+                seeds=command.seeds,
+                seq_len=command.seq_len,
+                per_device_train_batch_size=command.per_device_train_batch_size,
+                eval_tokens=command.eval_tokens,
+            ),
+            parse,
+        )
+        self.runs = [[self.plan.make(self.method, t, seed, None) for seed in range(command.seeds)] for t in asked]
+        self.budgets = [runs[0].tokens for runs in self.runs]
+        check_budgets(self.budgets, command.form)
+        self.steps: list[Step] = []
+        self.law: Law | None = None
+
+    @property
+    def folders(self) -> list[str]:
+        """Names of the runs' folders: what makes this sweep another than the next."""
+        return [run.folder(self.root).name for runs in self.runs for run in runs]
+
+    def claim(self) -> None:
+        """Makes the output folder this sweep's.
+
+        Raises:
+            InputError: it holds another sweep (without `overwrite`), or something else.
+        """
+        file = self.root / "sweep.json"
+        if not file.is_file():
+            if any(entry.name != ".lock" for entry in self.root.iterdir()):
+                raise InputError(f"{self.root} already holds something that is no sweep: choose another output folder")
+            self.write("running")
+            return
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+            old, line = [str(name) for name in held["runs"]], str(held["command"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{file} is not that of a sweep: remove it or choose another output folder") from None
+        if old == self.folders:
+            return
+        if not self.command.overwrite:
+            raise InputError(f"{self.root} holds a sweep of other runs ({line}): choose another folder or --overwrite")
+        for name in {Path(name).name for name in old} - set(self.folders):
+            folder = self.root / "runs" / name
+            shutil.rmtree(folder, ignore_errors=True)
+            for suffix in (".yaml", ".log"):
+                folder.with_suffix(suffix).unlink(missing_ok=True)
+        self.write("running")
+
+    def run(self, descriptor: int) -> int:
+        """Runs budget after budget until the largest is foretold well enough or has run. Returns the exit code."""
+        print(f"{self.method}, {self.command.seeds} seeds, {self.command.form} law, in {self.root}")
+        print(TITLE, flush=True)
+        for runs in self.runs:
+            results = [self.plan.measure(run, self.root, descriptor) for run in runs]
+            for result in results:
+                if math.isinf(result.perplexity):
+                    reason = result.record.get("error", "it has no finite perplexity")
+                    return self.end("failed", f"stopped: {result.run}: {reason}; the same command goes on")
+            self.take([result.perplexity for result in results])
+            print(self.steps[-1], flush=True)
+            if self.steps[-1].settles(self.command.within):
+                break
+            self.write("running")
+        last = self.steps[-1]
+        if last.largest is not None:
+            return self.end(
+                "foretold",
+                f"the largest was not run: {last.tokens:,} tokens fell inside what was foretold, and "
+                f"{last.width:.2%} is narrower than {self.command.within:.2%}",
+            )
+        said = {None: "not foretold", True: "inside what was foretold", False: "outside what was foretold"}
+        return self.end("complete", f"the largest was run: perplexity {last.perplexity:.4f}, {said[last.inside]}")
+
+    def take(self, perplexities: list[float]) -> None:
+        """Appends the step of the next budget, with the law of all so far and what it says of the largest."""
+        from castlm.planning.law import MIN_BUDGETS, fit_law
+        from castlm.planning.points import read_points
+        from castlm.planning.predict import predict_perplexity
+
+        tokens = self.budgets[len(self.steps)]
+        foretold = None if self.law is None else predict_perplexity(self.law, tokens)
+        self.law, largest, no_law = None, None, None
+        done = self.runs[: len(self.steps) + 1]
+        if len(done) >= MIN_BUDGETS[self.command.form]:
+            try:
+                files = [run.folder(self.root) / "model" / "castlm.json" for runs in done for run in runs]
+                self.law = fit_law(read_points(files), self.command.form)
+                if tokens != self.budgets[-1]:
+                    largest = predict_perplexity(self.law, self.budgets[-1])
+            except InputError as error:
+                no_law = str(error)
+        self.steps.append(Step(tokens, perplexities, foretold, largest, no_law))
+
+    @property
+    def spent(self) -> int:
+        """Tokens of the budgets that were run."""
+        return self.command.seeds * sum(step.tokens for step in self.steps)
+
+    @property
+    def saved(self) -> int:
+        """Tokens of those that were not."""
+        return self.command.seeds * sum(self.budgets) - self.spent
+
+    def end(self, status: str, verdict: str) -> int:
+        self.write(status, verdict)
+        print(verdict)
+        if status == "foretold":
+            share = self.saved / (self.spent + self.saved)
+            print(f"largest budget, {self.budgets[-1]:,} tokens: perplexity {_interval(self.steps[-1].largest)}")
+            print(f"{self.spent:,} tokens trained, {self.saved:,} saved: {share:.0%} of the sweep")
+        if self.law is None:
+            print("no law.json: " + (self.steps[-1].no_law or "too few budgets" if self.steps else "nothing was run"))
+            return 1
+        print(f"law: {self.root / 'law.json'} (castlm plan predict)")
+        return 1 if status == "failed" else 0
+
+    def write(self, status: str, verdict: str | None = None) -> None:
+        """Writes sweep.json, and law.json where there is a law."""
+        content = {
+            "status": status,
+            "verdict": verdict,
+            "command": command_line("plan sweep", self.command),
+            "method": self.method,
+            "form": self.command.form,
+            "within": self.command.within,
+            "seeds": self.command.seeds,
+            "budgets": self.budgets,
+            "steps": [step.as_dict() for step in self.steps],
+            "trained_tokens": self.spent,
+            "saved_tokens": self.saved if status == "foretold" else 0,
+            "runs": self.folders,
+        }
+        atomic_write_json(self.root / "sweep.json", content)
+        if self.law is None:
+            (self.root / "law.json").unlink(missing_ok=True)
+        else:
+            atomic_write_json(self.root / "law.json", self.law.as_dict())
+
+
+def _ask(command: SweepCommand) -> list[int]:
+    if command.tokens is None:
+        if command.largest_tokens is None:
+            raise InputError("which budgets? Give --largest-tokens, or --tokens with all of them")
+        return geometric_budgets(command.largest_tokens, command.smallest_tokens, command.budgets)
+    if command.largest_tokens is not None or command.smallest_tokens is not None:
+        raise InputError(f"--tokens {command.tokens} has all budgets: leave out --largest-tokens and --smallest-tokens")
+    return listed_budgets(command.tokens)
+
+
+def _method(config: str | None) -> str:
+    method = str((read_yaml_mapping(config) if config else {}).get("method", "cast"))
+    if method not in RETRAINING:
+        raise InputError(f"method {method} has no training budget to sweep: use one of {', '.join(RETRAINING)}")
+    return method
+
+
+def _interval(prediction: Prediction | None) -> str:
+    if prediction is None:
+        return ""
+    return f"{prediction.perplexity:.4f} ({prediction.low:.4f} to {prediction.high:.4f})"

@@ -1,0 +1,288 @@
+"""castlm plan sweep: when it stops, what it writes, and that a killed one goes on. All but one test draw their runs."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from castlm.cli import main
+from castlm.compare import runs
+from castlm.core.errors import InputError
+from castlm.planning.budgets import check_budgets, geometric_budgets
+from castlm.planning.law import Law
+from castlm.planning.predict import predict_perplexity
+from castlm.training.loop import Run as TrainingRun
+from tests.tiny import TEXT, save_tiny
+
+STEP = 64  # tokens
+LARGEST = 64 * 64 * STEP
+
+
+class Killed(Exception):  # noqa: N818
+    pass
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "train.txt").write_text(TEXT)
+    (folder / "eval.txt").write_text(TEXT[:2000])
+    model = save_tiny(folder / "model")
+    named = ["--model", str(model), "--dataset", str(folder / "train.txt"), "--eval-dataset", str(folder / "eval.txt")]
+    return [*named, "--seq-len", "32", "--per-device-train-batch-size", "2", "--eval-tokens", "256"]
+
+
+@pytest.fixture
+def sweep(files, tmp_path):
+    """Runs the command in a folder; gives its exit code and its sweep.json."""
+
+    def run(*more: str, folder: str = "out") -> tuple[int, dict]:
+        budgets = [] if "--tokens" in more else ["--largest-tokens", str(LARGEST)]
+        code = main(["plan", "sweep", *files, "--output-dir", str(tmp_path / folder), *budgets, *more])
+        return code, json.loads((tmp_path / folder / "sweep.json").read_text())
+
+    return run
+
+
+class Drawn:
+    """Stands for the processes of runs: writes results that follow a law, and keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        self.noise, self.bend, self.sign = 1e-4, {}, 1
+        self.done: list[tuple[int, int]] = []
+        self.kill_at = self.fail_at = None
+
+    def __call__(self, arguments, log, lock_descriptor) -> int:
+        config = yaml.safe_load(Path(arguments[-1]).read_text())
+        assert config["method"] == "cast"
+        if len(self.done) == self.kill_at:
+            raise Killed
+        if len(self.done) == self.fail_at:
+            log.write_text("castlm: error: the disk is full\n")
+            return 2
+        tokens, seed = config["max_steps"] * STEP, config["seed"]
+        self.done.append((config["max_steps"], seed))
+        folder = Path(config["output_dir"]) / "model"
+        folder.mkdir(parents=True)
+        record = {"method": "cast", "config": {"seed": seed}, "train_tokens": tokens, "num_params": 1000}
+        record["perplexity"] = {"pruned": self.perplexity(tokens, seed)}
+        (folder / "castlm.json").write_text(json.dumps(record))
+        return 0
+
+    def perplexity(self, tokens: int, seed: int) -> float:
+        loss = 1.5 + self.sign * 20 * tokens**-0.4 + self.bend.get(tokens, 0.0)
+        return math.exp(loss * math.exp(self.noise * random.Random(tokens + seed).gauss(0, 1)))
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> Drawn:
+    stand_in = Drawn()
+    monkeypatch.setattr(runs, "run_process", stand_in)
+    return stand_in
+
+
+def test_the_largest_is_not_run_when_it_is_foretold(sweep, drawn, tmp_path, capsys):
+    code, said = sweep()
+    assert code == 0
+    budgets = said["budgets"]
+    assert [b // STEP for b in budgets] == [64, 147, 337, 776, 1782, 4096]
+    assert drawn.done == [(b // STEP, seed) for b in budgets[:5] for seed in (0, 1)]
+    assert said["status"] == "foretold"
+    steps = said["steps"]
+    assert [step["inside"] for step in steps] == [None, None, None, None, True]
+    assert steps[2]["largest"] is None
+    assert steps[3]["largest"]["tokens"] == LARGEST
+    foretold, width = steps[4]["largest"], steps[4]["width"]
+    assert foretold["low"] < drawn.perplexity(LARGEST, 0) < foretold["high"]
+    assert width == pytest.approx((foretold["high"] - foretold["low"]) / foretold["perplexity"])
+    assert width < said["within"] == 0.02
+    assert said["trained_tokens"] == 2 * sum(budgets[:5])
+    assert said["saved_tokens"] == 2 * LARGEST
+    law = Law.from_dict(json.loads((tmp_path / "out" / "law.json").read_text()))
+    assert law.num_points == 10
+    assert predict_perplexity(law, LARGEST).high == pytest.approx(foretold["high"])
+    out = capsys.readouterr().out
+    assert "the largest was not run" in out
+    assert f"{foretold['low']:.4f} to {foretold['high']:.4f}" in out
+    assert f"{2 * LARGEST:,} saved" in out
+    assert main(["plan", "predict", str(tmp_path / "out" / "law.json"), "--tokens", "1e6"]) == 0
+
+
+def test_a_longer_series_is_cut_where_it_is_foretold(sweep, drawn):
+    _, said = sweep("--budgets", "8", "--within", "0.1")
+    assert len(said["steps"]) == 5
+    assert said["saved_tokens"] == 2 * sum(said["budgets"][5:])
+
+
+def test_the_largest_is_run_when_the_last_budget_fell_outside(sweep, drawn, capsys):
+    drawn.bend = {1782 * STEP: 0.05}
+    code, said = sweep("--within", "10")
+    assert code == 0
+    assert said["status"] == "complete"
+    assert [step["inside"] for step in said["steps"][4:]] == [False, True]
+    assert len(drawn.done) == 12
+    assert said["saved_tokens"] == 0
+    assert "inside what was foretold" in capsys.readouterr().out
+
+
+def test_the_largest_is_run_when_its_interval_is_wide_and_a_wider_one_stops_the_same_sweep(sweep, drawn, tmp_path):
+    drawn.noise = 3e-3
+    _, said = sweep("--within", "1e-3", "--seeds", "3")
+    assert said["status"] == "complete"
+    assert said["steps"][4]["width"] > 1e-3
+    assert said["steps"][5]["largest"] is None
+    measured = [drawn.perplexity(LARGEST, seed) for seed in range(3)]
+    assert said["steps"][5]["perplexities"] == pytest.approx(measured)
+    law = Law.from_dict(json.loads((tmp_path / "out" / "law.json").read_text()))
+    assert law.holdout.predicted == pytest.approx(said["steps"][5]["foretold"]["perplexity"])
+    _, again = sweep("--within", "1", "--seeds", "3")
+    assert len(drawn.done) == 18
+    assert again["status"] == "foretold"
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 9])
+def test_a_killed_sweep_goes_on(at, sweep, drawn, tmp_path):
+    _, straight = sweep(folder="straight")
+    drawn.done, drawn.kill_at = [], at
+    with pytest.raises(Killed):
+        sweep()
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["status"] == "running"
+    drawn.kill_at = None
+    _, said = sweep()
+    assert len(drawn.done) == 10
+    assert len(set(drawn.done)) == 10  # nothing was run twice
+    assert {**said, "command": ""} == {**straight, "command": ""}
+
+
+def test_a_failed_run_stops_the_sweep_and_is_tried_again(sweep, drawn, capsys):
+    drawn.fail_at = 3
+    code, said = sweep()
+    assert code == 1
+    assert said["status"] == "failed"
+    assert "the disk is full" in said["verdict"]
+    assert len(said["steps"]) == 1
+    drawn.fail_at = None
+    code, said = sweep()
+    assert (code, said["status"], len(drawn.done)) == (0, "foretold", 10)
+
+
+def test_runs_that_carry_no_law_are_said_to(sweep, drawn, tmp_path, capsys):
+    drawn.sign = -1
+    code, said = sweep("--seeds", "1")
+    assert code == 1
+    assert said["status"] == "complete"
+    assert len(said["steps"]) == 6
+    assert "does not fall" in said["steps"][-1]["no_law"]
+    assert not (tmp_path / "out" / "law.json").exists()
+    assert "no law.json" in capsys.readouterr().out
+
+
+def test_another_sweep_is_refused_or_replaced(sweep, drawn, tmp_path, capsys):
+    sweep("--seeds", "1")
+    before = len(drawn.done)
+    code, said = sweep("--seeds", "2")
+    assert code == 2
+    assert said["seeds"] == 1
+    error = capsys.readouterr().err
+    assert "holds a sweep of other runs" in error
+    assert "--overwrite" in error
+    assert len(drawn.done) == before
+    code, _ = sweep("--seeds", "2", "--overwrite")
+    assert code == 0
+    assert len(drawn.done) == before + 5  # the other seed alone
+    sweep("--overwrite", "--tokens", ",".join(str(STEP * n) for n in (10, 30, 100, 300, 1000, 3000)))
+    kept = json.loads((tmp_path / "out" / "sweep.json").read_text())["runs"]
+    assert {folder.stem for folder in (tmp_path / "out" / "runs").iterdir()} <= set(kept)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(files, drawn, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "table.json").write_text("{}")
+    arguments = ["plan", "sweep", *files, "--output-dir", str(tmp_path / "out"), "--largest-tokens", str(LARGEST)]
+    assert main(arguments) == 2
+    assert main([*arguments, "--overwrite"]) == 2
+    assert "holds something that is no sweep" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*arguments, "--output-dir", str(tmp_path / "file")]) == 2
+    assert not drawn.done
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "--largest-tokens"),
+        (["--largest-tokens", "1e6", "--tokens", "1,2"], "leave out --largest-tokens"),
+        (["--largest-tokens", "1e6", "--smallest-tokens", "2e6"], "2e+06 to 1e+06"),
+        (["--largest-tokens", "nan"], "nan"),
+        (["--largest-tokens", "1e6", "--budgets", "1"], "budgets is 1"),
+        (["--largest-tokens", "1e6", "--budgets", "4"], "4 budgets: the power form needs 5"),
+        (["--largest-tokens", "1e6", "--smallest-tokens", "5e5"], "a factor of 4"),
+        (["--largest-tokens", "640"], "less than one step of 64"),
+        (["--largest-tokens", "640", "--smallest-tokens", "64", "--budgets", "20"], "in whole steps, are one"),
+        (["--largest-tokens", "1e6", "--within", "0"], "within is 0"),
+        (["--largest-tokens", "1e6", "--seeds", "0"], "seeds is 0"),
+        (["--largest-tokens", "1e6", "--model", "no where"], "no where"),
+        (["--largest-tokens", "1e6", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--tokens", "1e5,many"], "'1e5,many'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments, named, files, drawn, tmp_path, capsys):
+    assert main(["plan", "sweep", *files, "--output-dir", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert not drawn.done
+
+
+def test_a_method_without_training_is_refused(sweep, tmp_path, drawn, files, capsys):
+    (tmp_path / "wanda.yaml").write_text("method: wanda\n")
+    arguments = ["plan", "sweep", *files, "--output-dir", str(tmp_path / "out"), "--largest-tokens", "1e6"]
+    assert main([*arguments, "--config", str(tmp_path / "wanda.yaml")]) == 2
+    assert "method wanda has no training budget" in capsys.readouterr().err
+
+
+def test_budgets_are_a_geometric_series():
+    assert geometric_budgets(1e6, 1e3, 4) == [1000, 10_000, 100_000, 1_000_000]
+    assert geometric_budgets(6400, None, 7)[0] == 100
+    check_budgets(geometric_budgets(1e6, None, 4), "loglinear")
+    with pytest.raises(InputError, match="needs 5"):
+        check_budgets(geometric_budgets(1e6, None, 4), "power")
+
+
+def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
+    def run_here(arguments, log, lock_descriptor):
+        log.write_text("")
+        return main(arguments[1:])
+
+    monkeypatch.setattr(runs, "run_process", run_here)
+    config = tmp_path / "config.yaml"
+    config.write_text("{method: ste, eta: 0.0, learning_rate: 0.003, eval_steps: 1000}\n")
+    base = ["plan", "sweep", *files, "--config", str(config), "--seeds", "1", "--form", "loglinear", "--within", "1e-9"]
+    base += ["--tokens", ",".join(str(STEP * n) for n in (2, 4, 8, 16, 32))]
+    original, steps = TrainingRun.train_step, []
+
+    def until_killed(self):
+        if self.config.max_steps == 16 and self.step == 9:
+            raise Killed
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "train_step", until_killed)
+        with pytest.raises(Killed):
+            main([*base, "--output-dir", str(tmp_path / "killed")])
+    monkeypatch.setattr(TrainingRun, "train_step", lambda self: (steps.append(self.step), original(self)))
+    assert main([*base, "--output-dir", str(tmp_path / "killed")]) == 0
+    first = steps[0]
+    assert 4 <= first <= 9  # it saves at every fourth of its steps; the newest save may not have been whole
+    assert steps == [*range(first, 16), *range(32)]
+    assert main([*base, "--output-dir", str(tmp_path / "straight")]) == 0
+    killed, straight = (json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("killed", "straight"))
+    assert killed["steps"] == straight["steps"]
+    assert killed["status"] == "complete"
+    assert len(killed["steps"]) == 5
+    assert killed["steps"][-1]["foretold"] is not None
+    assert not list(tmp_path.glob("killed/runs/dense*"))
