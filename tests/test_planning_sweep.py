@@ -128,7 +128,7 @@ def test_the_largest_is_run_when_the_last_budget_fell_outside(sweep, drawn, caps
     assert "inside what was foretold" in capsys.readouterr().out
 
 
-def test_the_largest_is_run_when_its_interval_is_wide_and_a_wider_one_stops_the_same_sweep(sweep, drawn, tmp_path):
+def test_the_largest_is_run_when_its_interval_is_wide_and_is_never_said_to_be_saved_then(sweep, drawn, tmp_path):
     drawn.noise = 3e-3
     _, said = sweep("--within", "1e-3", "--seeds", "3")
     assert said["status"] == "complete"
@@ -140,7 +140,16 @@ def test_the_largest_is_run_when_its_interval_is_wide_and_a_wider_one_stops_the_
     assert law.holdout.predicted == pytest.approx(said["steps"][5]["foretold"]["perplexity"])
     _, again = sweep("--within", "1", "--seeds", "3")
     assert len(drawn.done) == 18
-    assert again["status"] == "foretold"
+    assert again["steps"] == said["steps"]
+    assert (again["status"], again["saved_tokens"]) == ("complete", 0)
+
+
+def test_a_narrower_interval_asked_for_later_runs_the_largest_too(sweep, drawn):
+    _, said = sweep()
+    assert said["status"] == "foretold"
+    _, said = sweep("--within", "1e-9")
+    assert said["status"] == "complete"
+    assert len(drawn.done) == 12
 
 
 @pytest.mark.parametrize("at", [0, 1, 5, 9])

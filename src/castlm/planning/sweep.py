@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from castlm.compare.command import CompareCommand, Plan, command_line, ending_on_sigterm
 from castlm.compare.presets import RETRAINING
-from castlm.compare.runs import lock
+from castlm.compare.runs import lock, read_record
 from castlm.core.errors import InputError
 from castlm.files import atomic_write_json, read_yaml_mapping
 from castlm.planning.budgets import check_budgets, geometric_budgets, listed_budgets
@@ -217,7 +217,7 @@ class Sweep:
                     return self.end("failed", f"stopped: {result.run}: {reason}; the same command goes on")
             self.take([result.perplexity for result in results])
             print(self.steps[-1], flush=True)
-            if self.steps[-1].settles(self.command.within):
+            if self.steps[-1].settles(self.command.within) and not self.has_run_largest():
                 break
             self.write("running")
         last = self.steps[-1]
@@ -229,6 +229,10 @@ class Sweep:
             )
         said = {None: "not foretold", True: "inside what was foretold", False: "outside what was foretold"}
         return self.end("complete", f"the largest was run: perplexity {last.perplexity:.4f}, {said[last.inside]}")
+
+    def has_run_largest(self) -> bool:
+        """Whether an earlier start, with another `within` or `form`, went on to the end."""
+        return all(read_record(run.folder(self.root)) is not None for run in self.runs[-1])
 
     def take(self, perplexities: list[float]) -> None:
         """Appends the step of the next budget, with the law of all so far and what it says of the largest."""
