@@ -478,16 +478,53 @@ def train_as_a_command(config: TrainConfig) -> None:
     raise SystemExit(main_code(config))
 
 
-def test_bf16_with_a_sharded_teacher(text, tmp_path):
-    model = str(save_tiny(tmp_path / "model", "llama"))
-    for ranks in (1, 2):
-        config = small(model, text, tmp_path / str(ranks), ranks, precision="bf16", max_steps=4, eval_steps=4)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bf16_with_a_sharded_teacher(family, text, tmp_path):
+    """Within 1e-3 of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale."""
+    model = str(save_tiny(tmp_path / "model", family))
+    for ranks, over in ((1, {}), (2, {}), (3, {"gradient_checkpointing": True})):
+        config = small(model, text, tmp_path / str(ranks), ranks, precision="bf16", max_steps=8, eval_steps=4, **over)
         run_ranks(train, ranks, config, folder=tmp_path)
-    one, other = rows(tmp_path / "1"), rows(tmp_path / "2")
-    for expected, row in zip(one, other):
-        for key in ("loss", "kl", "perplexity"):
-            if key in expected:
-                assert row[key] == pytest.approx(expected[key], rel=2e-2, abs=1e-4), key
+    one = rows(tmp_path / "1")
+    for other in (rows(tmp_path / "2"), rows(tmp_path / "3")):
+        for expected, row in zip(one, other, strict=True):
+            for key, rel in (("loss", 1e-3), ("kl", 5e-2), ("grad_norm", 2e-2), ("perplexity", 5e-3)):
+                if key in expected:
+                    assert row[key] == pytest.approx(expected[key], rel=rel, abs=1e-4), key
+
+
+def see_what_is_gathered(folder: str) -> None:
+    """Of the types that the blocks compute with, what is fp32 on one rank stays so; the gradients are fp32."""
+    world = init_world("cpu", "full")
+    model = load_model(folder).model
+    teacher = make_teacher(model, torch.bfloat16)
+    add_weight_scaling(model)
+    objective = Objective(model, teacher, 0.5, 1.0)
+    shard_(objective, world, "bf16")
+    seen: dict[str, torch.dtype] = {}
+
+    def look(name: str, module: nn.Module) -> None:
+        seen.update({f"{name}.{leaf}": parameter.dtype for leaf, parameter in module.named_parameters(recurse=False)})
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda module, _, name=name: look(name, module))
+    ids = torch.randint(0, 256, (2, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective(ids, ids, 32).loss
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    assert seen.keys() >= {name for name in parameters if "lm_head" not in name}
+    linear = {f"{name}.parametrizations.weight.original" for name in sparse_linears(model)[0]}
+    biases = {f"{name}.bias" for name in sparse_linears(model)[0]} & parameters.keys()
+    assert {name for name, dtype in seen.items() if dtype == torch.bfloat16} == linear | biases
+    assert all(parameter.grad.dtype == parameter.dtype == torch.float32 for parameter in parameters.values())
+    close_world(world)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_blocks_are_gathered_in_bf16(family, tmp_path):
+    model = save_tiny(tmp_path / "model", family, **({"num_key_value_heads": 4} if family == "mixtral" else {}))
+    run_ranks(see_what_is_gathered, 2, str(model), folder=tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["NaN", "missing"])

@@ -23,7 +23,6 @@ RUN = _Run(
     accumulates=False,
     checkpointing=False,
     compute=torch.float32,
-    gather=torch.float32,
     teacher=torch.float32,
     chunk_tokens=96,
     compiled=True,
@@ -103,9 +102,21 @@ def test_gathered_weights_are_the_outside_and_two_blocks():
     block = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
     outside = 2 * 32000 * 4096 + 4096
     plan = plan_7b(world_size=8, scale_groups=0)
-    assert plan.components["gathered weights"] == (outside + 2 * block) * (4 + 2)
-    plan = plan_7b(world_size=8, scale_groups=0, gather_dtype="bf16")
-    assert plan.components["gathered weights"] == (outside + 2 * block) * (2 + 2)
+    assert plan.components["gathered weights"] == outside * (4 + 2) + 2 * block * (2 + 2)
+    assert plan.components["gathered gradients"] == block * (2 + 4)
+    plan = plan_7b(world_size=8, scale_groups=0, compute_dtype="fp32", teacher_dtype="fp32")
+    assert plan.components["gathered weights"] == (outside + 2 * block) * (4 + 4)
+
+
+def test_what_is_gathered_in_bf16_is_not_copied():
+    hidden, inner = 64, 176
+    bf16 = replace(RUN, compute=torch.bfloat16)
+    one, several = (_trace(llama(), replace(bf16, scale_groups=0), sharded=sharded) for sharded in (False, True))
+    assert several.block == one.block  # the residual path stays fp32
+    assert several.block_weights == 0
+    scaled = _trace(llama(), bf16, sharded=True)
+    assert scaled.block_weights == 2 * (4 * hidden**2 + 3 * hidden * inner)  # the products W * A
+    assert scaled.block == one.block
 
 
 def test_checkpointing_leaves_block_inputs_and_one_block():

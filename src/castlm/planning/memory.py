@@ -24,6 +24,7 @@ from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
 from castlm.models import backbone, linearize_conv1d_
+from castlm.training.distributed import beside_linears, is_gathered_narrow, transformer_blocks
 
 GIB = 2**30
 WORLD_SIZES = tuple(2**i for i in range(13))
@@ -126,7 +127,6 @@ def plan_memory(
     compute_dtype: str = "bf16",
     teacher: bool = True,
     teacher_dtype: str = "bf16",
-    gather_dtype: str = "fp32",
     chunk_tokens: int = 1024,
     compiled_optimizer: bool = True,
     gpu_gib: float | None = None,
@@ -143,10 +143,10 @@ def plan_memory(
       and the attention's output; gate, its silu, up and their product. Under bf16 autocast it is T (34H + 8I): norms
       and residual path stay fp32, and each linear layer keeps a bf16 copy of its own input;
     - weights for backward, of all blocks in the compute type and whole on every rank, for sharding does not reach them:
-      the products `W * A` of weight scaling, or else the copies that bf16 autocast makes of fp32 weights;
+      the products `W * A` of weight scaling, or else the copies that bf16 autocast makes of fp32 weights on one rank;
     - with checkpointing: L block inputs (T * H each), and the activations and weights of the one block at work;
-    - gathered (R > 1): everything outside the blocks (embedding, head) and two blocks, of the student in
-      gather_dtype and of the teacher; one block's unsharded gradient;
+    - gathered (R > 1): everything outside the blocks (embedding, head) in fp32 and two blocks in the compute type, and
+      the same of the teacher in its own; one block's unsharded gradient, and its copy in fp32, in which it is summed;
     - logits: 3 (1 without a teacher) buffers of chunk_tokens * V in fp32 and one in bf16;
     - the gradients of the head and of the hidden states, and copies of both in the compute type;
     - optimizer step: nothing when compiled, else 5 copies of the largest parameter's shard.
@@ -158,8 +158,6 @@ def plan_memory(
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
         compute_dtype: "bf16" or "fp32", of the forward and backward pass; master weights are fp32.
-        gather_dtype: of the student's weights that FSDP gathers: "fp32", as castlm's loop does, with autocast making
-            the copies; or "bf16", what MixedPrecisionPolicy(param_dtype=torch.bfloat16) would do.
         chunk_tokens: tokens whose logits are alive at once (the loss's default: 1,024 on a GPU, 256 on CPU).
         gpu_gib: memory of a card in GiB, see `GPUS`; asks for the verdict.
 
@@ -169,8 +167,7 @@ def plan_memory(
     for name, value in (("world_size", world_size), ("seq_len", seq_len), ("micro_batch", micro_batch)):
         if value < 1:
             raise InputError(f"{name} = {value} is out of range: it must be at least 1")
-    dtypes = {"compute_dtype": compute_dtype, "teacher_dtype": teacher_dtype, "gather_dtype": gather_dtype}
-    for name, value in dtypes.items():
+    for name, value in (("compute_dtype", compute_dtype), ("teacher_dtype", teacher_dtype)):
         if value not in DTYPES:
             raise InputError(f"{name} = {value!r} is unknown: one of {', '.join(DTYPES)}")
     config = read_config(config)
@@ -181,7 +178,6 @@ def plan_memory(
         accumulates=accumulation > 1,
         checkpointing=gradient_checkpointing,
         compute=DTYPES[compute_dtype],
-        gather=DTYPES[gather_dtype],
         teacher=DTYPES[teacher_dtype] if teacher else None,
         chunk_tokens=min(chunk_tokens, micro_batch * seq_len),
         compiled=compiled_optimizer,
@@ -225,7 +221,6 @@ class _Run:
     accumulates: bool
     checkpointing: bool
     compute: torch.dtype
-    gather: torch.dtype
     teacher: torch.dtype | None
     chunk_tokens: int
     compiled: bool
@@ -242,9 +237,9 @@ def _plan(sizes: _Sizes, saved: _Saved, run: _Run, world_size: int) -> MemoryPla
 
 
 def _components(sizes: _Sizes, saved: _Saved, run: _Run, world_size: int) -> dict[str, int]:
-    sharded, c, g = world_size > 1, run.compute.itemsize, run.gather.itemsize
+    sharded, c = world_size > 1, run.compute.itemsize
     t = 0 if run.teacher is None else run.teacher.itemsize
-    residual = g if sharded else 4  # under autocast of fp32 weights the residual path stays fp32
+    residual = 4  # in autocast too: only what enters a linear layer is cast
     narrow = c if c < 4 else 0  # of a copy that is not made in fp32
     outside = sizes.total - sizes.block * sizes.num_layers
     head, states = sizes.vocab * sizes.hidden, run.tokens * sizes.hidden
@@ -263,8 +258,8 @@ def _components(sizes: _Sizes, saved: _Saved, run: _Run, world_size: int) -> dic
         "activations": sizes.num_layers * saved.block + saved.rest,
         "activations, checkpointed": sizes.num_layers * states * residual + saved.block + saved.rest,
         "weights kept for backward": layers_kept * saved.block_weights,
-        "gathered weights": sharded * (outside + 2 * sizes.block) * (g + t),
-        "gathered gradients": sharded * sizes.block * (g + 4),
+        "gathered weights": sharded * (outside * (4 + t) + 2 * sizes.block * (c + t)),
+        "gathered gradients": sharded * sizes.block * (c + 4),
         "logits": run.chunk_tokens * sizes.vocab * ((12 if t else 4) + narrow),
         "head's gradient and copies": head * (4 + 2 * narrow) + states * (residual + (t and c) + 2 * narrow),
         "optimizer step": 0 if run.compiled else shard(20 * sizes.largest),
@@ -341,11 +336,13 @@ def _saved_bytes(
 
     with FakeTensorMode(), _as_input_error(config):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=run.gather if sharded else torch.float32, attn_implementation=_ATTENTION
+            config, dtype=torch.float32, attn_implementation=_ATTENTION
         )
         linearize_conv1d_(model)
         if run.scale_groups:
             add_weight_scaling(model, run.scale_groups)
+        if sharded and run.compute is not torch.float32:
+            _narrow_linears_(model, run.compute)
         model.train()
         input_ids = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
         autocast = torch.autocast("cpu", run.compute, enabled=run.compute is not torch.float32)
@@ -354,6 +351,15 @@ def _saved_bytes(
         for param in model.parameters():
             storages.pop(param.untyped_storage()._cdata, None)
         return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+def _narrow_linears_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """The blocks' parameters in the types that `training.distributed.shard_` gathers them in."""
+    for block in filter(is_gathered_narrow, transformer_blocks(model)):
+        wide = {parameter for module in beside_linears(block) for parameter in module.parameters()}
+        for parameter in block.parameters():
+            if parameter not in wide:
+                parameter.data = parameter.data.to(dtype)
 
 
 @contextlib.contextmanager

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.utils.parametrize import ParametrizationList
 
 from castlm.core.errors import InputError
 
@@ -186,17 +187,45 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     return [block for name in outer for block in model.get_submodule(name)]
 
 
-def shard_(module: nn.Module, world: World) -> None:
+def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
     """Shards every transformer block of `module`, then the rest, in place; nothing for a single process.
 
     Parametrizations have to be there already: the other order fails.
+
+    Args:
+        precision: of the forward pass. Under "bf16" the fp32 linear layers of the blocks are gathered in bf16, and the
+            forward has to run in autocast; all else is gathered as it is stored, gradients are summed in fp32.
     """
     if world.mesh is None:
         return
     for block in transformer_blocks(module):
-        fully_shard(block, mesh=world.mesh)
+        if precision == "bf16" and is_gathered_narrow(block):
+            wide = beside_linears(block)
+            if wide:
+                fully_shard(wide, mesh=world.mesh)
+            fully_shard(block, mesh=world.mesh, mp_policy=_NARROW)
+        else:
+            fully_shard(block, mesh=world.mesh)
     fully_shard(module, mesh=world.mesh)
     assert isinstance(module, FSDPModule)
+
+
+# Inputs stay as they are: FSDP would round the residual path, which autocast leaves in fp32.
+_NARROW = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+
+
+def is_gathered_narrow(block: nn.Module) -> bool:
+    """Whether a block has anything to gain, and runs all its modules: of a list of experts some may not be called, and
+    FSDP's group of modules waits for each."""
+    lists = [m for m in block.modules() if isinstance(m, nn.ModuleList) and not isinstance(m, ParametrizationList)]
+    return not lists and any(parameter.dtype == torch.float32 for parameter in block.parameters())
+
+
+def beside_linears(block: nn.Module) -> list[nn.Module]:
+    """The modules of a block whose parameters autocast does not cast: norms, and the scales of weight scaling, which
+    near 1 would be rounded to steps of 0.4 to 0.8 %."""
+    cast = nn.Linear, ParametrizationList
+    return [m for m in block.modules() if any(True for _ in m.parameters(False)) and not isinstance(m, cast)]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ class Run:
         self.objective = Objective(self.model, teacher, config.eta, config.temperature)
         if self.stored is None:
             self.objective.to(self.world.device)
-            shard_(self.objective, self.world)
+            shard_(self.objective, self.world, self.precision)
         else:
             self._fill(self.stored)
         num_params = sum(p.numel() for p in self.model.parameters())
@@ -235,13 +235,14 @@ class Run:
         return oneshot_weights(self.model, config, self.pattern, self._is_sparse, self.documents, self.loaded.tokenizer)
 
     def _fill(self, stored: Checkpoint) -> None:
-        shard_(self.objective, self.world)
+        shard_(self.objective, self.world, self.precision)
         materialize_(self.objective, self.world.device)
         load_rows_(self.model, stored, self.world)
         if self.objective.teacher is not None:
             load_rows_(self.objective.teacher, stored, self.world)
         register_fsdp_forward_method(self.objective, "prove_head")
-        self.objective.prove_head()
+        with autocast(self.world.device, self.precision):  # what is gathered in bf16 multiplies nothing else
+            self.objective.prove_head()
         self.objective.reshard()  # else the root goes on with these weights after a checkpoint is loaded
 
     def _is_sparse(self, module: torch.nn.Module, fqn: str) -> bool:

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from castlm.core.shards import local
@@ -55,6 +55,19 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     if where.gguf:
         return None
+    model = empty_model(config, trust_remote_code=trust_remote_code)
+    if any(buffer.is_meta for buffer in model.buffers()):
+        return None
+    files = _weight_files(where.target, revision)
+    places = _places(model, files)
+    if places is None:
+        return None
+    source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
+    return Loaded(model.eval(), tokenizer, source), Checkpoint(source, places)
+
+
+def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model whose fp32 parameters are on the meta device, its buffers real; Conv1D are `nn.Linear`."""
     with _WeightsOnMeta():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     made = {p: nn.Parameter(p.to("meta")) for p in model.parameters() if not p.is_meta}  # norms, of `torch.ones`
@@ -62,15 +75,8 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in made:
                 setattr(module, name, made[parameter])
-    if any(buffer.is_meta for buffer in model.buffers()):
-        return None
-    files = _weight_files(where.target, revision)
     linearize_conv1d_(model)
-    places = _places(model, files)
-    if places is None:
-        return None
-    source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
-    return Loaded(model.eval(), tokenizer, source), Checkpoint(source, places)
+    return model
 
 
 def _weight_files(target: str, revision: str | None) -> list[Path]:

@@ -29,7 +29,7 @@ from castlm.layout import stored_transposed
 from castlm.training.distributed import shard_, whole
 from castlm.training.evaluation import held_out_perplexity
 from castlm.training.objective import Objective
-from castlm.training.sharded import load_rows_, materialize_, open_sharded
+from castlm.training.sharded import empty_model, load_rows_, materialize_, open_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -156,20 +156,43 @@ def _prove_again(run: Run, folder: Path) -> tuple[str | None, dict[str, Any]]:
     if opened is None or any(failures):
         return "other tensors come back from disk", {}
     model: PreTrainedModel = opened[0].model
-    objective = Objective(model, None, 0.0, 1.0)
-    shard_(objective, run.world)
-    materialize_(objective, run.world.device)
+    objective = _sharded_objective(model, run)
     load_rows_(model, opened[1], run.world)
     theirs = dict(model.named_parameters(remove_duplicate=False))
-    different, ours = None, list(folded_weights(run.model))
-    for name, weight, scale in ours:
-        expected = local(weight) if scale is None else scale_weight(local(weight), local(scale))
+    different = None
+    for name, expected in _folded_rows(run):
         if not torch.equal(expected.contiguous().view(torch.int32), local(theirs[name]).contiguous().view(torch.int32)):
             different = f"{name} comes back from disk with other values"
     different = next((failure for failure in run.world.gather(different) if failure), None)
     options: dict[str, Any] = {"seq_len": run.config.seq_len, "batch": 1, "precision": "fp32", "world": run.world}
-    in_memory, from_disk = (held_out_perplexity(o, run.eval_ids, **options) for o in (run.objective, objective))
+    in_memory, from_disk = (held_out_perplexity(o, run.eval_ids, **options) for o in (_in_fp32(run), objective))
     if different is None and not math.isclose(in_memory, from_disk, rel_tol=EVAL_TOLERANCE):
         different = f"perplexity is {from_disk!r} from disk and {in_memory!r} in memory"
     proof = {"perplexity_in_memory": in_memory, "perplexity_from_disk": from_disk}
-    return different, {"tensors_equal_in_bits": len(ours), **proof}
+    return different, {"tensors_equal_in_bits": len(theirs), **proof}
+
+
+def _sharded_objective(model: PreTrainedModel, run: Run) -> Objective:
+    """Around a model on the meta device, which gets memory here, and no values."""
+    objective = Objective(model, None, 0.0, 1.0)
+    shard_(objective, run.world)
+    materialize_(objective, run.world.device)
+    return objective
+
+
+def _folded_rows(run: Run) -> Iterator[tuple[str, Tensor]]:
+    """This rank's rows of every parameter as they are written."""
+    for name, weight, scale in folded_weights(run.model):
+        yield name, local(weight) if scale is None else scale_weight(local(weight), local(scale))
+
+
+def _in_fp32(run: Run) -> Objective:
+    """The run's model in fp32; one gathered in bf16 is made anew, for its own forward is not what is written."""
+    if run.precision == "fp32":
+        return run.objective
+    model = empty_model(copy.deepcopy(run.model.config)).eval()
+    objective = _sharded_objective(model, run)
+    ours = dict(model.named_parameters(remove_duplicate=False))
+    for name, rows in _folded_rows(run):
+        local(ours[name]).copy_(rows)
+    return objective
