@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 import castlm.training.loop as loop
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
+from castlm.core.masks import unpack_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.shards import local
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
@@ -201,6 +202,29 @@ def test_a_weight_that_is_not_stepped_stops_the_run(gemma, text, tmp_path, monke
     monkeypatch.setattr(AdamS, "_step_group", lambda self, group: None if group["sparse"] else step_group(self, group))
     with pytest.raises(RuntimeError, match="0 sparse weights were stepped, the model has 18,432"):
         train(small(gemma, text, tmp_path / "run", 1))
+
+
+# ---------------------------------------------------------------------- what a run keeps and counts
+
+
+def keep_initial_masks(config: TrainConfig) -> None:
+    world = init_world("cpu", config.sharding)
+    run = Run(config, world)
+    assert len(run.initial_masks) == 14
+    before = [whole(packed) for packed in run.initial_masks.values()]
+    for (param, mask), packed in zip(run.method.masks().items(), before):
+        assert packed.dtype == torch.uint8
+        assert packed.numel() == param.numel() / 8
+        assert torch.equal(unpack_mask(packed, param.shape[1]), whole(mask))
+    for packed in run.initial_masks.values():
+        local(packed).bitwise_xor_(1)  # one bit of eight
+    run.evaluate()
+    assert run.figures["0"]["initial_flip_rate"] == 1 / 8
+    close_world(world)
+
+
+def test_masks_of_step_0_are_kept_as_bits(gemma, text, tmp_path):
+    run_ranks(keep_initial_masks, 2, small(gemma, text, tmp_path / "run", 2), folder=tmp_path)
 
 
 # ---------------------------------------------------------------------- checkpoints

@@ -44,7 +44,7 @@ def test_shipped_configs_have_the_published_sizes(name, params, sparse):
     assert plan.components["weights"] == plan.components["gradients"] == 4 * params
     assert plan.components["moments"] == 8 * params
     assert plan.components["teacher"] == 2 * params
-    assert plan.components["masks"] == sparse + sparse // 8
+    assert plan.components["masks"] == sparse // 4
 
 
 def llama(**over):

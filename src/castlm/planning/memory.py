@@ -136,8 +136,8 @@ def plan_memory(
     With P parameters, S of them sparse, R ranks, c bytes of the compute type, T = micro_batch * seq_len tokens, hidden
     size H, vocabulary V and L blocks of P_b parameters each:
 
-    - weights 4P/R, gradients 4P/R, moments 8P/R (fp32), masks 9/8 S/R (the current one in bits, and the first as
-      bool, for the flips between them), teacher P/R in its own type;
+    - weights 4P/R, gradients 4P/R, moments 8P/R (fp32), masks 1/4 S/R (the current and the first, in bits), teacher
+      P/R in its own type;
     - activations: L times what autograd saves in one block, found by tracing. In fp32 a LLaMA block of inner size I,
       with as many key as query heads, saves 4T (10H + 4I): input, normalised input and output of both norms; q, k, v
       and the attention's output; gate, its silu, up and their product. Under bf16 autocast it is T (34H + 8I): norms
@@ -253,7 +253,7 @@ def _components(sizes: _Sizes, saved: _Saved, run: _Run, world_size: int) -> dic
         "weights": shard(4 * sizes.total),
         "gradients": shard(4 * sizes.total),
         "moments": shard(8 * sizes.total),
-        "masks": shard(sizes.sparse + sizes.sparse // 8),
+        "masks": shard(sizes.sparse // 4),
         "teacher": shard(t * sizes.total),
         "activations": sizes.num_layers * saved.block + saved.rest,
         "activations, checkpointed": sizes.num_layers * states * residual + saved.block + saved.rest,

@@ -25,7 +25,7 @@ from castlm.files import atomic_write_json, flush_folder, is_disk_full
 from castlm.training.config import FREE_ON_RESUME, TrainConfig
 from castlm.training.distributed import World
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8})")
 
 # A single process is meant. Not `catch_warnings`: it is no tool for the thread that saves.

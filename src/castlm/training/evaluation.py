@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from castlm.core.masks import unpack_mask
 from castlm.training.distributed import World
 from castlm.training.hardware import autocast
 from castlm.training.objective import Objective
@@ -57,15 +58,16 @@ def mask_figures(
 
     Args:
         masks: this rank's part of each sparse weight with its mask, True = kept.
-        initial_masks: the masks of step 0, in the same order.
+        initial_masks: the masks of step 0 in bits, as `pack_mask` makes them, in the same order.
         flips: mask entries of this rank that the newest refresh changed.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     largest = torch.zeros((), device=world.device)
-    for (weight, mask), first in zip(masks.items(), initial_masks):
+    for (weight, mask), packed in zip(masks.items(), initial_masks):
         magnitude = weight.abs()
         kept, total = (magnitude * mask).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)
-        flipped, entries = (mask != first).sum().double(), torch.tensor(float(mask.numel()), device=mask.device)
+        flipped = (mask != unpack_mask(packed, mask.shape[1])).sum().double()
+        entries = torch.tensor(float(mask.numel()), device=mask.device)
         sums[:4] += torch.stack([kept, total, flipped, entries.double()])
         if magnitude.numel():
             largest = torch.maximum(largest, (magnitude * ~mask).amax())

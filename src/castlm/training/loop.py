@@ -17,8 +17,9 @@ from castlm.baselines.retrain import METHODS, Retraining
 from castlm.core.adams import decay_alpha
 from castlm.core.budget import decay_budget
 from castlm.core.errors import InputError
+from castlm.core.masks import pack_mask
 from castlm.core.pattern import parse_pattern
-from castlm.core.shards import local
+from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import is_sparse_linear
 from castlm.files import prepare_output_dir
 from castlm.models import Loaded, check_head, load_model
@@ -222,7 +223,7 @@ class Run:
         self.optimizer = self.method.build_optimizer(self.model, self.compiled)
         start_from_(self.method.layers, self.optimizer, start)
         self.names = {param: name for name, param in self.model.named_parameters()}
-        self.initial_masks = {self.names[p]: mask.clone() for p, mask in self.method.masks().items()}
+        self.initial_masks = {self.names[p]: like_rows(pack_mask(local(m)), p) for p, m in self.method.masks().items()}
         self._check_decay_budget()
         watched = self.method.layers if self.method.decays else {}
         self.self_check = SelfCheck(self.optimizer, watched, self.pattern, config.log_steps, self.world)
