@@ -35,6 +35,7 @@ from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig, parse_train_arguments
 from castlm.training.data import BatchLoader
 from castlm.training.distributed import close_world, init_world, shard_, whole
+from castlm.training.finish import masked_histogram
 from castlm.training.loop import Run, train
 from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.sharded import load_rows_, materialize_, open_sharded
@@ -225,6 +226,21 @@ def keep_initial_masks(config: TrainConfig) -> None:
 
 def test_masks_of_step_0_are_kept_as_bits(gemma, text, tmp_path):
     run_ranks(keep_initial_masks, 2, small(gemma, text, tmp_path / "run", 2), folder=tmp_path)
+
+
+def count_masked(config: TrainConfig, num_masked: int) -> None:
+    world = init_world("cpu", config.sharding)
+    histogram = masked_histogram(Run(config, world))
+    assert histogram["zeros"] + sum(histogram["counts"]) == num_masked
+    close_world(world)
+
+
+@pytest.mark.parametrize("sharding", ["full", "replicate", "hybrid"])
+def test_masked_weights_are_counted_once(sharding, gemma, text, tmp_path):
+    """Also where each rank holds all of them ("replicate", and "hybrid" with one rank a node)."""
+    config = small(gemma, text, tmp_path / "run", 2, sharding=sharding)
+    per_node = "1" if sharding == "hybrid" else "2"
+    run_ranks(count_masked, 2, config, 18_432 // 2, folder=tmp_path, environment={"LOCAL_WORLD_SIZE": per_node})
 
 
 # ---------------------------------------------------------------------- checkpoints

@@ -50,7 +50,8 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def masked_histogram(run: Run) -> dict[str, Any]:
-    """Counts of masked magnitudes, a quarter of a decade a bin, as they are before the prune; of all ranks together.
+    """Counts of masked magnitudes, a quarter of a decade a bin, as they are before the prune; of all ranks together,
+    each once.
 
     `zeros` are exact zeros, `counts[i]` those in `[edges[i], edges[i + 1])`; what is smaller or larger counts at the
     ends. Empty for the dense control.
@@ -65,7 +66,7 @@ def masked_histogram(run: Run) -> dict[str, Any]:
         bins = (masked[masked > 0].log10() * 4).floor().clamp(-48, 3) + 48
         counts[1:] += torch.bincount(bins.long(), minlength=len(exponents) - 1)
         counts[0] += (masked == 0).sum()
-    zeros, *rest = run.world.sum(counts).long().tolist()
+    zeros, *rest = (run.world.sum(counts).long() // run.world.num_replicas).tolist()
     return {"edges": (10**exponents).tolist(), "zeros": zeros, "counts": rest}
 
 
