@@ -117,8 +117,20 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. Exit codes: 0 done; 1 a proof does not hold; 2 bad input, in one line; 130 after Ctrl-C."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Runs one command. Exit codes: 0 done; 1 a proof does not hold; 2 bad input, in one line; 130 after Ctrl-C; 141,
+    as of a process that SIGPIPE ends, where nobody reads the output any more (`castlm ... | head -1`)."""
+    try:
+        try:
+            return _main(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # else it fails at exit, with a traceback
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write at exit
+        return 141
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
@@ -132,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError(f"there is no command {arguments[0]!r}: use one of {', '.join(COMMANDS)}")
         return COMMANDS[arguments[0]][0](arguments[1:])
     except (InputError, OSError) as error:
-        if os.environ.get("CASTLM_TRACEBACK"):
+        if isinstance(error, BrokenPipeError) or os.environ.get("CASTLM_TRACEBACK"):
             raise
         print(f"castlm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
