@@ -14,12 +14,13 @@ from castlm.baselines import calibration as calibration_module
 from castlm.baselines.calibration import calibration_blocks, calibration_length, transformer_blocks
 from castlm.baselines.oneshot import prune_oneshot_
 from castlm.baselines.sparsegpt import _LowestOfGroup, sparsegpt
+from castlm.cli import main
 from castlm.core.errors import InputError
 from castlm.core.masks import count_nm_violations, nm_mask, rank_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears
 from castlm.models import linearize_conv1d_
-from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_model
+from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny, tiny_model
 
 
 def tokens(num_sequences: int = 4, seq_len: int = 24, seed: int = 0) -> Tensor:
@@ -217,6 +218,20 @@ def test_the_report_says_what_was_left_dense_and_is_json():
     assert report.seconds > 0
     content = json.loads(json.dumps(report.as_dict()))
     assert (content["num_sequences"], content["seq_len"], content["damping"]) == (4, 24, 0.01)
+
+
+@pytest.mark.parametrize(("damping", "raised"), [("0", True), ("0.01", False)])
+def test_castlm_json_says_what_damping_was_taken(damping, raised, text, tmp_path, capsys):
+    """Eight tokens give a Hessian of rank 8, which cannot be factorized as it is."""
+    model, result = save_tiny(tmp_path / "dense"), tmp_path / "pruned"
+    options = {"--model": model, "--output-dir": result, "--method": "sparsegpt", "--calibration": text}
+    options |= {"--num-sequences": "1", "--seq-len": "8", "--damping": damping}
+    assert main(["prune", *(str(word) for option in options.items() for word in option)]) == 0
+    record = json.loads((result / "castlm.json").read_text())
+    assert record["damping"] == float(damping)
+    assert record["raised_damping"].get("model.layers.0.self_attn.q_proj") == (0.01 if raised else None)
+    assert bool(record["raised_damping"]) is raised
+    assert ("14 of 14 layers took more damping than 0, up to 0.01" in capsys.readouterr().out) is raised
 
 
 def test_dtype_and_modes_stay_and_progress_is_told():

@@ -198,10 +198,16 @@ class PruneCommand:
             "method": self.method,
             "calibration": calibration,
             "prune_seconds": round(report.seconds, 2),
+            **report.damping_record(),
         }
         export_model(
             loaded.model, loaded.tokenizer, folder, n=n, m=m, left_dense=left_dense, record=record, overwrite=True
         )
+        if report.raised_damping:
+            print(
+                f"{len(report.raised_damping)} of {len(report.layers)} layers took more damping than {self.damping:g}, "
+                f"up to {max(report.raised_damping.values()):g}: castlm.json lists them"
+            )
         print(f"{folder}: {self.pattern} by {self.method}, proved; measure it with: castlm eval {folder} --text FILE")
         return 0
 

@@ -81,6 +81,10 @@ class OneshotReport:
         """The layers that needed more damping than was asked for, with what they took."""
         return {r.name: r.damping for r in self.layers if r.damping is not None and r.damping != self.damping}
 
+    def damping_record(self) -> dict[str, Any]:
+        """What castlm.json says of the damping; nothing of a method that has none."""
+        return {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
 
