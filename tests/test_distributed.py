@@ -39,7 +39,7 @@ from castlm.training.finish import masked_histogram
 from castlm.training.loop import Run, train
 from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.sharded import load_rows_, materialize_, open_sharded
-from tests.faults import Ground, check_hang, check_kill, check_sigterm
+from tests.faults import Ground, check_hang, check_kill, check_sigterm, train_as_a_command
 from tests.ranks import run_ranks, said, start_ranks, wait_ranks
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
@@ -312,7 +312,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(gemma, text, tmp_path, m
     assert seen[:2] == [False, True]  # the second save found the first one still being written
 
 
-def fail_at(config: TrainConfig, rank: int, step: int, code: int) -> None:
+def fail_at(config: TrainConfig, rank: int, step: int, code: int) -> int:
     """Trains; what `rank` writes at `step` fails with the error number `code`, as the system reports it."""
     write_data = FileSystemWriter.write_data
 
@@ -322,17 +322,7 @@ def fail_at(config: TrainConfig, rank: int, step: int, code: int) -> None:
         return write_data(self, plan, planner)
 
     FileSystemWriter.write_data = failing
-    raise SystemExit(main_code(config))
-
-
-def main_code(config: TrainConfig) -> int:
-    """Trains as the command does: an error is one line and exit code 2."""
-    try:
-        train(config)
-    except InputError as error:
-        print(f"castlm: error: {error}", flush=True)
-        return 2
-    return 0
+    return train_as_a_command(config)
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -400,7 +390,7 @@ def test_recipes_are_read_and_make_the_published_batch(file):
 # ---------------------------------------------------------------------- export
 
 
-def export_in_small_files(config: TrainConfig, damage: bool) -> None:
+def export_in_small_files(config: TrainConfig, damage: bool) -> int:
     sharded_export.MAX_SHARD_BYTES = 20_000
     write_the_rest = sharded_export._write_the_rest
 
@@ -414,7 +404,7 @@ def export_in_small_files(config: TrainConfig, damage: bool) -> None:
 
     if damage:
         sharded_export._write_the_rest = damaging
-    raise SystemExit(main_code(config))
+    return train_as_a_command(config)
 
 
 def test_export_tensor_by_tensor(text, tmp_path):
@@ -512,10 +502,6 @@ def test_sharded_load_is_load_model_bit_for_bit(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "cut")
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 2
     run_ranks(load_every_family, 2, [*folders, str(tmp_path / "cut")], folder=tmp_path)
-
-
-def train_as_a_command(config: TrainConfig) -> None:
-    raise SystemExit(main_code(config))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

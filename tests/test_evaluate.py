@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from castlm.core.errors import InputError
-from castlm.evaluate import evaluate_file, perplexity, token_ids_of
+from castlm.evaluate import evaluate_file, perplexity, scored_windows, token_ids_of
 from castlm.models import load_model
+from castlm.training.distributed import World
+from castlm.training.evaluation import windows
 
 from .tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -81,6 +83,22 @@ def test_the_tail_is_scored_where_it_has_something_to_score(length, scored):
     assert result.num_tokens == scored
     assert result.loss == pytest.approx(float(windows_side_by_side(model, ids, 32).mean()), rel=1e-6)
     assert result.seq_len == min(32, length)
+
+
+@pytest.mark.parametrize(("length", "num_batches"), [(2, 1), (41, 1), (48, 1), (49, 1), (50, 2), (100, 3)])
+def test_ranks_share_the_windows_of_a_run(length, num_batches):
+    """Two ranks, 3 windows of 8 tokens a batch: each scored token once, a tail of one token is no window."""
+    ids = torch.arange(length)
+    scored = []
+    for rank in range(2):
+        batches = list(windows(ids, 8, 3, World(rank, 2, torch.device("cpu"), None)))
+        assert len(batches) == num_batches
+        for input_ids, labels in batches:
+            real = labels != -100
+            assert torch.equal(labels[real], input_ids[real] + 1)
+            scored += labels[real].tolist()
+    expected = [t for window in scored_windows(length, 8, 8) for t in range(window.first_scored, window.end)]
+    assert sorted(scored) == expected == [t for t in range(length) if t % 8]
 
 
 def test_the_batch_size_does_not_change_the_figure():

@@ -81,7 +81,7 @@ def perplexity(
     _check(model, token_ids, seq_len, stride, batch_size)
     check_vocabulary(token_ids, head.weight.shape[0])
 
-    windows = _windows(len(token_ids), seq_len, stride)
+    windows = scored_windows(len(token_ids), seq_len, stride)
     modes = {module: module.training for module in model.modules()}
     total, done = 0.0, 0
     model.eval()
@@ -136,26 +136,29 @@ def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int,
         raise InputError(f"batch_size is {batch_size}: it must be at least 1")
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
+    """What one forward pass sees of a text: its tokens begin .. end-1."""
+
     begin: int
     end: int
     first_scored: int  # scores the tokens first_scored .. end-1
 
 
-def _windows(num_tokens: int, seq_len: int, stride: int) -> list[_Window]:
+def scored_windows(num_tokens: int, seq_len: int, stride: int) -> list[Window]:
+    """The windows of a text of `num_tokens`, as `perplexity` describes them; none that has nothing to score."""
     windows, seen = [], 0
     for begin in range(0, num_tokens, stride):
         end = min(begin + seq_len, num_tokens)
         first_scored = max(seen, begin + 1)  # nothing predicts a window's first token
         if first_scored < end:
-            windows.append(_Window(begin, end, first_scored))
+            windows.append(Window(begin, end, first_scored))
         if end == num_tokens:
             break
         seen = end
     return windows
 
 
-def _batches(windows: list[_Window], batch_size: int) -> Iterator[list[_Window]]:
+def _batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
     """All of one length: the last window may be shorter, and padding would change what it attends to."""
     for _, equal in groupby(windows, key=lambda window: window.end - window.begin):
         group = list(equal)
@@ -173,6 +176,25 @@ def token_ids_of(file: str | Path, tokenizer: PreTrainedTokenizerBase) -> Tensor
         InputError: not there, not readable, of another type, without text.
     """
     return token_ids(file, tokenizer)
+
+
+def measured_on(
+    tokenizer: PreTrainedTokenizerBase, *, seq_len: int, text: str, text_sha256: str, num_tokens: int, precision: str
+) -> dict[str, Any]:
+    """What castlm.json says that the perplexities of a run were measured on: windows of `seq_len` side by side.
+
+    Args:
+        num_tokens: of the text, scored or not.
+    """
+    return {
+        "seq_len": seq_len,
+        "stride": seq_len,
+        "text": text,
+        "text_sha256": text_sha256,
+        "num_tokens": num_tokens,
+        "tokenizer": str(tokenizer.name_or_path),
+        "precision": precision,
+    }
 
 
 def evaluate_file(

@@ -19,9 +19,9 @@ from castlm.baselines.oneshot import calibration_blocks, calibration_length, pru
 from castlm.core.errors import InputError
 from castlm.core.pattern import parse_pattern
 from castlm.core.sparsify import sparse_linears
-from castlm.evaluate import perplexity
+from castlm.evaluate import measured_on, perplexity
 from castlm.export.hf import export_model
-from castlm.models import Loaded, load_model
+from castlm.models import load_model
 from castlm.training.data import open_documents, text_hash, token_ids
 from castlm.training.hardware import peak_memory
 
@@ -77,7 +77,14 @@ def run_oneshot(config: OneshotConfig) -> dict[str, Any]:
         "method": config.method,
         "config": config.as_dict(),
         "perplexity": {"dense": dense, "pruned": pruned},
-        "measured": _measured(config, loaded, len(eval_ids), text_hash(held_out)),
+        "measured": measured_on(
+            loaded.tokenizer,
+            seq_len=config.seq_len,
+            text=config.eval_dataset,
+            text_sha256=text_hash(held_out),
+            num_tokens=len(eval_ids),
+            precision="fp32",
+        ),
         "calibration": {"text": config.calibration, "num_sequences": config.num_sequences, "seq_len": length},
         "train_tokens": 0,
         "train_seconds": round(report.seconds, 1),
@@ -87,18 +94,6 @@ def run_oneshot(config: OneshotConfig) -> dict[str, Any]:
     return export_model(
         model, loaded.tokenizer, Path(config.output_dir) / "model", n=n, m=m, left_dense=left_dense, record=record
     )
-
-
-def _measured(config: OneshotConfig, loaded: Loaded, num_tokens: int, digest: str) -> dict[str, Any]:
-    return {
-        "seq_len": config.seq_len,
-        "stride": config.seq_len,
-        "text": config.eval_dataset,
-        "text_sha256": digest,
-        "num_tokens": num_tokens,
-        "tokenizer": str(loaded.tokenizer.name_or_path),
-        "precision": "fp32",
-    }
 
 
 if __name__ == "__main__":

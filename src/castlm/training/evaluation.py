@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from castlm.core.masks import unpack_mask
+from castlm.evaluate import scored_windows
 from castlm.training.distributed import World
 from castlm.training.hardware import autocast
 from castlm.training.objective import Objective
@@ -20,7 +21,7 @@ def held_out_perplexity(
 ) -> float:
     """Of `token_ids` (num_tokens,) in windows of `seq_len`, each token but a window's first scored once, on all ranks.
 
-    The same windows as `castlm.evaluate.perplexity` has at its default stride; inf or NaN where the model diverged.
+    The windows of `castlm.evaluate.perplexity` at its default stride; inf or NaN where the model diverged.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     objective.eval()
@@ -37,17 +38,16 @@ def windows(token_ids: Tensor, seq_len: int, batch: int, world: World) -> Iterat
 
     Every rank gets the same number of batches, the last filled up with windows that do not count.
     """
-    padded = torch.nn.functional.pad(token_ids, (0, -len(token_ids) % seq_len))
-    labels = torch.full_like(padded, -100)
-    labels[: len(token_ids) - 1] = token_ids[1:]
-    labels[seq_len - 1 :: seq_len] = -100
-    rows, labels = padded.view(-1, seq_len), labels.view(-1, seq_len)
+    found = scored_windows(len(token_ids), seq_len, seq_len)
     per_step = batch * world.size
-    empty = -len(rows) % per_step
-    rows = torch.cat([rows, rows.new_zeros(empty, seq_len)])
-    labels = torch.cat([labels, labels.new_full((empty, seq_len), -100)])
-    for start in range(world.rank * batch, len(rows), per_step):
-        yield rows[start : start + batch], labels[start : start + batch]
+    for step in range(0, len(found), per_step):
+        input_ids = token_ids.new_zeros(batch, seq_len)
+        labels = torch.full_like(input_ids, -100)
+        start = step + world.rank * batch
+        for row, targets, (begin, end, first) in zip(input_ids, labels, found[start : start + batch]):
+            row[: end - begin] = token_ids[begin:end]
+            targets[first - begin - 1 : end - begin - 1] = token_ids[first:end]
+        yield input_ids, labels
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from castlm.core.scaling import fold_weight_scaling
 from castlm.core.sparsify import prune_
-from castlm.evaluate import perplexity
+from castlm.evaluate import measured_on, perplexity
 from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.models import linearize_conv1d_, save_model
@@ -153,15 +153,14 @@ def run_record(run: Run) -> dict[str, Any]:
         "before_prune": last["perplexity"],
         "pruned": last.get("prune_now_ppl"),
     }
-    measured = {
-        "seq_len": config.seq_len,
-        "stride": config.seq_len,
-        "text": config.eval_dataset or f"held out of {config.dataset}",
-        "text_sha256": run.eval_hash,
-        "num_tokens": len(run.eval_ids),
-        "tokenizer": str(run.loaded.tokenizer.name_or_path),
-        "precision": run.precision,
-    }
+    measured = measured_on(
+        run.loaded.tokenizer,
+        seq_len=config.seq_len,
+        text=config.eval_dataset or f"held out of {config.dataset}",
+        text_sha256=run.eval_hash,
+        num_tokens=len(run.eval_ids),
+        precision=run.precision,
+    )
     labels = {
         "dense": "dense",
         "one_shot": "pruned one-shot by magnitude",
