@@ -3,9 +3,14 @@
 import importlib.util
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -296,6 +301,33 @@ def refusal(name: str | Path, **options) -> str:
 @pytest.mark.parametrize("name", ["/nowhere/model", "./model", "model.gguf", "", "two words", "a/b/c"])
 def test_no_such_path(name):
     assert "does not exist" in refusal(name)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_hub_is_asked_once(answers, tmp_path):
+    """A mistyped id, and a hub that nobody reaches: no retries, one line."""
+    asked = []
+
+    class NoSuchRepository(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), NoSuchRepository) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port if answers else 1}"
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        command = [sys.executable, "-m", "castlm", "eval", "nobody/never", "--text", __file__]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        server.shutdown()
+    assert done.returncode == 2
+    assert asked == (["/nobody/never/resolve/main/config.json"] if answers else [])
+    assert "Retrying" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "nobody/never" in line]
+    assert len(lines) == 1
+    assert ("there is none of that name" if answers else "it cannot be reached") in lines[0]
 
 
 def test_hub_id_that_cannot_be_had():

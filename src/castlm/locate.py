@@ -64,6 +64,34 @@ def locate(name: str | Path) -> Location:
     return Location(name, name, name, is_hub=True)
 
 
+def check_hub(where: Location, revision: str | None) -> None:
+    """Asks the hub once for a model that is not in the cache; transformers asks six times, and waits in between.
+
+    Raises:
+        InputError: the hub has no such model or revision, does not let this user have it, or does not answer.
+    """
+    from huggingface_hub import errors as hub
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if not where.is_hub:
+        return
+    try:
+        if not isinstance(try_to_load_from_cache(where.target, "config.json", revision=revision), str):
+            get_hf_file_metadata(hf_hub_url(where.target, "config.json", revision=revision))
+        return
+    except hub.GatedRepoError:
+        why = "its owner wants to be asked first: accept the terms there, and log in (hf auth login)"
+    except hub.RepositoryNotFoundError:
+        why = "there is none of that name, or it is private: check the name, or log in (hf auth login)"
+    except hub.RevisionNotFoundError:
+        why = f"it has no revision {revision}"
+    except (hub.EntryNotFoundError, hub.HfHubHTTPError, hub.HFValidationError):
+        return  # said by the loader, or tried again
+    except Exception as error:  # of the library that huggingface_hub speaks HTTP with, which differs by its version
+        why = f"it cannot be reached ({' '.join(str(error).split())[:200]})"
+    raise InputError(f"{where} is no folder here and cannot be had from the Hugging Face hub: {why}")
+
+
 def _gguf_file(name: str, file: Path, source: str) -> Location:
     missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
     if missing:

@@ -34,7 +34,7 @@ from transformers.utils import logging as hf_logging
 from castlm.core.distill import OutputHead
 from castlm.core.errors import InputError
 from castlm.layout import stored_transposed
-from castlm.locate import Location, locate
+from castlm.locate import Location, check_hub, locate
 
 # Causal masks and rotary tables that old checkpoints carry and today's models compute.
 OLD_BUFFERS = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
@@ -108,6 +108,7 @@ def open_model(
     """
     where = locate(name)
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    check_hub(where, revision)
     with _quiet(where), _as_input_error(where):
         config = AutoConfig.from_pretrained(where.target, **where.gguf, **options)
     _check_config(where, config)
@@ -122,7 +123,9 @@ def load_tokenizer(
     Raises:
         InputError: nothing there, or no tokenizer in it.
     """
-    return _load_tokenizer(locate(name), {"trust_remote_code": trust_remote_code, "revision": revision})
+    where = locate(name)
+    check_hub(where, revision)
+    return _load_tokenizer(where, {"trust_remote_code": trust_remote_code, "revision": revision})
 
 
 def save_model(
