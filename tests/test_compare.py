@@ -96,6 +96,7 @@ def test_runs_once_and_says_what_was_measured(files, tmp_path, in_process, capsy
         assert table["stamp"][name]
     html = (tmp_path / "out" / "table.html").read_text()
     assert html.count("<svg") == 1
+    assert (tmp_path / "out" / "gaps.svg").read_text() in html
     assert "http-equiv" not in html
     assert "src=" not in html
     assert "| cast | 384 |" in (tmp_path / "out" / "table.md").read_text()

@@ -52,6 +52,9 @@ PRESETS: dict[str, Preset] = {
             "proportional decay": {**_ANY_BUDGET, "decay": "proportional"},
             "mask interval 1": {"method": "cast", "mask_interval": 1},
             "mask interval 100": {"method": "cast", "mask_interval": 100},
+            "mask of Wanda": {"method": "cast", "initial_mask": "wanda"},
+            "mask of SparseGPT": {"method": "cast", "initial_mask": "sparsegpt"},
+            "second moment of the mix": {"method": "cast", "second_moment": "mix"},
         },
     ),
     "budgets": Preset(

@@ -22,6 +22,7 @@ from castlm.files import atomic_write_json
 if TYPE_CHECKING:
     from castlm.compare.command import Result
     from castlm.compare.presets import Preset
+    from castlm.report.plots import Picture
 
 
 class Spread(NamedTuple):
@@ -223,7 +224,7 @@ def write_report(
     show: bool,
     untouched: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Writes table.md and table.json into `root`; with `show` table.html too, and prints the table.
+    """Writes table.md and table.json into `root`; with `show` table.html, its plots as .svg, and prints the table.
 
     Args:
         untouched: zero-shot rows of the model as it came.
@@ -263,8 +264,14 @@ def write_report(
     if importlib.util.find_spec("matplotlib") is None or importlib.util.find_spec("jinja2") is None:
         print(f"{root / 'table.md'}, table.json; for table.html: pip install 'castlm[report]'")
         return
-    (root / "table.html").write_text(html(preset, rows, notes, command, results), encoding="utf-8")
-    print(f"{root / 'table.html'}, with table.md and table.json beside it")
+    from castlm.report.plots import PLOTS
+
+    drawn = {name: PLOTS[name](rows, [r for r in results if not r.trial]) for name in preset.plots}
+    pictures = {name: picture for name, picture in drawn.items() if picture is not None}
+    for name, picture in pictures.items():
+        (root / f"{name}.svg").write_text(picture.svg, encoding="utf-8")
+    (root / "table.html").write_text(html(preset, rows, notes, command, pictures.values()), encoding="utf-8")
+    print(f"{root / 'table.html'}, with table.md, table.json and its plots beside it")
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
@@ -295,15 +302,14 @@ def print_table(question: str, rows: list[dict[str, Any]], notes: list[str]) -> 
         console.print(note, markup=False)
 
 
-def html(preset: Preset, rows: list[dict[str, Any]], notes: list[str], command: str, results: list[Result]) -> str:
+def html(
+    preset: Preset, rows: list[dict[str, Any]], notes: list[str], command: str, pictures: Iterable[Picture]
+) -> str:
     """One file that holds its plots; nothing is fetched when it is opened."""
     from jinja2 import Environment, PackageLoader
 
-    from castlm.report.plots import PLOTS
-
     headings, lines = cells(rows)
     environment = Environment(loader=PackageLoader("castlm.report", "."), autoescape=True)
-    pictures = [PLOTS[name](rows, [r for r in results if not r.trial]) for name in preset.plots]
     return environment.get_template("compare.html.jinja").render(
         question=preset.question,
         command=command,
@@ -311,7 +317,7 @@ def html(preset: Preset, rows: list[dict[str, Any]], notes: list[str], command: 
         lines=lines,
         errors=[f"{row['variant']}, {error}" for row in rows for error in row["errors"]],
         notes=notes,
-        pictures=[picture for picture in pictures if picture is not None],
+        pictures=pictures,
     )
 
 
