@@ -172,12 +172,12 @@ def test_state_dict_resumes_bitwise_with_an_old_mask():
     grads = [torch.randn(4, 8) for _ in range(20)]
     weight = nn.Parameter(torch.randn(4, 8))
     other = nn.Parameter(weight.detach().clone())
-    straight = AdamS(sparse_group(weight), lr=0.3, total_steps=20)
+    straight = AdamS(sparse_group(weight), lr=0.3, total_steps=20, decay_end=0.5)
     run(straight, weight, grads[:7])
     assert not torch.equal(straight.mask(weight), nm_mask(weight))  # the saved mask is not the mask of the weights
     saved, saved_weight = copy.deepcopy(straight.state_dict()), weight.detach().clone()
     run(straight, weight, grads[7:])
-    resumed = AdamS(sparse_group(other), lr=0.3, total_steps=20)
+    resumed = AdamS(sparse_group(other), lr=0.3, total_steps=20, decay_end=0.5)
     other.data.copy_(saved_weight)
     resumed.load_state_dict(saved)
     assert resumed.state[other]["mask"].dtype == torch.uint8

@@ -55,6 +55,7 @@ def small(model: str, dataset: str, output_dir: Path, ranks: int, **over: Any) -
     rows, micro_batches = {1: (6, 2), 2: (3, 2), 3: (2, 2), 4: (1, 3)}[ranks]
     fields = {
         "max_steps": 20,
+        "decay_end": 0.5,  # still decaying where a run is stopped
         "seq_len": 32,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": micro_batches,

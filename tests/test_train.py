@@ -35,6 +35,7 @@ def llama(tmp_path_factory) -> str:
 def small(model: str, dataset: str, output_dir: Path, **over) -> TrainConfig:
     fields = {
         "max_steps": 12,
+        "decay_end": 0.5,  # still decaying where a run is stopped
         "seq_len": 32,
         "per_device_train_batch_size": 4,
         "eval_tokens": 512,

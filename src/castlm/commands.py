@@ -93,6 +93,7 @@ class EvalCommand:
 
         from castlm.evaluate import evaluate_file
         from castlm.models import load_model
+        from castlm.progress import shown_progress
         from castlm.training.hardware import choose_precision
 
         loaded = load_model(result_folder(self.path), trust_remote_code=self.trust_remote_code)
@@ -103,9 +104,16 @@ class EvalCommand:
         dtype = torch.bfloat16 if bf16 else None
         figures: dict[str, Any] = {"model": self.path}
         if self.text is not None:
-            figures |= evaluate_file(
-                model, loaded.tokenizer, self.text, seq_len=self.seq_len, stride=self.stride, autocast_dtype=dtype
-            )
+            with shown_progress("perplexity, windows") as progress:
+                figures |= evaluate_file(
+                    model,
+                    loaded.tokenizer,
+                    self.text,
+                    seq_len=self.seq_len,
+                    stride=self.stride,
+                    autocast_dtype=dtype,
+                    progress=progress,
+                )
         if self.tasks is not None:
             from castlm.zeroshot import zero_shot
 
@@ -172,6 +180,7 @@ class PruneCommand:
         from castlm.export.hf import export_model
         from castlm.files import prepare_output_dir
         from castlm.models import load_model
+        from castlm.progress import shown_progress
         from castlm.training.data import text_hash, token_ids
 
         n, m = parse_pattern(self.pattern)
@@ -192,7 +201,10 @@ class PruneCommand:
                 "seq_len": length,
                 "seed": self.seed,
             }
-        report = prune_oneshot_(loaded.model, self.method, n=n, m=m, calibration=blocks, damping=self.damping)
+        with shown_progress(f"{self.method}, blocks") as progress:
+            report = prune_oneshot_(
+                loaded.model, self.method, n=n, m=m, calibration=blocks, damping=self.damping, progress=progress
+            )
         record = {
             "base_model": self.model,
             "method": self.method,

@@ -38,7 +38,7 @@ Columns = list[list[Tensor]]
 EXACT_ON_RESUME = ("sparse", "n", "m", "total_steps", "mask_interval", "decay", "decay_end", "second_moment", "moments")
 
 
-def decay_alpha(step: int, total_steps: int, decay: str, decay_end: float = 0.5) -> float:
+def decay_alpha(step: int, total_steps: int, decay: str, decay_end: float = 0.1) -> float:
     """The ramp `a_t` of the decay before step `t = step` (0-based): linear from 0 to 1 over the horizon `total_steps`,
     and for `"horizon"` over its first `decay_end`, 1 from there on. 0 throughout for `"none"`."""
     if decay == "none":
@@ -217,7 +217,7 @@ class AdamS(Optimizer):
         total_steps: int = 0,
         mask_interval: int = 10,
         decay: str = "horizon",
-        decay_end: float = 0.5,
+        decay_end: float = 0.1,
         second_moment: str | None = None,
         moments: str = "fp32",
         *,

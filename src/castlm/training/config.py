@@ -54,7 +54,7 @@ class TrainConfig:
     decay: Literal["horizon", "proportional", "additive", "none"] = "horizon"
     """How masked weights go to zero; see AdamS."""
 
-    decay_end: float = 0.5
+    decay_end: float = 0.1
     """Share of max_steps after which "horizon" has every masked weight at zero."""
 
     second_moment: Literal["gradient", "mix"] | None = None
@@ -90,7 +90,7 @@ class TrainConfig:
     min_lr_ratio: float = 0.1
     """The cosine ends at this share of learning_rate."""
 
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[float, float] = (0.5, 0.99)
     """Decay rates of Adam's moments."""
 
     moments: Literal["fp32", "bf16", "8bit"] = "fp32"

@@ -16,6 +16,7 @@ from castlm.baselines.calibration import CALIBRATION_POOL, calibration_blocks
 from castlm.baselines.oneshot import prune_oneshot_
 from castlm.core.adams import AdamS
 from castlm.core.sparsify import FilterFn, weight_parameter
+from castlm.progress import shown_progress
 from castlm.training.config import TrainConfig
 from castlm.training.data import token_ids
 from castlm.training.documents import Documents
@@ -41,9 +42,11 @@ def oneshot_weights(
     ids = token_ids(documents, tokenizer, limit=CALIBRATION_POOL * num_windows * length)
     windows = calibration_blocks(ids, num_windows, length, config.seed)
     n, m = pattern
-    report = prune_oneshot_(
-        pruned := copy.deepcopy(model), config.initial_mask, n=n, m=m, calibration=windows, filter_fn=filter_fn
-    )
+    pruned = copy.deepcopy(model)
+    with shown_progress(f"masks of {config.initial_mask}, blocks") as progress:
+        report = prune_oneshot_(
+            pruned, config.initial_mask, n=n, m=m, calibration=windows, filter_fn=filter_fn, progress=progress
+        )
     if report.raised_damping:
         warn(f"SparseGPT took more damping than {report.damping} for {', '.join(report.raised_damping)}")
     return {layer.name: pruned.get_submodule(layer.name).weight.detach() for layer in report.layers}

@@ -1,0 +1,28 @@
+import castlm.progress
+from castlm.progress import shown_progress
+
+
+def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(castlm.progress, "SECONDS_BETWEEN_LINES", 0)
+    with shown_progress("perplexity, windows") as told:
+        told(1, 4)
+        told(4, 4)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("castlm: perplexity, windows 1/4, ")
+
+
+def test_short_work_says_nothing(capsys):
+    with shown_progress("sparsegpt, blocks") as told:
+        told(1, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar_that_goes_away(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the stream for a terminal
+    with shown_progress("perplexity, windows") as told:
+        told(1, 2)
+        told(2, 2)
+    shown = capsys.readouterr().err
+    assert "perplexity, windows" in shown
+    assert "\x1b[" in shown
