@@ -30,6 +30,7 @@ DEFAULTS = {
     "gradient_checkpointing": False,
     "compute_dtype": "fp32",
     "teacher": True,
+    "moments": "fp32",
     "world_size": 1,
 }
 CASES: dict[str, dict[str, Any]] = {
@@ -38,6 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-41M, checkpointing": {**LLAMA, "gradient_checkpointing": True},
     "llama-41M, accumulation": {**LLAMA, "accumulation": 2},
     "llama-41M, no teacher": {**LLAMA, "teacher": False},
+    "llama-41M, bf16 moments": {**LLAMA, "moments": "bf16"},
+    "llama-41M, 8-bit moments": {**LLAMA, "moments": "8bit"},
     "llama-41M, bf16": {**LLAMA, "compute_dtype": "bf16"},
     "llama-41M, bf16, checkpointing": {**LLAMA, "compute_dtype": "bf16", "gradient_checkpointing": True},
     "llama-41M, 2 ranks": {**LLAMA, "world_size": 2},
@@ -74,6 +77,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, float]:
             scale_groups=case["scale_groups"],
             eta=0.5 if case["teacher"] else 0.0,
             precision=case["compute_dtype"],
+            moments=case["moments"],
             gradient_checkpointing=case["gradient_checkpointing"],
             compile_optimizer="off",
             tensorboard=False,

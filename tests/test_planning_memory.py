@@ -9,8 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
+from castlm.core.moments import MOMENT_KEYS, MOMENTS
 from castlm.core.scaling import add_weight_scaling
+from castlm.core.sparsify import sparse_param_groups
 from castlm.models import backbone, linearize_conv1d_
 from castlm.planning.memory import DTYPES, GIB, _Run, _saved_bytes, _trace, plan_memory, read_config
 from tests.tiny import FAMILIES, tiny_model
@@ -25,6 +28,7 @@ RUN = _Run(
     compute=torch.float32,
     teacher=torch.float32,
     chunk_tokens=96,
+    moments="fp32",
     compiled=True,
 )
 
@@ -82,6 +86,27 @@ def test_trace_saves_what_a_real_forward_pass_saves(family):
     measured = sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in parameters)
     assert output.last_hidden_state.requires_grad
     assert _saved_bytes(model.config, 2, 2, 48, RUN, sharded=False) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_moments_and_masks_take_what_the_optimizer_holds(family, moments):
+    """Widths of 64 and 176 have blocks of 64, 32 and 16, which is too short; scales, norms and small weights none."""
+    model = tiny_model(family, hidden_size=64, intermediate_size=176, vocab_size=512)
+    plan = plan_memory(model.config, seq_len=32, micro_batch=1, scale_groups=2, moments=moments)
+    linearize_conv1d_(model)
+    add_weight_scaling(model, 2)
+    optimizer = AdamS(sparse_param_groups(model), total_steps=10, moments=moments)
+    held = [item for state in optimizer.state.values() for item in state.items()]
+    assert plan.components["moments"] == sum(t.nbytes for key, t in held if key in MOMENT_KEYS)
+    assert plan.components["masks"] == 2 * sum(t.nbytes for key, t in held if key == "mask")
+    assert {key for key, _ in held} <= {"step", "mask", *MOMENT_KEYS}
+
+
+def test_fewer_bits_for_the_moments_of_a_large_model():
+    bytes_a_weight = {kind: plan_7b(moments=kind).components["moments"] / plan_7b().num_params for kind in MOMENTS}
+    assert bytes_a_weight == pytest.approx({"fp32": 8, "bf16": 6, "8bit": 2 + 8 / 256}, rel=2e-3)
+    assert plan_7b(moments="8bit", world_size=8).peak < plan_7b(world_size=8).peak - 5 * 0.7 * GIB
 
 
 @functools.cache
@@ -185,6 +210,7 @@ def test_config_of_a_model_folder_is_read(tmp_path, dtype):
         (json.dumps(llama().to_dict()), {"world_size": 0}, "world_size = 0"),
         (json.dumps(llama().to_dict()), {"seq_len": 0}, "seq_len = 0"),
         (json.dumps(llama().to_dict()), {"compute_dtype": "fp8"}, "compute_dtype = 'fp8'"),
+        (json.dumps(llama().to_dict()), {"moments": "4bit"}, "moments = '4bit'"),
         (json.dumps(llama().to_dict()), {"n": 4, "m": 2}, "4:2"),
         (json.dumps(llama().to_dict()), {"scale_groups": 7}, "7 scale groups"),
     ],

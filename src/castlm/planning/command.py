@@ -214,6 +214,9 @@ class MemoryCommand:
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute type."""
 
+    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """How Adam's moments are kept, as in castlm train."""
+
     no_teacher: bool = False
     """As with eta 0."""
 
@@ -244,6 +247,7 @@ class MemoryCommand:
             compute_dtype=self.precision,
             teacher_dtype=self.precision,
             teacher=not self.no_teacher,
+            moments=self.moments,
             gpu_gib=gib,
         )
         print(plan.table())

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from castlm.core.errors import InputError
+from castlm.core.moments import MOMENTS, new_moments
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
 from castlm.models import backbone, linearize_conv1d_
@@ -53,6 +54,8 @@ class _Sizes(NamedTuple):
     hidden: int
     vocab: int
     num_layers: int
+    moments: int
+    """Bytes of both moments of all parameters, and of the scales of 8-bit ones."""
 
 
 class _Saved(NamedTuple):
@@ -128,6 +131,7 @@ def plan_memory(
     teacher: bool = True,
     teacher_dtype: str = "bf16",
     chunk_tokens: int = 1024,
+    moments: str = "fp32",
     compiled_optimizer: bool = True,
     gpu_gib: float | None = None,
 ) -> MemoryPlan:
@@ -136,8 +140,8 @@ def plan_memory(
     With P parameters, S of them sparse, R ranks, c bytes of the compute type, T = micro_batch * seq_len tokens, hidden
     size H, vocabulary V and L blocks of P_b parameters each:
 
-    - weights 4P/R, gradients 4P/R, moments 8P/R (fp32), masks 1/4 S/R (the current and the first, in bits), teacher
-      P/R in its own type;
+    - weights 4P/R, gradients 4P/R, moments 8P/R (bf16: 6P/R; 8bit: 2P/R and 8/R for each block of a matrix, 8P/R of
+      the rest), masks 1/4 S/R (the current and the first, in bits), teacher P/R in its own type;
     - activations: L times what autograd saves in one block, found by tracing. In fp32 a LLaMA block of inner size I,
       with as many key as query heads, saves 4T (10H + 4I): input, normalised input and output of both norms; q, k, v
       and the attention's output; gate, its silu, up and their product. Under bf16 autocast it is T (34H + 8I): norms
@@ -149,7 +153,8 @@ def plan_memory(
       the same of the teacher in its own; one block's unsharded gradient, and its copy in fp32, in which it is summed;
     - logits: 3 (1 without a teacher) buffers of chunk_tokens * V in fp32 and one in bf16;
     - the gradients of the head and of the hidden states, and copies of both in the compute type;
-    - optimizer step: nothing when compiled, else 5 copies of the largest parameter's shard.
+    - optimizer step: nothing when compiled, else 5 fp32 copies of the largest parameter's shard. With 8-bit moments 11,
+      and when compiled 2, or 9 of a sparse one, of which eight go together (measured on CPU).
 
     The phases: `loss` (all activations and the loss), `backward` (activations shrink while gradients grow, so the
     larger of its two ends, plus what flows inside a block), `step`. With accumulation > 1 the gradients are there
@@ -159,6 +164,7 @@ def plan_memory(
         config: a HF config, the path of a `config.json` or of a folder with one.
         compute_dtype: "bf16" or "fp32", of the forward and backward pass; master weights are fp32.
         chunk_tokens: tokens whose logits are alive at once (the loss's default: 1,024 on a GPU, 256 on CPU).
+        moments: "fp32", "bf16" or "8bit", as `AdamS` has them.
         gpu_gib: memory of a card in GiB, see `GPUS`; asks for the verdict.
 
     Raises:
@@ -167,9 +173,13 @@ def plan_memory(
     for name, value in (("world_size", world_size), ("seq_len", seq_len), ("micro_batch", micro_batch)):
         if value < 1:
             raise InputError(f"{name} = {value} is out of range: it must be at least 1")
-    for name, value in (("compute_dtype", compute_dtype), ("teacher_dtype", teacher_dtype)):
-        if value not in DTYPES:
-            raise InputError(f"{name} = {value!r} is unknown: one of {', '.join(DTYPES)}")
+    for name, value, known in (
+        ("compute_dtype", compute_dtype, tuple(DTYPES)),
+        ("teacher_dtype", teacher_dtype, tuple(DTYPES)),
+        ("moments", moments, MOMENTS),
+    ):
+        if value not in known:
+            raise InputError(f"{name} = {value!r} is unknown: one of {', '.join(known)}")
     config = read_config(config)
     run = _Run(
         seq_len=seq_len,
@@ -180,9 +190,10 @@ def plan_memory(
         compute=DTYPES[compute_dtype],
         teacher=DTYPES[teacher_dtype] if teacher else None,
         chunk_tokens=min(chunk_tokens, micro_batch * seq_len),
+        moments=moments,
         compiled=compiled_optimizer,
     )
-    sizes = _sizes(config, n, m, scale_groups)
+    sizes = _sizes(config, n, m, run)
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
     saved = {sharded: _trace(config, run, sharded) for sharded in sharded_or_not}
     plan = _plan(sizes, saved[world_size > 1], run, world_size)
@@ -223,6 +234,7 @@ class _Run:
     compute: torch.dtype
     teacher: torch.dtype | None
     chunk_tokens: int
+    moments: str
     compiled: bool
 
     @property
@@ -247,12 +259,15 @@ def _components(sizes: _Sizes, saved: _Saved, run: _Run, world_size: int) -> dic
     def shard(size: int) -> int:
         return -(-size // world_size)
 
+    step = 0 if run.compiled else 5 * sizes.largest
+    if run.moments == "8bit":
+        step = max(2 * sizes.largest, 9 * sizes.largest_sparse) if run.compiled else 11 * sizes.largest
     # A checkpoint drops the products W * A with the activations, but not the copies in autocast's cache.
     layers_kept = 1 if run.checkpointing and run.scale_groups else sizes.num_layers
     return {
         "weights": shard(4 * sizes.total),
         "gradients": shard(4 * sizes.total),
-        "moments": shard(8 * sizes.total),
+        "moments": shard(sizes.moments),
         "masks": shard(sizes.sparse // 4),
         "teacher": shard(t * sizes.total),
         "activations": sizes.num_layers * saved.block + saved.rest,
@@ -262,7 +277,7 @@ def _components(sizes: _Sizes, saved: _Saved, run: _Run, world_size: int) -> dic
         "gathered gradients": sharded * sizes.block * (c + 4),
         "logits": run.chunk_tokens * sizes.vocab * ((12 if t else 4) + narrow),
         "head's gradient and copies": head * (4 + 2 * narrow) + states * (residual + (t and c) + 2 * narrow),
-        "optimizer step": 0 if run.compiled else shard(20 * sizes.largest),
+        "optimizer step": shard(4 * step),
     }
 
 
@@ -284,13 +299,13 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: _Saved, run: _Run) -> d
     }
 
 
-def _sizes(config: PretrainedConfig, n: int, m: int, scale_groups: int) -> _Sizes:
+def _sizes(config: PretrainedConfig, n: int, m: int, run: _Run) -> _Sizes:
     with torch.device("meta"), _as_input_error(config):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         linearize_conv1d_(model)
     layers, _ = sparse_linears(model, n, m)
-    if scale_groups:
-        add_weight_scaling(model, scale_groups, n=n, m=m)
+    if run.scale_groups:
+        add_weight_scaling(model, run.scale_groups, n=n, m=m)
     num_layers = config.get_text_config().num_hidden_layers
     in_blocks = sum(
         p.numel() for name, p in model.named_parameters() if any(part.isdigit() for part in name.split("."))
@@ -307,6 +322,7 @@ def _sizes(config: PretrainedConfig, n: int, m: int, scale_groups: int) -> _Size
         hidden=embedding.shape[1],
         vocab=embedding.shape[0],
         num_layers=num_layers,
+        moments=sum(state.nbytes for p in model.parameters() for state in new_moments(p, run.moments).values()),
     )
 
 
