@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from castlm.baselines import sparsegpt
 from castlm.cli import _parse, main
 from castlm.compare import oneshot, runs
 from castlm.compare.command import CompareCommand, Plan, Result
@@ -127,6 +128,24 @@ def test_histogram_and_flips_of_a_run(files, tmp_path, in_process):
     assert inside[-1] <= 1
     assert records["srste"]["mask"]["flip_rate"] > 0  # of the last of six steps at a high rate
     assert table["rows"][0]["initial_flip_rate"]["mean"] >= table["rows"][0]["flip_rate"]["mean"]
+
+
+@pytest.mark.parametrize("taken", [0.01, 0.1])
+def test_damping_that_was_raised_is_recorded_and_said(taken, files, tmp_path, in_process, monkeypatch):
+    factor = sparsegpt._upper_factor
+    monkeypatch.setattr(sparsegpt, "_upper_factor", lambda hessian, damping: factor(hessian, taken))
+    compare(files, tmp_path, methods="sparsegpt,magnitude", num_sequences=2, seeds=2)
+    records = [json.loads(file.read_text()) for file in (tmp_path / "out" / "runs").glob("*/model/castlm.json")]
+    by_method = {record["method"]: record for record in records}
+    raised = by_method["sparsegpt"]["raised_damping"]
+    assert (len(raised), set(raised.values())) == ((0, set()) if taken == 0.01 else (14, {0.1}))
+    assert by_method["sparsegpt"]["damping"] == 0.01
+    assert "damping" not in by_method["magnitude"]
+    note = "sparsegpt: up to 14 layers took more damping than 0.01, up to 0.1, with seed 0, 1;"
+    for name in ("table.md", "table.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert (note in text) is (taken > 0.01)
+        assert ("more damping" in text) is (taken > 0.01)
 
 
 def test_a_failed_run_is_a_line_of_the_table(files, tmp_path, in_process):

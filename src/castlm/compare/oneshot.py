@@ -86,6 +86,7 @@ def run_oneshot(config: OneshotConfig) -> dict[str, Any]:
             precision="fp32",
         ),
         "calibration": {"text": config.calibration, "num_sequences": config.num_sequences, "seq_len": length},
+        **report.damping_record(),
         "train_tokens": 0,
         "train_seconds": round(report.seconds, 1),
         "peak_memory_bytes": peak_memory("cpu"),

@@ -178,6 +178,23 @@ def explain(facts: dict[str, Any], results: list[Result]) -> list[str]:
         text = trials[0].run.config["eval_dataset"]
         by = "the perplexity shown" if any(r.run.config["eval_dataset"] == text for r in final) else f"that of {text}"
         lines.append(f"Learning rates were chosen with seed 0, by {by}, of equally many for each variant.")
+    return lines + _raised_damping(final)
+
+
+def _raised_damping(final: list[Result]) -> list[str]:
+    """A line for each one-shot variant of which some layers took more damping than was asked for."""
+    raised: dict[str, list[Result]] = {}
+    for result in final:
+        if result.record.get("raised_damping"):
+            raised.setdefault(result.run.variant, []).append(result)
+    lines = []
+    for variant, results in raised.items():
+        layers = [r.record["raised_damping"] for r in results]
+        lines.append(
+            f"{variant}: up to {max(map(len, layers))} layers took more damping than {results[0].record['damping']:g}, "
+            f"up to {max(max(taken.values()) for taken in layers):g}, with seed "
+            f"{', '.join(str(r.run.seed) for r in results)}; the castlm.json of each run lists them."
+        )
     return lines
 
 
