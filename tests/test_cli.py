@@ -3,23 +3,38 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.tiny import save_tiny
 
+ARGUMENTS = [["--help"], ["verify", "--help"], ["plan"], ["verify", "{model}"], ["verify", "{model}", "--json", "-"]]
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["verify", "--help"], ["plan"], ["verify", "{model}"], ["verify", "{model}", "--json", "-"]],
-    ids=" ".join,
-)
+
+def castlm(arguments, model, unbuffered="", **streams):
+    command = [sys.executable, "-m", "castlm", *(argument.format(model=model) for argument in arguments)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}  # where it is set, no print waits for the end
+    return subprocess.run(command, text=True, env=environment, **streams)
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=" ".join)
 def test_output_that_nobody_reads_is_no_error(arguments, tmp_path):
     model = save_tiny(tmp_path / "model")
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "castlm", *(argument.format(model=model) for argument in arguments)]
-    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # else no print waits for the end of the process
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered)
+    done = castlm(arguments, model, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", ARGUMENTS[1:], ids=" ".join)
+def test_output_that_finds_no_space_is_one_line(arguments, unbuffered, tmp_path):
+    model = save_tiny(tmp_path / "model")
+    with open("/dev/full", "w") as full:
+        done = castlm(arguments, model, unbuffered, stdout=full, stderr=subprocess.PIPE)
+        assert castlm(arguments, model, unbuffered, stdout=full, stderr=full).returncode == 2
+    line = "castlm: error: the output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, line)

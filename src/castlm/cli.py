@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from castlm.core.errors import InputError
 
@@ -117,8 +118,9 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. Exit codes: 0 done; 1 a proof does not hold; 2 bad input, in one line; 130 after Ctrl-C; 141,
-    as of a process that SIGPIPE ends, where nobody reads the output any more (`castlm ... | head -1`)."""
+    """Runs one command. Exit codes: 0 done; 1 a proof does not hold; 2 bad input, or output that cannot be written, in
+    one line; 130 after Ctrl-C; 141, as of a process that SIGPIPE ends, where nobody reads the output any more
+    (`castlm ... | head -1`)."""
     try:
         try:
             return _main(sys.argv[1:] if arguments is None else arguments)
@@ -126,8 +128,31 @@ def main(arguments: list[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()  # else it fails at exit, with a traceback
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write at exit
+        _discard(sys.stdout)
         return 141
+    except OSError as error:
+        if os.environ.get("CASTLM_TRACEBACK"):
+            raise
+        _discard(sys.stdout)
+        _complain(f"the output cannot be written: {error.strerror}")
+        return 2
+
+
+def _discard(stream: TextIO) -> None:
+    """What is left in `stream` goes nowhere; else it fails once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _is_output_full(error: Exception) -> bool:
+    """Of what is printed; a file that cannot be written has a name, or is an InputError."""
+    return isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _complain(reason: str) -> None:
+    try:
+        print(f"castlm: error: {reason}", file=sys.stderr, flush=True)
+    except OSError:  # both go to the same full disk
+        _discard(sys.stderr)
 
 
 def _main(arguments: list[str]) -> int:
@@ -144,9 +169,9 @@ def _main(arguments: list[str]) -> int:
             raise InputError(f"there is no command {arguments[0]!r}: use one of {', '.join(COMMANDS)}")
         return COMMANDS[arguments[0]][0](arguments[1:])
     except (InputError, OSError) as error:
-        if isinstance(error, BrokenPipeError) or os.environ.get("CASTLM_TRACEBACK"):
+        if isinstance(error, BrokenPipeError) or _is_output_full(error) or os.environ.get("CASTLM_TRACEBACK"):
             raise
-        print(f"castlm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(" ".join(str(error).split()))
         return 2
     except KeyboardInterrupt:
         print("castlm: stopped", file=sys.stderr)
