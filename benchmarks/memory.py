@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +52,15 @@ CASES: dict[str, dict[str, Any]] = {
 """`demo-135M` needs the extra `demo` and 4 GB."""
 
 
-def measure(case: dict[str, Any], folder: Path) -> dict[str, float]:
+def measure(case: dict[str, Any], folder: Path, world: Any) -> dict[str, float]:
     """Bytes over the baseline at the peak of the second training step and after it, and the median seconds of three
     more. Runs in the child process."""
     import statistics
     import time
 
-    import torch
-
     from benchmarks.machine import proc_status
     from castlm.training.config import TrainConfig
-    from castlm.training.distributed import init_world
     from castlm.training.loop import Run
-
-    torch.set_num_threads(1)
 
     def start(model: str, name: str) -> Run:
         config = TrainConfig(
@@ -85,7 +81,6 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, float]:
         )
         return Run(config, world)
 
-    world = init_world("cpu", "full")
     start(str(folder / "tiny"), "warm").train_step()
     gc.collect()
     baseline = proc_status("RssAnon")
@@ -104,24 +99,40 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, float]:
     return {"peak": peak, "after": after, "seconds": statistics.median(seconds)}
 
 
-def measure_in_child(case: dict[str, Any]) -> dict[str, float]:
-    """What `measure` returns, of as many processes as the case has ranks: of the first. Exits where one fails."""
+def measure_in_child(cases: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """What `measure` returns of each case, one after the other in a process of their own, or in as many as the first
+    case has ranks: of the first rank. Exits where one fails."""
     with tempfile.TemporaryDirectory() as folder:
-        prepare(case, Path(folder))
-        ranks = str(case["world_size"])
+        for number, case in enumerate(cases):
+            prepare(case, Path(folder, str(number)))
+        ranks = str(cases[0]["world_size"])
         launcher = ["torch.distributed.run", "--nproc-per-node", ranks, "-m"] if ranks != "1" else []
-        command = [sys.executable, "-m", *launcher, "benchmarks.memory", "--child", json.dumps(case), folder]
+        command = [sys.executable, "-m", *launcher, "benchmarks.memory", "--child", json.dumps(cases), folder]
         child = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=False)
     if child.returncode:
-        sys.exit(f"{case}: {child.stderr}")
-    measured: dict[str, float] = json.loads(child.stdout.splitlines()[-1])
+        sys.exit(f"{cases}: {child.stderr}")
+    measured: list[dict[str, float]] = json.loads(child.stdout.splitlines()[-1])
     return measured
+
+
+def measure_here(cases: Sequence[dict[str, Any]], folder: str) -> None:
+    """The child's part: prints what it has measured as JSON."""
+    import torch
+
+    from castlm.training.distributed import init_world
+
+    torch.set_num_threads(1)
+    world = init_world("cpu", "full")
+    measured = [measure(case, Path(folder, str(number)), world) for number, case in enumerate(cases)]
+    if world.is_main:
+        print(json.dumps(measured))
 
 
 def prepare(case: dict[str, Any], folder: Path) -> None:
     """The text, the tiny model of the same family and the model itself, for the child."""
     from tests.tiny import save_tiny
 
+    folder.mkdir()
     (folder / "text.txt").write_text("\n\n".join("words of a text " * 400 for _ in range(100)), encoding="utf-8")
     save_tiny(folder / "tiny", case["family"] or "llama", max_position_embeddings=1024)
     if case["family"]:
@@ -152,15 +163,12 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        measured = measure(json.loads(args.child[0]), Path(args.child[1]))
-        if os.environ.get("RANK", "0") == "0":
-            print(json.dumps(measured))
-        return
+        return measure_here(json.loads(args.child[0]), args.child[1])
     rows = []
     print(f"{'case':<34}{'predicted':>12}{'measured':>12}{'ratio':>8}  phase of the peak")
     for name in args.case:
         case = {**DEFAULTS, **CASES[name]}
-        measured = measure_in_child(case)
+        (measured,) = measure_in_child([case])
         plan = predict(case)
         ratio = plan.peak / measured["peak"]
         phase = max(plan.phases, key=lambda key: plan.phases[key])

@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
+from benchmarks import growth, memory
 from benchmarks.masks import apex_mask, topk_mask
 from benchmarks.rows import Row, interleaved, ratio_row
 
 from castlm.core.masks import nm_mask
+from castlm.training.distributed import init_world
 
 
 def test_the_cheapest_rows(tmp_path, capsys):
@@ -43,6 +46,44 @@ def test_rivals_make_the_same_masks():
     weight = torch.randn(8, 16)
     assert torch.equal(topk_mask(weight), nm_mask(weight))
     assert torch.equal(apex_mask(weight).bool(), nm_mask(weight))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
+def test_growth_has_a_point_a_size_and_exponents_of_both(tmp_path, monkeypatch, capsys):
+    """Sizes that say nothing, in this process, where a peak may be 0."""
+    world = init_world("cpu", "full")
+
+    def measure_here(cases):
+        measured = []
+        for case in cases:
+            folder = tmp_path / str(len(list(tmp_path.iterdir())))
+            memory.prepare(case, folder)
+            measured.append(memory.measure(case, folder, world))
+        return measured
+
+    axes = growth.make_axes(growth.llama(64, 1), [(64, 1), (64, 2)], lengths=[32], rows=[1, 2], ranks=[1])
+    axes = {name: axes[name] for name in ("parameters", "sequences a batch")}
+    monkeypatch.setattr(growth, "measure_in_child", measure_here)
+    monkeypatch.setattr(growth, "exponents", lambda x, y: {"overall": min(y), "last": 1.0, "beyond_constant": None})
+    found = growth.measure_axes(axes, together=True)
+    (small, large), rows = ([point["x"] for point in axis["points"]] for axis in found.values())
+    assert 500_000 < small < large
+    assert rows == [1, 2]
+    assert all(axis["exponents"]["seconds"]["overall"] > 0 for axis in found.values())
+    printed = capsys.readouterr().out
+    assert printed.count(" MiB\n") == 4
+    assert printed.count("beyond a constant -\n") == 4
+
+
+def test_exponents_see_through_a_constant():
+    x = [1, 2, 3, 5]
+    found = growth.exponents(x, [100 + 3 * v**1.5 for v in x])
+    assert 0 < found["overall"] < found["last"] < 0.3
+    assert found["beyond_constant"] == pytest.approx(1.5)
+    assert growth.exponents(x, [7 * v**2 for v in x]) == pytest.approx(dict.fromkeys(found, 2.0))
+    assert growth.exponents([1, 2], [1, 2])["beyond_constant"] is None
+    assert growth.exponents([1, 2, 4], [3, 3, 4])["beyond_constant"] is None
+    assert growth.exponents([1, 2, 4], [5, 4, 6])["beyond_constant"] is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
