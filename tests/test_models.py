@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
-from castlm.locate import demo_model_file
+from castlm.locate import demo_model_file, find
 from castlm.models import (
     backbone,
     check_head,
@@ -41,6 +41,8 @@ from castlm.models import (
     restored_state_dict,
     save_model,
 )
+from castlm.training.distributed import World, init_world
+from castlm.training.sharded import check_one_snapshot, open_sharded
 from tests.tiny import EOS_ID, FAMILIES, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -303,31 +305,101 @@ def test_no_such_path(name):
     assert "does not exist" in refusal(name)
 
 
-@pytest.mark.parametrize("answers", [True, False])
-def test_the_hub_is_asked_once(answers, tmp_path):
-    """A mistyped id, and a hub that nobody reaches: no retries, one line."""
+@pytest.fixture
+def hub(tmp_path) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """A hub that has nothing: what it was asked for of models, and the environment of a process that asks it."""
     asked = []
 
     class NoSuchRepository(BaseHTTPRequestHandler):
         def do_HEAD(self):
-            asked.append(self.path)
+            if "nobody/never" in self.path or "someone/tiny" in self.path:  # huggingface_hub asks for things of its own
+                asked.append(self.path)
             self.send_response(404)
             self.send_header("X-Error-Code", "RepoNotFound")
             self.end_headers()
 
+        do_GET = do_POST = do_HEAD  # noqa: N815
+
     with HTTPServer(("127.0.0.1", 0), NoSuchRepository) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        endpoint = f"http://127.0.0.1:{server.server_port if answers else 1}"
-        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-        command = [sys.executable, "-m", "castlm", "eval", "nobody/never", "--text", __file__]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        address = f"http://127.0.0.1:{server.server_port}"
+        yield asked, {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
         server.shutdown()
+
+
+def evaluate(name: str, text: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "castlm", "eval", name, "--text", text, "--seq-len", "64", "--json", "-"]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_hub_is_asked_once(answers, hub, text):
+    """A mistyped id, and a hub that nobody reaches: no retries, one line."""
+    asked, environment = hub
+    environment |= {} if answers else {"HF_ENDPOINT": "http://127.0.0.1:1"}
+    done = evaluate("nobody/never", text, environment)
     assert done.returncode == 2
     assert asked == (["/nobody/never/resolve/main/config.json"] if answers else [])
     assert "Retrying" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if "nobody/never" in line]
     assert len(lines) == 1
     assert ("there is none of that name" if answers else "it cannot be reached") in lines[0]
+
+
+def save_in_cache(home: Path, shard_size: str = "50GB", commit: str = "1234567890abcdef" * 2 + "12345678") -> Path:
+    """A tiny model in the cache of `home`, as the hub's someone/tiny, branch main; its snapshot."""
+    repository = home / "hub" / "models--someone--tiny"
+    snapshot = repository / "snapshots" / commit
+    save_model(tiny_model("llama"), tiny_tokenizer(), snapshot, max_shard_size=shard_size)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+def test_what_is_whole_in_the_cache_is_not_asked_for(hub, text):
+    asked, environment = hub
+    save_in_cache(Path(environment["HF_HOME"]))
+    done = evaluate("someone/tiny", text, environment)
+    assert done.returncode == 0, done.stderr
+    assert asked == []
+    record = json.loads(done.stdout)
+    assert (record["model"], record["tokenizer"]) == ("someone/tiny", "someone/tiny")
+    notes = [line for line in done.stderr.splitlines() if "someone/tiny" in line]
+    assert len(notes) == 1
+    assert "comes out of the cache as it is there (commit 1234567890ab)" in notes[0]
+
+
+@pytest.mark.parametrize("lost", ["", "model-00001-of", "tokenizer.json", "refs/main", "index.json", "code"])
+def test_what_is_not_whole_in_the_cache_is_asked_for(lost, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("castlm.locate.check_hub", lambda where, revision: asked.append(where.target))
+    snapshot = save_in_cache(tmp_path, "40KB")
+    if lost == "code":
+        edit_json(snapshot / "config.json", auto_map={"AutoModelForCausalLM": "modeling_tiny.Tiny"})
+    elif lost:
+        next(path for path in snapshot.parents[1].rglob("*") if lost in str(path)).unlink()
+    where = find("someone/tiny", None)
+    assert where.is_cached is (not lost)
+    assert asked == (["someone/tiny"] if lost else [])
+    assert ("comes out of the cache" in capsys.readouterr().err) is (not lost)
+    assert find("someone/tiny", "other-branch").is_cached is False
+    if not lost:
+        assert find("someone/tiny", snapshot.name).is_cached
+        loaded, checkpoint = open_sharded("someone/tiny", trust_remote_code=False, revision=None)
+        assert loaded.source == checkpoint.source == "someone/tiny"
+        assert {file.parent for file, _, _ in checkpoint.places.values()} == {snapshot}
+
+
+def test_ranks_with_different_commits_of_a_hub_model_are_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = save_in_cache(tmp_path)
+    alone = init_world("cpu", "full")
+    check_one_snapshot("someone/tiny", None, alone)
+    check_one_snapshot(str(snapshot), None, alone)
+    monkeypatch.setattr(World, "gather", lambda self, value: [value, value and value.replace("1234", "abcd")])
+    with pytest.raises(InputError, match=r"different commits of someone/tiny .*\(1234567890ab, abcd567890ab\)"):
+        check_one_snapshot("someone/tiny", None, alone)
 
 
 def test_hub_id_that_cannot_be_had():

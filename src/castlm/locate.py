@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
+import os
 import re
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -35,6 +38,13 @@ class Location:
     gguf: Mapping[str, str] = field(default_factory=dict)
     """`{"gguf_file": ...}`, the file in `target`, as keyword arguments; empty for safetensors."""
     is_hub: bool = False
+    is_cached: bool = False
+    """Of a hub model, whether all of it lies in the cache: the hub is not asked."""
+
+    @property
+    def local(self) -> dict[str, bool]:
+        """Keyword arguments for transformers' loaders."""
+        return {"local_files_only": True} if self.is_cached else {}
 
     def __str__(self) -> str:
         return self.name
@@ -64,19 +74,65 @@ def locate(name: str | Path) -> Location:
     return Location(name, name, name, is_hub=True)
 
 
+def find(name: str | Path, revision: str | None) -> Location:
+    """What `name` means, and of a hub id that it can be had: out of the cache, or else from the hub.
+
+    Raises:
+        InputError: as `locate` and `check_hub`.
+    """
+    where = locate(name)
+    if not where.is_hub:
+        return where
+    snapshot = cached_snapshot(where.target, revision)
+    if snapshot is None or not _is_whole(snapshot):
+        check_hub(where, revision)
+        return where
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"castlm: {name} comes out of the cache as it is there (commit {snapshot.name[:12]}), and the hub is not "
+            f"asked; hf download {name} fetches what is newer",
+            file=sys.stderr,
+        )
+    return replace(where, is_cached=True)
+
+
+def cached_snapshot(name: str, revision: str | None) -> Path | None:
+    """The folder of a hub model in the cache, named by its commit; None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _is_whole(snapshot: Path) -> bool:
+    """Whether weights and tokenizer are all there. False of a model with code of its own, whose files import others."""
+
+    def has(*files: str) -> bool:
+        return all((snapshot / file).is_file() for file in files)  # a link to what is gone is none
+
+    try:
+        if "auto_map" in json.loads((snapshot / "config.json").read_text(encoding="utf-8")):
+            return False
+        weights = ["model.safetensors"]
+        index = snapshot / "model.safetensors.index.json"
+        if not has(*weights) and index.is_file():
+            weights = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    return has(*weights) and (has("tokenizer.json") or has("vocab.json", "merges.txt"))
+
+
 def check_hub(where: Location, revision: str | None) -> None:
-    """Asks the hub once for a model that is not in the cache; transformers asks six times, and waits in between.
+    """Asks the hub once for a model of which the cache has nothing; transformers asks six times, and waits in between.
 
     Raises:
         InputError: the hub has no such model or revision, does not let this user have it, or does not answer.
     """
     from huggingface_hub import errors as hub
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    if not where.is_hub:
-        return
     try:
-        if not isinstance(try_to_load_from_cache(where.target, "config.json", revision=revision), str):
+        if cached_snapshot(where.target, revision) is None:
             get_hf_file_metadata(hf_hub_url(where.target, "config.json", revision=revision))
         return
     except hub.GatedRepoError:

@@ -34,7 +34,7 @@ from transformers.utils import logging as hf_logging
 from castlm.core.distill import OutputHead
 from castlm.core.errors import InputError
 from castlm.layout import stored_transposed
-from castlm.locate import Location, check_hub, locate
+from castlm.locate import Location, find
 
 # Causal masks and rotary tables that old checkpoints carry and today's models compute.
 OLD_BUFFERS = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
@@ -71,7 +71,7 @@ def load_model(
             weights that are missing, left over, of another shape or not finite, or no tokenizer.
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
-    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    options = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
     weights: dict[str, Any] = {"use_safetensors": True}
     if where.gguf:
         weights = {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
@@ -106,9 +106,8 @@ def open_model(
     Raises:
         InputError: nothing there, not a causal language model, quantized, an adapter, or no tokenizer.
     """
-    where = locate(name)
-    options = {"trust_remote_code": trust_remote_code, "revision": revision}
-    check_hub(where, revision)
+    where = find(name, revision)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
     with _quiet(where), _as_input_error(where):
         config = AutoConfig.from_pretrained(where.target, **where.gguf, **options)
     _check_config(where, config)
@@ -123,9 +122,8 @@ def load_tokenizer(
     Raises:
         InputError: nothing there, or no tokenizer in it.
     """
-    where = locate(name)
-    check_hub(where, revision)
-    return _load_tokenizer(where, {"trust_remote_code": trust_remote_code, "revision": revision})
+    where = find(name, revision)
+    return _load_tokenizer(where, {"trust_remote_code": trust_remote_code, "revision": revision, **where.local})
 
 
 def save_model(
@@ -327,7 +325,7 @@ def _explain(where: Location, reason: str) -> str:
     if "use_safetensors" in reason:
         return f"{where} has no safetensors on the hub, and pickles are not loaded: convert it first"
     reason = re.split(r"(?<=[.!?]) ", reason)[0][:240]
-    if where.is_hub:
+    if where.is_hub and not where.is_cached:
         return f"{where} is no folder here and cannot be had from the Hugging Face hub: {reason}"
     return f"cannot load {where}: {reason}"
 
@@ -336,7 +334,7 @@ def _explain(where: Location, reason: str) -> str:
 def _quiet(where: Location) -> Iterator[None]:
     """No reports from transformers; a progress bar only where something may be downloaded."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_silent_transformers(progress=where.is_hub))
+        stack.enter_context(_silent_transformers(progress=where.is_hub and not where.is_cached))
         if where.gguf:  # its dequantization draws a bar that no switch turns off
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         yield

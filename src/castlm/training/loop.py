@@ -49,7 +49,7 @@ from castlm.training.initial import oneshot_weights, start_from_
 from castlm.training.interrupt import Interrupt
 from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.selfcheck import SelfCheck, masked_samples
-from castlm.training.sharded import Checkpoint, load_rows_, materialize_, open_sharded
+from castlm.training.sharded import Checkpoint, check_one_snapshot, load_rows_, materialize_, open_sharded
 from castlm.training.telemetry import Telemetry, warn
 
 
@@ -144,7 +144,9 @@ class Run:
         config = self.config
         options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
         opened = open_sharded(config.model, **options) if self.world.mesh is not None else None
-        return (load_model(config.model, **options), None) if opened is None else opened
+        found = (load_model(config.model, **options), None) if opened is None else opened
+        check_one_snapshot(config.model, config.revision, self.world)
+        return found
 
     def _claim_output_dir(self) -> Path | None:
         """The checkpoint to resume from; else makes sure that the output folder may be written."""

@@ -22,6 +22,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from castlm.core.shards import local
 from castlm.layout import stored_transposed
+from castlm.locate import Location, cached_snapshot, locate
 from castlm.models import OLD_BUFFERS, Loaded, linearize_conv1d_, open_model
 from castlm.training.distributed import World, own_rows
 
@@ -58,12 +59,27 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
     model = empty_model(config, trust_remote_code=trust_remote_code)
     if any(buffer.is_meta for buffer in model.buffers()):
         return None
-    files = _weight_files(where.target, revision)
+    files = _weight_files(where, revision)
     places = _places(model, files)
     if places is None:
         return None
     source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
     return Loaded(model.eval(), tokenizer, source), Checkpoint(source, places)
+
+
+def check_one_snapshot(name: str, revision: str | None, world: World) -> None:
+    """Whether all ranks have read one commit of a hub model: a machine may have an older one in its cache.
+
+    Raises:
+        InputError: they have not.
+    """
+    if not locate(name).is_hub:
+        return
+    snapshot = cached_snapshot(name, revision)
+    commits = sorted(set(world.gather("none" if snapshot is None else snapshot.name[:12])))
+    if len(commits) > 1:
+        found = ", ".join(commits)
+        world.check_all(f"the ranks have different commits of {name} in their caches ({found}): set revision to one")
 
 
 def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -79,15 +95,16 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
     return model
 
 
-def _weight_files(target: str, revision: str | None) -> list[Path]:
-    missing_is_none: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    whole = cached_file(target, "model.safetensors", **missing_is_none)
+def _weight_files(where: Location, revision: str | None) -> list[Path]:
+    options: dict[str, Any] = {"revision": revision, **where.local}
+    missing_is_none = options | {"_raise_exceptions_for_missing_entries": False}
+    whole = cached_file(where.target, "model.safetensors", **missing_is_none)
     if whole is not None:
         return [Path(whole)]
-    index = cached_file(target, "model.safetensors.index.json", **missing_is_none)
+    index = cached_file(where.target, "model.safetensors.index.json", **missing_is_none)
     if index is None:
         return []
-    return [Path(file) for file in get_checkpoint_shard_files(target, index, revision=revision)[0]]
+    return [Path(file) for file in get_checkpoint_shard_files(where.target, index, **options)[0]]
 
 
 def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, tuple[Path, str, bool]] | None:
