@@ -30,7 +30,7 @@ from castlm.core.shards import local
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
 from castlm.export.verify import verify
 from castlm.models import load_model
-from castlm.training import sharded_export
+from castlm.training import finish, sharded_export
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig, parse_train_arguments
 from castlm.training.data import BatchLoader
@@ -426,6 +426,22 @@ def test_export_tensor_by_tensor(text, tmp_path):
     assert record["proof"]["tensors_equal_in_bits"] == len(load_model(str(folder)).model.state_dict())
     assert record["proof"]["perplexity_from_disk"] == pytest.approx(record["perplexity"]["pruned"], rel=1e-5)
     assert (folder / "README.md").is_file()
+
+
+def train_and_gather(config: TrainConfig) -> int:
+    finish.is_remote_code = lambda model: True  # such a model is written from the memory of one rank
+    return train_as_a_command(config)
+
+
+@pytest.mark.parametrize("function", [train_as_a_command, train_and_gather])
+def test_generation_config_is_kept(function, text, tmp_path):
+    """One that transformers warns about, and would not save when it is made anew."""
+    dense, file = save_tiny(tmp_path / "dense"), "generation_config.json"
+    given = {"do_sample": False, "temperature": 0.6, "eos_token_id": [7, 256], "max_new_tokens": 5}
+    (dense / file).write_text(json.dumps(given))
+    run_ranks(function, 2, small(str(dense), text, tmp_path / "run", 2, max_steps=1), folder=tmp_path)
+    written = json.loads((tmp_path / "run" / "model" / file).read_text())
+    assert {name: written.get(name) for name in given} == given
 
 
 def test_export_that_is_not_what_is_in_memory_is_refused(gemma, text, tmp_path):

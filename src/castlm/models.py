@@ -75,7 +75,7 @@ def load_model(
     weights: dict[str, Any] = {"use_safetensors": True}
     if where.gguf:
         weights = {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
-    with _quiet(where), _as_input_error(where):
+    with quiet(where), _as_input_error(where):
         # Mismatched sizes are let through here, to be named by `_check_weights` in one line.
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             where.target,
@@ -108,7 +108,7 @@ def open_model(
     """
     where = find(name, revision)
     options = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
-    with _quiet(where), _as_input_error(where):
+    with quiet(where), _as_input_error(where):
         config = AutoConfig.from_pretrained(where.target, **where.gguf, **options)
     _check_config(where, config)
     return where, config, _load_tokenizer(where, options)
@@ -296,7 +296,7 @@ def _check_weights(where: Location, model: PreTrainedModel, loading_info: Mappin
 
 
 def _load_tokenizer(where: Location, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    with _quiet(where), _as_input_error(where):
+    with quiet(where), _as_input_error(where):
         tokenizer = AutoTokenizer.from_pretrained(where.target, **where.gguf, **options)
         token_ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
     # Without its files, some classes come up all the same, with no vocabulary or with the special tokens alone.
@@ -331,7 +331,7 @@ def _explain(where: Location, reason: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet(where: Location) -> Iterator[None]:
+def quiet(where: Location) -> Iterator[None]:
     """No reports from transformers; a progress bar only where something may be downloaded."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_silent_transformers(progress=where.is_hub and not where.is_cached))

@@ -85,6 +85,7 @@ def gathered(run: Run) -> PreTrainedModel | None:
     linearize_conv1d_(model)
     run.method.prepare(model)
     model.load_state_dict(state)
+    model.generation_config = run.model.generation_config
     return model
 
 

@@ -17,13 +17,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from castlm.core.shards import local
 from castlm.layout import stored_transposed
 from castlm.locate import Location, cached_snapshot, locate
-from castlm.models import OLD_BUFFERS, Loaded, linearize_conv1d_, open_model
+from castlm.models import OLD_BUFFERS, Loaded, linearize_conv1d_, open_model, quiet
 from castlm.training.distributed import World, own_rows
 
 _PARAMETRIZED = re.compile(r"\.parametrizations\.weight\.original$")
@@ -63,6 +63,9 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
     places = _places(model, files)
     if places is None:
         return None
+    if model.can_generate():
+        with quiet(where), contextlib.suppress(OSError):  # it has none of its own
+            model.generation_config = GenerationConfig.from_pretrained(where.target, revision=revision, **where.local)
     source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
     return Loaded(model.eval(), tokenizer, source), Checkpoint(source, places)
 
