@@ -32,7 +32,7 @@ def test_calibration_measures_the_momentum_of_the_run_itself(given, tmp_path):
         run.train_step()
     name, layer = next(iter(run.method.layers.items()))
     momentum = run.optimizer.state[layer.parametrizations.weight.original]["exp_avg"]
-    expected = math.sqrt(momentum.square().mean()) / (1 - 0.9**4)
+    expected = math.sqrt(momentum.square().mean()) / (1 - config.adam_betas[0] ** 4)
     assert found.layers[name].momentum_rms == pytest.approx(expected, rel=1e-5)
     assert found.tokens_per_step == 4 * 32
     assert len(found.layers) == 14
