@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from castlm.core.adams import DECAYS, AdamS
+from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.masks import nm_mask, unpack_mask
+from castlm.core.update import DECAYS
 from tests.reference import ReferenceAdamS
 
 HYPER = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-8, "lam": 0.3, "total_steps": 50}

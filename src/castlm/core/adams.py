@@ -1,7 +1,7 @@
 """AdamS: Adam whose masked weights are pulled to zero while the forward pass stays dense.
 
-One pure fp32 update function, `adams_update`, and an optimizer that loops over it. The mask is optimizer state: it is
-up to `mask_interval` steps old, so it cannot be recomputed from the weights. `tests/reference.py` holds the equations.
+The optimizer that loops over the update of `castlm.core.update`. The mask is optimizer state: it is up to
+`mask_interval` steps old, so it cannot be recomputed from the weights.
 """
 
 from __future__ import annotations
@@ -20,117 +20,16 @@ from castlm.core.masks import (
     compiled_refresh_,
     nm_mask,
     pack_mask,
-    packed_to_bytes,
     refresh_mask_,
     unpack_mask,
 )
-from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, new_moments, to_codes_
+from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, new_moments
 from castlm.core.shards import check_sparse_parameter, flat, like_rows, local
+from castlm.core.update import DECAYS, SECOND_MOMENTS, Columns, hyperparameters, update_, update_packed_
 
-DECAYS = ("horizon", "proportional", "additive", "none")
-SECOND_MOMENTS = ("gradient", "mix")
 _SMALL = 65_536  # dense tensors below this many weights are updated as one
 _CALL = 8  # tensors of one size that one call of the compiled update takes
-
-# Of some parameters: weights, gradients, first and second moments, each (numel,). With 8-bit moments each of these is
-# (blocks, block), and after either moment come its scales (blocks,).
-Columns = list[list[Tensor]]
 EXACT_ON_RESUME = ("sparse", "n", "m", "total_steps", "mask_interval", "decay", "decay_end", "second_moment", "moments")
-
-
-def decay_alpha(step: int, total_steps: int, decay: str, decay_end: float = 0.1) -> float:
-    """The ramp `a_t` of the decay before step `t = step` (0-based): linear from 0 to 1 over the horizon `total_steps`,
-    and for `"horizon"` over its first `decay_end`, 1 from there on. 0 throughout for `"none"`."""
-    if decay == "none":
-        return 0.0
-    end = decay_end * total_steps if decay == "horizon" else total_steps
-    return min(1.0, step / end)
-
-
-def adams_update(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    mask: Tensor | None,
-    hyper: Tensor,
-    decay: str,
-    second_moment: str = "mix",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One AdamS step on plain tensors of one shape and dtype (`exp_avg` may be in bf16); plain Adam without `mask`.
-
-    CAST, arXiv 2509.25996, Alg. 1 and Eq. 7-8, and our `"horizon"` and `"gradient"`.
-
-    Args:
-        mask: uint8, not 0 = kept, or bool.
-        hyper: (10,) float32, or float64 for float64 weights, of `hyperparameters`: a tensor, so that one compilation
-            serves every step, and of one type, so that its inner loop converts nothing.
-
-    Returns:
-        The new `weight`, `exp_avg` (of the raw gradient, always) and `exp_avg_sq` (of the mix, kept weights too; of the
-        raw gradient where `mask` is None or `second_moment` is `"gradient"`).
-    """
-    step_size, beta1, one_less_beta1, beta2, one_less_beta2, eps, pull, keep, remaining, inverse_root = hyper.unbind()
-    exp_avg = exp_avg.to(weight.dtype) * beta1 + grad * one_less_beta1
-    mix = exp_avg
-    if mask is not None and decay != "none":
-        kept = mask.to(weight.dtype) > 0  # the conversion is there for inductor, which vectorises no bool on CPU
-        masked_mix = mix if decay == "additive" else mix * keep
-        if decay != "horizon":
-            masked_mix = masked_mix + pull * weight.sign()
-        mix = torch.where(kept, mix, masked_mix)
-    squared = mix if mask is not None and second_moment == "mix" else grad
-    exp_avg_sq = exp_avg_sq * beta2 + squared.square() * one_less_beta2
-    weight = weight - step_size * mix / (exp_avg_sq.sqrt() * inverse_root + eps)
-    if mask is not None and decay == "horizon":
-        weight = torch.where(kept, weight, weight * remaining)
-    return weight, exp_avg, exp_avg_sq
-
-
-def hyperparameters(group: dict[str, Any], step: int) -> list[float]:
-    """What `adams_update` needs to know of a parameter group at the 0-based `step = t`.
-
-    In this order: `lr / (1 - beta1^(t+1))`; both betas, each followed by what it lacks of 1; eps; `a_t lam`; `1 - a_t`;
-    the share `(1 - a_{t+1}) / (1 - a_t)` of a masked weight that outlives a `"horizon"` step; `(1 - beta2^(t+1))^-1/2`.
-    """
-    beta1, beta2 = group["betas"]
-    alpha, alpha_next = (
-        decay_alpha(s, group["total_steps"], group["decay"], group["decay_end"]) for s in (step, step + 1)
-    )
-    remaining = (1 - alpha_next) / (1 - alpha) if alpha < 1 else 0.0
-    step_size = float(group["lr"]) / (1 - beta1 ** (step + 1))
-    inverse_root = (1 - beta2 ** (step + 1)) ** -0.5
-    betas = (beta1, 1 - beta1, beta2, 1 - beta2)
-    return [step_size, *betas, group["eps"], alpha * group["lam"], 1 - alpha, remaining, inverse_root]
-
-
-def _update_(
-    columns: Columns,
-    masks: Sequence[Tensor | None],
-    in_8bit: bool,
-    hyper: Tensor,
-    decay: str,
-    second_moment: str,
-) -> None:
-    for weight, grad, *held, mask in zip(*columns, masks):
-        mask = None if mask is None else mask.view(weight.shape)
-        if in_8bit:
-            codes, scale, codes_sq, scale_sq = held
-            moments = [from_codes(codes, scale, signed=True), from_codes(codes_sq, scale_sq, signed=False)]
-        else:
-            moments = held
-        new = adams_update(weight, grad, moments[0], moments[1], mask, hyper, decay, second_moment)
-        weight.copy_(new[0])
-        if in_8bit:
-            to_codes_(new[1], codes, scale, signed=True)
-            to_codes_(new[2], codes_sq, scale_sq, signed=False)
-        else:
-            held[0].copy_(new[1])
-            held[1].copy_(new[2])
-
-
-def _update_packed_(columns: Columns, packed: Sequence[Tensor], *rest: Any) -> None:
-    _update_(columns, [packed_to_bytes(bits) for bits in packed], *rest)
 
 
 def _calls(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -377,19 +276,19 @@ class AdamS(Optimizer):
         for some in _calls(params):
             if all(p.shape[1] % 8 == 0 for p in some):
                 packed = [flat(self.state[p]["mask"]) for p in some]
-                self._run(_update_packed_, self._columns(some), packed, *rest)
+                self._run(update_packed_, self._columns(some), packed, *rest)
             else:
                 masks = [flat(local(self.mask(p)).view(torch.uint8)) for p in some]
-                self._run(_update_, self._columns(some), masks, *rest)
+                self._run(update_, self._columns(some), masks, *rest)
 
     def _update_dense(self, params: Sequence[Tensor], in_8bit: bool, *rest: Any) -> None:
         together = [p for p in params if local(p).numel() < _SMALL and not in_8bit]
         for some in _calls([p for p in params if in_8bit or local(p).numel() >= _SMALL]):
-            self._run(_update_, self._columns(some), [None] * len(some), in_8bit, *rest)
+            self._run(update_, self._columns(some), [None] * len(some), in_8bit, *rest)
         if together:
             columns = self._columns(together)
             whole = [torch.cat(column) for column in columns]
-            self._run(_update_, [[tensor] for tensor in whole], [None], in_8bit, *rest)
+            self._run(update_, [[tensor] for tensor in whole], [None], in_8bit, *rest)
             sizes = [weight.numel() for weight in columns[0]]
             for i in (0, 2, 3):
                 torch._foreach_copy_(columns[i], torch.split(whole[i], sizes))
