@@ -270,6 +270,9 @@ def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, llama
     record = train(replace(config, overwrite=True))
     assert record["mask"]["initial_flip_rate"] == 0
     assert record["mask"]["largest_masked"] == 0
+    control = train(small(llama, text, tmp_path / "control", method="dense", max_steps=1))
+    assert record["perplexity"]["dense"] == pytest.approx(control["perplexity"]["dense"])
+    assert record["figures"][1]["name"] == f"pruned one-shot by {initial}"
 
 
 def test_schedule():

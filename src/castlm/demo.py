@@ -49,9 +49,10 @@ def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
         eval_dataset=str(texts / "held_out.jsonl"),
         output_dir=str(folder / method),
         method="cast" if method == "castlm" else "dense",
+        initial_mask="sparsegpt" if method == "castlm" else "magnitude",
+        calibration_sequences=64,
         max_steps=max_steps,
         seq_len=128,
-        decay_end=0.3,
         per_device_train_batch_size=4,
         eval_tokens=8192,
         eval_steps=max_steps,
@@ -97,7 +98,7 @@ def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
     for name, value in (
         ("dense, as it came", ppl["dense"]),
         ("dense, trained alike", control["perplexity"]["trained"]),
-        ("2:4 one-shot, magnitude", ppl["one_shot"]),
+        ("2:4 one-shot, SparseGPT", ppl["one_shot"]),
         ("2:4 castlm, before the prune", ppl["before_prune"]),
         ("2:4 castlm, pruned", ppl["pruned"]),
     ):
@@ -112,7 +113,7 @@ def completions(console: Console, folder: Path) -> None:
     one_shot = load_model(DEMO)
     console.print(f"  dense:       {complete(one_shot)}", markup=False)
     prune_(one_shot.model)
-    console.print(f"  one-shot:    {complete(one_shot)}", markup=False)
+    console.print(f"  magnitude:   {complete(one_shot)}", markup=False)
     for name, method in (("control", "dense"), ("castlm 2:4", "castlm")):
         console.print(f"  {name + ':':12} {complete(load_model(folder / method / 'model'))}", markup=False)
 

@@ -149,7 +149,8 @@ def run_record(run: Run) -> dict[str, Any]:
     config = run.config
     first, last = run.figures.get("0", {}), run.figures[str(config.max_steps)]
     figures = {
-        "dense": first.get("perplexity") if run.method.mask_every is None else None,  # else masked from step 0 on
+        # masked from step 0 on by some methods, and by then no more the dense model's where a one-shot method begins
+        "dense": first.get("dense_ppl", first.get("perplexity")) if run.method.mask_every is None else None,
         "one_shot": first.get("prune_now_ppl"),
         "before_prune": last["perplexity"],
         "pruned": last.get("prune_now_ppl"),
@@ -164,7 +165,7 @@ def run_record(run: Run) -> dict[str, Any]:
     )
     labels = {
         "dense": "dense",
-        "one_shot": "pruned one-shot by magnitude",
+        "one_shot": f"pruned one-shot by {config.initial_mask}",
         "before_prune": f"{config.method}, before the prune",
         "pruned": f"{config.method}, pruned",
     }

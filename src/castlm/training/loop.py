@@ -24,7 +24,7 @@ from castlm.training.checkpoint import (
 from castlm.training.config import TrainConfig, learning_rate
 from castlm.training.data import check_vocabulary
 from castlm.training.distributed import DIAGNOSIS_S, World, close_world, init_world
-from castlm.training.evaluation import held_out_perplexity, mask_figures
+from castlm.training.evaluation import mask_figures
 from castlm.training.finish import finish, read_result
 from castlm.training.hardware import autocast
 from castlm.training.interrupt import Interrupt
@@ -197,19 +197,10 @@ class Run(Setup):
                 values["prune_now_ppl"] = self.perplexity()
             initial = [local(mask) for mask in self.initial_masks.values()]  # in the order of `masks`
             values |= mask_figures(masks, initial, self.method.flips(), self.world)
+        if self.step == 0 and self.dense_perplexity is not None:
+            values["dense_ppl"] = self.dense_perplexity
         self.figures[str(self.step)] = values
         self.telemetry.evaluated(self.step, values)
-
-    def perplexity(self) -> float:
-        config = self.config
-        return held_out_perplexity(
-            self.objective,
-            self.eval_ids,
-            seq_len=config.seq_len,
-            batch=config.per_device_train_batch_size,
-            precision=self.precision,
-            world=self.world,
-        )
 
     def tensors(self) -> dict[str, Any]:
         """All tensors of a checkpoint, by name, as views: loading fills them in place."""

@@ -33,6 +33,7 @@ from castlm.training.data import (
     token_ids,
 )
 from castlm.training.distributed import World, shard_
+from castlm.training.evaluation import held_out_perplexity
 from castlm.training.hardware import autocast, can_compile, choose_precision, describe
 from castlm.training.initial import oneshot_weights, start_from_
 from castlm.training.objective import Objective, make_teacher
@@ -147,12 +148,24 @@ class Setup:
         wanted = config.compile_optimizer == "on" or (config.compile_optimizer == "auto" and num_params >= 10_000_000)
         self.compiled = wanted and can_compile(self.world.device, required=config.compile_optimizer == "on")
         self.optimizer = self.method.build_optimizer(self.model, self.compiled)
+        self.dense_perplexity = self.perplexity() if start else None  # of weights that are about to be replaced
         start_from_(self.method.layers, self.optimizer, start)
         self.names = {param: name for name, param in self.model.named_parameters()}
         self.initial_masks = {self.names[p]: like_rows(pack_mask(local(m)), p) for p, m in self.method.masks().items()}
         self._check_decay_budget()
         watched = self.method.layers if self.method.decays else {}
         self.self_check = SelfCheck(self.optimizer, watched, self.pattern, config.log_steps, self.world)
+
+    def perplexity(self) -> float:
+        config = self.config
+        return held_out_perplexity(
+            self.objective,
+            self.eval_ids,
+            seq_len=config.seq_len,
+            batch=config.per_device_train_batch_size,
+            precision=self.precision,
+            world=self.world,
+        )
 
     def _oneshot_start(self) -> dict[str, Tensor]:
         config = self.config
