@@ -402,6 +402,10 @@ def test_ranks_with_different_commits_of_a_hub_model_are_stopped(tmp_path, monke
         check_one_snapshot("someone/tiny", None, alone)
 
 
+def test_name_that_no_hub_model_can_have():
+    assert "x--y/z is no folder here and cannot be had from the Hugging Face hub" in refusal("x--y/z")
+
+
 def test_hub_id_that_cannot_be_had():
     assert "nobody/never is no folder here and cannot be had from the Hugging Face hub" in refusal("nobody/never")
 

@@ -97,10 +97,14 @@ def find(name: str | Path, revision: str | None) -> Location:
 
 
 def cached_snapshot(name: str, revision: str | None) -> Path | None:
-    """The folder of a hub model in the cache, named by its commit; None where there is none."""
+    """The folder of a hub model in the cache, named by its commit; None where there is none, or can be none."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:  # said by the loader
+        return None
     return Path(config).parent if isinstance(config, str) else None
 
 
