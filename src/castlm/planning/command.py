@@ -32,7 +32,7 @@ class CheckCommand:
     """Devices to pay for while the run is as fast as measured here; one a rank when not given."""
 
     def run(self) -> int:
-        from castlm.planning.predict import check_price
+        from castlm.planning.predict import check_price, gpu_hours
         from castlm.training.calibrate import calibrate
         from castlm.training.distributed import close_world, init_world
 
@@ -55,7 +55,7 @@ class CheckCommand:
             print(f"{row}{layer.headroom:>9.2f}x")
         if len(by_headroom) > 10:
             print(f"... and {len(by_headroom) - 10} layers with more headroom")
-        hours = config.max_steps * found.tokens_per_step / found.tokens_per_s / 3600
+        hours = gpu_hours(config.max_steps * found.tokens_per_step, found.tokens_per_s)
         print(f"lam from the momentum's rms over {found.steps} steps: {found.lam:.2e}")
         print(f"{found.tokens_per_s:,.0f} tokens/s: {hours:.2f} hours for {config.max_steps} steps of training alone")
         if self.price_per_hour is not None:
