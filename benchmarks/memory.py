@@ -75,6 +75,7 @@ def measure(case: dict[str, Any], folder: Path, world: Any) -> dict[str, float]:
             precision=case["compute_dtype"],
             moments=case["moments"],
             gradient_checkpointing=case["gradient_checkpointing"],
+            initial_mask="magnitude",
             compile_optimizer="off",
             tensorboard=False,
             device="cpu",

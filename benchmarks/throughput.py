@@ -74,6 +74,7 @@ def main() -> None:
             dataset=str(text),
             eval_dataset=str(held_out),
             output_dir=str(Path(scratch) / "run"),
+            initial_mask="magnitude",
             max_steps=args.steps + 1,
             seq_len=args.seq_len,
             per_device_train_batch_size=args.batch,

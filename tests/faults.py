@@ -64,6 +64,7 @@ class Ground:
         model = save_tiny(folder / "dense", "gemma")
         fields = {
             "max_steps": 12,
+            "initial_mask": "magnitude",
             "decay_end": 0.5,  # still decaying where a run is stopped
             "seq_len": 32,
             "per_device_train_batch_size": 2,

@@ -26,6 +26,7 @@ from tests.tiny import save_tiny
 
 TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
 CONFIG = {"mask_interval": 2, "eval_tokens": 256, "seq_len": 32, "per_device_train_batch_size": 2}
+CONFIG["calibration_sequences"] = 4
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,15 @@ def test_key_has_all_that_matters(files, tmp_path):
     next(iter(tensors.values())).view(-1)[0] += 1
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     assert content_hash(str(copy), None) != content_hash(files["model"], None)
+
+
+def test_a_start_counts_by_what_its_model_holds(files, tmp_path):
+    starts = [save_tiny(tmp_path / "a"), save_tiny(tmp_path / "b"), save_tiny(tmp_path / "c", seed=1)]
+    variants = tmp_path / "variants.yaml"
+    variants.write_text("".join(f"{start.name}: {{initial_mask: {start}}}\n" for start in starts))
+    plan = Plan(command(files, tmp_path, variants=str(variants)), _parse)
+    one, same, other = (plan.make(start.name, 6 * 64, 0, None).key for start in starts)
+    assert one == same != other
 
 
 def fake(variant: str, tokens: int, seed: int, ppl: float, method: str = "", trial: bool = False) -> Result:

@@ -30,7 +30,7 @@ from castlm.core.shards import local
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
 from castlm.export.verify import verify
 from castlm.models import load_model
-from castlm.training import finish, sharded_export
+from castlm.training import finish, initial, setup, sharded_export
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig, parse_train_arguments
 from castlm.training.data import BatchLoader
@@ -55,6 +55,7 @@ def small(model: str, dataset: str, output_dir: Path, ranks: int, **over: Any) -
     rows, micro_batches = {1: (6, 2), 2: (3, 2), 3: (2, 2), 4: (1, 3)}[ranks]
     fields = {
         "max_steps": 20,
+        "initial_mask": "magnitude",
         "decay_end": 0.5,  # still decaying where a run is stopped
         "seq_len": 32,
         "per_device_train_batch_size": rows,
@@ -181,6 +182,46 @@ def train_on_dtensors() -> None:
 
 def test_adams_on_shards_is_adams_on_whole_weights(tmp_path):
     run_ranks(train_on_dtensors, 2, folder=tmp_path)
+
+
+@pytest.mark.parametrize("stored", ["sharded", "whole"])
+def test_ranks_start_from_sparsegpt_as_one_rank_does(stored, gemma, text, tmp_path, monkeypatch):
+    """Rank 0 prunes, and takes longer than the others are willing to wait at once; where each rank can read its rows
+    alone, it loads the model for it ("sharded")."""
+    over = {"initial_mask": "sparsegpt", "calibration_sequences": 8, "max_steps": 4, "eval_steps": 4}
+    run_ranks(train, 1, small(gemma, text, tmp_path / "one", 1, **over), folder=tmp_path)
+    config = small(gemma, text, tmp_path / "run", 3, timeout_s=3, **over)
+    run_ranks(train_after_a_slow_start, 3, config, stored == "whole", folder=tmp_path)
+    assert_close(tmp_path / "one" / "model", tmp_path / "run" / "model", atol=1e-6)
+    one, other = (json.loads((tmp_path / name / "model" / "castlm.json").read_text()) for name in ("one", "run"))
+    assert other["mask"]["initial_flip_rate"] == 0
+    for name in ("dense", "one_shot", "pruned"):
+        assert other["perplexity"][name] == pytest.approx(one["perplexity"][name], rel=1e-5), name
+
+
+def train_after_a_slow_start(config: TrainConfig, whole_model: bool) -> None:
+    """Trains; a block takes two seconds to prune."""
+    prune = initial.prune_oneshot_
+
+    def slowly(*args: Any, progress: Any, **kwargs: Any) -> Any:
+        def told(done: int, total: int) -> None:
+            time.sleep(2)
+            progress(done, total)
+
+        return prune(*args, progress=told, **kwargs)
+
+    initial.prune_oneshot_ = slowly
+    if whole_model:
+        setup.open_sharded = lambda *args, **kwargs: None
+    train(config)
+
+
+def test_a_start_that_fails_is_one_line_on_one_rank(gemma, text, tmp_path):
+    config = small(gemma, text, tmp_path / "run", 2, initial_mask=gemma)
+    log = tmp_path / "log"
+    assert wait_ranks(start_ranks(train_as_a_command, 2, config, log=log), 60) == [2, 2]
+    assert "is not 2:4 in model.layers.0" in Path(f"{log}.0").read_text()
+    assert Path(f"{log}.1").read_text() == ""
 
 
 # ---------------------------------------------------------------------- the run checks itself

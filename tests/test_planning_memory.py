@@ -15,11 +15,12 @@ from castlm.core.moments import MOMENT_KEYS, MOMENTS
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_param_groups
 from castlm.models import backbone, linearize_conv1d_
-from castlm.planning.memory import DTYPES, GIB, _Run, _saved_bytes, _trace, plan_memory, read_config
+from castlm.planning.activations import Settings, saved_bytes, trace
+from castlm.planning.memory import DTYPES, GIB, plan_memory, read_config
 from tests.tiny import FAMILIES, tiny_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
-RUN = _Run(
+RUN = Settings(
     seq_len=48,
     micro_batch=2,
     scale_groups=2,
@@ -29,6 +30,7 @@ RUN = _Run(
     teacher=torch.float32,
     chunk_tokens=96,
     moments="fp32",
+    calibration_tokens=0,
     compiled=True,
 )
 
@@ -59,11 +61,11 @@ def llama(**over):
 def test_saved_activations_of_a_llama_block_have_the_closed_form():
     hidden, inner, heads, tokens = 64, 176, 4, 96
     numbers = 2 * 4 + 4 * heads  # two norms' scales and the attention's logsumexp, fp32
-    saved = _trace(llama(), RUN, sharded=False)
+    saved = trace(llama(), RUN, sharded=False)
     assert saved.block == tokens * (4 * (10 * hidden + 4 * inner) + numbers)
     assert saved.block_weights == 4 * (4 * hidden**2 + 3 * hidden * inner)  # the products W * A
-    assert _trace(llama(), replace(RUN, scale_groups=0), sharded=False).block_weights == 0
-    autocast = _trace(llama(), replace(RUN, scale_groups=0, compute=torch.bfloat16), sharded=False)
+    assert trace(llama(), replace(RUN, scale_groups=0), sharded=False).block_weights == 0
+    autocast = trace(llama(), replace(RUN, scale_groups=0, compute=torch.bfloat16), sharded=False)
     assert autocast.block == tokens * (34 * hidden + 8 * inner + numbers)
     assert autocast.block_weights == 2 * (4 * hidden**2 + 3 * hidden * inner)  # copies of W
 
@@ -85,7 +87,7 @@ def test_trace_saves_what_a_real_forward_pass_saves(family):
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     measured = sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in parameters)
     assert output.last_hidden_state.requires_grad
-    assert _saved_bytes(model.config, 2, 2, 48, RUN, sharded=False) == pytest.approx(measured, rel=0.01)
+    assert saved_bytes(model.config, 2, 2, 48, RUN, sharded=False) == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
@@ -136,10 +138,10 @@ def test_gathered_weights_are_the_outside_and_two_blocks():
 def test_what_is_gathered_in_bf16_is_not_copied():
     hidden, inner = 64, 176
     bf16 = replace(RUN, compute=torch.bfloat16)
-    one, several = (_trace(llama(), replace(bf16, scale_groups=0), sharded=sharded) for sharded in (False, True))
+    one, several = (trace(llama(), replace(bf16, scale_groups=0), sharded=sharded) for sharded in (False, True))
     assert several.block == one.block  # the residual path stays fp32
     assert several.block_weights == 0
-    scaled = _trace(llama(), bf16, sharded=True)
+    scaled = trace(llama(), bf16, sharded=True)
     assert scaled.block_weights == 2 * (4 * hidden**2 + 3 * hidden * inner)  # the products W * A
     assert scaled.block == one.block
 
@@ -165,6 +167,19 @@ def test_phases_add_up():
     accumulated = plan_7b(compute_dtype="fp32", teacher_dtype="fp32", accumulation=4)
     assert accumulated.phases["loss"] == plan.phases["loss"] + parts["gradients"]
     assert plan_7b(teacher=False).components["teacher"] == 0
+
+
+def test_start_is_on_the_first_rank():
+    """Of the whole model, whatever the number of ranks; its copy only where the model itself is there too."""
+    one, eight = (plan_7b(world_size=ranks, calibration_tokens=128 * 4096) for ranks in (1, 8))
+    assert one.phases["start"] - eight.phases["start"] == 4 * eight.num_params
+    states = 4 * 128 * 4096 * 4096
+    assert eight.phases["start"] == pytest.approx(4 * eight.num_params + states, rel=0.15)
+    assert eight.peak == plan_7b(world_size=8).peak
+    large = {"seq_len": 4096, "micro_batch": 1, "world_size": 64, "gradient_checkpointing": True}
+    plan = plan_memory(CONFIGS / "llama2-70b.json", **large, calibration_tokens=128 * 4096)
+    assert plan.peak == plan.phases["start"]
+    assert "start" not in plan_7b().phases
 
 
 def test_verdict_and_the_smallest_number_of_ranks():

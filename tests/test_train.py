@@ -14,11 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from castlm.baselines.oneshot import calibration_blocks, prune_oneshot_
-from castlm.cli import main
+from castlm.cli import _parse, main
 from castlm.core.errors import InputError
 from castlm.core.sparsify import weight_parameter
 from castlm.export.verify import verify
 from castlm.models import load_model
+from castlm.training import initial
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig, learning_rate, parse_train_arguments
 from castlm.training.data import token_ids
@@ -35,6 +36,7 @@ def llama(tmp_path_factory) -> str:
 def small(model: str, dataset: str, output_dir: Path, **over) -> TrainConfig:
     fields = {
         "max_steps": 12,
+        "initial_mask": "magnitude",
         "decay_end": 0.5,  # still decaying where a run is stopped
         "seq_len": 32,
         "per_device_train_batch_size": 4,
@@ -275,6 +277,76 @@ def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, llama
     assert record["figures"][1]["name"] == f"pruned one-shot by {initial}"
 
 
+@pytest.fixture(scope="module")
+def sparse(llama, tmp_path_factory) -> str:
+    """A 2:4 model by castlm prune."""
+    folder = str(tmp_path_factory.mktemp("sparse") / "model")
+    assert main(["prune", "--model", llama, "--output-dir", folder]) == 0
+    return folder
+
+
+def test_initial_mask_of_a_model_is_where_the_run_starts(llama, sparse, text, tmp_path):
+    """One pruned by magnitude has the masks of magnitude; cast keeps them."""
+    runs = [
+        Run(small(llama, text, tmp_path / str(n), initial_mask=start, mask_interval=100), init_world("cpu", "full"))
+        for n, start in enumerate(("magnitude", sparse))
+    ]
+    for (name, one), (_, other) in zip(*(run.model.named_parameters() for run in runs)):
+        assert torch.equal(one, other), name
+    for one, other in zip(*(run.optimizer.masks().values() for run in runs)):
+        assert torch.equal(one, other)
+    record = train(small(llama, text, tmp_path / "run", initial_mask=sparse))
+    assert record["mask"]["initial_flip_rate"] == 0
+    assert record["figures"][1]["name"] == f"pruned as {sparse}"
+
+
+@pytest.mark.parametrize("method", ["ste", "srste", "ast"])
+def test_rivals_start_from_the_same_weights(method, llama, text, tmp_path):
+    """As the one-shot method leaves them, masked ones at zero; what is masked may come back."""
+    common = {"initial_mask": "sparsegpt", "calibration_sequences": 4}
+    cast = Run(small(llama, text, tmp_path / "cast", **common), init_world("cpu", "full"))
+    config = small(llama, text, tmp_path / "rival", method=method, mask_interval=1, **common)
+    rival = Run(config, init_world("cpu", "full"))
+    for (weight, mask), (theirs, their_mask) in zip(cast.method.masks().items(), rival.method.masks().items()):
+        assert torch.equal(mask, their_mask)
+        assert torch.equal(weight * mask, theirs)
+    record = train(replace(config, overwrite=True))
+    assert record["mask"]["initial_flip_rate"] > 0
+    assert "dense" not in record["perplexity"]
+
+
+def test_cast_starts_from_sparsegpt_unless_told_otherwise():
+    assert TrainConfig("m", "d", "o").initial_mask == "sparsegpt"
+    assert TrainConfig("m", "d", "o", method="srste").initial_mask == "magnitude"
+    paper = parse_train_arguments(["--model=m", "--dataset=d", "--output-dir=o", "--recipe=paper"], _parse)
+    assert paper.initial_mask == "magnitude"
+
+
+BAD_START = {
+    "another model": ("gpt2", r"initial_mask \S+ has no model.layers.0.self_attn.q_proj of"),
+    "a dense model": ("llama", r"initial_mask \S+ is not 2:4 in model.layers.0.self_attn.q_proj"),
+    "no model": ("wnada", "initial_mask wnada, neither one of magnitude, wanda, sparsegpt nor a model: "),
+}
+
+
+@pytest.mark.parametrize("case", BAD_START)
+def test_initial_masks_that_are_refused(case, llama, text, tmp_path):
+    name, message = BAD_START[case]
+    start = str(save_tiny(tmp_path / name, name)) if name in FAMILIES else name
+    with pytest.raises(InputError, match=message):
+        train(small(llama, text, tmp_path / "run", initial_mask=start))
+
+
+def test_a_model_that_sparsegpt_cannot_prune_is_told_what_can(llama, text, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise InputError("no calibration token reaches model.layers.0.mlp.experts.3.w1")
+
+    monkeypatch.setattr(initial, "prune_oneshot_", refuse)
+    with pytest.raises(InputError, match=r"initial_mask sparsegpt: no .*experts\.3\.w1; initial_mask magnitude does"):
+        train(small(llama, text, tmp_path / "run", initial_mask=None))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_schedule():
     config = TrainConfig("m", "d", "o", max_steps=100, learning_rate=1.0, warmup_ratio=0.1, min_lr_ratio=0.1)
     rates = [learning_rate(t, config) for t in range(101)]
@@ -285,8 +357,6 @@ def test_schedule():
 
 
 def test_recipe_config_file_and_options_in_this_order(tmp_path):
-    from castlm.cli import _parse
-
     file = tmp_path / "run.yaml"
     file.write_text("model: m\ndataset: d\noutput_dir: o\nrecipe: paper\nseq_len: 77\neta: 0.25\n")
     config = parse_train_arguments(["--config", str(file), "--eta", "0.75"], _parse)
@@ -301,7 +371,7 @@ BAD = {
     "pattern 0:4": (["--pattern", "0:4"], "0:4"),
     "not a number": (["--max-steps", "x"], "max-steps"),
     "out of range": (["--eta", "4"], "eta = 4"),
-    "no part of a rival": (["--method", "ste", "--initial-mask", "wanda"], "initial_mask wanda"),
+    "no start of the control": (["--method", "dense", "--initial-mask", "wanda"], "initial_mask wanda"),
     "too long": (["--seq-len", "4096"], "seq_len 4096"),
     "no checkpoint": (["--resume"], "no whole checkpoint"),
     "bad config": (["--config", "/nowhere.yaml"], "/nowhere.yaml"),

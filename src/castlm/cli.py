@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
 import re
 import sys
@@ -164,6 +165,8 @@ def _main(arguments: list[str]) -> int:
 
         print(castlm.__version__)
         return 0
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of what is not used here
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if arguments[0] not in COMMANDS:
             raise InputError(f"there is no command {arguments[0]!r}: use one of {', '.join(COMMANDS)}")

@@ -216,10 +216,7 @@ class PruneCommand:
             loaded.model, loaded.tokenizer, folder, n=n, m=m, left_dense=left_dense, record=record, overwrite=True
         )
         if report.raised_damping:
-            print(
-                f"{len(report.raised_damping)} of {len(report.layers)} layers took more damping than {self.damping:g}, "
-                f"up to {max(report.raised_damping.values()):g}: castlm.json lists them"
-            )
+            print(f"{report.damping_note()}: castlm.json lists them")
         print(f"{folder}: {self.pattern} by {self.method}, proved; measure it with: castlm eval {folder} --text FILE")
         return 0
 

@@ -49,7 +49,6 @@ def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
         eval_dataset=str(texts / "held_out.jsonl"),
         output_dir=str(folder / method),
         method="cast" if method == "castlm" else "dense",
-        initial_mask="sparsegpt" if method == "castlm" else "magnitude",
         calibration_sequences=64,
         max_steps=max_steps,
         seq_len=128,

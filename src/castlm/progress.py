@@ -1,4 +1,6 @@
-"""How far long work outside the training loop is, on stderr: a bar on a terminal, elsewhere a line now and then."""
+"""What is said on stderr outside the training loop: notes, and how far long work is, as a bar on a terminal and
+elsewhere as a line now and then.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 30
+
+
+def note(text: str) -> None:
+    """One line."""
+    print(f"castlm: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -35,6 +42,6 @@ def shown_progress(what: str) -> Iterator[Callable[[int, int], None]]:
         if now - last >= SECONDS_BETWEEN_LINES and 0 < done < total:
             last = now
             left = (now - started) / done * (total - done)
-            print(f"castlm: {what} {done:,}/{total:,}, {left:.0f} s left", file=sys.stderr, flush=True)
+            note(f"{what} {done:,}/{total:,}, {left:.0f} s left")
 
     yield line

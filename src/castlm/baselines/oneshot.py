@@ -81,6 +81,11 @@ class OneshotReport:
         """The layers that needed more damping than was asked for, with what they took."""
         return {r.name: r.damping for r in self.layers if r.damping is not None and r.damping != self.damping}
 
+    def damping_note(self) -> str:
+        """A line for where there are some."""
+        raised, most = len(self.raised_damping), max(self.raised_damping.values())
+        return f"{raised} of {len(self.layers)} layers took more damping than {self.damping:g}, up to {most:g}"
+
     def damping_record(self) -> dict[str, Any]:
         """What castlm.json says of the damping; nothing of a method that has none."""
         return {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from castlm.core.adams import AdamS
 from castlm.core.masks import nm_mask
 from castlm.core.scaling import add_weight_scaling
+from castlm.core.shards import local
 from castlm.core.sparsify import FilterFn, sparse_linears, sparse_param_groups, weight_parameter
 
 if TYPE_CHECKING:
@@ -91,6 +92,11 @@ class Retraining:
             mask = nm_mask(layer.weight, *self.pattern)
             parametrize.register_parametrization(layer, "weight", ForwardMask(mask), unsafe=True)
 
+    def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
+        """Starts a layer from another's `weight` and `mask` (rows on this rank, in): masked weights at zero."""
+        weight_parameter(layer).copy_(weight)
+        _forward_mask(layer).copy_(mask)
+
     def before_forward(self, step: int) -> None:
         """Refreshes the masks of the forward pass."""
         if self.mask_every and step % self.mask_every == 0:
@@ -141,6 +147,12 @@ class Cast(Retraining):
         if self.config.scale_groups:
             n, m = self.pattern
             add_weight_scaling(model, self.config.scale_groups, n=n, m=m, filter_fn=self.filter_fn)
+
+    def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
+        """Masked weights decay from their dense values."""
+        parameter = weight_parameter(layer)
+        self.optimizer.set_mask(parameter, mask)
+        local(parameter).copy_(torch.where(mask, weight, local(parameter)))
 
     def masks(self) -> dict[Tensor, Tensor]:
         return self.optimizer.masks()

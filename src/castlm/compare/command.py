@@ -275,6 +275,8 @@ class Plan:
         config.save_steps = fields.get("save_steps", max(1, steps // 4))
         config.save_total_limit = 1
         content = {k: v for k, v in config.as_dict().items() if k not in ("output_dir", "resume", "overwrite")}
+        if config.initial_mask not in ONESHOT:
+            hashes = {**hashes, "initial_mask": content_hash(str(config.initial_mask), None)}
         return with_key(Run(name, steps * batch, content), hashes)
 
     def _make_oneshot(self, name: str, fields: dict[str, Any], named: dict[str, Any]) -> Run:

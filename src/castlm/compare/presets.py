@@ -27,17 +27,19 @@ class Preset:
 
 # A budget of steps and rates that cannot bring masked weights to zero is what two of the decays are here to show.
 _ANY_BUDGET = {"method": "cast", "ignore_decay_budget": True}
+# The masks that the paper refreshes.
+_MAGNITUDE = {"initial_mask": "magnitude"}
 
 PRESETS: dict[str, Preset] = {
     "oscillation": Preset(
         "Does the mask settle? SR-STE against CAST",
-        {"srste": {"method": "srste"}, "cast": {"method": "cast"}},
+        {"srste": {"method": "srste"}, "cast": {"method": "cast", **_MAGNITUDE}},
         plots=("time",),
         evaluations=20,
     ),
     "decay": Preset(
         "Where do masked weights end? Additive, proportional and horizon decay",
-        {kind: {**_ANY_BUDGET, "decay": kind} for kind in ("additive", "proportional", "horizon")},
+        {kind: {**_ANY_BUDGET, **_MAGNITUDE, "decay": kind} for kind in ("additive", "proportional", "horizon")},
         plots=("histograms", "time"),
         evaluations=10,
     ),
@@ -50,16 +52,20 @@ PRESETS: dict[str, Preset] = {
             "no decay": {**_ANY_BUDGET, "decay": "none"},
             "additive decay": {**_ANY_BUDGET, "decay": "additive"},
             "proportional decay": {**_ANY_BUDGET, "decay": "proportional"},
-            "mask interval 1": {"method": "cast", "mask_interval": 1},
-            "mask interval 100": {"method": "cast", "mask_interval": 100},
             "mask of Wanda": {"method": "cast", "initial_mask": "wanda"},
-            "mask of SparseGPT": {"method": "cast", "initial_mask": "sparsegpt"},
+            "mask of magnitude": {"method": "cast", **_MAGNITUDE},
+            "mask of magnitude, interval 1": {"method": "cast", **_MAGNITUDE, "mask_interval": 1},
+            "mask of magnitude, interval 100": {"method": "cast", **_MAGNITUDE, "mask_interval": 100},
             "second moment of the mix": {"method": "cast", "second_moment": "mix"},
         },
     ),
     "budgets": Preset(
         "Which method is best at which budget?",
-        {name: {"method": name} for name in RETRAINING},
+        {
+            **{name: {"method": name} for name in RETRAINING},
+            "cast from magnitude": {"method": "cast", **_MAGNITUDE},
+            "srste from SparseGPT": {"method": "srste", "initial_mask": "sparsegpt"},
+        },
         plots=("budgets",),
         budget_shares=(1 / 8, 1 / 4, 1 / 2, 1.0),
     ),

@@ -26,9 +26,10 @@ from castlm.compare.presets import ONESHOT
 from castlm.core.errors import InputError
 from castlm.files import sha256_file
 from castlm.locate import locate
+from castlm.progress import note
 from castlm.training.config import WITHOUT_EFFECT
 
-# Fields that name a model or a text; the key has the hash of what they name.
+# Fields that name a model or a text, always; the key has the hash of what they name.
 NAMED = ("model", "revision", "dataset", "eval_dataset", "calibration")
 
 
@@ -78,11 +79,11 @@ def run_key(config: dict[str, Any], hashes: dict[str, str]) -> str:
     """12 hexadecimal digits for all that the result depends on: fields, the model, the texts, castlm's version.
 
     Args:
-        config: fields of a run; those in `WITHOUT_EFFECT` do not count, those in `NAMED` by their hash.
-        hashes: of what the fields in `NAMED` name.
+        config: fields of a run; those in `WITHOUT_EFFECT` do not count, those in `NAMED` and `hashes` by their hash.
+        hashes: of what fields name, as models and texts.
     """
-    fields = {k: v for k, v in config.items() if k not in WITHOUT_EFFECT and k not in NAMED}
-    named = {k: hashes[k] for k in NAMED if k in hashes and k in config}
+    fields = {k: v for k, v in config.items() if k not in WITHOUT_EFFECT and k not in NAMED and k not in hashes}
+    named = {k: hashes[k] for k in hashes if k in config}
     content = json.dumps([fields, named, castlm.__version__], sort_keys=True, default=list)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
@@ -187,7 +188,7 @@ def zero_shot_rows(
         arguments += ["--tasks-from", folder] if folder else []
         arguments += ["--limit", str(limit)] if limit else []
         if run_process(arguments, file.with_suffix(".log"), lock_descriptor):
-            print(f"castlm: zero-shot of {model} failed: {last_line(file.with_suffix('.log'))}", file=sys.stderr)
+            note(f"zero-shot of {model} failed: {last_line(file.with_suffix('.log'))}")
             return []
     rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["zero_shot"]["results"]
     return rows

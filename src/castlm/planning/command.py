@@ -217,6 +217,12 @@ class MemoryCommand:
     moments: Literal["fp32", "bf16", "8bit"] = "fp32"
     """How Adam's moments are kept, as in castlm train."""
 
+    initial_mask: str = "sparsegpt"
+    """As in castlm train: for sparsegpt and wanda the first rank holds the whole model before step 0."""
+
+    calibration_sequences: int = 128
+    """Sequences that such an initial mask is calibrated on."""
+
     no_teacher: bool = False
     """As with eta 0."""
 
@@ -235,6 +241,7 @@ class MemoryCommand:
                     f"no such card {self.gpu!r}: use one of {', '.join(GPUS)}, or a number of GiB"
                 ) from None
         n, m = parse_pattern(self.pattern)
+        prunes = self.initial_mask in ("sparsegpt", "wanda")
         plan = plan_memory(
             self.model,
             world_size=self.world_size,
@@ -248,6 +255,7 @@ class MemoryCommand:
             teacher_dtype=self.precision,
             teacher=not self.no_teacher,
             moments=self.moments,
+            calibration_tokens=self.calibration_sequences * self.seq_len if prunes else 0,
             gpu_gib=gib,
         )
         print(plan.table())

@@ -1,31 +1,24 @@
 """How much memory a run takes on each rank, and on how many ranks it fits, from the model's config alone.
 
-Weights are counted on the meta device. What the backward pass keeps is not a formula for one family: two blocks of the
-real model run on fake tensors, which have shapes and no storage, and what autograd saves of them is added up.
+Weights are counted on the meta device, what the backward pass keeps by `activations`; the rest is arithmetic.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from castlm.core.errors import InputError
 from castlm.core.moments import MOMENTS, new_moments
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
-from castlm.models import backbone, linearize_conv1d_
-from castlm.training.distributed import beside_linears, is_gathered_narrow, transformer_blocks
+from castlm.models import linearize_conv1d_
+from castlm.planning.activations import Saved, Settings, as_input_error, trace
 
 GIB = 2**30
 WORLD_SIZES = tuple(2**i for i in range(13))
@@ -34,10 +27,6 @@ GPUS = {"A100-40GB": 39.4, "A100-80GB": 79.1, "H100-80GB": 79.1, "H200-141GB": 1
 CONTEXT_GIB, FRAGMENTATION = 1.0, 0.05
 """Left free on a card: CUDA's and NCCL's own memory, and the share of the peak that an allocator loses."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-# HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
-_ATTENTION = "castlm_causal_sdpa"
-AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
 
 
 class _Sizes(NamedTuple):
@@ -51,22 +40,14 @@ class _Sizes(NamedTuple):
     largest_sparse: int
     widest: int
     """Largest input or output width of a sparse layer."""
+    widest_input: int
     hidden: int
     vocab: int
     num_layers: int
+    inputs: int
+    """Squares of the input widths of a block's sparse layers, added up."""
     moments: int
     """Bytes of both moments of all parameters, and of the scales of 8-bit ones."""
-
-
-class _Saved(NamedTuple):
-    """Bytes that autograd keeps for the backward pass, parameters themselves excluded."""
-
-    block: int
-    """Activations of one block."""
-    block_weights: int
-    """Of one block, whatever the number of tokens: weights cast to the compute type, products `W * A`."""
-    rest: int
-    """Outside the blocks."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +56,7 @@ class MemoryPlan:
 
     components: dict[str, int]
     phases: dict[str, int]
-    """Peak bytes of `loss`, `backward` and `step`."""
+    """Peak bytes of `start` (on the first rank, where a one-shot method prunes), `loss`, `backward` and `step`."""
     num_params: int
     num_sparse: int
     world_size: int
@@ -132,6 +113,7 @@ def plan_memory(
     teacher_dtype: str = "bf16",
     chunk_tokens: int = 1024,
     moments: str = "fp32",
+    calibration_tokens: int = 0,
     compiled_optimizer: bool = True,
     gpu_gib: float | None = None,
 ) -> MemoryPlan:
@@ -156,15 +138,18 @@ def plan_memory(
     - optimizer step: nothing when compiled, else 5 fp32 copies of the largest parameter's shard. With 8-bit moments 11,
       and when compiled 2, or 9 of a sparse one, of which eight go together (measured on CPU).
 
-    The phases: `loss` (all activations and the loss), `backward` (activations shrink while gradients grow, so the
-    larger of its two ends, plus what flows inside a block), `step`. With accumulation > 1 the gradients are there
-    throughout.
+    The phases: `start` (before step 0, the first rank: the whole model in fp32, on one rank twice; the hidden states of
+    calibration_tokens; a fp32 matrix (in, in) for each sparse layer of a block and four more of the widest, and five
+    copies of the largest weight), `loss` (all activations and the loss), `backward` (activations shrink while gradients
+    grow, so the larger of its two ends, plus what flows inside a block), `step`. With accumulation > 1 the gradients
+    are there throughout.
 
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
         compute_dtype: "bf16" or "fp32", of the forward and backward pass; master weights are fp32.
         chunk_tokens: tokens whose logits are alive at once (the loss's default: 1,024 on a GPU, 256 on CPU).
         moments: "fp32", "bf16" or "8bit", as `AdamS` has them.
+        calibration_tokens: of the initial mask of SparseGPT or Wanda; 0: there is none, and no phase `start`.
         gpu_gib: memory of a card in GiB, see `GPUS`; asks for the verdict.
 
     Raises:
@@ -181,7 +166,7 @@ def plan_memory(
         if value not in known:
             raise InputError(f"{name} = {value!r} is unknown: one of {', '.join(known)}")
     config = read_config(config)
-    run = _Run(
+    run = Settings(
         seq_len=seq_len,
         micro_batch=micro_batch,
         scale_groups=scale_groups,
@@ -191,11 +176,12 @@ def plan_memory(
         teacher=DTYPES[teacher_dtype] if teacher else None,
         chunk_tokens=min(chunk_tokens, micro_batch * seq_len),
         moments=moments,
+        calibration_tokens=calibration_tokens,
         compiled=compiled_optimizer,
     )
     sizes = _sizes(config, n, m, run)
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
-    saved = {sharded: _trace(config, run, sharded) for sharded in sharded_or_not}
+    saved = {sharded: trace(config, run, sharded) for sharded in sharded_or_not}
     plan = _plan(sizes, saved[world_size > 1], run, world_size)
     if gpu_gib is None:
         return plan
@@ -222,33 +208,13 @@ def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
         raise InputError(f"{path} is not the config of a model: {' '.join(str(error).split())[:200]}") from None
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The settings that memory depends on, but for the number of ranks."""
-
-    seq_len: int
-    micro_batch: int
-    scale_groups: int
-    accumulates: bool
-    checkpointing: bool
-    compute: torch.dtype
-    teacher: torch.dtype | None
-    chunk_tokens: int
-    moments: str
-    compiled: bool
-
-    @property
-    def tokens(self) -> int:
-        return self.seq_len * self.micro_batch
-
-
-def _plan(sizes: _Sizes, saved: _Saved, run: _Run, world_size: int) -> MemoryPlan:
+def _plan(sizes: _Sizes, saved: Saved, run: Settings, world_size: int) -> MemoryPlan:
     parts = _components(sizes, saved, run, world_size)
-    phases = _phases(parts, sizes, saved, run)
+    phases = _start(sizes, run, world_size) | _phases(parts, sizes, saved, run)
     return MemoryPlan(parts, phases, sizes.total, sizes.sparse, world_size, run.checkpointing)
 
 
-def _components(sizes: _Sizes, saved: _Saved, run: _Run, world_size: int) -> dict[str, int]:
+def _components(sizes: _Sizes, saved: Saved, run: Settings, world_size: int) -> dict[str, int]:
     sharded, c = world_size > 1, run.compute.itemsize
     t = 0 if run.teacher is None else run.teacher.itemsize
     residual = 4  # in autocast too: only what enters a linear layer is cast
@@ -281,7 +247,16 @@ def _components(sizes: _Sizes, saved: _Saved, run: _Run, world_size: int) -> dic
     }
 
 
-def _phases(parts: dict[str, int], sizes: _Sizes, saved: _Saved, run: _Run) -> dict[str, int]:
+def _start(sizes: _Sizes, run: Settings, world_size: int) -> dict[str, int]:
+    if not run.calibration_tokens:
+        return {}
+    models = 2 if world_size == 1 else 1
+    states = run.calibration_tokens * sizes.hidden
+    work = sizes.inputs + 4 * sizes.widest_input**2 + 5 * sizes.largest_sparse
+    return {"start": 4 * (models * sizes.total + states + work)}
+
+
+def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -> dict[str, int]:
     static = sum(parts[name] for name in ("weights", "moments", "masks", "teacher", "gathered weights"))
     earlier = parts["gradients"] if run.accumulates else 0
     block = saved.block + saved.block_weights
@@ -299,8 +274,8 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: _Saved, run: _Run) -> d
     }
 
 
-def _sizes(config: PretrainedConfig, n: int, m: int, run: _Run) -> _Sizes:
-    with torch.device("meta"), _as_input_error(config):
+def _sizes(config: PretrainedConfig, n: int, m: int, run: Settings) -> _Sizes:
+    with torch.device("meta"), as_input_error(config):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         linearize_conv1d_(model)
     layers, _ = sparse_linears(model, n, m)
@@ -319,72 +294,10 @@ def _sizes(config: PretrainedConfig, n: int, m: int, run: _Run) -> _Sizes:
         largest=max(p.numel() for p in model.parameters()),
         largest_sparse=max(sparse),
         widest=max(max(layer.out_features, layer.in_features) for layer in layers.values()),
+        widest_input=max(layer.in_features for layer in layers.values()),
         hidden=embedding.shape[1],
         vocab=embedding.shape[0],
         num_layers=num_layers,
+        inputs=sum(layer.in_features**2 for layer in layers.values()) // num_layers,
         moments=sum(state.nbytes for p in model.parameters() for state in new_moments(p, run.moments).values()),
     )
-
-
-def _trace(config: PretrainedConfig, run: _Run, sharded: bool) -> _Saved:
-    """Saved bytes, from the differences between one block and two, and between two small numbers of tokens."""
-
-    def block(micro_batch: int, seq_len: int) -> tuple[int, int]:
-        one = _saved_bytes(config, 1, micro_batch, seq_len, run, sharded)
-        return _saved_bytes(config, 2, micro_batch, seq_len, run, sharded) - one, one
-
-    both, one = block(run.micro_batch, run.seq_len)
-    weights = 2 * block(1, 16)[0] - block(1, 32)[0]  # saved = weights + tokens * x
-    return _Saved(both - weights, weights, one - both)
-
-
-def _saved_bytes(
-    config: PretrainedConfig, num_layers: int, micro_batch: int, seq_len: int, run: _Run, sharded: bool
-) -> int:
-    """Bytes of the storages that autograd saves in a forward pass of `num_layers` blocks, parameters excluded."""
-    config = copy.deepcopy(config)
-    config.get_text_config().num_hidden_layers = num_layers
-    storages: dict[int, Tensor] = {}  # keeps them alive, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with FakeTensorMode(), _as_input_error(config):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=_ATTENTION
-        )
-        linearize_conv1d_(model)
-        if run.scale_groups:
-            add_weight_scaling(model, run.scale_groups)
-        if sharded and run.compute is not torch.float32:
-            _narrow_linears_(model, run.compute)
-        model.train()
-        input_ids = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
-        autocast = torch.autocast("cpu", run.compute, enabled=run.compute is not torch.float32)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-            backbone(model)(input_ids=input_ids, use_cache=False)
-        for param in model.parameters():
-            storages.pop(param.untyped_storage()._cdata, None)
-        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-
-
-def _narrow_linears_(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """The blocks' parameters in the types that `training.distributed.shard_` gathers them in."""
-    for block in filter(is_gathered_narrow, transformer_blocks(model)):
-        wide = {parameter for module in beside_linears(block) for parameter in module.parameters()}
-        for parameter in block.parameters():
-            if parameter not in wide:
-                parameter.data = parameter.data.to(dtype)
-
-
-@contextlib.contextmanager
-def _as_input_error(config: PretrainedConfig) -> Iterator[None]:
-    """What transformers says of a config that it cannot build, as one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"a {config.model_type} causal LM cannot be built from this config: {reason}") from error

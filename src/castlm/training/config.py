@@ -66,11 +66,12 @@ class TrainConfig:
     mask_interval: int = 10
     """Steps between mask refreshes (T1)."""
 
-    initial_mask: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"
-    """cast: where masks come from. A one-shot method's are made before step 0, with its weights, and then stay."""
+    initial_mask: str | None = None
+    """Where the run starts: magnitude, wanda, sparsegpt, or an n:m model, folder or hub id, whose masks and weights are
+    taken; by default sparsegpt for cast, magnitude for its rivals. cast keeps masks that are not magnitude's."""
 
     calibration_sequences: int = 128
-    """Sequences of the training text, of seq_len tokens, that such an initial mask is calibrated on."""
+    """Sequences of the training text, of seq_len tokens, that wanda and sparsegpt are calibrated on there."""
 
     srste_lam: float = 2e-4
     """Decay coefficient of the rivals srste and ast, times the masked weight, in the gradient."""
@@ -209,8 +210,10 @@ class TrainConfig:
         ):
             if not right:
                 raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {remedy}")
-        if self.initial_mask != "magnitude" and self.method != "cast":
-            raise InputError(f"initial_mask {self.initial_mask} is for method cast: {self.method} takes magnitude's")
+        if self.initial_mask is None:
+            self.initial_mask = "sparsegpt" if self.method == "cast" else "magnitude"
+        if self.initial_mask != "magnitude" and self.method in ("dense", "gradual_magnitude"):
+            raise InputError(f"initial_mask {self.initial_mask}: method {self.method} starts dense, leave it out")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other: choose one")
 
@@ -231,6 +234,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
         "decay": "proportional",
         "second_moment": "mix",
+        "initial_mask": "magnitude",
         "learning_rate": 2e-5,
         "lam": 4e-7,
         "mask_interval": 10,

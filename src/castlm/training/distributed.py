@@ -87,18 +87,37 @@ class World:
         Raises:
             InputError, OSError: raised by `action` there. The other ranks raise `SystemExit`: one rank says it.
         """
-        outcome: list[Any] = [None, None]
+        return self.long_on_main(lambda alive: action())
+
+    def long_on_main(self, action: Callable[[Callable[[], None]], T]) -> T:
+        """`on_main` of what may take longer than `timeout_s`: it calls the function that it is given more often."""
+        outcome: list[Any] = [True, None, None]  # at work, result, error
         if self.is_main:
             try:
-                outcome[0] = action()
+                outcome = [False, action(lambda: self._tell([True, None, None])), None]
             except (InputError, OSError) as error:
-                outcome[1] = error
-        if self.mesh is not None:
-            dist.broadcast_object_list(outcome, src=0, group=self.control)
-        if outcome[1] is not None:
-            raise outcome[1] if self.is_main else SystemExit(2)
-        result: T = outcome[0]
+                outcome = [False, None, error]
+            self._tell(outcome)
+        while outcome[0]:
+            self._tell(outcome)
+        if outcome[2] is not None:
+            raise outcome[2] if self.is_main else SystemExit(2)
+        result: T = outcome[1]
         return result
+
+    def _tell(self, values: list[Any]) -> None:
+        """Makes the main rank's `values` those of every rank, in place; any picklable objects."""
+        if self.mesh is not None:
+            dist.broadcast_object_list(values, src=0, group=self.control)
+
+    def from_main(self, tensor: Tensor | None, shape: torch.Size) -> Tensor:
+        """The main rank's fp32 `tensor` of `shape` on every rank, in host memory where there are several."""
+        if self.mesh is None:
+            assert tensor is not None
+            return tensor
+        there = torch.empty(shape) if tensor is None else tensor.float().cpu().contiguous()
+        dist.broadcast(there, src=0, group=self.control)
+        return there
 
     def check_all(self, failure: str | None) -> None:
         """Stops every rank when one of them reports a failure.

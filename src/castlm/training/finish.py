@@ -11,6 +11,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from castlm.baselines.oneshot import METHODS
 from castlm.core.scaling import fold_weight_scaling
 from castlm.core.sparsify import prune_
 from castlm.evaluate import measured_on, perplexity
@@ -40,7 +41,7 @@ def finish(run: Run) -> dict[str, Any]:
     masks = run.method.masks()
     histogram = masked_histogram(run)
     if masks:
-        prune_(run.model, n, m, masks=masks, filter_fn=run._is_sparse)
+        prune_(run.model, n, m, masks=masks, filter_fn=run.is_sparse)
     if run.stored is not None and not is_remote_code(run.model):
         record = export_sharded(run, finished_record(run, histogram))
         say_result(run, record)
@@ -165,7 +166,7 @@ def run_record(run: Run) -> dict[str, Any]:
     )
     labels = {
         "dense": "dense",
-        "one_shot": f"pruned one-shot by {config.initial_mask}",
+        "one_shot": f"pruned {'one-shot by' if config.initial_mask in METHODS else 'as'} {config.initial_mask}",
         "before_prune": f"{config.method}, before the prune",
         "pruned": f"{config.method}, pruned",
     }

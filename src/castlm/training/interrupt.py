@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from castlm.training.telemetry import warn
+from castlm.progress import note
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -44,7 +44,7 @@ class Interrupt:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        warn("stopping after this step, with everything saved; Ctrl-C again stops at once without saving")
+        note("stopping after this step, with everything saved; Ctrl-C again stops at once without saving")
 
     def stopped(self, step: int, output_dir: Path) -> Interrupted:
         how = f"castlm train --config {output_dir / 'config.yaml'} --resume"

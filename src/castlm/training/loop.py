@@ -13,6 +13,7 @@ import torch
 from castlm.core.errors import InputError
 from castlm.core.shards import local
 from castlm.core.update import decay_alpha
+from castlm.progress import note
 from castlm.training.checkpoint import (
     Saver,
     after_restart,
@@ -30,7 +31,7 @@ from castlm.training.hardware import autocast
 from castlm.training.interrupt import Interrupt
 from castlm.training.objective import pruned
 from castlm.training.setup import Setup
-from castlm.training.telemetry import Telemetry, warn
+from castlm.training.telemetry import Telemetry
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         finished = Path(config.output_dir) / "model"
         if world.on_main(lambda: config.resume and (finished / "castlm.json").is_file()):
             if world.is_main:
-                warn(f"{finished} is finished already")
+                note(f"{finished} is finished already")
             return world.on_main(lambda: read_result(finished))
         if config.lam == "auto":
             from castlm.training.calibrate import resolve_lam  # which runs a Run of its own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from castlm.training.data import (
 from castlm.training.distributed import World, shard_
 from castlm.training.evaluation import held_out_perplexity
 from castlm.training.hardware import autocast, can_compile, choose_precision, describe
-from castlm.training.initial import oneshot_weights, start_from_
+from castlm.training.initial import start_, starting_weights
 from castlm.training.objective import Objective, make_teacher
 from castlm.training.selfcheck import SelfCheck, masked_samples
 from castlm.training.sharded import Checkpoint, check_one_snapshot, load_rows_, materialize_, open_sharded
@@ -132,10 +133,11 @@ class Setup:
         method = METHODS[config.method]
         if self.world.size > 1 and method.mask_every is not None:
             raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
-        start = self._oneshot_start() if fresh and config.initial_mask != "magnitude" else {}
+        starts = fresh and config.initial_mask != "magnitude"
+        start = starting_weights(self) if starts else {}
         teacher_dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         teacher = make_teacher(self.model, teacher_dtype) if config.eta > 0 else None
-        self.method: Retraining = method(self.model, config, self.pattern, self._is_sparse)
+        self.method: Retraining = method(self.model, config, self.pattern, self.is_sparse)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.objective = Objective(self.model, teacher, config.eta, config.temperature)
@@ -148,8 +150,10 @@ class Setup:
         wanted = config.compile_optimizer == "on" or (config.compile_optimizer == "auto" and num_params >= 10_000_000)
         self.compiled = wanted and can_compile(self.world.device, required=config.compile_optimizer == "on")
         self.optimizer = self.method.build_optimizer(self.model, self.compiled)
-        self.dense_perplexity = self.perplexity() if start else None  # of weights that are about to be replaced
-        start_from_(self.method.layers, self.optimizer, start)
+        # of weights that are about to be replaced
+        self.dense_perplexity = self.perplexity() if starts and self.method.mask_every is None else None
+        if starts:
+            start_(self.method, start, self.world)
         self.names = {param: name for name, param in self.model.named_parameters()}
         self.initial_masks = {self.names[p]: like_rows(pack_mask(local(m)), p) for p, m in self.method.masks().items()}
         self._check_decay_budget()
@@ -167,12 +171,13 @@ class Setup:
             world=self.world,
         )
 
-    def _oneshot_start(self) -> dict[str, Tensor]:
+    def whole_model(self) -> PreTrainedModel:
+        """A copy of the model as it came, with all its weights, for one rank to work on."""
+        if self.stored is None:
+            return copy.deepcopy(self.model)
         config = self.config
-        if self.world.size > 1:
-            raise InputError(f"initial_mask {config.initial_mask} prunes a whole model first: run it in one process")
-        self.model.to(self.world.device)
-        return oneshot_weights(self.model, config, self.pattern, self._is_sparse, self.documents, self.loaded.tokenizer)
+        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+        return load_model(config.model, **options).model
 
     def _fill(self, stored: Checkpoint) -> None:
         shard_(self.objective, self.world, self.precision)
@@ -185,7 +190,7 @@ class Setup:
             self.objective.prove_head()
         self.objective.reshard()  # else the root goes on with these weights after a checkpoint is loaded
 
-    def _is_sparse(self, module: torch.nn.Module, fqn: str) -> bool:
+    def is_sparse(self, module: torch.nn.Module, fqn: str) -> bool:
         return is_sparse_linear(module, fqn) and not any(part in fqn for part in self.config.left_dense)
 
     def _check_decay_budget(self) -> None:

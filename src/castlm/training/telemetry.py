@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -125,8 +124,3 @@ def cut_back(path: Path, step: int) -> None:
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def warn(text: str) -> None:
-    """One line on stderr, for what happens outside a run."""
-    print(f"castlm: {text}", file=sys.stderr)

@@ -1,0 +1,123 @@
+"""What autograd keeps of a forward pass, in bytes, found by running two blocks of the real model on fake tensors.
+
+No formula holds for more than one family. Fake tensors have shapes and no storage: nothing is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from castlm.core.errors import InputError
+from castlm.core.scaling import add_weight_scaling
+from castlm.models import backbone, linearize_conv1d_
+from castlm.training.distributed import beside_linears, is_gathered_narrow, transformer_blocks
+
+# HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
+_ATTENTION = "castlm_causal_sdpa"
+AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that memory depends on, but for the number of ranks."""
+
+    seq_len: int
+    micro_batch: int
+    scale_groups: int
+    accumulates: bool
+    checkpointing: bool
+    compute: torch.dtype
+    teacher: torch.dtype | None
+    chunk_tokens: int
+    moments: str
+    calibration_tokens: int
+    compiled: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.seq_len * self.micro_batch
+
+
+class Saved(NamedTuple):
+    """Bytes that autograd keeps for the backward pass, parameters themselves excluded."""
+
+    block: int
+    """Activations of one block."""
+    block_weights: int
+    """Of one block, whatever the number of tokens: weights cast to the compute type, products `W * A`."""
+    rest: int
+    """Outside the blocks."""
+
+
+def trace(config: PretrainedConfig, run: Settings, sharded: bool) -> Saved:
+    """Saved bytes, from the differences between one block and two, and between two small numbers of tokens."""
+
+    def block(micro_batch: int, seq_len: int) -> tuple[int, int]:
+        one = saved_bytes(config, 1, micro_batch, seq_len, run, sharded)
+        return saved_bytes(config, 2, micro_batch, seq_len, run, sharded) - one, one
+
+    both, one = block(run.micro_batch, run.seq_len)
+    weights = 2 * block(1, 16)[0] - block(1, 32)[0]  # saved = weights + tokens * x
+    return Saved(both - weights, weights, one - both)
+
+
+def saved_bytes(
+    config: PretrainedConfig, num_layers: int, micro_batch: int, seq_len: int, run: Settings, sharded: bool
+) -> int:
+    """Bytes of the storages that autograd saves in a forward pass of `num_layers` blocks, parameters excluded."""
+    config = copy.deepcopy(config)
+    config.get_text_config().num_hidden_layers = num_layers
+    storages: dict[int, Tensor] = {}  # keeps them alive, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FakeTensorMode(), as_input_error(config):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=_ATTENTION
+        )
+        linearize_conv1d_(model)
+        if run.scale_groups:
+            add_weight_scaling(model, run.scale_groups)
+        if sharded and run.compute is not torch.float32:
+            _narrow_linears_(model, run.compute)
+        model.train()
+        input_ids = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
+        autocast = torch.autocast("cpu", run.compute, enabled=run.compute is not torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+            backbone(model)(input_ids=input_ids, use_cache=False)
+        for param in model.parameters():
+            storages.pop(param.untyped_storage()._cdata, None)
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+def _narrow_linears_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """The blocks' parameters in the types that `training.distributed.shard_` gathers them in."""
+    for block in filter(is_gathered_narrow, transformer_blocks(model)):
+        wide = {parameter for module in beside_linears(block) for parameter in module.parameters()}
+        for parameter in block.parameters():
+            if parameter not in wide:
+                parameter.data = parameter.data.to(dtype)
+
+
+@contextlib.contextmanager
+def as_input_error(config: PretrainedConfig) -> Iterator[None]:
+    """What transformers says of a config that it cannot build, as one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"a {config.model_type} causal LM cannot be built from this config: {reason}") from error
