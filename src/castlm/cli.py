@@ -165,7 +165,7 @@ def _main(arguments: list[str]) -> int:
 
         print(castlm.__version__)
         return 0
-    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of what is not used here
+    for name in ("torchao", "torch.utils._pytree"):  # of the import that transformers makes: nothing here uses it
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if arguments[0] not in COMMANDS:
