@@ -42,9 +42,11 @@ def train_command(arguments: list[str]) -> int:
     from castlm.training.config import parse_train_arguments
 
     config = parse_train_arguments(arguments, _parse)
+    from castlm.training.hardware import keep_freed_memory
     from castlm.training.interrupt import Interrupted
     from castlm.training.loop import train
 
+    keep_freed_memory()
     try:
         train(config)
     except Interrupted as stop:

@@ -94,8 +94,9 @@ class EvalCommand:
         from castlm.evaluate import evaluate_file
         from castlm.models import load_model
         from castlm.progress import shown_progress
-        from castlm.training.hardware import choose_precision
+        from castlm.training.hardware import choose_precision, keep_freed_memory
 
+        keep_freed_memory()
         loaded = load_model(result_folder(self.path), trust_remote_code=self.trust_remote_code)
         model = loaded.model
         if torch.cuda.is_available():
@@ -182,7 +183,9 @@ class PruneCommand:
         from castlm.models import load_model
         from castlm.progress import shown_progress
         from castlm.training.data import text_hash, token_ids
+        from castlm.training.hardware import keep_freed_memory
 
+        keep_freed_memory()
         n, m = parse_pattern(self.pattern)
         if self.method != "magnitude" and self.calibration is None:
             raise InputError(f"method {self.method} needs a calibration text: pass --calibration FILE")
@@ -236,6 +239,8 @@ class DemoCommand:
 
     def run(self) -> int:
         from castlm.demo import run_demo
+        from castlm.training.hardware import keep_freed_memory
 
+        keep_freed_memory()
         run_demo(Path(self.output_dir), self.max_steps, self.overwrite)
         return 0

@@ -55,6 +55,22 @@ def can_compile(device: torch.device, required: bool) -> bool:
     return True
 
 
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Has malloc keep what is freed for the rest of this process, and says whether it could (glibc alone).
+
+    Else it gives blocks as large as a weight's gradient back to the system, and every step has their pages mapped and
+    zeroed anew.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    import ctypes
+
+    mallopt = ctypes.CDLL(None).mallopt
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    return bool(mallopt(m_mmap_threshold, 2**30) and mallopt(m_trim_threshold, -1))  # -1: never
+
+
 def describe(world: World, precision: str, compiled: bool) -> str:
     """One line on where and how a run computes."""
     if world.device.type == "cuda":
