@@ -6,16 +6,17 @@ import torch
 
 from castlm.core.errors import InputError
 from castlm.core.masks import (
+    bits_of_a_word,
     count_nm_violations,
     flip_rate,
     is_nm_sparse,
     nm_mask,
     pack_mask,
-    packed_to_bytes,
     refresh_mask_,
     refresh_two_of_four_,
     sparse_weight_ratio,
     unpack_mask,
+    unpack_words,
 )
 from castlm.core.pattern import parse_pattern
 from tests.reference import keep
@@ -114,8 +115,10 @@ def test_packed_bits_are_numpys(shape):
 
 def test_every_byte_unpacks():
     packed = torch.arange(256, dtype=torch.uint8)
-    bits = np.unpackbits(packed.numpy(), bitorder="little")
-    assert np.array_equal(packed_to_bytes(packed).numpy() != 0, bits)
+    bits = np.unpackbits(packed.numpy(), bitorder="little").astype(bool)
+    assert np.array_equal(unpack_mask(packed, 256 * 8).numpy(), bits)
+    words = unpack_words(packed.view(torch.int32), bits_of_a_word(packed.device))
+    assert np.array_equal(words.numpy().reshape(-1), bits)
 
 
 def two_of_four_refresh_(weight, packed, n, m):

@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from castlm.core.errors import InputError
 from castlm.core.masks import (
+    bits_of_a_word,
     compiled,
     compiled_refresh_,
     nm_mask,
@@ -25,7 +26,7 @@ from castlm.core.masks import (
 )
 from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, new_moments
 from castlm.core.shards import check_sparse_parameter, flat, like_rows, local
-from castlm.core.update import DECAYS, SECOND_MOMENTS, Columns, hyperparameters, update_, update_packed_
+from castlm.core.update import DECAYS, SECOND_MOMENTS, Columns, hyperparameters, update_, update_words_
 
 _SMALL = 65_536  # dense tensors below this many weights are updated as one
 _CALL = 8  # tensors of one size that one call of the compiled update takes
@@ -272,14 +273,16 @@ class AdamS(Optimizer):
             for column, is_scale in zip(columns, scales)
         ]
 
-    def _update_sparse(self, params: Sequence[Tensor], *rest: Any) -> None:
+    def _update_sparse(self, params: Sequence[Tensor], in_8bit: bool, *rest: Any) -> None:
         for some in _calls(params):
-            if all(p.shape[1] % 8 == 0 for p in some):
-                packed = [flat(self.state[p]["mask"]) for p in some]
-                self._run(update_packed_, self._columns(some), packed, *rest)
+            columns = self._columns(some)
+            if not in_8bit and all(p.shape[1] % 8 == 0 and local(p).numel() % 32 == 0 for p in some):
+                words = [flat(flat(self.state[p]["mask"]).view(torch.int32)) for p in some]
+                columns = [[tensor.view(-1, 32).detach() for tensor in column] for column in columns]
+                self._run(update_words_, columns, words, bits_of_a_word(words[0].device), in_8bit, *rest)
             else:
                 masks = [flat(local(self.mask(p)).view(torch.uint8)) for p in some]
-                self._run(update_, self._columns(some), masks, *rest)
+                self._run(update_, columns, masks, in_8bit, *rest)
 
     def _update_dense(self, params: Sequence[Tensor], in_8bit: bool, *rest: Any) -> None:
         together = [p for p in params if local(p).numel() < _SMALL and not in_8bit]

@@ -86,11 +86,9 @@ def nm_mask(weight: Tensor, n: int = 2, m: int = 4, *, compile: bool = False) ->
     return mask
 
 
-# Eight bytes of 0 and 1 as one int64 and back, as in "Bit Twiddling Hacks": byte k of eight becomes bit k of one.
-# Arithmetic, because inductor vectorises no bool and no shift by a tensor on CPU. Little-endian.
+# Eight bytes of 0 and 1 as one int64, as in "Bit Twiddling Hacks": byte k of eight becomes bit k of one. Arithmetic,
+# because inductor vectorises no bool and no shift by a tensor on CPU. Little-endian.
 _GATHER = 0x0102040810204080
-_EVERY_BYTE = 0x0101010101010101
-_BIT_K_OF_BYTE_K = 0x8040201008040201 - (1 << 64)
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -106,13 +104,22 @@ def unpack_mask(packed: Tensor, width: int) -> Tensor:
     return eights.view(torch.bool).view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :width].contiguous()
 
 
-def packed_to_bytes(packed: Tensor) -> Tensor:
-    """Bits (num_bytes,) uint8 as (8 num_bytes,) uint8, a byte each: not 0 where the bit is 1."""
-    whole = packed.to(torch.int32).to(torch.int64)  # in two steps: inductor converts uint8 to int64 one by one
-    return ((whole * _EVERY_BYTE) & _BIT_K_OF_BYTE_K).view(torch.uint8)
+@functools.cache
+def bits_of_a_word(device: torch.device) -> Tensor:
+    """(32,) int32, bit k alone in element k."""
+    return torch.tensor([1 << bit for bit in range(31)] + [-(1 << 31)], dtype=torch.int32, device=device)
 
 
-_EIGHT_BOOLS = (packed_to_bytes(torch.arange(256, dtype=torch.uint8, device="cpu")) != 0).view(torch.int64)
+def unpack_words(words: Tensor, bits: Tensor) -> Tensor:
+    """The bool mask (num_words, 32) of packed bits that are taken as (num_words,) int32; `bits` of `bits_of_a_word`.
+
+    In a compiled loop the mask is never in memory; bytes would be written there and read again.
+    """
+    return (words.unsqueeze(1) & bits) != 0
+
+
+_BYTES = torch.arange(256, dtype=torch.int32, device="cpu")
+_EIGHT_BOOLS = unpack_words(_BYTES, bits_of_a_word(_BYTES.device)[:8]).view(torch.int64).view(-1)
 
 
 def _num_bits(byte: Tensor) -> Tensor:
@@ -159,8 +166,10 @@ def refresh_two_of_four_(weight: Tensor, packed: Tensor) -> tuple[Tensor, Tensor
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` through `torch.compile`, once for all shapes."""
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    """`function` through `torch.compile`, once for all shapes; on CPU with fused multiply-adds, which it leaves off."""
+    return torch.compile(
+        function, dynamic=True, fullgraph=True, options={"cpp.enable_floating_point_contract_flag": "fast"}
+    )
 
 
 def compiled_refresh_(weight: Tensor, packed: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:

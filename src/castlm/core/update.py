@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from castlm.core.masks import packed_to_bytes
+from castlm.core.masks import unpack_words
 from castlm.core.moments import from_codes, to_codes_
 
 DECAYS = ("horizon", "proportional", "additive", "none")
 SECOND_MOMENTS = ("gradient", "mix")
 
-# Of some parameters: weights, gradients, first and second moments, each (numel,). With 8-bit moments each of these is
-# (blocks, block), and after either moment come its scales (blocks,).
+# Of some parameters: weights, gradients, first and second moments, each (numel,), or (numel / 32, 32) where masks are
+# words. With 8-bit moments each of these is (blocks, block), and after either moment come its scales (blocks,).
 Columns = list[list[Tensor]]
 
 
@@ -45,46 +45,52 @@ def adams_update(
     CAST, arXiv 2509.25996, Alg. 1 and Eq. 7-8, and our `"horizon"` and `"gradient"`.
 
     Args:
-        mask: uint8, not 0 = kept, or bool.
-        hyper: (10,) float32, or float64 for float64 weights, of `hyperparameters`: a tensor, so that one compilation
+        mask: bool, True = kept, or uint8, not 0 = kept, which is what to pass where nothing is compiled with it.
+        hyper: (8,) float32, or float64 for float64 weights, of `hyperparameters`: a tensor, so that one compilation
             serves every step, and of one type, so that its inner loop converts nothing.
 
     Returns:
         The new `weight`, `exp_avg` (of the raw gradient, always) and `exp_avg_sq` (of the mix, kept weights too; of the
         raw gradient where `mask` is None or `second_moment` is `"gradient"`).
     """
-    step_size, beta1, one_less_beta1, beta2, one_less_beta2, eps, pull, keep, remaining, inverse_root = hyper.unbind()
-    exp_avg = exp_avg.to(weight.dtype) * beta1 + grad * one_less_beta1
+    rate, eps, one_less_beta1, one_less_beta2, pull, keep, remaining, masked_rate = hyper.unbind()
+    exp_avg = exp_avg.to(weight.dtype)
+    exp_avg = exp_avg + (grad - exp_avg) * one_less_beta1
     mix = exp_avg
     if mask is not None and decay != "none":
-        kept = mask.to(weight.dtype) > 0  # the conversion is there for inductor, which vectorises no bool on CPU
-        masked_mix = mix if decay == "additive" else mix * keep
-        if decay != "horizon":
-            masked_mix = masked_mix + pull * weight.sign()
-        mix = torch.where(kept, mix, masked_mix)
-    squared = mix if mask is not None and second_moment == "mix" else grad
-    exp_avg_sq = exp_avg_sq * beta2 + squared.square() * one_less_beta2
-    weight = weight - step_size * mix / (exp_avg_sq.sqrt() * inverse_root + eps)
-    if mask is not None and decay == "horizon":
-        weight = torch.where(kept, weight, weight * remaining)
-    return weight, exp_avg, exp_avg_sq
+        # inductor on CPU vectorises no bool that comes from memory
+        kept = mask if mask.dtype == torch.bool else mask.to(weight.dtype) > 0
+        if decay == "horizon":  # the factors of a masked weight go into its rate, so that `mix` is needed only squared
+            rate = torch.where(kept, rate, masked_rate)
+            weight = torch.where(kept, weight, weight * remaining)
+            squared_mix = torch.where(kept, mix, mix * keep)
+        else:
+            masked_mix = (mix if decay == "additive" else mix * keep) + pull * weight.sign()
+            squared_mix = mix = torch.where(kept, mix, masked_mix)
+    else:
+        squared_mix = mix
+    squared = (squared_mix if mask is not None and second_moment == "mix" else grad).square()
+    exp_avg_sq = exp_avg_sq + (squared - exp_avg_sq) * one_less_beta2
+    return weight - rate * mix / (exp_avg_sq.sqrt() + eps), exp_avg, exp_avg_sq
 
 
 def hyperparameters(group: dict[str, Any], step: int) -> list[float]:
     """What `adams_update` needs to know of a parameter group at the 0-based `step = t`.
 
-    In this order: `lr / (1 - beta1^(t+1))`; both betas, each followed by what it lacks of 1; eps; `a_t lam`; `1 - a_t`;
-    the share `(1 - a_{t+1}) / (1 - a_t)` of a masked weight that outlives a `"horizon"` step; `(1 - beta2^(t+1))^-1/2`.
+    In this order, with r the root of `1 - beta2^(t+1)`: the rate `lr r / (1 - beta1^(t+1))`; `eps r`; `1 - beta1` and
+    `1 - beta2`; `a_t lam`; `1 - a_t`; the share `(1 - a_{t+1}) / (1 - a_t)` of a masked weight that outlives a
+    `"horizon"` step; the rate times the last two. As few as can be: the compiled loop reads each anew for every 16
+    weights.
     """
     beta1, beta2 = group["betas"]
     alpha, alpha_next = (
         decay_alpha(s, group["total_steps"], group["decay"], group["decay_end"]) for s in (step, step + 1)
     )
     remaining = (1 - alpha_next) / (1 - alpha) if alpha < 1 else 0.0
-    step_size = float(group["lr"]) / (1 - beta1 ** (step + 1))
-    inverse_root = (1 - beta2 ** (step + 1)) ** -0.5
-    betas = (beta1, 1 - beta1, beta2, 1 - beta2)
-    return [step_size, *betas, group["eps"], alpha * group["lam"], 1 - alpha, remaining, inverse_root]
+    root = (1 - beta2 ** (step + 1)) ** 0.5
+    rate, keep = float(group["lr"]) * root / (1 - beta1 ** (step + 1)), 1 - alpha
+    moments = (1 - beta1, 1 - beta2)
+    return [rate, group["eps"] * root, *moments, alpha * group["lam"], keep, remaining, rate * keep * remaining]
 
 
 def update_(
@@ -113,6 +119,7 @@ def update_(
             held[1].copy_(new[2])
 
 
-def update_packed_(columns: Columns, packed: Sequence[Tensor], *rest: Any) -> None:
-    """`update_` with masks in bits, as the optimizer's state has them."""
-    update_(columns, [packed_to_bytes(bits) for bits in packed], *rest)
+def update_words_(columns: Columns, packed: Sequence[Tensor], bits: Tensor, *rest: Any) -> None:
+    """`update_` of parameters (num_words, 32) with their masks as `unpack_words` takes them."""
+    assert len(bits) == 32  # tells the compiler that this size is no variable: else it vectorises nothing
+    update_(columns, [unpack_words(words, bits) for words in packed], *rest)
