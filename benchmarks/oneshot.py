@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.machine import machine, write_json
 from castlm.baselines.calibration import BlockCall, transformer_blocks
-from castlm.baselines.oneshot import calibration_blocks, calibration_length, prune_oneshot_
+from castlm.baselines.oneshot import METHODS, calibration_blocks, calibration_length, prune_oneshot_
 from castlm.core.pattern import parse_pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.evaluate import perplexity
@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--text", help="calibration text; the Python language reference when not given")
     parser.add_argument("--held-out", help="text for the perplexity")
     parser.add_argument("--held-out-tokens", type=int, default=16_384)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--num-sequences", type=int, default=128)
     parser.add_argument("--seq-len", type=int, help="tokens a sequence; the model's context, at most 2,048")
@@ -224,9 +225,7 @@ def main() -> None:
         f"{loaded.source}, {args.pattern}, {args.num_sequences} x {seq_len} tokens, {torch.get_num_threads()} threads, "
         f"median of {args.repeats}; dense perplexity {dense:.4f} over {len(held_out_ids):,} tokens, context {seq_len}"
     )
-    rows = [
-        compare(loaded.model, method, calibration, held_out_ids, args) for method in ("magnitude", "wanda", "sparsegpt")
-    ]
+    rows = [compare(loaded.model, method, calibration, held_out_ids, args) for method in args.methods]
     show(rows)
     settings = {"pattern": args.pattern, "num_sequences": args.num_sequences, "seq_len": seq_len, "seed": 0}
     content = {"model": loaded.source, **settings, "dense_perplexity": dense, "rows": rows, "machine": machine()}

@@ -35,7 +35,7 @@ from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 
 __all__ = ["METHODS", "OneshotReport", "calibration_blocks", "calibration_length", "prune_oneshot_"]
 
-_ERROR_TOKENS = 1024  # that the reconstruction error is measured on
+_ERROR_TOKENS = 256  # that the reconstruction error is measured on
 _GRAM_COLUMNS = 256  # of X^T X at a time
 
 
@@ -48,7 +48,7 @@ class LayerResult:
     """(out, in)."""
     num_zeros: int
     error: float | None = None
-    """|X W^T - X W'^T|^2 / |X W^T|^2 on the first 1,024 calibration tokens; None without calibration."""
+    """|X W^T - X W'^T|^2 / |X W^T|^2 on the first 256 calibration tokens; None without calibration."""
     num_dead: int = 0
     """Input columns that the calibration text never moves from 0."""
     damping: float | None = None
@@ -256,7 +256,7 @@ def prune_oneshot_(
     Args:
         method: "magnitude", "wanda" or "sparsegpt", see `METHODS`.
         calibration: int64, (num_sequences, seq_len), as from `calibration_blocks`. Magnitude needs none; where it is
-            given one, its first 1,024 tokens serve for the reconstruction errors.
+            given one, its first 256 tokens serve for the reconstruction errors.
         damping: SparseGPT: share of the mean of the diagonal of H that is added to it.
         block_size: SparseGPT: columns between two full matmuls; a matter of speed only.
         filter_fn: which layers, as for `sparse_linears`.
