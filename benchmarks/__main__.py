@@ -25,6 +25,7 @@ from tests.tiny import save_tiny
 from benchmarks import adams, masks, scaling, startup
 from benchmarks.machine import machine, write_json
 from benchmarks.rows import CLOCKS, Row
+from castlm.training.hardware import keep_freed_memory
 
 
 def distillation_rows(quick: bool) -> list[Row]:
@@ -126,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", metavar="OUT")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1 if options.clock == "cpu" else options.threads)
+    keep_freed_memory()  # as castlm's commands do; it serves both sides
     facts = machine()
     print(f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, {options.clock} time")
     rows: list[Row] = []

@@ -30,6 +30,7 @@ from castlm.core.sparsify import sparse_linears
 from castlm.evaluate import perplexity
 from castlm.models import load_model
 from castlm.training.data import token_ids
+from castlm.training.hardware import keep_freed_memory
 
 
 class _FirstBlock(Exception):  # noqa: N818
@@ -210,6 +211,7 @@ def main() -> None:
     if bool(args.text) != bool(args.held_out):
         parser.error("pass --text and --held-out, or neither")
 
+    keep_freed_memory()  # as castlm prune does; it serves both sides
     loaded = load_model(args.model)
     with tempfile.TemporaryDirectory() as scratch:
         text, held_out = args.text, args.held_out

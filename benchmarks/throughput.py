@@ -23,7 +23,7 @@ from castlm.demo import write_texts
 from castlm.models import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.distributed import init_world
-from castlm.training.hardware import autocast
+from castlm.training.hardware import autocast, keep_freed_memory
 from castlm.training.loop import Run
 
 
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--json")
     args = parser.parse_args()
 
+    keep_freed_memory()  # as castlm train does; it serves both sides
     with tempfile.TemporaryDirectory() as scratch:
         text, held_out = write_texts(Path(scratch) / "text")
         config = TrainConfig(
