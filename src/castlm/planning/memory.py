@@ -140,9 +140,9 @@ def plan_memory(
 
     The phases: `start` (before step 0, the first rank: the whole model in fp32, on one rank twice; the hidden states of
     calibration_tokens; a fp32 matrix (in, in) for each sparse layer of a block and four more of the widest, and five
-    copies of the largest weight), `loss` (all activations and the loss), `backward` (activations shrink while gradients
-    grow, so the larger of its two ends, plus what flows inside a block), `step`. With accumulation > 1 the gradients
-    are there throughout.
+    copies of the largest weight: 1,116 MiB for SmolLM2-135M and 8,192 tokens, of which a run took 1,114), `loss` (all
+    activations and the loss), `backward` (activations shrink while gradients grow, so the larger of its two ends, plus
+    what flows inside a block), `step`. With accumulation > 1 the gradients are there throughout.
 
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
