@@ -19,8 +19,8 @@ from castlm.core.errors import InputError
 # So many times what the windows hold is tokenized: enough to draw from, without reading all of a long text.
 CALIBRATION_POOL = 16
 
-# Tokens a forward pass: short windows go together, as calling the operators costs too. On a CPU 2,048 are a tenth slower
-# than 1,024 (SmolLM2-135M, 1 MiB of L2): what passes between operators no longer fits the cache.
+# Tokens a forward pass: short windows go together, as calling the operators costs too. On a CPU with 1 MiB of L2 2,048
+# are a tenth slower than 1,024 (SmolLM2-135M): what passes between operators no longer fits the cache.
 _PASS_TOKENS_CPU = 1024
 _PASS_TOKENS_ACCELERATOR = 8192
 
