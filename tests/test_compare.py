@@ -237,6 +237,14 @@ def test_a_start_counts_by_what_its_model_holds(files, tmp_path):
     assert one == same != other
 
 
+def test_a_start_for_all_runs_is_not_the_control_s(files, tmp_path):
+    (tmp_path / "common.yaml").write_text(yaml.safe_dump({**CONFIG, "initial_mask": "wanda"}))
+    over = {"methods": "srste,gradual_magnitude", "config": str(tmp_path / "common.yaml")}
+    plan = Plan(command(files, tmp_path, **over), _parse)
+    starts = {name: plan.make(name, 6 * 64, 0, None).config["initial_mask"] for name in plan.variants}
+    assert starts == {"srste": "wanda", "gradual_magnitude": "magnitude", "dense": "magnitude"}
+
+
 def fake(variant: str, tokens: int, seed: int, ppl: float, method: str = "", trial: bool = False) -> Result:
     run = Run(variant, tokens, {"method": method or variant, "seed": seed, "learning_rate": 1e-3})
     key = "trained" if variant == "dense" else "pruned"

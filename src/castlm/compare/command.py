@@ -16,7 +16,7 @@ from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, Preset
 from castlm.compare.runs import Run, content_hash, execute, lock, with_key, zero_shot_rows
 from castlm.core.errors import InputError
 from castlm.files import read_yaml_mapping
-from castlm.training.config import TrainConfig, mapping_arguments, parse_train_arguments
+from castlm.training.config import STARTS_DENSE, TrainConfig, mapping_arguments, parse_train_arguments
 
 Parse = Callable[[type[Any], list[str], str], Any]
 ALL = Preset("Which way to n:m is best?", {name: {"method": name} for name in (*ONESHOT, *RETRAINING)})
@@ -255,6 +255,8 @@ class Plan:
     def make(self, name: str, tokens: int, seed: int, rate: float | None, *, tuning: bool = False) -> Run:
         """The run of a variant; `rate` None leaves the learning rate as the fields have it."""
         fields = {**self.common, **self.variants[name]}
+        if fields["method"] in STARTS_DENSE and "initial_mask" not in self.variants[name]:
+            fields.pop("initial_mask", None)  # what is for all runs is for those that have one
         command, hashes = self.command, self.hashes
         named = {"model": command.model, "eval_dataset": command.eval_dataset, "seed": seed}
         if tuning:

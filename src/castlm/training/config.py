@@ -11,6 +11,9 @@ from typing import Any, Literal
 from castlm.core.errors import InputError
 from castlm.files import read_yaml_mapping
 
+STARTS_DENSE = ("dense", "gradual_magnitude")
+"""Methods that take no initial mask."""
+
 Method = Literal["cast", "ste", "srste", "ast", "gradual_magnitude", "dense"]
 
 
@@ -212,7 +215,7 @@ class TrainConfig:
                 raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {remedy}")
         if self.initial_mask is None:
             self.initial_mask = "sparsegpt" if self.method == "cast" else "magnitude"
-        if self.initial_mask != "magnitude" and self.method in ("dense", "gradual_magnitude"):
+        if self.initial_mask != "magnitude" and self.method in STARTS_DENSE:
             raise InputError(f"initial_mask {self.initial_mask}: method {self.method} starts dense, leave it out")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other: choose one")
