@@ -219,7 +219,8 @@ class Setup:
             yield f"left dense: {shown} ({reason})"
         sparse = sum(layer.out_features * layer.in_features for layer in self.method.layers.values())
         total = sum(p.numel() for p in self.model.parameters())
-        yield f"{config.method}: {sparse:,} of {total:,} weights in {len(self.method.layers)} layers, {config.pattern}"
+        masks = f"{config.pattern} from {config.initial_mask}" if self.method.layers else "no masks"
+        yield f"{config.method}: {sparse:,} of {total:,} weights in {len(self.method.layers)} layers, {masks}"
         if self.budget is not None:
             yield self.budget.explain()
         if self.resume_from is not None:
