@@ -185,7 +185,7 @@ def test_adams_on_shards_is_adams_on_whole_weights(tmp_path):
 
 
 @pytest.mark.parametrize("stored", ["sharded", "whole"])
-def test_ranks_start_from_sparsegpt_as_one_rank_does(stored, gemma, text, tmp_path, monkeypatch):
+def test_ranks_start_from_sparsegpt_as_one_rank_does(stored, gemma, text, tmp_path):
     """Rank 0 prunes; where each rank can read its rows alone, it loads the model for it ("sharded"). That takes longer
     than the others are willing to wait at once."""
     over = {"initial_mask": "sparsegpt", "calibration_sequences": 8, "max_steps": 4, "eval_steps": 4}

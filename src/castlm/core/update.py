@@ -60,16 +60,18 @@ def adams_update(
     if mask is not None and decay != "none":
         # inductor on CPU vectorises no bool that comes from memory
         kept = mask if mask.dtype == torch.bool else mask.to(weight.dtype) > 0
-        if decay == "horizon":  # the factors of a masked weight go into its rate, so that `mix` is needed only squared
+        if decay == "horizon":  # the factors of a masked weight go into its rate; its mix is needed only squared
             rate = torch.where(kept, rate, masked_rate)
             weight = torch.where(kept, weight, weight * remaining)
-            squared_mix = torch.where(kept, mix, mix * keep)
         else:
             masked_mix = (mix if decay == "additive" else mix * keep) + pull * weight.sign()
-            squared_mix = mix = torch.where(kept, mix, masked_mix)
+            mix = torch.where(kept, mix, masked_mix)
+    if mask is None or second_moment == "gradient":
+        squared = grad.square()
+    elif decay == "horizon":
+        squared = torch.where(kept, mix, mix * keep).square()
     else:
-        squared_mix = mix
-    squared = (squared_mix if mask is not None and second_moment == "mix" else grad).square()
+        squared = mix.square()
     exp_avg_sq = exp_avg_sq + (squared - exp_avg_sq) * one_less_beta2
     return weight - rate * mix / (exp_avg_sq.sqrt() + eps), exp_avg, exp_avg_sq
 

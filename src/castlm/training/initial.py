@@ -16,7 +16,7 @@ from castlm.baselines.calibration import CALIBRATION_POOL, calibration_blocks
 from castlm.baselines.oneshot import METHODS, prune_oneshot_
 from castlm.baselines.retrain import Retraining
 from castlm.core.errors import InputError
-from castlm.core.masks import nm_mask
+from castlm.core.masks import is_nm_sparse, nm_mask
 from castlm.core.sparsify import sparse_linears, weight_parameter
 from castlm.models import load_model
 from castlm.progress import note, shown_progress
@@ -85,7 +85,7 @@ def _read(setup: Setup, alive: Callable[[], None]) -> dict[str, Tensor]:
         if not isinstance(theirs, nn.Linear) or theirs.weight.shape != layer.weight.shape:
             raise InputError(f"initial_mask {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
         weight = theirs.weight.detach()
-        if ((weight != 0) & ~nm_mask(weight, n, m)).any():
+        if not is_nm_sparse(weight, n, m):
             raise InputError(f"initial_mask {name} is not {n}:{m} in {layer_name}: prune it first (castlm prune)")
         weights[layer_name] = weight
     return weights
@@ -97,6 +97,6 @@ def start_(method: Retraining, weights: Mapping[str, Tensor], world: World) -> N
     what becomes of the masked ones is up to the method."""
     for name, layer in method.layers.items():
         parameter = weight_parameter(layer)
-        new = world.from_main(weights.get(name), parameter.shape)
+        new = world.from_main(weights[name] if world.is_main else None, parameter.shape)
         rows = new[own_rows(parameter)].to(parameter.device)
         method.start_layer_(layer, rows, nm_mask(rows, *method.pattern))

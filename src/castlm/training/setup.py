@@ -90,9 +90,8 @@ class Setup:
     def _load(self) -> tuple[Loaded, Checkpoint | None]:
         """The model; among several ranks empty where that can be, to be filled with each rank's rows in `_build`."""
         config = self.config
-        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
-        opened = open_sharded(config.model, **options) if self.world.mesh is not None else None
-        found = (load_model(config.model, **options), None) if opened is None else opened
+        opened = open_sharded(config.model, **self._model_options) if self.world.mesh is not None else None
+        found = (load_model(config.model, **self._model_options), None) if opened is None else opened
         check_one_snapshot(config.model, config.revision, self.world)
         return found
 
@@ -175,9 +174,11 @@ class Setup:
         """A copy of the model as it came, with all its weights, for one rank to work on."""
         if self.stored is None:
             return copy.deepcopy(self.model)
-        config = self.config
-        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
-        return load_model(config.model, **options).model
+        return load_model(self.config.model, **self._model_options).model
+
+    @property
+    def _model_options(self) -> dict[str, Any]:
+        return {"trust_remote_code": self.config.trust_remote_code, "revision": self.config.revision}
 
     def _fill(self, stored: Checkpoint) -> None:
         shard_(self.objective, self.world, self.precision)
