@@ -22,7 +22,7 @@ def step_rows(quick: bool, repeats: int = 7, device: str = "cpu", clock: str = "
     num_params = sum(p.numel() for p in (*sparse, *dense))
     adamw = torch.optim.AdamW([*sparse, *dense], lr=1e-5, fused=True)
     groups = [{"params": sparse, "sparse": True}, {"params": dense}]
-    adams = AdamS(groups, lr=1e-5, total_steps=10**6, mask_interval=10**6, compile=True)
+    adams = AdamS(groups, lr=1e-5, total_steps=10**6, mask_interval=10**6, fused=True)
     started = time.perf_counter()
     adams.step()
     compile_seconds = time.perf_counter() - started
@@ -58,7 +58,7 @@ def moments_rows(quick: bool, repeats: int = 5, clock: str = "wall") -> list[Row
     for moments in ("fp32", "bf16", "8bit"):
         sparse, dense = llama_parameters(1 if quick else 4, 2048 if quick else 8192)
         groups = [{"params": sparse, "sparse": True}, {"params": dense}]
-        optimizers[moments] = AdamS(groups, total_steps=10**6, mask_interval=0, moments=moments, compile=True)
+        optimizers[moments] = AdamS(groups, total_steps=10**6, mask_interval=0, moments=moments, fused=True)
     times = interleaved({name: optimizer.step for name, optimizer in optimizers.items()}, repeats, clock)
     held = {name: state_bytes(optimizer) for name, optimizer in optimizers.items()}
     rows = []

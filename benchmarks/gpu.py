@@ -46,7 +46,7 @@ def check_nccl() -> None:
     sharded = copy.deepcopy(plain)
     fully_shard(sharded, mesh=mesh)
     optimizers = [
-        AdamS([{"params": [layer.weight], "sparse": True}], lr=1e-2, total_steps=4, mask_interval=2, compile=True)
+        AdamS([{"params": [layer.weight], "sparse": True}], lr=1e-2, total_steps=4, mask_interval=2, fused=True)
         for layer in (plain, sharded)
     ]
     for _ in range(3):

@@ -76,7 +76,7 @@ def measure(case: dict[str, Any], folder: Path, world: Any) -> dict[str, float]:
             moments=case["moments"],
             gradient_checkpointing=case["gradient_checkpointing"],
             initial_mask="magnitude",
-            compile_optimizer="off",
+            fused_optimizer="off",
             tensorboard=False,
             device="cpu",
         )
@@ -153,7 +153,7 @@ def predict(case: dict[str, Any]) -> Any:
         **options,
         teacher_dtype=case["compute_dtype"],
         chunk_tokens=256,
-        compiled_optimizer=False,
+        fused_optimizer=False,
     )
 
 

@@ -105,7 +105,7 @@ def main() -> None:
     tokens = args.batch * args.seq_len
     rows = {name: tokens / statistics.median(times[1:]) for name, times in seconds.items()}
     ratio = rows["castlm"] / rows["bare"]
-    print(f"\n{args.model}, {args.batch} x {args.seq_len} tokens, {run.precision}, optimizer compiled: {run.compiled}")
+    print(f"\n{args.model}, {args.batch} x {args.seq_len} tokens, {run.precision}, optimizer {run.optimizer_text}")
     print(f"castlm {rows['castlm']:,.0f} tokens/s, bare loop {rows['bare']:,.0f} tokens/s: {ratio:.3f} of it")
     result = {"tokens_per_s": rows, "ratio": ratio, "seconds": seconds, "precision": run.precision, **vars(args)}
     write_json(args.json, {"machine": machine(), **result})

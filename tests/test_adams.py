@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from castlm.core import native
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.masks import nm_mask, unpack_mask
 from castlm.core.update import DECAYS
+from tests.fused import needs_kernels, through_torch_compile
 from tests.reference import ReferenceAdamS
 
 HYPER = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-8, "lam": 0.3, "total_steps": 50}
@@ -117,30 +119,93 @@ def test_horizon_reaches_exact_zero_at_decay_end_and_stays(lam):
     assert torch.equal(optimizer.mask(weight), nm_mask(weight))
 
 
-def test_compiled_path_equals_the_plain_one():
+@pytest.mark.parametrize("way", [pytest.param("native", marks=needs_kernels), "compiled"])
+def test_fused_path_equals_the_plain_one(way, monkeypatch):
     """Widths in whole bytes and not, one and many of a size, large dense tensors and small; masks agree to the bit."""
     torch.manual_seed(0)
     shapes = [(6, 16), (4, 8), (3, 12), *[(8, 24)] * 9, (5,), (260, 260), (2, 3)]
     plain = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-    compiled = copy.deepcopy(plain)
+    fused = copy.deepcopy(plain)
     optimizers = [
-        AdamS([*sparse_group(*p[:12]), {"params": p[12:]}], lr=1e-2, total_steps=20, mask_interval=3, compile=c)
-        for p, c in ((plain, False), (compiled, True))
+        AdamS([*sparse_group(*p[:12]), {"params": p[12:]}], lr=1e-2, total_steps=20, mask_interval=3)
+        for p in (plain, fused)
     ]
+    if way == "native":
+        optimizers[1]._fused = True
+    else:
+        through_torch_compile(optimizers[1], monkeypatch)
     for _ in range(20):
-        for a, b in zip(plain, compiled):
+        for a, b in zip(plain, fused):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
         assert optimizers[0].flips() == optimizers[1].flips()
-        for a, b in zip(plain[:12], compiled):
+        for a, b in zip(plain[:12], fused):
             assert torch.equal(optimizers[0].mask(a), optimizers[1].mask(b))
-    for a, b in zip(plain, compiled):
+    for a, b in zip(plain, fused):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    compiled[2].data[0, 0] = compiled[0].data[5, 15] = float("nan")
+    fused[2].data[0, 0] = fused[0].data[5, 15] = float("nan")
     with pytest.raises(InputError, match="NaN"):
         optimizers[1].refresh_masks(optimizers[1].param_groups[0])
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize(("decay", "second_moment"), RULES)
+@pytest.mark.parametrize(("n", "m", "width"), [(2, 4, 40), (1, 4, 12), (4, 8, 48), (2, 3, 9)])
+def test_kernels_equal_the_equations(decay, second_moment, n, m, width, num_threads):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, width))
+    rest = {"mask_interval": 7, "decay": decay, "decay_end": 0.6, "second_moment": second_moment}
+    reference = ReferenceAdamS(weight.tolist(), n, m, **HYPER, **rest)
+    optimizer = AdamS(sparse_group(weight, n=n, m=m), **HYPER, **rest, fused=True)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    for t in range(20):
+        grad = torch.randn(6, width)
+        reference.step(grad.tolist())
+        run(optimizer, weight, [grad])
+        assert optimizer.mask(weight).tolist() == reference.mask, t
+        expected = torch.tensor(reference.w)
+        assert (weight - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max().item()), t
+    torch.set_num_threads(threads_before)
+
+
+@needs_kernels
+def test_kernels_give_the_same_bits_on_any_number_of_threads():
+    """Weights longer than what a thread takes at a time, with rows of whole bytes and without."""
+    torch.manual_seed(0)
+    start = [torch.randn(400, 1000), torch.randn(30_000, 12), torch.randn(3, 100_002), torch.randn(300_001)]
+    grads = [torch.randn_like(weight) for weight in start]
+    ended = []
+    threads_before = torch.get_num_threads()
+    for num_threads in (1, 4):
+        torch.set_num_threads(num_threads)
+        params = [nn.Parameter(weight.clone()) for weight in start]
+        groups = [*sparse_group(*params[:2]), *sparse_group(params[2], n=1, m=3), {"params": params[3:]}]
+        optimizer = AdamS(groups, lr=0.1, total_steps=3, mask_interval=1, fused=True)
+        for _ in range(3):
+            for param, grad in zip(params, grads):
+                param.grad = grad
+            optimizer.step()
+        ended.append([*params, *optimizer.masks().values(), torch.tensor(optimizer.flips())])
+        for param, (n, m) in zip(params, ((2, 4), (2, 4), (1, 3))):
+            assert torch.equal(optimizer.mask(param).view(-1, m).sum(1).unique(), torch.tensor([n]))
+    torch.set_num_threads(threads_before)
+    assert all(torch.equal(one, four) for one, four in zip(*ended))
+
+
+@needs_kernels
+def test_fused_takes_fp32_on_a_cpu_alone():
+    with pytest.raises(InputError, match="float64"):
+        AdamS([nn.Parameter(torch.randn(4, dtype=torch.float64))], total_steps=1, fused=True)
+
+
+def test_fused_without_kernels_is_refused(monkeypatch):
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    with pytest.raises(InputError, match="were not built"):
+        AdamS([nn.Parameter(torch.randn(4))], total_steps=1, fused=True)
 
 
 def test_a_mask_is_a_bit_a_weight_and_can_be_set():

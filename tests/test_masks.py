@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from castlm.core import native
 from castlm.core.errors import InputError
 from castlm.core.masks import (
     bits_of_a_word,
@@ -13,12 +14,12 @@ from castlm.core.masks import (
     nm_mask,
     pack_mask,
     refresh_mask_,
-    refresh_two_of_four_,
     sparse_weight_ratio,
     unpack_mask,
     unpack_words,
 )
 from castlm.core.pattern import parse_pattern
+from tests.fused import needs_kernels
 from tests.reference import keep
 
 PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 16), (7, 8)]
@@ -121,20 +122,25 @@ def test_every_byte_unpacks():
     assert np.array_equal(words.numpy().reshape(-1), bits)
 
 
-def two_of_four_refresh_(weight, packed, n, m):
-    return refresh_two_of_four_(weight.view(-1), packed.view(-1))
+def kernel_refresh_(weight, packed, n, m):
+    return native.refresh_([weight], [packed], n, m)
 
 
+REFRESHES = [refresh_mask_, pytest.param(kernel_refresh_, marks=needs_kernels)]
+
+
+@pytest.mark.parametrize("refresh_", REFRESHES)
 @pytest.mark.parametrize(
-    ("refresh_", "n", "m", "width"),
-    [(refresh_mask_, 2, 4, 24), (refresh_mask_, 2, 4, 12), (refresh_mask_, 1, 2, 10), (two_of_four_refresh_, 2, 4, 24)],
+    ("n", "m", "width"),
+    [(2, 4, 24), (2, 4, 12), (1, 2, 10), (3, 8, 40), (2, 3, 33), (5, 16, 48), (2, 4, 70_004), (1, 3, 70_002)],
 )
 @pytest.mark.parametrize("kind", ["normal", "ties", "infinite"])
 def test_refresh_equals_reference_and_counts_flips(refresh_, n, m, width, kind):
     torch.manual_seed(0)
-    old, weight = torch.randn(40, width), torch.randn(40, width)
+    rows = 40 if width < 100 else 2
+    old, weight = torch.randn(rows, width), torch.randn(rows, width)
     if kind == "ties":
-        weight = torch.randint(-2, 3, (40, width)).float()
+        weight = torch.randint(-2, 3, (rows, width)).float()
     elif kind == "infinite":
         weight[weight > 0.5] = float("inf")
     packed = pack_mask(nm_mask(old, n, m))
@@ -145,20 +151,22 @@ def test_refresh_equals_reference_and_counts_flips(refresh_, n, m, width, kind):
     assert not has_nan
 
 
-@pytest.mark.parametrize("refresh_", [refresh_mask_, two_of_four_refresh_])
+@pytest.mark.parametrize("refresh_", REFRESHES)
 @pytest.mark.parametrize("position", [(0, 0), (2, 9), (4, 15)])
-def test_refresh_sees_nan_anywhere(refresh_, position):
+@pytest.mark.parametrize("value", ["nan", "-nan"])
+def test_refresh_sees_nan_anywhere(refresh_, position, value):
     weight = torch.randn(5, 16)
     packed = pack_mask(nm_mask(weight))
-    weight[position] = float("nan")
+    weight[position] = float(value)
     assert refresh_(weight, packed, 2, 4)[1]
 
 
+@needs_kernels
 @pytest.mark.parametrize(("shape", "n", "m"), [((6, 32), 2, 4), ((3, 2, 16), 2, 4), ((6, 12), 2, 4), ((4, 16), 1, 4)])
-def test_compiled_mask_equals_the_plain_one(shape, n, m):
+def test_kernel_mask_equals_that_of_torch(shape, n, m):
     torch.manual_seed(0)
     weight = torch.randint(-3, 4, shape).float()
-    assert torch.equal(nm_mask(weight, n, m, compile=True), nm_mask(weight, n, m))
+    assert torch.equal(nm_mask(weight, n, m), nm_mask(weight.double(), n, m))
     weight.view(-1)[5] = float("nan")
     with pytest.raises(InputError, match="NaN"):
-        nm_mask(weight, n, m, compile=True)
+        nm_mask(weight, n, m)

@@ -8,13 +8,14 @@ from torch import nn
 
 from castlm.core.adams import AdamS
 from castlm.core.moments import block_size, from_codes, to_codes_
+from tests.fused import needs_kernels, through_torch_compile
 
 SHAPES = [(64, 128), (128, 64), (32, 192), (64, 20), (64,)]  # the last two are kept in fp32
 
 
-def optimizer_of(params, moments, *, compile=False):
+def optimizer_of(params, moments, *, fused=False):
     groups = [{"params": params[:2], "sparse": True}, {"params": params[2:]}]
-    return AdamS(groups, lr=1e-2, total_steps=20, mask_interval=5, moments=moments, compile=compile)
+    return AdamS(groups, lr=1e-2, total_steps=20, mask_interval=5, moments=moments, fused=fused)
 
 
 def steps(params, optimizer, first, last):
@@ -83,18 +84,56 @@ def test_steps_stay_close_to_those_with_fp32_moments(moments, tolerance):
     assert torch.equal(other.mask(coarse[0]), coarse[0] != 0)
 
 
-def test_compiled_steps_equal_the_plain_ones():
-    plain, compiled = parameters()[:1], parameters()[:1]
+@needs_kernels
+@pytest.mark.parametrize(("moments", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-5), ("8bit", 1e-3)])
+def test_fused_steps_equal_the_plain_ones(moments, tolerance):
+    plain, fused = parameters(), parameters()
+    one, other = optimizer_of(plain, moments), optimizer_of(fused, moments, fused=True)
+    steps(plain, one, 0, 20)
+    steps(fused, other, 0, 20)
+    for a, b in zip(plain, fused):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance / 10)
+        for name in ("exp_avg", "exp_avg_sq"):
+            if one.state[a][name].dtype == torch.uint8:  # a tie may go either way
+                far = (one.state[a][name].int() - other.state[b][name].int()).abs()
+                assert far.max() <= 1
+                assert far.float().mean() < 1e-2
+            else:
+                torch.testing.assert_close(one.state[a][name], other.state[b][name], rtol=1e-2, atol=1e-7)
+
+
+@needs_kernels
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_kernel_writes_the_codes_that_torch_writes(signed):
+    """One step from moments of 0 at `betas = 0` codes the gradient, or its square, as it stands."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(64, 256))
+    weight.grad = torch.randn(64, 256) * torch.logspace(-6, 2, 64)[:, None]
+    optimizer = AdamS([weight], betas=(0.0, 0.0), total_steps=1, moments="8bit", fused=True)
+    optimizer.step()
+    values = weight.grad if signed else weight.grad.square()
+    codes, scale = torch.zeros(64, 256, dtype=torch.uint8), torch.zeros(64)
+    to_codes_(values, codes, scale, signed)
+    name = "exp_avg" if signed else "exp_avg_sq"
+    assert (optimizer.state[weight][name] != codes).float().mean() < 1e-3
+    torch.testing.assert_close(optimizer.state[weight][f"{name}_scale"].view(-1), scale, rtol=1e-6, atol=0)
+
+
+def test_compiled_steps_equal_the_plain_ones(monkeypatch):
+    """What runs on a GPU: 8-bit moments with masks as words."""
+    plain, other = parameters()[:1], parameters()[:1]
     steps(plain, optimizer_of(plain, "8bit"), 0, 10)
-    steps(compiled, optimizer_of(compiled, "8bit", compile=True), 0, 10)
-    for a, b in zip(plain, compiled):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    optimizer = optimizer_of(other, "8bit")
+    through_torch_compile(optimizer, monkeypatch)
+    steps(other, optimizer, 0, 10)
+    torch.testing.assert_close(plain[0], other[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_kernels)])
 @pytest.mark.parametrize("moments", ["bf16", "8bit"])
-def test_state_dict_resumes_bitwise(moments):
+def test_state_dict_resumes_bitwise(moments, fused):
     straight, resumed = parameters(), parameters()
-    first, second = optimizer_of(straight, moments), optimizer_of(resumed, moments)
+    first, second = (optimizer_of(params, moments, fused=fused) for params in (straight, resumed))
     steps(straight, first, 0, 7)
     for a, b in zip(straight, resumed):
         b.data.copy_(a.data)

@@ -31,7 +31,7 @@ RUN = Settings(
     chunk_tokens=96,
     moments="fp32",
     calibration_tokens=0,
-    compiled=True,
+    fused=True,
 )
 
 

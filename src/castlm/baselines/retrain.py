@@ -64,7 +64,7 @@ class Retraining:
         self._flips: Tensor | int = 0
         self.prepare(model)
 
-    def build_optimizer(self, model: nn.Module, compile: bool) -> AdamS:
+    def build_optimizer(self, model: nn.Module, fused: bool) -> AdamS:
         """The optimizer over all parameters of the model, prepared and sharded by now."""
         groups = sparse_param_groups(model, *self.pattern, self.filter_fn)
         if not self.decays:
@@ -82,7 +82,7 @@ class Retraining:
             decay_end=config.decay_end,
             second_moment=config.second_moment,
             moments=config.moments,
-            compile=compile,
+            fused=fused,
         )
         return self.optimizer
 

@@ -14,16 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from castlm.core import native
 from castlm.core.errors import InputError
-from castlm.core.masks import (
-    bits_of_a_word,
-    compiled,
-    compiled_refresh_,
-    nm_mask,
-    pack_mask,
-    refresh_mask_,
-    unpack_mask,
-)
+from castlm.core.masks import bits_of_a_word, compiled, nm_mask, pack_mask, refresh_masks_, unpack_mask
 from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, new_moments
 from castlm.core.shards import check_sparse_parameter, flat, like_rows, local
 from castlm.core.update import DECAYS, SECOND_MOMENTS, Columns, hyperparameters, update_, update_words_
@@ -34,8 +27,8 @@ EXACT_ON_RESUME = ("sparse", "n", "m", "total_steps", "mask_interval", "decay", 
 
 
 def _calls(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """`params` in lots of `_CALL` of one size, and the rest one by one: two compilations serve all sizes, and a call,
-    which costs as much as 100,000 weights between passes over memory, is made for eight."""
+    """`params` in lots of `_CALL` of one size, and the rest one by one: two compilations serve all sizes, and a call of
+    a compiled function, which costs as much as 100,000 weights, is made for eight."""
     by_size: dict[int, list[Tensor]] = {}
     for param in params:
         by_size.setdefault(local(param).numel(), []).append(param)
@@ -86,7 +79,8 @@ class AdamS(Optimizer):
         second_moment: `"gradient"`, for `"horizon"` and `"none"` only, or `"mix"`; None takes the former where it can.
         moments: `"fp32"`, `"bf16"` (the first moment), or `"8bit"` (both): less memory, see
             `castlm.core.moments`.
-        compile: run the update and the refresh through `torch.compile`: one pass over memory, one compilation.
+        fused: run the update and the refresh in one pass over memory: by the C++ kernels on a CPU, through
+            `torch.compile` on a GPU. Of the same equations; the last bits may differ.
 
     State of a sparse parameter (out, in): `step` () float32, `exp_avg` and `exp_avg_sq` as `new_moments` has them,
     `mask` (out, ceil(in / 8)) uint8, a bit a weight, 1 = kept, as `pack_mask` lays them out; all exist from
@@ -95,8 +89,9 @@ class AdamS(Optimizer):
 
     Raises:
         InputError: on hyperparameters out of range; on sparse parameters that are not 2-D, not fp32, of a width that
-            does not divide by `m`, sharded along it, or hold NaN; from `step` when a sparse parameter has no gradient;
-            from `load_state_dict` when the saved horizon or pattern differs.
+            does not divide by `m`, sharded along it, or hold NaN; on a parameter that is not contiguous; when `fused`
+            and the C++ kernels are not built, or parameters on a CPU are not fp32; from `step` when a sparse parameter
+            has no gradient; from `load_state_dict` when the saved horizon or pattern differs.
 
     Example:
         >>> optimizer = AdamS(sparse_param_groups(model), lr=3e-4, total_steps=1000)
@@ -121,7 +116,7 @@ class AdamS(Optimizer):
         second_moment: str | None = None,
         moments: str = "fp32",
         *,
-        compile: bool = False,
+        fused: bool = False,
     ) -> None:
         by_itself = decay in ("horizon", "none")  # reaches zero, or nothing, whatever lam is
         second_moment = second_moment or ("gradient" if by_itself else "mix")
@@ -140,7 +135,7 @@ class AdamS(Optimizer):
         ):
             if not right:
                 raise InputError(f"AdamS: {name} = {value!r} is out of range: it must be {remedy}")
-        self._compile = compile
+        self._fused = fused
         self._flips: Tensor | int = 0
         defaults = {
             "lr": lr,
@@ -163,6 +158,11 @@ class AdamS(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for param in group["params"]:
+            if not local(param).is_contiguous():
+                shape, stride = tuple(param.shape), param.stride()
+                raise InputError(f"a parameter of shape {shape} has strides {stride}: make it contiguous for AdamS")
+            if self._fused and param.device.type == "cpu":
+                native.check_runs_on(local(param))
             if group["sparse"]:
                 check_sparse_parameter(param, group["n"], group["m"])
             state = self.state[param]
@@ -206,21 +206,21 @@ class AdamS(Optimizer):
     @torch.no_grad()
     def refresh_masks(self, group: dict[str, Any]) -> None:
         """Takes the masks of a sparse group anew from `|W|`. Raises `InputError` when a weight is NaN."""
-        refresh = compiled_refresh_ if self._compile else refresh_mask_
-        nan, flips = [], []
-        for param in group["params"]:
-            weight, packed = local(param), local(self.state[param]["mask"])
-            if weight.numel() == 0:  # a rank may hold no row of a small weight
-                continue
-            changed, has_nan = refresh(weight, packed, group["n"], group["m"])
-            flips.append(changed)
-            nan.append(has_nan)
-        if nan and torch.stack(nan).any():
+        here = [p for p in group["params"] if local(p).numel()]  # a rank may hold no row of a small weight
+        if not here:
+            self._flips = 0
+            return
+        masks = [local(self.state[p]["mask"]) for p in here]
+        self._flips, has_nan = refresh_masks_([local(p) for p in here], masks, group["n"], group["m"], self._fused)
+        if has_nan:
             raise InputError("a sparse weight is NaN: the run has diverged; resume from a checkpoint at a lower rate")
-        self._flips = torch.stack(flips).sum() if flips else 0
+
+    def _lots(self, params: Sequence[Tensor], in_8bit: bool) -> Iterable[list[Tensor]]:
+        """What one call of `_run` takes: one by one where several would hold their new moments at the same time."""
+        return _calls(params) if self._fused and not in_8bit else ([param] for param in params)
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        return (compiled(function) if self._compile else function)(*args)
+        return (compiled(function) if self._fused else function)(*args)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -250,14 +250,26 @@ class AdamS(Optimizer):
                 key = int(state["step"]), param.device, param.dtype, "exp_avg_scale" in state
                 alike.setdefault(key, []).append(param)
         for (step, device, dtype, in_8bit), params in alike.items():
-            dtype = torch.float64 if dtype == torch.float64 else torch.float32
-            hyper = torch.tensor(hyperparameters(group, step), dtype=dtype, device=device)
+            hyper = hyperparameters(group, step)
             here = [p for p in params if local(p).numel()]  # a rank may hold no row of one
-            if group["sparse"]:
-                self._update_sparse(here, in_8bit, hyper, group["decay"], group["second_moment"])
+            if self._fused and here and native.runs_on(local(here[0])):
+                self._update_native(here, group, hyper)
             else:
-                self._update_dense(here, in_8bit, hyper, "none", "gradient")
+                dtype = torch.float64 if dtype == torch.float64 else torch.float32
+                rest = in_8bit, torch.tensor(hyper, dtype=dtype, device=device)
+                if group["sparse"]:
+                    self._update_sparse(here, *rest, group["second_moment"])
+                else:
+                    self._update_dense(here, *rest, "gradient")
             torch._foreach_add_([self.state[param]["step"] for param in params], 1)
+
+    def _update_native(self, params: Sequence[Tensor], group: dict[str, Any], hyper: Sequence[float]) -> None:
+        grads = [local(p.grad).contiguous() for p in params if p.grad is not None]
+        keys = [key for key in MOMENT_KEYS if key in self.state[params[0]]]
+        moments = {key: [local(self.state[p][key]) for p in params] for key in keys}
+        masks = [local(self.state[p]["mask"]) if group["sparse"] else None for p in params]
+        second_moment = group["second_moment"] if group["sparse"] else "gradient"
+        native.update_([local(p).detach() for p in params], grads, moments, masks, hyper, second_moment)
 
     def _columns(self, params: Sequence[Tensor]) -> Columns:
         """This rank's weights, gradients and moments, and the scales of 8-bit ones."""
@@ -274,19 +286,17 @@ class AdamS(Optimizer):
         ]
 
     def _update_sparse(self, params: Sequence[Tensor], in_8bit: bool, *rest: Any) -> None:
-        for some in _calls(params):
+        for some in self._lots(params, in_8bit):
             columns = self._columns(some)
-            if not in_8bit and all(p.shape[1] % 8 == 0 and local(p).numel() % 32 == 0 for p in some):
+            if self._fused and all(p.shape[1] % 8 == 0 and local(p).numel() % 32 == 0 for p in some):
                 words = [flat(flat(self.state[p]["mask"]).view(torch.int32)) for p in some]
-                columns = [[tensor.view(-1, 32).detach() for tensor in column] for column in columns]
                 self._run(update_words_, columns, words, bits_of_a_word(words[0].device), in_8bit, *rest)
             else:
-                masks = [flat(local(self.mask(p)).view(torch.uint8)) for p in some]
-                self._run(update_, columns, masks, in_8bit, *rest)
+                self._run(update_, columns, [flat(self.mask(p)) for p in some], in_8bit, *rest)
 
     def _update_dense(self, params: Sequence[Tensor], in_8bit: bool, *rest: Any) -> None:
         together = [p for p in params if local(p).numel() < _SMALL and not in_8bit]
-        for some in _calls([p for p in params if in_8bit or local(p).numel() >= _SMALL]):
+        for some in self._lots([p for p in params if in_8bit or local(p).numel() >= _SMALL], in_8bit):
             self._run(update_, self._columns(some), [None] * len(some), in_8bit, *rest)
         if together:
             columns = self._columns(together)

@@ -7,13 +7,14 @@ of two equal weights the earlier one wins, on every device and in every dtype. A
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from castlm.core import native
 from castlm.core.errors import InputError
 from castlm.core.pattern import check_pattern, check_width
 
@@ -51,12 +52,12 @@ def _two_of_four(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> list[Tensor]:
     ]
 
 
-def nm_mask(weight: Tensor, n: int = 2, m: int = 4, *, compile: bool = False) -> Tensor:
+def nm_mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
     """The mask of the `n` largest `|weight|` of every `m` consecutive weights (CAST, arXiv 2509.25996, Eq. 6).
 
     Args:
-        weight: (..., width), any dtype with an order; `width` divides by `m`.
-        compile: through `torch.compile`, some seconds at the first call in a process and one pass over memory at each.
+        weight: (..., width), any dtype with an order; `width` divides by `m`. In fp32 on a CPU the C++ kernel makes the
+            mask, where it is built: the same, in one pass over memory.
 
     Returns:
         bool, the shape of `weight`, True where a weight is kept: exactly `n` in every group. Ties keep the earlier.
@@ -73,13 +74,13 @@ def nm_mask(weight: Tensor, n: int = 2, m: int = 4, *, compile: bool = False) ->
         raise InputError("a 0-dimensional tensor has no groups: pass a weight of shape (..., width)")
     check_width(weight.shape[-1], m)
     weight = weight.detach()
-    if compile and weight.numel():
+    if weight.numel() and native.runs_on(weight):
         packed = weight.new_zeros((*weight.shape[:-1], -(-weight.shape[-1] // 8)), dtype=torch.uint8)
-        _, has_nan = compiled_refresh_(weight.contiguous(), packed, n, m)
+        _, has_nan = native.refresh_([weight.contiguous()], [packed], n, m)
         mask = unpack_mask(packed, weight.shape[-1])
     else:
         magnitude = weight.abs()
-        has_nan = magnitude.sum().isnan()  # no NaN of its own: magnitudes have one sign
+        has_nan = bool(magnitude.sum().isnan())  # no NaN of its own: magnitudes have one sign
         mask = rank_mask(magnitude, n, m)
     if has_nan:
         raise InputError(f"the weight of shape {tuple(weight.shape)} has NaN: no mask of it means anything")
@@ -142,45 +143,23 @@ def refresh_mask_(weight: Tensor, packed: Tensor, n: int, m: int) -> tuple[Tenso
     return flips, magnitude.sum().isnan()
 
 
-def refresh_two_of_four_(weight: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
-    """`refresh_mask_` of 2:4 for `torch.compile`, on flat tensors: `weight` (numel,), `packed` (numel / 8,).
-
-    Element i of `codes` are the four mask bits of the weights i to i + 3, or 16 where one of them is NaN; only every
-    fourth is a group. Computing the others too reads memory in order, which is what inductor vectorises on CPU: four
-    times the work in a third of the time of strided reads.
-    """
-    a, b, c, d = (weight[k : weight.shape[0] - 3 + k].abs() for k in range(4))
-    b_wins, d_wins = b > a, d > c
-    small_ab, large_ab = torch.where(b_wins, a, b), torch.where(b_wins, b, a)
-    small_cd, large_cd = torch.where(d_wins, c, d), torch.where(d_wins, d, c)
-    code = torch.where(b_wins, 2.0, 1.0) + torch.where(d_wins, 8.0, 4.0)
-    code = torch.where(small_ab >= large_cd, 3.0, torch.where(small_cd > large_ab, 12.0, code))
-    total = (a + b) + (c + d)
-    codes = torch.where(total == total, code, 16.0).to(torch.int8)
-    two_groups = torch.cat([codes, codes.new_zeros(3)]).view(torch.int64)  # those of one mask byte
-    new = ((two_groups & 0xF) | ((two_groups >> 28) & 0xF0)).to(torch.int32)
-    flips = _num_bits(new ^ packed.to(torch.int32)).sum()
-    packed.copy_(new.to(torch.uint8))
-    return flips, ((two_groups & 0x1000000010) != 0).any()
+def refresh_masks_(
+    weights: Sequence[Tensor], packed: Sequence[Tensor], n: int, m: int, compile: bool = False
+) -> tuple[Tensor | int, bool]:
+    """`refresh_mask_` of several contiguous weights: in fp32 on a CPU by the C++ kernel where it is built, elsewhere
+    through `torch.compile` if so wanted. Returns the entries that changed in all, and whether a weight has NaN."""
+    if all(map(native.runs_on, weights)):
+        return native.refresh_(weights, packed, n, m)
+    refresh = compiled(refresh_mask_) if compile else refresh_mask_
+    results = [refresh(weight.detach(), mask.detach(), n, m) for weight, mask in zip(weights, packed)]
+    flips, has_nan = (torch.stack(column) for column in zip(*results))
+    return flips.sum(), bool(has_nan.any())
 
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` through `torch.compile`, once for all shapes; on CPU with fused multiply-adds, which it leaves off."""
-    return torch.compile(
-        function, dynamic=True, fullgraph=True, options={"cpp.enable_floating_point_contract_flag": "fast"}
-    )
-
-
-def compiled_refresh_(weight: Tensor, packed: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """`refresh_mask_` through `torch.compile`, for a contiguous `weight`; faster still for 2:4 of whole mask bytes."""
-    weight, packed = weight.detach(), packed.detach()
-    if (n, m) == (2, 4) and weight.shape[-1] % 8 == 0:
-        # detached after the view: of a view, torch.compile would compile anew for every shape it is taken of
-        flips, has_nan = compiled(refresh_two_of_four_)(weight.view(-1).detach(), packed.view(-1).detach())
-    else:
-        flips, has_nan = compiled(refresh_mask_)(weight, packed, n, m)
-    return flips, has_nan
+    """`function` through `torch.compile`, once for all shapes."""
+    return torch.compile(function, dynamic=True, fullgraph=True)
 
 
 def count_nm_violations(weight: Tensor, n: int = 2, m: int = 4) -> int:

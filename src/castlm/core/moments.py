@@ -35,7 +35,7 @@ def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
     rows, width = local(param).shape
     state = {}
     for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-        state[name] = torch.full_like(param, _zero(signed), dtype=torch.uint8)
+        state[name] = torch.full_like(param, zero_code(signed), dtype=torch.uint8)
         state[f"{name}_scale"] = like_rows(torch.zeros(rows, width // block, device=param.device), param)
     return state
 
@@ -48,7 +48,7 @@ def block_size(param: Tensor) -> int:
     return block if block >= _SHORTEST else 0
 
 
-def _pieces(signed: bool) -> list[tuple[float, float, float, float, float]]:
+def code_pieces(signed: bool) -> list[tuple[float, float, float, float, float]]:
     """The map from code to value is linear in seven pieces, a decade of values each, with twice the codes of the one
     before it. Of each: first and last index, slope, intercept, and the value from which on it is the nearest.
 
@@ -67,16 +67,21 @@ def _pieces(signed: bool) -> list[tuple[float, float, float, float, float]]:
     return pieces
 
 
-def _zero(signed: bool) -> int:
+def zero_code(signed: bool) -> int:
     return 127 if signed else 0
+
+
+def code_values(signed: bool) -> Tensor:
+    """(256,) fp32: what each code stands for under a scale of 1."""
+    return from_codes(torch.arange(256, dtype=torch.uint8)[None], torch.ones(1), signed)[0]
 
 
 def from_codes(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
     """fp32 (blocks, block) of uint8 `codes` (blocks, block) under `scale` (blocks,)."""
-    offset = codes.to(torch.int32).to(torch.float32) - _zero(signed)
+    offset = codes.to(torch.int32).to(torch.float32) - zero_code(signed)
     index = offset.abs()
     value = torch.zeros_like(index)
-    for first, _, slope, intercept, _ in _pieces(signed):
+    for first, _, slope, intercept, _ in code_pieces(signed):
         value = torch.where(index >= first, index * slope + intercept, value)
     value = value * offset.sign() if signed else value
     return value * scale[:, None]
@@ -89,12 +94,12 @@ def to_codes_(new: Tensor, codes: Tensor, scale: Tensor, signed: bool) -> None:
     value = new / largest[:, None]
     magnitude = value.abs()
     index = torch.zeros_like(value)
-    for first, last, slope, intercept, least in _pieces(signed):
+    for first, last, slope, intercept, least in code_pieces(signed):
         nearest = torch.full_like(value, first)
         if slope:
             nearest = (magnitude * (1 / slope) - intercept / slope).round().clamp(first, last)
         index = torch.where(magnitude >= least, nearest, index)
     if signed:
-        index = (index * value.sign()).clamp(min=-_zero(signed))  # there is a code for 1, and none for -1
-    codes.copy_((_zero(signed) + index).to(torch.int32))
+        index = (index * value.sign()).clamp(min=-zero_code(signed))  # there is a code for 1, and none for -1
+    codes.copy_((zero_code(signed) + index).to(torch.int32))
     scale.copy_(largest)

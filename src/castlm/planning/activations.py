@@ -41,7 +41,7 @@ class Settings:
     chunk_tokens: int
     moments: str
     calibration_tokens: int
-    compiled: bool
+    fused: bool
 
     @property
     def tokens(self) -> int:

@@ -114,7 +114,7 @@ def plan_memory(
     chunk_tokens: int = 1024,
     moments: str = "fp32",
     calibration_tokens: int = 0,
-    compiled_optimizer: bool = True,
+    fused_optimizer: bool = True,
     gpu_gib: float | None = None,
 ) -> MemoryPlan:
     r"""Memory of each of `world_size` ranks that shard everything (FSDP2), in steps of micro_batch x seq_len tokens.
@@ -135,8 +135,8 @@ def plan_memory(
       the same of the teacher in its own; one block's unsharded gradient, and its copy in fp32, in which it is summed;
     - logits: 3 (1 without a teacher) buffers of chunk_tokens * V in fp32 and one in bf16;
     - the gradients of the head and of the hidden states, and copies of both in the compute type;
-    - optimizer step: nothing when compiled, else 5 fp32 copies of the largest parameter's shard. With 8-bit moments 11,
-      and when compiled 2, or 9 of a sparse one, of which eight go together (measured on CPU).
+    - optimizer step: nothing when fused, but with 8-bit moments 2 fp32 copies of the largest parameter's shard, as
+      torch.compile has it (none in C++). Else 5 of a dense one, 6.25 of a sparse one; with 8-bit moments 11 of either.
 
     The phases: `start` (before step 0, the first rank: the whole model in fp32, on one rank twice; the hidden states of
     calibration_tokens; a fp32 matrix (in, in) for each sparse layer of a block and four more of the widest, and five
@@ -177,7 +177,7 @@ def plan_memory(
         chunk_tokens=min(chunk_tokens, micro_batch * seq_len),
         moments=moments,
         calibration_tokens=calibration_tokens,
-        compiled=compiled_optimizer,
+        fused=fused_optimizer,
     )
     sizes = _sizes(config, n, m, run)
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
@@ -225,9 +225,10 @@ def _components(sizes: _Sizes, saved: Saved, run: Settings, world_size: int) -> 
     def shard(size: int) -> int:
         return -(-size // world_size)
 
-    step = 0 if run.compiled else 5 * sizes.largest
     if run.moments == "8bit":
-        step = max(2 * sizes.largest, 9 * sizes.largest_sparse) if run.compiled else 11 * sizes.largest
+        step = (2 if run.fused else 11) * sizes.largest
+    else:
+        step = 0 if run.fused else max(5 * sizes.largest, 25 * sizes.largest_sparse // 4)
     # A checkpoint drops the products W * A with the activations, but not the copies in autocast's cache.
     layers_kept = 1 if run.checkpointing and run.scale_groups else sizes.num_layers
     return {

@@ -136,8 +136,9 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, far less memory."""
 
-    compile_optimizer: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the AdamS update. auto: from 10M parameters on, where a compiler works."""
+    fused_optimizer: Literal["auto", "on", "off"] = "auto"
+    """AdamS in one pass over memory: C++ kernels on a CPU, torch.compile on a GPU. auto: on a CPU where the kernels are
+    built, on a GPU from 10M parameters on, where it compiles."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA when there is a GPU, and says which."""
@@ -275,7 +276,7 @@ WITHOUT_EFFECT = frozenset(
 FREE_ON_RESUME = WITHOUT_EFFECT | {
     "eval_steps",
     "device",
-    "compile_optimizer",
+    "fused_optimizer",
     "gradient_checkpointing",
     "sharding",
     "per_device_train_batch_size",

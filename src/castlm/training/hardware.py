@@ -1,4 +1,4 @@
-"""What this machine can do, decided once at the start of a run and said: compute type, compiler, device."""
+"""What this machine can do, decided once at the start of a run and said: compute type, optimizer, device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from typing import Any
 import torch
 
 from castlm.core.errors import InputError
+from castlm.core.native import NOT_BUILT, kernels
 from castlm.training.distributed import World
 
 # Below this width the casts of bf16 autocast cost more than its matmuls save on a CPU.
 SMALLEST_BF16_WIDTH = 256
+# Below as many parameters torch.compile takes longer than it saves in a usual run.
+SMALLEST_COMPILED = 10_000_000
 
 
 def choose_precision(wanted: str, device: torch.device, model_config: Any) -> str:
@@ -38,21 +41,33 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-@functools.cache
-def can_compile(device: torch.device, required: bool) -> bool:
-    """Whether torch.compile works here, found out by compiling one addition.
+def choose_fused(wanted: str, device: torch.device, num_params: int) -> tuple[bool, str]:
+    """Whether AdamS runs fused, and that in words for a person.
 
     Raises:
-        InputError: it does not, and `required` is set.
+        InputError: `wanted` is "on", and what it takes is not there.
     """
+    if wanted == "off":
+        return False, "not fused"
+    compiles = device.type == "cuda"
+    if compiles and wanted == "auto" and num_params < SMALLEST_COMPILED:
+        return False, "not fused (the model is small)"
+    missing = _why_not_compile(device) if compiles else "" if kernels() else NOT_BUILT
+    if missing and wanted == "on":
+        raise InputError(f"fused_optimizer is on, but {missing}")
+    if missing:
+        return False, f"not fused ({missing})"
+    return True, "fused by torch.compile" if compiles else "fused in C++"
+
+
+@functools.cache
+def _why_not_compile(device: torch.device) -> str:
+    """Why torch.compile does not work here, found out by compiling one addition; empty where it does."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # what is missing shows in many types: no compiler, no Triton, no Python headers
-        if required:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"compile_optimizer is on, but torch.compile does not work here: {reason}") from error
-        return False
-    return True
+        return f"torch.compile does not work here: {str(error).strip().splitlines()[0]}"
+    return ""
 
 
 @functools.cache
@@ -71,13 +86,13 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_threshold, 2**30) and mallopt(m_trim_threshold, -1))  # -1: never
 
 
-def describe(world: World, precision: str, compiled: bool) -> str:
+def describe(world: World, precision: str, optimizer: str) -> str:
     """One line on where and how a run computes."""
     if world.device.type == "cuda":
         where = f"{world.size} x {torch.cuda.get_device_name(world.device)}"
     else:
         where = f"{world.size} x {platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return f"{where}, {precision} compute on fp32 weights, optimizer {'compiled' if compiled else 'not compiled'}"
+    return f"{where}, {precision} compute on fp32 weights, optimizer {optimizer}"
 
 
 def peak_memory(device: str) -> int:

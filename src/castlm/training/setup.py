@@ -35,7 +35,7 @@ from castlm.training.data import (
 )
 from castlm.training.distributed import World, shard_
 from castlm.training.evaluation import held_out_perplexity
-from castlm.training.hardware import autocast, can_compile, choose_precision, describe
+from castlm.training.hardware import autocast, choose_fused, choose_precision, describe
 from castlm.training.initial import start_, starting_weights
 from castlm.training.objective import Objective, make_teacher
 from castlm.training.selfcheck import SelfCheck, masked_samples
@@ -146,9 +146,8 @@ class Setup:
         else:
             self._fill(self.stored)
         num_params = sum(p.numel() for p in self.model.parameters())
-        wanted = config.compile_optimizer == "on" or (config.compile_optimizer == "auto" and num_params >= 10_000_000)
-        self.compiled = wanted and can_compile(self.world.device, required=config.compile_optimizer == "on")
-        self.optimizer = self.method.build_optimizer(self.model, self.compiled)
+        self.fused, self.optimizer_text = choose_fused(config.fused_optimizer, self.world.device, num_params)
+        self.optimizer = self.method.build_optimizer(self.model, self.fused)
         # of weights that are about to be replaced
         self.dense_perplexity = self.perplexity() if starts and self.method.mask_every is None else None
         if starts:
@@ -211,7 +210,7 @@ class Setup:
     def introduction(self) -> Iterator[str]:
         """The lines that a run begins with."""
         config = self.config
-        yield f"{self.loaded.source}: {describe(self.world, self.precision, self.compiled)}"
+        yield f"{self.loaded.source}: {describe(self.world, self.precision, self.optimizer_text)}"
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.method.left_dense.items():
             by_reason.setdefault(reason, []).append(name)

@@ -1,0 +1,351 @@
+// The AdamS step and the refresh of its masks on a CPU, each in one pass over memory. Plain loops that a compiler turns
+// into vectors: torch.compile, which does the same on a GPU, cannot read every m-th weight in vectors, nor a bit of a
+// mask in a register. `update.py`, `masks.py` and `moments.py` hold the same arithmetic in torch, and the tests compare.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+#define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EACH_CPU
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+extern "C" {
+
+// One parameter on this rank, contiguous. `width` is that of a row of `mask`, whose rows are whole bytes: the number of
+// all weights where rows join without a gap. `exp_avg` is fp32 or bf16; both moments are uint8 where they have scales,
+// one for each `block` weights.
+struct Parameter {
+  float* weight;
+  const float* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  float* exp_avg_scale;
+  float* exp_avg_sq_scale;
+  uint8_t* mask;  // null: all weights are kept
+  int64_t rows, width, block;
+};
+
+// As `castlm.core.update.hyperparameters` has them.
+struct Hyper {
+  float rate, eps, one_less_beta1, one_less_beta2, pull, keep, remaining;
+};
+
+// A piece of the map from 8-bit codes to values, as `castlm.core.moments` has them: the code of a value from `least` on
+// is the nearest of value * per_value - offset, and `last` at most.
+struct Piece {
+  float last, per_value, offset, least;
+};
+
+// The map of one moment: 256 values, and eight pieces; `zero` is the code of 0.
+struct Codes {
+  float value[256];
+  Piece pieces[8];
+  int32_t zero;
+};
+}
+
+namespace {
+
+constexpr int64_t kChunk = 65536;  // weights that a thread takes at a time, about
+constexpr int64_t kBlock = 256;    // the most weights that share a scale
+
+struct Chunk {
+  const Parameter* of;
+  int64_t row, begin, end;
+};
+
+// Runs `work` on all chunks of the parameters, of `size` weights or less.
+template <class Work>
+void for_each_chunk(const Parameter* parameters, int64_t count, int64_t size, int num_threads, Work work) {
+  std::vector<Chunk> chunks;
+  for (const Parameter* p = parameters; p < parameters + count; ++p)
+    for (int64_t row = 0; row < p->rows; ++row)
+      for (int64_t begin = 0; begin < p->width; begin += size)
+        chunks.push_back({p, row, begin, std::min(begin + size, p->width)});
+  std::atomic<size_t> next{0};
+  auto take = [&] {
+    for (size_t i = next++; i < chunks.size(); i = next++) work(chunks[i]);
+  };
+  std::vector<std::thread> others;
+  try {
+    while (others.size() + 1 < std::min<size_t>(num_threads, chunks.size())) others.emplace_back(take);
+  } catch (const std::system_error&) {  // no more threads to be had: those that run share the work
+  }
+  take();
+  for (std::thread& other : others) other.join();
+}
+
+uint8_t* mask_at(const Chunk& chunk) {
+  return chunk.of->mask ? chunk.of->mask + chunk.row * ((chunk.of->width + 7) / 8) + chunk.begin / 8 : nullptr;
+}
+
+using BFloat16 = uint16_t;
+
+INLINE float load(float value) { return value; }
+INLINE float load(BFloat16 value) {
+  const uint32_t bits = uint32_t(value) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+INLINE void store(float& to, float value) { to = value; }
+INLINE void store(BFloat16& to, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest);
+}
+
+// `count` weights, 32 at most, with their bits of the mask.
+template <bool square_mix, class First>
+INLINE void update_word(float* __restrict weight, const float* __restrict grad, First* __restrict exp_avg,
+                        float* __restrict exp_avg_sq, uint32_t kept_bits, int64_t count,
+                        Hyper hyper) {
+  for (int k = 0; k < count; ++k) {
+    const bool kept = kept_bits >> k & 1;
+    const float g = grad[k], w = weight[k], old = load(exp_avg[k]), old_sq = exp_avg_sq[k];
+    const float momentum = old + (g - old) * hyper.one_less_beta1;
+    const float sign = w > 0 ? 1.0f : w < 0 ? -1.0f : 0.0f;
+    const float mix = kept ? momentum : momentum * hyper.keep + hyper.pull * sign;
+    const float squared = square_mix ? mix * mix : g * g;
+    const float second = old_sq + (squared - old_sq) * hyper.one_less_beta2;
+    const float moved = w - hyper.rate * mix / (__builtin_sqrtf(second) + hyper.eps);
+    weight[k] = kept ? moved : moved * hyper.remaining;
+    store(exp_avg[k], momentum);
+    exp_avg_sq[k] = second;
+  }
+}
+
+template <bool square_mix, class First>
+INLINE void update_words(float* weight, const float* grad, First* exp_avg, float* exp_avg_sq, const uint8_t* mask,
+                         int64_t count, Hyper hyper) {
+  for (int64_t i = 0; i < count; i += 32) {
+    const int64_t length = std::min<int64_t>(32, count - i);
+    uint32_t kept = 0xffffffff;
+    if (length == 32) {
+      if (mask) std::memcpy(&kept, mask + i / 8, 4);
+      update_word<square_mix>(weight + i, grad + i, exp_avg + i, exp_avg_sq + i, kept, 32, hyper);
+    } else {
+      if (mask) std::memcpy(&kept, mask + i / 8, (length + 7) / 8);
+      update_word<square_mix>(weight + i, grad + i, exp_avg + i, exp_avg_sq + i, kept, length, hyper);
+    }
+  }
+}
+
+template <class First>
+INLINE void update_run(float* weight, const float* grad, First* exp_avg, float* exp_avg_sq, const uint8_t* mask,
+                       int64_t count, Hyper hyper, bool square_mix) {
+  if (square_mix)
+    update_words<true>(weight, grad, exp_avg, exp_avg_sq, mask, count, hyper);
+  else
+    update_words<false>(weight, grad, exp_avg, exp_avg_sq, mask, count, hyper);
+}
+
+INLINE void decode(const uint8_t* codes, float scale, const Codes& map, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = map.value[codes[i]] * scale;
+}
+
+// The largest magnitude as the scale, and of each value the nearest code.
+INLINE float encode(const float* values, const Codes& map, uint8_t* to, int64_t count) {
+  int32_t largest_bits = 0;  // of magnitudes, whose order is that of their bits
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, values + i, 4);
+    largest_bits = std::max(largest_bits, bits & 0x7fffffff);
+  }
+  float scale;
+  std::memcpy(&scale, &largest_bits, 4);
+  scale = scale < 1e-30f ? 1e-30f : scale;
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = values[i] / scale, magnitude = std::fabs(value);
+    float per_value = 0, offset = 0, last = 0;
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      const Piece& piece = map.pieces[k];
+      const bool in_piece = magnitude >= piece.least;
+      per_value = in_piece ? piece.per_value : per_value;
+      offset = in_piece ? piece.offset : offset;
+      last = in_piece ? piece.last : last;
+    }
+    constexpr float to_whole = 12582912.0f;  // 1.5 * 2^23, beside which there is no room for a fraction
+    float index = ((magnitude * per_value - offset) + to_whole) - to_whole;
+    index = index < last ? index : last;
+    const int32_t code = map.zero + int32_t(value < 0 ? -index : index);
+    to[i] = uint8_t(code < 0 ? 0 : code);
+  }
+  return scale;
+}
+
+// Codes of the `count` weights n of m of whose groups are kept: bit j of a code for weight j. The rank of a weight is
+// the number of those that beat it: of equal ones the earlier. Returns the bits of the largest magnitude.
+template <int m>
+INLINE int32_t keep_codes(const float* weight, int64_t num_groups, int n, uint8_t* codes) {
+  int32_t largest = 0;
+  for (int64_t g = 0; g < num_groups; ++g) {
+    int32_t magnitude[m], rank[m];
+#pragma GCC unroll 8
+    for (int j = 0; j < m; ++j) {
+      std::memcpy(&magnitude[j], weight + g * m + j, 4);
+      magnitude[j] &= 0x7fffffff;
+      rank[j] = j;
+      largest = std::max(largest, magnitude[j]);
+    }
+#pragma GCC unroll 8
+    for (int j = 1; j < m; ++j)
+#pragma GCC unroll 8
+      for (int i = 0; i < j; ++i) {
+        const int32_t later_wins = magnitude[j] > magnitude[i];
+        rank[i] += later_wins;
+        rank[j] -= later_wins;
+      }
+    int32_t code = 0;
+#pragma GCC unroll 8
+    for (int j = 0; j < m; ++j) code |= rank[j] < n ? 1 << j : 0;
+    codes[g] = uint8_t(code);
+  }
+  return largest;
+}
+
+struct Refreshed {
+  int64_t flips = 0;
+  int32_t largest = 0;  // bits of the largest magnitude: above those of infinity for NaN
+};
+
+INLINE void replace(uint8_t* mask, const uint8_t* fresh, int64_t num_bytes, Refreshed& result) {
+  for (int64_t i = 0; i < num_bytes; i += 8) {
+    const int64_t length = std::min<int64_t>(8, num_bytes - i);
+    uint64_t before = 0, after = 0;
+    std::memcpy(&before, mask + i, length);
+    std::memcpy(&after, fresh + i, length);
+    result.flips += __builtin_popcountll(before ^ after);
+  }
+  std::memcpy(mask, fresh, num_bytes);
+}
+
+// m divides 8, and so does `count`, but for a width that ends within a byte.
+template <int m>
+INLINE Refreshed refresh_run(const float* weight, uint8_t* mask, int64_t count, int n) {
+  constexpr int64_t bytes = 512;
+  Refreshed result;
+  uint8_t codes[bytes * 8 / m], fresh[bytes];
+  for (int64_t i = 0; i < count; i += 8 * bytes) {
+    const int64_t length = std::min(8 * bytes, count - i), num_groups = length / m, num_bytes = (length + 7) / 8;
+    result.largest = std::max(result.largest, keep_codes<m>(weight + i, num_groups, n, codes));
+    std::fill(codes + num_groups, codes + num_bytes * (8 / m), 0);
+    for (int64_t b = 0; b < num_bytes; ++b) {
+      int32_t byte = 0;
+#pragma GCC unroll 8
+      for (int k = 0; k < 8 / m; ++k) byte |= codes[b * (8 / m) + k] << (k * m);
+      fresh[b] = uint8_t(byte);
+    }
+    replace(mask + i / 8, fresh, num_bytes, result);
+  }
+  return result;
+}
+
+// Any m, a group at a time.
+Refreshed refresh_any(const float* weight, uint8_t* mask, int64_t count, int n, int m) {
+  Refreshed result;
+  std::vector<int32_t> magnitude(m);
+  std::vector<uint8_t> fresh((count + 7) / 8, 0);
+  for (int64_t i = 0; i < count; i += m) {
+    std::memcpy(magnitude.data(), weight + i, 4 * m);
+    for (int32_t& bits : magnitude) result.largest = std::max(result.largest, bits &= 0x7fffffff);
+    for (int j = 0; j < m; ++j) {
+      int rank = 0;
+      for (int k = 0; k < m; ++k) rank += k < j ? magnitude[k] >= magnitude[j] : magnitude[k] > magnitude[j];
+      if (rank < n) fresh[(i + j) / 8] |= 1 << ((i + j) % 8);
+    }
+  }
+  replace(mask, fresh.data(), (count + 7) / 8, result);
+  return result;
+}
+
+}  // namespace
+
+// A chunk each; not templates, which compilers do not clone for several processors.
+EACH_CPU static void update_fp32(const Parameter& p, int64_t at, const uint8_t* mask, int64_t count, const Hyper& hyper,
+                                 bool square_mix) {
+  update_run(p.weight + at, p.grad + at, static_cast<float*>(p.exp_avg) + at, static_cast<float*>(p.exp_avg_sq) + at,
+             mask, count, hyper, square_mix);
+}
+
+EACH_CPU static void update_bf16(const Parameter& p, int64_t at, const uint8_t* mask, int64_t count, const Hyper& hyper,
+                                 bool square_mix) {
+  update_run(p.weight + at, p.grad + at, static_cast<BFloat16*>(p.exp_avg) + at,
+             static_cast<float*>(p.exp_avg_sq) + at, mask, count, hyper, square_mix);
+}
+
+EACH_CPU static void update_8bit(const Parameter& p, int64_t at, const uint8_t* mask, int64_t count, const Hyper& hyper,
+                                 bool square_mix, const Codes* maps) {
+  float exp_avg[kBlock], exp_avg_sq[kBlock];
+  for (int64_t i = at; i < at + count; i += p.block) {
+    uint8_t *codes = static_cast<uint8_t*>(p.exp_avg) + i, *codes_sq = static_cast<uint8_t*>(p.exp_avg_sq) + i;
+    float &scale = p.exp_avg_scale[i / p.block], &scale_sq = p.exp_avg_sq_scale[i / p.block];
+    decode(codes, scale, maps[0], exp_avg, p.block);
+    decode(codes_sq, scale_sq, maps[1], exp_avg_sq, p.block);
+    update_run(p.weight + i, p.grad + i, exp_avg, exp_avg_sq, mask ? mask + (i - at) / 8 : nullptr, p.block, hyper,
+               square_mix);
+    scale = encode(exp_avg, maps[0], codes, p.block);
+    scale_sq = encode(exp_avg_sq, maps[1], codes_sq, p.block);
+  }
+}
+
+EACH_CPU static Refreshed refresh_2(const float* w, uint8_t* mask, int64_t count, int n) {
+  return refresh_run<2>(w, mask, count, n);
+}
+EACH_CPU static Refreshed refresh_4(const float* w, uint8_t* mask, int64_t count, int n) {
+  return refresh_run<4>(w, mask, count, n);
+}
+EACH_CPU static Refreshed refresh_8(const float* w, uint8_t* mask, int64_t count, int n) {
+  return refresh_run<8>(w, mask, count, n);
+}
+
+extern "C" {
+
+int32_t castlm_kernels_version = 1;  // of these structures and signatures; `native.py` asks for its own
+
+// `castlm.core.update.adams_update` of all parameters, in place; the first moments are bf16 where `bf16` is set and
+// there are no scales. `maps`: of the first and of the second moment.
+void castlm_update(const Parameter* parameters, int64_t count, const Hyper* hyper, int square_mix, int bf16,
+                   const Codes* maps, int num_threads) {
+  for_each_chunk(parameters, count, kChunk, num_threads, [=](const Chunk& chunk) {
+    const Parameter& p = *chunk.of;
+    const int64_t at = chunk.row * p.width + chunk.begin, length = chunk.end - chunk.begin;
+    if (p.block)
+      update_8bit(p, at, mask_at(chunk), length, *hyper, square_mix, maps);
+    else if (bf16)
+      update_bf16(p, at, mask_at(chunk), length, *hyper, square_mix);
+    else
+      update_fp32(p, at, mask_at(chunk), length, *hyper, square_mix);
+  });
+}
+
+// `castlm.core.masks.refresh_mask_` of all parameters. Returns the entries that changed, or -1 where a weight is NaN.
+int64_t castlm_refresh(const Parameter* parameters, int64_t count, int n, int m, int num_threads) {
+  std::atomic<int64_t> flips{0};
+  std::atomic<bool> has_nan{false};
+  const int64_t size = std::max<int64_t>(1, kChunk / (8 * m)) * 8 * m;  // whole groups and whole bytes
+  for_each_chunk(parameters, count, size, num_threads, [&](const Chunk& chunk) {
+    const float* weight = chunk.of->weight + chunk.row * chunk.of->width + chunk.begin;
+    const int64_t length = chunk.end - chunk.begin;
+    uint8_t* mask = mask_at(chunk);
+    const Refreshed result = m == 4   ? refresh_4(weight, mask, length, n)
+                             : m == 8 ? refresh_8(weight, mask, length, n)
+                             : m == 2 ? refresh_2(weight, mask, length, n)
+                                      : refresh_any(weight, mask, length, n, m);
+    flips += result.flips;
+    if (result.largest > 0x7f800000) has_nan = true;
+  });
+  return has_nan ? -1 : flips.load();
+}
+}
