@@ -27,6 +27,8 @@ from benchmarks.machine import machine, write_json
 from benchmarks.rows import CLOCKS, Row
 from castlm.training.hardware import keep_freed_memory
 
+TINY_STEP = ["--batch", "4", "--seq-len", "128", "--precision", "fp32"]
+
 
 def distillation_rows(quick: bool) -> list[Row]:
     """In a process of its own: its peak memory is read from the operating system."""
@@ -46,10 +48,7 @@ def distillation_rows(quick: bool) -> list[Row]:
 def throughput_rows(quick: bool) -> list[Row]:
     """Tokens per second of `castlm train` in units of a bare loop's; then bf16 autocast against fp32."""
     if quick:
-        with tempfile.TemporaryDirectory() as folder:
-            save_tiny(folder, "llama", hidden_size=128, intermediate_size=256, head_dim=32)
-            arguments = ["--model", folder, "--steps", "3", "--batch", "4", "--seq-len", "128", "--precision", "fp32"]
-            return [throughput_row(run_module("benchmarks.throughput", arguments))]
+        return [throughput_row(run_on_tiny_model("benchmarks.throughput", ["--steps", "3", *TINY_STEP]))]
     fp32, bf16 = (run_module("benchmarks.throughput", ["--precision", p]) for p in ("fp32", "bf16"))
     steps = {
         name: statistics.median(found["seconds"]["castlm"][1:]) for name, found in (("fp32", fp32), ("bf16", bf16))
@@ -57,6 +56,17 @@ def throughput_rows(quick: bool) -> list[Row]:
     ratio = steps["bf16"] / steps["fp32"]
     chosen = Row("castlm step, bf16 autocast", "fp32, in a process of its own", ratio, ratio, ratio, detail=steps)
     return [throughput_row(fp32), throughput_row(bf16), chosen]
+
+
+def peak_rows(quick: bool) -> list[Row]:
+    """Peak memory of `castlm train` in units of a bare loop's."""
+    if quick:
+        found = run_on_tiny_model("benchmarks.throughput", ["--peak", *TINY_STEP])
+    else:
+        found = run_module("benchmarks.throughput", ["--peak", "--batch", "8", "--seq-len", "512"])
+    part = f"peak memory, {found['batch']} x {found['seq_len']} tokens, {found['chosen_precision']}"
+    against, ratio = "bare loop, same teacher, fused AdamW", found["ratio"]
+    return [Row(part, against, ratio, ratio, ratio, "<= 1.0", detail=found["peak_bytes"])]
 
 
 def throughput_row(found: dict[str, Any]) -> Row:
@@ -87,6 +97,12 @@ def oneshot_rows(quick: bool) -> list[Row]:
     ]
 
 
+def run_on_tiny_model(module: str, arguments: list[str]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        save_tiny(folder, "llama", hidden_size=128, intermediate_size=256, head_dim=32)
+        return run_module(module, ["--model", folder, *arguments])
+
+
 def run_module(module: str, arguments: list[str]) -> dict[str, Any]:
     """Runs a benchmark that is a command of its own and returns its JSON."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -105,17 +121,20 @@ PARTS = {
     "scaling": lambda quick, clock: scaling.rows(quick, clock=clock),
     "distillation": lambda quick, clock: distillation_rows(quick),
     "throughput": lambda quick, clock: throughput_rows(quick),
+    "peak": lambda quick, clock: peak_rows(quick),
     "oneshot": lambda quick, clock: oneshot_rows(quick),
     "startup": lambda quick, clock: startup.rows(),
 }
 
 
-def show(rows: Sequence[Row]) -> None:
-    print(f"{'part':60} {'against':38} {'ratio':>8} {'spread':>18}  {'goal':9} met  bound")
+def show(rows: Sequence[Row], header: bool = True) -> None:
+    if header:
+        print(f"{'part':60} {'against':38} {'ratio':>8} {'spread':>18}  {'goal':9} met  bound")
     for row in rows:
         met = {True: "yes", False: "NO", None: ""}[row.met]
         spread = f"{row.low:.3f} .. {row.high:.3f}"
         print(f"{row.part:60} {row.against:38} {row.value:8.3f} {spread:>18}  {row.goal:9} {met:4} {row.bound}")
+    sys.stdout.flush()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -132,11 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, {options.clock} time")
     rows: list[Row] = []
     for name in options.only:
-        print(f"measuring {name}", file=sys.stderr, flush=True)
-        rows += PARTS[name](options.quick, options.clock)
-    show(rows)
-    table = [dataclasses.asdict(row) | {"met": row.met} for row in rows]
-    write_json(options.json, {"machine": facts, "quick": options.quick, "clock": options.clock, "rows": table})
+        found = PARTS[name](options.quick, options.clock)
+        show(found, header=not rows)
+        rows += found
+        table = [dataclasses.asdict(row) | {"met": row.met} for row in rows]  # a run that is stopped keeps what it has
+        write_json(options.json, {"machine": facts, "quick": options.quick, "clock": options.clock, "rows": table})
 
 
 if __name__ == "__main__":

@@ -55,37 +55,51 @@ struct Codes {
 
 namespace {
 
-constexpr int64_t kChunk = 65536;  // weights that a thread takes at a time, about
-constexpr int64_t kBlock = 256;    // the most weights that share a scale
+constexpr int64_t kRun = 65536;  // weights that a thread takes at a time, about
+constexpr int64_t kBlock = 256;  // the most weights that share a scale
 
-struct Chunk {
-  const Parameter* of;
+// Weights `begin` to `end` of a row.
+struct Run {
+  const Parameter& of;
   int64_t row, begin, end;
+
+  int64_t at() const { return row * of.width + begin; }
+  int64_t length() const { return end - begin; }
+  uint8_t* mask() const { return of.mask ? of.mask + row * ((of.width + 7) / 8) + begin / 8 : nullptr; }
 };
 
-// Runs `work` on all chunks of the parameters, of `size` weights or less.
+// What a thread takes at a time: a part of a row, or several rows.
+struct Chunk {
+  const Parameter* of;
+  int64_t first_row, last_row, begin, end;
+};
+
+// Does `work` for all rows of the parameters, in runs of `size` weights or less; on a thread for every `size` weights, if
+// that many may be had.
 template <class Work>
-void for_each_chunk(const Parameter* parameters, int64_t count, int64_t size, int num_threads, Work work) {
+void for_each_run(const Parameter* parameters, int64_t count, int64_t size, int num_threads, Work work) {
   std::vector<Chunk> chunks;
-  for (const Parameter* p = parameters; p < parameters + count; ++p)
-    for (int64_t row = 0; row < p->rows; ++row)
+  int64_t total = 0;
+  for (const Parameter* p = parameters; p < parameters + count; ++p) {
+    total += p->rows * p->width;
+    const int64_t rows = std::max<int64_t>(1, size / p->width);
+    for (int64_t row = 0; row < p->rows; row += rows)
       for (int64_t begin = 0; begin < p->width; begin += size)
-        chunks.push_back({p, row, begin, std::min(begin + size, p->width)});
+        chunks.push_back({p, row, std::min(row + rows, p->rows), begin, std::min(begin + size, p->width)});
+  }
   std::atomic<size_t> next{0};
   auto take = [&] {
-    for (size_t i = next++; i < chunks.size(); i = next++) work(chunks[i]);
+    for (size_t i = next++; i < chunks.size(); i = next++)
+      for (int64_t row = chunks[i].first_row; row < chunks[i].last_row; ++row)
+        work(Run{*chunks[i].of, row, chunks[i].begin, chunks[i].end});
   };
   std::vector<std::thread> others;
   try {
-    while (others.size() + 1 < std::min<size_t>(num_threads, chunks.size())) others.emplace_back(take);
+    while (int64_t(others.size()) + 1 < std::min<int64_t>(num_threads, total / size)) others.emplace_back(take);
   } catch (const std::system_error&) {  // no more threads to be had: those that run share the work
   }
   take();
   for (std::thread& other : others) other.join();
-}
-
-uint8_t* mask_at(const Chunk& chunk) {
-  return chunk.of->mask ? chunk.of->mask + chunk.row * ((chunk.of->width + 7) / 8) + chunk.begin / 8 : nullptr;
 }
 
 using BFloat16 = uint16_t;
@@ -272,42 +286,45 @@ Refreshed refresh_any(const float* weight, uint8_t* mask, int64_t count, int n, 
 
 }  // namespace
 
-// A chunk each; not templates, which compilers do not clone for several processors.
-EACH_CPU static void update_fp32(const Parameter& p, int64_t at, const uint8_t* mask, int64_t count, const Hyper& hyper,
-                                 bool square_mix) {
+// Of a run each; not templates, which compilers do not clone for several processors.
+EACH_CPU static void update_fp32(const Run& run, const Hyper& hyper, bool square_mix) {
+  const Parameter& p = run.of;
+  const int64_t at = run.at();
   update_run(p.weight + at, p.grad + at, static_cast<float*>(p.exp_avg) + at, static_cast<float*>(p.exp_avg_sq) + at,
-             mask, count, hyper, square_mix);
+             run.mask(), run.length(), hyper, square_mix);
 }
 
-EACH_CPU static void update_bf16(const Parameter& p, int64_t at, const uint8_t* mask, int64_t count, const Hyper& hyper,
-                                 bool square_mix) {
+EACH_CPU static void update_bf16(const Run& run, const Hyper& hyper, bool square_mix) {
+  const Parameter& p = run.of;
+  const int64_t at = run.at();
   update_run(p.weight + at, p.grad + at, static_cast<BFloat16*>(p.exp_avg) + at,
-             static_cast<float*>(p.exp_avg_sq) + at, mask, count, hyper, square_mix);
+             static_cast<float*>(p.exp_avg_sq) + at, run.mask(), run.length(), hyper, square_mix);
 }
 
-EACH_CPU static void update_8bit(const Parameter& p, int64_t at, const uint8_t* mask, int64_t count, const Hyper& hyper,
-                                 bool square_mix, const Codes* maps) {
+EACH_CPU static void update_8bit(const Run& run, const Hyper& hyper, bool square_mix, const Codes* maps) {
+  const Parameter& p = run.of;
+  const uint8_t* mask = run.mask();
   float exp_avg[kBlock], exp_avg_sq[kBlock];
-  for (int64_t i = at; i < at + count; i += p.block) {
+  for (int64_t i = run.at(); i < run.at() + run.length(); i += p.block) {
     uint8_t *codes = static_cast<uint8_t*>(p.exp_avg) + i, *codes_sq = static_cast<uint8_t*>(p.exp_avg_sq) + i;
     float &scale = p.exp_avg_scale[i / p.block], &scale_sq = p.exp_avg_sq_scale[i / p.block];
     decode(codes, scale, maps[0], exp_avg, p.block);
     decode(codes_sq, scale_sq, maps[1], exp_avg_sq, p.block);
-    update_run(p.weight + i, p.grad + i, exp_avg, exp_avg_sq, mask ? mask + (i - at) / 8 : nullptr, p.block, hyper,
-               square_mix);
+    update_run(p.weight + i, p.grad + i, exp_avg, exp_avg_sq, mask, p.block, hyper, square_mix);
+    if (mask) mask += p.block / 8;
     scale = encode(exp_avg, maps[0], codes, p.block);
     scale_sq = encode(exp_avg_sq, maps[1], codes_sq, p.block);
   }
 }
 
-EACH_CPU static Refreshed refresh_2(const float* w, uint8_t* mask, int64_t count, int n) {
-  return refresh_run<2>(w, mask, count, n);
+EACH_CPU static Refreshed refresh_2(const float* weight, uint8_t* mask, int64_t count, int n) {
+  return refresh_run<2>(weight, mask, count, n);
 }
-EACH_CPU static Refreshed refresh_4(const float* w, uint8_t* mask, int64_t count, int n) {
-  return refresh_run<4>(w, mask, count, n);
+EACH_CPU static Refreshed refresh_4(const float* weight, uint8_t* mask, int64_t count, int n) {
+  return refresh_run<4>(weight, mask, count, n);
 }
-EACH_CPU static Refreshed refresh_8(const float* w, uint8_t* mask, int64_t count, int n) {
-  return refresh_run<8>(w, mask, count, n);
+EACH_CPU static Refreshed refresh_8(const float* weight, uint8_t* mask, int64_t count, int n) {
+  return refresh_run<8>(weight, mask, count, n);
 }
 
 extern "C" {
@@ -318,15 +335,13 @@ int32_t castlm_kernels_version = 1;  // of these structures and signatures; `nat
 // there are no scales. `maps`: of the first and of the second moment.
 void castlm_update(const Parameter* parameters, int64_t count, const Hyper* hyper, int square_mix, int bf16,
                    const Codes* maps, int num_threads) {
-  for_each_chunk(parameters, count, kChunk, num_threads, [=](const Chunk& chunk) {
-    const Parameter& p = *chunk.of;
-    const int64_t at = chunk.row * p.width + chunk.begin, length = chunk.end - chunk.begin;
-    if (p.block)
-      update_8bit(p, at, mask_at(chunk), length, *hyper, square_mix, maps);
+  for_each_run(parameters, count, kRun, num_threads, [=](const Run& run) {
+    if (run.of.block)
+      update_8bit(run, *hyper, square_mix, maps);
     else if (bf16)
-      update_bf16(p, at, mask_at(chunk), length, *hyper, square_mix);
+      update_bf16(run, *hyper, square_mix);
     else
-      update_fp32(p, at, mask_at(chunk), length, *hyper, square_mix);
+      update_fp32(run, *hyper, square_mix);
   });
 }
 
@@ -334,15 +349,13 @@ void castlm_update(const Parameter* parameters, int64_t count, const Hyper* hype
 int64_t castlm_refresh(const Parameter* parameters, int64_t count, int n, int m, int num_threads) {
   std::atomic<int64_t> flips{0};
   std::atomic<bool> has_nan{false};
-  const int64_t size = std::max<int64_t>(1, kChunk / (8 * m)) * 8 * m;  // whole groups and whole bytes
-  for_each_chunk(parameters, count, size, num_threads, [&](const Chunk& chunk) {
-    const float* weight = chunk.of->weight + chunk.row * chunk.of->width + chunk.begin;
-    const int64_t length = chunk.end - chunk.begin;
-    uint8_t* mask = mask_at(chunk);
-    const Refreshed result = m == 4   ? refresh_4(weight, mask, length, n)
-                             : m == 8 ? refresh_8(weight, mask, length, n)
-                             : m == 2 ? refresh_2(weight, mask, length, n)
-                                      : refresh_any(weight, mask, length, n, m);
+  const int64_t size = std::max<int64_t>(1, kRun / (8 * m)) * 8 * m;  // whole groups and whole bytes
+  for_each_run(parameters, count, size, num_threads, [&](const Run& run) {
+    const float* weight = run.of.weight + run.at();
+    const Refreshed result = m == 2   ? refresh_2(weight, run.mask(), run.length(), n)
+                             : m == 4 ? refresh_4(weight, run.mask(), run.length(), n)
+                             : m == 8 ? refresh_8(weight, run.mask(), run.length(), n)
+                                      : refresh_any(weight, run.mask(), run.length(), n, m);
     flips += result.flips;
     if (result.largest > 0x7f800000) has_nan = true;
   });

@@ -96,7 +96,7 @@ def update_(
     scales = moments.get("exp_avg_scale")
     if scales is not None:
         for parameter, weight, scale in zip(parameters, weights, scales):
-            parameter.block = weight.numel() // scale.numel()
+            parameter.block = weight.numel() // scale.numel()  # 256 at most, for which the kernel has room
     library.castlm_update(
         parameters,
         len(parameters),
