@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from castlm.core import distill
 from castlm.core.distill import OutputHead, distillation_loss
 from castlm.core.errors import InputError
+from castlm.core.head import Side
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, VOCAB = 11, 8, 6, 37
 
@@ -173,7 +174,7 @@ def test_zero_token_weights_equal_selection():
     plan = distill._Plan(
         labels=labels.masked_fill(~real, 0),
         token_weights=real / real.sum(),
-        teacher=distill._Side.of(teacher_hidden, teacher, torch.float32),
+        teacher=Side.of(teacher_hidden, teacher, torch.float32),
         eta=0.3,
         temperature=2.0,
         dtype=torch.float32,

@@ -4,30 +4,14 @@ The forward goes over chunks of tokens from hidden states and output heads, and 
 backward only scales it. So one chunk of logits is alive instead of some seven (tokens, vocab) tensors.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .errors import InputError
-
-# The head gradient moves 8*vocab*hidden bytes a chunk for 2*chunk*vocab*hidden FLOP. On CPU the time falls little past
-# 128 tokens and the memory grows (measured); an accelerator does some 200 FLOP a byte (from data sheets, not measured).
-_CHUNK_TOKENS_CPU = 192
-_CHUNK_TOKENS_ACCELERATOR = 1024
-
-
-class OutputHead(NamedTuple):
-    """What turns hidden states into logits: `z = (h @ weight.T + bias) * scale`, then `softcap * tanh(z / softcap)`."""
-
-    weight: Tensor
-    """(vocab, hidden)."""
-    bias: Tensor | None = None
-    """(vocab,)."""
-    softcap: float | None = None
-    """Gemma 2's bound on |logit|; None for no cap."""
-    scale: float = 1.0
-    """Granite's 1/logits_scaling, Cohere's logit_scale."""
+from .head import OutputHead, Side, default_chunk_tokens, logits_, matmul_dtype
+from .taught import TopTokens, spread_
 
 
 class DistillationLoss(NamedTuple):
@@ -45,6 +29,7 @@ def distillation_loss(
     teacher_hidden: Tensor | None = None,
     teacher_head: OutputHead | None = None,
     *,
+    taught: TopTokens | None = None,
     eta: float = 1 / 3,
     temperature: float = 1.0,
     num_tokens: int | Tensor | None = None,
@@ -63,6 +48,8 @@ def distillation_loss(
         labels: int64, `student_hidden.shape[:-1]`, already shifted: `labels[i]` is the token that follows hidden i.
         teacher_hidden: `labels.shape + (teacher_hidden_size,)`. Not needed, and not read, at `eta=0` (kl is then 0).
         teacher_head: over the same vocabulary as the student's.
+        taught: what `top_tokens` gives of the teacher at the same temperature, `labels.shape + (k,)`, in its place. The
+            KL is then over its k most probable tokens and all others as one: a lower bound, equal at k = vocabulary.
         eta: share of the KL term, in [0, 1]; the paper's is 1/3. CE is reported at `eta=1` too.
         temperature: T, divides both logits in the KL term only.
         num_tokens: divisor of the summed loss instead of this call's count of real tokens: the count over the whole
@@ -78,13 +65,13 @@ def distillation_loss(
     """
     _check_numbers(eta, temperature, num_tokens, chunk_tokens)
     _check_head("student", student_hidden, student_head, labels)
-    teacher = _checked_teacher(eta, student_head, labels, teacher_hidden, teacher_head)
+    teacher = _checked_teacher(eta, student_head, labels, teacher_hidden, teacher_head, taught)
 
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (student_hidden, student_head.weight, student_head.bias)
     )
     device = student_hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student_hidden.dtype
+    dtype = matmul_dtype(student_hidden)
     if needs_grad and dtype == torch.float16:
         raise InputError("the distillation loss has no fp16 gradient (1/num_tokens underflows): use bf16 or fp32")
 
@@ -93,17 +80,17 @@ def distillation_loss(
     # On an accelerator the count of real rows would cost a synchronisation: ignored rows get the weight 0 there.
     if device == "cpu" and not bool(real.all()):
         student_hidden, labels = student_hidden[real], labels[real]
-        teacher = teacher and (teacher[0][real], teacher[1])
+        teacher = _rows(teacher, real)
         real = real[real]
 
     plan = _Plan(
         labels=labels.masked_fill(~real, 0).reshape(-1),
         token_weights=real.to(torch.promote_types(dtype, torch.float32)).reshape(-1) / count.clamp(min=1),
-        teacher=teacher and _Side.of(*teacher, dtype),
+        teacher=_flat(teacher, dtype),
         eta=eta,
         temperature=temperature,
         dtype=dtype,
-        chunk_tokens=chunk_tokens or (_CHUNK_TOKENS_CPU if device == "cpu" else _CHUNK_TOKENS_ACCELERATOR),
+        chunk_tokens=chunk_tokens or default_chunk_tokens(student_hidden.device),
     )
     hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     if needs_grad:
@@ -122,11 +109,24 @@ def _check_numbers(eta: float, temperature: float, num_tokens: int | Tensor | No
         raise InputError(f"chunk_tokens is {chunk_tokens}: it must be at least 1 (None chooses)")
 
 
+_Teacher: TypeAlias = tuple[Tensor, OutputHead] | TopTokens | None
+
+
 def _checked_teacher(
-    eta: float, student_head: OutputHead, labels: Tensor, hidden: Tensor | None, head: OutputHead | None
-) -> tuple[Tensor, OutputHead] | None:
+    eta: float,
+    student_head: OutputHead,
+    labels: Tensor,
+    hidden: Tensor | None,
+    head: OutputHead | None,
+    taught: TopTokens | None,
+) -> _Teacher:
     if eta == 0:
         return None
+    if taught is not None:
+        if any(part.dim() != labels.dim() + 1 or part.shape[:-1] != labels.shape for part in taught):
+            shapes = tuple(taught.tokens.shape), tuple(taught.log_probs.shape)
+            raise InputError(f"taught has shapes {shapes}, the labels {tuple(labels.shape)}: it must be theirs + (k,)")
+        return taught
     if hidden is None or head is None:
         raise InputError(f"eta is {eta} but no teacher is given: pass teacher_hidden and teacher_head, or eta=0")
     _check_head("teacher", hidden, head, labels)
@@ -137,6 +137,18 @@ def _checked_teacher(
             "distillation needs the same one, or eta=0"
         )
     return hidden, head
+
+
+def _rows(teacher: _Teacher, real: Tensor) -> _Teacher:
+    if isinstance(teacher, TopTokens):
+        return TopTokens(teacher.tokens[real], teacher.log_probs[real])
+    return teacher and (teacher[0][real], teacher[1])
+
+
+def _flat(teacher: _Teacher, dtype: torch.dtype) -> Side | TopTokens | None:
+    if isinstance(teacher, TopTokens):
+        return TopTokens(teacher.tokens.flatten(0, -2), teacher.log_probs.flatten(0, -2))
+    return teacher and Side.of(*teacher, dtype)
 
 
 def _check_head(name: str, hidden: Tensor, head: OutputHead, labels: Tensor) -> None:
@@ -159,29 +171,12 @@ def _check_head(name: str, hidden: Tensor, head: OutputHead, labels: Tensor) -> 
         raise InputError(f"{name} head softcap is {head.softcap}: it must be above 0 (None for no cap)")
 
 
-class _Side(NamedTuple):
-    """Student or teacher, ready for the matmul: cast once, scale (and 1/softcap) folded into the small tensors."""
-
-    hidden: Tensor  # (tokens, hidden)
-    weight_t: Tensor  # (hidden, vocab), a view
-    bias: Tensor | None
-    softcap: float | None
-
-    @staticmethod
-    def of(hidden: Tensor, head: OutputHead, dtype: torch.dtype) -> "_Side":
-        factor = head.scale / (head.softcap or 1.0)
-        hidden = hidden.detach().reshape(-1, hidden.shape[-1]).to(dtype)
-        bias = None if head.bias is None else head.bias.detach().to(dtype) * factor
-        weight_t = head.weight.detach().to(dtype).t()
-        return _Side(hidden if factor == 1 else hidden * factor, weight_t, bias, head.softcap)
-
-
 class _Plan(NamedTuple):
     """Everything of one call that carries no gradient."""
 
     labels: Tensor  # (tokens,), ignored ones as 0
     token_weights: Tensor  # (tokens,), 1/num_tokens where real, 0 where ignored
-    teacher: _Side | None
+    teacher: Side | TopTokens | None
     eta: float
     temperature: float
     dtype: torch.dtype  # of the matmuls
@@ -199,7 +194,7 @@ class _Buffers(NamedTuple):
     narrow: Tensor  # in the dtype of the matmuls, where that is below fp32
 
     @staticmethod
-    def of(plan: _Plan, student: _Side, chunk: int, needs_grad: bool) -> "_Buffers":
+    def of(plan: _Plan, student: Side, chunk: int, needs_grad: bool) -> "_Buffers":
         def empty(wanted: bool, dtype: torch.dtype = plan.token_weights.dtype) -> Tensor:
             size = (chunk, student.weight_t.shape[1]) if wanted else (0,)
             return torch.empty(size, dtype=dtype, device=plan.labels.device)
@@ -248,7 +243,7 @@ def _chunked_loss(
     """The losses, and the gradients of hidden, weight and bias where `needs` says so."""
     chunk = max(1, min(plan.chunk_tokens, len(hidden)))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        student = _Side.of(hidden, head, plan.dtype)
+        student = Side.of(hidden, head, plan.dtype)
         all_buffers = _Buffers.of(plan, student, chunk, any(needs))
         ce = plan.token_weights.new_zeros(())
         kl = torch.zeros_like(ce)
@@ -264,22 +259,21 @@ def _chunked_loss(
         return DistillationLoss(plan.eta * kl + (1 - plan.eta) * ce, ce, kl), grads.finish()
 
 
-def _chunk_(student: _Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_grad: bool) -> tuple[Tensor, Tensor]:
+def _chunk_(student: Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_grad: bool) -> tuple[Tensor, Tensor]:
     """CE and KL of each token (chunk,); `buffers.student` is left as d loss / d logits (chunk, vocab).
 
     That is `(1-eta) (p - onehot) + eta T (p_T - q_T)`, p the student's and q the teacher's probabilities.
     """
     eta, T = plan.eta, plan.temperature
     labels = plan.labels[rows, None]
-    p = p_T = _logits_(student, rows, buffers.student, buffers.narrow, buffers.tanh if needs_grad else None)
+    p = p_T = logits_(student, rows, buffers.student, buffers.narrow, buffers.tanh if needs_grad else None)
     if plan.teacher is not None and T != 1:
         p_T = _log_softmax_(torch.div(p, T, out=buffers.tempered))
     _log_softmax_(p)
     ce = -p.gather(1, labels)[:, 0]
     kl = torch.zeros_like(ce)
     if plan.teacher is not None:
-        q_T = _logits_(plan.teacher, rows, buffers.teacher, buffers.narrow, None)
-        _log_softmax_(q_T if T == 1 else q_T.div_(T))
+        q_T = _taught_(plan, rows, p_T, buffers)
         torch.sub(q_T, p_T, out=buffers.scratch)
         q_T.exp_()
         kl = buffers.scratch.mul_(q_T).sum(-1) * T**2
@@ -293,21 +287,14 @@ def _chunk_(student: _Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_g
     return ce, kl
 
 
-def _logits_(side: _Side, rows: slice, out: Tensor, narrow: Tensor, tanh: Tensor | None) -> Tensor:
-    """(chunk, vocab) in `out`, through `narrow` where the matmul is narrower; leaves the cap's tanh in `tanh`."""
-    product = narrow if narrow.numel() else out
-    if side.bias is None:
-        torch.mm(side.hidden[rows], side.weight_t, out=product)
-    else:
-        torch.addmm(side.bias, side.hidden[rows], side.weight_t, out=product)
-    if product is narrow:
-        out.copy_(narrow)
-    if side.softcap is not None:
-        out.tanh_()
-        if tanh is not None:
-            tanh.copy_(out)
-        out.mul_(side.softcap)
-    return out
+def _taught_(plan: _Plan, rows: slice, p_T: Tensor, buffers: _Buffers) -> Tensor:
+    """The teacher's log-probabilities (chunk, vocab) in `buffers.teacher`; `p_T` are the student's."""
+    if isinstance(plan.teacher, TopTokens):
+        chunk = TopTokens(plan.teacher.tokens[rows], plan.teacher.log_probs[rows])
+        return spread_(chunk, p_T, buffers.teacher)
+    assert plan.teacher is not None
+    q_T = logits_(plan.teacher, rows, buffers.teacher, buffers.narrow, None)
+    return _log_softmax_(q_T if plan.temperature == 1 else q_T.div_(plan.temperature))
 
 
 def _log_softmax_(logits: Tensor) -> Tensor:
@@ -323,7 +310,7 @@ class _Gradients:
         self.weight = torch.zeros_like(head.weight, dtype=wide) if needs[1] else None
         self.bias = torch.zeros_like(head.bias, dtype=wide) if head.bias is not None and needs[2] else None
 
-    def add_(self, student: _Side, token_weights: Tensor, rows: slice, buffers: _Buffers) -> None:
+    def add_(self, student: Side, token_weights: Tensor, rows: slice, buffers: _Buffers) -> None:
         grad = buffers.student
         if student.softcap is not None:
             torch.ops.aten.tanh_backward.grad_input(grad, buffers.tanh, grad_input=grad)

@@ -1,0 +1,85 @@
+"""The loss from a teacher's most probable tokens: the full loss at k = vocabulary, and below it the KL of k + 1 events."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from castlm.core.distill import distillation_loss
+from castlm.core.errors import InputError
+from castlm.core.taught import top_tokens
+from tests.test_distill import HEADS, VOCAB, assert_same, make, plain_logits, student_leaves
+
+
+def plain_top_loss(student_logits, teacher_logits, labels, k, eta, temperature):
+    """The k most probable tokens of the teacher and all others as one, by the textbook; (loss, ce, kl)."""
+    real = labels != -100
+    q = F.softmax(teacher_logits[real] / temperature, -1)
+    p = F.softmax(student_logits[real] / temperature, -1)
+    best = q.topk(k).indices
+    q, p = (torch.cat([x.gather(1, best), 1 - x.gather(1, best).sum(-1, keepdim=True)], -1) for x in (q, p))
+    kl = (q * (q.log() - p.log())).sum(-1).mean() * temperature**2
+    ce = F.cross_entropy(student_logits[real], labels[real])
+    return eta * kl + (1 - eta) * ce, ce, kl
+
+
+@pytest.mark.parametrize("chunk_tokens", [3, None])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("head", HEADS)
+def test_at_the_whole_vocabulary_it_is_the_full_loss(head, temperature, chunk_tokens):
+    hidden, student, labels, teacher_hidden, teacher = make(**HEADS[head])
+    settings = {"eta": 0.4, "temperature": temperature, "chunk_tokens": chunk_tokens}
+    taught = top_tokens(teacher_hidden, teacher, VOCAB, temperature, chunk_tokens)
+    want = distillation_loss(hidden, student, labels, teacher_hidden, teacher, **settings)
+    got = distillation_loss(hidden, student, labels, taught=taught, **settings)
+    assert_same(got, want)
+    leaves = student_leaves(hidden, student)
+    assert_same(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want.loss, leaves))
+
+
+@pytest.mark.parametrize("k", [1, 5, VOCAB - 5])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_equals_the_divergence_over_the_top_and_the_rest(k, temperature):
+    hidden, student, labels, teacher_hidden, teacher = make(**HEADS["all"])
+    taught = top_tokens(teacher_hidden, teacher, k, temperature)
+    got = distillation_loss(hidden, student, labels, taught=taught, eta=0.4, temperature=temperature)
+    logits = plain_logits(hidden, student), plain_logits(teacher_hidden, teacher).detach()
+    want = plain_top_loss(*logits, labels, k, 0.4, temperature)
+    assert_same(got, want, 2e-5)
+    leaves = student_leaves(hidden, student)
+    assert_same(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want[0], leaves), 2e-5)
+    full = distillation_loss(hidden, student, labels, teacher_hidden, teacher, eta=0.4, temperature=temperature)
+    assert got.kl < full.kl
+
+
+def test_a_sure_teacher_and_a_sure_student_stay_finite():
+    hidden, student, labels, teacher_hidden, teacher = make()
+    taught = top_tokens(teacher_hidden * 1000, teacher, 2)
+    result = distillation_loss(hidden * 1000, student, labels, taught=taught, eta=1.0)
+    gradients = torch.autograd.grad(result.loss, student_leaves(hidden, student))
+    assert all(bool(x.isfinite().all()) for x in (*result, *gradients))
+
+
+def test_batches_keep_their_shape_and_bf16_its_order():
+    hidden, _, _, teacher_hidden, teacher = make()
+    del hidden
+    batched = teacher_hidden[:10].view(2, 5, -1)
+    taught = top_tokens(batched, teacher, 4)
+    assert taught.tokens.shape == taught.log_probs.shape == (2, 5, 4)
+    assert taught.tokens.dtype == torch.int32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        coarse = top_tokens(batched, teacher, 4)
+    torch.testing.assert_close(coarse.log_probs.exp().sum(-1), taught.log_probs.exp().sum(-1), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("k", [0, VOCAB + 1])
+def test_k_out_of_range_raises(k):
+    _, _, _, teacher_hidden, teacher = make()
+    with pytest.raises(InputError, match=f"between 1 and {VOCAB}"):
+        top_tokens(teacher_hidden, teacher, k)
+
+
+def test_another_shape_raises():
+    hidden, student, labels, teacher_hidden, teacher = make()
+    taught = top_tokens(teacher_hidden[:3], teacher, 2)
+    with pytest.raises(InputError, match="taught has shapes"):
+        distillation_loss(hidden, student, labels, taught=taught)
