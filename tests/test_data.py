@@ -112,6 +112,31 @@ def test_blocks_are_the_documents_joined_with_end_of_text(collection):
         assert block["labels"].dtype == torch.int64
 
 
+def test_repeated_epochs_have_the_blocks_of_the_first(collection):
+    flat = [t for text in texts_of(collection(), 5, 0) for t in [*ids_of(text), EOS_ID]]
+    count = len(flat) // 16
+    blocks = blocks_of(stream_of(collection(), repeat=True), 3 * count)
+    for i, block in enumerate(blocks):
+        start = 16 * (i % count)
+        assert block["input_ids"].tolist() == flat[start : start + 16]
+    assert [blocks[count - 1]["labels"][-1].item(), blocks[count - 1]["labels"][0].item()] == [
+        flat[0],
+        flat[16 * count - 15],
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 17, 59, 60, 61, 100])
+def test_restored_repeated_stream_goes_on_bit_for_bit(collection, count):
+    straight = blocks_of(stream_of(collection(), repeat=True), count + 130)
+    stopped = stream_of(collection(), repeat=True)
+    blocks_of(stopped, count)
+    resumed = stream_of(collection(), repeat=True)
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert same(blocks_of(resumed, 130), straight[count:])
+    with pytest.raises(InputError, match="keep repeat"):
+        stream_of(collection()).load_state_dict(stopped.state_dict())
+
+
 def test_every_document_once_an_epoch_in_another_order(collection):
     texts = make_texts(23)
     orders = [texts_of(collection(), seed, epoch) for seed, epoch in ((5, 0), (5, 1), (6, 0))]

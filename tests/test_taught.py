@@ -1,4 +1,4 @@
-"""The loss from a teacher's most probable tokens: the full loss at k = vocabulary, and below it the KL of k + 1 events."""
+"""The loss from a teacher's most probable tokens: the full loss at k = vocabulary, below it the KL of k + 1 events."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""From hidden states to logits, a chunk of tokens at a time: what student and teacher share in the distillation loss."""
+"""From hidden states to logits, a chunk of tokens at a time: which student and teacher share in the loss."""
 
 from __future__ import annotations
 

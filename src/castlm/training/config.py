@@ -88,6 +88,15 @@ class TrainConfig:
     temperature: float = 1.0
     """Temperature of the KL, which is multiplied by its square."""
 
+    teacher_top_k: int = 0
+    """Teach by the teacher's so many most probable tokens and all others as one; 0: by its whole distribution."""
+
+    teacher_cache: str | None = None
+    """Folder that keeps them, 8 bytes each: text that a teacher has read in any run needs it no more."""
+
+    repeat_blocks: bool = False
+    """Every epoch has the blocks of the first: with teacher_cache the teacher reads each of them once."""
+
     warmup_ratio: float = 0.05
     """Share of max_steps in which the rate rises linearly from 0."""
 
@@ -200,6 +209,7 @@ class TrainConfig:
             ("scale_groups", self.scale_groups >= 0, "at least 0"),
             ("eta", 0 <= self.eta <= 1, "between 0 and 1"),
             ("temperature", self.temperature > 0, "above 0"),
+            ("teacher_top_k", self.teacher_top_k >= 0, "at least 0"),
             ("warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1)"),
             ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "between 0 and 1"),
             ("adam_betas", all(0 <= b < 1 for b in self.adam_betas), "in [0, 1)"),
@@ -218,6 +228,8 @@ class TrainConfig:
             self.initial_mask = "sparsegpt" if self.method == "cast" else "magnitude"
         if self.initial_mask != "magnitude" and self.method in STARTS_DENSE:
             raise InputError(f"initial_mask {self.initial_mask}: method {self.method} starts dense, leave it out")
+        if self.teacher_cache and not (self.teacher_top_k and self.eta):
+            raise InputError("teacher_cache keeps what teacher_top_k names: set that, 64 say, and eta above 0")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other: choose one")
 
@@ -259,6 +271,7 @@ WITHOUT_EFFECT = frozenset(
         "output_dir",
         "resume",
         "overwrite",
+        "teacher_cache",
         "log_steps",
         "save_steps",
         "save_total_limit",

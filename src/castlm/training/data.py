@@ -51,6 +51,8 @@ _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 _BATCH_PIECES = 64
 _BATCH_CHARS = 128 << 10
 
+_Encoded = tuple[int, Any, np.ndarray]  # of a piece: epoch, position, token ids int32
+
 
 class BlockStream(IterableDataset):
     """Blocks of `seq_len` tokens: documents shuffled by (seed, epoch), an end-of-text after each, nothing dropped.
@@ -63,6 +65,7 @@ class BlockStream(IterableDataset):
     Args:
         eos_token_id: what ends a document; `end_of_text_id(tokenizer)` if None.
         epochs: None for no end. The last incomplete block of the last epoch is left out.
+        repeat: every epoch has the blocks of the first, in its order; the last incomplete one of each is left out.
 
     Raises:
         InputError: all the text is shorter than one block.
@@ -77,10 +80,12 @@ class BlockStream(IterableDataset):
         seed: int,
         eos_token_id: int | None = None,
         epochs: int | None = None,
+        repeat: bool = False,
     ) -> None:
         if seq_len < 1 or seed < 0:
             raise InputError(f"seq_len {seq_len} must be at least 1 and seed {seed} at least 0")
         self.documents, self.seq_len, self.seed, self.epochs = documents, seq_len, seed, epochs
+        self.repeat = repeat
         self._encoder = _Encoder(tokenizer, eos_token_id)
         self._go_to({"epoch": 0, "document": None, "token": 0, "blocks": 0})
         self._fill(seq_len + 1)  # raises on too short a text before a run
@@ -122,22 +127,25 @@ class BlockStream(IterableDataset):
             "blocks": self._blocks,
             "seed": self.seed,
             "seq_len": self.seq_len,
+            "repeat": self.repeat,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a saved position.
 
         Raises:
-            InputError: it was saved with another seed or seq_len.
+            InputError: it was saved with another seed, seq_len or repeat.
         """
-        for name, now in (("seed", self.seed), ("seq_len", self.seq_len)):
-            if state[name] != now:
-                raise InputError(f"the data position was saved with {name} {state[name]}, not {now}: keep {name}")
+        for name, now in (("seed", self.seed), ("seq_len", self.seq_len), ("repeat", self.repeat)):
+            if state.get(name, False) != now:
+                raise InputError(
+                    f"the data position was saved with {name} {state.get(name, False)}, not {now}: keep {name}"
+                )
         self._go_to(state)
 
     def _go_to(self, state: dict[str, Any]) -> None:
-        # Tokenized and not yet all taken: (epoch, position, token ids int32) of a piece; `_token` counts in the first.
-        self._pending: deque[tuple[int, Any, np.ndarray]] = deque()
+        # Tokenized and not yet all taken; `_token` counts in the first.
+        self._pending: deque[_Encoded] = deque()
         self._start = (state["epoch"], copy.deepcopy(state["document"]))
         self._token, self._blocks = state["token"], state["blocks"]
         self._available = -self._token
@@ -149,23 +157,52 @@ class BlockStream(IterableDataset):
             if batch is None:
                 return False
             self._pending.extend(batch)
-            self._available += sum(len(ids) for _, _, ids in batch)
+            self._available += _num_tokens(batch)
         return True
 
-    def _read(self) -> Iterator[list[tuple[int, Any, np.ndarray]]]:
+    def _read(self) -> Iterator[list[_Encoded]]:
         epoch, position = self._start
+        skipped = self._token  # of the first piece, by blocks that were taken before
         while self.epochs is None or epoch < self.epochs:
             whole, num_tokens = position is None, 0
-            for pieces in _batches(self.documents.pieces(self.seed, epoch, position)):
-                batch = [(epoch, piece.position, ids) for piece, ids in zip(pieces, self._encoder(pieces)) if len(ids)]
-                num_tokens += sum(len(ids) for _, _, ids in batch)
+            order = 0 if self.repeat else epoch
+            batches = (
+                [(epoch, piece.position, ids) for piece, ids in zip(pieces, self._encoder(pieces)) if len(ids)]
+                for pieces in _batches(self.documents.pieces(self.seed, order, position))
+            )
+            for batch in self._whole_blocks(batches, skipped) if self.repeat else batches:
+                num_tokens += _num_tokens(batch)
                 yield batch
+            skipped = 0
             if whole and num_tokens <= self.seq_len:
                 raise InputError(
                     f"{self.documents.name}: {num_tokens} tokens are fewer than one block of seq_len {self.seq_len} "
                     "and the token after it; give more text or a smaller seq_len"
                 )
             epoch, position = epoch + 1, None
+
+    def _whole_blocks(self, batches: Iterator[list[_Encoded]], skipped: int) -> Iterator[list[_Encoded]]:
+        """`batches` of one epoch without the tokens at its end that fill no block."""
+        num_tokens, held, num_held = -skipped, deque[list[_Encoded]](), 0
+        for batch in batches:
+            held.append(batch)
+            num_tokens, num_held = num_tokens + _num_tokens(batch), num_held + _num_tokens(batch)
+            while num_held - _num_tokens(held[0]) >= self.seq_len:
+                num_held -= _num_tokens(held[0])
+                yield held.popleft()
+        last = [piece for batch in held for piece in batch]
+        surplus = num_tokens % self.seq_len
+        while surplus:
+            epoch, position, ids = last.pop()
+            kept = max(0, len(ids) - surplus)
+            surplus -= len(ids) - kept
+            if kept:
+                last.append((epoch, position, ids[:kept]))
+        yield last
+
+
+def _num_tokens(batch: list[_Encoded]) -> int:
+    return sum(len(ids) for _, _, ids in batch)
 
 
 class BatchLoader:

@@ -81,6 +81,7 @@ class Run(Setup):
             self._restore(self.resume_from)
         else:
             world.on_main(self._start_fresh)
+        self.first_step = self.step
         self.telemetry = Telemetry(
             self.output_dir,
             config.max_steps,
@@ -226,6 +227,8 @@ class Run(Setup):
             "flips": int(self.world.sum(flips)) // self.world.num_replicas,
         }
         self.saver.save(self.step, self.tensors(), manifest)
+        if self.objective.cache is not None:
+            self.objective.cache.cover(self.first_step * self.world_batch, self.step * self.world_batch)
 
     def _restore(self, path: Path) -> None:
         check_same_run(read_manifest(path), self.config.as_dict(), self.facts)

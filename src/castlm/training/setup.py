@@ -40,6 +40,7 @@ from castlm.training.initial import start_, starting_weights
 from castlm.training.objective import Objective, make_teacher
 from castlm.training.selfcheck import SelfCheck, masked_samples
 from castlm.training.sharded import Checkpoint, check_one_snapshot, load_rows_, materialize_, open_sharded
+from castlm.training.teacher_cache import TeacherCache
 
 
 def schedule(config: TrainConfig) -> tuple[list[float], list[float]]:
@@ -64,7 +65,7 @@ class Setup:
         self.precision = choose_precision(config.precision, world.device, self.model.config)
         self._build(config, fresh=self.resume_from is None)
         self.facts = {
-            "world_batch": config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size,
+            "world_batch": self.world_batch,
             "dataset_sha256": self.train_hash,
             "eval_sha256": self.eval_hash,
             "precision_used": self.precision,
@@ -114,7 +115,9 @@ class Setup:
         self.documents = documents
         self.train_hash, self.eval_hash = text_hash(documents), text_hash(held_out)
         tokenizer = self.loaded.tokenizer
-        stream = BlockStream(documents, tokenizer, seq_len=config.seq_len, seed=config.seed)
+        stream = BlockStream(
+            documents, tokenizer, seq_len=config.seq_len, seed=config.seed, repeat=config.repeat_blocks
+        )
         self.loader = BatchLoader(
             stream,
             rows_per_rank=config.per_device_train_batch_size,
@@ -135,16 +138,22 @@ class Setup:
         starts = fresh and config.initial_mask != "magnitude"
         start = starting_weights(self) if starts else {}
         teacher_dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        teacher = make_teacher(self.model, teacher_dtype) if config.eta > 0 else None
+        cache = self._open_teacher_cache()
+        has_teacher = config.eta > 0 and not (cache and cache.complete)
+        teacher = make_teacher(self.model, teacher_dtype) if has_teacher else None
         self.method: Retraining = method(self.model, config, self.pattern, self.is_sparse)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.objective = Objective(self.model, teacher, config.eta, config.temperature)
+        self.objective = Objective(self.model, teacher, config.eta, config.temperature, config.teacher_top_k, cache)
         if self.stored is None:
             self.objective.to(self.world.device)
             shard_(self.objective, self.world, self.precision)
         else:
             self._fill(self.stored)
+        if cache is not None:  # the model still has the weights of its teacher
+            cache.claim(
+                self.model, dtype=str(teacher_dtype), top_k=config.teacher_top_k, temperature=config.temperature
+            )
         num_params = sum(p.numel() for p in self.model.parameters())
         self.fused, self.optimizer_text = choose_fused(config.fused_optimizer, self.world.device, num_params)
         self.optimizer = self.method.build_optimizer(self.model, self.fused)
@@ -157,6 +166,22 @@ class Setup:
         self._check_decay_budget()
         watched = self.method.layers if self.method.decays else {}
         self.self_check = SelfCheck(self.optimizer, watched, self.pattern, config.log_steps, self.world)
+
+    def _open_teacher_cache(self) -> TeacherCache | None:
+        config = self.config
+        if config.teacher_cache is None:
+            return None
+        cache = TeacherCache(
+            config.teacher_cache, [self.train_hash, config.seed, config.seq_len, config.repeat_blocks], self.world
+        )
+        cache.complete = cache.covered() >= config.max_steps * self.world_batch
+        return cache
+
+    @property
+    def world_batch(self) -> int:
+        """Blocks of one step, on all ranks."""
+        config = self.config
+        return config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world.size
 
     def perplexity(self) -> float:
         config = self.config
@@ -221,6 +246,9 @@ class Setup:
         total = sum(p.numel() for p in self.model.parameters())
         masks = f"{config.pattern} from {config.initial_mask}" if self.method.layers else "no masks"
         yield f"{config.method}: {sparse:,} of {total:,} weights in {len(self.method.layers)} layers, {masks}"
+        if config.teacher_cache:
+            here = "all of this run is there: no teacher is loaded" if self.objective.teacher is None else "kept there"
+            yield f"teacher: its {config.teacher_top_k} most probable tokens, from {config.teacher_cache} ({here})"
         if self.budget is not None:
             yield self.budget.explain()
         if self.resume_from is not None:

@@ -1,0 +1,179 @@
+"""A teacher's most probable tokens on disk: a run from them is the run that the teacher taught, bit for bit."""
+
+import errno
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from castlm.core.errors import InputError
+from castlm.training import teacher_cache
+from castlm.training.distributed import World, init_world
+from castlm.training.loop import Run, train
+from castlm.training.objective import Objective
+from castlm.training.teacher_cache import TeacherCache, fingerprint
+from tests.ranks import run_ranks
+from tests.test_train import assert_equal_weights, small
+from tests.tiny import save_tiny, tiny_model
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("llama"), "llama"))
+
+
+@pytest.fixture
+def config(llama, text, tmp_path):
+    return small(
+        llama,
+        text,
+        tmp_path / "run",
+        teacher_top_k=8,
+        teacher_cache=str(tmp_path / "cache"),
+        save_steps=6,
+        max_steps=12,
+    )
+
+
+def in_folder(config, tmp_path, name, **over):
+    return replace(config, output_dir=str(tmp_path / name), **over)
+
+
+@pytest.fixture
+def lessons(monkeypatch) -> list[tuple[int, ...]]:
+    """Shapes of the batches that a teacher has read."""
+    read = []
+    teach = Objective._teach
+    monkeypatch.setattr(Objective, "_teach", lambda self, ids: read.append(tuple(ids.shape)) or teach(self, ids))
+    return read
+
+
+def test_a_run_from_the_cache_is_the_run_of_the_teacher(config, tmp_path, lessons, capsys):
+    train(config)
+    assert lessons == [(4, 32)] * 12
+    train(in_folder(config, tmp_path, "again"))
+    assert len(lessons) == 12
+    assert "no teacher is loaded" in capsys.readouterr().err
+    train(in_folder(config, tmp_path, "without", teacher_cache=None))
+    assert_equal_weights(tmp_path / "run" / "model", tmp_path / "again" / "model")
+    assert_equal_weights(tmp_path / "run" / "model", tmp_path / "without" / "model")
+
+
+def test_another_run_over_the_same_text_needs_no_teacher(config, tmp_path, lessons):
+    train(config)
+    shorter = in_folder(config, tmp_path, "shorter", max_steps=6, learning_rate=3e-3, method="srste")
+    run = Run(shorter, init_world("cpu", "full"))
+    assert run.objective.teacher is None
+    longer = Run(in_folder(config, tmp_path, "longer", max_steps=13), init_world("cpu", "full"))
+    assert longer.objective.teacher is not None
+
+
+def test_resumed_run_is_the_straight_run_and_covers_it(config, tmp_path, lessons):
+    straight = in_folder(config, tmp_path, "straight", teacher_cache=None)
+    train(straight)
+    run = Run(config, init_world("cpu", "full"))
+    for _ in range(5):
+        run.train_step()
+    run.save()
+    train(replace(config, resume=True))
+    assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "run" / "model")
+    (known,) = (tmp_path / "cache").glob("coverage-*.json")
+    assert json.loads(known.read_text()) == {"blocks": 48}
+
+
+def test_a_run_that_goes_on_with_a_new_cache_covers_nothing(config, tmp_path):
+    run = Run(config, init_world("cpu", "full"))
+    for _ in range(5):
+        run.train_step()
+    run.save()
+    train(replace(config, resume=True, teacher_cache=str(tmp_path / "other")))
+    assert not list((tmp_path / "other").glob("coverage-*.json"))
+
+
+def test_epochs_that_repeat_are_taught_once(config, tmp_path, lessons):
+    (tmp_path / "short.txt").write_text("a few words of a text, \n" * 30)
+    train(replace(config, dataset=str(tmp_path / "short.txt"), eval_fraction=0.3, repeat_blocks=True))
+    assert 0 < len(lessons) < 9
+
+
+def test_another_teacher_is_refused(config, text, tmp_path):
+    train(config)
+    other = str(save_tiny(tmp_path / "other", "llama", seed=1))
+    with pytest.raises(InputError, match=r"another teacher .weights"):
+        train(in_folder(config, tmp_path, "two", model=other))
+    with pytest.raises(InputError, match=r"another teacher .top_k 8 -> 4"):
+        train(in_folder(config, tmp_path, "three", teacher_top_k=4))
+
+
+def test_a_missing_block_stops_a_run_without_a_teacher(config, tmp_path):
+    train(config)
+    next((tmp_path / "cache" / "blocks").glob("*/*.safetensors")).unlink()
+    with pytest.raises(InputError, match=r"lacks a block of this run: remove .*coverage"):
+        train(in_folder(config, tmp_path, "two"))
+
+
+def test_a_damaged_block_is_taught_anew(config, tmp_path, lessons, capsys):
+    train(config)
+    block = next((tmp_path / "cache" / "blocks").glob("*/*.safetensors"))
+    whole = block.read_bytes()
+    block.write_bytes(whole[:-5])
+    (known,) = (tmp_path / "cache").glob("coverage-*.json")
+    known.unlink()
+    train(in_folder(config, tmp_path, "two"))
+    assert len(lessons) == 13
+    assert block.read_bytes() == whole
+    assert "taught anew" in capsys.readouterr().err
+    assert_equal_weights(tmp_path / "run" / "model", tmp_path / "two" / "model")
+
+
+def test_a_full_disk_is_told(config, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(teacher_cache, "save_file", full)
+    with pytest.raises(InputError, match="the disk is full; free some space"):
+        train(config)
+    assert not list((tmp_path / "cache" / "blocks").glob("*/*"))
+
+
+def test_what_makes_no_sense_is_refused(config, tmp_path):
+    with pytest.raises(InputError, match="set that, 64 say"):
+        replace(config, teacher_top_k=0)
+    with pytest.raises(InputError, match="eta above 0"):
+        replace(config, eta=0.0)
+    with pytest.raises(InputError, match="between 1 and"):
+        train(replace(config, teacher_top_k=10**6))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match="something else"):
+        TeacherCache(str(tmp_path / "mine"), [], World(0, 1, torch.device("cpu"), None))
+
+
+def test_a_fingerprint_is_of_the_dense_weights(config):
+    from castlm.core.scaling import add_weight_scaling
+
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    add_weight_scaling(model)
+    assert fingerprint(model) == before
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] += 1
+    assert fingerprint(model) != before
+
+
+def test_ranks_teach_and_read_as_one_rank_does(config, tmp_path):
+    """Two ranks find what one was taught; what two are taught is found by one."""
+    train(config)
+    ranks = in_folder(config, tmp_path, "ranks", per_device_train_batch_size=2)
+    run_ranks(train, 2, ranks, folder=tmp_path)
+    fresh = replace(ranks, output_dir=str(tmp_path / "fresh"), teacher_cache=str(tmp_path / "cache2"))
+    run_ranks(train, 2, fresh, folder=tmp_path)
+    one = Run(in_folder(config, tmp_path, "one", teacher_cache=fresh.teacher_cache), init_world("cpu", "full"))
+    assert one.objective.teacher is None
+    losses = []
+    for name in ("run", "ranks", "fresh"):
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
