@@ -31,7 +31,6 @@ def config(llama, text, tmp_path):
         tmp_path / "run",
         teacher_top_k=8,
         teacher_cache=str(tmp_path / "cache"),
-        save_steps=6,
         max_steps=12,
     )
 

@@ -21,10 +21,11 @@ from castlm.export.verify import verify
 from castlm.models import load_model
 from castlm.training import initial
 from castlm.training.checkpoint import checkpoint_steps
-from castlm.training.config import TrainConfig, learning_rate, parse_train_arguments
+from castlm.training.config import TrainConfig, parse_train_arguments
 from castlm.training.data import token_ids
 from castlm.training.distributed import init_world
 from castlm.training.loop import Run, train
+from castlm.training.schedule import learning_rate
 from tests.tiny import FAMILIES, TEXT, save_tiny
 
 

@@ -31,8 +31,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from castlm.core.distill import OutputHead
 from castlm.core.errors import InputError
+from castlm.core.head import OutputHead
 from castlm.layout import stored_transposed
 from castlm.locate import Location, find
 

@@ -21,7 +21,7 @@ from castlm.training.config import TrainConfig
 from castlm.training.distributed import World
 from castlm.training.hardware import peak_memory
 from castlm.training.loop import Run
-from castlm.training.setup import schedule
+from castlm.training.schedule import schedule
 
 STEPS = 20
 PLACEHOLDER_LAM = 4e-7  # of the calibration steps themselves, in which the ramp has hardly begun

@@ -297,20 +297,6 @@ FREE_ON_RESUME = WITHOUT_EFFECT | {
 }
 
 
-def warmup_steps(config: TrainConfig) -> int:
-    return round(config.warmup_ratio * config.max_steps)
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of 0-based `step`: linear from 0 over the warm-up, then a cosine down to `min_lr_ratio` of the peak."""
-    warmup = warmup_steps(config)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, config.max_steps - warmup)
-    low = config.min_lr_ratio
-    return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 def mapping_arguments(values: dict[str, Any]) -> list[str]:
     """Fields and values as command-line arguments, so that a YAML file and the command line are checked alike."""
     arguments: list[str] = []

@@ -22,7 +22,7 @@ from castlm.training.checkpoint import (
     load_checkpoint,
     read_manifest,
 )
-from castlm.training.config import TrainConfig, learning_rate
+from castlm.training.config import TrainConfig
 from castlm.training.data import check_vocabulary
 from castlm.training.distributed import DIAGNOSIS_S, World, close_world, init_world
 from castlm.training.evaluation import mask_figures
@@ -30,6 +30,7 @@ from castlm.training.finish import finish, read_result
 from castlm.training.hardware import autocast
 from castlm.training.interrupt import Interrupt
 from castlm.training.objective import pruned
+from castlm.training.schedule import learning_rate
 from castlm.training.setup import Setup
 from castlm.training.telemetry import Telemetry
 
@@ -125,6 +126,7 @@ class Run(Setup):
                     self.save()
                 self.saver.finish()
                 raise interrupt.stopped(self.step, self.output_dir)
+        self._note_teaching()
         self.saver.finish()
 
     def train_step(self) -> None:
@@ -227,6 +229,9 @@ class Run(Setup):
             "flips": int(self.world.sum(flips)) // self.world.num_replicas,
         }
         self.saver.save(self.step, self.tensors(), manifest)
+        self._note_teaching()
+
+    def _note_teaching(self) -> None:
         if self.objective.cache is not None:
             self.objective.cache.cover(self.first_step * self.world_batch, self.step * self.world_batch)
 

@@ -19,11 +19,10 @@ from castlm.core.masks import pack_mask
 from castlm.core.pattern import parse_pattern
 from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import is_sparse_linear
-from castlm.core.update import decay_alpha
 from castlm.files import prepare_output_dir
 from castlm.models import Loaded, check_head, load_model
 from castlm.training.checkpoint import checkpoint_steps, read_manifest
-from castlm.training.config import TrainConfig, learning_rate
+from castlm.training.config import TrainConfig
 from castlm.training.data import (
     BatchLoader,
     BlockStream,
@@ -38,16 +37,10 @@ from castlm.training.evaluation import held_out_perplexity
 from castlm.training.hardware import autocast, choose_fused, choose_precision, describe
 from castlm.training.initial import start_, starting_weights
 from castlm.training.objective import Objective, make_teacher
+from castlm.training.schedule import schedule
 from castlm.training.selfcheck import SelfCheck, masked_samples
 from castlm.training.sharded import Checkpoint, check_one_snapshot, load_rows_, materialize_, open_sharded
 from castlm.training.teacher_cache import TeacherCache
-
-
-def schedule(config: TrainConfig) -> tuple[list[float], list[float]]:
-    """The learning rate and the ramp of the decay at each step of a run."""
-    steps = range(config.max_steps)
-    alphas = [decay_alpha(t, config.max_steps, config.decay, config.decay_end) for t in steps]
-    return [learning_rate(t, config) for t in steps], alphas
 
 
 class Setup:

@@ -96,7 +96,12 @@ class TeacherCache:
         return self.world.on_main(read)
 
     def cover(self, first: int, last: int) -> None:
-        """Notes on the main rank that blocks `first` to `last` of the stream are here, if all before them are."""
+        """Notes on the main rank that blocks `first` to `last` of the stream are here, if all before them are.
+
+        Raises:
+            InputError: a rank could not write one.
+        """
+        self.world.check_all(self._failure)
         if self.world.is_main and not self.complete:
             before = int(json.loads(self._coverage.read_text())["blocks"]) if self._coverage.is_file() else 0
             if first <= before < last:
@@ -122,7 +127,7 @@ class TeacherCache:
         return TopTokens(*columns)
 
     def put(self, input_ids: Tensor, taught: TopTokens) -> None:
-        """Keeps what the teacher says of `input_ids` (batch, seq). What goes wrong is told by the next `get`."""
+        """Keeps what the teacher says of `input_ids` (batch, seq). A failure is told by the next `get` or `cover`."""
         for row, tokens, log_probs in zip(input_ids.cpu(), taught.tokens.cpu(), taught.log_probs.cpu()):
             path = self._path(row)
             temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"

@@ -1,0 +1,29 @@
+"""What changes from step to step of a run: its learning rate, and the ramp of its decay."""
+
+from __future__ import annotations
+
+import math
+
+from castlm.core.update import decay_alpha
+from castlm.training.config import TrainConfig
+
+
+def warmup_steps(config: TrainConfig) -> int:
+    return round(config.warmup_ratio * config.max_steps)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of 0-based `step`: linear from 0 over the warm-up, then a cosine down to `min_lr_ratio` of the peak."""
+    warmup = warmup_steps(config)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, config.max_steps - warmup)
+    low = config.min_lr_ratio
+    return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def schedule(config: TrainConfig) -> tuple[list[float], list[float]]:
+    """The learning rate and the ramp of the decay at each step of a run."""
+    steps = range(config.max_steps)
+    alphas = [decay_alpha(t, config.max_steps, config.decay, config.decay_end) for t in steps]
+    return [learning_rate(t, config) for t in steps], alphas
