@@ -54,9 +54,8 @@ def top_tokens(
             rows = slice(start, min(start + chunk, num_tokens))
             count = rows.stop - start
             z = logits_(side, rows, logits[:count], narrow[:count], None).div_(temperature)
-            best = z.topk(k, dim=-1, sorted=False)
-            tokens[rows] = best.indices.to(torch.int32)
-            log_probs[rows] = (best.values - z.logsumexp(-1, keepdim=True)).float()
+            best = torch.log_softmax(z, -1, out=z).topk(k, dim=-1, sorted=False)
+            tokens[rows], log_probs[rows] = best.indices.to(torch.int32), best.values.float()
     shape = (*hidden.shape[:-1], k)
     return TopTokens(tokens.view(shape), log_probs.view(shape))
 
