@@ -28,6 +28,17 @@ def test_output_that_nobody_reads_is_no_error(arguments, tmp_path):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_progress_that_nobody_reads_ends_a_run_as_sigpipe_does(tmp_path, text):
+    model = save_tiny(tmp_path / "model")
+    arguments = ["train", "--model", "{model}", "--dataset", text, "--output-dir", str(tmp_path / "run")]
+    arguments += ["--max-steps", "2", "--seq-len", "16", "--initial-mask", "magnitude", "--ignore-decay-budget"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = castlm(arguments, model, stdout=subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    assert (done.returncode, done.stdout) == (141, "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", ARGUMENTS[1:], ids=" ".join)

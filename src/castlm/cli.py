@@ -132,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
                 sys.stdout.flush()  # else it fails at exit, with a traceback
     except BrokenPipeError:
         _discard(sys.stdout)
+        _discard(sys.stderr)  # the one that failed may have been this
         return 141
     except OSError as error:
         if os.environ.get("CASTLM_TRACEBACK"):

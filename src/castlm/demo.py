@@ -15,13 +15,13 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from castlm.core.sparsify import prune_
 from castlm.files import prepare_output_dir
 from castlm.locate import DEMO
 from castlm.models import Loaded, load_model
+from castlm.progress import Screen
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 
@@ -63,7 +63,7 @@ def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
 def run_demo(folder: Path, max_steps: int, overwrite: bool) -> None:
     """Trains castlm and the dense control, and prints the table, a completion of each, and where the result is."""
     started = time.monotonic()
-    console = Console(highlight=False, soft_wrap=True)
+    console = Screen(highlight=False, soft_wrap=True)
     folder = prepare_output_dir(folder, overwrite)
     write_texts(folder / "text")
     records = {}
@@ -106,7 +106,7 @@ def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
     return table
 
 
-def completions(console: Console, folder: Path) -> None:
+def completions(console: Screen, folder: Path) -> None:
     """The same prompt, continued greedily by each of the models."""
     console.print(f"\n{PROMPT!r}, continued by", markup=False)
     one_shot = load_model(DEMO)

@@ -15,6 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SECONDS_BETWEEN_LINES = 30
 
 
+class Screen(Console):
+    """rich's, but that a pipe which nobody reads ends the command as `castlm.cli.main` says, and not with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def note(text: str) -> None:
     """One line."""
     print(f"castlm: {text}", file=sys.stderr, flush=True)
@@ -27,7 +34,7 @@ def shown_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     Args:
         what: the work and its parts, as "perplexity, windows".
     """
-    console = Console(stderr=True, highlight=False)
+    console = Screen(stderr=True, highlight=False)
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20))
         with Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True) as bar:

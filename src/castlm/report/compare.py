@@ -299,8 +299,9 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_table(question: str, rows: list[dict[str, Any]], notes: list[str]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from castlm.progress import Screen
 
     headings, lines = cells(rows)
     table = Table(title=question, title_justify="left")
@@ -308,9 +309,9 @@ def print_table(question: str, rows: list[dict[str, Any]], notes: list[str]) -> 
         table.add_column(heading, justify="right" if number else "left")
     for line in lines:
         table.add_row(*line)
-    console = Console(highlight=False)
+    console = Screen(highlight=False)
     if not console.is_terminal:  # a log has no width
-        console = Console(highlight=False, width=200)
+        console = Screen(highlight=False, width=200)
     console.print(table)
     for row in rows:
         for error in row["errors"]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from castlm.progress import Screen
 
 SHOWN = {
     "loss": "loss {:.4f}",
@@ -38,7 +39,7 @@ class Telemetry:
 
     def __init__(self, output_dir: Path, total_steps: int, *, is_main: bool, start_step: int, tensorboard: bool):
         self.is_main = is_main
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Screen(stderr=True, highlight=False, soft_wrap=True)
         self.total_steps = total_steps
         self._file = self._writer = self._task = None
         self._progress = Progress(
