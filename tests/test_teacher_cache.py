@@ -141,8 +141,11 @@ def test_what_makes_no_sense_is_refused(config, tmp_path):
         replace(config, teacher_top_k=0)
     with pytest.raises(InputError, match="eta above 0"):
         replace(config, eta=0.0)
-    with pytest.raises(InputError, match="between 1 and"):
+    with pytest.raises(InputError, match="exceeds the model's 264 tokens"):
         train(replace(config, teacher_top_k=10**6))
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(InputError, match=r"cannot write .*taken: File exists; choose another"):
+        train(replace(config, teacher_cache=str(tmp_path / "taken")))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="something else"):

@@ -93,6 +93,9 @@ class Setup:
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest is not None and self.config.seq_len > longest:
             raise InputError(f"seq_len {self.config.seq_len} exceeds the model's {longest} positions: lower it")
+        vocab = self.model.config.vocab_size
+        if self.config.teacher_top_k > vocab:
+            raise InputError(f"teacher_top_k {self.config.teacher_top_k} exceeds the model's {vocab} tokens: lower it")
         if self.stored is None:
             check_head(self.model)
 

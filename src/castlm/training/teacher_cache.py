@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,13 @@ class TeacherCache:
 
     def _make_folder(self) -> None:
         known = self.folder / "teacher.json"
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not known.is_file():
-            raise InputError(f"{self.folder} holds something else than a teacher cache: choose another teacher_cache")
         try:
-            (self.folder / "blocks").mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            foreign = not known.is_file() and any(not entry.name.startswith(".") for entry in self.folder.iterdir())
         except OSError as error:
             raise InputError(f"cannot write {self.folder}: {error.strerror}; choose another teacher_cache") from error
+        if foreign:
+            raise InputError(f"{self.folder} holds something else than a teacher cache: choose another teacher_cache")
 
     def claim(self, teacher: nn.Module, **settings: Any) -> None:
         """Notes on the main rank whose teaching this is, or proves that it is that of `teacher` and `settings`.
@@ -130,9 +132,9 @@ class TeacherCache:
         """Keeps what the teacher says of `input_ids` (batch, seq). A failure is told by the next `get` or `cover`."""
         for row, tokens, log_probs in zip(input_ids.cpu(), taught.tokens.cpu(), taught.log_probs.cpu()):
             path = self._path(row)
-            temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+            temporary = path.parent / f".{path.name}.tmp-{secrets.token_hex(8)}"
             try:
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 save_file({"tokens": tokens.contiguous(), "log_probs": log_probs.contiguous()}, temporary)
                 os.replace(temporary, path)
             except (OSError, SafetensorError) as error:
