@@ -35,6 +35,7 @@ def _parse(kind: type[Any], arguments: list[str], name: str) -> Any:
         # the box's frame and rules go, its sentences stay
         words = re.sub(r"[╭╮╰╯│─━]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", complaint.getvalue()))
         text = " ".join(words.split()).partition("For full helptext")[0].strip()
+        text = re.sub(r"^Value error Error parsing \w+: ", "", text)  # what follows is our own
         raise InputError(f"{text} (castlm {name} --help lists the options)") from None
 
 
