@@ -146,7 +146,8 @@ def show_peak(args: argparse.Namespace, scratch: Path) -> None:
     else:
         precision, teacher_dtype = args.precision, getattr(torch, args.teacher_dtype)
         bare = bare_side(args, teacher_dtype)
-        ids = torch.arange(args.batch * args.seq_len, device=args.device).view(args.batch, -1) % 1000
+        ids = torch.arange(args.batch * args.seq_len, device=args.device).view(args.batch, -1)
+        ids %= bare[0].config.vocab_size
         step = functools.partial(bare_step, *bare, [(ids, ids)], precision, TrainConfig.eta)
     step()
     gc.collect()
