@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/castlm demo --output-dir demo-output --overwrite
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
