@@ -162,6 +162,19 @@ def test_refresh_sees_nan_anywhere(refresh_, position, value):
 
 
 @needs_kernels
+def test_a_kernel_takes_no_subclass_and_nothing_that_is_traced():
+    class Elsewhere(torch.Tensor):
+        """As DTensor, whose numbers are not where it points."""
+
+    weight = torch.randn(4, 8)
+    assert native.runs_on(weight)
+    assert not native.runs_on(weight.as_subclass(Elsewhere))
+    assert torch.equal(nm_mask(weight.as_subclass(Elsewhere)), nm_mask(weight))
+    traced = torch.compile(lambda x: x * native.runs_on(x), backend="eager", fullgraph=True)
+    assert not traced(weight).any()
+
+
+@needs_kernels
 @pytest.mark.parametrize(("shape", "n", "m"), [((6, 32), 2, 4), ((3, 2, 16), 2, 4), ((6, 12), 2, 4), ((4, 16), 1, 4)])
 def test_kernel_mask_equals_that_of_torch(shape, n, m):
     torch.manual_seed(0)

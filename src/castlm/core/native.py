@@ -57,7 +57,10 @@ def kernels() -> ctypes.CDLL | None:
 
 
 def runs_on(tensor: Tensor) -> bool:
-    """Whether the kernels are there and take tensors like this one."""
+    """Whether the kernels are there and take tensors like this one: no DTensor or other subclass, whose memory is
+    elsewhere, and nothing that torch.compile traces."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        return False
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and kernels() is not None
 
 
