@@ -126,6 +126,13 @@ def test_a_damaged_block_is_taught_anew(config, tmp_path, lessons, capsys):
     assert_equal_weights(tmp_path / "run" / "model", tmp_path / "two" / "model")
 
 
+def test_a_block_is_for_those_who_may_read_the_folder(config, tmp_path):
+    train(replace(config, max_steps=1, ignore_decay_budget=True))
+    block = next((tmp_path / "cache" / "blocks").glob("*/*.safetensors"))
+    assert block.stat().st_mode & 0o666 == block.parent.stat().st_mode & 0o666
+    assert sorted(path.suffix for path in block.parent.iterdir()) == [".safetensors"]
+
+
 def test_a_full_disk_is_told(config, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

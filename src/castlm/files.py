@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator
@@ -169,14 +170,17 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def _flush_tree(folder: Path) -> None:
-    # safetensors >= 0.8 makes files that their owner alone can read: give them the reach that their folder has
-    reach = folder.stat().st_mode & 0o666
     for root, _, names in os.walk(folder):
         for name in names:
+            widen_access(Path(root, name), folder)
             with open(os.path.join(root, name), "rb") as stream:
-                os.fchmod(stream.fileno(), os.fstat(stream.fileno()).st_mode | reach)
                 os.fsync(stream.fileno())
         flush_folder(Path(root))
+
+
+def widen_access(path: Path, folder: Path) -> None:
+    """Lets those read and write `path` who may do so in `folder`: safetensors >= 0.8 leaves a file to its owner."""
+    os.chmod(path, path.stat().st_mode | folder.stat().st_mode & 0o666)
 
 
 def flush_folder(folder: Path) -> None:
@@ -188,6 +192,20 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write, renamed over it when the block ends without an error; else removed.
+
+    Not flushed to the disk: that is the writer's, where a power cut matters."""
+    # the process's number alone is not its own on a disk that machines share
+    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def atomic_write_json(path: str | Path, content: Any) -> None:
     """Writes `content` as JSON, whole or not at all. A float that JSON cannot hold (inf, NaN) becomes null.
 
@@ -195,21 +213,17 @@ def atomic_write_json(path: str | Path, content: Any) -> None:
         InputError: the disk is full.
     """
     path = Path(path)
-    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
+        with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
             json.dump(_plain(content), stream, indent=2, ensure_ascii=False, allow_nan=False)
             stream.write("\n")
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
         flush_folder(path.parent)
     except OSError as error:
         if is_disk_full(error):
             raise InputError(f"disk full while writing {path}: free some space or choose another folder") from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_yaml_mapping(path: str | Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ dense. What is left dense inside a block is listed with its reason, never passed
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,6 +74,11 @@ def weight_parameter(layer: nn.Linear) -> Tensor:
     if parametrize.is_parametrized(layer, "weight"):
         return layer.get_parameter("parametrizations.weight.original")
     return layer.weight
+
+
+def dense_name(name: str) -> str:
+    """The name in the dense model of a parameter that may be under weight scaling or a mask in the forward pass."""
+    return re.sub(r"\.parametrizations\.weight\.original$", ".weight", name)
 
 
 def sparse_param_groups(

@@ -7,7 +7,6 @@ Buffers are computed and not stored (rotary frequencies): they are made for real
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from castlm.core.shards import local
+from castlm.core.sparsify import dense_name
 from castlm.layout import stored_transposed
 from castlm.locate import Location, cached_snapshot, locate
 from castlm.models import OLD_BUFFERS, Loaded, linearize_conv1d_, open_model, quiet
 from castlm.training.distributed import World, own_rows
-
-_PARAMETRIZED = re.compile(r"\.parametrizations\.weight\.original$")
 
 
 class _WeightsOnMeta(TorchFunctionMode):
@@ -163,7 +161,7 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
     failure = None
     with _readers() as read:
         for name, parameter in model.named_parameters():
-            stored_name = _PARAMETRIZED.sub(".weight", name)
+            stored_name = dense_name(name)
             if stored_name not in checkpoint.places:
                 local(parameter).fill_(1.0)  # a weight scale
                 continue

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +18,20 @@ from torch import Tensor, nn
 
 from castlm.core.errors import InputError
 from castlm.core.shards import local
+from castlm.core.sparsify import dense_name
 from castlm.core.taught import TopTokens
-from castlm.files import atomic_write_json, is_disk_full
+from castlm.files import atomic_file, atomic_write_json, is_disk_full, widen_access
 from castlm.progress import note
 from castlm.training.distributed import World
 
 _FORMAT = 1
-_OWN_WEIGHT = re.compile(r"\.parametrizations\.weight\.original$")
 
 
 def fingerprint(model: nn.Module) -> str:
     """Of the dense weights of `model`, the same on any number of ranks: the first 64 numbers of every parameter's first
     row, by name. To be called on the main rank, which holds the first rows."""
     digest = hashlib.sha256()
-    for name, parameter in sorted((_OWN_WEIGHT.sub(".weight", n), p) for n, p in model.named_parameters()):
+    for name, parameter in sorted((dense_name(n), p) for n, p in model.named_parameters()):
         if ".parametrizations." not in name:  # else a weight scale
             digest.update(name.encode())
             digest.update(local(parameter.detach())[:1].flatten()[:64].float().cpu().numpy().tobytes())
@@ -90,12 +87,11 @@ class TeacherCache:
 
     def covered(self) -> int:
         """How many blocks of the stream are here, from its start on."""
+        return self.world.on_main(self._covered)
 
-        def read() -> int:
-            known = self._coverage.is_file()
-            return int(json.loads(self._coverage.read_text(encoding="utf-8"))["blocks"]) if known else 0
-
-        return self.world.on_main(read)
+    def _covered(self) -> int:
+        known = self._coverage.is_file()
+        return int(json.loads(self._coverage.read_text(encoding="utf-8"))["blocks"]) if known else 0
 
     def cover(self, first: int, last: int) -> None:
         """Notes on the main rank that blocks `first` to `last` of the stream are here, if all before them are.
@@ -104,10 +100,8 @@ class TeacherCache:
             InputError: a rank could not write one.
         """
         self.world.check_all(self._failure)
-        if self.world.is_main and not self.complete:
-            before = int(json.loads(self._coverage.read_text())["blocks"]) if self._coverage.is_file() else 0
-            if first <= before < last:
-                atomic_write_json(self._coverage, {"blocks": last})
+        if self.world.is_main and not self.complete and first <= self._covered() < last:
+            atomic_write_json(self._coverage, {"blocks": last})
 
     def get(self, input_ids: Tensor) -> TopTokens | None:
         """What was taught of `input_ids` (batch, seq), on their device; None where a rank lacks a block, for then the
@@ -132,13 +126,12 @@ class TeacherCache:
         """Keeps what the teacher says of `input_ids` (batch, seq). A failure is told by the next `get` or `cover`."""
         for row, tokens, log_probs in zip(input_ids.cpu(), taught.tokens.cpu(), taught.log_probs.cpu()):
             path = self._path(row)
-            temporary = path.parent / f".{path.name}.tmp-{secrets.token_hex(8)}"
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_file({"tokens": tokens.contiguous(), "log_probs": log_probs.contiguous()}, temporary)
-                os.replace(temporary, path)
+                with atomic_file(path) as temporary:
+                    save_file({"tokens": tokens.contiguous(), "log_probs": log_probs.contiguous()}, temporary)
+                    widen_access(temporary, path.parent)
             except (OSError, SafetensorError) as error:
-                temporary.unlink(missing_ok=True)
                 reason = "the disk is full" if is_disk_full(error) else str(error)
                 self._failure = f"{path} cannot be written: {reason}; free some space, or run without teacher_cache"
                 return
