@@ -90,11 +90,6 @@ def bare_side(args: argparse.Namespace, teacher_dtype: torch.dtype) -> tuple[nn.
     return student, teacher, torch.optim.AdamW(student.parameters(), lr=TrainConfig.learning_rate, fused=True)
 
 
-def batch_of(run: Run, device: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    batch = next(run.loader)
-    return [(batch["input_ids"].to(device), batch["labels"].to(device))]
-
-
 def compare_speed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     keep_freed_memory()  # as castlm train does; it serves both sides
     run = castlm_side(args, scratch)
@@ -104,8 +99,9 @@ def compare_speed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     for step in range(args.steps + 1):
         seconds["castlm"].append(timed(run.train_step))
         run.loader.load_state_dict(position)  # the same batch for both
-        batches = batch_of(run, args.device)
+        batch = next(run.loader)
         position = run.loader.state_dict()
+        batches = [(batch["input_ids"].to(args.device), batch["labels"].to(args.device))]
         seconds["bare"].append(timed(bare_step, *bare, batches, run.precision, run.config.eta))
         print(f"step {step}: castlm {seconds['castlm'][-1]:.2f} s, bare {seconds['bare'][-1]:.2f} s", flush=True)
     tokens = args.batch * args.seq_len

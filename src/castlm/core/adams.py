@@ -251,32 +251,33 @@ class AdamS(Optimizer):
                 alike.setdefault(key, []).append(param)
         for (step, device, dtype, in_8bit), params in alike.items():
             hyper = hyperparameters(group, step)
+            second_moment = group["second_moment"] if group["sparse"] else "gradient"
             here = [p for p in params if local(p).numel()]  # a rank may hold no row of one
             if self._fused and here and native.runs_on(local(here[0])):
-                self._update_native(here, group, hyper)
+                self._update_native(here, group["sparse"], hyper, second_moment)
             else:
                 dtype = torch.float64 if dtype == torch.float64 else torch.float32
-                rest = in_8bit, torch.tensor(hyper, dtype=dtype, device=device)
-                if group["sparse"]:
-                    self._update_sparse(here, *rest, group["second_moment"])
-                else:
-                    self._update_dense(here, *rest, "gradient")
+                update = self._update_sparse if group["sparse"] else self._update_dense
+                update(here, in_8bit, torch.tensor(hyper, dtype=dtype, device=device), second_moment)
             torch._foreach_add_([self.state[param]["step"] for param in params], 1)
 
-    def _update_native(self, params: Sequence[Tensor], group: dict[str, Any], hyper: Sequence[float]) -> None:
+    def _held(self, params: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """This rank's gradients, and its moments by name, with the scales of 8-bit ones."""
         grads = [local(p.grad).contiguous() for p in params if p.grad is not None]
         keys = [key for key in MOMENT_KEYS if key in self.state[params[0]]]
-        moments = {key: [local(self.state[p][key]) for p in params] for key in keys}
-        masks = [local(self.state[p]["mask"]) if group["sparse"] else None for p in params]
-        second_moment = group["second_moment"] if group["sparse"] else "gradient"
-        native.update_([local(p).detach() for p in params], grads, moments, masks, hyper, second_moment)
+        return grads, {key: [local(self.state[p][key]) for p in params] for key in keys}
+
+    def _update_native(
+        self, params: Sequence[Tensor], sparse: bool, hyper: Sequence[float], second_moment: str
+    ) -> None:
+        masks = [local(self.state[p]["mask"]) if sparse else None for p in params]
+        native.update_([local(p).detach() for p in params], *self._held(params), masks, hyper, second_moment)
 
     def _columns(self, params: Sequence[Tensor]) -> Columns:
         """This rank's weights, gradients and moments, and the scales of 8-bit ones."""
-        grads = [local(p.grad).contiguous() for p in params if p.grad is not None]
-        keys = [key for key in MOMENT_KEYS if key in self.state[params[0]]] if params else []
-        columns = [list(params), grads, *([self.state[p][key] for p in params] for key in keys)]
-        scales = [key.endswith("_scale") for key in ("", "", *keys)]
+        grads, moments = self._held(params)
+        columns = [list(params), grads, *moments.values()]
+        scales = [key.endswith("_scale") for key in ("", "", *moments)]
         if not any(scales):
             return [[flat(tensor) for tensor in column] for column in columns]
         shapes = [(local(self.state[p]["exp_avg_scale"]).numel(), -1) for p in params]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .head import OutputHead, Side, default_chunk_tokens, logits_, matmul_dtype
+from .head import OutputHead, Side, default_chunk_tokens, log_probs_, log_softmax_, logits_, matmul_dtype
 from .taught import TopTokens, spread_
 
 
@@ -141,7 +141,7 @@ def _checked_teacher(
 
 def _rows(teacher: _Teacher, real: Tensor) -> _Teacher:
     if isinstance(teacher, TopTokens):
-        return TopTokens(teacher.tokens[real], teacher.log_probs[real])
+        return teacher.rows(real)
     return teacher and (teacher[0][real], teacher[1])
 
 
@@ -268,8 +268,8 @@ def _chunk_(student: Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_gr
     labels = plan.labels[rows, None]
     p = p_T = logits_(student, rows, buffers.student, buffers.narrow, buffers.tanh if needs_grad else None)
     if plan.teacher is not None and T != 1:
-        p_T = _log_softmax_(torch.div(p, T, out=buffers.tempered))
-    _log_softmax_(p)
+        p_T = log_softmax_(torch.div(p, T, out=buffers.tempered))
+    log_softmax_(p)
     ce = -p.gather(1, labels)[:, 0]
     kl = torch.zeros_like(ce)
     if plan.teacher is not None:
@@ -290,15 +290,9 @@ def _chunk_(student: Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_gr
 def _taught_(plan: _Plan, rows: slice, p_T: Tensor, buffers: _Buffers) -> Tensor:
     """The teacher's log-probabilities (chunk, vocab) in `buffers.teacher`; `p_T` are the student's."""
     if isinstance(plan.teacher, TopTokens):
-        chunk = TopTokens(plan.teacher.tokens[rows], plan.teacher.log_probs[rows])
-        return spread_(chunk, p_T, buffers.teacher)
+        return spread_(plan.teacher.rows(rows), p_T, buffers.teacher)
     assert plan.teacher is not None
-    q_T = logits_(plan.teacher, rows, buffers.teacher, buffers.narrow, None)
-    return _log_softmax_(q_T if plan.temperature == 1 else q_T.div_(plan.temperature))
-
-
-def _log_softmax_(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits, -1, out=logits)
+    return log_probs_(plan.teacher, rows, buffers.teacher, buffers.narrow, plan.temperature)
 
 
 class _Gradients:

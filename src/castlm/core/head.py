@@ -55,6 +55,16 @@ def logits_(side: Side, rows: slice, out: Tensor, narrow: Tensor, tanh: Tensor |
     return out
 
 
+def log_softmax_(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits, -1, out=logits)
+
+
+def log_probs_(side: Side, rows: slice, out: Tensor, narrow: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities (chunk, vocab) at `temperature` in `out`; the rest as in `logits_`."""
+    logits = logits_(side, rows, out, narrow, None)
+    return log_softmax_(logits if temperature == 1 else logits.div_(temperature))
+
+
 def matmul_dtype(hidden: Tensor) -> torch.dtype:
     """autocast's dtype, or else that of `hidden`."""
     device = hidden.device.type

@@ -87,8 +87,8 @@ def nm_mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
     return mask
 
 
-# Eight bytes of 0 and 1 as one int64, as in "Bit Twiddling Hacks": byte k of eight becomes bit k of one. Arithmetic,
-# because inductor vectorises no bool and no shift by a tensor on CPU. Little-endian.
+# Eight bytes of 0 and 1 as one int64, as in "Bit Twiddling Hacks": byte k of eight becomes bit k of one.
+# Little-endian.
 _GATHER = 0x0102040810204080
 
 

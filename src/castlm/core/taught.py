@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.core.head import OutputHead, Side, default_chunk_tokens, logits_, matmul_dtype
+from castlm.core.head import OutputHead, Side, default_chunk_tokens, log_probs_, matmul_dtype
 
 _LEAST = 1e-7  # probability of the rest: what fp32 can tell from none
 
@@ -24,6 +24,10 @@ class TopTokens(NamedTuple):
     """int32, (..., k)."""
     log_probs: Tensor
     """fp32, (..., k): of the softmax over the whole vocabulary, at the temperature of the loss."""
+
+    def rows(self, chosen: Tensor | slice) -> TopTokens:
+        """Of the tokens that a mask (...) or a slice chooses."""
+        return TopTokens(self.tokens[chosen], self.log_probs[chosen])
 
 
 @torch.no_grad()
@@ -53,8 +57,7 @@ def top_tokens(
         for start in range(0, num_tokens, chunk):
             rows = slice(start, min(start + chunk, num_tokens))
             count = rows.stop - start
-            z = logits_(side, rows, logits[:count], narrow[:count], None).div_(temperature)
-            best = torch.log_softmax(z, -1, out=z).topk(k, dim=-1, sorted=False)
+            best = log_probs_(side, rows, logits[:count], narrow[:count], temperature).topk(k, dim=-1, sorted=False)
             tokens[rows], log_probs[rows] = best.indices.to(torch.int32), best.values.float()
     shape = (*hidden.shape[:-1], k)
     return TopTokens(tokens.view(shape), log_probs.view(shape))

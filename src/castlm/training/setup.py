@@ -151,8 +151,8 @@ class Setup:
                 self.model, dtype=str(teacher_dtype), top_k=config.teacher_top_k, temperature=config.temperature
             )
         num_params = sum(p.numel() for p in self.model.parameters())
-        self.fused, self.optimizer_text = choose_fused(config.fused_optimizer, self.world.device, num_params)
-        self.optimizer = self.method.build_optimizer(self.model, self.fused)
+        fused, self.optimizer_text = choose_fused(config.fused_optimizer, self.world.device, num_params)
+        self.optimizer = self.method.build_optimizer(self.model, fused)
         # of weights that are about to be replaced
         self.dense_perplexity = self.perplexity() if starts and self.method.mask_every is None else None
         if starts:
