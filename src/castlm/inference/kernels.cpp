@@ -107,17 +107,6 @@ void expand_kept(const Header& of, const uint8_t* data, int64_t row, float* to) 
     to[k] = mask[k / 8] >> (k % 8) & 1 ? load_value(values, of.values, index++) : 0.0f;
 }
 
-void expand_dense(const Header& of, const uint8_t* row, float* to) {
-  if (of.values != kInt4) {
-    for (int64_t k = 0; k < of.columns; ++k) to[k] = load_value(row, of.values, k);
-    return;
-  }
-  for (int64_t k = 0; k < of.columns; ++k) {  // of each block the first 32 columns are the low halves
-    const uint8_t byte = row[k / kBlock * (kBlock / 2 + 2) + k % (kBlock / 2)];
-    to[k] = float((k % kBlock < kBlock / 2 ? byte & 15 : byte >> 4) - 8);
-  }
-}
-
 float stored_scale(const uint8_t* at) {
   float scale;
   std::memcpy(&scale, at, 4);
@@ -133,17 +122,28 @@ EACH_CPU void scale_row(float* row, float scale, int64_t count) {
   for (int64_t k = 0; k < count; ++k) row[k] *= scale;
 }
 
+// The scales of rows, which follow all panels.
+const uint8_t* row_scales(const Header& of, const uint8_t* data) {
+  return data + of.tiles() * of.blocks() * of.panel_bytes();
+}
+
+void expand_dense(const Header& of, const uint8_t* data, int64_t row, float* to) {
+  for (int64_t block = 0; block < of.blocks(); ++block, to += kBlock) {
+    const uint8_t* from = data + (row / 4 * of.blocks() + block) * of.panel_bytes() + row % 4 * of.dense_block_bytes();
+    if (of.values == kInt4) {  // the first 32 columns are the low halves
+      const float scale = short_scale(from + 32);
+      for (int k = 0; k < 64; ++k) to[k] = scale * float((k < 32 ? from[k] & 15 : from[k - 32] >> 4) - 8);
+    } else {
+      const float scale = of.values == kInt8 ? stored_scale(row_scales(of, data) + 4 * row) : 1.0f;
+      for (int k = 0; k < 64; ++k) to[k] = scale * load_value(from, of.values, k);
+    }
+  }
+}
+
 // Row `row` as fp32 in `to`, `padded()` long.
 void expand_row(const Header& of, const uint8_t* data, int64_t row, float* to) {
+  if (of.layout == kDense) return expand_dense(of, data, row, to);
   std::fill(to + of.columns, to + of.padded(), 0.0f);
-  if (of.layout == kDense) {
-    const uint8_t* from = data + row * of.dense_row_bytes();
-    expand_dense(of, from, to);
-    if (of.values == kInt8) scale_row(to, stored_scale(data + of.rows * of.dense_row_bytes() + 4 * row), of.columns);
-    if (of.values == kInt4)
-      for (int64_t i = 0; i < of.blocks(); ++i) scale_row(to + i * kBlock, short_scale(from + 34 * i + 32), kBlock);
-    return;
-  }
   expand_kept(of, data, row, to);
   const uint8_t* scales = data + of.rows * (of.kept_row_bytes() + of.mask_row_bytes());
   if (of.values == kInt8) scale_row(to, stored_scale(scales + 4 * row), of.columns);
@@ -154,14 +154,13 @@ void expand_row(const Header& of, const uint8_t* data, int64_t row, float* to) {
 
 // All rows of a tile of panels as fp32, `ld` apart; as many as `of` has.
 void expand_panels(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld) {
-  const int64_t rows = std::min(of.panel_rows(), of.rows - tile * of.panel_rows());
-  const uint8_t* scales = data + of.tiles(of.panel_rows()) * of.blocks() * of.panel_bytes();
+  const int64_t rows = std::min(of.tile_rows(), of.rows - tile * of.tile_rows());
   for (int64_t row = 0; row < rows; ++row) std::fill(to + row * ld, to + row * ld + of.padded(), 0.0f);
   for (int64_t block = 0; block < of.blocks(); ++block) {
     const uint8_t* panel = data + (tile * of.blocks() + block) * of.panel_bytes();
     for (int64_t row = 0; row < rows; ++row) {
       float* out = to + row * ld + block * kBlock;
-      const float scale = of.values == kInt8   ? stored_scale(scales + 4 * (tile * of.panel_rows() + row))
+      const float scale = of.values == kInt8   ? stored_scale(row_scales(of, data) + 4 * (tile * of.tile_rows() + row))
                           : of.values == kInt4 ? short_scale(panel + 96 + 2 * row)
                                                : 1.0f;
       for (int group = 0; group < kBlock / 4; ++group)
@@ -219,9 +218,8 @@ namespace {
 bool checked(const uint8_t* packed, int64_t bytes, Header& of);
 
 int64_t data_bytes(const Header& of) {
-  if (of.layout == kPanels)
-    return of.tiles(of.panel_rows()) * (of.blocks() * of.panel_bytes() + (of.values == kInt8 ? 4 * of.panel_rows() : 0));
-  if (of.layout == kDense) return of.rows * (of.dense_row_bytes() + (of.values == kInt8 ? 4 : 0));
+  if (of.layout != kRows)
+    return of.tiles() * (of.blocks() * of.panel_bytes() + (of.values == kInt8 ? 4 * of.tile_rows() : 0));
   const int64_t scale_bytes = of.values == kInt8 ? 4 : of.values == kInt4 ? 2 * of.blocks() : 0;
   return of.rows * (of.kept_row_bytes() + of.mask_row_bytes() + scale_bytes) + 4;  // and room for a read past the end
 }
@@ -264,21 +262,20 @@ void store_short_scale(uint8_t* at, float scale) {
   std::memcpy(at, &bits, 2);
 }
 
-void fill_dense(const Header& of, const uint8_t* values, const float* scales, uint8_t* data) {
-  for (int64_t row = 0; row < of.rows; ++row) {
-    uint8_t* to = data + row * of.dense_row_bytes();
-    const uint8_t* from = values + row * of.kept_row_bytes();
+void fill_dense_row(const Header& of, const uint8_t* values, const float* scales, int64_t row, uint8_t* data) {
+  for (int64_t block = 0; block < of.blocks(); ++block) {
+    uint8_t* to = data + (row / 4 * of.blocks() + block) * of.panel_bytes() + row % 4 * of.dense_block_bytes();
+    const int64_t first = block * kBlock, count = std::min(kBlock, of.columns - first);
     if (of.values != kInt4) {
-      std::memcpy(to, from, of.kept_row_bytes());
+      std::memcpy(to, values + first * of.value_bytes(), count * of.value_bytes());
       continue;
     }
-    for (int64_t k = 0; k < of.padded(); ++k) {
-      const int value = k < of.columns ? int(load_value(from, kInt4, k)) + 8 : 8;
-      to[k / 64 * 34 + k % 32] |= uint8_t(value << (k % 64 < 32 ? 0 : 4));
+    for (int k = 0; k < kBlock; ++k) {
+      const int value = k < count ? int(load_value(values, kInt4, first + k)) + 8 : 8;
+      to[k % 32] |= uint8_t(value << (k < 32 ? 0 : 4));
     }
-    for (int64_t i = 0; i < of.blocks(); ++i) store_short_scale(to + 34 * i + 32, scales[row * of.blocks() + i]);
+    store_short_scale(to + 32, scales[row * of.blocks() + block]);
   }
-  if (of.values == kInt8) std::memcpy(data + of.rows * of.dense_row_bytes(), scales, 4 * of.rows);
 }
 
 void fill_rows(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data) {
@@ -293,7 +290,7 @@ void fill_rows(const Header& of, const uint8_t* values, const uint8_t* mask, con
 
 void fill_panel_row(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, int64_t row,
                     uint8_t* data) {
-  const int64_t tile = row / of.panel_rows(), row_in_tile = row % of.panel_rows();
+  const int64_t tile = row / of.tile_rows(), row_in_tile = row % of.tile_rows();
   int64_t index = 0;
   for (int64_t block = 0; block < of.blocks(); ++block) {
     uint8_t* panel = data + (tile * of.blocks() + block) * of.panel_bytes();
@@ -312,18 +309,19 @@ void fill_panel_row(const Header& of, const uint8_t* values, const uint8_t* mask
   }
 }
 
-void fill_panels(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data,
-                 int64_t threads) {
-  if (of.values == kInt4) {  // 8 stands for 0
-    for (int64_t i = 0; i < of.tiles(of.panel_rows()) * of.blocks(); ++i)
-      std::memset(data + i * of.panel_bytes() + 32, 0x88, 64);
+void fill_tiles(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data,
+                int64_t threads) {
+  if (of.layout == kPanels && of.values == kInt4) {  // 8 stands for 0
+    for (int64_t i = 0; i < of.tiles() * of.blocks(); ++i) std::memset(data + i * of.panel_bytes() + 32, 0x88, 64);
   }
-  in_parallel(of.tiles(of.panel_rows()), 1, threads, [&](int64_t first, int64_t last) {
-    for (int64_t row = first * of.panel_rows(); row < std::min(last * of.panel_rows(), of.rows); ++row)
-      fill_panel_row(of, values + row * of.kept_row_bytes(), mask + row * of.mask_row_bytes(), scales, row, data);
+  in_parallel(of.tiles(), 16, threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first * of.tile_rows(); row < std::min(last * of.tile_rows(), of.rows); ++row) {
+      const uint8_t* row_values = values + row * of.kept_row_bytes();
+      if (of.layout == kDense) fill_dense_row(of, row_values, scales, row, data);
+      else fill_panel_row(of, row_values, mask + row * of.mask_row_bytes(), scales, row, data);
+    }
   });
-  if (of.values == kInt8)
-    std::memcpy(data + of.tiles(of.panel_rows()) * of.blocks() * of.panel_bytes(), scales, 4 * of.rows);
+  if (of.values == kInt8) std::memcpy(data + of.tiles() * of.blocks() * of.panel_bytes(), scales, 4 * of.rows);
 }
 
 // x of (batch, columns) as `of` needs it, `rows` of them with those past `batch` zero.
@@ -378,9 +376,8 @@ int castlm_repack(int layout, int values, int n, int m, int64_t rows, int64_t co
   std::memset(to, 0, to_bytes);
   std::memcpy(to, &of, sizeof of);
   uint8_t* data = to + kHeaderBytes;
-  if (of.layout == kDense) fill_dense(of, from, scales, data);
   if (of.layout == kRows) fill_rows(of, from, mask, scales, data);
-  if (of.layout == kPanels) fill_panels(of, from, mask, scales, data, threads);
+  else fill_tiles(of, from, mask, scales, data, threads);
   return kOk;
 }
 
@@ -391,9 +388,9 @@ int castlm_multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int 
   if (!checked(packed, bytes, of) || of.rows != rows || of.columns != columns || batch < 1) return kBadSize;
   const Multiply fast = avx2_multiply(of, 1);
   const Activations all = prepare(of, fast, x, is_bfloat16, batch, padded_batch(batch));
-  const int64_t ldy = of.tiles(8) * 8;  // a tile writes all its rows
+  const int64_t ldy = of.rows;
   float* sums = static_cast<float*>(scratch<3>(all.batch * ldy * 4));
-  const int64_t tiles = of.tiles(of.tile_rows()), tile_bytes = std::max<int64_t>(1, of.data_bytes / tiles);
+  const int64_t tiles = of.tiles(), tile_bytes = std::max<int64_t>(1, of.data_bytes / tiles);
   const int64_t most = of.rows * of.columns * batch / kWeightsPerThread;
   threads = int(std::min<int64_t>(threads, std::max<int64_t>(1, most)));
   int64_t part = std::max<int64_t>(1, tiles / (threads * 4));

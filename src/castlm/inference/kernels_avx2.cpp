@@ -13,7 +13,22 @@
 namespace castlm {
 namespace {
 
+constexpr int kPrefetchAhead = 1536;  // bytes; the hardware's own prefetcher is late at 14 bytes a nanosecond
+
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Asks for the panel that comes some time after the one at `panel`.
+template <int bytes>
+INLINE void prefetch(const uint8_t* panel) {
+  for (int line = 0; line < bytes; line += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(panel + kPrefetchAhead + line), _MM_HINT_T0);
+}
+
+INLINE uint16_t load16(const uint8_t* at) {
+  uint16_t bits;
+  std::memcpy(&bits, at, 2);
+  return bits;
+}
 
 // Eight weights of a lane step `e` out of the 16 at `at`.
 template <int values>
@@ -34,6 +49,7 @@ INLINE void panels16(const uint8_t* panel, int64_t blocks, const float* x, int64
     for (int h = 0; h < 2; h++)
       for (int b = 0; b < BT; b++) a[e][h][b] = e ? _mm256_setzero_ps() : sums[h * BT + b];
   for (int64_t i = 0; i < blocks; i++, panel += 288, x += kBlock) {
+    prefetch<288>(panel);
     const __m256i meta = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel));
 #pragma GCC unroll 4
     for (int t = 0; t < 4; t++) {
@@ -62,6 +78,14 @@ INLINE __m256i dot_bytes(__m256i magnitude, __m256i w, __m256i x) {
   return _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, w));
 }
 
+// Pairs of int8 products added to `sum`, of int4 as int16 (at most 4 * 8 * 127), of int8 as int32.
+template <bool is_int4>
+INLINE __m256i add_pairs(const __m256i* sum, __m256i pairs, __m256i ones) {
+  if (is_int4) return sum ? _mm256_add_epi16(*sum, pairs) : pairs;
+  const __m256i wide = _mm256_madd_epi16(pairs, ones);
+  return sum ? _mm256_add_epi32(*sum, wide) : wide;
+}
+
 template <int n, bool is_int4>
 INLINE void row_scales(const uint8_t* at, __m256* scales) {
   if (!is_int4) return;
@@ -86,6 +110,7 @@ INLINE void panels8(const uint8_t* panel, int64_t blocks, const int8_t* x, int64
   for (int p = 0; p < 2; p++)
     for (int b = 0; b < BT; b++) a[p][b] = sums[p * BT + b];
   for (int64_t i = 0; i < blocks; i++, panel += kBytes, x += kBlock, scales++) {
+    prefetch<kBytes>(panel);
     const __m256i meta = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel));
     __m256 w_scales[2];
     row_scales<n, is_int4>(panel + 96, w_scales);
@@ -108,8 +133,7 @@ INLINE void panels8(const uint8_t* panel, int64_t blocks, const int8_t* x, int64
         for (int b = 0; b < BT; b++) {
           const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + b * ldx + 32 * c));
           const __m256i pairs = dot_bytes(magnitude, w, _mm256_shuffle_epi8(v, control));
-          if (is_int4) s[b] = c ? _mm256_add_epi16(s[b], pairs) : pairs;  // at most 4 * 8 * 127
-          else s[b] = c ? _mm256_add_epi32(s[b], _mm256_madd_epi16(pairs, ones)) : _mm256_madd_epi16(pairs, ones);
+          s[b] = add_pairs<is_int4>(c ? &s[b] : nullptr, pairs, ones);
         }
       }
 #pragma GCC unroll 4
@@ -124,61 +148,7 @@ INLINE void panels8(const uint8_t* panel, int64_t blocks, const int8_t* x, int64
     for (int b = 0; b < BT; b++) sums[p * BT + b] = a[p][b];
 }
 
-// ---- tiles of panels
-
-// The sums of a tile: 4 rows of 2:4, or 8 of 1:4.
-template <int n>
-INLINE void store_tile(const __m256* sums, int BT, int b, const float* scales, float* y, int64_t count) {
-  __m128 half[2];
-  for (int h = 0; h < 2; h++) {
-    const __m256 v = sums[h * BT + b];
-    half[h] = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  }
-  if (n == 2) half[0] = _mm_hadd_ps(half[0], half[1]);
-  for (int h = 0; h < (n == 2 ? 1 : 2); h++) {
-    if (scales) half[h] = _mm_mul_ps(half[h], _mm_loadu_ps(scales + 4 * h));
-    if (count >= 4 * (h + 1)) {
-      _mm_storeu_ps(y + 4 * h, half[h]);
-    } else if (count > 4 * h) {
-      float some[4];
-      _mm_storeu_ps(some, half[h]);
-      for (int64_t i = 4 * h; i < count; i++) y[i] = some[i - 4 * h];
-    }
-  }
-}
-
-template <int n, int values, int BT>
-void multiply_panels(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
-                     int64_t last) {
-  const int64_t blocks = of.blocks(), rows = of.panel_rows(), width = of.padded();
-  const int64_t bytes = values == kInt8 ? 4 : values == kInt4 ? 4 : 16;  // of x, a column, in steps of quarter bytes
-  // A part of x that stays in the first-level cache while the rows of a tile pass.
-  const int64_t part = x.batch == 1 || x.batch * width * bytes / 4 <= 20480 ? blocks : x.batch >= 16 ? 4 : 8;
-  const float* row_scales = nullptr;
-  if (values == kInt8)
-    row_scales = reinterpret_cast<const float*>(data + of.tiles(rows) * blocks * of.panel_bytes());
-  for (int64_t tile = first; tile < last; tile++) {
-    const uint8_t* panels = data + tile * blocks * of.panel_bytes();
-    __m256 sums[kMaxBatch / BT][2 * BT];
-    for (int64_t t = 0; t < x.batch / BT; t++)
-      for (auto& sum : sums[t]) sum = _mm256_setzero_ps();
-    for (int64_t k = 0; k < blocks; k += part)
-      for (int64_t t = 0; t < x.batch / BT; t++) {
-        const uint8_t* panel = panels + k * of.panel_bytes();
-        const int64_t count = smaller(part, blocks - k), at = t * BT * width + k * kBlock;
-        if constexpr (values >= kInt8)
-          panels8<n, values == kInt4, BT>(panel, count, x.narrow + at, width, x.scales + t * BT * blocks + k, blocks,
-                                          sums[t]);
-        else
-          panels16<values, BT>(panel, count, x.wide + at, width, sums[t]);
-      }
-    for (int64_t b = 0; b < x.batch; b++)
-      store_tile<n>(sums[b / BT], BT, int(b % BT), row_scales ? row_scales + tile * rows : nullptr,
-                    y + b * ldy + tile * rows, of.rows - tile * rows);
-  }
-}
-
-// ---- dense rows
+// ---- dense rows, four at a time in blocks of 64 columns
 
 INLINE float sum_of(__m256 v) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -186,31 +156,46 @@ INLINE float sum_of(__m256 v) {
   return _mm_cvtss_f32(_mm_hadd_ps(half, half));
 }
 
-// R rows by BT rows of x; x.wide is in pairs for bf16.
+// R rows from `row` on by BT rows of x, which is in pairs for bf16.
 template <int values, int R, int BT>
-INLINE void dense16(const uint8_t* row, int64_t row_bytes, int64_t width, const float* x, int64_t ldx, __m256 (*a)[BT]) {
-  for (int64_t k = 0; k < width; k += 16, row += 32, x += 16)
-#pragma GCC unroll 4
+INLINE void dense16(const uint8_t* row, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
+  constexpr int E = BT == 1 ? 2 : 1;
+  __m256 a[E][R][BT];
+  for (int e = 0; e < E; e++)
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-      for (int e = 0; e < 2; e++) {
-        const __m256 w = load_step<values>(row + r * row_bytes, e);
+      for (int b = 0; b < BT; b++) a[e][r][b] = e ? _mm256_setzero_ps() : sums[r * BT + b];
+  for (int64_t i = 0; i < blocks; i++, row += 512, x += kBlock) {
+    prefetch<512>(row);
 #pragma GCC unroll 4
-        for (int b = 0; b < BT; b++)
-          a[BT == 1 ? 2 * r + e : r][b] =
-              _mm256_fmadd_ps(w, _mm256_loadu_ps(x + b * ldx + 8 * e), a[BT == 1 ? 2 * r + e : r][b]);
-      }
+    for (int k = 0; k < 4; k++)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int e = 0; e < 2; e++) {
+          const __m256 w = load_step<values>(row + 128 * r + 32 * k, e);
+#pragma GCC unroll 4
+          for (int b = 0; b < BT; b++)
+            a[e % E][r][b] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + b * ldx + 16 * k + 8 * e), a[e % E][r][b]);
+        }
+  }
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < BT; b++) sums[r * BT + b] = E == 2 ? _mm256_add_ps(a[0][r][b], a[E - 1][r][b]) : a[0][r][b];
 }
 
-template <int R, int BT, bool is_int4>
-INLINE void dense8(const uint8_t* row, int64_t row_bytes, int64_t blocks, const int8_t* x, int64_t ldx,
-                   const float* scales, int64_t ld_scales, __m256 (*a)[BT]) {
+template <bool is_int4, int R, int BT>
+INLINE void dense8(const uint8_t* row, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
+                   int64_t ld_scales, __m256* sums) {
+  constexpr int kBytes = is_int4 ? 34 : 64;
   const __m256i ones = _mm256_set1_epi16(1), low_four = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
-  for (int64_t i = 0; i < blocks; i++, row += is_int4 ? 34 : 64, x += kBlock, scales++)
+  __m256 a[R][BT];
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < BT; b++) a[r][b] = sums[r * BT + b];
+  for (int64_t i = 0; i < blocks; i++, row += 4 * kBytes, x += kBlock, scales++) {
+    prefetch<4 * kBytes>(row);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       __m256i s[BT];
-      const uint8_t* at = row + r * row_bytes;
+      const uint8_t* at = row + r * kBytes;
 #pragma GCC unroll 2
       for (int c = 0; c < 2; c++) {
         __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + (is_int4 ? 0 : 32 * c)));
@@ -219,17 +204,10 @@ INLINE void dense8(const uint8_t* row, int64_t row_bytes, int64_t blocks, const 
 #pragma GCC unroll 4
         for (int b = 0; b < BT; b++) {
           const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + b * ldx + 32 * c));
-          const __m256i pairs = dot_bytes(magnitude, w, v);
-          if (is_int4) s[b] = c ? _mm256_add_epi16(s[b], pairs) : pairs;
-          else s[b] = c ? _mm256_add_epi32(s[b], _mm256_madd_epi16(pairs, ones)) : _mm256_madd_epi16(pairs, ones);
+          s[b] = add_pairs<is_int4>(c ? &s[b] : nullptr, dot_bytes(magnitude, w, v), ones);
         }
       }
-      __m256 scale = _mm256_setzero_ps();
-      if (is_int4) {
-        uint16_t bits;
-        std::memcpy(&bits, at + 32, 2);
-        scale = _mm256_set1_ps(bfloat16_to_float(bits));
-      }
+      const __m256 scale = _mm256_set1_ps(is_int4 ? bfloat16_to_float(load16(at + 32)) : 1.0f);
 #pragma GCC unroll 4
       for (int b = 0; b < BT; b++) {
         const __m256 whole = _mm256_cvtepi32_ps(is_int4 ? _mm256_madd_epi16(s[b], ones) : s[b]);
@@ -237,55 +215,87 @@ INLINE void dense8(const uint8_t* row, int64_t row_bytes, int64_t blocks, const 
         a[r][b] = _mm256_fmadd_ps(whole, is_int4 ? _mm256_mul_ps(scale, x_scale) : x_scale, a[r][b]);
       }
     }
+  }
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < BT; b++) sums[r * BT + b] = a[r][b];
 }
 
-template <int values, int R, int BT>
-INLINE void dense_rows(const Header& of, const uint8_t* data, const Activations& x, int64_t batch_row, int64_t row,
-                       float* y, int64_t ldy) {
-  constexpr int E = values < kInt8 && BT == 1 ? 2 : 1;
-  const int64_t width = of.padded(), blocks = of.blocks(), bytes = of.dense_row_bytes();
-  __m256 a[R * E][BT];
-  for (auto& sums : a)
-    for (auto& sum : sums) sum = _mm256_setzero_ps();
-  if constexpr (values < kInt8)
-    dense16<values, R, BT>(data + row * bytes, bytes, width, x.wide + batch_row * width, width, a);
-  else
-    dense8<R, BT, values == kInt4>(data + row * bytes, bytes, blocks, x.narrow + batch_row * width, width,
-                                   x.scales + batch_row * blocks, blocks, a);
-  for (int r = 0; r < R; r++) {
-    float scale = 1.0f;
-    if (values == kInt8) std::memcpy(&scale, data + of.rows * bytes + 4 * (row + r), 4);
-    for (int b = 0; b < BT; b++)
-      y[b * ldy + row + r] = scale * sum_of(E == 2 ? _mm256_add_ps(a[r * E][b], a[r * E + E - 1][b]) : a[r * E][b]);
+// ---- tiles
+
+// `count` blocks from block `k` of a tile times rows [at, at + BT) of x, added to `sums`. n = 0 is dense.
+template <int n, int values, int BT>
+INLINE void add_blocks(const Header& of, const uint8_t* panel, int64_t count, const Activations& x, int64_t at,
+                       int64_t k, __m256* sums) {
+  const int64_t width = of.padded(), blocks = of.blocks();
+  const float* wide = x.wide + at * width + k * kBlock;
+  const int8_t* narrow = x.narrow + at * width + k * kBlock;
+  const float* scales = x.scales + at * blocks + k;
+  constexpr bool is_int4 = values == kInt4;
+  if constexpr (n > 0 && values < kInt8) {
+    panels16<values, BT>(panel, count, wide, width, sums);
+  } else if constexpr (n > 0) {
+    panels8<n, is_int4, BT>(panel, count, narrow, width, scales, blocks, sums);
+  } else {
+    constexpr int R = BT == 4 ? 2 : 4;  // what the registers hold
+    for (int r = 0; r < 4; r += R) {
+      if constexpr (values < kInt8) dense16<values, R, BT>(panel + 128 * r, count, wide, width, sums + r * BT);
+      else
+        dense8<is_int4, R, BT>(panel + (is_int4 ? 34 : 64) * r, count, narrow, width, scales, blocks, sums + r * BT);
+    }
   }
 }
 
-template <int values, int BT>
-void multiply_dense(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
+// The rows of a tile for row `b` of the BT that `sums` are of: 4, or 8 of 1:4.
+template <int n>
+INLINE void tile_sums(const __m256* sums, int BT, int b, float* rows) {
+  if (n == 0) {
+    for (int r = 0; r < 4; r++) rows[r] = sum_of(sums[r * BT + b]);
+    return;
+  }
+  __m128 half[2];
+  for (int h = 0; h < 2; h++) {
+    const __m256 v = sums[h * BT + b];
+    half[h] = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  }
+  _mm_storeu_ps(rows, n == 2 ? _mm_hadd_ps(half[0], half[1]) : half[0]);
+  if (n == 1) _mm_storeu_ps(rows + 4, half[1]);
+}
+
+template <int n, int values, int BT>
+void multiply_tiles(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
                     int64_t last) {
-  constexpr int R = BT == 4 ? 2 : 4;
-  const int64_t end = smaller(last * 4, of.rows);
-  for (int64_t row = first * 4; row < end; row += R)
-    for (int64_t b = 0; b < x.batch; b += BT) {
-      if (row + R <= end) {
-        dense_rows<values, R, BT>(of, data, x, b, row, y + b * ldy, ldy);
-      } else {
-        for (int64_t r = row; r < end; r++) dense_rows<values, 1, BT>(of, data, x, b, r, y + b * ldy, ldy);
-      }
+  constexpr int kTileRows = n == 1 ? 8 : 4;
+  const int64_t blocks = of.blocks(), bytes = of.panel_bytes();
+  // A part of x that stays in the first-level cache while the rows of a tile pass.
+  const int64_t x_bytes = x.batch * of.padded() * (values < kInt8 ? 4 : 1);
+  const int64_t part = x.batch == 1 || x_bytes <= 20480 ? blocks : x.batch >= 16 ? 4 : 8;
+  const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * blocks * bytes);
+  for (int64_t tile = first; tile < last; tile++) {
+    __m256 sums[kMaxBatch / BT][(n ? 2 : 4) * BT];
+    for (int64_t t = 0; t < x.batch / BT; t++)
+      for (auto& sum : sums[t]) sum = _mm256_setzero_ps();
+    for (int64_t k = 0; k < blocks; k += part)
+      for (int64_t t = 0; t < x.batch / BT; t++)
+        add_blocks<n, values, BT>(of, data + (tile * blocks + k) * bytes, smaller(part, blocks - k), x, t * BT, k,
+                                  sums[t]);
+    const int64_t count = smaller(kTileRows, of.rows - tile * kTileRows);
+    for (int64_t b = 0; b < x.batch; b++) {
+      float rows[kTileRows];
+      tile_sums<n>(sums[b / BT], BT, int(b % BT), rows);
+      for (int64_t r = 0; r < count; r++)
+        y[b * ldy + tile * kTileRows + r] = values == kInt8 ? rows[r] * row_scales[tile * kTileRows + r] : rows[r];
     }
+  }
+}
+
+template <int n, int values>
+Multiply for_batch(int64_t batch) {
+  return batch == 1 ? multiply_tiles<n, values, 1> : batch == 2 ? multiply_tiles<n, values, 2> : multiply_tiles<n, values, 4>;
 }
 
 template <int values>
 Multiply chosen(const Header& of, int64_t batch) {
-  if (of.layout == kDense)
-    return batch == 1 ? multiply_dense<values, 1> : batch == 2 ? multiply_dense<values, 2> : multiply_dense<values, 4>;
-  if (of.n == 1)
-    return batch == 1   ? multiply_panels<1, values, 1>
-           : batch == 2 ? multiply_panels<1, values, 2>
-                        : multiply_panels<1, values, 4>;
-  return batch == 1   ? multiply_panels<2, values, 1>
-         : batch == 2 ? multiply_panels<2, values, 2>
-                      : multiply_panels<2, values, 4>;
+  return of.n == 0 ? for_batch<0, values>(batch) : of.n == 1 ? for_batch<1, values>(batch) : for_batch<2, values>(batch);
 }
 
 }  // namespace

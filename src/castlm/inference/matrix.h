@@ -19,7 +19,7 @@ enum Values : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kI
 
 // kRows: kept values row by row, then the bits of the mask, then the scales; any pattern, plain C++.
 // kPanels: 1:4 and 2:4, a few rows by 64 columns at a time in the order in which AVX2 reads them.
-// kDense: all values row by row.
+// kDense: all values, four rows by 64 columns at a time.
 enum Layout : int32_t { kRows = 0, kPanels = 1, kDense = 2 };
 
 // m = 0 is a dense weight. `columns` may be any number; a row is padded with zeros to `padded()` columns.
@@ -32,13 +32,14 @@ struct Header {
   int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
   int64_t padded() const { return blocks() * kBlock; }
   int64_t kept() const { return m ? columns / m * n : columns; }  // values in a row
-  int64_t panel_rows() const { return 8 / n; }                    // 4 of 2:4, 8 of 1:4
-  int64_t panel_bytes() const { return 32 + (values == kInt8 ? 128 : values == kInt4 ? 64 + 2 * panel_rows() : 256); }
-  int64_t tiles(int64_t tile_rows) const { return (rows + tile_rows - 1) / tile_rows; }
-  int64_t tile_rows() const { return layout == kPanels ? panel_rows() : 4; }
+  int64_t tile_rows() const { return layout == kPanels && n == 1 ? 8 : 4; }
+  int64_t tiles() const { return (rows + tile_rows() - 1) / tile_rows(); }
+  int64_t panel_bytes() const {  // of a tile of rows by 64 columns
+    if (m == 0) return tile_rows() * dense_block_bytes();
+    return 32 + (values == kInt8 ? 128 : values == kInt4 ? 64 + 2 * tile_rows() : 256);
+  }
+  int64_t dense_block_bytes() const { return values == kInt4 ? kBlock / 2 + 2 : kBlock * value_bytes(); }
   int64_t value_bytes() const { return values == kFloat32 ? 4 : values == kInt8 ? 1 : 2; }  // of all but int4
-  // of one row: kDense, padded; and kRows
-  int64_t dense_row_bytes() const { return values == kInt4 ? blocks() * (kBlock / 2 + 2) : padded() * value_bytes(); }
   int64_t kept_row_bytes() const { return values == kInt4 ? (kept() + 1) / 2 : kept() * value_bytes(); }
   int64_t mask_row_bytes() const { return (columns + 7) / 8; }
   int64_t scales_per_row() const { return values == kInt8 ? 1 : values == kInt4 ? blocks() : 0; }
