@@ -29,6 +29,8 @@ COMMANDS: dict[str, Command] = {
     "compare": Command("compare", "run CAST and its rivals in one harness and print one table"),
     "plan": Command("plan", "predict convergence, perplexity, hours and memory before a run"),
     "verify": Command("verify", "count every n:m group of a checkpoint"),
+    "pack": Command("pack", "store an n:m model without its zeros: smaller, and faster on a CPU"),
+    "unpack": Command("unpack", "write a packed model as a plain model folder again"),
     "demo": Command("demo", "run the main job on the embedded SmolLM2-135M-Instruct, in minutes, on a laptop"),
 }
 

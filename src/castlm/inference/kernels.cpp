@@ -228,7 +228,7 @@ bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t col
   const int64_t limit = int64_t(1) << 31;
   if (values < kBFloat16 || values > kInt4 || rows < 1 || columns < 1 || rows >= limit || columns >= limit) return false;
   if (m ? n < 1 || n >= m || columns % m : n != 0) return false;
-  const bool fits_panels = m == 4 && n <= 2 && values != kFloat32;
+  const bool fits_panels = m == 4 && n <= 2;
   if (layout < 0) layout = m == 0 ? kDense : fits_panels && has_avx2() ? kPanels : kRows;
   if (layout > kDense || (layout == kDense) != (m == 0) || (layout == kPanels && !(fits_panels && has_avx2()))) return false;
   of = Header{kMagic, layout, values, n, m, 0, rows, columns, 0};

@@ -30,33 +30,35 @@ INLINE uint16_t load16(const uint8_t* at) {
   return bits;
 }
 
-// Eight weights of a lane step `e` out of the 16 at `at`.
+// Eight weights of step `e` out of the 16 at `at`.
 template <int values>
 INLINE __m256 load_step(const uint8_t* at, int e) {
+  if (values == kFloat32) return _mm256_loadu_ps(reinterpret_cast<const float*>(at) + 8 * e);
   if (values == kFloat16) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 16 * e)));
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
   const __m256i odd = _mm256_set1_epi32(int(0xffff0000));
   return _mm256_castsi256_ps(e ? _mm256_and_si256(both, odd) : _mm256_slli_epi32(both, 16));
 }
 
-// ---- 2:4 and 1:4 of 16 bits
+// ---- 2:4 and 1:4 of floats
 
 template <int values, int BT>
-INLINE void panels16(const uint8_t* panel, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
+INLINE void panels_of_floats(const uint8_t* panel, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
+  constexpr int kStep = values == kFloat32 ? 64 : 32, kBytes = 32 + 8 * kStep;  // of 16 weights; of a panel
   constexpr int E = BT <= 2 ? 2 : 1;  // two sums an output where the batch is small: it hides the latency of an FMA
   __m256 a[E][2][BT];
   for (int e = 0; e < E; e++)
     for (int h = 0; h < 2; h++)
       for (int b = 0; b < BT; b++) a[e][h][b] = e ? _mm256_setzero_ps() : sums[h * BT + b];
-  for (int64_t i = 0; i < blocks; i++, panel += 288, x += kBlock) {
-    prefetch<288>(panel);
+  for (int64_t i = 0; i < blocks; i++, panel += kBytes, x += kBlock) {
+    prefetch<kBytes>(panel);
     const __m256i meta = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel));
 #pragma GCC unroll 4
     for (int t = 0; t < 4; t++) {
 #pragma GCC unroll 2
       for (int e = 0; e < 2; e++) {
-        const __m256 w0 = load_step<values>(panel + 32 + 64 * t, e);
-        const __m256 w1 = load_step<values>(panel + 64 + 64 * t, e);
+        const __m256 w0 = load_step<values>(panel + 32 + 2 * kStep * t, e);
+        const __m256 w1 = load_step<values>(panel + 32 + kStep * (2 * t + 1), e);
         const __m256i c0 = _mm256_srli_epi32(meta, 4 * t + 2 * e);
         const __m256i c1 = _mm256_srli_epi32(meta, 4 * t + 2 * e + 16);
 #pragma GCC unroll 4
@@ -100,7 +102,7 @@ INLINE void row_scales(const uint8_t* at, __m256* scales) {
 }
 
 template <int n, bool is_int4, int BT>
-INLINE void panels8(const uint8_t* panel, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
+INLINE void panels_of_integers(const uint8_t* panel, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
                     int64_t ld_scales, __m256* sums) {
   constexpr int kBytes = is_int4 ? 32 + 64 + 16 / n : 160;
   const __m256i low_two = _mm256_set1_epi8(3), low_four = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
@@ -158,21 +160,22 @@ INLINE float sum_of(__m256 v) {
 
 // R rows from `row` on by BT rows of x, which is in pairs for bf16.
 template <int values, int R, int BT>
-INLINE void dense16(const uint8_t* row, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
+INLINE void dense_floats(const uint8_t* row, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
+  constexpr int kStep = values == kFloat32 ? 64 : 32;  // bytes of 16 weights
   constexpr int E = BT == 1 ? 2 : 1;
   __m256 a[E][R][BT];
   for (int e = 0; e < E; e++)
     for (int r = 0; r < R; r++)
       for (int b = 0; b < BT; b++) a[e][r][b] = e ? _mm256_setzero_ps() : sums[r * BT + b];
-  for (int64_t i = 0; i < blocks; i++, row += 512, x += kBlock) {
-    prefetch<512>(row);
+  for (int64_t i = 0; i < blocks; i++, row += 16 * kStep, x += kBlock) {
+    prefetch<16 * kStep>(row);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++)
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
         for (int e = 0; e < 2; e++) {
-          const __m256 w = load_step<values>(row + 128 * r + 32 * k, e);
+          const __m256 w = load_step<values>(row + kStep * (4 * r + k), e);
 #pragma GCC unroll 4
           for (int b = 0; b < BT; b++)
             a[e % E][r][b] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + b * ldx + 16 * k + 8 * e), a[e % E][r][b]);
@@ -183,7 +186,7 @@ INLINE void dense16(const uint8_t* row, int64_t blocks, const float* x, int64_t 
 }
 
 template <bool is_int4, int R, int BT>
-INLINE void dense8(const uint8_t* row, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
+INLINE void dense_integers(const uint8_t* row, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
                    int64_t ld_scales, __m256* sums) {
   constexpr int kBytes = is_int4 ? 34 : 64;
   const __m256i ones = _mm256_set1_epi16(1), low_four = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
@@ -232,15 +235,15 @@ INLINE void add_blocks(const Header& of, const uint8_t* panel, int64_t count, co
   const float* scales = x.scales + at * blocks + k;
   constexpr bool is_int4 = values == kInt4;
   if constexpr (n > 0 && values < kInt8) {
-    panels16<values, BT>(panel, count, wide, width, sums);
+    panels_of_floats<values, BT>(panel, count, wide, width, sums);
   } else if constexpr (n > 0) {
-    panels8<n, is_int4, BT>(panel, count, narrow, width, scales, blocks, sums);
+    panels_of_integers<n, is_int4, BT>(panel, count, narrow, width, scales, blocks, sums);
   } else {
     constexpr int R = BT == 4 ? 2 : 4;  // what the registers hold
     for (int r = 0; r < 4; r += R) {
-      if constexpr (values < kInt8) dense16<values, R, BT>(panel + 128 * r, count, wide, width, sums + r * BT);
+      if constexpr (values < kInt8) dense_floats<values, R, BT>(panel + of.dense_block_bytes() * r, count, wide, width, sums + r * BT);
       else
-        dense8<is_int4, R, BT>(panel + (is_int4 ? 34 : 64) * r, count, narrow, width, scales, blocks, sums + r * BT);
+        dense_integers<is_int4, R, BT>(panel + of.dense_block_bytes() * r, count, narrow, width, scales, blocks, sums + r * BT);
     }
   }
 }
@@ -308,6 +311,7 @@ Multiply avx2_multiply(const Header& of, int64_t batch) {
   switch (of.values) {
     case kBFloat16: return chosen<kBFloat16>(of, batch);
     case kFloat16: return chosen<kFloat16>(of, batch);
+    case kFloat32: return chosen<kFloat32>(of, batch);
     case kInt8: return chosen<kInt8>(of, batch);
     case kInt4: return chosen<kInt4>(of, batch);
     default: return nullptr;

@@ -36,7 +36,7 @@ struct Header {
   int64_t tiles() const { return (rows + tile_rows() - 1) / tile_rows(); }
   int64_t panel_bytes() const {  // of a tile of rows by 64 columns
     if (m == 0) return tile_rows() * dense_block_bytes();
-    return 32 + (values == kInt8 ? 128 : values == kInt4 ? 64 + 2 * tile_rows() : 256);
+    return 32 + (values == kInt8 ? 128 : values == kInt4 ? 64 + 2 * tile_rows() : 128 * value_bytes());
   }
   int64_t dense_block_bytes() const { return values == kInt4 ? kBlock / 2 + 2 : kBlock * value_bytes(); }
   int64_t value_bytes() const { return values == kFloat32 ? 4 : values == kInt8 ? 1 : 2; }  // of all but int4
@@ -89,9 +89,9 @@ INLINE uint16_t float_to_float16(float value) {
 
 // Where a panel holds kept value `slot` of `group` (16 of four columns) of row `row`: the two bits of its column within
 // the group, and its value, at byte `value` (`value_shift` of int4 within it).
-//   16 bits: 8 words of metadata, word l for lane l = 4 * (group % 2) + n * (row % R) + slot, bits 16 h + 2 s of half
+//   floats: 8 words of metadata, word l for lane l = 4 * (group % 2) + n * (row % R) + slot, bits 16 h + 2 s of half
 //     h = row / R and step s = group / 2, with R = 4 / n; then per two steps and half 16 values, of which bf16 interleaves
-//     the two steps and fp16 has one after the other.
+//     the two steps and the others have one after the other.
 //   8 and 4 bits: 32 bytes of metadata, byte i = 16 * (group / 4 % 2) + 4 n * (row % R) + n * (group % 4) + slot, bits
 //     2 s of step s = 2 h + group / 8; then per step 32 bytes, or of int4 per two steps, the first in the low halves.
 struct Place {
@@ -102,8 +102,8 @@ INLINE Place place_in_panel(const Header& of, int64_t row, int group, int slot) 
   if (of.values < kInt8) {
     const int lane = 4 * (group % 2) + n * row_of_half + slot, step = group / 2;
     const int pair = (step / 2 * 2 + half) * 16;
-    const int index = of.values == kFloat16 ? pair + 8 * (step % 2) + lane : pair + 2 * lane + step % 2;
-    return {4 * lane + 2 * half + step / 4, step % 4 * 2, 32 + 2 * index, 0};
+    const int index = of.values == kBFloat16 ? pair + 2 * lane + step % 2 : pair + 8 * (step % 2) + lane;
+    return {4 * lane + 2 * half + step / 4, step % 4 * 2, 32 + int(of.value_bytes()) * index, 0};
   }
   const int byte = 16 * (group / 4 % 2) + 4 * n * row_of_half + n * (group % 4) + slot, step = 2 * half + group / 8;
   if (of.values == kInt8) return {byte, 2 * step, 32 + 32 * step + byte, 0};
