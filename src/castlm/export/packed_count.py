@@ -15,7 +15,7 @@ class PackedCounts(NamedTuple):
     """What a packed tensor holds.
 
     Attributes:
-        groups, violations, most_kept: groups of the pattern asked for, those that keep more, and the most that one keeps.
+        groups, violations, most_kept: groups of the pattern asked for, those that keep too many, and the most in one.
         nonzeros: kept values that are not zero.
         damage: why the mask is not one of the tensor's own pattern; None where it is.
     """
@@ -30,8 +30,8 @@ class PackedCounts(NamedTuple):
 def count_packed(spec: PackedSpec, parts: Mapping[str, StoredTensor], m: int, n: int) -> PackedCounts:
     """Counts the groups of `m` that keep more than `n`; `m` divides the width, and `spec` is no dense tensor.
 
-    Every group of the tensor's own pattern must keep exactly `spec.n`, with no bit set past the last column: else values
-    belong to other columns than the mask says.
+    Every group of the tensor's own pattern must keep exactly `spec.n`, with no bit set past the last column: else
+    values belong to other columns than the mask says.
     """
     groups = violations = most = num_damaged = 0
     for chunk in byte_chunks(parts["mask"], -(-spec.columns // 8)):

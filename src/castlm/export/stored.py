@@ -177,7 +177,7 @@ def num_non_finite_bits(bits: np.ndarray, dtype: str) -> int:
 
 
 def byte_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray]:
-    """The bytes of a tensor in chunks of a multiple of `step`: uint8, 1-D; the buffer is used again for the next chunk."""
+    """The bytes of a tensor, uint8, 1-D, in chunks of a multiple of `step`; the buffer is used again for the next."""
     size = max(1, CHUNK_BYTES // step) * step
     buffer = np.empty(min(size, tensor.num_bytes), np.uint8)
     left = tensor.num_bytes

@@ -187,8 +187,8 @@ def verify(
 
     Held to the pattern are the 2-D weights inside the transformer blocks, except embeddings and norms; groups lie along
     the input axis, which is the first one where the family stores Conv1D (GPT-2). Layers that the folder's castlm.json
-    lists under `left_dense` are reported as such. Reads f64, f32, f16, bf16 and f8, where a value of -0.0 is a zero, and
-    castlm's packed format, whose masks must keep exactly n of every m.
+    lists under `left_dense` are reported as such. Reads f64, f32, f16, bf16 and f8, where a value of -0.0 is a zero,
+    and castlm's packed format, whose masks must keep exactly n of every m.
 
     Args:
         path: the checkpoint.
@@ -197,8 +197,8 @@ def verify(
         exclude: globs of tensor names to leave out, reported as not checked.
 
     Raises:
-        InputError: nothing readable at `path`, a corrupt or short file, integer weights or those packed by others, a bad pattern, or no
-            layer to hold to the pattern.
+        InputError: nothing readable at `path`, a corrupt or short file, integer weights or those packed by others, a
+            bad pattern, or no layer to hold to the pattern.
     """
     check_pattern(n, m)
     path = Path(path)

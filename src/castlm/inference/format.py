@@ -1,11 +1,14 @@
 """The packed file format, as a reader needs it who has neither torch nor transformers: names, shapes, metadata.
 
 A packed tensor `X.weight` of shape (out, in) is stored in safetensors as
-- `X.values`, (out, in / m * n): the kept values of each row in the order of their columns, exactly n of every m, as bf16,
-  fp16, fp32 or int8; or uint8 (out, ceil(in / m * n / 2)) of int4, two's complement, the earlier value in the low half.
-- `X.mask`, uint8 (out, ceil(in / 8)): bit i of byte j is column 8 j + i, 1 where a weight is kept; bits past `in` are 0.
+- `X.values`, (out, in / m * n): the kept values of each row in the order of their columns, exactly n of every m, as
+  bf16, fp16, fp32 or int8; or uint8 (out, ceil(in / m * n / 2)) of int4, two's complement, the earlier value in the low
+  half.
+- `X.mask`, uint8 (out, ceil(in / 8)): bit i of byte j is column 8 j + i, 1 where a weight is kept, 0 past `in`.
 - `X.scales`, of int8 fp32 (out, 1), of int4 bf16 (out, ceil(in / 64)): a value times its scale is the weight.
-A dense quantized tensor has no mask. The order does not depend on a processor; `native.repack_` makes the one that does.
+A dense quantized tensor has no mask. The order is the same for every processor; `native.repack_` makes the one in which
+this processor reads.
+
 The entry "castlm" of the file's metadata is JSON: {"version": 1, "tensors": {X: {"shape", "pattern", "values",
 "transposed"}}}. A transposed tensor is one that transformers stores (in, out).
 """
@@ -23,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from castlm.core.errors import InputError
 
 FILE = "castlm.safetensors"
-"""The one weight file of a packed folder. transformers does not look for this name: without castlm it finds no weights."""
+"""The weight file of a packed folder. transformers does not look for this name: without castlm it finds no weights."""
 
 INDEX = "castlm.safetensors.index.json"
 """Where there are several files, which one holds each tensor."""

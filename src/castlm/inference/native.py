@@ -115,7 +115,8 @@ def repack_(
     values = values.contiguous()
     mask = torch.empty(0, dtype=torch.uint8) if mask is None else mask.contiguous()
     scales = torch.empty(0) if scales is None else scales.to(torch.float32).contiguous()
-    assert buffer.is_contiguous() and buffer.dtype == mask.dtype == torch.uint8
+    assert buffer.is_contiguous()
+    assert buffer.dtype == mask.dtype == torch.uint8
     code = _library().castlm_repack(
         *(LAYOUTS[layout], VALUES[kind], n, m, len(values), columns),
         *(values.data_ptr(), values.nbytes, mask.data_ptr(), mask.nbytes, scales.data_ptr(), scales.numel()),
@@ -142,7 +143,8 @@ def multiply(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
 
 def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
     """Writes rows [first, last) of the matrix in `packed` to `out` (last - first, in), fp32, contiguous."""
-    assert out.dtype == torch.float32 and out.is_contiguous()
+    assert out.dtype == torch.float32
+    assert out.is_contiguous()
     code = _library().castlm_unpack(
         packed.data_ptr(), packed.numel(), first, last, out.data_ptr(), out.numel(), torch.get_num_threads()
     )
