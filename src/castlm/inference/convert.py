@@ -72,6 +72,12 @@ def pack_model_(
     return names
 
 
+def can_pack_tables(model: PreTrainedModel) -> bool:
+    """Whether embedding and head are plain layers of torch; those that scale or cast are left as they are."""
+    head = model.get_output_embeddings()
+    return type(model.get_input_embeddings()) is nn.Embedding and (head is None or type(head) is nn.Linear)
+
+
 def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Makes embedding and head packed layers where they are plain ones, and prepares all packed layers of `model`.
 
@@ -80,7 +86,8 @@ def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     shared = None
-    if type(embedding) is nn.Embedding:
+    plain = can_pack_tables(model)
+    if plain:
         table = PackedEmbedding(table_spec(embedding.weight), dtype)
         table.values = embedding.weight.detach()
         if head is not None and getattr(head, "weight", None) is embedding.weight:
@@ -91,7 +98,7 @@ def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     if shared is not None:
         model.all_tied_weights_keys = {}  # they share a buffer from here on, not a parameter
         model.set_output_embeddings(nn.Identity())
-    elif type(head) is nn.Linear:
+    elif plain and head is not None:
         packed = PackedTensor(table_spec(head.weight), head.weight.detach(), None, None)
         model.set_output_embeddings(pack_linear(head, packed))
     del embedding, head

@@ -41,9 +41,10 @@ class Generated:
 def load_to_generate(
     name: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in the dtype of its config, and its tokenizer: a folder, plain or packed, a hub id, a .gguf file or "demo".
+    """A model in the dtype of its config, on a GPU where there is one, and its tokenizer.
 
-    On a GPU where there is one.
+    Args:
+        name: a folder, plain or packed, a hub id, a .gguf file or "demo".
 
     Raises:
         InputError: as `castlm.models.open_model`, or damaged packed files.
@@ -117,7 +118,7 @@ def generate_text(
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
         raise InputError(
-            f"{input_ids.shape[1]} tokens of prompt and {max_new_tokens} new ones exceed the context of {longest} tokens: "
+            f"{input_ids.shape[1]} tokens of prompt and {max_new_tokens} new ones exceed the context of {longest}: "
             "lower --max-new-tokens"
         )
     torch.manual_seed(seed)

@@ -22,7 +22,7 @@ _LIBRARY.define("packed_linear(Tensor x, Tensor packed, int out_features) -> Ten
 
 @torch.library.impl(_LIBRARY, "packed_linear", "CPU")
 def _packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    """`x @ W.T`, (..., in) -> (..., out) in the dtype of x, for the buffer that `native.repack_` made of W (out, in)."""
+    """`x @ W.T`, (..., in) -> (..., out) in the dtype of x; `packed` is the buffer of W (out, in)."""
     num_rows = x.numel() // max(1, x.shape[-1])
     if num_rows == 0:
         return x.new_empty((*x.shape[:-1], out_features))

@@ -8,6 +8,7 @@ at the top but what is there when `castlm.inference.register` calls for this mod
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from castlm.core.errors import InputError
 from castlm.inference import native
-from castlm.inference.convert import onto_kernels_
+from castlm.inference.convert import can_pack_tables, onto_kernels_
 from castlm.inference.format import FILE, VERSION, PackedSpec, read_specs
 from castlm.inference.layers import PackedEmbedding, PackedLinear
 
@@ -139,24 +140,32 @@ def _is_cpu(device: Any) -> bool:
     return device is None or torch.device(device).type == "cpu"
 
 
-def _path_in(model: PreTrainedModel, name: str) -> str | None:
-    """Where the module of a stored name is, which may lack the prefix of the model's backbone or have one too many."""
+def _names_of(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
+    """What the module `name` may be called, in a file or a model: the backbone's prefix is there or not."""
     prefix = f"{model.base_model_prefix}."
-    modules = dict(model.named_modules())
-    return next((path for path in (name, prefix + name, name.removeprefix(prefix)) if path in modules), None)
+    return name, prefix + name, name.removeprefix(prefix)
+
+
+def _path_in(model: PreTrainedModel, name: str) -> str | None:
+    """Where the module of a stored name is."""
+    for path in _names_of(model, name):
+        with contextlib.suppress(AttributeError):
+            model.get_submodule(path)
+            return path
+    return None
 
 
 def _keep_table_dtypes(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
-    """Has the embedding and the head loaded as they are stored, not in the dtype of activations: they are packed next."""
-    stored: dict[str, str] = {}
+    """Has embedding and head loaded as they are stored, not in the dtype of activations: they are packed next."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not can_pack_tables(model):
+        return
+    paths = {path: module for path, module in model.named_modules() if module in (embedding, head)}
     for file in checkpoint_files:
         with safe_open(file, framework="numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                if name.endswith(".weight") and (path := _path_in(model, name.removesuffix(".weight"))) is not None:
-                    stored[path] = opened.get_slice(name).get_dtype()
-    tables = {type(model.get_input_embeddings()): nn.Embedding, type(model.get_output_embeddings()): nn.Linear}
-    for path, module in model.named_modules():
-        if module in (model.get_input_embeddings(), model.get_output_embeddings()) and path in stored:
-            dtype = FLOATS.get(stored[path])
-            if dtype is not None and tables.get(type(module)) is type(module):
-                module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+            present = set(opened.keys())
+            for path, module in paths.items():
+                found = [name for name in _names_of(model, path) if f"{name}.weight" in present]
+                dtype = FLOATS.get(opened.get_slice(f"{found[0]}.weight").get_dtype()) if found else None
+                if dtype is not None:
+                    module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
