@@ -54,6 +54,7 @@ def pack_model_(
     ]
     if not names:
         raise InputError(f"{type(model).__name__} has no linear layer to pack")
+    model.float()  # norms and biases stay so
     for name in names:
         layer = model.get_submodule(name)
         weight = layer.weight.detach().to(dtype)
@@ -67,7 +68,6 @@ def pack_model_(
             table.weight = nn.Parameter(table.weight.to(dtype), requires_grad=False)
     if tied:
         head.weight = embedding.weight
-    model.float()  # what is left of parameters: norms and biases
     onto_kernels_(model, torch.float32)
     return names
 
