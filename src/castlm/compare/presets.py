@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-RETRAINING = ("cast", "ste", "srste", "ast", "gradual_magnitude", "dense")
+from castlm.methods.table import METHODS
+
+RETRAINING = tuple(METHODS)
 ONESHOT = ("magnitude", "wanda", "sparsegpt")
 
 

@@ -14,7 +14,7 @@ from castlm.files import read_yaml_mapping
 STARTS_DENSE = ("dense", "gradual_magnitude")
 """Methods that take no initial mask."""
 
-Method = Literal["cast", "ste", "srste", "ast", "gradual_magnitude", "dense"]
+Method = Literal["cast", "finetune", "ste", "srste", "ast", "gradual_magnitude", "dense"]
 
 
 @dataclass
@@ -76,8 +76,8 @@ class TrainConfig:
     calibration_sequences: int = 128
     """Sequences of the training text, of seq_len tokens, that wanda and sparsegpt are calibrated on there."""
 
-    srste_lam: float = 2e-4
-    """Decay coefficient of the rivals srste and ast, times the masked weight, in the gradient."""
+    srste_lam: float = 5e-3
+    """Decay coefficient of srste and ast: the gradient of a masked weight gains srste_lam times the weight."""
 
     scale_groups: int = 2
     """Learnable factors per weight row, folded in at the end; 0 turns weight scaling off."""
