@@ -50,7 +50,7 @@ class FinishCast(TrainerCallback):
 
 
 class CastTrainer(Trainer):
-    """A Trainer that makes its model n:m sparse. Learning rate and Adam's settings come from `args`; weight decay does not.
+    """A Trainer that makes its model n:m sparse, with the learning rate and Adam's settings of `args`.
 
     Raises:
         InputError: DeepSpeed, FSDP, load_best_model_at_end, or no max_steps.
