@@ -6,7 +6,7 @@ steps old, so it cannot be recomputed from the weights on resume.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from castlm.core import native
+from castlm.core.apply import Update
 from castlm.core.checks import (
     check_gradient,
     check_keys,
@@ -25,14 +26,12 @@ from castlm.core.checks import (
 )
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
-from castlm.core.masks import bits_of_a_word, compiled, pack_mask, unpack_mask
-from castlm.core.moments import MOMENT_KEYS, from_codes, new_moments
+from castlm.core.masks import pack_mask, unpack_mask
+from castlm.core.moments import from_codes, new_moments
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.shards import flat, like_rows, local
-from castlm.core.update import Columns, hyperparameters, update_, update_words_
+from castlm.core.update import hyperparameters
 
-_SMALL = 65_536  # dense tensors with fewer weights are updated together
-_CALL = 8  # tensors of one size that one call of the compiled update takes
 EXACT_ON_RESUME = (
     "sparse",
     "pattern",
@@ -43,21 +42,6 @@ EXACT_ON_RESUME = (
     "second_moment",
     "moments",
 )
-
-
-def _calls(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """`params` in lists of `_CALL` of one size, and the rest one by one.
-
-    Two compilations then serve all sizes, and the cost of calling a compiled function, which equals that of updating
-    100,000 weights, is paid once for eight.
-    """
-    by_size: dict[int, list[Tensor]] = {}
-    for param in params:
-        by_size.setdefault(local(param).numel(), []).append(param)
-    for same in by_size.values():
-        whole = len(same) // _CALL * _CALL
-        yield from (same[i : i + _CALL] for i in range(0, whole, _CALL))
-        yield from ([param] for param in same[whole:])
 
 
 class AdamS(Optimizer):
@@ -105,8 +89,8 @@ class AdamS(Optimizer):
             on a CPU if they are compiled. True requires them on a CPU, and uses `torch.compile` on other devices. False
             runs torch operators. All follow the same equations; the last bits may differ.
 
-    State of a sparse parameter (out, in): `step` () float32, `exp_avg` and `exp_avg_sq` as `new_moments` makes them, and
-    `mask` (out, ceil(in / 8)) uint8, one bit per weight, 1 = kept, as `pack_mask` makes it. All of it exists from
+    State of a sparse parameter (out, in): `step` () float32, `exp_avg` and `exp_avg_sq` as `new_moments` makes them,
+    and `mask` (out, ceil(in / 8)) uint8, one bit per weight, 1 = kept, as `pack_mask` makes it. All of it exists from
     construction on. Parameters may be DTensors sharded by rows, as FSDP2 makes them; `mask` is sharded alike.
     Gradients of another real dtype are converted to the parameter's.
 
@@ -313,70 +297,13 @@ class AdamS(Optimizer):
                 state = self.state[param]
                 key = int(state["step"]), param.device, param.dtype, "exp_avg_scale" in state
                 alike.setdefault(key, []).append(param)
-        for (step, device, dtype, in_8bit), params in alike.items():
-            hyper = hyperparameters(group, step)
+        for (step, _, _, in_8bit), params in alike.items():
             second_moment = group["second_moment"] if group["sparse"] else "gradient"
+            hyper = hyperparameters(group, step)
             here = [p for p in params if local(p).numel()]  # a rank may hold no rows of a parameter
-            if self._fused is not False and here and all(native.runs_on(local(p)) for p in here):
-                self._update_native(here, group["sparse"], hyper, second_moment)
-            elif here:
-                dtype = torch.float64 if dtype == torch.float64 else torch.float32
-                update = self._update_sparse if group["sparse"] else self._update_dense
-                update(here, in_8bit, torch.tensor(hyper, dtype=dtype, device=device), second_moment)
+            if here:
+                Update(self.state, group["sparse"], in_8bit, hyper, second_moment, self._fused).apply_(here)
             torch._foreach_add_([self.state[param]["step"] for param in params], 1)
-
-    def _held(self, params: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-        """This rank's gradients in the dtype of the parameters, and its moments and their scales by name."""
-        grads = [local(p.grad).to(p.dtype).contiguous() for p in params if p.grad is not None]
-        keys = [key for key in MOMENT_KEYS if key in self.state[params[0]]]
-        return grads, {key: [local(self.state[p][key]) for p in params] for key in keys}
-
-    def _update_native(
-        self, params: Sequence[Tensor], sparse: bool, hyper: Sequence[float], second_moment: str
-    ) -> None:
-        masks = [local(self.state[p]["mask"]) if sparse else None for p in params]
-        native.update_([local(p).detach() for p in params], *self._held(params), masks, hyper, second_moment)
-
-    def _columns(self, params: Sequence[Tensor]) -> Columns:
-        """This rank's weights, gradients and moments, and the scales of 8-bit moments."""
-        grads, moments = self._held(params)
-        columns = [list(params), grads, *moments.values()]
-        scales = [key.endswith("_scale") for key in ("", "", *moments)]
-        if not any(scales):
-            return [[flat(tensor) for tensor in column] for column in columns]
-        shapes = [(local(self.state[p]["exp_avg_scale"]).numel(), -1) for p in params]
-        return [
-            [flat(tensor) if is_scale else flat(tensor).view(shape) for tensor, shape in zip(column, shapes)]
-            for column, is_scale in zip(columns, scales)
-        ]
-
-    def _lists(self, params: Sequence[Tensor], in_8bit: bool) -> Iterable[list[Tensor]]:
-        """What one call of `_run` takes: one parameter where several would hold their new moments at the same time."""
-        return _calls(params) if self._fused and not in_8bit else ([param] for param in params)
-
-    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        return (compiled(function) if self._fused else function)(*args)
-
-    def _update_sparse(self, params: Sequence[Tensor], in_8bit: bool, *rest: Any) -> None:
-        for some in self._lists(params, in_8bit):
-            columns = self._columns(some)
-            if self._fused and all(p.shape[1] % 8 == 0 and local(p).numel() % 32 == 0 for p in some):
-                words = [flat(flat(self.state[p]["mask"]).view(torch.int32)) for p in some]
-                self._run(update_words_, columns, words, bits_of_a_word(words[0].device), in_8bit, *rest)
-            else:
-                self._run(update_, columns, [flat(self.mask(p)) for p in some], in_8bit, *rest)
-
-    def _update_dense(self, params: Sequence[Tensor], in_8bit: bool, *rest: Any) -> None:
-        together = [p for p in params if local(p).numel() < _SMALL and not in_8bit]
-        for some in self._lists([p for p in params if in_8bit or local(p).numel() >= _SMALL], in_8bit):
-            self._run(update_, self._columns(some), [None] * len(some), in_8bit, *rest)
-        if together:
-            columns = self._columns(together)
-            whole = [torch.cat(column) for column in columns]
-            self._run(update_, [[tensor] for tensor in whole], [None], in_8bit, *rest)
-            sizes = [weight.numel() for weight in columns[0]]
-            for i in (0, 2, 3):
-                torch._foreach_copy_(columns[i], torch.split(whole[i], sizes))
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the options, as in torch. Patterns are saved as text, so that no class has to be unpickled."""
@@ -408,8 +335,8 @@ class AdamS(Optimizer):
         sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
         if sizes[0] != sizes[1]:
             raise InputError(
-                f"the saved optimizer state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}: load the "
-                "state of the same model"
+                f"the saved optimizer state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}: load "
+                "the state of the same model"
             )
         saved_state: dict[Tensor, dict[str, Any]] = {}
         for saved, group in zip(groups, self.param_groups):

@@ -162,8 +162,8 @@ def check_gradient(param: Tensor, state: Mapping[str, Tensor]) -> None:
         )
     if grad.layout != torch.strided:
         raise InputError(
-            f"a parameter of shape {shape} has a gradient of layout {grad.layout}: AdamS takes dense gradients, as from "
-            "nn.Embedding(sparse=False)"
+            f"a parameter of shape {shape} has a gradient of layout {grad.layout}: AdamS takes dense gradients, "
+            "as from nn.Embedding(sparse=False)"
         )
     placed_alike = getattr(grad, "placements", None) == getattr(param, "placements", None)
     if grad.shape != param.shape or grad.device != param.device or not placed_alike:
@@ -179,8 +179,8 @@ def check_saved_state(saved: Mapping[str, Any], state: Mapping[str, Tensor], whe
     """Raises `InputError` unless the saved state of a parameter has the names, shapes and dtypes of its `state`."""
     if set(saved) != set(state):
         raise InputError(
-            f"the saved state of {where} holds {', '.join(sorted(map(str, saved)))}, not {', '.join(sorted(state))}: it "
-            "is not of this optimizer"
+            f"the saved state of {where} holds {', '.join(sorted(map(str, saved)))}, not {', '.join(sorted(state))}: "
+            "load the state of the same model and options"
         )
     for name, tensor in state.items():
         value = saved[name]

@@ -135,7 +135,7 @@ def _checked_teacher(
         if any(part.dim() != labels.dim() + 1 or part.shape[:-1] != labels.shape for part in teacher_top):
             shapes = tuple(teacher_top.tokens.shape), tuple(teacher_top.log_probs.shape)
             raise InputError(
-                f"teacher_top has shapes {shapes}, the labels {tuple(labels.shape)}: it must be the labels' shape + (k,)"
+                f"teacher_top has shapes {shapes}, the labels {tuple(labels.shape)}: it must be that shape + (k,)"
             )
         return teacher_top
     if hidden is None or head is None:

@@ -46,7 +46,7 @@ def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
 
 
 def block_size(param: Tensor) -> int:
-    """How many weights share a scale: the largest power of 2 up to 256 that divides the width, or 0 if it is below 32."""
+    """How many weights share a scale: the largest power of 2, 32 to 256, that divides the width, or 0 if none does."""
     if param.dim() != 2 or param.numel() < _LEAST:
         return 0
     block = min(LONGEST_BLOCK, param.shape[1] & -param.shape[1])

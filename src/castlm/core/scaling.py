@@ -100,8 +100,8 @@ def _warn_before_fold(model: nn.Module, state_dict: dict[str, Any], prefix: str,
     name = next(iter(_scaled(model)), None)
     if name is not None:
         warnings.warn(
-            f"the state dict of a model with weight scaling holds {prefix}{name}.parametrizations.weight.original and no "
-            f"{prefix}{name}.weight, so a plain model cannot load it: call fold_weight_scaling(model) before "
+            f"the state dict of a model with weight scaling holds {prefix}{name}.parametrizations.weight.original and "
+            f"no {prefix}{name}.weight, so a plain model cannot load it: call fold_weight_scaling(model) before "
             "save_pretrained",
             UserWarning,
             stacklevel=3,

@@ -1,4 +1,4 @@
-"""DTensors whose rows are sharded, as FSDP2 makes them: the part of this rank, and new DTensors that are placed alike."""
+"""DTensors whose rows are sharded, as FSDP2 makes them: the part of this rank, and new ones that are placed alike."""
 
 from __future__ import annotations
 

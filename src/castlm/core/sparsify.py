@@ -63,7 +63,8 @@ def sparse_linears(
         InputError: a bad pattern, or no layer to make sparse.
 
     Example:
-        >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 6), nn.Linear(6, 8)]), "head": nn.Linear(8, 9)})
+        >>> layers = nn.ModuleList([nn.Linear(8, 6), nn.Linear(6, 8)])
+        >>> model = nn.ModuleDict({"layers": layers, "head": nn.Linear(8, 9)})
         >>> sparse, dense = sparse_linears(model, "2:4")
         >>> list(sparse)
         ['layers.0']
