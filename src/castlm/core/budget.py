@@ -42,7 +42,7 @@ class DecayBudget:
         A decay that ends at exactly zero always does, and one that does not decay never does.
         """
         decay = DECAYS[self.decay]
-        return decay.exact_zero or (decay.needs_lam and self.travel >= self.quantiles[2])
+        return decay.exact_zero or (decay.reduces and self.travel >= self.quantiles[2])
 
     @property
     def factor(self) -> float:

@@ -122,7 +122,7 @@ def check_sparse_parameter(param: Tensor, pattern: Pattern) -> None:
         )
     if param.dtype not in (torch.float32, torch.float64):
         raise InputError(
-            f"a sparse parameter of shape {shape} is {param.dtype}, which rounds the decay away: keep float32 master "
+            f"a sparse parameter of shape {shape} is {param.dtype}, which rounds the decay away: keep fp32 master "
             "weights and use autocast or FSDP mixed precision"
         )
     pattern.check_shape(shape)

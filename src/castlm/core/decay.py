@@ -39,6 +39,11 @@ class Decay:
     keep: Callable[[float], float] = lambda alpha: 1.0
     remaining: Callable[[float, float], float] = lambda alpha, alpha_next: 1.0
 
+    @property
+    def reduces(self) -> bool:
+        """Whether the rule makes masked weights smaller at all."""
+        return self.needs_lam or self.exact_zero
+
 
 DECAYS: dict[str, Decay] = {
     "horizon": Decay(

@@ -88,6 +88,10 @@ def add_weight_scaling(
     return list(layers)
 
 
+class UnfoldedWarning(UserWarning):
+    """A state dict was made of a model whose weight scaling is not folded."""
+
+
 def _scaled(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
@@ -103,7 +107,7 @@ def _warn_before_fold(model: nn.Module, state_dict: dict[str, Any], prefix: str,
             f"the state dict of a model with weight scaling holds {prefix}{name}.parametrizations.weight.original and "
             f"no {prefix}{name}.weight, so a plain model cannot load it: call fold_weight_scaling(model) before "
             "save_pretrained",
-            UserWarning,
+            UnfoldedWarning,
             stacklevel=3,
         )
 
