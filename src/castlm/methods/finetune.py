@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.adams import AdamS
-from castlm.core.masks import nm_mask
 from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import weight_parameter
 from castlm.methods.base import Retraining
@@ -30,9 +29,13 @@ class Finetune(Retraining):
         self._masks: dict[Tensor, Tensor] = {}
         for layer in self.layers.values():
             parameter = weight_parameter(layer)
-            mask = self._masks[parameter] = nm_mask(local(parameter).detach(), *self.pattern)
-            parameter.register_post_accumulate_grad_hook(lambda param, mask=mask: local(param.grad).mul_(mask))
+            self._masks[parameter] = self.pattern.mask(local(parameter).detach())
+            parameter.register_post_accumulate_grad_hook(self._mask_gradient_)
         return super().build_optimizer(model, fused)
+
+    def _mask_gradient_(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        local(parameter.grad).mul_(self._masks[parameter])
 
     @torch.no_grad()
     def start_from_magnitude_(self) -> None:

@@ -18,7 +18,6 @@ from castlm.hardware import autocast
 from castlm.training.metrics_file import HISTOGRAM_EDGES
 from castlm.training.objective import Objective
 
-
 DIVERGED_FACTOR = 10.0
 """A result whose perplexity is more than this many times the dense model's has diverged."""
 
