@@ -57,11 +57,12 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of a text, over sequences of `seq_len` tokens that begin every `stride` tokens.
 
-    `stride=None` is the convention of GPTQ, SparseGPT and Wanda: sequences side by side, each on its own, and all tokens
-    of a sequence but the first are scored. A smaller stride is the sliding window of Hugging Face: each sequence scores
-    only the tokens that no earlier sequence contained. Every token of the text but the first is then scored once, with
-    at least `seq_len - stride` tokens before it from the second sequence on. The last sequence ends with the text and may
-    be shorter. (The published GPTQ code drops a shorter one; cut the text to whole sequences to compare with it.)
+    `stride=None` is the convention of GPTQ, SparseGPT and Wanda: sequences side by side, each on its own, and all
+    tokens of a sequence but the first are scored. A smaller stride is the sliding window of Hugging Face: each sequence
+    scores only the tokens that no earlier sequence contained. Every token of the text but the first is then scored
+    once, with at least `seq_len - stride` tokens before it from the second sequence on. The last sequence ends with the
+    text and may be shorter. (The published GPTQ code drops a shorter one; cut the text to whole sequences to compare
+    with it.)
 
     The model is evaluated in eval mode; the mode of every module is restored. Losses are summed in float64.
 
@@ -73,8 +74,8 @@ def perplexity(
         progress: called with (sequences done, number of sequences) after each batch.
 
     Raises:
-        InputError: fewer than 2 tokens, ids outside the vocabulary, a `seq_len` above the model's limit, a stride outside
-            1..seq_len, or a loss that is not finite (the message names the sequence).
+        InputError: fewer than 2 tokens, ids outside the vocabulary, a `seq_len` above the model's limit, a stride
+            outside 1..seq_len, or a loss that is not finite (the message names the sequence).
     """
     stride = seq_len if stride is None else stride
     head, device = output_head(model), model.device
@@ -171,8 +172,8 @@ def _batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
 def token_ids_of(file: str | Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The tokens of a text file (.txt, .jsonl, .jsonl.gz, .parquet): int64, (num_tokens,).
 
-    The documents are joined in order with the end-of-text token, after the tokenizer's own beginning-of-text token, as in
-    the evaluations of `castlm train`. For one document the result is that of `tokenizer(text)`.
+    The documents are joined in order with the end-of-text token, after the tokenizer's own beginning-of-text token, as
+    in the evaluations of `castlm train`. For one document the result is that of `tokenizer(text)`.
 
     Raises:
         InputError: the file is missing, unreadable, of another type, or has no text.
@@ -212,7 +213,8 @@ def evaluate_file(
 ) -> dict[str, Any]:
     """The `perplexity` of a file with everything that it depends on, as `castlm eval --json` writes it.
 
-    `text_sha256` is what `sha256sum` prints for the file. `text_tokens` counts all of its tokens, `num_tokens` the scored.
+    `text_sha256` is what `sha256sum` prints for the file. `text_tokens` counts all of its tokens, `num_tokens` the
+    scored.
 
     Raises:
         InputError: see `perplexity` and `token_ids_of`.

@@ -1,6 +1,7 @@
 """Zero-shot accuracy through lm-eval, on its own tasks from the hub or on the same tasks from local files.
 
-Every figure is stored with its metric and its standard error: `acc` and `acc_norm` of one task differ by up to 19 points.
+Every figure is stored with its metric and its standard error: `acc` and `acc_norm` of one task differ by up to 19
+points.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def local_task_names() -> list[str]:
 def local_task(name: str, folder: str | Path) -> dict[str, Any]:
     """lm-eval's configuration of a task whose data is in `folder`.
 
-    It is read from `folder/<name>.yaml` if that exists, else from the file that castlm ships. `{folder}` in the file stands
-    for `folder`.
+    It is read from `folder/<name>.yaml` if that exists, else from the file that castlm ships. `{folder}` in the file
+    stands for `folder`.
 
     Raises:
         InputError: the task is unknown, or its data is not in the folder.
@@ -88,9 +89,9 @@ def zero_shot(
         autocast_dtype: e.g. `torch.bfloat16`; None computes in the model's dtype.
 
     Returns:
-        `{"results": [row, ...], ...}`, ready for JSON. There is a row for every metric of every task ("acc", "acc_norm",
-        "exact_match", "perplexity", ...), with `task`, `metric`, `value`, `stderr` (None if lm-eval has none),
-        `num_docs`, `num_fewshot`, which is 0, and the source of the data.
+        `{"results": [row, ...], ...}`, ready for JSON. There is a row for every metric of every task ("acc",
+        "acc_norm", "exact_match", "perplexity", ...), with `task`, `metric`, `value`, `stderr` (None if lm-eval has
+        none), `num_docs`, `num_fewshot`, which is 0, and the source of the data.
 
     Raises:
         InputError: lm-eval is not installed, a task is unknown, or its data is not available.

@@ -14,9 +14,9 @@ from castlm.methods.base import Retraining
 class Finetune(Retraining):
     """Fine-tuning with a fixed mask: masked weights are zero from step 0 on, and their gradients are removed.
 
-    The common way to recover a model after one-shot pruning, as in Kurtic et al. 2023 (arXiv 2310.06927). Masked entries
-    of the gradient are removed as it is accumulated, so that clipping by norm sees the gradient of the kept weights
-    only. Adam then has zero moments there, and a masked weight stays exactly zero.
+    The common way to recover a model after one-shot pruning, as in Kurtic et al. 2023 (arXiv 2310.06927). Masked
+    entries of the gradient are removed as it is accumulated, so that clipping by norm sees the gradient of the kept
+    weights only. Adam then has zero moments there, and a masked weight stays exactly zero.
     """
 
     masks_forward = False

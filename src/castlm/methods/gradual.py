@@ -15,8 +15,8 @@ class GradualMagnitude(Retraining):
     """Gradual magnitude pruning of whole groups of m weights.
 
     The sparsity s follows the cubic schedule of Zhu & Gupta 2017 (arXiv 1710.01878) over the first half of the run. At
-    sparsity s, the share s / (1 - n/m) of the groups is n:m, those first that lose the least magnitude; the other groups
-    are still dense.
+    sparsity s, the share s / (1 - n/m) of the groups is n:m, those first that lose the least magnitude; the other
+    groups are still dense.
     """
 
     @property

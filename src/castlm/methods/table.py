@@ -1,4 +1,4 @@
-"""The table of training methods. A class is imported when it is asked for, so that the names are known without torch."""
+"""The table of training methods. Classes are imported on demand, so that the names are known without torch."""
 
 from __future__ import annotations
 

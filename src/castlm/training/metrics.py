@@ -34,8 +34,8 @@ def verdict(perplexities: Mapping[str, float]) -> dict[str, Any]:
         start, or is above ten times that of the dense model.
 
     Example:
-        >>> verdict({"dense": 6.0, "one_shot": 14.0, "pruned": 8.0})
-        {'ok': True, 'reason': 'perplexity 8.000, below the one-shot start (14.000), 1.33 times the dense model (6.000)'}
+        >>> verdict({"dense": 6.0, "one_shot": 14.0, "pruned": 8.0})["reason"]
+        'perplexity 8.000, below the one-shot start (14.000), 1.33 times the dense model (6.000)'
         >>> verdict({"dense": 6.0, "one_shot": 14.0, "pruned": 15.0})["ok"]
         False
     """

@@ -1,7 +1,7 @@
 """What a run reports while it runs: a live line on the screen, metrics.jsonl, and TensorBoard if it is installed.
 
-Only the main rank writes. A resumed run first cuts metrics.jsonl back to its checkpoint, so that the file reads like that
-of a run that was never stopped.
+Only the main rank writes. A resumed run first cuts metrics.jsonl back to its checkpoint, so that the file reads as if
+the run had never been stopped.
 """
 
 from __future__ import annotations
