@@ -27,9 +27,10 @@ from castlm.methods.table import METHODS
 from castlm.models import linearize_conv1d_, save_model
 from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig
-from castlm.training.metrics import held_out_perplexity, masked_histogram, verdict
+from castlm.training.metrics import held_out_perplexity, masked_histogram
 from castlm.training.objective import Objective
 from castlm.training.setup import Parts, filter_of, local_masks
+from castlm.training.verdict import verdict
 
 
 @dataclass(frozen=True)
