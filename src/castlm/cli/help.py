@@ -31,7 +31,7 @@ def help_text(kinds: Sequence[type[Any]], name: str, everything: bool) -> str:
     positional = [field for field in fields if field.metadata.get("positional")]
     usage = " ".join(["usage: castlm", name, *(field.name.upper() for field in positional), "[OPTIONS]"])
     summary = " ".join(_summary(kinds[0]).split())
-    lines = [usage, "", *textwrap.wrap(summary, WIDTH), ""]
+    lines = [usage, "", *_wrap(summary), ""]
     if everything or len(fields) <= _SHORT:
         for title, members in groups:
             lines += [f"{title}:", *(line for kind_field in members for line in _described(kinds, kind_field)), ""]
@@ -41,10 +41,12 @@ def help_text(kinds: Sequence[type[Any]], name: str, everything: bool) -> str:
     lines += ["most important options:", *(line for field in essential for line in _described(kinds, field)), ""]
     for title, members in groups:
         names = "  ".join(_option(field, hints_of(_owner(kinds, field))[field.name]) for field in members)
-        lines += textwrap.wrap(
-            names, WIDTH, initial_indent=f"{title + ':':13}", subsequent_indent=" " * 13, break_on_hyphens=False
-        )
+        lines += _wrap(names, initial_indent=f"{title + ':':13}", subsequent_indent=" " * 13)
     return "\n".join([*lines, "", f"castlm {name} --help-all describes every option."])
+
+
+def _wrap(text: str, width: int = WIDTH, **indents: str) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False, **indents)
 
 
 def _summary(kind: type[Any]) -> str:
@@ -80,7 +82,7 @@ def _described(kinds: Sequence[type[Any]], field: dataclasses.Field[Any]) -> lis
     hint = hints_of(kind)[field.name]
     head = f"  {_option(field, hint)} {'' if field.metadata.get('positional') else _values(field, hint)}".rstrip()
     text = f"{docs_of(kind).get(field.name, '')} {_default(field, hint)}".strip()
-    wrapped = textwrap.wrap(text, WIDTH - _INDENT, break_on_hyphens=False)
+    wrapped = _wrap(text, WIDTH - _INDENT)
     if len(head) >= _INDENT:
         return [head, *(" " * _INDENT + line for line in wrapped)]
     first, *rest = wrapped or [""]

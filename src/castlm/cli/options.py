@@ -27,19 +27,19 @@ def parse(kind: type[T], arguments: Sequence[str], name: str) -> T:
     """The options of the command `castlm <name>` as the dataclass `kind`. Prints the help and exits if asked to.
 
     Raises:
-        InputError: an unknown, missing or repeated option, or a value of the wrong type.
+        InputError: an unknown or missing option, or a value of the wrong type.
     """
     return build(kind, read_arguments([kind], arguments, name), COMMAND_LINE)
 
 
 def read_arguments(kinds: Sequence[type[Any]], arguments: Sequence[str], name: str) -> dict[str, Any]:
-    """The options that were given, by field name, as text that is not checked yet.
+    """The options that were given, by field name, as text that is not checked yet. The last of several values counts.
 
     Args:
         kinds: dataclasses whose fields are the options; their docstrings and sections make up the help.
 
     Raises:
-        InputError: an unknown or repeated option, or one without its value.
+        InputError: an unknown option, or one without its value.
     """
     before_dashes = list(arguments)[: arguments.index("--")] if "--" in arguments else arguments
     if "--help-all" in before_dashes or {"-h", "--help"} & set(before_dashes):
@@ -61,20 +61,11 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} ({self.prog} --help lists the options)")
 
 
-class _Once(argparse.Action):
-    """Stores a value, and refuses a second one, which would replace the first without a word."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if hasattr(namespace, self.dest) and option_string is not None:
-            parser.error(f"{option_string} is given twice: once is enough")
-        setattr(namespace, self.dest, values)
-
-
-class _Switch(_Once):
+class _Switch(argparse.Action):
     """`--name` for true, `--no-name` for false."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, namespace, not str(option_string).startswith("--no-"), option_string)
+        setattr(namespace, self.dest, not str(option_string).startswith("--no-"))
 
 
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
@@ -90,9 +81,9 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: A
     elif field.metadata.get("append"):
         parser.add_argument(*names, dest=field.name, action="append")
     elif is_list:
-        parser.add_argument(*names, dest=field.name, action=_Once, nargs="*" if kinds[-1] is ... else len(kinds))
+        parser.add_argument(*names, dest=field.name, nargs="*" if kinds[-1] is ... else len(kinds))
     else:
-        parser.add_argument(*names, dest=field.name, action=_Once)
+        parser.add_argument(*names, dest=field.name)
 
 
 def command_line(name: str, options: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from castlm.cli.options import parse
 from castlm.core.errors import InputError
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import Pattern
 
 _AT_LEAST_1 = {"at_least": 1}
 
@@ -66,15 +66,13 @@ class MemoryCommand:
         from castlm.planning.memory import plan_memory
 
         gib = None if self.gpu is None else _gib(self.gpu)
-        n, m = parse_pattern(self.pattern)
         prunes = self._prunes()
         plan = plan_memory(
             self.model,
             world_size=self.world_size,
             seq_len=self.seq_len,
             micro_batch=self.per_device_train_batch_size,
-            n=n,
-            m=m,
+            pattern=Pattern.parse(self.pattern),
             scale_groups=self.scale_groups,
             accumulation=self.gradient_accumulation_steps,
             gradient_checkpointing=self.gradient_checkpointing,

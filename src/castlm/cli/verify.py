@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from castlm.cli.options import parse, result_folder, write_json
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import Pattern
 from castlm.fields import positional
 
 
@@ -25,7 +25,7 @@ class VerifyCommand:
     def run(self) -> int:
         from castlm.export.verify import verify
 
-        report = verify(result_folder(self.path), *parse_pattern(self.pattern))
+        report = verify(result_folder(self.path), Pattern.parse(self.pattern))
         write_json(self.json, report.as_dict())
         if self.json != "-":
             report.table()

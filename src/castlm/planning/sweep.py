@@ -288,9 +288,8 @@ class Sweep:
             self.say(f"largest budget, {self.budgets[-1]:,} tokens: perplexity {_interval(self.steps[-1].largest)}")
             self.say(f"{self.spent:,} tokens trained, {self.saved:,} saved: {share:.0%} of the sweep")
         if self.law is None:
-            self.say(
-                "no law.json: " + (self.steps[-1].no_law or "too few budgets" if self.steps else "nothing was run")
-            )
+            reason = self.steps[-1].no_law or "too few budgets" if self.steps else "nothing was run"
+            self.say(f"no law.json: {reason}")
             return 1
         self.say(f"law: {self.root / 'law.json'} (castlm plan predict)")
         return 1 if status == "failed" else 0

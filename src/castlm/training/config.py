@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import Pattern
 from castlm.fields import check_complete, checked, choices_of, convert, hints_of, label, unknown
 from castlm.methods.table import METHODS
 from castlm.training.sections import (
@@ -67,7 +67,7 @@ class TrainConfig(  # the fields of the last base come first
             for name, right, remedy in section.bounds(self):  # type: ignore[attr-defined]
                 if not right:
                     raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {remedy}")
-        parse_pattern(self.pattern)
+        Pattern.parse(self.pattern)
         if self.init_from not in (None, "magnitude") and METHODS[self.method].starts_dense:
             raise InputError(f"init_from {self.init_from}: method {self.method} starts dense, leave it out")
         if self.teacher_cache and not (self.teacher_top_k and self.eta):

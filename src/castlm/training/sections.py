@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
+from castlm.core.decay import DECAYS
 from castlm.fields import choice
 from castlm.methods.table import METHODS
-
-DECAYS = ("horizon", "proportional", "additive", "none")
 
 Bound = tuple[str, bool, str]
 """A field, whether its value is allowed, and what is allowed."""
