@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from castlm.cli.options import parse
 from castlm.core.errors import InputError
+from castlm.fields import positional
 from castlm.progress import note
 
 
@@ -18,7 +17,7 @@ from castlm.progress import note
 class ReportCommand:
     """Write report.html into the folder of a run: verdict, charts, a sample of text and the settings."""
 
-    run_folder: Annotated[str, tyro.conf.Positional]
+    run_folder: str = positional()
     """Output folder of `castlm train`."""
 
     sample: Literal["auto", "yes", "no"] = "auto"
@@ -66,4 +65,4 @@ def write_report(folder: str | Path, sample: Literal["auto", "yes", "no"] = "aut
 
 
 def main(arguments: list[str]) -> int:
-    return int(parse(ReportCommand, arguments, "report").run())
+    return parse(ReportCommand, arguments, "report").run()

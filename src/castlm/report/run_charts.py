@@ -42,7 +42,10 @@ def perplexity(run: RunData) -> list[Picture]:
     if pruned and "dense" in known:
         gap = [(x, math.log(value / known["dense"])) for x, value in pruned if math.isfinite(value)]
         svg = line_chart(
-            [Series("gap", gap, 0, marks=True)], x_label="training tokens", y_label="ln(perplexity / dense)", from_zero=True
+            [Series("gap", gap, 0, marks=True)],
+            x_label="training tokens",
+            y_label="ln(perplexity / dense)",
+            from_zero=True,
         )
         caption = "The gap of the pruned model to the dense model that the run started from. 0 means no loss."
         pictures.append(Picture("Gap to the dense model", svg, caption))
@@ -67,7 +70,10 @@ def masks(run: RunData) -> list[Picture]:
     pictures = []
     flips, initial = run.series("flip_rate"), run.series("initial_flip_rate")
     if any(value for _, value in (*flips, *initial)):
-        lines = [Series("since step 0", initial, 0, marks=True), Series("at the last refresh", flips[1:], 1, marks=True)]
+        lines = [
+            Series("since step 0", initial, 0, marks=True),
+            Series("at the last refresh", flips[1:], 1, marks=True),
+        ]
         svg = line_chart(lines, x_label="training tokens", y_label="share of all mask entries", from_zero=True)
         caption = "Mask entries that differ from the masks of step 0, and those that the last refresh changed."
         pictures.append(Picture("Mask flips", svg, caption))
@@ -148,7 +154,9 @@ def machine(run: RunData) -> list[Picture]:
     if len(run.steps) > 1:
         raw = Series("of a step", run.series("tokens_per_s"), 0, faint=True)
         smooth = Series("averaged", run.smoothed("tokens_per_s"), 0)
-        svg = line_chart([raw, smooth], x_label="training tokens", y_label="tokens per second", from_zero=True, height=220)
+        svg = line_chart(
+            [raw, smooth], x_label="training tokens", y_label="tokens per second", from_zero=True, height=220
+        )
         pictures.append(Picture("Speed", svg, "Of the optimizer steps alone, on all ranks together."))
     memory = [(x, value / 2**30) for x, value in run.series("peak_memory_bytes")]
     if len(memory) > 1:
@@ -159,6 +167,8 @@ def machine(run: RunData) -> list[Picture]:
             from_zero=True,
             height=220,
         )
-        caption = "The most that the process of the main rank has held so far: GPU memory on a GPU, else resident memory."
+        caption = (
+            "The most that the process of the main rank has held so far: GPU memory on a GPU, else resident memory."
+        )
         pictures.append(Picture("Peak memory", svg, caption))
     return pictures

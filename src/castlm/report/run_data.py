@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.files import read_yaml_mapping
+from castlm.training.config import flatten
 from castlm.training.metrics_file import read_metrics
+from castlm.yaml_file import read_yaml_mapping
 
 
 @dataclass(frozen=True)
@@ -102,4 +103,5 @@ def read_run(path: str | Path) -> RunData:
         record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {file}: {error}") from None
-    return RunData(folder, read_yaml_mapping(folder / "config.yaml"), read_metrics(folder), record)
+    config = flatten(read_yaml_mapping(folder / "config.yaml"), str(folder / "config.yaml"))
+    return RunData(folder, config, read_metrics(folder), record)

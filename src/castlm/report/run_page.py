@@ -41,7 +41,11 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
     config, total = run.config, int(run.config.get("max_steps", 0))
     sections = [
         {"title": "Quality", "pictures": run_charts.perplexity(run) + run_charts.loss(run)},
-        {"title": "Masks", "pictures": run_charts.masks(run) + run_charts.masked_weights(run), "text": _masks_text(run)},
+        {
+            "title": "Masks",
+            "pictures": run_charts.masks(run) + run_charts.masked_weights(run),
+            "text": _masks_text(run),
+        },
         {"title": "Layers", "pictures": run_charts.layers(run)},
         {"title": "Machine", "pictures": run_charts.machine(run)},
     ]
@@ -82,12 +86,14 @@ def _pattern(run: RunData) -> str:
 def _eyebrow(run: RunData) -> str:
     record = run.record or {}
     parts = ["castlm train", f"method {run.config.get('method')}", _start(run.config)]
-    parts += [f"{name} {version}" for name, version in (record.get("versions") or {}).items() if name in ("castlm", "torch")]
+    parts += [
+        f"{name} {version}" for name, version in (record.get("versions") or {}).items() if name in ("castlm", "torch")
+    ]
     return " · ".join(part for part in parts if part)
 
 
 def _start(config: dict[str, Any]) -> str:
-    start = config.get("init_from", config.get("initial_mask"))
+    start = config.get("init_from")
     return "" if config.get("method") in ("dense", "gradual_magnitude") or not start else f"start {_short_name(start)}"
 
 

@@ -65,9 +65,7 @@ def write_sample(run: RunData) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor, new_tokens: int
-) -> str:
+def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor, new_tokens: int) -> str:
     """The text that greedy decoding appends to `prompt` (num_tokens,)."""
     input_ids = prompt[None].to(model.device)
     ids = model.generate(

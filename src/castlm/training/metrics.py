@@ -18,6 +18,7 @@ from castlm.hardware import autocast
 from castlm.training.metrics_file import HISTOGRAM_EDGES
 from castlm.training.objective import Objective
 
+
 @dataclass
 class Evaluator:
     """Measures the perplexity of the student on the held-out tokens of a run."""
