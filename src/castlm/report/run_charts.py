@@ -11,7 +11,6 @@ from castlm.report.run_data import RunData
 from castlm.report.scales import short
 from castlm.training.metrics_file import HISTOGRAM_EDGES
 
-
 SMALLEST_SHARE = 1e-3
 """A range of magnitudes is shown if it ever holds this share of the masked weights."""
 
@@ -40,7 +39,7 @@ def perplexity(run: RunData) -> list[Picture]:
         "Perplexity of the held-out text as the forward pass computes it, and with every masked weight set to zero. "
         "The two lines meet when nothing is left to prune."
         if len(series) > 1
-        else "Perplexity of the held-out text. The forward pass uses no masked weight, so that the prune changes nothing."
+        else "Perplexity of the held-out text. The forward pass uses no masked weight: the prune changes nothing."
         if pruned
         else "Perplexity of the held-out text."
     )
@@ -113,12 +112,12 @@ def masked_weights(run: RunData) -> list[Picture]:
         [short(row["tokens"]) for row in rows],
         x_label="training tokens",
         y_label="|masked weight|",
-        form=".1%",
+        form=".0%",
         power=0.5,
         cell_height=max(10, min(22, 220 // len(bins))),
     )
     caption = (
-        "Each column is an evaluation; the darker a cell, the larger the share of the masked weights in this range of "
+        "Each column is an evaluation; the stronger a colour, the larger the share of masked weights in this range of "
         "magnitudes. The bottom row holds exact zeros; ranges that never hold 0.1 % are left out."
     )
     return [Picture("Masked weights over time", svg, caption)]
@@ -148,12 +147,13 @@ def layers(run: RunData) -> list[Picture]:
         y_label="relative error",
         form=".2g",
         in_cells=True,
+        from_zero=False,
         cell_height=30 if len(cells) < 10 else 20,
         width=WHOLE,
     )
     caption = {
-        "error": "Squared error of the outputs of each layer after the start, relative to the dense outputs, on the first "
-        "256 calibration tokens.",
+        "error": "Squared error of the outputs of each layer after the start, relative to the dense outputs, on "
+        "the first 256 calibration tokens.",
         "share": "The share of the squared weights of each layer that the masks of step 0 remove.",
     }[kind]
     return [Picture("Error by layer", svg, caption, wide=True)]
