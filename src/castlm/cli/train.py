@@ -17,8 +17,8 @@ def main(arguments: list[str]) -> int:
 
     keep_freed_memory()
     try:
-        train(config)
+        record = train(config)
     except Interrupted as stop:
         print(f"castlm: {stop}", file=sys.stderr)
         return stop.exit_code
-    return 0
+    return 1 if record.get("diverged") else 0

@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, Preset
 from castlm.compare.results import Result
-from castlm.compare.runs import Run, content_hash, execute, lock, with_key, zero_shot_rows
+from castlm.compare.runs import Run, content_hash, execute, with_key, zero_shot_key, zero_shot_rows
 from castlm.core.errors import InputError
 from castlm.files import read_yaml_mapping
+from castlm.output import continued
+from castlm.progress import note
 from castlm.training.config import STARTS_DENSE, TrainConfig, mapping_arguments, parse_train_arguments
 
 Parse = Callable[[type[Any], list[str], str], Any]
@@ -94,32 +96,42 @@ class CompareCommand:
     def run(self, parse: Parse) -> int:
         from castlm.compare.report import write_report
 
+        if self.tasks:
+            from castlm.evaluation.zero_shot import check_tasks
+
+            check_tasks([name.strip() for name in self.tasks.split(",")], self.tasks_from)
         plan = Plan(self, parse)
         root = Path(self.output_dir)
         print(
             f"{plan.preset.question}  {len(plan.variants)} variants, {plan.num_runs} runs, in {root}", file=sys.stderr
         )
         results: list[Result] = []
-        with lock(root) as descriptor, ending_on_sigterm():
+        failures: list[str] = []
+        with continued(root, "compare"), ending_on_sigterm():
             for name in plan.variants:
                 for tokens in plan.budgets(name):
-                    results += plan.settle(name, tokens, root, descriptor)
+                    results += plan.settle(name, tokens, root)
                     write_report(root, plan.preset, results, self.command_line(), show=False)
-            untouched = self._zero_shot(self.model, root / "runs" / "untouched", descriptor)
+            untouched = self._zero_shot(self.model, plan.hashes["model"], root / "runs" / "untouched", failures)
             for result in results:
                 if "error" not in result.record and not result.trial:
-                    result.zero_shot = self._zero_shot(str(result.folder / "model"), result.folder, descriptor)
+                    model = str(result.folder / "model")
+                    result.zero_shot = self._zero_shot(model, result.run.key, result.folder, failures)
         write_report(root, plan.preset, results, self.command_line(), show=True, untouched=untouched)
-        return 1 if any("error" in result.record for result in results) else 0
+        return 1 if failures or any("error" in result.record for result in results) else 0
 
-    def _zero_shot(self, model: str, folder: Path, descriptor: int) -> list[dict[str, Any]]:
-        """The rows of a model, kept in a file beside `folder`; none when no task is asked for."""
+    def _zero_shot(self, model: str, digest: str, folder: Path, failures: list[str]) -> list[dict[str, Any]]:
+        """The rows of a model, kept in a file beside `folder`; none when no task is asked for, or it fails."""
         if not self.tasks:
             return []
-        asked = f"{self.tasks}-{self.limit or 'all'}-{'local' if self.tasks_from else 'hub'}"
-        file = folder.with_name(f"{folder.name}.zeroshot-{asked.replace(',', '-')}.json")
+        key = zero_shot_key(digest, self.tasks, self.tasks_from, self.limit)
+        file = folder.with_name(f"{folder.name}.zeroshot-{key}.json")
         print(f"zero-shot: {model}", file=sys.stderr)
-        return zero_shot_rows(model, file, self.tasks, self.tasks_from, self.limit, descriptor)
+        rows, failure = zero_shot_rows(model, file, self.tasks, self.tasks_from, self.limit)
+        if failure is not None:
+            note(failure)
+            failures.append(failure)
+        return rows
 
     def command_line(self) -> str:
         """The command that repeats this comparison."""
@@ -212,23 +224,23 @@ class Plan:
         fixed = not self.rates or "learning_rate" in fields or fields["method"] in ONESHOT
         return [None] if fixed else list(self.rates)
 
-    def settle(self, name: str, tokens: int, root: Path, descriptor: int) -> list[Result]:
+    def settle(self, name: str, tokens: int, root: Path) -> list[Result]:
         """The runs of a variant at a budget: seed 0 at each rate, then the other seeds at the best of them; where there
         is a tuning text, seed 0 too once more, measured on the evaluation text."""
         tuned = self._is_tuned(name)
         runs = [self.make(name, tokens, 0, rate, tuning=tuned) for rate in self._rates_of(name)]
-        candidates = [self.measure(run, root, descriptor) for run in runs]
+        candidates = [self.measure(run, root) for run in runs]
         best = min(candidates, key=lambda result: result.perplexity)
         for candidate in candidates:
             candidate.trial = tuned or candidate is not best
         rate = best.run.config.get("learning_rate")
         seeds = range(0 if tuned else 1, self._num_seeds(name))
-        return candidates + [self.measure(self.make(name, tokens, s, rate), root, descriptor) for s in seeds]
+        return candidates + [self.measure(self.make(name, tokens, s, rate), root) for s in seeds]
 
-    def measure(self, run: Run, root: Path, descriptor: int) -> Result:
+    def measure(self, run: Run, root: Path) -> Result:
         """What came of a run: as it lies there, resumed, or run now."""
         print(str(run), file=sys.stderr, flush=True)
-        record = execute(run, root, descriptor, lambda text: print(text, file=sys.stderr, flush=True))
+        record = execute(run, root, lambda text: print(text, file=sys.stderr, flush=True))
         result = Result(run, record, run.folder(root))
         print(f"  {record.get('error', f'perplexity {result.perplexity:.3f}')}", file=sys.stderr, flush=True)
         return result

@@ -168,7 +168,7 @@ class TrainConfig:
     """Under torchrun: seconds a rank waits for the others before the run stops and names those that are missing."""
 
     log_steps: int = 1
-    """Steps between lines in metrics.jsonl; mask refreshes between self-checks of the masks."""
+    """Steps between lines in metrics.jsonl."""
 
     prefetch: bool = True
     """Tokenise the next batch in a thread meanwhile."""

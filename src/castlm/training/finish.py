@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,12 @@ from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import held_out_perplexity
 from castlm.training.objective import Objective
-from castlm.training.setup import Parts, filter_of, local_masks
+from castlm.training.run_folder import RunFolder
+from castlm.training.setup import Parts, filter_of, global_batch, local_masks
+
+
+DIVERGED = 10
+"""A result whose perplexity is above this many times the dense model's has diverged."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +42,19 @@ class TrainedRun:
 
     config: TrainConfig
     world: World
-    folder: Path
-    """Where the model goes."""
+    output: RunFolder
+    """The output folder."""
     parts: Parts
     figures: dict[str, dict[str, float]]
     """Evaluations by step."""
     tokens: int
     seconds: float
     say: Callable[[str], None]
+
+    @property
+    def folder(self) -> Path:
+        """Where the model goes."""
+        return self.output.model
 
     @property
     def model(self) -> PreTrainedModel:
@@ -56,17 +66,11 @@ class TrainedRun:
         return bool(self.parts.method.layers)
 
 
-def read_result(folder: Path) -> dict[str, Any]:
-    """The castlm.json of a finished result."""
-    record: dict[str, Any] = json.loads((folder / "castlm.json").read_text(encoding="utf-8"))
-    return record
-
-
 def finish(run: TrainedRun) -> dict[str, Any]:
-    """Prunes, folds, exports and proves the model of a finished run; returns its record, on every rank the same.
+    """Prunes, folds, exports and verifies the model of a finished run; returns its record, the same on every rank.
 
     Raises:
-        InputError: the disk is full, or the proof fails; the checkpoints are untouched.
+        InputError: the disk is full, or the verification fails; the checkpoints are untouched.
     """
     n, m = parse_pattern(run.config.pattern)
     masks = run.parts.method.masks()
@@ -184,19 +188,39 @@ def finished_record(run: TrainedRun, histogram: dict[str, Any]) -> dict[str, Any
     if not run.is_sparse:
         trained = run.figures[str(run.config.max_steps)]["perplexity"]
         record |= {"pattern": None, "perplexity": {**record["perplexity"], "trained": trained}}
-    return record
+    return record | {"diverged": why_diverged(record["perplexity"])}
+
+
+def why_diverged(perplexity: Mapping[str, float | None]) -> str | None:
+    """In what way training made the model worse; None when it did not.
+
+    Args:
+        perplexity: of the result, `pruned` or, for the dense control, `trained`; and of `dense` and `one_shot` before
+            training, where they were measured.
+    """
+    final = perplexity.get("pruned", perplexity.get("trained"))
+    if final is None or not math.isfinite(final):
+        return "its perplexity is not finite"
+    dense, one_shot = perplexity.get("dense"), perplexity.get("one_shot")
+    if one_shot is not None and final > one_shot:
+        return f"perplexity {final:.3f} is above the {one_shot:.3f} of the one-shot start"
+    if dense is not None and final > DIVERGED * dense:
+        return f"perplexity {final:.3f} is above {DIVERGED} times the dense model's {dense:.3f}"
+    return None
 
 
 def say_result(run: TrainedRun, record: dict[str, Any]) -> None:
     folder, figures = run.folder, record["perplexity"]
     if not run.is_sparse:
         run.say(f"the dense control is in {folder}: perplexity {figures['trained']:.3f}")
-        return
-    dense = f" (dense {figures['dense']:.3f})" if "dense" in figures else ""
-    run.say(
-        f"{folder}: {run.config.pattern} proved in {len(run.parts.method.layers)} layers, perplexity "
-        f"{record['proof']['perplexity_from_disk']:.3f}{dense}"
-    )
+    else:
+        dense = f" (dense {figures['dense']:.3f})" if "dense" in figures else ""
+        run.say(
+            f"{folder}: {run.config.pattern} proved in {len(run.parts.method.layers)} layers, perplexity "
+            f"{record['proof']['perplexity_from_disk']:.3f}{dense}"
+        )
+    if record["diverged"]:
+        run.say(f"the run diverged: {record['diverged']}; lower learning_rate, or train longer")
 
 
 def run_record(run: TrainedRun) -> dict[str, Any]:
@@ -226,9 +250,11 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
     }
     rows = [{"name": labels[k], "perplexity": v, **measured} for k, v in figures.items() if v is not None]
     return {
+        "run_id": run.output.run_id,
         "base_model": config.model,
         "method": config.method,
         "config": config.as_dict(),
+        "world_batch": global_batch(config, run.world),
         "perplexity": {k: v for k, v in figures.items() if v is not None},
         "figures": rows,
         "measured": measured,
