@@ -202,7 +202,9 @@ def locked(folder: Path, command: str) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise InputError(f"{folder} is in use by {_holder(folder)}: wait for it, or choose another output folder") from None
+        raise InputError(
+            f"{folder} is in use by {_holder(folder)}: wait for it, or choose another output folder"
+        ) from None
     except OSError as error:
         raise InputError(f"cannot lock {folder}: {error.strerror}; choose another output folder") from error
     try:

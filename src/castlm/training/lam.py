@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from castlm.core.budget import DecayBudget, decay_budget
+from castlm.core.decay import DECAYS
 from castlm.core.shards import local
 from castlm.core.sparsify import weight_parameter
 from castlm.distributed.world import World
@@ -87,7 +88,7 @@ def resolve_lam(config: TrainConfig, world: World) -> TrainConfig:
     if whole:
         lam = read_manifest(whole[max(whole)])["config"].get("lam")
         return dataclasses.replace(config, lam=float(lam) if isinstance(lam, (int, float)) else 0.0)
-    if config.method != "cast" or config.decay in ("horizon", "none"):
+    if config.method != "cast" or not DECAYS[config.decay].needs_lam:
         return dataclasses.replace(config, lam=0.0)  # nothing there reads it
     return dataclasses.replace(config, lam=calibrate(config, world).lam)
 
