@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.owned import OUTPUT, RESULT, discard, foreign_names, is_empty, list_files, read_record, sha256_file
+from castlm.owned import OUTPUT, RESULT, discard, foreign_names, is_empty, list_files, read_record
+from castlm.owned import sha256_file as sha256_file
 from castlm.progress import note
-
-__all__ = ["atomic_dir", "atomic_file", "atomic_write_json", "atomic_write_text", "prepare_output_dir", "sha256_file"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 
@@ -31,8 +30,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 def prepare_output_dir(path: str | Path, overwrite: bool = False) -> Path:
     """Makes the output folder of a result and checks that it can be written, before any long work.
 
-    With `overwrite`, the result in it stays until `atomic_dir` replaces it. `castlm.output.claimed` calls this, and adds
-    a lock and the check of inputs.
+    With `overwrite`, the result in it stays until `atomic_dir` replaces it. `castlm.output.claimed` adds a lock and the
+    check of inputs.
 
     Raises:
         InputError: a file in its place, a folder that holds something (without `overwrite`), files that castlm did not
@@ -84,8 +83,8 @@ def atomic_dir(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
     All files are listed with their SHA-256 in castlm.json and flushed to the disk before the rename. What `final` held
     before is swapped out in one system call on Linux; elsewhere, and on a file system without such a call, it is moved
     aside first, and `remove_stale_temporaries` moves it back after a kill between the two. Files in it that castlm did
-    not write are kept, in a folder beside `final`. On any error, Ctrl-C too, the temporary folder is removed and `final`
-    is as it was.
+    not write are kept, in a folder beside `final`. On any error, Ctrl-C too, the temporary folder is removed and
+    `final` is as it was.
 
     Raises:
         InputError: `final` holds something (without `overwrite`), or the disk is full.
@@ -123,7 +122,7 @@ def _refuse_in_place(final: Path, overwrite: bool) -> None:
 
 
 def add_file_list(folder: Path) -> None:
-    """Writes the list of the files in `folder` into its castlm.json, which tells a later overwrite what it may delete."""
+    """Lists the files in `folder` in its castlm.json, which tells a later overwrite what it may delete."""
     atomic_write_json(folder / RESULT, {**read_record(folder / RESULT), "files": list_files(folder)})
 
 

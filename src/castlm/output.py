@@ -93,8 +93,8 @@ def _refuse_content(final: Path, command: str, overwrite: bool) -> None:
     found = command_of(final)
     if found is None:
         raise InputError(
-            f"{final} has no record of what castlm wrote there, so that it cannot be overwritten: move it away or choose "
-            "another output folder"
+            f"{final} has no record of what castlm wrote there, so that it cannot be overwritten: move it away, or "
+            "choose another output folder"
         )
     if found != command:
         raise InputError(f"{final} holds the output of another command ({found}): choose another output folder")
@@ -136,7 +136,7 @@ def _leave(folder: Path, made_here: bool) -> None:
 
 
 def refuse_undecodable(paths: Mapping[str, str | Path | None]) -> None:
-    """Refuses names that are not UTF-8, which tokenizers and JSON cannot hold: better now than when the result is written.
+    """Refuses names that are not UTF-8, which the files of the result could not hold.
 
     Raises:
         InputError: names the option.

@@ -1,8 +1,8 @@
 """Which files of an output folder castlm wrote. `--overwrite` deletes those and nothing else.
 
 A finished result (a model folder) lists each of its files with its SHA-256 in castlm.json. The folder of a run, which
-grows while the run goes on, has a castlm-output.json that names the command, and `LAYOUT` says what that command writes.
-Everything else in an output folder is foreign: other files, links, and listed files whose content has changed.
+grows while the run goes on, has a castlm-output.json that names the command, and `LAYOUT` says what that command
+writes. Everything else in an output folder is foreign: other files, links, and listed files that have changed.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ LAYOUT: dict[str, tuple[str, ...]] = {
     "demo": ("text/train.jsonl", "text/held_out.jsonl", "castlm/", "dense/"),
     "oneshot": ("model/", "model.rejected*/", ".model.tmp-*/**", ".model.old-*/"),
 }
-"""What each command writes, relative to its output folder. `*` and `?` match within one name; a pattern that ends in `/`
-is an output folder with a record of its own, one that ends in `/**` a temporary folder with everything in it."""
+"""What each command writes, relative to its output folder. `*` and `?` match within one name; a pattern that ends in
+`/` is an output folder with a record of its own, one that ends in `/**` a temporary folder with everything in it."""
 
 
 class Content(NamedTuple):
@@ -122,7 +122,7 @@ def _walk(folder: Path, patterns: tuple[str, ...], found: Content) -> Iterator[P
             name = path.relative_to(folder).as_posix()
             if not entry.is_dir(follow_symlinks=False):
                 yield path
-            elif any(_matches(f"{name}/", pattern) for pattern in patterns):
+            elif any(_matches(f"{name}/", pattern) for pattern in patterns if pattern.endswith("/")):
                 _sort(path, found)
             elif any(_matches(f"{name}/**", pattern) for pattern in patterns):
                 found.owned.extend(inner for inner in path.rglob("*") if inner.is_symlink() or not inner.is_dir())

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -107,7 +105,7 @@ class CompareCommand:
         )
         results: list[Result] = []
         failures: list[str] = []
-        with continued(root, "compare"), ending_on_sigterm():
+        with continued(root, "compare"):
             for name in plan.variants:
                 for tokens in plan.budgets(name):
                     results += plan.settle(name, tokens, root)
@@ -302,17 +300,3 @@ def _rate(text: str) -> float:
         return float(text)
     except ValueError:
         raise InputError(f"learning rate {text!r} is no number: write --learning-rates 1e-3,3e-3") from None
-
-
-@contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends a comparison as an exception, so that the run at work is told and can save itself."""
-
-    def end(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    old = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from castlm.compare.plan import CompareCommand, Plan, command_line, ending_on_sigterm
+from castlm.compare.plan import CompareCommand, Plan, command_line
 from castlm.compare.presets import RETRAINING
 from castlm.compare.runs import read_record
 from castlm.core.errors import InputError
@@ -86,7 +86,7 @@ class SweepCommand:
 
     def run(self, parse: Callable[[type[Any], list[str], str], Any]) -> int:
         sweep = Sweep(self, parse)
-        with continued(sweep.root, "sweep"), ending_on_sigterm():
+        with continued(sweep.root, "sweep"):
             sweep.claim()
             return sweep.run()
 

@@ -82,8 +82,8 @@ class Saver:
         """Saves the state of `step`, after finishing the save before it.
 
         Args:
-            tensors: nested dict of tensors; DTensors are written by the ranks that hold them. They may change as soon as
-                this returns.
+            tensors: nested dict of tensors; DTensors are written by the ranks that hold them. They may change as soon
+                as this returns.
             manifest: JSON-able; what `check_same_run` and the loop need to continue.
 
         Raises:
