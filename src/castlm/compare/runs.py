@@ -119,13 +119,7 @@ def read_record(folder: Path, config: dict[str, Any] | None = None) -> dict[str,
     saved = record.get("config")
     if not isinstance(saved, dict):
         raise InputError(f"{model / RESULT} has no config: remove {folder} and run it again")
-    skipped = {
-        *WITHOUT_EFFECT,
-        *NAMED,
-        "initial_mask",
-        "init_from",
-        "lam",
-    }  # by another path, or measured before the run
+    skipped = {*WITHOUT_EFFECT, *NAMED, "init_from", "lam"}  # by another path, or measured before the run
     for name, value in json.loads(json.dumps(config or {}, default=list)).items():
         if name not in skipped and name in saved and saved[name] != value:
             raise InputError(f"{model} is of a run with {name} {saved[name]}, not {value}: remove {folder}")

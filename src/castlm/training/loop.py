@@ -82,7 +82,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def _claimed(config: TrainConfig) -> contextlib.AbstractContextManager[Path]:
     """The output folder, locked by the main rank for all."""
     inputs = {name: getattr(config, name) for name in ("model", "dataset", "eval_dataset", "teacher_cache")}
-    inputs["init_from"] = config.initial_mask
+    inputs["init_from"] = config.init_from
     return claimed(config.output_dir, "train", overwrite=config.overwrite, resume=config.resume, inputs=inputs)
 
 
