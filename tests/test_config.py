@@ -251,7 +251,7 @@ def test_help_of_train_fits_on_two_screens_and_needs_no_torch():
     assert "  --config " in essential
     for title in SECTIONS:
         assert f"\n{title}:" in short
-    for option in (field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)):
+    for option in (option.name.replace("_", "-") for option in dataclasses.fields(TrainConfig)):
         assert f"--{option}" in short or f"--no-{option}" in short
         assert f"  --{option}" in long or f"  --no-{option}" in long
     for clumsy in ("{None}", "None", "0.6666", "--no-no", "MISSING"):
