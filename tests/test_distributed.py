@@ -38,8 +38,8 @@ from castlm.models import load_model
 from castlm.training import finish, source, start
 from castlm.training.checkpoint import Saver, checkpoint_steps
 from castlm.training.config import TrainConfig
-from castlm.training.finish import masked_histogram
 from castlm.training.loop import train
+from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.run import Run
 from castlm.training.setup import local_masks

@@ -141,7 +141,7 @@ def execute(run: Run, root: Path, lock_descriptor: int, say: Callable[[str], Non
     else:
         resume = any(folder.glob("checkpoints/step-*/manifest.json"))
         fields |= {"resume": resume, "overwrite": not resume}
-        command = ["castlm", "train", "--config", str(config_file)]
+        command = ["castlm", "train", "--no-report", "--config", str(config_file)]
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
     config_file.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
     started = time.monotonic()
