@@ -18,15 +18,19 @@ from castlm.output import continued
 from castlm.training.config import TrainConfig, flatten
 from castlm.yaml_file import read_yaml_mapping
 
+DEFAULT_START = "sparsegpt"
+"""The start of every method, unless the variant, the config or `published_starts` names another."""
+
 Say = Callable[[str], None]
 ALL = Preset("Which way to n:m is best?", {name: {"method": name} for name in (*ONESHOT, *RETRAINING)})
 
 
 @dataclass
 class CompareConfig:
-    """Compare ways to n:m in one harness: same data, teacher, budget and seeds, one table. Skips runs that are done.
+    """Compare ways to n:m in one harness: same start, data, teacher, token budget and seeds, one table.
 
-    A dense control, trained alike, is always among the runs. Exit code 1: a run failed; the table has its reason.
+    A dense control with the same training is always among the runs. Finished runs are not repeated. The exit code is 1 if
+    a run failed; the table says why.
     """
 
     model: str
@@ -45,8 +49,11 @@ class CompareConfig:
     """Training tokens of each run; for `--preset budgets` those of the largest."""
 
     methods: str | None = None
-    """Of cast, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda, sparsegpt, with commas; all of them when
-    neither variants nor a preset are given."""
+    """Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda, sparsegpt.
+    The default is all of them, unless variants or a preset are given."""
+
+    published_starts: bool = False
+    """Give each method the start of its paper, instead of SparseGPT to all of them."""
 
     preset: Literal["oscillation", "decay", "parts", "budgets"] | None = None
     """One of the paper's ablations, or all methods at four budgets."""
@@ -242,6 +249,9 @@ class Plan:
         starts_dense = fields["method"] in METHODS and METHODS[fields["method"]].starts_dense
         if starts_dense and "init_from" not in self.variants[name]:
             fields.pop("init_from", None)  # the start of all runs is for the methods that have one
+        elif fields["method"] in METHODS and "init_from" not in fields:
+            published = self.command.published_starts
+            fields["init_from"] = METHODS[fields["method"]].published_start if published else DEFAULT_START
         command, hashes = self.command, self.hashes
         named = {"model": command.model, "eval_dataset": command.eval_dataset, "seed": seed}
         if tuning:

@@ -147,7 +147,7 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     else:
         resume = any(folder.glob("checkpoints/step-*/manifest.json"))
         fields |= {"resume": resume, "overwrite": not resume}
-        command = ["castlm", "train", "--config", str(config_file)]
+        command = ["castlm", "train", "--no-report", "--config", str(config_file)]
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
     atomic_write_text(config_file, yaml.safe_dump(plain, sort_keys=False))
     started = time.monotonic()
@@ -157,7 +157,7 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
         record = read_record(folder)
     except InputError as error:
         return {"error": str(error)}
-    if record is None or (code and not record.get("diverged")):
+    if record is None or (code and record.get("verdict", {}).get("ok", True)):
         return {"error": f"exit code {code}: {last_line(log)} (all of it: {log})"}
     discard(folder, below="checkpoints")
     say(f"  done in {time.monotonic() - started:.0f} s")

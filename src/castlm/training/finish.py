@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -24,16 +22,15 @@ from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.hardware import peak_memory
+from castlm.methods.table import METHODS
 from castlm.models import linearize_conv1d_, save_model
 from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig
-from castlm.training.metrics import held_out_perplexity
+from castlm.training.metrics import held_out_perplexity, masked_histogram
 from castlm.training.objective import Objective
 from castlm.training.run_folder import RunFolder
 from castlm.training.setup import Parts, filter_of, global_batch, local_masks
-
-DIVERGED = 10
-"""A result whose perplexity is above this many times the dense model's has diverged."""
+from castlm.training.verdict import verdict
 
 
 @dataclass(frozen=True)
@@ -109,26 +106,6 @@ def sharded_result(run: TrainedRun) -> ShardedResult:
     )
 
 
-def masked_histogram(masks: dict[Tensor, Tensor], world: World) -> dict[str, Any]:
-    """Counts of masked magnitudes, a quarter of a decade a bin, as they are before the prune; of all ranks together,
-    each once.
-
-    `zeros` are exact zeros, `counts[i]` those in `[edges[i], edges[i + 1])`; what is smaller or larger counts at the
-    ends. Empty for the dense control.
-    """
-    if not masks:
-        return {}
-    exponents = torch.arange(-48, 5) / 4  # 1e-12 to 10
-    counts = torch.zeros(len(exponents), dtype=torch.float64, device=world.device)
-    for weight, mask in masks.items():
-        masked = weight[~mask].abs().float()
-        bins = (masked[masked > 0].log10() * 4).floor().clamp(-48, 3) + 48
-        counts[1:] += torch.bincount(bins.long(), minlength=len(exponents) - 1)
-        counts[0] += (masked == 0).sum()
-    zeros, *rest = (world.sum(counts).long() // world.num_replicas).tolist()
-    return {"edges": (10**exponents).tolist(), "zeros": zeros, "counts": rest}
-
-
 def is_remote_code(model: PreTrainedModel) -> bool:
     """Whether the model comes with code of its own, which `save_pretrained` alone knows how to pass on."""
     return type(model).__module__.startswith("transformers_modules")
@@ -188,39 +165,17 @@ def finished_record(run: TrainedRun, histogram: dict[str, Any]) -> dict[str, Any
     if not run.is_sparse:
         trained = run.figures[str(run.config.max_steps)]["perplexity"]
         record |= {"pattern": None, "perplexity": {**record["perplexity"], "trained": trained}}
-    return record | {"diverged": why_diverged(record["perplexity"])}
-
-
-def why_diverged(perplexity: Mapping[str, float | None]) -> str | None:
-    """In what way training made the model worse; None when it did not.
-
-    Args:
-        perplexity: of the result, `pruned` or, for the dense control, `trained`; and of `dense` and `one_shot` before
-            training, where they were measured.
-    """
-    final = perplexity.get("pruned", perplexity.get("trained"))
-    if final is None or not math.isfinite(final):
-        return "its perplexity is not finite"
-    dense, one_shot = perplexity.get("dense"), perplexity.get("one_shot")
-    if one_shot is not None and final > one_shot:
-        return f"perplexity {final:.3f} is above the {one_shot:.3f} of the one-shot start"
-    if dense is not None and final > DIVERGED * dense:
-        return f"perplexity {final:.3f} is above {DIVERGED} times the dense model's {dense:.3f}"
-    return None
+    return record | {"verdict": verdict(record["perplexity"])}
 
 
 def say_result(run: TrainedRun, record: dict[str, Any]) -> None:
-    folder, figures = run.folder, record["perplexity"]
-    if not run.is_sparse:
-        run.say(f"the dense control is in {folder}: perplexity {figures['trained']:.3f}")
+    """Says where the result is and, in the last line, whether training improved on the start."""
+    if run.is_sparse:
+        run.say(f"{run.folder}: {run.config.pattern} verified in {len(run.parts.method.layers)} layers")
     else:
-        dense = f" (dense {figures['dense']:.3f})" if "dense" in figures else ""
-        run.say(
-            f"{folder}: {run.config.pattern} proved in {len(run.parts.method.layers)} layers, perplexity "
-            f"{record['proof']['perplexity_from_disk']:.3f}{dense}"
-        )
-    if record["diverged"]:
-        run.say(f"the run diverged: {record['diverged']}; lower learning_rate, or train longer")
+        run.say(f"{run.folder}: the dense control")
+    found = record["verdict"]
+    run.say(found["reason"] if found["ok"] else f"THIS RUN DIVERGED: {found['reason']}; lower learning_rate")
 
 
 def run_record(run: TrainedRun) -> dict[str, Any]:
@@ -228,9 +183,8 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
     config = run.config
     first, last = run.figures.get("0", {}), run.figures[str(config.max_steps)]
     figures = {
-        # masked from step 0 on by some methods, and by then no more the dense model's where a one-shot method begins
-        "dense": first.get("dense_ppl", first.get("perplexity")) if run.parts.method.mask_every is None else None,
-        "one_shot": first.get("prune_now_ppl"),
+        "dense": first.get("dense_ppl", first.get("perplexity")),
+        "one_shot": None if METHODS[config.method].starts_dense else first.get("prune_now_ppl"),
         "before_prune": last["perplexity"],
         "pruned": last.get("prune_now_ppl"),
     }

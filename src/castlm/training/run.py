@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.adams import AdamS
@@ -16,15 +17,16 @@ from castlm.core.decay import decay_alpha
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.core.shards import local
+from castlm.core.sparsify import dense_name
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.world import World
-from castlm.hardware import autocast
+from castlm.hardware import autocast, peak_memory
 from castlm.methods.base import Retraining
 from castlm.training.checkpoint import Saver, check_same_run, checkpoint_steps, load_checkpoint, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import TrainedRun
-from castlm.training.metrics import mask_figures
+from castlm.training.metrics import mask_figures, masked_histogram, masked_shares
 from castlm.training.objective import pruned
 from castlm.training.run_folder import RunFolder
 from castlm.training.schedule import learning_rate
@@ -78,6 +80,7 @@ class Run:
             is_main=world.is_main,
             start_step=self.progress.step,
             tensorboard="tensorboard" in config.report_to,
+            hidden=self.method.fixed_figures,
         )
         self.saver = Saver(
             self.folder.checkpoints,
@@ -190,7 +193,18 @@ class Run:
         if self.progress.step == 0 and self.parts.dense_perplexity is not None:
             values["dense_ppl"] = self.parts.dense_perplexity
         self.progress.figures[str(self.progress.step)] = values
-        self.telemetry.evaluated(self.progress.step, values)
+        self.telemetry.evaluated(self.progress.step, values, self._details(masks))
+
+    def _details(self, masks: dict[Tensor, Tensor]) -> dict[str, Any]:
+        """What metrics.jsonl holds of an evaluation beside single figures."""
+        histogram = masked_histogram(masks, self.world)
+        details: dict[str, Any] = {"peak_memory_bytes": peak_memory(self.world.device.type)}
+        if masks:
+            details["masked_histogram"] = [histogram["zeros"], *histogram["counts"]]
+        if self.progress.step == 0 and masks:
+            names = [dense_name(name).removesuffix(".weight") for name in self.parts.initial_masks]
+            details["masked_share"] = dict(zip(names, masked_shares(masks, self.world)))
+        return details
 
     def tensors(self) -> dict[str, Any]:
         """All tensors of a checkpoint, by name, as views: loading fills them in place."""

@@ -57,7 +57,7 @@ class Parts:
     """The masks of step 0 in bits, by parameter name."""
     budget: DecayBudget | None
     dense_perplexity: float | None
-    """Of the dense model, where step 0 no longer has its weights."""
+    """Of the dense model, if step 0 does not compute with its weights any more."""
 
 
 def filter_of(config: TrainConfig) -> FilterFn:
@@ -89,7 +89,7 @@ def set_up(config: TrainConfig, world: World, *, fresh: bool) -> Parts:
     model = source.model
     text = open_training_text(config, source.tokenizer, model.config.vocab_size, world)
     precision = choose_precision(config.precision, world.device, model.config)
-    if world.size > 1 and method_class.mask_every is not None:
+    if world.size > 1 and method_class.masks_forward:
         raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
     pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
     has_start = fresh and config.start != "magnitude"
@@ -111,9 +111,14 @@ def set_up(config: TrainConfig, world: World, *, fresh: bool) -> Parts:
     evaluator = Evaluator(
         objective, text.eval_ids, config.seq_len, config.per_device_train_batch_size, precision, world
     )
-    dense_perplexity = evaluator.perplexity() if has_start and method.mask_every is None else None
+    dense_perplexity = None
+    if fresh and (has_start or method.starts_sparse):
+        with method.unmasked():
+            dense_perplexity = evaluator.perplexity()
     if has_start:
         start_(method, start, world)
+    elif fresh:
+        method.start_from_magnitude_()
     masks = method.masks()
     initial_masks = {names[p]: like_rows(pack_mask(local(m)), p) for p, m in masks.items()}
     budget = _decay_budget(config, method, local_masks(masks), world)
