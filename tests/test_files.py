@@ -22,8 +22,8 @@ from castlm.files import (
     atomic_write_json,
     prepare_output_dir,
     remove_stale_temporaries,
-    sha256_file,
 )
+from castlm.owned import sha256_file
 
 
 def entries(folder: Path) -> list[str]:

@@ -21,7 +21,6 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.owned import OUTPUT, RESULT, discard, foreign_names, is_empty, list_files, read_record
-from castlm.owned import sha256_file as sha256_file
 from castlm.progress import note
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)

@@ -29,8 +29,8 @@ ALL = Preset("Which way to n:m is best?", {name: {"method": name} for name in (*
 class CompareConfig:
     """Compare ways to n:m in one harness: same start, data, teacher, token budget and seeds, one table.
 
-    A dense control with the same training is always among the runs. Finished runs are not repeated. The exit code is 1 if
-    a run failed; the table says why.
+    A dense control with the same training is always among the runs. Finished runs are not repeated. The exit code is
+    1 if a run failed; the table says why.
     """
 
     model: str
@@ -49,8 +49,8 @@ class CompareConfig:
     """Training tokens of each run; for `--preset budgets` those of the largest."""
 
     methods: str | None = None
-    """Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda, sparsegpt.
-    The default is all of them, unless variants or a preset are given."""
+    """Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda,
+    sparsegpt.    The default is all of them, unless variants or a preset are given."""
 
     published_starts: bool = False
     """Give each method the start of its paper, instead of SparseGPT to all of them."""

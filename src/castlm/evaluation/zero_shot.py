@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import castlm
 from castlm.core.errors import InputError
-from castlm.files import sha256_file
+from castlm.owned import sha256_file
 
 SHIPPED = Path(__file__).parent / "tasks"
 

@@ -232,7 +232,8 @@ def heat_map(
             if in_cells and cell > 7.5 * len(text):
                 ink = ' style="fill:var(--paper)"' if share > 0.5 else ' class="name"'
                 parts.append(
-                    f'<text x="{x + cell / 2:.1f}" y="{middle:.1f}" text-anchor="middle" font-size="11"{ink}>{text}</text>'
+                    f'<text x="{x + cell / 2:.1f}" y="{middle:.1f}" text-anchor="middle" '
+                    f'font-size="11"{ink}>{text}</text>'
                 )
     bottom = top + len(values) * cell_height
     every = max(1, math.ceil(max(map(len, column_labels), default=1) * 8 / max(cell, 0.1)))

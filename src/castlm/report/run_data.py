@@ -76,8 +76,8 @@ class RunData:
     def layer_errors(self) -> tuple[dict[str, float], str]:
         """A figure per sparse layer, by name, and which figure it is. Empty if the run has none.
 
-        The error of the layer outputs under the start if it was recorded, else the share of the squared weights that the
-        first masks remove.
+        The error of the layer outputs under the start if it was recorded, else the share of the squared weights that
+        the first masks remove.
         """
         start = (self.record or {}).get("start") or {}
         errors = start.get("layer_errors") or {}
