@@ -16,7 +16,7 @@ TIERS = (
     ("training",),
     ("methods", "oneshot", "data", "distributed", "export", "evaluation", "inference"),
     ("models", "locate", "hardware"),
-    ("files", "yaml_file", "fields", "progress", "layout"),
+    ("files", "output", "owned", "yaml_file", "fields", "progress", "signals", "layout"),
     ("core",),
 )
 TIER_OF = {room: len(TIERS) - number for number, rooms in enumerate(TIERS) for room in rooms}

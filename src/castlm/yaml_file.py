@@ -48,16 +48,17 @@ def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
 def _read_text(path: str | Path) -> str:
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a FIFO must not block
-        with open(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise InputError(f"{path} is not a file: give a YAML file")
-            raw = stream.read(MAX_BYTES + 1)
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder: give a YAML file") from None
+        try:
+            mode = os.fstat(descriptor).st_mode
+            raw = os.read(descriptor, MAX_BYTES + 1) if stat.S_ISREG(mode) else None
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
         raise InputError(f"cannot read {str(path)!r}: its name holds a NUL character") from None
+    if raw is None:
+        raise InputError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}: give a YAML file")
     if len(raw) > MAX_BYTES:
         raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: that is not a file of options")
     try:

@@ -67,9 +67,7 @@ def losses(rows: Rows, results: list[Result]) -> Picture | None:
         width=WHOLE,
         height=340,
     )
-    caption = (
-        "Perplexity of the evaluation text, mean over seeds, at the largest token budget."
-    )
+    caption = "Perplexity of the evaluation text, mean over seeds, at the largest token budget."
     return Picture("Learning curves", svg, caption, wide=True)
 
 
@@ -106,8 +104,8 @@ def time(rows: Rows, results: list[Result]) -> Picture | None:
     if not parts:
         return None
     caption = (
-        "Flip rate: the share of the mask entries that the last refresh changed, divided by the steps between refreshes.
-        " "Kept share: sum |kept| / sum |all| in the sparse layers; 1 means that nothing is left to prune."
+        "Flip rate: the share of the mask entries that the last refresh changed, divided by the steps between. "
+        "Kept share: sum |kept| / sum |all| in the sparse layers; 1 means that nothing is left to prune."
     )
     return Picture("Masks over time", "".join(parts), caption, wide=True)
 

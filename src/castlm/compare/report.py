@@ -53,8 +53,8 @@ COLUMNS = (
         "gap",
         "gap to dense control",
         "+.4f",
-        "ln(perplexity / perplexity of the dense control with the same tokens and seed), in nats per token. Lower is
-        better; " "0 means that sparsity cost nothing.",
+        "ln(perplexity / perplexity of the dense control with the same tokens and seed), in nats per token. 0 means "
+        "that sparsity cost nothing.",
     ),
     Column(
         "gap_untouched",

@@ -39,7 +39,7 @@ def perplexity(run: RunData) -> list[Picture]:
         "Perplexity of the held-out text as the forward pass computes it, and with every masked weight set to zero. "
         "The two lines meet when nothing is left to prune."
         if len(series) > 1
-        else "Perplexity of the held-out text. The forward pass uses no masked weight: the prune changes nothing."
+        else "Perplexity of the held-out text. The forward pass uses no masked weight, so the prune changes nothing."
         if pruned
         else "Perplexity of the held-out text."
     )
@@ -152,8 +152,8 @@ def layers(run: RunData) -> list[Picture]:
         width=WHOLE,
     )
     caption = {
-        "error": "Squared error of the outputs of each layer after the start, relative to the dense outputs, on "
-        "the first 256 calibration tokens.",
+        "error": "Squared error of the outputs of each layer after the start, relative to the dense outputs, on the "
+        "first 256 calibration tokens.",
         "share": "The share of the squared weights of each layer that the masks of step 0 remove.",
     }[kind]
     return [Picture("Error by layer", svg, caption, wide=True)]

@@ -6,6 +6,7 @@ the run had never been stopped.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import time
@@ -15,6 +16,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from castlm.core.errors import InputError
+from castlm.files import atomic_write_text, is_disk_full
 from castlm.progress import Screen
 
 SHOWN = {
@@ -90,7 +93,8 @@ class Telemetry:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._progress.stop()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk, which the last row has reported
+                self._file.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -123,26 +127,30 @@ class Telemetry:
 
     def _write(self, step: int, values: dict[str, float], details: dict[str, Any] | None = None) -> None:
         assert self._file is not None
-        print(json.dumps({"step": step, **values, **(details or {})}), file=self._file, flush=True)
+        try:
+            print(json.dumps({"step": step, **values, **(details or {})}), file=self._file, flush=True)
+        except OSError as error:
+            why = "the disk is full" if is_disk_full(error) else error.strerror
+            raise InputError(f"{self._file.name} cannot be written: {why}; free some space and resume") from error
         if self._writer is not None:
             for key, value in values.items():
                 self._writer.add_scalar(key, value, step)
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Removes the rows of metrics.jsonl after `step`, and a last row that was only half written."""
+    """Removes the rows of metrics.jsonl after `step`, and everything from the first damaged row on."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row: dict[str, Any] = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] > step:
+            row: Any = json.loads(line)
+            if row["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError, RecursionError):
             break
         kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    atomic_write_text(path, "".join(kept))
 
 
 def _clock(seconds: float) -> str:
