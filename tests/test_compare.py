@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from castlm.cli.main import main
-from castlm.cli.options import command_line
+from castlm.cli.options import command_line, to_stderr
 from castlm.compare import oneshot, runs
 from castlm.compare.plan import CompareConfig, Plan
 from castlm.compare.plan import compare as run_comparison
@@ -72,7 +72,7 @@ def command(files, tmp_path, **over) -> CompareConfig:
 
 
 def compare(files, tmp_path, **over) -> tuple[int, dict]:
-    code, _ = run_comparison(command(files, tmp_path, **over), "castlm compare", str)
+    code, _ = run_comparison(command(files, tmp_path, **over), "castlm compare", to_stderr)
     return code, json.loads((tmp_path / "out" / "table.json").read_text())
 
 
