@@ -33,11 +33,9 @@ from transformers.utils import logging as hf_logging
 
 from castlm.core.errors import InputError
 from castlm.core.head import OutputHead
-from castlm.layout import stored_transposed
+from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, find
 
-# Causal masks and rotary tables that old checkpoints carry and today's models compute.
-OLD_BUFFERS = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 _NO_TOKENIZER = "{} holds no tokenizer: copy tokenizer.json and tokenizer_config.json into it"
 
 
@@ -143,7 +141,7 @@ def save_model(
         InputError: weight scaling that is not folded.
     """
     state_dict = restored_state_dict(model)
-    with _silent_transformers(progress=False):
+    with quiet_transformers(progress=False):
         model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
 
@@ -195,6 +193,23 @@ def linearize_conv1d_(model: PreTrainedModel) -> list[str]:
     return names
 
 
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts `model` in eval mode while the block runs, and then each module back into the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model takes (`max_position_embeddings`); None where its config sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The model without its head: maps input ids (batch, seq) to an output whose `last_hidden_state` the head reads.
 
@@ -228,16 +243,15 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         InputError: an architecture that does anything else: the loss would be another model's.
     """
-    name, head, was_training = type(model).__name__, output_head(model), model.training
+    name, head = type(model).__name__, output_head(model)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(head.weight.shape[0], (1, 12), generator=generator).to(model.device)
     changed = input_ids.clone()
     changed[0, -1] = (changed[0, -1] + 1) % head.weight.shape[0]
-    model.eval()
-    logits = model(input_ids=input_ids, use_cache=False).logits
-    logits_changed = model(input_ids=changed, use_cache=False).logits
-    hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
-    model.train(was_training)
+    with eval_mode(model):
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        logits_changed = model(input_ids=changed, use_cache=False).logits
+        hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
 
     rebuilt = F.linear(hidden, head.weight, head.bias).float() * head.scale
     if head.softcap is not None:
@@ -334,14 +348,15 @@ def _explain(where: Location, reason: str) -> str:
 def quiet(where: Location) -> Iterator[None]:
     """No reports from transformers; a progress bar only where something may be downloaded."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_silent_transformers(progress=where.is_hub and not where.is_cached))
+        stack.enter_context(quiet_transformers(progress=where.is_hub and not where.is_cached))
         if where.gguf:  # its dequantization draws a bar that no switch turns off
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         yield
 
 
 @contextlib.contextmanager
-def _silent_transformers(progress: bool) -> Iterator[None]:
+def quiet_transformers(progress: bool = False) -> Iterator[None]:
+    """No reports from transformers while the block runs, and a progress bar only with `progress`."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     if not progress:

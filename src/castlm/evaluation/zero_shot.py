@@ -9,9 +9,7 @@ import contextlib
 import importlib
 import importlib.util
 import logging
-import platform
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,9 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import castlm
 from castlm.core.errors import InputError
 from castlm.files import sha256_file
+from castlm.versions import library_versions
 
 SHIPPED = Path(__file__).parent / "tasks"
 METRICS = ("acc", "acc_norm", "perplexity")
@@ -126,13 +124,7 @@ def zero_shot(
         "tokenizer": tokenizer.name_or_path,
         "dtype": str(autocast_dtype or model.dtype).removeprefix("torch."),
         "device": model.device.type,
-        "versions": {
-            "castlm": castlm.__version__,
-            "lm-eval": version("lm_eval"),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        },
+        "versions": library_versions("lm-eval", "torch", "transformers"),
     }
 
 
