@@ -21,9 +21,9 @@ from castlm.core.errors import InputError
 from castlm.data import documents as documents_module
 from castlm.data import packing as data_module
 from castlm.data import readers
-from castlm.data.documents import Documents, HubDocuments, open_documents, read_text, split_documents, text_hash
+from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents, text_hash
 from castlm.data.loader import BatchLoader
-from castlm.data.packing import BlockStream
+from castlm.data.packing import PackedSequences
 from castlm.data.tokens import check_vocabulary, end_of_text_id, token_ids
 from tests.tiny import EOS, EOS_ID, tiny_tokenizer
 
@@ -84,12 +84,12 @@ def hub(count=23):
 @pytest.fixture(params=[local, hub])
 def collection(request, monkeypatch):
     monkeypatch.setattr(data_module, "_BATCH_PIECES", 3)
-    monkeypatch.setattr(documents_module, "HUB_WINDOW", 7)
+    monkeypatch.setattr(documents_module, "HUB_BUFFER", 7)
     return request.param
 
 
 def stream_of(documents, seq_len=16, seed=5, **kwargs):
-    return BlockStream(documents, TOKENIZER, seq_len=seq_len, seed=seed, **kwargs)
+    return PackedSequences(documents, TOKENIZER, seq_len=seq_len, seed=seed, **kwargs)
 
 
 # Packing and order
@@ -164,7 +164,7 @@ def test_restored_stream_goes_on_bit_for_bit(collection, count):
     resumed = stream_of(collection())
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
-    assert state["blocks"] == count
+    assert state["sequences"] == count
     assert same(blocks_of(resumed, 80), straight[count:])
     assert same(blocks_of(stopped, 80), straight[count:])
 
@@ -207,7 +207,7 @@ def test_resume_on_other_world_sizes(collection, prefetch):
         states = [json.dumps(loader.state_dict(), sort_keys=True) for loader in ranks]
         assert len(set(states)) == 1
         state = json.loads(states[0])
-        assert state["blocks"] == at
+        assert state["sequences"] == at
 
 
 def test_prefetched_batch_is_not_in_the_state():
@@ -215,7 +215,7 @@ def test_prefetched_batch_is_not_in_the_state():
     before = loader.state_dict()
     first, second = next(loader), next(loader)
     loader._ahead.result()
-    assert loader.state_dict()["blocks"] == 4
+    assert loader.state_dict()["sequences"] == 4
     loader.load_state_dict(before)
     assert same([next(loader), next(loader)], [first, second])
 
@@ -395,7 +395,7 @@ def test_beginning_of_text_as_the_tokenizer_has_it(bos, tmp_path, monkeypatch):
     documents = Documents.from_texts([text, "a dog"])
     expected = [bos_id, *ids_of(text), EOS_ID, *repeated, *ids_of("a dog")]
     assert token_ids(documents, tokenizer).tolist() == expected
-    flat = BlockStream(documents, tokenizer, seq_len=100, seed=0).take(9).tolist()
+    flat = PackedSequences(documents, tokenizer, seq_len=100, seed=0).take(9).tolist()
     order = [t for text in texts_of(documents, 0) for t in [*repeated, *ids_of(text), EOS_ID]]
     assert flat == order[: len(flat)]
 
@@ -436,7 +436,7 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
     info = SimpleNamespace(sha="abc")
     monkeypatch.setattr(datasets, "load_dataset", from_files)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: info)
-    monkeypatch.setattr(documents_module, "HUB_WINDOW", 7)
+    monkeypatch.setattr(documents_module, "HUB_BUFFER", 7)
     monkeypatch.setattr(documents_module, "HUB_HELD_OUT", 4)
     documents = open_documents("some/name@v1", data_config="small")
     texts = [text for i in range(3) for text in make_texts(9, seed=i)]

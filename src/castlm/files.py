@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.reading import open_regular
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 
@@ -258,7 +259,7 @@ def _plain(content: Any) -> Any:
 def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal, read a chunk at a time."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

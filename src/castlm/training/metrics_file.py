@@ -21,10 +21,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     path = Path(run)
     path = path / "metrics.jsonl" if path.is_dir() else path
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    rows = []
+XX    rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
