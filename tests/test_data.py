@@ -25,6 +25,7 @@ from castlm.data.documents import Documents, HubDocuments, open_documents, split
 from castlm.data.loader import BatchLoader
 from castlm.data.packing import PackedSequences
 from castlm.data.tokens import check_vocabulary, end_of_text_id, token_ids
+from castlm.reading import read_text
 from tests.tiny import EOS, EOS_ID, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

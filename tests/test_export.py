@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from castlm.core.errors import InputError
-from castlm.core.masks import count_nm_violations
+from castlm.core.pattern import count_nm_violations
 from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.export import hf
@@ -49,7 +49,7 @@ def pruned(folder: Path, family: str = "llama", **over):
 
 
 def export(folder: Path, model, tokenizer, left_dense, **options):
-    return export_model(model, tokenizer, folder, n=2, m=4, left_dense=left_dense, **{"record": RECORD} | options)
+    return export_model(model, tokenizer, folder, pattern="2:4", left_dense=left_dense, **{"record": RECORD} | options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -65,8 +65,8 @@ def load_model(
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        InputError: the model does not exist, is not a causal language model, is quantized or an adapter, its weights are
-            pickled, corrupt, missing, left over, of another shape or not finite, or it has no tokenizer.
+        InputError: the model does not exist, is not a causal language model, is quantized or an adapter, has no
+            tokenizer, or its weights are pickled, corrupt, missing, left over, of another shape or not finite.
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     options = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
@@ -168,7 +168,7 @@ def restored_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
 def linearize_conv1d_(model: PreTrainedModel) -> list[str]:
     """Replaces every transformers `Conv1D` by an equivalent `nn.Linear`, in place.
 
-    A weight (in, out) becomes (out, in), contiguous. Dtype, device, `requires_grad` and sharing between layers are kept.
+    A weight (in, out) becomes (out, in), contiguous, of the same dtype, device and `requires_grad`, shared as before.
 
     Returns:
         The names of the replaced layers.

@@ -63,7 +63,7 @@ class Documents:
     def __init__(self, sources: Sequence[Source], pool: Pool, name: str) -> None:
         self.name = name
         self.num_empty = sum(source.num_empty for source in sources)
-        """The number of blank documents dropped. Blank rows of a parquet file are only found, and dropped, while reading."""
+        """Blank documents that were dropped. Blank rows of a parquet file are found and dropped during reading."""
         self._sources, self._pool = list(sources), pool
         self._piece = np.arange(sum(len(source.last) for source in sources))
         self._last = np.concatenate([source.last for source in sources])
@@ -125,7 +125,7 @@ class Documents:
         return source.text(piece - int(self._source_ends[which]) + len(source.last))
 
     def _select(self, keep: np.ndarray) -> Documents:
-        """The pieces where `keep` (bool, num_pieces) is True. A document may lose its end, but not its start or middle."""
+        """The pieces where `keep` (bool, num_pieces) is True. A document may lose its end, not its start or middle."""
         part = copy.copy(self)
         part._piece, part._last, part._unit = self._piece[keep], self._last[keep].copy(), self._unit[keep]
         part._last[-1:] = True
@@ -142,8 +142,8 @@ class HubDocuments:
     """A streamed dataset of the Hugging Face Hub. `HUB_BUFFER` documents at a time are held and shuffled.
 
     Args:
-        open_stream: returns a new `datasets.IterableDataset` of the same rows each time, since copies of one would share
-            its position.
+        open_stream: returns a new `datasets.IterableDataset` of the same rows each time; copies of one would share its
+            position.
         column: the column of strings that is the text.
         identity: name, revision, config and split, of which `text_hash` is the hash.
     """
@@ -155,7 +155,7 @@ class HubDocuments:
         self._open_stream, self._column, self._identity = open_stream, column, identity
 
     def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
-        """See `Documents.pieces`. A position holds the state of the stream before the held documents, not their text."""
+        """See `Documents.pieces`. A position holds the state of the stream, not the text of the held documents."""
         stream = self._open_stream()
         state, buffer, start = stream.state_dict(), 0, 0
         if position is not None:

@@ -17,8 +17,8 @@ class BatchLoader:
     With R ranks of b rows, global batch g holds the sequences `[g*R*b, (g+1)*R*b)`, and rank r its rows
     `[r*b, (r+1)*b)`: dicts of `input_ids` and `labels`, int64, shape (rows_per_rank, seq_len). Every rank tokenizes all
     sequences. `state_dict` is the position after the last batch that was returned, whatever has been prepared ahead. It
-    is the same on every rank and may be loaded with another `rows_per_rank`, `rank` and `world_size`. An incomplete last
-    batch is dropped (only with `PackedSequences(epochs=...)`).
+    is the same on every rank and may be loaded with another `rows_per_rank`, `rank` and `world_size`. The last batch is
+    dropped if it is incomplete (only with `PackedSequences(epochs=...)`).
 
     Args:
         prefetch: prepare the next batch in a thread meanwhile (fast tokenizers release the interpreter lock).

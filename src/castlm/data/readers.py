@@ -40,9 +40,9 @@ _WORD_START = re.compile(rb"(?<=\S)(?= \S)")
 class Source(Protocol):
     """The pieces of one file, numbered from 0. A document is one piece or a few consecutive ones.
 
-    `last` (bool, num_pieces): whether the piece ends its document. `unit` (int64, num_pieces): the unit of decompression
-    that it belongs to. `unit_bytes` (int64, num_units): memory that the decompressed unit takes, 0 where nothing is
-    decompressed. `num_empty`: the number of blank documents, which are dropped.
+    `last` (bool, num_pieces): whether the piece ends its document. `unit` (int64, num_pieces): the unit of
+    decompression that it belongs to. `unit_bytes` (int64, num_units): memory that the decompressed unit takes, 0 where
+    nothing is decompressed. `num_empty`: the number of blank documents, which are dropped.
     """
 
     last: np.ndarray
@@ -211,7 +211,7 @@ def _text_of(line: bytes, column: str, where: str) -> str:
 
 
 class GzipJsonLines:
-    """Gzipped JSON lines that can be entered in the middle: a copy of the decompressor is kept every `SEGMENT_BYTES`."""
+    """Gzipped JSON lines, entered in the middle: a copy of the decompressor is kept every `SEGMENT_BYTES`."""
 
     def __init__(self, path: Path, column: str, pool: Pool) -> None:
         self._path, self._column, self._pool = path, column, pool
@@ -295,7 +295,7 @@ def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class ParquetRows:
-    """One string column of a parquet file; a row group is decoded as a whole. A blank row is a piece too, of no text."""
+    """One string column of a parquet file; a row group is decoded as a whole, and blank rows are empty pieces."""
 
     def __init__(self, path: Path, column: str, pool: Pool) -> None:
         import pyarrow as pa

@@ -30,9 +30,7 @@ class Encoder:
         bos = tokenizer.bos_token_id
         self.bos = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
         """The tokens that the tokenizer itself puts before a text."""
-        self._first = (
-            self.bos if self.bos != [self.eos] else []
-        )  # the end-of-text of the document before is the same token
+        self._first = self.bos if self.bos != [self.eos] else []  # where it is the end-of-text of the document before
 
     def __call__(self, pieces: list[Piece]) -> list[np.ndarray]:
         ids_of_pieces = self.plain([piece.text for piece in pieces])

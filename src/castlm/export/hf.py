@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.sparsify import is_sparse_linear
 from castlm.export.card import model_card
 from castlm.export.report import VerifyReport
@@ -36,8 +37,7 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     *,
-    n: int,
-    m: int,
+    pattern: Pattern | str,
     left_dense: Mapping[str, str],
     record: Mapping[str, Any],
     overwrite: bool = False,
@@ -48,7 +48,7 @@ def export_model(
     Args:
         model: pruned, and folded: plain parameters, no parametrization left.
         folder: takes its name when all is written and proved; until then it is as it was.
-        n, m: the pattern, at most `n` non-zeros in `m`.
+        pattern: that the sparse layers have, as 2:4.
         left_dense: why, by the name of a module or parameter, as `sparse_linears` gives it.
         record: what castlm.json shall hold beside the proof. The model card shows `base_model` (hub id or path),
             `license`, and `figures`: rows of `name, perplexity, seq_len, stride, text, num_tokens, tokenizer`.
@@ -65,23 +65,24 @@ def export_model(
         if parametrize.is_parametrized(module):
             raise InputError(f"{name} is still parametrized: call fold_weight_scaling(model) before the export")
     folder = Path(os.path.realpath(user_path(folder)))
-    manifest = new_manifest(n, m, left_dense, record)
+    pattern = as_pattern(pattern)
+    manifest = new_manifest(pattern, left_dense, record)
     with eval_mode(model), atomic_dir(folder, overwrite) as temporary:
         save_model(model, tokenizer, temporary)
         atomic_write_json(temporary / "castlm.json", manifest)
         try:
-            manifest["proof"] = _prove(temporary, model, n, m, manifest["left_dense"], eval_fn)
+            manifest["proof"] = _prove(temporary, model, pattern, manifest["left_dense"], eval_fn)
         except Exception as error:
             raise rejected(temporary, folder, error) from error
         write_record(temporary, folder.name, manifest)
     return manifest
 
 
-def new_manifest(n: int, m: int, left_dense: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
+def new_manifest(pattern: Pattern, left_dense: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
     """The content of castlm.json, but for the proof."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "pattern": f"{n}:{m}",
+        "pattern": str(pattern),
         **record,
         "left_dense": dict(left_dense),
         "versions": library_versions("torch", "transformers", "safetensors"),
@@ -107,13 +108,12 @@ def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
 def _prove(
     folder: Path,
     model: PreTrainedModel,
-    n: int,
-    m: int,
+    pattern: Pattern,
     left_dense: dict[str, str],
     eval_fn: Callable[[PreTrainedModel], float] | None,
 ) -> dict[str, Any]:
     """Proves the files in `folder` against `model`; adds to `left_dense` under the names the files have."""
-    report = verify(folder, n, m, known_layers=())  # prove_pattern compares them with `model`
+    report = verify(folder, pattern, known_layers=())  # prove_pattern compares them with `model`
     prove_pattern(report, model, left_dense)
     code_is_trusted = type(model).__module__.startswith("transformers_modules")  # it runs already
     loaded = load_model(str(folder), dtype=model.dtype, trust_remote_code=code_is_trusted).model.eval()

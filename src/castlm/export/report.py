@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from castlm.core.pattern import NM
 from castlm.names import printable
 
 
@@ -48,8 +49,7 @@ class VerifyReport:
     """Whether a checkpoint has the pattern, with the counts behind the answer. Layers are in the order of the model."""
 
     path: str
-    n: int
-    m: int
+    pattern: NM
     layers: list[LayerReport] = field(default_factory=list)
     compared_with: str = ""
     """What the list of layers was compared with, to notice a missing one: config.json, transformers, or each other."""
@@ -98,7 +98,7 @@ class VerifyReport:
         ]
         return {
             "path": self.path,
-            "pattern": f"{self.n}:{self.m}",
+            "pattern": str(self.pattern),
             "ok": self.ok,
             "totals": self.totals(),
             "layers": layers,
@@ -116,7 +116,7 @@ class VerifyReport:
         rest += f", {totals['non_finite']:,} values not finite" if totals["non_finite"] else ""
         counted = f"{totals['violations']:,} of {totals['groups']:,} groups violate it"
         return printable(
-            f"{self.n}:{self.m} {'holds' if self.ok else 'DOES NOT HOLD'} in {self.path}: {counted} in "
+            f"{self.pattern} {'holds' if self.ok else 'DOES NOT HOLD'} in {self.path}: {counted} in "
             f"{totals['layers']} layers, {totals['zero_fraction']:.2%} zeros{rest}"
         )
 

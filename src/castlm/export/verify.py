@@ -16,27 +16,23 @@ from typing import Any
 
 import numpy as np
 
+from castlm.core.blocks import in_block, is_block_linear
 from castlm.core.errors import InputError
-from castlm.core.pattern import check_pattern
+from castlm.core.pattern import NM, Pattern
 from castlm.export.folder import stored_tensors
 from castlm.export.layers import check_layers
 from castlm.export.report import LayerReport, VerifyReport
 from castlm.export.stored import FLOATS, StoredTensor, magnitude_chunks
-from castlm.layout import OLD_BUFFERS, guess_model_type, in_block, stored_transposed
+from castlm.layout import OLD_BUFFERS, guess_model_type, stored_transposed
 from castlm.reading import read_json_object, user_path
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
 """Ends of tensor names that hold a packed weight: of GPTQ and AWQ, compressed-tensors, torchao."""
 
-_EMBEDDINGS = frozenset({"embed_tokens", "embed_positions", "relative_attention_bias", "wte", "wpe"})
-_NORMS = frozenset({"q_norm", "k_norm", "q_layernorm", "k_layernorm"})
-"""Modules of transformer blocks, by their whole name, whose 2-D weight is not that of a linear layer."""
-
 
 def verify(
     path: str | Path,
-    n: int = 2,
-    m: int = 4,
+    pattern: Pattern | str = "2:4",
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
     *,
@@ -52,7 +48,7 @@ def verify(
 
     Args:
         path: the checkpoint.
-        n, m: at most `n` non-zeros in every `m` consecutive weights.
+        pattern: n:m, at most n non-zeros in every m consecutive weights.
         include: globs of tensor names that the pattern applies to, in place of the default rule; the list of layers is
             then not compared with config.json.
         exclude: globs of tensor names that the pattern does not apply to; the report lists them.
@@ -63,13 +59,15 @@ def verify(
         InputError: nothing readable at `path`, a corrupt or short file, other weights beside those that transformers
             loads, a missing layer, packed or integer weights, a bad pattern, or no layer that the pattern applies to.
     """
-    check_pattern(n, m)
+    pattern = NM.parse(str(pattern))
     path = user_path(path)
     folder = path if path.is_dir() else path.parent
     config = _read_config(folder / "config.json")
     tensors = stored_tensors(path, config)
     _refuse_packed(path, tensors, config)
-    report = VerifyReport(str(path), n, m, compared_with=_compare_layers(path, tensors, config, include, known_layers))
+    report = VerifyReport(
+        str(path), pattern, compared_with=_compare_layers(path, tensors, config, include, known_layers)
+    )
     model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in tensors.items()})
     left_dense = _left_dense(folder / "castlm.json")
     globs = tuple(include) if include is not None else None
@@ -77,7 +75,7 @@ def verify(
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
         why_dense = "excluded" if _matches(name, excluded) else _why_dense(tensor, globs)
         if why_dense is None and len(tensor.shape) == 2:
-            layer = _count(tensor, n, m, axis=0 if stored_transposed(model_type, name) else 1)
+            layer = _count(tensor, pattern, axis=0 if stored_transposed(model_type, name) else 1)
             layer.left_dense = _reason(name, left_dense)
             report.layers.append(layer)
             continue
@@ -130,9 +128,8 @@ def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None) -> str | N
         return None if _matches(tensor.name, include) else "not included"
     if not in_block(tensor.name):
         return "outside the transformer blocks"
-    module = tensor.name.split(".")[-2]
-    if len(tensor.shape) == 2 and tensor.name.endswith(".weight") and module in _EMBEDDINGS | _NORMS:
-        return "an embedding" if module in _EMBEDDINGS else "a norm"
+    if tensor.name.endswith(".weight") and len(tensor.shape) == 2 and not is_block_linear(tensor.name, tensor.shape):
+        return "a norm or an embedding"
     if OLD_BUFFERS.search(tensor.name) and tensor.shape[:2] == (1, 1):
         return "a causal mask"
     if len(tensor.shape) == 3 and tensor.shape[1] == 1 and tensor.name.endswith(".weight"):
@@ -181,7 +178,7 @@ def _refuse_empty(report: VerifyReport, num_tensors: int) -> None:
     if not report.sparse_layers and not report.uncounted:
         found = f"{num_tensors} tensors, {len(report.layers)} left dense, {len(report.dense)} outside the pattern"
         raise InputError(
-            f"{report.path} has no layer that {report.n}:{report.m} applies to ({found}): name some with include"
+            f"{report.path} has no layer that {report.pattern} applies to ({found}): name some with include"
         )
 
 
@@ -190,8 +187,9 @@ def _method(config: Mapping[str, Any]) -> str:
     return f" ({quantization.get('quant_method', 'quantized')})" if isinstance(quantization, dict) else ""
 
 
-def _count(tensor: StoredTensor, n: int, m: int, axis: int) -> LayerReport:
+def _count(tensor: StoredTensor, pattern: NM, axis: int) -> LayerReport:
     """Counts one 2-D tensor chunk by chunk."""
+    n, m = pattern.n, pattern.m
     layer = LayerReport(tensor.name, tensor.shape, tensor.dtype, axis)
     columns = tensor.shape[1]
     width = tensor.shape[axis]

@@ -97,7 +97,7 @@ class Law:
         return law_loss(self.draws.T, tokens, self.size(params))
 
     def run_losses(self, tokens: float, params: float | None = None) -> Array:
-        """(num_draws * 21,): losses that a new run may reach: each refit plus 21 normal quantiles of one run's noise."""
+        """(num_draws * 21,): losses that a new run may reach: each refit with 21 normal quantiles of the noise."""
         deviations = self.noise * np.array([NormalDist().inv_cdf((i + 0.5) / 21) for i in range(21)])
         return np.outer(self.draw_losses(tokens, params), np.exp(deviations)).ravel()
 
@@ -197,8 +197,8 @@ def fit_law(
     The objective is the Huber loss of the residuals of log loss, minimised from a grid of starts as in Hoffmann et al.
     (2022), Approach 3, and polished by scipy. Its delta is 1.345 robust standard deviations of the residuals of a
     first pass, and at least their 1e-3. Amplitudes are fitted as logs, at the geometric mean of the token budgets;
-    L_inf is fitted as it is, so that a fit at its bound 0 can be detected. Bounds: 0 <= L_inf <= the lowest loss (mean over
-    seeds), 0.01 <= beta, a <= 4.
+    L_inf is fitted as it is, so that a fit at its bound 0 can be detected. Bounds: 0 <= L_inf <= the lowest loss (mean
+    over seeds), 0.01 <= beta, a <= 4.
 
     Intervals (90 %) come from `num_draws` refits to data drawn around the fitted law: deviations between seeds are
     resampled within their token budget, and the remaining scatter of the means is resampled over token budgets. Both

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.core.moments import MOMENTS, new_moments
+from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
 from castlm.models import linearize_conv1d_
@@ -105,8 +107,7 @@ def plan_memory(
     world_size: int = 1,
     seq_len: int,
     micro_batch: int,
-    n: int = 2,
-    m: int = 4,
+    pattern: Pattern | str = "2:4",
     scale_groups: int = 2,
     accumulation: int = 1,
     gradient_checkpointing: bool = False,
@@ -130,7 +131,8 @@ def plan_memory(
       with as many key as query heads, saves 4T (10H + 4I): input, normalised input and output of both norms; q, k, v
       and the attention's output; gate, its silu, up and their product. Under bf16 autocast it is T (34H + 8I): norms
       and residual path stay fp32, and each linear layer keeps a bf16 copy of its own input;
-    - weights for backward, of all blocks in the compute type and unsharded on every rank: the products `W * A` of weight scaling, or otherwise the bf16 copies that autocast makes of fp32 weights on one rank;
+    - weights for backward, of all blocks in the compute type and unsharded on every rank: the products `W * A` of weight
+      scaling, or otherwise the bf16 copies that autocast makes of fp32 weights on one rank;
     - with checkpointing: L block inputs (T * H each), and the activations and weights of the one block at work;
     - gathered (R > 1): everything outside the blocks (embedding, head) in fp32 and two blocks in the compute type, and
       the same of the teacher in its own; one block's unsharded gradient, and its copy in fp32, in which it is summed;
@@ -150,8 +152,8 @@ def plan_memory(
         compute_dtype: "bf16" or "fp32", of the forward and backward pass; master weights are fp32.
         chunk_tokens: tokens whose logits are in memory at once (default of the loss: 1,024 on a GPU, 256 on a CPU).
         moments: "fp32", "bf16" or "8bit", as `AdamS` has them.
-        calibration_tokens: tokens of calibration text of the start (SparseGPT or Wanda); 0 if it needs none, and then there
-            is no phase `start`.
+        calibration_tokens: tokens of calibration text of the start (SparseGPT or Wanda); 0 if it needs none, which
+            leaves no phase `start`.
         gpu_gib: memory of a card in GiB, see `GPUS`, to check whether the run fits.
 
     Raises:
@@ -189,7 +191,7 @@ def plan_memory(
         calibration_tokens=calibration_tokens,
         fused=fused_optimizer,
     )
-    sizes = _sizes(config, n, m, run)
+    sizes = _sizes(config, as_pattern(pattern), run)
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
     saved = {sharded: trace(config, run, sharded) for sharded in sharded_or_not}
     plan = _plan(sizes, saved[world_size > 1], run, world_size)
@@ -281,9 +283,7 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -
     earlier = parts["gradients"] if run.accumulates else 0
     block = saved.block + saved.block_weights
     activations = parts["activations, checkpointed" if run.checkpointing else "activations"]
-    first = (
-        activations + parts["weights kept for backward"]
-    )  # the backward pass of the last block, with all activations
+    first = activations + parts["weights kept for backward"]  # the last block's backward pass, with all activations
     at_work = saved.block + (saved.block_weights if run.scale_groups else 0)  # freed after a checkpointed block
     forward = first - at_work if run.checkpointing else first
     last = saved.rest + block + parts["gradients"] - earlier  # the backward pass of the first block, with all gradients
@@ -296,17 +296,15 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -
     }
 
 
-def _sizes(config: PretrainedConfig, n: int, m: int, run: Settings) -> _Sizes:
+def _sizes(config: PretrainedConfig, pattern: Pattern, run: Settings) -> _Sizes:
     with torch.device("meta"), as_input_error(config):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         linearize_conv1d_(model)
-    layers, _ = sparse_linears(model, n, m)
+    layers, _ = sparse_linears(model, pattern)
     if run.scale_groups:
-        add_weight_scaling(model, run.scale_groups, n=n, m=m)
+        add_weight_scaling(model, run.scale_groups, pattern=pattern)
     num_layers = config.get_text_config().num_hidden_layers
-    in_blocks = sum(
-        p.numel() for name, p in model.named_parameters() if any(part.isdigit() for part in name.split("."))
-    )
+    in_blocks = sum(p.numel() for name, p in model.named_parameters() if in_block(name))
     sparse = [layer.out_features * layer.in_features for layer in layers.values()]
     embedding = model.get_input_embeddings().weight
     return _Sizes(

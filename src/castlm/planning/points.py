@@ -87,9 +87,7 @@ def _read_path(path: Path) -> list[Point]:
 def _read_folder(folder: Path) -> list[Point]:
     finished = sorted(folder.glob("**/castlm.json"))
     if not finished and (folder / "metrics.jsonl").is_file():
-        raise InputError(
-            f"{folder}: an unfinished run (no castlm.json); resume it, or extrapolate it with `plan watch`"
-        )
+        raise InputError(f"{folder}: an unfinished run (no castlm.json): resume it, or use `plan watch`")
     if not finished:
         raise InputError(f"{folder}: no finished run in it (no castlm.json)")
     return [point for file in finished for point in _read_json(file)]

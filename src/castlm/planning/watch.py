@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.files import read_yaml_mapping
 from castlm.planning.law import Law, fit_law, interval
@@ -59,8 +60,8 @@ def extrapolate_run(
         rows: evaluation rows in order, as `read_evaluations` gives them: `step`, `tokens`, `prune_now_ppl`, `alpha`.
         total_steps, final_tokens: the end of the run; one of them is needed.
         target_ppl: the perplexity that the run should reach.
-        decay: decay of the run. "horizon" ends before the run does, and only the curve after it is used; any other decay
-            lasts until the end (None: a method without decay), and the whole curve is used.
+        decay: decay of the run. "horizon" ends before the run does, and only the curve after it is used; any other
+            decay lasts until the end (None: a method without decay), and the whole curve is used.
 
     Raises:
         InputError: no end given, a row that lacks a field or holds another value than a finite number, or a target that
@@ -113,7 +114,7 @@ def watch_run(run: str | Path, target_ppl: float | None = None) -> WatchReport:
     try:
         config = read_yaml_mapping(path)
         total_steps, decay = int(config["max_steps"]), str(config["decay"])
-        decay = decay if config["method"] == "cast" and decay != "none" else None
+        decay = decay if config["method"] == "cast" and DECAYS[decay].reduces else None
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{run} is not the folder of a run: {path} cannot be used ({error})") from error
     return extrapolate_run(read_evaluations(run), total_steps=total_steps, target_ppl=target_ppl, decay=decay)
@@ -151,7 +152,7 @@ def _tokens_at(rows: Sequence[Mapping[str, Any]], total_steps: int | None) -> fl
 
 def _healing(rows: Sequence[Mapping[str, Any]], decay: str | None) -> tuple[float, list[Mapping[str, Any]], str]:
     """The number of tokens at which the fitted part of the curve starts, its rows, and a description of them."""
-    if decay != "horizon" or not any("alpha" in row for row in rows):
+    if decay is None or not DECAYS[decay].uses_decay_end or not any("alpha" in row for row in rows):
         words = f"of the whole curve (decay {decay!r} lasts until the end)" if decay else "of the whole curve"
         return 0.0, [row for row in rows if row["tokens"] > 0], words
     ramp = [row for row in rows if row.get("alpha", 0.0) < 1]

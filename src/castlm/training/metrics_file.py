@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.reading import read_text, user_path
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -18,10 +19,10 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     Raises:
         InputError: the file cannot be read, or another line is malformed (with its number).
     """
-    path = Path(run)
+    path = user_path(run)
     path = path / "metrics.jsonl" if path.is_dir() else path
-    try:
-XX    rows = []
+    lines = read_text(path).splitlines()
+    rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
