@@ -269,7 +269,6 @@ def test_every_2d_weight_of_a_block_counts_whatever_its_name(tmp_path):
         "mlp.norm_proj.weight",
         "embedder.weight",
         "mlp.experts.gate_up",
-        "x.ln_2d.weight",
     ):
         tensors = {f"model.layers.0.{name}": torch.randn(8, 8), Q0: pruned(8, 8)}
         report = verify(part(tmp_path, tensors))

@@ -278,9 +278,7 @@ def _open_hub(name: str, column: str, split: str, data_config: str | None) -> Hu
         row = next(iter(open_stream()), None)
     except Exception as error:  # datasets raises exceptions of many types
         reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{name}: neither a local file or folder nor available on the Hugging Face Hub: {reason}"
-        ) from error
+        raise InputError(f"{name} is neither a local file nor available on the Hugging Face Hub: {reason}") from error
     if row is None:
         raise InputError(f"{name}: split {split!r} is empty; name another split")
     if column not in row or not isinstance(row[column], str | None):

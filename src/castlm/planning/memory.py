@@ -131,8 +131,8 @@ def plan_memory(
       with as many key as query heads, saves 4T (10H + 4I): input, normalised input and output of both norms; q, k, v
       and the attention's output; gate, its silu, up and their product. Under bf16 autocast it is T (34H + 8I): norms
       and residual path stay fp32, and each linear layer keeps a bf16 copy of its own input;
-    - weights for backward, of all blocks in the compute type and unsharded on every rank: the products `W * A` of weight
-      scaling, or otherwise the bf16 copies that autocast makes of fp32 weights on one rank;
+    - weights for backward, of all blocks in the compute type and unsharded on every rank: the products `W * A` of
+      weight scaling, or otherwise the bf16 copies that autocast makes of fp32 weights on one rank;
     - with checkpointing: L block inputs (T * H each), and the activations and weights of the one block at work;
     - gathered (R > 1): everything outside the blocks (embedding, head) in fp32 and two blocks in the compute type, and
       the same of the teacher in its own; one block's unsharded gradient, and its copy in fp32, in which it is summed;
