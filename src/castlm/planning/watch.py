@@ -23,6 +23,7 @@ from castlm.reading import user_path
 from castlm.training.metrics_file import read_evaluations
 
 MIN_POINTS = 3
+MAX_POINTS = 200  # of a longer curve, evenly spaced
 MIN_SPREAD = 1.2
 
 
@@ -72,7 +73,8 @@ def extrapolate_run(
             raise InputError(f"evaluation {number} has no {', '.join(missing)}: is it a row of castlm's metrics.jsonl?")
         for key in ("step", "tokens", "prune_now_ppl", "alpha"):
             value = row.get(key, 0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            least = -1 if key == "alpha" else 0  # alpha is below 0 in the first step
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e300:
                 raise InputError(f"evaluation {number} has {key} {value!r}: a finite number was expected")
     if target_ppl is not None and not 1 < target_ppl < math.inf:
         raise InputError(f"the target perplexity must be above 1, got {target_ppl:g}")
@@ -85,7 +87,8 @@ def extrapolate_run(
             f"too early: {len(used)} evaluations {note}, {MIN_POINTS} are needed ({excluded} before that are left out)"
         )
         return WatchReport("too early", message, final_tokens, len(used), excluded)
-    points = [Point(row["tokens"] - start, row["prune_now_ppl"]) for row in used]
+    kept = np.unique(np.linspace(0, len(used) - 1, min(len(used), MAX_POINTS)).round().astype(int))
+    points = [Point(used[i]["tokens"] - start, used[i]["prune_now_ppl"]) for i in kept]
     try:
         laws = [_fit(points)]
         if len(points) >= 2 * MIN_POINTS:
