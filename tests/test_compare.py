@@ -12,9 +12,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from castlm.cli.main import main
-from castlm.cli.options import parse
+from castlm.cli.options import command_line
 from castlm.compare import oneshot, runs
-from castlm.compare.plan import CompareCommand, Plan
+from castlm.compare.plan import CompareConfig, Plan
+from castlm.compare.plan import compare as run_comparison
 from castlm.compare.presets import PRESETS
 from castlm.compare.report import summarize
 from castlm.compare.results import Result
@@ -64,12 +65,12 @@ def in_process(monkeypatch) -> list[str]:
     return started
 
 
-def command(files, tmp_path, **over) -> CompareCommand:
-    return CompareCommand(**{**files, "output_dir": str(tmp_path / "out"), "budget_tokens": 6 * 64, "seeds": 1, **over})
+def command(files, tmp_path, **over) -> CompareConfig:
+    return CompareConfig(**{**files, "output_dir": str(tmp_path / "out"), "budget_tokens": 6 * 64, "seeds": 1, **over})
 
 
 def compare(files, tmp_path, **over) -> tuple[int, dict]:
-    code = command(files, tmp_path, **over).run(parse)
+    code = run_comparison(command(files, tmp_path, **over), "castlm compare", str)
     return code, json.loads((tmp_path / "out" / "table.json").read_text())
 
 
@@ -233,17 +234,17 @@ def test_key_has_all_that_matters(files, tmp_path):
 def test_a_start_counts_by_what_its_model_holds(files, tmp_path):
     starts = [save_tiny(tmp_path / "a"), save_tiny(tmp_path / "b"), save_tiny(tmp_path / "c", seed=1)]
     variants = tmp_path / "variants.yaml"
-    variants.write_text("".join(f"{start.name}: {{initial_mask: {start}}}\n" for start in starts))
-    plan = Plan(command(files, tmp_path, variants=str(variants)), parse)
+    variants.write_text("".join(f"{start.name}: {{init_from: {start}}}\n" for start in starts))
+    plan = Plan(command(files, tmp_path, variants=str(variants)), str)
     one, same, other = (plan.make(start.name, 6 * 64, 0, None).key for start in starts)
     assert one == same != other
 
 
 def test_a_start_for_all_runs_is_not_the_control_s(files, tmp_path):
-    (tmp_path / "common.yaml").write_text(yaml.safe_dump({**CONFIG, "initial_mask": "wanda"}))
+    (tmp_path / "common.yaml").write_text(yaml.safe_dump({**CONFIG, "init_from": "wanda"}))
     over = {"methods": "srste,gradual_magnitude", "config": str(tmp_path / "common.yaml")}
-    plan = Plan(command(files, tmp_path, **over), parse)
-    starts = {name: plan.make(name, 6 * 64, 0, None).config["initial_mask"] for name in plan.variants}
+    plan = Plan(command(files, tmp_path, **over), str)
+    starts = {name: plan.make(name, 6 * 64, 0, None).config["init_from"] for name in plan.variants}
     assert starts == {"srste": "wanda", "gradual_magnitude": "magnitude", "dense": "magnitude"}
 
 
@@ -274,7 +275,7 @@ def test_gap_is_paired_by_budget_and_seed():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_can_be_planned(name, files, tmp_path):
-    plan = Plan(command(files, tmp_path, preset=name, budget_tokens=64 * 800), parse)
+    plan = Plan(command(files, tmp_path, preset=name, budget_tokens=64 * 800), str)
     made = [plan.make(v, t, 0, None) for v in plan.variants for t in plan.budgets(v)]
     keys = {run.key for run in made}
     assert len(keys) == len(made)  # no two of them are the same run
@@ -297,13 +298,13 @@ def test_presets_can_be_planned(name, files, tmp_path):
 )
 def test_refusals(over, reason, files, tmp_path):
     with pytest.raises(InputError, match=reason):
-        Plan(command(files, tmp_path, **over), parse)
+        Plan(command(files, tmp_path, **over), str)
 
 
 def test_an_unknown_field_is_refused_before_anything_runs(files, tmp_path, in_process):
     variants = tmp_path / "variants.yaml"
     variants.write_text("good: {}\nbad: {lerning_rate: 1}\n")
-    with pytest.raises(InputError, match="no field lerning_rate"):
+    with pytest.raises(InputError, match="no option lerning_rate; did you mean learning_rate"):
         compare(files, tmp_path, variants=str(variants))
     assert not in_process
 
@@ -344,7 +345,7 @@ def test_process_of_a_run(tmp_path):
 
 
 def test_command_line_repeats_the_comparison(files, tmp_path):
-    line = command(files, tmp_path, methods="cast", seeds=2).command_line()
+    line = command_line("compare", command(files, tmp_path, methods="cast", seeds=2))
     assert line.startswith("castlm compare --model")
     assert "--methods cast" in line
     assert "--seeds 2" in line
@@ -352,7 +353,7 @@ def test_command_line_repeats_the_comparison(files, tmp_path):
 
 
 def test_oneshot_fields_are_those_of_a_plan(files, tmp_path):
-    plan = Plan(command(files, tmp_path, methods="wanda"), parse)
+    plan = Plan(command(files, tmp_path, methods="wanda"), str)
     run = plan.make("wanda", 0, 0, None)
     known = {f.name for f in dataclasses.fields(oneshot.OneshotConfig)}
     assert set(run.config) <= known

@@ -16,7 +16,7 @@ TIERS = (
     ("training",),
     ("methods", "oneshot", "data", "distributed", "export", "evaluation", "inference"),
     ("models", "locate", "hardware"),
-    ("files", "names", "progress", "reading", "layout", "versions"),
+    ("files", "names", "yaml_file", "fields", "progress", "reading", "layout", "versions"),
     ("core",),
 )
 TIER_OF = {room: len(TIERS) - number for number, rooms in enumerate(TIERS) for room in rooms}

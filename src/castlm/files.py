@@ -227,25 +227,6 @@ def atomic_write_json(path: str | Path, content: Any) -> None:
         raise
 
 
-def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Raises:
-        InputError: a missing file, invalid YAML, or another content.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}, not a mapping: write lines as `max_steps: 300`")
-    return content
-
-
 def _plain(content: Any) -> Any:
     if isinstance(content, float):
         return content if math.isfinite(content) else None

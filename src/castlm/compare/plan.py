@@ -1,11 +1,9 @@
-"""`castlm compare`: which way to n:m is best on this model, text and budget. Plans the runs and starts them."""
+"""A comparison: which way to n:m is best on this model, text and budget. Plans the runs and starts them."""
 
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +14,17 @@ from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, Preset
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, execute, lock, with_key, zero_shot_rows
 from castlm.core.errors import InputError
-from castlm.files import read_yaml_mapping
-from castlm.training.config import STARTS_DENSE, TrainConfig, mapping_arguments, parse_train_arguments
+from castlm.fields import checked
+from castlm.methods.table import METHODS
+from castlm.training.config import TrainConfig, flatten
+from castlm.yaml_file import read_yaml_mapping
 
-Parse = Callable[[type[Any], list[str], str], Any]
+Say = Callable[[str], None]
 ALL = Preset("Which way to n:m is best?", {name: {"method": name} for name in (*ONESHOT, *RETRAINING)})
 
 
 @dataclass
-class CompareCommand:
+class CompareConfig:
     """Compare ways to n:m in one harness: same data, teacher, budget and seeds, one table. Skips runs that are done.
 
     A dense control, trained alike, is always among the runs. Exit code 1: a run failed; the table has its reason.
@@ -91,39 +91,37 @@ class CompareCommand:
     limit: int | None = None
     """Only the first so many questions of each task."""
 
-    def run(self, parse: Parse) -> int:
-        from castlm.compare.report import write_report
 
-        plan = Plan(self, parse)
-        root = Path(self.output_dir)
-        print(
-            f"{plan.preset.question}  {len(plan.variants)} variants, {plan.num_runs} runs, in {root}", file=sys.stderr
-        )
-        results: list[Result] = []
-        with lock(root) as descriptor, ending_on_sigterm():
-            for name in plan.variants:
-                for tokens in plan.budgets(name):
-                    results += plan.settle(name, tokens, root, descriptor)
-                    write_report(root, plan.preset, results, self.command_line(), show=False)
-            untouched = self._zero_shot(self.model, root / "runs" / "untouched", descriptor)
-            for result in results:
-                if "error" not in result.record and not result.trial:
-                    result.zero_shot = self._zero_shot(str(result.folder / "model"), result.folder, descriptor)
-        write_report(root, plan.preset, results, self.command_line(), show=True, untouched=untouched)
-        return 1 if any("error" in result.record for result in results) else 0
+def compare(config: CompareConfig, command: str, say: Say) -> int:
+    """Starts or continues a comparison and writes its table after each variant.
 
-    def _zero_shot(self, model: str, folder: Path, descriptor: int) -> list[dict[str, Any]]:
-        """The rows of a model, kept in a file beside `folder`; none when no task is asked for."""
-        if not self.tasks:
-            return []
-        asked = f"{self.tasks}-{self.limit or 'all'}-{'local' if self.tasks_from else 'hub'}"
-        file = folder.with_name(f"{folder.name}.zeroshot-{asked.replace(',', '-')}.json")
-        print(f"zero-shot: {model}", file=sys.stderr)
-        return zero_shot_rows(model, file, self.tasks, self.tasks_from, self.limit, descriptor)
+    Args:
+        command: the command that repeats this comparison, for the report.
+        say: is told of each run.
 
-    def command_line(self) -> str:
-        """The command that repeats this comparison."""
-        return command_line("compare", self)
+    Returns:
+        The exit code: 1 if a run failed.
+
+    Raises:
+        InputError: whatever `Plan` refuses, or another comparison is at work in the folder.
+    """
+    from castlm.compare.report import write_report
+
+    plan = Plan(config, say)
+    root = Path(config.output_dir)
+    say(f"{plan.preset.question}  {len(plan.variants)} variants, {plan.num_runs} runs, in {root}")
+    results: list[Result] = []
+    with lock(root) as descriptor, ending_on_sigterm():
+        for name in plan.variants:
+            for tokens in plan.budgets(name):
+                results += plan.settle(name, tokens, root, descriptor)
+                write_report(root, plan.preset, results, command, show=False)
+        untouched = plan.zero_shot(config.model, root / "runs" / "untouched", descriptor)
+        for result in results:
+            if "error" not in result.record and not result.trial:
+                result.zero_shot = plan.zero_shot(str(result.folder / "model"), result.folder, descriptor)
+    write_report(root, plan.preset, results, command, show=True, untouched=untouched)
+    return 1 if any("error" in result.record for result in results) else 0
 
 
 class Plan:
@@ -133,15 +131,15 @@ class Plan:
         InputError: unknown methods or fields, files that are not there, a budget below one step.
     """
 
-    def __init__(self, command: CompareCommand, parse: Parse) -> None:
-        self.command, self.parse = command, parse
+    def __init__(self, command: CompareConfig, say: Say) -> None:
+        self.command, self.say = command, say
         self.preset = PRESETS[command.preset] if command.preset else ALL
         if command.seeds < 1:
             raise InputError(f"seeds is {command.seeds}: it must be at least 1")
         self.rates = [_rate(r) for r in command.learning_rates.split(",")] if command.learning_rates else []
         if command.tuning_dataset and not self.rates:
             raise InputError("tuning_dataset chooses between learning rates: give --learning-rates 1e-4,3e-4")
-        self.common = read_yaml_mapping(command.config) if command.config else {}
+        self.common = flatten(read_yaml_mapping(command.config), command.config) if command.config else {}
         for name in ("seq_len", "per_device_train_batch_size", "eval_tokens"):
             if getattr(command, name) is not None:
                 self.common[name] = getattr(command, name)
@@ -165,7 +163,7 @@ class Plan:
                 if not isinstance(fields, dict | None):
                     raise InputError(f"{command.variants}: variant {name} is no mapping: write `{name}: {{eta: 0.5}}`")
                 start = variants.get(name, {"method": name if name in known else "cast"})
-                variants[str(name)] = {**start, **(fields or {})}
+                variants[name] = {**start, **flatten(fields or {}, f"{command.variants}: variant {name}")}
         if all(fields["method"] != "dense" for fields in variants.values()):
             variants["dense"] = {"method": "dense"}
         return variants
@@ -227,17 +225,18 @@ class Plan:
 
     def measure(self, run: Run, root: Path, descriptor: int) -> Result:
         """What came of a run: as it lies there, resumed, or run now."""
-        print(str(run), file=sys.stderr, flush=True)
-        record = execute(run, root, descriptor, lambda text: print(text, file=sys.stderr, flush=True))
+        self.say(str(run))
+        record = execute(run, root, descriptor, self.say)
         result = Result(run, record, run.folder(root))
-        print(f"  {record.get('error', f'perplexity {result.perplexity:.3f}')}", file=sys.stderr, flush=True)
+        self.say(f"  {record.get('error', f'perplexity {result.perplexity:.3f}')}")
         return result
 
     def make(self, name: str, tokens: int, seed: int, rate: float | None, *, tuning: bool = False) -> Run:
         """The run of a variant; `rate` None leaves the learning rate as the fields have it."""
         fields = {**self.common, **self.variants[name]}
-        if fields["method"] in STARTS_DENSE and "initial_mask" not in self.variants[name]:
-            fields.pop("initial_mask", None)  # what is for all runs is for those that have one
+        starts_dense = fields["method"] in METHODS and METHODS[fields["method"]].starts_dense
+        if starts_dense and "init_from" not in self.variants[name]:
+            fields.pop("init_from", None)  # the start of all runs is for the methods that have one
         command, hashes = self.command, self.hashes
         named = {"model": command.model, "eval_dataset": command.eval_dataset, "seed": seed}
         if tuning:
@@ -245,44 +244,44 @@ class Plan:
             hashes = {**hashes, "eval_dataset": hashes["tuning_dataset"]}
         if fields["method"] in ONESHOT:
             return self._make_oneshot(name, fields, named)
-        fields |= {**named, "dataset": command.dataset, "output_dir": "", "tensorboard": False}
+        fields |= {**named, "dataset": command.dataset, "output_dir": command.output_dir, "report_to": ("none",)}
         if rate is not None:
             fields["learning_rate"] = rate
-        config: TrainConfig = parse_train_arguments(mapping_arguments(_given(fields)), self.parse)
+        config = TrainConfig.from_mapping(fields, f"variant {name}")
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.seq_len
         steps = tokens // batch
         if steps < 1:
             raise InputError(f"a budget of {tokens} tokens is less than one step of {batch}: raise it")
-        config.max_steps = steps
-        config.eval_steps = config.eval_steps or max(1, steps // self.preset.evaluations)
-        config.save_steps = fields.get("save_steps", max(1, steps // 4))
-        config.save_total_limit = 1
+        config = dataclasses.replace(
+            config,
+            max_steps=steps,
+            eval_steps=config.eval_steps or max(1, steps // self.preset.evaluations),
+            save_steps=config.save_steps if "save_steps" in fields else max(1, steps // 4),
+            save_total_limit=1,
+        )
         content = {k: v for k, v in config.as_dict().items() if k not in ("output_dir", "resume", "overwrite")}
-        if config.initial_mask not in ONESHOT:
-            hashes = {**hashes, "initial_mask": content_hash(str(config.initial_mask), None)}
+        if config.start not in ONESHOT:
+            hashes = {**hashes, "init_from": content_hash(config.start, None)}
         return with_key(Run(name, steps * batch, content), hashes)
+
+    def zero_shot(self, model: str, folder: Path, descriptor: int) -> list[dict[str, Any]]:
+        """The zero-shot rows of a model, kept in a file beside `folder`. Empty if no task is asked for."""
+        command = self.command
+        if not command.tasks:
+            return []
+        asked = f"{command.tasks}-{command.limit or 'all'}-{'local' if command.tasks_from else 'hub'}"
+        file = folder.with_name(f"{folder.name}.zeroshot-{asked.replace(',', '-')}.json")
+        self.say(f"zero-shot: {model}")
+        return zero_shot_rows(model, file, command.tasks, command.tasks_from, command.limit, descriptor)
 
     def _make_oneshot(self, name: str, fields: dict[str, Any], named: dict[str, Any]) -> Run:
         # the fields alone, not the class: it stands beside torch, and planning does without
-        known = ("pattern", "seq_len", "eval_tokens", "column", "trust_remote_code", "revision", "method")
-        content = {k: v for k, v in fields.items() if k in known} | named
+        known = ("pattern", "seq_len", "eval_tokens", "column", "trust_remote_code", "revision")
+        content = checked(TrainConfig, {k: v for k, v in fields.items() if k in known}, f"variant {name}")
+        content |= {"method": fields["method"], **named}
         content |= {"calibration": self.command.calibration or self.command.dataset}
         content |= {"num_sequences": self.command.num_sequences}
         return with_key(Run(name, 0, content), self.hashes)
-
-
-def command_line(name: str, command: Any) -> str:
-    """The command that a dataclass of options was read from, without the options at their defaults."""
-    values = {f.name: (getattr(command, f.name), f.default) for f in dataclasses.fields(command)}
-    given = {name: value for name, (value, default) in values.items() if value != default and value is not None}
-    return f"castlm {name} {shlex.join(mapping_arguments(given))}"
-
-
-def _given(fields: dict[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    if unknown := [name for name in fields if name not in known]:
-        raise InputError(f"there is no field {', '.join(unknown)} in TrainConfig (castlm train --help lists them)")
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _rate(text: str) -> float:

@@ -30,9 +30,12 @@ class MethodConfig(Protocol):
     decay_end: float
     lam: Any
     mask_interval: int
-    initial_mask: Any
     srste_lam: float
     scale_groups: int
+
+    @property
+    def start(self) -> str:
+        """What the run starts from: a one-shot solver's name or an n:m model."""
 
 
 class _StraightThrough(torch.autograd.Function):

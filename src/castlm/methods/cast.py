@@ -18,7 +18,7 @@ class Cast(Retraining):
 
     @property
     def mask_interval(self) -> int:  # type: ignore[override]
-        return self.config.mask_interval if self.config.initial_mask == "magnitude" else 0
+        return self.config.mask_interval if self.config.start == "magnitude" else 0
 
     def prepare(self, model: nn.Module) -> None:
         if self.config.scale_groups:

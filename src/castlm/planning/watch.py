@@ -16,11 +16,12 @@ import numpy as np
 
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
-from castlm.files import read_yaml_mapping
 from castlm.planning.law import Law, fit_law, interval
 from castlm.planning.points import Point
 from castlm.reading import user_path
+from castlm.training.config import flatten
 from castlm.training.metrics_file import read_evaluations
+from castlm.yaml_file import read_yaml_mapping
 
 MIN_POINTS = 3
 MAX_POINTS = 200  # of a longer curve, evenly spaced
@@ -115,11 +116,11 @@ def watch_run(run: str | Path, target_ppl: float | None = None) -> WatchReport:
     """
     path = user_path(run) / "config.yaml"
     try:
-        config = read_yaml_mapping(path)
+        config = flatten(read_yaml_mapping(path), str(path))
         total_steps, decay = int(config["max_steps"]), str(config["decay"])
         decay = decay if config["method"] == "cast" and DECAYS[decay].reduces else None
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{run} is not the folder of a run: {path} cannot be used ({error})") from error
+    except (InputError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{run} is not the folder of a run: {path} cannot be read ({error})") from error
     return extrapolate_run(read_evaluations(run), total_steps=total_steps, target_ppl=target_ppl, decay=decay)
 
 

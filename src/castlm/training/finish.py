@@ -221,7 +221,7 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
     )
     labels = {
         "dense": "dense",
-        "one_shot": f"pruned {'one-shot by' if config.initial_mask in SOLVERS else 'as'} {config.initial_mask}",
+        "one_shot": f"pruned {'one-shot by' if config.start in SOLVERS else 'as'} {config.start}",
         "before_prune": f"{config.method}, before the prune",
         "pruned": f"{config.method}, pruned",
     }

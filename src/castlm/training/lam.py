@@ -65,7 +65,7 @@ def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibrat
             output_dir=str(Path(scratch) / "run"),
             lam=PLACEHOLDER_LAM if config.lam == "auto" else config.lam,
             ignore_decay_budget=True,
-            tensorboard=False,
+            report_to=("none",),
             resume=False,
             overwrite=False,
         )

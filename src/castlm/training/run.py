@@ -75,7 +75,7 @@ class Run:
             config.max_steps,
             is_main=world.is_main,
             start_step=self.progress.step,
-            tensorboard=config.tensorboard,
+            tensorboard="tensorboard" in config.report_to,
         )
         self.saver = Saver(
             self.output_dir / "checkpoints",

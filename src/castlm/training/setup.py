@@ -91,7 +91,7 @@ def set_up(config: TrainConfig, world: World, *, fresh: bool) -> Parts:
     if world.size > 1 and method_class.mask_every is not None:
         raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
     pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
-    has_start = fresh and config.initial_mask != "magnitude"
+    has_start = fresh and config.start != "magnitude"
     start = starting_weights(config, source, text, pattern, filter_fn, world) if has_start else {}
     cache = _open_teacher_cache(config, text, world)
     teacher_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -196,7 +196,7 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
         yield f"left dense: {shown} ({reason})"
     sparse = sum(layer.out_features * layer.in_features for layer in method.layers.values())
     total = sum(p.numel() for p in parts.names)
-    masks = f"{config.pattern} from {config.initial_mask}" if method.layers else "no masks"
+    masks = f"{config.pattern} from {config.start}" if method.layers else "no masks"
     yield f"{config.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
     if config.teacher_cache:
         here = "every sequence is in the cache: no teacher is loaded"
