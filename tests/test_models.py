@@ -145,7 +145,9 @@ def test_conv1d_becomes_linear():
 def test_conv1d_of_an_unknown_family_is_refused():
     model = tiny_model("gpt2")
     model.config.model_type = "other"
-    with pytest.raises(InputError, match=r"transformer\.h\.0\.attn\.c_attn is a Conv1D, which is not supported in the family other"):
+    with pytest.raises(
+        InputError, match=r"transformer\.h\.0\.attn\.c_attn is a Conv1D, which is not supported in the family other"
+    ):
         linearize_conv1d_(model)
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple, TextIO
 
 from castlm.core.errors import InputError
 from castlm.names import printable
+from castlm.signals import TERMINATED, ending_on_sigterm
 
 
 class Command(NamedTuple):
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     "prune": Command("prune", "prune one-shot, without training: magnitude, Wanda, SparseGPT"),
     "eval": Command("evaluate", "measure the perplexity of a model on a text, or its zero-shot accuracy"),
     "compare": Command("compare", "run CAST and its rivals in one harness and print one table"),
+    "report": Command("report", "write an HTML page about a run: verdict, charts, sample of text"),
     "plan": Command("plan", "predict convergence, perplexity, hours and memory before a run"),
     "verify": Command("verify", "count every n:m group of a checkpoint"),
     "demo": Command("demo", "run the main job on the embedded SmolLM2-135M-Instruct, in minutes, on a laptop"),
@@ -88,19 +90,6 @@ def _check_utf8(arguments: list[str]) -> None:
             raise InputError(f"{what} '{printable(name)}' is not UTF-8: rename it") from None
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be allocated; torch reports it as a RuntimeError on a CPU."""
-    words = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory", "bad_alloc")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
-
-
-def _unknown(error: Exception) -> str:
-    if _is_out_of_memory(error):
-        return f"not enough memory: {str(error) or 'an allocation failed'}; use a smaller model, batch or seq_len"
-    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return f"unexpected {reason[:400]} (CASTLM_TRACEBACK=1 shows where it happened)"
-
-
 def _discard(stream: TextIO) -> None:
     """What is left in `stream` goes nowhere; else it fails once more at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -109,6 +98,27 @@ def _discard(stream: TextIO) -> None:
 def _is_output_full(error: Exception) -> bool:
     """Of what is printed; a file that cannot be written has a name, or is an InputError."""
     return isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU; torch reports it as a RuntimeError."""
+    words = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def _describe(error: BaseException) -> str:
+    """An exception in words: what it says itself, if it is meant for a user."""
+    if isinstance(error, InputError):
+        return str(error)
+    if is_out_of_memory(error):
+        return (
+            f"not enough memory ({str(error)[:200] or 'an allocation failed'}): use a smaller batch or seq_len, or a "
+            "larger machine; castlm plan memory says what a run needs"
+        )
+    if isinstance(error, OSError) and str(error):
+        return str(error)
+    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"unexpected {reason[:400]} (CASTLM_TRACEBACK=1 shows where it happened)"
 
 
 def _complain(reason: str) -> None:
@@ -133,15 +143,25 @@ def _main(arguments: list[str]) -> int:
         _check_utf8(arguments)
         if arguments[0] not in COMMANDS:
             raise InputError(f"there is no command {arguments[0]!r}: use one of {', '.join(COMMANDS)}")
-        return COMMANDS[arguments[0]].run(arguments[1:])
+        with ending_on_sigterm():
+            return COMMANDS[arguments[0]].run(arguments[1:])
+    except SystemExit as stop:
+        if stop.code == TERMINATED:
+            print("castlm: stopped by SIGTERM", file=sys.stderr)
+        raise
     except Exception as error:
         if isinstance(error, BrokenPipeError) or _is_output_full(error) or os.environ.get("CASTLM_TRACEBACK"):
             raise
-        _complain(str(error) if isinstance(error, InputError | OSError) and str(error) else _unknown(error))
+        _complain(_describe(error))
         return 2
     except KeyboardInterrupt:
         print("castlm: stopped", file=sys.stderr)
         return 130
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # how a library written in Rust reports its own bug
+            raise
+        _complain(_describe(error))
+        return 2
 
 
 if __name__ == "__main__":

@@ -51,12 +51,13 @@ def report(config: TrainConfig, options: CheckOptions, found: Calibration, world
     from castlm.planning.predict import gpu_hours
 
     by_headroom = sorted(found.layers.items(), key=lambda item: item[1].headroom)
-    print(f"{'layer':<48}{'momentum rms':>14}{'99 % of masked':>16}{'headroom':>10}")
+    has_headroom = config.decay != "horizon"  # which reaches zero by construction, whatever the learning rate is
+    print(f"{'layer':<48}{'momentum rms':>14}{'99 % of masked':>16}" + f"{'headroom':>10}" * has_headroom)
     for name, layer in by_headroom[:10]:
         row = f"{name:<48}{layer.momentum_rms:>14.2e}{layer.budget.quantiles[2]:>16.3f}"
-        print(f"{row}{layer.headroom:>9.2f}x")
+        print(row + f"{layer.headroom:>9.2f}x" * has_headroom)
     if len(by_headroom) > 10:
-        print(f"... and {len(by_headroom) - 10} layers with more headroom")
+        print(f"... and {len(by_headroom) - 10} layers" + " with more headroom" * has_headroom)
     hours = gpu_hours(config.max_steps * found.tokens_per_step, found.tokens_per_s)
     print(f"lam from the momentum's rms over {found.steps} steps: {found.lam:.2e}")
     print(f"{found.tokens_per_s:,.0f} tokens/s: {hours:.2f} hours for {config.max_steps} steps of training alone")

@@ -26,6 +26,14 @@ class FileOptions:
     as published for LLaMA2-7B."""
 
 
+@dataclass
+class PageOptions:
+    """What `castlm train` does when the run is finished."""
+
+    report: bool = True
+    """Write report.html, a page with charts and a sample of text, into output_dir when the run is finished."""
+
+
 def parse_train(
     arguments: Sequence[str], name: str = "train", more: type[Any] | None = None
 ) -> tuple[TrainConfig, dict[str, Any]]:
@@ -49,15 +57,20 @@ def parse_train(
 
 
 def main(arguments: list[str]) -> int:
-    config, _ = parse_train(arguments)
+    config, more = parse_train(arguments, more=PageOptions)
+    from castlm.cli.report import write_report
+    from castlm.distributed.world import is_main_rank
     from castlm.hardware import keep_freed_memory
+    from castlm.progress import note
     from castlm.training.interrupt import Interrupted
     from castlm.training.loop import train
 
     keep_freed_memory()
     try:
-        train(config)
+        record = train(config)
+        if more.get("report", True) and is_main_rank():
+            note(f"report: {write_report(config.output_dir)}")
     except Interrupted as stop:
         print(f"castlm: {stop}", file=sys.stderr)
         return stop.exit_code
-    return 0
+    return 0 if record.get("verdict", {}).get("ok", True) else 1

@@ -30,7 +30,7 @@ class VerifyCommand:
         report = verify(result_folder(self.path), Pattern.parse(self.pattern))
         write_json(self.json, report.as_dict())
         if self.json != "-":
-            report.table()
+            print(report.text())
         return 0 if report.ok else 1
 
 

@@ -35,7 +35,7 @@ _MAGNITUDE = {"init_from": "magnitude"}
 PRESETS: dict[str, Preset] = {
     "oscillation": Preset(
         "Does the mask settle? SR-STE against CAST",
-        {"srste": {"method": "srste"}, "cast": {"method": "cast", **_MAGNITUDE}},
+        {"srste": {"method": "srste", **_MAGNITUDE}, "cast": {"method": "cast", **_MAGNITUDE}},
         plots=("time",),
         evaluations=20,
     ),
@@ -66,7 +66,7 @@ PRESETS: dict[str, Preset] = {
         {
             **{name: {"method": name} for name in RETRAINING},
             "cast from magnitude": {"method": "cast", **_MAGNITUDE},
-            "srste from SparseGPT": {"method": "srste", "init_from": "sparsegpt"},
+            "srste from magnitude": {"method": "srste", **_MAGNITUDE},
         },
         plots=("budgets",),
         budget_shares=(1 / 8, 1 / 4, 1 / 2, 1.0),

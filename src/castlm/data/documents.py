@@ -28,7 +28,7 @@ from castlm.data.readers import (
     open_text,
     texts_in_memory,
 )
-from castlm.files import sha256_file
+from castlm.owned import sha256_file
 from castlm.reading import check_regular, user_path
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")

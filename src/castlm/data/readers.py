@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.files import sha256_file
+from castlm.owned import sha256_file
 from castlm.reading import check_regular, open_regular, parse_json
 
 SEPARATOR = "<|endoftext|>"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from castlm.core.sparsify import is_sparse_linear
 from castlm.export.card import model_card
 from castlm.export.report import VerifyReport
 from castlm.export.verify import verify
-from castlm.files import atomic_dir, atomic_write_json
+from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_name
 from castlm.models import eval_mode, load_model, save_model
 from castlm.reading import user_path
 from castlm.versions import library_versions
@@ -97,9 +96,8 @@ def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> None:
 
 def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
     """Keeps what did not pass its proof beside `folder`, and says why and where."""
-    kept = folder.with_name(f"{folder.name}.rejected")
-    if kept.exists():
-        shutil.rmtree(kept)
+    kept = unused_name(folder.with_name(f"{folder.name}.rejected"))
+    add_file_list(temporary)
     temporary.rename(kept)
     reason = (str(error) or type(error).__name__).splitlines()[0].replace(str(temporary), str(kept))
     return InputError(f"the export did not pass its proof: {reason} (kept as {kept})")

@@ -1,4 +1,4 @@
-"""CAST: continuous adaptive sparse training (arXiv 2509.25996), the method that this package is about."""
+"""CAST, continuous adaptive sparse training (arXiv 2509.25996): the method that this package is about."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class Cast(Retraining):
     """Dense forward pass, AdamS, weight scaling (arXiv 2509.25996)."""
 
     decays = True
+    masks_forward = False
 
     @property
     def mask_interval(self) -> int:  # type: ignore[override]
@@ -25,7 +26,7 @@ class Cast(Retraining):
             add_weight_scaling(model, self.config.scale_groups, pattern=self.pattern, filter_fn=self.filter_fn)
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
-        """Masked weights decay from their dense values."""
+        """Sets the kept weights and the mask. Masked weights keep their dense values and decay from there."""
         parameter = weight_parameter(layer)
         self.optimizer.set_mask(parameter, mask)
         local(parameter).copy_(torch.where(mask, weight, local(parameter)))

@@ -150,7 +150,7 @@ def plan_memory(
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
         compute_dtype: "bf16" or "fp32", of the forward and backward pass; master weights are fp32.
-        chunk_tokens: tokens whose logits are in memory at once (default of the loss: 1,024 on a GPU, 256 on a CPU).
+        chunk_tokens: tokens whose logits are in memory at once (default of the loss: 1,024 on a GPU, 192 on a CPU).
         moments: "fp32", "bf16" or "8bit", as `AdamS` has them.
         calibration_tokens: tokens of calibration text of the start (SparseGPT or Wanda); 0 if it needs none, which
             leaves no phase `start`.
