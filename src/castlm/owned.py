@@ -185,7 +185,7 @@ def changed_file(folder: Path, files: dict[str, Any]) -> str | None:
 def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal, read a chunk at a time."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

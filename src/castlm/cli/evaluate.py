@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.fields import positional
@@ -47,6 +48,7 @@ class EvalCommand:
     def run(self) -> int:
         if self.text is None and self.tasks is None:
             raise InputError("nothing to evaluate on: give --text FILE, or --tasks piqa,arc_easy, or both")
+        check_json_path(self.json, self.path, *([] if self.text is None else [self.text]))
         import torch
 
         from castlm.evaluation.perplexity import evaluate_file

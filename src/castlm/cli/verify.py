@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, result_folder, write_json
 from castlm.core.pattern import Pattern
 from castlm.fields import positional
@@ -25,6 +26,7 @@ class VerifyCommand:
     def run(self) -> int:
         from castlm.export.verify import verify
 
+        check_json_path(self.json, self.path)
         report = verify(result_folder(self.path), Pattern.parse(self.pattern))
         write_json(self.json, report.as_dict())
         if self.json != "-":

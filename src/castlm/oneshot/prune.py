@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.models import eval_mode
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.solvers import SOLVERS, Settings, Solver
 from castlm.oneshot.walk import BlockInputs, StopForward, block_stack
@@ -211,13 +212,8 @@ def prune_oneshot_(
         for name, layer in layers.items():
             report.layers += _prune_layers({name: layer}, None, kind, to)
     else:
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
+        with eval_mode(model):
             _prune_blocks(model, layers, calibration, kind, to, report, progress)
-        finally:
-            for module, training in modes.items():
-                module.training = training
     report.seconds = time.perf_counter() - started
     return report
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from castlm.core.errors import InputError
 from castlm.distributed.loading import Checkpoint, check_one_snapshot, open_sharded
 from castlm.distributed.world import World
-from castlm.models import Loaded, check_head, load_model
+from castlm.models import Loaded, check_head, context_length, load_model
 from castlm.training.config import TrainConfig
 
 
@@ -54,7 +54,7 @@ def open_source(config: TrainConfig, world: World) -> Source:
     loaded, stored = (load_model(config.model, **options), None) if opened is None else opened
     check_one_snapshot(config.model, config.revision, world)
     model = loaded.model
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = context_length(model.config)
     if longest is not None and config.seq_len > longest:
         raise InputError(f"seq_len {config.seq_len} exceeds the model's {longest} positions: lower it")
     vocab = model.config.vocab_size

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from castlm.core.errors import InputError
 from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents, text_hash
 from castlm.data.loader import BatchLoader
-from castlm.data.packing import BlockStream
+from castlm.data.packing import PackedSequences
 from castlm.data.tokens import check_vocabulary, token_ids
 from castlm.distributed.world import World
 from castlm.training.config import TrainConfig
@@ -45,9 +45,11 @@ def open_training_text(
         documents, held_out = split_documents(documents, config.eval_fraction, config.seed)
     else:
         held_out = open_documents(config.eval_dataset, column=config.column)
-    stream = BlockStream(documents, tokenizer, seq_len=config.seq_len, seed=config.seed, repeat=config.repeat_blocks)
+    sequences = PackedSequences(
+        documents, tokenizer, seq_len=config.seq_len, seed=config.seed, repeat=config.repeat_blocks
+    )
     loader = BatchLoader(
-        stream,
+        sequences,
         rows_per_rank=config.per_device_train_batch_size,
         rank=world.rank,
         world_size=world.size,
