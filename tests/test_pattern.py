@@ -109,7 +109,7 @@ def test_a_pattern_that_is_one_class_works_everywhere(monkeypatch):
     optimizer.load_state_dict(saved)
     pattern = Pattern.parse("blocks:16")
     before = optimizer.masks()
-    steps(optimizer, [p for p in model.parameters()], 20)
+    steps(optimizer, list(model.parameters()), 20)
     weight = layers["model.layers.0.mlp.up_proj"].weight
     assert optimizer.param_groups[0]["pattern"] == pattern
     assert optimizer.flips() >= 0

@@ -232,7 +232,7 @@ def test_nan_loss_stops_and_keeps_the_checkpoint(llama, text, tmp_path, monkeypa
     original = Run.train_step
 
     def poisoned(self):
-        if self.step == 3:
+        if self.progress.step == 3:
             self.model.model.norm.weight.data[0] = float("nan")
         original(self)
 
