@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -81,5 +82,5 @@ def test_the_command_line_offers_the_rules_of_the_table():
 def test_every_ramp_starts_at_zero_and_stays_in_range(name):
     alphas = [decay_alpha(step, 100, name, 0.3) for step in range(101)]
     assert alphas[0] == 0
-    assert all(0 <= a <= b <= 1 for a, b in zip(alphas, alphas[1:]))
+    assert all(0 <= a <= b <= 1 for a, b in pairwise(alphas))
     assert (alphas[-1] == 1) == DECAYS[name].reduces
