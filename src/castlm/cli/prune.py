@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from castlm.cli.options import parse
@@ -48,22 +49,27 @@ class PruneCommand:
     """Run Python code that comes with a hub model."""
 
     def run(self) -> int:
-        from castlm.core.sparsify import sparse_linears
-        from castlm.data.documents import text_hash
-        from castlm.data.tokens import token_ids
-        from castlm.export.hf import export_model
-        from castlm.files import prepare_output_dir
         from castlm.hardware import keep_freed_memory
-        from castlm.models import load_model
-        from castlm.oneshot.calibration import calibration_blocks, calibration_length
-        from castlm.oneshot.prune import prune_oneshot_
-        from castlm.progress import shown_progress
+        from castlm.output import claimed
 
         keep_freed_memory()
         pattern = Pattern.parse(self.pattern)
         if self.method != "magnitude" and self.calibration is None:
             raise InputError(f"method {self.method} needs a calibration text: pass --calibration FILE")
-        folder = prepare_output_dir(self.output_dir, self.overwrite)
+        inputs = {"model": self.model, "calibration": self.calibration}
+        with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
+            return self._prune(folder, pattern)
+
+    def _prune(self, folder: Path, pattern: Pattern) -> int:
+        from castlm.core.sparsify import sparse_linears
+        from castlm.data.documents import text_hash
+        from castlm.data.tokens import token_ids
+        from castlm.export.hf import export_model
+        from castlm.models import load_model
+        from castlm.oneshot.calibration import calibration_blocks, calibration_length
+        from castlm.oneshot.prune import prune_oneshot_
+        from castlm.progress import shown_progress
+
         loaded = load_model(self.model, trust_remote_code=self.trust_remote_code)
         _, left_dense = sparse_linears(loaded.model, pattern)
         blocks, calibration = None, {}

@@ -36,7 +36,7 @@ def starting_weights(
     filter_fn: FilterFn,
     world: World,
 ) -> dict[str, Tensor]:
-    """Weights (out, in) of the sparse layers by name as `initial_mask` says; on the main rank, none on the others.
+    """Weights (out, in) of the sparse layers by name as `init_from` says; on the main rank, none on the others.
 
     Raises:
         InputError: on the main rank, whatever the one-shot solver refuses, or a start that is not this model at n:m;
@@ -45,7 +45,7 @@ def starting_weights(
     weights: dict[str, Tensor] = {}
 
     def make(alive: Callable[[], None]) -> None:
-        if config.initial_mask in SOLVERS:
+        if config.start in SOLVERS:
             weights.update(_pruned(config, source, text, pattern, filter_fn, world, alive))
         else:
             weights.update(_read(config, source, pattern, filter_fn, alive))
@@ -64,7 +64,7 @@ def _pruned(
     alive: Callable[[], None],
 ) -> dict[str, Tensor]:
     """Prunes a copy of the model, calibrated on the start of the training text; the model stays as it is."""
-    solver = str(config.initial_mask)
+    solver = str(config.start)
     num_sequences, length = config.calibration_sequences, config.seq_len
     try:
         ids = token_ids(text.documents, source.tokenizer, limit=CALIBRATION_POOL * num_sequences * length)
@@ -82,7 +82,7 @@ def _pruned(
                 model, solver, pattern=pattern, calibration=calibration, filter_fn=filter_fn, progress=progress
             )
     except InputError as error:
-        raise InputError(f"initial_mask {solver}: {error}; initial_mask magnitude does without") from None
+        raise InputError(f"init_from {solver}: {error}; init_from magnitude does without") from None
     if report.raised_damping:
         note(report.damping_note())
     if world.mesh is not None:
@@ -93,12 +93,12 @@ def _pruned(
 def _read(
     config: TrainConfig, source: Source, pattern: Pattern, filter_fn: FilterFn, alive: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """Reads the layers of the n:m model that `initial_mask` names."""
-    name = str(config.initial_mask)
+    """Reads the layers of the n:m model that `init_from` names."""
+    name = str(config.start)
     try:
         model = load_model(name, trust_remote_code=config.trust_remote_code).model
     except InputError as error:
-        raise InputError(f"initial_mask {name}, neither one of {', '.join(SOLVERS)} nor a model: {error}") from None
+        raise InputError(f"init_from {name}, neither one of {', '.join(SOLVERS)} nor a model: {error}") from None
     alive()
     layers, _ = sparse_linears(source.model, pattern, filter_fn)
     found = dict(model.named_modules())
@@ -106,10 +106,10 @@ def _read(
     for layer_name, layer in layers.items():
         theirs = found.get(layer_name)
         if not isinstance(theirs, nn.Linear) or theirs.weight.shape != layer.weight.shape:
-            raise InputError(f"initial_mask {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
+            raise InputError(f"init_from {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
         weight = theirs.weight.detach()
         if pattern.violations(weight):
-            raise InputError(f"initial_mask {name} is not {pattern} in {layer_name}: prune it first (castlm prune)")
+            raise InputError(f"init_from {name} is not {pattern} in {layer_name}: prune it first (castlm prune)")
         weights[layer_name] = weight
     return weights
 
