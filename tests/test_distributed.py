@@ -178,7 +178,7 @@ def train_on_dtensors() -> None:
         assert torch.equal(whole(q), p)
 
     columns = nn.Parameter(distribute_tensor(torch.randn(4, 8), world.mesh, [Shard(1)]))
-    with pytest.raises(InputError, match=r"S\(1\), which splits groups of 4"):
+    with pytest.raises(InputError, match=r"S\(1\), which splits groups of 2:4"):
         AdamS([{"params": [columns], "sparse": True}], total_steps=10)
     close_world(world)
 
@@ -234,10 +234,10 @@ def test_a_start_that_fails_is_one_line_on_one_rank(gemma, text, tmp_path):
 def test_a_mask_that_is_not_its_weights_stops_the_run(gemma, text, tmp_path, monkeypatch):
     refresh = AdamS.refresh_masks
 
-    def shifted(self, group):  # as where the masks of a flattened parameter begin one weight too late
+    def shifted(self, group):  # as if the masks of a flattened parameter began one group too late
         refresh(self, group)
         param = group["params"][-1]
-        self.set_mask(param, self.mask(param).roll(1))
+        self.set_mask(param, self.mask(param).roll(4))
 
     monkeypatch.setattr(AdamS, "refresh_masks", shifted)
     with pytest.raises(RuntimeError, match=r"the mask of model\.layers\.1\.\S+ is not that of its weight"):
