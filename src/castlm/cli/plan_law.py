@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from castlm.cli.options import parse, write_json
+from castlm.cli.options import check_report_path, parse, write_json
 from castlm.core.errors import InputError
 from castlm.fields import positional
 
@@ -35,6 +35,7 @@ class FitCommand:
         from castlm.planning.law import fit_law, plot_law
         from castlm.planning.points import read_points
 
+        check_report_path(self.json)
         points = read_points(self.runs, method=self.method)
         law = fit_law(points, self.form)
         write_json(self.json, law.as_dict())

@@ -29,6 +29,7 @@ from castlm.hardware import autocast, choose_fused, choose_precision, describe
 from castlm.methods.base import Retraining
 from castlm.methods.table import METHODS
 from castlm.training.config import TrainConfig
+from castlm.training.effects import without_effect
 from castlm.training.metrics import Evaluator
 from castlm.training.objective import Objective, make_teacher
 from castlm.training.schedule import schedule
@@ -209,3 +210,4 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
         yield f"teacher: top {config.teacher_top_k} tokens, cached in {config.teacher_cache} ({kept})"
     if parts.budget is not None:
         yield parts.budget.explain()
+    yield from (f"no effect: {reason}" for reason in without_effect(config).values())
