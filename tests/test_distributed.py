@@ -59,7 +59,7 @@ def small(model: str, dataset: str, output_dir: Path, ranks: int, **over: Any) -
     rows, micro_batches = {1: (6, 2), 2: (3, 2), 3: (2, 2), 4: (1, 3)}[ranks]
     fields = {
         "max_steps": 20,
-        "init_from": "magnitude",
+        "calibration_sequences": 4,
         "decay_end": 0.5,  # still decaying where a run is stopped
         "seq_len": 32,
         "per_device_train_batch_size": rows,
@@ -69,7 +69,6 @@ def small(model: str, dataset: str, output_dir: Path, ranks: int, **over: Any) -
         "save_steps": 0,
         "eval_steps": 10,
         "learning_rate": 1e-3,
-        "report_to": ("none",),
         "device": "cpu",
     }
     return TrainConfig(model, dataset, str(output_dir), **{**fields, **over})

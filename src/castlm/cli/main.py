@@ -10,6 +10,7 @@ import sys
 from typing import NamedTuple, TextIO
 
 from castlm.core.errors import InputError
+from castlm.signals import TERMINATED, ending_on_sigterm
 
 
 class Command(NamedTuple):
@@ -71,6 +72,12 @@ def _is_output_full(error: Exception) -> bool:
     return isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU; torch says so in a RuntimeError."""
+    words = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def _complain(reason: str) -> None:
     try:
         print(f"castlm: error: {reason}", file=sys.stderr, flush=True)
@@ -92,7 +99,20 @@ def _main(arguments: list[str]) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise InputError(f"there is no command {arguments[0]!r}: use one of {', '.join(COMMANDS)}")
-        return COMMANDS[arguments[0]].run(arguments[1:])
+        with ending_on_sigterm():
+            return COMMANDS[arguments[0]].run(arguments[1:])
+    except SystemExit as stop:
+        if stop.code == TERMINATED:
+            print("castlm: stopped by SIGTERM", file=sys.stderr)
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or os.environ.get("CASTLM_TRACEBACK"):
+            raise
+        _complain(
+            f"not enough memory ({' '.join(str(error).split())[:200]}): use a smaller batch or seq_len, or a larger "
+            "machine; castlm plan memory says what a run needs"
+        )
+        return 2
     except (InputError, OSError) as error:
         if isinstance(error, BrokenPipeError) or _is_output_full(error) or os.environ.get("CASTLM_TRACEBACK"):
             raise

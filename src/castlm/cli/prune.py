@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from castlm.cli.options import parse
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import choice
+
+if TYPE_CHECKING:
+    from castlm.data.documents import Documents, HubDocuments
 
 
 def solver_names() -> Iterable[str]:
@@ -66,30 +70,36 @@ class PruneCommand:
     """Run the Python code that comes with a hub model."""
 
     def run(self) -> int:
-        from castlm.core.sparsify import sparse_linears
         from castlm.data.documents import open_documents
+        from castlm.hardware import choose_device, keep_freed_memory
+        from castlm.output import claimed
+
+        keep_freed_memory()
+        pattern = Pattern.parse(self.pattern)
+        device, text = choose_device(self.device), None
+        if self.method != "magnitude":
+            if self.calibration is None:
+                raise InputError(
+                    f"method {self.method} needs a calibration text: give --calibration FILE, or --method magnitude"
+                )
+            text = open_documents(self.calibration, column=self.column)
+        inputs = {"model": self.model, "calibration": self.calibration}
+        with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
+            return self._prune(folder, pattern, text, device)
+
+    def _prune(self, folder: Path, pattern: Pattern, text: Documents | HubDocuments | None, device: str) -> int:
+        from castlm.core.sparsify import sparse_linears
         from castlm.data.tokens import token_ids
         from castlm.export.hf import export_model
-        from castlm.files import prepare_output_dir
-        from castlm.hardware import choose_device, keep_freed_memory
         from castlm.models import load_model
         from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
         from castlm.oneshot.prune import prune_oneshot_
         from castlm.progress import shown_progress
 
-        keep_freed_memory()
-        pattern = Pattern.parse(self.pattern)
-        if self.method != "magnitude" and self.calibration is None:
-            raise InputError(
-                f"method {self.method} needs a calibration text: give --calibration FILE, or --method magnitude"
-            )
-        device = choose_device(self.device)
-        text = None if self.calibration is None else open_documents(self.calibration, column=self.column)
-        folder = prepare_output_dir(self.output_dir, self.overwrite)
         loaded = load_model(self.model, trust_remote_code=self.trust_remote_code, revision=self.revision)
         _, left_dense = sparse_linears(loaded.model, pattern)
         blocks, calibration = None, {}
-        if text is not None and self.method != "magnitude":
+        if text is not None:
             length = self.seq_len or calibration_length(loaded.model)
             ids = token_ids(text, loaded.tokenizer, limit=CALIBRATION_POOL * self.num_sequences * length)
             blocks = calibration_blocks(ids, self.num_sequences, length, self.seed)

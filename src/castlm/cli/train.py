@@ -67,10 +67,10 @@ def main(arguments: list[str]) -> int:
 
     keep_freed_memory()
     try:
-        train(config)
+        record = train(config)
         if more.get("report", True) and is_main_rank():
             note(f"report: {write_report(config.output_dir)}")
     except Interrupted as stop:
         print(f"castlm: {stop}", file=sys.stderr)
         return stop.exit_code
-    return 0
+    return 0 if record.get("verdict", {}).get("ok", True) else 1

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, Preset
 from castlm.compare.results import Result
-from castlm.compare.runs import Run, content_hash, execute, lock, with_key, zero_shot_rows
+from castlm.compare.runs import Run, content_hash, execute, with_key, zero_shot_key, zero_shot_rows
 from castlm.core.errors import InputError
 from castlm.fields import checked
 from castlm.methods.table import METHODS
+from castlm.output import continued
 from castlm.training.config import TrainConfig, flatten
 from castlm.yaml_file import read_yaml_mapping
 
@@ -30,8 +29,8 @@ ALL = Preset("Which way to n:m is best?", {name: {"method": name} for name in (*
 class CompareConfig:
     """Compare ways to n:m in one harness: same start, data, teacher, token budget and seeds, one table.
 
-    A dense control with the same training is always among the runs. Finished runs are not repeated. The exit code is 1 if
-    a run failed; the table says why.
+    A dense control with the same training is always among the runs. Finished runs are not repeated. The exit code is
+    1 if a run failed; the table says why.
     """
 
     model: str
@@ -50,8 +49,8 @@ class CompareConfig:
     """Training tokens of each run; for `--preset budgets` those of the largest."""
 
     methods: str | None = None
-    """Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda, sparsegpt.
-    The default is all of them, unless variants or a preset are given."""
+    """Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda,
+    sparsegpt.    The default is all of them, unless variants or a preset are given."""
 
     published_starts: bool = False
     """Give each method the start of its paper, instead of SparseGPT to all of them."""
@@ -107,28 +106,33 @@ def compare(config: CompareConfig, command: str, say: Say) -> int:
         say: is told of each run.
 
     Returns:
-        The exit code: 1 if a run failed.
+        The exit code: 1 if a run or a zero-shot evaluation failed.
 
     Raises:
         InputError: whatever `Plan` refuses, or another comparison is at work in the folder.
     """
     from castlm.compare.report import write_report
 
+    if config.tasks:
+        from castlm.evaluation.zero_shot import check_tasks
+
+        check_tasks([name.strip() for name in config.tasks.split(",")], config.tasks_from)
     plan = Plan(config, say)
     root = Path(config.output_dir)
     say(f"{plan.preset.question}  {len(plan.variants)} variants, {plan.num_runs} runs, in {root}")
     results: list[Result] = []
-    with lock(root) as descriptor, ending_on_sigterm():
+    with continued(root, "compare"):
         for name in plan.variants:
             for tokens in plan.budgets(name):
-                results += plan.settle(name, tokens, root, descriptor)
+                results += plan.settle(name, tokens, root)
                 write_report(root, plan.preset, results, command, show=False)
-        untouched = plan.zero_shot(config.model, root / "runs" / "untouched", descriptor)
+        untouched = plan.zero_shot(config.model, plan.hashes["model"], root / "runs" / "untouched")
         for result in results:
             if "error" not in result.record and not result.trial:
-                result.zero_shot = plan.zero_shot(str(result.folder / "model"), result.folder, descriptor)
+                model = str(result.folder / "model")
+                result.zero_shot = plan.zero_shot(model, result.run.key, result.folder)
     write_report(root, plan.preset, results, command, show=True, untouched=untouched)
-    return 1 if any("error" in result.record for result in results) else 0
+    return 1 if plan.has_failed or any("error" in result.record for result in results) else 0
 
 
 class Plan:
@@ -140,6 +144,7 @@ class Plan:
 
     def __init__(self, command: CompareConfig, say: Say) -> None:
         self.command, self.say = command, say
+        self.has_failed = False
         self.preset = PRESETS[command.preset] if command.preset else ALL
         if command.seeds < 1:
             raise InputError(f"seeds is {command.seeds}: it must be at least 1")
@@ -217,23 +222,23 @@ class Plan:
         fixed = not self.rates or "learning_rate" in fields or fields["method"] in ONESHOT
         return [None] if fixed else list(self.rates)
 
-    def settle(self, name: str, tokens: int, root: Path, descriptor: int) -> list[Result]:
+    def settle(self, name: str, tokens: int, root: Path) -> list[Result]:
         """The runs of a variant at a budget: seed 0 at each rate, then the other seeds at the best of them; where there
         is a tuning text, seed 0 too once more, measured on the evaluation text."""
         tuned = self._is_tuned(name)
         runs = [self.make(name, tokens, 0, rate, tuning=tuned) for rate in self._rates_of(name)]
-        candidates = [self.measure(run, root, descriptor) for run in runs]
+        candidates = [self.measure(run, root) for run in runs]
         best = min(candidates, key=lambda result: result.perplexity)
         for candidate in candidates:
             candidate.trial = tuned or candidate is not best
         rate = best.run.config.get("learning_rate")
         seeds = range(0 if tuned else 1, self._num_seeds(name))
-        return candidates + [self.measure(self.make(name, tokens, s, rate), root, descriptor) for s in seeds]
+        return candidates + [self.measure(self.make(name, tokens, s, rate), root) for s in seeds]
 
-    def measure(self, run: Run, root: Path, descriptor: int) -> Result:
+    def measure(self, run: Run, root: Path) -> Result:
         """What came of a run: as it lies there, resumed, or run now."""
         self.say(str(run))
-        record = execute(run, root, descriptor, self.say)
+        record = execute(run, root, self.say)
         result = Result(run, record, run.folder(root))
         self.say(f"  {record.get('error', f'perplexity {result.perplexity:.3f}')}")
         return result
@@ -274,15 +279,25 @@ class Plan:
             hashes = {**hashes, "init_from": content_hash(config.start, None)}
         return with_key(Run(name, steps * batch, content), hashes)
 
-    def zero_shot(self, model: str, folder: Path, descriptor: int) -> list[dict[str, Any]]:
-        """The zero-shot rows of a model, kept in a file beside `folder`. Empty if no task is asked for."""
+    def zero_shot(self, model: str, digest: str, folder: Path) -> list[dict[str, Any]]:
+        """The zero-shot rows of a model, kept in a file beside `folder`.
+
+        Empty if no task is asked for, or the evaluation fails, which `has_failed` records.
+
+        Args:
+            digest: of the content of the model.
+        """
         command = self.command
         if not command.tasks:
             return []
-        asked = f"{command.tasks}-{command.limit or 'all'}-{'local' if command.tasks_from else 'hub'}"
-        file = folder.with_name(f"{folder.name}.zeroshot-{asked.replace(',', '-')}.json")
+        key = zero_shot_key(digest, command.tasks, command.tasks_from, command.limit)
+        file = folder.with_name(f"{folder.name}.zeroshot-{key}.json")
         self.say(f"zero-shot: {model}")
-        return zero_shot_rows(model, file, command.tasks, command.tasks_from, command.limit, descriptor)
+        rows, failure = zero_shot_rows(model, file, command.tasks, command.tasks_from, command.limit)
+        if failure is not None:
+            self.say(failure)
+            self.has_failed = True
+        return rows
 
     def _make_oneshot(self, name: str, fields: dict[str, Any], named: dict[str, Any]) -> Run:
         # the fields alone, not the class: it stands beside torch, and planning does without
@@ -299,17 +314,3 @@ def _rate(text: str) -> float:
         return float(text)
     except ValueError:
         raise InputError(f"learning rate {text!r} is no number: write --learning-rates 1e-3,3e-3") from None
-
-
-@contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends a comparison as an exception, so that the run at work is told and can save itself."""
-
-    def end(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    old = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)

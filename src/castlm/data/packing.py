@@ -93,6 +93,11 @@ class BlockStream(IterableDataset):
         self._blocks += num_blocks
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
+    def tokens_per_epoch(self) -> int:
+        """Number of tokens of one epoch. Reads and tokenizes all documents once; the position stays as it is."""
+        batches = _batches(self.documents.pieces(self.seed, 0, None))
+        return sum(len(ids) for pieces in batches for ids in self._encoder(pieces))
+
     def state_dict(self) -> dict[str, Any]:
         """The position of the next block's first token, JSON-able; the same on every rank."""
         epoch, document = self._pending[0][:2] if self._pending else self._start

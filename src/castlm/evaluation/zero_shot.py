@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import castlm
 from castlm.core.errors import InputError
-from castlm.files import sha256_file
+from castlm.owned import sha256_file
 
 SHIPPED = Path(__file__).parent / "tasks"
 
@@ -67,6 +67,31 @@ def local_task(name: str, folder: str | Path) -> dict[str, Any]:
         if not Path(files[split]).is_file():
             raise InputError(f"task {name} needs {files[split]}, which is not there: pass the folder that holds it")
     return config
+
+
+def check_tasks(tasks: Sequence[str], folder: str | Path | None) -> None:
+    """Checks that the tasks can be evaluated, before there is a model.
+
+    Raises:
+        InputError: lm-eval is not installed, an unknown task, or data that is not in `folder`.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("zero-shot tasks need lm-eval: pip install 'castlm[eval]'")
+    if not tasks or not all(tasks):
+        raise InputError("no task is named: pass, for example, --tasks piqa,arc_easy")
+    if folder is not None:
+        for name in tasks:
+            local_task(name, folder)
+        return
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        _refuse_unknown(tasks, TaskManager().all_tasks)
+
+
+def _refuse_unknown(tasks: Sequence[str], known: Sequence[str]) -> None:
+    if unknown := [name for name in tasks if name not in known]:
+        raise InputError(f"lm-eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them")
 
 
 def zero_shot(
@@ -169,9 +194,7 @@ def _evaluate(
 
     manager = TaskManager(include_defaults=configs is None)
     if configs is None:
-        unknown = [name for name in tasks if name not in manager.all_tasks]
-        if unknown:
-            raise InputError(f"lm-eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them")
+        _refuse_unknown(tasks, manager.all_tasks)
     lm = HFLM(
         pretrained=model,
         tokenizer=tokenizer,

@@ -87,6 +87,10 @@ class Retraining:
         self._flips: Tensor | int = 0
         self.prepare(model)
 
+    @classmethod
+    def check(cls, config: MethodConfig) -> None:
+        """Raises `InputError` for options with which the run could not end in n:m masks."""
+
     def build_optimizer(self, model: nn.Module, fused: bool) -> AdamS:
         """Builds the optimizer over all parameters of the model, after `prepare` and after sharding."""
         groups = sparse_param_groups(model, self.pattern, self.filter_fn)

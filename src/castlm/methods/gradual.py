@@ -8,7 +8,7 @@ from torch import nn
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM
 from castlm.core.sparsify import weight_parameter
-from castlm.methods.base import Retraining
+from castlm.methods.base import MethodConfig, Retraining
 
 
 class GradualMagnitude(Retraining):
@@ -22,6 +22,15 @@ class GradualMagnitude(Retraining):
     @property
     def fixed_figures(self) -> frozenset[str]:
         return frozenset({"prune_now_ppl"})
+
+    @classmethod
+    def check(cls, config: MethodConfig) -> None:
+        half, last = config.max_steps / 2, config.max_steps - 1
+        if last // config.mask_interval * config.mask_interval < half:
+            raise InputError(
+                f"mask_interval {config.mask_interval} leaves no mask refresh in the second half of {config.max_steps} "
+                "steps, from when gradual_magnitude is n:m: lower mask_interval or raise max_steps"
+            )
 
     def prepare(self, model: nn.Module) -> None:
         if not isinstance(self.pattern, NM):

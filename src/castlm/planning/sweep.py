@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from castlm.compare.plan import CompareConfig, Plan, Say, ending_on_sigterm
+from castlm.compare.plan import CompareConfig, Plan, Say
 from castlm.compare.presets import RETRAINING
-from castlm.compare.runs import lock, read_record
+from castlm.compare.runs import read_record
 from castlm.core.errors import InputError
 from castlm.files import atomic_write_json
+from castlm.output import continued
+from castlm.owned import discard
 from castlm.planning.budgets import check_budgets, geometric_budgets, listed_budgets
 from castlm.training.config import flatten
 from castlm.yaml_file import read_yaml_mapping
@@ -100,9 +101,9 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
         InputError: whatever `Sweep` refuses, or another sweep is at work in the folder.
     """
     runs = Sweep(config, command, say, progress)
-    with lock(runs.root) as descriptor, ending_on_sigterm():
+    with continued(runs.root, "sweep"):
         runs.claim()
-        return runs.run(descriptor)
+        return runs.run()
 
 
 @dataclass(frozen=True)
@@ -197,12 +198,10 @@ class Sweep:
         """Makes the output folder this sweep's.
 
         Raises:
-            InputError: it holds another sweep (without `overwrite`), or something else.
+            InputError: it holds another sweep (without `overwrite`), or sweep.json is corrupt.
         """
         file = self.root / "sweep.json"
         if not file.is_file():
-            if any(entry.name != ".lock" for entry in self.root.iterdir()):
-                raise InputError(f"{self.root} already holds something that is no sweep: choose another output folder")
             self.write("running")
             return
         try:
@@ -216,17 +215,17 @@ class Sweep:
             raise InputError(f"{self.root} holds a sweep of other runs ({line}): choose another folder or --overwrite")
         for name in {Path(name).name for name in old} - set(self.folders):
             folder = self.root / "runs" / name
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
             for suffix in (".yaml", ".log"):
                 folder.with_suffix(suffix).unlink(missing_ok=True)
         self.write("running")
 
-    def run(self, descriptor: int) -> int:
+    def run(self) -> int:
         """Runs budget after budget until the largest is foretold well enough or has run. Returns the exit code."""
         self.say(f"{self.method}, {self.command.seeds} seeds, {self.command.form} law, in {self.root}")
         self.say(TITLE)
         for runs in self.runs:
-            results = [self.plan.measure(run, self.root, descriptor) for run in runs]
+            results = [self.plan.measure(run, self.root) for run in runs]
             for result in results:
                 if math.isinf(result.perplexity):
                     reason = result.record.get("error", "it has no finite perplexity")

@@ -13,6 +13,8 @@ from html import escape
 from castlm.report.scales import Scale, short
 
 NUM_COLOURS = 8
+HALF, WHOLE = 560, 1150
+"""Widths of a chart that takes half of the page or all of it, in pixels, so that all text has the same size."""
 LIGHT = ("#2a78d6", "#e0662f", "#159a6a", "#b98100", "#c84f86", "#6a5bd0", "#5d7a1f", "#d2413f")
 DARK = ("#5b9df0", "#f08a57", "#3fbf8d", "#dba83a", "#e58ab1", "#a396f2", "#9cba5a", "#ee7a77")
 
@@ -81,8 +83,8 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
     from_zero: bool = False,
-    width: int = 640,
-    height: int = 280,
+    width: int = HALF,
+    height: int = 270,
 ) -> str:
     """Lines over a common x axis.
 
@@ -158,7 +160,7 @@ def dot_chart(rows: Sequence[tuple[str, Sequence[float], int]], *, x_label: str,
     Args:
         rows: (label, values, colour), the first row on top.
     """
-    width, left, step = 640, min(240, 20 + 7 * max(len(label) for label, _, _ in rows)), 30
+    width, left, step = WHOLE, min(300, 20 + 7 * max(len(label) for label, _, _ in rows)), 30
     height = 26 + step * len(rows) + 36
     x = Scale.of([v for _, values, _ in rows for v in values], left, width - 70, log=log_x)
     bottom = 14 + step * len(rows)
@@ -196,6 +198,7 @@ def heat_map(
     in_cells: bool = False,
     power: float = 1.0,
     cell_height: int = 26,
+    width: int = HALF,
 ) -> str:
     """A table of cells whose colour grows with the value; each cell has its value as a tooltip.
 
@@ -206,7 +209,7 @@ def heat_map(
         in_cells: whether the values are written into the cells, if these are wide enough.
         power: exponent of the colour scale; 0.5 makes small values more visible.
     """
-    width, left, top = 640, 20 + 7 * max(map(len, row_labels), default=0), 26
+    left, top = 20 + 7 * max(map(len, row_labels), default=0), 26
     cell = (width - left - 4) / max(1, len(column_labels))
     gap = 2 if cell > 12 and cell_height > 12 else 0
     largest = max((v for row in values for v in row if v is not None), default=0.0) or 1.0
@@ -229,7 +232,8 @@ def heat_map(
             if in_cells and cell > 7.5 * len(text):
                 ink = ' style="fill:var(--paper)"' if share > 0.5 else ' class="name"'
                 parts.append(
-                    f'<text x="{x + cell / 2:.1f}" y="{middle:.1f}" text-anchor="middle" font-size="11"{ink}>{text}</text>'
+                    f'<text x="{x + cell / 2:.1f}" y="{middle:.1f}" text-anchor="middle" '
+                    f'font-size="11"{ink}>{text}</text>'
                 )
     bottom = top + len(values) * cell_height
     every = max(1, math.ceil(max(map(len, column_labels), default=1) * 8 / max(cell, 0.1)))

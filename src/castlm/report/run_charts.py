@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 
-from castlm.report.charts import Level, Series, heat_map, line_chart
+from castlm.report.charts import WHOLE, Level, Series, heat_map, line_chart
 from castlm.report.html import Picture
 from castlm.report.run_data import RunData
 from castlm.report.scales import short
 from castlm.training.metrics_file import HISTOGRAM_EDGES
+
+SMALLEST_SHARE = 1e-3
+"""A range of magnitudes is shown if it ever holds this share of the masked weights."""
 
 
 def perplexity(run: RunData) -> list[Picture]:
@@ -29,16 +32,18 @@ def perplexity(run: RunData) -> list[Picture]:
         y_label="perplexity",
         levels=levels,
         log_y=high > 4 * min([level.value for level in levels] or [high]),
+        width=WHOLE,
+        height=300,
     )
     caption = (
         "Perplexity of the held-out text as the forward pass computes it, and with every masked weight set to zero. "
         "The two lines meet when nothing is left to prune."
         if len(series) > 1
-        else "Perplexity of the held-out text. The forward pass uses no masked weight, so that the prune changes nothing."
+        else "Perplexity of the held-out text. The forward pass uses no masked weight, so the prune changes nothing."
         if pruned
         else "Perplexity of the held-out text."
     )
-    pictures = [Picture("Perplexity", svg, caption)]
+    pictures = [Picture("Perplexity", svg, caption, wide=True)]
     if pruned and "dense" in known:
         gap = [(x, math.log(value / known["dense"])) for x, value in pruned if math.isfinite(value)]
         svg = line_chart(
@@ -93,7 +98,11 @@ def masked_weights(run: RunData) -> list[Picture]:
     if len(rows) < 2 or not any(sum(row["masked_histogram"][1:]) for row in rows):
         return []
     totals = [max(1, sum(row["masked_histogram"])) for row in rows]
-    used = [i for i in range(1, len(HISTOGRAM_EDGES)) if any(row["masked_histogram"][i] for row in rows)]
+    shares = {
+        i: max(row["masked_histogram"][i] / total for row, total in zip(rows, totals))
+        for i in range(1, len(HISTOGRAM_EDGES))
+    }
+    used = [i for i, share in shares.items() if share >= SMALLEST_SHARE]
     bins = [*range(used[-1], used[0] - 1, -1), 0]
     values = [[row["masked_histogram"][i] / total for row, total in zip(rows, totals)] for i in bins]
     labels = ["zero" if i == 0 else _decade(HISTOGRAM_EDGES[i - 1]) for i in bins]
@@ -105,11 +114,11 @@ def masked_weights(run: RunData) -> list[Picture]:
         y_label="|masked weight|",
         form=".1%",
         power=0.5,
-        cell_height=12 if len(bins) > 12 else 22,
+        cell_height=max(10, min(22, 220 // len(bins))),
     )
     caption = (
         "Each column is an evaluation; the darker a cell, the larger the share of the masked weights in this range of "
-        "magnitudes. The bottom row holds weights that are exactly zero."
+        "magnitudes. The bottom row holds exact zeros; ranges that never hold 0.1 % are left out."
     )
     return [Picture("Masked weights over time", svg, caption)]
 
@@ -139,10 +148,11 @@ def layers(run: RunData) -> list[Picture]:
         form=".2g",
         in_cells=True,
         cell_height=30 if len(cells) < 10 else 20,
+        width=WHOLE,
     )
     caption = {
-        "error": "Squared error of the outputs of each layer after the start, relative to the dense outputs, on the first "
-        "256 calibration tokens.",
+        "error": "Squared error of the outputs of each layer after the start, relative to the dense outputs, on the "
+        "first 256 calibration tokens.",
         "share": "The share of the squared weights of each layer that the masks of step 0 remove.",
     }[kind]
     return [Picture("Error by layer", svg, caption, wide=True)]

@@ -65,10 +65,10 @@ class RunData:
         """(tokens, value) of all rows that have `key`."""
         return [(row[over], row[key]) for row in self.rows if key in row and over in row]
 
-    def smoothed(self, key: str, points: int = 60) -> list[tuple[float, float]]:
+    def smoothed(self, key: str, points: int = 40) -> list[tuple[float, float]]:
         """`series`, averaged over consecutive rows so that about `points` are left."""
         found = self.series(key)
-        size = max(1, len(found) // points)
+        size = max(1, round(len(found) / points))
         parts = [found[i : i + size] for i in range(0, len(found), size)]
         return [(part[-1][0], statistics.fmean(value for _, value in part)) for part in parts]
 
@@ -76,8 +76,8 @@ class RunData:
     def layer_errors(self) -> tuple[dict[str, float], str]:
         """A figure per sparse layer, by name, and which figure it is. Empty if the run has none.
 
-        The error of the layer outputs under the start if it was recorded, else the share of the squared weights that the
-        first masks remove.
+        The error of the layer outputs under the start if it was recorded, else the share of the squared weights that
+        the first masks remove.
         """
         start = (self.record or {}).get("start") or {}
         errors = start.get("layer_errors") or {}

@@ -116,7 +116,8 @@ def _sentence(run: RunData, found: dict[str, Any]) -> str:
         return f"{found['reason']}."
     if run.config.get("method") == "dense":
         return f"Perplexity {final:.3f} after the same training without sparsity; {dense:.3f} before."
-    sentence = f"Perplexity {final:.3f} at {run.config.get('pattern')}, {final / dense:.2f} times the dense model's {dense:.3f}"
+    pattern = run.config.get("pattern")
+    sentence = f"Perplexity {final:.3f} at {pattern}, {final / dense:.2f} times the dense model's {dense:.3f}"
     recovered = _recovered(final, dense, one_shot)
     if recovered is not None:
         sentence += f"; training recovered {recovered:.0%} of what one-shot pruning lost"

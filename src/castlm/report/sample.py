@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def write_sample(run: RunData) -> dict[str, Any]:
         prompt = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
         models.append({"name": title, "completion": complete(loaded.model, loaded.tokenizer, ids, NEW_TOKENS)})
     sample = {
-        "text": text,
+        "text": Path(text).name,
         "prompt": prompt,
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
@@ -68,6 +69,7 @@ def write_sample(run: RunData) -> dict[str, Any]:
 def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor, new_tokens: int) -> str:
     """The text that greedy decoding appends to `prompt` (num_tokens,)."""
     input_ids = prompt[None].to(model.device)
+    prefix = str(tokenizer.decode(prompt, skip_special_tokens=True))
     ids = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -75,4 +77,4 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    return str(tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True))
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True)).removeprefix(prefix)

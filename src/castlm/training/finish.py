@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import warnings
 from collections.abc import Callable
@@ -29,7 +28,8 @@ from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import held_out_perplexity, masked_histogram
 from castlm.training.objective import Objective
-from castlm.training.setup import Parts, filter_of, local_masks
+from castlm.training.run_folder import RunFolder
+from castlm.training.setup import Parts, filter_of, global_batch, local_masks
 from castlm.training.verdict import verdict
 
 
@@ -39,14 +39,19 @@ class TrainedRun:
 
     config: TrainConfig
     world: World
-    folder: Path
-    """Where the model goes."""
+    output: RunFolder
+    """The output folder."""
     parts: Parts
     figures: dict[str, dict[str, float]]
     """Evaluations by step."""
     tokens: int
     seconds: float
     say: Callable[[str], None]
+
+    @property
+    def folder(self) -> Path:
+        """Where the model goes."""
+        return self.output.model
 
     @property
     def model(self) -> PreTrainedModel:
@@ -58,17 +63,11 @@ class TrainedRun:
         return bool(self.parts.method.layers)
 
 
-def read_result(folder: Path) -> dict[str, Any]:
-    """The castlm.json of a finished result."""
-    record: dict[str, Any] = json.loads((folder / "castlm.json").read_text(encoding="utf-8"))
-    return record
-
-
 def finish(run: TrainedRun) -> dict[str, Any]:
-    """Prunes, folds, exports and proves the model of a finished run; returns its record, on every rank the same.
+    """Prunes, folds, exports and verifies the model of a finished run; returns its record, the same on every rank.
 
     Raises:
-        InputError: the disk is full, or the proof fails; the checkpoints are untouched.
+        InputError: the disk is full, or the verification fails; the checkpoints are untouched.
     """
     pattern = Pattern.parse(run.config.pattern)
     masks = run.parts.method.masks()
@@ -205,9 +204,11 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
     }
     rows = [{"name": labels[k], "perplexity": v, **measured} for k, v in figures.items() if v is not None]
     return {
+        "run_id": run.output.run_id,
         "base_model": config.model,
         "method": config.method,
         "config": config.as_dict(),
+        "world_batch": global_batch(config, run.world),
         "perplexity": {k: v for k, v in figures.items() if v is not None},
         "figures": rows,
         "measured": measured,

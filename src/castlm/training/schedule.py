@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from castlm.core.decay import decay_alpha
 from castlm.training.config import TrainConfig
+from castlm.training.schedules import SCHEDULES
 
 
 def warmup_steps(config: TrainConfig) -> int:

@@ -9,8 +9,8 @@ STABLE = 0.8
 """Fraction of the run after which `warmup_stable_decay` falls."""
 
 Shape = Callable[[float, float], float]
-"""The height of the schedule, 1 at the start and 0 at the end, from the progress after the warm-up and that of the whole
-run, both in [0, 1]."""
+"""The height of the schedule, from 1 at the start to 0 at the end. Its arguments are the progress since the warm-up and
+the progress of the whole run, both in [0, 1]."""
 
 SCHEDULES: dict[str, Shape] = {
     "cosine": lambda progress, overall: 0.5 * (1 + math.cos(math.pi * progress)),

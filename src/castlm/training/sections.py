@@ -270,8 +270,19 @@ class CheckpointOptions:
     log_steps: int = field(default=1, kw_only=True)
     """Steps between lines in metrics.jsonl."""
 
-    report_to: tuple[Literal["tensorboard", "none"], ...] = field(default=("tensorboard",), kw_only=True)
-    """Where metrics go beside metrics.jsonl: tensorboard (where it is installed), or none."""
+    report_to: tuple[Literal["auto", "tensorboard", "wandb", "trackio", "none"], ...] = field(
+        default=("auto",), kw_only=True
+    )
+    """Trackers that get the metrics besides metrics.jsonl. auto uses every one that is installed."""
+
+    push_to_hub: bool = field(default=False, kw_only=True)
+    """Upload the verified model to the Hugging Face Hub when the run ends."""
+
+    hub_model_id: str | None = field(default=None, kw_only=True)
+    """Repository to upload to, owner/name. The default is the name of output_dir."""
+
+    hub_private_repo: bool = field(default=False, kw_only=True)
+    """Make the repository private if it is created."""
 
     def bounds(self) -> Iterator[Bound]:
         yield "save_steps", self.save_steps >= 0, "at least 0"

@@ -84,17 +84,18 @@ def set_up(config: TrainConfig, world: World, *, fresh: bool) -> Parts:
     Raises:
         InputError: on anything the user can put right.
     """
+    method_class = METHODS[config.method].load()
+    method_class.check(config)
     source = open_source(config, world)
     model = source.model
     text = open_training_text(config, source.tokenizer, model.config.vocab_size, world)
     precision = choose_precision(config.precision, world.device, model.config)
-    method_class = METHODS[config.method].load()
     if world.size > 1 and method_class.masks_forward:
         raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
     pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
     has_start = fresh and config.start != "magnitude"
     start = starting_weights(config, source, text, pattern, filter_fn, world) if has_start else {}
-    cache = _open_teacher_cache(config, text, world)
+    cache = _open_teacher_cache(config, text, model.config.vocab_size, world)
     teacher_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     has_teacher = config.eta > 0 and not (cache and cache.complete)
     teacher = make_teacher(model, teacher_dtype) if has_teacher else None
@@ -142,11 +143,11 @@ def local_masks(masks: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     return {local(p.data): local(mask) for p, mask in masks.items()}
 
 
-def _open_teacher_cache(config: TrainConfig, text: TrainingText, world: World) -> TeacherCache | None:
+def _open_teacher_cache(config: TrainConfig, text: TrainingText, vocab_size: int, world: World) -> TeacherCache | None:
     if config.teacher_cache is None:
         return None
     stream = [text.train_sha256, config.seed, config.seq_len, config.repeat_blocks]
-    cache = TeacherCache(config.teacher_cache, stream, world)
+    cache = TeacherCache(config.teacher_cache, stream, vocab_size, world)
     cache.complete = cache.covered() >= config.max_steps * global_batch(config, world)
     return cache
 
