@@ -285,7 +285,7 @@ def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, llama
 def sparse(llama, tmp_path_factory) -> str:
     """A 2:4 model by castlm prune."""
     folder = str(tmp_path_factory.mktemp("sparse") / "model")
-    assert main(["prune", "--model", llama, "--output-dir", folder]) == 0
+    assert main(["prune", "--model", llama, "--output-dir", folder, "--method", "magnitude"]) == 0
     return folder
 
 

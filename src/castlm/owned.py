@@ -16,6 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from castlm.reading import open_regular
+
 RESULT = "castlm.json"
 """Record of a finished result; `files` in it maps each other file to its SHA-256."""
 
@@ -30,6 +32,7 @@ _RUN = "runs/*-????????????"  # name and key of a run of a comparison
 LAYOUT: dict[str, tuple[str, ...]] = {
     "train": (
         "metrics.jsonl",
+        "report.html",
         "tensorboard/events.out.tfevents.*",
         "checkpoints/step-*/manifest.json",
         "checkpoints/step-*/metadata.json",

@@ -21,6 +21,7 @@ from castlm.core.masks import pack_mask
 from castlm.core.pattern import Pattern
 from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import FilterFn, is_sparse_linear
+from castlm.data.tokens import end_of_text_id
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import shard_
@@ -29,6 +30,7 @@ from castlm.hardware import autocast, choose_fused, choose_precision, describe
 from castlm.methods.base import Retraining
 from castlm.methods.table import METHODS
 from castlm.training.config import TrainConfig
+from castlm.training.effects import without_effect
 from castlm.training.metrics import Evaluator
 from castlm.training.objective import Objective, make_teacher
 from castlm.training.schedule import schedule
@@ -101,11 +103,18 @@ def set_up(config: TrainConfig, world: World, *, fresh: bool) -> Parts:
     method = method_class(model, config, pattern, filter_fn)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    objective = Objective(model, teacher, config.eta, config.temperature, config.teacher_top_k, cache)
+    end_of_text = None if config.cross_document_attention else end_of_text_id(source.tokenizer)
+    objective = Objective(model, teacher, config.eta, config.temperature, config.teacher_top_k, cache, end_of_text)
     _shard(objective, source.stored, precision, world)
     names = _trained_parameters(objective, world)
     if cache is not None:  # the model still has the weights of its teacher
-        cache.claim(model, dtype=str(teacher_dtype), top_k=config.teacher_top_k, temperature=config.temperature)
+        cache.claim(
+            model,
+            dtype=str(teacher_dtype),
+            top_k=config.teacher_top_k,
+            temperature=config.temperature,
+            cross_document_attention=config.cross_document_attention,
+        )
     fused, optimizer_text = choose_fused(config.fused_optimizer, world.device, sum(p.numel() for p in names))
     optimizer = method.build_optimizer(model, fused)
     evaluator = Evaluator(
@@ -155,17 +164,21 @@ def _shard(objective: Objective, stored: Checkpoint | None, precision: str, worl
     """Shards student and teacher, and among several ranks reads each rank's rows."""
     if stored is None:
         objective.to(world.device)
-        shard_(objective, world, precision)
-        return
     shard_(objective, world, precision)
-    materialize_(objective, world.device)
-    load_rows_(objective.student, stored, world)
-    if objective.teacher is not None:
-        load_rows_(objective.teacher, stored, world)
-    register_fsdp_forward_method(objective, "prove_head")
+    if stored is not None:
+        materialize_(objective, world.device)
+        load_rows_(objective.student, stored, world)
+        if objective.teacher is not None:
+            load_rows_(objective.teacher, stored, world)
+    if world.mesh is not None:
+        register_fsdp_forward_method(objective, "prove_head")
+        register_fsdp_forward_method(objective, "check_documents_apart")
     with autocast(world.device, precision):  # what is gathered in bf16 multiplies nothing else
-        objective.prove_head()
-    objective.reshard()  # else the root goes on with these weights after a checkpoint is loaded
+        if stored is not None:
+            objective.prove_head()
+        objective.check_documents_apart()
+    if world.mesh is not None:
+        objective.reshard()  # else the root goes on with these weights after a checkpoint is loaded
 
 
 def _trained_parameters(objective: Objective, world: World) -> dict[Tensor, str]:
@@ -210,3 +223,4 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
         yield f"teacher: top {config.teacher_top_k} tokens, cached in {config.teacher_cache} ({kept})"
     if parts.budget is not None:
         yield parts.budget.explain()
+    yield from (f"no effect: {reason}" for reason in without_effect(config).values())
