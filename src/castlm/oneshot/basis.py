@@ -47,7 +47,7 @@ class BasisOptions:
     permute: bool = True
     """Permute the MLP neurons, and the residual stream and the values where they are not rotated."""
 
-    iterations: int = 150
+    iterations: int = 100
     """Steps in which each rotation is learned."""
 
     @property

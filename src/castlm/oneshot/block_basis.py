@@ -17,7 +17,7 @@ from castlm.oneshot.families import Attention, Matrix, Mlp
 from castlm.oneshot.permutation import find_permutation
 from castlm.oneshot.rotation import Term, damped, learn_rotations, rotated_diagonal, solved_error, turn_columns
 
-_RATE = 0.02  # of Adam, for the skew matrix of a rotation
+_RATE = 0.05  # of Adam, for the skew matrix of a rotation
 _MIN_GAIN = 1e-3  # relative fall of the error that a change has to bring
 
 Undo = list[tuple[Tensor, Tensor]]

@@ -18,7 +18,7 @@ from castlm.oneshot.families import Block, Matrix, Norm, Wiring
 from castlm.oneshot.permutation import find_permutation
 from castlm.oneshot.rotation import Term, learn_rotations, solved_error
 
-_RATE = 0.02  # of Adam, for the skew matrix of the rotation
+_RATE = 0.03  # of Adam, for the skew matrix of the rotation
 _SCORE_ROWS = 4096  # of all layers together that a permutation is chosen by
 _SMALLEST_GAIN = 1e-6
 
