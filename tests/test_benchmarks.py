@@ -13,7 +13,7 @@ from benchmarks.masks import apex_mask, topk_mask
 from benchmarks.rows import Row, interleaved, ratio_row
 
 from castlm.core.masks import nm_mask
-from castlm.training.distributed import init_world
+from castlm.distributed.world import init_world
 
 
 def test_the_cheapest_rows(tmp_path, capsys):
