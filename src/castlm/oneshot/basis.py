@@ -2,9 +2,9 @@
 
 Three axes inside a transformer can be turned without a trace outside: the neurons of an MLP (a permutation), the values
 of each KV head, which `v_proj` writes and `o_proj` reads (a permutation or any rotation), and the residual stream (a
-permutation; a rotation too, once the gains of the norms are folded into the layers that read them, as in SliceGPT, Ashkboos
-et al. 2024). Which weights share a group of m, and how large they are in it, depends on that basis, and the gain stays
-through training. The result is a plain checkpoint of the same architecture.
+permutation; a rotation too, once the gains of the norms are folded into the layers that read them, as in SliceGPT,
+Ashkboos et al. 2024). Which weights share a group of m, and how large they are in it, depends on that basis, and the
+gain stays through training. The result is a plain checkpoint of the same architecture.
 
 A change is kept only if the error of the layers solved by SparseGPT falls under it and the outputs stay the same.
 """
@@ -25,8 +25,9 @@ from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.oneshot.block_basis import Change, Statistic, Statistics, turn_mlps_, turn_values_
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.families import Block, Wiring, describe
+from castlm.oneshot.inputs import input_hessians
 from castlm.oneshot.stream_basis import Stream, is_tied
-from castlm.oneshot.walk import BlockInputs, input_hessians, transformer_blocks
+from castlm.oneshot.walk import BlockInputs, transformer_blocks
 
 TOLERANCE = 1e-4
 """Largest difference of an output relative to the largest output, for weights of 32 bits."""
@@ -41,8 +42,8 @@ class BasisOptions:
     """Which axes are turned."""
 
     rotate: Literal["auto", "off", "values", "residual"] = "auto"
-    """values: the values of each KV head. residual: the residual stream as well, which unties tied embeddings. auto: values
-    where the family is known, else nothing."""
+    """values: the values of each KV head. residual: the residual stream as well, which unties tied embeddings. auto:
+    values where the family is known, else nothing."""
 
     permute: bool = True
     """Permute the MLP neurons, and the residual stream and the values where they are not rotated."""
@@ -91,8 +92,8 @@ def change_basis_(
     """Turns the axes of a dense `model` in place, as `options` say.
 
     Takes one pass of the calibration text through the model, and for each rotation `options.iterations` steps of Adam.
-    Memory beyond the model: the statistics of one block; for the residual stream also two fp32 matrices (hidden, hidden)
-    for each of its norms.
+    Memory beyond the model: the statistics of one block; for the residual stream also two fp32 matrices
+    (hidden, hidden) for each of its norms.
 
     Args:
         calibration: int64, (num_sequences, seq_len), as from `calibration_blocks`.
@@ -157,9 +158,7 @@ class _Turning:
         self.stream = Stream(model, wiring, pattern)
         self.rotates_stream = options.rotate == "residual"
         if self.rotates_stream and (obstacle := self.stream.obstacle()):
-            raise InputError(
-                f"the residual stream of {wiring.family} cannot be rotated: {obstacle}; use rotate values"
-            )
+            raise InputError(f"the residual stream of {wiring.family} cannot be rotated: {obstacle}; use rotate values")
         self.values = Change("values rotated" if options.rotates_values else "values permuted")
         self.mlps = Change("MLP neurons permuted")
         self.done = 0
@@ -195,28 +194,29 @@ class _Turning:
                 for weight, old in undo:
                     weight.copy_(old)
                 statistics = untouched
-                self.report.notes.append(f"block {index}: its basis is left as it was, for its outputs moved by {moved:.1g}")
+                self.report.notes.append(
+                    f"block {index}: its basis is left as it was, for its outputs moved by {moved:.1g}"
+                )
         self.stream.see(block, statistics)
 
     def _turn_stream(self, sample: Tensor, before: Tensor) -> None:
         """Rotates the stream, or permutes it where it is not rotated; undoes what moves the logits."""
-        if self.rotates_stream:
+        if self.rotates_stream and self.stream.is_read:
             rotated = Change("residual stream rotated")
             if not self.stream.rotate_(rotated, self.options.iterations, self._step):
                 self.stream.unfold_()
                 self.report.notes.append("residual stream: not rotated, for the error of its layers would not fall")
             self.report.changes.append(rotated)
-        if self.options.permute and self.stream.undo is None:
+        if self.options.permute and self.stream.undo is None and self.stream.is_read:
             permuted = Change("residual stream permuted")
             self.stream.permute_(permuted)
             self.report.changes.append(permuted)
-        self.report.logits_moved = _distance(before, self._logits(sample))
-        if self.stream.undo is not None and not self.report.logits_moved <= self._tolerance:
+        moved = _distance(before, self._logits(sample))
+        if self.stream.undo is not None and not moved <= self._tolerance:
             self.stream.undo()
-            self.report.notes.append(
-                f"residual stream: left as it was, for the logits moved by {self.report.logits_moved:.1g} of the largest"
-            )
-            self.report.logits_moved = _distance(before, self._logits(sample))
+            self.report.notes.append(f"residual stream: left as it was, for the logits moved by {moved:.1g}")
+            moved = _distance(before, self._logits(sample))
+        self.report.logits_moved = moved
 
     @property
     def _tolerance(self) -> float:

@@ -1,12 +1,12 @@
 """The changes of basis inside a transformer block: the values of each KV head, and the neurons of each MLP.
 
-Both axes are internal to the block, whatever the rest of the model is like: V/O rotations need no norm to be folded and no
-embedding to be untied, and cost nothing when the model runs.
+Both axes are internal to the block, whatever the rest of the model is like: they need no norm to be folded and no
+embedding to be untied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from castlm.oneshot.families import Attention, Matrix, Mlp
 from castlm.oneshot.permutation import find_permutation
-from castlm.oneshot.rotation import Term, damped, learn_rotations, rotated_diagonal, solved_error, turn_columns
+from castlm.oneshot.rotation import Term, damped, learn_rotations, solved_error, turn_columns
 
 _RATE = 0.05  # of Adam, for the skew matrix of a rotation
 _MIN_GAIN = 1e-3  # relative fall of the error that a change has to bring
@@ -117,9 +117,7 @@ def turn_values_(
     return replace_(new)
 
 
-def _learn_values(
-    attention: Attention, statistics: Statistics, pattern: tuple[int, int], iterations: int
-) -> Tensor:
+def _learn_values(attention: Attention, statistics: Statistics, pattern: tuple[int, int], iterations: int) -> Tensor:
     """A rotation (num_kv_heads, head_dim, head_dim) for each KV head."""
     value, output = attention.value, attention.output
     weight, statistic = output.weight.float(), statistics[output.layer]

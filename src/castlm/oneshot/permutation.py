@@ -1,7 +1,7 @@
 """Finds the order of an axis under which an n:m prune of the weights along it keeps most.
 
-Only which channels share a group matters. Starting from channels dealt out by importance, as in RIA (Zhang et al. 2024),
-one channel of every group is taken out in turn and all of them are put back where they are worth most: a linear
+Only which channels share a group matters. Starting from channels dealt out by importance, as in RIA (Zhang et al.
+2024), one channel of every group is taken out in turn and all of them are put back where they are worth most: a linear
 assignment, solved exactly, so that the kept score never falls.
 """
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,10 +22,9 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.oneshot.calibration import check_calibration
+from castlm.oneshot.inputs import ERROR_TOKENS, LayerInput, see_inputs
 from castlm.oneshot.solvers import SOLVERS, Settings, Solver
-from castlm.oneshot.walk import BlockInputs, StopForward, transformer_blocks
-
-_ERROR_TOKENS = 256  # that the reconstruction error is measured on
+from castlm.oneshot.walk import BlockInputs, transformer_blocks
 
 
 @dataclass
@@ -84,56 +82,9 @@ class OneshotReport:
         return asdict(self) | {"zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
 
 
-class _Input:
-    """A tensor that enters layers of a block: the same one in every pass, with the statistic over all passes."""
-
-    def __init__(self, x: Tensor, solver: Solver) -> None:
-        columns = x.shape[-1]
-        self.names: list[str] = []
-        self.current: Tensor | None = None  # in this pass; held, so that no other tensor can be taken for it
-        self.sample = x.reshape(-1, columns)[:_ERROR_TOKENS].to(torch.float32, copy=True)
-        self.statistic = torch.zeros((columns,) * solver.axes, device=x.device)
-
-
-def _see_inputs(layers: dict[str, nn.Linear], inputs: BlockInputs, solver: Solver, num_sequences: int) -> list[_Input]:
-    """Runs the current block, still dense, on all batches, and gives what enters `layers`, in the order of the calls.
-
-    From the second pass on a block ends where it has called all of them: what comes after changes no statistic.
-    """
-    found: dict[str, _Input] = {}
-    num_calls, last_call = 0, 0
-
-    def before(name: str, x: Tensor) -> None:
-        nonlocal num_calls
-        if name not in found:
-            found[name] = next((seen for seen in found.values() if seen.current is x), None) or _Input(x, solver)
-            found[name].names.append(name)
-        seen = found[name]
-        if seen.current is not x:
-            seen.current = x
-            if solver.add is not None:
-                solver.add(seen.statistic, x.reshape(-1, x.shape[-1]).float(), num_sequences)
-        num_calls += 1
-        if num_calls == last_call:
-            raise StopForward
-
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(lambda _, args, name=name: before(name, args[0])))
-        for hidden in inputs:
-            num_calls = 0
-            with suppress(StopForward):
-                inputs.run(hidden)
-            if last_call == 0:  # experts are not all called in every pass: then no pass ends early
-                last_call = num_calls if num_calls == len(found) == len(layers) else -1
-            for seen in found.values():
-                seen.current = None
-    for name in layers.keys() - found.keys():
-        raise InputError(f"no calibration token reaches {name}: leave it out with filter_fn, or pass more text")
-    return list(dict.fromkeys(found.values()))
-
-
-def _prune_layers(layers: dict[str, nn.Linear], seen: _Input | None, solver: Solver, to: Settings) -> list[LayerResult]:
+def _prune_layers(
+    layers: dict[str, nn.Linear], seen: LayerInput | None, solver: Solver, to: Settings
+) -> list[LayerResult]:
     """Prunes layers that read the same input, all their rows in one piece."""
     names, weights = ", ".join(layers), [layer.weight for layer in layers.values()]
     dense = torch.cat([weight.float() for weight in weights])
@@ -204,7 +155,7 @@ def prune_oneshot_(
     _check(model, method, layers, calibration, to)
     kind = SOLVERS[method]
     if kind.add is None and calibration is not None:
-        calibration = calibration[: math.ceil(_ERROR_TOKENS / calibration.shape[1])]
+        calibration = calibration[: math.ceil(ERROR_TOKENS / calibration.shape[1])]
     num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
     asked = damping if method == "sparsegpt" else None
     report = OneshotReport(method, n, m, num_sequences, seq_len, asked, left_dense=left_dense)
@@ -239,7 +190,7 @@ def _prune_blocks(
     inputs = BlockInputs(model, blocks, calibration)
     for index, inside in enumerate(of_block):
         if inside:
-            for seen in _see_inputs(inside, inputs, solver, len(calibration)):
+            for seen in see_inputs(inside, inputs, solver, len(calibration)):
                 report.layers += _prune_layers({name: inside[name] for name in seen.names}, seen, solver, to)
         if index + 1 < len(of_block):
             inputs.advance()

@@ -1,11 +1,11 @@
 """Learns the rotation of an axis under which an n:m prune of the weights along it loses least.
 
-A rotation R of an activation x leaves a network as it is when what reads x becomes `W R` and what writes it `R^T W`, but
-it changes the basis in which n of m weights are chosen. The objective is the loss that optimal brain surgery predicts
-(Hassibi & Stork 1992): pruning w_j alone, with all other weights of its row compensating, costs w_j^2 / [H^-1]_jj, here
-summed over the m - n cheapest weights of each group. It is differentiable almost everywhere and, unlike the error of the
-solved layer with its mask held fixed, keeps a slope towards other masks. R is the Cayley transform of a skew-symmetric
-matrix, minimized with Adam.
+A rotation R of an activation x leaves a network as it is when what reads x becomes `W R` and what writes it `R^T W`,
+but it changes the basis in which n of m weights are chosen. The objective is the loss that optimal brain surgery
+predicts (Hassibi & Stork 1992): pruning w_j alone, with all other weights of its row compensating, costs
+w_j^2 / [H^-1]_jj, here summed over the m - n cheapest weights of each group. It is differentiable almost everywhere and
+ended lower than the error of the solved layer itself, whose slope is known only for the mask of the moment. R is the
+Cayley transform of a skew-symmetric matrix, found with Adam.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def damped(hessian: Tensor) -> Tensor:
 
 
 def solved_error(weight: Tensor, hessian: Tensor, n: int, m: int) -> float:
-    """Relative output error of a weight (out, in) pruned by SparseGPT, on 512 of its rows: tr(D H D^T) / tr(W H W^T)."""
+    """Relative output error tr(D H D^T) / tr(W H W^T) of a weight (out, in) pruned by SparseGPT, on 512 of its rows."""
     rows = _some_rows(len(weight), torch.Generator().manual_seed(0))
     chosen = weight if rows is None else weight[rows]
     pruned, _ = sparsegpt(chosen.clone(), hessian.clone(), n, m, DAMPING)

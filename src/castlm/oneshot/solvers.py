@@ -61,10 +61,16 @@ def _add_hessian(hessian: Tensor, x: Tensor, num_sequences: int) -> None:
         hessian[rows, start:].addmm_(x[:, rows].T, x[:, start:], alpha=2 / num_sequences)
 
 
-def _sparsegpt(weight: Tensor, hessian: Tensor, to: Settings) -> Pruned:
-    num_dead = int((hessian.diagonal() == 0).sum())
+def whole_hessian(hessian: Tensor) -> Tensor:
+    """Copies what lies above the diagonal of a Hessian (columns, columns) below it, in place."""
     hessian.triu_()
     hessian += hessian.triu(1).T
+    return hessian
+
+
+def _sparsegpt(weight: Tensor, hessian: Tensor, to: Settings) -> Pruned:
+    num_dead = int((hessian.diagonal() == 0).sum())
+    whole_hessian(hessian)
     new, damping = sparsegpt(weight, hessian, *to)
     return Pruned(new, num_dead, damping)
 

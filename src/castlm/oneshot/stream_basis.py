@@ -1,8 +1,8 @@
 """The changes of basis of the residual stream: a permutation, or a rotation with the norms' gains folded away.
 
-A norm's gain acts on single channels, so that only a permutation of the stream passes it. Folding moves each gain into the
-layers that read the norm, and for LayerNorm divides its bias by the gain: then RMSNorm lets every rotation pass, and
-LayerNorm every rotation that leaves the vector of ones in place, for its mean is along that vector.
+A norm's gain acts on single channels, so that only a permutation of the stream passes it. Folding moves each gain into
+the layers that read the norm, and for LayerNorm divides its bias by the gain: then RMSNorm lets every rotation pass,
+and LayerNorm every rotation that leaves the vector of ones in place, for its mean is along that vector.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ class Stream:
         """Every norm of the stream with what reads it, the output head among them."""
         head = self.model.get_output_embeddings()
         return [*self.wiring.reads, (self.wiring.final, [Matrix("head", head.weight.data)])]
+
+    @property
+    def is_read(self) -> bool:
+        """Whether any layer that is pruned reads it."""
+        return any(statistic is not None for statistic in self.read)
 
     def obstacle(self) -> str | None:
         """Why this model's stream cannot be rotated; None where it can."""
