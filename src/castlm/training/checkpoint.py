@@ -25,7 +25,7 @@ from castlm.distributed.world import World
 from castlm.files import atomic_write_json, flush_folder, is_disk_full
 from castlm.training.config import FREE_ON_RESUME, TrainConfig
 
-FORMAT = 2
+FORMAT = 3
 _NAME = re.compile(r"step-(\d{8})")
 
 # A single process is meant. Not `catch_warnings`: it is no tool for the thread that saves.

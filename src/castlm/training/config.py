@@ -76,6 +76,14 @@ class TrainConfig:
     calibration_sequences: int = 128
     """Sequences of the training text, of seq_len tokens, that wanda and sparsegpt are calibrated on there."""
 
+    rotate: Literal["auto", "off", "values", "residual"] = "auto"
+    """Rotate the dense model before wanda or sparsegpt prunes it, which leaves its function as it is. values: the
+    values of each attention head, at the cost of one pass over the calibration text. residual: the residual stream as
+    well, which folds the norms' gains and unties tied embeddings. auto: values, where the model's family is known."""
+
+    permute: bool = True
+    """Permute the MLP neurons before that, and the residual stream and the values where they are not rotated."""
+
     srste_lam: float = 2e-4
     """Decay coefficient of the rivals srste and ast, times the masked weight, in the gradient."""
 
@@ -228,6 +236,8 @@ class TrainConfig:
             self.initial_mask = "sparsegpt" if self.method == "cast" else "magnitude"
         if self.initial_mask != "magnitude" and self.method in STARTS_DENSE:
             raise InputError(f"initial_mask {self.initial_mask}: method {self.method} starts dense, leave it out")
+        if self.rotate in ("values", "residual") and self.initial_mask not in ("wanda", "sparsegpt"):
+            raise InputError(f"rotate {self.rotate} needs a calibrated start: set initial_mask to sparsegpt or wanda")
         if self.teacher_cache and not (self.teacher_top_k and self.eta):
             raise InputError("teacher_cache keeps what teacher_top_k names: set that, 64 say, and eta above 0")
         if self.resume and self.overwrite:

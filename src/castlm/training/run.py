@@ -60,7 +60,8 @@ class Run:
         self.config, self.world = config, world
         self.output_dir = Path(config.output_dir)
         resume_from = self._claim_output_dir()
-        self.parts = set_up(config, world, fresh=resume_from is None)
+        resumed = None if resume_from is None else world.on_main(lambda: read_manifest(resume_from)["start"])
+        self.parts = set_up(config, world, resumed=resumed)
         self.progress = Progress()
         if resume_from is not None:
             self._restore(resume_from)
@@ -232,6 +233,7 @@ class Run:
             "tokens": self.progress.tokens,
             "seconds": self.progress.seconds,
             "figures": self.progress.figures,
+            "start": self.parts.start,
             "flips": int(self.world.sum(flips)) // self.world.num_replicas,
         }
         self.saver.save(self.progress.step, self.tensors(), manifest)

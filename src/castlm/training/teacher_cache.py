@@ -30,11 +30,15 @@ _FORMAT = 1
 def fingerprint(model: nn.Module) -> str:
     """Of the dense weights of `model`, the same on any number of ranks: the first 64 numbers of every parameter's first
     row, by name. To be called on the main rank, which holds the first rows."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted((dense_name(n), p) for n, p in model.named_parameters()):
-        if ".parametrizations." not in name:  # else a weight scale
-            digest.update(name.encode())
-            digest.update(local(parameter.detach())[:1].flatten()[:64].float().cpu().numpy().tobytes())
+    digest, first = hashlib.sha256(), {}
+    for name, parameter in model.named_parameters():
+        if ".parametrizations." not in dense_name(name):  # else a weight scale
+            first[dense_name(name)] = local(parameter.detach())[:1].flatten()[:64].float().cpu().numpy().tobytes()
+    if first.get("lm_head.weight") in [row for name, row in first.items() if "embed" in name or "wte" in name]:
+        del first["lm_head.weight"]  # untied for this run, but still the teacher's
+    for name, row in sorted(first.items()):
+        digest.update(name.encode())
+        digest.update(row)
     return digest.hexdigest()
 
 
