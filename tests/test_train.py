@@ -117,6 +117,7 @@ def stop_after(monkeypatch, step):
     [
         {"method": "cast"},
         {"method": "cast", "initial_mask": "sparsegpt", "calibration_sequences": 4},
+        {"method": "cast", "initial_mask": "sparsegpt", "calibration_sequences": 4, "rotate": "residual"},
         {"method": "cast", "moments": "bf16"},
         {"method": "ast"},
         {"method": "gradual_magnitude"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from castlm.cli.options import parse
@@ -38,6 +38,14 @@ class PruneCommand:
     seed: int = 0
     """Which windows of the text are taken."""
 
+    rotate: Literal["auto", "off", "values", "residual"] = "auto"
+    """Rotate the dense model before wanda or sparsegpt prunes it, which leaves its function as it is. values: the
+    values of each attention head, at the cost of one pass over the calibration text. residual: the residual stream as
+    well, which folds the norms' gains and unties tied embeddings. auto: values, where the model's family is known."""
+
+    permute: bool = True
+    """Permute the MLP neurons before that, and the residual stream and the values where they are not rotated."""
+
     damping: float = 0.01
     """SparseGPT: share of the mean diagonal that is added to the Hessian."""
 
@@ -55,14 +63,17 @@ class PruneCommand:
         from castlm.files import prepare_output_dir
         from castlm.hardware import keep_freed_memory
         from castlm.models import load_model
+        from castlm.oneshot.basis import BasisOptions, change_basis_
         from castlm.oneshot.calibration import calibration_blocks, calibration_length
         from castlm.oneshot.prune import prune_oneshot_
-        from castlm.progress import shown_progress
+        from castlm.progress import note, shown_progress
 
         keep_freed_memory()
         n, m = parse_pattern(self.pattern)
         if self.method != "magnitude" and self.calibration is None:
             raise InputError(f"method {self.method} needs a calibration text: pass --calibration FILE")
+        if self.method == "magnitude" and self.rotate in ("values", "residual"):
+            raise InputError(f"rotate {self.rotate} needs a calibration text: use method sparsegpt or wanda")
         folder = prepare_output_dir(self.output_dir, self.overwrite)
         loaded = load_model(self.model, trust_remote_code=self.trust_remote_code)
         _, left_dense = sparse_linears(loaded.model, n, m)
@@ -78,6 +89,11 @@ class PruneCommand:
                 "seq_len": length,
                 "seed": self.seed,
             }
+        basis = None
+        if blocks is not None:
+            options = BasisOptions(self.rotate, self.permute)
+            with shown_progress("changing the basis, steps") as progress:
+                basis = change_basis_(loaded.model, blocks, options, n=n, m=m, say=note, progress=progress)
         with shown_progress(f"{self.method}, blocks") as progress:
             report = prune_oneshot_(
                 loaded.model, self.method, n=n, m=m, calibration=blocks, damping=self.damping, progress=progress
@@ -86,6 +102,7 @@ class PruneCommand:
             "base_model": self.model,
             "method": self.method,
             "calibration": calibration,
+            "basis": None if basis is None else asdict(basis),
             "prune_seconds": round(report.seconds, 2),
             **report.damping_record(),
         }
