@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from castlm.core.errors import InputError
+from castlm.core.pattern import NM
 from castlm.models import linearize_conv1d_
 from castlm.oneshot import basis
 from castlm.oneshot.basis import BasisOptions, change_basis_
@@ -135,12 +136,12 @@ def test_only_layers_that_are_pruned_count():
 def test_the_search_finds_the_best_of_all_groupings_of_eight_columns():
     score = torch.rand(16, 8, generator=torch.Generator().manual_seed(1)).square()
     best = max(
-        kept_score(score[:, [*group, *(c for c in range(8) if c not in group)]], 2, 4)
+        kept_score(score[:, [*group, *(c for c in range(8) if c not in group)]], NM(2, 4))
         for group in itertools.combinations(range(8), 4)
     )
-    order = find_permutation(score, 2, 4)
+    order = find_permutation(score, NM(2, 4))
     assert sorted(order.tolist()) == list(range(8))
-    assert kept_score(score[:, order], 2, 4) == pytest.approx(best)
+    assert kept_score(score[:, order], NM(2, 4)) == pytest.approx(best)
 
 
 def test_learned_rotations_are_rotations_and_can_keep_the_mean():
@@ -149,12 +150,12 @@ def test_learned_rotations_are_rotations_and_can_keep_the_mean():
     hessian = x.T @ x
     term = Term(weight, torch.linalg.inv(damped(hessian)), float((weight @ hessian * weight).sum()), "in", (0,))
     for keep_mean in (False, True):
-        (rotation,) = learn_rotations([term], 1, 16, 2, 4, iterations=30, learning_rate=0.05, keep_mean=keep_mean)
+        (rotation,) = learn_rotations([term], 1, 16, NM(2, 4), iterations=30, learning_rate=0.05, keep_mean=keep_mean)
         torch.testing.assert_close(rotation @ rotation.T, torch.eye(16), atol=1e-5, rtol=0)
         if keep_mean:
             torch.testing.assert_close(rotation.sum(0), torch.ones(16), atol=1e-5, rtol=0)
-        turned = solved_error(weight @ rotation, rotation.T @ hessian @ rotation, 2, 4)
-        assert turned < 0.9 * solved_error(weight, hessian, 2, 4)
+        turned = solved_error(weight @ rotation, rotation.T @ hessian @ rotation, NM(2, 4))
+        assert turned < 0.9 * solved_error(weight, hessian, NM(2, 4))
 
 
 def test_the_complement_of_ones_is_orthonormal():

@@ -11,7 +11,7 @@ import tyro
 
 from castlm.cli.options import parse, write_json
 from castlm.core.errors import InputError
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import Pattern
 from castlm.planning.sweep import SweepCommand
 from castlm.training.config import TrainConfig, parse_train_arguments
 
@@ -240,15 +240,14 @@ class MemoryCommand:
                 raise InputError(
                     f"no such card {self.gpu!r}: use one of {', '.join(GPUS)}, or a number of GiB"
                 ) from None
-        n, m = parse_pattern(self.pattern)
+        pattern = Pattern.parse(self.pattern)
         prunes = self.initial_mask in ("sparsegpt", "wanda")
         plan = plan_memory(
             self.model,
             world_size=self.world_size,
             seq_len=self.seq_len,
             micro_batch=self.micro_batch,
-            n=n,
-            m=m,
+            pattern=pattern,
             accumulation=self.accumulation,
             gradient_checkpointing=self.gradient_checkpointing,
             compute_dtype=self.precision,

@@ -7,7 +7,7 @@ from typing import Literal
 
 from castlm.cli.options import parse
 from castlm.core.errors import InputError
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import Pattern
 
 
 @dataclass
@@ -69,14 +69,14 @@ class PruneCommand:
         from castlm.progress import note, shown_progress
 
         keep_freed_memory()
-        n, m = parse_pattern(self.pattern)
+        pattern = Pattern.parse(self.pattern)
         if self.method != "magnitude" and self.calibration is None:
             raise InputError(f"method {self.method} needs a calibration text: pass --calibration FILE")
         if self.method == "magnitude" and self.rotate in ("values", "residual"):
             raise InputError(f"rotate {self.rotate} needs a calibration text: use method sparsegpt or wanda")
         folder = prepare_output_dir(self.output_dir, self.overwrite)
         loaded = load_model(self.model, trust_remote_code=self.trust_remote_code)
-        _, left_dense = sparse_linears(loaded.model, n, m)
+        _, left_dense = sparse_linears(loaded.model, pattern)
         blocks, calibration = None, {}
         if self.method != "magnitude":
             length = self.seq_len or calibration_length(loaded.model)
@@ -93,10 +93,10 @@ class PruneCommand:
         if blocks is not None:
             options = BasisOptions(self.rotate, self.permute)
             with shown_progress("changing the basis, steps") as progress:
-                basis = change_basis_(loaded.model, blocks, options, n=n, m=m, say=note, progress=progress)
+                basis = change_basis_(loaded.model, blocks, options, pattern=pattern, say=note, progress=progress)
         with shown_progress(f"{self.method}, blocks") as progress:
             report = prune_oneshot_(
-                loaded.model, self.method, n=n, m=m, calibration=blocks, damping=self.damping, progress=progress
+                loaded.model, self.method, pattern=pattern, calibration=blocks, damping=self.damping, progress=progress
             )
         record = {
             "base_model": self.model,
@@ -107,7 +107,13 @@ class PruneCommand:
             **report.damping_record(),
         }
         export_model(
-            loaded.model, loaded.tokenizer, folder, n=n, m=m, left_dense=left_dense, record=record, overwrite=True
+            loaded.model,
+            loaded.tokenizer,
+            folder,
+            pattern=pattern,
+            left_dense=left_dense,
+            record=record,
+            overwrite=True,
         )
         if report.raised_damping:
             print(f"{report.damping_note()}: castlm.json lists them")

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from castlm.cli.options import parse, result_folder, write_json
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import Pattern
 
 
 @dataclass
@@ -27,7 +27,7 @@ class VerifyCommand:
     def run(self) -> int:
         from castlm.export.verify import verify
 
-        report = verify(result_folder(self.path), *parse_pattern(self.pattern))
+        report = verify(result_folder(self.path), Pattern.parse(self.pattern))
         write_json(self.json, report.as_dict())
         if self.json != "-":
             report.table()

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from castlm.core.blocks import in_block, is_block_linear
 from castlm.core.errors import InputError
-from castlm.core.pattern import check_pattern
+from castlm.core.pattern import NM, Pattern
 from castlm.export.stored import FLOATS, StoredTensor, magnitude_chunks, read_json, stored_tensors
-from castlm.layout import guess_model_type, in_block, is_block_linear, stored_transposed
+from castlm.layout import guess_model_type, stored_transposed
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
 """Ends of tensor names that hold a packed weight: of GPTQ and AWQ, compressed-tensors, torchao."""
@@ -63,8 +64,7 @@ class VerifyReport:
     """The proof, or the list of what is against it. Layers come in the order of the model."""
 
     path: str
-    n: int
-    m: int
+    pattern: NM
     layers: list[LayerReport] = field(default_factory=list)
     unchecked: dict[str, str] = field(default_factory=dict)
     """Tensors of the blocks whose groups were not counted, with the reason: fused experts, excluded layers."""
@@ -108,7 +108,7 @@ class VerifyReport:
         ]
         return {
             "path": self.path,
-            "pattern": f"{self.n}:{self.m}",
+            "pattern": str(self.pattern),
             "ok": self.ok,
             "totals": self.totals(),
             "layers": layers,
@@ -124,7 +124,7 @@ class VerifyReport:
         rest += f", {totals['non_finite']:,} values not finite" if totals["non_finite"] else ""
         counted = f"{totals['violations']:,} of {totals['groups']:,} groups violate it"
         return (
-            f"{self.n}:{self.m} {'holds' if self.ok else 'DOES NOT HOLD'} in {self.path}: {counted} in "
+            f"{self.pattern} {'holds' if self.ok else 'DOES NOT HOLD'} in {self.path}: {counted} in "
             f"{totals['layers']} layers, {totals['zero_fraction']:.2%} zeros{rest}"
         )
 
@@ -169,8 +169,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
 
 def verify(
     path: str | Path,
-    n: int = 2,
-    m: int = 4,
+    pattern: Pattern | str = "2:4",
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
 ) -> VerifyReport:
@@ -182,7 +181,7 @@ def verify(
 
     Args:
         path: the checkpoint.
-        n, m: at most `n` non-zeros in every `m` consecutive weights.
+        pattern: n:m, at most n non-zeros in every m consecutive weights.
         include: globs of tensor names to hold to the pattern in place of the default rule.
         exclude: globs of tensor names to leave out, reported as not checked.
 
@@ -190,7 +189,7 @@ def verify(
         InputError: nothing readable at `path`, a corrupt or short file, packed or integer weights, a bad pattern, or no
             layer to hold to the pattern.
     """
-    check_pattern(n, m)
+    pattern = NM.parse(str(pattern))
     path = Path(path)
     tensors = stored_tensors(path)
     folder = path if path.is_dir() else path.parent
@@ -201,11 +200,11 @@ def verify(
     names = _selected(tensors, include)
     excluded = {name for name in names if _matches(name, exclude or ())}
 
-    report = VerifyReport(str(path), n, m)
+    report = VerifyReport(str(path), pattern)
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
         if name in names and name not in excluded:
             _refuse_unreadable(tensor, config)
-            layer = _count(tensor, n, m, axis=0 if stored_transposed(model_type, name) else 1)
+            layer = _count(tensor, pattern, axis=0 if stored_transposed(model_type, name) else 1)
             layer.left_dense = _reason(name, left_dense)
             report.layers.append(layer)
             continue
@@ -267,9 +266,7 @@ def _refuse_packed(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any
 def _refuse_empty(report: VerifyReport, num_tensors: int) -> None:
     if not report.sparse_layers:
         found = f"{num_tensors} tensors, {len(report.layers)} left dense, {len(report.unchecked)} not checked"
-        raise InputError(
-            f"{report.path} has no layer to hold to {report.n}:{report.m} ({found}): name some with include"
-        )
+        raise InputError(f"{report.path} has no layer to hold to {report.pattern} ({found}): name some with include")
 
 
 def _method(config: Mapping[str, Any]) -> str:
@@ -277,8 +274,9 @@ def _method(config: Mapping[str, Any]) -> str:
     return f" ({quantization.get('quant_method', 'quantized')})" if isinstance(quantization, dict) else ""
 
 
-def _count(tensor: StoredTensor, n: int, m: int, axis: int) -> LayerReport:
+def _count(tensor: StoredTensor, pattern: NM, axis: int) -> LayerReport:
     """Counts one 2-D tensor chunk by chunk."""
+    n, m = pattern.n, pattern.m
     layer = LayerReport(tensor.name, tensor.shape, tensor.dtype, axis)
     columns = tensor.shape[1]
     width = tensor.shape[axis]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from castlm.core.adams import AdamS
-from castlm.core.masks import nm_mask
+from castlm.core.pattern import Pattern
 from castlm.core.sparsify import FilterFn, sparse_linears, sparse_param_groups, weight_parameter
 
 
@@ -72,15 +72,15 @@ class Retraining:
     mask_every: int | None = None  # steps between refreshes of the forward mask
     mask_interval = 0  # steps between refreshes of AdamS's masks; 0: never
 
-    def __init__(self, model: nn.Module, config: MethodConfig, pattern: tuple[int, int], filter_fn: FilterFn) -> None:
+    def __init__(self, model: nn.Module, config: MethodConfig, pattern: Pattern, filter_fn: FilterFn) -> None:
         self.config, self.pattern, self.filter_fn = config, pattern, filter_fn
-        self.layers, self.left_dense = sparse_linears(model, *pattern, filter_fn)
+        self.layers, self.left_dense = sparse_linears(model, pattern, filter_fn)
         self._flips: Tensor | int = 0
         self.prepare(model)
 
     def build_optimizer(self, model: nn.Module, fused: bool) -> AdamS:
         """The optimizer over all parameters of the model, prepared and sharded by now."""
-        groups = sparse_param_groups(model, *self.pattern, self.filter_fn)
+        groups = sparse_param_groups(model, self.pattern, self.filter_fn)
         if not self.decays:
             groups = [{**group, "sparse": False} for group in groups]
         config = self.config
@@ -103,7 +103,7 @@ class Retraining:
     def prepare(self, model: nn.Module) -> None:
         """Changes the model before its optimizer exists: scaling, or a mask in the forward pass."""
         for layer in self.layers.values():
-            mask = nm_mask(layer.weight, *self.pattern)
+            mask = self.pattern.mask(layer.weight)
             parametrize.register_parametrization(layer, "weight", ForwardMask(mask), unsafe=True)
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
@@ -114,7 +114,7 @@ class Retraining:
     def before_forward(self, step: int) -> None:
         """Refreshes the masks of the forward pass."""
         if self.mask_every and step % self.mask_every == 0:
-            new = {layer: nm_mask(weight_parameter(layer), *self.pattern) for layer in self.layers.values()}
+            new = {layer: self.pattern.mask(weight_parameter(layer)) for layer in self.layers.values()}
             self._set_masks(new)
 
     @torch.no_grad()

@@ -22,8 +22,7 @@ class Cast(Retraining):
 
     def prepare(self, model: nn.Module) -> None:
         if self.config.scale_groups:
-            n, m = self.pattern
-            add_weight_scaling(model, self.config.scale_groups, n=n, m=m, filter_fn=self.filter_fn)
+            add_weight_scaling(model, self.config.scale_groups, pattern=self.pattern, filter_fn=self.filter_fn)
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
         """Masked weights decay from their dense values."""

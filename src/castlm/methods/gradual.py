@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from castlm.core.masks import nm_mask
+from castlm.core.errors import InputError
+from castlm.core.pattern import NM
 from castlm.core.sparsify import weight_parameter
 from castlm.methods.base import Retraining
 
@@ -16,6 +17,10 @@ class GradualMagnitude(Retraining):
     magnitude are n:m and the others still whole."""
 
     def prepare(self, model: nn.Module) -> None:
+        if not isinstance(self.pattern, NM):
+            raise InputError(
+                f"method gradual_magnitude needs an n:m pattern, not {self.pattern}: choose another method"
+            )
         super().prepare(model)
         self._set_share(0.0)
 
@@ -26,11 +31,11 @@ class GradualMagnitude(Retraining):
 
     @torch.no_grad()
     def _set_share(self, share: float) -> None:
-        _, m = self.pattern
-        new = {}
+        assert isinstance(self.pattern, NM)
+        m, new = self.pattern.m, {}
         for layer in self.layers.values():
             weight = weight_parameter(layer)
-            mask = nm_mask(weight, *self.pattern)
+            mask = self.pattern.mask(weight)
             lost = (weight.abs() * ~mask).view(-1, m).sum(dim=1)
             whole = lost.argsort(stable=True)[round(share * len(lost)) :]
             mask.view(-1, m)[whole] = True

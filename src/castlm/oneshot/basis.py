@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
+from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.oneshot.block_basis import Change, Statistic, Statistics, turn_mlps_, turn_values_
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.families import Block, Wiring, describe
 from castlm.oneshot.inputs import input_hessians
 from castlm.oneshot.stream_basis import Stream, is_tied
-from castlm.oneshot.walk import BlockInputs, transformer_blocks
+from castlm.oneshot.walk import BlockInputs, block_stack
 
 TOLERANCE = 1e-4
 """Largest difference of an output relative to the largest output, for weights of 32 bits."""
@@ -83,8 +84,7 @@ def change_basis_(
     calibration: Tensor,
     options: BasisOptions | None = None,
     *,
-    n: int = 2,
-    m: int = 4,
+    pattern: Pattern | str = "2:4",
     filter_fn: FilterFn = is_sparse_linear,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -111,15 +111,17 @@ def change_basis_(
     """
     options = options or BasisOptions()
     started, report = time.perf_counter(), BasisReport()
-    layers, _ = sparse_linears(model, n, m, filter_fn)
+    pattern = as_pattern(pattern)
+    layers, _ = sparse_linears(model, pattern, filter_fn)
     check_calibration(model, calibration)
-    wiring = None if options.is_off else _wiring(model, options, report)
+    wiring = None if options.is_off else _wiring(model, pattern, options, report)
     if wiring is not None:
         was_tied = is_tied(model)
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            _Turning(model, wiring, options, (n, m), report, progress).run(calibration, layers)
+            assert isinstance(pattern, NM)
+            _Turning(model, wiring, options, pattern, report, progress).run(calibration, layers)
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -130,9 +132,11 @@ def change_basis_(
     return report
 
 
-def _wiring(model: PreTrainedModel, options: BasisOptions, report: BasisReport) -> Wiring | None:
-    """None where the family is unknown and "auto" may go without."""
+def _wiring(model: PreTrainedModel, pattern: Pattern, options: BasisOptions, report: BasisReport) -> Wiring | None:
+    """None where the family or the pattern does not allow it and "auto" may go without."""
     try:
+        if not isinstance(pattern, NM):
+            raise InputError(f"a change of basis is for n:m patterns, not {pattern}: use rotate off and permute off")
         return describe(model)
     except InputError as error:
         if options.rotate != "auto":
@@ -149,7 +153,7 @@ class _Turning:
         model: PreTrainedModel,
         wiring: Wiring,
         options: BasisOptions,
-        pattern: tuple[int, int],
+        pattern: NM,
         report: BasisReport,
         progress: Callable[[int, int], None],
     ) -> None:
@@ -169,7 +173,7 @@ class _Turning:
         before = self._logits(sample)
         if self.rotates_stream:
             self.stream.fold_()
-        stack, blocks = transformer_blocks(self.model, layers)
+        stack, blocks = block_stack(self.model, layers)
         inputs = BlockInputs(self.model, blocks, calibration)
         for index, block in enumerate(self.wiring.blocks):
             inside = {name: layer for name, layer in layers.items() if name.startswith(f"{stack}.{index}.")}

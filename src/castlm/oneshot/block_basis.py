@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from castlm.core.pattern import NM
 from castlm.oneshot.families import Attention, Matrix, Mlp
 from castlm.oneshot.permutation import find_permutation
 from castlm.oneshot.rotation import Term, damped, learn_rotations, solved_error, turn_columns
@@ -82,9 +83,7 @@ Statistics = dict[str, Statistic]
 """By the name of the layer; layers that read the same input share one. Layers that stay dense have none."""
 
 
-def turn_values_(
-    attention: Attention, statistics: Statistics, pattern: tuple[int, int], change: Change, iterations: int
-) -> Undo:
+def turn_values_(attention: Attention, statistics: Statistics, pattern: NM, change: Change, iterations: int) -> Undo:
     """Rotates (permutes, where `iterations` is 0) the values of each KV head, if that lowers the error of v and o.
 
     `statistics` of the output layer is replaced by that of its new input.
@@ -94,7 +93,7 @@ def turn_values_(
         return []
     if iterations:
         rotations = _learn_values(attention, statistics, pattern, iterations)
-    elif attention.head_dim % pattern[1] == 0:
+    elif attention.head_dim % pattern.m == 0:
         rotations = _value_permutations(attention, statistics, pattern)
     else:
         return []
@@ -102,11 +101,11 @@ def turn_values_(
     new_value = turn_columns(value.weight.float().T, rotations, writers).T
     new_output = turn_columns(output.weight.float(), rotations, readers)
     new_statistic = statistics[output.layer].rotated(rotations, readers)
-    before = solved_error(output.weight.float(), statistics[output.layer].hessian, *pattern)
-    after = solved_error(new_output, new_statistic.hessian, *pattern)
+    before = solved_error(output.weight.float(), statistics[output.layer].hessian, pattern)
+    after = solved_error(new_output, new_statistic.hessian, pattern)
     if value.layer in statistics:
-        before += solved_error(value.weight.float(), statistics[value.layer].hessian, *pattern)
-        after += solved_error(new_value, statistics[value.layer].hessian, *pattern)
+        before += solved_error(value.weight.float(), statistics[value.layer].hessian, pattern)
+        after += solved_error(new_value, statistics[value.layer].hessian, pattern)
         before, after = before / 2, after / 2
     if not change.decide(before, after):
         return []
@@ -117,7 +116,7 @@ def turn_values_(
     return replace_(new)
 
 
-def _learn_values(attention: Attention, statistics: Statistics, pattern: tuple[int, int], iterations: int) -> Tensor:
+def _learn_values(attention: Attention, statistics: Statistics, pattern: NM, iterations: int) -> Tensor:
     """A rotation (num_kv_heads, head_dim, head_dim) for each KV head."""
     value, output = attention.value, attention.output
     weight, statistic = output.weight.float(), statistics[output.layer]
@@ -127,11 +126,11 @@ def _learn_values(attention: Attention, statistics: Statistics, pattern: tuple[i
         weight, statistic = value.weight.float(), statistics[value.layer]
         terms.append(Term(weight, statistic.inverse.diagonal(), statistic.energy(weight), "out", writers))
     return learn_rotations(
-        terms, attention.num_kv_heads, attention.head_dim, *pattern, iterations=iterations, learning_rate=_RATE
+        terms, attention.num_kv_heads, attention.head_dim, pattern, iterations=iterations, learning_rate=_RATE
     )
 
 
-def _value_permutations(attention: Attention, statistics: Statistics, pattern: tuple[int, int]) -> Tensor:
+def _value_permutations(attention: Attention, statistics: Statistics, pattern: NM) -> Tensor:
     """A permutation matrix (num_kv_heads, head_dim, head_dim) for each KV head."""
     importance = statistics[attention.output.layer].importance(attention.output.weight.float())
     by_head = importance.view(len(importance), -1, attention.head_dim)
@@ -139,21 +138,21 @@ def _value_permutations(attention: Attention, statistics: Statistics, pattern: t
     for kv_head in range(attention.num_kv_heads):
         mine = [head for head, kv in enumerate(attention.kv_head_of) if kv == kv_head]
         score = by_head[:, mine].transpose(0, 1).reshape(-1, attention.head_dim)
-        found.append(identity[:, find_permutation(score, *pattern)])
+        found.append(identity[:, find_permutation(score, pattern)])
     return torch.stack(found)
 
 
-def turn_mlps_(mlps: list[Mlp], statistics: Statistics, pattern: tuple[int, int], change: Change) -> Undo:
+def turn_mlps_(mlps: list[Mlp], statistics: Statistics, pattern: NM, change: Change) -> Undo:
     """Permutes the neurons of each MLP whose down-projection is pruned, if that lowers its error."""
     undo: Undo = []
     for mlp in mlps:
         if mlp.down.layer not in statistics:
             continue
         weight, statistic = mlp.down.weight.float(), statistics[mlp.down.layer]
-        order = find_permutation(statistic.importance(weight), *pattern).to(weight.device)
+        order = find_permutation(statistic.importance(weight), pattern).to(weight.device)
         permuted = statistic.permuted(order)
-        before = solved_error(weight, statistic.hessian, *pattern)
-        if change.decide(before, solved_error(weight[:, order], permuted.hessian, *pattern)):
+        before = solved_error(weight, statistic.hessian, pattern)
+        if change.decide(before, solved_error(weight[:, order], permuted.hessian, pattern)):
             statistics[mlp.down.layer] = permuted
             new = [(mlp.down.weight, mlp.down.weight[:, order])]
             for matrix in mlp.inner:

@@ -11,29 +11,31 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from castlm.core.pattern import NM
+
 _ROUNDS = 40
 _PATIENCE = 8  # rounds without a gain after which the search ends
 _ROWS = 2048  # of the score that the search looks at
 _MIN_GAIN = 1e-6
 
 
-def kept_score(score: Tensor, n: int, m: int) -> float:
+def kept_score(score: Tensor, pattern: NM) -> float:
     """The sum of the n largest of each m consecutive columns of a score (rows, columns)."""
-    return float(score.view(len(score), -1, m).topk(n, dim=2).values.sum())
+    return float(score.view(len(score), -1, pattern.m).topk(pattern.n, dim=2).values.sum())
 
 
-def find_permutation(score: Tensor, n: int, m: int) -> Tensor:
+def find_permutation(score: Tensor, pattern: NM) -> Tensor:
     """The order of columns, int64 (columns,), under which `score` (rows, columns, no negative) keeps most."""
     score = score.float().cpu()
     if len(score) > _ROWS:
         score = score[torch.randperm(len(score), generator=torch.Generator().manual_seed(0))[:_ROWS]]
-    order = _dealt(score, m)
-    best, since_gain = kept_score(score[:, order], n, m), 0
+    order = _dealt(score, pattern.m)
+    best, since_gain = kept_score(score[:, order], pattern), 0
     columns = score.T.contiguous()
     generator = torch.Generator().manual_seed(0)
     for number in range(_ROUNDS):
-        candidate = _reassigned(columns, order, number, n, m, generator)
-        value = kept_score(score[:, candidate], n, m)
+        candidate = _reassigned(columns, order, number, pattern, generator)
+        value = kept_score(score[:, candidate], pattern)
         since_gain = 0 if value > best * (1 + _MIN_GAIN) else since_gain + 1
         if value >= best:
             best, order = value, candidate
@@ -48,8 +50,9 @@ def _dealt(score: Tensor, m: int) -> Tensor:
     return ranked.view(m, -1).T.reshape(-1)
 
 
-def _reassigned(columns: Tensor, order: Tensor, number: int, n: int, m: int, generator: torch.Generator) -> Tensor:
+def _reassigned(columns: Tensor, order: Tensor, number: int, pattern: NM, generator: torch.Generator) -> Tensor:
     """`order` after one column of each group has been taken out and all of them are put back by linear assignment."""
+    n, m = pattern.n, pattern.m
     groups = order.view(-1, m)
     everyone = torch.arange(len(groups))
     first_rounds = torch.full((len(groups),), m - 1 - number)

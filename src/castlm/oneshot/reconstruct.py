@@ -1,8 +1,8 @@
 """Tunes the kept weights of a pruned transformer block so that its output comes back to that of the dense block.
 
-Block by block, on hidden states (Nagel et al. 2020, arXiv 2004.10568, for rounding; arXiv 2406.15524 for pruning): one block's
-weights, gradients and moments are in memory at a time, whatever the size of the model. Some sequences are held out; the
-state that does best on them is kept, so that more epochs cost time but do no harm.
+Block by block, on hidden states, as arXiv 2406.15524 does for pruning: the weights, gradients and moments of one block
+are in memory at a time, whatever the size of the model. Some sequences are held out; the state that does best on them
+is kept, so that more epochs cost time but do no harm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FINAL_RATE = 0.05  # share of the learning rate that the cosine ends at
 
 @dataclass
 class Reconstruction:
-    """What `reconstruct_` did: the error of the block's output on held-out sequences, relative to what the block adds."""
+    """What `reconstruct_` did: mean squared error of the output on held-out sequences, relative to what a block adds."""
 
     before: float
     after: float

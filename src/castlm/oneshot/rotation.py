@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from castlm.core.pattern import NM
 from castlm.oneshot.sparsegpt import sparsegpt
 
 DAMPING = 0.01
@@ -69,8 +70,7 @@ def learn_rotations(
     terms: Sequence[Term],
     num: int,
     size: int,
-    n: int,
-    m: int,
+    pattern: NM,
     *,
     iterations: int,
     learning_rate: float,
@@ -98,7 +98,7 @@ def learn_rotations(
             diagonals: dict[int, Tensor] = {}
             loss = torch.zeros((), device=device)
             for term in terms:
-                loss = loss + _predicted_loss(term, rotations, diagonals, n, m, generator)
+                loss = loss + _predicted_loss(term, rotations, diagonals, pattern, generator)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -117,8 +117,7 @@ def _predicted_loss(
     term: Term,
     rotations: Tensor,
     diagonals: dict[int, Tensor],
-    n: int,
-    m: int,
+    pattern: NM,
     generator: torch.Generator,
 ) -> Tensor:
     """The share of the term's energy that pruning would cost, estimated on a random choice of its rows.
@@ -136,7 +135,7 @@ def _predicted_loss(
             diagonals[id(term.inverse)] = rotated_diagonal(term.inverse, rotations, term.parts)
         diagonal = diagonals[id(term.inverse)]
     cost = weight.square() / diagonal
-    lowest = cost.view(len(cost), -1, m).topk(m - n, dim=2, largest=False).values.sum()
+    lowest = cost.view(len(cost), -1, pattern.m).topk(pattern.m - pattern.n, dim=2, largest=False).values.sum()
     return lowest * (len(term.weight) / len(weight) / term.energy)
 
 
@@ -162,11 +161,11 @@ def damped(hessian: Tensor) -> Tensor:
     return result
 
 
-def solved_error(weight: Tensor, hessian: Tensor, n: int, m: int) -> float:
+def solved_error(weight: Tensor, hessian: Tensor, pattern: NM) -> float:
     """Relative output error tr(D H D^T) / tr(W H W^T) of a weight (out, in) pruned by SparseGPT, on 512 of its rows."""
     rows = _some_rows(len(weight), torch.Generator().manual_seed(0))
     chosen = weight if rows is None else weight[rows]
-    pruned, _ = sparsegpt(chosen.clone(), hessian.clone(), n, m, DAMPING)
+    pruned, _ = sparsegpt(chosen.clone(), hessian.clone(), pattern.n, pattern.m, DAMPING)
     difference = chosen - pruned
     lost, whole = ((difference @ hessian) * difference).sum(), ((chosen @ hessian) * chosen).sum()
     return float(lost / whole.clamp(min=1e-30))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from castlm.core.pattern import NM
 from castlm.oneshot.block_basis import Change, Statistic, Statistics
 from castlm.oneshot.families import Block, Matrix, Norm, Wiring
 from castlm.oneshot.permutation import find_permutation
@@ -28,10 +29,9 @@ class Stream:
 
     Args:
         wiring: of `model`.
-        pattern: (n, m).
     """
 
-    def __init__(self, model: PreTrainedModel, wiring: Wiring, pattern: tuple[int, int]) -> None:
+    def __init__(self, model: PreTrainedModel, wiring: Wiring, pattern: NM) -> None:
         self.model, self.wiring, self.pattern = model, wiring, pattern
         self.gains: list[Tensor] = []
         self.was_tied = False
@@ -106,7 +106,7 @@ class Stream:
         for weight, statistic in weights:
             chosen = torch.randperm(len(weight), generator=generator)[:rows].to(weight.device)
             scores.append(statistic.importance(weight)[chosen] * (len(weight) / len(chosen)))
-        order = find_permutation(torch.cat(scores), *self.pattern).to(weights[0][0].device)
+        order = find_permutation(torch.cat(scores), self.pattern).to(weights[0][0].device)
         before = self._error(weights)
         after = self._error([(weight[:, order], statistic.permuted(order)) for weight, statistic in weights])
         if change.decide(before, after):
@@ -123,7 +123,7 @@ class Stream:
             terms,
             1,
             hidden,
-            *self.pattern,
+            self.pattern,
             iterations=iterations,
             learning_rate=_RATE,
             keep_mean=keep_mean,
@@ -152,7 +152,7 @@ class Stream:
         ]
 
     def _error(self, weights: list[tuple[Tensor, Statistic]]) -> float:
-        return sum(solved_error(weight, s.hessian, *self.pattern) for weight, s in weights) / len(weights)
+        return sum(solved_error(weight, s.hessian, self.pattern) for weight, s in weights) / len(weights)
 
     def _turn_(self, turn: Callable[[Tensor], Tensor], turn_gain: Callable[[Tensor], Tensor]) -> None:
         """Applies a change of basis `turn` of the last axis to all that touches the stream, in place."""

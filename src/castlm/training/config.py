@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.files import read_yaml_mapping
 
@@ -54,7 +55,7 @@ class TrainConfig:
     recipe: Literal["castlm", "paper"] = "castlm"
     """castlm: our defaults. paper: decay, rates, betas, eta, batch and length as published for LLaMA2-7B."""
 
-    decay: Literal["horizon", "proportional", "additive", "none"] = "horizon"
+    decay: Literal[tuple(DECAYS)] = "horizon"  # type: ignore[valid-type]
     """How masked weights go to zero; see AdamS."""
 
     decay_end: float = 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from castlm.core.pattern import parse_pattern
-from castlm.core.scaling import fold_weight_scaling
+from castlm.core.pattern import Pattern
+from castlm.core.scaling import UnfoldedWarning, fold_weight_scaling
 from castlm.core.sparsify import prune_
 from castlm.distributed.export import ShardedResult, export_sharded
 from castlm.distributed.world import World
@@ -68,11 +69,11 @@ def finish(run: TrainedRun) -> dict[str, Any]:
     Raises:
         InputError: the disk is full, or the proof fails; the checkpoints are untouched.
     """
-    n, m = parse_pattern(run.config.pattern)
+    pattern = Pattern.parse(run.config.pattern)
     masks = run.parts.method.masks()
     histogram = masked_histogram(local_masks(masks), run.world)
     if masks:
-        prune_(run.model, n, m, masks=masks, filter_fn=filter_of(run.config))
+        prune_(run.model, pattern, masks=masks, filter_fn=filter_of(run.config))
     if run.parts.source.stored is not None and not is_remote_code(run.model):
         record = export_sharded(sharded_result(run), finished_record(run, histogram))
         say_result(run, record)
@@ -95,7 +96,7 @@ def sharded_result(run: TrainedRun) -> ShardedResult:
         tokenizer=run.parts.source.tokenizer,
         folder=run.folder,
         world=world,
-        pattern=parse_pattern(config.pattern),
+        pattern=Pattern.parse(config.pattern),
         left_dense=run.parts.method.left_dense,
         is_sparse=run.is_sparse,
         root=run.parts.objective,
@@ -133,7 +134,9 @@ def is_remote_code(model: PreTrainedModel) -> bool:
 def gathered(run: TrainedRun) -> PreTrainedModel | None:
     """The sharded model as a whole one in the memory of the main rank; None on the others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(run.model, options=options)
+    with warnings.catch_warnings():  # it is loaded into a model that is scaled alike
+        warnings.simplefilter("ignore", UnfoldedWarning)
+        state = get_model_state_dict(run.model, options=options)
     if not run.world.is_main:
         return None
     model = AutoModelForCausalLM.from_config(run.model.config, dtype=torch.float32)
@@ -163,13 +166,11 @@ def write_result(run: TrainedRun, model: PreTrainedModel | None, histogram: dict
             atomic_write_json(temporary / "castlm.json", record)
         say_result(run, record)
         return record
-    n, m = parse_pattern(run.config.pattern)
     result = export_model(
         model,
         tokenizer,
         folder,
-        n=n,
-        m=m,
+        pattern=run.config.pattern,
         left_dense=run.parts.method.left_dense,
         record=record,
         overwrite=True,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from castlm.core.budget import DecayBudget, decay_budget
+from castlm.core.decay import DECAYS
 from castlm.core.shards import local
 from castlm.core.sparsify import weight_parameter
 from castlm.distributed.world import World
@@ -89,7 +90,7 @@ def resolve_lam(config: TrainConfig, world: World) -> TrainConfig:
     whole = checkpoint_steps(Path(config.output_dir) / "checkpoints") if config.resume else {}
     if whole:
         return dataclasses.replace(config, lam=read_manifest(whole[max(whole)])["config"]["lam"])
-    if config.method != "cast" or config.decay in ("horizon", "none"):
+    if config.method != "cast" or not DECAYS[config.decay].needs_lam:
         return dataclasses.replace(config, lam=0.0)  # nothing there reads it
     return dataclasses.replace(config, lam=calibrate(config, world).lam)
 

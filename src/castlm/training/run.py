@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from castlm.core.adams import AdamS
+from castlm.core.decay import decay_alpha
 from castlm.core.errors import InputError
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import Pattern
 from castlm.core.shards import local
-from castlm.core.update import decay_alpha
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.world import World
@@ -69,7 +69,7 @@ class Run:
             world.on_main(self._start_fresh)
         self.progress.first_step = self.progress.step
         watched = self.method.layers if self.method.decays else {}
-        pattern = parse_pattern(config.pattern)
+        pattern = Pattern.parse(config.pattern)
         self.self_check = SelfCheck(self.optimizer, watched, pattern, config.log_steps, world)
         self.telemetry = Telemetry(
             self.output_dir,

@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from castlm.core.adams import AdamS
 from castlm.core.budget import DecayBudget, decay_budget
+from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.masks import pack_mask
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import Pattern
 from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
@@ -92,7 +93,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     method_class = METHODS[config.method].load()
     if world.size > 1 and method_class.mask_every is not None:
         raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
-    pattern, filter_fn = parse_pattern(config.pattern), filter_of(config)
+    pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
     has_start = resumed is None and config.initial_mask != "magnitude"
     start = make_start(config, source, text, pattern, filter_fn, world) if has_start else Start(record=resumed or {})
     cache = _open_teacher_cache(config, text, world)
@@ -180,7 +181,7 @@ def _trained_parameters(objective: Objective, world: World) -> dict[Tensor, str]
 def _decay_budget(
     config: TrainConfig, method: Retraining, masks: dict[Tensor, Tensor], world: World
 ) -> DecayBudget | None:
-    if not method.decays or config.decay == "none":
+    if not method.decays or not DECAYS[config.decay].reduces:
         return None
     budget = decay_budget(masked_samples(masks, world), *schedule(config), config.decay)
     if not budget.reaches_zero and not config.ignore_decay_budget:

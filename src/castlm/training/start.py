@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
-from castlm.core.masks import is_nm_sparse, nm_mask
+from castlm.core.pattern import Pattern
 from castlm.core.shards import local
 from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
 from castlm.data.tokens import token_ids
@@ -53,7 +53,7 @@ def make_start(
     config: TrainConfig,
     source: Source,
     text: TrainingText,
-    pattern: tuple[int, int],
+    pattern: Pattern,
     filter_fn: FilterFn,
     world: World,
 ) -> Start:
@@ -81,7 +81,7 @@ def _prune(
     config: TrainConfig,
     source: Source,
     text: TrainingText,
-    pattern: tuple[int, int],
+    pattern: Pattern,
     filter_fn: FilterFn,
     world: World,
     alive: Callable[[], None],
@@ -96,7 +96,6 @@ def _prune(
         alive()
         model = source.whole_model().to(world.device)
         alive()
-        n, m = pattern
         with shown_progress("changing the basis, steps") as show_basis:
 
             def basis_progress(done: int, total: int) -> None:
@@ -107,8 +106,7 @@ def _prune(
                 model,
                 calibration,
                 BasisOptions(config.rotate, config.permute),
-                n=n,
-                m=m,
+                pattern=pattern,
                 filter_fn=filter_fn,
                 say=note,
                 progress=basis_progress,
@@ -122,7 +120,7 @@ def _prune(
                 alive()
 
             report = prune_oneshot_(
-                model, solver, n=n, m=m, calibration=calibration, filter_fn=filter_fn, progress=progress
+                model, solver, pattern=pattern, calibration=calibration, filter_fn=filter_fn, progress=progress
             )
     except InputError as error:
         raise InputError(f"initial_mask {solver}: {error}; initial_mask magnitude does without") from None
@@ -139,16 +137,16 @@ def _prune(
 
 
 def _read(
-    config: TrainConfig, source: Source, pattern: tuple[int, int], filter_fn: FilterFn, alive: Callable[[], None]
+    config: TrainConfig, source: Source, pattern: Pattern, filter_fn: FilterFn, alive: Callable[[], None]
 ) -> dict[str, Tensor]:
     """Reads the layers of the n:m model that `initial_mask` names."""
-    name, (n, m) = str(config.initial_mask), pattern
+    name = str(config.initial_mask)
     try:
         model = load_model(name, trust_remote_code=config.trust_remote_code).model
     except InputError as error:
         raise InputError(f"initial_mask {name}, neither one of {', '.join(SOLVERS)} nor a model: {error}") from None
     alive()
-    layers, _ = sparse_linears(source.model, n, m, filter_fn)
+    layers, _ = sparse_linears(source.model, pattern, filter_fn)
     found = dict(model.named_modules())
     weights: dict[str, Tensor] = {}
     for layer_name, layer in layers.items():
@@ -156,8 +154,8 @@ def _read(
         if not isinstance(theirs, nn.Linear) or theirs.weight.shape != layer.weight.shape:
             raise InputError(f"initial_mask {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
         weight = theirs.weight.detach()
-        if not is_nm_sparse(weight, n, m):
-            raise InputError(f"initial_mask {name} is not {n}:{m} in {layer_name}: prune it first (castlm prune)")
+        if pattern.violations(weight):
+            raise InputError(f"initial_mask {name} is not {pattern} in {layer_name}: prune it first (castlm prune)")
         weights[layer_name] = weight
     return weights
 
@@ -181,4 +179,4 @@ def start_(model: nn.Module, method: Retraining, start: Start, world: World) -> 
     for name, layer in method.layers.items():
         parameter = weight_parameter(layer)
         rows = rows_of(start.pruned, name, parameter)
-        method.start_layer_(layer, rows, nm_mask(rows, *method.pattern))
+        method.start_layer_(layer, rows, method.pattern.mask(rows))
