@@ -13,7 +13,8 @@ from castlm.oneshot import basis
 from castlm.oneshot.basis import BasisOptions, change_basis_
 from castlm.oneshot.permutation import find_permutation, kept_score
 from castlm.oneshot.prune import prune_oneshot_
-from castlm.oneshot.rotation import Term, complement_of_ones, damped, learn_rotations, solved_error
+from castlm.oneshot.rotation import Term, complement_of_ones, learn_rotations, solved_error
+from castlm.oneshot.solvers import damped
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_model
 
 WITH_EXPERTS = {"mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}}
@@ -148,7 +149,7 @@ def test_learned_rotations_are_rotations_and_can_keep_the_mean():
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(200, 16, generator=generator), torch.randn(24, 16, generator=generator)
     hessian = x.T @ x
-    term = Term(weight, torch.linalg.inv(damped(hessian)), float((weight @ hessian * weight).sum()), "in", (0,))
+    term = Term(weight, torch.linalg.inv(damped(hessian, 0.01)), float((weight @ hessian * weight).sum()), "in", (0,))
     for keep_mean in (False, True):
         (rotation,) = learn_rotations([term], 1, 16, NM(2, 4), iterations=30, learning_rate=0.05, keep_mean=keep_mean)
         torch.testing.assert_close(rotation @ rotation.T, torch.eye(16), atol=1e-5, rtol=0)

@@ -16,7 +16,8 @@ from torch import Tensor
 from castlm.core.pattern import NM
 from castlm.oneshot.families import Attention, Matrix, Mlp
 from castlm.oneshot.permutation import find_permutation
-from castlm.oneshot.rotation import Term, damped, learn_rotations, solved_error, turn_columns
+from castlm.oneshot.rotation import DAMPING, Term, learn_rotations, solved_error, turn_columns
+from castlm.oneshot.solvers import damped
 
 _RATE = 0.05  # of Adam, for the skew matrix of a rotation
 _MIN_GAIN = 1e-3  # relative fall of the error that a change has to bring
@@ -57,7 +58,7 @@ class Statistic:
 
     @cached_property
     def inverse(self) -> Tensor:
-        return torch.linalg.inv(damped(self.hessian))
+        return torch.linalg.inv(damped(self.hessian, DAMPING))
 
     def energy(self, weight: Tensor) -> float:
         """tr(W H W^T)."""

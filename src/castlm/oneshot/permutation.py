@@ -15,7 +15,7 @@ from castlm.core.pattern import NM
 
 _ROUNDS = 40
 _PATIENCE = 8  # rounds without a gain after which the search ends
-_ROWS = 2048  # of the score that the search looks at
+_ROWS = 512  # of the score that the search looks at
 _MIN_GAIN = 1e-6
 
 

@@ -23,9 +23,43 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.oneshot.calibration import check_calibration
+from castlm.oneshot.dense_twin import DenseTwin, Shift
+from castlm.oneshot.families import describe
 from castlm.oneshot.inputs import ERROR_TOKENS, LayerInput, see_inputs
-from castlm.oneshot.solvers import SOLVERS, Settings, Solver
+from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
+from castlm.oneshot.solvers import SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
 from castlm.oneshot.walk import BlockInputs, block_stack
+
+
+@dataclass(frozen=True)
+class Refinements:
+    """What is done beyond SparseGPT as published; by default nothing. Each costs passes over the calibration text."""
+
+    asymmetric: float = 0.0
+    """How far a layer's target goes from its dense output on the pruned model's inputs, 0, to that in the dense model,
+    1. Two passes for each input of a block."""
+    correction: float = 0.0
+    """The share of what the residual stream has lost that the layers which write it make up for; the same passes."""
+    staged: bool = False
+    """Take the statistics of each layer anew once the layers before it in its block are pruned. Three passes more."""
+    refit_iterations: int = 0
+    """Steps of conjugate gradients on the kept weights after SparseGPT; no pass more."""
+    reconstruct_epochs: int = 0
+    """Epochs of training each block to the dense block's outputs; each costs as much as training on the calibration
+    text once, without a teacher."""
+    reconstruct_rate: float = 1e-3
+    """Adam's learning rate there."""
+
+    @property
+    def shifts_targets(self) -> bool:
+        return self.asymmetric > 0 or self.correction > 0
+
+    @property
+    def needs_dense_twin(self) -> bool:
+        return self.shifts_targets or self.reconstruct_epochs > 0
+
+
+NO_REFINEMENTS = Refinements()
 
 
 @dataclass
@@ -57,6 +91,8 @@ class OneshotReport:
     layers: list[LayerResult] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
     """Reason by name."""
+    reconstructions: list[Reconstruction] = field(default_factory=list)
+    """By block, where blocks are reconstructed."""
     seconds: float = 0.0
 
     @property
@@ -83,7 +119,12 @@ class OneshotReport:
 
 
 def _prune_layers(
-    layers: dict[str, nn.Linear], seen: LayerInput | None, solver: Solver, to: Settings
+    layers: dict[str, nn.Linear],
+    seen: LayerInput | None,
+    solver: Solver,
+    to: Settings,
+    refinements: Refinements | None = None,
+    shift: Shift | None = None,
 ) -> list[LayerResult]:
     """Prunes layers that read the same input, all their rows in one piece."""
     names, weights = ", ".join(layers), [layer.weight for layer in layers.values()]
@@ -96,7 +137,10 @@ def _prune_layers(
     if solver.axes and not statistic.any():
         raise InputError(f"the calibration text leaves the whole input of {names} at 0: pass other text")
     try:
-        pruned = solver.prune(dense, statistic, to)
+        if refinements is None or not (shift or refinements.refit_iterations):
+            pruned = solver.prune(dense, statistic, to)
+        else:
+            pruned = _solve_refined(dense, statistic, solver, to, refinements, shift)
     except InputError as error:
         raise InputError(f"{names}: {error}") from None
     results, rows = [], [weight.shape[0] for weight in weights]
@@ -106,6 +150,18 @@ def _prune_layers(
         num_zeros = int((weight == 0).sum())
         results.append(LayerResult(name, tuple(weight.shape), num_zeros, lost, pruned.num_dead, pruned.damping))
     return results
+
+
+def _solve_refined(
+    dense: Tensor, statistic: Tensor, solver: Solver, to: Settings, refinements: Refinements, shift: Shift | None
+) -> Pruned:
+    """Solves for a shifted target, and refits what is kept."""
+    hessian = damped(whole_hessian(statistic), to.damping)
+    target = dense if shift is None else shift.target(dense, hessian, refinements.asymmetric, refinements.correction)
+    pruned = solver.prune(target.clone(), statistic, to)
+    if refinements.refit_iterations:
+        pruned = pruned._replace(weight=refit(pruned.weight, target, hessian, refinements.refit_iterations))
+    return pruned
 
 
 def _relative_error(x: Tensor, old: Tensor, new: Tensor) -> float:
@@ -122,6 +178,7 @@ def prune_oneshot_(
     calibration: Tensor | None = None,
     damping: float = 0.01,
     block_size: int = 128,
+    refinements: Refinements = NO_REFINEMENTS,
     filter_fn: FilterFn = is_sparse_linear,
     progress: Callable[[int, int], None] | None = None,
 ) -> OneshotReport:
@@ -136,6 +193,7 @@ def prune_oneshot_(
             given one, its first 256 tokens serve for the reconstruction errors.
         damping: SparseGPT: share of the mean of the diagonal of H that is added to it.
         block_size: SparseGPT: columns between two full matmuls; a matter of speed only.
+        refinements: SparseGPT: what is done beyond it.
         filter_fn: which layers, as for `sparse_linears`.
         progress: called with (blocks done, blocks in all).
 
@@ -152,6 +210,8 @@ def prune_oneshot_(
     to = Settings(as_pattern(pattern), damping, block_size)
     layers, left_dense = sparse_linears(model, to.pattern, filter_fn)
     _check(model, method, layers, calibration, to)
+    if refinements != NO_REFINEMENTS and method != "sparsegpt":
+        raise InputError(f"refinements are for method sparsegpt, not for {method}: leave them out")
     kind = SOLVERS[method]
     if kind.add is None and calibration is not None:
         calibration = calibration[: math.ceil(ERROR_TOKENS / calibration.shape[1])]
@@ -165,7 +225,7 @@ def prune_oneshot_(
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            _prune_blocks(model, layers, calibration, kind, to, report, progress)
+            _prune_blocks(model, layers, calibration, kind, to, refinements, report, progress)
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -179,6 +239,7 @@ def _prune_blocks(
     calibration: Tensor,
     solver: Solver,
     to: Settings,
+    refinements: Refinements,
     report: OneshotReport,
     progress: Callable[[int, int], None] | None,
 ) -> None:
@@ -187,14 +248,57 @@ def _prune_blocks(
     while not of_block[-1]:  # what comes after the last sparse layer need not be run
         of_block.pop()
     inputs = BlockInputs(model, blocks, calibration)
+    probes = _stream_probes(model, stack) if refinements.correction else {}
+    twin = DenseTwin(inputs) if refinements.needs_dense_twin else None
     for index, inside in enumerate(of_block):
-        if inside:
-            for seen in see_inputs(inside, inputs, solver, len(calibration)):
-                report.layers += _prune_layers({name: inside[name] for name in seen.names}, seen, solver, to)
-        if index + 1 < len(of_block):
+        if twin is not None:
+            twin.enter()
+        seen = see_inputs(inside, inputs, solver, len(calibration)) if inside else []
+        for number, entry in enumerate(seen):
+            chosen = {name: inside[name] for name in entry.names}
+            if refinements.staged and number > 0:
+                (entry,) = see_inputs(chosen, inputs, solver, len(calibration))
+            shift = None
+            if twin is not None and refinements.shifts_targets:
+                shift = twin.shift(entry.names[0], f"{stack}.{index}.", probes)
+            report.layers += _prune_layers(chosen, entry, solver, to, refinements, shift)
+        is_last = index + 1 == len(of_block)
+        if twin is not None and (refinements.reconstruct_epochs or not is_last):
+            outputs = twin.outputs()
+            if refinements.reconstruct_epochs and inside:
+                report.reconstructions.append(_reconstruct(inside, inputs, outputs, refinements))
+            twin.advance(outputs)
+        if not is_last:
             inputs.advance()
         if progress is not None:
             progress(index + 1, len(of_block))
+
+
+def _reconstruct(
+    inside: dict[str, nn.Linear], inputs: BlockInputs, outputs: list[Tensor], refinements: Refinements
+) -> Reconstruction:
+    """Reconstructs the current block."""
+    call = inputs.calls[inputs.index]
+    return reconstruct_(
+        inputs.blocks[inputs.index],
+        call.run,
+        inputs.batches,
+        outputs,
+        {layer.weight: layer.weight != 0 for layer in inside.values()},
+        epochs=refinements.reconstruct_epochs,
+        learning_rate=refinements.reconstruct_rate,
+    )
+
+
+def _stream_probes(model: PreTrainedModel, stack: str) -> dict[str, str]:
+    """By the layers that write the residual stream: the module of their block whose input it is; "" is the block."""
+    wiring, probes = describe(model), {}
+    for index, block in enumerate(wiring.blocks):
+        modules = {module: path for path, module in model.get_submodule(f"{stack}.{index}").named_modules()}
+        norm_of_mlp, _ = wiring.reads[2 * index + 1]
+        probes[block.attention.output.layer] = ""
+        probes |= {mlp.down.layer: modules[norm_of_mlp.module] for mlp in block.mlps}
+    return probes
 
 
 def _check(

@@ -21,7 +21,7 @@ _FINAL_RATE = 0.05  # share of the learning rate that the cosine ends at
 
 @dataclass
 class Reconstruction:
-    """What `reconstruct_` did: mean squared error of the output on held-out sequences, relative to what a block adds."""
+    """What `reconstruct_` did: squared error of the output on held-out sequences, relative to what the block adds."""
 
     before: float
     after: float

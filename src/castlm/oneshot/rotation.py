@@ -152,15 +152,6 @@ def _some_rows(num_rows: int, generator: torch.Generator) -> Tensor | None:
     return torch.randperm(num_rows, generator=generator)[:_ROWS] if num_rows > _ROWS else None
 
 
-def damped(hessian: Tensor) -> Tensor:
-    """A copy that can be inverted: dead inputs get a 1, all of the diagonal `DAMPING` times its mean."""
-    result = hessian.clone()
-    diagonal = result.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += DAMPING * diagonal.mean()
-    return result
-
-
 def solved_error(weight: Tensor, hessian: Tensor, pattern: NM) -> float:
     """Relative output error tr(D H D^T) / tr(W H W^T) of a weight (out, in) pruned by SparseGPT, on 512 of its rows."""
     rows = _some_rows(len(weight), torch.Generator().manual_seed(0))

@@ -75,6 +75,38 @@ def _sparsegpt(weight: Tensor, hessian: Tensor, to: Settings) -> Pruned:
     return Pruned(new, num_dead, damping)
 
 
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """A copy that can be inverted: dead inputs get a 1, all of the diagonal `damping` times its mean."""
+    result = hessian.clone()
+    diagonal = result.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damping * diagonal.mean()
+    return result
+
+
+def refit(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int) -> Tensor:
+    """Moves the non-zeros of `weight` (rows, columns) towards the minimum of |X weight^T - X target^T|^2.
+
+    Conjugate gradients on all rows at once, preconditioned by the diagonal of `hessian` = X^T X, damped; SparseGPT
+    compensates only to the right of what it prunes.
+    """
+    mask, inverse = weight != 0, 1 / hessian.diagonal()
+    weight = weight.clone()
+    residual = ((target - weight) @ hessian) * mask
+    direction = residual * inverse
+    energy = (residual * direction).sum(1, keepdim=True)
+    for _ in range(iterations):
+        step = (direction @ hessian) * mask
+        length = energy / (direction * step).sum(1, keepdim=True).clamp(min=1e-30)
+        weight += length * direction
+        residual -= length * step
+        preconditioned = residual * inverse
+        new = (residual * preconditioned).sum(1, keepdim=True)
+        direction = preconditioned + new / energy.clamp(min=1e-30) * direction
+        energy = new
+    return weight
+
+
 SOLVERS: dict[str, Solver] = {
     "magnitude": Solver(_magnitude),
     "wanda": Solver(_wanda, _add_squared_norms, axes=1),
