@@ -30,7 +30,7 @@ def refuse_what_breaks_the_masks(args: TrainingArguments) -> None:
             "use DDP, or torchrun -m castlm train, which shards rows"
         )
     if args.load_best_model_at_end:
-        raise InputError("load_best_model_at_end would combine the best model with the last masks: turn it off")
+        raise InputError("load_best_model_at_end would prune it with the masks of the last step: turn it off")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise InputError("Trainer would train a separate model in each process: on a CPU, torchrun needs use_cpu=True")
     if args.max_steps < 1:

@@ -10,7 +10,8 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import NM
 from castlm.models import linearize_conv1d_
 from castlm.oneshot import basis
-from castlm.oneshot.basis import BasisOptions, change_basis_
+from castlm.oneshot.basis import change_basis_
+from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.permutation import find_permutation, kept_score
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.rotation import Term, complement_of_ones, learn_rotations, solved_error
@@ -43,7 +44,7 @@ def distance(a, b) -> float:
 def test_a_rotated_model_computes_what_it_did_and_its_layers_lose_less(family):
     model = family_model(family)
     before = logits(model)
-    report = change_basis_(model, TOKENS, BasisOptions("residual", iterations=10))
+    report = change_basis_(model, TOKENS, BasisOptions(rotate="residual", rotation_iterations=10))
     assert distance(logits(model), before) < 1e-5
     assert report.logits_moved < 1e-5
     by_kind = {change.what: change for change in report.changes}
@@ -59,7 +60,7 @@ def test_the_default_and_permutations_alone_leave_every_family_as_it_computes_an
     model = family_model(family)
     tied = model.config.tie_word_embeddings
     before = logits(model)
-    report = change_basis_(model, TOKENS, BasisOptions(rotate, iterations=10))
+    report = change_basis_(model, TOKENS, BasisOptions(rotate=rotate, rotation_iterations=10))
     assert distance(logits(model), before) < 1e-5
     assert any(change.num_kept for change in report.changes)
     assert not report.untied
@@ -73,7 +74,7 @@ def test_a_rotated_model_with_untied_embeddings_is_a_plain_folder(family, tmp_pa
 
     model = family_model(family)
     before = logits(model)
-    assert change_basis_(model, TOKENS, BasisOptions("residual", iterations=5)).untied
+    assert change_basis_(model, TOKENS, BasisOptions(rotate="residual", rotation_iterations=5)).untied
     save_model(model, tiny_tokenizer(), tmp_path)
     assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), before) < 1e-5
 
@@ -82,7 +83,7 @@ def test_a_pruned_model_is_closer_to_the_dense_one_in_the_new_basis():
     errors = {}
     for rotate in ("off", "values", "residual"):
         model = family_model("llama")
-        change_basis_(model, TOKENS, BasisOptions(rotate, permute=rotate != "off", iterations=20))
+        change_basis_(model, TOKENS, BasisOptions(rotate=rotate, permute=rotate != "off", rotation_iterations=20))
         report = prune_oneshot_(model, "sparsegpt", calibration=TOKENS)
         errors[rotate] = sum(layer.error for layer in report.layers)
     assert errors["residual"] < errors["values"] < errors["off"]
@@ -90,13 +91,13 @@ def test_a_pruned_model_is_closer_to_the_dense_one_in_the_new_basis():
 
 def test_what_a_family_does_not_allow_is_refused_by_name():
     with pytest.raises(InputError, match=r"residual stream of gemma2 cannot be rotated: the gains of the norms behind"):
-        change_basis_(family_model("gemma2"), TOKENS, BasisOptions("residual"))
+        change_basis_(family_model("gemma2"), TOKENS, BasisOptions(rotate="residual"))
     with pytest.raises(InputError, match=r"the basis of gpt_neox cannot be changed: known are gemma, gemma2"):
-        change_basis_(tiny_model("gpt_neox"), TOKENS, BasisOptions("values"))
+        change_basis_(tiny_model("gpt_neox"), TOKENS, BasisOptions(rotate="values"))
     model = family_model("llama")
     model.model.norm.weight.data[3] = 0
     with pytest.raises(InputError, match="a norm has a gain of 0, which cannot be folded"):
-        change_basis_(model, TOKENS, BasisOptions("residual"))
+        change_basis_(model, TOKENS, BasisOptions(rotate="residual"))
 
 
 def test_auto_leaves_an_unknown_family_as_it_is_and_says_so():
@@ -112,7 +113,7 @@ def test_auto_leaves_an_unknown_family_as_it_is_and_says_so():
 def test_off_changes_nothing():
     model = family_model("llama")
     before = logits(model)
-    assert not change_basis_(model, TOKENS, BasisOptions("off", permute=False)).changes
+    assert not change_basis_(model, TOKENS, BasisOptions(rotate="off", permute=False)).changes
     assert torch.equal(logits(model), before)
 
 
@@ -121,7 +122,7 @@ def test_a_change_that_moves_the_outputs_is_undone_and_said(rotate, monkeypatch)
     monkeypatch.setattr(basis, "TOLERANCE", -1.0)  # nothing is within it
     model, said = family_model("gemma"), []
     before = logits(model)
-    report = change_basis_(model, TOKENS, BasisOptions(rotate, iterations=5), say=said.append)
+    report = change_basis_(model, TOKENS, BasisOptions(rotate=rotate, rotation_iterations=5), say=said.append)
     assert distance(logits(model), before) < 1e-5
     assert sum("left as it was" in line for line in said) == 3  # two blocks and the stream
     assert not report.untied
@@ -130,7 +131,8 @@ def test_a_change_that_moves_the_outputs_is_undone_and_said(rotate, monkeypatch)
 
 def test_only_layers_that_are_pruned_count():
     model = family_model("llama")
-    report = change_basis_(model, TOKENS, BasisOptions("off"), filter_fn=lambda module, fqn: fqn.endswith("down_proj"))
+    only_down = lambda module, fqn: fqn.endswith("down_proj")  # noqa: E731
+    report = change_basis_(model, TOKENS, BasisOptions(rotate="off"), filter_fn=only_down)
     assert [change.what for change in report.changes] == ["MLP neurons permuted"]
 
 

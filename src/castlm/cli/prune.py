@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from castlm.cli.options import parse
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
+from castlm.oneshot.options import BasisOptions, Refinements, part_of
 
 
-@dataclass
-class PruneCommand:
+@dataclass(frozen=True, kw_only=True)
+class PruneCommand(Refinements, BasisOptions):
     """Prune a model one-shot, without training, and prove the result."""
 
     model: str
@@ -38,14 +40,6 @@ class PruneCommand:
     seed: int = 0
     """Which windows of the text are taken."""
 
-    rotate: Literal["auto", "off", "values", "residual"] = "auto"
-    """Rotate the dense model before wanda or sparsegpt prunes it, which leaves its function as it is. values: the
-    values of each attention head, at the cost of one pass over the calibration text. residual: the residual stream as
-    well, which folds the norms' gains and unties tied embeddings. auto: values, where the model's family is known."""
-
-    permute: bool = True
-    """Permute the MLP neurons before that, and the residual stream and the values where they are not rotated."""
-
     damping: float = 0.01
     """SparseGPT: share of the mean diagonal that is added to the Hessian."""
 
@@ -56,17 +50,8 @@ class PruneCommand:
     """Run Python code that comes with a hub model."""
 
     def run(self) -> int:
-        from castlm.core.sparsify import sparse_linears
-        from castlm.data.documents import text_hash
-        from castlm.data.tokens import token_ids
-        from castlm.export.hf import export_model
-        from castlm.files import prepare_output_dir
         from castlm.hardware import keep_freed_memory
-        from castlm.models import load_model
-        from castlm.oneshot.basis import BasisOptions, change_basis_
-        from castlm.oneshot.calibration import calibration_blocks, calibration_length
-        from castlm.oneshot.prune import prune_oneshot_
-        from castlm.progress import note, shown_progress
+        from castlm.output import claimed
 
         keep_freed_memory()
         pattern = Pattern.parse(self.pattern)
@@ -74,7 +59,21 @@ class PruneCommand:
             raise InputError(f"method {self.method} needs a calibration text: pass --calibration FILE")
         if self.method == "magnitude" and self.rotate in ("values", "residual"):
             raise InputError(f"rotate {self.rotate} needs a calibration text: use method sparsegpt or wanda")
-        folder = prepare_output_dir(self.output_dir, self.overwrite)
+        inputs = {"model": self.model, "calibration": self.calibration}
+        with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
+            return self._prune(folder, pattern)
+
+    def _prune(self, folder: Path, pattern: Pattern) -> int:
+        from castlm.core.sparsify import sparse_linears
+        from castlm.data.documents import text_hash
+        from castlm.data.tokens import token_ids
+        from castlm.export.hf import export_model
+        from castlm.models import load_model
+        from castlm.oneshot.basis import change_basis_
+        from castlm.oneshot.calibration import calibration_blocks, calibration_length
+        from castlm.oneshot.prune import prune_oneshot_
+        from castlm.progress import note, shown_progress
+
         loaded = load_model(self.model, trust_remote_code=self.trust_remote_code)
         _, left_dense = sparse_linears(loaded.model, pattern)
         blocks, calibration = None, {}
@@ -91,12 +90,19 @@ class PruneCommand:
             }
         basis = None
         if blocks is not None:
-            options = BasisOptions(self.rotate, self.permute)
             with shown_progress("changing the basis, steps") as progress:
-                basis = change_basis_(loaded.model, blocks, options, pattern=pattern, say=note, progress=progress)
+                basis = change_basis_(
+                    loaded.model, blocks, part_of(self, BasisOptions), pattern=pattern, say=note, progress=progress
+                )
         with shown_progress(f"{self.method}, blocks") as progress:
             report = prune_oneshot_(
-                loaded.model, self.method, pattern=pattern, calibration=blocks, damping=self.damping, progress=progress
+                loaded.model,
+                self.method,
+                pattern=pattern,
+                calibration=blocks,
+                damping=self.damping,
+                refinements=part_of(self, Refinements),
+                progress=progress,
             )
         record = {
             "base_model": self.model,

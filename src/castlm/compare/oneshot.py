@@ -17,10 +17,13 @@ from castlm.data.documents import open_documents, text_hash
 from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model
+from castlm.files import atomic_write_json
 from castlm.hardware import peak_memory
 from castlm.models import load_model
 from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
 from castlm.oneshot.prune import prune_oneshot_
+from castlm.output import claimed
+from castlm.owned import OUTPUT
 
 
 @dataclass
@@ -52,6 +55,13 @@ def run_oneshot(config: OneshotConfig) -> dict[str, Any]:
     Raises:
         InputError: as `load_model`, `open_documents`, `prune_oneshot_` and `export_model`.
     """
+    inputs = {name: getattr(config, name) for name in ("model", "calibration", "eval_dataset")}
+    with claimed(config.output_dir, "oneshot", overwrite=True, inputs=inputs) as folder:
+        atomic_write_json(folder / OUTPUT, {"command": "oneshot"})
+        return _prune(config, folder / "model")
+
+
+def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
     pattern = Pattern.parse(config.pattern)
     loaded = load_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
     model = loaded.model
@@ -92,8 +102,9 @@ def run_oneshot(config: OneshotConfig) -> dict[str, Any]:
     return export_model(
         model,
         loaded.tokenizer,
-        Path(config.output_dir) / "model",
+        folder,
         pattern=pattern,
         left_dense=left_dense,
         record=record,
+        overwrite=True,
     )

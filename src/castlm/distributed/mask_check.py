@@ -46,17 +46,14 @@ def masked_samples(masks: Mapping[Tensor, Tensor], world: World) -> list[tuple[T
 
 
 class SelfCheck:
-    """Checks the first step of a process for coverage, and at every `every`-th refresh the masks of one block.
+    """Checks the first step of a process for coverage, and at every refresh the masks of one transformer block.
 
     Args:
         layers: the sparse layers of the model, by name; blocks are told apart by the number in it.
     """
 
-    def __init__(
-        self, optimizer: AdamS, layers: Mapping[str, nn.Linear], pattern: Pattern, every: int, world: World
-    ) -> None:
-        self.optimizer, self.every, self.world = optimizer, every, world
-        self.pattern = pattern
+    def __init__(self, optimizer: AdamS, layers: Mapping[str, nn.Linear], pattern: Pattern, world: World) -> None:
+        self.optimizer, self.pattern, self.world = optimizer, pattern, world
         self.num_sparse = sum(layer.out_features * layer.in_features for layer in layers.values())
         self.covered = False
         self._names: dict[Tensor, str] = {}
@@ -76,8 +73,8 @@ class SelfCheck:
             RuntimeError: a sparse weight was not stepped, or a mask is not that of its weight.
         """
         refresh, since = divmod(step, mask_interval) if mask_interval else (0, 1)
-        due = bool(self._blocks) and since == 0 and refresh % self.every == 0
-        watched = self._blocks[refresh // self.every % len(self._blocks)] if due else []
+        due = bool(self._blocks) and since == 0
+        watched = self._blocks[refresh % len(self._blocks)] if due else []
         expected = {weight: self._expected(weight) for weight in watched}
         before = {} if self.covered else {p: int(self.optimizer.state[p]["step"]) for p in self._names}
         yield

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +24,7 @@ from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.sparsify import is_sparse_linear
 from castlm.export.card import model_card
 from castlm.export.verify import VerifyReport, verify
-from castlm.files import atomic_dir, atomic_write_json
+from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_name
 from castlm.models import load_model, save_model
 
 SCHEMA_VERSION = 1
@@ -104,9 +103,8 @@ def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> None:
 
 def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
     """Keeps what did not pass its proof beside `folder`, and says why and where."""
-    kept = folder.with_name(f"{folder.name}.rejected")
-    if kept.exists():
-        shutil.rmtree(kept)
+    kept = unused_name(folder.with_name(f"{folder.name}.rejected"))
+    add_file_list(temporary)
     temporary.rename(kept)
     reason = (str(error) or type(error).__name__).splitlines()[0].replace(str(temporary), str(kept))
     return InputError(f"the export did not pass its proof: {reason} (kept as {kept})")

@@ -145,10 +145,6 @@ class VerifyReport:
         lines += [f"not finite: {name} ({count:,} values)" for name, count in self.non_finite_elsewhere.items()]
         return "\n".join([*lines, self.summary()])
 
-    def table(self) -> None:
-        """Print `text()`."""
-        print(self.text())
-
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
     note = layer.problem or ""

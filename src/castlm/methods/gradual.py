@@ -8,13 +8,29 @@ from torch import nn
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM
 from castlm.core.sparsify import weight_parameter
-from castlm.methods.base import Retraining
+from castlm.methods.base import MethodConfig, Retraining
 
 
 class GradualMagnitude(Retraining):
-    """Magnitude pruning whose sparsity follows the cubic schedule of Zhu & Gupta 2017 (arXiv 1710.01878) over the first
-    half of the run, at n:m granularity: at a sparsity s, the share s / (1 - n/m) of the groups that lose the least
-    magnitude are n:m and the others still whole."""
+    """Gradual magnitude pruning of whole groups of m weights.
+
+    The sparsity s follows the cubic schedule of Zhu & Gupta 2017 (arXiv 1710.01878) over the first half of the run. At
+    sparsity s, the share s / (1 - n/m) of the groups is n:m, those first that lose the least magnitude; the other
+    groups are still dense.
+    """
+
+    @property
+    def fixed_figures(self) -> frozenset[str]:
+        return frozenset({"prune_now_ppl"})
+
+    @classmethod
+    def check(cls, config: MethodConfig) -> None:
+        half, last = config.max_steps / 2, config.max_steps - 1
+        if last // config.mask_interval * config.mask_interval < half:
+            raise InputError(
+                f"mask_interval {config.mask_interval} leaves no mask refresh in the second half of {config.max_steps} "
+                "steps, from when gradual_magnitude is n:m: lower mask_interval or raise max_steps"
+            )
 
     def prepare(self, model: nn.Module) -> None:
         if not isinstance(self.pattern, NM):

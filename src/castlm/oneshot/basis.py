@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from castlm.oneshot.block_basis import Change, Statistic, Statistics, turn_mlps_
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.families import Block, Wiring, describe
 from castlm.oneshot.inputs import input_hessians
+from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.stream_basis import Stream, is_tied
 from castlm.oneshot.walk import BlockInputs, block_stack
 
@@ -36,29 +36,6 @@ TOLERANCE_NARROW = 5e-2
 """The same for weights of 16 bits, which are rounded again after they have been rotated."""
 
 _CHECK_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class BasisOptions:
-    """Which axes are turned."""
-
-    rotate: Literal["auto", "off", "values", "residual"] = "auto"
-    """values: the values of each KV head. residual: the residual stream as well, which unties tied embeddings. auto:
-    values where the family is known, else nothing."""
-
-    permute: bool = True
-    """Permute the MLP neurons, and the residual stream and the values where they are not rotated."""
-
-    iterations: int = 100
-    """Steps in which each rotation is learned."""
-
-    @property
-    def rotates_values(self) -> bool:
-        return self.rotate != "off"
-
-    @property
-    def is_off(self) -> bool:
-        return self.rotate == "off" and not self.permute
 
 
 @dataclass
@@ -91,8 +68,8 @@ def change_basis_(
 ) -> BasisReport:
     """Turns the axes of a dense `model` in place, as `options` say.
 
-    Takes one pass of the calibration text through the model, and for each rotation `options.iterations` steps of Adam.
-    Memory beyond the model: the statistics of one block; for the residual stream also two fp32 matrices
+    Takes one pass of the calibration text through the model, and `options.rotation_iterations` steps of Adam for each
+    rotation. Memory beyond the model: the statistics of one block; for the residual stream also two fp32 matrices
     (hidden, hidden) for each of its norms.
 
     Args:
@@ -166,7 +143,7 @@ class _Turning:
         self.values = Change("values rotated" if options.rotates_values else "values permuted")
         self.mlps = Change("MLP neurons permuted")
         self.done = 0
-        self.total = len(wiring.blocks) + (options.iterations if self.rotates_stream else 0)
+        self.total = len(wiring.blocks) + (options.rotation_iterations if self.rotates_stream else 0)
 
     def run(self, calibration: Tensor, layers: dict[str, nn.Linear]) -> None:
         sample = calibration[:1, :_CHECK_TOKENS].to(self.model.device)
@@ -188,7 +165,7 @@ class _Turning:
         options, hidden, untouched = self.options, next(iter(inputs)), dict(statistics)
         before, undo = inputs.run(hidden), []
         if options.rotates_values or options.permute:
-            iterations = options.iterations if options.rotates_values else 0
+            iterations = options.rotation_iterations if options.rotates_values else 0
             undo += turn_values_(block.attention, statistics, self.pattern, self.values, iterations)
         if options.permute:
             undo += turn_mlps_(block.mlps, statistics, self.pattern, self.mlps)
@@ -207,7 +184,7 @@ class _Turning:
         """Rotates the stream, or permutes it where it is not rotated; undoes what moves the logits."""
         if self.rotates_stream and self.stream.is_read:
             rotated = Change("residual stream rotated")
-            if not self.stream.rotate_(rotated, self.options.iterations, self._step):
+            if not self.stream.rotate_(rotated, self.options.rotation_iterations, self._step):
                 self.stream.unfold_()
                 self.report.notes.append("residual stream: not rotated, for the error of its layers would not fall")
             self.report.changes.append(rotated)

@@ -26,38 +26,10 @@ from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.dense_twin import DenseTwin, Shift
 from castlm.oneshot.families import describe
 from castlm.oneshot.inputs import ERROR_TOKENS, LayerInput, see_inputs
+from castlm.oneshot.options import Refinements
 from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
 from castlm.oneshot.solvers import SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
 from castlm.oneshot.walk import BlockInputs, block_stack
-
-
-@dataclass(frozen=True)
-class Refinements:
-    """What is done beyond SparseGPT as published; by default nothing. Each costs passes over the calibration text."""
-
-    asymmetric: float = 0.0
-    """How far a layer's target goes from its dense output on the pruned model's inputs, 0, to that in the dense model,
-    1. Two passes for each input of a block."""
-    correction: float = 0.0
-    """The share of what the residual stream has lost that the layers which write it make up for; the same passes."""
-    staged: bool = False
-    """Take the statistics of each layer anew once the layers before it in its block are pruned. Three passes more."""
-    refit_iterations: int = 0
-    """Steps of conjugate gradients on the kept weights after SparseGPT; no pass more."""
-    reconstruct_epochs: int = 0
-    """Epochs of training each block to the dense block's outputs; each costs as much as training on the calibration
-    text once, without a teacher."""
-    reconstruct_rate: float = 1e-3
-    """Adam's learning rate there."""
-
-    @property
-    def shifts_targets(self) -> bool:
-        return self.asymmetric > 0 or self.correction > 0
-
-    @property
-    def needs_dense_twin(self) -> bool:
-        return self.shifts_targets or self.reconstruct_epochs > 0
-
 
 NO_REFINEMENTS = Refinements()
 
@@ -157,7 +129,11 @@ def _solve_refined(
 ) -> Pruned:
     """Solves for a shifted target, and refits what is kept."""
     hessian = damped(whole_hessian(statistic), to.damping)
-    target = dense if shift is None else shift.target(dense, hessian, refinements.asymmetric, refinements.correction)
+    target = (
+        dense
+        if shift is None
+        else shift.target(dense, hessian, refinements.target_asymmetry, refinements.stream_correction)
+    )
     pruned = solver.prune(target.clone(), statistic, to)
     if refinements.refit_iterations:
         pruned = pruned._replace(weight=refit(pruned.weight, target, hessian, refinements.refit_iterations))
@@ -212,6 +188,9 @@ def prune_oneshot_(
     _check(model, method, layers, calibration, to)
     if refinements != NO_REFINEMENTS and method != "sparsegpt":
         raise InputError(f"refinements are for method sparsegpt, not for {method}: leave them out")
+    for name, in_range, allowed in refinements.out_of_range():
+        if not in_range:
+            raise InputError(f"{name} = {getattr(refinements, name)} is out of range: it must be {allowed}")
     kind = SOLVERS[method]
     if kind.add is None and calibration is not None:
         calibration = calibration[: math.ceil(ERROR_TOKENS / calibration.shape[1])]
@@ -248,7 +227,7 @@ def _prune_blocks(
     while not of_block[-1]:  # what comes after the last sparse layer need not be run
         of_block.pop()
     inputs = BlockInputs(model, blocks, calibration)
-    probes = _stream_probes(model, stack) if refinements.correction else {}
+    probes = _stream_probes(model, stack) if refinements.stream_correction else {}
     twin = DenseTwin(inputs) if refinements.needs_dense_twin else None
     for index, inside in enumerate(of_block):
         if twin is not None:
@@ -256,7 +235,7 @@ def _prune_blocks(
         seen = see_inputs(inside, inputs, solver, len(calibration)) if inside else []
         for number, entry in enumerate(seen):
             chosen = {name: inside[name] for name in entry.names}
-            if refinements.staged and number > 0:
+            if refinements.staged_statistics and number > 0:
                 (entry,) = see_inputs(chosen, inputs, solver, len(calibration))
             shift = None
             if twin is not None and refinements.shifts_targets:

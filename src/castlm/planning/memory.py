@@ -148,7 +148,7 @@ def plan_memory(
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
         compute_dtype: "bf16" or "fp32", of the forward and backward pass; master weights are fp32.
-        chunk_tokens: tokens whose logits are alive at once (the loss's default: 1,024 on a GPU, 256 on CPU).
+        chunk_tokens: tokens whose logits are alive at once (the loss's default: 1,024 on a GPU, 192 on a CPU).
         moments: "fp32", "bf16" or "8bit", as `AdamS` has them.
         calibration_tokens: of the initial mask of SparseGPT or Wanda; 0: there is none, and no phase `start`.
         gpu_gib: memory of a card in GiB, see `GPUS`; asks for the verdict.

@@ -17,7 +17,9 @@ from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.planning.law import Law, fit_law, interval
 from castlm.planning.points import Point
+from castlm.training.config import flatten
 from castlm.training.metrics_file import read_evaluations
+from castlm.yaml_file import read_yaml_mapping
 
 MIN_POINTS = 3
 MIN_SPREAD = 1.2
@@ -102,14 +104,12 @@ def watch_run(run: str | Path, target_ppl: float | None = None) -> WatchReport:
     Raises:
         InputError: no readable metrics.jsonl or config.yaml in it, or no evaluation yet.
     """
-    import yaml
-
     path = Path(run) / "config.yaml"
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = flatten(read_yaml_mapping(path), str(path))
         total_steps, decay = int(config["max_steps"]), str(config["decay"])
         decay = decay if config["method"] == "cast" and DECAYS[decay].reduces else None
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (InputError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{run} is not the folder of a run: {path} cannot be read ({error})") from error
     return extrapolate_run(read_evaluations(run), total_steps=total_steps, target_ppl=target_ppl, decay=decay)
 

@@ -58,9 +58,9 @@ class Parts:
     """The masks of step 0 in bits, by parameter name."""
     budget: DecayBudget | None
     dense_perplexity: float | None
-    """Of the dense model, where step 0 no longer has its weights."""
+    """Of the dense model, if step 0 does not compute with its weights any more."""
     start: dict[str, Any]
-    """The record of the start; empty where it is magnitude."""
+    """The record of the start; empty if it is magnitude."""
 
 
 def filter_of(config: TrainConfig) -> FilterFn:
@@ -86,17 +86,18 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     Raises:
         InputError: on anything the user can put right.
     """
+    method_class = METHODS[config.method].load()
+    method_class.check(config)
     source = open_source(config, world)
     model = source.model
     text = open_training_text(config, source.tokenizer, model.config.vocab_size, world)
     precision = choose_precision(config.precision, world.device, model.config)
-    method_class = METHODS[config.method].load()
-    if world.size > 1 and method_class.mask_every is not None:
+    if world.size > 1 and method_class.masks_forward:
         raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
     pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
-    has_start = resumed is None and config.initial_mask != "magnitude"
+    has_start = resumed is None and config.start != "magnitude"
     start = make_start(config, source, text, pattern, filter_fn, world) if has_start else Start(record=resumed or {})
-    cache = _open_teacher_cache(config, text, world)
+    cache = _open_teacher_cache(config, text, model.config.vocab_size, world)
     teacher_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     has_teacher = config.eta > 0 and not (cache and cache.complete)
     teacher = make_teacher(model, teacher_dtype) if has_teacher else None
@@ -115,9 +116,14 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     evaluator = Evaluator(
         objective, text.eval_ids, config.seq_len, config.per_device_train_batch_size, precision, world
     )
-    dense_perplexity = evaluator.perplexity() if has_start and method.mask_every is None else None
+    dense_perplexity = None
+    if resumed is None and (has_start or method.starts_sparse):
+        with method.unmasked():
+            dense_perplexity = evaluator.perplexity()
     if has_start:
         start_(model, method, start, world)
+    elif resumed is None:
+        method.start_from_magnitude_()
     masks = method.masks()
     initial_masks = {names[p]: like_rows(pack_mask(local(m)), p) for p, m in masks.items()}
     budget = _decay_budget(config, method, local_masks(masks), world)
@@ -142,11 +148,11 @@ def local_masks(masks: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     return {local(p.data): local(mask) for p, mask in masks.items()}
 
 
-def _open_teacher_cache(config: TrainConfig, text: TrainingText, world: World) -> TeacherCache | None:
+def _open_teacher_cache(config: TrainConfig, text: TrainingText, vocab_size: int, world: World) -> TeacherCache | None:
     if config.teacher_cache is None:
         return None
     stream = [text.train_sha256, config.seed, config.seq_len, config.repeat_blocks]
-    cache = TeacherCache(config.teacher_cache, stream, world)
+    cache = TeacherCache(config.teacher_cache, stream, vocab_size, world)
     cache.complete = cache.covered() >= config.max_steps * global_batch(config, world)
     return cache
 
@@ -202,7 +208,7 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
         yield f"left dense: {shown} ({reason})"
     sparse = sum(layer.out_features * layer.in_features for layer in method.layers.values())
     total = sum(p.numel() for p in parts.names)
-    masks = f"{config.pattern} from {config.initial_mask}" if method.layers else "no masks"
+    masks = f"{config.pattern} from {config.start}" if method.layers else "no masks"
     yield f"{config.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
     if config.teacher_cache:
         here = "every sequence is in the cache: no teacher is loaded"

@@ -22,8 +22,9 @@ from castlm.distributed.sharding import own_rows
 from castlm.distributed.world import World
 from castlm.methods.base import Retraining
 from castlm.models import load_model
-from castlm.oneshot.basis import BasisOptions, change_basis_
+from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks
+from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.solvers import SOLVERS
 from castlm.progress import note, shown_progress
@@ -57,7 +58,7 @@ def make_start(
     filter_fn: FilterFn,
     world: World,
 ) -> Start:
-    """Makes the start that `initial_mask` asks for, on the main rank.
+    """Makes the start that `init_from` asks for, on the main rank.
 
     Raises:
         InputError: on the main rank, whatever the one-shot solver refuses, or a start that is not this model at n:m;
@@ -66,7 +67,7 @@ def make_start(
     start = Start()
 
     def make(alive: Callable[[], None]) -> dict[str, Any]:
-        if config.initial_mask in SOLVERS:
+        if config.start in SOLVERS:
             _prune(start, config, source, text, pattern, filter_fn, world, alive)
         else:
             start.pruned = _read(config, source, pattern, filter_fn, alive)
@@ -86,9 +87,11 @@ def _prune(
     world: World,
     alive: Callable[[], None],
 ) -> None:
-    """Changes the basis of a copy of the model and prunes it, calibrated on the start of the training text; the model
-    stays as it is."""
-    solver = str(config.initial_mask)
+    """Changes the basis of a copy of the model and prunes it, calibrated on the start of the training text.
+
+    The model itself stays as it is.
+    """
+    solver = str(config.start)
     num_sequences, length = config.calibration_sequences, config.seq_len
     try:
         ids = token_ids(text.documents, source.tokenizer, limit=CALIBRATION_POOL * num_sequences * length)
@@ -105,13 +108,13 @@ def _prune(
             basis = change_basis_(
                 model,
                 calibration,
-                BasisOptions(config.rotate, config.permute),
+                part_of(config, BasisOptions),
                 pattern=pattern,
                 filter_fn=filter_fn,
                 say=note,
                 progress=basis_progress,
             )
-        if basis.changes:
+        if basis.changes or config.reconstruct_epochs:
             start.dense = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
         with shown_progress(f"starting from {solver}, blocks") as show:
 
@@ -120,31 +123,40 @@ def _prune(
                 alive()
 
             report = prune_oneshot_(
-                model, solver, pattern=pattern, calibration=calibration, filter_fn=filter_fn, progress=progress
+                model,
+                solver,
+                pattern=pattern,
+                calibration=calibration,
+                refinements=part_of(config, Refinements),
+                filter_fn=filter_fn,
+                progress=progress,
             )
     except InputError as error:
-        raise InputError(f"initial_mask {solver}: {error}; initial_mask magnitude does without") from None
+        raise InputError(f"init_from {solver}: {error}; init_from magnitude does without") from None
     if report.raised_damping:
         note(report.damping_note())
     if world.mesh is not None:
         model.to("cpu")  # it is sent to the other ranks from there, and leaves the device to training
+    if config.reconstruct_epochs:
+        start.dense |= {name: p.detach().cpu() for name, p in model.named_parameters() if p.dim() < 2}  # the norms
     start.pruned = {layer.name: model.get_submodule(layer.name).weight.detach() for layer in report.layers}
     start.record = {
         "calibration_tokens": calibration.numel(),
         "basis": asdict(basis),
         "prune_seconds": round(report.seconds, 2),
+        "reconstructions": [asdict(block) for block in report.reconstructions],
     }
 
 
 def _read(
     config: TrainConfig, source: Source, pattern: Pattern, filter_fn: FilterFn, alive: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """Reads the layers of the n:m model that `initial_mask` names."""
-    name = str(config.initial_mask)
+    """Reads the layers of the n:m model that `init_from` names."""
+    name = str(config.start)
     try:
         model = load_model(name, trust_remote_code=config.trust_remote_code).model
     except InputError as error:
-        raise InputError(f"initial_mask {name}, neither one of {', '.join(SOLVERS)} nor a model: {error}") from None
+        raise InputError(f"init_from {name}, neither one of {', '.join(SOLVERS)} nor a model: {error}") from None
     alive()
     layers, _ = sparse_linears(source.model, pattern, filter_fn)
     found = dict(model.named_modules())
@@ -152,10 +164,10 @@ def _read(
     for layer_name, layer in layers.items():
         theirs = found.get(layer_name)
         if not isinstance(theirs, nn.Linear) or theirs.weight.shape != layer.weight.shape:
-            raise InputError(f"initial_mask {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
+            raise InputError(f"init_from {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
         weight = theirs.weight.detach()
         if pattern.violations(weight):
-            raise InputError(f"initial_mask {name} is not {pattern} in {layer_name}: prune it first (castlm prune)")
+            raise InputError(f"init_from {name} is not {pattern} in {layer_name}: prune it first (castlm prune)")
         weights[layer_name] = weight
     return weights
 
