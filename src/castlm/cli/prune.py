@@ -13,8 +13,8 @@ from castlm.oneshot.options import BasisOptions, Refinements, part_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneCommand(Refinements, BasisOptions):
-    """Prune a model one-shot, without training, and prove the result."""
+class PruneOptions:
+    """What is pruned, how, and on which text."""
 
     model: str
     """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
@@ -48,6 +48,11 @@ class PruneCommand(Refinements, BasisOptions):
 
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of the last base come first
+    """Prune a model one-shot, without training, and verify the result."""
 
     def run(self) -> int:
         from castlm.hardware import keep_freed_memory
