@@ -30,7 +30,7 @@ from benchmarks.machine import machine, write_json
 from benchmarks.masks import refresh_rows
 from benchmarks.rows import Row, interleaved, ratio_row
 from castlm.core.adams import AdamS
-from castlm.core.masks import nm_mask
+from castlm.core.pattern import nm_mask
 
 SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536)]  # SmolLM2-135M's layers (out, in)
 BATCHES = {"decode": (1, 16, 64), "prefill": (1024, 8192, 32_768)}  # tokens in one call

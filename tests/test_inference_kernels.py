@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.core.masks import nm_mask
+from castlm.core.pattern import nm_mask
 from castlm.inference import native
 from castlm.inference.format import PackedSpec
 from castlm.inference.layers import PackedEmbedding, PackedLinear, pack_linear, prepare_layers_

@@ -1,6 +1,6 @@
-"""How transformers stores the weights of a family, told from names and shapes alone.
+"""How transformers stores the weights of a family, by names and shapes alone.
 
-Free of torch and transformers on purpose: `castlm verify` reads a checkpoint in less time than either takes to import.
+Neither torch nor transformers is imported: `castlm verify` reads a checkpoint in less time than either takes to import.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transfo
 """`config.json` model types whose blocks are made of transformers' `Conv1D`, stored (in, out)."""
 
 _CONV1D_LAYER = re.compile(r"(?:^|\.)(?:c_attn|q_attn|c_proj|c_fc)\.weight$")
-_BLOCK_INDEX = re.compile(r"\.\d+\.")
-_NOT_LINEAR = re.compile(r"embed|norm|lm_head|relative_attention_bias|(?:^|\.)(?:wte|wpe|ln_\w+)\.")
+
+OLD_BUFFERS = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
+"""Causal masks and rotary tables that old checkpoints store and today's models compute."""
 
 
 def stored_transposed(model_type: str | None, name: str) -> bool:
-    """Whether the tensor `name` is stored (in, out), so that its n:m groups run down axis 0.
+    """Whether the tensor `name` is stored (in, out), so that its n:m groups run along axis 0.
 
     Args:
         model_type: `model_type` of the checkpoint's config.json.
@@ -33,13 +34,3 @@ def guess_model_type(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """
     fused = (shape for name, shape in shapes.items() if name.endswith(".attn.c_attn.weight"))
     return "gpt2" if any(len(shape) == 2 and shape[1] == 3 * shape[0] for shape in fused) else None
-
-
-def in_block(name: str) -> bool:
-    """Whether the tensor `name` belongs to a numbered transformer block: `.layers.3.`, `.h.3.`, `.blocks.3.`."""
-    return _BLOCK_INDEX.search("." + name) is not None
-
-
-def is_block_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a stored tensor is the weight of a linear layer inside a block: what n:m pruning is about."""
-    return len(shape) == 2 and name.endswith(".weight") and in_block(name) and not _NOT_LINEAR.search(name)

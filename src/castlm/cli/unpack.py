@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Annotated
-
-import tyro
 
 from castlm.cli.options import parse
+from castlm.fields import positional
 
 
 @dataclass
 class UnpackCommand:
     """Write a packed model as a plain Hugging Face folder, zeros stored, which loads without castlm."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: str = positional()
     """Folder that `castlm pack` wrote."""
 
-    output_dir: str
+    output_dir: str = dataclasses.field(kw_only=True)
     """Folder for the plain model."""
 
     overwrite: bool = False

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-import platform
-import shutil
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +16,19 @@ import torch
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from castlm import __version__
 from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.sparsify import is_sparse_linear
 from castlm.export.card import model_card
-from castlm.export.verify import VerifyReport, verify
-from castlm.files import atomic_dir, atomic_write_json
-from castlm.models import load_model, save_model
+from castlm.export.report import VerifyReport
+from castlm.export.verify import verify
+from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_name
+from castlm.models import eval_mode, load_model, save_model
+from castlm.reading import user_path
+from castlm.versions import library_versions
 
 SCHEMA_VERSION = 1
 EVAL_TOLERANCE = 1e-6  # relative; the weights are equal in bits, the kernels may add up in another order
-_LIBRARIES = ("torch", "transformers", "safetensors")
 
 
 def export_model(
@@ -37,8 +36,7 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     *,
-    n: int,
-    m: int,
+    pattern: Pattern | str,
     left_dense: Mapping[str, str],
     record: Mapping[str, Any],
     overwrite: bool = False,
@@ -49,7 +47,7 @@ def export_model(
     Args:
         model: pruned, and folded: plain parameters, no parametrization left.
         folder: takes its name when all is written and proved; until then it is as it was.
-        n, m: the pattern, at most `n` non-zeros in `m`.
+        pattern: that the sparse layers have, as 2:4.
         left_dense: why, by the name of a module or parameter, as `sparse_linears` gives it.
         record: what castlm.json shall hold beside the proof. The model card shows `base_model` (hub id or path),
             `license`, and `figures`: rows of `name, perplexity, seq_len, stride, text, num_tokens, tokenizer`.
@@ -65,33 +63,28 @@ def export_model(
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
             raise InputError(f"{name} is still parametrized: call fold_weight_scaling(model) before the export")
-    folder = Path(os.path.realpath(Path(folder).expanduser()))
-    manifest = new_manifest(n, m, left_dense, record)
-    was_training = model.training
-    model.eval()
-    try:
-        with atomic_dir(folder, overwrite) as temporary:
-            save_model(model, tokenizer, temporary)
-            atomic_write_json(temporary / "castlm.json", manifest)
-            try:
-                manifest["proof"] = _prove(temporary, model, n, m, manifest["left_dense"], eval_fn)
-            except Exception as error:
-                raise rejected(temporary, folder, error) from error
-            write_record(temporary, folder.name, manifest)
-    finally:
-        model.train(was_training)
+    folder = Path(os.path.realpath(user_path(folder)))
+    pattern = as_pattern(pattern)
+    manifest = new_manifest(pattern, left_dense, record)
+    with eval_mode(model), atomic_dir(folder, overwrite) as temporary:
+        save_model(model, tokenizer, temporary)
+        atomic_write_json(temporary / "castlm.json", manifest)
+        try:
+            manifest["proof"] = _prove(temporary, model, pattern, manifest["left_dense"], eval_fn)
+        except Exception as error:
+            raise rejected(temporary, folder, error) from error
+        write_record(temporary, folder.name, manifest)
     return manifest
 
 
-def new_manifest(n: int, m: int, left_dense: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
+def new_manifest(pattern: Pattern, left_dense: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
     """The content of castlm.json, but for the proof."""
-    versions = {name: version(name) for name in _LIBRARIES}
     return {
         "schema_version": SCHEMA_VERSION,
-        "pattern": f"{n}:{m}",
+        "pattern": str(pattern),
         **record,
         "left_dense": dict(left_dense),
-        "versions": {"castlm": __version__, "python": platform.python_version(), **versions},
+        "versions": library_versions("torch", "transformers", "safetensors"),
     }
 
 
@@ -103,9 +96,8 @@ def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> None:
 
 def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
     """Keeps what did not pass its proof beside `folder`, and says why and where."""
-    kept = folder.with_name(f"{folder.name}.rejected")
-    if kept.exists():
-        shutil.rmtree(kept)
+    kept = unused_name(folder.with_name(f"{folder.name}.rejected"))
+    add_file_list(temporary)
     temporary.rename(kept)
     reason = (str(error) or type(error).__name__).splitlines()[0].replace(str(temporary), str(kept))
     return InputError(f"the export did not pass its proof: {reason} (kept as {kept})")
@@ -114,13 +106,12 @@ def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
 def _prove(
     folder: Path,
     model: PreTrainedModel,
-    n: int,
-    m: int,
+    pattern: Pattern,
     left_dense: dict[str, str],
     eval_fn: Callable[[PreTrainedModel], float] | None,
 ) -> dict[str, Any]:
     """Proves the files in `folder` against `model`; adds to `left_dense` under the names the files have."""
-    report = verify(folder, n, m)
+    report = verify(folder, pattern, known_layers=())  # prove_pattern compares them with `model`
     prove_pattern(report, model, left_dense)
     code_is_trusted = type(model).__module__.startswith("transformers_modules")  # it runs already
     loaded = load_model(str(folder), dtype=model.dtype, trust_remote_code=code_is_trusted).model.eval()
@@ -139,10 +130,14 @@ def prove_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict
     """Raises `InputError` unless every sparse layer of `model` was found n:m in the files; completes `left_dense`."""
     sparse = {f"{name}.weight" for name, module in model.named_modules() if is_sparse_linear(module, name)}
     sparse -= set(left_dense) | {f"{name}.weight" for name in left_dense}
+    fused = "not a linear layer of its own in memory"
+    for name in list(report.uncounted):  # fused in the files, under another name than in memory
+        del report.uncounted[name]
+        report.dense[name] = left_dense[name] = fused
     for layer in report.layers:
-        # Fused in memory and split on disk, as experts are: dense, and known as that under another name only.
+        # Fused in memory and split in the files, as experts are: left dense in memory under another name.
         if layer.left_dense is None and layer.name not in sparse and (layer.problem or layer.num_violations):
-            layer.left_dense = left_dense[layer.name] = "not a linear layer of its own in memory"
+            layer.left_dense = left_dense[layer.name] = fused
     if not report.ok:
         raise InputError(report.summary())
     if len(report.sparse_layers) < len(sparse):

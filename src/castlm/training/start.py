@@ -6,20 +6,25 @@ prunes, or reads, the whole model and hands its layers out, one at a time, to al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
-from castlm.core.masks import is_nm_sparse, nm_mask
-from castlm.core.sparsify import FilterFn, sparse_linears, weight_parameter
+from castlm.core.pattern import Pattern
+from castlm.core.shards import local
+from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
 from castlm.data.tokens import token_ids
 from castlm.distributed.sharding import own_rows
 from castlm.distributed.world import World
 from castlm.methods.base import Retraining
 from castlm.models import load_model
+from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks
+from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.solvers import SOLVERS
 from castlm.progress import note, shown_progress
@@ -28,43 +33,65 @@ from castlm.training.source import Source
 from castlm.training.text import TrainingText
 
 
-def starting_weights(
+@dataclass
+class Start:
+    """What a run starts from instead of the dense model and its magnitudes. Weights are on the main rank only."""
+
+    pruned: dict[str, Tensor] = field(default_factory=dict)
+    """Weights (out, in) of the sparse layers, at n:m, by layer."""
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    """Every parameter of the dense model in its new basis, by name; empty where the basis is not changed."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """What was done and what it cost, on every rank."""
+
+
+def is_untied(record: dict[str, Any]) -> bool:
+    """Whether a run with this record of its start has an output head with a weight of its own."""
+    return bool(record.get("basis", {}).get("untied", False))
+
+
+def make_start(
     config: TrainConfig,
     source: Source,
     text: TrainingText,
-    pattern: tuple[int, int],
+    pattern: Pattern,
     filter_fn: FilterFn,
     world: World,
-) -> dict[str, Tensor]:
-    """Weights (out, in) of the sparse layers by name as `initial_mask` says; on the main rank, none on the others.
+) -> Start:
+    """Makes the start that `init_from` asks for, on the main rank.
 
     Raises:
         InputError: on the main rank, whatever the one-shot solver refuses, or a start that is not this model at n:m;
             the other ranks raise `SystemExit`.
     """
-    weights: dict[str, Tensor] = {}
+    start = Start()
 
-    def make(alive: Callable[[], None]) -> None:
-        if config.initial_mask in SOLVERS:
-            weights.update(_pruned(config, source, text, pattern, filter_fn, world, alive))
+    def make(alive: Callable[[], None]) -> dict[str, Any]:
+        if config.start in SOLVERS:
+            _prune(start, config, source, text, pattern, filter_fn, world, alive)
         else:
-            weights.update(_read(config, source, pattern, filter_fn, alive))
+            start.pruned = _read(config, source, pattern, filter_fn, alive)
+        return start.record
 
-    world.long_on_main(make)
-    return weights
+    start.record = world.long_on_main(make)
+    return start
 
 
-def _pruned(
+def _prune(
+    start: Start,
     config: TrainConfig,
     source: Source,
     text: TrainingText,
-    pattern: tuple[int, int],
+    pattern: Pattern,
     filter_fn: FilterFn,
     world: World,
     alive: Callable[[], None],
-) -> dict[str, Tensor]:
-    """Prunes a copy of the model, calibrated on the start of the training text; the model stays as it is."""
-    solver = str(config.initial_mask)
+) -> None:
+    """Changes the basis of a copy of the model and prunes it, calibrated on the start of the training text.
+
+    The model itself stays as it is.
+    """
+    solver = str(config.start)
     num_sequences, length = config.calibration_sequences, config.seq_len
     try:
         ids = token_ids(text.documents, source.tokenizer, limit=CALIBRATION_POOL * num_sequences * length)
@@ -72,7 +99,23 @@ def _pruned(
         alive()
         model = source.whole_model().to(world.device)
         alive()
-        n, m = pattern
+        with shown_progress("changing the basis, steps") as show_basis:
+
+            def basis_progress(done: int, total: int) -> None:
+                show_basis(done, total)
+                alive()
+
+            basis = change_basis_(
+                model,
+                calibration,
+                part_of(config, BasisOptions),
+                pattern=pattern,
+                filter_fn=filter_fn,
+                say=note,
+                progress=basis_progress,
+            )
+        if basis.changes or config.reconstruct_epochs:
+            start.dense = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
         with shown_progress(f"starting from {solver}, blocks") as show:
 
             def progress(done: int, total: int) -> None:
@@ -80,47 +123,72 @@ def _pruned(
                 alive()
 
             report = prune_oneshot_(
-                model, solver, n=n, m=m, calibration=calibration, filter_fn=filter_fn, progress=progress
+                model,
+                solver,
+                pattern=pattern,
+                calibration=calibration,
+                refinements=part_of(config, Refinements),
+                filter_fn=filter_fn,
+                progress=progress,
             )
     except InputError as error:
-        raise InputError(f"initial_mask {solver}: {error}; initial_mask magnitude does without") from None
+        raise InputError(f"init_from {solver}: {error}; init_from magnitude does without") from None
     if report.raised_damping:
         note(report.damping_note())
     if world.mesh is not None:
         model.to("cpu")  # it is sent to the other ranks from there, and leaves the device to training
-    return {layer.name: model.get_submodule(layer.name).weight.detach() for layer in report.layers}
+    if config.reconstruct_epochs:
+        start.dense |= {name: p.detach().cpu() for name, p in model.named_parameters() if p.dim() < 2}  # the norms
+    start.pruned = {layer.name: model.get_submodule(layer.name).weight.detach() for layer in report.layers}
+    start.record = {
+        "calibration_tokens": calibration.numel(),
+        "basis": asdict(basis),
+        "prune_seconds": round(report.seconds, 2),
+        "reconstructions": [asdict(block) for block in report.reconstructions],
+    }
 
 
 def _read(
-    config: TrainConfig, source: Source, pattern: tuple[int, int], filter_fn: FilterFn, alive: Callable[[], None]
+    config: TrainConfig, source: Source, pattern: Pattern, filter_fn: FilterFn, alive: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """Reads the layers of the n:m model that `initial_mask` names."""
-    name, (n, m) = str(config.initial_mask), pattern
+    """Reads the layers of the n:m model that `init_from` names."""
+    name = str(config.start)
     try:
         model = load_model(name, trust_remote_code=config.trust_remote_code).model
     except InputError as error:
-        raise InputError(f"initial_mask {name}, neither one of {', '.join(SOLVERS)} nor a model: {error}") from None
+        raise InputError(f"init_from {name}, neither one of {', '.join(SOLVERS)} nor a model: {error}") from None
     alive()
-    layers, _ = sparse_linears(source.model, n, m, filter_fn)
+    layers, _ = sparse_linears(source.model, pattern, filter_fn)
     found = dict(model.named_modules())
     weights: dict[str, Tensor] = {}
     for layer_name, layer in layers.items():
         theirs = found.get(layer_name)
         if not isinstance(theirs, nn.Linear) or theirs.weight.shape != layer.weight.shape:
-            raise InputError(f"initial_mask {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
+            raise InputError(f"init_from {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
         weight = theirs.weight.detach()
-        if not is_nm_sparse(weight, n, m):
-            raise InputError(f"initial_mask {name} is not {n}:{m} in {layer_name}: prune it first (castlm prune)")
+        if pattern.violations(weight):
+            raise InputError(f"init_from {name} is not {pattern} in {layer_name}: prune it first (castlm prune)")
         weights[layer_name] = weight
     return weights
 
 
 @torch.no_grad()
-def start_(method: Retraining, weights: Mapping[str, Tensor], world: World) -> None:
-    """Masks what is zero in the main rank's `weights` and gives what is kept its value there, on every rank its rows;
-    what becomes of the masked ones is up to the method."""
+def start_(model: nn.Module, method: Retraining, start: Start, world: World) -> None:
+    """Gives the model the weights of the main rank's `start`, each rank its rows.
+
+    All parameters get their values in the new basis; then what is zero in `start.pruned` is masked and what is kept
+    gets its value there. What becomes of the masked weights is up to the method.
+    """
+
+    def rows_of(weights: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
+        whole = world.from_main(weights[name] if world.is_main else None, parameter.shape)
+        return whole[own_rows(parameter)].to(parameter.device)
+
+    if world.on_main(lambda: bool(start.dense)):
+        for name, parameter in model.named_parameters():
+            if ".parametrizations." not in dense_name(name):  # else a weight scale
+                local(parameter).copy_(rows_of(start.dense, dense_name(name), parameter))
     for name, layer in method.layers.items():
         parameter = weight_parameter(layer)
-        new = world.from_main(weights[name] if world.is_main else None, parameter.shape)
-        rows = new[own_rows(parameter)].to(parameter.device)
-        method.start_layer_(layer, rows, nm_mask(rows, *method.pattern))
+        rows = rows_of(start.pruned, name, parameter)
+        method.start_layer_(layer, rows, method.pattern.mask(rows))

@@ -1,20 +1,25 @@
-"""What a run says while it runs: one live line on the screen, metrics.jsonl, TensorBoard where it is installed.
+"""What a run reports while it runs: a live line on the screen, metrics.jsonl, and the trackers of `report_to`.
 
-Only the main rank writes. On a resume metrics.jsonl is cut back to the checkpoint, so that it reads like one run.
+Only the main rank writes. A resumed run first cuts metrics.jsonl back to its checkpoint, so that the file reads as if
+the run had never been stopped.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from castlm.core.errors import InputError
+from castlm.files import atomic_write_text, is_disk_full
 from castlm.progress import Screen
+from castlm.training.trackers import Tracker
 
 SHOWN = {
     "loss": "loss {:.4f}",
@@ -35,13 +40,31 @@ EVALUATION = {
 
 
 class Telemetry:
-    """A context manager around the loop. `log` every step, `evaluated` at evaluations, `say` in between."""
+    """A context manager around the training loop, which calls `log` at every step and `evaluated` at evaluations.
 
-    def __init__(self, output_dir: Path, total_steps: int, *, is_main: bool, start_step: int, tensorboard: bool):
-        self.is_main = is_main
+    Args:
+        output_dir: folder of metrics.jsonl.
+        is_main: whether this rank writes; on the others all methods do nothing.
+        start_step: step of the checkpoint that a resumed run continues from; 0 for a new run.
+        trackers: clients that get the same figures as metrics.jsonl. They are closed with the run.
+        hidden: figures that cannot change during this run. They are in the file, not in the lines on the screen.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        total_steps: int,
+        *,
+        is_main: bool,
+        start_step: int,
+        trackers: Sequence[Tracker] = (),
+        hidden: frozenset[str] = frozenset(),
+    ):
+        self.is_main, self.hidden = is_main, hidden
         self.console = Screen(stderr=True, highlight=False, soft_wrap=True)
         self.total_steps = total_steps
-        self._file = self._writer = self._task = None
+        self._file = self._task = None
+        self._trackers = trackers
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -58,10 +81,6 @@ class Telemetry:
         path = output_dir / "metrics.jsonl"
         cut_back(path, start_step)
         self._file = path.open("a", encoding="utf-8")
-        if tensorboard and importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(output_dir / "tensorboard", purge_step=start_step)
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, shown="")
         self._last_print = time.monotonic()
 
@@ -72,16 +91,17 @@ class Telemetry:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._progress.stop()
         if self._file is not None:
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):  # a full disk, which the last row has reported
+                self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def say(self, text: str) -> None:
         if self.is_main:
             self.console.print(text, markup=False)
 
     def log(self, step: int, values: dict[str, float], write: bool) -> None:
-        """The figures of optimizer step `step` (1-based, just done); a line in metrics.jsonl when `write`."""
+        """Shows the figures of the optimizer step that just ended, counted from 1, and writes them if `write`."""
         if not self.is_main:
             return
         shown = "  ".join(form.format(values[key]) for key, form in SHOWN.items() if key in values)
@@ -92,34 +112,42 @@ class Telemetry:
         if write:
             self._write(step, values)
 
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
-        if self.is_main:
-            self._write(step, values)
-            shown = (form.format(values[key]) for key, form in EVALUATION.items() if key in values)
-            self.say(f"step {step}: " + "  ".join(shown))
+    def evaluated(self, step: int, values: dict[str, float], details: dict[str, Any]) -> None:
+        """Writes the figures of an evaluation and prints a line of those that can change during the run.
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+        Args:
+            details: lists and dictionaries for metrics.jsonl alone.
+        """
+        if self.is_main:
+            self._write(step, values, details)
+            keys = [key for key in EVALUATION if key in values and key not in self.hidden]
+            self.say(f"step {step}: " + "  ".join(EVALUATION[key].format(values[key]) for key in keys))
+
+    def _write(self, step: int, values: dict[str, float], details: dict[str, Any] | None = None) -> None:
         assert self._file is not None
-        print(json.dumps({"step": step, **values}), file=self._file, flush=True)
-        if self._writer is not None:
-            for key, value in values.items():
-                self._writer.add_scalar(key, value, step)
+        try:
+            print(json.dumps({"step": step, **values, **(details or {})}), file=self._file, flush=True)
+        except OSError as error:
+            why = "the disk is full" if is_disk_full(error) else error.strerror
+            raise InputError(f"{self._file.name} cannot be written: {why}; free some space and resume") from error
+        for tracker in self._trackers:
+            tracker.log(values, step)
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drops the rows of metrics.jsonl after `step`, and a last row that was cut off."""
+    """Removes the rows of metrics.jsonl after `step`, and everything from the first damaged row on."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row: dict[str, Any] = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] > step:
+            row: Any = json.loads(line)
+            if row["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError, RecursionError):
             break
         kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    atomic_write_text(path, "".join(kept))
 
 
 def _clock(seconds: float) -> str:
