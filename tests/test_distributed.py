@@ -192,12 +192,14 @@ def test_ranks_start_from_sparsegpt_as_one_rank_does(stored, gemma, text, tmp_pa
     """Rank 0 prunes; where each rank can read its rows alone, it loads the model for it ("sharded"). That takes longer
     than the others are willing to wait at once."""
     over = {"init_from": "sparsegpt", "calibration_sequences": 8, "max_steps": 4, "eval_steps": 4}
+    over |= {"rotate": "residual"}  # which changes every parameter, and gives the head of this model its own
     run_ranks(train, 1, small(gemma, text, tmp_path / "one", 1, **over), folder=tmp_path)
     config = small(gemma, text, tmp_path / "run", 3, timeout_s=5, **over)
     run_ranks(train_after_a_slow_start, 3, config, stored == "whole", folder=tmp_path)
     assert_close(tmp_path / "one" / "model", tmp_path / "run" / "model", atol=1e-6)
     one, other = (json.loads((tmp_path / name / "model" / "castlm.json").read_text()) for name in ("one", "run"))
     assert other["mask"]["initial_flip_rate"] == 0
+    assert one["start"]["basis"]["untied"]
     for name in ("dense", "one_shot", "pruned"):
         assert other["perplexity"][name] == pytest.approx(one["perplexity"][name], rel=1e-5), name
 
@@ -308,6 +310,7 @@ def train_until(config: TrainConfig, stop: int) -> None:
 
 def test_resumed_on_other_numbers_of_ranks(gemma, text, tmp_path):
     common: dict[str, Any] = {"max_steps": 12, "save_steps": 4, "eval_steps": 6}
+    common |= {"init_from": "sparsegpt", "calibration_sequences": 4, "rotate": "residual"}
     run_ranks(train, 1, small(gemma, text, tmp_path / "straight", 1, **common), folder=tmp_path)
     for ranks, stop, sharding in ((2, 4, "full"), (1, 8, "full"), (4, 12, "hybrid")):
         config = small(gemma, text, tmp_path / "run", ranks, resume=stop > 4, sharding=sharding, **common)
