@@ -74,7 +74,7 @@ class AdamS(Optimizer):
         second_moment: `"gradient"` (not with a decay that needs `lam`) or `"mix"`. None uses `"gradient"` if it can.
         moments: `"fp32"`, `"bf16"` (the first moment) or `"8bit"` (both), which need less memory; see
             `castlm.core.moments`.
-        weight_decay: decoupled weight decay, as in AdamW, of groups with `"sparse": False`. Sparse groups do not use it.
+        weight_decay: decoupled weight decay, as in AdamW, of groups with `"sparse": False`; unused by sparse groups.
         fused: run the update and the refresh in one pass over memory. None uses the C++ kernels for float32 parameters
             on a CPU if they are compiled. True requires them on a CPU, and uses `torch.compile` on other devices. False
             runs torch operators. All follow the same equations; the last bits may differ.
