@@ -1,0 +1,76 @@
+"""How often `castlm advise` is right, on the cells that others published and on cells measured on this processor.
+
+    python -m benchmarks.advisor [--fit]
+
+A cell is a layer, a number of tokens and a dtype. It counts where dense and 2:4 differ by more than 5 %; the advice is
+right where it names the faster one. `--fit` fits the constants of `roofline.KERNELS` to published.csv anew (scipy).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from benchmarks.rows import Row
+from castlm.inference.devices import find_device
+from castlm.inference.published import KernelTime, kernel_times
+from castlm.inference.roofline import KERNELS, Kernel, gpu_formats, kernel_of, layer_seconds
+
+GOAL = ">= 0.9"
+NOTICEABLE = math.log(1.05)
+
+
+def predicted(cell: KernelTime, sparse: bool, kernel: Kernel | None = None) -> float:
+    """Microseconds of a published cell by the roofline."""
+    device, form = find_device(cell.device), gpu_formats(cell.dtype)[sparse]
+    return 1e6 * sum(layer_seconds(device, form, shape, cell.tokens, kernel) for shape in cell.shapes)
+
+
+def right(pairs: Iterable[tuple[float, float]]) -> Row:
+    """Of (true speed-up, advised speed-up), the share whose sides of 1 agree, among those with a noticeable truth."""
+    counted = [(true, advised) for true, advised in pairs if abs(math.log(true)) > NOTICEABLE]
+    share = sum((true > 1) == (advised > 1) for true, advised in counted) / len(counted)
+    return Row(f"advice, dense or 2:4, {len(counted)} cells", "", share, share, share, GOAL)
+
+
+def published_row(cells: Sequence[KernelTime] | None = None) -> Row:
+    """The roofline on the published cells, which its constants are fitted to."""
+    cells = kernel_times() if cells is None else cells
+    row = right((cell.speedup, predicted(cell, False) / predicted(cell, True)) for cell in cells)
+    return replace(row, against="published kernel times")
+
+
+def kernels_fitted() -> Iterator[tuple[tuple[str, str, bool], Kernel, float]]:
+    """The constants of each kernel that fit its published times best, with the mean error of the logarithm."""
+    from scipy.optimize import minimize
+
+    for key in sorted(KERNELS):
+        family, dtype, sparse = key
+        cells = [c for c in kernel_times() if (find_device(c.device).family, c.dtype) == (family, dtype)]
+
+        def error(logs: Sequence[float], cells: Sequence[KernelTime] = cells, sparse: bool = sparse) -> float:
+            kernel = Kernel(*map(math.exp, logs))
+            times = [(predicted(cell, sparse, kernel), cell.sparse_us if sparse else cell.dense_us) for cell in cells]
+            return sum(abs(math.log(mine / theirs)) for mine, theirs in times) / len(times)
+
+        starts = [(launch, serial, 0.7, 0.5) for launch in (2e-6, 6e-6) for serial in (5e-10, 3e-9)]
+        found = [minimize(error, [*map(math.log, start)], method="Nelder-Mead", tol=1e-6) for start in starts]
+        best = min(found, key=lambda result: float(result.fun))
+        yield key, Kernel(*map(math.exp, best.x)), float(best.fun)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fit", action="store_true")
+    if parser.parse_args().fit:
+        for key, kernel, error in kernels_fitted():
+            launch, serial = kernel.launch * 1e6, kernel.serial * 1e9
+            print(f"{key}: {launch:.3g}, {serial:.3g}, {kernel.bandwidth:.3f}, {kernel.peak:.3f}  error {error:.3f}")
+    row = published_row()
+    print(f"{row.part}, {row.against}: {row.value:.3f} (goal {row.goal})")
+
+
+if __name__ == "__main__":
+    main()

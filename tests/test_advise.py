@@ -1,0 +1,109 @@
+"""The advisor: its shapes, its roofline against what others measured, and what it says."""
+
+import pytest
+from benchmarks import advisor
+from tests.tiny import save_tiny, tiny_model
+
+from castlm.core.errors import InputError
+from castlm.inference.advise import Shapes, advise, layer_shapes, shapes_of
+from castlm.inference.devices import DEVICES, find_device
+from castlm.inference.published import EVIDENCE, evidence, kernel_times
+from castlm.inference.roofline import gpu_formats, layer_seconds
+
+LLAMA_1B = Shapes({(2048, 2048): 32, (512, 2048): 32, (8192, 2048): 32, (2048, 8192): 16}, (128256, 2048))
+LLAMA_7B = Shapes({(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}, (32000, 4096))
+
+
+def test_shapes_come_from_the_config_alone(tmp_path):
+    folder = save_tiny(tmp_path / "m", "llama")
+    expected = Shapes({(32, 32): 4, (16, 32): 4, (64, 32): 4, (32, 64): 2}, (264, 32))
+    assert layer_shapes(tiny_model("llama")) == shapes_of(str(folder)) == expected
+
+
+def test_conv1d_layers_count_as_linear(tmp_path):
+    folder = save_tiny(tmp_path / "m", "gpt2")
+    assert shapes_of(str(folder)).blocks == {(96, 32): 2, (32, 32): 2, (64, 32): 2, (32, 64): 2}
+
+
+def test_the_roofline_is_right_on_nine_of_ten_published_cells():
+    row = advisor.published_row()
+    assert row.met, row.value
+
+
+def test_it_advises_against_2_4_where_a_1b_model_decodes_on_an_h100():
+    for device in ("h100", "h100-pcie"):
+        for tokens in (1, 64):
+            advice = advise(LLAMA_1B, find_device(device), tokens=tokens)
+            assert advice.speedup("2:4 bf16") < 0.8
+            assert advice.verdict.startswith("Do not use 2:4 for speed")
+            assert advice.mixed_speedup >= 1
+
+
+def test_it_advises_2_4_where_a_7b_model_reads_a_prompt_on_an_h100():
+    advice = advise(LLAMA_7B, find_device("h100"), tokens=4096)
+    assert 1.3 < advice.speedup("2:4 bf16") < 2
+    assert advice.verdict.startswith("Use 2:4")
+
+
+def test_formats_are_those_the_device_has_hardware_for():
+    names = [form.name for form in advise(LLAMA_7B, find_device("a100"), tokens=1).formats]
+    assert names[:2] == ["bf16", "2:4 bf16"]
+    assert "fp8" not in names
+    assert "2:4 fp8" in [form.name for form in advise(LLAMA_7B, find_device("h100"), tokens=1).formats]
+
+
+def test_measured_seconds_decide_when_given():
+    def seconds(form, shape, tokens):
+        return 0.5 if form.sparse and shape == (4096, 4096) else 1.0
+
+    advice = advise(LLAMA_7B, find_device("h100"), tokens=1, seconds=seconds)
+    assert {row.shape: row.best for row in advice.rows} == {
+        (4096, 4096): "2:4 bf16",
+        (11008, 4096): "bf16",
+        (4096, 11008): "bf16",
+    }
+    assert advice.source == "measured here"
+    assert advice.mixed_speedup == pytest.approx(225 / 161)
+
+
+def test_a_layer_whose_width_does_not_divide_by_4_stays_dense():
+    advice = advise(Shapes({(64, 30): 1}), find_device("h100"), tokens=1, seconds=lambda form, shape, tokens: form.bits)
+    assert advice.rows[0].best == "bf16"
+    assert advice.rows[0].seconds["2:4 bf16"] == advice.rows[0].seconds["bf16"]
+
+
+def test_text_and_json_carry_the_verdict_and_the_sources():
+    advice = advise(LLAMA_1B, find_device("h100"), tokens=1)
+    text = advice.text()
+    assert advice.verdict in text
+    assert "arXiv 2603.05232" in text
+    assert "data sheet" in text
+    content = advice.as_dict()
+    assert content["verdict"] == advice.verdict
+    assert content["speedup"]["bf16"] == 1
+    assert {row["device"] for row in content["evidence"]} == {"h100-pcie"}
+
+
+def test_bad_input_is_named():
+    with pytest.raises(InputError, match="no record of the device 'tpu': choose one of this, a100"):
+        find_device("tpu")
+    with pytest.raises(InputError, match="0 tokens"):
+        advise(LLAMA_1B, find_device("h100"), tokens=0)
+    with pytest.raises(InputError, match="a100 has no fp8: choose one of bf16"):
+        advise(LLAMA_1B, find_device("a100"), tokens=1, dtype="fp8")
+
+
+def test_every_published_figure_is_of_a_known_device_and_has_a_source():
+    assert all(row.device in DEVICES and row.source and row.speedup > 0 for row in EVIDENCE)
+    assert {cell.device for cell in kernel_times()} <= set(DEVICES)
+    assert all(0 < cell.sparse_us and 0 < cell.dense_us for cell in kernel_times())
+    assert all(found.decode for found in evidence("h200", 1))
+
+
+def test_time_grows_with_every_dimension():
+    device, (dense, sparse, *_) = find_device("a100"), gpu_formats("bf16")
+    base = layer_seconds(device, dense, (4096, 4096), 64)
+    assert layer_seconds(device, dense, (8192, 4096), 64) > base
+    assert layer_seconds(device, dense, (4096, 8192), 64) > base
+    assert layer_seconds(device, dense, (4096, 4096), 4096) > base
+    assert layer_seconds(device, sparse, (8192, 8192), 4096) < layer_seconds(device, dense, (8192, 8192), 4096)
