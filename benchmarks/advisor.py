@@ -16,7 +16,7 @@ from dataclasses import replace
 from benchmarks.rows import Row
 from castlm.inference.devices import find_device
 from castlm.inference.published import KernelTime, kernel_times
-from castlm.inference.roofline import KERNELS, Kernel, gpu_formats, kernel_of, layer_seconds
+from castlm.inference.roofline import KERNELS, Kernel, gpu_formats, layer_seconds
 
 GOAL = ">= 0.9"
 NOTICEABLE = math.log(1.05)

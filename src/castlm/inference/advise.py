@@ -1,4 +1,4 @@
-"""Whether 2:4 pays off for a model on a device, before anyone trains or rents: the answer by layer shape and as a whole.
+"""Whether 2:4 pays off for a model on a device, before anyone trains or rents: by layer shape and as a whole.
 
 The times are a roofline's (`roofline.py`), or measured here. The model is never loaded: its config gives the shapes.
 """
@@ -45,11 +45,15 @@ def layer_shapes(model: nn.Module) -> Shapes:
         InputError: no linear layer inside numbered blocks.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    blocks = Counter(tuple(m.weight.shape) for name, m in linears.items() if is_sparse_linear(m, name))
+    blocks = Counter(_shape(m) for name, m in linears.items() if is_sparse_linear(m, name))
     if not blocks:
         raise InputError(f"{type(model).__name__} has no linear layer inside transformer blocks: nothing to advise on")
-    outside = [tuple(m.weight.shape) for name, m in linears.items() if not is_sparse_linear(m, name)]
+    outside = [_shape(m) for name, m in linears.items() if not is_sparse_linear(m, name)]
     return Shapes(dict(blocks), max(outside, key=math.prod, default=None))
+
+
+def _shape(layer: nn.Linear) -> Shape:
+    return layer.out_features, layer.in_features
 
 
 def shapes_of(name: str, trust_remote_code: bool = False) -> Shapes:

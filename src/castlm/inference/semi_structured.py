@@ -1,4 +1,4 @@
-"""2:4 on an NVIDIA GPU, in the layers where it is faster: each shape is timed dense and sparse, and the faster one stays.
+"""2:4 on an NVIDIA GPU where it is faster: each layer shape is timed dense and sparse, and the faster one stays.
 
 cuSPARSELt picks a poor algorithm by itself, and loses on small layers with any (castlm advise says where). So nothing
 is converted on faith: what does not win the timing at the stated number of tokens remains a dense `nn.Linear`.
