@@ -25,7 +25,7 @@ from tests.tiny import save_tiny
 from benchmarks import adams, masks, scaling, startup
 from benchmarks.machine import machine, write_json
 from benchmarks.rows import CLOCKS, Row
-from castlm.training.hardware import keep_freed_memory
+from castlm.hardware import keep_freed_memory
 
 TINY_STEP = ["--batch", "4", "--seq-len", "128", "--precision", "fp32"]
 

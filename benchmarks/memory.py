@@ -60,9 +60,9 @@ def measure(case: dict[str, Any], folder: Path, world: Any) -> dict[str, float]:
     import time
 
     from benchmarks.machine import proc_status
+    from castlm.hardware import keep_freed_memory
     from castlm.training.config import TrainConfig
-    from castlm.training.hardware import keep_freed_memory
-    from castlm.training.loop import Run
+    from castlm.training.run import Run
 
     def start(model: str, name: str) -> Run:
         config = TrainConfig(
@@ -123,7 +123,7 @@ def measure_here(cases: Sequence[dict[str, Any]], folder: str) -> None:
     """The child's part: prints what it has measured as JSON."""
     import torch
 
-    from castlm.training.distributed import init_world
+    from castlm.distributed.world import init_world
 
     torch.set_num_threads(1)
     world = init_world("cpu", "full")

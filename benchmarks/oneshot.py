@@ -23,14 +23,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.machine import machine, write_json
-from castlm.baselines.calibration import BlockCall, transformer_blocks
-from castlm.baselines.oneshot import METHODS, calibration_blocks, calibration_length, prune_oneshot_
 from castlm.core.pattern import parse_pattern
 from castlm.core.sparsify import sparse_linears
-from castlm.evaluate import perplexity
+from castlm.data.tokens import token_ids
+from castlm.evaluation.perplexity import perplexity
+from castlm.hardware import keep_freed_memory
 from castlm.models import load_model
-from castlm.training.data import token_ids
-from castlm.training.hardware import keep_freed_memory
+from castlm.oneshot.calibration import calibration_blocks, calibration_length
+from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.solvers import SOLVERS
+from castlm.oneshot.walk import BlockCall, transformer_blocks
 
 
 class _FirstBlock(Exception):  # noqa: N818
@@ -201,7 +203,7 @@ def main() -> None:
     parser.add_argument("--text", help="calibration text; the Python language reference when not given")
     parser.add_argument("--held-out", help="text for the perplexity")
     parser.add_argument("--held-out-tokens", type=int, default=16_384)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=SOLVERS, default=list(SOLVERS))
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--num-sequences", type=int, default=128)
     parser.add_argument("--seq-len", type=int, help="tokens a sequence; the model's context, at most 2,048")
@@ -216,7 +218,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         text, held_out = args.text, args.held_out
         if text is None:
-            from castlm.demo import write_texts
+            from castlm.cli.demo import write_texts
 
             text, held_out = map(str, write_texts(Path(scratch)))
         seq_len = args.seq_len or calibration_length(loaded.model)

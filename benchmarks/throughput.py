@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.machine import machine, write_json
-from castlm.demo import write_texts
+from castlm.cli.demo import write_texts
+from castlm.distributed.world import init_world
+from castlm.hardware import autocast, keep_freed_memory, peak_memory
 from castlm.models import load_model
 from castlm.training.config import TrainConfig
-from castlm.training.distributed import init_world
-from castlm.training.hardware import autocast, keep_freed_memory, peak_memory
-from castlm.training.loop import Run
+from castlm.training.run import Run
 
 
 def bare_step(student, teacher, optimizer, batches, precision, eta):
@@ -93,23 +93,24 @@ def bare_side(args: argparse.Namespace, teacher_dtype: torch.dtype) -> tuple[nn.
 def compare_speed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     keep_freed_memory()  # as castlm train does; it serves both sides
     run = castlm_side(args, scratch)
-    bare = bare_side(args, next(run.objective.teacher.parameters()).dtype)
+    bare = bare_side(args, next(run.parts.objective.teacher.parameters()).dtype)
     seconds: dict[str, list[float]] = {"castlm": [], "bare": []}
-    position = run.loader.state_dict()
+    position = run.parts.text.loader.state_dict()
     for step in range(args.steps + 1):
         seconds["castlm"].append(timed(run.train_step))
-        run.loader.load_state_dict(position)  # the same batch for both
-        batch = next(run.loader)
-        position = run.loader.state_dict()
+        run.parts.text.loader.load_state_dict(position)  # the same batch for both
+        batch = next(run.parts.text.loader)
+        position = run.parts.text.loader.state_dict()
         batches = [(batch["input_ids"].to(args.device), batch["labels"].to(args.device))]
-        seconds["bare"].append(timed(bare_step, *bare, batches, run.precision, run.config.eta))
+        seconds["bare"].append(timed(bare_step, *bare, batches, run.parts.evaluator.precision, run.config.eta))
         print(f"step {step}: castlm {seconds['castlm'][-1]:.2f} s, bare {seconds['bare'][-1]:.2f} s", flush=True)
     tokens = args.batch * args.seq_len
     rows = {name: tokens / statistics.median(times[1:]) for name, times in seconds.items()}
     ratio = rows["castlm"] / rows["bare"]
-    print(f"\n{args.model}, {args.batch} x {args.seq_len} tokens, {run.precision}, optimizer {run.optimizer_text}")
+    precision = run.parts.evaluator.precision
+    print(f"\n{args.model}, {args.batch} x {args.seq_len} tokens, {precision}, optimizer {run.parts.optimizer_text}")
     print(f"castlm {rows['castlm']:,.0f} tokens/s, bare loop {rows['bare']:,.0f} tokens/s: {ratio:.3f} of it")
-    return {"tokens_per_s": rows, "ratio": ratio, "seconds": seconds, "precision": run.precision}
+    return {"tokens_per_s": rows, "ratio": ratio, "seconds": seconds, "precision": precision}
 
 
 def compare_peak(args: argparse.Namespace) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def show_peak(args: argparse.Namespace, scratch: Path) -> None:
     if args.side == "castlm":
         keep_freed_memory()
         run = castlm_side(args, scratch)
-        precision, teacher_dtype = run.precision, next(run.objective.teacher.parameters()).dtype
+        precision, teacher_dtype = run.parts.evaluator.precision, next(run.parts.objective.teacher.parameters()).dtype
         step = run.train_step
     else:
         precision, teacher_dtype = args.precision, getattr(torch, args.teacher_dtype)

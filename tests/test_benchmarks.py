@@ -14,7 +14,7 @@ from benchmarks.rows import Row, interleaved, ratio_row
 
 from castlm.core import native
 from castlm.core.masks import nm_mask
-from castlm.training.distributed import init_world
+from castlm.distributed.world import init_world
 from tests.stub_backend import StubBackend
 
 

@@ -11,17 +11,19 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from castlm.baselines import sparsegpt
-from castlm.cli import _parse, main
+from castlm.cli.main import main
+from castlm.cli.options import parse
 from castlm.compare import oneshot, runs
-from castlm.compare.command import CompareCommand, Plan, Result
+from castlm.compare.plan import CompareCommand, Plan
 from castlm.compare.presets import PRESETS
+from castlm.compare.report import summarize
+from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, last_line, lock, run_key, run_process
 from castlm.core.errors import InputError
 from castlm.core.sparsify import sparse_linears
 from castlm.models import load_model
-from castlm.report.compare import summarize
-from castlm.training.loop import Run as TrainingRun
+from castlm.oneshot import sparsegpt
+from castlm.training.run import Run as TrainingRun
 from tests.tiny import save_tiny
 
 TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
@@ -67,7 +69,7 @@ def command(files, tmp_path, **over) -> CompareCommand:
 
 
 def compare(files, tmp_path, **over) -> tuple[int, dict]:
-    code = command(files, tmp_path, **over).run(_parse)
+    code = command(files, tmp_path, **over).run(parse)
     return code, json.loads((tmp_path / "out" / "table.json").read_text())
 
 
@@ -195,7 +197,7 @@ def test_a_killed_run_is_resumed(files, tmp_path, in_process, monkeypatch):
     original = TrainingRun.train_step
 
     def train_step(self):
-        if self.step == 4:
+        if self.progress.step == 4:
             raise Killed
         original(self)
 
@@ -204,7 +206,7 @@ def test_a_killed_run_is_resumed(files, tmp_path, in_process, monkeypatch):
         with pytest.raises(Killed):
             compare(files, tmp_path, methods="cast", config=None, seq_len=32, per_device_train_batch_size=2)
     steps = []
-    monkeypatch.setattr(TrainingRun, "train_step", lambda self: (steps.append(self.step), original(self)))
+    monkeypatch.setattr(TrainingRun, "train_step", lambda self: (steps.append(self.progress.step), original(self)))
     compare(files, tmp_path, methods="cast", config=None, seq_len=32, per_device_train_batch_size=2)
     first = steps[0]
     assert first in (3, 4)  # it saves every step of six here; the newest save may not have been whole
@@ -232,7 +234,7 @@ def test_a_start_counts_by_what_its_model_holds(files, tmp_path):
     starts = [save_tiny(tmp_path / "a"), save_tiny(tmp_path / "b"), save_tiny(tmp_path / "c", seed=1)]
     variants = tmp_path / "variants.yaml"
     variants.write_text("".join(f"{start.name}: {{initial_mask: {start}}}\n" for start in starts))
-    plan = Plan(command(files, tmp_path, variants=str(variants)), _parse)
+    plan = Plan(command(files, tmp_path, variants=str(variants)), parse)
     one, same, other = (plan.make(start.name, 6 * 64, 0, None).key for start in starts)
     assert one == same != other
 
@@ -240,7 +242,7 @@ def test_a_start_counts_by_what_its_model_holds(files, tmp_path):
 def test_a_start_for_all_runs_is_not_the_control_s(files, tmp_path):
     (tmp_path / "common.yaml").write_text(yaml.safe_dump({**CONFIG, "initial_mask": "wanda"}))
     over = {"methods": "srste,gradual_magnitude", "config": str(tmp_path / "common.yaml")}
-    plan = Plan(command(files, tmp_path, **over), _parse)
+    plan = Plan(command(files, tmp_path, **over), parse)
     starts = {name: plan.make(name, 6 * 64, 0, None).config["initial_mask"] for name in plan.variants}
     assert starts == {"srste": "wanda", "gradual_magnitude": "magnitude", "dense": "magnitude"}
 
@@ -272,7 +274,7 @@ def test_gap_is_paired_by_budget_and_seed():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_can_be_planned(name, files, tmp_path):
-    plan = Plan(command(files, tmp_path, preset=name, budget_tokens=64 * 800), _parse)
+    plan = Plan(command(files, tmp_path, preset=name, budget_tokens=64 * 800), parse)
     made = [plan.make(v, t, 0, None) for v in plan.variants for t in plan.budgets(v)]
     keys = {run.key for run in made}
     assert len(keys) == len(made)  # no two of them are the same run
@@ -295,7 +297,7 @@ def test_presets_can_be_planned(name, files, tmp_path):
 )
 def test_refusals(over, reason, files, tmp_path):
     with pytest.raises(InputError, match=reason):
-        Plan(command(files, tmp_path, **over), _parse)
+        Plan(command(files, tmp_path, **over), parse)
 
 
 def test_an_unknown_field_is_refused_before_anything_runs(files, tmp_path, in_process):
@@ -314,7 +316,7 @@ def test_zero_shot_of_every_result_and_of_the_model_as_it_came(files, tmp_path, 
         value = 0.5 if model == files["model"] else 0.25
         return [{"task": "piqa", "metric": "acc", "value": value, "num_docs": 9}]
 
-    monkeypatch.setattr("castlm.compare.command.zero_shot_rows", rows_of)
+    monkeypatch.setattr("castlm.compare.plan.zero_shot_rows", rows_of)
     _, table = compare(files, tmp_path, methods="magnitude", tasks="piqa", tasks_from=str(tmp_path), num_sequences=2)
     assert asked[0] == files["model"]
     assert len(asked) == 3
@@ -350,7 +352,7 @@ def test_command_line_repeats_the_comparison(files, tmp_path):
 
 
 def test_oneshot_fields_are_those_of_a_plan(files, tmp_path):
-    plan = Plan(command(files, tmp_path, methods="wanda"), _parse)
+    plan = Plan(command(files, tmp_path, methods="wanda"), parse)
     run = plan.make("wanda", 0, 0, None)
     known = {f.name for f in dataclasses.fields(oneshot.OneshotConfig)}
     assert set(run.config) <= known

@@ -18,21 +18,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from castlm.core.errors import InputError
-from castlm.training import data as data_module
-from castlm.training import documents as documents_module
-from castlm.training import readers
-from castlm.training.data import (
-    BatchLoader,
-    BlockStream,
-    check_vocabulary,
-    end_of_text_id,
-    open_documents,
-    read_text,
-    split_documents,
-    text_hash,
-    token_ids,
-)
-from castlm.training.documents import Documents, HubDocuments
+from castlm.data import documents as documents_module
+from castlm.data import packing as data_module
+from castlm.data import readers
+from castlm.data.documents import Documents, HubDocuments, open_documents, read_text, split_documents, text_hash
+from castlm.data.loader import BatchLoader
+from castlm.data.packing import BlockStream
+from castlm.data.tokens import check_vocabulary, end_of_text_id, token_ids
 from tests.tiny import EOS, EOS_ID, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -28,17 +28,21 @@ from castlm.core.masks import unpack_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.shards import local
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
+from castlm.data.loader import BatchLoader
+from castlm.distributed import export
+from castlm.distributed.loading import load_rows_, materialize_, open_sharded
+from castlm.distributed.sharding import shard_, whole
+from castlm.distributed.world import close_world, init_world
 from castlm.export.verify import verify
 from castlm.models import load_model
-from castlm.training import finish, initial, setup, sharded_export
-from castlm.training.checkpoint import checkpoint_steps
+from castlm.training import finish, source, start
+from castlm.training.checkpoint import Saver, checkpoint_steps
 from castlm.training.config import TrainConfig, parse_train_arguments
-from castlm.training.data import BatchLoader
-from castlm.training.distributed import close_world, init_world, shard_, whole
 from castlm.training.finish import masked_histogram
-from castlm.training.loop import Run, train
+from castlm.training.loop import train
 from castlm.training.objective import Objective, make_teacher, pruned
-from castlm.training.sharded import load_rows_, materialize_, open_sharded
+from castlm.training.run import Run
+from castlm.training.setup import local_masks
 from tests.faults import Ground, check_hang, check_kill, check_sigterm, train_as_a_command
 from tests.ranks import run_ranks, said, start_ranks, wait_ranks
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
@@ -100,10 +104,10 @@ def train_uneven(config: TrainConfig) -> None:
         labels[batch["input_ids"][:, 0] % 3 == 0, 8:] = -100
         return batch | {"labels": labels}
 
-    def keep_masks(run: Run) -> dict[str, Any]:
-        masks = {run.names[p]: whole(mask) for p, mask in run.method.masks().items()}
+    def keep_masks(run: finish.TrainedRun) -> dict[str, Any]:
+        masks = {run.parts.names[p]: whole(mask) for p, mask in run.parts.method.masks().items()}
         if run.world.is_main:
-            torch.save(masks, run.output_dir / "masks.pt")
+            torch.save(masks, run.folder.parent / "masks.pt")
         return original_finish(run)
 
     BatchLoader.__next__, loop.finish = next_with_ignored_labels, keep_masks
@@ -201,7 +205,7 @@ def test_ranks_start_from_sparsegpt_as_one_rank_does(stored, gemma, text, tmp_pa
 
 def train_after_a_slow_start(config: TrainConfig, whole_model: bool) -> None:
     """Trains; each of two blocks takes more than half of what the others wait, or the model is whole on each rank."""
-    prune = initial.prune_oneshot_
+    prune = start.prune_oneshot_
 
     def slowly(*args: Any, progress: Any, **kwargs: Any) -> Any:
         def told(done: int, total: int) -> None:
@@ -211,9 +215,9 @@ def train_after_a_slow_start(config: TrainConfig, whole_model: bool) -> None:
         return prune(*args, progress=told, **kwargs)
 
     if whole_model:
-        setup.open_sharded = lambda *args, **kwargs: None
+        source.open_sharded = lambda *args, **kwargs: None
     else:
-        initial.prune_oneshot_ = slowly
+        start.prune_oneshot_ = slowly
     train(config)
 
 
@@ -254,16 +258,16 @@ def test_a_weight_that_is_not_stepped_stops_the_run(gemma, text, tmp_path, monke
 def keep_initial_masks(config: TrainConfig) -> None:
     world = init_world("cpu", config.sharding)
     run = Run(config, world)
-    assert len(run.initial_masks) == 14
-    before = [whole(packed) for packed in run.initial_masks.values()]
+    assert len(run.parts.initial_masks) == 14
+    before = [whole(packed) for packed in run.parts.initial_masks.values()]
     for (param, mask), packed in zip(run.method.masks().items(), before):
         assert packed.dtype == torch.uint8
         assert packed.numel() == param.numel() / 8
         assert torch.equal(unpack_mask(packed, param.shape[1]), whole(mask))
-    for packed in run.initial_masks.values():
+    for packed in run.parts.initial_masks.values():
         local(packed).bitwise_xor_(1)  # one bit of eight
     run.evaluate()
-    assert run.figures["0"]["initial_flip_rate"] == 1 / 8
+    assert run.progress.figures["0"]["initial_flip_rate"] == 1 / 8
     close_world(world)
 
 
@@ -273,7 +277,7 @@ def test_masks_of_step_0_are_kept_as_bits(gemma, text, tmp_path):
 
 def count_masked(config: TrainConfig, num_masked: int) -> None:
     world = init_world("cpu", config.sharding)
-    histogram = masked_histogram(Run(config, world))
+    histogram = masked_histogram(local_masks(Run(config, world).method.masks()), world)
     assert histogram["zeros"] + sum(histogram["counts"]) == num_masked
     close_world(world)
 
@@ -294,7 +298,7 @@ def train_until(config: TrainConfig, stop: int) -> None:
     original = Run.train_step
 
     def train_step(self: Run) -> None:
-        if self.step == stop:
+        if self.progress.step == stop:
             self.saver.finish()
             raise SystemExit(0)
         original(self)
@@ -337,8 +341,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(gemma, text, tmp_path, m
     train(config)
     slow_writes(monkeypatch, 0.5)
     seen = []
-    finish = loop.Saver.finish
-    monkeypatch.setattr(loop.Saver, "finish", lambda self: (seen.append(bool(self._pending)), finish(self)))
+    finish_save = Saver.finish
+    monkeypatch.setattr(Saver, "finish", lambda self: (seen.append(bool(self._pending)), finish_save(self)))
     train(replace(config, output_dir=str(tmp_path / "async"), async_save=True))
     for step in (4, 6):
         states = []
@@ -404,7 +408,7 @@ def test_folder_that_became_read_only(gemma, text, tmp_path, monkeypatch):
     original = Run.save
 
     def save(self):
-        if self.step == 4:
+        if self.progress.step == 4:
             subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
         original(self)
 
@@ -414,7 +418,7 @@ def test_folder_that_became_read_only(gemma, text, tmp_path, monkeypatch):
         run = Run(config, init_world("cpu", "full"))
         run.saver.folder = mount / "checkpoints"
         with run.telemetry, pytest.raises(InputError, match=r"step 4 could not be saved .*Read-only.*step-00000002"):
-            run.loop(loop.Interrupt())
+            loop.loop(run, loop.Interrupt())
         assert list(checkpoint_steps(mount / "checkpoints")) == [2]
     finally:
         subprocess.run(["umount", str(mount)], check=True)
@@ -422,9 +426,9 @@ def test_folder_that_became_read_only(gemma, text, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda f: f.stem)
 def test_recipes_are_read_and_make_the_published_batch(file):
-    from castlm.cli import _parse
+    from castlm.cli.options import parse
 
-    config = parse_train_arguments(["--config", str(file), "--dataset", "d", "--output-dir", "o"], _parse)
+    config = parse_train_arguments(["--config", str(file), "--dataset", "d", "--output-dir", "o"], parse)
     ranks = int(file.stem.rsplit("-", 1)[1].split("x")[0])
     assert ranks * config.per_device_train_batch_size * config.gradient_accumulation_steps == 256
     assert config.seq_len == 4096
@@ -434,8 +438,8 @@ def test_recipes_are_read_and_make_the_published_batch(file):
 
 
 def export_in_small_files(config: TrainConfig, damage: bool) -> int:
-    sharded_export.MAX_SHARD_BYTES = 20_000
-    write_the_rest = sharded_export._write_the_rest
+    export.MAX_SHARD_BYTES = 20_000
+    write_the_rest = export._write_the_rest
 
     def damaging(run: Run, folder: Path) -> None:
         write_the_rest(run, folder)
@@ -446,7 +450,7 @@ def export_in_small_files(config: TrainConfig, damage: bool) -> int:
         save_file(state, file, metadata={"format": "pt"})
 
     if damage:
-        sharded_export._write_the_rest = damaging
+        export._write_the_rest = damaging
     return train_as_a_command(config)
 
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from castlm.core.errors import InputError
-from castlm.evaluate import evaluate_file, perplexity, scored_windows, token_ids_of
+from castlm.distributed.world import World
+from castlm.evaluation.perplexity import evaluate_file, perplexity, scored_windows, token_ids_of
 from castlm.models import load_model
-from castlm.training.distributed import World
-from castlm.training.evaluation import windows
+from castlm.training.metrics import windows
 
 from .tiny import FAMILIES, tiny_model, tiny_tokenizer
 

@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = """
 import resource, sys, torch
-from castlm.training.hardware import keep_freed_memory
+from castlm.hardware import keep_freed_memory
 
 if sys.argv[1] == "kept":
     assert keep_freed_memory()

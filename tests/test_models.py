@@ -30,6 +30,8 @@ from transformers.pytorch_utils import Conv1D
 
 from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
+from castlm.distributed.loading import check_one_snapshot, open_sharded
+from castlm.distributed.world import World, init_world
 from castlm.locate import demo_model_file, find
 from castlm.models import (
     backbone,
@@ -41,8 +43,6 @@ from castlm.models import (
     restored_state_dict,
     save_model,
 )
-from castlm.training.distributed import World, init_world
-from castlm.training.sharded import check_one_snapshot, open_sharded
 from tests.tiny import EOS_ID, FAMILIES, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(1))

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from castlm.baselines import calibration as calibration_module
-from castlm.baselines.calibration import calibration_blocks, calibration_length, transformer_blocks
-from castlm.baselines.oneshot import prune_oneshot_
-from castlm.baselines.sparsegpt import _LowestOfGroup, sparsegpt
-from castlm.cli import main
+from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.masks import count_nm_violations, nm_mask, rank_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears
 from castlm.models import linearize_conv1d_
+from castlm.oneshot import walk as calibration_module
+from castlm.oneshot.calibration import calibration_blocks, calibration_length
+from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.sparsegpt import _LowestOfGroup, sparsegpt
+from castlm.oneshot.walk import transformer_blocks
 from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny, tiny_model
 
 

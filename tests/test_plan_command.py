@@ -5,11 +5,12 @@ import math
 
 import pytest
 
-from castlm.cli import main
-from castlm.training.calibrate import calibrate
+from castlm.cli.main import main
+from castlm.distributed.world import init_world
 from castlm.training.config import TrainConfig
-from castlm.training.distributed import init_world
-from castlm.training.loop import Run, train
+from castlm.training.lam import calibrate
+from castlm.training.loop import train
+from castlm.training.run import Run
 from tests.test_train import small
 from tests.tiny import save_tiny
 

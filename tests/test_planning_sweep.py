@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from castlm.cli import main
+from castlm.cli.main import main
 from castlm.compare import runs
 from castlm.core.errors import InputError
 from castlm.planning.budgets import check_budgets, geometric_budgets
 from castlm.planning.law import Law
 from castlm.planning.predict import predict_perplexity
-from castlm.training.loop import Run as TrainingRun
+from castlm.training.run import Run as TrainingRun
 from tests.tiny import TEXT, save_tiny
 
 STEP = 64  # tokens
@@ -275,7 +275,7 @@ def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
     original, steps = TrainingRun.train_step, []
 
     def until_killed(self):
-        if self.config.max_steps == 16 and self.step == 9:
+        if self.config.max_steps == 16 and self.progress.step == 9:
             raise Killed
         original(self)
 
@@ -283,7 +283,7 @@ def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
         patch.setattr(TrainingRun, "train_step", until_killed)
         with pytest.raises(Killed):
             main([*base, "--output-dir", str(tmp_path / "killed")])
-    monkeypatch.setattr(TrainingRun, "train_step", lambda self: (steps.append(self.step), original(self)))
+    monkeypatch.setattr(TrainingRun, "train_step", lambda self: (steps.append(self.progress.step), original(self)))
     assert main([*base, "--output-dir", str(tmp_path / "killed")]) == 0
     first = steps[0]
     assert 4 <= first <= 9  # it saves at every fourth of its steps; the newest save may not have been whole

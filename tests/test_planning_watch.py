@@ -6,8 +6,8 @@ import math
 import pytest
 
 from castlm.core.errors import InputError
-from castlm.planning.points import read_metrics
 from castlm.planning.watch import backtest_run, extrapolate_run, watch_run
+from castlm.training.metrics_file import read_evaluations
 
 TOKENS = 4096  # a step
 # A real run: stories260K made 2:4 in 150 steps of 8 x 512 tokens of TinyStories, horizon decay until step 75, defaults.
@@ -133,7 +133,7 @@ def split(row):
 def test_run_folder_is_read(tmp_path):
     seen = real_rows()[1:25]
     write_run(tmp_path, [line for row in seen for line in split(row)])
-    assert read_metrics(tmp_path) == seen
+    assert read_evaluations(tmp_path) == seen
     report = watch_run(tmp_path, target_ppl=6.0)
     assert report == extrapolate_run(seen, total_steps=150, target_ppl=6.0)
     assert report.verdict == "will miss"
@@ -149,13 +149,13 @@ def test_a_row_cut_off_by_a_kill_is_dropped_and_any_other_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     text = path.read_text()
     path.write_text(text[:-20])
-    assert len(read_metrics(tmp_path)) == len(real_rows()) - 1
+    assert len(read_evaluations(tmp_path)) == len(real_rows()) - 1
     path.write_text("[1]\n" + text)
     with pytest.raises(InputError, match="line 1: a JSON object was expected"):
-        read_metrics(tmp_path)
+        read_evaluations(tmp_path)
     path.write_text("{oops\n" + text)
     with pytest.raises(InputError, match="line 1: not a JSON object"):
-        read_metrics(tmp_path)
+        read_evaluations(tmp_path)
 
 
 def test_folder_that_is_no_run_is_named(tmp_path):

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from castlm.core.errors import InputError
+from castlm.distributed.world import World, init_world
 from castlm.training import teacher_cache
-from castlm.training.distributed import World, init_world
-from castlm.training.loop import Run, train
+from castlm.training.loop import train
 from castlm.training.objective import Objective
+from castlm.training.run import Run
 from castlm.training.teacher_cache import TeacherCache, fingerprint
 from tests.ranks import run_ranks
 from tests.test_train import assert_equal_weights, small
@@ -63,9 +64,9 @@ def test_another_run_over_the_same_text_needs_no_teacher(config, tmp_path, lesso
     train(config)
     shorter = in_folder(config, tmp_path, "shorter", max_steps=6, learning_rate=3e-3, method="srste")
     run = Run(shorter, init_world("cpu", "full"))
-    assert run.objective.teacher is None
+    assert run.parts.objective.teacher is None
     longer = Run(in_folder(config, tmp_path, "longer", max_steps=13), init_world("cpu", "full"))
-    assert longer.objective.teacher is not None
+    assert longer.parts.objective.teacher is not None
 
 
 def test_resumed_run_is_the_straight_run_and_covers_it(config, tmp_path, lessons):
@@ -179,7 +180,7 @@ def test_ranks_teach_and_read_as_one_rank_does(config, tmp_path):
     fresh = replace(ranks, output_dir=str(tmp_path / "fresh"), teacher_cache=str(tmp_path / "cache2"))
     run_ranks(train, 2, fresh, folder=tmp_path)
     one = Run(in_folder(config, tmp_path, "one", teacher_cache=fresh.teacher_cache), init_world("cpu", "full"))
-    assert one.objective.teacher is None
+    assert one.parts.objective.teacher is None
     losses = []
     for name in ("run", "ranks", "fresh"):
         rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())

@@ -13,18 +13,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from castlm.baselines.oneshot import calibration_blocks, prune_oneshot_
-from castlm.cli import _parse, main
+from castlm.cli.main import main
+from castlm.cli.options import parse
 from castlm.core.errors import InputError
 from castlm.core.sparsify import weight_parameter
+from castlm.data.tokens import token_ids
+from castlm.distributed.world import init_world
 from castlm.export.verify import verify
 from castlm.models import load_model
-from castlm.training import initial
+from castlm.oneshot.calibration import calibration_blocks
+from castlm.oneshot.prune import prune_oneshot_
+from castlm.training import start
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig, parse_train_arguments
-from castlm.training.data import token_ids
-from castlm.training.distributed import init_world
-from castlm.training.loop import Run, train
+from castlm.training.loop import train
+from castlm.training.run import Run
 from castlm.training.schedule import learning_rate
 from tests.tiny import FAMILIES, TEXT, save_tiny
 
@@ -101,7 +104,7 @@ def stop_after(monkeypatch, step):
     original = Run.train_step
 
     def train_step(self):
-        if self.step == step:
+        if self.progress.step == step:
             self.saver.finish()
             raise StopAfter
         original(self)
@@ -252,7 +255,7 @@ def test_prune_now_leaves_the_weights_as_they_were(llama, text, tmp_path):
     run = Run(small(llama, text, tmp_path / "run"), init_world("cpu", "full"))
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     run.evaluate()
-    assert run.figures["0"]["prune_now_ppl"] != run.figures["0"]["perplexity"]
+    assert run.progress.figures["0"]["prune_now_ppl"] != run.progress.figures["0"]["perplexity"]
     for name, p in run.model.named_parameters():
         assert torch.equal(p, before[name]), name
 
@@ -262,7 +265,7 @@ def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, llama
     config = small(llama, text, tmp_path / "run", initial_mask=initial, calibration_sequences=4)
     run = Run(config, init_world("cpu", "full"))
     loaded = load_model(llama)
-    ids = token_ids(run.documents, loaded.tokenizer, limit=16 * 4 * 32)
+    ids = token_ids(run.parts.text.documents, loaded.tokenizer, limit=16 * 4 * 32)
     prune_oneshot_(loaded.model, initial, calibration=calibration_blocks(ids, 4, 32, seed=0))
     masks = run.optimizer.masks()
     for name, layer in run.method.layers.items():
@@ -319,7 +322,7 @@ def test_rivals_start_from_the_same_weights(method, llama, text, tmp_path):
 def test_cast_starts_from_sparsegpt_unless_told_otherwise():
     assert TrainConfig("m", "d", "o").initial_mask == "sparsegpt"
     assert TrainConfig("m", "d", "o", method="srste").initial_mask == "magnitude"
-    paper = parse_train_arguments(["--model=m", "--dataset=d", "--output-dir=o", "--recipe=paper"], _parse)
+    paper = parse_train_arguments(["--model=m", "--dataset=d", "--output-dir=o", "--recipe=paper"], parse)
     assert paper.initial_mask == "magnitude"
 
 
@@ -342,7 +345,7 @@ def test_a_model_that_sparsegpt_cannot_prune_is_told_what_can(llama, text, tmp_p
     def refuse(*args, **kwargs):
         raise InputError("no calibration token reaches model.layers.0.mlp.experts.3.w1")
 
-    monkeypatch.setattr(initial, "prune_oneshot_", refuse)
+    monkeypatch.setattr(start, "prune_oneshot_", refuse)
     with pytest.raises(InputError, match=r"initial_mask sparsegpt: no .*experts\.3\.w1; initial_mask magnitude does"):
         train(small(llama, text, tmp_path / "run", initial_mask=None))
     assert not (tmp_path / "run" / "config.yaml").exists()
@@ -360,7 +363,7 @@ def test_schedule():
 def test_recipe_config_file_and_options_in_this_order(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model: m\ndataset: d\noutput_dir: o\nrecipe: paper\nseq_len: 77\neta: 0.25\n")
-    config = parse_train_arguments(["--config", str(file), "--eta", "0.75"], _parse)
+    config = parse_train_arguments(["--config", str(file), "--eta", "0.75"], parse)
     assert (config.decay, config.lam, config.seq_len, config.eta) == ("proportional", 4e-7, 77, 0.75)
 
 

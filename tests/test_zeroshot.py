@@ -8,10 +8,10 @@ import torch
 import yaml
 from datasets import Dataset
 
-from castlm.cli import main
+from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.tasks.hellaswag import process_docs
-from castlm.zeroshot import local_task, local_task_names, zero_shot
+from castlm.evaluation.tasks.hellaswag import process_docs
+from castlm.evaluation.zero_shot import local_task, local_task_names, zero_shot
 from tests.tiny import EOS_ID, save_tiny, tiny_model, tiny_tokenizer
 
 ROWS = {
@@ -92,7 +92,7 @@ def test_metrics_are_those_of_lm_eval(name):
 
 
 def local_task_file(name):
-    import castlm.zeroshot as zeroshot
+    import castlm.evaluation.zero_shot as zeroshot
 
     return yaml.load((zeroshot.SHIPPED / f"{name}.yaml").read_text(), Loader=zeroshot._Loader)
 

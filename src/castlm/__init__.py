@@ -14,7 +14,7 @@ _HOME = {
     "castlm.core.scaling": ("add_weight_scaling", "fold_weight_scaling"),
     "castlm.core.sparsify": ("is_sparse_linear", "prune_", "sparse_linears", "sparse_param_groups"),
     "castlm.core.taught": ("TopTokens", "top_tokens"),
-    "castlm.evaluate": ("perplexity",),
+    "castlm.evaluation.perplexity": ("perplexity",),
     "castlm.export.hf": ("export_model",),
     "castlm.export.verify": ("verify",),
     "castlm.models": ("load_model", "save_model"),

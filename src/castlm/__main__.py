@@ -2,6 +2,6 @@
 
 import sys
 
-from castlm.cli import main
+from castlm.cli.main import main
 
 sys.exit(main())

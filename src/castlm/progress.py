@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class Screen(Console):
-    """rich's, but that a pipe which nobody reads ends the command as `castlm.cli.main` says, and not with 1."""
+    """rich's, but that a pipe which nobody reads ends the command as `castlm.cli.main.main` says, and not with 1."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError

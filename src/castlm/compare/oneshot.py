@@ -1,4 +1,4 @@
-"""A one-shot method as a run of the comparison, in its own process: `python -m castlm.compare.oneshot CONFIG.yaml`.
+"""A one-shot solver as a run of a comparison. `castlm.cli.oneshot` runs it in a process of its own.
 
 It leaves what a training run leaves: a proven model, and a castlm.json with the same figures.
 """
@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from castlm.baselines.calibration import CALIBRATION_POOL
-from castlm.baselines.oneshot import calibration_blocks, calibration_length, prune_oneshot_
-from castlm.core.errors import InputError
 from castlm.core.pattern import parse_pattern
 from castlm.core.sparsify import sparse_linears
-from castlm.evaluate import measured_on, perplexity
+from castlm.data.documents import open_documents, text_hash
+from castlm.data.tokens import token_ids
+from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model
+from castlm.hardware import peak_memory
 from castlm.models import load_model
-from castlm.training.data import open_documents, text_hash, token_ids
-from castlm.training.hardware import peak_memory
+from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
+from castlm.oneshot.prune import prune_oneshot_
 
 
 @dataclass
@@ -95,11 +92,3 @@ def run_oneshot(config: OneshotConfig) -> dict[str, Any]:
     return export_model(
         model, loaded.tokenizer, Path(config.output_dir) / "model", n=n, m=m, left_dense=left_dense, record=record
     )
-
-
-if __name__ == "__main__":
-    try:
-        run_oneshot(OneshotConfig(**yaml.safe_load(Path(sys.argv[1]).read_text(encoding="utf-8"))))
-    except InputError as error:
-        print(f"castlm: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)

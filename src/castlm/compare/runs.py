@@ -137,7 +137,7 @@ def execute(run: Run, root: Path, lock_descriptor: int, say: Callable[[str], Non
     fields = {**run.config, "output_dir": str(folder)}
     if run.is_oneshot:
         shutil.rmtree(folder)
-        command = ["castlm.compare.oneshot", str(config_file)]
+        command = ["castlm.cli.oneshot", str(config_file)]
     else:
         resume = any(folder.glob("checkpoints/step-*/manifest.json"))
         fields |= {"resume": resume, "overwrite": not resume}

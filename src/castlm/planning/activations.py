@@ -19,8 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
+from castlm.distributed.sharding import beside_linears, is_gathered_narrow, transformer_blocks
 from castlm.models import backbone, linearize_conv1d_
-from castlm.training.distributed import beside_linears, is_gathered_narrow, transformer_blocks
 
 # HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
 _ATTENTION = "castlm_causal_sdpa"

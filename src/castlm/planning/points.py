@@ -63,31 +63,6 @@ def read_points(paths: Iterable[str | Path], method: str | None = None) -> list[
     return points
 
 
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The evaluation rows (those with `prune_now_ppl`) of a run's `metrics.jsonl`, in file order.
-
-    An evaluation row has no `alpha` of its own: it gets that of the last step before it. A last line cut short by a
-    kill is dropped; any other malformed line raises `InputError` with its number.
-    """
-    path = Path(run)
-    path = path / "metrics.jsonl" if path.is_dir() else path
-    lines = _read_text(path).splitlines()
-    rows, alpha = [], None
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}, line {number}: not a JSON object ({error.msg})") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: a JSON object was expected, found {type(row).__name__}")
-        alpha = row.get("alpha", alpha)
-        if row.get("prune_now_ppl") is not None:
-            rows.append(row if alpha is None else {**row, "alpha": alpha})
-    return rows
-
-
 def _read_path(path: Path) -> list[Point]:
     if path.is_dir():
         return _read_folder(path)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from castlm.compare.command import CompareCommand, Plan, command_line, ending_on_sigterm
+from castlm.compare.plan import CompareCommand, Plan, command_line, ending_on_sigterm
 from castlm.compare.presets import RETRAINING
 from castlm.compare.runs import lock, read_record
 from castlm.core.errors import InputError

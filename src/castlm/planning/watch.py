@@ -15,7 +15,8 @@ import numpy as np
 
 from castlm.core.errors import InputError
 from castlm.planning.law import Law, fit_law, interval
-from castlm.planning.points import Point, read_metrics
+from castlm.planning.points import Point
+from castlm.training.metrics_file import read_evaluations
 
 MIN_POINTS = 3
 MIN_SPREAD = 1.2
@@ -52,7 +53,7 @@ def extrapolate_run(
     shows how far the curve is from the law.
 
     Args:
-        rows: evaluation rows in order, as `read_metrics` gives them: `step`, `tokens`, `prune_now_ppl`, `alpha`.
+        rows: evaluation rows in order, as `read_evaluations` gives them: `step`, `tokens`, `prune_now_ppl`, `alpha`.
         total_steps, final_tokens: the end of the run, either of them.
         target_ppl: perplexity that the run is meant to reach.
         decay: of the run. "horizon" ends before the run does, and only what follows is used; any other decay goes on to
@@ -109,7 +110,7 @@ def watch_run(run: str | Path, target_ppl: float | None = None) -> WatchReport:
         decay = decay if config["method"] == "cast" and decay != "none" else None
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{run} is not the folder of a run: {path} cannot be read ({error})") from error
-    return extrapolate_run(read_metrics(run), total_steps=total_steps, target_ppl=target_ppl, decay=decay)
+    return extrapolate_run(read_evaluations(run), total_steps=total_steps, target_ppl=target_ppl, decay=decay)
 
 
 def backtest_run(

@@ -21,9 +21,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from castlm.core.errors import InputError
+from castlm.distributed.world import World
 from castlm.files import atomic_write_json, flush_folder, is_disk_full
 from castlm.training.config import FREE_ON_RESUME, TrainConfig
-from castlm.training.distributed import World
 
 FORMAT = 2
 _NAME = re.compile(r"step-(\d{8})")

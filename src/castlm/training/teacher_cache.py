@@ -20,9 +20,9 @@ from castlm.core.errors import InputError
 from castlm.core.shards import local
 from castlm.core.sparsify import dense_name
 from castlm.core.taught import TopTokens
+from castlm.distributed.world import World
 from castlm.files import atomic_file, atomic_write_json, is_disk_full, widen_access
 from castlm.progress import note
-from castlm.training.distributed import World
 
 _FORMAT = 1
 

@@ -1,0 +1,150 @@
+"""`castlm demo`: the main job on a real model that comes with pip, on the text that comes with Python.
+
+SmolLM2-135M-Instruct is made 2:4 on the Python language reference; whole topics are held out for evaluation. The dense
+control gets the same training, because continued training alone helps on a narrow text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from castlm.cli.options import parse
+from castlm.core.sparsify import prune_
+from castlm.files import prepare_output_dir
+from castlm.hardware import keep_freed_memory
+from castlm.locate import DEMO
+from castlm.models import Loaded, load_model
+from castlm.progress import Screen
+from castlm.training.config import TrainConfig
+from castlm.training.loop import train
+
+HELD_OUT = 8  # one topic in so many
+PROMPT = "The for statement is used to"
+NEW_TOKENS = 40
+
+
+def write_texts(folder: Path) -> tuple[Path, Path]:
+    """The language reference as .jsonl, a topic a document: for training, and held out by the hash of its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train_file, eval_file = folder / "train.jsonl", folder / "held_out.jsonl"
+    with train_file.open("w", encoding="utf-8") as train_out, eval_file.open("w", encoding="utf-8") as eval_out:
+        for name in sorted(topics):
+            held_out = hashlib.sha256(name.encode()).digest()[0] % HELD_OUT == 0
+            (eval_out if held_out else train_out).write(json.dumps({"text": topics[name]}) + "\n")
+    return train_file, eval_file
+
+
+def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
+    texts = folder / "text"
+    return TrainConfig(
+        model=DEMO,
+        dataset=str(texts / "train.jsonl"),
+        eval_dataset=str(texts / "held_out.jsonl"),
+        output_dir=str(folder / method),
+        method="cast" if method == "castlm" else "dense",
+        calibration_sequences=64,
+        max_steps=max_steps,
+        seq_len=128,
+        per_device_train_batch_size=4,
+        eval_tokens=8192,
+        eval_steps=max_steps,
+        save_steps=0,
+        overwrite=True,
+    )
+
+
+def run_demo(folder: Path, max_steps: int, overwrite: bool) -> None:
+    """Trains castlm and the dense control, and prints the table, a completion of each, and where the result is."""
+    started = time.monotonic()
+    console = Screen(highlight=False, soft_wrap=True)
+    folder = prepare_output_dir(folder, overwrite)
+    write_texts(folder / "text")
+    records = {}
+    for number, method in enumerate(("castlm", "dense"), 1):
+        what = "dense to 2:4" if method == "castlm" else "the dense control, trained alike"
+        console.print(f"[{number}/2] {what}: {max_steps} steps of 512 tokens", markup=False)
+        records[method] = train(demo_config(folder, max_steps, method))
+    console.print(results_table(records["castlm"], records["dense"]))
+    completions(console, folder)
+    minutes = (time.monotonic() - started) / 60
+    result = folder / "castlm" / "model"
+    console.print(f"\nproved 2:4, in {minutes:.1f} minutes: {result}", markup=False)
+    console.print(f"count the groups yourself:   castlm verify {result}", markup=False)
+    console.print(
+        f"next, on a text of your own: castlm train --model {DEMO} --dataset FILE --output-dir my-run", markup=False
+    )
+
+
+def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
+    """Perplexities with their logarithmic distance to the dense model as it came."""
+    ppl = sparse["perplexity"]
+    measured = sparse["measured"]
+    table = Table(
+        title=f"perplexity on {measured['num_tokens']:,} held-out tokens of the Python language reference, "
+        f"context {measured['seq_len']}",
+        title_justify="left",
+    )
+    for heading in ("model", "perplexity", "ln(ppl/dense)", "of one-shot's"):
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    one_shot = math.log(ppl["one_shot"] / ppl["dense"])
+    for name, value in (
+        ("dense, as it came", ppl["dense"]),
+        ("dense, trained alike", control["perplexity"]["trained"]),
+        ("2:4 one-shot, SparseGPT", ppl["one_shot"]),
+        ("2:4 castlm, before the prune", ppl["before_prune"]),
+        ("2:4 castlm, pruned", ppl["pruned"]),
+    ):
+        distance = math.log(value / ppl["dense"])
+        table.add_row(name, f"{value:,.2f}", f"{distance:+.3f}", f"{distance / one_shot:.0%}")
+    return table
+
+
+def completions(console: Screen, folder: Path) -> None:
+    """The same prompt, continued greedily by each of the models."""
+    console.print(f"\n{PROMPT!r}, continued by", markup=False)
+    one_shot = load_model(DEMO)
+    console.print(f"  dense:       {complete(one_shot)}", markup=False)
+    prune_(one_shot.model)
+    console.print(f"  magnitude:   {complete(one_shot)}", markup=False)
+    for name, method in (("control", "dense"), ("castlm 2:4", "castlm")):
+        console.print(f"  {name + ':':12} {complete(load_model(folder / method / 'model'))}", markup=False)
+
+
+@torch.no_grad()
+def complete(loaded: Loaded) -> str:
+    inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
+    ids = loaded.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, repetition_penalty=1.1)
+    return " ".join(str(loaded.tokenizer.decode(ids[0], skip_special_tokens=True)).split())
+
+
+@dataclass
+class DemoCommand:
+    """The main job on the embedded SmolLM2-135M-Instruct: dense to a proven 2:4, with all that it is compared to."""
+
+    output_dir: str = "demo-output"
+    """Folder for the runs and the result."""
+
+    max_steps: int = 60
+    """Optimizer steps of 512 tokens, for castlm and for the dense control each."""
+
+    overwrite: bool = False
+    """Replace what output_dir holds."""
+
+    def run(self) -> int:
+        keep_freed_memory()
+        run_demo(Path(self.output_dir), self.max_steps, self.overwrite)
+        return 0
+
+
+def main(arguments: list[str]) -> int:
+    return int(parse(DemoCommand, arguments, "demo").run())

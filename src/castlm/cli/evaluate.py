@@ -1,0 +1,101 @@
+"""`castlm eval`: perplexity of a model on a text, and zero-shot tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from castlm.cli.options import parse, result_folder, write_json
+from castlm.core.errors import InputError
+
+
+@dataclass
+class EvalCommand:
+    """Perplexity of a model on a text, or its zero-shot accuracies on tasks of lm-eval, or both."""
+
+    path: Annotated[str, tyro.conf.Positional]
+    """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"."""
+
+    text: str | None = None
+    """Text file, or .jsonl, .jsonl.gz, .parquet, a folder or glob of these."""
+
+    seq_len: int = 1024
+    """Tokens of context; figures at different lengths do not compare."""
+
+    stride: int | None = None
+    """Tokens between windows; seq_len when not given, which scores every window by itself."""
+
+    tasks: str | None = None
+    """Tasks of lm-eval, with commas: piqa,arc_easy. Without examples, without a chat template."""
+
+    tasks_from: str | None = None
+    """Folder with local files of the tasks, instead of the hub."""
+
+    limit: int | None = None
+    """Only the first so many questions of each task."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Compute type of the forward pass; auto: bf16 where it is fast."""
+
+    json: str | None = None
+    """Write the figures there; "-" prints them as JSON."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model."""
+
+    def run(self) -> int:
+        if self.text is None and self.tasks is None:
+            raise InputError("nothing to evaluate on: give --text FILE, or --tasks piqa,arc_easy, or both")
+        import torch
+
+        from castlm.evaluation.perplexity import evaluate_file
+        from castlm.hardware import choose_precision, keep_freed_memory
+        from castlm.models import load_model
+        from castlm.progress import shown_progress
+
+        keep_freed_memory()
+        loaded = load_model(result_folder(self.path), trust_remote_code=self.trust_remote_code)
+        model = loaded.model
+        if torch.cuda.is_available():
+            model.to("cuda")
+        bf16 = choose_precision(self.precision, model.device, model.config) == "bf16"
+        dtype = torch.bfloat16 if bf16 else None
+        figures: dict[str, Any] = {"model": self.path}
+        if self.text is not None:
+            with shown_progress("perplexity, windows") as progress:
+                figures |= evaluate_file(
+                    model,
+                    loaded.tokenizer,
+                    self.text,
+                    seq_len=self.seq_len,
+                    stride=self.stride,
+                    autocast_dtype=dtype,
+                    progress=progress,
+                )
+        if self.tasks is not None:
+            from castlm.evaluation.zero_shot import zero_shot
+
+            names = [name.strip() for name in self.tasks.split(",")]
+            figures["zero_shot"] = zero_shot(
+                model, loaded.tokenizer, names, folder=self.tasks_from, limit=self.limit, autocast_dtype=dtype
+            )
+        write_json(self.json, figures)
+        if self.json != "-":
+            self._print(figures)
+        return 0
+
+    def _print(self, figures: dict[str, Any]) -> None:
+        if "perplexity" in figures:
+            print(
+                f"perplexity {figures['perplexity']:.4f}  ({figures['num_tokens']:,} tokens of {self.text}, "
+                f"context {figures['seq_len']}, stride {figures['stride']})"
+            )
+        for row in figures.get("zero_shot", {}).get("results", []):
+            error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+            print(f"{row['task']:16}{row['metric']:12}{row['value']:.4f}{error}  ({row['num_docs']:,} questions)")
+
+
+def main(arguments: list[str]) -> int:
+    return int(parse(EvalCommand, arguments, "eval").run())

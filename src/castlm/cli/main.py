@@ -1,0 +1,106 @@
+"""The command `castlm`: a table of subcommands, each a dataclass parsed by tyro. Nothing heavy is imported early."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+import os
+import sys
+from typing import NamedTuple, TextIO
+
+from castlm.core.errors import InputError
+
+
+class Command(NamedTuple):
+    """A row of `COMMANDS`: the module in `castlm.cli` with `main(arguments)`, and the line of help."""
+
+    module: str
+    what: str
+
+    def run(self, arguments: list[str]) -> int:
+        return int(importlib.import_module(f"castlm.cli.{self.module}").main(arguments))
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("train", "train a dense model to a verified n:m sparse one"),
+    "prune": Command("prune", "prune one-shot, without training: magnitude, Wanda, SparseGPT"),
+    "eval": Command("evaluate", "measure the perplexity of a model on a text, or its zero-shot accuracy"),
+    "compare": Command("compare", "run CAST and its rivals in one harness and print one table"),
+    "plan": Command("plan", "predict convergence, perplexity, hours and memory before a run"),
+    "verify": Command("verify", "count every n:m group of a checkpoint"),
+    "demo": Command("demo", "run the main job on the embedded SmolLM2-135M-Instruct, in minutes, on a laptop"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:10}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: castlm COMMAND [OPTIONS]   (castlm COMMAND --help lists the options)", "", *lines])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command. Exit codes: 0 done; 1 a proof does not hold; 2 bad input, or output that cannot be written, in
+    one line; 130 after Ctrl-C; 141, as of a process that SIGPIPE ends, where nobody reads the output any more
+    (`castlm ... | head -1`)."""
+    try:
+        try:
+            return _main(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # else it fails at exit, with a traceback
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        _discard(sys.stderr)  # the one that failed may have been this
+        return 141
+    except OSError as error:
+        if os.environ.get("CASTLM_TRACEBACK"):
+            raise
+        _discard(sys.stdout)
+        _complain(f"the output cannot be written: {error.strerror}")
+        return 2
+
+
+def _discard(stream: TextIO) -> None:
+    """What is left in `stream` goes nowhere; else it fails once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _is_output_full(error: Exception) -> bool:
+    """Of what is printed; a file that cannot be written has a name, or is an InputError."""
+    return isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _complain(reason: str) -> None:
+    try:
+        print(f"castlm: error: {reason}", file=sys.stderr, flush=True)
+    except OSError:  # both go to the same full disk
+        _discard(sys.stderr)
+
+
+def _main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        import castlm
+
+        print(castlm.__version__)
+        return 0
+    for name in ("torchao", "torch.utils._pytree"):  # of the import that transformers makes: nothing here uses it
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        if arguments[0] not in COMMANDS:
+            raise InputError(f"there is no command {arguments[0]!r}: use one of {', '.join(COMMANDS)}")
+        return COMMANDS[arguments[0]].run(arguments[1:])
+    except (InputError, OSError) as error:
+        if isinstance(error, BrokenPipeError) or _is_output_full(error) or os.environ.get("CASTLM_TRACEBACK"):
+            raise
+        _complain(" ".join(str(error).split()))
+        return 2
+    except KeyboardInterrupt:
+        print("castlm: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""`castlm compare`: which way to n:m is best on this model, text and budget. Plans the runs and starts them."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, Preset
+from castlm.compare.results import Result
+from castlm.compare.runs import Run, content_hash, execute, lock, with_key, zero_shot_rows
+from castlm.core.errors import InputError
+from castlm.files import read_yaml_mapping
+from castlm.training.config import STARTS_DENSE, TrainConfig, mapping_arguments, parse_train_arguments
+
+Parse = Callable[[type[Any], list[str], str], Any]
+ALL = Preset("Which way to n:m is best?", {name: {"method": name} for name in (*ONESHOT, *RETRAINING)})
+
+
+@dataclass
+class CompareCommand:
+    """Compare ways to n:m in one harness: same data, teacher, budget and seeds, one table. Skips runs that are done.
+
+    A dense control, trained alike, is always among the runs. Exit code 1: a run failed; the table has its reason.
+    """
+
+    model: str
+    """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
+
+    dataset: str
+    """Training text, as for `castlm train`."""
+
+    eval_dataset: str
+    """Text for perplexity, the same for all runs."""
+
+    output_dir: str
+    """Folder of the runs and of table.md, table.json, table.html; give it again to continue."""
+
+    budget_tokens: int
+    """Training tokens of each run; for `--preset budgets` those of the largest."""
+
+    methods: str | None = None
+    """Of cast, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda, sparsegpt, with commas; all of them when
+    neither variants nor a preset are given."""
+
+    preset: Literal["oscillation", "decay", "parts", "budgets"] | None = None
+    """One of the paper's ablations, or all methods at four budgets."""
+
+    variants: str | None = None
+    """YAML: name -> TrainConfig fields that it differs in, `method` among them (else its name, else cast)."""
+
+    config: str | None = None
+    """YAML of TrainConfig fields for all runs."""
+
+    seeds: int = 3
+    """Runs of each variant, with seeds 0, 1, ..."""
+
+    learning_rates: str | None = None
+    """Rates, with commas: each variant that fixes none tries them with seed 0 and goes on with its best."""
+
+    tuning_dataset: str | None = None
+    """Text by whose perplexity rates are chosen, so that none is chosen on `eval_dataset`."""
+
+    seq_len: int | None = None
+    """Tokens per sequence, in training and evaluation."""
+
+    per_device_train_batch_size: int | None = None
+    """Sequences per step."""
+
+    eval_tokens: int | None = None
+    """At most so many tokens are evaluated; 0 means all."""
+
+    calibration: str | None = None
+    """Text for wanda and sparsegpt; the training text when not given."""
+
+    num_sequences: int = 128
+    """Calibration sequences."""
+
+    tasks: str | None = None
+    """Zero-shot tasks of lm-eval, with commas, measured on every result."""
+
+    tasks_from: str | None = None
+    """Folder with local files of the tasks."""
+
+    limit: int | None = None
+    """Only the first so many questions of each task."""
+
+    def run(self, parse: Parse) -> int:
+        from castlm.compare.report import write_report
+
+        plan = Plan(self, parse)
+        root = Path(self.output_dir)
+        print(
+            f"{plan.preset.question}  {len(plan.variants)} variants, {plan.num_runs} runs, in {root}", file=sys.stderr
+        )
+        results: list[Result] = []
+        with lock(root) as descriptor, ending_on_sigterm():
+            for name in plan.variants:
+                for tokens in plan.budgets(name):
+                    results += plan.settle(name, tokens, root, descriptor)
+                    write_report(root, plan.preset, results, self.command_line(), show=False)
+            untouched = self._zero_shot(self.model, root / "runs" / "untouched", descriptor)
+            for result in results:
+                if "error" not in result.record and not result.trial:
+                    result.zero_shot = self._zero_shot(str(result.folder / "model"), result.folder, descriptor)
+        write_report(root, plan.preset, results, self.command_line(), show=True, untouched=untouched)
+        return 1 if any("error" in result.record for result in results) else 0
+
+    def _zero_shot(self, model: str, folder: Path, descriptor: int) -> list[dict[str, Any]]:
+        """The rows of a model, kept in a file beside `folder`; none when no task is asked for."""
+        if not self.tasks:
+            return []
+        asked = f"{self.tasks}-{self.limit or 'all'}-{'local' if self.tasks_from else 'hub'}"
+        file = folder.with_name(f"{folder.name}.zeroshot-{asked.replace(',', '-')}.json")
+        print(f"zero-shot: {model}", file=sys.stderr)
+        return zero_shot_rows(model, file, self.tasks, self.tasks_from, self.limit, descriptor)
+
+    def command_line(self) -> str:
+        """The command that repeats this comparison."""
+        return command_line("compare", self)
+
+
+class Plan:
+    """Which runs a comparison consists of.
+
+    Raises:
+        InputError: unknown methods or fields, files that are not there, a budget below one step.
+    """
+
+    def __init__(self, command: CompareCommand, parse: Parse) -> None:
+        self.command, self.parse = command, parse
+        self.preset = PRESETS[command.preset] if command.preset else ALL
+        if command.seeds < 1:
+            raise InputError(f"seeds is {command.seeds}: it must be at least 1")
+        self.rates = [_rate(r) for r in command.learning_rates.split(",")] if command.learning_rates else []
+        if command.tuning_dataset and not self.rates:
+            raise InputError("tuning_dataset chooses between learning rates: give --learning-rates 1e-4,3e-4")
+        self.common = read_yaml_mapping(command.config) if command.config else {}
+        for name in ("seq_len", "per_device_train_batch_size", "eval_tokens"):
+            if getattr(command, name) is not None:
+                self.common[name] = getattr(command, name)
+        self.variants = self._variants()
+        self.hashes = self._hashes()
+        for name in self.variants:  # what is wrong with any of them is said before the first one runs
+            for tokens in self.budgets(name):
+                self.make(name, tokens, 0, None)
+
+    def _variants(self) -> dict[str, dict[str, Any]]:
+        command, known = self.command, (*RETRAINING, *ONESHOT)
+        if command.methods:
+            named = command.methods.split(",")
+            if unknown := [name for name in named if name not in known]:
+                raise InputError(f"there is no method {', '.join(unknown)}: use {', '.join(known)}")
+            variants = {name: {"method": name} for name in named}
+        else:
+            variants = {} if command.variants and not command.preset else dict(self.preset.variants)
+        if command.variants:
+            for name, fields in read_yaml_mapping(command.variants).items():
+                if not isinstance(fields, dict | None):
+                    raise InputError(f"{command.variants}: variant {name} is no mapping: write `{name}: {{eta: 0.5}}`")
+                start = variants.get(name, {"method": name if name in known else "cast"})
+                variants[str(name)] = {**start, **(fields or {})}
+        if all(fields["method"] != "dense" for fields in variants.values()):
+            variants["dense"] = {"method": "dense"}
+        return variants
+
+    def _hashes(self) -> dict[str, str]:
+        from castlm.data.documents import open_documents
+
+        command = self.command
+        column = self.common.get("column", "text")
+        texts = {"dataset": command.dataset, "eval_dataset": command.eval_dataset}
+        texts["calibration"] = command.calibration or command.dataset
+        if command.tuning_dataset:
+            texts["tuning_dataset"] = command.tuning_dataset
+        hub = {"split": self.common.get("dataset_split", "train"), "data_config": self.common.get("dataset_config")}
+        digests = {
+            name: open_documents(text, column=column, **(hub if text == command.dataset else {})).text_hash()
+            for name, text in texts.items()
+        }
+        return {"model": content_hash(command.model, self.common.get("revision")), **digests}
+
+    def budgets(self, name: str) -> list[int]:
+        """Token budgets of a variant; 0 for a one-shot method."""
+        if self.variants[name]["method"] in ONESHOT:
+            return [0]
+        return [round(share * self.command.budget_tokens) for share in self.preset.budget_shares]
+
+    @property
+    def num_runs(self) -> int:
+        def of_a_budget(name: str) -> int:
+            trials = len(self._rates_of(name))
+            return self._num_seeds(name) + (trials if self._is_tuned(name) else trials - 1)
+
+        return sum(len(self.budgets(name)) * of_a_budget(name) for name in self.variants)
+
+    def _num_seeds(self, name: str) -> int:
+        return 1 if self.variants[name]["method"] == "magnitude" else self.command.seeds
+
+    def _is_tuned(self, name: str) -> bool:
+        """Whether its rates are tried on a text of their own."""
+        return self.command.tuning_dataset is not None and self._rates_of(name) != [None]
+
+    def _rates_of(self, name: str) -> list[float | None]:
+        fields = self.variants[name]
+        fixed = not self.rates or "learning_rate" in fields or fields["method"] in ONESHOT
+        return [None] if fixed else list(self.rates)
+
+    def settle(self, name: str, tokens: int, root: Path, descriptor: int) -> list[Result]:
+        """The runs of a variant at a budget: seed 0 at each rate, then the other seeds at the best of them; where there
+        is a tuning text, seed 0 too once more, measured on the evaluation text."""
+        tuned = self._is_tuned(name)
+        runs = [self.make(name, tokens, 0, rate, tuning=tuned) for rate in self._rates_of(name)]
+        candidates = [self.measure(run, root, descriptor) for run in runs]
+        best = min(candidates, key=lambda result: result.perplexity)
+        for candidate in candidates:
+            candidate.trial = tuned or candidate is not best
+        rate = best.run.config.get("learning_rate")
+        seeds = range(0 if tuned else 1, self._num_seeds(name))
+        return candidates + [self.measure(self.make(name, tokens, s, rate), root, descriptor) for s in seeds]
+
+    def measure(self, run: Run, root: Path, descriptor: int) -> Result:
+        """What came of a run: as it lies there, resumed, or run now."""
+        print(str(run), file=sys.stderr, flush=True)
+        record = execute(run, root, descriptor, lambda text: print(text, file=sys.stderr, flush=True))
+        result = Result(run, record, run.folder(root))
+        print(f"  {record.get('error', f'perplexity {result.perplexity:.3f}')}", file=sys.stderr, flush=True)
+        return result
+
+    def make(self, name: str, tokens: int, seed: int, rate: float | None, *, tuning: bool = False) -> Run:
+        """The run of a variant; `rate` None leaves the learning rate as the fields have it."""
+        fields = {**self.common, **self.variants[name]}
+        if fields["method"] in STARTS_DENSE and "initial_mask" not in self.variants[name]:
+            fields.pop("initial_mask", None)  # what is for all runs is for those that have one
+        command, hashes = self.command, self.hashes
+        named = {"model": command.model, "eval_dataset": command.eval_dataset, "seed": seed}
+        if tuning:
+            named["eval_dataset"] = command.tuning_dataset
+            hashes = {**hashes, "eval_dataset": hashes["tuning_dataset"]}
+        if fields["method"] in ONESHOT:
+            return self._make_oneshot(name, fields, named)
+        fields |= {**named, "dataset": command.dataset, "output_dir": "", "tensorboard": False}
+        if rate is not None:
+            fields["learning_rate"] = rate
+        config: TrainConfig = parse_train_arguments(mapping_arguments(_given(fields)), self.parse)
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.seq_len
+        steps = tokens // batch
+        if steps < 1:
+            raise InputError(f"a budget of {tokens} tokens is less than one step of {batch}: raise it")
+        config.max_steps = steps
+        config.eval_steps = config.eval_steps or max(1, steps // self.preset.evaluations)
+        config.save_steps = fields.get("save_steps", max(1, steps // 4))
+        config.save_total_limit = 1
+        content = {k: v for k, v in config.as_dict().items() if k not in ("output_dir", "resume", "overwrite")}
+        if config.initial_mask not in ONESHOT:
+            hashes = {**hashes, "initial_mask": content_hash(str(config.initial_mask), None)}
+        return with_key(Run(name, steps * batch, content), hashes)
+
+    def _make_oneshot(self, name: str, fields: dict[str, Any], named: dict[str, Any]) -> Run:
+        # the fields alone, not the class: it stands beside torch, and planning does without
+        known = ("pattern", "seq_len", "eval_tokens", "column", "trust_remote_code", "revision", "method")
+        content = {k: v for k, v in fields.items() if k in known} | named
+        content |= {"calibration": self.command.calibration or self.command.dataset}
+        content |= {"num_sequences": self.command.num_sequences}
+        return with_key(Run(name, 0, content), self.hashes)
+
+
+def command_line(name: str, command: Any) -> str:
+    """The command that a dataclass of options was read from, without the options at their defaults."""
+    values = {f.name: (getattr(command, f.name), f.default) for f in dataclasses.fields(command)}
+    given = {name: value for name, (value, default) in values.items() if value != default and value is not None}
+    return f"castlm {name} {shlex.join(mapping_arguments(given))}"
+
+
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    if unknown := [name for name in fields if name not in known]:
+        raise InputError(f"there is no field {', '.join(unknown)} in TrainConfig (castlm train --help lists them)")
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _rate(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"learning rate {text!r} is no number: write --learning-rates 1e-3,3e-3") from None
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends a comparison as an exception, so that the run at work is told and can save itself."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    old = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)

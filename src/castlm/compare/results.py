@@ -1,0 +1,29 @@
+"""A run of a comparison with what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from castlm.compare.runs import Run
+
+
+@dataclass
+class Result:
+    """A run and what came of it."""
+
+    run: Run
+    record: dict[str, Any]
+    """The content of its castlm.json, or `{"error": ...}`."""
+    folder: Path
+    trial: bool = False
+    """Only a candidate for the learning rate: no row of the table."""
+    zero_shot: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def perplexity(self) -> float:
+        """Of the pruned model, of the dense control as trained; infinite when the run failed."""
+        figures = self.record.get("perplexity", {})
+        value = figures.get("pruned", figures.get("trained"))
+        return float("inf") if value is None else float(value)

@@ -1,0 +1,1 @@
+"""Text in: documents, tokens, packed sequences, and the loader whose position can be saved."""

@@ -1,0 +1,351 @@
+"""What a user names as a dataset, as documents in a reproducible random order.
+
+Not `datasets.load_dataset` for local files: it would first copy them, decompressed, to the disk. Here a document
+is read where it lies (`readers`), and a hub dataset is streamed.
+"""
+
+from __future__ import annotations
+
+import copy
+import glob
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from castlm.core.errors import InputError
+from castlm.data.readers import (
+    GzipJsonLines,
+    ParquetRows,
+    Pool,
+    Source,
+    open_json_lines,
+    open_text,
+    texts_in_memory,
+)
+from castlm.files import sha256_file
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+SHUFFLE_BYTES = 256 << 20  # of decompressed gzip segments and parquet row groups, held and shuffled together
+HUB_WINDOW = 1000  # documents of a stream held and shuffled together
+HUB_HELD_OUT = 200
+
+Position = int | dict[str, Any] | None
+
+
+class Piece(NamedTuple):
+    """A document, or a stretch of a very long one."""
+
+    text: str
+    first: bool
+    """It starts its document."""
+    last: bool
+    """It ends its document."""
+    position: Position
+    """What `pieces` takes to start with this piece again; JSON-able."""
+
+
+class Documents:
+    """Local documents; `len` is their number. Made by `open_documents` or `Documents.from_texts`.
+
+    Args:
+        sources: files opened by `readers`, in order.
+        pool: what the sources keep their decompressed units in.
+        name: as the user wrote it, for messages.
+    """
+
+    def __init__(self, sources: Sequence[Source], pool: Pool, name: str) -> None:
+        self.name = name
+        self.num_empty = sum(source.num_empty for source in sources)
+        """Blank documents left out. Blank rows of a parquet file are met, and left out, only while reading."""
+        self._sources, self._pool = list(sources), pool
+        self._piece = np.arange(sum(len(source.last) for source in sources))
+        self._last = np.concatenate([source.last for source in sources])
+        self._source_ends = np.cumsum([len(source.last) for source in sources])
+        unit_ends = np.cumsum([len(source.unit_bytes) for source in sources])
+        self._unit_bytes = np.concatenate([source.unit_bytes for source in sources])
+        self._unit = np.concatenate(
+            [source.unit + end - len(source.unit_bytes) for source, end in zip(sources, unit_ends)]
+        )
+        self._selection = b""
+        pool.limit = max(pool.limit, int(self._unit_bytes.max(initial=0)))
+
+    @classmethod
+    def from_texts(cls, texts: Sequence[str], name: str = "texts") -> Documents:
+        """Texts at hand, each one document; blank ones are left out."""
+        return cls([texts_in_memory(texts)], Pool(SHUFFLE_BYTES), name)
+
+    def __len__(self) -> int:
+        return int(self._last.sum())
+
+    def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
+        """The pieces of all documents once, in the order of (seed, epoch), or as they lie for None.
+
+        Args:
+            position: of the piece to start with; None for the first.
+        """
+        order = np.arange(len(self._piece)) if seed is None else self._order(seed, epoch)
+        start = position or 0
+        for here, index in enumerate(order[start:].tolist(), start):
+            first, last = index == 0 or bool(self._last[index - 1]), bool(self._last[index])
+            text = self._text(index)
+            if not (first and last) or (text and not text.isspace()):
+                yield Piece(text, first, last, here)
+
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        """A permutation of the pieces, shape (num_pieces,), int64; the pieces of one document stay together.
+
+        All documents are shuffled together, but for those that have to be decompressed: of these, as many random
+        units as fit `SHUFFLE_BYTES` are, and then the next.
+        """
+        rng = np.random.default_rng([seed, epoch])  # only random() is drawn: its stream is fixed for all of numpy
+        unit_order = np.argsort(rng.random(len(self._unit_bytes)), kind="stable")
+        pool_of_unit = np.zeros(len(self._unit_bytes), dtype=np.int64)
+        if self._unit_bytes.any():
+            held = pool = 0
+            for unit, num_bytes in zip(unit_order.tolist(), self._unit_bytes[unit_order].tolist()):
+                if held and held + num_bytes > SHUFFLE_BYTES:
+                    pool, held = pool + 1, 0
+                held += num_bytes
+                pool_of_unit[unit] = pool
+        document = np.cumsum(self._last) - self._last
+        key = rng.random(len(self))[document]
+        return np.lexsort((key, pool_of_unit[self._unit]))
+
+    def _text(self, index: int) -> str:
+        piece = int(self._piece[index])
+        which = int(np.searchsorted(self._source_ends, piece, side="right"))
+        source = self._sources[which]
+        return source.text(piece - int(self._source_ends[which]) + len(source.last))
+
+    def _select(self, keep: np.ndarray) -> Documents:
+        """The pieces where `keep` (bool, one a piece) is True. A document may lose its end, not its start or middle."""
+        part = copy.copy(self)
+        part._piece, part._last, part._unit = self._piece[keep], self._last[keep].copy(), self._unit[keep]
+        part._last[-1:] = True
+        part._selection = hashlib.sha256(self._selection + part._piece.tobytes()).digest()
+        return part
+
+    def text_hash(self) -> str:
+        """See `text_hash`."""
+        digest = _joined([source.sha256() for source in self._sources])
+        return hashlib.sha256(digest.encode() + self._selection).hexdigest() if self._selection else digest
+
+
+class HubDocuments:
+    """A dataset of the Hugging Face hub, streamed. `HUB_WINDOW` documents at a time are held and shuffled.
+
+    Args:
+        open_stream: gives a new `datasets.IterableDataset`, always of the same rows. Not one for all: its copies would
+            share its position.
+        column: of strings.
+        identity: name, revision, config, split: what `text_hash` hashes.
+    """
+
+    num_empty = 0
+
+    def __init__(self, open_stream: Callable[[], Any], column: str, name: str, identity: str) -> None:
+        self.name = name
+        self._open_stream, self._column, self._identity = open_stream, column, identity
+
+    def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
+        """See `Documents.pieces`. A position holds the stream's state before the window, not the window's texts."""
+        stream = self._open_stream()
+        state, window, start = stream.state_dict(), 0, 0
+        if position is not None:
+            state, window, start = position["stream"], position["window"], position["index"]
+            stream.load_state_dict(state)
+        rows = iter(stream)
+        while texts := [row[self._column] or "" for row in islice(rows, HUB_WINDOW)]:
+            order = np.arange(len(texts))
+            if seed is not None:
+                order = np.argsort(np.random.default_rng([seed, epoch, window]).random(len(texts)), kind="stable")
+            for index, row in enumerate(order[start:].tolist(), start):
+                if texts[row] and not texts[row].isspace():
+                    yield Piece(texts[row], True, True, {"stream": state, "window": window, "index": index})
+            state, window, start = stream.state_dict(), window + 1, 0
+
+    def split(self, num_held_out: int) -> tuple[HubDocuments, HubDocuments]:
+        """All but the first `num_held_out` documents, and these."""
+        name, identity = self.name, self._identity
+        return (
+            HubDocuments(
+                lambda: self._open_stream().skip(num_held_out), self._column, name, f"{identity} skip {num_held_out}"
+            ),
+            HubDocuments(
+                lambda: self._open_stream().take(num_held_out), self._column, name, f"{identity} take {num_held_out}"
+            ),
+        )
+
+    def text_hash(self) -> str:
+        """See `text_hash`."""
+        return hashlib.sha256(self._identity.encode()).hexdigest()
+
+
+def open_documents(
+    dataset: str | Path, *, column: str = "text", split: str = "train", data_config: str | None = None
+) -> Documents | HubDocuments:
+    """Opens a file, a folder, a glob, or a dataset of the hub.
+
+    - .txt (UTF-8): the file is one document, or several where `<|endoftext|>` separates them.
+    - .jsonl, .jsonl.gz: a document is the string in `column` of each line.
+    - .parquet: a document is a row of `column`.
+    - A folder: all files of these types directly in it, sorted by name; hidden ones are left out. A glob likewise.
+    - Else the name of a hub dataset, `owner/name` or `owner/name@revision`, streamed.
+
+    Args:
+        split, data_config: of a hub dataset.
+
+    Raises:
+        InputError: nothing there, a type not known, no such column, nothing but blank documents, a broken file.
+    """
+    files = find_files(dataset)
+    if files is None:
+        return _open_hub(str(dataset), column, split, data_config)
+    if data_config is not None:
+        raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: leave it out")
+    pool = Pool(SHUFFLE_BYTES)
+    try:
+        sources = [_open_file(file, column, pool) for file in files]
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or dataset}: {error.strerror or error}") from error
+    documents = Documents(sources, pool, str(dataset))
+    if len(documents) == 0:
+        blank = f" ({documents.num_empty} blank ones)" if documents.num_empty else ""
+        raise InputError(f"{dataset}: no document with text in it{blank}; give it some text")
+    return documents
+
+
+def _open_file(path: Path, column: str, pool: Pool) -> Source:
+    match _suffix(path):
+        case ".txt":
+            return open_text(path)
+        case ".jsonl":
+            return open_json_lines(path, column)
+        case ".jsonl.gz":
+            return GzipJsonLines(path, column, pool)
+        case _:
+            return ParquetRows(path, column, pool)
+
+
+def _suffix(path: Path) -> str | None:
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+
+
+def find_files(dataset: str | Path) -> list[Path] | None:
+    """The local files that `dataset` names, sorted; None where it can only be the name of a hub dataset."""
+    path, known = Path(dataset).expanduser(), ", ".join(SUFFIXES)
+    if path.is_dir():
+        found, what = sorted(path.iterdir()), "folder"
+    elif path.exists():
+        if _suffix(path) is None:
+            raise InputError(f"{dataset}: not a type of file that is read here; these are: {known}")
+        return [path]
+    elif glob.has_magic(str(path)):
+        found, what = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))], "glob"
+    elif _suffix(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?", str(dataset)):
+        raise InputError(f"{dataset}: no such file or folder; name a file ({known}), a folder or a glob of them")
+    else:
+        return None
+    files = [file for file in found if file.is_file() and not file.name.startswith(".") and _suffix(file)]
+    if not files:
+        others = ", ".join(file.name for file in found[:5]) or "nothing"
+        raise InputError(f"{dataset}: no {known} file in this {what}, which holds {others}; name the files")
+    return files
+
+
+def _open_hub(name: str, column: str, split: str, data_config: str | None) -> HubDocuments:
+    import datasets  # slow to import
+    from huggingface_hub import HfApi
+
+    repository, _, revision = name.partition("@")
+    try:
+        revision = HfApi().dataset_info(repository, revision=revision or None).sha
+        open_stream = partial(
+            datasets.load_dataset, repository, data_config, split=split, revision=revision, streaming=True
+        )
+        row = next(iter(open_stream()), None)
+    except Exception as error:  # each kind of dataset fails in its own way
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{name}: no such file or folder here, and the hub does not give it: {reason}") from error
+    if row is None:
+        raise InputError(f"{name}: split {split!r} is empty; name another split")
+    if column not in row or not isinstance(row[column], str | None):
+        texts = [key for key, value in row.items() if isinstance(value, str)]
+        raise InputError(f"{name}: no text column {column!r}; there are: {', '.join(texts) or 'none'}")
+    return HubDocuments(open_stream, column, name, f"{repository}@{revision} {data_config} {split} {column}")
+
+
+def split_documents(
+    documents: Documents | HubDocuments, holdout_fraction: float, seed: int
+) -> tuple[Documents | HubDocuments, Documents | HubDocuments]:
+    """Splits off whole documents for evaluation, the same ones for the same seed: (for training, held out).
+
+    Of a single document its end is held out, from a line start on. A hub stream has no length, so that its first
+    `HUB_HELD_OUT` documents are.
+
+    Raises:
+        InputError: a fraction outside (0, 1), or too little text to split.
+    """
+    if not 0 < holdout_fraction < 1:
+        raise InputError(f"holdout_fraction {holdout_fraction} is not between 0 and 1: give one as 0.05")
+    if isinstance(documents, HubDocuments):
+        return documents.split(HUB_HELD_OUT)
+    count = len(documents)
+    if count == 1:
+        return _split_one(documents, holdout_fraction)
+    num_held_out = min(max(1, round(count * holdout_fraction)), count - 1)
+    held_out = np.zeros(count, dtype=bool)
+    held_out[np.argsort(np.random.default_rng(seed).random(count), kind="stable")[:num_held_out]] = True
+    of_piece = held_out[np.cumsum(documents._last) - documents._last]
+    return documents._select(~of_piece), documents._select(of_piece)
+
+
+def _split_one(documents: Documents, holdout_fraction: float) -> tuple[Documents, Documents]:
+    count = len(documents._piece)
+    num_held_out = int(count * holdout_fraction)
+    if num_held_out:
+        held_out = np.arange(count) >= count - num_held_out
+        return documents._select(~held_out), documents._select(held_out)
+    text = "".join(piece.text for piece in documents.pieces(None))
+    at = round(len(text) * (1 - holdout_fraction))
+    near = text[at : (at + len(text)) // 2]
+    cut = at + 1 + (near.find("\n") if "\n" in near else near.find(" "))  # at `at` where there is neither
+    if not text[:cut].strip() or not text[cut:].strip():
+        raise InputError(f"{documents.name}: {len(text)} characters are too few to hold out {holdout_fraction}")
+    return Documents.from_texts([text[:cut]], documents.name), Documents.from_texts([text[cut:]], documents.name)
+
+
+def text_hash(dataset: str | Path | Documents | HubDocuments) -> str:
+    """A SHA-256, in hexadecimal, that changes when the text does: provenance, and the guard of a resume.
+
+    Of one file it is what `sha256sum` prints; of several, that of their digests in order. A part made by
+    `split_documents` has its own. For a hub dataset: of name, revision, config, split and column.
+    """
+    if isinstance(dataset, Documents | HubDocuments):
+        return dataset.text_hash()
+    files = find_files(dataset)
+    return open_documents(dataset).text_hash() if files is None else _joined([sha256_file(f) for f in files])
+
+
+def _joined(digests: Sequence[str]) -> str:
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def read_text(path: str | Path) -> str:
+    """The whole of a UTF-8 text file, as it is (without a byte order mark).
+
+    Raises:
+        InputError: it is not there or not UTF-8.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 near byte {error.start}; convert the file to UTF-8") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error

@@ -1,0 +1,193 @@
+"""Packs documents into blocks of tokens, in one order for all ranks, with a position that can be saved and restored.
+
+The position names the next token (epoch, document, token), not a rank: a run goes on exactly on any number of ranks.
+Not `StatefulDataLoader`: its state is one of worker processes; here it travels with each batch, and is six numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from castlm.core.errors import InputError
+from castlm.data.documents import Documents, HubDocuments, Piece
+from castlm.data.tokens import Encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Tokenized at once: enough for the cores of a fast tokenizer, little enough that no step waits long.
+_BATCH_PIECES = 64
+_BATCH_CHARS = 128 << 10
+
+_Encoded = tuple[int, Any, np.ndarray]  # of a piece: epoch, position, token ids int32
+
+
+class BlockStream(IterableDataset):
+    """Blocks of `seq_len` tokens: documents shuffled by (seed, epoch), an end-of-text after each, nothing dropped.
+
+    Yields dicts of `input_ids` and `labels`, int64 of shape (seq_len,); the labels are already shifted:
+    `labels[i]` is the token after `input_ids[i]`. Consecutive blocks share one token, so that each token is a label
+    once. A document starts with the tokenizer's own beginning-of-text if it adds one. The end of an epoch runs on into
+    the next. Iterating continues where it stopped.
+
+    Args:
+        eos_token_id: what ends a document; `end_of_text_id(tokenizer)` if None.
+        epochs: None for no end. The last incomplete block of the last epoch is left out.
+        repeat: every epoch has the blocks of the first, in its order; the last incomplete one of each is left out.
+
+    Raises:
+        InputError: all the text is shorter than one block.
+    """
+
+    def __init__(
+        self,
+        documents: Documents | HubDocuments,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seq_len: int,
+        seed: int,
+        eos_token_id: int | None = None,
+        epochs: int | None = None,
+        repeat: bool = False,
+    ) -> None:
+        if seq_len < 1 or seed < 0:
+            raise InputError(f"seq_len {seq_len} must be at least 1 and seed {seed} at least 0")
+        self.documents, self.seq_len, self.seed, self.epochs = documents, seq_len, seed, epochs
+        self.repeat = repeat
+        self._encoder = Encoder(tokenizer, eos_token_id)
+        self._go_to({"epoch": 0, "document": None, "token": 0, "blocks": 0})
+        self._fill(seq_len + 1)  # raises on too short a text before a run
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if (worker := get_worker_info()) is not None and worker.num_workers > 1:
+            raise InputError(f"{worker.num_workers} workers would each yield the whole stream: use one or BatchLoader")
+        while (tokens := self.take(1)) is not None:
+            yield {"input_ids": tokens[:-1], "labels": tokens[1:]}
+
+    def take(self, num_blocks: int) -> Tensor | None:
+        """The next blocks in one row, int64, shape (num_blocks * seq_len + 1,); block i starts at `i * seq_len`.
+
+        None where the last epoch has no more of as many.
+        """
+        used = num_blocks * self.seq_len
+        if not self._fill(used + 1):
+            return None
+        parts, missing = [], used + 1
+        for _, _, ids in self._pending:
+            parts.append(ids[self._token if not parts else 0 :][:missing])
+            missing -= len(parts[-1])
+            if not missing:
+                break
+        self._available -= used
+        self._token += used
+        while self._token >= len(self._pending[0][2]):
+            self._token -= len(self._pending.popleft()[2])
+        self._blocks += num_blocks
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the next block's first token, JSON-able; the same on every rank."""
+        epoch, document = self._pending[0][:2] if self._pending else self._start
+        return {
+            "epoch": epoch,
+            "document": copy.deepcopy(document),
+            "token": self._token,
+            "blocks": self._blocks,
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "repeat": self.repeat,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a saved position.
+
+        Raises:
+            InputError: it was saved with another seed, seq_len or repeat.
+        """
+        for name, now in (("seed", self.seed), ("seq_len", self.seq_len), ("repeat", self.repeat)):
+            if state.get(name, False) != now:
+                raise InputError(
+                    f"the data position was saved with {name} {state.get(name, False)}, not {now}: keep {name}"
+                )
+        self._go_to(state)
+
+    def _go_to(self, state: dict[str, Any]) -> None:
+        # Tokenized and not yet all taken; `_token` counts in the first.
+        self._pending: deque[_Encoded] = deque()
+        self._start = (state["epoch"], copy.deepcopy(state["document"]))
+        self._token, self._blocks = state["token"], state["blocks"]
+        self._available = -self._token
+        self._reader = self._read()
+
+    def _fill(self, num_tokens: int) -> bool:
+        while self._available < num_tokens:
+            batch = next(self._reader, None)
+            if batch is None:
+                return False
+            self._pending.extend(batch)
+            self._available += _num_tokens(batch)
+        return True
+
+    def _read(self) -> Iterator[list[_Encoded]]:
+        epoch, position = self._start
+        skipped = self._token  # of the first piece, by blocks that were taken before
+        while self.epochs is None or epoch < self.epochs:
+            whole, num_tokens = position is None, 0
+            order = 0 if self.repeat else epoch
+            batches = (
+                [(epoch, piece.position, ids) for piece, ids in zip(pieces, self._encoder(pieces)) if len(ids)]
+                for pieces in _batches(self.documents.pieces(self.seed, order, position))
+            )
+            for batch in self._whole_blocks(batches, skipped) if self.repeat else batches:
+                num_tokens += _num_tokens(batch)
+                yield batch
+            skipped = 0
+            if whole and num_tokens <= self.seq_len:
+                raise InputError(
+                    f"{self.documents.name}: {num_tokens} tokens are fewer than one block of seq_len {self.seq_len} "
+                    "and the token after it; give more text or a smaller seq_len"
+                )
+            epoch, position = epoch + 1, None
+
+    def _whole_blocks(self, batches: Iterator[list[_Encoded]], skipped: int) -> Iterator[list[_Encoded]]:
+        """`batches` of one epoch without the tokens at its end that fill no block."""
+        num_tokens, held, num_held = -skipped, deque[list[_Encoded]](), 0
+        for batch in batches:
+            held.append(batch)
+            num_tokens, num_held = num_tokens + _num_tokens(batch), num_held + _num_tokens(batch)
+            while num_held - _num_tokens(held[0]) >= self.seq_len:
+                num_held -= _num_tokens(held[0])
+                yield held.popleft()
+        last = [piece for batch in held for piece in batch]
+        surplus = num_tokens % self.seq_len
+        while surplus:
+            epoch, position, ids = last.pop()
+            kept = max(0, len(ids) - surplus)
+            surplus -= len(ids) - kept
+            if kept:
+                last.append((epoch, position, ids[:kept]))
+        yield last
+
+
+def _num_tokens(batch: list[_Encoded]) -> int:
+    return sum(len(ids) for _, _, ids in batch)
+
+
+def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    batch, num_chars = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        num_chars += len(piece.text)
+        if len(batch) == _BATCH_PIECES or num_chars >= _BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,215 @@
+"""Writes and proves the result of a sharded run, a tensor at a time: no rank ever holds the whole model.
+
+The proof is that of `castlm.export.hf`: the pattern counted in the files, every tensor compared in bits with the one in
+memory, each rank its rows, and the perplexity measured again on what was read back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from castlm.core.errors import InputError
+from castlm.core.scaling import scale_weight
+from castlm.core.shards import local
+from castlm.distributed.loading import empty_model, load_rows_, materialize_, open_sharded
+from castlm.distributed.sharding import shard_, whole
+from castlm.distributed.world import World
+from castlm.export.hf import EVAL_TOLERANCE, new_manifest, prove_pattern, rejected, write_record
+from castlm.export.verify import verify
+from castlm.files import atomic_dir, atomic_write_json, is_disk_full
+from castlm.layout import stored_transposed
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class ShardedResult:
+    """A trained and pruned model whose parameters are sharded, and how it is measured."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    world: World
+    pattern: tuple[int, int]
+    left_dense: Mapping[str, str]
+    is_sparse: bool
+    """False for the dense control, which has no pattern to verify."""
+    root: nn.Module
+    """The sharded module that holds `model`."""
+    precision: str
+    """Of the forward pass of `root`."""
+    wrap: Callable[[PreTrainedModel], nn.Module]
+    """Makes a root like `root` of another model, without a teacher."""
+    measure: Callable[[Any], float]
+    """Perplexity of the model in a sharded root, in fp32; all ranks call it."""
+
+
+def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, Any]:
+    """Writes `output_dir/model` with its record, and proves it; returns castlm.json. All ranks call it.
+
+    Raises:
+        InputError: the disk is full, or the proof fails; the result is then kept as `model.rejected`.
+    """
+    world, (n, m) = result.world, result.pattern
+    folder = Path(os.path.realpath(result.folder))
+    manifest = new_manifest(n, m, result.left_dense, record)
+    if not result.is_sparse:
+        manifest["pattern"] = None  # the dense control
+    result.root.reshard()  # type: ignore[operator]  # the root is whole still after the last evaluation
+    with contextlib.ExitStack() as stack:
+        temporary = world.on_main(lambda: stack.enter_context(atomic_dir(folder, overwrite=True)))
+        world.check_all(_write_weights(result, temporary))
+        world.on_main(lambda: _write_the_rest(result, temporary))
+        if result.is_sparse:
+            manifest |= world.on_main(lambda: _prove_files(result, temporary, folder, manifest))
+            failure, proof = _prove_again(result, temporary)
+            world.on_main(lambda: _refuse(temporary, folder, failure))
+            manifest["proof"] |= proof
+        world.on_main(lambda: write_record(temporary, folder.name, manifest))
+        world.on_main(stack.close)
+    return manifest
+
+
+def folded_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """The parameters of a model under the names they have without weight scaling, each with its scale."""
+    for name, module in model.named_modules():
+        if "parametrizations" in name.split("."):
+            continue
+        if parametrize.is_parametrized(module, "weight"):
+            layer = module.get_submodule("parametrizations.weight")
+            yield f"{name}.weight", layer.get_parameter("original"), layer.get_parameter("0.scale")
+        for leaf, parameter in module.named_parameters(recurse=False):
+            yield f"{name}.{leaf}", parameter, None
+
+
+@torch.no_grad()
+def _write_weights(result: ShardedResult, folder: Path) -> str | None:
+    """What went wrong, on the main rank; it goes on gathering all the same, for the other ranks wait for it."""
+    weights: dict[str, tuple[Tensor, Tensor | None]] = {}
+    seen: set[Tensor] = set()
+    for name, weight, scale in folded_weights(result.model):
+        if weight not in seen:  # what is tied is written once
+            weights[name] = weight, scale
+            seen.add(weight)
+    files = _plan_files({name: weight.numel() * 4 for name, (weight, _) in weights.items()})
+    failure = None
+    for file, names in files.items():
+        held: dict[str, Tensor] = {}
+        for name in names:
+            weight, scale = weights[name]
+            tensor = whole(weight) if scale is None else scale_weight(whole(weight), whole(scale))
+            if result.world.is_main and failure is None:
+                transposed = stored_transposed(result.model.config.model_type, name)
+                held[name] = (tensor.T if transposed else tensor).contiguous().cpu()
+        if held:
+            try:
+                save_file(held, folder / file, metadata={"format": "pt"})
+            except Exception as error:  # safetensors' own type
+                why = "disk full" if is_disk_full(error) else str(error)
+                failure = f"{why} while writing {folder / file}: free some space or choose another folder"
+    if result.world.is_main and failure is None and len(files) > 1:
+        total = sum(weight.numel() for weight, _ in weights.values())
+        index = {"metadata": {"total_parameters": total, "total_size": total * 4}}
+        index["weight_map"] = {name: file for file, names in files.items() for name in names}
+        atomic_write_json(folder / "model.safetensors.index.json", index)
+    return failure
+
+
+def _plan_files(sizes: dict[str, int]) -> dict[str, list[str]]:
+    """Names by file, in order, none but a single large tensor above `MAX_SHARD_BYTES`."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if shards[-1] and held + size > MAX_SHARD_BYTES:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def _write_the_rest(result: ShardedResult, folder: Path) -> None:
+    config = copy.deepcopy(result.model.config)
+    config.architectures, config.dtype = [type(result.model).__name__], "float32"
+    config.save_pretrained(folder)
+    if result.model.can_generate():
+        result.model.generation_config.save_pretrained(folder)
+    result.tokenizer.save_pretrained(folder)
+
+
+def _prove_files(result: ShardedResult, temporary: Path, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    try:
+        report = verify(temporary, *result.pattern)
+        prove_pattern(report, result.model, manifest["left_dense"])
+    except Exception as error:
+        raise rejected(temporary, folder, error) from error
+    return {"left_dense": manifest["left_dense"], "proof": report.totals()}
+
+
+def _refuse(temporary: Path, folder: Path, failure: str | None) -> None:
+    if failure is not None:
+        raise rejected(temporary, folder, InputError(failure))
+
+
+@torch.no_grad()
+def _prove_again(result: ShardedResult, folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """Reads the files back, each rank its rows, and compares them and their perplexity with those in memory."""
+    opened = open_sharded(str(folder), trust_remote_code=False, revision=None)
+    failures = result.world.gather("other tensors come back from disk" if opened is None else None)
+    if opened is None or any(failures):
+        return "other tensors come back from disk", {}
+    model: PreTrainedModel = opened[0].model
+    root = _sharded_root(model, result)
+    load_rows_(model, opened[1], result.world)
+    theirs = dict(model.named_parameters(remove_duplicate=False))
+    different = None
+    for name, expected in _folded_rows(result):
+        if not torch.equal(expected.contiguous().view(torch.int32), local(theirs[name]).contiguous().view(torch.int32)):
+            different = f"{name} comes back from disk with other values"
+    different = next((failure for failure in result.world.gather(different) if failure), None)
+    in_memory, from_disk = (result.measure(root) for root in (_in_fp32(result), root))
+    if different is None and not math.isclose(in_memory, from_disk, rel_tol=EVAL_TOLERANCE):
+        different = f"perplexity is {from_disk!r} from disk and {in_memory!r} in memory"
+    proof = {"perplexity_in_memory": in_memory, "perplexity_from_disk": from_disk}
+    return different, {"tensors_equal_in_bits": len(theirs), **proof}
+
+
+def _sharded_root(model: PreTrainedModel, result: ShardedResult) -> nn.Module:
+    """Around a model on the meta device, which gets memory here, and no values."""
+    root = result.wrap(model)
+    shard_(root, result.world)
+    materialize_(root, result.world.device)
+    return root
+
+
+def _folded_rows(result: ShardedResult) -> Iterator[tuple[str, Tensor]]:
+    """This rank's rows of every parameter as they are written."""
+    for name, weight, scale in folded_weights(result.model):
+        yield name, local(weight) if scale is None else scale_weight(local(weight), local(scale))
+
+
+def _in_fp32(result: ShardedResult) -> nn.Module:
+    """The model in fp32. One that is gathered in bf16 is built again, since its own forward is not what is written."""
+    if result.precision == "fp32":
+        return result.root
+    model = empty_model(copy.deepcopy(result.model.config)).eval()
+    root = _sharded_root(model, result)
+    ours = dict(model.named_parameters(remove_duplicate=False))
+    for name, rows in _folded_rows(result):
+        local(ours[name]).copy_(rows)
+    return root

@@ -1,0 +1,196 @@
+"""A model that no rank holds whole: built without memory, sharded, and filled from safetensors, each rank its rows.
+
+Buffers are computed and not stored (rotary frequencies): they are made for real from the start, and kept through
+`to_empty`, which would leave garbage in them without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from castlm.core.shards import local
+from castlm.core.sparsify import dense_name
+from castlm.distributed.sharding import own_rows
+from castlm.distributed.world import World
+from castlm.layout import stored_transposed
+from castlm.locate import Location, cached_snapshot, locate
+from castlm.models import OLD_BUFFERS, Loaded, linearize_conv1d_, open_model, quiet
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """Weights, which layers make with `torch.empty`, take no memory; all else, buffers above all, is made for real."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}) | ({"device": "meta"} if function is torch.empty else {}))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where each parameter of a model lies: file, name in it, and whether it is stored transposed."""
+
+    source: str
+    places: Mapping[str, tuple[Path, str, bool]]
+
+
+def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) -> tuple[Loaded, Checkpoint] | None:
+    """The model that `load_model` would load, without its weights: parameters on the meta device, buffers real.
+
+    None where a rank cannot read its rows alone: GGUF, weights that transformers converts while it loads them, and
+    whatever is wrong with the weights, which `load_model` says.
+
+    Raises:
+        InputError: as `load_model`, of all but the weights.
+    """
+    where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
+    if where.gguf:
+        return None
+    model = empty_model(config, trust_remote_code=trust_remote_code)
+    if any(buffer.is_meta for buffer in model.buffers()):
+        return None
+    files = _weight_files(where, revision)
+    places = _places(model, files)
+    if places is None:
+        return None
+    if model.can_generate():
+        with quiet(where), contextlib.suppress(OSError):  # it has none of its own
+            model.generation_config = GenerationConfig.from_pretrained(where.target, revision=revision, **where.local)
+    source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
+    return Loaded(model.eval(), tokenizer, source), Checkpoint(source, places)
+
+
+def check_one_snapshot(name: str, revision: str | None, world: World) -> None:
+    """Whether all ranks have read one commit of a hub model: a machine may have an older one in its cache.
+
+    Raises:
+        InputError: they have not.
+    """
+    if not locate(name).is_hub:
+        return
+    snapshot = cached_snapshot(name, revision)
+    commits = sorted(set(world.gather("none" if snapshot is None else snapshot.name[:12])))
+    if len(commits) > 1:
+        found = ", ".join(commits)
+        world.check_all(f"the ranks have different commits of {name} in their caches ({found}): set revision to one")
+
+
+def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model whose fp32 parameters are on the meta device, its buffers real; Conv1D are `nn.Linear`."""
+    with _WeightsOnMeta():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    made = {p: nn.Parameter(p.to("meta")) for p in model.parameters() if not p.is_meta}  # norms, of `torch.ones`
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in made:
+                setattr(module, name, made[parameter])
+    linearize_conv1d_(model)
+    return model
+
+
+def _weight_files(where: Location, revision: str | None) -> list[Path]:
+    options: dict[str, Any] = {"revision": revision, **where.local}
+    missing_is_none = options | {"_raise_exceptions_for_missing_entries": False}
+    whole = cached_file(where.target, "model.safetensors", **missing_is_none)
+    if whole is not None:
+        return [Path(whole)]
+    index = cached_file(where.target, "model.safetensors.index.json", **missing_is_none)
+    if index is None:
+        return []
+    return [Path(file) for file in get_checkpoint_shard_files(where.target, index, **options)[0]]
+
+
+def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, tuple[Path, str, bool]] | None:
+    """None when the names and shapes in the files are not the model's own."""
+    stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            stored |= {key: (file, tuple(opened.get_slice(key).get_shape())) for key in opened.keys()}  # noqa: SIM118
+    prefix = f"{model.base_model_prefix}."
+    aliases: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(parameter, []).append(name)
+    places, known = {}, set()
+    for parameter, names in aliases.items():
+        candidates = [key for name in names for key in (name, name.removeprefix(prefix), prefix + name)]
+        found = next((key for key in candidates if key in stored), None)
+        if found is None:
+            return None
+        transposed = any(stored_transposed(model.config.model_type, name) for name in names)
+        file, shape = stored[found]
+        if (shape[::-1] if transposed else shape) != tuple(parameter.shape):
+            return None
+        places[names[0]] = file, found, transposed
+        known |= set(candidates)
+    unknown = [key for key in stored if key not in known and not OLD_BUFFERS.search(f".{key}")]
+    has_stored_buffers = any(True for name in model.state_dict() if name in dict(model.named_buffers()))
+    return None if unknown or has_stored_buffers else places
+
+
+def materialize_(module: nn.Module, device: torch.device) -> None:
+    """Gives the sharded parameters memory, uninitialised, and moves the buffers, in place; what is tied stays tied."""
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    aliases: dict[Tensor, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        aliases.setdefault(parameter, []).append(name)
+    module.to_empty(device=device)
+    for first, *others in aliases.values():  # `to_empty` makes one parameter for each name
+        for name in others:
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, module.get_parameter(first))
+    with torch.no_grad():
+        for name, buffer in module.named_buffers(remove_duplicate=False):
+            buffer.copy_(buffers[name])
+
+
+@torch.no_grad()
+def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> None:
+    """Reads this rank's rows of every parameter; weight scales are ones.
+
+    Raises:
+        InputError: a file that cannot be read, or a weight that is not finite.
+    """
+    failure = None
+    with _readers() as read:
+        for name, parameter in model.named_parameters():
+            stored_name = dense_name(name)
+            if stored_name not in checkpoint.places:
+                local(parameter).fill_(1.0)  # a weight scale
+                continue
+            file, key, transposed = checkpoint.places[stored_name]
+            rows = own_rows(parameter)
+            if rows.stop == rows.start:
+                continue
+            try:
+                stored = read(file).get_slice(key)
+                value = stored[:, rows].T if transposed else stored[rows]
+            except Exception as error:  # safetensors' own type
+                failure = f"{file} cannot be read: {error}"
+                break
+            if not bool(value.isfinite().all()):
+                failure = f"{stored_name} of {checkpoint.source} holds NaN or infinity: the checkpoint is damaged"
+                break
+            local(parameter).copy_(value)
+    world.check_all(failure)
+
+
+@contextlib.contextmanager
+def _readers() -> Iterator[Any]:
+    with contextlib.ExitStack() as stack:
+        opened: dict[Path, Any] = {}
+
+        def read(file: Path) -> Any:
+            if file not in opened:
+                opened[file] = stack.enter_context(safe_open(file, "pt"))
+            return opened[file]
+
+        yield read

@@ -1,0 +1,93 @@
+"""Proves, while a run goes on, that its masks are those of its weights and that no sparse weight is left out.
+
+A mask that no longer lines up with its weight trains without an error, to a useless model; so it is recomputed by
+another formula, from the weight as all ranks together hold it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from castlm.core.adams import AdamS
+from castlm.core.shards import local
+from castlm.core.sparsify import weight_parameter
+from castlm.distributed.sharding import own_rows, whole
+from castlm.distributed.world import World
+
+_ROWS = 1024  # sorted at once
+
+
+def sorted_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """The mask of (out, in) by a stable sort of each group; `core.masks` counts comparisons instead."""
+    masks = []
+    for rows in weight.detach().abs().split(_ROWS):
+        best = rows.unflatten(1, (-1, m)).argsort(dim=-1, descending=True, stable=True)[..., :n]
+        masks.append(torch.zeros_like(rows, dtype=torch.bool).unflatten(1, (-1, m)).scatter_(-1, best, True).flatten(1))
+    return torch.cat(masks) if masks else torch.zeros_like(weight, dtype=torch.bool)
+
+
+def masked_samples(masks: Mapping[Tensor, Tensor], world: World) -> list[tuple[Tensor, Tensor]]:
+    """What `decay_budget` is to judge, the same on every rank: this process's weights and masks, or of several ranks an
+    even sample of the masked weights of each, with masks that leave them all out."""
+    if world.mesh is None:
+        return list(masks.items())
+    parts = [weight[~mask] for weight, mask in masks.items()]
+    masked = torch.cat([part[:: len(part) // 4096 + 1] for part in parts]).abs()
+    largest = torch.stack([part.abs().max() for part in parts if len(part)] or [masked.new_zeros(())]).max()
+    sample = torch.cat([masked[:: len(masked) // 4096 + 1], largest[None]]).cpu()
+    return [(values, torch.zeros_like(values, dtype=torch.bool)) for values in world.gather(sample)]
+
+
+class SelfCheck:
+    """Checks the first step of a process for coverage, and at every `every`-th refresh the masks of one block.
+
+    Args:
+        layers: the sparse layers of the model, by name; blocks are told apart by the number in it.
+    """
+
+    def __init__(
+        self, optimizer: AdamS, layers: Mapping[str, nn.Linear], pattern: tuple[int, int], every: int, world: World
+    ) -> None:
+        self.optimizer, self.pattern, self.every, self.world = optimizer, pattern, every, world
+        self.num_sparse = sum(layer.out_features * layer.in_features for layer in layers.values())
+        self.covered = False
+        self._names: dict[Tensor, str] = {}
+        by_block: dict[str, list[Tensor]] = {}
+        for name, layer in layers.items():
+            weight = weight_parameter(layer)
+            number = next((part for part in name.split(".") if part.isdigit()), "")
+            by_block.setdefault(number, []).append(weight)
+            self._names[weight] = name
+        self._blocks = list(by_block.values())
+
+    @contextlib.contextmanager
+    def around_step(self, step: int, mask_interval: int) -> Iterator[None]:
+        """Around the optimizer's 0-based `step`; without a `mask_interval` the masks are not those of the weights.
+
+        Raises:
+            RuntimeError: a sparse weight was not stepped, or a mask is not that of its weight.
+        """
+        refresh, since = divmod(step, mask_interval) if mask_interval else (0, 1)
+        due = bool(self._blocks) and since == 0 and refresh % self.every == 0
+        watched = self._blocks[refresh // self.every % len(self._blocks)] if due else []
+        expected = {weight: sorted_mask(whole(weight)[own_rows(weight)], *self.pattern) for weight in watched}
+        before = {} if self.covered else {p: int(self.optimizer.state[p]["step"]) for p in self._names}
+        yield
+        wrong = [self._names[p] for p, mask in expected.items() if not torch.equal(local(self.optimizer.mask(p)), mask)]
+        wrong = sorted({name for names in self.world.gather(wrong) for name in names}) if due else []
+        if wrong:
+            raise RuntimeError(f"step {step + 1}: the mask of {wrong[0]} is not that of its weight: the run is void")
+        if before:
+            self._check_coverage({p for p, old in before.items() if int(self.optimizer.state[p]["step"]) == old + 1})
+
+    def _check_coverage(self, stepped: set[Tensor]) -> None:
+        sparse = [p for p in self.optimizer.sparse_params() if p in stepped]
+        counts = self.world.gather(sum(local(p).numel() for p in sparse))
+        total = sum(counts) // self.world.num_replicas
+        if total != self.num_sparse:
+            raise RuntimeError(f"{total:,} sparse weights were stepped, the model has {self.num_sparse:,}")
+        self.covered = True

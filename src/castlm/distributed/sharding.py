@@ -1,0 +1,73 @@
+"""Shards a model with FSDP2, which cuts rows and so keeps groups of m whole, and finds a rank's part of a tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.utils.parametrize import ParametrizationList
+
+from castlm.distributed.world import World
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The outermost repeated blocks of a model: the members of each `nn.ModuleList` that is not inside another."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return [block for name in outer for block in model.get_submodule(name)]
+
+
+def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
+    """Shards every transformer block of `module`, then the rest, in place; nothing for a single process.
+
+    Parametrizations have to be there already: the other order fails.
+
+    Args:
+        precision: of the forward pass. Under "bf16" the fp32 linear layers of the blocks are gathered in bf16, and the
+            forward has to run in autocast; all else is gathered as it is stored, gradients are summed in fp32.
+    """
+    if world.mesh is None:
+        return
+    for block in transformer_blocks(module):
+        if precision == "bf16" and is_gathered_narrow(block):
+            wide = beside_linears(block)
+            if wide:
+                fully_shard(wide, mesh=world.mesh)
+            fully_shard(block, mesh=world.mesh, mp_policy=_NARROW)
+        else:
+            fully_shard(block, mesh=world.mesh)
+    fully_shard(module, mesh=world.mesh)
+    assert isinstance(module, FSDPModule)
+
+
+# Inputs stay as they are: FSDP would round the residual path, which autocast leaves in fp32.
+_NARROW = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+
+
+def is_gathered_narrow(block: nn.Module) -> bool:
+    """Whether a block has anything to gain, and runs all its modules: of a list of experts some may not be called, and
+    FSDP's group of modules waits for each."""
+    lists = [m for m in block.modules() if isinstance(m, nn.ModuleList) and not isinstance(m, ParametrizationList)]
+    return not lists and any(parameter.dtype == torch.float32 for parameter in block.parameters())
+
+
+def beside_linears(block: nn.Module) -> list[nn.Module]:
+    """The modules of a block whose parameters autocast does not cast: norms, and the scales of weight scaling, which
+    near 1 would be rounded to steps of 0.4 to 0.8 %."""
+    cast = nn.Linear, ParametrizationList
+    return [m for m in block.modules() if any(True for _ in m.parameters(False)) and not isinstance(m, cast)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as all ranks together hold it; all of them call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(tensor: Tensor) -> slice:
+    """Which rows of the whole tensor are on this rank."""
+    if not isinstance(tensor, DTensor):
+        return slice(0, len(tensor))
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return slice(offset[0], offset[0] + shape[0])

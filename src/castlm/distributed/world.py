@@ -1,0 +1,200 @@
+"""The ranks of a run: process group, device, sharding. One process is one rank, through the same code.
+
+The engine is torch's own: `torchrun`, DTensor and FSDP2, which shards rows and so keeps groups of m whole.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from castlm.core.errors import InputError
+
+T = TypeVar("T")
+# How long the ranks are waited for that may just be late, once a collective has failed.
+DIAGNOSIS_S = 10
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks. `mesh` is None for a single process.
+
+    `control` and `saving` are gloo groups beside the one that computes: for what ranks tell each other as objects, and
+    for the thread that writes checkpoints, whose messages must not mix with those of the loop.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None
+    control: dist.ProcessGroup | None = None
+    saving: dist.ProcessGroup | None = None
+    timeout_s: float = 600
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def num_replicas(self) -> int:
+        """How many ranks hold the same shard of every parameter."""
+        return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim == 2 else 1
+
+    @property
+    def shard_index(self) -> int:
+        """Which shard of every parameter this rank holds."""
+        return self.rank % (self.size // self.num_replicas)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` summed over all ranks, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def barrier(self) -> None:
+        if self.mesh is not None:
+            dist.barrier()
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank, by rank; any picklable object."""
+        values: list[Any] = [value]
+        if self.mesh is not None:
+            values = [None] * self.size
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What `action` returns on the main rank, on every rank.
+
+        Raises:
+            InputError, OSError: raised by `action` there. The other ranks raise `SystemExit`: one rank says it.
+        """
+        return self.long_on_main(lambda alive: action())
+
+    def long_on_main(self, action: Callable[[Callable[[], None]], T]) -> T:
+        """`on_main` of what may take longer than `timeout_s`: it calls the function that it is given more often."""
+        outcome: list[Any] = [True, None, None]  # at work, result, error
+        if self.is_main:
+            try:
+                outcome = [False, action(lambda: self._tell([True, None, None])), None]
+            except (InputError, OSError) as error:
+                outcome = [False, None, error]
+            self._tell(outcome)
+        while outcome[0]:
+            self._tell(outcome)
+        if outcome[2] is not None:
+            raise outcome[2] if self.is_main else SystemExit(2)
+        result: T = outcome[1]
+        return result
+
+    def _tell(self, values: list[Any]) -> None:
+        """Makes the main rank's `values` those of every rank, in place; any picklable objects."""
+        if self.mesh is not None:
+            dist.broadcast_object_list(values, src=0, group=self.control)
+
+    def from_main(self, tensor: Tensor | None, shape: torch.Size) -> Tensor:
+        """The main rank's fp32 `tensor` of `shape` on every rank, in host memory where there are several."""
+        if self.mesh is None:
+            assert tensor is not None
+            return tensor
+        there = torch.empty(shape) if tensor is None else tensor.float().cpu().contiguous()
+        dist.broadcast(there, src=0, group=self.control)
+        return there
+
+    def check_all(self, failure: str | None) -> None:
+        """Stops every rank when one of them reports a failure.
+
+        Raises:
+            InputError: the first failure, on the main rank. The other ranks raise `SystemExit`.
+        """
+        failures = [text for text in self.gather(failure) if text is not None]
+        if failures:
+            raise InputError(failures[0]) if self.is_main else SystemExit(2)
+
+    def missing(self, timeout_s: float) -> str:
+        """The ranks that do not come here within `timeout_s`, "" when all do. Rank 0 sees which; the others see that it
+        does not answer, be it hanging or gone for lack of another."""
+        if self.mesh is None:
+            return ""
+        try:
+            timeout = datetime.timedelta(seconds=timeout_s)
+            dist.monitored_barrier(self.control, timeout=timeout, wait_all_ranks=True)
+        except RuntimeError as error:
+            found = re.search(r"[Rr]anks? ([\d, ]+?) failed to pass", str(error))
+            return f"rank {found[1]}" if found else "rank 0 (or one that it names)"
+        return ""
+
+    def meet(self, where: str) -> None:
+        """Waits for all ranks.
+
+        Raises:
+            InputError: names those that have not come within `timeout_s`.
+        """
+        missing = self.missing(self.timeout_s)
+        if missing:
+            raise InputError(f"{missing} did not come to {where} within {self.timeout_s:g} s: it hangs or is gone")
+
+
+def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
+    """Joins the process group that `torchrun` describes, or stands alone.
+
+    Args:
+        timeout_s: how long a rank waits for the others, in the loop and inside a collective.
+
+    Raises:
+        InputError: CUDA asked for and not there, or a hybrid mesh that the ranks do not fill.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, but torch sees no GPU: install a CUDA build of torch, or use device cpu")
+    kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(here)
+    if size == 1:
+        return World(0, 1, here, None)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    if sharding == "hybrid" and size % per_node:
+        raise InputError(f"{size} ranks do not divide into nodes of {per_node}: start the same number on every node")
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        store = _store_of_this_start(timeout)
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    if sharding == "full":
+        mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    else:
+        shards = per_node if sharding == "hybrid" else 1
+        mesh = init_device_mesh(kind, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
+    return World(rank, size, here, mesh, control, saving, timeout_s)
+
+
+def _store_of_this_start(timeout: datetime.timedelta) -> dist.Store:
+    """Where the ranks find each other. torchrun keeps one store over its restarts, and a rank that reads the address of
+    one that is gone waits for ever (torch 2.13), so that each start needs keys of its own. Among nodes the counts of
+    restarts may differ: there, `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` has torchrun make a new store instead."""
+    store, _, size = next(rendezvous("env://", timeout=timeout))
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != size:
+        return store
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def close_world(world: World) -> None:
+    if world.mesh is not None and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Perplexity of a text, and zero-shot tasks through lm-eval."""

@@ -1,0 +1,241 @@
+"""Perplexity, with everything that a figure needs to be compared: context length, stride, text, tokenizer, versions.
+
+Not by `model(...).logits`: the head is applied to a chunk of tokens at a time, so that full logits are never alive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import castlm
+from castlm.core.distill import distillation_loss
+from castlm.core.errors import InputError
+from castlm.data.documents import text_hash
+from castlm.data.tokens import check_vocabulary, token_ids
+from castlm.models import backbone, output_head
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityResult:
+    """What was measured, and over what."""
+
+    perplexity: float
+    """exp(loss)."""
+    loss: float
+    """Mean cross-entropy, nats a scored token."""
+    num_tokens: int
+    """Tokens scored; fewer than the text has, see `perplexity`."""
+    seq_len: int
+    """Tokens of the longest window: what was asked for, or the whole text where that is shorter."""
+    stride: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    token_ids: Tensor,
+    *,
+    seq_len: int = 1024,
+    stride: int | None = None,
+    batch_size: int = 1,
+    autocast_dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PerplexityResult:
+    """Perplexity of a text, by windows of `seq_len` tokens that begin every `stride` tokens.
+
+    `stride=None` is the field's convention (GPTQ, SparseGPT, Wanda): windows side by side, each on its own, all its
+    tokens but the first scored. A smaller stride is Hugging Face's sliding window: each window scores only the tokens
+    that no window before it held, so that every token of the text but the first is scored once, with at least
+    `seq_len - stride` tokens before it from the second window on. The last window ends with the text; a shorter one is
+    scored too, if it has something to score (the published GPTQ code drops it: cut the text to whole windows for that).
+
+    The model is put in eval mode and given back as it was. The losses of the batches add up in float64.
+
+    Args:
+        token_ids: int64, (num_tokens,), on any device.
+        seq_len: context length in tokens, at most the model's `max_position_embeddings`.
+        batch_size: windows a forward pass; changes the speed and the memory, not the figure.
+        autocast_dtype: e.g. `torch.bfloat16`; None computes in the model's dtype.
+        progress: called with (windows done, windows in all) after each batch.
+
+    Raises:
+        InputError: fewer than 2 tokens, ids outside the vocabulary, a `seq_len` the model cannot take, a stride outside
+            1..seq_len, or a loss that is not finite (with the window where it happened).
+    """
+    stride = seq_len if stride is None else stride
+    head, device = output_head(model), model.device
+    _check(model, token_ids, seq_len, stride, batch_size)
+    check_vocabulary(token_ids, head.weight.shape[0])
+
+    windows = scored_windows(len(token_ids), seq_len, stride)
+    modes = {module: module.training for module in model.modules()}
+    total, done = 0.0, 0
+    model.eval()
+    try:
+        for batch in _batches(windows, batch_size):
+            input_ids = torch.stack([token_ids[w.begin : w.end] for w in batch]).to(device)
+            labels = input_ids[:, 1:].clone()
+            for row, window in zip(labels, batch):
+                row[: window.first_scored - window.begin - 1] = -100
+            with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+                hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+                nll = distillation_loss(hidden[:, :-1], head, labels, eta=0, num_tokens=1).loss.item()
+            if not math.isfinite(nll):
+                raise InputError(
+                    f"the loss is {nll} in tokens {batch[0].begin} to {batch[-1].end} of the text: the model has "
+                    "non-finite weights or overflows; check it with `castlm verify`, or evaluate it in float32"
+                )
+            total += nll
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(windows))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+    scored = sum(window.end - window.first_scored for window in windows)
+    loss = total / scored
+    return PerplexityResult(
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        loss=loss,
+        num_tokens=scored,
+        seq_len=min(seq_len, len(token_ids)),
+        stride=stride,
+    )
+
+
+def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int, batch_size: int) -> None:
+    if token_ids.dim() != 1 or token_ids.dtype != torch.int64:
+        raise InputError(f"token_ids are {tuple(token_ids.shape)} {token_ids.dtype}: give a 1-D int64 tensor")
+    if len(token_ids) < 2:
+        raise InputError(
+            f"the text has {len(token_ids)} token(s): at least 2 are needed, one to predict the other from"
+        )
+    if seq_len < 2:
+        raise InputError(f"seq_len is {seq_len}: a window needs at least 2 tokens")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and seq_len > longest:
+        raise InputError(f"seq_len is {seq_len}, and the model takes at most {longest} tokens: use --seq-len {longest}")
+    if not 1 <= stride <= seq_len:
+        raise InputError(f"stride is {stride}: it must lie in 1..seq_len ({seq_len}), or tokens would be left out")
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}: it must be at least 1")
+
+
+class Window(NamedTuple):
+    """What one forward pass sees of a text: its tokens begin .. end-1."""
+
+    begin: int
+    end: int
+    first_scored: int  # scores the tokens first_scored .. end-1
+
+
+def scored_windows(num_tokens: int, seq_len: int, stride: int) -> list[Window]:
+    """The windows of a text of `num_tokens`, as `perplexity` describes them; none that has nothing to score."""
+    windows, seen = [], 0
+    for begin in range(0, num_tokens, stride):
+        end = min(begin + seq_len, num_tokens)
+        first_scored = max(seen, begin + 1)  # nothing predicts a window's first token
+        if first_scored < end:
+            windows.append(Window(begin, end, first_scored))
+        if end == num_tokens:
+            break
+        seen = end
+    return windows
+
+
+def _batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
+    """All of one length: the last window may be shorter, and padding would change what it attends to."""
+    for _, equal in groupby(windows, key=lambda window: window.end - window.begin):
+        group = list(equal)
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def token_ids_of(file: str | Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The tokens of a text file (.txt, .jsonl, .jsonl.gz, .parquet): int64, (num_tokens,).
+
+    The documents as they lie, joined with end-of-text, after the tokenizer's own beginning-of-text: what `castlm train`
+    evaluates on, and for one document what `tokenizer(text)` gives.
+
+    Raises:
+        InputError: not there, not readable, of another type, without text.
+    """
+    return token_ids(file, tokenizer)
+
+
+def measured_on(
+    tokenizer: PreTrainedTokenizerBase, *, seq_len: int, text: str, text_sha256: str, num_tokens: int, precision: str
+) -> dict[str, Any]:
+    """What castlm.json says that the perplexities of a run were measured on: windows of `seq_len` side by side.
+
+    Args:
+        num_tokens: of the text, scored or not.
+    """
+    return {
+        "seq_len": seq_len,
+        "stride": seq_len,
+        "text": text,
+        "text_sha256": text_sha256,
+        "num_tokens": num_tokens,
+        "tokenizer": str(tokenizer.name_or_path),
+        "precision": precision,
+    }
+
+
+def evaluate_file(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text_file: str | Path,
+    seq_len: int = 1024,
+    stride: int | None = None,
+    *,
+    batch_size: int = 1,
+    autocast_dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """`perplexity` of a file, as the JSON-ready record of `castlm eval`: the figure with all it depends on.
+
+    `text_sha256` of one file is what `sha256sum` prints; `text_tokens` counts all its tokens, `num_tokens` the scored.
+
+    Raises:
+        InputError: as `perplexity` and `token_ids_of`.
+    """
+    ids = token_ids_of(text_file, tokenizer)
+    result = perplexity(
+        model,
+        ids,
+        seq_len=seq_len,
+        stride=stride,
+        batch_size=batch_size,
+        autocast_dtype=autocast_dtype,
+        progress=progress,
+    )
+    return result.as_dict() | {
+        "text": Path(text_file).name,
+        "text_sha256": text_hash(text_file),
+        "text_tokens": len(ids),
+        "tokenizer": tokenizer.name_or_path,
+        "dtype": str(autocast_dtype or model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "versions": {
+            "castlm": castlm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }

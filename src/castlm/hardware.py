@@ -1,0 +1,108 @@
+"""What this machine can do, decided once at the start of a run and said: compute type, optimizer, device."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from castlm.core.errors import InputError
+from castlm.core.native import NOT_BUILT, kernels
+
+# Below this width the casts of bf16 autocast cost more than its matmuls save on a CPU.
+SMALLEST_BF16_WIDTH = 256
+# Below as many parameters torch.compile takes longer than it saves in a usual run.
+SMALLEST_COMPILED = 10_000_000
+
+
+def choose_precision(wanted: str, device: torch.device, model_config: Any) -> str:
+    """ "fp32" or "bf16"; for "auto" bf16 where the hardware multiplies it faster and the model is not tiny.
+
+    Raises:
+        InputError: bf16 on a GPU that has none.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if wanted == "bf16" and not has_bf16:
+            raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16: use precision fp32")
+    else:
+        wide = getattr(model_config, "hidden_size", 0) >= SMALLEST_BF16_WIDTH
+        has_bf16 = wide and torch.cpu._is_avx512_bf16_supported()
+    return ("bf16" if has_bf16 else "fp32") if wanted == "auto" else wanted
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def choose_fused(wanted: str, device: torch.device, num_params: int) -> tuple[bool, str]:
+    """Whether AdamS runs fused, and that in words for a person.
+
+    Raises:
+        InputError: `wanted` is "on", and what it takes is not there.
+    """
+    if wanted == "off":
+        return False, "not fused"
+    compiles = device.type == "cuda"
+    if compiles and wanted == "auto" and num_params < SMALLEST_COMPILED:
+        return False, "not fused (the model is small)"
+    missing = _why_not_compile(device) if compiles else "" if kernels() else NOT_BUILT
+    if missing and wanted == "on":
+        raise InputError(f"fused_optimizer is on, but {missing}")
+    if missing:
+        return False, f"not fused ({missing})"
+    return True, "fused by torch.compile" if compiles else "fused in C++"
+
+
+@functools.cache
+def _why_not_compile(device: torch.device) -> str:
+    """Why torch.compile does not work here, found out by compiling one addition; empty where it does."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # what is missing shows in many types: no compiler, no Triton, no Python headers
+        return f"torch.compile does not work here: {str(error).strip().splitlines()[0]}"
+    return ""
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Has malloc keep what is freed for the rest of this process, and says whether it could (glibc alone).
+
+    Else it gives blocks as large as a weight's gradient back to the system, and every step has their pages mapped and
+    zeroed anew.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    import ctypes
+
+    mallopt = ctypes.CDLL(None).mallopt
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    return bool(mallopt(m_mmap_threshold, 2**30) and mallopt(m_trim_threshold, -1))  # -1: never
+
+
+def describe(device: torch.device, num_ranks: int, precision: str, optimizer: str) -> str:
+    """One line on where and how a run computes."""
+    if device.type == "cuda":
+        where = f"{num_ranks} x {torch.cuda.get_device_name(device)}"
+    else:
+        where = f"{num_ranks} x {platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{where}, {precision} compute on fp32 weights, optimizer {optimizer}"
+
+
+def peak_memory(device: str) -> int:
+    """Bytes that this process held at most: on the GPU as torch allocated them, else resident."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")  # not ru_maxrss first: on Linux a new process starts from its parent's peak
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource  # not there on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

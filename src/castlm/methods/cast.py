@@ -1,0 +1,44 @@
+"""CAST: continuous adaptive sparse training (arXiv 2509.25996), the method that this package is about."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from castlm.core.scaling import add_weight_scaling
+from castlm.core.shards import local
+from castlm.core.sparsify import weight_parameter
+from castlm.methods.base import Retraining
+
+
+class Cast(Retraining):
+    """Dense forward pass, AdamS, weight scaling (arXiv 2509.25996)."""
+
+    decays = True
+
+    @property
+    def mask_interval(self) -> int:  # type: ignore[override]
+        return self.config.mask_interval if self.config.initial_mask == "magnitude" else 0
+
+    def prepare(self, model: nn.Module) -> None:
+        if self.config.scale_groups:
+            n, m = self.pattern
+            add_weight_scaling(model, self.config.scale_groups, n=n, m=m, filter_fn=self.filter_fn)
+
+    def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
+        """Masked weights decay from their dense values."""
+        parameter = weight_parameter(layer)
+        self.optimizer.set_mask(parameter, mask)
+        local(parameter).copy_(torch.where(mask, weight, local(parameter)))
+
+    def masks(self) -> dict[Tensor, Tensor]:
+        return self.optimizer.masks()
+
+    def flips(self) -> int:
+        return self.optimizer.flips()
+
+    def restore_flips(self, flips: int) -> None:
+        self.optimizer.restore_flips(flips)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}

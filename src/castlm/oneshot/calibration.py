@@ -1,0 +1,75 @@
+"""Calibration text of one-shot solvers: which sequences of it are drawn, and whether a model can take them."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from castlm.core.errors import InputError
+
+# So many times what the windows hold is tokenized: enough to draw from, without reading all of a long text.
+CALIBRATION_POOL = 16
+
+
+def calibration_length(model: PreTrainedModel) -> int:
+    """The window length of the published figures: the context of the model, at most 2,048 tokens."""
+    return min(2048, getattr(model.config, "max_position_embeddings", 2048))
+
+
+def calibration_blocks(token_ids: Tensor, num_sequences: int = 128, seq_len: int = 2048, seed: int = 0) -> Tensor:
+    """Random windows of a text: those the loaders of SparseGPT and Wanda take of WikiText-2 and PTB, seed for seed.
+
+    The text is tokenized once as a whole (with the special tokens the tokenizer puts at its start), and each window
+    begins at `random.Random(seed).randint(0, num_tokens - seq_len - 1)`: anywhere, also in the middle of a document;
+    windows can overlap. Of C4 those loaders draw a document first, and then one window of it.
+
+    Args:
+        token_ids: int64, (num_tokens,).
+        seq_len: tokens a window; `calibration_length(model)` is the convention.
+
+    Returns:
+        int64, (num_sequences, seq_len), in the order drawn.
+
+    Raises:
+        InputError: not one row of integers, fewer than `seq_len + 1` tokens, or a count below 1.
+    """
+    if token_ids.dim() != 1 or token_ids.is_floating_point():
+        raise InputError(
+            f"calibration tokens of shape {tuple(token_ids.shape)}, {token_ids.dtype}: pass one row of integer ids"
+        )
+    if num_sequences < 1 or seq_len < 1:
+        raise InputError(f"{num_sequences} calibration sequences of {seq_len} tokens: both must be at least 1")
+    last = len(token_ids) - seq_len - 1
+    if last < 0:
+        raise InputError(
+            f"the calibration text has {len(token_ids):,} tokens and a window takes {seq_len:,} and one more: "
+            "pass a longer text or a smaller seq_len"
+        )
+    draw = random.Random(seed)
+    starts = [draw.randint(0, last) for _ in range(num_sequences)]
+    return torch.stack([token_ids[start : start + seq_len] for start in starts]).long()
+
+
+def check_calibration(model: PreTrainedModel, calibration: Tensor) -> None:
+    """Raises `InputError` unless `calibration` is (num_sequences, seq_len) of token ids that the model can take."""
+    if calibration.dim() != 2 or not calibration.numel() or calibration.is_floating_point():
+        raise InputError(
+            f"a calibration of shape {tuple(calibration.shape)}, {calibration.dtype}: pass token ids of shape "
+            "(num_sequences, seq_len), as from calibration_blocks"
+        )
+    seq_len, context = calibration.shape[1], getattr(model.config, "max_position_embeddings", None)
+    if context is not None and seq_len > context:
+        raise InputError(
+            f"calibration sequences of {seq_len} tokens are longer than the model's context of {context}: "
+            "make them of calibration_length(model)"
+        )
+    lowest, highest = int(calibration.min()), int(calibration.max())
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if lowest < 0 or highest >= vocabulary:
+        raise InputError(
+            f"calibration tokens {lowest} to {highest} are outside the model's vocabulary of {vocabulary}: "
+            "use the model's own tokenizer"
+        )

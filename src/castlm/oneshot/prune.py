@@ -1,0 +1,265 @@
+"""One-shot n:m pruning with a calibration text: magnitude, Wanda and SparseGPT, written from their papers.
+
+The order is that of the published code: of each transformer block in turn, the inputs of all its layers are seen with
+the block still dense, then all are pruned, then its outputs are made anew for the block that follows. What is saved is
+work done twice: layers that read the same tensor (q, k, v; gate, up) share one statistic and one Cholesky
+factorization, and SparseGPT goes group by group, all rows at once, instead of column by column.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+
+from castlm.core.errors import InputError
+from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.oneshot.calibration import check_calibration
+from castlm.oneshot.solvers import SOLVERS, Settings, Solver
+from castlm.oneshot.walk import BlockInputs, StopForward, transformer_blocks
+
+_ERROR_TOKENS = 256  # that the reconstruction error is measured on
+
+
+@dataclass
+class LayerResult:
+    """What became of one layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    """(out, in)."""
+    num_zeros: int
+    error: float | None = None
+    """|X W^T - X W'^T|^2 / |X W^T|^2 on the first 256 calibration tokens; None without calibration."""
+    num_dead: int = 0
+    """Input columns that the calibration text never moves from 0."""
+    damping: float | None = None
+    """That SparseGPT took: above what was asked for where the Hessian could not be factorized with that."""
+
+
+@dataclass
+class OneshotReport:
+    """What `prune_oneshot_` did."""
+
+    method: str
+    n: int
+    m: int
+    num_sequences: int
+    seq_len: int
+    damping: float | None
+    """As asked for; None where the method has none."""
+    layers: list[LayerResult] = field(default_factory=list)
+    left_dense: dict[str, str] = field(default_factory=dict)
+    """Reason by name."""
+    seconds: float = 0.0
+
+    @property
+    def zero_fraction(self) -> float:
+        """Of the weights of the pruned layers."""
+        return sum(r.num_zeros for r in self.layers) / sum(r.shape[0] * r.shape[1] for r in self.layers)
+
+    @property
+    def raised_damping(self) -> dict[str, float]:
+        """The layers that needed more damping than was asked for, with what they took."""
+        return {r.name: r.damping for r in self.layers if r.damping is not None and r.damping != self.damping}
+
+    def damping_note(self) -> str:
+        """A line for where there are some."""
+        raised, most = len(self.raised_damping), max(self.raised_damping.values())
+        return f"{raised} of {len(self.layers)} layers took more damping than {self.damping:g}, up to {most:g}"
+
+    def damping_record(self) -> dict[str, Any]:
+        """What castlm.json says of the damping; nothing of a method that has none."""
+        return {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
+
+
+class _Input:
+    """A tensor that enters layers of a block: the same one in every pass, with the statistic over all passes."""
+
+    def __init__(self, x: Tensor, solver: Solver) -> None:
+        columns = x.shape[-1]
+        self.names: list[str] = []
+        self.current: Tensor | None = None  # in this pass; held, so that no other tensor can be taken for it
+        self.sample = x.reshape(-1, columns)[:_ERROR_TOKENS].to(torch.float32, copy=True)
+        self.statistic = torch.zeros((columns,) * solver.axes, device=x.device)
+
+
+def _see_inputs(layers: dict[str, nn.Linear], inputs: BlockInputs, solver: Solver, num_sequences: int) -> list[_Input]:
+    """Runs the current block, still dense, on all batches, and gives what enters `layers`, in the order of the calls.
+
+    From the second pass on a block ends where it has called all of them: what comes after changes no statistic.
+    """
+    found: dict[str, _Input] = {}
+    num_calls, last_call = 0, 0
+
+    def before(name: str, x: Tensor) -> None:
+        nonlocal num_calls
+        if name not in found:
+            found[name] = next((seen for seen in found.values() if seen.current is x), None) or _Input(x, solver)
+            found[name].names.append(name)
+        seen = found[name]
+        if seen.current is not x:
+            seen.current = x
+            if solver.add is not None:
+                solver.add(seen.statistic, x.reshape(-1, x.shape[-1]).float(), num_sequences)
+        num_calls += 1
+        if num_calls == last_call:
+            raise StopForward
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(lambda _, args, name=name: before(name, args[0])))
+        for hidden in inputs:
+            num_calls = 0
+            with suppress(StopForward):
+                inputs.run(hidden)
+            if last_call == 0:  # experts are not all called in every pass: then no pass ends early
+                last_call = num_calls if num_calls == len(found) == len(layers) else -1
+            for seen in found.values():
+                seen.current = None
+    for name in layers.keys() - found.keys():
+        raise InputError(f"no calibration token reaches {name}: leave it out with filter_fn, or pass more text")
+    return list(dict.fromkeys(found.values()))
+
+
+def _prune_layers(layers: dict[str, nn.Linear], seen: _Input | None, solver: Solver, to: Settings) -> list[LayerResult]:
+    """Prunes layers that read the same input, all their rows in one piece."""
+    names, weights = ", ".join(layers), [layer.weight for layer in layers.values()]
+    dense = torch.cat([weight.float() for weight in weights])
+    if not dense.isfinite().all():
+        raise InputError(f"the weight of {names} has NaN or infinity: no mask of it means anything")
+    statistic = torch.zeros(()) if seen is None else seen.statistic
+    if not statistic.isfinite().all():
+        raise InputError(f"the calibration text makes NaN or infinity at the input of {names}: load the model in fp32")
+    if solver.axes and not statistic.any():
+        raise InputError(f"the calibration text leaves the whole input of {names} at 0: pass other text")
+    try:
+        pruned = solver.prune(dense, statistic, to)
+    except InputError as error:
+        raise InputError(f"{names}: {error}") from None
+    results, rows = [], [weight.shape[0] for weight in weights]
+    for name, weight, old, new in zip(layers, weights, dense.split(rows), pruned.weight.split(rows)):
+        weight.copy_(new)
+        lost = None if seen is None else _relative_error(seen.sample, old, weight.float())
+        num_zeros = int((weight == 0).sum())
+        results.append(LayerResult(name, tuple(weight.shape), num_zeros, lost, pruned.num_dead, pruned.damping))
+    return results
+
+
+def _relative_error(x: Tensor, old: Tensor, new: Tensor) -> float:
+    lost, whole = (x @ (old - new).T).square().sum(), (x @ old.T).square().sum()
+    return float(lost / whole) if whole > 0 else 0.0
+
+
+@torch.no_grad()
+def prune_oneshot_(
+    model: PreTrainedModel,
+    method: str,
+    *,
+    n: int = 2,
+    m: int = 4,
+    calibration: Tensor | None = None,
+    damping: float = 0.01,
+    block_size: int = 128,
+    filter_fn: FilterFn = is_sparse_linear,
+    progress: Callable[[int, int], None] | None = None,
+) -> OneshotReport:
+    """Prunes a model to n:m in place, without training.
+
+    Memory beyond the model: the hidden states of the calibration text in the model's dtype, and the statistics of one
+    block (SparseGPT: a fp32 matrix (in, in) for each distinct input). The weights keep their dtype.
+
+    Args:
+        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`.
+        calibration: int64, (num_sequences, seq_len), as from `calibration_blocks`. Magnitude needs none; where it is
+            given one, its first 256 tokens serve for the reconstruction errors.
+        damping: SparseGPT: share of the mean of the diagonal of H that is added to it.
+        block_size: SparseGPT: columns between two full matmuls; a matter of speed only.
+        filter_fn: which layers, as for `sparse_linears`.
+        progress: called with (blocks done, blocks in all).
+
+    Raises:
+        InputError: an unknown method, a bad pattern or number, no calibration where one is needed, tokens the model
+            cannot take, nothing to prune, a weight or an input of a layer that is not finite, or a model that cannot
+            be followed block by block. Once pruning has begun, the blocks before the one named are pruned already.
+
+    Example:
+        >>> tokens = calibration_blocks(token_ids, seq_len=calibration_length(model), seed=0)
+        >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)
+    """
+    started = time.perf_counter()
+    to = Settings(n, m, damping, block_size)
+    layers, left_dense = sparse_linears(model, n, m, filter_fn)
+    _check(model, method, layers, calibration, to)
+    kind = SOLVERS[method]
+    if kind.add is None and calibration is not None:
+        calibration = calibration[: math.ceil(_ERROR_TOKENS / calibration.shape[1])]
+    num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
+    asked = damping if method == "sparsegpt" else None
+    report = OneshotReport(method, n, m, num_sequences, seq_len, asked, left_dense=left_dense)
+    if calibration is None:
+        for name, layer in layers.items():
+            report.layers += _prune_layers({name: layer}, None, kind, to)
+    else:
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            _prune_blocks(model, layers, calibration, kind, to, report, progress)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _prune_blocks(
+    model: PreTrainedModel,
+    layers: dict[str, nn.Linear],
+    calibration: Tensor,
+    solver: Solver,
+    to: Settings,
+    report: OneshotReport,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    stack, blocks = transformer_blocks(model, layers)
+    of_block = [{k: v for k, v in layers.items() if k.startswith(f"{stack}.{i}.")} for i in range(len(blocks))]
+    while not of_block[-1]:  # what comes after the last sparse layer need not be run
+        of_block.pop()
+    inputs = BlockInputs(model, blocks, calibration)
+    for index, inside in enumerate(of_block):
+        if inside:
+            for seen in _see_inputs(inside, inputs, solver, len(calibration)):
+                report.layers += _prune_layers({name: inside[name] for name in seen.names}, seen, solver, to)
+        if index + 1 < len(of_block):
+            inputs.advance()
+        if progress is not None:
+            progress(index + 1, len(of_block))
+
+
+def _check(
+    model: PreTrainedModel, method: str, layers: dict[str, nn.Linear], calibration: Tensor | None, to: Settings
+) -> None:
+    if method not in SOLVERS:
+        raise InputError(f"there is no one-shot method {method!r}: choose one of {', '.join(SOLVERS)}")
+    if not 0 <= to.damping <= 1 or to.block_size < 1:
+        raise InputError(f"damping {to.damping} and block size {to.block_size}: pass 0 to 1, and at least 1")
+    for name, layer in layers.items():
+        if parametrize.is_parametrized(layer, "weight"):
+            raise InputError(f"{name} carries weight scaling: call fold_weight_scaling before pruning it")
+        if not layer.weight.is_floating_point():
+            raise InputError(f"{name} stores its weight as {layer.weight.dtype}: load the model unquantized")
+    if calibration is not None:
+        check_calibration(model, calibration)
+    elif SOLVERS[method].add is not None:
+        raise InputError(f"method {method} needs a calibration text: pass calibration, from calibration_blocks")

@@ -1,0 +1,76 @@
+"""One-shot solvers of a layer: magnitude, Wanda and SparseGPT, written from their papers. One row of `SOLVERS` each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from castlm.core.masks import nm_mask
+from castlm.oneshot.sparsegpt import sparsegpt
+
+_GRAM_COLUMNS = 256  # of X^T X at a time
+
+
+class Settings(NamedTuple):
+    """What the methods are asked for."""
+
+    n: int
+    m: int
+    damping: float
+    block_size: int
+
+
+class Pruned(NamedTuple):
+    weight: Tensor
+    num_dead: int = 0
+    damping: float | None = None
+
+
+class Solver(NamedTuple):
+    """A row of `SOLVERS`."""
+
+    prune: Callable[[Tensor, Tensor, Settings], Pruned]
+    """Of a weight (rows, columns) fp32 and the statistic of its input, which it may overwrite."""
+    add: Callable[[Tensor, Tensor, int], None] | None = None
+    """`add(statistic, x, num_sequences)` takes in x (tokens, columns) fp32; None for a method that needs no input."""
+    axes: int = 0
+    """Of the statistic, each as long as the input has columns."""
+
+
+def _magnitude(weight: Tensor, statistic: Tensor, to: Settings) -> Pruned:
+    return Pruned(weight.masked_fill(~nm_mask(weight, to.n, to.m), 0))
+
+
+def _add_squared_norms(squared_norms: Tensor, x: Tensor, num_sequences: int) -> None:
+    """The squared norm of each column, mean over sequences."""
+    squared_norms.add_(x.square().sum(0), alpha=1 / num_sequences)
+
+
+def _wanda(weight: Tensor, squared_norms: Tensor, to: Settings) -> Pruned:
+    """Keeps the largest |W_ij| * |X_j| (Sun et al. 2023, arXiv 2306.11695, Eq. 1); what is kept stays as it is."""
+    mask = nm_mask(weight * squared_norms.sqrt(), to.n, to.m)
+    return Pruned(weight.masked_fill(~mask, 0), int((squared_norms == 0).sum()))
+
+
+def _add_hessian(hessian: Tensor, x: Tensor, num_sequences: int) -> None:
+    """H = 2/num_sequences X^T X, of which only what lies above the diagonal is kept up, by block columns."""
+    for start in range(0, x.shape[1], _GRAM_COLUMNS):
+        rows = slice(start, start + _GRAM_COLUMNS)
+        hessian[rows, start:].addmm_(x[:, rows].T, x[:, start:], alpha=2 / num_sequences)
+
+
+def _sparsegpt(weight: Tensor, hessian: Tensor, to: Settings) -> Pruned:
+    num_dead = int((hessian.diagonal() == 0).sum())
+    hessian.triu_()
+    hessian += hessian.triu(1).T
+    new, damping = sparsegpt(weight, hessian, *to)
+    return Pruned(new, num_dead, damping)
+
+
+SOLVERS: dict[str, Solver] = {
+    "magnitude": Solver(_magnitude),
+    "wanda": Solver(_wanda, _add_squared_norms, axes=1),
+    "sparsegpt": Solver(_sparsegpt, _add_hessian, axes=2),
+}

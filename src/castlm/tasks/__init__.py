@@ -1,1 +1,0 @@
-"""Task files for lm-eval over local data: `{folder}` stands for where it lies; see `castlm.zeroshot`."""

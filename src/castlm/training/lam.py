@@ -1,0 +1,114 @@
+"""A few real steps of a run, thrown away: how large the momentum is, hence `lam`; how far each layer's weights have to
+travel; how fast the machine is. What `castlm plan check` reports and what `lam: auto` uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from castlm.core.budget import DecayBudget, decay_budget
+from castlm.core.shards import local
+from castlm.core.sparsify import weight_parameter
+from castlm.distributed.world import World
+from castlm.hardware import peak_memory
+from castlm.training.checkpoint import checkpoint_steps, read_manifest
+from castlm.training.config import TrainConfig
+from castlm.training.run import Run
+from castlm.training.schedule import schedule
+
+STEPS = 20
+PLACEHOLDER_LAM = 4e-7  # of the calibration steps themselves, in which the ramp has hardly begun
+
+
+@dataclass(frozen=True)
+class LayerCalibration:
+    """One sparse layer: the rms of its bias-corrected momentum, and its own decay budget."""
+
+    momentum_rms: float
+    budget: DecayBudget
+
+    @property
+    def headroom(self) -> float:
+        """Decay budget over the distance that 99 % of the masked weights have to go; above 1 they arrive."""
+        return self.budget.travel / max(self.budget.quantiles[2], 1e-30)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `steps` steps showed. `lam` is the median momentum rms over the layers: "the order of the gradient"."""
+
+    layers: dict[str, LayerCalibration]
+    lam: float
+    tokens_per_s: float
+    tokens_per_step: int
+    peak_bytes: int
+    steps: int
+
+
+def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibration:
+    """Runs the first `steps` steps of `config` in a scratch folder and measures them. Nothing of it is kept.
+
+    Raises:
+        InputError: whatever the run itself would raise, and a method or decay that has no masked weights to judge.
+    """
+    with tempfile.TemporaryDirectory(prefix="castlm-calibrate-") as scratch:
+        scratch_config = dataclasses.replace(
+            config,
+            output_dir=str(Path(scratch) / "run"),
+            lam=PLACEHOLDER_LAM if config.lam == "auto" else config.lam,
+            ignore_decay_budget=True,
+            tensorboard=False,
+            resume=False,
+            overwrite=False,
+        )
+        with contextlib.redirect_stderr(io.StringIO()):
+            run = Run(scratch_config, world)
+        budgets = _budgets(run)
+        seconds, tokens = [], 0
+        for _ in range(min(steps, config.max_steps)):
+            before, before_tokens = run.progress.seconds, run.progress.tokens
+            run.train_step()
+            seconds.append(run.progress.seconds - before)
+            tokens = run.progress.tokens - before_tokens
+        rms = _momentum_rms(run)
+    peak = peak_memory(world.device.type)
+    layers = {name: LayerCalibration(rms[name], budgets[name]) for name in budgets}
+    per_step = statistics.median(seconds[1:] or seconds)  # the first compiles
+    return Calibration(layers, statistics.median(rms.values()), tokens / per_step, tokens, peak, len(seconds))
+
+
+def resolve_lam(config: TrainConfig, world: World) -> TrainConfig:
+    """`config`, whose `lam` is "auto", with a number for it: the checkpoint's it resumes from, else calibrated."""
+    whole = checkpoint_steps(Path(config.output_dir) / "checkpoints") if config.resume else {}
+    if whole:
+        return dataclasses.replace(config, lam=read_manifest(whole[max(whole)])["config"]["lam"])
+    if config.method != "cast" or config.decay in ("horizon", "none"):
+        return dataclasses.replace(config, lam=0.0)  # nothing there reads it
+    return dataclasses.replace(config, lam=calibrate(config, world).lam)
+
+
+def _budgets(run: Run) -> dict[str, DecayBudget]:
+    config = run.config
+    lrs, alphas = schedule(config)
+    masks = run.method.masks()
+    pairs = {name: weight_parameter(layer) for name, layer in run.method.layers.items()}
+    return {
+        name: decay_budget([(local(weight.data), local(masks[weight]))], lrs, alphas, config.decay)
+        for name, weight in pairs.items()
+    }
+
+
+def _momentum_rms(run: Run) -> dict[str, float]:
+    correction = 1 - run.config.adam_betas[0] ** run.progress.step
+    rms = {}
+    for name, layer in run.method.layers.items():
+        momentum = run.optimizer.momentum(weight_parameter(layer))
+        rms[name] = math.sqrt(float(momentum.square().mean())) / correction
+    return rms

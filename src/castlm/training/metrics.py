@@ -1,0 +1,111 @@
+"""The figures of an evaluation while a run goes on: perplexity of held-out tokens, and the state of the masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from castlm.core.masks import unpack_mask
+from castlm.distributed.world import World
+from castlm.evaluation.perplexity import scored_windows
+from castlm.hardware import autocast
+from castlm.training.objective import Objective
+
+
+@dataclass
+class Evaluator:
+    """Measures the perplexity of the student on the held-out tokens of a run."""
+
+    objective: Objective
+    token_ids: Tensor
+    """int64, (num_tokens,)."""
+    seq_len: int
+    batch: int
+    """Sequences per rank and forward pass."""
+    precision: str
+    world: World
+
+    def perplexity(self) -> float:
+        """Of the forward pass as it is. All ranks call it; their parameters are sharded again when it returns."""
+        return held_out_perplexity(
+            self.objective,
+            self.token_ids,
+            seq_len=self.seq_len,
+            batch=self.batch,
+            precision=self.precision,
+            world=self.world,
+        )
+
+
+@torch.no_grad()
+def held_out_perplexity(
+    objective: Objective, token_ids: Tensor, *, seq_len: int, batch: int, precision: str, world: World
+) -> float:
+    """Of `token_ids` (num_tokens,) in windows of `seq_len`, each token but a window's first scored once, on all ranks.
+
+    The windows of `castlm.evaluation.perplexity.perplexity` at its default stride; inf or NaN where the model diverged.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    objective.eval()
+    with autocast(world.device, precision):
+        for input_ids, labels in windows(token_ids, seq_len, batch, world):
+            nll = objective(input_ids.to(world.device), labels.to(world.device), 1, ce_only=True).ce
+            sums += torch.stack([nll.double(), (labels != -100).sum().to(nll.device).double()])
+    if world.mesh is not None:
+        objective.reshard()  # type: ignore[operator]  # FSDP leaves the root whole after a forward pass
+    total, count = world.sum(sums)
+    return float((total / count).exp())
+
+
+def windows(token_ids: Tensor, seq_len: int, batch: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's windows of `token_ids` as (input_ids, labels), (batch, seq_len) each; labels are -100 past the end.
+
+    Every rank gets the same number of batches, the last filled up with windows that do not count.
+    """
+    found = scored_windows(len(token_ids), seq_len, seq_len)
+    per_step = batch * world.size
+    for step in range(0, len(found), per_step):
+        input_ids = token_ids.new_zeros(batch, seq_len)
+        labels = torch.full_like(input_ids, -100)
+        start = step + world.rank * batch
+        for row, targets, (begin, end, first) in zip(input_ids, labels, found[start : start + batch]):
+            row[: end - begin] = token_ids[begin:end]
+            targets[first - begin - 1 : end - begin - 1] = token_ids[first:end]
+        yield input_ids, labels
+
+
+@torch.no_grad()
+def mask_figures(
+    masks: Mapping[Tensor, Tensor], initial_masks: Sequence[Tensor], flips: int, world: World
+) -> dict[str, float]:
+    """Sparse-weight ratio, flip rates and the largest masked weight, over all ranks (CAST, App. C).
+
+    Args:
+        masks: this rank's part of each sparse weight with its mask, True = kept.
+        initial_masks: the masks of step 0 in bits, as `pack_mask` makes them, in the same order.
+        flips: mask entries of this rank that the newest refresh changed.
+    """
+    sums = torch.zeros(5, dtype=torch.float64, device=world.device)
+    largest = torch.zeros((), device=world.device)
+    for (weight, mask), packed in zip(masks.items(), initial_masks):
+        magnitude = weight.abs()
+        kept, total = (magnitude * mask).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)
+        flipped = (mask != unpack_mask(packed, mask.shape[1])).sum().double()
+        entries = torch.tensor(float(mask.numel()), device=mask.device)
+        sums[:4] += torch.stack([kept, total, flipped, entries.double()])
+        if magnitude.numel():
+            largest = torch.maximum(largest, (magnitude * ~mask).amax())
+    sums[4] = flips
+    kept_sum, total_sum, flipped_sum, entries_sum, flips_sum = world.sum(sums).tolist()
+    if world.mesh is not None:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return {
+        "sparse_weight_ratio": kept_sum / total_sum,
+        "initial_flip_rate": flipped_sum / entries_sum,
+        "flip_rate": flips_sum / entries_sum,
+        "largest_masked": float(largest),
+    }

@@ -1,0 +1,64 @@
+"""Reads a run's metrics.jsonl, which `castlm.training.telemetry` writes. No torch here: planning does without."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from castlm.core.errors import InputError
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """All rows of a run's `metrics.jsonl`, in file order.
+
+    Args:
+        run: the folder of the run, or the file. A last line cut short by a kill is dropped.
+
+    Raises:
+        InputError: the file cannot be read, or another line is malformed (with its number).
+    """
+    path = Path(run)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break
+            reason = getattr(error, "msg", "nested too deeply")
+            raise InputError(f"{path}, line {number}: not a JSON object ({reason})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: a JSON object was expected, found {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def read_evaluations(run: str | Path) -> list[dict[str, Any]]:
+    """The evaluation rows, those with `prune_now_ppl`. Each gets the `alpha` of the last step before it.
+
+    Raises:
+        InputError: as `read_metrics`.
+    """
+    rows, alpha = [], None
+    for row in read_metrics(run):
+        alpha = row.get("alpha", alpha)
+        if row.get("prune_now_ppl") is not None:
+            rows.append(row if alpha is None else {**row, "alpha": alpha})
+    return rows
+
+
+def read_series(run: str | Path, key: str) -> list[tuple[float, float]]:
+    """(step, value) of the rows that have `key`; empty where the run has no metrics.jsonl.
+
+    Raises:
+        InputError: as `read_metrics`.
+    """
+    if not (Path(run) / "metrics.jsonl").is_file():
+        return []
+    return [(row["step"], row[key]) for row in read_metrics(run) if key in row]

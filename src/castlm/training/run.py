@@ -1,0 +1,266 @@
+"""A run at work: one optimizer step, an evaluation, a checkpoint. `castlm.training.loop` puts them in order."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from castlm.core.adams import AdamS
+from castlm.core.errors import InputError
+from castlm.core.pattern import parse_pattern
+from castlm.core.shards import local
+from castlm.core.update import decay_alpha
+from castlm.data.tokens import check_vocabulary
+from castlm.distributed.mask_check import SelfCheck
+from castlm.distributed.world import World
+from castlm.files import prepare_output_dir
+from castlm.hardware import autocast
+from castlm.methods.base import Retraining
+from castlm.training.checkpoint import Saver, check_same_run, checkpoint_steps, load_checkpoint, read_manifest
+from castlm.training.config import TrainConfig
+from castlm.training.finish import TrainedRun
+from castlm.training.metrics import mask_figures
+from castlm.training.objective import pruned
+from castlm.training.schedule import learning_rate
+from castlm.training.setup import global_batch, introduction, local_masks, set_up
+from castlm.training.telemetry import Telemetry
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Evaluations by step."""
+    first_step: int = 0
+    """Where this process began."""
+
+
+class Run:
+    """A run: its parts, how far it is, and what it writes.
+
+    Args:
+        config: `lam` is a number by now.
+
+    Raises:
+        InputError: on anything the user can put right; nothing is half-written.
+    """
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.output_dir = Path(config.output_dir)
+        resume_from = self._claim_output_dir()
+        self.parts = set_up(config, world, fresh=resume_from is None)
+        self.progress = Progress()
+        if resume_from is not None:
+            self._restore(resume_from)
+        else:
+            world.on_main(self._start_fresh)
+        self.progress.first_step = self.progress.step
+        watched = self.method.layers if self.method.decays else {}
+        pattern = parse_pattern(config.pattern)
+        self.self_check = SelfCheck(self.optimizer, watched, pattern, config.log_steps, world)
+        self.telemetry = Telemetry(
+            self.output_dir,
+            config.max_steps,
+            is_main=world.is_main,
+            start_step=self.progress.step,
+            tensorboard=config.tensorboard,
+        )
+        self.saver = Saver(
+            self.output_dir / "checkpoints",
+            config.save_total_limit,
+            world,
+            background=config.async_save,
+            say=self.telemetry.say,
+        )
+        for line in introduction(config, self.parts, world):
+            self.telemetry.say(line)
+        if resume_from is not None:
+            self.telemetry.say(f"resuming {resume_from}")
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.parts.source.model
+
+    @property
+    def method(self) -> Retraining:
+        return self.parts.method
+
+    @property
+    def optimizer(self) -> AdamS:
+        return self.parts.optimizer
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run has to share with the saved one besides its config."""
+        return {
+            "world_batch": global_batch(self.config, self.world),
+            "dataset_sha256": self.parts.text.train_sha256,
+            "eval_sha256": self.parts.text.eval_sha256,
+            "precision_used": self.parts.evaluator.precision,
+        }
+
+    def _claim_output_dir(self) -> Path | None:
+        """The checkpoint to resume from; otherwise makes sure that the output folder can be written."""
+        if self.config.resume:
+            return self.world.on_main(self._newest_checkpoint)
+        self.world.on_main(lambda: prepare_output_dir(self.output_dir, self.config.overwrite))
+        return None
+
+    def _newest_checkpoint(self) -> Path:
+        whole = checkpoint_steps(self.output_dir / "checkpoints")
+        if not whole:
+            raise InputError(f"{self.output_dir} holds no whole checkpoint: start it without resume")
+        path = whole[max(whole)]
+        model = read_manifest(path)["config"]["model"]
+        if model != self.config.model:
+            raise InputError(f"{path} is of the model {model}, not {self.config.model}: use that one")
+        return path
+
+    def _start_fresh(self) -> None:
+        for entry in self.output_dir.iterdir():  # only what `overwrite` allows is still here
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        (self.output_dir / "config.yaml").write_text(self.config.as_yaml(), encoding="utf-8")
+
+    def train_step(self) -> None:
+        config, optimizer, started = self.config, self.optimizer, time.perf_counter()
+        seed = np.random.SeedSequence([config.seed, self.progress.step, self.world.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))  # of the step, so that no generator's state has to be saved
+        lr = learning_rate(self.progress.step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        micro_batches = [next(self.parts.text.loader) for _ in range(config.gradient_accumulation_steps)]
+        check_vocabulary(torch.stack([b["input_ids"] for b in micro_batches]), self.model.config.vocab_size)
+        real_tokens = torch.tensor(sum(int((b["labels"] != -100).sum()) for b in micro_batches))
+        num_tokens = self.world.sum(real_tokens.to(self.world.device))
+
+        self.method.before_forward(self.progress.step)
+        self.parts.objective.train()
+        if self.parts.objective.teacher is not None:
+            self.parts.objective.teacher.eval()
+        sums = torch.zeros(3, device=self.world.device)
+        for batch in micro_batches:
+            with autocast(self.world.device, self.parts.evaluator.precision):
+                loss = self.parts.objective(
+                    batch["input_ids"].to(self.world.device), batch["labels"].to(self.world.device), num_tokens
+                )
+            (loss.loss * self.world.size).backward()  # FSDP averages over ranks; the loss is normalised already
+            sums += torch.stack(loss).detach().float()
+        total, ce, kl = self.world.sum(sums).tolist()
+        grad_norm = self._clip()
+        if not np.isfinite([total, grad_norm]).all():
+            self.saver.finish()
+            raise InputError(self._diverged(total, grad_norm))
+        self.method.before_update(self.progress.step)
+        with self.self_check.around_step(self.progress.step, self.method.mask_interval):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        alpha = (
+            decay_alpha(self.progress.step, config.max_steps, config.decay, config.decay_end)
+            if self.method.decays
+            else None
+        )
+        self.progress.step += 1
+        self.progress.tokens += int(num_tokens)
+        took = time.perf_counter() - started
+        self.progress.seconds += took
+        values = {"loss": total, "ce": ce, "kl": kl, "lr": lr, "grad_norm": grad_norm, "tokens": self.progress.tokens}
+        values |= {} if alpha is None else {"alpha": alpha}
+        values |= {"tokens_per_s": int(num_tokens) / took}
+        values |= {"eta_s": self.progress.seconds / self.progress.step * (config.max_steps - self.progress.step)}
+        self.telemetry.log(self.progress.step, values, write=self.progress.step % config.log_steps == 0)
+
+    def _clip(self) -> float:
+        gradients = [p.grad for p in self.parts.names if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parts.names, self.config.max_grad_norm, norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _diverged(self, loss: float, grad_norm: float) -> str:
+        whole = checkpoint_steps(self.output_dir / "checkpoints")
+        last = f"the last good checkpoint is {whole[max(whole)]}" if whole else "there is no checkpoint yet"
+        return (
+            f"step {self.progress.step + 1}: the loss is {loss} and the gradient norm {grad_norm}; {last}; "
+            "lower learning_rate or look at the data"
+        )
+
+    def evaluate(self) -> None:
+        """Perplexity of the forward pass as it is, and of the model as the prune would leave it now."""
+        values = {"tokens": self.progress.tokens, "perplexity": self.parts.evaluator.perplexity()}
+        masks = local_masks(self.method.masks())
+        if masks:
+            with pruned(masks):
+                values["prune_now_ppl"] = self.parts.evaluator.perplexity()
+            initial = [local(mask) for mask in self.parts.initial_masks.values()]  # in the order of `masks`
+            values |= mask_figures(masks, initial, self.method.flips(), self.world)
+        if self.progress.step == 0 and self.parts.dense_perplexity is not None:
+            values["dense_ppl"] = self.parts.dense_perplexity
+        self.progress.figures[str(self.progress.step)] = values
+        self.telemetry.evaluated(self.progress.step, values)
+
+    def tensors(self) -> dict[str, Any]:
+        """All tensors of a checkpoint, by name, as views: loading fills them in place."""
+        state = {name: self.optimizer.state[param] for param, name in self.parts.names.items()}
+        weights = {name: param.detach() for param, name in self.parts.names.items()}
+        return {
+            "model": weights,
+            "optimizer": state,
+            "method": self.method.tensors(),
+            "initial_masks": self.parts.initial_masks,
+        }
+
+    def save(self) -> None:
+        flips = torch.tensor(float(self.method.flips()), device=self.world.device, dtype=torch.float64)
+        manifest = {
+            "config": self.config.as_dict(),
+            "facts": self.facts,
+            "data": self.parts.text.loader.state_dict(),
+            "tokens": self.progress.tokens,
+            "seconds": self.progress.seconds,
+            "figures": self.progress.figures,
+            "flips": int(self.world.sum(flips)) // self.world.num_replicas,
+        }
+        self.saver.save(self.progress.step, self.tensors(), manifest)
+        self.cover_teacher_cache()
+
+    def cover_teacher_cache(self) -> None:
+        """Records which sequences the teacher cache holds by now."""
+        if self.parts.objective.cache is not None:
+            batch = global_batch(self.config, self.world)
+            self.parts.objective.cache.cover(self.progress.first_step * batch, self.progress.step * batch)
+
+    def result(self) -> TrainedRun:
+        """What `finish` needs to know of the run."""
+        progress = self.progress
+        return TrainedRun(
+            self.config,
+            self.world,
+            self.output_dir / "model",
+            self.parts,
+            progress.figures,
+            progress.tokens,
+            progress.seconds,
+            self.telemetry.say,
+        )
+
+    def _restore(self, path: Path) -> None:
+        check_same_run(read_manifest(path), self.config.as_dict(), self.facts)
+        manifest = load_checkpoint(path, self.tensors(), self.world)
+        self.parts.text.loader.load_state_dict(manifest["data"])
+        self.progress = Progress(manifest["step"], manifest["tokens"], manifest["seconds"], manifest["figures"])
+        first_shard = self.world.shard_index == 0  # one rank of each replica says what all of them changed
+        self.method.restore_flips(manifest["flips"] if first_shard else 0)

@@ -1,0 +1,65 @@
+"""The dense model that a run starts from: whole on a single process, and without weights among several ranks until
+each rank reads its own rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from castlm.core.errors import InputError
+from castlm.distributed.loading import Checkpoint, check_one_snapshot, open_sharded
+from castlm.distributed.world import World
+from castlm.models import Loaded, check_head, load_model
+from castlm.training.config import TrainConfig
+
+
+@dataclass
+class Source:
+    """The dense model of a run."""
+
+    loaded: Loaded
+    stored: Checkpoint | None
+    """Where each parameter lies, while the model is still without weights; None for a model in memory."""
+    options: dict[str, Any]
+    """Keyword arguments of `load_model`."""
+    name: str
+    """As the config has it."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.loaded.tokenizer
+
+    def whole_model(self) -> PreTrainedModel:
+        """A copy of the dense model with all its weights, for one rank to work on."""
+        return copy.deepcopy(self.model) if self.stored is None else load_model(self.name, **self.options).model
+
+
+def open_source(config: TrainConfig, world: World) -> Source:
+    """Opens the model of `config` and checks that it fits the config.
+
+    Raises:
+        InputError: as `load_model`; sequences longer than the model's context; an architecture that
+            cannot be distilled.
+    """
+    options = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+    opened = open_sharded(config.model, **options) if world.mesh is not None else None
+    loaded, stored = (load_model(config.model, **options), None) if opened is None else opened
+    check_one_snapshot(config.model, config.revision, world)
+    model = loaded.model
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.seq_len > longest:
+        raise InputError(f"seq_len {config.seq_len} exceeds the model's {longest} positions: lower it")
+    vocab = model.config.vocab_size
+    if config.teacher_top_k > vocab:
+        raise InputError(f"teacher_top_k {config.teacher_top_k} exceeds the model's {vocab} tokens: lower it")
+    if stored is None:
+        check_head(model)
+    return Source(loaded, stored, options, config.model)

@@ -1,0 +1,111 @@
+"""The arrows between the rooms of the package: imports run down only, and no module imports itself in a circle.
+
+Imports under `TYPE_CHECKING` and inside functions count too: a reader follows them all the same.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import castlm
+
+ROOT = Path(castlm.__file__).parent
+TIERS = (
+    ("cli", "__main__"),
+    ("compare", "planning"),
+    ("training",),
+    ("methods", "oneshot", "data", "distributed", "export", "evaluation", "inference"),
+    ("models", "locate", "hardware"),
+    ("files", "progress", "layout"),
+    ("core",),
+)
+TIER_OF = {room: len(TIERS) - number for number, rooms in enumerate(TIERS) for room in rooms}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by name."""
+    return {
+        ".".join(("castlm", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in ROOT.rglob("*.py")
+    }
+
+
+def imports_of(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of the package that a module imports, wherever the import stands in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in known else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name in known}
+
+
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    return {name: imports_of(path, known) - {name} for name, path in known.items()}
+
+
+def cycle(arrows: dict[str, set[str]]) -> list[str]:
+    """The modules of one cycle in order; empty where there is none."""
+    done: set[str] = set()
+
+    def search(name: str, trail: list[str]) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return []
+        for target in sorted(arrows[name]):
+            if found := search(target, [*trail, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(arrows) if (found := search(name, []))), [])
+
+
+def room(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def arrows_up(arrows: dict[str, set[str]]) -> list[str]:
+    return [
+        f"{name} -> {target}"
+        for name, targets in arrows.items()
+        for target in targets
+        if room(name) and room(target) and TIER_OF[room(target)] > TIER_OF[room(name)]
+    ]
+
+
+def test_every_room_has_a_tier():
+    assert {room(name) for name in modules()} - {""} <= set(TIER_OF)
+
+
+def test_no_module_imports_itself_in_a_circle():
+    assert cycle(graph()) == []
+
+
+def test_no_import_runs_up():
+    assert arrows_up(graph()) == []
+
+
+def test_the_search_finds_a_cycle_and_an_arrow_that_runs_up():
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert arrows_up({"castlm.core.masks": {"castlm.training.loop"}}) == ["castlm.core.masks -> castlm.training.loop"]
+
+
+def test_core_imports_torch_and_the_standard_library_alone():
+    for path in (ROOT / "core").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in filter(None, names):
+                top = name.split(".")[0]
+                assert top in sys.stdlib_module_names or top == "torch" or name.startswith("castlm.core"), (path, name)
+
+
+def test_only_the_command_line_knows_argv():
+    for name, path in modules().items():
+        if room(name) not in ("cli", "__main__"):
+            assert "sys.argv" not in path.read_text(encoding="utf-8"), name
