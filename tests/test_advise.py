@@ -1,8 +1,11 @@
 """The advisor: its shapes, its roofline against what others measured, and what it says."""
 
+import json
+
 import pytest
 from benchmarks import advisor
 
+from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.inference.advise import Shapes, advise, layer_shapes, shapes_of
 from castlm.inference.devices import DEVICES, find_device
@@ -107,3 +110,37 @@ def test_time_grows_with_every_dimension():
     assert layer_seconds(device, dense, (4096, 8192), 64) > base
     assert layer_seconds(device, dense, (4096, 4096), 4096) > base
     assert layer_seconds(device, sparse, (8192, 8192), 4096) < layer_seconds(device, dense, (8192, 8192), 4096)
+
+
+def test_the_command_prints_the_table_and_writes_json(tmp_path, capsys):
+    folder = save_tiny(tmp_path / "m", "llama")
+    assert main(["advise", str(folder), "--device", "h100", "--tokens", "64", "--json", str(tmp_path / "a.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "Do not use 2:4 for speed at 64 tokens on h100" in printed
+    assert "64 x 32" in printed
+    assert json.loads((tmp_path / "a.json").read_text())["device"] == "h100"
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--device", "tpu"], "no record of the device 'tpu'"),
+        (["--device", "a100", "--dtype", "fp8"], "a100 has no fp8"),
+        (["--device", "a100", "--measure"], "--measure times the device at hand"),
+        (["--device", "a100", "--tokens", "0"], "0 tokens: give at least 1"),
+    ],
+)
+def test_the_command_complains_in_one_line(tmp_path, capsys, options, complaint):
+    folder = save_tiny(tmp_path / "m", "llama")
+    capsys.readouterr()
+    assert main(["advise", str(folder), *options]) == 2
+    captured = capsys.readouterr()
+    assert complaint in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_fp32_on_a_gpu_is_not_advised_on(tmp_path, capsys):
+    folder = save_tiny(tmp_path / "m", "llama")
+    assert main(["advise", str(folder), "--device", "h100", "--dtype", "fp32"]) == 2
+    assert "h100 has no fp32" in capsys.readouterr().err

@@ -165,8 +165,13 @@ class Advice:
             if self.speedup(best) > max(NOTICEABLE, self.mixed_speedup):
                 lines.append(f"Faster still is {best}, {self.speedup(best):.2f}x of dense; it rounds the weights.")
         if self.evidence:
-            lines += ["", "Published on such devices, in units of dense in the same dtype:"]
-            lines += [f"  {found.speedup:.2f}x  {found.what} ({found.source})" for found in self.evidence]
+            sources = list(dict.fromkeys(found.source for found in self.evidence))
+            lines += ["", "Published, in units of dense in the same dtype where not said otherwise:"]
+            lines += [
+                f"  {found.speedup:.2f}x  {found.device}: {found.what} [{sources.index(found.source) + 1}]"
+                for found in self.evidence
+            ]
+            lines += [f"  [{number}] {source}" for number, source in enumerate(sources, 1)]
         return "\n".join([*lines, "", *self.notes])
 
 

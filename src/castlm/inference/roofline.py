@@ -35,13 +35,13 @@ def gpu_formats(dtype: str) -> list[Format]:
 
     2:4 keeps half of the values and two bits of metadata for each of them.
     """
-    bits = {"bf16": 16, "fp16": 16, "int8": 8, "fp8": 8}
+    bits = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8": 8}
     formats = [
         Format(dtype, bits[dtype], dtype),
         Format(f"2:4 {dtype}", bits[dtype] / 2 + 1, dtype, sparse=True),
     ]
     for other in ("int8", "fp8"):
-        if bits[dtype] > 8:
+        if bits[dtype] == 16:
             formats.append(Format(other, 8, other, changes_weights=True))
             formats.append(Format(f"2:4 {other}", 5, other, sparse=True, changes_weights=True))
     if dtype in ("bf16", "fp16"):
