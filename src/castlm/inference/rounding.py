@@ -3,7 +3,9 @@
 All scales are symmetric, without a zero point. int4 has one for each row and 64 columns, and is rounded by GPTQ
 (Frantar et al. 2023, arXiv 2210.17323), column by column: what a column loses by rounding, the columns to its right
 make up for. A masked weight has the single grid point 0; what earlier columns would have it take over goes on to the
-columns after it, as in SparseGPT (arXiv 2301.00774).
+columns after it, as in SparseGPT (arXiv 2301.00774). GPTQ counts on columns that turn out to be masked, so a few passes
+of coordinate descent follow (QuantEase, arXiv 2309.01885): each code in turn becomes the best one for the output with
+all others as they are, and each scale the best one for its codes. They never increase the error.
 """
 
 from __future__ import annotations
@@ -69,13 +71,15 @@ def round_rows(weight: Tensor, kind: str) -> Rounded:
     return Rounded(kind, codes, scales)
 
 
-def round_int4(weight: Tensor, hessian: Tensor | None = None, damping: float = 0.01) -> Rounded:
-    """Rounds to int4 in groups of 64 columns, by GPTQ where the statistic of the input is given, else to the nearest.
+def round_int4(weight: Tensor, hessian: Tensor | None = None, damping: float = 0.01, passes: int = 4) -> Rounded:
+    """Rounds to int4 in groups of 64 columns: by GPTQ and coordinate descent where the statistic of the input is given,
+    else to the nearest.
 
     Args:
         weight: (rows, columns), any float dtype; what is 0 stays 0.
         hessian: X^T X of the input, times any factor: (columns, columns), fp32, symmetric; it is overwritten.
         damping: share of the mean of the Hessian's diagonal that is added to it.
+        passes: of coordinate descent over all columns.
 
     Raises:
         InputError: NaN or infinity in the weight, or a Hessian that cannot be factorized.
@@ -83,27 +87,57 @@ def round_int4(weight: Tensor, hessian: Tensor | None = None, damping: float = 0
     if not weight.isfinite().all():
         raise InputError("the weight has NaN or infinity: no scale of it means anything")
     columns = weight.shape[1]
-    left = weight.float().T.clone(memory_format=torch.contiguous_format)  # (columns, rows): a column lies contiguous
-    kept = left != 0
+    target = weight.float().T.contiguous()  # (columns, rows): a column lies contiguous
+    left, kept = target.clone(), target != 0
     upper = torch.eye(columns, device=left.device) if hessian is None else _inverse_factor(hessian, damping)
-    codes, scales = torch.empty_like(left, dtype=torch.int8), []
-    for start in range(0, columns, GROUP):
-        block = slice(start, min(start + GROUP, columns))
+    codes, scales = torch.empty_like(left), left.new_empty(-(-columns // GROUP), left.shape[1])
+    for group, block in enumerate(_groups(columns)):
         inner = upper[block, block]
-        scale = _best_scale(left[block], kept[block], inner.diagonal())
-        errors = _round_block(left[block], kept[block], scale, inner, codes[block])
+        scales[group] = _best_scale(left[block], kept[block], inner.diagonal())
+        errors = _round_block(left[block], kept[block], scales[group], inner, codes[block])
         left[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
-        scales.append(scale)
-    return Rounded("int4", codes.T.contiguous(), torch.stack(scales, dim=1))
+    if hessian is not None:
+        _descend(codes, scales, target, kept, hessian, passes)
+    return Rounded("int4", codes.T.to(torch.int8).contiguous(), scales.T.contiguous())
+
+
+def _groups(columns: int) -> list[slice]:
+    return [slice(start, min(start + GROUP, columns)) for start in range(0, columns, GROUP)]
+
+
+def _descend(codes: Tensor, scales: Tensor, target: Tensor, kept: Tensor, hessian: Tensor, passes: int) -> None:
+    """Coordinate descent on tr(E^T H E), E = codes * scales - target, in place; all are (columns, rows), scales
+    (groups, rows)."""
+    blocks = _groups(len(codes))
+    error = torch.cat([codes[block] * scales[group] - target[block] for group, block in enumerate(blocks)])
+    for _ in range(passes):
+        for group, block in enumerate(blocks):
+            inner, scale = hessian[block, block], scales[group]
+            slope = hessian[block] @ error  # (64, rows), kept up within the block
+            for j in range(len(slope)):
+                column = codes[block.start + j]
+                wanted = column - slope[j] / (inner[j, j] * scale)
+                change = wanted.round_().clamp_(-8, 7).mul_(kept[block.start + j]).sub_(column)
+                column += change
+                slope.addr_(inner[:, j], change.mul_(scale))
+            _refit(scale, codes[block], slope, inner)
+            error[block] = codes[block] * scale - target[block]
+
+
+def _refit(scale: Tensor, codes: Tensor, slope: Tensor, inner: Tensor) -> None:
+    """The best scale (rows,) for the codes (64, rows) of a group, in place, where it still is better as bf16."""
+    first, second = (slope * codes).sum(0), (codes * (inner @ codes)).sum(0)
+    change = (scale - first / second.clamp_min(1e-30)).bfloat16().float() - scale
+    is_better = (2 * change * first + change.square() * second < 0) & (scale + change != 0)
+    scale.add_(change * is_better)
 
 
 def _round_block(left: Tensor, kept: Tensor, scale: Tensor, upper: Tensor, codes: Tensor) -> Tensor:
     """Rounds the columns of one group, (64, rows), one after the other; returns what each lost, in units of U_jj."""
     errors = torch.empty_like(left)
     for j in range(len(left)):
-        code = (left[j] / scale).round_().clamp_(-8, 7).mul_(kept[j])
-        codes[j] = code.to(torch.int8)
-        errors[j] = left[j].addcmul_(code, scale, value=-1).div_(upper[j, j])
+        codes[j] = (left[j] / scale).round_().clamp_(-8, 7).mul_(kept[j])
+        errors[j] = left[j].addcmul_(codes[j], scale, value=-1).div_(upper[j, j])
         left[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
     return errors
 
