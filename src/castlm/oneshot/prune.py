@@ -84,7 +84,7 @@ class OneshotReport:
         return asdict(self) | {"zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
 
 
-class _Input:
+class LayerInput:
     """A tensor that enters layers of a block: the same one in every pass, with the statistic over all passes."""
 
     def __init__(self, x: Tensor, solver: Solver) -> None:
@@ -95,18 +95,20 @@ class _Input:
         self.statistic = torch.zeros((columns,) * solver.axes, device=x.device)
 
 
-def _see_inputs(layers: dict[str, nn.Linear], inputs: BlockInputs, solver: Solver, num_sequences: int) -> list[_Input]:
+def see_inputs(
+    layers: dict[str, nn.Linear], inputs: BlockInputs, solver: Solver, num_sequences: int
+) -> list[LayerInput]:
     """Runs the current block, still dense, on all batches, and gives what enters `layers`, in the order of the calls.
 
     From the second pass on a block ends where it has called all of them: what comes after changes no statistic.
     """
-    found: dict[str, _Input] = {}
+    found: dict[str, LayerInput] = {}
     num_calls, last_call = 0, 0
 
     def before(name: str, x: Tensor) -> None:
         nonlocal num_calls
         if name not in found:
-            found[name] = next((seen for seen in found.values() if seen.current is x), None) or _Input(x, solver)
+            found[name] = next((seen for seen in found.values() if seen.current is x), None) or LayerInput(x, solver)
             found[name].names.append(name)
         seen = found[name]
         if seen.current is not x:
@@ -133,7 +135,9 @@ def _see_inputs(layers: dict[str, nn.Linear], inputs: BlockInputs, solver: Solve
     return list(dict.fromkeys(found.values()))
 
 
-def _prune_layers(layers: dict[str, nn.Linear], seen: _Input | None, solver: Solver, to: Settings) -> list[LayerResult]:
+def _prune_layers(
+    layers: dict[str, nn.Linear], seen: LayerInput | None, solver: Solver, to: Settings
+) -> list[LayerResult]:
     """Prunes layers that read the same input, all their rows in one piece."""
     names, weights = ", ".join(layers), [layer.weight for layer in layers.values()]
     dense = torch.cat([weight.float() for weight in weights])
@@ -239,7 +243,7 @@ def _prune_blocks(
     inputs = BlockInputs(model, blocks, calibration)
     for index, inside in enumerate(of_block):
         if inside:
-            for seen in _see_inputs(inside, inputs, solver, len(calibration)):
+            for seen in see_inputs(inside, inputs, solver, len(calibration)):
                 report.layers += _prune_layers({name: inside[name] for name in seen.names}, seen, solver, to)
         if index + 1 < len(of_block):
             inputs.advance()

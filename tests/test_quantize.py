@@ -1,0 +1,91 @@
+"""Quantizing a whole model: zeros stay, verify holds, int4 uses the calibration text, and the command writes a folder."""
+
+import copy
+
+import pytest
+import torch
+
+from castlm.core.errors import InputError
+from castlm.core.masks import is_nm_sparse
+from castlm.core.scaling import add_weight_scaling
+from castlm.core.sparsify import prune_, sparse_linears
+from castlm.inference.quantize import quantize_
+from castlm.oneshot.calibration import calibration_blocks
+from tests.tiny import TEXT, tiny_model, tiny_tokenizer
+
+
+def pruned_model(family="llama", dtype=torch.float32):
+    model = tiny_model(family)
+    prune_(model)
+    return model.to(dtype)
+
+
+def calibration():
+    ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
+    return calibration_blocks(ids, 8, 64)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_zeros_stay_and_the_report_holds_what_the_model_computes(kind, family):
+    from castlm.models import linearize_conv1d_
+
+    model = tiny_model(family)
+    linearize_conv1d_(model)
+    prune_(model)
+    before = copy.deepcopy(model)
+    report = quantize_(model, kind, calibration=calibration() if kind == "int4" else None)
+    layers, _ = sparse_linears(model)
+    assert list(report.layers) == list(layers) or set(report.layers) == set(layers)
+    for name, layer in layers.items():
+        old = before.get_submodule(name).weight
+        assert (layer.weight[old == 0] == 0).all()
+        assert is_nm_sparse(layer.weight)
+        assert torch.equal(report.layers[name].dequantized(), layer.weight)
+        assert not torch.equal(layer.weight, old)
+    assert torch.equal(model.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    limit = {"int8": 1e-4, "fp8": 2e-3, "int4": 2e-2}[kind]
+    assert 0 < report.mean_error < limit
+
+
+def test_int4_fits_the_calibration_text_better_than_the_nearest_grid_points():
+    tokens = calibration()
+    dense, model = pruned_model(), pruned_model()
+    quantize_(model, "int4", calibration=tokens)
+    from castlm.inference.rounding import round_int4
+
+    nearest = pruned_model()
+    with torch.no_grad():
+        for layer in sparse_linears(nearest)[0].values():
+            layer.weight.copy_(round_int4(layer.weight).dequantized())
+        expected = dense(tokens).logits
+        by_gptq, by_nearest = ((m(tokens).logits - expected).norm() for m in (model, nearest))
+    assert by_gptq < by_nearest
+
+
+def test_a_bf16_model_stays_bf16_and_the_report_is_exact():
+    model = pruned_model(dtype=torch.bfloat16)
+    report = quantize_(model, "int8")
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.weight.dtype is torch.bfloat16
+    assert torch.equal(report.layers["model.layers.0.mlp.up_proj"].dequantized().bfloat16(), layer.weight)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(InputError, match="there is no format 'int2': choose one of int8, fp8, int4"):
+        quantize_(pruned_model(), "int2")
+    with pytest.raises(InputError, match="int4 needs a calibration text"):
+        quantize_(pruned_model(), "int4")
+    with pytest.raises(InputError, match="int8 is rounded without a calibration text"):
+        quantize_(pruned_model(), "int8", calibration=calibration())
+    model = pruned_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"model.layers.1.mlp.up_proj: the weight has NaN"):
+        quantize_(model, "fp8")
+    with pytest.raises(InputError, match="no linear layer to quantize"):
+        quantize_(pruned_model(), "int8", filter_fn=lambda module, fqn: False)
+    model = pruned_model()
+    add_weight_scaling(model, 2)
+    with pytest.raises(InputError, match="fold_weight_scaling"):
+        quantize_(model, "int8")
