@@ -1,4 +1,4 @@
-"""Quantizing a whole model: zeros stay, verify holds, int4 uses the calibration text, and the command writes a folder."""
+"""Quantizing a whole model: zeros stay, verify holds, int4 uses the calibration text, the command writes a folder."""
 
 import copy
 

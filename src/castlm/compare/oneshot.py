@@ -90,5 +90,12 @@ def run_oneshot(config: OneshotConfig) -> dict[str, Any]:
         "machine": f"{platform.machine()} cpu",
     }
     return export_model(
-        model, loaded.tokenizer, Path(config.output_dir) / "model", n=n, m=m, left_dense=left_dense, record=record
+        model,
+        loaded.tokenizer,
+        Path(config.output_dir) / "model",
+        n=n,
+        m=m,
+        left_dense=left_dense,
+        record=record,
+        dtype=loaded.dtype,
     )

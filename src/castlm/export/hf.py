@@ -25,7 +25,7 @@ from castlm.core.sparsify import is_sparse_linear
 from castlm.export.card import model_card
 from castlm.export.verify import VerifyReport, verify
 from castlm.files import atomic_dir, atomic_write_json
-from castlm.models import load_model, save_model
+from castlm.models import load_model, parameters_in, save_model
 
 SCHEMA_VERSION = 1
 EVAL_TOLERANCE = 1e-6  # relative; the weights are equal in bits, the kernels may add up in another order
@@ -42,6 +42,7 @@ def export_model(
     left_dense: Mapping[str, str],
     record: Mapping[str, Any],
     overwrite: bool = False,
+    dtype: torch.dtype | None = None,
     eval_fn: Callable[[PreTrainedModel], float] | None = None,
 ) -> dict[str, Any]:
     """Writes `model` to `folder` with castlm.json and a model card, reads it back and proves it.
@@ -53,6 +54,8 @@ def export_model(
         left_dense: why, by the name of a module or parameter, as `sparse_linears` gives it.
         record: what castlm.json shall hold beside the proof. The model card shows `base_model` (hub id or path),
             `license`, and `figures`: rows of `name, perplexity, seq_len, stride, text, num_tokens, tokenizer`.
+        dtype: what the files are written in; that of the model when not given. The weights of `model` are rounded to it
+            as well, and keep their own dtype, so that what is verified and measured is what is written.
         eval_fn: perplexity of a model, called on `model` and on the one read back.
 
     Returns:
@@ -66,12 +69,13 @@ def export_model(
         if parametrize.is_parametrized(module):
             raise InputError(f"{name} is still parametrized: call fold_weight_scaling(model) before the export")
     folder = Path(os.path.realpath(Path(folder).expanduser()))
-    manifest = new_manifest(n, m, left_dense, record)
+    manifest = new_manifest(n, m, left_dense, {**record, "dtype": _name_of(dtype or model.dtype)})
     was_training = model.training
     model.eval()
     try:
         with atomic_dir(folder, overwrite) as temporary:
-            save_model(model, tokenizer, temporary)
+            with parameters_in(model, dtype):
+                save_model(model, tokenizer, temporary)
             atomic_write_json(temporary / "castlm.json", manifest)
             try:
                 manifest["proof"] = _prove(temporary, model, n, m, manifest["left_dense"], eval_fn)
@@ -81,6 +85,10 @@ def export_model(
     finally:
         model.train(was_training)
     return manifest
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def new_manifest(n: int, m: int, left_dense: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:

@@ -179,6 +179,9 @@ class TrainConfig:
     ignore_decay_budget: bool = False
     """Run even when the decay budget says that masked weights cannot reach zero."""
 
+    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
+    """What the result is written in; source: what the dense model is stored in."""
+
     resume: bool = False
     """Continue from the newest whole checkpoint in output_dir."""
 
@@ -287,6 +290,7 @@ WITHOUT_EFFECT = frozenset(
 
 # What may differ between a run and its resumption; the split of the global batch is compared as a product.
 FREE_ON_RESUME = WITHOUT_EFFECT | {
+    "save_dtype",
     "eval_steps",
     "device",
     "fused_optimizer",
