@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "eval": Command("evaluate", "measure the perplexity of a model on a text, or its zero-shot accuracy"),
     "compare": Command("compare", "run CAST and its rivals in one harness and print one table"),
     "plan": Command("plan", "predict convergence, perplexity, hours and memory before a run"),
+    "quantize": Command("quantize", "round a sparse model to int8, fp8 or int4, zeros kept"),
     "advise": Command("advise", "say whether 2:4 pays off for a model on a device, layer by layer"),
     "verify": Command("verify", "count every n:m group of a checkpoint"),
     "demo": Command("demo", "run the main job on the embedded SmolLM2-135M-Instruct, in minutes, on a laptop"),
