@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench docs clean
 
 $(VENV)/.installed: pyproject.toml src/castlm/core/kernels.cpp
 	$(PYTHON) -m venv $(VENV)
@@ -27,5 +27,8 @@ lint: setup
 bench: setup  # every benchmark on small shapes: whether it runs, no figures
 	$(BIN)/python -m benchmarks --quick
 
+docs: setup  # strict: a broken link or an undocumented name fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
 clean:
-	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build demo-output .pytest_cache .mypy_cache .ruff_cache

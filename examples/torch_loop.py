@@ -1,4 +1,4 @@
-"""CAST in a plain torch loop: what castlm adds to one is five lines, marked with an arrow.
+"""CAST in a plain torch loop. castlm adds five lines to it, each marked with an arrow.
 
 python examples/torch_loop.py MODEL_FOLDER TEXT_FILE OUTPUT_FOLDER
 """
@@ -16,12 +16,12 @@ def main(model_folder: str, text_file: str, output_folder: str, steps: int = 50,
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     ids = tokenizer(Path(text_file).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
-    blocks = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
+    sequences = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
 
     castlm.add_weight_scaling(model)  # <-
     optimizer = castlm.AdamS(castlm.sparse_param_groups(model), lr=1e-3, total_steps=steps)  # <-
     for step in range(steps):
-        batch = blocks[torch.arange(step * 8, step * 8 + 8) % len(blocks)]
+        batch = sequences[torch.arange(step * 8, step * 8 + 8) % len(sequences)]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()

@@ -1,9 +1,9 @@
-"""CAST under transformers.Trainer: weight scaling before it, AdamS as its optimizer, prune and fold when it ends.
+"""CAST under transformers.Trainer: weight scaling before training, AdamS as the optimizer, prune and fold at the end.
 
     python examples/trainer.py MODEL_FOLDER TEXT_FILE OUTPUT_FOLDER
     torchrun --nproc-per-node 2 examples/trainer.py MODEL_FOLDER TEXT_FILE OUTPUT_FOLDER
 
-Single process and DDP. `castlm train` does more: distillation, sharding, exact resume, the proof at the end.
+For one process and for DDP. `castlm train` adds distillation, sharding, exact resume and verification.
 """
 
 import os
@@ -20,25 +20,25 @@ from castlm.core.errors import InputError
 
 
 def refuse_what_breaks_the_masks(args: TrainingArguments) -> None:
-    """Raises InputError where Trainer would train something else than CAST without a word."""
+    """Raises InputError where Trainer would silently train something other than CAST."""
     launched = {name for name in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true"}
     if args.deepspeed or "DEEPSPEED" in launched:
         raise InputError("DeepSpeed hands the optimizer flat slices of the weights, which cuts groups apart: use DDP")
     if args.fsdp or "FSDP" in launched:
         raise InputError(
-            "FSDP1 flattens the weights, which cuts groups apart, and Trainer's FSDP on CPU is plain DDP in silence: "
+            "FSDP1 flattens the weights, which cuts groups apart, and on a CPU Trainer silently replaces FSDP by DDP: "
             "use DDP, or torchrun -m castlm train, which shards rows"
         )
     if args.load_best_model_at_end:
-        raise InputError("load_best_model_at_end would be pruned with the masks of the last step: turn it off")
+        raise InputError("load_best_model_at_end would combine the best model with the last masks: turn it off")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
-        raise InputError("Trainer would train in each process by itself: on a CPU, torchrun needs use_cpu=True")
+        raise InputError("Trainer would train a separate model in each process: on a CPU, torchrun needs use_cpu=True")
     if args.max_steps < 1:
         raise InputError("set max_steps: the number of steps is part of the method")
 
 
 class FinishCast(TrainerCallback):
-    """Prunes with the last masks and folds the weight scaling, when training ends and before anything is saved."""
+    """Prunes with the last masks and folds the weight scaling when training ends, before anything is saved."""
 
     def __init__(self, n: int, m: int) -> None:
         self.n, self.m = n, m
@@ -50,7 +50,7 @@ class FinishCast(TrainerCallback):
 
 
 class CastTrainer(Trainer):
-    """A Trainer that makes its model n:m sparse. `args.learning_rate` and Adam's settings count; weight decay does not.
+    """A Trainer that makes its model n:m sparse, with the learning rate and Adam's settings of `args`.
 
     Raises:
         InputError: DeepSpeed, FSDP, load_best_model_at_end, or no max_steps.
@@ -81,7 +81,7 @@ def main(
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     ids = tokenizer(Path(text_file).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
-    blocks = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
+    sequences = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
     args = TrainingArguments(
         output_folder,
         max_steps=steps,
@@ -92,7 +92,9 @@ def main(
         save_strategy="no",
         report_to=[],
     )
-    trainer = CastTrainer(model, args, train_dataset=[{"input_ids": block, "labels": block} for block in blocks])
+    trainer = CastTrainer(
+        model, args, train_dataset=[{"input_ids": sequence, "labels": sequence} for sequence in sequences]
+    )
     trainer.train()
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -1,0 +1,13 @@
+# castlm with its CPU kernels built. For an NVIDIA GPU, replace the base image by a CUDA image that has Python 3.10+.
+#   docker build -t castlm . && docker run --rm -v "$PWD:/work" castlm verify /work/MODEL
+FROM python:3.12-slim
+
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/castlm
+COPY pyproject.toml README.md LICENSE ./
+COPY src src
+RUN pip install --no-cache-dir '.[demo,plan,report]'
+
+WORKDIR /work
+ENTRYPOINT ["castlm"]
