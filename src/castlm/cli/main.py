@@ -31,6 +31,8 @@ COMMANDS: dict[str, Command] = {
     "quantize": Command("quantize", "round a sparse model to int8, fp8 or int4, zeros kept"),
     "advise": Command("advise", "say whether 2:4 pays off for a model on a device, layer by layer"),
     "verify": Command("verify", "count every n:m group of a checkpoint"),
+    "pack": Command("pack", "store an n:m model without its zeros: smaller, and faster on a CPU"),
+    "unpack": Command("unpack", "write a packed model as a plain model folder again"),
     "demo": Command("demo", "run the main job on the embedded SmolLM2-135M-Instruct, in minutes, on a laptop"),
 }
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from castlm.core.errors import InputError
+from castlm.inference.format import INDEX as PACKED_INDEX
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 CHUNK_BYTES = 1 << 22  # stays in the cache between the passes over it
@@ -120,8 +121,9 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
         return read_header(single)
-    if index.is_file():
-        return _sharded(index)
+    indexes = [index, path / PACKED_INDEX]
+    if any(file.is_file() for file in indexes):
+        return _sharded(next(file for file in indexes if file.is_file()))
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:
         return read_header(files[0])
@@ -162,7 +164,21 @@ def magnitude_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray
     """
     floats = FLOATS[tensor.dtype]
     dtype = np.dtype(floats.dtype)
-    size = max(1, CHUNK_BYTES // (step * dtype.itemsize)) * step * dtype.itemsize
+    for chunk in byte_chunks(tensor, step * dtype.itemsize):
+        bits = chunk.view(dtype)
+        bits &= dtype.type(floats.magnitude)
+        yield bits
+
+
+def num_non_finite_bits(bits: np.ndarray, dtype: str) -> int:
+    """How many of the floats that `magnitude_chunks` gave are NaN or infinite."""
+    threshold = bits.dtype.type(FLOATS[dtype].non_finite)
+    return int(np.count_nonzero(bits >= threshold)) if bits.max() >= threshold else 0
+
+
+def byte_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray]:
+    """The bytes of a tensor, uint8, 1-D, in chunks of a multiple of `step`; the buffer is used again for the next."""
+    size = max(1, CHUNK_BYTES // step) * step
     buffer = np.empty(min(size, tensor.num_bytes), np.uint8)
     left = tensor.num_bytes
     with tensor.file.open("rb", buffering=0) as stream:
@@ -170,9 +186,7 @@ def magnitude_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray
         while left:
             chunk = buffer[: min(left, len(buffer))]
             _read_into(stream, chunk, tensor)
-            bits = chunk.view(dtype)
-            bits &= dtype.type(floats.magnitude)
-            yield bits
+            yield chunk
             left -= len(chunk)
 
 

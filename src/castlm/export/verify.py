@@ -17,7 +17,16 @@ import numpy as np
 
 from castlm.core.errors import InputError
 from castlm.core.pattern import check_pattern
-from castlm.export.stored import FLOATS, StoredTensor, magnitude_chunks, read_json, stored_tensors
+from castlm.export.packed_count import count_packed
+from castlm.export.stored import (
+    FLOATS,
+    StoredTensor,
+    magnitude_chunks,
+    num_non_finite_bits,
+    read_json,
+    stored_tensors,
+)
+from castlm.inference.format import PackedSpec, read_specs
 from castlm.layout import guess_model_type, in_block, is_block_linear, stored_transposed
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
@@ -178,7 +187,8 @@ def verify(
 
     Held to the pattern are the 2-D weights inside the transformer blocks, except embeddings and norms; groups lie along
     the input axis, which is the first one where the family stores Conv1D (GPT-2). Layers that the folder's castlm.json
-    lists under `left_dense` are reported as such. Reads f64, f32, f16, bf16 and f8; a value of -0.0 is a zero.
+    lists under `left_dense` are reported as such. Reads f64, f32, f16, bf16 and f8, where a value of -0.0 is a zero,
+    and castlm's packed format, whose masks must keep exactly n of every m.
 
     Args:
         path: the checkpoint.
@@ -187,26 +197,33 @@ def verify(
         exclude: globs of tensor names to leave out, reported as not checked.
 
     Raises:
-        InputError: nothing readable at `path`, a corrupt or short file, packed or integer weights, a bad pattern, or no
-            layer to hold to the pattern.
+        InputError: nothing readable at `path`, a corrupt or short file, integer weights or those packed by others, a
+            bad pattern, or no layer to hold to the pattern.
     """
     check_pattern(n, m)
     path = Path(path)
     tensors = stored_tensors(path)
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    specs = read_specs(sorted({tensor.file for tensor in tensors.values()}))
     _refuse_packed(tensors, config)
     model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in tensors.items()})
-    left_dense = _left_dense(folder / "castlm.json")
+    left_dense = read_left_dense(folder / "castlm.json")
     names = _selected(tensors, include)
     excluded = {name for name in names if _matches(name, exclude or ())}
 
     report = VerifyReport(str(path), n, m)
+    for name, spec in sorted(specs.items(), key=lambda item: _natural(item[0])):
+        parts = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in spec.tensors()}
+        if in_block(name):
+            report.layers.append(_packed_layer(f"{name}.weight", spec, parts, n, m))
+        elif num_non_finite := sum(map(_count_non_finite, parts.values())):
+            report.non_finite_elsewhere[name] = num_non_finite
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
         if name in names and name not in excluded:
             _refuse_unreadable(tensor, config)
             layer = _count(tensor, n, m, axis=0 if stored_transposed(model_type, name) else 1)
-            layer.left_dense = _reason(name, left_dense)
+            layer.left_dense = left_dense_reason(name, left_dense)
             report.layers.append(layer)
             continue
         if name in excluded:
@@ -221,14 +238,32 @@ def verify(
     return report
 
 
-def _left_dense(file: Path) -> Mapping[str, str]:
+def _packed_layer(name: str, spec: PackedSpec, parts: Mapping[str, StoredTensor], n: int, m: int) -> LayerReport:
+    """Counts a layer in castlm's packed format, from its mask; a kept value that is zero counts as a zero."""
+    shape = (spec.columns, spec.rows) if spec.transposed else (spec.rows, spec.columns)
+    layer = LayerReport(name, shape, spec.values, axis=0 if spec.transposed else 1)
+    layer.num_non_finite = sum(map(_count_non_finite, parts.values()))
+    if not spec.m:
+        layer.problem = "dense: quantized, and packed without a mask"
+    elif spec.columns % m:
+        layer.problem = f"its width of {spec.columns} does not divide by {m}"
+    else:
+        counts = count_packed(spec, parts, m, n)
+        layer.num_groups, layer.num_violations, layer.max_nonzeros = counts.groups, counts.violations, counts.most_kept
+        layer.num_zeros = spec.rows * spec.columns - counts.nonzeros
+        layer.problem = counts.damage
+    return layer
+
+
+def read_left_dense(file: Path) -> Mapping[str, str]:
+    """Why, by the name of a module or parameter, layers are left dense, as a castlm.json says; empty without one."""
     content = read_json(file).get("left_dense", {}) if file.is_file() else {}
     if not isinstance(content, dict):
         raise InputError(f"{file}: left_dense is a {type(content).__name__}, not an object of names and reasons")
     return content
 
 
-def _reason(name: str, left_dense: Mapping[str, str]) -> str | None:
+def left_dense_reason(name: str, left_dense: Mapping[str, str]) -> str | None:
     """Why `name` is left dense: its own entry, or that of a module it belongs to."""
     parts = name.split(".")
     owners = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
@@ -286,7 +321,7 @@ def _count(tensor: StoredTensor, n: int, m: int, axis: int) -> LayerReport:
         layer.problem = f"its width of {width} does not divide by {m}"
     step = 1 if layer.problem else m if axis == 1 else m * max(1, columns)
     for bits in magnitude_chunks(tensor, step):
-        layer.num_non_finite += _non_finite(bits, tensor.dtype)
+        layer.num_non_finite += num_non_finite_bits(bits, tensor.dtype)
         nonzero = bits != 0
         layer.num_zeros += len(nonzero) - int(np.count_nonzero(nonzero))
         if layer.problem is None:
@@ -310,12 +345,7 @@ def _group_counts(nonzero: np.ndarray, m: int, axis: int, columns: int) -> np.nd
     return np.add.reduce(ones.reshape(-1, m), axis=1, dtype=dtype)
 
 
-def _non_finite(bits: np.ndarray, dtype: str) -> int:
-    threshold = bits.dtype.type(FLOATS[dtype].non_finite)
-    return int(np.count_nonzero(bits >= threshold)) if bits.max() >= threshold else 0
-
-
 def _count_non_finite(tensor: StoredTensor) -> int:
     if tensor.dtype not in FLOATS:
         return 0
-    return sum(_non_finite(bits, tensor.dtype) for bits in magnitude_chunks(tensor))
+    return sum(num_non_finite_bits(bits, tensor.dtype) for bits in magnitude_chunks(tensor))
