@@ -5,12 +5,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.masks import is_nm_sparse
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears
+from castlm.export.packed import unpack_folder
 from castlm.export.verify import verify
 from castlm.inference.quantize import quantize_
 from castlm.inference.rounding import round_int4
@@ -118,9 +120,35 @@ def test_the_command_writes_a_verified_folder(kind, sparse_folder, tmp_path, cap
     assert ("text_sha256" in record["quantized"]) == (kind == "int4")
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_packed_folder_holds_the_codes_and_unpacks_to_the_quantized_model(kind, family, tmp_path):
+    save_tiny(tmp_path / "dense", family)
+    assert main(["prune", "--model", str(tmp_path / "dense"), "--output-dir", str(tmp_path / "sparse")]) == 0
+    (tmp_path / "t.txt").write_text(TEXT)
+    command = ["quantize", str(tmp_path / "sparse"), "--kind", kind]
+    if kind == "int4":
+        command += ["--calibration", str(tmp_path / "t.txt"), "--seq-len", "64", "--num-sequences", "4"]
+    assert main([*command, "--output-dir", str(tmp_path / "plain")]) == 0
+    assert main([*command, "--output-dir", str(tmp_path / "packed"), "--packed"]) == 0
+    assert verify(tmp_path / "packed").ok
+    unpack_folder(tmp_path / "packed", tmp_path / "unpacked")
+    plain, unpacked = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "unpacked"))
+    assert plain.keys() == unpacked.keys()
+    assert all(torch.equal(plain[name], unpacked[name]) for name in plain)
+    files = {path.name for path in (tmp_path / "packed").iterdir()}
+    assert "castlm.safetensors" in files
+    assert not [name for name in files if name.startswith("model")]
+    stored = load_file(tmp_path / "packed" / "castlm.safetensors")
+    values = [tensor for name, tensor in stored.items() if name.endswith(".values")]
+    assert {tensor.dtype for tensor in values} == {torch.int8 if kind == "int8" else torch.uint8}
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
+        (["--kind", "fp8", "--packed"], "the packed format holds int8 and int4"),
         (["--kind", "int4"], "int4 needs a calibration text: pass --calibration FILE"),
         (["--calibration", "x.txt"], "int8 takes no calibration text"),
         (["--pattern", "1:4"], "1:4 DOES NOT HOLD"),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from castlm.cli.options import parse, result_folder
 from castlm.core.errors import InputError
 from castlm.core.pattern import parse_pattern
+
+if TYPE_CHECKING:
+    from castlm.inference.quantize import QuantizeReport
 
 _NOT_PASSED_ON = (
     "schema_version",
@@ -37,6 +42,9 @@ class QuantizeCommand:
 
     kind: Literal["int8", "fp8", "int4"] = "int8"
     """int8 and fp8 round each row to the nearest; int4 rounds groups of 64 columns by GPTQ with a calibration text."""
+
+    packed: bool = False
+    """Write int8 or int4 in the packed format, codes and scales without the zeros, instead of a plain model folder."""
 
     calibration: str | None = None
     """Text for int4."""
@@ -81,6 +89,8 @@ class QuantizeCommand:
                 if self.kind == "int4"
                 else f"{self.kind} takes no calibration text: leave --calibration out"
             )
+        if self.packed and self.kind == "fp8":
+            raise InputError("the packed format holds int8 and int4: leave --packed out for fp8")
         source = result_folder(self.model)
         manifest = _manifest(source)
         pattern = self.pattern or manifest.get("pattern")
@@ -95,17 +105,24 @@ class QuantizeCommand:
             report = quantize_(loaded.model, self.kind, calibration=blocks, damping=self.damping, progress=progress)
         kept = {key: value for key, value in manifest.items() if key not in _NOT_PASSED_ON}
         record = {"base_model": self.model, **kept, "quantized": {"source": self.model, **report.record(), **text}}
-        export_model(
-            loaded.model,
-            loaded.tokenizer,
-            folder,
-            n=n,
-            m=m,
-            left_dense={**left_dense, **manifest.get("left_dense", {})},
-            record=record,
-            overwrite=True,
-            dtype=save_dtype(self.save_dtype, loaded.dtype),
-        )
+        with contextlib.ExitStack() as stack:
+            plain = folder
+            if self.packed:
+                scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.plain-")
+                plain = Path(stack.enter_context(scratch)) / folder.name
+            export_model(
+                loaded.model,
+                loaded.tokenizer,
+                plain,
+                n=n,
+                m=m,
+                left_dense={**left_dense, **manifest.get("left_dense", {})},
+                record=record,
+                overwrite=True,
+                dtype=save_dtype(self.save_dtype, loaded.dtype),
+            )
+            if self.packed:
+                _pack(plain, folder, n, m, report)
         print(
             f"{folder}: {self.kind} in {len(report.layers)} layers, mean relative error {report.mean_error:.2e}, "
             f"{pattern} verified; measure it with: castlm eval {folder} --text FILE"
@@ -125,6 +142,25 @@ class QuantizeCommand:
             token_ids(self.calibration, loaded.tokenizer), self.num_sequences, length, self.seed
         )
         return blocks, {"text": self.calibration, "text_sha256": text_hash(self.calibration), "seed": self.seed}
+
+
+def _pack(plain: Path, folder: Path, n: int, m: int, report: QuantizeReport) -> None:
+    """Packs the plain folder to `folder`, with the integers themselves, and verifies it."""
+    from castlm.export.integers import store_integers
+    from castlm.export.packed import pack_folder
+    from castlm.export.verify import verify
+    from castlm.files import atomic_dir
+
+    with atomic_dir(folder, overwrite=True) as temporary:
+        inner = temporary / "packed"
+        pack_folder(plain, inner, n, m)
+        store_integers(inner, report.layers)
+        found = verify(inner, n, m)
+        if not found.ok:
+            raise InputError(found.summary().replace(str(inner), str(folder)))
+        for file in inner.iterdir():
+            file.rename(temporary / file.name)
+        inner.rmdir()
 
 
 def _manifest(folder: str) -> dict[str, Any]:

@@ -50,6 +50,22 @@ def gpu_formats(dtype: str) -> list[Format]:
     return formats
 
 
+def cpu_formats(dtype: str) -> list[Format]:
+    """The dense format of `dtype` first, by castlm's kernel, then what else a layer could be on a CPU."""
+    bits = {"fp32": 32, "bf16": 16, "fp16": 16}
+    if dtype not in bits:
+        return []
+    return [
+        Format(dtype, bits[dtype], dtype),
+        Format(f"2:4 {dtype}", bits[dtype] / 2 + 1, dtype, sparse=True),
+        Format("int8", 8, "int8", changes_weights=True),
+        Format("2:4 int8", 5, "int8", sparse=True, changes_weights=True),
+        Format("int4", 4.25, "int4", changes_weights=True),
+        Format("2:4 int4", 3.25, "int4", sparse=True, changes_weights=True),
+        Format(f"torch {dtype}", bits[dtype], dtype, kernel="torch"),
+    ]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """How close a kernel comes to its device."""
@@ -92,7 +108,7 @@ WEIGHT_ONLY = {"int8 weights": 0.56 / 0.70, "int4 weights": 0.37 / 0.70}
 1151 and 763 GB/s of 1436 (README of torchao/sparsity). They multiply in the dtype of the activations, and split the
 input features among processors, so that they have no serial part."""
 
-_ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
+_ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 2, "fp8": 1}
 
 
 def is_assumed(device: Device, form: Format) -> bool:
@@ -106,7 +122,8 @@ def supports(device: Device, form: Format) -> bool:
 
 
 def _compute(form: Format) -> str:
-    return {"fp16": "bf16"}.get(form.compute, form.compute)
+    compute = {"fp16": "bf16"}.get(form.compute, form.compute)
+    return f"torch {compute}" if form.kernel == "torch" else compute
 
 
 def kernel_of(device: Device, form: Format) -> Kernel:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.core.masks import nm_mask
+from castlm.core.masks import nm_mask, pack_mask
+from castlm.inference import native
 from castlm.inference.cuda_backends import backend_for
 from castlm.inference.devices import DEVICES, Device
 from castlm.inference.roofline import Format
+
+_COLD_BYTES = 96 << 20  # more than a processor's last cache: each call finds its weight in memory, as in a model
+_ROUNDS = 7
 
 _CUDA_NAMES = {  # parts of torch.cuda.get_device_name(), the longer ones first
     "A100-SXM": "a100",
@@ -78,3 +90,84 @@ class GpuTimer:
         found = self._found[key]
         sparse_only = [value for name, value in found.items() if name != "dense"]
         return min(sparse_only, default=found["dense"]) if form.sparse else found["dense"]
+
+
+def this_cpu() -> Device:
+    """A record of the CPU at hand, with the threads that torch uses: bytes and operations per second, measured."""
+    buffer = native.allocate(_COLD_BYTES * 2).view(torch.float32).fill_(1)
+    square = torch.ones(1024, 1024)
+    read, multiplied = _best(lambda: buffer.sum()), _best(lambda: square @ square)
+    peak = dict.fromkeys(("fp32", "bf16", "fp16", "int8", "int4"), 2 * 1024**3 / multiplied)
+    name = next((line.partition(":")[2].strip() for line in _cpu_info() if line.startswith("model name")), "this CPU")
+    source = f"{name}, {torch.get_num_threads()} threads, measured"
+    return Device(name, "cpu", buffer.nbytes / read, peak, peak, source)
+
+
+def _cpu_info() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else [f"model name: {platform.machine()}"]
+
+
+def _best(work: Callable[[], object]) -> float:
+    """The least seconds of some calls, after one that does not count."""
+    times = []
+    for _ in range(_ROUNDS + 1):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+class CpuTimer:
+    """Times layers on this CPU: the kernels of castlm and torch's, all formats of a shape in turns, weights cold."""
+
+    def __init__(self, formats: list[Format]) -> None:
+        self._formats = formats
+        self._found: dict[tuple[tuple[int, int], int], dict[str, float]] = {}
+
+    @torch.no_grad()
+    def seconds(self, form: Format, shape: tuple[int, int], tokens: int) -> float:
+        """The least seconds of one call of `form` among some rounds."""
+        key = (shape, tokens)
+        if key not in self._found:
+            x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(0))
+            calls = {f.name: cpu_calls(f, shape, x) for f in self._formats if not f.sparse or shape[1] % 4 == 0}
+            times: dict[str, list[float]] = {name: [] for name in calls}
+            for number in range(_ROUNDS):
+                for name, copies in calls.items():
+                    count = max(2, math.ceil(len(copies) / tokens / 4))  # fewer where the multiplications take longer
+                    chosen = [copies[(number * count + i) % len(copies)] for i in range(count)]
+                    started = time.perf_counter()
+                    for call in chosen:
+                        call()
+                    times[name].append((time.perf_counter() - started) / count)
+            self._found[key] = {name: min(found) for name, found in times.items()}
+        return self._found[key][form.name]
+
+
+def cpu_calls(form: Format, shape: tuple[int, int], x: Tensor) -> list[Callable[[], Tensor]]:
+    """Calls that multiply `x` (tokens, in) by random weights of one format: as many weights as fill the caches."""
+    rows, columns = shape
+    copies = max(2, math.ceil(_COLD_BYTES / (rows * columns * form.bits / 8)))
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+    if form.kernel == "torch":
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[form.compute]
+        cast, stored = x.to(dtype), [weight.to(dtype, copy=True) for _ in range(copies)]
+        return [lambda weight=one: F.linear(cast, weight) for one in stored]
+    n, m = (2, 4) if form.sparse else (0, 0)
+    mask = nm_mask(weight) if form.sparse else torch.ones_like(weight, dtype=torch.bool)
+    kept = weight[mask].view(rows, -1)
+    scales = None
+    if form.compute == "int8":
+        kept, scales = kept.clamp(-1, 1).mul(127).round().to(torch.int8), torch.ones(rows, 1)
+    elif form.compute == "int4":
+        kept = torch.zeros(rows, math.ceil(kept.shape[1] / 2), dtype=torch.uint8)
+        scales = torch.ones(rows, math.ceil(columns / 64))
+    else:
+        kept = kept.to({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[form.compute])
+    size = native.packed_bytes(form.compute, n, m, rows, columns)
+    buffers = native.allocate(size * copies).view(copies, size)
+    bits = pack_mask(mask) if form.sparse else None
+    for buffer in buffers:
+        native.repack_(buffer, kept, bits, scales, form.compute, n, m, columns)
+    return [lambda buffer=one: native.multiply(x, buffer, rows) for one in buffers]
