@@ -1,16 +1,18 @@
 """The advisor: its shapes, its roofline against what others measured, and what it says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from benchmarks import advisor
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
+from castlm.inference import native, this_device
 from castlm.inference.advise import Shapes, advise, layer_shapes, shapes_of
-from castlm.inference.devices import DEVICES, find_device
+from castlm.inference.devices import DEVICES, Device, find_device
 from castlm.inference.published import EVIDENCE, evidence, kernel_times
-from castlm.inference.roofline import gpu_formats, layer_seconds
+from castlm.inference.roofline import cpu_formats, gpu_formats, layer_seconds
 from tests.tiny import save_tiny, tiny_model
 
 LLAMA_1B = Shapes({(2048, 2048): 32, (512, 2048): 32, (8192, 2048): 32, (2048, 8192): 16}, (128256, 2048))
@@ -144,3 +146,38 @@ def test_fp32_on_a_gpu_is_not_advised_on(tmp_path, capsys):
     folder = save_tiny(tmp_path / "m", "llama")
     assert main(["advise", str(folder), "--device", "h100", "--dtype", "fp32"]) == 2
     assert "h100 has no fp32" in capsys.readouterr().err
+
+
+def test_a_cpu_is_timed_and_advised_on_with_the_kernels_of_castlm(tmp_path, capsys):
+    if native.kernels() is None:
+        pytest.skip("the C++ kernels are not built")
+    folder = save_tiny(tmp_path / "m", "llama", hidden_size=64, intermediate_size=128, head_dim=16)
+    capsys.readouterr()
+    assert main(["advise", str(folder), "--device", "this", "--tokens", "1", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["speedup"]) == {form.name for form in cpu_formats("bf16")}
+    assert found["source"] == "roofline"
+
+
+def test_the_cpu_timer_multiplies_by_every_format(monkeypatch):
+    if native.kernels() is None:
+        pytest.skip("the C++ kernels are not built")
+    monkeypatch.setattr(this_device, "_COLD_BYTES", 1 << 16)
+    monkeypatch.setattr(this_device, "_ROUNDS", 1)
+    for dtype in ("bf16", "fp16", "fp32"):
+        timer = this_device.CpuTimer(cpu_formats(dtype))
+        assert all(timer.seconds(form, (64, 128), 4) > 0 for form in timer.formats)
+    device = this_device.this_cpu()
+    assert device.bandwidth > 0
+    advice = advise(Shapes({(64, 128): 1, (64, 30): 1}), device, tokens=1, dtype="fp32")
+    assert advice.rows[1].best == "fp32"
+
+
+def test_the_benchmark_row_counts_noticeable_cells_alone():
+    device = Device("this", "cpu", 1e10, dict.fromkeys(("bf16", "int8", "int4"), 3e10), {}, "made up")
+    device = replace(device, sparse_peak=device.peak)
+    forms = {form.name: form for form in cpu_formats("bf16")}
+    truth = {((576, 576), 1): {n: layer_seconds(device, form, (576, 576), 1) for n, form in forms.items()}}
+    assert advisor.measured_row(truth, device).value == 1
+    upside_down = {key: {n: 1 / s for n, s in cell.items()} for key, cell in truth.items()}
+    assert advisor.measured_row(upside_down, device).value == 0

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from castlm.cli.options import parse, result_folder, write_json
 from castlm.core.errors import InputError
+
+if TYPE_CHECKING:
+    from castlm.inference.devices import Device
+    from castlm.inference.this_device import CpuTimer, GpuTimer
 
 
 @dataclass
@@ -39,14 +43,10 @@ class AdviseCommand:
     def run(self) -> int:
         from castlm.inference.advise import advise, shapes_of
         from castlm.inference.devices import find_device
-        from castlm.inference.this_device import GpuTimer, this_gpu
 
-        timer = None
+        timer: CpuTimer | GpuTimer | None = None
         if self.device == "this":
-            device = this_gpu()
-            if device is None:
-                raise InputError("there is no CUDA device here: pass --device, h100 say")
-            timer = GpuTimer() if self.measure else None
+            device, timer = self._this_device()
         elif self.measure:
             raise InputError(f"--measure times the device at hand: leave out --device {self.device}")
         else:
@@ -56,13 +56,26 @@ class AdviseCommand:
             device,
             tokens=self.tokens,
             dtype=self.dtype,
-            formats=timer.formats(self.dtype) if timer else None,
+            formats=timer.formats if timer else None,
             seconds=timer.seconds if timer else None,
         )
         write_json(self.json, found.as_dict())
         if self.json != "-":
             print(found.text())
         return 0
+
+    def _this_device(self) -> tuple[Device, CpuTimer | GpuTimer | None]:
+        """The record of the device at hand, and with --measure what times layers on it."""
+        from castlm.inference.native import NOT_BUILT, kernels
+        from castlm.inference.roofline import cpu_formats
+        from castlm.inference.this_device import CpuTimer, GpuTimer, this_cpu, this_gpu
+
+        gpu = this_gpu()
+        if gpu is not None:
+            return gpu, GpuTimer(self.dtype) if self.measure else None
+        if kernels() is None:
+            raise InputError(NOT_BUILT)
+        return this_cpu(), CpuTimer(cpu_formats(self.dtype)) if self.measure else None
 
 
 def main(arguments: list[str]) -> int:

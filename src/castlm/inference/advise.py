@@ -18,7 +18,7 @@ from castlm.core.errors import InputError
 from castlm.core.sparsify import is_sparse_linear
 from castlm.inference.devices import Device
 from castlm.inference.published import KERNEL_SOURCE, Evidence, evidence
-from castlm.inference.roofline import Format, gpu_formats, is_assumed, layer_seconds, supports
+from castlm.inference.roofline import Format, cpu_formats, gpu_formats, is_assumed, layer_seconds, supports
 
 Shape = tuple[int, int]
 Seconds = Callable[[Format, Shape, int], float]
@@ -190,7 +190,7 @@ def advise(
         shapes: of `layer_shapes` or `shapes_of`.
         tokens: rows of a layer's input at once: the batch size in decode, all tokens of the prompts in prefill.
         dtype: what the model is served in now; the formats are compared with it.
-        formats: what a layer could be, the dense format of `dtype` first; those of a GPU when not given.
+        formats: what a layer could be, the dense format of `dtype` first; all that the device has when not given.
         seconds: times a layer on this device; a roofline when not given.
 
     Raises:
@@ -198,7 +198,8 @@ def advise(
     """
     if tokens < 1:
         raise InputError(f"{tokens} tokens: give at least 1, the rows that a layer sees at once")
-    formats = [form for form in formats or gpu_formats(dtype) if supports(device, form)]
+    possible = formats or (cpu_formats if device.family == "cpu" else gpu_formats)(dtype)
+    formats = [form for form in possible if supports(device, form)]
     if not formats or formats[0].name != dtype:
         raise InputError(f"{device.name} has no {dtype}: choose one of {', '.join(device.peak)}")
     timed = seconds or (lambda form, shape, count: layer_seconds(device, form, shape, count))

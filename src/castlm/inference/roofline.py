@@ -93,6 +93,16 @@ KERNELS: dict[tuple[str, str, bool], Kernel] = {
     ("ampere", "int8", True): _kernel(9.65, 3.04, 0.733, 0.593),
     ("blackwell", "bf16", False): _kernel(5.68, 0.074, 0.638, 0.707),
     ("blackwell", "bf16", True): _kernel(6.79, 0.381, 0.652, 0.587),
+    ("cpu", "bf16", False): _kernel(0, 0, 1.40, 1.10),
+    ("cpu", "bf16", True): _kernel(0, 0, 1.35, 2.10),
+    ("cpu", "fp32", False): _kernel(0, 0, 1.40, 0.90),
+    ("cpu", "fp32", True): _kernel(0, 0, 1.35, 1.80),
+    ("cpu", "int8", False): _kernel(0, 0, 1.40, 2.24),
+    ("cpu", "int8", True): _kernel(0, 0, 1.40, 3.45),
+    ("cpu", "int4", False): _kernel(0, 0, 1.12, 2.00),
+    ("cpu", "int4", True): _kernel(0, 0, 1.12, 3.60),
+    ("cpu", "torch bf16", False): _kernel(0, 0, 0.80, 0.14),
+    ("cpu", "torch fp32", False): _kernel(0, 0, 1.10, 1.00),
     ("hopper", "bf16", False): _kernel(1.03, 0, 0.852, 0.623),
     ("hopper", "bf16", True): _kernel(6.48, 3.69, 0.687, 0.481),
     ("hopper", "fp8", False): _kernel(0.423, 2.77, 0.857, 0.561),
@@ -100,8 +110,11 @@ KERNELS: dict[tuple[str, str, bool], Kernel] = {
     ("hopper", "int8", False): _kernel(0.059, 4.43, 0.795, 0.646),
     ("hopper", "int8", True): _kernel(3.41, 0.013, 0.805, 0.452),
 }
-"""By family, compute dtype and 2:4 or not: cuBLASLt and cuSPARSELt with their best algorithm, fitted to published.csv
-by `python -m benchmarks.advisor --fit`: least mean absolute error of the logarithm, which is 0.03 to 0.17."""
+"""By family, compute dtype and 2:4 or not, fitted by `python -m benchmarks.advisor --fit` with the least mean absolute
+error of the logarithm. GPUs: cuBLASLt and cuSPARSELt with their best algorithm, to published.csv; error 0.03 to 0.17.
+CPU: the kernels of castlm and torch's on an AMD EPYC (Zen 3, AVX2), bandwidths rounded to what an idle machine gave and
+peaks to two runs beside other work, which the roofline misses by 15 to 48 %. A share above 1 is of what torch reaches:
+castlm's kernels read from huge pages, 2:4 skips half of the multiplications, and int8 has more lanes than fp32."""
 
 WEIGHT_ONLY = {"int8 weights": 0.56 / 0.70, "int4 weights": 0.37 / 0.70}
 """Bandwidth of torchao's weight-only kernels in units of the dense bf16 one, on an A100 with Llama-3-8B at one token:
