@@ -11,7 +11,8 @@ from torch.ao.pruning import WeightNormSparsifier
 
 from benchmarks.rows import Row, interleaved, llama_parameters, ratio_row
 from castlm.core.adams import AdamS
-from castlm.core.masks import nm_mask, rank_mask
+from castlm.core.masks import rank_mask
+from castlm.core.pattern import nm_mask
 
 PATTERNS = torch.tensor([[float(j in kept) for j in range(4)] for kept in combinations(range(4), 2)])  # (6, 4)
 

@@ -77,8 +77,8 @@ def measure(case: dict[str, Any], folder: Path, world: Any) -> dict[str, float]:
             precision=case["compute_dtype"],
             moments=case["moments"],
             gradient_checkpointing=case["gradient_checkpointing"],
-            initial_mask="magnitude",
-            tensorboard=False,
+            init_from="magnitude",
+            report_to=("none",),
             device="cpu",
         )
         return Run(config, world)

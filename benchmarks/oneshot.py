@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.machine import machine, write_json
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import NM
 from castlm.core.sparsify import sparse_linears
 from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import perplexity
@@ -32,7 +32,7 @@ from castlm.models import load_model
 from castlm.oneshot.calibration import calibration_blocks, calibration_length
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.solvers import SOLVERS
-from castlm.oneshot.walk import BlockCall, transformer_blocks
+from castlm.oneshot.walk import BlockCall, block_stack
 
 
 class _FirstBlock(Exception):  # noqa: N818
@@ -105,10 +105,10 @@ PUBLISHED = {"wanda": WandaLayer, "sparsegpt": SparseGPTLayer}
 
 
 @torch.no_grad()
-def published_(model: PreTrainedModel, method: str, calibration: Tensor, n: int, m: int) -> None:
+def published_(model: PreTrainedModel, method: str, calibration: Tensor, pattern: NM) -> None:
     """Prunes `model` in place the published way. Models whose blocks are all called alike, as LLaMA's."""
-    layers, _ = sparse_linears(model, n, m)
-    stack, blocks = transformer_blocks(model, layers)
+    layers, _ = sparse_linears(model, pattern)
+    stack, blocks = block_stack(model, layers)
     entering, call = enter_first_block(model, blocks[0], calibration)
     leaving = torch.zeros_like(entering)
     for index, block in enumerate(blocks):
@@ -122,7 +122,7 @@ def published_(model: PreTrainedModel, method: str, calibration: Tensor, n: int,
         for hook in hooks:
             hook.remove()
         for state in states.values():
-            state.prune(n, m)
+            state.prune(pattern.n, pattern.m)
         for i in range(len(entering)):
             leaving[i] = call.run(block, entering[i : i + 1])[0]
         entering, leaving = leaving, entering
@@ -154,24 +154,24 @@ def timed(prune: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def differing_share(a: nn.Module, b: nn.Module, n: int, m: int) -> float:
+def differing_share(a: nn.Module, b: nn.Module, pattern: NM) -> float:
     """Share of the mask entries of the pruned layers in which two models differ."""
-    pairs = list(zip(sparse_linears(a, n, m)[0].values(), sparse_linears(b, n, m)[0].values()))
+    pairs = list(zip(sparse_linears(a, pattern)[0].values(), sparse_linears(b, pattern)[0].values()))
     different = sum(int(((x.weight == 0) != (y.weight == 0)).sum()) for x, y in pairs)
     return different / sum(x.weight.numel() for x, _ in pairs)
 
 
 def compare(dense: PreTrainedModel, method: str, calibration: Tensor, held_out: Tensor, args: Any) -> dict[str, Any]:
     """One row: seconds of both, medians over interleaved rounds, and the perplexities."""
-    (n, m), seq_len = parse_pattern(args.pattern), calibration.shape[1]
+    pattern, seq_len = NM.parse(args.pattern), calibration.shape[1]
     times: dict[str, list[float]] = {"castlm": [], "published": []}
     for _ in range(args.repeats):
         ours, theirs = copy.deepcopy(dense), copy.deepcopy(dense)
         times["castlm"].append(
-            timed(lambda model=ours: prune_oneshot_(model, method, n=n, m=m, calibration=calibration))
+            timed(lambda model=ours: prune_oneshot_(model, method, pattern=pattern, calibration=calibration))
         )
         if method in PUBLISHED:
-            times["published"].append(timed(lambda model=theirs: published_(model, method, calibration, n, m)))
+            times["published"].append(timed(lambda model=theirs: published_(model, method, calibration, pattern)))
     row: dict[str, Any] = {"method": method, "castlm_seconds": statistics.median(times["castlm"])}
     row["castlm_perplexity"] = perplexity(ours, held_out, seq_len=seq_len).perplexity
     if times["published"]:
@@ -179,7 +179,7 @@ def compare(dense: PreTrainedModel, method: str, calibration: Tensor, held_out: 
         row["published_seconds"] = statistics.median(times["published"])
         row["speedup"], row["speedup_range"] = statistics.median(ratios), [min(ratios), max(ratios)]
         row["published_perplexity"] = perplexity(theirs, held_out, seq_len=seq_len).perplexity
-        row["mask_difference"] = differing_share(ours, theirs, n, m)
+        row["mask_difference"] = differing_share(ours, theirs, pattern)
     return row
 
 

@@ -69,14 +69,14 @@ def castlm_side(args: argparse.Namespace, scratch: Path) -> Run:
         dataset=str(text),
         eval_dataset=str(held_out),
         output_dir=str(scratch / "run"),
-        initial_mask="magnitude",
+        init_from="magnitude",
         max_steps=args.steps + 1,
         seq_len=args.seq_len,
         per_device_train_batch_size=args.batch,
         precision=args.precision,
         gradient_checkpointing=args.gradient_checkpointing,
         device=args.device,
-        tensorboard=False,
+        report_to=("none",),
     )
     return Run(config, init_world(args.device, "full"))
 

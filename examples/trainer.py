@@ -30,7 +30,7 @@ def refuse_what_breaks_the_masks(args: TrainingArguments) -> None:
             "use DDP, or torchrun -m castlm train, which shards rows"
         )
     if args.load_best_model_at_end:
-        raise InputError("load_best_model_at_end would combine the best model with the last masks: turn it off")
+        raise InputError("load_best_model_at_end would prune it with the masks of the last step: turn it off")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise InputError("Trainer would train a separate model in each process: on a CPU, torchrun needs use_cpu=True")
     if args.max_steps < 1:
@@ -40,12 +40,12 @@ def refuse_what_breaks_the_masks(args: TrainingArguments) -> None:
 class FinishCast(TrainerCallback):
     """Prunes with the last masks and folds the weight scaling when training ends, before anything is saved."""
 
-    def __init__(self, n: int, m: int) -> None:
-        self.n, self.m = n, m
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        castlm.prune_(model, self.n, self.m, masks=optimizer.masks())
+        castlm.prune_(model, self.pattern, masks=optimizer.masks())
         castlm.fold_weight_scaling(model)
 
 
@@ -56,17 +56,17 @@ class CastTrainer(Trainer):
         InputError: DeepSpeed, FSDP, load_best_model_at_end, or no max_steps.
     """
 
-    def __init__(self, model: Any, args: TrainingArguments, *, n: int = 2, m: int = 4, **kwargs: Any) -> None:
+    def __init__(self, model: Any, args: TrainingArguments, *, pattern: str = "2:4", **kwargs: Any) -> None:
         refuse_what_breaks_the_masks(args)
-        self.n, self.m = n, m
-        castlm.add_weight_scaling(model, n=n, m=m)
+        self.pattern = pattern
+        castlm.add_weight_scaling(model, pattern=pattern)
         super().__init__(model, args, **kwargs)
-        self.add_callback(FinishCast(n, m))
+        self.add_callback(FinishCast(pattern))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = castlm.AdamS(
-                castlm.sparse_param_groups(self.model, self.n, self.m),
+                castlm.sparse_param_groups(self.model, self.pattern),
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,

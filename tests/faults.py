@@ -64,7 +64,7 @@ class Ground:
         model = save_tiny(folder / "dense", "gemma")
         fields = {
             "max_steps": 12,
-            "initial_mask": "magnitude",
+            "calibration_sequences": 4,
             "decay_end": 0.5,  # still decaying where a run is stopped
             "seq_len": 32,
             "per_device_train_batch_size": 2,
@@ -73,7 +73,6 @@ class Ground:
             "mask_interval": 3,
             "save_steps": 2,
             "learning_rate": 1e-3,
-            "tensorboard": False,
             "device": "cpu",
         }
         config = TrainConfig(str(model), str(folder / "text.txt"), str(folder / "undisturbed"), **{**fields, **over})

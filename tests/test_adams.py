@@ -8,9 +8,10 @@ from torch import nn
 
 from castlm.core import native
 from castlm.core.adams import AdamS
+from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
-from castlm.core.masks import nm_mask, unpack_mask
-from castlm.core.update import DECAYS
+from castlm.core.masks import unpack_mask
+from castlm.core.pattern import nm_mask
 from tests.fused import needs_kernels, through_torch_compile
 from tests.reference import ReferenceAdamS
 
@@ -18,7 +19,11 @@ HYPER = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-8, "lam": 0.3, "total_steps
 
 
 def sparse_group(*params, n=2, m=4):
-    return [{"params": list(params), "sparse": True, "n": n, "m": m}]
+    return [{"params": list(params), "sparse": True, "pattern": f"{n}:{m}"}]
+
+
+def dense_group(*params):
+    return [{"params": list(params), "sparse": False}]
 
 
 def run(optimizer, param, grads):
@@ -28,6 +33,7 @@ def run(optimizer, param, grads):
 
 
 RULES = [*((decay, "mix") for decay in DECAYS), ("horizon", "gradient"), ("none", "gradient")]
+WAYS = [False, pytest.param(None, marks=needs_kernels)]  # fused: torch operators, and the default on a CPU
 
 
 @pytest.mark.parametrize(("decay", "second_moment"), RULES)
@@ -37,7 +43,7 @@ def test_fifty_steps_equal_the_equations(decay, second_moment, n, m):
     weight = nn.Parameter(torch.randn(6, 16))
     rest = {"mask_interval": 7, "decay": decay, "decay_end": 0.6, "second_moment": second_moment}
     reference = ReferenceAdamS(weight.tolist(), n, m, **HYPER, **rest)
-    optimizer = AdamS(sparse_group(weight, n=n, m=m), **HYPER, **rest)
+    optimizer = AdamS(sparse_group(weight, n=n, m=m), **HYPER, **rest, fused=False)
     for t in range(50):
         grad = torch.randn(6, 16)
         reference.step(grad.tolist())
@@ -66,7 +72,7 @@ def test_dense_group_is_torch_adam():
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(7))]
     theirs = copy.deepcopy(ours)
-    optimizer = AdamS(ours, lr=1e-2, betas=(0.9, 0.99), total_steps=30)
+    optimizer = AdamS(dense_group(*ours), lr=1e-2, betas=(0.9, 0.99), total_steps=30)
     adam = torch.optim.Adam(theirs, lr=1e-2, betas=(0.9, 0.99))
     for _ in range(30):
         for a, b in zip(ours, theirs):
@@ -127,7 +133,7 @@ def test_fused_path_equals_the_plain_one(way, monkeypatch):
     plain = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     fused = copy.deepcopy(plain)
     optimizers = [
-        AdamS([*sparse_group(*p[:12]), {"params": p[12:]}], lr=1e-2, total_steps=20, mask_interval=3)
+        AdamS([*sparse_group(*p[:12]), {"params": p[12:]}], lr=1e-2, total_steps=20, mask_interval=3, fused=False)
         for p in (plain, fused)
     ]
     if way == "native":
@@ -199,13 +205,13 @@ def test_kernels_give_the_same_bits_on_any_number_of_threads():
 @needs_kernels
 def test_fused_takes_fp32_on_a_cpu_alone():
     with pytest.raises(InputError, match="float64"):
-        AdamS([nn.Parameter(torch.randn(4, dtype=torch.float64))], total_steps=1, fused=True)
+        AdamS(dense_group(nn.Parameter(torch.randn(4, dtype=torch.float64))), total_steps=1, fused=True)
 
 
 def test_fused_without_kernels_is_refused(monkeypatch):
     monkeypatch.setattr(native, "kernels", lambda: None)
-    with pytest.raises(InputError, match="were not built"):
-        AdamS([nn.Parameter(torch.randn(4))], total_steps=1, fused=True)
+    with pytest.raises(InputError, match="were not compiled"):
+        AdamS(dense_group(nn.Parameter(torch.randn(4))), total_steps=1, fused=True)
 
 
 def test_a_mask_is_a_bit_a_weight_and_can_be_set():
@@ -215,7 +221,7 @@ def test_a_mask_is_a_bit_a_weight_and_can_be_set():
     assert optimizer.state[weight]["mask"].dtype == torch.uint8
     weight.grad = torch.ones_like(weight)
     optimizer.step()
-    other = ~nm_mask(weight)
+    other = ~nm_mask(weight)  # of 2:4, its complement is 2:4 too
     optimizer.set_mask(weight, other)
     assert torch.equal(optimizer.mask(weight), other)
     assert torch.equal(optimizer.masks()[weight], other)

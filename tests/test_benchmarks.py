@@ -13,7 +13,7 @@ from benchmarks.masks import apex_mask, topk_mask
 from benchmarks.rows import Row, interleaved, ratio_row
 
 from castlm.core import native
-from castlm.core.masks import nm_mask
+from castlm.core.pattern import nm_mask
 from castlm.distributed.world import init_world
 from tests.stub_backend import StubBackend
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from castlm.core.adams import AdamS
 from castlm.core.budget import decay_budget
+from castlm.core.decay import decay_alpha
 from castlm.core.errors import InputError
-from castlm.core.update import decay_alpha
 
 
 def run(lr: float, steps: int, decay: str):

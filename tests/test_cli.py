@@ -31,7 +31,7 @@ def test_output_that_nobody_reads_is_no_error(arguments, tmp_path):
 def test_progress_that_nobody_reads_ends_a_run_as_sigpipe_does(tmp_path, text):
     model = save_tiny(tmp_path / "model")
     arguments = ["train", "--model", "{model}", "--dataset", text, "--output-dir", str(tmp_path / "run")]
-    arguments += ["--max-steps", "2", "--seq-len", "16", "--initial-mask", "magnitude", "--ignore-decay-budget"]
+    arguments += ["--max-steps", "2", "--seq-len", "16", "--init-from", "magnitude", "--ignore-decay-budget"]
     reader, writer = os.pipe()
     os.close(reader)
     done = castlm(arguments, model, stdout=subprocess.PIPE, stderr=writer)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import statistics
 from pathlib import Path
 
@@ -12,17 +13,19 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from castlm.cli.main import main
-from castlm.cli.options import parse
+from castlm.cli.options import command_line
 from castlm.compare import oneshot, runs
-from castlm.compare.plan import CompareCommand, Plan
+from castlm.compare.plan import CompareConfig, Plan
+from castlm.compare.plan import compare as run_comparison
 from castlm.compare.presets import PRESETS
 from castlm.compare.report import summarize
 from castlm.compare.results import Result
-from castlm.compare.runs import Run, content_hash, last_line, lock, run_key, run_process
+from castlm.compare.runs import Run, content_hash, last_line, run_key, run_process, zero_shot_key
 from castlm.core.errors import InputError
 from castlm.core.sparsify import sparse_linears
 from castlm.models import load_model
 from castlm.oneshot import sparsegpt
+from castlm.output import continued, locked
 from castlm.training.run import Run as TrainingRun
 from tests.tiny import save_tiny
 
@@ -50,7 +53,7 @@ def in_process(monkeypatch) -> list[str]:
     """Runs a comparison's processes in this one; the names of the configs that were started."""
     started: list[str] = []
 
-    def run_here(arguments, log, lock_descriptor):
+    def run_here(arguments, log):
         started.append(Path(arguments[-1]).stem)
         if arguments[0] == "castlm":
             code = main(arguments[1:])
@@ -64,12 +67,12 @@ def in_process(monkeypatch) -> list[str]:
     return started
 
 
-def command(files, tmp_path, **over) -> CompareCommand:
-    return CompareCommand(**{**files, "output_dir": str(tmp_path / "out"), "budget_tokens": 6 * 64, "seeds": 1, **over})
+def command(files, tmp_path, **over) -> CompareConfig:
+    return CompareConfig(**{**files, "output_dir": str(tmp_path / "out"), "budget_tokens": 6 * 64, "seeds": 1, **over})
 
 
 def compare(files, tmp_path, **over) -> tuple[int, dict]:
-    code = command(files, tmp_path, **over).run(parse)
+    code = run_comparison(command(files, tmp_path, **over), "castlm compare", str)
     return code, json.loads((tmp_path / "out" / "table.json").read_text())
 
 
@@ -233,17 +236,17 @@ def test_key_has_all_that_matters(files, tmp_path):
 def test_a_start_counts_by_what_its_model_holds(files, tmp_path):
     starts = [save_tiny(tmp_path / "a"), save_tiny(tmp_path / "b"), save_tiny(tmp_path / "c", seed=1)]
     variants = tmp_path / "variants.yaml"
-    variants.write_text("".join(f"{start.name}: {{initial_mask: {start}}}\n" for start in starts))
-    plan = Plan(command(files, tmp_path, variants=str(variants)), parse)
+    variants.write_text("".join(f"{start.name}: {{init_from: {start}}}\n" for start in starts))
+    plan = Plan(command(files, tmp_path, variants=str(variants)), str)
     one, same, other = (plan.make(start.name, 6 * 64, 0, None).key for start in starts)
     assert one == same != other
 
 
 def test_a_start_for_all_runs_is_not_the_control_s(files, tmp_path):
-    (tmp_path / "common.yaml").write_text(yaml.safe_dump({**CONFIG, "initial_mask": "wanda"}))
+    (tmp_path / "common.yaml").write_text(yaml.safe_dump({**CONFIG, "init_from": "wanda"}))
     over = {"methods": "srste,gradual_magnitude", "config": str(tmp_path / "common.yaml")}
-    plan = Plan(command(files, tmp_path, **over), parse)
-    starts = {name: plan.make(name, 6 * 64, 0, None).config["initial_mask"] for name in plan.variants}
+    plan = Plan(command(files, tmp_path, **over), str)
+    starts = {name: plan.make(name, 6 * 64, 0, None).config["init_from"] for name in plan.variants}
     assert starts == {"srste": "wanda", "gradual_magnitude": "magnitude", "dense": "magnitude"}
 
 
@@ -274,7 +277,7 @@ def test_gap_is_paired_by_budget_and_seed():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_can_be_planned(name, files, tmp_path):
-    plan = Plan(command(files, tmp_path, preset=name, budget_tokens=64 * 800), parse)
+    plan = Plan(command(files, tmp_path, preset=name, budget_tokens=64 * 800), str)
     made = [plan.make(v, t, 0, None) for v in plan.variants for t in plan.budgets(v)]
     keys = {run.key for run in made}
     assert len(keys) == len(made)  # no two of them are the same run
@@ -297,13 +300,13 @@ def test_presets_can_be_planned(name, files, tmp_path):
 )
 def test_refusals(over, reason, files, tmp_path):
     with pytest.raises(InputError, match=reason):
-        Plan(command(files, tmp_path, **over), parse)
+        Plan(command(files, tmp_path, **over), str)
 
 
 def test_an_unknown_field_is_refused_before_anything_runs(files, tmp_path, in_process):
     variants = tmp_path / "variants.yaml"
     variants.write_text("good: {}\nbad: {lerning_rate: 1}\n")
-    with pytest.raises(InputError, match="no field lerning_rate"):
+    with pytest.raises(InputError, match="no option lerning_rate; did you mean learning_rate"):
         compare(files, tmp_path, variants=str(variants))
     assert not in_process
 
@@ -311,12 +314,13 @@ def test_an_unknown_field_is_refused_before_anything_runs(files, tmp_path, in_pr
 def test_zero_shot_of_every_result_and_of_the_model_as_it_came(files, tmp_path, in_process, monkeypatch):
     asked = []
 
-    def rows_of(model, file, tasks, folder, limit, lock_descriptor):
+    def rows_of(model, file, tasks, folder, limit):
         asked.append(model)
         value = 0.5 if model == files["model"] else 0.25
-        return [{"task": "piqa", "metric": "acc", "value": value, "num_docs": 9}]
+        return [{"task": "piqa", "metric": "acc", "value": value, "num_docs": 9}], None
 
     monkeypatch.setattr("castlm.compare.plan.zero_shot_rows", rows_of)
+    monkeypatch.setattr("castlm.evaluation.zero_shot.check_tasks", lambda names, folder: None)
     _, table = compare(files, tmp_path, methods="magnitude", tasks="piqa", tasks_from=str(tmp_path), num_sequences=2)
     assert asked[0] == files["model"]
     assert len(asked) == 3
@@ -330,21 +334,96 @@ def test_zero_shot_of_every_result_and_of_the_model_as_it_came(files, tmp_path, 
 
 
 def test_one_comparison_at_a_time(tmp_path):
-    with lock(tmp_path), pytest.raises(InputError, match="another castlm compare"), lock(tmp_path):
+    with (
+        continued(tmp_path / "out", "compare"),
+        pytest.raises(InputError, match=rf"in use by process {os.getpid()} on \S+ \(castlm compare\)"),
+        continued(tmp_path / "out", "compare"),
+    ):
         pass
-    with lock(tmp_path):
+    with (
+        locked(prepare(tmp_path / "out" / "runs" / "cast-1"), "train"),  # a run that a killed comparison has left
+        pytest.raises(InputError, match=r"cast-1 is in use .*castlm train"),
+        continued(tmp_path / "out", "compare"),
+    ):
         pass
+    with continued(tmp_path / "out", "compare"):
+        pass
+
+
+def prepare(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_a_folder_of_something_else_is_not_compared_in(files, tmp_path, in_process):
+    (prepare(tmp_path / "out") / "table.md").write_text("my own table")
+    with pytest.raises(InputError, match="no record of"):
+        compare(files, tmp_path, methods="magnitude")
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["table.md"]
+    assert (tmp_path / "out" / "table.md").read_text() == "my own table"
+
+
+def test_a_changed_result_is_not_reused(files, tmp_path, in_process):
+    asked = {"methods": "magnitude,wanda", "num_sequences": 2}
+    compare(files, tmp_path, **asked)
+    (weights,) = (tmp_path / "out" / "runs").glob("wanda-*/model/model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, table = compare(files, tmp_path, **asked)
+    assert code == 1
+    errors = {row["variant"]: row["errors"] for row in table["rows"]}
+    assert "has changed since castlm wrote it: remove" in errors["wanda"][0]
+    assert not errors["magnitude"]
+    assert len(in_process) == 3
+
+
+def test_zero_shot_that_fails_is_not_exit_0(files, tmp_path, in_process, monkeypatch, capsys):
+    monkeypatch.setattr("castlm.compare.plan.zero_shot_rows", lambda *_: ([], "the evaluation failed: no data"))
+    monkeypatch.setattr("castlm.evaluation.zero_shot.check_tasks", lambda names, folder: None)
+    code, table = compare(files, tmp_path, methods="magnitude", tasks="piqa")
+    assert code == 1
+    assert "the evaluation failed: no data" in capsys.readouterr().err
+    assert table["rows"][0]["pruned"]["mean"] > 1
+
+
+def test_tasks_are_checked_before_anything_runs(files, tmp_path, in_process):
+    with pytest.raises(InputError, match=r"no local task 'nope'|need lm-eval"):
+        compare(files, tmp_path, methods="magnitude", tasks="nope", tasks_from=str(tmp_path))
+    assert not in_process
+
+
+def test_key_of_zero_shot_has_the_model_the_tasks_and_their_data(tmp_path):
+    (prepare(tmp_path / "tasks") / "piqa.jsonl").write_text("{}")
+    folder = str(tmp_path / "tasks")
+    key = zero_shot_key("a", "piqa", folder, None)
+    assert zero_shot_key("a", "piqa", folder, None) == key
+    others = [("b", "piqa", folder, None), ("a", "arc", folder, None), ("a", "piqa", None, None)]
+    assert all(zero_shot_key(*other) != key for other in [*others, ("a", "piqa", folder, 5)])
+    (tmp_path / "tasks" / "piqa.jsonl").write_text("{} ")
+    assert zero_shot_key("a", "piqa", folder, None) != key
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "vocab.txt", "modeling.py", "chat_template.jinja", "code/own.py"])
+def test_a_model_is_known_by_all_that_can_matter(name, tmp_path):
+    model = save_tiny(tmp_path / "model")
+    before = content_hash(str(model), None)
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_text("content")
+    assert content_hash(str(model), None) != before
+    (model / name).unlink()
+    (model / "README.md").write_text("of no effect")
+    assert content_hash(str(model), None) == before
 
 
 def test_process_of_a_run(tmp_path):
     log = tmp_path / "log"
-    with lock(tmp_path) as descriptor:
-        assert run_process(["castlm", "nonsense"], log, descriptor) == 2
+    assert run_process(["castlm", "nonsense"], log) == 2
     assert last_line(log).startswith("there is no command 'nonsense'")
 
 
 def test_command_line_repeats_the_comparison(files, tmp_path):
-    line = command(files, tmp_path, methods="cast", seeds=2).command_line()
+    line = command_line("compare", command(files, tmp_path, methods="cast", seeds=2))
     assert line.startswith("castlm compare --model")
     assert "--methods cast" in line
     assert "--seeds 2" in line
@@ -352,7 +431,7 @@ def test_command_line_repeats_the_comparison(files, tmp_path):
 
 
 def test_oneshot_fields_are_those_of_a_plan(files, tmp_path):
-    plan = Plan(command(files, tmp_path, methods="wanda"), parse)
+    plan = Plan(command(files, tmp_path, methods="wanda"), str)
     run = plan.make("wanda", 0, 0, None)
     known = {f.name for f in dataclasses.fields(oneshot.OneshotConfig)}
     assert set(run.config) <= known

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from castlm.core.errors import InputError
-from castlm.core.masks import count_nm_violations
+from castlm.core.pattern import count_nm_violations
 from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.export import hf
@@ -48,7 +48,7 @@ def pruned(folder: Path, family: str = "llama", **over):
 
 
 def export(folder: Path, model, tokenizer, left_dense, **options):
-    return export_model(model, tokenizer, folder, n=2, m=4, left_dense=left_dense, **{"record": RECORD} | options)
+    return export_model(model, tokenizer, folder, pattern="2:4", left_dense=left_dense, **{"record": RECORD} | options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -204,7 +204,7 @@ def test_other_values_on_disk_are_rejected(tmp_path, monkeypatch):
 
 
 def test_layers_that_are_not_found_on_disk_are_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "verify", lambda folder, n, m: verify(folder, n, m, exclude=["*.layers.1.mlp.*"]))
+    monkeypatch.setattr(hf, "verify", lambda folder, pattern: verify(folder, pattern, exclude=["*.layers.1.mlp.*"]))
     rejected(tmp_path, r"proof: 11 of 14 sparse layers were found in .*out.rejected", *pruned(tmp_path))
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,14 @@ import pytest
 
 from castlm import files
 from castlm.core.errors import InputError
-from castlm.files import atomic_dir, atomic_write_json, prepare_output_dir, remove_stale_temporaries, sha256_file
+from castlm.files import (
+    add_file_list,
+    atomic_dir,
+    atomic_write_json,
+    prepare_output_dir,
+    remove_stale_temporaries,
+)
+from castlm.owned import sha256_file
 
 
 def entries(folder: Path) -> list[str]:
@@ -40,8 +48,13 @@ def test_prepare_refuses_what_is_taken(tmp_path):
         prepare_output_dir(tmp_path / "file" / "below")
     with pytest.raises(InputError, match="already holds something"):
         prepare_output_dir(tmp_path)
+    with pytest.raises(InputError, match="holds 'file', which castlm did not write"):
+        prepare_output_dir(tmp_path, overwrite=True)
+    (tmp_path / "file").unlink()
+    (tmp_path / "model").write_text("1")
+    add_file_list(tmp_path)
     prepare_output_dir(tmp_path, overwrite=True)
-    assert entries(tmp_path) == ["file"]  # what is there stays until the result is whole
+    assert entries(tmp_path) == ["castlm.json", "model"]  # what is there stays until the result is whole
 
 
 def test_prepare_never_offers_home_or_the_working_folder(tmp_path, monkeypatch):
@@ -49,11 +62,11 @@ def test_prepare_never_offers_home_or_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "here" / "thesis.tex").write_text("x")
     monkeypatch.chdir(tmp_path / "here")
     for path in (".", "..", "/"):
-        with pytest.raises(InputError, match="will not be overwritten"):
+        with pytest.raises(InputError, match="is the working folder, a folder above it or your home"):
             prepare_output_dir(path, overwrite=True)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir("/")
-    with pytest.raises(InputError, match="will not be overwritten"):
+    with pytest.raises(InputError, match="is the working folder, a folder above it or your home"):
         prepare_output_dir("~", overwrite=True)
 
 
@@ -89,7 +102,7 @@ def test_atomic_dir_replaces_with_overwrite_alone(tmp_path, monkeypatch, exchang
     for version, overwrite in (("1", False), ("2", True)):
         with atomic_dir(final, overwrite) as folder:
             (folder / version).write_text(version)
-    assert entries(final) == ["2"]  # nothing of the old is mixed in
+    assert entries(final) == ["2", "castlm.json"]  # nothing of the old is mixed in
     assert entries(tmp_path) == ["out"]
     with pytest.raises(InputError, match="already holds something"), atomic_dir(final):
         pytest.fail("the block must not be entered")
@@ -108,6 +121,22 @@ def test_exchange_is_one_system_call_here(tmp_path):
     assert entries(tmp_path / "b") == ["a"]
     with pytest.raises(FileNotFoundError):
         files._exchange(tmp_path / "a", tmp_path / "none")
+
+
+def test_what_castlm_did_not_write_outlives_a_replacement(tmp_path, capsys):
+    """A file that came into the folder after the check is kept, and the new result takes its place all the same."""
+    with atomic_dir(tmp_path / "out") as folder:
+        (folder / "a").write_text("old")
+        (folder / "b").write_text("old")
+    with atomic_dir(tmp_path / "out", overwrite=True) as folder:
+        (tmp_path / "out" / "thesis.txt").write_text("mine")
+        (tmp_path / "out" / "b").write_text("my own b")
+        (folder / "a").write_text("new")
+    assert (tmp_path / "out" / "a").read_text() == "new"
+    assert entries(tmp_path) == ["out", "out.kept"]
+    assert entries(tmp_path / "out.kept") == ["b", "thesis.txt"]
+    assert (tmp_path / "out.kept" / "b").read_text() == "my own b"
+    assert "castlm did not write it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
@@ -152,7 +181,7 @@ def test_a_link_is_followed(tmp_path):
     with atomic_dir(tmp_path / "link") as folder:
         (folder / "a").write_text("1")
     assert (tmp_path / "link").is_symlink()
-    assert entries(tmp_path / "real") == ["a"]
+    assert entries(tmp_path / "real") == ["a", "castlm.json"]
 
 
 def test_files_are_as_readable_as_their_folder(tmp_path):
@@ -228,17 +257,25 @@ def test_sigkill_at_every_moment_leaves_the_old_or_the_new(tmp_path, exchange):
 def test_a_result_moved_aside_comes_back(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / f".out.old-{dead.pid}").mkdir()
-    (tmp_path / f".out.old-{dead.pid}" / "a").write_text("old")
-    (tmp_path / f".out.tmp-{dead.pid}").mkdir()
+    writer = f"{dead.pid}@{socket.gethostname()}"
+    (tmp_path / f".out.old-{writer}").mkdir()
+    (tmp_path / f".out.old-{writer}" / "a").write_text("old")
+    (tmp_path / f".out.tmp-{writer}").mkdir()
     remove_stale_temporaries(tmp_path, "out")
     assert entries(tmp_path) == ["out"]
     assert (tmp_path / "out" / "a").read_text() == "old"
 
 
 def test_stale_is_what_no_live_process_writes(tmp_path):
-    keep = [f".out.tmp-{os.getppid()}", ".out.tmp-notes", ".other.tmp-1", f".out.old-{os.getppid()}"]
-    for name in [*keep, f".out.tmp-{os.getpid()}"]:
+    here = socket.gethostname()
+    keep = [
+        f".out.tmp-{os.getppid()}@{here}",
+        ".out.tmp-notes",
+        f".other.tmp-1@{here}",
+        f".out.old-{os.getppid()}@{here}",
+    ]
+    keep += [f".out.tmp-{os.getpid()}@another-machine"]
+    for name in [*keep, f".out.tmp-{os.getpid()}@{here}"]:
         (tmp_path / name).mkdir()
     remove_stale_temporaries(tmp_path, "out")
     assert entries(tmp_path) == sorted(keep)
@@ -291,6 +328,12 @@ def test_atomic_write_json(tmp_path):
         atomic_write_json(file, {"b": object()})
     assert json.loads(file.read_text())["b"] == [1, None]
     assert entries(tmp_path) == ["a.json"]
+
+
+def test_names_that_are_not_utf8_are_written_and_come_back(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    atomic_write_json(tmp_path / "a.json", {"name": name, "other": "café"})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"name": name, "other": "café"}
 
 
 def test_sha256_file(tmp_path):

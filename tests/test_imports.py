@@ -12,11 +12,11 @@ import castlm
 ROOT = Path(castlm.__file__).parent
 TIERS = (
     ("cli", "__main__"),
-    ("compare", "planning"),
+    ("compare", "planning", "report"),
     ("training",),
     ("methods", "oneshot", "data", "distributed", "export", "evaluation", "inference"),
     ("models", "locate", "hardware"),
-    ("files", "progress", "layout"),
+    ("files", "output", "owned", "yaml_file", "fields", "progress", "signals", "layout"),
     ("core",),
 )
 TIER_OF = {room: len(TIERS) - number for number, rooms in enumerate(TIERS) for room in rooms}

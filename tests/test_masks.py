@@ -8,17 +8,14 @@ from castlm.core import native
 from castlm.core.errors import InputError
 from castlm.core.masks import (
     bits_of_a_word,
-    count_nm_violations,
     flip_rate,
-    is_nm_sparse,
-    nm_mask,
     pack_mask,
     refresh_mask_,
     sparse_weight_ratio,
     unpack_mask,
     unpack_words,
 )
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import NM, Pattern, count_nm_violations, is_nm_sparse, nm_mask
 from tests.fused import needs_kernels
 from tests.reference import keep
 
@@ -66,11 +63,12 @@ def test_bad_pattern_raises(n, m):
 @pytest.mark.parametrize("pattern", ["4:2", "0:4", "2", "2:4:8", "a:b", "", "2:", "-2:4", "2.0:4"])
 def test_bad_pattern_text_raises(pattern):
     with pytest.raises(InputError, match="2:4"):
-        parse_pattern(pattern)
+        Pattern.parse(pattern)
 
 
 def test_pattern_text():
-    assert parse_pattern("2:4") == (2, 4)
+    assert Pattern.parse("2:4") == NM(2, 4)
+    assert str(Pattern.parse("12:16")) == "12:16"
 
 
 def test_width_and_nan_raise():

@@ -109,7 +109,9 @@ def test_the_kernel_writes_the_codes_that_torch_writes(signed):
     torch.manual_seed(0)
     weight = nn.Parameter(torch.zeros(64, 256))
     weight.grad = torch.randn(64, 256) * torch.logspace(-6, 2, 64)[:, None]
-    optimizer = AdamS([weight], betas=(0.0, 0.0), total_steps=1, moments="8bit", fused=True)
+    optimizer = AdamS(
+        [{"params": [weight], "sparse": False}], betas=(0.0, 0.0), total_steps=1, moments="8bit", fused=True
+    )
     optimizer.step()
     values = weight.grad if signed else weight.grad.square()
     codes, scale = torch.zeros(64, 256, dtype=torch.uint8), torch.zeros(64)

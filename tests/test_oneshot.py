@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.core.masks import count_nm_violations, nm_mask, rank_mask
+from castlm.core.masks import rank_mask
+from castlm.core.pattern import count_nm_violations, nm_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears
 from castlm.models import linearize_conv1d_
@@ -20,7 +21,7 @@ from castlm.oneshot import walk as calibration_module
 from castlm.oneshot.calibration import calibration_blocks, calibration_length
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.sparsegpt import _LowestOfGroup, sparsegpt
-from castlm.oneshot.walk import transformer_blocks
+from castlm.oneshot.walk import block_stack
 from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny, tiny_model
 
 
@@ -67,7 +68,7 @@ def obs_reference(weight: Tensor, hessian: Tensor, n: int, m: int, damping: floa
 @torch.no_grad()
 def naive_oneshot(model: nn.Module, method: str, calibration: Tensor, n: int, m: int) -> None:
     """Block after block, each with the inputs that it has in the whole model when all before it are pruned."""
-    layers, _ = sparse_linears(model, n, m)
+    layers, _ = sparse_linears(model, f"{n}:{m}")
     for block in sorted({int(next(p for p in name.split(".") if p.isdigit())) for name in layers}):
         inside = {name: layer for name, layer in layers.items() if f".{block}." in name}
         inputs = inputs_of(model, inside, calibration)
@@ -279,10 +280,10 @@ def test_calibration_windows_are_the_published_loaders():
 
 def test_layers_outside_one_stack_of_blocks():
     with pytest.raises(InputError, match="in no transformer block"):
-        transformer_blocks(tiny_model("llama"), ["lm_head"])
+        block_stack(tiny_model("llama"), ["lm_head"])
     with pytest.raises(InputError, match="several stacks"):
-        transformer_blocks(tiny_model("llama"), ["encoder.layers.0.q", "decoder.layers.0.q"])
-    assert transformer_blocks(tiny_model("llama"), ["model.layers.0.mlp.experts.3.w1"])[0] == "model.layers"
+        block_stack(tiny_model("llama"), ["encoder.layers.0.q", "decoder.layers.0.q"])
+    assert block_stack(tiny_model("llama"), ["model.layers.0.mlp.experts.3.w1"])[0] == "model.layers"
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -320,7 +321,7 @@ def test_an_input_that_is_all_zero_is_named():
         ({"calibration": tokens() + VOCAB_SIZE}, "use the model's own tokenizer"),
         ({"calibration": tokens()[0]}, r"\(num_sequences, seq_len\)"),
         ({"damping": 1.5}, "damping 1.5"),
-        ({"n": 4}, "pattern 4:4"),
+        ({"pattern": "4:4"}, "pattern 4:4"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_the_model_is_touched(over, message):

@@ -226,7 +226,7 @@ def test_config_of_a_model_folder_is_read(tmp_path, dtype):
         (json.dumps(llama().to_dict()), {"seq_len": 0}, "seq_len = 0"),
         (json.dumps(llama().to_dict()), {"compute_dtype": "fp8"}, "compute_dtype = 'fp8'"),
         (json.dumps(llama().to_dict()), {"moments": "4bit"}, "moments = '4bit'"),
-        (json.dumps(llama().to_dict()), {"n": 4, "m": 2}, "4:2"),
+        (json.dumps(llama().to_dict()), {"pattern": "4:2"}, "4:2"),
         (json.dumps(llama().to_dict()), {"scale_groups": 7}, "7 scale groups"),
     ],
 )

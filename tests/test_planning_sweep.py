@@ -11,6 +11,7 @@ import yaml
 from castlm.cli.main import main
 from castlm.compare import runs
 from castlm.core.errors import InputError
+from castlm.files import add_file_list
 from castlm.planning.budgets import check_budgets, geometric_budgets
 from castlm.planning.law import Law
 from castlm.planning.predict import predict_perplexity
@@ -55,7 +56,7 @@ class Drawn:
         self.done: list[tuple[int, int]] = []
         self.kill_at = self.fail_at = None
 
-    def __call__(self, arguments, log, lock_descriptor) -> int:
+    def __call__(self, arguments, log) -> int:
         config = yaml.safe_load(Path(arguments[-1]).read_text())
         assert config["method"] == "cast"
         if len(self.done) == self.kill_at:
@@ -70,6 +71,8 @@ class Drawn:
         record = {"method": "cast", "config": {"seed": seed}, "train_tokens": tokens, "num_params": 1000}
         record["perplexity"] = {"pruned": self.perplexity(tokens, seed)}
         (folder / "castlm.json").write_text(json.dumps(record))
+        add_file_list(folder)
+        (folder.parent / "castlm-output.json").write_text('{"command": "train"}')
         return 0
 
     def perplexity(self, tokens: int, seed: int) -> float:
@@ -213,7 +216,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(files, drawn, tmp_path
     arguments = ["plan", "sweep", *files, "--output-dir", str(tmp_path / "out"), "--largest-tokens", str(LARGEST)]
     assert main(arguments) == 2
     assert main([*arguments, "--overwrite"]) == 2
-    assert "holds something that is no sweep" in capsys.readouterr().err
+    assert "already holds something that castlm has no record of" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main([*arguments, "--output-dir", str(tmp_path / "file")]) == 2
     assert not drawn.done
@@ -263,7 +266,7 @@ def test_budgets_are_a_geometric_series():
 
 
 def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
-    def run_here(arguments, log, lock_descriptor):
+    def run_here(arguments, log):
         log.write_text("")
         return main(arguments[1:])
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.core.masks import is_nm_sparse
+from castlm.core.pattern import is_nm_sparse
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.export.packed import unpack_folder

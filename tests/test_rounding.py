@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from castlm.core.errors import InputError
-from castlm.core.masks import nm_mask
+from castlm.core.pattern import nm_mask
 from castlm.inference.rounding import GROUP, Rounded, round_int4, round_rows
 
 

@@ -80,8 +80,7 @@ def test_perplexity_is_measured_on_the_written_values(tmp_path):
         model,
         tiny_tokenizer(),
         tmp_path / "out",
-        n=2,
-        m=4,
+        pattern="2:4",
         left_dense=left_dense,
         record={},
         dtype=torch.bfloat16,
@@ -101,7 +100,7 @@ def test_train_writes_the_source_dtype(tmp_path):
         "--output-dir": tmp_path / "run",
         "--max-steps": 2,
         "--seq-len": 32,
-        "--initial-mask": "magnitude",
+        "--init-from": "magnitude",
         "--eval-steps": 0,
     }
     assert main(["train", *(str(x) for pair in options.items() for x in pair), "--ignore-decay-budget"]) == 0

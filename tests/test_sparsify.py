@@ -6,7 +6,7 @@ from torch import nn
 
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
-from castlm.core.masks import is_nm_sparse, nm_mask
+from castlm.core.pattern import is_nm_sparse, nm_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
 from castlm.models import linearize_conv1d_
@@ -34,7 +34,7 @@ def test_widths_that_do_not_divide_and_filters_are_named():
     assert dense["model.layers.1.mlp.down_proj"] == "its width 90 does not divide by m = 4"
     assert len(sparse) == 12
     _, dense = sparse_linears(model, filter_fn=lambda module, name: name.endswith("up_proj"))
-    assert dense["model.layers.0.self_attn.q_proj.weight"] == "left out by the filter"
+    assert dense["model.layers.0.self_attn.q_proj.weight"] == "excluded by the filter"
 
 
 def test_fused_experts_are_named():
@@ -47,13 +47,13 @@ def test_nothing_to_make_sparse_raises():
     with pytest.raises(InputError, match="no linear layer"):
         sparse_linears(nn.Sequential(nn.Embedding(3, 4), nn.LayerNorm(4)))
     with pytest.raises(InputError, match="4:2"):
-        sparse_linears(tiny_model("llama"), 4, 2)
+        sparse_linears(tiny_model("llama"), "4:2")
 
 
 def test_prune_by_magnitude_and_by_the_optimizers_masks():
     model = tiny_model("llama")
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
-    prune_(model, 1, 4)
+    prune_(model, "1:4")
     after = model.model.layers[0].mlp.up_proj.weight
     assert torch.equal(after, torch.where(nm_mask(before, 1, 4), before, 0.0))
 

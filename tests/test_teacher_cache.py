@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from castlm.core.errors import InputError
+from castlm.core.top_tokens import TopTokens
 from castlm.distributed.world import World, init_world
 from castlm.training import teacher_cache
 from castlm.training.loop import train
@@ -109,7 +111,7 @@ def test_another_teacher_is_refused(config, text, tmp_path):
 def test_a_missing_block_stops_a_run_without_a_teacher(config, tmp_path):
     train(config)
     next((tmp_path / "cache" / "blocks").glob("*/*.safetensors")).unlink()
-    with pytest.raises(InputError, match=r"lacks a block of this run: remove .*coverage"):
+    with pytest.raises(InputError, match=r"lacks a sequence of this run: remove .*coverage"):
         train(in_folder(config, tmp_path, "two"))
 
 
@@ -123,8 +125,52 @@ def test_a_damaged_block_is_taught_anew(config, tmp_path, lessons, capsys):
     train(in_folder(config, tmp_path, "two"))
     assert len(lessons) == 13
     assert block.read_bytes() == whole
-    assert "taught anew" in capsys.readouterr().err
+    assert "the teacher reads the sequence again" in capsys.readouterr().err
     assert_equal_weights(tmp_path / "run" / "model", tmp_path / "two" / "model")
+
+
+POISON = {
+    "a wrong value": lambda tokens, log_probs: (tokens, log_probs - 0.5),
+    "another vocabulary": lambda tokens, log_probs: (tokens + 264, log_probs),
+    "another shape": lambda tokens, log_probs: (tokens[:-1], log_probs[:-1]),
+    "no distribution": lambda tokens, log_probs: (tokens, log_probs * 0),
+    "NaN": lambda tokens, log_probs: (tokens, log_probs * float("nan")),
+    "floats": lambda tokens, log_probs: (tokens.float(), log_probs),
+}
+
+
+@pytest.mark.parametrize("case", POISON)
+@pytest.mark.parametrize("has_checksum", [False, True])
+def test_a_poisoned_block_is_not_used(case, has_checksum, config, tmp_path, monkeypatch, capsys):
+    """Values are checked even where whoever wrote the file knew how to make the checksum."""
+    cache = TeacherCache(str(tmp_path / "cache"), [], 264, World(0, 1, torch.device("cpu"), None))
+    cache.claim(tiny_model("llama"))
+    row = torch.arange(32)
+    probabilities = torch.full((32, 8), 0.1).log()
+    cache.put(row[None], TopTokens(torch.arange(8, dtype=torch.int32).expand(1, 32, 8), probabilities[None]))
+    assert cache.get(row[None]) is not None
+    (path,) = (tmp_path / "cache" / "blocks").glob("*/*.safetensors")
+    tokens, log_probs = POISON[case](torch.arange(8, dtype=torch.int32).expand(32, 8).contiguous(), probabilities)
+    content = {"tokens": tokens, "log_probs": log_probs}
+    if has_checksum:
+        save_file(content, path, {"checksum": cache._checksum(row, **content)})
+    else:
+        save_file(content, path)
+    is_refused = cache.get(row[None]) is None
+    assert is_refused == (case != "a wrong value" or not has_checksum)
+    assert ("the teacher reads the sequence again" in capsys.readouterr().err) == is_refused
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"blocks": "many"}', '{"blocks": -1}', "\xff", "[" * 100_000])
+def test_corrupt_records_are_named(content, config, tmp_path):
+    train(replace(config, max_steps=1, ignore_decay_budget=True))
+    (coverage,) = (tmp_path / "cache").glob("coverage-*.json")
+    for file in (tmp_path / "cache" / "teacher.json", coverage):
+        whole = file.read_text()
+        file.write_bytes(content.encode("latin-1"))
+        with pytest.raises(InputError, match=file.name if file is coverage or content[0] != "{" else "teacher"):
+            train(in_folder(config, tmp_path, "two", overwrite=True))
+        file.write_text(whole)
 
 
 def test_a_block_is_for_those_who_may_read_the_folder(config, tmp_path):
@@ -156,8 +202,8 @@ def test_what_makes_no_sense_is_refused(config, tmp_path):
         train(replace(config, teacher_cache=str(tmp_path / "taken")))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="something else"):
-        TeacherCache(str(tmp_path / "mine"), [], World(0, 1, torch.device("cpu"), None))
+    with pytest.raises(InputError, match="no teacher cache"):
+        TeacherCache(str(tmp_path / "mine"), [], 264, World(0, 1, torch.device("cpu"), None))
 
 
 def test_a_fingerprint_is_of_the_dense_weights(config):

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from castlm.core.blocks import is_block_linear
 from castlm.core.errors import InputError
-from castlm.core.masks import count_nm_violations, nm_mask
+from castlm.core.pattern import count_nm_violations, nm_mask
 from castlm.export import stored
 from castlm.export.verify import verify
-from castlm.layout import guess_model_type, is_block_linear, stored_transposed
+from castlm.layout import guess_model_type, stored_transposed
 
 Q0, Q1, UP1 = (f"model.layers.{name}.weight" for name in ("0.self_attn.q_proj", "1.self_attn.q_proj", "1.mlp.up_proj"))
 
@@ -71,7 +72,7 @@ def test_counts_equal_torchs_in_every_dtype(tmp_path, dtype, n, m):
     weight[weight.abs() < 0.8] = 0
     weight[0, 0], weight[0, 1] = -0.0, 1e-30  # a negative zero, and what underflows to zero in the short dtypes
     weight = weight.to(dtype)
-    layer = verify(write(tmp_path, {Q0: weight}), n, m).layers[0]
+    layer = verify(write(tmp_path, {Q0: weight}), f"{n}:{m}").layers[0]
     wide = weight.double()
     assert layer.num_violations == count_nm_violations(wide, n, m) > 0
     assert layer.max_nonzeros == int(wide.unflatten(-1, (-1, m)).count_nonzero(-1).max())
@@ -237,15 +238,15 @@ def test_real_model_is_dense_until_pruned(tmp_path, stories260k):
 # ---- what is refused
 
 
-def refused(path: Path, match: str, n: int = 2, m: int = 4) -> None:
+def refused(path: Path, match: str, pattern: str = "2:4") -> None:
     with pytest.raises(InputError, match=match) as caught:
-        verify(path, n, m)
+        verify(path, pattern)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 2), (0, 4), (4, 4), (-1, 4)])
 def test_bad_patterns(tmp_path, n, m):
-    refused(write(tmp_path, llama()), f"pattern {n}:{m}", n, m)
+    refused(write(tmp_path, llama()), rf"pattern '?{n}:{m}", f"{n}:{m}")
 
 
 def test_nothing_there(tmp_path):

@@ -1,4 +1,4 @@
-"""Write so that a kill, a full disk or a power cut at any moment leaves either the old result or the new, never half.
+"""Files and folders that are whole at any moment: a kill, a full disk or a power cut leaves the old one or the new one.
 
 Everything is written beside its final place, flushed to the disk, and renamed over it.
 """
@@ -8,57 +8,70 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import hashlib
 import json
 import math
 import os
 import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.owned import OUTPUT, RESULT, discard, foreign_names, is_empty, list_files, read_record
+from castlm.progress import note
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 
 
 def prepare_output_dir(path: str | Path, overwrite: bool = False) -> Path:
-    """Makes the output folder and proves that it can be written, before any long work.
+    """Makes the output folder of a result and checks that it can be written, before any long work.
 
-    With `overwrite`, what it holds stays until `atomic_dir` replaces it.
+    With `overwrite`, the result in it stays until `atomic_dir` replaces it. `castlm.output.claimed` adds a lock and the
+    check of inputs.
 
     Raises:
-        InputError: a file in its place, a folder that holds something (without `overwrite`), a folder that nobody would
-            want replaced (home, the working folder or one above it), or one that cannot be written.
+        InputError: a file in its place, a folder that holds something (without `overwrite`), files that castlm did not
+            write (with it), the home or working folder or one above it, or a folder that cannot be written.
     """
     final = Path(path).expanduser().absolute()
     try:
         if final.parent.is_dir():
             remove_stale_temporaries(final.parent, final.name)
-        _refuse_taken(final, overwrite)
-        final.mkdir(parents=True, exist_ok=True)
-        for folder in (final, final.parent):
-            probe = folder / f".castlm-probe-{os.getpid()}"
-            probe.mkdir()
-            probe.rmdir()
+        refuse_taken(final, overwrite)
+        make_writable(final)
     except OSError as error:
         raise InputError(f"cannot write {final}: {error.strerror}; choose another output folder") from error
     return final
 
 
-def _refuse_taken(final: Path, overwrite: bool) -> None:
+def make_writable(folder: Path) -> None:
+    """Makes `folder` and proves that entries can be made in it and beside it. Raises `OSError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in (folder, folder.parent):
+        probe = place / f".castlm-probe-{os.getpid()}-{secrets.token_hex(4)}"
+        probe.mkdir()
+        probe.rmdir()
+
+
+def refuse_taken(final: Path, overwrite: bool) -> None:
+    """Raises `InputError` unless `final` is free, or `overwrite` is set and castlm wrote everything in it."""
     if os.path.lexists(final) and not final.is_dir():
         raise InputError(f"{final} is a file: name a folder for the output")
-    if not final.is_dir() or not any(final.iterdir()):
+    if not final.is_dir() or is_empty(final):
         return
     if not overwrite:
         raise InputError(f"{final} already holds something: choose another output folder or pass overwrite")
     real, here = final.resolve(), Path.cwd().resolve()
     if real in (here, *here.parents, Path.home().resolve()):
+        raise InputError(f"{final} is the working folder, a folder above it or your home: choose another output folder")
+    if foreign := foreign_names(final):
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise InputError(
-            f"{final} will not be overwritten, it is the working folder, one above it or home: name a new one"
+            f"{final} holds {', '.join(map(repr, foreign[:3]))}{more}, which castlm did not write or which has changed "
+            "since: overwrite deletes only what castlm wrote; move that away, or choose another output folder"
         )
 
 
@@ -66,39 +79,76 @@ def _refuse_taken(final: Path, overwrite: bool) -> None:
 def atomic_dir(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `final` to write into, renamed over `final` when the block ends without an error.
 
-    All files are flushed to the disk before the rename. What `final` held before is swapped out in one system call on
-    Linux; where that is not to be had, it is moved aside first, and `remove_stale_temporaries` moves it back after a
-    kill between the two. On any error, Ctrl-C too, the temporary folder is removed and `final` is as it was.
+    All files are listed with their SHA-256 in castlm.json and flushed to the disk before the rename. What `final` held
+    before is swapped out in one system call on Linux; elsewhere, and on a file system without such a call, it is moved
+    aside first, and `remove_stale_temporaries` moves it back after a kill between the two. Files in it that castlm did
+    not write are kept, in a folder beside `final`. On any error, Ctrl-C too, the temporary folder is removed and
+    `final` is as it was.
 
     Raises:
         InputError: `final` holds something (without `overwrite`), or the disk is full.
     """
     # A link is followed, so that the folder behind it is replaced and the link stays.
     final = Path(os.path.realpath(Path(final).expanduser()))
-    temporary = final.parent / f".{final.name}.tmp-{os.getpid()}"
+    temporary = final.parent / _temporary_name(final.name, "tmp")
+    published = False
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(final.parent, final.name)
-        _refuse_taken(final, overwrite)
+        _refuse_in_place(final, overwrite)
         temporary.mkdir()
         yield temporary
+        add_file_list(temporary)
         _flush_tree(temporary)
         _publish(temporary, final, overwrite)
+        published = True
     except Exception as error:
         if is_disk_full(error):
             raise InputError(f"disk full while writing {final}: free some space or choose another folder") from error
         raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after a swap this is what `final` held before
+        if published:  # this is what `final` held before
+            discard_old(temporary, final)
+        else:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_in_place(final: Path, overwrite: bool) -> None:
+    if os.path.lexists(final) and not final.is_dir():
+        raise InputError(f"{final} is a file: name a folder for the output")
+    if not overwrite:
+        refuse_taken(final, overwrite=False)
+
+
+def add_file_list(folder: Path) -> None:
+    """Lists the files in `folder` in its castlm.json, which tells a later overwrite what it may delete."""
+    atomic_write_json(folder / RESULT, {**read_record(folder / RESULT), "files": list_files(folder)})
+
+
+def discard_old(old: Path, final: Path) -> None:
+    """Deletes the result `old`, which `final` has replaced; keeps and names what castlm did not write in it."""
+    if left := discard(old):
+        kept = unused_name(final.with_name(f"{final.name}.kept"))
+        os.rename(old, kept)
+        note(f"{left[0]!r} was in the folder that {final} replaced, and castlm did not write it: it is in {kept}")
+
+
+def unused_name(path: Path) -> Path:
+    """`path`, or the first of `path`-2, `path`-3, ... that does not exist."""
+    number, free = 1, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def _publish(temporary: Path, final: Path, overwrite: bool) -> None:
     """Renames `temporary` to `final`; what `final` held, if anything, is left under the name `temporary`."""
-    _refuse_taken(final, overwrite)  # it may have appeared meanwhile
+    _refuse_in_place(final, overwrite)  # it may have appeared meanwhile
     if not (final.is_dir() and any(final.iterdir())):
         os.rename(temporary, final)
     elif not _exchange(temporary, final):
-        aside = final.parent / f".{final.name}.old-{os.getpid()}"
+        aside = final.parent / _temporary_name(final.name, "old")
         os.rename(final, aside)
         try:
             os.rename(temporary, final)
@@ -125,16 +175,23 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def remove_stale_temporaries(parent: str | Path, name: str) -> None:
-    """Clears up what writers of `parent/name` that no longer live have left; a result they moved aside comes back."""
+    """Removes what writers of `parent/name` that no longer live have left; a result they moved aside comes back."""
     final = Path(parent) / name
     for aside in _stale(final, "old"):
         if not os.path.lexists(final):
             os.rename(aside, final)
     for left in [*_stale(final, "tmp"), *_stale(final, "old")]:
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
+        if not left.is_dir():
             left.unlink(missing_ok=True)
+        elif read_record(left / RESULT).get("files") is None and not (left / OUTPUT).is_file():
+            shutil.rmtree(left, ignore_errors=True)  # half-written
+        else:  # a whole result, which was replaced or not yet published
+            discard_old(left, final)
+
+
+def _temporary_name(name: str, kind: str) -> str:
+    """The process's number alone is not unique on a disk that machines share."""
+    return f".{name}.{kind}-{os.getpid()}@{socket.gethostname()}"
 
 
 def _stale(final: Path, kind: str) -> list[Path]:
@@ -143,17 +200,21 @@ def _stale(final: Path, kind: str) -> list[Path]:
     return [entry for entry in left if not _may_be_written(entry.name[len(prefix) :])]
 
 
-def _may_be_written(pid: str) -> bool:
-    if not pid.isdigit():
-        return True  # not a name of ours: hands off
-    if int(pid) == os.getpid():
-        return False
+def _may_be_written(writer: str) -> bool:
+    pid, _, host = writer.partition("@")
+    if not pid.isdigit() or host != socket.gethostname():
+        return True  # a name that this module does not give, or a process that cannot be seen from here
+    return int(pid) != os.getpid() and is_alive(int(pid))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
     try:
-        os.kill(int(pid), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:
-        return True  # it lives, under another user
+    except (OSError, OverflowError):
+        return True  # it runs, under another user
     return True
 
 
@@ -212,11 +273,23 @@ def atomic_write_json(path: str | Path, content: Any) -> None:
     Raises:
         InputError: the disk is full.
     """
+    plain = plain_json(content)
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+    if not _is_utf8(text):  # a file name in another encoding
+        text = json.dumps(plain, indent=2, allow_nan=False)
+    atomic_write_text(path, text + "\n")
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Writes `text` as UTF-8 and flushes it to the disk, whole or not at all.
+
+    Raises:
+        InputError: the disk is full.
+    """
     path = Path(path)
     try:
         with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-            json.dump(_plain(content), stream, indent=2, ensure_ascii=False, allow_nan=False)
-            stream.write("\n")
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         flush_folder(path.parent)
@@ -226,39 +299,42 @@ def atomic_write_json(path: str | Path, content: Any) -> None:
         raise
 
 
-def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_json_mapping(path: str | Path, remedy: str) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Args:
+        remedy: the end of the error message, as "remove it to ...".
 
     Raises:
-        InputError: a missing file, invalid YAML, or another content.
+        InputError: a missing file, invalid JSON, or another content.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not Path(path).is_file():
+            raise InputError(f"{path} is missing or not a file: {remedy}")
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is corrupt: it is not valid JSON; {remedy}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}, not a mapping: write lines as `max_steps: 300`")
+        raise InputError(f"{path} is corrupt: it holds {type(content).__name__}, not an object; {remedy}")
     return content
 
 
-def _plain(content: Any) -> Any:
+def plain_json(content: Any) -> Any:
+    """`content` as JSON can hold it: inf and NaN become None, paths become strings, tuples lists."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, dict):
-        return {str(key): _plain(value) for key, value in content.items()}
+        return {str(key): plain_json(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_plain(value) for value in content]
+        return [plain_json(value) for value in content]
     return str(content) if isinstance(content, Path) else content
-
-
-def sha256_file(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal, read a chunk at a time."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

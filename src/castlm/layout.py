@@ -12,8 +12,6 @@ CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transfo
 """`config.json` model types whose blocks are made of transformers' `Conv1D`, stored (in, out)."""
 
 _CONV1D_LAYER = re.compile(r"(?:^|\.)(?:c_attn|q_attn|c_proj|c_fc)\.weight$")
-_BLOCK_INDEX = re.compile(r"\.\d+\.")
-_NOT_LINEAR = re.compile(r"embed|norm|lm_head|relative_attention_bias|(?:^|\.)(?:wte|wpe|ln_\w+)\.")
 
 
 def stored_transposed(model_type: str | None, name: str) -> bool:
@@ -33,13 +31,3 @@ def guess_model_type(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """
     fused = (shape for name, shape in shapes.items() if name.endswith(".attn.c_attn.weight"))
     return "gpt2" if any(len(shape) == 2 and shape[1] == 3 * shape[0] for shape in fused) else None
-
-
-def in_block(name: str) -> bool:
-    """Whether the tensor `name` belongs to a numbered transformer block: `.layers.3.`, `.h.3.`, `.blocks.3.`."""
-    return _BLOCK_INDEX.search("." + name) is not None
-
-
-def is_block_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a stored tensor is the weight of a linear layer inside a block: what n:m pruning is about."""
-    return len(shape) == 2 and name.endswith(".weight") and in_block(name) and not _NOT_LINEAR.search(name)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Literal
 
 from castlm.cli.options import parse, result_folder, write_json
 from castlm.core.errors import InputError
+from castlm.fields import positional
 
 if TYPE_CHECKING:
     from castlm.inference.devices import Device
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 class AdviseCommand:
     """Say which layers of a model should be dense, 2:4 or something else on a device, before anything is trained."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: str = positional()
     """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; only its config is read."""
 
     tokens: int = 1

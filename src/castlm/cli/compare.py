@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from castlm.cli.options import parse
-from castlm.compare.plan import CompareCommand
+from castlm.cli.options import command_line, parse, to_stderr
+from castlm.compare.plan import CompareConfig, compare
 
 
 def main(arguments: list[str]) -> int:
-    return int(parse(CompareCommand, arguments, "compare").run(parse))
+    config = parse(CompareConfig, arguments, "compare")
+    return compare(config, command_line("compare", config), to_stderr)

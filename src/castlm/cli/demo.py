@@ -20,10 +20,12 @@ from rich.table import Table
 
 from castlm.cli.options import parse
 from castlm.core.sparsify import prune_
-from castlm.files import prepare_output_dir
+from castlm.files import atomic_write_json
 from castlm.hardware import keep_freed_memory
 from castlm.locate import DEMO
 from castlm.models import Loaded, load_model
+from castlm.output import claimed
+from castlm.owned import OUTPUT
 from castlm.progress import Screen
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
@@ -65,9 +67,14 @@ def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
 
 def run_demo(folder: Path, max_steps: int, overwrite: bool) -> None:
     """Trains castlm and the dense control, and prints the table, a completion of each, and where the result is."""
+    with claimed(folder, "demo", overwrite=overwrite) as claimed_folder:
+        atomic_write_json(claimed_folder / OUTPUT, {"command": "demo"})
+        _run_demo(claimed_folder, max_steps)
+
+
+def _run_demo(folder: Path, max_steps: int) -> None:
     started = time.monotonic()
     console = Screen(highlight=False, soft_wrap=True)
-    folder = prepare_output_dir(folder, overwrite)
     write_texts(folder / "text")
     records = {}
     for number, method in enumerate(("castlm", "dense"), 1):

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from castlm.cli.options import parse, result_folder, write_json
 from castlm.core.errors import InputError
+from castlm.fields import positional
 
 
 @dataclass
 class EvalCommand:
     """Perplexity of a model on a text, or its zero-shot accuracies on tasks of lm-eval, or both."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: str = positional()
     """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"."""
 
     text: str | None = None

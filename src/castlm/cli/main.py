@@ -10,6 +10,7 @@ import sys
 from typing import NamedTuple, TextIO
 
 from castlm.core.errors import InputError
+from castlm.signals import TERMINATED, ending_on_sigterm
 
 
 class Command(NamedTuple):
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "prune": Command("prune", "prune one-shot, without training: magnitude, Wanda, SparseGPT"),
     "eval": Command("evaluate", "measure the perplexity of a model on a text, or its zero-shot accuracy"),
     "compare": Command("compare", "run CAST and its rivals in one harness and print one table"),
+    "report": Command("report", "write an HTML page about a run: verdict, charts, sample of text"),
     "plan": Command("plan", "predict convergence, perplexity, hours and memory before a run"),
     "quantize": Command("quantize", "round a sparse model to int8, fp8 or int4, zeros kept"),
     "advise": Command("advise", "say whether 2:4 pays off for a model on a device, layer by layer"),
@@ -74,6 +76,12 @@ def _is_output_full(error: Exception) -> bool:
     return isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU; torch says so in a RuntimeError."""
+    words = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def _complain(reason: str) -> None:
     try:
         print(f"castlm: error: {reason}", file=sys.stderr, flush=True)
@@ -95,7 +103,20 @@ def _main(arguments: list[str]) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise InputError(f"there is no command {arguments[0]!r}: use one of {', '.join(COMMANDS)}")
-        return COMMANDS[arguments[0]].run(arguments[1:])
+        with ending_on_sigterm():
+            return COMMANDS[arguments[0]].run(arguments[1:])
+    except SystemExit as stop:
+        if stop.code == TERMINATED:
+            print("castlm: stopped by SIGTERM", file=sys.stderr)
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or os.environ.get("CASTLM_TRACEBACK"):
+            raise
+        _complain(
+            f"not enough memory ({' '.join(str(error).split())[:200]}): use a smaller batch or seq_len, or a larger "
+            "machine; castlm plan memory says what a run needs"
+        )
+        return 2
     except (InputError, OSError) as error:
         if isinstance(error, BrokenPipeError) or _is_output_full(error) or os.environ.get("CASTLM_TRACEBACK"):
             raise

@@ -6,11 +6,12 @@ import sys
 
 from castlm.compare.oneshot import OneshotConfig, run_oneshot
 from castlm.core.errors import InputError
-from castlm.files import read_yaml_mapping
+from castlm.fields import build
+from castlm.yaml_file import read_yaml_mapping
 
 if __name__ == "__main__":
     try:
-        run_oneshot(OneshotConfig(**read_yaml_mapping(sys.argv[1])))
+        run_oneshot(build(OneshotConfig, read_yaml_mapping(sys.argv[1]), sys.argv[1]))
     except InputError as error:
         print(f"castlm: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -1,37 +1,114 @@
-"""What the commands share: arguments into a dataclass, a run folder in place of its model, and JSON reports."""
+"""The command line of a dataclass: one option per field, read by argparse and checked by `castlm.fields`.
+
+tyro, which did this before, reports errors only as boxes on stderr and cannot leave options out of `--help`; argparse
+lets `error` be overridden, so that every error is one line with the option that was probably meant.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
+import argparse
+import dataclasses
 import json
-import re
+import shlex
+import sys
+import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
+from castlm.cli.help import help_text
 from castlm.core.errors import InputError
+from castlm.fields import COMMAND_LINE, build, default_of, hints_of, is_required, unknown
+
+T = TypeVar("T")
 
 
-def parse(kind: type[Any], arguments: list[str], name: str) -> Any:
-    """Arguments into a dataclass; tyro's boxed complaints are folded into one line.
+def parse(kind: type[T], arguments: Sequence[str], name: str) -> T:
+    """The options of the command `castlm <name>` as the dataclass `kind`. Prints the help and exits if asked to.
 
     Raises:
-        InputError: what tyro complains of.
+        InputError: an unknown or missing option, or a value of the wrong type.
     """
-    import tyro
+    return build(kind, read_arguments([kind], arguments, name), COMMAND_LINE)
 
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=arguments, prog=f"castlm {name}", config=(tyro.conf.OmitArgPrefixes,))
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # the box's frame and rules go, its sentences stay
-        words = re.sub(r"[╭╮╰╯│─━]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", complaint.getvalue()))
-        text = " ".join(words.split()).partition("For full helptext")[0].strip()
-        text = re.sub(r"^Value error Error parsing \w+: ", "", text)  # what follows is our own
-        raise InputError(f"{text} (castlm {name} --help lists the options)") from None
+
+def read_arguments(kinds: Sequence[type[Any]], arguments: Sequence[str], name: str) -> dict[str, Any]:
+    """The options that were given, by field name, as text that is not checked yet. The last of several values counts.
+
+    Args:
+        kinds: dataclasses whose fields are the options; their docstrings and sections make up the help.
+
+    Raises:
+        InputError: an unknown option, or one without its value.
+    """
+    before_dashes = list(arguments)[: arguments.index("--")] if "--" in arguments else arguments
+    if "--help-all" in before_dashes or {"-h", "--help"} & set(before_dashes):
+        print(help_text(kinds, name, everything="--help-all" in before_dashes))
+        raise SystemExit(0)
+    parser = _Parser(prog=f"castlm {name}", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    fields = {field.name: (kind, field) for kind in kinds for field in dataclasses.fields(kind)}
+    for kind, field in fields.values():
+        _add(parser, field, hints_of(kind)[field.name])
+    for argument in before_dashes:
+        option = argument.partition("=")[0]
+        if option.startswith("--") and option not in parser._option_string_actions:
+            raise InputError(f"{unknown(option[2:], fields, COMMAND_LINE)} (castlm {name} --help lists the options)")
+    return vars(parser.parse_args(arguments))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} ({self.prog} --help lists the options)")
+
+
+class _Switch(argparse.Action):
+    """`--name` for true, `--no-name` for false."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, not str(option_string).startswith("--no-"))
+
+
+def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
+    is_list = typing.get_origin(hint) is tuple
+    kinds = typing.get_args(hint)
+    if field.metadata.get("positional"):
+        parser.add_argument(field.name, nargs="+" if is_list else None)
+        return
+    names = dict.fromkeys(f"--{form}" for form in (field.name.replace("_", "-"), field.name))  # HF writes _
+    if hint is bool:
+        negated = [f"--no-{form[2:]}" for form in names]
+        parser.add_argument(*names, *negated, dest=field.name, action=_Switch, nargs=0)
+    elif field.metadata.get("append"):
+        parser.add_argument(*names, dest=field.name, action="append")
+    elif is_list:
+        parser.add_argument(*names, dest=field.name, nargs="*" if kinds[-1] is ... else len(kinds))
+    else:
+        parser.add_argument(*names, dest=field.name)
+
+
+def command_line(name: str, options: Any) -> str:
+    """The command that a dataclass of options was read from, without the options at their defaults."""
+    words = ["castlm", *name.split()]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value is None or (not is_required(field) and value == default_of(field)):
+            continue
+        option = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            words += [option, *map(str, value)]
+        else:
+            words += [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
+    return shlex.join(words)
+
+
+def to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def to_stdout(text: str) -> None:
+    print(text, flush=True)
 
 
 def result_folder(path: str) -> str:
@@ -41,7 +118,7 @@ def result_folder(path: str) -> str:
 
 
 def write_json(path: str | None, content: dict[str, Any]) -> None:
-    """Writes a report where `--json` says; "-" is the standard output."""
+    """Writes a report to the file of `--json`; "-" is the standard output."""
     if path == "-":
         print(json.dumps(content, indent=2))
     elif path is not None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from castlm.cli.options import parse, result_folder
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import NM
+from castlm.fields import positional
 
 
 @dataclass
 class PackCommand:
     """Write an n:m model without its zeros: 9/16 of the bytes of each 2:4 layer in bf16, and faster on a CPU."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: str = positional()
     """Model folder in Hugging Face format, or run of `castlm train`."""
 
     output_dir: str
@@ -38,7 +37,8 @@ class PackCommand:
         from castlm.files import prepare_output_dir
         from castlm.progress import shown_progress
 
-        n, m = parse_pattern(self.pattern)
+        pattern = NM.parse(self.pattern)
+        n, m = pattern.n, pattern.m
         folder = prepare_output_dir(self.output_dir, self.overwrite)
         with shown_progress("pack, tensors") as progress:
             report = pack_folder(

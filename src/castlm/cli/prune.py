@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from castlm.cli.options import parse
 from castlm.core.errors import InputError
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import Pattern
 
 
 @dataclass
@@ -51,28 +52,34 @@ class PruneCommand:
     """Run Python code that comes with a hub model."""
 
     def run(self) -> int:
+        from castlm.hardware import keep_freed_memory
+        from castlm.output import claimed
+
+        keep_freed_memory()
+        pattern = Pattern.parse(self.pattern)
+        if self.method != "magnitude" and self.calibration is None:
+            raise InputError(f"method {self.method} needs a calibration text: pass --calibration FILE")
+        inputs = {"model": self.model, "calibration": self.calibration}
+        with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
+            return self._prune(folder, pattern)
+
+    def _prune(self, folder: Path, pattern: Pattern) -> int:
         import torch
 
         from castlm.core.sparsify import sparse_linears
         from castlm.data.documents import text_hash
         from castlm.data.tokens import token_ids
         from castlm.export.hf import export_model
-        from castlm.files import prepare_output_dir
-        from castlm.hardware import has_fast_bf16, keep_freed_memory
+        from castlm.hardware import has_fast_bf16
         from castlm.models import load_model, save_dtype
         from castlm.oneshot.calibration import calibration_blocks, calibration_length
         from castlm.oneshot.prune import prune_oneshot_
         from castlm.progress import shown_progress
 
-        keep_freed_memory()
-        n, m = parse_pattern(self.pattern)
-        if self.method != "magnitude" and self.calibration is None:
-            raise InputError(f"method {self.method} needs a calibration text: pass --calibration FILE")
-        folder = prepare_output_dir(self.output_dir, self.overwrite)
         # Forward passes over the calibration text are several times slower in 16 bits where the CPU has no bf16 units.
         held = None if self.method == "magnitude" or has_fast_bf16() else torch.float32
         loaded = load_model(self.model, dtype=held, trust_remote_code=self.trust_remote_code)
-        _, left_dense = sparse_linears(loaded.model, n, m)
+        _, left_dense = sparse_linears(loaded.model, pattern)
         blocks, calibration = None, {}
         if self.method != "magnitude":
             length = self.seq_len or calibration_length(loaded.model)
@@ -87,7 +94,7 @@ class PruneCommand:
             }
         with shown_progress(f"{self.method}, blocks") as progress:
             report = prune_oneshot_(
-                loaded.model, self.method, n=n, m=m, calibration=blocks, damping=self.damping, progress=progress
+                loaded.model, self.method, pattern=pattern, calibration=blocks, damping=self.damping, progress=progress
             )
         record = {
             "base_model": self.model,
@@ -100,8 +107,7 @@ class PruneCommand:
             loaded.model,
             loaded.tokenizer,
             folder,
-            n=n,
-            m=m,
+            pattern=pattern,
             left_dense=left_dense,
             record=record,
             overwrite=True,

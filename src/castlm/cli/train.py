@@ -3,22 +3,74 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
-from castlm.cli.options import parse
+from castlm.cli.options import read_arguments
+from castlm.fields import COMMAND_LINE, checked, choice
+from castlm.training.config import RECIPES, TrainConfig, read_layers
+from castlm.training.sections import essential
+
+
+@dataclass
+class FileOptions:
+    """Where options come from besides the command line."""
+
+    config: tuple[str, ...] = essential((), append=True)
+    """YAML file of options; those on the command line override it. If it is given several times, later files override
+    earlier ones."""
+
+    recipe: str = choice("castlm", RECIPES)
+    """Values that the other options start from. castlm: our defaults. paper: decay, rates, betas, eta, batch and length
+    as published for LLaMA2-7B."""
+
+
+@dataclass
+class PageOptions:
+    """What `castlm train` does when the run is finished."""
+
+    report: bool = True
+    """Write report.html, a page with charts and a sample of text, into output_dir when the run is finished."""
+
+
+def parse_train(
+    arguments: Sequence[str], name: str = "train", more: type[Any] | None = None
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """The options of `castlm train`: the recipe, then the files of `--config` in their order, then the command line.
+
+    Args:
+        more: a dataclass of further options of the command `name`.
+
+    Returns:
+        The config, and the options of `more` that were given.
+
+    Raises:
+        InputError: whatever `read_arguments`, `read_yaml_mapping` or `TrainConfig` refuses.
+    """
+    kinds = [TrainConfig, FileOptions, *([more] if more else [])]
+    given = read_arguments(kinds, arguments, name)
+    paths = given.pop("config", [])
+    extra = {field.name: given.pop(field.name) for field in fields(more) if field.name in given} if more else {}
+    config = TrainConfig.from_layers([*read_layers(paths), (COMMAND_LINE, given)])
+    return config, checked(more, extra, COMMAND_LINE) if more else {}
 
 
 def main(arguments: list[str]) -> int:
-    from castlm.training.config import parse_train_arguments
-
-    config = parse_train_arguments(arguments, parse)
+    config, more = parse_train(arguments, more=PageOptions)
+    from castlm.cli.report import write_report
+    from castlm.distributed.world import is_main_rank
     from castlm.hardware import keep_freed_memory
+    from castlm.progress import note
     from castlm.training.interrupt import Interrupted
     from castlm.training.loop import train
 
     keep_freed_memory()
     try:
-        train(config)
+        record = train(config)
+        if more.get("report", True) and is_main_rank():
+            note(f"report: {write_report(config.output_dir)}")
     except Interrupted as stop:
         print(f"castlm: {stop}", file=sys.stderr)
         return stop.exit_code
-    return 0
+    return 0 if record.get("verdict", {}).get("ok", True) else 1

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
-
-import tyro
 
 from castlm.cli.options import parse
+from castlm.fields import positional
 
 
 @dataclass
 class UnpackCommand:
     """Write a packed model as a plain Hugging Face folder, zeros stored, which loads without castlm."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: str = positional()
     """Folder that `castlm pack` wrote."""
 
     output_dir: str

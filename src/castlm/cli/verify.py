@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
-
-import tyro
 
 from castlm.cli.options import parse, result_folder, write_json
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import Pattern
+from castlm.fields import positional
 
 
 @dataclass
 class VerifyCommand:
     """Prove that every group of every sparse layer of a checkpoint is n:m. Exit 0: it is; 1: it is not."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: str = positional()
     """Folder in Hugging Face format, or one .safetensors file."""
 
     pattern: str = "2:4"
@@ -27,10 +25,10 @@ class VerifyCommand:
     def run(self) -> int:
         from castlm.export.verify import verify
 
-        report = verify(result_folder(self.path), *parse_pattern(self.pattern))
+        report = verify(result_folder(self.path), Pattern.parse(self.pattern))
         write_json(self.json, report.as_dict())
         if self.json != "-":
-            report.table()
+            print(report.text())
         return 0 if report.ok else 1
 
 

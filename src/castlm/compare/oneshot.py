@@ -11,16 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import Pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.data.documents import open_documents, text_hash
 from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model
+from castlm.files import atomic_write_json
 from castlm.hardware import peak_memory
 from castlm.models import load_model
 from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
 from castlm.oneshot.prune import prune_oneshot_
+from castlm.output import claimed
+from castlm.owned import OUTPUT
 
 
 @dataclass
@@ -52,12 +55,19 @@ def run_oneshot(config: OneshotConfig) -> dict[str, Any]:
     Raises:
         InputError: as `load_model`, `open_documents`, `prune_oneshot_` and `export_model`.
     """
-    n, m = parse_pattern(config.pattern)
+    inputs = {name: getattr(config, name) for name in ("model", "calibration", "eval_dataset")}
+    with claimed(config.output_dir, "oneshot", overwrite=True, inputs=inputs) as folder:
+        atomic_write_json(folder / OUTPUT, {"command": "oneshot"})
+        return _prune(config, folder / "model")
+
+
+def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
+    pattern = Pattern.parse(config.pattern)
     loaded = load_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
     model = loaded.model
     held_out = open_documents(config.eval_dataset, column=config.column)
     eval_ids = token_ids(held_out, loaded.tokenizer, limit=config.eval_tokens or None)
-    _, left_dense = sparse_linears(model, n, m)
+    _, left_dense = sparse_linears(model, pattern)
     dense = perplexity(model, eval_ids, seq_len=config.seq_len).perplexity
     length = calibration_length(model)
     calibration = open_documents(config.calibration, column=config.column)
@@ -67,7 +77,7 @@ def run_oneshot(config: OneshotConfig) -> dict[str, Any]:
         length,
         config.seed,
     )
-    report = prune_oneshot_(model, config.method, n=n, m=m, calibration=windows)
+    report = prune_oneshot_(model, config.method, pattern=pattern, calibration=windows)
     pruned = perplexity(model, eval_ids, seq_len=config.seq_len).perplexity
     record = {
         "base_model": config.model,
@@ -92,10 +102,10 @@ def run_oneshot(config: OneshotConfig) -> dict[str, Any]:
     return export_model(
         model,
         loaded.tokenizer,
-        Path(config.output_dir) / "model",
-        n=n,
-        m=m,
+        folder,
+        pattern=pattern,
         left_dense=left_dense,
         record=record,
+        overwrite=True,
         dtype=loaded.dtype,
     )

@@ -1,33 +1,36 @@
-"""`castlm compare`: which way to n:m is best on this model, text and budget. Plans the runs and starts them."""
+"""A comparison: which way to n:m is best on this model, text and budget. Plans the runs and starts them."""
 
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, Preset
 from castlm.compare.results import Result
-from castlm.compare.runs import Run, content_hash, execute, lock, with_key, zero_shot_rows
+from castlm.compare.runs import Run, content_hash, execute, with_key, zero_shot_key, zero_shot_rows
 from castlm.core.errors import InputError
-from castlm.files import read_yaml_mapping
-from castlm.training.config import STARTS_DENSE, TrainConfig, mapping_arguments, parse_train_arguments
+from castlm.fields import checked
+from castlm.methods.table import METHODS
+from castlm.output import continued
+from castlm.training.config import TrainConfig, flatten
+from castlm.yaml_file import read_yaml_mapping
 
-Parse = Callable[[type[Any], list[str], str], Any]
+DEFAULT_START = "sparsegpt"
+"""The start of every method, unless the variant, the config or `published_starts` names another."""
+
+Say = Callable[[str], None]
 ALL = Preset("Which way to n:m is best?", {name: {"method": name} for name in (*ONESHOT, *RETRAINING)})
 
 
 @dataclass
-class CompareCommand:
-    """Compare ways to n:m in one harness: same data, teacher, budget and seeds, one table. Skips runs that are done.
+class CompareConfig:
+    """Compare ways to n:m in one harness: same start, data, teacher, token budget and seeds, one table.
 
-    A dense control, trained alike, is always among the runs. Exit code 1: a run failed; the table has its reason.
+    A dense control with the same training is always among the runs. Finished runs are not repeated. The exit code is
+    1 if a run failed; the table says why.
     """
 
     model: str
@@ -46,8 +49,11 @@ class CompareCommand:
     """Training tokens of each run; for `--preset budgets` those of the largest."""
 
     methods: str | None = None
-    """Of cast, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda, sparsegpt, with commas; all of them when
-    neither variants nor a preset are given."""
+    """Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda,
+    sparsegpt.    The default is all of them, unless variants or a preset are given."""
+
+    published_starts: bool = False
+    """Give each method the start of its paper, instead of SparseGPT to all of them."""
 
     preset: Literal["oscillation", "decay", "parts", "budgets"] | None = None
     """One of the paper's ablations, or all methods at four budgets."""
@@ -91,39 +97,42 @@ class CompareCommand:
     limit: int | None = None
     """Only the first so many questions of each task."""
 
-    def run(self, parse: Parse) -> int:
-        from castlm.compare.report import write_report
 
-        plan = Plan(self, parse)
-        root = Path(self.output_dir)
-        print(
-            f"{plan.preset.question}  {len(plan.variants)} variants, {plan.num_runs} runs, in {root}", file=sys.stderr
-        )
-        results: list[Result] = []
-        with lock(root) as descriptor, ending_on_sigterm():
-            for name in plan.variants:
-                for tokens in plan.budgets(name):
-                    results += plan.settle(name, tokens, root, descriptor)
-                    write_report(root, plan.preset, results, self.command_line(), show=False)
-            untouched = self._zero_shot(self.model, root / "runs" / "untouched", descriptor)
-            for result in results:
-                if "error" not in result.record and not result.trial:
-                    result.zero_shot = self._zero_shot(str(result.folder / "model"), result.folder, descriptor)
-        write_report(root, plan.preset, results, self.command_line(), show=True, untouched=untouched)
-        return 1 if any("error" in result.record for result in results) else 0
+def compare(config: CompareConfig, command: str, say: Say) -> int:
+    """Starts or continues a comparison and writes its table after each variant.
 
-    def _zero_shot(self, model: str, folder: Path, descriptor: int) -> list[dict[str, Any]]:
-        """The rows of a model, kept in a file beside `folder`; none when no task is asked for."""
-        if not self.tasks:
-            return []
-        asked = f"{self.tasks}-{self.limit or 'all'}-{'local' if self.tasks_from else 'hub'}"
-        file = folder.with_name(f"{folder.name}.zeroshot-{asked.replace(',', '-')}.json")
-        print(f"zero-shot: {model}", file=sys.stderr)
-        return zero_shot_rows(model, file, self.tasks, self.tasks_from, self.limit, descriptor)
+    Args:
+        command: the command that repeats this comparison, for the report.
+        say: is told of each run.
 
-    def command_line(self) -> str:
-        """The command that repeats this comparison."""
-        return command_line("compare", self)
+    Returns:
+        The exit code: 1 if a run or a zero-shot evaluation failed.
+
+    Raises:
+        InputError: whatever `Plan` refuses, or another comparison is at work in the folder.
+    """
+    from castlm.compare.report import write_report
+
+    if config.tasks:
+        from castlm.evaluation.zero_shot import check_tasks
+
+        check_tasks([name.strip() for name in config.tasks.split(",")], config.tasks_from)
+    plan = Plan(config, say)
+    root = Path(config.output_dir)
+    say(f"{plan.preset.question}  {len(plan.variants)} variants, {plan.num_runs} runs, in {root}")
+    results: list[Result] = []
+    with continued(root, "compare"):
+        for name in plan.variants:
+            for tokens in plan.budgets(name):
+                results += plan.settle(name, tokens, root)
+                write_report(root, plan.preset, results, command, show=False)
+        untouched = plan.zero_shot(config.model, plan.hashes["model"], root / "runs" / "untouched")
+        for result in results:
+            if "error" not in result.record and not result.trial:
+                model = str(result.folder / "model")
+                result.zero_shot = plan.zero_shot(model, result.run.key, result.folder)
+    write_report(root, plan.preset, results, command, show=True, untouched=untouched)
+    return 1 if plan.has_failed or any("error" in result.record for result in results) else 0
 
 
 class Plan:
@@ -133,15 +142,16 @@ class Plan:
         InputError: unknown methods or fields, files that are not there, a budget below one step.
     """
 
-    def __init__(self, command: CompareCommand, parse: Parse) -> None:
-        self.command, self.parse = command, parse
+    def __init__(self, command: CompareConfig, say: Say) -> None:
+        self.command, self.say = command, say
+        self.has_failed = False
         self.preset = PRESETS[command.preset] if command.preset else ALL
         if command.seeds < 1:
             raise InputError(f"seeds is {command.seeds}: it must be at least 1")
         self.rates = [_rate(r) for r in command.learning_rates.split(",")] if command.learning_rates else []
         if command.tuning_dataset and not self.rates:
             raise InputError("tuning_dataset chooses between learning rates: give --learning-rates 1e-4,3e-4")
-        self.common = read_yaml_mapping(command.config) if command.config else {}
+        self.common = flatten(read_yaml_mapping(command.config), command.config) if command.config else {}
         for name in ("seq_len", "per_device_train_batch_size", "eval_tokens"):
             if getattr(command, name) is not None:
                 self.common[name] = getattr(command, name)
@@ -165,7 +175,7 @@ class Plan:
                 if not isinstance(fields, dict | None):
                     raise InputError(f"{command.variants}: variant {name} is no mapping: write `{name}: {{eta: 0.5}}`")
                 start = variants.get(name, {"method": name if name in known else "cast"})
-                variants[str(name)] = {**start, **(fields or {})}
+                variants[name] = {**start, **flatten(fields or {}, f"{command.variants}: variant {name}")}
         if all(fields["method"] != "dense" for fields in variants.values()):
             variants["dense"] = {"method": "dense"}
         return variants
@@ -212,32 +222,36 @@ class Plan:
         fixed = not self.rates or "learning_rate" in fields or fields["method"] in ONESHOT
         return [None] if fixed else list(self.rates)
 
-    def settle(self, name: str, tokens: int, root: Path, descriptor: int) -> list[Result]:
+    def settle(self, name: str, tokens: int, root: Path) -> list[Result]:
         """The runs of a variant at a budget: seed 0 at each rate, then the other seeds at the best of them; where there
         is a tuning text, seed 0 too once more, measured on the evaluation text."""
         tuned = self._is_tuned(name)
         runs = [self.make(name, tokens, 0, rate, tuning=tuned) for rate in self._rates_of(name)]
-        candidates = [self.measure(run, root, descriptor) for run in runs]
+        candidates = [self.measure(run, root) for run in runs]
         best = min(candidates, key=lambda result: result.perplexity)
         for candidate in candidates:
             candidate.trial = tuned or candidate is not best
         rate = best.run.config.get("learning_rate")
         seeds = range(0 if tuned else 1, self._num_seeds(name))
-        return candidates + [self.measure(self.make(name, tokens, s, rate), root, descriptor) for s in seeds]
+        return candidates + [self.measure(self.make(name, tokens, s, rate), root) for s in seeds]
 
-    def measure(self, run: Run, root: Path, descriptor: int) -> Result:
+    def measure(self, run: Run, root: Path) -> Result:
         """What came of a run: as it lies there, resumed, or run now."""
-        print(str(run), file=sys.stderr, flush=True)
-        record = execute(run, root, descriptor, lambda text: print(text, file=sys.stderr, flush=True))
+        self.say(str(run))
+        record = execute(run, root, self.say)
         result = Result(run, record, run.folder(root))
-        print(f"  {record.get('error', f'perplexity {result.perplexity:.3f}')}", file=sys.stderr, flush=True)
+        self.say(f"  {record.get('error', f'perplexity {result.perplexity:.3f}')}")
         return result
 
     def make(self, name: str, tokens: int, seed: int, rate: float | None, *, tuning: bool = False) -> Run:
         """The run of a variant; `rate` None leaves the learning rate as the fields have it."""
         fields = {**self.common, **self.variants[name]}
-        if fields["method"] in STARTS_DENSE and "initial_mask" not in self.variants[name]:
-            fields.pop("initial_mask", None)  # what is for all runs is for those that have one
+        starts_dense = fields["method"] in METHODS and METHODS[fields["method"]].starts_dense
+        if starts_dense and "init_from" not in self.variants[name]:
+            fields.pop("init_from", None)  # the start of all runs is for the methods that have one
+        elif fields["method"] in METHODS and "init_from" not in fields:
+            published = self.command.published_starts
+            fields["init_from"] = METHODS[fields["method"]].published_start if published else DEFAULT_START
         command, hashes = self.command, self.hashes
         named = {"model": command.model, "eval_dataset": command.eval_dataset, "seed": seed}
         if tuning:
@@ -245,44 +259,54 @@ class Plan:
             hashes = {**hashes, "eval_dataset": hashes["tuning_dataset"]}
         if fields["method"] in ONESHOT:
             return self._make_oneshot(name, fields, named)
-        fields |= {**named, "dataset": command.dataset, "output_dir": "", "tensorboard": False}
+        fields |= {**named, "dataset": command.dataset, "output_dir": command.output_dir, "report_to": ("none",)}
         if rate is not None:
             fields["learning_rate"] = rate
-        config: TrainConfig = parse_train_arguments(mapping_arguments(_given(fields)), self.parse)
+        config = TrainConfig.from_mapping(fields, f"variant {name}")
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.seq_len
         steps = tokens // batch
         if steps < 1:
             raise InputError(f"a budget of {tokens} tokens is less than one step of {batch}: raise it")
-        config.max_steps = steps
-        config.eval_steps = config.eval_steps or max(1, steps // self.preset.evaluations)
-        config.save_steps = fields.get("save_steps", max(1, steps // 4))
-        config.save_total_limit = 1
+        config = dataclasses.replace(
+            config,
+            max_steps=steps,
+            eval_steps=config.eval_steps or max(1, steps // self.preset.evaluations),
+            save_steps=config.save_steps if "save_steps" in fields else max(1, steps // 4),
+            save_total_limit=1,
+        )
         content = {k: v for k, v in config.as_dict().items() if k not in ("output_dir", "resume", "overwrite")}
-        if config.initial_mask not in ONESHOT:
-            hashes = {**hashes, "initial_mask": content_hash(str(config.initial_mask), None)}
+        if config.start not in ONESHOT:
+            hashes = {**hashes, "init_from": content_hash(config.start, None)}
         return with_key(Run(name, steps * batch, content), hashes)
+
+    def zero_shot(self, model: str, digest: str, folder: Path) -> list[dict[str, Any]]:
+        """The zero-shot rows of a model, kept in a file beside `folder`.
+
+        Empty if no task is asked for, or the evaluation fails, which `has_failed` records.
+
+        Args:
+            digest: of the content of the model.
+        """
+        command = self.command
+        if not command.tasks:
+            return []
+        key = zero_shot_key(digest, command.tasks, command.tasks_from, command.limit)
+        file = folder.with_name(f"{folder.name}.zeroshot-{key}.json")
+        self.say(f"zero-shot: {model}")
+        rows, failure = zero_shot_rows(model, file, command.tasks, command.tasks_from, command.limit)
+        if failure is not None:
+            self.say(failure)
+            self.has_failed = True
+        return rows
 
     def _make_oneshot(self, name: str, fields: dict[str, Any], named: dict[str, Any]) -> Run:
         # the fields alone, not the class: it stands beside torch, and planning does without
-        known = ("pattern", "seq_len", "eval_tokens", "column", "trust_remote_code", "revision", "method")
-        content = {k: v for k, v in fields.items() if k in known} | named
+        known = ("pattern", "seq_len", "eval_tokens", "column", "trust_remote_code", "revision")
+        content = checked(TrainConfig, {k: v for k, v in fields.items() if k in known}, f"variant {name}")
+        content |= {"method": fields["method"], **named}
         content |= {"calibration": self.command.calibration or self.command.dataset}
         content |= {"num_sequences": self.command.num_sequences}
         return with_key(Run(name, 0, content), self.hashes)
-
-
-def command_line(name: str, command: Any) -> str:
-    """The command that a dataclass of options was read from, without the options at their defaults."""
-    values = {f.name: (getattr(command, f.name), f.default) for f in dataclasses.fields(command)}
-    given = {name: value for name, (value, default) in values.items() if value != default and value is not None}
-    return f"castlm {name} {shlex.join(mapping_arguments(given))}"
-
-
-def _given(fields: dict[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    if unknown := [name for name in fields if name not in known]:
-        raise InputError(f"there is no field {', '.join(unknown)} in TrainConfig (castlm train --help lists them)")
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _rate(text: str) -> float:
@@ -290,17 +314,3 @@ def _rate(text: str) -> float:
         return float(text)
     except ValueError:
         raise InputError(f"learning rate {text!r} is no number: write --learning-rates 1e-3,3e-3") from None
-
-
-@contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends a comparison as an exception, so that the run at work is told and can save itself."""
-
-    def end(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    old = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)

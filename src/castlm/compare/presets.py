@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-RETRAINING = ("cast", "ste", "srste", "ast", "gradual_magnitude", "dense")
+from castlm.methods.table import METHODS
+
+RETRAINING = tuple(METHODS)
 ONESHOT = ("magnitude", "wanda", "sparsegpt")
 
 
@@ -28,12 +30,12 @@ class Preset:
 # A budget of steps and rates that cannot bring masked weights to zero is what two of the decays are here to show.
 _ANY_BUDGET = {"method": "cast", "ignore_decay_budget": True}
 # The masks that the paper refreshes.
-_MAGNITUDE = {"initial_mask": "magnitude"}
+_MAGNITUDE = {"init_from": "magnitude"}
 
 PRESETS: dict[str, Preset] = {
     "oscillation": Preset(
         "Does the mask settle? SR-STE against CAST",
-        {"srste": {"method": "srste"}, "cast": {"method": "cast", **_MAGNITUDE}},
+        {"srste": {"method": "srste", **_MAGNITUDE}, "cast": {"method": "cast", **_MAGNITUDE}},
         plots=("time",),
         evaluations=20,
     ),
@@ -52,7 +54,7 @@ PRESETS: dict[str, Preset] = {
             "no decay": {**_ANY_BUDGET, "decay": "none"},
             "additive decay": {**_ANY_BUDGET, "decay": "additive"},
             "proportional decay": {**_ANY_BUDGET, "decay": "proportional"},
-            "mask of Wanda": {"method": "cast", "initial_mask": "wanda"},
+            "mask of Wanda": {"method": "cast", "init_from": "wanda"},
             "mask of magnitude": {"method": "cast", **_MAGNITUDE},
             "mask of magnitude, interval 1": {"method": "cast", **_MAGNITUDE, "mask_interval": 1},
             "mask of magnitude, interval 100": {"method": "cast", **_MAGNITUDE, "mask_interval": 100},
@@ -64,7 +66,7 @@ PRESETS: dict[str, Preset] = {
         {
             **{name: {"method": name} for name in RETRAINING},
             "cast from magnitude": {"method": "cast", **_MAGNITUDE},
-            "srste from SparseGPT": {"method": "srste", "initial_mask": "sparsegpt"},
+            "srste from magnitude": {"method": "srste", **_MAGNITUDE},
         },
         plots=("budgets",),
         budget_shares=(1 / 8, 1 / 4, 1 / 2, 1.0),

@@ -1,20 +1,18 @@
-"""The runs of a comparison: each in a folder named by a hash of all that matters, in a process of its own.
+"""The runs of a comparison: each in a folder named by a hash of everything its result depends on, in its own process.
 
-The process gives each run its own peak of memory, and makes of a crash one line in the table instead of the end.
+The process gives each run its own peak of memory, and turns a crash into one line of the table.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,18 +22,19 @@ import yaml
 import castlm
 from castlm.compare.presets import ONESHOT
 from castlm.core.errors import InputError
-from castlm.files import sha256_file
-from castlm.locate import locate
-from castlm.progress import note
+from castlm.files import atomic_write_text, read_json_mapping
+from castlm.locate import cached_snapshot, locate
+from castlm.output import read_result
+from castlm.owned import RESULT, discard, sha256_file
 from castlm.training.config import WITHOUT_EFFECT
 
-# Fields that name a model or a text, always; the key has the hash of what they name.
+# Fields that always name a model or a text; the key has the hash of what they name.
 NAMED = ("model", "revision", "dataset", "eval_dataset", "calibration")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row of work. `config` is a whole TrainConfig, or OneshotConfig, as a dict without its output_dir."""
+    """A run of a comparison. `config` is a whole TrainConfig, or OneshotConfig, as a dict without its output_dir."""
 
     variant: str
     tokens: int
@@ -60,111 +59,119 @@ class Run:
         return f"{self.variant}, seed {self.seed}{rate}"
 
 
+# Files beside a model that no result depends on: documents, castlm's own record, and formats that castlm does not read.
+_NOT_CONTENT = frozenset({".md", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".png", ".jpg", ".pdf"})
+
+
 def content_hash(model: str, revision: str | None) -> str:
-    """Of the weights, config and tokenizer that `model` names; of a hub model, of its name and revision.
+    """Hash of everything a result can depend on in `model`: weights, config, tokenizer and code of its own.
+
+    Of a hub model it is the hash of the name and the commit in the cache, or of the name and `revision` where the cache
+    has none.
 
     Raises:
         InputError: there is no such model.
     """
     where = locate(model)
     if where.is_hub:
-        return hashlib.sha256(f"{where.target}@{revision}".encode()).hexdigest()
+        snapshot = cached_snapshot(where.target, revision)
+        return _digest([where.target, revision if snapshot is None else snapshot.name])
     folder = Path(where.target)
-    files = [folder / name for name in where.gguf.values()]
-    files = files or sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".model"))
-    return hashlib.sha256(" ".join(f"{f.name} {sha256_file(f)}" for f in files).encode()).hexdigest()
+    files = [folder / name for name in where.gguf.values()] or files_of(folder)
+    return _digest([[file.relative_to(folder).as_posix(), sha256_file(file)] for file in files])
+
+
+def files_of(model: Path) -> list[Path]:
+    """The files of a model folder that its content hash covers, in order."""
+    found = (file for file in model.rglob("*") if not any(p.startswith(".") for p in file.relative_to(model).parts))
+    return sorted(f for f in found if f.is_file() and f.suffix.lower() not in _NOT_CONTENT and f.name != RESULT)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()
 
 
 def run_key(config: dict[str, Any], hashes: dict[str, str]) -> str:
-    """12 hexadecimal digits for all that the result depends on: fields, the model, the texts, castlm's version.
+    """12 hexadecimal digits for everything the result depends on: fields, the model, the texts, castlm's version.
 
     Args:
-        config: fields of a run; those in `WITHOUT_EFFECT` do not count, those in `NAMED` and `hashes` by their hash.
-        hashes: of what fields name, as models and texts.
+        config: fields of a run. Those in `WITHOUT_EFFECT` do not count, those in `NAMED` and `hashes` by their hash.
+        hashes: hash of what a field names, as a model or a text, by field.
     """
     fields = {k: v for k, v in config.items() if k not in WITHOUT_EFFECT and k not in NAMED and k not in hashes}
     named = {k: hashes[k] for k in hashes if k in config}
-    content = json.dumps([fields, named, castlm.__version__], sort_keys=True, default=list)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+    return _digest([fields, named, castlm.__version__])[:12]
 
 
-@contextmanager
-def lock(root: Path) -> Iterator[int]:
-    """Makes sure that one comparison at a time works in `root`. Its runs inherit the lock: it lasts while one lives.
+def read_record(folder: Path, config: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The record of a finished run; None where there is none.
+
+    Args:
+        config: fields of the run, to be found in the record.
 
     Raises:
-        InputError: another one does, or the folder cannot be written.
+        InputError: a file of the result is missing or has changed, or the result is of another run.
     """
-    if sys.platform == "win32":
-        raise InputError("castlm compare locks its folder with flock, which Windows lacks: run it under WSL")
-    import fcntl
-
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InputError(f"cannot write {root}: {error.strerror}; choose another output folder") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another castlm compare or plan sweep, or a run that it left, is at work in {root}: wait for it"
-            ) from None
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    model = folder / "model"
+    if not (model / RESULT).is_file():
+        return None
+    record = read_result(model)
+    saved = record.get("config")
+    if not isinstance(saved, dict):
+        raise InputError(f"{model / RESULT} has no config: remove {folder} and run it again")
+    skipped = {*WITHOUT_EFFECT, *NAMED, "init_from", "lam"}  # by another path, or measured before the run
+    for name, value in json.loads(json.dumps(config or {}, default=list)).items():
+        if name not in skipped and name in saved and saved[name] != value:
+            raise InputError(f"{model} is of a run with {name} {saved[name]}, not {value}: remove {folder}")
+    return record
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished run; None where there is none."""
-    file = folder / "model" / "castlm.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def execute(run: Run, root: Path, lock_descriptor: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """The record of a run: as it lies there, resumed where it was stopped, or run from the start.
+def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """The record of a run: read where it is finished, resumed where it was stopped, or run from the start.
 
     Returns:
-        The content of its castlm.json, or `{"error": one line}` when its process failed.
+        The content of its castlm.json, or `{"error": one line}` when its process failed or its files have changed.
     """
     folder = run.folder(root)
-    record = read_record(folder)
+    try:
+        record = read_record(folder, run.config)
+    except InputError as error:
+        return {"error": str(error)}
     if record is not None:
         return record
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     config_file = folder.with_suffix(".yaml")
     fields = {**run.config, "output_dir": str(folder)}
     if run.is_oneshot:
-        shutil.rmtree(folder)
         command = ["castlm.cli.oneshot", str(config_file)]
     else:
         resume = any(folder.glob("checkpoints/step-*/manifest.json"))
         fields |= {"resume": resume, "overwrite": not resume}
-        command = ["castlm", "train", "--config", str(config_file)]
+        command = ["castlm", "train", "--no-report", "--config", str(config_file)]
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-    config_file.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    atomic_write_text(config_file, yaml.safe_dump(plain, sort_keys=False))
     started = time.monotonic()
     log = folder.with_suffix(".log")
-    code = run_process(command, log, lock_descriptor)
-    record = read_record(folder)
-    if code or record is None:
+    code = run_process(command, log)
+    try:
+        record = read_record(folder)
+    except InputError as error:
+        return {"error": str(error)}
+    if record is None or (code and record.get("verdict", {}).get("ok", True)):
         return {"error": f"exit code {code}: {last_line(log)} (all of it: {log})"}
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    discard(folder, below="checkpoints")
     say(f"  done in {time.monotonic() - started:.0f} s")
     return record
 
 
-def run_process(arguments: Sequence[str], log: Path, lock_descriptor: int) -> int:
-    """`python -m ...` with its output in `log`. On Ctrl-C, and when this process is told to end, it is given the time
-    to save itself."""
+def run_process(arguments: Sequence[str], log: Path) -> int:
+    """Runs `python -m ...` with its output in `log`, and returns its exit code.
+
+    On Ctrl-C, and when this process is told to end, the process is told too, and has the time to save itself.
+    """
     with log.open("a", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            pass_fds=(lock_descriptor,),
+            [sys.executable, "-m", *arguments], stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
         try:
             return process.wait()
@@ -179,19 +186,39 @@ def last_line(log: Path) -> str:
     return lines[-1].removeprefix("castlm: error: ") if lines else "it said nothing"
 
 
+def zero_shot_key(model: str, tasks: str, folder: str | None, limit: int | None) -> str:
+    """12 hexadecimal digits for everything the rows of an evaluation depend on.
+
+    Args:
+        model: hash of the model's content.
+        folder: where the local files of the tasks lie; their content counts.
+    """
+    local = None if folder is None else sorted(f for f in Path(folder).expanduser().rglob("*") if f.is_file())
+    hashes = None if local is None else [[str(file), sha256_file(file)] for file in local]
+    try:
+        library = importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        library = None
+    return _digest([model, tasks, hashes, limit, library, castlm.__version__])[:12]
+
+
 def zero_shot_rows(
-    model: str, file: Path, tasks: str, folder: str | None, limit: int | None, lock_descriptor: int
-) -> list[dict[str, Any]]:
-    """The rows of `castlm eval --tasks` on a model, from `file` when it is there. Empty when the evaluation failed."""
+    model: str, file: Path, tasks: str, folder: str | None, limit: int | None
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The rows of `castlm eval --tasks` on a model, from `file` when it is there; and why there are none."""
     if not file.is_file():
         arguments = ["castlm", "eval", model, "--tasks", tasks, "--json", str(file)]
         arguments += ["--tasks-from", folder] if folder else []
         arguments += ["--limit", str(limit)] if limit else []
-        if run_process(arguments, file.with_suffix(".log"), lock_descriptor):
-            note(f"zero-shot of {model} failed: {last_line(file.with_suffix('.log'))}")
-            return []
-    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["zero_shot"]["results"]
-    return rows
+        if run_process(arguments, file.with_suffix(".log")):
+            return [], f"the zero-shot evaluation of {model} failed: {last_line(file.with_suffix('.log'))}"
+    try:
+        rows = read_json_mapping(file, "remove it to evaluate again")["zero_shot"]["results"]
+        return [dict(row) for row in rows], None
+    except InputError as error:
+        return [], str(error)
+    except (KeyError, TypeError, ValueError):
+        return [], f"{file} holds no zero-shot results: remove it to evaluate again"
 
 
 def with_key(run: Run, hashes: dict[str, str]) -> Run:

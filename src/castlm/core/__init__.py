@@ -1,1 +1,1 @@
-"""The method, on torch alone: masks, AdamS, weight scaling, the distillation loss and the decay budget."""
+"""The method in torch and the standard library only: patterns, AdamS, weight scaling, distillation, decay budget."""

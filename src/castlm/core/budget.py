@@ -1,7 +1,7 @@
-"""The decay budget: whether a run's learning rates can bring its masked weights to zero, said before it starts.
+"""The decay budget: whether the learning rates of a run can bring its masked weights to zero, known before it starts.
 
-Adam's step is about `lr` whatever `lam` is, so a masked weight travels at most about `sum_t lr_t * a_t`. A run whose
-budget is smaller ends at a cliff: its final prune removes weights that were never near zero.
+An Adam step moves a weight by about `lr` whatever `lam` is, so a masked weight travels at most about
+`sum_t lr_t * a_t`. If that is less than its magnitude, the final prune removes weights that were never near zero.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -19,10 +20,14 @@ QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
 @dataclass(frozen=True)
 class DecayBudget:
-    """How far masked weights can travel, and how far they have to.
+    """How far masked weights can travel, and how far they have to, in units of a weight.
 
-    `travel`: `sum_t lr_t * a_t`, in units of a weight. `quantiles`: of `|masked weight|`, at 0.5, 0.9, 0.99 and 1.
-    `floor`: about where a weight that has arrived keeps swinging, the last learning rate; 0 for `"horizon"`.
+    Args:
+        decay: the decay rule, a name in `castlm.core.decay.DECAYS`.
+        travel: the decay budget `sum_t lr_t * a_t`.
+        quantiles: of `|masked weight|` at 0.5, 0.9, 0.99 and 1.
+        floor: the last learning rate, at about which a weight that has arrived keeps oscillating; 0 for a decay that
+            ends at exactly zero.
     """
 
     decay: str
@@ -32,27 +37,31 @@ class DecayBudget:
 
     @property
     def reaches_zero(self) -> bool:
-        """Whether 99 % of the masked weights can reach zero; `"horizon"` does so by construction, `"none"` never."""
-        return self.decay == "horizon" or (self.decay != "none" and self.travel >= self.quantiles[2])
+        """Whether 99 % of the masked weights can reach zero.
+
+        A decay that ends at exactly zero always does, and one that does not decay never does.
+        """
+        decay = DECAYS[self.decay]
+        return decay.exact_zero or (decay.reduces and self.travel >= self.quantiles[2])
 
     @property
     def factor(self) -> float:
-        """By what the learning rate or the steps would have to be multiplied to reach zero; 1 when they do."""
+        """The factor by which the learning rate or the steps must grow to reach zero; 1 if they suffice."""
         return 1.0 if self.reaches_zero else self.quantiles[2] / max(self.travel, 1e-30)
 
     def explain(self) -> str:
-        """One line: the numbers, and the remedies when they do not suffice."""
+        """One line: the numbers, and the remedies if they do not suffice."""
         half, _, nearly_all, largest = self.quantiles
         numbers = (
             f"decay budget sum(lr*alpha) = {self.travel:.3g} against masked weights of median {half:.3g}, "
             f"99 % {nearly_all:.3g}, largest {largest:.3g}"
         )
         if self.reaches_zero:
-            exact = " (decay 'horizon' reaches zero by construction)" if self.decay == "horizon" else ""
+            exact = f" (decay {self.decay!r} reaches zero by construction)" if DECAYS[self.decay].exact_zero else ""
             return f"{numbers}: enough{exact}"
         return (
-            f"{numbers}: masked weights cannot reach zero and the final prune would be a cliff; use decay='horizon', "
-            f"or {self.factor:.1f}x the learning rate, or {self.factor:.1f}x the steps"
+            f"{numbers}: masked weights cannot reach zero, so the final prune would raise the loss sharply; use "
+            f"decay='horizon', or {self.factor:.1f}x the learning rate, or {self.factor:.1f}x the steps"
         )
 
 
@@ -60,17 +69,29 @@ class DecayBudget:
 def decay_budget(
     weights: Iterable[tuple[Tensor, Tensor]], lrs: Sequence[float], alphas: Sequence[float], decay: str
 ) -> DecayBudget:
-    """The budget of a run with learning rates `lrs` and ramp `alphas`, one of each per step.
+    """The decay budget of a run.
 
     Args:
         weights: pairs of a sparse weight and its bool mask, True = kept. Quantiles are over all pairs together, from
-            an even sample of at most 4,096 masked entries per pair, the maximum from all of them.
+            an even sample of at most 4,096 masked entries per pair; the maximum is over all entries.
+        lrs: the learning rate of each step.
+        alphas: the ramp `a_t` of each step, see `castlm.core.decay.decay_alpha`.
+        decay: the decay rule.
 
     Raises:
-        InputError: lists of different lengths, or no masked weight.
+        InputError: lists of different lengths, an unknown decay, or no masked weight.
+
+    Example:
+        >>> weight = torch.tensor([[0.5, 0.1, 0.4, 0.2]])
+        >>> mask = torch.tensor([[True, False, True, False]])
+        >>> budget = decay_budget([(weight, mask)], lrs=[0.01] * 100, alphas=[1.0] * 100, decay="additive")
+        >>> round(budget.travel, 2), budget.reaches_zero
+        (1.0, True)
     """
+    if decay not in DECAYS:
+        raise InputError(f"decay {decay!r} is not one of {', '.join(DECAYS)}")
     if len(lrs) != len(alphas):
-        raise InputError(f"{len(lrs)} learning rates against {len(alphas)} alphas: one of each per step")
+        raise InputError(f"{len(lrs)} learning rates against {len(alphas)} alphas: pass one of each per step")
     samples, largest = [], 0.0
     for weight, mask in weights:
         masked = weight.detach()[~mask].abs().float()
@@ -82,4 +103,4 @@ def decay_budget(
     values = torch.cat(samples).sort().values
     at = [float(values[int(q * (len(values) - 1))]) for q in QUANTILES[:-1]]
     travel = sum(lr * alpha for lr, alpha in zip(lrs, alphas))
-    return DecayBudget(decay, travel, (*at, largest), 0.0 if decay == "horizon" else lrs[-1])
+    return DecayBudget(decay, travel, (*at, largest), 0.0 if DECAYS[decay].exact_zero else lrs[-1])

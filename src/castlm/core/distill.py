@@ -1,7 +1,7 @@
-"""The loss of CAST, eta*KL(teacher || student) + (1-eta)*CE, without ever holding the full-vocabulary logits.
+"""The loss of CAST, eta*KL(teacher || student) + (1-eta)*CE, without the logits of all tokens in memory.
 
-The forward goes over chunks of tokens from hidden states and output heads, and leaves the gradient behind it; the
-backward only scales it. So one chunk of logits is alive instead of some seven (tokens, vocab) tensors.
+The forward pass goes over chunks of tokens, from hidden states and output heads, and computes the gradient as well; the
+backward pass only scales it. One chunk of logits is in memory instead of about seven (tokens, vocab) tensors.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .errors import InputError
-from .head import OutputHead, Side, default_chunk_tokens, log_probs_, log_softmax_, logits_, matmul_dtype
-from .taught import TopTokens, spread_
+from castlm.core.errors import InputError
+from castlm.core.head import OutputHead, Side, default_chunk_tokens, log_probs_, log_softmax_, logits_, matmul_dtype
+from castlm.core.top_tokens import TopTokens, spread_
 
 
 class DistillationLoss(NamedTuple):
-    """Three 0-dim tensors, normalised alike. Only `loss` carries a gradient."""
+    """Three 0-dimensional tensors in nats per token. Only `loss` carries a gradient."""
 
     loss: Tensor
     ce: Tensor
@@ -29,43 +29,52 @@ def distillation_loss(
     teacher_hidden: Tensor | None = None,
     teacher_head: OutputHead | None = None,
     *,
-    taught: TopTokens | None = None,
+    teacher_top: TopTokens | None = None,
     eta: float = 1 / 3,
     temperature: float = 1.0,
     num_tokens: int | Tensor | None = None,
     chunk_tokens: int | None = None,
     ignore_index: int = -100,
 ) -> DistillationLoss:
-    """`eta * T^2 * KL(teacher || student) + (1-eta) * CE` in nats, mean over the tokens whose label is not ignored.
+    """`eta * T^2 * KL(teacher || student) + (1-eta) * CE` in nats, averaged over tokens whose label is not ignored.
 
-    Equal to log_softmax, kl_div and cross_entropy on full logits. The matmuls run in autocast's dtype, or else in the
-    student's; softmax and logarithms in at least fp32; the gradient of the student head adds up in at least fp32.
-    The backward hands its gradient over and can be run once. The teacher gets no gradient.
+    Equal to log_softmax, kl_div and cross_entropy on full logits. Matmuls run in the dtype of autocast, or else of
+    `student_hidden`; softmax and logarithms in at least fp32. The gradient of the student's head is accumulated in at
+    least fp32. The backward pass hands its gradient over and can run once. The teacher gets no gradient.
 
     Args:
-        student_hidden: (tokens, hidden) or (batch, seq, hidden), after the final norm.
-        student_head: its weight may be tied to the embedding; its gradient is skipped if it does not require one.
+        student_hidden: (tokens, hidden) or (batch, seq, hidden), after the final norm, as (8, 512, 576).
+        student_head: its weight may be tied to the embedding. It gets a gradient only if it requires one.
         labels: int64, `student_hidden.shape[:-1]`, already shifted: `labels[i]` is the token that follows hidden i.
-        teacher_hidden: `labels.shape + (teacher_hidden_size,)`. Not needed, and not read, at `eta=0` (kl is then 0).
+        teacher_hidden: `labels.shape + (teacher_hidden_size,)`. Not read at `eta=0`, where the KL is reported as 0.
         teacher_head: over the same vocabulary as the student's.
-        taught: what `top_tokens` gives of the teacher at the same temperature, `labels.shape + (k,)`, in its place. The
-            KL is then over its k most probable tokens and all others as one: a lower bound, equal at k = vocabulary.
-        eta: share of the KL term, in [0, 1]; the paper's is 1/3. CE is reported at `eta=1` too.
-        temperature: T, divides both logits in the KL term only.
-        num_tokens: divisor of the summed loss instead of this call's count of real tokens: the count over the whole
-            global batch, under gradient accumulation.
-        chunk_tokens: tokens whose logits are alive at once. Default 192 on CPU, 1,024 elsewhere.
-        ignore_index: the label of a token that does not count.
+        teacher_top: what `top_tokens` returns for the teacher at the same temperature, `labels.shape + (k,)`, in place
+            of `teacher_hidden` and `teacher_head`. The KL is then over the top-k tokens and one bucket for all others:
+            a lower bound, equal to the KL if k is the whole vocabulary.
+        eta: share of the KL term, in [0, 1]; the paper's is 1/3. CE is also reported at `eta=1`.
+        temperature: T, which divides both logits in the KL term only.
+        num_tokens: the divisor of the summed loss, in place of this call's number of tokens that count. With gradient
+            accumulation, pass the number in the whole global batch.
+        chunk_tokens: number of tokens whose logits are in memory at once. By default 192 on a CPU and 1,024 elsewhere.
+        ignore_index: the label of tokens that do not count.
 
     Raises:
-        InputError: shapes or vocabularies that do not match, a missing teacher, a number out of its range, fp16
-            matmuls with gradients (1/num_tokens underflows before a loss scaler can act).
+        InputError: shapes or vocabularies that do not match, a missing teacher, a number out of range, or fp16 matmuls
+            with gradients (1/num_tokens underflows before a loss scaler can act).
 
     Reference: CAST, arXiv 2509.25996, Eq. 13.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> hidden, head = torch.randn(3, 4), OutputHead(torch.randn(5, 4))
+        >>> labels = torch.tensor([1, 4, -100])
+        >>> loss, ce, kl = distillation_loss(hidden, head, labels, teacher_hidden=hidden, teacher_head=head)
+        >>> abs(kl.item()) < 1e-6 and torch.allclose(loss, 2 / 3 * ce)  # the teacher is the student
+        True
     """
     _check_numbers(eta, temperature, num_tokens, chunk_tokens)
     _check_head("student", student_hidden, student_head, labels)
-    teacher = _checked_teacher(eta, student_head, labels, teacher_hidden, teacher_head, taught)
+    teacher = _checked_teacher(eta, student_head, labels, teacher_hidden, teacher_head, teacher_top)
 
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (student_hidden, student_head.weight, student_head.bias)
@@ -77,7 +86,7 @@ def distillation_loss(
 
     real = labels != ignore_index
     count = real.sum() if num_tokens is None else torch.as_tensor(num_tokens)
-    # On an accelerator the count of real rows would cost a synchronisation: ignored rows get the weight 0 there.
+    # Selecting rows would synchronize on an accelerator: there, ignored rows get the weight 0 instead.
     if device == "cpu" and not bool(real.all()):
         student_hidden, labels = student_hidden[real], labels[real]
         teacher = _rows(teacher, real)
@@ -100,13 +109,13 @@ def distillation_loss(
 
 def _check_numbers(eta: float, temperature: float, num_tokens: int | Tensor | None, chunk_tokens: int | None) -> None:
     if not 0 <= eta <= 1:
-        raise InputError(f"eta is {eta}: it is the share of the KL term and lies in [0, 1]")
+        raise InputError(f"eta is {eta}: it is the share of the KL term and must be in [0, 1]")
     if not 0 < temperature < float("inf"):
         raise InputError(f"temperature is {temperature}: it must be above 0 (1 is the paper's)")
     if isinstance(num_tokens, int) and num_tokens < 0:
-        raise InputError(f"num_tokens is {num_tokens}: it is the count of real tokens in the global batch")
+        raise InputError(f"num_tokens is {num_tokens}: it is the number of tokens that count in the global batch")
     if chunk_tokens is not None and chunk_tokens < 1:
-        raise InputError(f"chunk_tokens is {chunk_tokens}: it must be at least 1 (None chooses)")
+        raise InputError(f"chunk_tokens is {chunk_tokens}: it must be at least 1, or None for the default")
 
 
 _Teacher: TypeAlias = tuple[Tensor, OutputHead] | TopTokens | None
@@ -118,15 +127,17 @@ def _checked_teacher(
     labels: Tensor,
     hidden: Tensor | None,
     head: OutputHead | None,
-    taught: TopTokens | None,
+    teacher_top: TopTokens | None,
 ) -> _Teacher:
     if eta == 0:
         return None
-    if taught is not None:
-        if any(part.dim() != labels.dim() + 1 or part.shape[:-1] != labels.shape for part in taught):
-            shapes = tuple(taught.tokens.shape), tuple(taught.log_probs.shape)
-            raise InputError(f"taught has shapes {shapes}, the labels {tuple(labels.shape)}: it must be theirs + (k,)")
-        return taught
+    if teacher_top is not None:
+        if any(part.dim() != labels.dim() + 1 or part.shape[:-1] != labels.shape for part in teacher_top):
+            shapes = tuple(teacher_top.tokens.shape), tuple(teacher_top.log_probs.shape)
+            raise InputError(
+                f"teacher_top has shapes {shapes}, the labels {tuple(labels.shape)}: it must be that shape + (k,)"
+            )
+        return teacher_top
     if hidden is None or head is None:
         raise InputError(f"eta is {eta} but no teacher is given: pass teacher_hidden and teacher_head, or eta=0")
     _check_head("teacher", hidden, head, labels)
@@ -134,7 +145,7 @@ def _checked_teacher(
     if vocab != student_vocab:
         raise InputError(
             f"the teacher's vocabulary has {vocab} entries, the student's {student_vocab}: "
-            "distillation needs the same one, or eta=0"
+            "distillation needs the same vocabulary, or eta=0"
         )
     return hidden, head
 
@@ -172,10 +183,10 @@ def _check_head(name: str, hidden: Tensor, head: OutputHead, labels: Tensor) -> 
 
 
 class _Plan(NamedTuple):
-    """Everything of one call that carries no gradient."""
+    """The inputs of one call that carry no gradient."""
 
-    labels: Tensor  # (tokens,), ignored ones as 0
-    token_weights: Tensor  # (tokens,), 1/num_tokens where real, 0 where ignored
+    labels: Tensor  # (tokens,), 0 where ignored
+    token_weights: Tensor  # (tokens,), 1/num_tokens, or 0 where ignored
     teacher: Side | TopTokens | None
     eta: float
     temperature: float
@@ -184,14 +195,14 @@ class _Plan(NamedTuple):
 
 
 class _Buffers(NamedTuple):
-    """The (chunk, vocab) tensors, allocated once: on CPU fresh pages cost more than the arithmetic on them."""
+    """The (chunk, vocab) tensors, allocated once: on a CPU new pages cost more than the arithmetic on them."""
 
     student: Tensor
     teacher: Tensor
     scratch: Tensor
     tempered: Tensor
     tanh: Tensor
-    narrow: Tensor  # in the dtype of the matmuls, where that is below fp32
+    narrow: Tensor  # in the dtype of the matmuls, if that is narrower than fp32
 
     @staticmethod
     def of(plan: _Plan, student: Side, chunk: int, needs_grad: bool) -> "_Buffers":
@@ -199,12 +210,12 @@ class _Buffers(NamedTuple):
             size = (chunk, student.weight_t.shape[1]) if wanted else (0,)
             return torch.empty(size, dtype=dtype, device=plan.labels.device)
 
-        distil = plan.teacher is not None
+        distills = plan.teacher is not None
         return _Buffers(
             student=empty(True),
-            teacher=empty(distil),
-            scratch=empty(distil),
-            tempered=empty(distil and plan.temperature != 1),
+            teacher=empty(distills),
+            scratch=empty(distills),
+            tempered=empty(distills and plan.temperature != 1),
             tanh=empty(needs_grad and student.softcap is not None),
             narrow=empty(plan.dtype != plan.token_weights.dtype, plan.dtype),
         )
@@ -226,10 +237,10 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grads, ctx.grads = ctx.grads, None  # held by no one else, AccumulateGrad takes them without a copy
+        grads, ctx.grads = ctx.grads, None  # with no other reference, AccumulateGrad does not copy them
         if grads is None:
-            raise RuntimeError("distillation_loss can be run backward once: call it again for another backward")
-        # On an accelerator the comparison would synchronise, and the multiplication is cheap.
+            raise RuntimeError("distillation_loss can run backward once: call it again for another backward pass")
+        # On an accelerator the comparison would synchronize, and the multiplication is cheap.
         if grad_loss.device.type != "cpu" or grad_loss != 1:
             for grad in grads:
                 if grad is not None:
@@ -240,7 +251,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def _chunked_loss(
     hidden: Tensor, head: OutputHead, plan: _Plan, needs: tuple[bool, bool, bool]
 ) -> tuple[DistillationLoss, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The losses, and the gradients of hidden, weight and bias where `needs` says so."""
+    """The losses, and the gradients of hidden, weight and bias that `needs` asks for."""
     chunk = max(1, min(plan.chunk_tokens, len(hidden)))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         student = Side.of(hidden, head, plan.dtype)
@@ -260,9 +271,9 @@ def _chunked_loss(
 
 
 def _chunk_(student: Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_grad: bool) -> tuple[Tensor, Tensor]:
-    """CE and KL of each token (chunk,); `buffers.student` is left as d loss / d logits (chunk, vocab).
+    """The CE and the KL of each token, (chunk,). Leaves d loss / d logits (chunk, vocab) in `buffers.student`.
 
-    That is `(1-eta) (p - onehot) + eta T (p_T - q_T)`, p the student's and q the teacher's probabilities.
+    That gradient is `(1-eta) (p - onehot) + eta T (p_T - q_T)`, with p the student's and q the teacher's probabilities.
     """
     eta, T = plan.eta, plan.temperature
     labels = plan.labels[rows, None]
@@ -273,7 +284,7 @@ def _chunk_(student: Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_gr
     ce = -p.gather(1, labels)[:, 0]
     kl = torch.zeros_like(ce)
     if plan.teacher is not None:
-        q_T = _taught_(plan, rows, p_T, buffers)
+        q_T = _teacher_log_probs_(plan, rows, p_T, buffers)
         torch.sub(q_T, p_T, out=buffers.scratch)
         q_T.exp_()
         kl = buffers.scratch.mul_(q_T).sum(-1) * T**2
@@ -287,8 +298,8 @@ def _chunk_(student: Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_gr
     return ce, kl
 
 
-def _taught_(plan: _Plan, rows: slice, p_T: Tensor, buffers: _Buffers) -> Tensor:
-    """The teacher's log-probabilities (chunk, vocab) in `buffers.teacher`; `p_T` are the student's."""
+def _teacher_log_probs_(plan: _Plan, rows: slice, p_T: Tensor, buffers: _Buffers) -> Tensor:
+    """Writes the teacher's log-probabilities (chunk, vocab) into `buffers.teacher`; `p_T` are the student's."""
     if isinstance(plan.teacher, TopTokens):
         return spread_(plan.teacher.rows(rows), p_T, buffers.teacher)
     assert plan.teacher is not None
@@ -296,7 +307,7 @@ def _taught_(plan: _Plan, rows: slice, p_T: Tensor, buffers: _Buffers) -> Tensor
 
 
 class _Gradients:
-    """Of hidden, weight and bias: `add_` a chunk at a time, None for what is not needed."""
+    """The gradients of hidden, weight and bias, accumulated chunk by chunk; None if not needed."""
 
     def __init__(self, hidden: Tensor, head: OutputHead, needs: tuple[bool, bool, bool], wide: torch.dtype) -> None:
         self.head = head
@@ -316,7 +327,7 @@ class _Gradients:
         if self.hidden is not None:
             self.hidden[rows] = torch.mm(grad, student.weight_t.t()) * scaled[:, None]
         if self.weight is not None:
-            # student.hidden holds scale/softcap already
+            # student.hidden already includes scale / softcap
             capped = token_weights * (student.softcap or 1.0)
             hidden = (student.hidden[rows] * capped[:, None]).to(grad.dtype)
             if grad.dtype == self.weight.dtype:

@@ -1,5 +1,5 @@
-"""The one exception for what a user can put right; the command line prints it as one line and exits with 2."""
+"""The exception for bad input. The command line prints it as one line, without a traceback, and exits with code 2."""
 
 
 class InputError(ValueError):
-    """What was given cannot be used. The message names the offending value and the remedy, in one line."""
+    """The given input cannot be used. The message is one line that names the offending value and the remedy."""

@@ -1,4 +1,4 @@
-"""From hidden states to logits, a chunk of tokens at a time: which student and teacher share in the loss."""
+"""From hidden states to logits, a chunk of tokens at a time. Student and teacher share this code in the loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class OutputHead(NamedTuple):
-    """What turns hidden states into logits: `z = (h @ weight.T + bias) * scale`, then `softcap * tanh(z / softcap)`."""
+    """How hidden states become logits: `z = (h @ weight.T + bias) * scale`, then `softcap * tanh(z / softcap)`."""
 
     weight: Tensor
     """(vocab, hidden)."""
@@ -18,11 +18,11 @@ class OutputHead(NamedTuple):
     softcap: float | None = None
     """Gemma 2's bound on |logit|; None for no cap."""
     scale: float = 1.0
-    """Granite's 1/logits_scaling, Cohere's logit_scale."""
+    """Granite's 1 / logits_scaling or Cohere's logit_scale."""
 
 
 class Side(NamedTuple):
-    """Student or teacher, ready for the matmul: cast once, scale (and 1/softcap) folded into the small tensors."""
+    """The student or the teacher, ready for the matmul: cast once, with scale and 1/softcap folded into `hidden`."""
 
     hidden: Tensor  # (tokens, hidden)
     weight_t: Tensor  # (hidden, vocab), a view
@@ -39,7 +39,12 @@ class Side(NamedTuple):
 
 
 def logits_(side: Side, rows: slice, out: Tensor, narrow: Tensor, tanh: Tensor | None) -> Tensor:
-    """(chunk, vocab) in `out`, through `narrow` where the matmul is narrower; leaves the cap's tanh in `tanh`."""
+    """Writes the logits (chunk, vocab) of `rows` into `out`.
+
+    Args:
+        narrow: a buffer for the product if the matmul runs in a narrower dtype than `out`; empty otherwise.
+        tanh: a buffer for the tanh of the softcap, which the gradient needs; None if it is not needed.
+    """
     product = narrow if narrow.numel() else out
     if side.bias is None:
         torch.mm(side.hidden[rows], side.weight_t, out=product)
@@ -56,26 +61,27 @@ def logits_(side: Side, rows: slice, out: Tensor, narrow: Tensor, tanh: Tensor |
 
 
 def log_softmax_(logits: Tensor) -> Tensor:
+    """`log_softmax` over the last axis, in place."""
     return torch.log_softmax(logits, -1, out=logits)
 
 
 def log_probs_(side: Side, rows: slice, out: Tensor, narrow: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities (chunk, vocab) at `temperature` in `out`; the rest as in `logits_`."""
+    """Writes the log-probabilities (chunk, vocab) at `temperature` into `out`. Other arguments as in `logits_`."""
     logits = logits_(side, rows, out, narrow, None)
     return log_softmax_(logits if temperature == 1 else logits.div_(temperature))
 
 
 def matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """autocast's dtype, or else that of `hidden`."""
+    """The dtype of autocast if it is enabled, else that of `hidden`."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def default_chunk_tokens(device: torch.device) -> int:
-    """Tokens whose logits are alive at once.
+    """How many tokens have their logits in memory at once.
 
-    The head gradient moves 8*vocab*hidden bytes a chunk for 2*chunk*vocab*hidden FLOP. On CPU the time falls little
-    past 128 tokens and the memory grows (measured); an accelerator does some 200 FLOP a byte (from data sheets, not
-    measured).
+    The gradient of the head moves 8*vocab*hidden bytes per chunk for 2*chunk*vocab*hidden FLOP. On a CPU the time falls
+    little beyond 128 tokens while memory grows (measured). An accelerator performs some 200 FLOP per byte, according
+    to data sheets.
     """
     return 192 if device.type == "cpu" else 1024

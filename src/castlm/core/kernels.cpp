@@ -1,6 +1,7 @@
-// The AdamS step and the refresh of its masks on a CPU, each in one pass over memory. Plain loops that a compiler turns
-// into vectors: torch.compile, which does the same on a GPU, cannot read every m-th weight in vectors, nor a bit of a
-// mask in a register. `update.py`, `masks.py` and `moments.py` hold the same arithmetic in torch, and the tests compare.
+// The AdamS step and the refresh of its masks on a CPU, each in one pass over memory. These are plain loops that a
+// compiler vectorizes. torch.compile does the same on a GPU, but on a CPU it neither reads every m-th weight in vectors
+// nor tests the bits of a mask in registers. `update.py`, `masks.py` and `moments.py` hold the same arithmetic in torch,
+// and the tests compare the two. Pointers are not checked here: `native.py` checks every tensor before it calls.
 
 #include <algorithm>
 #include <atomic>
@@ -20,9 +21,9 @@
 
 extern "C" {
 
-// One parameter on this rank, contiguous. `width` is that of a row of `mask`, whose rows are whole bytes: the number of
-// all weights where rows join without a gap. `exp_avg` is fp32 or bf16; both moments are uint8 where they have scales,
-// one for each `block` weights.
+// The part of one parameter on this rank, contiguous. Each row of `mask` starts at a byte, and `width` is the number of
+// weights in such a row; where rows fill whole bytes, the parameter is passed as a single row. `exp_avg` is fp32 or
+// bf16. Both moments are uint8 if `block` is not 0, with one scale for each `block` weights.
 struct Parameter {
   float* weight;
   const float* grad;
@@ -30,22 +31,22 @@ struct Parameter {
   void* exp_avg_sq;
   float* exp_avg_scale;
   float* exp_avg_sq_scale;
-  uint8_t* mask;  // null: all weights are kept
+  uint8_t* mask;  // null if all weights are kept
   int64_t rows, width, block;
 };
 
-// As `castlm.core.update.hyperparameters` has them.
+// In the order of `castlm.core.update.hyperparameters`.
 struct Hyper {
   float rate, eps, one_less_beta1, one_less_beta2, pull, keep, remaining;
 };
 
-// A piece of the map from 8-bit codes to values, as `castlm.core.moments` has them: the code of a value from `least` on
-// is the nearest of value * per_value - offset, and `last` at most.
+// A piece of the map from 8-bit codes to values, see `castlm.core.moments.code_pieces`. The code of a value of at least
+// `least` is value * per_value - offset, rounded to the nearest integer and at most `last`.
 struct Piece {
   float last, per_value, offset, least;
 };
 
-// The map of one moment: 256 values, and eight pieces; `zero` is the code of 0.
+// The map of one moment: the value of each code, and eight pieces. `zero` is the code of 0.
 struct Codes {
   float value[256];
   Piece pieces[8];
@@ -55,8 +56,9 @@ struct Codes {
 
 namespace {
 
-constexpr int64_t kRun = 65536;  // weights that a thread takes at a time, about
-constexpr int64_t kBlock = 256;  // the most weights that share a scale
+constexpr int64_t kRun = 65536;  // about how many weights a thread takes at a time
+constexpr int64_t kBlock = 256;  // the largest number of weights that share a scale
+constexpr int64_t kGroup = 256;  // the largest m of an n:m pattern
 
 // Weights `begin` to `end` of a row.
 struct Run {
@@ -68,19 +70,20 @@ struct Run {
   uint8_t* mask() const { return of.mask ? of.mask + row * ((of.width + 7) / 8) + begin / 8 : nullptr; }
 };
 
-// What a thread takes at a time: a part of a row, or several rows.
+// What a thread takes at a time: part of a row, or several rows.
 struct Chunk {
   const Parameter* of;
   int64_t first_row, last_row, begin, end;
 };
 
-// Does `work` for all rows of the parameters, in runs of `size` weights or less; on a thread for every `size` weights, if
-// that many may be had.
+// Calls `work` for all rows of the parameters, in runs of at most `size` weights. Uses one thread for every `size`
+// weights, but at most `num_threads`.
 template <class Work>
 void for_each_run(const Parameter* parameters, int64_t count, int64_t size, int num_threads, Work work) {
   std::vector<Chunk> chunks;
   int64_t total = 0;
   for (const Parameter* p = parameters; p < parameters + count; ++p) {
+    if (p->rows <= 0 || p->width <= 0) continue;
     total += p->rows * p->width;
     const int64_t rows = std::max<int64_t>(1, size / p->width);
     for (int64_t row = 0; row < p->rows; row += rows)
@@ -96,7 +99,7 @@ void for_each_run(const Parameter* parameters, int64_t count, int64_t size, int 
   std::vector<std::thread> others;
   try {
     while (int64_t(others.size()) + 1 < std::min<int64_t>(num_threads, total / size)) others.emplace_back(take);
-  } catch (const std::system_error&) {  // no more threads to be had: those that run share the work
+  } catch (const std::system_error&) {  // the system allows no more threads: those that run share the work
   }
   take();
   for (std::thread& other : others) other.join();
@@ -119,7 +122,7 @@ INLINE void store(BFloat16& to, float value) {
   to = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest);
 }
 
-// `count` weights, 32 at most, with their bits of the mask.
+// Updates `count` weights, at most 32, with their bits of the mask.
 template <bool square_mix, class First>
 INLINE void update_word(float* __restrict weight, const float* __restrict grad, First* __restrict exp_avg,
                         float* __restrict exp_avg_sq, uint32_t kept_bits, int64_t count,
@@ -168,7 +171,7 @@ INLINE void decode(const uint8_t* codes, float scale, const Codes& map, float* t
   for (int64_t i = 0; i < count; ++i) to[i] = map.value[codes[i]] * scale;
 }
 
-// The largest magnitude as the scale, and of each value the nearest code.
+// Writes the nearest code of each value, and returns the scale: the largest magnitude.
 INLINE float encode(const float* values, const Codes& map, uint8_t* to, int64_t count) {
   int32_t largest_bits = 0;  // of magnitudes, whose order is that of their bits
   for (int64_t i = 0; i < count; ++i) {
@@ -190,7 +193,7 @@ INLINE float encode(const float* values, const Codes& map, uint8_t* to, int64_t 
       offset = in_piece ? piece.offset : offset;
       last = in_piece ? piece.last : last;
     }
-    constexpr float to_whole = 12582912.0f;  // 1.5 * 2^23, beside which there is no room for a fraction
+    constexpr float to_whole = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
     float index = ((magnitude * per_value - offset) + to_whole) - to_whole;
     index = index < last ? index : last;
     const int32_t code = map.zero + int32_t(value < 0 ? -index : index);
@@ -199,8 +202,8 @@ INLINE float encode(const float* values, const Codes& map, uint8_t* to, int64_t 
   return scale;
 }
 
-// Codes of the `count` weights n of m of whose groups are kept: bit j of a code for weight j. The rank of a weight is
-// the number of those that beat it: of equal ones the earlier. Returns the bits of the largest magnitude.
+// Writes one code for each group of m weights: bit j is set if weight j is among the n kept. The rank of a weight is
+// the number of weights that beat it; the earlier of two equal weights wins. Returns the bits of the largest magnitude.
 template <int m>
 INLINE int32_t keep_codes(const float* weight, int64_t num_groups, int n, uint8_t* codes) {
   int32_t largest = 0;
@@ -231,7 +234,7 @@ INLINE int32_t keep_codes(const float* weight, int64_t num_groups, int n, uint8_
 
 struct Refreshed {
   int64_t flips = 0;
-  int32_t largest = 0;  // bits of the largest magnitude: above those of infinity for NaN
+  int32_t largest = 0;  // bits of the largest magnitude, which are above those of infinity for NaN
 };
 
 INLINE void replace(uint8_t* mask, const uint8_t* fresh, int64_t num_bytes, Refreshed& result) {
@@ -245,7 +248,7 @@ INLINE void replace(uint8_t* mask, const uint8_t* fresh, int64_t num_bytes, Refr
   std::memcpy(mask, fresh, num_bytes);
 }
 
-// m divides 8, and so does `count`, but for a width that ends within a byte.
+// For an m that divides 8. `count` is a multiple of 8, except at the end of a row that ends within a byte.
 template <int m>
 INLINE Refreshed refresh_run(const float* weight, uint8_t* mask, int64_t count, int n) {
   constexpr int64_t bytes = 512;
@@ -266,27 +269,31 @@ INLINE Refreshed refresh_run(const float* weight, uint8_t* mask, int64_t count, 
   return result;
 }
 
-// Any m, a group at a time.
+// For any m up to kGroup. Eight groups fill m whole bytes of the mask and are done at a time.
 Refreshed refresh_any(const float* weight, uint8_t* mask, int64_t count, int n, int m) {
   Refreshed result;
-  std::vector<int32_t> magnitude(m);
-  std::vector<uint8_t> fresh((count + 7) / 8, 0);
-  for (int64_t i = 0; i < count; i += m) {
-    std::memcpy(magnitude.data(), weight + i, 4 * m);
-    for (int32_t& bits : magnitude) result.largest = std::max(result.largest, bits &= 0x7fffffff);
-    for (int j = 0; j < m; ++j) {
-      int rank = 0;
-      for (int k = 0; k < m; ++k) rank += k < j ? magnitude[k] >= magnitude[j] : magnitude[k] > magnitude[j];
-      if (rank < n) fresh[(i + j) / 8] |= 1 << ((i + j) % 8);
+  int32_t magnitude[kGroup];
+  uint8_t fresh[kGroup];
+  for (int64_t i = 0; i < count; i += 8 * m) {
+    const int64_t length = std::min<int64_t>(8 * m, count - i), num_bytes = (length + 7) / 8;
+    std::fill(fresh, fresh + num_bytes, 0);
+    for (int64_t g = 0; g < length; g += m) {
+      std::memcpy(magnitude, weight + i + g, 4 * m);
+      for (int j = 0; j < m; ++j) result.largest = std::max(result.largest, magnitude[j] &= 0x7fffffff);
+      for (int j = 0; j < m; ++j) {
+        int rank = 0;
+        for (int k = 0; k < m; ++k) rank += k < j ? magnitude[k] >= magnitude[j] : magnitude[k] > magnitude[j];
+        if (rank < n) fresh[(g + j) / 8] |= 1 << ((g + j) % 8);
+      }
     }
+    replace(mask + i / 8, fresh, num_bytes, result);
   }
-  replace(mask, fresh.data(), (count + 7) / 8, result);
   return result;
 }
 
 }  // namespace
 
-// Of a run each; not templates, which compilers do not clone for several processors.
+// Each handles one run. They are not templates, because GCC does not clone templates for several processors.
 EACH_CPU static void update_fp32(const Run& run, const Hyper& hyper, bool square_mix) {
   const Parameter& p = run.of;
   const int64_t at = run.at();
@@ -329,10 +336,10 @@ EACH_CPU static Refreshed refresh_8(const float* weight, uint8_t* mask, int64_t 
 
 extern "C" {
 
-int32_t castlm_kernels_version = 1;  // of these structures and signatures; `native.py` asks for its own
+int32_t castlm_kernels_version = 1;  // of these structures and signatures; `native.py` expects its own number
 
-// `castlm.core.update.adams_update` of all parameters, in place; the first moments are bf16 where `bf16` is set and
-// there are no scales. `maps`: of the first and of the second moment.
+// `castlm.core.update.adams_update` of all parameters, in place. The first moments are bf16 if `bf16` is set and there
+// are no scales. `maps` holds the codes of the first moment and of the second.
 void castlm_update(const Parameter* parameters, int64_t count, const Hyper* hyper, int square_mix, int bf16,
                    const Codes* maps, int num_threads) {
   for_each_run(parameters, count, kRun, num_threads, [=](const Run& run) {
@@ -345,7 +352,7 @@ void castlm_update(const Parameter* parameters, int64_t count, const Hyper* hype
   });
 }
 
-// `castlm.core.masks.refresh_mask_` of all parameters. Returns the entries that changed, or -1 where a weight is NaN.
+// `castlm.core.masks.refresh_mask_` of all parameters. Returns how many entries changed, or -1 if a weight is NaN.
 int64_t castlm_refresh(const Parameter* parameters, int64_t count, int n, int m, int num_threads) {
   std::atomic<int64_t> flips{0};
   std::atomic<bool> has_nan{false};

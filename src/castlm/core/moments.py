@@ -1,8 +1,8 @@
-"""How AdamS keeps its two moments: fp32, the first in bf16, or both in 8 bits a weight with a scale a block.
+"""How AdamS stores its two moments: in fp32, the first in bf16, or both in 8 bits with a scale per block of weights.
 
-The 8-bit codes are those of bitsandbytes and torchao (dynamic map, block-wise: Dettmers et al. 2021, arXiv 2110.02861),
-found by arithmetic that vectorises instead of a search in their table, and kept as plain tensors whose rows line up
-with the weight's, so that they are sharded and saved like every other state.
+The 8-bit codes are those of bitsandbytes and torchao (dynamic map, block-wise: Dettmers et al. 2021, arXiv 2110.02861).
+They are computed by arithmetic that vectorizes instead of looked up in a table, and stored as plain tensors whose rows
+match those of the weight, so that they are sharded and saved like all other state.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ from castlm.core.shards import like_rows, local
 
 MOMENTS = ("fp32", "bf16", "8bit")
 MOMENT_KEYS = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
-_LONGEST, _SHORTEST = 256, 32  # weights that share a scale
-_LEAST = 4096  # a parameter of fewer weights keeps its moments in its own dtype
+LONGEST_BLOCK, _SHORTEST = 256, 32  # weights that share a scale
+_LEAST = 4096  # a parameter with fewer weights keeps its moments in its own dtype
 
 
 def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
     """Zero moments of `param` as optimizer state.
 
-    `exp_avg` and `exp_avg_sq` are shaped and placed like it, in its dtype or as `moments` says. In 8 bits they are
-    uint8 codes, and `exp_avg_scale` and `exp_avg_sq_scale` (out, in / block) fp32 stand beside them, where `param` is a
-    matrix of at least 4,096 weights whose width divides by 32; others keep theirs in their own dtype.
+    `exp_avg` and `exp_avg_sq` are shaped and placed like `param`, in its dtype or as `moments` says. In 8 bits they are
+    uint8 codes, with `exp_avg_scale` and `exp_avg_sq_scale` (out, in / block) fp32 beside them. This applies to
+    matrices of at least 4,096 weights whose width divides by 32; other parameters keep their moments in their dtype.
+
+    Example:
+        >>> state = new_moments(torch.zeros(64, 128), "8bit")
+        >>> {name: (value.dtype, tuple(value.shape)) for name, value in state.items() if name.startswith("exp_avg_sq")}
+        {'exp_avg_sq': (torch.uint8, (64, 128)), 'exp_avg_sq_scale': (torch.float32, (64, 1))}
     """
     block = block_size(param) if moments == "8bit" else 0
     if not block:
@@ -41,18 +46,19 @@ def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
 
 
 def block_size(param: Tensor) -> int:
-    """Weights that share a scale: the largest power of 2 up to 256 that divides the width; 0 where it is below 32."""
+    """How many weights share a scale: the largest power of 2, 32 to 256, that divides the width, or 0 if none does."""
     if param.dim() != 2 or param.numel() < _LEAST:
         return 0
-    block = min(_LONGEST, param.shape[1] & -param.shape[1])
+    block = min(LONGEST_BLOCK, param.shape[1] & -param.shape[1])
     return block if block >= _SHORTEST else 0
 
 
 def code_pieces(signed: bool) -> list[tuple[float, float, float, float, float]]:
-    """The map from code to value is linear in seven pieces, a decade of values each, with twice the codes of the one
-    before it. Of each: first and last index, slope, intercept, and the value from which on it is the nearest.
+    """The pieces of the map from code to value: `(first index, last index, slope, intercept, least value)` each.
 
-    The index of a code is its distance from the code of 0: 1 to 127 (254 unsigned); one more stands for 1.
+    The map is linear in seven pieces. Each covers one decade of values and has twice as many codes as the one before;
+    an eighth holds the value 1. The index of a code is its distance from the code of 0. A value of at least `least
+    value` is nearest to a code of this or a later piece.
     """
     pieces: list[tuple[float, float, float, float, float]] = []
     first, below = 1, 0.0
@@ -68,16 +74,17 @@ def code_pieces(signed: bool) -> list[tuple[float, float, float, float, float]]:
 
 
 def zero_code(signed: bool) -> int:
+    """The code of the value 0."""
     return 127 if signed else 0
 
 
 def code_values(signed: bool) -> Tensor:
-    """(256,) fp32: what each code stands for under a scale of 1."""
+    """(256,) fp32: the value of each code at a scale of 1."""
     return from_codes(torch.arange(256, dtype=torch.uint8)[None], torch.ones(1), signed)[0]
 
 
 def from_codes(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
-    """fp32 (blocks, block) of uint8 `codes` (blocks, block) under `scale` (blocks,)."""
+    """The fp32 values (blocks, block) of uint8 `codes` (blocks, block) at `scale` (blocks,)."""
     offset = codes.to(torch.int32).to(torch.float32) - zero_code(signed)
     index = offset.abs()
     value = torch.zeros_like(index)
@@ -88,8 +95,10 @@ def from_codes(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
 
 
 def to_codes_(new: Tensor, codes: Tensor, scale: Tensor, signed: bool) -> None:
-    """Writes `new` (blocks, block) into `codes` and `scale`: of each block the largest magnitude, of each value the
-    nearest code."""
+    """Writes `new` (blocks, block) into `codes` and `scale`.
+
+    The scale of a block is its largest magnitude, and each value gets the nearest code.
+    """
     largest = new.abs().amax(dim=1).clamp(min=1e-30)
     value = new / largest[:, None]
     magnitude = value.abs()
@@ -100,6 +109,6 @@ def to_codes_(new: Tensor, codes: Tensor, scale: Tensor, signed: bool) -> None:
             nearest = (magnitude * (1 / slope) - intercept / slope).round().clamp(first, last)
         index = torch.where(magnitude >= least, nearest, index)
     if signed:
-        index = (index * value.sign()).clamp(min=-zero_code(signed))  # there is a code for 1, and none for -1
+        index = (index * value.sign()).clamp(min=-zero_code(signed))  # there is a code for 1 but none for -1
     codes.copy_((zero_code(signed) + index).to(torch.int32))
     scale.copy_(largest)

@@ -1,7 +1,7 @@
 """The C++ kernels of `kernels.cpp`, called through ctypes on fp32 tensors of a CPU.
 
-They are built when castlm is installed, and left out where there is no C++ compiler then: `kernels()` says so. The
-structures and signatures here are those of the C++ file, word for word.
+They are compiled when castlm is installed, if there is a C++ compiler; `kernels()` is None otherwise. The structures
+and signatures here mirror the C++ file. C++ trusts its pointers, so every tensor passes `_pointer` on its way there.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.core.moments import code_pieces, code_values, zero_code
+from castlm.core.moments import LONGEST_BLOCK, code_pieces, code_values, zero_code
 
-NOT_BUILT = "the C++ kernels were not built: install castlm anew where there is a C++ compiler"
+NOT_BUILT = "the C++ kernels were not compiled: reinstall castlm on a machine with a C++ compiler"
+MOST_GROUPED = 256
+"""The largest m of an n:m pattern for which the kernels make masks."""
 
 _VERSION = 1  # of kernels.cpp
 _POINTERS = ("weight", "grad", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "mask")
+_NUM_HYPER = 7
 
 
 class _Parameter(ctypes.Structure):
@@ -40,13 +43,18 @@ class _Codes(ctypes.Structure):
 
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
-    """The library, or None where it was not built. Raises `InputError` when it is of another version of castlm."""
+    """The compiled library, or None if it was not built. Raises `InputError` if its version is not this module's."""
     spec = importlib.util.find_spec(f"{__package__}._kernels")
     if spec is None or spec.origin is None:
         return None
-    library = ctypes.CDLL(spec.origin)
+    return load_kernels(spec.origin)
+
+
+def load_kernels(path: str) -> ctypes.CDLL:
+    """The library at `path`, with its signatures. Raises `InputError` if its version is not this module's."""
+    library = ctypes.CDLL(path)
     if ctypes.c_int32.in_dll(library, "castlm_kernels_version").value != _VERSION:
-        raise InputError(f"{spec.origin} is of another version of castlm: install castlm anew")
+        raise InputError(f"{path} belongs to another version of castlm: reinstall castlm")
     parameters, number = ctypes.POINTER(_Parameter), ctypes.c_int
     hyper, maps = ctypes.POINTER(ctypes.c_float), ctypes.POINTER(_Codes)
     library.castlm_update.argtypes = [parameters, ctypes.c_int64, hyper, number, number, maps, number]
@@ -57,19 +65,23 @@ def kernels() -> ctypes.CDLL | None:
 
 
 def runs_on(tensor: Tensor) -> bool:
-    """Whether the kernels are there and take tensors like this one: no DTensor or other subclass, whose memory is
-    elsewhere, and nothing that torch.compile traces."""
+    """Whether the kernels exist and take a tensor of this type, device and dtype.
+
+    They take no DTensor or other subclass, whose memory may be elsewhere, and nothing while `torch.compile` traces.
+    """
     if type(tensor) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and kernels() is not None
 
 
 def check_runs_on(tensor: Tensor) -> None:
-    """Raises `InputError` when the kernels cannot work on `tensor`, which is on a CPU."""
+    """Raises `InputError` if the kernels cannot work on `tensor`, which is on a CPU."""
     if kernels() is None:
-        raise InputError(f"fused on a CPU is not to be had, for {NOT_BUILT}")
+        raise InputError(f"fused=True is not available on this CPU: {NOT_BUILT}, or pass fused=None")
     if tensor.dtype != torch.float32:
-        raise InputError(f"fused on a CPU takes fp32 parameters, not {tensor.dtype}: leave it off")
+        raise InputError(f"fused=True on a CPU takes float32 parameters, not {tensor.dtype}: pass fused=None")
+    if not runs_on(tensor):
+        raise InputError(f"fused=True on a CPU takes plain tensors, not {type(tensor).__name__}: pass fused=None")
 
 
 def update_(
@@ -80,59 +92,106 @@ def update_(
     hyper: Sequence[float],
     second_moment: str,
 ) -> None:
-    """`castlm.core.update.adams_update` of parameters, in place and in one pass over memory.
+    """`castlm.core.update.adams_update` of several parameters, in place and in one pass over memory.
 
     Args:
-        weights: fp32, contiguous, on a CPU; (out, in) where there is a mask.
-        grads: like `weights`.
-        moments: by the names of the optimizer state, as `new_moments` makes them, all of them alike.
-        masks: (out, ceil(in / 8)) uint8 of `pack_mask`, or None of a dense parameter.
-        hyper: of `castlm.core.update.hyperparameters`.
+        weights: float32, contiguous, on a CPU; (out, in) if there is a mask.
+        grads: as `weights`.
+        moments: by their names in the optimizer state, as `new_moments` makes them; all parameters have the same kind.
+        masks: (out, ceil(in / 8)) uint8 as `pack_mask` makes them, or None for a dense parameter.
+        hyper: the 7 numbers of `castlm.core.update.hyperparameters`.
+
+    Raises:
+        InputError: a tensor of another dtype, size, layout or device, or lists of different lengths.
     """
     library = kernels()
-    assert library is not None
+    if library is None or len(hyper) != _NUM_HYPER:
+        raise InputError(f"the fused update needs compiled kernels and {_NUM_HYPER} hyperparameters, not {len(hyper)}")
+    in_8bit = "exp_avg_scale" in moments
+    first = moments["exp_avg"][0].dtype if moments["exp_avg"] and not in_8bit else torch.float32
+    if first not in (torch.float32, torch.bfloat16):
+        raise InputError(f"the fused update keeps the first moment in float32 or bfloat16, not {first}")
+    dtypes = {"grad": torch.float32, "exp_avg": first, "exp_avg_sq": torch.float32}
+    if in_8bit:
+        dtypes |= {"exp_avg": torch.uint8, "exp_avg_sq": torch.uint8}
     parameters = _parameters(weights, masks)
     for name, column in (("grad", grads), *moments.items()):
-        for parameter, tensor in zip(parameters, column):
-            assert tensor.is_contiguous()
-            setattr(parameter, name, tensor.data_ptr())
-    scales = moments.get("exp_avg_scale")
-    if scales is not None:
-        for parameter, weight, scale in zip(parameters, weights, scales):
-            parameter.block = weight.numel() // scale.numel()  # 256 at most, for which the kernel has room
+        if len(column) != len(weights):
+            raise InputError(f"the fused update was given {len(weights)} weights but {len(column)} of {name}")
+        for parameter, weight, tensor in zip(parameters, weights, column):
+            if name.endswith("_scale"):
+                parameter.block = _block_size(weight, tensor, parameter.block)
+                setattr(parameter, name, _pointer(name, tensor, torch.float32, tensor.numel()))
+            else:
+                setattr(parameter, name, _pointer(name, tensor, dtypes[name], weight.numel()))
     library.castlm_update(
         parameters,
         len(parameters),
-        (ctypes.c_float * len(hyper))(*hyper),
+        (ctypes.c_float * _NUM_HYPER)(*hyper),
         second_moment == "mix",
-        moments["exp_avg"][0].dtype == torch.bfloat16,
+        first == torch.bfloat16,
         _maps(),
         torch.get_num_threads(),
     )
 
 
 def refresh_(weights: Sequence[Tensor], masks: Sequence[Tensor], n: int, m: int) -> tuple[int, bool]:
-    """`castlm.core.masks.refresh_mask_` of several contiguous weights (out, in): how many entries changed, which is -1
-    where a weight has NaN, and whether one has."""
+    """`castlm.core.masks.refresh_mask_` of several contiguous weights (..., width).
+
+    Returns:
+        The number of entries that changed, which is -1 if a weight contains NaN, and whether one does.
+
+    Raises:
+        InputError: a tensor of another dtype, size, layout or device, or a width that does not divide by `m`.
+    """
     library = kernels()
-    assert library is not None
+    if library is None or not 1 <= n < m <= MOST_GROUPED:
+        raise InputError(f"masks in C++ need compiled kernels and 1 <= n < m <= {MOST_GROUPED}, not {n}:{m}")
+    for weight in weights:
+        if weight.dim() == 0 or weight.shape[-1] % m:
+            raise InputError(f"a weight of shape {tuple(weight.shape)} does not divide into groups of {m}")
     parameters = _parameters(weights, masks)
     flips = library.castlm_refresh(parameters, len(parameters), n, m, torch.get_num_threads())
     return flips, flips < 0
 
 
 def _parameters(weights: Sequence[Tensor], masks: Sequence[Tensor | None]) -> ctypes.Array[_Parameter]:
+    if len(masks) != len(weights):
+        raise InputError(f"the kernels were given {len(weights)} weights but {len(masks)} masks")
     parameters = (_Parameter * len(weights))()
     for parameter, weight, mask in zip(parameters, weights, masks):
-        assert weight.is_contiguous()
-        parameter.weight = weight.data_ptr()
+        parameter.weight = _pointer("weight", weight, torch.float32, weight.numel())
         parameter.rows, parameter.width = 1, weight.numel()
         if mask is not None:
-            assert mask.is_contiguous()
-            parameter.mask = mask.data_ptr()
-            if weight.shape[-1] % 8:  # rows of bits that end within a byte
-                parameter.rows, parameter.width = weight.numel() // weight.shape[-1], weight.shape[-1]
+            width = weight.shape[-1]
+            rows = weight.numel() // width if width else 0
+            parameter.mask = _pointer("mask", mask, torch.uint8, rows * -(-width // 8))
+            if width % 8:  # each row of bits ends within a byte
+                parameter.rows, parameter.width = rows, width
     return parameters
+
+
+def _pointer(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
+    """The address of `tensor`, after checking that it is what the kernels take it for."""
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    if not is_plain or tensor.device.type != "cpu" or tensor.dtype != dtype or tensor.numel() != numel:
+        raise InputError(
+            f"the kernels take {name} as a plain CPU tensor of {numel} {dtype}, not as {type(tensor).__name__} of "
+            f"{tensor.numel()} {tensor.dtype} on {tensor.device} with layout {tensor.layout}"
+        )
+    address = tensor.data_ptr()
+    if not tensor.is_contiguous() or address % tensor.element_size():
+        raise InputError(f"the kernels take {name} contiguous and aligned, not with strides {tensor.stride()}")
+    return address
+
+
+def _block_size(weight: Tensor, scale: Tensor, known: int) -> int:
+    """The number of weights that share a scale; `known` is that of the other moment, or 0."""
+    block = weight.numel() // max(1, scale.numel())
+    fits = block * scale.numel() == weight.numel() and 8 <= block <= LONGEST_BLOCK and weight.shape[-1] % block == 0
+    if not fits or block % 8 or known not in (0, block):
+        raise InputError(f"{scale.numel()} scales do not divide {weight.numel()} weights into blocks of 8 to 256")
+    return block
 
 
 @functools.cache

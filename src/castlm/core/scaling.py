@@ -1,21 +1,32 @@
 """Learnable weight scaling: a parametrization `W -> W * A` with one factor per row and block of columns.
 
-It gives back some of the freedom that pruning takes and costs nothing at the end: `A` is folded into `W`.
+It restores some of the freedom that pruning removes and costs nothing in the end, because `A` is folded into `W`.
 """
 
 from __future__ import annotations
+
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 
 
 def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
-    """`W * A`: (out, in) by (out, groups), each factor over its block of columns. Row by row: of any rows of both."""
-    groups = scale.shape[1]  # the width is divided by hand: a rank may hold no row, and -1 then stands for anything
+    """`W * A`: (out, in) by (out, groups), where each factor applies to its block of columns.
+
+    Rows are independent, so this also works on any subset of rows of both.
+
+    Example:
+        >>> scale_weight(torch.ones(1, 4), torch.tensor([[2.0, 3.0]]))
+        tensor([[2., 2., 3., 3.]])
+    """
+    groups = scale.shape[1]  # -1 would be ambiguous on a rank that holds no rows
     blocks = weight.view(weight.shape[0], groups, weight.shape[1] // groups)  # (1536, 576) -> (1536, 2, 288)
     return (blocks * scale.unsqueeze(-1)).flatten(1)
 
@@ -23,7 +34,7 @@ def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
 class WeightScaling(nn.Module):
     """`forward(W) = W * A` (CAST, arXiv 2509.25996, Eq. 11-12).
 
-    `scale` is `A`, (out, groups), ones at the start; the columns of `W` (out, in) are cut into `groups` contiguous
+    `scale` is `A` (out, groups), initially ones. The columns of `W` (out, in) are divided into `groups` contiguous
     blocks of `in / groups`, and `A[i, k]` multiplies row `i` of block `k`.
     """
 
@@ -36,20 +47,36 @@ class WeightScaling(nn.Module):
 
 
 def add_weight_scaling(
-    model: nn.Module, groups: int = 2, *, n: int = 2, m: int = 4, filter_fn: FilterFn = is_sparse_linear
+    model: nn.Module, groups: int = 2, *, pattern: Pattern | str = "2:4", filter_fn: FilterFn = is_sparse_linear
 ) -> list[str]:
-    """Scales the weight of every layer that is made n:m sparse, in place. Do it before `fully_shard` and the optimizer.
+    """Adds weight scaling to every layer that becomes sparse, in place. Call it before `fully_shard` and the optimizer.
+
+    Until `fold_weight_scaling`, `state_dict` has the names of the parametrization, which can be loaded back into a
+    model with weight scaling but not into a plain one. `model.state_dict()`, and so `model.save_pretrained()`, warns.
 
     Args:
-        groups: blocks of columns per row, at least 1; has to divide the width of every sparse layer.
+        groups: blocks of columns per row, at least 1. Must divide the width of every sparse layer.
+        pattern: a `Pattern` or its text, which decides what layers become sparse.
+        filter_fn: as in `sparse_linears`.
 
     Returns:
         The names of the scaled layers.
 
     Raises:
         InputError: a width that does not divide by `groups`, a layer that is scaled already, or no sparse layer.
+
+    Example:
+        >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 4)])})
+        >>> add_weight_scaling(model)
+        ['layers.0']
+        >>> [name for name, _ in model.named_parameters()][1:]
+        ['layers.0.parametrizations.weight.original', 'layers.0.parametrizations.weight.0.scale']
+        >>> fold_weight_scaling(model)
+        ['layers.0']
+        >>> [name for name, _ in model.named_parameters()]
+        ['layers.0.bias', 'layers.0.weight']
     """
-    layers, _ = sparse_linears(model, n, m, filter_fn)
+    layers, _ = sparse_linears(model, pattern, filter_fn)
     for name, layer in layers.items():
         if parametrize.is_parametrized(layer, "weight"):
             raise InputError(f"{name} is scaled already: fold it first")
@@ -57,18 +84,44 @@ def add_weight_scaling(
             raise InputError(f"the width {layer.in_features} of {name} does not divide into {groups} scale groups")
     for layer in layers.values():
         parametrize.register_parametrization(layer, "weight", WeightScaling(layer.weight, groups))
+    model.register_state_dict_post_hook(_warn_before_fold)  # type: ignore[no-untyped-call]
     return list(layers)
+
+
+class UnfoldedWarning(UserWarning):
+    """A state dict was made of a model whose weight scaling is not folded."""
+
+
+def _scaled(model: nn.Module) -> dict[str, nn.Linear]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight")
+    }
+
+
+def _warn_before_fold(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    name = next(iter(_scaled(model)), None)
+    if name is not None:
+        warnings.warn(
+            f"the state dict of a model with weight scaling holds {prefix}{name}.parametrizations.weight.original and "
+            f"no {prefix}{name}.weight, so a plain model cannot load it: call fold_weight_scaling(model) before "
+            "save_pretrained",
+            UnfoldedWarning,
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()
 def fold_weight_scaling(model: nn.Module) -> list[str]:
-    """Multiplies every scale into its weight and drops it, in place: plain `nn.Linear`s remain, equal to fp32 rounding.
+    """Multiplies every scale into its weight and removes it, in place. Plain `nn.Linear` layers remain.
 
-    Zeros stay zeros, so prune first and fold afterwards. Returns the names of the folded layers.
+    The folded model computes the same up to fp32 rounding. Zeros stay zeros, so prune first and fold afterwards.
+
+    Returns:
+        The names of the folded layers.
     """
-    folded = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-            folded.append(name)
-    return folded
+    scaled = _scaled(model)
+    for module in scaled.values():
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    return list(scaled)

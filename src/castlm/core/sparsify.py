@@ -1,130 +1,210 @@
-"""Which parameters of a model become sparse, the optimizer's groups for them, and the prune itself.
+"""Which parameters of a model become sparse, the optimizer's groups for them, and the prune.
 
-The scope is CAST's and every rival's: the linear layers inside the transformer blocks; embeddings and output head stay
-dense. What is left dense inside a block is listed with its reason, never passed over in silence.
+The scope is that of CAST and the methods it is compared with: linear layers inside the transformer blocks. Embeddings
+and the output head stay dense. Every weight that stays dense is listed with the reason.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from castlm.core.blocks import block_name, in_block
+from castlm.core.checks import check_placement
 from castlm.core.errors import InputError
-from castlm.core.masks import nm_mask
-from castlm.core.pattern import check_pattern
+from castlm.core.masks import pack_mask, unpack_mask
+from castlm.core.pattern import Pattern, as_pattern
+from castlm.core.shards import local
 
 FilterFn = Callable[[nn.Module, str], bool]
 
 
 def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
-    """The default `filter_fn`: an `nn.Linear` inside a numbered block, as `model.layers.3.mlp.up_proj` is."""
-    return isinstance(module, nn.Linear) and any(part.isdigit() for part in fqn.split("."))
+    """The default `filter_fn`: an `nn.Linear` inside a numbered transformer block, as `model.layers.3.mlp.up_proj`.
+
+    Example:
+        >>> is_sparse_linear(nn.Linear(8, 8), "model.layers.3.mlp.up_proj")
+        True
+        >>> is_sparse_linear(nn.Linear(8, 8), "lm_head")
+        False
+    """
+    return isinstance(module, nn.Linear) and in_block(fqn)
+
+
+def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The transformer blocks of a model by name, in order: the numbered modules that are not inside another.
+
+    Example:
+        >>> list(transformer_blocks(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})))
+        ['layers.0', 'layers.1']
+    """
+    return {fqn: module for fqn, module in model.named_modules() if fqn and block_name(fqn) == fqn}
 
 
 def sparse_linears(
-    model: nn.Module, n: int = 2, m: int = 4, filter_fn: FilterFn = is_sparse_linear
+    model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: FilterFn = is_sparse_linear
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """The layers of `model` that are made n:m sparse, and what is left dense with the reason.
+    """The layers of `model` that become sparse, and what stays dense with the reason.
 
     Args:
-        filter_fn: `filter_fn(module, fqn)` says whether a module is meant to be sparse; it is asked for every module
-            except those inside a parametrization.
+        pattern: a `Pattern` or its text.
+        filter_fn: `filter_fn(module, fqn)` says whether a module is meant to be sparse. It is asked for every linear
+            layer.
 
     Returns:
-        Sparse layers by name, and a reason by the name of each weight of two or more dimensions left dense.
+        Sparse layers by name, and a reason by the name of each weight with two or more dimensions that stays dense.
 
     Raises:
         InputError: a bad pattern, or no layer to make sparse.
+
+    Example:
+        >>> layers = nn.ModuleList([nn.Linear(8, 6), nn.Linear(6, 8)])
+        >>> model = nn.ModuleDict({"layers": layers, "head": nn.Linear(8, 9)})
+        >>> sparse, dense = sparse_linears(model, "2:4")
+        >>> list(sparse)
+        ['layers.0']
+        >>> dense
+        {'layers.1': 'its width 6 does not divide by m = 4', 'head.weight': 'outside the transformer blocks'}
     """
-    check_pattern(n, m)
+    pattern = as_pattern(pattern)
     sparse: dict[str, nn.Linear] = {}
     dense: dict[str, str] = {}
     for fqn, module in model.named_modules(remove_duplicate=True):
-        if "parametrizations" in fqn:
+        if "parametrizations" in fqn.split("."):
             continue
         if isinstance(module, nn.Linear) and filter_fn(module, fqn):
-            if module.in_features % m:
-                dense[fqn] = f"its width {module.in_features} does not divide by m = {m}"
+            misfit = pattern.misfit((module.out_features, module.in_features))
+            if misfit:
+                dense[fqn] = misfit
             else:
                 sparse[fqn] = module
             continue
         for name, param in module.named_parameters(recurse=False):
-            full = f"{fqn}.{name}".lstrip(".")
-            if param.dim() == 3:
-                dense[full] = f"fused experts of shape {tuple(param.shape)}"
-            elif isinstance(module, nn.Embedding):
-                dense[full] = "embedding"
-            elif isinstance(module, nn.Linear) and name == "weight":
-                dense[full] = "left out by the filter" if is_sparse_linear(module, fqn) else "outside the blocks"
-            elif param.dim() >= 2:
-                dense[full] = f"a parameter of {type(module).__name__}, not of a linear layer"
+            reason = _why_dense(module, fqn, name, param)
+            if reason:
+                dense[f"{fqn}.{name}".lstrip(".")] = reason
     if not sparse:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(dense.items())[:3])
-        raise InputError(f"no linear layer to make {n}:{m} sparse in {type(model).__name__} ({reasons})")
+        raise InputError(f"no linear layer to make {pattern} sparse in {type(model).__name__} ({reasons})")
     return sparse, dense
 
 
+def _why_dense(module: nn.Module, fqn: str, name: str, param: Tensor) -> str | None:
+    if param.dim() == 3:
+        return f"fused experts of shape {tuple(param.shape)}"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Linear) and name == "weight":
+        return "excluded by the filter" if is_sparse_linear(module, fqn) else "outside the transformer blocks"
+    return f"a parameter of {type(module).__name__}, not of a linear layer" if param.dim() >= 2 else None
+
+
 def weight_parameter(layer: nn.Linear) -> Tensor:
-    """The trained weight (out, in) of a layer, under its weight scaling where it has one."""
+    """The trained weight (out, in) of a layer: the one under its weight scaling or forward mask, if it has one."""
     if parametrize.is_parametrized(layer, "weight"):
         return layer.get_parameter("parametrizations.weight.original")
     return layer.weight
 
 
 def dense_name(name: str) -> str:
-    """The name in the dense model of a parameter that may be under weight scaling or a mask in the forward pass."""
+    """The name in the dense model of a parameter that may be under weight scaling or a mask in the forward pass.
+
+    Example:
+        >>> dense_name("layers.0.parametrizations.weight.original")
+        'layers.0.weight'
+    """
     return re.sub(r"\.parametrizations\.weight\.original$", ".weight", name)
 
 
 def sparse_param_groups(
-    model: nn.Module, n: int = 2, m: int = 4, filter_fn: FilterFn = is_sparse_linear
+    model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: FilterFn = is_sparse_linear
 ) -> list[dict[str, Any]]:
-    """The two parameter groups of a model for `AdamS`: sparse weights with `sparse, n, m`, and all other trained ones.
+    """The two parameter groups of a model for `AdamS`: sparse weights, and all other trainable parameters.
 
-    Each group carries `param_names` beside `params`.
+    Each group has `param_names` beside `params`. The sparse group has `"sparse": True`, `"pattern"` and, for a pattern
+    that masks several weights together, `"units"`.
 
     Raises:
         InputError: a bad pattern, or no layer to make sparse.
+
+    Example:
+        >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8)])})
+        >>> [(group["param_names"], group["sparse"]) for group in sparse_param_groups(model)]
+        [(['layers.0.weight'], True), (['layers.0.bias'], False)]
     """
-    layers, _ = sparse_linears(model, n, m, filter_fn)
-    sparse = {id(weight_parameter(layer)) for layer in layers.values()}
+    pattern = as_pattern(pattern)
+    layers, _ = sparse_linears(model, pattern, filter_fn)
+    sparse = {id(weight_parameter(layer)): name for name, layer in layers.items()}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = []
-    for is_sparse in (True, False):
-        chosen = [(name, p) for name, p in named if (id(p) in sparse) == is_sparse]
-        groups.append({"params": [p for _, p in chosen], "param_names": [name for name, _ in chosen]})
-    return [{**groups[0], "sparse": True, "n": n, "m": m}, {**groups[1], "sparse": False}]
+    chosen = [(name, p) for name, p in named if id(p) in sparse]
+    others = [(name, p) for name, p in named if id(p) not in sparse]
+    position = {sparse[id(p)]: i for i, (_, p) in enumerate(chosen)}
+    units = [[position[name] for name in unit if name in position] for unit in pattern.units(layers)]
+    together = [unit for unit in units if unit] if any(len(unit) > 1 for unit in units) else None
+    return [
+        {**_group(chosen), "sparse": True, "pattern": pattern, "units": together},
+        {**_group(others), "sparse": False},
+    ]
+
+
+def _group(named: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
+    return {"params": [p for _, p in named], "param_names": [name for name, _ in named]}
 
 
 @torch.no_grad()
 def prune_(
     model: nn.Module,
-    n: int = 2,
-    m: int = 4,
+    pattern: Pattern | str = "2:4",
     masks: Mapping[Tensor, Tensor] | None = None,
     filter_fn: FilterFn = is_sparse_linear,
 ) -> list[str]:
-    """Zeroes what the masks leave out, in place.
+    """Sets masked weights to zero, in place.
 
     Args:
-        masks: bool mask by sparse parameter, as `AdamS.masks()` gives; None prunes by magnitude.
+        pattern: a `Pattern` or its text.
+        masks: the bool mask of each sparse parameter, as `AdamS.masks()` returns; None prunes by magnitude.
 
     Returns:
         The names of the pruned layers.
 
     Raises:
-        InputError: a bad pattern, no sparse layer, NaN in a weight, or a sparse layer without a mask in `masks`.
+        InputError: a bad pattern, no sparse layer, NaN in a weight, or a mask that is missing, of another shape or
+            dtype, or keeps more than the pattern does. No weight has been changed then.
+
+    Example:
+        >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 1)])})
+        >>> _ = model["layers"][0].weight.data.copy_(torch.tensor([[1.0, -3.0, 2.0, 0.5]]))
+        >>> prune_(model, "2:4")
+        ['layers.0']
+        >>> model["layers"][0].weight.tolist()
+        [[0.0, -3.0, 2.0, 0.0]]
     """
-    layers, _ = sparse_linears(model, n, m, filter_fn)
-    for name, layer in layers.items():
-        weight = weight_parameter(layer)
+    pattern = as_pattern(pattern)
+    layers, _ = sparse_linears(model, pattern, filter_fn)
+    weights = {name: weight_parameter(layer) for name, layer in layers.items()}
+    for name, weight in weights.items():
+        check_placement(weight, pattern)
         if masks is not None and weight not in masks:
             raise InputError(f"there is no mask for {name}: pass the masks of the optimizer that trained this model")
-        # masked_fill and not a product: 0 * -1 is -0, and a zero that compares unequal in bits is a needless surprise
-        weight.masked_fill_(~(nm_mask(weight, n, m) if masks is None else masks[weight]), 0.0)
+        if masks is not None:
+            pattern.check_mask(local(masks[weight]), local(weight).shape)
+    packed = _magnitude_masks(weights, pattern) if masks is None else {}
+    for name, weight in weights.items():
+        mask = local(masks[weight]) if masks is not None else unpack_mask(packed[name], weight.shape[1])
+        # masked_fill and not a product, because 0 * -1 is -0, whose bits differ from those of 0
+        local(weight).masked_fill_(~mask.to(weight.device), 0.0)
     return list(layers)
+
+
+def _magnitude_masks(weights: Mapping[str, Tensor], pattern: Pattern) -> dict[str, Tensor]:
+    """All masks before any weight changes, packed, as a NaN is only found while its mask is made."""
+    packed: dict[str, Tensor] = {}
+    for unit in pattern.units(weights):
+        for name, mask in zip(unit, pattern.unit_masks([local(weights[name]) for name in unit])):
+            packed[name] = pack_mask(mask)
+    return packed

@@ -1,5 +1,6 @@
-"""The arithmetic of an AdamS step on plain tensors: one pure fp32 update function, and the loop over what is held in
-fewer bits. `tests/reference.py` holds the equations.
+"""The arithmetic of an AdamS step on plain tensors: one pure update function, and the loop over stored state.
+
+`tests/reference.py` holds the equations weight by weight, and `kernels.cpp` the same arithmetic for CPUs.
 """
 
 from __future__ import annotations
@@ -10,24 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from castlm.core.decay import DECAYS, decay_alpha
 from castlm.core.masks import unpack_words
 from castlm.core.moments import from_codes, to_codes_
 
-DECAYS = ("horizon", "proportional", "additive", "none")
 SECOND_MOMENTS = ("gradient", "mix")
 
-# Of some parameters: weights, gradients, first and second moments, each (numel,). With 8-bit moments each of these is
-# (blocks, block), and after either moment come its scales (blocks,).
+# Columns of several parameters: weights, gradients, first moments, second moments, each tensor (numel,). With 8-bit
+# moments each tensor is (blocks, block), and each column of moments is followed by one of scales (blocks,).
 Columns = list[list[Tensor]]
-
-
-def decay_alpha(step: int, total_steps: int, decay: str, decay_end: float = 0.1) -> float:
-    """The ramp `a_t` of the decay before step `t = step` (0-based): linear from 0 to 1 over the horizon `total_steps`,
-    and for `"horizon"` over its first `decay_end`, 1 from there on. 0 throughout for `"none"`."""
-    if decay == "none":
-        return 0.0
-    end = decay_end * total_steps if decay == "horizon" else total_steps
-    return min(1.0, step / end)
 
 
 def adams_update(
@@ -39,18 +31,18 @@ def adams_update(
     hyper: Tensor,
     second_moment: str = "mix",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One AdamS step on plain tensors of one shape and dtype (`exp_avg` may be in bf16); plain Adam without `mask`.
+    """One AdamS step on tensors of one shape and dtype (`exp_avg` may be bfloat16); plain Adam without `mask`.
 
-    CAST, arXiv 2509.25996, Alg. 1 and Eq. 7-8, and our `"horizon"` and `"gradient"`. `kernels.cpp` does the same.
+    CAST, arXiv 2509.25996, Alg. 1 and Eq. 7-8, with our `"horizon"` decay and `"gradient"` second moment.
 
     Args:
         mask: bool, True = kept.
-        hyper: (7,) float32, or float64 for float64 weights, of `hyperparameters`: a tensor, so that one compilation
-            serves every step.
+        hyper: (7,), `hyperparameters` as float32, or as float64 for float64 weights. It is a tensor, so that one
+            compilation serves every step.
 
     Returns:
-        The new `weight`, `exp_avg` (of the raw gradient, always) and `exp_avg_sq` (of the mix, kept weights too; of the
-        raw gradient where `mask` is None or `second_moment` is `"gradient"`).
+        The new `weight`, the new `exp_avg` (always of the raw gradient) and the new `exp_avg_sq` (of the mix, also
+        where weights are kept; of the raw gradient if `mask` is None or `second_moment` is `"gradient"`).
     """
     rate, eps, one_less_beta1, one_less_beta2, pull, keep, remaining = hyper.unbind()
     exp_avg = exp_avg.to(weight.dtype)
@@ -63,27 +55,24 @@ def adams_update(
 
 
 def hyperparameters(group: dict[str, Any], step: int) -> list[float]:
-    """What `adams_update` needs to know of a parameter group at the 0-based `step = t`.
+    """The seven numbers that `adams_update` needs of a parameter group at the 0-based `step = t`.
 
-    In this order, with r the root of `1 - beta2^(t+1)`: the rate `lr r / (1 - beta1^(t+1))`; `eps r`; `1 - beta1` and
-    `1 - beta2`; and of masked weights what is added to their momentum against their sign, the factor of the momentum
-    itself, and the share of the weight that outlives the step.
+    With r the square root of `1 - beta2^(t+1)`, in this order: the rate `lr r / (1 - beta1^(t+1))`; `eps r`;
+    `1 - beta1`; `1 - beta2`; and `pull`, `keep` and `remaining` of the decay rule (`castlm.core.decay.Decay`).
     """
     beta1, beta2 = group["betas"]
-    decay = group["decay"]
-    alpha, alpha_next = (decay_alpha(s, group["total_steps"], decay, group["decay_end"]) for s in (step, step + 1))
-    pull = 0.0 if decay == "horizon" else alpha * group["lam"]
-    keep = 1.0 if decay == "additive" else 1 - alpha
-    remaining = 1.0
-    if decay == "horizon":
-        remaining = (1 - alpha_next) / (1 - alpha) if alpha < 1 else 0.0
+    decay = DECAYS[group["decay"]]
+    alpha, alpha_next = (
+        decay_alpha(s, group["total_steps"], group["decay"], group["decay_end"]) for s in (step, step + 1)
+    )
     root = (1 - beta2 ** (step + 1)) ** 0.5
     rate = float(group["lr"]) * root / (1 - beta1 ** (step + 1))
-    return [rate, group["eps"] * root, 1 - beta1, 1 - beta2, pull, keep, remaining]
+    masked = [decay.pull(alpha, group["lam"]), decay.keep(alpha), decay.remaining(alpha, alpha_next)]
+    return [rate, group["eps"] * root, 1 - beta1, 1 - beta2, *masked]
 
 
 def update_(columns: Columns, masks: Sequence[Tensor | None], in_8bit: bool, hyper: Tensor, second_moment: str) -> None:
-    """`adams_update` of each parameter of `columns`, in place."""
+    """`adams_update` of each parameter in `columns`, in place."""
     for weight, grad, *held, mask in zip(*columns, masks):
         mask = None if mask is None else mask.view(weight.shape)
         if in_8bit:
@@ -102,6 +91,5 @@ def update_(columns: Columns, masks: Sequence[Tensor | None], in_8bit: bool, hyp
 
 
 def update_words_(columns: Columns, packed: Sequence[Tensor], bits: Tensor, *rest: Any) -> None:
-    """`update_` of parameters of whole words of 32 weights, with their masks as `unpack_words` takes them: for
-    `torch.compile`, which spreads them in registers."""
+    """`update_` with packed masks that are viewed as words of 32 weights, see `unpack_words`; for `torch.compile`."""
     update_(columns, [unpack_words(words, bits) for words in packed], *rest)

@@ -28,7 +28,7 @@ from castlm.data.readers import (
     open_text,
     texts_in_memory,
 )
-from castlm.files import sha256_file
+from castlm.owned import sha256_file
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 SHUFFLE_BYTES = 256 << 20  # of decompressed gzip segments and parquet row groups, held and shuffled together

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.files import sha256_file
+from castlm.owned import sha256_file
 
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 256 << 10  # a longer document of a text file is read and tokenized in pieces of about this size

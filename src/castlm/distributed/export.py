@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern
 from castlm.core.scaling import scale_weight
 from castlm.core.shards import local
 from castlm.distributed.loading import empty_model, load_rows_, materialize_, open_sharded
@@ -43,7 +44,7 @@ class ShardedResult:
     tokenizer: PreTrainedTokenizerBase
     folder: Path
     world: World
-    pattern: tuple[int, int]
+    pattern: Pattern
     left_dense: Mapping[str, str]
     dtype: torch.dtype
     """What the files are written in."""
@@ -65,9 +66,10 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
     Raises:
         InputError: the disk is full, or the proof fails; the result is then kept as `model.rejected`.
     """
-    world, (n, m) = result.world, result.pattern
+    world = result.world
     folder = Path(os.path.realpath(result.folder))
-    manifest = new_manifest(n, m, result.left_dense, {**record, "dtype": str(result.dtype).removeprefix("torch.")})
+    record = {**record, "dtype": str(result.dtype).removeprefix("torch.")}
+    manifest = new_manifest(result.pattern, result.left_dense, record)
     if not result.is_sparse:
         manifest["pattern"] = None  # the dense control
     result.root.reshard()  # type: ignore[operator]  # the root is whole still after the last evaluation
@@ -156,7 +158,7 @@ def _write_the_rest(result: ShardedResult, folder: Path) -> None:
 
 def _prove_files(result: ShardedResult, temporary: Path, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     try:
-        report = verify(temporary, *result.pattern)
+        report = verify(temporary, result.pattern)
         prove_pattern(report, result.model, manifest["left_dense"])
     except Exception as error:
         raise rejected(temporary, folder, error) from error

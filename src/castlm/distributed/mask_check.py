@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.adams import AdamS
+from castlm.core.blocks import block_name
+from castlm.core.pattern import NM, Pattern
 from castlm.core.shards import local
 from castlm.core.sparsify import weight_parameter
 from castlm.distributed.sharding import own_rows, whole
@@ -21,8 +23,9 @@ from castlm.distributed.world import World
 _ROWS = 1024  # sorted at once
 
 
-def sorted_mask(weight: Tensor, n: int, m: int) -> Tensor:
+def sorted_mask(weight: Tensor, pattern: NM) -> Tensor:
     """The mask of (out, in) by a stable sort of each group; `core.masks` counts comparisons instead."""
+    n, m = pattern.n, pattern.m
     masks = []
     for rows in weight.detach().abs().split(_ROWS):
         best = rows.unflatten(1, (-1, m)).argsort(dim=-1, descending=True, stable=True)[..., :n]
@@ -43,24 +46,22 @@ def masked_samples(masks: Mapping[Tensor, Tensor], world: World) -> list[tuple[T
 
 
 class SelfCheck:
-    """Checks the first step of a process for coverage, and at every `every`-th refresh the masks of one block.
+    """Checks the first step of a process for coverage, and at every refresh the masks of one transformer block.
 
     Args:
         layers: the sparse layers of the model, by name; blocks are told apart by the number in it.
     """
 
-    def __init__(
-        self, optimizer: AdamS, layers: Mapping[str, nn.Linear], pattern: tuple[int, int], every: int, world: World
-    ) -> None:
-        self.optimizer, self.pattern, self.every, self.world = optimizer, pattern, every, world
+    def __init__(self, optimizer: AdamS, layers: Mapping[str, nn.Linear], pattern: Pattern, world: World) -> None:
+        self.optimizer, self.pattern, self.world = optimizer, pattern, world
         self.num_sparse = sum(layer.out_features * layer.in_features for layer in layers.values())
         self.covered = False
         self._names: dict[Tensor, str] = {}
         by_block: dict[str, list[Tensor]] = {}
         for name, layer in layers.items():
             weight = weight_parameter(layer)
-            number = next((part for part in name.split(".") if part.isdigit()), "")
-            by_block.setdefault(number, []).append(weight)
+            if isinstance(pattern, NM):  # there is a second formula for these alone
+                by_block.setdefault(block_name(name) or "", []).append(weight)
             self._names[weight] = name
         self._blocks = list(by_block.values())
 
@@ -72,9 +73,9 @@ class SelfCheck:
             RuntimeError: a sparse weight was not stepped, or a mask is not that of its weight.
         """
         refresh, since = divmod(step, mask_interval) if mask_interval else (0, 1)
-        due = bool(self._blocks) and since == 0 and refresh % self.every == 0
-        watched = self._blocks[refresh // self.every % len(self._blocks)] if due else []
-        expected = {weight: sorted_mask(whole(weight)[own_rows(weight)], *self.pattern) for weight in watched}
+        due = bool(self._blocks) and since == 0
+        watched = self._blocks[refresh % len(self._blocks)] if due else []
+        expected = {weight: self._expected(weight) for weight in watched}
         before = {} if self.covered else {p: int(self.optimizer.state[p]["step"]) for p in self._names}
         yield
         wrong = [self._names[p] for p, mask in expected.items() if not torch.equal(local(self.optimizer.mask(p)), mask)]
@@ -83,6 +84,10 @@ class SelfCheck:
             raise RuntimeError(f"step {step + 1}: the mask of {wrong[0]} is not that of its weight: the run is void")
         if before:
             self._check_coverage({p for p, old in before.items() if int(self.optimizer.state[p]["step"]) == old + 1})
+
+    def _expected(self, weight: Tensor) -> Tensor:
+        assert isinstance(self.pattern, NM)
+        return sorted_mask(whole(weight)[own_rows(weight)], self.pattern)
 
     def _check_coverage(self, stepped: set[Tensor]) -> None:
         sparse = [p for p in self.optimizer.sparse_params() if p in stepped]

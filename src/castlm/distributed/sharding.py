@@ -9,14 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils.parametrize import ParametrizationList
 
+from castlm.core.sparsify import transformer_blocks
 from castlm.distributed.world import World
-
-
-def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost repeated blocks of a model: the members of each `nn.ModuleList` that is not inside another."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    return [block for name in outer for block in model.get_submodule(name)]
 
 
 def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
@@ -30,7 +24,7 @@ def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
     """
     if world.mesh is None:
         return
-    for block in transformer_blocks(module):
+    for block in transformer_blocks(module).values():
         if precision == "bf16" and is_gathered_narrow(block):
             wide = beside_linears(block)
             if wide:

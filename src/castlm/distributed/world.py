@@ -149,6 +149,11 @@ class World:
             raise InputError(f"{missing} did not come to {where} within {self.timeout_s:g} s: it hangs or is gone")
 
 
+def is_main_rank() -> bool:
+    """Whether this process is the only one, or the first of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
     """Joins the process group that `torchrun` describes, or stands alone.
 

@@ -1,6 +1,6 @@
-"""Perplexity, with everything that a figure needs to be compared: context length, stride, text, tokenizer, versions.
+"""Perplexity, with everything that a comparison needs: sequence length, stride, text, tokenizer, versions.
 
-Not by `model(...).logits`: the head is applied to a chunk of tokens at a time, so that full logits are never alive.
+The output head is applied to a chunk of tokens at a time, so that the logits of a whole text are never in memory.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from castlm.models import backbone, output_head
 
 @dataclasses.dataclass(frozen=True)
 class PerplexityResult:
-    """What was measured, and over what."""
+    """A perplexity and how it was measured."""
 
     perplexity: float
     """exp(loss)."""
     loss: float
-    """Mean cross-entropy, nats a scored token."""
+    """Mean cross-entropy in nats per scored token."""
     num_tokens: int
-    """Tokens scored; fewer than the text has, see `perplexity`."""
+    """Number of scored tokens, which is below the number of tokens of the text; see `perplexity`."""
     seq_len: int
-    """Tokens of the longest window: what was asked for, or the whole text where that is shorter."""
+    """Tokens of the longest sequence: as requested, or the whole text if it is shorter."""
     stride: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -55,26 +55,27 @@ def perplexity(
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PerplexityResult:
-    """Perplexity of a text, by windows of `seq_len` tokens that begin every `stride` tokens.
+    """Perplexity of a text, over sequences of `seq_len` tokens that begin every `stride` tokens.
 
-    `stride=None` is the field's convention (GPTQ, SparseGPT, Wanda): windows side by side, each on its own, all its
-    tokens but the first scored. A smaller stride is Hugging Face's sliding window: each window scores only the tokens
-    that no window before it held, so that every token of the text but the first is scored once, with at least
-    `seq_len - stride` tokens before it from the second window on. The last window ends with the text; a shorter one is
-    scored too, if it has something to score (the published GPTQ code drops it: cut the text to whole windows for that).
+    `stride=None` is the convention of GPTQ, SparseGPT and Wanda: sequences side by side, each on its own, and all
+    tokens of a sequence but the first are scored. A smaller stride is the sliding window of Hugging Face: each sequence
+    scores only the tokens that no earlier sequence contained. Every token of the text but the first is then scored
+    once, with at least `seq_len - stride` tokens before it from the second sequence on. The last sequence ends with the
+    text and may be shorter. (The published GPTQ code drops a shorter one; cut the text to whole sequences to compare
+    with it.)
 
-    The model is put in eval mode and given back as it was. The losses of the batches add up in float64.
+    The model is evaluated in eval mode; the mode of every module is restored. Losses are summed in float64.
 
     Args:
         token_ids: int64, (num_tokens,), on any device.
-        seq_len: context length in tokens, at most the model's `max_position_embeddings`.
-        batch_size: windows a forward pass; changes the speed and the memory, not the figure.
-        autocast_dtype: e.g. `torch.bfloat16`; None computes in the model's dtype.
-        progress: called with (windows done, windows in all) after each batch.
+        seq_len: tokens per sequence, at most the model's `max_position_embeddings`.
+        batch_size: sequences per forward pass. It changes speed and memory, not the perplexity.
+        autocast_dtype: for example `torch.bfloat16`; None computes in the model's dtype.
+        progress: called with (sequences done, number of sequences) after each batch.
 
     Raises:
-        InputError: fewer than 2 tokens, ids outside the vocabulary, a `seq_len` the model cannot take, a stride outside
-            1..seq_len, or a loss that is not finite (with the window where it happened).
+        InputError: fewer than 2 tokens, ids outside the vocabulary, a `seq_len` above the model's limit, a stride
+            outside 1..seq_len, or a loss that is not finite (the message names the sequence).
     """
     stride = seq_len if stride is None else stride
     head, device = output_head(model), model.device
@@ -126,18 +127,20 @@ def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int,
             f"the text has {len(token_ids)} token(s): at least 2 are needed, one to predict the other from"
         )
     if seq_len < 2:
-        raise InputError(f"seq_len is {seq_len}: a window needs at least 2 tokens")
+        raise InputError(f"seq_len is {seq_len}: a sequence needs at least 2 tokens")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and seq_len > longest:
         raise InputError(f"seq_len is {seq_len}, and the model takes at most {longest} tokens: use --seq-len {longest}")
     if not 1 <= stride <= seq_len:
-        raise InputError(f"stride is {stride}: it must lie in 1..seq_len ({seq_len}), or tokens would be left out")
+        raise InputError(
+            f"stride is {stride}: it must be between 1 and seq_len ({seq_len}), or tokens would be skipped"
+        )
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: it must be at least 1")
 
 
 class Window(NamedTuple):
-    """What one forward pass sees of a text: its tokens begin .. end-1."""
+    """The part of a text that one forward pass sees: the tokens begin .. end-1."""
 
     begin: int
     end: int
@@ -145,7 +148,7 @@ class Window(NamedTuple):
 
 
 def scored_windows(num_tokens: int, seq_len: int, stride: int) -> list[Window]:
-    """The windows of a text of `num_tokens`, as `perplexity` describes them; none that has nothing to score."""
+    """The sequences of a text of `num_tokens`, as `perplexity` describes them, without those that score nothing."""
     windows, seen = [], 0
     for begin in range(0, num_tokens, stride):
         end = min(begin + seq_len, num_tokens)
@@ -159,7 +162,7 @@ def scored_windows(num_tokens: int, seq_len: int, stride: int) -> list[Window]:
 
 
 def _batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
-    """All of one length: the last window may be shorter, and padding would change what it attends to."""
+    """Batches of one length each. The last sequence may be shorter, and padding would change what it attends to."""
     for _, equal in groupby(windows, key=lambda window: window.end - window.begin):
         group = list(equal)
         for start in range(0, len(group), batch_size):
@@ -169,11 +172,11 @@ def _batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
 def token_ids_of(file: str | Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The tokens of a text file (.txt, .jsonl, .jsonl.gz, .parquet): int64, (num_tokens,).
 
-    The documents as they lie, joined with end-of-text, after the tokenizer's own beginning-of-text: what `castlm train`
-    evaluates on, and for one document what `tokenizer(text)` gives.
+    The documents are joined in order with the end-of-text token, after the tokenizer's own beginning-of-text token, as
+    in the evaluations of `castlm train`. For one document the result is that of `tokenizer(text)`.
 
     Raises:
-        InputError: not there, not readable, of another type, without text.
+        InputError: the file is missing, unreadable, of another type, or has no text.
     """
     return token_ids(file, tokenizer)
 
@@ -181,10 +184,10 @@ def token_ids_of(file: str | Path, tokenizer: PreTrainedTokenizerBase) -> Tensor
 def measured_on(
     tokenizer: PreTrainedTokenizerBase, *, seq_len: int, text: str, text_sha256: str, num_tokens: int, precision: str
 ) -> dict[str, Any]:
-    """What castlm.json says that the perplexities of a run were measured on: windows of `seq_len` side by side.
+    """The entry of castlm.json on how perplexities were measured, over sequences of `seq_len` side by side.
 
     Args:
-        num_tokens: of the text, scored or not.
+        num_tokens: number of tokens of the text, scored or not.
     """
     return {
         "seq_len": seq_len,
@@ -208,12 +211,13 @@ def evaluate_file(
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """`perplexity` of a file, as the JSON-ready record of `castlm eval`: the figure with all it depends on.
+    """The `perplexity` of a file with everything that it depends on, as `castlm eval --json` writes it.
 
-    `text_sha256` of one file is what `sha256sum` prints; `text_tokens` counts all its tokens, `num_tokens` the scored.
+    `text_sha256` is what `sha256sum` prints for the file. `text_tokens` counts all of its tokens, `num_tokens` the
+    scored.
 
     Raises:
-        InputError: as `perplexity` and `token_ids_of`.
+        InputError: see `perplexity` and `token_ids_of`.
     """
     ids = token_ids_of(text_file, tokenizer)
     result = perplexity(

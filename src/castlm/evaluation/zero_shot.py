@@ -1,6 +1,7 @@
 """Zero-shot accuracy through lm-eval, on its own tasks from the hub or on the same tasks from local files.
 
-Every figure carries its metric, since `acc` and `acc_norm` differ by up to 19 points on one task, and its error.
+Every figure is stored with its metric and its standard error: `acc` and `acc_norm` of one task differ by up to 19
+points.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import castlm
 from castlm.core.errors import InputError
-from castlm.files import sha256_file
+from castlm.owned import sha256_file
 
 SHIPPED = Path(__file__).parent / "tasks"
-METRICS = ("acc", "acc_norm", "perplexity")
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,17 +41,18 @@ _Loader.add_constructor("!function", _function)
 
 
 def local_task_names() -> list[str]:
-    """The tasks that castlm has files for: each one of lm-eval's, with its name, prompt and metrics."""
+    """Names of the tasks that castlm has files for. Each has the name, prompt and metrics of lm-eval's task."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 def local_task(name: str, folder: str | Path) -> dict[str, Any]:
-    """lm-eval's configuration of a task whose data lies in `folder`.
+    """lm-eval's configuration of a task whose data is in `folder`.
 
-    `folder/<name>.yaml` where there is one, else the file that castlm ships; in it `{folder}` stands for `folder`.
+    It is read from `folder/<name>.yaml` if that exists, else from the file that castlm ships. `{folder}` in the file
+    stands for `folder`.
 
     Raises:
-        InputError: an unknown task, or data that is not in the folder.
+        InputError: the task is unknown, or its data is not in the folder.
     """
     folder = Path(folder).expanduser()
     file = next((f for f in (folder / f"{name}.yaml", SHIPPED / f"{name}.yaml") if f.is_file()), None)
@@ -66,6 +67,31 @@ def local_task(name: str, folder: str | Path) -> dict[str, Any]:
         if not Path(files[split]).is_file():
             raise InputError(f"task {name} needs {files[split]}, which is not there: pass the folder that holds it")
     return config
+
+
+def check_tasks(tasks: Sequence[str], folder: str | Path | None) -> None:
+    """Checks that the tasks can be evaluated, before there is a model.
+
+    Raises:
+        InputError: lm-eval is not installed, an unknown task, or data that is not in `folder`.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("zero-shot tasks need lm-eval: pip install 'castlm[eval]'")
+    if not tasks or not all(tasks):
+        raise InputError("no task is named: pass, for example, --tasks piqa,arc_easy")
+    if folder is not None:
+        for name in tasks:
+            local_task(name, folder)
+        return
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        _refuse_unknown(tasks, TaskManager().all_tasks)
+
+
+def _refuse_unknown(tasks: Sequence[str], known: Sequence[str]) -> None:
+    if unknown := [name for name in tasks if name not in known]:
+        raise InputError(f"lm-eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them")
 
 
 def zero_shot(
@@ -83,16 +109,17 @@ def zero_shot(
     Args:
         tasks: names, as `["piqa", "arc_easy"]`.
         folder: where local files of the tasks lie; None asks the hub for lm-eval's own.
-        limit: only the first so many questions of each task.
-        batch_size: sequences a forward pass.
+        limit: number of questions of each task, from the first on; None for all of them.
+        batch_size: sequences per forward pass.
         autocast_dtype: e.g. `torch.bfloat16`; None computes in the model's dtype.
 
     Returns:
-        `{"results": [row, ...], ...}`, JSON-ready; a row has `task`, `metric` ("acc", "acc_norm", "perplexity"),
-        `value`, `stderr` (None where lm-eval gives none), `num_docs`, `num_fewshot` 0 and the data's source.
+        `{"results": [row, ...], ...}`, ready for JSON. There is a row for every metric of every task ("acc",
+        "acc_norm", "exact_match", "perplexity", ...), with `task`, `metric`, `value`, `stderr` (None if lm-eval has
+        none), `num_docs`, `num_fewshot`, which is 0, and the source of the data.
 
     Raises:
-        InputError: lm-eval is not installed, an unknown task, or data that cannot be had.
+        InputError: lm-eval is not installed, a task is unknown, or its data is not available.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("zero-shot tasks need lm-eval: pip install 'castlm[eval]'")
@@ -106,20 +133,10 @@ def zero_shot(
     rows = []
     for name, figures in results["results"].items():
         source = {"data": "hub"} if configs is None else _source(configs, name)
-        for metric in METRICS:
-            if f"{metric},none" in figures:
-                error = figures.get(f"{metric}_stderr,none")
-                rows.append(
-                    {
-                        "task": name,
-                        "metric": metric,
-                        "value": float(figures[f"{metric},none"]),
-                        "stderr": float(error) if isinstance(error, float) else None,
-                        "num_docs": results["n-samples"][name]["effective"] if name in results["n-samples"] else None,
-                        "num_fewshot": 0,
-                        **source,
-                    }
-                )
+        num_docs = results["n-samples"][name]["effective"] if name in results["n-samples"] else None
+        rows += [
+            {"task": name, **figure, "num_docs": num_docs, "num_fewshot": 0, **source} for figure in metrics_of(figures)
+        ]
     return {
         "results": rows,
         "limit": limit,
@@ -134,6 +151,26 @@ def zero_shot(
             "python": platform.python_version(),
         },
     }
+
+
+def metrics_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every metric of a task, as `metric`, `value` and `stderr`, from lm-eval's figures.
+
+    lm-eval names a figure "metric,filter". The filter stays in the name if there is one: "exact_match,strict-match".
+    """
+    found = []
+    for key, value in figures.items():
+        metric, comma, answer_filter = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+            error = figures.get(f"{metric}_stderr,{answer_filter}")
+            found.append(
+                {
+                    "metric": metric if answer_filter == "none" else key,
+                    "value": float(value),
+                    "stderr": float(error) if isinstance(error, float) else None,
+                }
+            )
+    return found
 
 
 def _source(configs: list[dict[str, Any]], name: str) -> dict[str, str]:
@@ -157,9 +194,7 @@ def _evaluate(
 
     manager = TaskManager(include_defaults=configs is None)
     if configs is None:
-        unknown = [name for name in tasks if name not in manager.all_tasks]
-        if unknown:
-            raise InputError(f"lm-eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them")
+        _refuse_unknown(tasks, manager.all_tasks)
     lm = HFLM(
         pretrained=model,
         tokenizer=tokenizer,
@@ -179,14 +214,14 @@ def _evaluate(
     except (ConnectionError, OSError, ValueError) as error:  # `datasets` raises all three when it cannot get its data
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"the tasks {', '.join(tasks)} could not be run: {reason}; data on this disk is given with --tasks-from"
+            f"the tasks {', '.join(tasks)} could not run: {reason}; use --tasks-from FOLDER for data on this machine"
         ) from error
     return results
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's log from errors on; its progress bars stay."""
+    """Inside the context, lm-eval logs errors only. Its progress bars stay."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from castlm.core.blocks import in_block
+
 _HUB_SOURCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<rest>@\S+| \(.+\))?")  # as `Loaded.source` names it
 _COLUMNS = {
     "name": "model",
@@ -89,7 +91,7 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
 
 
 def _left_dense(left_dense: Mapping[str, str]) -> str:
-    inside = {name: reason for name, reason in left_dense.items() if re.search(r"\.\d+\.", name)}
+    inside = {name: reason for name, reason in left_dense.items() if in_block(name)}
     if not inside:
         return ""
     return " So are, inside the blocks:\n\n" + "\n".join(f"- `{name}`: {reason}" for name, reason in inside.items())

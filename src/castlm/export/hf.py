@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm import __version__
 from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.sparsify import is_sparse_linear
 from castlm.export.card import model_card
 from castlm.export.verify import VerifyReport, verify
-from castlm.files import atomic_dir, atomic_write_json
+from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_name
 from castlm.models import load_model, parameters_in, save_model
 
 SCHEMA_VERSION = 1
@@ -37,8 +37,7 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     *,
-    n: int,
-    m: int,
+    pattern: Pattern | str,
     left_dense: Mapping[str, str],
     record: Mapping[str, Any],
     overwrite: bool = False,
@@ -50,7 +49,7 @@ def export_model(
     Args:
         model: pruned, and folded: plain parameters, no parametrization left.
         folder: takes its name when all is written and proved; until then it is as it was.
-        n, m: the pattern, at most `n` non-zeros in `m`.
+        pattern: that the sparse layers have, as 2:4.
         left_dense: why, by the name of a module or parameter, as `sparse_linears` gives it.
         record: what castlm.json shall hold beside the proof. The model card shows `base_model` (hub id or path),
             `license`, and `figures`: rows of `name, perplexity, seq_len, stride, text, num_tokens, tokenizer`.
@@ -69,7 +68,8 @@ def export_model(
         if parametrize.is_parametrized(module):
             raise InputError(f"{name} is still parametrized: call fold_weight_scaling(model) before the export")
     folder = Path(os.path.realpath(Path(folder).expanduser()))
-    manifest = new_manifest(n, m, left_dense, {**record, "dtype": _name_of(dtype or model.dtype)})
+    pattern = as_pattern(pattern)
+    manifest = new_manifest(pattern, left_dense, {**record, "dtype": _name_of(dtype or model.dtype)})
     was_training = model.training
     model.eval()
     try:
@@ -78,7 +78,7 @@ def export_model(
                 save_model(model, tokenizer, temporary)
             atomic_write_json(temporary / "castlm.json", manifest)
             try:
-                manifest["proof"] = _prove(temporary, model, n, m, manifest["left_dense"], eval_fn)
+                manifest["proof"] = _prove(temporary, model, pattern, manifest["left_dense"], eval_fn)
             except Exception as error:
                 raise rejected(temporary, folder, error) from error
             write_record(temporary, folder.name, manifest)
@@ -91,12 +91,12 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def new_manifest(n: int, m: int, left_dense: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
+def new_manifest(pattern: Pattern, left_dense: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
     """The content of castlm.json, but for the proof."""
     versions = {name: version(name) for name in _LIBRARIES}
     return {
         "schema_version": SCHEMA_VERSION,
-        "pattern": f"{n}:{m}",
+        "pattern": str(pattern),
         **record,
         "left_dense": dict(left_dense),
         "versions": {"castlm": __version__, "python": platform.python_version(), **versions},
@@ -111,9 +111,8 @@ def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> None:
 
 def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
     """Keeps what did not pass its proof beside `folder`, and says why and where."""
-    kept = folder.with_name(f"{folder.name}.rejected")
-    if kept.exists():
-        shutil.rmtree(kept)
+    kept = unused_name(folder.with_name(f"{folder.name}.rejected"))
+    add_file_list(temporary)
     temporary.rename(kept)
     reason = (str(error) or type(error).__name__).splitlines()[0].replace(str(temporary), str(kept))
     return InputError(f"the export did not pass its proof: {reason} (kept as {kept})")
@@ -122,13 +121,12 @@ def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
 def _prove(
     folder: Path,
     model: PreTrainedModel,
-    n: int,
-    m: int,
+    pattern: Pattern,
     left_dense: dict[str, str],
     eval_fn: Callable[[PreTrainedModel], float] | None,
 ) -> dict[str, Any]:
     """Proves the files in `folder` against `model`; adds to `left_dense` under the names the files have."""
-    report = verify(folder, n, m)
+    report = verify(folder, pattern)
     prove_pattern(report, model, left_dense)
     code_is_trusted = type(model).__module__.startswith("transformers_modules")  # it runs already
     loaded = load_model(str(folder), dtype=model.dtype, trust_remote_code=code_is_trusted).model.eval()

@@ -16,7 +16,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from castlm import __version__
+from castlm.core.blocks import is_block_linear
 from castlm.core.errors import InputError
+from castlm.core.pattern import NM
 from castlm.export.stored import StoredTensor, read_json, stored_tensors
 from castlm.export.stream import DTYPES, write_safetensors
 from castlm.export.verify import left_dense_reason, read_left_dense, verify
@@ -24,7 +26,7 @@ from castlm.files import atomic_dir, atomic_write_json
 from castlm.inference import format
 from castlm.inference.format import PackedSpec
 from castlm.inference.packed import PackedTensor, equal_in_bits, pack, pack_integers, round_to_int8, unpack
-from castlm.layout import guess_model_type, is_block_linear, stored_transposed
+from castlm.layout import guess_model_type, stored_transposed
 
 Progress = Callable[[int, int], None]
 
@@ -108,7 +110,7 @@ def pack_folder(
 
             write_safetensors(temporary / new, layout, written(), format.to_metadata(packed))
         _write_rest(source, temporary, plan, n, m)
-        report = verify(temporary, n, m)
+        report = verify(temporary, NM(n, m))
         if not report.ok:
             raise InputError(report.summary().replace(str(temporary), str(folder)))
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))

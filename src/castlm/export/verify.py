@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from castlm.core.blocks import in_block, is_block_linear
 from castlm.core.errors import InputError
-from castlm.core.pattern import check_pattern
+from castlm.core.pattern import NM, Pattern
 from castlm.export.packed_count import count_packed
 from castlm.export.stored import (
     FLOATS,
@@ -27,7 +28,7 @@ from castlm.export.stored import (
     stored_tensors,
 )
 from castlm.inference.format import PackedSpec, read_specs
-from castlm.layout import guess_model_type, in_block, is_block_linear, stored_transposed
+from castlm.layout import guess_model_type, stored_transposed
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
 """Ends of tensor names that hold a packed weight: of GPTQ and AWQ, compressed-tensors, torchao."""
@@ -72,8 +73,7 @@ class VerifyReport:
     """The proof, or the list of what is against it. Layers come in the order of the model."""
 
     path: str
-    n: int
-    m: int
+    pattern: NM
     layers: list[LayerReport] = field(default_factory=list)
     unchecked: dict[str, str] = field(default_factory=dict)
     """Tensors of the blocks whose groups were not counted, with the reason: fused experts, excluded layers."""
@@ -117,7 +117,7 @@ class VerifyReport:
         ]
         return {
             "path": self.path,
-            "pattern": f"{self.n}:{self.m}",
+            "pattern": str(self.pattern),
             "ok": self.ok,
             "totals": self.totals(),
             "layers": layers,
@@ -133,7 +133,7 @@ class VerifyReport:
         rest += f", {totals['non_finite']:,} values not finite" if totals["non_finite"] else ""
         counted = f"{totals['violations']:,} of {totals['groups']:,} groups violate it"
         return (
-            f"{self.n}:{self.m} {'holds' if self.ok else 'DOES NOT HOLD'} in {self.path}: {counted} in "
+            f"{self.pattern} {'holds' if self.ok else 'DOES NOT HOLD'} in {self.path}: {counted} in "
             f"{totals['layers']} layers, {totals['zero_fraction']:.2%} zeros{rest}"
         )
 
@@ -153,10 +153,6 @@ class VerifyReport:
         lines += [f"not checked: {name} ({reason})" for name, reason in self.unchecked.items()]
         lines += [f"not finite: {name} ({count:,} values)" for name, count in self.non_finite_elsewhere.items()]
         return "\n".join([*lines, self.summary()])
-
-    def table(self) -> None:
-        """Print `text()`."""
-        print(self.text())
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
@@ -178,8 +174,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
 
 def verify(
     path: str | Path,
-    n: int = 2,
-    m: int = 4,
+    pattern: Pattern | str = "2:4",
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
 ) -> VerifyReport:
@@ -192,7 +187,7 @@ def verify(
 
     Args:
         path: the checkpoint.
-        n, m: at most `n` non-zeros in every `m` consecutive weights.
+        pattern: n:m, at most n non-zeros in every m consecutive weights.
         include: globs of tensor names to hold to the pattern in place of the default rule.
         exclude: globs of tensor names to leave out, reported as not checked.
 
@@ -200,7 +195,7 @@ def verify(
         InputError: nothing readable at `path`, a corrupt or short file, integer weights or those packed by others, a
             bad pattern, or no layer to hold to the pattern.
     """
-    check_pattern(n, m)
+    pattern = NM.parse(str(pattern))
     path = Path(path)
     tensors = stored_tensors(path)
     folder = path if path.is_dir() else path.parent
@@ -212,17 +207,17 @@ def verify(
     names = _selected(tensors, include)
     excluded = {name for name in names if _matches(name, exclude or ())}
 
-    report = VerifyReport(str(path), n, m)
+    report = VerifyReport(str(path), pattern)
     for name, spec in sorted(specs.items(), key=lambda item: _natural(item[0])):
         parts = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in spec.tensors()}
         if in_block(name):
-            report.layers.append(_packed_layer(f"{name}.weight", spec, parts, n, m))
+            report.layers.append(_packed_layer(f"{name}.weight", spec, parts, pattern))
         elif num_non_finite := sum(map(_count_non_finite, parts.values())):
             report.non_finite_elsewhere[name] = num_non_finite
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
         if name in names and name not in excluded:
             _refuse_unreadable(tensor, config)
-            layer = _count(tensor, n, m, axis=0 if stored_transposed(model_type, name) else 1)
+            layer = _count(tensor, pattern, axis=0 if stored_transposed(model_type, name) else 1)
             layer.left_dense = left_dense_reason(name, left_dense)
             report.layers.append(layer)
             continue
@@ -238,17 +233,17 @@ def verify(
     return report
 
 
-def _packed_layer(name: str, spec: PackedSpec, parts: Mapping[str, StoredTensor], n: int, m: int) -> LayerReport:
+def _packed_layer(name: str, spec: PackedSpec, parts: Mapping[str, StoredTensor], pattern: NM) -> LayerReport:
     """Counts a layer in castlm's packed format, from its mask; a kept value that is zero counts as a zero."""
     shape = (spec.columns, spec.rows) if spec.transposed else (spec.rows, spec.columns)
     layer = LayerReport(name, shape, spec.values, axis=0 if spec.transposed else 1)
     layer.num_non_finite = sum(map(_count_non_finite, parts.values()))
     if not spec.m:
         layer.problem = "dense: quantized, and packed without a mask"
-    elif spec.columns % m:
-        layer.problem = f"its width of {spec.columns} does not divide by {m}"
+    elif spec.columns % pattern.m:
+        layer.problem = f"its width of {spec.columns} does not divide by {pattern.m}"
     else:
-        counts = count_packed(spec, parts, m, n)
+        counts = count_packed(spec, parts, pattern.m, pattern.n)
         layer.num_groups, layer.num_violations, layer.max_nonzeros = counts.groups, counts.violations, counts.most_kept
         layer.num_zeros = spec.rows * spec.columns - counts.nonzeros
         layer.problem = counts.damage
@@ -302,9 +297,7 @@ def _refuse_packed(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any
 def _refuse_empty(report: VerifyReport, num_tensors: int) -> None:
     if not report.sparse_layers:
         found = f"{num_tensors} tensors, {len(report.layers)} left dense, {len(report.unchecked)} not checked"
-        raise InputError(
-            f"{report.path} has no layer to hold to {report.n}:{report.m} ({found}): name some with include"
-        )
+        raise InputError(f"{report.path} has no layer to hold to {report.pattern} ({found}): name some with include")
 
 
 def _method(config: Mapping[str, Any]) -> str:
@@ -312,8 +305,9 @@ def _method(config: Mapping[str, Any]) -> str:
     return f" ({quantization.get('quant_method', 'quantized')})" if isinstance(quantization, dict) else ""
 
 
-def _count(tensor: StoredTensor, n: int, m: int, axis: int) -> LayerReport:
+def _count(tensor: StoredTensor, pattern: NM, axis: int) -> LayerReport:
     """Counts one 2-D tensor chunk by chunk."""
+    n, m = pattern.n, pattern.m
     layer = LayerReport(tensor.name, tensor.shape, tensor.dtype, axis)
     columns = tensor.shape[1]
     width = tensor.shape[axis]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.core.masks import pack_mask, rank_mask, unpack_mask
-from castlm.core.pattern import check_pattern, check_width
+from castlm.core.pattern import NM
 from castlm.inference.format import INT4_GROUP, PackedSpec
 
 VALUES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -39,8 +39,7 @@ def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
     Raises:
         InputError: a bad pattern, a width that does not divide by `m`, NaN or infinity, or a group with more non-zeros.
     """
-    check_pattern(n, m)
-    check_width(weight.shape[-1], m)
+    NM(n, m).check_width(weight.shape[-1])
     if not bool(torch.isfinite(weight).all()):
         raise InputError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: the model is damaged")
     nonzero = weight != 0

@@ -22,7 +22,7 @@ from castlm.inference.rounding import KINDS, Rounded, round_int4, round_rows
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.prune import see_inputs
 from castlm.oneshot.solvers import SOLVERS
-from castlm.oneshot.walk import BlockInputs, transformer_blocks
+from castlm.oneshot.walk import BlockInputs, block_stack
 
 
 @dataclass
@@ -136,7 +136,7 @@ def _walk(
     report: QuantizeReport,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    stack, blocks = transformer_blocks(model, layers)
+    stack, blocks = block_stack(model, layers)
     inputs = BlockInputs(model, blocks, calibration)
     for index in range(len(blocks)):
         inside = {k: v for k, v in layers.items() if k.startswith(f"{stack}.{index}.")}

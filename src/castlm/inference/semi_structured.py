@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
-from castlm.core.masks import is_nm_sparse
+from castlm.core.pattern import is_nm_sparse
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.inference.cuda_backends import backend_for
 
@@ -92,7 +92,7 @@ def to_semi_structured_(
     """
     if tokens < 1:
         raise InputError(f"{tokens} tokens: give at least 1, the rows that a layer sees at once")
-    layers, _ = sparse_linears(model, 2, 4, filter_fn)
+    layers, _ = sparse_linears(model, "2:4", filter_fn)
     if backend is None:
         backend = backend_for(dtype, next(iter(layers.values())).weight.device)
     raced: dict[tuple[object, ...], dict[str, float]] = {}

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.core.masks import nm_mask, pack_mask
+from castlm.core.masks import pack_mask
+from castlm.core.pattern import nm_mask
 from castlm.inference import native
 from castlm.inference.cuda_backends import backend_for
 from castlm.inference.devices import DEVICES, Device

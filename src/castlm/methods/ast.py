@@ -1,4 +1,4 @@
-"""AST: annealed sparse training, the same group's method before CAST (arXiv 2407.20584)."""
+"""AST, adaptive sparse trainer (arXiv 2407.20584): the method before CAST by the same authors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from castlm.methods.ste import SRSTE
 
 
 class AST(SRSTE):
-    """Annealed sparse training without extra weights (arXiv 2407.20584): SR-STE whose decay grows linearly to its full
-    value over the first quarter of the run, and a mask that is refreshed every `mask_interval` steps."""
+    """SR-STE with an annealed decay (arXiv 2407.20584), without the extra weights of that paper.
+
+    The decay grows linearly to `srste_lam` over the first quarter of the run, and the mask is refreshed every
+    `mask_interval` steps.
+    """
 
     @property
     def mask_every(self) -> int:  # type: ignore[override]

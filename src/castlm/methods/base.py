@@ -1,11 +1,13 @@
 """The interface of a training method: what it does to the model, the gradient and the masks.
 
-The loop is the same for every method: data, teacher, token budget, seeds and schedule. A method owns its optimizer
-and the two hooks that the loop calls in each step.
+Data, teacher, token budget, seed and schedule belong to the loop and are the same for every method. A method owns its
+optimizer and the two hooks that the loop calls at each step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from castlm.core.adams import AdamS
-from castlm.core.masks import nm_mask
+from castlm.core.pattern import Pattern
 from castlm.core.sparsify import FilterFn, sparse_linears, sparse_param_groups, weight_parameter
 
 
@@ -30,9 +32,12 @@ class MethodConfig(Protocol):
     decay_end: float
     lam: Any
     mask_interval: int
-    initial_mask: Any
     srste_lam: float
     scale_groups: int
+
+    @property
+    def start(self) -> str:
+        """What the run starts from: a one-shot solver's name or an n:m model."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -48,7 +53,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class ForwardMask(nn.Module):
-    """A parametrization that hides the masked weights of (out, in) from the forward pass, not from the gradient."""
+    """A parametrization of a weight (out, in): the forward pass sees zeros where it is masked, the gradient passes."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -60,27 +65,35 @@ class ForwardMask(nn.Module):
 
 
 class Retraining:
-    """How a method trains a model. `optimizer` steps it; the loop sets the rate and calls the two hooks of each step.
+    """One way to train a model to n:m.
+
+    The loop sets the learning rate, calls `before_forward` and `before_update` at each step, and steps `optimizer`.
 
     Attributes:
-        optimizer: over all parameters; AdamS whose dense groups are plain Adam. From `build_optimizer` on.
-        layers: the sparse layers by name; none for the dense control.
-        left_dense: what stays dense, with the reason.
+        optimizer: AdamS over all parameters; dense groups are plain Adam. Available after `build_optimizer`.
+        layers: the sparse layers by name; empty for the dense control.
+        left_dense: the reason by the name of each layer that stays dense.
     """
 
     decays = False  # whether AdamS decays the masked weights
+    masks_forward = True  # whether the forward pass multiplies by the mask
+    starts_sparse = False  # whether step 0 computes with a pruned model, whatever the start is
     mask_every: int | None = None  # steps between refreshes of the forward mask
     mask_interval = 0  # steps between refreshes of AdamS's masks; 0: never
 
-    def __init__(self, model: nn.Module, config: MethodConfig, pattern: tuple[int, int], filter_fn: FilterFn) -> None:
+    def __init__(self, model: nn.Module, config: MethodConfig, pattern: Pattern, filter_fn: FilterFn) -> None:
         self.config, self.pattern, self.filter_fn = config, pattern, filter_fn
-        self.layers, self.left_dense = sparse_linears(model, *pattern, filter_fn)
+        self.layers, self.left_dense = sparse_linears(model, pattern, filter_fn)
         self._flips: Tensor | int = 0
         self.prepare(model)
 
+    @classmethod
+    def check(cls, config: MethodConfig) -> None:
+        """Raises `InputError` for options with which the run could not end in n:m masks."""
+
     def build_optimizer(self, model: nn.Module, fused: bool) -> AdamS:
-        """The optimizer over all parameters of the model, prepared and sharded by now."""
-        groups = sparse_param_groups(model, *self.pattern, self.filter_fn)
+        """Builds the optimizer over all parameters of the model, after `prepare` and after sharding."""
+        groups = sparse_param_groups(model, self.pattern, self.filter_fn)
         if not self.decays:
             groups = [{**group, "sparse": False} for group in groups]
         config = self.config
@@ -101,20 +114,41 @@ class Retraining:
         return self.optimizer
 
     def prepare(self, model: nn.Module) -> None:
-        """Changes the model before its optimizer exists: scaling, or a mask in the forward pass."""
+        """Parametrizes the model before it is sharded: with weight scaling, or with a mask in the forward pass."""
         for layer in self.layers.values():
-            mask = nm_mask(layer.weight, *self.pattern)
+            mask = self.pattern.mask(layer.weight)
             parametrize.register_parametrization(layer, "weight", ForwardMask(mask), unsafe=True)
 
+    @contextmanager
+    def unmasked(self) -> Iterator[None]:
+        """Inside the context, every mask of the forward pass is True, so that it computes the dense model."""
+        layers = list(self.layers.values()) if self.masks_forward else []
+        masks = [forward_mask(layer).clone() for layer in layers]
+        for layer in layers:
+            forward_mask(layer).fill_(True)
+        try:
+            yield
+        finally:
+            for layer, mask in zip(layers, masks):
+                forward_mask(layer).copy_(mask)
+
+    def start_from_magnitude_(self) -> None:
+        """Prunes by magnitude at step 0, if the method begins with masked weights at zero."""
+
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
-        """Starts a layer from another's `weight` and `mask` (rows on this rank, in): masked weights at zero."""
+        """Sets the weight and the mask of a layer at step 0, with masked weights at zero.
+
+        Args:
+            weight: (rows of this rank, in).
+            mask: (rows of this rank, in), bool, True = kept.
+        """
         weight_parameter(layer).copy_(weight)
         forward_mask(layer).copy_(mask)
 
     def before_forward(self, step: int) -> None:
         """Refreshes the masks of the forward pass."""
         if self.mask_every and step % self.mask_every == 0:
-            new = {layer: nm_mask(weight_parameter(layer), *self.pattern) for layer in self.layers.values()}
+            new = {layer: self.pattern.mask(weight_parameter(layer)) for layer in self.layers.values()}
             self._set_masks(new)
 
     @torch.no_grad()
@@ -125,11 +159,17 @@ class Retraining:
             forward_mask(layer).copy_(mask)
 
     def flips(self) -> int:
-        """Mask entries on this rank that the newest refresh changed."""
+        """Number of mask entries on this rank that the last refresh changed."""
         return int(self._flips)
 
+    @property
+    def fixed_figures(self) -> frozenset[str]:
+        """The figures of an evaluation that cannot change during this run."""
+        flips = () if self.mask_every or self.mask_interval else ("flip_rate", "initial_flip_rate")
+        return frozenset(flips) | ({"prune_now_ppl"} if self.masks_forward else frozenset())
+
     def restore_flips(self, flips: int) -> None:
-        """Sets what `flips` says until the next refresh, after a resume."""
+        """Sets what `flips` returns until the next refresh, after a resume."""
         self._flips = flips
 
     def before_update(self, step: int) -> None:
@@ -140,9 +180,10 @@ class Retraining:
         return {weight_parameter(layer): forward_mask(layer) for layer in self.layers.values()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """State beside parameters and optimizer that a checkpoint has to hold."""
+        """State that a checkpoint holds beside the parameters and the optimizer's state."""
         return {f"mask.{name}": forward_mask(layer) for name, layer in self.layers.items()}
 
 
 def forward_mask(layer: nn.Linear) -> Tensor:
+    """The mask of a layer that `Retraining.prepare` parametrized: (out, in), bool, True = kept."""
     return layer.get_buffer("parametrizations.weight.0.mask")

@@ -1,4 +1,4 @@
-"""CAST: continuous adaptive sparse training (arXiv 2509.25996), the method that this package is about."""
+"""CAST, continuous adaptive sparse training (arXiv 2509.25996): the method that this package is about."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Cast(Retraining):
     """Dense forward pass, AdamS, weight scaling (arXiv 2509.25996)."""
 
     decays = True
+    masks_forward = False
 
     @property
     def mask_interval(self) -> int:  # type: ignore[override]
-        return self.config.mask_interval if self.config.initial_mask == "magnitude" else 0
+        return self.config.mask_interval if self.config.start == "magnitude" else 0
 
     def prepare(self, model: nn.Module) -> None:
         if self.config.scale_groups:
-            n, m = self.pattern
-            add_weight_scaling(model, self.config.scale_groups, n=n, m=m, filter_fn=self.filter_fn)
+            add_weight_scaling(model, self.config.scale_groups, pattern=self.pattern, filter_fn=self.filter_fn)
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
-        """Masked weights decay from their dense values."""
+        """Sets the kept weights and the mask. Masked weights keep their dense values and decay from there."""
         parameter = weight_parameter(layer)
         self.optimizer.set_mask(parameter, mask)
         local(parameter).copy_(torch.where(mask, weight, local(parameter)))

@@ -1,4 +1,4 @@
-"""The dense control: continued training alone changes perplexity, so every comparison needs it."""
+"""The dense control. Continued training alone changes the perplexity, so every comparison needs it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from castlm.methods.base import Retraining
 
 
 class Dense(Retraining):
-    """The control: the same continued training with no sparsity at all."""
+    """The same continued training without any sparsity."""
+
+    masks_forward = False
 
     def prepare(self, model: nn.Module) -> None:
         self.layers = {}

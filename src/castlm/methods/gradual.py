@@ -5,17 +5,38 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from castlm.core.masks import nm_mask
+from castlm.core.errors import InputError
+from castlm.core.pattern import NM
 from castlm.core.sparsify import weight_parameter
-from castlm.methods.base import Retraining
+from castlm.methods.base import MethodConfig, Retraining
 
 
 class GradualMagnitude(Retraining):
-    """Magnitude pruning whose sparsity follows the cubic schedule of Zhu & Gupta 2017 (arXiv 1710.01878) over the first
-    half of the run, at n:m granularity: at a sparsity s, the share s / (1 - n/m) of the groups that lose the least
-    magnitude are n:m and the others still whole."""
+    """Gradual magnitude pruning of whole groups of m weights.
+
+    The sparsity s follows the cubic schedule of Zhu & Gupta 2017 (arXiv 1710.01878) over the first half of the run. At
+    sparsity s, the share s / (1 - n/m) of the groups is n:m, those first that lose the least magnitude; the other
+    groups are still dense.
+    """
+
+    @property
+    def fixed_figures(self) -> frozenset[str]:
+        return frozenset({"prune_now_ppl"})
+
+    @classmethod
+    def check(cls, config: MethodConfig) -> None:
+        half, last = config.max_steps / 2, config.max_steps - 1
+        if last // config.mask_interval * config.mask_interval < half:
+            raise InputError(
+                f"mask_interval {config.mask_interval} leaves no mask refresh in the second half of {config.max_steps} "
+                "steps, from when gradual_magnitude is n:m: lower mask_interval or raise max_steps"
+            )
 
     def prepare(self, model: nn.Module) -> None:
+        if not isinstance(self.pattern, NM):
+            raise InputError(
+                f"method gradual_magnitude needs an n:m pattern, not {self.pattern}: choose another method"
+            )
         super().prepare(model)
         self._set_share(0.0)
 
@@ -26,11 +47,11 @@ class GradualMagnitude(Retraining):
 
     @torch.no_grad()
     def _set_share(self, share: float) -> None:
-        _, m = self.pattern
-        new = {}
+        assert isinstance(self.pattern, NM)
+        m, new = self.pattern.m, {}
         for layer in self.layers.values():
             weight = weight_parameter(layer)
-            mask = nm_mask(weight, *self.pattern)
+            mask = self.pattern.mask(weight)
             lost = (weight.abs() * ~mask).view(-1, m).sum(dim=1)
             whole = lost.argsort(stable=True)[round(share * len(lost)) :]
             mask.view(-1, m)[whole] = True

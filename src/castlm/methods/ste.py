@@ -1,4 +1,4 @@
-"""STE and SR-STE: the forward pass is masked, the gradient reaches every weight."""
+"""STE and SR-STE: the forward pass uses the masked weights, and the gradient reaches every weight."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from castlm.methods.base import Retraining
 
 
 class STE(Retraining):
-    """Masked forward, the gradient straight through to the dense weight, a new mask every step."""
+    """Straight-through estimator: a new mask by magnitude at every step (Bengio et al. 2013, arXiv 1308.3432)."""
 
+    starts_sparse = True
     mask_every = 1
 
 
 class SRSTE(STE):
-    """STE with a decay of the masked weights in the gradient (Zhou et al. 2021, arXiv 2102.04010, Eq. 9)."""
+    """STE whose gradient also decays the masked weights (Zhou et al. 2021, arXiv 2102.04010, Eq. 9)."""
 
     def before_update(self, step: int) -> None:
         self.add_decay_(self.config.srste_lam)
 
     @torch.no_grad()
     def add_decay_(self, coefficient: float) -> None:
+        """Adds `coefficient * weight` to the gradient of every masked weight."""
         for weight, mask in self.masks().items():
             if weight.grad is not None:
                 weight.grad.add_(weight * ~mask, alpha=coefficient)

@@ -1,4 +1,4 @@
-"""The table of training methods: the name in options and tables, and the class, imported when it is asked for."""
+"""The table of training methods. Classes are imported on demand, so that the names are known without torch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,43 @@ class Method(NamedTuple):
     module: str
     """Module in `castlm.methods`."""
     class_name: str
+    title: str
+    """What the method is, in a few words, for reports."""
+    options: tuple[str, ...] = ()
+    """Fields of `TrainConfig` that this method reads and others may not."""
     starts_dense: bool = False
     """Whether the method has no start other than the dense model."""
+    published_start: str = "magnitude"
+    """The start of the paper that the method comes from."""
 
     def load(self) -> type[Retraining]:
-        """The class of the method."""
+        """Imports the class of the method."""
         found: type[Retraining] = getattr(importlib.import_module(f"castlm.methods.{self.module}"), self.class_name)
         return found
 
 
 METHODS: dict[str, Method] = {
-    "cast": Method("cast", "Cast"),
-    "ste": Method("ste", "STE"),
-    "srste": Method("ste", "SRSTE"),
-    "ast": Method("ast", "AST"),
-    "gradual_magnitude": Method("gradual", "GradualMagnitude", starts_dense=True),
-    "dense": Method("dense", "Dense", starts_dense=True),
+    "cast": Method(
+        "cast",
+        "Cast",
+        "CAST: dense forward pass, AdamS decays the masked weights (arXiv 2509.25996)",
+        ("decay", "decay_end", "lam", "mask_interval", "scale_groups", "second_moment"),
+    ),
+    "finetune": Method(
+        "finetune",
+        "Finetune",
+        "fine-tuning with a fixed mask, masked weights at zero (as in arXiv 2310.06927)",
+        published_start="sparsegpt",
+    ),
+    "ste": Method("ste", "STE", "straight-through estimator, a new mask at every step (arXiv 1308.3432)"),
+    "srste": Method("ste", "SRSTE", "STE with a decay of the masked weights (arXiv 2102.04010)", ("srste_lam",)),
+    "ast": Method("ast", "AST", "SR-STE with an annealed decay (arXiv 2407.20584)", ("srste_lam", "mask_interval")),
+    "gradual_magnitude": Method(
+        "gradual",
+        "GradualMagnitude",
+        "gradual magnitude pruning, group by group (arXiv 1710.01878)",
+        ("mask_interval",),
+        starts_dense=True,
+    ),
+    "dense": Method("dense", "Dense", "the dense control: the same training without sparsity", starts_dense=True),
 }

@@ -21,10 +21,11 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
+from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.solvers import SOLVERS, Settings, Solver
-from castlm.oneshot.walk import BlockInputs, StopForward, transformer_blocks
+from castlm.oneshot.walk import BlockInputs, StopForward, block_stack
 
 _ERROR_TOKENS = 256  # that the reconstruction error is measured on
 
@@ -50,8 +51,7 @@ class OneshotReport:
     """What `prune_oneshot_` did."""
 
     method: str
-    n: int
-    m: int
+    pattern: str
     num_sequences: int
     seq_len: int
     damping: float | None
@@ -171,15 +171,14 @@ def prune_oneshot_(
     model: PreTrainedModel,
     method: str,
     *,
-    n: int = 2,
-    m: int = 4,
+    pattern: Pattern | str = "2:4",
     calibration: Tensor | None = None,
     damping: float = 0.01,
     block_size: int = 128,
     filter_fn: FilterFn = is_sparse_linear,
     progress: Callable[[int, int], None] | None = None,
 ) -> OneshotReport:
-    """Prunes a model to n:m in place, without training.
+    """Prunes a model to a pattern in place, without training.
 
     Memory beyond the model: the hidden states of the calibration text in the model's dtype, and the statistics of one
     block (SparseGPT: a fp32 matrix (in, in) for each distinct input). The weights keep their dtype.
@@ -203,15 +202,15 @@ def prune_oneshot_(
         >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)
     """
     started = time.perf_counter()
-    to = Settings(n, m, damping, block_size)
-    layers, left_dense = sparse_linears(model, n, m, filter_fn)
+    to = Settings(as_pattern(pattern), damping, block_size)
+    layers, left_dense = sparse_linears(model, to.pattern, filter_fn)
     _check(model, method, layers, calibration, to)
     kind = SOLVERS[method]
     if kind.add is None and calibration is not None:
         calibration = calibration[: math.ceil(_ERROR_TOKENS / calibration.shape[1])]
     num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
     asked = damping if method == "sparsegpt" else None
-    report = OneshotReport(method, n, m, num_sequences, seq_len, asked, left_dense=left_dense)
+    report = OneshotReport(method, str(to.pattern), num_sequences, seq_len, asked, left_dense=left_dense)
     if calibration is None:
         for name, layer in layers.items():
             report.layers += _prune_layers({name: layer}, None, kind, to)
@@ -236,7 +235,7 @@ def _prune_blocks(
     report: OneshotReport,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    stack, blocks = transformer_blocks(model, layers)
+    stack, blocks = block_stack(model, layers)
     of_block = [{k: v for k, v in layers.items() if k.startswith(f"{stack}.{i}.")} for i in range(len(blocks))]
     while not of_block[-1]:  # what comes after the last sparse layer need not be run
         of_block.pop()
@@ -256,6 +255,8 @@ def _check(
 ) -> None:
     if method not in SOLVERS:
         raise InputError(f"there is no one-shot method {method!r}: choose one of {', '.join(SOLVERS)}")
+    if method == "sparsegpt" and not isinstance(to.pattern, NM):
+        raise InputError(f"SparseGPT prunes to n:m patterns, not to {to.pattern}: use wanda or magnitude")
     if not 0 <= to.damping <= 1 or to.block_size < 1:
         raise InputError(f"damping {to.damping} and block size {to.block_size}: pass 0 to 1, and at least 1")
     for name, layer in layers.items():

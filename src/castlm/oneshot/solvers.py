@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from castlm.core.masks import nm_mask
+from castlm.core.pattern import NM, Pattern
 from castlm.oneshot.sparsegpt import sparsegpt
 
 _GRAM_COLUMNS = 256  # of X^T X at a time
@@ -16,8 +16,7 @@ _GRAM_COLUMNS = 256  # of X^T X at a time
 class Settings(NamedTuple):
     """What the methods are asked for."""
 
-    n: int
-    m: int
+    pattern: Pattern
     damping: float
     block_size: int
 
@@ -40,7 +39,7 @@ class Solver(NamedTuple):
 
 
 def _magnitude(weight: Tensor, statistic: Tensor, to: Settings) -> Pruned:
-    return Pruned(weight.masked_fill(~nm_mask(weight, to.n, to.m), 0))
+    return Pruned(weight.masked_fill(~to.pattern.mask(weight), 0))
 
 
 def _add_squared_norms(squared_norms: Tensor, x: Tensor, num_sequences: int) -> None:
@@ -50,7 +49,7 @@ def _add_squared_norms(squared_norms: Tensor, x: Tensor, num_sequences: int) -> 
 
 def _wanda(weight: Tensor, squared_norms: Tensor, to: Settings) -> Pruned:
     """Keeps the largest |W_ij| * |X_j| (Sun et al. 2023, arXiv 2306.11695, Eq. 1); what is kept stays as it is."""
-    mask = nm_mask(weight * squared_norms.sqrt(), to.n, to.m)
+    mask = to.pattern.mask(weight * squared_norms.sqrt())
     return Pruned(weight.masked_fill(~mask, 0), int((squared_norms == 0).sum()))
 
 
@@ -65,7 +64,8 @@ def _sparsegpt(weight: Tensor, hessian: Tensor, to: Settings) -> Pruned:
     num_dead = int((hessian.diagonal() == 0).sum())
     hessian.triu_()
     hessian += hessian.triu(1).T
-    new, damping = sparsegpt(weight, hessian, *to)
+    assert isinstance(to.pattern, NM)
+    new, damping = sparsegpt(weight, hessian, to.pattern.n, to.pattern.m, to.damping, to.block_size)
     return Pruned(new, num_dead, damping)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from castlm.core.blocks import stack_name
 from castlm.core.errors import InputError
 
 # Tokens a forward pass: short windows go together, as calling the operators costs too. On a CPU with 1 MiB of L2 2,048
@@ -21,7 +22,7 @@ _PASS_TOKENS_CPU = 1024
 _PASS_TOKENS_ACCELERATOR = 8192
 
 
-def transformer_blocks(model: nn.Module, layer_names: Iterable[str]) -> tuple[str, list[nn.Module]]:
+def block_stack(model: nn.Module, layer_names: Iterable[str]) -> tuple[str, list[nn.Module]]:
     """The stack that the named layers lie in: its name, as `model.layers`, and its blocks in order.
 
     Raises:
@@ -29,11 +30,10 @@ def transformer_blocks(model: nn.Module, layer_names: Iterable[str]) -> tuple[st
     """
     stacks = set()
     for name in layer_names:
-        parts = name.split(".")
-        numbered = [i for i, part in enumerate(parts) if part.isdigit()]
-        if not numbered:
+        stack = stack_name(name)
+        if stack is None:
             raise InputError(f"{name} is in no transformer block: let filter_fn choose layers inside the blocks only")
-        stacks.add(".".join(parts[: numbered[0]]))  # the outermost: experts have numbers too
+        stacks.add(stack)
     if len(stacks) > 1:
         raise InputError(f"the layers lie in several stacks ({', '.join(sorted(stacks))}): choose one with filter_fn")
     (stack,) = stacks

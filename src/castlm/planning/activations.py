@@ -19,7 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
-from castlm.distributed.sharding import beside_linears, is_gathered_narrow, transformer_blocks
+from castlm.core.sparsify import transformer_blocks
+from castlm.distributed.sharding import beside_linears, is_gathered_narrow
 from castlm.models import backbone, linearize_conv1d_
 
 # HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
@@ -104,7 +105,7 @@ def saved_bytes(
 
 def _narrow_linears_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """The blocks' parameters in the types that `training.distributed.shard_` gathers them in."""
-    for block in filter(is_gathered_narrow, transformer_blocks(model)):
+    for block in filter(is_gathered_narrow, transformer_blocks(model).values()):
         wide = {parameter for module in beside_linears(block) for parameter in module.parameters()}
         for parameter in block.parameters():
             if parameter not in wide:

@@ -45,7 +45,12 @@ def check_budgets(budgets: Sequence[int], form: str) -> None:
 
     least = MIN_BUDGETS[form] + 1
     if len(budgets) < least:
-        raise InputError(f"{len(budgets)} budgets: the {form} form needs {least} to foretell the largest by the others")
+        other = "loglinear"
+        remedy = f", or use --form {other}" if len(budgets) > MIN_BUDGETS[other] else ""
+        raise InputError(
+            f"{len(budgets)} budgets: the {form} form needs {least} to predict the largest from the others; give more "
+            f"budgets{remedy}"
+        )
     for one, following in itertools.pairwise(budgets):
         if math.log(following / one) <= SAME_BUDGET:
             raise InputError(f"budgets of {one:,} and {following:,} tokens, in whole steps, are one: set them apart")

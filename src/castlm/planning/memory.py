@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.core.moments import MOMENTS, new_moments
+from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
 from castlm.models import linearize_conv1d_
@@ -103,8 +105,7 @@ def plan_memory(
     world_size: int = 1,
     seq_len: int,
     micro_batch: int,
-    n: int = 2,
-    m: int = 4,
+    pattern: Pattern | str = "2:4",
     scale_groups: int = 2,
     accumulation: int = 1,
     gradient_checkpointing: bool = False,
@@ -147,7 +148,7 @@ def plan_memory(
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
         compute_dtype: "bf16" or "fp32", of the forward and backward pass; master weights are fp32.
-        chunk_tokens: tokens whose logits are alive at once (the loss's default: 1,024 on a GPU, 256 on CPU).
+        chunk_tokens: tokens whose logits are alive at once (the loss's default: 1,024 on a GPU, 192 on a CPU).
         moments: "fp32", "bf16" or "8bit", as `AdamS` has them.
         calibration_tokens: of the initial mask of SparseGPT or Wanda; 0: there is none, and no phase `start`.
         gpu_gib: memory of a card in GiB, see `GPUS`; asks for the verdict.
@@ -179,7 +180,7 @@ def plan_memory(
         calibration_tokens=calibration_tokens,
         fused=fused_optimizer,
     )
-    sizes = _sizes(config, n, m, run)
+    sizes = _sizes(config, as_pattern(pattern), run)
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
     saved = {sharded: trace(config, run, sharded) for sharded in sharded_or_not}
     plan = _plan(sizes, saved[world_size > 1], run, world_size)
@@ -275,17 +276,15 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -
     }
 
 
-def _sizes(config: PretrainedConfig, n: int, m: int, run: Settings) -> _Sizes:
+def _sizes(config: PretrainedConfig, pattern: Pattern, run: Settings) -> _Sizes:
     with torch.device("meta"), as_input_error(config):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         linearize_conv1d_(model)
-    layers, _ = sparse_linears(model, n, m)
+    layers, _ = sparse_linears(model, pattern)
     if run.scale_groups:
-        add_weight_scaling(model, run.scale_groups, n=n, m=m)
+        add_weight_scaling(model, run.scale_groups, pattern=pattern)
     num_layers = config.get_text_config().num_hidden_layers
-    in_blocks = sum(
-        p.numel() for name, p in model.named_parameters() if any(part.isdigit() for part in name.split("."))
-    )
+    in_blocks = sum(p.numel() for name, p in model.named_parameters() if in_block(name))
     sparse = [layer.out_features * layer.in_features for layer in layers.values()]
     embedding = model.get_input_embeddings().weight
     return _Sizes(

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from castlm.compare.plan import CompareCommand, Plan, command_line, ending_on_sigterm
+from castlm.compare.plan import CompareConfig, Plan, Say
 from castlm.compare.presets import RETRAINING
-from castlm.compare.runs import lock, read_record
+from castlm.compare.runs import read_record
 from castlm.core.errors import InputError
-from castlm.files import atomic_write_json, read_yaml_mapping
+from castlm.files import atomic_write_json
+from castlm.output import continued
+from castlm.owned import discard
 from castlm.planning.budgets import check_budgets, geometric_budgets, listed_budgets
+from castlm.training.config import flatten
+from castlm.yaml_file import read_yaml_mapping
 
 if TYPE_CHECKING:
     from castlm.planning.law import Law
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SweepCommand:
+class SweepConfig:
     """Find the law of a model and text by the fewest runs: cheapest first, the largest only when it is in doubt.
 
     Give the same command again to go on after a stop. Exit code 1: a run failed, or the runs carry no law.
@@ -83,11 +85,25 @@ class SweepCommand:
     overwrite: bool = False
     """Replace another sweep that output_dir holds; runs that both have in common stay."""
 
-    def run(self, parse: Callable[[type[Any], list[str], str], Any]) -> int:
-        sweep = Sweep(self, parse)
-        with lock(sweep.root) as descriptor, ending_on_sigterm():
-            sweep.claim()
-            return sweep.run(descriptor)
+
+def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
+    """Starts or continues a sweep.
+
+    Args:
+        command: the command that repeats this sweep, for sweep.json.
+        say: is told of each budget and of the verdict.
+        progress: is told of each run.
+
+    Returns:
+        The exit code: 1 if a run failed or the runs carry no law.
+
+    Raises:
+        InputError: whatever `Sweep` refuses, or another sweep is at work in the folder.
+    """
+    runs = Sweep(config, command, say, progress)
+    with continued(runs.root, "sweep"):
+        runs.claim()
+        return runs.run()
 
 
 @dataclass(frozen=True)
@@ -144,14 +160,15 @@ class Sweep:
         InputError: budgets that cannot foretell their largest, a method that does not train, whatever `Plan` refuses.
     """
 
-    def __init__(self, command: SweepCommand, parse: Callable[[type[Any], list[str], str], Any]) -> None:
+    def __init__(self, command: SweepConfig, command_line: str, say: Say, progress: Say) -> None:
         if not 0 < command.within < math.inf:
             raise InputError(f"within is {command.within:g}: give the share that is narrow enough, as 0.02")
         self.command, self.root = command, Path(command.output_dir)
+        self.command_line, self.say = command_line, say
         self.method = _method(command.config)
         asked = _ask(command)
         self.plan = Plan(
-            CompareCommand(
+            CompareConfig(
                 model=command.model,
                 dataset=command.dataset,
                 eval_dataset=command.eval_dataset,
@@ -164,7 +181,7 @@ class Sweep:
                 per_device_train_batch_size=command.per_device_train_batch_size,
                 eval_tokens=command.eval_tokens,
             ),
-            parse,
+            progress,
         )
         self.runs = [[self.plan.make(self.method, t, seed, None) for seed in range(command.seeds)] for t in asked]
         self.budgets = [runs[0].tokens for runs in self.runs]
@@ -181,12 +198,10 @@ class Sweep:
         """Makes the output folder this sweep's.
 
         Raises:
-            InputError: it holds another sweep (without `overwrite`), or something else.
+            InputError: it holds another sweep (without `overwrite`), or sweep.json is corrupt.
         """
         file = self.root / "sweep.json"
         if not file.is_file():
-            if any(entry.name != ".lock" for entry in self.root.iterdir()):
-                raise InputError(f"{self.root} already holds something that is no sweep: choose another output folder")
             self.write("running")
             return
         try:
@@ -200,23 +215,23 @@ class Sweep:
             raise InputError(f"{self.root} holds a sweep of other runs ({line}): choose another folder or --overwrite")
         for name in {Path(name).name for name in old} - set(self.folders):
             folder = self.root / "runs" / name
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
             for suffix in (".yaml", ".log"):
                 folder.with_suffix(suffix).unlink(missing_ok=True)
         self.write("running")
 
-    def run(self, descriptor: int) -> int:
+    def run(self) -> int:
         """Runs budget after budget until the largest is foretold well enough or has run. Returns the exit code."""
-        print(f"{self.method}, {self.command.seeds} seeds, {self.command.form} law, in {self.root}")
-        print(TITLE, flush=True)
+        self.say(f"{self.method}, {self.command.seeds} seeds, {self.command.form} law, in {self.root}")
+        self.say(TITLE)
         for runs in self.runs:
-            results = [self.plan.measure(run, self.root, descriptor) for run in runs]
+            results = [self.plan.measure(run, self.root) for run in runs]
             for result in results:
                 if math.isinf(result.perplexity):
                     reason = result.record.get("error", "it has no finite perplexity")
                     return self.end("failed", f"stopped: {result.run}: {reason}; the same command goes on")
             self.take([result.perplexity for result in results])
-            print(self.steps[-1], flush=True)
+            self.say(str(self.steps[-1]))
             if self.steps[-1].settles(self.command.within) and not self.has_run_largest():
                 break
             self.write("running")
@@ -266,15 +281,16 @@ class Sweep:
 
     def end(self, status: str, verdict: str) -> int:
         self.write(status, verdict)
-        print(verdict)
+        self.say(verdict)
         if status == "foretold":
             share = self.saved / (self.spent + self.saved)
-            print(f"largest budget, {self.budgets[-1]:,} tokens: perplexity {_interval(self.steps[-1].largest)}")
-            print(f"{self.spent:,} tokens trained, {self.saved:,} saved: {share:.0%} of the sweep")
+            self.say(f"largest budget, {self.budgets[-1]:,} tokens: perplexity {_interval(self.steps[-1].largest)}")
+            self.say(f"{self.spent:,} tokens trained, {self.saved:,} saved: {share:.0%} of the sweep")
         if self.law is None:
-            print("no law.json: " + (self.steps[-1].no_law or "too few budgets" if self.steps else "nothing was run"))
+            reason = self.steps[-1].no_law or "too few budgets" if self.steps else "nothing was run"
+            self.say(f"no law.json: {reason}")
             return 1
-        print(f"law: {self.root / 'law.json'} (castlm plan predict)")
+        self.say(f"law: {self.root / 'law.json'} (castlm plan predict)")
         return 1 if status == "failed" else 0
 
     def write(self, status: str, verdict: str | None = None) -> None:
@@ -282,7 +298,7 @@ class Sweep:
         content = {
             "status": status,
             "verdict": verdict,
-            "command": command_line("plan sweep", self.command),
+            "command": self.command_line,
             "method": self.method,
             "form": self.command.form,
             "within": self.command.within,
@@ -300,7 +316,7 @@ class Sweep:
             atomic_write_json(self.root / "law.json", self.law.as_dict())
 
 
-def _ask(command: SweepCommand) -> list[int]:
+def _ask(command: SweepConfig) -> list[int]:
     if command.tokens is None:
         if command.largest_tokens is None:
             raise InputError("which budgets? Give --largest-tokens, or --tokens with all of them")
@@ -311,7 +327,7 @@ def _ask(command: SweepCommand) -> list[int]:
 
 
 def _method(config: str | None) -> str:
-    method = str((read_yaml_mapping(config) if config else {}).get("method", "cast"))
+    method = str((flatten(read_yaml_mapping(config), config) if config else {}).get("method", "cast"))
     if method not in RETRAINING:
         raise InputError(f"method {method} has no training budget to sweep: use one of {', '.join(RETRAINING)}")
     return method

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.planning.law import Law, fit_law, interval
 from castlm.planning.points import Point
+from castlm.training.config import flatten
 from castlm.training.metrics_file import read_evaluations
+from castlm.yaml_file import read_yaml_mapping
 
 MIN_POINTS = 3
 MIN_SPREAD = 1.2
@@ -101,14 +104,12 @@ def watch_run(run: str | Path, target_ppl: float | None = None) -> WatchReport:
     Raises:
         InputError: no readable metrics.jsonl or config.yaml in it, or no evaluation yet.
     """
-    import yaml
-
     path = Path(run) / "config.yaml"
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = flatten(read_yaml_mapping(path), str(path))
         total_steps, decay = int(config["max_steps"]), str(config["decay"])
-        decay = decay if config["method"] == "cast" and decay != "none" else None
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        decay = decay if config["method"] == "cast" and DECAYS[decay].reduces else None
+    except (InputError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{run} is not the folder of a run: {path} cannot be read ({error})") from error
     return extrapolate_run(read_evaluations(run), total_steps=total_steps, target_ppl=target_ppl, decay=decay)
 
@@ -145,7 +146,7 @@ def _tokens_at(rows: Sequence[Mapping[str, Any]], total_steps: int | None) -> fl
 
 def _healing(rows: Sequence[Mapping[str, Any]], decay: str | None) -> tuple[float, list[Mapping[str, Any]], str]:
     """Tokens at which the curve to fit starts, its rows, and what they are, in words."""
-    if decay != "horizon" or not any("alpha" in row for row in rows):
+    if decay is None or not DECAYS[decay].uses_decay_end or not any("alpha" in row for row in rows):
         words = f"of the whole curve (decay {decay!r} goes on to the end)" if decay else "of the whole curve"
         return 0.0, [row for row in rows if row["tokens"] > 0], words
     ramp = [row for row in rows if row.get("alpha", 0.0) < 1]

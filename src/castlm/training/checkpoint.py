@@ -1,12 +1,16 @@
-"""Checkpoints that a kill cannot break: written beside, flushed, renamed when whole, and loaded only by the run they
-are of. Tensors go through torch.distributed.checkpoint, each rank its shards; the rest is a manifest in JSON.
+"""Checkpoints that survive a kill at any moment: written beside their place, flushed, renamed when whole, and loaded
+only by the run that they belong to. Tensors go through torch.distributed.checkpoint, each rank its shards; the rest is
+a manifest in JSON. No part of a checkpoint is a pickle that could run code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -22,10 +26,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import World
-from castlm.files import atomic_write_json, flush_folder, is_disk_full
+from castlm.files import atomic_write_json, flush_folder, is_disk_full, plain_json, read_json_mapping
+from castlm.owned import RESULT
+from castlm.training.checkpoint_storage import DATA_FILE, METADATA, JsonReader, JsonWriter
 from castlm.training.config import FREE_ON_RESUME, TrainConfig
 
-FORMAT = 2
+FORMAT = 3
+MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
 
 # A single process is meant. Not `catch_warnings`: it is no tool for the thread that saves.
@@ -33,31 +40,37 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
-    """The whole checkpoints in `folder` by step, oldest first. What was not finished has another name."""
+    """The whole checkpoints in `folder` by step, oldest first. An unfinished one has another name."""
     found = {int(m[1]): entry for entry in folder.glob("step-*") if (m := _NAME.fullmatch(entry.name))}
-    return {step: found[step] for step in sorted(found) if (found[step] / "manifest.json").is_file()}
+    return {step: found[step] for step in sorted(found) if (found[step] / MANIFEST).is_file()}
 
 
 def after_restart(config: TrainConfig) -> TrainConfig:
-    """`config` as it has to be where `torchrun --max-restarts` starts the ranks again: what the start before has begun
-    is resumed, or begun anew where it has saved nothing."""
+    """`config` as `torchrun --max-restarts` needs it when it starts the ranks again.
+
+    A run that the start before has begun is resumed, or started from step 0 where it has saved nothing. The folder of
+    another run is left to the checks of a first start.
+    """
     if config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return config
     folder = Path(config.output_dir)
-    if checkpoint_steps(folder / "checkpoints") or (folder / "model" / "castlm.json").is_file():
-        return dataclasses.replace(config, resume=True, overwrite=False)
-    file = folder / "config.yaml"
-    is_ours = file.is_file() and file.read_text(encoding="utf-8") == config.as_yaml()
-    return dataclasses.replace(config, overwrite=config.overwrite or is_ours)
+    try:
+        is_ours = (folder / "config.yaml").read_text(encoding="utf-8") == config.as_yaml()
+    except (OSError, UnicodeDecodeError):
+        return config
+    if not is_ours:
+        return config
+    has_saved = bool(checkpoint_steps(folder / "checkpoints")) or (folder / "model" / RESULT).is_file()
+    return dataclasses.replace(config, resume=has_saved, overwrite=not has_saved)
 
 
 class Saver:
-    """Writes the checkpoints of a run into `folder/step-XXXXXXXX`, one at a time. All ranks call each method alike.
+    """Writes the checkpoints of a run into `folder/step-XXXXXXXX`, one at a time. All ranks call each method together.
 
     Args:
-        keep: whole checkpoints that are kept.
+        keep: number of checkpoints that are kept.
         background: write while training goes on, from a copy in host memory.
-        say: is told of each checkpoint that is whole.
+        say: called with a line for each checkpoint that is whole.
     """
 
     def __init__(self, folder: Path, keep: int, world: World, *, background: bool, say: Callable[[str], None]) -> None:
@@ -66,11 +79,12 @@ class Saver:
         self._pending: tuple[int, str, Future[dict[str, tuple[int, int]]]] | None = None
 
     def save(self, step: int, tensors: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Takes the state of `step`, and finishes the save before it first.
+        """Saves the state of `step`, after finishing the save before it.
 
         Args:
-            tensors: nested dict of tensors; DTensors are written by the ranks that hold them. They may change at once.
-            manifest: JSON-able; what `check_same_run` and the loop need to go on.
+            tensors: nested dict of tensors; DTensors are written by the ranks that hold them. They may change as soon
+                as this returns.
+            manifest: JSON-able; what `check_same_run` and the loop need to continue.
 
         Raises:
             InputError: as `finish`.
@@ -78,8 +92,8 @@ class Saver:
         self.finish()
         temporary = self._temporary(step)
         self.world.check_all(self.world.on_main(lambda: self._start(step)))
-        content = json.dumps({**manifest, "format": FORMAT, "step": step})  # now: its values go on changing
-        options: dict[str, Any] = {"checkpoint_id": temporary, "no_dist": self.world.mesh is None}
+        content = json.dumps({**manifest, "format": FORMAT, "step": step})  # now, because its values change later
+        options: dict[str, Any] = {"storage_writer": JsonWriter(temporary), "no_dist": self.world.mesh is None}
         options["process_group"] = self.world.saving
         if self.background:
             write = dcp.async_save(dict(tensors), **options).result
@@ -90,12 +104,12 @@ class Saver:
             self.finish()
 
     def finish_if_written(self) -> None:
-        """Gives the checkpoint that is being written its name, if all ranks have written it; waits for none."""
+        """Publishes the checkpoint that is being written, if all ranks have written their parts; does not wait."""
         if self._pending is not None and not self.world.any(not self._pending[2].done()):
             self.finish()
 
     def finish(self) -> None:
-        """Waits for the checkpoint that is being written, and gives it its name.
+        """Waits for the checkpoint that is being written, and publishes it under its name.
 
         Raises:
             InputError: the disk is full or the folder cannot be written; older checkpoints are untouched.
@@ -134,15 +148,15 @@ class Saver:
     def _publish(self, step: int, manifest: dict[str, Any]) -> str | None:
         temporary, final = self._temporary(step), self.folder / f"step-{step:08d}"
         try:
-            atomic_write_json(temporary / "manifest.json", manifest)
+            manifest = plain_json(manifest)
+            atomic_write_json(temporary / MANIFEST, manifest | {"checksum": _checksum(manifest)})
             flush_folder(temporary)
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                _remove(final)
             os.rename(temporary, final)
             flush_folder(self.folder)
-            for step in list(checkpoint_steps(self.folder))[: -self.keep]:
-                old = self._temporary(step)  # under the name of one that is not whole, as it soon will be
-                os.rename(self.folder / f"step-{step:08d}", old)
-                shutil.rmtree(old, ignore_errors=True)
+            for old in list(checkpoint_steps(self.folder).values())[: -self.keep]:
+                _remove(old)
         except (OSError, InputError) as error:
             return self._explain(step, error)
         return None
@@ -154,51 +168,115 @@ class Saver:
         return f"step {step} could not be saved in {self.folder}: {why}; {last}"
 
 
+def _remove(checkpoint: Path) -> None:
+    """Deletes the files of a checkpoint, its manifest first, without which it is no longer whole; others stay."""
+    for file in [checkpoint / MANIFEST, checkpoint / METADATA, *checkpoint.glob("__*_*.distcp")]:
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody's own file is in it
+        checkpoint.rmdir()
+
+
 def _write(write: Callable[[], Any], folder: Path, rank: int) -> dict[str, tuple[int, int]]:
-    """Size and CRC-32 of what this rank has written, by file name."""
+    """Writes this rank's part; returns size and CRC-32 of its files, by name."""
     write()
-    mine = [*folder.glob(f"__{rank}_*"), *(folder.glob(".metadata") if rank == 0 else ())]
+    mine = [*folder.glob(f"__{rank}_*"), *(folder.glob(METADATA) if rank == 0 else ())]
     return {path.name: _size_and_crc(path) for path in sorted(mine)}
 
 
 def load_checkpoint(path: Path, tensors: dict[str, Any], world: World) -> dict[str, Any]:
-    """Reads a checkpoint into `tensors`, in place, whatever number of ranks wrote it, and returns its manifest.
+    """Reads a checkpoint into `tensors`, in place, and returns its manifest. Any number of ranks may have written it.
+
+    Nothing in a checkpoint can run code, allocate more than the run's own tensors, or name a file outside of it.
 
     Raises:
-        InputError: a file is missing, or differs from what was written.
+        InputError: a file is missing, corrupt, or not what this run would have written.
     """
     manifest = read_manifest(path)
     failure = None
     for name, expected in list(manifest["files"].items())[world.rank :: world.size]:
-        if not (path / name).is_file() or list(_size_and_crc(path / name)) != expected:
-            failure = f"{path / name} is missing or corrupt: remove {path} and resume from an older one"
+        file = path / name
+        if file.is_symlink() or not file.is_file() or list(_size_and_crc(file)) != expected:
+            failure = f"{file} is missing or corrupt: remove {path} to resume from an older one"
+    world.check_all(failure)
+    reader = None
+    try:
+        reader = JsonReader(path, tensors)
+    except InputError as error:
+        failure = str(error)
     world.check_all(failure)
     try:
-        dcp.load(tensors, checkpoint_id=path, no_dist=world.mesh is None, process_group=world.control)
-    except (CheckpointException, RuntimeError, KeyError, EOFError) as error:
+        dcp.load(tensors, storage_reader=reader, no_dist=world.mesh is None, process_group=world.control)
+    except Exception as error:  # whatever torch raises on a file that is not what it wrote
         failure = f"{path} cannot be read ({_first_line(error)}): remove it to resume from an older one"
     world.check_all(failure)
     return manifest
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises `InputError` when it is corrupt or of another format."""
-    try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} has no readable manifest.json: remove it to resume from an older one") from error
+    """The manifest of a checkpoint.
+
+    Raises:
+        InputError: it is corrupt, does not have its own checksum, or is of another format.
+    """
+    remedy = f"remove {path} to resume from an older one"
+    manifest = read_json_mapping(path / MANIFEST, remedy)
     if manifest.get("format") != FORMAT:
         raise InputError(
             f"{path} has checkpoint format {manifest.get('format')}, not {FORMAT}: use the castlm that wrote it"
         )
+    checksum = manifest.pop("checksum", None)
+    if checksum != _checksum(manifest):
+        raise InputError(f"{path / MANIFEST} is corrupt: its checksum does not match; {remedy}")
+    if wrong := next((name for name, is_right in _EXPECTED.items() if not is_right(manifest.get(name))), None):
+        raise InputError(f"{path / MANIFEST} is corrupt: {wrong} is not what castlm writes; {remedy}")
     return manifest
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest in canonical JSON."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_mapping(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(is_right, value.values()))
+
+
+def _is_file_list(value: Any) -> bool:
+    def is_entry(entry: Any) -> bool:
+        return isinstance(entry, list) and len(entry) == 2 and all(map(_is_count, entry))
+
+    return _is_mapping(value, is_entry) and all(name == METADATA or DATA_FILE.fullmatch(name) for name in value)
+
+
+_EXPECTED: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "tokens": _is_count,
+    "flips": _is_count,
+    "seconds": lambda value: _is_number(value) and value >= 0,
+    "config": lambda value: isinstance(value, dict),
+    "facts": lambda value: isinstance(value, dict),
+    "data": lambda value: isinstance(value, dict),
+    # a perplexity that overflowed is null
+    "figures": lambda value: _is_mapping(value, lambda row: _is_mapping(row, lambda x: x is None or _is_number(x))),
+    "files": lambda value: _is_file_list(value) and METADATA in value,
+}
+"""What each field of a manifest has to be."""
 
 
 def check_same_run(manifest: Mapping[str, Any], config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Refuses to continue a run as another one.
 
     Args:
-        config: of now, as a dict; all but `FREE_ON_RESUME` has to be as it was saved.
+        manifest: of the checkpoint; its `config` and `facts` are compared.
+        config: of this start, as a dict; every field outside `FREE_ON_RESUME` has to be as it was saved.
         facts: what else has to be equal: text hashes, global batch.
 
     Raises:

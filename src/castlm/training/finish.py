@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import platform
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from castlm.core.pattern import parse_pattern
-from castlm.core.scaling import fold_weight_scaling
+from castlm.core.pattern import Pattern
+from castlm.core.scaling import UnfoldedWarning, fold_weight_scaling
 from castlm.core.sparsify import prune_
 from castlm.distributed.export import ShardedResult, export_sharded
 from castlm.distributed.world import World
@@ -23,12 +22,15 @@ from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.hardware import peak_memory
+from castlm.methods.table import METHODS
 from castlm.models import linearize_conv1d_, parameters_in, save_dtype, save_model
 from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig
-from castlm.training.metrics import held_out_perplexity
+from castlm.training.metrics import held_out_perplexity, masked_histogram
 from castlm.training.objective import Objective
-from castlm.training.setup import Parts, filter_of, local_masks
+from castlm.training.run_folder import RunFolder
+from castlm.training.setup import Parts, filter_of, global_batch, local_masks
+from castlm.training.verdict import verdict
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,19 @@ class TrainedRun:
 
     config: TrainConfig
     world: World
-    folder: Path
-    """Where the model goes."""
+    output: RunFolder
+    """The output folder."""
     parts: Parts
     figures: dict[str, dict[str, float]]
     """Evaluations by step."""
     tokens: int
     seconds: float
     say: Callable[[str], None]
+
+    @property
+    def folder(self) -> Path:
+        """Where the model goes."""
+        return self.output.model
 
     @property
     def model(self) -> PreTrainedModel:
@@ -61,23 +68,17 @@ class TrainedRun:
         return bool(self.parts.method.layers)
 
 
-def read_result(folder: Path) -> dict[str, Any]:
-    """The castlm.json of a finished result."""
-    record: dict[str, Any] = json.loads((folder / "castlm.json").read_text(encoding="utf-8"))
-    return record
-
-
 def finish(run: TrainedRun) -> dict[str, Any]:
-    """Prunes, folds, exports and proves the model of a finished run; returns its record, on every rank the same.
+    """Prunes, folds, exports and verifies the model of a finished run; returns its record, the same on every rank.
 
     Raises:
-        InputError: the disk is full, or the proof fails; the checkpoints are untouched.
+        InputError: the disk is full, or the verification fails; the checkpoints are untouched.
     """
-    n, m = parse_pattern(run.config.pattern)
+    pattern = Pattern.parse(run.config.pattern)
     masks = run.parts.method.masks()
     histogram = masked_histogram(local_masks(masks), run.world)
     if masks:
-        prune_(run.model, n, m, masks=masks, filter_fn=filter_of(run.config))
+        prune_(run.model, pattern, masks=masks, filter_fn=filter_of(run.config))
     if run.parts.source.stored is not None and not is_remote_code(run.model):
         record = export_sharded(sharded_result(run), finished_record(run, histogram))
         say_result(run, record)
@@ -100,7 +101,7 @@ def sharded_result(run: TrainedRun) -> ShardedResult:
         tokenizer=run.parts.source.tokenizer,
         folder=run.folder,
         world=world,
-        pattern=parse_pattern(config.pattern),
+        pattern=Pattern.parse(config.pattern),
         left_dense=run.parts.method.left_dense,
         dtype=run.save_dtype,
         is_sparse=run.is_sparse,
@@ -111,26 +112,6 @@ def sharded_result(run: TrainedRun) -> ShardedResult:
     )
 
 
-def masked_histogram(masks: dict[Tensor, Tensor], world: World) -> dict[str, Any]:
-    """Counts of masked magnitudes, a quarter of a decade a bin, as they are before the prune; of all ranks together,
-    each once.
-
-    `zeros` are exact zeros, `counts[i]` those in `[edges[i], edges[i + 1])`; what is smaller or larger counts at the
-    ends. Empty for the dense control.
-    """
-    if not masks:
-        return {}
-    exponents = torch.arange(-48, 5) / 4  # 1e-12 to 10
-    counts = torch.zeros(len(exponents), dtype=torch.float64, device=world.device)
-    for weight, mask in masks.items():
-        masked = weight[~mask].abs().float()
-        bins = (masked[masked > 0].log10() * 4).floor().clamp(-48, 3) + 48
-        counts[1:] += torch.bincount(bins.long(), minlength=len(exponents) - 1)
-        counts[0] += (masked == 0).sum()
-    zeros, *rest = (world.sum(counts).long() // world.num_replicas).tolist()
-    return {"edges": (10**exponents).tolist(), "zeros": zeros, "counts": rest}
-
-
 def is_remote_code(model: PreTrainedModel) -> bool:
     """Whether the model comes with code of its own, which `save_pretrained` alone knows how to pass on."""
     return type(model).__module__.startswith("transformers_modules")
@@ -139,7 +120,9 @@ def is_remote_code(model: PreTrainedModel) -> bool:
 def gathered(run: TrainedRun) -> PreTrainedModel | None:
     """The sharded model as a whole one in the memory of the main rank; None on the others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(run.model, options=options)
+    with warnings.catch_warnings():  # it is loaded into a model that is scaled alike
+        warnings.simplefilter("ignore", UnfoldedWarning)
+        state = get_model_state_dict(run.model, options=options)
     if not run.world.is_main:
         return None
     model = AutoModelForCausalLM.from_config(run.model.config, dtype=torch.float32)
@@ -169,13 +152,11 @@ def write_result(run: TrainedRun, model: PreTrainedModel | None, histogram: dict
             atomic_write_json(temporary / "castlm.json", record)
         say_result(run, record)
         return record
-    n, m = parse_pattern(run.config.pattern)
     result = export_model(
         model,
         tokenizer,
         folder,
-        n=n,
-        m=m,
+        pattern=run.config.pattern,
         left_dense=run.parts.method.left_dense,
         record=record,
         overwrite=True,
@@ -191,19 +172,17 @@ def finished_record(run: TrainedRun, histogram: dict[str, Any]) -> dict[str, Any
     if not run.is_sparse:
         trained = run.figures[str(run.config.max_steps)]["perplexity"]
         record |= {"pattern": None, "perplexity": {**record["perplexity"], "trained": trained}}
-    return record
+    return record | {"verdict": verdict(record["perplexity"])}
 
 
 def say_result(run: TrainedRun, record: dict[str, Any]) -> None:
-    folder, figures = run.folder, record["perplexity"]
-    if not run.is_sparse:
-        run.say(f"the dense control is in {folder}: perplexity {figures['trained']:.3f}")
-        return
-    dense = f" (dense {figures['dense']:.3f})" if "dense" in figures else ""
-    run.say(
-        f"{folder}: {run.config.pattern} proved in {len(run.parts.method.layers)} layers, perplexity "
-        f"{record['proof']['perplexity_from_disk']:.3f}{dense}"
-    )
+    """Says where the result is and, in the last line, whether training improved on the start."""
+    if run.is_sparse:
+        run.say(f"{run.folder}: {run.config.pattern} verified in {len(run.parts.method.layers)} layers")
+    else:
+        run.say(f"{run.folder}: the dense control")
+    found = record["verdict"]
+    run.say(found["reason"] if found["ok"] else f"THIS RUN DIVERGED: {found['reason']}; lower learning_rate")
 
 
 def run_record(run: TrainedRun) -> dict[str, Any]:
@@ -211,9 +190,8 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
     config = run.config
     first, last = run.figures.get("0", {}), run.figures[str(config.max_steps)]
     figures = {
-        # masked from step 0 on by some methods, and by then no more the dense model's where a one-shot method begins
-        "dense": first.get("dense_ppl", first.get("perplexity")) if run.parts.method.mask_every is None else None,
-        "one_shot": first.get("prune_now_ppl"),
+        "dense": first.get("dense_ppl", first.get("perplexity")),
+        "one_shot": None if METHODS[config.method].starts_dense else first.get("prune_now_ppl"),
         "before_prune": last["perplexity"],
         "pruned": last.get("prune_now_ppl"),
     }
@@ -227,15 +205,17 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
     )
     labels = {
         "dense": "dense",
-        "one_shot": f"pruned {'one-shot by' if config.initial_mask in SOLVERS else 'as'} {config.initial_mask}",
+        "one_shot": f"pruned {'one-shot by' if config.start in SOLVERS else 'as'} {config.start}",
         "before_prune": f"{config.method}, before the prune",
         "pruned": f"{config.method}, pruned",
     }
     rows = [{"name": labels[k], "perplexity": v, **measured} for k, v in figures.items() if v is not None]
     return {
+        "run_id": run.output.run_id,
         "base_model": config.model,
         "method": config.method,
         "config": config.as_dict(),
+        "world_batch": global_batch(config, run.world),
         "perplexity": {k: v for k, v in figures.items() if v is not None},
         "figures": rows,
         "measured": measured,

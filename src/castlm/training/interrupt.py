@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM end a run at the next step, saved, with the command that continues it; a second Ctrl-C at once."""
+"""Ctrl-C and SIGTERM end a run with a message. While it trains, it ends after the current step, saved; while it loads,
+at once, because there is nothing to save. A second Ctrl-C always ends it at once.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,12 @@ from castlm.progress import note
 
 
 class Interrupted(Exception):  # noqa: N818
-    """A run stopped on request and saved. `exit_code`: 130 after Ctrl-C; 0 after SIGTERM, which is pre-emption,
-    and where another rank was told."""
+    """A run that a signal stopped.
+
+    Attributes:
+        exit_code: once the run is saved, 130 after Ctrl-C, and 0 after SIGTERM, which is how a scheduler pre-empts, and
+            on a rank that another one told. Before there is anything to save, 130 and 143.
+    """
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -21,15 +27,28 @@ class Interrupted(Exception):  # noqa: N818
 
 
 class Interrupt:
-    """A context manager that turns the two signals into a request. Outside the main thread it does nothing."""
+    """A context manager that handles the two signals. Outside the main thread it does nothing.
+
+    A signal raises `Interrupted` until `start_training` is called, and sets `requested` from then on.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._is_training = False
+        self._ends_with = "stopping after this step, with everything saved"
         self._old: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
         return self.signal is not None
+
+    def start_training(self) -> None:
+        """From now on a signal waits for the end of the step."""
+        self._is_training = True
+
+    def start_export(self) -> None:
+        """From now on a signal waits for the result."""
+        self._ends_with = "the model is being written, and the run ends with that"
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
@@ -41,10 +60,13 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_training:
+            code = 128 + number
+            raise Interrupted(f"stopped by {signal.Signals(number).name} while loading; nothing was changed", code)
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        note("stopping after this step, with everything saved; Ctrl-C again stops at once without saving")
+        note(f"{self._ends_with}; Ctrl-C again stops at once without saving")
 
     def stopped(self, step: int, output_dir: Path) -> Interrupted:
         how = f"castlm train --config {output_dir / 'config.yaml'} --resume"

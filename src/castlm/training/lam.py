@@ -4,9 +4,7 @@ travel; how fast the machine is. What `castlm plan check` reports and what `lam:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import math
 import statistics
 import tempfile
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from castlm.core.budget import DecayBudget, decay_budget
+from castlm.core.decay import DECAYS
 from castlm.core.shards import local
 from castlm.core.sparsify import weight_parameter
 from castlm.distributed.world import World
@@ -64,12 +63,11 @@ def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibrat
             output_dir=str(Path(scratch) / "run"),
             lam=PLACEHOLDER_LAM if config.lam == "auto" else config.lam,
             ignore_decay_budget=True,
-            tensorboard=False,
+            report_to=("none",),
             resume=False,
             overwrite=False,
         )
-        with contextlib.redirect_stderr(io.StringIO()):
-            run = Run(scratch_config, world)
+        run = Run(scratch_config, world, announce=False)
         budgets = _budgets(run)
         seconds, tokens = [], 0
         for _ in range(min(steps, config.max_steps)):
@@ -88,8 +86,9 @@ def resolve_lam(config: TrainConfig, world: World) -> TrainConfig:
     """`config`, whose `lam` is "auto", with a number for it: the checkpoint's it resumes from, else calibrated."""
     whole = checkpoint_steps(Path(config.output_dir) / "checkpoints") if config.resume else {}
     if whole:
-        return dataclasses.replace(config, lam=read_manifest(whole[max(whole)])["config"]["lam"])
-    if config.method != "cast" or config.decay in ("horizon", "none"):
+        lam = read_manifest(whole[max(whole)])["config"].get("lam")
+        return dataclasses.replace(config, lam=float(lam) if isinstance(lam, (int, float)) else 0.0)
+    if config.method != "cast" or not DECAYS[config.decay].needs_lam:
         return dataclasses.replace(config, lam=0.0)  # nothing there reads it
     return dataclasses.replace(config, lam=calibrate(config, world).lam)
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.distributed.world import DIAGNOSIS_S, close_world, init_world
+from castlm.distributed.world import DIAGNOSIS_S, World, close_world, init_world
+from castlm.output import claimed
 from castlm.progress import note
 from castlm.training.checkpoint import after_restart
 from castlm.training.config import TrainConfig
-from castlm.training.finish import finish, read_result
+from castlm.training.finish import finish
 from castlm.training.interrupt import Interrupt
 from castlm.training.lam import resolve_lam
 from castlm.training.run import Run
+from castlm.training.run_folder import RunFolder
+from castlm.training.setup import global_batch
 
 
 def loop(run: Run, interrupt: Interrupt) -> None:
     """Steps a run to its end, with evaluations and checkpoints in between.
 
     Raises:
-        Interrupted: a signal arrived; the run is saved.
+        Interrupted: a signal arrived, and the run is saved.
     """
     config = run.config
     eval_steps = config.eval_steps or max(1, config.max_steps // 10)
@@ -41,40 +45,61 @@ def loop(run: Run, interrupt: Interrupt) -> None:
             if saved != run.progress.step:
                 run.save()
             run.saver.finish()
-            raise interrupt.stopped(run.progress.step, run.output_dir)
+            raise interrupt.stopped(run.progress.step, run.folder.path)
     run.cover_teacher_cache()
     run.saver.finish()
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Runs `config` from its dense model to the proven result in `output_dir/model`.
+    """Runs `config` from its dense model to the verified result in `output_dir/model`.
 
     Returns:
         The record of the run, which is also the result's castlm.json.
 
     Raises:
-        InputError: on anything the user can put right; nothing is half-written.
-        Interrupted: after Ctrl-C or SIGTERM, with the run saved; its message says how to resume.
+        InputError: anything that the user can put right; nothing is half-written.
+        Interrupted: after Ctrl-C or SIGTERM; its message says what is saved and how to resume.
     """
-    world = init_world(config.device, config.sharding, config.timeout_s)
-    try:
-        config = world.on_main(lambda: after_restart(config))
-        finished = Path(config.output_dir) / "model"
-        if world.on_main(lambda: config.resume and (finished / "castlm.json").is_file()):
-            if world.is_main:
-                note(f"{finished} is finished already")
-            return world.on_main(lambda: read_result(finished))
-        if config.lam == "auto":
-            config = resolve_lam(config, world)
-        run = Run(config, world)
-        with run.telemetry, Interrupt() as interrupt:
-            loop(run, interrupt)
-            return finish(run.result())
-    except RuntimeError as error:  # a collective that failed says which address went away, not which rank
-        missing = world.missing(min(DIAGNOSIS_S, config.timeout_s))
-        if not missing:
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{missing} hangs or is gone; torchrun --max-restarts starts it again ({reason})") from error
-    finally:
-        close_world(world)
+    with Interrupt() as interrupt:
+        world = init_world(config.device, config.sharding, config.timeout_s)
+        try:
+            config = world.on_main(lambda: after_restart(config))
+            with contextlib.ExitStack() as stack:
+                world.on_main(lambda: stack.enter_context(_claimed(config)) and None)
+                return _train(config, world, interrupt)
+        except RuntimeError as error:  # a collective that failed says which address went away, not which rank
+            missing = world.missing(min(DIAGNOSIS_S, config.timeout_s))
+            if not missing:
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"{missing} hangs or is gone; torchrun --max-restarts starts it again ({reason})"
+            ) from error
+        finally:
+            close_world(world)
+
+
+def _claimed(config: TrainConfig) -> contextlib.AbstractContextManager[Path]:
+    """The output folder, locked by the main rank for all."""
+    inputs = {name: getattr(config, name) for name in ("model", "dataset", "eval_dataset", "teacher_cache")}
+    inputs["init_from"] = config.init_from
+    return claimed(config.output_dir, "train", overwrite=config.overwrite, resume=config.resume, inputs=inputs)
+
+
+def _train(config: TrainConfig, world: World, interrupt: Interrupt) -> dict[str, Any]:
+    folder = RunFolder(config.output_dir)
+    if config.lam == "auto":
+        config = resolve_lam(config, world)
+    if world.on_main(lambda: config.resume and folder.is_finished()):
+        record = world.on_main(lambda: folder.finished_record(config, global_batch(config, world)))
+        if world.is_main:
+            note(f"{folder.model} is finished already")
+        return record
+    run = Run(config, world)
+    with run.telemetry:
+        interrupt.start_training()
+        loop(run, interrupt)
+        interrupt.start_export()
+        record = finish(run.result())
+        world.on_main(folder.drop_replaced)
+        return record

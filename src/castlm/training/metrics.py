@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from castlm.core.masks import unpack_mask
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import scored_windows
 from castlm.hardware import autocast
+from castlm.training.metrics_file import HISTOGRAM_EDGES
 from castlm.training.objective import Objective
 
 
@@ -109,3 +112,38 @@ def mask_figures(
         "flip_rate": flips_sum / entries_sum,
         "largest_masked": float(largest),
     }
+
+
+@torch.no_grad()
+def masked_histogram(masks: Mapping[Tensor, Tensor], world: World) -> dict[str, Any]:
+    """Counts of masked weights by magnitude over all ranks, each weight once, in bins of a quarter of a decade.
+
+    Args:
+        masks: this rank's part of each sparse weight with its mask, True = kept.
+
+    Returns:
+        `{"edges": ..., "zeros": ..., "counts": ...}`: `zeros` are exact zeros and `counts[i]` the magnitudes in
+        `[edges[i], edges[i + 1])`. The first and the last bin also hold what is smaller or larger. Empty without masks.
+    """
+    if not masks:
+        return {}
+    num_bins = len(HISTOGRAM_EDGES) - 1
+    counts = torch.zeros(num_bins + 1, dtype=torch.float64, device=world.device)
+    lowest = round(4 * math.log10(HISTOGRAM_EDGES[0]))
+    for weight, mask in masks.items():
+        masked = weight[~mask].abs().float()
+        bins = ((masked[masked > 0].log10() * 4).floor() - lowest).clamp(0, num_bins - 1)
+        counts[1:] += torch.bincount(bins.long(), minlength=num_bins)
+        counts[0] += (masked == 0).sum()
+    zeros, *rest = (world.sum(counts).long() // world.num_replicas).tolist()
+    return {"edges": list(HISTOGRAM_EDGES), "zeros": zeros, "counts": rest}
+
+
+@torch.no_grad()
+def masked_shares(masks: Mapping[Tensor, Tensor], world: World) -> list[float]:
+    """The share of each layer's squared weights that its mask removes, `|W * ~mask|^2 / |W|^2`, over all ranks."""
+    if not masks:
+        return []
+    sums = [torch.stack([(w * ~mask).square().sum(), w.square().sum()]).double() for w, mask in masks.items()]
+    found: list[list[float]] = world.sum(torch.stack(sums)).tolist()
+    return [masked / whole if whole else 0.0 for masked, whole in found]

@@ -8,6 +8,9 @@ from typing import Any
 
 from castlm.core.errors import InputError
 
+HISTOGRAM_EDGES = tuple(10 ** (quarter / 4) for quarter in range(-48, 5))
+"""Edges of the bins of a `masked_histogram`: 1e-12 to 10, four bins to a decade."""
+
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """All rows of a run's `metrics.jsonl`, in file order.

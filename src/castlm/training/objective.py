@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from castlm.core.distill import DistillationLoss, distillation_loss
 from castlm.core.head import OutputHead
-from castlm.core.taught import TopTokens, top_tokens
+from castlm.core.top_tokens import TopTokens, top_tokens
 from castlm.models import backbone, check_head, output_head
 from castlm.training.teacher_cache import TeacherCache
 
@@ -51,7 +51,7 @@ class Objective(nn.Module):
             return distillation_loss(hidden, head, labels, eta=0.0, num_tokens=num_tokens)
         settings = {"eta": self.eta, "temperature": self.temperature, "num_tokens": num_tokens}
         if self.top_k:
-            return distillation_loss(hidden, head, labels, taught=self._top_tokens(input_ids), **settings)
+            return distillation_loss(hidden, head, labels, teacher_top=self._top_tokens(input_ids), **settings)
         return distillation_loss(hidden, head, labels, *self._teach(input_ids), **settings)
 
     @torch.no_grad()
@@ -65,10 +65,10 @@ class Objective(nn.Module):
         found = self.cache.get(input_ids) if self.cache is not None else None
         if found is not None:
             return found
-        taught = top_tokens(*self._teach(input_ids), self.top_k, self.temperature)
+        top = top_tokens(*self._teach(input_ids), self.top_k, self.temperature)
         if self.cache is not None:
-            self.cache.put(input_ids, taught)
-        return taught
+            self.cache.put(input_ids, top)
+        return top
 
     def prove_head(self) -> None:
         """`check_head` of the student, as a forward of this module, in which sharded weights are whole."""

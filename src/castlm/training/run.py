@@ -1,8 +1,7 @@
-"""A run at work: one optimizer step, an evaluation, a checkpoint. `castlm.training.loop` puts them in order."""
+"""A run in progress: one optimizer step, an evaluation, a checkpoint. `castlm.training.loop` puts them in order."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,24 +9,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.adams import AdamS
+from castlm.core.decay import decay_alpha
 from castlm.core.errors import InputError
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import Pattern
 from castlm.core.shards import local
-from castlm.core.update import decay_alpha
+from castlm.core.sparsify import dense_name
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.world import World
-from castlm.files import prepare_output_dir
-from castlm.hardware import autocast
+from castlm.hardware import autocast, peak_memory
 from castlm.methods.base import Retraining
 from castlm.training.checkpoint import Saver, check_same_run, checkpoint_steps, load_checkpoint, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import TrainedRun
-from castlm.training.metrics import mask_figures
+from castlm.training.metrics import mask_figures, masked_histogram, masked_shares
 from castlm.training.objective import pruned
+from castlm.training.run_folder import RunFolder
 from castlm.training.schedule import learning_rate
 from castlm.training.setup import global_batch, introduction, local_masks, set_up
 from castlm.training.telemetry import Telemetry
@@ -35,7 +36,7 @@ from castlm.training.telemetry import Telemetry
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """How far a run has come."""
 
     step: int = 0
     tokens: int = 0
@@ -43,48 +44,52 @@ class Progress:
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
     """Evaluations by step."""
     first_step: int = 0
-    """Where this process began."""
+    """The step that this process started from."""
 
 
 class Run:
-    """A run: its parts, how far it is, and what it writes.
+    """A run: its parts, its progress, and what it writes.
+
+    The parts are made first, with all their checks; only then does anything in the output folder change.
 
     Args:
         config: `lam` is a number by now.
+        announce: say what the run consists of.
 
     Raises:
-        InputError: on anything the user can put right; nothing is half-written.
+        InputError: anything that the user can put right; the output folder is as it was.
     """
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
+    def __init__(self, config: TrainConfig, world: World, *, announce: bool = True) -> None:
         self.config, self.world = config, world
-        self.output_dir = Path(config.output_dir)
-        resume_from = self._claim_output_dir()
+        self.folder = RunFolder(config.output_dir)
+        resume_from = world.on_main(lambda: self.folder.newest_checkpoint(config)) if config.resume else None
         self.parts = set_up(config, world, fresh=resume_from is None)
         self.progress = Progress()
         if resume_from is not None:
             self._restore(resume_from)
         else:
-            world.on_main(self._start_fresh)
+            world.on_main(lambda: self.folder.begin(config))
         self.progress.first_step = self.progress.step
         watched = self.method.layers if self.method.decays else {}
-        pattern = parse_pattern(config.pattern)
-        self.self_check = SelfCheck(self.optimizer, watched, pattern, config.log_steps, world)
+        pattern = Pattern.parse(config.pattern)
+        self.self_check = SelfCheck(self.optimizer, watched, pattern, world)
         self.telemetry = Telemetry(
-            self.output_dir,
+            self.folder.path,
             config.max_steps,
             is_main=world.is_main,
             start_step=self.progress.step,
-            tensorboard=config.tensorboard,
+            tensorboard="tensorboard" in config.report_to,
+            hidden=self.method.fixed_figures,
         )
         self.saver = Saver(
-            self.output_dir / "checkpoints",
+            self.folder.checkpoints,
             config.save_total_limit,
             world,
             background=config.async_save,
             say=self.telemetry.say,
         )
-        for line in introduction(config, self.parts, world):
+        for line in introduction(config, self.parts, world) if announce else ():
             self.telemetry.say(line)
         if resume_from is not None:
             self.telemetry.say(f"resuming {resume_from}")
@@ -110,28 +115,6 @@ class Run:
             "eval_sha256": self.parts.text.eval_sha256,
             "precision_used": self.parts.evaluator.precision,
         }
-
-    def _claim_output_dir(self) -> Path | None:
-        """The checkpoint to resume from; otherwise makes sure that the output folder can be written."""
-        if self.config.resume:
-            return self.world.on_main(self._newest_checkpoint)
-        self.world.on_main(lambda: prepare_output_dir(self.output_dir, self.config.overwrite))
-        return None
-
-    def _newest_checkpoint(self) -> Path:
-        whole = checkpoint_steps(self.output_dir / "checkpoints")
-        if not whole:
-            raise InputError(f"{self.output_dir} holds no whole checkpoint: start it without resume")
-        path = whole[max(whole)]
-        model = read_manifest(path)["config"]["model"]
-        if model != self.config.model:
-            raise InputError(f"{path} is of the model {model}, not {self.config.model}: use that one")
-        return path
-
-    def _start_fresh(self) -> None:
-        for entry in self.output_dir.iterdir():  # only what `overwrite` allows is still here
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        (self.output_dir / "config.yaml").write_text(self.config.as_yaml(), encoding="utf-8")
 
     def train_step(self) -> None:
         config, optimizer, started = self.config, self.optimizer, time.perf_counter()
@@ -191,7 +174,7 @@ class Run:
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _diverged(self, loss: float, grad_norm: float) -> str:
-        whole = checkpoint_steps(self.output_dir / "checkpoints")
+        whole = checkpoint_steps(self.folder.checkpoints)
         last = f"the last good checkpoint is {whole[max(whole)]}" if whole else "there is no checkpoint yet"
         return (
             f"step {self.progress.step + 1}: the loss is {loss} and the gradient norm {grad_norm}; {last}; "
@@ -210,7 +193,18 @@ class Run:
         if self.progress.step == 0 and self.parts.dense_perplexity is not None:
             values["dense_ppl"] = self.parts.dense_perplexity
         self.progress.figures[str(self.progress.step)] = values
-        self.telemetry.evaluated(self.progress.step, values)
+        self.telemetry.evaluated(self.progress.step, values, self._details(masks))
+
+    def _details(self, masks: dict[Tensor, Tensor]) -> dict[str, Any]:
+        """What metrics.jsonl holds of an evaluation beside single figures."""
+        histogram = masked_histogram(masks, self.world)
+        details: dict[str, Any] = {"peak_memory_bytes": peak_memory(self.world.device.type)}
+        if masks:
+            details["masked_histogram"] = [histogram["zeros"], *histogram["counts"]]
+        if self.progress.step == 0 and masks:
+            names = [dense_name(name).removesuffix(".weight") for name in self.parts.initial_masks]
+            details["masked_share"] = dict(zip(names, masked_shares(masks, self.world)))
+        return details
 
     def tensors(self) -> dict[str, Any]:
         """All tensors of a checkpoint, by name, as views: loading fills them in place."""
@@ -249,7 +243,7 @@ class Run:
         return TrainedRun(
             self.config,
             self.world,
-            self.output_dir / "model",
+            self.folder,
             self.parts,
             progress.figures,
             progress.tokens,
@@ -260,7 +254,10 @@ class Run:
     def _restore(self, path: Path) -> None:
         check_same_run(read_manifest(path), self.config.as_dict(), self.facts)
         manifest = load_checkpoint(path, self.tensors(), self.world)
-        self.parts.text.loader.load_state_dict(manifest["data"])
+        try:
+            self.parts.text.loader.load_state_dict(manifest["data"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise InputError(f"{path} has no usable position in the data ({error}): remove it") from error
         self.progress = Progress(manifest["step"], manifest["tokens"], manifest["seconds"], manifest["figures"])
         first_shard = self.world.shard_index == 0  # one rank of each replica says what all of them changed
         self.method.restore_flips(manifest["flips"] if first_shard else 0)

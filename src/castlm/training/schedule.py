@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from castlm.core.update import decay_alpha
+from castlm.core.decay import decay_alpha
 from castlm.training.config import TrainConfig
 
 

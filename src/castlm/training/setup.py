@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from castlm.core.adams import AdamS
 from castlm.core.budget import DecayBudget, decay_budget
+from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.masks import pack_mask
-from castlm.core.pattern import parse_pattern
+from castlm.core.pattern import Pattern
 from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
@@ -56,7 +57,7 @@ class Parts:
     """The masks of step 0 in bits, by parameter name."""
     budget: DecayBudget | None
     dense_perplexity: float | None
-    """Of the dense model, where step 0 no longer has its weights."""
+    """Of the dense model, if step 0 does not compute with its weights any more."""
 
 
 def filter_of(config: TrainConfig) -> FilterFn:
@@ -82,17 +83,18 @@ def set_up(config: TrainConfig, world: World, *, fresh: bool) -> Parts:
     Raises:
         InputError: on anything the user can put right.
     """
+    method_class = METHODS[config.method].load()
+    method_class.check(config)
     source = open_source(config, world)
     model = source.model
     text = open_training_text(config, source.tokenizer, model.config.vocab_size, world)
     precision = choose_precision(config.precision, world.device, model.config)
-    method_class = METHODS[config.method].load()
-    if world.size > 1 and method_class.mask_every is not None:
+    if world.size > 1 and method_class.masks_forward:
         raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
-    pattern, filter_fn = parse_pattern(config.pattern), filter_of(config)
-    has_start = fresh and config.initial_mask != "magnitude"
+    pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
+    has_start = fresh and config.start != "magnitude"
     start = starting_weights(config, source, text, pattern, filter_fn, world) if has_start else {}
-    cache = _open_teacher_cache(config, text, world)
+    cache = _open_teacher_cache(config, text, model.config.vocab_size, world)
     teacher_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     has_teacher = config.eta > 0 and not (cache and cache.complete)
     teacher = make_teacher(model, teacher_dtype) if has_teacher else None
@@ -109,9 +111,14 @@ def set_up(config: TrainConfig, world: World, *, fresh: bool) -> Parts:
     evaluator = Evaluator(
         objective, text.eval_ids, config.seq_len, config.per_device_train_batch_size, precision, world
     )
-    dense_perplexity = evaluator.perplexity() if has_start and method.mask_every is None else None
+    dense_perplexity = None
+    if fresh and (has_start or method.starts_sparse):
+        with method.unmasked():
+            dense_perplexity = evaluator.perplexity()
     if has_start:
         start_(method, start, world)
+    elif fresh:
+        method.start_from_magnitude_()
     masks = method.masks()
     initial_masks = {names[p]: like_rows(pack_mask(local(m)), p) for p, m in masks.items()}
     budget = _decay_budget(config, method, local_masks(masks), world)
@@ -135,11 +142,11 @@ def local_masks(masks: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     return {local(p.data): local(mask) for p, mask in masks.items()}
 
 
-def _open_teacher_cache(config: TrainConfig, text: TrainingText, world: World) -> TeacherCache | None:
+def _open_teacher_cache(config: TrainConfig, text: TrainingText, vocab_size: int, world: World) -> TeacherCache | None:
     if config.teacher_cache is None:
         return None
     stream = [text.train_sha256, config.seed, config.seq_len, config.repeat_blocks]
-    cache = TeacherCache(config.teacher_cache, stream, world)
+    cache = TeacherCache(config.teacher_cache, stream, vocab_size, world)
     cache.complete = cache.covered() >= config.max_steps * global_batch(config, world)
     return cache
 
@@ -174,7 +181,7 @@ def _trained_parameters(objective: Objective, world: World) -> dict[Tensor, str]
 def _decay_budget(
     config: TrainConfig, method: Retraining, masks: dict[Tensor, Tensor], world: World
 ) -> DecayBudget | None:
-    if not method.decays or config.decay == "none":
+    if not method.decays or not DECAYS[config.decay].reduces:
         return None
     budget = decay_budget(masked_samples(masks, world), *schedule(config), config.decay)
     if not budget.reaches_zero and not config.ignore_decay_budget:
@@ -195,7 +202,7 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
         yield f"left dense: {shown} ({reason})"
     sparse = sum(layer.out_features * layer.in_features for layer in method.layers.values())
     total = sum(p.numel() for p in parts.names)
-    masks = f"{config.pattern} from {config.initial_mask}" if method.layers else "no masks"
+    masks = f"{config.pattern} from {config.start}" if method.layers else "no masks"
     yield f"{config.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
     if config.teacher_cache:
         here = "every sequence is in the cache: no teacher is loaded"

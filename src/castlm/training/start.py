@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
-from castlm.core.masks import is_nm_sparse, nm_mask
+from castlm.core.pattern import Pattern
 from castlm.core.sparsify import FilterFn, sparse_linears, weight_parameter
 from castlm.data.tokens import token_ids
 from castlm.distributed.sharding import own_rows
@@ -32,11 +32,11 @@ def starting_weights(
     config: TrainConfig,
     source: Source,
     text: TrainingText,
-    pattern: tuple[int, int],
+    pattern: Pattern,
     filter_fn: FilterFn,
     world: World,
 ) -> dict[str, Tensor]:
-    """Weights (out, in) of the sparse layers by name as `initial_mask` says; on the main rank, none on the others.
+    """Weights (out, in) of the sparse layers by name as `init_from` says; on the main rank, none on the others.
 
     Raises:
         InputError: on the main rank, whatever the one-shot solver refuses, or a start that is not this model at n:m;
@@ -45,7 +45,7 @@ def starting_weights(
     weights: dict[str, Tensor] = {}
 
     def make(alive: Callable[[], None]) -> None:
-        if config.initial_mask in SOLVERS:
+        if config.start in SOLVERS:
             weights.update(_pruned(config, source, text, pattern, filter_fn, world, alive))
         else:
             weights.update(_read(config, source, pattern, filter_fn, alive))
@@ -58,13 +58,13 @@ def _pruned(
     config: TrainConfig,
     source: Source,
     text: TrainingText,
-    pattern: tuple[int, int],
+    pattern: Pattern,
     filter_fn: FilterFn,
     world: World,
     alive: Callable[[], None],
 ) -> dict[str, Tensor]:
     """Prunes a copy of the model, calibrated on the start of the training text; the model stays as it is."""
-    solver = str(config.initial_mask)
+    solver = str(config.start)
     num_sequences, length = config.calibration_sequences, config.seq_len
     try:
         ids = token_ids(text.documents, source.tokenizer, limit=CALIBRATION_POOL * num_sequences * length)
@@ -72,7 +72,6 @@ def _pruned(
         alive()
         model = source.whole_model().to(world.device)
         alive()
-        n, m = pattern
         with shown_progress(f"starting from {solver}, blocks") as show:
 
             def progress(done: int, total: int) -> None:
@@ -80,10 +79,10 @@ def _pruned(
                 alive()
 
             report = prune_oneshot_(
-                model, solver, n=n, m=m, calibration=calibration, filter_fn=filter_fn, progress=progress
+                model, solver, pattern=pattern, calibration=calibration, filter_fn=filter_fn, progress=progress
             )
     except InputError as error:
-        raise InputError(f"initial_mask {solver}: {error}; initial_mask magnitude does without") from None
+        raise InputError(f"init_from {solver}: {error}; init_from magnitude does without") from None
     if report.raised_damping:
         note(report.damping_note())
     if world.mesh is not None:
@@ -92,25 +91,25 @@ def _pruned(
 
 
 def _read(
-    config: TrainConfig, source: Source, pattern: tuple[int, int], filter_fn: FilterFn, alive: Callable[[], None]
+    config: TrainConfig, source: Source, pattern: Pattern, filter_fn: FilterFn, alive: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """Reads the layers of the n:m model that `initial_mask` names."""
-    name, (n, m) = str(config.initial_mask), pattern
+    """Reads the layers of the n:m model that `init_from` names."""
+    name = str(config.start)
     try:
         model = load_model(name, trust_remote_code=config.trust_remote_code).model
     except InputError as error:
-        raise InputError(f"initial_mask {name}, neither one of {', '.join(SOLVERS)} nor a model: {error}") from None
+        raise InputError(f"init_from {name}, neither one of {', '.join(SOLVERS)} nor a model: {error}") from None
     alive()
-    layers, _ = sparse_linears(source.model, n, m, filter_fn)
+    layers, _ = sparse_linears(source.model, pattern, filter_fn)
     found = dict(model.named_modules())
     weights: dict[str, Tensor] = {}
     for layer_name, layer in layers.items():
         theirs = found.get(layer_name)
         if not isinstance(theirs, nn.Linear) or theirs.weight.shape != layer.weight.shape:
-            raise InputError(f"initial_mask {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
+            raise InputError(f"init_from {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
         weight = theirs.weight.detach()
-        if not is_nm_sparse(weight, n, m):
-            raise InputError(f"initial_mask {name} is not {n}:{m} in {layer_name}: prune it first (castlm prune)")
+        if pattern.violations(weight):
+            raise InputError(f"init_from {name} is not {pattern} in {layer_name}: prune it first (castlm prune)")
         weights[layer_name] = weight
     return weights
 
@@ -123,4 +122,4 @@ def start_(method: Retraining, weights: Mapping[str, Tensor], world: World) -> N
         parameter = weight_parameter(layer)
         new = world.from_main(weights[name] if world.is_main else None, parameter.shape)
         rows = new[own_rows(parameter)].to(parameter.device)
-        method.start_layer_(layer, rows, nm_mask(rows, *method.pattern))
+        method.start_layer_(layer, rows, method.pattern.mask(rows))

@@ -1,7 +1,10 @@
-"""The teacher's most probable tokens of every block of text it has read, on disk: what was read once is not read again.
+"""The teacher's most probable tokens for every sequence of text it has read, on disk, so that it reads each one once.
 
-A block is found by its token ids, whatever run, rank or order asks for it. The loss is the same whether a block was
-found or taught anew. Where the cache holds all blocks of a run, the teacher is not loaded.
+A sequence is found by its token ids, whichever run, rank or order asks for it. The loss is the same whether a sequence
+was found or read by the teacher. Where the cache holds all sequences of a run, the teacher is not loaded.
+
+A file of the cache carries a checksum over its teacher, its token ids and its content, and its values are checked: a
+damaged file, or one of another teacher, is read again by the teacher, and never used.
 """
 
 from __future__ import annotations
@@ -12,24 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
 from castlm.core.shards import local
 from castlm.core.sparsify import dense_name
-from castlm.core.taught import TopTokens
+from castlm.core.top_tokens import TopTokens
 from castlm.distributed.world import World
-from castlm.files import atomic_file, atomic_write_json, is_disk_full, widen_access
+from castlm.files import atomic_file, atomic_write_json, is_disk_full, read_json_mapping, widen_access
 from castlm.progress import note
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of the dense weights of `model`, the same on any number of ranks: the first 64 numbers of every parameter's first
-    row, by name. To be called on the main rank, which holds the first rows."""
+    """A hash of the dense weights of `model`, the same on any number of ranks.
+
+    It covers the first 64 numbers of every parameter's first row, by name. The main rank, which holds the first rows,
+    calls it.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted((dense_name(n), p) for n, p in model.named_parameters()):
         if ".parametrizations." not in name:  # else a weight scale
@@ -39,21 +45,23 @@ def fingerprint(model: nn.Module) -> str:
 
 
 class TeacherCache:
-    """Blocks in `folder`/blocks, each its own safetensors file; what taught them in `folder`/teacher.json.
+    """Sequences in `folder`/blocks, each its own safetensors file; their teacher and settings in `folder`/teacher.json.
 
     Args:
-        stream: what orders the blocks of a run: hash of the text, seed, seq_len.
+        stream: what determines the order of the sequences of a run: hash of the text, seed, seq_len.
+        vocab_size: of the teacher; token ids in the cache are below it.
 
     Raises:
-        InputError: `folder` cannot be made, or is something else.
+        InputError: `folder` cannot be made, or holds something else.
     """
 
-    def __init__(self, folder: str, stream: list[Any], world: World) -> None:
-        self.folder, self.world = Path(folder).expanduser(), world
+    def __init__(self, folder: str, stream: list[Any], vocab_size: int, world: World) -> None:
+        self.folder, self.vocab_size, self.world = Path(folder).expanduser(), vocab_size, world
+        self._teacher = ""
         self._coverage = self.folder / f"coverage-{hashlib.sha256(json.dumps(stream).encode()).hexdigest()[:16]}.json"
         self._failure: str | None = None
         self.complete = False
-        """Whether all blocks of the run are here, so that it has no teacher."""
+        """Whether all sequences of the run are here, so that it has no teacher."""
         world.on_main(self._make_folder)
 
     def _make_folder(self) -> None:
@@ -64,37 +72,42 @@ class TeacherCache:
         except OSError as error:
             raise InputError(f"cannot write {self.folder}: {error.strerror}; choose another teacher_cache") from error
         if foreign:
-            raise InputError(f"{self.folder} holds something else than a teacher cache: choose another teacher_cache")
+            raise InputError(f"{self.folder} holds files that are no teacher cache: choose another teacher_cache")
 
     def claim(self, teacher: nn.Module, **settings: Any) -> None:
-        """Notes on the main rank whose teaching this is, or proves that it is that of `teacher` and `settings`.
+        """Records on the main rank which teacher and settings the cache is of, or checks that it is of these.
 
         Raises:
-            InputError: it is of another.
+            InputError: it is of another teacher or other settings.
         """
 
-        def check() -> None:
+        def check() -> dict[str, Any]:
             known, mine = self.folder / "teacher.json", {"format": _FORMAT, "weights": fingerprint(teacher), **settings}
             if not known.is_file():
                 atomic_write_json(known, mine)
-                return
-            theirs = json.loads(known.read_text(encoding="utf-8"))
+                return mine
+            theirs = read_json_mapping(known, f"remove {self.folder}")
             changed = [f"{key} {theirs.get(key)} -> {value}" for key, value in mine.items() if theirs.get(key) != value]
             if changed:
                 raise InputError(f"{self.folder} is of another teacher ({', '.join(changed)}): choose another folder")
+            return mine
 
-        self.world.on_main(check)
+        self._teacher = json.dumps(self.world.on_main(check), sort_keys=True)
 
     def covered(self) -> int:
-        """How many blocks of the stream are here, from its start on."""
+        """How many sequences of the stream are here, counted from its start."""
         return self.world.on_main(self._covered)
 
     def _covered(self) -> int:
-        known = self._coverage.is_file()
-        return int(json.loads(self._coverage.read_text(encoding="utf-8"))["blocks"]) if known else 0
+        if not self._coverage.is_file():
+            return 0
+        blocks = read_json_mapping(self._coverage, "remove it, to load the teacher").get("blocks")
+        if type(blocks) is not int or blocks < 0:
+            raise InputError(f"{self._coverage} is corrupt: blocks is {blocks!r}; remove it, to load the teacher")
+        return blocks
 
     def cover(self, first: int, last: int) -> None:
-        """Notes on the main rank that blocks `first` to `last` of the stream are here, if all before them are.
+        """Records on the main rank that sequences `first` to `last` of the stream are here, if all before them are.
 
         Raises:
             InputError: a rank could not write one.
@@ -104,16 +117,17 @@ class TeacherCache:
             atomic_write_json(self._coverage, {"blocks": last})
 
     def get(self, input_ids: Tensor) -> TopTokens | None:
-        """What was taught of `input_ids` (batch, seq), on their device; None where a rank lacks a block, for then the
-        teacher runs on all.
+        """The teacher's tokens for `input_ids` (batch, seq), on their device.
+
+        None where any rank lacks a sequence, because the teacher then runs on all ranks.
 
         Raises:
-            InputError: a block is missing, and there is no teacher; or a rank could not write one.
+            InputError: a sequence is missing or damaged, and there is no teacher; or a rank could not write one.
         """
         found = [self._read(row) for row in input_ids.cpu()]
         missing = any(taught is None for taught in found)
         if missing and self.complete:
-            self._failure = f"{self.folder} lacks a block of this run: remove {self._coverage}, to load the teacher"
+            self._failure = f"{self.folder} lacks a sequence of this run: remove {self._coverage}, to load the teacher"
         states = self.world.sum(torch.tensor([missing, self._failure is not None], device=self.world.device).float())
         if states[1]:
             self.world.check_all(self._failure)
@@ -123,13 +137,14 @@ class TeacherCache:
         return TopTokens(*columns)
 
     def put(self, input_ids: Tensor, taught: TopTokens) -> None:
-        """Keeps what the teacher says of `input_ids` (batch, seq). A failure is told by the next `get` or `cover`."""
+        """Keeps the teacher's tokens for `input_ids` (batch, seq). A failure is raised by the next `get` or `cover`."""
         for row, tokens, log_probs in zip(input_ids.cpu(), taught.tokens.cpu(), taught.log_probs.cpu()):
             path = self._path(row)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_file(path) as temporary:
-                    save_file({"tokens": tokens.contiguous(), "log_probs": log_probs.contiguous()}, temporary)
+                    content = {"tokens": tokens.contiguous(), "log_probs": log_probs.contiguous()}
+                    save_file(content, temporary, metadata={"checksum": self._checksum(row, **content)})
                     widen_access(temporary, path.parent)
             except (OSError, SafetensorError) as error:
                 reason = "the disk is full" if is_disk_full(error) else str(error)
@@ -140,12 +155,38 @@ class TeacherCache:
         name = hashlib.sha256(row.to(torch.int64).numpy().tobytes()).hexdigest()[:32]
         return self.folder / "blocks" / name[:2] / f"{name}.safetensors"
 
+    def _checksum(self, row: Tensor, tokens: Tensor, log_probs: Tensor) -> str:
+        digest = hashlib.sha256(self._teacher.encode())
+        for tensor in (row.to(torch.int64), tokens, log_probs):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     def _read(self, row: Tensor) -> TopTokens | None:
         path = self._path(row)
         if not path.is_file():
             return None
         try:
-            return TopTokens(**load_file(path))
-        except (OSError, SafetensorError, TypeError) as error:
-            note(f"{path} cannot be read ({error}) and is taught anew")
+            with safe_open(path, "pt") as file:
+                checksum = (file.metadata() or {}).get("checksum")
+                content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = TopTokens(**content)
+            self._check(row, found)
+            if checksum != self._checksum(row, **content):
+                raise ValueError("its checksum does not match")
+            return found
+        except (OSError, SafetensorError, TypeError, ValueError) as error:
+            note(f"{path} is damaged ({error}), and the teacher reads the sequence again")
             return None
+
+    def _check(self, row: Tensor, found: TopTokens) -> None:
+        """Raises `ValueError` unless the values are those of a distribution over the teacher's vocabulary."""
+        tokens, log_probs = found.tokens, found.log_probs
+        if tokens.shape[:1] != row.shape or tokens.ndim != 2 or tokens.shape != log_probs.shape:
+            raise ValueError(f"tokens {tuple(tokens.shape)} and log_probs {tuple(log_probs.shape)}")
+        if tokens.is_floating_point() or not log_probs.is_floating_point():
+            raise ValueError(f"tokens are {tokens.dtype}, log_probs {log_probs.dtype}")
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+            raise ValueError(f"token ids outside the vocabulary of {self.vocab_size}")
+        if not (log_probs.float().exp().sum(-1) < 1.01).all():  # NaN too
+            raise ValueError("the probabilities of a position do not sum to at most 1")

@@ -1,10 +1,12 @@
-"""What a run says while it runs: one live line on the screen, metrics.jsonl, TensorBoard where it is installed.
+"""What a run reports while it runs: a live line on the screen, metrics.jsonl, and TensorBoard if it is installed.
 
-Only the main rank writes. On a resume metrics.jsonl is cut back to the checkpoint, so that it reads like one run.
+Only the main rank writes. A resumed run first cuts metrics.jsonl back to its checkpoint, so that the file reads as if
+the run had never been stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import time
@@ -14,6 +16,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from castlm.core.errors import InputError
+from castlm.files import atomic_write_text, is_disk_full
 from castlm.progress import Screen
 
 SHOWN = {
@@ -35,10 +39,27 @@ EVALUATION = {
 
 
 class Telemetry:
-    """A context manager around the loop. `log` every step, `evaluated` at evaluations, `say` in between."""
+    """A context manager around the training loop, which calls `log` at every step and `evaluated` at evaluations.
 
-    def __init__(self, output_dir: Path, total_steps: int, *, is_main: bool, start_step: int, tensorboard: bool):
-        self.is_main = is_main
+    Args:
+        output_dir: folder of metrics.jsonl and of the TensorBoard events.
+        is_main: whether this rank writes; on the others all methods do nothing.
+        start_step: step of the checkpoint that a resumed run continues from; 0 for a new run.
+        tensorboard: write TensorBoard events if the package is installed.
+        hidden: figures that cannot change during this run. They are in the file, not in the lines on the screen.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        total_steps: int,
+        *,
+        is_main: bool,
+        start_step: int,
+        tensorboard: bool,
+        hidden: frozenset[str] = frozenset(),
+    ):
+        self.is_main, self.hidden = is_main, hidden
         self.console = Screen(stderr=True, highlight=False, soft_wrap=True)
         self.total_steps = total_steps
         self._file = self._writer = self._task = None
@@ -72,7 +93,8 @@ class Telemetry:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._progress.stop()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk, which the last row has reported
+                self._file.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -81,7 +103,7 @@ class Telemetry:
             self.console.print(text, markup=False)
 
     def log(self, step: int, values: dict[str, float], write: bool) -> None:
-        """The figures of optimizer step `step` (1-based, just done); a line in metrics.jsonl when `write`."""
+        """Shows the figures of the optimizer step that just ended, counted from 1, and writes them if `write`."""
         if not self.is_main:
             return
         shown = "  ".join(form.format(values[key]) for key, form in SHOWN.items() if key in values)
@@ -92,34 +114,43 @@ class Telemetry:
         if write:
             self._write(step, values)
 
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
-        if self.is_main:
-            self._write(step, values)
-            shown = (form.format(values[key]) for key, form in EVALUATION.items() if key in values)
-            self.say(f"step {step}: " + "  ".join(shown))
+    def evaluated(self, step: int, values: dict[str, float], details: dict[str, Any]) -> None:
+        """Writes the figures of an evaluation and prints a line of those that can change during the run.
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+        Args:
+            details: lists and dictionaries for metrics.jsonl alone.
+        """
+        if self.is_main:
+            self._write(step, values, details)
+            keys = [key for key in EVALUATION if key in values and key not in self.hidden]
+            self.say(f"step {step}: " + "  ".join(EVALUATION[key].format(values[key]) for key in keys))
+
+    def _write(self, step: int, values: dict[str, float], details: dict[str, Any] | None = None) -> None:
         assert self._file is not None
-        print(json.dumps({"step": step, **values}), file=self._file, flush=True)
+        try:
+            print(json.dumps({"step": step, **values, **(details or {})}), file=self._file, flush=True)
+        except OSError as error:
+            why = "the disk is full" if is_disk_full(error) else error.strerror
+            raise InputError(f"{self._file.name} cannot be written: {why}; free some space and resume") from error
         if self._writer is not None:
             for key, value in values.items():
                 self._writer.add_scalar(key, value, step)
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drops the rows of metrics.jsonl after `step`, and a last row that was cut off."""
+    """Removes the rows of metrics.jsonl after `step`, and everything from the first damaged row on."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row: dict[str, Any] = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] > step:
+            row: Any = json.loads(line)
+            if row["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError, RecursionError):
             break
         kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    atomic_write_text(path, "".join(kept))
 
 
 def _clock(seconds: float) -> str:

@@ -1,1 +1,1 @@
-"""Task files for lm-eval over local data: `{folder}` stands for where it lies; see `castlm.evaluation.zero_shot`."""
+"""Task files for lm-eval over local data. `{folder}` in them stands for the folder of the data; see `zero_shot`."""

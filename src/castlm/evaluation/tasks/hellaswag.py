@@ -1,4 +1,4 @@
-"""HellaSwag from its text file, six lines a question, back into what lm-eval's own task makes of the hub's rows."""
+"""Converts the text file of HellaSwag, six lines per question, to the rows of lm-eval's own task."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _LAST_SENTENCE = re.compile(r"""([.!?]["')]* )([a-z])([^.!?]*)$""")
 
 
 def process_docs(lines: Dataset) -> Dataset:
-    """Rows of `text`, one a line, as rows of `query`, `choices` and `gold`.
+    """Converts rows of `text`, one per line of the file, to rows of `query`, `choices` and `gold`.
 
-    lm-eval capitalizes the sentence that the ending completes and takes out `[...]`; the file has neither done.
+    As in lm-eval, the sentence that the ending completes is capitalized and `[...]` is removed.
 
     Raises:
-        ValueError: the number of lines does not divide by six, or the label is no number.
+        ValueError: the number of lines is not a multiple of six, or a label is not a number.
     """
     text = list(lines["text"])
     if len(text) % LINES:
-        raise ValueError(f"{len(text)} lines are not {LINES} for each question: context, label, four endings")
+        raise ValueError(f"{len(text)} lines: each question needs {LINES}, a context, a label and four endings")
     groups = [text[i : i + LINES] for i in range(0, len(text), LINES)]
     return Dataset.from_list(
         [
@@ -31,11 +31,11 @@ def process_docs(lines: Dataset) -> Dataset:
 
 
 def clean(text: str) -> str:
-    """lm-eval's own `preprocess` of HellaSwag."""
+    """The function `preprocess` of lm-eval's HellaSwag task."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def capitalized(context: str) -> str:
-    """The context with its last sentence, where that is unfinished, begun with a capital."""
+    """The context with a capital at the start of its last sentence, if that sentence is unfinished."""
     return _LAST_SENTENCE.sub(lambda m: m[1] + m[2].upper() + m[3], context)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from castlm.core.distill import distillation_loss
 from castlm.core.errors import InputError
-from castlm.core.taught import top_tokens
+from castlm.core.top_tokens import top_tokens
 from tests.test_distill import HEADS, VOCAB, assert_same, make, plain_logits, student_leaves
 
 
@@ -28,9 +28,9 @@ def plain_top_loss(student_logits, teacher_logits, labels, k, eta, temperature):
 def test_at_the_whole_vocabulary_it_is_the_full_loss(head, temperature, chunk_tokens):
     hidden, student, labels, teacher_hidden, teacher = make(**HEADS[head])
     settings = {"eta": 0.4, "temperature": temperature, "chunk_tokens": chunk_tokens}
-    taught = top_tokens(teacher_hidden, teacher, VOCAB, temperature, chunk_tokens)
+    top = top_tokens(teacher_hidden, teacher, VOCAB, temperature, chunk_tokens)
     want = distillation_loss(hidden, student, labels, teacher_hidden, teacher, **settings)
-    got = distillation_loss(hidden, student, labels, taught=taught, **settings)
+    got = distillation_loss(hidden, student, labels, teacher_top=top, **settings)
     assert_same(got, want)
     leaves = student_leaves(hidden, student)
     assert_same(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want.loss, leaves))
@@ -40,8 +40,8 @@ def test_at_the_whole_vocabulary_it_is_the_full_loss(head, temperature, chunk_to
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_equals_the_divergence_over_the_top_and_the_rest(k, temperature):
     hidden, student, labels, teacher_hidden, teacher = make(**HEADS["all"])
-    taught = top_tokens(teacher_hidden, teacher, k, temperature)
-    got = distillation_loss(hidden, student, labels, taught=taught, eta=0.4, temperature=temperature)
+    top = top_tokens(teacher_hidden, teacher, k, temperature)
+    got = distillation_loss(hidden, student, labels, teacher_top=top, eta=0.4, temperature=temperature)
     logits = plain_logits(hidden, student), plain_logits(teacher_hidden, teacher).detach()
     want = plain_top_loss(*logits, labels, k, 0.4, temperature)
     assert_same(got, want, 2e-5)
@@ -53,8 +53,8 @@ def test_equals_the_divergence_over_the_top_and_the_rest(k, temperature):
 
 def test_a_sure_teacher_and_a_sure_student_stay_finite():
     hidden, student, labels, teacher_hidden, teacher = make()
-    taught = top_tokens(teacher_hidden * 1000, teacher, 2)
-    result = distillation_loss(hidden * 1000, student, labels, taught=taught, eta=1.0)
+    top = top_tokens(teacher_hidden * 1000, teacher, 2)
+    result = distillation_loss(hidden * 1000, student, labels, teacher_top=top, eta=1.0)
     gradients = torch.autograd.grad(result.loss, student_leaves(hidden, student))
     assert all(bool(x.isfinite().all()) for x in (*result, *gradients))
 
@@ -63,12 +63,12 @@ def test_batches_keep_their_shape_and_bf16_its_order():
     hidden, _, _, teacher_hidden, teacher = make()
     del hidden
     batched = teacher_hidden[:10].view(2, 5, -1)
-    taught = top_tokens(batched, teacher, 4)
-    assert taught.tokens.shape == taught.log_probs.shape == (2, 5, 4)
-    assert taught.tokens.dtype == torch.int32
+    top = top_tokens(batched, teacher, 4)
+    assert top.tokens.shape == top.log_probs.shape == (2, 5, 4)
+    assert top.tokens.dtype == torch.int32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         coarse = top_tokens(batched, teacher, 4)
-    torch.testing.assert_close(coarse.log_probs.exp().sum(-1), taught.log_probs.exp().sum(-1), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(coarse.log_probs.exp().sum(-1), top.log_probs.exp().sum(-1), rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("k", [0, VOCAB + 1])
@@ -80,6 +80,6 @@ def test_k_out_of_range_raises(k):
 
 def test_another_shape_raises():
     hidden, student, labels, teacher_hidden, teacher = make()
-    taught = top_tokens(teacher_hidden[:3], teacher, 2)
-    with pytest.raises(InputError, match="taught has shapes"):
-        distillation_loss(hidden, student, labels, taught=taught)
+    top = top_tokens(teacher_hidden[:3], teacher, 2)
+    with pytest.raises(InputError, match="teacher_top has shapes"):
+        distillation_loss(hidden, student, labels, teacher_top=top)

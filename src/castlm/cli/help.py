@@ -1,0 +1,123 @@
+"""The text of `castlm COMMAND --help`: the essential options in full, and the others by section.
+
+`--help-all` describes every option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal, Union
+
+from castlm.fields import choices_of, default_of, docs_of, hints_of, is_required
+
+WIDTH = 100
+_INDENT = 30
+_SHORT = 24
+"""Commands with at most this many options describe them all in `--help`."""
+
+
+def help_text(kinds: Sequence[type[Any]], name: str, everything: bool) -> str:
+    """The help of a command whose options are the fields of `kinds`.
+
+    Args:
+        everything: describe all options; otherwise those beyond the essential ones are only named, if there are many.
+    """
+    groups = _groups(kinds)
+    fields = [field for _, fields in groups for field in fields]
+    positional = [field for field in fields if field.metadata.get("positional")]
+    usage = " ".join(["usage: castlm", name, *(field.name.upper() for field in positional), "[OPTIONS]"])
+    summary = " ".join(_summary(kinds[0]).split())
+    lines = [usage, "", *_wrap(summary), ""]
+    if everything or len(fields) <= _SHORT:
+        for title, members in groups:
+            lines += [f"{title}:", *(line for kind_field in members for line in _described(kinds, kind_field)), ""]
+        return "\n".join(lines).rstrip()
+    essential = [field for field in fields if field.metadata.get("essential")]
+    essential.sort(key=lambda field: not is_required(field))
+    lines += ["most important options:", *(line for field in essential for line in _described(kinds, field)), ""]
+    for title, members in groups:
+        names = "  ".join(_option(field, hints_of(_owner(kinds, field))[field.name]) for field in members)
+        lines += _wrap(names, initial_indent=f"{title + ':':13}", subsequent_indent=" " * 13)
+    return "\n".join([*lines, "", f"castlm {name} --help-all describes every option."])
+
+
+def _wrap(text: str, width: int = WIDTH, **indents: str) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False, **indents)
+
+
+def _summary(kind: type[Any]) -> str:
+    return str(kind.__doc__).partition("\n\n")[0]
+
+
+def _owner(kinds: Sequence[type[Any]], field: dataclasses.Field[Any]) -> type[Any]:
+    return next(kind for kind in kinds if field.name in hints_of(kind))
+
+
+def _groups(kinds: Sequence[type[Any]]) -> list[tuple[str, list[dataclasses.Field[Any]]]]:
+    """The options under the title of their section, those of a kind without sections under "options"."""
+    groups: dict[str, list[dataclasses.Field[Any]]] = {}
+    for kind in kinds:
+        sections: dict[str, type[Any]] = getattr(kind, "SECTIONS", {})
+        of_name = {field.name: title for title, part in sections.items() for field in dataclasses.fields(part)}
+        for title in sections:
+            groups.setdefault(title, [])
+        for field in dataclasses.fields(kind):
+            groups.setdefault(of_name.get(field.name, "options"), []).append(field)
+    return list(groups.items())
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> str:
+    if field.metadata.get("positional"):
+        return field.name.upper()
+    dashes = field.name.replace("_", "-")
+    return f"--no-{dashes}" if hint is bool and default_of(field) else f"--{dashes}"
+
+
+def _described(kinds: Sequence[type[Any]], field: dataclasses.Field[Any]) -> list[str]:
+    kind = _owner(kinds, field)
+    hint = hints_of(kind)[field.name]
+    head = f"  {_option(field, hint)} {'' if field.metadata.get('positional') else _values(field, hint)}".rstrip()
+    text = f"{docs_of(kind).get(field.name, '')} {_default(field, hint)}".strip()
+    wrapped = _wrap(text, WIDTH - _INDENT)
+    if len(head) >= _INDENT:
+        return [head, *(" " * _INDENT + line for line in wrapped)]
+    first, *rest = wrapped or [""]
+    return [f"{head:{_INDENT}}{first}".rstrip(), *(" " * _INDENT + line for line in rest)]
+
+
+def _values(field: dataclasses.Field[Any], hint: Any) -> str:
+    """What follows the option, in words: `INT`, `FLOAT|auto`, `cast|ste`."""
+    if hint is bool:
+        return ""
+    if names := choices_of(field):
+        return "|".join(names)
+    return _type(hint)
+
+
+def _type(hint: Any) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "|".join(map(str, parts))
+    if origin in (Union, types.UnionType):
+        return "|".join(_type(part) for part in parts if part is not type(None))
+    if origin is tuple:
+        return f"{_type(parts[0])} ..." if parts[-1] is ... else " ".join(map(_type, parts))
+    return {int: "INT", float: "FLOAT", str: "TEXT"}[hint]
+
+
+def _default(field: dataclasses.Field[Any], hint: Any) -> str:
+    if is_required(field):
+        return "(required)"
+    value = default_of(field)
+    if value is None or value == () or hint is bool:
+        return ""
+    shown = " ".join(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
+    return f"(default: {shown})"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

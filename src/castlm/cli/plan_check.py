@@ -1,0 +1,80 @@
+"""`castlm plan check`: will a run converge, how long does it take, and which lam suits it?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from castlm.cli.train import parse_train
+from castlm.core.errors import InputError
+from castlm.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from castlm.training.lam import Calibration
+
+
+@dataclass
+class CheckOptions:
+    """Run the first steps of a training, throw them away, and say whether the run will converge and what it costs."""
+
+    price_per_hour: float | None = None
+    """Price of one device per hour; adds the cost of the run."""
+
+    devices: int | None = None
+    """Devices to pay for, if the run stays as fast as measured here. The default is one per rank."""
+
+
+def main(arguments: list[str]) -> int:
+    config, given = parse_train(arguments, "plan check", CheckOptions)
+    options = CheckOptions(**given)
+    from castlm.planning.predict import check_price
+
+    if options.price_per_hour is not None:
+        check_price(options.price_per_hour, 1 if options.devices is None else options.devices)
+    elif options.devices is not None:
+        raise InputError(f"devices is {options.devices} without a price: give --price-per-hour too")
+    if config.method != "cast":
+        raise InputError(f"method {config.method} has no decay to check: plan check is for method cast")
+    from castlm.distributed.world import close_world, init_world
+    from castlm.training.lam import calibrate
+
+    world = init_world(config.device, config.sharding, config.timeout_s)
+    try:
+        found = calibrate(config, world)
+    finally:
+        close_world(world)
+    return report(config, options, found, world.size)
+
+
+def report(config: TrainConfig, options: CheckOptions, found: Calibration, world_size: int) -> int:
+    """Prints what the steps showed. Returns the exit code: 1 if the masked weights cannot reach zero."""
+    from castlm.planning.predict import gpu_hours
+
+    by_headroom = sorted(found.layers.items(), key=lambda item: item[1].headroom)
+    has_headroom = config.decay != "horizon"  # which reaches zero by construction, whatever the learning rate is
+    print(f"{'layer':<48}{'momentum rms':>14}{'99 % of masked':>16}" + f"{'headroom':>10}" * has_headroom)
+    for name, layer in by_headroom[:10]:
+        row = f"{name:<48}{layer.momentum_rms:>14.2e}{layer.budget.quantiles[2]:>16.3f}"
+        print(row + f"{layer.headroom:>9.2f}x" * has_headroom)
+    if len(by_headroom) > 10:
+        print(f"... and {len(by_headroom) - 10} layers" + " with more headroom" * has_headroom)
+    hours = gpu_hours(config.max_steps * found.tokens_per_step, found.tokens_per_s)
+    print(f"lam from the momentum's rms over {found.steps} steps: {found.lam:.2e}")
+    print(f"{found.tokens_per_s:,.0f} tokens/s: {hours:.2f} hours for {config.max_steps} steps of training alone")
+    if options.price_per_hour is not None:
+        devices = options.devices or world_size
+        cost = hours * devices * options.price_per_hour
+        print(f"cost: {cost:,.2f}, at {options.price_per_hour:g} an hour of each of {devices} devices")
+    print(f"peak memory of this process: {found.peak_bytes / 2**30:.2f} GiB")
+    worst = by_headroom[0][1].budget
+    floor = f"; masked weights end near {worst.floor:.1e}, the last rate" if worst.floor else ""
+    late = [name for name, layer in by_headroom if not layer.budget.reaches_zero]
+    if not late:
+        print(f"verdict: all {len(by_headroom)} layers reach zero{floor}")
+        return 0
+    factor = max(found.layers[name].budget.factor for name in late)
+    print(
+        f"verdict: {len(late)} of {len(by_headroom)} layers cannot reach zero; use decay='horizon', or "
+        f"{factor:.1f}x the learning rate, or {factor:.1f}x the steps{floor}"
+    )
+    return 1

@@ -1,0 +1,120 @@
+"""`castlm plan fit` and `castlm plan predict`: a scaling law from finished runs, and what it predicts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from castlm.cli.options import parse, write_json
+from castlm.core.errors import InputError
+from castlm.fields import positional
+
+
+@dataclass
+class FitCommand:
+    """Fit the scaling law of finished runs: loss(D) = L_inf + B * D^-beta, in nats a token over training tokens."""
+
+    runs: tuple[str, ...] = positional()
+    """Run folders, folders of runs, compare results (.json), or CSVs: tokens,perplexity[,params][,seed][,method]."""
+
+    form: Literal["power", "loglinear", "joint"] = "power"
+    """power; loglinear for short ranges; joint in parameters and tokens."""
+
+    method: str | None = None
+    """Only the runs of this method."""
+
+    json: str | None = None
+    """Write the law there, for `castlm plan predict`; "-" prints it."""
+
+    plot: str | None = None
+    """Write a picture of fit and residuals there (.png or .svg)."""
+
+    def run(self) -> int:
+        from castlm.planning.law import fit_law, plot_law
+        from castlm.planning.points import read_points
+
+        points = read_points(self.runs, method=self.method)
+        law = fit_law(points, self.form)
+        write_json(self.json, law.as_dict())
+        if self.plot:
+            plot_law(law, points, self.plot)
+        if self.json == "-":
+            return 0
+        for name, (low, high) in law.intervals.items():
+            print(f"{name:<6} {getattr(law, name):.5g}  (90 %: {low:.5g} to {high:.5g})")
+        print(f"{law.num_points} runs at {law.num_budgets} budgets")
+        if law.holdout is not None:
+            print(f"the largest budget, predicted from the others: off by {law.holdout.error:+.3f} perplexity")
+        else:
+            print(f"the largest budget was not predicted from the others: {law.holdout_reason}")
+        return 0
+
+
+@dataclass
+class PredictCommand:
+    """What a fitted law promises: the perplexity of a budget, or the tokens that a perplexity needs."""
+
+    law: str = positional()
+    """JSON written by `castlm plan fit --json`."""
+
+    tokens: float | None = None
+    """Training tokens to predict the perplexity of."""
+
+    target_ppl: float | None = None
+    """Perplexity to find the training tokens for."""
+
+    params: float | None = None
+    """Parameters of the model, for a joint law."""
+
+    tokens_per_s: float | None = None
+    """Measured throughput of one GPU (or CPU), to give hours."""
+
+    price_per_hour: float | None = None
+    """What an hour of that GPU costs; gives the cost beside the hours."""
+
+    def run(self) -> int:
+        from castlm.planning.law import Law
+        from castlm.planning.predict import check_price, gpu_hours, predict_perplexity, tokens_for
+
+        if (self.tokens is None) == (self.target_ppl is None):
+            raise InputError("give one of --tokens and --target-ppl")
+        if self.price_per_hour is not None:
+            check_price(self.price_per_hour)
+            if self.tokens_per_s is None:
+                raise InputError(f"price_per_hour is {self.price_per_hour:g} of unknown hours: give --tokens-per-s too")
+        law = Law.from_dict(_read_json(self.law))
+        if self.tokens is not None:
+            found = predict_perplexity(law, self.tokens, self.params)
+            beyond = f", {found.beyond:.1f}x beyond the fitted budgets" if found.beyond > 1 else ""
+            interval = f"90 %: {found.low:.3f} to {found.high:.3f}"
+            print(f"{self.tokens:.3g} tokens: perplexity {found.perplexity:.3f} ({interval}){beyond}")
+            tokens: float | None = self.tokens
+        else:
+            needed = tokens_for(law, float(self.target_ppl or 0), self.params)
+            print(needed)
+            tokens = needed.tokens
+        if tokens is not None and self.tokens_per_s is not None:
+            hours = gpu_hours(tokens, self.tokens_per_s)
+            print(f"{hours:.2f} hours at {self.tokens_per_s:,.0f} tokens/s")
+            if self.price_per_hour is not None:
+                print(f"cost: {hours * self.price_per_hour:,.2f}, at {self.price_per_hour:g} an hour")
+        return 0 if tokens is not None else 1
+
+
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; write a law with castlm plan fit --json") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): write a law with castlm plan fit --json") from None
+
+
+def fit(arguments: list[str]) -> int:
+    return parse(FitCommand, arguments, "plan fit").run()
+
+
+def predict(arguments: list[str]) -> int:
+    return parse(PredictCommand, arguments, "plan predict").run()

@@ -1,0 +1,114 @@
+"""`castlm plan memory`: the memory of a run on each rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from castlm.cli.options import parse
+from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern
+
+_AT_LEAST_1 = {"at_least": 1}
+
+
+@dataclass
+class MemoryCommand:
+    """Predict the bytes on each rank of a run from the model's config alone; no weights are needed. The options mean
+    the same as in `castlm train`."""
+
+    model: str
+    """Hugging Face folder, or a config .json such as configs/models/*.json."""
+
+    world_size: int = field(default=1, metadata=_AT_LEAST_1)
+    """Ranks that shard the run."""
+
+    seq_len: int = field(default=4096, metadata=_AT_LEAST_1)
+    """Tokens per sequence."""
+
+    per_device_train_batch_size: int = field(default=1, metadata=_AT_LEAST_1)
+    """Sequences per device and micro-step."""
+
+    gradient_accumulation_steps: int = field(default=1, metadata=_AT_LEAST_1)
+    """Micro-steps per optimizer step."""
+
+    pattern: str = "2:4"
+    """n:m, where n of every m consecutive weights along the input axis are kept."""
+
+    scale_groups: int = field(default=2, metadata={"at_least": 0})
+    """Learnable scale factors per weight row. 0 turns weight scaling off."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute type of the forward and backward pass."""
+
+    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """Storage of Adam's moments."""
+
+    init_from: str = "sparsegpt"
+    """Start of the run: magnitude, wanda, sparsegpt or an n:m model. For wanda and sparsegpt the first rank holds the
+    whole model before step 0."""
+
+    calibration_sequences: int = field(default=128, metadata=_AT_LEAST_1)
+    """Sequences that wanda and sparsegpt are calibrated on."""
+
+    eta: float = field(default=2 / 3, metadata={"at_least": 0})
+    """Weight of the KL divergence to the teacher. 0 trains without a teacher."""
+
+    gpu: str | None = None
+    """Card that the run should fit on: H100-80GB, A100-80GB, ..., or a number of GiB."""
+
+    def run(self) -> int:
+        from castlm.planning.memory import plan_memory
+
+        gib = None if self.gpu is None else _gib(self.gpu)
+        prunes = self._prunes()
+        plan = plan_memory(
+            self.model,
+            world_size=self.world_size,
+            seq_len=self.seq_len,
+            micro_batch=self.per_device_train_batch_size,
+            pattern=Pattern.parse(self.pattern),
+            scale_groups=self.scale_groups,
+            accumulation=self.gradient_accumulation_steps,
+            gradient_checkpointing=self.gradient_checkpointing,
+            compute_dtype=self.precision,
+            teacher_dtype=self.precision,
+            teacher=self.eta > 0,
+            moments=self.moments,
+            calibration_tokens=self.calibration_sequences * self.seq_len if prunes else 0,
+            gpu_gib=gib,
+        )
+        print(plan.table())
+        return 0 if plan.fits in (True, None) else 1
+
+    def _prunes(self) -> bool:
+        """Whether the first rank prunes the whole model before step 0."""
+        if self.init_from in ("magnitude", "wanda", "sparsegpt"):
+            return self.init_from != "magnitude"
+        if not Path(self.init_from).expanduser().is_dir():
+            raise InputError(
+                f"init_from {self.init_from} is neither magnitude, wanda, sparsegpt nor the folder of an n:m model"
+            )
+        return False
+
+
+def _gib(card: str) -> float:
+    """The memory of a card, by its name or as a number of GiB."""
+    from castlm.planning.memory import GPUS
+
+    try:
+        gib = GPUS[card] if card in GPUS else float(card)
+    except ValueError:
+        gib = math.nan
+    if not 0 < gib < math.inf:
+        raise InputError(f"there is no card {card!r}: use one of {', '.join(GPUS)}, or a number of GiB")
+    return gib
+
+
+def main(arguments: list[str]) -> int:
+    return parse(MemoryCommand, arguments, "plan memory").run()

@@ -1,0 +1,68 @@
+"""`castlm report`: one HTML page about a run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from castlm.cli.options import parse
+from castlm.core.errors import InputError
+from castlm.fields import positional
+from castlm.progress import note
+
+
+@dataclass
+class ReportCommand:
+    """Write report.html into the folder of a run: verdict, charts, a sample of text and the settings."""
+
+    run_folder: str = positional()
+    """Output folder of `castlm train`."""
+
+    sample: Literal["auto", "yes", "no"] = "auto"
+    """Generate text with the dense and the sparse model; auto: up to a billion parameters."""
+
+    watch: bool = False
+    """Write the page again every few seconds until the run ends; a browser that shows it reloads it."""
+
+    def run(self) -> int:
+        from castlm.report.run_data import read_run
+        from castlm.report.run_page import REFRESH_SECONDS, write_run_page
+
+        if self.watch:
+            run = read_run(self.run_folder)
+            file = write_run_page(run, refresh=True)
+            note(f"{file}: open it in a browser; Ctrl-C stops watching, not the run")
+            while not run.is_finished:
+                time.sleep(REFRESH_SECONDS)
+                run = read_run(self.run_folder)
+                write_run_page(run, refresh=True)
+        print(write_report(self.run_folder, self.sample))
+        return 0
+
+
+def write_report(folder: str | Path, sample: Literal["auto", "yes", "no"] = "auto") -> Path:
+    """Writes the page of a run, with a sample of text if the run is finished and its models can be read.
+
+    Raises:
+        InputError: the folder holds no run, or `sample` is "yes" and there can be none.
+    """
+    from castlm.report.run_data import read_run
+    from castlm.report.run_page import write_run_page
+    from castlm.report.sample import is_large, read_sample, write_sample
+
+    run = read_run(folder)
+    text = read_sample(run) if run.is_finished and sample != "no" else None
+    if text is None and run.is_finished and (sample == "yes" or (sample == "auto" and not is_large(run))):
+        try:
+            text = write_sample(run)
+        except InputError as error:
+            if sample == "yes":
+                raise
+            note(f"no sample of text: {error}")
+    return write_run_page(run, text)
+
+
+def main(arguments: list[str]) -> int:
+    return parse(ReportCommand, arguments, "report").run()

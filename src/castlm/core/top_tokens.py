@@ -1,0 +1,87 @@
+"""A teacher's distribution in few numbers: its top-k tokens, and the rest of the distribution as one bucket.
+
+This is small enough to be stored on disk, so that a text the teacher has read once can be distilled again without it.
+With the bucket, the KL remains a divergence; without it, the student would learn to be more certain than the teacher.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from castlm.core.errors import InputError
+from castlm.core.head import OutputHead, Side, default_chunk_tokens, log_probs_, matmul_dtype
+
+_LEAST = 1e-7  # the smallest probability of the bucket, about what fp32 can tell from 0
+
+
+class TopTokens(NamedTuple):
+    """The k most probable next tokens at each position, in no particular order."""
+
+    tokens: Tensor
+    """int32, (..., k)."""
+    log_probs: Tensor
+    """float32, (..., k): from the softmax over the whole vocabulary at the temperature of the loss."""
+
+    def rows(self, chosen: Tensor | slice) -> TopTokens:
+        """The positions that a bool mask (...) or a slice selects."""
+        return TopTokens(self.tokens[chosen], self.log_probs[chosen])
+
+
+@torch.no_grad()
+def top_tokens(
+    hidden: Tensor, head: OutputHead, k: int, temperature: float = 1.0, chunk_tokens: int | None = None
+) -> TopTokens:
+    """The `k` most probable next tokens of a teacher, for `distillation_loss(teacher_top=...)`.
+
+    Args:
+        hidden: (..., hidden), after the final norm.
+        head: the teacher's output head.
+        k: number of tokens, from 1 to the size of the vocabulary.
+        temperature: that of the loss.
+        chunk_tokens: as in `distillation_loss`, as is the dtype of the matmuls.
+
+    Raises:
+        InputError: `k` is not between 1 and the size of the vocabulary.
+
+    Example:
+        >>> head = OutputHead(torch.eye(4))
+        >>> top = top_tokens(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), head, k=2)
+        >>> sorted(top.tokens[0].tolist())
+        [1, 3]
+    """
+    vocab = head.weight.shape[0]
+    if not 1 <= k <= vocab:
+        raise InputError(f"k is {k} for a vocabulary of {vocab} tokens: choose between 1 and {vocab}")
+    dtype = matmul_dtype(hidden)
+    wide = torch.promote_types(dtype, torch.float32)
+    side = Side.of(hidden, head, dtype)
+    num_tokens = len(side.hidden)
+    chunk = min(chunk_tokens or default_chunk_tokens(hidden.device), num_tokens)
+    logits = torch.empty(chunk, vocab, dtype=wide, device=hidden.device)
+    narrow = torch.empty(chunk if dtype != wide else 0, vocab, dtype=dtype, device=hidden.device)
+    tokens = torch.empty(num_tokens, k, dtype=torch.int32, device=hidden.device)
+    log_probs = torch.empty(num_tokens, k, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, num_tokens, chunk):
+            rows = slice(start, min(start + chunk, num_tokens))
+            count = rows.stop - start
+            best = log_probs_(side, rows, logits[:count], narrow[:count], temperature).topk(k, dim=-1, sorted=False)
+            tokens[rows], log_probs[rows] = best.indices.to(torch.int32), best.values.float()
+    shape = (*hidden.shape[:-1], k)
+    return TopTokens(tokens.view(shape), log_probs.view(shape))
+
+
+def spread_(teacher_top: TopTokens, student: Tensor, out: Tensor) -> Tensor:
+    """Writes into `out` the log-probabilities (tokens, vocab) of a teacher that is known by its top-k tokens.
+
+    The probability outside `teacher_top` (tokens, k) is distributed as in the student's log-probabilities `student`
+    (tokens, vocab), so that only its sum contributes to the KL.
+    """
+    tokens = teacher_top.tokens.to(torch.int64)
+    rest = 1 - teacher_top.log_probs.exp().sum(-1, keepdim=True)
+    rest_of_student = 1 - student.gather(1, tokens).exp_().sum(-1, keepdim=True)
+    torch.add(student, rest.clamp_(min=_LEAST).log_() - rest_of_student.clamp_(min=_LEAST).log_(), out=out)
+    return out.scatter_(1, tokens, teacher_top.log_probs.to(out.dtype))

@@ -1,0 +1,293 @@
+"""Values from YAML, JSON, Python or a command line, checked against the types of a dataclass.
+
+Every way to give an option goes through `checked`, so that all of them accept and refuse the same values, with the same
+one-line errors. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import math
+import os
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeVar, Union
+
+from castlm.core.errors import InputError
+
+T = TypeVar("T")
+Choices = Iterable[str] | Callable[[], Iterable[str]]
+
+COMMAND_LINE = "the command line"
+"""The `source` of values that were typed as options: errors then write `--max-steps`, not `max_steps`."""
+
+OTHER_NAMES = {
+    "initial_mask": "init_from",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch": "per_device_train_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "max_length": "seq_len",
+    "max_seq_length": "seq_len",
+    "block_size": "seq_len",
+    "tensorboard": "report_to",
+    "warmup_steps": "warmup_ratio",
+    "adam_beta1": "adam_betas",
+    "adam_beta2": "adam_betas",
+    "bf16": "precision",
+    "fp16": "precision",
+}
+"""What other libraries and earlier versions call an option, for the suggestion in an error."""
+
+
+def choice(default: str, choices: Choices, **more: Any) -> Any:
+    """A field of type `str` that takes one of the names in `choices`: a table, or a function that returns one."""
+    return dataclasses.field(default=default, metadata={"choices": choices, **more})
+
+
+def positional(**more: Any) -> Any:
+    """A required field that stands on the command line without a name."""
+    return dataclasses.field(metadata={"positional": True, **more})
+
+
+def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
+    """The names that a field takes; None if any text will do."""
+    found = field.metadata.get("choices")
+    return None if found is None else tuple(found() if callable(found) else found)
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field that is not required."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+@functools.cache
+def hints_of(kind: type[Any]) -> dict[str, Any]:
+    """The type of each field, resolved."""
+    return typing.get_type_hints(kind)
+
+
+@functools.cache
+def docs_of(kind: type[Any]) -> dict[str, str]:
+    """The docstring that follows each field in the source of a dataclass and of its bases, in one line each."""
+    docs: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
+        for field, after in itertools.pairwise(body):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
+                docs[field.target.id] = " ".join(str(after.value.value).split())  # type: ignore[attr-defined]
+    return docs
+
+
+def build(kind: type[T], values: Mapping[str, Any], source: str = "") -> T:
+    """A dataclass from a mapping of field names to values.
+
+    Raises:
+        InputError: an unknown or missing name, or a value of the wrong type, named with `source`.
+    """
+    found = checked(kind, values, source)
+    check_complete(kind, found, source)
+    return kind(**found)
+
+
+def check_complete(kind: type[Any], values: Mapping[str, Any], source: str = "") -> None:
+    """Raises `InputError` if `values` lack a required field."""
+    for field in dataclasses.fields(kind):
+        if is_required(field) and field.name not in values:
+            is_option = source == COMMAND_LINE and not field.metadata.get("positional")
+            raise InputError(f"{field.name} is missing: give {label(field.name, source) if is_option else field.name}")
+
+
+def checked(kind: type[Any], values: Mapping[str, Any], source: str = "") -> dict[str, Any]:
+    """`values` converted to the types of the fields of `kind`.
+
+    Args:
+        source: the file that the values were read from, or `COMMAND_LINE`; it begins the message of an error.
+
+    Raises:
+        InputError: a name that is not a field, or a value of the wrong type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    found = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise InputError(unknown(name, fields, source))
+        found[name] = convert(label(name, source), value, hints_of(kind)[name], choices_of(fields[name]))
+        least = fields[name].metadata.get("at_least")
+        if least is not None and found[name] is not None and found[name] < least:
+            raise InputError(f"{label(name, source)} = {found[name]} is out of range: it must be at least {least}")
+    return found
+
+
+def label(name: str, source: str) -> str:
+    """How an error names an option."""
+    if source == COMMAND_LINE:
+        return f"--{name.replace('_', '-')}"
+    return f"{source}: {name}" if source else name
+
+
+def unknown(name: str, known: Iterable[str], source: str = "") -> str:
+    """The error for a name that is not an option, with the option that was probably meant."""
+    meant = suggest(str(name), known)
+    plain = "" if source == COMMAND_LINE else source
+    remedy = f"; did you mean {label(meant, source if source == COMMAND_LINE else '')}?" if meant else ""
+    named = label(str(name), source if source == COMMAND_LINE else "")
+    return f"{plain + ': ' if plain else ''}there is no option {named}{remedy}"
+
+
+def suggest(name: str, known: Iterable[str]) -> str | None:
+    """The option of `known` that `name` was probably meant to be: a name in other libraries, the initials of an
+    option, or a typing error.
+
+    Example:
+        >>> suggest("lr", ["max_steps", "learning_rate"])
+        'learning_rate'
+        >>> suggest("max_step", ["max_steps", "learning_rate"])
+        'max_steps'
+    """
+    name, known = name.lower().replace("-", "_"), list(known)
+    if OTHER_NAMES.get(name) in known:
+        return OTHER_NAMES[name]
+    initials = [option for option in known if "".join(word[0] for word in option.split("_") if word) == name]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    words = [option for option in known if name in option.split("_") or option.startswith(name)]
+    return next(iter([*(initials if len(name) > 1 else []), *close, *words]), None)
+
+
+def convert(label: str, value: Any, hint: Any, choices: tuple[str, ...] | None = None) -> Any:
+    """`value` as the type `hint`. Text is read as the type asks, so that an option and a quoted YAML value are alike.
+
+    Raises:
+        InputError: `value` is of another type; for numbers also NaN, infinity and integers of more than 64 bits, for
+            text also an empty one, one that is not UTF-8 and one with a NUL.
+    """
+    if choices is not None:
+        hint = Union[(Literal[choices], *(option for option in typing.get_args(hint) if option is type(None)))]
+    for option in _options(hint):
+        try:
+            return _converted(value, option)
+        except _WrongTypeError as error:
+            reason = str(error)
+    expected = " or ".join(_described(option) for option in _options(hint))
+    remedy = f": {reason}" if reason else ""
+    if isinstance(value, str) and (meant := suggest(value, [c for o in _options(hint) for c in _names(o)])):
+        remedy = f"; did you mean {meant}?"
+    raise InputError(f"{label} = {_shown(value)} is not {expected}{remedy}")
+
+
+class _WrongTypeError(Exception):
+    """A value does not have a type; the text says why, where that is not obvious."""
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _names(option: Any) -> tuple[Any, ...]:
+    return typing.get_args(option) if typing.get_origin(option) is Literal else ()
+
+
+def _described(option: Any) -> str:
+    if names := _names(option):
+        return f"one of {', '.join(map(str, names))}" if len(names) > 1 else str(names[0])
+    if typing.get_origin(option) is tuple:
+        return "a list"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[option]
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _converted(value: Any, option: Any) -> Any:
+    if names := _names(option):
+        if value in names:
+            return value
+        raise _WrongTypeError
+    if typing.get_origin(option) is tuple:
+        return _as_tuple(value, typing.get_args(option))
+    return {int: _as_int, float: _as_float, bool: _as_bool, str: _as_text, type(None): _as_null}[option](value)
+
+
+def _as_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    if kinds[-1] is Ellipsis:
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)):
+            return tuple(_converted(item, kinds[0]) for item in items)
+        raise _WrongTypeError
+    if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
+        raise _WrongTypeError(f"it takes {len(kinds)} values")
+    return tuple(_converted(item, kind) for item, kind in zip(value, kinds))
+
+
+def _as_null(value: Any) -> None:
+    if value is not None:
+        raise _WrongTypeError
+
+
+def _as_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "yes", "on", "false", "no", "off"):
+        return value.lower() in ("true", "yes", "on")
+    raise _WrongTypeError
+
+
+def _as_int(value: Any) -> int:
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+(_[0-9]+)*", value) and len(value) <= 40:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _WrongTypeError
+    if not -(2**63) <= value < 2**63:
+        raise _WrongTypeError("it has more than 64 bits")
+    return value
+
+
+def _as_float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise _WrongTypeError
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise _WrongTypeError from None
+    if not math.isfinite(number):
+        raise _WrongTypeError("it has to be finite")
+    return number
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # YAML reads the name `2024` as a number
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        raise _WrongTypeError(f"write it in quotes: {str(value)!r}" if isinstance(value, (bool, float)) else "")
+    if not value.strip():
+        raise _WrongTypeError("it is empty")
+    if "\0" in value:
+        raise _WrongTypeError("it has a NUL character")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _WrongTypeError("it is not UTF-8") from None
+    if value.startswith("~") and os.path.expanduser(value) == value:
+        raise _WrongTypeError("there is no such user")
+    return value

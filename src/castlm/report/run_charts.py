@@ -1,0 +1,184 @@
+"""The charts of one run."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from castlm.report.charts import WHOLE, Level, Series, heat_map, line_chart
+from castlm.report.html import Picture
+from castlm.report.run_data import RunData
+from castlm.report.scales import short
+from castlm.training.metrics_file import HISTOGRAM_EDGES
+
+SMALLEST_SHARE = 1e-3
+"""A range of magnitudes is shown if it ever holds this share of the masked weights."""
+
+
+def perplexity(run: RunData) -> list[Picture]:
+    """Perplexity before and after the prune, and the gap to the dense model."""
+    known, evaluations = run.perplexity, run.evaluations
+    if len(evaluations) < 2:
+        return []
+    before, pruned = run.series("perplexity"), run.series("prune_now_ppl")
+    levels = [Level(f"dense {known['dense']:.4g}", known["dense"])] if "dense" in known else []
+    series = [Series("after the prune", pruned, 0, marks=True)] if pruned else []
+    if not pruned or any(abs(a - b) > 1e-6 * b for (_, a), (_, b) in zip(before, pruned)):
+        series.append(Series("before the prune" if pruned else "trained", before, 1, marks=True))
+    high = max(value for line in series for _, value in line.points if math.isfinite(value))
+    svg = line_chart(
+        series,
+        x_label="training tokens",
+        y_label="perplexity",
+        levels=levels,
+        log_y=high > 4 * min([level.value for level in levels] or [high]),
+        width=WHOLE,
+        height=300,
+    )
+    caption = (
+        "Perplexity of the held-out text as the forward pass computes it, and with every masked weight set to zero. "
+        "The two lines meet when nothing is left to prune."
+        if len(series) > 1
+        else "Perplexity of the held-out text. The forward pass uses no masked weight, so the prune changes nothing."
+        if pruned
+        else "Perplexity of the held-out text."
+    )
+    pictures = [Picture("Perplexity", svg, caption, wide=True)]
+    if pruned and "dense" in known:
+        gap = [(x, math.log(value / known["dense"])) for x, value in pruned if math.isfinite(value)]
+        svg = line_chart(
+            [Series("gap", gap, 0, marks=True)],
+            x_label="training tokens",
+            y_label="ln(perplexity / dense)",
+            from_zero=True,
+        )
+        caption = "The gap of the pruned model to the dense model that the run started from. 0 means no loss."
+        pictures.append(Picture("Gap to the dense model", svg, caption))
+    return pictures
+
+
+def loss(run: RunData) -> list[Picture]:
+    """The training loss with its parts, smoothed over the single steps."""
+    if len(run.steps) < 2:
+        return []
+    names = {"loss": "loss", "ce": "cross-entropy", "kl": "KL to the teacher"}
+    keys = list(names) if any(row.get("kl") for row in run.steps) else ["loss"]
+    raw = [Series("loss of a step", run.series("loss"), 0, faint=True)]
+    smooth = [Series(names[key], run.smoothed(key), number) for number, key in enumerate(keys)]
+    svg = line_chart([*raw, *smooth], x_label="training tokens", y_label="nats per token")
+    caption = "On the training text, averaged over consecutive steps; the pale line is the loss of every step."
+    return [Picture("Training loss", svg, caption)]
+
+
+def masks(run: RunData) -> list[Picture]:
+    """Flips of the masks and the share of kept weight."""
+    pictures = []
+    flips, initial = run.series("flip_rate"), run.series("initial_flip_rate")
+    if any(value for _, value in (*flips, *initial)):
+        lines = [
+            Series("since step 0", initial, 0, marks=True),
+            Series("at the last refresh", flips[1:], 1, marks=True),
+        ]
+        svg = line_chart(lines, x_label="training tokens", y_label="share of all mask entries", from_zero=True)
+        caption = "Mask entries that differ from the masks of step 0, and those that the last refresh changed."
+        pictures.append(Picture("Mask flips", svg, caption))
+    share = run.series("sparse_weight_ratio")
+    if any(value < 1 for _, value in share):
+        svg = line_chart(
+            [Series("share", share, 0, marks=True)], x_label="training tokens", y_label="sum |kept| / sum |all|"
+        )
+        caption = "The share of the weight of the sparse layers that is kept. At 1 every masked weight is zero."
+        pictures.append(Picture("Share of kept weight", svg, caption))
+    return pictures
+
+
+def masked_weights(run: RunData) -> list[Picture]:
+    """The histogram of masked magnitudes over the evaluations."""
+    rows = [row for row in run.evaluations if "masked_histogram" in row]
+    if len(rows) < 2 or not any(sum(row["masked_histogram"][1:]) for row in rows):
+        return []
+    totals = [max(1, sum(row["masked_histogram"])) for row in rows]
+    shares = {
+        i: max(row["masked_histogram"][i] / total for row, total in zip(rows, totals))
+        for i in range(1, len(HISTOGRAM_EDGES))
+    }
+    used = [i for i, share in shares.items() if share >= SMALLEST_SHARE]
+    bins = [*range(used[-1], used[0] - 1, -1), 0]
+    values = [[row["masked_histogram"][i] / total for row, total in zip(rows, totals)] for i in bins]
+    labels = ["zero" if i == 0 else _decade(HISTOGRAM_EDGES[i - 1]) for i in bins]
+    svg = heat_map(
+        values,
+        labels,
+        [short(row["tokens"]) for row in rows],
+        x_label="training tokens",
+        y_label="|masked weight|",
+        form=".1%",
+        power=0.5,
+        cell_height=max(10, min(22, 220 // len(bins))),
+    )
+    caption = (
+        "Each column is an evaluation; the darker a cell, the larger the share of the masked weights in this range of "
+        "magnitudes. The bottom row holds exact zeros; ranges that never hold 0.1 % are left out."
+    )
+    return [Picture("Masked weights over time", svg, caption)]
+
+
+def _decade(edge: float) -> str:
+    exponent = round(4 * math.log10(edge))
+    return f"1e{exponent // 4}" if exponent % 4 == 0 else ""
+
+
+def layers(run: RunData) -> list[Picture]:
+    """A heat map of the transformer blocks against the layers in each."""
+    figures, kind = run.layer_errors
+    cells: dict[str, dict[int, float]] = {}
+    for name, value in figures.items():
+        found = re.search(r"\.(\d+)\.(.+)$", name)
+        if found:
+            cells.setdefault(found[2], {})[int(found[1])] = value
+    if not cells:
+        return []
+    blocks = range(1 + max(index for row in cells.values() for index in row))
+    svg = heat_map(
+        [[row.get(block) for block in blocks] for row in cells.values()],
+        list(cells),
+        [str(block) for block in blocks],
+        x_label="transformer block",
+        y_label="relative error",
+        form=".2g",
+        in_cells=True,
+        cell_height=30 if len(cells) < 10 else 20,
+        width=WHOLE,
+    )
+    caption = {
+        "error": "Squared error of the outputs of each layer after the start, relative to the dense outputs, on the "
+        "first 256 calibration tokens.",
+        "share": "The share of the squared weights of each layer that the masks of step 0 remove.",
+    }[kind]
+    return [Picture("Error by layer", svg, caption, wide=True)]
+
+
+def machine(run: RunData) -> list[Picture]:
+    """Speed and memory."""
+    pictures = []
+    if len(run.steps) > 1:
+        raw = Series("of a step", run.series("tokens_per_s"), 0, faint=True)
+        smooth = Series("averaged", run.smoothed("tokens_per_s"), 0)
+        svg = line_chart(
+            [raw, smooth], x_label="training tokens", y_label="tokens per second", from_zero=True, height=220
+        )
+        pictures.append(Picture("Speed", svg, "Of the optimizer steps alone, on all ranks together."))
+    memory = [(x, value / 2**30) for x, value in run.series("peak_memory_bytes")]
+    if len(memory) > 1:
+        svg = line_chart(
+            [Series("peak", memory, 0, marks=True)],
+            x_label="training tokens",
+            y_label="GiB",
+            from_zero=True,
+            height=220,
+        )
+        caption = (
+            "The most that the process of the main rank has held so far: GPU memory on a GPU, else resident memory."
+        )
+        pictures.append(Picture("Peak memory", svg, caption))
+    return pictures

@@ -1,0 +1,200 @@
+"""The HTML page of a run: what came of it in one sentence, then the charts, a sample of text and the settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from castlm.files import atomic_file
+from castlm.report import run_charts
+from castlm.report.html import render
+from castlm.report.run_data import RunData
+from castlm.report.scales import short
+from castlm.training.config import TrainConfig
+from castlm.training.verdict import verdict
+
+REFRESH_SECONDS = 10
+GLOSSARY = (
+    ("Perplexity", "exp of the mean cross-entropy per token on the held-out text. Lower is better."),
+    ("Before the prune", "The model as it trains: masked weights may still be above zero."),
+    ("After the prune", "Every masked weight is set to zero, as in the written model."),
+    ("Gap to the dense model", "ln(perplexity / perplexity of the dense model) in nats per token. 0 means no loss."),
+    ("One-shot start", "The pruned model before step 0: what pruning gives without training."),
+    ("Recovered", "The share of the gap between the one-shot start and the dense model that training closed."),
+    ("Kept, masked", "The two states of a weight. An n:m mask keeps n of every m consecutive weights."),
+    ("Flip", "An entry of a mask that a refresh changes, from kept to masked or back."),
+    ("KL to the teacher", "How far the predictions are from those of the dense model, which teaches by distillation."),
+)
+
+
+def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: bool = False) -> str:
+    """The page of a run as HTML.
+
+    Args:
+        sample: as `castlm.report.sample.sample_text` returns it.
+        refresh: whether a browser loads the page again every few seconds while the run goes on.
+    """
+    config, total = run.config, int(run.config.get("max_steps", 0))
+    sections = [
+        {"title": "Quality", "pictures": run_charts.perplexity(run) + run_charts.loss(run)},
+        {
+            "title": "Masks",
+            "pictures": run_charts.masks(run) + run_charts.masked_weights(run),
+            "text": _masks_text(run),
+        },
+        {"title": "Layers", "pictures": run_charts.layers(run)},
+        {"title": "Machine", "pictures": run_charts.machine(run)},
+    ]
+    changed, defaults = _settings(config)
+    return render(
+        "run.html.jinja",
+        title=f"{_short_name(config.get('model'))}, {_pattern(run)}",
+        eyebrow=_eyebrow(run),
+        verdict=_verdict(run),
+        progress=None if run.is_finished or not total else run.step / total,
+        refresh=REFRESH_SECONDS if refresh and not run.is_finished else None,
+        tiles=_tiles(run),
+        sections=sections,
+        sample=sample,
+        changed=changed,
+        defaults=defaults,
+        measured=_measured(run),
+        glossary=GLOSSARY,
+    )
+
+
+def write_run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: bool = False) -> Path:
+    """Writes report.html into the folder of the run and returns its path."""
+    file = run.folder / "report.html"
+    with atomic_file(file) as temporary:
+        temporary.write_text(run_page(run, sample, refresh=refresh), encoding="utf-8")
+    return file
+
+
+def _short_name(model: Any) -> str:
+    return str(model).rstrip("/").rsplit("/", 1)[-1]
+
+
+def _pattern(run: RunData) -> str:
+    return "the dense control" if run.config.get("method") == "dense" else f"{run.config.get('pattern')} sparse"
+
+
+def _eyebrow(run: RunData) -> str:
+    record = run.record or {}
+    parts = ["castlm train", f"method {run.config.get('method')}", _start(run.config)]
+    parts += [
+        f"{name} {version}" for name, version in (record.get("versions") or {}).items() if name in ("castlm", "torch")
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _start(config: dict[str, Any]) -> str:
+    start = config.get("init_from")
+    return "" if config.get("method") in ("dense", "gradual_magnitude") or not start else f"start {_short_name(start)}"
+
+
+def _verdict(run: RunData) -> dict[str, str]:
+    known = run.perplexity
+    if not known:
+        return {"kind": "running", "badge": "running", "sentence": "The first evaluation is not done yet."}
+    found = (run.record or {}).get("verdict") or verdict(known)
+    if not run.is_finished:
+        sentence = f"Step {run.step:,} of {run.config.get('max_steps', 0):,}. So far: {_sentence(run, found)}"
+        return {"kind": "running" if found["ok"] else "bad", "badge": "running", "sentence": sentence}
+    kind, badge = ("good", "done") if found["ok"] else ("bad", "diverged")
+    return {"kind": kind, "badge": badge, "sentence": _sentence(run, found)}
+
+
+def _sentence(run: RunData, found: dict[str, Any]) -> str:
+    known = run.perplexity
+    final, dense, one_shot = known.get("pruned", known.get("trained")), known.get("dense"), known.get("one_shot")
+    if not found["ok"] or final is None or dense is None:
+        return f"{found['reason']}."
+    if run.config.get("method") == "dense":
+        return f"Perplexity {final:.3f} after the same training without sparsity; {dense:.3f} before."
+    pattern = run.config.get("pattern")
+    sentence = f"Perplexity {final:.3f} at {pattern}, {final / dense:.2f} times the dense model's {dense:.3f}"
+    recovered = _recovered(final, dense, one_shot)
+    if recovered is not None:
+        sentence += f"; training recovered {recovered:.0%} of what one-shot pruning lost"
+    return f"{sentence}."
+
+
+def _recovered(final: float, dense: float, one_shot: float | None) -> float | None:
+    """The share of the logarithmic gap between the one-shot start and the dense model that training closed."""
+    if one_shot is None or one_shot <= dense:
+        return None
+    return math.log(one_shot / final) / math.log(one_shot / dense)
+
+
+def _tiles(run: RunData) -> list[dict[str, str]]:
+    known, record = run.perplexity, run.record or {}
+    final, dense, one_shot = known.get("pruned", known.get("trained")), known.get("dense"), known.get("one_shot")
+    tokens = record.get("train_tokens") or (run.rows[-1].get("tokens", 0) if run.rows else 0)
+    speeds = [value for _, value in run.series("tokens_per_s")]
+    memory = record.get("peak_memory_bytes") or max((v for _, v in run.series("peak_memory_bytes")), default=None)
+    seconds = record.get("train_seconds")
+    gap = math.log(final / dense) if final and dense and math.isfinite(final) else None
+    tiles = [
+        ("perplexity after the prune" if "trained" not in known else "perplexity", final, "{:,.3f}"),
+        ("dense model", dense, "{:,.3f}"),
+        ("one-shot start", one_shot, "{:,.3f}"),
+        ("gap to dense, nats per token", gap, "{:+.3f}"),
+        ("training tokens", short(tokens) if tokens else None, "{}"),
+        ("tokens per second, median", statistics.median(speeds) if speeds else None, "{:,.0f}"),
+        ("training time", None if seconds is None else _duration(seconds), "{}"),
+        ("peak memory", None if memory is None else memory / 2**30, "{:.2f} GiB"),
+    ]
+    return [{"label": label, "value": form.format(value)} for label, value, form in tiles if value is not None]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _masks_text(run: RunData) -> str:
+    """Why a chart of flips is missing, if it is."""
+    flips = [value for key in ("flip_rate", "initial_flip_rate") for _, value in run.series(key)]
+    return "The masks did not change during this run." if flips and not any(flips) else ""
+
+
+def _settings(config: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Names and values of the settings that differ from the defaults, and of those that do not."""
+    defaults: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainConfig):
+        if field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory()
+    changed, same = [], []
+    for name, value in config.items():
+        is_default = name in defaults and _plain(defaults[name]) == _plain(value)
+        (same if is_default else changed).append((name, _text(value)))
+    return changed, same
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else value if isinstance(value, str) else json.dumps(_plain(value))
+
+
+def _measured(run: RunData) -> list[tuple[str, str]]:
+    record = run.record or {}
+    found = {**(record.get("measured") or {}), "machine": record.get("machine"), "ranks": record.get("world_size")}
+    found |= {f"version of {name}": version for name, version in (record.get("versions") or {}).items()}
+    proof = record.get("proof") or {}
+    if proof:
+        found["groups counted"] = f"{proof['groups']:,}, {proof['violations']} violations"
+    return [(name, _text(value)) for name, value in found.items() if value is not None]

@@ -1,0 +1,80 @@
+"""A short text from the dense and from the sparse model, side by side for the page of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from castlm.data.documents import open_documents
+from castlm.data.tokens import token_ids
+from castlm.files import atomic_write_json
+from castlm.models import load_model
+from castlm.report.run_data import RunData
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 64
+LARGEST_PARAMS = 1_000_000_000
+"""A model with more parameters is only sampled on request."""
+
+
+def read_sample(run: RunData) -> dict[str, Any] | None:
+    """The sample that an earlier report of the run wrote; None if there is none."""
+    file = run.folder / "sample.json"
+    if not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def is_large(run: RunData) -> bool:
+    """Whether the model is too large to be sampled without a request."""
+    return int((run.record or {}).get("num_params", 0)) > LARGEST_PARAMS
+
+
+def write_sample(run: RunData) -> dict[str, Any]:
+    """Generates a sample from a finished run and writes it to sample.json in its folder.
+
+    Both models continue the beginning of the evaluation text, or of the training text if there is none, greedily.
+
+    Raises:
+        InputError: a model or the text cannot be read.
+    """
+    config = run.config
+    text = config.get("eval_dataset") or config["dataset"]
+    names = [("Dense model", str(config["model"])), (f"After {config['method']}", str(run.folder / "model"))]
+    models: list[dict[str, str]] = []
+    prompt = ""
+    for title, name in names:
+        revision = config.get("revision") if name == config["model"] else None
+        loaded = load_model(name, trust_remote_code=bool(config.get("trust_remote_code")), revision=revision)
+        documents = open_documents(text, column=config.get("column", "text"))
+        ids = token_ids(documents, loaded.tokenizer, limit=PROMPT_TOKENS)[:PROMPT_TOKENS]
+        prompt = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
+        models.append({"name": title, "completion": complete(loaded.model, loaded.tokenizer, ids, NEW_TOKENS)})
+    sample = {
+        "text": Path(text).name,
+        "prompt": prompt,
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "models": models,
+    }
+    atomic_write_json(run.folder / "sample.json", sample)
+    return sample
+
+
+@torch.no_grad()
+def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor, new_tokens: int) -> str:
+    """The text that greedy decoding appends to `prompt` (num_tokens,)."""
+    input_ids = prompt[None].to(model.device)
+    prefix = str(tokenizer.decode(prompt, skip_special_tokens=True))
+    ids = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True)).removeprefix(prefix)

@@ -1,0 +1,125 @@
+"""The output folder of a training run: what a start finds there, what an overwrite sets aside, when it is finished.
+
+With `overwrite`, nothing of the earlier run is deleted before the new result is whole. Its model stays in `model/`; its
+config, metrics and checkpoints are moved to `replaced/<run_id>/`. When the new model has taken its name, both go. A
+killed run that overwrites is resumed like any other: a result belongs to the run whose `run_id` is in its castlm.json.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from castlm.core.errors import InputError
+from castlm.files import atomic_write_json, atomic_write_text, flush_folder
+from castlm.output import read_result
+from castlm.owned import OUTPUT, RESULT, discard, read_record, sha256_file
+from castlm.progress import note
+from castlm.training.checkpoint import check_same_run, checkpoint_steps, read_manifest
+from castlm.training.config import TrainConfig
+
+_ASIDE = "replaced"
+_STAYS = (OUTPUT, "model", _ASIDE)  # castlm-output.json is replaced by the new run's
+
+
+class RunFolder:
+    """The folder `output_dir` of a run. Its methods are for the main rank."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def model(self) -> Path:
+        """Where the result goes."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def run_id(self) -> str | None:
+        """Of the run whose config, metrics and checkpoints are here."""
+        found = read_record(self.path / OUTPUT).get("run_id")
+        return found if isinstance(found, str) and found.isalnum() else None
+
+    def begin(self, config: TrainConfig) -> None:
+        """Makes this the folder of a new run, and sets aside what an earlier one has left.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._undo_interrupted()
+        self._set_aside()
+        text = config.as_yaml()
+        atomic_write_text(self.path / "config.yaml", text)
+        files = {"config.yaml": sha256_file(self.path / "config.yaml")}
+        atomic_write_json(self.path / OUTPUT, {"command": "train", "run_id": secrets.token_hex(8), "files": files})
+
+    def _set_aside(self) -> None:
+        """Moves the earlier run's files to `replaced/<run_id>`, its record last, as a copy."""
+        left = [entry for entry in self.path.iterdir() if entry.name not in _STAYS and not entry.name.startswith(".")]
+        if not left:
+            return
+        aside = self.path / _ASIDE / (self.run_id or secrets.token_hex(8))
+        aside.mkdir(parents=True, exist_ok=True)
+        for entry in left:
+            os.rename(entry, aside / entry.name)
+        atomic_write_json(aside / OUTPUT, read_record(self.path / OUTPUT))
+        flush_folder(self.path)
+
+    def _undo_interrupted(self) -> None:
+        """Moves back what a start was setting aside when it was killed: the record here is still the earlier run's."""
+        aside = self.path / _ASIDE / (self.run_id or "-")
+        if not aside.is_dir():
+            return
+        for entry in aside.iterdir():
+            if entry.name != OUTPUT and not os.path.lexists(self.path / entry.name):
+                os.rename(entry, self.path / entry.name)
+        discard(aside)
+
+    def newest_checkpoint(self, config: TrainConfig) -> Path:
+        """The checkpoint to resume from.
+
+        Raises:
+            InputError: there is none, or it is of another model or castlm.
+        """
+        self._undo_interrupted()
+        whole = checkpoint_steps(self.checkpoints)
+        if not whole:
+            raise InputError(f"{self.path} holds no whole checkpoint: start it without resume")
+        path = whole[max(whole)]
+        model = read_manifest(path)["config"].get("model")
+        if model != config.model:
+            raise InputError(f"{path} is of the model {model}, not {config.model}: use that one")
+        return path
+
+    def is_finished(self) -> bool:
+        """Whether `model/` is the result of the run whose checkpoints are here, and not of one that it replaces."""
+        record = read_record(self.model / RESULT)
+        return bool(record) and (self.run_id is None or record.get("run_id") in (None, self.run_id))
+
+    def finished_record(self, config: TrainConfig, world_batch: int) -> dict[str, Any]:
+        """The record of the finished run, once its config and its files are found to be as they were.
+
+        Raises:
+            InputError: `config` describes another run, or a file of the result is missing or has changed.
+        """
+        record = read_result(self.model)
+        batch = record.get("world_batch")
+        saved = {"config": record.get("config", {}), "facts": {} if batch is None else {"world_batch": batch}}
+        check_same_run(saved, config.as_dict(), {} if batch is None else {"world_batch": world_batch})
+        self.drop_replaced()
+        return record
+
+    def drop_replaced(self) -> None:
+        """Deletes what was set aside, now that the new result is whole; what castlm did not write stays."""
+        folder = self.path / _ASIDE
+        for aside in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if left := discard(aside):
+                note(f"castlm did not write {left[0]!r} in {aside}: it stays there")
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

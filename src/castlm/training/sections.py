@@ -1,0 +1,309 @@
+"""The options of a run in sections, one dataclass each. `TrainConfig` inherits them all.
+
+A component declares the sections that it reads, and nothing else of the config: `def learning_rate(step, config:
+OptimizerOptions)`. The docstring after a field is its help text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal
+
+from castlm.core.decay import DECAYS
+from castlm.fields import choice
+from castlm.methods.table import METHODS
+
+Bound = tuple[str, bool, str]
+"""A field, whether its value is allowed, and what is allowed."""
+
+
+def essential(default: Any = MISSING, **more: Any) -> Any:
+    """A field among the ten options that `--help` describes in full; positional in Python if it has no default."""
+    if default is MISSING:
+        return field(metadata={"essential": True, **more})
+    return field(default=default, kw_only=True, metadata={"essential": True, **more})
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The dense model, and which of its layers become sparse."""
+
+    model: str = essential()
+    """Dense causal LM: a local Hugging Face folder, hub id, GGUF file, or "demo" (SmolLM2-135M-Instruct)."""
+
+    revision: str | None = field(default=None, kw_only=True)
+    """Branch, tag or commit of a hub model."""
+
+    trust_remote_code: bool = field(default=False, kw_only=True)
+    """Run the Python code that comes with a hub model."""
+
+    pattern: str = field(default="2:4", kw_only=True)
+    """n:m, where n of every m consecutive weights along the input axis are kept."""
+
+    left_dense: tuple[str, ...] = field(default=(), kw_only=True)
+    """More layers to leave dense: every layer whose name contains one of these texts."""
+
+    def bounds(self) -> Iterator[Bound]:
+        yield "left_dense", all(part.strip() for part in self.left_dense), "parts of names"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The training text."""
+
+    dataset: str = essential()
+    """Training text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub name (streamed)."""
+
+    column: str = field(default="text", kw_only=True)
+    """Column that holds the text in .jsonl and .parquet."""
+
+    dataset_split: str = field(default="train", kw_only=True)
+    """Split of a hub dataset."""
+
+    dataset_config: str | None = field(default=None, kw_only=True)
+    """Configuration of a hub dataset."""
+
+    seq_len: int = essential(512)
+    """Tokens per sequence."""
+
+    repeat_blocks: bool = field(default=False, kw_only=True)
+    """Cut every epoch into the same sequences, so that teacher_cache serves all epochs after the first."""
+
+    seed: int = field(default=0, kw_only=True)
+    """Seed of the data order, the dropout and the held-out split."""
+
+    prefetch: bool = field(default=True, kw_only=True)
+    """Tokenize the next batch in a thread during the current step."""
+
+    def bounds(self) -> Iterator[Bound]:
+        yield "seq_len", self.seq_len >= 2, "at least 2"
+        yield "seed", self.seed >= 0, "at least 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """How the model becomes sparse."""
+
+    method: str = choice("cast", METHODS)
+    """Training method: CAST, one of its rivals, or the dense control."""
+
+    decay: str = choice("horizon", DECAYS)
+    """How CAST decays masked weights to zero; see AdamS."""
+
+    decay_end: float = 0.1
+    """Fraction of max_steps after which "horizon" has every masked weight at zero."""
+
+    lam: float | Literal["auto"] = 4e-7
+    """Decay coefficient of "proportional" and "additive", about the size of the gradient. auto measures the momentum
+    first."""
+
+    mask_interval: int = 10
+    """Steps between mask refreshes (T1)."""
+
+    srste_lam: float = 5e-3
+    """Decay coefficient of the methods srste and ast: the gradient of a masked weight gains srste_lam times the weight.
+    Our tables use 0.005 for SmolLM2-135M and 0.05 for stories260K."""
+
+    scale_groups: int = 2
+    """Learnable scale factors per weight row, folded into the weights at the end. 0 turns weight scaling off."""
+
+    ignore_decay_budget: bool = False
+    """Run even if the decay budget says that masked weights cannot reach zero."""
+
+    def bounds(self) -> Iterator[Bound]:
+        yield "decay_end", 0 < self.decay_end <= 1, "in (0, 1]"
+        yield "lam", self.lam == "auto" or float(self.lam) >= 0, "at least 0, or auto"
+        yield "srste_lam", self.srste_lam >= 0, "at least 0"
+        yield "mask_interval", self.mask_interval >= 1, "at least 1"
+        yield "scale_groups", self.scale_groups >= 0, "at least 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions:
+    """The sparse weights and masks before step 0."""
+
+    init_from: str | None = essential(None)
+    """Start of the run: magnitude, wanda, sparsegpt, or an n:m model (folder or hub id) whose masks and weights are
+    taken. The default is sparsegpt for cast and magnitude for the other methods. cast refreshes its masks only when it
+    starts from magnitude."""
+
+    calibration_sequences: int = 128
+    """Training sequences that wanda and sparsegpt are calibrated on."""
+
+    def bounds(self) -> Iterator[Bound]:
+        yield "calibration_sequences", self.calibration_sequences >= 1, "at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherOptions:
+    """Distillation from the dense model."""
+
+    eta: float = 2 / 3
+    """Weight of the KL divergence to the dense teacher in the loss, 0 to 1. 0 trains without a teacher."""
+
+    temperature: float = 1.0
+    """Temperature of the KL divergence, which is multiplied by its square."""
+
+    teacher_top_k: int = 0
+    """Distill from the teacher's top-k tokens; the rest of the distribution is pooled into one bucket. 0 uses the full
+    distribution."""
+
+    teacher_cache: str | None = None
+    """Folder that stores the teacher's top-k tokens, 8 bytes each, for later epochs and runs on the same text."""
+
+    def bounds(self) -> Iterator[Bound]:
+        yield "eta", 0 <= self.eta <= 1, "between 0 and 1"
+        yield "temperature", self.temperature > 0, "above 0"
+        yield "teacher_top_k", self.teacher_top_k >= 0, "at least 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """Optimizer, schedule and batch."""
+
+    max_steps: int = essential(300)
+    """Optimizer steps, the horizon T of the method. It cannot change on resume."""
+
+    learning_rate: float = essential(3e-4)
+    """Peak learning rate."""
+
+    per_device_train_batch_size: int = essential(8)
+    """Sequences per device and micro-step."""
+
+    gradient_accumulation_steps: int = 1
+    """Micro-steps per optimizer step."""
+
+    warmup_ratio: float = 0.05
+    """Fraction of max_steps in which the learning rate rises linearly from 0."""
+
+    min_lr_ratio: float = 0.1
+    """The learning rate ends at this fraction of its peak."""
+
+    adam_betas: tuple[float, float] = (0.5, 0.99)
+    """Decay rates of Adam's moments."""
+
+    adam_epsilon: float = 1e-8
+    """Added to the square root of the second moment."""
+
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down. 0 turns clipping off."""
+
+    second_moment: Literal["gradient", "mix"] | None = None
+    """What AdamS squares for its second moment: the gradient, as Adam does, or the paper's mix. The default is
+    gradient wherever the decay allows it."""
+
+    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """Storage of Adam's moments. bf16 stores the first moment in two bytes, 8bit both moments in one: about 2 and 6
+    bytes less per weight."""
+
+    def bounds(self) -> Iterator[Bound]:
+        yield "max_steps", 1 <= self.max_steps <= 10**9, "between 1 and 1000000000"
+        yield "learning_rate", self.learning_rate > 0, "above 0"
+        yield "per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"
+        yield "gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"
+        yield "warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1)"
+        yield "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "between 0 and 1"
+        yield "adam_betas", all(0 <= beta < 1 for beta in self.adam_betas), "in [0, 1)"
+        yield "adam_epsilon", self.adam_epsilon > 0, "above 0"
+        yield "max_grad_norm", self.max_grad_norm >= 0, "at least 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Perplexity during the run."""
+
+    eval_dataset: str | None = essential(None)
+    """Text for the perplexity. Without it, eval_fraction of the training documents are held out."""
+
+    eval_fraction: float = 0.02
+    """Fraction of the documents that is held out if there is no eval_dataset."""
+
+    eval_tokens: int = 32768
+    """Maximum number of tokens that are evaluated. 0 evaluates all of them."""
+
+    eval_steps: int = 0
+    """Steps between evaluations. 0 evaluates ten times in a run."""
+
+    def bounds(self) -> Iterator[Bound]:
+        yield "eval_fraction", 0 < self.eval_fraction < 1, "between 0 and 1"
+        yield "eval_tokens", self.eval_tokens >= 0, "at least 0"
+        yield "eval_steps", self.eval_steps >= 0, "at least 0"
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """The output folder, checkpoints and logs."""
+
+    output_dir: str = essential()
+    """New folder for the run. The verified model is written to `output_dir/model`."""
+
+    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = field(default="source", kw_only=True)
+    """What the result is written in. source: what the dense model is stored in."""
+
+    save_steps: int = field(default=100, kw_only=True)
+    """Steps between checkpoints; there is one at the end too. 0 saves only on Ctrl-C and SIGTERM."""
+
+    save_total_limit: int = field(default=2, kw_only=True)
+    """Number of checkpoints that are kept."""
+
+    async_save: bool = field(default=True, kw_only=True)
+    """Write checkpoints while training goes on. It takes one more copy of weights and moments in host memory."""
+
+    resume: bool = field(default=False, kw_only=True)
+    """Continue from the newest whole checkpoint in output_dir."""
+
+    overwrite: bool = field(default=False, kw_only=True)
+    """Replace an earlier run in output_dir."""
+
+    log_steps: int = field(default=1, kw_only=True)
+    """Steps between lines in metrics.jsonl."""
+
+    report_to: tuple[Literal["tensorboard", "none"], ...] = field(default=("tensorboard",), kw_only=True)
+    """Where metrics go beside metrics.jsonl: tensorboard (where it is installed), or none."""
+
+    def bounds(self) -> Iterator[Bound]:
+        yield "save_steps", self.save_steps >= 0, "at least 0"
+        yield "save_total_limit", self.save_total_limit >= 1, "at least 1"
+        yield "log_steps", self.log_steps >= 1, "at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions:
+    """Device, precision and ranks."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto uses CUDA if there is a GPU."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type of the forward and backward pass; master weights are fp32. auto uses bf16 where it is fast."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time, far less memory."""
+
+    fused_optimizer: Literal["auto", "on", "off"] = "auto"
+    """One-pass AdamS: C++ kernels on a CPU, torch.compile on a GPU. auto uses it on a CPU if the kernels are built and
+    on a GPU from 10M parameters."""
+
+    sharding: Literal["full", "replicate", "hybrid"] = "full"
+    """Under torchrun: FSDP2 over all ranks, one copy per rank, or FSDP2 within a node and copies across nodes."""
+
+    timeout_s: float = 600
+    """Under torchrun: seconds that a rank waits for the others before the run stops and names the missing ones."""
+
+    def bounds(self) -> Iterator[Bound]:
+        yield "timeout_s", 0 < self.timeout_s <= 10**9, "above 0 and at most 1000000000"
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelOptions,
+    "data": DataOptions,
+    "method": MethodOptions,
+    "start": StartOptions,
+    "teacher": TeacherOptions,
+    "optimizer": OptimizerOptions,
+    "evaluation": EvaluationOptions,
+    "checkpoint": CheckpointOptions,
+    "runtime": RuntimeOptions,
+}
+"""The sections in the order of the help, by the name that a YAML file may use."""

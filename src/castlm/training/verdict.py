@@ -1,0 +1,41 @@
+"""The verdict on a run: whether training improved on the start. No torch here: reports do without."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+DIVERGED_FACTOR = 10.0
+"""A result whose perplexity is more than this many times the dense model's has diverged."""
+
+
+def verdict(perplexities: Mapping[str, float]) -> dict[str, Any]:
+    """Whether training left the model better than it found it, and why.
+
+    Args:
+        perplexities: `record["perplexity"]` of a run: `pruned` (of the dense control `trained`), and `dense` and
+            `one_shot` where they were measured.
+
+    Returns:
+        `{"ok": bool, "reason": str}`. `ok` is False when the perplexity is not finite, is above that of the one-shot
+        start, or is above ten times that of the dense model.
+
+    Example:
+        >>> verdict({"dense": 6.0, "one_shot": 14.0, "pruned": 8.0})["reason"]
+        'perplexity 8.000, below the one-shot start (14.000), 1.33 times the dense model (6.000)'
+        >>> verdict({"dense": 6.0, "one_shot": 14.0, "pruned": 15.0})["ok"]
+        False
+    """
+    found = perplexities.get("pruned", perplexities.get("trained"))
+    dense, one_shot = perplexities.get("dense"), perplexities.get("one_shot")
+    if found is None or not math.isfinite(found):
+        return {"ok": False, "reason": f"the perplexity is {found}"}
+    parts, ok = [f"perplexity {found:,.3f}"], True
+    if one_shot is not None:
+        ok = found <= one_shot
+        parts.append(f"{'below' if ok else 'ABOVE'} the one-shot start ({one_shot:,.3f})")
+    if dense is not None:
+        ok = ok and found <= DIVERGED_FACTOR * dense
+        parts.append(f"{found / dense:.2f} times the dense model ({dense:,.3f})")
+    return {"ok": ok, "reason": ", ".join(parts)}

@@ -1,0 +1,128 @@
+"""YAML as a user means it: the rules of YAML 1.2 for numbers and booleans, and nothing that can surprise.
+
+PyYAML follows YAML 1.1, in which `2:4` is 124 (base 60), `1e-4` is text, `010` is 8, `no` is false and a date is an
+object. Here they are text, a number, text, text and text; `castlm.fields` then reads text as the option asks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+from castlm.core.errors import InputError
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 20
+
+
+def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML file that holds a mapping. All keys are text, and no file takes long to read.
+
+    Raises:
+        InputError: the file is missing, no regular file, larger than 1 MiB, not UTF-8, not valid YAML or not a mapping;
+            it repeats a key, uses an alias or a tag, or nests deeper than 20 levels.
+    """
+    return parse_yaml_mapping(_read_text(path), str(path))
+
+
+def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
+    """As `read_yaml_mapping`, of text that was read from `source`."""
+    import yaml
+
+    try:
+        _check_events(text, source)
+        loader = _loader(source)(text)
+        content = loader.get_single_data()
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        kind = {type(None): "nothing", str: "text", list: "a list"}.get(type(content), "a number")
+        raise InputError(f"{source} holds {kind}, not a mapping: write lines as `max_steps: 300`")
+    return content
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a FIFO must not block
+        try:
+            mode = os.fstat(descriptor).st_mode
+            raw = os.read(descriptor, MAX_BYTES + 1) if stat.S_ISREG(mode) else None
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"cannot read {str(path)!r}: its name holds a NUL character") from None
+    if raw is None:
+        raise InputError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}: give a YAML file")
+    if len(raw) > MAX_BYTES:
+        raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: that is not a file of options")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8: save it as UTF-8") from None
+
+
+def _check_events(text: str, source: str) -> None:
+    """Refuses what makes a small file large or deep, before anything is built from it."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        where = f"{source}, line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise InputError(f"{where}: the alias *{event.anchor} is not supported: write the value again")
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise InputError(f"{where}: the tag {event.tag} is not supported: leave it out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise InputError(f"{where}: more than {MAX_DEPTH} levels inside each other")
+
+
+_PLAIN = {
+    "null": re.compile(r"~|null|Null|NULL|"),
+    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
+    "int": re.compile(r"-?(0|[1-9][0-9]{0,18})"),
+    "float": re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?"),
+}
+
+
+def _plain_value(text: str) -> Any:
+    """The value of a scalar without quotes; whatever is not clearly a number, boolean or null is text."""
+    kind = next((kind for kind, form in _PLAIN.items() if form.fullmatch(text)), "text")
+    if kind == "bool":
+        return text.lower() == "true"
+    return {"null": lambda _: None, "int": int, "float": float, "text": str}[kind](text)
+
+
+def _loader(source: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Builds mappings, lists and scalars, and resolves nothing else."""
+
+        yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(node)
+            if isinstance(node, yaml.SequenceNode):
+                return [self.construct_object(item) for item in node.value]
+            return _plain_value(node.value) if node.style is None else node.value
+
+        def _mapping(self, node: Any) -> dict[Hashable, Any]:
+            found: dict[Hashable, Any] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if not isinstance(key, yaml.ScalarNode):
+                    raise InputError(f"{source}, line {line}: a key has to be text")
+                if key.value in found:
+                    raise InputError(f"{source}, line {line}: the key {key.value} is there twice: keep one")
+                found[key.value] = self.construct_object(value)
+            return found
+
+    return Loader

@@ -1,0 +1,335 @@
+"""TrainConfig and the command line: what is accepted, what is refused in one line, and what the help shows."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from castlm.cli.main import main
+from castlm.cli.options import command_line, parse
+from castlm.cli.train import parse_train
+from castlm.core.decay import DECAYS, Decay
+from castlm.core.errors import InputError
+from castlm.fields import COMMAND_LINE, build, convert, docs_of, positional, suggest
+from castlm.methods.table import METHODS, Method
+from castlm.training.config import RECIPES, TrainConfig
+from castlm.training.sections import SECTIONS
+from castlm.yaml_file import read_yaml_mapping
+
+REQUIRED = {"model": "m", "dataset": "d", "output_dir": "o"}
+
+
+def from_yaml(tmp_path: Path, text: str) -> TrainConfig:
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    return TrainConfig.from_mapping({**REQUIRED, **read_yaml_mapping(file)}, str(file))
+
+
+def refusal(arguments: list[str], capsys) -> str:
+    """The one line of a command that is refused."""
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("castlm: error: ")
+    return error
+
+
+# ------------------------------------------------------------------------------------------------------- the object
+
+
+def test_replace_resolves_derived_defaults_again():
+    config = TrainConfig(**REQUIRED)
+    assert config.start == "sparsegpt"
+    assert replace(config, method="dense").start == "magnitude"
+    assert replace(config, method="srste").start == "magnitude"
+    assert replace(replace(config, method="dense"), method="cast") == config
+    with pytest.raises(InputError, match="starts dense"):
+        replace(config, method="dense", init_from="wanda")
+
+
+def test_every_option_is_in_one_section_and_has_help():
+    names = [field.name for section in SECTIONS.values() for field in dataclasses.fields(section)]
+    assert sorted(names) == sorted(field.name for field in dataclasses.fields(TrainConfig))
+    assert set(docs_of(TrainConfig)) == set(names)
+
+
+def test_yaml_takes_options_flat_or_in_sections():
+    flat = {**REQUIRED, "learning_rate": 1e-3, "method": "ste", "eta": 0.5}
+    sections = {
+        "model": {"model": "m"},
+        "data": {"dataset": "d"},
+        "checkpoint": {"output_dir": "o"},
+        "optimizer": {"learning_rate": 1e-3},
+        "method": {"method": "ste"},
+        "eta": 0.5,
+    }
+    assert TrainConfig.from_mapping(flat) == TrainConfig.from_mapping(sections)
+
+
+def test_a_config_survives_its_own_yaml(tmp_path):
+    config = TrainConfig("m", "d", "o", pattern="4:8", left_dense=("--odd", "x"), adam_betas=(0.9, 0.95), lam="auto")
+    again = TrainConfig.from_mapping(read_yaml_mapping_of(config, tmp_path))
+    assert again == replace(config, init_from="sparsegpt")  # the file says which start the run used
+
+
+def read_yaml_mapping_of(config: TrainConfig, tmp_path: Path) -> dict:
+    file = tmp_path / "config.yaml"
+    file.write_text(config.as_yaml(), encoding="utf-8")
+    return read_yaml_mapping(file)
+
+
+def test_a_recipe_is_overridden_by_what_is_given():
+    config = TrainConfig.from_mapping({**REQUIRED, "recipe": "paper", "seq_len": 77})
+    assert config.seq_len == 77
+    assert config.decay == RECIPES["paper"]["decay"]
+    with pytest.raises(InputError, match="recipe = 'papr' is not one of castlm, paper; did you mean paper"):
+        TrainConfig.from_mapping({**REQUIRED, "recipe": "papr"})
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"lr": 1}, "x.yaml: there is no option lr; did you mean learning_rate?"),
+        ({"initial_mask": "wanda"}, "did you mean init_from?"),
+        ({"lerning_rate": 1}, "did you mean learning_rate?"),
+        ({"optimizer": {"eta": 1}}, "no option eta.*section optimizer"),
+        ({"optimizer": {"max_steps": 1}, "max_steps": 2}, "max_steps is given twice"),
+        ({"max_steps": None}, "x.yaml: max_steps = null is not a whole number"),
+        ({"max_steps": 1.5}, "max_steps = 1.5 is not a whole number"),
+        ({"max_steps": True}, "max_steps = True is not a whole number"),
+        ({"max_steps": 10**30}, "max_steps = 10+ is not a whole number: it has more than 64 bits"),
+        ({"max_steps": 10**12}, "max_steps = 1000000000000 is out of range"),
+        ({"learning_rate": float("nan")}, "learning_rate = nan is not a number: it has to be finite"),
+        ({"adam_epsilon": "inf"}, "adam_epsilon = 'inf' is not a number: it has to be finite"),
+        ({"learning_rate": 10**400}, "learning_rate = 10+... is not a number"),
+        ({"lam": "automatic"}, "lam = 'automatic' is not a number or auto"),
+        ({"adam_betas": [0.9]}, "adam_betas = .* is not a list: it takes 2 values"),
+        ({"method": "casts"}, "method = 'casts' is not one of .*; did you mean cast?"),
+        ({"pattern": "4:2"}, "4:2"),
+        ({"dataset": ""}, "dataset = '' is not text: it is empty"),
+        ({"output_dir": None}, "output_dir = null is not text"),
+        ({"output_dir": "a\0b"}, "NUL character"),
+        ({"output_dir": "a\udc80"}, "not UTF-8"),
+        ({"model": "~nosuchuser/model"}, "there is no such user"),
+        ({"model": [1]}, r"model = \[1\] is not text"),
+        ({"left_dense": [""]}, "left_dense"),
+        ({"prefetch": "maybe"}, "prefetch = 'maybe' is not true or false"),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
+        ({"timeout_s": 1e300}, "timeout_s = 1e\\+300 is out of range"),
+    ],
+)
+def test_values_that_are_refused(mapping, message):
+    with pytest.raises(InputError, match=message) as error:
+        TrainConfig.from_mapping({**REQUIRED, **mapping}, "x.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_python_call_is_checked_like_a_file():
+    with pytest.raises(InputError, match="learning_rate = 'fast' is not a number"):
+        TrainConfig("m", "d", "o", learning_rate="fast")
+    assert TrainConfig(Path("m"), "d", "o", adam_betas=[0.9, 0.95], learning_rate=1).adam_betas == (0.9, 0.95)
+
+
+# ----------------------------------------------------------------------------------------------------------- YAML
+
+
+def test_yaml_numbers_mean_what_they_look_like(tmp_path):
+    text = "pattern: 2:4\nlearning_rate: 1e-4\nmax_steps: 1_000\nseed: 007\ncolumn: no\nprefetch: off\nrevision: 2024\n"
+    config = from_yaml(tmp_path, text)
+    assert (config.pattern, config.learning_rate, config.max_steps, config.seed) == ("2:4", 1e-4, 1000, 7)
+    assert (config.column, config.prefetch, config.revision) == ("no", False, "2024")
+    file = tmp_path / "plain.yaml"
+    file.write_text("a: 2001-12-14\nb: 0o17\nc: 0x1F\nd: 1:20:30\ne: ~\nf: [1, 2.5, 'x']\ng: .inf\n")
+    expected = {"a": "2001-12-14", "b": "0o17", "c": "0x1F", "d": "1:20:30", "e": None, "f": [1, 2.5, "x"], "g": ".inf"}
+    assert read_yaml_mapping(file) == expected
+
+
+def test_list_values_that_look_like_options_are_values(tmp_path):
+    config = from_yaml(tmp_path, "left_dense: [--overwrite, --resume]\n")
+    assert config.left_dense == ("--overwrite", "--resume")
+    assert not config.overwrite
+    assert not config.resume
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"max_steps: 1\nmax_steps: 2\n", "line 2: the key max_steps is there twice"),
+        (b"a: &x [1]\nb: *x\n", r"the alias \*x is not supported"),
+        (b"a: !!python/object/apply:os.system [true]\n", "tag .* is not supported"),
+        (b"a: !!timestamp 9999-99-99\n", "tag .* is not supported"),
+        (b"a: " + b"[" * 5000, "more than 20 levels"),
+        (b"? [a]\n: b\n", "a key has to be text"),
+        (b"- 1\n", "holds a list, not a mapping"),
+        (b"", "holds nothing, not a mapping"),
+        (b"a: [1\n", "is not valid YAML"),
+        (b"a: \xff\n", "is not UTF-8"),
+        (b"a: 1\n---\nb: 2\n", "is not valid YAML"),
+        (b"a: \x00\n", "is not valid YAML"),
+        (b"#" * (1 << 20) + b"#", "larger than 1 MiB"),
+    ],
+)
+def test_yaml_that_is_refused(content, message, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        read_yaml_mapping(file)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_a_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path, message in (
+        ("fifo", "is not a regular file"),
+        (".", "is a folder"),
+        ("none", "No such file"),
+        ("a\0", "NUL"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_yaml_mapping(f"{tmp_path}/{path}")
+    with pytest.raises(InputError, match="is not a regular file"):
+        read_yaml_mapping("/dev/zero")
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+
+def test_later_files_and_then_options_override(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("recipe: paper\nmodel: m\ndataset: d\nseq_len: 10\neta: 0.1\nseed: 1\n")
+    second.write_text("eta: 0.2\nseed: 2\n")
+    config, _ = parse_train(["--config", str(first), "--output-dir=o", f"--config={second}", "--seed", "3"])
+    assert (config.decay, config.seq_len, config.eta, config.seed) == ("proportional", 10, 0.2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "1"], "there is no option --lr; did you mean --learning-rate?"),
+        (["--max-step=3"], "there is no option --max-step; did you mean --max-steps?"),
+        (["--max-steps", "x"], "--max-steps = 'x' is not a whole number"),
+        (["--max-steps"], "expected one argument"),
+        (["--model", "m"], "dataset is missing: give --dataset"),
+        (["extra"], "unrecognized arguments: extra"),
+        (["--adam-betas", "0.9"], "expected 2 arguments"),
+        (["--moments", "4bit"], "--moments = '4bit' is not one of fp32, bf16, 8bit; did you mean 8bit?"),
+    ],
+)
+def test_options_that_are_refused(arguments, message, capsys):
+    assert message in refusal(["train", *arguments], capsys)
+
+
+def test_hugging_face_spelling_and_both_sides_of_a_switch():
+    base = ["--model=m", "--dataset=d", "--output_dir=o", "--learning_rate", "1e-5"]
+    config, _ = parse_train([*base, "--no-prefetch", "--resume", "--no-resume", "--left-dense", "a", "b"])
+    assert (config.learning_rate, config.prefetch, config.resume) == (1e-5, False, False)
+    assert config.left_dense == ("a", "b")
+
+
+def test_help_of_train_fits_on_two_screens_and_needs_no_torch():
+    code = (
+        "import sys; from castlm.cli.main import main\n"
+        "try: main(['train', sys.argv[1]])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'transformers', 'rich', 'datasets'} & set(sys.modules), sorted(sys.modules)"
+    )
+    short, long = (
+        subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, check=True).stdout
+        for option in ("--help", "--help-all")
+    )
+    lines = short.splitlines()
+    assert len(lines) <= 100
+    assert max(map(len, [*lines, *long.splitlines()])) <= 100
+    essential = short.partition("most important options:")[2].partition("\n\n")[0]
+    assert sum(line.startswith("  --") for line in essential.splitlines()) == 10
+    assert "  --config " in essential
+    for title in SECTIONS:
+        assert f"\n{title}:" in short
+    for option in (option.name.replace("_", "-") for option in dataclasses.fields(TrainConfig)):
+        assert f"--{option}" in short or f"--no-{option}" in short
+        assert f"  --{option}" in long or f"  --no-{option}" in long
+    for clumsy in ("{None}", "None", "0.6666", "--no-no", "MISSING"):
+        assert clumsy not in long
+
+
+def test_the_list_of_commands_imports_nothing_heavy():
+    code = (
+        "import sys; from castlm.cli.main import main; main(['--help'])\n"
+        "assert not {'torch', 'yaml', 'argparse', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@dataclass
+class Options:
+    """Try things."""
+
+    path: str = positional()
+    """Where."""
+
+    size: int = field(default=3, metadata={"at_least": 1})
+    """How large."""
+
+    ratio: float | None = None
+    mode: Literal["a", "b"] = "a"
+    fast: bool = True
+    names: tuple[str, ...] = ()
+
+
+def test_a_dataclass_becomes_a_command_line_and_back(capsys):
+    options = parse(Options, ["p", "--size", "4", "--no-fast", "--names", "x", "y"], "try")
+    assert options == Options("p", 4, None, "a", False, ("x", "y"))
+    assert command_line("try", Options("-p", 4, fast=False)) == "castlm try --path=-p --size 4 --no-fast"
+    with pytest.raises(InputError, match="--size = 0 is out of range: it must be at least 1"):
+        parse(Options, ["p", "--size", "0"], "try")
+    with pytest.raises(InputError, match="the following arguments are required: path"):
+        parse(Options, [], "try")
+    with pytest.raises(SystemExit):
+        parse(Options, ["--help"], "try")
+    out = capsys.readouterr().out
+    assert "usage: castlm try PATH [OPTIONS]" in out
+    assert "--size INT                  How large. (default: 3)" in out
+    assert "--no-fast" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("lr", "learning_rate"), ("max_step", "max_steps"), ("batch-size", "per_device_train_batch_size"), ("zzz", None)],
+)
+def test_suggestions(name, meant):
+    assert suggest(name, [field.name for field in dataclasses.fields(TrainConfig)]) == meant
+
+
+def test_values_keep_their_type():
+    assert convert("x", "3", int | None) == 3
+    assert convert("x", None, int | None) is None
+    assert convert("x", "auto", float | Literal["auto"]) == "auto"
+    assert convert("x", 2, float | Literal["auto"]) == 2.0
+    assert build(Options, {"path": 5}, COMMAND_LINE).path == "5"
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def test_a_method_and_a_decay_are_added_in_their_table_alone(monkeypatch, capsys):
+    monkeypatch.setitem(METHODS, "toy", Method("dense", "Dense", starts_dense=True))
+    monkeypatch.setitem(DECAYS, "toy", Decay(ramp=lambda *_: 0.0, needs_lam=False, exact_zero=False))
+    config, _ = parse_train(["--model=m", "--dataset=d", "--output-dir=o", "--method", "toy", "--decay", "toy"])
+    assert (config.method, config.decay) == ("toy", "toy")
+    with pytest.raises(SystemExit):
+        parse_train(["--help-all"])
+    out = capsys.readouterr().out
+    assert "|toy" in out.partition("--method ")[2].partition("\n")[0]
+    assert "|toy" in out.partition("--decay ")[2].partition("\n")[0]
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda f: f.stem)
+def test_configs_are_read(file):
+    assert TrainConfig.from_mapping({**REQUIRED, **read_yaml_mapping(file)}, str(file)).pattern == "2:4"
+    assert yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -1,0 +1,228 @@
+"""Output folders: only castlm's own files are deleted, no input is overwritten, and one process has a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from castlm.core.errors import InputError
+from castlm.files import add_file_list
+from castlm.output import claimed, locked, read_result, refuse_inputs_inside
+from castlm.owned import LAYOUT, OUTPUT, command_of, content, discard, foreign_names
+
+
+def write(file: Path, text: str = "x") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file
+
+
+def train_folder(folder: Path) -> Path:
+    """What a killed run that replaced a finished one leaves."""
+    write(folder / OUTPUT, json.dumps({"command": "train", "run_id": "1", "files": {}}))
+    for name in (
+        *("metrics.jsonl", "tensorboard/events.out.tfevents.1.host.2.0", "checkpoints/step-00000002/manifest.json"),
+        *("checkpoints/step-00000002/__0_0.distcp", "checkpoints/.step-00000004.tmp/__1_0.distcp"),
+        *(".model.tmp-1@host/model.safetensors", ".config.yaml.tmp-1-ab", ".castlm.lock"),
+    ):
+        write(folder / name)
+    write(folder / "model" / "model.safetensors")
+    add_file_list(folder / "model")
+    write(folder / "replaced" / "0" / "metrics.jsonl")
+    write(folder / "replaced" / "0" / OUTPUT, json.dumps({"command": "train"}))
+    return folder
+
+
+FOREIGN = (
+    *("thesis.txt", "checkpoints/notes.txt", "checkpoints/step-00000002/notes.txt", "model/notes.md", "mine/a/b.txt"),
+    *("checkpoints/step-00000002/__a.py", "tensorboard/mine", "replaced/0/data.txt", "replaced/data.txt", ".hidden"),
+)
+
+
+def test_everything_that_a_run_leaves_is_its_own(tmp_path):
+    folder = train_folder(tmp_path / "run")
+    assert foreign_names(folder) == []
+    assert discard(folder) == []
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_a_user_put_there_is_named_and_stays(name, tmp_path):
+    folder = train_folder(tmp_path / "run")
+    write(folder / name, "mine")
+    with (
+        pytest.raises(InputError, match=f"'{name}', which castlm did not write"),
+        claimed(folder, "train", overwrite=True),
+    ):
+        pass
+    assert discard(folder) == [name]
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == [Path(name).name]
+    assert (folder / name).read_text() == "mine"
+
+
+def test_a_result_that_was_edited_is_foreign(tmp_path):
+    folder = train_folder(tmp_path / "run")
+    (folder / "model" / "model.safetensors").write_text("y")
+    assert foreign_names(folder) == ["model/model.safetensors"]
+
+
+def test_links_are_foreign_and_are_not_followed(tmp_path):
+    folder = train_folder(tmp_path / "run")
+    data = write(tmp_path / "data" / "a.txt")
+    (folder / "tensorboard" / "events.out.tfevents.link").symlink_to(data)
+    (folder / "checkpoints" / "step-00000003").symlink_to(data.parent)
+    assert foreign_names(folder) == ["checkpoints/step-00000003", "tensorboard/events.out.tfevents.link"]
+    discard(folder)
+    assert data.read_text() == "x"
+
+
+def test_the_output_of_another_command_within_is_foreign(tmp_path):
+    folder = train_folder(tmp_path / "run")
+    write(folder / "my-prune" / "model.safetensors")
+    add_file_list(folder / "my-prune")
+    assert foreign_names(folder) == ["my-prune/castlm.json", "my-prune/model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "record", ["", "{", "[]", "[" * 100_000, '{"command": "rm"}', '{"command": ["train"]}', '{"files": 3}']
+)
+def test_a_folder_without_a_whole_record_is_not_overwritten(record, tmp_path):
+    write(tmp_path / "run" / OUTPUT, record)
+    write(tmp_path / "run" / "metrics.jsonl")
+    with pytest.raises(InputError, match="no record of what"), claimed(tmp_path / "run", "train", overwrite=True):
+        pass
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [OUTPUT, "metrics.jsonl"]
+
+
+def test_a_record_cannot_name_what_is_outside(tmp_path):
+    data = write(tmp_path / "data.txt")
+    write(tmp_path / "run" / "castlm.json", json.dumps({"files": {"../data.txt": "0", str(data): "0"}}))
+    assert discard(tmp_path / "run") == []
+    assert data.read_text() == "x"
+    for name in ("../data.txt", str(data)):
+        write(tmp_path / "run" / "castlm.json", json.dumps({"files": {name: "0"}}))
+        with pytest.raises(InputError, match="missing or has changed"):
+            read_result(tmp_path / "run")
+
+
+def test_overwrite_is_for_the_same_command(tmp_path):
+    for command in LAYOUT:
+        write(tmp_path / command / OUTPUT, json.dumps({"command": command}))
+        assert command_of(tmp_path / command) == command
+        with claimed(tmp_path / command, command, overwrite=True):
+            pass
+        for other in {*LAYOUT, "result"} - {command}:
+            with (
+                pytest.raises(InputError, match=f"another command .{command}"),
+                claimed(tmp_path / command, other, overwrite=True),
+            ):
+                pass
+
+
+# ---- inputs
+
+
+@pytest.mark.parametrize("how", ["itself", "inside", "link to it", "link inside it", "dots", "glob", "relative"])
+def test_an_input_in_the_output_folder_is_refused(how, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    data = write(out / "sub" / "data.txt")
+    (tmp_path / "link").symlink_to(out)
+    outside = write(tmp_path / "elsewhere" / "a.txt")
+    (out / "to-outside").symlink_to(outside)
+    monkeypatch.chdir(tmp_path)
+    value = {
+        "itself": str(out),
+        "inside": str(data),
+        "link to it": str(tmp_path / "link" / "sub" / "data.txt"),
+        "link inside it": str(out / "to-outside"),
+        "dots": str(tmp_path / "elsewhere" / ".." / "out" / "sub"),
+        "glob": str(tmp_path / "*" / "sub" / "*.txt"),
+        "relative": "out/sub/data.txt",
+    }[how]
+    for folder in (out, tmp_path / "link", Path("out")):
+        with (
+            pytest.raises(InputError, match=r"dataset .* is in the output folder"),
+            claimed(folder, "train", overwrite=True, inputs={"model": None, "dataset": value}),
+        ):
+            pass
+    assert data.read_text() == "x"
+
+
+def test_other_inputs_are_not_refused(tmp_path):
+    write(tmp_path / "out-2" / "data.txt")
+    for value in ("owner/name", "demo", "~nosuchuser/x", "a\0b", str(tmp_path / "out-2" / "data.txt"), str(tmp_path)):
+        refuse_inputs_inside(tmp_path / "out", {"dataset": value})
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "~nosuchuser/out", os.fsdecode(b"caf\xe9")])
+def test_unusable_names_are_one_line(path):
+    with pytest.raises(InputError), claimed(path, "train"):
+        pass
+
+
+# ---- locks
+
+
+def hold(folder: Path) -> subprocess.Popen[str]:
+    """A process that holds the lock of `folder`."""
+    program = f"""
+from castlm.output import claimed
+import time
+with claimed({str(folder)!r}, "train"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_folder_in_use_is_refused_until_its_process_ends(options, tmp_path):
+    process = hold(tmp_path / "run")
+    try:
+        write(tmp_path / "run" / OUTPUT, json.dumps({"command": "train"}))
+        with (
+            pytest.raises(InputError, match=rf"in use by process {process.pid} on \S+ \(castlm train\)"),
+            claimed(tmp_path / "run", "train", **options),
+        ):
+            pass
+        assert (tmp_path / "run" / OUTPUT).is_file()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            with claimed(tmp_path / "run", "train", resume=True):
+                break
+        except InputError:
+            time.sleep(0.01)
+    else:
+        pytest.fail("the lock of a dead process blocks")
+
+
+def test_a_stale_record_of_a_holder_does_not_block(tmp_path):
+    write(tmp_path / "run" / ".castlm.holder.json", json.dumps({"pid": os.getpid(), "host": "here"}))
+    write(tmp_path / "run" / ".castlm.lock", "")
+    with locked(tmp_path / "run", "train"):
+        pass
+
+
+def test_a_start_that_fails_leaves_no_trace(tmp_path):
+    with pytest.raises(ZeroDivisionError), claimed(tmp_path / "run", "train"):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    write(tmp_path / "run" / "thesis.txt")
+    with pytest.raises(ZeroDivisionError), claimed(tmp_path / "run", "train", resume=True):
+        raise ZeroDivisionError
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+    assert content(tmp_path / "run").owned == []
