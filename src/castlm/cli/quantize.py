@@ -111,11 +111,7 @@ class QuantizeCommand:
                 plain,
                 pattern=pattern,
                 left_dense={**left_dense, **manifest.get("left_dense", {})},
-                record={
-                    "base_model": self.model,
-                    **kept,
-                    "quantized": {"source": self.model, **report.record(), **text},
-                },
+                record={"base_model": self.model, **passed_on, "quantized": quantized},
                 overwrite=True,
                 dtype=save_dtype(self.save_dtype, loaded.dtype),
             )
