@@ -39,6 +39,8 @@ from castlm.locate import Location, find
 
 # Causal masks and rotary tables that old checkpoints carry and today's models compute.
 OLD_BUFFERS = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
+PACKED = "castlm"
+"""`quant_method` of a packed folder, which `load_model` unpacks."""
 _NO_TOKENIZER = "{} holds no tokenizer: copy tokenizer.json and tokenizer_config.json into it"
 
 
@@ -64,7 +66,8 @@ def load_model(
     """A causal language model and its tokenizer, on CPU, in eval mode, with every Conv1D made an `nn.Linear`.
 
     Args:
-        name: a folder in Hugging Face format, a hub id, a `.gguf` file (dequantized) or "demo".
+        name: a folder in Hugging Face format, plain or packed (unpacked), a hub id, a `.gguf` file (dequantized) or
+            "demo".
         dtype: of the weights, whatever they are stored in; None keeps what they are stored in.
         trust_remote_code: run the model's own Python code.
         revision: branch, tag or commit of a hub id.
@@ -76,6 +79,8 @@ def load_model(
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     stored = stored_dtype(where, config)
     options = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
+    if quantization_method(config) == PACKED:
+        config.quantization_config = {**config.quantization_config, "dequantize": True}
     weights: dict[str, Any] = {"use_safetensors": True}
     if where.gguf:
         weights = {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
@@ -311,10 +316,17 @@ def _check_config(where: Location, config: PretrainedConfig) -> None:
             f"{where} is not a causal language model but {', '.join(named) or config.model_type}: "
             "give one whose architecture is named ...ForCausalLM or ...LMHeadModel"
         )
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization.quant_method
+    method = quantization_method(config)
+    if method not in (None, PACKED):
         raise InputError(f"the weights of {where} are quantized ({method}): give the model that was quantized")
+
+
+def quantization_method(config: PretrainedConfig) -> str | None:
+    """`quant_method` of a config; None of a model that is not quantized."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    return str(found.get("quant_method", "?") if isinstance(found, dict) else found.quant_method)
 
 
 def _check_weights(where: Location, model: PreTrainedModel, loading_info: Mapping[str, Any]) -> None:

@@ -35,6 +35,8 @@ COMMANDS: dict[str, Command] = {
     "verify": Command("verify", "count every n:m group of a checkpoint"),
     "pack": Command("pack", "store an n:m model without its zeros: smaller, and faster on a CPU"),
     "unpack": Command("unpack", "write a packed model as a plain model folder again"),
+    "generate": Command("generate", "continue a prompt with a model, plain or packed"),
+    "serve": Command("serve", "serve a model, plain or packed, over the OpenAI API"),
     "demo": Command("demo", "run the main job on the embedded SmolLM2-135M-Instruct, in minutes, on a laptop"),
 }
 

@@ -219,7 +219,12 @@ def _write_rest(source: Path, folder: Path, plan: _Plan, n: int, m: int) -> None
     """All files but the weights: config.json and castlm.json with what was done, the others as they are."""
     _copy_small_files(source, folder)
     config = read_json(source / "config.json")
-    config["quantization_config"] = {"quant_method": "castlm", "version": format.VERSION, "pattern": f"{n}:{m}"}
+    config["quantization_config"] = {
+        "quant_method": "castlm",
+        "version": format.VERSION,
+        "pattern": f"{n}:{m}",
+        "weights": format.FILE if len(plan.files) == 1 else format.INDEX,
+    }
     if plan.cast is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(plan.cast).removeprefix("torch.")

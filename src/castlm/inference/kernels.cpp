@@ -2,16 +2,12 @@
 // activations, and the plain path that takes any pattern and any processor. `kernels_avx2.cpp` has the fast ones.
 // Called through ctypes from `native.py`, whose signatures are these.
 
-#include "matrix.h"
-
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <system_error>
-#include <thread>
 #include <vector>
+
+#include "matrix.h"
+#include "pool.h"
 
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -22,13 +18,11 @@
 namespace castlm {
 namespace {
 
-constexpr int64_t kMostThreads = 256;
 constexpr int64_t kWeightsPerThread = 1 << 16;  // fewer are multiplied sooner than a thread wakes
 constexpr int64_t kChunkBytes = 1 << 16;        // of weights that are multiplied by several batches of x in turn
 enum Error { kOk = 0, kBadSize = 1, kBadMask = 2 };
 
-// `work(first, last)` for parts of [0, count), `part` long, on as many threads. torch's own OpenMP threads where the
-// process has them: a second pool would compete with them for the cores.
+// `work(first, last)` for parts of [0, count), `part` long, on as many threads.
 template <class Work>
 void in_parallel(int64_t count, int64_t part, int64_t threads, Work work) {
   std::atomic<int64_t> next{0};
@@ -36,19 +30,7 @@ void in_parallel(int64_t count, int64_t part, int64_t threads, Work work) {
     for (int64_t first = next.fetch_add(part); first < count; first = next.fetch_add(part))
       work(first, std::min(first + part, count));
   };
-  threads = std::min({threads, (count + part - 1) / part, kMostThreads});
-  if (threads <= 1) return take();
-  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-  static const auto openmp = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  if (openmp)
-    return openmp([](void* self) { (*static_cast<decltype(take)*>(self))(); }, &take, unsigned(threads), 0);
-  std::vector<std::thread> others;
-  try {
-    while (int64_t(others.size()) + 1 < threads) others.emplace_back(take);
-  } catch (const std::system_error&) {  // no more threads are available: those that run share the work
-  }
-  take();
-  for (std::thread& other : others) other.join();
+  Pool::of_process().run(std::min(threads, (count + part - 1) / part) - 1, take);
 }
 
 // A buffer of this thread that is kept from call to call, aligned to a cache line.

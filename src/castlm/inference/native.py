@@ -150,3 +150,10 @@ def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
     )
     if code:
         raise InputError(f"rows {first} to {last} of shape {tuple(out.shape)} do not fit this packed weight")
+
+
+def return_freed_memory() -> None:
+    """Gives memory that was freed back to the system where the C library keeps it (glibc), as after loading a model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
