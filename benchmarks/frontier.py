@@ -1,6 +1,6 @@
 """What a user decides by: perplexity, bytes and speed of one model in every format, dense and 2:4: a table and a plot.
 
-    python -m benchmarks.frontier --text TEXT --calibration TEXT [--model demo] [--sparse FOLDER] [--json OUT] [--plot SVG]
+    python -m benchmarks.frontier --text TEXT --calibration TEXT [--model demo] [--sparse FOLDER] [--json O] [--plot O]
 
 Without `--sparse` the 2:4 model is the dense one pruned by SparseGPT, without training; with it, a folder or a run of
 castlm train. Weights are rounded as `castlm quantize` rounds them, and the perplexity is of the rounded weights in

@@ -97,7 +97,20 @@ def test_bad_input_is_named():
 @pytest.fixture
 def sparse_folder(tmp_path):
     save_tiny(tmp_path / "dense", "llama")
-    assert main(["prune", "--model", str(tmp_path / "dense"), "--output-dir", str(tmp_path / "sparse")]) == 0
+    assert (
+        main(
+            [
+                "prune",
+                "--model",
+                str(tmp_path / "dense"),
+                "--output-dir",
+                str(tmp_path / "sparse"),
+                "--method",
+                "magnitude",
+            ]
+        )
+        == 0
+    )
     return tmp_path / "sparse"
 
 
@@ -124,7 +137,20 @@ def test_the_command_writes_a_verified_folder(kind, sparse_folder, tmp_path, cap
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_packed_folder_holds_the_codes_and_unpacks_to_the_quantized_model(kind, family, tmp_path):
     save_tiny(tmp_path / "dense", family)
-    assert main(["prune", "--model", str(tmp_path / "dense"), "--output-dir", str(tmp_path / "sparse")]) == 0
+    assert (
+        main(
+            [
+                "prune",
+                "--model",
+                str(tmp_path / "dense"),
+                "--output-dir",
+                str(tmp_path / "sparse"),
+                "--method",
+                "magnitude",
+            ]
+        )
+        == 0
+    )
     (tmp_path / "t.txt").write_text(TEXT)
     command = ["quantize", str(tmp_path / "sparse"), "--kind", kind]
     if kind == "int4":

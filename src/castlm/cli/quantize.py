@@ -159,10 +159,10 @@ def _pack(plain: Path, folder: Path, pattern: NM, report: QuantizeReport) -> Non
 
 def _manifest(folder: str) -> dict[str, Any]:
     """The castlm.json of a model folder; empty where there is none."""
-    from castlm.export.stored import read_json
+    from castlm.reading import read_json_object
 
     file = Path(folder) / "castlm.json"
-    return read_json(file) if file.is_file() else {}
+    return read_json_object(file) if file.is_file() else {}
 
 
 def main(arguments: list[str]) -> int:

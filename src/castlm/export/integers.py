@@ -12,13 +12,13 @@ from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.core.masks import unpack_mask
-from castlm.export.stored import read_json
 from castlm.export.stream import write_safetensors
 from castlm.files import atomic_file, atomic_write_json
 from castlm.inference import format
 from castlm.inference.format import PackedSpec
 from castlm.inference.packed import PackedTensor, pack_integers
 from castlm.inference.rounding import Rounded
+from castlm.reading import read_json_object
 
 
 def store_integers(folder: str | Path, layers: Mapping[str, Rounded]) -> int:
@@ -88,4 +88,4 @@ def _index(folder: Path) -> None:
         with safe_open(path, framework="numpy") as opened:
             weight_map |= dict.fromkeys(opened.keys(), path.name)
     size = sum(path.stat().st_size for path in folder.glob("castlm-*.safetensors"))
-    atomic_write_json(file, {**read_json(file), "metadata": {"total_size": size}, "weight_map": weight_map})
+    atomic_write_json(file, {**read_json_object(file), "metadata": {"total_size": size}, "weight_map": weight_map})

@@ -19,7 +19,8 @@ from castlm import __version__
 from castlm.core.blocks import is_block_linear
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM
-from castlm.export.stored import StoredTensor, read_json, stored_tensors
+from castlm.export.folder import stored_tensors
+from castlm.export.stored import StoredTensor
 from castlm.export.stream import DTYPES, write_safetensors
 from castlm.export.verify import left_dense_reason, read_left_dense, verify
 from castlm.files import atomic_dir, atomic_write_json
@@ -27,6 +28,7 @@ from castlm.inference import format
 from castlm.inference.format import PackedSpec
 from castlm.inference.packed import PackedTensor, equal_in_bits, pack, pack_integers, round_to_int8, unpack
 from castlm.layout import guess_model_type, stored_transposed
+from castlm.reading import read_json_object
 
 Progress = Callable[[int, int], None]
 
@@ -174,10 +176,10 @@ def _plan(source: Path, n: int, m: int, dtype: str | None, head: str | None) -> 
 def _read_source(source: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     if not (source / "config.json").is_file():
         raise InputError(f"{source} has no config.json: give a model folder in Hugging Face format")
-    config = read_json(source / "config.json")
+    config = read_json_object(source / "config.json")
     if config.get("quantization_config"):
         raise InputError(f"{source} is packed or quantized already: give the model that was")
-    return config, stored_tensors(source)
+    return config, stored_tensors(source, config)
 
 
 def _values(tensor: StoredTensor) -> str:
@@ -218,7 +220,7 @@ def _packed_tensors(name: str, tensor: Tensor, plan: _Plan, dtype: str | None) -
 def _write_rest(source: Path, folder: Path, plan: _Plan, n: int, m: int) -> None:
     """All files but the weights: config.json and castlm.json with what was done, the others as they are."""
     _copy_small_files(source, folder)
-    config = read_json(source / "config.json")
+    config = read_json_object(source / "config.json")
     config["quantization_config"] = {
         "quant_method": "castlm",
         "version": format.VERSION,
@@ -229,7 +231,7 @@ def _write_rest(source: Path, folder: Path, plan: _Plan, n: int, m: int) -> None
         config.pop("torch_dtype", None)
         config["dtype"] = str(plan.cast).removeprefix("torch.")
     atomic_write_json(folder / "config.json", config)
-    manifest = read_json(source / "castlm.json") if (source / "castlm.json").is_file() else {}
+    manifest = read_json_object(source / "castlm.json") if (source / "castlm.json").is_file() else {}
     manifest["packed"] = {"format": format.VERSION, "pattern": f"{n}:{m}", "castlm": __version__}
     atomic_write_json(folder / "castlm.json", manifest)
     (folder / "README.md").write_text(_CARD.format(name=source.resolve().name, n=n, m=m), encoding="utf-8")
@@ -256,12 +258,12 @@ def unpack_folder(
         InputError: not a packed folder, damaged files, `folder` taken, or the disk full. `folder` is then as it was.
     """
     source = Path(source)
-    stored = stored_tensors(source)
+    config = read_json_object(source / "config.json")
+    stored = stored_tensors(source, config)
     paths = sorted({tensor.file for tensor in stored.values()})
     specs = format.read_specs(paths)
     if not specs:
         raise InputError(f"{source} is not a packed model folder: `castlm pack` writes one")
-    config = read_json(source / "config.json")
     integers_as = _OF_STORED.get(_stored_name(config), torch.float32)
     parts = {f"{name}.{suffix}" for name, spec in specs.items() for suffix in spec.tensors()}
     weight_map: dict[str, str] = {}

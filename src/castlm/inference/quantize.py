@@ -20,7 +20,7 @@ from castlm.core.errors import InputError
 from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.inference.rounding import KINDS, Rounded, round_int4, round_rows
 from castlm.oneshot.calibration import check_calibration
-from castlm.oneshot.prune import see_inputs
+from castlm.oneshot.inputs import see_inputs
 from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.walk import BlockInputs, block_stack
 
