@@ -23,7 +23,7 @@ from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.hardware import peak_memory
 from castlm.methods.table import METHODS
-from castlm.models import linearize_conv1d_, save_model
+from castlm.models import linearize_conv1d_, parameters_in, save_dtype, save_model
 from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import held_out_perplexity, masked_histogram
@@ -56,6 +56,11 @@ class TrainedRun:
     @property
     def model(self) -> PreTrainedModel:
         return self.parts.source.model
+
+    @property
+    def save_dtype(self) -> torch.dtype:
+        """What the result is written in."""
+        return save_dtype(self.config.save_dtype, self.parts.source.loaded.dtype)
 
     @property
     def is_sparse(self) -> bool:
@@ -98,6 +103,7 @@ def sharded_result(run: TrainedRun) -> ShardedResult:
         world=world,
         pattern=Pattern.parse(config.pattern),
         left_dense=run.parts.method.left_dense,
+        dtype=run.save_dtype,
         is_sparse=run.is_sparse,
         root=run.parts.objective,
         precision=run.parts.evaluator.precision,
@@ -141,7 +147,7 @@ def write_result(run: TrainedRun, model: PreTrainedModel | None, histogram: dict
 
     record = finished_record(run, histogram)
     if not run.is_sparse:  # the dense control has nothing to prove
-        with atomic_dir(folder, overwrite=True) as temporary:
+        with atomic_dir(folder, overwrite=True) as temporary, parameters_in(model, run.save_dtype):
             save_model(model, tokenizer, temporary)
             atomic_write_json(temporary / "castlm.json", record)
         say_result(run, record)
@@ -154,6 +160,7 @@ def write_result(run: TrainedRun, model: PreTrainedModel | None, histogram: dict
         left_dense=run.parts.method.left_dense,
         record=record,
         overwrite=True,
+        dtype=run.save_dtype,
         eval_fn=measure,
     )
     say_result(run, result)
