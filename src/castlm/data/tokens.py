@@ -67,7 +67,7 @@ def token_ids(
         documents: or a dataset that `open_documents` opens.
         limit: the first so many tokens only.
     """
-    if not isinstance(documents, Documents | HubDocuments):
+    if isinstance(documents, str | Path):
         documents = open_documents(documents)
     encoder = Encoder(tokenizer, eos_token_id)
     ids, text = list(encoder.bos), []
