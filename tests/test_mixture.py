@@ -10,7 +10,7 @@ import torch
 from castlm.core.errors import InputError
 from castlm.data.documents import Documents
 from castlm.data.mixture import Mixture
-from castlm.data.packing import BlockStream
+from castlm.data.packing import PackedSequences
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from tests.test_train import StopAfter, assert_equal_weights, small, stop_after
@@ -46,8 +46,8 @@ def test_a_saved_position_goes_on_exactly(start):
 
 
 def test_blocks_of_a_mixture_resume_exactly():
-    def stream() -> BlockStream:
-        return BlockStream(mixture(2, 1, 1), tiny_tokenizer(), seq_len=16, seed=0)
+    def stream() -> PackedSequences:
+        return PackedSequences(mixture(2, 1, 1), tiny_tokenizer(), seq_len=16, seed=0)
 
     one, other = stream(), stream()
     for _ in range(9):

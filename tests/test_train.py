@@ -117,6 +117,8 @@ def stop_after(monkeypatch, step):
         {},
         {"init_from": "magnitude", "async_save": False},
         {"moments": "bf16"},
+        {"rotate": "residual", "calibration_sequences": 4},
+        {"reconstruct_epochs": 1, "calibration_sequences": 4},
         {"method": "ast"},
         {"method": "finetune", "init_from": "sparsegpt", "calibration_sequences": 4},
         {"method": "gradual_magnitude"},

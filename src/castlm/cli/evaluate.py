@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from castlm.cli.options import check_report_path, parse, result_folder, write_json
+from castlm.cli.json_report import check_json_path
+from castlm.cli.options import parse, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.fields import positional
 
@@ -56,7 +57,7 @@ class EvalCommand:
     def run(self) -> int:
         if self.text is None and self.tasks is None:
             raise InputError("nothing to evaluate on: give --text FILE, or --tasks piqa,arc_easy, or both")
-        check_report_path(self.json, result_folder(self.path), *([self.text] if self.text else []))
+        check_json_path(self.json, result_folder(self.path), *([self.text] if self.text else []))
         import torch
 
         from castlm.evaluation.perplexity import evaluate_file

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 import sys
 import types
@@ -121,25 +120,6 @@ def result_folder(path: str) -> str:
     """A run's `model` folder when `path` is a run of `castlm train`, else `path`."""
     inner = Path(path) / "model"
     return str(inner) if (inner / "config.json").is_file() and not (Path(path) / "config.json").exists() else path
-
-
-def check_report_path(path: str | None, *inputs: str) -> None:
-    """Refuses a file for `--json` before any work: one that cannot be written, or that would replace an input.
-
-    Raises:
-        InputError: it is a folder, its folder does not exist or cannot be written, it is one of `inputs`, or it lies
-            inside one of them.
-    """
-    if path in (None, "-"):
-        return
-    file = Path(str(path)).expanduser().resolve()
-    if file.is_dir():
-        raise InputError(f"--json {path} is a folder: name a file")
-    if not os.access(file.parent, os.W_OK):
-        raise InputError(f"--json {path} cannot be written: choose a file in a folder that exists and can be written")
-    for source in inputs:
-        if (given := Path(source).expanduser().resolve()) in (file, *file.parents) and given.exists():
-            raise InputError(f"--json {path} would write into {source}, which is read: choose another file")
 
 
 def write_json(path: str | None, content: dict[str, Any]) -> None:

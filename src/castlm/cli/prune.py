@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +11,7 @@ from castlm.cli.options import parse
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import choice
+from castlm.oneshot.options import BasisOptions, Refinements, part_of
 
 if TYPE_CHECKING:
     from castlm.data.documents import Documents, HubDocuments
@@ -23,9 +24,9 @@ def solver_names() -> Iterable[str]:
     return SOLVERS
 
 
-@dataclass
-class PruneCommand:
-    """Prune a model one-shot, without training, and verify the result."""
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """What is pruned, how, and on which text."""
 
     model: str
     """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
@@ -69,6 +70,11 @@ class PruneCommand:
     trust_remote_code: bool = False
     """Run the Python code that comes with a hub model."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of the last base come first
+    """Prune a model one-shot, without training, and verify the result."""
+
     def run(self) -> int:
         from castlm.data.documents import open_documents
         from castlm.hardware import choose_device, keep_freed_memory
@@ -77,6 +83,8 @@ class PruneCommand:
         keep_freed_memory()
         pattern = Pattern.parse(self.pattern)
         device, text = choose_device(self.device), None
+        if self.method == "magnitude" and self.rotate in ("values", "residual"):
+            raise InputError(f"rotate {self.rotate} needs a calibration text: use method sparsegpt or wanda")
         if self.method != "magnitude":
             if self.calibration is None:
                 raise InputError(
@@ -92,9 +100,10 @@ class PruneCommand:
         from castlm.data.tokens import token_ids
         from castlm.export.hf import export_model
         from castlm.models import load_model
+        from castlm.oneshot.basis import change_basis_
         from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
         from castlm.oneshot.prune import prune_oneshot_
-        from castlm.progress import shown_progress
+        from castlm.progress import note, shown_progress
 
         loaded = load_model(self.model, trust_remote_code=self.trust_remote_code, revision=self.revision)
         _, left_dense = sparse_linears(loaded.model, pattern)
@@ -111,15 +120,28 @@ class PruneCommand:
                 "seed": self.seed,
             }
         loaded.model.to(device)
+        basis = None
+        if blocks is not None:
+            with shown_progress("changing the basis, steps") as progress:
+                basis = change_basis_(
+                    loaded.model, blocks, part_of(self, BasisOptions), pattern=pattern, say=note, progress=progress
+                )
         with shown_progress(f"{self.method}, blocks") as progress:
             report = prune_oneshot_(
-                loaded.model, self.method, pattern=pattern, calibration=blocks, damping=self.damping, progress=progress
+                loaded.model,
+                self.method,
+                pattern=pattern,
+                calibration=blocks,
+                damping=self.damping,
+                refinements=part_of(self, Refinements),
+                progress=progress,
             )
         loaded.model.to("cpu")
         record = {
             "base_model": self.model,
             "method": self.method,
             "calibration": calibration,
+            "basis": None if basis is None else asdict(basis),
             "prune_seconds": round(report.seconds, 2),
             **report.damping_record(),
         }

@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from castlm.cli.options import check_report_path, parse, result_folder, write_json
+from castlm.cli.json_report import check_json_path
+from castlm.cli.options import parse, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import positional
@@ -30,7 +31,7 @@ class VerifyCommand:
         from castlm.export.verify import verify
 
         path = result_folder(self.path)
-        check_report_path(self.json, path)
+        check_json_path(self.json, path)
         report = verify(path, Pattern.parse(self.pattern or recorded_pattern(path) or "2:4"))
         write_json(self.json, report.as_dict())
         if self.json != "-":

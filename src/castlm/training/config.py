@@ -76,6 +76,8 @@ class TrainConfig(  # the fields of the last base come first
         Pattern.parse(self.pattern)
         if self.init_from not in (None, "magnitude") and METHODS[self.method].starts_dense:
             raise InputError(f"init_from {self.init_from}: method {self.method} starts dense, leave it out")
+        if self.rotate in ("values", "residual") and self.start not in ("wanda", "sparsegpt"):
+            raise InputError(f"rotate {self.rotate} needs a calibrated start: set init_from to sparsegpt or wanda")
         if self.teacher_cache and not (self.teacher_top_k and self.eta):
             raise InputError("teacher_cache stores the teacher's top-k tokens: set teacher_top_k (64, say) and eta > 0")
         if self.num_train_epochs is not None and self.max_steps != OptimizerOptions.max_steps:

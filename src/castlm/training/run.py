@@ -66,7 +66,8 @@ class Run:
         self.folder = RunFolder(config.output_dir)
         trackers = world.on_main(lambda: chosen_trackers(config.report_to))
         resume_from = world.on_main(lambda: self.folder.newest_checkpoint(config)) if config.resume else None
-        self.parts = set_up(config, world, fresh=resume_from is None)
+        resumed = None if resume_from is None else world.on_main(lambda: read_manifest(resume_from)["start"])
+        self.parts = set_up(config, world, resumed=resumed)
         self.progress = Progress()
         if resume_from is not None:
             self._restore(resume_from)
@@ -244,6 +245,7 @@ class Run:
             "tokens": self.progress.tokens,
             "seconds": self.progress.seconds,
             "figures": self.progress.figures,
+            "start": self.parts.start,
             "flips": int(self.world.sum(flips)) // self.world.num_replicas,
         }
         self.saver.save(self.progress.step, self.tensors(), manifest)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from castlm.core.decay import DECAYS
 from castlm.fields import choice
 from castlm.methods.table import METHODS
+from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.training.schedules import SCHEDULES
 
 Bound = tuple[str, bool, str]
@@ -126,7 +127,7 @@ class MethodOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartOptions:
+class StartOptions(Refinements, BasisOptions):
     """The sparse weights and masks before step 0."""
 
     init_from: str | None = essential(None)
@@ -139,6 +140,8 @@ class StartOptions:
 
     def bounds(self) -> Iterator[Bound]:
         yield "calibration_sequences", self.calibration_sequences >= 1, "at least 1"
+        yield "rotation_iterations", self.rotation_iterations >= 1, "at least 1"
+        yield from Refinements.out_of_range(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from castlm.training.metrics import Evaluator
 from castlm.training.objective import Objective, make_teacher
 from castlm.training.schedule import schedule
 from castlm.training.source import Source, open_source
-from castlm.training.start import start_, starting_weights
+from castlm.training.start import Start, is_untied, make_start, start_
 from castlm.training.teacher_cache import TeacherCache
 from castlm.training.text import TrainingText, open_training_text
 
@@ -60,6 +61,8 @@ class Parts:
     budget: DecayBudget | None
     dense_perplexity: float | None
     """Of the dense model, if step 0 does not compute with its weights any more."""
+    start: dict[str, Any]
+    """The record of the start; empty if it is magnitude."""
 
 
 def filter_of(config: TrainConfig) -> FilterFn:
@@ -84,11 +87,11 @@ def global_batch(config: TrainConfig, world: World) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
 
 
-def set_up(config: TrainConfig, world: World, *, fresh: bool) -> Parts:
+def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None = None) -> Parts:
     """Makes the parts of a run.
 
     Args:
-        fresh: the run begins at step 0; a resumed one gets weights and masks from its checkpoint instead of a start.
+        resumed: the record of the start of a resumed run, which gets weights and masks from its checkpoint instead.
 
     Raises:
         InputError: on anything the user can put right.
@@ -103,12 +106,14 @@ def set_up(config: TrainConfig, world: World, *, fresh: bool) -> Parts:
     if world.size > 1 and method_class.masks_forward:
         raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
     pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
-    has_start = fresh and config.start != "magnitude"
-    start = starting_weights(config, source, text, pattern, filter_fn, world) if has_start else {}
+    has_start = resumed is None and config.start != "magnitude"
+    start = make_start(config, source, text, pattern, filter_fn, world) if has_start else Start(record=resumed or {})
     cache = _open_teacher_cache(config, text, model.config.vocab_size, world)
     teacher_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     has_teacher = config.eta > 0 and not (cache and cache.complete)
     teacher = make_teacher(model, teacher_dtype) if has_teacher else None
+    if is_untied(start.record):
+        source.untie_()
     method = method_class(model, config, pattern, filter_fn)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -130,12 +135,12 @@ def set_up(config: TrainConfig, world: World, *, fresh: bool) -> Parts:
         objective, text.eval_ids, config.seq_len, config.per_device_train_batch_size, precision, world
     )
     dense_perplexity = None
-    if fresh and (has_start or method.starts_sparse):
+    if resumed is None and (has_start or method.starts_sparse):
         with method.unmasked():
             dense_perplexity = evaluator.perplexity()
     if has_start:
-        start_(method, start, world)
-    elif fresh:
+        start_(model, method, start, world)
+    elif resumed is None:
         method.start_from_magnitude_()
     masks = method.masks()
     initial_masks = {names[p]: like_rows(pack_mask(local(m)), p) for p, m in masks.items()}
@@ -152,6 +157,7 @@ def set_up(config: TrainConfig, world: World, *, fresh: bool) -> Parts:
         initial_masks,
         budget,
         dense_perplexity,
+        start.record,
     )
 
 

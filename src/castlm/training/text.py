@@ -14,7 +14,7 @@ from castlm.core.errors import InputError
 from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents
 from castlm.data.loader import BatchLoader
 from castlm.data.mixture import Mixture
-from castlm.data.packing import BlockStream
+from castlm.data.packing import PackedSequences
 from castlm.data.tokens import check_vocabulary, token_ids
 from castlm.distributed.world import World
 from castlm.models import open_model
@@ -51,7 +51,7 @@ def resolve_epochs(config: TrainConfig, world: World) -> TrainConfig:
         if not isinstance(documents, Documents):
             raise InputError(f"num_train_epochs: {config.dataset} is streamed, its length is not known: give max_steps")
         _, _, tokenizer = open_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
-        tokens = _stream(config, documents, tokenizer).tokens_per_epoch()
+        tokens = _sequences(config, documents, tokenizer).tokens_per_epoch()
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
         return max(1, math.ceil(float(config.num_train_epochs or 0) * tokens / (batch * config.seq_len)))
 
@@ -70,8 +70,8 @@ def _open_splits(config: TrainConfig) -> tuple[AnyDocuments, list[Documents | Hu
     return mixed, held_out
 
 
-def _stream(config: TrainConfig, documents: AnyDocuments, tokenizer: PreTrainedTokenizerBase) -> BlockStream:
-    return BlockStream(documents, tokenizer, seq_len=config.seq_len, seed=config.seed, repeat=config.repeat_blocks)
+def _sequences(config: TrainConfig, documents: AnyDocuments, tokenizer: PreTrainedTokenizerBase) -> PackedSequences:
+    return PackedSequences(documents, tokenizer, seq_len=config.seq_len, seed=config.seed, repeat=config.repeat_blocks)
 
 
 def open_training_text(
@@ -83,9 +83,9 @@ def open_training_text(
         InputError: a dataset that cannot be opened, too little text, or token ids outside the vocabulary.
     """
     documents, held_out = _open_splits(config)
-    stream = _stream(config, documents, tokenizer)
+    sequences = _sequences(config, documents, tokenizer)
     loader = BatchLoader(
-        stream,
+        sequences,
         rows_per_rank=config.per_device_train_batch_size,
         rank=world.rank,
         world_size=world.size,
