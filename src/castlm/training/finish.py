@@ -198,7 +198,7 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
     measured = measured_on(
         run.parts.source.tokenizer,
         seq_len=config.seq_len,
-        text=config.eval_dataset or f"held out of {config.dataset}",
+        text=", ".join(config.eval_datasets) or f"held out of {', '.join(config.datasets)}",
         text_sha256=run.parts.text.eval_sha256,
         num_tokens=len(run.parts.text.eval_ids),
         precision=run.parts.evaluator.precision,
@@ -222,7 +222,7 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
         "mask": {
             k: last[k] for k in ("sparse_weight_ratio", "flip_rate", "initial_flip_rate", "largest_masked") if k in last
         },
-        "dataset": {"name": config.dataset, "sha256": run.parts.text.train_sha256},
+        "dataset": {"name": " + ".join(config.datasets), "sha256": run.parts.text.train_sha256},
         "num_params": sum(p.numel() for p in run.parts.names),
         "train_tokens": run.tokens,
         "train_steps": config.max_steps,

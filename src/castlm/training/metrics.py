@@ -32,11 +32,15 @@ class Evaluator:
     precision: str
     world: World
 
-    def perplexity(self) -> float:
-        """Of the forward pass as it is. All ranks call it; their parameters are sharded again when it returns."""
+    def perplexity(self, token_ids: Tensor | None = None) -> float:
+        """Measures the forward pass as it is. All ranks call it; their parameters are sharded again when it returns.
+
+        Args:
+            token_ids: (num_tokens,), a part of the held-out tokens; None for all of them.
+        """
         return held_out_perplexity(
             self.objective,
-            self.token_ids,
+            self.token_ids if token_ids is None else token_ids,
             seq_len=self.seq_len,
             batch=self.batch,
             precision=self.precision,
