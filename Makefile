@@ -1,9 +1,10 @@
 # `make demo` and `make test` do everything on a fresh machine: set-up in .venv, then the job.
 PYTHON ?= python3
+FUZZ_SECONDS ?= 3600
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench docs clean
+.PHONY: setup demo test fuzz lint bench docs clean
 
 $(VENV)/.installed: pyproject.toml src/castlm/core/kernels.cpp
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +19,9 @@ demo: setup
 
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+fuzz: setup  # new inputs for an hour, or FUZZ_SECONDS; `make test` tries a few fixed ones
+	$(BIN)/python -m tests.fuzz $(FUZZ_SECONDS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,6 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from castlm.reading import open_regular
+
 RESULT = "castlm.json"
 """Record of a finished result; `files` in it maps each other file to its SHA-256."""
 
