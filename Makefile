@@ -19,6 +19,10 @@ demo: setup
 
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest --doctest-modules src/castlm/core
+
+fuzz: setup  # the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, fed with random input
+	$(BIN)/python -m tests.fuzz_kernels --minutes 10
 
 fuzz: setup  # new inputs for an hour, or FUZZ_SECONDS; `make test` tries a few fixed ones
 	$(BIN)/python -m tests.fuzz $(FUZZ_SECONDS)

@@ -13,14 +13,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from castlm.cli.main import main
-from castlm.cli.options import command_line
+from castlm.cli.options import command_line, to_stderr
 from castlm.compare import oneshot, runs
 from castlm.compare.plan import CompareConfig, Plan
 from castlm.compare.plan import compare as run_comparison
 from castlm.compare.presets import PRESETS
-from castlm.compare.report import summarize
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, last_line, run_key, run_process, zero_shot_key
+from castlm.compare.summary import summarize
 from castlm.core.errors import InputError
 from castlm.core.sparsify import sparse_linears
 from castlm.models import load_model
@@ -72,7 +72,7 @@ def command(files, tmp_path, **over) -> CompareConfig:
 
 
 def compare(files, tmp_path, **over) -> tuple[int, dict]:
-    code = run_comparison(command(files, tmp_path, **over), "castlm compare", str)
+    code, _ = run_comparison(command(files, tmp_path, **over), "castlm compare", to_stderr)
     return code, json.loads((tmp_path / "out" / "table.json").read_text())
 
 
@@ -102,11 +102,16 @@ def test_runs_once_and_says_what_was_measured(files, tmp_path, in_process, capsy
     for name in ("seq_len", "stride", "text_sha256", "tokenizer", "precision", "versions", "date", "metric"):
         assert table["stamp"][name]
     html = (tmp_path / "out" / "table.html").read_text()
-    assert html.count("<svg") == 1
-    assert (tmp_path / "out" / "gaps.svg").read_text() in html
+    assert html.count("<svg") == 2  # gaps and learning curves
+    assert table["verdict"] in html
+    for name in ("gaps", "losses"):
+        assert "<style>" in (tmp_path / "out" / f"{name}.svg").read_text()
     assert "http-equiv" not in html
     assert "src=" not in html
-    assert "| cast | 384 |" in (tmp_path / "out" / "table.md").read_text()
+    assert [rows[name]["start"] for name in rows] == ["sparsegpt", "sparsegpt", "dense", "dense"]
+    assert rows["srste"]["options"] == {"srste_lam": 5e-3}
+    assert set(rows["cast"]["options"]) == {"decay", "decay_end", "scale_groups"}
+    assert "| cast | sparsegpt | 384 |" in (tmp_path / "out" / "table.md").read_text()
     assert not list((tmp_path / "out").glob("runs/*/checkpoints"))
 
     again, table_again = compare(files, tmp_path, **asked)
@@ -190,7 +195,7 @@ def test_rates_are_chosen_on_the_tuning_text(files, tmp_path, in_process):
     assert row["seeds"] == [0, 1]
     assert row["pruned"]["values"][0] not in [t["perplexity"] for t in trials]
     assert table["stamp"]["text"] == files["eval_dataset"]
-    assert f"by that of {tuning}" in (tmp_path / "out" / "table.md").read_text()
+    assert f"by the perplexity on {tuning}" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_killed_run_is_resumed(files, tmp_path, in_process, monkeypatch):

@@ -32,6 +32,7 @@ _RUN = "runs/*-????????????"  # name and key of a run of a comparison
 LAYOUT: dict[str, tuple[str, ...]] = {
     "train": (
         "metrics.jsonl",
+        "report.html",
         "tensorboard/events.out.tfevents.*",
         "checkpoints/step-*/manifest.json",
         "checkpoints/step-*/metadata.json",

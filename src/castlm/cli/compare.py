@@ -1,11 +1,37 @@
-"""`castlm compare`: CAST and its rivals in one harness."""
+"""`castlm compare`: CAST and other methods in one harness, and their table on the screen."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from castlm.cli.options import command_line, parse, to_stderr
 from castlm.compare.plan import CompareConfig, compare
 
+if TYPE_CHECKING:
+    from castlm.compare.report import Report
+
+
+def show(report: Report) -> None:
+    """Prints the table, the verdict and where the report is."""
+    from rich.table import Table
+
+    from castlm.progress import Screen
+
+    table = Table(title=report.question, title_justify="left")
+    for heading in report.headings:
+        table.add_column(heading, justify="left" if heading in ("variant", "start", "options") else "right")
+    for line in report.lines:
+        table.add_row(*line)
+    console = Screen(highlight=False)
+    if not console.is_terminal:  # a log has no width
+        console = Screen(highlight=False, width=240)
+    console.print(table)
+    for text in (*report.warnings, *report.notes, report.verdict, f"report: {report.files[0]}"):
+        console.print(text, markup=False, soft_wrap=True)
+
 
 def main(arguments: list[str]) -> int:
     config = parse(CompareConfig, arguments, "compare")
-    return compare(config, command_line("compare", config), to_stderr)
+    code, report = compare(config, command_line("compare", config), to_stderr)
+    show(report)
+    return code

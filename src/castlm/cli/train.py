@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from castlm.cli.options import read_arguments
+from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, checked, choice
 from castlm.training.config import RECIPES, TrainConfig, read_layers
 from castlm.training.sections import essential
@@ -58,10 +59,8 @@ def parse_train(
 
 def main(arguments: list[str]) -> int:
     config, more = parse_train(arguments, more=PageOptions)
-    from castlm.cli.report import write_report
     from castlm.distributed.world import is_main_rank
     from castlm.hardware import keep_freed_memory
-    from castlm.progress import note
     from castlm.training.interrupt import Interrupted
     from castlm.training.loop import train
 
@@ -69,8 +68,19 @@ def main(arguments: list[str]) -> int:
     try:
         record = train(config)
         if more.get("report", True) and is_main_rank():
-            note(f"report: {write_report(config.output_dir)}")
+            _write_page(config.output_dir)
     except Interrupted as stop:
         print(f"castlm: {stop}", file=sys.stderr)
         return stop.exit_code
     return 0 if record.get("verdict", {}).get("ok", True) else 1
+
+
+def _write_page(folder: str) -> None:
+    """Writes the page of the run. A page that cannot be written does not fail a run whose model is there."""
+    from castlm.cli.report import write_report
+    from castlm.progress import note
+
+    try:
+        note(f"report: {write_report(folder)}")
+    except (InputError, OSError) as error:
+        note(f"no report: {error}; try castlm report {folder}")

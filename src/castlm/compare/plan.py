@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, Preset
+from castlm.compare.report import Report, write_report
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, execute, with_key, zero_shot_key, zero_shot_rows
 from castlm.core.errors import InputError
@@ -29,8 +30,8 @@ ALL = Preset("Which way to n:m is best?", {name: {"method": name} for name in (*
 class CompareConfig:
     """Compare ways to n:m in one harness: same start, data, teacher, token budget and seeds, one table.
 
-    A dense control with the same training is always among the runs. Finished runs are not repeated. The exit code is
-    1 if a run failed; the table says why.
+    A dense control with the same training is always among the runs. Finished runs are not repeated. The exit code is 1
+    if a run failed; the table says why.
     """
 
     model: str
@@ -50,7 +51,7 @@ class CompareConfig:
 
     methods: str | None = None
     """Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda,
-    sparsegpt.    The default is all of them, unless variants or a preset are given."""
+    sparsegpt. The default is all of them, unless variants or a preset are given."""
 
     published_starts: bool = False
     """Give each method the start of its paper, instead of SparseGPT to all of them."""
@@ -98,21 +99,19 @@ class CompareConfig:
     """Only the first so many questions of each task."""
 
 
-def compare(config: CompareConfig, command: str, say: Say) -> int:
-    """Starts or continues a comparison and writes its table after each variant.
+def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]:
+    """Starts or continues a comparison and writes its report after each variant.
 
     Args:
         command: the command that repeats this comparison, for the report.
         say: is told of each run.
 
     Returns:
-        The exit code: 1 if a run or a zero-shot evaluation failed.
+        The exit code, 1 if a run or a zero-shot evaluation failed, and the report.
 
     Raises:
         InputError: whatever `Plan` refuses, or another comparison is at work in the folder.
     """
-    from castlm.compare.report import write_report
-
     if config.tasks:
         from castlm.evaluation.zero_shot import check_tasks
 
@@ -125,14 +124,14 @@ def compare(config: CompareConfig, command: str, say: Say) -> int:
         for name in plan.variants:
             for tokens in plan.budgets(name):
                 results += plan.settle(name, tokens, root)
-                write_report(root, plan.preset, results, command, show=False)
+                write_report(root, plan.preset, results, command)
         untouched = plan.zero_shot(config.model, plan.hashes["model"], root / "runs" / "untouched")
         for result in results:
             if "error" not in result.record and not result.trial:
                 model = str(result.folder / "model")
                 result.zero_shot = plan.zero_shot(model, result.run.key, result.folder)
-    write_report(root, plan.preset, results, command, show=True, untouched=untouched)
-    return 1 if plan.has_failed or any("error" in result.record for result in results) else 0
+    report = write_report(root, plan.preset, results, command, untouched)
+    return (1 if plan.has_failed or any("error" in result.record for result in results) else 0), report
 
 
 class Plan:

@@ -1,101 +1,121 @@
-"""The plots of `castlm compare`, each a function from its rows and runs to an SVG that stands inside the HTML."""
+"""The charts of `castlm compare`, each a function from its rows and runs to a picture for the page."""
 
 from __future__ import annotations
 
-import io
+import statistics
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
+from castlm.report.charts import WHOLE, Level, Series, dot_chart, heat_map, line_chart
+from castlm.report.html import Picture
 from castlm.training.metrics_file import read_series
 
 if TYPE_CHECKING:
     from castlm.compare.results import Result
 
-matplotlib.rcParams["svg.hashsalt"] = "castlm"  # the same plot is the same file
-_COLOURS = [c["color"] for c in matplotlib.rcParams["axes.prop_cycle"]]
+Rows = list[dict[str, Any]]
+Plot = Callable[[Rows, "list[Result]"], "Picture | None"]
+GAP = "ln(perplexity / dense control)"
 
 
-class Picture(NamedTuple):
-    title: str
-    svg: str
-    caption: str
-
-
-Plot = Callable[[list[dict[str, Any]], "list[Result]"], "Picture | None"]
-
-
-def _svg(figure: Figure) -> str:
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _colours(rows: list[dict[str, Any]]) -> dict[str, str]:
+def _colours(rows: Rows) -> dict[str, int]:
     names = dict.fromkeys(row["variant"] for row in rows)
-    return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+    return {name: number for number, name in enumerate(names)}
 
 
-def gaps(rows: list[dict[str, Any]], results: list[Result]) -> Picture | None:
-    """The gap to the dense control: a mark for each seed, a line for the mean, the best on top."""
-    shown = sorted((row for row in rows if row["gap"] and row["method"] != "dense"), key=lambda row: -row["gap"].mean)
+def gaps(rows: Rows, results: list[Result]) -> Picture | None:
+    """The gap to the dense control: a dot for each seed and a bar at the mean, the best on top."""
+    shown = sorted((row for row in rows if row["gap"] and row["method"] != "dense"), key=lambda row: row["gap"].mean)
     if not shown:
         return None
-    figure = Figure(figsize=(7, 0.8 + 0.35 * len(shown)))
-    axes = figure.subplots()
-    for place, row in enumerate(shown):
-        axes.plot(row["gap"].values, [place] * len(row["gap"].values), "o", color="tab:blue", alpha=0.6)
-        axes.plot([row["gap"].mean] * 2, [place - 0.3, place + 0.3], color="black")
-    axes.set_yticks(range(len(shown)), [_label(row, shown) for row in shown])
-    axes.set_xlabel("ln(perplexity, pruned / dense control)")
-    if max(row["gap"].mean for row in shown) > 10 * min(max(row["gap"].mean, 1e-4) for row in shown):
-        axes.set_xscale("log")
-    axes.grid(axis="x", alpha=0.3)
+    means, colours = [row["gap"].mean for row in shown], _colours(rows)
+    wide_range = min(means) > 0 and max(means) > 10 * min(means)
+    svg = dot_chart(
+        [(_label(row, shown), row["gap"].values, colours[row["variant"]]) for row in shown],
+        x_label=GAP,
+        log_x=wide_range,
+    )
     return Picture(
-        "Gap to the dense control", _svg(figure), "A dot for each seed, a bar at their mean; left is better."
+        "Gap to the dense control", svg, "A dot for each seed, a bar at their mean. Left is better.", wide=True
     )
 
 
-def _label(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def _label(row: dict[str, Any], rows: Rows) -> str:
     several = len({r["tokens"] for r in rows if r["tokens"]}) > 1
     return f"{row['variant']}, {row['tokens']:,} tokens" if several and row["tokens"] else row["variant"]
 
 
-def time(rows: list[dict[str, Any]], results: list[Result]) -> Picture | None:
-    """Flips and sparse-weight ratio over the run, a line for each seed."""
-    shown = [r for r in results if r.run.tokens and r.run.config["method"] != "dense"]
-    if not any(read_series(r.folder, "sparse_weight_ratio") for r in shown):
+def losses(rows: Rows, results: list[Result]) -> Picture | None:
+    """Perplexity after the prune over training tokens: one line per variant, the mean over its seeds."""
+    largest = max((r.run.tokens for r in results), default=0)
+    runs = [r for r in results if r.run.tokens == largest and largest]
+    lines = []
+    for name, index in _colours(rows).items():
+        of_name = [r for r in runs if r.run.variant == name]
+        key = "perplexity" if of_name and of_name[0].run.config["method"] == "dense" else "prune_now_ppl"
+        points = _mean_series(of_name, key)
+        if len(points) > 1:
+            lines.append(Series(name, points, index, marks=True))
+    if not lines:
         return None
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    colours, named = _colours(rows), set()
-    for result in shown:
-        name = result.run.variant
-        style = {"color": colours[name], "alpha": 0.8, "label": None if name in named else name}
-        named.add(name)
-        every = 1 if result.run.config["method"] in ("ste", "srste") else result.run.config["mask_interval"]
-        flips = [(step, value / every) for step, value in read_series(result.folder, "flip_rate") if step]
-        left.plot(*zip(*flips), **style)
-        middle.plot(*zip(*read_series(result.folder, "initial_flip_rate")), **style)
-        right.plot(*zip(*read_series(result.folder, "sparse_weight_ratio")), **style)
-    left.set_yscale("symlog", linthresh=1e-6)
-    for axes, title in ((left, "flip rate, a step"), (middle, "flips since step 0"), (right, "sparse-weight ratio")):
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-    right.legend(fontsize=8)
-    caption = (
-        "Flip rate: share of the mask entries that the newest refresh changed, over the steps since the one before it. "
-        "Sparse-weight ratio: |kept| / |all| in the sparse layers, 1 when nothing is left to prune."
+    values = [y for line in lines for _, y in line.points]
+    svg = line_chart(
+        lines,
+        x_label="training step",
+        y_label="perplexity after the prune",
+        log_y=max(values) > 4 * min(values),
+        width=WHOLE,
+        height=340,
     )
-    return Picture("Over time", _svg(figure), caption)
+    caption = "Perplexity of the evaluation text, mean over seeds, at the largest token budget."
+    return Picture("Learning curves", svg, caption, wide=True)
 
 
-def histograms(rows: list[dict[str, Any]], results: list[Result]) -> Picture | None:
-    """Masked magnitudes just before the prune, all seeds of a variant together."""
+def _mean_series(results: list[Result], key: str) -> list[tuple[float, float]]:
+    """(step, mean over the runs) at the steps that all of them have."""
+    series = [dict(read_series(r.folder, key)) for r in results]
+    if not series:
+        return []
+    steps = sorted(set.intersection(*(set(one) for one in series)))
+    return [(step, statistics.fmean(one[step] for one in series)) for step in steps]
+
+
+def time(rows: Rows, results: list[Result]) -> Picture | None:
+    """Flips since step 0 and the kept share over the run, as means over seeds."""
+    shown = [r for r in results if r.run.tokens and r.run.config["method"] != "dense"]
+    colours = _colours(rows)
+    parts = []
+    for key, label in (
+        ("flip_rate", "flip rate per step"),
+        ("initial_flip_rate", "flips since step 0"),
+        ("sparse_weight_ratio", "kept share"),
+    ):
+        lines = []
+        for name, index in colours.items():
+            of_name = [r for r in shown if r.run.variant == name]
+            points = _mean_series(of_name, key)
+            if key == "flip_rate" and points:
+                every = _steps_between_refreshes(of_name[0].run.config)
+                points = [(step, value / every) for step, value in points if step]
+            if points:
+                lines.append(Series(name, points, index))
+        if lines:
+            parts.append(line_chart(lines, x_label="step", y_label=label, width=WHOLE, height=220))
+    if not parts:
+        return None
+    caption = (
+        "Flip rate: the share of the mask entries that the last refresh changed, divided by the steps between. "
+        "Kept share: sum |kept| / sum |all| in the sparse layers; 1 means that nothing is left to prune."
+    )
+    return Picture("Masks over time", "".join(parts), caption, wide=True)
+
+
+def _steps_between_refreshes(config: dict[str, Any]) -> int:
+    return 1 if config["method"] in ("ste", "srste") else int(config["mask_interval"])
+
+
+def histograms(rows: Rows, results: list[Result]) -> Picture | None:
+    """Magnitudes of masked weights just before the prune: a row per variant, all seeds together."""
     totals: dict[str, list[int]] = {}
     edges: list[float] = []
     for result in results:
@@ -107,24 +127,29 @@ def histograms(rows: list[dict[str, Any]], results: list[Result]) -> Picture | N
             totals[result.run.variant] = [a + b for a, b in zip(old, counts)]
     if not totals:
         return None
-    figure = Figure(figsize=(7, 1.6 * len(totals)), layout="constrained")
-    colours, captions = _colours(rows), []
-    for axes, (name, (zeros, *counts)) in zip(
-        figure.subplots(len(totals), sharex=True, squeeze=False)[:, 0], totals.items()
-    ):
-        whole = zeros + sum(counts)
-        axes.stairs([c / whole for c in counts], edges, fill=True, color=colours[name], label=name)
-        axes.set_xscale("log")
-        axes.legend(loc="upper left", fontsize=8)
-        axes.set_ylabel("share")
-        median = _median(zeros, counts, edges)
-        captions.append(f"{name}: {zeros / whole:.1%} exactly zero, median {median:.1e}")
-    axes.set_xlabel("|masked weight| before the prune")
-    return Picture("Where masked weights end", _svg(figure), "; ".join(captions) + ".")
+    used = [0, *(i for i in range(1, len(edges)) if any(counts[i] / sum(counts) > 1e-3 for counts in totals.values()))]
+    used = [0, *range(used[1], used[-1] + 1)] if len(used) > 1 else used
+    labels = ["zero" if i == 0 else f"{edges[i - 1]:.0e}" if (i - 1) % 4 == 0 else "" for i in used]
+    svg = heat_map(
+        [[counts[i] / sum(counts) for i in used] for counts in totals.values()],
+        list(totals),
+        labels,
+        x_label="|masked weight| before the prune",
+        y_label="share of the masked weights",
+        form=".0%",
+        power=0.5,
+        in_cells=True,
+        width=WHOLE,
+    )
+    parts = [
+        f"{name}: {counts[0] / sum(counts):.1%} exactly zero, median {_median(counts[0], counts[1:], edges):.1e}"
+        for name, counts in totals.items()
+    ]
+    return Picture("Where masked weights end", svg, "; ".join(parts) + ".", wide=True)
 
 
 def _median(zeros: int, counts: list[int], edges: list[float]) -> float:
-    """The lower edge of the bin that holds it; 0 when it is an exact zero."""
+    """The lower edge of the bin that holds the median; 0 if the median is an exact zero."""
     seen, half = zeros, (zeros + sum(counts)) / 2
     if seen >= half:
         return 0.0
@@ -135,25 +160,30 @@ def _median(zeros: int, counts: list[int], edges: list[float]) -> float:
     return edges[-1]
 
 
-def budgets(rows: list[dict[str, Any]], results: list[Result]) -> Picture | None:
-    """The gap to the control of the same budget against the budget, a curve for each method."""
-    figure = Figure(figsize=(7, 4))
-    axes, colours = figure.subplots(), _colours(rows)
+def budgets(rows: Rows, results: list[Result]) -> Picture | None:
+    """The gap to the control of the same token budget against the budget, a line per variant."""
+    colours = _colours(rows)
     names = dict.fromkeys(r["variant"] for r in rows if r["gap"] and r["tokens"] and r["method"] != "dense")
     if not names:
         return None
+    lines = []
     for name in names:
         of_name = [r for r in rows if r["variant"] == name and r["gap"]]
-        tokens, means = [r["tokens"] for r in of_name], [r["gap"].mean for r in of_name]
-        axes.errorbar(tokens, means, [r["gap"].std or 0 for r in of_name], color=colours[name], marker="o", label=name)
-    for row in rows:
-        if row["gap"] and not row["tokens"]:
-            axes.axhline(row["gap"].mean, color=colours[row["variant"]], linestyle=":", label=row["variant"])
-    axes.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="ln(perplexity, pruned / dense control)")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    caption = "Mean and standard deviation over seeds; dotted: one-shot, against the control of the largest budget."
-    return Picture("Gap over budgets", _svg(figure), caption)
+        lines.append(Series(name, [(r["tokens"], r["gap"].mean) for r in of_name], colours[name], marks=True))
+    levels = [Level(row["variant"], row["gap"].mean) for row in rows if row["gap"] and not row["tokens"]]
+    values = [y for line in lines for _, y in line.points] + [level.value for level in levels]
+    svg = line_chart(
+        lines,
+        x_label="training tokens",
+        y_label=GAP,
+        levels=levels,
+        log_x=True,
+        log_y=min(values) > 0,
+        width=WHOLE,
+        height=360,
+    )
+    caption = "Means over seeds. Dotted: one-shot methods, against the control of the largest budget."
+    return Picture("Gap over token budgets", svg, caption, wide=True)
 
 
-PLOTS: dict[str, Plot] = {"gaps": gaps, "time": time, "histograms": histograms, "budgets": budgets}
+PLOTS: dict[str, Plot] = {"gaps": gaps, "losses": losses, "time": time, "histograms": histograms, "budgets": budgets}

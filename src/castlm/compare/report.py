@@ -1,146 +1,112 @@
-"""The table of `castlm compare`: one summary, on the screen, as Markdown, as JSON, and as HTML with its plots inside.
+"""The report of `castlm compare`: one summary as Markdown, as JSON, and as an HTML page with its charts inside.
 
-Every figure is a mean over seeds with its sample standard deviation, and stands beside what it was measured on.
+Every figure is a mean over seeds with its sample standard deviation, beside what it was measured on.
 """
 
 from __future__ import annotations
 
 import datetime
-import importlib.util
-import math
 import os
 import platform
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from castlm.compare.settings import options_text
+from castlm.compare.summary import Spread, starts_note, summarize, untouched_perplexity, verdict
 from castlm.files import atomic_write_json
 from castlm.versions import library_versions
 
 if TYPE_CHECKING:
-    from castlm.compare.plots import Picture
     from castlm.compare.presets import Preset
     from castlm.compare.results import Result
-
-
-class Spread(NamedTuple):
-    """A figure over seeds. `std` is the sample standard deviation, None for one seed."""
-
-    mean: float
-    std: float | None
-    values: tuple[float, ...]
-
-    def show(self, form: str) -> str:
-        return format(self.mean, form) + ("" if self.std is None else f" ± {format(self.std, form.lstrip('+'))}")
-
-
-def spread(values: Iterable[float | None]) -> Spread | None:
-    """Over those that are there; None when none is."""
-    found = tuple(float(v) for v in values if v is not None)
-    if not found:
-        return None
-    return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, found)
+    from castlm.report.html import Picture
 
 
 class Column(NamedTuple):
-    """A column of the table: key of the row, heading, format, and factor to the unit of the heading."""
+    """A column of figures in the table."""
 
     key: str
+    """Of the row."""
     heading: str
     form: str
+    meaning: str
     factor: float = 1.0
+    """To the unit of the heading."""
 
 
 COLUMNS = (
-    Column("before_prune", "before the prune", ".3f"),
-    Column("pruned", "pruned", ".3f"),
-    Column("gap", "ln(ppl / dense control)", "+.4f"),
-    Column("gap_untouched", "ln(ppl / untouched)", "+.4f"),
-    Column("flip_rate", "flip rate", ".1e"),
-    Column("initial_flip_rate", "flips since step 0", ".2%"),
-    Column("sparse_weight_ratio", "sparse-weight ratio", ".4f"),
-    Column("train_seconds", "time, s", ".0f"),
-    Column("peak_memory_bytes", "peak memory, MiB", ".0f", 1 / 2**20),
+    Column(
+        "before_prune",
+        "before the prune",
+        ".3f",
+        "Perplexity as the model trained, before masked weights are removed.",
+    ),
+    Column(
+        "pruned",
+        "pruned",
+        ".3f",
+        "Perplexity after every masked weight is set to zero, or of the trained dense control.",
+    ),
+    Column(
+        "gap",
+        "gap to dense control",
+        "+.4f",
+        "ln(perplexity / perplexity of the dense control with the same tokens and seed), in nats per token. 0 means "
+        "that sparsity cost nothing.",
+    ),
+    Column(
+        "gap_untouched",
+        "gap to original",
+        "+.4f",
+        "ln(perplexity / perplexity of the dense model before any training). Training alone can make it negative.",
+    ),
+    Column("flip_rate", "flip rate", ".1e", "Share of the mask entries that the last refresh of the masks changed."),
+    Column(
+        "initial_flip_rate", "flips since step 0", ".2%", "Share of the mask entries that differ from those of step 0."
+    ),
+    Column(
+        "sparse_weight_ratio",
+        "kept share",
+        ".4f",
+        "sum |kept weights| / sum |all weights| of the sparse layers before the prune; 1: nothing left to prune.",
+    ),
+    Column("start_tokens", "start, tokens", ",.0f", "Tokens that the start read before step 0."),
+    Column("start_seconds", "start, s", ".0f", "Seconds that the start took before step 0."),
+    Column("train_seconds", "time, s", ".0f", "Seconds of the optimizer steps; of one-shot methods, of the pruning."),
+    Column(
+        "peak_memory_bytes", "peak memory, MiB", ".0f", "The most memory that the process of the run held.", 1 / 2**20
+    ),
 )
 
-
-def summarize(results: list[Result]) -> list[dict[str, Any]]:
-    """A row for each variant and budget, in the order of `results`; figures are `Spread` over the seeds, or None.
-
-    `gap` is ln(perplexity / that of the dense control of the same budget and seed), after the prune; for one-shot
-    methods, which have no budget, against the control of the largest. A control of another seed is never taken, but
-    for methods that do not depend on it, against the mean of the controls.
-    """
-    final = [r for r in results if not r.trial]
-    controls = {
-        (r.run.tokens, r.run.seed): r.perplexity
-        for r in final
-        if r.run.config["method"] == "dense" and math.isfinite(r.perplexity)
-    }
-    largest = max((tokens for tokens, _ in controls), default=0)
-    untouched = untouched_perplexity(final)
-    groups: dict[tuple[str, int], list[Result]] = {}
-    for result in final:
-        groups.setdefault((result.run.variant, result.run.tokens), []).append(result)
-    return [_row(group, controls, largest, untouched) for group in groups.values()]
+LEADING = {
+    "variant": "A method, or a method with other options.",
+    "start": "The sparse weights and masks before step 0. dense: the method has no start of its own.",
+    "tokens": "Training tokens.",
+    "rate": "Peak learning rate.",
+    "options": "The options of the method that have an effect, and all options in which the variants differ.",
+    "seeds": "Number of finished runs; figures are mean ± sample standard deviation over them.",
+}
 
 
-def _row(
-    group: list[Result], controls: dict[tuple[int, int], float], largest: int, untouched: float | None
-) -> dict[str, Any]:
-    run = group[0].run
-    done = [r for r in group if "error" not in r.record]
+@dataclass(frozen=True)
+class Report:
+    """A finished report."""
 
-    def control(result: Result) -> float | None:
-        budget = result.run.tokens or largest
-        if result.run.config["method"] == "magnitude":
-            of_budget = spread(v for (tokens, _), v in controls.items() if tokens == budget)
-            return None if of_budget is None else of_budget.mean
-        return controls.get((budget, result.run.seed))
-
-    def over(value: Callable[[Result], float | None]) -> Spread | None:
-        return spread(value(r) for r in done)
-
-    def ratio(result: Result, base: float | None) -> float | None:
-        return math.log(result.perplexity / base) if base else None
-
-    return {
-        "variant": run.variant,
-        "method": run.config["method"],
-        "tokens": run.tokens,
-        "learning_rate": run.config.get("learning_rate"),
-        "seeds": [r.run.seed for r in done],
-        "before_prune": over(lambda r: r.record["perplexity"].get("before_prune")),
-        "pruned": over(lambda r: r.perplexity),
-        "gap": over(lambda r: ratio(r, control(r))),
-        "gap_untouched": over(lambda r: ratio(r, untouched)),
-        **{
-            key: over(lambda r, key=key: r.record.get("mask", {}).get(key))
-            for key in ("flip_rate", "initial_flip_rate", "sparse_weight_ratio")
-        },
-        **{key: over(lambda r, key=key: r.record.get(key)) for key in ("train_seconds", "peak_memory_bytes")},
-        "zero_shot": _zero_shot(done),
-        "errors": [f"seed {r.run.seed}: {r.record['error']}" for r in group if "error" in r.record],
-    }
-
-
-def _zero_shot(done: list[Result]) -> dict[str, Spread | None]:
-    """Accuracies over seeds by "task metric"."""
-    by_name: dict[str, list[float]] = {}
-    for result in done:
-        for row in result.zero_shot:
-            by_name.setdefault(f"{row['task']} {row['metric']}", []).append(row["value"])
-    return {name: spread(values) for name, values in by_name.items()}
-
-
-def untouched_perplexity(results: list[Result]) -> float | None:
-    """Of the model as it came, which every run but those that mask from the start measures first."""
-    return next((r.record["perplexity"]["dense"] for r in results if "dense" in r.record.get("perplexity", {})), None)
+    question: str
+    verdict: str
+    headings: list[str]
+    lines: list[list[str]]
+    """The cells of the table as text, a list per row."""
+    warnings: list[str]
+    """Runs that failed or diverged."""
+    notes: list[str]
+    files: list[Path]
 
 
 def stamp(results: list[Result]) -> dict[str, Any]:
-    """What all figures were measured on: text, context, tokenizer, versions, machine, date."""
+    """What all figures were measured on: text, sequence length, tokenizer, versions, machine and date."""
     record = next((r.record for r in results if "measured" in r.record and not r.trial), {})
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
@@ -160,27 +126,27 @@ def stamp(results: list[Result]) -> dict[str, Any]:
 
 
 def explain(facts: dict[str, Any], results: list[Result]) -> list[str]:
-    """The lines under the table: what its figures were measured on, and how to read them."""
+    """The lines under the table: what its figures were measured on."""
     final = [r for r in results if not r.trial]
     untouched = untouched_perplexity(final)
     lines = [
         f"Perplexity on {facts.get('num_tokens', 0):,} tokens of {facts.get('text')} (sha256 "
-        f"{str(facts.get('text_sha256'))[:16]}), context {facts.get('seq_len')}, stride {facts.get('stride')}, "
-        f"tokenizer {facts.get('tokenizer')}, {facts.get('precision')}; {facts.get('base_model')} as it came: "
+        f"{str(facts.get('text_sha256'))[:16]}), seq_len {facts.get('seq_len')}, stride {facts.get('stride')}, "
+        f"tokenizer {facts.get('tokenizer')}, {facts.get('precision')}. {facts.get('base_model')} before any training: "
         + (f"{untouched:.3f}." if untouched else "not measured."),
         f"{', '.join(f'{k} {v}' for k, v in facts['versions'].items())}; {facts['cpu']}, {facts['cpus']} CPUs, "
-        f"{facts['threads']} threads a run, {', '.join(facts['devices'])}; {facts['date']}.",
-        "Mean ± sample standard deviation over seeds. The flip rate is of one mask refresh, at the end.",
+        f"{facts['threads']} threads per run, {', '.join(facts['devices'])}; {facts['date']}.",
     ]
     if trials := [r for r in results if r.trial]:
         text = trials[0].run.config["eval_dataset"]
-        by = "the perplexity shown" if any(r.run.config["eval_dataset"] == text for r in final) else f"that of {text}"
-        lines.append(f"Learning rates were chosen with seed 0, by {by}, of equally many for each variant.")
+        shown = any(r.run.config["eval_dataset"] == text for r in final)
+        by = "the perplexity in the table" if shown else f"the perplexity on {text}"
+        lines.append(f"Learning rates were chosen with seed 0 by {by}, from the same candidates for every variant.")
     return lines + _raised_damping(final)
 
 
 def _raised_damping(final: list[Result]) -> list[str]:
-    """A line for each one-shot variant of which some layers took more damping than was asked for."""
+    """A line for each one-shot variant in which some layers needed more damping than was asked for."""
     raised: dict[str, list[Result]] = {}
     for result in final:
         if result.record.get("raised_damping"):
@@ -197,10 +163,10 @@ def _raised_damping(final: list[Result]) -> list[str]:
 
 
 def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The table as text: headings, and a list of cells for each row."""
+    """The headings of the table, and a list of cells for each row."""
     tasks = list(dict.fromkeys(name for row in rows for name in row["zero_shot"]))
     shown = [c for c in COLUMNS if any(row[c.key] is not None for row in rows)]
-    headings = ["variant", "tokens", "rate", "seeds", *(c.heading for c in shown), *tasks]
+    headings = ["variant", "start", "tokens", "rate", "seeds", *(c.heading for c in shown), *tasks, "options"]
     lines = []
     for row in rows:
         figures = [(row[c.key], c.form, c.factor) for c in shown]
@@ -208,10 +174,12 @@ def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         lines.append(
             [
                 row["variant"],
+                row["start"],
                 f"{row['tokens']:,}",
                 "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
                 str(len(row["seeds"])),
                 *("" if s is None else _scaled(s, f).show(form) for s, form, f in figures),
+                options_text(row["options"]),
             ]
         )
     return headings, lines
@@ -222,13 +190,23 @@ def _scaled(figure: Spread, factor: float) -> Spread:
     return Spread(figure.mean * factor, std, tuple(v * factor for v in figure.values))
 
 
-def markdown(question: str, rows: list[dict[str, Any]], notes: list[str], command: str) -> str:
-    headings, lines = cells(rows)
-    rule = ["---", *("---:" for _ in headings[1:])]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *lines))
-    errors = [f"- failed: {row['variant']}, {error}" for row in rows for error in row["errors"]]
-    parts = [f"# {question}", f"`{command}`", table, *errors, *notes]
-    return "\n\n".join(parts) + "\n"
+def glossary(headings: Sequence[str]) -> list[tuple[str, str]]:
+    """The meaning of every column that the table has."""
+    meanings = LEADING | {column.heading: column.meaning for column in COLUMNS}
+    return [(name, meanings[name]) for name in headings if name in meanings]
+
+
+def markdown(report: Report, command: str) -> str:
+    """The report as Markdown."""
+    is_text = {"variant", "start", "options"}
+    rule = ["---" if name in is_text else "---:" for name in report.headings]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in (report.headings, rule, *report.lines))
+    columns = "\n".join(f"- **{name}**: {meaning}" for name, meaning in glossary(report.headings))
+    warnings = [f"- {warning}" for warning in report.warnings]
+    return (
+        "\n\n".join([f"# {report.question}", report.verdict, f"`{command}`", table, *warnings, *report.notes, columns])
+        + "\n"
+    )
 
 
 def write_report(
@@ -236,57 +214,100 @@ def write_report(
     preset: Preset,
     results: list[Result],
     command: str,
-    show: bool,
     untouched: Sequence[dict[str, Any]] = (),
-) -> None:
-    """Writes table.md and table.json into `root`; with `show` table.html, its plots as .svg, and prints the table.
+) -> Report:
+    """Writes table.md, table.json, table.html and the charts as .svg into `root`.
 
     Args:
-        untouched: zero-shot rows of the model as it came.
+        command: the command that repeats the comparison.
+        untouched: zero-shot rows of the model before any training.
     """
+    from castlm.compare.plots import PLOTS
+    from castlm.report.charts import standalone
+    from castlm.report.html import render
+
     rows, facts = summarize(results), stamp(results)
-    notes = explain(facts, results)
+    final = [r for r in results if not r.trial]
+    drawn = {name: PLOTS[name](rows, final) for name in dict.fromkeys((*preset.plots, "losses"))}
+    pictures = {name: picture for name, picture in drawn.items() if picture is not None}
+    report = _report(root, preset, rows, results, facts, untouched, pictures)
+    atomic_write_json(root / "table.json", _as_json(report, command, rows, results, facts, untouched))
+    (root / "table.md").write_text(markdown(report, command), encoding="utf-8")
+    for name, picture in pictures.items():
+        (root / f"{name}.svg").write_text(standalone(picture.svg), encoding="utf-8")
+    page = render(
+        "compare.html.jinja",
+        title=report.question,
+        report=report,
+        command=command,
+        pictures=pictures.values(),
+        glossary=glossary(report.headings),
+        best=_best(rows),
+    )
+    (root / "table.html").write_text(page, encoding="utf-8")
+    return report
+
+
+def _report(
+    root: Path,
+    preset: Preset,
+    rows: list[dict[str, Any]],
+    results: list[Result],
+    facts: dict[str, Any],
+    untouched: Sequence[dict[str, Any]],
+    pictures: Mapping[str, Picture],
+) -> Report:
+    notes = [note for note in (starts_note(rows), *explain(facts, results)) if note]
     if untouched:
         figures = ", ".join(f"{row['task']} {row['metric']} {row['value']:.3f}" for row in untouched)
-        notes.append(f"Zero-shot by lm-eval, no examples, no chat template; the model as it came: {figures}.")
-    trained = [r for r in results if not r.trial and r.run.tokens and "error" not in r.record]
-    atomic_write_json(
-        root / "table.json",
-        {
-            "question": preset.question,
-            "command": command,
-            "stamp": facts,
-            "untouched": untouched_perplexity([r for r in results if not r.trial]),
-            "untouched_zero_shot": list(untouched),
-            "rows": [_plain(row) for row in rows],
-            "trials": [
-                {"variant": r.run.variant, "tokens": r.run.tokens, "learning_rate": r.run.config["learning_rate"]}
-                | {"perplexity": r.perplexity, "text": r.run.config["eval_dataset"], "in_table": not r.trial}
-                for r in results
-                if r.run.tokens and r.run.seed == 0 and any(o.trial and o.run.variant == r.run.variant for o in results)
-            ],
-            # one record a run, as `castlm plan fit` reads them
-            "results": [
-                {**r.record, "method": r.run.variant, "seed": r.run.seed, "key": r.run.key, "zero_shot": r.zero_shot}
-                for r in trained
-            ],
-        },
-    )
-    (root / "table.md").write_text(markdown(preset.question, rows, notes, command), encoding="utf-8")
-    if not show:
-        return
-    print_table(preset.question, rows, notes)
-    if importlib.util.find_spec("matplotlib") is None or importlib.util.find_spec("jinja2") is None:
-        print(f"{root / 'table.md'}, table.json; for table.html: pip install 'castlm[report]'")
-        return
-    from castlm.compare.plots import PLOTS
+        notes.append(f"Zero-shot by lm-eval, no examples, no chat template. The model before any training: {figures}.")
+    warnings = [f"failed: {row['variant']}, {error}" for row in rows for error in row["errors"]]
+    warnings += [f"diverged: {row['variant']}, {reason}" for row in rows for reason in row["diverged"]]
+    files = [root / name for name in ("table.html", "table.md", "table.json", *(f"{name}.svg" for name in pictures))]
+    return Report(preset.question, verdict(rows), *cells(rows), warnings, notes, files)
 
-    drawn = {name: PLOTS[name](rows, [r for r in results if not r.trial]) for name in preset.plots}
-    pictures = {name: picture for name, picture in drawn.items() if picture is not None}
-    for name, picture in pictures.items():
-        (root / f"{name}.svg").write_text(picture.svg, encoding="utf-8")
-    (root / "table.html").write_text(html(preset, rows, notes, command, pictures.values()), encoding="utf-8")
-    print(f"{root / 'table.html'}, with table.md, table.json and its plots beside it")
+
+def _best(rows: list[dict[str, Any]]) -> int | None:
+    """The number of the row that the verdict names."""
+    largest = max((row["tokens"] for row in rows), default=0)
+    gaps = {
+        number: row["gap"].mean
+        for number, row in enumerate(rows)
+        if row["gap"] and row["method"] != "dense" and row["tokens"] in (0, largest)
+    }
+    return min(gaps, key=lambda number: gaps[number]) if gaps else None
+
+
+def _as_json(
+    report: Report,
+    command: str,
+    rows: list[dict[str, Any]],
+    results: list[Result],
+    facts: dict[str, Any],
+    untouched: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    tuned = {r.run.variant for r in results if r.trial}
+    tried = [r for r in results if r.run.tokens and r.run.seed == 0 and r.run.variant in tuned]
+    trained = [r for r in results if not r.trial and r.run.tokens and "error" not in r.record]
+    return {
+        "question": report.question,
+        "verdict": report.verdict,
+        "command": command,
+        "stamp": facts,
+        "untouched": untouched_perplexity([r for r in results if not r.trial]),
+        "untouched_zero_shot": list(untouched),
+        "rows": [_plain(row) for row in rows],
+        "trials": [
+            {"variant": r.run.variant, "tokens": r.run.tokens, "learning_rate": r.run.config["learning_rate"]}
+            | {"perplexity": r.perplexity, "text": r.run.config["eval_dataset"], "in_table": not r.trial}
+            for r in tried
+        ],
+        # one record per run, as `castlm plan fit` reads them
+        "results": [
+            {**r.record, "method": r.run.variant, "seed": r.run.seed, "key": r.run.key, "zero_shot": r.zero_shot}
+            for r in trained
+        ],
+    }
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
@@ -294,44 +315,3 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
         return value._asdict() if isinstance(value, Spread) else value
 
     return {k: plain(v) for k, v in row.items()} | {"zero_shot": {k: plain(v) for k, v in row["zero_shot"].items()}}
-
-
-def print_table(question: str, rows: list[dict[str, Any]], notes: list[str]) -> None:
-    from rich.table import Table
-
-    from castlm.progress import Screen
-
-    headings, lines = cells(rows)
-    table = Table(title=question, title_justify="left")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
-    for line in lines:
-        table.add_row(*line)
-    console = Screen(highlight=False)
-    if not console.is_terminal:  # a log has no width
-        console = Screen(highlight=False, width=200)
-    console.print(table)
-    for row in rows:
-        for error in row["errors"]:
-            console.print(f"failed: {row['variant']}, {error}", markup=False)
-    for note in notes:
-        console.print(note, markup=False)
-
-
-def html(
-    preset: Preset, rows: list[dict[str, Any]], notes: list[str], command: str, pictures: Iterable[Picture]
-) -> str:
-    """One file that holds its plots; nothing is fetched when it is opened."""
-    from jinja2 import Environment, PackageLoader
-
-    headings, lines = cells(rows)
-    environment = Environment(loader=PackageLoader("castlm.compare", "."), autoescape=True)
-    return environment.get_template("report.html.jinja").render(
-        question=preset.question,
-        command=command,
-        headings=headings,
-        lines=lines,
-        errors=[f"{row['variant']}, {error}" for row in rows for error in row["errors"]],
-        notes=notes,
-        pictures=pictures,
-    )

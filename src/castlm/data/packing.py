@@ -94,6 +94,11 @@ class PackedSequences(IterableDataset):
         self._num_sequences += num_sequences
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
+    def tokens_per_epoch(self) -> int:
+        """Number of tokens of one epoch. Reads and tokenizes all documents once; the position stays as it is."""
+        batches = _batches(self.documents.pieces(self.seed, 0, None))
+        return sum(len(ids) for pieces in batches for ids in self._encoder(pieces))
+
     def state_dict(self) -> dict[str, Any]:
         """The position of the next sequence's first token, as plain JSON; the same on every rank."""
         epoch, document = self._pending[0][:2] if self._pending else self._start

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.distill import distillation_loss
 from castlm.core.errors import InputError
-from castlm.data.documents import text_hash
+from castlm.data.documents import open_documents
 from castlm.data.tokens import check_vocabulary, token_ids
 from castlm.models import backbone, context_length, eval_mode, output_head
 from castlm.versions import library_versions
@@ -200,6 +200,7 @@ def evaluate_file(
     seq_len: int = 1024,
     stride: int | None = None,
     *,
+    column: str = "text",
     batch_size: int = 1,
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -212,7 +213,8 @@ def evaluate_file(
     Raises:
         InputError: see `perplexity` and `token_ids_of`.
     """
-    ids = token_ids_of(text_file, tokenizer)
+    documents = open_documents(text_file, column=column)
+    ids = token_ids(documents, tokenizer)
     result = perplexity(
         model,
         ids,
@@ -224,7 +226,7 @@ def evaluate_file(
     )
     return result.as_dict() | {
         "text": Path(text_file).name,
-        "text_sha256": text_hash(text_file),
+        "text_sha256": documents.text_hash(),
         "text_tokens": len(ids),
         "tokenizer": tokenizer.name_or_path,
         "dtype": str(autocast_dtype or model.dtype).removeprefix("torch."),

@@ -196,6 +196,7 @@ def heat_map(
     y_label: str,
     form: str = ".2g",
     in_cells: bool = False,
+    from_zero: bool = True,
     power: float = 1.0,
     cell_height: int = 26,
     width: int = HALF,
@@ -207,13 +208,16 @@ def heat_map(
         row_labels, column_labels: empty strings leave a tick without a label.
         form: format of the values.
         in_cells: whether the values are written into the cells, if these are wide enough.
+        from_zero: whether the colour scale begins at 0; else at the smallest value.
         power: exponent of the colour scale; 0.5 makes small values more visible.
     """
     left, top = 20 + 7 * max(map(len, row_labels), default=0), 26
     cell = (width - left - 4) / max(1, len(column_labels))
     gap = 2 if cell > 12 and cell_height > 12 else 0
-    largest = max((v for row in values for v in row if v is not None), default=0.0) or 1.0
-    parts = [f'<text x="0" y="12">{escape(y_label)}</text>', _heat_legend(largest, form, width)]
+    found = [v for row in values for v in row if v is not None]
+    low = 0.0 if from_zero else min(found, default=0.0)
+    span = max(found, default=0.0) - low or 1.0
+    parts = [f'<text x="0" y="12">{escape(y_label)}</text>', _heat_legend(low, low + span, form, width)]
     for number, (row, label) in enumerate(zip(values, row_labels)):
         y = top + number * cell_height
         middle = y + cell_height / 2 + 4
@@ -221,7 +225,7 @@ def heat_map(
         for column, value in enumerate(row):
             if value is None:
                 continue
-            share, x = (max(0.0, value) / largest) ** power, left + column * cell
+            share, x = (max(0.0, value - low) / span) ** power, left + column * cell
             title = f"<title>{escape(label)} {escape(column_labels[column])}: {value:{form}}</title>"
             parts.append(
                 f'<rect x="{x + gap / 2:.2f}" y="{y + gap / 2:g}" width="{max(cell - gap, 0.5):.2f}" '
@@ -231,10 +235,8 @@ def heat_map(
             text = format(value, form)
             if in_cells and cell > 7.5 * len(text):
                 ink = ' style="fill:var(--paper)"' if share > 0.5 else ' class="name"'
-                parts.append(
-                    f'<text x="{x + cell / 2:.1f}" y="{middle:.1f}" text-anchor="middle" '
-                    f'font-size="11"{ink}>{text}</text>'
-                )
+                at = f'x="{x + cell / 2:.1f}" y="{middle:.1f}" text-anchor="middle" font-size="11"'
+                parts.append(f"<text {at}{ink}>{text}</text>")
     bottom = top + len(values) * cell_height
     every = max(1, math.ceil(max(map(len, column_labels), default=1) * 8 / max(cell, 0.1)))
     for column, label in enumerate(column_labels):
@@ -245,14 +247,14 @@ def heat_map(
     return _svg(width, bottom + 40, parts)
 
 
-def _heat_legend(largest: float, form: str, width: int) -> str:
+def _heat_legend(low: float, high: float, form: str, width: int) -> str:
     boxes = [
-        f'<rect x="{width - 100 + i * 10}" y="4" width="10" height="9" fill="var(--c0)" '
+        f'<rect x="{width - 110 + i * 10}" y="4" width="10" height="9" fill="var(--c0)" '
         f'fill-opacity="{0.06 + 0.94 * i / 5:.2f}"/>'
         for i in range(6)
     ]
-    low = f'<text x="{width - 106}" y="12" text-anchor="end">0</text>'
-    return low + "".join(boxes) + f'<text x="{width - 34}" y="12">{largest:{form}}</text>'
+    first = f'<text x="{width - 116}" y="12" text-anchor="end">{low:{form}}</text>'
+    return first + "".join(boxes) + f'<text x="{width - 44}" y="12">{high:{form}}</text>'
 
 
 def _svg(width: float, height: float, parts: Sequence[str]) -> str:

@@ -112,12 +112,12 @@ def masked_weights(run: RunData) -> list[Picture]:
         [short(row["tokens"]) for row in rows],
         x_label="training tokens",
         y_label="|masked weight|",
-        form=".1%",
+        form=".0%",
         power=0.5,
         cell_height=max(10, min(22, 220 // len(bins))),
     )
     caption = (
-        "Each column is an evaluation; the darker a cell, the larger the share of the masked weights in this range of "
+        "Each column is an evaluation; the stronger a colour, the larger the share of masked weights in this range of "
         "magnitudes. The bottom row holds exact zeros; ranges that never hold 0.1 % are left out."
     )
     return [Picture("Masked weights over time", svg, caption)]
@@ -147,6 +147,7 @@ def layers(run: RunData) -> list[Picture]:
         y_label="relative error",
         form=".2g",
         in_cells=True,
+        from_zero=False,
         cell_height=30 if len(cells) < 10 else 20,
         width=WHOLE,
     )
