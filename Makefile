@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench docs clean
+.PHONY: setup demo test fuzz lint bench docs clean
 
 $(VENV)/.installed: pyproject.toml src/castlm/core/kernels.cpp
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,10 @@ demo: setup
 
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest --doctest-modules src/castlm/core
+
+fuzz: setup  # the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, fed with random input
+	$(BIN)/python -m tests.fuzz_kernels --minutes 10
 
 lint: setup
 	$(BIN)/ruff check .

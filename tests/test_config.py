@@ -19,6 +19,7 @@ from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, build, convert, docs_of, positional, suggest
 from castlm.methods.table import METHODS, Method
 from castlm.training.config import RECIPES, TrainConfig
+from castlm.training.effects import EFFECTS, without_effect
 from castlm.training.sections import SECTIONS
 from castlm.yaml_file import read_yaml_mapping
 
@@ -51,6 +52,12 @@ def test_replace_resolves_derived_defaults_again():
     assert replace(replace(config, method="dense"), method="cast") == config
     with pytest.raises(InputError, match="starts dense"):
         replace(config, method="dense", init_from="wanda")
+
+
+def test_options_of_effects_and_methods_exist():
+    names = {option.name for option in dataclasses.fields(TrainConfig)}
+    assert set(EFFECTS) <= names
+    assert {option for row in METHODS.values() for option in row.options} <= names
 
 
 def test_every_option_is_in_one_section_and_has_help():
@@ -134,6 +141,27 @@ def test_a_python_call_is_checked_like_a_file():
     with pytest.raises(InputError, match="learning_rate = 'fast' is not a number"):
         TrainConfig("m", "d", "o", learning_rate="fast")
     assert TrainConfig(Path("m"), "d", "o", adam_betas=[0.9, 0.95], learning_rate=1).adam_betas == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({}, []),
+        ({"mask_interval": 5}, ["mask_interval"]),
+        ({"mask_interval": 5, "init_from": "magnitude"}, []),
+        ({"mask_interval": 5, "method": "ast"}, []),
+        ({"lam": 1e-3, "decay_end": 0.5}, ["lam"]),
+        ({"lam": 1e-3, "decay_end": 0.5, "decay": "additive"}, ["decay_end"]),
+        ({"srste_lam": 1e-3}, ["srste_lam"]),
+        ({"srste_lam": 1e-3, "decay": "none", "method": "srste"}, ["decay"]),
+        ({"temperature": 2.0, "teacher_top_k": 8, "eta": 0.0}, ["temperature", "teacher_top_k"]),
+        ({"eval_fraction": 0.5, "eval_dataset": "e"}, ["eval_fraction"]),
+        ({"calibration_sequences": 9, "init_from": "some/model"}, ["calibration_sequences"]),
+        ({"scale_groups": 0, "pattern": "4:8", "method": "dense"}, ["scale_groups", "pattern"]),
+    ],
+)
+def test_options_without_effect_are_named(fields, names):
+    assert sorted(without_effect(TrainConfig(**REQUIRED, **fields))) == sorted(names)
 
 
 # ----------------------------------------------------------------------------------------------------------- YAML
@@ -318,7 +346,7 @@ def test_values_keep_their_type():
 
 
 def test_a_method_and_a_decay_are_added_in_their_table_alone(monkeypatch, capsys):
-    monkeypatch.setitem(METHODS, "toy", Method("dense", "Dense", starts_dense=True))
+    monkeypatch.setitem(METHODS, "toy", Method("dense", "Dense", "a toy", starts_dense=True))
     monkeypatch.setitem(DECAYS, "toy", Decay(ramp=lambda *_: 0.0, needs_lam=False, exact_zero=False))
     config, _ = parse_train(["--model=m", "--dataset=d", "--output-dir=o", "--method", "toy", "--decay", "toy"])
     assert (config.method, config.decay) == ("toy", "toy")

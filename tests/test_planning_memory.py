@@ -217,8 +217,8 @@ def test_config_of_a_model_folder_is_read(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("content", "options", "reason"),
     [
-        (None, {}, "cannot read the model config"),
-        ("{", {}, "is not the config of a model"),
+        (None, {}, "cannot read"),
+        ("{", {}, "is not readable JSON"),
         ('{"model_type": "nonsense"}', {}, "is not the config of a model"),
         ('{"hidden_size": 5}', {}, "is not the config of a model"),
         ('{"model_type": "t5"}', {}, "cannot be built"),

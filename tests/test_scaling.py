@@ -1,11 +1,15 @@
 """Weight scaling: identity at the start, the layout of its groups, and an exact fold back to plain linears."""
 
+import copy
+import warnings
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from castlm.core.errors import InputError
-from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
+from castlm.core.scaling import UnfoldedWarning, add_weight_scaling, fold_weight_scaling
 from castlm.core.sparsify import prune_, weight_parameter
 from tests.tiny import FAMILIES, tiny_model
 
@@ -54,6 +58,35 @@ def test_zeros_survive_the_fold():
     fold_weight_scaling(model)
     weight = model.model.layers[0].mlp.up_proj.weight
     assert ((weight.view(-1, 4) != 0).sum(1) <= 2).all()
+
+
+def test_a_state_dict_before_the_fold_warns_and_one_after_it_does_not(tmp_path, recwarn):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "plain")
+    assert not [w for w in recwarn if w.category is UnfoldedWarning]
+    add_weight_scaling(model)
+    copied = copy.deepcopy(model)
+    for scaled in (model, copied, nn.ModuleDict({"student": copied})):
+        with pytest.warns(UnfoldedWarning, match=r"fold_weight_scaling\(model\) before save_pretrained"):
+            scaled.state_dict()
+    with pytest.warns(UnfoldedWarning):
+        model.save_pretrained(tmp_path / "unfolded")
+    fold_weight_scaling(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnfoldedWarning)
+        model.save_pretrained(tmp_path / "folded")
+    assert set(load_file(tmp_path / "folded" / "model.safetensors")) == set(
+        load_file(tmp_path / "plain" / "model.safetensors")
+    )
+
+
+def test_a_state_dict_before_the_fold_goes_back_into_a_scaled_model():
+    model, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    for scaled in (model, other):
+        add_weight_scaling(scaled)
+    with pytest.warns(UnfoldedWarning):
+        other.load_state_dict(model.state_dict())
+    assert torch.equal(model(IDS).logits, other(IDS).logits)
 
 
 def test_refusals():

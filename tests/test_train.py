@@ -117,6 +117,8 @@ def stop_after(monkeypatch, step):
         {},
         {"init_from": "magnitude", "async_save": False},
         {"moments": "bf16"},
+        {"rotate": "residual", "calibration_sequences": 4},
+        {"reconstruct_epochs": 1, "calibration_sequences": 4},
         {"method": "ast"},
         {"method": "finetune", "init_from": "sparsegpt", "calibration_sequences": 4},
         {"method": "gradual_magnitude"},
@@ -285,7 +287,7 @@ def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, llama
 def sparse(llama, tmp_path_factory) -> str:
     """A 2:4 model by castlm prune."""
     folder = str(tmp_path_factory.mktemp("sparse") / "model")
-    assert main(["prune", "--model", llama, "--output-dir", folder]) == 0
+    assert main(["prune", "--model", llama, "--output-dir", folder, "--method", "magnitude"]) == 0
     return folder
 
 

@@ -337,4 +337,6 @@ def plain_json(content: Any) -> Any:
         return {str(key): plain_json(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return [plain_json(value) for value in content]
-    return str(content) if isinstance(content, Path) else content
+    if isinstance(content, str | Path):  # a surrogate stands for a byte of a path that is not UTF-8
+        return str(content).encode("utf-8", "backslashreplace").decode()
+    return content

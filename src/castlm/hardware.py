@@ -20,6 +20,17 @@ SMALLEST_BF16_WIDTH = 256
 SMALLEST_COMPILED = 10_000_000
 
 
+def choose_device(wanted: str) -> str:
+    """ "cpu" or "cuda" for the option `device`; "auto" is CUDA if there is a GPU.
+
+    Raises:
+        InputError: CUDA was asked for and torch sees no GPU.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, but torch sees no GPU: install a CUDA build of torch, or use device cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def choose_precision(wanted: str, device: torch.device, model_config: Any) -> str:
     """ "fp32" or "bf16"; for "auto" bf16 where the hardware multiplies it faster and the model is not tiny.
 

@@ -1,6 +1,6 @@
-"""How transformers stores the weights of a family, told from names and shapes alone.
+"""How transformers stores the weights of a family, by names and shapes alone.
 
-Free of torch and transformers on purpose: `castlm verify` reads a checkpoint in less time than either takes to import.
+Neither torch nor transformers is imported: `castlm verify` reads a checkpoint in less time than either takes to import.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transfo
 
 _CONV1D_LAYER = re.compile(r"(?:^|\.)(?:c_attn|q_attn|c_proj|c_fc)\.weight$")
 
+OLD_BUFFERS = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
+"""Causal masks and rotary tables that old checkpoints store and today's models compute."""
+
 
 def stored_transposed(model_type: str | None, name: str) -> bool:
-    """Whether the tensor `name` is stored (in, out), so that its n:m groups run down axis 0.
+    """Whether the tensor `name` is stored (in, out), so that its n:m groups run along axis 0.
 
     Args:
         model_type: `model_type` of the checkpoint's config.json.

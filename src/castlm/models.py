@@ -1,7 +1,7 @@
-"""Hugging Face models in and out: what a user names becomes a whole, finite model, and goes back in the layout it had.
+"""Loads and saves Hugging Face models: a loaded model is complete and finite, a saved one has its family's layout.
 
-transformers warns and goes on with random numbers where weights are missing; here that is an error. GPT-2's Conv1D are
-`nn.Linear` between load and save, so that nothing above has to know of them.
+Where weights are missing, transformers warns and continues with random numbers; here that is an error. GPT-2's Conv1D
+layers are `nn.Linear` between load and save, so that no other module has to handle them.
 """
 
 from __future__ import annotations
@@ -33,22 +33,20 @@ from transformers.utils import logging as hf_logging
 
 from castlm.core.errors import InputError
 from castlm.core.head import OutputHead
-from castlm.layout import stored_transposed
+from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, find
 
-# Causal masks and rotary tables that old checkpoints carry and today's models compute.
-OLD_BUFFERS = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 _NO_TOKENIZER = "{} holds no tokenizer: copy tokenizer.json and tokenizer_config.json into it"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to train, with where it came from."""
+    """A model ready to train, with its tokenizer and source."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
-    """The folder, hub id (with `@revision` where one was asked for) or file, for the record of a run."""
+    """The folder, hub id (with `@revision` if one was given) or file, for the record of a run."""
 
 
 def load_model(
@@ -58,17 +56,17 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Loaded:
-    """A causal language model and its tokenizer, on CPU, in eval mode, with every Conv1D made an `nn.Linear`.
+    """Loads a causal language model and its tokenizer, on the CPU, in eval mode, with every Conv1D as an `nn.Linear`.
 
     Args:
         name: a folder in Hugging Face format, a hub id, a `.gguf` file (dequantized) or "demo".
-        dtype: of the weights, whatever they are stored in.
+        dtype: of the loaded weights, whatever dtype they are stored in.
         trust_remote_code: run the model's own Python code.
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        InputError: nothing there, not a causal language model, quantized, an adapter, pickled or corrupt weights,
-            weights that are missing, left over, of another shape or not finite, or no tokenizer.
+        InputError: the model does not exist, is not a causal language model, is quantized or an adapter, has no
+            tokenizer, or its weights are pickled, corrupt, missing, left over, of another shape or not finite.
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     options = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
@@ -76,7 +74,7 @@ def load_model(
     if where.gguf:
         weights = {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
     with quiet(where), _as_input_error(where):
-        # Mismatched sizes are let through here, to be named by `_check_weights` in one line.
+        # Mismatched sizes are allowed here; `_check_weights` reports them in one line.
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             where.target,
             config=config,
@@ -101,10 +99,11 @@ def load_model(
 def open_model(
     name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> tuple[Location, PretrainedConfig, PreTrainedTokenizerBase]:
-    """What `load_model` knows of a model before it reads the weights.
+    """Location, config and tokenizer of a model, which `load_model` reads before the weights.
 
     Raises:
-        InputError: nothing there, not a causal language model, quantized, an adapter, or no tokenizer.
+        InputError: the model does not exist, is not a causal language model, is quantized or an adapter, or has no
+            tokenizer.
     """
     where = find(name, revision)
     options = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
@@ -117,10 +116,10 @@ def open_model(
 def load_tokenizer(
     name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, by the same names as `load_model`.
+    """Loads only the tokenizer, by the same names as `load_model`.
 
     Raises:
-        InputError: nothing there, or no tokenizer in it.
+        InputError: the model does not exist, or has no tokenizer.
     """
     where = find(name, revision)
     return _load_tokenizer(where, {"trust_remote_code": trust_remote_code, "revision": revision, **where.local})
@@ -132,24 +131,24 @@ def save_model(
     folder: str | Path,
     max_shard_size: int | str = "50GB",
 ) -> None:
-    """Writes safetensors, config, generation config and tokenizer; `from_pretrained` gives the same model back.
+    """Writes safetensors, config, generation config and tokenizer, from which `from_pretrained` loads the same model.
 
-    The weights keep their dtype. The model stays as it is and can be trained on.
+    The weights keep their dtype. The model is not changed and can be trained further.
 
     Args:
-        max_shard_size: largest weight file, in bytes or as "5GB"; above it the weights are cut into several.
+        max_shard_size: largest weight file, in bytes or as "5GB"; larger weights are written to several files.
 
     Raises:
         InputError: weight scaling that is not folded.
     """
     state_dict = restored_state_dict(model)
-    with _silent_transformers(progress=False):
+    with quiet_transformers(progress=False):
         model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
 
 
 def restored_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict in the layout of the model's family on disk: Linear that were Conv1D are (in, out) again, copied.
+    """The state dict in the layout of the model's family on disk: the weights of Conv1D are copied to (in, out).
 
     Raises:
         InputError: a parametrized weight, such as an unfolded weight scaling.
@@ -167,22 +166,22 @@ def restored_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def linearize_conv1d_(model: PreTrainedModel) -> list[str]:
-    """Replaces every transformers `Conv1D` by an `nn.Linear` of the same function, in place.
+    """Replaces every transformers `Conv1D` by an equivalent `nn.Linear`, in place.
 
-    A weight (in, out) becomes (out, in), contiguous; dtype, device, `requires_grad` and sharing between layers stay.
+    A weight (in, out) becomes (out, in), contiguous, of the same dtype, device and `requires_grad`, shared as before.
 
     Returns:
         The names of the replaced layers.
 
     Raises:
-        InputError: a Conv1D in a family where saving could not tell it from a Linear.
+        InputError: a Conv1D in a family for which saving could not distinguish it from a Linear.
     """
     linear_of: dict[Conv1D, nn.Linear] = {}
     transposed: dict[nn.Parameter, nn.Parameter] = {}
     names = [name for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Conv1D)]
     for name in names:
         if not stored_transposed(model.config.model_type, f"{name}.weight"):
-            raise InputError(f"{name} is a Conv1D, unknown in the family {model.config.model_type}: not supported")
+            raise InputError(f"{name} is a Conv1D, which is not supported in the family {model.config.model_type}")
     for name in names:
         old = model.get_submodule(name)
         if old not in linear_of:
@@ -195,8 +194,25 @@ def linearize_conv1d_(model: PreTrainedModel) -> list[str]:
     return names
 
 
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts `model` in eval mode while the block runs, and then each module back into the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model takes (`max_position_embeddings`); None where its config sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """The model without its head: maps input ids (batch, seq) to an output whose `last_hidden_state` the head reads.
+    """The model without its head: maps input ids (batch, seq) to an output with `last_hidden_state`, the head's input.
 
     Raises:
         InputError: an architecture without such a module.
@@ -207,7 +223,7 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
-    """What the model makes logits of hidden states with; the weight is the model's own Parameter, tied or not.
+    """The layer that maps hidden states to logits; its weight is the model's own Parameter, tied or not.
 
     Raises:
         InputError: an architecture whose head is not one `nn.Linear`.
@@ -223,26 +239,25 @@ def output_head(model: PreTrainedModel) -> OutputHead:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Proves on 12 random tokens that `output_head` of `backbone` is the model, and that no position sees a later one.
+    """Checks on 12 random tokens that `output_head` of `backbone` gives the logits, and that the model is causal.
 
     Raises:
-        InputError: an architecture that does anything else: the loss would be another model's.
+        InputError: the architecture computes something else, so the loss would be that of another model.
     """
-    name, head, was_training = type(model).__name__, output_head(model), model.training
+    name, head = type(model).__name__, output_head(model)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(head.weight.shape[0], (1, 12), generator=generator).to(model.device)
     changed = input_ids.clone()
     changed[0, -1] = (changed[0, -1] + 1) % head.weight.shape[0]
-    model.eval()
-    logits = model(input_ids=input_ids, use_cache=False).logits
-    logits_changed = model(input_ids=changed, use_cache=False).logits
-    hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
-    model.train(was_training)
+    with eval_mode(model):
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        logits_changed = model(input_ids=changed, use_cache=False).logits
+        hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
 
     rebuilt = F.linear(hidden, head.weight, head.bias).float() * head.scale
     if head.softcap is not None:
         rebuilt = head.softcap * torch.tanh(rebuilt / head.softcap)
-    is_wide = hidden.dtype == logits.dtype == torch.float32  # the head's product is not, in bf16 autocast
+    is_wide = hidden.dtype == logits.dtype == torch.float32  # bf16 autocast rounds the product of the head
     tolerance = (1e-5 if is_wide else 2e-2) * logits.abs().max().item()
     difference = (rebuilt - logits).abs().max().item()
     if not difference <= tolerance:
@@ -267,7 +282,7 @@ def _check_config(where: Location, config: PretrainedConfig) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization.quant_method
-        raise InputError(f"the weights of {where} are quantized ({method}): give the model that was quantized")
+        raise InputError(f"the weights of {where} are quantized ({method}): give the model before quantization")
 
 
 def _check_weights(where: Location, model: PreTrainedModel, loading_info: Mapping[str, Any]) -> None:
@@ -299,7 +314,7 @@ def _load_tokenizer(where: Location, options: Mapping[str, Any]) -> PreTrainedTo
     with quiet(where), _as_input_error(where):
         tokenizer = AutoTokenizer.from_pretrained(where.target, **where.gguf, **options)
         token_ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
-    # Without its files, some classes come up all the same, with no vocabulary or with the special tokens alone.
+    # Without its files, some classes still load, with no vocabulary or only special tokens.
     if not set(token_ids) - set(tokenizer.all_special_ids):
         raise InputError(_NO_TOKENIZER.format(where))
     return tokenizer
@@ -307,13 +322,15 @@ def _load_tokenizer(where: Location, options: Mapping[str, Any]) -> PreTrainedTo
 
 @contextlib.contextmanager
 def _as_input_error(where: Location) -> Iterator[None]:
-    """transformers' errors, of many lines and any type, as one line."""
+    """Turns transformers' errors, of any type and many lines, into one line."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
         reason = " ".join(str(error).split())
         if not reason or isinstance(error, LookupError):
-            reason = repr(error)  # str(KeyError("a")) is 'a'
+            reason = repr(error)  # str(KeyError("a")) is just 'a'
         raise InputError(_explain(where, reason)) from error
 
 
@@ -321,27 +338,28 @@ def _explain(where: Location, reason: str) -> str:
     if "Couldn't instantiate the backend tokenizer" in reason:
         return _NO_TOKENIZER.format(where)
     if "trust_remote_code" in reason:
-        return f"{where} runs code of its own: pass trust_remote_code if you have read it and trust it"
+        return f"{where} runs its own code: pass trust_remote_code if you have read it and trust it"
     if "use_safetensors" in reason:
-        return f"{where} has no safetensors on the hub, and pickles are not loaded: convert it first"
+        return f"{where} has no safetensors on the hub, and pickles are never loaded: convert it first"
     reason = re.split(r"(?<=[.!?]) ", reason)[0][:240]
     if where.is_hub and not where.is_cached:
-        return f"{where} is no folder here and cannot be had from the Hugging Face hub: {reason}"
+        return f"{where} is neither a local folder nor available on the Hugging Face Hub: {reason}"
     return f"cannot load {where}: {reason}"
 
 
 @contextlib.contextmanager
 def quiet(where: Location) -> Iterator[None]:
-    """No reports from transformers; a progress bar only where something may be downloaded."""
+    """Silences transformers' reports; a progress bar is shown only where a download may happen."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_silent_transformers(progress=where.is_hub and not where.is_cached))
-        if where.gguf:  # its dequantization draws a bar that no switch turns off
+        stack.enter_context(quiet_transformers(progress=where.is_hub and not where.is_cached))
+        if where.gguf:  # dequantization shows a progress bar that cannot be turned off
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         yield
 
 
 @contextlib.contextmanager
-def _silent_transformers(progress: bool) -> Iterator[None]:
+def quiet_transformers(progress: bool = False) -> Iterator[None]:
+    """No reports from transformers while the block runs, and a progress bar only with `progress`."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     if not progress:

@@ -16,6 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from castlm.reading import open_regular
+
 RESULT = "castlm.json"
 """Record of a finished result; `files` in it maps each other file to its SHA-256."""
 
@@ -30,6 +32,7 @@ _RUN = "runs/*-????????????"  # name and key of a run of a comparison
 LAYOUT: dict[str, tuple[str, ...]] = {
     "train": (
         "metrics.jsonl",
+        "report.html",
         "tensorboard/events.out.tfevents.*",
         "checkpoints/step-*/manifest.json",
         "checkpoints/step-*/metadata.json",
@@ -185,7 +188,7 @@ def changed_file(folder: Path, files: dict[str, Any]) -> str | None:
 def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal, read a chunk at a time."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

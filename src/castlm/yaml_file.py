@@ -6,14 +6,13 @@ object. Here they are text, a number, text, text and text; `castlm.fields` then 
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.reading import open_regular
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
@@ -46,19 +45,8 @@ def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
 
 
 def _read_text(path: str | Path) -> str:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a FIFO must not block
-        try:
-            mode = os.fstat(descriptor).st_mode
-            raw = os.read(descriptor, MAX_BYTES + 1) if stat.S_ISREG(mode) else None
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise InputError(f"cannot read {str(path)!r}: its name holds a NUL character") from None
-    if raw is None:
-        raise InputError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}: give a YAML file")
+    with open_regular(path) as stream:
+        raw = stream.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
         raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: that is not a file of options")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.fields import positional
@@ -18,7 +19,10 @@ class EvalCommand:
     """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"."""
 
     text: str | None = None
-    """Text file, or .jsonl, .jsonl.gz, .parquet, a folder or glob of these."""
+    """Text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub dataset."""
+
+    column: str = "text"
+    """Column that holds the text in .jsonl and .parquet."""
 
     seq_len: int = 1024
     """Tokens of context; figures at different lengths do not compare."""
@@ -38,27 +42,33 @@ class EvalCommand:
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """Compute type of the forward pass; auto: bf16 where it is fast."""
 
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto uses CUDA if there is a GPU."""
+
     json: str | None = None
     """Write the figures there; "-" prints them as JSON."""
 
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
     trust_remote_code: bool = False
-    """Run Python code that comes with a hub model."""
+    """Run the Python code that comes with a hub model."""
 
     def run(self) -> int:
         if self.text is None and self.tasks is None:
             raise InputError("nothing to evaluate on: give --text FILE, or --tasks piqa,arc_easy, or both")
+        check_json_path(self.json, result_folder(self.path), *([self.text] if self.text else []))
         import torch
 
         from castlm.evaluation.perplexity import evaluate_file
-        from castlm.hardware import choose_precision, keep_freed_memory
+        from castlm.hardware import choose_device, choose_precision, keep_freed_memory
         from castlm.models import load_model
         from castlm.progress import shown_progress
 
         keep_freed_memory()
-        loaded = load_model(result_folder(self.path), trust_remote_code=self.trust_remote_code)
+        loaded = load_model(result_folder(self.path), trust_remote_code=self.trust_remote_code, revision=self.revision)
         model = loaded.model
-        if torch.cuda.is_available():
-            model.to("cuda")
+        model.to(choose_device(self.device))
         bf16 = choose_precision(self.precision, model.device, model.config) == "bf16"
         dtype = torch.bfloat16 if bf16 else None
         figures: dict[str, Any] = {"model": self.path}
@@ -68,6 +78,7 @@ class EvalCommand:
                     model,
                     loaded.tokenizer,
                     self.text,
+                    column=self.column,
                     seq_len=self.seq_len,
                     stride=self.stride,
                     autocast_dtype=dtype,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import logging
 import os
 import sys
 from typing import NamedTuple, TextIO
 
 from castlm.core.errors import InputError
+from castlm.names import printable
 from castlm.signals import TERMINATED, ending_on_sigterm
 
 
@@ -41,9 +43,15 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. Exit codes: 0 done; 1 a proof does not hold; 2 bad input, or output that cannot be written, in
-    one line; 130 after Ctrl-C; 141, as of a process that SIGPIPE ends, where nobody reads the output any more
-    (`castlm ... | head -1`)."""
+    """Runs one command and returns its exit code.
+
+    0: done. 1: the answer is no (a pattern does not hold, a run diverged, a run of `compare` failed). 2: bad input, or
+    output that cannot be written, in one line. 130: after Ctrl-C. 141, as for a process that SIGPIPE ends: nobody reads
+    the output any more (`castlm ... | head -1`).
+
+    Every other exception is reported in one line too, with exit code 2; CASTLM_TRACEBACK=1 shows the traceback.
+    """
+    _print_any_character()
     try:
         try:
             return _main(sys.argv[1:] if arguments is None else arguments)
@@ -62,6 +70,26 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def _print_any_character() -> None:
+    """Escapes characters that the output cannot encode (`PYTHONIOENCODING=ascii`) instead of failing on them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_utf8(arguments: list[str]) -> None:
+    """Refuses names that are not UTF-8: JSON, YAML and safetensors cannot record them, so a run would fail at its end.
+
+    Raises:
+        InputError: an argument or the working folder holds bytes that are not UTF-8.
+    """
+    for name, what in [*((argument, "the argument") for argument in arguments), (os.getcwd(), "the working folder")]:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{what} '{printable(name)}' is not UTF-8: rename it") from None
+
+
 def _discard(stream: TextIO) -> None:
     """What is left in `stream` goes nowhere; else it fails once more at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -73,14 +101,29 @@ def _is_output_full(error: Exception) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the machine or of a GPU; torch says so in a RuntimeError."""
-    words = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory")
+    """Whether memory ran out, of the machine or of a GPU; torch reports it as a RuntimeError."""
+    words = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def _describe(error: BaseException) -> str:
+    """An exception in words: what it says itself, if it is meant for a user."""
+    if isinstance(error, InputError):
+        return str(error)
+    if is_out_of_memory(error):
+        return (
+            f"not enough memory ({str(error)[:200] or 'an allocation failed'}): use a smaller batch or seq_len, or a "
+            "larger machine; castlm plan memory says what a run needs"
+        )
+    if isinstance(error, OSError) and str(error):
+        return str(error)
+    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"unexpected {reason[:400]} (CASTLM_TRACEBACK=1 shows where it happened)"
 
 
 def _complain(reason: str) -> None:
     try:
-        print(f"castlm: error: {reason}", file=sys.stderr, flush=True)
+        print(f"castlm: error: {printable(' '.join(reason.split()))}", file=sys.stderr, flush=True)
     except OSError:  # both go to the same full disk
         _discard(sys.stderr)
 
@@ -97,6 +140,7 @@ def _main(arguments: list[str]) -> int:
     for name in ("torchao", "torch.utils._pytree"):  # of the import that transformers makes: nothing here uses it
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
+        _check_utf8(arguments)
         if arguments[0] not in COMMANDS:
             raise InputError(f"there is no command {arguments[0]!r}: use one of {', '.join(COMMANDS)}")
         with ending_on_sigterm():
@@ -105,22 +149,19 @@ def _main(arguments: list[str]) -> int:
         if stop.code == TERMINATED:
             print("castlm: stopped by SIGTERM", file=sys.stderr)
         raise
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or os.environ.get("CASTLM_TRACEBACK"):
-            raise
-        _complain(
-            f"not enough memory ({' '.join(str(error).split())[:200]}): use a smaller batch or seq_len, or a larger "
-            "machine; castlm plan memory says what a run needs"
-        )
-        return 2
-    except (InputError, OSError) as error:
+    except Exception as error:
         if isinstance(error, BrokenPipeError) or _is_output_full(error) or os.environ.get("CASTLM_TRACEBACK"):
             raise
-        _complain(" ".join(str(error).split()))
+        _complain(_describe(error))
         return 2
     except KeyboardInterrupt:
         print("castlm: stopped", file=sys.stderr)
         return 130
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # how a library written in Rust reports its own bug
+            raise
+        _complain(_describe(error))
+        return 2
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, write_json
 from castlm.core.errors import InputError
 from castlm.fields import positional
+from castlm.reading import read_json
 
 
 @dataclass
@@ -32,13 +32,16 @@ class FitCommand:
     """Write a picture of fit and residuals there (.png or .svg)."""
 
     def run(self) -> int:
-        from castlm.planning.law import fit_law, plot_law
+        from castlm.planning.law import check_plot, fit_law, plot_law
         from castlm.planning.points import read_points
 
+        check_json_path(self.json, *self.runs)
+        if self.plot is not None:
+            check_plot(self.plot)
         points = read_points(self.runs, method=self.method)
         law = fit_law(points, self.form)
         write_json(self.json, law.as_dict())
-        if self.plot:
+        if self.plot is not None:
             plot_law(law, points, self.plot)
         if self.json == "-":
             return 0
@@ -84,7 +87,7 @@ class PredictCommand:
             check_price(self.price_per_hour)
             if self.tokens_per_s is None:
                 raise InputError(f"price_per_hour is {self.price_per_hour:g} of unknown hours: give --tokens-per-s too")
-        law = Law.from_dict(_read_json(self.law))
+        law = Law.from_dict(read_json(self.law))
         if self.tokens is not None:
             found = predict_perplexity(law, self.tokens, self.params)
             beyond = f", {found.beyond:.1f}x beyond the fitted budgets" if found.beyond > 1 else ""
@@ -101,15 +104,6 @@ class PredictCommand:
             if self.price_per_hour is not None:
                 print(f"cost: {hours * self.price_per_hour:,.2f}, at {self.price_per_hour:g} an hour")
         return 0 if tokens is not None else 1
-
-
-def _read_json(path: str) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; write a law with castlm plan fit --json") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): write a law with castlm plan fit --json") from None
 
 
 def fit(arguments: list[str]) -> int:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
+from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, result_folder, write_json
+from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import positional
 
 
 @dataclass
 class VerifyCommand:
-    """Prove that every group of every sparse layer of a checkpoint is n:m. Exit 0: it is; 1: it is not."""
+    """Count every group of every sparse layer of a model folder. The exit code is 0 if all are n:m, and 1 if not."""
 
     path: str = positional()
     """Folder in Hugging Face format, or one .safetensors file."""
 
-    pattern: str = "2:4"
-    """n:m, at most n non-zeros in every m along the input axis."""
+    pattern: str | None = None
+    """n:m, at most n non-zeros in every m along the input axis. The default is the pattern in the folder's castlm.json,
+    or 2:4 without one."""
 
     json: str | None = None
     """Write the report there; "-" prints it instead of the table."""
@@ -25,11 +30,28 @@ class VerifyCommand:
     def run(self) -> int:
         from castlm.export.verify import verify
 
-        report = verify(result_folder(self.path), Pattern.parse(self.pattern))
+        path = result_folder(self.path)
+        check_json_path(self.json, path)
+        report = verify(path, Pattern.parse(self.pattern or recorded_pattern(path) or "2:4"))
         write_json(self.json, report.as_dict())
         if self.json != "-":
             print(report.text())
         return 0 if report.ok else 1
+
+
+def recorded_pattern(path: str) -> str | None:
+    """The pattern that castlm.json in a model folder names; None without such a file.
+
+    Raises:
+        InputError: the file cannot be read, or names no pattern.
+    """
+    file = Path(path) / "castlm.json"
+    if not file.is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["pattern"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{file} names no pattern: give --pattern 2:4") from None
 
 
 def main(arguments: list[str]) -> int:

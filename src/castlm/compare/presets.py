@@ -29,6 +29,8 @@ class Preset:
 
 # A budget of steps and rates that cannot bring masked weights to zero is what two of the decays are here to show.
 _ANY_BUDGET = {"method": "cast", "ignore_decay_budget": True}
+# The strongest start without a change of basis: a rival's.
+_SPARSEGPT = {"init_from": "sparsegpt", "rotate": "off", "permute": False}
 # The masks that the paper refreshes.
 _MAGNITUDE = {"init_from": "magnitude"}
 
@@ -54,6 +56,7 @@ PRESETS: dict[str, Preset] = {
             "no decay": {**_ANY_BUDGET, "decay": "none"},
             "additive decay": {**_ANY_BUDGET, "decay": "additive"},
             "proportional decay": {**_ANY_BUDGET, "decay": "proportional"},
+            "no change of basis": {"method": "cast", **_SPARSEGPT},
             "mask of Wanda": {"method": "cast", "init_from": "wanda"},
             "mask of magnitude": {"method": "cast", **_MAGNITUDE},
             "mask of magnitude, interval 1": {"method": "cast", **_MAGNITUDE, "mask_interval": 1},
@@ -67,6 +70,8 @@ PRESETS: dict[str, Preset] = {
             **{name: {"method": name} for name in RETRAINING},
             "cast from magnitude": {"method": "cast", **_MAGNITUDE},
             "srste from magnitude": {"method": "srste", **_MAGNITUDE},
+            "cast from plain SparseGPT": {"method": "cast", **_SPARSEGPT},
+            "srste from plain SparseGPT": {"method": "srste", **_SPARSEGPT},
         },
         plots=("budgets",),
         budget_shares=(1 / 8, 1 / 4, 1 / 2, 1.0),

@@ -10,13 +10,13 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.compare.settings import options_text
 from castlm.compare.summary import Spread, starts_note, summarize, untouched_perplexity, verdict
 from castlm.files import atomic_write_json
+from castlm.versions import library_versions
 
 if TYPE_CHECKING:
     from castlm.compare.presets import Preset
@@ -111,13 +111,12 @@ def stamp(results: list[Result]) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    libraries = ("castlm", "torch", "transformers")
     return {
         "metric": "perplexity",
         **record.get("measured", {}),
         "base_model": record.get("base_model"),
         "dataset_sha256": next((r.record["dataset"]["sha256"] for r in results if "dataset" in r.record), None),
-        "versions": {name: version(name) for name in libraries} | {"python": platform.python_version()},
+        "versions": library_versions("torch", "transformers"),
         "cpu": cpu,
         "cpus": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),

@@ -135,8 +135,8 @@ def check_placement(param: Tensor, pattern: Pattern) -> None:
         by_rows = placement == Shard(0) and pattern.independent_rows
         if not (placement.is_replicate() or by_rows):
             raise InputError(
-                f"a sparse parameter of shape {tuple(param.shape)} is placed as {placement}, which cuts groups of "
-                f"{pattern} apart: shard n:m weights by rows, Shard(0), and do not shard those of other patterns"
+                f"a sparse parameter of shape {tuple(param.shape)} is placed as {placement}, which splits "
+                f"groups of {pattern}: shard n:m weights by rows, Shard(0), and do not shard those of other patterns"
             )
 
 
@@ -184,9 +184,10 @@ def check_saved_state(saved: Mapping[str, Any], state: Mapping[str, Tensor], whe
         )
     for name, tensor in state.items():
         value = saved[name]
-        if name == "step" and isinstance(value, Tensor | int | float) and 0 <= float(value) < 2**53:
-            continue
-        if not isinstance(value, Tensor) or value.shape != tensor.shape or value.dtype != tensor.dtype:
+        if name == "step":
+            if not (_is_rate(value) and float(value).is_integer()):
+                raise InputError(f"the saved step of {where} is {value!r}, not a number of steps: the state is damaged")
+        elif not isinstance(value, Tensor) or value.shape != tensor.shape or value.dtype != tensor.dtype:
             given = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise InputError(
                 f"the saved {name} of {where} is {given}, not {tensor.dtype} {tuple(tensor.shape)}: load the state of "

@@ -95,6 +95,8 @@ def pack_mask(mask: Tensor) -> Tensor:
         >>> pack_mask(torch.tensor([True, False, False, True]))
         tensor([9], dtype=torch.uint8)
     """
+    if mask.shape[-1] == 0:
+        return mask.to(torch.uint8)
     whole = F.pad(mask.to(torch.uint8, memory_format=torch.contiguous_format), (0, -mask.shape[-1] % 8))
     return ((whole.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
 

@@ -107,6 +107,8 @@ def update_(
     library = kernels()
     if library is None or len(hyper) != _NUM_HYPER:
         raise InputError(f"the fused update needs compiled kernels and {_NUM_HYPER} hyperparameters, not {len(hyper)}")
+    if len({mask is None for mask in masks}) > 1:
+        raise InputError("the fused update takes either sparse or dense parameters in one call")
     in_8bit = "exp_avg_scale" in moments
     first = moments["exp_avg"][0].dtype if moments["exp_avg"] and not in_8bit else torch.float32
     if first not in (torch.float32, torch.bfloat16):
@@ -128,7 +130,7 @@ def update_(
         parameters,
         len(parameters),
         (ctypes.c_float * _NUM_HYPER)(*hyper),
-        second_moment == "mix",
+        second_moment == "mix" and masks[0] is not None,
         first == torch.bfloat16,
         _maps(),
         torch.get_num_threads(),

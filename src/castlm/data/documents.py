@@ -1,7 +1,7 @@
-"""What a user names as a dataset, as documents in a reproducible random order.
+"""Opens a dataset, local or on the Hugging Face Hub, as documents in a reproducible random order.
 
-Not `datasets.load_dataset` for local files: it would first copy them, decompressed, to the disk. Here a document
-is read where it lies (`readers`), and a hub dataset is streamed.
+Local files are read in place (`readers`), where `datasets.load_dataset` would first copy them, decompressed, to the
+disk. A hub dataset is streamed.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ from castlm.data.readers import (
     texts_in_memory,
 )
 from castlm.owned import sha256_file
+from castlm.reading import check_regular, user_path
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-SHUFFLE_BYTES = 256 << 20  # of decompressed gzip segments and parquet row groups, held and shuffled together
-HUB_WINDOW = 1000  # documents of a stream held and shuffled together
+SHUFFLE_BYTES = 256 << 20  # decompressed gzip segments and parquet row groups that are held and shuffled together
+HUB_BUFFER = 1000  # documents of a stream that are held and shuffled together
 HUB_HELD_OUT = 200
 
 Position = int | dict[str, Any] | None
 
 
 class Piece(NamedTuple):
-    """A document, or a stretch of a very long one."""
+    """A document, or a part of a very long one."""
 
     text: str
     first: bool
-    """It starts its document."""
+    """Whether it is the first piece of its document."""
     last: bool
-    """It ends its document."""
+    """Whether it is the last piece of its document."""
     position: Position
-    """What `pieces` takes to start with this piece again; JSON-able."""
+    """The argument with which `pieces` starts at this piece again, as plain JSON."""
 
 
 class Documents:
@@ -55,14 +56,14 @@ class Documents:
 
     Args:
         sources: files opened by `readers`, in order.
-        pool: what the sources keep their decompressed units in.
-        name: as the user wrote it, for messages.
+        pool: the cache of the sources' decompressed units.
+        name: the dataset as the user wrote it, for messages.
     """
 
     def __init__(self, sources: Sequence[Source], pool: Pool, name: str) -> None:
         self.name = name
         self.num_empty = sum(source.num_empty for source in sources)
-        """Blank documents left out. Blank rows of a parquet file are met, and left out, only while reading."""
+        """Blank documents that were dropped. Blank rows of a parquet file are found and dropped during reading."""
         self._sources, self._pool = list(sources), pool
         self._piece = np.arange(sum(len(source.last) for source in sources))
         self._last = np.concatenate([source.last for source in sources])
@@ -77,14 +78,14 @@ class Documents:
 
     @classmethod
     def from_texts(cls, texts: Sequence[str], name: str = "texts") -> Documents:
-        """Texts at hand, each one document; blank ones are left out."""
+        """Texts in memory, each one document; blank ones are dropped."""
         return cls([texts_in_memory(texts)], Pool(SHUFFLE_BYTES), name)
 
     def __len__(self) -> int:
         return int(self._last.sum())
 
     def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
-        """The pieces of all documents once, in the order of (seed, epoch), or as they lie for None.
+        """The pieces of all documents once, shuffled by (seed, epoch), or in file order if `seed` is None.
 
         Args:
             position: of the piece to start with; None for the first.
@@ -100,10 +101,10 @@ class Documents:
     def _order(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of the pieces, shape (num_pieces,), int64; the pieces of one document stay together.
 
-        All documents are shuffled together, but for those that have to be decompressed: of these, as many random
-        units as fit `SHUFFLE_BYTES` are, and then the next.
+        All documents are shuffled together, except those that have to be decompressed: of these, randomly chosen units
+        of up to `SHUFFLE_BYTES` are shuffled together, then the next.
         """
-        rng = np.random.default_rng([seed, epoch])  # only random() is drawn: its stream is fixed for all of numpy
+        rng = np.random.default_rng([seed, epoch])  # random() alone has the same stream in every version of numpy
         unit_order = np.argsort(rng.random(len(self._unit_bytes)), kind="stable")
         pool_of_unit = np.zeros(len(self._unit_bytes), dtype=np.int64)
         if self._unit_bytes.any():
@@ -124,7 +125,7 @@ class Documents:
         return source.text(piece - int(self._source_ends[which]) + len(source.last))
 
     def _select(self, keep: np.ndarray) -> Documents:
-        """The pieces where `keep` (bool, one a piece) is True. A document may lose its end, not its start or middle."""
+        """The pieces where `keep` (bool, num_pieces) is True. A document may lose its end, not its start or middle."""
         part = copy.copy(self)
         part._piece, part._last, part._unit = self._piece[keep], self._last[keep].copy(), self._unit[keep]
         part._last[-1:] = True
@@ -138,13 +139,13 @@ class Documents:
 
 
 class HubDocuments:
-    """A dataset of the Hugging Face hub, streamed. `HUB_WINDOW` documents at a time are held and shuffled.
+    """A streamed dataset of the Hugging Face Hub. `HUB_BUFFER` documents at a time are held and shuffled.
 
     Args:
-        open_stream: gives a new `datasets.IterableDataset`, always of the same rows. Not one for all: its copies would
-            share its position.
-        column: of strings.
-        identity: name, revision, config, split: what `text_hash` hashes.
+        open_stream: returns a new `datasets.IterableDataset` of the same rows each time; copies of one would share its
+            position.
+        column: the column of strings that is the text.
+        identity: name, revision, config and split, of which `text_hash` is the hash.
     """
 
     num_empty = 0
@@ -154,24 +155,24 @@ class HubDocuments:
         self._open_stream, self._column, self._identity = open_stream, column, identity
 
     def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
-        """See `Documents.pieces`. A position holds the stream's state before the window, not the window's texts."""
+        """See `Documents.pieces`. A position holds the state of the stream, not the text of the held documents."""
         stream = self._open_stream()
-        state, window, start = stream.state_dict(), 0, 0
+        state, buffer, start = stream.state_dict(), 0, 0
         if position is not None:
-            state, window, start = position["stream"], position["window"], position["index"]
+            state, buffer, start = position["stream"], position["buffer"], position["index"]
             stream.load_state_dict(state)
         rows = iter(stream)
-        while texts := [row[self._column] or "" for row in islice(rows, HUB_WINDOW)]:
+        while texts := [row[self._column] or "" for row in islice(rows, HUB_BUFFER)]:
             order = np.arange(len(texts))
             if seed is not None:
-                order = np.argsort(np.random.default_rng([seed, epoch, window]).random(len(texts)), kind="stable")
+                order = np.argsort(np.random.default_rng([seed, epoch, buffer]).random(len(texts)), kind="stable")
             for index, row in enumerate(order[start:].tolist(), start):
                 if texts[row] and not texts[row].isspace():
-                    yield Piece(texts[row], True, True, {"stream": state, "window": window, "index": index})
-            state, window, start = stream.state_dict(), window + 1, 0
+                    yield Piece(texts[row], True, True, {"stream": state, "buffer": buffer, "index": index})
+            state, buffer, start = stream.state_dict(), buffer + 1, 0
 
     def split(self, num_held_out: int) -> tuple[HubDocuments, HubDocuments]:
-        """All but the first `num_held_out` documents, and these."""
+        """All documents but the first `num_held_out`, and those."""
         name, identity = self.name, self._identity
         return (
             HubDocuments(
@@ -190,25 +191,26 @@ class HubDocuments:
 def open_documents(
     dataset: str | Path, *, column: str = "text", split: str = "train", data_config: str | None = None
 ) -> Documents | HubDocuments:
-    """Opens a file, a folder, a glob, or a dataset of the hub.
+    """Opens a file, a folder, a glob, or a dataset of the Hugging Face Hub.
 
-    - .txt (UTF-8): the file is one document, or several where `<|endoftext|>` separates them.
+    - .txt (UTF-8): the file is one document, or several separated by `<|endoftext|>`.
     - .jsonl, .jsonl.gz: a document is the string in `column` of each line.
     - .parquet: a document is a row of `column`.
-    - A folder: all files of these types directly in it, sorted by name; hidden ones are left out. A glob likewise.
-    - Else the name of a hub dataset, `owner/name` or `owner/name@revision`, streamed.
+    - A folder: all files of these types directly in it except hidden ones, sorted by name. A glob likewise.
+    - Otherwise the name of a hub dataset, `owner/name` or `owner/name@revision`, which is streamed.
 
     Args:
         split, data_config: of a hub dataset.
 
     Raises:
-        InputError: nothing there, a type not known, no such column, nothing but blank documents, a broken file.
+        InputError: the dataset does not exist, its type is not supported, it has no such column, it holds only blank
+            documents, or a file is corrupt or not a regular file.
     """
     files = find_files(dataset)
     if files is None:
         return _open_hub(str(dataset), column, split, data_config)
     if data_config is not None:
-        raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: leave it out")
+        raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: remove it")
     pool = Pool(SHUFFLE_BYTES)
     try:
         sources = [_open_file(file, column, pool) for file in files]
@@ -238,25 +240,29 @@ def _suffix(path: Path) -> str | None:
 
 
 def find_files(dataset: str | Path) -> list[Path] | None:
-    """The local files that `dataset` names, sorted; None where it can only be the name of a hub dataset."""
-    path, known = Path(dataset).expanduser(), ", ".join(SUFFIXES)
+    """The local files that `dataset` names, sorted; None if it can only be the name of a hub dataset.
+
+    Raises:
+        InputError: no file of a supported type, or one that is not a regular file.
+    """
+    path, known = user_path(dataset), ", ".join(SUFFIXES)
     if path.is_dir():
         found, what = sorted(path.iterdir()), "folder"
     elif path.exists():
         if _suffix(path) is None:
-            raise InputError(f"{dataset}: not a type of file that is read here; these are: {known}")
-        return [path]
+            raise InputError(f"{dataset}: the type of this file is not supported; supported are {known}")
+        return [check_regular(path)]
     elif glob.has_magic(str(path)):
         found, what = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))], "glob"
     elif _suffix(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?", str(dataset)):
         raise InputError(f"{dataset}: no such file or folder; name a file ({known}), a folder or a glob of them")
     else:
         return None
-    files = [file for file in found if file.is_file() and not file.name.startswith(".") and _suffix(file)]
+    files = [file for file in found if not file.is_dir() and not file.name.startswith(".") and _suffix(file)]
     if not files:
         others = ", ".join(file.name for file in found[:5]) or "nothing"
-        raise InputError(f"{dataset}: no {known} file in this {what}, which holds {others}; name the files")
-    return files
+        raise InputError(f"{dataset}: this {what} holds no {known} file, but {others}: name the files")
+    return [check_regular(file) for file in files]
 
 
 def _open_hub(name: str, column: str, split: str, data_config: str | None) -> HubDocuments:
@@ -270,9 +276,9 @@ def _open_hub(name: str, column: str, split: str, data_config: str | None) -> Hu
             datasets.load_dataset, repository, data_config, split=split, revision=revision, streaming=True
         )
         row = next(iter(open_stream()), None)
-    except Exception as error:  # each kind of dataset fails in its own way
+    except Exception as error:  # datasets raises exceptions of many types
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{name}: no such file or folder here, and the hub does not give it: {reason}") from error
+        raise InputError(f"{name} is neither a local file nor available on the Hugging Face Hub: {reason}") from error
     if row is None:
         raise InputError(f"{name}: split {split!r} is empty; name another split")
     if column not in row or not isinstance(row[column], str | None):
@@ -284,16 +290,19 @@ def _open_hub(name: str, column: str, split: str, data_config: str | None) -> Hu
 def split_documents(
     documents: Documents | HubDocuments, holdout_fraction: float, seed: int
 ) -> tuple[Documents | HubDocuments, Documents | HubDocuments]:
-    """Splits off whole documents for evaluation, the same ones for the same seed: (for training, held out).
+    """Holds out whole documents for evaluation, the same ones for the same seed.
 
-    Of a single document its end is held out, from a line start on. A hub stream has no length, so that its first
-    `HUB_HELD_OUT` documents are.
+    The end of a single document is held out, from the start of a line. A hub stream has no length: its first
+    `HUB_HELD_OUT` documents are held out.
+
+    Returns:
+        The documents for training, and those held out.
 
     Raises:
         InputError: a fraction outside (0, 1), or too little text to split.
     """
     if not 0 < holdout_fraction < 1:
-        raise InputError(f"holdout_fraction {holdout_fraction} is not between 0 and 1: give one as 0.05")
+        raise InputError(f"holdout_fraction {holdout_fraction} is not between 0 and 1: try 0.05")
     if isinstance(documents, HubDocuments):
         return documents.split(HUB_HELD_OUT)
     count = len(documents)
@@ -315,17 +324,17 @@ def _split_one(documents: Documents, holdout_fraction: float) -> tuple[Documents
     text = "".join(piece.text for piece in documents.pieces(None))
     at = round(len(text) * (1 - holdout_fraction))
     near = text[at : (at + len(text)) // 2]
-    cut = at + 1 + (near.find("\n") if "\n" in near else near.find(" "))  # at `at` where there is neither
+    cut = at + 1 + (near.find("\n") if "\n" in near else near.find(" "))  # at `at` if there is neither
     if not text[:cut].strip() or not text[cut:].strip():
         raise InputError(f"{documents.name}: {len(text)} characters are too few to hold out {holdout_fraction}")
     return Documents.from_texts([text[:cut]], documents.name), Documents.from_texts([text[cut:]], documents.name)
 
 
 def text_hash(dataset: str | Path | Documents | HubDocuments) -> str:
-    """A SHA-256, in hexadecimal, that changes when the text does: provenance, and the guard of a resume.
+    """A SHA-256 in hexadecimal that changes with the text; a resumed run compares it.
 
-    Of one file it is what `sha256sum` prints; of several, that of their digests in order. A part made by
-    `split_documents` has its own. For a hub dataset: of name, revision, config, split and column.
+    For one file it is what `sha256sum` prints, for several the hash of their digests in order. A part made by
+    `split_documents` has its own. For a hub dataset it is the hash of name, revision, config, split and column.
     """
     if isinstance(dataset, Documents | HubDocuments):
         return dataset.text_hash()
@@ -335,17 +344,3 @@ def text_hash(dataset: str | Path | Documents | HubDocuments) -> str:
 
 def _joined(digests: Sequence[str]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def read_text(path: str | Path) -> str:
-    """The whole of a UTF-8 text file, as it is (without a byte order mark).
-
-    Raises:
-        InputError: it is not there or not UTF-8.
-    """
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 near byte {error.start}; convert the file to UTF-8") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error

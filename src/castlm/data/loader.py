@@ -1,4 +1,4 @@
-"""Hands each rank its rows of every global micro-batch, prepared ahead, with a position that can be saved."""
+"""Gives each rank its rows of every global micro-batch, prepared ahead, with a position that can be saved."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 from torch import Tensor
 
-from castlm.data.packing import BlockStream
+from castlm.data.packing import PackedSequences
 
 
 class BatchLoader:
-    """One rank's rows of each global micro-batch of a `BlockStream`.
+    """One rank's rows of each global micro-batch of `PackedSequences`.
 
-    Global batch g holds the blocks `[g*R*b, (g+1)*R*b)` of the stream, rank r of R its rows `[r*b, (r+1)*b)`:
-    dicts of `input_ids` and `labels`, int64, shape (rows_per_rank, seq_len). Every rank tokenizes the whole stream.
-    `state_dict` is the position after the last batch handed out, whatever has been prepared ahead, the same on
-    every rank; it may be loaded with other `rows_per_rank`, `rank` and `world_size`. A last incomplete batch is left
-    out (only with `BlockStream(epochs=...)`).
+    With R ranks of b rows, global batch g holds the sequences `[g*R*b, (g+1)*R*b)`, and rank r its rows
+    `[r*b, (r+1)*b)`: dicts of `input_ids` and `labels`, int64, shape (rows_per_rank, seq_len). Every rank tokenizes all
+    sequences. `state_dict` is the position after the last batch that was returned, whatever has been prepared ahead. It
+    is the same on every rank and may be loaded with another `rows_per_rank`, `rank` and `world_size`. The last batch is
+    dropped if it is incomplete (only with `PackedSequences(epochs=...)`).
 
     Args:
-        prefetch: prepare the next batch in a thread meanwhile (fast tokenizers let go of the interpreter).
+        prefetch: prepare the next batch in a thread meanwhile (fast tokenizers release the interpreter lock).
     """
 
     def __init__(
         self,
-        stream: BlockStream,
+        sequences: PackedSequences,
         *,
         rows_per_rank: int,
         rank: int = 0,
@@ -34,11 +34,11 @@ class BatchLoader:
         prefetch: bool = False,
     ) -> None:
         if rows_per_rank < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"rows_per_rank {rows_per_rank}, rank {rank} of {world_size}: no such rows")
-        self.stream, self.rows_per_rank, self.rank, self.world_size = stream, rows_per_rank, rank, world_size
+            raise ValueError(f"rows_per_rank {rows_per_rank}, rank {rank} of {world_size}: there are no such rows")
+        self.sequences, self.rows_per_rank, self.rank, self.world_size = sequences, rows_per_rank, rank, world_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
         self._ahead: Future[tuple[dict[str, Tensor], dict[str, Any]] | None] | None = None
-        self._position = stream.state_dict()
+        self._position = sequences.state_dict()
 
     def __iter__(self) -> BatchLoader:
         return self
@@ -53,22 +53,22 @@ class BatchLoader:
         return batch
 
     def _next(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        tokens = self.stream.take(self.world_size * self.rows_per_rank)
+        tokens = self.sequences.take(self.world_size * self.rows_per_rank)
         if tokens is None:
             return None
-        size, shape = self.rows_per_rank * self.stream.seq_len, (self.rows_per_rank, self.stream.seq_len)
+        size, shape = self.rows_per_rank * self.sequences.seq_len, (self.rows_per_rank, self.sequences.seq_len)
         rows = tokens[self.rank * size : (self.rank + 1) * size + 1]
         batch = {"input_ids": rows[:-1].view(shape), "labels": rows[1:].view(shape)}
-        return batch, self.stream.state_dict()
+        return batch, self.sequences.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """See `BlockStream.state_dict`."""
+        """See `PackedSequences.state_dict`."""
         return copy.deepcopy(self._position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `BlockStream.load_state_dict`."""
+        """See `PackedSequences.load_state_dict`."""
         if self._ahead is not None:
             self._ahead.exception()  # waits
             self._ahead = None
-        self.stream.load_state_dict(state)
+        self.sequences.load_state_dict(state)
         self._position = copy.deepcopy(state)

@@ -1,7 +1,8 @@
-"""Packs documents into blocks of tokens, in one order for all ranks, with a position that can be saved and restored.
+"""Packs documents into sequences of tokens, in one order for all ranks, with a position that can be saved and restored.
 
-The position names the next token (epoch, document, token), not a rank: a run goes on exactly on any number of ranks.
-Not `StatefulDataLoader`: its state is one of worker processes; here it travels with each batch, and is six numbers.
+The position names the next token (epoch, document, token) and no rank, so a run can be resumed on any number of ranks.
+torchdata's `StatefulDataLoader` saves the state of its worker processes instead; here the state is six numbers that
+travel with each batch.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ from castlm.data.tokens import Encoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokenized at once: enough for the cores of a fast tokenizer, little enough that no step waits long.
+# Tokenized together: enough to keep a fast tokenizer's threads busy, little enough that no step waits long.
 _BATCH_PIECES = 64
 _BATCH_CHARS = 128 << 10
 
-_Encoded = tuple[int, Any, np.ndarray]  # of a piece: epoch, position, token ids int32
+_Encoded = tuple[int, Any, np.ndarray]  # epoch, position and token ids (int32) of a piece
 
 
-class BlockStream(IterableDataset):
-    """Blocks of `seq_len` tokens: documents shuffled by (seed, epoch), an end-of-text after each, nothing dropped.
+class PackedSequences(IterableDataset):
+    """Sequences of `seq_len` tokens: documents shuffled by (seed, epoch), an end-of-text after each, nothing dropped.
 
     Yields dicts of `input_ids` and `labels`, int64 of shape (seq_len,); the labels are already shifted:
-    `labels[i]` is the token after `input_ids[i]`. Consecutive blocks share one token, so that each token is a label
-    once. A document starts with the tokenizer's own beginning-of-text if it adds one. The end of an epoch runs on into
-    the next. Iterating continues where it stopped.
+    `labels[i]` is the token after `input_ids[i]`. Consecutive sequences share one token, so that each token is a label
+    once. A document starts with a beginning-of-text token if its tokenizer adds one. The last sequence of an epoch is
+    filled up with the start of the next. Iterating again continues after the last sequence.
 
     Args:
-        eos_token_id: what ends a document; `end_of_text_id(tokenizer)` if None.
-        epochs: None for no end. The last incomplete block of the last epoch is left out.
-        repeat: every epoch has the blocks of the first, in its order; the last incomplete one of each is left out.
+        eos_token_id: the token that ends a document; default: `end_of_text_id(tokenizer)`.
+        epochs: number of epochs, or None for no end. The last incomplete sequence of the last epoch is dropped.
+        repeat: every epoch has the sequences of the first, in its order; the last incomplete one of each is dropped.
 
     Raises:
-        InputError: all the text is shorter than one block.
+        InputError: the text is shorter than one sequence.
     """
 
     def __init__(
@@ -63,8 +64,8 @@ class BlockStream(IterableDataset):
         self.documents, self.seq_len, self.seed, self.epochs = documents, seq_len, seed, epochs
         self.repeat = repeat
         self._encoder = Encoder(tokenizer, eos_token_id)
-        self._go_to({"epoch": 0, "document": None, "token": 0, "blocks": 0})
-        self._fill(seq_len + 1)  # raises on too short a text before a run
+        self._go_to({"epoch": 0, "document": None, "token": 0, "sequences": 0})
+        self._fill(seq_len + 1)  # raises before a run if the text is too short
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if (worker := get_worker_info()) is not None and worker.num_workers > 1:
@@ -72,12 +73,12 @@ class BlockStream(IterableDataset):
         while (tokens := self.take(1)) is not None:
             yield {"input_ids": tokens[:-1], "labels": tokens[1:]}
 
-    def take(self, num_blocks: int) -> Tensor | None:
-        """The next blocks in one row, int64, shape (num_blocks * seq_len + 1,); block i starts at `i * seq_len`.
+    def take(self, num_sequences: int) -> Tensor | None:
+        """The next sequences in one row: int64, (num_sequences * seq_len + 1,); sequence i starts at `i * seq_len`.
 
-        None where the last epoch has no more of as many.
+        None if fewer are left in the last epoch.
         """
-        used = num_blocks * self.seq_len
+        used = num_sequences * self.seq_len
         if not self._fill(used + 1):
             return None
         parts, missing = [], used + 1
@@ -90,27 +91,32 @@ class BlockStream(IterableDataset):
         self._token += used
         while self._token >= len(self._pending[0][2]):
             self._token -= len(self._pending.popleft()[2])
-        self._blocks += num_blocks
+        self._num_sequences += num_sequences
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
+    def tokens_per_epoch(self) -> int:
+        """Number of tokens of one epoch. Reads and tokenizes all documents once; the position stays as it is."""
+        batches = _batches(self.documents.pieces(self.seed, 0, None))
+        return sum(len(ids) for pieces in batches for ids in self._encoder(pieces))
+
     def state_dict(self) -> dict[str, Any]:
-        """The position of the next block's first token, JSON-able; the same on every rank."""
+        """The position of the next sequence's first token, as plain JSON; the same on every rank."""
         epoch, document = self._pending[0][:2] if self._pending else self._start
         return {
             "epoch": epoch,
             "document": copy.deepcopy(document),
             "token": self._token,
-            "blocks": self._blocks,
+            "sequences": self._num_sequences,
             "seed": self.seed,
             "seq_len": self.seq_len,
             "repeat": self.repeat,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved position.
+        """Continues from a saved position.
 
         Raises:
-            InputError: it was saved with another seed, seq_len or repeat.
+            InputError: the position was saved with another seed, seq_len or repeat.
         """
         for name, now in (("seed", self.seed), ("seq_len", self.seq_len), ("repeat", self.repeat)):
             if state.get(name, False) != now:
@@ -120,10 +126,10 @@ class BlockStream(IterableDataset):
         self._go_to(state)
 
     def _go_to(self, state: dict[str, Any]) -> None:
-        # Tokenized and not yet all taken; `_token` counts in the first.
+        # Tokenized and not yet used up; `_token` is an offset in the first.
         self._pending: deque[_Encoded] = deque()
         self._start = (state["epoch"], copy.deepcopy(state["document"]))
-        self._token, self._blocks = state["token"], state["blocks"]
+        self._token, self._num_sequences = state["token"], state["sequences"]
         self._available = -self._token
         self._reader = self._read()
 
@@ -138,7 +144,7 @@ class BlockStream(IterableDataset):
 
     def _read(self) -> Iterator[list[_Encoded]]:
         epoch, position = self._start
-        skipped = self._token  # of the first piece, by blocks that were taken before
+        skipped = self._token  # tokens of the first piece that earlier sequences hold
         while self.epochs is None or epoch < self.epochs:
             whole, num_tokens = position is None, 0
             order = 0 if self.repeat else epoch
@@ -146,19 +152,19 @@ class BlockStream(IterableDataset):
                 [(epoch, piece.position, ids) for piece, ids in zip(pieces, self._encoder(pieces)) if len(ids)]
                 for pieces in _batches(self.documents.pieces(self.seed, order, position))
             )
-            for batch in self._whole_blocks(batches, skipped) if self.repeat else batches:
+            for batch in self._whole_sequences(batches, skipped) if self.repeat else batches:
                 num_tokens += _num_tokens(batch)
                 yield batch
             skipped = 0
             if whole and num_tokens <= self.seq_len:
                 raise InputError(
-                    f"{self.documents.name}: {num_tokens} tokens are fewer than one block of seq_len {self.seq_len} "
-                    "and the token after it; give more text or a smaller seq_len"
+                    f"{self.documents.name}: {num_tokens} tokens are fewer than one sequence of seq_len "
+                    f"{self.seq_len} and the token after it: give more text or a smaller seq_len"
                 )
             epoch, position = epoch + 1, None
 
-    def _whole_blocks(self, batches: Iterator[list[_Encoded]], skipped: int) -> Iterator[list[_Encoded]]:
-        """`batches` of one epoch without the tokens at its end that fill no block."""
+    def _whole_sequences(self, batches: Iterator[list[_Encoded]], skipped: int) -> Iterator[list[_Encoded]]:
+        """`batches` of one epoch without the tokens at its end that do not fill a sequence."""
         num_tokens, held, num_held = -skipped, deque[list[_Encoded]](), 0
         for batch in batches:
             held.append(batch)

@@ -1,14 +1,13 @@
-"""Reads the documents of one file where they lie: any of them by its number, no copy on disk, little memory.
+"""Reads the documents of one file in place, any of them by its number, without a copy on disk and in little memory.
 
-Plain text and JSON lines are mapped; a gzip file is entered at seek points, a parquet file by row groups. What has
-to be decompressed is kept in a `Pool` of bounded size that all files share.
+Plain text and JSON lines are memory-mapped, a gzip file is entered at seek points, a parquet file by row groups. What
+has to be decompressed is kept in a `Pool` of bounded size that all files share.
 """
 
 from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 import mmap
 import re
 import threading
@@ -23,14 +22,17 @@ import numpy as np
 
 from castlm.core.errors import InputError
 from castlm.owned import sha256_file
+from castlm.reading import check_regular, open_regular, parse_json
 
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 256 << 10  # a longer document of a text file is read and tokenized in pieces of about this size
 SEGMENT_BYTES = 8 << 20  # between two seek points of a gzip file
 READ_BYTES = 1 << 20
+MAX_ROWS = 1 << 30  # of a parquet file
+MAX_LINE_BYTES = 1 << 30  # of a JSON line: a compressed file may hold one that does not fit in memory
 
 _INK = re.compile(rb"\S")
-# A byte-level BPE tokenizer cuts at these places itself, so that the tokens are those of the uncut text.
+# A byte-level BPE tokenizer splits at these places itself, so the tokens are those of the whole text.
 _LINE_START = re.compile(rb"(?<=\n)(?=\S)")
 _WORD_START = re.compile(rb"(?<=\S)(?= \S)")
 
@@ -38,9 +40,9 @@ _WORD_START = re.compile(rb"(?<=\S)(?= \S)")
 class Source(Protocol):
     """The pieces of one file, numbered from 0. A document is one piece or a few consecutive ones.
 
-    `last` (bool, one a piece): the piece ends its document. `unit` (int64, one a piece): what must be decompressed
-    together with it. `unit_bytes` (int64, one a unit): what holding that unit takes, 0 where nothing has to be held.
-    `num_empty`: blank documents that were left out.
+    `last` (bool, num_pieces): whether the piece ends its document. `unit` (int64, num_pieces): the unit of
+    decompression that it belongs to. `unit_bytes` (int64, num_units): memory that the decompressed unit takes, 0 where
+    nothing is decompressed. `num_empty`: the number of blank documents, which are dropped.
     """
 
     last: np.ndarray
@@ -54,7 +56,7 @@ class Source(Protocol):
 
 
 class Pool:
-    """Keeps the units read last, `limit` bytes of them (the one read last whatever its size)."""
+    """Keeps the most recently read units, at most `limit` bytes of them (but always the last one)."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -76,7 +78,7 @@ class Pool:
 
 
 class Spans:
-    """Pieces that are byte ranges of a buffer (a mapped file, or bytes in memory); `decode` makes a text of one."""
+    """Pieces that are byte ranges of a buffer (a mapped file, or bytes in memory); `decode` turns one into text."""
 
     def __init__(
         self,
@@ -91,7 +93,7 @@ class Spans:
         self._buffer, self._decode, self._path = buffer, decode, path
         self._start, self._stop = np.asarray(start, dtype=np.int64), np.asarray(stop, dtype=np.int64)
         self.last = np.asarray(last, dtype=bool)
-        self.unit = np.cumsum(self.last) - self.last  # each document for itself
+        self.unit = np.cumsum(self.last) - self.last  # every document is a unit of its own
         self.unit_bytes = np.zeros(int(self.last.sum()), dtype=np.int64)
         self.num_empty = num_empty
 
@@ -106,9 +108,9 @@ class Spans:
 
 
 def open_text(path: Path) -> Spans:
-    """A UTF-8 text file: one document, byte for byte, unless `<|endoftext|>` stands in it.
+    """A UTF-8 text file: one document, byte for byte, or several where it contains `<|endoftext|>`.
 
-    Then it is split there, and the line breaks around the separator go.
+    The line breaks around that separator are dropped.
     """
     buffer = _map(path)
     _check_utf8(buffer, path)
@@ -116,7 +118,7 @@ def open_text(path: Path) -> Spans:
 
 
 def texts_in_memory(texts: Iterable[str]) -> Spans:
-    """Texts that are at hand, each one document."""
+    """Texts in memory, each one document."""
     encoded = [text.encode() for text in texts]
     stops = np.cumsum([len(text) for text in encoded], dtype=np.int64)
     starts = stops - [len(text) for text in encoded]
@@ -141,7 +143,7 @@ def _trim(buffer: bytes | mmap.mmap, start: int, stop: int) -> tuple[int, int]:
 
 
 def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]], path: Path | None = None) -> Spans:
-    """Leaves out blank documents and cuts long ones at line starts, else between words, else not at all."""
+    """Drops blank documents and splits long ones at line starts, else between words, else not at all."""
     starts, stops, last, num_empty = array("q"), array("q"), [], 0
     for start, stop in documents:
         if not _INK.search(buffer, start, stop):
@@ -164,8 +166,8 @@ def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]], pat
 
 
 def open_json_lines(path: Path, column: str) -> Spans:
-    """A file with one JSON object a line. Every line is parsed once, so that a bad one is found before the run."""
-    with open(path, "rb") as lines:
+    """A file with one JSON object per line. Every line is parsed once, so that a bad one is found before the run."""
+    with open_regular(path) as lines:
         starts, stops, num_empty = _index_lines(lines, path, column)
     last = np.ones(len(starts), dtype=bool)
     return Spans(_map(path), starts, stops, last, lambda line: _text_of(line, column, str(path)), num_empty, path)
@@ -187,39 +189,38 @@ def _index_lines(lines: Iterable[bytes], path: Path, column: str) -> tuple[Seque
 
 def _text_of(line: bytes, column: str, where: str) -> str:
     try:
-        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+        decoded = line.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({error}); put one JSON object on each line") from error
+    row = parse_json(decoded, where)
     if not isinstance(row, dict):
-        raise InputError(f"{where}: holds a JSON {type(row).__name__}; put one JSON object on each line")
+        raise InputError(f"{where}: holds a JSON {type(row).__name__}: put one JSON object on each line")
     if column not in row:
-        raise InputError(f"{where}: no column {column!r}; there are: {', '.join(row) or 'none'}")
+        raise InputError(f"{where}: no column {column!r}; there are: {', '.join(row)[:400] or 'none'}")
     text = row[column]
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise InputError(f"{where}: column {column!r} holds a {type(text).__name__}, a string is needed")
+        raise InputError(f"{where}: column {column!r} holds a {type(text).__name__}: strings are needed")
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"{where}: half a surrogate pair at character {error.start}; mend the line") from error
+            raise InputError(f"{where}: half a surrogate pair at character {error.start}: correct the line") from error
     return text
 
 
 class GzipJsonLines:
-    """Gzipped JSON lines, entered in the middle: the decompressor is copied every `SEGMENT_BYTES` (40 KB each)."""
+    """Gzipped JSON lines, entered in the middle: a copy of the decompressor is kept every `SEGMENT_BYTES`."""
 
     def __init__(self, path: Path, column: str, pool: Pool) -> None:
         self._path, self._column, self._pool = path, column, pool
-        # Of each segment: where it starts in the decompressed text and in the file, and the decompressor there.
+        # For each segment: where it starts in the decompressed text and in the file, and the decompressor there.
         self._points: list[tuple[int, int, Any]] = [(0, 0, None)]
         try:
             starts, stops, self.num_empty = _index_lines(_split_lines(self._scan()), path, column)
         except (zlib.error, EOFError, OSError) as error:
-            raise InputError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
+            raise InputError(f"{path}: not a whole gzip file ({error}): fetch or compress it again") from error
         self._start, self._stop = np.asarray(starts, dtype=np.int64), np.asarray(stops, dtype=np.int64)
         begins = np.asarray([point[0] for point in self._points])
         self.last = np.ones(len(starts), dtype=bool)
@@ -260,7 +261,7 @@ class GzipJsonLines:
 def _inflate(path: Path, offset: int = 0, inflater: Any = None) -> Iterator[tuple[bytes, int, Any]]:
     """Chunks of a gzip file (of several members, too), each with the file offset and the decompressor after it."""
     inflater = inflater.copy() if inflater else zlib.decompressobj(wbits=31)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(offset)
         while raw := file.read(READ_BYTES):
             parts = []
@@ -279,37 +280,45 @@ def _inflate(path: Path, offset: int = 0, inflater: Any = None) -> Iterator[tupl
 
 def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     begun: list[bytes] = []
+    num_begun = 0
     for chunk in chunks:
         *whole, rest = chunk.split(b"\n")
         for line in whole:
             yield b"".join([*begun, line, b"\n"])
-            begun = []
+            begun, num_begun = [], 0
         begun.append(rest)
+        num_begun += len(rest)
+        if num_begun > MAX_LINE_BYTES:
+            raise OSError(f"a line is longer than {MAX_LINE_BYTES:,} bytes")
     if line := b"".join(begun):
         yield line
 
 
 class ParquetRows:
-    """One string column of a parquet file; a row group is decoded whole. Blank rows stay and read as ""."""
+    """One string column of a parquet file; a row group is decoded as a whole, and blank rows are empty pieces."""
 
     def __init__(self, path: Path, column: str, pool: Pool) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         self._path, self._column, self._pool, self.num_empty = path, column, pool, 0
+        check_regular(path)
         try:
             file = pq.ParquetFile(path, memory_map=True)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{path}: not a whole parquet file ({_one_line(error)}); fetch it again") from error
-        names = file.schema_arrow.names
+            schema = file.schema_arrow
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
+            raise InputError(f"{path}: not a whole parquet file ({_one_line(error)}): fetch it again") from error
+        names = schema.names
         if column not in names:
-            raise InputError(f"{path}: no column {column!r}; there are: {', '.join(names)}")
-        kind = file.schema_arrow.field(column).type
+            raise InputError(f"{path}: no column {column!r}; there are: {', '.join(names)[:400]}")
+        kind = schema.field(names.index(column)).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise InputError(f"{path}: column {column!r} holds {kind}, strings are needed")
+            raise InputError(f"{path}: column {column!r} holds {kind}: strings are needed")
         groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
         rows = np.asarray([group.num_rows for group in groups], dtype=np.int64)
+        if rows.size and (rows.min() < 0 or rows.sum() > MAX_ROWS):
+            raise InputError(f"{path}: not a whole parquet file ({rows.sum():,} rows): fetch it again")
         self._first = np.cumsum(rows) - rows
         self.unit = np.repeat(np.arange(len(rows)), rows)
         self.last = np.ones(int(rows.sum()), dtype=bool)
@@ -319,15 +328,20 @@ class ParquetRows:
     def text(self, piece: int) -> str:
         unit = int(self.unit[piece])
         column = self._pool.get((id(self), unit), int(self.unit_bytes[unit]), lambda: self._read(unit))
-        return column[int(piece - self._first[unit])].as_py() or ""
+        try:
+            return column[int(piece - self._first[unit])].as_py() or ""
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self._path}: row {piece} is not UTF-8 ({error.reason}): convert the file") from error
 
     def _read(self, unit: int) -> Any:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            return pq.ParquetFile(self._path).read_row_group(unit, columns=[self._column]).column(0)
-        except (pa.ArrowException, OSError) as error:
+            column = pq.ParquetFile(self._path).read_row_group(unit, columns=[self._column]).column(0)
+            column.validate(full=True)  # else a corrupt offset is read out of bounds
+            return column
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{self._path}: row group {unit} cannot be read ({_one_line(error)})") from error
 
     def sha256(self) -> str:
@@ -339,7 +353,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _map(path: Path) -> bytes | mmap.mmap:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:  # an empty file cannot be mapped
@@ -353,5 +367,5 @@ def _check_utf8(buffer: bytes | mmap.mmap, path: Path) -> None:
             decoder.decode(buffer[at : at + READ_BYTES], final=at + READ_BYTES >= len(buffer))
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{path}: not UTF-8 near byte {at + error.start} ({error.reason}); convert the file to UTF-8"
+                f"{path}: not UTF-8 near byte {at + error.start} ({error.reason}): convert the file to UTF-8"
             ) from error

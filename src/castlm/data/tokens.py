@@ -1,4 +1,4 @@
-"""Token ids: what a tokenizer makes of documents, what stands between them, and which ids a model knows."""
+"""Turns documents into token ids, with the tokens that separate them, and checks the ids against a vocabulary."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from castlm.data.documents import Documents, HubDocuments, Piece, open_documents
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What base models were pretrained with between documents, where `eos_token` has become the end of a chat turn.
+# The separator of documents in pretraining, for models whose `eos_token` has become the end of a chat turn.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 
 class Encoder:
-    """Token ids of pieces, int32 arrays, with what starts and ends a document."""
+    """Token ids of pieces, int32 arrays, with the tokens that start and end a document."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_id: int | None) -> None:
-        # Its own copy: a fast tokenizer that another thread uses meanwhile may raise "Already borrowed".
+        # A copy: a fast tokenizer that another thread uses meanwhile may raise "Already borrowed".
         self._tokenizer = copy.deepcopy(tokenizer)
         self.eos = end_of_text_id(tokenizer) if eos_token_id is None else eos_token_id
         bos = tokenizer.bos_token_id
         self.bos = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
-        """What the tokenizer itself puts before a text."""
-        self._first = self.bos if self.bos != [self.eos] else []  # the end-of-text before it is it already
+        """The tokens that the tokenizer itself puts before a text."""
+        self._first = self.bos if self.bos != [self.eos] else []  # where it is the end-of-text of the document before
 
     def __call__(self, pieces: list[Piece]) -> list[np.ndarray]:
         ids_of_pieces = self.plain([piece.text for piece in pieces])
@@ -59,13 +59,13 @@ def token_ids(
     *,
     eos_token_id: int | None = None,
 ) -> Tensor:
-    """Documents as they lie, joined with end-of-text: int64, shape (num_tokens,). For evaluation.
+    """The tokens of documents in file order, joined with end-of-text, for evaluation: int64, shape (num_tokens,).
 
-    Of one document it is what `tokenizer(text)` gives, so that figures are those of the usual protocol.
+    For one document this is what `tokenizer(text)` returns, so perplexities agree with the usual protocol.
 
     Args:
-        documents: or a dataset that `open_documents` opens.
-        limit: the first so many tokens only.
+        documents: documents, or a dataset for `open_documents`.
+        limit: at most this many tokens, from the start.
     """
     if not isinstance(documents, Documents | HubDocuments):
         documents = open_documents(documents)
@@ -85,7 +85,7 @@ def token_ids(
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token between documents: an end-of-text among the added tokens, else `eos_token_id`.
+    """The token between documents: an end-of-text token among the added ones, else `eos_token_id`.
 
     Raises:
         InputError: the tokenizer has neither.
@@ -98,7 +98,7 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
-    """Refuses token ids that the model has no embedding for.
+    """Checks that the model has an embedding for every token id.
 
     Raises:
         InputError: an id is at least `vocab_size`.

@@ -23,9 +23,9 @@ from castlm.core.shards import local
 from castlm.core.sparsify import dense_name
 from castlm.distributed.sharding import own_rows
 from castlm.distributed.world import World
-from castlm.layout import stored_transposed
+from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, cached_snapshot, locate
-from castlm.models import OLD_BUFFERS, Loaded, linearize_conv1d_, open_model, quiet
+from castlm.models import Loaded, linearize_conv1d_, open_model, quiet
 
 
 class _WeightsOnMeta(TorchFunctionMode):

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from castlm.core.errors import InputError
+from castlm.hardware import choose_device
 
 T = TypeVar("T")
 # How long the ranks are waited for that may just be late, once a collective has failed.
@@ -163,9 +164,7 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
     Raises:
         InputError: CUDA asked for and not there, or a hybrid mesh that the ranks do not fill.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is cuda, but torch sees no GPU: install a CUDA build of torch, or use device cpu")
-    kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    kind = choose_device(device)
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")

@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import platform
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import castlm
 from castlm.core.distill import distillation_loss
 from castlm.core.errors import InputError
-from castlm.data.documents import text_hash
+from castlm.data.documents import open_documents
 from castlm.data.tokens import check_vocabulary, token_ids
-from castlm.models import backbone, output_head
+from castlm.models import backbone, context_length, eval_mode, output_head
+from castlm.versions import library_versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +81,8 @@ def perplexity(
     check_vocabulary(token_ids, head.weight.shape[0])
 
     windows = scored_windows(len(token_ids), seq_len, stride)
-    modes = {module: module.training for module in model.modules()}
     total, done = 0.0, 0
-    model.eval()
-    try:
+    with eval_mode(model):
         for batch in _batches(windows, batch_size):
             input_ids = torch.stack([token_ids[w.begin : w.end] for w in batch]).to(device)
             labels = input_ids[:, 1:].clone()
@@ -104,9 +100,6 @@ def perplexity(
             done += len(batch)
             if progress is not None:
                 progress(done, len(windows))
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
     scored = sum(window.end - window.first_scored for window in windows)
     loss = total / scored
@@ -128,7 +121,7 @@ def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int,
         )
     if seq_len < 2:
         raise InputError(f"seq_len is {seq_len}: a sequence needs at least 2 tokens")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = context_length(model.config)
     if longest is not None and seq_len > longest:
         raise InputError(f"seq_len is {seq_len}, and the model takes at most {longest} tokens: use --seq-len {longest}")
     if not 1 <= stride <= seq_len:
@@ -207,6 +200,7 @@ def evaluate_file(
     seq_len: int = 1024,
     stride: int | None = None,
     *,
+    column: str = "text",
     batch_size: int = 1,
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -219,7 +213,8 @@ def evaluate_file(
     Raises:
         InputError: see `perplexity` and `token_ids_of`.
     """
-    ids = token_ids_of(text_file, tokenizer)
+    documents = open_documents(text_file, column=column)
+    ids = token_ids(documents, tokenizer)
     result = perplexity(
         model,
         ids,
@@ -231,15 +226,10 @@ def evaluate_file(
     )
     return result.as_dict() | {
         "text": Path(text_file).name,
-        "text_sha256": text_hash(text_file),
+        "text_sha256": documents.text_hash(),
         "text_tokens": len(ids),
         "tokenizer": tokenizer.name_or_path,
         "dtype": str(autocast_dtype or model.dtype).removeprefix("torch."),
         "device": model.device.type,
-        "versions": {
-            "castlm": castlm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": library_versions("torch", "transformers"),
     }

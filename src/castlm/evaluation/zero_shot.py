@@ -10,9 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import logging
-import platform
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import castlm
 from castlm.core.errors import InputError
 from castlm.owned import sha256_file
+from castlm.versions import library_versions
 
 SHIPPED = Path(__file__).parent / "tasks"
 
@@ -143,13 +141,7 @@ def zero_shot(
         "tokenizer": tokenizer.name_or_path,
         "dtype": str(autocast_dtype or model.dtype).removeprefix("torch."),
         "device": model.device.type,
-        "versions": {
-            "castlm": castlm.__version__,
-            "lm-eval": version("lm_eval"),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        },
+        "versions": library_versions("lm-eval", "torch", "transformers"),
     }
 
 

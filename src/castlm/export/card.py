@@ -1,7 +1,7 @@
-"""The model card: what a folder holds, what it costs in perplexity and how that was measured, how to load and check it.
+"""Writes the model card: what a model folder holds, its perplexity and how it was measured, how to load and verify it.
 
-A figure without its context length, text and tokenizer says nothing (2048 against 4096 tokens moves WikiText by 6 %),
-so the table has a column for each.
+A perplexity means nothing without its text, sequence length and tokenizer, so the table has a column for each. Names
+come from users and other people's files: they are escaped, and of a local path only the last part is shown.
 """
 
 from __future__ import annotations
@@ -14,25 +14,31 @@ from typing import Any
 import yaml
 
 from castlm.core.blocks import in_block
+from castlm.names import markdown, markdown_code
 
 _HUB_SOURCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<rest>@\S+| \(.+\))?")  # as `Loaded.source` names it
 _COLUMNS = {
     "name": "model",
     "perplexity": "perplexity",
-    "seq_len": "context",
+    "seq_len": "sequence length",
     "stride": "stride",
     "text": "text",
     "num_tokens": "tokens",
     "tokenizer": "tokenizer",
 }
 
+_MEANING = (
+    "Perplexity is exp of the mean cross-entropy in nats per token of the text, cut into sequences of that length; "
+    "lower is better. Only rows with the same text, sequence length and tokenizer can be compared."
+)
+
 _CARD = """---
 {front_matter}---
 
 # {title}
 
-{base} made {n}:{m} sparse with castlm (the CAST method, arXiv 2509.25996): at most {n} of every {m} consecutive
-weights along the input axis of each linear layer inside the transformer blocks are non-zero. {counts}
+This is {base}, made {pattern} sparse with castlm (the CAST method, arXiv 2509.25996): of every {m} consecutive weights
+along the input axis of each linear layer inside the transformer blocks, at most {n} are non-zero. {counts}
 
 Embeddings and the output head are dense.{left_dense}
 
@@ -45,13 +51,14 @@ model = AutoModelForCausalLM.from_pretrained("path or hub id of this folder")
 tokenizer = AutoTokenizer.from_pretrained("path or hub id of this folder")
 ```
 
-The zeros are stored, so the files are as large as the dense model's, and load wherever it does. A gain in speed or
-memory takes kernels for the pattern, such as `torch.sparse.to_sparse_semi_structured` for 2:4 on an NVIDIA GPU.
+The zeros are stored, so the files are as large as those of the dense model and load wherever it does. Faster or
+smaller inference needs kernels for the pattern, such as `torch.sparse.to_sparse_semi_structured` for 2:4 on an NVIDIA
+GPU.
 
-`castlm verify PATH --pattern {n}:{m}` counts every group again. `castlm.json` holds the configuration, the versions of
-the libraries, the hashes of the texts, and the proof made when this folder was written.
+`castlm verify PATH --pattern {pattern}` counts every group again. `castlm.json` holds the configuration, the versions
+of the libraries, the hashes of the texts, and the counts from when this folder was written.
 
-## Licence
+## License
 
 {license}
 """
@@ -61,10 +68,9 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     """The README.md of an exported folder, from its name and the content of its castlm.json (see `export_model`)."""
     n, m = manifest["pattern"].split(":")
     source, license_id = str(manifest.get("base_model") or ""), manifest.get("license")
-    on_hub = None if Path(source).exists() else _HUB_SOURCE.fullmatch(source)
-    hub_id = on_hub["id"] if on_hub else ""
-    base_name = (hub_id or source).rstrip("/").split("/")[-1]
-    base = f"[{hub_id}](https://huggingface.co/{hub_id}){on_hub['rest'] or ''}" if on_hub else base_name
+    hub_id, rest = _hub_model(source)
+    base_name = (hub_id or _public(source)).split("/")[-1]
+    base = f"[{hub_id}](https://huggingface.co/{hub_id}){markdown(rest)}" if hub_id else markdown(base_name)
     front_matter = {
         **({"base_model": hub_id} if hub_id else {}),
         **({"license": license_id} if license_id else {}),
@@ -79,8 +85,9 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     )
     return _CARD.format(
         front_matter=yaml.safe_dump(front_matter, sort_keys=False),
-        title=f"{base_name}, {n} of {m}" if base_name else folder_name,
-        base=base or "A model",
+        title=markdown(f"{base_name}, {n} of {m}" if base_name else folder_name),
+        base=base or "a model",
+        pattern=f"{n}:{m}",
         n=n,
         m=m,
         counts=counts,
@@ -90,11 +97,27 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     )
 
 
+def _hub_model(source: str) -> tuple[str, str]:
+    """The hub id of a model and what follows it in `source`; both empty if it is not known to be on the hub."""
+    if cached := re.search(r"(?:^|/)models--([\w.-]+?)--([\w.-]+?)/snapshots/(\w+)", source):
+        return f"{cached[1]}/{cached[2]}", f"@{cached[3]}"
+    on_hub = None if Path(source).exists() else _HUB_SOURCE.fullmatch(source)
+    return (on_hub["id"], on_hub["rest"] or "") if on_hub else ("", "")
+
+
+def _public(name: str) -> str:
+    """`name`, or the last part of it if it is a local path."""
+    is_path = name.startswith(("/", "~", ".")) or "\\" in name or ("/" in name and Path(name).exists())
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
+
+
 def _left_dense(left_dense: Mapping[str, str]) -> str:
     inside = {name: reason for name, reason in left_dense.items() if in_block(name)}
     if not inside:
         return ""
-    return " So are, inside the blocks:\n\n" + "\n".join(f"- `{name}`: {reason}" for name, reason in inside.items())
+    return " So are, inside the transformer blocks:\n\n" + "\n".join(
+        f"- {markdown_code(name)}: {markdown(reason)}" for name, reason in inside.items()
+    )
 
 
 def _figures(figures: list[Mapping[str, Any]]) -> str:
@@ -103,7 +126,7 @@ def _figures(figures: list[Mapping[str, Any]]) -> str:
         return ""
     lines = ["| " + " | ".join(_COLUMNS[key] for key in columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in figures]
-    return "## Figures\n\n" + "\n".join(lines) + "\n\n"
+    return "\n".join(["## Perplexity", "", *lines, "", _MEANING, "", ""])
 
 
 def _cell(value: Any) -> str:
@@ -111,11 +134,10 @@ def _cell(value: Any) -> str:
         return f"{value:.4g}" if value >= 1000 else f"{value:.3f}"
     if isinstance(value, int):
         return f"{value:,}"
-    return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+    return "" if value is None else markdown(_public(str(value)))
 
 
 def _license(base: str, license_id: str | None) -> str:
-    stated = f"{license_id}, that of the base model. " if license_id else ""
-    return (
-        f"{stated}This is a derivative of {base or 'its base model'}, whose licence applies: read it before you share."
-    )
+    stated = f"{markdown(license_id)}, as for the base model. " if license_id else ""
+    of = markdown(base) or "its base model"
+    return f"{stated}This model is a derivative of {of}, whose license applies: read it before you share the model."

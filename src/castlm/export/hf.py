@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,19 @@ import torch
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from castlm import __version__
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.sparsify import is_sparse_linear
 from castlm.export.card import model_card
-from castlm.export.verify import VerifyReport, verify
+from castlm.export.report import VerifyReport
+from castlm.export.verify import verify
 from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_name
-from castlm.models import load_model, save_model
+from castlm.models import eval_mode, load_model, save_model
+from castlm.reading import user_path
+from castlm.versions import library_versions
 
 SCHEMA_VERSION = 1
 EVAL_TOLERANCE = 1e-6  # relative; the weights are equal in bits, the kernels may add up in another order
-_LIBRARIES = ("torch", "transformers", "safetensors")
 
 
 def export_model(
@@ -64,34 +63,28 @@ def export_model(
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
             raise InputError(f"{name} is still parametrized: call fold_weight_scaling(model) before the export")
-    folder = Path(os.path.realpath(Path(folder).expanduser()))
+    folder = Path(os.path.realpath(user_path(folder)))
     pattern = as_pattern(pattern)
     manifest = new_manifest(pattern, left_dense, record)
-    was_training = model.training
-    model.eval()
-    try:
-        with atomic_dir(folder, overwrite) as temporary:
-            save_model(model, tokenizer, temporary)
-            atomic_write_json(temporary / "castlm.json", manifest)
-            try:
-                manifest["proof"] = _prove(temporary, model, pattern, manifest["left_dense"], eval_fn)
-            except Exception as error:
-                raise rejected(temporary, folder, error) from error
-            write_record(temporary, folder.name, manifest)
-    finally:
-        model.train(was_training)
+    with eval_mode(model), atomic_dir(folder, overwrite) as temporary:
+        save_model(model, tokenizer, temporary)
+        atomic_write_json(temporary / "castlm.json", manifest)
+        try:
+            manifest["proof"] = _prove(temporary, model, pattern, manifest["left_dense"], eval_fn)
+        except Exception as error:
+            raise rejected(temporary, folder, error) from error
+        write_record(temporary, folder.name, manifest)
     return manifest
 
 
 def new_manifest(pattern: Pattern, left_dense: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
     """The content of castlm.json, but for the proof."""
-    versions = {name: version(name) for name in _LIBRARIES}
     return {
         "schema_version": SCHEMA_VERSION,
         "pattern": str(pattern),
         **record,
         "left_dense": dict(left_dense),
-        "versions": {"castlm": __version__, "python": platform.python_version(), **versions},
+        "versions": library_versions("torch", "transformers", "safetensors"),
     }
 
 
@@ -118,7 +111,7 @@ def _prove(
     eval_fn: Callable[[PreTrainedModel], float] | None,
 ) -> dict[str, Any]:
     """Proves the files in `folder` against `model`; adds to `left_dense` under the names the files have."""
-    report = verify(folder, pattern)
+    report = verify(folder, pattern, known_layers=())  # prove_pattern compares them with `model`
     prove_pattern(report, model, left_dense)
     code_is_trusted = type(model).__module__.startswith("transformers_modules")  # it runs already
     loaded = load_model(str(folder), dtype=model.dtype, trust_remote_code=code_is_trusted).model.eval()
@@ -137,10 +130,14 @@ def prove_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict
     """Raises `InputError` unless every sparse layer of `model` was found n:m in the files; completes `left_dense`."""
     sparse = {f"{name}.weight" for name, module in model.named_modules() if is_sparse_linear(module, name)}
     sparse -= set(left_dense) | {f"{name}.weight" for name in left_dense}
+    fused = "not a linear layer of its own in memory"
+    for name in list(report.uncounted):  # fused in the files, under another name than in memory
+        del report.uncounted[name]
+        report.dense[name] = left_dense[name] = fused
     for layer in report.layers:
-        # Fused in memory and split on disk, as experts are: dense, and known as that under another name only.
+        # Fused in memory and split in the files, as experts are: left dense in memory under another name.
         if layer.left_dense is None and layer.name not in sparse and (layer.problem or layer.num_violations):
-            layer.left_dense = left_dense[layer.name] = "not a linear layer of its own in memory"
+            layer.left_dense = left_dense[layer.name] = fused
     if not report.ok:
         raise InputError(report.summary())
     if len(report.sparse_layers) < len(sparse):

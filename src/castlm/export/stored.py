@@ -1,24 +1,24 @@
-"""Read safetensors as they lie on disk: headers, shard indexes, and the bits of a tensor a chunk at a time.
+"""Read the tensors of a safetensors file as they are stored: the header, and the bits of a tensor chunk by chunk.
 
-Own code in place of `safetensors.safe_open`, because numpy has no bf16 and torch takes a second to import. Zero,
-infinity and NaN need no arithmetic: without its sign bit a float is ordered like the unsigned integer of its bits.
+The safetensors library opens each file first, so that a header it rejects is rejected here. The data is read without
+it, since numpy has no bf16 and torch takes a second to import. Zero, infinity and NaN need no arithmetic: without its
+sign bit a float is ordered like the unsigned integer of its bits.
 Format: 8 bytes little-endian header length, a JSON header, the data (github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from castlm.core.errors import InputError
+from castlm.reading import check_regular, open_regular, parse_json
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 CHUNK_BYTES = 1 << 22  # stays in the cache between the passes over it
 
 
@@ -43,7 +43,7 @@ _BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E5M2", "F8_E4M3"), 1)
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies: `num_bytes` at `offset` of `file`, row-major, in safetensors' dtype names."""
+    """Where a tensor is stored: `num_bytes` at `offset` of `file`, row-major, with safetensors' name of its dtype."""
 
     name: str
     dtype: str
@@ -57,22 +57,26 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, by name.
 
     Raises:
-        InputError: a file that cannot be read, is no safetensors file, or is shorter than its header promises.
+        InputError: the file cannot be read, is not a safetensors file, or is shorter or longer than its header says.
     """
+    check_regular(file)
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with safe_open(file, "np"):  # validates the header, and reads no data
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{file} is not a whole safetensors file ({reason}): fetch or write it again") from error
+    try:
+        with open_regular(file) as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise InputError(f"{file} is not a whole safetensors file ({size} bytes): fetch or write it again")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        tensors = {name: _stored(name, entry, file, 8 + length) for name, entry in header.items()}
+            header = parse_json(stream.read(length), f"the header of {file}")
+            size = stream.seek(0, 2)
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
+    header.pop("__metadata__", None)
+    try:
+        tensors = {name: _stored(name, entry, file, 8 + length) for name, entry in header.items()}
+    except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(f"the header of {file} is corrupt: fetch or write the file again") from error
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.num_bytes)):
@@ -86,69 +90,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 def _stored(name: str, entry: dict[str, Any], file: Path, data_start: int) -> StoredTensor:
     begin, end = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
-    num_bytes = int(end) - int(begin)
-    expected = math.prod(shape) * _BYTES.get(entry["dtype"], 0)  # 0: a dtype that is listed but never read
-    if begin < 0 or min(shape, default=0) < 0 or num_bytes < 0 or (expected and num_bytes != expected):
+    shape = tuple(entry["shape"])
+    if any(type(number) is not int or number < 0 for number in (begin, end - begin, *shape)):
         raise ValueError
-    return StoredTensor(name, entry["dtype"], shape, file, data_start + int(begin), num_bytes)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from disk, or `InputError`."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds a JSON {type(content).__name__}, not an object")
-    return content
-
-
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint: a .safetensors file, or a folder with one or with an index of several.
-
-    Raises:
-        InputError: nothing there, no safetensors, or an index that names files or tensors that are missing.
-    """
-    if not path.exists():
-        raise InputError(f"{path} does not exist: name a checkpoint folder or a .safetensors file")
-    if not path.is_dir():
-        return read_header(path)
-    if (path / "adapter_config.json").is_file():
-        raise InputError(f"{path} holds an adapter, not a model: merge it into its base model first")
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        return read_header(single)
-    if index.is_file():
-        return _sharded(index)
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) == 1:
-        return read_header(files[0])
-    if files:
-        raise InputError(f"{path} holds {len(files)} safetensors files and no {index.name}: the folder is not complete")
-    others = [file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in sorted(path.glob(suffix))]
-    found = f"found {others[0]}: convert it with transformers' save_pretrained" if others else "is it a model folder?"
-    raise InputError(f"{path} holds no .safetensors file ({found})")
-
-
-def _sharded(index: Path) -> dict[str, StoredTensor]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index} has no weight_map: fetch or write it again")
-    files = sorted({str(file) for file in weight_map.values()})
-    strangers = [file for file in files if os.path.basename(file) != file]
-    if strangers:
-        raise InputError(f"{index} names {strangers[0]!r}, outside its folder")
-    missing = [file for file in files if not (index.parent / file).is_file()]
-    if missing:
-        raise InputError(f"{index} names {len(missing)} missing files, first {missing[0]}: the folder is not complete")
-    shards = {file: read_header(index.parent / file) for file in files}
-    absent = [name for name, file in weight_map.items() if name not in shards[file]]
-    if absent:
-        first = f"{absent[0]} in {weight_map[absent[0]]}"
-        raise InputError(f"{index} names {len(absent)} tensors that its files lack, first {first}")
-    return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+    expected = math.prod(shape) * _BYTES.get(entry["dtype"], 0)  # 0: a dtype that is listed but never read
+    if expected and end - begin != expected:
+        raise ValueError
+    return StoredTensor(name, entry["dtype"], shape, file, data_start + begin, end - begin)
 
 
 def magnitude_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray]:
@@ -158,14 +106,14 @@ def magnitude_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray
         tensor: one whose dtype is in `FLOATS` and whose size divides by `step`.
 
     Yields:
-        unsigned integers, 1-D; the buffer is used again for the next chunk.
+        unsigned integers, 1-D; the buffer is reused for the next chunk.
     """
     floats = FLOATS[tensor.dtype]
     dtype = np.dtype(floats.dtype)
     size = max(1, CHUNK_BYTES // (step * dtype.itemsize)) * step * dtype.itemsize
     buffer = np.empty(min(size, tensor.num_bytes), np.uint8)
     left = tensor.num_bytes
-    with tensor.file.open("rb", buffering=0) as stream:
+    with open_regular(tensor.file) as stream:
         stream.seek(tensor.offset)
         while left:
             chunk = buffer[: min(left, len(buffer))]

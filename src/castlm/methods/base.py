@@ -34,6 +34,7 @@ class MethodConfig(Protocol):
     mask_interval: int
     srste_lam: float
     scale_groups: int
+    reconstruct_epochs: int
 
     @property
     def start(self) -> str:

@@ -26,10 +26,14 @@ class Cast(Retraining):
             add_weight_scaling(model, self.config.scale_groups, pattern=self.pattern, filter_fn=self.filter_fn)
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
-        """Sets the kept weights and the mask. Masked weights keep their dense values and decay from there."""
+        """Sets the kept weights and the mask. Masked weights keep their dense values and decay from there.
+
+        After a reconstruction they start at zero, as the kept weights were trained for that.
+        """
         parameter = weight_parameter(layer)
         self.optimizer.set_mask(parameter, mask)
-        local(parameter).copy_(torch.where(mask, weight, local(parameter)))
+        masked = weight if self.config.reconstruct_epochs else local(parameter)
+        local(parameter).copy_(torch.where(mask, weight, masked))
 
     def masks(self) -> dict[Tensor, Tensor]:
         return self.optimizer.masks()

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
+from castlm.models import context_length
 
 # So many times what the windows hold is tokenized: enough to draw from, without reading all of a long text.
 CALIBRATION_POOL = 16
@@ -16,7 +17,7 @@ CALIBRATION_POOL = 16
 
 def calibration_length(model: PreTrainedModel) -> int:
     """The window length of the published figures: the context of the model, at most 2,048 tokens."""
-    return min(2048, getattr(model.config, "max_position_embeddings", 2048))
+    return min(2048, context_length(model.config) or 2048)
 
 
 def calibration_blocks(token_ids: Tensor, num_sequences: int = 128, seq_len: int = 2048, seed: int = 0) -> Tensor:
@@ -60,7 +61,7 @@ def check_calibration(model: PreTrainedModel, calibration: Tensor) -> None:
             f"a calibration of shape {tuple(calibration.shape)}, {calibration.dtype}: pass token ids of shape "
             "(num_sequences, seq_len), as from calibration_blocks"
         )
-    seq_len, context = calibration.shape[1], getattr(model.config, "max_position_embeddings", None)
+    seq_len, context = calibration.shape[1], context_length(model.config)
     if context is not None and seq_len > context:
         raise InputError(
             f"calibration sequences of {seq_len} tokens are longer than the model's context of {context}: "

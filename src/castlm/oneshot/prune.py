@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,11 +22,17 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.models import eval_mode
 from castlm.oneshot.calibration import check_calibration
-from castlm.oneshot.solvers import SOLVERS, Settings, Solver
-from castlm.oneshot.walk import BlockInputs, StopForward, block_stack
+from castlm.oneshot.dense_twin import DenseTwin, Shift
+from castlm.oneshot.families import describe
+from castlm.oneshot.inputs import ERROR_TOKENS, LayerInput, see_inputs
+from castlm.oneshot.options import Refinements
+from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
+from castlm.oneshot.solvers import SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
+from castlm.oneshot.walk import BlockInputs, block_stack
 
-_ERROR_TOKENS = 256  # that the reconstruction error is measured on
+NO_REFINEMENTS = Refinements()
 
 
 @dataclass
@@ -59,6 +64,8 @@ class OneshotReport:
     layers: list[LayerResult] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
     """Reason by name."""
+    reconstructions: list[Reconstruction] = field(default_factory=list)
+    """By block, where blocks are reconstructed."""
     seconds: float = 0.0
 
     @property
@@ -84,56 +91,14 @@ class OneshotReport:
         return asdict(self) | {"zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
 
 
-class _Input:
-    """A tensor that enters layers of a block: the same one in every pass, with the statistic over all passes."""
-
-    def __init__(self, x: Tensor, solver: Solver) -> None:
-        columns = x.shape[-1]
-        self.names: list[str] = []
-        self.current: Tensor | None = None  # in this pass; held, so that no other tensor can be taken for it
-        self.sample = x.reshape(-1, columns)[:_ERROR_TOKENS].to(torch.float32, copy=True)
-        self.statistic = torch.zeros((columns,) * solver.axes, device=x.device)
-
-
-def _see_inputs(layers: dict[str, nn.Linear], inputs: BlockInputs, solver: Solver, num_sequences: int) -> list[_Input]:
-    """Runs the current block, still dense, on all batches, and gives what enters `layers`, in the order of the calls.
-
-    From the second pass on a block ends where it has called all of them: what comes after changes no statistic.
-    """
-    found: dict[str, _Input] = {}
-    num_calls, last_call = 0, 0
-
-    def before(name: str, x: Tensor) -> None:
-        nonlocal num_calls
-        if name not in found:
-            found[name] = next((seen for seen in found.values() if seen.current is x), None) or _Input(x, solver)
-            found[name].names.append(name)
-        seen = found[name]
-        if seen.current is not x:
-            seen.current = x
-            if solver.add is not None:
-                solver.add(seen.statistic, x.reshape(-1, x.shape[-1]).float(), num_sequences)
-        num_calls += 1
-        if num_calls == last_call:
-            raise StopForward
-
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(lambda _, args, name=name: before(name, args[0])))
-        for hidden in inputs:
-            num_calls = 0
-            with suppress(StopForward):
-                inputs.run(hidden)
-            if last_call == 0:  # experts are not all called in every pass: then no pass ends early
-                last_call = num_calls if num_calls == len(found) == len(layers) else -1
-            for seen in found.values():
-                seen.current = None
-    for name in layers.keys() - found.keys():
-        raise InputError(f"no calibration token reaches {name}: leave it out with filter_fn, or pass more text")
-    return list(dict.fromkeys(found.values()))
-
-
-def _prune_layers(layers: dict[str, nn.Linear], seen: _Input | None, solver: Solver, to: Settings) -> list[LayerResult]:
+def _prune_layers(
+    layers: dict[str, nn.Linear],
+    seen: LayerInput | None,
+    solver: Solver,
+    to: Settings,
+    refinements: Refinements | None = None,
+    shift: Shift | None = None,
+) -> list[LayerResult]:
     """Prunes layers that read the same input, all their rows in one piece."""
     names, weights = ", ".join(layers), [layer.weight for layer in layers.values()]
     dense = torch.cat([weight.float() for weight in weights])
@@ -145,7 +110,10 @@ def _prune_layers(layers: dict[str, nn.Linear], seen: _Input | None, solver: Sol
     if solver.axes and not statistic.any():
         raise InputError(f"the calibration text leaves the whole input of {names} at 0: pass other text")
     try:
-        pruned = solver.prune(dense, statistic, to)
+        if refinements is None or not (shift or refinements.refit_iterations):
+            pruned = solver.prune(dense, statistic, to)
+        else:
+            pruned = _solve_refined(dense, statistic, solver, to, refinements, shift)
     except InputError as error:
         raise InputError(f"{names}: {error}") from None
     results, rows = [], [weight.shape[0] for weight in weights]
@@ -155,6 +123,22 @@ def _prune_layers(layers: dict[str, nn.Linear], seen: _Input | None, solver: Sol
         num_zeros = int((weight == 0).sum())
         results.append(LayerResult(name, tuple(weight.shape), num_zeros, lost, pruned.num_dead, pruned.damping))
     return results
+
+
+def _solve_refined(
+    dense: Tensor, statistic: Tensor, solver: Solver, to: Settings, refinements: Refinements, shift: Shift | None
+) -> Pruned:
+    """Solves for a shifted target, and refits what is kept."""
+    hessian = damped(whole_hessian(statistic), to.damping)
+    target = (
+        dense
+        if shift is None
+        else shift.target(dense, hessian, refinements.target_asymmetry, refinements.stream_correction)
+    )
+    pruned = solver.prune(target.clone(), statistic, to)
+    if refinements.refit_iterations:
+        pruned = pruned._replace(weight=refit(pruned.weight, target, hessian, refinements.refit_iterations))
+    return pruned
 
 
 def _relative_error(x: Tensor, old: Tensor, new: Tensor) -> float:
@@ -171,6 +155,7 @@ def prune_oneshot_(
     calibration: Tensor | None = None,
     damping: float = 0.01,
     block_size: int = 128,
+    refinements: Refinements = NO_REFINEMENTS,
     filter_fn: FilterFn = is_sparse_linear,
     progress: Callable[[int, int], None] | None = None,
 ) -> OneshotReport:
@@ -185,6 +170,7 @@ def prune_oneshot_(
             given one, its first 256 tokens serve for the reconstruction errors.
         damping: SparseGPT: share of the mean of the diagonal of H that is added to it.
         block_size: SparseGPT: columns between two full matmuls; a matter of speed only.
+        refinements: SparseGPT: what is done beyond it.
         filter_fn: which layers, as for `sparse_linears`.
         progress: called with (blocks done, blocks in all).
 
@@ -201,9 +187,14 @@ def prune_oneshot_(
     to = Settings(as_pattern(pattern), damping, block_size)
     layers, left_dense = sparse_linears(model, to.pattern, filter_fn)
     _check(model, method, layers, calibration, to)
+    if refinements != NO_REFINEMENTS and method != "sparsegpt":
+        raise InputError(f"refinements are for method sparsegpt, not for {method}: leave them out")
+    for name, in_range, allowed in refinements.out_of_range():
+        if not in_range:
+            raise InputError(f"{name} = {getattr(refinements, name)} is out of range: it must be {allowed}")
     kind = SOLVERS[method]
     if kind.add is None and calibration is not None:
-        calibration = calibration[: math.ceil(_ERROR_TOKENS / calibration.shape[1])]
+        calibration = calibration[: math.ceil(ERROR_TOKENS / calibration.shape[1])]
     num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
     asked = damping if method == "sparsegpt" else None
     report = OneshotReport(method, str(to.pattern), num_sequences, seq_len, asked, left_dense=left_dense)
@@ -211,13 +202,8 @@ def prune_oneshot_(
         for name, layer in layers.items():
             report.layers += _prune_layers({name: layer}, None, kind, to)
     else:
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            _prune_blocks(model, layers, calibration, kind, to, report, progress)
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        with eval_mode(model):
+            _prune_blocks(model, layers, calibration, kind, to, refinements, report, progress)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -228,6 +214,7 @@ def _prune_blocks(
     calibration: Tensor,
     solver: Solver,
     to: Settings,
+    refinements: Refinements,
     report: OneshotReport,
     progress: Callable[[int, int], None] | None,
 ) -> None:
@@ -236,14 +223,57 @@ def _prune_blocks(
     while not of_block[-1]:  # what comes after the last sparse layer need not be run
         of_block.pop()
     inputs = BlockInputs(model, blocks, calibration)
+    probes = _stream_probes(model, stack) if refinements.stream_correction else {}
+    twin = DenseTwin(inputs) if refinements.needs_dense_twin else None
     for index, inside in enumerate(of_block):
-        if inside:
-            for seen in _see_inputs(inside, inputs, solver, len(calibration)):
-                report.layers += _prune_layers({name: inside[name] for name in seen.names}, seen, solver, to)
-        if index + 1 < len(of_block):
+        if twin is not None:
+            twin.enter()
+        seen = see_inputs(inside, inputs, solver, len(calibration)) if inside else []
+        for number, entry in enumerate(seen):
+            chosen = {name: inside[name] for name in entry.names}
+            if refinements.staged_statistics and number > 0:
+                (entry,) = see_inputs(chosen, inputs, solver, len(calibration))
+            shift = None
+            if twin is not None and refinements.shifts_targets:
+                shift = twin.shift(entry.names[0], f"{stack}.{index}.", probes)
+            report.layers += _prune_layers(chosen, entry, solver, to, refinements, shift)
+        is_last = index + 1 == len(of_block)
+        if twin is not None and (refinements.reconstruct_epochs or not is_last):
+            outputs = twin.outputs()
+            if refinements.reconstruct_epochs and inside:
+                report.reconstructions.append(_reconstruct(inside, inputs, outputs, refinements))
+            twin.advance(outputs)
+        if not is_last:
             inputs.advance()
         if progress is not None:
             progress(index + 1, len(of_block))
+
+
+def _reconstruct(
+    inside: dict[str, nn.Linear], inputs: BlockInputs, outputs: list[Tensor], refinements: Refinements
+) -> Reconstruction:
+    """Reconstructs the current block."""
+    call = inputs.calls[inputs.index]
+    return reconstruct_(
+        inputs.blocks[inputs.index],
+        call.run,
+        inputs.batches,
+        outputs,
+        {layer.weight: layer.weight != 0 for layer in inside.values()},
+        epochs=refinements.reconstruct_epochs,
+        learning_rate=refinements.reconstruct_rate,
+    )
+
+
+def _stream_probes(model: PreTrainedModel, stack: str) -> dict[str, str]:
+    """By the layers that write the residual stream: the module of their block whose input it is; "" is the block."""
+    wiring, probes = describe(model), {}
+    for index, block in enumerate(wiring.blocks):
+        modules = {module: path for path, module in model.get_submodule(f"{stack}.{index}").named_modules()}
+        norm_of_mlp, _ = wiring.reads[2 * index + 1]
+        probes[block.attention.output.layer] = ""
+        probes |= {mlp.down.layer: modules[norm_of_mlp.module] for mlp in block.mlps}
+    return probes
 
 
 def _check(

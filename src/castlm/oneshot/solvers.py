@@ -60,13 +60,51 @@ def _add_hessian(hessian: Tensor, x: Tensor, num_sequences: int) -> None:
         hessian[rows, start:].addmm_(x[:, rows].T, x[:, start:], alpha=2 / num_sequences)
 
 
-def _sparsegpt(weight: Tensor, hessian: Tensor, to: Settings) -> Pruned:
-    num_dead = int((hessian.diagonal() == 0).sum())
+def whole_hessian(hessian: Tensor) -> Tensor:
+    """Copies what lies above the diagonal of a Hessian (columns, columns) below it, in place."""
     hessian.triu_()
     hessian += hessian.triu(1).T
+    return hessian
+
+
+def _sparsegpt(weight: Tensor, hessian: Tensor, to: Settings) -> Pruned:
+    num_dead = int((hessian.diagonal() == 0).sum())
+    whole_hessian(hessian)
     assert isinstance(to.pattern, NM)
     new, damping = sparsegpt(weight, hessian, to.pattern.n, to.pattern.m, to.damping, to.block_size)
     return Pruned(new, num_dead, damping)
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """A copy that can be inverted: dead inputs get a 1, all of the diagonal `damping` times its mean."""
+    result = hessian.clone()
+    diagonal = result.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damping * diagonal.mean()
+    return result
+
+
+def refit(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int) -> Tensor:
+    """Moves the non-zeros of `weight` (rows, columns) towards the minimum of |X weight^T - X target^T|^2.
+
+    Conjugate gradients on all rows at once, preconditioned by the diagonal of `hessian` = X^T X, damped; SparseGPT
+    compensates only to the right of what it prunes.
+    """
+    mask, inverse = weight != 0, 1 / hessian.diagonal()
+    weight = weight.clone()
+    residual = ((target - weight) @ hessian) * mask
+    direction = residual * inverse
+    energy = (residual * direction).sum(1, keepdim=True)
+    for _ in range(iterations):
+        step = (direction @ hessian) * mask
+        length = energy / (direction * step).sum(1, keepdim=True).clamp(min=1e-30)
+        weight += length * direction
+        residual -= length * step
+        preconditioned = residual * inverse
+        new = (residual * preconditioned).sum(1, keepdim=True)
+        direction = preconditioned + new / energy.clamp(min=1e-30) * direction
+        energy = new
+    return weight
 
 
 SOLVERS: dict[str, Solver] = {

@@ -1,7 +1,7 @@
-"""The law that sparse quality follows: the loss ln(perplexity) falls as a power of the training tokens.
+"""Fits the scaling law of sparse quality: the loss ln(perplexity) falls as a power of the training tokens.
 
-A fit says how far it can be trusted (intervals, the largest budget left out), and is refused when the data cannot
-carry it.
+A fit reports how far it can be trusted (intervals, and a prediction of the largest token budget from the others), and
+is refused if the data does not support it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MIN_SPREAD = 4.0
 
 @dataclass(frozen=True)
 class Holdout:
-    """The largest budget, predicted by the law fitted without it."""
+    """The largest token budget, predicted by a law fitted without it."""
 
     tokens: float
     perplexity: float
@@ -48,11 +48,11 @@ class Holdout:
     predicted: float
     low: float
     high: float
-    """90 % interval of one run at this budget."""
+    """90 % interval of one run with this budget."""
     inside: float
-    """Share of its runs that fall in the interval."""
+    """The fraction of its runs inside the interval."""
     num_budgets: int
-    """Budgets that the law was fitted to."""
+    """The number of token budgets that the law was fitted to."""
 
     @property
     def error(self) -> float:
@@ -64,8 +64,7 @@ class Holdout:
 class Law:
     """loss(D, N) = L_inf + A * N^-a + B * D^-beta in nats a token, with perplexity = exp(loss).
 
-    `power` has no A term; `loglinear` has no floor either (L_inf = 0), so that log loss = log B - beta * log D is a
-    line.
+    `power` has no A term; `loglinear` has no floor either (L_inf = 0), so log loss = log B - beta * log D is a line.
     """
 
     form: str
@@ -77,9 +76,9 @@ class Law:
     r2: float
     """1 - residual / total sum of squares of log loss."""
     intervals: dict[str, tuple[float, float]]
-    """90 % interval of each parameter that the form fits, and of r2."""
+    """90 % interval of each fitted parameter and of r2."""
     noise: float
-    """Standard deviation of log loss of one run about the law, widened for the degrees of freedom behind it."""
+    """Standard deviation of the log loss of one run around the law, corrected for the degrees of freedom."""
     num_points: int
     num_budgets: int
     tokens_range: tuple[float, float]
@@ -87,7 +86,7 @@ class Law:
     """(num_draws, 5): bootstrap refits, columns as in NAMES."""
     holdout: Holdout | None = None
     holdout_reason: str = ""
-    """Why there is no `holdout`, when there is none."""
+    """Why `holdout` is None, if it is."""
 
     def loss(self, tokens: ArrayLike, params: ArrayLike | None = None) -> Array:
         """Predicted ln(perplexity), in the broadcast shape of the arguments; `params` is for the joint law."""
@@ -98,20 +97,27 @@ class Law:
         return law_loss(self.draws.T, tokens, self.size(params))
 
     def run_losses(self, tokens: float, params: float | None = None) -> Array:
-        """(num_draws * 21,): losses that a new run may show: each refit with a run's noise, 21 normal quantiles."""
+        """(num_draws * 21,): losses that a new run may reach: each refit with 21 normal quantiles of the noise."""
         deviations = self.noise * np.array([NormalDist().inv_cdf((i + 0.5) / 21) for i in range(21)])
         return np.outer(self.draw_losses(tokens, params), np.exp(deviations)).ravel()
 
     def size(self, params: ArrayLike | None) -> ArrayLike:
-        """`params`, which a joint law needs and the others ignore."""
+        """`params`, which a joint law needs and the other forms ignore.
+
+        Raises:
+            InputError: the law is joint, and `params` is missing or not positive and finite.
+        """
         if self.form != "joint":
             return 1.0
         if params is None:
             raise InputError("a joint law predicts for one model size: give params")
+        values = np.asarray(params, dtype=np.float64)
+        if not np.all(np.isfinite(values) & (values > 0)):
+            raise InputError(f"params is {params}: a positive finite number is needed")
         return params
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form: a number a parameter, their `intervals` beside them, and the draws that predictions need."""
+        """The law as plain JSON, with the draws that predictions need."""
         content = asdict(self)
         if self.form != "joint":
             del content["A"], content["a"]
@@ -124,10 +130,14 @@ class Law:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Law:
-        """Inverse of `as_dict`. Raises InputError when a field is missing or malformed."""
+        """Inverse of `as_dict`.
+
+        Raises:
+            InputError: a field is missing, malformed, not finite, or out of the range that a fit can give.
+        """
         try:
             holdout = content["holdout"]
-            return cls(
+            law = cls(
                 **{name: float(content[name]) for name in ("L_inf", "B", "beta", "r2", "noise")},
                 **{name: float(content.get(name, 0.0)) for name in ("A", "a")},
                 form={form: form for form in FORMS}[content["form"]],
@@ -139,10 +149,32 @@ class Law:
                 holdout=None if holdout is None else Holdout(**{k: v for k, v in holdout.items() if k != "error"}),
                 holdout_reason=str(content["holdout_reason"]),
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
             raise InputError(
-                f"not a fitted law ({type(error).__name__}: {error}); write one with `plan fit`"
+                f"not a fitted law ({type(error).__name__}: {error}): write one with `plan fit`"
             ) from error
+        law.check()
+        return law
+
+    def check(self) -> None:
+        """Checks that every number is one that a fit can give.
+
+        Raises:
+            InputError: a number is NaN, infinite or out of range, or there are no draws.
+        """
+        rows = np.vstack([[getattr(self, name) for name in NAMES], self.draws])
+        low, high = self.tokens_range
+        problems = {
+            "a parameter or draw is not finite": not np.isfinite(rows).all(),
+            "there are no draws": not len(self.draws),
+            "a parameter or draw is negative": bool((rows < 0).any()),
+            "beta is not above 0": bool((rows[:, NAMES.index("beta")] <= 0).any()),
+            f"noise is {self.noise}": not 0 <= self.noise < math.inf,
+            f"tokens_range is {self.tokens_range}": not 0 < low <= high < math.inf,
+        }
+        found = [problem for problem, is_there in problems.items() if is_there]
+        if found:
+            raise InputError(f"not a fitted law ({found[0]}): write one with `plan fit`")
 
 
 def law_loss(theta: Sequence[float] | Array, tokens: ArrayLike, params: ArrayLike = 1.0) -> Array:
@@ -164,15 +196,15 @@ def fit_law(
 
     The objective is the Huber loss of the residuals of log loss, minimised from a grid of starts as in Hoffmann et al.
     (2022), Approach 3, and polished by scipy. Its delta is 1.345 robust standard deviations of the residuals of a
-    first pass, and at least their 1e-3. Amplitudes are fitted as logs, at the geometric mean of the budgets; L_inf
-    itself is not, so that its bound 0 can be reached and seen. Bounds: 0 <= L_inf <= the lowest loss (mean over
-    seeds), 0.01 <= beta, a <= 4.
+    first pass, and at least their 1e-3. Amplitudes are fitted as logs, at the geometric mean of the token budgets;
+    L_inf is fitted as it is, so that a fit at its bound 0 can be detected. Bounds: 0 <= L_inf <= the lowest loss (mean
+    over seeds), 0.01 <= beta, a <= 4.
 
-    Intervals (90 %) come from `num_draws` refits to data drawn about the fitted law: deviations between seeds are
-    resampled within their budget, and what the means of the budgets scatter beyond that is resampled over budgets. Both
-    are widened for the degrees of freedom that the fit used up, the latter by Student's t as well: with one budget more
-    than parameters an interval is wide, as it should be. `min_spread`: least factor between smallest and largest
-    budget.
+    Intervals (90 %) come from `num_draws` refits to data drawn around the fitted law: deviations between seeds are
+    resampled within their token budget, and the remaining scatter of the means is resampled over token budgets. Both
+    are corrected for the degrees of freedom of the fit, the latter also by Student's t, so an interval is wide if there
+    is only one budget more than there are parameters. `min_spread` is the least ratio of the largest token budget to
+    the smallest.
 
     Raises:
         InputError: fewer than 3 (loglinear, joint) or 4 (power) distinct budgets; budgets within a factor of
@@ -248,7 +280,7 @@ def _check_design(data: Data, form: str, min_budgets: int, min_spread: float) ->
 
 
 def _fit(data: Data, form: str, num_draws: int, seed: int) -> Law:
-    """The point estimate and its bootstrap, for a design that has been checked."""
+    """The point estimate and its bootstrap, after `_check_design`."""
     free = [NAMES.index(name) for name in FORMS[form]]
     lowest = math.exp(min(data.y[data.cell == cell].mean() for cell in np.unique(data.cell)))
     theta, delta = solve_from_grid(data, free, lowest)
@@ -274,7 +306,7 @@ def _fit(data: Data, form: str, num_draws: int, seed: int) -> Law:
 
 
 def interval(values: Array) -> tuple[float, float]:
-    """Central 90 % of `values` (num,); an infinity stays one."""
+    """The central 90 % of `values` (num,), which may be infinite."""
     low, high = np.quantile(values, 0.05, method="lower"), np.quantile(values, 0.95, method="higher")
     return float(low), float(high)
 
@@ -300,7 +332,7 @@ def _r2(y: Array, fitted: Array) -> Array:
 
 
 def _leave_largest_out(data: Data, form: str, num_draws: int, seed: int) -> Holdout:
-    """Fit without the largest budget and predict it; with several seeds, as many budgets as parameters are enough."""
+    """Fits without the largest token budget and predicts it; with several seeds, one budget per parameter is enough."""
     left = data.budget == data.budget.max()
     x, z, y = data.x + data.x0, data.z + data.z0, data.y
     rest = make_data(x[~left], z[~left], y[~left])
@@ -326,16 +358,29 @@ def _leave_largest_out(data: Data, form: str, num_draws: int, seed: int) -> Hold
     )
 
 
-def plot_law(law: Law, points: Sequence[Point], path: str | Path) -> None:
-    """Write a picture to `path` (its suffix is the format): the law with its 90 % band above, log-loss residuals below.
+def check_plot(path: str | Path) -> None:
+    """Checks before a fit that its plot can be written.
 
     Raises:
-        InputError: matplotlib is not installed.
+        InputError: matplotlib is not installed, or the suffix of `path` is not one of its formats.
     """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise InputError("the residual plot needs matplotlib: pip install 'castlm[report]'") from error
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if Path(path).suffix.lower().removeprefix(".") not in formats:
+        raise InputError(f"{path} has no suffix of a plot format: use one of {', '.join(formats)}")
+
+
+def plot_law(law: Law, points: Sequence[Point], path: str | Path) -> None:
+    """Writes a plot to `path` (its suffix is the format): the law with its 90 % band, and log-loss residuals below.
+
+    Raises:
+        InputError: as `check_plot`.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])

@@ -1,11 +1,11 @@
-"""How much memory a run takes on each rank, and on how many ranks it fits, from the model's config alone.
+"""Computes the memory that a run takes on each rank, and how many ranks it needs, from the model's config alone.
 
-Weights are counted on the meta device, what the backward pass keeps by `activations`; the rest is arithmetic.
+Weights are counted on the meta device, saved activations by `activations`; the rest is arithmetic.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,23 +21,25 @@ from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
 from castlm.models import linearize_conv1d_
 from castlm.planning.activations import Saved, Settings, as_input_error, trace
+from castlm.reading import read_json_object, user_path
 
 GIB = 2**30
 WORLD_SIZES = tuple(2**i for i in range(13))
 GPUS = {"A100-40GB": 39.4, "A100-80GB": 79.1, "H100-80GB": 79.1, "H200-141GB": 139.8, "RTX4090-24GB": 23.5}
-"""GiB that torch sees of some cards."""
+"""GiB of memory that torch reports for some cards."""
 CONTEXT_GIB, FRAGMENTATION = 1.0, 0.05
-"""Left free on a card: CUDA's and NCCL's own memory, and the share of the peak that an allocator loses."""
+"""Reserve on a card: the memory of CUDA and NCCL, and the share of the peak that the allocator loses."""
+MAX_LAYERS = 10_000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class _Sizes(NamedTuple):
-    """Elements of a model's parameters, read on the meta device."""
+    """Numbers of elements of a model's parameters, counted on the meta device."""
 
     total: int
     sparse: int
     block: int
-    """Of one transformer block, the mean."""
+    """Of one transformer block, on average."""
     largest: int
     largest_sparse: int
     widest: int
@@ -47,25 +49,25 @@ class _Sizes(NamedTuple):
     vocab: int
     num_layers: int
     inputs: int
-    """Squares of the input widths of a block's sparse layers, added up."""
+    """Sum of the squared input widths of a block's sparse layers."""
     moments: int
-    """Bytes of both moments of all parameters, and of the scales of 8-bit ones."""
+    """Bytes of both moments of all parameters, with the scales of 8-bit moments."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on each rank. `components` are not all alive at once; `phases` say what is alive together."""
+    """Bytes on each rank. `components` are not all allocated at once; `phases` add up those that are."""
 
     components: dict[str, int]
     phases: dict[str, int]
-    """Peak bytes of `start` (on the first rank, where a one-shot method prunes), `loss`, `backward` and `step`."""
+    """Peak bytes of `start` (on the first rank, which prunes one-shot), `loss`, `backward` and `step`."""
     num_params: int
     num_sparse: int
     world_size: int
     gradient_checkpointing: bool
     gpu_gib: float | None = None
     smallest_world_size: int | None = None
-    """Least power of two of ranks on which it fits `gpu_gib`; None when there is none up to 4,096, or no `gpu_gib`."""
+    """The least power of two of ranks that fit `gpu_gib`; None if 4,096 do not, or without `gpu_gib`."""
 
     @property
     def peak(self) -> int:
@@ -73,12 +75,12 @@ class MemoryPlan:
 
     @property
     def needed_gib(self) -> float:
-        """GiB that a card needs for this peak: with room for the context and for fragmentation."""
+        """GiB that a card needs for this peak, with the reserve for context and fragmentation."""
         return self.peak / GIB * (1 + FRAGMENTATION) + CONTEXT_GIB
 
     @property
     def fits(self) -> bool | None:
-        """Whether it fits `gpu_gib`; None when that was not given."""
+        """Whether the plan fits `gpu_gib`; None if that was not given."""
         return None if self.gpu_gib is None else self.needed_gib <= self.gpu_gib
 
     def rows(self) -> list[tuple[str, float]]:
@@ -87,7 +89,7 @@ class MemoryPlan:
         return [(name, size / GIB) for name, size in (*parts, ("peak", self.peak))]
 
     def table(self) -> str:
-        """The rows as text, with the verdict in the last line."""
+        """The rows as text, with the answer for `gpu_gib` in the last line."""
         lines = [f"{name:<34}{gib:>10.3f} GiB" for name, gib in self.rows()]
         if self.gpu_gib is not None:
             verdict = "fits" if self.fits else "does not fit"
@@ -129,15 +131,15 @@ def plan_memory(
       with as many key as query heads, saves 4T (10H + 4I): input, normalised input and output of both norms; q, k, v
       and the attention's output; gate, its silu, up and their product. Under bf16 autocast it is T (34H + 8I): norms
       and residual path stay fp32, and each linear layer keeps a bf16 copy of its own input;
-    - weights for backward, of all blocks in the compute type and whole on every rank, for sharding does not reach them:
-      the products `W * A` of weight scaling, or else the copies that bf16 autocast makes of fp32 weights on one rank;
+    - weights for backward, of all blocks in the compute type and unsharded on every rank: the products `W * A` of
+      weight scaling, or otherwise the bf16 copies that autocast makes of fp32 weights on one rank;
     - with checkpointing: L block inputs (T * H each), and the activations and weights of the one block at work;
     - gathered (R > 1): everything outside the blocks (embedding, head) in fp32 and two blocks in the compute type, and
       the same of the teacher in its own; one block's unsharded gradient, and its copy in fp32, in which it is summed;
     - logits: 3 (1 without a teacher) buffers of chunk_tokens * V in fp32 and one in bf16;
     - the gradients of the head and of the hidden states, and copies of both in the compute type;
-    - optimizer step: nothing when fused, but with 8-bit moments 2 fp32 copies of the largest parameter's shard, as
-      torch.compile has it (none in C++). Else 5 of a dense one, 6.25 of a sparse one; with 8-bit moments 11 of either.
+    - optimizer step: nothing if fused, except 2 fp32 copies of the largest parameter's shard with 8-bit moments under
+      torch.compile (none in C++). If not fused, 5 copies of a dense one or 6.25 of a sparse one; 11 with 8-bit moments.
 
     The phases: `start` (before step 0, the first rank: the whole model in fp32, on one rank twice; the hidden states of
     calibration_tokens; a fp32 matrix (in, in) for each sparse layer of a block and four more of the widest, and five
@@ -148,17 +150,26 @@ def plan_memory(
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
         compute_dtype: "bf16" or "fp32", of the forward and backward pass; master weights are fp32.
-        chunk_tokens: tokens whose logits are alive at once (the loss's default: 1,024 on a GPU, 192 on a CPU).
+        chunk_tokens: tokens whose logits are in memory at once (default of the loss: 1,024 on a GPU, 192 on a CPU).
         moments: "fp32", "bf16" or "8bit", as `AdamS` has them.
-        calibration_tokens: of the initial mask of SparseGPT or Wanda; 0: there is none, and no phase `start`.
-        gpu_gib: memory of a card in GiB, see `GPUS`; asks for the verdict.
+        calibration_tokens: tokens of calibration text of the start (SparseGPT or Wanda); 0 if it needs none, which
+            leaves no phase `start`.
+        gpu_gib: memory of a card in GiB, see `GPUS`, to check whether the run fits.
 
     Raises:
         InputError: an unreadable config, not a causal LM, no layer that can be n:m sparse, or a number out of range.
     """
-    for name, value in (("world_size", world_size), ("seq_len", seq_len), ("micro_batch", micro_batch)):
-        if value < 1:
-            raise InputError(f"{name} = {value} is out of range: it must be at least 1")
+    _check_range(
+        world_size=(world_size, 1, 2**20),
+        seq_len=(seq_len, 1, 2**32),
+        micro_batch=(micro_batch, 1, 2**32),
+        accumulation=(accumulation, 1, 2**32),
+        chunk_tokens=(chunk_tokens, 1, 2**32),
+        scale_groups=(scale_groups, 0, 2**32),
+        calibration_tokens=(calibration_tokens, 0, 2**62),
+    )
+    if gpu_gib is not None and not 0 < gpu_gib < math.inf:
+        raise InputError(f"gpu_gib = {gpu_gib} is out of range: it must be a positive number of GiB")
     for name, value, known in (
         ("compute_dtype", compute_dtype, tuple(DTYPES)),
         ("teacher_dtype", teacher_dtype, tuple(DTYPES)),
@@ -191,22 +202,31 @@ def plan_memory(
     return replace(plan, gpu_gib=gpu_gib, smallest_world_size=least)
 
 
+def _check_range(**numbers: tuple[int, int, int]) -> None:
+    for name, (value, least, most) in numbers.items():
+        if type(value) is not int or not least <= value <= most:
+            raise InputError(f"{name} = {value} is out of range: it must be a whole number from {least} to {most}")
+
+
 def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
-    """The config itself, or read from a JSON file or from the `config.json` of a folder; nothing is downloaded.
+    """The config itself, or the one in a JSON file or in a folder's `config.json`; nothing is downloaded.
 
     Raises:
-        InputError: no such file, not JSON, or of a family that transformers does not know.
+        InputError: no such file, not JSON, or a family that transformers does not know.
     """
     if isinstance(config, PretrainedConfig):
         return config
-    path = Path(config)
+    path = user_path(config)
     path = path / "config.json" if path.is_dir() else path
+    fields = read_json_object(path)
     try:
-        return AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"cannot read the model config {path}: {error.strerror or error}") from None
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is not the config of a model: {' '.join(str(error).split())[:200]}") from None
+        made: PretrainedConfig = AutoConfig.for_model(**fields)
+        num_layers = made.get_text_config().num_hidden_layers
+    except Exception as error:  # every family checks its fields in its own way
+        raise InputError(f"{path} is not the config of a model: {' '.join(str(error).split())[:200]}") from error
+    if type(num_layers) is not int or not 0 < num_layers <= MAX_LAYERS:
+        raise InputError(f"{path} says num_hidden_layers = {num_layers}: a number from 1 to {MAX_LAYERS} is needed")
+    return made
 
 
 def _plan(sizes: _Sizes, saved: Saved, run: Settings, world_size: int) -> MemoryPlan:
@@ -218,7 +238,7 @@ def _plan(sizes: _Sizes, saved: Saved, run: Settings, world_size: int) -> Memory
 def _components(sizes: _Sizes, saved: Saved, run: Settings, world_size: int) -> dict[str, int]:
     sharded, c = world_size > 1, run.compute.itemsize
     t = 0 if run.teacher is None else run.teacher.itemsize
-    residual = 4  # in autocast too: only what enters a linear layer is cast
+    residual = 4  # in autocast too: only the inputs of linear layers are cast
     narrow = c if c < 4 else 0  # of a copy that is not made in fp32
     outside = sizes.total - sizes.block * sizes.num_layers
     head, states = sizes.vocab * sizes.hidden, run.tokens * sizes.hidden
@@ -263,10 +283,10 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -
     earlier = parts["gradients"] if run.accumulates else 0
     block = saved.block + saved.block_weights
     activations = parts["activations, checkpointed" if run.checkpointing else "activations"]
-    first = activations + parts["weights kept for backward"]  # the last block's backward, with all activations
-    at_work = saved.block + (saved.block_weights if run.scale_groups else 0)  # what a checkpoint has no more after it
+    first = activations + parts["weights kept for backward"]  # the last block's backward pass, with all activations
+    at_work = saved.block + (saved.block_weights if run.scale_groups else 0)  # freed after a checkpointed block
     forward = first - at_work if run.checkpointing else first
-    last = saved.rest + block + parts["gradients"] - earlier  # the first block's, with all gradients
+    last = saved.rest + block + parts["gradients"] - earlier  # the backward pass of the first block, with all gradients
     head_gradient = 4 * sizes.vocab * sizes.hidden
     flowing = 4 * run.tokens * sizes.widest * run.compute.itemsize + 8 * sizes.largest_sparse
     return {

@@ -1,12 +1,11 @@
-"""Where the points of a law come from: finished runs, `compare` results, or a CSV of anyone's figures.
+"""Reads the points of a scaling law: from finished runs, `compare` results, or a CSV of any figures.
 
-All three become the same `Point`, and whatever cannot be read says which file and which line it was.
+All three become the same `Point`, and an error names the file and the line.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,27 +13,31 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.reading import parse_json, read_text, user_path
 
 # The first name of each pair is a CSV column's, the second what a run's castlm.json calls the same thing.
 _TOKENS = ("tokens", "train_tokens")
 _PARAMS = ("params", "num_params")
 _HARNESS = ("seq_len", "stride", "text_sha256", "num_tokens")
 
+MAX_POINTS = 2_000
+"""More rows are refused: the bootstrap refits every point 200 times, and no one has finished as many runs."""
+
 
 @dataclass(frozen=True)
 class Point:
-    """One finished run: the budget it was given and the perplexity its pruned model reached."""
+    """One finished run: its token budget and the perplexity of its pruned model."""
 
     tokens: float
     """Training tokens (positive)."""
     perplexity: float
     """Perplexity after the final prune (above 1)."""
     params: float | None = None
-    """Parameters of the model; only the joint law needs it."""
+    """Parameters of the model; only the joint form needs it."""
     seed: int | None = None
     method: str | None = None
     harness: str = ""
-    """Context length, stride, text and token count of the evaluation, where known: figures of two do not compare."""
+    """Context length, stride, text and token count of the evaluation, if known; only equal ones can be compared."""
     source: str = ""
     """File (and line) it was read from; errors name it."""
 
@@ -49,18 +52,24 @@ def read_points(paths: Iterable[str | Path], method: str | None = None) -> list[
         method: keep only the points of this method.
 
     Raises:
-        InputError: a path is missing or unreadable, a field is missing or not a positive number (file and line named),
-            or nothing is left.
+        InputError: a path is missing or unreadable, a field is missing or not a positive number (the message names file
+            and line), there are more than `MAX_POINTS` points, or none is left.
     """
-    points = [point for path in paths for point in _read_path(Path(path))]
+    points = [point for path in paths for point in _read_path(user_path(path))]
     if method is not None:
         found = sorted({point.method or "(none)" for point in points})
         points = [point for point in points if point.method == method]
         if not points:
             raise InputError(f"no point has method {method!r}; found: {', '.join(found) or 'no points at all'}")
+    _check_count(len(points), "the files")
     if not points:
         raise InputError("no points given: name run folders, compare results (.json) or a CSV with tokens,perplexity")
     return points
+
+
+def _check_count(count: int, source: object) -> None:
+    if count > MAX_POINTS:
+        raise InputError(f"{source} hold {count:,} points, and a law is fitted to at most {MAX_POINTS:,}: give fewer")
 
 
 def _read_path(path: Path) -> list[Point]:
@@ -78,53 +87,59 @@ def _read_path(path: Path) -> list[Point]:
 def _read_folder(folder: Path) -> list[Point]:
     finished = sorted(folder.glob("**/castlm.json"))
     if not finished and (folder / "metrics.jsonl").is_file():
-        raise InputError(f"{folder}: an unfinished run (no castlm.json); resume it, or look ahead with `plan watch`")
+        raise InputError(f"{folder}: an unfinished run (no castlm.json): resume it, or use `plan watch`")
     if not finished:
         raise InputError(f"{folder}: no finished run in it (no castlm.json)")
     return [point for file in finished for point in _read_json(file)]
 
 
 def _read_json(path: Path) -> list[Point]:
-    try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    content = parse_json(read_text(path), path)
     if isinstance(content, dict):
         content = content.get("results", [content])
     if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
         raise InputError(f"{path}: a run's castlm.json or a list of results was expected")
+    _check_count(len(content), path)
     if len(content) == 1:
         return [_point(_flat(content[0]), str(path))]
     return [_point(_flat(record), f"{path}, result {number}") for number, record in enumerate(content, 1)]
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of `castlm train` with the CSV's names: nested fields lifted, the pruned model's perplexity chosen."""
+    """A record of `castlm train` with the names of the CSV: flat, and with the perplexity of the pruned model."""
     flat = {key: value for key, value in record.items() if value is not None}
     if isinstance(flat.get("config"), dict):
         flat.setdefault("seed", flat["config"].get("seed", 0))
     if isinstance(flat.get("measured"), dict):
         flat["harness"] = ", ".join(f"{key} {str(flat['measured'].get(key))[:12]}" for key in _HARNESS)
-    if isinstance(ppl := flat.get("perplexity"), dict):  # `trained`: the dense control, which is not pruned
+    if isinstance(ppl := flat.get("perplexity"), dict):  # the dense control is not pruned and has `trained` instead
         flat["perplexity"] = ppl.get("pruned", ppl.get("trained"))
     return {key: value for key, value in flat.items() if value is not None}
 
 
 def _read_csv(path: Path) -> list[Point]:
-    lines = _read_text(path).splitlines()
+    lines = read_text(path).splitlines()
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
+    _check_count(len(numbered) - 1, path)
     if not numbered:
         raise InputError(f"{path}: empty; a header `tokens,perplexity[,params][,seed][,method]` was expected")
-    header = [name.strip() for name in next(csv.reader([numbered[0][1]]))]
+    header = _cells(*numbered[0], path)
     if missing := [name for name in ("tokens", "perplexity") if name not in header]:
         raise InputError(f"{path}, line {numbered[0][0]}: no column {' or '.join(missing)} in {','.join(header)}")
     points = []
     for number, line in numbered[1:]:
-        cells = [cell.strip() for cell in next(csv.reader([line]))]
+        cells = _cells(number, line, path)
         if len(cells) != len(header):
             raise InputError(f"{path}, line {number}: {len(cells)} cells where the header has {len(header)}")
         points.append(_point({k: v for k, v in zip(header, cells) if v}, f"{path}, line {number}"))
     return points
+
+
+def _cells(number: int, line: str, path: Path) -> list[str]:
+    try:
+        return [cell.strip() for cell in next(csv.reader([line]))]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {number}: not CSV ({error})") from error
 
 
 def _point(record: Mapping[str, Any], source: str) -> Point:
@@ -133,7 +148,7 @@ def _point(record: Mapping[str, Any], source: str) -> Point:
         name = "tokens" if tokens is None else "perplexity"
         raise InputError(f"{source}: no {name} in it; is it the result of a finished run?")
     if perplexity <= 1:
-        raise InputError(f"{source}: perplexity {perplexity:g} is not above 1")
+        raise InputError(f"{source}: perplexity {perplexity:g} is not above 1: is it a perplexity?")
     seed = _number(record, ("seed",), source, positive=False)
     method = record.get("method")
     return Point(
@@ -152,18 +167,11 @@ def _number(record: Mapping[str, Any], names: tuple[str, ...], source: str, posi
     if name is None:
         return None
     try:
-        value = float(record[name])
-    except (TypeError, ValueError):
+        value = math.nan if isinstance(record[name], bool) else float(record[name])
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{source}: {name} is {record[name]!r}, a number was expected") from None
     if not math.isfinite(value) or (positive and value <= 0):
         raise InputError(
             f"{source}: {name} is {value:g}, a {'positive ' if positive else ''}finite number was expected"
         )
     return value
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error

@@ -6,7 +6,6 @@ largest, which costs most, is not run.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from castlm.files import atomic_write_json
 from castlm.output import continued
 from castlm.owned import discard
 from castlm.planning.budgets import check_budgets, geometric_budgets, listed_budgets
+from castlm.reading import read_json_object
 from castlm.training.config import flatten
 from castlm.yaml_file import read_yaml_mapping
 
@@ -205,7 +205,7 @@ class Sweep:
             self.write("running")
             return
         try:
-            held = json.loads(file.read_text(encoding="utf-8"))
+            held = read_json_object(file)
             old, line = [str(name) for name in held["runs"]], str(held["command"])
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{file} is not that of a sweep: remove it or choose another output folder") from None

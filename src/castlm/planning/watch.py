@@ -1,11 +1,12 @@
-"""Where a run will end, read from its own prune-now perplexities while it still runs.
+"""Extrapolates a running run to its end, from its own prune-now perplexities.
 
-Once the decay has brought the masked weights to zero, the kept ones heal: log loss falls about as a line over the log
-of the tokens since then. The curve before that is of another kind and is left out.
+Once the decay has brought the masked weights to zero, the kept weights recover: log loss falls roughly linearly with
+the log of the tokens since then. The curve before that point has another shape and is not used.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +18,22 @@ from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.planning.law import Law, fit_law, interval
 from castlm.planning.points import Point
+from castlm.reading import user_path
 from castlm.training.config import flatten
 from castlm.training.metrics_file import read_evaluations
 from castlm.yaml_file import read_yaml_mapping
 
 MIN_POINTS = 3
+MAX_POINTS = 200  # of a longer curve, evenly spaced
 MIN_SPREAD = 1.2
 
 
 @dataclass(frozen=True)
 class WatchReport:
-    """What the curve says of the run's end; perplexities of the pruned model, `low` to `high` a 90 % interval."""
+    """The extrapolation to the end of the run: perplexities of the pruned model, `low` to `high` is a 90 % interval."""
 
     verdict: str
-    """too early | no target | on target | uncertain | will miss."""
+    """One of: too early, no target, on target, uncertain, will miss."""
     message: str
     final_tokens: float
     num_used: int
@@ -51,24 +54,30 @@ def extrapolate_run(
 ) -> WatchReport:
     """Extrapolate the prune-now curve of a run to its end.
 
-    The power law is fitted over the tokens since the decay was over, or the loglinear one where the points show no
-    floor. The interval is the hull of two: of all points, and of their later half (from six on), whose disagreement
-    shows how far the curve is from the law.
+    The power law is fitted over the tokens since the end of the decay, or the loglinear law if the points show no
+    floor. The interval covers the intervals of two fits, to all points and (from six points on) to their later half,
+    whose disagreement shows how far the curve is from the law.
 
     Args:
         rows: evaluation rows in order, as `read_evaluations` gives them: `step`, `tokens`, `prune_now_ppl`, `alpha`.
-        total_steps, final_tokens: the end of the run, either of them.
-        target_ppl: perplexity that the run is meant to reach.
-        decay: of the run. "horizon" ends before the run does, and only what follows is used; any other decay goes on to
-            the end (None: a method without one), and the whole curve is used.
+        total_steps, final_tokens: the end of the run; one of them is needed.
+        target_ppl: the perplexity that the run should reach.
+        decay: decay of the run. "horizon" ends before the run does, and only the curve after it is used; any other
+            decay lasts until the end (None: a method without decay), and the whole curve is used.
 
     Raises:
-        InputError: no end given, a row that lacks a field, or a target that is not above 1.
+        InputError: no end given, a row that lacks a field or holds another value than a finite number, or a target that
+            is not a finite number above 1.
     """
     for number, row in enumerate(rows, 1):
         if missing := [key for key in ("step", "tokens", "prune_now_ppl") if key not in row]:
             raise InputError(f"evaluation {number} has no {', '.join(missing)}: is it a row of castlm's metrics.jsonl?")
-    if target_ppl is not None and not target_ppl > 1:
+        for key in ("step", "tokens", "prune_now_ppl", "alpha"):
+            value = row.get(key, 0)
+            least = -1 if key == "alpha" else 0  # alpha is below 0 in the first step
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e300:
+                raise InputError(f"evaluation {number} has {key} {value!r}: a finite number was expected")
+    if target_ppl is not None and not 1 < target_ppl < math.inf:
         raise InputError(f"the target perplexity must be above 1, got {target_ppl:g}")
     if final_tokens is None:
         final_tokens = _tokens_at(rows, total_steps)
@@ -79,7 +88,8 @@ def extrapolate_run(
             f"too early: {len(used)} evaluations {note}, {MIN_POINTS} are needed ({excluded} before that are left out)"
         )
         return WatchReport("too early", message, final_tokens, len(used), excluded)
-    points = [Point(row["tokens"] - start, row["prune_now_ppl"]) for row in used]
+    kept = np.unique(np.linspace(0, len(used) - 1, min(len(used), MAX_POINTS)).round().astype(int))
+    points = [Point(used[i]["tokens"] - start, used[i]["prune_now_ppl"]) for i in kept]
     try:
         laws = [_fit(points)]
         if len(points) >= 2 * MIN_POINTS:
@@ -104,12 +114,12 @@ def watch_run(run: str | Path, target_ppl: float | None = None) -> WatchReport:
     Raises:
         InputError: no readable metrics.jsonl or config.yaml in it, or no evaluation yet.
     """
-    path = Path(run) / "config.yaml"
+    path = user_path(run) / "config.yaml"
     try:
         config = flatten(read_yaml_mapping(path), str(path))
         total_steps, decay = int(config["max_steps"]), str(config["decay"])
         decay = decay if config["method"] == "cast" and DECAYS[decay].reduces else None
-    except (InputError, KeyError, TypeError, ValueError) as error:
+    except (InputError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{run} is not the folder of a run: {path} cannot be read ({error})") from error
     return extrapolate_run(read_evaluations(run), total_steps=total_steps, target_ppl=target_ppl, decay=decay)
 
@@ -119,13 +129,13 @@ def backtest_run(
     fractions: Sequence[float] = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95),
     decay: str | None = "horizon",
 ) -> list[tuple[float, WatchReport, float]]:
-    """What `extrapolate_run` would have said of a finished run at each share of its steps.
+    """The reports that `extrapolate_run` would have given during a finished run, at fractions of its steps.
 
     Returns:
-        (fraction, report, measured) each: `measured` is the perplexity that the run did end at.
+        A tuple (fraction, report, measured) for each; `measured` is the final perplexity of the run.
     """
     if not rows:
-        raise InputError("the run has no evaluation to look back on")
+        raise InputError("the run has no evaluation")
     last = rows[-1]
     reports = []
     for fraction in fractions:
@@ -136,18 +146,18 @@ def backtest_run(
 
 
 def _tokens_at(rows: Sequence[Mapping[str, Any]], total_steps: int | None) -> float:
-    """Tokens at step `total_steps`, at the rate of the steps done."""
+    """Tokens at step `total_steps`, from the tokens per step so far."""
     if total_steps is None:
         raise InputError("the end of the run is not known: give total_steps or final_tokens")
     if not rows or rows[-1]["step"] < 1:
-        raise InputError("the run has no evaluation after its first step yet: look again later")
+        raise InputError("the run has no evaluation after its first step yet: try again later")
     return float(rows[-1]["tokens"] / rows[-1]["step"] * total_steps)
 
 
 def _healing(rows: Sequence[Mapping[str, Any]], decay: str | None) -> tuple[float, list[Mapping[str, Any]], str]:
-    """Tokens at which the curve to fit starts, its rows, and what they are, in words."""
+    """The number of tokens at which the fitted part of the curve starts, its rows, and a description of them."""
     if decay is None or not DECAYS[decay].uses_decay_end or not any("alpha" in row for row in rows):
-        words = f"of the whole curve (decay {decay!r} goes on to the end)" if decay else "of the whole curve"
+        words = f"of the whole curve (decay {decay!r} lasts until the end)" if decay else "of the whole curve"
         return 0.0, [row for row in rows if row["tokens"] > 0], words
     ramp = [row for row in rows if row.get("alpha", 0.0) < 1]
     healing = [row for row in rows if row.get("alpha", 0.0) >= 1]
@@ -155,7 +165,7 @@ def _healing(rows: Sequence[Mapping[str, Any]], decay: str | None) -> tuple[floa
     started = [row for row in ramp if row.get("alpha", 0.0) > 0]
     if not healing or not started:
         return (ramp[-1]["tokens"] if ramp else 0.0), healing, words
-    last = started[-1]  # the alpha of a row is that of its step's start: (step - 1) / end
+    last = started[-1]  # alpha in a row is the value at the start of its step, (step - 1) / end
     end = (last["step"] - 1) / last["alpha"] * last["tokens"] / last["step"]
     return min(max(end, last["tokens"]), healing[0]["tokens"] * (1 - 1e-9)), healing, words
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.reading import read_json_object
 from castlm.training.config import flatten
 from castlm.training.metrics_file import read_metrics
 from castlm.yaml_file import read_yaml_mapping
@@ -99,9 +99,6 @@ def read_run(path: str | Path) -> RunData:
     if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
         raise InputError(f"{path} holds no run: give the output_dir of castlm train")
     file = folder / "model" / "castlm.json"
-    try:
-        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {file}: {error}") from None
+    record = read_json_object(file) if file.exists() else None
     config = flatten(read_yaml_mapping(folder / "config.yaml"), str(folder / "config.yaml"))
     return RunData(folder, config, read_metrics(folder), record)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
 from castlm.files import atomic_write_json
 from castlm.models import load_model
+from castlm.reading import read_json_object
 from castlm.report.run_data import RunData
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
@@ -23,10 +23,7 @@ LARGEST_PARAMS = 1_000_000_000
 def read_sample(run: RunData) -> dict[str, Any] | None:
     """The sample that an earlier report of the run wrote; None if there is none."""
     file = run.folder / "sample.json"
-    if not file.is_file():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    return read_json_object(file) if file.exists() else None
 
 
 def is_large(run: RunData) -> bool:

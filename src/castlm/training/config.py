@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from castlm.core.errors import InputError
@@ -70,8 +71,12 @@ class TrainConfig(  # the fields of the last base come first
         Pattern.parse(self.pattern)
         if self.init_from not in (None, "magnitude") and METHODS[self.method].starts_dense:
             raise InputError(f"init_from {self.init_from}: method {self.method} starts dense, leave it out")
+        if self.rotate in ("values", "residual") and self.start not in ("wanda", "sparsegpt"):
+            raise InputError(f"rotate {self.rotate} needs a calibrated start: set init_from to sparsegpt or wanda")
         if self.teacher_cache and not (self.teacher_top_k and self.eta):
             raise InputError("teacher_cache stores the teacher's top-k tokens: set teacher_top_k (64, say) and eta > 0")
+        if self.num_train_epochs is not None and self.max_steps != OptimizerOptions.max_steps:
+            raise InputError("max_steps and num_train_epochs both set the length of the run: give one")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other: choose one")
 
@@ -79,6 +84,11 @@ class TrainConfig(  # the fields of the last base come first
     def start(self) -> str:
         """Where the run starts: `init_from`, or the default of the method."""
         return self.init_from or ("sparsegpt" if self.method == "cast" else "magnitude")
+
+    @property
+    def hub_repo(self) -> str:
+        """The repository that `push_to_hub` uploads to."""
+        return self.hub_model_id or Path(self.output_dir).absolute().name
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str = "") -> TrainConfig:
@@ -188,6 +198,9 @@ WITHOUT_EFFECT = frozenset(
         "timeout_s",
         "prefetch",
         "report_to",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
         "ignore_decay_budget",
         "trust_remote_code",
     }

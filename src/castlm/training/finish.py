@@ -220,6 +220,7 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
         "train_tokens": run.tokens,
         "train_steps": config.max_steps,
         "train_seconds": round(run.seconds, 1),
+        "start": run.parts.start,
         "world_size": run.world.size,
         "peak_memory_bytes": peak_memory(run.world.device.type),
         "machine": f"{platform.machine()} {run.world.device.type}",

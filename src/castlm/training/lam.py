@@ -64,6 +64,7 @@ def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibrat
             lam=PLACEHOLDER_LAM if config.lam == "auto" else config.lam,
             ignore_decay_budget=True,
             report_to=("none",),
+            push_to_hub=False,
             resume=False,
             overwrite=False,
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import DIAGNOSIS_S, World, close_world, init_world
+from castlm.export.hub import check_login, push
 from castlm.output import claimed
 from castlm.progress import note
 from castlm.training.checkpoint import after_restart
@@ -18,6 +19,7 @@ from castlm.training.lam import resolve_lam
 from castlm.training.run import Run
 from castlm.training.run_folder import RunFolder
 from castlm.training.setup import global_batch
+from castlm.training.text import resolve_epochs
 
 
 def loop(run: Run, interrupt: Interrupt) -> None:
@@ -88,6 +90,10 @@ def _claimed(config: TrainConfig) -> contextlib.AbstractContextManager[Path]:
 
 def _train(config: TrainConfig, world: World, interrupt: Interrupt) -> dict[str, Any]:
     folder = RunFolder(config.output_dir)
+    if config.push_to_hub:
+        world.on_main(lambda: check_login(config.hub_repo))
+    if config.num_train_epochs is not None:
+        config = resolve_epochs(config, world)
     if config.lam == "auto":
         config = resolve_lam(config, world)
     if world.on_main(lambda: config.resume and folder.is_finished()):
@@ -102,4 +108,7 @@ def _train(config: TrainConfig, world: World, interrupt: Interrupt) -> dict[str,
         interrupt.start_export()
         record = finish(run.result())
         world.on_main(folder.drop_replaced)
-        return record
+    if config.push_to_hub:
+        url = world.on_main(lambda: push(folder.model, config.hub_repo, private=config.hub_private_repo))
+        run.telemetry.say(f"uploaded: {url}")
+    return record

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.reading import read_text, user_path
 
 HISTOGRAM_EDGES = tuple(10 ** (quarter / 4) for quarter in range(-48, 5))
 """Edges of the bins of a `masked_histogram`: 1e-12 to 10, four bins to a decade."""
@@ -21,12 +22,9 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     Raises:
         InputError: the file cannot be read, or another line is malformed (with its number).
     """
-    path = Path(run)
+    path = user_path(run)
     path = path / "metrics.jsonl" if path.is_dir() else path
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    lines = read_text(path).splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.distill import DistillationLoss, distillation_loss
+from castlm.core.errors import InputError
 from castlm.core.head import OutputHead
 from castlm.core.top_tokens import TopTokens, top_tokens
+from castlm.data.positions import document_mask, document_positions
 from castlm.models import backbone, check_head, output_head
 from castlm.training.teacher_cache import TeacherCache
 
@@ -27,6 +29,8 @@ class Objective(nn.Module):
         teacher: frozen, in eval mode; None where `eta` is 0, or `cache` holds all that is asked for.
         top_k: teach by the teacher's so many most probable tokens and the rest as one; 0: by its whole distribution.
         cache: keeps them.
+        end_of_text: the token that ends a document; the documents of a training sequence then do not attend to each
+            other. None: they do.
     """
 
     def __init__(
@@ -37,15 +41,18 @@ class Objective(nn.Module):
         temperature: float,
         top_k: int = 0,
         cache: TeacherCache | None = None,
+        end_of_text: int | None = None,
     ) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher
         self.eta, self.temperature, self.top_k, self.cache = eta, temperature, top_k, cache
+        self.end_of_text, self.explicit_mask = end_of_text, False
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, num_tokens: int | Tensor, ce_only: bool = False
     ) -> DistillationLoss:
-        hidden = backbone(self.student)(input_ids=input_ids, use_cache=False).last_hidden_state
+        inputs = {"input_ids": input_ids} if ce_only else self._inputs(input_ids)
+        hidden = backbone(self.student)(**inputs, use_cache=False).last_hidden_state
         head = output_head(self.student)
         if ce_only or self.eta == 0:
             return distillation_loss(hidden, head, labels, eta=0.0, num_tokens=num_tokens)
@@ -54,11 +61,55 @@ class Objective(nn.Module):
             return distillation_loss(hidden, head, labels, teacher_top=self._top_tokens(input_ids), **settings)
         return distillation_loss(hidden, head, labels, *self._teach(input_ids), **settings)
 
+    def _inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """The arguments of a forward pass in which the documents of a sequence do not attend to each other."""
+        if self.end_of_text is None:
+            return {"input_ids": input_ids}
+        positions = document_positions(input_ids, self.end_of_text)
+        inputs = {"input_ids": input_ids, "position_ids": positions}
+        return inputs | ({"attention_mask": document_mask(positions)} if self.explicit_mask else {})
+
+    @torch.no_grad()
+    def check_documents_apart(self) -> None:
+        """Finds out how the student keeps the documents of a sequence apart: by position ids alone, or with a mask.
+
+        The test is exact: another first document must not change the hidden states of the second.
+
+        Raises:
+            InputError: it cannot.
+        """
+        if self.end_of_text is None:
+            return
+        has_window = getattr(self.student.config.get_text_config(), "sliding_window", None) is not None
+        for self.explicit_mask in (False,) if has_window else (False, True):  # such a mask would replace the window's
+            if self._are_documents_apart():
+                return
+        raise InputError(
+            f"{type(self.student).__name__} cannot keep the documents of a sequence apart: set cross_document_attention"
+        )
+
+    def _are_documents_apart(self) -> bool:
+        device = next(self.student.parameters()).device
+        vocab = self.student.get_input_embeddings().weight.shape[0]
+        words = [token for token in range(min(vocab, 32)) if token != self.end_of_text]
+        first, second = ([words[0]] * 4, words[1:5]), words[5:11]
+        input_ids = torch.tensor([[*ids, self.end_of_text, *second] for ids in first], device=device)
+
+        def influence(inputs: dict[str, Tensor]) -> float:
+            states = backbone(self.student)(**inputs, use_cache=False).last_hidden_state[:, -len(second) :].float()
+            return float((states[0] - states[1]).abs().max())
+
+        try:
+            # experts and low precision may round a little differently, which is far below a real influence
+            return influence(self._inputs(input_ids)) <= 0.01 * influence({"input_ids": input_ids})
+        except (TypeError, ValueError, RuntimeError):  # the model takes no position ids, or no such mask
+            return False
+
     @torch.no_grad()
     def _teach(self, input_ids: Tensor) -> tuple[Tensor, OutputHead]:
         """The teacher's hidden states, and its head."""
         assert self.teacher is not None
-        states = backbone(self.teacher)(input_ids=input_ids, use_cache=False).last_hidden_state
+        states = backbone(self.teacher)(**self._inputs(input_ids), use_cache=False).last_hidden_state
         return states, output_head(self.teacher)
 
     def _top_tokens(self, input_ids: Tensor) -> TopTokens:

@@ -17,7 +17,7 @@ from castlm.core.decay import decay_alpha
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.core.shards import local
-from castlm.core.sparsify import dense_name
+from castlm.core.sparsify import dense_name, weight_parameter
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.world import World
@@ -32,6 +32,7 @@ from castlm.training.run_folder import RunFolder
 from castlm.training.schedule import learning_rate
 from castlm.training.setup import global_batch, introduction, local_masks, set_up
 from castlm.training.telemetry import Telemetry
+from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
 
 
 @dataclass
@@ -63,8 +64,10 @@ class Run:
     def __init__(self, config: TrainConfig, world: World, *, announce: bool = True) -> None:
         self.config, self.world = config, world
         self.folder = RunFolder(config.output_dir)
+        trackers = world.on_main(lambda: chosen_trackers(config.report_to))
         resume_from = world.on_main(lambda: self.folder.newest_checkpoint(config)) if config.resume else None
-        self.parts = set_up(config, world, fresh=resume_from is None)
+        resumed = None if resume_from is None else world.on_main(lambda: read_manifest(resume_from)["start"])
+        self.parts = set_up(config, world, resumed=resumed)
         self.progress = Progress()
         if resume_from is not None:
             self._restore(resume_from)
@@ -74,12 +77,13 @@ class Run:
         watched = self.method.layers if self.method.decays else {}
         pattern = Pattern.parse(config.pattern)
         self.self_check = SelfCheck(self.optimizer, watched, pattern, world)
+        tracked = TrackedRun(self.folder.path, config.as_dict(), self.progress.step)
         self.telemetry = Telemetry(
             self.folder.path,
             config.max_steps,
             is_main=world.is_main,
             start_step=self.progress.step,
-            tensorboard="tensorboard" in config.report_to,
+            trackers=open_trackers(trackers, tracked) if world.is_main else (),
             hidden=self.method.fixed_figures,
         )
         self.saver = Saver(
@@ -91,6 +95,8 @@ class Run:
         )
         for line in introduction(config, self.parts, world) if announce else ():
             self.telemetry.say(line)
+        if trackers and announce:
+            self.telemetry.say(f"metrics: metrics.jsonl, {', '.join(trackers)}")
         if resume_from is not None:
             self.telemetry.say(f"resuming {resume_from}")
 
@@ -147,6 +153,7 @@ class Run:
             self.saver.finish()
             raise InputError(self._diverged(total, grad_norm))
         self.method.before_update(self.progress.step)
+        self._decay_dense_weights(lr)
         with self.self_check.around_step(self.progress.step, self.method.mask_interval):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -165,6 +172,16 @@ class Run:
         values |= {"tokens_per_s": int(num_tokens) / took}
         values |= {"eta_s": self.progress.seconds / self.progress.step * (config.max_steps - self.progress.step)}
         self.telemetry.log(self.progress.step, values, write=self.progress.step % config.log_steps == 0)
+
+    @torch.no_grad()
+    def _decay_dense_weights(self, lr: float) -> None:
+        """Decoupled weight decay of the dense matrices, as AdamW applies it: before the update, `W *= 1 - lr * wd`."""
+        if not self.config.weight_decay:
+            return
+        sparse = {weight_parameter(layer) for layer in self.method.layers.values()}
+        for param, name in self.parts.names.items():
+            if param.dim() > 1 and param not in sparse and "parametrizations" not in name:
+                param.mul_(1 - lr * self.config.weight_decay)
 
     def _clip(self) -> float:
         gradients = [p.grad for p in self.parts.names if p.grad is not None]
@@ -226,6 +243,7 @@ class Run:
             "tokens": self.progress.tokens,
             "seconds": self.progress.seconds,
             "figures": self.progress.figures,
+            "start": self.parts.start,
             "flips": int(self.world.sum(flips)) // self.world.num_replicas,
         }
         self.saver.save(self.progress.step, self.tensors(), manifest)

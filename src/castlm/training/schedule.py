@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from castlm.core.decay import decay_alpha
 from castlm.training.config import TrainConfig
+from castlm.training.schedules import SCHEDULES
 
 
 def warmup_steps(config: TrainConfig) -> int:
@@ -13,13 +12,14 @@ def warmup_steps(config: TrainConfig) -> int:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of 0-based `step`: linear from 0 over the warm-up, then a cosine down to `min_lr_ratio` of the peak."""
+    """The learning rate of the 0-based `step`: linear from 0 over the warm-up, then as `lr_scheduler_type` says."""
     warmup = warmup_steps(config)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, config.max_steps - warmup)
+    height = SCHEDULES[config.lr_scheduler_type](progress, step / config.max_steps)
     low = config.min_lr_ratio
-    return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return config.learning_rate * (low + (1 - low) * height)
 
 
 def schedule(config: TrainConfig) -> tuple[list[float], list[float]]:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from castlm.core.decay import DECAYS
 from castlm.fields import choice
 from castlm.methods.table import METHODS
+from castlm.oneshot.options import BasisOptions, Refinements
+from castlm.training.schedules import SCHEDULES
 
 Bound = tuple[str, bool, str]
 """A field, whether its value is allowed, and what is allowed."""
@@ -67,6 +69,9 @@ class DataOptions:
     seq_len: int = essential(512)
     """Tokens per sequence."""
 
+    cross_document_attention: bool = field(default=False, kw_only=True)
+    """Let the documents that share a training sequence attend to each other, as if they were one text."""
+
     repeat_blocks: bool = field(default=False, kw_only=True)
     """Cut every epoch into the same sequences, so that teacher_cache serves all epochs after the first."""
 
@@ -120,7 +125,7 @@ class MethodOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartOptions:
+class StartOptions(Refinements, BasisOptions):
     """The sparse weights and masks before step 0."""
 
     init_from: str | None = essential(None)
@@ -133,6 +138,8 @@ class StartOptions:
 
     def bounds(self) -> Iterator[Bound]:
         yield "calibration_sequences", self.calibration_sequences >= 1, "at least 1"
+        yield "rotation_iterations", self.rotation_iterations >= 1, "at least 1"
+        yield from Refinements.out_of_range(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +172,9 @@ class OptimizerOptions:
     max_steps: int = essential(300)
     """Optimizer steps, the horizon T of the method. It cannot change on resume."""
 
+    num_train_epochs: float | None = None
+    """Passes over the training documents, instead of max_steps, which is then computed before the run."""
+
     learning_rate: float = essential(3e-4)
     """Peak learning rate."""
 
@@ -174,11 +184,19 @@ class OptimizerOptions:
     gradient_accumulation_steps: int = 1
     """Micro-steps per optimizer step."""
 
+    lr_scheduler_type: str = choice("cosine", SCHEDULES)
+    """Learning rate after the warm-up: cosine or linear down to min_lr_ratio, constant, or warmup_stable_decay, which
+    is constant until the last fifth of the run and then falls linearly."""
+
     warmup_ratio: float = 0.05
     """Fraction of max_steps in which the learning rate rises linearly from 0."""
 
     min_lr_ratio: float = 0.1
     """The learning rate ends at this fraction of its peak."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay (as AdamW) of the dense weight matrices: embeddings, head and layers left dense. Norms,
+    biases, scale factors and sparse weights are not decayed."""
 
     adam_betas: tuple[float, float] = (0.5, 0.99)
     """Decay rates of Adam's moments."""
@@ -199,7 +217,9 @@ class OptimizerOptions:
 
     def bounds(self) -> Iterator[Bound]:
         yield "max_steps", 1 <= self.max_steps <= 10**9, "between 1 and 1000000000"
+        yield "num_train_epochs", self.num_train_epochs is None or 0 < self.num_train_epochs <= 10**6, "above 0"
         yield "learning_rate", self.learning_rate > 0, "above 0"
+        yield "weight_decay", self.weight_decay >= 0, "at least 0"
         yield "per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"
         yield "gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"
         yield "warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1)"
@@ -256,8 +276,19 @@ class CheckpointOptions:
     log_steps: int = field(default=1, kw_only=True)
     """Steps between lines in metrics.jsonl."""
 
-    report_to: tuple[Literal["tensorboard", "none"], ...] = field(default=("tensorboard",), kw_only=True)
-    """Where metrics go beside metrics.jsonl: tensorboard (where it is installed), or none."""
+    report_to: tuple[Literal["auto", "tensorboard", "wandb", "trackio", "none"], ...] = field(
+        default=("auto",), kw_only=True
+    )
+    """Trackers that get the metrics besides metrics.jsonl. auto uses every one that is installed."""
+
+    push_to_hub: bool = field(default=False, kw_only=True)
+    """Upload the verified model to the Hugging Face Hub when the run ends."""
+
+    hub_model_id: str | None = field(default=None, kw_only=True)
+    """Repository to upload to, owner/name. The default is the name of output_dir."""
+
+    hub_private_repo: bool = field(default=False, kw_only=True)
+    """Make the repository private if it is created."""
 
     def bounds(self) -> Iterator[Bound]:
         yield "save_steps", self.save_steps >= 0, "at least 0"

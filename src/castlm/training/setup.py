@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from castlm.core.masks import pack_mask
 from castlm.core.pattern import Pattern
 from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import FilterFn, is_sparse_linear
+from castlm.data.tokens import end_of_text_id
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import shard_
@@ -29,11 +31,12 @@ from castlm.hardware import autocast, choose_fused, choose_precision, describe
 from castlm.methods.base import Retraining
 from castlm.methods.table import METHODS
 from castlm.training.config import TrainConfig
+from castlm.training.effects import without_effect
 from castlm.training.metrics import Evaluator
 from castlm.training.objective import Objective, make_teacher
 from castlm.training.schedule import schedule
 from castlm.training.source import Source, open_source
-from castlm.training.start import start_, starting_weights
+from castlm.training.start import Start, is_untied, make_start, start_
 from castlm.training.teacher_cache import TeacherCache
 from castlm.training.text import TrainingText, open_training_text
 
@@ -58,6 +61,8 @@ class Parts:
     budget: DecayBudget | None
     dense_perplexity: float | None
     """Of the dense model, if step 0 does not compute with its weights any more."""
+    start: dict[str, Any]
+    """The record of the start; empty if it is magnitude."""
 
 
 def filter_of(config: TrainConfig) -> FilterFn:
@@ -74,11 +79,11 @@ def global_batch(config: TrainConfig, world: World) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
 
 
-def set_up(config: TrainConfig, world: World, *, fresh: bool) -> Parts:
+def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None = None) -> Parts:
     """Makes the parts of a run.
 
     Args:
-        fresh: the run begins at step 0; a resumed one gets weights and masks from its checkpoint instead of a start.
+        resumed: the record of the start of a resumed run, which gets weights and masks from its checkpoint instead.
 
     Raises:
         InputError: on anything the user can put right.
@@ -92,32 +97,41 @@ def set_up(config: TrainConfig, world: World, *, fresh: bool) -> Parts:
     if world.size > 1 and method_class.masks_forward:
         raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
     pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
-    has_start = fresh and config.start != "magnitude"
-    start = starting_weights(config, source, text, pattern, filter_fn, world) if has_start else {}
+    has_start = resumed is None and config.start != "magnitude"
+    start = make_start(config, source, text, pattern, filter_fn, world) if has_start else Start(record=resumed or {})
     cache = _open_teacher_cache(config, text, model.config.vocab_size, world)
     teacher_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     has_teacher = config.eta > 0 and not (cache and cache.complete)
     teacher = make_teacher(model, teacher_dtype) if has_teacher else None
+    if is_untied(start.record):
+        source.untie_()
     method = method_class(model, config, pattern, filter_fn)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    objective = Objective(model, teacher, config.eta, config.temperature, config.teacher_top_k, cache)
+    end_of_text = None if config.cross_document_attention else end_of_text_id(source.tokenizer)
+    objective = Objective(model, teacher, config.eta, config.temperature, config.teacher_top_k, cache, end_of_text)
     _shard(objective, source.stored, precision, world)
     names = _trained_parameters(objective, world)
     if cache is not None:  # the model still has the weights of its teacher
-        cache.claim(model, dtype=str(teacher_dtype), top_k=config.teacher_top_k, temperature=config.temperature)
+        cache.claim(
+            model,
+            dtype=str(teacher_dtype),
+            top_k=config.teacher_top_k,
+            temperature=config.temperature,
+            cross_document_attention=config.cross_document_attention,
+        )
     fused, optimizer_text = choose_fused(config.fused_optimizer, world.device, sum(p.numel() for p in names))
     optimizer = method.build_optimizer(model, fused)
     evaluator = Evaluator(
         objective, text.eval_ids, config.seq_len, config.per_device_train_batch_size, precision, world
     )
     dense_perplexity = None
-    if fresh and (has_start or method.starts_sparse):
+    if resumed is None and (has_start or method.starts_sparse):
         with method.unmasked():
             dense_perplexity = evaluator.perplexity()
     if has_start:
-        start_(method, start, world)
-    elif fresh:
+        start_(model, method, start, world)
+    elif resumed is None:
         method.start_from_magnitude_()
     masks = method.masks()
     initial_masks = {names[p]: like_rows(pack_mask(local(m)), p) for p, m in masks.items()}
@@ -134,6 +148,7 @@ def set_up(config: TrainConfig, world: World, *, fresh: bool) -> Parts:
         initial_masks,
         budget,
         dense_perplexity,
+        start.record,
     )
 
 
@@ -155,17 +170,21 @@ def _shard(objective: Objective, stored: Checkpoint | None, precision: str, worl
     """Shards student and teacher, and among several ranks reads each rank's rows."""
     if stored is None:
         objective.to(world.device)
-        shard_(objective, world, precision)
-        return
     shard_(objective, world, precision)
-    materialize_(objective, world.device)
-    load_rows_(objective.student, stored, world)
-    if objective.teacher is not None:
-        load_rows_(objective.teacher, stored, world)
-    register_fsdp_forward_method(objective, "prove_head")
+    if stored is not None:
+        materialize_(objective, world.device)
+        load_rows_(objective.student, stored, world)
+        if objective.teacher is not None:
+            load_rows_(objective.teacher, stored, world)
+    if world.mesh is not None:
+        register_fsdp_forward_method(objective, "prove_head")
+        register_fsdp_forward_method(objective, "check_documents_apart")
     with autocast(world.device, precision):  # what is gathered in bf16 multiplies nothing else
-        objective.prove_head()
-    objective.reshard()  # else the root goes on with these weights after a checkpoint is loaded
+        if stored is not None:
+            objective.prove_head()
+        objective.check_documents_apart()
+    if world.mesh is not None:
+        objective.reshard()  # else the root goes on with these weights after a checkpoint is loaded
 
 
 def _trained_parameters(objective: Objective, world: World) -> dict[Tensor, str]:
@@ -210,3 +229,4 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
         yield f"teacher: top {config.teacher_top_k} tokens, cached in {config.teacher_cache} ({kept})"
     if parts.budget is not None:
         yield parts.budget.explain()
+    yield from (f"no effect: {reason}" for reason in without_effect(config).values())

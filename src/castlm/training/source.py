@@ -5,6 +5,7 @@ each rank reads its own rows.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from castlm.core.errors import InputError
 from castlm.distributed.loading import Checkpoint, check_one_snapshot, open_sharded
 from castlm.distributed.world import World
-from castlm.models import Loaded, check_head, load_model
+from castlm.models import Loaded, check_head, context_length, load_model
+from castlm.oneshot.stream_basis import untie_
 from castlm.training.config import TrainConfig
 
 
@@ -37,6 +39,16 @@ class Source:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.loaded.tokenizer
 
+    def untie_(self) -> None:
+        """Gives the output head a weight of its own, to be read from where the embeddings are stored."""
+        names = dict(self.model.named_parameters(remove_duplicate=False))
+        head = self.model.get_output_embeddings().weight
+        tied = [name for name, parameter in names.items() if parameter is head]
+        untie_(self.model)
+        if self.stored is not None:
+            places = {**self.stored.places, **dict.fromkeys(tied, self.stored.places[tied[0]])}
+            self.stored = dataclasses.replace(self.stored, places=places)
+
     def whole_model(self) -> PreTrainedModel:
         """A copy of the dense model with all its weights, for one rank to work on."""
         return copy.deepcopy(self.model) if self.stored is None else load_model(self.name, **self.options).model
@@ -54,7 +66,7 @@ def open_source(config: TrainConfig, world: World) -> Source:
     loaded, stored = (load_model(config.model, **options), None) if opened is None else opened
     check_one_snapshot(config.model, config.revision, world)
     model = loaded.model
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = context_length(model.config)
     if longest is not None and config.seq_len > longest:
         raise InputError(f"seq_len {config.seq_len} exceeds the model's {longest} positions: lower it")
     vocab = model.config.vocab_size

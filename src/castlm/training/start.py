@@ -6,20 +6,25 @@ prunes, or reads, the whole model and hands its layers out, one at a time, to al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.core.sparsify import FilterFn, sparse_linears, weight_parameter
+from castlm.core.shards import local
+from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
 from castlm.data.tokens import token_ids
 from castlm.distributed.sharding import own_rows
 from castlm.distributed.world import World
 from castlm.methods.base import Retraining
 from castlm.models import load_model
+from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks
+from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.solvers import SOLVERS
 from castlm.progress import note, shown_progress
@@ -28,33 +33,52 @@ from castlm.training.source import Source
 from castlm.training.text import TrainingText
 
 
-def starting_weights(
+@dataclass
+class Start:
+    """What a run starts from instead of the dense model and its magnitudes. Weights are on the main rank only."""
+
+    pruned: dict[str, Tensor] = field(default_factory=dict)
+    """Weights (out, in) of the sparse layers, at n:m, by layer."""
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    """Every parameter of the dense model in its new basis, by name; empty where the basis is not changed."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """What was done and what it cost, on every rank."""
+
+
+def is_untied(record: dict[str, Any]) -> bool:
+    """Whether a run with this record of its start has an output head with a weight of its own."""
+    return bool(record.get("basis", {}).get("untied", False))
+
+
+def make_start(
     config: TrainConfig,
     source: Source,
     text: TrainingText,
     pattern: Pattern,
     filter_fn: FilterFn,
     world: World,
-) -> dict[str, Tensor]:
-    """Weights (out, in) of the sparse layers by name as `init_from` says; on the main rank, none on the others.
+) -> Start:
+    """Makes the start that `init_from` asks for, on the main rank.
 
     Raises:
         InputError: on the main rank, whatever the one-shot solver refuses, or a start that is not this model at n:m;
             the other ranks raise `SystemExit`.
     """
-    weights: dict[str, Tensor] = {}
+    start = Start()
 
-    def make(alive: Callable[[], None]) -> None:
+    def make(alive: Callable[[], None]) -> dict[str, Any]:
         if config.start in SOLVERS:
-            weights.update(_pruned(config, source, text, pattern, filter_fn, world, alive))
+            _prune(start, config, source, text, pattern, filter_fn, world, alive)
         else:
-            weights.update(_read(config, source, pattern, filter_fn, alive))
+            start.pruned = _read(config, source, pattern, filter_fn, alive)
+        return start.record
 
-    world.long_on_main(make)
-    return weights
+    start.record = world.long_on_main(make)
+    return start
 
 
-def _pruned(
+def _prune(
+    start: Start,
     config: TrainConfig,
     source: Source,
     text: TrainingText,
@@ -62,8 +86,11 @@ def _pruned(
     filter_fn: FilterFn,
     world: World,
     alive: Callable[[], None],
-) -> dict[str, Tensor]:
-    """Prunes a copy of the model, calibrated on the start of the training text; the model stays as it is."""
+) -> None:
+    """Changes the basis of a copy of the model and prunes it, calibrated on the start of the training text.
+
+    The model itself stays as it is.
+    """
     solver = str(config.start)
     num_sequences, length = config.calibration_sequences, config.seq_len
     try:
@@ -72,6 +99,23 @@ def _pruned(
         alive()
         model = source.whole_model().to(world.device)
         alive()
+        with shown_progress("changing the basis, steps") as show_basis:
+
+            def basis_progress(done: int, total: int) -> None:
+                show_basis(done, total)
+                alive()
+
+            basis = change_basis_(
+                model,
+                calibration,
+                part_of(config, BasisOptions),
+                pattern=pattern,
+                filter_fn=filter_fn,
+                say=note,
+                progress=basis_progress,
+            )
+        if basis.changes or config.reconstruct_epochs:
+            start.dense = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
         with shown_progress(f"starting from {solver}, blocks") as show:
 
             def progress(done: int, total: int) -> None:
@@ -79,7 +123,13 @@ def _pruned(
                 alive()
 
             report = prune_oneshot_(
-                model, solver, pattern=pattern, calibration=calibration, filter_fn=filter_fn, progress=progress
+                model,
+                solver,
+                pattern=pattern,
+                calibration=calibration,
+                refinements=part_of(config, Refinements),
+                filter_fn=filter_fn,
+                progress=progress,
             )
     except InputError as error:
         raise InputError(f"init_from {solver}: {error}; init_from magnitude does without") from None
@@ -87,7 +137,15 @@ def _pruned(
         note(report.damping_note())
     if world.mesh is not None:
         model.to("cpu")  # it is sent to the other ranks from there, and leaves the device to training
-    return {layer.name: model.get_submodule(layer.name).weight.detach() for layer in report.layers}
+    if config.reconstruct_epochs:
+        start.dense |= {name: p.detach().cpu() for name, p in model.named_parameters() if p.dim() < 2}  # the norms
+    start.pruned = {layer.name: model.get_submodule(layer.name).weight.detach() for layer in report.layers}
+    start.record = {
+        "calibration_tokens": calibration.numel(),
+        "basis": asdict(basis),
+        "prune_seconds": round(report.seconds, 2),
+        "reconstructions": [asdict(block) for block in report.reconstructions],
+    }
 
 
 def _read(
@@ -115,11 +173,22 @@ def _read(
 
 
 @torch.no_grad()
-def start_(method: Retraining, weights: Mapping[str, Tensor], world: World) -> None:
-    """Masks what is zero in the main rank's `weights` and gives what is kept its value there, on every rank its rows;
-    what becomes of the masked ones is up to the method."""
+def start_(model: nn.Module, method: Retraining, start: Start, world: World) -> None:
+    """Gives the model the weights of the main rank's `start`, each rank its rows.
+
+    All parameters get their values in the new basis; then what is zero in `start.pruned` is masked and what is kept
+    gets its value there. What becomes of the masked weights is up to the method.
+    """
+
+    def rows_of(weights: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
+        whole = world.from_main(weights[name] if world.is_main else None, parameter.shape)
+        return whole[own_rows(parameter)].to(parameter.device)
+
+    if world.on_main(lambda: bool(start.dense)):
+        for name, parameter in model.named_parameters():
+            if ".parametrizations." not in dense_name(name):  # else a weight scale
+                local(parameter).copy_(rows_of(start.dense, dense_name(name), parameter))
     for name, layer in method.layers.items():
         parameter = weight_parameter(layer)
-        new = world.from_main(weights[name] if world.is_main else None, parameter.shape)
-        rows = new[own_rows(parameter)].to(parameter.device)
+        rows = rows_of(start.pruned, name, parameter)
         method.start_layer_(layer, rows, method.pattern.mask(rows))

@@ -1,4 +1,4 @@
-"""What a run reports while it runs: a live line on the screen, metrics.jsonl, and TensorBoard if it is installed.
+"""What a run reports while it runs: a live line on the screen, metrics.jsonl, and the trackers of `report_to`.
 
 Only the main rank writes. A resumed run first cuts metrics.jsonl back to its checkpoint, so that the file reads as if
 the run had never been stopped.
@@ -7,9 +7,9 @@ the run had never been stopped.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from castlm.core.errors import InputError
 from castlm.files import atomic_write_text, is_disk_full
 from castlm.progress import Screen
+from castlm.training.trackers import Tracker
 
 SHOWN = {
     "loss": "loss {:.4f}",
@@ -42,10 +43,10 @@ class Telemetry:
     """A context manager around the training loop, which calls `log` at every step and `evaluated` at evaluations.
 
     Args:
-        output_dir: folder of metrics.jsonl and of the TensorBoard events.
+        output_dir: folder of metrics.jsonl.
         is_main: whether this rank writes; on the others all methods do nothing.
         start_step: step of the checkpoint that a resumed run continues from; 0 for a new run.
-        tensorboard: write TensorBoard events if the package is installed.
+        trackers: clients that get the same figures as metrics.jsonl. They are closed with the run.
         hidden: figures that cannot change during this run. They are in the file, not in the lines on the screen.
     """
 
@@ -56,13 +57,14 @@ class Telemetry:
         *,
         is_main: bool,
         start_step: int,
-        tensorboard: bool,
+        trackers: Sequence[Tracker] = (),
         hidden: frozenset[str] = frozenset(),
     ):
         self.is_main, self.hidden = is_main, hidden
         self.console = Screen(stderr=True, highlight=False, soft_wrap=True)
         self.total_steps = total_steps
-        self._file = self._writer = self._task = None
+        self._file = self._task = None
+        self._trackers = trackers
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -79,10 +81,6 @@ class Telemetry:
         path = output_dir / "metrics.jsonl"
         cut_back(path, start_step)
         self._file = path.open("a", encoding="utf-8")
-        if tensorboard and importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(output_dir / "tensorboard", purge_step=start_step)
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, shown="")
         self._last_print = time.monotonic()
 
@@ -95,8 +93,8 @@ class Telemetry:
         if self._file is not None:
             with contextlib.suppress(OSError):  # a full disk, which the last row has reported
                 self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -132,9 +130,8 @@ class Telemetry:
         except OSError as error:
             why = "the disk is full" if is_disk_full(error) else error.strerror
             raise InputError(f"{self._file.name} cannot be written: {why}; free some space and resume") from error
-        if self._writer is not None:
-            for key, value in values.items():
-                self._writer.add_scalar(key, value, step)
+        for tracker in self._trackers:
+            tracker.log(values, step)
 
 
 def cut_back(path: Path, step: int) -> None:

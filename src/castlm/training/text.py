@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -10,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from castlm.core.errors import InputError
 from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents, text_hash
 from castlm.data.loader import BatchLoader
-from castlm.data.packing import BlockStream
+from castlm.data.packing import PackedSequences
 from castlm.data.tokens import check_vocabulary, token_ids
 from castlm.distributed.world import World
+from castlm.models import open_model
 from castlm.training.config import TrainConfig
 
 
@@ -30,6 +32,41 @@ class TrainingText:
     eval_sha256: str
 
 
+def resolve_epochs(config: TrainConfig, world: World) -> TrainConfig:
+    """`config` with the `max_steps` that its `num_train_epochs` amount to, rounded up.
+
+    Raises:
+        InputError: the dataset is streamed from the hub, so that its length is not known, or the run is too long.
+    """
+
+    def steps() -> int:
+        documents, _ = _open_splits(config)
+        if isinstance(documents, HubDocuments):
+            raise InputError(f"num_train_epochs: {config.dataset} is streamed, its length is not known: give max_steps")
+        _, _, tokenizer = open_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
+        tokens = _sequences(config, documents, tokenizer).tokens_per_epoch()
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
+        return max(1, math.ceil(float(config.num_train_epochs or 0) * tokens / (batch * config.seq_len)))
+
+    return replace(config, max_steps=world.on_main(steps), num_train_epochs=None)
+
+
+def _open_splits(config: TrainConfig) -> tuple[Documents | HubDocuments, Documents | HubDocuments]:
+    """The training documents and those of the evaluation."""
+    documents = open_documents(
+        config.dataset, column=config.column, split=config.dataset_split, data_config=config.dataset_config
+    )
+    if config.eval_dataset is None:
+        return split_documents(documents, config.eval_fraction, config.seed)
+    return documents, open_documents(config.eval_dataset, column=config.column)
+
+
+def _sequences(
+    config: TrainConfig, documents: Documents | HubDocuments, tokenizer: PreTrainedTokenizerBase
+) -> PackedSequences:
+    return PackedSequences(documents, tokenizer, seq_len=config.seq_len, seed=config.seed, repeat=config.repeat_blocks)
+
+
 def open_training_text(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, world: World
 ) -> TrainingText:
@@ -38,16 +75,10 @@ def open_training_text(
     Raises:
         InputError: a dataset that cannot be opened, too little text, or token ids outside the vocabulary.
     """
-    documents = open_documents(
-        config.dataset, column=config.column, split=config.dataset_split, data_config=config.dataset_config
-    )
-    if config.eval_dataset is None:
-        documents, held_out = split_documents(documents, config.eval_fraction, config.seed)
-    else:
-        held_out = open_documents(config.eval_dataset, column=config.column)
-    stream = BlockStream(documents, tokenizer, seq_len=config.seq_len, seed=config.seed, repeat=config.repeat_blocks)
+    documents, held_out = _open_splits(config)
+    sequences = _sequences(config, documents, tokenizer)
     loader = BatchLoader(
-        stream,
+        sequences,
         rows_per_rank=config.per_device_train_batch_size,
         rank=world.rank,
         world_size=world.size,

@@ -1,0 +1,43 @@
+"""Where documents begin inside a packed sequence.
+
+transformers builds a block-diagonal attention mask when the position ids of a sequence start again at 0 and there is no
+other mask (`find_packed_sequence_indices` in its masking_utils), so that the position ids alone keep documents apart.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def document_positions(input_ids: Tensor, end_of_text: int) -> Tensor:
+    """The position of each token in its own document; a document ends with the token `end_of_text`.
+
+    Args:
+        input_ids: (batch, seq), for example (8, 512).
+
+    Returns:
+        int64, (batch, seq). The first document of a row starts at 0, even if an earlier row holds its beginning.
+
+    Example:
+        >>> document_positions(torch.tensor([[5, 6, 0, 7, 0, 0, 8]]), end_of_text=0)
+        tensor([[0, 1, 2, 0, 1, 0, 0]])
+    """
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    begins = torch.zeros_like(input_ids, dtype=torch.bool)
+    begins[:, 1:] = input_ids[:, :-1] == end_of_text
+    return index - torch.where(begins, index, 0).cummax(dim=1).values
+
+
+def document_mask(positions: Tensor) -> Tensor:
+    """The causal mask in which no token attends to another document, for models that do not derive it from positions.
+
+    Args:
+        positions: (batch, seq), from `document_positions`.
+
+    Returns:
+        bool, (batch, 1, seq, seq), True = attends.
+    """
+    document = (positions == 0).cumsum(dim=1)
+    same = document[:, :, None] == document[:, None, :]
+    return torch.tril(same)[:, None]

@@ -1,0 +1,116 @@
+"""Which files of a model folder transformers loads the weights from, and that no other weights are beside them.
+
+Verifying one file says nothing about another, so a folder with two sets of weights is refused: which of them is loaded
+depends on the program.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from castlm.core.errors import InputError
+from castlm.export.stored import StoredTensor, read_header
+from castlm.reading import check_regular, read_json_object
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|pkl|pickle|onnx|tflite|mar|distcp)$"
+    r"|\.(safetensors|bin|h5|msgpack)\.index[^/]*\.json$",
+    re.IGNORECASE,
+)
+_NOT_OF_THE_MODEL = re.compile(r"(training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth)$")
+"""State of transformers' Trainer, which holds no weights of the model."""
+
+
+def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """The tensors that transformers would load: of a .safetensors file, or of a folder with one or with several.
+
+    Args:
+        config: the content of the folder's config.json.
+
+    Raises:
+        InputError: the path does not exist, holds no safetensors or more than one set of weights, is one file of
+            several, or its index names files or tensors that are missing.
+    """
+    if not os.path.lexists(path):
+        raise InputError(f"{path} does not exist: name a model folder or a .safetensors file")
+    if not path.is_dir():
+        return _one_file(path)
+    if (path / "adapter_config.json").exists():
+        raise InputError(f"{path} holds an adapter, not a model: merge it into its base model first")
+    if config.get("transformers_weights") is not None:
+        raise InputError(f"{path / 'config.json'} names other weights in transformers_weights: remove that entry")
+    single, index = path / SINGLE, path / INDEX
+    if single.exists():
+        files, tensors = [SINGLE], read_header(single)
+    elif index.exists():
+        files, tensors = _sharded(index)
+    else:
+        raise InputError(f"{path} holds no {SINGLE} and no {INDEX} ({_hint(path)})")
+    _refuse_other_weights(path, {*files, INDEX} if len(files) > 1 or SINGLE not in files else set(files))
+    return tensors
+
+
+def _one_file(file: Path) -> dict[str, StoredTensor]:
+    tensors = read_header(file)
+    index = file.parent / INDEX
+    if index.is_file() and file.name != SINGLE and file.name in _weight_map(index).values():
+        raise InputError(f"{file} is one of several files of a model: verify the folder {file.parent}")
+    return tensors
+
+
+def _hint(folder: Path) -> str:
+    others = sorted(name for name in os.listdir(folder) if _WEIGHTS.search(name) and not _NOT_OF_THE_MODEL.match(name))
+    if not others:
+        return "is it a model folder?"
+    if others[0].endswith(".safetensors"):
+        return f"it holds {others[0]}, which transformers does not load: verify that file by its own path"
+    return f"it holds {others[0]}: convert it with transformers' save_pretrained"
+
+
+def _refuse_other_weights(folder: Path, read: set[str]) -> None:
+    found = sorted(
+        name
+        for name in os.listdir(folder)
+        if name not in read and _WEIGHTS.search(name) and not _NOT_OF_THE_MODEL.match(name)
+    )
+    if found:
+        used = SINGLE if SINGLE in read else INDEX
+        raise InputError(
+            f"{folder} holds {found[0]} beside {used}: only one of them would be verified, and a program may load the "
+            "other; move one away"
+        )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map: fetch or write it again")
+    strange = [file for file in weight_map.values() if not isinstance(file, str) or os.path.basename(file) != file]
+    if strange or "" in weight_map.values():
+        raise InputError(f"{index} names {(strange or [''])[0]!r}, outside its folder")
+    return weight_map
+
+
+def _sharded(index: Path) -> tuple[list[str], dict[str, StoredTensor]]:
+    weight_map = _weight_map(index)
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (index.parent / file).exists()]
+    if missing:
+        raise InputError(f"{index} names {len(missing)} missing files, first {missing[0]}: the folder is not complete")
+    shards = {file: read_header(check_regular(index.parent / file)) for file in files}
+    absent = [name for name, file in weight_map.items() if name not in shards[file]]
+    if absent:
+        first = f"{absent[0]} in {weight_map[absent[0]]}"
+        raise InputError(f"{index} names {len(absent)} tensors that its files lack, first {first}")
+    tensors: dict[str, StoredTensor] = {}
+    for file, shard in shards.items():
+        if twice := sorted(tensors.keys() & shard.keys()):
+            raise InputError(f"{twice[0]} is stored in {tensors[twice[0]].file.name} and in {file}: remove one of them")
+        tensors |= shard
+    return files, tensors

@@ -1,0 +1,175 @@
+"""What `verify` found: the counts of every layer, what was not counted and why, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from castlm.core.pattern import NM
+from castlm.names import printable
+
+
+@dataclass
+class LayerReport:
+    """The counts of one linear layer of a transformer block."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    axis: int
+    """The input axis, along which the groups run: 1, or 0 for Conv1D."""
+    num_groups: int = 0
+    num_violations: int = 0
+    num_zeros: int = 0
+    max_nonzeros: int = 0
+    """The largest number of non-zeros in a group."""
+    num_non_finite: int = 0
+    problem: str | None = None
+    """Why the layer has no groups to count."""
+    left_dense: str | None = None
+    """Why the layer is dense on purpose; its groups are counted, but violations do not make the pattern fail."""
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def zero_fraction(self) -> float:
+        return self.num_zeros / max(1, self.numel)
+
+    @property
+    def ok(self) -> bool:
+        sparse = self.left_dense is not None or (self.problem is None and self.num_violations == 0)
+        return sparse and self.num_non_finite == 0
+
+
+@dataclass
+class VerifyReport:
+    """Whether a checkpoint has the pattern, with the counts behind the answer. Layers are in the order of the model."""
+
+    path: str
+    pattern: NM
+    layers: list[LayerReport] = field(default_factory=list)
+    compared_with: str = ""
+    """What the list of layers was compared with, to notice a missing one: config.json, transformers, or each other."""
+    uncounted: dict[str, str] = field(default_factory=dict)
+    """Weights of transformer blocks whose groups could not be counted, with the reason, such as fused experts. The
+    answer is no while there are any."""
+    dense: dict[str, str] = field(default_factory=dict)
+    """Tensors of two or more dimensions that the pattern does not apply to, with the reason."""
+    non_finite_elsewhere: dict[str, int] = field(default_factory=dict)
+    """Tensors outside `layers` that hold NaN or infinity, with how many."""
+
+    @property
+    def sparse_layers(self) -> list[LayerReport]:
+        """The layers that must have the pattern."""
+        return [layer for layer in self.layers if layer.left_dense is None]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that must have the pattern was counted and has it, and no value is NaN or infinite."""
+        return all(layer.ok for layer in self.layers) and not self.uncounted and not self.non_finite_elsewhere
+
+    @property
+    def num_non_finite(self) -> int:
+        return sum(layer.num_non_finite for layer in self.layers) + sum(self.non_finite_elsewhere.values())
+
+    def totals(self) -> dict[str, int | float]:
+        """Counts over the layers that must have the pattern; non-finite values over the whole checkpoint."""
+        sparse = self.sparse_layers
+        return {
+            "layers": len(sparse),
+            "bad_layers": sum(not layer.ok for layer in sparse),
+            "left_dense": len(self.layers) - len(sparse),
+            "uncounted": len(self.uncounted),
+            "weights": sum(layer.numel for layer in sparse),
+            "groups": sum(layer.num_groups for layer in sparse),
+            "violations": sum(layer.num_violations for layer in sparse),
+            "zero_fraction": sum(layer.num_zeros for layer in sparse) / max(1, sum(layer.numel for layer in sparse)),
+            "non_finite": self.num_non_finite,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain JSON."""
+        layers = [
+            asdict(layer) | {"shape": list(layer.shape), "zero_fraction": layer.zero_fraction, "ok": layer.ok}
+            for layer in self.layers
+        ]
+        return {
+            "path": self.path,
+            "pattern": str(self.pattern),
+            "ok": self.ok,
+            "totals": self.totals(),
+            "layers": layers,
+            "compared_with": self.compared_with,
+            "uncounted": self.uncounted,
+            "dense": self.dense,
+            "non_finite_elsewhere": self.non_finite_elsewhere,
+        }
+
+    def summary(self) -> str:
+        """The answer and its counts, in one line."""
+        totals = self.totals()
+        rest = f", {totals['left_dense']} left dense" if totals["left_dense"] else ""
+        rest += f", {totals['uncounted']} not counted" if totals["uncounted"] else ""
+        rest += f", {totals['non_finite']:,} values not finite" if totals["non_finite"] else ""
+        counted = f"{totals['violations']:,} of {totals['groups']:,} groups violate it"
+        return printable(
+            f"{self.pattern} {'holds' if self.ok else 'DOES NOT HOLD'} in {self.path}: {counted} in "
+            f"{totals['layers']} layers, {totals['zero_fraction']:.2%} zeros{rest}"
+        )
+
+    def text(self, max_good: int = 12) -> str:
+        """A table: all layers that fail, at most `max_good` that hold, what was not counted, and `summary()`.
+
+        Names are printed without control characters: they come from the checkpoint, which may be anyone's.
+        """
+        bad = [layer for layer in self.layers if not layer.ok]
+        good = [layer for layer in self.layers if layer.ok]
+        rows = [("layer", "shape", "groups", "violating", "max", "zeros", "not finite", "")]
+        rows += [_row(layer) for layer in bad + good[:max_good]]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]).rstrip()
+            for row in rows
+        ]
+        if len(good) > max_good:
+            lines.append(f"... and {len(good) - max_good} more layers that hold")
+        lines += [f"not counted: {name} ({reason})  <-- FAILS" for name, reason in self.uncounted.items()]
+        lines += [f"dense: {name} ({reason})" for name, reason in _by_kind(self.dense).items()]
+        lines += [f"not finite: {name} ({count:,} values)" for name, count in self.non_finite_elsewhere.items()]
+        lines.append(f"the list of layers was compared with {self.compared_with}")
+        return "\n".join([*map(printable, lines), self.summary()])
+
+    def table(self) -> None:
+        """Print `text()`."""
+        print(self.text())
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    note = layer.problem or ""
+    if layer.left_dense is not None:
+        note = f"left dense: {layer.left_dense}"
+    axis = " (in, out)" if layer.axis == 0 else ""
+    return (
+        printable(layer.name),
+        "x".join(map(str, layer.shape)) + axis,
+        f"{layer.num_groups:,}",
+        f"{layer.num_violations:,}",
+        str(layer.max_nonzeros),
+        f"{layer.zero_fraction:.2%}",
+        f"{layer.num_non_finite:,}",
+        note if layer.ok else f"{note}  <-- FAILS".strip(),
+    )
+
+
+def _by_kind(dense: Mapping[str, str]) -> dict[str, str]:
+    """`dense` with at most three names of each reason, and the number of the others."""
+    shown: dict[str, str] = {}
+    seen: dict[str, int] = {}
+    for name, reason in dense.items():
+        seen[reason] = seen.get(reason, 0) + 1
+        if seen[reason] <= 3:
+            shown[name] = reason
+    return shown | {f"{count - 3} more": reason for reason, count in seen.items() if count > 3}

@@ -1,0 +1,225 @@
+"""Changes the basis of a dense model so that an n:m prune of it loses less, and leaves its function as it is.
+
+Three axes inside a transformer can be turned without a trace outside: the neurons of an MLP (a permutation), the values
+of each KV head, which `v_proj` writes and `o_proj` reads (a permutation or any rotation), and the residual stream (a
+permutation; a rotation too, once the gains of the norms are folded into the layers that read them, as in SliceGPT,
+Ashkboos et al. 2024). Which weights share a group of m, and how large they are in it, depends on that basis, and the
+gain stays through training. The result is a plain checkpoint of the same architecture.
+
+A change is kept only if the error of the layers solved by SparseGPT falls under it and the outputs stay the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from castlm.core.errors import InputError
+from castlm.core.pattern import NM, Pattern, as_pattern
+from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.oneshot.block_basis import Change, Statistic, Statistics, turn_mlps_, turn_values_
+from castlm.oneshot.calibration import check_calibration
+from castlm.oneshot.families import Block, Wiring, describe
+from castlm.oneshot.inputs import input_hessians
+from castlm.oneshot.options import BasisOptions
+from castlm.oneshot.stream_basis import Stream, is_tied
+from castlm.oneshot.walk import BlockInputs, block_stack
+
+TOLERANCE = 1e-4
+"""Largest difference of an output relative to the largest output, for weights of 32 bits."""
+TOLERANCE_NARROW = 5e-2
+"""The same for weights of 16 bits, which are rounded again after they have been rotated."""
+
+_CHECK_TOKENS = 256
+
+
+@dataclass
+class BasisReport:
+    """What `change_basis_` did."""
+
+    changes: list[Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What was left out or undone, and why."""
+    untied: bool = False
+    """Whether the output head has got a weight of its own."""
+    logits_moved: float = 0.0
+    """Largest difference of a logit, relative to the largest logit."""
+    seconds: float = 0.0
+
+    def lines(self) -> list[str]:
+        return [*map(str, self.changes), *self.notes]
+
+
+@torch.no_grad()
+def change_basis_(
+    model: PreTrainedModel,
+    calibration: Tensor,
+    options: BasisOptions | None = None,
+    *,
+    pattern: Pattern | str = "2:4",
+    filter_fn: FilterFn = is_sparse_linear,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> BasisReport:
+    """Turns the axes of a dense `model` in place, as `options` say.
+
+    Takes one pass of the calibration text through the model, and `options.rotation_iterations` steps of Adam for each
+    rotation. Memory beyond the model: the statistics of one block; for the residual stream also two fp32 matrices
+    (hidden, hidden) for each of its norms.
+
+    Args:
+        calibration: int64, (num_sequences, seq_len), as from `calibration_blocks`.
+        filter_fn: which layers are going to be pruned, as for `sparse_linears`; only their errors count.
+        say: called with a line about each kind of change, and about what is left out or undone.
+        progress: called with (steps done, steps in all).
+
+    Raises:
+        InputError: a family that does not allow what is asked for; under "auto" this is said and left out.
+
+    Example:
+        >>> tokens = calibration_blocks(token_ids, seq_len=calibration_length(model), seed=0)
+        >>> change_basis_(model, tokens, say=print)
+        >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)
+    """
+    options = options or BasisOptions()
+    started, report = time.perf_counter(), BasisReport()
+    pattern = as_pattern(pattern)
+    layers, _ = sparse_linears(model, pattern, filter_fn)
+    check_calibration(model, calibration)
+    wiring = None if options.is_off else _wiring(model, pattern, options, report)
+    if wiring is not None:
+        was_tied = is_tied(model)
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            assert isinstance(pattern, NM)
+            _Turning(model, wiring, options, pattern, report, progress).run(calibration, layers)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        report.untied = was_tied and not is_tied(model)
+    report.seconds = time.perf_counter() - started
+    for line in report.lines():
+        say(line)
+    return report
+
+
+def _wiring(model: PreTrainedModel, pattern: Pattern, options: BasisOptions, report: BasisReport) -> Wiring | None:
+    """None where the family or the pattern does not allow it and "auto" may go without."""
+    try:
+        if not isinstance(pattern, NM):
+            raise InputError(f"a change of basis is for n:m patterns, not {pattern}: use rotate off and permute off")
+        return describe(model)
+    except InputError as error:
+        if options.rotate != "auto":
+            raise
+        report.notes.append(str(error))
+        return None
+
+
+class _Turning:
+    """One change of basis at work: block after block, then the residual stream."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        wiring: Wiring,
+        options: BasisOptions,
+        pattern: NM,
+        report: BasisReport,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.model, self.wiring, self.options, self.pattern, self.report = model, wiring, options, pattern, report
+        self.progress = progress
+        self.stream = Stream(model, wiring, pattern)
+        self.rotates_stream = options.rotate == "residual"
+        if self.rotates_stream and (obstacle := self.stream.obstacle()):
+            raise InputError(f"the residual stream of {wiring.family} cannot be rotated: {obstacle}; use rotate values")
+        self.values = Change("values rotated" if options.rotates_values else "values permuted")
+        self.mlps = Change("MLP neurons permuted")
+        self.done = 0
+        self.total = len(wiring.blocks) + (options.rotation_iterations if self.rotates_stream else 0)
+
+    def run(self, calibration: Tensor, layers: dict[str, nn.Linear]) -> None:
+        sample = calibration[:1, :_CHECK_TOKENS].to(self.model.device)
+        before = self._logits(sample)
+        if self.rotates_stream:
+            self.stream.fold_()
+        stack, blocks = block_stack(self.model, layers)
+        inputs = BlockInputs(self.model, blocks, calibration)
+        for index, block in enumerate(self.wiring.blocks):
+            inside = {name: layer for name, layer in layers.items() if name.startswith(f"{stack}.{index}.")}
+            self._turn_block(index, block, _statistics(inside, inputs, len(calibration)), inputs)
+            if index + 1 < len(blocks):
+                inputs.advance()
+            self._step()
+        self.report.changes += [change for change in (self.values, self.mlps) if change.num_tried]
+        self._turn_stream(sample, before)
+
+    def _turn_block(self, index: int, block: Block, statistics: Statistics, inputs: BlockInputs) -> None:
+        options, hidden, untouched = self.options, next(iter(inputs)), dict(statistics)
+        before, undo = inputs.run(hidden), []
+        if options.rotates_values or options.permute:
+            iterations = options.rotation_iterations if options.rotates_values else 0
+            undo += turn_values_(block.attention, statistics, self.pattern, self.values, iterations)
+        if options.permute:
+            undo += turn_mlps_(block.mlps, statistics, self.pattern, self.mlps)
+        if undo:
+            moved = _distance(before, inputs.run(hidden))
+            if not moved <= self._tolerance:
+                for weight, old in undo:
+                    weight.copy_(old)
+                statistics = untouched
+                self.report.notes.append(
+                    f"block {index}: its basis is left as it was, for its outputs moved by {moved:.1g}"
+                )
+        self.stream.see(block, statistics)
+
+    def _turn_stream(self, sample: Tensor, before: Tensor) -> None:
+        """Rotates the stream, or permutes it where it is not rotated; undoes what moves the logits."""
+        if self.rotates_stream and self.stream.is_read:
+            rotated = Change("residual stream rotated")
+            if not self.stream.rotate_(rotated, self.options.rotation_iterations, self._step):
+                self.stream.unfold_()
+                self.report.notes.append("residual stream: not rotated, for the error of its layers would not fall")
+            self.report.changes.append(rotated)
+        if self.options.permute and self.stream.undo is None and self.stream.is_read:
+            permuted = Change("residual stream permuted")
+            self.stream.permute_(permuted)
+            self.report.changes.append(permuted)
+        moved = _distance(before, self._logits(sample))
+        if self.stream.undo is not None and not moved <= self._tolerance:
+            self.stream.undo()
+            self.report.notes.append(f"residual stream: left as it was, for the logits moved by {moved:.1g}")
+            moved = _distance(before, self._logits(sample))
+        self.report.logits_moved = moved
+
+    @property
+    def _tolerance(self) -> float:
+        return TOLERANCE if self.model.dtype in (torch.float32, torch.float64) else TOLERANCE_NARROW
+
+    def _logits(self, sample: Tensor) -> Tensor:
+        return self.model(input_ids=sample, use_cache=False).logits
+
+    def _step(self) -> None:
+        self.done += 1
+        self.progress(self.done, self.total)
+
+
+def _statistics(layers: dict[str, nn.Linear], inputs: BlockInputs, num_sequences: int) -> Statistics:
+    """Of the current block's layers; those that read the same input share one."""
+    if not layers:
+        return {}
+    made: dict[int, Statistic] = {}
+    hessians = input_hessians(layers, inputs, num_sequences)
+    return {name: made.setdefault(id(hessian), Statistic(hessian)) for name, hessian in hessians.items()}
+
+
+def _distance(before: Tensor, after: Tensor) -> float:
+    """The largest difference, relative to the largest of `before`."""
+    return float((after - before).abs().max() / before.abs().max())

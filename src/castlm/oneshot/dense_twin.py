@@ -1,0 +1,107 @@
+"""The dense block beside the pruned one: what its layers read and what the stream carried, in the dense model.
+
+SparseGPT sees the inputs that the blocks pruned before leave, but aims at the outputs of the dense layer on those same
+inputs, so that errors add up from block to block. With both streams at hand a layer can aim part of the way at the
+output that the dense model has there (asymmetric target), and the layers that write the residual stream at what it has
+lost as well (stream correction). Both only shift the weight that is solved for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from castlm.oneshot.walk import BlockInputs
+
+
+class DenseTwin:
+    """A copy of the current block as it was before it is pruned, with the hidden states of the dense model.
+
+    Args:
+        inputs: of the model that is being pruned, at its first block; the dense model's are the same there.
+    """
+
+    def __init__(self, inputs: BlockInputs) -> None:
+        self.inputs = inputs
+        self.batches = list(inputs.batches)
+        self.scale = 2 / sum(len(batch) for batch in self.batches)  # as that of the Hessian
+        self.block: nn.Module = nn.Identity()
+
+    def enter(self) -> None:
+        """Copies the current block; to be called before it is changed."""
+        self.block = copy.deepcopy(self.inputs.blocks[self.inputs.index])
+
+    def outputs(self) -> list[Tensor]:
+        """What the dense block gives for each batch of the dense model."""
+        return [self.run(self.block, hidden) for hidden in self.batches]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The current block's call, on any copy of it."""
+        return self.inputs.calls[self.inputs.index].run(block, hidden)
+
+    def advance(self, outputs: list[Tensor]) -> None:
+        """Goes on to the next block with the `outputs` of this one."""
+        self.batches = outputs
+
+    def shift(self, name: str, prefix: str, probes: Mapping[str, str]) -> Shift:
+        """What the two models differ by at the input of a layer.
+
+        Args:
+            name: of the layer in the model.
+            prefix: of the current block's layers, as `model.layers.3.`.
+            probes: by the names of the layers that write the residual stream: the module of their block whose input is
+                the stream that they are added to; "" is the block itself.
+        """
+        shift, probe = Shift(), probes.get(name)
+        modules = [name.removeprefix(prefix)] + ([] if probe is None else [probe])
+        sparse_block = self.inputs.blocks[self.inputs.index]
+        for sparse, dense in zip(self.inputs.batches, self.batches):
+            ours = _captured(sparse_block, lambda block, h=sparse: self.run(block, h), modules)
+            theirs = _captured(self.block, lambda block, h=dense: self.run(block, h), modules)
+            x = ours[0] * self.scale
+            shift.input = shift.input + (theirs[0] - ours[0]).T @ x
+            if probe is not None:
+                shift.stream = shift.stream + (theirs[1] - ours[1]).T @ x
+        return shift
+
+
+class Shift:
+    """Cross products of the differences between the dense and the pruned model's stream with a layer's input."""
+
+    def __init__(self) -> None:
+        self.input = torch.zeros(())
+        """(X_dense - X)^T X: (in, in)."""
+        self.stream = torch.zeros(())
+        """(R_dense - R)^T X: (out, in), of the residual stream that the layer's output is added to; else 0."""
+
+    def target(self, weight: Tensor, hessian: Tensor, asymmetric: float, correction: float) -> Tensor:
+        """The weight (out, in) whose output on the pruned model's inputs is nearest to the target.
+
+        Args:
+            hessian: X^T X, damped.
+            asymmetric: how far the target goes from the dense layer on the pruned model's inputs, 0, to its output in
+                the dense model, 1.
+            correction: the share of the stream's loss that the layer makes up for.
+        """
+        right = asymmetric * (weight @ self.input) + correction * self.stream
+        return weight + torch.linalg.solve(hessian, right.T).T
+
+
+def _captured(block: nn.Module, run: Callable[[nn.Module], Tensor], paths: list[str]) -> list[Tensor]:
+    """The inputs (tokens, columns) of modules of a block in one pass, fp32."""
+    found: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for path in paths:
+
+            def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                found[path] = hidden.reshape(-1, hidden.shape[-1]).float()
+
+            hooks.enter_context(block.get_submodule(path).register_forward_pre_hook(keep, with_kwargs=True))
+        run(block)
+    return [found[path] for path in paths]

@@ -1,0 +1,82 @@
+"""The options of a start: which axes of the dense model are turned, and what is done beyond SparseGPT.
+
+Commands and configs inherit them. Importing this module does not import torch, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def part_of(options: Any, section: type[T]) -> T:
+    """The fields of the dataclass `section` out of `options`, which have more."""
+    return section(**{option.name: getattr(options, option.name) for option in fields(section)})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasisOptions:
+    """Which axes of the dense model are turned before it is pruned; its function stays as it is."""
+
+    rotate: Literal["auto", "off", "values", "residual"] = "auto"
+    """Rotations before wanda or sparsegpt. values: the values of each attention head, at the cost of one pass over the
+    calibration text. residual: the residual stream as well, which folds the norms' gains and unties tied embeddings.
+    auto: values where the model's family is known."""
+
+    permute: bool = True
+    """Permute the MLP neurons before that, and the residual stream and the values if they are not rotated."""
+
+    rotation_iterations: int = 100
+    """Steps in which each rotation is learned."""
+
+    @property
+    def rotates_values(self) -> bool:
+        return self.rotate != "off"
+
+    @property
+    def is_off(self) -> bool:
+        return self.rotate == "off" and not self.permute
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinements:
+    """What is done beyond SparseGPT as published; nothing by default."""
+
+    target_asymmetry: float = 0.0
+    """How far the target of a layer goes from its dense output on the pruned model's inputs, 0, to that in the dense
+    model, 1. Two passes over the calibration text for each input of a block. 0.5 is a good value."""
+
+    stream_correction: float = 0.0
+    """Share of the residual stream's loss that the layers which write it make up for, in the same passes."""
+
+    staged_statistics: bool = False
+    """Take the statistics of a layer after the layers before it in its block are pruned: three passes more."""
+
+    refit_iterations: int = 0
+    """Conjugate gradient steps on the kept weights after SparseGPT; no further pass. 20 are enough."""
+
+    reconstruct_epochs: int = 0
+    """Epochs over the calibration text in which each block is trained to give the dense block's outputs. They stop
+    early when the error on held-out sequences rises. An epoch costs what training on that text costs."""
+
+    reconstruct_rate: float = 1e-3
+    """Learning rate of the reconstruction."""
+
+    @property
+    def shifts_targets(self) -> bool:
+        return self.target_asymmetry > 0 or self.stream_correction > 0
+
+    @property
+    def needs_dense_twin(self) -> bool:
+        return self.shifts_targets or self.reconstruct_epochs > 0
+
+    def out_of_range(self) -> Iterator[tuple[str, bool, str]]:
+        """(name, whether it is in range, the range) of each option."""
+        yield "target_asymmetry", 0 <= self.target_asymmetry <= 1, "between 0 and 1"
+        yield "stream_correction", 0 <= self.stream_correction <= 1, "between 0 and 1"
+        yield "refit_iterations", self.refit_iterations >= 0, "at least 0"
+        yield "reconstruct_epochs", self.reconstruct_epochs >= 0, "at least 0"
+        yield "reconstruct_rate", self.reconstruct_rate > 0, "above 0"

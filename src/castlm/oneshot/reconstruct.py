@@ -1,0 +1,113 @@
+"""Tunes the kept weights of a pruned transformer block so that its output comes back to that of the dense block.
+
+Block by block, on hidden states, as arXiv 2406.15524 does for pruning: the weights, gradients and moments of one block
+are in memory at a time, whatever the size of the model. Some sequences are held out; the state that does best on them
+is kept, so that more epochs cost time but do no harm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_HELD_OUT = 8  # one batch in so many is held out
+_BETAS = (0.9, 0.99)
+_FINAL_RATE = 0.05  # share of the learning rate that the cosine ends at
+
+
+@dataclass
+class Reconstruction:
+    """What `reconstruct_` did: squared error of the output on held-out sequences, relative to what the block adds."""
+
+    before: float
+    after: float
+    epochs: int
+    """How many were run: it ends when the held-out error rises."""
+
+
+def reconstruct_(
+    block: nn.Module,
+    run: Callable[[nn.Module, Tensor], Tensor],
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    masks: Mapping[nn.Parameter, Tensor],
+    *,
+    epochs: int,
+    learning_rate: float,
+    seed: int = 0,
+    alive: Callable[[], None] = lambda: None,
+) -> Reconstruction:
+    """Trains the kept weights of `masks` and the norms of `block`, in place, with Adam and a cosine.
+
+    Args:
+        run: `run(block, hidden)` is the block's output.
+        inputs: hidden states (batch, seq, hidden), of the pruned model; one batch in 8 is held out, at least one.
+        targets: what the block should give for each; of the dense model.
+        masks: True = kept, by weight. Masked weights stay 0.
+        alive: called once a batch.
+    """
+    num_held_out = max(1, len(inputs) // _HELD_OUT) if len(inputs) > 1 else 0
+    training, held_out = range(num_held_out, len(inputs)), range(num_held_out or len(inputs))
+    with torch.no_grad():
+        scale = sum(float((y - x).square().mean()) for x, y in zip(inputs, targets)) / len(inputs)
+
+    @torch.no_grad()
+    def error() -> float:
+        errors = [float((run(block, inputs[i]) - targets[i]).square().mean()) for i in held_out]
+        return sum(errors) / len(errors) / scale
+
+    norms = [p for m in block.modules() if _is_norm(m) for p in m.parameters(recurse=False)]
+    trained = [*masks, *norms]
+    best, before = [p.detach().clone() for p in trained], error()
+    lowest, done = before, 0
+    with _only_trained(block, trained), torch.enable_grad():
+        optimizer = torch.optim.Adam(trained, lr=learning_rate, betas=_BETAS)
+        generator = torch.Generator().manual_seed(seed)
+        for epoch in range(epochs):
+            for position, index in enumerate(torch.randperm(len(training), generator=generator).tolist()):
+                progress = (epoch + position / len(training)) / epochs
+                share = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+                optimizer.param_groups[0]["lr"] = learning_rate * share
+                optimizer.zero_grad()
+                batch = training[index]
+                ((run(block, inputs[batch]) - targets[batch]).square().mean() / scale).backward()
+                for weight, mask in masks.items():
+                    if weight.grad is not None:
+                        weight.grad.mul_(mask)
+                optimizer.step()
+                alive()
+            now, done = error(), epoch + 1
+            if not now < lowest:
+                break
+            lowest, best = now, [p.detach().clone() for p in trained]
+    with torch.no_grad():
+        for parameter, value in zip(trained, best):
+            parameter.copy_(value)
+    return Reconstruction(before, lowest, done)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+class _only_trained:  # noqa: N801
+    """Within it, only `trained` of the block's parameters take gradients; after it, all are as they were."""
+
+    def __init__(self, block: nn.Module, trained: Sequence[Tensor]) -> None:
+        self.flags = {parameter: parameter.requires_grad for parameter in block.parameters()}
+        self.trained = trained
+
+    def __enter__(self) -> None:
+        for parameter in self.flags:
+            parameter.requires_grad_(False)
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
+
+    def __exit__(self, *error: object) -> None:
+        for parameter, flag in self.flags.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None

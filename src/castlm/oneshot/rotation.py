@@ -1,0 +1,162 @@
+"""Learns the rotation of an axis under which an n:m prune of the weights along it loses least.
+
+A rotation R of an activation x leaves a network as it is when what reads x becomes `W R` and what writes it `R^T W`,
+but it changes the basis in which n of m weights are chosen. The objective is the loss that optimal brain surgery
+predicts (Hassibi & Stork 1992): pruning w_j alone, with all other weights of its row compensating, costs
+w_j^2 / [H^-1]_jj, here summed over the m - n cheapest weights of each group. It is differentiable almost everywhere and
+ended lower than the error of the solved layer itself, whose slope is known only for the mask of the moment. R is the
+Cayley transform of a skew-symmetric matrix, found with Adam.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from castlm.core.pattern import NM
+from castlm.oneshot.sparsegpt import sparsegpt
+
+DAMPING = 0.01
+"""Share of the mean diagonal that is added to a Hessian, as in SparseGPT."""
+
+_ROWS = 512  # of a weight that an iteration, or an estimate of the solved error, looks at
+
+
+@dataclass(frozen=True)
+class Term:
+    """A weight that takes part in choosing a rotation.
+
+    Its rotated axis is cut into consecutive parts of the size of the rotation; `parts` names the rotation of each.
+    """
+
+    weight: Tensor
+    """(out, in) fp32."""
+    inverse: Tensor
+    """The inverse of the damped Hessian of its input: (in, in) where columns turn, its diagonal (in,) where rows do."""
+    energy: float
+    """tr(W H W^T): what is lost is measured against it."""
+    axis: Literal["in", "out"]
+    parts: tuple[int, ...]
+
+
+def turn_columns(matrix: Tensor, rotations: Tensor, parts: Sequence[int]) -> Tensor:
+    """`matrix` (rows, columns) times the block-diagonal matrix of `rotations[part]` (size, size) for each part."""
+    size = rotations.shape[-1]
+    cut = matrix.reshape(len(matrix), len(parts), size)
+    return torch.einsum("rps,pst->rpt", cut, rotations[list(parts)]).reshape(len(matrix), -1)
+
+
+def skew_to_rotation(skew: Tensor) -> Tensor:
+    """Cayley transform of the upper triangles of `skew` (num, size, size): a rotation each, the identity at 0."""
+    upper = skew.triu(1)
+    antisymmetric = upper - upper.mT
+    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    return torch.linalg.solve(identity + antisymmetric, identity - antisymmetric)
+
+
+def complement_of_ones(size: int) -> Tensor:
+    """An orthonormal basis (size, size - 1) of the vectors whose entries sum to 0."""
+    ones = torch.ones(size, 1, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.cat([ones, torch.eye(size, dtype=torch.float64)[:, 1:]], dim=1)).Q
+    return basis[:, 1:].float()
+
+
+def learn_rotations(
+    terms: Sequence[Term],
+    num: int,
+    size: int,
+    pattern: NM,
+    *,
+    iterations: int,
+    learning_rate: float,
+    keep_mean: bool = False,
+    alive: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Rotations (num, size, size) that lower the predicted loss of `terms`, starting from the identity.
+
+    Each iteration costs two products of at most 512 rows of every term with a rotation, and one (size, size) solve.
+
+    Args:
+        keep_mean: only rotations that leave the vector of ones in place, and with it the mean that LayerNorm subtracts.
+        alive: called once an iteration.
+    """
+    device = terms[0].weight.device
+    frame = complement_of_ones(size).to(device) if keep_mean else None
+    free = size - 1 if keep_mean else size
+    skew = torch.zeros(num, free, free, device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([skew], lr=learning_rate, betas=(0.9, 0.99))
+    generator = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        for step in range(iterations):
+            optimizer.param_groups[0]["lr"] = learning_rate * (0.51 + 0.49 * math.cos(math.pi * step / iterations))
+            rotations = _framed(skew_to_rotation(skew), frame)
+            diagonals: dict[int, Tensor] = {}
+            loss = torch.zeros((), device=device)
+            for term in terms:
+                loss = loss + _predicted_loss(term, rotations, diagonals, pattern, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            alive()
+    return _framed(skew_to_rotation(skew), frame).detach()
+
+
+def _framed(rotations: Tensor, frame: Tensor | None) -> Tensor:
+    if frame is None:
+        return rotations
+    size = frame.shape[0]
+    return frame @ rotations @ frame.T + torch.full((size, size), 1 / size, device=frame.device)
+
+
+def _predicted_loss(
+    term: Term,
+    rotations: Tensor,
+    diagonals: dict[int, Tensor],
+    pattern: NM,
+    generator: torch.Generator,
+) -> Tensor:
+    """The share of the term's energy that pruning would cost, estimated on a random choice of its rows.
+
+    Args:
+        diagonals: of the rotated inverses by id(term.inverse), filled here: terms that read the same input share one.
+    """
+    rows = _some_rows(len(term.weight), generator)
+    if term.axis == "out":
+        weight = turn_columns(term.weight.T, rotations, term.parts).T
+        weight, diagonal = (weight if rows is None else weight[rows]), term.inverse
+    else:
+        weight = turn_columns(term.weight if rows is None else term.weight[rows], rotations, term.parts)
+        if id(term.inverse) not in diagonals:
+            diagonals[id(term.inverse)] = rotated_diagonal(term.inverse, rotations, term.parts)
+        diagonal = diagonals[id(term.inverse)]
+    cost = weight.square() / diagonal
+    lowest = cost.view(len(cost), -1, pattern.m).topk(pattern.m - pattern.n, dim=2, largest=False).values.sum()
+    return lowest * (len(term.weight) / len(weight) / term.energy)
+
+
+def rotated_diagonal(matrix: Tensor, rotations: Tensor, parts: Sequence[int]) -> Tensor:
+    """The diagonal of R^T A R for a block-diagonal R, of which only the diagonal blocks of A are needed."""
+    size = rotations.shape[-1]
+    blocks = matrix.view(len(parts), size, len(parts), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    chosen = rotations[list(parts)]
+    return ((blocks @ chosen) * chosen).sum(1).reshape(-1)
+
+
+def _some_rows(num_rows: int, generator: torch.Generator) -> Tensor | None:
+    """None for all of them."""
+    return torch.randperm(num_rows, generator=generator)[:_ROWS] if num_rows > _ROWS else None
+
+
+def solved_error(weight: Tensor, hessian: Tensor, pattern: NM) -> float:
+    """Relative output error tr(D H D^T) / tr(W H W^T) of a weight (out, in) pruned by SparseGPT, on 512 of its rows."""
+    rows = _some_rows(len(weight), torch.Generator().manual_seed(0))
+    chosen = weight if rows is None else weight[rows]
+    pruned, _ = sparsegpt(chosen.clone(), hessian.clone(), pattern.n, pattern.m, DAMPING)
+    difference = chosen - pruned
+    lost, whole = ((difference @ hessian) * difference).sum(), ((chosen @ hessian) * chosen).sum()
+    return float(lost / whole.clamp(min=1e-30))

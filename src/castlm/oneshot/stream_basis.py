@@ -1,0 +1,194 @@
+"""The changes of basis of the residual stream: a permutation, or a rotation with the norms' gains folded away.
+
+A norm's gain acts on single channels, so that only a permutation of the stream passes it. Folding moves each gain into
+the layers that read the norm, and for LayerNorm divides its bias by the gain: then RMSNorm lets every rotation pass,
+and LayerNorm every rotation that leaves the vector of ones in place, for its mean is along that vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from castlm.core.pattern import NM
+from castlm.oneshot.block_basis import Change, Statistic, Statistics
+from castlm.oneshot.families import Block, Matrix, Norm, Wiring
+from castlm.oneshot.permutation import find_permutation
+from castlm.oneshot.rotation import Term, learn_rotations, solved_error
+
+_RATE = 0.03  # of Adam, for the skew matrix of the rotation
+_SCORE_ROWS = 4096  # of all layers together that a permutation is chosen by
+_SMALLEST_GAIN = 1e-6
+
+
+class Stream:
+    """The residual stream of a model, with the statistics of all that reads it.
+
+    Args:
+        wiring: of `model`.
+    """
+
+    def __init__(self, model: PreTrainedModel, wiring: Wiring, pattern: NM) -> None:
+        self.model, self.wiring, self.pattern = model, wiring, pattern
+        self.gains: list[Tensor] = []
+        self.was_tied = False
+        self.read: list[Statistic | None] = []
+        """By the entries of `wiring.reads`; None where all that reads the norm stays dense."""
+        self.pruned: set[str] = set()
+        self.written: list[Term] = []
+        self.undo: Callable[[], None] | None = None
+        """Undoes the change of the stream's basis, up to rounding; None while there is none."""
+
+    @property
+    def norms(self) -> list[tuple[Norm, list[Matrix]]]:
+        """Every norm of the stream with what reads it, the output head among them."""
+        head = self.model.get_output_embeddings()
+        return [*self.wiring.reads, (self.wiring.final, [Matrix("head", head.weight.data)])]
+
+    @property
+    def is_read(self) -> bool:
+        """Whether any layer that is pruned reads it."""
+        return any(statistic is not None for statistic in self.read)
+
+    def obstacle(self) -> str | None:
+        """Why this model's stream cannot be rotated; None where it can."""
+        if self.wiring.rotation_obstacle:
+            return self.wiring.rotation_obstacle
+        smallest = min(float(_gain(norm).abs().min()) for norm, _ in self.norms)
+        return f"a norm has a gain of {smallest:.1g}, which cannot be folded" if smallest < _SMALLEST_GAIN else None
+
+    def fold_(self) -> None:
+        """Gives the head a weight of its own, and moves the gain of every norm into the layers that read it."""
+        self.was_tied = is_tied(self.model)
+        if self.was_tied:
+            untie_(self.model)
+        self.gains = [_gain(norm) for norm, _ in self.norms]
+        for (norm, readers), gain in zip(self.norms, self.gains):
+            norm.weight.fill_(norm.unit)
+            if norm.bias is not None:
+                norm.bias.div_(gain)
+            for matrix in readers:
+                matrix.weight.mul_(gain)
+
+    def unfold_(self) -> None:
+        """Undoes `fold_`, up to the rounding of a product and a quotient."""
+        for (norm, readers), gain in zip(self.norms, self.gains):
+            norm.weight.copy_(gain - (1 - norm.unit))
+            if norm.bias is not None:
+                norm.bias.mul_(gain)
+            for matrix in readers:
+                matrix.weight.div_(gain)
+        self.read = [s if s is None else s.scaled(gain) for s, gain in zip(self.read, self.gains)]
+        if self.was_tied:
+            tie_(self.model)
+
+    def see(self, block: Block, statistics: Statistics) -> None:
+        """Keeps what is needed of a block's statistics: of what it reads all, of what it writes a diagonal."""
+        for matrix in (block.attention.output, *(mlp.down for mlp in block.mlps)):
+            if matrix.layer in statistics:
+                statistic, weight = statistics[matrix.layer], matrix.weight.float()
+                diagonal = statistic.inverse.diagonal().clone()
+                self.written.append(Term(weight, diagonal, statistic.energy(weight), "out", (0,)))
+        for _, readers in self.wiring.reads[len(self.read) : len(self.read) + 2]:
+            seen = [statistics[matrix.layer] for matrix in readers if matrix.layer in statistics]
+            self.read.append(Statistic(seen[0].hessian) if seen else None)
+        self.pruned |= statistics.keys()
+
+    def permute_(self, change: Change) -> None:
+        """Permutes the stream, if that lowers the mean error of the layers that read it."""
+        weights = self._weights()
+        rows = max(1, _SCORE_ROWS // len(weights))
+        generator = torch.Generator().manual_seed(0)
+        scores = []
+        for weight, statistic in weights:
+            chosen = torch.randperm(len(weight), generator=generator)[:rows].to(weight.device)
+            scores.append(statistic.importance(weight)[chosen] * (len(weight) / len(chosen)))
+        order = find_permutation(torch.cat(scores), self.pattern).to(weights[0][0].device)
+        before = self._error(weights)
+        after = self._error([(weight[:, order], statistic.permuted(order)) for weight, statistic in weights])
+        if change.decide(before, after):
+            self._turn_(lambda matrix: matrix[..., order], lambda gain: gain[order])
+            back = order.argsort()
+            self.undo = lambda: self._turn_(lambda matrix: matrix[..., back], lambda gain: gain[back])
+
+    def rotate_(self, change: Change, iterations: int, alive: Callable[[], None]) -> bool:
+        """Rotates the folded stream, if that lowers the mean error of the layers that read it; says whether."""
+        weights, hidden = self._weights(), self.wiring.hidden
+        terms = [Term(weight, s.inverse, s.energy(weight), "in", (0,)) for weight, s in weights] + self.written
+        keep_mean = any(norm.is_layer_norm for norm, _ in self.norms)
+        (rotation,) = learn_rotations(
+            terms,
+            1,
+            hidden,
+            self.pattern,
+            iterations=iterations,
+            learning_rate=_RATE,
+            keep_mean=keep_mean,
+            alive=alive,
+        )
+        before = self._error(weights)
+        after = self._error([(weight @ rotation, s.rotated(rotation[None], (0,))) for weight, s in weights])
+        if not change.decide(before, after):
+            return False
+        self._turn_(lambda matrix: matrix.float() @ rotation, lambda gain: gain)
+
+        def undo() -> None:
+            self._turn_(lambda matrix: matrix.float() @ rotation.T, lambda gain: gain)
+            self.unfold_()
+
+        self.undo = undo
+        return True
+
+    def _weights(self) -> list[tuple[Tensor, Statistic]]:
+        """The weights that are pruned among those that read the stream, with the statistics of their inputs."""
+        return [
+            (matrix.weight.float(), statistic)
+            for statistic, (_, readers) in zip(self.read, self.wiring.reads)
+            for matrix in readers
+            if statistic is not None and matrix.layer in self.pruned
+        ]
+
+    def _error(self, weights: list[tuple[Tensor, Statistic]]) -> float:
+        return sum(solved_error(weight, s.hessian, self.pattern) for weight, s in weights) / len(weights)
+
+    def _turn_(self, turn: Callable[[Tensor], Tensor], turn_gain: Callable[[Tensor], Tensor]) -> None:
+        """Applies a change of basis `turn` of the last axis to all that touches the stream, in place."""
+        embeddings = list(self.wiring.embeddings)
+        if not is_tied(self.model):
+            embeddings.append(self.model.get_output_embeddings().weight.data)
+        columns = embeddings + [matrix.weight for _, readers in self.wiring.reads for matrix in readers]
+        for weight in columns:
+            weight.copy_(turn(weight))
+        for matrix in self.wiring.writes:
+            matrix.weight.copy_(turn(matrix.weight.T).T)
+            if matrix.bias is not None:
+                matrix.bias.copy_(turn(matrix.bias))
+        for norm in [norm for norm, _ in self.norms] + self.wiring.fixed_norms:
+            norm.weight.copy_(turn_gain(norm.weight))
+            if norm.bias is not None:
+                norm.bias.copy_(turn(norm.bias))
+
+
+def _gain(norm: Norm) -> Tensor:
+    return norm.weight.detach() + (1 - norm.unit)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output head has the weight of the input embeddings."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def untie_(model: PreTrainedModel) -> None:
+    """Gives the output head a weight of its own, a copy of the embeddings; on the meta device too."""
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+
+
+def tie_(model: PreTrainedModel) -> None:
+    """Undoes `untie_`."""
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = True

@@ -1,0 +1,169 @@
+"""Read files that others wrote: only regular files, only valid text and JSON, and one `InputError` for anything else.
+
+A named pipe or a device would hang or never end, `open` follows both without a word, and `json` reports bad input by
+five types of exception. Every reader of castlm opens its files here; libraries that open files themselves are given
+paths that `check_regular` has passed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from castlm.core.errors import InputError
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def user_path(path: str | Path) -> Path:
+    """`path` with `~` and `~user` expanded.
+
+    Raises:
+        InputError: an empty path, one with a null character, or the home folder of a user who does not exist.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise InputError("a path is empty: name a file or a folder")
+    if "\0" in text:
+        raise InputError(f"the path {text!r} contains a null character: name a file or a folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"the home folder in {text!r} cannot be determined: write the path in full") from error
+
+
+def check_regular(path: str | Path) -> Path:
+    """`path` itself, if it is a regular file or a link to one.
+
+    Raises:
+        InputError: the file does not exist, cannot be accessed, or is a folder, named pipe, socket or device.
+    """
+    path = user_path(path)
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {_reason(error)}") from error
+    if kind != stat.S_IFREG:
+        raise InputError(f"{path} is {_KINDS.get(kind, 'not a regular file')}: give a regular file")
+    return path
+
+
+def check_regular_entries(folder: Path) -> None:
+    """Checks that `folder` and its subfolders hold only regular files, before a library opens any that it finds.
+
+    Raises:
+        InputError: an entry is a named pipe, socket or device, or the folder cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    with os.scandir(entry.path) as inner:
+                        _refuse_special([item for item in inner if not item.is_dir()])
+                else:
+                    _refuse_special([entry])
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or folder}: {_reason(error)}") from error
+
+
+def _refuse_special(entries: list[os.DirEntry[str]]) -> None:
+    for entry in entries:
+        # a link to nothing is not a file either, and whoever needs the file says that it is missing
+        if not entry.is_file() and os.path.exists(entry.path):
+            check_regular(entry.path)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a regular file for reading, in binary; never waits for a writer, as `open` does on a named pipe.
+
+    Raises:
+        InputError: as `check_regular`.
+    """
+    path = check_regular(path)
+    try:
+        # not blocking, and checked once more: the path may name another file by now
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {_reason(error)}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path} is not a regular file: give a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The whole of a regular file.
+
+    Raises:
+        InputError: as `check_regular`, or it cannot be read.
+    """
+    try:
+        with open_regular(path) as stream:
+            return stream.read()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """The whole of a UTF-8 text file, without a byte order mark.
+
+    Raises:
+        InputError: as `read_bytes`, or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 near byte {error.start}; convert the file to UTF-8") from error
+
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        where: file or line, for the message.
+
+    Raises:
+        InputError: not JSON, not UTF-8, nested too deeply, or a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise InputError(f"{where} is not readable JSON: it is nested too deeply") from error
+    except ValueError as error:
+        raise InputError(f"{where} is not readable JSON: {_reason(error)}") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        InputError: as `read_text` and `parse_json`.
+    """
+    return parse_json(read_text(path), path)
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        InputError: as `read_json`, or the file holds another type.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def _reason(error: BaseException) -> str:
+    """In one line, without the path that an `OSError` repeats."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(reason.split())[:200]

@@ -1,0 +1,67 @@
+"""Options that have no effect in a run, and why. A run reports them instead of ignoring them without a word."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+from castlm.core.decay import DECAYS
+from castlm.fields import default_of, is_required
+from castlm.methods.table import METHODS
+from castlm.training.config import TrainConfig
+
+CALIBRATED = ("wanda", "sparsegpt")
+"""Starts that read calibration text."""
+
+
+class Effect(NamedTuple):
+    """When an option has an effect."""
+
+    when: Callable[[TrainConfig], bool]
+    needs: str
+    """The same in words, as the end of "... has an effect only with"."""
+
+
+def _decays(config: TrainConfig) -> bool:
+    return "decay" in METHODS[config.method].options
+
+
+EFFECTS: dict[str, Effect] = {
+    "decay_end": Effect(lambda c: _decays(c) and DECAYS[c.decay].uses_decay_end, "a decay that ends before the run"),
+    "lam": Effect(lambda c: _decays(c) and DECAYS[c.decay].needs_lam, "a decay that uses lam"),
+    "ignore_decay_budget": Effect(lambda c: _decays(c) and DECAYS[c.decay].reduces, "a decay"),
+    "mask_interval": Effect(lambda c: c.method != "cast" or c.start == "magnitude", "init_from magnitude"),
+    "calibration_sequences": Effect(lambda c: c.start in CALIBRATED, f"init_from {' or '.join(CALIBRATED)}"),
+    "temperature": Effect(lambda c: c.eta > 0, "eta above 0"),
+    "teacher_top_k": Effect(lambda c: c.eta > 0, "eta above 0"),
+    "min_lr_ratio": Effect(lambda c: c.lr_scheduler_type != "constant", "a learning rate that falls"),
+    "hub_model_id": Effect(lambda c: c.push_to_hub, "push_to_hub"),
+    "hub_private_repo": Effect(lambda c: c.push_to_hub, "push_to_hub"),
+    "eval_fraction": Effect(lambda c: c.eval_dataset is None, "a held-out part: no eval_dataset"),
+    "left_dense": Effect(lambda c: c.method != "dense", "a method that makes weights sparse"),
+    "pattern": Effect(lambda c: c.method != "dense", "a method that makes weights sparse"),
+    "save_total_limit": Effect(lambda c: c.save_steps > 0, "save_steps above 0"),
+    "async_save": Effect(lambda c: c.save_steps > 0, "save_steps above 0"),
+}
+"""The options whose effect depends on others. Those of a method are in its row of `METHODS`."""
+
+
+def without_effect(config: TrainConfig) -> dict[str, str]:
+    """The options that were changed from their default and have no effect in this run, each with the reason.
+
+    Example:
+        >>> without_effect(TrainConfig("model", "text.jsonl", "run", mask_interval=5))
+        {'mask_interval': 'mask_interval = 5 has an effect only with init_from magnitude'}
+    """
+    found = {}
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if is_required(field) or value in (None, default_of(field)):
+            continue
+        readers = [method for method, row in METHODS.items() if name in row.options]
+        if readers and config.method not in readers:
+            found[name] = f"{name} = {value} has an effect only with method {' or '.join(readers)}"
+        elif name in EFFECTS and not EFFECTS[name].when(config):
+            found[name] = f"{name} = {value} has an effect only with {EFFECTS[name].needs}"
+    return found

@@ -1,0 +1,140 @@
+"""Experiment trackers besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio.
+
+To add a tracker, add a row to `TRACKERS`. A client is imported only when a run reports to it. Only the main rank does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from castlm.core.errors import InputError
+
+PROJECT = "castlm"
+
+
+class Tracker(Protocol):
+    """What the training loop asks of a tracker."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Reports the figures of a step."""
+
+    def close(self) -> None:
+        """Sends what has not been sent."""
+
+
+class TrackedRun(NamedTuple):
+    """The run that a tracker is opened for."""
+
+    output_dir: Path
+    config: dict[str, Any]
+    first_step: int
+    """0, or the step that a resumed run continues from."""
+
+    @property
+    def id(self) -> str:
+        """The same for a run and its resumption."""
+        return hashlib.sha256(str(self.output_dir.absolute()).encode()).hexdigest()[:12]
+
+
+class TensorBoard:
+    """Event files in `output_dir/tensorboard`."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(run.output_dir / "tensorboard", purge_step=run.first_step)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run in the project "castlm" of Weights & Biases; offline, in `output_dir/wandb`, without an API key."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        wandb = importlib.import_module("wandb")
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run.output_dir.name,
+            id=run.id,
+            resume="allow",
+            dir=str(run.output_dir),
+            config=run.config,
+            mode=mode,
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """A run in the local project "castlm" of Trackio."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        trackio = importlib.import_module("trackio")
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+            name=f"{run.output_dir.name}-{run.id}",
+            config=run.config,
+            resume="allow",
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "trackio": Trackio,
+}
+"""By the name of the package."""
+
+
+def chosen_trackers(report_to: Sequence[str]) -> list[str]:
+    """The trackers that `report_to` means: those that are named, or with "auto" all that are installed.
+
+    Raises:
+        InputError: a named package is not installed.
+    """
+    if "none" in report_to:
+        return []
+    if "auto" in report_to:
+        return [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
+    missing = [name for name in report_to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"report_to {missing[0]}: it is not installed: pip install {' '.join(missing)}")
+    return list(dict.fromkeys(report_to))
+
+
+def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
+    """Opens trackers in the order of `names`.
+
+    Raises:
+        InputError: a client fails, with its reason.
+    """
+    opened: list[Tracker] = []
+    for name in names:
+        try:
+            opened.append(TRACKERS[name](run))
+        except Exception as error:  # each client has its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"report_to {name}: {reason}; report_to none does without") from error
+    return opened

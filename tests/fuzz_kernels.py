@@ -1,0 +1,116 @@
+"""Builds the C++ kernels with AddressSanitizer and UndefinedBehaviorSanitizer, and feeds them random input.
+
+Run `python -m tests.fuzz_kernels --minutes 10`, as `make fuzz` does. The kernels are called as the optimizer calls
+them, through `castlm.core.native` and ctypes, and their results are compared with torch's. Before the search, one call
+that reads past a buffer shows that the sanitizer would have stopped it. Not collected by pytest.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "castlm" / "core" / "kernels.cpp"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+
+def build(folder: Path) -> Path:
+    library = folder / "kernels_sanitized.so"
+    command = ["g++", "-std=c++17", *SANITIZERS, "-pthread", "-shared", "-fPIC", str(SOURCE), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return library
+
+
+def start(library: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Runs this module in a process whose allocations the sanitizer watches."""
+    runtime = [
+        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = {**os.environ, **OPTIONS, "LD_PRELOAD": ":".join(runtime), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.fuzz_kernels", "--library", str(library), *arguments]
+    return subprocess.run(
+        command, env=environment, text=True, stderr=subprocess.PIPE if "--overrun" in arguments else None
+    )
+
+
+def overrun(library: Path) -> None:
+    """Passes a weight whose width is too large, past the checks of `native`: the sanitizer has to end the process."""
+    import ctypes
+
+    import torch
+
+    from castlm.core import native
+
+    weight, mask = torch.randn(4, 8), torch.zeros(4, 1, dtype=torch.uint8)
+    parameters = native._parameters([weight], [mask])
+    parameters[0].width = 4096
+    native.load_kernels(str(library)).castlm_refresh(parameters, ctypes.c_int64(1), 2, 4, 1)
+
+
+def search(library: Path, seconds: float) -> dict[str, int]:
+    """Runs every check on random input until the time is over; how many inputs each has seen."""
+    import torch
+    from hypothesis import HealthCheck, given, settings
+
+    from castlm.core import native
+    from tests import kernel_cases as cases
+
+    loaded = native.load_kernels(str(library))
+    native.kernels = lambda: loaded  # type: ignore[assignment]
+    checks = {
+        "refresh": (cases.refreshes(), cases.check_refresh),
+        "update": (cases.updates(), cases.check_update),
+        "broken update": (cases.broken_updates(), cases.check_broken_update),
+    }
+    counts = dict.fromkeys(checks, 0)
+
+    def batch_of(name: str) -> Callable[[], None]:
+        strategy, check = checks[name]
+
+        @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(strategy)
+        def batch(case):
+            counts[name] += 1
+            check(case)
+
+        return batch
+
+    until, threads = time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        threads = threads % 4 + 1
+        torch.set_num_threads(threads)
+        for name in checks:
+            batch_of(name)()
+    return counts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--overrun", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.library is None:
+        with tempfile.TemporaryDirectory() as folder:
+            library = build(Path(folder))
+            proof = start(library, "--overrun")
+            if proof.returncode == 0 or "heap-buffer-overflow" not in proof.stderr:
+                print(f"the sanitizer did not notice a read past a buffer:\n{proof.stderr}", file=sys.stderr)
+                return 1
+            return start(library, "--minutes", str(arguments.minutes)).returncode
+    if arguments.overrun:
+        overrun(arguments.library)
+        return 0
+    counts = search(arguments.library, 60 * arguments.minutes)
+    print("no finding in " + ", ".join(f"{count:,} inputs of {name}" for name, count in counts.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

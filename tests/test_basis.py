@@ -1,0 +1,167 @@
+"""A change of basis leaves the function of a model as it is, lowers the error of its pruned layers, or does nothing."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from castlm.core.errors import InputError
+from castlm.core.pattern import NM
+from castlm.models import linearize_conv1d_
+from castlm.oneshot import basis
+from castlm.oneshot.basis import change_basis_
+from castlm.oneshot.options import BasisOptions
+from castlm.oneshot.permutation import find_permutation, kept_score
+from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.rotation import Term, complement_of_ones, learn_rotations, solved_error
+from castlm.oneshot.solvers import damped
+from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_model
+
+WITH_EXPERTS = {"mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}}
+WITH_POST_NORMS = {"gemma2": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}}
+OVER = WITH_EXPERTS | WITH_POST_NORMS
+
+TOKENS = torch.randint(0, VOCAB_SIZE, (8, 32), generator=torch.Generator().manual_seed(0))
+
+
+def family_model(family: str, **over):
+    model = tiny_model(family, **OVER.get(family, {}) | over)
+    linearize_conv1d_(model)
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=TOKENS, use_cache=False).logits
+
+
+def distance(a, b) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *WITH_EXPERTS])
+def test_a_rotated_model_computes_what_it_did_and_its_layers_lose_less(family):
+    model = family_model(family)
+    before = logits(model)
+    report = change_basis_(model, TOKENS, BasisOptions(rotate="residual", rotation_iterations=10))
+    assert distance(logits(model), before) < 1e-5
+    assert report.logits_moved < 1e-5
+    by_kind = {change.what: change for change in report.changes}
+    assert {"values rotated", "residual stream rotated"} <= by_kind.keys()
+    assert all(change.after < change.before and change.num_kept for change in report.changes)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OVER])
+@pytest.mark.parametrize("rotate", ["auto", "off"])
+def test_the_default_and_permutations_alone_leave_every_family_as_it_computes_and_keep_its_embeddings_tied(
+    family, rotate
+):
+    model = family_model(family)
+    tied = model.config.tie_word_embeddings
+    before = logits(model)
+    report = change_basis_(model, TOKENS, BasisOptions(rotate=rotate, rotation_iterations=10))
+    assert distance(logits(model), before) < 1e-5
+    assert any(change.num_kept for change in report.changes)
+    assert not report.untied
+    assert model.config.tie_word_embeddings == tied
+
+
+@pytest.mark.parametrize("family", ["gemma", "gpt2"])
+def test_a_rotated_model_with_untied_embeddings_is_a_plain_folder(family, tmp_path):
+    from castlm.models import save_model
+    from tests.tiny import tiny_tokenizer
+
+    model = family_model(family)
+    before = logits(model)
+    assert change_basis_(model, TOKENS, BasisOptions(rotate="residual", rotation_iterations=5)).untied
+    save_model(model, tiny_tokenizer(), tmp_path)
+    assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), before) < 1e-5
+
+
+def test_a_pruned_model_is_closer_to_the_dense_one_in_the_new_basis():
+    errors = {}
+    for rotate in ("off", "values", "residual"):
+        model = family_model("llama")
+        change_basis_(model, TOKENS, BasisOptions(rotate=rotate, permute=rotate != "off", rotation_iterations=20))
+        report = prune_oneshot_(model, "sparsegpt", calibration=TOKENS)
+        errors[rotate] = sum(layer.error for layer in report.layers)
+    assert errors["residual"] < errors["values"] < errors["off"]
+
+
+def test_what_a_family_does_not_allow_is_refused_by_name():
+    with pytest.raises(InputError, match=r"residual stream of gemma2 cannot be rotated: the gains of the norms behind"):
+        change_basis_(family_model("gemma2"), TOKENS, BasisOptions(rotate="residual"))
+    with pytest.raises(InputError, match=r"the basis of gpt_neox cannot be changed: known are gemma, gemma2"):
+        change_basis_(tiny_model("gpt_neox"), TOKENS, BasisOptions(rotate="values"))
+    model = family_model("llama")
+    model.model.norm.weight.data[3] = 0
+    with pytest.raises(InputError, match="a norm has a gain of 0, which cannot be folded"):
+        change_basis_(model, TOKENS, BasisOptions(rotate="residual"))
+
+
+def test_auto_leaves_an_unknown_family_as_it_is_and_says_so():
+    model, said = tiny_model("gpt_neox"), []
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    report = change_basis_(model, TOKENS, say=said.append)
+    assert not report.changes
+    assert said == report.notes
+    assert "gpt_neox" in said[0]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_off_changes_nothing():
+    model = family_model("llama")
+    before = logits(model)
+    assert not change_basis_(model, TOKENS, BasisOptions(rotate="off", permute=False)).changes
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("rotate", ["values", "residual"])
+def test_a_change_that_moves_the_outputs_is_undone_and_said(rotate, monkeypatch):
+    monkeypatch.setattr(basis, "TOLERANCE", -1.0)  # nothing is within it
+    model, said = family_model("gemma"), []
+    before = logits(model)
+    report = change_basis_(model, TOKENS, BasisOptions(rotate=rotate, rotation_iterations=5), say=said.append)
+    assert distance(logits(model), before) < 1e-5
+    assert sum("left as it was" in line for line in said) == 3  # two blocks and the stream
+    assert not report.untied
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_only_layers_that_are_pruned_count():
+    model = family_model("llama")
+    only_down = lambda module, fqn: fqn.endswith("down_proj")  # noqa: E731
+    report = change_basis_(model, TOKENS, BasisOptions(rotate="off"), filter_fn=only_down)
+    assert [change.what for change in report.changes] == ["MLP neurons permuted"]
+
+
+def test_the_search_finds_the_best_of_all_groupings_of_eight_columns():
+    score = torch.rand(16, 8, generator=torch.Generator().manual_seed(1)).square()
+    best = max(
+        kept_score(score[:, [*group, *(c for c in range(8) if c not in group)]], NM(2, 4))
+        for group in itertools.combinations(range(8), 4)
+    )
+    order = find_permutation(score, NM(2, 4))
+    assert sorted(order.tolist()) == list(range(8))
+    assert kept_score(score[:, order], NM(2, 4)) == pytest.approx(best)
+
+
+def test_learned_rotations_are_rotations_and_can_keep_the_mean():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(200, 16, generator=generator), torch.randn(24, 16, generator=generator)
+    hessian = x.T @ x
+    term = Term(weight, torch.linalg.inv(damped(hessian, 0.01)), float((weight @ hessian * weight).sum()), "in", (0,))
+    for keep_mean in (False, True):
+        (rotation,) = learn_rotations([term], 1, 16, NM(2, 4), iterations=30, learning_rate=0.05, keep_mean=keep_mean)
+        torch.testing.assert_close(rotation @ rotation.T, torch.eye(16), atol=1e-5, rtol=0)
+        if keep_mean:
+            torch.testing.assert_close(rotation.sum(0), torch.ones(16), atol=1e-5, rtol=0)
+        turned = solved_error(weight @ rotation, rotation.T @ hessian @ rotation, NM(2, 4))
+        assert turned < 0.9 * solved_error(weight, hessian, NM(2, 4))
+
+
+def test_the_complement_of_ones_is_orthonormal():
+    frame = complement_of_ones(12)
+    torch.testing.assert_close(frame.T @ frame, torch.eye(11), atol=1e-6, rtol=0)
+    assert float(frame.sum(0).abs().max()) < 1e-6

@@ -1,0 +1,62 @@
+"""Documents in one training sequence: they do not attend to each other, in every family, or the family is refused."""
+
+import pytest
+import torch
+
+from castlm.core.errors import InputError
+from castlm.data.positions import document_positions
+from castlm.training.objective import Objective
+from castlm.training.setup import set_up
+from tests.tiny import FAMILIES, tiny_model
+
+END = 0
+
+
+def test_positions_start_again_after_each_end_of_text():
+    ids = torch.tensor([[5, 6, END, 7, 8, 9], [END, END, 3, 4, END, 1], [1, 2, 3, 4, 5, 6]])
+    expected = [[0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
+    assert document_positions(ids, END).tolist() == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_document_is_trained_like_one_alone(family):
+    model = tiny_model(family).eval()
+    vocab = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(1, vocab, (1, size), generator=generator) for size in (7, 9))
+    packed = torch.cat([first, torch.tensor([[END]]), second], dim=1)
+    labels = torch.full_like(packed, -100)
+    labels[:, 8:-1] = packed[:, 9:]
+    objective = Objective(model, model, 0.5, 1.0, end_of_text=END)
+    objective.check_documents_apart()
+    together = objective(packed, labels, 8)
+    alone = objective(second, labels[:, 8:], 8)
+    assert together.loss.item() == pytest.approx(alone.loss.item(), rel=1e-5)
+    crossing = Objective(model, model, 0.5, 1.0)(packed, labels, 8)
+    assert crossing.loss.item() != pytest.approx(alone.loss.item(), rel=1e-5)
+    evaluated = objective(packed, labels, 8, ce_only=True)
+    assert evaluated.ce.item() == pytest.approx(crossing.ce.item(), rel=1e-5)  # the usual protocol
+
+
+@pytest.mark.parametrize("kind", ["Bloom", "Mamba"])
+def test_a_family_that_cannot_keep_documents_apart_is_refused_by_name(kind):
+    import transformers
+
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "n_layer": 1, "n_head": 2, "state_size": 4}
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+    with pytest.raises(InputError, match=f"{kind}ForCausalLM cannot keep the documents .*cross_document_attention"):
+        Objective(model, None, 0.0, 1.0, end_of_text=END).check_documents_apart()
+    Objective(model, None, 0.0, 1.0).check_documents_apart()
+
+
+def test_a_teacher_cache_of_crossing_documents_is_refused_by_a_run_that_keeps_them_apart(text, tmp_path):
+    from castlm.distributed.world import init_world
+    from tests.test_train import small
+    from tests.tiny import save_tiny
+
+    model = str(save_tiny(tmp_path / "llama"))
+    fields = {"teacher_top_k": 4, "teacher_cache": str(tmp_path / "cache")}
+    world = init_world("cpu", "full")
+    set_up(small(model, text, tmp_path / "run", cross_document_attention=True, **fields), world, fresh=True)
+    with pytest.raises(InputError, match="cross_document_attention True -> False"):
+        set_up(small(model, text, tmp_path / "run", **fields), world, fresh=True)

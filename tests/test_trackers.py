@@ -1,0 +1,171 @@
+"""Trackers and uploads, with stubs of the clients: what they are told, and what is refused before a run."""
+
+import importlib.machinery
+import json
+import sys
+import threading
+import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from castlm.core.errors import InputError
+from castlm.export import hub
+from castlm.training import trackers
+from castlm.training.loop import train
+from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
+from tests.test_train import small
+from tests.tiny import save_tiny
+
+
+class Client(types.ModuleType):
+    """Stands in for wandb or trackio and records what it is told."""
+
+    def __init__(self, name: str, api_key: str | None = None) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        self.api = types.SimpleNamespace(api_key=api_key)
+        self.started: list[dict] = []
+        self.logged: list[tuple[int, dict]] = []
+        self.num_finished = 0
+
+    def init(self, **options) -> "Client":
+        self.started.append(options)
+        return self
+
+    def log(self, values, step) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.num_finished += 1
+
+
+@pytest.fixture
+def clients(monkeypatch) -> dict[str, Client]:
+    found = {name: Client(name) for name in ("wandb", "trackio")}
+    for name, client in found.items():
+        monkeypatch.setitem(sys.modules, name, client)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return found
+
+
+def test_every_installed_tracker_gets_the_figures_of_metrics_jsonl(clients, text, tmp_path, capsys):
+    model = str(save_tiny(tmp_path / "llama"))
+    train(small(model, text, tmp_path / "run", max_steps=4, eval_steps=2, report_to=("auto",)))
+    assert "metrics: metrics.jsonl, tensorboard, wandb, trackio" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for client in clients.values():
+        assert client.num_finished == 1
+        assert client.started[0]["config"]["max_steps"] == 4
+        assert [step for step, _ in client.logged] == [row["step"] for row in rows]
+        for (_, values), row in zip(client.logged, rows):
+            assert values.items() <= row.items()
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_wandb_is_offline_without_a_key_and_resumes_the_same_run(clients, tmp_path, monkeypatch):
+    run = TrackedRun(tmp_path / "run", {}, 0)
+    open_trackers(["wandb"], run)
+    assert clients["wandb"].started[0]["mode"] == "offline"
+    monkeypatch.setitem(sys.modules, "wandb", keyed := Client("wandb", api_key="k"))
+    open_trackers(["wandb"], run._replace(first_step=3))
+    assert keyed.started[0]["mode"] == "online"
+    assert keyed.started[0]["id"] == clients["wandb"].started[0]["id"]
+    assert keyed.started[0]["resume"] == "allow"
+
+
+def test_a_tracker_that_is_missing_or_fails_is_one_line(clients, tmp_path, monkeypatch):
+    assert chosen_trackers(["none"]) == []
+    assert chosen_trackers(["wandb", "wandb"]) == ["wandb"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="report_to wandb: it is not installed: pip install wandb"):
+        chosen_trackers(["wandb"])
+    monkeypatch.setattr(clients["trackio"], "init", lambda **_: 1 / 0)
+    with pytest.raises(InputError, match="report_to trackio: division by zero; report_to none does without"):
+        open_trackers(["trackio"], TrackedRun(tmp_path, {}, 0))
+
+
+# ------------------------------------------------------------------------------------------------------------- hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face Hub as an upload of small files takes."""
+
+    commits: list[list[dict]] = []  # noqa: RUF012
+    refuse = False
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def answer(self, content: dict, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        if self.refuse or self.headers.get("Authorization") != "Bearer hf_test":
+            self.answer({"error": "Invalid username or password."}, 401)
+        else:
+            self.answer({"type": "user", "name": "me", "orgs": [], "sha": "0" * 40, "id": "me/run", "siblings": []})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path.endswith("/repos/create"):
+            self.answer({"url": "https://huggingface.co/me/run", "name": "me/run"})
+        elif self.path.endswith("/validate-yaml"):
+            self.answer({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            self.answer({"files": files})
+        elif "/commit/" in self.path:
+            self.commits.append([json.loads(line) for line in body.splitlines()])
+            self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": "https://huggingface.co/me/run/commit/1"})
+        else:
+            self.answer({}, 404)
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    import huggingface_hub
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    real = huggingface_hub.HfApi
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: real(endpoint=address, token="hf_test"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # the server is in this process
+    monkeypatch.setattr(Hub, "commits", [])
+    yield address
+    server.shutdown()
+
+
+def test_a_run_uploads_its_verified_model(endpoint, text, tmp_path, capsys):
+    model = str(save_tiny(tmp_path / "llama"))
+    config = small(model, text, tmp_path / "run", max_steps=2, push_to_hub=True, hub_model_id="me/run")
+    train(config)
+    assert "uploaded: https://huggingface.co/me/run/commit/1" in capsys.readouterr().err
+    (commit,) = Hub.commits
+    sent = {entry["value"]["path"] for entry in commit if entry["key"] == "file"}
+    assert sent == {path.name for path in (tmp_path / "run" / "model").iterdir()}
+
+
+def test_an_upload_that_cannot_work_is_refused_before_the_run(endpoint, text, tmp_path, monkeypatch):
+    model = str(save_tiny(tmp_path / "llama"))
+    with pytest.raises(InputError, match="hub_model_id a//b: "):
+        train(small(model, text, tmp_path / "run", push_to_hub=True, hub_model_id="a//b"))
+    monkeypatch.setattr(Hub, "refuse", True)
+    with pytest.raises(InputError, match=r"push_to_hub: .*log in with hf auth login"):
+        train(small(model, text, tmp_path / "run", push_to_hub=True, hub_model_id="me/run"))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_failed_upload_says_how_to_send_the_result(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(Hub, "do_POST", lambda self: self.answer({"error": "no"}, 403))
+    with pytest.raises(InputError, match=f"the result is whole: hf upload me/run {tmp_path} sends it"):
+        hub.push(tmp_path, "me/run", private=False)
