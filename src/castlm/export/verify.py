@@ -149,7 +149,7 @@ def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None) -> str | N
 def _take_packed(
     tensors: dict[str, StoredTensor],
 ) -> list[tuple[StoredTensor, PackedSpec, dict[str, StoredTensor]]]:
-    """Takes the parts of packed weights out of `tensors`: of each the weight as if stored whole, its spec and parts."""
+    """Takes the parts of packed weights out of `tensors`: of each the weight as if stored whole, spec and parts."""
     specs = read_specs(sorted({tensor.file for tensor in tensors.values()}))
     found = []
     for name, spec in sorted(specs.items(), key=lambda item: _natural(item[0])):
