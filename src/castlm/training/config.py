@@ -237,6 +237,7 @@ WITHOUT_EFFECT = frozenset(
 
 # What may differ between a run and its resumption; the split of the global batch is compared as a product.
 FREE_ON_RESUME = WITHOUT_EFFECT | {
+    "save_dtype",
     "eval_steps",
     "device",
     "fused_optimizer",

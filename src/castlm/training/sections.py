@@ -262,6 +262,9 @@ class CheckpointOptions:
     output_dir: str = essential()
     """New folder for the run. The verified model is written to `output_dir/model`."""
 
+    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = field(default="source", kw_only=True)
+    """What the result is written in. source: what the dense model is stored in."""
+
     save_steps: int = field(default=100, kw_only=True)
     """Steps between checkpoints; there is one at the end too. 0 saves only on Ctrl-C and SIGTERM."""
 
