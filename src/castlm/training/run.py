@@ -17,7 +17,7 @@ from castlm.core.decay import decay_alpha
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.core.shards import local
-from castlm.core.sparsify import dense_name, weight_parameter
+from castlm.core.sparsify import dense_name
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.world import World
@@ -153,7 +153,6 @@ class Run:
             self.saver.finish()
             raise InputError(self._diverged(total, grad_norm))
         self.method.before_update(self.progress.step)
-        self._decay_dense_weights(lr)
         with self.self_check.around_step(self.progress.step, self.method.mask_interval):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -172,16 +171,6 @@ class Run:
         values |= {"tokens_per_s": int(num_tokens) / took}
         values |= {"eta_s": self.progress.seconds / self.progress.step * (config.max_steps - self.progress.step)}
         self.telemetry.log(self.progress.step, values, write=self.progress.step % config.log_steps == 0)
-
-    @torch.no_grad()
-    def _decay_dense_weights(self, lr: float) -> None:
-        """Decoupled weight decay of the dense matrices, as AdamW applies it: before the update, `W *= 1 - lr * wd`."""
-        if not self.config.weight_decay:
-            return
-        sparse = {weight_parameter(layer) for layer in self.method.layers.values()}
-        for param, name in self.parts.names.items():
-            if param.dim() > 1 and param not in sparse and "parametrizations" not in name:
-                param.mul_(1 - lr * self.config.weight_decay)
 
     def _clip(self) -> float:
         gradients = [p.grad for p in self.parts.names if p.grad is not None]
