@@ -11,9 +11,11 @@ from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
+from castlm.distributed.sharding import compile_blocks_
 from castlm.distributed.world import init_world
 from castlm.models import load_model
 from castlm.training.config import TrainConfig
+from castlm.training.flops import peak_flops
 from castlm.training.run import Run
 from castlm.training.schedule import learning_rate
 from castlm.training.schedules import SCHEDULES
@@ -102,6 +104,34 @@ def test_a_run_of_epochs_ends_and_says_its_steps(llama, tmp_path):
     assert main([*arguments, "--per-device-train-batch-size", "4", "--learning-rate", "1e-3"]) in (0, 1)
     record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
     assert 4 <= record["train_steps"] <= 8
+
+
+def test_utilization_counts_the_matrices_once_and_needs_a_known_peak(llama, text, tmp_path, monkeypatch):
+    run = Run(small(llama, text, tmp_path / "run", eta=0.0), init_world("cpu", "full"))
+    config = run.model.config
+    linears = sum(m.in_features * m.out_features for m in run.model.modules() if isinstance(m, torch.nn.Linear))
+    assert run.flops_per_token == 6 * linears + 12 * config.num_hidden_layers * config.hidden_size * 32
+    assert run.peak_flops is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    assert peak_flops(torch.device("cuda"), "bf16") == 312e12
+    assert peak_flops(torch.device("cuda"), "fp32") is None
+    run.peak_flops = 1e12
+    run.train_step()
+    run.telemetry.__exit__(None, None, None)
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["mfu"] == pytest.approx(run.flops_per_token * row["tokens_per_s"] / 1e12)
+
+
+def test_compiled_blocks_train_alike_and_a_cpu_refuses_them(llama, text, tmp_path):
+    with pytest.raises(InputError, match="torch_compile is for a GPU"):
+        Run(small(llama, text, tmp_path / "run", torch_compile=True), init_world("cpu", "full"))
+    run = Run(small(llama, text, tmp_path / "run"), init_world("cpu", "full"))
+    ids = torch.arange(64).view(2, 32)
+    eager = run.parts.objective(ids, ids, 64).loss
+    compile_blocks_(run.parts.objective, backend="eager")  # traced by dynamo, not compiled by inductor
+    compiled = run.parts.objective(ids, ids, 64).loss
+    compiled.backward()
+    torch.testing.assert_close(compiled, eager)
 
 
 # ------------------------------------------------------------------------------------- the options of other commands

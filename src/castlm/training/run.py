@@ -26,6 +26,7 @@ from castlm.methods.base import Retraining
 from castlm.training.checkpoint import Saver, check_same_run, checkpoint_steps, load_checkpoint, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import TrainedRun
+from castlm.training.flops import flops_per_token, peak_flops
 from castlm.training.metrics import mask_figures, masked_histogram, masked_shares
 from castlm.training.objective import pruned
 from castlm.training.run_folder import RunFolder
@@ -86,6 +87,9 @@ class Run:
             trackers=open_trackers(trackers, tracked) if world.is_main else (),
             hidden=self.method.fixed_figures,
         )
+        has_teacher = self.parts.objective.teacher is not None
+        self.flops_per_token = flops_per_token(self.parts.names, self.model.config, config.seq_len, has_teacher)
+        self.peak_flops = peak_flops(world.device, self.parts.evaluator.precision)
         self.saver = Saver(
             self.folder.checkpoints,
             config.save_total_limit,
@@ -169,6 +173,8 @@ class Run:
         values = {"loss": total, "ce": ce, "kl": kl, "lr": lr, "grad_norm": grad_norm, "tokens": self.progress.tokens}
         values |= {} if alpha is None else {"alpha": alpha}
         values |= {"tokens_per_s": int(num_tokens) / took}
+        if self.peak_flops is not None:
+            values |= {"mfu": self.flops_per_token * int(num_tokens) / took / (self.peak_flops * self.world.size)}
         values |= {"eta_s": self.progress.seconds / self.progress.step * (config.max_steps - self.progress.step)}
         self.telemetry.log(self.progress.step, values, write=self.progress.step % config.log_steps == 0)
 
