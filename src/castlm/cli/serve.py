@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
-
-import tyro
 
 from castlm.cli.options import parse, result_folder
 from castlm.core.errors import InputError
+from castlm.fields import positional
 
 
 @dataclass
 class ServeCommand:
     """Serve a model, plain or packed, over the OpenAI API: chat completions, completions, responses."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: str = positional()
     """Folder, plain or packed, run of `castlm train`, or hub id."""
 
     host: str = "localhost"
