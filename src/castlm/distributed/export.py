@@ -174,9 +174,9 @@ def _refuse(temporary: Path, folder: Path, failure: str | None) -> None:
 def _prove_again(result: ShardedResult, folder: Path) -> tuple[str | None, dict[str, Any]]:
     """Reads the files back, each rank its rows, and compares them and their perplexity with those in memory."""
     opened = open_sharded(str(folder), trust_remote_code=False, revision=None)
-    failures = result.world.gather("other tensors come back from disk" if opened is None else None)
+    failures = result.world.gather("the files hold other tensors" if opened is None else None)
     if opened is None or any(failures):
-        return "other tensors come back from disk", {}
+        return "the files hold other tensors", {}
     model: PreTrainedModel = opened[0].model
     root = _sharded_root(model, result)
     load_rows_(model, opened[1], result.world)
@@ -184,7 +184,7 @@ def _prove_again(result: ShardedResult, folder: Path) -> tuple[str | None, dict[
     different = None
     for name, expected in _folded_rows(result):
         if not torch.equal(expected.contiguous().view(torch.int32), local(theirs[name]).contiguous().view(torch.int32)):
-            different = f"{name} comes back from disk with other values"
+            different = f"{name} has other values in the files"
     different = next((failure for failure in result.world.gather(different) if failure), None)
     in_memory, from_disk = (result.measure(root) for root in (_in_fp32(result), root))
     if different is None and not math.isclose(in_memory, from_disk, rel_tol=EVAL_TOLERANCE):
