@@ -152,6 +152,10 @@ def test_memory_plan(here, config, seq_len, gib):
 # ---- data
 
 
+def gzipped(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)
+
+
 def read_all(path: Path) -> None:
     documents = open_documents(path)
     text_hash(documents)

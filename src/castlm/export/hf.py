@@ -74,7 +74,7 @@ def export_model(
             save_model(model, tokenizer, temporary)
         atomic_write_json(temporary / "castlm.json", manifest)
         try:
-            manifest["proof"] = _prove(temporary, model, pattern, manifest["left_dense"], eval_fn)
+            manifest["proof"] = _verify(temporary, model, pattern, manifest["left_dense"], eval_fn)
         except Exception as error:
             raise rejected(temporary, folder, error) from error
         write_record(temporary, folder.name, manifest)
@@ -111,7 +111,7 @@ def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
     return InputError(f"the export failed its verification: {reason} (kept as {kept})")
 
 
-def _prove(
+def _verify(
     folder: Path,
     model: PreTrainedModel,
     pattern: Pattern,
@@ -119,11 +119,11 @@ def _prove(
     eval_fn: Callable[[PreTrainedModel], float] | None,
 ) -> dict[str, Any]:
     """Verifies the files in `folder` against `model`; adds to `left_dense` by the names in the files."""
-    report = verify(folder, pattern, known_layers=())  # prove_pattern compares them with `model`
-    prove_pattern(report, model, left_dense)
+    report = verify(folder, pattern, known_layers=())  # verify_pattern compares them with `model`
+    verify_pattern(report, model, left_dense)
     code_is_trusted = type(model).__module__.startswith("transformers_modules")  # its code runs already
     loaded = load_model(str(folder), dtype=model.dtype, trust_remote_code=code_is_trusted).model.eval()
-    num_tensors = _prove_equal(model, loaded)
+    num_tensors = _verify_equal(model, loaded)
     proof: dict[str, Any] = {**report.totals(), "tensors_equal_in_bits": num_tensors}
     if eval_fn is not None:
         in_memory = float(eval_fn(model))
@@ -134,7 +134,7 @@ def _prove(
     return proof
 
 
-def prove_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict[str, str]) -> None:
+def verify_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict[str, str]) -> None:
     """Raises `InputError` unless every sparse layer of `model` has the pattern in the files; completes `left_dense`."""
     sparse = {f"{name}.weight" for name, module in model.named_modules() if is_sparse_linear(module, name)}
     sparse -= set(left_dense) | {f"{name}.weight" for name in left_dense}
@@ -152,7 +152,7 @@ def prove_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict
         raise InputError(f"{len(report.sparse_layers)} of {len(sparse)} sparse layers were found in {report.path}")
 
 
-def _prove_equal(model: PreTrainedModel, loaded: PreTrainedModel) -> int:
+def _verify_equal(model: PreTrainedModel, loaded: PreTrainedModel) -> int:
     """Compares all parameters and persistent buffers bit for bit, and returns their number."""
     ours, theirs = model.state_dict(), loaded.state_dict()
     if ours.keys() != theirs.keys():
