@@ -238,6 +238,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` to write, renamed over it when the block ends without an error; else removed.
 
     Not flushed to the disk: that is the writer's, where a power cut matters."""
+    if os.path.lexists(path) and not os.path.isfile(path):  # such as /dev/stdout, a link to a pipe
+        raise InputError(f"{path} is not a regular file: name another file")
+    path = Path(os.path.realpath(path))  # of a link, the file behind it is replaced
     # the process's number alone is not its own on a disk that machines share
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
     try:
@@ -292,6 +295,4 @@ def plain_json(content: Any) -> Any:
         return {str(key): plain_json(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return [plain_json(value) for value in content]
-    if isinstance(content, str | Path):  # a surrogate stands for a byte of a path that is not UTF-8
-        return str(content).encode("utf-8", "backslashreplace").decode()
-    return content
+    return str(content) if isinstance(content, Path) else content
