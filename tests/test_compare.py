@@ -419,7 +419,10 @@ def test_a_changed_result_is_not_reused(files, tmp_path, in_process):
 
 
 def test_zero_shot_that_fails_is_not_exit_0(files, tmp_path, in_process, monkeypatch, capsys):
-    monkeypatch.setattr("castlm.compare.plan.zero_shot_rows", lambda *_: ([], "the evaluation failed: no data"))
+    def fail(*_):
+        return [], "the evaluation failed: no data"
+
+    monkeypatch.setattr("castlm.compare.plan.zero_shot_rows", fail)
     monkeypatch.setattr("castlm.evaluation.zero_shot.check_tasks", lambda names, folder: None)
     code, table = compare(files, tmp_path, methods="magnitude", tasks="piqa")
     assert code == 1

@@ -119,7 +119,7 @@ def test_a_recipe_is_overridden_by_what_is_given():
         ({"adam_betas": [0.9]}, "adam_betas = .* is not a list: it takes 2 values"),
         ({"method": "casts"}, "method = 'casts' is not one of .*; did you mean cast?"),
         ({"pattern": "4:2"}, "4:2"),
-        ({"dataset": ""}, "dataset = '' is not text: it is empty"),
+        ({"dataset": ""}, "dataset = '' is not text or a list: it is empty"),
         ({"output_dir": None}, "output_dir = null is not text"),
         ({"output_dir": "a\0b"}, "NUL character"),
         ({"output_dir": "a\udc80"}, "not UTF-8"),

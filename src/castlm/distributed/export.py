@@ -46,6 +46,8 @@ class ShardedResult:
     world: World
     pattern: Pattern
     left_dense: Mapping[str, str]
+    dtype: torch.dtype
+    """What the files are written in."""
     is_sparse: bool
     """False for the dense control, which has no pattern to verify."""
     root: nn.Module
@@ -66,6 +68,7 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
     """
     world = result.world
     folder = Path(os.path.realpath(result.folder))
+    record = {**record, "dtype": str(result.dtype).removeprefix("torch.")}
     manifest = new_manifest(result.pattern, result.left_dense, record)
     if not result.is_sparse:
         manifest["pattern"] = None  # the dense control
@@ -105,7 +108,7 @@ def _write_weights(result: ShardedResult, folder: Path) -> str | None:
         if weight not in seen:  # what is tied is written once
             weights[name] = weight, scale
             seen.add(weight)
-    files = _plan_files({name: weight.numel() * 4 for name, (weight, _) in weights.items()})
+    files = _plan_files({name: weight.numel() * result.dtype.itemsize for name, (weight, _) in weights.items()})
     failure = None
     for file, names in files.items():
         held: dict[str, Tensor] = {}
@@ -114,7 +117,7 @@ def _write_weights(result: ShardedResult, folder: Path) -> str | None:
             tensor = whole(weight) if scale is None else scale_weight(whole(weight), whole(scale))
             if result.world.is_main and failure is None:
                 transposed = stored_transposed(result.model.config.model_type, name)
-                held[name] = (tensor.T if transposed else tensor).contiguous().cpu()
+                held[name] = (tensor.T if transposed else tensor).to(result.dtype).contiguous().cpu()
         if held:
             try:
                 save_file(held, folder / file, metadata={"format": "pt"})
@@ -123,7 +126,7 @@ def _write_weights(result: ShardedResult, folder: Path) -> str | None:
                 failure = f"{why} while writing {folder / file}: free some space or choose another folder"
     if result.world.is_main and failure is None and len(files) > 1:
         total = sum(weight.numel() for weight, _ in weights.values())
-        index = {"metadata": {"total_parameters": total, "total_size": total * 4}}
+        index = {"metadata": {"total_parameters": total, "total_size": total * result.dtype.itemsize}}
         index["weight_map"] = {name: file for file, names in files.items() for name in names}
         atomic_write_json(folder / "model.safetensors.index.json", index)
     return failure
@@ -146,7 +149,7 @@ def _plan_files(sizes: dict[str, int]) -> dict[str, list[str]]:
 
 def _write_the_rest(result: ShardedResult, folder: Path) -> None:
     config = copy.deepcopy(result.model.config)
-    config.architectures, config.dtype = [type(result.model).__name__], "float32"
+    config.architectures, config.dtype = [type(result.model).__name__], str(result.dtype).removeprefix("torch.")
     config.save_pretrained(folder)
     if result.model.can_generate():
         result.model.generation_config.save_pretrained(folder)
@@ -199,14 +202,15 @@ def _sharded_root(model: PreTrainedModel, result: ShardedResult) -> nn.Module:
 
 
 def _folded_rows(result: ShardedResult) -> Iterator[tuple[str, Tensor]]:
-    """This rank's rows of every parameter as they are written."""
+    """This rank's rows of every parameter as they are written, in fp32."""
     for name, weight, scale in folded_weights(result.model):
-        yield name, local(weight) if scale is None else scale_weight(local(weight), local(scale))
+        rows = local(weight) if scale is None else scale_weight(local(weight), local(scale))
+        yield name, rows.to(result.dtype).to(rows.dtype)
 
 
 def _in_fp32(result: ShardedResult) -> nn.Module:
-    """The model in fp32. One that is gathered in bf16 is built again, since its own forward is not what is written."""
-    if result.precision == "fp32":
+    """The model in fp32, as it is written; built again where it is gathered in bf16 or written in another dtype."""
+    if result.precision == "fp32" and result.dtype is torch.float32:
         return result.root
     model = empty_model(copy.deepcopy(result.model.config)).eval()
     root = _sharded_root(model, result)

@@ -23,7 +23,7 @@ from castlm.export.card import model_card
 from castlm.export.report import VerifyReport
 from castlm.export.verify import verify
 from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_name
-from castlm.models import eval_mode, load_model, save_model
+from castlm.models import eval_mode, load_model, parameters_in, save_model
 from castlm.reading import user_path
 from castlm.versions import library_versions
 
@@ -40,6 +40,7 @@ def export_model(
     left_dense: Mapping[str, str],
     record: Mapping[str, Any],
     overwrite: bool = False,
+    dtype: torch.dtype | None = None,
     eval_fn: Callable[[PreTrainedModel], float] | None = None,
 ) -> dict[str, Any]:
     """Writes `model` to `folder` with castlm.json and a model card, reads it back and proves it.
@@ -51,6 +52,8 @@ def export_model(
         left_dense: why, by the name of a module or parameter, as `sparse_linears` gives it.
         record: what castlm.json shall hold beside the proof. The model card shows `base_model` (hub id or path),
             `license`, and `figures`: rows of `name, perplexity, seq_len, stride, text, num_tokens, tokenizer`.
+        dtype: what the files are written in; that of the model when not given. The weights of `model` are rounded to it
+            as well, and keep their own dtype, so that what is verified and measured is what is written.
         eval_fn: perplexity of a model, called on `model` and on the one read back.
 
     Returns:
@@ -65,9 +68,10 @@ def export_model(
             raise InputError(f"{name} is still parametrized: call fold_weight_scaling(model) before the export")
     folder = Path(os.path.realpath(user_path(folder)))
     pattern = as_pattern(pattern)
-    manifest = new_manifest(pattern, left_dense, record)
+    manifest = new_manifest(pattern, left_dense, {**record, "dtype": _name_of(dtype or model.dtype)})
     with eval_mode(model), atomic_dir(folder, overwrite) as temporary:
-        save_model(model, tokenizer, temporary)
+        with parameters_in(model, dtype):
+            save_model(model, tokenizer, temporary)
         atomic_write_json(temporary / "castlm.json", manifest)
         try:
             manifest["proof"] = _prove(temporary, model, pattern, manifest["left_dense"], eval_fn)
@@ -75,6 +79,10 @@ def export_model(
             raise rejected(temporary, folder, error) from error
         write_record(temporary, folder.name, manifest)
     return manifest
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def new_manifest(pattern: Pattern, left_dense: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:

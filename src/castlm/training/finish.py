@@ -23,7 +23,7 @@ from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.hardware import peak_memory
 from castlm.methods.table import METHODS
-from castlm.models import linearize_conv1d_, save_model
+from castlm.models import linearize_conv1d_, parameters_in, save_dtype, save_model
 from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import held_out_perplexity, masked_histogram
@@ -56,6 +56,11 @@ class TrainedRun:
     @property
     def model(self) -> PreTrainedModel:
         return self.parts.source.model
+
+    @property
+    def save_dtype(self) -> torch.dtype:
+        """What the result is written in."""
+        return save_dtype(self.config.save_dtype, self.parts.source.loaded.dtype)
 
     @property
     def is_sparse(self) -> bool:
@@ -98,6 +103,7 @@ def sharded_result(run: TrainedRun) -> ShardedResult:
         world=world,
         pattern=Pattern.parse(config.pattern),
         left_dense=run.parts.method.left_dense,
+        dtype=run.save_dtype,
         is_sparse=run.is_sparse,
         root=run.parts.objective,
         precision=run.parts.evaluator.precision,
@@ -141,7 +147,7 @@ def write_result(run: TrainedRun, model: PreTrainedModel | None, histogram: dict
 
     record = finished_record(run, histogram)
     if not run.is_sparse:  # the dense control has no pattern to verify
-        with atomic_dir(folder, overwrite=True) as temporary:
+        with atomic_dir(folder, overwrite=True) as temporary, parameters_in(model, run.save_dtype):
             save_model(model, tokenizer, temporary)
             atomic_write_json(temporary / "castlm.json", record)
         say_result(run, record)
@@ -154,6 +160,7 @@ def write_result(run: TrainedRun, model: PreTrainedModel | None, histogram: dict
         left_dense=run.parts.method.left_dense,
         record=record,
         overwrite=True,
+        dtype=run.save_dtype,
         eval_fn=measure,
     )
     say_result(run, result)
@@ -192,7 +199,7 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
     measured = measured_on(
         run.parts.source.tokenizer,
         seq_len=config.seq_len,
-        text=config.eval_dataset or f"held out of {config.dataset}",
+        text=", ".join(config.eval_datasets) or f"held out of {', '.join(config.datasets)}",
         text_sha256=run.parts.text.eval_sha256,
         num_tokens=len(run.parts.text.eval_ids),
         precision=run.parts.evaluator.precision,
@@ -216,7 +223,7 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
         "mask": {
             k: last[k] for k in ("sparse_weight_ratio", "flip_rate", "initial_flip_rate", "largest_masked") if k in last
         },
-        "dataset": {"name": config.dataset, "sha256": run.parts.text.train_sha256},
+        "dataset": {"name": " + ".join(config.datasets), "sha256": run.parts.text.train_sha256},
         "num_params": sum(p.numel() for p in run.parts.names),
         "train_tokens": run.tokens,
         "train_steps": config.max_steps,

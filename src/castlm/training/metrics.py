@@ -32,11 +32,15 @@ class Evaluator:
     precision: str
     world: World
 
-    def perplexity(self) -> float:
-        """The perplexity of the current forward pass. All ranks call it; it leaves their parameters sharded."""
+    def perplexity(self, token_ids: Tensor | None = None) -> float:
+        """The perplexity of the current forward pass. All ranks call it; it leaves their parameters sharded.
+
+        Args:
+            token_ids: (num_tokens,), a part of the held-out tokens; None for all of them.
+        """
         return held_out_perplexity(
             self.objective,
-            self.token_ids,
+            self.token_ids if token_ids is None else token_ids,
             seq_len=self.seq_len,
             batch=self.batch,
             precision=self.precision,

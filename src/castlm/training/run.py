@@ -209,6 +209,8 @@ class Run:
             values |= mask_figures(masks, initial, self.method.flips(), self.world)
         if self.progress.step == 0 and self.parts.dense_perplexity is not None:
             values["dense_ppl"] = self.parts.dense_perplexity
+        for name, ids in self.parts.text.eval_parts.items():
+            values[f"perplexity/{Path(name).name}"] = self.parts.evaluator.perplexity(ids)
         self.progress.figures[str(self.progress.step)] = values
         self.telemetry.evaluated(self.progress.step, values, self._details(masks))
 

@@ -74,6 +74,14 @@ def filter_of(config: TrainConfig) -> FilterFn:
     return is_sparse
 
 
+def check_left_dense(config: TrainConfig, model: torch.nn.Module) -> None:
+    """Raises `InputError` if a part of `left_dense` is in the name of no layer that could be sparse."""
+    names = [name for name, module in model.named_modules() if is_sparse_linear(module, name)]
+    for part in config.left_dense:
+        if not any(part in name for name in names):
+            raise InputError(f"left_dense {part} is in the name of no sparse layer: they are named like {names[-1]}")
+
+
 def global_batch(config: TrainConfig, world: World) -> int:
     """Sequences of one optimizer step, on all ranks together."""
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
@@ -92,6 +100,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     method_class.check(config)
     source = open_source(config, world)
     model = source.model
+    check_left_dense(config, model)
     text = open_training_text(config, source.tokenizer, model.config.vocab_size, world)
     precision = choose_precision(config.precision, world.device, model.config)
     if world.size > 1 and method_class.masks_forward:
