@@ -29,8 +29,8 @@ class Preset:
 
 # A budget of steps and rates that cannot bring masked weights to zero is what two of the decays are here to show.
 _ANY_BUDGET = {"method": "cast", "ignore_decay_budget": True}
-# The strongest start without a change of basis: a rival's.
-_SPARSEGPT = {"init_from": "sparsegpt", "rotate": "off", "permute": False}
+# The start of the rivals: SparseGPT as published.
+_SPARSEGPT = {"init_from": "sparsegpt", "rotate": "off", "permute": False, "refit_iterations": 0}
 # The masks that the paper refreshes.
 _MAGNITUDE = {"init_from": "magnitude"}
 
