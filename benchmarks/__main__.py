@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tests.tiny import save_tiny
 
-from benchmarks import adams, masks, scaling, startup
+from benchmarks import adams, advisor, masks, scaling, startup
 from benchmarks.machine import machine, write_json
 from benchmarks.rows import CLOCKS, Row
 from castlm.hardware import keep_freed_memory
@@ -123,6 +123,7 @@ PARTS = {
     "throughput": lambda quick, clock: throughput_rows(quick),
     "peak": lambda quick, clock: peak_rows(quick),
     "oneshot": lambda quick, clock: oneshot_rows(quick),
+    "advice": lambda quick, clock: advisor.rows(quick),
     "startup": lambda quick, clock: startup.rows(),
 }
 

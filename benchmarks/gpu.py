@@ -1,10 +1,12 @@
 """What a GPU has to show, on one card and in under eight minutes; exits with 2 where there is none.
 
-    python -m benchmarks.gpu [--json OUT]
+    python -m benchmarks.gpu [--json OUT] [--minutes 8] [--dry-run]
 
-In this order: AdamS on FSDP2 shards over NCCL equals AdamS on whole weights; the optimizer and the mask refresh against
-their rivals; a whole step of the demo model in bf16, compiled, with gradient checkpointing, against a bare loop; and
-what 2:4 brings at inference, `to_sparse_semi_structured` on this model's layer shapes, prefill and decode apart.
+In this order: checks that AdamS and the masks on this device, compiled and sharded over NCCL, are those of plain
+tensors; layers of 7B and 70B models, dense against 2:4, decode and prefill apart; a 7B model's blocks end to end as
+CUDA graphs; the optimizer, the mask refresh and a whole training step against their rivals. `--dry-run` walks through
+everything that runs without a GPU on a CPU, with tiny shapes and a stub for the sparse kernels; it names the rows, and
+neither shows nor writes a ratio.
 """
 
 from __future__ import annotations
@@ -15,26 +17,37 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
+from tests.stub_backend import StubBackend
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.sparse import to_sparse_semi_structured
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
 from benchmarks.adams import step_rows
 from benchmarks.machine import machine, write_json
-from benchmarks.masks import refresh_rows
+from benchmarks.masks import refresh_rows, topk_mask
 from benchmarks.rows import Row, interleaved, ratio_row
 from castlm.core.adams import AdamS
-from castlm.core.pattern import nm_mask
+from castlm.core.masks import pack_mask, unpack_mask
+from castlm.core.pattern import NM, nm_mask
+from castlm.core.sparsify import prune_
+from castlm.inference.cuda_backends import backend_for
+from castlm.inference.semi_structured import Backend, to_semi_structured_
 
-SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536)]  # SmolLM2-135M's layers (out, in)
-BATCHES = {"decode": (1, 16, 64), "prefill": (1024, 8192, 32_768)}  # tokens in one call
-CALLS = 50  # one timing is of this many
+SHAPES = {  # (out_features, in_features) of LLaMA-2, and how many of them a block has
+    "7B": {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1},
+    "70B": {(8192, 8192): 2, (1024, 8192): 2, (28672, 8192): 2, (8192, 28672): 1},
+}
+PHASES = {"decode": (1, 16, 64), "prefill": (256, 1024, 4096)}
+"""Tokens that a layer sees at once."""
+BLOCKS, CONTEXT = 8, 512
+"""Of the end-to-end model: blocks of a 7B LLaMA, which has 32, and tokens in the cache before the decode step."""
 
 
 def check_nccl() -> None:
@@ -60,49 +73,192 @@ def check_nccl() -> None:
     dist.destroy_process_group()
 
 
+def check_adams(device: str) -> None:
+    """Twelve steps with refreshes, fused against plain: masks as words of 32 weights, and a width without words."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((64, 128), (24, 36)):
+        weights = [torch.randn(shape, generator=generator).to(device)]
+        weights.append(weights[0].clone())
+        params = [nn.Parameter(weight) for weight in weights]
+        optimizers = [
+            AdamS([{"params": [p], "sparse": True}], lr=1e-3, total_steps=12, mask_interval=4, fused=fused)
+            for p, fused in zip(params, (True, False))
+        ]
+        for _ in range(12):
+            gradient = torch.randn(shape, generator=generator).to(device)
+            for param, optimizer in zip(params, optimizers):
+                param.grad = gradient.clone()
+                optimizer.step()
+        torch.testing.assert_close(params[0], params[1], rtol=1e-5, atol=1e-6)
+        assert torch.equal(optimizers[0].mask(params[0]), optimizers[1].mask(params[1]))
+
+
+def check_masks(device: str) -> None:
+    """Masks made on the device are those of the CPU, ties included; bits come back; the compiled refresh agrees."""
+    weight = torch.randint(-3, 4, (96, 128), generator=torch.Generator().manual_seed(0)).float()
+    expected = nm_mask(weight.clone())
+    found = nm_mask(weight.to(device))
+    assert torch.equal(found.cpu(), expected)
+    packed = pack_mask(found)
+    assert torch.equal(packed.cpu(), pack_mask(expected))
+    assert torch.equal(unpack_mask(packed, weight.shape[1]), found)
+    flips, has_nan = NM(2, 4).refresh_([[weight.to(device)]], [[packed]], compile=device == "cuda")
+    assert (int(flips), has_nan) == (0, False)
+    assert torch.equal(found.sum(1), topk_mask(weight.to(device)).sum(1))
+
+
+def layer_rows(size: str, scale: int, device: str, backend: Backend) -> Iterator[Row]:
+    """The layers of one block, dense against what `to_semi_structured_` makes of them, and against 2:4 in all."""
+    shapes = {(out // scale, into // scale): count for (out, into), count in SHAPES[size].items()}
+    for phase, batches in PHASES.items():
+        for tokens in (max(1, batch // scale) for batch in batches):
+            layers = nn.ModuleDict({str(i): pruned_linear(shape, device) for i, shape in enumerate(shapes)})
+            choices = to_semi_structured_(layers, tokens, backend=backend)
+            seconds = {"dense": 0.0, "2:4": 0.0, "chosen": 0.0}
+            for choice, count in zip(choices, shapes.values()):
+                assert choice.seconds, choice.reason
+                best = min(value for name, value in choice.seconds.items() if name != "dense")
+                for name, value in (("2:4", best), ("dense", choice.seconds["dense"])):
+                    seconds[name] += count * value
+                seconds["chosen"] += count * choice.seconds[choice.variant]
+            part = f"{size} layers, {phase}, {tokens} tokens"
+            detail = {"layers": [dataclasses.asdict(choice) for choice in choices], "seconds": seconds}
+            ratio = seconds["dense"] / seconds["2:4"]
+            yield Row(f"{part}: 2:4 in all", "dense bf16", ratio, ratio, ratio, detail=detail)
+            ratio = seconds["dense"] / seconds["chosen"]
+            yield Row(f"{part}: to_semi_structured_", "dense bf16", ratio, ratio, ratio, ">= 1")
+
+
+def pruned_linear(shape: tuple[int, int], device: str) -> nn.Linear:
+    """A bf16 layer with random weights, pruned to 2:4."""
+    layer = nn.Linear(shape[1], shape[0], bias=False, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.masked_fill_(~nm_mask(layer.weight), 0)
+    return layer
+
+
+def llama(scale: int, device: str) -> PreTrainedModel:
+    """The first blocks of a 7B LLaMA with random weights, bf16, pruned to 2:4."""
+    hidden = 4096 // scale
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=11008 // scale,
+        num_hidden_layers=BLOCKS if scale == 1 else 2,
+        num_attention_heads=hidden // 128 or 1,
+        vocab_size=32_000 // scale,
+        max_position_embeddings=4096 + CONTEXT,
+    )
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    prune_(model)
+    return model
+
+
+def forward_step(model: PreTrainedModel, batch: int, tokens: int, context: int, device: str) -> Callable[[], Tensor]:
+    """A forward pass over `tokens` new tokens of `batch` sequences; with `context`, after so many in a static cache."""
+    ids = torch.ones(batch, tokens, dtype=torch.long, device=device)
+    if not context:
+        return lambda: model(input_ids=ids, use_cache=False).logits
+    cache = StaticCache(config=model.config, max_cache_len=context + 64)
+    model(input_ids=ids.expand(batch, context), past_key_values=cache, use_cache=True)
+    position = torch.full((batch, tokens), context, device=device)
+    return lambda: model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True).logits
+
+
+def as_graph(step: Callable[[], Tensor], device: str) -> Callable[[], object]:
+    """`step` as a CUDA graph; itself on a CPU."""
+    if device != "cuda":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 @torch.no_grad()
-def inference_rows() -> list[Row]:
-    """The sum of the times of all layer shapes, dense against 2:4, in bf16."""
-    weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in SHAPES]
-    pruned = [weight * nm_mask(weight) for weight in weights]
-    sparse = [to_sparse_semi_structured(weight) for weight in pruned]
-    rows = []
-    for phase, batches in BATCHES.items():
-        for tokens in batches:
-            inputs = [torch.randn(tokens, weight.shape[1], device="cuda", dtype=torch.bfloat16) for weight in weights]
-            for x, small, dense in zip(inputs, sparse, pruned):
-                torch.testing.assert_close(F.linear(x, small), F.linear(x, dense), rtol=2e-2, atol=0.5)
+def end_to_end_rows(scale: int, device: str, backend: Backend) -> Iterator[Row]:
+    """Whole forward passes, attention and head included: a decode step after 512 tokens, and a prefill."""
+    cases = {
+        "decode, batch 1": (1, 1, CONTEXT // scale),
+        "decode, batch 64": (64 // scale or 1, 1, CONTEXT // scale),
+        "prefill, 4,096 tokens": (1, 4096 // scale, 0),
+    }
+    for phase, (batch, tokens, context) in cases.items():
+        dense = llama(scale, device)
+        sparse = copy.deepcopy(dense)
+        choices = to_semi_structured_(sparse, batch * tokens, backend=backend)
+        steps = [forward_step(model, batch, tokens, context, device) for model in (dense, sparse)]
+        expected, found = (step().float() for step in steps)
+        assert (found - expected).norm() <= 0.02 * expected.norm(), "the sparse model computes something else"
+        runs = dict(zip(("dense", "sparse"), (as_graph(step, device) for step in steps)))
+        times = interleaved(runs, repeats=10)
+        converted = sum(choice.variant != "dense" for choice in choices)
+        detail = {"converted_layers": converted, "layers": len(choices)}
+        part = f"7B, {len(dense.model.layers)} blocks, {phase}"
+        yield ratio_row(part, "dense bf16, CUDA graph", times["sparse"], times["dense"], ">= 0.98", detail=detail)
 
-            def run(layers: list[torch.Tensor], inputs: list[torch.Tensor] = inputs) -> None:
-                for _ in range(CALLS):
-                    for x, weight in zip(inputs, layers):
-                        F.linear(x, weight)
 
-            times = interleaved({"2:4": lambda run=run: run(sparse), "dense": lambda run=run: run(pruned)}, repeats=7)
-            part = f"{phase}, {tokens} tokens: speed-up of 2:4"
-            rows.append(ratio_row(part, "dense bf16, the same layers", times["2:4"], times["dense"], ">= 1"))
-    return rows
+def training_rows(device: str, quick: bool) -> Iterator[Row]:
+    """The optimizer, the refresh, and a whole step of the demo model in bf16 with gradient checkpointing."""
+    yield from step_rows(quick=quick, device=device)
+    yield from refresh_rows(quick=quick, device=device)
+    if quick:
+        return
+    from benchmarks.__main__ import run_module, throughput_row
+
+    whole = ["--device", "cuda", "--precision", "bf16", "--gradient-checkpointing", "--steps", "10"]
+    yield throughput_row(run_module("benchmarks.throughput", [*whole, "--batch", "8", "--seq-len", "512"]))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="OUT")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
+    parser.add_argument("--minutes", type=float, default=8, help="parts that have not begun by then are left out")
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
         print("benchmarks.gpu: torch sees no CUDA device; run it on a machine with one", file=sys.stderr)
         sys.exit(2)
-    from benchmarks.__main__ import run_module, show, throughput_row  # here: transformers may print when it is imported
+    from benchmarks.__main__ import show  # here: transformers may print when it is imported
 
-    started = time.perf_counter()
-    check_nccl()
-    print("NCCL: AdamS on shards equals AdamS on whole weights", flush=True)
-    rows = step_rows(quick=False, device="cuda") + refresh_rows(quick=False, device="cuda") + inference_rows()
-    whole = ["--device", "cuda", "--precision", "bf16", "--gradient-checkpointing", "--steps", "10"]
-    rows.append(throughput_row(run_module("benchmarks.throughput", [*whole, "--batch", "8", "--seq-len", "512"])))
-    show(rows)
-    print(f"{time.perf_counter() - started:.0f} s on {torch.cuda.get_device_name()}")
-    table = [dataclasses.asdict(row) | {"met": row.met} for row in rows]
-    write_json(options.json, {"machine": machine(), "rows": table})
+    started, device, scale = time.perf_counter(), "cpu" if options.dry_run else "cuda", 32 if options.dry_run else 1
+    checks: list[Callable[[], None]] = [partial(check_adams, device), partial(check_masks, device)]
+    backend: Backend
+    if options.dry_run:
+        backend = StubBackend(lambda variant, shape, tokens: 2.0 if variant == "dense" else 1.0)
+        print("dry run on a CPU with a stub for the sparse kernels: nothing is measured")
+    else:
+        backend = backend_for("same", torch.device("cuda"))
+        checks.insert(0, check_nccl)
+    for check in checks:
+        check()
+        print(f"passed: {(getattr(check, 'func', check).__doc__ or '').splitlines()[0]}", flush=True)
+    parts = {f"{size} layers": partial(layer_rows, size, scale, device, backend) for size in SHAPES}
+    parts |= {"end to end": partial(end_to_end_rows, scale, device, backend)}
+    parts |= {"training": partial(training_rows, device, options.dry_run)}
+    rows, left_out = [], []
+    for name, part in parts.items():
+        if time.perf_counter() - started > 60 * options.minutes:
+            left_out.append(name)
+            continue
+        found = list(part())
+        if options.dry_run:
+            print("\n".join(f"ran: {row.part}" for row in found), flush=True)
+        else:
+            show(found, header=not rows)
+        rows += found
+    seconds = time.perf_counter() - started
+    where = "a CPU, dry run" if options.dry_run else torch.cuda.get_device_name()
+    print(f"{seconds:.0f} s on {where}" + (f"; left out for lack of time: {', '.join(left_out)}" if left_out else ""))
+    if not options.dry_run:
+        table = [dataclasses.asdict(row) | {"met": row.met} for row in rows]
+        write_json(options.json, {"machine": machine(), "seconds": seconds, "left_out": left_out, "rows": table})
 
 
 if __name__ == "__main__":

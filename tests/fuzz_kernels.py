@@ -53,8 +53,8 @@ def overrun(library: Path) -> None:
     native.load_kernels(str(library)).castlm_refresh(parameters, ctypes.c_int64(1), 2, 4, 1)
 
 
-def search(library: Path, seconds: float) -> dict[str, int]:
-    """Runs every check on random input until the time is over; how many inputs each has seen."""
+def search(library: Path, seconds: float) -> None:
+    """Runs every check on random input until the time is over, and prints how many inputs each has seen."""
     import torch
     from hypothesis import HealthCheck, given, settings
 
@@ -87,7 +87,7 @@ def search(library: Path, seconds: float) -> dict[str, int]:
         torch.set_num_threads(threads)
         for name in checks:
             batch_of(name)()
-    return counts
+        print(", ".join(f"{count:,} inputs of {name}" for name, count in counts.items()), flush=True)
 
 
 def main() -> int:
@@ -107,8 +107,8 @@ def main() -> int:
     if arguments.overrun:
         overrun(arguments.library)
         return 0
-    counts = search(arguments.library, 60 * arguments.minutes)
-    print("no finding in " + ", ".join(f"{count:,} inputs of {name}" for name, count in counts.items()))
+    search(arguments.library, 60 * arguments.minutes)
+    print("no finding")
     return 0
 
 

@@ -84,6 +84,27 @@ def test_dense_group_is_torch_adam():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("fused", WAYS)
+def test_weight_decay_is_that_of_adamw_on_dense_groups_alone(fused):
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(()))]
+    sparse = [nn.Parameter(torch.randn(4, 8))]
+    theirs, plain = copy.deepcopy(ours), copy.deepcopy(sparse)
+    options = {"lr": 1e-2, "total_steps": 30, "fused": fused}
+    optimizer = AdamS([*sparse_group(*sparse), *dense_group(*ours)], **options, weight_decay=0.3)
+    without = AdamS(sparse_group(*plain), **options)
+    adamw = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.3)
+    for _ in range(30):
+        for a, b in zip([*ours, *sparse], [*theirs, *plain]):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for each in (optimizer, without, adamw):
+            each.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert torch.equal(*sparse, *plain)
+
+
 def test_alpha_zero_is_adam_with_v_from_mu():
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(4, 8))

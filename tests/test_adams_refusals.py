@@ -213,6 +213,7 @@ BAD = {
     "lr": ["1e-3", None, math.nan, math.inf, -1.0, True, 1e39, 1j, torch.tensor([1.0, 2.0]), [1e-3]],
     "betas": [0.9, (0.9,), (0.9, 0.9, 0.9), ("0.9", 0.9), (0.9, 1.0), (math.nan, 0.9), (True, 0.9), None],
     "eps": ["1e-8", -1e-8, math.nan, math.inf, True, None],
+    "weight_decay": ["0.1", -1, math.nan, True, None],
     "lam": ["auto", -1.0, math.nan, math.inf, False, None],
     "total_steps": [0, -1, 1.5, 10.0, "10", True, None, math.inf],
     "mask_interval": [-1, 0.5, "10", True, None],

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
-from benchmarks import growth, memory
+from benchmarks import gpu, growth, memory
 from benchmarks.masks import apex_mask, topk_mask
 from benchmarks.rows import Row, interleaved, ratio_row
 
+from castlm.core import native
 from castlm.core.pattern import nm_mask
 from castlm.distributed.world import init_world
+from tests.stub_backend import StubBackend
 
 
 def test_the_cheapest_rows(tmp_path, capsys):
@@ -91,3 +93,35 @@ def test_gpu_script_says_that_there_is_none():
     result = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.strip() == "benchmarks.gpu: torch sees no CUDA device; run it on a machine with one"
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="AdamS is fused on a CPU by the C++ kernels, which are not built")
+def test_gpu_checks_hold_on_a_cpu():
+    gpu.check_adams("cpu")
+    gpu.check_masks("cpu")
+
+
+def test_gpu_rows_sum_the_layers_of_a_block_and_keep_the_faster():
+    def seconds(variant, shape, tokens):
+        if variant == "dense":
+            return 1.0
+        return 0.5 if tokens > 4 else 2.0
+
+    rows = list(gpu.layer_rows("7B", 64, "cpu", StubBackend(seconds)))
+    assert len(rows) == 2 * 6
+    values = {row.part: row.value for row in rows}
+    assert values["7B layers, decode, 1 tokens: 2:4 in all"] == 0.5
+    assert values["7B layers, decode, 1 tokens: to_semi_structured_"] == 1.0
+    assert (
+        values["7B layers, prefill, 64 tokens: 2:4 in all"]
+        == values["7B layers, prefill, 64 tokens: to_semi_structured_"]
+        == pytest.approx(2.0)
+    )
+    assert all(row.met is not False for row in rows)
+
+
+def test_gpu_end_to_end_runs_a_decode_step_and_a_prefill_of_both_models():
+    backend = StubBackend(lambda variant, shape, tokens: 2.0 if variant == "dense" else 1.0)
+    rows = list(gpu.end_to_end_rows(64, "cpu", backend))
+    assert [row.part.rpartition(", ")[2] for row in rows] == ["batch 1", "batch 64", "4,096 tokens"]
+    assert all(row.detail["converted_layers"] == row.detail["layers"] == 14 for row in rows)

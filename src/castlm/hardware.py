@@ -43,8 +43,21 @@ def choose_precision(wanted: str, device: torch.device, model_config: Any) -> st
             raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16: use precision fp32")
     else:
         wide = getattr(model_config, "hidden_size", 0) >= SMALLEST_BF16_WIDTH
-        has_bf16 = wide and torch.cpu._is_avx512_bf16_supported()
+        has_bf16 = wide and has_fast_bf16()
     return ("bf16" if has_bf16 else "fp32") if wanted == "auto" else wanted
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 faster than fp32."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def check_compile(wanted: bool, device: torch.device) -> None:
+    """Raises `InputError` if `torch_compile` is wanted and cannot be had on `device`."""
+    if wanted and device.type != "cuda":
+        raise InputError("torch_compile is for a GPU, and this run is on a CPU: leave it out")
+    if wanted and (missing := _why_not_compile(device)):
+        raise InputError(f"torch_compile is on, but {missing}")
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

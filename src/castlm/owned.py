@@ -34,6 +34,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "metrics.jsonl",
         "report.html",
         "tensorboard/events.out.tfevents.*",
+        "wandb/**",
         "checkpoints/step-*/manifest.json",
         "checkpoints/step-*/metadata.json",
         "checkpoints/step-*/__*_*.distcp",
@@ -54,7 +55,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
     "oneshot": ("model/", "model.rejected*/", ".model.tmp-*/**", ".model.old-*/"),
 }
 """What each command writes, relative to its output folder. `*` and `?` match within one name; a pattern that ends in
-`/` is an output folder with a record of its own, one that ends in `/**` a temporary folder with everything in it."""
+`/` is an output folder with a record of its own, one that ends in `/**` a folder with everything in it."""
 
 
 class Content(NamedTuple):

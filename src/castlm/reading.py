@@ -7,6 +7,7 @@ paths that `check_regular` has passed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 
 from castlm.core.errors import InputError
 
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -28,7 +30,8 @@ def user_path(path: str | Path) -> Path:
     """`path` with `~` and `~user` expanded.
 
     Raises:
-        InputError: an empty path, one with a null character, or the home folder of a user who does not exist.
+        InputError: an empty path, one with a null character, the home folder of a user who does not exist, a path that
+            is too long, or one that may not be accessed. Whether the path exists is not checked.
     """
     text = os.fspath(path)
     if not text:
@@ -36,9 +39,17 @@ def user_path(path: str | Path) -> Path:
     if "\0" in text:
         raise InputError(f"the path {text!r} contains a null character: name a file or a folder")
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError as error:
         raise InputError(f"the home folder in {text!r} cannot be determined: write the path in full") from error
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno not in _ABSENT:  # `Path.exists` and its like raise these
+            raise InputError(f"cannot access {str(path)[:200]}: {_reason(error)}") from error
+    except ValueError as error:  # a surrogate that stands for no byte
+        raise InputError(f"the path {text!r} cannot be used: {_reason(error)}") from error
+    return path
 
 
 def check_regular(path: str | Path) -> Path:

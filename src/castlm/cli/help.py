@@ -103,7 +103,8 @@ def _type(hint: Any) -> str:
     if origin is Literal:
         return "|".join(map(str, parts))
     if origin in (Union, types.UnionType):
-        return "|".join(_type(part) for part in parts if part is not type(None))
+        names = [_type(part) for part in parts if part is not type(None)]
+        return names[-1] if names[-1] == f"{names[0]} ..." else "|".join(names)  # one or several
     if origin is tuple:
         return f"{_type(parts[0])} ..." if parts[-1] is ... else " ".join(map(_type, parts))
     return {int: "INT", float: "FLOAT", str: "TEXT"}[hint]

@@ -1,4 +1,4 @@
-"""The command `castlm`: a table of subcommands, each a dataclass parsed by tyro. Nothing heavy is imported early."""
+"""The command `castlm`: a table of subcommands, each a dataclass of options. Nothing heavy is imported early."""
 
 from __future__ import annotations
 
@@ -32,7 +32,13 @@ COMMANDS: dict[str, Command] = {
     "compare": Command("compare", "run CAST and its rivals in one harness and print one table"),
     "report": Command("report", "write an HTML page about a run: verdict, charts, sample of text"),
     "plan": Command("plan", "predict convergence, perplexity, hours and memory before a run"),
+    "quantize": Command("quantize", "round a sparse model to int8, fp8 or int4, zeros kept"),
+    "advise": Command("advise", "say whether 2:4 pays off for a model on a device, layer by layer"),
     "verify": Command("verify", "count every n:m group of a checkpoint"),
+    "pack": Command("pack", "store an n:m model without its zeros: smaller, and faster on a CPU"),
+    "unpack": Command("unpack", "write a packed model as a plain model folder again"),
+    "generate": Command("generate", "continue a prompt with a model, plain or packed"),
+    "serve": Command("serve", "serve a model, plain or packed, over the OpenAI API"),
     "demo": Command("demo", "run the main job on the embedded SmolLM2-135M-Instruct, in minutes, on a laptop"),
 }
 

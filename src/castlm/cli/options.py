@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shlex
 import sys
+import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,8 +70,10 @@ class _Switch(argparse.Action):
 
 
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
-    is_list = typing.get_origin(hint) is tuple
-    kinds = typing.get_args(hint)
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if is_union else (hint,)
+    tuples = [option for option in options if typing.get_origin(option) is tuple]
+    is_list, kinds = bool(tuples), typing.get_args(tuples[0]) if tuples else ()
     if field.metadata.get("positional"):
         parser.add_argument(field.name, nargs="+" if is_list else None)
         return
@@ -81,7 +84,9 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: A
     elif field.metadata.get("append"):
         parser.add_argument(*names, dest=field.name, action="append")
     elif is_list:
-        parser.add_argument(*names, dest=field.name, nargs="*" if kinds[-1] is ... else len(kinds))
+        parser.add_argument(
+            *names, dest=field.name, nargs=("+" if is_union else "*") if kinds[-1] is ... else len(kinds)
+        )
     else:
         parser.add_argument(*names, dest=field.name)
 

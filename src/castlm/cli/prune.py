@@ -61,6 +61,9 @@ class PruneOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses CUDA if there is a GPU."""
 
+    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
+    """What the result is written in; source: what the model is stored in."""
+
     overwrite: bool = False
     """Replace an earlier result in output_dir."""
 
@@ -96,16 +99,20 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             return self._prune(folder, pattern, text, device)
 
     def _prune(self, folder: Path, pattern: Pattern, text: Documents | HubDocuments | None, device: str) -> int:
+        import torch
+
         from castlm.core.sparsify import sparse_linears
         from castlm.data.tokens import token_ids
         from castlm.export.hf import export_model
-        from castlm.models import load_model
+        from castlm.models import load_model, save_dtype
         from castlm.oneshot.basis import change_basis_
         from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
         from castlm.oneshot.prune import prune_oneshot_
         from castlm.progress import note, shown_progress
 
-        loaded = load_model(self.model, trust_remote_code=self.trust_remote_code, revision=self.revision)
+        # Solvers and changes of basis compute in fp32; magnitude alone needs no more than what is stored.
+        held = None if text is None else torch.float32
+        loaded = load_model(self.model, dtype=held, trust_remote_code=self.trust_remote_code, revision=self.revision)
         _, left_dense = sparse_linears(loaded.model, pattern)
         blocks, calibration = None, {}
         if text is not None:
@@ -153,6 +160,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             left_dense=left_dense,
             record=record,
             overwrite=True,
+            dtype=save_dtype(self.save_dtype, loaded.dtype),
         )
         if report.raised_damping:
             print(f"{report.damping_note()}: castlm.json lists them")

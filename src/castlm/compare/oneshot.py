@@ -107,4 +107,5 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
         left_dense=left_dense,
         record=record,
         overwrite=True,
+        dtype=loaded.dtype,
     )

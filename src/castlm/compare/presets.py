@@ -13,21 +13,21 @@ ONESHOT = ("magnitude", "wanda", "sparsegpt")
 
 @dataclass(frozen=True)
 class Preset:
-    """What `castlm compare --preset` runs, and which plot it is about."""
+    """What `castlm compare --preset` runs, and the charts of its report."""
 
     question: str
-    """What it answers: the heading of its report."""
+    """The heading of the report."""
     variants: dict[str, dict[str, Any]]
-    """TrainConfig fields by the name of the variant."""
+    """Fields of TrainConfig by the name of the variant."""
     plots: tuple[str, ...] = ("gaps",)
-    """Of "gaps", "time", "histograms" and "budgets"."""
+    """Names in `castlm.compare.plots.PLOTS`. Learning curves ("losses") are always added."""
     budget_shares: tuple[float, ...] = (1.0,)
-    """Of the token budget that is given."""
+    """Token budgets to run, as shares of the given one."""
     evaluations: int = 4
-    """In a run: points of the plot over time."""
+    """Number of evaluations in a run, which are the points of the charts over time."""
 
 
-# A budget of steps and rates that cannot bring masked weights to zero is what two of the decays are here to show.
+# Two of the decays may not bring masked weights to zero within the budget; these presets show what happens then.
 _ANY_BUDGET = {"method": "cast", "ignore_decay_budget": True}
 # The start of the rivals: SparseGPT as published.
 _SPARSEGPT = {"init_from": "sparsegpt", "rotate": "off", "permute": False, "refit_iterations": 0}

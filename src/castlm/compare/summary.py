@@ -12,12 +12,6 @@ from castlm.compare.settings import options_of, start_of
 if TYPE_CHECKING:
     from castlm.compare.results import Result
 
-START_COSTS = {
-    "start_seconds": ("cpu_seconds", "prune_seconds"),
-    "start_tokens": ("token_passes", "calibration_tokens"),
-}
-"""Columns on what the start of a run cost, and the keys of its record that hold it; the first that is there counts."""
-
 
 class Spread(NamedTuple):
     """A figure over seeds. `std` is the sample standard deviation; None for a single seed."""
@@ -100,18 +94,19 @@ def _row(
             for key in ("flip_rate", "initial_flip_rate", "sparse_weight_ratio")
         },
         **{key: over(lambda r, key=key: r.record.get(key)) for key in ("train_seconds", "peak_memory_bytes")},
-        **{
-            key: over(lambda r, names=names: _first_of(r.record.get("start") or {}, names))
-            for key, names in START_COSTS.items()
-        },
+        "start_tokens": over(lambda r: (r.record.get("start") or {}).get("calibration_tokens")),
+        "start_seconds": over(lambda r: _start_seconds(r.record.get("start") or {})),
         "zero_shot": _zero_shot(done),
         "diverged": [f"seed {r.run.seed}: {r.record['verdict']['reason']}" for r in done if _diverged(r)],
         "errors": [f"seed {r.run.seed}: {r.record['error']}" for r in group if "error" in r.record],
     }
 
 
-def _first_of(record: dict[str, Any], names: tuple[str, ...]) -> float | None:
-    return next((float(record[name]) for name in names if record.get(name) is not None), None)
+def _start_seconds(start: dict[str, Any]) -> float | None:
+    """What the start took: the change of the basis and the pruning with its reconstruction."""
+    parts = [(start.get("basis") or {}).get("seconds"), start.get("prune_seconds")]
+    known = [float(part) for part in parts if part is not None]
+    return sum(known) if known else None
 
 
 def _diverged(result: Result) -> bool:
@@ -149,7 +144,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     text += f"; {second['variant']} is {ahead:.4f} behind"
     stds = [row["gap"].std for row in (best, second)]
     if None in stds:
-        return f"{text}, each with one seed, so that the difference may be chance."
+        return f"{text}; without a second seed of both, the difference may be chance."
     if ahead <= max(stds):
         return f"{text}, which is within the standard deviation over seeds: the two are level."
     return f"{text}, more than the standard deviation over seeds ({max(stds):.4f})."

@@ -21,7 +21,7 @@ from castlm.core.checks import (
     check_keys,
     check_options,
     check_parameter,
-    check_saved_state,
+    check_saved,
     check_sparse_parameter,
 )
 from castlm.core.decay import DECAYS
@@ -31,17 +31,6 @@ from castlm.core.moments import from_codes, new_moments
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.shards import flat, like_rows, local
 from castlm.core.update import hyperparameters
-
-EXACT_ON_RESUME = (
-    "sparse",
-    "pattern",
-    "total_steps",
-    "mask_interval",
-    "decay",
-    "decay_end",
-    "second_moment",
-    "moments",
-)
 
 
 class AdamS(Optimizer):
@@ -85,6 +74,7 @@ class AdamS(Optimizer):
         second_moment: `"gradient"` (not with a decay that needs `lam`) or `"mix"`. None uses `"gradient"` if it can.
         moments: `"fp32"`, `"bf16"` (the first moment) or `"8bit"` (both), which need less memory; see
             `castlm.core.moments`.
+        weight_decay: decoupled weight decay, as in AdamW, of groups with `"sparse": False`; unused by sparse groups.
         fused: run the update and the refresh in one pass over memory. None uses the C++ kernels for float32 parameters
             on a CPU if they are compiled. True requires them on a CPU, and uses `torch.compile` on other devices. False
             runs torch operators. All follow the same equations; the last bits may differ.
@@ -128,6 +118,7 @@ class AdamS(Optimizer):
         decay_end: float = 0.1,
         second_moment: str | None = None,
         moments: str = "fp32",
+        weight_decay: float = 0.0,
         fused: bool | None = None,
     ) -> None:
         if fused not in (None, True, False):
@@ -151,6 +142,7 @@ class AdamS(Optimizer):
             "decay_end": decay_end,
             "second_moment": second_moment,
             "moments": moments,
+            "weight_decay": weight_decay,
             "sparse": False,
             "pattern": NM(2, 4),
             "units": None,
@@ -301,6 +293,8 @@ class AdamS(Optimizer):
             second_moment = group["second_moment"] if group["sparse"] else "gradient"
             hyper = hyperparameters(group, step)
             here = [p for p in params if local(p).numel()]  # a rank may hold no rows of a parameter
+            if group["weight_decay"] and not group["sparse"]:
+                torch._foreach_mul_([flat(p) for p in here], 1 - float(group["lr"]) * group["weight_decay"])
             if here:
                 Update(self.state, group["sparse"], in_8bit, hyper, second_moment, self._fused).apply_(here)
             torch._foreach_add_([self.state[param]["step"] for param in params], 1)
@@ -318,7 +312,7 @@ class AdamS(Optimizer):
             InputError: the saved state is of another run, or its shapes, dtypes or masks do not fit. Nothing has been
                 changed then.
         """
-        saved_state = self._checked(state_dict)
+        saved_state = check_saved(state_dict, self.param_groups, self.state)
         kept = [(group["pattern"], group["units"]) for group in self.param_groups]
         states = {param: dict(state) for param, state in self.state.items()}
         super().load_state_dict(state_dict)
@@ -328,34 +322,6 @@ class AdamS(Optimizer):
             for key, tensor in states[param].items():
                 value = torch.as_tensor(saved[key])
                 self.state[param][key] = value.to(device=tensor.device, dtype=tensor.dtype)
-
-    def _checked(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
-        """The saved state by parameter, after checking that all of it fits."""
-        groups = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
-        if sizes[0] != sizes[1]:
-            raise InputError(
-                f"the saved optimizer state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}: load "
-                "the state of the same model"
-            )
-        saved_state: dict[Tensor, dict[str, Any]] = {}
-        for saved, group in zip(groups, self.param_groups):
-            own = {**group, "pattern": str(group["pattern"])}
-            changed = [f"{k} {saved.get(k)} -> {own[k]}" for k in EXACT_ON_RESUME if saved.get(k) != own[k]]
-            if changed:
-                raise InputError(
-                    f"the saved optimizer state is of another run ({', '.join(changed)}): use the options of that run"
-                )
-            merged = {key: value for key, value in saved.items() if key in own} | {"params": group["params"]}
-            check_options({**own, **merged, "pattern": group["pattern"], "units": group["units"]})
-            for i, param in zip(saved["params"], group["params"]):
-                found = state_dict["state"].get(i, {})
-                check_saved_state(found, self.state[param], f"parameter {i}")
-                if group["sparse"]:
-                    mask = unpack_mask(local(found["mask"]), param.shape[1])
-                    group["pattern"].check_mask(mask, local(param).shape)
-                saved_state[param] = found
-        return saved_state
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_fused": self._fused, "_flips": self._flips}

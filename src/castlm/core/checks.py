@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
+from castlm.core.masks import unpack_mask
 from castlm.core.moments import MOMENTS
 from castlm.core.pattern import Pattern
 from castlm.core.shards import local
@@ -26,6 +27,11 @@ _TRAINED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LARGEST = torch.finfo(torch.float32).max
 _OUTSIDE = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 """Keys of a parameter group that torch, its schedulers and users add, beside the options of AdamS."""
+EXACT_ON_RESUME = (
+    *("sparse", "pattern", "total_steps", "mask_interval"),
+    *("decay", "decay_end", "second_moment", "moments"),
+)
+"""The options that may not change between saving and loading, because the method depends on them."""
 
 
 def _is_number(value: object) -> bool:
@@ -58,6 +64,7 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "betas": (_are_betas, "two numbers in [0, 1)"),
     "eps": (lambda v: _is_number(v) and v >= 0, "a finite number >= 0"),
     "lam": (lambda v: _is_number(v) and v >= 0, "a finite number >= 0"),
+    "weight_decay": (lambda v: _is_number(v) and v >= 0, "a finite number >= 0"),
     "total_steps": (lambda v: _is_count(v, 1), "an integer >= 1"),
     "mask_interval": (lambda v: _is_count(v, 0), "an integer >= 0"),
     "decay": (lambda v: isinstance(v, str) and v in DECAYS, "one of {}"),
@@ -175,7 +182,7 @@ def check_gradient(param: Tensor, state: Mapping[str, Tensor]) -> None:
         raise InputError(f"a parameter of shape {shape} has a gradient of {grad.dtype}: AdamS takes real gradients")
 
 
-def check_saved_state(saved: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> None:
+def _check_saved_state(saved: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> None:
     """Raises `InputError` unless the saved state of a parameter has the names, shapes and dtypes of its `state`."""
     if set(saved) != set(state):
         raise InputError(
@@ -193,3 +200,38 @@ def check_saved_state(saved: Mapping[str, Any], state: Mapping[str, Tensor], whe
                 f"the saved {name} of {where} is {given}, not {tensor.dtype} {tuple(tensor.shape)}: load the state of "
                 "the same model and options"
             )
+
+
+def check_saved(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]]
+) -> dict[Tensor, Mapping[str, Any]]:
+    """The saved state of each parameter, after checking that all of it fits an optimizer with `groups` and `state`.
+
+    Raises:
+        InputError: other parameters, an option in `EXACT_ON_RESUME` that differs, an option out of range, tensors of
+            another shape or dtype, or a mask that is not of the pattern.
+    """
+    sizes = [[len(group["params"]) for group in of] for of in (state_dict["param_groups"], groups)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"the saved optimizer state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}: load the "
+            "state of the same model"
+        )
+    saved_state: dict[Tensor, Mapping[str, Any]] = {}
+    for saved, group in zip(state_dict["param_groups"], groups):
+        own = {**group, "pattern": str(group["pattern"])}
+        changed = [f"{k} {saved.get(k)} -> {own[k]}" for k in EXACT_ON_RESUME if saved.get(k) != own[k]]
+        if changed:
+            raise InputError(
+                f"the saved optimizer state is of another run ({', '.join(changed)}): use the options of that run"
+            )
+        fixed = {key: group[key] for key in ("params", "pattern", "units")}
+        check_options({**group, **saved, **fixed})
+        for i, param in zip(saved["params"], group["params"]):
+            found = state_dict["state"].get(i, {})
+            _check_saved_state(found, state[param], f"parameter {i}")
+            if group["sparse"]:
+                mask = unpack_mask(local(found["mask"]), param.shape[1])
+                group["pattern"].check_mask(mask, local(param).shape)
+            saved_state[param] = found
+    return saved_state

@@ -67,7 +67,7 @@ def token_ids(
         documents: documents, or a dataset for `open_documents`.
         limit: at most this many tokens, from the start.
     """
-    if not isinstance(documents, Documents | HubDocuments):
+    if isinstance(documents, str | Path):
         documents = open_documents(documents)
     encoder = Encoder(tokenizer, eos_token_id)
     ids, text = list(encoder.bos), []

@@ -1,6 +1,6 @@
-"""Writes and proves the result of a sharded run, a tensor at a time: no rank ever holds the whole model.
+"""Writes and verifies the result of a sharded run, a tensor at a time: no rank ever holds the whole model.
 
-The proof is that of `castlm.export.hf`: the pattern counted in the files, every tensor compared in bits with the one in
+The verification is that of `castlm.export.hf`: the pattern counted in the files, every tensor compared in bits with the one in
 memory, each rank its rows, and the perplexity measured again on what was read back.
 """
 
@@ -28,7 +28,7 @@ from castlm.core.shards import local
 from castlm.distributed.loading import empty_model, load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_, whole
 from castlm.distributed.world import World
-from castlm.export.hf import EVAL_TOLERANCE, new_manifest, prove_pattern, rejected, write_record
+from castlm.export.hf import EVAL_TOLERANCE, new_manifest, rejected, verify_pattern, write_record
 from castlm.export.verify import verify
 from castlm.files import atomic_dir, atomic_write_json, is_disk_full
 from castlm.layout import stored_transposed
@@ -46,6 +46,8 @@ class ShardedResult:
     world: World
     pattern: Pattern
     left_dense: Mapping[str, str]
+    dtype: torch.dtype
+    """What the files are written in."""
     is_sparse: bool
     """False for the dense control, which has no pattern to verify."""
     root: nn.Module
@@ -59,13 +61,14 @@ class ShardedResult:
 
 
 def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, Any]:
-    """Writes `output_dir/model` with its record, and proves it; returns castlm.json. All ranks call it.
+    """Writes `output_dir/model` with its record, and verifies it; returns castlm.json. All ranks call it.
 
     Raises:
-        InputError: the disk is full, or the proof fails; the result is then kept as `model.rejected`.
+        InputError: the disk is full, or the verification fails; the result is then kept as `model.rejected`.
     """
     world = result.world
     folder = Path(os.path.realpath(result.folder))
+    record = {**record, "dtype": str(result.dtype).removeprefix("torch.")}
     manifest = new_manifest(result.pattern, result.left_dense, record)
     if not result.is_sparse:
         manifest["pattern"] = None  # the dense control
@@ -75,8 +78,8 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
         world.check_all(_write_weights(result, temporary))
         world.on_main(lambda: _write_the_rest(result, temporary))
         if result.is_sparse:
-            manifest |= world.on_main(lambda: _prove_files(result, temporary, folder, manifest))
-            failure, proof = _prove_again(result, temporary)
+            manifest |= world.on_main(lambda: _verify_files(result, temporary, folder, manifest))
+            failure, proof = _verify_again(result, temporary)
             world.on_main(lambda: _refuse(temporary, folder, failure))
             manifest["proof"] |= proof
         world.on_main(lambda: write_record(temporary, folder.name, manifest))
@@ -105,7 +108,7 @@ def _write_weights(result: ShardedResult, folder: Path) -> str | None:
         if weight not in seen:  # what is tied is written once
             weights[name] = weight, scale
             seen.add(weight)
-    files = _plan_files({name: weight.numel() * 4 for name, (weight, _) in weights.items()})
+    files = _plan_files({name: weight.numel() * result.dtype.itemsize for name, (weight, _) in weights.items()})
     failure = None
     for file, names in files.items():
         held: dict[str, Tensor] = {}
@@ -114,7 +117,7 @@ def _write_weights(result: ShardedResult, folder: Path) -> str | None:
             tensor = whole(weight) if scale is None else scale_weight(whole(weight), whole(scale))
             if result.world.is_main and failure is None:
                 transposed = stored_transposed(result.model.config.model_type, name)
-                held[name] = (tensor.T if transposed else tensor).contiguous().cpu()
+                held[name] = (tensor.T if transposed else tensor).to(result.dtype).contiguous().cpu()
         if held:
             try:
                 save_file(held, folder / file, metadata={"format": "pt"})
@@ -123,7 +126,7 @@ def _write_weights(result: ShardedResult, folder: Path) -> str | None:
                 failure = f"{why} while writing {folder / file}: free some space or choose another folder"
     if result.world.is_main and failure is None and len(files) > 1:
         total = sum(weight.numel() for weight, _ in weights.values())
-        index = {"metadata": {"total_parameters": total, "total_size": total * 4}}
+        index = {"metadata": {"total_parameters": total, "total_size": total * result.dtype.itemsize}}
         index["weight_map"] = {name: file for file, names in files.items() for name in names}
         atomic_write_json(folder / "model.safetensors.index.json", index)
     return failure
@@ -146,17 +149,17 @@ def _plan_files(sizes: dict[str, int]) -> dict[str, list[str]]:
 
 def _write_the_rest(result: ShardedResult, folder: Path) -> None:
     config = copy.deepcopy(result.model.config)
-    config.architectures, config.dtype = [type(result.model).__name__], "float32"
+    config.architectures, config.dtype = [type(result.model).__name__], str(result.dtype).removeprefix("torch.")
     config.save_pretrained(folder)
     if result.model.can_generate():
         result.model.generation_config.save_pretrained(folder)
     result.tokenizer.save_pretrained(folder)
 
 
-def _prove_files(result: ShardedResult, temporary: Path, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def _verify_files(result: ShardedResult, temporary: Path, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     try:
         report = verify(temporary, result.pattern, known_layers=())
-        prove_pattern(report, result.model, manifest["left_dense"])
+        verify_pattern(report, result.model, manifest["left_dense"])
     except Exception as error:
         raise rejected(temporary, folder, error) from error
     return {"left_dense": manifest["left_dense"], "proof": report.totals()}
@@ -168,12 +171,12 @@ def _refuse(temporary: Path, folder: Path, failure: str | None) -> None:
 
 
 @torch.no_grad()
-def _prove_again(result: ShardedResult, folder: Path) -> tuple[str | None, dict[str, Any]]:
+def _verify_again(result: ShardedResult, folder: Path) -> tuple[str | None, dict[str, Any]]:
     """Reads the files back, each rank its rows, and compares them and their perplexity with those in memory."""
     opened = open_sharded(str(folder), trust_remote_code=False, revision=None)
-    failures = result.world.gather("other tensors come back from disk" if opened is None else None)
+    failures = result.world.gather("the files hold other tensors" if opened is None else None)
     if opened is None or any(failures):
-        return "other tensors come back from disk", {}
+        return "the files hold other tensors", {}
     model: PreTrainedModel = opened[0].model
     root = _sharded_root(model, result)
     load_rows_(model, opened[1], result.world)
@@ -181,7 +184,7 @@ def _prove_again(result: ShardedResult, folder: Path) -> tuple[str | None, dict[
     different = None
     for name, expected in _folded_rows(result):
         if not torch.equal(expected.contiguous().view(torch.int32), local(theirs[name]).contiguous().view(torch.int32)):
-            different = f"{name} comes back from disk with other values"
+            different = f"{name} has other values in the files"
     different = next((failure for failure in result.world.gather(different) if failure), None)
     in_memory, from_disk = (result.measure(root) for root in (_in_fp32(result), root))
     if different is None and not math.isclose(in_memory, from_disk, rel_tol=EVAL_TOLERANCE):
@@ -199,14 +202,15 @@ def _sharded_root(model: PreTrainedModel, result: ShardedResult) -> nn.Module:
 
 
 def _folded_rows(result: ShardedResult) -> Iterator[tuple[str, Tensor]]:
-    """This rank's rows of every parameter as they are written."""
+    """This rank's rows of every parameter as they are written, in fp32."""
     for name, weight, scale in folded_weights(result.model):
-        yield name, local(weight) if scale is None else scale_weight(local(weight), local(scale))
+        rows = local(weight) if scale is None else scale_weight(local(weight), local(scale))
+        yield name, rows.to(result.dtype).to(rows.dtype)
 
 
 def _in_fp32(result: ShardedResult) -> nn.Module:
-    """The model in fp32. One that is gathered in bf16 is built again, since its own forward is not what is written."""
-    if result.precision == "fp32":
+    """The model in fp32, as it is written; built again where it is gathered in bf16 or written in another dtype."""
+    if result.precision == "fp32" and result.dtype is torch.float32:
         return result.root
     model = empty_model(copy.deepcopy(result.model.config)).eval()
     root = _sharded_root(model, result)

@@ -25,7 +25,7 @@ from castlm.distributed.sharding import own_rows
 from castlm.distributed.world import World
 from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, cached_snapshot, locate
-from castlm.models import Loaded, linearize_conv1d_, open_model, quiet
+from castlm.models import Loaded, linearize_conv1d_, open_model, quiet, stored_dtype
 
 
 class _WeightsOnMeta(TorchFunctionMode):
@@ -55,6 +55,7 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     if where.gguf:
         return None
+    dtype = stored_dtype(where, config)
     model = empty_model(config, trust_remote_code=trust_remote_code)
     if any(buffer.is_meta for buffer in model.buffers()):
         return None
@@ -66,7 +67,7 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
         with quiet(where), contextlib.suppress(OSError):  # it has none of its own
             model.generation_config = GenerationConfig.from_pretrained(where.target, revision=revision, **where.local)
     source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
-    return Loaded(model.eval(), tokenizer, source), Checkpoint(source, places)
+    return Loaded(model.eval(), tokenizer, source, dtype), Checkpoint(source, places)
 
 
 def check_one_snapshot(name: str, revision: str | None, world: World) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.export.stored import StoredTensor, read_header
+from castlm.inference.format import FILE as PACKED
+from castlm.inference.format import INDEX as PACKED_INDEX
 from castlm.reading import check_regular, read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -50,9 +52,14 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
         files, tensors = [SINGLE], read_header(single)
     elif index.exists():
         files, tensors = _sharded(index)
+    elif (path / PACKED).exists():
+        files, tensors = [PACKED], read_header(path / PACKED)
+    elif (path / PACKED_INDEX).exists():
+        files, tensors = _sharded(path / PACKED_INDEX)
     else:
         raise InputError(f"{path} holds no {SINGLE} and no {INDEX} ({_hint(path)})")
-    _refuse_other_weights(path, {*files, INDEX} if len(files) > 1 or SINGLE not in files else set(files))
+    is_single = files in ([SINGLE], [PACKED])
+    _refuse_other_weights(path, set(files) if is_single else {*files, INDEX, PACKED_INDEX})
     return tensors
 
 
@@ -80,7 +87,7 @@ def _refuse_other_weights(folder: Path, read: set[str]) -> None:
         if name not in read and _WEIGHTS.search(name) and not _NOT_OF_THE_MODEL.match(name)
     )
     if found:
-        used = SINGLE if SINGLE in read else INDEX
+        used = next((name for name in (SINGLE, PACKED) if name in read), INDEX)
         raise InputError(
             f"{folder} holds {found[0]} beside {used}: only one of them would be verified, and a program may load the "
             "other; move one away"

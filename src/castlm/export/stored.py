@@ -110,7 +110,21 @@ def magnitude_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray
     """
     floats = FLOATS[tensor.dtype]
     dtype = np.dtype(floats.dtype)
-    size = max(1, CHUNK_BYTES // (step * dtype.itemsize)) * step * dtype.itemsize
+    for chunk in byte_chunks(tensor, step * dtype.itemsize):
+        bits = chunk.view(dtype)
+        bits &= dtype.type(floats.magnitude)
+        yield bits
+
+
+def num_non_finite_bits(bits: np.ndarray, dtype: str) -> int:
+    """How many of the floats that `magnitude_chunks` gave are NaN or infinite."""
+    threshold = bits.dtype.type(FLOATS[dtype].non_finite)
+    return int(np.count_nonzero(bits >= threshold)) if bits.max() >= threshold else 0
+
+
+def byte_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray]:
+    """The bytes of a tensor, uint8, 1-D, in chunks of a multiple of `step`; the buffer is used again for the next."""
+    size = max(1, CHUNK_BYTES // step) * step
     buffer = np.empty(min(size, tensor.num_bytes), np.uint8)
     left = tensor.num_bytes
     with open_regular(tensor.file) as stream:
@@ -118,9 +132,7 @@ def magnitude_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray
         while left:
             chunk = buffer[: min(left, len(buffer))]
             _read_into(stream, chunk, tensor)
-            bits = chunk.view(dtype)
-            bits &= dtype.type(floats.magnitude)
-            yield bits
+            yield chunk
             left -= len(chunk)
 
 

@@ -21,8 +21,10 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
 from castlm.export.folder import stored_tensors
 from castlm.export.layers import check_layers
+from castlm.export.packed_count import count_packed
 from castlm.export.report import LayerReport, VerifyReport
-from castlm.export.stored import FLOATS, StoredTensor, magnitude_chunks
+from castlm.export.stored import FLOATS, StoredTensor, magnitude_chunks, num_non_finite_bits
+from castlm.inference.format import PackedSpec, read_specs
 from castlm.layout import OLD_BUFFERS, guess_model_type, stored_transposed
 from castlm.reading import read_json_object, user_path
 
@@ -44,7 +46,8 @@ def verify(
     norms of queries and keys. Groups run along the input axis, which is the first one where the family stores Conv1D
     (GPT-2). Layers that the folder's castlm.json lists under `left_dense` are counted but may violate the pattern.
     Weights of a block that have more than two dimensions, such as fused experts, cannot be counted, and the answer is
-    then no. Reads f64, f32, f16, bf16 and f8; a value of -0.0 is a zero.
+    then no. Reads f64, f32, f16, bf16 and f8, where a value of -0.0 is a zero, and castlm's packed format, whose masks
+    must keep exactly n of every m.
 
     Args:
         path: the checkpoint.
@@ -64,23 +67,29 @@ def verify(
     folder = path if path.is_dir() else path.parent
     config = _read_config(folder / "config.json")
     tensors = stored_tensors(path, config)
-    _refuse_packed(path, tensors, config)
-    report = VerifyReport(
-        str(path), pattern, compared_with=_compare_layers(path, tensors, config, include, known_layers)
-    )
+    packed = _take_packed(tensors)
+    if not packed:
+        _refuse_packed(path, tensors, config)
+    named = {**tensors, **{layer.name: layer for layer, _, _ in packed}}
+    report = VerifyReport(str(path), pattern, compared_with=_compare_layers(path, named, config, include, known_layers))
+    for tensor, spec, parts in packed:
+        if in_block(tensor.name):
+            report.layers.append(_packed_layer(tensor, spec, parts, pattern))
+        elif num_non_finite := sum(map(_count_non_finite, parts.values())):
+            report.non_finite_elsewhere[tensor.name] = num_non_finite
     model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in tensors.items()})
-    left_dense = _left_dense(folder / "castlm.json")
+    left_dense = read_left_dense(folder / "castlm.json")
     globs = tuple(include) if include is not None else None
     excluded = tuple(exclude or ())
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
         why_dense = "excluded" if _matches(name, excluded) else _why_dense(tensor, globs)
         if why_dense is None and len(tensor.shape) == 2:
             layer = _count(tensor, pattern, axis=0 if stored_transposed(model_type, name) else 1)
-            layer.left_dense = _reason(name, left_dense)
+            layer.left_dense = left_dense_reason(name, left_dense)
             report.layers.append(layer)
             continue
         if why_dense is None:
-            why_dense = _reason(name, left_dense)
+            why_dense = left_dense_reason(name, left_dense)
         if len(tensor.shape) >= 2:
             shape = f"{len(tensor.shape)}-D of shape {'x'.join(map(str, tensor.shape))}, {tensor.dtype}"
             (report.uncounted if why_dense is None else report.dense)[name] = why_dense or shape
@@ -137,14 +146,47 @@ def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None) -> str | N
     return None
 
 
-def _left_dense(file: Path) -> Mapping[str, str]:
+def _take_packed(
+    tensors: dict[str, StoredTensor],
+) -> list[tuple[StoredTensor, PackedSpec, dict[str, StoredTensor]]]:
+    """Takes the parts of packed weights out of `tensors`: of each the weight as if stored whole, spec and parts."""
+    specs = read_specs(sorted({tensor.file for tensor in tensors.values()}))
+    found = []
+    for name, spec in sorted(specs.items(), key=lambda item: _natural(item[0])):
+        parts = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in spec.tensors()}
+        shape = (spec.columns, spec.rows) if spec.transposed else (spec.rows, spec.columns)
+        whole = StoredTensor(f"{name}.weight", spec.values, shape, parts["values"].file, 0, 0)
+        found.append((whole, spec, parts))
+    return found
+
+
+def _packed_layer(
+    tensor: StoredTensor, spec: PackedSpec, parts: Mapping[str, StoredTensor], pattern: NM
+) -> LayerReport:
+    """Counts a layer in castlm's packed format, from its mask; a kept value that is zero counts as a zero."""
+    layer = LayerReport(tensor.name, tensor.shape, spec.values, axis=0 if spec.transposed else 1)
+    layer.num_non_finite = sum(map(_count_non_finite, parts.values()))
+    if not spec.m:
+        layer.problem = "dense: quantized, and packed without a mask"
+    elif spec.columns % pattern.m:
+        layer.problem = f"its width of {spec.columns} does not divide by {pattern.m}"
+    else:
+        counts = count_packed(spec, parts, pattern.m, pattern.n)
+        layer.num_groups, layer.num_violations, layer.max_nonzeros = counts.groups, counts.violations, counts.most_kept
+        layer.num_zeros = spec.rows * spec.columns - counts.nonzeros
+        layer.problem = counts.damage
+    return layer
+
+
+def read_left_dense(file: Path) -> Mapping[str, str]:
+    """Why, by the name of a module or parameter, layers are left dense, as a castlm.json says; empty without one."""
     content = read_json_object(file).get("left_dense", {}) if file.exists() else {}
     if not isinstance(content, dict):
         raise InputError(f"{file}: left_dense is a {type(content).__name__}, not an object of names and reasons")
     return content
 
 
-def _reason(name: str, left_dense: Mapping[str, str]) -> str | None:
+def left_dense_reason(name: str, left_dense: Mapping[str, str]) -> str | None:
     """Why `name` is left dense: its own entry, or that of a module it belongs to."""
     parts = name.split(".")
     owners = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
@@ -197,7 +239,7 @@ def _count(tensor: StoredTensor, pattern: NM, axis: int) -> LayerReport:
         layer.problem = f"its width of {width} does not divide by {m}"
     step = 1 if layer.problem else m if axis == 1 else m * max(1, columns)
     for bits in magnitude_chunks(tensor, step):
-        layer.num_non_finite += _non_finite(bits, tensor.dtype)
+        layer.num_non_finite += num_non_finite_bits(bits, tensor.dtype)
         nonzero = bits != 0
         layer.num_zeros += len(nonzero) - int(np.count_nonzero(nonzero))
         if layer.problem is None:
@@ -221,12 +263,7 @@ def _group_counts(nonzero: np.ndarray, m: int, axis: int, columns: int) -> np.nd
     return np.add.reduce(ones.reshape(-1, m), axis=1, dtype=dtype)
 
 
-def _non_finite(bits: np.ndarray, dtype: str) -> int:
-    threshold = bits.dtype.type(FLOATS[dtype].non_finite)
-    return int(np.count_nonzero(bits >= threshold)) if bits.max() >= threshold else 0
-
-
 def _count_non_finite(tensor: StoredTensor) -> int:
     if tensor.dtype not in FLOATS:
         return 0
-    return sum(_non_finite(bits, tensor.dtype) for bits in magnitude_chunks(tensor))
+    return sum(num_non_finite_bits(bits, tensor.dtype) for bits in magnitude_chunks(tensor))

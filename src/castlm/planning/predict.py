@@ -77,7 +77,7 @@ def tokens_for(law: Law, target_ppl: float, params: float | None = None) -> Toke
     tokens[reached] = (B[reached] / margin[reached]) ** (1 / beta[reached])
     low, high = interval(tokens[1:])
     value = float(tokens[0]) if reached[0] else None
-    return TokensNeeded(target_ppl, value, low, high, math.exp(floor[0]), float(reached[1:].mean()))
+    return TokensNeeded(target_ppl, value, low, high, float(np.exp(floor[0])), float(reached[1:].mean()))
 
 
 def gpu_hours(tokens: float, tokens_per_s: float) -> float:

@@ -40,7 +40,8 @@ def write_sample(run: RunData) -> dict[str, Any]:
         InputError: a model or the text cannot be read.
     """
     config = run.config
-    text = config.get("eval_dataset") or config["dataset"]
+    texts = config.get("eval_dataset") or config["dataset"]
+    text = texts if isinstance(texts, str) else texts[0].partition(":")[0]
     names = [("Dense model", str(config["model"])), (f"After {config['method']}", str(run.folder / "model"))]
     models: list[dict[str, str]] = []
     prompt = ""

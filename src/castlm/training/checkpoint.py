@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -206,7 +207,7 @@ def load_checkpoint(path: Path, tensors: dict[str, Any], world: World) -> dict[s
     world.check_all(failure)
     try:
         dcp.load(tensors, storage_reader=reader, no_dist=world.mesh is None, process_group=world.control)
-    except Exception as error:  # whatever torch raises on a file that is not what it wrote
+    except (CheckpointException, Exception) as error:  # whatever torch raises on a file that is not what it wrote
         failure = f"{path} cannot be read ({_first_line(error)}): remove it to resume from an older one"
     world.check_all(failure)
     return manifest
@@ -308,5 +309,7 @@ def _is_full(error: BaseException) -> bool:
 def _first_line(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, pickle.UnpicklingError):  # torch's own message tells how to run the code in it
+        return "it holds something other than tensors"
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

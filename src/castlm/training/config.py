@@ -6,6 +6,7 @@ Defaults that depend on other options are properties, so that `dataclasses.repla
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,10 @@ class TrainConfig(  # the fields of the last base come first
         for field in dataclasses.fields(self):
             value = convert(field.name, getattr(self, field.name), hints_of(type(self))[field.name], choices_of(field))
             object.__setattr__(self, field.name, value)
+        for name in ("dataset", "eval_dataset"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) == 1:
+                object.__setattr__(self, name, value[0])
         for section in SECTIONS.values():
             for name, right, remedy in section.bounds(self):  # type: ignore[attr-defined]
                 if not right:
@@ -77,6 +82,12 @@ class TrainConfig(  # the fields of the last base come first
             raise InputError("teacher_cache stores the teacher's top-k tokens: set teacher_top_k (64, say) and eta > 0")
         if self.num_train_epochs is not None and self.max_steps != OptimizerOptions.max_steps:
             raise InputError("max_steps and num_train_epochs both set the length of the run: give one")
+        if isinstance(self.dataset, tuple):
+            if len(self.datasets) < len(self.dataset):
+                raise InputError("dataset names a text twice: give it once, with a larger weight")
+            if self.repeat_blocks or self.num_train_epochs is not None:
+                option = "repeat_blocks" if self.repeat_blocks else "num_train_epochs"
+                raise InputError(f"{option} needs a single dataset: a mixture has no epochs, its texts have their own")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other: choose one")
 
@@ -84,6 +95,24 @@ class TrainConfig(  # the fields of the last base come first
     def start(self) -> str:
         """Where the run starts: `init_from`, or the default of the method."""
         return self.init_from or ("sparsegpt" if self.method == "cast" else "magnitude")
+
+    @property
+    def datasets(self) -> dict[str, float]:
+        """The training texts with their weights; a single one has the weight 1."""
+        if isinstance(self.dataset, str):
+            return {self.dataset: 1.0}
+        found: dict[str, float] = {}
+        for text in self.dataset:
+            name, _, weight = text.rpartition(":")
+            has_weight = bool(name) and re.fullmatch(r"\d+\.?\d*|\.\d+", weight) is not None
+            found[name if has_weight else text] = float(weight) if has_weight else 1.0
+        return found
+
+    @property
+    def eval_datasets(self) -> tuple[str, ...]:
+        """The evaluation texts; empty if a part of the training documents is held out."""
+        texts = self.eval_dataset or ()
+        return (texts,) if isinstance(texts, str) else texts
 
     @property
     def hub_repo(self) -> str:
@@ -208,9 +237,11 @@ WITHOUT_EFFECT = frozenset(
 
 # What may differ between a run and its resumption; the split of the global batch is compared as a product.
 FREE_ON_RESUME = WITHOUT_EFFECT | {
+    "save_dtype",
     "eval_steps",
     "device",
     "fused_optimizer",
+    "torch_compile",
     "gradient_checkpointing",
     "sharding",
     "per_device_train_batch_size",

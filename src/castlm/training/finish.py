@@ -23,7 +23,7 @@ from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.hardware import peak_memory
 from castlm.methods.table import METHODS
-from castlm.models import linearize_conv1d_, save_model
+from castlm.models import linearize_conv1d_, parameters_in, save_dtype, save_model
 from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import held_out_perplexity, masked_histogram
@@ -58,6 +58,11 @@ class TrainedRun:
         return self.parts.source.model
 
     @property
+    def save_dtype(self) -> torch.dtype:
+        """What the result is written in."""
+        return save_dtype(self.config.save_dtype, self.parts.source.loaded.dtype)
+
+    @property
     def is_sparse(self) -> bool:
         """Whether the method has sparse layers; the dense control has none."""
         return bool(self.parts.method.layers)
@@ -83,7 +88,7 @@ def finish(run: TrainedRun) -> dict[str, Any]:
 
 
 def sharded_result(run: TrainedRun) -> ShardedResult:
-    """What `export_sharded` needs to know of the run."""
+    """The record of the run that `export_sharded` takes."""
     config, world = run.config, run.world
 
     def measure(objective: Objective) -> float:
@@ -98,6 +103,7 @@ def sharded_result(run: TrainedRun) -> ShardedResult:
         world=world,
         pattern=Pattern.parse(config.pattern),
         left_dense=run.parts.method.left_dense,
+        dtype=run.save_dtype,
         is_sparse=run.is_sparse,
         root=run.parts.objective,
         precision=run.parts.evaluator.precision,
@@ -107,12 +113,12 @@ def sharded_result(run: TrainedRun) -> ShardedResult:
 
 
 def is_remote_code(model: PreTrainedModel) -> bool:
-    """Whether the model comes with code of its own, which `save_pretrained` alone knows how to pass on."""
+    """Whether the model comes with its own Python code, which only `save_pretrained` can copy."""
     return type(model).__module__.startswith("transformers_modules")
 
 
 def gathered(run: TrainedRun) -> PreTrainedModel | None:
-    """The sharded model as a whole one in the memory of the main rank; None on the others."""
+    """The whole model in the memory of the main rank; None on the other ranks."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     with warnings.catch_warnings():  # it is loaded into a model that is scaled alike
         warnings.simplefilter("ignore", UnfoldedWarning)
@@ -128,7 +134,7 @@ def gathered(run: TrainedRun) -> PreTrainedModel | None:
 
 
 def write_result(run: TrainedRun, model: PreTrainedModel | None, histogram: dict[str, Any]) -> dict[str, Any]:
-    """Folds the whole model, writes and proves it; on the main rank, which alone has one."""
+    """Folds the weight scaling, writes the model and verifies it. Only the main rank calls it, with the whole model."""
     assert model is not None
     run.parts.objective.teacher = None  # frees its memory before the result is read back
     fold_weight_scaling(model)
@@ -140,8 +146,8 @@ def write_result(run: TrainedRun, model: PreTrainedModel | None, histogram: dict
         return perplexity(m, run.parts.text.eval_ids, seq_len=seq_len).perplexity
 
     record = finished_record(run, histogram)
-    if not run.is_sparse:  # the dense control has nothing to prove
-        with atomic_dir(folder, overwrite=True) as temporary:
+    if not run.is_sparse:  # the dense control has no pattern to verify
+        with atomic_dir(folder, overwrite=True) as temporary, parameters_in(model, run.save_dtype):
             save_model(model, tokenizer, temporary)
             atomic_write_json(temporary / "castlm.json", record)
         say_result(run, record)
@@ -154,6 +160,7 @@ def write_result(run: TrainedRun, model: PreTrainedModel | None, histogram: dict
         left_dense=run.parts.method.left_dense,
         record=record,
         overwrite=True,
+        dtype=run.save_dtype,
         eval_fn=measure,
     )
     say_result(run, result)
@@ -161,6 +168,7 @@ def write_result(run: TrainedRun, model: PreTrainedModel | None, histogram: dict
 
 
 def finished_record(run: TrainedRun, histogram: dict[str, Any]) -> dict[str, Any]:
+    """The record of the run with its verdict and the histogram of the masked weights before the prune."""
     record = run_record(run) | {"masked_histogram": histogram}
     if not run.is_sparse:
         trained = run.figures[str(run.config.max_steps)]["perplexity"]
@@ -179,7 +187,7 @@ def say_result(run: TrainedRun, record: dict[str, Any]) -> None:
 
 
 def run_record(run: TrainedRun) -> dict[str, Any]:
-    """What castlm.json says of a run: its figures with all that a figure needs to be compared."""
+    """The entries of castlm.json about a run: its figures, and what is needed to compare them with others."""
     config = run.config
     first, last = run.figures.get("0", {}), run.figures[str(config.max_steps)]
     figures = {
@@ -191,7 +199,7 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
     measured = measured_on(
         run.parts.source.tokenizer,
         seq_len=config.seq_len,
-        text=config.eval_dataset or f"held out of {config.dataset}",
+        text=", ".join(config.eval_datasets) or f"held out of {', '.join(config.datasets)}",
         text_sha256=run.parts.text.eval_sha256,
         num_tokens=len(run.parts.text.eval_ids),
         precision=run.parts.evaluator.precision,
@@ -215,7 +223,7 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
         "mask": {
             k: last[k] for k in ("sparse_weight_ratio", "flip_rate", "initial_flip_rate", "largest_masked") if k in last
         },
-        "dataset": {"name": config.dataset, "sha256": run.parts.text.train_sha256},
+        "dataset": {"name": " + ".join(config.datasets), "sha256": run.parts.text.train_sha256},
         "num_params": sum(p.numel() for p in run.parts.names),
         "train_tokens": run.tokens,
         "train_steps": config.max_steps,

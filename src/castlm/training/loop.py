@@ -83,7 +83,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def _claimed(config: TrainConfig) -> contextlib.AbstractContextManager[Path]:
     """The output folder, locked by the main rank for all."""
-    inputs = {name: getattr(config, name) for name in ("model", "dataset", "eval_dataset", "teacher_cache")}
+    inputs = {name: getattr(config, name) for name in ("model", "teacher_cache")}
+    inputs |= {f"dataset {text}": text for text in config.datasets}
+    inputs |= {f"eval_dataset {text}": text for text in config.eval_datasets}
     inputs["init_from"] = config.init_from
     return claimed(config.output_dir, "train", overwrite=config.overwrite, resume=config.resume, inputs=inputs)
 

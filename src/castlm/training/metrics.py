@@ -1,4 +1,4 @@
-"""The figures of an evaluation while a run goes on: perplexity of held-out tokens, and the state of the masks."""
+"""The figures of an evaluation during a run: perplexity of the held-out tokens, and the state of the masks."""
 
 from __future__ import annotations
 
@@ -32,11 +32,15 @@ class Evaluator:
     precision: str
     world: World
 
-    def perplexity(self) -> float:
-        """Of the forward pass as it is. All ranks call it; their parameters are sharded again when it returns."""
+    def perplexity(self, token_ids: Tensor | None = None) -> float:
+        """The perplexity of the current forward pass. All ranks call it; it leaves their parameters sharded.
+
+        Args:
+            token_ids: (num_tokens,), a part of the held-out tokens; None for all of them.
+        """
         return held_out_perplexity(
             self.objective,
-            self.token_ids,
+            self.token_ids if token_ids is None else token_ids,
             seq_len=self.seq_len,
             batch=self.batch,
             precision=self.precision,
@@ -48,9 +52,10 @@ class Evaluator:
 def held_out_perplexity(
     objective: Objective, token_ids: Tensor, *, seq_len: int, batch: int, precision: str, world: World
 ) -> float:
-    """Of `token_ids` (num_tokens,) in windows of `seq_len`, each token but a window's first scored once, on all ranks.
+    """Perplexity of `token_ids` (num_tokens,) in sequences of `seq_len`, shared among the ranks.
 
-    The windows of `castlm.evaluation.perplexity.perplexity` at its default stride; inf or NaN where the model diverged.
+    The sequences are those of `castlm.evaluation.perplexity.perplexity` with its default stride. The result is inf or
+    NaN if the model diverged.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     objective.eval()
@@ -65,9 +70,10 @@ def held_out_perplexity(
 
 
 def windows(token_ids: Tensor, seq_len: int, batch: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's windows of `token_ids` as (input_ids, labels), (batch, seq_len) each; labels are -100 past the end.
+    """This rank's sequences of `token_ids` as batches (input_ids, labels), each (batch, seq_len).
 
-    Every rank gets the same number of batches, the last filled up with windows that do not count.
+    Labels are -100 past the end of the text. Every rank gets the same number of batches; the last ones are filled up
+    with sequences that score nothing.
     """
     found = scored_windows(len(token_ids), seq_len, seq_len)
     per_step = batch * world.size
@@ -85,12 +91,12 @@ def windows(token_ids: Tensor, seq_len: int, batch: int, world: World) -> Iterat
 def mask_figures(
     masks: Mapping[Tensor, Tensor], initial_masks: Sequence[Tensor], flips: int, world: World
 ) -> dict[str, float]:
-    """Sparse-weight ratio, flip rates and the largest masked weight, over all ranks (CAST, App. C).
+    """Sparse-weight ratio, flip rates and the largest masked weight over all ranks (CAST, arXiv 2509.25996, App. C).
 
     Args:
         masks: this rank's part of each sparse weight with its mask, True = kept.
-        initial_masks: the masks of step 0 in bits, as `pack_mask` makes them, in the same order.
-        flips: mask entries of this rank that the newest refresh changed.
+        initial_masks: the masks of step 0 as bits, packed by `pack_mask`, in the same order.
+        flips: number of mask entries of this rank that the last refresh changed.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     largest = torch.zeros((), device=world.device)

@@ -54,8 +54,9 @@ class ModelOptions:
 class DataOptions:
     """The training text."""
 
-    dataset: str = essential()
-    """Training text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub name (streamed)."""
+    dataset: str | tuple[str, ...] = essential()
+    """Training text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub name (streamed). Several
+    are mixed by their weights: a.txt:0.7 b.jsonl:0.3, or equally without weights."""
 
     column: str = field(default="text", kw_only=True)
     """Column that holds the text in .jsonl and .parquet."""
@@ -82,6 +83,7 @@ class DataOptions:
     """Tokenize the next batch in a thread during the current step."""
 
     def bounds(self) -> Iterator[Bound]:
+        yield "dataset", bool(self.dataset), "at least one text"
         yield "seq_len", self.seq_len >= 2, "at least 2"
         yield "seed", self.seed >= 0, "at least 0"
 
@@ -233,19 +235,21 @@ class OptimizerOptions:
 class EvaluationOptions:
     """Perplexity during the run."""
 
-    eval_dataset: str | None = essential(None)
-    """Text for the perplexity. Without it, eval_fraction of the training documents are held out."""
+    eval_dataset: str | tuple[str, ...] | None = essential(None)
+    """Text for the perplexity. Of several texts each is reported, and the main figure is over all of them. Without it,
+    eval_fraction of the training documents are held out."""
 
     eval_fraction: float = 0.02
     """Fraction of the documents that is held out if there is no eval_dataset."""
 
     eval_tokens: int = 32768
-    """Maximum number of tokens that are evaluated. 0 evaluates all of them."""
+    """Maximum number of tokens that are evaluated, of each text. 0 evaluates all of them."""
 
     eval_steps: int = 0
     """Steps between evaluations. 0 evaluates ten times in a run."""
 
     def bounds(self) -> Iterator[Bound]:
+        yield "eval_dataset", self.eval_dataset != (), "at least one text"
         yield "eval_fraction", 0 < self.eval_fraction < 1, "between 0 and 1"
         yield "eval_tokens", self.eval_tokens >= 0, "at least 0"
         yield "eval_steps", self.eval_steps >= 0, "at least 0"
@@ -257,6 +261,9 @@ class CheckpointOptions:
 
     output_dir: str = essential()
     """New folder for the run. The verified model is written to `output_dir/model`."""
+
+    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = field(default="source", kw_only=True)
+    """What the result is written in. source: what the dense model is stored in."""
 
     save_steps: int = field(default=100, kw_only=True)
     """Steps between checkpoints; there is one at the end too. 0 saves only on Ctrl-C and SIGTERM."""
@@ -312,6 +319,9 @@ class RuntimeOptions:
     fused_optimizer: Literal["auto", "on", "off"] = "auto"
     """One-pass AdamS: C++ kernels on a CPU, torch.compile on a GPU. auto uses it on a CPU if the kernels are built and
     on a GPU from 10M parameters."""
+
+    torch_compile: bool = False
+    """Compile the transformer blocks of student and teacher with torch.compile, on a GPU."""
 
     sharding: Literal["full", "replicate", "hybrid"] = "full"
     """Under torchrun: FSDP2 over all ranks, one copy per rank, or FSDP2 within a node and copies across nodes."""

@@ -25,9 +25,9 @@ from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.data.tokens import end_of_text_id
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.mask_check import masked_samples
-from castlm.distributed.sharding import shard_
+from castlm.distributed.sharding import compile_blocks_, shard_
 from castlm.distributed.world import World
-from castlm.hardware import autocast, choose_fused, choose_precision, describe
+from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, describe
 from castlm.methods.base import Retraining
 from castlm.methods.table import METHODS
 from castlm.training.config import TrainConfig
@@ -74,6 +74,14 @@ def filter_of(config: TrainConfig) -> FilterFn:
     return is_sparse
 
 
+def check_left_dense(config: TrainConfig, model: torch.nn.Module) -> None:
+    """Raises `InputError` if a part of `left_dense` is in the name of no layer that could be sparse."""
+    names = [name for name, module in model.named_modules() if is_sparse_linear(module, name)]
+    for part in config.left_dense:
+        if not any(part in name for name in names):
+            raise InputError(f"left_dense {part} is in the name of no sparse layer: they are named like {names[-1]}")
+
+
 def global_batch(config: TrainConfig, world: World) -> int:
     """Sequences of one optimizer step, on all ranks together."""
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
@@ -90,8 +98,10 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     """
     method_class = METHODS[config.method].load()
     method_class.check(config)
+    check_compile(config.torch_compile, world.device)
     source = open_source(config, world)
     model = source.model
+    check_left_dense(config, model)
     text = open_training_text(config, source.tokenizer, model.config.vocab_size, world)
     precision = choose_precision(config.precision, world.device, model.config)
     if world.size > 1 and method_class.masks_forward:
@@ -110,6 +120,8 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     end_of_text = None if config.cross_document_attention else end_of_text_id(source.tokenizer)
     objective = Objective(model, teacher, config.eta, config.temperature, config.teacher_top_k, cache, end_of_text)
+    if config.torch_compile:
+        compile_blocks_(objective)
     _shard(objective, source.stored, precision, world)
     names = _trained_parameters(objective, world)
     if cache is not None:  # the model still has the weights of its teacher

@@ -144,6 +144,7 @@ def _prune(
         "calibration_tokens": calibration.numel(),
         "basis": asdict(basis),
         "prune_seconds": round(report.seconds, 2),
+        "layer_errors": {layer.name: layer.error for layer in report.layers},
         "reconstructions": [asdict(block) for block in report.reconstructions],
     }
 

@@ -28,6 +28,7 @@ SHOWN = {
     "lr": "lr {:.2e}",
     "alpha": "alpha {:.2f}",
     "tokens_per_s": "{:,.0f} tok/s",
+    "mfu": "mfu {:.1%}",
 }
 EVALUATION = {
     "perplexity": "perplexity {:.3f}",
@@ -121,7 +122,9 @@ class Telemetry:
         if self.is_main:
             self._write(step, values, details)
             keys = [key for key in EVALUATION if key in values and key not in self.hidden]
-            self.say(f"step {step}: " + "  ".join(EVALUATION[key].format(values[key]) for key in keys))
+            shown = [EVALUATION[key].format(values[key]) for key in keys]
+            shown += [f"{key} {value:.3f}" for key, value in values.items() if key.startswith("perplexity/")]
+            self.say(f"step {step}: " + "  ".join(shown))
 
     def _write(self, step: int, values: dict[str, float], details: dict[str, Any] | None = None) -> None:
         assert self._file is not None

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
-from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents, text_hash
+from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents
 from castlm.data.loader import BatchLoader
+from castlm.data.mixture import Mixture
 from castlm.data.packing import PackedSequences
 from castlm.data.tokens import check_vocabulary, token_ids
 from castlm.distributed.world import World
 from castlm.models import open_model
 from castlm.training.config import TrainConfig
 
+AnyDocuments = Documents | HubDocuments | Mixture
+
 
 @dataclass
 class TrainingText:
     """What a run trains and is evaluated on."""
 
-    documents: Documents | HubDocuments
+    documents: AnyDocuments
     """Training documents, without the held-out ones."""
     loader: BatchLoader
     """This rank's batches of them."""
     eval_ids: Tensor
-    """Held-out tokens, int64, (num_tokens,)."""
+    """Tokens of all evaluation texts, int64, (num_tokens,)."""
+    eval_parts: dict[str, Tensor]
+    """Tokens of each evaluation text by its name; empty if there is only one."""
     train_sha256: str
     eval_sha256: str
 
@@ -41,7 +48,7 @@ def resolve_epochs(config: TrainConfig, world: World) -> TrainConfig:
 
     def steps() -> int:
         documents, _ = _open_splits(config)
-        if isinstance(documents, HubDocuments):
+        if not isinstance(documents, Documents):
             raise InputError(f"num_train_epochs: {config.dataset} is streamed, its length is not known: give max_steps")
         _, _, tokenizer = open_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
         tokens = _sequences(config, documents, tokenizer).tokens_per_epoch()
@@ -51,19 +58,19 @@ def resolve_epochs(config: TrainConfig, world: World) -> TrainConfig:
     return replace(config, max_steps=world.on_main(steps), num_train_epochs=None)
 
 
-def _open_splits(config: TrainConfig) -> tuple[Documents | HubDocuments, Documents | HubDocuments]:
-    """The training documents and those of the evaluation."""
-    documents = open_documents(
-        config.dataset, column=config.column, split=config.dataset_split, data_config=config.dataset_config
-    )
-    if config.eval_dataset is None:
-        return split_documents(documents, config.eval_fraction, config.seed)
-    return documents, open_documents(config.eval_dataset, column=config.column)
+def _open_splits(config: TrainConfig) -> tuple[AnyDocuments, list[Documents | HubDocuments]]:
+    """The training documents, and the texts of the evaluation."""
+    hub = {"split": config.dataset_split, "data_config": config.dataset_config}
+    parts = [open_documents(text, column=config.column, **hub) for text in config.datasets]
+    held_out = [open_documents(text, column=config.column) for text in config.eval_datasets]
+    if not held_out:
+        splits = [split_documents(part, config.eval_fraction, config.seed) for part in parts]
+        parts, held_out = [part for part, _ in splits], [part for _, part in splits]
+    mixed = parts[0] if len(parts) == 1 else Mixture(parts, list(config.datasets.values()))
+    return mixed, held_out
 
 
-def _sequences(
-    config: TrainConfig, documents: Documents | HubDocuments, tokenizer: PreTrainedTokenizerBase
-) -> PackedSequences:
+def _sequences(config: TrainConfig, documents: AnyDocuments, tokenizer: PreTrainedTokenizerBase) -> PackedSequences:
     return PackedSequences(documents, tokenizer, seq_len=config.seq_len, seed=config.seed, repeat=config.repeat_blocks)
 
 
@@ -84,8 +91,11 @@ def open_training_text(
         world_size=world.size,
         prefetch=config.prefetch,
     )
-    eval_ids = token_ids(held_out, tokenizer, limit=config.eval_tokens or None)
-    if len(eval_ids) < 2:
-        raise InputError(f"the evaluation text {held_out.name} has {len(eval_ids)} tokens: give more")
-    check_vocabulary(eval_ids, vocab_size)
-    return TrainingText(documents, loader, eval_ids, text_hash(documents), text_hash(held_out))
+    parts = {text.name: token_ids(text, tokenizer, limit=config.eval_tokens or None) for text in held_out}
+    for name, ids in parts.items():
+        if len(ids) < 2:
+            raise InputError(f"the evaluation text {name} has {len(ids)} tokens: give more")
+        check_vocabulary(ids, vocab_size)
+    eval_ids, digests = torch.cat(list(parts.values())), [text.text_hash() for text in held_out]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return TrainingText(documents, loader, eval_ids, parts if len(parts) > 1 else {}, documents.text_hash(), digest)

@@ -1,0 +1,201 @@
+"""What a user decides by: perplexity, bytes and speed of one model in every format, dense and 2:4: a table and a plot.
+
+    python -m benchmarks.frontier --text TEXT --calibration TEXT [--model demo] [--sparse FOLDER] [--json O] [--plot O]
+
+Without `--sparse` the 2:4 model is the dense one pruned by SparseGPT, without training; with it, a folder or a run of
+castlm train. Weights are rounded as `castlm quantize` rounds them, and the perplexity is of the rounded weights in
+fp32. Bytes are those of the tensors in a file: packed layers, embedding and head in bf16 (fp32 for fp32), norms. Speed
+is greedy decoding of one sequence in turns, A B A B, by castlm's kernels, fp32 by transformers alone. llama.cpp has no
+rows: its Python package is not installed as a wheel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from benchmarks.machine import machine, write_json
+from castlm.cli.options import result_folder
+from castlm.core.sparsify import is_sparse_linear
+from castlm.data.tokens import token_ids
+from castlm.evaluation.perplexity import perplexity
+from castlm.inference.convert import onto_kernels_, pack_model_
+from castlm.inference.layers import pack_linear
+from castlm.inference.packed import kept_mask, pack_integers
+from castlm.inference.quantize import QuantizeReport, quantize_
+from castlm.models import load_model, parameters_in
+from castlm.oneshot.calibration import calibration_blocks
+from castlm.oneshot.prune import prune_oneshot_
+
+FORMATS = ("fp32", "bf16", "int8", "int4")
+PROMPT, NEW_TOKENS = 32, 48
+
+
+@dataclass
+class Point:
+    """One row of the table."""
+
+    name: str
+    perplexity: float
+    num_bytes: int
+    tokens_per_second: float = 0.0
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_sparse_linear(m, n)}
+
+
+def stored_bytes(model: nn.Module, form: str, sparse: bool) -> int:
+    """Bytes of all tensors in a file: layers in the format, the rest in bf16, or in fp32."""
+    layers = linears(model)
+    inside = {id(layer.weight) for layer in layers.values()}
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in inside) * (4 if form == "fp32" else 2)
+    bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[form]
+    total = 0.0
+    for layer in layers.values():
+        rows, columns = layer.weight.shape
+        kept = columns // 2 if sparse else columns
+        mask = -(-columns // 8) if sparse else 0
+        scales = {"int8": 4, "int4": 2 * -(-columns // 64)}.get(form, 0)
+        total += rows * (-(-kept * bits // 8) + mask + scales)
+    return rest + int(total)
+
+
+def rounded(model: PreTrainedModel, form: str, calibration: Tensor) -> tuple[PreTrainedModel, QuantizeReport | None]:
+    """A copy with the weights of the format, in fp32, and the codes of integers."""
+    made, report = copy.deepcopy(model), None
+    if form in ("int8", "int4"):
+        report = quantize_(made, form, calibration=calibration if form == "int4" else None)
+        for name, layer in linears(made).items():  # embedding, head and norms are bf16; the codes are exact
+            layer.weight.data = report.layers[name].dequantized()
+    if form != "fp32":
+        exact = {name: layer.weight.detach().clone() for name, layer in linears(made).items()}
+        with parameters_in(made, torch.bfloat16):
+            pass
+        if report is not None:
+            for name, layer in linears(made).items():
+                layer.weight.data = exact[name]
+    return made, report
+
+
+def onto_kernels(model: PreTrainedModel, form: str, sparse: bool, report: QuantizeReport | None) -> None:
+    """The rounded model on castlm's kernels, in place; fp32 stays with transformers."""
+    n, m = (2, 4) if sparse else (0, 0)
+    if form == "bf16":
+        pack_model_(model, n, m)
+    if report is None:
+        return
+    for name, layer in linears(model).items():
+        found = report.layers[name]
+        mask = kept_mask(found.dequantized(), n, m) if sparse else None
+        scales = found.scales.to(torch.bfloat16) if form == "int4" else found.scales
+        model.set_submodule(name, pack_linear(layer, pack_integers(found.codes, scales, form, n, m, mask=mask)))
+    table = model.get_input_embeddings()
+    table.weight = nn.Parameter(table.weight.to(torch.bfloat16), requires_grad=False)
+    if model.config.tie_word_embeddings:
+        model.get_output_embeddings().weight = table.weight
+    onto_kernels_(model, torch.float32)
+
+
+def decode_seconds(model: PreTrainedModel, ids: Tensor) -> float:
+    started = time.perf_counter()
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def frontier(options: argparse.Namespace) -> list[Point]:
+    """All points, printed as they come."""
+    loaded = load_model(options.model)
+    text_ids = token_ids(options.text, loaded.tokenizer, limit=options.eval_tokens)
+    calibration = calibration_blocks(
+        token_ids(options.calibration, loaded.tokenizer, limit=64 * options.sequences * 512), options.sequences, 512
+    )
+    dense = loaded.model
+    if options.sparse:
+        sparse = load_model(result_folder(options.sparse)).model
+    else:
+        sparse = copy.deepcopy(dense)
+        prune_oneshot_(sparse, "sparsegpt", calibration=calibration)
+    points, runners = [], {}
+    for label, model in (("dense", dense), ("2:4", sparse)):
+        is_sparse = label == "2:4"
+        for form in FORMATS[1:] if is_sparse else FORMATS:
+            made, report = rounded(model, form, calibration)
+            found = perplexity(made, text_ids, seq_len=options.seq_len).perplexity
+            point = Point(f"{label} {form}", found, stored_bytes(made, form, is_sparse))
+            print(f"{point.name:10} perplexity {found:.3f}  {point.num_bytes / 1e6:.1f} MB", flush=True)
+            onto_kernels(made, form, is_sparse, report)
+            points.append(point)
+            runners[point.name] = made.eval()
+    prompt = text_ids[:PROMPT].unsqueeze(0)
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for number in range(options.rounds + 1):
+        for name, model in runners.items():
+            took = decode_seconds(model, prompt)
+            if number:
+                seconds[name].append(took)
+    for point in points:
+        point.tokens_per_second = NEW_TOKENS / statistics.median(seconds[point.name])
+    return points
+
+
+def table(points: list[Point]) -> str:
+    """Markdown, speeds in units of dense bf16 beside tokens per second."""
+    base = next(point for point in points if point.name == "dense bf16")
+    lines = ["| format | perplexity | MB | tokens/s | speed of dense bf16 |", "|---|---|---|---|---|"]
+    for p in points:
+        ratio = p.tokens_per_second / base.tokens_per_second
+        lines.append(
+            f"| {p.name} | {p.perplexity:.3f} | {p.num_bytes / 1e6:.1f} | {p.tokens_per_second:.1f} | {ratio:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
+def plot(points: list[Point], file: str) -> None:
+    """Perplexity over bytes, dense and 2:4 each a line; the label says the format and tokens per second."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for label, colour in (("dense", "tab:gray"), ("2:4", "tab:blue")):
+        chosen = [point for point in points if point.name.startswith(label)]
+        x, y = [point.num_bytes / 1e6 for point in chosen], [point.perplexity for point in chosen]
+        axes.plot(x, y, "o-", color=colour, label=label)
+        for point in chosen:
+            text = f"{point.name.split()[1]}, {point.tokens_per_second:.0f}/s"
+            axes.annotate(text, (point.num_bytes / 1e6, point.perplexity), xytext=(4, 4), textcoords="offset points")
+    axes.set(xlabel="MB", ylabel="perplexity", xscale="log")
+    axes.legend()
+    figure.savefig(file)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--sparse", help="a 2:4 model folder, or a run of castlm train")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--sequences", type=int, default=32, help="of 512 calibration tokens")
+    parser.add_argument("--eval-tokens", type=int, default=16_384)
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", metavar="OUT")
+    parser.add_argument("--plot", metavar="OUT")
+    options = parser.parse_args(arguments)
+    points = frontier(options)
+    print(table(points))
+    write_json(options.json, {"machine": machine(), "options": vars(options), "points": [asdict(p) for p in points]})
+    if options.plot:
+        plot(points, options.plot)
+
+
+if __name__ == "__main__":
+    main()

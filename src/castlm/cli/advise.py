@@ -1,0 +1,81 @@
+"""`castlm advise`: whether 2:4 pays off for a model on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from castlm.cli.options import parse, result_folder, write_json
+from castlm.core.errors import InputError
+from castlm.fields import positional
+
+if TYPE_CHECKING:
+    from castlm.inference.devices import Device
+    from castlm.inference.this_device import CpuTimer, GpuTimer
+
+
+@dataclass
+class AdviseCommand:
+    """Say which layers of a model should be dense, 2:4 or something else on a device, before anything is trained."""
+
+    model: str = positional()
+    """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; only its config is read."""
+
+    tokens: int = 1
+    """Rows that a layer sees at once: the batch size in decode, the tokens of all prompts in prefill."""
+
+    dtype: Literal["bf16", "fp16", "fp32", "int8", "fp8"] = "bf16"
+    """What the model is served in now; every format is compared with it."""
+
+    device: str = "this"
+    """a100, a100-pcie, h100, h100-pcie, h200, b200, rtx4090, or "this" for the one at hand."""
+
+    measure: bool = False
+    """Time the layers on the device at hand instead of estimating them."""
+
+    json: str | None = None
+    """Write the advice there; "-" prints it instead of the table."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model."""
+
+    def run(self) -> int:
+        from castlm.inference.advise import advise, shapes_of
+        from castlm.inference.devices import find_device
+
+        timer: CpuTimer | GpuTimer | None = None
+        if self.device == "this":
+            device, timer = self._this_device()
+        elif self.measure:
+            raise InputError(f"--measure times the device at hand: leave out --device {self.device}")
+        else:
+            device = find_device(self.device)
+        found = advise(
+            shapes_of(result_folder(self.model), self.trust_remote_code),
+            device,
+            tokens=self.tokens,
+            dtype=self.dtype,
+            formats=timer.formats if timer else None,
+            seconds=timer.seconds if timer else None,
+        )
+        write_json(self.json, found.as_dict())
+        if self.json != "-":
+            print(found.text())
+        return 0
+
+    def _this_device(self) -> tuple[Device, CpuTimer | GpuTimer | None]:
+        """The record of the device at hand, and with --measure what times layers on it."""
+        from castlm.inference.native import NOT_BUILT, kernels
+        from castlm.inference.roofline import cpu_formats
+        from castlm.inference.this_device import CpuTimer, GpuTimer, this_cpu, this_gpu
+
+        gpu = this_gpu()
+        if gpu is not None:
+            return gpu, GpuTimer(self.dtype) if self.measure else None
+        if kernels() is None:
+            raise InputError(NOT_BUILT)
+        return this_cpu(), CpuTimer(cpu_formats(self.dtype)) if self.measure else None
+
+
+def main(arguments: list[str]) -> int:
+    return int(parse(AdviseCommand, arguments, "advise").run())

@@ -1,0 +1,67 @@
+"""`castlm generate`: text from a model, plain or packed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+from castlm.cli.options import parse, result_folder
+from castlm.fields import positional
+
+
+@dataclass
+class GenerateCommand:
+    """Continue a prompt, or answer it where the model has a chat template, and print the text as it comes."""
+
+    path: str = positional()
+    """Folder, plain or packed, run of `castlm train`, hub id, GGUF file, or "demo"."""
+
+    prompt: str
+    """What to continue or to answer."""
+
+    max_new_tokens: int = field(default=128, metadata={"at_least": 1})
+    """Tokens after which the text is cut."""
+
+    temperature: float = field(default=0.0, metadata={"at_least": 0})
+    """0 takes the most probable token each time; above 0 samples."""
+
+    seed: int = 0
+    """Of the samples."""
+
+    raw: bool = False
+    """Continue the prompt as it is, without the chat template."""
+
+    threads: int = 0
+    """Processor threads; 0 leaves the number to torch."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model."""
+
+    def run(self) -> int:
+        import torch
+
+        from castlm.inference.generate import encode_prompt, generate_text, load_to_generate
+
+        if self.threads > 0:
+            torch.set_num_threads(self.threads)
+        model, tokenizer = load_to_generate(result_folder(self.path), trust_remote_code=self.trust_remote_code)
+        done = generate_text(
+            model,
+            tokenizer,
+            encode_prompt(tokenizer, self.prompt, self.raw),
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            write=lambda text: print(text, end="", flush=True),
+        )
+        print()
+        print(
+            f"castlm: {done.prompt_tokens} tokens of prompt in {done.prompt_seconds:.2f} s, "
+            f"{done.new_tokens} new tokens, {done.tokens_per_second:.1f} a second",
+            file=sys.stderr,
+        )
+        return 0
+
+
+def main(arguments: list[str]) -> int:
+    return int(parse(GenerateCommand, arguments, "generate").run())

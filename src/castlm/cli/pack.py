@@ -1,0 +1,67 @@
+"""`castlm pack`: store an n:m model without its zeros."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from castlm.cli.options import parse, result_folder
+from castlm.core.pattern import NM
+from castlm.fields import positional
+
+
+@dataclass
+class PackCommand:
+    """Write an n:m model without its zeros: 9/16 of the bytes of each 2:4 layer in bf16, and faster on a CPU."""
+
+    path: str = positional()
+    """Model folder in Hugging Face format, or run of `castlm train`."""
+
+    output_dir: str
+    """Folder for the packed model."""
+
+    pattern: str = "2:4"
+    """n:m, at most n non-zeros in every m along the input axis."""
+
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """Cast all weights to this dtype first; by default they stay as they are stored, bit for bit."""
+
+    head: Literal["int8"] | None = None
+    """int8: round the output head, and an embedding tied to it, to int8 with a scale for each row."""
+
+    overwrite: bool = False
+    """Replace what output_dir holds."""
+
+    def run(self) -> int:
+        from castlm.export.packed import pack_folder
+        from castlm.output import claimed
+        from castlm.progress import shown_progress
+
+        pattern = NM.parse(self.pattern)
+        n, m = pattern.n, pattern.m
+        source = result_folder(self.path)
+        with (
+            claimed(self.output_dir, "result", overwrite=self.overwrite, inputs={"path": source}) as folder,
+            shown_progress("pack, tensors") as progress,
+        ):
+            report = pack_folder(
+                source,
+                folder,
+                n,
+                m,
+                dtype=self.dtype,
+                head=self.head,
+                overwrite=True,
+                progress=progress,
+            )
+        ratio = report.bytes_after / report.bytes_before
+        print(
+            f"{folder}: {report.num_packed} tensors packed and verified {self.pattern}, "
+            f"{report.bytes_after / 1e6:,.1f} MB, {ratio:.3f} of what {self.path} takes; "
+            f"try it with: castlm generate {folder} --prompt TEXT"
+        )
+        return 0
+
+
+def main(arguments: list[str]) -> int:
+    return int(parse(PackCommand, arguments, "pack").run())

@@ -1,0 +1,169 @@
+"""`castlm quantize`: round a sparse model to int8, float8 or int4, zeros kept."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from castlm.cli.options import parse, result_folder
+from castlm.core.errors import InputError
+from castlm.core.pattern import NM
+from castlm.fields import positional
+
+if TYPE_CHECKING:
+    from castlm.inference.quantize import QuantizeReport
+
+_NOT_PASSED_ON = (
+    *("schema_version", "versions", "proof", "left_dense", "pattern", "figures", "perplexity", "dtype", "files"),
+    *("packed", "quantized"),
+)
+"""Entries of castlm.json that do not hold of the quantized model, or are written again."""
+
+
+@dataclass
+class QuantizeCommand:
+    """Round the linear layers of a sparse model to int8, fp8 or int4, keep every zero, and verify the result."""
+
+    model: str = positional()
+    """Sparse model: Hugging Face folder or run of `castlm train`."""
+
+    output_dir: str
+    """Folder for the quantized model."""
+
+    kind: Literal["int8", "fp8", "int4"] = "int8"
+    """int8 and fp8 round each row to the nearest; int4 rounds groups of 64 columns by GPTQ with a calibration text."""
+
+    packed: bool = False
+    """Write int8 or int4 in the packed format, codes and scales without the zeros, instead of a plain model folder."""
+
+    calibration: str | None = None
+    """Text for int4."""
+
+    pattern: str | None = None
+    """n:m of the model; that of its castlm.json when not given."""
+
+    num_sequences: int = 64
+    """Calibration sequences."""
+
+    seq_len: int = 512
+    """Their length in tokens, at most the model's context."""
+
+    seed: int = 0
+    """Which windows of the text are taken."""
+
+    damping: float = 0.01
+    """int4: share of the mean diagonal that is added to the Hessian."""
+
+    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
+    """What the dequantized values are written in; source: what the model is stored in."""
+
+    overwrite: bool = False
+    """Replace what output_dir holds."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    def run(self) -> int:
+        from castlm.hardware import keep_freed_memory
+        from castlm.output import claimed
+
+        keep_freed_memory()
+        if self.kind == "int4" and self.calibration is None:
+            raise InputError("int4 needs a calibration text: pass --calibration FILE")
+        if self.kind != "int4" and self.calibration is not None:
+            raise InputError(f"{self.kind} takes no calibration text: leave --calibration out")
+        if self.packed and self.kind == "fp8":
+            raise InputError("the packed format holds int8 and int4: leave --packed out for fp8")
+        source = result_folder(self.model)
+        manifest = _manifest(source)
+        text = self.pattern or manifest.get("pattern")
+        if not isinstance(text, str):
+            raise InputError(f"{self.model} has no pattern in a castlm.json: pass --pattern 2:4")
+        pattern = NM.parse(text)
+        inputs = {"model": self.model, "calibration": self.calibration}
+        with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
+            return self._quantize(source, manifest, pattern, folder)
+
+    def _quantize(self, source: str, manifest: dict[str, Any], pattern: NM, folder: Path) -> int:
+        from castlm.core.sparsify import sparse_linears
+        from castlm.export.hf import export_model
+        from castlm.inference.quantize import quantize_
+        from castlm.models import load_model, save_dtype
+        from castlm.progress import shown_progress
+
+        loaded = load_model(source, trust_remote_code=self.trust_remote_code)
+        _, left_dense = sparse_linears(loaded.model, pattern)
+        blocks, text = self._calibration(loaded)
+        with shown_progress(f"{self.kind}, {'blocks' if blocks is not None else 'layers'}") as progress:
+            report = quantize_(loaded.model, self.kind, calibration=blocks, damping=self.damping, progress=progress)
+        quantized = {"source": self.model, **report.record(), **text}
+        passed_on = {key: value for key, value in manifest.items() if key not in _NOT_PASSED_ON}
+        with contextlib.ExitStack() as stack:
+            plain = folder
+            if self.packed:
+                plain = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="castlm-quantize-"))) / folder.name
+            export_model(
+                loaded.model,
+                loaded.tokenizer,
+                plain,
+                pattern=pattern,
+                left_dense={**left_dense, **manifest.get("left_dense", {})},
+                record={"base_model": self.model, **passed_on, "quantized": quantized},
+                overwrite=True,
+                dtype=save_dtype(self.save_dtype, loaded.dtype),
+            )
+            if self.packed:
+                _pack(plain, folder, pattern, report)
+        print(
+            f"{folder}: {self.kind} in {len(report.layers)} layers, mean relative error {report.mean_error:.2e}, "
+            f"{pattern} verified; measure it with: castlm eval {folder} --text FILE"
+        )
+        return 0
+
+    def _calibration(self, loaded: Any) -> tuple[Any, dict[str, Any]]:
+        """The windows of the calibration text, and what castlm.json says of it; None and nothing without one."""
+        from castlm.data.documents import text_hash
+        from castlm.data.tokens import token_ids
+        from castlm.oneshot.calibration import calibration_blocks, calibration_length
+
+        if self.calibration is None:
+            return None, {}
+        length = min(self.seq_len, calibration_length(loaded.model))
+        ids = token_ids(self.calibration, loaded.tokenizer)
+        blocks = calibration_blocks(ids, self.num_sequences, length, self.seed)
+        return blocks, {"text": self.calibration, "text_sha256": text_hash(self.calibration), "seed": self.seed}
+
+
+def _pack(plain: Path, folder: Path, pattern: NM, report: QuantizeReport) -> None:
+    """Packs the plain folder to `folder`, with the integers themselves, and verifies it."""
+    from castlm.export.integers import store_integers
+    from castlm.export.packed import pack_folder
+    from castlm.export.verify import verify
+    from castlm.files import add_file_list, atomic_dir
+
+    with atomic_dir(folder, overwrite=True) as temporary:
+        inner = temporary / "packed"
+        pack_folder(plain, inner, pattern.n, pattern.m)
+        store_integers(inner, report.layers)
+        found = verify(inner, pattern)
+        if not found.ok:
+            raise InputError(found.summary().replace(str(inner), str(folder)))
+        for file in inner.iterdir():
+            file.rename(temporary / file.name)
+        inner.rmdir()
+        add_file_list(temporary)
+
+
+def _manifest(folder: str) -> dict[str, Any]:
+    """The castlm.json of a model folder; empty where there is none."""
+    from castlm.reading import read_json_object
+
+    file = Path(folder) / "castlm.json"
+    return read_json_object(file) if file.is_file() else {}
+
+
+def main(arguments: list[str]) -> int:
+    return int(parse(QuantizeCommand, arguments, "quantize").run())

@@ -1,0 +1,53 @@
+"""`castlm serve`: transformers' OpenAI-compatible server, which loads packed folders once castlm is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from castlm.cli.options import parse, result_folder
+from castlm.core.errors import InputError
+from castlm.fields import positional
+
+
+@dataclass
+class ServeCommand:
+    """Serve a model, plain or packed, over the OpenAI API: chat completions, completions, responses."""
+
+    path: str = positional()
+    """Folder, plain or packed, run of `castlm train`, or hub id."""
+
+    host: str = "localhost"
+    """Address to listen on."""
+
+    port: int = 8000
+    """Port to listen on."""
+
+    threads: int = 0
+    """Processor threads; 0 leaves the number to torch."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model."""
+
+    def run(self) -> int:
+        import torch
+        from transformers.utils.import_utils import is_serve_available
+
+        from castlm.models import open_model
+
+        if not is_serve_available():
+            raise InputError("serving needs fastapi, uvicorn, pydantic and openai: pip install 'castlm[serve]'")
+        path = result_folder(self.path)
+        where, _, _ = open_model(path, trust_remote_code=self.trust_remote_code)
+        if where.gguf:
+            raise InputError(f"{self.path} is a GGUF file: serve a model folder")
+        if self.threads > 0:
+            torch.set_num_threads(self.threads)
+        from transformers.cli.serve import Serve
+
+        print(f"castlm: {self.path} at http://{self.host}:{self.port}/v1, until Ctrl-C", flush=True)
+        Serve(force_model=where.target, host=self.host, port=self.port, trust_remote_code=self.trust_remote_code)
+        return 0
+
+
+def main(arguments: list[str]) -> int:
+    return int(parse(ServeCommand, arguments, "serve").run())

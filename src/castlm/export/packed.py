@@ -1,0 +1,319 @@
+"""`castlm pack` and `castlm unpack`: a model folder with its zeros stored, and the packed folder without them.
+
+One tensor is in memory at a time, whatever the size of the model. The plain folder stays the canonical result.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from castlm import __version__
+from castlm.core.blocks import is_block_linear
+from castlm.core.errors import InputError
+from castlm.core.pattern import NM
+from castlm.export.folder import stored_tensors
+from castlm.export.stored import StoredTensor
+from castlm.export.stream import DTYPES, write_safetensors
+from castlm.export.verify import left_dense_reason, read_left_dense, verify
+from castlm.files import atomic_dir, atomic_write_json
+from castlm.inference import format
+from castlm.inference.format import PackedSpec
+from castlm.inference.packed import PackedTensor, equal_in_bits, pack, pack_integers, round_to_int8, unpack
+from castlm.layout import guess_model_type, stored_transposed
+from castlm.reading import read_json_object
+
+Progress = Callable[[int, int], None]
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".bin.index.json")
+_TABLES = ("lm_head.weight", "embed_out.weight", "model.embed_tokens.weight", "transformer.wte.weight", "wte.weight")
+_CAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_OF_STORED = {name: dtype for dtype, name in DTYPES.items()}
+
+_CARD = """# {name}, packed {n}:{m}
+
+The {n}:{m} sparse weights of this model are stored without their zeros, in castlm's packed format. Python:
+
+```python
+import castlm  # registers the format with transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path of this folder")
+```
+
+`castlm unpack PATH --output-dir OUT` writes the plain model folder again, which loads anywhere.
+"""
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What `pack_folder` wrote.
+
+    Attributes:
+        num_packed: tensors whose zeros are no longer stored.
+        bytes_before, bytes_after: of the weight files.
+    """
+
+    num_packed: int
+    bytes_before: int
+    bytes_after: int
+
+
+def pack_folder(
+    source: str | Path,
+    folder: str | Path,
+    n: int = 2,
+    m: int = 4,
+    *,
+    dtype: str | None = None,
+    head: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> PackReport:
+    """Writes the n:m model in `source` to `folder` in the packed format, and verifies what was written.
+
+    Every linear layer inside the transformer blocks is packed, except those that castlm.json lists as left dense; the
+    other tensors are copied. Each packed tensor is unpacked again and compared before it is written.
+
+    Args:
+        source: a model folder in safetensors, one file or several; the result has as many.
+        dtype: "bf16", "fp16" or "fp32" casts all floating-point tensors first; None keeps what is stored.
+        head: "int8" rounds the output head to int8 with a scale for each row, together with the embedding where the two
+            are tied. None keeps it. It is the only lossy option, `dtype` aside.
+        progress: called with (tensors done, tensors in all).
+
+    Raises:
+        InputError: no model there, already packed or quantized, a layer that is not n:m or holds NaN, `folder` taken,
+            or the disk full. `folder` is then as it was.
+    """
+    source = Path(source)
+    plan = _plan(source, n, m, dtype, head)
+    done, total = 0, len(plan.stored)
+    with atomic_dir(folder, overwrite) as temporary:
+        for old, new, names in plan.files:
+            packed = {_stem(name): spec for name, spec in plan.specs.items() if name in names}
+            layout = {key: entry for name in names for key, entry in plan.layout(name).items()}
+
+            def written(names: list[str] = names, old: Path = old) -> Iterator[tuple[str, Tensor]]:
+                nonlocal done
+                with safe_open(old, framework="pt") as opened:
+                    for name in names:
+                        yield from _packed_tensors(name, opened.get_tensor(name), plan, dtype)
+                        done += 1
+                        if progress is not None:
+                            progress(done, total)
+
+            write_safetensors(temporary / new, layout, written(), format.to_metadata(packed))
+        _write_rest(source, temporary, plan, n, m)
+        report = verify(temporary, NM(n, m))
+        if not report.ok:
+            raise InputError(report.summary().replace(str(temporary), str(folder)))
+        size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
+    before = sum(file.stat().st_size for file in {tensor.file for tensor in plan.stored.values()})
+    return PackReport(len(plan.specs), before, size)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is packed, how, and into which files."""
+
+    stored: Mapping[str, StoredTensor]
+    specs: Mapping[str, PackedSpec]
+    """By the name of the tensor in the source."""
+    files: list[tuple[Path, str, list[str]]]
+    """Of each file its path, its new name and the names of its tensors."""
+    cast: torch.dtype | None
+
+    def layout(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What is written of the tensor `name`."""
+        spec = self.specs.get(name)
+        if spec is not None:
+            return {f"{_stem(name)}.{suffix}": entry for suffix, entry in spec.tensors().items()}
+        stored = self.stored[name]
+        is_float = _OF_STORED[stored.dtype].is_floating_point
+        return {name: (DTYPES[self.cast] if self.cast and is_float else stored.dtype, stored.shape)}
+
+
+def _plan(source: Path, n: int, m: int, dtype: str | None, head: str | None) -> _Plan:
+    config, stored = _read_source(source)
+    model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in stored.items()})
+    left_dense = read_left_dense(source / "castlm.json")
+    cast = None if dtype is None else _CAST[dtype]
+    specs: dict[str, PackedSpec] = {}
+    for name, tensor in stored.items():
+        if tensor.dtype not in _OF_STORED:
+            raise InputError(f"{name} of {source} is stored as {tensor.dtype}, which cannot be packed")
+        if not is_block_linear(name, tensor.shape) or left_dense_reason(name, left_dense) is not None:
+            continue
+        transposed = stored_transposed(model_type, name)
+        rows, columns = tensor.shape[::-1] if transposed else tensor.shape
+        if columns % m:
+            raise InputError(f"{name} has a width of {columns}, which does not divide by m = {m}: choose another m")
+        specs[name] = PackedSpec(rows, columns, n, m, dtype or _values(tensor), transposed)
+    if not specs:
+        raise InputError(f"{source} has no linear layer inside transformer blocks to pack")
+    if head == "int8":
+        table = next((name for name in _TABLES if name in stored), None)
+        if table is None:
+            raise InputError(f"{source} has no output head under a known name: leave --head out")
+        specs[table] = PackedSpec(*stored[table].shape, 0, 0, "int8")
+    paths = sorted({tensor.file for tensor in stored.values()})
+    count = len(paths)
+    files = []
+    for i, path in enumerate(paths, 1):
+        new = format.FILE if count == 1 else f"castlm-{i:05d}-of-{count:05d}.safetensors"
+        files.append((path, new, [name for name, tensor in stored.items() if tensor.file == path]))
+    return _Plan(stored, specs, files, cast)
+
+
+def _read_source(source: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    if not (source / "config.json").is_file():
+        raise InputError(f"{source} has no config.json: give a model folder in Hugging Face format")
+    config = read_json_object(source / "config.json")
+    if config.get("quantization_config"):
+        raise InputError(f"{source} is packed or quantized already: give the model that was")
+    return config, stored_tensors(source, config)
+
+
+def _values(tensor: StoredTensor) -> str:
+    names = {stored: values for values, stored in format.DTYPES.items() if values in _CAST}
+    if tensor.dtype not in names:
+        raise InputError(
+            f"{tensor.name} is stored as {tensor.dtype}, which cannot be packed: pass dtype bf16 to cast it"
+        )
+    return names[tensor.dtype]
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _packed_tensors(name: str, tensor: Tensor, plan: _Plan, dtype: str | None) -> Iterator[tuple[str, Tensor]]:
+    """What is written of one tensor of the source, with the dtypes and shapes of `plan.layout`."""
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(_CAST[dtype])
+    spec = plan.specs.get(name)
+    if spec is None:
+        yield name, tensor
+        return
+    if spec.m:
+        weight = tensor.T.contiguous() if spec.transposed else tensor
+        try:
+            packed = pack(weight, spec.n, spec.m, transposed=spec.transposed)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+        if not equal_in_bits(unpack(packed), weight):
+            raise InputError(f"{name} does not come back from its packed form: please report this")
+    else:
+        packed = pack_integers(*round_to_int8(tensor), "int8", 0, 0)
+    for suffix, part in packed.tensors().items():
+        yield f"{_stem(name)}.{suffix}", part
+
+
+def _write_rest(source: Path, folder: Path, plan: _Plan, n: int, m: int) -> None:
+    """All files but the weights: config.json and castlm.json with what was done, the others as they are."""
+    _copy_small_files(source, folder)
+    config = read_json_object(source / "config.json")
+    config["quantization_config"] = {
+        "quant_method": "castlm",
+        "version": format.VERSION,
+        "pattern": f"{n}:{m}",
+        "weights": format.FILE if len(plan.files) == 1 else format.INDEX,
+    }
+    if plan.cast is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(plan.cast).removeprefix("torch.")
+    atomic_write_json(folder / "config.json", config)
+    manifest = read_json_object(source / "castlm.json") if (source / "castlm.json").is_file() else {}
+    manifest["packed"] = {"format": format.VERSION, "pattern": f"{n}:{m}", "castlm": __version__}
+    atomic_write_json(folder / "castlm.json", manifest)
+    (folder / "README.md").write_text(_CARD.format(name=source.resolve().name, n=n, m=m), encoding="utf-8")
+    if len(plan.files) > 1:
+        weight_map = {key: new for _, new, names in plan.files for name in names for key in plan.layout(name)}
+        total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        atomic_write_json(folder / format.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _copy_small_files(source: Path, folder: Path) -> None:
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS):
+            shutil.copyfile(path, folder / path.name)
+
+
+def unpack_folder(
+    source: str | Path, folder: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> int:
+    """Writes the packed model in `source` as a plain model folder, with the zeros stored. Returns how many tensors.
+
+    Floating-point values come back bit for bit. Integers come back as value times scale in the dtype of config.json.
+
+    Raises:
+        InputError: not a packed folder, damaged files, `folder` taken, or the disk full. `folder` is then as it was.
+    """
+    source = Path(source)
+    config = read_json_object(source / "config.json")
+    stored = stored_tensors(source, config)
+    paths = sorted({tensor.file for tensor in stored.values()})
+    specs = format.read_specs(paths)
+    if not specs:
+        raise InputError(f"{source} is not a packed model folder: `castlm pack` writes one")
+    integers_as = _OF_STORED.get(_stored_name(config), torch.float32)
+    parts = {f"{name}.{suffix}" for name, spec in specs.items() for suffix in spec.tensors()}
+    weight_map: dict[str, str] = {}
+    done = 0
+    with atomic_dir(folder, overwrite) as temporary:
+        for i, path in enumerate(paths, 1):
+            new = "model.safetensors" if len(paths) == 1 else f"model-{i:05d}-of-{len(paths):05d}.safetensors"
+            here = {name: spec for name, spec in specs.items() if stored[f"{name}.values"].file == path}
+            plain = [name for name, tensor in stored.items() if tensor.file == path and name not in parts]
+            layout = {name: (stored[name].dtype, stored[name].shape) for name in plain}
+            layout |= {f"{name}.weight": _unpacked_layout(spec, integers_as) for name, spec in here.items()}
+
+            def written(path: Path = path, plain: list[str] = plain, here: dict = here) -> Iterator[tuple[str, Tensor]]:
+                nonlocal done
+                with safe_open(path, framework="pt") as opened:
+                    yield from ((name, opened.get_tensor(name)) for name in plain)
+                    for name, spec in here.items():
+                        yield f"{name}.weight", _unpacked(opened, name, spec, integers_as)
+                        done += 1
+                        if progress is not None:
+                            progress(done, len(specs))
+
+            write_safetensors(temporary / new, layout, written(), {"format": "pt"})
+            weight_map |= dict.fromkeys(layout, new)
+        _copy_small_files(source, temporary)
+        config.pop("quantization_config", None)
+        atomic_write_json(temporary / "config.json", config)
+        if len(paths) > 1:
+            total = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            atomic_write_json(temporary / "model.safetensors.index.json", index)
+        (temporary / "README.md").unlink(missing_ok=True)  # it describes the packed folder
+    return len(specs)
+
+
+def _stored_name(config: Mapping[str, Any]) -> str:
+    names = {"bfloat16": "BF16", "float16": "F16"}
+    return names.get(str(config.get("dtype") or config.get("torch_dtype")), "F32")
+
+
+def _unpacked_layout(spec: PackedSpec, integers_as: torch.dtype) -> tuple[str, tuple[int, int]]:
+    dtype = DTYPES[integers_as] if spec.values in ("int8", "int4") else format.DTYPES[spec.values]
+    return dtype, (spec.columns, spec.rows) if spec.transposed else (spec.rows, spec.columns)
+
+
+def _unpacked(opened: Any, name: str, spec: PackedSpec, integers_as: torch.dtype) -> Tensor:
+    parts = {suffix: opened.get_tensor(f"{name}.{suffix}") for suffix in spec.tensors()}
+    packed = PackedTensor(spec, parts["values"], parts.get("mask"), parts.get("scales"))
+    try:
+        weight = unpack(packed, integers_as if spec.values in ("int8", "int4") else None)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    return weight.T if spec.transposed else weight

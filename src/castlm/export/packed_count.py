@@ -1,0 +1,63 @@
+"""Count the groups of a packed tensor from its mask, as it lies on disk: numpy alone, a few chunks in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from castlm.export.stored import FLOATS, StoredTensor, byte_chunks, magnitude_chunks
+from castlm.inference.format import PackedSpec
+
+
+class PackedCounts(NamedTuple):
+    """What a packed tensor holds.
+
+    Attributes:
+        groups, violations, most_kept: groups of the pattern asked for, those that keep too many, and the most in one.
+        nonzeros: kept values that are not zero.
+        damage: why the mask is not one of the tensor's own pattern; None where it is.
+    """
+
+    groups: int
+    violations: int
+    most_kept: int
+    nonzeros: int
+    damage: str | None
+
+
+def count_packed(spec: PackedSpec, parts: Mapping[str, StoredTensor], m: int, n: int) -> PackedCounts:
+    """Counts the groups of `m` that keep more than `n`; `m` divides the width, and `spec` is no dense tensor.
+
+    Every group of the tensor's own pattern must keep exactly `spec.n`, with no bit set past the last column: else
+    values belong to other columns than the mask says.
+    """
+    groups = violations = most = num_damaged = 0
+    for chunk in byte_chunks(parts["mask"], -(-spec.columns // 8)):
+        bits = np.unpackbits(chunk.reshape(-1, -(-spec.columns // 8)), axis=1, bitorder="little")
+        num_damaged += int(np.count_nonzero(bits[:, spec.columns :]))
+        kept = np.ascontiguousarray(bits[:, : spec.columns])
+        num_damaged += int(np.count_nonzero(_sums(kept, spec.m) != spec.n))
+        counts = _sums(kept, m)
+        groups += counts.size
+        violations += int(np.count_nonzero(counts > n))
+        most = max(most, int(counts.max()))
+    damage = f"{num_damaged:,} groups of its mask do not keep exactly {spec.n} of {spec.m}" if num_damaged else None
+    return PackedCounts(groups, violations, most, _nonzeros(spec, parts["values"]), damage)
+
+
+def _sums(kept: np.ndarray, m: int) -> np.ndarray:
+    return np.add.reduce(kept.reshape(-1, m), axis=1, dtype=np.uint32)
+
+
+def _nonzeros(spec: PackedSpec, values: StoredTensor) -> int:
+    if values.dtype in FLOATS:
+        return sum(int(np.count_nonzero(bits)) for bits in magnitude_chunks(values))
+    if spec.values == "int8":
+        return sum(int(np.count_nonzero(chunk)) for chunk in byte_chunks(values))
+    count = 0
+    for chunk in byte_chunks(values, values.shape[1]):
+        rows = chunk.reshape(-1, values.shape[1])
+        count += int(np.count_nonzero(rows & 15)) + int(np.count_nonzero(rows[:, : spec.kept // 2] >> 4))
+    return count

@@ -1,0 +1,108 @@
+"""A loaded model onto the CPU kernels, in place: what the loader of packed folders ends with, and `pack_model_`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from castlm.core.errors import InputError
+from castlm.core.sparsify import is_sparse_linear
+from castlm.inference.format import PackedSpec
+from castlm.inference.layers import (
+    PackedEmbedding,
+    PackedLinear,
+    PackedModule,
+    pack_linear,
+    prepare_layers_,
+    table_spec,
+)
+from castlm.inference.packed import VALUES, PackedTensor, pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def pack_model_(
+    model: PreTrainedModel,
+    n: int = 2,
+    m: int = 4,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    filter_fn: Callable[[nn.Module, str], bool] = is_sparse_linear,
+) -> list[str]:
+    """Replaces the linear layers of a model on a CPU by packed ones, and embedding and head by ones in `dtype`.
+
+    The model computes in fp32 afterwards, and cannot be trained or saved.
+
+    Args:
+        n, m: the pattern of the weights; both 0 multiplies by dense weights with the kernels for them.
+        dtype: that weights are cast to: bf16, fp16 or fp32.
+        filter_fn: `filter_fn(module, fqn)` says which layers to pack.
+
+    Returns:
+        The names of the replaced layers.
+
+    Raises:
+        InputError: a layer that is not n:m, no layer to replace, or kernels that were not built.
+    """
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and filter_fn(module, name)
+    ]
+    if not names:
+        raise InputError(f"{type(model).__name__} has no linear layer to pack")
+    for name in names:
+        layer = model.get_submodule(name)
+        weight = layer.weight.detach().to(dtype)
+        spec = PackedSpec(*weight.shape, 0, 0, VALUES[dtype])
+        packed = pack(weight, n, m) if m else PackedTensor(spec, weight, None, None)
+        model.set_submodule(name, pack_linear(layer, packed))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    for table in (embedding, head):
+        if table is not None:
+            table.weight = nn.Parameter(table.weight.to(dtype), requires_grad=False)
+    if tied:
+        head.weight = embedding.weight
+    model.float()  # what is left of parameters: norms and biases
+    onto_kernels_(model, torch.float32)
+    return names
+
+
+def can_pack_tables(model: PreTrainedModel) -> bool:
+    """Whether embedding and head are plain layers of torch; those that scale or cast are left as they are."""
+    head = model.get_output_embeddings()
+    return type(model.get_input_embeddings()) is nn.Embedding and (head is None or type(head) is nn.Linear)
+
+
+def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Makes embedding and head packed layers where they are plain ones, and prepares all packed layers of `model`.
+
+    Args:
+        dtype: of activations.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = None
+    plain = can_pack_tables(model)
+    if plain:
+        table = PackedEmbedding(table_spec(embedding.weight), dtype)
+        table.values = embedding.weight.detach()
+        if head is not None and getattr(head, "weight", None) is embedding.weight:
+            shared = PackedLinear(table.spec, head.bias)
+        model.set_input_embeddings(table)
+    elif isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Identity):
+        shared = PackedLinear(embedding.spec)  # the tied head of a packed table: see `CastlmQuantizer`
+    if shared is not None:
+        model.all_tied_weights_keys = {}  # they share a buffer from here on, not a parameter
+        model.set_output_embeddings(nn.Identity())
+    elif plain and head is not None:
+        packed = PackedTensor(table_spec(head.weight), head.weight.detach(), None, None)
+        model.set_output_embeddings(pack_linear(head, packed))
+    del embedding, head
+    prepare_layers_(module for module in model.modules() if isinstance(module, PackedModule))
+    if shared is not None:
+        shared.share_(model.get_input_embeddings().packed)
+        model.set_output_embeddings(shared)

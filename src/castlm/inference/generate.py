@@ -1,0 +1,139 @@
+"""Text from a model, streamed: a plain folder as transformers runs it, a packed one on castlm's kernels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from castlm.core.errors import InputError
+from castlm.models import open_model, quiet
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was generated, and how long it took.
+
+    Attributes:
+        text: the continuation, without special tokens.
+        prompt_tokens, new_tokens: how many.
+        prompt_seconds: until the first new token.
+        decode_seconds: from the first new token to the last.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prompt_seconds: float
+    decode_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens a second after the first one; 0 of a single token."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 and self.decode_seconds > 0 else 0.0
+
+
+def load_to_generate(
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in the dtype of its config, on a GPU where there is one, and its tokenizer.
+
+    Args:
+        name: a folder, plain or packed, a hub id, a .gguf file or "demo".
+
+    Raises:
+        InputError: as `castlm.models.open_model`, or damaged packed files.
+    """
+    where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
+    if where.gguf:
+        options |= {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
+    if torch.cuda.is_available():
+        options["device_map"] = "cuda"
+    with quiet(where):
+        model = AutoModelForCausalLM.from_pretrained(where.target, config=config, dtype="auto", **options)
+    return model.eval(), tokenizer
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tensor:
+    """Token ids (1, num_tokens) of a prompt: as a user's turn where the tokenizer has a chat template, unless `raw`.
+
+    Raises:
+        InputError: an empty prompt.
+    """
+    if tokenizer.chat_template and not raw:
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if ids.numel() == 0:
+        raise InputError("the prompt is empty: give some text")
+    return ids.to(torch.int64)
+
+
+class _Stream(TextStreamer):
+    """Hands finished words to `write`, and notes when the first and the last token came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write, self.pieces, self.times = write, [], []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.pieces.append(text)
+        self.write(text)
+
+
+@torch.inference_mode()
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    write: Callable[[str], None] = lambda text: None,
+) -> Generated:
+    """Continues `input_ids` (1, num_tokens), calling `write` with text as it comes.
+
+    Args:
+        temperature: 0 takes the most probable token each time; above 0 samples.
+        seed: of the samples.
+
+    Raises:
+        InputError: numbers that make no sense, or more tokens than the model's context holds.
+    """
+    if max_new_tokens < 1 or not temperature >= 0:
+        raise InputError(f"max_new_tokens {max_new_tokens}, temperature {temperature}: give at least 1, and 0 or more")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
+        raise InputError(
+            f"{input_ids.shape[1]} tokens of prompt and {max_new_tokens} new ones exceed the context of {longest}: "
+            "lower --max-new-tokens"
+        )
+    torch.manual_seed(seed)
+    stream = _Stream(tokenizer, write)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = input_ids.to(model.device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        streamer=stream,
+        pad_token_id=pad,
+        **sampling,
+    )
+    started, first, last = stream.times[0], stream.times[1], stream.times[-1]
+    num_prompt = input_ids.shape[1]
+    return Generated("".join(stream.pieces), num_prompt, output.shape[1] - num_prompt, first - started, last - first)

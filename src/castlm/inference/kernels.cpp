@@ -1,0 +1,415 @@
+// Multiplication by n:m and dense weights on a CPU: the entry points with their checks, the threads, what is done to the
+// activations, and the plain path that takes any pattern and any processor. `kernels_avx2.cpp` has the fast ones.
+// Called through ctypes from `native.py`, whose signatures are these.
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "matrix.h"
+#include "pool.h"
+
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+#define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EACH_CPU
+#endif
+
+namespace castlm {
+namespace {
+
+constexpr int64_t kWeightsPerThread = 1 << 16;  // fewer are multiplied sooner than a thread wakes
+constexpr int64_t kChunkBytes = 1 << 16;        // of weights that are multiplied by several batches of x in turn
+enum Error { kOk = 0, kBadSize = 1, kBadMask = 2 };
+
+// `work(first, last)` for parts of [0, count), `part` long, on as many threads.
+template <class Work>
+void in_parallel(int64_t count, int64_t part, int64_t threads, Work work) {
+  std::atomic<int64_t> next{0};
+  auto take = [&] {
+    for (int64_t first = next.fetch_add(part); first < count; first = next.fetch_add(part))
+      work(first, std::min(first + part, count));
+  };
+  Pool::of_process().run(std::min(threads, (count + part - 1) / part) - 1, take);
+}
+
+// A buffer of this thread that is kept from call to call, aligned to a cache line.
+template <int slot>
+void* scratch(int64_t bytes) {
+  static thread_local std::vector<uint8_t> buffer;
+  if (int64_t(buffer.size()) < bytes + 64) buffer.resize(bytes + 64);
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t(63));
+}
+
+float load_value(const uint8_t* row, int32_t values, int64_t index) {
+  uint16_t half;
+  float single;
+  switch (values) {
+    case kBFloat16: std::memcpy(&half, row + 2 * index, 2); return bfloat16_to_float(half);
+    case kFloat16: std::memcpy(&half, row + 2 * index, 2); return float16_to_float(half);
+    case kFloat32: std::memcpy(&single, row + 4 * index, 4); return single;
+    case kInt8: return float(int8_t(row[index]));
+    default: return float(((row[index / 2] >> (index % 2 * 4) & 15) ^ 8) - 8);
+  }
+}
+
+// The value at `place` of a panel, without its scale.
+float panel_value(const Header& of, const uint8_t* panel, const Place& place) {
+  if (of.values == kInt4) return float((panel[place.value] >> place.value_shift & 15) - 8);
+  return load_value(panel + place.value, of.values, 0);
+}
+
+// Writes value `index` of a row of a file there.
+void set_panel_value(const Header& of, uint8_t* panel, const Place& place, const uint8_t* row, int64_t index) {
+  if (of.values == kInt4) {
+    const int value = int(load_value(row, kInt4, index)) + 8;
+    panel[place.value] = uint8_t((panel[place.value] & ~(15 << place.value_shift)) | value << place.value_shift);
+  } else {
+    std::memcpy(panel + place.value, row + index * of.value_bytes(), of.value_bytes());
+  }
+}
+
+// ---- the plain path: a row at a time becomes fp32
+
+EACH_CPU void expand_bfloat16(const uint16_t* from, const uint8_t* mask, int64_t columns, float* to) {
+  for (int64_t k = 0; k < columns; ++k) {
+    const uint32_t bit = mask[k / 8] >> (k % 8) & 1;
+    to[k] = from_bits((uint32_t(*from) << 16) & -bit);
+    from += bit;  // past the last value only when no bit follows; `repack` leaves room to read there
+  }
+}
+
+void expand_kept(const Header& of, const uint8_t* data, int64_t row, float* to) {
+  const uint8_t* values = data + row * of.kept_row_bytes();
+  const uint8_t* mask = data + of.rows * of.kept_row_bytes() + row * of.mask_row_bytes();
+  if (of.values == kBFloat16 && reinterpret_cast<uintptr_t>(values) % 2 == 0)
+    return expand_bfloat16(reinterpret_cast<const uint16_t*>(values), mask, of.columns, to);
+  int64_t index = 0;
+  for (int64_t k = 0; k < of.columns; ++k)
+    to[k] = mask[k / 8] >> (k % 8) & 1 ? load_value(values, of.values, index++) : 0.0f;
+}
+
+float stored_scale(const uint8_t* at) {
+  float scale;
+  std::memcpy(&scale, at, 4);
+  return scale;
+}
+float short_scale(const uint8_t* at) {
+  uint16_t scale;
+  std::memcpy(&scale, at, 2);
+  return bfloat16_to_float(scale);
+}
+
+EACH_CPU void scale_row(float* row, float scale, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) row[k] *= scale;
+}
+
+// The scales of rows, which follow all panels.
+const uint8_t* row_scales(const Header& of, const uint8_t* data) {
+  return data + of.tiles() * of.blocks() * of.panel_bytes();
+}
+
+void expand_dense(const Header& of, const uint8_t* data, int64_t row, float* to) {
+  for (int64_t block = 0; block < of.blocks(); ++block, to += kBlock) {
+    const uint8_t* from = data + (row / 4 * of.blocks() + block) * of.panel_bytes() + row % 4 * of.dense_block_bytes();
+    if (of.values == kInt4) {  // the first 32 columns are the low halves
+      const float scale = short_scale(from + 32);
+      for (int k = 0; k < 64; ++k) to[k] = scale * float((k < 32 ? from[k] & 15 : from[k - 32] >> 4) - 8);
+    } else {
+      const float scale = of.values == kInt8 ? stored_scale(row_scales(of, data) + 4 * row) : 1.0f;
+      for (int k = 0; k < 64; ++k) to[k] = scale * load_value(from, of.values, k);
+    }
+  }
+}
+
+// Row `row` as fp32 in `to`, `padded()` long.
+void expand_row(const Header& of, const uint8_t* data, int64_t row, float* to) {
+  if (of.layout == kDense) return expand_dense(of, data, row, to);
+  std::fill(to + of.columns, to + of.padded(), 0.0f);
+  expand_kept(of, data, row, to);
+  const uint8_t* scales = data + of.rows * (of.kept_row_bytes() + of.mask_row_bytes());
+  if (of.values == kInt8) scale_row(to, stored_scale(scales + 4 * row), of.columns);
+  if (of.values == kInt4)
+    for (int64_t i = 0; i < of.blocks(); ++i)
+      scale_row(to + i * kBlock, short_scale(scales + 2 * (row * of.blocks() + i)), kBlock);
+}
+
+// All rows of a tile of panels as fp32, `ld` apart; as many as `of` has.
+void expand_panels(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld) {
+  const int64_t rows = std::min(of.tile_rows(), of.rows - tile * of.tile_rows());
+  for (int64_t row = 0; row < rows; ++row) std::fill(to + row * ld, to + row * ld + of.padded(), 0.0f);
+  for (int64_t block = 0; block < of.blocks(); ++block) {
+    const uint8_t* panel = data + (tile * of.blocks() + block) * of.panel_bytes();
+    for (int64_t row = 0; row < rows; ++row) {
+      float* out = to + row * ld + block * kBlock;
+      const float scale = of.values == kInt8   ? stored_scale(row_scales(of, data) + 4 * (tile * of.tile_rows() + row))
+                          : of.values == kInt4 ? short_scale(panel + 96 + 2 * row)
+                                               : 1.0f;
+      for (int group = 0; group < kBlock / 4; ++group)
+        for (int slot = 0; slot < of.n; ++slot) {
+          const Place place = place_in_panel(of, row, group, slot);
+          out[4 * group + (panel[place.mask_byte] >> place.mask_shift & 3)] += scale * panel_value(of, panel, place);
+        }
+    }
+  }
+}
+
+EACH_CPU float dot(const float* a, const float* b, int64_t count) {
+  float sums[16] = {};
+  for (int64_t k = 0; k < count; k += 16)
+    for (int i = 0; i < 16; ++i) sums[i] += a[k + i] * b[k + i];
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
+}
+
+void plain_multiply(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
+                    int64_t last) {
+  float* row_values = static_cast<float*>(scratch<0>(of.padded() * 4));
+  for (int64_t row = first * 4; row < std::min(last * 4, of.rows); ++row) {
+    expand_row(of, data, row, row_values);
+    for (int64_t b = 0; b < x.batch; ++b) y[b * ldy + row] = dot(row_values, x.wide + b * of.padded(), of.padded());
+  }
+}
+
+// ---- activations
+
+EACH_CPU void widen_bfloat16(const uint16_t* from, int64_t count, float* to) {
+  for (int64_t k = 0; k < count; ++k) to[k] = bfloat16_to_float(from[k]);
+}
+EACH_CPU void narrow_bfloat16(const float* from, int64_t count, uint16_t* to) {
+  for (int64_t k = 0; k < count; ++k) to[k] = float_to_bfloat16(from[k]);
+}
+EACH_CPU void split_pairs(float* row, int64_t count) {
+  for (int64_t k = 0; k < count; k += 16) {
+    float split[16];
+    for (int i = 0; i < 8; ++i) split[i] = row[k + 2 * i], split[8 + i] = row[k + 2 * i + 1];
+    std::memcpy(row + k, split, sizeof split);
+  }
+}
+
+int64_t padded_batch(int64_t batch) { return batch <= 2 ? batch : (batch + 3) / 4 * 4; }
+
+}  // namespace
+}  // namespace castlm
+
+using namespace castlm;
+
+namespace {
+
+bool checked(const uint8_t* packed, int64_t bytes, Header& of);
+
+int64_t data_bytes(const Header& of) {
+  if (of.layout != kRows)
+    return of.tiles() * (of.blocks() * of.panel_bytes() + (of.values == kInt8 ? 4 * of.tile_rows() : 0));
+  const int64_t scale_bytes = of.values == kInt8 ? 4 : of.values == kInt4 ? 2 * of.blocks() : 0;
+  return of.rows * (of.kept_row_bytes() + of.mask_row_bytes() + scale_bytes) + 4;  // and room for a read past the end
+}
+
+bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t columns, Header& of) {
+  const int64_t limit = int64_t(1) << 31;
+  if (values < kBFloat16 || values > kInt4 || rows < 1 || columns < 1 || rows >= limit || columns >= limit) return false;
+  if (m ? n < 1 || n >= m || columns % m : n != 0) return false;
+  const bool fits_panels = m == 4 && n <= 2;
+  if (layout < 0) layout = m == 0 ? kDense : fits_panels && has_avx2() ? kPanels : kRows;
+  if (layout > kDense || (layout == kDense) != (m == 0) || (layout == kPanels && !(fits_panels && has_avx2()))) return false;
+  of = Header{kMagic, layout, values, n, m, 0, rows, columns, 0};
+  of.data_bytes = data_bytes(of);
+  return true;
+}
+
+bool checked(const uint8_t* packed, int64_t bytes, Header& of) {
+  if (!packed || bytes < kHeaderBytes) return false;
+  Header found;
+  std::memcpy(&found, packed, sizeof found);
+  return found.magic == kMagic && make_header(found.layout, found.values, found.n, found.m, found.rows, found.columns, of) &&
+         found.data_bytes == of.data_bytes && bytes >= kHeaderBytes + of.data_bytes;
+}
+
+bool mask_is_nm(const Header& of, const uint8_t* mask) {
+  for (int64_t row = 0; row < of.rows; ++row, mask += of.mask_row_bytes()) {
+    for (int64_t k = 0; k < of.columns; k += of.m) {
+      int count = 0;
+      for (int64_t i = k; i < k + of.m; ++i) count += mask[i / 8] >> (i % 8) & 1;
+      if (count != of.n) return false;
+    }
+    for (int64_t k = of.columns; k < 8 * of.mask_row_bytes(); ++k)
+      if (mask[k / 8] >> (k % 8) & 1) return false;
+  }
+  return true;
+}
+
+void store_short_scale(uint8_t* at, float scale) {
+  const uint16_t bits = float_to_bfloat16(scale);
+  std::memcpy(at, &bits, 2);
+}
+
+void fill_dense_row(const Header& of, const uint8_t* values, const float* scales, int64_t row, uint8_t* data) {
+  for (int64_t block = 0; block < of.blocks(); ++block) {
+    uint8_t* to = data + (row / 4 * of.blocks() + block) * of.panel_bytes() + row % 4 * of.dense_block_bytes();
+    const int64_t first = block * kBlock, count = std::min(kBlock, of.columns - first);
+    if (of.values != kInt4) {
+      std::memcpy(to, values + first * of.value_bytes(), count * of.value_bytes());
+      continue;
+    }
+    for (int k = 0; k < kBlock; ++k) {
+      const int value = k < count ? int(load_value(values, kInt4, first + k)) + 8 : 8;
+      to[k % 32] |= uint8_t(value << (k < 32 ? 0 : 4));
+    }
+    store_short_scale(to + 32, scales[row * of.blocks() + block]);
+  }
+}
+
+void fill_rows(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data) {
+  std::memcpy(data, values, of.rows * of.kept_row_bytes());
+  data += of.rows * of.kept_row_bytes();
+  std::memcpy(data, mask, of.rows * of.mask_row_bytes());
+  data += of.rows * of.mask_row_bytes();
+  if (of.values == kInt8) std::memcpy(data, scales, 4 * of.rows);
+  if (of.values == kInt4)
+    for (int64_t i = 0; i < of.rows * of.blocks(); ++i) store_short_scale(data + 2 * i, scales[i]);
+}
+
+void fill_panel_row(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, int64_t row,
+                    uint8_t* data) {
+  const int64_t tile = row / of.tile_rows(), row_in_tile = row % of.tile_rows();
+  int64_t index = 0;
+  for (int64_t block = 0; block < of.blocks(); ++block) {
+    uint8_t* panel = data + (tile * of.blocks() + block) * of.panel_bytes();
+    if (of.values == kInt4) store_short_scale(panel + 96 + 2 * row_in_tile, scales[row * of.blocks() + block]);
+    const int64_t groups = std::min(kBlock, of.columns - block * kBlock) / 4;
+    for (int group = 0; group < groups; ++group) {
+      const int64_t column = block * kBlock + 4 * group;
+      const unsigned bits = mask[column / 8] >> (column % 8) & 15;
+      for (int position = 0, slot = 0; position < 4; ++position)
+        if (bits >> position & 1) {
+          const Place place = place_in_panel(of, row_in_tile, group, slot++);
+          panel[place.mask_byte] |= uint8_t(position << place.mask_shift);
+          set_panel_value(of, panel, place, values, index++);
+        }
+    }
+  }
+}
+
+void fill_tiles(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data,
+                int64_t threads) {
+  if (of.layout == kPanels && of.values == kInt4) {  // 8 stands for 0
+    for (int64_t i = 0; i < of.tiles() * of.blocks(); ++i) std::memset(data + i * of.panel_bytes() + 32, 0x88, 64);
+  }
+  in_parallel(of.tiles(), 16, threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first * of.tile_rows(); row < std::min(last * of.tile_rows(), of.rows); ++row) {
+      const uint8_t* row_values = values + row * of.kept_row_bytes();
+      if (of.layout == kDense) fill_dense_row(of, row_values, scales, row, data);
+      else fill_panel_row(of, row_values, mask + row * of.mask_row_bytes(), scales, row, data);
+    }
+  });
+  if (of.values == kInt8) std::memcpy(data + of.tiles() * of.blocks() * of.panel_bytes(), scales, 4 * of.rows);
+}
+
+// x of (batch, columns) as `of` needs it, `rows` of them with those past `batch` zero.
+Activations prepare(const Header& of, bool fast, const uint8_t* x, bool is_bfloat16, int64_t batch, int64_t rows) {
+  const int64_t width = of.padded();
+  float* wide = static_cast<float*>(scratch<1>(rows * width * 4));
+  for (int64_t b = 0; b < rows; ++b) {
+    float* to = wide + b * width;
+    const int64_t filled = b < batch ? of.columns : 0;
+    if (filled && is_bfloat16) widen_bfloat16(reinterpret_cast<const uint16_t*>(x) + b * of.columns, filled, to);
+    if (filled && !is_bfloat16) std::memcpy(to, reinterpret_cast<const float*>(x) + b * of.columns, filled * 4);
+    std::fill(to + filled, to + width, 0.0f);
+    if (fast && of.layout == kDense && of.values == kBFloat16) split_pairs(to, width);
+  }
+  if (!fast || of.values < kInt8) return {wide, nullptr, nullptr, rows};
+  auto* narrow = static_cast<int8_t*>(scratch<2>(rows * (width + of.blocks() * 4)));
+  float* scales = reinterpret_cast<float*>(narrow + rows * width);
+  for (int64_t b = 0; b < rows; ++b) avx2_quantize(wide + b * width, width, narrow + b * width, scales + b * of.blocks());
+  return {wide, narrow, scales, rows};
+}
+
+Activations rows_from(const Header& of, const Activations& x, int64_t first, int64_t count) {
+  return {x.wide + first * of.padded(), x.narrow ? x.narrow + first * of.padded() : nullptr,
+          x.scales ? x.scales + first * of.blocks() : nullptr, count};
+}
+
+}  // namespace
+
+extern "C" {
+
+extern const int32_t castlm_inference_version;
+const int32_t castlm_inference_version = 1;
+
+// 1 where the AVX2 kernels run, 0 where the plain path does.
+int castlm_has_avx2() { return has_avx2(); }
+
+// Bytes of the buffer that `castlm_repack` fills; -1 where there is no such matrix. `layout` -1 takes the best one.
+int64_t castlm_packed_bytes(int layout, int values, int n, int m, int64_t rows, int64_t columns) {
+  Header of;
+  return make_header(layout, values, n, m, rows, columns, of) ? kHeaderBytes + of.data_bytes : -1;
+}
+
+// Builds the buffer `to` from the tensors of a file: values (rows, kept), mask (rows, columns / 8), fp32 scales.
+int castlm_repack(int layout, int values, int n, int m, int64_t rows, int64_t columns, const uint8_t* from,
+                  int64_t from_bytes, const uint8_t* mask, int64_t mask_bytes, const float* scales, int64_t num_scales,
+                  uint8_t* to, int64_t to_bytes, int threads) {
+  Header of;
+  if (!make_header(layout, values, n, m, rows, columns, of) || to_bytes != kHeaderBytes + of.data_bytes) return kBadSize;
+  if (from_bytes != rows * of.kept_row_bytes() || num_scales != rows * of.scales_per_row()) return kBadSize;
+  if (mask_bytes != (m ? rows * of.mask_row_bytes() : 0)) return kBadSize;
+  if (m && !mask_is_nm(of, mask)) return kBadMask;
+  std::memset(to, 0, to_bytes);
+  std::memcpy(to, &of, sizeof of);
+  uint8_t* data = to + kHeaderBytes;
+  if (of.layout == kRows) fill_rows(of, from, mask, scales, data);
+  else fill_tiles(of, from, mask, scales, data, threads);
+  return kOk;
+}
+
+// y (batch, rows) = x (batch, columns) times the transposed matrix; both are fp32, or both bf16.
+int castlm_multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int is_bfloat16, int64_t batch,
+                    int64_t columns, uint8_t* y, int64_t rows, int threads) {
+  Header of;
+  if (!checked(packed, bytes, of) || of.rows != rows || of.columns != columns || batch < 1) return kBadSize;
+  const Multiply fast = avx2_multiply(of, 1);
+  const Activations all = prepare(of, fast, x, is_bfloat16, batch, padded_batch(batch));
+  const int64_t ldy = of.rows;
+  float* sums = static_cast<float*>(scratch<3>(all.batch * ldy * 4));
+  const int64_t tiles = of.tiles(), tile_bytes = std::max<int64_t>(1, of.data_bytes / tiles);
+  const int64_t most = of.rows * of.columns * batch / kWeightsPerThread;
+  threads = int(std::min<int64_t>(threads, std::max<int64_t>(1, most)));
+  int64_t part = std::max<int64_t>(1, tiles / (threads * 4));
+  if (batch > kMaxBatch) part = std::min(part, std::max<int64_t>(1, kChunkBytes / tile_bytes));
+  if (threads == 1 && batch <= kMaxBatch) part = tiles;
+  in_parallel(tiles, part, threads, [&](int64_t first, int64_t last) {
+    for (int64_t b = 0; b < all.batch; b += kMaxBatch) {
+      const Activations some = rows_from(of, all, b, std::min(kMaxBatch, all.batch - b));
+      const Multiply multiply = fast ? avx2_multiply(of, some.batch) : plain_multiply;
+      multiply(of, packed + kHeaderBytes, some, sums + b * ldy, ldy, first, last);
+    }
+  });
+  for (int64_t b = 0; b < batch; ++b) {
+    if (is_bfloat16) narrow_bfloat16(sums + b * ldy, rows, reinterpret_cast<uint16_t*>(y) + b * rows);
+    else std::memcpy(y + b * rows * 4, sums + b * ldy, rows * 4);
+  }
+  return kOk;
+}
+
+// Rows [first, last) of the matrix as fp32, (last - first, columns).
+int castlm_unpack(const uint8_t* packed, int64_t bytes, int64_t first, int64_t last, float* to, int64_t count,
+                  int threads) {
+  Header of;
+  if (!checked(packed, bytes, of) || first < 0 || first >= last || last > of.rows) return kBadSize;
+  if (count != (last - first) * of.columns) return kBadSize;
+  const uint8_t* data = packed + kHeaderBytes;
+  const int64_t tile_rows = of.tile_rows(), first_tile = first / tile_rows;
+  in_parallel((last + tile_rows - 1) / tile_rows - first_tile, 1, threads, [&](int64_t begin, int64_t end) {
+    float* rows = static_cast<float*>(scratch<0>(tile_rows * of.padded() * 4));
+    for (int64_t tile = first_tile + begin; tile < first_tile + end; ++tile) {
+      const int64_t from = std::max(first, tile * tile_rows), until = std::min(last, (tile + 1) * tile_rows);
+      if (of.layout == kPanels) expand_panels(of, data, tile, rows, of.padded());
+      else for (int64_t row = from; row < until; ++row) expand_row(of, data, row, rows + (row - tile * tile_rows) * of.padded());
+      for (int64_t row = from; row < until; ++row)
+        std::memcpy(to + (row - first) * of.columns, rows + (row - tile * tile_rows) * of.padded(), of.columns * 4);
+    }
+  });
+  return kOk;
+}
+}

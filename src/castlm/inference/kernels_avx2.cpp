@@ -1,0 +1,358 @@
+// The AVX2 kernels. n:m: x is permuted, not the weights. Two rows of 2:4 share a lane of four floats (`vpermilps` reads
+// the two low bits of each control, so that one shift of 32 bytes of metadata gives the next) or of 16 bytes (`vpshufb`);
+// a panel of 4 rows by 64 columns, or 8 rows of 1:4, is one linear stream of 288, 160 or 104 bytes.
+
+#include "matrix.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace castlm {
+namespace {
+
+constexpr int kPrefetchAhead = 1536;  // bytes; the hardware's own prefetcher is late at 14 bytes a nanosecond
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Asks for the panel that comes some time after the one at `panel`.
+template <int bytes>
+INLINE void prefetch(const uint8_t* panel) {
+  for (int line = 0; line < bytes; line += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(panel + kPrefetchAhead + line), _MM_HINT_T0);
+}
+
+INLINE uint16_t load16(const uint8_t* at) {
+  uint16_t bits;
+  std::memcpy(&bits, at, 2);
+  return bits;
+}
+
+// Eight weights of step `e` out of the 16 at `at`.
+template <int values>
+INLINE __m256 load_step(const uint8_t* at, int e) {
+  if (values == kFloat32) return _mm256_loadu_ps(reinterpret_cast<const float*>(at) + 8 * e);
+  if (values == kFloat16) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 16 * e)));
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+  const __m256i odd = _mm256_set1_epi32(int(0xffff0000));
+  return _mm256_castsi256_ps(e ? _mm256_and_si256(both, odd) : _mm256_slli_epi32(both, 16));
+}
+
+// ---- 2:4 and 1:4 of floats
+
+template <int values, int BT>
+INLINE void panels_of_floats(const uint8_t* panel, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
+  constexpr int kStep = values == kFloat32 ? 64 : 32, kBytes = 32 + 8 * kStep;  // of 16 weights; of a panel
+  constexpr int E = BT <= 2 ? 2 : 1;  // two sums an output where the batch is small: it hides the latency of an FMA
+  __m256 a[E][2][BT];
+  for (int e = 0; e < E; e++)
+    for (int h = 0; h < 2; h++)
+      for (int b = 0; b < BT; b++) a[e][h][b] = e ? _mm256_setzero_ps() : sums[h * BT + b];
+  for (int64_t i = 0; i < blocks; i++, panel += kBytes, x += kBlock) {
+    prefetch<kBytes>(panel);
+    const __m256i meta = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel));
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; t++) {
+#pragma GCC unroll 2
+      for (int e = 0; e < 2; e++) {
+        const __m256 w0 = load_step<values>(panel + 32 + 2 * kStep * t, e);
+        const __m256 w1 = load_step<values>(panel + 32 + kStep * (2 * t + 1), e);
+        const __m256i c0 = _mm256_srli_epi32(meta, 4 * t + 2 * e);
+        const __m256i c1 = _mm256_srli_epi32(meta, 4 * t + 2 * e + 16);
+#pragma GCC unroll 4
+        for (int b = 0; b < BT; b++) {
+          const __m256 v = _mm256_loadu_ps(x + b * ldx + 16 * t + 8 * e);
+          a[e % E][0][b] = _mm256_fmadd_ps(w0, _mm256_permutevar_ps(v, c0), a[e % E][0][b]);
+          a[e % E][1][b] = _mm256_fmadd_ps(w1, _mm256_permutevar_ps(v, c1), a[e % E][1][b]);
+        }
+      }
+    }
+  }
+  for (int h = 0; h < 2; h++)
+    for (int b = 0; b < BT; b++) sums[h * BT + b] = E == 2 ? _mm256_add_ps(a[0][h][b], a[E - 1][h][b]) : a[0][h][b];
+}
+
+// ---- 2:4 and 1:4 of int8 and int4
+
+INLINE __m256i dot_bytes(__m256i magnitude, __m256i w, __m256i x) {
+  return _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, w));
+}
+
+// Pairs of int8 products added to `sum`, of int4 as int16 (at most 4 * 8 * 127), of int8 as int32.
+template <bool is_int4>
+INLINE __m256i add_pairs(const __m256i* sum, __m256i pairs, __m256i ones) {
+  if (is_int4) return sum ? _mm256_add_epi16(*sum, pairs) : pairs;
+  const __m256i wide = _mm256_madd_epi16(pairs, ones);
+  return sum ? _mm256_add_epi32(*sum, wide) : wide;
+}
+
+template <int n, bool is_int4>
+INLINE void row_scales(const uint8_t* at, __m256* scales) {
+  if (!is_int4) return;
+  const auto widen = [](const uint8_t* four) {
+    const __m128i half = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(four));
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(half), 16));
+  };
+  const __m128 low = widen(at), high = n == 1 ? widen(at + 8) : low;
+  const __m256 first = _mm256_set_m128(low, low), second = _mm256_set_m128(high, high);
+  scales[0] = n == 1 ? first : _mm256_permute_ps(first, 0x50);
+  scales[1] = n == 1 ? second : _mm256_permute_ps(first, 0xfa);
+}
+
+template <int n, bool is_int4, int BT>
+INLINE void panels_of_integers(const uint8_t* panel, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
+                    int64_t ld_scales, __m256* sums) {
+  constexpr int kBytes = is_int4 ? 32 + 64 + 16 / n : 160;
+  const __m256i low_two = _mm256_set1_epi8(3), low_four = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
+  const __m256i group = n == 2 ? _mm256_set1_epi64x(0x0c0c080804040000) : _mm256_set1_epi32(0x0c080400);
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256 a[2][BT];
+  for (int p = 0; p < 2; p++)
+    for (int b = 0; b < BT; b++) a[p][b] = sums[p * BT + b];
+  for (int64_t i = 0; i < blocks; i++, panel += kBytes, x += kBlock, scales++) {
+    prefetch<kBytes>(panel);
+    const __m256i meta = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel));
+    __m256 w_scales[2];
+    row_scales<n, is_int4>(panel + 96, w_scales);
+#pragma GCC unroll 2
+    for (int p = 0; p < 2; p++) {
+      __m256i s[BT];
+#pragma GCC unroll 2
+      for (int c = 0; c < 2; c++) {
+        const __m256i control =
+            _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(meta, 2 * (2 * p + c)), low_two), group);
+        __m256i w;
+        if (is_int4) {
+          const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 32 + 32 * p));
+          w = _mm256_sub_epi8(_mm256_and_si256(c ? _mm256_srli_epi16(both, 4) : both, low_four), eight);
+        } else {
+          w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 32 + 32 * (2 * p + c)));
+        }
+        const __m256i magnitude = _mm256_abs_epi8(w);
+#pragma GCC unroll 4
+        for (int b = 0; b < BT; b++) {
+          const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + b * ldx + 32 * c));
+          const __m256i pairs = dot_bytes(magnitude, w, _mm256_shuffle_epi8(v, control));
+          s[b] = add_pairs<is_int4>(c ? &s[b] : nullptr, pairs, ones);
+        }
+      }
+#pragma GCC unroll 4
+      for (int b = 0; b < BT; b++) {
+        const __m256 whole = _mm256_cvtepi32_ps(is_int4 ? _mm256_madd_epi16(s[b], ones) : s[b]);
+        const __m256 scale = _mm256_broadcast_ss(scales + b * ld_scales);
+        a[p][b] = _mm256_fmadd_ps(whole, is_int4 ? _mm256_mul_ps(scale, w_scales[p]) : scale, a[p][b]);
+      }
+    }
+  }
+  for (int p = 0; p < 2; p++)
+    for (int b = 0; b < BT; b++) sums[p * BT + b] = a[p][b];
+}
+
+// ---- dense rows, four at a time in blocks of 64 columns
+
+INLINE float sum_of(__m256 v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_hadd_ps(half, half);
+  return _mm_cvtss_f32(_mm_hadd_ps(half, half));
+}
+
+// R rows from `row` on by BT rows of x, which is in pairs for bf16.
+template <int values, int R, int BT>
+INLINE void dense_floats(const uint8_t* row, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
+  constexpr int kStep = values == kFloat32 ? 64 : 32;  // bytes of 16 weights
+  constexpr int E = BT == 1 ? 2 : 1;
+  __m256 a[E][R][BT];
+  for (int e = 0; e < E; e++)
+    for (int r = 0; r < R; r++)
+      for (int b = 0; b < BT; b++) a[e][r][b] = e ? _mm256_setzero_ps() : sums[r * BT + b];
+  for (int64_t i = 0; i < blocks; i++, row += 16 * kStep, x += kBlock) {
+    prefetch<16 * kStep>(row);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int e = 0; e < 2; e++) {
+          const __m256 w = load_step<values>(row + kStep * (4 * r + k), e);
+#pragma GCC unroll 4
+          for (int b = 0; b < BT; b++)
+            a[e % E][r][b] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + b * ldx + 16 * k + 8 * e), a[e % E][r][b]);
+        }
+  }
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < BT; b++) sums[r * BT + b] = E == 2 ? _mm256_add_ps(a[0][r][b], a[E - 1][r][b]) : a[0][r][b];
+}
+
+template <bool is_int4, int R, int BT>
+INLINE void dense_integers(const uint8_t* row, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
+                   int64_t ld_scales, __m256* sums) {
+  constexpr int kBytes = is_int4 ? 34 : 64;
+  const __m256i ones = _mm256_set1_epi16(1), low_four = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
+  __m256 a[R][BT];
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < BT; b++) a[r][b] = sums[r * BT + b];
+  for (int64_t i = 0; i < blocks; i++, row += 4 * kBytes, x += kBlock, scales++) {
+    prefetch<4 * kBytes>(row);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      __m256i s[BT];
+      const uint8_t* at = row + r * kBytes;
+#pragma GCC unroll 2
+      for (int c = 0; c < 2; c++) {
+        __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + (is_int4 ? 0 : 32 * c)));
+        if (is_int4) w = _mm256_sub_epi8(_mm256_and_si256(c ? _mm256_srli_epi16(w, 4) : w, low_four), eight);
+        const __m256i magnitude = _mm256_abs_epi8(w);
+#pragma GCC unroll 4
+        for (int b = 0; b < BT; b++) {
+          const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + b * ldx + 32 * c));
+          s[b] = add_pairs<is_int4>(c ? &s[b] : nullptr, dot_bytes(magnitude, w, v), ones);
+        }
+      }
+      const __m256 scale = _mm256_set1_ps(is_int4 ? bfloat16_to_float(load16(at + 32)) : 1.0f);
+#pragma GCC unroll 4
+      for (int b = 0; b < BT; b++) {
+        const __m256 whole = _mm256_cvtepi32_ps(is_int4 ? _mm256_madd_epi16(s[b], ones) : s[b]);
+        const __m256 x_scale = _mm256_broadcast_ss(scales + b * ld_scales);
+        a[r][b] = _mm256_fmadd_ps(whole, is_int4 ? _mm256_mul_ps(scale, x_scale) : x_scale, a[r][b]);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < BT; b++) sums[r * BT + b] = a[r][b];
+}
+
+// ---- tiles
+
+// `count` blocks from block `k` of a tile times rows [at, at + BT) of x, added to `sums`. n = 0 is dense.
+template <int n, int values, int BT>
+INLINE void add_blocks(const Header& of, const uint8_t* panel, int64_t count, const Activations& x, int64_t at,
+                       int64_t k, __m256* sums) {
+  const int64_t width = of.padded(), blocks = of.blocks();
+  const float* wide = x.wide + at * width + k * kBlock;
+  const int8_t* narrow = x.narrow + at * width + k * kBlock;
+  const float* scales = x.scales + at * blocks + k;
+  constexpr bool is_int4 = values == kInt4;
+  if constexpr (n > 0 && values < kInt8) {
+    panels_of_floats<values, BT>(panel, count, wide, width, sums);
+  } else if constexpr (n > 0) {
+    panels_of_integers<n, is_int4, BT>(panel, count, narrow, width, scales, blocks, sums);
+  } else {
+    constexpr int R = BT == 4 ? 2 : 4;  // what the registers hold
+    for (int r = 0; r < 4; r += R) {
+      if constexpr (values < kInt8) dense_floats<values, R, BT>(panel + of.dense_block_bytes() * r, count, wide, width, sums + r * BT);
+      else
+        dense_integers<is_int4, R, BT>(panel + of.dense_block_bytes() * r, count, narrow, width, scales, blocks, sums + r * BT);
+    }
+  }
+}
+
+// The rows of a tile for row `b` of the BT that `sums` are of: 4, or 8 of 1:4.
+template <int n>
+INLINE void tile_sums(const __m256* sums, int BT, int b, float* rows) {
+  if (n == 0) {
+    for (int r = 0; r < 4; r++) rows[r] = sum_of(sums[r * BT + b]);
+    return;
+  }
+  __m128 half[2];
+  for (int h = 0; h < 2; h++) {
+    const __m256 v = sums[h * BT + b];
+    half[h] = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  }
+  _mm_storeu_ps(rows, n == 2 ? _mm_hadd_ps(half[0], half[1]) : half[0]);
+  if (n == 1) _mm_storeu_ps(rows + 4, half[1]);
+}
+
+template <int n, int values, int BT>
+void multiply_tiles(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
+                    int64_t last) {
+  constexpr int kTileRows = n == 1 ? 8 : 4;
+  const int64_t blocks = of.blocks(), bytes = of.panel_bytes();
+  // A part of x that stays in the first-level cache while the rows of a tile pass.
+  const int64_t x_bytes = x.batch * of.padded() * (values < kInt8 ? 4 : 1);
+  const int64_t part = x.batch == 1 || x_bytes <= 20480 ? blocks : x.batch >= 16 ? 4 : 8;
+  const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * blocks * bytes);
+  for (int64_t tile = first; tile < last; tile++) {
+    __m256 sums[kMaxBatch / BT][(n ? 2 : 4) * BT];
+    for (int64_t t = 0; t < x.batch / BT; t++)
+      for (auto& sum : sums[t]) sum = _mm256_setzero_ps();
+    for (int64_t k = 0; k < blocks; k += part)
+      for (int64_t t = 0; t < x.batch / BT; t++)
+        add_blocks<n, values, BT>(of, data + (tile * blocks + k) * bytes, smaller(part, blocks - k), x, t * BT, k,
+                                  sums[t]);
+    const int64_t count = smaller(kTileRows, of.rows - tile * kTileRows);
+    for (int64_t b = 0; b < x.batch; b++) {
+      float rows[kTileRows];
+      tile_sums<n>(sums[b / BT], BT, int(b % BT), rows);
+      for (int64_t r = 0; r < count; r++)
+        y[b * ldy + tile * kTileRows + r] = values == kInt8 ? rows[r] * row_scales[tile * kTileRows + r] : rows[r];
+    }
+  }
+}
+
+template <int n, int values>
+Multiply for_batch(int64_t batch) {
+  return batch == 1 ? multiply_tiles<n, values, 1> : batch == 2 ? multiply_tiles<n, values, 2> : multiply_tiles<n, values, 4>;
+}
+
+template <int values>
+Multiply chosen(const Header& of, int64_t batch) {
+  return of.n == 0 ? for_batch<0, values>(batch) : of.n == 1 ? for_batch<1, values>(batch) : for_batch<2, values>(batch);
+}
+
+}  // namespace
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+// The kernel of a matrix for `batch` rows of x (1, 2, or a multiple of 4); null where the plain path is to be taken.
+Multiply avx2_multiply(const Header& of, int64_t batch) {
+  if (!has_avx2() || of.layout == kRows) return nullptr;
+  switch (of.values) {
+    case kBFloat16: return chosen<kBFloat16>(of, batch);
+    case kFloat16: return chosen<kFloat16>(of, batch);
+    case kFloat32: return chosen<kFloat32>(of, batch);
+    case kInt8: return chosen<kInt8>(of, batch);
+    case kInt4: return chosen<kInt4>(of, batch);
+    default: return nullptr;
+  }
+}
+
+// Blocks of x as int8 with the largest magnitude at 127. NaN and infinity make the scale NaN, and so the outputs.
+void avx2_quantize(const float* x, int64_t width, int8_t* narrow, float* scales) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int64_t k = 0; k < width; k += kBlock) {
+    __m256 largest = _mm256_setzero_ps(), finite = _mm256_setzero_ps();
+    for (int i = 0; i < 8; i++) {
+      const __m256 v = _mm256_loadu_ps(x + k + 8 * i);
+      largest = _mm256_max_ps(largest, _mm256_and_ps(v, magnitude));
+      finite = _mm256_fmadd_ps(v, _mm256_setzero_ps(), finite);
+    }
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    const float most = _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
+    scales[k / kBlock] = most / 127.0f + sum_of(finite);
+    const __m256 factor = _mm256_set1_ps(most > 1e-30f ? 127.0f / most : 0.0f);
+    for (int i = 0; i < 2; i++) {
+      __m256i q[4];
+      for (int j = 0; j < 4; j++)
+        q[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k + 32 * i + 8 * j), factor));
+      const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(narrow + k + 32 * i), _mm256_permutevar8x32_epi32(bytes, order));
+    }
+  }
+}
+
+}  // namespace castlm
+#pragma GCC pop_options
+
+#else
+
+namespace castlm {
+bool has_avx2() { return false; }
+Multiply avx2_multiply(const Header&, int64_t) { return nullptr; }
+void avx2_quantize(const float*, int64_t, int8_t*, float*) {}
+}  // namespace castlm
+
+#endif

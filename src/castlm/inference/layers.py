@@ -1,0 +1,149 @@
+"""The layers of a model whose weights are packed: a linear layer, and an embedding that shares its table with the head.
+
+A layer holds the stored tensors first (`values`, `mask`, `scales`, as a file has them), then, after `prepare_`, the one
+buffer in the order in which this processor reads it; never both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from castlm.core.errors import InputError
+from castlm.inference import native
+from castlm.inference.format import PackedSpec
+from castlm.inference.op import packed_linear
+from castlm.inference.packed import VALUES, PackedTensor, unpack
+
+_HEADER_BYTES = 64  # of the buffer, as matrix.h has it
+_TILE_ROWS, _BLOCK = 4, 64
+_ALIGNMENT = 64
+_TABLE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8, "U8": torch.uint8}
+
+
+class PackedModule(nn.Module):
+    """What packed layers share: the stored tensors of a spec, then the buffer made of them."""
+
+    def __init__(self, spec: PackedSpec, device: torch.device | str = "meta"):
+        super().__init__()
+        self.spec = spec
+        for suffix, (dtype, shape) in spec.tensors().items():
+            self.register_buffer(suffix, torch.empty(shape, dtype=_DTYPES[dtype], device=device))
+
+    @property
+    def stored(self) -> PackedTensor:
+        """The tensors of the file, before `prepare_`."""
+        named = dict(self.named_buffers(recurse=False))
+        return PackedTensor(self.spec, named["values"], named.get("mask"), named.get("scales"))
+
+    def num_bytes(self) -> int:
+        """Of the buffer that `prepare_` fills."""
+        return native.packed_bytes(self.spec.values, self.spec.n, self.spec.m, self.spec.rows, self.spec.columns)
+
+    def prepare_(self, buffer: Tensor) -> None:
+        """Makes the buffer of the stored tensors, in `buffer` (num_bytes(),), and lets go of them.
+
+        Raises:
+            InputError: a mask that does not keep exactly n of every m.
+        """
+        spec, stored = self.spec, self.stored
+        native.repack_(buffer, stored.values, stored.mask, stored.scales, spec.values, spec.n, spec.m, spec.columns)
+        self.share_(buffer)
+
+    def share_(self, buffer: Tensor) -> None:
+        """Takes a buffer that another layer of the same spec has prepared."""
+        for suffix in self.spec.tensors():
+            if suffix in self._buffers:
+                delattr(self, suffix)
+        self.register_buffer("packed", buffer, persistent=False)
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        pattern = f"{spec.n}:{spec.m}" if spec.m else "dense"
+        return f"in_features={spec.columns}, out_features={spec.rows}, {pattern} {spec.values}"
+
+
+class PackedLinear(PackedModule):
+    """`nn.Linear` over a packed weight; x (..., in) in fp32, bf16 or fp16 on a CPU. No gradients."""
+
+    def __init__(self, spec: PackedSpec, bias: nn.Parameter | None = None, device: torch.device | str = "meta"):
+        super().__init__(spec, device)
+        self.in_features, self.out_features = spec.columns, spec.rows
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = packed_linear(x, self.packed, self.spec.rows)
+        return out if self.bias is None else out + self.bias
+
+    def to_dense(self, dtype: torch.dtype) -> nn.Module:
+        """The layer that the model had, from the stored tensors: `nn.Linear`, or transformers' `Conv1D`."""
+        weight = unpack(self.stored, dtype)
+        if self.spec.transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            layer: nn.Module = Conv1D(self.spec.rows, 0)
+            weight = weight.T.contiguous()
+        else:
+            layer = nn.Linear(self.spec.columns, self.spec.rows, bias=self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.bias = self.bias
+        return layer.train(self.training)
+
+
+class PackedEmbedding(PackedModule):
+    """`nn.Embedding` over the packed table of an output head: rows are looked up in the buffer that the head reads."""
+
+    def __init__(self, spec: PackedSpec, dtype: torch.dtype, device: torch.device | str = "meta"):
+        super().__init__(spec, device)
+        self.dtype = dtype  # of what is looked up
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        spec, blocks = self.spec, -(-self.spec.columns // _BLOCK)
+        dtype = _TABLE_DTYPES[spec.values]
+        num_tiles = -(-spec.rows // _TILE_ROWS)
+        end = _HEADER_BYTES + num_tiles * _TILE_ROWS * blocks * _BLOCK * dtype.itemsize
+        table = self.packed[_HEADER_BYTES:end].view(dtype).view(num_tiles, blocks, _TILE_ROWS, _BLOCK)
+        rows = table[input_ids // _TILE_ROWS, :, input_ids % _TILE_ROWS]  # (..., blocks, 64)
+        found = rows.flatten(-2)[..., : spec.columns].to(self.dtype)
+        if spec.values == "int8":
+            scales = self.packed[end : end + 4 * spec.rows].view(torch.float32)
+            found = found * scales[input_ids].to(self.dtype).unsqueeze(-1)
+        return found
+
+    def to_dense(self, dtype: torch.dtype) -> nn.Embedding:
+        """`nn.Embedding` of the stored tensors."""
+        return nn.Embedding.from_pretrained(unpack(self.stored, dtype))
+
+
+def table_spec(weight: Tensor) -> PackedSpec:
+    """The spec of a dense table (rows, columns) as it is, bf16, fp16 or fp32."""
+    rows, columns = weight.shape
+    return PackedSpec(rows, columns, 0, 0, VALUES[weight.dtype])
+
+
+def prepare_layers_(layers: Iterable[PackedModule]) -> None:
+    """Makes the buffers of all layers in one allocation on huge pages, a layer at a time.
+
+    Raises:
+        InputError: the kernels were not built, or a mask is damaged.
+    """
+    layers = list(layers)
+    sizes = [-(-layer.num_bytes() // _ALIGNMENT) * _ALIGNMENT for layer in layers]
+    arena, offset = native.allocate(sum(sizes)), 0
+    for layer, size in zip(layers, sizes):
+        layer.prepare_(arena[offset : offset + layer.num_bytes()])
+        offset += size
+    native.return_freed_memory()
+
+
+def pack_linear(layer: nn.Linear, packed: PackedTensor) -> PackedLinear:
+    """A `PackedLinear` with the stored tensors of `packed` and the bias of `layer`; `prepare_layers_` comes next."""
+    if (layer.out_features, layer.in_features) != (packed.spec.rows, packed.spec.columns):
+        raise InputError(f"a packed weight of {packed.spec.rows} x {packed.spec.columns} does not fit {layer}")
+    made = PackedLinear(packed.spec, layer.bias)
+    for suffix, tensor in packed.tensors().items():
+        setattr(made, suffix, tensor)
+    return made

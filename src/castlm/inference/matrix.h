@@ -1,0 +1,121 @@
+// How a weight lies in memory while it is multiplied by: a header, then the data in one of three layouts. The buffer is
+// built for the processor at hand (`repack` in kernels.cpp) and never written to a file.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace castlm {
+
+constexpr uint32_t kMagic = 0x6e6d3031;
+constexpr int64_t kBlock = 64;  // columns that share a panel, a scale of int4, and a scale of int8 activations
+constexpr int64_t kMaxBatch = 16;  // rows of x that are multiplied at once
+constexpr int64_t kHeaderBytes = 64;
+
+enum Values : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kInt4 = 4 };
+
+// kRows: kept values row by row, then the bits of the mask, then the scales; any pattern, plain C++.
+// kPanels: 1:4 and 2:4, a few rows by 64 columns at a time in the order in which AVX2 reads them.
+// kDense: all values, four rows by 64 columns at a time.
+enum Layout : int32_t { kRows = 0, kPanels = 1, kDense = 2 };
+
+// m = 0 is a dense weight. `columns` may be any number; a row is padded with zeros to `padded()` columns.
+struct Header {
+  uint32_t magic;
+  int32_t layout, values, n, m, unused;
+  int64_t rows, columns;
+  int64_t data_bytes;
+
+  int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
+  int64_t padded() const { return blocks() * kBlock; }
+  int64_t kept() const { return m ? columns / m * n : columns; }  // values in a row
+  int64_t tile_rows() const { return layout == kPanels && n == 1 ? 8 : 4; }
+  int64_t tiles() const { return (rows + tile_rows() - 1) / tile_rows(); }
+  int64_t panel_bytes() const {  // of a tile of rows by 64 columns
+    if (m == 0) return tile_rows() * dense_block_bytes();
+    return 32 + (values == kInt8 ? 128 : values == kInt4 ? 64 + 2 * tile_rows() : 128 * value_bytes());
+  }
+  int64_t dense_block_bytes() const { return values == kInt4 ? kBlock / 2 + 2 : kBlock * value_bytes(); }
+  int64_t value_bytes() const { return values == kFloat32 ? 4 : values == kInt8 ? 1 : 2; }  // of all but int4
+  int64_t kept_row_bytes() const { return values == kInt4 ? (kept() + 1) / 2 : kept() * value_bytes(); }
+  int64_t mask_row_bytes() const { return (columns + 7) / 8; }
+  int64_t scales_per_row() const { return values == kInt8 ? 1 : values == kInt4 ? blocks() : 0; }
+};
+static_assert(sizeof(Header) <= kHeaderBytes, "the data begin after the header");
+
+// What a row of x is turned into before it is multiplied: fp32, padded; with `pairs`, the even columns of each 16 before
+// the odd ones; or int8 with a scale for each block.
+struct Activations {
+  const float* wide;
+  const int8_t* narrow;
+  const float* scales;  // (batch, blocks)
+  int64_t batch;        // a multiple of 4, or 1 or 2
+};
+
+INLINE float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+INLINE uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+INLINE float bfloat16_to_float(uint16_t bits) { return from_bits(uint32_t(bits) << 16); }
+INLINE uint16_t float_to_bfloat16(float value) {
+  const uint32_t bits = to_bits(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16) | 0x40;  // NaN stays NaN
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+INLINE float float16_to_float(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+  if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  // 2^112 moves the exponent, subnormal numbers included
+  return from_bits(sign | to_bits(from_bits(magnitude << 13) * from_bits(0x77800000)));
+}
+INLINE uint16_t float_to_float16(float value) {
+  const uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to infinity
+  if (magnitude < 0x38800000)  // subnormal: the sum rounds to a multiple of 2^-24
+    return uint16_t(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000));
+  return uint16_t(sign | ((magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13));
+}
+
+// Where a panel holds kept value `slot` of `group` (16 of four columns) of row `row`: the two bits of its column within
+// the group, and its value, at byte `value` (`value_shift` of int4 within it).
+//   floats: 8 words of metadata, word l for lane l = 4 * (group % 2) + n * (row % R) + slot, bits 16 h + 2 s of half
+//     h = row / R and step s = group / 2, with R = 4 / n; then per two steps and half 16 values, of which bf16 interleaves
+//     the two steps and the others have one after the other.
+//   8 and 4 bits: 32 bytes of metadata, byte i = 16 * (group / 4 % 2) + 4 n * (row % R) + n * (group % 4) + slot, bits
+//     2 s of step s = 2 h + group / 8; then per step 32 bytes, or of int4 per two steps, the first in the low halves.
+struct Place {
+  int mask_byte, mask_shift, value, value_shift;
+};
+INLINE Place place_in_panel(const Header& of, int64_t row, int group, int slot) {
+  const int n = of.n, half = int(row / (4 / n)), row_of_half = int(row % (4 / n));
+  if (of.values < kInt8) {
+    const int lane = 4 * (group % 2) + n * row_of_half + slot, step = group / 2;
+    const int pair = (step / 2 * 2 + half) * 16;
+    const int index = of.values == kBFloat16 ? pair + 2 * lane + step % 2 : pair + 8 * (step % 2) + lane;
+    return {4 * lane + 2 * half + step / 4, step % 4 * 2, 32 + int(of.value_bytes()) * index, 0};
+  }
+  const int byte = 16 * (group / 4 % 2) + 4 * n * row_of_half + n * (group % 4) + slot, step = 2 * half + group / 8;
+  if (of.values == kInt8) return {byte, 2 * step, 32 + 32 * step + byte, 0};
+  return {byte, 2 * step, 32 + 32 * half + byte, step % 2 * 4};
+}
+
+// Rows of tiles [first, last) times x: y[b * ldy + row].
+using Multiply = void (*)(const Header&, const uint8_t* data, const Activations&, float* y, int64_t ldy, int64_t first,
+                          int64_t last);
+
+bool has_avx2();
+Multiply avx2_multiply(const Header&, int64_t batch);
+void avx2_quantize(const float* x, int64_t columns, int8_t* narrow, float* scales);
+
+}  // namespace castlm

@@ -1,0 +1,159 @@
+"""The C++ kernels of this folder, called through ctypes: a weight becomes a buffer, and x is multiplied by it.
+
+They are built when castlm is installed, and left out where there is no C++ compiler then: `kernels()` says so. The
+signatures are those of `kernels.cpp`, which checks every size again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import mmap
+import sys
+
+import torch
+from torch import Tensor
+
+from castlm.core.errors import InputError
+
+NOT_BUILT = "the C++ kernels were not built: install castlm again on a machine with a C++ compiler"
+
+VALUES = {"bf16": 0, "fp16": 1, "fp32": 2, "int8": 3, "int4": 4}
+"""Codes of the stored values, as `kernels.cpp` has them."""
+
+LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2}
+"""Codes of the layouts in memory; "best" is the fastest that this processor and the pattern allow."""
+
+_VERSION = 1  # of kernels.cpp
+_HUGE_PAGE = 1 << 21
+_MADV_HUGEPAGE = 14  # Linux; the module mmap has it from Python 3.13 on
+_BAD_MASK = 2
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL | None:
+    """The library, or None where it was not built. Raises `InputError` when it belongs to another version of castlm."""
+    spec = importlib.util.find_spec(f"{__package__}._kernels")
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    if ctypes.c_int32.in_dll(library, "castlm_inference_version").value != _VERSION:
+        raise InputError(f"{spec.origin} belongs to another version of castlm: install castlm again")
+    number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    matrix = [number, number, number, number, size, size]
+    library.castlm_packed_bytes.argtypes, library.castlm_packed_bytes.restype = matrix, size
+    library.castlm_repack.argtypes = [*matrix, pointer, size, pointer, size, pointer, size, pointer, size, number]
+    library.castlm_multiply.argtypes = [pointer, size, pointer, number, size, size, pointer, size, number]
+    library.castlm_unpack.argtypes = [pointer, size, size, size, pointer, size, number]
+    return library
+
+
+def has_avx2() -> bool:
+    """Whether the AVX2 kernels run here; elsewhere every format takes the plain path."""
+    library = kernels()
+    return library is not None and bool(library.castlm_has_avx2())
+
+
+def _library() -> ctypes.CDLL:
+    library = kernels()
+    if library is None:
+        raise InputError(NOT_BUILT)
+    return library
+
+
+def packed_bytes(values: str, n: int, m: int, rows: int, columns: int, layout: str = "best") -> int:
+    """Bytes of the buffer of a matrix (rows, columns); `m` = 0 is a dense one.
+
+    Raises:
+        InputError: no such matrix: a width that does not divide by `m`, or a layout that this processor lacks.
+    """
+    size = int(_library().castlm_packed_bytes(LAYOUTS[layout], VALUES[values], n, m, rows, columns))
+    if size < 0:
+        raise InputError(f"there is no kernel for a {rows} x {columns} weight, {n}:{m} of {values}, layout {layout}")
+    return size
+
+
+def allocate(num_bytes: int) -> Tensor:
+    """A uint8 buffer (num_bytes,) on huge pages where the system has them, aligned to one.
+
+    Reading weights from 2 MB pages is faster than from 4 kB pages by about half where memory is the limit.
+    """
+    room = torch.empty(num_bytes + _HUGE_PAGE, dtype=torch.uint8, device="cpu")
+    start = -room.data_ptr() % _HUGE_PAGE
+    if sys.platform == "linux" and num_bytes >= _HUGE_PAGE:
+        libc = ctypes.CDLL(None)
+        length = num_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        # A refusal costs speed, and nothing else.
+        libc.madvise(ctypes.c_void_p(room.data_ptr() + start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
+    return room[start : start + num_bytes]
+
+
+def repack_(
+    buffer: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scales: Tensor | None,
+    kind: str,
+    n: int,
+    m: int,
+    columns: int,
+    layout: str = "best",
+) -> None:
+    """Writes a matrix into `buffer`, in the order in which the kernels read it.
+
+    Args:
+        buffer: uint8 (packed_bytes(...),), contiguous.
+        values: (rows, kept) bf16, fp16, fp32 or int8; or uint8 (rows, ceil(kept / 2)) of int4.
+        mask: uint8 (rows, ceil(columns / 8)); None of a dense matrix.
+        scales: (rows, 1) of int8, (rows, ceil(columns / 64)) of int4; else None.
+        kind: a name of VALUES.
+
+    Raises:
+        InputError: sizes that do not belong together, or a mask that does not keep exactly `n` of every `m`.
+    """
+    values = values.contiguous()
+    mask = torch.empty(0, dtype=torch.uint8) if mask is None else mask.contiguous()
+    scales = torch.empty(0) if scales is None else scales.to(torch.float32).contiguous()
+    assert buffer.is_contiguous()
+    assert buffer.dtype == mask.dtype == torch.uint8
+    code = _library().castlm_repack(
+        *(LAYOUTS[layout], VALUES[kind], n, m, len(values), columns),
+        *(values.data_ptr(), values.nbytes, mask.data_ptr(), mask.nbytes, scales.data_ptr(), scales.numel()),
+        *(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads()),
+    )
+    if code == _BAD_MASK:
+        raise InputError(f"the mask does not keep exactly {n} of every {m} weights: the file is damaged")
+    if code:
+        raise InputError(f"values, mask and scales do not fit a {n}:{m} {kind} weight of width {columns}")
+
+
+def multiply(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    """`x @ W.T` for x (..., in) fp32 or bf16, contiguous, on a CPU, and the buffer of W (out, in): (..., out)."""
+    out = x.new_empty((*x.shape[:-1], out_features))
+    width = x.shape[-1]
+    code = _library().castlm_multiply(
+        *(packed.data_ptr(), packed.numel(), x.data_ptr(), x.dtype == torch.bfloat16, x.numel() // max(1, width)),
+        *(width, out.data_ptr(), out_features, torch.get_num_threads()),
+    )
+    if code:
+        raise InputError(f"x of shape {tuple(x.shape)} does not fit this packed weight of {out_features} outputs")
+    return out
+
+
+def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
+    """Writes rows [first, last) of the matrix in `packed` to `out` (last - first, in), fp32, contiguous."""
+    assert out.dtype == torch.float32
+    assert out.is_contiguous()
+    code = _library().castlm_unpack(
+        packed.data_ptr(), packed.numel(), first, last, out.data_ptr(), out.numel(), torch.get_num_threads()
+    )
+    if code:
+        raise InputError(f"rows {first} to {last} of shape {tuple(out.shape)} do not fit this packed weight")
+
+
+def return_freed_memory() -> None:
+    """Gives memory that was freed back to the system where the C library keeps it (glibc), as after loading a model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,54 @@
+"""`torch.ops.castlm.packed_linear`: a packed weight times activations, with a shape that `torch.compile` can trace.
+
+Few rows of x are multiplied by the packed weight directly. Many are not: a part of the weight at a time is unpacked to
+an fp32 scratch that stays in the cache, and the library's GEMM does the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from castlm.inference import native
+
+DIRECT_ROWS = 96
+"""Rows of x up to which the packed weight is multiplied directly. More rows take the GEMM of the library."""
+
+_SCRATCH_BYTES = 1 << 20
+
+_LIBRARY = torch.library.Library("castlm", "FRAGMENT")
+_LIBRARY.define("packed_linear(Tensor x, Tensor packed, int out_features) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "packed_linear", "CPU")
+def _packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    """`x @ W.T`, (..., in) -> (..., out) in the dtype of x; `packed` is the buffer of W (out, in)."""
+    num_rows = x.numel() // max(1, x.shape[-1])
+    if num_rows == 0:
+        return x.new_empty((*x.shape[:-1], out_features))
+    if num_rows > DIRECT_ROWS:
+        return _by_gemm(x.reshape(num_rows, -1), packed, out_features).view(*x.shape[:-1], out_features)
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return native.multiply(x.float().contiguous(), packed, out_features).to(x.dtype)
+    return native.multiply(x.contiguous(), packed, out_features)
+
+
+def _by_gemm(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    """Of x (rows, in) in fp32: a CPU without units for 16-bit products is slower in any other dtype."""
+    wide = x.float()
+    out = wide.new_empty(len(x), out_features)
+    step = max(1, _SCRATCH_BYTES // (4 * x.shape[1] * 8)) * 8  # whole tiles
+    scratch = wide.new_empty(min(step, out_features), x.shape[1])
+    for first in range(0, out_features, step):
+        part = scratch[: min(step, out_features - first)]
+        native.unpack(packed, first, first + len(part), part)
+        torch.mm(wide, part.T, out=out[:, first : first + len(part)])
+    return out.to(x.dtype)
+
+
+@torch.library.impl(_LIBRARY, "packed_linear", "Meta")
+def _shape_of_packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+packed_linear = torch.ops.castlm.packed_linear.default

@@ -1,0 +1,158 @@
+"""Packed n:m tensors in torch: `pack` keeps what a mask keeps, `unpack` gives the weight back bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from castlm.core.errors import InputError
+from castlm.core.masks import pack_mask, rank_mask, unpack_mask
+from castlm.core.pattern import NM
+from castlm.inference.format import INT4_GROUP, PackedSpec
+
+VALUES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_BITS = {2: torch.int16, 4: torch.int32}
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A weight in the packed format: see `castlm.inference.format` for shapes and dtypes."""
+
+    spec: PackedSpec
+    values: Tensor
+    mask: Tensor | None
+    scales: Tensor | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by suffix."""
+        named = {"values": self.values, "mask": self.mask, "scales": self.scales}
+        return {suffix: tensor for suffix, tensor in named.items() if tensor is not None}
+
+
+def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """The mask of exactly `n` in every `m` that holds all non-zeros of `weight` (out, in): bool, like `weight`.
+
+    A group with fewer non-zeros keeps its earliest zeros too; of these, any -0.0 before +0.0.
+
+    Raises:
+        InputError: a bad pattern, a width that does not divide by `m`, NaN or infinity, or a group with more non-zeros.
+    """
+    NM(n, m).check_width(weight.shape[-1])
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: the model is damaged")
+    nonzero = weight != 0
+    if bool((nonzero.view(-1, m).sum(-1, dtype=torch.uint8 if m < 256 else torch.int64) == n).all()):
+        return nonzero  # no zero to choose
+    score = 2 * nonzero.to(torch.uint8) + torch.signbit(weight)
+    mask = rank_mask(score, n, m)
+    if bool((nonzero & ~mask).any()):
+        raise InputError(f"a weight of shape {tuple(weight.shape)} is not {n}:{m}: prune it first")
+    return mask
+
+
+def pack(weight: Tensor, n: int, m: int, *, transposed: bool = False) -> PackedTensor:
+    """Packs a weight (out, in) of bf16, fp16 or fp32 whose groups hold at most `n` non-zeros in `m`.
+
+    `unpack` returns it bit for bit, with one exception: a -0.0 becomes +0.0 where its group has no room for it, which
+    takes more than `n` entries that are not +0.0 in the group. The two compare equal.
+
+    Args:
+        transposed: recorded in the format; `weight` is (out, in) all the same.
+
+    Raises:
+        InputError: as `kept_mask`, or another dtype.
+    """
+    if weight.dtype not in VALUES or weight.dim() != 2:
+        raise InputError(
+            f"a {weight.dim()}-D weight of {weight.dtype} cannot be packed: give bf16, fp16 or fp32 (out, in)"
+        )
+    mask = kept_mask(weight, n, m)
+    rows, columns = weight.shape
+    spec = PackedSpec(rows, columns, n, m, VALUES[weight.dtype], transposed)
+    return PackedTensor(spec, weight[mask].view(rows, spec.kept), pack_mask(mask), None)
+
+
+def pack_integers(
+    codes: Tensor, scales: Tensor, values: str, n: int, m: int, mask: Tensor | None = None, *, transposed: bool = False
+) -> PackedTensor:
+    """Packs a quantized weight: `codes * scales`, with the codes zero wherever the mask is.
+
+    Args:
+        codes: int8 (out, in), -128..127 of int8 and -8..7 of int4.
+        scales: fp32 (out, 1) of int8, bf16 (out, ceil(in / 64)) of int4.
+        values: "int8" or "int4".
+        n, m: the pattern; both 0 of a dense weight.
+        mask: bool (out, in), exactly `n` of every `m`; None takes `kept_mask` of the codes.
+
+    Raises:
+        InputError: codes out of range, scales of another shape or dtype or not finite, or as `kept_mask`.
+    """
+    rows, columns = codes.shape
+    spec = PackedSpec(rows, columns, n, m, values, transposed)
+    group_dtype = torch.float32 if values == "int8" else torch.bfloat16
+    shape = (rows, 1 if values == "int8" else -(-columns // INT4_GROUP))
+    if tuple(scales.shape) != shape or scales.dtype != group_dtype or not bool(torch.isfinite(scales).all()):
+        raise InputError(
+            f"scales are {scales.dtype} {tuple(scales.shape)}: {values} takes finite {group_dtype} {shape}"
+        )
+    if codes.dtype != torch.int8 or (values == "int4" and not bool(((codes >= -8) & (codes <= 7)).all())):
+        raise InputError(f"codes are {codes.dtype}: give int8, within -8..7 of int4")
+    if m and mask is None:
+        mask = kept_mask(codes.float(), n, m)
+    kept = codes if mask is None or not m else codes[mask].view(rows, spec.kept)
+    stored = _join_halves(kept) if values == "int4" else kept.contiguous()
+    return PackedTensor(spec, stored, pack_mask(mask) if m and mask is not None else None, scales)
+
+
+def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric rounding of a weight (out, in) to int8: codes, and a scale for each row, fp32 (out, 1)."""
+    wide = weight.float()
+    scales = wide.abs().amax(dim=1, keepdim=True) / 127
+    codes = (wide / scales.where(scales > 0, 1.0)).round().to(torch.int8)
+    return codes, scales
+
+
+def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight (out, in): in the dtype of its values, or fp32 of integers; then cast to `dtype` where one is given.
+
+    Raises:
+        InputError: a mask that does not keep exactly n of every m.
+    """
+    spec, values = packed.spec, packed.values
+    if spec.values == "int4":
+        values = _split_halves(values, spec.kept)
+    weight = values
+    if packed.mask is not None:
+        mask = unpack_mask(packed.mask, spec.columns)
+        groups = mask.view(spec.rows, -1, spec.m).sum(-1, dtype=torch.int32)
+        if not bool((groups == spec.n).all()):
+            raise InputError(f"the mask does not keep exactly {spec.n} of every {spec.m} weights: the file is damaged")
+        weight = values.new_zeros(spec.rows, spec.columns)
+        weight[mask] = values.reshape(-1)
+    if packed.scales is not None:
+        scales = packed.scales.float()
+        if spec.values == "int4":
+            scales = scales.repeat_interleave(INT4_GROUP, dim=1)[:, : spec.columns]
+        weight = weight.float() * scales
+    return weight if dtype is None else weight.to(dtype)
+
+
+def equal_in_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same bits, -0.0 taken as +0.0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    bits = _BITS[one.element_size()]
+    return torch.equal((one + 0).view(bits), (other + 0).view(bits))
+
+
+def _join_halves(codes: Tensor) -> Tensor:
+    """int8 codes (rows, width) as uint8 (rows, ceil(width / 2)), the earlier one in the low half."""
+    even = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
+    return ((even[:, 0::2] & 15) | (even[:, 1::2] << 4)).view(torch.uint8)
+
+
+def _split_halves(halves: Tensor, width: int) -> Tensor:
+    both = torch.stack([halves & 15, halves >> 4], dim=-1).flatten(1)[:, :width].to(torch.int8)
+    return (both ^ 8) - 8

@@ -1,0 +1,171 @@
+"""Loads a packed folder through transformers' `from_pretrained`: its hooks for quantized models, for n:m ones.
+
+On a CPU the layers multiply by packed weights, with activations in fp32. On another device, or with `dequantize`, or
+where the kernels were not built, weights are unpacked to the dense layers that the model was written with;
+`castlm.inference.to_semi_structured_` can go on from there on an NVIDIA GPU. Nothing of transformers itself is imported
+at the top but what is there when `castlm.inference.register` calls for this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from castlm.core.errors import InputError
+from castlm.inference import native
+from castlm.inference.convert import can_pack_tables, onto_kernels_
+from castlm.inference.format import FILE, VERSION, PackedSpec, read_specs
+from castlm.inference.layers import PackedEmbedding, PackedLinear
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+METHOD = "castlm"
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""dtypes in which a table is multiplied as it is stored."""
+
+logger = logging.get_logger(__name__)
+
+
+class CastlmConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed folder's config.json.
+
+    Args:
+        version: of the packed format.
+        pattern: n:m, for the reader; each file says it again of each tensor.
+        weights: the file with the weights, or the index of several.
+        dequantize: unpack to dense layers while loading.
+    """
+
+    def __init__(
+        self, version: int = VERSION, pattern: str = "", weights: str = FILE, dequantize: bool = False, **_: Any
+    ):
+        self.quant_method = METHOD
+        self.version, self.pattern, self.weights, self.dequantize = version, pattern, weights, dequantize
+
+
+class CastlmQuantizer(HfQuantizer):
+    """What transformers calls while it loads a packed folder, in the order of the methods here."""
+
+    requires_calibration = True  # there is no packing on the fly: `castlm pack` writes the folder
+    quantization_config: CastlmConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if config.version != VERSION:
+            raise InputError(
+                f"the model is in packed format {config.version!r}, this castlm reads {VERSION}: upgrade it"
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        self.on_cpu = all(_is_cpu(device) for device in devices)
+        if self.on_cpu and native.kernels() is None:
+            logger.warning(f"castlm unpacks the weights, for {native.NOT_BUILT}")
+        self.unpacks = self.quantization_config.dequantize or not self.on_cpu or native.kernels() is None
+        return device_map
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        # The last hook before transformers looks for the weights. Their name is not in config.json on purpose, so that
+        # a transformers without castlm finds none, and fails, instead of filling the layers with random numbers.
+        config.transformers_weights = self.quantization_config.weights
+        return config
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """fp32 activations on a CPU: the kernels sum in fp32, and 16-bit operations of most CPUs are slower."""
+        self.dtype = dtype if self.unpacks else torch.float32
+        return self.dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        specs = read_specs(checkpoint_files or [])
+        if not specs:
+            raise InputError(f"{', '.join(checkpoint_files or [])} holds no packed weights: run castlm pack again")
+        for name, spec in specs.items():
+            self._replace(model, name, spec)
+        if not self.unpacks:
+            _keep_table_dtypes(model, checkpoint_files or [])
+
+    def _replace(self, model: PreTrainedModel, name: str, spec: PackedSpec) -> None:
+        """Puts a packed layer without values where the model has the dense one."""
+        path = _path_in(model, name)
+        module = model.get_submodule(path) if path is not None else None
+        weight = getattr(module, "weight", None)
+        shape = (spec.columns, spec.rows) if spec.transposed else (spec.rows, spec.columns)
+        if path is None or weight is None or tuple(weight.shape) != shape:
+            raise InputError(
+                f"{type(model).__name__} has no layer {name} of shape {shape}: load the model after castlm unpack"
+            )
+        if isinstance(module, nn.Embedding):
+            model.set_submodule(path, PackedEmbedding(spec, self.dtype))
+            if model.config.get_text_config().tie_word_embeddings:  # the head takes the table over after loading
+                model.set_output_embeddings(nn.Identity())
+                model.all_tied_weights_keys = {}
+        else:
+            model.set_submodule(path, PackedLinear(spec, module.bias))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.unpacks:
+            onto_kernels_(model, self.dtype)
+            return model
+        for path, module in [*model.named_modules()]:
+            if isinstance(module, (PackedLinear, PackedEmbedding)):
+                model.set_submodule(path, module.to_dense(self.dtype))
+        if isinstance(model.get_output_embeddings(), nn.Identity):
+            table = model.get_input_embeddings().weight
+            head = nn.Linear(table.shape[1], table.shape[0], bias=False, device="meta")
+            head.weight = table
+            model.set_output_embeddings(head)
+        return model
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _is_cpu(device: Any) -> bool:
+    if device in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return not torch.accelerator.is_available()
+    return device is None or torch.device(device).type == "cpu"
+
+
+def _names_of(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
+    """What the module `name` may be called, in a file or a model: the backbone's prefix is there or not."""
+    prefix = f"{model.base_model_prefix}."
+    return name, prefix + name, name.removeprefix(prefix)
+
+
+def _path_in(model: PreTrainedModel, name: str) -> str | None:
+    """Where the module of a stored name is."""
+    for path in _names_of(model, name):
+        with contextlib.suppress(AttributeError):
+            model.get_submodule(path)
+            return path
+    return None
+
+
+def _keep_table_dtypes(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
+    """Has embedding and head loaded as they are stored, not in the dtype of activations: they are packed next."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not can_pack_tables(model):
+        return
+    paths = {path: module for path, module in model.named_modules() if module in (embedding, head)}
+    for file in checkpoint_files:
+        with safe_open(file, framework="numpy") as opened:
+            present = set(opened.keys())
+            for path, module in paths.items():
+                found = [name for name in _names_of(model, path) if f"{name}.weight" in present]
+                dtype = FLOATS.get(opened.get_slice(f"{found[0]}.weight").get_dtype()) if found else None
+                if dtype is not None:
+                    module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)

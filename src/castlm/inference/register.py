@@ -1,0 +1,60 @@
+"""Makes `import castlm` enough for transformers to load packed folders, without importing transformers.
+
+transformers has no entry point for quantizers: `register_quantizer` must run after `transformers.quantizers.auto` was
+imported, and before a model is loaded. Importing it from `castlm/__init__.py` would take seconds. So a finder waits for
+that one module, lets it be imported as ever, registers castlm's quantizer, and removes itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_AWAITED = "transformers.quantizers.auto"
+
+
+def register() -> None:
+    """Registers the quantizer now if transformers' own are imported, else as soon as they are. Repeating it is safe."""
+    if _AWAITED in sys.modules:
+        _register_now(sys.modules[_AWAITED])
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _register_now(auto: ModuleType) -> None:
+    from castlm.inference.quantizer import METHOD, CastlmConfig, CastlmQuantizer
+
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(METHOD)(CastlmConfig)
+        auto.register_quantizer(METHOD)(CastlmQuantizer)
+
+
+class _Finder(MetaPathFinder):
+    """Finds the awaited module once, with a loader that registers after it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _AWAITED:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(Loader):
+    def __init__(self, loader: Loader):
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _register_now(module)

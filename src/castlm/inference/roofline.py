@@ -1,0 +1,171 @@
+"""How long one linear layer takes, from the bytes it moves and the operations it does.
+
+    seconds = launch + max(bytes / (bandwidth * b), operations / (peak * p), in_features * serial)
+
+`launch`, `b`, `p` and `serial` belong to a kernel. The last term is what a plain roofline lacks: with few tokens and a
+narrow layer there are fewer output tiles than processors, and each tile walks through all input features by itself.
+Its share is why 2:4 loses on small layers: cuSPARSELt has a longer launch and walks more slowly than cuBLASLt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from castlm.inference.devices import Device
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to store and multiply a weight."""
+
+    name: str
+    bits: float
+    """Stored for each weight of the dense matrix, metadata and scales included."""
+    compute: str
+    """The dtype of the product, a key of `Device.peak`."""
+    sparse: bool = False
+    kernel: str = ""
+    """Which kernels run it, where this is not told by `compute` and `sparse`: "weights" for weight-only."""
+    changes_weights: bool = False
+    """Whether the weights are rounded, so that perplexity changes too."""
+
+
+def gpu_formats(dtype: str) -> list[Format]:
+    """The dense format of `dtype` first, then what else a layer could be on a GPU.
+
+    2:4 keeps half of the values and two bits of metadata for each of them.
+    """
+    bits = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8": 8}
+    formats = [
+        Format(dtype, bits[dtype], dtype),
+        Format(f"2:4 {dtype}", bits[dtype] / 2 + 1, dtype, sparse=True),
+    ]
+    for other in ("int8", "fp8"):
+        if bits[dtype] == 16:
+            formats.append(Format(other, 8, other, changes_weights=True))
+            formats.append(Format(f"2:4 {other}", 5, other, sparse=True, changes_weights=True))
+    if dtype in ("bf16", "fp16"):
+        formats.append(Format("int8 weights", 8, dtype, kernel="int8 weights", changes_weights=True))
+        formats.append(Format("int4 weights", 4.25, dtype, kernel="int4 weights", changes_weights=True))
+    return formats
+
+
+def cpu_formats(dtype: str) -> list[Format]:
+    """The dense format of `dtype` first, by castlm's kernel, then what else a layer could be on a CPU."""
+    bits = {"fp32": 32, "bf16": 16, "fp16": 16}
+    if dtype not in bits:
+        return []
+    return [
+        Format(dtype, bits[dtype], dtype),
+        Format(f"2:4 {dtype}", bits[dtype] / 2 + 1, dtype, sparse=True),
+        Format("int8", 8, "int8", changes_weights=True),
+        Format("2:4 int8", 5, "int8", sparse=True, changes_weights=True),
+        Format("int4", 4.25, "int4", changes_weights=True),
+        Format("2:4 int4", 3.25, "int4", sparse=True, changes_weights=True),
+        Format(f"torch {dtype}", bits[dtype], dtype, kernel="torch"),
+    ]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How close a kernel comes to its device."""
+
+    launch: float
+    """Seconds that every call takes."""
+    serial: float
+    """Seconds for each input feature of a tile."""
+    bandwidth: float
+    """Share of the device's bandwidth."""
+    peak: float
+    """Share of the device's peak."""
+
+
+def _kernel(launch_us: float, serial_ns: float, bandwidth: float, peak: float) -> Kernel:
+    return Kernel(launch_us * 1e-6, serial_ns * 1e-9, bandwidth, peak)
+
+
+KERNELS: dict[tuple[str, str, bool], Kernel] = {
+    ("ada", "bf16", False): _kernel(0, 8.5, 0.895, 0.924),
+    ("ada", "bf16", True): _kernel(2.64, 0, 0.921, 0.756),
+    ("ampere", "bf16", False): _kernel(8.06, 3.11, 0.796, 0.699),
+    ("ampere", "bf16", True): _kernel(10, 1.7, 0.722, 0.499),
+    ("ampere", "int8", False): _kernel(5.74, 3.24, 0.722, 0.569),
+    ("ampere", "int8", True): _kernel(9.65, 3.04, 0.733, 0.593),
+    ("blackwell", "bf16", False): _kernel(5.68, 0.074, 0.638, 0.707),
+    ("blackwell", "bf16", True): _kernel(6.79, 0.381, 0.652, 0.587),
+    ("cpu", "bf16", False): _kernel(0, 0, 1.40, 1.10),
+    ("cpu", "bf16", True): _kernel(0, 0, 1.35, 2.10),
+    ("cpu", "fp32", False): _kernel(0, 0, 1.40, 0.90),
+    ("cpu", "fp32", True): _kernel(0, 0, 1.35, 1.80),
+    ("cpu", "int8", False): _kernel(0, 0, 1.40, 2.24),
+    ("cpu", "int8", True): _kernel(0, 0, 1.40, 3.45),
+    ("cpu", "int4", False): _kernel(0, 0, 1.12, 2.00),
+    ("cpu", "int4", True): _kernel(0, 0, 1.12, 3.60),
+    ("cpu", "torch bf16", False): _kernel(0, 0, 0.80, 0.14),
+    ("cpu", "torch fp32", False): _kernel(0, 0, 1.10, 1.00),
+    ("hopper", "bf16", False): _kernel(1.03, 0, 0.852, 0.623),
+    ("hopper", "bf16", True): _kernel(6.48, 3.69, 0.687, 0.481),
+    ("hopper", "fp8", False): _kernel(0.423, 2.77, 0.857, 0.561),
+    ("hopper", "fp8", True): _kernel(3.21, 0.747, 0.786, 0.423),
+    ("hopper", "int8", False): _kernel(0.059, 4.43, 0.795, 0.646),
+    ("hopper", "int8", True): _kernel(3.41, 0.013, 0.805, 0.452),
+}
+"""By family, compute dtype and 2:4 or not, fitted by `python -m benchmarks.advisor --fit` with the least mean absolute
+error of the logarithm. GPUs: cuBLASLt and cuSPARSELt with their best algorithm, to published.csv; error 0.03 to 0.17.
+CPU: the kernels of castlm and torch's on an AMD EPYC (Zen 3, AVX2), bandwidths rounded to what an idle machine gave and
+peaks to two runs beside other work, which the roofline misses by 15 to 48 %. A share above 1 is of what torch reaches:
+castlm's kernels read from huge pages, 2:4 skips half of the multiplications, and int8 has more lanes than fp32."""
+
+WEIGHT_ONLY = {"int8 weights": 0.56 / 0.70, "int4 weights": 0.37 / 0.70}
+"""Bandwidth of torchao's weight-only kernels in units of the dense bf16 one, on an A100 with Llama-3-8B at one token:
+1151 and 763 GB/s of 1436 (README of torchao/sparsity). They multiply in the dtype of the activations, and split the
+input features among processors, so that they have no serial part."""
+
+_ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 2, "fp8": 1}
+
+
+def is_assumed(device: Device, form: Format) -> bool:
+    """Whether no kernel times of the format are published for the device's family, and those of bf16 stand in."""
+    return (device.family, _compute(form), form.sparse) not in KERNELS
+
+
+def supports(device: Device, form: Format) -> bool:
+    """Whether the device has hardware for the format."""
+    return form.compute in (device.sparse_peak if form.sparse else device.peak)
+
+
+def _compute(form: Format) -> str:
+    compute = {"fp16": "bf16"}.get(form.compute, form.compute)
+    return f"torch {compute}" if form.kernel == "torch" else compute
+
+
+def kernel_of(device: Device, form: Format) -> Kernel:
+    """The kernel that runs `form` on `device`."""
+    compute = "bf16" if is_assumed(device, form) else _compute(form)
+    kernel = KERNELS[device.family, compute, form.sparse]
+    if form.kernel in WEIGHT_ONLY:
+        return Kernel(kernel.launch, 0.0, kernel.bandwidth * WEIGHT_ONLY[form.kernel], kernel.peak)
+    return kernel
+
+
+def layer_seconds(
+    device: Device, form: Format, shape: tuple[int, int], tokens: int, kernel: Kernel | None = None
+) -> float:
+    """Seconds of one linear layer.
+
+    Args:
+        shape: (out_features, in_features) of the weight.
+        tokens: rows of the input.
+        kernel: what runs it; `kernel_of(device, form)` when not given.
+    """
+    out_features, in_features = shape
+    kernel = kernel or kernel_of(device, form)
+    peak = (device.sparse_peak if form.sparse else device.peak)[form.compute]
+    weight = out_features * in_features * form.bits / 8
+    moved = weight + tokens * (in_features * _ACTIVATION_BYTES[form.compute] + out_features * 2)
+    operations = 2 * tokens * out_features * in_features
+    return kernel.launch + max(
+        moved / (device.bandwidth * kernel.bandwidth),
+        operations / (peak * kernel.peak),
+        in_features * kernel.serial,
+    )

@@ -1,0 +1,183 @@
+"""Weights rounded to int8, float8 or int4 so that every zero stays exactly zero: a mask survives quantization.
+
+All scales are symmetric, without a zero point. int4 has one for each row and 64 columns, and is rounded by GPTQ
+(Frantar et al. 2023, arXiv 2210.17323), column by column: what a column loses by rounding, the columns to its right
+make up for. A masked weight has the single grid point 0; what earlier columns would have it take over goes on to the
+columns after it, as in SparseGPT (arXiv 2301.00774). GPTQ counts on columns that turn out to be masked, so a few passes
+of coordinate descent follow (QuantEase, arXiv 2309.01885): each code in turn becomes the best one for the output with
+all others as they are, and each scale the best one for its codes. They never increase the error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from castlm.core.errors import InputError
+
+GROUP = 64
+"""Columns that share a scale of int4."""
+KINDS = ("int8", "fp8", "int4")
+
+_INT8, _FP8 = 127, 448.0  # the largest int8, symmetric; the largest float8_e4m3fn
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+
+
+@dataclass
+class Rounded:
+    """A weight (rows, columns) on a grid: `codes * scales`."""
+
+    kind: str
+    """"int8", "fp8" or "int4"."""
+    codes: Tensor
+    """(rows, columns): int8 holds int8 and int4 (-8 to 7), float8_e4m3fn holds fp8."""
+    scales: Tensor
+    """fp32: (rows, 1), or of int4 (rows, ceil(columns / 64)) with values that bf16 holds exactly."""
+
+    def dequantized(self) -> Tensor:
+        """(rows, columns), fp32."""
+        scales = self.scales
+        if self.kind == "int4":
+            scales = scales.repeat_interleave(GROUP, dim=1)[:, : self.codes.shape[1]]
+        return self.codes.float() * scales
+
+    def split(self, rows: list[int]) -> list[Rounded]:
+        """The layers that were rounded as one, with their numbers of rows."""
+        return [
+            Rounded(self.kind, codes, scales) for codes, scales in zip(self.codes.split(rows), self.scales.split(rows))
+        ]
+
+
+def round_rows(weight: Tensor, kind: str) -> Rounded:
+    """Rounds each row to the nearest of int8 or float8 (e4m3), its largest magnitude at the end of the range.
+
+    Args:
+        weight: (rows, columns), any float dtype.
+
+    Raises:
+        InputError: NaN or infinity in the weight, or another kind.
+    """
+    if kind not in ("int8", "fp8"):
+        raise InputError(f"{kind!r} is not rounded by rows: choose int8 or fp8")
+    weight = weight.float()
+    if not weight.isfinite().all():
+        raise InputError("the weight has NaN or infinity: no scale of it means anything")
+    largest = _INT8 if kind == "int8" else _FP8
+    scales = (weight.abs().amax(1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = weight / scales
+    codes = scaled.round().to(torch.int8) if kind == "int8" else scaled.clamp(-_FP8, _FP8).to(torch.float8_e4m3fn)
+    return Rounded(kind, codes, scales)
+
+
+def round_int4(weight: Tensor, hessian: Tensor | None = None, damping: float = 0.01, passes: int = 4) -> Rounded:
+    """Rounds to int4 in groups of 64 columns: by GPTQ and coordinate descent where the statistic of the input is given,
+    else to the nearest.
+
+    Args:
+        weight: (rows, columns), any float dtype; what is 0 stays 0.
+        hessian: X^T X of the input, times any factor: (columns, columns), fp32, symmetric; it is overwritten.
+        damping: share of the mean of the Hessian's diagonal that is added to it.
+        passes: of coordinate descent over all columns.
+
+    Raises:
+        InputError: NaN or infinity in the weight, or a Hessian that cannot be factorized.
+    """
+    if not weight.isfinite().all():
+        raise InputError("the weight has NaN or infinity: no scale of it means anything")
+    columns = weight.shape[1]
+    target = weight.float().T.contiguous()  # (columns, rows): a column lies contiguous
+    left, kept = target.clone(), target != 0
+    upper = torch.eye(columns, device=left.device) if hessian is None else _inverse_factor(hessian, damping)
+    codes, scales = torch.empty_like(left), left.new_empty(-(-columns // GROUP), left.shape[1])
+    for group, block in enumerate(_groups(columns)):
+        inner = upper[block, block]
+        scales[group] = _best_scale(left[block], kept[block], inner.diagonal())
+        errors = _round_block(left[block], kept[block], scales[group], inner, codes[block])
+        left[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
+    if hessian is not None:
+        _descend(codes, scales, target, kept, hessian, passes)
+    return Rounded("int4", codes.T.to(torch.int8).contiguous(), scales.T.contiguous())
+
+
+def _groups(columns: int) -> list[slice]:
+    return [slice(start, min(start + GROUP, columns)) for start in range(0, columns, GROUP)]
+
+
+def _descend(codes: Tensor, scales: Tensor, target: Tensor, kept: Tensor, hessian: Tensor, passes: int) -> None:
+    """Coordinate descent on tr(E^T H E), E = codes * scales - target, in place; all are (columns, rows), scales
+    (groups, rows)."""
+    blocks = _groups(len(codes))
+    error = torch.cat([codes[block] * scales[group] - target[block] for group, block in enumerate(blocks)])
+    for _ in range(passes):
+        for group, block in enumerate(blocks):
+            inner, scale = hessian[block, block], scales[group]
+            slope = hessian[block] @ error  # (64, rows), kept up within the block
+            for j in range(len(slope)):
+                column = codes[block.start + j]
+                wanted = column - slope[j] / (inner[j, j] * scale)
+                change = wanted.round_().clamp_(-8, 7).mul_(kept[block.start + j]).sub_(column)
+                column += change
+                slope.addr_(inner[:, j], change.mul_(scale))
+            _refit(scale, codes[block], slope, inner)
+            error[block] = codes[block] * scale - target[block]
+
+
+def _refit(scale: Tensor, codes: Tensor, slope: Tensor, inner: Tensor) -> None:
+    """The best scale (rows,) for the codes (64, rows) of a group, in place, where it still is better as bf16."""
+    first, second = (slope * codes).sum(0), (codes * (inner @ codes)).sum(0)
+    change = (scale - first / second.clamp_min(1e-30)).bfloat16().float() - scale
+    is_better = (2 * change * first + change.square() * second < 0) & (scale + change != 0)
+    scale.add_(change * is_better)
+
+
+def _round_block(left: Tensor, kept: Tensor, scale: Tensor, upper: Tensor, codes: Tensor) -> Tensor:
+    """Rounds the columns of one group, (64, rows), one after the other; returns what each lost, in units of U_jj."""
+    errors = torch.empty_like(left)
+    for j in range(len(left)):
+        codes[j] = (left[j] / scale).round_().clamp_(-8, 7).mul_(kept[j])
+        errors[j] = left[j].addcmul_(codes[j], scale, value=-1).div_(upper[j, j])
+        left[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
+    return errors
+
+
+def _best_scale(group: Tensor, kept: Tensor, diagonal: Tensor) -> Tensor:
+    """The scale (rows,) of a group (64, rows), as bf16 holds it, that rounds its kept weights best.
+
+    The candidates put the largest magnitude at 7 or at -8 (the scale may be negative), or clip it; the error of each
+    weight counts by 1 / U_jj^2, as what it costs in the layer's output.
+    """
+    group = group * kept
+    index = group.abs().argmax(0, keepdim=True)
+    extreme = group.gather(0, index).squeeze(0)
+    importance = diagonal.square().reciprocal().unsqueeze(1)
+    best, least = torch.ones_like(extreme), torch.full_like(extreme, float("inf"))
+    for end in (7.0, -8.0):
+        for shrink in _SHRINK:
+            scale = (extreme * (shrink / end)).bfloat16().float()
+            scale = torch.where(scale == 0, 1.0, scale)
+            lost = (group / scale).round_().clamp_(-8, 7).mul_(scale).sub_(group).square_().mul_(importance).sum(0)
+            better = lost < least
+            best, least = torch.where(better, scale, best), torch.where(better, lost, least)
+    return best
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """U, upper triangular, with U^T U the inverse of the damped H; columns that no input reaches stand alone."""
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), device=hessian.device)
+    hessian[dead, :], hessian[:, dead] = 0, 0
+    diagonal[dead] = mean
+    undamped = diagonal.clone()
+    while True:
+        diagonal.copy_(undamped + damping * mean)
+        # Cholesky goes from the first column to the last and H = R R^T, R upper triangular, from the last to the first
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        if not failed:
+            identity = torch.eye(len(hessian), device=hessian.device)
+            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+        if damping >= 1:
+            raise InputError("the Hessian is not positive definite even with a damping of 1: calibrate on other text")
+        damping = min(1.0, 10 * damping) or 0.01

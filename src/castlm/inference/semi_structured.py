@@ -1,0 +1,147 @@
+"""2:4 on an NVIDIA GPU where it is faster: each layer shape is timed dense and sparse, and the faster one stays.
+
+cuSPARSELt picks a poor algorithm by itself, and loses on small layers with any (castlm advise says where). So nothing
+is converted on faith: what does not win the timing at the stated number of tokens remains a dense `nn.Linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from castlm.core.errors import InputError
+from castlm.core.pattern import is_nm_sparse
+from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.inference.cuda_backends import backend_for
+
+MARGIN = 0.98
+"""A sparse layer replaces a dense one if it takes at most this share of its time; closer calls are noise."""
+
+
+class Backend(Protocol):
+    """What makes sparse layers and times them. The tests have one that needs no GPU."""
+
+    tolerance: float
+    """Largest relative error of a layer's output that is due to rounding."""
+
+    def why_not(self, layer: nn.Linear) -> str | None:
+        """Why `layer` cannot be converted; None if it can."""
+
+    def variants(self, layer: nn.Linear, x: Tensor) -> list[str]:
+        """Ways to multiply by `layer` on an input like `x`, best guesses of the library first."""
+
+    def convert(self, layer: nn.Linear, variant: str) -> nn.Module:
+        """A sparse module in place of `layer`, which stays as it is."""
+
+    def race(self, modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
+        """Seconds of each module on `x`, taken in turns."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What became of one layer."""
+
+    name: str
+    shape: tuple[int, int]
+    """(out_features, in_features)."""
+    variant: str
+    """"dense", or the winning sparse one."""
+    seconds: Mapping[str, float]
+    """Of each contestant on the stated number of tokens; empty if the layer was not timed."""
+    reason: str = ""
+    """Why the layer is dense without a race."""
+
+
+@torch.no_grad()
+def to_semi_structured_(
+    model: nn.Module,
+    tokens: int,
+    *,
+    dtype: Literal["same", "int8", "fp8"] = "same",
+    filter_fn: FilterFn = is_sparse_linear,
+    backend: Backend | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Choice]:
+    """Replaces the 2:4 linear layers of a model, in place, wherever a sparse kernel is faster than the dense one.
+
+    Times are those of CUDA graphs, with a cold cache: compile the model with `mode="reduce-overhead"`, or capture its
+    decode step, to get them. No layer becomes slower at `tokens`; at other numbers of tokens one may.
+
+    Args:
+        model: in bf16 or fp16 on a CUDA device, pruned to 2:4.
+        tokens: rows of a layer's input: the batch size in decode, the tokens of all prompts in prefill.
+        dtype: "same" multiplies in the model's dtype and changes nothing else. "int8" rounds weights by row and
+            activations by token. "fp8" does so in float8 through torchao, on Hopper (compute capability 9.0).
+        filter_fn: which layers, as for `sparse_linears`.
+        backend: what converts and times; that of `dtype` when not given.
+        progress: called with (layers done, layers in all).
+
+    Returns:
+        One choice for each layer, in the order of the model.
+
+    Raises:
+        InputError: `tokens` below 1, no layer to convert, no CUDA device, or a package that is missing for fp8.
+
+    Example:
+        >>> choices = to_semi_structured_(model, tokens=4096)
+        >>> sum(choice.variant != "dense" for choice in choices)
+    """
+    if tokens < 1:
+        raise InputError(f"{tokens} tokens: give at least 1, the rows that a layer sees at once")
+    layers, _ = sparse_linears(model, "2:4", filter_fn)
+    if backend is None:
+        backend = backend_for(dtype, next(iter(layers.values())).weight.device)
+    raced: dict[tuple[object, ...], dict[str, float]] = {}
+    choices = []
+    for done, (name, layer) in enumerate(layers.items(), 1):
+        choice = _choose(name, layer, tokens, backend, raced)
+        if choice.variant != "dense":
+            choice = _replace(model, choice, layer, tokens, backend)
+        choices.append(choice)
+        if progress is not None:
+            progress(done, len(layers))
+    return choices
+
+
+def _choose(
+    name: str, layer: nn.Linear, tokens: int, backend: Backend, raced: dict[tuple[object, ...], dict[str, float]]
+) -> Choice:
+    """Races the first layer of each shape; the others follow it."""
+    shape = (layer.out_features, layer.in_features)
+    reason = backend.why_not(layer)
+    if reason is None and not is_nm_sparse(layer.weight, 2, 4):
+        reason = "its weight is not 2:4"
+    if reason is not None:
+        return Choice(name, shape, "dense", {}, reason)
+    key = (*shape, layer.bias is None, layer.weight.dtype)
+    if key not in raced:
+        x = _input_for(layer, tokens)
+        sparse = {variant: backend.convert(layer, variant) for variant in backend.variants(layer, x)}
+        raced[key] = backend.race({"dense": layer, **sparse}, x)
+    seconds = raced[key]
+    fastest = min(seconds, key=seconds.__getitem__)
+    return Choice(name, shape, fastest if seconds[fastest] <= MARGIN * seconds["dense"] else "dense", seconds)
+
+
+def _replace(model: nn.Module, choice: Choice, layer: nn.Linear, tokens: int, backend: Backend) -> Choice:
+    """Puts the sparse layer into the model if it computes what the dense one does."""
+    sparse, x = backend.convert(layer, choice.variant), _input_for(layer, min(tokens, 64))
+    expected, found = layer(x).float(), sparse(x).float()
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    if not error <= backend.tolerance:
+        reason = f"{choice.variant} computes something else (relative error {error:.2g})"
+        return Choice(choice.name, choice.shape, "dense", choice.seconds, reason)
+    model.set_submodule(choice.name, sparse)
+    return choice
+
+
+def _input_for(layer: nn.Linear, tokens: int) -> Tensor:
+    """Random rows for `layer`, the same in every call."""
+    generator = torch.Generator(layer.weight.device).manual_seed(0)
+    return torch.randn(
+        tokens, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype, generator=generator
+    )

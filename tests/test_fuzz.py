@@ -1,0 +1,369 @@
+"""Whatever a file or an option holds, castlm gives an answer or one line that says what is wrong; it never hangs.
+
+`make fuzz` tries many more inputs, for an hour.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import io
+import json
+import os
+import socket
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from castlm.cli.main import COMMANDS, main
+from castlm.core.errors import InputError
+from castlm.data.documents import open_documents, split_documents, text_hash
+from castlm.export.card import model_card
+from castlm.export.verify import verify
+from castlm.fields import choices_of, hints_of
+from castlm.names import markdown, markdown_code, printable
+from castlm.planning.law import FORMS, Law
+from castlm.planning.memory import plan_memory
+from castlm.planning.points import read_points
+from castlm.planning.predict import predict_perplexity, tokens_for
+from castlm.planning.watch import watch_run
+from castlm.reading import open_regular
+from castlm.training.config import TrainConfig
+from castlm.training.metrics_file import read_evaluations
+from castlm.yaml_file import parse_yaml_mapping, read_yaml_mapping
+
+from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 12,
+}
+LAYERS = {f"self_attn.{name}_proj": (8, 8) for name in "qkvo"}
+LAYERS |= {"mlp.gate_proj": (16, 8), "mlp.up_proj": (16, 8), "mlp.down_proj": (8, 16)}
+WEIGHTS = {f"model.layers.0.{name}.weight": torch.zeros(shape) for name, shape in LAYERS.items()}
+CHECKPOINT = save(WEIGHTS)
+ROW = b'{"text": "once upon a time"}\n'
+TEXTS = {".txt": b"once upon\n<|endoftext|>\na time\n", ".jsonl": 3 * ROW, ".jsonl.gz": gzip.compress(3 * ROW, mtime=0)}
+RUN_YAML = "max_steps: 10\ndecay: horizon\nmethod: cast\n"
+METRICS = [{"step": i, "tokens": 100 * i, "prune_now_ppl": 9.0 - i / 10, "alpha": i / 5} for i in range(1, 10)]
+
+
+def parquet() -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"text": ["once", None, "upon a time"], "n": [1, 2, 3]}), stream)
+    return stream.getvalue()
+
+
+def put(folder: Path, **files: bytes) -> Path:
+    """A folder with these files; `__` in a name stands for a dot."""
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def new(here: Path) -> Path:
+    """An empty folder; the last one is removed."""
+    folder = here / "files"
+    if folder.is_dir():
+        for file in folder.iterdir():
+            file.unlink()
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+# ---- checkpoints
+
+
+def headers() -> st.SearchStrategy[bytes]:
+    """safetensors files with an arbitrary header."""
+    entry = st.fixed_dictionaries(
+        {
+            "dtype": st.sampled_from(["F32", "BF16", "I8", "F8_E8M0", "F4", "x"]) | VALUES,
+            "shape": st.lists(st.integers(-1, 9) | NUMBERS, max_size=4) | VALUES,
+            "data_offsets": st.tuples(st.integers(-1, 300), st.integers(-1, 300)) | VALUES,
+        }
+    )
+    names = st.sampled_from([*WEIGHTS, "lm_head.weight", "__metadata__", "a.\x1b[2J.0.b"]) | st.text(max_size=5)
+    header = st.dictionaries(names, entry | VALUES, max_size=3).map(to_json) | HOSTILE_JSON
+
+    def build(header: bytes, length: int | None, data: bytes) -> bytes:
+        return (len(header) if length is None else length).to_bytes(8, "little") + header + data
+
+    return st.builds(build, header, st.none() | st.integers(0, 2**64 - 1), st.binary(max_size=300))
+
+
+@fuzz
+@given(content=headers() | damaged(CHECKPOINT) | st.binary(max_size=40))
+def test_weights(here, content):
+    folder = put(new(here), model__safetensors=content, config__json=to_json(CONFIG))
+    for path in (folder, folder / "model.safetensors"):
+        report = answers(verify, path)
+        if not isinstance(report, InputError):
+            json.dumps(report.as_dict())
+            assert printable(report.text().replace("\n", "")) == report.text().replace("\n", "")
+
+
+@fuzz
+@given(config=objects(CONFIG))
+def test_config_of_a_checkpoint(here, config):
+    report = answers(verify, put(new(here), model__safetensors=CHECKPOINT, config__json=config))
+    assert isinstance(report, InputError) or report.ok
+
+
+@fuzz
+@given(index=objects({"metadata": {}, "weight_map": dict.fromkeys(WEIGHTS, "a.safetensors")}))
+def test_index(here, index):
+    files = {"a__safetensors": CHECKPOINT, "config__json": to_json(CONFIG), "model__safetensors__index__json": index}
+    answers(verify, put(new(here), **files))
+
+
+@fuzz
+@given(record=objects({"pattern": "2:4", "left_dense": {"model.layers.0.mlp": "why"}}))
+def test_record_of_a_result(here, record):
+    folder = put(new(here), model__safetensors=CHECKPOINT, config__json=to_json(CONFIG), castlm__json=record)
+    answers(verify, folder)
+    answers(read_points, [folder])
+
+
+@settings(fuzz, max_examples=1 + EXAMPLES // 4)  # each builds a model, without memory
+@given(config=objects(CONFIG), seq_len=st.integers() | st.integers(1, 64), gib=st.none() | st.floats())
+def test_memory_plan(here, config, seq_len, gib):
+    folder = put(new(here), config__json=config)
+    answers(plan_memory, folder, seq_len=seq_len, micro_batch=1, scale_groups=0, gpu_gib=gib)
+
+
+# ---- data
+
+
+def gzipped(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)
+
+
+def read_all(path: Path) -> None:
+    documents = open_documents(path)
+    text_hash(documents)
+    list(documents.pieces(0))
+    split_documents(documents, 0.5, 0)
+
+
+@fuzz
+@given(data=st.data(), suffix=st.sampled_from([*TEXTS, ".parquet"]))
+def test_datasets(here, data, suffix):
+    valid = parquet() if suffix == ".parquet" else TEXTS[suffix]
+    rows = st.lists(objects({"text": "a"}), max_size=3).map(b"\n".join)
+    content = data.draw(
+        damaged(valid) | st.binary(max_size=60) | rows | rows.map(lambda content: gzip.compress(content, mtime=0))
+    )
+    file = new(here) / f"a{suffix}"
+    file.write_bytes(content)
+    answers(read_all, file)
+
+
+# ---- plans
+
+
+def rows_of_numbers() -> st.SearchStrategy[bytes]:
+    rows = st.lists(st.tuples(NUMBERS, NUMBERS).map(lambda row: f"{row[0]!r},{row[1]!r}"), max_size=5)
+    return rows.map(lambda lines: "\n".join(["tokens,perplexity", *lines]).encode())
+
+
+CSV = b"tokens,perplexity,seed\n1e6,9.5,0\n4e6,8.1,0\n16e6,7.2,0\n"
+
+
+@fuzz
+@given(content=damaged(CSV) | st.binary(max_size=60) | rows_of_numbers())
+def test_csv_of_points(here, content):
+    answers(read_points, [put(new(here), a__csv=content) / "a.csv"])
+
+
+LAW = {
+    "form": "power",
+    **dict.fromkeys(("L_inf", "B", "beta", "r2", "noise"), 0.5),
+    "intervals": {"beta": [0.1, 0.9]},
+    "num_points": 4,
+    "num_budgets": 4,
+    "tokens_range": [1e6, 1e9],
+    "draws": [[0.5, 0.5, 0.5, 0.0, 0.0]],
+    "holdout": None,
+    "holdout_reason": "",
+}
+
+
+@fuzz
+@given(
+    changes=st.dictionaries(st.sampled_from(sorted(LAW)), VALUES | st.sampled_from(sorted(FORMS)), max_size=2),
+    tokens=NUMBERS,
+    target=NUMBERS,
+)
+def test_law(changes, tokens, target):
+    law = answers(Law.from_dict, LAW | changes)
+    if isinstance(law, Law):
+        answers(predict_perplexity, law, tokens, 1e6)
+        answers(tokens_for, law, target, 1e6)
+
+
+@fuzz
+@given(
+    rows=st.lists(st.sampled_from(METRICS).flatmap(objects), max_size=4),
+    config=damaged(RUN_YAML.encode()) | st.just(RUN_YAML.encode()),
+    target=st.none() | st.floats(),
+)
+def test_metrics_of_a_run(here, rows, config, target):
+    folder = put(new(here), metrics__jsonl=b"\n".join([*map(to_json, METRICS), *rows]), config__yaml=config)
+    answers(read_evaluations, folder)
+    answers(watch_run, folder, target)
+
+
+# ---- options
+
+
+@fuzz
+@given(
+    content=damaged(RUN_YAML.encode()) | st.binary(max_size=80) | HOSTILE_JSON | st.text(max_size=80).map(str.encode)
+)
+def test_yaml(here, content):
+    answers(read_yaml_mapping, put(new(here), a__yaml=content) / "a.yaml")
+
+
+def test_yaml_that_would_grow_is_refused():
+    bomb = "\n".join([f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(12)])
+    for text in (bomb, "a: " + "[" * 50_000, "? " * 50_000):
+        assert isinstance(answers(parse_yaml_mapping, text, "a.yaml"), InputError)
+
+
+def option_values() -> st.SearchStrategy[dict[str, object]]:
+    """Values for the options of a run: of the right type, of another one, or out of range."""
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+    def values(name: str) -> st.SearchStrategy[object]:
+        choices = choices_of(fields[name])
+        typed = st.from_type(hints_of(TrainConfig)[name]) if choices is None else st.sampled_from(choices)
+        return typed | VALUES
+
+    pair = st.sampled_from(sorted(fields)).flatmap(lambda name: st.tuples(st.just(name), values(name)))
+    return st.lists(pair, max_size=4).map(dict)
+
+
+@fuzz
+@given(changes=option_values())
+def test_options(changes):
+    config = answers(TrainConfig.from_mapping, {"model": "m", "dataset": "d.txt", "output_dir": "o"} | changes)
+    if isinstance(config, TrainConfig):
+        again = answers(TrainConfig.from_mapping, parse_yaml_mapping(config.as_yaml(), "config.yaml"))
+        assert isinstance(again, TrainConfig)
+        assert again.as_yaml() == config.as_yaml()
+
+
+@fuzz
+@given(
+    command=st.sampled_from(["verify", "plan predict", "plan fit", "plan watch", "plan memory", "train", "nothing"]),
+    arguments=st.lists(
+        st.sampled_from(
+            ["--json", "--pattern", "--config", "--tokens", "--form", "--seq-len", "2:4", "/dev/null", "-1"]
+        )
+        | st.text(max_size=8).filter(lambda text: not text.startswith(("-h", "--help", "demo"))),
+        max_size=4,
+    ),
+)
+def test_command_lines(here, patch, command, arguments):
+    patch.chdir(new(here))
+    assert answers(main, [*command.split(), *arguments]) in (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def patch():
+    with pytest.MonkeyPatch.context() as context:
+        yield context
+
+
+# ---- names
+
+
+@fuzz
+@given(name=st.text(alphabet=st.characters(exclude_categories=[])))
+def test_names(name):
+    shown = printable(name)
+    assert shown.isprintable()
+    shown.encode()
+    for text in (markdown(name), markdown_code(name)):
+        assert "\n" not in text
+    assert "|" not in markdown(name).replace("\\\\", "").replace("\\|", "")
+
+
+@fuzz
+@given(base=st.text(max_size=20), reason=st.text(max_size=20), name=st.text(max_size=20))
+def test_model_card(base, reason, name):
+    proof = {"zero_fraction": 0.5, "layers": 1, "weights": 8, "violations": 0, "groups": 2}
+    figures = [{"name": name, "perplexity": 3.0, "seq_len": 8, "text": name, "num_tokens": 9, "tokenizer": base}]
+    record = {"pattern": "2:4", "proof": proof, "left_dense": {f"layers.0.{name}": reason}, "figures": figures}
+    card = model_card("model", {**record, "base_model": base, "license": None})
+    rows = [line for line in card.splitlines() if line.startswith("|")]
+    assert len(rows) == 3
+    assert len({row.replace("\\\\", "").replace("\\|", "").count("|") for row in rows}) == 1
+
+
+# ---- what is not a file
+
+
+def test_pipes_sockets_devices_and_folders_are_refused_at_once(here, monkeypatch):
+    folder = new(here)
+    monkeypatch.chdir(folder)
+    os.mkfifo("pipe.jsonl")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind("socket.jsonl")
+    Path("device.jsonl").symlink_to("/dev/zero")
+    Path("link.jsonl").symlink_to("pipe.jsonl")
+    for name in (
+        "pipe.jsonl",
+        "socket.jsonl",
+        "device.jsonl",
+        "link.jsonl",
+        ".",
+        "missing.jsonl",
+        "a\0b",
+        "x" * 5000,
+        "",
+    ):
+        for read in (open_regular, open_documents, read_yaml_mapping, verify, read_evaluations, watch_run, plan):
+            assert isinstance(answers(read, name), InputError), (read, name)
+        assert isinstance(answers(read_points, [name]), InputError)
+    server.close()
+
+
+def plan(path: str) -> None:
+    plan_memory(path, seq_len=8, micro_batch=1)
+
+
+def test_a_pipe_in_a_model_folder_is_refused_before_transformers_opens_it(here):
+    folder = put(new(here), model__safetensors=CHECKPOINT, config__json=to_json(CONFIG))
+    os.mkfifo(folder / "tokenizer.json")
+    assert main(["eval", str(folder), "--text", str(folder / "config.json")]) == 2
+
+
+def test_every_command_says_in_one_line_what_is_wrong_with_its_names(here, capsys, monkeypatch):
+    monkeypatch.chdir(new(here))
+    for command in ("verify", "train --dataset a --output-dir o --model", "eval --text a", "plan watch", "plan fit"):
+        for name in ("~nosuchuser/x", "\udcff", "x" * 5000, "\x1b[2J"):
+            assert main([*command.split(), name]) == 2
+            line = capsys.readouterr().err
+            assert line.startswith("castlm: error: "), line
+            assert line.count("\n") == 1
+            assert printable(line[:-1]) == line[:-1]
+    assert set(COMMANDS) >= {"verify", "train", "eval", "plan"}

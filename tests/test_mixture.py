@@ -1,0 +1,99 @@
+"""Several texts in one run: their shares, an exact position, and figures of each evaluation text."""
+
+import json
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+
+from castlm.core.errors import InputError
+from castlm.data.documents import Documents
+from castlm.data.mixture import Mixture
+from castlm.data.packing import PackedSequences
+from castlm.training.config import TrainConfig
+from castlm.training.loop import train
+from tests.test_train import StopAfter, assert_equal_weights, small, stop_after
+from tests.tiny import TEXT, save_tiny, tiny_tokenizer
+
+
+def texts(letter: str, sizes: list[int]) -> Documents:
+    return Documents.from_texts([letter * size for size in sizes], name=letter)
+
+
+def mixture(*weights: float) -> Mixture:
+    parts = [texts("a", [30, 50, 20] * 7), texts("b", [10, 90]), texts("c", [200, 1, 5])]
+    return Mixture(parts[: len(weights)], weights)
+
+
+def test_shares_hold_at_every_point_and_each_text_starts_again_by_itself():
+    used = {"a": 0, "b": 0, "c": 0}
+    for number, piece in enumerate(islice(mixture(0.5, 0.3, 0.2).pieces(seed=1), 400)):
+        used[piece.text[0]] += len(piece.text)
+        if number > 20:
+            total = sum(used.values())
+            for letter, share in zip("abc", (0.5, 0.3, 0.2)):
+                assert abs(used[letter] - share * total) <= 300  # a few documents
+
+
+@pytest.mark.parametrize("start", range(0, 60, 7))
+def test_a_saved_position_goes_on_exactly(start):
+    mixed = mixture(3, 1, 1)
+    straight = [(piece.text, piece.position) for piece in islice(mixed.pieces(seed=2), 90)]
+    position = json.loads(json.dumps(straight[start][1]))
+    again = [(piece.text, piece.position) for piece in islice(mixed.pieces(2, 0, position), 90 - start)]
+    assert again == straight[start:]
+
+
+def test_blocks_of_a_mixture_resume_exactly():
+    def stream() -> PackedSequences:
+        return PackedSequences(mixture(2, 1, 1), tiny_tokenizer(), seq_len=16, seed=0)
+
+    one, other = stream(), stream()
+    for _ in range(9):
+        one.take(3)
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    for _ in range(30):
+        assert torch.equal(one.take(2), other.take(2))
+
+
+def test_weights_are_read_from_the_names():
+    def of(*names: str) -> dict[str, float]:
+        return TrainConfig("m", names, "o").datasets
+
+    assert of("a.txt:0.7", "b.jsonl:3") == {"a.txt": 0.7, "b.jsonl": 3.0}
+    assert of("a.txt", "owner/name@v1:0.5") == {"a.txt": 1.0, "owner/name@v1": 0.5}
+    assert TrainConfig("m", ["a:1"], "o").dataset == "a:1"  # a single text has no weight
+    for names, message in ((("a", "a:2"), "names a text twice"), (("a", ""), "is not text or a list"), ((), "dataset")):
+        with pytest.raises(InputError, match=message):
+            of(*names)
+    for more in ({"num_train_epochs": 1}, {"repeat_blocks": True}):
+        with pytest.raises(InputError, match="needs a single dataset"):
+            TrainConfig("m", ("a", "b"), "o", **more)
+    with pytest.raises(InputError, match="weight 0 is not above 0"):
+        mixture(1, 0)
+
+
+def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text(text, tmp_path, monkeypatch):
+    model, names = str(save_tiny(tmp_path / "llama")), []
+    for name in ("one", "two"):
+        file = tmp_path / f"{name}.jsonl"
+        rows = [TEXT[at : at + 300] for at in range(0, 9000, 300)]
+        file.write_text("".join(json.dumps({"text": f"{name} {row}"}) + "\n" for row in rows))
+        names.append(str(file))
+    fields = {"eval_dataset": tuple(names), "save_steps": 3, "max_steps": 6, "eval_steps": 6}
+    mixed = (f"{names[0]}:0.75", f"{names[1]}:0.25", text)
+    straight = small(model, mixed, tmp_path / "straight", **fields)
+    record = train(straight)
+    assert record["dataset"]["name"] == " + ".join([*names, text])
+    killed = replace(straight, output_dir=str(tmp_path / "killed"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(StopAfter):
+            train(killed)
+    train(replace(killed, resume=True))
+    assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "killed" / "model")
+    rows = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    last = next(row for row in reversed(rows) if "perplexity" in row)
+    parts = [last["perplexity/one.jsonl"], last["perplexity/two.jsonl"]]
+    assert min(parts) < last["perplexity"] < max(parts)

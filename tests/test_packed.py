@@ -1,0 +1,379 @@
+"""The packed format: what goes in comes out bit for bit, and whatever is damaged is refused in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from castlm.cli.main import main
+from castlm.core.errors import InputError
+from castlm.core.masks import nm_mask
+from castlm.core.sparsify import prune_
+from castlm.export.packed import pack_folder, unpack_folder
+from castlm.export.verify import verify
+from castlm.inference.format import FILE, INDEX, METADATA_KEY, PackedSpec, read_specs
+from castlm.inference.packed import equal_in_bits, pack, pack_integers, round_to_int8, unpack
+from castlm.models import load_model, save_model
+from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
+
+PATTERNS = [(2, 4), (1, 4), (4, 8), (3, 4), (1, 2), (2, 3), (5, 16)]
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def pruned_folder(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, n=2, m=4, **over) -> Path:
+    model = tiny_model(family, **over)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    loaded = load_model(folder)
+    prune_(loaded.model, n, m)
+    save_model(loaded.model.to(dtype), loaded.tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory) -> Path:
+    return pruned_folder(tmp_path_factory.mktemp("pruned") / "model")
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+# ---- tensors
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    dtype=st.sampled_from(list(BITS)),
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+    density=st.floats(0, 1),
+)
+def test_unpack_gives_back_every_bit(pattern, dtype, rows, groups, seed, density):
+    n, m = pattern
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, groups * m, generator=generator)
+    weight *= torch.rand(weight.shape, generator=generator) < density
+    weight = weight.masked_fill(~nm_mask(weight, n, m), 0.0).to(dtype)
+    packed = pack(weight, n, m)
+    assert packed.values.shape == (rows, groups * n)
+    assert torch.equal(unpack(packed).view(BITS[dtype]), weight.view(BITS[dtype]))
+
+
+def test_extreme_values_keep_their_bits():
+    for dtype, bits in BITS.items():
+        info = torch.finfo(dtype)
+        smallest = torch.tensor([1], dtype=bits).view(dtype).item()  # the least subnormal number
+        row = [info.max, 0, info.tiny, 0, 0, -smallest, smallest, 0, info.min, -0.0, 0, 0]
+        weight = torch.tensor([row], dtype=dtype)
+        assert torch.equal(unpack(pack(weight, 2, 4)).view(bits), weight.view(bits))
+
+
+def test_a_negative_zero_is_kept_where_there_is_room_and_else_becomes_zero():
+    weight = torch.tensor([[1.0, -0.0, 0.0, 0.0, 1.0, 2.0, -0.0, 0.0]])
+    back = unpack(pack(weight, 2, 4))
+    assert torch.equal(back, weight)
+    assert torch.signbit(back).tolist() == [[False, True, False, False, False, False, False, False]]
+    assert equal_in_bits(back, weight)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_weights_are_refused(bad):
+    with pytest.raises(InputError, match="NaN or infinity"):
+        pack(torch.tensor([[bad, 0, 0, 0.0]]), 2, 4)
+
+
+def test_a_weight_that_is_not_nm_is_refused():
+    with pytest.raises(InputError, match="is not 2:4: prune it first"):
+        pack(torch.tensor([[1.0, 2.0, 3.0, 0.0]]), 2, 4)
+    with pytest.raises(InputError, match="does not divide by m = 4"):
+        pack(torch.zeros(2, 6), 2, 4)
+    with pytest.raises(InputError, match="give bf16, fp16 or fp32"):
+        pack(torch.zeros(2, 8, dtype=torch.float64), 2, 4)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (2, 3), (0, 0)])
+def test_integers_come_back_as_value_times_scale(values, n, m):
+    generator = torch.Generator().manual_seed(0)
+    low, high, groups = (-128, 128, 1) if values == "int8" else (-8, 8, 3)
+    codes = torch.randint(low, high, (5, 144), generator=generator).to(torch.int8)
+    if m:
+        codes *= nm_mask(codes.float(), n, m)
+    scales = torch.rand(5, groups, generator=generator).to(torch.float32 if values == "int8" else torch.bfloat16)
+    packed = pack_integers(codes, scales, values, n, m)
+    wide = scales.float().repeat_interleave(144 if values == "int8" else 64, 1)[:, :144]
+    assert torch.equal(unpack(packed), codes.float() * wide)
+    for suffix, (_, shape) in packed.spec.tensors().items():
+        assert packed.tensors()[suffix].shape == shape
+
+
+def test_rounding_to_int8_is_within_half_a_step():
+    weight = torch.randn(7, 40, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    codes, scales = round_to_int8(weight)
+    assert ((codes * scales - weight).abs() <= scales / 2 * 1.001).all()
+    assert codes.abs().max() == 127
+
+
+def test_integers_that_do_not_fit_are_refused():
+    codes, scales = torch.zeros(2, 8, dtype=torch.int8), torch.ones(2, 1)
+    with pytest.raises(InputError, match="takes finite"):
+        pack_integers(codes, scales.expand(2, 2), "int8", 2, 4)
+    with pytest.raises(InputError, match=r"within -8\.\.7"):
+        pack_integers(codes + 9, scales.bfloat16(), "int4", 0, 0)
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_comes_back_bit_for_bit(family, tmp_path):
+    source = pruned_folder(tmp_path / "source", family)
+    report = pack_folder(source, tmp_path / "packed")
+    assert report.num_packed > 0
+    assert report.bytes_after < report.bytes_before
+    unpack_folder(tmp_path / "packed", tmp_path / "back")
+    ours, theirs = tensors_of(tmp_path / "back"), tensors_of(source)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in theirs)
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((source / "config.json").read_text())
+    assert verify(tmp_path / "packed").ok
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (4, 8)])
+def test_other_patterns_come_back_too(n, m, tmp_path):
+    source = pruned_folder(tmp_path / "source", n=n, m=m)
+    pack_folder(source, tmp_path / "packed", n, m)
+    unpack_folder(tmp_path / "packed", tmp_path / "back")
+    ours, theirs = tensors_of(tmp_path / "back"), tensors_of(source)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert verify(tmp_path / "packed", n, m).ok
+    with pytest.raises(InputError, match="is not 1:8"):
+        pack_folder(source, tmp_path / "other", 1, 8)
+    assert not (tmp_path / "other").exists()
+
+
+def test_sharded_models_stay_sharded(tmp_path):
+    source = pruned_folder(tmp_path / "one")
+    loaded = load_model(source, dtype=torch.bfloat16)
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "many", max_shard_size=20_000)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    pack_folder(tmp_path / "many", tmp_path / "packed")
+    assert (tmp_path / "packed" / INDEX).is_file()
+    assert verify(tmp_path / "packed").totals()["layers"] == 14
+    unpack_folder(tmp_path / "packed", tmp_path / "back")
+    ours, theirs = tensors_of(tmp_path / "back"), tensors_of(source)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(load_model(tmp_path / "back").model.lm_head.weight, load_model(source).model.lm_head.weight)
+
+
+def test_layers_left_dense_stay_dense(tmp_path):
+    source = pruned_folder(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = torch.ones_like(tensors[name])
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"{name}: .* is not 2:4"):
+        pack_folder(source, tmp_path / "packed")
+    (source / "castlm.json").write_text(json.dumps({"left_dense": {"model.layers.0.mlp.up_proj": "a test"}}))
+    assert pack_folder(source, tmp_path / "packed").num_packed == 13
+    report = verify(tmp_path / "packed")
+    assert report.ok
+    assert report.totals()["left_dense"] == 1
+
+
+def test_a_head_in_int8_is_close_and_smaller(pruned, tmp_path):
+    kept = pack_folder(pruned, tmp_path / "kept")
+    rounded = pack_folder(pruned, tmp_path / "rounded", head="int8")
+    assert rounded.bytes_after < kept.bytes_after
+    head, exact = (load_model(tmp_path / name).model.lm_head.weight for name in ("rounded", "kept"))
+    assert 0 < (head - exact).abs().max() <= exact.abs().max() / 127
+
+
+def test_dtype_casts_everything_first(tmp_path):
+    source = pruned_folder(tmp_path / "source", dtype=torch.float32)
+    pack_folder(source, tmp_path / "packed", dtype="bf16")
+    unpack_folder(tmp_path / "packed", tmp_path / "back")
+    ours, theirs = tensors_of(tmp_path / "back"), tensors_of(source)
+    assert all(torch.equal(ours[name], theirs[name].bfloat16()) for name in theirs)
+    assert load_model(tmp_path / "packed").model.config.dtype == torch.float32
+
+
+# ---- damage
+
+
+def change(packed: Path, to: Path, change_fn) -> Path:
+    """A copy of a packed folder with its tensors and metadata changed."""
+    to.mkdir()
+    for file in packed.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    with safe_open(packed / FILE, framework="pt") as opened:
+        tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata())  # noqa: SIM118
+    change_fn(tensors, metadata)
+    save_file(tensors, to / FILE, metadata)
+    return to
+
+
+def flip_bit(tensors, metadata):
+    tensors["model.layers.0.mlp.up_proj.mask"][0, 0] ^= 1
+
+
+def nan_value(tensors, metadata):
+    tensors["model.layers.0.mlp.up_proj.values"][1, 1] = float("nan")
+
+
+def lose_mask(tensors, metadata):
+    del tensors["model.layers.0.mlp.up_proj.mask"]
+
+
+def cut_values(tensors, metadata):
+    name = "model.layers.0.mlp.up_proj.values"
+    tensors[name] = tensors[name][:, 1:].contiguous()
+
+
+def newer_version(tensors, metadata):
+    metadata[METADATA_KEY] = json.dumps({"version": 99, "tensors": {}})
+
+
+def broken_json(tensors, metadata):
+    metadata[METADATA_KEY] = metadata[METADATA_KEY][:-5]
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "words"),
+    [
+        (flip_bit, 1, "do not keep exactly 2 of 4"),
+        (nan_value, 1, "1 values not finite"),
+        (lose_mask, 2, "lacks model.layers.0.mlp.up_proj.mask"),
+        (cut_values, 2, "expected BF16"),
+        (newer_version, 2, "upgrade castlm"),
+        (broken_json, 2, "metadata of"),
+    ],
+)
+def test_verify_finds_every_kind_of_damage(damage, code, words, pruned, tmp_path, capsys):
+    pack_folder(pruned, tmp_path / "packed")
+    folder = change(tmp_path / "packed", tmp_path / "changed", damage)
+    assert main(["verify", str(folder)]) == code
+    output = capsys.readouterr()
+    assert words in output.out + output.err
+    if code == 2:
+        assert output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", [flip_bit, lose_mask, cut_values, newer_version, broken_json])
+def test_damaged_files_are_not_unpacked(damage, pruned, tmp_path, capsys):
+    pack_folder(pruned, tmp_path / "packed")
+    folder = change(tmp_path / "packed", tmp_path / "changed", damage)
+    assert main(["unpack", str(folder), "--output-dir", str(tmp_path / "back")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert list((tmp_path / "back").iterdir()) == []
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_random_bytes_in_a_file_never_crash_the_reader(data, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "fuzzed"
+    if not folder.exists():
+        pack_folder(pruned_folder(tmp_path_factory.mktemp("source")), folder)
+        (folder / "whole").write_bytes((folder / FILE).read_bytes())
+    content = bytearray((folder / "whole").read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.one_of(st.integers(0, header - 1), st.integers(0, len(content) - 1)))
+        content[place] = data.draw(st.integers(0, 255))
+    (folder / FILE).write_bytes(content[: data.draw(st.sampled_from([len(content), len(content) - 3, header, 20]))])
+    with contextlib.suppress(InputError):
+        verify(folder)
+
+
+def test_hostile_metadata_are_refused(pruned, tmp_path):
+    pack_folder(pruned, tmp_path / "packed")
+    good = {"shape": [8, 8], "pattern": "2:4", "values": "bf16", "transposed": False}
+    for i, entry in enumerate(
+        [
+            good | {"shape": [8, -8]},
+            good | {"shape": [8, 2**40]},
+            good | {"shape": [True, 8]},
+            good | {"pattern": "4:2"},
+            good | {"pattern": "2:3"},
+            good | {"pattern": "x"},
+            good | {"values": "fp64"},
+            good | {"pattern": None},
+            {},
+            None,
+        ]
+    ):
+
+        def write(tensors, metadata, entry=entry):
+            metadata[METADATA_KEY] = json.dumps({"version": 1, "tensors": {"x": entry}})
+
+        folder = change(tmp_path / "packed", tmp_path / f"changed{i}", write)
+        with pytest.raises(InputError, match="damaged"):
+            read_specs([folder / FILE])
+
+
+# ---- commands
+
+
+def test_pack_and_unpack_as_commands(pruned, tmp_path, capsys):
+    packed, back = tmp_path / "packed", tmp_path / "back"
+    assert main(["pack", str(pruned), "--output-dir", str(packed)]) == 0
+    assert "14 tensors packed and verified 2:4" in capsys.readouterr().out
+    assert main(["unpack", str(packed), "--output-dir", str(back)]) == 0
+    assert main(["verify", str(back)]) == 0
+    capsys.readouterr()
+    for arguments in (
+        ["pack", str(pruned), "--output-dir", str(packed)],  # taken
+        ["pack", str(packed), "--output-dir", str(tmp_path / "twice")],  # packed already
+        ["unpack", str(pruned), "--output-dir", str(tmp_path / "plain")],  # not packed
+        ["pack", str(pruned), "--output-dir", str(tmp_path / "other"), "--pattern", "1:4"],  # not of that pattern
+        ["pack", str(tmp_path / "nothing"), "--output-dir", str(tmp_path / "none")],
+    ):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_full_disk_leaves_nothing(pruned, tmp_path, monkeypatch):
+    from castlm.export import packed as module
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_safetensors", full)
+    with pytest.raises(InputError, match="disk full"):
+        pack_folder(pruned, tmp_path / "packed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_of_a_packed_folder_imports_no_torch(pruned, tmp_path):
+    pack_folder(pruned, tmp_path / "packed")
+    code = (
+        "import sys\nfrom castlm.export.verify import verify\n"
+        f"assert verify({str(tmp_path / 'packed')!r}).ok\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_save_tiny_is_no_packed_folder(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    assert read_specs([folder / "model.safetensors"]) == {}
+
+
+def test_a_spec_lists_what_is_stored():
+    assert PackedSpec(3, 20, 2, 4, "bf16").tensors() == {"values": ("BF16", (3, 10)), "mask": ("U8", (3, 3))}
+    assert PackedSpec(3, 12, 1, 4, "int4").tensors()["values"] == ("U8", (3, 2))

@@ -1,0 +1,195 @@
+"""Quantizing a whole model: zeros stay, verify holds, int4 uses the calibration text, the command writes a folder."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from castlm.cli.main import main
+from castlm.core.errors import InputError
+from castlm.core.pattern import is_nm_sparse
+from castlm.core.scaling import add_weight_scaling
+from castlm.core.sparsify import prune_, sparse_linears
+from castlm.export.packed import unpack_folder
+from castlm.export.verify import verify
+from castlm.inference.quantize import quantize_
+from castlm.inference.rounding import round_int4
+from castlm.models import linearize_conv1d_
+from castlm.oneshot.calibration import calibration_blocks
+from tests.tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
+
+
+def pruned_model(family="llama", dtype=torch.float32):
+    model = tiny_model(family)
+    prune_(model)
+    return model.to(dtype)
+
+
+def calibration():
+    ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
+    return calibration_blocks(ids, 8, 64)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_zeros_stay_and_the_report_holds_what_the_model_computes(kind, family):
+    model = tiny_model(family)
+    linearize_conv1d_(model)
+    prune_(model)
+    before = copy.deepcopy(model)
+    report = quantize_(model, kind, calibration=calibration() if kind == "int4" else None)
+    layers, _ = sparse_linears(model)
+    assert set(report.layers) == set(layers)
+    for name, layer in layers.items():
+        old = before.get_submodule(name).weight
+        assert (layer.weight[old == 0] == 0).all()
+        assert is_nm_sparse(layer.weight)
+        assert torch.equal(report.layers[name].dequantized(), layer.weight)
+        assert not torch.equal(layer.weight, old)
+    assert torch.equal(model.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    limit = {"int8": 1e-4, "fp8": 2e-3, "int4": 2e-2}[kind]
+    assert 0 < report.mean_error < limit
+
+
+def test_int4_fits_the_calibration_text_better_than_the_nearest_grid_points():
+    tokens = calibration()
+    dense, model = pruned_model(), pruned_model()
+    quantize_(model, "int4", calibration=tokens)
+    nearest = pruned_model()
+    with torch.no_grad():
+        for layer in sparse_linears(nearest)[0].values():
+            layer.weight.copy_(round_int4(layer.weight).dequantized())
+        expected = dense(tokens).logits
+        by_gptq, by_nearest = ((m(tokens).logits - expected).norm() for m in (model, nearest))
+    assert by_gptq < by_nearest
+
+
+def test_a_bf16_model_stays_bf16_and_the_report_is_exact():
+    model = pruned_model(dtype=torch.bfloat16)
+    report = quantize_(model, "int8")
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.weight.dtype is torch.bfloat16
+    assert torch.equal(report.layers["model.layers.0.mlp.up_proj"].dequantized().bfloat16(), layer.weight)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(InputError, match="there is no format 'int2': choose one of int8, fp8, int4"):
+        quantize_(pruned_model(), "int2")
+    with pytest.raises(InputError, match="int4 needs a calibration text"):
+        quantize_(pruned_model(), "int4")
+    with pytest.raises(InputError, match="int8 is rounded without a calibration text"):
+        quantize_(pruned_model(), "int8", calibration=calibration())
+    model = pruned_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"model.layers.1.mlp.up_proj: the weight has NaN"):
+        quantize_(model, "fp8")
+    with pytest.raises(InputError, match="no linear layer to quantize"):
+        quantize_(pruned_model(), "int8", filter_fn=lambda module, fqn: False)
+    model = pruned_model()
+    add_weight_scaling(model, 2)
+    with pytest.raises(InputError, match="fold_weight_scaling"):
+        quantize_(model, "int8")
+
+
+@pytest.fixture
+def sparse_folder(tmp_path):
+    save_tiny(tmp_path / "dense", "llama")
+    assert (
+        main(
+            [
+                "prune",
+                "--model",
+                str(tmp_path / "dense"),
+                "--output-dir",
+                str(tmp_path / "sparse"),
+                "--method",
+                "magnitude",
+            ]
+        )
+        == 0
+    )
+    return tmp_path / "sparse"
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_command_writes_a_verified_folder(kind, sparse_folder, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text(TEXT)
+    options = ["--calibration", str(tmp_path / "t.txt"), "--seq-len", "64", "--num-sequences", "4"]
+    out = tmp_path / "out"
+    command = ["quantize", str(sparse_folder), "--output-dir", str(out), "--kind", kind]
+    assert main([*command, *(options if kind == "int4" else [])]) == 0
+    assert "2:4 verified" in capsys.readouterr().out
+    assert verify(out).ok
+    before, after = verify(sparse_folder), verify(out)
+    assert all(new.num_zeros >= old.num_zeros for old, new in zip(before.layers, after.layers))
+    record = json.loads((out / "castlm.json").read_text())
+    assert record["quantized"]["kind"] == kind
+    assert record["quantized"]["layers"] == 14
+    assert record["pattern"] == "2:4"
+    assert record["method"] == "magnitude"
+    assert ("text_sha256" in record["quantized"]) == (kind == "int4")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_packed_folder_holds_the_codes_and_unpacks_to_the_quantized_model(kind, family, tmp_path):
+    save_tiny(tmp_path / "dense", family)
+    assert (
+        main(
+            [
+                "prune",
+                "--model",
+                str(tmp_path / "dense"),
+                "--output-dir",
+                str(tmp_path / "sparse"),
+                "--method",
+                "magnitude",
+            ]
+        )
+        == 0
+    )
+    (tmp_path / "t.txt").write_text(TEXT)
+    command = ["quantize", str(tmp_path / "sparse"), "--kind", kind]
+    if kind == "int4":
+        command += ["--calibration", str(tmp_path / "t.txt"), "--seq-len", "64", "--num-sequences", "4"]
+    assert main([*command, "--output-dir", str(tmp_path / "plain")]) == 0
+    assert main([*command, "--output-dir", str(tmp_path / "packed"), "--packed"]) == 0
+    assert verify(tmp_path / "packed").ok
+    unpack_folder(tmp_path / "packed", tmp_path / "unpacked")
+    plain, unpacked = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "unpacked"))
+    assert plain.keys() == unpacked.keys()
+    assert all(torch.equal(plain[name], unpacked[name]) for name in plain)
+    files = {path.name for path in (tmp_path / "packed").iterdir()}
+    assert "castlm.safetensors" in files
+    assert not [name for name in files if name.startswith("model")]
+    stored = load_file(tmp_path / "packed" / "castlm.safetensors")
+    values = [tensor for name, tensor in stored.items() if name.endswith(".values")]
+    assert {tensor.dtype for tensor in values} == {torch.int8 if kind == "int8" else torch.uint8}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--kind", "fp8", "--packed"], "the packed format holds int8 and int4"),
+        (["--kind", "int4"], "int4 needs a calibration text: pass --calibration FILE"),
+        (["--calibration", "x.txt"], "int8 takes no calibration text"),
+        (["--pattern", "1:4"], "1:4 DOES NOT HOLD"),
+        (["--pattern", "4:2"], "4:2"),
+    ],
+)
+def test_the_command_complains_in_one_line_and_writes_nothing(options, complaint, sparse_folder, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(["quantize", str(sparse_folder), "--output-dir", str(tmp_path / "out"), *options]) == 2
+    err = capsys.readouterr().err
+    assert complaint in err.splitlines()[-1]
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_dense_model_needs_a_pattern(tmp_path, capsys):
+    folder = save_tiny(tmp_path / "dense", "llama")
+    assert main(["quantize", str(folder), "--output-dir", str(tmp_path / "out")]) == 2
+    assert "has no pattern in a castlm.json: pass --pattern 2:4" in capsys.readouterr().err

@@ -1,0 +1,229 @@
+"""castlm report: what the page of a run says, finished or not, its charts, and how it looks in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from castlm.cli.main import main
+from castlm.cli.report import write_report
+from castlm.compare.settings import options_of, start_of
+from castlm.core.errors import InputError
+from castlm.report.charts import Level, Series, dot_chart, heat_map, line_chart, standalone
+from castlm.report.run_data import read_run
+from castlm.report.run_page import run_page
+from castlm.report.scales import Scale, linear_ticks, log_ticks, short
+from castlm.training.verdict import verdict
+from tests.tiny import TEXT, save_tiny
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of `castlm train` of eight steps, with its page."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(TEXT)
+    options = {
+        "--model": save_tiny(folder / "dense"),
+        "--dataset": folder / "text.txt",
+        "--output-dir": folder / "run",
+        "--max-steps": 8,
+        "--eval-steps": 2,
+        "--seq-len": 32,
+        "--per-device-train-batch-size": 2,
+        "--eval-tokens": 512,
+        "--calibration-sequences": 4,
+        "--learning-rate": 1e-3,
+        "--decay-end": 0.5,
+        "--device": "cpu",
+        "--save-steps": 0,
+    }
+    assert main(["train", *(str(word) for pair in options.items() for word in pair)]) in (0, 1)
+    return folder / "run"
+
+
+def test_train_writes_a_page_that_fetches_nothing(finished):
+    page = (finished / "report.html").read_text()
+    record = json.loads((finished / "model" / "castlm.json").read_text())
+    assert f"{record['perplexity']['pruned']:,.3f}" in page
+    for heading in (
+        "Perplexity",
+        "Gap to the dense model",
+        "Training loss",
+        "Masked weights over time",
+        "Error by layer",
+    ):
+        assert f"<h3>{heading}</h3>" in page
+    assert not re.search(r"(src|href)=", page)
+    assert "url(" not in page
+    assert 'http-equiv="refresh"' not in page
+    for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(svg)
+
+
+def test_the_page_has_a_sample_of_both_models(finished):
+    sample = json.loads((finished / "sample.json").read_text())
+    assert [model["name"] for model in sample["models"]] == ["Dense model", "After cast"]
+    assert sample["prompt"] == TEXT[: len(sample["prompt"])]
+    assert sample["prompt"].split("\n")[0] in (finished / "report.html").read_text()
+
+
+def test_evaluations_hold_the_histogram_of_masked_weights(finished):
+    run = read_run(finished)
+    rows = [row["masked_histogram"] for row in run.evaluations]
+    assert len(rows) == 5
+    assert len({sum(row) for row in rows}) == 1
+    assert rows[0][0] < rows[-1][0] == sum(rows[-1])  # nothing is zero at first, and everything at the end
+    assert set(run.evaluations[0]["masked_share"]) == set(run.layer_errors[0])
+    assert all(0 < share < 0.5 for share in run.evaluations[0]["masked_share"].values())
+
+
+def test_lines_of_a_run_with_fixed_masks_report_no_flips(finished, capfd, tmp_path):
+    config = (finished / "config.yaml").read_text().replace(str(finished), str(tmp_path / "again"))
+    (tmp_path / "config.yaml").write_text(config)
+    main(["train", "--config", str(tmp_path / "config.yaml"), "--max-steps", "1", "--no-report"])
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("step 0: ")]
+    assert lines
+    assert "pruned now" in lines[0]
+    assert "flips" not in lines[0]
+    assert not (tmp_path / "again" / "report.html").exists()
+
+
+@pytest.fixture
+def running(finished, tmp_path) -> Path:
+    """The run as it was before its last step."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(finished / "config.yaml", folder)
+    rows = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(rows[:-3]))
+    return folder
+
+
+def test_the_page_of_a_running_run_says_how_far_it_is(running):
+    assert main(["report", str(running)]) == 0
+    page = (running / "report.html").read_text()
+    assert re.search(r"Step \d of 8\. So far: ", page)
+    assert 'class="bar"' in page
+    assert "<h2>A sample of text</h2>" not in page
+
+
+def test_watching_ends_with_the_run(running, finished, monkeypatch):
+    pages = []
+
+    def finish_meanwhile(seconds):
+        pages.append((running / "report.html").read_text())
+        shutil.copytree(finished / "model", running / "model")
+        shutil.copy(finished / "sample.json", running)
+
+    monkeypatch.setattr("time.sleep", finish_meanwhile)
+    assert main(["report", str(running), "--watch"]) == 0
+    assert len(pages) == 1
+    assert 'http-equiv="refresh"' in pages[0]
+    last = (running / "report.html").read_text()
+    assert 'http-equiv="refresh"' not in last
+    assert "<h2>A sample of text</h2>" in last
+
+
+def test_the_page_of_a_diverged_run_says_so(running, finished):
+    shutil.copytree(finished / "model", running / "model")
+    file = running / "model" / "castlm.json"
+    record = json.loads(file.read_text())
+    record["verdict"] = verdict({"dense": 2.0, "one_shot": 5.0, "pruned": 50.0})
+    file.write_text(json.dumps(record))
+    page = run_page(read_run(running))
+    assert '<span class="badge bad">diverged</span>' in page
+    assert "ABOVE the one-shot start (5.000)" in page
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no run: give the output_dir"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("figures", "ok"),
+    [
+        ({"dense": 6.0, "one_shot": 14.0, "pruned": 8.0}, True),
+        ({"dense": 6.0, "one_shot": 14.0, "pruned": 14.1}, False),
+        ({"dense": 6.0, "one_shot": 90.0, "pruned": 61.0}, False),
+        ({"dense": 6.0, "trained": 59.0}, True),
+        ({"dense": 6.0, "pruned": float("nan")}, False),
+        ({}, False),
+    ],
+)
+def test_verdict(figures, ok):
+    assert verdict(figures)["ok"] is ok
+
+
+def test_text_in_charts_is_escaped():
+    name = "<b>&"
+    charts = [
+        line_chart([Series(name, [(0, 1), (1, 2)], marks=True)], x_label=name, y_label=name, levels=[Level(name, 1.5)]),
+        dot_chart([(name, [1.0, 2.0], 0)], x_label=name),
+        heat_map([[0.5, None]], [name], [name, ""], x_label=name, y_label=name),
+    ]
+    for chart in charts:
+        root = ElementTree.fromstring(standalone(chart))
+        assert name in "".join(root.itertext())
+
+
+@pytest.mark.parametrize(("log_x", "log_y"), [(False, False), (True, True)])
+def test_marks_lie_inside_the_axes(log_x, log_y):
+    points = [(1.0, 5.0), (10.0, 500.0), (100.0, float("inf"))]
+    svg = line_chart([Series("a", points, marks=True)], x_label="x", y_label="y", log_x=log_x, log_y=log_y)
+    circles = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)
+    assert len(circles) == 2  # what is not finite is left out
+    assert all(0 <= float(x) <= 560 and 0 <= float(y) <= 270 for x, y in circles)
+
+
+def test_ticks_are_round_and_inside():
+    assert linear_ticks(0.0, 10.0) == [0, 2, 4, 6, 8, 10]
+    assert log_ticks(1.0, 1000.0) == [1, 10, 100, 1000]
+    assert [short(v) for v in (0, 0.05, 12, 3500, 1.2e6, 1e-6)] == ["0", "0.05", "12", "3.5k", "1.2M", "1e-06"]
+    for low, high in ((4.9, 5.2), (3.0, 3.0), (1e-7, 1e3), (0.0, 0.0)):
+        for log in (False, low > 0):
+            scale = Scale.of([low, high], 0, 100, log=log)
+            assert all(-1 <= scale.at(tick) <= 101 for tick in scale.ticks())
+
+
+def test_options_of_a_variant_are_those_that_have_an_effect():
+    common = {"seed": 0, "learning_rate": 1e-3, "eta": 0.5, "srste_lam": 0.005, "scale_groups": 2, "mask_interval": 10}
+    common |= {"decay": "horizon", "decay_end": 0.1, "lam": 4e-7, "second_moment": None, "init_from": "sparsegpt"}
+    variants = {
+        "cast": {**common, "method": "cast"},
+        "plain": {**common, "method": "finetune", "eta": 0.0},
+        "srste": {**common, "method": "srste"},
+        "magnitude": {"method": "magnitude", "seed": 0},
+    }
+    assert options_of(variants) == {
+        "cast": {"decay": "horizon", "decay_end": 0.1, "scale_groups": 2, "eta": 0.5},
+        "plain": {"eta": 0.0},
+        "srste": {"srste_lam": 0.005, "eta": 0.5},
+        "magnitude": {},
+    }
+    assert start_of(variants["cast"]) == "sparsegpt"
+    assert start_of(variants["magnitude"]) == start_of({"method": "dense", "init_from": "magnitude"}) == "dense"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+def test_a_browser_shows_the_page(finished, tmp_path):
+    picture = tmp_path / "page.png"
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    options += ["--window-size=1280,3000", f"--screenshot={picture}"]
+    url = (finished / "report.html").resolve().as_uri()
+    done = subprocess.run([str(CHROMIUM), *options, url], capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    image = pytest.importorskip("PIL.Image")
+
+    colours = image.open(picture).convert("RGB").getcolors(maxcolors=2**24)
+    counts = {colour: count for count, colour in colours}
+    assert sum(counts.values()) == 1280 * 3000
+    blue = sum(count for (r, g, b), count in counts.items() if b > r + 60 and b > g + 30)
+    assert blue > 5_000  # lines and cells were drawn
+    assert max(counts.values()) < 0.95 * 1280 * 3000  # and not on an empty page

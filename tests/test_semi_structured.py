@@ -1,0 +1,130 @@
+"""`to_semi_structured_` against a stub on CPU, and on CUDA where there is one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from castlm.core.errors import InputError
+from castlm.core.sparsify import prune_, sparse_linears
+from castlm.inference import to_semi_structured_
+from castlm.inference.cuda_backends import Cusparselt, backend_for, int8_rows
+from tests.stub_backend import StubBackend, StubLinear
+from tests.tiny import tiny_model
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="2:4 kernels need a CUDA device, none is here")
+
+
+@pytest.fixture
+def pruned():
+    model = tiny_model("llama")
+    prune_(model)
+    return model
+
+
+def by_name(table):
+    return lambda name, shape, tokens: table[name]
+
+
+def test_the_fastest_variant_replaces_every_layer_and_the_output_stays(pruned):
+    ids = torch.arange(12).unsqueeze(0)
+    expected = pruned(ids).logits
+    choices = to_semi_structured_(pruned, 8, backend=StubBackend(by_name({"dense": 3, "2:4 a": 2, "2:4 b": 1})))
+    layers, _ = sparse_linears(pruned)
+    assert [choice.name for choice in choices] == list(layers)
+    assert all(isinstance(layer, StubLinear) and layer.variant == "2:4 b" for layer in layers.values())
+    assert torch.equal(pruned(ids).logits, expected)
+    assert type(pruned.lm_head) is nn.Linear
+
+
+def test_dense_stays_where_sparse_is_no_faster_than_the_margin(pruned):
+    choices = to_semi_structured_(pruned, 8, backend=StubBackend(by_name({"dense": 1, "2:4 a": 0.99, "2:4 b": 1.5})))
+    assert {choice.variant for choice in choices} == {"dense"}
+    assert not any(isinstance(layer, StubLinear) for layer in pruned.modules())
+
+
+def test_each_shape_is_decided_by_itself_and_raced_once_at_the_stated_tokens(pruned):
+    def seconds(name, shape, tokens):
+        wide = shape == (64, 32)
+        return {"dense": 2.0, "2:4 a": 1.0 if wide else 3.0, "2:4 b": 3.0}[name]
+
+    backend = StubBackend(seconds)
+    choices = to_semi_structured_(pruned, 8, backend=backend)
+    assert {choice.shape: choice.variant for choice in choices} == {
+        (32, 32): "dense",
+        (16, 32): "dense",
+        (64, 32): "2:4 a",
+        (32, 64): "dense",
+    }
+    assert sorted(backend.races) == sorted([((32, 32), 8), ((16, 32), 8), ((64, 32), 8), ((32, 64), 8)])
+
+
+def test_a_layer_that_is_not_2_4_or_cannot_be_converted_stays_dense_with_its_reason(pruned):
+    with torch.no_grad():
+        pruned.model.layers[0].mlp.up_proj.weight.fill_(1.0)
+    backend = StubBackend(by_name({"dense": 3, "2:4 a": 1, "2:4 b": 1}), refuse={(32, 64): "too narrow"})
+    choices = {choice.name: choice for choice in to_semi_structured_(pruned, 8, backend=backend)}
+    assert choices["model.layers.0.mlp.up_proj"].reason == "its weight is not 2:4"
+    assert choices["model.layers.0.mlp.down_proj"].reason == "too narrow"
+    assert choices["model.layers.0.mlp.down_proj"].seconds == {}
+    assert choices["model.layers.0.mlp.gate_proj"].variant == "2:4 a"
+
+
+def test_a_sparse_layer_that_computes_something_else_is_refused(pruned):
+    before = copy.deepcopy(pruned.state_dict())
+    backend = StubBackend(by_name({"dense": 3, "2:4 a": 1, "2:4 b": 1}), wrong=True)
+    choices = to_semi_structured_(pruned, 8, backend=backend)
+    assert all(choice.variant == "dense" and "computes something else" in choice.reason for choice in choices)
+    assert all(torch.equal(value, before[name]) for name, value in pruned.state_dict().items())
+
+
+def test_bad_input_is_named(pruned):
+    with pytest.raises(InputError, match="0 tokens: give at least 1"):
+        to_semi_structured_(pruned, 0, backend=StubBackend(by_name({})))
+    with pytest.raises(InputError, match="'fp4' is not known"):
+        backend_for("fp4", torch.device("cpu"))
+    with pytest.raises(InputError, match=r"the model is on cpu: .* model.cuda"):
+        to_semi_structured_(pruned, 8)
+
+
+def test_cusparselt_names_the_shapes_and_dtypes_that_it_does_not_take():
+    backend = Cusparselt()
+    assert "convert the model to bf16" in backend.why_not(nn.Linear(64, 64))
+    assert "30 x 64 does not divide" in backend.why_not(nn.Linear(64, 30, dtype=torch.bfloat16))
+    assert backend.why_not(nn.Linear(64, 64, dtype=torch.bfloat16)) is None
+
+
+def test_int8_rows_keep_zeros_and_err_by_half_a_step():
+    x = torch.randn(5, 16) * (torch.rand(5, 16) > 0.5)
+    rounded, scale = int8_rows(x)
+    assert rounded.dtype is torch.int8
+    assert torch.equal(rounded == 0, x.abs() < scale.unsqueeze(1) / 2)
+    assert ((rounded * scale.unsqueeze(1) - x).abs() <= scale.unsqueeze(1) / 2 + 1e-6).all()
+    assert torch.equal(int8_rows(torch.zeros(2, 4))[0], torch.zeros(2, 4, dtype=torch.int8))
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("dtype", ["same", "int8"])
+def test_on_cuda_no_layer_is_slower_and_the_output_agrees(dtype):
+    model = nn.ModuleDict({"0": nn.Linear(4096, 11008, bias=False, dtype=torch.bfloat16)}).cuda()
+    prune_(model)
+    x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    expected = model["0"](x)
+    (choice,) = to_semi_structured_(model, 4096, dtype=dtype)
+    assert choice.seconds[choice.variant] <= choice.seconds["dense"]
+    assert (model["0"](x) - expected).float().norm() <= 0.05 * expected.float().norm()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="fp8 2:4 needs a Hopper GPU, none is here",
+)
+def test_on_hopper_fp8_agrees():
+    pytest.importorskip("torchao", reason="fp8 2:4 needs torchao")
+    model = nn.ModuleDict({"0": nn.Linear(4096, 4096, bias=False, dtype=torch.bfloat16)}).cuda()
+    prune_(model)
+    x = torch.randn(1024, 4096, device="cuda", dtype=torch.bfloat16)
+    expected = model["0"](x)
+    to_semi_structured_(model, 1024, dtype="fp8")
+    assert (model["0"](x) - expected).float().norm() <= 0.1 * expected.float().norm()
