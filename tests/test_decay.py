@@ -68,7 +68,7 @@ def test_a_rule_that_is_one_record_works_everywhere(fused, monkeypatch):
     assert "'quadratic' reaches zero by construction" in budget.explain()
 
 
-def test_the_command_line_offers_the_rules_of_the_table():
+def test_the_configuration_offers_the_rules_of_the_table():
     code = (
         "from castlm.core import decay; decay.DECAYS['toy'] = decay.DECAYS['none']; "
         "from castlm.cli.main import main; main(['train', '--help-all'])"

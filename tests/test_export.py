@@ -201,12 +201,12 @@ def test_other_values_on_disk_are_rejected(tmp_path, monkeypatch):
         tokenizer.save_pretrained(folder)
 
     monkeypatch.setattr(hf, "save_model", save_changed)
-    rejected(tmp_path, "model.norm.weight comes back from disk with other values", *pruned(tmp_path))
+    rejected(tmp_path, "model.norm.weight has other values in the files", *pruned(tmp_path))
 
 
 def test_layers_that_are_not_found_on_disk_are_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "verify", partial(verify, exclude=["*.layers.1.mlp.*"]))
-    rejected(tmp_path, r"proof: 11 of 14 sparse layers were found in .*out.rejected", *pruned(tmp_path))
+    rejected(tmp_path, r"verification: 11 of 14 sparse layers were found in .*out.rejected", *pruned(tmp_path))
 
 
 def test_equal_in_bits():
@@ -221,7 +221,7 @@ def test_an_error_in_the_proof_keeps_the_result(tmp_path):
     def fail(model):
         raise RuntimeError("out of memory\nlong story")
 
-    rejected(tmp_path, r"proof: out of memory \(kept as", *pruned(tmp_path), eval_fn=fail)
+    rejected(tmp_path, r"verification: out of memory \(kept as", *pruned(tmp_path), eval_fn=fail)
 
 
 def test_failed_proof_leaves_the_old_result(tmp_path):
@@ -232,7 +232,7 @@ def test_failed_proof_leaves_the_old_result(tmp_path):
         export(tmp_path / "out", model, tokenizer, left_dense)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0] = 1.0
-    with pytest.raises(InputError, match="did not pass its proof"):
+    with pytest.raises(InputError, match="failed its verification"):
         export(tmp_path / "out", model, tokenizer, left_dense, overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     prune_(model)

@@ -261,7 +261,7 @@ def test_budgets_are_a_geometric_series():
     assert geometric_budgets(1e6, 1e3, 4) == [1000, 10_000, 100_000, 1_000_000]
     assert geometric_budgets(6400, None, 7)[0] == 100
     check_budgets(geometric_budgets(1e6, None, 4), "loglinear")
-    with pytest.raises(InputError, match="needs 5"):
+    with pytest.raises(InputError, match=r"needs 5 .*--form loglinear"):
         check_budgets(geometric_budgets(1e6, None, 4), "power")
 
 

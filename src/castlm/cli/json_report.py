@@ -23,14 +23,17 @@ def check_json_path(path: str | None, *inputs: str) -> None:
     """
     if path is None or path == "-":
         return
+    if os.path.lexists(path) and not os.path.isdir(path):
+        check_regular(path)
     target = Path(os.path.realpath(user_path(path)))
+    if target.parts[:2] in (("/", "dev"), ("/", "proc")):
+        raise InputError(f"--json {path} is not an ordinary file: use --json - for the standard output")
     if target.is_dir() or not target.parent.is_dir():
         raise InputError(f"--json {path} is not a file in an existing folder: create the folder, or name a file")
     if not os.access(target.parent, os.W_OK):
         raise InputError(f"--json {path} cannot be written: choose another folder")
     if not target.exists():
         return
-    check_regular(target)
     read = [Path(os.path.realpath(user_path(name))) for name in inputs if os.path.exists(user_path(name))]
     if any(target == source or source in target.parents for source in read):
         raise InputError(f"--json {path} is a file that the command reads: choose another name")

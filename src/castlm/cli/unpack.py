@@ -23,11 +23,13 @@ class UnpackCommand:
 
     def run(self) -> int:
         from castlm.export.packed import unpack_folder
-        from castlm.files import prepare_output_dir
+        from castlm.output import claimed
         from castlm.progress import shown_progress
 
-        folder = prepare_output_dir(self.output_dir, self.overwrite)
-        with shown_progress("unpack, tensors") as progress:
+        with (
+            claimed(self.output_dir, "result", overwrite=self.overwrite, inputs={"path": self.path}) as folder,
+            shown_progress("unpack, tensors") as progress,
+        ):
             count = unpack_folder(self.path, folder, overwrite=True, progress=progress)
         print(f"{folder}: {count} tensors unpacked")
         return 0

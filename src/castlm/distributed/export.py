@@ -1,6 +1,6 @@
-"""Writes and proves the result of a sharded run, a tensor at a time: no rank ever holds the whole model.
+"""Writes and verifies the result of a sharded run, a tensor at a time: no rank ever holds the whole model.
 
-The proof is that of `castlm.export.hf`: the pattern counted in the files, every tensor compared in bits with the one in
+The verification is that of `castlm.export.hf`: the pattern counted in the files, every tensor compared in bits with the one in
 memory, each rank its rows, and the perplexity measured again on what was read back.
 """
 
@@ -28,7 +28,7 @@ from castlm.core.shards import local
 from castlm.distributed.loading import empty_model, load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_, whole
 from castlm.distributed.world import World
-from castlm.export.hf import EVAL_TOLERANCE, new_manifest, prove_pattern, rejected, write_record
+from castlm.export.hf import EVAL_TOLERANCE, new_manifest, rejected, verify_pattern, write_record
 from castlm.export.verify import verify
 from castlm.files import atomic_dir, atomic_write_json, is_disk_full
 from castlm.layout import stored_transposed
@@ -61,10 +61,10 @@ class ShardedResult:
 
 
 def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, Any]:
-    """Writes `output_dir/model` with its record, and proves it; returns castlm.json. All ranks call it.
+    """Writes `output_dir/model` with its record, and verifies it; returns castlm.json. All ranks call it.
 
     Raises:
-        InputError: the disk is full, or the proof fails; the result is then kept as `model.rejected`.
+        InputError: the disk is full, or the verification fails; the result is then kept as `model.rejected`.
     """
     world = result.world
     folder = Path(os.path.realpath(result.folder))
@@ -78,8 +78,8 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
         world.check_all(_write_weights(result, temporary))
         world.on_main(lambda: _write_the_rest(result, temporary))
         if result.is_sparse:
-            manifest |= world.on_main(lambda: _prove_files(result, temporary, folder, manifest))
-            failure, proof = _prove_again(result, temporary)
+            manifest |= world.on_main(lambda: _verify_files(result, temporary, folder, manifest))
+            failure, proof = _verify_again(result, temporary)
             world.on_main(lambda: _refuse(temporary, folder, failure))
             manifest["proof"] |= proof
         world.on_main(lambda: write_record(temporary, folder.name, manifest))
@@ -156,10 +156,10 @@ def _write_the_rest(result: ShardedResult, folder: Path) -> None:
     result.tokenizer.save_pretrained(folder)
 
 
-def _prove_files(result: ShardedResult, temporary: Path, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def _verify_files(result: ShardedResult, temporary: Path, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     try:
         report = verify(temporary, result.pattern, known_layers=())
-        prove_pattern(report, result.model, manifest["left_dense"])
+        verify_pattern(report, result.model, manifest["left_dense"])
     except Exception as error:
         raise rejected(temporary, folder, error) from error
     return {"left_dense": manifest["left_dense"], "proof": report.totals()}
@@ -171,12 +171,12 @@ def _refuse(temporary: Path, folder: Path, failure: str | None) -> None:
 
 
 @torch.no_grad()
-def _prove_again(result: ShardedResult, folder: Path) -> tuple[str | None, dict[str, Any]]:
+def _verify_again(result: ShardedResult, folder: Path) -> tuple[str | None, dict[str, Any]]:
     """Reads the files back, each rank its rows, and compares them and their perplexity with those in memory."""
     opened = open_sharded(str(folder), trust_remote_code=False, revision=None)
-    failures = result.world.gather("other tensors come back from disk" if opened is None else None)
+    failures = result.world.gather("the files hold other tensors" if opened is None else None)
     if opened is None or any(failures):
-        return "other tensors come back from disk", {}
+        return "the files hold other tensors", {}
     model: PreTrainedModel = opened[0].model
     root = _sharded_root(model, result)
     load_rows_(model, opened[1], result.world)
@@ -184,7 +184,7 @@ def _prove_again(result: ShardedResult, folder: Path) -> tuple[str | None, dict[
     different = None
     for name, expected in _folded_rows(result):
         if not torch.equal(expected.contiguous().view(torch.int32), local(theirs[name]).contiguous().view(torch.int32)):
-            different = f"{name} comes back from disk with other values"
+            different = f"{name} has other values in the files"
     different = next((failure for failure in result.world.gather(different) if failure), None)
     in_memory, from_disk = (result.measure(root) for root in (_in_fp32(result), root))
     if different is None and not math.isclose(in_memory, from_disk, rel_tol=EVAL_TOLERANCE):

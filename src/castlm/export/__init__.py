@@ -1,4 +1,4 @@
-"""What leaves castlm: a Hugging Face folder, behind the proof that it is n:m sparse and loads as what was trained.
+"""What leaves castlm: a Hugging Face folder that is verified to be n:m sparse and to load as the trained model.
 
-Nothing is imported here: `verify` runs without torch, `hf` needs all of it.
+Nothing is imported here: `verify` runs without torch, `hf` needs it.
 """

@@ -1,6 +1,6 @@
-"""Write a finished model as a Hugging Face folder, and let it have its name only once it is proved from the disk.
+"""Writes a finished model as a Hugging Face folder, which gets its name only after it is verified from the disk.
 
-What is proved is what a user will load: the files are read back, every group of every sparse layer is counted, every
+What a user will load is what is verified: the files are read back, every group of every sparse layer is counted, every
 tensor is compared bit for bit with the one in memory, and the perplexity is measured again.
 """
 
@@ -28,7 +28,7 @@ from castlm.reading import user_path
 from castlm.versions import library_versions
 
 SCHEMA_VERSION = 1
-EVAL_TOLERANCE = 1e-6  # relative; the weights are equal in bits, the kernels may add up in another order
+EVAL_TOLERANCE = 1e-6  # relative; the weights are equal bit for bit, but kernels may sum in another order
 
 
 def export_model(
@@ -43,24 +43,24 @@ def export_model(
     dtype: torch.dtype | None = None,
     eval_fn: Callable[[PreTrainedModel], float] | None = None,
 ) -> dict[str, Any]:
-    """Writes `model` to `folder` with castlm.json and a model card, reads it back and proves it.
+    """Writes `model` to `folder` with castlm.json and a model card, reads it back and verifies it.
 
     Args:
-        model: pruned, and folded: plain parameters, no parametrization left.
-        folder: takes its name when all is written and proved; until then it is as it was.
-        pattern: that the sparse layers have, as 2:4.
-        left_dense: why, by the name of a module or parameter, as `sparse_linears` gives it.
-        record: what castlm.json shall hold beside the proof. The model card shows `base_model` (hub id or path),
+        model: pruned and folded: its parameters are plain, without parametrizations.
+        folder: the output; it is replaced once everything is written and verified.
+        pattern: the pattern of the sparse layers, such as 2:4.
+        left_dense: the reason for each dense module or parameter, by its name, as `sparse_linears` gives it.
+        record: further content of castlm.json. The model card shows `base_model` (hub id or path),
             `license`, and `figures`: rows of `name, perplexity, seq_len, stride, text, num_tokens, tokenizer`.
         dtype: what the files are written in; that of the model when not given. The weights of `model` are rounded to it
             as well, and keep their own dtype, so that what is verified and measured is what is written.
-        eval_fn: perplexity of a model, called on `model` and on the one read back.
+        eval_fn: the perplexity of a model; called for `model` and for the one read back.
 
     Returns:
         The content of castlm.json.
 
     Raises:
-        InputError: the folder is taken, the disk is full, or the proof fails; the result is then kept as
+        InputError: the folder is not empty, the disk is full, or the verification fails; the result is then kept as
             `<folder>.rejected`.
     """
     for name, module in model.named_modules():
@@ -74,7 +74,7 @@ def export_model(
             save_model(model, tokenizer, temporary)
         atomic_write_json(temporary / "castlm.json", manifest)
         try:
-            manifest["proof"] = _prove(temporary, model, pattern, manifest["left_dense"], eval_fn)
+            manifest["proof"] = _verify(temporary, model, pattern, manifest["left_dense"], eval_fn)
         except Exception as error:
             raise rejected(temporary, folder, error) from error
         write_record(temporary, folder.name, manifest)
@@ -86,7 +86,7 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def new_manifest(pattern: Pattern, left_dense: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of castlm.json, but for the proof."""
+    """The content of castlm.json, except the key `proof`."""
     return {
         "schema_version": SCHEMA_VERSION,
         "pattern": str(pattern),
@@ -103,27 +103,27 @@ def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> None:
 
 
 def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
-    """Keeps what did not pass its proof beside `folder`, and says why and where."""
+    """Keeps a result that failed its verification beside `folder`; returns the error that says why and where."""
     kept = unused_name(folder.with_name(f"{folder.name}.rejected"))
     add_file_list(temporary)
     temporary.rename(kept)
     reason = (str(error) or type(error).__name__).splitlines()[0].replace(str(temporary), str(kept))
-    return InputError(f"the export did not pass its proof: {reason} (kept as {kept})")
+    return InputError(f"the export failed its verification: {reason} (kept as {kept})")
 
 
-def _prove(
+def _verify(
     folder: Path,
     model: PreTrainedModel,
     pattern: Pattern,
     left_dense: dict[str, str],
     eval_fn: Callable[[PreTrainedModel], float] | None,
 ) -> dict[str, Any]:
-    """Proves the files in `folder` against `model`; adds to `left_dense` under the names the files have."""
-    report = verify(folder, pattern, known_layers=())  # prove_pattern compares them with `model`
-    prove_pattern(report, model, left_dense)
-    code_is_trusted = type(model).__module__.startswith("transformers_modules")  # it runs already
+    """Verifies the files in `folder` against `model`; adds to `left_dense` by the names in the files."""
+    report = verify(folder, pattern, known_layers=())  # verify_pattern compares them with `model`
+    verify_pattern(report, model, left_dense)
+    code_is_trusted = type(model).__module__.startswith("transformers_modules")  # its code runs already
     loaded = load_model(str(folder), dtype=model.dtype, trust_remote_code=code_is_trusted).model.eval()
-    num_tensors = _prove_equal(model, loaded)
+    num_tensors = _verify_equal(model, loaded)
     proof: dict[str, Any] = {**report.totals(), "tensors_equal_in_bits": num_tensors}
     if eval_fn is not None:
         in_memory = float(eval_fn(model))
@@ -134,8 +134,8 @@ def _prove(
     return proof
 
 
-def prove_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict[str, str]) -> None:
-    """Raises `InputError` unless every sparse layer of `model` was found n:m in the files; completes `left_dense`."""
+def verify_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict[str, str]) -> None:
+    """Raises `InputError` unless every sparse layer of `model` has the pattern in the files; completes `left_dense`."""
     sparse = {f"{name}.weight" for name, module in model.named_modules() if is_sparse_linear(module, name)}
     sparse -= set(left_dense) | {f"{name}.weight" for name in left_dense}
     fused = "not a linear layer of its own in memory"
@@ -152,14 +152,14 @@ def prove_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict
         raise InputError(f"{len(report.sparse_layers)} of {len(sparse)} sparse layers were found in {report.path}")
 
 
-def _prove_equal(model: PreTrainedModel, loaded: PreTrainedModel) -> int:
-    """Compares all parameters and persistent buffers in bits. Returns how many."""
+def _verify_equal(model: PreTrainedModel, loaded: PreTrainedModel) -> int:
+    """Compares all parameters and persistent buffers bit for bit, and returns their number."""
     ours, theirs = model.state_dict(), loaded.state_dict()
     if ours.keys() != theirs.keys():
-        raise InputError(f"other tensors come back from disk: {', '.join(sorted(ours.keys() ^ theirs.keys())[:3])}")
+        raise InputError(f"the files hold other tensors: {', '.join(sorted(ours.keys() ^ theirs.keys())[:3])}")
     for name, tensor in ours.items():
         if not _equal_in_bits(tensor, theirs[name]):
-            raise InputError(f"{name} comes back from disk with other values")
+            raise InputError(f"{name} has other values in the files")
     return len(ours)
 
 

@@ -25,7 +25,7 @@ def check_on_meta(folder: Path) -> None:
     """
     try:
         with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             _, info = _class_of(folder, config).from_pretrained(
                 folder,
                 config=config,
