@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,7 @@ class PackCommand:
     path: str = positional()
     """Model folder in Hugging Face format, or run of `castlm train`."""
 
-    output_dir: str
+    output_dir: str = dataclasses.field(kw_only=True)
     """Folder for the packed model."""
 
     pattern: str = "2:4"
@@ -38,14 +39,13 @@ class PackCommand:
         from castlm.progress import shown_progress
 
         pattern = NM.parse(self.pattern)
-        n, m = pattern.n, pattern.m
         folder = prepare_output_dir(self.output_dir, self.overwrite)
         with shown_progress("pack, tensors") as progress:
             report = pack_folder(
                 result_folder(self.path),
                 folder,
-                n,
-                m,
+                pattern.n,
+                pattern.m,
                 dtype=self.dtype,
                 head=self.head,
                 overwrite=True,
