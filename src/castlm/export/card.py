@@ -37,8 +37,9 @@ _CARD = """---
 
 # {title}
 
-{warning}This is {base}, made {pattern} sparse with castlm (the CAST method, arXiv 2509.25996): of every {m} consecutive weights
-along the input axis of each linear layer inside the transformer blocks, at most {n} are non-zero. {counts}
+{warning}This is {base}, made {pattern} sparse with castlm (the CAST method, arXiv 2509.25996): of every {m}
+consecutive weights along the input axis of each linear layer inside the transformer blocks, at most {n} are non-zero.
+{counts}
 
 Embeddings and the output head are dense.{left_dense}
 
