@@ -1,4 +1,4 @@
-"""Model FLOP/s utilization (MFU), as PaLM counts it (arXiv 2204.02311): the share of a GPU's peak that a run reaches."""
+"""Model FLOP/s utilization (MFU), counted as in PaLM (arXiv 2204.02311): the share of the peak that a run reaches."""
 
 from __future__ import annotations
 
