@@ -519,7 +519,7 @@ def train_and_gather(config: TrainConfig) -> int:
 
 @pytest.mark.parametrize("function", [train_as_a_command, train_and_gather])
 def test_generation_config_is_kept(function, text, tmp_path):
-    """One that transformers warns about, and would not save when it is made anew."""
+    """A generation config that transformers warns about and would not save when it is built again."""
     dense, file = save_tiny(tmp_path / "dense"), "generation_config.json"
     given = {"do_sample": False, "temperature": 0.6, "eos_token_id": [7, 256], "max_new_tokens": 5}
     (dense / file).write_text(json.dumps(given))
