@@ -81,7 +81,9 @@ def test_gpt2_is_stored_in_out(tmp_path):
 
 def test_castlm_json_and_model_card(tmp_path):
     manifest = export(tmp_path / "out", *pruned(tmp_path, intermediate_size=90))
-    assert json.loads((tmp_path / "out" / "castlm.json").read_text()) == manifest
+    written = json.loads((tmp_path / "out" / "castlm.json").read_text())
+    assert {"config.json", "model.safetensors", "README.md"} <= set(written.pop("files"))
+    assert written == manifest
     assert manifest["schema_version"] == 1
     assert manifest["pattern"] == "2:4"
     assert manifest["config"] == RECORD["config"]
