@@ -20,7 +20,7 @@ from castlm.compare.plan import compare as run_comparison
 from castlm.compare.presets import PRESETS
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, last_line, run_key, run_process, zero_shot_key
-from castlm.compare.summary import summarize
+from castlm.compare.summary import summarize, verdict
 from castlm.core.errors import InputError
 from castlm.core.sparsify import sparse_linears
 from castlm.models import load_model
@@ -255,6 +255,19 @@ def test_a_start_for_all_runs_is_not_the_control_s(files, tmp_path):
     assert starts == {"srste": "wanda", "gradual_magnitude": "magnitude", "dense": "magnitude"}
 
 
+def test_every_method_starts_alike_unless_published_starts_are_asked_for(files, tmp_path):
+    names = "cast,finetune,srste,gradual_magnitude"
+
+    def starts(**over):
+        plan = Plan(command(files, tmp_path, methods=names, **over), str)
+        return {name: plan.make(name, 6 * 64, 0, None).config["init_from"] for name in plan.variants}
+
+    dense = {"gradual_magnitude": "magnitude", "dense": "magnitude"}
+    assert starts() == {"cast": "sparsegpt", "finetune": "sparsegpt", "srste": "sparsegpt", **dense}
+    published = {"cast": "magnitude", "finetune": "sparsegpt", "srste": "magnitude"}
+    assert starts(published_starts=True) == {**published, **dense}
+
+
 def fake(variant: str, tokens: int, seed: int, ppl: float, method: str = "", trial: bool = False) -> Result:
     run = Run(variant, tokens, {"method": method or variant, "seed": seed, "learning_rate": 1e-3})
     key = "trained" if variant == "dense" else "pruned"
@@ -280,6 +293,28 @@ def test_gap_is_paired_by_budget_and_seed():
     assert rows["wanda", 0]["gap"].mean == pytest.approx(math.log(40.0 / 4.5))
 
 
+def test_the_verdict_names_the_best_and_whether_chance_explains_it():
+    dense = [fake("dense", 100, seed, 5.0) for seed in (0, 1)]
+    level = [
+        fake("cast", 100, 0, 7.0),
+        fake("cast", 100, 1, 7.5),
+        fake("srste", 100, 0, 7.1),
+        fake("srste", 100, 1, 7.5),
+    ]
+    ahead = [
+        fake("cast", 100, 0, 6.0),
+        fake("cast", 100, 1, 6.001),
+        fake("srste", 100, 0, 9.0),
+        fake("srste", 100, 1, 9.1),
+    ]
+    assert "the two are level" in verdict(summarize(dense + level))
+    text = verdict(summarize(dense + ahead))
+    assert text.startswith("At 100 training tokens, cast has the smallest gap")
+    assert "more than the standard deviation over seeds" in text
+    assert "may be chance" in verdict(summarize([dense[0], level[0], level[2]]))
+    assert "No result" in verdict(summarize(level))
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_can_be_planned(name, files, tmp_path):
     plan = Plan(command(files, tmp_path, preset=name, budget_tokens=64 * 800), str)
@@ -296,7 +331,9 @@ def test_presets_can_be_planned(name, files, tmp_path):
         ({"methods": "cast,stee"}, "no method stee"),
         ({"budget_tokens": 63}, "less than one step of 64"),
         ({"seeds": 0}, "seeds is 0"),
-        ({"learning_rates": "1e-3,fast"}, "'fast' is no number"),
+        ({"learning_rates": "1e-3,fast"}, "learning_rates = 'fast' is not a number"),
+        ({"learning_rates": "1e-3,nan"}, "it has to be finite"),
+        ({"learning_rates": "1e-3,-1"}, "out of range"),
         ({"tuning_dataset": "x.txt"}, "give --learning-rates"),
         ({"variants": "nowhere.yaml"}, "cannot read nowhere.yaml"),
         ({"dataset": "nowhere.txt"}, "nowhere.txt"),

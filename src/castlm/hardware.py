@@ -52,6 +52,14 @@ def has_fast_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def check_compile(wanted: bool, device: torch.device) -> None:
+    """Raises `InputError` if `torch_compile` is wanted and cannot be had on `device`."""
+    if wanted and device.type != "cuda":
+        raise InputError("torch_compile is for a GPU, and this run is on a CPU: leave it out")
+    if wanted and (missing := _why_not_compile(device)):
+        raise InputError(f"torch_compile is on, but {missing}")
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 

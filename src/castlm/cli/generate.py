@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from typing import Annotated
-
-import tyro
+from dataclasses import dataclass, field
 
 from castlm.cli.options import parse, result_folder
+from castlm.fields import positional
 
 
 @dataclass
 class GenerateCommand:
     """Continue a prompt, or answer it where the model has a chat template, and print the text as it comes."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: str = positional()
     """Folder, plain or packed, run of `castlm train`, hub id, GGUF file, or "demo"."""
 
-    prompt: str
+    prompt: str = field(kw_only=True)
     """What to continue or to answer."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: int = field(default=128, metadata={"at_least": 1})
     """Tokens after which the text is cut."""
 
-    temperature: float = 0.0
+    temperature: float = field(default=0.0, metadata={"at_least": 0})
     """0 takes the most probable token each time; above 0 samples."""
 
     seed: int = 0
@@ -33,7 +31,7 @@ class GenerateCommand:
     raw: bool = False
     """Continue the prompt as it is, without the chat template."""
 
-    threads: int = 0
+    threads: int = field(default=0, metadata={"at_least": 0})
     """Processor threads; 0 leaves the number to torch."""
 
     trust_remote_code: bool = False

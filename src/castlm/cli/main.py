@@ -1,4 +1,4 @@
-"""The command `castlm`: a table of subcommands, each a dataclass parsed by tyro. Nothing heavy is imported early."""
+"""The command `castlm`: a table of subcommands, each a dataclass of options. Nothing heavy is imported early."""
 
 from __future__ import annotations
 

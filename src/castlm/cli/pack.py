@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,7 @@ class PackCommand:
     path: str = positional()
     """Model folder in Hugging Face format, or run of `castlm train`."""
 
-    output_dir: str
+    output_dir: str = dataclasses.field(kw_only=True)
     """Folder for the packed model."""
 
     pattern: str = "2:4"
@@ -34,18 +35,20 @@ class PackCommand:
 
     def run(self) -> int:
         from castlm.export.packed import pack_folder
-        from castlm.files import prepare_output_dir
+        from castlm.output import claimed
         from castlm.progress import shown_progress
 
         pattern = NM.parse(self.pattern)
-        n, m = pattern.n, pattern.m
-        folder = prepare_output_dir(self.output_dir, self.overwrite)
-        with shown_progress("pack, tensors") as progress:
+        source = result_folder(self.path)
+        with (
+            claimed(self.output_dir, "result", overwrite=self.overwrite, inputs={"path": source}) as folder,
+            shown_progress("pack, tensors") as progress,
+        ):
             report = pack_folder(
-                result_folder(self.path),
+                source,
                 folder,
-                n,
-                m,
+                pattern.n,
+                pattern.m,
                 dtype=self.dtype,
                 head=self.head,
                 overwrite=True,

@@ -140,7 +140,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
                 pattern=pattern,
                 calibration=blocks,
                 damping=self.damping,
-                refinements=part_of(self, Refinements),
+                refinements=part_of(self, Refinements).for_solver(self.method),
                 progress=progress,
             )
         loaded.model.to("cpu")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Annotated
-
-import tyro
 
 from castlm.cli.options import parse, result_folder
 from castlm.core.errors import InputError
+from castlm.fields import positional
 
 
 @dataclass
 class ServeCommand:
     """Serve a model, plain or packed, over the OpenAI API: chat completions, completions, responses."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: str = positional()
     """Folder, plain or packed, run of `castlm train`, or hub id."""
 
     host: str = "localhost"
@@ -24,7 +23,7 @@ class ServeCommand:
     port: int = 8000
     """Port to listen on."""
 
-    threads: int = 0
+    threads: int = dataclasses.field(default=0, metadata={"at_least": 0})
     """Processor threads; 0 leaves the number to torch."""
 
     trust_remote_code: bool = False

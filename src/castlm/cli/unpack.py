@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from castlm.cli.options import parse
@@ -15,7 +16,7 @@ class UnpackCommand:
     path: str = positional()
     """Folder that `castlm pack` wrote."""
 
-    output_dir: str
+    output_dir: str = dataclasses.field(kw_only=True)
     """Folder for the plain model."""
 
     overwrite: bool = False
@@ -23,11 +24,13 @@ class UnpackCommand:
 
     def run(self) -> int:
         from castlm.export.packed import unpack_folder
-        from castlm.files import prepare_output_dir
+        from castlm.output import claimed
         from castlm.progress import shown_progress
 
-        folder = prepare_output_dir(self.output_dir, self.overwrite)
-        with shown_progress("unpack, tensors") as progress:
+        with (
+            claimed(self.output_dir, "result", overwrite=self.overwrite, inputs={"path": self.path}) as folder,
+            shown_progress("unpack, tensors") as progress,
+        ):
             count = unpack_folder(self.path, folder, overwrite=True, progress=progress)
         print(f"{folder}: {count} tensors unpacked")
         return 0

@@ -99,7 +99,7 @@ def time(rows: Rows, results: list[Result]) -> Picture | None:
                 points = [(step, value / every) for step, value in points if step]
             if points:
                 lines.append(Series(name, points, index))
-        if lines:
+        if any(value for line in lines for _, value in line.points):
             parts.append(line_chart(lines, x_label="step", y_label=label, width=WHOLE, height=220))
     if not parts:
         return None

@@ -29,9 +29,9 @@ class Preset:
 
 # Two of the decays may not bring masked weights to zero within the budget; these presets show what happens then.
 _ANY_BUDGET = {"method": "cast", "ignore_decay_budget": True}
-# The strongest start without a change of basis: a rival's.
-_SPARSEGPT = {"init_from": "sparsegpt", "rotate": "off", "permute": False}
-# The paper starts from magnitude masks, which it refreshes.
+# The start of the rivals: SparseGPT as published.
+_SPARSEGPT = {"init_from": "sparsegpt", "rotate": "off", "permute": False, "refit_iterations": 0}
+# The masks that the paper refreshes.
 _MAGNITUDE = {"init_from": "magnitude"}
 
 PRESETS: dict[str, Preset] = {

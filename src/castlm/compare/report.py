@@ -165,7 +165,7 @@ def _raised_damping(final: list[Result]) -> list[str]:
 def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """The headings of the table, and a list of cells for each row."""
     tasks = list(dict.fromkeys(name for row in rows for name in row["zero_shot"]))
-    shown = [c for c in COLUMNS if any(row[c.key] is not None for row in rows)]
+    shown = [column for column in COLUMNS if _is_shown(column, rows)]
     headings = ["variant", "start", "tokens", "rate", "seeds", *(c.heading for c in shown), *tasks, "options"]
     lines = []
     for row in rows:
@@ -183,6 +183,16 @@ def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return headings, lines
+
+
+def _is_shown(column: Column, rows: list[dict[str, Any]]) -> bool:
+    """Whether a column says something: flips of masks that never change, and a prune that changes nothing, do not."""
+    figures = [(row[column.key], row["pruned"]) for row in rows if row[column.key] is not None]
+    if column.key in ("flip_rate", "initial_flip_rate"):
+        return any(figure.mean for figure, _ in figures)
+    if column.key == "before_prune":
+        return any(abs(figure.mean - pruned.mean) > 1e-6 * pruned.mean for figure, pruned in figures)
+    return bool(figures)
 
 
 def _scaled(figure: Spread, factor: float) -> Spread:

@@ -144,7 +144,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     text += f"; {second['variant']} is {ahead:.4f} behind"
     stds = [row["gap"].std for row in (best, second)]
     if None in stds:
-        return f"{text}, each with one seed, so that the difference may be chance."
+        return f"{text}; without a second seed of both, the difference may be chance."
     if ahead <= max(stds):
         return f"{text}, which is within the standard deviation over seeds: the two are level."
     return f"{text}, more than the standard deviation over seeds ({max(stds):.4f})."

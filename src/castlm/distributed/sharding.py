@@ -59,6 +59,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def compile_blocks_(module: nn.Module, backend: str = "inductor") -> None:
+    """Compiles every transformer block of `module` in place, each on its own: blocks of one shape share the code."""
+    for block in transformer_blocks(module).values():
+        block.compile(backend=backend)
+
+
 def own_rows(tensor: Tensor) -> slice:
     """Which rows of the whole tensor are on this rank."""
     if not isinstance(tensor, DTensor):

@@ -34,6 +34,7 @@ class MethodConfig(Protocol):
     mask_interval: int
     srste_lam: float
     scale_groups: int
+    weight_decay: float
     reconstruct_epochs: int
 
     @property
@@ -98,6 +99,8 @@ class Retraining:
         if not self.decays:
             groups = [{**group, "sparse": False} for group in groups]
         config = self.config
+        if config.weight_decay:
+            groups = [part for group in groups for part in self._with_weight_decay(group)]
         self.optimizer = AdamS(
             groups,
             lr=config.learning_rate,
@@ -113,6 +116,25 @@ class Retraining:
             fused=fused,
         )
         return self.optimizer
+
+    def _with_weight_decay(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        """A group of parameters as two: the dense weight matrices, which decay, and what does not.
+
+        Sparse weights, scale factors, norms and biases do not decay.
+        """
+        sparse = {weight_parameter(layer) for layer in self.layers.values()}
+        named = list(zip(group["params"], group["param_names"]))
+        decayed = [(p, n) for p, n in named if p.dim() > 1 and p not in sparse and "parametrizations" not in n]
+        names = {name for _, name in decayed}
+        others = [(p, n) for p, n in named if n not in names]
+        if not decayed:
+            return [group]
+        parts = [(decayed, self.config.weight_decay), (others, 0.0)]
+        return [
+            {**group, "params": [p for p, _ in part], "param_names": [n for _, n in part], "weight_decay": decay}
+            for part, decay in parts
+            if part
+        ]
 
     def prepare(self, model: nn.Module) -> None:
         """Parametrizes the model before it is sharded: with weight scaling, or with a mask in the forward pass."""

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
+from castlm.core.errors import InputError
+
 T = TypeVar("T")
 
 
@@ -43,7 +45,7 @@ class BasisOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Refinements:
-    """What is done beyond SparseGPT as published; nothing by default."""
+    """What is done beyond SparseGPT as published."""
 
     target_asymmetry: float = 0.0
     """How far the target of a layer goes from its dense output on the pruned model's inputs, 0, to that in the dense
@@ -55,8 +57,9 @@ class Refinements:
     staged_statistics: bool = False
     """Take the statistics of a layer after the layers before it in its block are pruned: three passes more."""
 
-    refit_iterations: int = 0
-    """Conjugate gradient steps on the kept weights after SparseGPT; no further pass. 20 are enough."""
+    refit_iterations: int = 20
+    """Conjugate gradient steps on the kept weights after SparseGPT, which compensates only to the right of what it
+    prunes. They need no further pass over the text. 0 turns them off."""
 
     reconstruct_epochs: int = 0
     """Epochs over the calibration text in which each block is trained to give the dense block's outputs. They stop
@@ -73,6 +76,18 @@ class Refinements:
     def needs_dense_twin(self) -> bool:
         return self.shifts_targets or self.reconstruct_epochs > 0
 
+    def for_solver(self, solver: str) -> Refinements:
+        """These for "sparsegpt", and none for a solver that has nothing to refine.
+
+        Raises:
+            InputError: another solver, and options that are not at their defaults.
+        """
+        if solver == "sparsegpt":
+            return self
+        if self != Refinements():
+            raise InputError(f"the options beyond SparseGPT do nothing with {solver}: leave them out or use sparsegpt")
+        return NO_REFINEMENTS
+
     def out_of_range(self) -> Iterator[tuple[str, bool, str]]:
         """(name, whether it is in range, the range) of each option."""
         yield "target_asymmetry", 0 <= self.target_asymmetry <= 1, "between 0 and 1"
@@ -80,3 +95,7 @@ class Refinements:
         yield "refit_iterations", self.refit_iterations >= 0, "at least 0"
         yield "reconstruct_epochs", self.reconstruct_epochs >= 0, "at least 0"
         yield "reconstruct_rate", self.reconstruct_rate > 0, "above 0"
+
+
+NO_REFINEMENTS = Refinements(refit_iterations=0)
+"""SparseGPT as published."""

@@ -27,12 +27,10 @@ from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.dense_twin import DenseTwin, Shift
 from castlm.oneshot.families import describe
 from castlm.oneshot.inputs import ERROR_TOKENS, LayerInput, see_inputs
-from castlm.oneshot.options import Refinements
+from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
 from castlm.oneshot.solvers import SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
 from castlm.oneshot.walk import BlockInputs, block_stack
-
-NO_REFINEMENTS = Refinements()
 
 
 @dataclass

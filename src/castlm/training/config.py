@@ -241,6 +241,7 @@ FREE_ON_RESUME = WITHOUT_EFFECT | {
     "eval_steps",
     "device",
     "fused_optimizer",
+    "torch_compile",
     "gradient_checkpointing",
     "sharding",
     "per_device_train_batch_size",

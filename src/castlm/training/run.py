@@ -17,7 +17,7 @@ from castlm.core.decay import decay_alpha
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.core.shards import local
-from castlm.core.sparsify import dense_name, weight_parameter
+from castlm.core.sparsify import dense_name
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.world import World
@@ -26,6 +26,7 @@ from castlm.methods.base import Retraining
 from castlm.training.checkpoint import Saver, check_same_run, checkpoint_steps, load_checkpoint, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import TrainedRun
+from castlm.training.flops import flops_per_token, peak_flops
 from castlm.training.metrics import mask_figures, masked_histogram, masked_shares
 from castlm.training.objective import pruned
 from castlm.training.run_folder import RunFolder
@@ -86,6 +87,9 @@ class Run:
             trackers=open_trackers(trackers, tracked) if world.is_main else (),
             hidden=self.method.fixed_figures,
         )
+        has_teacher = self.parts.objective.teacher is not None
+        self.flops_per_token = flops_per_token(self.parts.names, self.model.config, config.seq_len, has_teacher)
+        self.peak_flops = peak_flops(world.device, self.parts.evaluator.precision)
         self.saver = Saver(
             self.folder.checkpoints,
             config.save_total_limit,
@@ -153,7 +157,6 @@ class Run:
             self.saver.finish()
             raise InputError(self._diverged(total, grad_norm))
         self.method.before_update(self.progress.step)
-        self._decay_dense_weights(lr)
         with self.self_check.around_step(self.progress.step, self.method.mask_interval):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -170,18 +173,10 @@ class Run:
         values = {"loss": total, "ce": ce, "kl": kl, "lr": lr, "grad_norm": grad_norm, "tokens": self.progress.tokens}
         values |= {} if alpha is None else {"alpha": alpha}
         values |= {"tokens_per_s": int(num_tokens) / took}
+        if self.peak_flops is not None:
+            values |= {"mfu": self.flops_per_token * int(num_tokens) / took / (self.peak_flops * self.world.size)}
         values |= {"eta_s": self.progress.seconds / self.progress.step * (config.max_steps - self.progress.step)}
         self.telemetry.log(self.progress.step, values, write=self.progress.step % config.log_steps == 0)
-
-    @torch.no_grad()
-    def _decay_dense_weights(self, lr: float) -> None:
-        """Decoupled weight decay of the dense matrices, as AdamW applies it: before the update, `W *= 1 - lr * wd`."""
-        if not self.config.weight_decay:
-            return
-        sparse = {weight_parameter(layer) for layer in self.method.layers.values()}
-        for param, name in self.parts.names.items():
-            if param.dim() > 1 and param not in sparse and "parametrizations" not in name:
-                param.mul_(1 - lr * self.config.weight_decay)
 
     def _clip(self) -> float:
         gradients = [p.grad for p in self.parts.names if p.grad is not None]

@@ -320,6 +320,9 @@ class RuntimeOptions:
     """One-pass AdamS: C++ kernels on a CPU, torch.compile on a GPU. auto uses it on a CPU if the kernels are built and
     on a GPU from 10M parameters."""
 
+    torch_compile: bool = False
+    """Compile the transformer blocks of student and teacher with torch.compile, on a GPU."""
+
     sharding: Literal["full", "replicate", "hybrid"] = "full"
     """Under torchrun: FSDP2 over all ranks, one copy per rank, or FSDP2 within a node and copies across nodes."""
 

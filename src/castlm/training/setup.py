@@ -25,9 +25,9 @@ from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.data.tokens import end_of_text_id
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.mask_check import masked_samples
-from castlm.distributed.sharding import shard_
+from castlm.distributed.sharding import compile_blocks_, shard_
 from castlm.distributed.world import World
-from castlm.hardware import autocast, choose_fused, choose_precision, describe
+from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, describe
 from castlm.methods.base import Retraining
 from castlm.methods.table import METHODS
 from castlm.training.config import TrainConfig
@@ -98,6 +98,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     """
     method_class = METHODS[config.method].load()
     method_class.check(config)
+    check_compile(config.torch_compile, world.device)
     source = open_source(config, world)
     model = source.model
     check_left_dense(config, model)
@@ -119,6 +120,8 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     end_of_text = None if config.cross_document_attention else end_of_text_id(source.tokenizer)
     objective = Objective(model, teacher, config.eta, config.temperature, config.teacher_top_k, cache, end_of_text)
+    if config.torch_compile:
+        compile_blocks_(objective)
     _shard(objective, source.stored, precision, world)
     names = _trained_parameters(objective, world)
     if cache is not None:  # the model still has the weights of its teacher

@@ -127,7 +127,7 @@ def _prune(
                 solver,
                 pattern=pattern,
                 calibration=calibration,
-                refinements=part_of(config, Refinements),
+                refinements=part_of(config, Refinements).for_solver(solver),
                 filter_fn=filter_fn,
                 progress=progress,
             )

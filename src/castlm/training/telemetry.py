@@ -28,6 +28,7 @@ SHOWN = {
     "lr": "lr {:.2e}",
     "alpha": "alpha {:.2f}",
     "tokens_per_s": "{:,.0f} tok/s",
+    "mfu": "mfu {:.1%}",
 }
 EVALUATION = {
     "perplexity": "perplexity {:.3f}",

@@ -1,0 +1,48 @@
+"""Model FLOP/s utilization (MFU) as in PaLM (arXiv 2204.02311): the share of a GPU's peak that a run reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+"""Dense bf16 FLOP/s by a part of the name of the GPU, from NVIDIA's data sheets. The first match counts."""
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The peak of a device in FLOP/s; None where it is not known, as on CPUs and in fp32."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def flops_per_token(names: Mapping[Tensor, str], model_config: Any, seq_len: int, has_teacher: bool) -> float:
+    """FLOPs of one training token: `6 N + 12 L H T` for the student, and a third of it for a teacher's forward pass.
+
+    N counts the weight matrices without the input embedding unless it is also the head, L the transformer blocks, H is
+    the hidden size and T the sequence length. Recomputation for gradient checkpointing does not count.
+
+    Args:
+        names: name of every trained parameter. Sharded ones count whole.
+    """
+    config = model_config.get_text_config()
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    matrices = sum(
+        p.numel() for p, name in names.items() if p.dim() > 1 and name.endswith(("weight", "weight.original"))
+    )
+    training = 6 * (matrices - embedding) + 12 * config.num_hidden_layers * config.hidden_size * seq_len
+    return training * (4 / 3 if has_teacher else 1)

@@ -1,0 +1,134 @@
+"""What is done beyond SparseGPT: refit, shifted targets, staged statistics and block reconstruction."""
+
+import copy
+
+import pytest
+import torch
+
+from castlm.core.errors import InputError
+from castlm.models import linearize_conv1d_
+from castlm.oneshot import prune
+from castlm.oneshot.dense_twin import Shift
+from castlm.oneshot.options import NO_REFINEMENTS, Refinements
+from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.reconstruct import reconstruct_
+from castlm.oneshot.solvers import damped, refit, whole_hessian
+from castlm.oneshot.sparsegpt import sparsegpt
+from tests.tiny import VOCAB_SIZE, tiny_model
+
+TOKENS = torch.randint(0, VOCAB_SIZE, (8, 32), generator=torch.Generator().manual_seed(0))
+
+
+def family_model(family: str):
+    model = tiny_model(family)
+    linearize_conv1d_(model)
+    return model
+
+
+def layer(seed: int = 0):
+    """Inputs (tokens, 16) and a weight (12, 16)."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(16, 16, generator=generator)
+    return torch.randn(200, 16, generator=generator) @ mix, torch.randn(12, 16, generator=generator)
+
+
+def test_refit_reaches_least_squares_on_the_kept_weights():
+    x, weight = layer()
+    hessian = damped(x.T @ x, 0.01)
+    pruned, _ = sparsegpt(weight.clone(), (x.T @ x).clone())
+    found = refit(pruned, weight, hessian, 40)
+    assert torch.equal(found != 0, pruned != 0)
+    for row, target in zip(found, weight):
+        kept = row != 0
+        best = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ target)
+        torch.testing.assert_close(row[kept], best, rtol=1e-3, atol=1e-3)
+
+
+def test_the_shifted_target_is_least_squares_towards_the_dense_output_and_the_lost_stream():
+    x, weight = (tensor.double() for tensor in layer())
+    dense = layer(1)[0].double()
+    lost = torch.randn(200, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    shift = Shift()
+    shift.input, shift.stream = (dense - x).T @ x, lost.T @ x
+    for asymmetry, correction in ((1.0, 0.0), (0.5, 0.0), (0.5, 0.25)):
+        goal = x @ weight.T + asymmetry * (dense - x) @ weight.T + correction * lost
+        expected = torch.linalg.lstsq(x, goal).solution.T
+        torch.testing.assert_close(shift.target(weight, x.T @ x, asymmetry, correction), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_each_refinement_brings_the_pruned_model_closer_to_the_dense_one(family):
+    model = family_model(family)
+    with torch.no_grad():
+        dense = model(input_ids=TOKENS, use_cache=False).logits
+
+    def distance(**refinements) -> float:
+        pruned = copy.deepcopy(model)
+        report = prune_oneshot_(
+            pruned, "sparsegpt", calibration=TOKENS, refinements=Refinements(**{"refit_iterations": 0} | refinements)
+        )
+        assert report.zero_fraction == 0.5
+        with torch.no_grad():
+            return float((pruned(input_ids=TOKENS, use_cache=False).logits - dense).square().mean())
+
+    plain, refitted = distance(), distance(refit_iterations=20)
+    assert refitted < plain
+    assert distance(target_asymmetry=0.5) < plain
+    if family == "llama":  # a heuristic: it pays in trained models and in this one, not in every random one
+        assert distance(target_asymmetry=0.5, stream_correction=0.5) < plain
+    assert distance(refit_iterations=20, reconstruct_epochs=4) < refitted
+
+
+def test_staged_statistics_are_those_of_the_layers_pruned_before(monkeypatch):
+    seen = {}
+
+    def spy(layers, inputs, solver, num_sequences):
+        found = original(layers, inputs, solver, num_sequences)
+        seen.update({name: whole_hessian(entry.statistic.clone()) for entry in found for name in entry.names})
+        return found
+
+    original = prune.see_inputs
+    monkeypatch.setattr(prune, "see_inputs", spy)
+    model, name = family_model("llama"), "model.layers.0.mlp.down_proj"
+    prune_oneshot_(model, "sparsegpt", calibration=TOKENS, refinements=Refinements(staged_statistics=True))
+    entered = []
+    with torch.no_grad(), model.get_submodule(name).register_forward_pre_hook(lambda _, args: entered.append(args[0])):
+        model(input_ids=TOKENS, use_cache=False)
+    x = entered[0].flatten(0, 1)
+    torch.testing.assert_close(seen[name], 2 / len(TOKENS) * x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("learning_rate", [1e-2, 10.0])
+def test_reconstruction_never_ends_above_where_it_began(learning_rate):
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.LayerNorm(16))
+    dense = copy.deepcopy(block)
+    weight = block[0].weight
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask.view(-1, 4)[:, :2] = True
+    weight.data.mul_(mask)
+    mix = torch.randn(6, 16)  # correlated inputs: the kept weights can take over from the masked ones
+    inputs = [torch.randn(4, 6) @ mix for _ in range(16)]
+    with torch.no_grad():
+        targets = [dense(x) for x in inputs]
+    report = reconstruct_(
+        block, lambda b, x: b(x), inputs, targets, {weight: mask}, epochs=5, learning_rate=learning_rate
+    )
+    assert report.after <= report.before
+    assert not (weight[~mask]).any()
+    assert all(p.requires_grad and p.grad is None for p in block.parameters())
+    if learning_rate == 10.0:
+        assert report.epochs == 1  # the held-out error rose
+    else:
+        assert report.after < 0.8 * report.before
+
+
+def test_refinements_are_checked():
+    model = family_model("llama")
+    with pytest.raises(InputError, match=r"refinements are for method sparsegpt, not for wanda"):
+        prune_oneshot_(model, "wanda", calibration=TOKENS, refinements=Refinements(refit_iterations=1))
+    with pytest.raises(InputError, match="the options beyond SparseGPT do nothing with wanda"):
+        Refinements(reconstruct_epochs=1).for_solver("wanda")
+    assert Refinements().for_solver("magnitude") == NO_REFINEMENTS
+    with pytest.raises(InputError, match=r"target_asymmetry = 2 is out of range: it must be between 0 and 1"):
+        prune_oneshot_(model, "sparsegpt", calibration=TOKENS, refinements=Refinements(target_asymmetry=2))

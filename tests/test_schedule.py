@@ -1,0 +1,181 @@
+"""The length and the learning rate of a run, and the weight decay of its dense weights."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from castlm.cli.main import main
+from castlm.core.errors import InputError
+from castlm.data.documents import open_documents
+from castlm.data.tokens import token_ids
+from castlm.distributed.sharding import compile_blocks_
+from castlm.distributed.world import init_world
+from castlm.models import load_model
+from castlm.training.config import TrainConfig
+from castlm.training.flops import peak_flops
+from castlm.training.run import Run
+from castlm.training.schedule import learning_rate
+from castlm.training.schedules import SCHEDULES
+from castlm.training.text import resolve_epochs
+from tests.test_train import small
+from tests.tiny import TEXT, save_tiny
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("llama"), "llama"))
+
+
+def rates(kind: str, **over) -> list[float]:
+    fields = {"max_steps": 100, "learning_rate": 1.0, "warmup_ratio": 0.1, "min_lr_ratio": 0.1, **over}
+    config = TrainConfig("m", "d", "o", lr_scheduler_type=kind, **fields)
+    return [learning_rate(step, config) for step in range(100)] + [learning_rate(100, config)]
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_every_schedule_warms_up_and_stays_between_peak_and_end(kind):
+    found = rates(kind)
+    assert found[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert found[10] == pytest.approx(1.0)
+    assert all(one >= other - 1e-12 for one, other in itertools.pairwise(found[10:]))
+    assert found[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)
+
+
+def test_schedules_have_the_shape_of_their_name():
+    assert rates("linear")[55] == pytest.approx(0.55)
+    assert rates("cosine")[55] == pytest.approx(0.55)
+    assert rates("cosine")[30] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 20 / 90)))
+    assert set(rates("constant")[10:]) == {1.0}
+    stable = rates("warmup_stable_decay", min_lr_ratio=0.0)
+    assert set(stable[10:81]) == {1.0}
+    assert stable[90] == pytest.approx(0.5)
+
+
+def test_weight_decay_is_decoupled_and_spares_norms_and_sparse_weights(llama, text, tmp_path):
+    def after_one_step(weight_decay: float) -> tuple[dict, dict, float, set]:
+        config = small(llama, text, tmp_path / f"run-{weight_decay}", weight_decay=weight_decay, warmup_ratio=0.0)
+        run = Run(config, init_world("cpu", "full"))
+        before = {name: param.detach().clone() for param, name in run.parts.names.items()}
+        run.train_step()
+        sparse = {name for name in before if name.endswith("weight.original")}
+        return (
+            before,
+            {name: param.detach() for param, name in run.parts.names.items()},
+            learning_rate(0, config),
+            sparse,
+        )
+
+    before, plain, lr, sparse = after_one_step(0.0)
+    _, decayed, _, _ = after_one_step(0.1)
+    matrices = {name for name in before if before[name].dim() > 1 and "parametrizations" not in name}
+    assert matrices == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert len(sparse) == 14
+    for name, weight in before.items():
+        expected = plain[name] - lr * 0.1 * weight if name in matrices else plain[name]
+        torch.testing.assert_close(decayed[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_epochs_are_as_many_steps_as_their_tokens_fill(llama, text, tmp_path):
+    config = small(llama, text, tmp_path / "run", eval_dataset=text, max_steps=300, num_train_epochs=2.5)
+    tokens = len(token_ids(open_documents(text), load_model(llama).tokenizer))
+    found = resolve_epochs(config, init_world("cpu", "full"))
+    assert found.max_steps == pytest.approx(2.5 * tokens / (32 * 4), abs=1)
+    assert found.num_train_epochs is None
+    with pytest.raises(InputError, match="max_steps and num_train_epochs both set"):
+        TrainConfig("m", "d", "o", max_steps=10, num_train_epochs=1)
+
+
+def test_a_run_of_epochs_ends_and_says_its_steps(llama, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT[:1500])
+    arguments = [
+        "train",
+        "--model",
+        llama,
+        "--dataset",
+        str(tmp_path / "text.txt"),
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+    arguments += ["--eval-dataset", str(tmp_path / "text.txt"), "--num-train-epochs", "1", "--seq-len", "64"]
+    arguments += ["--init-from", "magnitude", "--report-to", "none", "--no-report", "--save-steps", "0"]
+    assert main([*arguments, "--per-device-train-batch-size", "4", "--learning-rate", "1e-3"]) in (0, 1)
+    record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
+    assert 4 <= record["train_steps"] <= 8
+
+
+def test_utilization_counts_the_matrices_once_and_needs_a_known_peak(llama, text, tmp_path, monkeypatch):
+    run = Run(small(llama, text, tmp_path / "run", eta=0.0), init_world("cpu", "full"))
+    config = run.model.config
+    linears = sum(m.in_features * m.out_features for m in run.model.modules() if isinstance(m, torch.nn.Linear))
+    assert run.flops_per_token == 6 * linears + 12 * config.num_hidden_layers * config.hidden_size * 32
+    assert run.peak_flops is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    assert peak_flops(torch.device("cuda"), "bf16") == 312e12
+    assert peak_flops(torch.device("cuda"), "fp32") is None
+    run.peak_flops = 1e12
+    run.train_step()
+    run.telemetry.__exit__(None, None, None)
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["mfu"] == pytest.approx(run.flops_per_token * row["tokens_per_s"] / 1e12)
+
+
+def test_compiled_blocks_train_alike_and_a_cpu_refuses_them(llama, text, tmp_path):
+    with pytest.raises(InputError, match="torch_compile is for a GPU"):
+        Run(small(llama, text, tmp_path / "run", torch_compile=True), init_world("cpu", "full"))
+    run = Run(small(llama, text, tmp_path / "run"), init_world("cpu", "full"))
+    ids = torch.arange(64).view(2, 32)
+    eager = run.parts.objective(ids, ids, 64).loss
+    compile_blocks_(run.parts.objective, backend="eager")  # traced by dynamo, not compiled by inductor
+    compiled = run.parts.objective(ids, ids, 64).loss
+    compiled.backward()
+    torch.testing.assert_close(compiled, eager)
+
+
+# ------------------------------------------------------------------------------------- the options of other commands
+
+
+def refusal(arguments: list[str], capsys) -> str:
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
+def test_prune_and_verify_take_the_options_of_train(llama, text, tmp_path, capsys):
+    base = ["prune", "--model", llama, "--output-dir", str(tmp_path / "out")]
+    assert "method sparsegpt needs a calibration text" in refusal(base, capsys)
+    assert "revision main is for models of the hub" in refusal([*base, "--method=magnitude", "--revision=main"], capsys)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"body": TEXT[at : at + 500]}) + "\n" for at in range(0, 8000, 500)))
+    wanda = [*base, "--method", "wanda", "--calibration", str(rows), "--num-sequences", "4", "--seq-len", "32"]
+    assert "text" in refusal(wanda, capsys)  # the default column is not there
+    assert main([*wanda, "--column", "body", "--pattern", "4:8"]) == 0
+    assert main(["verify", str(tmp_path / "out")]) == 0  # castlm.json says 4:8
+    assert "4:8" in capsys.readouterr().out
+    (tmp_path / "out" / "castlm.json").write_text("[" * 5000)
+    assert "names no pattern" in refusal(["verify", str(tmp_path / "out")], capsys)
+
+
+def test_left_dense_that_matches_nothing_is_refused(llama, text, tmp_path):
+    with pytest.raises(InputError, match="left_dense dwon is in the name of no sparse layer"):
+        Run(small(llama, text, tmp_path / "run", left_dense=("dwon",)), init_world("cpu", "full"))
+    run = Run(small(llama, text, tmp_path / "run", left_dense=("down_proj",)), init_world("cpu", "full"))
+    assert len(run.method.layers) == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world-size", "0"], "--world-size = 0 is out of range"),
+        (["--seq-len", "-5"], "--seq-len = -5 is out of range"),
+        (["--calibration-sequences", "-1"], "--calibration-sequences = -1 is out of range"),
+        (["--gpu", "nan"], "there is no card 'nan'"),
+        (["--gpu", "-4"], "there is no card '-4'"),
+        (["--init-from", "wnada"], "init_from wnada is neither magnitude, wanda, sparsegpt"),
+        (["--moments", "4bit"], "--moments = '4bit' is not one of"),
+        (["--micro-batch", "4"], "did you mean --per-device-train-batch-size?"),
+    ],
+)
+def test_plan_memory_refuses_what_makes_no_sense(arguments, message, llama, capsys):
+    assert message in refusal(["plan", "memory", "--model", llama, *arguments], capsys)
