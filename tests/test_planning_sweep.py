@@ -22,7 +22,7 @@ STEP = 64  # tokens
 LARGEST = 64 * 64 * STEP
 
 
-class Killed(Exception):  # noqa: N818
+class Killed(BaseException):
     pass
 
 
