@@ -95,10 +95,10 @@ def _why_not_compile(device: torch.device) -> str:
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Makes malloc keep freed memory for the rest of this process; returns whether it could (glibc only).
+    """Makes malloc keep freed memory for the rest of this process; returns whether it could (glibc).
 
-    By default malloc returns buffers as large as a weight's gradient to the system, and every step has their pages mapped
-    and zeroed again.
+    By default malloc returns buffers as large as a weight's gradient to the system, and every step has their pages
+    mapped and zeroed again.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
