@@ -607,7 +607,7 @@ def test_sharded_load_is_load_model_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_bf16_with_a_sharded_teacher(family, text, tmp_path):
-    """Within 1e-3 of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale."""
+    """Within 2e-3 of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale."""
     model = str(save_tiny(tmp_path / "model", family))
     for ranks, over in ((1, {}), (2, {}), (3, {"gradient_checkpointing": True})):
         config = small(model, text, tmp_path / str(ranks), ranks, precision="bf16", max_steps=8, eval_steps=4, **over)
@@ -615,7 +615,7 @@ def test_bf16_with_a_sharded_teacher(family, text, tmp_path):
     one = rows(tmp_path / "1")
     for other in (rows(tmp_path / "2"), rows(tmp_path / "3")):
         for expected, row in zip(one, other, strict=True):
-            for key, rel in (("loss", 1e-3), ("kl", 5e-2), ("grad_norm", 2e-2), ("perplexity", 5e-3)):
+            for key, rel in (("loss", 2e-3), ("kl", 5e-2), ("grad_norm", 2e-2), ("perplexity", 5e-3)):
                 if key in expected:
                     assert row[key] == pytest.approx(expected[key], rel=rel, abs=1e-4), key
 
