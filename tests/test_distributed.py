@@ -605,18 +605,20 @@ def test_sharded_load_is_load_model_bit_for_bit(tmp_path):
     run_ranks(load_every_family, 2, [*folders, str(tmp_path / "cut")], folder=tmp_path)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_bf16_with_a_sharded_teacher(family, text, tmp_path):
-    """Within 2e-3 of one rank's loss, for weights are rounded before the scale. With attention across documents the
-    loss of gpt2 is within 1e-3; with a block-diagonal mask it was 1.1e-3 off at one step."""
+@pytest.mark.parametrize(
+    ("family", "more", "bound"),
+    [("llama", {}, 1e-3), ("gpt2", {"cross_document_attention": True}, 1e-3), ("gpt2", {}, 2e-3)],
+)
+def test_bf16_with_a_sharded_teacher(family, more, bound, text, tmp_path):
+    """Within `bound` of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale."""
     model = str(save_tiny(tmp_path / "model", family))
     for ranks, over in ((1, {}), (2, {}), (3, {"gradient_checkpointing": True})):
-        config = small(model, text, tmp_path / str(ranks), ranks, precision="bf16", max_steps=8, eval_steps=4, **over)
-        run_ranks(train, ranks, config, folder=tmp_path)
+        fields = {"precision": "bf16", "max_steps": 8, "eval_steps": 4, **over, **more}
+        run_ranks(train, ranks, small(model, text, tmp_path / str(ranks), ranks, **fields), folder=tmp_path)
     one = rows(tmp_path / "1")
     for other in (rows(tmp_path / "2"), rows(tmp_path / "3")):
         for expected, row in zip(one, other, strict=True):
-            for key, rel in (("loss", 2e-3), ("kl", 5e-2), ("grad_norm", 2e-2), ("perplexity", 5e-3)):
+            for key, rel in (("loss", bound), ("kl", 5e-2), ("grad_norm", 2e-2), ("perplexity", 5e-3)):
                 if key in expected:
                     assert row[key] == pytest.approx(expected[key], rel=rel, abs=1e-4), key
 

@@ -88,7 +88,7 @@ class World:
         return self.long_on_main(lambda alive: action())
 
     def long_on_main(self, action: Callable[[Callable[[], None]], T]) -> T:
-        """`on_main` for an action that may take longer than `timeout_s`; it calls its argument more often than that."""
+        """`on_main` for an action that may take longer than `timeout_s` and calls its argument more often than that."""
         outcome: list[Any] = [True, None, None]  # at work, result, error
         if self.is_main:
             try:
