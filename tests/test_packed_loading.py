@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -156,3 +159,30 @@ def test_generate_prints_text_and_its_speed(folders, which, capsys):
     assert main(["generate", str(folders[which]), "--prompt", "", "--max-new-tokens", "6"]) == 2
     assert main(["generate", str(folders[which]), "--prompt", "a", "--max-new-tokens", "600"]) == 2
     assert main(["generate", str(folders[which]), "--prompt", "a", "--temperature", "-1"]) == 2
+
+
+def test_serve_answers_the_openai_client(folders, tmp_path):
+    openai = pytest.importorskip("openai", reason="the extra castlm[serve] is not installed")
+    pytest.importorskip("uvicorn", reason="the extra castlm[serve] is not installed")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "castlm", "serve", str(folders[1]), "--port", str(port), "--threads", "1"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    log = (tmp_path / "log").open("w")
+    server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+        for _ in range(600):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            try:
+                client.models.list()
+                break
+            except openai.APIConnectionError:
+                time.sleep(0.2)
+        answer = client.completions.create(model=str(folders[1]), prompt="Story", max_tokens=5)
+        assert answer.usage.completion_tokens == 5
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
+        log.close()

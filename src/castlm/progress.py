@@ -34,7 +34,7 @@ def shown_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yields `told(done, total)`, to be called after each part of the work.
 
     Args:
-        what: the work and its parts, as "perplexity, windows".
+        what: the work and its parts, as "perplexity, sequences".
     """
     console = Screen(stderr=True, highlight=False)
     if console.is_terminal:

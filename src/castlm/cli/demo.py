@@ -30,7 +30,7 @@ from castlm.progress import Screen
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 
-HELD_OUT = 8  # one topic in so many
+HELD_OUT = 8  # one topic in 8
 PROMPT = "The for statement is used to"
 NEW_TOKENS = 40
 
@@ -78,7 +78,7 @@ def _run_demo(folder: Path, max_steps: int) -> None:
     write_texts(folder / "text")
     records = {}
     for number, method in enumerate(("castlm", "dense"), 1):
-        what = "dense to 2:4" if method == "castlm" else "the dense control, trained alike"
+        what = "dense to 2:4" if method == "castlm" else "the dense control, with the same training"
         console.print(f"[{number}/2] {what}: {max_steps} steps of 512 tokens", markup=False)
         records[method] = train(demo_config(folder, max_steps, method))
     console.print(results_table(records["castlm"], records["dense"]))
@@ -93,7 +93,7 @@ def _run_demo(folder: Path, max_steps: int) -> None:
 
 
 def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
-    """Perplexities with their logarithmic distance to the dense model as it came."""
+    """The perplexities with their logarithmic distance to the dense model."""
     ppl = sparse["perplexity"]
     measured = sparse["measured"]
     table = Table(
@@ -105,8 +105,8 @@ def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
         table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     one_shot = math.log(ppl["one_shot"] / ppl["dense"])
     for name, value in (
-        ("dense, as it came", ppl["dense"]),
-        ("dense, trained alike", control["perplexity"]["trained"]),
+        ("dense", ppl["dense"]),
+        ("dense control, same training", control["perplexity"]["trained"]),
         ("2:4 one-shot, SparseGPT", ppl["one_shot"]),
         ("2:4 castlm, before the prune", ppl["before_prune"]),
         ("2:4 castlm, pruned", ppl["pruned"]),
