@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-EXAMPLES = "300"
+EXAMPLES = "100"
 
 
 def main(seconds: float) -> int:
