@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from castlm.names import printable
+
 SECONDS_BETWEEN_LINES = 30
 
 
@@ -24,7 +26,7 @@ class Screen(Console):
 
 def note(text: str) -> None:
     """One line."""
-    print(f"castlm: {text}", file=sys.stderr, flush=True)
+    print(f"castlm: {printable(text)}", file=sys.stderr, flush=True)
 
 
 @contextmanager

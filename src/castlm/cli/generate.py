@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from castlm.cli.options import parse, result_folder
 from castlm.fields import positional
+from castlm.names import LAYOUT, printable
 
 
 @dataclass
@@ -52,7 +53,7 @@ class GenerateCommand:
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
-            write=lambda text: print(text, end="", flush=True),
+            write=lambda text: print(printable(text, keep=LAYOUT), end="", flush=True),
         )
         print()
         print(

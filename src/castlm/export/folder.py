@@ -20,7 +20,7 @@ from castlm.reading import check_regular, read_json_object
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _WEIGHTS = re.compile(
-    r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|pkl|pickle|onnx|tflite|mar|distcp)$"
+    r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|pkl|pickle|onnx|tflite|mar|distcp|ot)$"
     r"|\.(safetensors|bin|h5|msgpack)\.index[^/]*\.json$",
     re.IGNORECASE,
 )
