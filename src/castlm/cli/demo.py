@@ -56,6 +56,7 @@ def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
         output_dir=str(folder / method),
         method="cast" if method == "castlm" else "dense",
         calibration_sequences=64,
+        rotation_iterations=50,
         max_steps=max_steps,
         seq_len=128,
         per_device_train_batch_size=4,
