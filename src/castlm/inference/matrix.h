@@ -117,6 +117,8 @@ using Multiply = void (*)(const Header&, const uint8_t* data, const Activations&
 bool has_avx2();
 Multiply avx2_multiply(const Header&, int64_t batch);
 int64_t avx2_expand(const Header&, const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to);
+// A tile of panels or of dense rows as fp32, all of its rows, `padded()` columns of each, `ld` apart.
+void avx2_expand_tile(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld);
 void avx2_quantize(const float* x, int64_t columns, int8_t* narrow, float* scales);
 
 }  // namespace castlm

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from castlm.inference import native
 
-DIRECT_ROWS = 96
+DIRECT_ROWS = 128
 """Rows of x up to which the packed weight is multiplied directly. More rows take the GEMM of the library."""
 
-_SCRATCH_BYTES = 1 << 20
+_SCRATCH_BYTES = 2 << 20
 
 _LIBRARY = torch.library.Library("castlm", "FRAGMENT")
 _LIBRARY.define("packed_linear(Tensor x, Tensor packed, int out_features) -> Tensor")
