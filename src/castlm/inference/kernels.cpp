@@ -3,17 +3,10 @@
 // Called through ctypes from `native.py`, whose signatures are these.
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "matrix.h"
 #include "pool.h"
-
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
-#define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EACH_CPU
-#endif
 
 namespace castlm {
 namespace {
@@ -21,17 +14,6 @@ namespace {
 constexpr int64_t kWeightsPerThread = 1 << 16;  // fewer are multiplied sooner than a thread wakes
 constexpr int64_t kChunkBytes = 1 << 16;        // of weights that are multiplied by several batches of x in turn
 enum Error { kOk = 0, kBadSize = 1, kBadMask = 2 };
-
-// `work(first, last)` for parts of [0, count), `part` long, on as many threads.
-template <class Work>
-void in_parallel(int64_t count, int64_t part, int64_t threads, Work work) {
-  std::atomic<int64_t> next{0};
-  auto take = [&] {
-    for (int64_t first = next.fetch_add(part); first < count; first = next.fetch_add(part))
-      work(first, std::min(first + part, count));
-  };
-  Pool::of_process().run(std::min(threads, (count + part - 1) / part) - 1, take);
-}
 
 // A buffer of this thread that is kept from call to call, aligned to a cache line.
 template <int slot>
@@ -303,7 +285,7 @@ Activations rows_from(const Header& of, const Activations& x, int64_t first, int
 extern "C" {
 
 extern const int32_t castlm_inference_version;
-const int32_t castlm_inference_version = 1;
+const int32_t castlm_inference_version = 2;
 
 // 1 where the AVX2 kernels run, 0 where the plain path does.
 int castlm_has_avx2() { return has_avx2(); }

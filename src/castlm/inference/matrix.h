@@ -8,6 +8,13 @@
 
 #define INLINE inline __attribute__((always_inline))
 
+// A function that is compiled for each level of x86-64 and picked when the library is loaded.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+#define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EACH_CPU
+#endif
+
 namespace castlm {
 
 constexpr uint32_t kMagic = 0x6e6d3031;
