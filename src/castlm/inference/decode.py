@@ -52,7 +52,7 @@ def _samples_one_token(model: PreTrainedModel) -> bool:
     return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
-def _is_supported(model: PreTrainedModel) -> bool:
+def _is_supported(model: Any) -> bool:
     if native.kernels() is None or type(model).__name__ not in {f"{family}ForCausalLM" for family in FAMILIES}:
         return False
     config, layers = model.config, model.model.layers
@@ -76,7 +76,7 @@ def _is_supported(model: PreTrainedModel) -> bool:
     )
 
 
-def _norms(model: PreTrainedModel) -> list[nn.Module]:
+def _norms(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "variance_epsilon")]
 
 
@@ -115,7 +115,7 @@ def _weight(layer: PackedLinear) -> _Weight:
     return _Weight(packed.data_ptr(), packed.numel(), layer.out_features, layer.in_features, bias)
 
 
-def _norm(module: nn.Module | None) -> int | None:
+def _norm(module: Any) -> int | None:
     return None if module is None else module.weight.data_ptr()
 
 
@@ -123,10 +123,11 @@ class DecoderState:
     """A model and its cache, which holds the keys and values of up to `capacity` tokens in fp32.
 
     Args:
-        cache: of the prompt; it is copied.
+        model: one that `decoding_method` supports.
+        cache: transformers' `Cache` of the prompt; it is copied.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: Cache, capacity: int):
+    def __init__(self, model: Any, cache: Any, capacity: int):
         self.model, self.length, config = model, cache.get_seq_length(), model.config
         layers = model.model.layers
         kv_heads, head_dim = cache.layers[0].keys.shape[1], cache.layers[0].keys.shape[3]
@@ -167,10 +168,7 @@ class DecoderState:
         """
         embedding = self.model.model.embed_tokens(token)
         logits = torch.empty(1, self.model.lm_head.out_features)
-        code = native.kernels().castlm_decode(
-            ctypes.byref(self._of), embedding.data_ptr(), self.length, logits.data_ptr(), torch.get_num_threads()
-        )
-        if code:
+        if not native.decode(ctypes.addressof(self._of), embedding, self.length, logits):
             raise InputError(f"token {self.length} does not fit a cache of {self._of.capacity}")
         self.length += 1
         return logits
@@ -178,11 +176,11 @@ class DecoderState:
 
 def decode(
     model: PreTrainedModel,
-    input_ids: Tensor,
+    input_ids: Any,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    streamer: BaseStreamer | None = None,
+    streamer: Any = None,
     **_: Any,
 ) -> Tensor:
     """Called by `generate`: continues one sequence (1, num_tokens) greedily or by sampling, as its configuration says.

@@ -156,6 +156,20 @@ def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
         raise InputError(f"rows {first} to {last} of shape {tuple(out.shape)} do not fit this packed weight")
 
 
+def decode(decoder: int, embedding: Tensor, position: int, logits: Tensor) -> bool:
+    """Computes the logits of one token by `castlm_decode`; False where a size does not fit.
+
+    Args:
+        decoder: address of a `Decoder` as decoder.h has it.
+        embedding: of the token, (..., hidden) fp32, contiguous.
+        position: the number of tokens before it.
+        logits: (..., vocabulary) fp32, contiguous; written.
+    """
+    assert embedding.dtype == logits.dtype == torch.float32
+    library, threads = _library(), torch.get_num_threads()
+    return not library.castlm_decode(decoder, embedding.data_ptr(), position, logits.data_ptr(), threads)
+
+
 def return_freed_memory() -> None:
     """Gives memory that was freed back to the system where the C library keeps it (glibc), as after loading a model."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
