@@ -37,7 +37,7 @@ from castlm.models import load_model, save_model
 
 SHAPES = [(1536, 576), (4096, 4096)]
 COPIES_BYTES = 96 << 20  # three times a last-level cache of 32 MB
-NEW_TOKENS = 32
+NEW_TOKENS = 64
 
 
 def packed_copies(packed: PackedTensor) -> Callable[[Tensor], Tensor]:

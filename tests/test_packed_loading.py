@@ -79,6 +79,10 @@ def test_a_model_is_packed_in_memory(folders):
     plain = model(IDS).logits
     assert len(pack_model_(model)) == 14
     torch.testing.assert_close(model(IDS).logits, plain, rtol=1e-4, atol=1e-4)
+    rounded = load_model(source).model
+    pack_model_(rounded, head="int8")
+    assert (model.lm_head.spec.values, rounded.lm_head.spec.values) == ("bf16", "int8")
+    torch.testing.assert_close(rounded(IDS).logits, plain, rtol=0.05, atol=0.05)
     dense = load_model(source).model
     pack_model_(dense, 0, 0)
     torch.testing.assert_close(dense(IDS).logits, plain, rtol=1e-4, atol=1e-4)

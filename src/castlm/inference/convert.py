@@ -63,13 +63,13 @@ def pack_model_(
         spec = PackedSpec(*weight.shape, 0, 0, VALUES[dtype])
         packed = pack(weight, n, m) if m else PackedTensor(spec, weight, None, None)
         model.set_submodule(name, pack_linear(layer, packed))
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head is not None and head.weight is embedding.weight
-    for table in (embedding, head):
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = output is not None and output.weight is embedding.weight
+    for table in (embedding, output):
         if table is not None:
             table.weight = nn.Parameter(table.weight.to(dtype), requires_grad=False)
     if tied:
-        head.weight = embedding.weight
+        output.weight = embedding.weight
     onto_kernels_(model, torch.float32, head)
     return names
 
