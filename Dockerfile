@@ -7,7 +7,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -r
 WORKDIR /opt/castlm
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-RUN pip install --no-cache-dir '.[demo,plan,report]'
+RUN pip install --no-cache-dir '.[demo,report]'
 
 WORKDIR /work
 ENTRYPOINT ["castlm"]

@@ -23,8 +23,8 @@ test: setup lint
 
 fuzz: setup  # the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, fed with random input
 	$(BIN)/python -m tests.fuzz_kernels --minutes 10
-
-fuzz: setup  # new inputs for an hour, or FUZZ_SECONDS; `make test` tries a few fixed ones
+	$(BIN)/python -m tests.fuzz_inference --minutes 10
+	# new inputs for the readers for an hour, or FUZZ_SECONDS; `make test` tries a few fixed ones
 	$(BIN)/python -m tests.fuzz $(FUZZ_SECONDS)
 
 lint: setup

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tests.tiny import save_tiny
 
-from benchmarks import adams, advisor, masks, scaling, startup
+from benchmarks import adams, advisor, inference, masks, scaling, startup
 from benchmarks.machine import machine, write_json
 from benchmarks.rows import CLOCKS, Row
 from castlm.hardware import keep_freed_memory
@@ -56,6 +56,15 @@ def throughput_rows(quick: bool) -> list[Row]:
     ratio = steps["bf16"] / steps["fp32"]
     chosen = Row("castlm step, bf16 autocast", "fp32, in a process of its own", ratio, ratio, ratio, detail=steps)
     return [throughput_row(fp32), throughput_row(bf16), chosen]
+
+
+def inference_rows(quick: bool, clock: str) -> list[Row]:
+    """Packed weights on a CPU, and a model of them."""
+    if not quick:
+        return inference.rows(quick, "demo", clock)
+    with tempfile.TemporaryDirectory() as folder:
+        save_tiny(folder, "llama", hidden_size=128, intermediate_size=256, head_dim=32)
+        return inference.rows(quick, folder, clock)
 
 
 def peak_rows(quick: bool) -> list[Row]:
@@ -123,6 +132,7 @@ PARTS = {
     "throughput": lambda quick, clock: throughput_rows(quick),
     "peak": lambda quick, clock: peak_rows(quick),
     "oneshot": lambda quick, clock: oneshot_rows(quick),
+    "inference": lambda quick, clock: inference_rows(quick, clock),
     "advice": lambda quick, clock: advisor.rows(quick),
     "startup": lambda quick, clock: startup.rows(),
 }

@@ -31,7 +31,7 @@ from castlm.inference.layers import pack_linear
 from castlm.inference.packed import kept_mask, pack_integers
 from castlm.inference.quantize import QuantizeReport, quantize_
 from castlm.models import load_model, parameters_in
-from castlm.oneshot.calibration import calibration_blocks
+from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks
 from castlm.oneshot.prune import prune_oneshot_
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
@@ -115,9 +115,9 @@ def frontier(options: argparse.Namespace) -> list[Point]:
     """All points, printed as they come."""
     loaded = load_model(options.model)
     text_ids = token_ids(options.text, loaded.tokenizer, limit=options.eval_tokens)
-    calibration = calibration_blocks(
-        token_ids(options.calibration, loaded.tokenizer, limit=64 * options.sequences * 512), options.sequences, 512
-    )
+    limit = CALIBRATION_POOL * options.sequences * options.calibration_len
+    pool = token_ids(options.calibration, loaded.tokenizer, limit=limit)
+    calibration = calibration_blocks(pool, options.sequences, options.calibration_len)
     dense = loaded.model
     if options.sparse:
         sparse = load_model(result_folder(options.sparse)).model
@@ -183,7 +183,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sparse", help="a 2:4 model folder, or a run of castlm train")
     parser.add_argument("--text", required=True)
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--sequences", type=int, default=32, help="of 512 calibration tokens")
+    parser.add_argument("--sequences", type=int, default=32, help="of calibration tokens")
+    parser.add_argument("--calibration-len", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int, default=16_384)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)

@@ -31,7 +31,7 @@ def apex_mask(weight: Tensor) -> Tensor:
 
 
 def sparsifier(weight: Tensor) -> WeightNormSparsifier:
-    """torch.ao's: `step()` makes the mask of one layer anew."""
+    """torch.ao's sparsifier: `step()` computes the mask of one layer."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight.data = weight.clone()
     made = WeightNormSparsifier(sparsity_level=1.0, sparse_block_shape=(1, 4), zeros_per_block=2)
@@ -64,7 +64,7 @@ def one_weight_rows(repeats: int = 15, clock: str = "wall", shape: tuple[int, in
 
 @torch.no_grad()
 def refresh_rows(quick: bool, repeats: int = 7, device: str = "cpu", clock: str = "wall") -> list[Row]:
-    """All masks of AdamS taken anew, flips counted and NaN looked for, against the bool masks alone."""
+    """A refresh of all masks of AdamS, with counted flips and a check for NaN, against computing bool masks alone."""
     sparse, _ = llama_parameters(2 if quick else 30, 8, device)
     adams = AdamS([{"params": sparse, "sparse": True}], total_steps=1, fused=True)
     times = interleaved(

@@ -89,7 +89,7 @@ def measure(case: dict[str, Any], folder: Path, world: Any) -> dict[str, float]:
     run = start(str(folder / "model") if case["family"] else "demo", "run")
     run.train_step()
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     run.train_step()
     # Pages of mapped files (libraries, safetensors) can be dropped by the kernel: they are no need of the run.
     peak, after = proc_status("VmHWM") - proc_status("RssFile") - baseline, proc_status("RssAnon") - baseline

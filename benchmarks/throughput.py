@@ -151,7 +151,7 @@ def show_peak(args: argparse.Namespace, scratch: Path) -> None:
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     step()
     print(peak_memory(args.device), precision, str(teacher_dtype).removeprefix("torch."))
 

@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
-from benchmarks import gpu, growth, memory
+from benchmarks import frontier, gpu, growth, memory
 from benchmarks.masks import apex_mask, topk_mask
 from benchmarks.rows import Row, interleaved, ratio_row
+from safetensors.torch import load_file
 
+from castlm.cli.main import main
 from castlm.core import native
 from castlm.core.pattern import nm_mask
 from castlm.distributed.world import init_world
+from castlm.inference import native as inference_native
 from tests.stub_backend import StubBackend
+from tests.tiny import TEXT, save_tiny
 
 
 def test_the_cheapest_rows(tmp_path, capsys):
@@ -125,3 +129,24 @@ def test_gpu_end_to_end_runs_a_decode_step_and_a_prefill_of_both_models():
     rows = list(gpu.end_to_end_rows(64, "cpu", backend))
     assert [row.part.rpartition(", ")[2] for row in rows] == ["batch 1", "batch 64", "4,096 tokens"]
     assert all(row.detail["converted_layers"] == row.detail["layers"] == 14 for row in rows)
+
+
+@pytest.mark.skipif(inference_native.kernels() is None, reason="the C++ kernels are not built")
+def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(frontier, "NEW_TOKENS", 2)
+    folder = save_tiny(tmp_path / "m", "llama", hidden_size=64, head_dim=16)
+    (tmp_path / "t.txt").write_text(TEXT)
+    sizes = ["--sequences", "2", "--eval-tokens", "256", "--seq-len", "64", "--calibration-len", "64", "--rounds", "1"]
+    text = str(tmp_path / "t.txt")
+    out = str(tmp_path / "out.json")
+    frontier.main(["--model", str(folder), "--text", text, "--calibration", text, *sizes, "--json", out])
+    points = {point["name"]: point for point in json.loads(Path(out).read_text())["points"]}
+    assert list(points) == [*(f"dense {f}" for f in frontier.FORMATS), "2:4 bf16", "2:4 int8", "2:4 int4"]
+    assert all(point["tokens_per_second"] > 0 and point["perplexity"] > 1 for point in points.values())
+    assert "| 2:4 int4 |" in capsys.readouterr().out
+
+    assert main(["prune", "--model", str(folder), "--output-dir", str(tmp_path / "s"), "--method", "magnitude"]) == 0
+    command = ["quantize", str(tmp_path / "s"), "--output-dir", str(tmp_path / "q"), "--save-dtype", "bf16", "--packed"]
+    assert main(command) == 0
+    packed = load_file(tmp_path / "q" / "castlm.safetensors")
+    assert sum(tensor.nbytes for tensor in packed.values()) == points["2:4 int8"]["num_bytes"]

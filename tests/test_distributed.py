@@ -519,7 +519,7 @@ def train_and_gather(config: TrainConfig) -> int:
 
 @pytest.mark.parametrize("function", [train_as_a_command, train_and_gather])
 def test_generation_config_is_kept(function, text, tmp_path):
-    """One that transformers warns about, and would not save when it is made anew."""
+    """A generation config that transformers warns about and would not save when it is built again."""
     dense, file = save_tiny(tmp_path / "dense"), "generation_config.json"
     given = {"do_sample": False, "temperature": 0.6, "eos_token_id": [7, 256], "max_new_tokens": 5}
     (dense / file).write_text(json.dumps(given))
@@ -605,17 +605,20 @@ def test_sharded_load_is_load_model_bit_for_bit(tmp_path):
     run_ranks(load_every_family, 2, [*folders, str(tmp_path / "cut")], folder=tmp_path)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_bf16_with_a_sharded_teacher(family, text, tmp_path):
-    """Within 1e-3 of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale."""
+@pytest.mark.parametrize(
+    ("family", "more", "bound"),
+    [("llama", {}, 1e-3), ("gpt2", {"cross_document_attention": True}, 1e-3), ("gpt2", {}, 2e-3)],
+)
+def test_bf16_with_a_sharded_teacher(family, more, bound, text, tmp_path):
+    """Within `bound` of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale."""
     model = str(save_tiny(tmp_path / "model", family))
     for ranks, over in ((1, {}), (2, {}), (3, {"gradient_checkpointing": True})):
-        config = small(model, text, tmp_path / str(ranks), ranks, precision="bf16", max_steps=8, eval_steps=4, **over)
-        run_ranks(train, ranks, config, folder=tmp_path)
+        fields = {"precision": "bf16", "max_steps": 8, "eval_steps": 4, **over, **more}
+        run_ranks(train, ranks, small(model, text, tmp_path / str(ranks), ranks, **fields), folder=tmp_path)
     one = rows(tmp_path / "1")
     for other in (rows(tmp_path / "2"), rows(tmp_path / "3")):
         for expected, row in zip(one, other, strict=True):
-            for key, rel in (("loss", 1e-3), ("kl", 5e-2), ("grad_norm", 2e-2), ("perplexity", 5e-3)):
+            for key, rel in (("loss", bound), ("kl", 5e-2), ("grad_norm", 2e-2), ("perplexity", 5e-3)):
                 if key in expected:
                     assert row[key] == pytest.approx(expected[key], rel=rel, abs=1e-4), key
 

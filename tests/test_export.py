@@ -81,7 +81,9 @@ def test_gpt2_is_stored_in_out(tmp_path):
 
 def test_castlm_json_and_model_card(tmp_path):
     manifest = export(tmp_path / "out", *pruned(tmp_path, intermediate_size=90))
-    assert json.loads((tmp_path / "out" / "castlm.json").read_text()) == manifest
+    written = json.loads((tmp_path / "out" / "castlm.json").read_text())
+    assert {"config.json", "model.safetensors", "README.md"} <= set(written.pop("files"))
+    assert written == manifest
     assert manifest["schema_version"] == 1
     assert manifest["pattern"] == "2:4"
     assert manifest["config"] == RECORD["config"]
@@ -109,6 +111,14 @@ def test_card_names_no_local_path(tmp_path):
     assert "# my-base, 2 of 4" in card
     assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
     assert "## Perplexity" not in card
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_card_of_a_diverged_run_says_so(ok, tmp_path):
+    found = {"ok": ok, "reason": "perplexity 99.000"}
+    export(tmp_path / "out", *pruned(tmp_path), record={"base_model": "base", "verdict": found})
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("This run diverged: perplexity 99" in card) is not ok
 
 
 def test_card_of_the_demo_model(tmp_path):

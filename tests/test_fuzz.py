@@ -27,6 +27,7 @@ from castlm.data.documents import open_documents, split_documents, text_hash
 from castlm.export.card import model_card
 from castlm.export.verify import verify
 from castlm.fields import choices_of, hints_of
+from castlm.models import load_model
 from castlm.names import markdown, markdown_code, printable
 from castlm.planning.law import FORMS, Law
 from castlm.planning.memory import plan_memory
@@ -39,6 +40,7 @@ from castlm.training.metrics_file import read_evaluations
 from castlm.yaml_file import parse_yaml_mapping, read_yaml_mapping
 
 from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json
+from .tiny import save_tiny
 
 CONFIG = {
     "model_type": "llama",
@@ -142,6 +144,27 @@ def test_record_of_a_result(here, record):
     answers(read_points, [folder])
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict[str, bytes]:
+    """The files of a model folder."""
+    folder = save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@settings(fuzz, max_examples=1 + EXAMPLES // 2)
+@given(data=st.data())
+def test_model_folders(here, tiny, data):
+    name = data.draw(st.sampled_from(sorted(tiny)))
+    near = [objects(json.loads(tiny[name]))] if name.endswith(".json") else []
+    folder = new(here)
+    for file, content in tiny.items():
+        (folder / file).write_bytes(content)
+    (folder / name).write_bytes(data.draw(st.one_of(damaged(tiny[name]), st.binary(max_size=40), *near)))
+    loaded = answers(load_model, folder)
+    if not isinstance(loaded, InputError):
+        assert all(parameter.isfinite().all() for parameter in loaded.model.parameters())
+
+
 @settings(fuzz, max_examples=1 + EXAMPLES // 4)  # each builds a model, without memory
 @given(config=objects(CONFIG), seq_len=st.integers() | st.integers(1, 64), gib=st.none() | st.floats())
 def test_memory_plan(here, config, seq_len, gib):
@@ -168,9 +191,7 @@ def read_all(path: Path) -> None:
 def test_datasets(here, data, suffix):
     valid = parquet() if suffix == ".parquet" else TEXTS[suffix]
     rows = st.lists(objects({"text": "a"}), max_size=3).map(b"\n".join)
-    content = data.draw(
-        damaged(valid) | st.binary(max_size=60) | rows | rows.map(lambda content: gzip.compress(content, mtime=0))
-    )
+    content = data.draw(damaged(valid) | st.binary(max_size=60) | rows | rows.map(gzipped))
     file = new(here) / f"a{suffix}"
     file.write_bytes(content)
     answers(read_all, file)

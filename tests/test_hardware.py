@@ -26,7 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
 def test_what_is_freed_is_kept_for_the_next_step():
-    """Without, each step maps its 48 MB anew, in pages of 4 KiB."""
+    """Without it, each step maps its 48 MB again, in pages of 4 KiB."""
 
     def faults(how: str) -> int:
         run = subprocess.run([sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, check=True)

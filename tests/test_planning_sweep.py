@@ -22,7 +22,7 @@ STEP = 64  # tokens
 LARGEST = 64 * 64 * STEP
 
 
-class Killed(Exception):  # noqa: N818
+class Killed(BaseException):
     pass
 
 
@@ -87,34 +87,34 @@ def drawn(monkeypatch) -> Drawn:
     return stand_in
 
 
-def test_the_largest_is_not_run_when_it_is_foretold(sweep, drawn, tmp_path, capsys):
+def test_the_largest_is_not_run_when_it_is_predicted(sweep, drawn, tmp_path, capsys):
     code, said = sweep()
     assert code == 0
     budgets = said["budgets"]
     assert [b // STEP for b in budgets] == [64, 147, 337, 776, 1782, 4096]
     assert drawn.done == [(b // STEP, seed) for b in budgets[:5] for seed in (0, 1)]
-    assert said["status"] == "foretold"
+    assert said["status"] == "predicted"
     steps = said["steps"]
     assert [step["inside"] for step in steps] == [None, None, None, None, True]
     assert steps[2]["largest"] is None
     assert steps[3]["largest"]["tokens"] == LARGEST
-    foretold, width = steps[4]["largest"], steps[4]["width"]
-    assert foretold["low"] < drawn.perplexity(LARGEST, 0) < foretold["high"]
-    assert width == pytest.approx((foretold["high"] - foretold["low"]) / foretold["perplexity"])
+    predicted, width = steps[4]["largest"], steps[4]["width"]
+    assert predicted["low"] < drawn.perplexity(LARGEST, 0) < predicted["high"]
+    assert width == pytest.approx((predicted["high"] - predicted["low"]) / predicted["perplexity"])
     assert width < said["within"] == 0.02
     assert said["trained_tokens"] == 2 * sum(budgets[:5])
     assert said["saved_tokens"] == 2 * LARGEST
     law = Law.from_dict(json.loads((tmp_path / "out" / "law.json").read_text()))
     assert law.num_points == 10
-    assert predict_perplexity(law, LARGEST).high == pytest.approx(foretold["high"])
+    assert predict_perplexity(law, LARGEST).high == pytest.approx(predicted["high"])
     out = capsys.readouterr().out
     assert "the largest was not run" in out
-    assert f"{foretold['low']:.4f} to {foretold['high']:.4f}" in out
+    assert f"{predicted['low']:.4f} to {predicted['high']:.4f}" in out
     assert f"{2 * LARGEST:,} saved" in out
     assert main(["plan", "predict", str(tmp_path / "out" / "law.json"), "--tokens", "1e6"]) == 0
 
 
-def test_a_longer_series_is_cut_where_it_is_foretold(sweep, drawn):
+def test_a_longer_series_is_cut_where_it_is_predicted(sweep, drawn):
     _, said = sweep("--budgets", "8", "--within", "0.1")
     assert len(said["steps"]) == 5
     assert said["saved_tokens"] == 2 * sum(said["budgets"][5:])
@@ -128,7 +128,7 @@ def test_the_largest_is_run_when_the_last_budget_fell_outside(sweep, drawn, caps
     assert [step["inside"] for step in said["steps"][4:]] == [False, True]
     assert len(drawn.done) == 12
     assert said["saved_tokens"] == 0
-    assert "inside what was foretold" in capsys.readouterr().out
+    assert "inside the predicted interval" in capsys.readouterr().out
 
 
 def test_the_largest_is_run_when_its_interval_is_wide_and_is_never_said_to_be_saved_then(sweep, drawn, tmp_path):
@@ -140,7 +140,7 @@ def test_the_largest_is_run_when_its_interval_is_wide_and_is_never_said_to_be_sa
     measured = [drawn.perplexity(LARGEST, seed) for seed in range(3)]
     assert said["steps"][5]["perplexities"] == pytest.approx(measured)
     law = Law.from_dict(json.loads((tmp_path / "out" / "law.json").read_text()))
-    assert law.holdout.predicted == pytest.approx(said["steps"][5]["foretold"]["perplexity"])
+    assert law.holdout.predicted == pytest.approx(said["steps"][5]["predicted"]["perplexity"])
     _, again = sweep("--within", "1", "--seeds", "3")
     assert len(drawn.done) == 18
     assert again["steps"] == said["steps"]
@@ -149,7 +149,7 @@ def test_the_largest_is_run_when_its_interval_is_wide_and_is_never_said_to_be_sa
 
 def test_a_narrower_interval_asked_for_later_runs_the_largest_too(sweep, drawn):
     _, said = sweep()
-    assert said["status"] == "foretold"
+    assert said["status"] == "predicted"
     _, said = sweep("--within", "1e-9")
     assert said["status"] == "complete"
     assert len(drawn.done) == 12
@@ -178,7 +178,7 @@ def test_a_failed_run_stops_the_sweep_and_is_tried_again(sweep, drawn, capsys):
     assert len(said["steps"]) == 1
     drawn.fail_at = None
     code, said = sweep()
-    assert (code, said["status"], len(drawn.done)) == (0, "foretold", 10)
+    assert (code, said["status"], len(drawn.done)) == (0, "predicted", 10)
 
 
 def test_runs_that_carry_no_law_are_said_to(sweep, drawn, tmp_path, capsys):
@@ -296,5 +296,5 @@ def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
     assert killed["steps"] == straight["steps"]
     assert killed["status"] == "complete"
     assert len(killed["steps"]) == 5
-    assert killed["steps"][-1]["foretold"] is not None
+    assert killed["steps"][-1]["predicted"] is not None
     assert not list(tmp_path.glob("killed/runs/dense*"))

@@ -406,6 +406,82 @@ def test_taken_output_folder_is_refused(llama, text, tmp_path, capsys):
     assert (tmp_path / "out" / "thesis.txt").read_text() == "do not lose me"
 
 
+def finished(llama, text, folder, **over) -> TrainConfig:
+    """A run of two steps that is done."""
+    config = small(llama, text, folder, max_steps=2, save_steps=1, **over)
+    train(config)
+    return config
+
+
+def test_a_finished_run_is_resumed_as_itself_alone(llama, text, tmp_path):
+    config = finished(llama, text, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
+    assert train(replace(config, resume=True)) == record
+    for change in ({"max_steps": 60}, {"learning_rate": 1e-2}, {"per_device_train_batch_size": 2}):
+        with pytest.raises(InputError, match="not the run that was saved"):
+            train(replace(config, resume=True, **change))
+    weights = tmp_path / "run" / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.safetensors is missing or has changed since castlm wrote it: remove"):
+        train(replace(config, resume=True))
+    weights.unlink()
+    with pytest.raises(InputError, match="is missing"):
+        train(replace(config, resume=True))
+
+
+def test_overwrite_keeps_the_old_result_until_the_new_one_is_whole(llama, text, tmp_path, monkeypatch):
+    config = finished(llama, text, tmp_path / "run")
+    old = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    new = replace(config, overwrite=True, seed=1)
+
+    def tree() -> list[str]:
+        return sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "run").rglob("*") if not p.name.startswith("."))
+
+    before = tree()
+    for bad in ({"model": "/nowhere"}, {"dataset": "/nowhere.txt"}, {"seq_len": 4096}, {"teacher_top_k": 10**6}):
+        with pytest.raises(InputError):
+            train(replace(new, **bad))
+        assert tree() == before
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(StopAfter):
+            train(new)
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == old
+    (aside,) = (tmp_path / "run" / "replaced").iterdir()
+    assert {"checkpoints", "config.yaml", "metrics.jsonl"} <= {entry.name for entry in aside.iterdir()}
+    with monkeypatch.context() as patch:  # an overwrite of what overwrote
+        stop_after(patch, 1)
+        with pytest.raises(StopAfter):
+            train(replace(new, seed=2))
+    assert len(list((tmp_path / "run" / "replaced").iterdir())) == 2
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == old
+    train(replace(new, seed=2, overwrite=False, resume=True))
+    assert json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())["config"]["seed"] == 2
+    assert not (tmp_path / "run" / "replaced").exists()
+
+
+def test_sigterm_while_loading_ends_with_a_line(llama, text, tmp_path):
+    command = [sys.executable, "-m", "castlm", "train", "--model", llama, "--dataset", text]
+    command += ["--output-dir", str(tmp_path / "run"), "--seq-len", "32"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "run" / ".castlm.lock").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (143, 0), errors  # 0: it has come to its first step by then, and has saved it
+    assert "castlm: stopped" in errors
+    assert "Traceback" not in errors
+
+
+def test_gradual_pruning_without_a_refresh_in_its_second_half_is_refused(llama, text, tmp_path):
+    with pytest.raises(InputError, match="mask_interval 10 leaves no mask refresh in the second half of 10 steps"):
+        train(small(llama, text, tmp_path / "run", method="gradual_magnitude", max_steps=10, mask_interval=10))
+    assert not (tmp_path / "run").exists()
+
+
 def test_full_disk_during_a_save(llama, text, tmp_path):
     mount = tmp_path / "small"
     mount.mkdir()

@@ -28,7 +28,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 
 
 def make_writable(folder: Path) -> None:
-    """Makes `folder` and proves that entries can be made in it and beside it. Raises `OSError`."""
+    """Creates `folder` and checks that entries can be created in it and beside it. Raises `OSError`."""
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, folder.parent):
         probe = place / f".castlm-probe-{os.getpid()}-{secrets.token_hex(4)}"

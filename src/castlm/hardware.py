@@ -53,7 +53,7 @@ def has_fast_bf16() -> bool:
 
 
 def check_compile(wanted: bool, device: torch.device) -> None:
-    """Raises `InputError` if `torch_compile` is wanted and cannot be had on `device`."""
+    """Raises `InputError` if `torch_compile` is requested and not available on `device`."""
     if wanted and device.type != "cuda":
         raise InputError("torch_compile is for a GPU, and this run is on a CPU: leave it out")
     if wanted and (missing := _why_not_compile(device)):
@@ -95,10 +95,10 @@ def _why_not_compile(device: torch.device) -> str:
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Has malloc keep what is freed for the rest of this process, and says whether it could (glibc alone).
+    """Makes malloc keep freed memory for the rest of this process; returns whether it could (glibc).
 
-    Else it gives blocks as large as a weight's gradient back to the system, and every step has their pages mapped and
-    zeroed anew.
+    By default malloc returns buffers as large as a weight's gradient to the system, and every step has their pages
+    mapped and zeroed again.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import re
 
+LAYOUT = "\n\t\u00a0\u3000\u200c\u200d"
+"""Characters that text of a language model may hold: line breaks, spaces, and joiners of letters and emoji."""
+
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$!&])")
 
 
-def printable(text: object) -> str:
-    r"""`text` in one line without control characters: each becomes an escape such as `\x1b` or `\u202e`.
+def printable(text: object, keep: str = "") -> str:
+    r"""`text` without control characters, so also in one line: each becomes an escape such as `\x1b` or `\u202e`.
 
     Escaped are control characters, line breaks, bidirectional and zero-width marks, and surrogates that stand for bytes
     which are not UTF-8.
+
+    Args:
+        keep: characters that stay, such as line breaks in the text of a model.
 
     >>> printable("model.\x1b[2Klayers.0")
     'model.\\x1b[2Klayers.0'
@@ -22,7 +28,9 @@ def printable(text: object) -> str:
     text = str(text)
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode("ascii") for char in text
+    )
 
 
 def markdown(text: object) -> str:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from castlm.names import printable
+
 SECONDS_BETWEEN_LINES = 30
 
 
@@ -24,7 +26,7 @@ class Screen(Console):
 
 def note(text: str) -> None:
     """One line."""
-    print(f"castlm: {text}", file=sys.stderr, flush=True)
+    print(f"castlm: {printable(text)}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -32,7 +34,7 @@ def shown_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yields `told(done, total)`, to be called after each part of the work.
 
     Args:
-        what: the work and its parts, as "perplexity, windows".
+        what: the work and its parts, as "perplexity, sequences".
     """
     console = Screen(stderr=True, highlight=False)
     if console.is_terminal:

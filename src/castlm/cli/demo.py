@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from castlm.cli.demo_payoff import payoff_table
 from castlm.cli.options import parse
 from castlm.core.sparsify import prune_
 from castlm.files import atomic_write_json
@@ -26,11 +27,11 @@ from castlm.locate import DEMO
 from castlm.models import Loaded, load_model
 from castlm.output import claimed
 from castlm.owned import OUTPUT
-from castlm.progress import Screen
+from castlm.progress import Screen, note
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 
-HELD_OUT = 8  # one topic in so many
+HELD_OUT = 8  # one topic in 8
 PROMPT = "The for statement is used to"
 NEW_TOKENS = 40
 
@@ -67,7 +68,7 @@ def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
 
 
 def run_demo(folder: Path, max_steps: int, overwrite: bool) -> None:
-    """Trains castlm and the dense control, and prints the table, a completion of each, and where the result is."""
+    """Trains castlm and the dense control, and prints what they reach, what they cost to run, and a text of each."""
     with claimed(folder, "demo", overwrite=overwrite) as claimed_folder:
         atomic_write_json(claimed_folder / OUTPUT, {"command": "demo"})
         _run_demo(claimed_folder, max_steps)
@@ -79,22 +80,26 @@ def _run_demo(folder: Path, max_steps: int) -> None:
     write_texts(folder / "text")
     records = {}
     for number, method in enumerate(("castlm", "dense"), 1):
-        what = "dense to 2:4" if method == "castlm" else "the dense control, trained alike"
+        what = "dense to 2:4" if method == "castlm" else "the dense control, with the same training"
         console.print(f"[{number}/2] {what}: {max_steps} steps of 512 tokens", markup=False)
         records[method] = train(demo_config(folder, max_steps, method))
     console.print(results_table(records["castlm"], records["dense"]))
     completions(console, folder)
+    result, packed = folder / "castlm" / "model", folder / "packed"
+    table, text = payoff_table(folder / "dense" / "model", result, packed, PROMPT, note)
+    console.print(table)
+    console.print(f"{PROMPT!r}, continued by the packed model: {text}", markup=False)
     minutes = (time.monotonic() - started) / 60
-    result = folder / "castlm" / "model"
-    console.print(f"\nproved 2:4, in {minutes:.1f} minutes: {result}", markup=False)
-    console.print(f"count the groups yourself:   castlm verify {result}", markup=False)
+    console.print(f"\nverified 2:4 model, in {minutes:.1f} minutes: {result}", markup=False)
+    console.print(f"count the groups yourself:  castlm verify {result}", markup=False)
+    console.print(f"chat with the packed model: castlm generate {packed} --prompt TEXT", markup=False)
     console.print(
-        f"next, on a text of your own: castlm train --model {DEMO} --dataset FILE --output-dir my-run", markup=False
+        f"train on your own text:     castlm train --model {DEMO} --dataset FILE --output-dir RUN", markup=False
     )
 
 
 def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
-    """Perplexities with their logarithmic distance to the dense model as it came."""
+    """The perplexities with their logarithmic distance to the dense model."""
     ppl = sparse["perplexity"]
     measured = sparse["measured"]
     table = Table(
@@ -106,8 +111,8 @@ def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
         table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     one_shot = math.log(ppl["one_shot"] / ppl["dense"])
     for name, value in (
-        ("dense, as it came", ppl["dense"]),
-        ("dense, trained alike", control["perplexity"]["trained"]),
+        ("dense", ppl["dense"]),
+        ("dense control, same training", control["perplexity"]["trained"]),
         ("2:4 one-shot, SparseGPT", ppl["one_shot"]),
         ("2:4 castlm, before the prune", ppl["before_prune"]),
         ("2:4 castlm, pruned", ppl["pruned"]),
@@ -137,7 +142,7 @@ def complete(loaded: Loaded) -> str:
 
 @dataclass
 class DemoCommand:
-    """The main job on the embedded SmolLM2-135M-Instruct: dense to a proven 2:4, with all that it is compared to."""
+    """Train the embedded SmolLM2-135M-Instruct to a verified 2:4 model, and compare it with the dense one."""
 
     output_dir: str = "demo-output"
     """Folder for the runs and the result."""

@@ -28,7 +28,7 @@ class EvalCommand:
     """Tokens of context; figures at different lengths do not compare."""
 
     stride: int | None = None
-    """Tokens between windows; seq_len when not given, which scores every window by itself."""
+    """Tokens between the starts of two sequences. The default, seq_len, scores every sequence by itself."""
 
     tasks: str | None = None
     """Tasks of lm-eval, with commas: piqa,arc_easy. Without examples, without a chat template."""
@@ -37,7 +37,7 @@ class EvalCommand:
     """Folder with local files of the tasks, instead of the hub."""
 
     limit: int | None = None
-    """Only the first so many questions of each task."""
+    """At most this many questions of each task."""
 
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """Compute type of the forward pass; auto: bf16 where it is fast."""
@@ -73,7 +73,7 @@ class EvalCommand:
         dtype = torch.bfloat16 if bf16 else None
         figures: dict[str, Any] = {"model": self.path}
         if self.text is not None:
-            with shown_progress("perplexity, windows") as progress:
+            with shown_progress("perplexity, sequences") as progress:
                 figures |= evaluate_file(
                     model,
                     loaded.tokenizer,

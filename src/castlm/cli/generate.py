@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from castlm.cli.options import parse, result_folder
 from castlm.fields import positional
+from castlm.names import LAYOUT, printable
 
 
 @dataclass
@@ -16,7 +17,7 @@ class GenerateCommand:
     path: str = positional()
     """Folder, plain or packed, run of `castlm train`, hub id, GGUF file, or "demo"."""
 
-    prompt: str
+    prompt: str = field(kw_only=True)
     """What to continue or to answer."""
 
     max_new_tokens: int = field(default=128, metadata={"at_least": 1})
@@ -31,7 +32,7 @@ class GenerateCommand:
     raw: bool = False
     """Continue the prompt as it is, without the chat template."""
 
-    threads: int = 0
+    threads: int = field(default=0, metadata={"at_least": 0})
     """Processor threads; 0 leaves the number to torch."""
 
     trust_remote_code: bool = False
@@ -52,7 +53,7 @@ class GenerateCommand:
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
-            write=lambda text: print(text, end="", flush=True),
+            write=lambda text: print(printable(text, keep=LAYOUT), end="", flush=True),
         )
         print()
         print(

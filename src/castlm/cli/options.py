@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar
 from castlm.cli.help import help_text
 from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, build, default_of, hints_of, is_required, unknown
+from castlm.names import printable
 
 T = TypeVar("T")
 
@@ -109,11 +110,11 @@ def command_line(name: str, options: Any) -> str:
 
 
 def to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text, keep="\n"), file=sys.stderr, flush=True)
 
 
 def to_stdout(text: str) -> None:
-    print(text, flush=True)
+    print(printable(text, keep="\n"), flush=True)
 
 
 def result_folder(path: str) -> str:

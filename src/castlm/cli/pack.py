@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,7 @@ class PackCommand:
     path: str = positional()
     """Model folder in Hugging Face format, or run of `castlm train`."""
 
-    output_dir: str
+    output_dir: str = dataclasses.field(kw_only=True)
     """Folder for the packed model."""
 
     pattern: str = "2:4"
@@ -38,7 +39,6 @@ class PackCommand:
         from castlm.progress import shown_progress
 
         pattern = NM.parse(self.pattern)
-        n, m = pattern.n, pattern.m
         source = result_folder(self.path)
         with (
             claimed(self.output_dir, "result", overwrite=self.overwrite, inputs={"path": source}) as folder,
@@ -47,8 +47,8 @@ class PackCommand:
             report = pack_folder(
                 source,
                 folder,
-                n,
-                m,
+                pattern.n,
+                pattern.m,
                 dtype=self.dtype,
                 head=self.head,
                 overwrite=True,

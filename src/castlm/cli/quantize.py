@@ -52,7 +52,7 @@ class QuantizeCommand:
     """Their length in tokens, at most the model's context."""
 
     seed: int = 0
-    """Which windows of the text are taken."""
+    """Seed of the draw of calibration sequences."""
 
     damping: float = 0.01
     """int4: share of the mean diagonal that is added to the Hessian."""
@@ -124,7 +124,7 @@ class QuantizeCommand:
         return 0
 
     def _calibration(self, loaded: Any) -> tuple[Any, dict[str, Any]]:
-        """The windows of the calibration text, and what castlm.json says of it; None and nothing without one."""
+        """The calibration sequences and their record for castlm.json; None and an empty record without a text."""
         from castlm.data.documents import text_hash
         from castlm.data.tokens import token_ids
         from castlm.oneshot.calibration import calibration_blocks, calibration_length

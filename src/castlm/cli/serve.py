@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from castlm.cli.options import parse, result_folder
@@ -22,7 +23,7 @@ class ServeCommand:
     port: int = 8000
     """Port to listen on."""
 
-    threads: int = 0
+    threads: int = dataclasses.field(default=0, metadata={"at_least": 0})
     """Processor threads; 0 leaves the number to torch."""
 
     trust_remote_code: bool = False

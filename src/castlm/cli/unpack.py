@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from castlm.cli.options import parse
@@ -15,7 +16,7 @@ class UnpackCommand:
     path: str = positional()
     """Folder that `castlm pack` wrote."""
 
-    output_dir: str
+    output_dir: str = dataclasses.field(kw_only=True)
     """Folder for the plain model."""
 
     overwrite: bool = False

@@ -37,7 +37,7 @@ class OneshotConfig:
     output_dir: str = ""
     pattern: str = "2:4"
     seq_len: int = 512
-    """Of the evaluation; calibration windows have the model's context, at most 2,048 tokens."""
+    """Of the evaluation; calibration sequences have the model's context, at most 2,048 tokens."""
     num_sequences: int = 128
     eval_tokens: int = 32768
     column: str = "text"
@@ -71,13 +71,13 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
     dense = perplexity(model, eval_ids, seq_len=config.seq_len).perplexity
     length = calibration_length(model)
     calibration = open_documents(config.calibration, column=config.column)
-    windows = calibration_blocks(
+    sequences = calibration_blocks(
         token_ids(calibration, loaded.tokenizer, limit=CALIBRATION_POOL * config.num_sequences * length),
         config.num_sequences,
         length,
         config.seed,
     )
-    report = prune_oneshot_(model, config.method, pattern=pattern, calibration=windows)
+    report = prune_oneshot_(model, config.method, pattern=pattern, calibration=sequences)
     pruned = perplexity(model, eval_ids, seq_len=config.seq_len).perplexity
     record = {
         "base_model": config.model,

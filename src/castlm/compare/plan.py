@@ -13,7 +13,7 @@ from castlm.compare.report import Report, write_report
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, execute, with_key, zero_shot_key, zero_shot_rows
 from castlm.core.errors import InputError
-from castlm.fields import checked
+from castlm.fields import checked, convert
 from castlm.methods.table import METHODS
 from castlm.output import continued
 from castlm.training.config import TrainConfig, flatten
@@ -38,16 +38,16 @@ class CompareConfig:
     """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
 
     dataset: str
-    """Training text, as for `castlm train`."""
+    """Training text, one as in `castlm train`."""
 
     eval_dataset: str
-    """Text for perplexity, the same for all runs."""
+    """Text for the perplexity, the same for all runs."""
 
     output_dir: str
-    """Folder of the runs and of table.md, table.json, table.html; give it again to continue."""
+    """Folder of the runs and of table.md, table.json and table.html. Give it again to continue."""
 
     budget_tokens: int
-    """Training tokens of each run; for `--preset budgets` those of the largest."""
+    """Training tokens of each run; with `--preset budgets`, those of the largest runs."""
 
     methods: str | None = None
     """Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda,
@@ -60,43 +60,45 @@ class CompareConfig:
     """One of the paper's ablations, or all methods at four budgets."""
 
     variants: str | None = None
-    """YAML: name -> TrainConfig fields that it differs in, `method` among them (else its name, else cast)."""
+    """YAML file that maps the name of each variant to the options in which it differs. Its method is the option
+    `method`, or its name if that is a method, or cast."""
 
     config: str | None = None
-    """YAML of TrainConfig fields for all runs."""
+    """YAML file of options of `castlm train` for all runs."""
 
     seeds: int = 3
-    """Runs of each variant, with seeds 0, 1, ..."""
+    """Runs of each variant, with the seeds 0, 1, ..."""
 
     learning_rates: str | None = None
-    """Rates, with commas: each variant that fixes none tries them with seed 0 and goes on with its best."""
+    """Learning rates, separated by commas. Each variant without a rate of its own tries them with seed 0 and uses the
+    best one for the other seeds."""
 
     tuning_dataset: str | None = None
-    """Text by whose perplexity rates are chosen, so that none is chosen on `eval_dataset`."""
+    """Text whose perplexity chooses the learning rate, so that no choice is made on `eval_dataset`."""
 
     seq_len: int | None = None
     """Tokens per sequence, in training and evaluation."""
 
     per_device_train_batch_size: int | None = None
-    """Sequences per step."""
+    """Sequences per device and micro-step."""
 
     eval_tokens: int | None = None
-    """At most so many tokens are evaluated; 0 means all."""
+    """Maximum number of tokens that are evaluated. 0 evaluates all of them."""
 
     calibration: str | None = None
-    """Text for wanda and sparsegpt; the training text when not given."""
+    """Text for the one-shot rows wanda and sparsegpt. The default is the training text."""
 
     num_sequences: int = 128
-    """Calibration sequences."""
+    """Calibration sequences of the one-shot rows."""
 
     tasks: str | None = None
-    """Zero-shot tasks of lm-eval, with commas, measured on every result."""
+    """Zero-shot tasks of lm-eval, separated by commas, that every result is measured on."""
 
     tasks_from: str | None = None
     """Folder with local files of the tasks."""
 
     limit: int | None = None
-    """Only the first so many questions of each task."""
+    """Maximum number of questions per task."""
 
 
 def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]:
@@ -135,7 +137,7 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
 
 
 class Plan:
-    """Which runs a comparison consists of.
+    """The runs of a comparison.
 
     Raises:
         InputError: unknown methods or fields, files that are not there, a budget below one step.
@@ -156,7 +158,7 @@ class Plan:
                 self.common[name] = getattr(command, name)
         self.variants = self._variants()
         self.hashes = self._hashes()
-        for name in self.variants:  # what is wrong with any of them is said before the first one runs
+        for name in self.variants:  # a mistake in any of them is reported before the first one runs
             for tokens in self.budgets(name):
                 self.make(name, tokens, 0, None)
 
@@ -172,7 +174,9 @@ class Plan:
         if command.variants:
             for name, fields in read_yaml_mapping(command.variants).items():
                 if not isinstance(fields, dict | None):
-                    raise InputError(f"{command.variants}: variant {name} is no mapping: write `{name}: {{eta: 0.5}}`")
+                    raise InputError(
+                        f"{command.variants}: variant {name} is not a mapping: write `{name}: {{eta: 0.5}}`"
+                    )
                 start = variants.get(name, {"method": name if name in known else "cast"})
                 variants[name] = {**start, **flatten(fields or {}, f"{command.variants}: variant {name}")}
         if all(fields["method"] != "dense" for fields in variants.values()):
@@ -213,7 +217,7 @@ class Plan:
         return 1 if self.variants[name]["method"] == "magnitude" else self.command.seeds
 
     def _is_tuned(self, name: str) -> bool:
-        """Whether its rates are tried on a text of their own."""
+        """Whether its learning rate is chosen on a text of its own."""
         return self.command.tuning_dataset is not None and self._rates_of(name) != [None]
 
     def _rates_of(self, name: str) -> list[float | None]:
@@ -222,8 +226,10 @@ class Plan:
         return [None] if fixed else list(self.rates)
 
     def settle(self, name: str, tokens: int, root: Path) -> list[Result]:
-        """The runs of a variant at a budget: seed 0 at each rate, then the other seeds at the best of them; where there
-        is a tuning text, seed 0 too once more, measured on the evaluation text."""
+        """Measures a variant at a budget: seed 0 at each learning rate, then the other seeds at the best one.
+
+        With a tuning text, seed 0 runs once more at the best rate, measured on the evaluation text.
+        """
         tuned = self._is_tuned(name)
         runs = [self.make(name, tokens, 0, rate, tuning=tuned) for rate in self._rates_of(name)]
         candidates = [self.measure(run, root) for run in runs]
@@ -235,7 +241,7 @@ class Plan:
         return candidates + [self.measure(self.make(name, tokens, s, rate), root) for s in seeds]
 
     def measure(self, run: Run, root: Path) -> Result:
-        """What came of a run: as it lies there, resumed, or run now."""
+        """The result of a run, which is read if it is finished, and otherwise started or resumed."""
         self.say(str(run))
         record = execute(run, root, self.say)
         result = Result(run, record, run.folder(root))
@@ -243,7 +249,12 @@ class Plan:
         return result
 
     def make(self, name: str, tokens: int, seed: int, rate: float | None, *, tuning: bool = False) -> Run:
-        """The run of a variant; `rate` None leaves the learning rate as the fields have it."""
+        """The run of a variant.
+
+        Args:
+            rate: learning rate; None for the one of the options.
+            tuning: whether it is measured on the tuning text.
+        """
         fields = {**self.common, **self.variants[name]}
         starts_dense = fields["method"] in METHODS and METHODS[fields["method"]].starts_dense
         if starts_dense and "init_from" not in self.variants[name]:
@@ -299,7 +310,7 @@ class Plan:
         return rows
 
     def _make_oneshot(self, name: str, fields: dict[str, Any], named: dict[str, Any]) -> Run:
-        # the fields alone, not the class: it stands beside torch, and planning does without
+        # checked as options of `castlm train`: the class of the one-shot runs imports torch, which planning avoids
         known = ("pattern", "seq_len", "eval_tokens", "column", "trust_remote_code", "revision")
         content = checked(TrainConfig, {k: v for k, v in fields.items() if k in known}, f"variant {name}")
         content |= {"method": fields["method"], **named}
@@ -309,7 +320,7 @@ class Plan:
 
 
 def _rate(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"learning rate {text!r} is no number: write --learning-rates 1e-3,3e-3") from None
+    rate = float(convert("learning_rates", text.strip(), float))
+    if rate <= 0:
+        raise InputError(f"learning_rates = {text} is out of range: each must be above 0, as 1e-3,3e-3")
+    return rate

@@ -123,7 +123,7 @@ def _zero_shot(done: list[Result]) -> dict[str, Spread | None]:
 
 
 def untouched_perplexity(results: list[Result]) -> float | None:
-    """Of the model as it came, which every run but those that mask from the start measures first."""
+    """Perplexity of the dense model, from the first run that measured it."""
     return next((r.record["perplexity"]["dense"] for r in results if "dense" in r.record.get("perplexity", {})), None)
 
 

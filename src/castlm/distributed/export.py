@@ -1,7 +1,7 @@
 """Writes and verifies the result of a sharded run, a tensor at a time: no rank ever holds the whole model.
 
-The verification is that of `castlm.export.hf`: the pattern counted in the files, every tensor compared in bits with the one in
-memory, each rank its rows, and the perplexity measured again on what was read back.
+The verification is that of `castlm.export.hf`: the pattern is counted in the files, each rank compares its rows of
+every tensor in bits with those in memory, and the perplexity is measured again on what was read back.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Proves, while a run goes on, that its masks are those of its weights and that no sparse weight is left out.
+"""Checks during a run that its masks match its weights and that every sparse weight is updated.
 
 A mask that no longer lines up with its weight trains without an error, to a useless model; so it is recomputed by
 another formula, from the weight as all ranks together hold it.
@@ -20,7 +20,7 @@ from castlm.core.sparsify import weight_parameter
 from castlm.distributed.sharding import own_rows, whole
 from castlm.distributed.world import World
 
-_ROWS = 1024  # sorted at once
+_ROWS = 1024  # sorted at a time
 
 
 def sorted_mask(weight: Tensor, pattern: NM) -> Tensor:
@@ -34,8 +34,8 @@ def sorted_mask(weight: Tensor, pattern: NM) -> Tensor:
 
 
 def masked_samples(masks: Mapping[Tensor, Tensor], world: World) -> list[tuple[Tensor, Tensor]]:
-    """What `decay_budget` is to judge, the same on every rank: this process's weights and masks, or of several ranks an
-    even sample of the masked weights of each, with masks that leave them all out."""
+    """The weights and masks for `decay_budget`, the same on every rank: those of a single process, or with several
+    ranks an even sample of the masked weights of each."""
     if world.mesh is None:
         return list(masks.items())
     parts = [weight[~mask] for weight, mask in masks.items()]
@@ -67,7 +67,7 @@ class SelfCheck:
 
     @contextlib.contextmanager
     def around_step(self, step: int, mask_interval: int) -> Iterator[None]:
-        """Around the optimizer's 0-based `step`; without a `mask_interval` the masks are not those of the weights.
+        """Around the optimizer's 0-based `step`; without a `mask_interval` the masks are fixed and not checked.
 
         Raises:
             RuntimeError: a sparse weight was not stepped, or a mask is not that of its weight.
@@ -81,7 +81,7 @@ class SelfCheck:
         wrong = [self._names[p] for p, mask in expected.items() if not torch.equal(local(self.optimizer.mask(p)), mask)]
         wrong = sorted({name for names in self.world.gather(wrong) for name in names}) if due else []
         if wrong:
-            raise RuntimeError(f"step {step + 1}: the mask of {wrong[0]} is not that of its weight: the run is void")
+            raise RuntimeError(f"step {step + 1}: the mask of {wrong[0]} does not match its weight: the run is invalid")
         if before:
             self._check_coverage({p for p, old in before.items() if int(self.optimizer.state[p]["step"]) == old + 1})
 

@@ -1,4 +1,4 @@
-"""Shards a model with FSDP2, which cuts rows and so keeps groups of m whole, and finds a rank's part of a tensor."""
+"""Shards a model with FSDP2, which splits rows and so keeps groups of m whole, and finds a rank's part of a tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from castlm.distributed.world import World
 
 
 def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
-    """Shards every transformer block of `module`, then the rest, in place; nothing for a single process.
+    """Shards every transformer block of `module`, then the rest, in place. A single process is left as it is.
 
     Parametrizations have to be there already: the other order fails.
 
@@ -41,8 +41,8 @@ _NARROW = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_input
 
 
 def is_gathered_narrow(block: nn.Module) -> bool:
-    """Whether a block has anything to gain, and runs all its modules: of a list of experts some may not be called, and
-    FSDP's group of modules waits for each."""
+    """Whether a transformer block gains from being gathered in bf16. A block with a list of experts does not: some
+    experts may not be called, and FSDP's group of modules waits for each."""
     lists = [m for m in block.modules() if isinstance(m, nn.ModuleList) and not isinstance(m, ParametrizationList)]
     return not lists and any(parameter.dtype == torch.float32 for parameter in block.parameters())
 
@@ -55,7 +55,7 @@ def beside_linears(block: nn.Module) -> list[nn.Module]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor as all ranks together hold it; all of them call this."""
+    """The full tensor, gathered from all ranks; all of them call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -66,7 +66,7 @@ def compile_blocks_(module: nn.Module, backend: str = "inductor") -> None:
 
 
 def own_rows(tensor: Tensor) -> slice:
-    """Which rows of the whole tensor are on this rank."""
+    """The rows of the full tensor that this rank holds."""
     if not isinstance(tensor, DTensor):
         return slice(0, len(tensor))
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

@@ -1,4 +1,4 @@
-"""The ranks of a run: process group, device, sharding. One process is one rank, through the same code.
+"""The ranks of a run: process group, device and mesh. A single process is one rank and runs the same code.
 
 The engine is torch's own: `torchrun`, DTensor and FSDP2, which shards rows and so keeps groups of m whole.
 """
@@ -22,7 +22,7 @@ from castlm.core.errors import InputError
 from castlm.hardware import choose_device
 
 T = TypeVar("T")
-# How long the ranks are waited for that may just be late, once a collective has failed.
+# How long to wait for ranks that may only be late, once a collective has failed.
 DIAGNOSIS_S = 10
 
 
@@ -48,12 +48,12 @@ class World:
 
     @property
     def num_replicas(self) -> int:
-        """How many ranks hold the same shard of every parameter."""
+        """Number of ranks that hold the same shard of every parameter."""
         return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim == 2 else 1
 
     @property
     def shard_index(self) -> int:
-        """Which shard of every parameter this rank holds."""
+        """Index of the shard of every parameter that this rank holds."""
         return self.rank % (self.size // self.num_replicas)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -79,15 +79,16 @@ class World:
         return values
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns on the main rank, on every rank.
+        """Runs `action` on the main rank and returns its result on every rank.
 
         Raises:
-            InputError, OSError: raised by `action` there. The other ranks raise `SystemExit`: one rank says it.
+            InputError, OSError: raised by `action` there. The other ranks raise `SystemExit`, so that one rank reports
+                the error.
         """
         return self.long_on_main(lambda alive: action())
 
     def long_on_main(self, action: Callable[[Callable[[], None]], T]) -> T:
-        """`on_main` of what may take longer than `timeout_s`: it calls the function that it is given more often."""
+        """`on_main` for an action that may take longer than `timeout_s` and calls its argument more often than that."""
         outcome: list[Any] = [True, None, None]  # at work, result, error
         if self.is_main:
             try:
@@ -103,7 +104,7 @@ class World:
         return result
 
     def _tell(self, values: list[Any]) -> None:
-        """Makes the main rank's `values` those of every rank, in place; any picklable objects."""
+        """Copies the main rank's `values` to every rank, in place; any picklable objects."""
         if self.mesh is not None:
             dist.broadcast_object_list(values, src=0, group=self.control)
 
@@ -127,8 +128,10 @@ class World:
             raise InputError(failures[0]) if self.is_main else SystemExit(2)
 
     def missing(self, timeout_s: float) -> str:
-        """The ranks that do not come here within `timeout_s`, "" when all do. Rank 0 sees which; the others see that it
-        does not answer, be it hanging or gone for lack of another."""
+        """The ranks that do not arrive here within `timeout_s`; "" when all do.
+
+        Rank 0 sees which ranks are missing; the others only see that rank 0 does not answer.
+        """
         if self.mesh is None:
             return ""
         try:
@@ -143,11 +146,11 @@ class World:
         """Waits for all ranks.
 
         Raises:
-            InputError: names those that have not come within `timeout_s`.
+            InputError: names the ranks that did not arrive within `timeout_s`.
         """
         missing = self.missing(self.timeout_s)
         if missing:
-            raise InputError(f"{missing} did not come to {where} within {self.timeout_s:g} s: it hangs or is gone")
+            raise InputError(f"{missing} did not reach {where} within {self.timeout_s:g} s: it hangs or has ended")
 
 
 def is_main_rank() -> bool:
@@ -156,13 +159,13 @@ def is_main_rank() -> bool:
 
 
 def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
-    """Joins the process group that `torchrun` describes, or stands alone.
+    """Joins the process group that `torchrun` describes; a process without one is alone.
 
     Args:
         timeout_s: how long a rank waits for the others, in the loop and inside a collective.
 
     Raises:
-        InputError: CUDA asked for and not there, or a hybrid mesh that the ranks do not fill.
+        InputError: CUDA is requested and not available, or the ranks do not fill a hybrid mesh.
     """
     kind = choose_device(device)
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -190,9 +193,12 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
 
 
 def _store_of_this_start(timeout: datetime.timedelta) -> dist.Store:
-    """Where the ranks find each other. torchrun keeps one store over its restarts, and a rank that reads the address of
-    one that is gone waits for ever (torch 2.13), so that each start needs keys of its own. Among nodes the counts of
-    restarts may differ: there, `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` has torchrun make a new store instead."""
+    """The store through which the ranks find each other.
+
+    torchrun keeps one store over its restarts, and a rank that reads the address of a rank that has ended waits forever
+    (torch 2.13), so each start needs keys of its own. Among nodes the number of restarts can differ: there,
+    `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` makes torchrun create a new store instead.
+    """
     store, _, size = next(rendezvous("env://", timeout=timeout))
     if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != size:
         return store

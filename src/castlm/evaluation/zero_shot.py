@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
 from castlm.owned import sha256_file
+from castlm.reading import read_text, user_path
 from castlm.versions import library_versions
 
 SHIPPED = Path(__file__).parent / "tasks"
@@ -52,14 +53,19 @@ def local_task(name: str, folder: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the task is unknown, or its data is not in the folder.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     file = next((f for f in (folder / f"{name}.yaml", SHIPPED / f"{name}.yaml") if f.is_file()), None)
     if file is None:
         raise InputError(
             f"there is no local task {name!r}: use {', '.join(local_task_names())}, or put {name}.yaml into {folder}"
         )
-    config: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    files = config["dataset_kwargs"]["data_files"]
+    try:
+        config: dict[str, Any] = yaml.load(read_text(file), Loader=_Loader)
+        files: dict[str, Any] = dict(config["dataset_kwargs"]["data_files"])
+    except (yaml.YAMLError, ImportError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{file} is not the file of a task with dataset_kwargs.data_files: {reason}") from error
+    config["dataset_kwargs"]["data_files"] = files
     for split, data in files.items():
         files[split] = str(data).replace("{folder}", str(folder))
         if not Path(files[split]).is_file():

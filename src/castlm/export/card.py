@@ -37,8 +37,9 @@ _CARD = """---
 
 # {title}
 
-This is {base}, made {pattern} sparse with castlm (the CAST method, arXiv 2509.25996): of every {m} consecutive weights
-along the input axis of each linear layer inside the transformer blocks, at most {n} are non-zero. {counts}
+{warning}This is {base}, made {pattern} sparse with castlm (the CAST method, arXiv 2509.25996): of every {m}
+consecutive weights along the input axis of each linear layer inside the transformer blocks, at most {n} are non-zero.
+{counts}
 
 Embeddings and the output head are dense.{left_dense}
 
@@ -88,6 +89,7 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         title=markdown(f"{base_name}, {n} of {m}" if base_name else folder_name),
         base=base or "a model",
         pattern=f"{n}:{m}",
+        warning=_warning(manifest.get("verdict") or {}),
         n=n,
         m=m,
         counts=counts,
@@ -109,6 +111,13 @@ def _public(name: str) -> str:
     """`name`, or the last part of it if it is a local path."""
     is_path = name.startswith(("/", "~", ".")) or "\\" in name or ("/" in name and Path(name).exists())
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
+
+
+def _warning(verdict: Mapping[str, Any]) -> str:
+    """The first line of the card of a run that diverged."""
+    if verdict.get("ok", True):
+        return ""
+    return f"**This run diverged: {markdown(str(verdict['reason']))}. Do not use this model.**\n\n"
 
 
 def _left_dense(left_dense: Mapping[str, str]) -> str:

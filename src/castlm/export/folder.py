@@ -14,14 +14,13 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.export.stored import StoredTensor, read_header
-from castlm.inference.format import FILE as PACKED
-from castlm.inference.format import INDEX as PACKED_INDEX
+from castlm.inference import format as packed
 from castlm.reading import check_regular, read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _WEIGHTS = re.compile(
-    r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|pkl|pickle|onnx|tflite|mar|distcp)$"
+    r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|pkl|pickle|onnx|tflite|mar|distcp|ot)$"
     r"|\.(safetensors|bin|h5|msgpack)\.index[^/]*\.json$",
     re.IGNORECASE,
 )
@@ -47,20 +46,22 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
         raise InputError(f"{path} holds an adapter, not a model: merge it into its base model first")
     if config.get("transformers_weights") is not None:
         raise InputError(f"{path / 'config.json'} names other weights in transformers_weights: remove that entry")
-    single, index = path / SINGLE, path / INDEX
+    names = (packed.FILE, packed.INDEX) if is_packed(config) else (SINGLE, INDEX)
+    single, index = (path / name for name in names)
     if single.exists():
-        files, tensors = [SINGLE], read_header(single)
+        files, tensors = [single.name], read_header(single)
     elif index.exists():
         files, tensors = _sharded(index)
-    elif (path / PACKED).exists():
-        files, tensors = [PACKED], read_header(path / PACKED)
-    elif (path / PACKED_INDEX).exists():
-        files, tensors = _sharded(path / PACKED_INDEX)
     else:
-        raise InputError(f"{path} holds no {SINGLE} and no {INDEX} ({_hint(path)})")
-    is_single = files in ([SINGLE], [PACKED])
-    _refuse_other_weights(path, set(files) if is_single else {*files, INDEX, PACKED_INDEX})
+        raise InputError(f"{path} holds no {single.name} and no {index.name} ({_hint(path)})")
+    _refuse_other_weights(path, set(files) if single.exists() else {*files, index.name}, single.name)
     return tensors
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a folder in castlm's packed format."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == packed.METHOD
 
 
 def _one_file(file: Path) -> dict[str, StoredTensor]:
@@ -80,14 +81,14 @@ def _hint(folder: Path) -> str:
     return f"it holds {others[0]}: convert it with transformers' save_pretrained"
 
 
-def _refuse_other_weights(folder: Path, read: set[str]) -> None:
+def _refuse_other_weights(folder: Path, read: set[str], single: str) -> None:
     found = sorted(
         name
         for name in os.listdir(folder)
         if name not in read and _WEIGHTS.search(name) and not _NOT_OF_THE_MODEL.match(name)
     )
     if found:
-        used = next((name for name in (SINGLE, PACKED) if name in read), INDEX)
+        used = single if single in read else sorted(read)[-1]
         raise InputError(
             f"{folder} holds {found[0]} beside {used}: only one of them would be verified, and a program may load the "
             "other; move one away"

@@ -19,7 +19,7 @@ from castlm import __version__
 from castlm.core.blocks import is_block_linear
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM
-from castlm.export.folder import stored_tensors
+from castlm.export.folder import is_packed, stored_tensors
 from castlm.export.stored import StoredTensor
 from castlm.export.stream import DTYPES, write_safetensors
 from castlm.export.verify import left_dense_reason, read_left_dense, verify
@@ -28,7 +28,7 @@ from castlm.inference import format
 from castlm.inference.format import PackedSpec
 from castlm.inference.packed import PackedTensor, equal_in_bits, pack, pack_integers, round_to_int8, unpack
 from castlm.layout import guess_model_type, stored_transposed
-from castlm.reading import read_json_object
+from castlm.reading import read_json_object, user_path
 
 Progress = Callable[[int, int], None]
 
@@ -93,7 +93,7 @@ def pack_folder(
         InputError: no model there, already packed or quantized, a layer that is not n:m or holds NaN, `folder` taken,
             or the disk full. `folder` is then as it was.
     """
-    source = Path(source)
+    source = user_path(source)
     plan = _plan(source, n, m, dtype, head)
     done, total = 0, len(plan.stored)
     with atomic_dir(folder, overwrite) as temporary:
@@ -173,10 +173,14 @@ def _plan(source: Path, n: int, m: int, dtype: str | None, head: str | None) -> 
     return _Plan(stored, specs, files, cast)
 
 
-def _read_source(source: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+def _read_config(source: Path) -> dict[str, Any]:
     if not (source / "config.json").is_file():
         raise InputError(f"{source} has no config.json: give a model folder in Hugging Face format")
-    config = read_json_object(source / "config.json")
+    return read_json_object(source / "config.json")
+
+
+def _read_source(source: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    config = _read_config(source)
     if config.get("quantization_config"):
         raise InputError(f"{source} is packed or quantized already: give the model that was")
     return config, stored_tensors(source, config)
@@ -232,7 +236,7 @@ def _write_rest(source: Path, folder: Path, plan: _Plan, n: int, m: int) -> None
         config["dtype"] = str(plan.cast).removeprefix("torch.")
     atomic_write_json(folder / "config.json", config)
     manifest = read_json_object(source / "castlm.json") if (source / "castlm.json").is_file() else {}
-    manifest["packed"] = {"format": format.VERSION, "pattern": f"{n}:{m}", "castlm": __version__}
+    manifest |= {"pattern": f"{n}:{m}", "packed": {"format": format.VERSION, "castlm": __version__}}
     atomic_write_json(folder / "castlm.json", manifest)
     (folder / "README.md").write_text(_CARD.format(name=source.resolve().name, n=n, m=m), encoding="utf-8")
     if len(plan.files) > 1:
@@ -257,8 +261,10 @@ def unpack_folder(
     Raises:
         InputError: not a packed folder, damaged files, `folder` taken, or the disk full. `folder` is then as it was.
     """
-    source = Path(source)
-    config = read_json_object(source / "config.json")
+    source = user_path(source)
+    config = _read_config(source)
+    if not is_packed(config):
+        raise InputError(f"{source} is not a packed model folder: `castlm pack` writes one")
     stored = stored_tensors(source, config)
     paths = sorted({tensor.file for tensor in stored.values()})
     specs = format.read_specs(paths)

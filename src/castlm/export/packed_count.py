@@ -7,8 +7,57 @@ from typing import NamedTuple
 
 import numpy as np
 
-from castlm.export.stored import FLOATS, StoredTensor, byte_chunks, magnitude_chunks
-from castlm.inference.format import PackedSpec
+from castlm.core.errors import InputError
+from castlm.core.pattern import NM
+from castlm.export.report import LayerReport
+from castlm.export.stored import FLOATS, StoredTensor, byte_chunks, count_non_finite, magnitude_chunks
+from castlm.inference.format import PackedSpec, read_specs
+
+
+class Packed(NamedTuple):
+    """A packed tensor: its spec, and what is stored of it by suffix."""
+
+    spec: PackedSpec
+    parts: Mapping[str, StoredTensor]
+
+
+def take_packed(tensors: dict[str, StoredTensor]) -> dict[str, Packed]:
+    """Takes the parts of packed tensors out of `tensors`, in place, and puts each packed tensor there under its name.
+
+    Returns:
+        The packed tensors by that name. In `tensors` they have the shape that they have unpacked.
+
+    Raises:
+        InputError: as `castlm.inference.format.read_specs`.
+    """
+    packed = {}
+    for stem, spec in read_specs(sorted({tensor.file for tensor in tensors.values()})).items():
+        parts = {suffix: tensors.pop(f"{stem}.{suffix}") for suffix in spec.tensors()}
+        shape = (spec.columns, spec.rows) if spec.transposed else (spec.rows, spec.columns)
+        name = f"{stem}.weight"
+        if name in tensors:
+            raise InputError(f"{name} is stored packed and plain: pack the model again")
+        dtype = "F32" if spec.values in ("int8", "int4") else parts["values"].dtype
+        tensors[name] = parts["values"]._replace(name=name, dtype=dtype, shape=shape)
+        packed[name] = Packed(spec, parts)
+    return packed
+
+
+def count_packed_layer(tensor: StoredTensor, packed: Packed, pattern: NM) -> LayerReport:
+    """Counts a layer from its mask; a kept value that is zero counts as a zero."""
+    spec = packed.spec
+    layer = LayerReport(tensor.name, tensor.shape, spec.values, axis=0 if spec.transposed else 1)
+    layer.num_non_finite = sum(map(count_non_finite, packed.parts.values()))
+    if not spec.m:
+        layer.problem = "dense: quantized, and packed without a mask"
+    elif spec.columns % pattern.m:
+        layer.problem = f"its width of {spec.columns} does not divide by {pattern.m}"
+    else:
+        counts = count_packed(spec, packed.parts, pattern.m, pattern.n)
+        layer.num_groups, layer.num_violations, layer.max_nonzeros = counts.groups, counts.violations, counts.most_kept
+        layer.num_zeros = spec.rows * spec.columns - counts.nonzeros
+        layer.problem = counts.damage
+    return layer
 
 
 class PackedCounts(NamedTuple):

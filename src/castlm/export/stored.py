@@ -116,14 +116,8 @@ def magnitude_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray
         yield bits
 
 
-def num_non_finite_bits(bits: np.ndarray, dtype: str) -> int:
-    """How many of the floats that `magnitude_chunks` gave are NaN or infinite."""
-    threshold = bits.dtype.type(FLOATS[dtype].non_finite)
-    return int(np.count_nonzero(bits >= threshold)) if bits.max() >= threshold else 0
-
-
 def byte_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray]:
-    """The bytes of a tensor, uint8, 1-D, in chunks of a multiple of `step`; the buffer is used again for the next."""
+    """The bytes of a tensor, uint8, 1-D, in chunks of a multiple of `step`; the buffer is reused for the next chunk."""
     size = max(1, CHUNK_BYTES // step) * step
     buffer = np.empty(min(size, tensor.num_bytes), np.uint8)
     left = tensor.num_bytes
@@ -146,3 +140,16 @@ def _read_into(stream: Any, chunk: np.ndarray, tensor: StoredTensor) -> None:
         if not count:
             raise InputError(f"{tensor.file} was cut short while {tensor.name} was read")
         done += count
+
+
+def non_finite_of(bits: np.ndarray, dtype: str) -> int:
+    """How many of the floats that `magnitude_chunks` gave are NaN or infinite."""
+    threshold = bits.dtype.type(FLOATS[dtype].non_finite)
+    return int(np.count_nonzero(bits >= threshold)) if bits.max() >= threshold else 0
+
+
+def count_non_finite(tensor: StoredTensor) -> int:
+    """How many values of a tensor are NaN or infinite; 0 of integers."""
+    if tensor.dtype not in FLOATS:
+        return 0
+    return sum(non_finite_of(bits, tensor.dtype) for bits in magnitude_chunks(tensor))

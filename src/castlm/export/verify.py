@@ -19,12 +19,11 @@ import numpy as np
 from castlm.core.blocks import in_block, is_block_linear
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
-from castlm.export.folder import stored_tensors
-from castlm.export.layers import check_layers
-from castlm.export.packed_count import count_packed
+from castlm.export.folder import is_packed, stored_tensors
+from castlm.export.layers import FAMILIES, check_layers
+from castlm.export.packed_count import count_packed_layer, take_packed
 from castlm.export.report import LayerReport, VerifyReport
-from castlm.export.stored import FLOATS, StoredTensor, magnitude_chunks, num_non_finite_bits
-from castlm.inference.format import PackedSpec, read_specs
+from castlm.export.stored import FLOATS, StoredTensor, count_non_finite, magnitude_chunks, non_finite_of
 from castlm.layout import OLD_BUFFERS, guess_model_type, stored_transposed
 from castlm.reading import read_json_object, user_path
 
@@ -60,23 +59,19 @@ def verify(
 
     Raises:
         InputError: nothing readable at `path`, a corrupt or short file, other weights beside those that transformers
-            loads, a missing layer, packed or integer weights, a bad pattern, or no layer that the pattern applies to.
+            loads, a missing layer, weights packed by others or of integers, a bad pattern, or no layer that the
+            pattern applies to.
     """
     pattern = NM.parse(str(pattern))
     path = user_path(path)
     folder = path if path.is_dir() else path.parent
     config = _read_config(folder / "config.json")
     tensors = stored_tensors(path, config)
-    packed = _take_packed(tensors)
-    if not packed:
-        _refuse_packed(path, tensors, config)
-    named = {**tensors, **{layer.name: layer for layer, _, _ in packed}}
-    report = VerifyReport(str(path), pattern, compared_with=_compare_layers(path, named, config, include, known_layers))
-    for tensor, spec, parts in packed:
-        if in_block(tensor.name):
-            report.layers.append(_packed_layer(tensor, spec, parts, pattern))
-        elif num_non_finite := sum(map(_count_non_finite, parts.values())):
-            report.non_finite_elsewhere[tensor.name] = num_non_finite
+    packed = take_packed(tensors)
+    _refuse_packed(path, tensors, config)
+    report = VerifyReport(
+        str(path), pattern, compared_with=_compare_layers(path, tensors, config, include, known_layers)
+    )
     model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in tensors.items()})
     left_dense = read_left_dense(folder / "castlm.json")
     globs = tuple(include) if include is not None else None
@@ -84,7 +79,10 @@ def verify(
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
         why_dense = "excluded" if _matches(name, excluded) else _why_dense(tensor, globs)
         if why_dense is None and len(tensor.shape) == 2:
-            layer = _count(tensor, pattern, axis=0 if stored_transposed(model_type, name) else 1)
+            if name in packed:
+                layer = count_packed_layer(tensor, packed[name], pattern)
+            else:
+                layer = _count(tensor, pattern, axis=0 if stored_transposed(model_type, name) else 1)
             layer.left_dense = left_dense_reason(name, left_dense)
             report.layers.append(layer)
             continue
@@ -93,7 +91,8 @@ def verify(
         if len(tensor.shape) >= 2:
             shape = f"{len(tensor.shape)}-D of shape {'x'.join(map(str, tensor.shape))}, {tensor.dtype}"
             (report.uncounted if why_dense is None else report.dense)[name] = why_dense or shape
-        if num_non_finite := _count_non_finite(tensor):
+        stored = packed[name].parts.values() if name in packed else [tensor]
+        if num_non_finite := sum(map(count_non_finite, stored)):
             report.non_finite_elsewhere[name] = num_non_finite
     _refuse_empty(report, len(tensors))
     return report
@@ -122,6 +121,8 @@ def _compare_layers(
                 ".safetensors file by its own path"
             )
         described = bool(config) and (path.is_dir() or path.name == "model.safetensors")
+        if is_packed(config) and config.get("model_type") not in FAMILIES:
+            described = False  # transformers would ask for the weights under their own names
         return check_layers(path, tensors, config, trust_config=described)
     if missing := sorted(set(known_layers) - tensors.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -144,38 +145,6 @@ def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None) -> str | N
     if len(tensor.shape) == 3 and tensor.shape[1] == 1 and tensor.name.endswith(".weight"):
         return "a depthwise convolution"
     return None
-
-
-def _take_packed(
-    tensors: dict[str, StoredTensor],
-) -> list[tuple[StoredTensor, PackedSpec, dict[str, StoredTensor]]]:
-    """Takes the parts of packed weights out of `tensors`: of each the weight as if stored whole, spec and parts."""
-    specs = read_specs(sorted({tensor.file for tensor in tensors.values()}))
-    found = []
-    for name, spec in sorted(specs.items(), key=lambda item: _natural(item[0])):
-        parts = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in spec.tensors()}
-        shape = (spec.columns, spec.rows) if spec.transposed else (spec.rows, spec.columns)
-        whole = StoredTensor(f"{name}.weight", spec.values, shape, parts["values"].file, 0, 0)
-        found.append((whole, spec, parts))
-    return found
-
-
-def _packed_layer(
-    tensor: StoredTensor, spec: PackedSpec, parts: Mapping[str, StoredTensor], pattern: NM
-) -> LayerReport:
-    """Counts a layer in castlm's packed format, from its mask; a kept value that is zero counts as a zero."""
-    layer = LayerReport(tensor.name, tensor.shape, spec.values, axis=0 if spec.transposed else 1)
-    layer.num_non_finite = sum(map(_count_non_finite, parts.values()))
-    if not spec.m:
-        layer.problem = "dense: quantized, and packed without a mask"
-    elif spec.columns % pattern.m:
-        layer.problem = f"its width of {spec.columns} does not divide by {pattern.m}"
-    else:
-        counts = count_packed(spec, parts, pattern.m, pattern.n)
-        layer.num_groups, layer.num_violations, layer.max_nonzeros = counts.groups, counts.violations, counts.most_kept
-        layer.num_zeros = spec.rows * spec.columns - counts.nonzeros
-        layer.problem = counts.damage
-    return layer
 
 
 def read_left_dense(file: Path) -> Mapping[str, str]:
@@ -212,7 +181,7 @@ def _refuse_packed(path: Path, tensors: Mapping[str, StoredTensor], config: Mapp
             raise InputError(
                 f"{name} is stored as {tensor.dtype}{_method(config)}: verify the model before quantization"
             )
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and not is_packed(config):
         raise InputError(f"{path} is quantized{_method(config)}: verify the model before quantization")
 
 
@@ -239,7 +208,7 @@ def _count(tensor: StoredTensor, pattern: NM, axis: int) -> LayerReport:
         layer.problem = f"its width of {width} does not divide by {m}"
     step = 1 if layer.problem else m if axis == 1 else m * max(1, columns)
     for bits in magnitude_chunks(tensor, step):
-        layer.num_non_finite += num_non_finite_bits(bits, tensor.dtype)
+        layer.num_non_finite += non_finite_of(bits, tensor.dtype)
         nonzero = bits != 0
         layer.num_zeros += len(nonzero) - int(np.count_nonzero(nonzero))
         if layer.problem is None:
@@ -261,9 +230,3 @@ def _group_counts(nonzero: np.ndarray, m: int, axis: int, columns: int) -> np.nd
         word = np.dtype(f"<u{m}").type
         return (ones.view(word) * word(int("01" * m, 16))) >> word(8 * (m - 1))
     return np.add.reduce(ones.reshape(-1, m), axis=1, dtype=dtype)
-
-
-def _count_non_finite(tensor: StoredTensor) -> int:
-    if tensor.dtype not in FLOATS:
-        return 0
-    return sum(num_non_finite_bits(bits, tensor.dtype) for bits in magnitude_chunks(tensor))

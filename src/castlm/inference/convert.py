@@ -19,7 +19,7 @@ from castlm.inference.layers import (
     prepare_layers_,
     table_spec,
 )
-from castlm.inference.packed import VALUES, PackedTensor, pack
+from castlm.inference.packed import VALUES, PackedTensor, pack, pack_integers, round_to_int8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +32,7 @@ def pack_model_(
     m: int = 4,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    head: str | None = None,
     filter_fn: Callable[[nn.Module, str], bool] = is_sparse_linear,
 ) -> list[str]:
     """Replaces the linear layers of a model on a CPU by packed ones, and embedding and head by ones in `dtype`.
@@ -41,6 +42,7 @@ def pack_model_(
     Args:
         n, m: the pattern of the weights; both 0 multiplies by dense weights with the kernels for them.
         dtype: that weights are cast to: bf16, fp16 or fp32.
+        head: "int8" rounds the output head, and an embedding tied to it, to int8 with a scale for each row.
         filter_fn: `filter_fn(module, fqn)` says which layers to pack.
 
     Returns:
@@ -54,6 +56,7 @@ def pack_model_(
     ]
     if not names:
         raise InputError(f"{type(model).__name__} has no linear layer to pack")
+    model.float()  # norms and biases stay so
     for name in names:
         layer = model.get_submodule(name)
         weight = layer.weight.detach().to(dtype)
@@ -67,8 +70,7 @@ def pack_model_(
             table.weight = nn.Parameter(table.weight.to(dtype), requires_grad=False)
     if tied:
         head.weight = embedding.weight
-    model.float()  # what is left of parameters: norms and biases
-    onto_kernels_(model, torch.float32)
+    onto_kernels_(model, torch.float32, head)
     return names
 
 
@@ -78,19 +80,23 @@ def can_pack_tables(model: PreTrainedModel) -> bool:
     return type(model.get_input_embeddings()) is nn.Embedding and (head is None or type(head) is nn.Linear)
 
 
-def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype, head_as: str | None = None) -> None:
     """Makes embedding and head packed layers where they are plain ones, and prepares all packed layers of `model`.
 
     Args:
         dtype: of activations.
+        head_as: "int8" rounds the head, and an embedding tied to it; None keeps them as they are.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     shared = None
     plain = can_pack_tables(model)
     if plain:
-        table = PackedEmbedding(table_spec(embedding.weight), dtype)
-        table.values = embedding.weight.detach()
-        if head is not None and getattr(head, "weight", None) is embedding.weight:
+        tied = head is not None and head.weight is embedding.weight
+        packed = _packed_table(embedding.weight.detach(), head_as if tied else None)
+        table = PackedEmbedding(packed.spec, dtype)
+        for suffix, tensor in packed.tensors().items():
+            setattr(table, suffix, tensor)
+        if tied:
             shared = PackedLinear(table.spec, head.bias)
         model.set_input_embeddings(table)
     elif isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Identity):
@@ -99,10 +105,15 @@ def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype) -> None:
         model.all_tied_weights_keys = {}  # they share a buffer from here on, not a parameter
         model.set_output_embeddings(nn.Identity())
     elif plain and head is not None:
-        packed = PackedTensor(table_spec(head.weight), head.weight.detach(), None, None)
-        model.set_output_embeddings(pack_linear(head, packed))
+        model.set_output_embeddings(pack_linear(head, _packed_table(head.weight.detach(), head_as)))
     del embedding, head
     prepare_layers_(module for module in model.modules() if isinstance(module, PackedModule))
     if shared is not None:
         shared.share_(model.get_input_embeddings().packed)
         model.set_output_embeddings(shared)
+
+
+def _packed_table(weight: torch.Tensor, as_values: str | None) -> PackedTensor:
+    if as_values == "int8":
+        return pack_integers(*round_to_int8(weight), "int8", 0, 0)
+    return PackedTensor(table_spec(weight), weight, None, None)

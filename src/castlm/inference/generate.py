@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from castlm.core.errors import InputError
-from castlm.models import open_model, quiet
+from castlm.models import context_length, open_model, quiet
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def generate_text(
     """
     if max_new_tokens < 1 or not temperature >= 0:
         raise InputError(f"max_new_tokens {max_new_tokens}, temperature {temperature}: give at least 1, and 0 or more")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = context_length(model.config)
     if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
         raise InputError(
             f"{input_ids.shape[1]} tokens of prompt and {max_new_tokens} new ones exceed the context of {longest}: "

@@ -39,6 +39,12 @@ class PackedModule(nn.Module):
         named = dict(self.named_buffers(recurse=False))
         return PackedTensor(self.spec, named["values"], named.get("mask"), named.get("scales"))
 
+    @property
+    def weight(self) -> Tensor:
+        """What is held of the weight, for code of a model that asks where it is: the stored values, or the buffer."""
+        buffers = dict(self.named_buffers(recurse=False))
+        return buffers["packed"] if "packed" in buffers else buffers["values"]
+
     def num_bytes(self) -> int:
         """Of the buffer that `prepare_` fills."""
         return native.packed_bytes(self.spec.values, self.spec.n, self.spec.m, self.spec.rows, self.spec.columns)

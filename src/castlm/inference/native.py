@@ -35,11 +35,14 @@ _BAD_MASK = 2
 def kernels() -> ctypes.CDLL | None:
     """The library, or None where it was not built. Raises `InputError` when it belongs to another version of castlm."""
     spec = importlib.util.find_spec(f"{__package__}._kernels")
-    if spec is None or spec.origin is None:
-        return None
-    library = ctypes.CDLL(spec.origin)
+    return None if spec is None or spec.origin is None else load_kernels(spec.origin)
+
+
+def load_kernels(file: str) -> ctypes.CDLL:
+    """The library in `file`. Raises `InputError` when it belongs to another version of castlm."""
+    library = ctypes.CDLL(file)
     if ctypes.c_int32.in_dll(library, "castlm_inference_version").value != _VERSION:
-        raise InputError(f"{spec.origin} belongs to another version of castlm: install castlm again")
+        raise InputError(f"{file} belongs to another version of castlm: install castlm again")
     number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     matrix = [number, number, number, number, size, size]
     library.castlm_packed_bytes.argtypes, library.castlm_packed_bytes.restype = matrix, size

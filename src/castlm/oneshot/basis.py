@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.models import eval_mode
 from castlm.oneshot.block_basis import Change, Statistic, Statistics, turn_mlps_, turn_values_
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.families import Block, Wiring, describe
@@ -94,14 +95,9 @@ def change_basis_(
     wiring = None if options.is_off else _wiring(model, pattern, options, report)
     if wiring is not None:
         was_tied = is_tied(model)
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            assert isinstance(pattern, NM)
+        assert isinstance(pattern, NM)
+        with eval_mode(model):
             _Turning(model, wiring, options, pattern, report, progress).run(calibration, layers)
-        finally:
-            for module, training in modes.items():
-                module.training = training
         report.untied = was_tied and not is_tied(model)
     report.seconds = time.perf_counter() - started
     for line in report.lines():

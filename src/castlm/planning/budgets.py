@@ -35,7 +35,7 @@ def listed_budgets(text: str) -> list[int]:
 
 
 def check_budgets(budgets: Sequence[int], form: str) -> None:
-    """Refuses ascending budgets whose smaller ones could never foretell the largest.
+    """Refuses ascending budgets whose smaller ones could never predict the largest.
 
     Raises:
         InputError: too few, too near each other, or over too short a range.

@@ -1,7 +1,7 @@
-"""`castlm plan sweep`: the runs that a scaling law is fitted to, cheapest first, and no more of them than it takes.
+"""A sweep of token budgets for a scaling law: the cheapest first, and the largest only if it is needed.
 
-A budget is foretold before it runs. Once the law has foretold one rightly and is sure enough of the largest, the
-largest, which costs most, is not run.
+Each budget is predicted before it runs. When the law has predicted a budget correctly and its interval at the largest
+budget is narrow enough, the largest budget, which costs most, is not run.
 """
 
 from __future__ import annotations
@@ -31,59 +31,59 @@ if TYPE_CHECKING:
 
 @dataclass
 class SweepConfig:
-    """Find the law of a model and text by the fewest runs: cheapest first, the largest only when it is in doubt.
+    """Find the scaling law of a model and text with few runs: the cheapest first, the largest only if it is needed.
 
-    Give the same command again to go on after a stop. Exit code 1: a run failed, or the runs carry no law.
+    Give the same command again to continue. The exit code is 1 if a run failed or no law fits the runs.
     """
 
     model: str
     """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
 
     dataset: str
-    """Training text, as for `castlm train`."""
+    """Training text, one as in `castlm train`."""
 
     eval_dataset: str
-    """Text for perplexity, the same for all runs."""
+    """Text for the perplexity, the same for all runs."""
 
     output_dir: str
-    """Folder of the runs and of sweep.json and law.json; give it again to continue."""
+    """Folder of the runs and of sweep.json and law.json. Give it again to continue."""
 
     largest_tokens: float | None = None
     """Training tokens of the largest budget."""
 
     smallest_tokens: float | None = None
-    """Those of the smallest; a 64th of the largest when not given."""
+    """Training tokens of the smallest budget. The default is a 64th of the largest."""
 
     budgets: int = 6
-    """How many, each by the same factor above the one before."""
+    """Number of budgets, evenly spaced on a logarithmic scale."""
 
     tokens: str | None = None
-    """The budgets themselves, with commas, instead of the three options before."""
+    """The budgets themselves, separated by commas, instead of the three options above."""
 
     seeds: int = 2
-    """Runs at each budget, with seeds 0, 1, ..."""
+    """Runs at each budget, with the seeds 0, 1, ..."""
 
     within: float = 0.02
-    """The largest budget is not run when its 90 % interval, from low to high, is narrower than this share of its
-    prediction, and the last budget fell inside the interval that was foretold for it."""
+    """The largest budget is not run if its 90 % interval is narrower than this fraction of its prediction, and the
+    budget before it fell inside its own predicted interval."""
 
     form: Literal["power", "loglinear"] = "power"
     """power; loglinear for short ranges."""
 
     config: str | None = None
-    """YAML of TrainConfig fields for all runs, `method` among them (else cast)."""
+    """YAML file of options of `castlm train` for all runs; the method is cast unless it names another."""
 
     seq_len: int | None = None
     """Tokens per sequence, in training and evaluation."""
 
     per_device_train_batch_size: int | None = None
-    """Sequences per step."""
+    """Sequences per device and micro-step."""
 
     eval_tokens: int | None = None
-    """At most so many tokens are evaluated; 0 means all."""
+    """Maximum number of tokens that are evaluated. 0 evaluates all of them."""
 
     overwrite: bool = False
-    """Replace another sweep that output_dir holds; runs that both have in common stay."""
+    """Replace another sweep in output_dir. Runs that both sweeps share are kept."""
 
 
 def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
@@ -113,7 +113,7 @@ class Step:
     tokens: int
     perplexities: list[float]
     """Of its runs, by seed."""
-    foretold: Prediction | None
+    predicted: Prediction | None
     """Of one run at this budget, by the law of the smaller ones, before it ran."""
     largest: Prediction | None = None
     """Of one run at the largest budget, by the law of all budgets so far."""
@@ -127,8 +127,8 @@ class Step:
 
     @property
     def inside(self) -> bool | None:
-        """Whether it fell in the interval that was foretold."""
-        return None if self.foretold is None else self.foretold.low <= self.perplexity <= self.foretold.high
+        """Whether it fell in the interval that was predicted."""
+        return None if self.predicted is None else self.predicted.low <= self.perplexity <= self.predicted.high
 
     @property
     def width(self) -> float:
@@ -145,24 +145,27 @@ class Step:
     def __str__(self) -> str:
         inside = {None: "", True: "inside", False: "outside"}[self.inside]
         width = "" if self.largest is None else f"{self.width:.2%}"
-        columns = f"{self.tokens:>14,}{self.perplexity:>12.4f}  {_interval(self.foretold):<30}{inside:<10}"
+        columns = f"{self.tokens:>14,}{self.perplexity:>12.4f}  {_interval(self.predicted):<30}{inside:<10}"
         largest = f"no law: {self.no_law}" if self.no_law else f"{_interval(self.largest):<30}{width:>8}"
         return f"{columns}{largest}".rstrip()
 
 
-TITLE = f"{'tokens':>14}{'perplexity':>12}  {'foretold (90 %)':<30}{'':<10}{'largest, foretold (90 %)':<30}{'width':>8}"
+TITLE = (
+    f"{'tokens':>14}{'perplexity':>12}  {'predicted (90 %)':<30}{'':<10}{'largest, predicted (90 %)':<30}{'width':>8}"
+)
 
 
 class Sweep:
-    """The runs of a sweep, and what they have said so far.
+    """The runs of a sweep, and the law of those that are finished.
 
     Raises:
-        InputError: budgets that cannot foretell their largest, a method that does not train, whatever `Plan` refuses.
+        InputError: budgets from which the largest cannot be predicted, a method that does not train, or whatever `Plan`
+            refuses.
     """
 
     def __init__(self, command: SweepConfig, command_line: str, say: Say, progress: Say) -> None:
         if not 0 < command.within < math.inf:
-            raise InputError(f"within is {command.within:g}: give the share that is narrow enough, as 0.02")
+            raise InputError(f"within is {command.within:g}: give a fraction above 0, such as 0.02")
         self.command, self.root = command, Path(command.output_dir)
         self.command_line, self.say = command_line, say
         self.method = _method(command.config)
@@ -208,7 +211,9 @@ class Sweep:
             held = read_json_object(file)
             old, line = [str(name) for name in held["runs"]], str(held["command"])
         except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{file} is not that of a sweep: remove it or choose another output folder") from None
+            raise InputError(
+                f"{file} is not the sweep.json of a sweep: remove it or choose another output folder"
+            ) from None
         if old == self.folders:
             return
         if not self.command.overwrite:
@@ -221,7 +226,7 @@ class Sweep:
         self.write("running")
 
     def run(self) -> int:
-        """Runs budget after budget until the largest is foretold well enough or has run. Returns the exit code."""
+        """Runs the budgets in order until the largest is predicted well enough or has run. Returns the exit code."""
         self.say(f"{self.method}, {self.command.seeds} seeds, {self.command.form} law, in {self.root}")
         self.say(TITLE)
         for runs in self.runs:
@@ -238,11 +243,11 @@ class Sweep:
         last = self.steps[-1]
         if last.largest is not None:
             return self.end(
-                "foretold",
-                f"the largest was not run: {last.tokens:,} tokens fell inside what was foretold, and "
+                "predicted",
+                f"the largest was not run: {last.tokens:,} tokens fell inside the predicted interval, and "
                 f"{last.width:.2%} is narrower than {self.command.within:.2%}",
             )
-        said = {None: "not foretold", True: "inside what was foretold", False: "outside what was foretold"}
+        said = {None: "not predicted", True: "inside the predicted interval", False: "outside the predicted interval"}
         return self.end("complete", f"the largest was run: perplexity {last.perplexity:.4f}, {said[last.inside]}")
 
     def has_run_largest(self) -> bool:
@@ -256,7 +261,7 @@ class Sweep:
         from castlm.planning.predict import predict_perplexity
 
         tokens = self.budgets[len(self.steps)]
-        foretold = None if self.law is None else predict_perplexity(self.law, tokens)
+        predicted = None if self.law is None else predict_perplexity(self.law, tokens)
         self.law, largest, no_law = None, None, None
         done = self.runs[: len(self.steps) + 1]
         if len(done) >= MIN_BUDGETS[self.command.form]:
@@ -267,7 +272,7 @@ class Sweep:
                     largest = predict_perplexity(self.law, self.budgets[-1])
             except InputError as error:
                 no_law = str(error)
-        self.steps.append(Step(tokens, perplexities, foretold, largest, no_law))
+        self.steps.append(Step(tokens, perplexities, predicted, largest, no_law))
 
     @property
     def spent(self) -> int:
@@ -282,7 +287,7 @@ class Sweep:
     def end(self, status: str, verdict: str) -> int:
         self.write(status, verdict)
         self.say(verdict)
-        if status == "foretold":
+        if status == "predicted":
             share = self.saved / (self.spent + self.saved)
             self.say(f"largest budget, {self.budgets[-1]:,} tokens: perplexity {_interval(self.steps[-1].largest)}")
             self.say(f"{self.spent:,} tokens trained, {self.saved:,} saved: {share:.0%} of the sweep")
@@ -306,7 +311,7 @@ class Sweep:
             "budgets": self.budgets,
             "steps": [step.as_dict() for step in self.steps],
             "trained_tokens": self.spent,
-            "saved_tokens": self.saved if status == "foretold" else 0,
+            "saved_tokens": self.saved if status == "predicted" else 0,
             "runs": self.folders,
         }
         atomic_write_json(self.root / "sweep.json", content)

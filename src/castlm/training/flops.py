@@ -1,4 +1,4 @@
-"""Model FLOP/s utilization (MFU): the share of a GPU's peak that a run reaches, counted as PaLM does (arXiv 2204.02311)."""
+"""Model FLOP/s utilization (MFU) as in PaLM (arXiv 2204.02311): the share of a GPU's peak that a run reaches."""
 
 from __future__ import annotations
 

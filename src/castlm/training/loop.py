@@ -75,7 +75,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 raise
             reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"{missing} hangs or is gone; torchrun --max-restarts starts it again ({reason})"
+                f"{missing} hangs or has ended; torchrun --max-restarts starts it again ({reason})"
             ) from error
         finally:
             close_world(world)

@@ -27,7 +27,7 @@ class Objective(nn.Module):
 
     Args:
         teacher: frozen, in eval mode; None where `eta` is 0, or `cache` holds all that is asked for.
-        top_k: teach by the teacher's so many most probable tokens and the rest as one; 0: by its whole distribution.
+        top_k: distill from the teacher's `top_k` most probable tokens; 0 uses the full distribution.
         cache: keeps them.
         end_of_text: the token that ends a document; the documents of a training sequence then do not attend to each
             other. None: they do.

@@ -1,0 +1,185 @@
+"""Start, overwrite, resume and kill in any order, against a model of what must be on the disk afterwards.
+
+A run is killed before one of its operations on files, which is drawn; so every moment of a save, of an overwrite and of
+the export is reached sooner or later. `make test` tries a few orders, `make fuzz` new ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from castlm.output import read_result
+from castlm.owned import HOLDER, LOCK
+from castlm.training.checkpoint import checkpoint_steps, read_manifest
+from castlm.training.config import TrainConfig
+from tests.faults import train_as_a_command
+from tests.fuzzing import EXAMPLES
+from tests.ranks import said, start_ranks, wait_ranks
+from tests.tiny import TEXT, save_tiny
+
+FOREIGN = ("thesis.txt", "checkpoints/notes.txt", "model/README-mine.md", "replaced/x/data.txt")
+
+
+def train_and_die(config: TrainConfig, moment: int | None) -> int:
+    """Trains; the process kills itself before its `moment`-th operation on the output folder."""
+    left = iter(range(moment if moment is not None else sys.maxsize))
+    folder = os.path.realpath(config.output_dir)
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if not event.startswith(("os.", "open", "shutil.")) or event in ("os.kill", "os.listdir", "os.scandir"):
+            return
+        touches = any(isinstance(a, (str, os.PathLike)) and folder in str(a) for a in arguments)
+        if touches and next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return train_as_a_command(config)
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """What is in a folder, without locks."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (LOCK, HOLDER))
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+class Ground:
+    """The inputs of all runs, two configs, and the weights that each ends with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "text.txt").write_text(TEXT)
+        save_tiny(folder / "dense")
+        sizes = {"max_steps": 4, "save_steps": 1, "seq_len": 32, "per_device_train_batch_size": 2, "eval_tokens": 128}
+        config = TrainConfig(
+            *(str(folder / "dense"), str(folder / "text.txt"), str(folder / "straight-0")),
+            **{**sizes, "eval_steps": 4, "calibration_sequences": 2, "device": "cpu"},
+        )
+        self.configs = [replace(config, seed=seed, output_dir=str(folder / f"straight-{seed}")) for seed in (0, 1)]
+        self.weights = []
+        for one in self.configs:
+            code, text = self.run(one)
+            assert code == 0, text
+            self.weights.append((Path(one.output_dir) / "model" / "model.safetensors").read_bytes())
+        self.inputs = self.digest_of_inputs()
+
+    def digest_of_inputs(self) -> dict[str, str]:
+        return digest(self.folder / "dense") | {"text": (self.folder / "text.txt").read_text()}
+
+    def run(self, config: TrainConfig, moment: int | None = None) -> tuple[int | None, str]:
+        log = self.folder / f"log-{time.monotonic_ns()}"
+        (code,) = wait_ranks(start_ranks(train_and_die, 1, config, moment, log=log), 120)
+        return code, said(log, 1)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory) -> Ground:
+    return Ground(tmp_path_factory.mktemp("runs"))
+
+
+def machine(ground: Ground) -> type[RuleBasedStateMachine]:
+    class Runs(RuleBasedStateMachine):
+        """The folder of a run, what a user has put there, and whether a result has ever been in it."""
+
+        @initialize()
+        def begin(self) -> None:
+            self.folder = Path(tempfile.mkdtemp(dir=ground.folder)) / "out"
+            self.foreign: dict[str, str] = {}
+            self.had_result = False
+
+        def teardown(self) -> None:
+            shutil.rmtree(self.folder.parent, ignore_errors=True)
+
+        @rule(
+            which=st.integers(0, 1),
+            how=st.sampled_from(["new", "overwrite", "resume"]),
+            moment=st.one_of(st.none(), st.integers(0, 400)),
+        )
+        def start(self, which: int, how: str, moment: int | None) -> None:
+            config = replace(
+                ground.configs[which],
+                output_dir=str(self.folder),
+                resume=how == "resume",
+                overwrite=how == "overwrite",
+            )
+            before = digest(self.folder) if self.folder.is_dir() else {}
+            can_resume = how == "resume" and self.newest_checkpoint_is(which)
+            code, text = ground.run(config, moment)
+            assert code in (0, 2, -signal.SIGKILL), text
+            assert "Traceback" not in text
+            if code == 0:
+                assert self.result_is(which), "exit 0 without the result of the config"
+            elif code == 2:
+                assert text.count("castlm: error: ") == 1, text
+                assert digest(self.folder) == before if before else not self.folder.exists(), text
+                assert not can_resume, text
+                if how == "overwrite":
+                    assert self.foreign, f"overwrite is refused: {text}"
+                if how == "new":
+                    assert before, text
+
+        @precondition(lambda self: self.folder.is_dir())
+        @rule(name=st.sampled_from(FOREIGN))
+        def put(self, name: str) -> None:
+            if (self.folder / name).parent.is_dir():
+                (self.folder / name).write_text(name)
+                self.foreign[name] = name
+
+        @precondition(lambda self: self.foreign)
+        @rule(data=st.data())
+        def take_away(self, data: st.DataObject) -> None:
+            name = data.draw(st.sampled_from(sorted(self.foreign)))
+            (self.folder / name).unlink()
+            del self.foreign[name]
+
+        @invariant()
+        def nothing_is_lost(self) -> None:
+            if not hasattr(self, "folder"):
+                return
+            assert ground.digest_of_inputs() == ground.inputs
+            for name, content in self.foreign.items():
+                assert (self.folder / name).read_text() == content
+            has_result = (self.folder / "model").is_dir() and (self.folder / "model" / "castlm.json").is_file()
+            assert has_result or not self.had_result, "the result is gone"
+            self.had_result = has_result
+            if has_result:
+                read_result(self.folder / "model")
+                assert any(self.result_is(which) for which in (0, 1)), "the model is of neither config"
+            for path in checkpoint_steps(self.folder / "checkpoints").values():
+                read_manifest(path)
+
+        def result_is(self, which: int) -> bool:
+            file = self.folder / "model" / "model.safetensors"
+            return file.is_file() and file.read_bytes() == ground.weights[which]
+
+        def newest_checkpoint_is(self, which: int) -> bool:
+            whole = checkpoint_steps(self.folder / "checkpoints")
+            return bool(whole) and read_manifest(whole[max(whole)])["config"]["seed"] == which
+
+    return Runs
+
+
+def test_any_order_of_starts_and_kills_loses_nothing(ground):
+    run_state_machine_as_test(
+        machine(ground),
+        settings=settings(max_examples=1 + EXAMPLES // 10, stateful_step_count=8, deadline=None),
+    )

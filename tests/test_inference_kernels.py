@@ -1,0 +1,185 @@
+"""The CPU kernels of packed weights against a product in float64, for every format, layout and batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from castlm.core.errors import InputError
+from castlm.core.pattern import nm_mask
+from castlm.inference import native
+from castlm.inference.format import PackedSpec
+from castlm.inference.layers import PackedEmbedding, PackedLinear, pack_linear, prepare_layers_
+from castlm.inference.op import DIRECT_ROWS, packed_linear
+from castlm.inference.packed import VALUES, PackedTensor, pack, pack_integers, unpack
+
+pytestmark = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
+
+FLOATS = {values: dtype for dtype, values in VALUES.items()}
+PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (2, 3), (0, 0)]
+
+
+def random_packed(values: str, n: int, m: int, rows: int, columns: int, seed: int = 0) -> PackedTensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    mask = nm_mask(weight, n, m) if m else torch.ones_like(weight, dtype=torch.bool)
+    weight = weight.masked_fill(~mask, 0.0)
+    if values in FLOATS:
+        spec = PackedSpec(rows, columns, 0, 0, values)
+        weight = weight.to(FLOATS[values])
+        return pack(weight, n, m) if m else PackedTensor(spec, weight, None, None)
+    low, high, groups = (-128, 128, 1) if values == "int8" else (-8, 8, -(-columns // 64))
+    codes = torch.randint(low, high, (rows, columns), generator=generator).to(torch.int8) * mask
+    scales = torch.rand(rows, groups, generator=generator) + 0.1
+    return pack_integers(codes, scales if values == "int8" else scales.bfloat16(), values, n, m, mask if m else None)
+
+
+def buffer_of(packed: PackedTensor, layout: str = "best") -> Tensor:
+    spec = packed.spec
+    size = native.packed_bytes(spec.values, spec.n, spec.m, spec.rows, spec.columns, layout)
+    buffer = native.allocate(size)
+    native.repack_(buffer, packed.values, packed.mask, packed.scales, spec.values, spec.n, spec.m, spec.columns, layout)
+    return buffer
+
+
+def check_product(packed: PackedTensor, buffer: Tensor, x: Tensor) -> None:
+    weight = unpack(packed).double()
+    exact = x.double() @ weight.T
+    bound = 2e-6 * x.double().abs() @ weight.abs().T
+    if packed.spec.values not in FLOATS:  # activations are rounded to int8, a block of 64 at a time
+        blocks = F.pad(x.double().abs(), (0, -x.shape[1] % 64)).unflatten(1, (-1, 64)).amax(2, keepdim=True)
+        step = blocks.expand(-1, -1, 64).flatten(1)[:, : x.shape[1]] / 127
+        bound += 0.501 * step @ weight.abs().T
+    if x.dtype == torch.bfloat16:
+        bound += 2**-8 * (exact.abs() + bound)
+    assert ((packed_linear(x, buffer, packed.spec.rows).double() - exact).abs() <= bound + 1e-30).all()
+
+
+@pytest.mark.parametrize("values", native.VALUES)
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@pytest.mark.parametrize("layout", ["best", "rows"])
+def test_products_and_rows_of_every_format(values, n, m, layout):
+    if layout == "rows" and not m:
+        pytest.skip("a dense weight has one layout")
+    for rows, columns in ((8, 192), (5, 24), (13, 96)):
+        packed = random_packed(values, n, m, rows, columns)
+        buffer = buffer_of(packed, layout)
+        out = torch.empty(rows, columns)
+        native.unpack(buffer, 0, rows, out)
+        assert torch.equal(out, unpack(packed).float())
+        middle = torch.empty(rows - 3, columns)
+        native.unpack(buffer, 2, rows - 1, middle)
+        assert torch.equal(middle, out[2:-1])
+        for batch in (1, 2, 3, 8, 16, 17):
+            for dtype in (torch.float32, torch.bfloat16):
+                check_product(packed, buffer, torch.randn(batch, columns).to(dtype))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    values=st.sampled_from(list(native.VALUES)),
+    pattern=st.sampled_from(PATTERNS),
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 60),
+    batch=st.integers(1, DIRECT_ROWS + 40),
+    threads=st.sampled_from([1, 3]),
+    seed=st.integers(0, 2**31),
+)
+def test_products_of_any_shape(values, pattern, rows, groups, batch, threads, seed):
+    n, m = pattern
+    packed = random_packed(values, n, m, rows, groups * (m or 5), seed)
+    x = torch.randn(batch, packed.spec.columns, generator=torch.Generator().manual_seed(seed))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_product(packed, buffer_of(packed), x)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_result_does_not_depend_on_threads():
+    packed = random_packed("bf16", 2, 4, 512, 1024)
+    buffer, x = buffer_of(packed), torch.randn(5, 1024)
+    one = packed_linear(x, buffer, 512)
+    torch.set_num_threads(4)
+    try:
+        assert all(torch.equal(packed_linear(x, buffer, 512), one) for _ in range(20))
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("values", native.VALUES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_not_hidden(values, bad):
+    packed = random_packed(values, 2, 4, 8, 128)
+    x = torch.randn(1, 128)
+    x[0, 70] = bad
+    out = packed_linear(x, buffer_of(packed), 8)
+    uses = unpack(packed)[:, 70] != 0
+    assert not torch.isfinite(out[0, uses]).any()
+
+
+def test_products_keep_leading_dimensions_and_take_no_rows():
+    packed = random_packed("bf16", 2, 4, 12, 64)
+    buffer = buffer_of(packed)
+    assert packed_linear(torch.randn(2, 3, 64), buffer, 12).shape == (2, 3, 12)
+    assert packed_linear(torch.randn(0, 64), buffer, 12).shape == (0, 12)
+    assert packed_linear(torch.randn(2, 64, dtype=torch.float16), buffer, 12).dtype == torch.float16
+    assert packed_linear(torch.randn(64, 2).T, buffer, 12).shape == (2, 12)
+    assert packed_linear(torch.randn(DIRECT_ROWS + 1, 64).bfloat16(), buffer, 12).dtype == torch.bfloat16
+
+
+def test_what_does_not_fit_is_refused():
+    packed = random_packed("bf16", 2, 4, 12, 64)
+    buffer, spec = buffer_of(packed), packed.spec
+    for x, rows in ((torch.randn(1, 60), 12), (torch.randn(1, 64), 13)):
+        with pytest.raises(InputError, match="does not fit this packed weight"):
+            packed_linear(x, buffer, rows)
+    with pytest.raises(InputError, match="does not fit"):
+        packed_linear(torch.randn(1, 64), buffer[:-8], 12)
+    with pytest.raises(InputError, match="does not fit"):
+        packed_linear(torch.randn(1, 64), torch.zeros_like(buffer), 12)
+    with pytest.raises(InputError, match="do not fit"):
+        native.unpack(buffer, 3, 13, torch.empty(10, 64))
+    with pytest.raises(InputError, match="there is no kernel"):
+        native.packed_bytes("bf16", 2, 4, 12, 63)
+    with pytest.raises(InputError, match="keep exactly 2 of every 4"):
+        native.repack_(buffer, packed.values, packed.mask ^ 1, None, "bf16", 2, 4, 64)
+    for values, mask in ((packed.values[:, 1:], packed.mask), (packed.values, packed.mask[:, 1:])):
+        with pytest.raises(InputError, match="values, mask and scales do not fit"):
+            native.repack_(buffer, values, mask, None, spec.values, 2, 4, 64)
+
+
+def test_a_layer_multiplies_as_the_one_it_replaces():
+    layer = torch.nn.Linear(96, 20)
+    layer.weight.data = layer.weight.data.masked_fill(~nm_mask(layer.weight), 0.0)
+    made = pack_linear(layer, pack(layer.weight.detach(), 2, 4))
+    prepare_layers_([made])
+    x = torch.randn(2, 7, 96)
+    torch.testing.assert_close(made(x), layer(x))
+    assert dict(made.named_buffers()).keys() == {"packed"}  # the stored tensors are gone
+
+
+@pytest.mark.parametrize("values", ["bf16", "fp16", "fp32", "int8"])
+def test_an_embedding_looks_up_what_the_head_multiplies_by(values):
+    packed = random_packed(values, 0, 0, 37, 50)
+    table, head = PackedEmbedding(packed.spec, torch.float32), PackedLinear(packed.spec)
+    for suffix, tensor in packed.tensors().items():
+        setattr(table, suffix, tensor)
+    prepare_layers_([table])
+    head.share_(table.packed)
+    ids = torch.tensor([[0, 36, 5], [17, 17, 31]])
+    assert torch.equal(table(ids), unpack(packed)[ids].float())
+    assert head(torch.randn(1, 50)).shape == (1, 37)
+
+
+def test_torch_compile_traces_the_op():
+    packed = random_packed("bf16", 2, 4, 12, 64)
+    buffer = buffer_of(packed)
+    compiled = torch.compile(lambda x: packed_linear(x, buffer, 12) * 2, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(compiled(x), packed_linear(x, buffer, 12) * 2)

@@ -1,0 +1,188 @@
+"""transformers loads packed folders once castlm is imported, and fails without it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from castlm.cli.main import main
+from castlm.core.errors import InputError
+from castlm.export.packed import pack_folder
+from castlm.inference import native
+from castlm.inference.convert import pack_model_
+from castlm.inference.layers import PackedEmbedding, PackedLinear
+from castlm.models import load_model
+from tests.test_packed import change, flip_bit, pruned_folder
+from tests.tiny import FAMILIES
+
+IDS = torch.tensor([[5, 80, 200, 13, 99, 100]])
+needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """A pruned folder in bf16, and the packed one."""
+    source = pruned_folder(tmp_path_factory.mktemp("pruned") / "model")
+    pack_folder(source, source.parent / "packed")
+    return source, source.parent / "packed"
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, env=environment)
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_model_gives_the_logits_and_tokens_of_the_plain_one(family, tied, tmp_path):
+    source = pruned_folder(tmp_path / "source", family, tie_word_embeddings=tied)
+    pack_folder(source, tmp_path / "packed")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
+    assert len(layers) == {"gpt2": 9, "opt": 13, "gemma": 14}.get(
+        family, 15
+    )  # Gemma's own embedding stays, and its head
+    torch.testing.assert_close(packed(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(packed.generate(IDS, **options), plain.generate(IDS, **options))
+
+
+@needs_kernels
+def test_a_tied_table_is_held_once(folders, tmp_path):
+    source = pruned_folder(tmp_path / "source", tie_word_embeddings=True)
+    pack_folder(source, tmp_path / "packed")
+    pack_folder(source, tmp_path / "int8", head="int8")
+    for name in ("packed", "int8"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert isinstance(model.model.embed_tokens, PackedEmbedding)
+        assert model.lm_head.packed.data_ptr() == model.model.embed_tokens.packed.data_ptr()
+        assert not [p for p in model.parameters() if p.dim() > 1]
+        exact = load_model(tmp_path / name).model
+        torch.testing.assert_close(model(IDS).logits, exact(IDS).logits, rtol=0.05, atol=0.05)
+
+
+@needs_kernels
+def test_a_model_is_packed_in_memory(folders):
+    source = folders[0]
+    model = load_model(source).model
+    plain = model(IDS).logits
+    assert len(pack_model_(model)) == 14
+    torch.testing.assert_close(model(IDS).logits, plain, rtol=1e-4, atol=1e-4)
+    dense = load_model(source).model
+    pack_model_(dense, 0, 0)
+    torch.testing.assert_close(dense(IDS).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_without_kernels_weights_are_unpacked_and_it_is_said(folders, monkeypatch, caplog):
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    model = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    plain = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
+    assert torch.equal(model(IDS).logits, plain(IDS).logits)
+
+
+def test_load_model_unpacks(folders):
+    packed, plain = (load_model(folder).model.state_dict() for folder in reversed(folders))
+    assert packed.keys() == plain.keys()
+    assert all(torch.equal(packed[name], plain[name]) for name in plain)
+
+
+def test_conv1d_comes_back_in_its_layout(tmp_path):
+    source = pruned_folder(tmp_path / "source", "gpt2")
+    pack_folder(source, tmp_path / "packed")
+    packed, plain = (load_model(tmp_path / name).model.state_dict() for name in ("packed", "source"))
+    assert all(torch.equal(packed[name], plain[name]) for name in plain)
+
+
+def test_an_import_of_castlm_registers_and_imports_neither_torch_nor_transformers(folders):
+    done = python(
+        "import sys, castlm\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"print(type(AutoModelForCausalLM.from_pretrained({str(folders[1])!r}).model.layers[0].mlp.up_proj).__name__)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("PackedLinear", "Linear")
+
+
+def test_castlm_may_be_imported_after_transformers(folders):
+    done = python(
+        "from transformers import AutoModelForCausalLM\nimport transformers.quantizers.auto as auto\nimport castlm\n"
+        "import importlib; importlib.reload(castlm)\n"
+        f"AutoModelForCausalLM.from_pretrained({str(folders[1])!r})\n"
+        "assert 'castlm' in auto.AUTO_QUANTIZER_MAPPING"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_castlm_loading_fails(folders):
+    done = python(
+        f"from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({str(folders[1])!r})"
+    )
+    assert done.returncode == 1
+    assert "no file named model.safetensors" in done.stderr
+
+
+def test_damaged_files_are_refused(folders, tmp_path):
+    folder = change(folders[1], tmp_path / "changed", flip_bit)
+    with pytest.raises(InputError, match="keep exactly 2 of every 4"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@needs_kernels
+def test_a_packed_model_is_not_saved_by_transformers(folders, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folders[1])
+    with pytest.raises(ValueError, match="castlm"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+# ---- text
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_generate_prints_text_and_its_speed(folders, which, capsys):
+    assert main(["generate", str(folders[which]), "--prompt", "Story", "--max-new-tokens", "6"]) == 0
+    output = capsys.readouterr()
+    assert output.out.endswith("\n")
+    assert "6 new tokens" in output.err
+    assert main(["generate", str(folders[which]), "--prompt", "", "--max-new-tokens", "6"]) == 2
+    assert main(["generate", str(folders[which]), "--prompt", "a", "--max-new-tokens", "600"]) == 2
+    assert main(["generate", str(folders[which]), "--prompt", "a", "--temperature", "-1"]) == 2
+
+
+def test_serve_answers_the_openai_client(folders, tmp_path):
+    openai = pytest.importorskip("openai", reason="the extra castlm[serve] is not installed")
+    pytest.importorskip("uvicorn", reason="the extra castlm[serve] is not installed")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "castlm", "serve", str(folders[1]), "--port", str(port), "--threads", "1"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    log = (tmp_path / "log").open("w")
+    server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+        for _ in range(600):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            try:
+                client.models.list()
+                break
+            except openai.APIConnectionError:
+                time.sleep(0.2)
+        answer = client.completions.create(model=str(folders[1]), prompt="Story", max_tokens=5)
+        assert answer.usage.completion_tokens == 5
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
+        log.close()
