@@ -27,6 +27,7 @@ from castlm.data.documents import open_documents, split_documents, text_hash
 from castlm.export.card import model_card
 from castlm.export.verify import verify
 from castlm.fields import choices_of, hints_of
+from castlm.inference.format import PackedSpec
 from castlm.models import load_model
 from castlm.names import markdown, markdown_code, printable
 from castlm.planning.law import FORMS, Law
@@ -120,6 +121,30 @@ def test_weights(here, content):
         if not isinstance(report, InputError):
             json.dumps(report.as_dict())
             assert printable(report.text().replace("\n", "")) == report.text().replace("\n", "")
+
+
+def packed_file(metadata: bytes) -> bytes:
+    """A file with one layer in castlm's packed format, and this metadata of it."""
+    tensors = {"values": torch.zeros(8, 4, dtype=torch.bfloat16), "mask": torch.full((8, 1), 0x33, dtype=torch.uint8)}
+    text = metadata.decode("utf-8", "replace")
+    return save({f"model.layers.0.x.{name}": tensor for name, tensor in tensors.items()}, metadata={"castlm": text})
+
+
+SPEC = PackedSpec(rows=8, columns=8, n=2, m=4, values="bf16").as_dict()
+PACKED = {"version": 1, "tensors": {"model.layers.0.x": SPEC}}
+
+
+def test_the_packed_file_that_is_fuzzed_is_valid(here):
+    content = packed_file(to_json(PACKED))
+    assert verify(put(new(here), a__safetensors=content) / "a.safetensors").totals()["groups"] == 16
+    with pytest.raises(InputError, match="which transformers does not read"):
+        verify(put(new(here), model__safetensors=content, config__json=to_json(CONFIG)))
+
+
+@fuzz
+@given(metadata=objects(PACKED) | objects(SPEC).map(lambda spec: to_json(PACKED).replace(to_json(SPEC), spec)))
+def test_packed_weights(here, metadata):
+    answers(verify, put(new(here), a__safetensors=packed_file(metadata)) / "a.safetensors")
 
 
 @fuzz
