@@ -52,7 +52,7 @@ def overrun() -> None:
     from tests.test_inference_kernels import buffer_of, random_packed
 
     whole = buffer_of(random_packed("bf16", 2, 4, 64, 512))
-    cut = (ctypes.c_uint8 * 512).from_buffer_copy(bytes(whole[:512].tolist()))
+    cut = (ctypes.c_uint8 * 4096).from_buffer_copy(bytes(whole[:4096].tolist()))
     x, y = torch.randn(1, 512), torch.empty(1, 64)
     native.kernels().castlm_multiply(ctypes.addressof(cut), whole.numel(), x.data_ptr(), 0, 1, 512, y.data_ptr(), 64, 1)
 

@@ -44,6 +44,12 @@ def test_refit_reaches_least_squares_on_the_kept_weights():
         torch.testing.assert_close(row[kept], best, rtol=1e-3, atol=1e-3)
 
 
+def test_refit_leaves_rows_alone_where_the_hessian_is_singular():
+    _, weight = layer()
+    pruned = weight * (torch.arange(16) % 4 < 2)
+    assert torch.equal(refit(pruned, weight, torch.zeros(16, 16), 20), pruned)
+
+
 def test_the_shifted_target_is_least_squares_towards_the_dense_output_and_the_lost_stream():
     x, weight = (tensor.double() for tensor in layer())
     dense = layer(1)[0].double()

@@ -51,7 +51,10 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         *("runs/untouched.zeroshot-*.json", "runs/untouched.zeroshot-*.log"),
     ),
     "sweep": ("sweep.json", "law.json", f"{_RUN}.yaml", f"{_RUN}.log", f"{_RUN}/"),
-    "demo": ("text/train.jsonl", "text/held_out.jsonl", "castlm/", "dense/"),
+    "demo": (
+        *("text/train.jsonl", "text/held_out.jsonl", "castlm/", "dense/", "packed/"),
+        *(".packed.tmp-*/**", ".packed.old-*/"),
+    ),
     "oneshot": ("model/", "model.rejected*/", ".model.tmp-*/**", ".model.old-*/"),
 }
 """What each command writes, relative to its output folder. `*` and `?` match within one name; a pattern that ends in

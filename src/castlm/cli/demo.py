@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from castlm.cli.demo_payoff import payoff_table
 from castlm.cli.options import parse
 from castlm.core.sparsify import prune_
 from castlm.files import atomic_write_json
@@ -26,7 +27,7 @@ from castlm.locate import DEMO
 from castlm.models import Loaded, load_model
 from castlm.output import claimed
 from castlm.owned import OUTPUT
-from castlm.progress import Screen
+from castlm.progress import Screen, note
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 
@@ -55,6 +56,7 @@ def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
         output_dir=str(folder / method),
         method="cast" if method == "castlm" else "dense",
         calibration_sequences=64,
+        rotation_iterations=50,
         max_steps=max_steps,
         seq_len=128,
         per_device_train_batch_size=4,
@@ -66,7 +68,7 @@ def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
 
 
 def run_demo(folder: Path, max_steps: int, overwrite: bool) -> None:
-    """Trains castlm and the dense control, and prints the table, a completion of each, and where the result is."""
+    """Trains castlm and the dense control, and prints what they reach, what they cost to run, and a text of each."""
     with claimed(folder, "demo", overwrite=overwrite) as claimed_folder:
         atomic_write_json(claimed_folder / OUTPUT, {"command": "demo"})
         _run_demo(claimed_folder, max_steps)
@@ -83,12 +85,16 @@ def _run_demo(folder: Path, max_steps: int) -> None:
         records[method] = train(demo_config(folder, max_steps, method))
     console.print(results_table(records["castlm"], records["dense"]))
     completions(console, folder)
+    result, packed = folder / "castlm" / "model", folder / "packed"
+    table, text = payoff_table(folder / "dense" / "model", result, packed, PROMPT, note)
+    console.print(table)
+    console.print(f"{PROMPT!r}, continued by the packed model: {text}", markup=False)
     minutes = (time.monotonic() - started) / 60
-    result = folder / "castlm" / "model"
-    console.print(f"\nproved 2:4, in {minutes:.1f} minutes: {result}", markup=False)
-    console.print(f"count the groups yourself:   castlm verify {result}", markup=False)
+    console.print(f"\nverified 2:4 model, in {minutes:.1f} minutes: {result}", markup=False)
+    console.print(f"count the groups yourself:  castlm verify {result}", markup=False)
+    console.print(f"chat with the packed model: castlm generate {packed} --prompt TEXT", markup=False)
     console.print(
-        f"next, on a text of your own: castlm train --model {DEMO} --dataset FILE --output-dir my-run", markup=False
+        f"train on your own text:     castlm train --model {DEMO} --dataset FILE --output-dir RUN", markup=False
     )
 
 
@@ -136,7 +142,7 @@ def complete(loaded: Loaded) -> str:
 
 @dataclass
 class DemoCommand:
-    """The main job on the embedded SmolLM2-135M-Instruct: dense to a proven 2:4, with all that it is compared to."""
+    """Train the embedded SmolLM2-135M-Instruct to a verified 2:4 model, and compare it with the dense one."""
 
     output_dir: str = "demo-output"
     """Folder for the runs and the result."""

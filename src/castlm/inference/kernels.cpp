@@ -71,21 +71,15 @@ void set_panel_value(const Header& of, uint8_t* panel, const Place& place, const
 
 // ---- the plain path: a row at a time becomes fp32
 
-EACH_CPU void expand_bfloat16(const uint16_t* from, const uint8_t* mask, int64_t columns, float* to) {
-  for (int64_t k = 0; k < columns; ++k) {
-    const uint32_t bit = mask[k / 8] >> (k % 8) & 1;
-    to[k] = from_bits((uint32_t(*from) << 16) & -bit);
-    from += bit;  // past the last value only when no bit follows; `repack` leaves room to read there
-  }
-}
-
 void expand_kept(const Header& of, const uint8_t* data, int64_t row, float* to) {
   const uint8_t* values = data + row * of.kept_row_bytes();
   const uint8_t* mask = data + of.rows * of.kept_row_bytes() + row * of.mask_row_bytes();
-  if (of.values == kBFloat16 && reinterpret_cast<uintptr_t>(values) % 2 == 0)
-    return expand_bfloat16(reinterpret_cast<const uint16_t*>(values), mask, of.columns, to);
-  int64_t index = 0;
-  for (int64_t k = 0; k < of.columns; ++k)
+  int64_t index = 0, done = 0;
+  if (of.values < kInt8 && has_avx2()) {
+    done = of.columns / 8 * 8;
+    index = avx2_expand(of, values, mask, done / 8, to);
+  }
+  for (int64_t k = done; k < of.columns; ++k)
     to[k] = mask[k / 8] >> (k % 8) & 1 ? load_value(values, of.values, index++) : 0.0f;
 }
 
@@ -203,7 +197,7 @@ int64_t data_bytes(const Header& of) {
   if (of.layout != kRows)
     return of.tiles() * (of.blocks() * of.panel_bytes() + (of.values == kInt8 ? 4 * of.tile_rows() : 0));
   const int64_t scale_bytes = of.values == kInt8 ? 4 : of.values == kInt4 ? 2 * of.blocks() : 0;
-  return of.rows * (of.kept_row_bytes() + of.mask_row_bytes() + scale_bytes) + 4;  // and room for a read past the end
+  return of.rows * (of.kept_row_bytes() + of.mask_row_bytes() + scale_bytes) + 32;  // and room for a read past the end
 }
 
 bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t columns, Header& of) {

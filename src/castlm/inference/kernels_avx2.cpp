@@ -303,6 +303,40 @@ Multiply chosen(const Header& of, int64_t batch) {
 
 }  // namespace
 
+// Kept values of a row to their columns, by whole bytes of its mask; reads up to 32 bytes past the last value. How many
+// values were used.
+template <int values>
+static int64_t expand_bytes(const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to) {
+  // Of each byte of a mask, which kept value each column takes, and 8 where it takes none.
+  static const auto order = [] {
+    struct { alignas(32) int32_t of[256][8]; } made;
+    for (int byte = 0; byte < 256; byte++)
+      for (int column = 0, next = 0; column < 8; column++) made.of[byte][column] = byte >> column & 1 ? next++ : 8;
+    return made;
+  }();
+  constexpr int kBytes = values == kFloat32 ? 4 : 2;
+  const uint8_t* at = from;
+  for (int64_t i = 0; i < num_bytes; i++) {
+    __m256 wide;
+    if (values == kFloat32) wide = _mm256_loadu_ps(reinterpret_cast<const float*>(at));
+    else if (values == kFloat16) wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    else
+      wide = _mm256_castsi256_ps(_mm256_slli_epi32(
+          _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))), 16));
+    const __m256i take = _mm256_load_si256(reinterpret_cast<const __m256i*>(order.of[mask[i]]));
+    const __m256i none = _mm256_cmpeq_epi32(take, _mm256_set1_epi32(8));
+    _mm256_storeu_ps(to + 8 * i, _mm256_andnot_ps(_mm256_castsi256_ps(none), _mm256_permutevar8x32_ps(wide, take)));
+    at += kBytes * __builtin_popcount(mask[i]);
+  }
+  return (at - from) / kBytes;
+}
+
+int64_t avx2_expand(const Header& of, const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to) {
+  return of.values == kBFloat16   ? expand_bytes<kBFloat16>(from, mask, num_bytes, to)
+         : of.values == kFloat16 ? expand_bytes<kFloat16>(from, mask, num_bytes, to)
+                                 : expand_bytes<kFloat32>(from, mask, num_bytes, to);
+}
+
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
 // The kernel of a matrix for `batch` rows of x (1, 2, or a multiple of 4); null where the plain path is to be taken.
@@ -353,6 +387,7 @@ namespace castlm {
 bool has_avx2() { return false; }
 Multiply avx2_multiply(const Header&, int64_t) { return nullptr; }
 void avx2_quantize(const float*, int64_t, int8_t*, float*) {}
+int64_t avx2_expand(const Header&, const uint8_t*, const uint8_t*, int64_t, float*) { return 0; }
 }  // namespace castlm
 
 #endif

@@ -116,6 +116,7 @@ using Multiply = void (*)(const Header&, const uint8_t* data, const Activations&
 
 bool has_avx2();
 Multiply avx2_multiply(const Header&, int64_t batch);
+int64_t avx2_expand(const Header&, const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to);
 void avx2_quantize(const float* x, int64_t columns, int8_t* narrow, float* scales);
 
 }  // namespace castlm

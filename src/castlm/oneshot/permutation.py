@@ -13,9 +13,9 @@ from torch import Tensor
 
 from castlm.core.pattern import NM
 
-_ROUNDS = 40
-_PATIENCE = 8  # rounds without a gain after which the search ends
-_ROWS = 512  # of the score that the search looks at
+_ROUNDS = 20
+_PATIENCE = 6  # rounds without a gain after which the search ends
+_ROWS = 256  # of the score that the search looks at
 _MIN_GAIN = 1e-6
 
 

@@ -29,7 +29,7 @@ from castlm.oneshot.families import describe
 from castlm.oneshot.inputs import ERROR_TOKENS, LayerInput, see_inputs
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
-from castlm.oneshot.solvers import SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
+from castlm.oneshot.solvers import MIN_DAMPING, SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
 from castlm.oneshot.walk import BlockInputs, block_stack
 
 
@@ -127,15 +127,14 @@ def _solve_refined(
     dense: Tensor, statistic: Tensor, solver: Solver, to: Settings, refinements: Refinements, shift: Shift | None
 ) -> Pruned:
     """Solves for a shifted target, and refits what is kept."""
-    hessian = damped(whole_hessian(statistic), to.damping)
-    target = (
-        dense
-        if shift is None
-        else shift.target(dense, hessian, refinements.target_asymmetry, refinements.stream_correction)
-    )
+    hessian, target = whole_hessian(statistic).clone(), dense
+    if shift is not None:
+        invertible = damped(hessian, max(to.damping, MIN_DAMPING))
+        target = shift.target(dense, invertible, refinements.target_asymmetry, refinements.stream_correction)
     pruned = solver.prune(target.clone(), statistic, to)
     if refinements.refit_iterations:
-        pruned = pruned._replace(weight=refit(pruned.weight, target, hessian, refinements.refit_iterations))
+        taken = damped(hessian, to.damping if pruned.damping is None else pruned.damping)
+        pruned = pruned._replace(weight=refit(pruned.weight, target, taken, refinements.refit_iterations))
     return pruned
 
 

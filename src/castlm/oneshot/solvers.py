@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from castlm.core.pattern import NM, Pattern
 from castlm.oneshot.sparsegpt import sparsegpt
+
+MIN_DAMPING = 1e-3
+"""Share of the mean diagonal that is at least added to a Hessian which is inverted beside SparseGPT."""
 
 _GRAM_COLUMNS = 256  # of X^T X at a time
 
@@ -88,9 +92,10 @@ def refit(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int) -> T
     """Moves the non-zeros of `weight` (rows, columns) towards the minimum of |X weight^T - X target^T|^2.
 
     Conjugate gradients on all rows at once, preconditioned by the diagonal of `hessian` = X^T X, damped; SparseGPT
-    compensates only to the right of what it prunes.
+    compensates only to the right of what it prunes. A row that does not get better stays as it is, as under a singular
+    `hessian`.
     """
-    mask, inverse = weight != 0, 1 / hessian.diagonal()
+    mask, inverse, start = weight != 0, 1 / hessian.diagonal(), weight
     weight = weight.clone()
     residual = ((target - weight) @ hessian) * mask
     direction = residual * inverse
@@ -104,7 +109,13 @@ def refit(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int) -> T
         new = (residual * preconditioned).sum(1, keepdim=True)
         direction = preconditioned + new / energy.clamp(min=1e-30) * direction
         energy = new
-    return weight
+    better = _row_errors(target - weight, hessian) < _row_errors(target - start, hessian)  # False for NaN
+    return torch.where(better.unsqueeze(1), weight, start)
+
+
+def _row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
+    """|X difference^T|^2 of each row."""
+    return ((difference @ hessian) * difference).sum(1)
 
 
 SOLVERS: dict[str, Solver] = {
