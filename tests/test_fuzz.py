@@ -9,6 +9,7 @@ import dataclasses
 import gzip
 import io
 import json
+import math
 import os
 import socket
 from pathlib import Path
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from castlm.cli.main import COMMANDS, main
+from castlm.compare.plan import CompareConfig, Plan
 from castlm.core.errors import InputError
 from castlm.data.documents import open_documents, split_documents, text_hash
 from castlm.export.card import model_card
@@ -112,11 +114,44 @@ def headers() -> st.SearchStrategy[bytes]:
     return st.builds(build, header, st.none() | st.integers(0, 2**64 - 1), st.binary(max_size=300))
 
 
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I64": 8, "BOOL": 1}
+
+
+@st.composite
+def whole_files(draw: st.DrawFn) -> bytes:
+    """Files that the safetensors library accepts, with any names, dtypes, shapes and values."""
+    stems = (
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.attn.in_proj",
+        "h.0.attn.c_attn",
+        "x.0.norm",
+        "lm_head",
+        "a.1",
+    )
+    kinds = (".weight", ".weight", "_weight", ".bias", ".qweight", ".values", "", ".\x1b[2J")
+    chosen = st.builds("".join, st.tuples(st.sampled_from(stems), st.sampled_from(kinds)))
+    header, data = {}, b""
+    for name in draw(st.lists(chosen | st.text(max_size=6), max_size=4, unique=True)):
+        dtype, shape = (
+            draw(st.just("F32") | st.sampled_from(sorted(BYTES))),
+            draw(st.lists(st.integers(0, 8), max_size=4)),
+        )
+        size = math.prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + size]}
+        data += draw(st.binary(min_size=1, max_size=9)) * (size + 1)
+        data = data[: header[name]["data_offsets"][1]]
+    text = to_json(header)
+    return len(text).to_bytes(8, "little") + text + data
+
+
 @fuzz
-@given(content=headers() | damaged(CHECKPOINT) | st.binary(max_size=40))
+@given(content=whole_files() | whole_files() | headers() | damaged(CHECKPOINT) | st.binary(max_size=40))
 def test_weights(here, content):
     folder = put(new(here), model__safetensors=content, config__json=to_json(CONFIG))
-    for path in (folder, folder / "model.safetensors"):
+    part = folder / "part.safetensors"  # of a name that is not compared with config.json
+    for path in (folder, part):
+        if path == part:
+            (folder / "model.safetensors").rename(part)
         report = answers(verify, path)
         if not isinstance(report, InputError):
             json.dumps(report.as_dict())
@@ -315,6 +350,19 @@ def test_options(changes):
         again = answers(TrainConfig.from_mapping, parse_yaml_mapping(config.as_yaml(), "config.yaml"))
         assert isinstance(again, TrainConfig)
         assert again.as_yaml() == config.as_yaml()
+
+
+@fuzz
+@given(common=option_values(), variant=option_values(), more=VALUES, seeds=st.integers(1, 3) | st.integers())
+def test_plans_of_a_comparison(here, tiny, common, variant, more, seeds):
+    folder = new(here)
+    for name, content in {**tiny, "a.txt": TEXTS[".txt"]}.items():
+        (folder / name).write_bytes(content)
+    put(folder, common__yaml=to_json(common), variants__yaml=to_json({"one": variant, "two": more}))
+    text = str(folder / "a.txt")
+    files = {"config": str(folder / "common.yaml"), "variants": str(folder / "variants.yaml")}
+    config = CompareConfig(str(folder), text, text, str(folder / "out"), 4096, seeds=seeds, **files)
+    answers(Plan, config, lambda _: None)
 
 
 @fuzz
