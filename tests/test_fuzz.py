@@ -62,6 +62,19 @@ CHECKPOINT = save(WEIGHTS)
 ROW = b'{"text": "once upon a time"}\n'
 TEXTS = {".txt": b"once upon\n<|endoftext|>\na time\n", ".jsonl": 3 * ROW, ".jsonl.gz": gzip.compress(3 * ROW, mtime=0)}
 RUN_YAML = "max_steps: 10\ndecay: horizon\nmethod: cast\n"
+STEP = {
+    "step": 10,
+    "tokens": 1000,
+    "loss": 2.5,
+    "kl": 0.1,
+    "tokens_per_s": 100.0,
+    "perplexity": 9.0,
+    "masked_share": {"model.layers.0.mlp.up_proj": 0.1},
+    "masked_histogram": [0] * 54,
+    "peak_memory_bytes": 1 << 30,
+    "sparse_weight_ratio": 0.9,
+    "flip_rate": 0.1,
+}
 METRICS = [{"step": i, "tokens": 100 * i, "prune_now_ppl": 9.0 - i / 10, "alpha": i / 5} for i in range(1, 10)]
 
 
@@ -312,6 +325,17 @@ def test_metrics_of_a_run(here, rows, config, target):
     answers(watch_run, folder, target)
 
 
+@fuzz
+@given(
+    rows=st.lists(st.sampled_from([*METRICS, STEP]).flatmap(objects), max_size=4),
+    config=damaged(RUN_YAML.encode()) | st.just(RUN_YAML.encode()),
+)
+def test_report_of_a_run(here, capsys, rows, config):
+    folder = put(new(here), metrics__jsonl=b"\n".join([*map(to_json, METRICS), *rows]), config__yaml=config)
+    assert answers(main, ["report", str(folder)]) in (0, 2)
+    assert "unexpected" not in capsys.readouterr().err
+
+
 # ---- options
 
 
@@ -376,9 +400,10 @@ def test_plans_of_a_comparison(here, tiny, common, variant, more, seeds):
         max_size=4,
     ),
 )
-def test_command_lines(here, patch, command, arguments):
+def test_command_lines(here, patch, capsys, command, arguments):
     patch.chdir(new(here))
     assert answers(main, [*command.split(), *arguments]) in (0, 1, 2)
+    assert "unexpected" not in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
