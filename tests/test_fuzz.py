@@ -40,7 +40,7 @@ from castlm.planning.watch import watch_run
 from castlm.reading import open_regular
 from castlm.training.config import TrainConfig
 from castlm.training.metrics_file import read_evaluations
-from castlm.yaml_file import parse_yaml_mapping, read_yaml_mapping
+from castlm.yaml_file import parse_yaml_mapping, read_yaml_mapping, to_yaml
 
 from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json
 from .tiny import save_tiny
@@ -345,6 +345,11 @@ def test_report_of_a_run(here, capsys, rows, config):
 )
 def test_yaml(here, content):
     answers(read_yaml_mapping, put(new(here), a__yaml=content) / "a.yaml")
+
+
+@pytest.mark.parametrize("text", ["0\x85", "a\u2028b", "a\nb", "2:4", "no", "1e-4", "\x1b[2J", "- 'a\"", "café"])
+def test_text_comes_back_from_yaml(text):
+    assert parse_yaml_mapping(to_yaml({"a": text}), "a.yaml") == {"a": text}
 
 
 def test_yaml_that_would_grow_is_refused():
