@@ -29,6 +29,7 @@ from castlm.core.sparsify import prune_
 from castlm.export.packed import pack_folder
 from castlm.inference import native
 from castlm.inference.convert import pack_model_
+from castlm.inference.decode import decoding_method
 from castlm.inference.format import PackedSpec
 from castlm.inference.op import packed_linear
 from castlm.inference.packed import PackedTensor, pack, pack_integers, round_to_int8
@@ -102,6 +103,7 @@ def linear_rows(shapes: list[tuple[int, int]], clock: str = "wall") -> list[Row]
 
 
 def greedy(model: PreTrainedModel, ids: Tensor, num_tokens: int) -> Tensor:
+    """As `castlm generate` decodes: a model on castlm's kernels in castlm's loop, any other in that of transformers."""
     return model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -109,12 +111,13 @@ def greedy(model: PreTrainedModel, ids: Tensor, num_tokens: int) -> Tensor:
         min_new_tokens=num_tokens,
         do_sample=False,
         pad_token_id=0,
+        custom_generate=decoding_method(model),
     )
 
 
 @torch.inference_mode()
 def model_rows(name: str, repeats: int, num_tokens: int, prompt: int, clock: str = "wall") -> list[Row]:
-    """Greedy decoding by transformers' `generate`, and prefill, of one model in four forms."""
+    """Greedy decoding, and prefill, of one model in several forms."""
     plain = load_model(name).model
     prune_(plain.bfloat16())
     models = {

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [str(ROOT / "src" / "castlm" / "inference" / name) for name in ("kernels.cpp", "kernels_avx2.cpp")]
+SOURCES = [str(file) for file in sorted((ROOT / "src" / "castlm" / "inference").glob("*.cpp"))]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
 

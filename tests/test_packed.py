@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +27,7 @@ from castlm.core.pattern import nm_mask
 from castlm.core.sparsify import prune_
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
+from castlm.files import remove_stale_temporaries
 from castlm.inference.format import FILE, INDEX, METADATA_KEY, PackedSpec, read_specs
 from castlm.inference.packed import equal_in_bits, pack, pack_integers, round_to_int8, unpack
 from castlm.models import load_model, save_model
@@ -324,6 +330,58 @@ def test_hostile_metadata_are_refused(pruned, tmp_path):
         folder = change(tmp_path / "packed", tmp_path / f"changed{i}", write)
         with pytest.raises(InputError, match="damaged"):
             read_specs([folder / FILE])
+
+
+# ---- kill
+
+
+def pack_and_die(source: Path, folder: Path, moment: int) -> int:
+    """Packs in a child that kills itself before its `moment`-th step on files. Its exit code; the steps if it ends."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        steps = itertools.count()
+
+        def hook(event: str, arguments: tuple) -> None:
+            on_files = event.startswith(("os.", "open", "shutil.", "ctypes.dlsym")) and event != "os.kill"
+            if on_files and next(steps) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        try:
+            pack_folder(source, folder, head="int8", overwrite=True)
+            os.write(write_end, str(next(steps)).encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with os.fdopen(read_end) as said:
+        taken = said.read()
+    return int(taken) if status == 0 else status
+
+
+def test_sigkill_at_any_moment_leaves_the_old_or_the_new_folder(pruned, tmp_path):
+    folder, kept = tmp_path / "packed", tmp_path / "kept"
+    pack_folder(pruned, kept)
+    old = (kept / FILE).read_bytes()
+    shutil.copytree(kept, folder)
+    total = pack_and_die(pruned, folder, -1)
+    new = (folder / FILE).read_bytes()
+    assert new != old
+    assert total > 50
+    found = []
+    for moment in sorted({*random.Random(0).sample(range(total), 15), *range(total - 25, total, 3)}):
+        shutil.rmtree(folder)
+        shutil.copytree(kept, folder)
+        assert pack_and_die(pruned, folder, moment) == -signal.SIGKILL
+        found.append((folder / FILE).read_bytes())
+        assert found[-1] in (old, new)
+        assert verify(folder).ok
+        remove_stale_temporaries(tmp_path, "packed")
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["kept", "packed"]
+    assert found.count(old) > 5
+    assert new in found
+    assert found == sorted(found, key=lambda content: content == new)  # old up to one moment, new from there on
 
 
 # ---- commands

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from castlm.core.errors import InputError
+from castlm.inference.decode import decoding_method
 from castlm.models import context_length, open_model, quiet
 
 
@@ -132,6 +133,7 @@ def generate_text(
         max_new_tokens=max_new_tokens,
         streamer=stream,
         pad_token_id=pad,
+        custom_generate=decoding_method(model, stream),
         **sampling,
     )
     started, first, last = stream.times[0], stream.times[1], stream.times[-1]

@@ -3,17 +3,10 @@
 // Called through ctypes from `native.py`, whose signatures are these.
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "matrix.h"
 #include "pool.h"
-
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
-#define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EACH_CPU
-#endif
 
 namespace castlm {
 namespace {
@@ -21,17 +14,6 @@ namespace {
 constexpr int64_t kWeightsPerThread = 1 << 16;  // fewer are multiplied sooner than a thread wakes
 constexpr int64_t kChunkBytes = 1 << 16;        // of weights that are multiplied by several batches of x in turn
 enum Error { kOk = 0, kBadSize = 1, kBadMask = 2 };
-
-// `work(first, last)` for parts of [0, count), `part` long, on as many threads.
-template <class Work>
-void in_parallel(int64_t count, int64_t part, int64_t threads, Work work) {
-  std::atomic<int64_t> next{0};
-  auto take = [&] {
-    for (int64_t first = next.fetch_add(part); first < count; first = next.fetch_add(part))
-      work(first, std::min(first + part, count));
-  };
-  Pool::of_process().run(std::min(threads, (count + part - 1) / part) - 1, take);
-}
 
 // A buffer of this thread that is kept from call to call, aligned to a cache line.
 template <int slot>
@@ -51,12 +33,6 @@ float load_value(const uint8_t* row, int32_t values, int64_t index) {
     case kInt8: return float(int8_t(row[index]));
     default: return float(((row[index / 2] >> (index % 2 * 4) & 15) ^ 8) - 8);
   }
-}
-
-// The value at `place` of a panel, without its scale.
-float panel_value(const Header& of, const uint8_t* panel, const Place& place) {
-  if (of.values == kInt4) return float((panel[place.value] >> place.value_shift & 15) - 8);
-  return load_value(panel + place.value, of.values, 0);
 }
 
 // Writes value `index` of a row of a file there.
@@ -126,26 +102,6 @@ void expand_row(const Header& of, const uint8_t* data, int64_t row, float* to) {
   if (of.values == kInt4)
     for (int64_t i = 0; i < of.blocks(); ++i)
       scale_row(to + i * kBlock, short_scale(scales + 2 * (row * of.blocks() + i)), kBlock);
-}
-
-// All rows of a tile of panels as fp32, `ld` apart; as many as `of` has.
-void expand_panels(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld) {
-  const int64_t rows = std::min(of.tile_rows(), of.rows - tile * of.tile_rows());
-  for (int64_t row = 0; row < rows; ++row) std::fill(to + row * ld, to + row * ld + of.padded(), 0.0f);
-  for (int64_t block = 0; block < of.blocks(); ++block) {
-    const uint8_t* panel = data + (tile * of.blocks() + block) * of.panel_bytes();
-    for (int64_t row = 0; row < rows; ++row) {
-      float* out = to + row * ld + block * kBlock;
-      const float scale = of.values == kInt8   ? stored_scale(row_scales(of, data) + 4 * (tile * of.tile_rows() + row))
-                          : of.values == kInt4 ? short_scale(panel + 96 + 2 * row)
-                                               : 1.0f;
-      for (int group = 0; group < kBlock / 4; ++group)
-        for (int slot = 0; slot < of.n; ++slot) {
-          const Place place = place_in_panel(of, row, group, slot);
-          out[4 * group + (panel[place.mask_byte] >> place.mask_shift & 3)] += scale * panel_value(of, panel, place);
-        }
-    }
-  }
 }
 
 EACH_CPU float dot(const float* a, const float* b, int64_t count) {
@@ -329,7 +285,7 @@ Activations rows_from(const Header& of, const Activations& x, int64_t first, int
 extern "C" {
 
 extern const int32_t castlm_inference_version;
-const int32_t castlm_inference_version = 1;
+const int32_t castlm_inference_version = 2;
 
 // 1 where the AVX2 kernels run, 0 where the plain path does.
 int castlm_has_avx2() { return has_avx2(); }
@@ -394,14 +350,19 @@ int castlm_unpack(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
   if (count != (last - first) * of.columns) return kBadSize;
   const uint8_t* data = packed + kHeaderBytes;
   const int64_t tile_rows = of.tile_rows(), first_tile = first / tile_rows;
-  in_parallel((last + tile_rows - 1) / tile_rows - first_tile, 1, threads, [&](int64_t begin, int64_t end) {
+  const bool fast = of.layout != kRows && has_avx2();
+  in_parallel((last + tile_rows - 1) / tile_rows - first_tile, 8, threads, [&](int64_t begin, int64_t end) {
     float* rows = static_cast<float*>(scratch<0>(tile_rows * of.padded() * 4));
     for (int64_t tile = first_tile + begin; tile < first_tile + end; ++tile) {
-      const int64_t from = std::max(first, tile * tile_rows), until = std::min(last, (tile + 1) * tile_rows);
-      if (of.layout == kPanels) expand_panels(of, data, tile, rows, of.padded());
-      else for (int64_t row = from; row < until; ++row) expand_row(of, data, row, rows + (row - tile * tile_rows) * of.padded());
+      const int64_t start = tile * tile_rows, from = std::max(first, start), until = std::min(last, start + tile_rows);
+      if (fast && until - from == tile_rows && of.columns == of.padded()) {
+        avx2_expand_tile(of, data, tile, to + (from - first) * of.columns, of.columns);
+        continue;
+      }
+      if (fast) avx2_expand_tile(of, data, tile, rows, of.padded());
+      else for (int64_t row = from; row < until; ++row) expand_row(of, data, row, rows + (row - start) * of.padded());
       for (int64_t row = from; row < until; ++row)
-        std::memcpy(to + (row - first) * of.columns, rows + (row - tile * tile_rows) * of.padded(), of.columns * 4);
+        std::memcpy(to + (row - first) * of.columns, rows + (row - start) * of.padded(), of.columns * 4);
     }
   });
   return kOk;

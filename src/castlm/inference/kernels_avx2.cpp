@@ -2,10 +2,9 @@
 // the two low bits of each control, so that one shift of 32 bytes of metadata gives the next) or of 16 bytes (`vpshufb`);
 // a panel of 4 rows by 64 columns, or 8 rows of 1:4, is one linear stream of 288, 160 or 104 bytes.
 
-#include "matrix.h"
+#include "avx2.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
+#if defined(CASTLM_AVX2)
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
@@ -22,22 +21,6 @@ template <int bytes>
 INLINE void prefetch(const uint8_t* panel) {
   for (int line = 0; line < bytes; line += 64)
     _mm_prefetch(reinterpret_cast<const char*>(panel + kPrefetchAhead + line), _MM_HINT_T0);
-}
-
-INLINE uint16_t load16(const uint8_t* at) {
-  uint16_t bits;
-  std::memcpy(&bits, at, 2);
-  return bits;
-}
-
-// Eight weights of step `e` out of the 16 at `at`.
-template <int values>
-INLINE __m256 load_step(const uint8_t* at, int e) {
-  if (values == kFloat32) return _mm256_loadu_ps(reinterpret_cast<const float*>(at) + 8 * e);
-  if (values == kFloat16) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 16 * e)));
-  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-  const __m256i odd = _mm256_set1_epi32(int(0xffff0000));
-  return _mm256_castsi256_ps(e ? _mm256_and_si256(both, odd) : _mm256_slli_epi32(both, 16));
 }
 
 // ---- 2:4 and 1:4 of floats
@@ -317,12 +300,7 @@ static int64_t expand_bytes(const uint8_t* from, const uint8_t* mask, int64_t nu
   constexpr int kBytes = values == kFloat32 ? 4 : 2;
   const uint8_t* at = from;
   for (int64_t i = 0; i < num_bytes; i++) {
-    __m256 wide;
-    if (values == kFloat32) wide = _mm256_loadu_ps(reinterpret_cast<const float*>(at));
-    else if (values == kFloat16) wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-    else
-      wide = _mm256_castsi256_ps(_mm256_slli_epi32(
-          _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))), 16));
+    const __m256 wide = load_contiguous<values>(at);
     const __m256i take = _mm256_load_si256(reinterpret_cast<const __m256i*>(order.of[mask[i]]));
     const __m256i none = _mm256_cmpeq_epi32(take, _mm256_set1_epi32(8));
     _mm256_storeu_ps(to + 8 * i, _mm256_andnot_ps(_mm256_castsi256_ps(none), _mm256_permutevar8x32_ps(wide, take)));

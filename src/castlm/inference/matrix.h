@@ -8,6 +8,13 @@
 
 #define INLINE inline __attribute__((always_inline))
 
+// A function that is compiled for each level of x86-64 and picked when the library is loaded.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+#define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EACH_CPU
+#endif
+
 namespace castlm {
 
 constexpr uint32_t kMagic = 0x6e6d3031;
@@ -117,6 +124,8 @@ using Multiply = void (*)(const Header&, const uint8_t* data, const Activations&
 bool has_avx2();
 Multiply avx2_multiply(const Header&, int64_t batch);
 int64_t avx2_expand(const Header&, const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to);
+// A tile of panels or of dense rows as fp32, all of its rows, `padded()` columns of each, `ld` apart.
+void avx2_expand_tile(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld);
 void avx2_quantize(const float* x, int64_t columns, int8_t* narrow, float* scales);
 
 }  // namespace castlm

@@ -25,7 +25,7 @@ VALUES = {"bf16": 0, "fp16": 1, "fp32": 2, "int8": 3, "int4": 4}
 LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2}
 """Codes of the layouts in memory; "best" is the fastest that this processor and the pattern allow."""
 
-_VERSION = 1  # of kernels.cpp
+_VERSION = 2  # of kernels.cpp
 _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14  # Linux; the module mmap has it from Python 3.13 on
 _BAD_MASK = 2
@@ -48,6 +48,7 @@ def load_kernels(file: str) -> ctypes.CDLL:
     library.castlm_packed_bytes.argtypes, library.castlm_packed_bytes.restype = matrix, size
     library.castlm_repack.argtypes = [*matrix, pointer, size, pointer, size, pointer, size, pointer, size, number]
     library.castlm_multiply.argtypes = [pointer, size, pointer, number, size, size, pointer, size, number]
+    library.castlm_decode.argtypes = [pointer, pointer, size, pointer, number]
     library.castlm_unpack.argtypes = [pointer, size, size, size, pointer, size, number]
     return library
 
@@ -153,6 +154,20 @@ def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
     )
     if code:
         raise InputError(f"rows {first} to {last} of shape {tuple(out.shape)} do not fit this packed weight")
+
+
+def decode(decoder: int, embedding: Tensor, position: int, logits: Tensor) -> bool:
+    """Computes the logits of one token by `castlm_decode`; False where a size does not fit.
+
+    Args:
+        decoder: address of a `Decoder` as decoder.h has it.
+        embedding: of the token, (..., hidden) fp32, contiguous.
+        position: the number of tokens before it.
+        logits: (..., vocabulary) fp32, contiguous; written.
+    """
+    assert embedding.dtype == logits.dtype == torch.float32
+    library, threads = _library(), torch.get_num_threads()
+    return not library.castlm_decode(decoder, embedding.data_ptr(), position, logits.data_ptr(), threads)
 
 
 def return_freed_memory() -> None:

@@ -6,6 +6,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -120,5 +121,16 @@ class Pool {
   void (*call_)(void*) = nullptr;
   int64_t wanted_ = 0, threads_ = 0;
 };
+
+// `work(first, last)` for parts of [0, count), `part` long, on as many threads.
+template <class Work>
+void in_parallel(int64_t count, int64_t part, int64_t threads, Work work) {
+  std::atomic<int64_t> next{0};
+  auto take = [&] {
+    for (int64_t first = next.fetch_add(part); first < count; first = next.fetch_add(part))
+      work(first, std::min(first + part, count));
+  };
+  Pool::of_process().run(std::min(threads, (count + part - 1) / part) - 1, take);
+}
 
 }  // namespace castlm

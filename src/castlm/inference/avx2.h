@@ -1,0 +1,44 @@
+// What the AVX2 files share: whether they can be compiled, and how eight weights are read.
+
+#pragma once
+
+#include <type_traits>
+
+#include "matrix.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define CASTLM_AVX2
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace castlm {
+
+INLINE uint16_t load16(const uint8_t* at) {
+  uint16_t bits;
+  std::memcpy(&bits, at, 2);
+  return bits;
+}
+
+// Eight weights that follow each other.
+template <int values>
+INLINE __m256 load_contiguous(const uint8_t* at) {
+  if (values == kFloat32) return _mm256_loadu_ps(reinterpret_cast<const float*>(at));
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+  if (values == kFloat16) return _mm256_cvtph_ps(bits);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+// Eight weights of step `e` out of the 16 at `at`, which are two vectors one after the other, or interleaved in bf16.
+template <int values>
+INLINE __m256 load_step(const uint8_t* at, int e) {
+  if (values != kBFloat16) return load_contiguous<values>(at + (values == kFloat32 ? 32 : 16) * e);
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+  const __m256i odd = _mm256_set1_epi32(int(0xffff0000));
+  return _mm256_castsi256_ps(e ? _mm256_and_si256(both, odd) : _mm256_slli_epi32(both, 16));
+}
+
+}  // namespace castlm
+#pragma GCC pop_options
+#endif

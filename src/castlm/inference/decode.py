@@ -1,0 +1,208 @@
+"""Decoding of a packed model, a token in one call of `decoder.cpp`: a `custom_generate` for transformers' `generate`.
+
+transformers prepares logits processors and stopping criteria, and runs the prompt. Between the layers of a small model
+its Python code takes longer than the multiplications do; after the first new token, none of it runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation import GenerationMode
+from transformers.generation.streamers import BaseStreamer
+
+from castlm.core.errors import InputError
+from castlm.inference import native
+from castlm.inference.layers import PackedEmbedding, PackedLinear
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+"""Classes of transformers whose layers are what `decoder.cpp` computes, by the start of their names."""
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change with the length of the sequence
+
+
+def decoding_method(model: PreTrainedModel, streamer: BaseStreamer | None = None) -> Callable[..., Tensor] | None:
+    """What `generate(custom_generate=...)` takes for one sequence without padding: `decode` where it suits `model`.
+
+    None of other models: `generate(custom_generate=None)` decodes as ever, to the same tokens.
+
+    Args:
+        streamer: takes the tokens; transformers does not hand the streamer of `generate` on to a `custom_generate`.
+    """
+    supported = _is_supported(model) and _samples_one_token(model)
+    return functools.partial(decode, streamer=streamer) if supported else None
+
+
+def _samples_one_token(model: PreTrainedModel) -> bool:
+    mode = model.generation_config.get_generation_mode()
+    return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+def _is_supported(model: Any) -> bool:
+    if native.kernels() is None or type(model).__name__ not in {f"{family}ForCausalLM" for family in FAMILIES}:
+        return False
+    config, layers = model.config, model.model.layers
+    linear = [layer.self_attn.get_submodule(name) for layer in layers for name in _ATTENTION]
+    linear += [layer.mlp.get_submodule(name) for layer in layers for name in _MLP]
+    packed = [*linear, model.lm_head]
+    types = getattr(config, "layer_types", None) or ()
+    whole = (
+        all(kind == "full_attention" for kind in types) if types else getattr(config, "sliding_window", None) is None
+    )
+    return (
+        all(isinstance(layer, PackedLinear) for layer in packed)
+        and isinstance(model.model.embed_tokens, PackedEmbedding)
+        and whole
+        and config.hidden_act == "silu"
+        and getattr(model.model.rotary_emb, "rope_type", None) in _STATIC_ROPE
+        and model.model.embed_tokens.dtype == torch.float32
+        and all(tensor.device.type == "cpu" for tensor in (*model.buffers(), *model.parameters()))
+        and all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        and len({norm.variance_epsilon for norm in _norms(model)}) == 1
+    )
+
+
+def _norms(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "variance_epsilon")]
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [
+        ("packed", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bytes", "rows", "columns")),
+        ("bias", ctypes.c_void_p),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
+    ]
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "capacity")
+        ),
+        *((name, ctypes.c_float) for name in ("epsilon", "scale")),
+        ("layers", ctypes.POINTER(_Layer)),
+        ("norm", ctypes.c_void_p),
+        ("head", _Weight),
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines")),
+    ]
+
+
+def _weight(layer: PackedLinear) -> _Weight:
+    bias = None if layer.bias is None else layer.bias.data_ptr()
+    packed = layer.packed
+    return _Weight(packed.data_ptr(), packed.numel(), layer.out_features, layer.in_features, bias)
+
+
+def _norm(module: Any) -> int | None:
+    return None if module is None else module.weight.data_ptr()
+
+
+class DecoderState:
+    """A model and its cache, which holds the keys and values of up to `capacity` tokens in fp32.
+
+    Args:
+        model: one that `decoding_method` supports.
+        cache: transformers' `Cache` of the prompt; it is copied.
+    """
+
+    def __init__(self, model: Any, cache: Any, capacity: int):
+        self.model, self.length, config = model, cache.get_seq_length(), model.config
+        layers = model.model.layers
+        kv_heads, head_dim = cache.layers[0].keys.shape[1], cache.layers[0].keys.shape[3]
+        self._keys, self._values = torch.empty(2, len(layers), kv_heads, capacity, head_dim).unbind(0)
+        for i, layer in enumerate(cache.layers):
+            self._keys[i, :, : self.length] = layer.keys[0]
+            self._values[i, :, : self.length] = layer.values[0]
+        angles = model.model.rotary_emb(self._keys, torch.arange(capacity)[None])
+        self._cosines, self._sines = (part[0].float().contiguous() for part in angles)
+        if self._cosines.shape != (capacity, head_dim):
+            raise InputError(f"rotary embedding of width {self._cosines.shape[1]} in heads of {head_dim}")
+        self._layers = (_Layer * len(layers))(*(self._layer(i) for i in range(len(layers))))
+        self._of = _Decoder(
+            *(len(layers), config.hidden_size, config.num_attention_heads, kv_heads, head_dim),
+            *(config.intermediate_size, capacity, model.model.norm.variance_epsilon, layers[0].self_attn.scaling),
+            *(self._layers, _norm(model.model.norm), _weight(model.lm_head)),
+            *(self._cosines.data_ptr(), self._sines.data_ptr()),
+        )
+
+    def _layer(self, index: int) -> _Layer:
+        layer = self.model.model.layers[index]
+        linear = [layer.self_attn.get_submodule(name) for name in _ATTENTION]
+        linear += [layer.mlp.get_submodule(name) for name in _MLP]
+        norms = (
+            layer.input_layernorm,
+            layer.post_attention_layernorm,
+            getattr(layer.self_attn, "q_norm", None),
+            getattr(layer.self_attn, "k_norm", None),
+        )
+        pointers = (*map(_norm, norms), self._keys[index].data_ptr(), self._values[index].data_ptr())
+        return _Layer(*map(_weight, linear), *pointers)
+
+    def step(self, token: Tensor) -> Tensor:
+        """Logits (1, vocabulary) in fp32 after `token` (1,), which joins the cache.
+
+        Raises:
+            InputError: the cache is full.
+        """
+        embedding = self.model.model.embed_tokens(token)
+        logits = torch.empty(1, self.model.lm_head.out_features)
+        if not native.decode(ctypes.addressof(self._of), embedding, self.length, logits):
+            raise InputError(f"token {self.length} does not fit a cache of {self._of.capacity}")
+        self.length += 1
+        return logits
+
+
+def decode(
+    model: PreTrainedModel,
+    input_ids: Any,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: Any = None,
+    **_: Any,
+) -> Tensor:
+    """Called by `generate`: continues one sequence (1, num_tokens) greedily or by sampling, as its configuration says.
+
+    Raises:
+        InputError: more than one sequence.
+    """
+    if input_ids.shape[0] != 1:
+        raise InputError(f"a batch of {input_ids.shape[0]} sequences: castlm's decoding takes one at a time")
+    output = model(input_ids, use_cache=True, logits_to_keep=1)
+    cache = next(value for value in output.values() if isinstance(value, Cache))
+    state = DecoderState(model, cache, generation_config.max_length)
+    logits = output.logits[:, -1].float()
+    while True:
+        scores = logits_processor(input_ids, logits)
+        token = torch.multinomial(scores.softmax(-1), 1)[0] if generation_config.do_sample else scores.argmax(-1)
+        input_ids = torch.cat([input_ids, token[None]], dim=1)
+        if streamer is not None:
+            streamer.put(token)
+        if bool(stopping_criteria(input_ids, scores).all()):
+            break
+        logits = state.step(token)
+    if streamer is not None:
+        streamer.end()
+    return input_ids

@@ -1,0 +1,173 @@
+// One token through a decoder with packed weights: RMS norms, rotary embedding, attention over a cache, gated MLP, output
+// head. Between the layers of a small model, Python takes longer than the multiplications do; here nothing comes between.
+
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "matrix.h"
+#include "pool.h"
+
+extern "C" int castlm_multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int is_bfloat16, int64_t batch,
+                               int64_t columns, uint8_t* y, int64_t rows, int threads);
+
+namespace castlm {
+namespace {
+
+constexpr int64_t kCachePerThread = 1 << 16;  // elements of keys; fewer are read sooner than a thread wakes
+
+// exp to within 2e-7 of its value, in operations that a compiler turns into vectors (cephes' expf).
+INLINE float fast_exp(float x) {
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;  // NaN stays
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits are the nearest integer
+  const float whole = shifted - 12582912.0f;
+  const float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return (p * r * r + r + 1.0f) * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
+}
+
+INLINE float dot(const float* a, const float* b, int64_t count) {
+  float sums[8] = {}, rest = 0;
+  int64_t k = 0;
+  for (; k + 8 <= count; k += 8)
+    for (int i = 0; i < 8; ++i) sums[i] += a[k + i] * b[k + i];
+  for (; k < count; ++k) rest += a[k] * b[k];
+  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7])) + rest;
+}
+
+EACH_CPU void rms_norm(const float* x, const float* weight, int64_t count, float epsilon, float* to) {
+  const float factor = 1.0f / std::sqrt(dot(x, x, count) / float(count) + epsilon);
+  for (int64_t k = 0; k < count; ++k) to[k] = weight[k] * (x[k] * factor);
+}
+
+EACH_CPU void add_to(float* sum, const float* x, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) sum[k] += x[k];
+}
+
+EACH_CPU void silu_times(float* gate, const float* up, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) gate[k] = gate[k] / (1.0f + fast_exp(-gate[k])) * up[k];
+}
+
+void rotate(float* head, const float* cosines, const float* sines, int64_t head_dim) {
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float low = head[i], high = head[half + i];
+    head[i] = low * cosines[i] - high * sines[i];
+    head[half + i] = high * cosines[half + i] + low * sines[half + i];
+  }
+}
+
+// One query over `length` keys and values of its head.
+EACH_CPU void attend(const float* query, const float* keys, const float* values, int64_t length, int64_t head_dim,
+                     float scale, float* weights, float* to) {
+  float largest = -INFINITY, total = 0;
+  for (int64_t t = 0; t < length; ++t) {
+    weights[t] = scale * dot(query, keys + t * head_dim, head_dim);
+    largest = weights[t] > largest ? weights[t] : largest;
+  }
+  for (int64_t t = 0; t < length; ++t) weights[t] = fast_exp(weights[t] - largest);
+  for (int64_t t = 0; t < length; ++t) total += weights[t];
+  std::fill(to, to + head_dim, 0.0f);
+  for (int64_t t = 0; t < length; ++t)
+    for (int64_t i = 0; i < head_dim; ++i) to[i] += weights[t] * values[t * head_dim + i];
+  for (int64_t i = 0; i < head_dim; ++i) to[i] /= total;
+}
+
+class Step {
+ public:
+  Step(const Decoder& of, int64_t position, int threads) : of_(of), position_(position), threads_(threads) {}
+
+  // False where a size does not fit.
+  bool run(const float* embedding, float* logits) {
+    const int64_t heads = of_.heads * of_.head_dim;
+    x_.assign(embedding, embedding + of_.hidden);
+    normed_.resize(of_.hidden), added_.resize(of_.hidden), query_.resize(heads), mixed_.resize(heads);
+    key_.resize(of_.kv_heads * of_.head_dim), value_.resize(of_.kv_heads * of_.head_dim);
+    gate_.resize(of_.intermediate), up_.resize(of_.intermediate);
+    for (int64_t i = 0; i < of_.num_layers; ++i)
+      if (!attention(of_.layers[i]) || !mlp(of_.layers[i])) return false;
+    rms_norm(x_.data(), of_.norm, of_.hidden, of_.epsilon, normed_.data());
+    return multiply(of_.head, normed_, logits);
+  }
+
+ private:
+  bool multiply(const Weight& by, const std::vector<float>& x, float* y) {
+    const auto* from = reinterpret_cast<const uint8_t*>(x.data());
+    if (int64_t(x.size()) != by.columns) return false;
+    if (castlm_multiply(by.packed, by.bytes, from, 0, 1, by.columns, reinterpret_cast<uint8_t*>(y), by.rows, threads_))
+      return false;
+    if (by.bias) add_to(y, by.bias, by.rows);
+    return true;
+  }
+  bool multiply(const Weight& by, const std::vector<float>& x, std::vector<float>& y) {
+    return by.rows == int64_t(y.size()) && multiply(by, x, y.data());
+  }
+
+  void place_heads(std::vector<float>& all, const float* norm) {
+    const float *cosines = of_.cosines + position_ * of_.head_dim, *sines = of_.sines + position_ * of_.head_dim;
+    for (float* head = all.data(); head < all.data() + all.size(); head += of_.head_dim) {
+      if (norm) rms_norm(head, norm, of_.head_dim, of_.epsilon, head);
+      rotate(head, cosines, sines, of_.head_dim);
+    }
+  }
+
+  bool attention(const DecoderLayer& layer) {
+    rms_norm(x_.data(), layer.attention_norm, of_.hidden, of_.epsilon, normed_.data());
+    if (!multiply(layer.q, normed_, query_) || !multiply(layer.k, normed_, key_) || !multiply(layer.v, normed_, value_))
+      return false;
+    place_heads(query_, layer.q_norm);
+    place_heads(key_, layer.k_norm);
+    const int64_t width = of_.head_dim, stride = of_.capacity * width, length = position_ + 1;
+    for (int64_t head = 0; head < of_.kv_heads; ++head) {
+      std::copy_n(&key_[head * width], width, layer.keys + head * stride + position_ * width);
+      std::copy_n(&value_[head * width], width, layer.values + head * stride + position_ * width);
+    }
+    const int64_t most = std::max<int64_t>(1, length * width * of_.kv_heads / kCachePerThread);
+    in_parallel(of_.heads, 1, std::min<int64_t>(threads_, most), [&](int64_t first, int64_t last) {
+      static thread_local std::vector<float> weights;
+      if (int64_t(weights.size()) < length) weights.resize(length);
+      for (int64_t head = first; head < last; ++head) {
+        const int64_t at = head / (of_.heads / of_.kv_heads) * stride;
+        attend(&query_[head * width], layer.keys + at, layer.values + at, length, width, of_.scale, weights.data(),
+               &mixed_[head * width]);
+      }
+    });
+    if (!multiply(layer.o, mixed_, added_)) return false;
+    add_to(x_.data(), added_.data(), of_.hidden);
+    return true;
+  }
+
+  bool mlp(const DecoderLayer& layer) {
+    rms_norm(x_.data(), layer.mlp_norm, of_.hidden, of_.epsilon, normed_.data());
+    if (!multiply(layer.gate, normed_, gate_) || !multiply(layer.up, normed_, up_)) return false;
+    silu_times(gate_.data(), up_.data(), of_.intermediate);
+    if (!multiply(layer.down, gate_, added_)) return false;
+    add_to(x_.data(), added_.data(), of_.hidden);
+    return true;
+  }
+
+  const Decoder& of_;
+  const int64_t position_;
+  const int threads_;
+  std::vector<float> x_, normed_, added_, query_, key_, value_, mixed_, gate_, up_;
+};
+
+}  // namespace
+}  // namespace castlm
+
+extern "C" {
+
+// The logits (head.rows,) of the token whose embedding is `embedding` (hidden,), at `position` after as many in the
+// cache, which takes its keys and values. 1 where sizes do not fit.
+int castlm_decode(const castlm::Decoder* of, const float* embedding, int64_t position, float* logits, int threads) {
+  if (position < 0 || position >= of->capacity || of->kv_heads < 1 || of->heads % of->kv_heads || of->head_dim % 2) return 1;
+  return castlm::Step(*of, position, threads).run(embedding, logits) ? 0 : 1;
+}
+}

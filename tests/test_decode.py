@@ -1,0 +1,130 @@
+"""Decoding in one call per token gives the tokens of transformers, and leaves other models to transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from castlm.core.errors import InputError
+from castlm.core.sparsify import prune_
+from castlm.inference import native
+from castlm.inference.convert import pack_model_
+from castlm.inference.decode import DecoderState, decode, decoding_method
+from castlm.inference.generate import generate_text
+from tests.tiny import tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
+
+IDS = torch.tensor([[5, 80, 200, 13, 99, 100]])
+CASES = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    ("mistral", {"sliding_window": None}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {}),
+]
+
+
+def packed_model(family: str, n: int = 2, m: int = 4, **over) -> PreTrainedModel:
+    model = tiny_model(family, **over)
+    prune_(model)
+    pack_model_(model, n, m, dtype=torch.float32)
+    return model
+
+
+def generate(model: PreTrainedModel, fast: bool, **over) -> Tensor:
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0} | over
+    mask = torch.ones_like(IDS)
+    return model.generate(
+        input_ids=IDS, attention_mask=mask, custom_generate=decoding_method(model) if fast else None, **options
+    )
+
+
+@pytest.mark.parametrize(("family", "over"), CASES)
+def test_logits_are_those_of_the_model(family, over):
+    model = packed_model(family, **over)
+    assert decoding_method(model) is not None
+    with torch.inference_mode():
+        exact = model(IDS).logits[0]
+        prompt = model(IDS[:, :2], use_cache=True)
+        cache = prompt.get("past_key_values", prompt.get("cache"))
+        state = DecoderState(model, cache, IDS.shape[1])
+        for i in range(2, IDS.shape[1]):
+            torch.testing.assert_close(state.step(IDS[0, i : i + 1])[0], exact[i], rtol=1e-4, atol=1e-4)
+        with pytest.raises(InputError, match="does not fit a cache of 6"):
+            state.step(IDS[0, :1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "temperature": 0.8, "top_k": 20},
+        {"repetition_penalty": 1.5},
+        {"eos_token_id": list(range(0, 256, 5))},
+        {"max_new_tokens": 1},
+    ],
+)
+def test_tokens_are_those_of_transformers_under_every_option(options):
+    model = packed_model("llama")
+    assert torch.equal(generate(model, True, **options), generate(model, False, **options))
+
+
+def test_a_dense_model_on_the_kernels_decodes_too():
+    model = packed_model("llama", 0, 0)
+    assert torch.equal(generate(model, True), generate(model, False))
+
+
+def test_threads_do_not_change_the_tokens():
+    model = packed_model("llama")
+    one = generate(model, True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(generate(model, True), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_text_is_streamed():
+    model, pieces = packed_model("llama"), []
+    done = generate_text(model, tiny_tokenizer(), IDS, max_new_tokens=9, write=pieces.append)
+    assert "".join(pieces) == done.text
+    assert done.new_tokens == 9
+    assert done.tokens_per_second > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "over"),
+    [
+        ("gemma", {}),
+        ("gpt2", {}),
+        ("mistral", {"sliding_window": 4}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+    ],
+)
+def test_other_models_are_left_to_transformers(family, over):
+    model = tiny_model(family, **over)
+    assert decoding_method(model) is None
+    if family != "gpt2":  # its Conv1D layers are packed from a folder
+        prune_(model)
+        pack_model_(model)
+        assert decoding_method(model) is None
+
+
+def test_a_plain_model_and_beam_search_are_left_to_transformers():
+    assert decoding_method(tiny_model("llama")) is None
+    model = packed_model("llama")
+    model.generation_config.num_beams = 3
+    assert decoding_method(model) is None
+
+
+def test_several_sequences_are_refused():
+    model = packed_model("llama")
+    with pytest.raises(InputError, match="a batch of 2 sequences"):
+        model.generate(input_ids=IDS.expand(2, -1), max_new_tokens=2, pad_token_id=0, custom_generate=decode)
