@@ -258,7 +258,7 @@ def test_a_mask_that_is_not_its_weights_stops_the_run(gemma, text, tmp_path, mon
         self.set_mask(param, self.mask(param).roll(4))
 
     monkeypatch.setattr(AdamS, "refresh_masks", shifted)
-    with pytest.raises(RuntimeError, match=r"the mask of model\.layers\.1\.\S+ is not that of its weight"):
+    with pytest.raises(RuntimeError, match=r"the mask of model\.layers\.1\.\S+ does not match its weight"):
         train(small(gemma, text, tmp_path / "run", 1, **START))
 
 
