@@ -49,10 +49,11 @@ def to_yaml(content: Mapping[str, Any]) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Quotes text with line breaks, which would be folded and read back as spaces."""
+        """Quotes text that would be read back as another value: line breaks are folded, `1e-4` is a number."""
 
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+        is_plain = value.isprintable() and isinstance(_plain_value(value), str)
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if is_plain else '"')
 
     Dumper.add_representer(str, text)
     return str(yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True))
