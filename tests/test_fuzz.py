@@ -9,6 +9,7 @@ import dataclasses
 import gzip
 import io
 import json
+import math
 import os
 import socket
 from pathlib import Path
@@ -22,11 +23,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from castlm.cli.main import COMMANDS, main
+from castlm.compare.plan import CompareConfig, Plan
 from castlm.core.errors import InputError
 from castlm.data.documents import open_documents, split_documents, text_hash
 from castlm.export.card import model_card
 from castlm.export.verify import verify
 from castlm.fields import choices_of, hints_of
+from castlm.inference.format import PackedSpec
 from castlm.models import load_model
 from castlm.names import markdown, markdown_code, printable
 from castlm.planning.law import FORMS, Law
@@ -37,7 +40,7 @@ from castlm.planning.watch import watch_run
 from castlm.reading import open_regular
 from castlm.training.config import TrainConfig
 from castlm.training.metrics_file import read_evaluations
-from castlm.yaml_file import parse_yaml_mapping, read_yaml_mapping
+from castlm.yaml_file import parse_yaml_mapping, read_yaml_mapping, to_yaml
 
 from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json
 from .tiny import save_tiny
@@ -59,6 +62,19 @@ CHECKPOINT = save(WEIGHTS)
 ROW = b'{"text": "once upon a time"}\n'
 TEXTS = {".txt": b"once upon\n<|endoftext|>\na time\n", ".jsonl": 3 * ROW, ".jsonl.gz": gzip.compress(3 * ROW, mtime=0)}
 RUN_YAML = "max_steps: 10\ndecay: horizon\nmethod: cast\n"
+STEP = {
+    "step": 10,
+    "tokens": 1000,
+    "loss": 2.5,
+    "kl": 0.1,
+    "tokens_per_s": 100.0,
+    "perplexity": 9.0,
+    "masked_share": {"model.layers.0.mlp.up_proj": 0.1},
+    "masked_histogram": [0] * 54,
+    "peak_memory_bytes": 1 << 30,
+    "sparse_weight_ratio": 0.9,
+    "flip_rate": 0.1,
+}
 METRICS = [{"step": i, "tokens": 100 * i, "prune_now_ppl": 9.0 - i / 10, "alpha": i / 5} for i in range(1, 10)]
 
 
@@ -111,15 +127,72 @@ def headers() -> st.SearchStrategy[bytes]:
     return st.builds(build, header, st.none() | st.integers(0, 2**64 - 1), st.binary(max_size=300))
 
 
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I64": 8, "BOOL": 1}
+
+
+@st.composite
+def whole_files(draw: st.DrawFn) -> bytes:
+    """Files that the safetensors library accepts, with any names, dtypes, shapes and values."""
+    stems = (
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.attn.in_proj",
+        "h.0.attn.c_attn",
+        "x.0.norm",
+        "lm_head",
+        "a.1",
+    )
+    kinds = (".weight", ".weight", "_weight", ".bias", ".qweight", ".values", "", ".\x1b[2J")
+    chosen = st.builds("".join, st.tuples(st.sampled_from(stems), st.sampled_from(kinds)))
+    header, data = {}, b""
+    for name in draw(st.lists(chosen | st.text(max_size=6), max_size=4, unique=True)):
+        dtype, shape = (
+            draw(st.just("F32") | st.sampled_from(sorted(BYTES))),
+            draw(st.lists(st.integers(0, 8), max_size=4)),
+        )
+        size = math.prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + size]}
+        data += draw(st.binary(min_size=1, max_size=9)) * (size + 1)
+        data = data[: header[name]["data_offsets"][1]]
+    text = to_json(header)
+    return len(text).to_bytes(8, "little") + text + data
+
+
 @fuzz
-@given(content=headers() | damaged(CHECKPOINT) | st.binary(max_size=40))
+@given(content=whole_files() | whole_files() | headers() | damaged(CHECKPOINT) | st.binary(max_size=40))
 def test_weights(here, content):
     folder = put(new(here), model__safetensors=content, config__json=to_json(CONFIG))
-    for path in (folder, folder / "model.safetensors"):
+    part = folder / "part.safetensors"  # of a name that is not compared with config.json
+    for path in (folder, part):
+        if path == part:
+            (folder / "model.safetensors").rename(part)
         report = answers(verify, path)
         if not isinstance(report, InputError):
             json.dumps(report.as_dict())
             assert printable(report.text().replace("\n", "")) == report.text().replace("\n", "")
+
+
+def packed_file(metadata: bytes) -> bytes:
+    """A file with one layer in castlm's packed format, and this metadata of it."""
+    tensors = {"values": torch.zeros(8, 4, dtype=torch.bfloat16), "mask": torch.full((8, 1), 0x33, dtype=torch.uint8)}
+    text = metadata.decode("utf-8", "replace")
+    return save({f"model.layers.0.x.{name}": tensor for name, tensor in tensors.items()}, metadata={"castlm": text})
+
+
+SPEC = PackedSpec(rows=8, columns=8, n=2, m=4, values="bf16").as_dict()
+PACKED = {"version": 1, "tensors": {"model.layers.0.x": SPEC}}
+
+
+def test_the_packed_file_that_is_fuzzed_is_valid(here):
+    content = packed_file(to_json(PACKED))
+    assert verify(put(new(here), a__safetensors=content) / "a.safetensors").totals()["groups"] == 16
+    with pytest.raises(InputError, match="which transformers does not read"):
+        verify(put(new(here), model__safetensors=content, config__json=to_json(CONFIG)))
+
+
+@fuzz
+@given(metadata=objects(PACKED) | objects(SPEC).map(lambda spec: to_json(PACKED).replace(to_json(SPEC), spec)))
+def test_packed_weights(here, metadata):
+    answers(verify, put(new(here), a__safetensors=packed_file(metadata)) / "a.safetensors")
 
 
 @fuzz
@@ -252,6 +325,17 @@ def test_metrics_of_a_run(here, rows, config, target):
     answers(watch_run, folder, target)
 
 
+@fuzz
+@given(
+    rows=st.lists(st.sampled_from([*METRICS, STEP]).flatmap(objects), max_size=4),
+    config=damaged(RUN_YAML.encode()) | st.just(RUN_YAML.encode()),
+)
+def test_report_of_a_run(here, capsys, rows, config):
+    folder = put(new(here), metrics__jsonl=b"\n".join([*map(to_json, METRICS), *rows]), config__yaml=config)
+    assert answers(main, ["report", str(folder)]) in (0, 2)
+    assert "unexpected" not in capsys.readouterr().err
+
+
 # ---- options
 
 
@@ -261,6 +345,11 @@ def test_metrics_of_a_run(here, rows, config, target):
 )
 def test_yaml(here, content):
     answers(read_yaml_mapping, put(new(here), a__yaml=content) / "a.yaml")
+
+
+@pytest.mark.parametrize("text", ["0\x85", "a\u2028b", "a\nb", "2:4", "no", "1e-4", "\x1b[2J", "- 'a\"", "café"])
+def test_text_comes_back_from_yaml(text):
+    assert parse_yaml_mapping(to_yaml({"a": text}), "a.yaml") == {"a": text}
 
 
 def test_yaml_that_would_grow_is_refused():
@@ -293,6 +382,19 @@ def test_options(changes):
 
 
 @fuzz
+@given(common=option_values(), variant=option_values(), more=VALUES, seeds=st.integers(1, 3) | st.integers())
+def test_plans_of_a_comparison(here, tiny, common, variant, more, seeds):
+    folder = new(here)
+    for name, content in {**tiny, "a.txt": TEXTS[".txt"]}.items():
+        (folder / name).write_bytes(content)
+    put(folder, common__yaml=to_json(common), variants__yaml=to_json({"one": variant, "two": more}))
+    text = str(folder / "a.txt")
+    files = {"config": str(folder / "common.yaml"), "variants": str(folder / "variants.yaml")}
+    config = CompareConfig(str(folder), text, text, str(folder / "out"), 4096, seeds=seeds, **files)
+    answers(Plan, config, lambda _: None)
+
+
+@fuzz
 @given(
     command=st.sampled_from(["verify", "plan predict", "plan fit", "plan watch", "plan memory", "train", "nothing"]),
     arguments=st.lists(
@@ -303,9 +405,10 @@ def test_options(changes):
         max_size=4,
     ),
 )
-def test_command_lines(here, patch, command, arguments):
+def test_command_lines(here, patch, capsys, command, arguments):
     patch.chdir(new(here))
     assert answers(main, [*command.split(), *arguments]) in (0, 1, 2)
+    assert "unexpected" not in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

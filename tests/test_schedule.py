@@ -16,9 +16,9 @@ from castlm.distributed.world import init_world
 from castlm.models import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.flops import peak_flops
+from castlm.training.lr_shapes import SCHEDULES
 from castlm.training.run import Run
 from castlm.training.schedule import learning_rate
-from castlm.training.schedules import SCHEDULES
 from castlm.training.text import resolve_epochs
 from tests.test_train import small
 from tests.tiny import TEXT, save_tiny

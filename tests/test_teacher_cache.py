@@ -195,7 +195,7 @@ def test_a_full_disk_is_told(config, tmp_path, monkeypatch):
 def test_what_makes_no_sense_is_refused(config, tmp_path):
     with pytest.raises(InputError, match="set teacher_top_k"):
         replace(config, teacher_top_k=0)
-    with pytest.raises(InputError, match="eta above 0"):
+    with pytest.raises(InputError, match="eta > 0"):
         replace(config, eta=0.0)
     with pytest.raises(InputError, match="exceeds the model's 264 tokens"):
         train(replace(config, teacher_top_k=10**6))

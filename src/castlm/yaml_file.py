@@ -7,7 +7,7 @@ object. Here they are text, a number, text, text and text; `castlm.fields` then 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,21 @@ def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
         kind = {type(None): "nothing", str: "text", list: "a list"}.get(type(content), "a number")
         raise InputError(f"{source} holds {kind}, not a mapping: write lines as `max_steps: 300`")
     return content
+
+
+def to_yaml(content: Mapping[str, Any]) -> str:
+    """`content` as YAML that `parse_yaml_mapping` reads back as it is, in the order of its keys."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Quotes text that would be read back as another value: line breaks are folded, `1e-4` is a number."""
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+        is_plain = value.isprintable() and isinstance(_plain_value(value), str)
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if is_plain else '"')
+
+    Dumper.add_representer(str, text)
+    return str(yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
 def _read_text(path: str | Path) -> str:

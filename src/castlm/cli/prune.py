@@ -112,6 +112,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
 
         # Solvers and changes of basis compute in fp32; magnitude alone needs no more than what is stored.
         held = None if text is None else torch.float32
+        refinements = part_of(self, Refinements).for_solver(self.method)
         loaded = load_model(self.model, dtype=held, trust_remote_code=self.trust_remote_code, revision=self.revision)
         _, left_dense = sparse_linears(loaded.model, pattern)
         blocks, calibration = None, {}
@@ -140,7 +141,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
                 pattern=pattern,
                 calibration=blocks,
                 damping=self.damping,
-                refinements=part_of(self, Refinements).for_solver(self.method),
+                refinements=refinements,
                 progress=progress,
             )
         loaded.model.to("cpu")

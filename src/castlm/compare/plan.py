@@ -179,6 +179,9 @@ class Plan:
                     )
                 start = variants.get(name, {"method": name if name in known else "cast"})
                 variants[name] = {**start, **flatten(fields or {}, f"{command.variants}: variant {name}")}
+        for name, fields in variants.items():
+            if not isinstance(fields["method"], str):
+                raise InputError(f"variant {name}: method = {fields['method']!r} is not text: use {', '.join(known)}")
         if all(fields["method"] != "dense" for fields in variants.values()):
             variants["dense"] = {"method": "dense"}
         return variants

@@ -68,6 +68,8 @@ def verify(
     config = _read_config(folder / "config.json")
     tensors = stored_tensors(path, config)
     packed = take_packed(tensors)
+    if packed and path.is_dir() and not is_packed(config):
+        raise InputError(f"{next(iter(packed))} is packed, which transformers does not read from a plain folder")
     _refuse_packed(path, tensors, config)
     report = VerifyReport(
         str(path), pattern, compared_with=_compare_layers(path, tensors, config, include, known_layers)

@@ -10,6 +10,14 @@ import numpy as np
 from castlm.core.errors import InputError
 from castlm.planning.law import Law, interval
 
+MOST_TOKENS = 1e30
+"""Numbers from here on are refused: no budget is as large, and powers of them overflow."""
+
+
+def short(value: float) -> str:
+    """A number for a message: a whole number may have thousands of digits."""
+    return f"{value:g}" if abs(value) < 1e300 else "a number out of range"
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -47,27 +55,29 @@ class TokensNeeded:
         return f"perplexity {self.target_ppl:g} needs {self.tokens:.3g} tokens (90 %: {self.low:.3g} to {high})"
 
 
+@np.errstate(over="ignore")  # a bad law gives infinity
 def predict_perplexity(law: Law, tokens: float, params: float | None = None) -> Prediction:
     """The perplexity that `tokens` give. The interval holds the law's uncertainty and the scatter of a single run.
 
     Raises:
         InputError: `tokens` is not a positive number, or a joint law got no `params`.
     """
-    if not (math.isfinite(tokens) and tokens > 0):
-        raise InputError(f"tokens must be a positive number, got {tokens:g}")
+    if not 0 < tokens < MOST_TOKENS:
+        raise InputError(f"tokens must be a positive number, got {short(tokens)}")
     low, high = interval(np.exp(law.run_losses(tokens, params)))
     beyond = max(1.0, tokens / law.tokens_range[1])
     return Prediction(tokens, float(np.exp(law.loss(tokens, params))), low, high, beyond)
 
 
+@np.errstate(over="ignore")
 def tokens_for(law: Law, target_ppl: float, params: float | None = None) -> TokensNeeded:
     """The budget that reaches `target_ppl` on average over seeds: D = (B / (ln target - floor))^(1 / beta).
 
     Raises:
         InputError: `target_ppl` is not above 1, or a joint law got no `params`.
     """
-    if not (math.isfinite(target_ppl) and target_ppl > 1):
-        raise InputError(f"the target perplexity must be above 1, got {target_ppl:g}")
+    if not 1 < target_ppl < MOST_TOKENS:
+        raise InputError(f"the target perplexity must be a number above 1, got {short(target_ppl)}")
     rows = np.vstack([[law.L_inf, law.B, law.beta, law.A, law.a], law.draws])
     L_inf, B, beta, A, a = rows.T
     floor = L_inf + A * np.asarray(law.size(params), float) ** -a
@@ -82,14 +92,14 @@ def tokens_for(law: Law, target_ppl: float, params: float | None = None) -> Toke
 
 def gpu_hours(tokens: float, tokens_per_s: float) -> float:
     """GPU-hours of `tokens` at a measured throughput of `tokens_per_s` for each GPU."""
-    if not (math.isfinite(tokens_per_s) and tokens_per_s > 0):
-        raise InputError(f"tokens_per_s must be a positive number, got {tokens_per_s:g}")
+    if not 0 < tokens_per_s < MOST_TOKENS:
+        raise InputError(f"tokens_per_s must be a positive number, got {short(tokens_per_s)}")
     return tokens / tokens_per_s / 3600
 
 
 def check_price(price_per_hour: float, devices: int = 1) -> None:
     """Raises InputError unless the price of a device-hour is positive and there is a device."""
-    if not (math.isfinite(price_per_hour) and price_per_hour > 0):
-        raise InputError(f"price_per_hour is {price_per_hour:g}: give what an hour of one device costs, above 0")
+    if not 0 < price_per_hour < MOST_TOKENS:
+        raise InputError(f"price_per_hour is {short(price_per_hour)}: give what an hour of one device costs, above 0")
     if devices < 1:
         raise InputError(f"devices is {devices}: it must be at least 1")

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from castlm.core.errors import InputError
-
 Array = NDArray[np.float64]
 
 MIN_EXPONENT, MAX_EXPONENT = 0.01, 4.0
@@ -109,15 +107,8 @@ def descend(theta: Array, data: Data, y: Array, free: list[int], lowest: float, 
 
 
 def polish(theta: Array, data: Data, free: list[int], lowest: float, delta: float) -> Array:
-    """The minimum of the Huber loss next to `theta` (5,), by scipy's bounded least squares.
-
-    Raises:
-        InputError: scipy is not installed.
-    """
-    try:
-        from scipy.optimize import least_squares
-    except ImportError as error:
-        raise InputError("fitting a law needs scipy: pip install 'castlm[plan]'") from error
+    """The minimum of the Huber loss next to `theta` (5,), by scipy's bounded least squares."""
+    from scipy.optimize import least_squares  # takes as long to import as the rest of planning
 
     def full(values: Array) -> Array:
         whole = theta.copy()

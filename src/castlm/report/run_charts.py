@@ -138,7 +138,7 @@ def layers(run: RunData) -> list[Picture]:
             cells.setdefault(found[2], {})[int(found[1])] = value
     if not cells:
         return []
-    blocks = range(1 + max(index for row in cells.values() for index in row))
+    blocks = sorted({index for row in cells.values() for index in row})
     svg = heat_map(
         [[row.get(block) for block in blocks] for row in cells.values()],
         list(cells),

@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from castlm.core.errors import InputError
 from castlm.files import atomic_file
 from castlm.report import run_charts
 from castlm.report.html import render
@@ -68,10 +69,19 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
 
 
 def write_run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: bool = False) -> Path:
-    """Writes report.html into the folder of the run and returns its path."""
+    """Writes report.html into the folder of the run and returns its path.
+
+    Raises:
+        InputError: the files of the run hold values that castlm does not write.
+    """
     file = run.folder / "report.html"
+    try:
+        page = run_page(run, sample, refresh=refresh)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"the files of {run.folder} hold values that castlm does not write ({reason})") from error
     with atomic_file(file) as temporary:
-        temporary.write_text(run_page(run, sample, refresh=refresh), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return file
 
 

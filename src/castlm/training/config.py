@@ -28,7 +28,7 @@ from castlm.training.sections import (
     StartOptions,
     TeacherOptions,
 )
-from castlm.yaml_file import read_yaml_mapping
+from castlm.yaml_file import read_yaml_mapping, to_yaml
 
 Layer = tuple[str, Mapping[str, Any]]
 """Where values come from, and the values by name."""
@@ -153,14 +153,12 @@ class TrainConfig(  # the fields of the last base come first
 
     def as_yaml(self) -> str:
         """The run as a file for `--config`, in sections, without `resume` and `overwrite`."""
-        import yaml
-
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in self.as_dict().items()}
         sections = {
             title: {name: values[name] for name in section_fields(section) if name not in ("resume", "overwrite")}
             for title, section in SECTIONS.items()
         }
-        return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
+        return to_yaml(sections)
 
 
 def section_fields(section: type) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from castlm.core.decay import decay_alpha
 from castlm.training.config import TrainConfig
-from castlm.training.schedules import SCHEDULES
+from castlm.training.lr_shapes import SCHEDULES
 
 
 def warmup_steps(config: TrainConfig) -> int:

@@ -14,7 +14,7 @@ from castlm.core.decay import DECAYS
 from castlm.fields import choice
 from castlm.methods.table import METHODS
 from castlm.oneshot.options import BasisOptions, Refinements
-from castlm.training.schedules import SCHEDULES
+from castlm.training.lr_shapes import SCHEDULES
 
 Bound = tuple[str, bool, str]
 """A field, whether its value is allowed, and what is allowed."""

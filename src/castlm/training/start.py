@@ -94,6 +94,7 @@ def _prune(
     solver = str(config.start)
     num_sequences, length = config.calibration_sequences, config.seq_len
     try:
+        refinements = part_of(config, Refinements).for_solver(solver)
         ids = token_ids(text.documents, source.tokenizer, limit=CALIBRATION_POOL * num_sequences * length)
         calibration = calibration_blocks(ids, num_sequences, length, config.seed)
         alive()
@@ -127,7 +128,7 @@ def _prune(
                 solver,
                 pattern=pattern,
                 calibration=calibration,
-                refinements=part_of(config, Refinements).for_solver(solver),
+                refinements=refinements,
                 filter_fn=filter_fn,
                 progress=progress,
             )
