@@ -13,8 +13,8 @@ from typing import Any
 from castlm.progress import note
 
 
-class Interrupted(Exception):  # noqa: N818
-    """A run that a signal stopped.
+class Interrupted(BaseException):
+    """A run that a signal stopped. No `Exception`, so that code which reports bad input does not catch it.
 
     Attributes:
         exit_code: once the run is saved, 130 after Ctrl-C, and 0 after SIGTERM, which is how a scheduler pre-empts, and
