@@ -1,5 +1,5 @@
 # castlm with its CPU kernels built. For an NVIDIA GPU, replace the base image by a CUDA image that has Python 3.10+.
-#   docker build -t castlm . && docker run --rm -v "$PWD:/work" castlm verify /work/MODEL
+#   docker build -t castlm . && docker run --rm -v "$PWD:/models" castlm verify MODEL
 FROM python:3.12-slim
 
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
@@ -9,5 +9,5 @@ COPY pyproject.toml README.md LICENSE ./
 COPY src src
 RUN pip install --no-cache-dir '.[demo,report]'
 
-WORKDIR /work
+WORKDIR /models
 ENTRYPOINT ["castlm"]

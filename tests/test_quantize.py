@@ -94,24 +94,16 @@ def test_bad_input_is_named():
         quantize_(model, "int8")
 
 
+def prune_tiny(tmp_path, family):
+    """Prunes a tiny model by magnitude with the command, and returns the folder of the result."""
+    model, out = str(save_tiny(tmp_path / "dense", family)), tmp_path / "sparse"
+    assert main(["prune", "--model", model, "--output-dir", str(out), "--method", "magnitude"]) == 0
+    return out
+
+
 @pytest.fixture
 def sparse_folder(tmp_path):
-    save_tiny(tmp_path / "dense", "llama")
-    assert (
-        main(
-            [
-                "prune",
-                "--model",
-                str(tmp_path / "dense"),
-                "--output-dir",
-                str(tmp_path / "sparse"),
-                "--method",
-                "magnitude",
-            ]
-        )
-        == 0
-    )
-    return tmp_path / "sparse"
+    return prune_tiny(tmp_path, "llama")
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -136,21 +128,7 @@ def test_the_command_writes_a_verified_folder(kind, sparse_folder, tmp_path, cap
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_packed_folder_holds_the_codes_and_unpacks_to_the_quantized_model(kind, family, tmp_path):
-    save_tiny(tmp_path / "dense", family)
-    assert (
-        main(
-            [
-                "prune",
-                "--model",
-                str(tmp_path / "dense"),
-                "--output-dir",
-                str(tmp_path / "sparse"),
-                "--method",
-                "magnitude",
-            ]
-        )
-        == 0
-    )
+    prune_tiny(tmp_path, family)
     (tmp_path / "t.txt").write_text(TEXT)
     command = ["quantize", str(tmp_path / "sparse"), "--kind", kind]
     if kind == "int4":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from castlm.cli.options import parse, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import positional
+from castlm.reading import read_json_object
 
 
 @dataclass
@@ -49,8 +49,8 @@ def recorded_pattern(path: str) -> str | None:
     if not file.is_file():
         return None
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["pattern"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return str(read_json_object(file)["pattern"])
+    except (InputError, KeyError):
         raise InputError(f"{file} names no pattern: give --pattern 2:4") from None
 
 

@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.inference.rounding import KINDS, Rounded, round_int4, round_rows
 from castlm.oneshot.calibration import check_calibration
-from castlm.oneshot.inputs import see_inputs
-from castlm.oneshot.solvers import SOLVERS
+from castlm.oneshot.inputs import check_plain_weights, see_inputs
+from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.walk import BlockInputs, block_stack
 
 
@@ -120,11 +119,7 @@ def _layers(model: PreTrainedModel, kind: str, filter_fn: FilterFn, damping: flo
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and filter_fn(m, n)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to quantize: check filter_fn")
-    for name, layer in layers.items():
-        if parametrize.is_parametrized(layer, "weight"):
-            raise InputError(f"{name} carries weight scaling: call fold_weight_scaling before quantizing it")
-        if not layer.weight.is_floating_point():
-            raise InputError(f"{name} stores its weight as {layer.weight.dtype}: load the model unquantized")
+    check_plain_weights(layers, "quantizing")
     return layers
 
 
@@ -157,8 +152,7 @@ def _round_together(
     names = ", ".join(layers)
     if not hessian.isfinite().all():
         raise InputError(f"the calibration text makes NaN or infinity at the input of {names}: load the model in fp32")
-    hessian.triu_()
-    hessian += hessian.triu(1).T
+    whole_hessian(hessian)
     weight = torch.cat([layer.weight.float() for layer in layers.values()])
     rounded = _named(names, lambda: round_int4(weight, hessian, damping))
     for (name, layer), part in zip(layers.items(), rounded.split([layer.out_features for layer in layers.values()])):

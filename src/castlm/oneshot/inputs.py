@@ -6,6 +6,7 @@ from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from castlm.core.errors import InputError
 from castlm.oneshot.solvers import SOLVERS, Solver, whole_hessian
@@ -13,6 +14,22 @@ from castlm.oneshot.walk import BlockInputs, StopForward
 
 ERROR_TOKENS = 256
 """Calibration tokens that the reconstruction error of a layer is measured on."""
+
+
+def check_plain_weights(layers: dict[str, nn.Linear], work: str) -> None:
+    """Checks that the weights of `layers` can be replaced.
+
+    Args:
+        work: what is done to them, as "pruning", for the message.
+
+    Raises:
+        InputError: a layer under weight scaling, or one with a quantized weight.
+    """
+    for name, layer in layers.items():
+        if parametrize.is_parametrized(layer, "weight"):
+            raise InputError(f"{name} carries weight scaling: call fold_weight_scaling before {work} it")
+        if not layer.weight.is_floating_point():
+            raise InputError(f"{name} stores its weight as {layer.weight.dtype}: load the model unquantized")
 
 
 class LayerInput:

@@ -1,9 +1,9 @@
 """One-shot n:m pruning with a calibration text: magnitude, Wanda and SparseGPT, written from their papers.
 
-The order is that of the published code: of each transformer block in turn, the inputs of all its layers are seen with
-the block still dense, then all are pruned, then its outputs are made anew for the block that follows. What is saved is
-work done twice: layers that read the same tensor (q, k, v; gate, up) share one statistic and one Cholesky
-factorization, and SparseGPT goes group by group, all rows at once, instead of column by column.
+The order is that of the published code. For each transformer block in turn, the inputs of all its layers are collected
+while the block is still dense, then all layers are pruned, then the outputs of the pruned block become the inputs of
+the next. Layers that read the same tensor (q, k, v; gate, up) share one statistic and one Cholesky factorization, and
+SparseGPT solves group by group, all rows at once, instead of column by column.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
@@ -26,7 +25,7 @@ from castlm.models import eval_mode
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.dense_twin import DenseTwin, Shift
 from castlm.oneshot.families import describe
-from castlm.oneshot.inputs import ERROR_TOKENS, LayerInput, see_inputs
+from castlm.oneshot.inputs import ERROR_TOKENS, LayerInput, check_plain_weights, see_inputs
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
 from castlm.oneshot.solvers import MIN_DAMPING, SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
@@ -282,11 +281,7 @@ def _check(
         raise InputError(f"SparseGPT prunes to n:m patterns, not to {to.pattern}: use wanda or magnitude")
     if not 0 <= to.damping <= 1 or to.block_size < 1:
         raise InputError(f"damping {to.damping} and block size {to.block_size}: pass 0 to 1, and at least 1")
-    for name, layer in layers.items():
-        if parametrize.is_parametrized(layer, "weight"):
-            raise InputError(f"{name} carries weight scaling: call fold_weight_scaling before pruning it")
-        if not layer.weight.is_floating_point():
-            raise InputError(f"{name} stores its weight as {layer.weight.dtype}: load the model unquantized")
+    check_plain_weights(layers, "pruning")
     if calibration is not None:
         check_calibration(model, calibration)
     elif SOLVERS[method].add is not None:

@@ -6,7 +6,8 @@ prunes, or reads, the whole model and hands its layers out, one at a time, to al
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -77,6 +78,18 @@ def make_start(
     return start
 
 
+@contextmanager
+def _told_progress(what: str, alive: Callable[[], None]) -> Iterator[Callable[[int, int], None]]:
+    """`shown_progress` that also tells the waiting ranks after each part that the main rank is at work."""
+    with shown_progress(what) as show:
+
+        def progress(done: int, total: int) -> None:
+            show(done, total)
+            alive()
+
+        yield progress
+
+
 def _prune(
     start: Start,
     config: TrainConfig,
@@ -100,12 +113,7 @@ def _prune(
         alive()
         model = source.whole_model().to(world.device)
         alive()
-        with shown_progress("changing the basis, steps") as show_basis:
-
-            def basis_progress(done: int, total: int) -> None:
-                show_basis(done, total)
-                alive()
-
+        with _told_progress("changing the basis, steps", alive) as progress:
             basis = change_basis_(
                 model,
                 calibration,
@@ -113,16 +121,11 @@ def _prune(
                 pattern=pattern,
                 filter_fn=filter_fn,
                 say=note,
-                progress=basis_progress,
+                progress=progress,
             )
         if basis.changes or config.reconstruct_epochs:
             start.dense = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
-        with shown_progress(f"starting from {solver}, blocks") as show:
-
-            def progress(done: int, total: int) -> None:
-                show(done, total)
-                alive()
-
+        with _told_progress(f"starting from {solver}, blocks", alive) as progress:
             report = prune_oneshot_(
                 model,
                 solver,
