@@ -82,7 +82,7 @@ class KeptPattern:
         for layer, weight in zip(layers.values(), self.weights.values()):
             _GUARDS.setdefault(layer, []).append(self)
             if weight.parameter.requires_grad:
-                hook = weight.parameter.register_post_accumulate_grad_hook(weight.mask_gradient_)
+                hook = weight.parameter.register_post_accumulate_grad_hook(weight.mask_gradient_)  # type: ignore[no-untyped-call]
                 self._handles.append(hook)
         self._handles.append(register_optimizer_step_post_hook(_after_step(weakref.ref(self))))
         self._end = weakref.finalize(self, _remove_all, self._handles)
