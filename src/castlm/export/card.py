@@ -37,7 +37,7 @@ _CARD = """---
 
 # {title}
 
-{warning}This is {base}, made {pattern} sparse with castlm (the CAST method, arXiv 2509.25996): of every {m}
+{warning}This is {base}, {how}: of every {m}
 consecutive weights along the input axis of each linear layer inside the transformer blocks, at most {n} are non-zero.
 {counts}
 
@@ -79,16 +79,20 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["castlm", "sparsity", f"{n}of{m}-sparse"],
     }
-    proof = manifest["proof"]
+    pattern, proof = f"{n}:{m}", manifest["proof"]
     counts = (
         f"That is {proof['zero_fraction']:.2%} zeros in {proof['layers']} layers of {proof['weights']:,} weights, "
         f"and {proof['violations']} violations in {proof['groups']:,} groups."
     )
+    made = f"made {pattern} sparse with castlm (the CAST method, arXiv 2509.25996)"
+    kept = f"which is {pattern} sparse, fine-tuned with castlm so that its zeros are kept"
+    config = manifest.get("config") or {}
     return _CARD.format(
+        how=kept if config.get("init_from") and config.get("init_from") == config.get("model") else made,
         front_matter=yaml.safe_dump(front_matter, sort_keys=False),
         title=markdown(f"{base_name}, {n} of {m}" if base_name else folder_name),
         base=base or "a model",
-        pattern=f"{n}:{m}",
+        pattern=pattern,
         warning=_warning(manifest.get("verdict") or {}),
         n=n,
         m=m,

@@ -111,6 +111,11 @@ def masked_lora_config(
     return config
 
 
+def add_adapter_(model: nn.Module, config: Any) -> Any:
+    """`peft.get_peft_model`: replaces layers of `model` in place, and returns the `PeftModel` around it."""
+    return _peft().get_peft_model(model, config)
+
+
 def check_adapters(model: nn.Module, kept: KeptPattern) -> None:
     """Raises `InputError` if an adapter of `model` would fill zeros of a layer in `kept` when it is merged."""
     masks = None

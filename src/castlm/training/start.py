@@ -158,8 +158,9 @@ def _read(
 ) -> dict[str, Tensor]:
     """Reads the layers of the n:m model that `init_from` names."""
     name = str(config.start)
+    is_loaded = config.is_finetuning and source.stored is None
     try:
-        model = load_model(name, trust_remote_code=config.trust_remote_code).model
+        model = source.model if is_loaded else load_model(name, **source.options).model
     except InputError as error:
         raise InputError(f"init_from {name}, neither one of {', '.join(SOLVERS)} nor a model: {error}") from None
     alive()
@@ -172,7 +173,11 @@ def _read(
             raise InputError(f"init_from {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
         weight = theirs.weight.detach()
         if pattern.violations(weight):
-            raise InputError(f"init_from {name} is not {pattern} in {layer_name}: prune it first (castlm prune)")
+            given = name if config.is_finetuning else f"init_from {name}"
+            raise InputError(
+                f"{given} is not {pattern} in {layer_name}: prune it first (castlm prune), or name the layer in "
+                "left_dense"
+            )
         weights[layer_name] = weight
     return weights
 
