@@ -50,7 +50,7 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
         >>> kept.masks()["layers.0"].float().mean()
         tensor(0.5000)
     """
-    pattern = as_pattern(pattern)
+    pattern = as_pattern(pattern).for_model(model)
     layers = pattern_layers(model, pattern, filter_fn)
     check_pattern(layers, pattern)
     return KeptPattern(layers)

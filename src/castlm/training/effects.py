@@ -9,9 +9,10 @@ from typing import NamedTuple
 from castlm.core.decay import DECAYS
 from castlm.fields import default_of, is_required
 from castlm.methods.table import METHODS
+from castlm.oneshot.options import UNIT_SCORES
 from castlm.training.config import TrainConfig
 
-CALIBRATED = ("wanda", "sparsegpt")
+CALIBRATED = ("sparsegpt", *(name for name in UNIT_SCORES if name != "magnitude"))
 """Starts that read calibration text."""
 
 

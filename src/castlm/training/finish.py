@@ -24,6 +24,7 @@ from castlm.files import atomic_dir, atomic_write_json
 from castlm.hardware import peak_memory
 from castlm.methods.table import METHODS
 from castlm.models import linearize_conv1d_, parameters_in, save_dtype, save_model
+from castlm.oneshot.options import UNIT_SCORES
 from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import held_out_perplexity, masked_histogram
@@ -210,7 +211,7 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
     labels = {
         "start": f"{config.pattern}, before fine-tuning",
         "dense": "dense",
-        "one_shot": f"pruned {'one-shot by' if config.start in SOLVERS else 'as'} {config.start}",
+        "one_shot": f"pruned {'one-shot by' if config.start in (*SOLVERS, *UNIT_SCORES) else 'as'} {config.start}",
         "before_prune": f"{config.method}, before the prune",
         "pruned": f"{config.pattern}, fine-tuned" if config.is_finetuning else f"{config.method}, pruned",
     }

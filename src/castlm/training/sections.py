@@ -41,7 +41,9 @@ class ModelOptions:
     """Run the Python code that comes with a hub model."""
 
     pattern: str = field(default="2:4", kw_only=True)
-    """n:m, where n of every m consecutive weights along the input axis are kept."""
+    """n:m, where n of every m consecutive weights along the input axis are kept. Or a share of whole units, as
+    channels:0.5 (of the MLPs), heads:0.5 (KV heads with their query heads), blocks:32x32:0.5 (tiles); each with n:m as
+    channels:0.75+2:4. Channels and heads are cut out in the end."""
 
     left_dense: tuple[str, ...] = field(default=(), kw_only=True)
     """More layers to leave dense: every layer whose name contains one of these texts."""
@@ -140,8 +142,8 @@ class StartOptions(Refinements, BasisOptions):
 
     init_from: str | None = essential(None)
     """Start of the run: magnitude, wanda, sparsegpt, or an n:m model (folder or hub id) whose masks and weights are
-    taken. The default is sparsegpt for cast and magnitude for the other methods. cast refreshes its masks only when it
-    starts from magnitude."""
+    taken. Structured patterns: magnitude, wanda, flap, taylor or random. The default is sparsegpt (taylor) for cast and
+    magnitude for the other methods. cast refreshes its masks only when it starts from magnitude."""
 
     calibration_sequences: int = 128
     """Training sequences that wanda and sparsegpt are calibrated on."""
