@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
+from castlm.core.experts import is_layer
 from castlm.core.pattern import Pattern
 from castlm.core.shards import local
 from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
@@ -168,7 +169,7 @@ def _read(
     weights: dict[str, Tensor] = {}
     for layer_name, layer in layers.items():
         theirs = found.get(layer_name)
-        if not isinstance(theirs, nn.Linear) or theirs.weight.shape != layer.weight.shape:
+        if theirs is None or not is_layer(theirs) or theirs.weight.shape != layer.weight.shape:
             raise InputError(f"init_from {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
         weight = theirs.weight.detach()
         if pattern.violations(weight):
