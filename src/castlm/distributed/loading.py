@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from castlm.conversion import state_dict_key, stored_names, stored_rows
+from castlm.conversion import as_stored, state_dict_key, stored_names, stored_rows
 from castlm.core.experts import ExpertLinear
 from castlm.core.shards import local
 from castlm.core.sparsify import dense_name
@@ -167,6 +167,10 @@ def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, Place | Expe
             places[names[0]] = split
             known |= {place.key for of in split.matrices for place in of}
             continue
+        if found is None:  # the family has another name for it on disk
+            renamed = list(as_stored(model, keys[0], torch.empty(parameter.shape, device="meta")))
+            found = renamed[0] if len(renamed) == 1 and renamed[0] in stored else None
+            candidates += renamed
         if found is None:
             return None
         is_experts = isinstance(layer, ExpertLinear)

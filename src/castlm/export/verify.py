@@ -2,8 +2,8 @@
 
 Every group of every linear layer and expert inside the transformer blocks is counted, and every float of the checkpoint
 is checked for NaN and infinity. What transformers would load is what is counted: other weights beside it, a missing
-layer, and containers that cannot be counted are refused or reported. Common families need neither torch nor transformers, and
-memory stays at a few chunks of a tensor, whatever the size of the model.
+layer, and containers that cannot be counted are refused or reported. Common families need neither torch nor
+transformers, and memory stays at a few chunks of a tensor, whatever the size of the model.
 """
 
 from __future__ import annotations
