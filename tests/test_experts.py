@@ -60,7 +60,8 @@ def test_a_model_with_its_experts_as_layers_computes_and_saves_the_same(family, 
     for folder, written in (("ours", model), ("theirs", plain)):
         written.save_pretrained(tmp_path / folder)
     ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("family", EXPERTS)
@@ -79,10 +80,12 @@ def test_experts_are_sparse_along_their_input_and_the_router_is_dense(family):
 def test_a_router_is_known_by_its_name_and_a_gate_of_attention_is_none():
     routers = ("mlp.gate", "mlp.router", "block_sparse_moe.gate", "mlp.shared_expert_gate", "ffn.router.layer")
     for name in (f"model.layers.3.{router}" for router in routers):
-        assert is_router(name) and not is_block_linear(f"{name}.weight", (4, 32))
+        assert is_router(name)
+        assert not is_block_linear(f"{name}.weight", (4, 32))
     layers = ("mlp.gate_proj", "mlp.experts.7.w1", "mlp.experts.7.gate_proj", "self_attn.gate", "attention.gate.proj")
     for name in (f"model.layers.3.{layer}" for layer in layers):
-        assert not is_router(name) and is_block_linear(f"{name}.weight", (4, 32))
+        assert not is_router(name)
+        assert is_block_linear(f"{name}.weight", (4, 32))
     assert is_stacked_experts("model.layers.3.mlp.experts.gate_up_proj", (4, 8, 8))
     assert not is_stacked_experts("model.layers.3.mlp.experts.gate_up_proj_bias", (4, 8, 8))
     assert not is_stacked_experts("model.layers.3.conv.weight", (4, 1, 8))
@@ -114,9 +117,7 @@ def test_a_3d_weight_steps_like_its_matrices(decay, way):
     together = nn.Parameter(weights.clone())
     apart = [nn.Parameter(matrix.clone()) for matrix in weights]
     options = {"lr": 1e-2, "total_steps": 20, "decay": decay, "decay_end": 0.5, "lam": 1e-2, "mask_interval": 3}
-    one, many = (
-        AdamS([{"params": params, "sparse": True}], **options, **WAYS[way]) for params in ([together], apart)
-    )
+    one, many = (AdamS([{"params": params, "sparse": True}], **options, **WAYS[way]) for params in ([together], apart))
     for _ in range(12):
         together.grad = torch.randn(weights.shape, generator=generator)
         for matrix, grad in zip(apart, together.grad):
@@ -146,7 +147,8 @@ def test_training_in_a_loop_of_ones_own_ends_sparse(family, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     scales = [p for name, p in model.named_parameters() if "experts" in name and name.endswith("scale")]
-    assert len(scales) == 4 and all((scale != 1).all() for scale in scales)
+    assert len(scales) == 4
+    assert all((scale != 1).all() for scale in scales)
     prune_(model, masks=optimizer.masks())
     before = model(ids()).logits
     fold_weight_scaling(model)
@@ -175,9 +177,11 @@ def test_verify_counts_every_expert_and_finds_the_one_that_is_not_sparse(exporte
     model = load_model(exported).model
     sparse, _ = sparse_linears(model)
     assert report.totals()["weights"] == sum(weight_parameter(layer).numel() for layer in sparse.values())
-    assert report.ok and not report.uncounted and report.compared_with == "transformers"
+    assert report.ok
+    assert not report.uncounted
+    assert report.compared_with == "transformers"
     tensors = load_file(exported / "model.safetensors")
-    name = next(name for name in tensors if "experts" in name and "down" in name or name.endswith("experts.3.w2.weight"))
+    name = next(name for name in tensors if name.endswith(("experts.3.w2.weight", "down_proj", "3.down_proj.weight")))
     weight = tensors[name].view(-1, tensors[name].shape[-1])
     along_rows = "gpt_oss" not in str(exported)
     weight[:4, 5] = 1  # more than two of four where groups run down a column
@@ -187,7 +191,8 @@ def test_verify_counts_every_expert_and_finds_the_one_that_is_not_sparse(exporte
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     report = verify(tmp_path)
     (bad,) = [layer for layer in report.layers if not layer.ok]
-    assert bad.name == name and bad.num_violations >= 1
+    assert bad.name == name
+    assert bad.num_violations >= 1
     assert len(bad.shape) == (2 if along_rows else 3)
 
 
@@ -202,7 +207,8 @@ def test_an_expert_left_dense_is_recorded_by_its_names_in_the_files(tmp_path):
     name = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
     assert manifest["left_dense"][name] == "excluded by the filter"
     report = verify(tmp_path / "m")
-    assert report.ok and report.totals()["left_dense"] == 8
+    assert report.ok
+    assert report.totals()["left_dense"] == 8
     with pytest.raises(InputError, match="failed its verification: 2:4 DOES NOT HOLD"):
         export_model(model, tiny_tokenizer(), tmp_path / "n", pattern="2:4", left_dense={}, record={})
 
@@ -240,10 +246,11 @@ def test_the_families_that_store_experts_the_other_way_are_those_of_transformers
 
 def test_experts_have_only_nm_patterns_and_scale_groups_that_divide_their_width():
     model = linearized("qwen3_moe")
-    with pytest.raises(InputError, match="experts.down_proj does not divide into 3 scale groups|does not divide"):
+    with pytest.raises(InputError, match="does not divide into 3 scale groups"):
         add_weight_scaling(model, 3)
     layer = model.get_submodule("model.layers.0.mlp.experts.down_proj")
-    assert isinstance(layer, ExpertLinear) and "experts=4, out_features=32, in_features=16" in repr(layer)
+    assert isinstance(layer, ExpertLinear)
+    assert "experts=4, out_features=32, in_features=16" in repr(layer)
 
 
 def test_saving_refuses_experts_under_weight_scaling(tmp_path):

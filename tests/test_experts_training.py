@@ -48,21 +48,25 @@ def config(model: str, text: str, folder: Path, **over) -> TrainConfig:
 def assert_sparse(folder: Path) -> None:
     model = load_model(folder).model
     layers = [m for name, m in model.named_modules() if is_sparse_linear(m, name)]
-    assert len(layers) == 12 and sum(layer.weight.dim() == 3 for layer in layers) == 4
+    assert len(layers) == 12
+    assert sum(layer.weight.dim() == 3 for layer in layers) == 4
     assert all(is_nm_sparse(layer.weight) for layer in layers)
     report = verify(folder)
-    assert report.ok and not report.uncounted and report.totals()["left_dense"] == 0
+    assert report.ok
+    assert not report.uncounted
+    assert report.totals()["left_dense"] == 0
 
 
 def test_castlm_train_makes_the_experts_sparse_and_transformers_loads_the_same_model(models, text, tmp_path, capsys):
     out = tmp_path / "run"
-    options = {**OPTIONS, "init_from": "magnitude", "per_device_train_batch_size": 4}
+    options = {**OPTIONS, "per_device_train_batch_size": 4}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     assert main(["train", "--model", models["mixtral"], "--dataset", text, "--output-dir", str(out), *arguments]) == 0
     assert "model.layers.1.mlp.gate.weight (a router of experts)" in capsys.readouterr().err
     assert_sparse(out / "model")
     record = json.loads((out / "model" / "castlm.json").read_text())
-    assert record["proof"]["violations"] == 0 and record["proof"]["layers"] == 2 * (4 + 3 * 4)
+    assert record["proof"]["violations"] == 0
+    assert record["proof"]["layers"] == 2 * (4 + 3 * 4)
     router = {f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in ("mlp.gate", "block_sparse_moe.gate")}
     assert {name for name in record["left_dense"] if "embed" not in name and "lm_head" not in name} <= router
     ids = torch.arange(24).view(1, 24)
@@ -80,7 +84,8 @@ def as_in_one(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(("family", "ranks"), [("qwen3_moe", 2), ("gpt_oss", 3)])
 def test_ranks_are_one_rank_each_with_its_experts(family, ranks, models, text, tmp_path):
     """4 experts over 2 ranks, and over 3, of which the last then holds none; files as one rank writes them."""
-    over = {"init_from": "magnitude", "scale_groups": 2, "per_device_train_batch_size": 12 // ranks}
+    start = {"qwen3_moe": "sparsegpt", "gpt_oss": "magnitude"}[family]
+    over = {"init_from": start, "scale_groups": 2, "per_device_train_batch_size": 12 // ranks}
     run_ranks(train, ranks, config(models[family], text, tmp_path / "many", **over), folder=tmp_path)
     train(config(models[family], text, tmp_path / "one", **over | {"per_device_train_batch_size": 12}))
     as_in_one(tmp_path / "one", tmp_path / "many")
@@ -109,5 +114,6 @@ def test_a_resumed_run_is_a_straight_one_bit_for_bit(moments, models, text, tmp_
             train(config(models["gpt_oss"], text, tmp_path / "resumed", **over))
     train(config(models["gpt_oss"], text, tmp_path / "resumed", resume=True, **over))
     ours, theirs = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("straight", "resumed"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert_sparse(tmp_path / "resumed" / "model")

@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
+from castlm.core.experts import ExpertLinear, SparseLayer
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.models import eval_mode
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.dense_twin import DenseTwin, Shift
 from castlm.oneshot.families import describe
-from castlm.oneshot.inputs import ERROR_TOKENS, LayerInput, check_plain_weights, see_inputs
+from castlm.oneshot.inputs import ERROR_TOKENS, ExpertInputs, LayerInput, check_plain_weights, see_inputs
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
 from castlm.oneshot.solvers import MIN_DAMPING, SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
@@ -38,14 +39,17 @@ class LayerResult:
 
     name: str
     shape: tuple[int, ...]
-    """(out, in)."""
+    """(out, in), of experts (experts, out, in)."""
     num_zeros: int
     error: float | None = None
-    """|X W^T - X W'^T|^2 / |X W^T|^2 on the first 256 calibration tokens; None without calibration."""
+    """|X W^T - X W'^T|^2 / |X W^T|^2 on the first 256 calibration tokens; None without calibration. Of experts the
+    mean."""
     num_dead: int = 0
     """Input columns that the calibration text never moves from 0."""
     damping: float | None = None
     """That SparseGPT took: above what was asked for where the Hessian could not be factorized with that."""
+    num_few: int = 0
+    """Experts to which fewer tokens were routed than the block has channels, and that have seen all tokens instead."""
 
 
 @dataclass
@@ -68,12 +72,28 @@ class OneshotReport:
     @property
     def zero_fraction(self) -> float:
         """Of the weights of the pruned layers."""
-        return sum(r.num_zeros for r in self.layers) / sum(r.shape[0] * r.shape[1] for r in self.layers)
+        return sum(r.num_zeros for r in self.layers) / sum(math.prod(r.shape) for r in self.layers)
 
     @property
     def raised_damping(self) -> dict[str, float]:
         """The layers that needed more damping than was asked for, with what they took."""
         return {r.name: r.damping for r in self.layers if r.damping is not None and r.damping != self.damping}
+
+    @property
+    def num_few_experts(self) -> int:
+        """Experts that have seen all tokens of the text, because too few were routed to them; of each block."""
+        of_block: dict[str, int] = {}
+        for result in self.layers:
+            experts = result.name.rpartition(".")[0]
+            of_block[experts] = max(result.num_few, of_block.get(experts, 0))
+        return sum(of_block.values())
+
+    def few_note(self) -> str:
+        """A line for where there are some."""
+        return (
+            f"{self.num_few_experts} experts had fewer tokens routed to them than the model has channels, and were "
+            "calibrated on all tokens: more calibration text gives them their own"
+        )
 
     def damping_note(self) -> str:
         """A line for where there are some."""
@@ -84,20 +104,25 @@ class OneshotReport:
         """What castlm.json says of the damping; nothing of a method that has none."""
         return {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}
 
+    def experts_record(self) -> dict[str, Any]:
+        """What castlm.json says of experts that saw few tokens; nothing where there are none."""
+        few = {result.name: result.num_few for result in self.layers if result.num_few}
+        return {"experts_calibrated_on_all_tokens": few} if few else {}
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
 
 
 def _prune_layers(
-    layers: dict[str, nn.Linear],
+    layers: Mapping[str, Tensor],
     seen: LayerInput | None,
     solver: Solver,
     to: Settings,
     refinements: Refinements | None = None,
     shift: Shift | None = None,
 ) -> list[LayerResult]:
-    """Prunes layers that read the same input, all their rows in one piece."""
-    names, weights = ", ".join(layers), [layer.weight for layer in layers.values()]
+    """Prunes weights that read the same input, all their rows in one piece."""
+    names, weights = ", ".join(layers), list(layers.values())
     dense = torch.cat([weight.float() for weight in weights])
     if not dense.isfinite().all():
         raise InputError(f"the weight of {names} has NaN or infinity: no mask of it means anything")
@@ -120,6 +145,27 @@ def _prune_layers(
         num_zeros = int((weight == 0).sum())
         results.append(LayerResult(name, tuple(weight.shape), num_zeros, lost, pruned.num_dead, pruned.damping))
     return results
+
+
+def _prune_experts(
+    layer: ExpertLinear, seen: ExpertInputs, solver: Solver, to: Settings, refinements: Refinements
+) -> LayerResult:
+    """Prunes one projection of all experts of a block, each by the tokens that it has seen."""
+    of_expert = [
+        _prune_layers({entry.names[0]: layer.weight[expert]}, entry, solver, to, refinements)[0]
+        for expert, entry in sorted(seen.experts.items())
+    ]
+    assert len(of_expert) == layer.num_experts
+    dampings = [result.damping for result in of_expert if result.damping is not None]
+    return LayerResult(
+        seen.names[0],
+        tuple(layer.weight.shape),
+        sum(result.num_zeros for result in of_expert),
+        sum(result.error or 0.0 for result in of_expert) / len(of_expert),
+        sum(result.num_dead for result in of_expert),
+        max(dampings, default=None),
+        len(seen.few),
+    )
 
 
 def _solve_refined(
@@ -196,7 +242,7 @@ def prune_oneshot_(
     report = OneshotReport(method, str(to.pattern), num_sequences, seq_len, asked, left_dense=left_dense)
     if calibration is None:
         for name, layer in layers.items():
-            report.layers += _prune_layers({name: layer}, None, kind, to)
+            report.layers += _prune_layers({name: layer.weight}, None, kind, to)
     else:
         with eval_mode(model):
             _prune_blocks(model, layers, calibration, kind, to, refinements, report, progress)
@@ -206,7 +252,7 @@ def prune_oneshot_(
 
 def _prune_blocks(
     model: PreTrainedModel,
-    layers: dict[str, nn.Linear],
+    layers: Mapping[str, SparseLayer],
     calibration: Tensor,
     solver: Solver,
     to: Settings,
@@ -229,10 +275,16 @@ def _prune_blocks(
             chosen = {name: inside[name] for name in entry.names}
             if refinements.staged_statistics and number > 0:
                 (entry,) = see_inputs(chosen, inputs, solver, len(calibration))
+            if isinstance(entry, ExpertInputs):
+                (layer,) = chosen.values()
+                assert isinstance(layer, ExpertLinear)
+                report.layers.append(_prune_experts(layer, entry, solver, to, refinements))
+                continue
             shift = None
             if twin is not None and refinements.shifts_targets:
                 shift = twin.shift(entry.names[0], f"{stack}.{index}.", probes)
-            report.layers += _prune_layers(chosen, entry, solver, to, refinements, shift)
+            weights = {name: layer.weight for name, layer in chosen.items()}
+            report.layers += _prune_layers(weights, entry, solver, to, refinements, shift)
         is_last = index + 1 == len(of_block)
         if twin is not None and (refinements.reconstruct_epochs or not is_last):
             outputs = twin.outputs()
@@ -246,7 +298,7 @@ def _prune_blocks(
 
 
 def _reconstruct(
-    inside: dict[str, nn.Linear], inputs: BlockInputs, outputs: list[Tensor], refinements: Refinements
+    inside: Mapping[str, SparseLayer], inputs: BlockInputs, outputs: list[Tensor], refinements: Refinements
 ) -> Reconstruction:
     """Reconstructs the current block."""
     call = inputs.calls[inputs.index]
@@ -273,7 +325,7 @@ def _stream_probes(model: PreTrainedModel, stack: str) -> dict[str, str]:
 
 
 def _check(
-    model: PreTrainedModel, method: str, layers: dict[str, nn.Linear], calibration: Tensor | None, to: Settings
+    model: PreTrainedModel, method: str, layers: Mapping[str, SparseLayer], calibration: Tensor | None, to: Settings
 ) -> None:
     if method not in SOLVERS:
         raise InputError(f"there is no one-shot method {method!r}: choose one of {', '.join(SOLVERS)}")

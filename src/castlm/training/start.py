@@ -138,6 +138,8 @@ def _prune(
             )
     except InputError as error:
         raise InputError(f"init_from {solver}: {error}; init_from magnitude does without") from None
+    if report.num_few_experts:
+        note(report.few_note())
     if report.raised_damping:
         note(report.damping_note())
     if world.mesh is not None:
@@ -149,6 +151,7 @@ def _prune(
         "calibration_tokens": calibration.numel(),
         "basis": asdict(basis),
         "prune_seconds": round(report.seconds, 2),
+        **report.experts_record(),
         "layer_errors": {layer.name: layer.error for layer in report.layers},
         "reconstructions": [asdict(block) for block in report.reconstructions],
     }
