@@ -153,7 +153,7 @@ def test_a_model_that_is_not_sparse_is_refused_by_layer():
         castlm.keep_pattern_(tiny_model("llama"))
     model = sparse_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 4:8] = 1.0
-    with pytest.raises(InputError, match=r"1 of 14 layers are not 2:4, first model.layers.1.mlp.up_proj with 1 group"):
+    with pytest.raises(InputError, match=r"1 of 14 layers are not 2:4, first model.layers.1.mlp.up_proj with 1 place"):
         castlm.keep_pattern_(model)
     with pytest.raises(InputError, match="4:8"):
         castlm.keep_pattern_(tiny_model("llama"), "4:8")

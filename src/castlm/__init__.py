@@ -30,6 +30,7 @@ _HOME = {
     "castlm.models": ("load_model", "save_model"),
     "castlm.training.callback": ("PatternCallback",),
     "castlm.training.config": ("TrainConfig",),
+    "castlm.training.finetune": ("FinetuneConfig",),
     "castlm.training.loop": ("train",),
 }
 register()

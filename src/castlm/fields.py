@@ -34,6 +34,7 @@ OTHER_NAMES = {
     "batch_size": "per_device_train_batch_size",
     "micro_batch": "per_device_train_batch_size",
     "accumulation": "gradient_accumulation_steps",
+    "lr": "learning_rate",
     "epochs": "num_train_epochs",
     "steps": "max_steps",
     "max_length": "seq_len",

@@ -40,7 +40,7 @@ _CARD = """---
 
 # {title}
 
-{warning}This is {base}, made {pattern} sparse with castlm (the CAST method, arXiv 2509.25996): {meaning}
+{warning}This is {base}, {how}: {meaning}
 {counts}
 
 Embeddings and the output head are dense.{left_dense}
@@ -97,7 +97,11 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         f"That is {proof['zero_fraction']:.2%} zeros in {proof['layers']} layers of {proof['weights']:,} weights, "
         f"and {proof['violations']} violations in {proof['groups']:,} {unit_of(pattern)}.{removed}"
     )
+    made = f"made {pattern} sparse with castlm (the CAST method, arXiv 2509.25996)"
+    kept = f"which is {pattern} sparse, fine-tuned with castlm so that its zeros are kept"
+    config = manifest.get("config") or {}
     return _CARD.format(
+        how=kept if config.get("init_from") and config.get("init_from") == config.get("model") else made,
         front_matter=yaml.safe_dump(front_matter, sort_keys=False),
         title=markdown(f"{base_name}, {_short(pattern)}" if base_name else folder_name),
         base=base or "a model",

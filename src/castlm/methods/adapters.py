@@ -111,6 +111,11 @@ def masked_lora_config(
     return config
 
 
+def add_adapter_(model: nn.Module, config: Any) -> Any:
+    """`peft.get_peft_model`: replaces layers of `model` in place, and returns the `PeftModel` around it."""
+    return _peft().get_peft_model(model, config)
+
+
 def check_adapters(model: nn.Module, kept: KeptPattern) -> None:
     """Raises `InputError` if an adapter of `model` would fill zeros of a layer in `kept` when it is merged."""
     masks = None
@@ -151,7 +156,7 @@ def kept_positions(generator: torch.Generator) -> Callable[..., Tensor]:
 
 
 def _sparse_layers(model: nn.Module, pattern: Pattern | str, filter_fn: FilterFn | None) -> dict[str, nn.Linear]:
-    pattern = as_pattern(pattern)
+    pattern = as_pattern(pattern).for_model(model)
     layers = pattern_layers(model, pattern, filter_fn)
     check_pattern(layers, pattern)
     return layers

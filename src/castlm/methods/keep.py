@@ -50,7 +50,7 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
         >>> kept.masks()["layers.0"].float().mean()
         tensor(0.5000)
     """
-    pattern = as_pattern(pattern)
+    pattern = as_pattern(pattern).for_model(model)
     layers = pattern_layers(model, pattern, filter_fn)
     check_pattern(layers, pattern)
     return KeptPattern(layers)
@@ -58,18 +58,21 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
 
 def check_pattern(layers: Mapping[str, nn.Linear], pattern: Pattern) -> None:
     """Raises `InputError` unless all weights of `layers` have the pattern. Under FSDP2 all ranks call it."""
-    weights = {name: weight_parameter(layer) for name, layer in layers.items()}
-    weights = {name: weight for name, weight in weights.items() if weight.dim() == 2}  # `KeptPattern` refuses others
+    weights = {name: weight_parameter(layer).detach() for name, layer in layers.items()}
+    if any(weight.dim() != 2 for weight in weights.values()):
+        return  # `KeptPattern` says why it cannot keep them
     for weight in weights.values():
         check_placement(weight, pattern)
-    counts = [
-        torch.tensor(pattern.violations(local(weight.detach())), device=weight.device) for weight in weights.values()
-    ]
-    found = {name: count for name, count in zip(weights, summed(weights.values(), counts)) if count}
+    units = pattern.units(weights)
+    firsts = [weights[unit[0]] for unit in units]
+    counts = [pattern.unit_violations([local(weights[name]) for name in unit]) for unit in units]
+    totals = summed(firsts, [torch.tensor(count, device=weight.device) for weight, count in zip(firsts, counts)])
+    found = {unit[0]: (unit, total) for unit, total in zip(units, totals) if total}
     if found:
-        name, count = next(iter(found.items()))
+        name, (_, total) = next(iter(found.items()))
+        num_layers = sum(len(unit) for unit, _ in found.values())
         raise InputError(
-            f"{len(found)} of {len(weights)} layers are not {pattern}, first {name} with {count:,} groups that hold "
+            f"{num_layers} of {len(weights)} layers are not {pattern}, first {name} with {total:,} places that hold "
             "more non-zeros: prune the model first (castlm prune), or exclude layers that are dense on purpose with "
             "filter_fn"
         )

@@ -100,6 +100,11 @@ class TrainConfig(  # the fields of the last base come first
         return self.init_from or (calibrated if self.method == "cast" else "magnitude")
 
     @property
+    def is_finetuning(self) -> bool:
+        """Whether the run starts from a model that is n:m already, and not from a dense one."""
+        return self.method == "finetune" and self.init_from == self.model
+
+    @property
     def datasets(self) -> dict[str, float]:
         """The training texts with their weights; a single one has the weight 1."""
         if isinstance(self.dataset, str):

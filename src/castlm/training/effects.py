@@ -32,6 +32,7 @@ EFFECTS: dict[str, Effect] = {
     "decay_end": Effect(lambda c: _decays(c) and DECAYS[c.decay].uses_decay_end, "a decay that ends before the run"),
     "lam": Effect(lambda c: _decays(c) and DECAYS[c.decay].needs_lam, "a decay that uses lam"),
     "ignore_decay_budget": Effect(lambda c: _decays(c) and DECAYS[c.decay].reduces, "a decay"),
+    "lora_r": Effect(lambda c: c.adapter != "none", "adapter shira or lora"),
     "mask_interval": Effect(lambda c: c.method != "cast" or c.start == "magnitude", "init_from magnitude"),
     "calibration_sequences": Effect(lambda c: c.start in CALIBRATED, f"init_from {' or '.join(CALIBRATED)}"),
     "temperature": Effect(lambda c: c.eta > 0, "eta above 0"),

@@ -117,6 +117,13 @@ class MethodOptions:
     scale_groups: int = 2
     """Learnable scale factors per weight row, folded into the weights at the end. 0 turns weight scaling off."""
 
+    adapter: Literal["none", "shira", "lora"] = "none"
+    """What castlm finetune trains: none trains all weights; shira and lora train a PEFT adapter that keeps every zero
+    when it is merged, and write it to `output_dir/adapter` too."""
+
+    lora_r: int = 16
+    """Size of the adapter: as many trained weights as LoRA of this rank has."""
+
     ignore_decay_budget: bool = False
     """Run even if the decay budget says that masked weights cannot reach zero."""
 
@@ -125,6 +132,7 @@ class MethodOptions:
         yield "lam", self.lam == "auto" or float(self.lam) >= 0, "at least 0, or auto"
         yield "srste_lam", self.srste_lam >= 0, "at least 0"
         yield "mask_interval", self.mask_interval >= 1, "at least 1"
+        yield "lora_r", self.lora_r >= 1, "at least 1"
         yield "scale_groups", self.scale_groups >= 0, "at least 0"
 
 

@@ -31,7 +31,7 @@ from castlm.distributed.world import World
 from castlm.export.cut import check_cut
 from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, describe
 from castlm.methods.base import Retraining
-from castlm.methods.table import METHODS
+from castlm.methods.table import class_of
 from castlm.training.config import TrainConfig
 from castlm.training.effects import without_effect
 from castlm.training.metrics import Evaluator
@@ -98,7 +98,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     Raises:
         InputError: on anything the user can put right.
     """
-    method_class = METHODS[config.method].load()
+    method_class = class_of(config.method, config.adapter)
     method_class.check(config)
     check_compile(config.torch_compile, world.device)
     source = open_source(config, world)
@@ -108,6 +108,8 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     precision = choose_precision(config.precision, world.device, model.config)
     if world.size > 1 and method_class.masks_forward:
         raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
+    if world.size > 1 and method_class.one_process:
+        raise InputError(f"adapter {config.adapter} is trained in one process: use adapter none, or no torchrun")
     pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
     _check_pattern(config, pattern, model, filter_fn, world)
     has_start = resumed is None and config.start != "magnitude"
@@ -141,7 +143,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         objective, text.eval_ids, config.seq_len, config.per_device_train_batch_size, precision, world
     )
     dense_perplexity = None
-    if resumed is None and (has_start or method.starts_sparse):
+    if resumed is None and (has_start or method.starts_sparse) and not config.is_finetuning:
         with method.unmasked():
             dense_perplexity = evaluator.perplexity()
     if has_start:
@@ -251,6 +253,9 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
     sparse = sum(layer.out_features * layer.in_features for layer in method.layers.values())
     total = sum(p.numel() for p in parts.names)
     masks = f"{config.pattern} from {config.start}" if method.layers else "no masks"
+    if config.adapter != "none":
+        trained = sum(p.numel() for p in parts.names if p.requires_grad)
+        masks += f", adapter {config.adapter} of {trained:,} weights"
     yield f"{config.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
     if config.teacher_cache:
         here = "every sequence is in the cache: no teacher is loaded"

@@ -160,8 +160,10 @@ def _read(
 ) -> dict[str, Tensor]:
     """Reads the layers of the n:m model that `init_from` names."""
     name = str(config.start)
+    options = source.options if config.is_finetuning else {"trust_remote_code": config.trust_remote_code}
+    is_loaded = config.is_finetuning and source.stored is None
     try:
-        model = load_model(name, trust_remote_code=config.trust_remote_code).model
+        model = source.model if is_loaded else load_model(name, **options).model
     except InputError as error:
         known = ", ".join(UNIT_SCORES if is_structured(pattern) else SOLVERS)
         raise InputError(f"init_from {name}, neither one of {known} nor a model: {error}") from None
@@ -178,7 +180,10 @@ def _read(
     bound = pattern.for_model(source.model)
     for unit in bound.units(weights):
         if bound.unit_violations([weights[name] for name in unit]):
-            raise InputError(f"init_from {name} is not {pattern} in {unit[-1]}: prune it first (castlm prune)")
+            given = name if config.is_finetuning else f"init_from {name}"
+            raise InputError(
+                f"{given} is not {pattern} in {unit[-1]}: prune it first (castlm prune), or name the layer in left_dense"
+            )
     return weights
 
 
