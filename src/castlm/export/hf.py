@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from castlm.core.experts import is_layer
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.sparsify import is_sparse_linear
 from castlm.export.card import model_card
+from castlm.export.cut import cut_model
+from castlm.export.cut_sizes import cut_pattern
 from castlm.export.report import VerifyReport
 from castlm.export.verify import verify
 from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_name
@@ -48,7 +51,8 @@ def export_model(
     """Writes `model` to `folder` with castlm.json and a model card, reads it back and verifies it.
 
     Args:
-        model: pruned and folded: its parameters are plain, without parametrizations.
+        model: pruned and folded: its parameters are plain, without parametrizations. Channels and heads that the
+            pattern masks are cut out of what is written; `model` itself keeps them.
         folder: the output; it is replaced once everything is written and verified.
         pattern: the pattern of the sparse layers, such as 2:4.
         left_dense: the reason for each dense module or parameter, by its name, as `sparse_linears` gives it.
@@ -71,6 +75,10 @@ def export_model(
     folder = Path(os.path.realpath(user_path(folder)))
     pattern = as_pattern(pattern)
     manifest = new_manifest(pattern, left_dense, {**record, "dtype": _name_of(dtype or model.dtype)})
+    if cut_pattern(pattern) is not None:
+        model, done = cut_model(model, pattern)
+        manifest["cut"] = asdict(done)
+        manifest["num_params"] = sum(p.numel() for p in model.parameters())
     with eval_mode(model), atomic_dir(folder, overwrite) as temporary:
         with parameters_in(model, dtype):
             save_model(model, tokenizer, temporary)

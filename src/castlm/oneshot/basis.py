@@ -107,10 +107,12 @@ def change_basis_(
 
 
 def _wiring(model: PreTrainedModel, pattern: Pattern, options: BasisOptions, report: BasisReport) -> Wiring | None:
-    """None where the family or the pattern does not allow it and "auto" may go without."""
+    """None for other patterns than n:m, and where the family does not allow it, if "auto" may go without."""
+    if not isinstance(pattern, NM):
+        if options.rotate == "auto":
+            return None
+        raise InputError(f"a change of basis is for n:m patterns, not {pattern}: use rotate auto")
     try:
-        if not isinstance(pattern, NM):
-            raise InputError(f"a change of basis is for n:m patterns, not {pattern}: use rotate off and permute off")
         return describe(model)
     except InputError as error:
         if options.rotate != "auto":

@@ -11,8 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, SparseLayer
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.core.structured import is_structured
 from castlm.models import eval_mode
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.dense_twin import DenseTwin, Shift
@@ -29,88 +28,10 @@ from castlm.oneshot.families import describe
 from castlm.oneshot.inputs import ERROR_TOKENS, ExpertInputs, LayerInput, check_plain_weights, see_inputs
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
+from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import MIN_DAMPING, SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
+from castlm.oneshot.units import UnitSettings, prune_units_
 from castlm.oneshot.walk import BlockInputs, block_stack
-
-
-@dataclass
-class LayerResult:
-    """What became of one layer."""
-
-    name: str
-    shape: tuple[int, ...]
-    """(out, in), of experts (experts, out, in)."""
-    num_zeros: int
-    error: float | None = None
-    """|X W^T - X W'^T|^2 / |X W^T|^2 on the first 256 calibration tokens; None without calibration. Of experts the
-    mean."""
-    num_dead: int = 0
-    """Input columns that the calibration text never moves from 0."""
-    damping: float | None = None
-    """That SparseGPT took: above what was asked for where the Hessian could not be factorized with that."""
-    num_few: int = 0
-    """Experts to which fewer tokens were routed than the block has channels, and that have seen all tokens instead."""
-
-
-@dataclass
-class OneshotReport:
-    """What `prune_oneshot_` did."""
-
-    method: str
-    pattern: str
-    num_sequences: int
-    seq_len: int
-    damping: float | None
-    """As asked for; None where the method has none."""
-    layers: list[LayerResult] = field(default_factory=list)
-    left_dense: dict[str, str] = field(default_factory=dict)
-    """Reason by name."""
-    reconstructions: list[Reconstruction] = field(default_factory=list)
-    """By block, where blocks are reconstructed."""
-    seconds: float = 0.0
-
-    @property
-    def zero_fraction(self) -> float:
-        """Of the weights of the pruned layers."""
-        return sum(r.num_zeros for r in self.layers) / sum(math.prod(r.shape) for r in self.layers)
-
-    @property
-    def raised_damping(self) -> dict[str, float]:
-        """The layers that needed more damping than was asked for, with what they took."""
-        return {r.name: r.damping for r in self.layers if r.damping is not None and r.damping != self.damping}
-
-    @property
-    def num_few_experts(self) -> int:
-        """Experts that have seen all tokens of the text, because too few were routed to them; of each block."""
-        of_block: dict[str, int] = {}
-        for result in self.layers:
-            experts = result.name.rpartition(".")[0]
-            of_block[experts] = max(result.num_few, of_block.get(experts, 0))
-        return sum(of_block.values())
-
-    def few_note(self) -> str:
-        """A line for where there are some."""
-        return (
-            f"{self.num_few_experts} experts had fewer tokens routed to them than the model has channels, and were "
-            "calibrated on all tokens: more calibration text gives them their own"
-        )
-
-    def damping_note(self) -> str:
-        """A line for where there are some."""
-        raised, most = len(self.raised_damping), max(self.raised_damping.values())
-        return f"{raised} of {len(self.layers)} layers took more damping than {self.damping:g}, up to {most:g}"
-
-    def damping_record(self) -> dict[str, Any]:
-        """What castlm.json says of the damping; nothing of a method that has none."""
-        return {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}
-
-    def experts_record(self) -> dict[str, Any]:
-        """What castlm.json says of experts that saw few tokens; nothing where there are none."""
-        few = {result.name: result.num_few for result in self.layers if result.num_few}
-        return {"experts_calibrated_on_all_tokens": few} if few else {}
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
 
 
 def _prune_layers(
@@ -198,21 +119,25 @@ def prune_oneshot_(
     damping: float = 0.01,
     block_size: int = 128,
     refinements: Refinements = NO_REFINEMENTS,
+    seed: int = 0,
     filter_fn: FilterFn = is_sparse_linear,
     progress: Callable[[int, int], None] | None = None,
 ) -> OneshotReport:
     """Prunes a model to a pattern in place, without training.
 
+    Structured patterns are pruned by `castlm.oneshot.units.prune_units_`, with the methods in its `SCORES`.
+
     Memory beyond the model: the hidden states of the calibration text in the model's dtype, and the statistics of one
     block (SparseGPT: a fp32 matrix (in, in) for each distinct input). The weights keep their dtype.
 
     Args:
-        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`.
+        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`; of a structured pattern a name in `SCORES`.
         calibration: int64, (num_sequences, seq_len), as from `calibration_blocks`. Magnitude needs none; where it is
             given one, its first 256 tokens serve for the reconstruction errors.
         damping: SparseGPT: share of the mean of the diagonal of H that is added to it.
         block_size: SparseGPT: columns between two full matmuls; a matter of speed only.
-        refinements: SparseGPT: what is done beyond it.
+        refinements: SparseGPT: what is done beyond it. Of these, structured patterns read `refit_iterations`.
+        seed: of method "random".
         filter_fn: which layers, as for `sparse_linears`.
         progress: called with (blocks done, blocks in all).
 
@@ -225,8 +150,14 @@ def prune_oneshot_(
         >>> tokens = calibration_blocks(token_ids, seq_len=calibration_length(model), seed=0)
         >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)
     """
+    pattern = as_pattern(pattern)
+    if is_structured(pattern):
+        settings = UnitSettings(damping, refinements.refit_iterations, seed)
+        return prune_units_(
+            model, method, pattern, calibration=calibration, to=settings, filter_fn=filter_fn, progress=progress
+        )
     started = time.perf_counter()
-    to = Settings(as_pattern(pattern), damping, block_size)
+    to = Settings(pattern, damping, block_size)
     layers, left_dense = sparse_linears(model, to.pattern, filter_fn)
     _check(model, method, layers, calibration, to)
     if refinements != NO_REFINEMENTS and method != "sparsegpt":
