@@ -163,7 +163,7 @@ def _sparse_layers(model: nn.Module, pattern: Pattern | str, filter_fn: FilterFn
     pattern = as_pattern(pattern).for_model(model)
     layers = pattern_layers(model, pattern, filter_fn)
     check_pattern(layers, pattern)
-    return layers
+    return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}  # PEFT adapts no experts
 
 
 def _peft() -> Any:
