@@ -27,6 +27,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "train": Command("train", "train a dense model to a verified n:m sparse one"),
+    "finetune": Command("finetune", "fine-tune an n:m sparse model; every zero stays"),
     "prune": Command("prune", "prune one-shot, without training: magnitude, Wanda, SparseGPT"),
     "eval": Command("evaluate", "measure the perplexity of a model on a text, or its zero-shot accuracy"),
     "compare": Command("compare", "run CAST and its rivals in one harness and print one table"),

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Literal
 from castlm.cli.options import parse
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
+from castlm.core.structured import is_structured
 from castlm.fields import choice
-from castlm.oneshot.options import BasisOptions, Refinements, part_of
+from castlm.oneshot.options import DEFAULT_SCORE, UNIT_SCORES, BasisOptions, Refinements, part_of
 
 if TYPE_CHECKING:
     from castlm.data.documents import Documents, HubDocuments
 
 
 def solver_names() -> Iterable[str]:
-    """The rows of the table of solvers, which imports torch."""
+    """The rows of the table of solvers, which imports torch, and the scores of structured patterns."""
     from castlm.oneshot.solvers import SOLVERS
 
-    return SOLVERS
+    return dict.fromkeys((*SOLVERS, *UNIT_SCORES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,9 @@ class PruneOptions:
     output_dir: str
     """Folder for the pruned model."""
 
-    method: str = choice("sparsegpt", solver_names)
-    """Solver that chooses the masked weights. sparsegpt also updates the kept ones."""
+    method: str | None = choice(None, solver_names)
+    """Solver that chooses the masked weights: sparsegpt (the default; it also updates the kept ones), wanda, magnitude.
+    Structured patterns rank their units by taylor (the default), flap, wanda, magnitude or random."""
 
     calibration: str | None = None
     """Text that wanda and sparsegpt need: a file, folder, glob or hub dataset, as --dataset of castlm train."""
@@ -44,7 +46,8 @@ class PruneOptions:
     """Column that holds the text in .jsonl and .parquet."""
 
     pattern: str = "2:4"
-    """n:m, where n of every m consecutive weights along the input axis are kept."""
+    """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern as
+    channels:0.5, heads:0.5, blocks:32x32:0.5, channels:0.75+2:4."""
 
     num_sequences: int = field(default=128, metadata={"at_least": 1})
     """Calibration sequences."""
@@ -86,23 +89,30 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         keep_freed_memory()
         pattern = Pattern.parse(self.pattern)
         device, text = choose_device(self.device), None
-        if self.method == "magnitude" and self.rotate in ("values", "residual"):
+        structured = is_structured(pattern)
+        method = self.method or (DEFAULT_SCORE if structured else "sparsegpt")
+        if method == "magnitude" and self.rotate in ("values", "residual"):
             raise InputError(f"rotate {self.rotate} needs a calibration text: use method sparsegpt or wanda")
-        if self.method != "magnitude":
-            if self.calibration is None:
-                raise InputError(
-                    f"method {self.method} needs a calibration text: give --calibration FILE, or --method magnitude"
-                )
+        needs_text = method not in (("magnitude", "random") if structured else ("magnitude",))
+        if needs_text and self.calibration is None:
+            raise InputError(
+                f"method {method} needs a calibration text: give --calibration FILE, or --method magnitude"
+            )
+        if needs_text or (structured and self.calibration is not None):
+            assert self.calibration is not None
             text = open_documents(self.calibration, column=self.column)
         inputs = {"model": self.model, "calibration": self.calibration}
         with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
-            return self._prune(folder, pattern, text, device)
+            return self._prune(folder, pattern, method, text, device)
 
-    def _prune(self, folder: Path, pattern: Pattern, text: Documents | HubDocuments | None, device: str) -> int:
+    def _prune(
+        self, folder: Path, pattern: Pattern, method: str, text: Documents | HubDocuments | None, device: str
+    ) -> int:
         import torch
 
         from castlm.core.sparsify import sparse_linears
         from castlm.data.tokens import token_ids
+        from castlm.export.cut import check_cut
         from castlm.export.hf import export_model
         from castlm.models import load_model, save_dtype
         from castlm.oneshot.basis import change_basis_
@@ -112,8 +122,9 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
 
         # Solvers and changes of basis compute in fp32; magnitude alone needs no more than what is stored.
         held = None if text is None else torch.float32
-        refinements = part_of(self, Refinements).for_solver(self.method)
+        refinements = part_of(self, Refinements).for_solver(method, pattern)
         loaded = load_model(self.model, dtype=held, trust_remote_code=self.trust_remote_code, revision=self.revision)
+        check_cut(loaded.model, pattern)
         _, left_dense = sparse_linears(loaded.model, pattern)
         blocks, calibration = None, {}
         if text is not None:
@@ -134,24 +145,26 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
                 basis = change_basis_(
                     loaded.model, blocks, part_of(self, BasisOptions), pattern=pattern, say=note, progress=progress
                 )
-        with shown_progress(f"{self.method}, blocks") as progress:
+        with shown_progress(f"{method}, blocks") as progress:
             report = prune_oneshot_(
                 loaded.model,
-                self.method,
+                method,
                 pattern=pattern,
                 calibration=blocks,
                 damping=self.damping,
                 refinements=refinements,
+                seed=self.seed,
                 progress=progress,
             )
         loaded.model.to("cpu")
         record = {
             "base_model": self.model,
-            "method": self.method,
+            "method": method,
             "calibration": calibration,
             "basis": None if basis is None else asdict(basis),
             "prune_seconds": round(report.seconds, 2),
             **report.damping_record(),
+            **report.experts_record(),
         }
         export_model(
             loaded.model,
@@ -163,9 +176,11 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             overwrite=True,
             dtype=save_dtype(self.save_dtype, loaded.dtype),
         )
+        if report.num_few_experts:
+            print(report.few_note())
         if report.raised_damping:
             print(f"{report.damping_note()}: castlm.json lists them")
-        print(f"{folder}: {self.pattern} by {self.method}, verified; measure it with: castlm eval {folder} --text FILE")
+        print(f"{folder}: {self.pattern} by {method}, verified; measure it with: castlm eval {folder} --text FILE")
         return 0
 
 
