@@ -164,6 +164,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             "basis": None if basis is None else asdict(basis),
             "prune_seconds": round(report.seconds, 2),
             **report.damping_record(),
+            **report.experts_record(),
         }
         export_model(
             loaded.model,
@@ -175,6 +176,8 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             overwrite=True,
             dtype=save_dtype(self.save_dtype, loaded.dtype),
         )
+        if report.num_few_experts:
+            print(report.few_note())
         if report.raised_damping:
             print(f"{report.damping_note()}: castlm.json lists them")
         print(f"{folder}: {self.pattern} by {method}, verified; measure it with: castlm eval {folder} --text FILE")

@@ -38,7 +38,7 @@ class _Weight:
     def masked(self) -> Tensor:
         """(rows, in) bool, True where the weight is masked."""
         rows = local(self.parameter)
-        return ~unpack_mask(self.packed.to(rows.device), rows.shape[1])
+        return ~unpack_mask(self.packed.to(rows.device), rows.shape[-1])
 
     def mask_gradient_(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -72,9 +72,9 @@ class KeptPattern:
         """How often the zeros have been counted."""
         for name, layer in layers.items():
             parameter = weight_parameter(layer)
-            if parameter.dim() != 2:
+            if parameter.dim() not in (2, 3):
                 raise InputError(
-                    f"{name} has a weight of shape {tuple(parameter.shape)}, not (out, in): sharding that flattens "
+                    f"{name} has a weight of shape {tuple(parameter.shape)}, not (out, in) or (experts, out, in): sharding that flattens "
                     "weights (FSDP1, DeepSpeed ZeRO) cannot keep a pattern; use FSDP2 fully_shard or DDP"
                 )
             packed = pack_mask(local(parameter).detach() != 0)

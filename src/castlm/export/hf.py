@@ -17,7 +17,9 @@ import torch
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from castlm.conversion import stored_names
 from castlm.core.errors import InputError
+from castlm.core.experts import is_layer
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.sparsify import is_sparse_linear
 from castlm.export.card import model_card
@@ -143,21 +145,31 @@ def _verify(
 
 
 def verify_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict[str, str]) -> None:
-    """Raises `InputError` unless every sparse layer of `model` has the pattern in the files; completes `left_dense`."""
-    sparse = {f"{name}.weight" for name, module in model.named_modules() if is_sparse_linear(module, name)}
-    sparse -= set(left_dense) | {f"{name}.weight" for name in left_dense}
-    fused = "not a linear layer of its own in memory"
-    for name in list(report.uncounted):  # fused in the files, under another name than in memory
+    """Raises `InputError` unless every sparse layer of `model` has the pattern in the files; completes `left_dense`.
+
+    The files may hold a layer under other names than the memory, as they do for experts: transformers says which.
+    """
+    sparse: set[str] = set()
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not is_layer(module):
+            continue
+        reason = left_dense.get(name, left_dense.get(f"{name}.weight"))
+        if reason is not None:
+            reasons |= dict.fromkeys(stored_names(model, name, module), reason)
+        elif is_sparse_linear(module, name):
+            sparse |= set(stored_names(model, name, module))
+    other = "not a linear layer of its own in memory"
+    for name in report.uncounted.keys() - sparse:
         del report.uncounted[name]
-        report.dense[name] = left_dense[name] = fused
+        report.dense[name] = left_dense[name] = reasons.get(name, other)
     for layer in report.layers:
-        # Fused in memory and split in the files, as experts are: left dense in memory under another name.
         if layer.left_dense is None and layer.name not in sparse and (layer.problem or layer.num_violations):
-            layer.left_dense = left_dense[layer.name] = fused
+            layer.left_dense = left_dense[layer.name] = reasons.get(layer.name, other)
     if not report.ok:
         raise InputError(report.summary())
-    if len(report.sparse_layers) < len(sparse):
-        raise InputError(f"{len(report.sparse_layers)} of {len(sparse)} sparse layers were found in {report.path}")
+    if missing := sparse - {layer.name for layer in report.sparse_layers}:
+        raise InputError(f"{len(missing)} of {len(sparse)} sparse layers are not in {report.path}, as {min(missing)}")
 
 
 def _verify_equal(model: PreTrainedModel, loaded: PreTrainedModel) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ class LayerReport:
     shape: tuple[int, ...]
     dtype: str
     axis: int
-    """The input axis, along which the groups run: 1, or 0 for Conv1D."""
+    """The input axis, along which the groups run: the last one, or the one before for Conv1D and some 3-D experts."""
     num_groups: int = 0
     num_violations: int = 0
     num_zeros: int = 0
@@ -35,7 +36,7 @@ class LayerReport:
 
     @property
     def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return math.prod(self.shape)
 
     @property
     def zero_fraction(self) -> float:
@@ -59,7 +60,7 @@ class VerifyReport:
     base: str = ""
     """The dense model that channels or heads were cut out of, where the pattern does that."""
     uncounted: dict[str, str] = field(default_factory=dict)
-    """Weights of transformer blocks whose groups could not be counted, with the reason, such as fused experts. The
+    """Weights of transformer blocks whose groups could not be counted, with the reason. The
     answer is no while there are any."""
     dense: dict[str, str] = field(default_factory=dict)
     """Tensors of two or more dimensions that the pattern does not apply to, with the reason."""
@@ -174,7 +175,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     note = layer.problem or ""
     if layer.left_dense is not None:
         note = f"left dense: {layer.left_dense}"
-    axis = " (in, out)" if layer.axis == 0 else ""
+    axis = " (in, out)" if layer.axis == len(layer.shape) - 2 else ""
     return (
         printable(layer.name),
         "x".join(map(str, layer.shape)) + axis,

@@ -69,7 +69,7 @@ def shapes_of(name: str, trust_remote_code: bool = False, cut: Pattern | None = 
     """
     from transformers import AutoModelForCausalLM
 
-    from castlm.models import linearize_conv1d_, open_model
+    from castlm.models import linearize_, open_model
 
     _, config, _ = open_model(name, trust_remote_code=trust_remote_code)
     if cut is not None:
@@ -77,7 +77,7 @@ def shapes_of(name: str, trust_remote_code: bool = False, cut: Pattern | None = 
             setattr(config, field_name, value)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    linearize_conv1d_(model)
+    linearize_(model)
     return layer_shapes(model)
 
 

@@ -12,14 +12,15 @@ A change is kept only if the error of the layers solved by SparseGPT falls under
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
+from castlm.core.experts import SparseLayer
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.models import eval_mode
@@ -143,7 +144,7 @@ class _Turning:
         self.done = 0
         self.total = len(wiring.blocks) + (options.rotation_iterations if self.rotates_stream else 0)
 
-    def run(self, calibration: Tensor, layers: dict[str, nn.Linear]) -> None:
+    def run(self, calibration: Tensor, layers: Mapping[str, SparseLayer]) -> None:
         sample = calibration[:1, :_CHECK_TOKENS].to(self.model.device)
         before = self._logits(sample)
         if self.rotates_stream:
@@ -209,7 +210,7 @@ class _Turning:
         self.progress(self.done, self.total)
 
 
-def _statistics(layers: dict[str, nn.Linear], inputs: BlockInputs, num_sequences: int) -> Statistics:
+def _statistics(layers: Mapping[str, SparseLayer], inputs: BlockInputs, num_sequences: int) -> Statistics:
     """Of the current block's layers; those that read the same input share one."""
     if not layers:
         return {}

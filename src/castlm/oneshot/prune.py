@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
+from castlm.core.experts import ExpertLinear, SparseLayer
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.core.structured import is_structured
@@ -24,7 +25,7 @@ from castlm.models import eval_mode
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.dense_twin import DenseTwin, Shift
 from castlm.oneshot.families import describe
-from castlm.oneshot.inputs import ERROR_TOKENS, LayerInput, check_plain_weights, see_inputs
+from castlm.oneshot.inputs import ERROR_TOKENS, ExpertInputs, LayerInput, check_plain_weights, see_inputs
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
 from castlm.oneshot.report import LayerResult, OneshotReport
@@ -34,15 +35,15 @@ from castlm.oneshot.walk import BlockInputs, block_stack
 
 
 def _prune_layers(
-    layers: dict[str, nn.Linear],
+    layers: Mapping[str, Tensor],
     seen: LayerInput | None,
     solver: Solver,
     to: Settings,
     refinements: Refinements | None = None,
     shift: Shift | None = None,
 ) -> list[LayerResult]:
-    """Prunes layers that read the same input, all their rows in one piece."""
-    names, weights = ", ".join(layers), [layer.weight for layer in layers.values()]
+    """Prunes weights that read the same input, all their rows in one piece."""
+    names, weights = ", ".join(layers), list(layers.values())
     dense = torch.cat([weight.float() for weight in weights])
     if not dense.isfinite().all():
         raise InputError(f"the weight of {names} has NaN or infinity: no mask of it means anything")
@@ -65,6 +66,27 @@ def _prune_layers(
         num_zeros = int((weight == 0).sum())
         results.append(LayerResult(name, tuple(weight.shape), num_zeros, lost, pruned.num_dead, pruned.damping))
     return results
+
+
+def _prune_experts(
+    layer: ExpertLinear, seen: ExpertInputs, solver: Solver, to: Settings, refinements: Refinements
+) -> LayerResult:
+    """Prunes one projection of all experts of a block, each by the tokens that it has seen."""
+    of_expert = [
+        _prune_layers({entry.names[0]: layer.weight[expert]}, entry, solver, to, refinements)[0]
+        for expert, entry in sorted(seen.experts.items())
+    ]
+    assert len(of_expert) == layer.num_experts
+    dampings = [result.damping for result in of_expert if result.damping is not None]
+    return LayerResult(
+        seen.names[0],
+        tuple(layer.weight.shape),
+        sum(result.num_zeros for result in of_expert),
+        sum(result.error or 0.0 for result in of_expert) / len(of_expert),
+        sum(result.num_dead for result in of_expert),
+        max(dampings, default=None),
+        len(seen.few),
+    )
 
 
 def _solve_refined(
@@ -151,7 +173,7 @@ def prune_oneshot_(
     report = OneshotReport(method, str(to.pattern), num_sequences, seq_len, asked, left_dense=left_dense)
     if calibration is None:
         for name, layer in layers.items():
-            report.layers += _prune_layers({name: layer}, None, kind, to)
+            report.layers += _prune_layers({name: layer.weight}, None, kind, to)
     else:
         with eval_mode(model):
             _prune_blocks(model, layers, calibration, kind, to, refinements, report, progress)
@@ -161,7 +183,7 @@ def prune_oneshot_(
 
 def _prune_blocks(
     model: PreTrainedModel,
-    layers: dict[str, nn.Linear],
+    layers: Mapping[str, SparseLayer],
     calibration: Tensor,
     solver: Solver,
     to: Settings,
@@ -184,10 +206,16 @@ def _prune_blocks(
             chosen = {name: inside[name] for name in entry.names}
             if refinements.staged_statistics and number > 0:
                 (entry,) = see_inputs(chosen, inputs, solver, len(calibration))
+            if isinstance(entry, ExpertInputs):
+                (layer,) = chosen.values()
+                assert isinstance(layer, ExpertLinear)
+                report.layers.append(_prune_experts(layer, entry, solver, to, refinements))
+                continue
             shift = None
             if twin is not None and refinements.shifts_targets:
                 shift = twin.shift(entry.names[0], f"{stack}.{index}.", probes)
-            report.layers += _prune_layers(chosen, entry, solver, to, refinements, shift)
+            weights = {name: layer.weight for name, layer in chosen.items()}
+            report.layers += _prune_layers(weights, entry, solver, to, refinements, shift)
         is_last = index + 1 == len(of_block)
         if twin is not None and (refinements.reconstruct_epochs or not is_last):
             outputs = twin.outputs()
@@ -201,7 +229,7 @@ def _prune_blocks(
 
 
 def _reconstruct(
-    inside: dict[str, nn.Linear], inputs: BlockInputs, outputs: list[Tensor], refinements: Refinements
+    inside: Mapping[str, SparseLayer], inputs: BlockInputs, outputs: list[Tensor], refinements: Refinements
 ) -> Reconstruction:
     """Reconstructs the current block."""
     call = inputs.calls[inputs.index]
@@ -228,7 +256,7 @@ def _stream_probes(model: PreTrainedModel, stack: str) -> dict[str, str]:
 
 
 def _check(
-    model: PreTrainedModel, method: str, layers: dict[str, nn.Linear], calibration: Tensor | None, to: Settings
+    model: PreTrainedModel, method: str, layers: Mapping[str, SparseLayer], calibration: Tensor | None, to: Settings
 ) -> None:
     if method not in SOLVERS:
         raise InputError(f"there is no one-shot method {method!r}: choose one of {', '.join(SOLVERS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,14 +15,17 @@ class LayerResult:
 
     name: str
     shape: tuple[int, ...]
-    """(out, in)."""
+    """(out, in), of experts (experts, out, in)."""
     num_zeros: int
     error: float | None = None
-    """|X W^T - X W'^T|^2 / |X W^T|^2 on the first 256 calibration tokens; None without calibration."""
+    """|X W^T - X W'^T|^2 / |X W^T|^2 on the first 256 calibration tokens; None without calibration. Of experts the
+    mean."""
     num_dead: int = 0
     """Input columns that the calibration text never moves from 0."""
     damping: float | None = None
     """That SparseGPT took: above what was asked for where the Hessian could not be factorized with that."""
+    num_few: int = 0
+    """Experts to which fewer tokens were routed than the block has channels, and that have seen all tokens instead."""
 
 
 @dataclass
@@ -44,12 +48,33 @@ class OneshotReport:
     @property
     def zero_fraction(self) -> float:
         """Of the weights of the pruned layers."""
-        return sum(r.num_zeros for r in self.layers) / sum(r.shape[0] * r.shape[1] for r in self.layers)
+        return sum(r.num_zeros for r in self.layers) / sum(math.prod(r.shape) for r in self.layers)
 
     @property
     def raised_damping(self) -> dict[str, float]:
         """The layers that needed more damping than was asked for, with what they took."""
         return {r.name: r.damping for r in self.layers if r.damping is not None and r.damping != self.damping}
+
+    @property
+    def num_few_experts(self) -> int:
+        """Experts that have seen all tokens of the text, because too few were routed to them; of all blocks."""
+        of_block: dict[str, int] = {}
+        for result in self.layers:
+            experts = result.name.rpartition(".")[0]
+            of_block[experts] = max(result.num_few, of_block.get(experts, 0))
+        return sum(of_block.values())
+
+    def few_note(self) -> str:
+        """A line for where there are some."""
+        return (
+            f"{self.num_few_experts} experts had fewer tokens routed to them than the model has channels, and were "
+            "calibrated on all tokens: more calibration text gives them their own"
+        )
+
+    def experts_record(self) -> dict[str, Any]:
+        """What castlm.json says of experts that saw few tokens; nothing where there are none."""
+        few = {result.name: result.num_few for result in self.layers if result.num_few}
+        return {"experts_calibrated_on_all_tokens": few} if few else {}
 
     def damping_note(self) -> str:
         """A line for where there are some."""

@@ -23,7 +23,7 @@ from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.hardware import peak_memory
 from castlm.methods.table import METHODS
-from castlm.models import linearize_conv1d_, parameters_in, save_dtype, save_model
+from castlm.models import linearize_, parameters_in, save_dtype, save_model
 from castlm.oneshot.options import UNIT_SCORES
 from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig
@@ -128,7 +128,7 @@ def gathered(run: TrainedRun) -> PreTrainedModel | None:
     if not run.world.is_main:
         return None
     model = AutoModelForCausalLM.from_config(run.model.config, dtype=torch.float32)
-    linearize_conv1d_(model)
+    linearize_(model)
     run.parts.method.prepare(model)
     model.load_state_dict(state)
     model.generation_config = run.model.generation_config

@@ -19,6 +19,7 @@ from castlm.core.adams import AdamS
 from castlm.core.budget import DecayBudget, decay_budget
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
+from castlm.core.experts import num_weights
 from castlm.core.masks import pack_mask
 from castlm.core.pattern import Pattern
 from castlm.core.shards import like_rows, local
@@ -250,7 +251,7 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
     for reason, names in by_reason.items():
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         yield f"left dense: {shown} ({reason})"
-    sparse = sum(layer.out_features * layer.in_features for layer in method.layers.values())
+    sparse = sum(map(num_weights, method.layers.values()))
     total = sum(p.numel() for p in parts.names)
     masks = f"{config.pattern} from {config.start}" if method.layers else "no masks"
     if config.adapter != "none":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
+from castlm.core.experts import is_layer
 from castlm.core.pattern import Pattern
 from castlm.core.shards import local
 from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
@@ -139,6 +140,8 @@ def _prune(
             )
     except InputError as error:
         raise InputError(f"init_from {solver}: {error}; init_from magnitude does without") from None
+    if report.num_few_experts:
+        note(report.few_note())
     if report.raised_damping:
         note(report.damping_note())
     if world.mesh is not None:
@@ -150,6 +153,7 @@ def _prune(
         "calibration_tokens": calibration.numel(),
         "basis": asdict(basis),
         "prune_seconds": round(report.seconds, 2),
+        **report.experts_record(),
         "layer_errors": {layer.name: layer.error for layer in report.layers},
         "reconstructions": [asdict(block) for block in report.reconstructions],
     }
@@ -173,7 +177,7 @@ def _read(
     weights: dict[str, Tensor] = {}
     for layer_name, layer in layers.items():
         theirs = found.get(layer_name)
-        if not isinstance(theirs, nn.Linear) or theirs.weight.shape != layer.weight.shape:
+        if theirs is None or not is_layer(theirs) or theirs.weight.shape != layer.weight.shape:
             raise InputError(f"init_from {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
         weight = theirs.weight.detach()
         weights[layer_name] = weight
