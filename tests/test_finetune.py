@@ -219,9 +219,9 @@ def test_the_benchmark_tells_the_ways_apart(sparse, text, tmp_path, monkeypatch,
     monkeypatch.setattr(finetune, "ADAPTER_RATES", (1e-3,))
     dense, out = save_tiny(tmp_path / "dense"), str(tmp_path / "out.json")
     paths = ["--dense", str(dense), "--sparse", sparse, "--text", text, "--held-out", text]
-    finetune.main(
-        [*paths, *["--steps", "2", "--batch", "2", "--seq-len", "32", "--r", "2", "--seeds", "0", "--eval-tokens", "256", "--json"], out]
-    )  # fmt: skip
+    sizes = {"steps": 2, "batch": 2, "seq-len": 32, "r": 2, "seeds": 0, "eval-tokens": 256}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    finetune.main([*paths, *options, "--json", out])
     rows = {row["name"]: row for row in json.loads(Path(out).read_text())["rows"]}
     assert {name for name, row in rows.items() if row["violations"]} == {
         *("dense, before", "dense, all weights", "2:4, plain LoRA, merged")
