@@ -119,7 +119,7 @@ def test_what_fills_a_zero_raises_at_its_step(tmp_path):
     model, callback = sparse_model(), castlm.PatternCallback()
     data = [{"input_ids": ids, "labels": ids} for ids in IDS]
     trainer = Trainer(model, arguments(tmp_path), train_dataset=data, callbacks=[callback, Merge()])
-    with pytest.raises(InputError, match=r"after a step of AdamW, 2 masked weights of model.layers.1.mlp.up_proj"):
+    with pytest.raises(InputError, match=r"after step 2 of AdamW, 2 masked weights of model.layers.1.mlp.up_proj"):
         trainer.train()
     assert trainer.state.global_step == 1
 
