@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class OneshotReport:
         return asdict(self) | {"zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
 
 
-def _prune_layers(
+def prune_layers(
     layers: dict[str, nn.Linear],
     seen: LayerInput | None,
     solver: Solver,
@@ -196,7 +197,7 @@ def prune_oneshot_(
     report = OneshotReport(method, str(to.pattern), num_sequences, seq_len, asked, left_dense=left_dense)
     if calibration is None:
         for name, layer in layers.items():
-            report.layers += _prune_layers({name: layer}, None, kind, to)
+            report.layers += prune_layers({name: layer}, None, kind, to)
     else:
         with eval_mode(model):
             _prune_blocks(model, layers, calibration, kind, to, refinements, report, progress)
@@ -224,15 +225,10 @@ def _prune_blocks(
     for index, inside in enumerate(of_block):
         if twin is not None:
             twin.enter()
-        seen = see_inputs(inside, inputs, solver, len(calibration)) if inside else []
-        for number, entry in enumerate(seen):
-            chosen = {name: inside[name] for name in entry.names}
-            if refinements.staged_statistics and number > 0:
-                (entry,) = see_inputs(chosen, inputs, solver, len(calibration))
-            shift = None
-            if twin is not None and refinements.shifts_targets:
-                shift = twin.shift(entry.names[0], f"{stack}.{index}.", probes)
-            report.layers += _prune_layers(chosen, entry, solver, to, refinements, shift)
+        shift_of = None
+        if twin is not None and refinements.shifts_targets:
+            shift_of = partial(twin.shift, prefix=f"{stack}.{index}.", probes=probes)
+        report.layers += prune_block(inside, inputs, len(calibration), solver, to, refinements, shift_of)
         is_last = index + 1 == len(of_block)
         if twin is not None and (refinements.reconstruct_epochs or not is_last):
             outputs = twin.outputs()
@@ -243,6 +239,31 @@ def _prune_blocks(
             inputs.advance()
         if progress is not None:
             progress(index + 1, len(of_block))
+
+
+def prune_block(
+    inside: dict[str, nn.Linear],
+    inputs: BlockInputs,
+    num_sequences: int,
+    solver: Solver,
+    to: Settings,
+    refinements: Refinements,
+    shift_of: Callable[[str], Shift] | None = None,
+) -> list[LayerResult]:
+    """Prunes the layers `inside` the current block of `inputs`.
+
+    Args:
+        shift_of: how the target of the layers with the input of the named one is shifted, if it is.
+    """
+    results: list[LayerResult] = []
+    seen = see_inputs(inside, inputs, solver, num_sequences) if inside else []
+    for number, entry in enumerate(seen):
+        chosen = {name: inside[name] for name in entry.names}
+        if refinements.staged_statistics and number > 0:
+            (entry,) = see_inputs(chosen, inputs, solver, num_sequences)
+        shift = None if shift_of is None else shift_of(entry.names[0])
+        results += prune_layers(chosen, entry, solver, to, refinements, shift)
+    return results
 
 
 def _reconstruct(
