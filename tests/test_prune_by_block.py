@@ -106,9 +106,10 @@ def test_a_prune_killed_at_any_moment_goes_on_to_the_same_result(
             raise Killed
         return function(*args, **kwargs)
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(owner, name, killed)
-        prune(llama, text, tmp_path / "killed")
+        with pytest.raises(Killed):
+            prune(llama, text, tmp_path / "killed")
     assert_same(straight, prune(llama, text, tmp_path / "killed"))
     ours, theirs = (json.loads((folder / "castlm.json").read_text()) for folder in (straight, tmp_path / "killed"))
     assert ours["basis"]["changes"] == theirs["basis"]["changes"]
@@ -134,15 +135,16 @@ def unfinished(llama, tmp_path, text, monkeypatch, *options: str) -> Path:
     def stop(self) -> None:
         raise Killed
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(HiddenStates, "go_on", stop)
-        prune(llama, text, tmp_path / "out", *options)
+        with pytest.raises(Killed):
+            prune(llama, text, tmp_path / "out", *options)
     return tmp_path / "out.partial"
 
 
 def test_other_options_do_not_continue_an_earlier_prune(llama, tmp_path, text, monkeypatch):
     unfinished(llama, tmp_path, text, monkeypatch)
-    with pytest.raises(InputError, match="unfinished prune with damping = 0.01, and it is 0.1 now"):
+    with pytest.raises(InputError, match=r"unfinished prune with damping = 0.01, and it is 0.1 now"):
         prune(llama, text, tmp_path / "out", "--damping", "0.1")
     assert (tmp_path / "out.partial" / "progress.json").exists()
 
@@ -150,7 +152,7 @@ def test_other_options_do_not_continue_an_earlier_prune(llama, tmp_path, text, m
 def test_overwrite_starts_again_and_deletes_only_what_castlm_wrote(llama, tmp_path, text, monkeypatch):
     partial = unfinished(llama, tmp_path, text, monkeypatch)
     (partial / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds something|has no record"):
+    with pytest.raises(InputError, match=r"holds something|has no record"):
         prune(llama, text, tmp_path / "out", "--damping", "0.1", "--overwrite")
     assert (partial / "notes.txt").read_text() == "mine"
     (partial / "notes.txt").unlink()
@@ -163,7 +165,7 @@ def test_a_damaged_record_is_named(llama, tmp_path, text, monkeypatch):
     record = json.loads((partial / "progress.json").read_text())
     del record["layers"]
     (partial / "progress.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match="progress.json is damaged"):
+    with pytest.raises(InputError, match=r"progress.json is damaged"):
         prune(llama, text, tmp_path / "out")
 
 
@@ -187,7 +189,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, text):
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight of .* holds NaN"):
+    with pytest.raises(InputError, match=r"layers.1.mlp.up_proj.weight of .* holds NaN"):
         prune(model, text, tmp_path / "out")
 
 

@@ -224,8 +224,8 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         opened = open_sharded(self.model, trust_remote_code=self.trust_remote_code, revision=self.revision)
         if opened is None:
             raise InputError(
-                f"the blocks of {self.model} cannot be read one by one: memory block needs a folder of safetensors whose "
-                "names are those of the model; use memory model"
+                f"the blocks of {self.model} cannot be read one by one: memory block needs a folder of safetensors "
+                "whose names are those of the model; use memory model"
             )
         loaded, checkpoint = opened
         partial = partial_folder(folder)

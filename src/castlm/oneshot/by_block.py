@@ -55,14 +55,14 @@ class BlockPrune:
     """For the pruned blocks, the hidden states and the record of what is done."""
     inputs: Mapping[str, Any]
     """What the result depends on beside the options below: compared before an earlier process's work is continued."""
-    method: str = "sparsegpt"
-    pattern: Pattern = NM(2, 4)
-    damping: float = 0.01
-    basis: BasisOptions = BasisOptions()
-    refinements: Refinements = Refinements()
-    dtype: torch.dtype = torch.float32
+    method: str
+    pattern: Pattern
+    damping: float
+    basis: BasisOptions
+    refinements: Refinements
+    dtype: torch.dtype
     """What the blocks are written in."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     filter_fn: FilterFn = is_sparse_linear
 
 
@@ -153,8 +153,8 @@ class _State:
             name = changed[0]
             then = record.get("options", {}).get(name)
             raise InputError(
-                f"{run.folder} holds an unfinished prune with {name} = {then}, and it is {ours[name]} now: use the same "
-                "options to go on, or delete that folder to start again"
+                f"{run.folder} holds an unfinished prune with {name} = {then}, and it is {ours[name]} now: use the "
+                "same options to go on, or delete that folder to start again"
             )
         try:
             layers = [LayerResult(**{**layer, "shape": tuple(layer["shape"])}) for layer in record["layers"]]

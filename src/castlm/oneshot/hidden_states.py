@@ -19,8 +19,8 @@ from torch import Tensor
 class HiddenStates(MutableSequence[Tensor]):
     """Batches of one shape, fp32, in `folder/hidden-00000.bin` for the first block, and so on.
 
-    Reading gives what enters the block `index`; writing goes to the file of the next, and `go_on` moves on to it. A kill
-    at any moment leaves the file of `index` whole.
+    Reading gives what enters the block `index`; writing goes to the file of the next, and `go_on` moves on to it. A
+    kill at any moment leaves the file of `index` whole.
 
     Args:
         shape: of a batch, (batch, seq, hidden).

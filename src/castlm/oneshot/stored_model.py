@@ -1,6 +1,6 @@
 """A model whose transformer blocks stay in its safetensors files and come into memory one at a time.
 
-One-shot pruning never needs more: the text passes through the embeddings once, and then through one block after another.
+One-shot pruning never needs more: the text passes through the embeddings once, and then through block after block.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ class StoredModel:
         self.blocks = list(model.get_submodule(stack).children())
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                module.register_buffer(
-                    name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
-                )
+                module._buffers[name] = buffer.to(device)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:

@@ -1,4 +1,4 @@
-"""Computes the memory that `castlm prune` takes, from the model's config alone: with the whole model, or with one block.
+"""Computes the memory that `castlm prune` takes with the whole model or with one block, from the model's config alone.
 
 Each count follows the tensors that are alive at once in `castlm.oneshot`; a benchmark compares it with a real process.
 """
