@@ -25,7 +25,10 @@ _HOME = {
     "castlm.export.packed": ("pack_folder", "unpack_folder"),
     "castlm.export.verify": ("verify",),
     "castlm.inference.convert": ("pack_model_",),
+    "castlm.methods.adapters": ("masked_lora_config", "shira_config"),
+    "castlm.methods.keep": ("keep_pattern_",),
     "castlm.models": ("load_model", "save_model"),
+    "castlm.training.callback": ("PatternCallback",),
     "castlm.training.config": ("TrainConfig",),
     "castlm.training.loop": ("train",),
 }

@@ -234,4 +234,8 @@ def check_saved(
                 mask = unpack_mask(local(found["mask"]), param.shape[1])
                 group["pattern"].check_mask(mask, local(param).shape)
             saved_state[param] = found
+        for unit in group["units"] or () if group["sparse"] else ():
+            params = [group["params"][i] for i in unit]
+            masks = [unpack_mask(local(saved_state[p]["mask"]), p.shape[1]) for p in params]
+            group["pattern"].check_unit_masks(masks)
     return saved_state

@@ -7,7 +7,7 @@ and the output head stay dense. Every weight that stays dense is listed with the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def sparse_linears(
         >>> dense
         {'layers.1': 'its width 6 does not divide by m = 4', 'head.weight': 'outside the transformer blocks'}
     """
-    pattern = as_pattern(pattern)
+    pattern = as_pattern(pattern).for_model(model)
     sparse: dict[str, nn.Linear] = {}
     dense: dict[str, str] = {}
     for fqn, module in model.named_modules(remove_duplicate=True):
@@ -88,6 +88,9 @@ def sparse_linears(
             reason = _why_dense(module, fqn, name, param)
             if reason:
                 dense[f"{fqn}.{name}".lstrip(".")] = reason
+    inside = {name for unit in pattern.units(sparse) for name in unit}
+    dense |= {name: pattern.outside for name in sparse if name not in inside}
+    sparse = {name: layer for name, layer in sparse.items() if name in inside}
     if not sparse:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(dense.items())[:3])
         raise InputError(f"no linear layer to make {pattern} sparse in {type(model).__name__} ({reasons})")
@@ -137,7 +140,7 @@ def sparse_param_groups(
         >>> [(group["param_names"], group["sparse"]) for group in sparse_param_groups(model)]
         [(['layers.0.weight'], True), (['layers.0.bias'], False)]
     """
-    pattern = as_pattern(pattern)
+    pattern = as_pattern(pattern).for_model(model)
     layers, _ = sparse_linears(model, pattern, filter_fn)
     sparse = {id(weight_parameter(layer)): name for name, layer in layers.items()}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -184,7 +187,7 @@ def prune_(
         >>> model["layers"][0].weight.tolist()
         [[0.0, -3.0, 2.0, 0.0]]
     """
-    pattern = as_pattern(pattern)
+    pattern = as_pattern(pattern).for_model(model)
     layers, _ = sparse_linears(model, pattern, filter_fn)
     weights = {name: weight_parameter(layer) for name, layer in layers.items()}
     for name, weight in weights.items():
@@ -193,6 +196,9 @@ def prune_(
             raise InputError(f"there is no mask for {name}: pass the masks of the optimizer that trained this model")
         if masks is not None:
             pattern.check_mask(local(masks[weight]), local(weight).shape)
+    for unit in pattern.units(weights):
+        if masks is not None and len(unit) > 1:
+            pattern.check_unit_masks([local(masks[weights[name]]) for name in unit])
     packed = _magnitude_masks(weights, pattern) if masks is None else {}
     for name, weight in weights.items():
         mask = local(masks[weight]) if masks is not None else unpack_mask(packed[name], weight.shape[1])
@@ -201,10 +207,17 @@ def prune_(
     return list(layers)
 
 
+def masks_by_unit(weights: Mapping[str, Tensor], pattern: Pattern) -> Iterator[tuple[str, Tensor]]:
+    """The mask by magnitude of each weight (out, in), unit by unit, with its name.
+
+    Raises:
+        InputError: a weight does not fit the pattern, or contains NaN.
+    """
+    for unit in pattern.units(weights):
+        yield from zip(unit, pattern.unit_masks([weights[name].detach() for name in unit]))
+
+
 def _magnitude_masks(weights: Mapping[str, Tensor], pattern: Pattern) -> dict[str, Tensor]:
     """All masks before any weight changes, packed, as a NaN is only found while its mask is made."""
-    packed: dict[str, Tensor] = {}
-    for unit in pattern.units(weights):
-        for name, mask in zip(unit, pattern.unit_masks([local(weights[name]) for name in unit])):
-            packed[name] = pack_mask(mask)
-    return packed
+    own = {name: local(weight) for name, weight in weights.items()}
+    return {name: pack_mask(mask) for name, mask in masks_by_unit(own, pattern)}

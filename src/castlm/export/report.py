@@ -108,6 +108,17 @@ class VerifyReport:
             "non_finite_elsewhere": self.non_finite_elsewhere,
         }
 
+    @property
+    def hint(self) -> str:
+        """What makes layers dense that should be sparse, where there are such; else empty."""
+        dense = [layer for layer in self.sparse_layers if layer.num_violations > layer.num_groups / 2]
+        if not dense:
+            return ""
+        return (
+            f"{len(dense)} of {len(self.sparse_layers)} layers are dense: the model was never pruned, or a merged "
+            "adapter (plain LoRA) has filled its zeros, which castlm finetune --adapter shira does not"
+        )
+
     def summary(self) -> str:
         """The answer and its counts, in one line."""
         totals = self.totals()
@@ -140,6 +151,7 @@ class VerifyReport:
         lines += [f"dense: {name} ({reason})" for name, reason in _by_kind(self.dense).items()]
         lines += [f"not finite: {name} ({count:,} values)" for name, count in self.non_finite_elsewhere.items()]
         lines.append(f"the list of layers was compared with {self.compared_with}")
+        lines += [self.hint] if self.hint else []
         return "\n".join([*map(printable, lines), self.summary()])
 
     def table(self) -> None:

@@ -16,7 +16,8 @@ from torch.nn.utils import parametrize
 
 from castlm.core.adams import AdamS
 from castlm.core.pattern import Pattern
-from castlm.core.sparsify import FilterFn, sparse_linears, sparse_param_groups, weight_parameter
+from castlm.core.shards import local
+from castlm.core.sparsify import FilterFn, masks_by_unit, sparse_linears, sparse_param_groups, weight_parameter
 
 
 class MethodConfig(Protocol):
@@ -84,7 +85,7 @@ class Retraining:
     mask_interval = 0  # steps between refreshes of AdamS's masks; 0: never
 
     def __init__(self, model: nn.Module, config: MethodConfig, pattern: Pattern, filter_fn: FilterFn) -> None:
-        self.config, self.pattern, self.filter_fn = config, pattern, filter_fn
+        self.config, self.pattern, self.filter_fn = config, pattern.for_model(model), filter_fn
         self.layers, self.left_dense = sparse_linears(model, pattern, filter_fn)
         self._flips: Tensor | int = 0
         self.prepare(model)
@@ -138,9 +139,14 @@ class Retraining:
 
     def prepare(self, model: nn.Module) -> None:
         """Parametrizes the model before it is sharded: with weight scaling, or with a mask in the forward pass."""
-        for layer in self.layers.values():
-            mask = self.pattern.mask(layer.weight)
+        for layer, mask in self.magnitude_masks().items():
             parametrize.register_parametrization(layer, "weight", ForwardMask(mask), unsafe=True)
+
+    def magnitude_masks(self) -> dict[nn.Linear, Tensor]:
+        """The mask by magnitude of the rows of every sparse layer that this rank holds."""
+        weights = {name: local(weight_parameter(layer)) for name, layer in self.layers.items()}
+        # contiguous, as the masks of a unit may share their memory
+        return {self.layers[name]: mask.contiguous() for name, mask in masks_by_unit(weights, self.pattern)}
 
     @contextmanager
     def unmasked(self) -> Iterator[None]:
@@ -171,8 +177,7 @@ class Retraining:
     def before_forward(self, step: int) -> None:
         """Refreshes the masks of the forward pass."""
         if self.mask_every and step % self.mask_every == 0:
-            new = {layer: self.pattern.mask(weight_parameter(layer)) for layer in self.layers.values()}
-            self._set_masks(new)
+            self._set_masks(self.magnitude_masks())
 
     @torch.no_grad()
     def _set_masks(self, new: dict[nn.Linear, Tensor]) -> None:

@@ -27,9 +27,9 @@ class Finetune(Retraining):
 
     def build_optimizer(self, model: nn.Module, fused: bool) -> AdamS:
         self._masks: dict[Tensor, Tensor] = {}
-        for layer in self.layers.values():
+        for layer, mask in self.magnitude_masks().items():
             parameter = weight_parameter(layer)
-            self._masks[parameter] = self.pattern.mask(local(parameter).detach())
+            self._masks[parameter] = mask
             parameter.register_post_accumulate_grad_hook(self._mask_gradient_)
         return super().build_optimizer(model, fused)
 

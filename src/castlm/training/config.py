@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
+from castlm.core.pattern import NM, Pattern
 from castlm.fields import check_complete, checked, choices_of, convert, hints_of, label, unknown
 from castlm.methods.table import METHODS
 from castlm.training.sections import (
@@ -73,7 +73,8 @@ class TrainConfig(  # the fields of the last base come first
             for name, right, remedy in section.bounds(self):  # type: ignore[attr-defined]
                 if not right:
                     raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {remedy}")
-        Pattern.parse(self.pattern)
+        if not isinstance(pattern := Pattern.parse(self.pattern), NM):
+            raise InputError(f"pattern {pattern} cannot be exported yet: use 2:4")
         if self.init_from not in (None, "magnitude") and METHODS[self.method].starts_dense:
             raise InputError(f"init_from {self.init_from}: method {self.method} starts dense, leave it out")
         if self.rotate in ("values", "residual") and self.start not in ("wanda", "sparsegpt"):

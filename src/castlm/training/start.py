@@ -193,7 +193,7 @@ def start_(model: nn.Module, method: Retraining, start: Start, world: World) -> 
         for name, parameter in model.named_parameters():
             if ".parametrizations." not in dense_name(name):  # else a weight scale
                 local(parameter).copy_(rows_of(start.dense, dense_name(name), parameter))
-    for name, layer in method.layers.items():
-        parameter = weight_parameter(layer)
-        rows = rows_of(start.pruned, name, parameter)
-        method.start_layer_(layer, rows, method.pattern.mask(rows))
+    for unit in method.pattern.units(method.layers):
+        weights = [rows_of(start.pruned, name, weight_parameter(method.layers[name])) for name in unit]
+        for name, rows, mask in zip(unit, weights, method.pattern.unit_masks(weights)):
+            method.start_layer_(method.layers[name], rows, mask)
