@@ -1,6 +1,6 @@
-"""Calibration text for one-shot pruning: its windows, and what they feed to the transformer blocks, block after block.
+"""Calibration text for one-shot pruning: its sequences, and what they feed to one transformer block after another.
 
-What is alive at a time is the input of one block for all windows, in the model's dtype; it does not grow with depth.
+What is alive at a time is the input of one block for all sequences, in the model's dtype; it does not grow with depth.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from castlm.core.blocks import stack_name
 from castlm.core.errors import InputError
 
-# Tokens a forward pass: short windows go together, as calling the operators costs too. On a CPU with 1 MiB of L2 2,048
-# are a tenth slower than 1,024 (SmolLM2-135M): what passes between operators no longer fits the cache.
+# Tokens a forward pass: short sequences go together, as calling the operators costs too. On a CPU with 1 MiB of L2,
+# 2,048 are a tenth slower than 1,024 (SmolLM2-135M): what passes between operators no longer fits the cache.
 PASS_TOKENS_CPU = 1024
 _PASS_TOKENS_ACCELERATOR = 8192
 

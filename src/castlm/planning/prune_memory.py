@@ -114,8 +114,8 @@ def plan_prune_memory(
         "solve": static + parts["statistics"] + parts["solver"],
     }
     if memory == "block":
-        # A tensor is in memory in both dtypes while it is widened.
-        phases["enter"] = static + outside * dtype.itemsize + parts["activations"]
+        embeddings = outside * dtype.itemsize  # beside them stands the file that they are read from, or a block
+        phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])
     else:
         phases["verify"] = parts["process"] + 2 * parts["weights"]
     if not basis.is_off:
