@@ -43,6 +43,9 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "model.rejected*/",
         ".model.tmp-*/**",
         ".model.old-*/",
+        "adapter/",
+        ".adapter.tmp-*/**",
+        ".adapter.old-*/",
         "replaced/*/",
     ),
     "compare": (

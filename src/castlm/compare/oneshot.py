@@ -16,6 +16,7 @@ from castlm.core.sparsify import sparse_linears
 from castlm.data.documents import open_documents, text_hash
 from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import measured_on, perplexity
+from castlm.export.cut import check_cut
 from castlm.export.hf import export_model
 from castlm.files import atomic_write_json
 from castlm.hardware import peak_memory
@@ -67,6 +68,7 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
     model = loaded.model
     held_out = open_documents(config.eval_dataset, column=config.column)
     eval_ids = token_ids(held_out, loaded.tokenizer, limit=config.eval_tokens or None)
+    check_cut(model, pattern)
     _, left_dense = sparse_linears(model, pattern)
     dense = perplexity(model, eval_ids, seq_len=config.seq_len).perplexity
     length = calibration_length(model)
@@ -77,7 +79,7 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
         length,
         config.seed,
     )
-    report = prune_oneshot_(model, config.method, pattern=pattern, calibration=sequences)
+    report = prune_oneshot_(model, config.method, pattern=pattern, calibration=sequences, seed=config.seed)
     pruned = perplexity(model, eval_ids, seq_len=config.seq_len).perplexity
     record = {
         "base_model": config.model,

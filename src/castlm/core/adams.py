@@ -79,17 +79,18 @@ class AdamS(Optimizer):
             on a CPU if they are compiled. True requires them on a CPU, and uses `torch.compile` on other devices. False
             runs torch operators. All follow the same equations; the last bits may differ.
 
-    State of a sparse parameter (out, in): `step` () float32, `exp_avg` and `exp_avg_sq` as `new_moments` makes them,
-    and `mask` (out, ceil(in / 8)) uint8, one bit per weight, 1 = kept, as `pack_mask` makes it. All of it exists from
-    construction on. Parameters may be DTensors sharded by rows, as FSDP2 makes them; `mask` is sharded alike.
+    State of a sparse parameter (out, in), or (experts, out, in): `step` () float32, `exp_avg` and `exp_avg_sq` as
+    `new_moments` makes them, and `mask` (..., out, ceil(in / 8)) uint8, one bit per weight, 1 = kept, as `pack_mask`
+    makes it. All of it exists from construction on. Parameters may be DTensors sharded by rows, as FSDP2 makes them;
+    `mask` is sharded alike.
     Gradients of another real dtype are converted to the parameter's.
 
     Raises:
         InputError: an option of the wrong type or out of range; no group has `"sparse"`; a parameter is complex, not
-            contiguous or not dense; a sparse parameter is not 2-D, not float32 or float64, does not fit its pattern, is
-            sharded along its groups or contains NaN; `fused=True` is not possible. From `step`: a sparse parameter has
-            no gradient, or a gradient or parameter has another shape, layout or device. From `load_state_dict`: the
-            saved options, shapes or dtypes differ, or a saved mask is not of the pattern.
+            contiguous or not dense; a sparse parameter is not 2-D or 3-D, not float32 or float64, does not fit its
+            pattern, is sharded along its groups or contains NaN; `fused=True` is not possible. From `step`: a sparse
+            parameter has no gradient, or a gradient or parameter has another shape, layout or device. From
+            `load_state_dict`: the saved options, shapes or dtypes differ, or a saved mask is not of the pattern.
 
     Example:
         >>> import torch
@@ -197,7 +198,7 @@ class AdamS(Optimizer):
         """A copy of the current mask of a sparse parameter: bool, True = kept, shaped and placed like the parameter."""
         if "mask" not in self.state.get(param, {}):
             raise InputError(f"a parameter of shape {tuple(param.shape)} is in no sparse group of this optimizer")
-        return like_rows(unpack_mask(local(self.state[param]["mask"]), param.shape[1]), param)
+        return like_rows(unpack_mask(local(self.state[param]["mask"]), param.shape[-1]), param)
 
     def set_mask(self, param: Tensor, mask: Tensor) -> None:
         """Replaces the mask of a sparse parameter until the next refresh.

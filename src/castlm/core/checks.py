@@ -118,14 +118,15 @@ def check_parameter(param: Tensor) -> None:
 def check_sparse_parameter(param: Tensor, pattern: Pattern) -> None:
     """Raises `InputError` if AdamS cannot keep masks of `pattern` on `param`.
 
-    The parameter must be (out, in), in float32 or float64 because bfloat16 rounds the decay away, fit the pattern, and
+    The parameter must be (out, in) or (experts, out, in), in float32 or float64 because bfloat16 rounds the decay away,
+    fit the pattern, and
     not be sharded across what the pattern ties together.
     """
     shape = tuple(param.shape)
-    if param.dim() != 2:
+    if param.dim() not in (2, 3):
         raise InputError(
-            f"a sparse parameter has shape {shape}, not (out, in): sharding that flattens parameters (FSDP1, DeepSpeed "
-            "ZeRO) cuts groups apart; use FSDP2 fully_shard"
+            f"a sparse parameter has shape {shape}, not (out, in) or (experts, out, in): sharding that flattens "
+            "parameters (FSDP1, DeepSpeed ZeRO) cuts groups apart; use FSDP2 fully_shard"
         )
     if param.dtype not in (torch.float32, torch.float64):
         raise InputError(
@@ -231,7 +232,7 @@ def check_saved(
             found = state_dict["state"].get(i, {})
             _check_saved_state(found, state[param], f"parameter {i}")
             if group["sparse"]:
-                mask = unpack_mask(local(found["mask"]), param.shape[1])
+                mask = unpack_mask(local(found["mask"]), param.shape[-1])
                 group["pattern"].check_mask(mask, local(param).shape)
             saved_state[param] = found
         for unit in group["units"] or () if group["sparse"] else ():

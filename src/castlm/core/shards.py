@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -22,10 +24,13 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def like_rows(local: Tensor, param: Tensor) -> Tensor:
-    """`local` (rows on this rank, width) as a DTensor with the rows and the placement of `param`, if that is one."""
+    """`local` (rows on this rank, ..., width) as a DTensor with the rows and the placement of `param`, if that is one.
+
+    The rows of the 3-D weight of experts are the experts.
+    """
     if not isinstance(param, DTensor):
         return local
-    width = local.shape[1]
-    shape = torch.Size((param.shape[0], width))
+    shape = torch.Size((param.shape[0], *local.shape[1:]))
+    stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     mesh, placements = param.device_mesh, param.placements
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=(width, 1))
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)

@@ -316,13 +316,13 @@ class Combined(Pattern):
         outer = next((found for kind in (Channels, Heads, Blocks) if (found := kind.parse_form(first))), None)
         if inner is None or outer is None:
             return None
-        return cls(outer if isinstance(outer, Blocks) else replace(outer, multiple=inner.m), inner)
+        # the columns of down are the kept channels; of o they are whole heads, whose size mostly divides by m
+        return cls(replace(outer, multiple=inner.m) if isinstance(outer, Channels) else outer, inner)
 
     def for_model(self, model: nn.Module) -> Combined:
         outer = self.outer.for_model(model)
         assert isinstance(outer, Structured)
-        # heads: what has to divide by m is the number of columns, which a group of whole heads mostly does already
-        return replace(self, outer=replace(outer, multiple=1) if isinstance(outer, Heads) else outer)
+        return replace(self, outer=outer)
 
     def units(self, names: Iterable[str]) -> list[tuple[str, ...]]:
         names = list(names)
@@ -374,6 +374,11 @@ class Combined(Pattern):
     def _is_alone(self, weights: Sequence[Tensor]) -> bool:
         """Whether these are the weights of a layer outside of the units of `outer`."""
         return len(weights) == 1 and not isinstance(self.outer, Blocks)
+
+
+def is_structured(pattern: Pattern) -> bool:
+    """Whether a pattern masks whole units, alone or with n:m."""
+    return isinstance(pattern, Structured | Combined)
 
 
 def cut(weight: Tensor, mask: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils.parametrize import ParametrizationList
 
+from castlm.core.experts import ExpertLinear
 from castlm.core.sparsify import transformer_blocks
 from castlm.distributed.world import World
 
@@ -50,7 +51,7 @@ def is_gathered_narrow(block: nn.Module) -> bool:
 def beside_linears(block: nn.Module) -> list[nn.Module]:
     """The modules of a block whose parameters autocast does not cast: norms, and the scales of weight scaling, which
     near 1 would be rounded to steps of 0.4 to 0.8 %."""
-    cast = nn.Linear, ParametrizationList
+    cast = nn.Linear, ExpertLinear, ParametrizationList
     return [m for m in block.modules() if any(True for _ in m.parameters(False)) and not isinstance(m, cast)]
 
 

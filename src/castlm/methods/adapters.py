@@ -7,6 +7,7 @@ with the adapter, so that it loads and merges it without castlm. peft is importe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,14 @@ def masked_lora_config(
     return config
 
 
+def add_adapter_(model: nn.Module, config: Any) -> Any:
+    """`peft.get_peft_model`: replaces layers of `model` in place, and returns the `PeftModel` around it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers about itself
+        torch.sparse_coo_tensor(torch.zeros(2, 1), torch.zeros(1), (1, 1))  # torch warns once about those of SHiRA
+        return _peft().get_peft_model(model, config)
+
+
 def check_adapters(model: nn.Module, kept: KeptPattern) -> None:
     """Raises `InputError` if an adapter of `model` would fill zeros of a layer in `kept` when it is merged."""
     masks = None
@@ -151,10 +160,10 @@ def kept_positions(generator: torch.Generator) -> Callable[..., Tensor]:
 
 
 def _sparse_layers(model: nn.Module, pattern: Pattern | str, filter_fn: FilterFn | None) -> dict[str, nn.Linear]:
-    pattern = as_pattern(pattern)
+    pattern = as_pattern(pattern).for_model(model)
     layers = pattern_layers(model, pattern, filter_fn)
     check_pattern(layers, pattern)
-    return layers
+    return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}  # PEFT adapts no experts
 
 
 def _peft() -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +38,10 @@ class MethodConfig(Protocol):
     scale_groups: int
     weight_decay: float
     reconstruct_epochs: int
+    model: str
+    adapter: str
+    lora_r: int
+    seed: int
 
     @property
     def start(self) -> str:
@@ -79,6 +84,7 @@ class Retraining:
     """
 
     decays = False  # whether AdamS decays the masked weights
+    one_process = False  # whether it cannot run on several ranks
     masks_forward = True  # whether the forward pass multiplies by the mask
     starts_sparse = False  # whether step 0 computes with a pruned model, whatever the start is
     mask_every: int | None = None  # steps between refreshes of the forward mask
@@ -99,6 +105,10 @@ class Retraining:
         groups = sparse_param_groups(model, self.pattern, self.filter_fn)
         if not self.decays:
             groups = [{**group, "sparse": False} for group in groups]
+        return self.optimize(groups, fused)
+
+    def optimize(self, groups: list[dict[str, Any]], fused: bool) -> AdamS:
+        """Builds the optimizer over groups of parameters with their `param_names`."""
         config = self.config
         if config.weight_decay:
             groups = [part for group in groups for part in self._with_weight_decay(group)]
@@ -202,6 +212,13 @@ class Retraining:
 
     def before_update(self, step: int) -> None:
         """Changes the gradients after the backward pass and the clipping."""
+
+    def fold_(self, model: nn.Module, folder: Path) -> None:
+        """Merges into the weights of the model what the method trains beside them, when training is finished.
+
+        Args:
+            folder: the output folder of the run, for what is kept of it.
+        """
 
     def masks(self) -> dict[Tensor, Tensor]:
         """The mask of every sparse parameter, True = kept."""

@@ -44,7 +44,7 @@ class Finetune(Retraining):
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
         parameter = weight_parameter(layer)
-        self._masks[parameter].copy_(mask)
+        self._masks[parameter].copy_(mask & (weight != 0))  # of a group with more zeros than it needs, all stay
         local(parameter).copy_(weight * mask)
 
     def masks(self) -> dict[Tensor, Tensor]:

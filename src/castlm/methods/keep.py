@@ -15,6 +15,7 @@ from torch import nn
 
 from castlm.core.checks import check_placement
 from castlm.core.errors import InputError
+from castlm.core.experts import SparseLayer
 from castlm.core.keep import KeptPattern, summed
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.shards import local
@@ -39,6 +40,7 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
 
     Raises:
         InputError: a layer that does not have the pattern, or whose weight is flattened or sharded across its groups;
+            sparse experts in a 3-D parameter that `castlm.linearize_experts_` has not made layers;
             a GPT-2 that was not loaded by `castlm.load_model`, which turns its Conv1D into linear layers.
             Later, at the optimizer step that breaks the pattern: the tensor and the number of weights.
 
@@ -50,32 +52,35 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
         >>> kept.masks()["layers.0"].float().mean()
         tensor(0.5000)
     """
-    pattern = as_pattern(pattern)
+    pattern = as_pattern(pattern).for_model(model)
     layers = pattern_layers(model, pattern, filter_fn)
     check_pattern(layers, pattern)
     return KeptPattern(layers)
 
 
-def check_pattern(layers: Mapping[str, nn.Linear], pattern: Pattern) -> None:
+def check_pattern(layers: Mapping[str, SparseLayer], pattern: Pattern) -> None:
     """Raises `InputError` unless all weights of `layers` have the pattern. Under FSDP2 all ranks call it."""
-    weights = {name: weight_parameter(layer) for name, layer in layers.items()}
-    weights = {name: weight for name, weight in weights.items() if weight.dim() == 2}  # `KeptPattern` refuses others
+    weights = {name: weight_parameter(layer).detach() for name, layer in layers.items()}
+    if any(weight.dim() < 2 for weight in weights.values()):
+        return  # `KeptPattern` says why it cannot keep them
     for weight in weights.values():
         check_placement(weight, pattern)
-    counts = [
-        torch.tensor(pattern.violations(local(weight.detach())), device=weight.device) for weight in weights.values()
-    ]
-    found = {name: count for name, count in zip(weights, summed(weights.values(), counts)) if count}
+    units = pattern.units(weights)
+    firsts = [weights[unit[0]] for unit in units]
+    counts = [pattern.unit_violations([local(weights[name]) for name in unit]) for unit in units]
+    totals = summed(firsts, [torch.tensor(count, device=weight.device) for weight, count in zip(firsts, counts)])
+    found = {unit[0]: (unit, total) for unit, total in zip(units, totals) if total}
     if found:
-        name, count = next(iter(found.items()))
+        name, (_, total) = next(iter(found.items()))
+        num_layers = sum(len(unit) for unit, _ in found.values())
         raise InputError(
-            f"{len(found)} of {len(weights)} layers are not {pattern}, first {name} with {count:,} groups that hold "
+            f"{num_layers} of {len(weights)} layers are not {pattern}, first {name} with {total:,} places that hold "
             "more non-zeros: prune the model first (castlm prune), or exclude layers that are dense on purpose with "
             "filter_fn"
         )
 
 
-def pattern_layers(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | None = None) -> dict[str, nn.Linear]:
+def pattern_layers(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | None = None) -> dict[str, SparseLayer]:
     """The layers of a model that have, or should have, the pattern; by their name without what PEFT adds to it.
 
     Raises:
@@ -91,7 +96,15 @@ def pattern_layers(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | Non
             return filter_fn(module, fqn)
         return is_sparse_linear(module, fqn) and left_dense_reason(f"{plain_name(fqn)}.weight", left_dense) is None
 
-    layers, _ = sparse_linears(model, pattern, is_sparse)
+    layers, dense = sparse_linears(model, pattern, is_sparse)
+    parameters = dict(model.named_parameters())
+    for name in dense:
+        weight = parameters.get(name)
+        if weight is not None and weight.dim() == 3 and 4 * int(weight.count_nonzero()) < 3 * weight.numel():
+            raise InputError(
+                f"{name} holds sparse experts in a 3-D parameter: call castlm.linearize_experts_(model) first, before "
+                "the optimizer is made, or load the model with castlm.load_model"
+            )
     return {plain_name(fqn): layer for fqn, layer in layers.items()}
 
 

@@ -12,14 +12,15 @@ A change is kept only if the error of the layers solved by SparseGPT falls under
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
+from castlm.core.experts import SparseLayer
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.models import eval_mode
@@ -106,10 +107,12 @@ def change_basis_(
 
 
 def _wiring(model: PreTrainedModel, pattern: Pattern, options: BasisOptions, report: BasisReport) -> Wiring | None:
-    """None where the family or the pattern does not allow it and "auto" may go without."""
+    """None for other patterns than n:m, and where the family does not allow it, if "auto" may go without."""
+    if not isinstance(pattern, NM):
+        if options.rotate == "auto":
+            return None
+        raise InputError(f"a change of basis is for n:m patterns, not {pattern}: use rotate auto")
     try:
-        if not isinstance(pattern, NM):
-            raise InputError(f"a change of basis is for n:m patterns, not {pattern}: use rotate off and permute off")
         return describe(model)
     except InputError as error:
         if options.rotate != "auto":
@@ -177,7 +180,7 @@ class _Turning:
         self.done = 0
         self.total = len(wiring.blocks) + (options.rotation_iterations if self.rotates_stream else 0)
 
-    def run(self, calibration: Tensor, layers: dict[str, nn.Linear]) -> None:
+    def run(self, calibration: Tensor, layers: Mapping[str, SparseLayer]) -> None:
         sample = calibration[:1, :_CHECK_TOKENS].to(self.model.device)
         before = self._logits(sample)
         if self.rotates_stream:
@@ -231,7 +234,7 @@ def tolerance_of(dtype: torch.dtype) -> float:
     return TOLERANCE if dtype in (torch.float32, torch.float64) else TOLERANCE_NARROW
 
 
-def block_statistics(layers: dict[str, nn.Linear], inputs: BlockInputs, num_sequences: int) -> Statistics:
+def block_statistics(layers: Mapping[str, SparseLayer], inputs: BlockInputs, num_sequences: int) -> Statistics:
     """Of the current block's layers; those that read the same input share one."""
     if not layers:
         return {}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
+from castlm.core.experts import SparseLayer
 from castlm.core.pattern import NM, Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.distributed.loading import Checkpoint
@@ -34,7 +35,8 @@ from castlm.oneshot.families import describe
 from castlm.oneshot.hidden_states import HiddenStates
 from castlm.oneshot.inputs import check_plain_weights
 from castlm.oneshot.options import BasisOptions, Refinements
-from castlm.oneshot.prune import LayerResult, OneshotReport, prune_block, prune_layers
+from castlm.oneshot.prune import prune_block, prune_layers
+from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import SOLVERS, Settings
 from castlm.oneshot.stored_model import StoredModel
 from castlm.oneshot.walk import BlockInputs, batch_size, block_stack
@@ -196,7 +198,7 @@ class _Walk:
         self,
         run: BlockPrune,
         stored: StoredModel,
-        layers: dict[str, nn.Linear],
+        layers: Mapping[str, SparseLayer],
         state: _State,
         say: Callable[[str], None],
         progress: Callable[[int, int], None],
@@ -269,7 +271,11 @@ class _Walk:
         prefix = f"{self.stored.stack}.{index}."
         inside = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
         if inputs is None:
-            return [r for item in inside.items() for r in prune_layers(dict([item]), None, self.solver, self.to)]
+            return [
+                result
+                for name, layer in inside.items()
+                for result in prune_layers({name: layer.weight}, None, self.solver, self.to)
+            ]
         num_sequences = len(self.run_.calibration)  # type: ignore[arg-type]
         with _disk_full_is_said(self.run_.folder):
             if self.turns is not None and inside:

@@ -11,12 +11,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.distributed.loading import Checkpoint
+from castlm.distributed.loading import Checkpoint, opened_files
 
 Held = list[tuple[nn.Module, str, nn.Parameter]]
 """Parameters that are in memory: the module, the name in it, and the one on the meta device that stood there."""
@@ -92,29 +91,29 @@ class StoredModel:
             parent, _, leaf = name.rpartition(".")
             owner = module.get_submodule(parent)
             value = self._value(prefix + name)
-            value = value.to(self.device, torch.float32 if widen else None, copy=True)
+            value = value.to(self.device, torch.float32 if widen else None).contiguous()
             held.append((owner, leaf, parameter))
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         return held
 
     def _value(self, name: str) -> Tensor:
-        file, key, transposed = self.checkpoint.places[name]
+        place = self.checkpoint.places[name]
         try:
-            with safe_open(file, "pt") as opened:
-                value = opened.get_tensor(key)
+            with opened_files() as read:
+                value = place.read(read, slice(None))
         except Exception as error:  # safetensors' own type
-            raise InputError(f"{file} cannot be read: {error}") from None
+            raise InputError(f"{name} of {self.checkpoint.source} cannot be read: {error}") from None
         if not all(math.isfinite(bound) for bound in torch.aminmax(value)):  # `isfinite` would take three copies
             raise InputError(f"{name} of {self.checkpoint.source} holds NaN or infinity: the checkpoint is damaged")
-        return value.T.contiguous() if transposed else value
+        return value
 
 
 def outside_blocks(checkpoint: Checkpoint, stack: str) -> Iterator[tuple[str, Tensor]]:
     """The stored weights outside the blocks of `stack` by name, one at a time, as the files hold them."""
-    for name, (file, key, _) in checkpoint.places.items():
+    for name, place in checkpoint.places.items():
         if not name.startswith(f"{stack}."):
-            with safe_open(file, "pt") as opened:
-                yield name, opened.get_tensor(key)
+            with opened_files() as read:
+                yield name, place.read(read, slice(None))
 
 
 def _drop(held: Held) -> None:

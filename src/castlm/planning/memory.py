@@ -15,11 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
+from castlm.core.experts import num_weights
 from castlm.core.moments import MOMENTS, new_moments
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
-from castlm.models import linearize_conv1d_
+from castlm.export.cut import check_cut
+from castlm.models import linearize_
 from castlm.planning.activations import Saved, Settings, as_input_error, trace
 from castlm.reading import read_json_object, user_path
 
@@ -67,7 +69,9 @@ class MemoryPlan:
     gradient_checkpointing: bool
     gpu_gib: float | None = None
     smallest_world_size: int | None = None
-    """The least power of two of ranks that fit `gpu_gib`; None if 4,096 do not, or without `gpu_gib`."""
+    """The least power of two of ranks that fit `gpu_gib`; None if `largest_world_size` do not, or without that."""
+    largest_world_size: int = WORLD_SIZES[-1]
+    """The most ranks that were tried: 1 for patterns that train in one process."""
 
     @property
     def peak(self) -> int:
@@ -93,7 +97,7 @@ class MemoryPlan:
         lines = [f"{name:<34}{gib:>10.3f} GiB" for name, gib in self.rows()]
         if self.gpu_gib is not None:
             verdict = "fits" if self.fits else "does not fit"
-            least = self.smallest_world_size or "none up to 4096"
+            least = self.smallest_world_size or f"none up to {self.largest_world_size}"
             lines.append(
                 f"{verdict} {self.gpu_gib:g} GiB on {self.world_size} rank(s): {self.needed_gib:.1f} GiB with "
                 f"context and fragmentation; smallest number of ranks that fits: {least}"
@@ -177,6 +181,9 @@ def plan_memory(
     ):
         if value not in known:
             raise InputError(f"{name} = {value!r} is unknown: one of {', '.join(known)}")
+    pattern = as_pattern(pattern)
+    if world_size > 1 and not pattern.independent_rows:
+        raise InputError(f"pattern {pattern} trains in one process, not in {world_size}: leave world_size at 1")
     config = read_config(config)
     run = Settings(
         seq_len=seq_len,
@@ -191,15 +198,16 @@ def plan_memory(
         calibration_tokens=calibration_tokens,
         fused=fused_optimizer,
     )
-    sizes = _sizes(config, as_pattern(pattern), run)
-    sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
+    sizes = _sizes(config, pattern, run)
+    world_sizes = WORLD_SIZES if pattern.independent_rows else (1,)
+    sharded_or_not = {world_size > 1} if gpu_gib is None else {size > 1 for size in world_sizes}
     saved = {sharded: trace(config, run, sharded) for sharded in sharded_or_not}
     plan = _plan(sizes, saved[world_size > 1], run, world_size)
     if gpu_gib is None:
         return plan
-    candidates = (replace(_plan(sizes, saved[r > 1], run, r), gpu_gib=gpu_gib) for r in WORLD_SIZES)
+    candidates = (replace(_plan(sizes, saved[r > 1], run, r), gpu_gib=gpu_gib) for r in world_sizes)
     least = next((candidate.world_size for candidate in candidates if candidate.fits), None)
-    return replace(plan, gpu_gib=gpu_gib, smallest_world_size=least)
+    return replace(plan, gpu_gib=gpu_gib, smallest_world_size=least, largest_world_size=world_sizes[-1])
 
 
 def _check_range(**numbers: tuple[int, int, int]) -> None:
@@ -299,13 +307,14 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -
 def _sizes(config: PretrainedConfig, pattern: Pattern, run: Settings) -> _Sizes:
     with torch.device("meta"), as_input_error(config):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        linearize_conv1d_(model)
+        linearize_(model)
+    check_cut(model, pattern)
     layers, _ = sparse_linears(model, pattern)
     if run.scale_groups:
         add_weight_scaling(model, run.scale_groups, pattern=pattern)
     num_layers = config.get_text_config().num_hidden_layers
     in_blocks = sum(p.numel() for name, p in model.named_parameters() if in_block(name))
-    sparse = [layer.out_features * layer.in_features for layer in layers.values()]
+    sparse = [num_weights(layer) for layer in layers.values()]
     embedding = model.get_input_embeddings().weight
     return _Sizes(
         total=sum(p.numel() for p in model.parameters()),

@@ -156,6 +156,7 @@ def _tiles(run: RunData) -> list[dict[str, str]]:
         ("perplexity after the prune" if "trained" not in known else "perplexity", final, "{:,.3f}"),
         ("dense model", dense, "{:,.3f}"),
         ("one-shot start", one_shot, "{:,.3f}"),
+        ("before fine-tuning", known.get("start"), "{:,.3f}"),
         ("gap to dense, nats per token", gap, "{:+.3f}"),
         ("training tokens", short(tokens) if tokens else None, "{}"),
         ("tokens per second, median", statistics.median(speeds) if speeds else None, "{:,.0f}"),

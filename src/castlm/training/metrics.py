@@ -103,7 +103,7 @@ def mask_figures(
     for (weight, mask), packed in zip(masks.items(), initial_masks):
         magnitude = weight.abs()
         kept, total = (magnitude * mask).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)
-        flipped = (mask != unpack_mask(packed, mask.shape[1])).sum().double()
+        flipped = (mask != unpack_mask(packed, mask.shape[-1])).sum().double()
         entries = torch.tensor(float(mask.numel()), device=mask.device)
         sums[:4] += torch.stack([kept, total, flipped, entries.double()])
         if magnitude.numel():

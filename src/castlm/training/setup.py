@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from castlm.core.adams import AdamS
 from castlm.core.budget import DecayBudget, decay_budget
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
+from castlm.core.experts import num_weights
 from castlm.core.masks import pack_mask
 from castlm.core.pattern import Pattern
 from castlm.core.shards import like_rows, local
@@ -27,9 +29,10 @@ from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import compile_blocks_, shard_
 from castlm.distributed.world import World
+from castlm.export.cut import check_cut
 from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, describe
 from castlm.methods.base import Retraining
-from castlm.methods.table import METHODS
+from castlm.methods.table import class_of
 from castlm.training.config import TrainConfig
 from castlm.training.effects import without_effect
 from castlm.training.metrics import Evaluator
@@ -96,7 +99,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     Raises:
         InputError: on anything the user can put right.
     """
-    method_class = METHODS[config.method].load()
+    method_class = class_of(config.method, config.adapter)
     method_class.check(config)
     check_compile(config.torch_compile, world.device)
     source = open_source(config, world)
@@ -106,7 +109,10 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     precision = choose_precision(config.precision, world.device, model.config)
     if world.size > 1 and method_class.masks_forward:
         raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
+    if world.size > 1 and method_class.one_process:
+        raise InputError(f"adapter {config.adapter} is trained in one process: use adapter none, or no torchrun")
     pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
+    _check_pattern(config, pattern, model, filter_fn, world)
     has_start = resumed is None and config.start != "magnitude"
     start = make_start(config, source, text, pattern, filter_fn, world) if has_start else Start(record=resumed or {})
     cache = _open_teacher_cache(config, text, model.config.vocab_size, world)
@@ -138,7 +144,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         objective, text.eval_ids, config.seq_len, config.per_device_train_batch_size, precision, world
     )
     dense_perplexity = None
-    if resumed is None and (has_start or method.starts_sparse):
+    if resumed is None and (has_start or method.starts_sparse) and not config.is_finetuning:
         with method.unmasked():
             dense_perplexity = evaluator.perplexity()
     if has_start:
@@ -162,6 +168,20 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         dense_perplexity,
         start.record,
     )
+
+
+def _check_pattern(
+    config: TrainConfig, pattern: Pattern, model: PreTrainedModel, filter_fn: FilterFn, world: World
+) -> None:
+    """Raises `InputError` where the run could not end in a model of `pattern`, before anything is trained."""
+    if config.method == "dense":
+        return
+    if world.size > 1 and not pattern.independent_rows:
+        raise InputError(
+            f"pattern {pattern} ranks units of whole weights, and {world.size} ranks hold rows of them: run it in one "
+            "process, or use 2:4"
+        )
+    check_cut(model, pattern, filter_fn)
 
 
 def local_masks(masks: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -231,9 +251,12 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
     for reason, names in by_reason.items():
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         yield f"left dense: {shown} ({reason})"
-    sparse = sum(layer.out_features * layer.in_features for layer in method.layers.values())
-    total = sum(p.numel() for p in parts.names)
+    sparse = sum(map(num_weights, method.layers.values()))
+    total = sum(p.numel() for p in parts.names if config.adapter == "none" or not p.requires_grad)
     masks = f"{config.pattern} from {config.start}" if method.layers else "no masks"
+    if config.adapter != "none":
+        trained = sum(p.numel() for p in parts.names if p.requires_grad)
+        masks += f", adapter {config.adapter} of {trained:,} weights"
     yield f"{config.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
     if config.teacher_cache:
         here = "every sequence is in the cache: no teacher is loaded"
