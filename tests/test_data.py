@@ -80,7 +80,9 @@ def local(count=23):
 
 def hub(count=23):
     rows = datasets.Dataset.from_dict({"text": make_texts(count)})
-    return HubDocuments(lambda: rows.to_iterable_dataset(num_shards=3), Columns("text", "text"), "some/name", "some/name@abc")
+    return HubDocuments(
+        lambda: rows.to_iterable_dataset(num_shards=3), Columns("text", "text"), "some/name", "some/name@abc"
+    )
 
 
 @pytest.fixture(params=[local, hub])

@@ -47,7 +47,9 @@ def lessons(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of the batches that a teacher has read."""
     read = []
     teach = Objective._teach
-    monkeypatch.setattr(Objective, "_teach", lambda self, ids, at: read.append(tuple(ids.shape)) or teach(self, ids, at))
+    monkeypatch.setattr(
+        Objective, "_teach", lambda self, ids, at: read.append(tuple(ids.shape)) or teach(self, ids, at)
+    )
     return read
 
 

@@ -1,7 +1,7 @@
 """Which columns of a row hold the document: a text, a conversation, or a prompt with its completion.
 
-The names of the columns are TRL's. A conversation is checked here, where its line is known, and travels on as JSON until
-`castlm.data.chat` renders it with the template of a tokenizer.
+The names of the columns are TRL's. A conversation is checked here, where its line is known, and travels on as JSON
+until `castlm.data.chat` renders it with the template of a tokenizer.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ def open_documents(
     except OSError as error:
         raise InputError(f"cannot read {error.filename or dataset}: {error.strerror or error}") from error
     if len({source.is_chat for source in sources}) > 1:
-        chat, text = ([f for f, source in zip(files, sources) if source.is_chat is what][0] for what in (True, False))
+        chat, text = (next(f for f, source in zip(files, sources) if source.is_chat is what) for what in (True, False))
         raise InputError(f"{chat} holds conversations and {text} plain text: give them as two datasets")
     documents = Documents(sources, pool, str(dataset))
     if len(documents) == 0:
@@ -327,7 +327,9 @@ def split_documents(
 
 def _split_one(documents: Documents, holdout_fraction: float) -> tuple[Documents, Documents]:
     if documents.is_chat:
-        raise InputError(f"{documents.name}: a single conversation cannot be held out and trained on: give eval_dataset")
+        raise InputError(
+            f"{documents.name}: a single conversation cannot be held out and trained on: give eval_dataset"
+        )
     count = len(documents._piece)
     num_held_out = int(count * holdout_fraction)
     if num_held_out:

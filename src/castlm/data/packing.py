@@ -187,7 +187,7 @@ class PackedSequences(IterableDataset):
             epoch, position = epoch + 1, None
 
     def _encode(self, epoch: int, order: int, position: Any, place: int) -> Iterator[list[_Encoded]]:
-        """The pieces of an epoch, tokenized a batch at a time; `place` is where in its sequence the first one begins."""
+        """The pieces of an epoch, a batch at a time; `place` is where in its sequence the first one begins."""
         for pieces in _batches(self.documents.pieces(self.seed, order, position)):
             batch = []
             for piece, tokens in zip(pieces, self._encoder(pieces)):

@@ -1,7 +1,7 @@
 """Reads the documents of one file in place, any of them by its number, without a copy on disk and in little memory.
 
-Plain text and JSON lines are memory-mapped, a gzip file is entered at seek points, a parquet file (`castlm.data.parquet`)
-by row groups. What has to be decompressed is kept in a `Pool` of bounded size that all files share.
+Plain text and JSON lines are memory-mapped, a gzip file is entered at seek points, a parquet file (elsewhere) by
+row groups. What has to be decompressed is kept in a `Pool` of bounded size that all files share.
 """
 
 from __future__ import annotations

@@ -235,8 +235,8 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
     masks = f"{config.pattern} from {config.start}" if method.layers else "no masks"
     yield f"{config.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
     if parts.text.documents.is_chat:
-        which = "the tokens of the assistant" if config.assistant_only_loss else "all tokens"
-        yield f"conversations: the loss is over {which}, the perplexity over {parts.text.held_out.tokens} tokens"
+        which = "the assistant's tokens count" if config.assistant_only_loss else "all tokens count"
+        yield f"conversations: {which} in the loss; the perplexity is over {parts.text.held_out.tokens} tokens"
     if config.teacher_cache:
         here = "every sequence is in the cache: no teacher is loaded"
         kept = here if parts.objective.teacher is None else "missing sequences are added"

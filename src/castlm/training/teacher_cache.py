@@ -1,9 +1,9 @@
 """The teacher's most probable tokens for every sequence of text it has read, on disk, so that it reads each one once.
 
 A sequence is found by its token ids and by where its documents begin, whichever run, rank or order asks for it. The
-teacher's tokens are kept at every position, so that they serve whichever positions a run counts in its loss. The loss is
-the same whether a sequence was found or read by the teacher. Where the cache holds all sequences of a run, the teacher is
-not loaded.
+teacher's tokens are kept at every position, so that they serve whichever positions a run counts in its loss. The loss
+is the same whether a sequence was found or read by the teacher. Where the cache holds all sequences of a run, the
+teacher is not loaded.
 
 A file of the cache carries a checksum over its teacher, its token ids and its content, and its values are checked: a
 damaged file, or one of another teacher, is read again by the teacher, and never used.
@@ -203,7 +203,7 @@ class TeacherCache:
 
 
 def _rows(input_ids: Tensor, position_ids: Tensor | None) -> list[Tensor]:
-    """What a sequence is found by: its token ids, (seq,), or where documents are apart (2, seq) with their positions."""
+    """What a sequence is found by: its token ids, (seq,), or (2, seq) with its positions where documents are apart."""
     if position_ids is None:
         return list(input_ids.cpu())
     return list(torch.stack([input_ids, position_ids], dim=1).cpu())
