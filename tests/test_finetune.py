@@ -197,3 +197,15 @@ def test_the_file_of_a_run_starts_it_again(sparse, text, tmp_path):
         **{name: tuple(v) if isinstance(v, list) else v for name, v in first.items()},
         "output_dir": None,
     }
+
+
+def test_a_packed_model_is_fine_tuned_and_its_folder_can_be_overwritten(sparse, text, tmp_path, capsys):
+    castlm.pack_folder(sparse, tmp_path / "packed")
+    over = {"adapter": "shira", "max_steps": 2, "overwrite": True, "report_to": ("none",)}
+    pytest.importorskip("peft")
+    for _ in range(2):
+        train(small(str(tmp_path / "packed"), text, tmp_path / "run", **over))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == ["adapter", "model"]
+    after, before = weights(tmp_path / "run" / "model"), weights(sparse)
+    assert all(torch.equal(after[name] == 0, before[name] == 0) for name in before if "proj" in name)
+    assert "Warning" not in capsys.readouterr().err

@@ -85,6 +85,21 @@ def test_trainer_leaves_a_sparse_model_sparse(run, optim, tmp_path):
         assert not new[old == 0].any()
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_bnb_8bit"])
+def test_a_resumed_trainer_and_its_best_model_stay_sparse(optim, tmp_path):
+    if "bnb" in optim:
+        pytest.importorskip("bitsandbytes")
+    data = [{"input_ids": ids, "labels": ids} for ids in IDS]
+    saving = {"optim": optim, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    for max_steps, resume in ((2, None), (4, True)):
+        model, callback = sparse_model(**WIDE), castlm.PatternCallback()
+        args = arguments(tmp_path, max_steps=max_steps, load_best_model_at_end=True, **saving)
+        trainer = Trainer(model, args, train_dataset=data, eval_dataset=data, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+    assert callback.kept.num_checks == 3  # two steps, and the best model
+    assert castlm.verify(tmp_path / "checkpoint-4").ok
+
+
 def test_trainer_breaks_a_sparse_model_without_the_callback(tmp_path):
     model = sparse_model()
     train(model, tmp_path, TrainerCallback())

@@ -43,9 +43,9 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "model.rejected*/",
         ".model.tmp-*/**",
         ".model.old-*/",
-        "adapter/**",
+        "adapter/",
         ".adapter.tmp-*/**",
-        ".adapter.old-*/**",
+        ".adapter.old-*/",
         "replaced/*/",
     ),
     "compare": (

@@ -252,7 +252,7 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         yield f"left dense: {shown} ({reason})"
     sparse = sum(map(num_weights, method.layers.values()))
-    total = sum(p.numel() for p in parts.names)
+    total = sum(p.numel() for p in parts.names if config.adapter == "none" or not p.requires_grad)
     masks = f"{config.pattern} from {config.start}" if method.layers else "no masks"
     if config.adapter != "none":
         trained = sum(p.numel() for p in parts.names if p.requires_grad)
