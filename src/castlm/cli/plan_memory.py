@@ -62,12 +62,20 @@ class MemoryCommand:
     eta: float = field(default=2 / 3, metadata={"at_least": 0})
     """Weight of the KL divergence to the teacher. 0 trains without a teacher."""
 
+    prune: bool = False
+    """Predict `castlm prune` on a CPU instead, for calibration_sequences of seq_len tokens."""
+
+    memory: Literal["model", "block"] = "block"
+    """With --prune, what is held: the whole model, or one transformer block."""
+
     gpu: str | None = None
     """Card that the run should fit on: H100-80GB, A100-80GB, ..., or a number of GiB."""
 
     def run(self) -> int:
         from castlm.planning.memory import plan_memory
 
+        if self.prune:
+            return self._run_prune()
         gib = None if self.gpu is None else _gib(self.gpu)
         prunes = self._prunes()
         plan = plan_memory(
@@ -88,6 +96,20 @@ class MemoryCommand:
         )
         print(plan.table())
         return 0 if plan.fits in (True, None) else 1
+
+    def _run_prune(self) -> int:
+        from castlm.planning.prune_memory import plan_prune_memory
+
+        plan = plan_prune_memory(
+            self.model,
+            memory=self.memory,
+            method=self.init_from or "sparsegpt",
+            pattern=Pattern.parse(self.pattern),
+            num_sequences=self.calibration_sequences,
+            seq_len=self.seq_len,
+        )
+        print(plan.table())
+        return 0
 
     def _prunes(self) -> bool:
         """Whether the first rank prunes the whole model before step 0."""

@@ -230,7 +230,7 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
         InputError: a file that cannot be read, or a weight that is not finite.
     """
     failure = None
-    with _readers() as read:
+    with opened_files() as read:
         for name, parameter in model.named_parameters():
             stored_name = dense_name(name)
             if stored_name not in checkpoint.places:
@@ -252,7 +252,9 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
 
 
 @contextlib.contextmanager
-def _readers() -> Iterator[Any]:
+def opened_files() -> Iterator[Reader]:
+    """Opens safetensors files at their first use, and closes them with the block."""
+
     with contextlib.ExitStack() as stack:
         opened: dict[Path, Any] = {}
 
