@@ -316,7 +316,7 @@ def test_schedulers_and_clipping():
     ("weight", "message"),
     [
         (torch.randn(64), "FSDP2"),
-        (torch.randn(2, 4, 8), "not \\(out, in\\)"),
+        (torch.randn(2, 2, 4, 8), "not \\(out, in\\)"),
         (torch.randn(4, 8).bfloat16(), "bfloat16"),
         (torch.randn(4, 8).half(), "float16"),
         (torch.randn(4, 6), "6 does not divide"),

@@ -317,12 +317,37 @@ def test_the_verdict_names_the_best_and_whether_chance_explains_it():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_can_be_planned(name, files, tmp_path):
-    plan = Plan(command(files, tmp_path, preset=name, budget_tokens=64 * 800), str)
+    options = command(files, tmp_path, preset=name, budget_tokens=64 * 800)
+    if name == "structured":
+        with pytest.raises(InputError, match="needs a structured pattern"):
+            Plan(options, str)
+        (tmp_path / "channels.yaml").write_text(yaml.safe_dump({**CONFIG, "pattern": "channels:0.5"}))
+        options = dataclasses.replace(options, config=str(tmp_path / "channels.yaml"))
+    plan = Plan(options, str)
     made = [plan.make(v, t, 0, None) for v in plan.variants for t in plan.budgets(v)]
     keys = {run.key for run in made}
     assert len(keys) == len(made)  # no two of them are the same run
     if name == "budgets":
         assert sorted({run.tokens for run in made}) == [64 * 100, 64 * 200, 64 * 400, 64 * 800]
+
+
+def test_structured_patterns_have_their_own_rivals(files, tmp_path, in_process):
+    variants = {
+        "decay": {"pattern": "channels:0.5", "method": "cast"},
+        "cut": {"pattern": "channels:0.5", "method": "finetune"},
+        "flap": {"pattern": "channels:0.5"},
+    }
+    (tmp_path / "variants.yaml").write_text(yaml.safe_dump(variants))
+    code, table = compare(files, tmp_path, variants=str(tmp_path / "variants.yaml"))
+    assert code == 0
+    rows = {row["variant"]: row for row in table["rows"]}
+    assert rows["decay"]["start"] == rows["cut"]["start"] == "taylor"
+    assert rows["flap"]["tokens"] == 0
+    (tmp_path / "variants.yaml").write_text(yaml.safe_dump({"sparsegpt": {"pattern": "channels:0.5"}}))
+    with pytest.raises(InputError, match="sparsegpt is not for structured patterns"):
+        Plan(command(files, tmp_path, variants=str(tmp_path / "variants.yaml")), str)
+    with pytest.raises(InputError, match="taylor is not for n:m patterns"):
+        Plan(command(files, tmp_path, methods="taylor"), str)
 
 
 @pytest.mark.parametrize(

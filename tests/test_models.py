@@ -395,7 +395,7 @@ def test_what_is_not_whole_in_the_cache_is_asked_for(lost, tmp_path, monkeypatch
         assert find("someone/tiny", snapshot.name).is_cached
         loaded, checkpoint = open_sharded("someone/tiny", trust_remote_code=False, revision=None)
         assert loaded.source == checkpoint.source == "someone/tiny"
-        assert {file.parent for file, _, _ in checkpoint.places.values()} == {snapshot}
+        assert {place.file.parent for place in checkpoint.places.values()} == {snapshot}
 
 
 def test_ranks_with_different_commits_of_a_hub_model_are_stopped(tmp_path, monkeypatch):

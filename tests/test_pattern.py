@@ -24,15 +24,15 @@ class ColumnBlocks(Pattern):
 
     size: int
 
-    form = "blocks:SIZE"
+    form = "columns:SIZE"
 
     def __str__(self):
-        return f"blocks:{self.size}"
+        return f"columns:{self.size}"
 
     @classmethod
     def parse_form(cls, text):
         kind, _, size = text.partition(":")
-        return cls(int(size)) if kind == "blocks" and size.isdigit() else None
+        return cls(int(size)) if kind == "columns" and size.isdigit() else None
 
     def misfit(self, shape):
         return f"its width {shape[-1]} does not divide by {2 * self.size}" if shape[-1] % (2 * self.size) else None
@@ -95,19 +95,19 @@ def steps(optimizer, params, count):
 
 
 def test_a_pattern_that_is_one_class_works_everywhere(monkeypatch):
-    monkeypatch.setattr(patterns, "PATTERNS", (*patterns.PATTERNS, ColumnBlocks))
+    monkeypatch.setattr(Pattern, "table", (*patterns.PATTERNS, ColumnBlocks))
     model = tiny_model("llama")
-    layers, dense = sparse_linears(model, "blocks:16")
+    layers, dense = sparse_linears(model, "columns:16")
     assert len(layers) == 14
-    assert sparse_linears(tiny_model("llama", intermediate_size=72), "blocks:16")[1] == {
+    assert sparse_linears(tiny_model("llama", intermediate_size=72), "columns:16")[1] == {
         **dense,
         **{f"model.layers.{i}.mlp.down_proj": "its width 72 does not divide by 32" for i in (0, 1)},
     }
-    optimizer = AdamS(sparse_param_groups(model, "blocks:16"), lr=0.1, total_steps=20, decay_end=0.5, mask_interval=3)
+    optimizer = AdamS(sparse_param_groups(model, "columns:16"), lr=0.1, total_steps=20, decay_end=0.5, mask_interval=3)
     saved = optimizer.state_dict()
-    assert saved["param_groups"][0]["pattern"] == "blocks:16"
+    assert saved["param_groups"][0]["pattern"] == "columns:16"
     optimizer.load_state_dict(saved)
-    pattern = Pattern.parse("blocks:16")
+    pattern = Pattern.parse("columns:16")
     before = optimizer.masks()
     steps(optimizer, list(model.parameters()), 20)
     weight = layers["model.layers.0.mlp.up_proj"].weight
@@ -118,7 +118,7 @@ def test_a_pattern_that_is_one_class_works_everywhere(monkeypatch):
     assert pattern.violations(weight) == 0
     model = tiny_model("llama")
     assert pattern.violations(model.model.layers[1].mlp.up_proj.weight) > 0
-    prune_(model, "blocks:16")
+    prune_(model, "columns:16")
     assert all(pattern.violations(layer.weight) == 0 for layer in sparse_linears(model, pattern)[0].values())
 
 
@@ -146,12 +146,12 @@ def test_a_pattern_masks_several_weights_together():
 
 
 def test_parse_names_every_form(monkeypatch):
-    monkeypatch.setattr(patterns, "PATTERNS", (*patterns.PATTERNS, ColumnBlocks))
-    assert Pattern.parse("blocks:8") == ColumnBlocks(8)
-    with pytest.raises(InputError, match=r"n:m .*, blocks:SIZE"):
+    monkeypatch.setattr(Pattern, "table", (*patterns.PATTERNS, ColumnBlocks))
+    assert Pattern.parse("columns:8") == ColumnBlocks(8)
+    with pytest.raises(InputError, match=r"n:m .*, columns:SIZE"):
         Pattern.parse("nothing")
-    with pytest.raises(InputError, match="'blocks:8' is not of the form n:m"):
-        NM.parse("blocks:8")
+    with pytest.raises(InputError, match="'columns:8' is not of the form n:m"):
+        NM.parse("columns:8")
 
 
 @pytest.mark.parametrize("text", [124, None, 2.4, True, b"2:4", ("2", "4"), "2:" + "9" * 5000, "٢:٤", " 2:4", "2 :4"])

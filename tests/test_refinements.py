@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from castlm.core.errors import InputError
+from castlm.core.pattern import NM
 from castlm.models import linearize_conv1d_
 from castlm.oneshot import prune
 from castlm.oneshot.dense_twin import Shift
@@ -134,7 +135,7 @@ def test_refinements_are_checked():
     with pytest.raises(InputError, match=r"refinements are for method sparsegpt, not for wanda"):
         prune_oneshot_(model, "wanda", calibration=TOKENS, refinements=Refinements(refit_iterations=1))
     with pytest.raises(InputError, match="the options beyond SparseGPT do nothing with wanda"):
-        Refinements(reconstruct_epochs=1).for_solver("wanda")
-    assert Refinements().for_solver("magnitude") == NO_REFINEMENTS
+        Refinements(reconstruct_epochs=1).for_solver("wanda", NM(2, 4))
+    assert Refinements().for_solver("magnitude", NM(2, 4)) == NO_REFINEMENTS
     with pytest.raises(InputError, match=r"target_asymmetry = 2 is out of range: it must be between 0 and 1"):
         prune_oneshot_(model, "sparsegpt", calibration=TOKENS, refinements=Refinements(target_asymmetry=2))

@@ -126,6 +126,10 @@ def stop_after(monkeypatch, step):
         {"method": "finetune", "init_from": "sparsegpt", "calibration_sequences": 4},
         {"method": "gradual_magnitude"},
         {"method": "dense"},
+        {"pattern": "channels:0.5"},
+        {"pattern": "heads:0.5+2:4", "init_from": "magnitude"},
+        {"pattern": "channels:0.5", "method": "finetune", "init_from": "flap"},
+        {"pattern": "blocks:8x16:0.5", "method": "srste"},
     ],
 )
 def test_resumed_run_is_the_straight_run_bit_for_bit(fields, llama, text, tmp_path, monkeypatch):
@@ -191,9 +195,10 @@ def test_corrupt_checkpoint_is_named(llama, text, tmp_path, monkeypatch):
         train(replace(config, resume=True))
 
 
-def test_kill_in_the_middle_of_a_save_leaves_the_last_whole_one(llama, text, tmp_path):
+@pytest.mark.parametrize("pattern", ["2:4", "channels:0.5"])
+def test_kill_in_the_middle_of_a_save_leaves_the_last_whole_one(pattern, llama, text, tmp_path):
     """SIGKILL at random moments of a run that saves every step; each time it goes on, and ends as the straight run."""
-    straight = small(llama, text, tmp_path / "straight", save_steps=1, max_steps=30)
+    straight = small(llama, text, tmp_path / "straight", save_steps=1, max_steps=30, pattern=pattern)
     train(straight)
     command = [sys.executable, "-m", "castlm", "train", "--config", str(tmp_path / "straight" / "config.yaml")]
     command += ["--output-dir", str(tmp_path / "killed")]

@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt2")
+EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
+"""Families whose blocks hold 4 experts, of which a token takes 2; those of gpt_oss are stored (experts, in, out)."""
 
 EOS = "<|endoftext|>"
 EOS_ID = 256  # after one token for each byte
@@ -28,7 +30,12 @@ _WIDTHS: dict[str, Any] = {
     "pad_token_id": None,  # else the embedding of that token gets no gradient
 }
 _GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+_EXPERTS = _GROUPED | {"num_experts_per_tok": 2}
 _FAMILY: dict[str, dict[str, Any]] = {
+    "mixtral": _EXPERTS | {"num_local_experts": 4},
+    "qwen2_moe": _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 48},
+    "qwen3_moe": _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 16},
+    "gpt_oss": _EXPERTS | {"num_local_experts": 4, "sliding_window": 16},
     "llama": _GROUPED,
     "mistral": _GROUPED,
     "qwen2": {"num_key_value_heads": 2},

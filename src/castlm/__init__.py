@@ -14,6 +14,7 @@ _HOME = {
     "castlm.core.budget": ("decay_budget",),
     "castlm.core.distill": ("distillation_loss",),
     "castlm.core.errors": ("InputError",),
+    "castlm.core.experts": ("linearize_experts_",),
     "castlm.core.head": ("OutputHead",),
     "castlm.core.masks": ("flip_rate", "sparse_weight_ratio"),
     "castlm.core.pattern": ("NM", "Pattern", "count_nm_violations", "is_nm_sparse", "nm_mask"),
@@ -25,8 +26,12 @@ _HOME = {
     "castlm.export.packed": ("pack_folder", "unpack_folder"),
     "castlm.export.verify": ("verify",),
     "castlm.inference.convert": ("pack_model_",),
+    "castlm.methods.adapters": ("masked_lora_config", "shira_config"),
+    "castlm.methods.keep": ("keep_pattern_",),
     "castlm.models": ("load_model", "save_model"),
+    "castlm.training.callback": ("PatternCallback",),
     "castlm.training.config": ("TrainConfig",),
+    "castlm.training.finetune": ("FinetuneConfig",),
     "castlm.training.loop": ("train",),
 }
 register()

@@ -34,6 +34,7 @@ OTHER_NAMES = {
     "batch_size": "per_device_train_batch_size",
     "micro_batch": "per_device_train_batch_size",
     "accumulation": "gradient_accumulation_steps",
+    "lr": "learning_rate",
     "epochs": "num_train_epochs",
     "steps": "max_steps",
     "max_length": "seq_len",
@@ -52,8 +53,12 @@ OTHER_NAMES = {
 """What other libraries and earlier versions call an option, for the suggestion in an error."""
 
 
-def choice(default: str, choices: Choices, **more: Any) -> Any:
-    """A field of type `str` that takes one of the names in `choices`: a table, or a function that returns one."""
+def choice(default: str | None, choices: Choices, **more: Any) -> Any:
+    """A field of type `str`, or `str | None`, that takes one of the names in `choices`.
+
+    Args:
+        choices: a table, or a function that returns one.
+    """
     return dataclasses.field(default=default, metadata={"choices": choices, **more})
 
 

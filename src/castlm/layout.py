@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """`config.json` model types whose blocks are made of transformers' `Conv1D`, stored (in, out)."""
@@ -25,6 +26,33 @@ def stored_transposed(model_type: str | None, name: str) -> bool:
         name: the tensor's name in the checkpoint, ending in `.weight`.
     """
     return model_type in CONV1D_FAMILIES and _CONV1D_LAYER.search(name) is not None
+
+
+EXPERTS_IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "llama4", "llama4_text", "aria", "aria_text"})
+"""`config.json` model types whose 3-D experts are stored (experts, in, out); all others have (experts, out, in)."""
+
+EXPERTS_EITHER_WAY = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
+"""Model types whose checkpoints have one or the other, and transformers tells them apart by their sizes."""
+
+
+def experts_input_axis(config: Mapping[str, Any], name: str, shape: tuple[int, int, int]) -> int | None:
+    """The axis of a 3-D tensor of experts that groups run along: 1 or 2; None where config.json leaves it open.
+
+    Args:
+        config: the content of config.json.
+        name: of the tensor, as `model.layers.3.mlp.experts.gate_up_proj`.
+    """
+    model_type = config.get("model_type")
+    if model_type in EXPERTS_IN_OUT:
+        return 1
+    if model_type not in EXPERTS_EITHER_WAY:
+        return 2 if model_type is not None else None
+    text = config.get("text_config")
+    hidden = (text if isinstance(text, dict) else config).get("hidden_size")
+    if (shape[1] == hidden) == (shape[2] == hidden):
+        return None
+    hidden_axis = 1 if shape[1] == hidden else 2
+    return 3 - hidden_axis if "down_proj" in name else hidden_axis
 
 
 def guess_model_type(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

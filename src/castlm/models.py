@@ -1,7 +1,8 @@
 """Loads and saves Hugging Face models: a loaded model is complete and finite, a saved one has its family's layout.
 
 Where weights are missing, transformers warns and continues with random numbers; here that is an error. GPT-2's Conv1D
-layers are `nn.Linear` between load and save, so that no other module has to handle them.
+layers are `nn.Linear` between load and save, and the 3-D weights of experts are `ExpertLinear`, so that no other module
+has to handle them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from castlm.core.errors import InputError
+from castlm.core.experts import linearize_experts_
 from castlm.core.head import OutputHead
 from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, find
@@ -61,7 +63,7 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Loaded:
-    """Loads a causal language model and its tokenizer, on the CPU, in eval mode, with every Conv1D as an `nn.Linear`.
+    """Loads a causal language model and its tokenizer, on the CPU, in eval mode, made of layers (`linearize_`).
 
     Args:
         name: a folder in Hugging Face format, plain or packed (unpacked), a hub id, a `.gguf` file (dequantized) or
@@ -100,7 +102,7 @@ def load_model(
             f"the tokenizer of {where} has {tokenizer.vocab_size} entries, its model {num_embeddings}: "
             "they do not belong together"
         )
-    linearize_conv1d_(model)
+    linearize_(model)
     source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
     return Loaded(model.eval(), tokenizer, source, stored)
 
@@ -214,6 +216,12 @@ def restored_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
         if isinstance(layer, nn.Linear) and stored_transposed(model.config.model_type, name):
             state_dict[name] = tensor.T.contiguous()
     return state_dict
+
+
+def linearize_(model: PreTrainedModel) -> None:
+    """Replaces each `Conv1D` by an `nn.Linear`, and holds each 3-D weight of experts as an `ExpertLinear`, in place."""
+    linearize_conv1d_(model)
+    linearize_experts_(model)
 
 
 @torch.no_grad()

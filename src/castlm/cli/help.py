@@ -65,9 +65,14 @@ def _groups(kinds: Sequence[type[Any]]) -> list[tuple[str, list[dataclasses.Fiel
         of_name = {field.name: title for title, part in sections.items() for field in dataclasses.fields(part)}
         for title in sections:
             groups.setdefault(title, [])
-        for field in dataclasses.fields(kind):
+        for field in offered(kind):
             groups.setdefault(of_name.get(field.name, "options"), []).append(field)
-    return list(groups.items())
+    return [(title, members) for title, members in groups.items() if members]
+
+
+def offered(kind: type[Any]) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass that are options of its command: all but those in its `UNUSED`."""
+    return [field for field in dataclasses.fields(kind) if field.name not in getattr(kind, "UNUSED", ())]
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> str:

@@ -27,6 +27,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "train": Command("train", "train a dense model to a verified n:m sparse one"),
+    "finetune": Command("finetune", "fine-tune an n:m sparse model; every zero stays"),
     "prune": Command("prune", "prune one-shot, without training: magnitude, Wanda, SparseGPT"),
     "eval": Command("evaluate", "measure the perplexity of a model on a text, or its zero-shot accuracy"),
     "compare": Command("compare", "run CAST and its rivals in one harness and print one table"),
@@ -144,7 +145,7 @@ def _main(arguments: list[str]) -> int:
 
         print(castlm.__version__)
         return 0
-    for name in ("torchao", "torch.utils._pytree"):  # of the import that transformers makes: nothing here uses it
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # imported by transformers and peft, unused here
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         _check_utf8(arguments)

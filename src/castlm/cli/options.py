@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from castlm.cli.help import help_text
+from castlm.cli.help import help_text, offered
 from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, build, default_of, hints_of, is_required, unknown
 from castlm.names import printable
@@ -48,7 +48,7 @@ def read_arguments(kinds: Sequence[type[Any]], arguments: Sequence[str], name: s
         print(help_text(kinds, name, everything="--help-all" in before_dashes))
         raise SystemExit(0)
     parser = _Parser(prog=f"castlm {name}", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    fields = {field.name: (kind, field) for kind in kinds for field in dataclasses.fields(kind)}
+    fields = {field.name: (kind, field) for kind in kinds for field in offered(kind)}
     for kind, field in fields.values():
         _add(parser, field, hints_of(kind)[field.name])
     for argument in before_dashes:

@@ -59,6 +59,11 @@ def parse_train(
 
 def main(arguments: list[str]) -> int:
     config, more = parse_train(arguments, more=PageOptions)
+    return run_training(config, more.get("report", True))
+
+
+def run_training(config: TrainConfig, report: bool) -> int:
+    """Runs `config` and writes its page if `report` asks for it; returns the exit code."""
     from castlm.distributed.world import is_main_rank
     from castlm.hardware import keep_freed_memory
     from castlm.training.interrupt import Interrupted
@@ -67,7 +72,7 @@ def main(arguments: list[str]) -> int:
     keep_freed_memory()
     try:
         record = train(config)
-        if more.get("report", True) and is_main_rank():
+        if report and is_main_rank():
             _write_page(config.output_dir)
     except Interrupted as stop:
         print(f"castlm: {stop}", file=sys.stderr)

@@ -15,14 +15,18 @@ from castlm.reading import read_json_object
 
 @dataclass
 class VerifyCommand:
-    """Count every group of every sparse layer of a model folder. The exit code is 0 if all are n:m, and 1 if not."""
+    """Count every group of every sparse layer of a model folder. The exit code is 0 if all have the pattern, and 1 if
+    not."""
 
     path: str = positional()
     """Folder in Hugging Face format, or one .safetensors file."""
 
     pattern: str | None = None
-    """n:m, at most n non-zeros in every m along the input axis. The default is the pattern in the folder's castlm.json,
-    or 2:4 without one."""
+    """n:m, at most n non-zeros in every m along the input axis, or a structured pattern as channels:0.5. The default is
+    the pattern in the folder's castlm.json, or 2:4 without one."""
+
+    base: str | None = None
+    """Folder of the dense model that channels or heads were cut out of. The default is the sizes in castlm.json."""
 
     json: str | None = None
     """Write the report there; "-" prints it instead of the table."""
@@ -32,7 +36,8 @@ class VerifyCommand:
 
         path = result_folder(self.path)
         check_json_path(self.json, path)
-        report = verify(path, Pattern.parse(self.pattern or recorded_pattern(path) or "2:4"))
+        pattern = Pattern.parse(self.pattern or recorded_pattern(path) or "2:4")
+        report = verify(path, pattern, base=None if self.base is None else result_folder(self.base))
         write_json(self.json, report.as_dict())
         if self.json != "-":
             print(report.text())

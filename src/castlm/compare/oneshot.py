@@ -18,6 +18,7 @@ from castlm.data.documents import open_documents, text_hash
 from castlm.data.scored import scored_text
 from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import measured_on, perplexity
+from castlm.export.cut import check_cut
 from castlm.export.hf import export_model
 from castlm.files import atomic_write_json
 from castlm.hardware import peak_memory
@@ -73,6 +74,7 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
     documents = open_documents(config.eval_dataset, column=config.column)
     limit, assistant_only = config.eval_tokens or None, config.assistant_only_loss
     held_out = scored_text(documents, loaded.tokenizer, limit, assistant_only=assistant_only)
+    check_cut(model, pattern)
     _, left_dense = sparse_linears(model, pattern)
     dense = perplexity(model, held_out, seq_len=config.seq_len).perplexity
     length = calibration_length(model)
@@ -83,7 +85,7 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
         length,
         config.seed,
     )
-    report = prune_oneshot_(model, config.method, pattern=pattern, calibration=sequences)
+    report = prune_oneshot_(model, config.method, pattern=pattern, calibration=sequences, seed=config.seed)
     pruned = perplexity(model, held_out, seq_len=config.seq_len).perplexity
     record = {
         "base_model": config.model,

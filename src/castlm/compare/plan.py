@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, Preset
+from castlm.compare.presets import ALL, ALL_UNITS, ONESHOT, ONESHOT_GROUPS, PRESETS, RETRAINING
 from castlm.compare.report import Report, write_report
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, execute, with_key, zero_shot_key, zero_shot_rows
 from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern
+from castlm.core.structured import is_structured
 from castlm.fields import checked, convert
 from castlm.methods.table import METHODS
+from castlm.oneshot.options import DEFAULT_SCORE, UNIT_SCORES
 from castlm.output import continued
 from castlm.training.config import TrainConfig, flatten
 from castlm.yaml_file import read_yaml_mapping
 
 DEFAULT_START = "sparsegpt"
-"""The start of every method, unless the variant, the config or `published_starts` names another."""
+"""The start of every method, unless the variant, the config or `published_starts` names another; of structured patterns
+it is `DEFAULT_SCORE`."""
 
 Say = Callable[[str], None]
-ALL = Preset("Which way to n:m is best?", {name: {"method": name} for name in (*ONESHOT, *RETRAINING)})
 
 
 @dataclass
@@ -51,13 +54,14 @@ class CompareConfig:
 
     methods: str | None = None
     """Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda,
-    sparsegpt. The default is all of them, unless variants or a preset are given."""
+    sparsegpt; for structured patterns flap, taylor and random. The default is all of them, unless variants or a preset
+    are given."""
 
     published_starts: bool = False
     """Give each method the start of its paper, instead of SparseGPT to all of them."""
 
-    preset: Literal["oscillation", "decay", "parts", "budgets"] | None = None
-    """One of the paper's ablations, or all methods at four budgets."""
+    preset: Literal["oscillation", "decay", "parts", "budgets", "structured"] | None = None
+    """One of the paper's ablations, all methods at four budgets, or decay against cut for a structured pattern."""
 
     variants: str | None = None
     """YAML file that maps the name of each variant to the options in which it differs. Its method is the option
@@ -146,7 +150,6 @@ class Plan:
     def __init__(self, command: CompareConfig, say: Say) -> None:
         self.command, self.say = command, say
         self.has_failed = False
-        self.preset = PRESETS[command.preset] if command.preset else ALL
         if command.seeds < 1:
             raise InputError(f"seeds is {command.seeds}: it must be at least 1")
         self.rates = [_rate(r) for r in command.learning_rates.split(",")] if command.learning_rates else []
@@ -156,7 +159,12 @@ class Plan:
         for name in ("seq_len", "per_device_train_batch_size", "eval_tokens"):
             if getattr(command, name) is not None:
                 self.common[name] = getattr(command, name)
+        if command.preset:
+            self.preset = PRESETS[command.preset]
+        else:
+            self.preset = ALL_UNITS if _is_structured(self.common) else ALL
         self.variants = self._variants()
+        self._check_patterns()
         self.hashes = self._hashes()
         for name in self.variants:  # a mistake in any of them is reported before the first one runs
             for tokens in self.budgets(name):
@@ -185,6 +193,17 @@ class Plan:
         if all(fields["method"] != "dense" for fields in variants.values()):
             variants["dense"] = {"method": "dense"}
         return variants
+
+    def _check_patterns(self) -> None:
+        """Raises `InputError` for one-shot methods that are not for the pattern."""
+        for name, fields in self.variants.items():
+            structured = _is_structured({**self.common, **fields})
+            fitting = UNIT_SCORES if structured else ONESHOT_GROUPS
+            if fields["method"] in ONESHOT and fields["method"] not in fitting:
+                kind = "structured" if structured else "n:m"
+                raise InputError(f"variant {name}: method {fields['method']} is not for {kind} patterns: leave it out")
+            if self.command.preset == "structured" and not structured:
+                raise InputError("preset structured needs a structured pattern: set pattern: channels:0.5 in --config")
 
     def _hashes(self) -> dict[str, str]:
         from castlm.data.documents import open_documents
@@ -264,7 +283,8 @@ class Plan:
             fields.pop("init_from", None)  # the start of all runs is for the methods that have one
         elif fields["method"] in METHODS and "init_from" not in fields:
             published = self.command.published_starts
-            fields["init_from"] = METHODS[fields["method"]].published_start if published else DEFAULT_START
+            default = DEFAULT_SCORE if _is_structured(fields) else DEFAULT_START
+            fields["init_from"] = METHODS[fields["method"]].published_start if published else default
         command, hashes = self.command, self.hashes
         named = {"model": command.model, "eval_dataset": command.eval_dataset, "seed": seed}
         if tuning:
@@ -329,6 +349,12 @@ class Plan:
         content |= {"calibration": self.command.calibration or self.command.dataset}
         content |= {"num_sequences": self.command.num_sequences}
         return with_key(Run(name, 0, content), self.hashes)
+
+
+def _is_structured(fields: Mapping[str, Any]) -> bool:
+    """Whether a run with these options has a structured pattern; others are refused where the options are checked."""
+    pattern = fields.get("pattern", "2:4")
+    return isinstance(pattern, str) and is_structured(Pattern.parse(pattern))
 
 
 def _rate(text: str) -> float:

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from castlm.methods.table import METHODS
+from castlm.oneshot.options import UNIT_SCORES
 
 RETRAINING = tuple(METHODS)
-ONESHOT = ("magnitude", "wanda", "sparsegpt")
+ONESHOT_GROUPS = ("magnitude", "wanda", "sparsegpt")
+"""The one-shot methods of n:m patterns."""
+ONESHOT = (*ONESHOT_GROUPS, *(name for name in UNIT_SCORES if name not in ONESHOT_GROUPS))
+"""All of them, with those that rank the units of structured patterns."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ _ANY_BUDGET = {"method": "cast", "ignore_decay_budget": True}
 _SPARSEGPT = {"init_from": "sparsegpt", "rotate": "off", "permute": False, "refit_iterations": 0}
 # The masks that the paper refreshes.
 _MAGNITUDE = {"init_from": "magnitude"}
+
+# The rivals among structured patterns: magnitude, FLAP's score, LLM-Pruner's.
+_TRAINED_SCORES = ("taylor", "flap", "magnitude")
 
 PRESETS: dict[str, Preset] = {
     "oscillation": Preset(
@@ -76,4 +83,16 @@ PRESETS: dict[str, Preset] = {
         plots=("budgets",),
         budget_shares=(1 / 8, 1 / 4, 1 / 2, 1.0),
     ),
+    # needs a structured pattern in the options of all runs; a cut is fine-tuning of what the score leaves
+    "structured": Preset(
+        "Is a decay better than a cut at step 0?",
+        {
+            **{f"cast, {score}": {"method": "cast", "init_from": score} for score in _TRAINED_SCORES},
+            **{f"cut, {score}": {"method": "finetune", "init_from": score} for score in (*_TRAINED_SCORES, "random")},
+        },
+    ),
 }
+
+ALL = Preset("Which way to n:m is best?", {name: {"method": name} for name in (*ONESHOT_GROUPS, *RETRAINING)})
+_OF_UNITS = tuple(name for name in RETRAINING if name != "gradual_magnitude")
+ALL_UNITS = Preset("Which way to fewer units is best?", {name: {"method": name} for name in (*UNIT_SCORES, *_OF_UNITS)})

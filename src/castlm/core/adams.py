@@ -30,6 +30,7 @@ from castlm.core.masks import pack_mask, unpack_mask
 from castlm.core.moments import from_codes, new_moments
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.shards import flat, like_rows, local
+from castlm.core.unit_masks import gathers, own_unit_masks, refresh_gathered_
 from castlm.core.update import hyperparameters
 
 
@@ -79,17 +80,18 @@ class AdamS(Optimizer):
             on a CPU if they are compiled. True requires them on a CPU, and uses `torch.compile` on other devices. False
             runs torch operators. All follow the same equations; the last bits may differ.
 
-    State of a sparse parameter (out, in): `step` () float32, `exp_avg` and `exp_avg_sq` as `new_moments` makes them,
-    and `mask` (out, ceil(in / 8)) uint8, one bit per weight, 1 = kept, as `pack_mask` makes it. All of it exists from
-    construction on. Parameters may be DTensors sharded by rows, as FSDP2 makes them; `mask` is sharded alike.
+    State of a sparse parameter (out, in), or (experts, out, in): `step` () float32, `exp_avg` and `exp_avg_sq` as
+    `new_moments` makes them, and `mask` (..., out, ceil(in / 8)) uint8, one bit per weight, 1 = kept, as `pack_mask`
+    makes it. All of it exists from construction on. Parameters may be DTensors sharded by rows, as FSDP2 makes them;
+    `mask` is sharded alike.
     Gradients of another real dtype are converted to the parameter's.
 
     Raises:
         InputError: an option of the wrong type or out of range; no group has `"sparse"`; a parameter is complex, not
-            contiguous or not dense; a sparse parameter is not 2-D, not float32 or float64, does not fit its pattern, is
-            sharded along its groups or contains NaN; `fused=True` is not possible. From `step`: a sparse parameter has
-            no gradient, or a gradient or parameter has another shape, layout or device. From `load_state_dict`: the
-            saved options, shapes or dtypes differ, or a saved mask is not of the pattern.
+            contiguous or not dense; a sparse parameter is not 2-D or 3-D, not float32 or float64, does not fit its
+            pattern, is sharded along its groups or contains NaN; `fused=True` is not possible. From `step`: a sparse
+            parameter has no gradient, or a gradient or parameter has another shape, layout or device. From
+            `load_state_dict`: the saved options, shapes or dtypes differ, or a saved mask is not of the pattern.
 
     Example:
         >>> import torch
@@ -177,7 +179,7 @@ class AdamS(Optimizer):
                 check_sparse_parameter(param, group["pattern"])
             self.state[param] |= {"step": torch.tensor(0.0), **new_moments(param, group["moments"])}
         for unit in self._units(group) if group["sparse"] else ():
-            for param, mask in zip(unit, group["pattern"].unit_masks([local(p) for p in unit])):
+            for param, mask in zip(unit, own_unit_masks(group["pattern"], unit)):
                 self.state[param]["mask"] = like_rows(pack_mask(mask), param)
 
     def _units(self, group: dict[str, Any]) -> list[list[Tensor]]:
@@ -197,7 +199,7 @@ class AdamS(Optimizer):
         """A copy of the current mask of a sparse parameter: bool, True = kept, shaped and placed like the parameter."""
         if "mask" not in self.state.get(param, {}):
             raise InputError(f"a parameter of shape {tuple(param.shape)} is in no sparse group of this optimizer")
-        return like_rows(unpack_mask(local(self.state[param]["mask"]), param.shape[1]), param)
+        return like_rows(unpack_mask(local(self.state[param]["mask"]), param.shape[-1]), param)
 
     def set_mask(self, param: Tensor, mask: Tensor) -> None:
         """Replaces the mask of a sparse parameter until the next refresh.
@@ -208,7 +210,8 @@ class AdamS(Optimizer):
         Raises:
             InputError: another shape or dtype, or a mask that keeps more than the pattern does.
         """
-        self._pattern_of(param).check_mask(local(mask), local(param).shape)
+        pattern = self._pattern_of(param)
+        pattern.check_mask(local(mask), local(param).shape, count=not gathers(pattern, [param]))
         local(self.state[param]["mask"]).copy_(pack_mask(local(mask)))
 
     def momentum(self, param: Tensor) -> Tensor:
@@ -238,6 +241,11 @@ class AdamS(Optimizer):
     @torch.no_grad()
     def refresh_masks(self, group: dict[str, Any]) -> None:
         """Recomputes the masks of a sparse group from `|W|`. Raises `InputError` if a weight is NaN."""
+        if gathers(group["pattern"], group["params"]):
+            units = self._units(group)
+            packed = [[local(self.state[p]["mask"]) for p in unit] for unit in units]
+            self._flips = refresh_gathered_(group["pattern"], units, packed)
+            return
         units = [unit for unit in self._units(group) if any(local(p).numel() for p in unit)]  # a rank may hold no rows
         if not units:
             self._flips = 0

@@ -68,11 +68,11 @@ class Update(NamedTuple):
         for some in self._calls(params):
             columns = self._columns(some)
             packed = [local(self.state[p]["mask"]) for p in some]
-            if self.fused and all(p.shape[1] % 8 == 0 and local(p).numel() % 32 == 0 for p in some):
+            if self.fused and all(p.shape[-1] % 8 == 0 and local(p).numel() % 32 == 0 for p in some):
                 words = [flat(flat(mask).view(torch.int32)) for mask in packed]
                 self._run(update_words_, columns, words, bits_of_a_word(words[0].device), *rest)
             else:
-                masks = [flat(unpack_mask(mask, p.shape[1])) for mask, p in zip(packed, some)]
+                masks = [flat(unpack_mask(mask, p.shape[-1])) for mask, p in zip(packed, some)]
                 self._run(update_, columns, masks, *rest)
 
     def _dense_(self, params: Sequence[Tensor], *rest: Any) -> None:

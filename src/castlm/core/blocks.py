@@ -1,4 +1,6 @@
-"""What a linear layer inside a transformer block is, told from names and shapes. The only place that decides it.
+"""What a sparse weight of a transformer block is, told from names and shapes. The only place that decides it.
+
+It is the matrix (out, in) of a linear layer, or the 3-D parameter that holds that matrix for all experts of a block.
 
 Importing this module does not import torch: `castlm verify` reads a checkpoint in less time than that import takes.
 `castlm.core.sparsify.is_sparse_linear` is the same rule for a module that exists.
@@ -15,6 +17,8 @@ _LAST_PART_NOT_LINEAR = re.compile(
     r"|(?:^|_)embed(?:ding)?s?(?:_(?:tokens|positions?|in|out)\w*)?$"  # embed_tokens, rel_pos_embed
     r"|^(?:wte|wpe|relative_attention_bias|lm_head)$"
 )
+_ROUTER = re.compile(r"^(?:gate|router|\w*_router|router_\w+|shared_experts?_gate)$")
+_STACKED = re.compile(r"^(?:gate_up_proj|gate_proj|up_proj|down_proj|w[123])$")
 
 
 def block_name(name: str) -> str | None:
@@ -58,8 +62,33 @@ def in_block(name: str) -> bool:
     return block_name(name) is not None
 
 
+def is_router(module: str) -> bool:
+    """Whether a module chooses experts for a token, or weighs the shared one. Routers are small, and stay dense.
+
+    They are `gate`, `router` or `shared_expert_gate` in transformers, or a part of such a module. Gates of attention
+    have the same name and are linear layers like any other.
+
+    Example:
+        >>> is_router("model.layers.3.mlp.gate"), is_router("model.layers.3.mlp.gate_proj")
+        (True, False)
+    """
+    parts = module.split(".")
+    return any(map(_ROUTER.match, parts)) and not any("attn" in part or "attention" in part for part in parts)
+
+
+def is_stacked_experts(name: str, shape: Sequence[int]) -> bool:
+    """Whether a stored tensor holds one projection of all experts of a block: (experts, out, in) or (experts, in, out).
+
+    Example:
+        >>> is_stacked_experts("model.layers.3.mlp.experts.gate_up_proj", (8, 1536, 576))
+        True
+    """
+    module, _, last = name.removesuffix(".weight").rpartition(".")
+    return len(shape) == 3 and "experts" in module.split(".") and in_block(module) and bool(_STACKED.match(last))
+
+
 def is_block_linear(name: str, shape: Sequence[int]) -> bool:
-    """Whether a stored tensor is the weight of a linear layer inside a transformer block.
+    """Whether a stored tensor is the weight of a linear layer inside a transformer block, and not that of a router.
 
     Args:
         name: the name of the tensor in the checkpoint.
@@ -73,4 +102,6 @@ def is_block_linear(name: str, shape: Sequence[int]) -> bool:
     """
     module, _, kind = name.rpartition(".")
     last = module.rpartition(".")[2]
-    return len(shape) == 2 and kind == "weight" and in_block(module) and not _LAST_PART_NOT_LINEAR.search(last)
+    if len(shape) != 2 or kind != "weight" or not in_block(module):
+        return False
+    return not _LAST_PART_NOT_LINEAR.search(last) and not is_router(module)

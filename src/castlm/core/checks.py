@@ -21,6 +21,7 @@ from castlm.core.masks import unpack_mask
 from castlm.core.moments import MOMENTS
 from castlm.core.pattern import Pattern
 from castlm.core.shards import local
+from castlm.core.unit_masks import gathers
 from castlm.core.update import SECOND_MOMENTS
 
 _TRAINED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -118,14 +119,15 @@ def check_parameter(param: Tensor) -> None:
 def check_sparse_parameter(param: Tensor, pattern: Pattern) -> None:
     """Raises `InputError` if AdamS cannot keep masks of `pattern` on `param`.
 
-    The parameter must be (out, in), in float32 or float64 because bfloat16 rounds the decay away, fit the pattern, and
+    The parameter must be (out, in) or (experts, out, in), in float32 or float64 because bfloat16 rounds the decay away,
+    fit the pattern, and
     not be sharded across what the pattern ties together.
     """
     shape = tuple(param.shape)
-    if param.dim() != 2:
+    if param.dim() not in (2, 3):
         raise InputError(
-            f"a sparse parameter has shape {shape}, not (out, in): sharding that flattens parameters (FSDP1, DeepSpeed "
-            "ZeRO) cuts groups apart; use FSDP2 fully_shard"
+            f"a sparse parameter has shape {shape}, not (out, in) or (experts, out, in): sharding that flattens "
+            "parameters (FSDP1, DeepSpeed ZeRO) cuts groups apart; use FSDP2 fully_shard"
         )
     if param.dtype not in (torch.float32, torch.float64):
         raise InputError(
@@ -139,11 +141,10 @@ def check_sparse_parameter(param: Tensor, pattern: Pattern) -> None:
 def check_placement(param: Tensor, pattern: Pattern) -> None:
     """Raises `InputError` if a DTensor is sharded across what the pattern ties together."""
     for placement in param.placements if isinstance(param, DTensor) else ():
-        by_rows = placement == Shard(0) and pattern.independent_rows
-        if not (placement.is_replicate() or by_rows):
+        if not (placement.is_replicate() or placement == Shard(0)):
             raise InputError(
                 f"a sparse parameter of shape {tuple(param.shape)} is placed as {placement}, which splits "
-                f"groups of {pattern}: shard n:m weights by rows, Shard(0), and do not shard those of other patterns"
+                f"groups of {pattern}: shard sparse weights by rows, Shard(0)"
             )
 
 
@@ -231,7 +232,14 @@ def check_saved(
             found = state_dict["state"].get(i, {})
             _check_saved_state(found, state[param], f"parameter {i}")
             if group["sparse"]:
-                mask = unpack_mask(local(found["mask"]), param.shape[1])
-                group["pattern"].check_mask(mask, local(param).shape)
+                mask = unpack_mask(local(found["mask"]), param.shape[-1])
+                counts = not gathers(group["pattern"], [param])
+                group["pattern"].check_mask(mask, local(param).shape, count=counts)
             saved_state[param] = found
+        for unit in group["units"] or () if group["sparse"] else ():
+            params = [group["params"][i] for i in unit]
+            if gathers(group["pattern"], params):  # no collective where one rank alone may have been refused
+                continue
+            masks = [unpack_mask(local(saved_state[p]["mask"]), p.shape[1]) for p in params]
+            group["pattern"].check_unit_masks(masks)
     return saved_state

@@ -23,7 +23,8 @@ def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
 
     `exp_avg` and `exp_avg_sq` are shaped and placed like `param`, in its dtype or as `moments` says. In 8 bits they are
     uint8 codes, with `exp_avg_scale` and `exp_avg_sq_scale` (out, in / block) fp32 beside them. This applies to
-    matrices of at least 4,096 weights whose width divides by 32; other parameters keep their moments in their dtype.
+    matrices (of experts: all together) of at least 4,096 weights whose width divides by 32; other parameters keep their
+    moments in their dtype.
 
     Example:
         >>> state = new_moments(torch.zeros(64, 128), "8bit")
@@ -37,19 +38,19 @@ def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
             "exp_avg": torch.zeros_like(param, dtype=first, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
         }
-    rows, width = local(param).shape
+    *rows, width = local(param).shape
     state = {}
     for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
         state[name] = torch.full_like(param, zero_code(signed), dtype=torch.uint8)
-        state[f"{name}_scale"] = like_rows(torch.zeros(rows, width // block, device=param.device), param)
+        state[f"{name}_scale"] = like_rows(torch.zeros(*rows, width // block, device=param.device), param)
     return state
 
 
 def block_size(param: Tensor) -> int:
     """How many weights share a scale: the largest power of 2, 32 to 256, that divides the width, or 0 if none does."""
-    if param.dim() != 2 or param.numel() < _LEAST:
+    if param.dim() not in (2, 3) or param.numel() < _LEAST:
         return 0
-    block = min(LONGEST_BLOCK, param.shape[1] & -param.shape[1])
+    block = min(LONGEST_BLOCK, param.shape[-1] & -param.shape[-1])
     return block if block >= _SHORTEST else 0
 
 

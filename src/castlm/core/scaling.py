@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from castlm.core.errors import InputError
+from castlm.core.experts import is_layer
 from castlm.core.pattern import Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 
 
 def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
-    """`W * A`: (out, in) by (out, groups), where each factor applies to its block of columns.
+    """`W * A`: (..., out, in) by (..., out, groups), where each factor applies to its block of columns.
 
     Rows are independent, so this also works on any subset of rows of both.
 
@@ -26,21 +27,22 @@ def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
         >>> scale_weight(torch.ones(1, 4), torch.tensor([[2.0, 3.0]]))
         tensor([[2., 2., 3., 3.]])
     """
-    groups = scale.shape[1]  # -1 would be ambiguous on a rank that holds no rows
-    blocks = weight.view(weight.shape[0], groups, weight.shape[1] // groups)  # (1536, 576) -> (1536, 2, 288)
-    return (blocks * scale.unsqueeze(-1)).flatten(1)
+    groups = scale.shape[-1]  # -1 would be ambiguous on a rank that holds no rows
+    blocks = weight.view(*weight.shape[:-1], groups, weight.shape[-1] // groups)  # (1536, 576) -> (1536, 2, 288)
+    return (blocks * scale.unsqueeze(-1)).flatten(-2)
 
 
 class WeightScaling(nn.Module):
     """`forward(W) = W * A` (CAST, arXiv 2509.25996, Eq. 11-12).
 
-    `scale` is `A` (out, groups), initially ones. The columns of `W` (out, in) are divided into `groups` contiguous
-    blocks of `in / groups`, and `A[i, k]` multiplies row `i` of block `k`.
+    `scale` is `A` (out, groups), (experts, out, groups) of an `ExpertLinear`, initially ones. The columns of `W`
+    (out, in) are divided into `groups` contiguous blocks of `in / groups`, and `A[i, k]` multiplies row `i` of block
+    `k`.
     """
 
     def __init__(self, weight: Tensor, groups: int) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(weight.shape[0], groups, dtype=weight.dtype, device=weight.device))
+        self.scale = nn.Parameter(torch.ones(*weight.shape[:-1], groups, dtype=weight.dtype, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         return scale_weight(weight, self.scale)
@@ -92,11 +94,11 @@ class UnfoldedWarning(UserWarning):
     """A state dict was made of a model whose weight scaling is not folded."""
 
 
-def _scaled(model: nn.Module) -> dict[str, nn.Linear]:
+def _scaled(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight")
+        if is_layer(module) and parametrize.is_parametrized(module, "weight")
     }
 
 
@@ -114,7 +116,7 @@ def _warn_before_fold(model: nn.Module, state_dict: dict[str, Any], prefix: str,
 
 @torch.no_grad()
 def fold_weight_scaling(model: nn.Module) -> list[str]:
-    """Multiplies every scale into its weight and removes it, in place. Plain `nn.Linear` layers remain.
+    """Multiplies every scale into its weight and removes it, in place. Plain layers remain.
 
     The folded model computes the same up to fp32 rounding. Zeros stay zeros, so prune first and fold afterwards.
 

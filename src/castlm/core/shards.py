@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -22,10 +25,26 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def like_rows(local: Tensor, param: Tensor) -> Tensor:
-    """`local` (rows on this rank, width) as a DTensor with the rows and the placement of `param`, if that is one."""
+    """`local` (rows on this rank, ..., width) as a DTensor with the rows and the placement of `param`, if that is one.
+
+    The rows of the 3-D weight of experts are the experts.
+    """
     if not isinstance(param, DTensor):
         return local
-    width = local.shape[1]
-    shape = torch.Size((param.shape[0], width))
+    shape = torch.Size((param.shape[0], *local.shape[1:]))
+    stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     mesh, placements = param.device_mesh, param.placements
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=(width, 1))
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor, gathered from all ranks; all of them call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(tensor: Tensor) -> slice:
+    """The rows of the full tensor that this rank holds."""
+    if not isinstance(tensor, DTensor):
+        return slice(0, len(tensor))
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return slice(offset[0], offset[0] + shape[0])

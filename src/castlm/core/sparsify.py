@@ -7,19 +7,21 @@ and the output head stay dense. Every weight that stays dense is listed with the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from castlm.core.blocks import block_name, in_block
+from castlm.core.blocks import block_name, in_block, is_router
 from castlm.core.checks import check_placement
 from castlm.core.errors import InputError
+from castlm.core.experts import ExpertLinear, SparseLayer, is_layer
 from castlm.core.masks import pack_mask, unpack_mask
-from castlm.core.pattern import Pattern, as_pattern
-from castlm.core.shards import local
+from castlm.core.pattern import NM, Pattern, as_pattern
+from castlm.core.shards import local, whole
+from castlm.core.unit_masks import gathers, own_unit_masks
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -27,13 +29,15 @@ FilterFn = Callable[[nn.Module, str], bool]
 def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
     """The default `filter_fn`: an `nn.Linear` inside a numbered transformer block, as `model.layers.3.mlp.up_proj`.
 
+    So is the `ExpertLinear` that `linearize_experts_` makes of 3-D experts; the router that chooses them is not.
+
     Example:
         >>> is_sparse_linear(nn.Linear(8, 8), "model.layers.3.mlp.up_proj")
         True
         >>> is_sparse_linear(nn.Linear(8, 8), "lm_head")
         False
     """
-    return isinstance(module, nn.Linear) and in_block(fqn)
+    return is_layer(module) and in_block(fqn) and not is_router(fqn)
 
 
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -48,13 +52,13 @@ def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def sparse_linears(
     model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: FilterFn = is_sparse_linear
-) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+) -> tuple[dict[str, SparseLayer], dict[str, str]]:
     """The layers of `model` that become sparse, and what stays dense with the reason.
 
     Args:
         pattern: a `Pattern` or its text.
         filter_fn: `filter_fn(module, fqn)` says whether a module is meant to be sparse. It is asked for every linear
-            layer.
+            layer and every `ExpertLinear`.
 
     Returns:
         Sparse layers by name, and a reason by the name of each weight with two or more dimensions that stays dense.
@@ -71,14 +75,14 @@ def sparse_linears(
         >>> dense
         {'layers.1': 'its width 6 does not divide by m = 4', 'head.weight': 'outside the transformer blocks'}
     """
-    pattern = as_pattern(pattern)
-    sparse: dict[str, nn.Linear] = {}
+    pattern = as_pattern(pattern).for_model(model)
+    sparse: dict[str, SparseLayer] = {}
     dense: dict[str, str] = {}
     for fqn, module in model.named_modules(remove_duplicate=True):
         if "parametrizations" in fqn.split("."):
             continue
-        if isinstance(module, nn.Linear) and filter_fn(module, fqn):
-            misfit = pattern.misfit((module.out_features, module.in_features))
+        if isinstance(module, (nn.Linear, ExpertLinear)) and filter_fn(module, fqn):
+            misfit = _misfit(module, pattern)
             if misfit:
                 dense[fqn] = misfit
             else:
@@ -88,24 +92,43 @@ def sparse_linears(
             reason = _why_dense(module, fqn, name, param)
             if reason:
                 dense[f"{fqn}.{name}".lstrip(".")] = reason
+    inside = {name for unit in pattern.units(sparse) for name in unit}
+    dense |= {name: pattern.outside for name in sparse if name not in inside}
+    sparse = {name: layer for name, layer in sparse.items() if name in inside}
     if not sparse:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(dense.items())[:3])
         raise InputError(f"no linear layer to make {pattern} sparse in {type(model).__name__} ({reasons})")
     return sparse, dense
 
 
+def _misfit(layer: SparseLayer, pattern: Pattern) -> str | None:
+    if isinstance(layer, ExpertLinear) and not isinstance(pattern, NM):
+        return "only n:m patterns are defined for experts"
+    return pattern.misfit((layer.out_features, layer.in_features))
+
+
 def _why_dense(module: nn.Module, fqn: str, name: str, param: Tensor) -> str | None:
+    if is_layer(module) and name == "weight":
+        if is_sparse_linear(module, fqn):
+            return "excluded by the filter"
+        return "a router of experts" if in_block(fqn) else "outside the transformer blocks"
+    if is_router(fqn) and in_block(fqn) and param.dim() >= 2:
+        return "a router of experts"
+    if param.dim() == 2 and name.endswith("proj_bias"):
+        return "a bias of experts"
     if param.dim() == 3:
-        return f"fused experts of shape {tuple(param.shape)}"
+        shape = tuple(param.shape)
+        return f"experts of shape {shape} in a {type(module).__name__}: linearize_experts_ must have made them layers"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if isinstance(module, nn.Linear) and name == "weight":
-        return "excluded by the filter" if is_sparse_linear(module, fqn) else "outside the transformer blocks"
     return f"a parameter of {type(module).__name__}, not of a linear layer" if param.dim() >= 2 else None
 
 
-def weight_parameter(layer: nn.Linear) -> Tensor:
-    """The trained weight (out, in) of a layer: the one under its weight scaling or forward mask, if it has one."""
+def weight_parameter(layer: SparseLayer) -> Tensor:
+    """The trained weight of a layer, (out, in) or (experts, out, in).
+
+    It is the one under the weight scaling or forward mask of the layer, if it has one.
+    """
     if parametrize.is_parametrized(layer, "weight"):
         return layer.get_parameter("parametrizations.weight.original")
     return layer.weight
@@ -137,7 +160,7 @@ def sparse_param_groups(
         >>> [(group["param_names"], group["sparse"]) for group in sparse_param_groups(model)]
         [(['layers.0.weight'], True), (['layers.0.bias'], False)]
     """
-    pattern = as_pattern(pattern)
+    pattern = as_pattern(pattern).for_model(model)
     layers, _ = sparse_linears(model, pattern, filter_fn)
     sparse = {id(weight_parameter(layer)): name for name, layer in layers.items()}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -184,7 +207,7 @@ def prune_(
         >>> model["layers"][0].weight.tolist()
         [[0.0, -3.0, 2.0, 0.0]]
     """
-    pattern = as_pattern(pattern)
+    pattern = as_pattern(pattern).for_model(model)
     layers, _ = sparse_linears(model, pattern, filter_fn)
     weights = {name: weight_parameter(layer) for name, layer in layers.items()}
     for name, weight in weights.items():
@@ -192,19 +215,28 @@ def prune_(
         if masks is not None and weight not in masks:
             raise InputError(f"there is no mask for {name}: pass the masks of the optimizer that trained this model")
         if masks is not None:
-            pattern.check_mask(local(masks[weight]), local(weight).shape)
+            pattern.check_mask(local(masks[weight]), local(weight).shape, count=not gathers(pattern, [weight]))
+    for unit in pattern.units(weights):
+        if masks is not None and (len(unit) > 1 or gathers(pattern, [weights[name] for name in unit])):
+            pattern.check_unit_masks([whole(masks[weights[name]]) for name in unit])
     packed = _magnitude_masks(weights, pattern) if masks is None else {}
     for name, weight in weights.items():
-        mask = local(masks[weight]) if masks is not None else unpack_mask(packed[name], weight.shape[1])
+        mask = local(masks[weight]) if masks is not None else unpack_mask(packed[name], weight.shape[-1])
         # masked_fill and not a product, because 0 * -1 is -0, whose bits differ from those of 0
         local(weight).masked_fill_(~mask.to(weight.device), 0.0)
     return list(layers)
 
 
+def masks_by_unit(weights: Mapping[str, Tensor], pattern: Pattern) -> Iterator[tuple[str, Tensor]]:
+    """The mask by magnitude of each weight (out, in), unit by unit, with its name, of the rows that this rank holds.
+
+    Raises:
+        InputError: a weight does not fit the pattern, or contains NaN.
+    """
+    for unit in pattern.units(weights):
+        yield from zip(unit, own_unit_masks(pattern, [weights[name] for name in unit]))
+
+
 def _magnitude_masks(weights: Mapping[str, Tensor], pattern: Pattern) -> dict[str, Tensor]:
     """All masks before any weight changes, packed, as a NaN is only found while its mask is made."""
-    packed: dict[str, Tensor] = {}
-    for unit in pattern.units(weights):
-        for name, mask in zip(unit, pattern.unit_masks([local(weights[name]) for name in unit])):
-            packed[name] = pack_mask(mask)
-    return packed
+    return {name: pack_mask(mask) for name, mask in masks_by_unit(weights, pattern)}

@@ -21,14 +21,23 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from castlm.conversion import as_stored, state_dict_key
 from castlm.core.errors import InputError
+from castlm.core.experts import ExpertLinear
 from castlm.core.pattern import Pattern
 from castlm.core.scaling import scale_weight
-from castlm.core.shards import local
+from castlm.core.shards import local, whole
 from castlm.distributed.loading import empty_model, load_rows_, materialize_, open_sharded
-from castlm.distributed.sharding import shard_, whole
+from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World
-from castlm.export.hf import EVAL_TOLERANCE, new_manifest, rejected, verify_pattern, write_record
+from castlm.export.hf import (
+    EVAL_TOLERANCE,
+    new_manifest,
+    rejected,
+    verify_pattern,
+    write_all_but_weights,
+    write_record,
+)
 from castlm.export.verify import verify
 from castlm.files import atomic_dir, atomic_write_json, is_disk_full
 from castlm.layout import stored_transposed
@@ -76,7 +85,7 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
     with contextlib.ExitStack() as stack:
         temporary = world.on_main(lambda: stack.enter_context(atomic_dir(folder, overwrite=True)))
         world.check_all(_write_weights(result, temporary))
-        world.on_main(lambda: _write_the_rest(result, temporary))
+        world.on_main(lambda: write_all_but_weights(result.model, result.tokenizer, temporary, result.dtype))
         if result.is_sparse:
             manifest |= world.on_main(lambda: _verify_files(result, temporary, folder, manifest))
             failure, proof = _verify_again(result, temporary)
@@ -108,6 +117,7 @@ def _write_weights(result: ShardedResult, folder: Path) -> str | None:
         if weight not in seen:  # what is tied is written once
             weights[name] = weight, scale
             seen.add(weight)
+    stored_in: dict[str, str] = {}
     files = _plan_files({name: weight.numel() * result.dtype.itemsize for name, (weight, _) in weights.items()})
     failure = None
     for file, names in files.items():
@@ -116,8 +126,8 @@ def _write_weights(result: ShardedResult, folder: Path) -> str | None:
             weight, scale = weights[name]
             tensor = whole(weight) if scale is None else scale_weight(whole(weight), whole(scale))
             if result.world.is_main and failure is None:
-                transposed = stored_transposed(result.model.config.model_type, name)
-                held[name] = (tensor.T if transposed else tensor).to(result.dtype).contiguous().cpu()
+                held |= _as_stored(result, name, tensor)
+        stored_in |= dict.fromkeys(held, file)
         if held:
             try:
                 save_file(held, folder / file, metadata={"format": "pt"})
@@ -127,9 +137,19 @@ def _write_weights(result: ShardedResult, folder: Path) -> str | None:
     if result.world.is_main and failure is None and len(files) > 1:
         total = sum(weight.numel() for weight, _ in weights.values())
         index = {"metadata": {"total_parameters": total, "total_size": total * result.dtype.itemsize}}
-        index["weight_map"] = {name: file for file, names in files.items() for name in names}
+        index["weight_map"] = stored_in
         atomic_write_json(folder / "model.safetensors.index.json", index)
     return failure
+
+
+def _as_stored(result: ShardedResult, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What the files hold of a parameter: as `save_model` would write it."""
+    model = result.model
+    layer = model.get_submodule(name.rpartition(".")[0])
+    if stored_transposed(model.config.model_type, name) or (isinstance(layer, ExpertLinear) and layer.transposed):
+        tensor = tensor.mT
+    tensor = tensor.to(result.dtype).contiguous().cpu()
+    return as_stored(model, state_dict_key(model, name), tensor)
 
 
 def _plan_files(sizes: dict[str, int]) -> dict[str, list[str]]:
@@ -145,15 +165,6 @@ def _plan_files(sizes: dict[str, int]) -> dict[str, list[str]]:
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
-
-
-def _write_the_rest(result: ShardedResult, folder: Path) -> None:
-    config = copy.deepcopy(result.model.config)
-    config.architectures, config.dtype = [type(result.model).__name__], str(result.dtype).removeprefix("torch.")
-    config.save_pretrained(folder)
-    if result.model.can_generate():
-        result.model.generation_config.save_pretrained(folder)
-    result.tokenizer.save_pretrained(folder)
 
 
 def _verify_files(result: ShardedResult, temporary: Path, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Buffers are computed and not stored (rotary frequencies): they are made for real
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,17 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from castlm.core.shards import local
+from castlm.conversion import as_stored, state_dict_key, stored_names, stored_rows
+from castlm.core.experts import ExpertLinear
+from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import dense_name
-from castlm.distributed.sharding import own_rows
 from castlm.distributed.world import World
 from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, cached_snapshot, locate
-from castlm.models import Loaded, linearize_conv1d_, open_model, quiet, stored_dtype
+from castlm.models import Loaded, linearize_, open_model, quiet, stored_dtype
+
+Reader = Callable[[Path], Any]
+"""Opens a safetensors file, each once."""
 
 
 class _WeightsOnMeta(TorchFunctionMode):
@@ -36,11 +40,39 @@ class _WeightsOnMeta(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a parameter lies: a tensor of a file."""
+
+    file: Path
+    key: str
+    transposed: bool = False
+
+    def read(self, read: Reader, rows: slice) -> Tensor:
+        """Some rows (of experts: some experts) of the parameter."""
+        stored = read(self.file).get_slice(self.key)
+        if not self.transposed:
+            return stored[rows]
+        return stored[:, rows].T if len(stored.get_shape()) == 2 else stored[rows].mT
+
+
+@dataclass(frozen=True)
+class ExpertPlaces:
+    """Where a 3-D parameter lies: each expert in matrices of its own, one below the other."""
+
+    matrices: tuple[tuple[Place, ...], ...]
+
+    def read(self, read: Reader, rows: slice) -> Tensor:
+        """The weights of some experts."""
+        whole = slice(None)
+        return torch.stack([torch.cat([place.read(read, whole) for place in of]) for of in self.matrices[rows]])
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """Where each parameter of a model lies: file, name in it, and whether it is stored transposed."""
+    """Where each parameter of a model lies, by its name without weight scaling."""
 
     source: str
-    places: Mapping[str, tuple[Path, str, bool]]
+    places: Mapping[str, Place | ExpertPlaces]
 
 
 def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) -> tuple[Loaded, Checkpoint] | None:
@@ -86,7 +118,7 @@ def check_one_snapshot(name: str, revision: str | None, world: World) -> None:
 
 
 def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model whose fp32 parameters are on the meta device, its buffers real; Conv1D are `nn.Linear`."""
+    """A model whose fp32 parameters are on the meta device, its buffers real, made of layers."""
     with _WeightsOnMeta():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     made = {p: nn.Parameter(p.to("meta")) for p in model.parameters() if not p.is_meta}  # norms, of `torch.ones`
@@ -94,7 +126,7 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in made:
                 setattr(module, name, made[parameter])
-    linearize_conv1d_(model)
+    linearize_(model)
     return model
 
 
@@ -110,7 +142,7 @@ def _weight_files(where: Location, revision: str | None) -> list[Path]:
     return [Path(file) for file in get_checkpoint_shard_files(where.target, index, **options)[0]]
 
 
-def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, tuple[Path, str, bool]] | None:
+def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, Place | ExpertPlaces] | None:
     """None when the names and shapes in the files are not the model's own."""
     stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for file in files:
@@ -120,21 +152,58 @@ def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, tuple[Path, 
     aliases: dict[Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(parameter, []).append(name)
-    places, known = {}, set()
+    places: dict[str, Place | ExpertPlaces] = {}
+    known: set[str] = set()
     for parameter, names in aliases.items():
-        candidates = [key for name in names for key in (name, name.removeprefix(prefix), prefix + name)]
+        layer = model.get_submodule(names[0].rpartition(".")[0])
+        keys = [state_dict_key(model, name) for name in names]
+        candidates = [key for name in keys for key in (name, name.removeprefix(prefix), prefix + name)]
         found = next((key for key in candidates if key in stored), None)
+        if found is None and isinstance(layer, ExpertLinear):
+            split = _expert_places(model, keys[0], layer, stored)
+            if split is None:
+                return None
+            places[names[0]] = split
+            known |= {place.key for of in split.matrices for place in of}
+            continue
+        if found is None:  # the family has another name for it on disk
+            renamed = list(as_stored(model, keys[0], torch.empty(parameter.shape, device="meta")))
+            found = renamed[0] if len(renamed) == 1 and renamed[0] in stored else None
+            candidates += renamed
         if found is None:
             return None
-        transposed = any(stored_transposed(model.config.model_type, name) for name in names)
+        is_experts = isinstance(layer, ExpertLinear)
+        transposed = layer.transposed if isinstance(layer, ExpertLinear) else False
+        transposed |= any(stored_transposed(model.config.model_type, name) for name in names)
         file, shape = stored[found]
-        if (shape[::-1] if transposed else shape) != tuple(parameter.shape):
+        if (_turned(shape) if transposed else shape) != tuple(parameter.shape):
             return None
-        places[names[0]] = file, found, transposed
+        if is_experts and stored_names(model, keys[0], layer) != [keys[0]]:
+            return None  # transformers would not put it there as it is
+        places[names[0]] = Place(file, found, transposed)
         known |= set(candidates)
     unknown = [key for key in stored if key not in known and not OLD_BUFFERS.search(f".{key}")]
     has_stored_buffers = any(True for name in model.state_dict() if name in dict(model.named_buffers()))
     return None if unknown or has_stored_buffers else places
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def _expert_places(
+    model: PreTrainedModel, key: str, layer: ExpertLinear, stored: Mapping[str, tuple[Path, tuple[int, ...]]]
+) -> ExpertPlaces | None:
+    """None when the files do not hold each expert in whole rows."""
+    rows = stored_rows(model, key, layer)
+    of_expert: list[list[tuple[int, Place]]] = [[] for _ in range(layer.num_experts)]
+    for name, expert, part in rows or ():
+        file, shape = stored.get(name, (Path(), ()))
+        if shape != (part.stop - part.start, layer.in_features):
+            return None
+        of_expert[expert].append((part.start, Place(file, name)))
+    matrices = tuple(tuple(place for _, place in sorted(of, key=lambda entry: entry[0])) for of in of_expert)
+    return ExpertPlaces(matrices) if rows and all(matrices) else None
 
 
 def materialize_(module: nn.Module, device: torch.device) -> None:
@@ -161,21 +230,19 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
         InputError: a file that cannot be read, or a weight that is not finite.
     """
     failure = None
-    with _readers() as read:
+    with opened_files() as read:
         for name, parameter in model.named_parameters():
             stored_name = dense_name(name)
             if stored_name not in checkpoint.places:
                 local(parameter).fill_(1.0)  # a weight scale
                 continue
-            file, key, transposed = checkpoint.places[stored_name]
             rows = own_rows(parameter)
             if rows.stop == rows.start:
                 continue
             try:
-                stored = read(file).get_slice(key)
-                value = stored[:, rows].T if transposed else stored[rows]
+                value = checkpoint.places[stored_name].read(read, rows)
             except Exception as error:  # safetensors' own type
-                failure = f"{file} cannot be read: {error}"
+                failure = f"{stored_name} of {checkpoint.source} cannot be read: {error}"
                 break
             if not bool(value.isfinite().all()):
                 failure = f"{stored_name} of {checkpoint.source} holds NaN or infinity: the checkpoint is damaged"
@@ -185,7 +252,9 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
 
 
 @contextlib.contextmanager
-def _readers() -> Iterator[Any]:
+def opened_files() -> Iterator[Reader]:
+    """Opens safetensors files at their first use, and closes them with the block."""
+
     with contextlib.ExitStack() as stack:
         opened: dict[Path, Any] = {}
 

@@ -10,27 +10,27 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from castlm.core.adams import AdamS
 from castlm.core.blocks import block_name
+from castlm.core.experts import SparseLayer, num_weights
 from castlm.core.pattern import NM, Pattern
-from castlm.core.shards import local
+from castlm.core.shards import local, own_rows, whole
 from castlm.core.sparsify import weight_parameter
-from castlm.distributed.sharding import own_rows, whole
 from castlm.distributed.world import World
 
 _ROWS = 1024  # sorted at a time
 
 
 def sorted_mask(weight: Tensor, pattern: NM) -> Tensor:
-    """The mask of (out, in) by a stable sort of each group; `core.masks` counts comparisons instead."""
+    """The mask of (..., out, in) by a stable sort of each group; `core.masks` counts comparisons instead."""
     n, m = pattern.n, pattern.m
     masks = []
-    for rows in weight.detach().abs().split(_ROWS):
+    for rows in weight.detach().abs().flatten(0, -2).split(_ROWS):
         best = rows.unflatten(1, (-1, m)).argsort(dim=-1, descending=True, stable=True)[..., :n]
         masks.append(torch.zeros_like(rows, dtype=torch.bool).unflatten(1, (-1, m)).scatter_(-1, best, True).flatten(1))
-    return torch.cat(masks) if masks else torch.zeros_like(weight, dtype=torch.bool)
+    return torch.cat(masks).view(weight.shape) if masks else torch.zeros_like(weight, dtype=torch.bool)
 
 
 def masked_samples(masks: Mapping[Tensor, Tensor], world: World) -> list[tuple[Tensor, Tensor]]:
@@ -52,9 +52,9 @@ class SelfCheck:
         layers: the sparse layers of the model, by name; blocks are told apart by the number in it.
     """
 
-    def __init__(self, optimizer: AdamS, layers: Mapping[str, nn.Linear], pattern: Pattern, world: World) -> None:
+    def __init__(self, optimizer: AdamS, layers: Mapping[str, SparseLayer], pattern: Pattern, world: World) -> None:
         self.optimizer, self.pattern, self.world = optimizer, pattern, world
-        self.num_sparse = sum(layer.out_features * layer.in_features for layer in layers.values())
+        self.num_sparse = sum(map(num_weights, layers.values()))
         self.covered = False
         self._names: dict[Tensor, str] = {}
         by_block: dict[str, list[Tensor]] = {}

@@ -83,14 +83,14 @@ def perplexity(
     _check(model, text.ids, seq_len, stride, batch_size)
     check_vocabulary(text.ids, head.weight.shape[0])
 
-    windows = windows_of(text, seq_len, stride)
+    sequences = sequences_of(text, seq_len, stride)
     total, done, scored = 0.0, 0, 0
     with eval_mode(model):
-        for batch in _batches(windows, batch_size):
+        for batch in _batches(sequences, batch_size):
             input_ids = torch.stack([text.ids[w.begin : w.end] for w in batch]).to(device)
             labels = torch.stack([text.labels[w.begin + 1 : w.end] for w in batch])
-            for row, window in zip(labels, batch):
-                row[: window.first_scored - window.begin - 1] = IGNORED
+            for row, sequence in zip(labels, batch):
+                row[: sequence.first_scored - sequence.begin - 1] = IGNORED
             scored += int((labels != IGNORED).sum())
             labels = labels.to(device)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
@@ -104,7 +104,7 @@ def perplexity(
             total += nll
             done += len(batch)
             if progress is not None:
-                progress(done, len(windows))
+                progress(done, len(sequences))
 
     if not scored:
         raise InputError("no token of the text is scored: give more text")
@@ -138,7 +138,7 @@ def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int,
         raise InputError(f"batch_size is {batch_size}: it must be at least 1")
 
 
-class Window(NamedTuple):
+class Scored(NamedTuple):
     """The part of a text that one forward pass sees: the tokens begin .. end-1."""
 
     begin: int
@@ -146,33 +146,33 @@ class Window(NamedTuple):
     first_scored: int  # scores the tokens first_scored .. end-1
 
 
-def scored_windows(num_tokens: int, seq_len: int, stride: int) -> list[Window]:
+def scored_sequences(num_tokens: int, seq_len: int, stride: int) -> list[Scored]:
     """The sequences of a text of `num_tokens`, as `perplexity` describes them, without those that score nothing."""
-    windows, seen = [], 0
+    sequences, seen = [], 0
     for begin in range(0, num_tokens, stride):
         end = min(begin + seq_len, num_tokens)
-        first_scored = max(seen, begin + 1)  # nothing predicts a window's first token
+        first_scored = max(seen, begin + 1)  # nothing predicts a sequence's first token
         if first_scored < end:
-            windows.append(Window(begin, end, first_scored))
+            sequences.append(Scored(begin, end, first_scored))
         if end == num_tokens:
             break
         seen = end
-    return windows
+    return sequences
 
 
-def windows_of(text: ScoredText, seq_len: int, stride: int) -> list[Window]:
+def sequences_of(text: ScoredText, seq_len: int, stride: int) -> list[Scored]:
     """The sequences of a text, each within a conversation where it has some, without those that score nothing."""
     found = [
-        Window(begin + window.begin, begin + window.end, begin + window.first_scored)
+        Scored(begin + part.begin, begin + part.end, begin + part.first_scored)
         for begin, end in text.stretches
-        for window in scored_windows(end - begin, seq_len, stride)
+        for part in scored_sequences(end - begin, seq_len, stride)
     ]
-    return [w for w in found if not text.is_chat or bool((text.labels[w.first_scored : w.end] != IGNORED).any())]
+    return [s for s in found if not text.is_chat or bool((text.labels[s.first_scored : s.end] != IGNORED).any())]
 
 
-def _batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
+def _batches(sequences: list[Scored], batch_size: int) -> Iterator[list[Scored]]:
     """Batches of one length each. The last sequence may be shorter, and padding would change what it attends to."""
-    for _, equal in groupby(windows, key=lambda window: window.end - window.begin):
+    for _, equal in groupby(sequences, key=lambda sequence: sequence.end - sequence.begin):
         group = list(equal)
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]

@@ -14,6 +14,9 @@ from typing import Any
 import yaml
 
 from castlm.core.blocks import in_block
+from castlm.core.pattern import NM, Pattern
+from castlm.export.cut_sizes import unit_of
+from castlm.export.unit_count import groups_of, tiles_of
 from castlm.names import markdown, markdown_code
 
 _HUB_SOURCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<rest>@\S+| \(.+\))?")  # as `Loaded.source` names it
@@ -37,8 +40,7 @@ _CARD = """---
 
 # {title}
 
-{warning}This is {base}, made {pattern} sparse with castlm (the CAST method, arXiv 2509.25996): of every {m}
-consecutive weights along the input axis of each linear layer inside the transformer blocks, at most {n} are non-zero.
+{warning}This is {base}, {how}: {meaning}
 {counts}
 
 Embeddings and the output head are dense.{left_dense}
@@ -52,11 +54,9 @@ model = AutoModelForCausalLM.from_pretrained("path or hub id of this folder")
 tokenizer = AutoTokenizer.from_pretrained("path or hub id of this folder")
 ```
 
-The zeros are stored, so the files are as large as those of the dense model and load wherever it does. Faster or
-smaller inference needs kernels for the pattern, such as `torch.sparse.to_sparse_semi_structured` for 2:4 on an NVIDIA
-GPU.
+{storage}
 
-`castlm verify PATH --pattern {pattern}` counts every group again. `castlm.json` holds the configuration, the versions
+`castlm verify PATH --pattern {pattern}` counts all of it again. `castlm.json` holds the configuration, the versions
 of the libraries, the hashes of the texts, and the counts from when this folder was written.
 
 ## License
@@ -65,9 +65,20 @@ of the libraries, the hashes of the texts, and the counts from when this folder 
 """
 
 
+_STORED_ZEROS = (
+    "The zeros are stored, so the files are as large as those of the dense model and load wherever it does. Faster or\n"
+    "smaller inference needs kernels for the pattern, such as `torch.sparse.to_sparse_semi_structured` for 2:4 on an "
+    "NVIDIA\nGPU."
+)
+_STORED_TILES = (
+    "The zeros are stored, so the files are as large as those of the dense model and load wherever it does. Faster or\n"
+    "smaller inference needs kernels for sparse tiles."
+)
+
+
 def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     """The README.md of an exported folder, from its name and the content of its castlm.json (see `export_model`)."""
-    n, m = manifest["pattern"].split(":")
+    pattern = Pattern.parse(manifest["pattern"])
     source, license_id = str(manifest.get("base_model") or ""), manifest.get("license")
     hub_id, rest = _hub_model(source)
     base_name = (hub_id or _public(source)).split("/")[-1]
@@ -77,26 +88,78 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         **({"license": license_id} if license_id else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["castlm", "sparsity", f"{n}of{m}-sparse"],
+        "tags": ["castlm", "sparsity", _tag(pattern)],
     }
     proof = manifest["proof"]
+    cut = manifest.get("cut")
+    removed = f" {proof['cut']:,} weights of the base were cut out of these layers." if "cut" in proof else ""
     counts = (
         f"That is {proof['zero_fraction']:.2%} zeros in {proof['layers']} layers of {proof['weights']:,} weights, "
-        f"and {proof['violations']} violations in {proof['groups']:,} groups."
+        f"and {proof['violations']} violations in {proof['groups']:,} {unit_of(pattern)}.{removed}"
     )
+    made = f"made {pattern} sparse with castlm (the CAST method, arXiv 2509.25996)"
+    kept = f"which is {pattern} sparse, fine-tuned with castlm so that its zeros are kept"
+    config = manifest.get("config") or {}
     return _CARD.format(
+        how=kept if config.get("init_from") and config.get("init_from") == config.get("model") else made,
         front_matter=yaml.safe_dump(front_matter, sort_keys=False),
-        title=markdown(f"{base_name}, {n} of {m}" if base_name else folder_name),
+        title=markdown(f"{base_name}, {_short(pattern)}" if base_name else folder_name),
         base=base or "a model",
-        pattern=f"{n}:{m}",
+        pattern=pattern,
         warning=_warning(manifest.get("verdict") or {}),
-        n=n,
-        m=m,
+        meaning="".join(_sentences([*_cut_text(cut), *_meaning(pattern)])),
         counts=counts,
+        storage=_storage(pattern, bool(cut)),
         left_dense=_left_dense(manifest["left_dense"]),
         figures=_figures(manifest.get("figures") or []),
         license=_license(hub_id or base_name, license_id),
     )
+
+
+def _short(pattern: Pattern) -> str:
+    return f"{pattern.n} of {pattern.m}" if isinstance(pattern, NM) else str(pattern)
+
+
+def _tag(pattern: Pattern) -> str:
+    return f"{pattern.n}of{pattern.m}-sparse" if isinstance(pattern, NM) else "structured-pruning"
+
+
+def _sentences(parts: list[str]) -> list[str]:
+    """The first after a colon, the others each on a line of its own."""
+    return [parts[0], *(f"\n{part[0].upper()}{part[1:]}" for part in parts[1:])]
+
+
+def _cut_text(cut: Mapping[str, Any] | None) -> list[str]:
+    """What was cut out, as the change of the config."""
+    if not cut:
+        return []
+    fields = [f"`{name}` from {old:,} to {cut['after'][name]:,}" for name, old in cut["before"].items()]
+    changed = [text for text, (name, old) in zip(fields, cut["before"].items()) if cut["after"][name] != old]
+    return [f"the same model with {' and '.join(changed)}."]
+
+
+def _meaning(pattern: Pattern) -> list[str]:
+    """What the pattern says of the weights that are stored."""
+    groups, tiles = groups_of(pattern), tiles_of(pattern)
+    found = []
+    if tiles is not None:
+        size = f"{tiles.rows} x {tiles.columns}"
+        found.append(
+            f"each linear layer inside the transformer blocks is divided into tiles of {size} weights, of which "
+            f"{tiles.kept:.2%} are non-zero."
+        )
+    if groups is not None:
+        found.append(
+            f"of every {groups.m}\nconsecutive weights along the input axis of each linear layer inside the "
+            f"transformer blocks, at most {groups.n} are non-zero."
+        )
+    return found
+
+
+def _storage(pattern: Pattern, is_cut: bool) -> str:
+    if is_cut and groups_of(pattern) is None:
+        return "The model is dense and smaller than its base: it needs no kernels of its own."
+    return _STORED_ZEROS if groups_of(pattern) else _STORED_TILES
 
 
 def _hub_model(source: str) -> tuple[str, str]:

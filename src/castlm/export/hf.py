@@ -6,9 +6,11 @@ tensor is compared bit for bit with the one in memory, and the perplexity is mea
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,14 @@ import torch
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from castlm.conversion import stored_names
 from castlm.core.errors import InputError
+from castlm.core.experts import is_layer
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.sparsify import is_sparse_linear
 from castlm.export.card import model_card
+from castlm.export.cut import cut_model
+from castlm.export.cut_sizes import cut_pattern
 from castlm.export.report import VerifyReport
 from castlm.export.verify import verify
 from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_name
@@ -46,7 +52,8 @@ def export_model(
     """Writes `model` to `folder` with castlm.json and a model card, reads it back and verifies it.
 
     Args:
-        model: pruned and folded: its parameters are plain, without parametrizations.
+        model: pruned and folded: its parameters are plain, without parametrizations. Channels and heads that the
+            pattern masks are cut out of what is written; `model` itself keeps them.
         folder: the output; it is replaced once everything is written and verified.
         pattern: the pattern of the sparse layers, such as 2:4.
         left_dense: the reason for each dense module or parameter, by its name, as `sparse_linears` gives it.
@@ -69,6 +76,10 @@ def export_model(
     folder = Path(os.path.realpath(user_path(folder)))
     pattern = as_pattern(pattern)
     manifest = new_manifest(pattern, left_dense, {**record, "dtype": _name_of(dtype or model.dtype)})
+    if cut_pattern(pattern) is not None:
+        model, done = cut_model(model, pattern)
+        manifest["cut"] = asdict(done)
+        manifest["num_params"] = sum(p.numel() for p in model.parameters())
     with eval_mode(model), atomic_dir(folder, overwrite) as temporary:
         with parameters_in(model, dtype):
             save_model(model, tokenizer, temporary)
@@ -100,6 +111,18 @@ def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> None:
     """Writes castlm.json and the model card of the model `name` into `folder`."""
     atomic_write_json(folder / "castlm.json", manifest)
     (folder / "README.md").write_text(model_card(name, manifest), encoding="utf-8")
+
+
+def write_all_but_weights(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
+) -> None:
+    """Writes config, generation config and tokenizer beside weights of `dtype` that were written otherwise."""
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], _name_of(dtype)
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
@@ -135,21 +158,31 @@ def _verify(
 
 
 def verify_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict[str, str]) -> None:
-    """Raises `InputError` unless every sparse layer of `model` has the pattern in the files; completes `left_dense`."""
-    sparse = {f"{name}.weight" for name, module in model.named_modules() if is_sparse_linear(module, name)}
-    sparse -= set(left_dense) | {f"{name}.weight" for name in left_dense}
-    fused = "not a linear layer of its own in memory"
-    for name in list(report.uncounted):  # fused in the files, under another name than in memory
+    """Raises `InputError` unless every sparse layer of `model` has the pattern in the files; completes `left_dense`.
+
+    The files may hold a layer under other names than the memory, as they do for experts: transformers says which.
+    """
+    sparse: set[str] = set()
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not is_layer(module):
+            continue
+        reason = left_dense.get(name, left_dense.get(f"{name}.weight"))
+        if reason is not None:
+            reasons |= dict.fromkeys(stored_names(model, name, module), reason)
+        elif is_sparse_linear(module, name):
+            sparse |= set(stored_names(model, name, module))
+    other = "not a linear layer of its own in memory"
+    for name in report.uncounted.keys() - sparse:
         del report.uncounted[name]
-        report.dense[name] = left_dense[name] = fused
+        report.dense[name] = left_dense[name] = reasons.get(name, other)
     for layer in report.layers:
-        # Fused in memory and split in the files, as experts are: left dense in memory under another name.
         if layer.left_dense is None and layer.name not in sparse and (layer.problem or layer.num_violations):
-            layer.left_dense = left_dense[layer.name] = fused
+            layer.left_dense = left_dense[layer.name] = reasons.get(layer.name, other)
     if not report.ok:
         raise InputError(report.summary())
-    if len(report.sparse_layers) < len(sparse):
-        raise InputError(f"{len(report.sparse_layers)} of {len(sparse)} sparse layers were found in {report.path}")
+    if missing := sparse - {layer.name for layer in report.sparse_layers}:
+        raise InputError(f"{len(missing)} of {len(sparse)} sparse layers are not in {report.path}, as {min(missing)}")
 
 
 def _verify_equal(model: PreTrainedModel, loaded: PreTrainedModel) -> int:

@@ -198,7 +198,8 @@ def _some(names: list[str]) -> str:
 def _refuse_absurd_counts(path: Path, num_tensors: int, config: Config) -> None:
     """Refuses a config.json with more blocks or experts than there are tensors, before anything counts up to it."""
     for name, value in _fields(config):
-        if re.search(r"layer|expert|block", name) and type(value) is int and value > max(1000, num_tensors):
+        is_count = re.search(r"layer|experts?$|experts?_per|block", name)
+        if is_count and type(value) is int and value > max(1000, num_tensors):
             raise InputError(f"config.json of {path} says {name} = {value}, and it holds {num_tensors} tensors")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from castlm.core.pattern import NM
+from castlm.core.pattern import Pattern
+from castlm.export.cut_sizes import unit_of
 from castlm.names import printable
 
 
@@ -18,10 +20,12 @@ class LayerReport:
     shape: tuple[int, ...]
     dtype: str
     axis: int
-    """The input axis, along which the groups run: 1, or 0 for Conv1D."""
+    """The input axis, along which the groups run: the last one, or the one before for Conv1D and some 3-D experts."""
     num_groups: int = 0
     num_violations: int = 0
     num_zeros: int = 0
+    cut: int = 0
+    """Weights of the base that are not there any more, as they were cut out."""
     max_nonzeros: int = 0
     """The largest number of non-zeros in a group."""
     num_non_finite: int = 0
@@ -32,7 +36,7 @@ class LayerReport:
 
     @property
     def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return math.prod(self.shape)
 
     @property
     def zero_fraction(self) -> float:
@@ -49,12 +53,14 @@ class VerifyReport:
     """Whether a checkpoint has the pattern, with the counts behind the answer. Layers are in the order of the model."""
 
     path: str
-    pattern: NM
+    pattern: Pattern
     layers: list[LayerReport] = field(default_factory=list)
     compared_with: str = ""
     """What the list of layers was compared with, to notice a missing one: config.json, transformers, or each other."""
+    base: str = ""
+    """The dense model that channels or heads were cut out of, where the pattern does that."""
     uncounted: dict[str, str] = field(default_factory=dict)
-    """Weights of transformer blocks whose groups could not be counted, with the reason, such as fused experts. The
+    """Weights of transformer blocks whose groups could not be counted, with the reason. The
     answer is no while there are any."""
     dense: dict[str, str] = field(default_factory=dict)
     """Tensors of two or more dimensions that the pattern does not apply to, with the reason."""
@@ -88,6 +94,7 @@ class VerifyReport:
             "violations": sum(layer.num_violations for layer in sparse),
             "zero_fraction": sum(layer.num_zeros for layer in sparse) / max(1, sum(layer.numel for layer in sparse)),
             "non_finite": self.num_non_finite,
+            **({"cut": sum(layer.cut for layer in sparse)} if self.base else {}),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,10 +110,22 @@ class VerifyReport:
             "totals": self.totals(),
             "layers": layers,
             "compared_with": self.compared_with,
+            **({"base": self.base} if self.base else {}),
             "uncounted": self.uncounted,
             "dense": self.dense,
             "non_finite_elsewhere": self.non_finite_elsewhere,
         }
+
+    @property
+    def hint(self) -> str:
+        """What makes layers dense that should be sparse, where there are such; else empty."""
+        dense = [layer for layer in self.sparse_layers if layer.num_violations > layer.num_groups / 2]
+        if not dense:
+            return ""
+        return (
+            f"{len(dense)} of {len(self.sparse_layers)} layers are dense: the model was never pruned, or a merged "
+            "adapter (plain LoRA) has filled its zeros, which castlm finetune --adapter shira does not"
+        )
 
     def summary(self) -> str:
         """The answer and its counts, in one line."""
@@ -114,10 +133,14 @@ class VerifyReport:
         rest = f", {totals['left_dense']} left dense" if totals["left_dense"] else ""
         rest += f", {totals['uncounted']} not counted" if totals["uncounted"] else ""
         rest += f", {totals['non_finite']:,} values not finite" if totals["non_finite"] else ""
-        counted = f"{totals['violations']:,} of {totals['groups']:,} groups violate it"
+        counted = f"{totals['violations']:,} of {totals['groups']:,} {unit_of(self.pattern)} violate it"
+        zeros = f"{totals['zero_fraction']:.2%} zeros"
+        if self.base:
+            share = totals["cut"] / max(1, totals["cut"] + totals["weights"])
+            zeros += f", {share:.2%} of the base's weights in these layers cut out (base: {self.base})"
         return printable(
             f"{self.pattern} {'holds' if self.ok else 'DOES NOT HOLD'} in {self.path}: {counted} in "
-            f"{totals['layers']} layers, {totals['zero_fraction']:.2%} zeros{rest}"
+            f"{totals['layers']} layers, {zeros}{rest}"
         )
 
     def text(self, max_good: int = 12) -> str:
@@ -140,6 +163,7 @@ class VerifyReport:
         lines += [f"dense: {name} ({reason})" for name, reason in _by_kind(self.dense).items()]
         lines += [f"not finite: {name} ({count:,} values)" for name, count in self.non_finite_elsewhere.items()]
         lines.append(f"the list of layers was compared with {self.compared_with}")
+        lines += [self.hint] if self.hint else []
         return "\n".join([*map(printable, lines), self.summary()])
 
     def table(self) -> None:
@@ -151,7 +175,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     note = layer.problem or ""
     if layer.left_dense is not None:
         note = f"left dense: {layer.left_dense}"
-    axis = " (in, out)" if layer.axis == 0 else ""
+    axis = " (in, out)" if layer.axis == len(layer.shape) - 2 else ""
     return (
         printable(layer.name),
         "x".join(map(str, layer.shape)) + axis,

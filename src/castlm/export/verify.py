@@ -1,9 +1,9 @@
-"""Verify that a checkpoint is n:m sparse, from its bytes on disk, whatever program wrote it.
+"""Verify that a checkpoint has a pattern, from its bytes on disk, whatever program wrote it.
 
-Every group of every linear layer inside the transformer blocks is counted, and every float of the checkpoint is checked
-for NaN and infinity. What transformers would load is what is counted: other weights beside it, a missing layer, and
-containers that cannot be counted are refused or reported. Common families need neither torch nor transformers, and
-memory stays at a few chunks of a tensor, whatever the size of the model.
+Every group of every linear layer and expert inside the transformer blocks is counted, and every float of the checkpoint
+is checked for NaN and infinity. What transformers would load is what is counted: other weights beside it, a missing
+layer, and containers that cannot be counted are refused or reported. Common families need neither torch nor
+transformers, and memory stays at a few chunks of a tensor, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from castlm.core.blocks import in_block, is_block_linear
+from castlm.core.blocks import in_block, is_block_linear, is_router, is_stacked_experts
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
+from castlm.export.cut_sizes import cut_pattern
 from castlm.export.folder import is_packed, stored_tensors
 from castlm.export.layers import FAMILIES, check_layers
 from castlm.export.packed_count import count_packed_layer, take_packed
 from castlm.export.report import LayerReport, VerifyReport
 from castlm.export.stored import FLOATS, StoredTensor, count_non_finite, magnitude_chunks, non_finite_of
-from castlm.layout import OLD_BUFFERS, guess_model_type, stored_transposed
+from castlm.export.unit_count import base_config, count_tiles, count_units, groups_of, tiles_of
+from castlm.layout import OLD_BUFFERS, experts_input_axis, guess_model_type, stored_transposed
 from castlm.reading import read_json_object, user_path
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
@@ -38,36 +40,46 @@ def verify(
     exclude: Iterable[str] | None = None,
     *,
     known_layers: Collection[str] | None = None,
+    base: str | None = None,
 ) -> VerifyReport:
     """Counts every n:m group of a Hugging Face checkpoint: a folder, sharded or not, or one .safetensors file.
 
+    Of a structured pattern it counts the tiles with a non-zero, or the channels and heads that are left of those of the
+    dense model; a model in which they are zero but not cut out does not have the pattern.
+
     The pattern applies to every 2-D weight inside the transformer blocks, whatever its name, except embeddings and the
     norms of queries and keys. Groups run along the input axis, which is the first one where the family stores Conv1D
-    (GPT-2). Layers that the folder's castlm.json lists under `left_dense` are counted but may violate the pattern.
-    Weights of a block that have more than two dimensions, such as fused experts, cannot be counted, and the answer is
-    then no. Reads f64, f32, f16, bf16 and f8, where a value of -0.0 is a zero, and castlm's packed format, whose masks
-    must keep exactly n of every m.
+    (GPT-2). Experts are counted one matrix at a time, or as the 3-D tensor that holds all of a block; their router is
+    dense. Layers that the folder's castlm.json lists under `left_dense` are counted but may violate the pattern. Other
+    weights of a block that have more than two dimensions cannot be counted, and the answer is then no. Reads f64, f32,
+    f16, bf16 and f8, where a value of -0.0 is a zero, and castlm's packed format, whose masks must keep exactly n of
+    every m.
 
     Args:
         path: the checkpoint.
-        pattern: n:m, at most n non-zeros in every m consecutive weights.
+        pattern: n:m, at most n non-zeros in every m consecutive weights, or a structured pattern.
         include: globs of tensor names that the pattern applies to, in place of the default rule; the list of layers is
             then not compared with config.json.
         exclude: globs of tensor names that the pattern does not apply to; the report lists them.
         known_layers: names of the weights that the checkpoint must hold, where the caller knows them; default: what
             config.json asks for.
+        base: folder of the dense model that channels or heads were cut out of; None takes its sizes from castlm.json.
 
     Raises:
         InputError: nothing readable at `path`, a corrupt or short file, other weights beside those that transformers
             loads, a missing layer, weights packed by others or of integers, a bad pattern, or no layer that the
             pattern applies to.
     """
-    pattern = NM.parse(str(pattern))
+    pattern = Pattern.parse(str(pattern))
     path = user_path(path)
     folder = path if path.is_dir() else path.parent
     config = _read_config(folder / "config.json")
     tensors = stored_tensors(path, config)
-    packed = take_packed(tensors)
+    cuts = cut_pattern(pattern) is not None
+    if base is not None and not cuts:
+        raise InputError(f"--base is for patterns that cut channels or heads out, not for {pattern}: leave it out")
+    dense_config, where = base_config(base, config, folder / "castlm.json", pattern) if cuts else ({}, "")
+    groups, packed = groups_of(pattern), take_packed(tensors)
     if packed and path.is_dir() and not is_packed(config):
         raise InputError(f"{next(iter(packed))} is packed, which transformers does not read from a plain folder")
     _refuse_packed(path, tensors, config)
@@ -80,11 +92,14 @@ def verify(
     excluded = tuple(exclude or ())
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
         why_dense = "excluded" if _matches(name, excluded) else _why_dense(tensor, globs)
-        if why_dense is None and len(tensor.shape) == 2:
-            if name in packed:
-                layer = count_packed_layer(tensor, packed[name], pattern)
+        axis = _input_axis(tensor, {**config, "model_type": model_type}, pattern)
+        if why_dense is None and axis is not None:
+            if name not in packed:
+                layer = _count(tensor, pattern, axis)
+            elif groups is None or pattern != groups:
+                raise InputError(f"{name} is packed, which is for n:m: verify {pattern} before the model is packed")
             else:
-                layer = _count(tensor, pattern, axis=0 if stored_transposed(model_type, name) else 1)
+                layer = count_packed_layer(tensor, packed[name], groups)
             layer.left_dense = left_dense_reason(name, left_dense)
             report.layers.append(layer)
             continue
@@ -96,6 +111,8 @@ def verify(
         stored = packed[name].parts.values() if name in packed else [tensor]
         if num_non_finite := sum(map(count_non_finite, stored)):
             report.non_finite_elsewhere[name] = num_non_finite
+    if cuts:
+        count_units(report, config, dense_config, where)
     _refuse_empty(report, len(tensors))
     return report
 
@@ -132,6 +149,16 @@ def _compare_layers(
     return "the model in memory"
 
 
+def _input_axis(tensor: StoredTensor, config: Mapping[str, Any], pattern: Pattern) -> int | None:
+    """The axis along which the groups of a tensor run; None where they cannot be counted."""
+    if len(tensor.shape) == 2:
+        return 0 if stored_transposed(config["model_type"], tensor.name) else 1
+    if isinstance(pattern, NM) and is_stacked_experts(tensor.name, tensor.shape):
+        experts, rows, columns = tensor.shape
+        return experts_input_axis(config, tensor.name, (experts, rows, columns))
+    return None
+
+
 def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None) -> str | None:
     """Why the pattern does not apply to a tensor; None where it does. Tensors of one dimension are never listed."""
     if len(tensor.shape) < 2:
@@ -141,7 +168,10 @@ def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None) -> str | N
     if not in_block(tensor.name):
         return "outside the transformer blocks"
     if tensor.name.endswith(".weight") and len(tensor.shape) == 2 and not is_block_linear(tensor.name, tensor.shape):
-        return "a norm or an embedding"
+        is_gate = is_router(tensor.name.removesuffix(".weight"))
+        return "a router of experts" if is_gate else "a norm or an embedding"
+    if len(tensor.shape) == 2 and re.search(r"\.experts\.\w+_bias$", tensor.name):
+        return "a bias of experts"
     if OLD_BUFFERS.search(tensor.name) and tensor.shape[:2] == (1, 1):
         return "a causal mask"
     if len(tensor.shape) == 3 and tensor.shape[1] == 1 and tensor.name.endswith(".weight"):
@@ -200,12 +230,26 @@ def _method(config: Mapping[str, Any]) -> str:
     return f" ({quantization.get('quant_method', 'quantized')})" if isinstance(quantization, dict) else ""
 
 
-def _count(tensor: StoredTensor, pattern: NM, axis: int) -> LayerReport:
-    """Counts one 2-D tensor chunk by chunk."""
-    n, m = pattern.n, pattern.m
+def _count(tensor: StoredTensor, pattern: Pattern, axis: int) -> LayerReport:
+    """Counts what one tensor holds of `pattern`: values, groups and tiles. Units are counted over all layers."""
     layer = LayerReport(tensor.name, tensor.shape, tensor.dtype, axis)
-    columns = tensor.shape[1]
+    _count_groups(layer, tensor, groups_of(pattern))
+    tiles = tiles_of(pattern)
+    if tiles is not None:
+        count_tiles(layer, tensor, tiles)
+    return layer
+
+
+def _count_groups(layer: LayerReport, tensor: StoredTensor, pattern: NM | None) -> None:
+    """Counts values, and groups if the pattern has any, of one 2-D tensor, or the 3-D one of all experts of a block.
+
+    The matrices of experts lie one after the other, so that they are one matrix; where groups run down its columns,
+    none reaches from one expert into the next, as their number of rows divides by m.
+    """
+    n, m = (pattern.n, pattern.m) if pattern else (1, 1)
+    columns, axis = tensor.shape[-1], layer.axis
     width = tensor.shape[axis]
+    axis -= len(tensor.shape) - 2
     if width % m:
         layer.problem = f"its width of {width} does not divide by {m}"
     step = 1 if layer.problem else m if axis == 1 else m * max(1, columns)
@@ -213,12 +257,11 @@ def _count(tensor: StoredTensor, pattern: NM, axis: int) -> LayerReport:
         layer.num_non_finite += non_finite_of(bits, tensor.dtype)
         nonzero = bits != 0
         layer.num_zeros += len(nonzero) - int(np.count_nonzero(nonzero))
-        if layer.problem is None:
+        if pattern is not None and layer.problem is None:
             counts = _group_counts(nonzero, m, axis, columns)
             layer.num_groups += counts.size
             layer.num_violations += int(np.count_nonzero(counts > n))
             layer.max_nonzeros = max(layer.max_nonzeros, int(counts.max()))
-    return layer
 
 
 def _group_counts(nonzero: np.ndarray, m: int, axis: int, columns: int) -> np.ndarray:

@@ -71,6 +71,8 @@ def to_semi_structured_(
     Times are those of CUDA graphs, with a cold cache: compile the model with `mode="reduce-overhead"`, or capture its
     decode step, to get them. No layer becomes slower at `tokens`; at other numbers of tokens one may.
 
+    Experts stay dense: transformers multiplies all of a block at once, for which there is no 2:4 kernel.
+
     Args:
         model: in bf16 or fp16 on a CUDA device, pruned to 2:4.
         tokens: rows of a layer's input: the batch size in decode, the tokens of all prompts in prefill.
@@ -92,7 +94,10 @@ def to_semi_structured_(
     """
     if tokens < 1:
         raise InputError(f"{tokens} tokens: give at least 1, the rows that a layer sees at once")
-    layers, _ = sparse_linears(model, "2:4", filter_fn)
+    found, _ = sparse_linears(model, "2:4", filter_fn)
+    layers = {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}
+    if not layers:
+        raise InputError(f"{type(model).__name__} has only experts to convert: there are no 2:4 kernels for them here")
     if backend is None:
         backend = backend_for(dtype, next(iter(layers.values())).weight.device)
     raced: dict[tuple[object, ...], dict[str, float]] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from castlm.core.adams import AdamS
 from castlm.core.pattern import Pattern
-from castlm.core.sparsify import FilterFn, sparse_linears, sparse_param_groups, weight_parameter
+from castlm.core.sparsify import FilterFn, masks_by_unit, sparse_linears, sparse_param_groups, weight_parameter
 
 
 class MethodConfig(Protocol):
@@ -36,6 +37,10 @@ class MethodConfig(Protocol):
     scale_groups: int
     weight_decay: float
     reconstruct_epochs: int
+    model: str
+    adapter: str
+    lora_r: int
+    seed: int
 
     @property
     def start(self) -> str:
@@ -78,13 +83,14 @@ class Retraining:
     """
 
     decays = False  # whether AdamS decays the masked weights
+    one_process = False  # whether it cannot run on several ranks
     masks_forward = True  # whether the forward pass multiplies by the mask
     starts_sparse = False  # whether step 0 computes with a pruned model, whatever the start is
     mask_every: int | None = None  # steps between refreshes of the forward mask
     mask_interval = 0  # steps between refreshes of AdamS's masks; 0: never
 
     def __init__(self, model: nn.Module, config: MethodConfig, pattern: Pattern, filter_fn: FilterFn) -> None:
-        self.config, self.pattern, self.filter_fn = config, pattern, filter_fn
+        self.config, self.pattern, self.filter_fn = config, pattern.for_model(model), filter_fn
         self.layers, self.left_dense = sparse_linears(model, pattern, filter_fn)
         self._flips: Tensor | int = 0
         self.prepare(model)
@@ -98,6 +104,10 @@ class Retraining:
         groups = sparse_param_groups(model, self.pattern, self.filter_fn)
         if not self.decays:
             groups = [{**group, "sparse": False} for group in groups]
+        return self.optimize(groups, fused)
+
+    def optimize(self, groups: list[dict[str, Any]], fused: bool) -> AdamS:
+        """Builds the optimizer over groups of parameters with their `param_names`."""
         config = self.config
         if config.weight_decay:
             groups = [part for group in groups for part in self._with_weight_decay(group)]
@@ -138,9 +148,14 @@ class Retraining:
 
     def prepare(self, model: nn.Module) -> None:
         """Parametrizes the model before it is sharded: with weight scaling, or with a mask in the forward pass."""
-        for layer in self.layers.values():
-            mask = self.pattern.mask(layer.weight)
+        for layer, mask in self.magnitude_masks().items():
             parametrize.register_parametrization(layer, "weight", ForwardMask(mask), unsafe=True)
+
+    def magnitude_masks(self) -> dict[nn.Linear, Tensor]:
+        """The mask by magnitude of the rows of every sparse layer that this rank holds."""
+        weights = {name: weight_parameter(layer) for name, layer in self.layers.items()}
+        # contiguous, as the masks of a unit may share their memory
+        return {self.layers[name]: mask.contiguous() for name, mask in masks_by_unit(weights, self.pattern)}
 
     @contextmanager
     def unmasked(self) -> Iterator[None]:
@@ -171,8 +186,7 @@ class Retraining:
     def before_forward(self, step: int) -> None:
         """Refreshes the masks of the forward pass."""
         if self.mask_every and step % self.mask_every == 0:
-            new = {layer: self.pattern.mask(weight_parameter(layer)) for layer in self.layers.values()}
-            self._set_masks(new)
+            self._set_masks(self.magnitude_masks())
 
     @torch.no_grad()
     def _set_masks(self, new: dict[nn.Linear, Tensor]) -> None:
@@ -197,6 +211,13 @@ class Retraining:
 
     def before_update(self, step: int) -> None:
         """Changes the gradients after the backward pass and the clipping."""
+
+    def fold_(self, model: nn.Module, folder: Path) -> None:
+        """Merges into the weights of the model what the method trains beside them, when training is finished.
+
+        Args:
+            folder: the output folder of the run, for what is kept of it.
+        """
 
     def masks(self) -> dict[Tensor, Tensor]:
         """The mask of every sparse parameter, True = kept."""

@@ -27,9 +27,9 @@ class Finetune(Retraining):
 
     def build_optimizer(self, model: nn.Module, fused: bool) -> AdamS:
         self._masks: dict[Tensor, Tensor] = {}
-        for layer in self.layers.values():
+        for layer, mask in self.magnitude_masks().items():
             parameter = weight_parameter(layer)
-            self._masks[parameter] = self.pattern.mask(local(parameter).detach())
+            self._masks[parameter] = mask
             parameter.register_post_accumulate_grad_hook(self._mask_gradient_)
         return super().build_optimizer(model, fused)
 
@@ -44,7 +44,7 @@ class Finetune(Retraining):
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
         parameter = weight_parameter(layer)
-        self._masks[parameter].copy_(mask)
+        self._masks[parameter].copy_(mask & (weight != 0))  # of a group with more zeros than it needs, all stay
         local(parameter).copy_(weight * mask)
 
     def masks(self) -> dict[Tensor, Tensor]:

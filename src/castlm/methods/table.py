@@ -41,6 +41,7 @@ METHODS: dict[str, Method] = {
         "finetune",
         "Finetune",
         "fine-tuning with a fixed mask, masked weights at zero (as in arXiv 2310.06927)",
+        ("adapter", "lora_r"),
         published_start="sparsegpt",
     ),
     "ste": Method("ste", "STE", "straight-through estimator, a new mask at every step (arXiv 1308.3432)"),
@@ -55,3 +56,10 @@ METHODS: dict[str, Method] = {
     ),
     "dense": Method("dense", "Dense", "the dense control: the same training without sparsity", starts_dense=True),
 }
+
+
+def class_of(method: str, adapter: str) -> type[Retraining]:
+    """The class that trains with `method` of `METHODS`: the whole model, or an adapter of it."""
+    if adapter == "none":
+        return METHODS[method].load()
+    return Method("finetune_adapter", "FinetuneAdapter", "").load()

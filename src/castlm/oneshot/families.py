@@ -168,12 +168,19 @@ def _feed_forward(model: nn.Module, name: str) -> tuple[list[Mlp], list[Matrix]]
         return [Mlp((gate, up), down)], [gate, up]
     experts, mlps = module.experts, []
     readers = [Matrix(f"{name}.gate", module.gate.weight.data)]
-    for gate_up, down in zip(experts.gate_up_proj.data, experts.down_proj.data):
+    weights = (_experts_weight(experts, projection) for projection in ("gate_up_proj", "down_proj"))
+    for expert, (gate_up, down) in enumerate(zip(*weights)):
         half = gate_up.shape[0] // 2
         inner = tuple(Matrix(f"{name}.experts.gate_up_proj", rows) for rows in (gate_up[:half], gate_up[half:]))
-        mlps.append(Mlp(inner, Matrix(f"{name}.experts.down_proj", down)))
+        mlps.append(Mlp(inner, Matrix(f"{name}.experts.down_proj.{expert}", down)))
         readers += inner
     return mlps, readers
+
+
+def _experts_weight(experts: nn.Module, projection: str) -> Tensor:
+    """(experts, out, in), whether `linearize_experts_` has made a layer of it or not."""
+    layer = experts._modules.get(projection)
+    return experts.get_parameter(projection if layer is None else f"{projection}.weight").data
 
 
 def _opt(model: PreTrainedModel, wiring: Wiring) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from castlm.core.errors import InputError
+from castlm.core.experts import SparseLayer
+from castlm.oneshot.routed import Routed, Take, check_neurons, experts_of
 from castlm.oneshot.solvers import SOLVERS, Solver, whole_hessian
 from castlm.oneshot.walk import BlockInputs, StopForward
 
@@ -16,7 +20,7 @@ ERROR_TOKENS = 256
 """Calibration tokens that the reconstruction error of a layer is measured on."""
 
 
-def check_plain_weights(layers: dict[str, nn.Linear], work: str) -> None:
+def check_plain_weights(layers: Mapping[str, SparseLayer], work: str) -> None:
     """Checks that the weights of `layers` can be replaced.
 
     Args:
@@ -42,55 +46,143 @@ class LayerInput:
         self.sample = x.reshape(-1, columns)[:ERROR_TOKENS].to(torch.float32, copy=True)
         self.statistic = torch.zeros((columns,) * solver.axes, device=x.device)
 
+    def add(self, x: Tensor, solver: Solver, num_sequences: int) -> None:
+        """Takes x (..., in) into the statistic."""
+        if solver.add is not None:
+            solver.add(self.statistic, x.reshape(-1, x.shape[-1]).float(), num_sequences)
+
+
+class ExpertInputs:
+    """The tensors that enter one projection of the experts of a block, each as a `LayerInput`.
+
+    Attributes:
+        name: of the layer.
+        experts: by expert; `names` of each is the layer's name and the number of the expert.
+        few: the experts to which too few tokens were routed, and which have seen all tokens instead.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.names = [name]
+        self.experts: dict[int, LayerInput] = {}
+        self.few: list[int] = []
+
+    def add(self, expert: int, x: Tensor, solver: Solver, num_sequences: int) -> None:
+        """Takes x (tokens, in) into the statistic of an expert."""
+        if expert not in self.experts:
+            self.experts[expert] = LayerInput(x, solver)
+            self.experts[expert].names.append(f"{self.names[0]}.{expert}")
+        self.experts[expert].add(x, solver, num_sequences)
+
 
 def see_inputs(
-    layers: dict[str, nn.Linear], inputs: BlockInputs, solver: Solver, num_sequences: int
-) -> list[LayerInput]:
+    layers: Mapping[str, SparseLayer], inputs: BlockInputs, solver: Solver, num_sequences: int
+) -> list[LayerInput | ExpertInputs]:
     """Runs the current block, still dense, on all batches, and gives what enters `layers`, in the order of the calls.
 
-    From the second pass on a block ends where it has called all of them: what comes after changes no statistic.
+    From the second pass on a block ends where it has called all of them: what comes after changes no statistic. Experts
+    with few tokens make a second round over all batches.
     """
-    found: dict[str, LayerInput] = {}
-    num_calls, last_call = 0, 0
+    watch = _Watch(layers, inputs, solver, num_sequences)
+    watch.round(watch.see_routed)
+    few = {experts: routed.few for experts, routed in watch.routed.items() if routed.few}
+    for experts, chosen in few.items():
+        for name in watch.routed[experts].wanted.values():
+            entry = watch.experts[name]
+            entry.few = chosen
+            for expert in chosen:
+                entry.experts.pop(expert, None)
+    if few:
+        watch.linear = False
+        watch.round(lambda routed, args, kwargs, take: routed.see_all(args, kwargs, few.get(routed.experts, []), take))
+    for name in layers.keys() - watch.found.keys():
+        raise InputError(f"no calibration token reaches {name}: leave it out with filter_fn, or pass more text")
+    return list(dict.fromkeys(watch.found.values()))
 
-    def before(name: str, x: Tensor) -> None:
-        nonlocal num_calls
-        if name not in found:
-            found[name] = next((seen for seen in found.values() if seen.current is x), None) or LayerInput(x, solver)
-            found[name].names.append(name)
-        seen = found[name]
-        if seen.current is not x:
-            seen.current = x
-            if solver.add is not None:
-                solver.add(seen.statistic, x.reshape(-1, x.shape[-1]).float(), num_sequences)
-        num_calls += 1
-        if num_calls == last_call:
+
+class _Watch:
+    """Hooks on the layers of the current block, for a round over all batches."""
+
+    def __init__(
+        self, layers: Mapping[str, SparseLayer], inputs: BlockInputs, solver: Solver, num_sequences: int
+    ) -> None:
+        self.inputs, self.solver, self.num_sequences = inputs, solver, num_sequences
+        self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+        block = inputs.blocks[inputs.index]
+        self.routed = {experts: Routed(experts, wanted) for experts, wanted in experts_of(block, layers).items()}
+        for routed in self.routed.values():
+            check_neurons(routed)
+        self.linear = True  # whether what enters linear layers is taken
+        self.found: dict[str, LayerInput | ExpertInputs] = {}
+        self.experts: dict[str, ExpertInputs] = {}
+        self.num_calls, self.last_call = 0, 0
+
+    def round(self, see: Callable[[Routed, tuple[Any, ...], dict[str, Any], Take], None]) -> None:
+        """Runs the block on all batches; `see` is what happens when a module of experts is called."""
+        self.last_call = 0
+
+        def before_experts(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            routed = self.routed[experts]
+            for name in routed.wanted.values():
+                self.experts.setdefault(name, ExpertInputs(name))
+                self.found.setdefault(name, self.experts[name])
+            see(routed, args, kwargs, lambda projection, expert, x: self._add(routed.wanted[projection], expert, x))
+            self._count(len(routed.wanted))
+
+        with ExitStack() as hooks:
+            for name, layer in self.layers.items():
+                hooks.enter_context(
+                    layer.register_forward_pre_hook(lambda _, args, name=name: self._before(name, args[0]))
+                )
+            for experts in self.routed:
+                hooks.enter_context(experts.register_forward_pre_hook(before_experts, with_kwargs=True))
+            for hidden in self.inputs:
+                self.num_calls = 0
+                with suppress(StopForward):
+                    self.inputs.run(hidden)
+                if self.last_call == 0:  # experts are not all called in every pass: then no pass ends early
+                    num_layers = len(self.layers) + len(self.experts)
+                    all_called = self.num_calls == len(self.found) == num_layers
+                    self.last_call = self.num_calls if all_called else -1
+                for seen in self.found.values():
+                    if isinstance(seen, LayerInput):
+                        seen.current = None
+
+    def see_routed(self, routed: Routed, args: tuple[Any, ...], kwargs: dict[str, Any], take: Take) -> None:
+        routed.see(args, kwargs, take)
+
+    def _add(self, name: str, expert: int, x: Tensor) -> None:
+        self.experts[name].add(expert, x, self.solver, self.num_sequences)
+
+    def _before(self, name: str, x: Tensor) -> None:
+        if self.linear:
+            seen = self.found.get(name)
+            if seen is None:
+                others = [entry for entry in self.found.values() if isinstance(entry, LayerInput)]
+                seen = next((entry for entry in others if entry.current is x), None) or LayerInput(x, self.solver)
+                self.found[name] = seen
+                seen.names.append(name)
+            assert isinstance(seen, LayerInput)
+            if seen.current is not x:
+                seen.current = x
+                seen.add(x, self.solver, self.num_sequences)
+        self._count(1)
+
+    def _count(self, calls: int) -> None:
+        self.num_calls += calls
+        if self.num_calls == self.last_call:
             raise StopForward
 
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(lambda _, args, name=name: before(name, args[0])))
-        for hidden in inputs:
-            num_calls = 0
-            with suppress(StopForward):
-                inputs.run(hidden)
-            if last_call == 0:  # experts are not all called in every pass: then no pass ends early
-                last_call = num_calls if num_calls == len(found) == len(layers) else -1
-            for seen in found.values():
-                seen.current = None
-    for name in layers.keys() - found.keys():
-        raise InputError(f"no calibration token reaches {name}: leave it out with filter_fn, or pass more text")
-    return list(dict.fromkeys(found.values()))
 
-
-def input_hessians(layers: dict[str, nn.Linear], inputs: BlockInputs, num_sequences: int) -> dict[str, Tensor]:
+def input_hessians(layers: Mapping[str, SparseLayer], inputs: BlockInputs, num_sequences: int) -> dict[str, Tensor]:
     """2/num_sequences X^T X (in, in) of what enters each of the current block's `layers`, by name.
 
-    Layers that read the same input share one tensor.
+    Layers that read the same input share one tensor. Experts have one each, under the name of the layer and a number.
     """
+    entries = see_inputs(layers, inputs, SOLVERS["sparsegpt"], num_sequences)
     return {
         name: hessian
-        for seen in see_inputs(layers, inputs, SOLVERS["sparsegpt"], num_sequences)
+        for entry in entries
+        for seen in (entry.experts.values() if isinstance(entry, ExpertInputs) else [entry])
         for hessian in [whole_hessian(seen.statistic)]
         for name in seen.names
     }

@@ -6,12 +6,18 @@ Commands and configs inherit them. Importing this module does not import torch, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern
+from castlm.core.structured import is_structured
 
 T = TypeVar("T")
+
+UNIT_SCORES = ("magnitude", "wanda", "flap", "taylor", "random")
+"""How the units of structured patterns can be ranked: the rows of `castlm.oneshot.units.SCORES`."""
+DEFAULT_SCORE = "taylor"
 
 
 def part_of(options: Any, section: type[T]) -> T:
@@ -59,7 +65,7 @@ class Refinements:
 
     refit_iterations: int = 20
     """Conjugate gradient steps on the kept weights after SparseGPT, which compensates only to the right of what it
-    prunes. They need no further pass over the text. 0 turns them off."""
+    prunes. They need no further pass over the text. 0 turns them off, and the least squares of structured patterns."""
 
     reconstruct_epochs: int = 0
     """Epochs over the calibration text in which each block is trained to give the dense block's outputs. They stop
@@ -76,13 +82,18 @@ class Refinements:
     def needs_dense_twin(self) -> bool:
         return self.shifts_targets or self.reconstruct_epochs > 0
 
-    def for_solver(self, solver: str) -> Refinements:
+    def for_solver(self, solver: str, pattern: Pattern) -> Refinements:
         """These for "sparsegpt", and none for a solver that has nothing to refine.
 
         Raises:
-            InputError: another solver, and options that are not at their defaults.
+            InputError: another solver, and options that are not at their defaults. Structured patterns have
+                `refit_iterations` with every solver.
         """
-        if solver == "sparsegpt":
+        if is_structured(pattern) and replace(self, refit_iterations=Refinements.refit_iterations) != Refinements():
+            raise InputError(
+                f"of the options beyond SparseGPT only refit_iterations is for {pattern}: leave the rest out"
+            )
+        if solver == "sparsegpt" or is_structured(pattern):
             return self
         if self != Refinements():
             raise InputError(f"the options beyond SparseGPT do nothing with {solver}: leave them out or use sparsegpt")

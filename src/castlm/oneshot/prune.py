@@ -10,94 +10,41 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
+from castlm.core.experts import ExpertLinear, SparseLayer
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.core.structured import is_structured
 from castlm.models import eval_mode
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.dense_twin import DenseTwin, Shift
 from castlm.oneshot.families import describe
-from castlm.oneshot.inputs import ERROR_TOKENS, LayerInput, check_plain_weights, see_inputs
+from castlm.oneshot.inputs import ERROR_TOKENS, ExpertInputs, LayerInput, check_plain_weights, see_inputs
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
+from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import MIN_DAMPING, SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
+from castlm.oneshot.units import UnitSettings, prune_units_
 from castlm.oneshot.walk import BlockInputs, block_stack
 
 
-@dataclass
-class LayerResult:
-    """What became of one layer."""
-
-    name: str
-    shape: tuple[int, ...]
-    """(out, in)."""
-    num_zeros: int
-    error: float | None = None
-    """|X W^T - X W'^T|^2 / |X W^T|^2 on the first 256 calibration tokens; None without calibration."""
-    num_dead: int = 0
-    """Input columns that the calibration text never moves from 0."""
-    damping: float | None = None
-    """That SparseGPT took: above what was asked for where the Hessian could not be factorized with that."""
-
-
-@dataclass
-class OneshotReport:
-    """What `prune_oneshot_` did."""
-
-    method: str
-    pattern: str
-    num_sequences: int
-    seq_len: int
-    damping: float | None
-    """As asked for; None where the method has none."""
-    layers: list[LayerResult] = field(default_factory=list)
-    left_dense: dict[str, str] = field(default_factory=dict)
-    """Reason by name."""
-    reconstructions: list[Reconstruction] = field(default_factory=list)
-    """By block, where blocks are reconstructed."""
-    seconds: float = 0.0
-
-    @property
-    def zero_fraction(self) -> float:
-        """Of the weights of the pruned layers."""
-        return sum(r.num_zeros for r in self.layers) / sum(r.shape[0] * r.shape[1] for r in self.layers)
-
-    @property
-    def raised_damping(self) -> dict[str, float]:
-        """The layers that needed more damping than was asked for, with what they took."""
-        return {r.name: r.damping for r in self.layers if r.damping is not None and r.damping != self.damping}
-
-    def damping_note(self) -> str:
-        """A line for where there are some."""
-        raised, most = len(self.raised_damping), max(self.raised_damping.values())
-        return f"{raised} of {len(self.layers)} layers took more damping than {self.damping:g}, up to {most:g}"
-
-    def damping_record(self) -> dict[str, Any]:
-        """What castlm.json says of the damping; nothing of a method that has none."""
-        return {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
-
-
-def _prune_layers(
-    layers: dict[str, nn.Linear],
+def prune_layers(
+    layers: Mapping[str, Tensor],
     seen: LayerInput | None,
     solver: Solver,
     to: Settings,
     refinements: Refinements | None = None,
     shift: Shift | None = None,
 ) -> list[LayerResult]:
-    """Prunes layers that read the same input, all their rows in one piece."""
-    names, weights = ", ".join(layers), [layer.weight for layer in layers.values()]
+    """Prunes weights that read the same input, all their rows in one piece."""
+    names, weights = ", ".join(layers), list(layers.values())
     dense = torch.cat([weight.float() for weight in weights])
     if not dense.isfinite().all():
         raise InputError(f"the weight of {names} has NaN or infinity: no mask of it means anything")
@@ -120,6 +67,27 @@ def _prune_layers(
         num_zeros = int((weight == 0).sum())
         results.append(LayerResult(name, tuple(weight.shape), num_zeros, lost, pruned.num_dead, pruned.damping))
     return results
+
+
+def _prune_experts(
+    layer: ExpertLinear, seen: ExpertInputs, solver: Solver, to: Settings, refinements: Refinements
+) -> LayerResult:
+    """Prunes one projection of all experts of a block, each by the tokens that it has seen."""
+    of_expert = [
+        prune_layers({entry.names[0]: layer.weight[expert]}, entry, solver, to, refinements)[0]
+        for expert, entry in sorted(seen.experts.items())
+    ]
+    assert len(of_expert) == layer.num_experts
+    dampings = [result.damping for result in of_expert if result.damping is not None]
+    return LayerResult(
+        seen.names[0],
+        tuple(layer.weight.shape),
+        sum(result.num_zeros for result in of_expert),
+        sum(result.error or 0.0 for result in of_expert) / len(of_expert),
+        sum(result.num_dead for result in of_expert),
+        max(dampings, default=None),
+        len(seen.few),
+    )
 
 
 def _solve_refined(
@@ -152,21 +120,25 @@ def prune_oneshot_(
     damping: float = 0.01,
     block_size: int = 128,
     refinements: Refinements = NO_REFINEMENTS,
+    seed: int = 0,
     filter_fn: FilterFn = is_sparse_linear,
     progress: Callable[[int, int], None] | None = None,
 ) -> OneshotReport:
     """Prunes a model to a pattern in place, without training.
 
+    Structured patterns are pruned by `castlm.oneshot.units.prune_units_`, with the methods in its `SCORES`.
+
     Memory beyond the model: the hidden states of the calibration text in the model's dtype, and the statistics of one
     block (SparseGPT: a fp32 matrix (in, in) for each distinct input). The weights keep their dtype.
 
     Args:
-        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`.
+        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`; of a structured pattern a name in `SCORES`.
         calibration: int64, (num_sequences, seq_len), as from `calibration_blocks`. Magnitude needs none; where it is
             given one, its first 256 tokens serve for the reconstruction errors.
         damping: SparseGPT: share of the mean of the diagonal of H that is added to it.
         block_size: SparseGPT: columns between two full matmuls; a matter of speed only.
-        refinements: SparseGPT: what is done beyond it.
+        refinements: SparseGPT: what is done beyond it. Of these, structured patterns read `refit_iterations`.
+        seed: of method "random".
         filter_fn: which layers, as for `sparse_linears`.
         progress: called with (blocks done, blocks in all).
 
@@ -179,8 +151,14 @@ def prune_oneshot_(
         >>> tokens = calibration_blocks(token_ids, seq_len=calibration_length(model), seed=0)
         >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)
     """
+    pattern = as_pattern(pattern)
+    if is_structured(pattern):
+        settings = UnitSettings(damping, refinements.refit_iterations, seed)
+        return prune_units_(
+            model, method, pattern, calibration=calibration, to=settings, filter_fn=filter_fn, progress=progress
+        )
     started = time.perf_counter()
-    to = Settings(as_pattern(pattern), damping, block_size)
+    to = Settings(pattern, damping, block_size)
     layers, left_dense = sparse_linears(model, to.pattern, filter_fn)
     _check(model, method, layers, calibration, to)
     if refinements != NO_REFINEMENTS and method != "sparsegpt":
@@ -196,7 +174,7 @@ def prune_oneshot_(
     report = OneshotReport(method, str(to.pattern), num_sequences, seq_len, asked, left_dense=left_dense)
     if calibration is None:
         for name, layer in layers.items():
-            report.layers += _prune_layers({name: layer}, None, kind, to)
+            report.layers += prune_layers({name: layer.weight}, None, kind, to)
     else:
         with eval_mode(model):
             _prune_blocks(model, layers, calibration, kind, to, refinements, report, progress)
@@ -206,7 +184,7 @@ def prune_oneshot_(
 
 def _prune_blocks(
     model: PreTrainedModel,
-    layers: dict[str, nn.Linear],
+    layers: Mapping[str, SparseLayer],
     calibration: Tensor,
     solver: Solver,
     to: Settings,
@@ -224,15 +202,10 @@ def _prune_blocks(
     for index, inside in enumerate(of_block):
         if twin is not None:
             twin.enter()
-        seen = see_inputs(inside, inputs, solver, len(calibration)) if inside else []
-        for number, entry in enumerate(seen):
-            chosen = {name: inside[name] for name in entry.names}
-            if refinements.staged_statistics and number > 0:
-                (entry,) = see_inputs(chosen, inputs, solver, len(calibration))
-            shift = None
-            if twin is not None and refinements.shifts_targets:
-                shift = twin.shift(entry.names[0], f"{stack}.{index}.", probes)
-            report.layers += _prune_layers(chosen, entry, solver, to, refinements, shift)
+        shift_of = None
+        if twin is not None and refinements.shifts_targets:
+            shift_of = partial(twin.shift, prefix=f"{stack}.{index}.", probes=probes)
+        report.layers += prune_block(inside, inputs, len(calibration), solver, to, refinements, shift_of)
         is_last = index + 1 == len(of_block)
         if twin is not None and (refinements.reconstruct_epochs or not is_last):
             outputs = twin.outputs()
@@ -245,8 +218,39 @@ def _prune_blocks(
             progress(index + 1, len(of_block))
 
 
+def prune_block(
+    inside: Mapping[str, SparseLayer],
+    inputs: BlockInputs,
+    num_sequences: int,
+    solver: Solver,
+    to: Settings,
+    refinements: Refinements,
+    shift_of: Callable[[str], Shift] | None = None,
+) -> list[LayerResult]:
+    """Prunes the layers `inside` the current block of `inputs`.
+
+    Args:
+        shift_of: how the target of the layers with the input of the named one is shifted, if it is.
+    """
+    results: list[LayerResult] = []
+    seen = see_inputs(inside, inputs, solver, num_sequences) if inside else []
+    for number, entry in enumerate(seen):
+        chosen = {name: inside[name] for name in entry.names}
+        if refinements.staged_statistics and number > 0:
+            (entry,) = see_inputs(chosen, inputs, solver, num_sequences)
+        if isinstance(entry, ExpertInputs):
+            (layer,) = chosen.values()
+            assert isinstance(layer, ExpertLinear)
+            results.append(_prune_experts(layer, entry, solver, to, refinements))
+            continue
+        shift = None if shift_of is None else shift_of(entry.names[0])
+        weights = {name: layer.weight for name, layer in chosen.items()}
+        results += prune_layers(weights, entry, solver, to, refinements, shift)
+    return results
+
+
 def _reconstruct(
-    inside: dict[str, nn.Linear], inputs: BlockInputs, outputs: list[Tensor], refinements: Refinements
+    inside: Mapping[str, SparseLayer], inputs: BlockInputs, outputs: list[Tensor], refinements: Refinements
 ) -> Reconstruction:
     """Reconstructs the current block."""
     call = inputs.calls[inputs.index]
@@ -273,7 +277,7 @@ def _stream_probes(model: PreTrainedModel, stack: str) -> dict[str, str]:
 
 
 def _check(
-    model: PreTrainedModel, method: str, layers: dict[str, nn.Linear], calibration: Tensor | None, to: Settings
+    model: PreTrainedModel, method: str, layers: Mapping[str, SparseLayer], calibration: Tensor | None, to: Settings
 ) -> None:
     if method not in SOLVERS:
         raise InputError(f"there is no one-shot method {method!r}: choose one of {', '.join(SOLVERS)}")

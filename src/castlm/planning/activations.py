@@ -21,7 +21,7 @@ from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import transformer_blocks
 from castlm.distributed.sharding import beside_linears, is_gathered_narrow
-from castlm.models import backbone, linearize_conv1d_
+from castlm.models import backbone, linearize_
 
 # HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
 _ATTENTION = "castlm_causal_sdpa"
@@ -88,7 +88,7 @@ def saved_bytes(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=_ATTENTION
         )
-        linearize_conv1d_(model)
+        linearize_(model)
         if run.scale_groups:
             add_weight_scaling(model, run.scale_groups)
         if sharded and run.compute is not torch.float32:

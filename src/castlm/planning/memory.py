@@ -15,11 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
+from castlm.core.experts import num_weights
 from castlm.core.moments import MOMENTS, new_moments
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
-from castlm.models import linearize_conv1d_
+from castlm.export.cut import check_cut
+from castlm.models import linearize_
 from castlm.planning.activations import Saved, Settings, as_input_error, trace
 from castlm.reading import read_json_object, user_path
 
@@ -177,6 +179,7 @@ def plan_memory(
     ):
         if value not in known:
             raise InputError(f"{name} = {value!r} is unknown: one of {', '.join(known)}")
+    pattern = as_pattern(pattern)
     config = read_config(config)
     run = Settings(
         seq_len=seq_len,
@@ -191,7 +194,7 @@ def plan_memory(
         calibration_tokens=calibration_tokens,
         fused=fused_optimizer,
     )
-    sizes = _sizes(config, as_pattern(pattern), run)
+    sizes = _sizes(config, pattern, run)
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
     saved = {sharded: trace(config, run, sharded) for sharded in sharded_or_not}
     plan = _plan(sizes, saved[world_size > 1], run, world_size)
@@ -299,13 +302,14 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -
 def _sizes(config: PretrainedConfig, pattern: Pattern, run: Settings) -> _Sizes:
     with torch.device("meta"), as_input_error(config):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        linearize_conv1d_(model)
+        linearize_(model)
+    check_cut(model, pattern)
     layers, _ = sparse_linears(model, pattern)
     if run.scale_groups:
         add_weight_scaling(model, run.scale_groups, pattern=pattern)
     num_layers = config.get_text_config().num_hidden_layers
     in_blocks = sum(p.numel() for name, p in model.named_parameters() if in_block(name))
-    sparse = [layer.out_features * layer.in_features for layer in layers.values()]
+    sparse = [num_weights(layer) for layer in layers.values()]
     embedding = model.get_input_embeddings().weight
     return _Sizes(
         total=sum(p.numel() for p in model.parameters()),

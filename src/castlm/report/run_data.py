@@ -53,6 +53,9 @@ class RunData:
         if not self.evaluations:
             return {}
         first, last = self.evaluations[0], self.evaluations[-1]
+        if self.config.get("init_from") == self.config.get("model"):
+            found = {"start": first.get("prune_now_ppl"), "pruned": last.get("prune_now_ppl")}
+            return {name: value for name, value in found.items() if value is not None}
         found = {
             "dense": first.get("dense_ppl", first["perplexity"]),
             "one_shot": first.get("prune_now_ppl"),

@@ -28,7 +28,10 @@ GLOSSARY = (
     ("Recovered", "The share of the gap between the one-shot start and the dense model that training closed."),
     ("Kept, masked", "The two states of a weight. An n:m mask keeps n of every m consecutive weights."),
     ("Flip", "An entry of a mask that a refresh changes, from kept to masked or back."),
-    ("KL to the teacher", "How far the predictions are from those of the dense model, which teaches by distillation."),
+    (
+        "KL to the teacher",
+        "How far the predictions are from those of the dense model, the teacher of the distillation.",
+    ),
 )
 
 
@@ -153,6 +156,7 @@ def _tiles(run: RunData) -> list[dict[str, str]]:
         ("perplexity after the prune" if "trained" not in known else "perplexity", final, "{:,.3f}"),
         ("dense model", dense, "{:,.3f}"),
         ("one-shot start", one_shot, "{:,.3f}"),
+        ("before fine-tuning", known.get("start"), "{:,.3f}"),
         ("gap to dense, nats per token", gap, "{:+.3f}"),
         ("training tokens", short(tokens) if tokens else None, "{}"),
         ("tokens per second, median", statistics.median(speeds) if speeds else None, "{:,.0f}"),

@@ -14,8 +14,10 @@ from typing import Any, ClassVar
 
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
+from castlm.core.structured import is_structured
 from castlm.fields import check_complete, checked, choices_of, convert, hints_of, label, unknown
 from castlm.methods.table import METHODS
+from castlm.oneshot.options import DEFAULT_SCORE
 from castlm.training.sections import (
     SECTIONS,
     CheckpointOptions,
@@ -94,7 +96,13 @@ class TrainConfig(  # the fields of the last base come first
     @property
     def start(self) -> str:
         """Where the run starts: `init_from`, or the default of the method."""
-        return self.init_from or ("sparsegpt" if self.method == "cast" else "magnitude")
+        calibrated = DEFAULT_SCORE if is_structured(Pattern.parse(self.pattern)) else "sparsegpt"
+        return self.init_from or (calibrated if self.method == "cast" else "magnitude")
+
+    @property
+    def is_finetuning(self) -> bool:
+        """Whether the run starts from a model that is n:m already, and not from a dense one."""
+        return self.method == "finetune" and self.init_from == self.model
 
     @property
     def datasets(self) -> dict[str, float]:

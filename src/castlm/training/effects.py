@@ -9,9 +9,10 @@ from typing import NamedTuple
 from castlm.core.decay import DECAYS
 from castlm.fields import default_of, is_required
 from castlm.methods.table import METHODS
+from castlm.oneshot.options import UNIT_SCORES
 from castlm.training.config import TrainConfig
 
-CALIBRATED = ("wanda", "sparsegpt")
+CALIBRATED = ("sparsegpt", *(name for name in UNIT_SCORES if name != "magnitude"))
 """Starts that read calibration text."""
 
 
@@ -31,6 +32,7 @@ EFFECTS: dict[str, Effect] = {
     "decay_end": Effect(lambda c: _decays(c) and DECAYS[c.decay].uses_decay_end, "a decay that ends before the run"),
     "lam": Effect(lambda c: _decays(c) and DECAYS[c.decay].needs_lam, "a decay that uses lam"),
     "ignore_decay_budget": Effect(lambda c: _decays(c) and DECAYS[c.decay].reduces, "a decay"),
+    "lora_r": Effect(lambda c: c.adapter != "none", "adapter shira or lora"),
     "mask_interval": Effect(lambda c: c.method != "cast" or c.start == "magnitude", "init_from magnitude"),
     "calibration_sequences": Effect(lambda c: c.start in CALIBRATED, f"init_from {' or '.join(CALIBRATED)}"),
     "temperature": Effect(lambda c: c.eta > 0, "eta above 0"),

@@ -19,11 +19,13 @@ from castlm.core.sparsify import prune_
 from castlm.distributed.export import ShardedResult, export_sharded
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
+from castlm.export.cut_sizes import cut_pattern
 from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.hardware import peak_memory
 from castlm.methods.table import METHODS
-from castlm.models import linearize_conv1d_, parameters_in, save_dtype, save_model
+from castlm.models import linearize_, parameters_in, save_dtype, save_model
+from castlm.oneshot.options import UNIT_SCORES
 from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import held_out_perplexity, masked_histogram
@@ -75,11 +77,13 @@ def finish(run: TrainedRun) -> dict[str, Any]:
         InputError: the disk is full, or the verification fails; the checkpoints are untouched.
     """
     pattern = Pattern.parse(run.config.pattern)
+    run.parts.method.fold_(run.model, run.output.path)
     masks = run.parts.method.masks()
     histogram = masked_histogram(local_masks(masks), run.world)
     if masks:
         prune_(run.model, pattern, masks=masks, filter_fn=filter_of(run.config))
-    if run.parts.source.stored is not None and not is_remote_code(run.model):
+    is_cut = run.is_sparse and cut_pattern(pattern) is not None  # which takes the whole model
+    if run.parts.source.stored is not None and not is_remote_code(run.model) and not is_cut:
         record = export_sharded(sharded_result(run), finished_record(run, histogram))
         say_result(run, record)
         return record
@@ -126,7 +130,7 @@ def gathered(run: TrainedRun) -> PreTrainedModel | None:
     if not run.world.is_main:
         return None
     model = AutoModelForCausalLM.from_config(run.model.config, dtype=torch.float32)
-    linearize_conv1d_(model)
+    linearize_(model)
     run.parts.method.prepare(model)
     model.load_state_dict(state)
     model.generation_config = run.model.generation_config
@@ -196,6 +200,8 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
         "before_prune": last["perplexity"],
         "pruned": last.get("prune_now_ppl"),
     }
+    if config.is_finetuning:
+        figures = {"start": first.get("prune_now_ppl"), "pruned": last.get("prune_now_ppl")}
     measured = measured_on(
         run.parts.source.tokenizer,
         seq_len=config.seq_len,
@@ -205,10 +211,11 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
         precision=run.parts.evaluator.precision,
     )
     labels = {
+        "start": f"{config.pattern}, before fine-tuning",
         "dense": "dense",
-        "one_shot": f"pruned {'one-shot by' if config.start in SOLVERS else 'as'} {config.start}",
+        "one_shot": f"pruned {'one-shot by' if config.start in (*SOLVERS, *UNIT_SCORES) else 'as'} {config.start}",
         "before_prune": f"{config.method}, before the prune",
-        "pruned": f"{config.method}, pruned",
+        "pruned": f"{config.pattern}, fine-tuned" if config.is_finetuning else f"{config.method}, pruned",
     }
     rows = [{"name": labels[k], "perplexity": v, **measured} for k, v in figures.items() if v is not None]
     return {
@@ -224,7 +231,7 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
             k: last[k] for k in ("sparse_weight_ratio", "flip_rate", "initial_flip_rate", "largest_masked") if k in last
         },
         "dataset": {"name": " + ".join(config.datasets), "sha256": run.parts.text.train_sha256},
-        "num_params": sum(p.numel() for p in run.parts.names),
+        "num_params": sum(p.numel() for p in run.parts.names if config.adapter == "none" or not p.requires_grad),
         "train_tokens": run.tokens,
         "train_steps": config.max_steps,
         "train_seconds": round(run.seconds, 1),

@@ -13,6 +13,7 @@ from castlm.output import claimed
 from castlm.progress import note
 from castlm.training.checkpoint import after_restart
 from castlm.training.config import TrainConfig
+from castlm.training.finetune import with_left_dense
 from castlm.training.finish import finish
 from castlm.training.interrupt import Interrupt
 from castlm.training.lam import resolve_lam
@@ -94,6 +95,8 @@ def _train(config: TrainConfig, world: World, interrupt: Interrupt) -> dict[str,
     folder = RunFolder(config.output_dir)
     if config.push_to_hub:
         world.on_main(lambda: check_login(config.hub_repo))
+    if config.is_finetuning:
+        config = world.on_main(lambda: with_left_dense(config))
     if config.num_train_epochs is not None:
         config = resolve_epochs(config, world)
     if config.lam == "auto":

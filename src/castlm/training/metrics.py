@@ -14,7 +14,7 @@ from torch import Tensor
 from castlm.core.masks import unpack_mask
 from castlm.data.scored import ScoredText
 from castlm.distributed.world import World
-from castlm.evaluation.perplexity import windows_of
+from castlm.evaluation.perplexity import sequences_of
 from castlm.hardware import autocast
 from castlm.training.metrics_file import HISTOGRAM_EDGES
 from castlm.training.objective import Objective
@@ -60,7 +60,7 @@ def held_out_perplexity(
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     objective.eval()
     with autocast(world.device, precision):
-        for input_ids, labels in windows(text, seq_len, batch, world):
+        for input_ids, labels in sequences(text, seq_len, batch, world):
             nll = objective(input_ids.to(world.device), labels.to(world.device), 1, ce_only=True).ce
             sums += torch.stack([nll.double(), (labels != -100).sum().to(nll.device).double()])
     if world.mesh is not None:
@@ -69,16 +69,16 @@ def held_out_perplexity(
     return float((total / count).exp())
 
 
-def windows(text: ScoredText, seq_len: int, batch: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+def sequences(text: ScoredText, seq_len: int, batch: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's sequences of `text` as batches (input_ids, labels), each (batch, seq_len).
 
     Labels are -100 past the end of a sequence and where a token is not scored. Every rank gets the same number of
     batches; the last ones are filled up with sequences that score nothing. Conversations are sorted by length, and
     their batches are no longer than their longest.
     """
-    found = windows_of(text, seq_len, seq_len)
+    found = sequences_of(text, seq_len, seq_len)
     if text.is_chat:
-        found.sort(key=lambda window: window.begin - window.end)
+        found.sort(key=lambda sequence: sequence.begin - sequence.end)
     per_step = batch * world.size
     for step in range(0, len(found), per_step):
         width = found[step].end - found[step].begin if text.is_chat else seq_len
@@ -107,7 +107,7 @@ def mask_figures(
     for (weight, mask), packed in zip(masks.items(), initial_masks):
         magnitude = weight.abs()
         kept, total = (magnitude * mask).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)
-        flipped = (mask != unpack_mask(packed, mask.shape[1])).sum().double()
+        flipped = (mask != unpack_mask(packed, mask.shape[-1])).sum().double()
         entries = torch.tensor(float(mask.numel()), device=mask.device)
         sums[:4] += torch.stack([kept, total, flipped, entries.double()])
         if magnitude.numel():

@@ -225,8 +225,9 @@ class Run:
 
     def tensors(self) -> dict[str, Any]:
         """All tensors of a checkpoint, by name, as views: loading fills them in place."""
-        state = {name: self.optimizer.state[param] for param, name in self.parts.names.items()}
-        weights = {name: param.detach() for param, name in self.parts.names.items()}
+        trained = {name: param for param, name in self.parts.names.items() if param.requires_grad}
+        state = {name: self.optimizer.state[param] for name, param in trained.items()}
+        weights = {name: param.detach() for name, param in trained.items()}
         return {
             "model": weights,
             "optimizer": state,

@@ -41,7 +41,9 @@ class ModelOptions:
     """Run the Python code that comes with a hub model."""
 
     pattern: str = field(default="2:4", kw_only=True)
-    """n:m, where n of every m consecutive weights along the input axis are kept."""
+    """n:m, where n of every m consecutive weights along the input axis are kept. Or a share of whole units, as
+    channels:0.5 (of the MLPs), heads:0.5 (KV heads with their query heads), blocks:32x32:0.5 (tiles); each with n:m as
+    channels:0.75+2:4. Channels and heads are cut out in the end."""
 
     left_dense: tuple[str, ...] = field(default=(), kw_only=True)
     """More layers to leave dense: every layer whose name contains one of these texts."""
@@ -123,6 +125,13 @@ class MethodOptions:
     scale_groups: int = 2
     """Learnable scale factors per weight row, folded into the weights at the end. 0 turns weight scaling off."""
 
+    adapter: Literal["none", "shira", "lora"] = "none"
+    """What castlm finetune trains: none trains all weights; shira and lora train a PEFT adapter that keeps every zero
+    when it is merged, and write it to `output_dir/adapter` too."""
+
+    lora_r: int = 16
+    """Size of the adapter: as many trained weights as LoRA of this rank has."""
+
     ignore_decay_budget: bool = False
     """Run even if the decay budget says that masked weights cannot reach zero."""
 
@@ -131,6 +140,7 @@ class MethodOptions:
         yield "lam", self.lam == "auto" or float(self.lam) >= 0, "at least 0, or auto"
         yield "srste_lam", self.srste_lam >= 0, "at least 0"
         yield "mask_interval", self.mask_interval >= 1, "at least 1"
+        yield "lora_r", self.lora_r >= 1, "at least 1"
         yield "scale_groups", self.scale_groups >= 0, "at least 0"
 
 
@@ -140,8 +150,8 @@ class StartOptions(Refinements, BasisOptions):
 
     init_from: str | None = essential(None)
     """Start of the run: magnitude, wanda, sparsegpt, or an n:m model (folder or hub id) whose masks and weights are
-    taken. The default is sparsegpt for cast and magnitude for the other methods. cast refreshes its masks only when it
-    starts from magnitude."""
+    taken. Structured patterns: magnitude, wanda, flap, taylor or random. The default is sparsegpt (taylor) for cast and
+    magnitude for the other methods. cast refreshes its masks only when it starts from magnitude."""
 
     calibration_sequences: int = 128
     """Training sequences that wanda and sparsegpt are calibrated on."""

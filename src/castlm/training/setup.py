@@ -18,6 +18,7 @@ from castlm.core.adams import AdamS
 from castlm.core.budget import DecayBudget, decay_budget
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
+from castlm.core.experts import num_weights
 from castlm.core.masks import pack_mask
 from castlm.core.pattern import Pattern
 from castlm.core.shards import like_rows, local
@@ -26,9 +27,10 @@ from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import compile_blocks_, shard_
 from castlm.distributed.world import World
+from castlm.export.cut import check_cut
 from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, describe
 from castlm.methods.base import Retraining
-from castlm.methods.table import METHODS
+from castlm.methods.table import class_of
 from castlm.training.config import TrainConfig
 from castlm.training.effects import without_effect
 from castlm.training.metrics import Evaluator
@@ -95,7 +97,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     Raises:
         InputError: on anything the user can put right.
     """
-    method_class = METHODS[config.method].load()
+    method_class = class_of(config.method, config.adapter)
     method_class.check(config)
     check_compile(config.torch_compile, world.device)
     source = open_source(config, world)
@@ -105,7 +107,11 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     precision = choose_precision(config.precision, world.device, model.config)
     if world.size > 1 and method_class.masks_forward:
         raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
+    if world.size > 1 and method_class.one_process:
+        raise InputError(f"adapter {config.adapter} is trained in one process: use adapter none, or no torchrun")
     pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
+    if config.method != "dense":
+        check_cut(model, pattern, filter_fn)
     has_start = resumed is None and config.start != "magnitude"
     start = make_start(config, source, text, pattern, filter_fn, world) if has_start else Start(record=resumed or {})
     cache = _open_teacher_cache(config, text, model.config.vocab_size, world)
@@ -137,7 +143,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         objective, text.held_out, config.seq_len, config.per_device_train_batch_size, precision, world
     )
     dense_perplexity = None
-    if resumed is None and (has_start or method.starts_sparse):
+    if resumed is None and (has_start or method.starts_sparse) and not config.is_finetuning:
         with method.unmasked():
             dense_perplexity = evaluator.perplexity()
     if has_start:
@@ -230,9 +236,12 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
     for reason, names in by_reason.items():
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         yield f"left dense: {shown} ({reason})"
-    sparse = sum(layer.out_features * layer.in_features for layer in method.layers.values())
-    total = sum(p.numel() for p in parts.names)
+    sparse = sum(map(num_weights, method.layers.values()))
+    total = sum(p.numel() for p in parts.names if config.adapter == "none" or not p.requires_grad)
     masks = f"{config.pattern} from {config.start}" if method.layers else "no masks"
+    if config.adapter != "none":
+        trained = sum(p.numel() for p in parts.names if p.requires_grad)
+        masks += f", adapter {config.adapter} of {trained:,} weights"
     yield f"{config.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
     if parts.text.documents.is_chat:
         which = "the assistant's tokens count" if config.assistant_only_loss else "all tokens count"

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
+from castlm.core.experts import is_layer
 from castlm.core.pattern import Pattern
-from castlm.core.shards import local
+from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
+from castlm.core.structured import is_structured
+from castlm.core.unit_masks import gathers
 from castlm.data.tokens import token_ids
-from castlm.distributed.sharding import own_rows
 from castlm.distributed.world import World
 from castlm.methods.base import Retraining
 from castlm.models import load_model
 from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks
-from castlm.oneshot.options import BasisOptions, Refinements, part_of
+from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, part_of
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.solvers import SOLVERS
 from castlm.progress import note, shown_progress
@@ -68,7 +70,7 @@ def make_start(
     start = Start()
 
     def make(alive: Callable[[], None]) -> dict[str, Any]:
-        if config.start in SOLVERS:
+        if config.start in (UNIT_SCORES if is_structured(pattern) else SOLVERS):
             _prune(start, config, source, text, pattern, filter_fn, world, alive)
         else:
             start.pruned = _read(config, source, pattern, filter_fn, alive)
@@ -107,7 +109,7 @@ def _prune(
     solver = str(config.start)
     num_sequences, length = config.calibration_sequences, config.seq_len
     try:
-        refinements = part_of(config, Refinements).for_solver(solver)
+        refinements = part_of(config, Refinements).for_solver(solver, pattern)
         ids = token_ids(text.documents, source.tokenizer, limit=CALIBRATION_POOL * num_sequences * length)
         calibration = calibration_blocks(ids, num_sequences, length, config.seed)
         alive()
@@ -132,11 +134,14 @@ def _prune(
                 pattern=pattern,
                 calibration=calibration,
                 refinements=refinements,
+                seed=config.seed,
                 filter_fn=filter_fn,
                 progress=progress,
             )
     except InputError as error:
         raise InputError(f"init_from {solver}: {error}; init_from magnitude does without") from None
+    if report.num_few_experts:
+        note(report.few_note())
     if report.raised_damping:
         note(report.damping_note())
     if world.mesh is not None:
@@ -148,6 +153,7 @@ def _prune(
         "calibration_tokens": calibration.numel(),
         "basis": asdict(basis),
         "prune_seconds": round(report.seconds, 2),
+        **report.experts_record(),
         "layer_errors": {layer.name: layer.error for layer in report.layers},
         "reconstructions": [asdict(block) for block in report.reconstructions],
     }
@@ -158,22 +164,31 @@ def _read(
 ) -> dict[str, Tensor]:
     """Reads the layers of the n:m model that `init_from` names."""
     name = str(config.start)
+    options = source.options if config.is_finetuning else {"trust_remote_code": config.trust_remote_code}
+    is_loaded = config.is_finetuning and source.stored is None
     try:
-        model = load_model(name, trust_remote_code=config.trust_remote_code).model
+        model = source.model if is_loaded else load_model(name, **options).model
     except InputError as error:
-        raise InputError(f"init_from {name}, neither one of {', '.join(SOLVERS)} nor a model: {error}") from None
+        known = ", ".join(UNIT_SCORES if is_structured(pattern) else SOLVERS)
+        raise InputError(f"init_from {name}, neither one of {known} nor a model: {error}") from None
     alive()
     layers, _ = sparse_linears(source.model, pattern, filter_fn)
     found = dict(model.named_modules())
     weights: dict[str, Tensor] = {}
     for layer_name, layer in layers.items():
         theirs = found.get(layer_name)
-        if not isinstance(theirs, nn.Linear) or theirs.weight.shape != layer.weight.shape:
+        if theirs is None or not is_layer(theirs) or theirs.weight.shape != layer.weight.shape:
             raise InputError(f"init_from {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
         weight = theirs.weight.detach()
-        if pattern.violations(weight):
-            raise InputError(f"init_from {name} is not {pattern} in {layer_name}: prune it first (castlm prune)")
         weights[layer_name] = weight
+    bound = pattern.for_model(source.model)
+    for unit in bound.units(weights):
+        if bound.unit_violations([weights[name] for name in unit]):
+            given = name if config.is_finetuning else f"init_from {name}"
+            raise InputError(
+                f"{given} is not {pattern} in {unit[-1]}: prune it first (castlm prune), or name the layer in "
+                "left_dense"
+            )
     return weights
 
 
@@ -185,15 +200,25 @@ def start_(model: nn.Module, method: Retraining, start: Start, world: World) -> 
     gets its value there. What becomes of the masked weights is up to the method.
     """
 
+    def whole_of(weights: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
+        return world.from_main(weights[name] if world.is_main else None, parameter.shape)
+
     def rows_of(weights: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
-        whole = world.from_main(weights[name] if world.is_main else None, parameter.shape)
-        return whole[own_rows(parameter)].to(parameter.device)
+        return whole_of(weights, name, parameter)[own_rows(parameter)].to(parameter.device)
 
     if world.on_main(lambda: bool(start.dense)):
         for name, parameter in model.named_parameters():
             if ".parametrizations." not in dense_name(name):  # else a weight scale
                 local(parameter).copy_(rows_of(start.dense, dense_name(name), parameter))
-    for name, layer in method.layers.items():
-        parameter = weight_parameter(layer)
-        rows = rows_of(start.pruned, name, parameter)
-        method.start_layer_(layer, rows, method.pattern.mask(rows))
+    for unit in method.pattern.units(method.layers):
+        parameters = [weight_parameter(method.layers[name]) for name in unit]
+        weights = [whole_of(start.pruned, name, parameter) for name, parameter in zip(unit, parameters)]
+        own = [own_rows(parameter) for parameter in parameters]
+        rows = [weight[part].to(p.device) for weight, part, p in zip(weights, own, parameters)]
+        if gathers(method.pattern, parameters):
+            whole_masks = method.pattern.unit_masks(weights)
+            masks = [mask[part].to(p.device) for mask, part, p in zip(whole_masks, own, parameters)]
+        else:
+            masks = method.pattern.unit_masks(rows)
+        for name, weight, mask in zip(unit, rows, masks):
+            method.start_layer_(method.layers[name], weight, mask)

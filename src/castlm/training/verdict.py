@@ -15,11 +15,12 @@ def verdict(perplexities: Mapping[str, float]) -> dict[str, Any]:
 
     Args:
         perplexities: `record["perplexity"]` of a run: `pruned` (of the dense control `trained`), and `dense` and
-            `one_shot` where they were measured.
+            `one_shot` where they were measured; of a fine-tuning run, `start`.
 
     Returns:
         `{"ok": bool, "reason": str}`. `ok` is False when the perplexity is not finite, is above that of the one-shot
-        start, or is above ten times that of the dense model.
+        start, or is above ten times that of the dense model; of a fine-tuning run, when it is above that of the model
+        before.
 
     Example:
         >>> verdict({"dense": 6.0, "one_shot": 14.0, "pruned": 8.0})["reason"]
@@ -32,6 +33,9 @@ def verdict(perplexities: Mapping[str, float]) -> dict[str, Any]:
     if found is None or not math.isfinite(found):
         return {"ok": False, "reason": f"the perplexity is {found}"}
     parts, ok = [f"perplexity {found:,.3f}"], True
+    if (start := perplexities.get("start")) is not None:
+        ok = found <= start
+        parts.append(f"{'below' if ok else 'ABOVE'} the model before fine-tuning ({start:,.3f})")
     if one_shot is not None:
         ok = found <= one_shot
         parts.append(f"{'below' if ok else 'ABOVE'} the one-shot start ({one_shot:,.3f})")

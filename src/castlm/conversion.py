@@ -1,0 +1,67 @@
+"""What transformers makes of a weight on its way to the disk: other names, and one matrix for each expert.
+
+`from_pretrained` puts the experts of most families together and `save_pretrained` takes them apart again. Both follow
+transformers' own table of conversions, and so does everything here: no family is named.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from castlm.core.experts import ExpertLinear
+
+
+class StoredRows(NamedTuple):
+    """A matrix on disk that holds rows of one expert."""
+
+    name: str
+    expert: int
+    rows: slice
+
+
+def as_stored(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors that `save_pretrained` writes for the entry `name` of the state dict, by their names on disk."""
+    return {key: found.contiguous() for key, found in revert_weight_conversion(model, {name: tensor}).items()}
+
+
+def state_dict_name(module: nn.Module, fqn: str) -> str:
+    """The name in the state dict of the weight of the layer `fqn`: that of experts has no `.weight`."""
+    return fqn if isinstance(module, ExpertLinear) else f"{fqn}.weight"
+
+
+def state_dict_key(model: nn.Module, parameter_name: str) -> str:
+    """The name in the state dict of a parameter: that of experts has no `.weight`."""
+    module, _, leaf = parameter_name.rpartition(".")
+    return state_dict_name(model.get_submodule(module), module) if leaf == "weight" else parameter_name
+
+
+def stored_names(model: PreTrainedModel, fqn: str, layer: nn.Module) -> list[str]:
+    """The names under which the files hold the weight of the layer `fqn`."""
+    weight: Any = layer.weight
+    shape = weight.shape if not (isinstance(layer, ExpertLinear) and layer.transposed) else weight.mT.shape
+    return list(as_stored(model, state_dict_name(layer, fqn), torch.empty(shape, device="meta")))
+
+
+def stored_rows(model: PreTrainedModel, fqn: str, layer: ExpertLinear) -> list[StoredRows] | None:
+    """Where the files hold the rows of each expert; None where they hold them together, or in another way.
+
+    A column of row numbers goes through the conversion, so that its result says which rows it holds.
+    """
+    if layer.transposed:
+        return None
+    numbers = torch.arange(layer.num_experts * layer.out_features).view(layer.num_experts, layer.out_features, 1)
+    found = []
+    for name, piece in as_stored(model, fqn, numbers).items():
+        flat = piece.flatten()
+        first, count = int(flat[0]), len(flat)
+        expert, row = divmod(first, layer.out_features)
+        together = torch.equal(flat, torch.arange(first, first + count))
+        if piece.shape != (count, 1) or not together or row + count > layer.out_features:
+            return None
+        found.append(StoredRows(name, expert, slice(row, row + count)))
+    return found

@@ -1,0 +1,138 @@
+"""Experts whose weights are one 3-D parameter, as modules that look like linear layers to the rest of castlm.
+
+transformers 5 keeps the experts of a block in parameters such as `experts.gate_up_proj`, (experts, out, in), or
+(experts, in, out) where the class says `is_transposed`. In both cases the trained weight is held here as (experts, out,
+in), so that masks, moments, scales and solvers have one orientation: groups run along the last axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from castlm.core.blocks import in_block
+
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+"""The names that transformers gives the 3-D weights of a module of experts."""
+
+
+class ExpertLinear(nn.Module):
+    """The weight of one projection of all experts of a block: (experts, out, in).
+
+    Calling it gives the tensor as the module of experts reads it. Weight scaling and masks in the forward pass are
+    parametrizations of `weight`, as for `nn.Linear`, and are computed once for each forward pass of the experts.
+
+    Args:
+        weight: (experts, out, in), or (experts, in, out) with `transposed`, where it is copied.
+        transposed: whether the module of experts reads (experts, in, out).
+    """
+
+    def __init__(self, weight: Tensor, transposed: bool = False) -> None:
+        super().__init__()
+        data = weight.detach().mT.contiguous() if transposed else weight.detach()
+        self.weight = nn.Parameter(data, requires_grad=weight.requires_grad)
+        self.transposed = transposed
+        self.num_experts, self.out_features, self.in_features = data.shape
+
+    def forward(self) -> Tensor:
+        return self.weight.mT if self.transposed else self.weight
+
+    def extra_repr(self) -> str:
+        stored = ", read as (experts, in, out)" if self.transposed else ""
+        return f"experts={self.num_experts}, out_features={self.out_features}, in_features={self.in_features}{stored}"
+
+
+SparseLayer = nn.Linear | ExpertLinear
+"""What may become sparse: a module with `weight` (..., out, in), `in_features` and `out_features`."""
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module has a weight (..., out, in) that the pattern may apply to."""
+    return isinstance(module, (nn.Linear, ExpertLinear))
+
+
+def num_weights(layer: nn.Linear | ExpertLinear) -> int:
+    """The number of weights of a layer, over all experts."""
+    return layer.out_features * layer.in_features * (layer.num_experts if isinstance(layer, ExpertLinear) else 1)
+
+
+@torch.no_grad()
+def linearize_experts_(model: nn.Module) -> list[str]:
+    """Holds every 3-D expert weight inside the transformer blocks as an `ExpertLinear`, in place.
+
+    The forward pass, the names in `state_dict()` and what `save_pretrained` writes stay as they were;
+    `model.get_submodule("...experts.gate_up_proj")` is the new module, and its parameter is named
+    `...experts.gate_up_proj.weight`. Calling the function again changes nothing. Call it before the optimizer is built
+    and before `fully_shard`.
+
+    Only modules that state their orientation by `is_transposed` are changed, as all do that transformers' decorator
+    `use_experts_implementation` has made; it is never guessed from a shape. The experts of other modules stay as they
+    are, and dense.
+
+    Returns:
+        The names of the new modules.
+
+    Example:
+        >>> class Experts(nn.Module):
+        ...     is_transposed = False
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.up_proj = nn.Parameter(torch.ones(2, 8, 4))
+        >>> model = nn.ModuleDict({"layers": nn.ModuleList([Experts()])})
+        >>> linearize_experts_(model)
+        ['layers.0.up_proj']
+        >>> list(model.state_dict())
+        ['layers.0.up_proj']
+    """
+    made = []
+    for fqn, module in list(model.named_modules()):
+        transposed = getattr(module, "is_transposed", None)
+        names = [name for name in PROJECTIONS if _is_stacked(module, name)]
+        if not names or not isinstance(transposed, bool) or not in_block(fqn):
+            continue
+        for name in names:
+            weight = module.get_parameter(name)
+            delattr(module, name)
+            module.add_module(name, ExpertLinear(weight, transposed))
+            made.append(f"{fqn}.{name}")
+        module.register_forward_pre_hook(_show_weights)
+        module.register_forward_hook(_hide_weights, always_call=True)
+        module.register_state_dict_post_hook(_to_stored_names)
+        module.register_load_state_dict_pre_hook(_from_stored_names)
+    return made
+
+
+def _is_stacked(module: nn.Module, name: str) -> bool:
+    parameter = module._parameters.get(name)
+    return parameter is not None and parameter.dim() == 3
+
+
+def expert_layers(experts: nn.Module) -> dict[str, ExpertLinear]:
+    """The projections of a module of experts by name; empty for any other module."""
+    return {name: child for name, child in experts._modules.items() if isinstance(child, ExpertLinear)}
+
+
+def _show_weights(experts: nn.Module, args: Any) -> None:
+    """For the time of a forward pass, `experts.gate_up_proj` is the tensor that the code of the model expects."""
+    vars(experts).update({name: layer() for name, layer in expert_layers(experts).items()})
+
+
+def _hide_weights(experts: nn.Module, args: Any, output: Any) -> None:
+    for name in expert_layers(experts):
+        vars(experts).pop(name, None)
+
+
+def _to_stored_names(experts: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for name, layer in expert_layers(experts).items():
+        weight = state_dict.pop(f"{prefix}{name}.weight", None)  # None under weight scaling
+        if weight is not None:
+            state_dict[f"{prefix}{name}"] = weight.mT.contiguous() if layer.transposed else weight
+
+
+def _from_stored_names(experts: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for name, layer in expert_layers(experts).items():
+        weight = state_dict.pop(f"{prefix}{name}", None)
+        if weight is not None:
+            state_dict[f"{prefix}{name}.weight"] = weight.mT if layer.transposed else weight

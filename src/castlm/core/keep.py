@@ -1,0 +1,194 @@
+"""Keeps the zeros of a sparse model at zero while any optimizer trains it.
+
+An optimizer that updates each weight by its own gradient leaves a zero weight alone if its gradient has always been
+zero: its moments are zero then, and weight decay does nothing. So gradients are masked as they are accumulated. Two
+things can still move a masked weight: 8-bit moments whose code for zero is not zero (bitsandbytes on a CPU), which are
+set right after each step, and an optimizer that mixes weights, which is found by counting the zeros after each step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from castlm.core.errors import InputError
+from castlm.core.experts import SparseLayer
+from castlm.core.masks import pack_mask, unpack_mask
+from castlm.core.shards import local
+from castlm.core.sparsify import weight_parameter
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight under guard. It does not hold its layer, so that a model can be freed."""
+
+    parameter: Tensor
+    layer: weakref.ref[SparseLayer]
+    packed: Tensor
+    """This rank's part of the mask in bits: (..., rows, ceil(in / 8)) uint8, 1 = kept."""
+
+    def masked(self) -> Tensor:
+        """(..., rows, in) bool, True where the weight is masked."""
+        rows = local(self.parameter)
+        return ~unpack_mask(self.packed.to(rows.device), rows.shape[-1])
+
+    def mask_gradient_(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = local(parameter.grad)
+        gradient.masked_fill_(self.masked().to(gradient.device), 0.0)  # not a product: NaN * 0 is NaN, 0 * -1 is -0
+
+
+class KeptPattern:
+    """The guard over the zeros of some layers; `castlm.keep_pattern_` makes it. It lives as long as the layers.
+
+    The weights that are zero when it is made are masked from then on, and all others are kept:
+
+    - The gradient of a masked weight is set to zero as soon as it is accumulated, so that clipping by norm, momentum
+      and second moments see the gradient of the kept weights alone.
+    - After each step of an optimizer that holds one of the weights, masked weights that are not zero are counted, and
+      8-bit moments of masked weights are set to zero: bitsandbytes rounds zero to the code beside it on a CPU.
+
+    Works for plain tensors, under DDP, and for DTensors as FSDP2 makes them, if it is made after `fully_shard`.
+
+    Args:
+        layers: the layers by the name that errors give them. Their weights are (..., out, in).
+
+    Raises:
+        InputError: a flat weight, as FSDP1 and DeepSpeed ZeRO leave it.
+    """
+
+    def __init__(self, layers: Mapping[str, SparseLayer]) -> None:
+        self.weights: dict[str, _Weight] = {}
+        self._handles: list[RemovableHandle] = []
+        self._num_steps = 0
+        self.num_checks = 0
+        """How often the zeros have been counted."""
+        for name, layer in layers.items():
+            parameter = weight_parameter(layer)
+            if parameter.dim() not in (2, 3):
+                raise InputError(
+                    f"{name} has a weight of shape {tuple(parameter.shape)}, not (out, in) or (experts, out, in): "
+                    "sharding that flattens weights (FSDP1, DeepSpeed ZeRO) cannot keep a pattern; use FSDP2 "
+                    "fully_shard or DDP"
+                )
+            packed = pack_mask(local(parameter).detach() != 0)
+            self.weights[name] = _Weight(parameter, weakref.ref(layer), packed)
+        for layer, weight in zip(layers.values(), self.weights.values()):
+            _GUARDS.setdefault(layer, []).append(self)
+            if weight.parameter.requires_grad:
+                hook = weight.parameter.register_post_accumulate_grad_hook(weight.mask_gradient_)  # type: ignore[no-untyped-call]
+                self._handles.append(hook)
+        self._handles.append(register_optimizer_step_post_hook(_after_step(weakref.ref(self))))
+        self._end = weakref.finalize(self, _remove_all, self._handles)
+
+    def masks(self) -> dict[str, Tensor]:
+        """The mask of each weight by name: (rows of this rank, in), bool, True = kept."""
+        return {name: ~weight.masked() for name, weight in self.weights.items()}
+
+    @torch.no_grad()
+    def check(self, after: str = "") -> None:
+        """Counts the masked weights that are not zero. Under FSDP2 all ranks call it.
+
+        Args:
+            after: what has just happened, for the message: "step 3 of AdamW".
+
+        Raises:
+            InputError: there are some, on any rank; the message names the first tensor and the number of weights.
+        """
+        self.num_checks += 1
+        values = self.weights.values()
+        found = [(local(weight.parameter) != 0).logical_and_(weight.masked()).sum() for weight in values]
+        counts = summed([weight.parameter for weight in values], found)
+        broken = {name: count for name, count in zip(self.weights, counts) if count}
+        if not broken:
+            return
+        name, count = next(iter(broken.items()))
+        more = f", and weights of {len(broken) - 1} more tensors" if len(broken) > 1 else ""
+        raise InputError(
+            f"{f'after {after}, ' if after else ''}{count:,} masked weights of {name} are not zero any more{more}: an "
+            "optimizer that mixes weights (Muon, Shampoo), moments from before keep_pattern_, or a merged adapter "
+            "breaks the pattern"
+        )
+
+    def remove(self) -> None:
+        """Ends the guard: takes all hooks off."""
+        for weight in self.weights.values():
+            layer = weight.layer()
+            if layer is not None and self in _GUARDS.get(layer, []):
+                _GUARDS[layer].remove(self)
+        self._end()
+
+    def _check_step(self, optimizer: Optimizer) -> None:
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, weight in self.weights.items():
+            layer = weight.layer()
+            current = weight.parameter if layer is None else weight_parameter(layer)
+            if current is not weight.parameter and id(current) in stepped:
+                raise InputError(
+                    f"the weight of {name} is another tensor than when keep_pattern_ was called: call it after "
+                    "fully_shard, and after whatever replaces parameters"
+                )
+        mine = [weight for weight in self.weights.values() if id(weight.parameter) in stepped]
+        for weight in mine:
+            _zero_codes_(optimizer.state.get(weight.parameter, {}), weight)
+        if mine:
+            self._num_steps += 1
+            self.check(f"step {self._num_steps} of {type(optimizer).__name__}")
+
+
+_GUARDS: weakref.WeakKeyDictionary[nn.Module, list[KeptPattern]] = weakref.WeakKeyDictionary()
+"""Keeps a guard for as long as one of its layers, whether or not the caller keeps what `keep_pattern_` returned."""
+
+
+def _after_step(guard: weakref.ref[KeptPattern]) -> Any:
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        found = guard()
+        if found is not None:
+            found._check_step(optimizer)
+
+    return hook
+
+
+@torch.no_grad()
+def _zero_codes_(state: Mapping[str, Any], weight: _Weight) -> None:
+    """Sets the 8-bit moments of masked weights to the code that stands for zero.
+
+    Args:
+        state: of the parameter in its optimizer; bitsandbytes has the codes in `state1` and `state2`, (..., out, in)
+            uint8, and what each code stands for in `qmap1` and `qmap2`, (256,).
+    """
+    for key, codes in state.items():
+        values = state.get(key.replace("state", "qmap"))
+        if key.startswith("state") and isinstance(values, Tensor) and codes.dtype == torch.uint8:
+            zero = int(values.abs().argmin())
+            codes.masked_fill_(weight.masked().to(codes.device), zero)
+
+
+def _remove_all(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def summed(parameters: Iterable[Tensor], counts: Iterable[Tensor]) -> list[int]:
+    """`counts`, one 0-dimensional tensor of this rank for each parameter, summed over the ranks that shard it."""
+    groups: dict[Any, list[tuple[int, Tensor]]] = {}
+    for position, (parameter, count) in enumerate(zip(parameters, counts)):
+        key = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
+        groups.setdefault(key, []).append((position, count))
+    total: dict[int, int] = {}
+    for key, members in groups.items():
+        stacked = torch.stack([count.to(members[0][1].device) for _, count in members])
+        for dim, placement in enumerate(key[1]) if key else ():
+            op = dist.ReduceOp.SUM if placement.is_shard() else dist.ReduceOp.MAX
+            dist.all_reduce(stacked, op, group=key[0].get_group(dim))
+        total |= {position: int(count) for (position, _), count in zip(members, stacked.tolist())}
+    return [total[position] for position in sorted(total)]

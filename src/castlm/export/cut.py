@@ -1,0 +1,127 @@
+"""Cuts masked channels and heads out of a model: the result is a smaller dense model that loads anywhere as it is.
+
+A unit whose weights are zero adds nothing to the residual stream, so that removing it changes the output by no more
+than the rounding of sums with fewer terms. That is measured on every model that is cut.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern
+from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears, transformer_blocks
+from castlm.core.structured import Structured
+from castlm.export.cut_sizes import check_family, cut_pattern, sizes_after, sizes_of
+from castlm.models import eval_mode, linearize_
+
+TOLERANCE = 1e-4
+"""Largest difference of a logit, relative to the largest logit, between the masked model and the one that is cut, in
+fp32."""
+_PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What `cut_model` did."""
+
+    before: dict[str, int]
+    """Fields of config.json by name, in the base."""
+    after: dict[str, int]
+    logits_moved: float
+    """Largest difference of a logit to the masked model, relative to the largest logit."""
+
+
+def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is_sparse_linear) -> None:
+    """Checks, before anything is trained, that what `pattern` masks can be cut out of `model` in the end.
+
+    Patterns that only set weights to zero always pass.
+
+    Raises:
+        InputError: a family without a config for the smaller model, a block in which the units stay dense, or a share
+            that keeps all units or none.
+    """
+    outer = cut_pattern(pattern)
+    if outer is None:
+        return
+    check_family(pattern, model.config.model_type)
+    layers, _ = sparse_linears(model, pattern, filter_fn)
+    num_blocks, num_found = len(transformer_blocks(model)), len(outer.units(layers))
+    if num_found != num_blocks:
+        raise InputError(
+            f"pattern {pattern} needs its units in each of the {num_blocks} transformer blocks, as one config "
+            f"describes them all, and finds them in {num_found}: leave no part of them dense"
+        )
+    if type(model).__module__.startswith("transformers_modules"):
+        raise InputError(f"pattern {pattern} cannot be cut out of a model with code of its own: use 2:4")
+    sizes_after(pattern, sizes_of(pattern, model.config.to_dict()))
+
+
+@torch.no_grad()
+def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel, Cut]:
+    """A new model without the units of a masked `model` that are zero, with a config that says so.
+
+    Args:
+        model: pruned to `pattern` and folded; it stays as it is.
+        pattern: one that cuts: channels or heads, alone or with n:m.
+
+    Returns:
+        The smaller model, in the dtype and on the device of `model`, and what was done.
+
+    Raises:
+        InputError: whatever `check_cut` refuses, or the logits differ by more than `TOLERANCE` (fp32), because a unit
+            that is cut was not zero.
+    """
+    check_cut(model, pattern)
+    outer = cut_pattern(pattern)
+    assert outer is not None
+    outer = outer.for_model(model)
+    before = sizes_of(pattern, model.config.to_dict())
+    after = sizes_after(pattern, before)
+    config = copy.deepcopy(model.config)
+    for name, value in after.items():
+        setattr(config, name, value)
+    small = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    linearize_(small)
+    small.load_state_dict(_small_state(model, pattern, outer))
+    small = small.to(model.device)
+    small.generation_config = copy.deepcopy(model.generation_config)
+    moved = _logits_moved(model, small)
+    if model.dtype == torch.float32 and not moved <= TOLERANCE:
+        raise InputError(f"cutting {pattern} out moves the logits by {moved:.1g} of the largest: prune the model first")
+    return small, Cut(before, after, moved)
+
+
+def _small_state(model: PreTrainedModel, pattern: Pattern, outer: Structured) -> Mapping[str, Tensor]:
+    """The state dict of `model` without the rows and columns of the units that are zero."""
+    layers, _ = sparse_linears(model, pattern)
+    state = model.state_dict()
+    for unit in outer.units(layers):
+        weights = [layers[name].weight for name in unit]
+        kept = outer.kept_units(weights)
+        for name, mask in zip(unit, outer.expand(kept, weights)):
+            rows, columns = mask.any(1), mask.any(0)
+            state[f"{name}.weight"] = state[f"{name}.weight"][rows][:, columns].clone()
+            if f"{name}.bias" in state:
+                state[f"{name}.bias"] = state[f"{name}.bias"][rows].clone()
+    return state
+
+
+def _logits_moved(model: PreTrainedModel, small: PreTrainedModel) -> float:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, _PROBE_TOKENS), generator=generator).to(model.device)
+
+    def logits(of: nn.Module) -> Tensor:
+        with eval_mode(of):
+            found: Any = of(input_ids=ids, use_cache=False)
+        return found.logits.float()
+
+    whole = logits(model)
+    return float((logits(small) - whole).abs().max() / whole.abs().max())

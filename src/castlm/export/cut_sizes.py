@@ -1,0 +1,101 @@
+"""Which fields of config.json hold the sizes that a cut changes, by family. Importing it imports neither torch nor HF.
+
+A family that is not listed has no config for a model without some of its channels or heads, or none that was tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from castlm.core.errors import InputError
+from castlm.core.pattern import Blocks, Channels, Combined, Heads, Pattern
+
+_GATED = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"),
+    *("olmo", "olmo2", "granite"),
+)
+CHANNELS: dict[str, str] = {
+    **dict.fromkeys((*_GATED, "phi", "gpt_neox"), "intermediate_size"),
+    "opt": "ffn_dim",
+    "gpt2": "n_inner",
+}
+"""The field that holds the number of MLP channels, by `model_type`."""
+HEADS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "granite"})
+"""The families whose config has a head size of its own, and whose norms do not run across heads."""
+
+
+def cut_pattern(pattern: Pattern) -> Channels | Heads | None:
+    """What `pattern` cuts out of a model; None if it only sets weights to zero.
+
+    Example:
+        >>> str(cut_pattern(Pattern.parse("channels:0.75+2:4")))
+        'channels:0.75'
+    """
+    outer = pattern.outer if isinstance(pattern, Combined) else pattern
+    return outer if isinstance(outer, Channels | Heads) else None
+
+
+def check_family(pattern: Pattern, model_type: object) -> None:
+    """Raises `InputError` if models of the family have no config without the units that `pattern` cuts out."""
+    outer = cut_pattern(pattern)
+    if isinstance(outer, Channels) and model_type not in CHANNELS:
+        raise InputError(
+            f"pattern {pattern}: castlm cannot cut channels out of {model_type}, only out of "
+            f"{', '.join(sorted(CHANNELS))}; use 2:4 or blocks:32x32:0.5"
+        )
+    if isinstance(outer, Heads) and model_type not in HEADS:
+        raise InputError(
+            f"pattern {pattern}: castlm cannot cut heads out of {model_type}, whose config ties the size of a head to "
+            f"hidden_size or whose norms run across heads, only out of {', '.join(sorted(HEADS))}; use channels:0.5"
+        )
+
+
+def sizes_of(pattern: Pattern, config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes in config.json that the cut of `pattern` changes or fixes, the number of units first.
+
+    Raises:
+        InputError: another family than those that can be cut, or a field that is not a positive integer.
+
+    Example:
+        >>> sizes_of(Pattern.parse("channels:0.5"), {"model_type": "llama", "intermediate_size": 172})
+        {'intermediate_size': 172}
+    """
+    check_family(pattern, config.get("model_type"))
+    outer = cut_pattern(pattern)
+    if isinstance(outer, Channels):
+        field = CHANNELS[str(config["model_type"])]
+        value = config.get(field)
+        if value is None and field == "n_inner":
+            value = 4 * config.get("n_embd", 0)
+        found = {field: value}
+    else:
+        heads = config.get("num_attention_heads")
+        kv_heads = config.get("num_key_value_heads") or heads
+        head_dim = config.get("head_dim") or config.get("hidden_size", 0) // (heads or 1)
+        found = {"num_key_value_heads": kv_heads, "num_attention_heads": heads, "head_dim": head_dim}
+    for name, value in found.items():
+        if type(value) is not int or value < 1:
+            raise InputError(f"config.json has {name} = {value!r}, not a size: fetch or write it again")
+    return found
+
+
+def sizes_after(pattern: Pattern, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of `sizes_of` in the model that is cut.
+
+    Example:
+        >>> sizes_after(Pattern.parse("heads:0.5"), {"num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8})
+        {'num_key_value_heads': 2, 'num_attention_heads': 4, 'head_dim': 8}
+    """
+    outer = cut_pattern(pattern)
+    assert outer is not None
+    (units, number), *rest = sizes.items()
+    kept = outer.num_kept(number)
+    return {units: kept, **{name: n // number * kept if name == "num_attention_heads" else n for name, n in rest}}
+
+
+def unit_of(pattern: Pattern) -> str:
+    """What is counted in a model of this pattern, in the plural."""
+    if isinstance(pattern, Combined):
+        return f"{unit_of(pattern.outer)} and groups"
+    return {Channels: "channels", Heads: "KV heads", Blocks: "tiles"}.get(type(pattern), "groups")

@@ -1,0 +1,130 @@
+"""What `verify` counts of structured patterns: tiles with a non-zero, and the channels or heads left of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from castlm.core.errors import InputError
+from castlm.core.pattern import NM, Blocks, Channels, Combined, Heads, Pattern
+from castlm.export.cut_sizes import cut_pattern, sizes_after, sizes_of
+from castlm.export.report import LayerReport, VerifyReport
+from castlm.export.stored import StoredTensor, magnitude_chunks
+from castlm.reading import read_json_object, user_path
+
+_SAME = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
+"""Fields in which a model that is cut does not differ from its base."""
+
+
+def groups_of(pattern: Pattern) -> NM | None:
+    """The n:m part of a pattern; None if it has none."""
+    inner = pattern.inner if isinstance(pattern, Combined) else pattern
+    return inner if isinstance(inner, NM) else None
+
+
+def tiles_of(pattern: Pattern) -> Blocks | None:
+    """The part of a pattern that masks tiles; None if it has none."""
+    outer = pattern.outer if isinstance(pattern, Combined) else pattern
+    return outer if isinstance(outer, Blocks) else None
+
+
+def count_tiles(layer: LayerReport, tensor: StoredTensor, tiles: Blocks) -> None:
+    """Adds the tiles of a 2-D weight to its report: one violation for each with a non-zero beyond the share."""
+    transposed = layer.axis == 0
+    shape = tensor.shape[::-1] if transposed else tensor.shape
+    if reason := tiles.misfit(shape):
+        layer.problem = reason
+        return
+    height, width = (tiles.columns, tiles.rows) if transposed else (tiles.rows, tiles.columns)
+    columns = tensor.shape[1]
+    total, alive = tensor.shape[0] // height * (columns // width), 0
+    for bits in magnitude_chunks(tensor, height * columns):
+        grid = (bits != 0).reshape(-1, height, columns // width, width)
+        alive += int(np.count_nonzero(grid.any((1, 3))))
+    layer.num_groups += total
+    layer.num_violations += max(0, alive - tiles.num_kept(total))
+
+
+def base_config(
+    base: str | None, config: Mapping[str, Any], record: Path, pattern: Pattern
+) -> tuple[dict[str, Any], str]:
+    """The config.json of the model that units were cut out of, and where it is from, in words.
+
+    Args:
+        base: the folder of that model; None takes the sizes that castlm.json records.
+        config: of the model that is verified.
+        record: its castlm.json.
+
+    Raises:
+        InputError: neither names the sizes, or the base is another model.
+    """
+    if base is None:
+        cut = read_json_object(record).get("cut") if record.is_file() else None
+        sizes = cut.get("before") if isinstance(cut, dict) else None
+        if not isinstance(sizes, dict):
+            raise InputError(
+                f"pattern {pattern} is counted against the dense model it was cut out of: give --base DENSE"
+            )
+        return {**config, **sizes}, "the sizes in castlm.json"
+    file = user_path(base) / "config.json"
+    if not file.is_file():
+        raise InputError(f"--base {base} has no config.json: name the folder of the dense model")
+    found = read_json_object(file)
+    for name in _SAME:
+        if found.get(name) != config.get(name):
+            raise InputError(
+                f"--base {base} has {name} {found.get(name)}, and the model has {config.get(name)}: it is not its base"
+            )
+    return found, base
+
+
+def count_units(report: VerifyReport, config: Mapping[str, Any], base: Mapping[str, Any], where: str) -> None:
+    """Adds the channels or heads of every layer to `report`: a violation for each above what the share allows."""
+    outer = cut_pattern(report.pattern)
+    assert outer is not None
+    before = sizes_of(report.pattern, base)
+    allowed = sizes_after(report.pattern, before)
+    number, limit = next(iter(before.values())), next(iter(allowed.values()))
+    report.base = where
+    layers = {layer.name.removesuffix(".weight"): layer for layer in report.layers}
+    units = outer.units(layers)
+    for unit in units:
+        members = [layers[name] for name in unit]
+        found = _units_in(members, outer, before)
+        for layer in members:
+            layer.num_groups += number
+            layer.num_violations += max(0, found - limit)
+            layer.cut = max(0, layer.numel * number // found - layer.numel) if found else 0
+    inside = {name for unit in units for name in unit}
+    if groups_of(report.pattern) is None:
+        for name, layer in layers.items():
+            if name not in inside and layer.left_dense is None:
+                layer.left_dense = outer.outside
+    num_blocks = base.get("num_hidden_layers", base.get("n_layer"))
+    if len(units) != num_blocks:
+        raise InputError(f"{report.path} has layers of {len(units)} units, and its base has {num_blocks} blocks")
+
+
+def _units_in(layers: list[LayerReport], outer: Channels | Heads, base: Mapping[str, int]) -> int:
+    """The number of units that the layers of one block hold, all of which have to agree.
+
+    Raises:
+        InputError: they do not.
+    """
+    shapes = [layer.shape[::-1] if layer.axis == 0 else layer.shape for layer in layers]
+    per_row = [1] * len(shapes)
+    if isinstance(outer, Heads):
+        head_dim = base["head_dim"]
+        of_query = base["num_attention_heads"] // base["num_key_value_heads"] * head_dim
+        per_row = [of_query, head_dim, head_dim, of_query]
+    sizes = [shape[0] for shape in shapes[:-1]] + [shapes[-1][1]]
+    counts = {size / rows for size, rows in zip(sizes, per_row)}
+    if len(counts) != 1 or not (count := counts.pop()).is_integer():
+        raise InputError(
+            f"{layers[0].name} and the layers beside it do not hold the same whole number of units of {outer}: "
+            "they were not cut together"
+        )
+    return int(count)

@@ -1,0 +1,34 @@
+"""LoRA under the mask: PEFT's LoRA layer with the update `mask * (B A)` in place of `B A`. Imports peft.
+
+PEFT stores it like any LoRA, without a trace of the mask. An adapter that is loaded without `masked_lora_config` is a
+plain LoRA, computes something else and fills the zeros when it is merged; SHiRA has no such trap.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear
+from torch import Tensor
+
+
+class MaskedLoraLinear(Linear):
+    """A linear layer with LoRA whose update is zero wherever the base weight (out, in) is zero.
+
+    It materializes the update (out, in) in each forward pass, as SHiRA does, and multiplies once.
+    """
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`scaling * mask * (B A)`, (out, in). Merging and unmerging use it too."""
+        return super().get_delta_weight(adapter).masked_fill(self.get_base_layer().weight == 0, 0.0)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters or self.merged or kwargs:
+            return super().forward(x, *args, **kwargs)
+        base = self.get_base_layer()
+        weight = base.weight
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                weight = weight + self.get_delta_weight(adapter)
+        return F.linear(x, weight, base.bias)

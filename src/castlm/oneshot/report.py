@@ -1,0 +1,89 @@
+"""What one-shot pruning did, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from castlm.oneshot.reconstruct import Reconstruction
+
+
+@dataclass
+class LayerResult:
+    """What became of one layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    """(out, in), of experts (experts, out, in)."""
+    num_zeros: int
+    error: float | None = None
+    """|X W^T - X W'^T|^2 / |X W^T|^2 on the first 256 calibration tokens; None without calibration. Of experts the
+    mean."""
+    num_dead: int = 0
+    """Input columns that the calibration text never moves from 0."""
+    damping: float | None = None
+    """That SparseGPT took: above what was asked for where the Hessian could not be factorized with that."""
+    num_few: int = 0
+    """Experts to which fewer tokens were routed than the block has channels, and that have seen all tokens instead."""
+
+
+@dataclass
+class OneshotReport:
+    """What `prune_oneshot_` did."""
+
+    method: str
+    pattern: str
+    num_sequences: int
+    seq_len: int
+    damping: float | None
+    """As asked for; None where the method has none."""
+    layers: list[LayerResult] = field(default_factory=list)
+    left_dense: dict[str, str] = field(default_factory=dict)
+    """Reason by name."""
+    reconstructions: list[Reconstruction] = field(default_factory=list)
+    """By block, where blocks are reconstructed."""
+    seconds: float = 0.0
+
+    @property
+    def zero_fraction(self) -> float:
+        """Of the weights of the pruned layers."""
+        return sum(r.num_zeros for r in self.layers) / sum(math.prod(r.shape) for r in self.layers)
+
+    @property
+    def raised_damping(self) -> dict[str, float]:
+        """The layers that needed more damping than was asked for, with what they took."""
+        return {r.name: r.damping for r in self.layers if r.damping is not None and r.damping != self.damping}
+
+    @property
+    def num_few_experts(self) -> int:
+        """Experts that have seen all tokens of the text, because too few were routed to them; of all blocks."""
+        of_block: dict[str, int] = {}
+        for result in self.layers:
+            experts = result.name.rpartition(".")[0]
+            of_block[experts] = max(result.num_few, of_block.get(experts, 0))
+        return sum(of_block.values())
+
+    def few_note(self) -> str:
+        """A line for where there are some."""
+        return (
+            f"{self.num_few_experts} experts had fewer tokens routed to them than the model has channels, and were "
+            "calibrated on all tokens: more calibration text gives them their own"
+        )
+
+    def experts_record(self) -> dict[str, Any]:
+        """What castlm.json says of experts that saw few tokens; nothing where there are none."""
+        few = {result.name: result.num_few for result in self.layers if result.num_few}
+        return {"experts_calibrated_on_all_tokens": few} if few else {}
+
+    def damping_note(self) -> str:
+        """A line for where there are some."""
+        raised, most = len(self.raised_damping), max(self.raised_damping.values())
+        return f"{raised} of {len(self.layers)} layers took more damping than {self.damping:g}, up to {most:g}"
+
+    def damping_record(self) -> dict[str, Any]:
+        """What castlm.json says of the damping; nothing of a method that has none."""
+        return {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}

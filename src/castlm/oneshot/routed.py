@@ -1,0 +1,113 @@
+"""What the experts of a transformer block read: each the tokens that the router gives it.
+
+An expert that sees fewer tokens than its input has columns leaves the solvers a singular statistic. Such an expert is
+calibrated on all tokens of the text, as if each were routed to it: that is its own basis of neurons, which no statistic
+of other experts is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from castlm.core.errors import InputError
+from castlm.core.experts import ExpertLinear, expert_layers
+
+Take = Callable[[str, int, Tensor], None]
+"""`take(projection, expert, x)`: x (tokens, in) enters a projection of an expert."""
+
+
+def experts_of(block: nn.Module, layers: dict[str, Any]) -> dict[nn.Module, dict[str, str]]:
+    """The modules of experts in a block that own some of `layers`; of each, the name of a layer by projection."""
+    name_of = {layer: name for name, layer in layers.items() if isinstance(layer, ExpertLinear)}
+    found = {}
+    for module in block.modules():
+        own = {projection: name_of[layer] for projection, layer in expert_layers(module).items() if layer in name_of}
+        if own:
+            found[module] = own
+    return found
+
+
+class Routed:
+    """Follows the tokens through a module of experts.
+
+    Args:
+        experts: as transformers' `use_experts_implementation` makes them: called with hidden states (tokens, hidden)
+            and the experts chosen for each (tokens, top_k).
+
+    Raises:
+        InputError: experts that are put together in another way.
+    """
+
+    def __init__(self, experts: nn.Module, wanted: dict[str, str]) -> None:
+        layers = expert_layers(experts)
+        gated = getattr(experts, "has_gate", None)
+        self.up = "gate_up_proj" if gated else "up_proj"
+        if not isinstance(gated, bool) or set(layers) != {self.up, "down_proj"}:
+            raise InputError(
+                f"the neurons of {type(experts).__name__} cannot be computed here: use magnitude without calibration, "
+                "or leave its experts dense"
+            )
+        self.experts, self.wanted, self.gated = experts, wanted, gated
+        self.has_bias = bool(getattr(experts, "has_bias", False))
+        self.layers: dict[str, ExpertLinear] = layers
+        self.num_tokens = [0] * layers[self.up].num_experts
+
+    @property
+    def few(self) -> list[int]:
+        """The experts that have seen fewer tokens than the block has channels."""
+        least = self.layers[self.up].in_features
+        return [expert for expert, seen in enumerate(self.num_tokens) if seen < least]
+
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], take: Take) -> None:
+        """Gives each expert the tokens that are routed to it in a call of the module."""
+        hidden, chosen = [*args, *kwargs.values()][:2]
+        for expert in range(len(self.num_tokens)):
+            tokens = hidden[(chosen == expert).any(dim=-1)]
+            if len(tokens):
+                self.num_tokens[expert] += len(tokens)
+                self._give(expert, tokens, take)
+
+    def see_all(self, args: tuple[Any, ...], kwargs: dict[str, Any], experts: list[int], take: Take) -> None:
+        """Gives some experts all tokens."""
+        for expert in experts:
+            self._give(expert, [*args, *kwargs.values()][0], take)
+
+    def _give(self, expert: int, tokens: Tensor, take: Take) -> None:
+        if self.up in self.wanted:
+            take(self.up, expert, tokens)
+        if "down_proj" in self.wanted:
+            take("down_proj", expert, self.neurons(expert, tokens))
+
+    def neurons(self, expert: int, x: Tensor) -> Tensor:
+        """(tokens, inner): what the down-projection of an expert reads for x (tokens, hidden)."""
+        experts: Any = self.experts
+        bias = experts.get_parameter(f"{self.up}_bias")[expert] if self.has_bias else None
+        out = F.linear(x, self.layers[self.up].weight[expert], bias)
+        return experts._apply_gate(out) if self.gated else experts.act_fn(out)
+
+
+def check_neurons(routed: Routed) -> None:
+    """Checks on one expert that `Routed.neurons` is what the module itself computes.
+
+    Raises:
+        InputError: it is not, so that the down-projections would be calibrated on something else.
+    """
+    experts, up = routed.experts, routed.layers[routed.up]
+    if getattr(experts, "has_post_expert_norm", False):
+        return  # what is normalized is the output, which no projection reads
+    like = up.weight
+    x = torch.randn(1, up.in_features, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    one = torch.ones(1, 1, device=like.device)
+    theirs = experts(x, torch.zeros_like(one, dtype=torch.long), one.to(like.dtype))
+    bias = experts.get_parameter("down_proj_bias")[0] if routed.has_bias else None
+    ours = F.linear(routed.neurons(0, x), routed.layers["down_proj"].weight[0], bias)
+    if not torch.allclose(ours, theirs, rtol=0, atol=2e-2 * float(theirs.abs().max())):
+        raise InputError(
+            f"the neurons of {type(experts).__name__} are computed in another way than is known here: use magnitude "
+            "without calibration, or leave its experts dense"
+        )

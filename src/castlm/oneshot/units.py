@@ -1,0 +1,363 @@
+"""One-shot pruning of whole units: which channels, KV heads or tiles stay, and what the others' work becomes.
+
+Every score is a sum over the weights of a unit. For each transformer block in turn, the inputs of its layers are
+collected while it is still dense; then its units are ranked, those that go are set to zero, and the weights that are
+left of the output layer are solved for by least squares on the calibration text, so that they take over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from castlm.core.errors import InputError
+from castlm.core.pattern import Blocks, Combined, Pattern
+from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.core.structured import Structured
+from castlm.models import eval_mode
+from castlm.oneshot.calibration import check_calibration
+from castlm.oneshot.inputs import check_plain_weights
+from castlm.oneshot.report import LayerResult, OneshotReport
+from castlm.oneshot.solvers import MIN_DAMPING, damped, refit
+from castlm.oneshot.sparsegpt import sparsegpt
+from castlm.oneshot.walk import BlockInputs, block_stack
+
+TAYLOR_SEQUENCES = 32
+"""Calibration sequences that the Taylor score runs backward."""
+_BACKWARD_TOKENS = 2048  # a pass
+_BLOCK_COLUMNS = 128  # of SparseGPT
+
+
+@dataclass
+class InputStatistic:
+    """Sums over what enters a layer: tokens, columns, and products of two columns."""
+
+    gram: Tensor
+    """X^T X, (in, in)."""
+    total: Tensor
+    """(in,)."""
+    num_tokens: int = 0
+
+    @property
+    def second_moment(self) -> Tensor:
+        """The mean square of each column."""
+        return self.gram.diagonal() / max(1, self.num_tokens)
+
+    @property
+    def variance(self) -> Tensor:
+        """Of each column over the tokens."""
+        mean = self.total / max(1, self.num_tokens)
+        return (self.second_moment - mean.square()).clamp(min=0)
+
+
+class Seen(NamedTuple):
+    """What is known of a layer when its units are scored; None where the score does not need it."""
+
+    weight: Tensor
+    writes: bool
+    """Whether it is the layer through which its units reach the rest of the model."""
+    input: InputStatistic | None
+    gradient: Tensor | None
+    generator: torch.Generator
+    """On the CPU, of the random score."""
+
+
+class Score(NamedTuple):
+    """A row of `SCORES`."""
+
+    values: Callable[[Seen], Tensor]
+    """The share of each weight (out, in) of a layer in the score of its unit."""
+    needs: str = ""
+    """"inputs" or "gradients", which take a calibration text; "" of a score that takes none."""
+
+
+def _magnitude(seen: Seen) -> Tensor:
+    return seen.weight.square()
+
+
+def _of_columns(seen: Seen, per_column: Callable[[InputStatistic], Tensor]) -> Tensor:
+    """`W_ij^2` times a figure of input column j, in the layer that its units write through; 0 in the others."""
+    if not seen.writes:
+        return torch.zeros_like(seen.weight)
+    assert seen.input is not None
+    return seen.weight.square() * per_column(seen.input)
+
+
+def _taylor(seen: Seen) -> Tensor:
+    assert seen.gradient is not None
+    return (seen.weight * seen.gradient).abs()
+
+
+def _random(seen: Seen) -> Tensor:
+    if not seen.writes:
+        return torch.zeros_like(seen.weight)
+    return torch.rand(seen.weight.shape, generator=seen.generator).to(seen.weight.device)
+
+
+SCORES: dict[str, Score] = {
+    "magnitude": Score(_magnitude),
+    "wanda": Score(lambda seen: _of_columns(seen, lambda x: x.second_moment), "inputs"),
+    "flap": Score(lambda seen: _of_columns(seen, lambda x: x.variance), "inputs"),
+    "taylor": Score(_taylor, "gradients"),
+    "random": Score(_random),
+}
+"""How units are ranked: the L2 norm of their weights; the energy of what they add to the stream, as in Wanda (Sun et
+al. 2023, arXiv 2306.11695); its variance, as in FLAP (An et al. 2023, arXiv 2312.11983); |w dL/dw|, as in LLM-Pruner
+(Ma et al. 2023, arXiv 2305.11627); and by chance, as the control."""
+
+
+class UnitSettings(NamedTuple):
+    """What is done beside the choice of units."""
+
+    damping: float = 0.01
+    """Share of the mean of the diagonal of X^T X that is added to it, for the least squares."""
+    refit_iterations: int = 20
+    """0 leaves the kept weights as they are. Tiles and n:m take so many steps of conjugate gradients; the columns that
+    are left of an output layer are solved for exactly."""
+    seed: int = 0
+
+
+@torch.no_grad()
+def prune_units_(
+    model: PreTrainedModel,
+    score: str,
+    pattern: Pattern,
+    *,
+    calibration: Tensor | None = None,
+    to: UnitSettings = UnitSettings(),  # noqa: B008  # it cannot change
+    filter_fn: FilterFn = is_sparse_linear,
+    progress: Callable[[int, int], None] | None = None,
+) -> OneshotReport:
+    """Prunes a model to a structured pattern in place: what is masked is zero, and still there.
+
+    With n:m as well, SparseGPT chooses within what is left, or magnitude without a calibration text. The errors in the
+    report are those of each layer on the whole calibration text.
+
+    Args:
+        score: a name in `SCORES`.
+        calibration: int64, (num_sequences, seq_len). Scores that need none are refitted only where it is given.
+
+    Raises:
+        InputError: another score, no calibration where one is needed, a pattern that does not fit, weights that are
+            not finite, or a model that cannot be followed block by block.
+    """
+    started = time.perf_counter()
+    pattern = pattern.for_model(model)
+    layers, left_dense = sparse_linears(model, pattern, filter_fn)
+    _check(model, score, pattern, layers, calibration, to)
+    num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
+    report = OneshotReport(score, str(pattern), num_sequences, seq_len, to.damping, left_dense=left_dense)
+    with eval_mode(model):
+        gradients = {}
+        if SCORES[score].needs == "gradients":
+            assert calibration is not None
+            gradients = loss_gradients(model, layers, calibration[:TAYLOR_SEQUENCES])
+        work = _Pruning(score, pattern, gradients, to, report, torch.Generator().manual_seed(to.seed))
+        if calibration is None:
+            work.prune_(layers, {})
+        else:
+            _walk(model, layers, calibration, work, progress)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _walk(
+    model: PreTrainedModel,
+    layers: dict[str, nn.Linear],
+    calibration: Tensor,
+    work: _Pruning,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    stack, blocks = block_stack(model, layers)
+    inputs = BlockInputs(model, blocks, calibration)
+    for index in range(len(blocks)):
+        inside = {name: layer for name, layer in layers.items() if name.startswith(f"{stack}.{index}.")}
+        if inside:
+            work.prune_(inside, see_statistics(inside, inputs))
+        if index + 1 < len(blocks):
+            inputs.advance()
+        if progress is not None:
+            progress(index + 1, len(blocks))
+
+
+def see_statistics(layers: Mapping[str, nn.Linear], inputs: BlockInputs) -> dict[str, InputStatistic]:
+    """Runs the current block on all batches and sums up what enters `layers`; layers with one input share one sum."""
+    found: dict[str, InputStatistic] = {}
+    current: list[tuple[Tensor, InputStatistic]] = []
+
+    def before(name: str, x: Tensor) -> None:
+        known = next((statistic for other, statistic in current if other is x), None)
+        if known is None:
+            width = x.shape[-1]
+            known = found.get(name) or InputStatistic(x.new_zeros(width, width).float(), x.new_zeros(width).float())
+            tokens = x.reshape(-1, width).float()
+            known.gram.addmm_(tokens.T, tokens)
+            known.total += tokens.sum(0)
+            known.num_tokens += len(tokens)
+            current.append((x, known))
+        found[name] = known
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(lambda _, args, name=name: before(name, args[0])))
+        for hidden in inputs:
+            current.clear()
+            inputs.run(hidden)
+    for name in layers:
+        if name not in found:
+            raise InputError(f"no calibration token reaches {name}: leave it out with filter_fn, or pass more text")
+        if not found[name].gram.isfinite().all():
+            raise InputError(
+                f"the calibration text makes NaN or infinity at the input of {name}: load the model in fp32"
+            )
+    return found
+
+
+@torch.enable_grad()
+def loss_gradients(model: PreTrainedModel, layers: Mapping[str, nn.Linear], sequences: Tensor) -> dict[str, Tensor]:
+    """The gradient of the mean loss over `sequences` (num_sequences, seq_len) by the weight of each layer."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in flags:
+        parameter.requires_grad_(False)
+    weights = {name: layer.weight.requires_grad_(True) for name, layer in layers.items()}
+    batches = sequences.to(model.device).split(max(1, _BACKWARD_TOKENS // sequences.shape[1]))
+    try:
+        for ids in batches:
+            output: Any = model(input_ids=ids, labels=ids, use_cache=False)
+            (output.loss * (len(ids) / len(sequences))).backward()
+        found = {name: weight.grad.detach() for name, weight in weights.items() if weight.grad is not None}
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+    if missing := next((name for name in weights if name not in found), None):
+        raise InputError(f"no calibration token reaches {missing}: leave it out with filter_fn, or pass more text")
+    return found
+
+
+@dataclass
+class _Pruning:
+    """One pruning at work, block after block."""
+
+    score: str
+    pattern: Pattern
+    gradients: Mapping[str, Tensor]
+    to: UnitSettings
+    report: OneshotReport
+    generator: torch.Generator
+
+    def prune_(self, layers: Mapping[str, nn.Linear], inputs: Mapping[str, InputStatistic]) -> None:
+        """Prunes the units of `layers`, of which `inputs` knows what enters them, or nothing."""
+        for unit in self.pattern.units(layers):
+            dense = {name: layers[name].weight.float().clone() for name in unit}
+            for name, weight in dense.items():
+                if not weight.isfinite().all():
+                    raise InputError(f"the weight of {name} has NaN or infinity: no mask of it means anything")
+            for name, new in self._solved(unit, dense, inputs).items():
+                layers[name].weight.copy_(new)
+                error = _relative_error(dense[name], new, inputs[name].gram) if name in inputs else None
+                shape, zeros = tuple(new.shape), int((new == 0).sum())
+                self.report.layers.append(LayerResult(name, shape, zeros, error, damping=self.to.damping))
+
+    def _solved(
+        self, unit: tuple[str, ...], dense: dict[str, Tensor], inputs: Mapping[str, InputStatistic]
+    ) -> dict[str, Tensor]:
+        """The new weights of one unit group."""
+        pattern, weights = self.pattern, list(dense.values())
+        outer = pattern.outer if isinstance(pattern, Combined) else pattern
+        assert isinstance(outer, Structured)
+        if len(unit) == 1 and not isinstance(outer, Blocks):  # n:m alone
+            whole = torch.ones_like(weights[0], dtype=torch.bool)
+            return {name: self._groups_in(dense[name], whole, inputs.get(name)) for name in unit}
+        kept = outer.best(outer.sums([self._values(name, name == unit[-1], dense[name], inputs) for name in unit]))
+        damping, solved = max(self.to.damping, MIN_DAMPING), {}
+        for name, weight, mask in zip(unit, weights, outer.expand(kept, weights)):
+            new = weight.masked_fill(~mask, 0)
+            if self.to.refit_iterations and name in inputs:
+                if isinstance(outer, Blocks):
+                    new = self._refitted(new, weight, inputs[name].gram)
+                elif name == unit[-1]:
+                    new[:, mask[0]] = solve_columns(weight, mask[0], inputs[name].gram, damping)
+            solved[name] = self._groups_in(new, mask, inputs.get(name)) if isinstance(pattern, Combined) else new
+        return solved
+
+    def _values(self, name: str, is_last: bool, weight: Tensor, inputs: Mapping[str, InputStatistic]) -> Tensor:
+        seen = Seen(weight, is_last, inputs.get(name), self.gradients.get(name), self.generator)
+        return SCORES[self.score].values(seen)
+
+    def _refitted(self, new: Tensor, target: Tensor, gram: Tensor) -> Tensor:
+        return refit(new, target, damped(gram, max(self.to.damping, MIN_DAMPING)), self.to.refit_iterations)
+
+    def _groups_in(self, weight: Tensor, mask: Tensor, statistic: InputStatistic | None) -> Tensor:
+        """n:m in what `mask` leaves of a weight; groups run through its rows and columns that are not whole zeros."""
+        assert isinstance(self.pattern, Combined)
+        inner = self.pattern.inner
+        if isinstance(self.pattern.outer, Blocks):
+            new = weight.masked_fill(~inner.mask(weight), 0)
+            refits = statistic is not None and self.to.refit_iterations
+            return self._refitted(new, weight, statistic.gram) if refits and statistic is not None else new
+        rows, columns = mask.any(1), mask.any(0)
+        small = weight[rows][:, columns].contiguous()
+        if statistic is None:
+            new = small.masked_fill(~inner.mask(small), 0)
+        else:
+            gram = statistic.gram[columns][:, columns]
+            inner.check_shape(small.shape)
+            new, _ = sparsegpt(small, gram.clone(), inner.n, inner.m, self.to.damping, _BLOCK_COLUMNS)
+            new = self._refitted(new, small, gram) if self.to.refit_iterations else new
+        return torch.zeros_like(weight).masked_scatter_(mask, new)
+
+
+def solve_columns(weight: Tensor, kept: Tensor, gram: Tensor, damping: float) -> Tensor:
+    """The columns `kept` (in,) of `weight` (out, in) that come closest to its outputs without the others.
+
+    The minimum of |X weight^T - X_kept new^T|^2 over `new`, with `damping` times the mean of the diagonal as a ridge
+    around the old columns.
+
+    Args:
+        gram: X^T X, (in, in).
+
+    Returns:
+        (out, kept columns).
+
+    Example:
+        >>> x = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
+        >>> solve_columns(torch.tensor([[1.0, 3.0]]), torch.tensor([True, False]), x.T @ x, damping=0.0)
+        tensor([[4.]])
+    """
+    inside = damped(gram[kept][:, kept], damping)
+    lost = weight[:, ~kept] @ gram[~kept][:, kept]
+    return weight[:, kept] + torch.linalg.solve(inside, lost.T).T
+
+
+def _relative_error(old: Tensor, new: Tensor, gram: Tensor) -> float:
+    """|X old^T - X new^T|^2 / |X old^T|^2."""
+    difference = old - new
+    whole = ((old @ gram) * old).sum()
+    return float(((difference @ gram) * difference).sum() / whole) if whole > 0 else 0.0
+
+
+def _check(
+    model: PreTrainedModel,
+    score: str,
+    pattern: Pattern,
+    layers: dict[str, nn.Linear],
+    calibration: Tensor | None,
+    to: UnitSettings,
+) -> None:
+    if score not in SCORES:
+        raise InputError(f"{score!r} does not rank the units of {pattern}: choose one of {', '.join(SCORES)}")
+    if not 0 <= to.damping <= 1:
+        raise InputError(f"damping {to.damping} is out of range: pass 0 to 1")
+    check_plain_weights(layers, "pruning")
+    if calibration is not None:
+        check_calibration(model, calibration)
+    elif SCORES[score].needs:
+        raise InputError(f"score {score} needs a calibration text: pass calibration, from calibration_blocks")

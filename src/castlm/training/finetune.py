@@ -1,0 +1,102 @@
+"""The config of `castlm finetune`: that of a training run whose model is n:m sparse already and stays so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from castlm.core.blocks import in_block
+from castlm.core.errors import InputError
+from castlm.export.verify import read_left_dense
+from castlm.fields import positional
+from castlm.locate import cached_snapshot, locate
+from castlm.training.config import Layer, TrainConfig
+from castlm.training.sections import MethodOptions, StartOptions, essential
+
+FULL_LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-5, 5e-4
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """Fine-tune an n:m sparse model on your text. Every zero of it stays zero, and the result is verified.
+
+    The options are those of `TrainConfig`; the defaults are those of fine-tuning: no teacher, Adam's usual betas, a
+    lower learning rate. `castlm.train` runs it.
+
+    Raises:
+        InputError: whatever `TrainConfig` refuses, and options that make it another kind of run.
+
+    Example:
+        >>> config = FinetuneConfig("my-2of4-model", "text.jsonl", "run", adapter="shira", learning_rate=5e-4)
+        >>> config.method, config.init_from, config.eta
+        ('finetune', 'my-2of4-model', 0.0)
+    """
+
+    UNUSED: ClassVar[frozenset[str]] = frozenset(
+        {field.name for section in (MethodOptions, StartOptions) for field in dataclasses.fields(section)}
+        - {"adapter", "lora_r"}
+    )
+    """Options that have no effect here, which the command line leaves out."""
+
+    model: str = positional(essential=True)
+    """n:m sparse causal LM: a folder, plain or packed, or a hub id. Its zeros are the mask."""
+
+    method: str = field(default="finetune", kw_only=True)
+    """How the model is trained: with a fixed mask."""
+
+    init_from: str | None = field(default=None, kw_only=True)
+    """Start of the run: always the model itself."""
+
+    eta: float = field(default=0.0, kw_only=True)
+    """Weight of the KL divergence to the model before fine-tuning in the loss, 0 to 1. Above 0 the model stays closer
+    to what it was."""
+
+    adapter: Literal["none", "shira", "lora"] = essential("none")
+    """What is trained. none: all weights that are not zero. shira, lora: a PEFT adapter that keeps every zero when it
+    is merged; it is written to `output_dir/adapter` too."""
+
+    learning_rate: float = essential(FULL_LEARNING_RATE)
+    """Peak learning rate. Where none is given, castlm finetune uses 5e-5, and 5e-4 for adapters."""
+
+    adam_betas: tuple[float, float] = field(default=(0.9, 0.999), kw_only=True)
+    """Decay rates of Adam's moments."""
+
+    def __post_init__(self) -> None:
+        if self.init_from is None:
+            object.__setattr__(self, "init_from", self.model)
+        super().__post_init__()
+        if self.method != "finetune":
+            raise InputError(f"method {self.method} does not fine-tune a sparse model: use castlm train, or finetune")
+        if self.init_from != self.model:
+            raise InputError(
+                f"init_from {self.init_from}: fine-tuning starts from its model {self.model}; leave it out, or use "
+                "castlm train"
+            )
+
+    @classmethod
+    def from_layers(cls, layers: Iterable[Layer]) -> FinetuneConfig:
+        """As `TrainConfig.from_layers`, with a default learning rate that depends on `adapter`."""
+        config = super().from_layers(layers := list(layers))
+        assert isinstance(config, FinetuneConfig)
+        given = any("learning_rate" in {**values, **values.get("optimizer", {})} for _, values in layers)
+        if not given and config.adapter != "none":
+            config = dataclasses.replace(config, learning_rate=ADAPTER_LEARNING_RATE)
+        return config
+
+
+def with_left_dense(config: TrainConfig) -> TrainConfig:
+    """`config` with the layers in `left_dense` that its model's castlm.json says were left dense on purpose."""
+    where = locate(config.model)
+    folder = cached_snapshot(where.target, config.revision) if where.is_hub else Path(where.target)
+    if folder is None:
+        return config
+    found: list[str] = [
+        name.removesuffix(".weight")
+        for name, reason in read_left_dense(folder / "castlm.json").items()
+        if in_block(name) and reason == "excluded by the filter"
+    ]
+    new: Any = tuple(dict.fromkeys([*config.left_dense, *found]))
+    return dataclasses.replace(config, left_dense=new)

@@ -1,0 +1,176 @@
+"""What is masked is cut out: configs, logits, families that are refused, and verify against the base."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from castlm.cli.main import main
+from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern
+from castlm.core.sparsify import prune_, sparse_linears
+from castlm.export.cut import TOLERANCE, check_cut, cut_model
+from castlm.export.cut_sizes import CHANNELS, HEADS, sizes_of
+from castlm.export.hf import export_model
+from castlm.export.verify import verify
+from castlm.models import linearize_, load_model
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def model_of(family):
+    wants = GROUPED if family in HEADS - {"qwen2"} else {}
+    model = tiny_model(family, **wants)
+    linearize_(model)
+    return model
+
+
+def exported(model, text, folder):
+    """`model` pruned to a pattern and exported."""
+    pattern = Pattern.parse(text)
+    _, left_dense = sparse_linears(model, pattern)
+    prune_(model, pattern)
+    return export_model(model, tiny_tokenizer(), folder, pattern=pattern, left_dense=left_dense, record={})
+
+
+@torch.no_grad()
+def difference(one, other):
+    """Of the logits, relative to the largest."""
+    a, b = one(IDS).logits, other(IDS).logits
+    return float((a - b).abs().max() / a.abs().max())
+
+
+@pytest.mark.parametrize("family", sorted(CHANNELS))
+def test_channels_are_cut_out_and_the_folder_loads_as_it_is(family, tmp_path):
+    model = model_of(family)
+    manifest = exported(model, "channels:0.5", tmp_path / "cut")
+    field = CHANNELS[family]
+    assert manifest["cut"]["before"] == {field: 64}
+    assert manifest["cut"]["after"] == {field: 32}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
+    assert getattr(loaded.config, field) == 32
+    assert manifest["num_params"] == loaded.num_parameters() < model.num_parameters()
+    assert difference(model, loaded) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", sorted(HEADS))
+def test_heads_are_cut_out_and_the_folder_loads_as_it_is(family, tmp_path):
+    model = model_of(family)
+    exported(model, "heads:0.5", tmp_path / "cut")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (2, 1, 8)
+    assert loaded.model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
+    assert difference(model, loaded) <= TOLERANCE
+
+
+@pytest.mark.parametrize("text", ["channels:0.75+2:4", "heads:0.5+2:4", "blocks:8x16:0.5", "blocks:8x16:0.5+2:4"])
+def test_what_is_left_has_the_other_pattern(text, tmp_path):
+    model = model_of("llama")
+    exported(model, text, tmp_path / "out")
+    assert verify(tmp_path / "out", text).ok
+    assert verify(tmp_path / "out", "2:4").ok == text.endswith("2:4")
+    assert difference(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        *[(family, "heads:0.5") for family in ("gpt2", "opt", "olmo2")],
+        *[("phi3", "channels:0.5"), ("mixtral", "channels:0.5"), ("mixtral", "channels:0.75+2:4")],
+    ],
+)
+def test_families_without_a_config_for_it_are_refused_by_name(family, text):
+    with pytest.raises(InputError, match=f"out of {family}"):
+        check_cut(model_of(family), Pattern.parse(text))
+    check_cut(model_of(family), Pattern.parse("2:4"))
+
+
+def test_a_block_whose_units_stay_dense_is_refused():
+    with pytest.raises(InputError, match="each of the 2 transformer blocks"):
+        check_cut(model_of("llama"), Pattern.parse("channels:0.5"), lambda module, fqn: "layers.0." in fqn)
+
+
+def test_a_model_whose_units_are_not_zero_is_not_cut():
+    with pytest.raises(InputError, match="prune the model first"):
+        cut_model(model_of("llama"), Pattern.parse("channels:0.5"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A dense model, and what is left of it at channels:0.5 and heads:0.5."""
+    root = tmp_path_factory.mktemp("cut")
+    dense = save_tiny(root / "dense")
+    for text in ("channels", "heads"):
+        exported(load_model(str(dense)).model, f"{text}:0.5", root / text)
+    return root
+
+
+@pytest.mark.parametrize("kind", ["channels", "heads"])
+def test_verify_counts_against_the_base(kind, folders, capsys):
+    folder, dense = str(folders / kind), str(folders / "dense")
+    report = verify(folder, f"{kind}:0.5", base=dense)
+    assert report.ok
+    layers = {"channels": 6, "heads": 8}[kind]
+    units = {"channels": 64, "heads": 2}[kind]
+    assert report.totals()["layers"] == layers
+    assert report.totals()["groups"] == layers * units
+    assert report.totals()["cut"] == report.totals()["weights"]
+    assert main(["verify", folder, "--pattern", f"{kind}:0.5", "--base", dense]) == 0
+    assert main(["verify", folder]) == 0  # by its castlm.json
+    assert main(["verify", folder, "--pattern", f"{kind}:0.4", "--base", dense]) == (1 if kind == "channels" else 0)
+    assert "50.00% of the base's weights" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_cut_does_not_have_the_pattern(folders, tmp_path):
+    model = load_model(str(folders / "dense")).model
+    prune_(model, "channels:0.5")
+    model.save_pretrained(tmp_path / "zeros")
+    report = verify(tmp_path / "zeros", "channels:0.5", base=str(folders / "dense"))
+    assert not report.ok
+    assert report.totals()["violations"] == 6 * 32
+
+
+def test_verify_refuses_another_base_and_layers_that_were_not_cut_together(folders, tmp_path):
+    save_tiny(tmp_path / "other", hidden_size=64)
+    folder = folders / "channels"
+    with pytest.raises(InputError, match="it is not its base"):
+        verify(folder, "channels:0.5", base=str(tmp_path / "other"))
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        verify(folder, "channels:0.5", base=str(tmp_path))
+    with pytest.raises(InputError, match="--base is for patterns"):
+        verify(folder, "2:4", base=str(folders / "dense"))
+    shutil.copytree(folder, tmp_path / "cut")
+    (tmp_path / "cut" / "castlm.json").unlink()
+    with pytest.raises(InputError, match="give --base DENSE"):
+        verify(tmp_path / "cut", "channels:0.5")
+    assert verify(tmp_path / "cut", "channels:0.5", base=str(folders / "dense")).ok
+    file = tmp_path / "cut" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name][:-1].contiguous()}, file)
+    with pytest.raises(InputError, match=r"config\.json asks for"):
+        verify(tmp_path / "cut", "channels:0.5", base=str(folders / "dense"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_tiles_are_counted_in_both_layouts(family, tmp_path):
+    model = model_of(family)
+    exported(model, "blocks:16x8:0.5", tmp_path / "tiles")
+    assert verify(tmp_path / "tiles", "blocks:16x8:0.5").ok
+    assert not verify(tmp_path / "tiles", "blocks:16x8:0.4").ok
+    if family == "gpt2":
+        assert not verify(tmp_path / "tiles", "blocks:8x16:0.5").ok
+
+
+def test_sizes_that_are_no_numbers_are_refused():
+    with pytest.raises(InputError, match="intermediate_size = None"):
+        sizes_of(Pattern.parse("channels:0.5"), {"model_type": "llama"})
+    assert sizes_of(Pattern.parse("channels:0.5"), {"model_type": "gpt2", "n_embd": 8, "n_inner": None}) == {
+        "n_inner": 32
+    }

@@ -1,0 +1,270 @@
+"""3-D experts are sparse weights like any other: the same masks, steps, scales, counts and files as single matrices."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, conversion_mapping
+
+from castlm.core.adams import AdamS
+from castlm.core.blocks import is_block_linear, is_router, is_stacked_experts
+from castlm.core.decay import DECAYS
+from castlm.core.errors import InputError
+from castlm.core.experts import ExpertLinear, linearize_experts_
+from castlm.core.pattern import is_nm_sparse
+from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
+from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups, weight_parameter
+from castlm.distributed.loading import load_rows_, materialize_, open_sharded
+from castlm.distributed.world import World
+from castlm.export.hf import export_model
+from castlm.export.verify import verify
+from castlm.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, experts_input_axis
+from castlm.models import load_model, save_model
+from tests.tiny import EXPERTS, save_tiny, tiny_model, tiny_tokenizer
+
+ROUTERS = {"mixtral": "mlp.gate", "qwen3_moe": "mlp.gate", "gpt_oss": "mlp.router"}
+
+
+def ids(seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(seed))
+
+
+def linearized(family: str, **over) -> transformers.PreTrainedModel:
+    model = tiny_model(family, **over)
+    linearize_experts_(model)
+    return model
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_model_with_its_experts_as_layers_computes_and_saves_the_same(family, tmp_path):
+    model = tiny_model(family)
+    plain = copy.deepcopy(model)
+    made = linearize_experts_(model)
+    assert made == [f"model.layers.{i}.mlp.experts.{p}_proj" for i in (0, 1) for p in ("gate_up", "down")]
+    assert linearize_experts_(model) == []
+    for ours in (model, copy.deepcopy(model)):
+        torch.testing.assert_close(ours(ids()).logits, plain(ids()).logits, rtol=0, atol=2e-6)
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    other = linearized(family, seed=1)
+    other.load_state_dict(plain.state_dict())
+    assert torch.equal(other(ids()).logits, model(ids()).logits)
+    for folder, written in (("ours", model), ("theirs", plain)):
+        written.save_pretrained(tmp_path / folder)
+    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_are_sparse_along_their_input_and_the_router_is_dense(family):
+    model = linearized(family)
+    sparse, dense = sparse_linears(model)
+    experts = {name for name in sparse if ".experts." in name}
+    assert len(experts) == 4
+    for name in experts:
+        width = 32 if "gate_up" in name else model.config.to_dict().get("moe_intermediate_size", 64)
+        assert sparse[name].in_features == width
+    assert dense[f"model.layers.0.{ROUTERS[family]}.weight"] == "a router of experts"
+    assert not any(ROUTERS[family] in name for name in sparse)
+
+
+def test_a_router_is_known_by_its_name_and_a_gate_of_attention_is_none():
+    routers = ("mlp.gate", "mlp.router", "block_sparse_moe.gate", "mlp.shared_expert_gate", "ffn.router.layer")
+    for name in (f"model.layers.3.{router}" for router in routers):
+        assert is_router(name)
+        assert not is_block_linear(f"{name}.weight", (4, 32))
+    layers = ("mlp.gate_proj", "mlp.experts.7.w1", "mlp.experts.7.gate_proj", "self_attn.gate", "attention.gate.proj")
+    for name in (f"model.layers.3.{layer}" for layer in layers):
+        assert not is_router(name)
+        assert is_block_linear(f"{name}.weight", (4, 32))
+    assert is_stacked_experts("model.layers.3.mlp.experts.gate_up_proj", (4, 8, 8))
+    assert not is_stacked_experts("model.layers.3.mlp.experts.gate_up_proj_bias", (4, 8, 8))
+    assert not is_stacked_experts("model.layers.3.conv.weight", (4, 1, 8))
+
+
+def test_a_linear_router_stays_dense_and_experts_of_unknown_orientation_name_the_remedy():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up_proj = nn.Parameter(torch.randn(2, 8, 8))
+
+    block = nn.ModuleDict({"gate": nn.Linear(8, 4), "experts": Experts(), "up_proj": nn.Linear(8, 8)})
+    model = nn.ModuleDict({"layers": nn.ModuleList([block])})
+    assert linearize_experts_(model) == []
+    sparse, dense = sparse_linears(model)
+    assert list(sparse) == ["layers.0.up_proj"]
+    assert dense["layers.0.gate.weight"] == "a router of experts"
+    assert "linearize_experts_" in dense["layers.0.experts.up_proj"]
+
+
+WAYS = {"torch": {"fused": False}, "fused": {}, "8-bit": {"moments": "8bit"}, "bf16": {"moments": "bf16"}}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_a_3d_weight_steps_like_its_matrices(decay, way):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(3, 16, 96, generator=generator) if way != "8-bit" else torch.randn(3, 64, 96)
+    together = nn.Parameter(weights.clone())
+    apart = [nn.Parameter(matrix.clone()) for matrix in weights]
+    options = {"lr": 1e-2, "total_steps": 20, "decay": decay, "decay_end": 0.5, "lam": 1e-2, "mask_interval": 3}
+    one, many = (AdamS([{"params": params, "sparse": True}], **options, **WAYS[way]) for params in ([together], apart))
+    for _ in range(12):
+        together.grad = torch.randn(weights.shape, generator=generator)
+        for matrix, grad in zip(apart, together.grad):
+            matrix.grad = grad.clone()
+        one.step()
+        many.step()
+        assert one.flips() == many.flips()
+    for i, matrix in enumerate(apart):
+        assert torch.equal(together[i], matrix)
+        assert torch.equal(one.mask(together)[i], many.mask(matrix))
+    resumed = AdamS([{"params": [together], "sparse": True}], **options, **WAYS[way])
+    resumed.load_state_dict(one.state_dict())
+    assert torch.equal(resumed.mask(together), one.mask(together))
+    broken = one.mask(together)
+    broken[1, 2, :4] = True
+    with pytest.raises(InputError, match="keeps too many weights in 1 places"):
+        one.set_mask(together, broken)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_training_in_a_loop_of_ones_own_ends_sparse(family, tmp_path):
+    model = linearized(family)
+    add_weight_scaling(model, 2)
+    optimizer = AdamS(sparse_param_groups(model), lr=1e-3, total_steps=6, decay_end=0.5)
+    for _ in range(6):
+        model(ids(), labels=ids()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    scales = [p for name, p in model.named_parameters() if "experts" in name and name.endswith("scale")]
+    assert len(scales) == 4
+    assert all((scale != 1).all() for scale in scales)
+    prune_(model, masks=optimizer.masks())
+    before = model(ids()).logits
+    fold_weight_scaling(model)
+    torch.testing.assert_close(model(ids()).logits, before, rtol=1e-4, atol=1e-5)
+    sparse, _ = sparse_linears(model)
+    assert all(is_nm_sparse(weight_parameter(layer)) for layer in sparse.values())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(ids()).logits, model(ids()).logits, rtol=0, atol=2e-6)
+    assert verify(tmp_path).ok
+
+
+@pytest.fixture(scope="module", params=EXPERTS)
+def exported(request, tmp_path_factory) -> Path:
+    """A pruned model folder."""
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    model = linearized(request.param)
+    prune_(model)
+    _, dense = sparse_linears(model)
+    export_model(model, tiny_tokenizer(), folder, pattern="2:4", left_dense=dense, record={})
+    return folder
+
+
+def test_verify_counts_every_expert_and_finds_the_one_that_is_not_sparse(exported, tmp_path):
+    report = verify(exported)
+    model = load_model(exported).model
+    sparse, _ = sparse_linears(model)
+    assert report.totals()["weights"] == sum(weight_parameter(layer).numel() for layer in sparse.values())
+    assert report.ok
+    assert not report.uncounted
+    assert report.compared_with == "transformers"
+    tensors = load_file(exported / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(("experts.3.w2.weight", "down_proj", "3.down_proj.weight")))
+    weight = tensors[name].view(-1, tensors[name].shape[-1])
+    along_rows = "gpt_oss" not in str(exported)
+    weight[:4, 5] = 1  # more than two of four where groups run down a column
+    weight[2, :4] = 1
+    for file in exported.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    report = verify(tmp_path)
+    (bad,) = [layer for layer in report.layers if not layer.ok]
+    assert bad.name == name
+    assert bad.num_violations >= 1
+    assert len(bad.shape) == (2 if along_rows else 3)
+
+
+def test_an_expert_left_dense_is_recorded_by_its_names_in_the_files(tmp_path):
+    def not_down(module: nn.Module, fqn: str) -> bool:
+        return not fqn.endswith("experts.down_proj") and "gate.weight" not in fqn and ".layers." in f".{fqn}"
+
+    model = linearized("mixtral")
+    prune_(model, filter_fn=not_down)
+    _, dense = sparse_linears(model, filter_fn=not_down)
+    manifest = export_model(model, tiny_tokenizer(), tmp_path / "m", pattern="2:4", left_dense=dense, record={})
+    name = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+    assert manifest["left_dense"][name] == "excluded by the filter"
+    report = verify(tmp_path / "m")
+    assert report.ok
+    assert report.totals()["left_dense"] == 8
+    with pytest.raises(InputError, match="failed its verification: 2:4 DOES NOT HOLD"):
+        export_model(model, tiny_tokenizer(), tmp_path / "n", pattern="2:4", left_dense={}, record={})
+
+
+def test_a_rank_reads_its_experts_from_either_kind_of_file(exported):
+    world = World(0, 1, torch.device("cpu"), None, None)
+    opened = open_sharded(str(exported), trust_remote_code=False, revision=None)
+    assert opened is not None
+    model = opened[0].model
+    materialize_(model, torch.device("cpu"))
+    load_rows_(model, opened[1], world)
+    expected = load_model(exported).model
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), expected.state_dict().values()))
+    (place,) = [p for name, p in opened[1].places.items() if name == "model.layers.1.mlp.experts.gate_up_proj.weight"]
+    part = place.read(lambda file: safe_open(file, "pt"), slice(1, 3))
+    assert torch.equal(part, expected.get_submodule("model.layers.1.mlp.experts.gate_up_proj").weight[1:3])
+
+
+def test_the_families_that_store_experts_the_other_way_are_those_of_transformers():
+    models = Path(transformers.__file__).parent / "models"
+    transposed = {
+        file.parent.name for file in models.glob("*/modeling_*.py") if "is_transposed=True" in file.read_text("utf-8")
+    }
+    assert transposed <= EXPERTS_IN_OUT, "a new family stores (experts, in, out): add it to EXPERTS_IN_OUT"
+    source = Path(conversion_mapping.__file__).read_text("utf-8")
+    turned = re.findall(r'^        "(\w+)": \[(?:(?!^        "\w+": \[).)*?Transpose\(1, 2', source, re.M | re.S)
+    causal = {family for family in turned if not family.endswith("MaskedLM")}
+    assert causal <= EXPERTS_EITHER_WAY, "a new family turns its experts round while they are loaded"
+    config = {"model_type": "qwen3_vl_moe", "text_config": {"hidden_size": 32}}
+    assert experts_input_axis(config, "x.experts.gate_up_proj", (4, 32, 96)) == 1
+    assert experts_input_axis(config, "x.experts.down_proj", (4, 48, 32)) == 1
+    assert experts_input_axis(config, "x.experts.down_proj", (4, 32, 48)) == 2
+    assert experts_input_axis(config, "x.experts.down_proj", (4, 32, 32)) is None
+
+
+def test_experts_have_only_nm_patterns_and_scale_groups_that_divide_their_width():
+    model = linearized("qwen3_moe")
+    with pytest.raises(InputError, match="does not divide into 3 scale groups"):
+        add_weight_scaling(model, 3)
+    layer = model.get_submodule("model.layers.0.mlp.experts.down_proj")
+    assert isinstance(layer, ExpertLinear)
+    assert "experts=4, out_features=32, in_features=16" in repr(layer)
+
+
+def test_saving_refuses_experts_under_weight_scaling(tmp_path):
+    model = linearized("mixtral")
+    add_weight_scaling(model, 2)
+    with pytest.raises(InputError, match="fold_weight_scaling"):
+        save_model(model, tiny_tokenizer(), tmp_path)
+
+
+def test_a_config_with_more_experts_than_it_can_hold_is_refused(tmp_path):
+    save_tiny(tmp_path, "qwen2_moe")
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.shared_expert_intermediate_size == 48
+    config.num_experts = 100_000
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="num_experts = 100000"):
+        verify(tmp_path)

@@ -1,0 +1,164 @@
+"""One-shot solvers on experts: each is solved by the tokens that are routed to it, or by all where they are few."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from castlm.cli.main import main
+from castlm.core.errors import InputError
+from castlm.core.experts import linearize_experts_
+from castlm.core.pattern import is_nm_sparse
+from castlm.core.sparsify import sparse_linears
+from castlm.export.verify import verify
+from castlm.oneshot.basis import change_basis_
+from castlm.oneshot.inputs import ExpertInputs, see_inputs
+from castlm.oneshot.options import BasisOptions, Refinements
+from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.solvers import SOLVERS, whole_hessian
+from castlm.oneshot.walk import BlockInputs, block_stack
+from tests.tiny import EXPERTS, save_tiny, tiny_model
+
+NAME = "model.layers.0.mlp.experts"
+
+
+def calibration(num_sequences: int = 8, seq_len: int = 64) -> Tensor:
+    return torch.randint(0, 256, (num_sequences, seq_len), generator=torch.Generator().manual_seed(0))
+
+
+def linearized(family: str, **over):
+    model = tiny_model(family, **over)
+    linearize_experts_(model)
+    return model
+
+
+def routed_by_hand(family: str, ids: Tensor, **over) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """What enters each expert of block 0 and its down-projection, and all tokens, from transformers' own parameters."""
+    plain, caught = tiny_model(family, **over), []
+    experts = plain.model.layers[0].mlp.experts
+    experts.register_forward_pre_hook(lambda module, args: caught.append(args))
+    with torch.no_grad():
+        plain(ids)
+        hidden, chosen = (torch.cat([args[i] for args in caught]) for i in (0, 1))
+        xs, neurons = [], []
+        for e in range(4):
+            x = hidden[(chosen == e).any(1)]
+            if family == "gpt_oss":
+                out = x @ experts.gate_up_proj[e] + experts.gate_up_proj_bias[e]
+                gate, up = out[:, ::2].clamp(max=experts.limit), out[:, 1::2].clamp(-experts.limit, experts.limit)
+                inner = (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
+            else:
+                gate, up = (x @ experts.gate_up_proj[e].T).chunk(2, dim=1)
+                inner = F.silu(gate) * up
+            xs.append(x)
+            neurons.append(inner)
+    return xs, neurons, hidden
+
+
+def seen_of_block_0(model, ids: Tensor) -> dict[str, ExpertInputs]:
+    layers, _ = sparse_linears(model)
+    inside = {name: layer for name, layer in layers.items() if ".layers.0." in name}
+    with torch.no_grad():
+        inputs = BlockInputs(model, block_stack(model, layers)[1], ids)
+        seen = see_inputs(inside, inputs, SOLVERS["sparsegpt"], len(ids))
+    assert {name for entry in seen for name in entry.names} == set(inside)
+    return {entry.names[0].rpartition(".")[2]: entry for entry in seen if isinstance(entry, ExpertInputs)}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_an_expert_is_seen_with_the_tokens_that_are_routed_to_it(family):
+    ids = calibration()
+    xs, neurons, _ = routed_by_hand(family, ids)
+    seen = seen_of_block_0(linearized(family), ids)
+    for projection, expected in (("gate_up_proj", xs), ("down_proj", neurons)):
+        entry = seen[projection]
+        assert not entry.few
+        for e, x in enumerate(expected):
+            hessian = whole_hessian(entry.experts[e].statistic.clone())
+            torch.testing.assert_close(hessian, 2 / len(ids) * x.T @ x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_an_expert_with_few_tokens_is_calibrated_on_all(family):
+    model, ids = linearized(family), calibration(2, 32)
+    model.model.layers[0].mlp.gate.weight.data[3] *= 0  # rarely among the two best, never the best
+    seen = seen_of_block_0(model, ids)
+    few = seen["gate_up_proj"].few
+    assert few == seen["down_proj"].few
+    assert 0 < len(few) <= 4
+    _, _, hidden = routed_by_hand(family, ids)
+    for e in few:
+        hessian = whole_hessian(seen["gate_up_proj"].experts[e].statistic.clone())
+        torch.testing.assert_close(hessian, 2 / len(ids) * hidden.T @ hidden, rtol=1e-4, atol=1e-5)
+    report = prune_oneshot_(model, "sparsegpt", calibration=ids)
+    assert report.num_few_experts >= len(few)
+    assert f"{report.num_few_experts} experts had fewer tokens" in report.few_note()
+    assert report.experts_record()["experts_calibrated_on_all_tokens"][f"{NAME}.down_proj"] == len(few)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_every_solver_makes_experts_sparse_and_more_knowledge_loses_less(family):
+    errors = {}
+    for method in SOLVERS:
+        model = linearized(family)
+        report = prune_oneshot_(model, method, calibration=calibration())
+        layers, _ = sparse_linears(model)
+        assert [result.name for result in report.layers]
+        assert {r.name for r in report.layers} == set(layers)
+        assert all(is_nm_sparse(layer.weight) for layer in layers.values())
+        errors[method] = next(result.error for result in report.layers if result.name == f"{NAME}.down_proj")
+    assert errors["sparsegpt"] < errors["magnitude"]
+    assert report.zero_fraction == 0.5
+    assert report.num_few_experts == 0
+    assert report.experts_record() == {}
+
+
+def test_refinements_and_reconstruction_work_on_experts():
+    refined = Refinements(
+        target_asymmetry=0.5, stream_correction=0.5, staged_statistics=True, refit_iterations=5, reconstruct_epochs=1
+    )
+    model = linearized("mixtral")
+    before = model.model.layers[0].mlp.gate.weight.clone()
+    report = prune_oneshot_(model, "sparsegpt", calibration=calibration(), refinements=refined)
+    layers, _ = sparse_linears(model)
+    assert all(is_nm_sparse(layer.weight) for layer in layers.values())
+    assert len(report.reconstructions) == 2
+    assert torch.equal(model.model.layers[0].mlp.gate.weight, before)
+
+
+@pytest.mark.parametrize("rotate", ["values", "residual"])
+def test_the_basis_of_a_model_with_experts_changes_and_its_function_does_not(rotate):
+    model, ids = linearized("mixtral"), calibration()
+    before = model(ids[:1]).logits
+    report = change_basis_(model, ids, BasisOptions(rotate=rotate, rotation_iterations=5))
+    torch.testing.assert_close(model(ids[:1]).logits, before, rtol=1e-3, atol=1e-3)
+    (mlps,) = [change for change in report.changes if change.what == "MLP neurons permuted"]
+    assert mlps.num_tried == 8  # four experts in two blocks
+
+
+def test_the_basis_of_an_unknown_family_is_left_and_said():
+    report = change_basis_(linearized("gpt_oss"), calibration(), BasisOptions())
+    assert report.notes == [note for note in report.notes if "gpt_oss cannot be changed" in note] != []
+
+
+def test_experts_that_compute_their_neurons_otherwise_are_refused(monkeypatch):
+    model = linearized("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    monkeypatch.setattr(type(experts), "_apply_gate", lambda self, out: out.chunk(2, dim=-1)[0])
+    model.set_experts_implementation("eager")  # whose code does not ask `_apply_gate`
+    with pytest.raises(InputError, match="neurons of MixtralExperts are computed in another way"):
+        prune_oneshot_(model, "sparsegpt", calibration=calibration())
+
+
+def test_castlm_prune_says_which_experts_saw_few_tokens(text, tmp_path, capsys):
+    model = save_tiny(tmp_path / "model", "qwen3_moe", hidden_size=64)
+    arguments = ["--model", str(model), "--output-dir", str(tmp_path / "out"), "--calibration", text]
+    assert main(["prune", *arguments, "--num-sequences", "2", "--seq-len", "32", "--device", "cpu"]) == 0
+    assert "calibrated on all tokens" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "castlm.json").read_text())
+    assert f"{NAME}.gate_up_proj" in record["experts_calibrated_on_all_tokens"]
+    assert verify(tmp_path / "out").ok

@@ -1,0 +1,231 @@
+"""`castlm finetune`: a 2:4 model in, a 2:4 model with the same zeros out, whole or through an adapter."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import castlm
+from castlm.cli.finetune import parse_finetune
+from castlm.cli.main import main
+from castlm.core.errors import InputError
+from castlm.training.config import TrainConfig
+from castlm.training.finetune import FinetuneConfig
+from castlm.training.loop import train
+from castlm.training.run import Run
+from tests.ranks import run_ranks
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+IDS = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("sparse")
+    model = tiny_model("llama")
+    castlm.prune_(model)
+    model.model.layers[0].mlp.up_proj.weight.data[0, :4] = torch.tensor([1.0, 0, 0, 0])  # one zero more than it needs
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def small(model: str, dataset: str, output_dir: Path, **over: Any) -> FinetuneConfig:
+    fields = {
+        "max_steps": 6,
+        "seq_len": 32,
+        "per_device_train_batch_size": 4,
+        "eval_tokens": 512,
+        "save_steps": 0,
+        "eval_steps": 6,
+        "learning_rate": 1e-3,
+        "lora_r": 4,
+    }
+    return FinetuneConfig(model, dataset, str(output_dir), **(fields | over))
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize("adapter", ["none", "shira", "lora"])
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+def test_every_zero_stays_and_every_layer_is_trained(sparse, text, tmp_path, adapter, moments):
+    if adapter != "none":
+        pytest.importorskip("peft")
+    record = train(small(sparse, text, tmp_path / "run", adapter=adapter, moments=moments, weight_decay=0.01))
+    folder = tmp_path / "run" / "model"
+    assert castlm.verify(folder).ok
+    before, after = weights(sparse), weights(folder)
+    for name, weight in before.items():
+        in_layer = "proj" in name
+        assert torch.equal(after[name] == 0, weight == 0) or not in_layer, name
+        assert torch.equal(after[name], weight) == (adapter != "none" and not in_layer), name
+    perplexity = record["perplexity"]
+    assert set(perplexity) == {"start", "pruned"}
+    assert perplexity["pruned"] < perplexity["start"]
+    assert perplexity["pruned"] == pytest.approx(record["proof"]["perplexity_from_disk"], rel=1e-5)
+    assert record["verdict"]["reason"].endswith(f"below the model before fine-tuning ({perplexity['start']:,.3f})")
+    assert record["num_params"] == sum(weight.numel() for weight in before.values())
+    assert "its zeros are kept" in (folder / "README.md").read_text()
+
+
+def test_the_adapter_of_a_run_is_loaded_by_peft_and_is_what_was_merged(sparse, text, tmp_path):
+    peft = pytest.importorskip("peft")
+    train(small(sparse, text, tmp_path / "run", adapter="shira"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(sparse), tmp_path / "run" / "adapter"
+        )
+    merged = loaded.merge_and_unload().state_dict()
+    for name, weight in weights(tmp_path / "run" / "model").items():
+        torch.testing.assert_close(merged[name], weight, rtol=0, atol=1e-7)
+
+
+class StopAfter(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize("adapter", ["none", "shira", "lora"])
+def test_a_resumed_run_is_the_straight_one(sparse, text, tmp_path, adapter, monkeypatch):
+    if adapter != "none":
+        pytest.importorskip("peft")
+    train(small(sparse, text, tmp_path / "straight", adapter=adapter))
+    original = Run.train_step
+
+    def train_step(self):
+        if self.progress.step == 4:
+            self.saver.finish()
+            raise StopAfter
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", train_step)
+        with pytest.raises(StopAfter):
+            train(small(sparse, text, tmp_path / "run", adapter=adapter, save_steps=2))
+    train(small(sparse, text, tmp_path / "run", adapter=adapter, save_steps=2, resume=True))
+    one, other = weights(tmp_path / "straight" / "model"), weights(tmp_path / "run" / "model")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_two_ranks_train_as_one(sparse, text, tmp_path):
+    for ranks in (1, 2):
+        config = small(sparse, text, tmp_path / f"run-{ranks}", per_device_train_batch_size=4 // ranks)
+        run_ranks(train, ranks, config, folder=tmp_path, timeout=120)
+    one, two, before = weights(tmp_path / "run-1" / "model"), weights(tmp_path / "run-2" / "model"), weights(sparse)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=2e-5)
+        assert torch.equal(two[name] == 0, before[name] == 0) or "proj" not in name
+
+
+def test_layers_left_dense_in_the_model_stay_dense(text, tmp_path):
+    dense = save_tiny(tmp_path / "dense")
+    train(
+        TrainConfig(
+            str(dense), text, str(tmp_path / "cast"), init_from="magnitude", max_steps=2, seq_len=32, eval_tokens=64,
+            left_dense=("layers.1.mlp.up_proj",), decay_end=1.0, save_steps=0,
+        )
+    )  # fmt: skip
+    record = train(small(str(tmp_path / "cast" / "model"), text, tmp_path / "run", max_steps=2))
+    assert "model.layers.1.mlp.up_proj.weight" in record["left_dense"]
+    assert record["proof"]["layers"] == 13
+
+
+def test_a_dense_model_is_refused_in_one_line_and_nothing_is_written(text, tmp_path, capsys):
+    dense = save_tiny(tmp_path / "dense")
+    assert (
+        main(["finetune", str(dense), "--dataset", text, "--output-dir", str(tmp_path / "run"), "--seq-len", "32"]) == 2
+    )
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{dense} is not 2:4 in model.layers.0.self_attn.q_proj: prune it first" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_not_fine_tuning_is_refused(sparse, text, tmp_path):
+    for over, reason in (
+        ({"method": "cast"}, "method cast does not fine-tune"),
+        ({"init_from": "sparsegpt"}, "init_from sparsegpt: fine-tuning starts from its model"),
+        ({"lora_r": 0}, "lora_r = 0 is out of range"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            small(sparse, text, tmp_path / "run", **over)
+    with pytest.raises(InputError, match="use castlm finetune MODEL"):
+        train(TrainConfig(sparse, text, str(tmp_path / "run"), method="finetune", adapter="shira", seq_len=32))
+    pytest.importorskip("peft")
+    with pytest.raises(InputError, match=r"r = 99 asks for .* use r <= 8"):
+        train(small(sparse, text, tmp_path / "run", adapter="shira", lora_r=99))
+
+
+def train_adapter_on_ranks(config: FinetuneConfig) -> None:
+    with pytest.raises((InputError, SystemExit), match="adapter shira is trained in one process"):
+        train(config)
+
+
+def test_an_adapter_on_several_ranks_is_refused(sparse, text, tmp_path):
+    config = small(sparse, text, tmp_path / "run", adapter="shira")
+    run_ranks(train_adapter_on_ranks, 2, config, folder=tmp_path, timeout=120)
+
+
+def test_the_command_line_has_the_options_that_matter(capsys):
+    given = ["model", "--dataset", "text", "--output-dir", "run"]
+    assert parse_finetune(given)[0].learning_rate == 5e-5
+    assert parse_finetune([*given, "--adapter", "shira"])[0].learning_rate == 5e-4
+    config, page = parse_finetune([*given, "--adapter", "shira", "--learning-rate", "1e-5", "--no-report"])
+    assert (config.learning_rate, config.eta, config.init_from, page) == (1e-5, 0.0, "model", False)
+    assert main(["finetune", *given, "--decay", "horizon"]) == 2
+    assert "--decay" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    shown = capsys.readouterr().out
+    assert "--adapter" in shown
+    assert "--calibration-sequences" not in shown
+
+
+def test_the_file_of_a_run_starts_it_again(sparse, text, tmp_path):
+    train(small(sparse, text, tmp_path / "run", max_steps=2))
+    file = str(tmp_path / "run" / "config.yaml")
+    config, _ = parse_finetune([sparse, "--config", file, "--output-dir", str(tmp_path / "again")])
+    first = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())["config"]
+    assert {**config.as_dict(), "output_dir": None} == {
+        **{name: tuple(v) if isinstance(v, list) else v for name, v in first.items()},
+        "output_dir": None,
+    }
+
+
+def test_a_packed_model_is_fine_tuned_and_its_folder_can_be_overwritten(sparse, text, tmp_path, capsys):
+    castlm.pack_folder(sparse, tmp_path / "packed")
+    over = {"adapter": "shira", "max_steps": 2, "overwrite": True, "report_to": ("none",)}
+    pytest.importorskip("peft")
+    for _ in range(2):
+        train(small(str(tmp_path / "packed"), text, tmp_path / "run", **over))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == ["adapter", "model"]
+    after, before = weights(tmp_path / "run" / "model"), weights(sparse)
+    assert all(torch.equal(after[name] == 0, before[name] == 0) for name in before if "proj" in name)
+    assert "Warning" not in capsys.readouterr().err
+
+
+def test_the_benchmark_tells_the_ways_apart(sparse, text, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    from benchmarks import finetune
+
+    monkeypatch.setattr(finetune, "FULL_RATES", (1e-3,))
+    monkeypatch.setattr(finetune, "ADAPTER_RATES", (1e-3,))
+    dense, out = save_tiny(tmp_path / "dense"), str(tmp_path / "out.json")
+    paths = ["--dense", str(dense), "--sparse", sparse, "--text", text, "--held-out", text]
+    sizes = {"steps": 2, "batch": 2, "seq-len": 32, "r": 2, "seeds": 0, "eval-tokens": 256}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    finetune.main([*paths, *options, "--json", out])
+    rows = {row["name"]: row for row in json.loads(Path(out).read_text())["rows"]}
+    assert {name for name, row in rows.items() if row["violations"]} == {
+        *("dense, before", "dense, all weights", "2:4, plain LoRA, merged")
+    }
+    perplexities = [row["runs"][0]["stories"] for name, row in rows.items() if name != "dense, before"]
+    assert len(set(perplexities)) == len(perplexities)
+    assert capsys.readouterr().out.count("|\n") == 10

@@ -1,0 +1,282 @@
+"""`PatternCallback` and the adapters with the real transformers, TRL and PEFT, on tiny models."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import castlm
+from castlm.core.errors import InputError
+from castlm.core.shards import local
+from castlm.core.sparsify import sparse_linears
+from tests.ranks import run_ranks
+from tests.tiny import TEXT, tiny_model, tiny_tokenizer
+
+IDS = torch.randint(256, (8, 32), generator=torch.Generator().manual_seed(1))
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+"""Layers of at least 4,096 weights: bitsandbytes stores the moments of smaller ones in fp32."""
+
+
+def sparse_model(**over):
+    model = tiny_model("llama", **over)
+    castlm.prune_(model)
+    return model
+
+
+def arguments(folder, kind=TrainingArguments, **over):
+    fields = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+    }
+    return kind(str(folder), **(fields | over))
+
+
+def train(model, folder, callback, **over) -> Trainer:
+    data = [{"input_ids": ids, "labels": ids} for ids in IDS]
+    trainer = Trainer(model, arguments(folder, **over), train_dataset=data, callbacks=[callback])
+    trainer.train()
+    return trainer
+
+
+def sft_train(model, folder, callback, peft_config=None, **over):
+    trl = pytest.importorskip("trl")
+    data = Dataset.from_list([{"text": story} for story in TEXT.split("\n\n")[:8]])
+    trainer = trl.SFTTrainer(
+        model,
+        args=arguments(folder, trl.SFTConfig, max_length=64, **over),
+        train_dataset=data,
+        processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
+        callbacks=[callback],
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("run", [train, sft_train])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"])
+def test_trainer_leaves_a_sparse_model_sparse(run, optim, tmp_path):
+    if "bnb" in optim:
+        pytest.importorskip("bitsandbytes")
+    model, before = sparse_model(**WIDE), sparse_model(**WIDE)
+    callback = castlm.PatternCallback()
+    trainer = run(model, tmp_path, callback, optim=optim)
+    assert callback.kept.num_checks == 4  # three steps, and the end
+    trainer.save_model(str(tmp_path / "model"))
+    assert castlm.verify(tmp_path / "model").ok
+    for name, old in before.named_parameters():
+        new = model.get_parameter(name)
+        assert not torch.equal(new, old), f"{name} was not trained"
+        assert not new[old == 0].any()
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_bnb_8bit"])
+def test_a_resumed_trainer_and_its_best_model_stay_sparse(optim, tmp_path):
+    if "bnb" in optim:
+        pytest.importorskip("bitsandbytes")
+    data = [{"input_ids": ids, "labels": ids} for ids in IDS]
+    saving = {"optim": optim, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    for max_steps, resume in ((2, None), (4, True)):
+        model, callback = sparse_model(**WIDE), castlm.PatternCallback()
+        args = arguments(tmp_path, max_steps=max_steps, load_best_model_at_end=True, **saving)
+        trainer = Trainer(model, args, train_dataset=data, eval_dataset=data, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+    assert callback.kept.num_checks == 3  # two steps, and the best model
+    assert castlm.verify(tmp_path / "checkpoint-4").ok
+
+
+def test_trainer_breaks_a_sparse_model_without_the_callback(tmp_path):
+    model = sparse_model()
+    train(model, tmp_path, TrainerCallback())
+    assert castlm.count_nm_violations(model.model.layers[0].mlp.up_proj.weight) > 0
+
+
+class Merge(TrainerCallback):
+    """Fills a zero between two steps, as a merged adapter or other loaded weights do."""
+
+    def on_step_begin(self, args, state, control, model=None, **parts):
+        if state.global_step == 1:
+            model.model.layers[1].mlp.up_proj.weight.data[5, :4] = 1.0
+
+
+def test_what_fills_a_zero_raises_at_its_step(tmp_path):
+    model, callback = sparse_model(), castlm.PatternCallback()
+    data = [{"input_ids": ids, "labels": ids} for ids in IDS]
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=data, callbacks=[callback, Merge()])
+    with pytest.raises(InputError, match=r"after step 2 of AdamW, 2 masked weights of model.layers.1.mlp.up_proj"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"deepspeed": "zero3.json"}, "DeepSpeed hands the optimizer flat slices"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP1 flattens the weights"),
+    ],
+)
+def test_engines_that_flatten_weights_are_refused(setting, reason, tmp_path):
+    args = arguments(tmp_path)
+    for name, value in setting.items():
+        setattr(args, name, value)
+    with pytest.raises(InputError, match=reason):
+        castlm.PatternCallback().on_train_begin(args, None, None, model=sparse_model())
+
+
+def test_deepspeed_of_accelerate_launch_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match="DeepSpeed hands the optimizer flat slices"):
+        castlm.PatternCallback().on_train_begin(SimpleNamespace(deepspeed=None), None, None, model=sparse_model())
+
+
+def adapted(config_of, model=None, **options):
+    """A sparse model with an adapter that is not at zero any more."""
+    peft = pytest.importorskip("peft")
+    model = model or sparse_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = peft.get_peft_model(model, config_of(model, r=4, **options))
+    for name, parameter in found.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+            assert "lora_" in name or "shira_" in name
+    return found
+
+
+ADAPTERS = [castlm.shira_config, castlm.masked_lora_config]
+
+
+@pytest.mark.parametrize("config_of", ADAPTERS)
+def test_the_merge_of_an_adapter_keeps_every_zero_and_computes_the_same(config_of):
+    before, model = sparse_model(), adapted(config_of)
+    logits = model(input_ids=IDS).logits
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=IDS).logits, logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before(input_ids=IDS).logits, logits, atol=0.1)
+    for name, layer in sparse_linears(before)[0].items():
+        weight = merged.get_submodule(name).weight
+        assert torch.equal(weight == 0, layer.weight == 0), name
+        assert not torch.equal(weight, layer.weight), name
+
+
+@pytest.mark.parametrize("config_of", ADAPTERS)
+def test_an_adapter_is_as_large_as_lora_of_its_rank(config_of):
+    model = adapted(config_of)
+    wanted = sum(4 * sum(layer.weight.shape) for layer in sparse_linears(sparse_model())[0].values())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == wanted
+
+
+def test_shira_is_saved_and_loaded_by_peft_alone(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = adapted(castlm.shira_config)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(sparse_model(), tmp_path)
+    assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    castlm.keep_pattern_(loaded.merge_and_unload())
+
+
+def test_masked_lora_is_saved_by_peft_and_needs_its_config_to_be_loaded(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, base = adapted(castlm.masked_lora_config), sparse_model()
+    model.save_pretrained(tmp_path)
+    config = castlm.masked_lora_config(base, r=4)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path, config=config)
+    assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    plain = peft.PeftModel.from_pretrained(sparse_model(), tmp_path)
+    assert not torch.allclose(plain(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=0.1)
+
+
+@pytest.mark.parametrize("config_of", ADAPTERS)
+def test_sft_trainer_trains_an_adapter_that_keeps_the_pattern(config_of, tmp_path):
+    model, callback = sparse_model(), castlm.PatternCallback()
+    trainer = sft_train(model, tmp_path, callback, config_of(model, r=4))
+    assert callback.kept.num_checks == 4
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert any(
+        value.any()
+        for name, value in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()
+        if "lora_B" in name or "shira_weight" in name
+    )
+    trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert castlm.verify(tmp_path / "merged").ok
+
+
+def test_plain_lora_is_refused_before_the_first_step(tmp_path):
+    peft = pytest.importorskip("peft")
+    with pytest.raises(InputError, match=r"adapter of model.layers.0.self_attn.q_proj fills the zeros.*shira_config"):
+        sft_train(sparse_model(), tmp_path, castlm.PatternCallback(), peft.LoraConfig(r=4))
+
+
+def test_the_merge_of_plain_lora_is_found_by_verify(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = adapted(lambda model, r: peft.LoraConfig(r=r, target_modules=["q_proj", "v_proj"])).merge_and_unload()
+    model.save_pretrained(tmp_path)
+    report = castlm.verify(tmp_path)
+    assert not report.ok
+    assert [layer.name for layer in report.layers if not layer.ok] == [
+        f"model.layers.{i}.self_attn.{name}_proj.weight" for i in range(2) for name in "qv"
+    ]
+    assert "merged adapter" in report.text()
+
+
+def test_an_adapter_of_a_dense_model_or_too_large_is_refused():
+    with pytest.raises(InputError, match="14 of 14 layers are not 2:4"):
+        castlm.shira_config(tiny_model("llama"))
+    with pytest.raises(InputError, match=r"r = 99 asks for 6,336 weights of .*q_proj, which keeps 512: use r <= 8"):
+        castlm.shira_config(sparse_model(), r=99)
+    with pytest.raises(InputError, match=r"lora_dropout = 0\.1"):
+        castlm.masked_lora_config(sparse_model(), lora_dropout=0.1)
+
+
+def train_ddp_or_fsdp2(engine: str) -> None:
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    whole, model = sparse_model(), sparse_model()
+    if engine == "fsdp2":
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    kept = castlm.keep_pattern_(model)
+    run = DistributedDataParallel(model) if engine == "ddp" else model
+    for trained in (run, whole):
+        part = IDS if trained is whole else IDS.chunk(size)[rank]
+        if trained is whole:
+            castlm.keep_pattern_(whole)
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2, weight_decay=0.1)
+        for _ in range(3):
+            trained(input_ids=part, labels=part).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert kept.num_checks == 3
+    for name, parameter in model.named_parameters():
+        found = parameter.full_tensor() if engine == "fsdp2" else parameter
+        torch.testing.assert_close(found, whole.get_parameter(name), rtol=1e-3, atol=1e-3)
+        assert torch.equal(found == 0, whole.get_parameter(name) == 0), name
+    weight = model.model.layers[1].mlp.up_proj.weight
+    if rank == 1:
+        local(weight).data.fill_(1.0)
+    if rank == 1 or engine == "fsdp2":  # then both ranks count and raise alike
+        wanted = weight.numel() // 2 // (2 if engine == "fsdp2" else 1)
+        with pytest.raises(InputError, match=rf"{wanted:,} masked weights of model.layers.1.mlp.up_proj"):
+            kept.check("a fill")
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_ranks_keep_the_pattern_and_train_as_one(engine, tmp_path):
+    run_ranks(train_ddp_or_fsdp2, 2, engine, folder=tmp_path, timeout=120)

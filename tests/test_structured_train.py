@@ -1,0 +1,99 @@
+"""Structured patterns through the loop: what is masked is cut out, with every kind of decay; bad runs are refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from castlm.core.decay import DECAYS
+from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern
+from castlm.core.sparsify import prune_
+from castlm.export.verify import verify
+from castlm.models import load_model
+from castlm.training.config import TrainConfig
+from castlm.training.effects import without_effect
+from castlm.training.loop import train
+from tests.test_train import small
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("llama"), "llama"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pattern": "channels:0.5"},
+        {"pattern": "heads:0.5", "init_from": "magnitude"},
+        {"pattern": "channels:0.75+2:4", "init_from": "flap"},
+        {"pattern": "blocks:8x16:0.5", "init_from": "wanda"},
+        {"pattern": "channels:0.5", "method": "finetune", "init_from": "random"},
+        {"pattern": "heads:0.5+2:4", "method": "ste"},
+    ],
+)
+def test_a_run_ends_in_a_verified_model(fields, llama, text, tmp_path):
+    record = train(small(llama, text, tmp_path / "run", max_steps=4, eval_steps=4, **fields))
+    folder = tmp_path / "run" / "model"
+    assert verify(folder, fields["pattern"]).ok
+    assert record["pattern"] == fields["pattern"]
+    # measured before the cut, and after it from the disk
+    assert record["perplexity"]["pruned"] == pytest.approx(record["proof"]["perplexity_from_disk"], rel=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if fields["pattern"].startswith("blocks"):
+        assert "cut" not in record
+    else:
+        assert record["cut"]["logits_moved"] <= 1e-4
+        assert record["num_params"] == model.num_parameters() < load_model(llama).model.num_parameters()
+
+
+@pytest.mark.parametrize("decay", sorted(DECAYS))
+def test_every_decay_trains_channels_that_are_refreshed(decay, llama, text, tmp_path):
+    fields = {"decay": decay, "lam": 1.0, "ignore_decay_budget": True, "init_from": "magnitude"}
+    config = small(llama, text, tmp_path / "run", max_steps=7, pattern="channels:0.5", **fields)
+    record = train(config)
+    assert verify(tmp_path / "run" / "model", "channels:0.5").ok
+    assert (record["mask"]["largest_masked"] == 0) == (decay == "horizon")
+    assert record["mask"]["initial_flip_rate"] >= 0
+
+
+def test_a_run_may_start_from_a_model_whose_units_are_zero(llama, text, tmp_path):
+    pattern = Pattern.parse("channels:0.5")
+    model = load_model(llama).model
+    prune_(model, pattern)
+    model.save_pretrained(tmp_path / "zeros")
+    load_model(llama).tokenizer.save_pretrained(tmp_path / "zeros")
+    config = small(
+        llama, text, tmp_path / "run", max_steps=2, pattern="channels:0.5", init_from=str(tmp_path / "zeros")
+    )
+    train(replace(config, learning_rate=1e-9))
+    small_model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    kept = model.model.layers[0].mlp.down_proj.weight.ne(0).any(0)
+    expected = model.model.layers[0].mlp.down_proj.weight[:, kept]
+    torch.testing.assert_close(small_model.model.layers[0].mlp.down_proj.weight, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError, match=r"is not heads:0\.5 in"):
+        train(replace(config, pattern="heads:0.5", output_dir=str(tmp_path / "other")))
+
+
+def test_runs_that_could_not_be_exported_are_refused_before_they_train(llama, text, tmp_path):
+    gpt2 = str(save_tiny(tmp_path / "gpt2", "opt"))
+    for model, fields, reason in (
+        (gpt2, {"pattern": "heads:0.5"}, "cannot cut heads out of opt"),
+        (llama, {"pattern": "channels:0.5", "left_dense": ("layers.1.mlp.up",)}, "each of the 2 transformer blocks"),
+        (llama, {"pattern": "channels:0.5", "init_from": "sparsegpt"}, "neither one of magnitude, wanda, flap"),
+        (llama, {"pattern": "channels:0.5", "rotate": "values", "init_from": "wanda"}, "use rotate auto"),
+        (llama, {"pattern": "heads:0.9"}, "keeps all of 2 units"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            train(small(model, text, tmp_path / "run", **fields))
+        assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_the_default_start_of_structured_patterns_is_calibrated():
+    config = TrainConfig("model", "text", "run", pattern="channels:0.5", calibration_sequences=8)
+    assert config.start == "taylor"
+    assert without_effect(config) == {}
+    assert TrainConfig("model", "text", "run", pattern="channels:0.5", method="finetune").start == "magnitude"

@@ -1,0 +1,194 @@
+"""Scores of units and what least squares make of the rest, against formulas written out on one layer."""
+
+import json
+
+import pytest
+import torch
+
+from castlm.cli.main import main
+from castlm.core.errors import InputError
+from castlm.core.pattern import NM, Pattern
+from castlm.core.sparsify import sparse_linears
+from castlm.core.structured import cut
+from castlm.oneshot.options import UNIT_SCORES, Refinements
+from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.units import SCORES, loss_gradients, solve_columns
+from castlm.planning.law import fit_law
+from castlm.planning.points import Point
+from tests.tiny import TEXT, VOCAB_SIZE, save_tiny, tiny_model
+
+TOKENS = torch.randint(0, VOCAB_SIZE, (8, 32), generator=torch.Generator().manual_seed(0))
+NO_REFIT = Refinements(refit_iterations=0)
+
+
+def mlp_inputs(model):
+    """What enters down_proj of block 0, (tokens, channels)."""
+    seen = []
+    hook = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(TOKENS)
+    hook.remove()
+    return seen[0].flatten(0, 1)
+
+
+def expected(score, model):
+    """The score of each channel of block 0."""
+    mlp = model.model.layers[0].mlp
+    gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+    if score == "magnitude":
+        return gate.square().sum(1) + up.square().sum(1) + down.square().sum(0)
+    if score == "taylor":
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        parts = [(w * w.grad).abs() for w in (gate, up, down)]
+        return parts[0].sum(1) + parts[1].sum(1) + parts[2].sum(0)
+    x = mlp_inputs(model)
+    return (x.square().mean(0) if score == "wanda" else x.var(0, correction=0)) * down.square().sum(0)
+
+
+def kept_channels(model, block=0):
+    return model.model.layers[block].mlp.down_proj.weight.ne(0).any(0)
+
+
+def test_the_names_of_the_scores_are_known_without_torch():
+    assert tuple(SCORES) == UNIT_SCORES
+
+
+@pytest.mark.parametrize("score", [name for name in UNIT_SCORES if name != "random"])
+def test_the_channels_with_the_highest_score_stay(score):
+    model = tiny_model("llama")
+    best = expected(score, tiny_model("llama")).argsort(descending=True)[:32]
+    prune_oneshot_(model, score, pattern="channels:0.5", calibration=TOKENS, refinements=NO_REFIT)
+    assert kept_channels(model).nonzero().flatten().tolist() == sorted(best.tolist())
+
+
+def test_the_random_choice_depends_on_the_seed_alone():
+    kept = []
+    for seed in (0, 0, 1):
+        model = tiny_model("llama")
+        prune_oneshot_(model, "random", pattern="channels:0.5", seed=seed)
+        kept.append(kept_channels(model))
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0], kept[2])
+
+
+def test_kept_columns_are_the_least_squares_solution():
+    torch.manual_seed(0)
+    x, weight = torch.randn(100, 12), torch.randn(5, 12)
+    kept = torch.arange(12) % 3 > 0
+    new = solve_columns(weight, kept, x.T @ x, damping=0.0)
+    solution = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution.T
+    torch.testing.assert_close(new, solution, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["channels:0.5", "heads:0.5", "blocks:8x16:0.5", "channels:0.75+2:4", "heads:0.5+2:4"])
+@pytest.mark.parametrize("score", ["flap", "taylor"])
+def test_every_pattern_is_pruned_and_least_squares_lower_the_error(text, score):
+    errors = []
+    for refinements in (NO_REFIT, Refinements()):
+        model = tiny_model("llama")
+        pattern = Pattern.parse(text).for_model(model)
+        report = prune_oneshot_(model, score, pattern=text, calibration=TOKENS, refinements=refinements)
+        layers, _ = sparse_linears(model, text)
+        for unit in pattern.units(layers):
+            assert pattern.unit_violations([layers[name].weight for name in unit]) == 0
+        errors.append(sum(layer.error for layer in report.layers if ".layers.0." in layer.name))
+        assert {layer.name for layer in report.layers} == set(layers)
+    assert 0 < errors[1] < errors[0]
+
+
+def test_n_of_m_is_solved_in_what_is_left():
+    model = tiny_model("llama")
+    prune_oneshot_(model, "flap", pattern="channels:0.75+2:4", calibration=TOKENS)
+    down = model.model.layers[0].mlp.down_proj.weight
+    small = cut(down, kept_channels(model).expand_as(down))
+    assert small.shape == (32, 48)
+    assert NM(2, 4).violations(small) == 0
+    assert torch.equal((small == 0).sum(1), torch.full((32,), 24))
+
+
+def test_gradients_leave_the_model_as_it_was():
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.requires_grad_(False)
+    layers, _ = sparse_linears(model, "channels:0.5")
+    found = loss_gradients(model, layers, TOKENS)
+    assert found.keys() == layers.keys()
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.model.embed_tokens.weight.requires_grad
+    assert model.lm_head.weight.requires_grad
+
+
+def test_what_cannot_be_scored_is_refused():
+    model = tiny_model("llama")
+    with pytest.raises(InputError, match=r"'sparsegpt' does not rank the units of channels:0\.5"):
+        prune_oneshot_(model, "sparsegpt", pattern="channels:0.5", calibration=TOKENS)
+    with pytest.raises(InputError, match="score flap needs a calibration text"):
+        prune_oneshot_(model, "flap", pattern="channels:0.5")
+    with pytest.raises(InputError, match=r"only refit_iterations is for channels:0\.5"):
+        Refinements(target_asymmetry=0.5).for_solver("flap", Pattern.parse("channels:0.5"))
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(InputError, match="has NaN or infinity"):
+        prune_oneshot_(model, "magnitude", pattern="channels:0.5")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("units")
+    save_tiny(folder / "dense")
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def prune(files, out, *arguments):
+    calibration = ["--calibration", str(files / "text.txt"), "--num-sequences", "4", "--seq-len", "32"]
+    return main(["prune", "--model", str(files / "dense"), "--output-dir", str(out), *calibration, *arguments])
+
+
+def test_castlm_prune_cuts_and_records_the_score(files, tmp_path, capsys):
+    assert prune(files, tmp_path / "out", "--pattern", "channels:0.5") == 0
+    record = json.loads((tmp_path / "out" / "castlm.json").read_text())
+    assert (record["method"], record["pattern"]) == ("taylor", "channels:0.5")
+    assert record["cut"]["after"] == {"intermediate_size": 32}
+    assert main(["verify", str(tmp_path / "out"), "--base", str(files / "dense")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`intermediate_size` from 64 to 32" in card
+    assert "it needs no kernels of its own" in card
+    assert prune(files, tmp_path / "tiles", "--pattern", "blocks:8x16:0.5", "--method", "random") == 0
+    assert "8 x 16 weights" in (tmp_path / "tiles" / "README.md").read_text()
+    capsys.readouterr()
+    for arguments, reason in (
+        (["--pattern", "channels:0.5", "--method", "sparsegpt"], "does not rank the units"),
+        (["--pattern", "2:4", "--method", "flap"], "there is no one-shot method 'flap'"),
+        (["--pattern", "heads:0.9"], "keeps all of 2 units"),
+        (["--pattern", "channels:0.5", "--target-asymmetry", "0.5"], "only refit_iterations"),
+    ):
+        assert prune(files, tmp_path / "no", *arguments) == 2
+        assert reason in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()
+
+
+def test_what_is_n_of_m_after_the_cut_is_packed_and_quantized(files, tmp_path, capsys):
+    assert prune(files, tmp_path / "out", "--pattern", "channels:0.75+2:4", "--method", "flap") == 0
+    assert main(["pack", str(tmp_path / "out"), "--output-dir", str(tmp_path / "packed")]) == 0
+    assert main(["verify", str(tmp_path / "packed")]) == 0
+    assert main(["quantize", str(tmp_path / "out"), "--output-dir", str(tmp_path / "int8")]) == 0
+    assert main(["verify", str(tmp_path / "int8")]) == 0
+    assert prune(files, tmp_path / "cut", "--pattern", "channels:0.5", "--method", "flap") == 0
+    capsys.readouterr()
+    assert main(["quantize", str(tmp_path / "cut"), "--output-dir", str(tmp_path / "no")]) == 2
+    assert "which has no n:m to keep" in capsys.readouterr().err
+
+
+def test_plans_and_advice_know_the_patterns_or_refuse_them(files, capsys):
+    dense = str(files / "dense")
+    memory = ["plan", "memory", "--model", dense, "--seq-len", "32", "--pattern"]
+    assert main([*memory, "channels:0.5"]) == 0
+    assert main([*memory, "channels:0.99"]) == 2
+    assert "keeps all of 64 units" in capsys.readouterr().err
+    advise = ["advise", dense, "--device", "h100", "--pattern"]
+    assert main([*advise, "channels:0.5"]) == 0
+    assert "times as fast as those of the whole model" in capsys.readouterr().out
+    assert main([*advise, "blocks:8x16:0.5"]) == 2
+    assert "advise knows 2:4" in capsys.readouterr().err
+    points = [Point(tokens=10.0**i, perplexity=9.0 - i, pattern=("2:4", "heads:0.5")[i % 2]) for i in range(1, 7)]
+    with pytest.raises(InputError, match="points of 2 patterns"):
+        fit_law(points, "power")
