@@ -42,29 +42,27 @@ class _Rate(TextColumn):
 
 
 @contextmanager
-def shown_progress(what: str, rate: str | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Yields `told(done, total)`, to be called after each part of the work, and before the first if some is done.
+def shown_progress(what: str, rate: str | None = None, before: int = 0) -> Iterator[Callable[[int, int], None]]:
+    """Yields `told(done, total)`, to be called after each part of the work.
 
     Args:
         what: the work and its parts, as "perplexity, sequences".
         rate: also shows the parts done in a second, with this unit, as "tokens/s".
+        before: parts that an earlier start has done.
     """
     console = Screen(stderr=True, highlight=False)
     if console.is_terminal:
         columns = [TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20)]
         columns += [_Rate(rate)] if rate else []
         with Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True) as bar:
-            task = bar.add_task(what, total=None)
+            task = bar.add_task(what, total=None, completed=before)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
     started = last = time.monotonic()
-    before: int | None = None  # done by an earlier start
 
     def line(done: int, total: int) -> None:
-        nonlocal last, before
+        nonlocal last
         now = time.monotonic()
-        if before is None:
-            before = done if now - started < 1 else 0
         if now - last >= SECONDS_BETWEEN_LINES and before < done < total:
             last = now
             per_second = (done - before) / (now - started)

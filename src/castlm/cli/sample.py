@@ -119,7 +119,7 @@ class SampleCommand:
         if self.resume:
             file.restore(sampler.prompt_of)
         try:
-            with shown_progress("sampling, tokens", rate="tokens/s") as progress:
+            with shown_progress("sampling, tokens", rate="tokens/s", before=file.tokens) as progress:
                 return sample(sampler, file, num_tokens=self.num_tokens, progress=progress)
         except (KeyboardInterrupt, SystemExit):
             if file.batches:

@@ -215,7 +215,6 @@ def sample(
     Raises:
         InputError: as `SampleFile.add`, or `PATIENCE` batches in a row have brought nothing new.
     """
-    progress(min(file.tokens, num_tokens), num_tokens)
     without = 0
     while file.tokens < num_tokens:
         rows = []
