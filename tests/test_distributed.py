@@ -26,12 +26,12 @@ from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.masks import unpack_mask
 from castlm.core.scaling import add_weight_scaling
-from castlm.core.shards import local
+from castlm.core.shards import local, whole
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
 from castlm.data.loader import BatchLoader
 from castlm.distributed import export
 from castlm.distributed.loading import load_rows_, materialize_, open_sharded
-from castlm.distributed.sharding import shard_, whole
+from castlm.distributed.sharding import shard_
 from castlm.distributed.world import close_world, init_world
 from castlm.export.verify import verify
 from castlm.models import load_model

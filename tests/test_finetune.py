@@ -209,3 +209,23 @@ def test_a_packed_model_is_fine_tuned_and_its_folder_can_be_overwritten(sparse, 
     after, before = weights(tmp_path / "run" / "model"), weights(sparse)
     assert all(torch.equal(after[name] == 0, before[name] == 0) for name in before if "proj" in name)
     assert "Warning" not in capsys.readouterr().err
+
+
+def test_the_benchmark_tells_the_ways_apart(sparse, text, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    from benchmarks import finetune
+
+    monkeypatch.setattr(finetune, "FULL_RATES", (1e-3,))
+    monkeypatch.setattr(finetune, "ADAPTER_RATES", (1e-3,))
+    dense, out = save_tiny(tmp_path / "dense"), str(tmp_path / "out.json")
+    paths = ["--dense", str(dense), "--sparse", sparse, "--text", text, "--held-out", text]
+    sizes = {"steps": 2, "batch": 2, "seq-len": 32, "r": 2, "seeds": 0, "eval-tokens": 256}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    finetune.main([*paths, *options, "--json", out])
+    rows = {row["name"]: row for row in json.loads(Path(out).read_text())["rows"]}
+    assert {name for name, row in rows.items() if row["violations"]} == {
+        *("dense, before", "dense, all weights", "2:4, plain LoRA, merged")
+    }
+    perplexities = [row["runs"][0]["stories"] for name, row in rows.items() if name != "dense, before"]
+    assert len(set(perplexities)) == len(perplexities)
+    assert capsys.readouterr().out.count("|\n") == 10

@@ -119,7 +119,7 @@ def test_an_optimizer_that_mixes_weights_raises_at_its_first_step():
     castlm.keep_pattern_(model)
     matrices = [layer.weight for layer in castlm.sparse_linears(model)[0].values()]
     with pytest.raises(
-        InputError, match=r"after a step of Muon, [\d,]+ masked weights of model.layers.0.self_attn.q_proj"
+        InputError, match=r"after step 1 of Muon, [\d,]+ masked weights of model.layers.0.self_attn.q_proj"
     ):
         step(model, torch.optim.Muon(matrices, lr=1e-2))
 

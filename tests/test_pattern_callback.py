@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_what_fills_a_zero_raises_at_its_step(tmp_path):
     model, callback = sparse_model(), castlm.PatternCallback()
     data = [{"input_ids": ids, "labels": ids} for ids in IDS]
     trainer = Trainer(model, arguments(tmp_path), train_dataset=data, callbacks=[callback, Merge()])
-    with pytest.raises(InputError, match=r"after a step of AdamW, 2 masked weights of model.layers.1.mlp.up_proj"):
+    with pytest.raises(InputError, match=r"after step 2 of AdamW, 2 masked weights of model.layers.1.mlp.up_proj"):
         trainer.train()
     assert trainer.state.global_step == 1
 
@@ -136,6 +137,12 @@ def test_engines_that_flatten_weights_are_refused(setting, reason, tmp_path):
         setattr(args, name, value)
     with pytest.raises(InputError, match=reason):
         castlm.PatternCallback().on_train_begin(args, None, None, model=sparse_model())
+
+
+def test_deepspeed_of_accelerate_launch_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match="DeepSpeed hands the optimizer flat slices"):
+        castlm.PatternCallback().on_train_begin(SimpleNamespace(deepspeed=None), None, None, model=sparse_model())
 
 
 def adapted(config_of, model=None, **options):

@@ -69,6 +69,7 @@ class KeptPattern:
     def __init__(self, layers: Mapping[str, SparseLayer]) -> None:
         self.weights: dict[str, _Weight] = {}
         self._handles: list[RemovableHandle] = []
+        self._num_steps = 0
         self.num_checks = 0
         """How often the zeros have been counted."""
         for name, layer in layers.items():
@@ -140,7 +141,8 @@ class KeptPattern:
         for weight in mine:
             _zero_codes_(optimizer.state.get(weight.parameter, {}), weight)
         if mine:
-            self.check(f"a step of {type(optimizer).__name__}")
+            self._num_steps += 1
+            self.check(f"step {self._num_steps} of {type(optimizer).__name__}")
 
 
 _GUARDS: weakref.WeakKeyDictionary[nn.Module, list[KeptPattern]] = weakref.WeakKeyDictionary()

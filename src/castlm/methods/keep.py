@@ -27,7 +27,8 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
     """Keeps every zero of the sparse layers of `model` at zero under any optimizer, in place.
 
     Call it once, before training; where `fully_shard` is used, after it. The masks are the zeros that the weights have
-    now. Their gradients, and so their moments, stay zero, and after each optimizer step the zeros are counted.
+    now. Their gradients, and so their moments, stay zero, and after each optimizer step the zeros are counted. A copy
+    of the model is not guarded.
 
     Args:
         model: n:m sparse; a transformers model, or one with PEFT adapters.
