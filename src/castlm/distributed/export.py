@@ -26,9 +26,9 @@ from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.pattern import Pattern
 from castlm.core.scaling import scale_weight
-from castlm.core.shards import local
+from castlm.core.shards import local, whole
 from castlm.distributed.loading import empty_model, load_rows_, materialize_, open_sharded
-from castlm.distributed.sharding import shard_, whole
+from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World
 from castlm.export.hf import (
     EVAL_TOLERANCE,

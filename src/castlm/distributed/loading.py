@@ -21,9 +21,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from castlm.conversion import as_stored, state_dict_key, stored_names, stored_rows
 from castlm.core.experts import ExpertLinear
-from castlm.core.shards import local
+from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import dense_name
-from castlm.distributed.sharding import own_rows
 from castlm.distributed.world import World
 from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, cached_snapshot, locate

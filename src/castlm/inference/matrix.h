@@ -25,7 +25,7 @@ constexpr int64_t kHeaderBytes = 64;
 enum Values : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kInt4 = 4 };
 
 // kRows: kept values row by row, then the bits of the mask, then the scales; any pattern, plain C++.
-// kPanels: 1:4 and 2:4, a few rows by 64 columns at a time in the order in which AVX2 reads them.
+// kPanels: 1:4 and 2:4, a few rows by 64 columns at a time in the order in which vector kernels read them.
 // kDense: all values, four rows by 64 columns at a time.
 enum Layout : int32_t { kRows = 0, kPanels = 1, kDense = 2 };
 
@@ -125,10 +125,13 @@ using Multiply = void (*)(const Header&, const uint8_t* data, const Activations&
 
 // The instruction sets that there are kernels for, the faster ones later.
 enum Level : int32_t { kPlain = 0, kNeon = 1, kAvx2 = 2, kAvx512 = 3 };
+int32_t level();  // the one in use
 
 // The kernel of a matrix in panels or dense rows for `batch` rows of x (1, 2, or a multiple of 4).
+bool has_neon();
 bool has_avx2();
 bool has_avx512();
+Multiply neon_multiply(const Header&, int64_t batch);
 Multiply avx2_multiply(const Header&, int64_t batch);
 Multiply avx512_multiply(const Header&, int64_t batch);
 bool avx512_gains(const Header&, int64_t batch);  // whether it is faster than AVX2

@@ -69,9 +69,7 @@ class MemoryPlan:
     gradient_checkpointing: bool
     gpu_gib: float | None = None
     smallest_world_size: int | None = None
-    """The least power of two of ranks that fit `gpu_gib`; None if `largest_world_size` do not, or without that."""
-    largest_world_size: int = WORLD_SIZES[-1]
-    """The most ranks that were tried: 1 for patterns that train in one process."""
+    """The least power of two of ranks that fit `gpu_gib`; None if 4,096 do not, or without `gpu_gib`."""
 
     @property
     def peak(self) -> int:
@@ -97,7 +95,7 @@ class MemoryPlan:
         lines = [f"{name:<34}{gib:>10.3f} GiB" for name, gib in self.rows()]
         if self.gpu_gib is not None:
             verdict = "fits" if self.fits else "does not fit"
-            least = self.smallest_world_size or f"none up to {self.largest_world_size}"
+            least = self.smallest_world_size or "none up to 4096"
             lines.append(
                 f"{verdict} {self.gpu_gib:g} GiB on {self.world_size} rank(s): {self.needed_gib:.1f} GiB with "
                 f"context and fragmentation; smallest number of ranks that fits: {least}"
@@ -182,8 +180,6 @@ def plan_memory(
         if value not in known:
             raise InputError(f"{name} = {value!r} is unknown: one of {', '.join(known)}")
     pattern = as_pattern(pattern)
-    if world_size > 1 and not pattern.independent_rows:
-        raise InputError(f"pattern {pattern} trains in one process, not in {world_size}: leave world_size at 1")
     config = read_config(config)
     run = Settings(
         seq_len=seq_len,
@@ -199,15 +195,14 @@ def plan_memory(
         fused=fused_optimizer,
     )
     sizes = _sizes(config, pattern, run)
-    world_sizes = WORLD_SIZES if pattern.independent_rows else (1,)
-    sharded_or_not = {world_size > 1} if gpu_gib is None else {size > 1 for size in world_sizes}
+    sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
     saved = {sharded: trace(config, run, sharded) for sharded in sharded_or_not}
     plan = _plan(sizes, saved[world_size > 1], run, world_size)
     if gpu_gib is None:
         return plan
-    candidates = (replace(_plan(sizes, saved[r > 1], run, r), gpu_gib=gpu_gib) for r in world_sizes)
+    candidates = (replace(_plan(sizes, saved[r > 1], run, r), gpu_gib=gpu_gib) for r in WORLD_SIZES)
     least = next((candidate.world_size for candidate in candidates if candidate.fits), None)
-    return replace(plan, gpu_gib=gpu_gib, smallest_world_size=least, largest_world_size=world_sizes[-1])
+    return replace(plan, gpu_gib=gpu_gib, smallest_world_size=least)
 
 
 def _check_range(**numbers: tuple[int, int, int]) -> None:

@@ -19,6 +19,7 @@ from castlm.core.sparsify import prune_
 from castlm.distributed.export import ShardedResult, export_sharded
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
+from castlm.export.cut_sizes import cut_pattern
 from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.hardware import peak_memory
@@ -81,7 +82,8 @@ def finish(run: TrainedRun) -> dict[str, Any]:
     histogram = masked_histogram(local_masks(masks), run.world)
     if masks:
         prune_(run.model, pattern, masks=masks, filter_fn=filter_of(run.config))
-    if run.parts.source.stored is not None and not is_remote_code(run.model):
+    is_cut = run.is_sparse and cut_pattern(pattern) is not None  # which takes the whole model
+    if run.parts.source.stored is not None and not is_remote_code(run.model) and not is_cut:
         record = export_sharded(sharded_result(run), finished_record(run, histogram))
         say_result(run, record)
         return record
@@ -95,7 +97,7 @@ def sharded_result(run: TrainedRun) -> ShardedResult:
 
     def measure(objective: Objective) -> float:
         return held_out_perplexity(
-            objective, run.parts.text.eval_ids, seq_len=config.seq_len, batch=1, precision="fp32", world=world
+            objective, run.parts.text.held_out, seq_len=config.seq_len, batch=1, precision="fp32", world=world
         )
 
     return ShardedResult(
@@ -145,7 +147,7 @@ def write_result(run: TrainedRun, model: PreTrainedModel | None, histogram: dict
     seq_len, tokenizer = run.config.seq_len, run.parts.source.tokenizer
 
     def measure(m: PreTrainedModel) -> float:
-        return perplexity(m, run.parts.text.eval_ids, seq_len=seq_len).perplexity
+        return perplexity(m, run.parts.text.held_out, seq_len=seq_len).perplexity
 
     record = finished_record(run, histogram)
     if not run.is_sparse:  # the dense control has no pattern to verify
@@ -205,7 +207,7 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
         seq_len=config.seq_len,
         text=", ".join(config.eval_datasets) or f"held out of {', '.join(config.datasets)}",
         text_sha256=run.parts.text.eval_sha256,
-        num_tokens=len(run.parts.text.eval_ids),
+        held_out=run.parts.text.held_out,
         precision=run.parts.evaluator.precision,
     )
     labels = {
