@@ -13,7 +13,7 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.core.structured import is_structured
 from castlm.fields import choice
-from castlm.oneshot.options import DEFAULT_SCORE, UNIT_SCORES, BasisOptions, Refinements, part_of
+from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,8 @@ class PruneOptions:
 
     method: str | None = choice(None, solver_names)
     """Solver that chooses the masked weights: sparsegpt (the default; it also updates the kept ones), wanda, magnitude.
-    Structured patterns rank their units by taylor (the default), flap, wanda, magnitude or random."""
+    Structured patterns rank their units by flap (the default of channels), taylor (of heads), wanda (of tiles),
+    magnitude or random."""
 
     calibration: str | None = None
     """Text that wanda and sparsegpt need: a file, folder, glob or hub dataset, as --dataset of castlm train."""
@@ -99,7 +100,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         pattern = Pattern.parse(self.pattern)
         device, text = choose_device(self.device), None
         structured = is_structured(pattern)
-        method = self.method or (DEFAULT_SCORE if structured else "sparsegpt")
+        method = self.method or default_start(pattern)
         if method == "magnitude" and self.rotate in ("values", "residual"):
             raise InputError(f"rotate {self.rotate} needs a calibration text: use method sparsegpt or wanda")
         needs_text = method not in (("magnitude", "random") if structured else ("magnitude",))
