@@ -75,7 +75,8 @@ class KeptPattern:
             if parameter.dim() not in (2, 3):
                 raise InputError(
                     f"{name} has a weight of shape {tuple(parameter.shape)}, not (out, in) or (experts, out, in): "
-                    "sharding that flattens weights (FSDP1, DeepSpeed ZeRO) cannot keep a pattern; use FSDP2 fully_shard or DDP"
+                    "sharding that flattens weights (FSDP1, DeepSpeed ZeRO) cannot keep a pattern; use FSDP2 "
+                    "fully_shard or DDP"
                 )
             packed = pack_mask(local(parameter).detach() != 0)
             self.weights[name] = _Weight(parameter, weakref.ref(layer), packed)

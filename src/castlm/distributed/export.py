@@ -34,6 +34,7 @@ from castlm.export.hf import EVAL_TOLERANCE, new_manifest, rejected, verify_patt
 from castlm.export.verify import verify
 from castlm.files import atomic_dir, atomic_write_json, is_disk_full
 from castlm.layout import stored_transposed
+from castlm.models import copy_processor
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -167,6 +168,7 @@ def _write_the_rest(result: ShardedResult, folder: Path) -> None:
     if result.model.can_generate():
         result.model.generation_config.save_pretrained(folder)
     result.tokenizer.save_pretrained(folder)
+    copy_processor(config, folder)
 
 
 def _verify_files(result: ShardedResult, temporary: Path, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -62,13 +62,11 @@ def shapes_of(name: str, trust_remote_code: bool = False) -> Shapes:
     Raises:
         InputError: as `castlm.models.open_model`.
     """
-    from transformers import AutoModelForCausalLM
-
-    from castlm.models import linearize_, open_model
+    from castlm.models import auto_class, linearize_, open_model
 
     _, config, _ = open_model(name, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     linearize_(model)
     return layer_shapes(model)
 

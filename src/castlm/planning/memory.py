@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
@@ -20,7 +20,7 @@ from castlm.core.moments import MOMENTS, new_moments
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
-from castlm.models import linearize_
+from castlm.models import auto_class, linearize_
 from castlm.planning.activations import Saved, Settings, as_input_error, trace
 from castlm.reading import read_json_object, user_path
 
@@ -299,7 +299,7 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -
 
 def _sizes(config: PretrainedConfig, pattern: Pattern, run: Settings) -> _Sizes:
     with torch.device("meta"), as_input_error(config):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
         linearize_(model)
     layers, _ = sparse_linears(model, pattern)
     if run.scale_groups:
