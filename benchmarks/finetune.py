@@ -26,7 +26,7 @@ from benchmarks.machine import machine, write_json
 from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
 
-FULL_RATES, ADAPTER_RATES = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
+FULL_RATES, ADAPTER_RATES = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""What a user decides by: perplexity, bytes and speed of one model in every format, dense and 2:4: a table and a plot.
+"""What a user decides by: quality, bytes and speed of one model in every format, dense and 2:4: a table and a plot.
 
     python -m benchmarks.frontier --text TEXT --calibration TEXT [--model demo] [--sparse FOLDER] [--json O] [--plot O]
+                                  [--tasks-from FOLDER [--tasks arc_easy] [--limit 200]]
 
 Without `--sparse` the 2:4 model is the dense one pruned by SparseGPT, without training; with it, a folder or a run of
-castlm train. Weights are rounded as `castlm quantize` rounds them, and the perplexity is of the rounded weights in
-fp32. Bytes are those of the tensors in a file: packed layers, embedding and head in bf16 (fp32 for fp32), norms. Speed
-is greedy decoding of one sequence in turns, A B A B, by castlm's kernels, fp32 by transformers alone. llama.cpp has no
-rows: its Python package is not installed as a wheel.
+castlm train. Weights are rounded as `castlm quantize` rounds them; perplexity and zero-shot accuracy are of the rounded
+weights in fp32. Bytes are those of the tensors in a file: packed layers, embedding and head in bf16 (fp32 for fp32),
+norms. Speed is greedy decoding of one sequence in turns, A B A B, by castlm's kernels and in its loop, fp32 by
+transformers alone. llama.cpp has no rows: pip finds no wheel of its Python package.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.machine import machine, write_json
+from benchmarks.rows import CLOCKS, interleaved
 from castlm.cli.options import result_folder
 from castlm.core.sparsify import is_sparse_linear
 from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import perplexity
+from castlm.evaluation.zero_shot import zero_shot
 from castlm.inference.convert import onto_kernels_, pack_model_
+from castlm.inference.decode import decoding_method
 from castlm.inference.layers import pack_linear
 from castlm.inference.packed import kept_mask, pack_integers
 from castlm.inference.quantize import QuantizeReport, quantize_
@@ -46,6 +50,8 @@ class Point:
     perplexity: float
     num_bytes: int
     tokens_per_second: float = 0.0
+    zero_shot: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of `castlm.evaluation.zero_shot`, of `acc` alone."""
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -104,10 +110,17 @@ def onto_kernels(model: PreTrainedModel, form: str, sparse: bool, report: Quanti
     onto_kernels_(model, torch.float32)
 
 
-def decode_seconds(model: PreTrainedModel, ids: Tensor) -> float:
-    started = time.perf_counter()
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
-    return time.perf_counter() - started
+def decode(model: PreTrainedModel, ids: Tensor) -> None:
+    """As `castlm generate` decodes."""
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        custom_generate=decoding_method(model),
+    )
 
 
 @torch.no_grad()
@@ -131,17 +144,16 @@ def frontier(options: argparse.Namespace) -> list[Point]:
             made, report = rounded(model, form, calibration)
             found = perplexity(made, text_ids, seq_len=options.seq_len).perplexity
             point = Point(f"{label} {form}", found, stored_bytes(made, form, is_sparse))
+            if options.tasks_from:
+                shown = zero_shot(made, loaded.tokenizer, options.tasks, folder=options.tasks_from, limit=options.limit)
+                point.zero_shot = [row for row in shown["results"] if row["metric"] == "acc"]
             print(f"{point.name:10} perplexity {found:.3f}  {point.num_bytes / 1e6:.1f} MB", flush=True)
             onto_kernels(made, form, is_sparse, report)
             points.append(point)
             runners[point.name] = made.eval()
     prompt = text_ids[:PROMPT].unsqueeze(0)
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for number in range(options.rounds + 1):
-        for name, model in runners.items():
-            took = decode_seconds(model, prompt)
-            if number:
-                seconds[name].append(took)
+    contestants = {name: lambda model=model: decode(model, prompt) for name, model in runners.items()}
+    seconds = interleaved(contestants, options.rounds, options.clock)
     for point in points:
         point.tokens_per_second = NEW_TOKENS / statistics.median(seconds[point.name])
     return points
@@ -150,12 +162,14 @@ def frontier(options: argparse.Namespace) -> list[Point]:
 def table(points: list[Point]) -> str:
     """Markdown, speeds in units of dense bf16 beside tokens per second."""
     base = next(point for point in points if point.name == "dense bf16")
-    lines = ["| format | perplexity | MB | tokens/s | speed of dense bf16 |", "|---|---|---|---|---|"]
+    tasks = [f" {row['task']}, {row['num_docs']} questions |" for row in base.zero_shot]
+    lines = [f"| format | perplexity |{''.join(tasks)} MB | tokens/s | speed of dense bf16 |"]
+    lines.append("|---|" + "---:|" * (4 + len(tasks)))
     for p in points:
         ratio = p.tokens_per_second / base.tokens_per_second
-        lines.append(
-            f"| {p.name} | {p.perplexity:.3f} | {p.num_bytes / 1e6:.1f} | {p.tokens_per_second:.1f} | {ratio:.2f}x |"
-        )
+        shown = "".join(f" {100 * row['value']:.1f} ± {100 * row['stderr']:.1f} % |" for row in p.zero_shot)
+        size, speed = f"{p.num_bytes / 1e6:.1f}", f"{p.tokens_per_second:.1f} | {ratio:.2f}x |"
+        lines.append(f"| {p.name} | {p.perplexity:.2f} |{shown} {size} | {speed}")
     return "\n".join(lines)
 
 
@@ -187,7 +201,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--calibration-len", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int, default=16_384)
     parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tasks-from", metavar="FOLDER", help="zero-shot accuracy too, from files (needs lm-eval)")
+    parser.add_argument("--tasks", nargs="+", default=["arc_easy"])
+    parser.add_argument("--limit", type=int, default=200, help="questions of each task")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for one thread beside other work")
     parser.add_argument("--json", metavar="OUT")
     parser.add_argument("--plot", metavar="OUT")
     options = parser.parse_args(arguments)

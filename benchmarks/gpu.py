@@ -155,7 +155,7 @@ def llama(scale: int, device: str) -> PreTrainedModel:
 
 
 def forward_step(model: PreTrainedModel, batch: int, tokens: int, context: int, device: str) -> Callable[[], Tensor]:
-    """A forward pass over `tokens` new tokens of `batch` sequences; with `context`, after so many in a static cache."""
+    """A forward pass over `tokens` new tokens of `batch` sequences, after `context` tokens in a static cache."""
     ids = torch.ones(batch, tokens, dtype=torch.long, device=device)
     if not context:
         return lambda: model(input_ids=ids, use_cache=False).logits

@@ -3,7 +3,7 @@
     python -m benchmarks.oneshot [--model demo] [--text FILE --held-out FILE] [--num-sequences 128] [--json OUT]
 
 The published side is written after the papers and follows the published code in what it costs: one sequence a pass, a
-Hessian and its inverse for each layer, columns one by one in Python, every block run twice. Same model, same windows;
+Hessian and its inverse for each layer, columns one by one in Python, every block run twice. Same model, same sequences;
 both take turns, A B A B, and what they prune is compared weight for weight.
 """
 

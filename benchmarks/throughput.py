@@ -42,9 +42,9 @@ def bare_step(student, teacher, optimizer, batches, precision, eta):
         with autocast(device, precision):
             logits = student(input_ids=input_ids, use_cache=False).logits
             with torch.no_grad():
-                taught = teacher(input_ids=input_ids, use_cache=False).logits
+                teacher_logits = teacher(input_ids=input_ids, use_cache=False).logits
         log_p = F.log_softmax(logits.float().flatten(0, 1), -1)
-        log_q = F.log_softmax(taught.float().flatten(0, 1), -1)
+        log_q = F.log_softmax(teacher_logits.float().flatten(0, 1), -1)
         kl = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
         ce = F.nll_loss(log_p, labels.flatten(), reduction="sum")
         ((eta * kl + (1 - eta) * ce) / num_tokens).backward()

@@ -16,7 +16,7 @@ from castlm.export.cut import TOLERANCE, check_cut, cut_model
 from castlm.export.cut_sizes import CHANNELS, HEADS, sizes_of
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
-from castlm.models import linearize_conv1d_, load_model
+from castlm.models import linearize_, load_model
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
@@ -26,7 +26,7 @@ IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(1))
 def model_of(family):
     wants = GROUPED if family in HEADS - {"qwen2"} else {}
     model = tiny_model(family, **wants)
-    linearize_conv1d_(model)
+    linearize_(model)
     return model
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import World
-from castlm.evaluation.perplexity import evaluate_file, perplexity, scored_windows, token_ids_of
+from castlm.evaluation.perplexity import evaluate_file, perplexity, scored_sequences, token_ids_of
 from castlm.models import load_model
-from castlm.training.metrics import windows
+from castlm.training.metrics import sequences
 
 from .tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -30,11 +30,11 @@ def hugging_face_sliding_window(model, ids, seq_len, stride):
     nats, tokens, previous_end = 0.0, 0, 0
     for begin in range(0, len(ids), stride):
         end = min(begin + seq_len, len(ids))
-        window, targets = ids[None, begin:end], ids[None, begin:end].clone()
+        sequence, targets = ids[None, begin:end], ids[None, begin:end].clone()
         targets[:, : -(end - previous_end)] = -100
         if (targets[:, 1:] != -100).any():
             count = int((targets[:, 1:] != -100).sum())
-            nats += float(model(window, labels=targets).loss) * count
+            nats += float(model(sequence, labels=targets).loss) * count
             tokens += count
         previous_end = end
         if end == len(ids):
@@ -91,13 +91,13 @@ def test_ranks_share_the_windows_of_a_run(length, num_batches):
     ids = torch.arange(length)
     scored = []
     for rank in range(2):
-        batches = list(windows(ids, 8, 3, World(rank, 2, torch.device("cpu"), None)))
+        batches = list(sequences(ids, 8, 3, World(rank, 2, torch.device("cpu"), None)))
         assert len(batches) == num_batches
         for input_ids, labels in batches:
             real = labels != -100
             assert torch.equal(labels[real], input_ids[real] + 1)
             scored += labels[real].tolist()
-    expected = [t for window in scored_windows(length, 8, 8) for t in range(window.first_scored, window.end)]
+    expected = [t for found in scored_sequences(length, 8, 8) for t in range(found.first_scored, found.end)]
     assert sorted(scored) == expected == [t for t in range(length) if t % 8]
 
 

@@ -197,3 +197,35 @@ def test_the_file_of_a_run_starts_it_again(sparse, text, tmp_path):
         **{name: tuple(v) if isinstance(v, list) else v for name, v in first.items()},
         "output_dir": None,
     }
+
+
+def test_a_packed_model_is_fine_tuned_and_its_folder_can_be_overwritten(sparse, text, tmp_path, capsys):
+    castlm.pack_folder(sparse, tmp_path / "packed")
+    over = {"adapter": "shira", "max_steps": 2, "overwrite": True, "report_to": ("none",)}
+    pytest.importorskip("peft")
+    for _ in range(2):
+        train(small(str(tmp_path / "packed"), text, tmp_path / "run", **over))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == ["adapter", "model"]
+    after, before = weights(tmp_path / "run" / "model"), weights(sparse)
+    assert all(torch.equal(after[name] == 0, before[name] == 0) for name in before if "proj" in name)
+    assert "Warning" not in capsys.readouterr().err
+
+
+def test_the_benchmark_tells_the_ways_apart(sparse, text, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    from benchmarks import finetune
+
+    monkeypatch.setattr(finetune, "FULL_RATES", (1e-3,))
+    monkeypatch.setattr(finetune, "ADAPTER_RATES", (1e-3,))
+    dense, out = save_tiny(tmp_path / "dense"), str(tmp_path / "out.json")
+    paths = ["--dense", str(dense), "--sparse", sparse, "--text", text, "--held-out", text]
+    sizes = {"steps": 2, "batch": 2, "seq-len": 32, "r": 2, "seeds": 0, "eval-tokens": 256}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    finetune.main([*paths, *options, "--json", out])
+    rows = {row["name"]: row for row in json.loads(Path(out).read_text())["rows"]}
+    assert {name for name, row in rows.items() if row["violations"]} == {
+        *("dense, before", "dense, all weights", "2:4, plain LoRA, merged")
+    }
+    perplexities = [row["runs"][0]["stories"] for name, row in rows.items() if name != "dense, before"]
+    assert len(set(perplexities)) == len(perplexities)
+    assert capsys.readouterr().out.count("|\n") == 10

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +25,23 @@ pytestmark = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUIL
 
 FLOATS = {values: dtype for dtype, values in VALUES.items()}
 PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (2, 3), (0, 0)]
+
+
+@contextlib.contextmanager
+def kernels_of(level: str) -> Iterator[None]:
+    before = native.level()
+    native.use_level(level)
+    try:
+        yield
+    finally:
+        native.use_level(before)
+
+
+@pytest.fixture(params=native.levels())
+def level(request):
+    """The kernels for one instruction set after another."""
+    with kernels_of(request.param):
+        yield request.param
 
 
 def random_packed(values: str, n: int, m: int, rows: int, columns: int, seed: int = 0) -> PackedTensor:
@@ -62,9 +83,11 @@ def check_product(packed: PackedTensor, buffer: Tensor, x: Tensor) -> None:
 @pytest.mark.parametrize("values", native.VALUES)
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 @pytest.mark.parametrize("layout", ["best", "rows"])
-def test_products_and_rows_of_every_format(values, n, m, layout):
+def test_products_and_rows_of_every_format(values, n, m, layout, level):
     if layout == "rows" and not m:
         pytest.skip("a dense weight has one layout")
+    if layout == "rows" and level == "avx512":
+        pytest.skip("rows have no kernel of this level")
     for rows, columns in ((8, 192), (5, 24), (13, 96)):
         packed = random_packed(values, n, m, rows, columns)
         buffer = buffer_of(packed, layout)
@@ -87,9 +110,18 @@ def test_products_and_rows_of_every_format(values, n, m, layout):
     groups=st.integers(1, 60),
     batch=st.integers(1, DIRECT_ROWS + 40),
     threads=st.sampled_from([1, 3]),
+    slower=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_products_of_any_shape(values, pattern, rows, groups, batch, threads, seed):
+def test_products_of_any_shape(values, pattern, rows, groups, batch, threads, slower, seed):
+    if slower and native.level() == "avx512":
+        with kernels_of("avx2"):
+            check_shape(values, pattern, rows, groups, batch, threads, seed)
+    else:
+        check_shape(values, pattern, rows, groups, batch, threads, seed)
+
+
+def check_shape(values, pattern, rows, groups, batch, threads, seed):
     n, m = pattern
     packed = random_packed(values, n, m, rows, groups * (m or 5), seed)
     x = torch.randn(batch, packed.spec.columns, generator=torch.Generator().manual_seed(seed))
@@ -101,7 +133,7 @@ def test_products_of_any_shape(values, pattern, rows, groups, batch, threads, se
         torch.set_num_threads(before)
 
 
-def test_a_result_does_not_depend_on_threads():
+def test_a_result_does_not_depend_on_threads(level):
     packed = random_packed("bf16", 2, 4, 512, 1024)
     buffer, x = buffer_of(packed), torch.randn(5, 1024)
     one = packed_linear(x, buffer, 512)
@@ -114,13 +146,42 @@ def test_a_result_does_not_depend_on_threads():
 
 @pytest.mark.parametrize("values", native.VALUES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_are_not_hidden(values, bad):
-    packed = random_packed(values, 2, 4, 8, 128)
-    x = torch.randn(1, 128)
-    x[0, 70] = bad
-    out = packed_linear(x, buffer_of(packed), 8)
-    uses = unpack(packed)[:, 70] != 0
-    assert not torch.isfinite(out[0, uses]).any()
+def test_activations_that_are_not_finite_are_not_hidden(values, bad, level):
+    for n, m in ((2, 4), (0, 0)):
+        packed = random_packed(values, n, m, 8, 128)
+        x = torch.randn(1, 128)
+        x[0, 70] = bad
+        out = packed_linear(x, buffer_of(packed), 8)
+        uses = unpack(packed)[:, 70] != 0
+        assert not torch.isfinite(out[0, uses]).any()
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (0, 0)])
+def test_integers_at_the_ends_of_their_range_do_not_overflow(n, m, level):
+    for values, low, high in (("int8", -128, 127), ("int4", -8, 7)):
+        for code in (low, high):
+            mask = torch.arange(256).expand(8, -1) % 4 < n if m else None
+            codes = torch.full((8, 256), code, dtype=torch.int8)
+            codes = codes if mask is None else codes * mask
+            scales = torch.ones(8, 1) if values == "int8" else torch.ones(8, 4, dtype=torch.bfloat16)
+            packed = pack_integers(codes, scales, values, n, m, mask)
+            for x in (torch.ones(8, 256), -torch.ones(8, 256)):  # 127 as int8
+                product = packed_linear(x, buffer_of(packed), 8)
+                torch.testing.assert_close(product, x @ codes.float().T, rtol=1e-6, atol=0)
+
+
+def test_the_level_is_chosen_by_name_or_in_the_environment(level, monkeypatch):
+    fastest = native.levels()[-1]
+    assert native.level() == level
+    native.use_level(fastest)
+    monkeypatch.setenv("CASTLM_CPU_LEVEL", level)
+    native.load_kernels(native.kernels()._name)
+    assert native.level() == level
+    with pytest.raises(InputError, match="no kernels for the level 'sse2': choose one of plain"):
+        native.use_level("sse2")
+    other = "avx2" if platform.machine() == "aarch64" else "neon"
+    with pytest.raises(InputError, match=f"this processor has no {other}: choose one of plain"):
+        native.use_level(other)
 
 
 def test_products_keep_leading_dimensions_and_take_no_rows():

@@ -119,7 +119,7 @@ def test_an_optimizer_that_mixes_weights_raises_at_its_first_step():
     castlm.keep_pattern_(model)
     matrices = [layer.weight for layer in castlm.sparse_linears(model)[0].values()]
     with pytest.raises(
-        InputError, match=r"after a step of Muon, [\d,]+ masked weights of model.layers.0.self_attn.q_proj"
+        InputError, match=r"after step 1 of Muon, [\d,]+ masked weights of model.layers.0.self_attn.q_proj"
     ):
         step(model, torch.optim.Muon(matrices, lr=1e-2))
 
@@ -211,3 +211,29 @@ def test_another_model_is_not_checked():
     other = tiny_model("llama")
     step(other, torch_adamw(other.parameters()))
     assert kept.num_checks == 0
+
+
+def test_experts_keep_their_zeros():
+    model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    castlm.linearize_experts_(model)
+    castlm.prune_(model)
+    kept = castlm.keep_pattern_(model)
+    experts = model.get_submodule("model.layers.1.mlp.experts.down_proj").weight
+    before = experts.detach().clone()
+    optimizer = bnb("AdamW8bit")(model.parameters())
+    for _ in range(2):
+        step(model, optimizer)
+    assert experts.dim() == 3
+    assert "model.layers.1.mlp.experts.down_proj" in kept.weights
+    assert torch.equal(experts == 0, before == 0)
+    assert not torch.equal(experts, before)
+
+
+def test_sparse_experts_that_are_no_layers_are_refused():
+    model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    castlm.prune_(model)  # the other layers
+    experts = model.get_parameter("model.layers.1.mlp.experts.down_proj")
+    castlm.keep_pattern_(model).remove()
+    experts.data *= castlm.nm_mask(experts)
+    with pytest.raises(InputError, match=r"layers.1.mlp.experts.down_proj holds sparse experts.*linearize_experts_"):
+        castlm.keep_pattern_(model)

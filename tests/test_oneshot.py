@@ -168,7 +168,7 @@ def test_sequences_a_pass_do_not_change_the_result(monkeypatch, pass_tokens, att
     model = tiny_model("llama", attn_implementation=attention)
     expected = copy.deepcopy(model)
     prune_oneshot_(expected, "sparsegpt", calibration=tokens(6))
-    monkeypatch.setattr(calibration_module, "_PASS_TOKENS_CPU", pass_tokens)
+    monkeypatch.setattr(calibration_module, "PASS_TOKENS_CPU", pass_tokens)
     prune_oneshot_(model, "sparsegpt", calibration=tokens(6))
     for got, want in zip(model.parameters(), expected.parameters()):
         assert torch.allclose(got, want, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,21 @@ def test_trainer_leaves_a_sparse_model_sparse(run, optim, tmp_path):
         assert not new[old == 0].any()
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_bnb_8bit"])
+def test_a_resumed_trainer_and_its_best_model_stay_sparse(optim, tmp_path):
+    if "bnb" in optim:
+        pytest.importorskip("bitsandbytes")
+    data = [{"input_ids": ids, "labels": ids} for ids in IDS]
+    saving = {"optim": optim, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    for max_steps, resume in ((2, None), (4, True)):
+        model, callback = sparse_model(**WIDE), castlm.PatternCallback()
+        args = arguments(tmp_path, max_steps=max_steps, load_best_model_at_end=True, **saving)
+        trainer = Trainer(model, args, train_dataset=data, eval_dataset=data, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+    assert callback.kept.num_checks == 3  # two steps, and the best model
+    assert castlm.verify(tmp_path / "checkpoint-4").ok
+
+
 def test_trainer_breaks_a_sparse_model_without_the_callback(tmp_path):
     model = sparse_model()
     train(model, tmp_path, TrainerCallback())
@@ -103,7 +119,7 @@ def test_what_fills_a_zero_raises_at_its_step(tmp_path):
     model, callback = sparse_model(), castlm.PatternCallback()
     data = [{"input_ids": ids, "labels": ids} for ids in IDS]
     trainer = Trainer(model, arguments(tmp_path), train_dataset=data, callbacks=[callback, Merge()])
-    with pytest.raises(InputError, match=r"after a step of AdamW, 2 masked weights of model.layers.1.mlp.up_proj"):
+    with pytest.raises(InputError, match=r"after step 2 of AdamW, 2 masked weights of model.layers.1.mlp.up_proj"):
         trainer.train()
     assert trainer.state.global_step == 1
 
@@ -121,6 +137,12 @@ def test_engines_that_flatten_weights_are_refused(setting, reason, tmp_path):
         setattr(args, name, value)
     with pytest.raises(InputError, match=reason):
         castlm.PatternCallback().on_train_begin(args, None, None, model=sparse_model())
+
+
+def test_deepspeed_of_accelerate_launch_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match="DeepSpeed hands the optimizer flat slices"):
+        castlm.PatternCallback().on_train_begin(SimpleNamespace(deepspeed=None), None, None, model=sparse_model())
 
 
 def adapted(config_of, model=None, **options):

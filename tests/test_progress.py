@@ -4,12 +4,12 @@ from castlm.progress import shown_progress
 
 def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setattr(castlm.progress, "SECONDS_BETWEEN_LINES", 0)
-    with shown_progress("perplexity, windows") as told:
+    with shown_progress("perplexity, sequences") as told:
         told(1, 4)
         told(4, 4)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("castlm: perplexity, windows 1/4, ")
+    assert lines[0].startswith("castlm: perplexity, sequences 1/4, ")
 
 
 def test_short_work_says_nothing(capsys):
@@ -20,9 +20,9 @@ def test_short_work_says_nothing(capsys):
 
 def test_a_terminal_gets_a_bar_that_goes_away(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the stream for a terminal
-    with shown_progress("perplexity, windows") as told:
+    with shown_progress("perplexity, sequences") as told:
         told(1, 2)
         told(2, 2)
     shown = capsys.readouterr().err
-    assert "perplexity, windows" in shown
+    assert "perplexity, sequences" in shown
     assert "\x1b[" in shown

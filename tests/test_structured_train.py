@@ -1,7 +1,6 @@
 """Structured patterns through the loop: what is masked is cut out, with every kind of decay; bad runs are refused."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +9,9 @@ from transformers import AutoModelForCausalLM
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.core.sparsify import is_sparse_linear, prune_
+from castlm.core.sparsify import prune_
 from castlm.export.verify import verify
 from castlm.models import load_model
-from castlm.training import setup
 from castlm.training.config import TrainConfig
 from castlm.training.effects import without_effect
 from castlm.training.loop import train
@@ -92,15 +90,6 @@ def test_runs_that_could_not_be_exported_are_refused_before_they_train(llama, te
         with pytest.raises(InputError, match=reason):
             train(small(model, text, tmp_path / "run", **fields))
         assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
-
-
-def test_several_ranks_are_refused_by_name(llama, tmp_path):
-    model = load_model(llama).model
-    config = TrainConfig(llama, "text", str(tmp_path), pattern="channels:0.5")
-    ranks = SimpleNamespace(size=2)
-    with pytest.raises(InputError, match=r"pattern channels:0\.5 ranks units of whole weights, and 2 ranks"):
-        setup._check_pattern(config, Pattern.parse("channels:0.5"), model, is_sparse_linear, ranks)
-    setup._check_pattern(config, Pattern.parse("2:4"), model, is_sparse_linear, ranks)
 
 
 def test_the_default_start_of_structured_patterns_is_calibrated():

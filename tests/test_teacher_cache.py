@@ -1,4 +1,4 @@
-"""A teacher's most probable tokens on disk: a run from them is the run that the teacher taught, bit for bit."""
+"""A teacher's top-k tokens on disk: a run from them equals the run with the teacher, bit for bit."""
 
 import errno
 import json
@@ -46,8 +46,10 @@ def in_folder(config, tmp_path, name, **over):
 def lessons(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of the batches that a teacher has read."""
     read = []
-    teach = Objective._teach
-    monkeypatch.setattr(Objective, "_teach", lambda self, ids: read.append(tuple(ids.shape)) or teach(self, ids))
+    output_of = Objective._teacher_output
+    monkeypatch.setattr(
+        Objective, "_teacher_output", lambda self, ids: read.append(tuple(ids.shape)) or output_of(self, ids)
+    )
     return read
 
 
@@ -117,7 +119,7 @@ def test_a_missing_block_stops_a_run_without_a_teacher(config, tmp_path):
         train(in_folder(config, tmp_path, "two"))
 
 
-def test_a_damaged_block_is_taught_anew(config, tmp_path, lessons, capsys):
+def test_a_damaged_block_is_written_again(config, tmp_path, lessons, capsys):
     train(config)
     block = next((tmp_path / "cache" / "blocks").glob("*/*.safetensors"))
     whole = block.read_bytes()
@@ -220,8 +222,8 @@ def test_a_fingerprint_is_of_the_dense_weights(config):
     assert fingerprint(model) != before
 
 
-def test_ranks_teach_and_read_as_one_rank_does(config, tmp_path):
-    """Two ranks find what one was taught; what two are taught is found by one."""
+def test_ranks_write_and_read_as_one_rank_does(config, tmp_path):
+    """Two ranks read what one has written, and one rank reads what two have written."""
     train(config)
     ranks = in_folder(config, tmp_path, "ranks", per_device_train_batch_size=2)
     run_ranks(train, 2, ranks, folder=tmp_path)

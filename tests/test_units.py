@@ -1,8 +1,11 @@
 """Scores of units and what least squares make of the rest, against formulas written out on one layer."""
 
+import json
+
 import pytest
 import torch
 
+from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
 from castlm.core.sparsify import sparse_linears
@@ -10,7 +13,9 @@ from castlm.core.structured import cut
 from castlm.oneshot.options import UNIT_SCORES, Refinements
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.units import SCORES, loss_gradients, solve_columns
-from tests.tiny import VOCAB_SIZE, tiny_model
+from castlm.planning.law import fit_law
+from castlm.planning.points import Point
+from tests.tiny import TEXT, VOCAB_SIZE, save_tiny, tiny_model
 
 TOKENS = torch.randint(0, VOCAB_SIZE, (8, 32), generator=torch.Generator().manual_seed(0))
 NO_REFIT = Refinements(refit_iterations=0)
@@ -123,3 +128,67 @@ def test_what_cannot_be_scored_is_refused():
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match="has NaN or infinity"):
         prune_oneshot_(model, "magnitude", pattern="channels:0.5")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("units")
+    save_tiny(folder / "dense")
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def prune(files, out, *arguments):
+    calibration = ["--calibration", str(files / "text.txt"), "--num-sequences", "4", "--seq-len", "32"]
+    return main(["prune", "--model", str(files / "dense"), "--output-dir", str(out), *calibration, *arguments])
+
+
+def test_castlm_prune_cuts_and_records_the_score(files, tmp_path, capsys):
+    assert prune(files, tmp_path / "out", "--pattern", "channels:0.5") == 0
+    record = json.loads((tmp_path / "out" / "castlm.json").read_text())
+    assert (record["method"], record["pattern"]) == ("taylor", "channels:0.5")
+    assert record["cut"]["after"] == {"intermediate_size": 32}
+    assert main(["verify", str(tmp_path / "out"), "--base", str(files / "dense")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`intermediate_size` from 64 to 32" in card
+    assert "it needs no kernels of its own" in card
+    assert prune(files, tmp_path / "tiles", "--pattern", "blocks:8x16:0.5", "--method", "random") == 0
+    assert "8 x 16 weights" in (tmp_path / "tiles" / "README.md").read_text()
+    capsys.readouterr()
+    for arguments, reason in (
+        (["--pattern", "channels:0.5", "--method", "sparsegpt"], "does not rank the units"),
+        (["--pattern", "2:4", "--method", "flap"], "there is no one-shot method 'flap'"),
+        (["--pattern", "heads:0.9"], "keeps all of 2 units"),
+        (["--pattern", "channels:0.5", "--target-asymmetry", "0.5"], "only refit_iterations"),
+    ):
+        assert prune(files, tmp_path / "no", *arguments) == 2
+        assert reason in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()
+
+
+def test_what_is_n_of_m_after_the_cut_is_packed_and_quantized(files, tmp_path, capsys):
+    assert prune(files, tmp_path / "out", "--pattern", "channels:0.75+2:4", "--method", "flap") == 0
+    assert main(["pack", str(tmp_path / "out"), "--output-dir", str(tmp_path / "packed")]) == 0
+    assert main(["verify", str(tmp_path / "packed")]) == 0
+    assert main(["quantize", str(tmp_path / "out"), "--output-dir", str(tmp_path / "int8")]) == 0
+    assert main(["verify", str(tmp_path / "int8")]) == 0
+    assert prune(files, tmp_path / "cut", "--pattern", "channels:0.5", "--method", "flap") == 0
+    capsys.readouterr()
+    assert main(["quantize", str(tmp_path / "cut"), "--output-dir", str(tmp_path / "no")]) == 2
+    assert "which has no n:m to keep" in capsys.readouterr().err
+
+
+def test_plans_and_advice_know_the_patterns_or_refuse_them(files, capsys):
+    dense = str(files / "dense")
+    memory = ["plan", "memory", "--model", dense, "--seq-len", "32", "--pattern"]
+    assert main([*memory, "channels:0.5"]) == 0
+    assert main([*memory, "channels:0.99"]) == 2
+    assert "keeps all of 64 units" in capsys.readouterr().err
+    advise = ["advise", dense, "--device", "h100", "--pattern"]
+    assert main([*advise, "channels:0.5"]) == 0
+    assert "times as fast as those of the whole model" in capsys.readouterr().out
+    assert main([*advise, "blocks:8x16:0.5"]) == 2
+    assert "advise knows 2:4" in capsys.readouterr().err
+    points = [Point(tokens=10.0**i, perplexity=9.0 - i, pattern=("2:4", "heads:0.5")[i % 2]) for i in range(1, 7)]
+    with pytest.raises(InputError, match="points of 2 patterns"):
+        fit_law(points, "power")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import platform
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +20,10 @@ from castlm.core.native import NOT_BUILT, kernels
 SMALLEST_BF16_WIDTH = 256
 # Below as many parameters torch.compile takes longer than it saves in a usual run.
 SMALLEST_COMPILED = 10_000_000
+_CGROUP_MEMORY = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 def choose_device(wanted: str) -> str:
@@ -116,6 +122,30 @@ def describe(device: torch.device, num_ranks: int, precision: str, optimizer: st
     else:
         where = f"{num_ranks} x {platform.machine()} CPU, {torch.get_num_threads()} threads"
     return f"{where}, {precision} compute on fp32 weights, optimizer {optimizer}"
+
+
+def available_memory() -> float:
+    """Bytes that this process can still take without swapping: of the machine, and of the control group it is in.
+
+    Infinity where the system does not tell.
+    """
+    free = [math.inf]
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    for limit, usage in _CGROUP_MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # no such version of control groups, or no limit ("max")
+            free.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
+    return min(free)
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory now; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return 0
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024
 
 
 def peak_memory(device: str) -> int:

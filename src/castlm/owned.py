@@ -43,9 +43,9 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         "model.rejected*/",
         ".model.tmp-*/**",
         ".model.old-*/",
-        "adapter/**",
+        "adapter/",
         ".adapter.tmp-*/**",
-        ".adapter.old-*/**",
+        ".adapter.old-*/",
         "replaced/*/",
     ),
     "compare": (
@@ -58,6 +58,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         *("text/train.jsonl", "text/held_out.jsonl", "castlm/", "dense/", "packed/"),
         *(".packed.tmp-*/**", ".packed.old-*/"),
     ),
+    "prune": ("progress.json", "hidden-*.bin", "block-*.safetensors"),
     "oneshot": ("model/", "model.rejected*/", ".model.tmp-*/**", ".model.old-*/"),
 }
 """What each command writes, relative to its output folder. `*` and `?` match within one name; a pattern that ends in

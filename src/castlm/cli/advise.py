@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 from castlm.cli.options import parse, result_folder, write_json
 from castlm.core.errors import InputError
+from castlm.core.pattern import NM, Pattern
 from castlm.fields import positional
 
 if TYPE_CHECKING:
+    from castlm.inference.advise import Advice
     from castlm.inference.devices import Device
     from castlm.inference.this_device import CpuTimer, GpuTimer
 
@@ -33,6 +35,10 @@ class AdviseCommand:
     measure: bool = False
     """Time the layers on the device at hand instead of estimating them."""
 
+    pattern: str = "2:4"
+    """2:4, or channels and heads that are cut out, as channels:0.5: the advice is then on the smaller model, with its
+    speed beside that of the whole one."""
+
     json: str | None = None
     """Write the advice there; "-" prints it instead of the table."""
 
@@ -40,9 +46,13 @@ class AdviseCommand:
     """Run Python code that comes with a hub model."""
 
     def run(self) -> int:
-        from castlm.inference.advise import advise, shapes_of
+        from castlm.export.cut_sizes import cut_pattern
         from castlm.inference.devices import find_device
 
+        pattern = Pattern.parse(self.pattern)
+        cut = None if cut_pattern(pattern) is None else pattern
+        if cut is None and pattern != NM(2, 4):
+            raise InputError(f"pattern {pattern}: advise knows 2:4, and channels and heads that are cut out")
         timer: CpuTimer | GpuTimer | None = None
         if self.device == "this":
             device, timer = self._this_device()
@@ -50,18 +60,31 @@ class AdviseCommand:
             raise InputError(f"--measure times the device at hand: leave out --device {self.device}")
         else:
             device = find_device(self.device)
-        found = advise(
-            shapes_of(result_folder(self.model), self.trust_remote_code),
+        found = self._advise(device, timer, cut)
+        report, lines = found.as_dict(), [found.text()]
+        if cut is not None:
+            before, after = (advice.totals[self.dtype] for advice in (self._advise(device, timer, None), found))
+            report |= {"pattern": self.pattern, "seconds_before_cut": before, "cut_speedup": before / after}
+            lines.append(
+                f"{pattern}: dense in {self.dtype}, the layers and the head that are left are {before / after:.2f} "
+                "times as fast as those of the whole model"
+            )
+        write_json(self.json, report)
+        if self.json != "-":
+            print("\n".join(lines))
+        return 0
+
+    def _advise(self, device: Device, timer: CpuTimer | GpuTimer | None, cut: Pattern | None) -> Advice:
+        from castlm.inference.advise import advise, shapes_of
+
+        return advise(
+            shapes_of(result_folder(self.model), self.trust_remote_code, cut),
             device,
             tokens=self.tokens,
             dtype=self.dtype,
             formats=timer.formats if timer else None,
             seconds=timer.seconds if timer else None,
         )
-        write_json(self.json, found.as_dict())
-        if self.json != "-":
-            print(found.text())
-        return 0
 
     def _this_device(self) -> tuple[Device, CpuTimer | GpuTimer | None]:
         """The record of the device at hand, and with --measure what times layers on it."""

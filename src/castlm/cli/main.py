@@ -144,7 +144,7 @@ def _main(arguments: list[str]) -> int:
 
         print(castlm.__version__)
         return 0
-    for name in ("torchao", "torch.utils._pytree"):  # of the import that transformers makes: nothing here uses it
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # imported by transformers and peft, unused here
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         _check_utf8(arguments)

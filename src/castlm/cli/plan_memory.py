@@ -10,6 +10,8 @@ from typing import Literal
 from castlm.cli.options import parse
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
+from castlm.core.structured import is_structured
+from castlm.oneshot.options import UNIT_SCORES
 
 _AT_LEAST_1 = {"at_least": 1}
 
@@ -35,7 +37,7 @@ class MemoryCommand:
     """Micro-steps per optimizer step."""
 
     pattern: str = "2:4"
-    """n:m, where n of every m consecutive weights along the input axis are kept."""
+    """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern."""
 
     scale_groups: int = field(default=2, metadata={"at_least": 0})
     """Learnable scale factors per weight row. 0 turns weight scaling off."""
@@ -49,9 +51,10 @@ class MemoryCommand:
     moments: Literal["fp32", "bf16", "8bit"] = "fp32"
     """Storage of Adam's moments."""
 
-    init_from: str = "sparsegpt"
-    """Start of the run: magnitude, wanda, sparsegpt or an n:m model. For wanda and sparsegpt the first rank holds the
-    whole model before step 0."""
+    init_from: str | None = None
+    """Start of the run: magnitude, wanda, sparsegpt (the default) or an n:m model; taylor (the default), flap, wanda,
+    magnitude or random of structured patterns. Except for magnitude, the first rank holds the whole model before
+    step 0."""
 
     calibration_sequences: int = field(default=128, metadata=_AT_LEAST_1)
     """Sequences that wanda and sparsegpt are calibrated on."""
@@ -59,12 +62,20 @@ class MemoryCommand:
     eta: float = field(default=2 / 3, metadata={"at_least": 0})
     """Weight of the KL divergence to the teacher. 0 trains without a teacher."""
 
+    prune: bool = False
+    """Predict `castlm prune` on a CPU instead, for calibration_sequences of seq_len tokens."""
+
+    memory: Literal["model", "block"] = "block"
+    """With --prune, what is held: the whole model, or one transformer block."""
+
     gpu: str | None = None
     """Card that the run should fit on: H100-80GB, A100-80GB, ..., or a number of GiB."""
 
     def run(self) -> int:
         from castlm.planning.memory import plan_memory
 
+        if self.prune:
+            return self._run_prune()
         gib = None if self.gpu is None else _gib(self.gpu)
         prunes = self._prunes()
         plan = plan_memory(
@@ -86,13 +97,28 @@ class MemoryCommand:
         print(plan.table())
         return 0 if plan.fits in (True, None) else 1
 
+    def _run_prune(self) -> int:
+        from castlm.planning.prune_memory import plan_prune_memory
+
+        plan = plan_prune_memory(
+            self.model,
+            memory=self.memory,
+            method=self.init_from or "sparsegpt",
+            pattern=Pattern.parse(self.pattern),
+            num_sequences=self.calibration_sequences,
+            seq_len=self.seq_len,
+        )
+        print(plan.table())
+        return 0
+
     def _prunes(self) -> bool:
         """Whether the first rank prunes the whole model before step 0."""
-        if self.init_from in ("magnitude", "wanda", "sparsegpt"):
+        known = UNIT_SCORES if is_structured(Pattern.parse(self.pattern)) else ("magnitude", "wanda", "sparsegpt")
+        if self.init_from is None or self.init_from in known:
             return self.init_from != "magnitude"
         if not Path(self.init_from).expanduser().is_dir():
             raise InputError(
-                f"init_from {self.init_from} is neither magnitude, wanda, sparsegpt nor the folder of an n:m model"
+                f"init_from {self.init_from} is neither {', '.join(known)} nor the folder of a model of {self.pattern}"
             )
         return False
 

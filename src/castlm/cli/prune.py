@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from castlm.cli.options import parse
 from castlm.core.errors import InputError
@@ -15,7 +16,12 @@ from castlm.fields import choice
 from castlm.oneshot.options import DEFAULT_SCORE, UNIT_SCORES, BasisOptions, Refinements, part_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from castlm.data.documents import Documents, HubDocuments
+    from castlm.oneshot.basis import BasisReport
+    from castlm.oneshot.report import OneshotReport
 
 
 def solver_names() -> Iterable[str]:
@@ -64,6 +70,10 @@ class PruneOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses CUDA if there is a GPU."""
 
+    memory: Literal["auto", "model", "block"] = "auto"
+    """What is in memory: the whole model in fp32, or one transformer block of it, with the hidden states of the text in
+    OUTPUT_DIR.partial; then the same command goes on after a kill. auto: a block where the model does not fit."""
+
     save_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
     """What the result is written in; source: what the model is stored in."""
 
@@ -83,10 +93,9 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
 
     def run(self) -> int:
         from castlm.data.documents import open_documents
-        from castlm.hardware import choose_device, keep_freed_memory
+        from castlm.hardware import choose_device
         from castlm.output import claimed
 
-        keep_freed_memory()
         pattern = Pattern.parse(self.pattern)
         device, text = choose_device(self.device), None
         structured = is_structured(pattern)
@@ -103,7 +112,59 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             text = open_documents(self.calibration, column=self.column)
         inputs = {"model": self.model, "calibration": self.calibration}
         with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
+            if self._holds_a_block(folder, pattern):
+                return self._prune_by_block(folder, pattern, method, text, device)
             return self._prune(folder, pattern, method, text, device)
+
+    def _holds_a_block(self, folder: Path, pattern: Pattern) -> bool:
+        """Whether one block at a time is in memory, and why where that is not asked for."""
+        from castlm.hardware import available_memory
+        from castlm.progress import note
+
+        if self.memory != "auto":
+            return self.memory == "block"
+        if partial_folder(folder).is_dir():
+            note(f"{partial_folder(folder)} holds an unfinished prune by block: going on with it")
+            return True
+        if is_structured(pattern):
+            return False
+        needed, free = self._fp32_bytes(), available_memory()
+        if needed <= free:
+            return False
+        note(
+            f"the model takes {needed / 2**30:.1f} GiB in fp32 and {free / 2**30:.1f} GiB are free: one transformer "
+            "block at a time is in memory (memory block)"
+        )
+        return True
+
+    def _fp32_bytes(self) -> int:
+        """What the model takes in fp32; 0 where it is not in safetensors on this machine, which a block needs."""
+        from castlm.export.stored import read_header
+        from castlm.locate import cached_snapshot, find
+
+        where = find(self.model, self.revision)
+        folder = cached_snapshot(self.model, self.revision) if where.is_hub else Path(where.target)
+        files = [] if folder is None or where.gguf else sorted(folder.glob("*.safetensors"))
+        return 4 * sum(math.prod(tensor.shape) for file in files for tensor in read_header(file).values())
+
+    def _calibration(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Documents | HubDocuments | None
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """The calibration sequences, and what the record says of them."""
+        from castlm.data.tokens import token_ids
+        from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
+
+        if text is None:
+            return None, {}
+        length = self.seq_len or calibration_length(model)
+        ids = token_ids(text, tokenizer, limit=CALIBRATION_POOL * self.num_sequences * length)
+        return calibration_blocks(ids, self.num_sequences, length, self.seed), {
+            "text": self.calibration,
+            "text_sha256": text.text_hash(),
+            "num_sequences": self.num_sequences,
+            "seq_len": length,
+            "seed": self.seed,
+        }
 
     def _prune(
         self, folder: Path, pattern: Pattern, method: str, text: Documents | HubDocuments | None, device: str
@@ -111,33 +172,22 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         import torch
 
         from castlm.core.sparsify import sparse_linears
-        from castlm.data.tokens import token_ids
         from castlm.export.cut import check_cut
         from castlm.export.hf import export_model
+        from castlm.hardware import keep_freed_memory
         from castlm.models import load_model, save_dtype
         from castlm.oneshot.basis import change_basis_
-        from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
         from castlm.oneshot.prune import prune_oneshot_
         from castlm.progress import note, shown_progress
 
+        keep_freed_memory()
         # Solvers and changes of basis compute in fp32; magnitude alone needs no more than what is stored.
         held = None if text is None else torch.float32
         refinements = part_of(self, Refinements).for_solver(method, pattern)
         loaded = load_model(self.model, dtype=held, trust_remote_code=self.trust_remote_code, revision=self.revision)
         check_cut(loaded.model, pattern)
         _, left_dense = sparse_linears(loaded.model, pattern)
-        blocks, calibration = None, {}
-        if text is not None:
-            length = self.seq_len or calibration_length(loaded.model)
-            ids = token_ids(text, loaded.tokenizer, limit=CALIBRATION_POOL * self.num_sequences * length)
-            blocks = calibration_blocks(ids, self.num_sequences, length, self.seed)
-            calibration = {
-                "text": self.calibration,
-                "text_sha256": text.text_hash(),
-                "num_sequences": self.num_sequences,
-                "seq_len": length,
-                "seed": self.seed,
-            }
+        blocks, calibration = self._calibration(loaded.model, loaded.tokenizer, text)
         loaded.model.to(device)
         basis = None
         if blocks is not None:
@@ -157,7 +207,97 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
                 progress=progress,
             )
         loaded.model.to("cpu")
-        record = {
+        export_model(
+            loaded.model,
+            loaded.tokenizer,
+            folder,
+            pattern=pattern,
+            left_dense=left_dense,
+            record=self._record(method, report, basis, calibration),
+            overwrite=True,
+            dtype=save_dtype(self.save_dtype, loaded.dtype),
+        )
+        return self._say_done(folder, method, report)
+
+    def _prune_by_block(
+        self, folder: Path, pattern: Pattern, method: str, text: Documents | HubDocuments | None, device: str
+    ) -> int:
+        import torch
+
+        from castlm.core.experts import ExpertLinear
+        from castlm.core.sparsify import sparse_linears
+        from castlm.distributed.loading import Place, open_sharded
+        from castlm.export.from_blocks import export_blocks
+        from castlm.models import is_vision_language, save_dtype
+        from castlm.oneshot.by_block import BlockPrune, block_file, prune_by_block
+        from castlm.oneshot.stored_model import outside_blocks
+        from castlm.oneshot.walk import block_stack
+        from castlm.output import continued
+        from castlm.owned import discard
+        from castlm.progress import note, shown_progress
+
+        if is_structured(pattern):
+            raise InputError(f"pattern {pattern} is chosen over the whole model: use memory model")
+        opened = open_sharded(self.model, trust_remote_code=self.trust_remote_code, revision=self.revision)
+        if opened is None:
+            raise InputError(
+                f"the blocks of {self.model} cannot be read one by one: memory block needs a folder of safetensors "
+                "whose names are those of the model; use memory model"
+            )
+        loaded, checkpoint = opened
+        partial = partial_folder(folder)
+        if self.overwrite:
+            discard(partial)
+        with continued(partial, "prune"):
+            blocks, calibration = self._calibration(loaded.model, loaded.tokenizer, text)
+            dtype = save_dtype(self.save_dtype, loaded.dtype)
+            places = [place for place in checkpoint.places.values() if isinstance(place, Place)]
+            if any(isinstance(module, ExpertLinear) for module in loaded.model.modules()):
+                raise InputError(f"{self.model} has experts, of which a block holds many: use memory model")
+            if is_vision_language(loaded.model.config):
+                raise InputError(f"{self.model} stores its layers under other names than it loads: use memory model")
+            files = sorted({place.file for place in places})
+            run = BlockPrune(
+                loaded.model,
+                checkpoint,
+                blocks,
+                partial,
+                inputs={
+                    "model": loaded.source,
+                    "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+                    "calibration": calibration,
+                },
+                method=method,
+                pattern=pattern,
+                damping=self.damping,
+                basis=part_of(self, BasisOptions),
+                refinements=part_of(self, Refinements).for_solver(method, pattern),
+                dtype=dtype,
+                device=torch.device(device),
+            )
+            with shown_progress(f"{method}, blocks") as progress:
+                report, basis = prune_by_block(run, say=note, progress=progress)
+            layers, left_dense = sparse_linears(loaded.model, pattern)
+            stack, stacked = block_stack(loaded.model, layers)
+            export_blocks(
+                loaded.model,
+                loaded.tokenizer,
+                folder,
+                blocks=[block_file(partial, index) for index in range(len(stacked))],
+                outside=outside_blocks(checkpoint, stack),
+                pattern=pattern,
+                left_dense=left_dense,
+                record=self._record(method, report, basis, calibration),
+                dtype=dtype,
+            )
+            discard(partial)
+        return self._say_done(folder, method, report)
+
+    def _record(
+        self, method: str, report: OneshotReport, basis: BasisReport | None, calibration: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The content of castlm.json that is this command's."""
+        return {
             "base_model": self.model,
             "method": method,
             "calibration": calibration,
@@ -166,22 +306,19 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             **report.damping_record(),
             **report.experts_record(),
         }
-        export_model(
-            loaded.model,
-            loaded.tokenizer,
-            folder,
-            pattern=pattern,
-            left_dense=left_dense,
-            record=record,
-            overwrite=True,
-            dtype=save_dtype(self.save_dtype, loaded.dtype),
-        )
+
+    def _say_done(self, folder: Path, method: str, report: OneshotReport) -> int:
         if report.num_few_experts:
             print(report.few_note())
         if report.raised_damping:
             print(f"{report.damping_note()}: castlm.json lists them")
         print(f"{folder}: {self.pattern} by {method}, verified; measure it with: castlm eval {folder} --text FILE")
         return 0
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where the work of a prune by block is held until the result is verified: beside the result."""
+    return folder.with_name(f"{folder.name}.partial")
 
 
 def main(arguments: list[str]) -> int:

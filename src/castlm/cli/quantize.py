@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from castlm.cli.options import parse, result_folder
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM
+from castlm.core.pattern import NM, Pattern
 from castlm.fields import positional
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class QuantizeCommand:
     """Run Python code that comes with the model."""
 
     def run(self) -> int:
+        from castlm.export.unit_count import groups_of
         from castlm.hardware import keep_freed_memory
         from castlm.output import claimed
 
@@ -82,7 +83,9 @@ class QuantizeCommand:
         text = self.pattern or manifest.get("pattern")
         if not isinstance(text, str):
             raise InputError(f"{self.model} has no pattern in a castlm.json: pass --pattern 2:4")
-        pattern = NM.parse(text)
+        pattern = groups_of(Pattern.parse(text))
+        if pattern is None:
+            raise InputError(f"{self.model} is {text}, which has no n:m to keep: pass --pattern of an n:m model")
         inputs = {"model": self.model, "calibration": self.calibration}
         with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
             return self._quantize(source, manifest, pattern, folder)

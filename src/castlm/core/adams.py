@@ -30,6 +30,7 @@ from castlm.core.masks import pack_mask, unpack_mask
 from castlm.core.moments import from_codes, new_moments
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.shards import flat, like_rows, local
+from castlm.core.unit_masks import gathers, own_unit_masks, refresh_gathered_
 from castlm.core.update import hyperparameters
 
 
@@ -178,7 +179,7 @@ class AdamS(Optimizer):
                 check_sparse_parameter(param, group["pattern"])
             self.state[param] |= {"step": torch.tensor(0.0), **new_moments(param, group["moments"])}
         for unit in self._units(group) if group["sparse"] else ():
-            for param, mask in zip(unit, group["pattern"].unit_masks([local(p) for p in unit])):
+            for param, mask in zip(unit, own_unit_masks(group["pattern"], unit)):
                 self.state[param]["mask"] = like_rows(pack_mask(mask), param)
 
     def _units(self, group: dict[str, Any]) -> list[list[Tensor]]:
@@ -209,7 +210,8 @@ class AdamS(Optimizer):
         Raises:
             InputError: another shape or dtype, or a mask that keeps more than the pattern does.
         """
-        self._pattern_of(param).check_mask(local(mask), local(param).shape)
+        pattern = self._pattern_of(param)
+        pattern.check_mask(local(mask), local(param).shape, count=not gathers(pattern, [param]))
         local(self.state[param]["mask"]).copy_(pack_mask(local(mask)))
 
     def momentum(self, param: Tensor) -> Tensor:
@@ -239,6 +241,11 @@ class AdamS(Optimizer):
     @torch.no_grad()
     def refresh_masks(self, group: dict[str, Any]) -> None:
         """Recomputes the masks of a sparse group from `|W|`. Raises `InputError` if a weight is NaN."""
+        if gathers(group["pattern"], group["params"]):
+            units = self._units(group)
+            packed = [[local(self.state[p]["mask"]) for p in unit] for unit in units]
+            self._flips = refresh_gathered_(group["pattern"], units, packed)
+            return
         units = [unit for unit in self._units(group) if any(local(p).numel() for p in unit)]  # a rank may hold no rows
         if not units:
             self._flips = 0

@@ -21,6 +21,7 @@ from castlm.core.masks import unpack_mask
 from castlm.core.moments import MOMENTS
 from castlm.core.pattern import Pattern
 from castlm.core.shards import local
+from castlm.core.unit_masks import gathers
 from castlm.core.update import SECOND_MOMENTS
 
 _TRAINED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -140,11 +141,10 @@ def check_sparse_parameter(param: Tensor, pattern: Pattern) -> None:
 def check_placement(param: Tensor, pattern: Pattern) -> None:
     """Raises `InputError` if a DTensor is sharded across what the pattern ties together."""
     for placement in param.placements if isinstance(param, DTensor) else ():
-        by_rows = placement == Shard(0) and pattern.independent_rows
-        if not (placement.is_replicate() or by_rows):
+        if not (placement.is_replicate() or placement == Shard(0)):
             raise InputError(
                 f"a sparse parameter of shape {tuple(param.shape)} is placed as {placement}, which splits "
-                f"groups of {pattern}: shard n:m weights by rows, Shard(0), and do not shard those of other patterns"
+                f"groups of {pattern}: shard sparse weights by rows, Shard(0)"
             )
 
 
@@ -233,10 +233,13 @@ def check_saved(
             _check_saved_state(found, state[param], f"parameter {i}")
             if group["sparse"]:
                 mask = unpack_mask(local(found["mask"]), param.shape[-1])
-                group["pattern"].check_mask(mask, local(param).shape)
+                counts = not gathers(group["pattern"], [param])
+                group["pattern"].check_mask(mask, local(param).shape, count=counts)
             saved_state[param] = found
         for unit in group["units"] or () if group["sparse"] else ():
             params = [group["params"][i] for i in unit]
+            if gathers(group["pattern"], params):  # no collective where one rank alone may have been refused
+                continue
             masks = [unpack_mask(local(saved_state[p]["mask"]), p.shape[1]) for p in params]
             group["pattern"].check_unit_masks(masks)
     return saved_state

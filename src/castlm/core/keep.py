@@ -21,6 +21,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from castlm.core.errors import InputError
+from castlm.core.experts import SparseLayer
 from castlm.core.masks import pack_mask, unpack_mask
 from castlm.core.shards import local
 from castlm.core.sparsify import weight_parameter
@@ -31,12 +32,12 @@ class _Weight:
     """A weight under guard. It does not hold its layer, so that a model can be freed."""
 
     parameter: Tensor
-    layer: weakref.ref[nn.Linear]
+    layer: weakref.ref[SparseLayer]
     packed: Tensor
-    """This rank's rows of the mask in bits: (rows, ceil(in / 8)) uint8, 1 = kept."""
+    """This rank's part of the mask in bits: (..., rows, ceil(in / 8)) uint8, 1 = kept."""
 
     def masked(self) -> Tensor:
-        """(rows, in) bool, True where the weight is masked."""
+        """(..., rows, in) bool, True where the weight is masked."""
         rows = local(self.parameter)
         return ~unpack_mask(self.packed.to(rows.device), rows.shape[-1])
 
@@ -59,15 +60,16 @@ class KeptPattern:
     Works for plain tensors, under DDP, and for DTensors as FSDP2 makes them, if it is made after `fully_shard`.
 
     Args:
-        layers: the layers by the name that errors give them. Their weights are (out, in).
+        layers: the layers by the name that errors give them. Their weights are (..., out, in).
 
     Raises:
-        InputError: a weight that is not 2-D, as FSDP1 and DeepSpeed ZeRO leave it.
+        InputError: a flat weight, as FSDP1 and DeepSpeed ZeRO leave it.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, layers: Mapping[str, SparseLayer]) -> None:
         self.weights: dict[str, _Weight] = {}
         self._handles: list[RemovableHandle] = []
+        self._num_steps = 0
         self.num_checks = 0
         """How often the zeros have been counted."""
         for name, layer in layers.items():
@@ -139,7 +141,8 @@ class KeptPattern:
         for weight in mine:
             _zero_codes_(optimizer.state.get(weight.parameter, {}), weight)
         if mine:
-            self.check(f"a step of {type(optimizer).__name__}")
+            self._num_steps += 1
+            self.check(f"step {self._num_steps} of {type(optimizer).__name__}")
 
 
 _GUARDS: weakref.WeakKeyDictionary[nn.Module, list[KeptPattern]] = weakref.WeakKeyDictionary()

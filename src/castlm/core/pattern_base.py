@@ -121,8 +121,12 @@ class Pattern(ABC):
                 "another pattern"
             )
 
-    def check_mask(self, mask: Tensor, shape: Sequence[int]) -> None:
-        """Raises `InputError` unless `mask` is a bool tensor of this shape that keeps no more than the pattern does."""
+    def check_mask(self, mask: Tensor, shape: Sequence[int], count: bool = True) -> None:
+        """Raises `InputError` unless `mask` is a bool tensor of this shape that keeps no more than the pattern does.
+
+        Args:
+            count: whether to count what it keeps, which the mask of some rows alone does not say of every pattern.
+        """
         import torch
 
         if mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape):
@@ -130,7 +134,7 @@ class Pattern(ABC):
                 f"a mask of shape {tuple(mask.shape)} and {mask.dtype} does not fit a weight of shape {tuple(shape)}: "
                 "pass a torch.bool mask of the weight's shape, True where a weight is kept"
             )
-        violations = self.violations(mask)
+        violations = self.violations(mask) if count else 0
         if violations:
             raise InputError(
                 f"a mask of shape {tuple(shape)} is not {self}: it keeps too many weights in {violations:,} places; "

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -34,3 +35,16 @@ def like_rows(local: Tensor, param: Tensor) -> Tensor:
     stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     mesh, placements = param.device_mesh, param.placements
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor, gathered from all ranks; all of them call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(tensor: Tensor) -> slice:
+    """The rows of the full tensor that this rank holds."""
+    if not isinstance(tensor, DTensor):
+        return slice(0, len(tensor))
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return slice(offset[0], offset[0] + shape[0])

@@ -20,7 +20,8 @@ from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, SparseLayer, is_layer
 from castlm.core.masks import pack_mask, unpack_mask
 from castlm.core.pattern import NM, Pattern, as_pattern
-from castlm.core.shards import local
+from castlm.core.shards import local, whole
+from castlm.core.unit_masks import gathers, own_unit_masks
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -217,10 +218,10 @@ def prune_(
         if masks is not None and weight not in masks:
             raise InputError(f"there is no mask for {name}: pass the masks of the optimizer that trained this model")
         if masks is not None:
-            pattern.check_mask(local(masks[weight]), local(weight).shape)
+            pattern.check_mask(local(masks[weight]), local(weight).shape, count=not gathers(pattern, [weight]))
     for unit in pattern.units(weights):
-        if masks is not None and len(unit) > 1:
-            pattern.check_unit_masks([local(masks[weights[name]]) for name in unit])
+        if masks is not None and (len(unit) > 1 or gathers(pattern, [weights[name] for name in unit])):
+            pattern.check_unit_masks([whole(masks[weights[name]]) for name in unit])
     packed = _magnitude_masks(weights, pattern) if masks is None else {}
     for name, weight in weights.items():
         mask = local(masks[weight]) if masks is not None else unpack_mask(packed[name], weight.shape[-1])
@@ -230,16 +231,15 @@ def prune_(
 
 
 def masks_by_unit(weights: Mapping[str, Tensor], pattern: Pattern) -> Iterator[tuple[str, Tensor]]:
-    """The mask by magnitude of each weight (out, in), unit by unit, with its name.
+    """The mask by magnitude of each weight (out, in), unit by unit, with its name, of the rows that this rank holds.
 
     Raises:
         InputError: a weight does not fit the pattern, or contains NaN.
     """
     for unit in pattern.units(weights):
-        yield from zip(unit, pattern.unit_masks([weights[name].detach() for name in unit]))
+        yield from zip(unit, own_unit_masks(pattern, [weights[name] for name in unit]))
 
 
 def _magnitude_masks(weights: Mapping[str, Tensor], pattern: Pattern) -> dict[str, Tensor]:
     """All masks before any weight changes, packed, as a NaN is only found while its mask is made."""
-    own = {name: local(weight) for name, weight in weights.items()}
-    return {name: pack_mask(mask) for name, mask in masks_by_unit(own, pattern)}
+    return {name: pack_mask(mask) for name, mask in masks_by_unit(weights, pattern)}

@@ -26,15 +26,21 @@ from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.pattern import Pattern
 from castlm.core.scaling import scale_weight
-from castlm.core.shards import local
+from castlm.core.shards import local, whole
 from castlm.distributed.loading import empty_model, load_rows_, materialize_, open_sharded
-from castlm.distributed.sharding import shard_, whole
+from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World
-from castlm.export.hf import EVAL_TOLERANCE, new_manifest, rejected, verify_pattern, write_record
+from castlm.export.hf import (
+    EVAL_TOLERANCE,
+    new_manifest,
+    rejected,
+    verify_pattern,
+    write_all_but_weights,
+    write_record,
+)
 from castlm.export.verify import verify
 from castlm.files import atomic_dir, atomic_write_json, is_disk_full
 from castlm.layout import stored_transposed
-from castlm.models import copy_processor
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -79,7 +85,7 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
     with contextlib.ExitStack() as stack:
         temporary = world.on_main(lambda: stack.enter_context(atomic_dir(folder, overwrite=True)))
         world.check_all(_write_weights(result, temporary))
-        world.on_main(lambda: _write_the_rest(result, temporary))
+        world.on_main(lambda: write_all_but_weights(result.model, result.tokenizer, temporary, result.dtype))
         if result.is_sparse:
             manifest |= world.on_main(lambda: _verify_files(result, temporary, folder, manifest))
             failure, proof = _verify_again(result, temporary)
@@ -159,16 +165,6 @@ def _plan_files(sizes: dict[str, int]) -> dict[str, list[str]]:
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
-
-
-def _write_the_rest(result: ShardedResult, folder: Path) -> None:
-    config = copy.deepcopy(result.model.config)
-    config.architectures, config.dtype = [type(result.model).__name__], str(result.dtype).removeprefix("torch.")
-    config.save_pretrained(folder)
-    if result.model.can_generate():
-        result.model.generation_config.save_pretrained(folder)
-    result.tokenizer.save_pretrained(folder)
-    copy_processor(config, folder)
 
 
 def _verify_files(result: ShardedResult, temporary: Path, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -21,9 +21,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from castlm.conversion import as_stored, state_dict_key, stored_names, stored_rows
 from castlm.core.experts import ExpertLinear
-from castlm.core.shards import local
+from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import dense_name
-from castlm.distributed.sharding import own_rows
 from castlm.distributed.world import World
 from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, cached_snapshot, locate
@@ -231,7 +230,7 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
         InputError: a file that cannot be read, or a weight that is not finite.
     """
     failure = None
-    with _readers() as read:
+    with opened_files() as read:
         for name, parameter in model.named_parameters():
             stored_name = dense_name(name)
             if stored_name not in checkpoint.places:
@@ -253,7 +252,9 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
 
 
 @contextlib.contextmanager
-def _readers() -> Iterator[Any]:
+def opened_files() -> Iterator[Reader]:
+    """Opens safetensors files at their first use, and closes them with the block."""
+
     with contextlib.ExitStack() as stack:
         opened: dict[Path, Any] = {}
 

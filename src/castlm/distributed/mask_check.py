@@ -16,9 +16,8 @@ from castlm.core.adams import AdamS
 from castlm.core.blocks import block_name
 from castlm.core.experts import SparseLayer, num_weights
 from castlm.core.pattern import NM, Pattern
-from castlm.core.shards import local
+from castlm.core.shards import local, own_rows, whole
 from castlm.core.sparsify import weight_parameter
-from castlm.distributed.sharding import own_rows, whole
 from castlm.distributed.world import World
 
 _ROWS = 1024  # sorted at a time

@@ -1,12 +1,10 @@
-"""Shards a model with FSDP2, which splits rows and so keeps groups of m whole, and finds a rank's part of a tensor."""
+"""Shards a model with FSDP2, which splits rows and so keeps groups of m whole."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils.parametrize import ParametrizationList
 
 from castlm.core.experts import ExpertLinear
@@ -55,20 +53,7 @@ def beside_linears(block: nn.Module) -> list[nn.Module]:
     return [m for m in block.modules() if any(True for _ in m.parameters(False)) and not isinstance(m, cast)]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, gathered from all ranks; all of them call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def compile_blocks_(module: nn.Module, backend: str = "inductor") -> None:
     """Compiles every transformer block of `module` in place, each on its own: blocks of one shape share the code."""
     for block in transformer_blocks(module).values():
         block.compile(backend=backend)
-
-
-def own_rows(tensor: Tensor) -> slice:
-    """The rows of the full tensor that this rank holds."""
-    if not isinstance(tensor, DTensor):
-        return slice(0, len(tensor))
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return slice(offset[0], offset[0] + shape[0])

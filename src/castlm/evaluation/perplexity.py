@@ -80,14 +80,14 @@ def perplexity(
     _check(model, token_ids, seq_len, stride, batch_size)
     check_vocabulary(token_ids, head.weight.shape[0])
 
-    windows = scored_windows(len(token_ids), seq_len, stride)
+    sequences = scored_sequences(len(token_ids), seq_len, stride)
     total, done = 0.0, 0
     with eval_mode(model):
-        for batch in _batches(windows, batch_size):
+        for batch in _batches(sequences, batch_size):
             input_ids = torch.stack([token_ids[w.begin : w.end] for w in batch]).to(device)
             labels = input_ids[:, 1:].clone()
-            for row, window in zip(labels, batch):
-                row[: window.first_scored - window.begin - 1] = -100
+            for row, sequence in zip(labels, batch):
+                row[: sequence.first_scored - sequence.begin - 1] = -100
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
                 hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
                 nll = distillation_loss(hidden[:, :-1], head, labels, eta=0, num_tokens=1).loss.item()
@@ -99,9 +99,9 @@ def perplexity(
             total += nll
             done += len(batch)
             if progress is not None:
-                progress(done, len(windows))
+                progress(done, len(sequences))
 
-    scored = sum(window.end - window.first_scored for window in windows)
+    scored = sum(sequence.end - sequence.first_scored for sequence in sequences)
     loss = total / scored
     return PerplexityResult(
         perplexity=math.exp(loss) if loss < 700 else math.inf,
@@ -132,7 +132,7 @@ def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int,
         raise InputError(f"batch_size is {batch_size}: it must be at least 1")
 
 
-class Window(NamedTuple):
+class Scored(NamedTuple):
     """The part of a text that one forward pass sees: the tokens begin .. end-1."""
 
     begin: int
@@ -140,23 +140,23 @@ class Window(NamedTuple):
     first_scored: int  # scores the tokens first_scored .. end-1
 
 
-def scored_windows(num_tokens: int, seq_len: int, stride: int) -> list[Window]:
+def scored_sequences(num_tokens: int, seq_len: int, stride: int) -> list[Scored]:
     """The sequences of a text of `num_tokens`, as `perplexity` describes them, without those that score nothing."""
-    windows, seen = [], 0
+    sequences, seen = [], 0
     for begin in range(0, num_tokens, stride):
         end = min(begin + seq_len, num_tokens)
-        first_scored = max(seen, begin + 1)  # nothing predicts a window's first token
+        first_scored = max(seen, begin + 1)  # nothing predicts a sequence's first token
         if first_scored < end:
-            windows.append(Window(begin, end, first_scored))
+            sequences.append(Scored(begin, end, first_scored))
         if end == num_tokens:
             break
         seen = end
-    return windows
+    return sequences
 
 
-def _batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
+def _batches(sequences: list[Scored], batch_size: int) -> Iterator[list[Scored]]:
     """Batches of one length each. The last sequence may be shorter, and padding would change what it attends to."""
-    for _, equal in groupby(windows, key=lambda window: window.end - window.begin):
+    for _, equal in groupby(sequences, key=lambda sequence: sequence.end - sequence.begin):
         group = list(equal)
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]

@@ -92,7 +92,7 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     }
     proof = manifest["proof"]
     cut = manifest.get("cut")
-    removed = f" {proof['cut']:,} weights of the base were cut out of these layers." if cut else ""
+    removed = f" {proof['cut']:,} weights of the base were cut out of these layers." if "cut" in proof else ""
     counts = (
         f"That is {proof['zero_fraction']:.2%} zeros in {proof['layers']} layers of {proof['weights']:,} weights, "
         f"and {proof['violations']} violations in {proof['groups']:,} {unit_of(pattern)}.{removed}"

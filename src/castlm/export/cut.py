@@ -20,7 +20,7 @@ from castlm.core.pattern import Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears, transformer_blocks
 from castlm.core.structured import Structured
 from castlm.export.cut_sizes import check_family, cut_pattern, sizes_after, sizes_of
-from castlm.models import eval_mode, linearize_conv1d_
+from castlm.models import eval_mode, linearize_
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit, between the masked model and the one that is cut, in
@@ -89,7 +89,7 @@ def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel
     for name, value in after.items():
         setattr(config, name, value)
     small = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    linearize_conv1d_(small)
+    linearize_(small)
     small.load_state_dict(_small_state(model, pattern, outer))
     small = small.to(model.device)
     small.generation_config = copy.deepcopy(model.generation_config)

@@ -6,6 +6,7 @@ tensor is compared bit for bit with the one in memory, and the perplexity is mea
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from castlm.export.cut_sizes import cut_pattern
 from castlm.export.report import VerifyReport
 from castlm.export.verify import verify
 from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_name
-from castlm.models import eval_mode, load_model, parameters_in, save_model
+from castlm.models import copy_processor, eval_mode, load_model, parameters_in, save_model
 from castlm.reading import user_path
 from castlm.versions import library_versions
 
@@ -110,6 +111,19 @@ def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> None:
     """Writes castlm.json and the model card of the model `name` into `folder`."""
     atomic_write_json(folder / "castlm.json", manifest)
     (folder / "README.md").write_text(model_card(name, manifest), encoding="utf-8")
+
+
+def write_all_but_weights(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
+) -> None:
+    """Writes config, generation config and tokenizer beside weights of `dtype` that were written otherwise."""
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], _name_of(dtype)
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    copy_processor(config, folder)
 
 
 def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern
 from castlm.core.sparsify import is_sparse_linear
+from castlm.export.cut_sizes import sizes_after, sizes_of
 from castlm.inference.devices import Device
 from castlm.inference.published import KERNEL_SOURCE, Evidence, evidence
 from castlm.inference.roofline import Format, cpu_formats, gpu_formats, is_assumed, layer_seconds, supports
@@ -56,15 +58,21 @@ def _shape(layer: nn.Linear) -> Shape:
     return layer.out_features, layer.in_features
 
 
-def shapes_of(name: str, trust_remote_code: bool = False) -> Shapes:
+def shapes_of(name: str, trust_remote_code: bool = False, cut: Pattern | None = None) -> Shapes:
     """`layer_shapes` of a model folder, hub id, GGUF file or "demo", from its config alone.
 
+    Args:
+        cut: a pattern whose channels or heads are cut out first.
+
     Raises:
-        InputError: as `castlm.models.open_model`.
+        InputError: as `castlm.models.open_model`, or a family that `cut` is not for.
     """
     from castlm.models import auto_class, linearize_, open_model
 
     _, config, _ = open_model(name, trust_remote_code=trust_remote_code)
+    if cut is not None:
+        for field_name, value in sizes_after(cut, sizes_of(cut, config.to_dict())).items():
+            setattr(config, field_name, value)
     with torch.device("meta"):
         model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     linearize_(model)

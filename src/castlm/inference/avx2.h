@@ -30,13 +30,19 @@ INLINE __m256 load_contiguous(const uint8_t* at) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-// Eight weights of step `e` out of the 16 at `at`, which are two vectors one after the other, or interleaved in bf16.
-template <int values>
-INLINE __m256 load_step(const uint8_t* at, int e) {
-  if (values != kBFloat16) return load_contiguous<values>(at + (values == kFloat32 ? 32 : 16) * e);
+// The even or the odd ones of 16 bf16.
+INLINE __m256 every_second(const uint8_t* at, int odd) {
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-  const __m256i odd = _mm256_set1_epi32(int(0xffff0000));
-  return _mm256_castsi256_ps(e ? _mm256_and_si256(both, odd) : _mm256_slli_epi32(both, 16));
+  const __m256i high = _mm256_set1_epi32(int(0xffff0000));
+  return _mm256_castsi256_ps(odd ? _mm256_and_si256(both, high) : _mm256_slli_epi32(both, 16));
+}
+
+// Eight weights of a panel of floats: those of one step and half (`place_in_panel`).
+template <int values>
+INLINE __m256 load_step(const uint8_t* panel, int step, int half) {
+  if (values == kBFloat16) return every_second(panel + 32 + 32 * step, half);
+  constexpr int kStep = values == kFloat32 ? 32 : 16;
+  return load_contiguous<values>(panel + 32 + kStep * (4 * (step / 2) + 2 * half + step % 2));
 }
 
 }  // namespace castlm

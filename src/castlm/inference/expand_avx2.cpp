@@ -31,7 +31,7 @@ void expand_floats(const Header& of, const uint8_t* panel, float* to, int64_t ld
     const __m256i meta = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel));
     for (int half = 0; half < 2; half++)
       for (int s = 0; s < 8; s++) {
-        const __m256 w = load_step<values>(panel + 32 + kStep * (s / 2 * 2 + half), s % 2);
+        const __m256 w = load_step<values>(panel, s, half);
         const __m256i position = _mm256_and_si256(_mm256_srli_epi32(meta, 2 * s + 16 * half), _mm256_set1_epi32(3));
         float* at = to + half * R * ld + 8 * s;
         store_floats<n, 0>(w, position, at);

@@ -1,7 +1,7 @@
 """Packed experts of a transformer block: where their matrices go while a packed folder is loaded, and their forward.
 
 A packed folder holds each expert's matrices as the plain one does: under names of their own, `experts.7.up_proj`, or
-all of a block together. Either way an expert is packed linear layers in the end, and multiplies the tokens routed to it.
+all of a block together. In the end an expert is packed linear layers, which multiply the tokens routed to it.
 """
 
 from __future__ import annotations

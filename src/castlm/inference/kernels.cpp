@@ -1,39 +1,31 @@
-// Multiplication by n:m and dense weights on a CPU: the entry points with their checks, the threads, what is done to the
-// activations, and the plain path that takes any pattern and any processor. `kernels_avx2.cpp` has the fast ones.
+// Multiplication by n:m and dense weights on a CPU: the entry points with their checks, the threads, the
+// choice among instruction sets, and what is done to the activations. The `kernels_*.cpp` have the fast paths, `plain.cpp`
+// the one that takes any pattern and any processor.
 // Called through ctypes from `native.py`, whose signatures are these.
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
-#include "matrix.h"
+#include "plain.h"
 #include "pool.h"
 
 namespace castlm {
 namespace {
 
+bool runs(int32_t level) {
+  return level == kPlain || (level == kNeon && has_neon()) || (level == kAvx2 && has_avx2()) ||
+         (level == kAvx512 && has_avx512() && has_avx2());
+}
+
+std::atomic<int32_t>& level_in_use() {
+  static std::atomic<int32_t> used{runs(kAvx512) ? kAvx512 : runs(kAvx2) ? kAvx2 : runs(kNeon) ? kNeon : kPlain};
+  return used;
+}
+
 constexpr int64_t kWeightsPerThread = 1 << 16;  // fewer are multiplied sooner than a thread wakes
 constexpr int64_t kChunkBytes = 1 << 16;        // of weights that are multiplied by several batches of x in turn
 enum Error { kOk = 0, kBadSize = 1, kBadMask = 2 };
-
-// A buffer of this thread that is kept from call to call, aligned to a cache line.
-template <int slot>
-void* scratch(int64_t bytes) {
-  static thread_local std::vector<uint8_t> buffer;
-  if (int64_t(buffer.size()) < bytes + 64) buffer.resize(bytes + 64);
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t(63));
-}
-
-float load_value(const uint8_t* row, int32_t values, int64_t index) {
-  uint16_t half;
-  float single;
-  switch (values) {
-    case kBFloat16: std::memcpy(&half, row + 2 * index, 2); return bfloat16_to_float(half);
-    case kFloat16: std::memcpy(&half, row + 2 * index, 2); return float16_to_float(half);
-    case kFloat32: std::memcpy(&single, row + 4 * index, 4); return single;
-    case kInt8: return float(int8_t(row[index]));
-    default: return float(((row[index / 2] >> (index % 2 * 4) & 15) ^ 8) - 8);
-  }
-}
 
 // Writes value `index` of a row of a file there.
 void set_panel_value(const Header& of, uint8_t* panel, const Place& place, const uint8_t* row, int64_t index) {
@@ -45,83 +37,6 @@ void set_panel_value(const Header& of, uint8_t* panel, const Place& place, const
   }
 }
 
-// ---- the plain path: a row at a time becomes fp32
-
-void expand_kept(const Header& of, const uint8_t* data, int64_t row, float* to) {
-  const uint8_t* values = data + row * of.kept_row_bytes();
-  const uint8_t* mask = data + of.rows * of.kept_row_bytes() + row * of.mask_row_bytes();
-  int64_t index = 0, done = 0;
-  if (of.values < kInt8 && has_avx2()) {
-    done = of.columns / 8 * 8;
-    index = avx2_expand(of, values, mask, done / 8, to);
-  }
-  for (int64_t k = done; k < of.columns; ++k)
-    to[k] = mask[k / 8] >> (k % 8) & 1 ? load_value(values, of.values, index++) : 0.0f;
-}
-
-float stored_scale(const uint8_t* at) {
-  float scale;
-  std::memcpy(&scale, at, 4);
-  return scale;
-}
-float short_scale(const uint8_t* at) {
-  uint16_t scale;
-  std::memcpy(&scale, at, 2);
-  return bfloat16_to_float(scale);
-}
-
-EACH_CPU void scale_row(float* row, float scale, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) row[k] *= scale;
-}
-
-// The scales of rows, which follow all panels.
-const uint8_t* row_scales(const Header& of, const uint8_t* data) {
-  return data + of.tiles() * of.blocks() * of.panel_bytes();
-}
-
-void expand_dense(const Header& of, const uint8_t* data, int64_t row, float* to) {
-  for (int64_t block = 0; block < of.blocks(); ++block, to += kBlock) {
-    const uint8_t* from = data + (row / 4 * of.blocks() + block) * of.panel_bytes() + row % 4 * of.dense_block_bytes();
-    if (of.values == kInt4) {  // the first 32 columns are the low halves
-      const float scale = short_scale(from + 32);
-      for (int k = 0; k < 64; ++k) to[k] = scale * float((k < 32 ? from[k] & 15 : from[k - 32] >> 4) - 8);
-    } else {
-      const float scale = of.values == kInt8 ? stored_scale(row_scales(of, data) + 4 * row) : 1.0f;
-      for (int k = 0; k < 64; ++k) to[k] = scale * load_value(from, of.values, k);
-    }
-  }
-}
-
-// Row `row` as fp32 in `to`, `padded()` long.
-void expand_row(const Header& of, const uint8_t* data, int64_t row, float* to) {
-  if (of.layout == kDense) return expand_dense(of, data, row, to);
-  std::fill(to + of.columns, to + of.padded(), 0.0f);
-  expand_kept(of, data, row, to);
-  const uint8_t* scales = data + of.rows * (of.kept_row_bytes() + of.mask_row_bytes());
-  if (of.values == kInt8) scale_row(to, stored_scale(scales + 4 * row), of.columns);
-  if (of.values == kInt4)
-    for (int64_t i = 0; i < of.blocks(); ++i)
-      scale_row(to + i * kBlock, short_scale(scales + 2 * (row * of.blocks() + i)), kBlock);
-}
-
-EACH_CPU float dot(const float* a, const float* b, int64_t count) {
-  float sums[16] = {};
-  for (int64_t k = 0; k < count; k += 16)
-    for (int i = 0; i < 16; ++i) sums[i] += a[k + i] * b[k + i];
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  return sums[0];
-}
-
-void plain_multiply(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
-                    int64_t last) {
-  float* row_values = static_cast<float*>(scratch<0>(of.padded() * 4));
-  for (int64_t row = first * 4; row < std::min(last * 4, of.rows); ++row) {
-    expand_row(of, data, row, row_values);
-    for (int64_t b = 0; b < x.batch; ++b) y[b * ldy + row] = dot(row_values, x.wide + b * of.padded(), of.padded());
-  }
-}
-
 // ---- activations
 
 EACH_CPU void widen_bfloat16(const uint16_t* from, int64_t count, float* to) {
@@ -130,10 +45,11 @@ EACH_CPU void widen_bfloat16(const uint16_t* from, int64_t count, float* to) {
 EACH_CPU void narrow_bfloat16(const float* from, int64_t count, uint16_t* to) {
   for (int64_t k = 0; k < count; ++k) to[k] = float_to_bfloat16(from[k]);
 }
-EACH_CPU void split_pairs(float* row, int64_t count) {
-  for (int64_t k = 0; k < count; k += 16) {
-    float split[16];
-    for (int i = 0; i < 8; ++i) split[i] = row[k + 2 * i], split[8 + i] = row[k + 2 * i + 1];
+template <int together>
+void split_pairs(float* row, int64_t count) {
+  for (int64_t k = 0; k < count; k += together) {
+    float split[together];
+    for (int i = 0; i < together / 2; ++i) split[i] = row[k + 2 * i], split[together / 2 + i] = row[k + 2 * i + 1];
     std::memcpy(row + k, split, sizeof split);
   }
 }
@@ -141,6 +57,9 @@ EACH_CPU void split_pairs(float* row, int64_t count) {
 int64_t padded_batch(int64_t batch) { return batch <= 2 ? batch : (batch + 3) / 4 * 4; }
 
 }  // namespace
+
+int32_t level() { return level_in_use().load(std::memory_order_relaxed); }
+
 }  // namespace castlm
 
 using namespace castlm;
@@ -161,8 +80,8 @@ bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t col
   if (values < kBFloat16 || values > kInt4 || rows < 1 || columns < 1 || rows >= limit || columns >= limit) return false;
   if (m ? n < 1 || n >= m || columns % m : n != 0) return false;
   const bool fits_panels = m == 4 && n <= 2;
-  if (layout < 0) layout = m == 0 ? kDense : fits_panels && has_avx2() ? kPanels : kRows;
-  if (layout > kDense || (layout == kDense) != (m == 0) || (layout == kPanels && !(fits_panels && has_avx2()))) return false;
+  if (layout < 0) layout = m == 0 ? kDense : fits_panels && level() != kPlain ? kPanels : kRows;
+  if (layout > kDense || (layout == kDense) != (m == 0) || (layout == kPanels && !(fits_panels && level() != kPlain))) return false;
   of = Header{kMagic, layout, values, n, m, 0, rows, columns, 0};
   of.data_bytes = data_bytes(of);
   return true;
@@ -256,8 +175,8 @@ void fill_tiles(const Header& of, const uint8_t* values, const uint8_t* mask, co
   if (of.values == kInt8) std::memcpy(data + of.tiles() * of.blocks() * of.panel_bytes(), scales, 4 * of.rows);
 }
 
-// x of (batch, columns) as `of` needs it, `rows` of them with those past `batch` zero.
-Activations prepare(const Header& of, bool fast, const uint8_t* x, bool is_bfloat16, int64_t batch, int64_t rows) {
+// x of (batch, columns) as the kernels of a level need it, `rows` of them with those past `batch` zero.
+Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_bfloat16, int64_t batch, int64_t rows) {
   const int64_t width = of.padded();
   float* wide = static_cast<float*>(scratch<1>(rows * width * 4));
   for (int64_t b = 0; b < rows; ++b) {
@@ -266,18 +185,26 @@ Activations prepare(const Header& of, bool fast, const uint8_t* x, bool is_bfloa
     if (filled && is_bfloat16) widen_bfloat16(reinterpret_cast<const uint16_t*>(x) + b * of.columns, filled, to);
     if (filled && !is_bfloat16) std::memcpy(to, reinterpret_cast<const float*>(x) + b * of.columns, filled * 4);
     std::fill(to + filled, to + width, 0.0f);
-    if (fast && of.layout == kDense && of.values == kBFloat16) split_pairs(to, width);
+    if (of.layout == kDense && of.values == kBFloat16) {
+      if (level == kAvx2) split_pairs<16>(to, width);
+      if (level == kAvx512) split_pairs<32>(to, width);
+    }
   }
-  if (!fast || of.values < kInt8) return {wide, nullptr, nullptr, rows};
-  auto* narrow = static_cast<int8_t*>(scratch<2>(rows * (width + of.blocks() * 4)));
+  if (level == kPlain || of.values < kInt8) return {wide, nullptr, nullptr, nullptr, rows};
+  auto* narrow = static_cast<int8_t*>(scratch<2>(rows * (width + of.blocks() * 8)));
   float* scales = reinterpret_cast<float*>(narrow + rows * width);
-  for (int64_t b = 0; b < rows; ++b) avx2_quantize(wide + b * width, width, narrow + b * width, scales + b * of.blocks());
-  return {wide, narrow, scales, rows};
+  const auto quantize = level == kNeon ? plain_quantize : avx2_quantize;
+  for (int64_t b = 0; b < rows; ++b) quantize(wide + b * width, width, narrow + b * width, scales + b * of.blocks());
+  if (level < kAvx512) return {wide, narrow, scales, nullptr, rows};
+  auto* offsets = reinterpret_cast<int32_t*>(scales + rows * of.blocks());
+  for (int64_t i = 0; i < rows * of.blocks(); ++i) offsets[i] = avx512_adapt(of, narrow + i * kBlock, scales + i);
+  return {wide, narrow, scales, offsets, rows};
 }
 
 Activations rows_from(const Header& of, const Activations& x, int64_t first, int64_t count) {
   return {x.wide + first * of.padded(), x.narrow ? x.narrow + first * of.padded() : nullptr,
-          x.scales ? x.scales + first * of.blocks() : nullptr, count};
+          x.scales ? x.scales + first * of.blocks() : nullptr, x.offsets ? x.offsets + first * of.blocks() : nullptr,
+          count};
 }
 
 }  // namespace
@@ -287,8 +214,19 @@ extern "C" {
 extern const int32_t castlm_inference_version;
 const int32_t castlm_inference_version = 2;
 
-// 1 where the AVX2 kernels run, 0 where the plain path does.
-int castlm_has_avx2() { return has_avx2(); }
+// The level in use.
+int castlm_level() { return level(); }
+
+// Whether this processor has a level.
+int castlm_runs(int level) { return runs(level); }
+
+// Takes another level; 1 where this processor lacks it. Buffers of the level before may not fit, as the plain path reads no
+// panels.
+int castlm_set_level(int level) {
+  if (!runs(level)) return 1;
+  level_in_use() = level;
+  return 0;
+}
 
 // Bytes of the buffer that `castlm_repack` fills; -1 where there is no such matrix. `layout` -1 takes the best one.
 int64_t castlm_packed_bytes(int layout, int values, int n, int m, int64_t rows, int64_t columns) {
@@ -318,8 +256,9 @@ int castlm_multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int 
                     int64_t columns, uint8_t* y, int64_t rows, int threads) {
   Header of;
   if (!checked(packed, bytes, of) || of.rows != rows || of.columns != columns || batch < 1) return kBadSize;
-  const Multiply fast = avx2_multiply(of, 1);
-  const Activations all = prepare(of, fast, x, is_bfloat16, batch, padded_batch(batch));
+  int32_t used = of.layout == kRows ? int32_t(kPlain) : level();
+  if (used == kAvx512 && !avx512_gains(of, padded_batch(batch))) used = kAvx2;
+  const Activations all = prepare(of, used, x, is_bfloat16, batch, padded_batch(batch));
   const int64_t ldy = of.rows;
   float* sums = static_cast<float*>(scratch<3>(all.batch * ldy * 4));
   const int64_t tiles = of.tiles(), tile_bytes = std::max<int64_t>(1, of.data_bytes / tiles);
@@ -331,7 +270,10 @@ int castlm_multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int 
   in_parallel(tiles, part, threads, [&](int64_t first, int64_t last) {
     for (int64_t b = 0; b < all.batch; b += kMaxBatch) {
       const Activations some = rows_from(of, all, b, std::min(kMaxBatch, all.batch - b));
-      const Multiply multiply = fast ? avx2_multiply(of, some.batch) : plain_multiply;
+      const Multiply multiply = used == kAvx512 ? avx512_multiply(of, some.batch)
+                                : used == kAvx2 ? avx2_multiply(of, some.batch)
+                                : used == kNeon ? neon_multiply(of, some.batch)
+                                                : plain_multiply;
       multiply(of, packed + kHeaderBytes, some, sums + b * ldy, ldy, first, last);
     }
   });
@@ -350,7 +292,7 @@ int castlm_unpack(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
   if (count != (last - first) * of.columns) return kBadSize;
   const uint8_t* data = packed + kHeaderBytes;
   const int64_t tile_rows = of.tile_rows(), first_tile = first / tile_rows;
-  const bool fast = of.layout != kRows && has_avx2();
+  const bool fast = of.layout != kRows && level() >= kAvx2;
   in_parallel((last + tile_rows - 1) / tile_rows - first_tile, 8, threads, [&](int64_t begin, int64_t end) {
     float* rows = static_cast<float*>(scratch<0>(tile_rows * of.padded() * 4));
     for (int64_t tile = first_tile + begin; tile < first_tile + end; ++tile) {

@@ -14,8 +14,6 @@ namespace {
 
 constexpr int kPrefetchAhead = 1536;  // bytes; the hardware's own prefetcher is late at 14 bytes a nanosecond
 
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Asks for the panel that comes some time after the one at `panel`.
 template <int bytes>
 INLINE void prefetch(const uint8_t* panel) {
@@ -40,8 +38,7 @@ INLINE void panels_of_floats(const uint8_t* panel, int64_t blocks, const float* 
     for (int t = 0; t < 4; t++) {
 #pragma GCC unroll 2
       for (int e = 0; e < 2; e++) {
-        const __m256 w0 = load_step<values>(panel + 32 + 2 * kStep * t, e);
-        const __m256 w1 = load_step<values>(panel + 32 + kStep * (2 * t + 1), e);
+        const __m256 w0 = load_step<values>(panel, 2 * t + e, 0), w1 = load_step<values>(panel, 2 * t + e, 1);
         const __m256i c0 = _mm256_srli_epi32(meta, 4 * t + 2 * e);
         const __m256i c1 = _mm256_srli_epi32(meta, 4 * t + 2 * e + 16);
 #pragma GCC unroll 4
@@ -158,7 +155,8 @@ INLINE void dense_floats(const uint8_t* row, int64_t blocks, const float* x, int
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
         for (int e = 0; e < 2; e++) {
-          const __m256 w = load_step<values>(row + kStep * (4 * r + k), e);
+          const uint8_t* at = row + kStep * (4 * r + k);
+          const __m256 w = values == kBFloat16 ? every_second(at, e) : load_contiguous<values>(at + kStep / 2 * e);
 #pragma GCC unroll 4
           for (int b = 0; b < BT; b++)
             a[e % E][r][b] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + b * ldx + 16 * k + 8 * e), a[e % E][r][b]);
@@ -247,42 +245,22 @@ INLINE void tile_sums(const __m256* sums, int BT, int b, float* rows) {
   if (n == 1) _mm_storeu_ps(rows + 4, half[1]);
 }
 
-template <int n, int values, int BT>
-void multiply_tiles(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
-                    int64_t last) {
-  constexpr int kTileRows = n == 1 ? 8 : 4;
-  const int64_t blocks = of.blocks(), bytes = of.panel_bytes();
-  // A part of x that stays in the first-level cache while the rows of a tile pass.
-  const int64_t x_bytes = x.batch * of.padded() * (values < kInt8 ? 4 : 1);
-  const int64_t part = x.batch == 1 || x_bytes <= 20480 ? blocks : x.batch >= 16 ? 4 : 8;
-  const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * blocks * bytes);
-  for (int64_t tile = first; tile < last; tile++) {
-    __m256 sums[kMaxBatch / BT][(n ? 2 : 4) * BT];
-    for (int64_t t = 0; t < x.batch / BT; t++)
-      for (auto& sum : sums[t]) sum = _mm256_setzero_ps();
-    for (int64_t k = 0; k < blocks; k += part)
-      for (int64_t t = 0; t < x.batch / BT; t++)
-        add_blocks<n, values, BT>(of, data + (tile * blocks + k) * bytes, smaller(part, blocks - k), x, t * BT, k,
-                                  sums[t]);
-    const int64_t count = smaller(kTileRows, of.rows - tile * kTileRows);
-    for (int64_t b = 0; b < x.batch; b++) {
-      float rows[kTileRows];
-      tile_sums<n>(sums[b / BT], BT, int(b % BT), rows);
-      for (int64_t r = 0; r < count; r++)
-        y[b * ldy + tile * kTileRows + r] = values == kInt8 ? rows[r] * row_scales[tile * kTileRows + r] : rows[r];
-    }
+#include "tiles.h"
+
+struct Avx2 {
+  using Vector = __m256;
+  static constexpr int kMostRows = 4;
+  static INLINE Vector zero() { return _mm256_setzero_ps(); }
+  template <int n, int values>
+  static constexpr int num_sums() { return n ? 2 : 4; }
+  template <int n, int values, int BT>
+  static INLINE void add(const Header& of, const uint8_t* panel, int64_t count, const Activations& x, int64_t at,
+                         int64_t k, Vector* sums) {
+    add_blocks<n, values, BT>(of, panel, count, x, at, k, sums);
   }
-}
-
-template <int n, int values>
-Multiply for_batch(int64_t batch) {
-  return batch == 1 ? multiply_tiles<n, values, 1> : batch == 2 ? multiply_tiles<n, values, 2> : multiply_tiles<n, values, 4>;
-}
-
-template <int values>
-Multiply chosen(const Header& of, int64_t batch) {
-  return of.n == 0 ? for_batch<0, values>(batch) : of.n == 1 ? for_batch<1, values>(batch) : for_batch<2, values>(batch);
-}
+  template <int n, int values>
+  static INLINE void rows(const Vector* sums, int BT, int b, float* to) { tile_sums<n>(sums, BT, b, to); }
+};
 
 }  // namespace
 
@@ -317,18 +295,7 @@ int64_t avx2_expand(const Header& of, const uint8_t* from, const uint8_t* mask, 
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
-// The kernel of a matrix for `batch` rows of x (1, 2, or a multiple of 4); null where the plain path is to be taken.
-Multiply avx2_multiply(const Header& of, int64_t batch) {
-  if (!has_avx2() || of.layout == kRows) return nullptr;
-  switch (of.values) {
-    case kBFloat16: return chosen<kBFloat16>(of, batch);
-    case kFloat16: return chosen<kFloat16>(of, batch);
-    case kFloat32: return chosen<kFloat32>(of, batch);
-    case kInt8: return chosen<kInt8>(of, batch);
-    case kInt4: return chosen<kInt4>(of, batch);
-    default: return nullptr;
-  }
-}
+Multiply avx2_multiply(const Header& of, int64_t batch) { return kernel_of<Avx2>(of, batch); }
 
 // Blocks of x as int8 with the largest magnitude at 127. NaN and infinity make the scale NaN, and so the outputs.
 void avx2_quantize(const float* x, int64_t width, int8_t* narrow, float* scales) {

@@ -25,7 +25,7 @@ constexpr int64_t kHeaderBytes = 64;
 enum Values : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kInt4 = 4 };
 
 // kRows: kept values row by row, then the bits of the mask, then the scales; any pattern, plain C++.
-// kPanels: 1:4 and 2:4, a few rows by 64 columns at a time in the order in which AVX2 reads them.
+// kPanels: 1:4 and 2:4, a few rows by 64 columns at a time in the order in which vector kernels read them.
 // kDense: all values, four rows by 64 columns at a time.
 enum Layout : int32_t { kRows = 0, kPanels = 1, kDense = 2 };
 
@@ -53,12 +53,14 @@ struct Header {
 };
 static_assert(sizeof(Header) <= kHeaderBytes, "the data begin after the header");
 
-// What a row of x is turned into before it is multiplied: fp32, padded; with `pairs`, the even columns of each 16 before
-// the odd ones; or int8 with a scale for each block.
+// What a row of x is turned into before it is multiplied: fp32, padded; for dense bf16, the even columns of each 16 (of each
+// 32 with AVX-512) before the odd ones; or int8 with a scale for each block. With AVX-512 these have 128 added for panels,
+// whose int4 are multiplied as 16 times themselves; for dense weights, `offsets` cancels what was added to the weights.
 struct Activations {
   const float* wide;
   const int8_t* narrow;
   const float* scales;  // (batch, blocks)
+  const int32_t* offsets;  // (batch, blocks), or null
   int64_t batch;        // a multiple of 4, or 1 or 2
 };
 
@@ -97,8 +99,8 @@ INLINE uint16_t float_to_float16(float value) {
 // Where a panel holds kept value `slot` of `group` (16 of four columns) of row `row`: the two bits of its column within
 // the group, and its value, at byte `value` (`value_shift` of int4 within it).
 //   floats: 8 words of metadata, word l for lane l = 4 * (group % 2) + n * (row % R) + slot, bits 16 h + 2 s of half
-//     h = row / R and step s = group / 2, with R = 4 / n; then per two steps and half 16 values, of which bf16 interleaves
-//     the two steps and the others have one after the other.
+//     h = row / R and step s = group / 2, with R = 4 / n; then of bf16 per step 16 values, the halves interleaved, and of the
+//     others per two steps and half 16 values, one step after the other.
 //   8 and 4 bits: 32 bytes of metadata, byte i = 16 * (group / 4 % 2) + 4 n * (row % R) + n * (group % 4) + slot, bits
 //     2 s of step s = 2 h + group / 8; then per step 32 bytes, or of int4 per two steps, the first in the low halves.
 struct Place {
@@ -109,7 +111,7 @@ INLINE Place place_in_panel(const Header& of, int64_t row, int group, int slot) 
   if (of.values < kInt8) {
     const int lane = 4 * (group % 2) + n * row_of_half + slot, step = group / 2;
     const int pair = (step / 2 * 2 + half) * 16;
-    const int index = of.values == kBFloat16 ? pair + 2 * lane + step % 2 : pair + 8 * (step % 2) + lane;
+    const int index = of.values == kBFloat16 ? 16 * step + 2 * lane + half : pair + 8 * (step % 2) + lane;
     return {4 * lane + 2 * half + step / 4, step % 4 * 2, 32 + int(of.value_bytes()) * index, 0};
   }
   const int byte = 16 * (group / 4 % 2) + 4 * n * row_of_half + n * (group % 4) + slot, step = 2 * half + group / 8;
@@ -121,11 +123,23 @@ INLINE Place place_in_panel(const Header& of, int64_t row, int group, int slot) 
 using Multiply = void (*)(const Header&, const uint8_t* data, const Activations&, float* y, int64_t ldy, int64_t first,
                           int64_t last);
 
+// The instruction sets that there are kernels for, the faster ones later.
+enum Level : int32_t { kPlain = 0, kNeon = 1, kAvx2 = 2, kAvx512 = 3 };
+int32_t level();  // the one in use
+
+// The kernel of a matrix in panels or dense rows for `batch` rows of x (1, 2, or a multiple of 4).
+bool has_neon();
 bool has_avx2();
+bool has_avx512();
+Multiply neon_multiply(const Header&, int64_t batch);
 Multiply avx2_multiply(const Header&, int64_t batch);
+Multiply avx512_multiply(const Header&, int64_t batch);
+bool avx512_gains(const Header&, int64_t batch);  // whether it is faster than AVX2
 int64_t avx2_expand(const Header&, const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to);
 // A tile of panels or of dense rows as fp32, all of its rows, `padded()` columns of each, `ld` apart.
 void avx2_expand_tile(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld);
 void avx2_quantize(const float* x, int64_t columns, int8_t* narrow, float* scales);
+// A block of int8 activations as the AVX-512 kernels take them; returns its offset.
+int32_t avx512_adapt(const Header&, int8_t* narrow, float* scale);
 
 }  // namespace castlm

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.util
 import mmap
+import os
 import sys
 
 import torch
@@ -25,6 +26,10 @@ VALUES = {"bf16": 0, "fp16": 1, "fp32": 2, "int8": 3, "int4": 4}
 LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2}
 """Codes of the layouts in memory; "best" is the fastest that this processor and the pattern allow."""
 
+LEVELS = ("plain", "neon", "avx2", "avx512")
+"""Instruction sets that there are kernels for, as `Level` of matrix.h has them."""
+
+_LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
 _VERSION = 2  # of kernels.cpp
 _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14  # Linux; the module mmap has it from Python 3.13 on
@@ -50,13 +55,42 @@ def load_kernels(file: str) -> ctypes.CDLL:
     library.castlm_multiply.argtypes = [pointer, size, pointer, number, size, size, pointer, size, number]
     library.castlm_decode.argtypes = [pointer, pointer, size, pointer, number]
     library.castlm_unpack.argtypes = [pointer, size, size, size, pointer, size, number]
+    if os.environ.get(_LEVEL_VARIABLE):
+        _use_level(library, os.environ[_LEVEL_VARIABLE])
     return library
 
 
-def has_avx2() -> bool:
-    """Whether the AVX2 kernels run here; elsewhere every format takes the plain path."""
+def level() -> str:
+    """The name in `LEVELS` of the kernels in use: the fastest that this processor runs, until `use_level`."""
+    return LEVELS[_library().castlm_level()]
+
+
+def levels() -> tuple[str, ...]:
+    """The levels that this processor runs, the fastest last; none where the kernels were not built."""
     library = kernels()
-    return library is not None and bool(library.castlm_has_avx2())
+    return () if library is None else _levels(library)
+
+
+def _levels(library: ctypes.CDLL) -> tuple[str, ...]:
+    return tuple(level for number, level in enumerate(LEVELS) if library.castlm_runs(number))
+
+
+def use_level(name: str) -> None:
+    """Takes the kernels for an instruction set in this process, as the environment variable `CASTLM_CPU_LEVEL` does.
+
+    Buffers that were made under another level may be refused afterwards: pack again.
+
+    Raises:
+        InputError: an unknown name, or an instruction set that this processor lacks.
+    """
+    _use_level(_library(), name)
+
+
+def _use_level(library: ctypes.CDLL, name: str) -> None:
+    if name not in LEVELS:
+        raise InputError(f"there are no kernels for the level {name!r}: choose one of {', '.join(LEVELS)}")
+    if library.castlm_set_level(LEVELS.index(name)):
+        raise InputError(f"this processor has no {name}: choose one of {', '.join(_levels(library))}")
 
 
 def _library() -> ctypes.CDLL:

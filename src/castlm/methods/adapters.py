@@ -7,6 +7,7 @@ with the adapter, so that it loads and merges it without castlm. peft is importe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,10 @@ def masked_lora_config(
 
 def add_adapter_(model: nn.Module, config: Any) -> Any:
     """`peft.get_peft_model`: replaces layers of `model` in place, and returns the `PeftModel` around it."""
-    return _peft().get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers about itself
+        torch.sparse_coo_tensor(torch.zeros(2, 1), torch.zeros(1), (1, 1))  # torch warns once about those of SHiRA
+        return _peft().get_peft_model(model, config)
 
 
 def check_adapters(model: nn.Module, kept: KeptPattern) -> None:
@@ -159,7 +163,7 @@ def _sparse_layers(model: nn.Module, pattern: Pattern | str, filter_fn: FilterFn
     pattern = as_pattern(pattern).for_model(model)
     layers = pattern_layers(model, pattern, filter_fn)
     check_pattern(layers, pattern)
-    return layers
+    return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}  # PEFT adapts no experts
 
 
 def _peft() -> Any:

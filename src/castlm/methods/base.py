@@ -17,7 +17,6 @@ from torch.nn.utils import parametrize
 
 from castlm.core.adams import AdamS
 from castlm.core.pattern import Pattern
-from castlm.core.shards import local
 from castlm.core.sparsify import FilterFn, masks_by_unit, sparse_linears, sparse_param_groups, weight_parameter
 
 
@@ -154,7 +153,7 @@ class Retraining:
 
     def magnitude_masks(self) -> dict[nn.Linear, Tensor]:
         """The mask by magnitude of the rows of every sparse layer that this rank holds."""
-        weights = {name: local(weight_parameter(layer)) for name, layer in self.layers.items()}
+        weights = {name: weight_parameter(layer) for name, layer in self.layers.items()}
         # contiguous, as the masks of a unit may share their memory
         return {self.layers[name]: mask.contiguous() for name, mask in masks_by_unit(weights, self.pattern)}
 

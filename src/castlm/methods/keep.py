@@ -15,6 +15,7 @@ from torch import nn
 
 from castlm.core.checks import check_placement
 from castlm.core.errors import InputError
+from castlm.core.experts import SparseLayer
 from castlm.core.keep import KeptPattern, summed
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.shards import local
@@ -26,7 +27,8 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
     """Keeps every zero of the sparse layers of `model` at zero under any optimizer, in place.
 
     Call it once, before training; where `fully_shard` is used, after it. The masks are the zeros that the weights have
-    now. Their gradients, and so their moments, stay zero, and after each optimizer step the zeros are counted.
+    now. Their gradients, and so their moments, stay zero, and after each optimizer step the zeros are counted. A copy
+    of the model is not guarded.
 
     Args:
         model: n:m sparse; a transformers model, or one with PEFT adapters.
@@ -39,6 +41,7 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
 
     Raises:
         InputError: a layer that does not have the pattern, or whose weight is flattened or sharded across its groups;
+            sparse experts in a 3-D parameter that `castlm.linearize_experts_` has not made layers;
             a GPT-2 that was not loaded by `castlm.load_model`, which turns its Conv1D into linear layers.
             Later, at the optimizer step that breaks the pattern: the tensor and the number of weights.
 
@@ -56,10 +59,10 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
     return KeptPattern(layers)
 
 
-def check_pattern(layers: Mapping[str, nn.Linear], pattern: Pattern) -> None:
+def check_pattern(layers: Mapping[str, SparseLayer], pattern: Pattern) -> None:
     """Raises `InputError` unless all weights of `layers` have the pattern. Under FSDP2 all ranks call it."""
     weights = {name: weight_parameter(layer).detach() for name, layer in layers.items()}
-    if any(weight.dim() != 2 for weight in weights.values()):
+    if any(weight.dim() < 2 for weight in weights.values()):
         return  # `KeptPattern` says why it cannot keep them
     for weight in weights.values():
         check_placement(weight, pattern)
@@ -78,7 +81,7 @@ def check_pattern(layers: Mapping[str, nn.Linear], pattern: Pattern) -> None:
         )
 
 
-def pattern_layers(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | None = None) -> dict[str, nn.Linear]:
+def pattern_layers(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | None = None) -> dict[str, SparseLayer]:
     """The layers of a model that have, or should have, the pattern; by their name without what PEFT adds to it.
 
     Raises:
@@ -94,7 +97,15 @@ def pattern_layers(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | Non
             return filter_fn(module, fqn)
         return is_sparse_linear(module, fqn) and left_dense_reason(f"{plain_name(fqn)}.weight", left_dense) is None
 
-    layers, _ = sparse_linears(model, pattern, is_sparse)
+    layers, dense = sparse_linears(model, pattern, is_sparse)
+    parameters = dict(model.named_parameters())
+    for name in dense:
+        weight = parameters.get(name)
+        if weight is not None and weight.dim() == 3 and 4 * int(weight.count_nonzero()) < 3 * weight.numel():
+            raise InputError(
+                f"{name} holds sparse experts in a 3-D parameter: call castlm.linearize_experts_(model) first, before "
+                "the optimizer is made, or load the model with castlm.load_model"
+            )
     return {plain_name(fqn): layer for fqn, layer in layers.items()}
 
 

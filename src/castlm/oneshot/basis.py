@@ -121,6 +121,43 @@ def _wiring(model: PreTrainedModel, pattern: Pattern, options: BasisOptions, rep
         return None
 
 
+class BlockTurns:
+    """The changes of basis that stay inside a transformer block, and what they have brought so far."""
+
+    def __init__(self, options: BasisOptions, pattern: NM) -> None:
+        self.options, self.pattern = options, pattern
+        self.values = Change("values rotated" if options.rotates_values else "values permuted")
+        self.mlps = Change("MLP neurons permuted")
+
+    def turn_(self, block: Block, statistics: Statistics, inputs: BlockInputs) -> tuple[Statistics, str | None]:
+        """Turns the values and the neurons of the current block.
+
+        Args:
+            statistics: of the block's layers that are going to be pruned; changed.
+
+        Returns:
+            The statistics in the new basis, and why the block was left as it was, if it was.
+        """
+        options, hidden, untouched = self.options, next(iter(inputs)), dict(statistics)
+        before, undo = inputs.run(hidden), []
+        if options.rotates_values or options.permute:
+            iterations = options.rotation_iterations if options.rotates_values else 0
+            undo += turn_values_(block.attention, statistics, self.pattern, self.values, iterations)
+        if options.permute:
+            undo += turn_mlps_(block.mlps, statistics, self.pattern, self.mlps)
+        if undo:
+            moved = _distance(before, inputs.run(hidden))
+            if not moved <= tolerance_of(before.dtype):
+                for weight, old in undo:
+                    weight.copy_(old)
+                return untouched, f"its basis is left as it was, for its outputs moved by {moved:.1g}"
+        return statistics, None
+
+    def changes(self) -> list[Change]:
+        """Those that were tried."""
+        return [change for change in (self.values, self.mlps) if change.num_tried]
+
+
 class _Turning:
     """One change of basis at work: block after block, then the residual stream."""
 
@@ -139,8 +176,7 @@ class _Turning:
         self.rotates_stream = options.rotate == "residual"
         if self.rotates_stream and (obstacle := self.stream.obstacle()):
             raise InputError(f"the residual stream of {wiring.family} cannot be rotated: {obstacle}; use rotate values")
-        self.values = Change("values rotated" if options.rotates_values else "values permuted")
-        self.mlps = Change("MLP neurons permuted")
+        self.block_turns = BlockTurns(options, pattern)
         self.done = 0
         self.total = len(wiring.blocks) + (options.rotation_iterations if self.rotates_stream else 0)
 
@@ -153,31 +189,18 @@ class _Turning:
         inputs = BlockInputs(self.model, blocks, calibration)
         for index, block in enumerate(self.wiring.blocks):
             inside = {name: layer for name, layer in layers.items() if name.startswith(f"{stack}.{index}.")}
-            self._turn_block(index, block, _statistics(inside, inputs, len(calibration)), inputs)
+            self._turn_block(index, block, block_statistics(inside, inputs, len(calibration)), inputs)
             if index + 1 < len(blocks):
                 inputs.advance()
             self._step()
-        self.report.changes += [change for change in (self.values, self.mlps) if change.num_tried]
+        self.report.changes += self.block_turns.changes()
         self._turn_stream(sample, before)
 
     def _turn_block(self, index: int, block: Block, statistics: Statistics, inputs: BlockInputs) -> None:
-        options, hidden, untouched = self.options, next(iter(inputs)), dict(statistics)
-        before, undo = inputs.run(hidden), []
-        if options.rotates_values or options.permute:
-            iterations = options.rotation_iterations if options.rotates_values else 0
-            undo += turn_values_(block.attention, statistics, self.pattern, self.values, iterations)
-        if options.permute:
-            undo += turn_mlps_(block.mlps, statistics, self.pattern, self.mlps)
-        if undo:
-            moved = _distance(before, inputs.run(hidden))
-            if not moved <= self._tolerance:
-                for weight, old in undo:
-                    weight.copy_(old)
-                statistics = untouched
-                self.report.notes.append(
-                    f"block {index}: its basis is left as it was, for its outputs moved by {moved:.1g}"
-                )
-        self.stream.see(block, statistics)
+        turned, note = self.block_turns.turn_(block, statistics, inputs)
+        if note:
+            self.report.notes.append(f"block {index}: {note}")
+        self.stream.see(block, turned)
 
     def _turn_stream(self, sample: Tensor, before: Tensor) -> None:
         """Rotates the stream, or permutes it where it is not rotated; undoes what moves the logits."""
@@ -192,15 +215,11 @@ class _Turning:
             self.stream.permute_(permuted)
             self.report.changes.append(permuted)
         moved = _distance(before, self._logits(sample))
-        if self.stream.undo is not None and not moved <= self._tolerance:
+        if self.stream.undo is not None and not moved <= tolerance_of(self.model.dtype):
             self.stream.undo()
             self.report.notes.append(f"residual stream: left as it was, for the logits moved by {moved:.1g}")
             moved = _distance(before, self._logits(sample))
         self.report.logits_moved = moved
-
-    @property
-    def _tolerance(self) -> float:
-        return TOLERANCE if self.model.dtype in (torch.float32, torch.float64) else TOLERANCE_NARROW
 
     def _logits(self, sample: Tensor) -> Tensor:
         return self.model(input_ids=sample, use_cache=False).logits
@@ -210,7 +229,12 @@ class _Turning:
         self.progress(self.done, self.total)
 
 
-def _statistics(layers: Mapping[str, SparseLayer], inputs: BlockInputs, num_sequences: int) -> Statistics:
+def tolerance_of(dtype: torch.dtype) -> float:
+    """The largest relative difference of an output that a change of basis may make in a model of this dtype."""
+    return TOLERANCE if dtype in (torch.float32, torch.float64) else TOLERANCE_NARROW
+
+
+def block_statistics(layers: Mapping[str, SparseLayer], inputs: BlockInputs, num_sequences: int) -> Statistics:
     """Of the current block's layers; those that read the same input share one."""
     if not layers:
         return {}

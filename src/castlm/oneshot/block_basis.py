@@ -60,13 +60,19 @@ class Statistic:
     def inverse(self) -> Tensor:
         return torch.linalg.inv(damped(self.hessian, DAMPING))
 
+    @cached_property
+    def inverse_diagonal(self) -> Tensor:
+        """Of `inverse`, which is not kept for it."""
+        inverse = self.__dict__.get("inverse")
+        return (torch.linalg.inv(damped(self.hessian, DAMPING)) if inverse is None else inverse).diagonal().clone()
+
     def energy(self, weight: Tensor) -> float:
         """tr(W H W^T)."""
         return float(((weight @ self.hessian) * weight).sum().clamp(min=1e-30))
 
     def importance(self, weight: Tensor) -> Tensor:
         """What optimal brain surgery predicts each weight (rows, columns) to be worth, as shares of the energy."""
-        return weight.square() / self.inverse.diagonal() / self.energy(weight)
+        return weight.square() / self.inverse_diagonal / self.energy(weight)
 
     def permuted(self, order: Tensor) -> Statistic:
         return Statistic(self.hessian[order][:, order])

@@ -11,25 +11,25 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.models import context_length
 
-# So many times what the windows hold is tokenized: enough to draw from, without reading all of a long text.
 CALIBRATION_POOL = 16
+"""Times the tokens of the sequences that are tokenized: enough to draw from, without reading all of a long text."""
 
 
 def calibration_length(model: PreTrainedModel) -> int:
-    """The window length of the published figures: the context of the model, at most 2,048 tokens."""
+    """The sequence length of the published figures: the context of the model, at most 2,048 tokens."""
     return min(2048, context_length(model.config) or 2048)
 
 
 def calibration_blocks(token_ids: Tensor, num_sequences: int = 128, seq_len: int = 2048, seed: int = 0) -> Tensor:
-    """Random windows of a text: those the loaders of SparseGPT and Wanda take of WikiText-2 and PTB, seed for seed.
+    """Random sequences of a text: those the loaders of SparseGPT and Wanda take of WikiText-2 and PTB, seed for seed.
 
-    The text is tokenized once as a whole (with the special tokens the tokenizer puts at its start), and each window
+    The text is tokenized once as a whole (with the special tokens the tokenizer puts at its start), and each sequence
     begins at `random.Random(seed).randint(0, num_tokens - seq_len - 1)`: anywhere, also in the middle of a document;
-    windows can overlap. Of C4 those loaders draw a document first, and then one window of it.
+    sequences can overlap. Of C4 those loaders draw a document first, and then one sequence of it.
 
     Args:
         token_ids: int64, (num_tokens,).
-        seq_len: tokens a window; `calibration_length(model)` is the convention.
+        seq_len: tokens a sequence; `calibration_length(model)` is the convention.
 
     Returns:
         int64, (num_sequences, seq_len), in the order drawn.
@@ -46,7 +46,7 @@ def calibration_blocks(token_ids: Tensor, num_sequences: int = 128, seq_len: int
     last = len(token_ids) - seq_len - 1
     if last < 0:
         raise InputError(
-            f"the calibration text has {len(token_ids):,} tokens and a window takes {seq_len:,} and one more: "
+            f"the calibration text has {len(token_ids):,} tokens and a sequence takes {seq_len:,} and one more: "
             "pass a longer text or a smaller seq_len"
         )
     draw = random.Random(seed)

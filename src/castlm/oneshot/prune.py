@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from castlm.oneshot.units import UnitSettings, prune_units_
 from castlm.oneshot.walk import BlockInputs, block_stack
 
 
-def _prune_layers(
+def prune_layers(
     layers: Mapping[str, Tensor],
     seen: LayerInput | None,
     solver: Solver,
@@ -73,7 +74,7 @@ def _prune_experts(
 ) -> LayerResult:
     """Prunes one projection of all experts of a block, each by the tokens that it has seen."""
     of_expert = [
-        _prune_layers({entry.names[0]: layer.weight[expert]}, entry, solver, to, refinements)[0]
+        prune_layers({entry.names[0]: layer.weight[expert]}, entry, solver, to, refinements)[0]
         for expert, entry in sorted(seen.experts.items())
     ]
     assert len(of_expert) == layer.num_experts
@@ -173,7 +174,7 @@ def prune_oneshot_(
     report = OneshotReport(method, str(to.pattern), num_sequences, seq_len, asked, left_dense=left_dense)
     if calibration is None:
         for name, layer in layers.items():
-            report.layers += _prune_layers({name: layer.weight}, None, kind, to)
+            report.layers += prune_layers({name: layer.weight}, None, kind, to)
     else:
         with eval_mode(model):
             _prune_blocks(model, layers, calibration, kind, to, refinements, report, progress)
@@ -201,21 +202,10 @@ def _prune_blocks(
     for index, inside in enumerate(of_block):
         if twin is not None:
             twin.enter()
-        seen = see_inputs(inside, inputs, solver, len(calibration)) if inside else []
-        for number, entry in enumerate(seen):
-            chosen = {name: inside[name] for name in entry.names}
-            if refinements.staged_statistics and number > 0:
-                (entry,) = see_inputs(chosen, inputs, solver, len(calibration))
-            if isinstance(entry, ExpertInputs):
-                (layer,) = chosen.values()
-                assert isinstance(layer, ExpertLinear)
-                report.layers.append(_prune_experts(layer, entry, solver, to, refinements))
-                continue
-            shift = None
-            if twin is not None and refinements.shifts_targets:
-                shift = twin.shift(entry.names[0], f"{stack}.{index}.", probes)
-            weights = {name: layer.weight for name, layer in chosen.items()}
-            report.layers += _prune_layers(weights, entry, solver, to, refinements, shift)
+        shift_of = None
+        if twin is not None and refinements.shifts_targets:
+            shift_of = partial(twin.shift, prefix=f"{stack}.{index}.", probes=probes)
+        report.layers += prune_block(inside, inputs, len(calibration), solver, to, refinements, shift_of)
         is_last = index + 1 == len(of_block)
         if twin is not None and (refinements.reconstruct_epochs or not is_last):
             outputs = twin.outputs()
@@ -226,6 +216,37 @@ def _prune_blocks(
             inputs.advance()
         if progress is not None:
             progress(index + 1, len(of_block))
+
+
+def prune_block(
+    inside: Mapping[str, SparseLayer],
+    inputs: BlockInputs,
+    num_sequences: int,
+    solver: Solver,
+    to: Settings,
+    refinements: Refinements,
+    shift_of: Callable[[str], Shift] | None = None,
+) -> list[LayerResult]:
+    """Prunes the layers `inside` the current block of `inputs`.
+
+    Args:
+        shift_of: how the target of the layers with the input of the named one is shifted, if it is.
+    """
+    results: list[LayerResult] = []
+    seen = see_inputs(inside, inputs, solver, num_sequences) if inside else []
+    for number, entry in enumerate(seen):
+        chosen = {name: inside[name] for name in entry.names}
+        if refinements.staged_statistics and number > 0:
+            (entry,) = see_inputs(chosen, inputs, solver, num_sequences)
+        if isinstance(entry, ExpertInputs):
+            (layer,) = chosen.values()
+            assert isinstance(layer, ExpertLinear)
+            results.append(_prune_experts(layer, entry, solver, to, refinements))
+            continue
+        shift = None if shift_of is None else shift_of(entry.names[0])
+        weights = {name: layer.weight for name, layer in chosen.items()}
+        results += prune_layers(weights, entry, solver, to, refinements, shift)
+    return results
 
 
 def _reconstruct(

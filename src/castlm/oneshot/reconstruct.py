@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_HELD_OUT = 8  # one batch in so many is held out
+_HELD_OUT = 8  # one batch of every 8 is held out
 _BETAS = (0.9, 0.99)
 _FINAL_RATE = 0.05  # share of the learning rate that the cosine ends at
 

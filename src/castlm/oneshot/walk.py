@@ -1,11 +1,11 @@
-"""Calibration text for one-shot pruning: its windows, and what they feed to the transformer blocks, block after block.
+"""Calibration text for one-shot pruning: its sequences, and what they feed to one transformer block after another.
 
-What is alive at a time is the input of one block for all windows, in the model's dtype; it does not grow with depth.
+What is alive at a time is the input of one block for all sequences, in the model's dtype; it does not grow with depth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from castlm.core.blocks import stack_name
 from castlm.core.errors import InputError
 
-# Tokens a forward pass: short windows go together, as calling the operators costs too. On a CPU with 1 MiB of L2 2,048
-# are a tenth slower than 1,024 (SmolLM2-135M): what passes between operators no longer fits the cache.
-_PASS_TOKENS_CPU = 1024
+# Tokens a forward pass: short sequences go together, as calling the operators costs too. On a CPU with 1 MiB of L2,
+# 2,048 are a tenth slower than 1,024 (SmolLM2-135M): what passes between operators no longer fits the cache.
+PASS_TOKENS_CPU = 1024
 _PASS_TOKENS_ACCELERATOR = 8192
 
 
@@ -63,20 +63,30 @@ class BlockInputs:
 
     Args:
         calibration: int64, (num_sequences, seq_len).
+        batches: where the hidden states are held, (batch, seq, hidden) each; a list if not given. What it holds already
+            is what enters the block `index`.
 
     Raises:
         InputError: a model that passes more than hidden states between its blocks, or calls them otherwise than once
             each, in order, with the same arguments for every sequence.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module], calibration: Tensor) -> None:
-        self.blocks, self.index = blocks, 0
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[nn.Module],
+        calibration: Tensor,
+        batches: MutableSequence[Tensor] | None = None,
+        index: int = 0,
+    ) -> None:
+        self.blocks, self.index = blocks, index
         self.calls: list[BlockCall] = []
-        self.batches: list[Tensor] = []
-        pass_tokens = _PASS_TOKENS_CPU if model.device.type == "cpu" else _PASS_TOKENS_ACCELERATOR
-        size = _batch_size(*calibration.shape, pass_tokens)
-        for ids in calibration.to(model.device).split(size):
-            self._enter(model, ids)
+        self.batches: MutableSequence[Tensor] = [] if batches is None else batches
+        is_filled = bool(self.batches)
+        for ids in calibration.to(model.device).split(batch_size(calibration, model.device)):
+            self._enter(model, ids, keep=not is_filled)
+            if is_filled:  # one pass, for the calls
+                break
 
     def __iter__(self) -> Iterator[Tensor]:
         """(batch, seq, hidden) each."""
@@ -92,8 +102,8 @@ class BlockInputs:
             self.batches[i] = self.run(hidden)
         self.index += 1
 
-    def _enter(self, model: PreTrainedModel, ids: Tensor) -> None:
-        first_pass = not self.batches
+    def _enter(self, model: PreTrainedModel, ids: Tensor, keep: bool) -> None:
+        first_pass = not self.calls
         passed_on: list[Tensor] = []  # what the last block called gave back
         num_called = 0
 
@@ -113,7 +123,8 @@ class BlockInputs:
                         f"the blocks of {type(model).__name__} take arguments that change with the text: "
                         "pruning block by block cannot follow it, use magnitude without calibration"
                     )
-                self.batches.append(hidden)
+                if keep:
+                    self.batches.append(hidden)
             if not first_pass:
                 raise StopForward
             self.calls.append(call)
@@ -132,8 +143,10 @@ class BlockInputs:
             raise InputError(f"{type(model).__name__} runs only {num_called} of its {len(self.blocks)} blocks")
 
 
-def _batch_size(num_sequences: int, seq_len: int, pass_tokens: int) -> int:
+def batch_size(calibration: Tensor, device: torch.device) -> int:
     """Sequences a pass; it divides their number, as masks and rotary tables are kept for one batch size only."""
+    num_sequences, seq_len = calibration.shape
+    pass_tokens = PASS_TOKENS_CPU if device.type == "cpu" else _PASS_TOKENS_ACCELERATOR
     most = max(1, pass_tokens // seq_len)
     return max(size for size in range(1, min(most, num_sequences) + 1) if num_sequences % size == 0)
 

@@ -238,6 +238,9 @@ def _as_data(points: Sequence[Point], form: str) -> Data:
         raise InputError(
             f"points of {len(methods)} methods ({', '.join(methods)}): a law holds for one; choose a method"
         )
+    patterns = sorted({point.pattern for point in points if point.pattern})
+    if len(patterns) > 1:
+        raise InputError(f"points of {len(patterns)} patterns ({', '.join(patterns)}): a law holds for one; give one")
     harnesses = sorted({point.harness for point in points if point.harness})
     if len(harnesses) > 1:
         raise InputError(

@@ -20,6 +20,7 @@ from castlm.core.moments import MOMENTS, new_moments
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
+from castlm.export.cut import check_cut
 from castlm.models import auto_class, linearize_
 from castlm.planning.activations import Saved, Settings, as_input_error, trace
 from castlm.reading import read_json_object, user_path
@@ -178,6 +179,7 @@ def plan_memory(
     ):
         if value not in known:
             raise InputError(f"{name} = {value!r} is unknown: one of {', '.join(known)}")
+    pattern = as_pattern(pattern)
     config = read_config(config)
     run = Settings(
         seq_len=seq_len,
@@ -192,7 +194,7 @@ def plan_memory(
         calibration_tokens=calibration_tokens,
         fused=fused_optimizer,
     )
-    sizes = _sizes(config, as_pattern(pattern), run)
+    sizes = _sizes(config, pattern, run)
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
     saved = {sharded: trace(config, run, sharded) for sharded in sharded_or_not}
     plan = _plan(sizes, saved[world_size > 1], run, world_size)
@@ -301,6 +303,7 @@ def _sizes(config: PretrainedConfig, pattern: Pattern, run: Settings) -> _Sizes:
     with torch.device("meta"), as_input_error(config):
         model = auto_class(config).from_config(config, dtype=torch.float32)
         linearize_(model)
+    check_cut(model, pattern)
     layers, _ = sparse_linears(model, pattern)
     if run.scale_groups:
         add_weight_scaling(model, run.scale_groups, pattern=pattern)

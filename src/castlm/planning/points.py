@@ -38,6 +38,8 @@ class Point:
     method: str | None = None
     harness: str = ""
     """Context length, stride, text and token count of the evaluation, if known; only equal ones can be compared."""
+    pattern: str = ""
+    """Sparsity pattern, if known; a law holds for one."""
     source: str = ""
     """File (and line) it was read from; errors name it."""
 
@@ -158,6 +160,7 @@ def _point(record: Mapping[str, Any], source: str) -> Point:
         seed=None if seed is None else int(seed),
         method=None if method is None else str(method),
         harness=str(record.get("harness", "")),
+        pattern=str(record.get("pattern", "")),
         source=source,
     )
 

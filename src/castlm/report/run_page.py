@@ -28,7 +28,10 @@ GLOSSARY = (
     ("Recovered", "The share of the gap between the one-shot start and the dense model that training closed."),
     ("Kept, masked", "The two states of a weight. An n:m mask keeps n of every m consecutive weights."),
     ("Flip", "An entry of a mask that a refresh changes, from kept to masked or back."),
-    ("KL to the teacher", "How far the predictions are from those of the dense model, which teaches by distillation."),
+    (
+        "KL to the teacher",
+        "How far the predictions are from those of the dense model, the teacher of the distillation.",
+    ),
 )
 
 

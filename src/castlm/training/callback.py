@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -69,10 +70,10 @@ class PatternCallback(TrainerCallback):
 
 def _refuse_flattening(args: TrainingArguments) -> None:
     """Raises `InputError` for the engines that hand the optimizer flat slices of several weights."""
-    if args.deepspeed:
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         raise InputError(
             "DeepSpeed hands the optimizer flat slices of the weights, without a pattern: use DDP or FSDP2"
         )
-    version = (args.fsdp_config or {}).get("version", 1) if args.fsdp else 2
-    if version != 2:
+    version = (args.fsdp_config or {}).get("version", 2) if args.fsdp else 2
+    if int(version) == 1:  # where accelerate launch has chosen it, `KeptPattern` finds flat weights
         raise InputError("FSDP1 flattens the weights, which have no pattern then: set fsdp_config to {'version': 2}")

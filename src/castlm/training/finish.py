@@ -19,6 +19,7 @@ from castlm.core.sparsify import prune_
 from castlm.distributed.export import ShardedResult, export_sharded
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
+from castlm.export.cut_sizes import cut_pattern
 from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.hardware import peak_memory
@@ -81,7 +82,8 @@ def finish(run: TrainedRun) -> dict[str, Any]:
     histogram = masked_histogram(local_masks(masks), run.world)
     if masks:
         prune_(run.model, pattern, masks=masks, filter_fn=filter_of(run.config))
-    if run.parts.source.stored is not None and not is_remote_code(run.model):
+    is_cut = run.is_sparse and cut_pattern(pattern) is not None  # which takes the whole model
+    if run.parts.source.stored is not None and not is_remote_code(run.model) and not is_cut:
         record = export_sharded(sharded_result(run), finished_record(run, histogram))
         say_result(run, record)
         return record

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from castlm.core.masks import unpack_mask
 from castlm.distributed.world import World
-from castlm.evaluation.perplexity import scored_windows
+from castlm.evaluation.perplexity import scored_sequences
 from castlm.hardware import autocast
 from castlm.training.metrics_file import HISTOGRAM_EDGES
 from castlm.training.objective import Objective
@@ -60,7 +60,7 @@ def held_out_perplexity(
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     objective.eval()
     with autocast(world.device, precision):
-        for input_ids, labels in windows(token_ids, seq_len, batch, world):
+        for input_ids, labels in sequences(token_ids, seq_len, batch, world):
             nll = objective(input_ids.to(world.device), labels.to(world.device), 1, ce_only=True).ce
             sums += torch.stack([nll.double(), (labels != -100).sum().to(nll.device).double()])
     if world.mesh is not None:
@@ -69,13 +69,13 @@ def held_out_perplexity(
     return float((total / count).exp())
 
 
-def windows(token_ids: Tensor, seq_len: int, batch: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+def sequences(token_ids: Tensor, seq_len: int, batch: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's sequences of `token_ids` as batches (input_ids, labels), each (batch, seq_len).
 
     Labels are -100 past the end of the text. Every rank gets the same number of batches; the last ones are filled up
     with sequences that score nothing.
     """
-    found = scored_windows(len(token_ids), seq_len, seq_len)
+    found = scored_sequences(len(token_ids), seq_len, seq_len)
     per_step = batch * world.size
     for step in range(0, len(found), per_step):
         input_ids = token_ids.new_zeros(batch, seq_len)

@@ -59,7 +59,7 @@ class Objective(nn.Module):
         settings = {"eta": self.eta, "temperature": self.temperature, "num_tokens": num_tokens}
         if self.top_k:
             return distillation_loss(hidden, head, labels, teacher_top=self._top_tokens(input_ids), **settings)
-        return distillation_loss(hidden, head, labels, *self._teach(input_ids), **settings)
+        return distillation_loss(hidden, head, labels, *self._teacher_output(input_ids), **settings)
 
     def _inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         """The arguments of a forward pass in which the documents of a sequence do not attend to each other."""
@@ -106,7 +106,7 @@ class Objective(nn.Module):
             return False
 
     @torch.no_grad()
-    def _teach(self, input_ids: Tensor) -> tuple[Tensor, OutputHead]:
+    def _teacher_output(self, input_ids: Tensor) -> tuple[Tensor, OutputHead]:
         """The teacher's hidden states, and its head."""
         assert self.teacher is not None
         states = backbone(self.teacher)(**self._inputs(input_ids), use_cache=False).last_hidden_state
@@ -116,7 +116,7 @@ class Objective(nn.Module):
         found = self.cache.get(input_ids) if self.cache is not None else None
         if found is not None:
             return found
-        top = top_tokens(*self._teach(input_ids), self.top_k, self.temperature)
+        top = top_tokens(*self._teacher_output(input_ids), self.top_k, self.temperature)
         if self.cache is not None:
             self.cache.put(input_ids, top)
         return top

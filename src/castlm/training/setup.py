@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from castlm.core.adams import AdamS
 from castlm.core.budget import DecayBudget, decay_budget
@@ -113,7 +112,8 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     if world.size > 1 and method_class.one_process:
         raise InputError(f"adapter {config.adapter} is trained in one process: use adapter none, or no torchrun")
     pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
-    _check_pattern(config, pattern, model, filter_fn, world)
+    if config.method != "dense":
+        check_cut(model, pattern, filter_fn)
     has_start = resumed is None and config.start != "magnitude"
     start = make_start(config, source, text, pattern, filter_fn, world) if has_start else Start(record=resumed or {})
     cache = _open_teacher_cache(config, text, vocab_size(model.config), world)
@@ -169,20 +169,6 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         dense_perplexity,
         start.record,
     )
-
-
-def _check_pattern(
-    config: TrainConfig, pattern: Pattern, model: PreTrainedModel, filter_fn: FilterFn, world: World
-) -> None:
-    """Raises `InputError` where the run could not end in a model of `pattern`, before anything is trained."""
-    if config.method == "dense":
-        return
-    if world.size > 1 and not pattern.independent_rows:
-        raise InputError(
-            f"pattern {pattern} ranks units of whole weights, and {world.size} ranks hold rows of them: run it in one "
-            "process, or use 2:4"
-        )
-    check_cut(model, pattern, filter_fn)
 
 
 def local_masks(masks: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -253,7 +239,7 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         yield f"left dense: {shown} ({reason})"
     sparse = sum(map(num_weights, method.layers.values()))
-    total = sum(p.numel() for p in parts.names)
+    total = sum(p.numel() for p in parts.names if config.adapter == "none" or not p.requires_grad)
     masks = f"{config.pattern} from {config.start}" if method.layers else "no masks"
     if config.adapter != "none":
         trained = sum(p.numel() for p in parts.names if p.requires_grad)

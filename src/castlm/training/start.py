@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from castlm.core.errors import InputError
 from castlm.core.experts import is_layer
 from castlm.core.pattern import Pattern
-from castlm.core.shards import local
+from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
 from castlm.core.structured import is_structured
+from castlm.core.unit_masks import gathers
 from castlm.data.tokens import token_ids
-from castlm.distributed.sharding import own_rows
 from castlm.distributed.world import World
 from castlm.methods.base import Retraining
 from castlm.models import load_model
@@ -186,7 +186,8 @@ def _read(
         if bound.unit_violations([weights[name] for name in unit]):
             given = name if config.is_finetuning else f"init_from {name}"
             raise InputError(
-                f"{given} is not {pattern} in {unit[-1]}: prune it first (castlm prune), or name the layer in left_dense"
+                f"{given} is not {pattern} in {unit[-1]}: prune it first (castlm prune), or name the layer in "
+                "left_dense"
             )
     return weights
 
@@ -199,15 +200,25 @@ def start_(model: nn.Module, method: Retraining, start: Start, world: World) -> 
     gets its value there. What becomes of the masked weights is up to the method.
     """
 
+    def whole_of(weights: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
+        return world.from_main(weights[name] if world.is_main else None, parameter.shape)
+
     def rows_of(weights: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
-        whole = world.from_main(weights[name] if world.is_main else None, parameter.shape)
-        return whole[own_rows(parameter)].to(parameter.device)
+        return whole_of(weights, name, parameter)[own_rows(parameter)].to(parameter.device)
 
     if world.on_main(lambda: bool(start.dense)):
         for name, parameter in model.named_parameters():
             if ".parametrizations." not in dense_name(name):  # else a weight scale
                 local(parameter).copy_(rows_of(start.dense, dense_name(name), parameter))
     for unit in method.pattern.units(method.layers):
-        weights = [rows_of(start.pruned, name, weight_parameter(method.layers[name])) for name in unit]
-        for name, rows, mask in zip(unit, weights, method.pattern.unit_masks(weights)):
-            method.start_layer_(method.layers[name], rows, mask)
+        parameters = [weight_parameter(method.layers[name]) for name in unit]
+        weights = [whole_of(start.pruned, name, parameter) for name, parameter in zip(unit, parameters)]
+        own = [own_rows(parameter) for parameter in parameters]
+        rows = [weight[part].to(p.device) for weight, part, p in zip(weights, own, parameters)]
+        if gathers(method.pattern, parameters):
+            whole_masks = method.pattern.unit_masks(weights)
+            masks = [mask[part].to(p.device) for mask, part, p in zip(whole_masks, own, parameters)]
+        else:
+            masks = method.pattern.unit_masks(rows)
+        for name, weight, mask in zip(unit, rows, masks):
+            method.start_layer_(method.layers[name], weight, mask)

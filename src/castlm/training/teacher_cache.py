@@ -129,7 +129,7 @@ class TeacherCache:
             InputError: a sequence is missing or damaged, and there is no teacher; or a rank could not write one.
         """
         found = [self._read(row) for row in input_ids.cpu()]
-        missing = any(taught is None for taught in found)
+        missing = any(top is None for top in found)
         if missing and self.complete:
             self._failure = f"{self.folder} lacks a sequence of this run: remove {self._coverage}, to load the teacher"
         states = self.world.sum(torch.tensor([missing, self._failure is not None], device=self.world.device).float())
@@ -137,12 +137,12 @@ class TeacherCache:
             self.world.check_all(self._failure)
         if states[0]:
             return None
-        columns = (torch.stack(column).to(input_ids.device) for column in zip(*(taught for taught in found if taught)))
+        columns = (torch.stack(column).to(input_ids.device) for column in zip(*(top for top in found if top)))
         return TopTokens(*columns)
 
-    def put(self, input_ids: Tensor, taught: TopTokens) -> None:
+    def put(self, input_ids: Tensor, top: TopTokens) -> None:
         """Keeps the teacher's tokens for `input_ids` (batch, seq). A failure is raised by the next `get` or `cover`."""
-        for row, tokens, log_probs in zip(input_ids.cpu(), taught.tokens.cpu(), taught.log_probs.cpu()):
+        for row, tokens, log_probs in zip(input_ids.cpu(), top.tokens.cpu(), top.log_probs.cpu()):
             path = self._path(row)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)

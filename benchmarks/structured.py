@@ -1,0 +1,173 @@
+"""What a structured pattern buys: perplexity against parameters, bytes and CPU speed, and decay against cut at step 0.
+
+    python -m benchmarks.structured --runs FOLDER [FOLDER ...] --model DENSE [--shape CONFIG] [--json O]
+
+`--runs` are folders of `castlm compare`; a row of the first table is a pattern, score, way to train and number of
+steps.
+Speeds are those of plain dense models of the sizes that are left, in turns with the dense one, by transformers alone on
+this CPU: a prompt of 256 tokens in one pass, and greedy decoding of 32 tokens after it. Time does not depend on the
+values of weights, so `--shape`, the config.json of a larger model, is built with random ones: small models measure
+little but the calls of operators.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from benchmarks.machine import machine, write_json
+from benchmarks.rows import interleaved
+from castlm.core.pattern import Pattern
+from castlm.export.cut_sizes import cut_pattern, sizes_after, sizes_of
+
+PROMPT, NEW_TOKENS = 256, 32
+
+
+class Key(NamedTuple):
+    """What the runs of a row have in common."""
+
+    pattern: str
+    start: str
+    method: str
+    decay_end: float
+    """Share of the run in which masked weights decay; 0 of other methods."""
+    steps: int
+
+    @property
+    def way(self) -> str:
+        """How it was trained, in words."""
+        names = {"cast": f"decay over {self.decay_end:.0%}", "finetune": "cut", "dense": "dense control"}
+        return names.get(self.method, self.method)
+
+
+def read_runs(folders: list[str]) -> dict[Key, list[dict[str, Any]]]:
+    """The records of all finished runs by row."""
+    found: dict[Key, list[dict[str, Any]]] = {}
+    for file in sorted(file for folder in folders for file in Path(folder).glob("runs/*/model/castlm.json")):
+        record = json.loads(file.read_text())
+        config = record["config"]
+        start = "" if config["method"] == "dense" else config["init_from"]
+        share = config["decay_end"] if config["method"] == "cast" else 0.0
+        key = Key(record["pattern"] or "dense", start, config["method"], share, config["max_steps"])
+        files = list(file.parent.glob("*.safetensors"))
+        tensors = [tensor for weights in files for tensor in load_file(weights).values()]
+        record["bytes"] = sum(weights.stat().st_size for weights in files)
+        record["stored"] = sum(tensor.numel() for tensor in tensors)
+        record["nonzero"] = sum(int(tensor.count_nonzero()) for tensor in tensors)
+        found.setdefault(key, []).append(record)
+    return found
+
+
+def perplexities(records: list[dict[str, Any]], figure: str) -> list[float]:
+    """A figure of each run; the dense control has `trained` instead of `pruned`."""
+    names = (figure, "trained") if figure == "pruned" else (figure,)
+    values = ([record["perplexity"][name] for name in names if name in record["perplexity"]] for record in records)
+    return [found[0] for found in values if found]
+
+
+def shown(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+def table(runs: dict[Key, list[dict[str, Any]]]) -> str:
+    """The runs as a Markdown table: mean and standard deviation over seeds, and the ratio decay / cut seed by seed."""
+    lines = [
+        "| pattern | score | training | steps | seeds | one-shot | trained | ln(decay / cut) | weights | non-zero "
+        "| bytes |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for key in sorted(runs, key=lambda key: (key.steps, key.pattern, key.start, key.method)):
+        records = runs[key]
+        ratio = (
+            _log_ratios(records, runs.get(key._replace(method="finetune", decay_end=0.0), []))
+            if key.method == "cast"
+            else []
+        )
+        gap = f"{statistics.fmean(ratio):+.4f} ({', '.join(f'{r:+.4f}' for r in ratio)})" if ratio else ""
+        cells = [key.pattern, key.start, key.way, f"{key.steps:,}", str(len(records))]
+        cells += [shown(perplexities(records, "one_shot")), shown(perplexities(records, "pruned")), gap]
+        cells += [f"{records[0][name]:,}" for name in ("stored", "nonzero", "bytes")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _log_ratios(decayed: list[dict[str, Any]], cut: list[dict[str, Any]]) -> list[float]:
+    """ln of the perplexity after decay over that after the cut, of the seeds that both have."""
+    other = {record["config"]["seed"]: record for record in cut}
+    pairs = [(record, other[record["config"]["seed"]]) for record in decayed if record["config"]["seed"] in other]
+    return [
+        float(torch.tensor(perplexities([a], "pruned")[0] / perplexities([b], "pruned")[0]).log()) for a, b in pairs
+    ]
+
+
+def cut_config(config: PretrainedConfig, pattern: str) -> PretrainedConfig:
+    """The config of what is left of a model; of patterns that cut nothing out, itself."""
+    made, parsed = copy.deepcopy(config), Pattern.parse(pattern)
+    if cut_pattern(parsed) is not None:
+        for name, value in sizes_after(parsed, sizes_of(parsed, config.to_dict())).items():
+            setattr(made, name, value)
+    return made
+
+
+@torch.no_grad()
+def speeds(config: PretrainedConfig, patterns: list[str], repeats: int = 7) -> dict[str, dict[str, float]]:
+    """How many times as fast as the dense model each one is, with random weights: median over the rounds."""
+    models = {"dense": AutoModelForCausalLM.from_config(config).eval()}
+    models |= {pattern: AutoModelForCausalLM.from_config(cut_config(config, pattern)).eval() for pattern in patterns}
+    ids = torch.randint(config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    prefill = interleaved({name: lambda m=model: m(ids, use_cache=False) for name, model in models.items()}, repeats)
+    decode = interleaved({name: lambda m=model: _decode(m, ids) for name, model in models.items()}, repeats)
+    found = {}
+    for pattern in patterns:
+        ratios = {}
+        for part, times in (("prefill", prefill), ("decode", decode)):
+            ratios[part] = statistics.median(a / b for a, b in zip(times["dense"], times[pattern]))
+        sizes = [sum(p.numel() for p in models[name].parameters()) for name in (pattern, "dense")]
+        found[pattern] = {**ratios, "parameters": sizes[0] / sizes[1]}
+    return found
+
+
+def _decode(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    output = model(ids[:, :8], use_cache=True)
+    for _ in range(NEW_TOKENS):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", default=[], help="folders of castlm compare")
+    parser.add_argument("--shape", help="config.json, or a folder with one, of the model whose speed is measured")
+    parser.add_argument("--patterns", nargs="+", default=["channels:0.5", "heads:0.5", "channels:0.75"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", help="file for the results")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    runs = read_runs(options.runs)
+    report: dict[str, Any] = {"machine": machine()}
+    if runs:
+        print(table(runs))
+        report["runs"] = [{**key._asdict(), "perplexity": perplexities(found, "pruned")} for key, found in runs.items()]
+    if options.shape:
+        report["speed"] = speeds(AutoConfig.from_pretrained(options.shape), options.patterns, options.repeats)
+        print("| pattern | parameters | prefill | decode |\n|---|---:|---:|---:|")
+        for pattern, row in report["speed"].items():
+            print(f"| {pattern} | {row['parameters']:.3f} | {row['prefill']:.2f} | {row['decode']:.2f} |")
+    if options.json:
+        write_json(options.json, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+// Multiplication a row at a time, which becomes fp32 first: for patterns without panels, and for processors without kernels of
+// their own. Also the reference that the other paths are compared with.
+
+#include "plain.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace castlm {
+
+float load_value(const uint8_t* row, int32_t values, int64_t index) {
+  uint16_t half;
+  float single;
+  switch (values) {
+    case kBFloat16: std::memcpy(&half, row + 2 * index, 2); return bfloat16_to_float(half);
+    case kFloat16: std::memcpy(&half, row + 2 * index, 2); return float16_to_float(half);
+    case kFloat32: std::memcpy(&single, row + 4 * index, 4); return single;
+    case kInt8: return float(int8_t(row[index]));
+    default: return float(((row[index / 2] >> (index % 2 * 4) & 15) ^ 8) - 8);
+  }
+}
+
+namespace {
+
+void expand_kept(const Header& of, const uint8_t* data, int64_t row, float* to) {
+  const uint8_t* values = data + row * of.kept_row_bytes();
+  const uint8_t* mask = data + of.rows * of.kept_row_bytes() + row * of.mask_row_bytes();
+  int64_t index = 0, done = 0;
+  if (of.values < kInt8 && level() >= kAvx2) {
+    done = of.columns / 8 * 8;
+    index = avx2_expand(of, values, mask, done / 8, to);
+  }
+  for (int64_t k = done; k < of.columns; ++k)
+    to[k] = mask[k / 8] >> (k % 8) & 1 ? load_value(values, of.values, index++) : 0.0f;
+}
+
+float stored_scale(const uint8_t* at) {
+  float scale;
+  std::memcpy(&scale, at, 4);
+  return scale;
+}
+float short_scale(const uint8_t* at) {
+  uint16_t scale;
+  std::memcpy(&scale, at, 2);
+  return bfloat16_to_float(scale);
+}
+
+EACH_CPU void scale_row(float* row, float scale, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) row[k] *= scale;
+}
+
+// The scales of rows, which follow all panels.
+const uint8_t* row_scales(const Header& of, const uint8_t* data) {
+  return data + of.tiles() * of.blocks() * of.panel_bytes();
+}
+
+void expand_dense(const Header& of, const uint8_t* data, int64_t row, float* to) {
+  for (int64_t block = 0; block < of.blocks(); ++block, to += kBlock) {
+    const uint8_t* from = data + (row / 4 * of.blocks() + block) * of.panel_bytes() + row % 4 * of.dense_block_bytes();
+    if (of.values == kInt4) {  // the first 32 columns are the low halves
+      const float scale = short_scale(from + 32);
+      for (int k = 0; k < 64; ++k) to[k] = scale * float((k < 32 ? from[k] & 15 : from[k - 32] >> 4) - 8);
+    } else {
+      const float scale = of.values == kInt8 ? stored_scale(row_scales(of, data) + 4 * row) : 1.0f;
+      for (int k = 0; k < 64; ++k) to[k] = scale * load_value(from, of.values, k);
+    }
+  }
+}
+
+void expand_panels(const Header& of, const uint8_t* data, int64_t row, float* to) {
+  const int64_t tile = row / of.tile_rows(), row_in_tile = row % of.tile_rows();
+  const float row_scale = of.values == kInt8 ? stored_scale(row_scales(of, data) + 4 * row) : 1.0f;
+  std::fill(to, to + of.padded(), 0.0f);
+  for (int64_t block = 0; block < of.blocks(); ++block, to += kBlock) {
+    const uint8_t* panel = data + (tile * of.blocks() + block) * of.panel_bytes();
+    const float scale = of.values == kInt4 ? short_scale(panel + 96 + 2 * row_in_tile) : row_scale;
+    for (int group = 0; group < kBlock / 4; ++group)
+      for (int slot = 0; slot < of.n; ++slot) {
+        const Place place = place_in_panel(of, row_in_tile, group, slot);
+        const int column = 4 * group + (panel[place.mask_byte] >> place.mask_shift & 3);
+        const float value = of.values == kInt4 ? float((panel[place.value] >> place.value_shift & 15) - 8)
+                                               : load_value(panel + place.value, of.values, 0);
+        if (value != 0) to[column] = scale * value;
+      }
+  }
+}
+
+EACH_CPU float dot(const float* a, const float* b, int64_t count) {
+  float sums[16] = {};
+  for (int64_t k = 0; k < count; k += 16)
+    for (int i = 0; i < 16; ++i) sums[i] += a[k + i] * b[k + i];
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
+}
+
+}  // namespace
+
+void expand_row(const Header& of, const uint8_t* data, int64_t row, float* to) {
+  if (of.layout == kDense) return expand_dense(of, data, row, to);
+  if (of.layout == kPanels) return expand_panels(of, data, row, to);
+  std::fill(to + of.columns, to + of.padded(), 0.0f);
+  expand_kept(of, data, row, to);
+  const uint8_t* scales = data + of.rows * (of.kept_row_bytes() + of.mask_row_bytes());
+  if (of.values == kInt8) scale_row(to, stored_scale(scales + 4 * row), of.columns);
+  if (of.values == kInt4)
+    for (int64_t i = 0; i < of.blocks(); ++i)
+      scale_row(to + i * kBlock, short_scale(scales + 2 * (row * of.blocks() + i)), kBlock);
+}
+
+void plain_multiply(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
+                    int64_t last) {
+  float* row_values = static_cast<float*>(scratch<0>(of.padded() * 4));
+  for (int64_t row = first * 4; row < std::min(last * 4, of.rows); ++row) {
+    expand_row(of, data, row, row_values);
+    for (int64_t b = 0; b < x.batch; ++b) y[b * ldy + row] = dot(row_values, x.wide + b * of.padded(), of.padded());
+  }
+}
+
+EACH_CPU void plain_quantize(const float* x, int64_t width, int8_t* narrow, float* scales) {
+  for (int64_t k = 0; k < width; k += kBlock) {
+    float most = 0, finite = 0;
+    for (int64_t i = k; i < k + kBlock; ++i) {
+      most = std::max(most, std::fabs(x[i]));
+      finite += x[i] * 0.0f;
+    }
+    scales[k / kBlock] = most / 127.0f + finite;
+    const float factor = most > 1e-30f ? 127.0f / most : 0.0f;
+    for (int64_t i = k; i < k + kBlock; ++i) {
+      const float scaled = x[i] * factor;
+      narrow[i] = int8_t(std::fabs(scaled) < 127.5f ? std::lrint(scaled) : 0);
+    }
+  }
+}
+
+}  // namespace castlm

@@ -1,0 +1,29 @@
+// The plain path, which takes any pattern and any processor, and what it shares with the entry points.
+
+#pragma once
+
+#include <vector>
+
+#include "matrix.h"
+
+namespace castlm {
+
+// A buffer of this thread that is kept from call to call, aligned to a cache line.
+template <int slot>
+void* scratch(int64_t bytes) {
+  static thread_local std::vector<uint8_t> buffer;
+  if (int64_t(buffer.size()) < bytes + 64) buffer.resize(bytes + 64);
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t(63));
+}
+
+// Value `index` of a row of a file as fp32, without its scale.
+float load_value(const uint8_t* row, int32_t values, int64_t index);
+// Row `row` of a matrix in any layout as fp32 in `to`, `padded()` long.
+void expand_row(const Header& of, const uint8_t* data, int64_t row, float* to);
+// As `Multiply`: a row at a time becomes fp32, in any layout but panels.
+void plain_multiply(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
+                    int64_t last);
+// As `avx2_quantize`.
+void plain_quantize(const float* x, int64_t width, int8_t* narrow, float* scales);
+
+}  // namespace castlm

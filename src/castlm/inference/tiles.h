@@ -1,0 +1,58 @@
+// The walk over the tiles of a matrix, which is the same for every instruction set. Included by each file of kernels inside
+// its target pragma and its unnamed namespace. A set of kernels `Set` has a `Vector`, `zero()`, the number of sums that
+// one row of x takes in a tile, `add` (blocks of a tile times rows of x, added to sums) and `rows` (sums to outputs).
+
+template <class Set, int n, int values, int BT>
+void multiply_tiles(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
+                    int64_t last) {
+  constexpr int kTileRows = n == 1 ? 8 : 4;
+  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  const int64_t blocks = of.blocks(), bytes = of.panel_bytes();
+  // A part of x that stays in the first-level cache while the rows of a tile pass.
+  const int64_t x_bytes = x.batch * of.padded() * (values < kInt8 ? 4 : 1);
+  const int64_t part = x.batch == 1 || x_bytes <= 20480 ? blocks : x.batch >= 16 ? 4 : 8;
+  const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * blocks * bytes);
+  for (int64_t tile = first; tile < last; tile++) {
+    typename Set::Vector sums[kMaxBatch / BT][Set::template num_sums<n, values>() * BT];
+    for (int64_t t = 0; t < x.batch / BT; t++)
+      for (auto& sum : sums[t]) sum = Set::zero();
+    for (int64_t k = 0; k < blocks; k += part)
+      for (int64_t t = 0; t < x.batch / BT; t++)
+        Set::template add<n, values, BT>(of, data + (tile * blocks + k) * bytes, smaller(part, blocks - k), x, t * BT, k,
+                                         sums[t]);
+    const int64_t count = smaller(kTileRows, of.rows - tile * kTileRows);
+    for (int64_t b = 0; b < x.batch; b++) {
+      float rows[kTileRows];
+      Set::template rows<n, values>(sums[b / BT], BT, int(b % BT), rows);
+      for (int64_t r = 0; r < count; r++)
+        y[b * ldy + tile * kTileRows + r] = values == kInt8 ? rows[r] * row_scales[tile * kTileRows + r] : rows[r];
+    }
+  }
+}
+
+template <class Set, int n, int values>
+Multiply for_batch(int64_t batch) {
+  if (batch == 1) return multiply_tiles<Set, n, values, 1>;
+  if (batch == 2) return multiply_tiles<Set, n, values, 2>;
+  if constexpr (n > 0 && Set::kMostRows == 8)
+    if (batch % 8 == 0) return multiply_tiles<Set, n, values, 8>;
+  return multiply_tiles<Set, n, values, 4>;
+}
+
+template <class Set, int values>
+Multiply for_pattern(const Header& of, int64_t batch) {
+  if (of.n == 0) return for_batch<Set, 0, values>(batch);
+  return of.n == 1 ? for_batch<Set, 1, values>(batch) : for_batch<Set, 2, values>(batch);
+}
+
+// The kernel of a matrix for `batch` rows of x: 1, 2, or a multiple of 4.
+template <class Set>
+Multiply kernel_of(const Header& of, int64_t batch) {
+  switch (of.values) {
+    case kBFloat16: return for_pattern<Set, kBFloat16>(of, batch);
+    case kFloat16: return for_pattern<Set, kFloat16>(of, batch);
+    case kFloat32: return for_pattern<Set, kFloat32>(of, batch);
+    case kInt8: return for_pattern<Set, kInt8>(of, batch);
+    default: return for_pattern<Set, kInt4>(of, batch);
+  }
+}

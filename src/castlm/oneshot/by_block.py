@@ -1,0 +1,317 @@
+"""One-shot pruning with one transformer block in memory, which goes on after a kill.
+
+For each block in turn: its weights are read, its basis is changed, it is pruned, its weights are written, and the
+hidden states go through it from one file to another. A record of what is done is written last, so that a process killed
+at any moment loses at most one block's work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from castlm.core.errors import InputError
+from castlm.core.experts import SparseLayer
+from castlm.core.pattern import NM, Pattern
+from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.distributed.loading import Checkpoint
+from castlm.files import atomic_file, atomic_write_json, is_disk_full, read_json_mapping
+from castlm.layout import stored_transposed
+from castlm.models import eval_mode
+from castlm.oneshot.basis import BasisReport, BlockTurns, block_statistics
+from castlm.oneshot.block_basis import Change
+from castlm.oneshot.calibration import check_calibration
+from castlm.oneshot.families import describe
+from castlm.oneshot.hidden_states import HiddenStates
+from castlm.oneshot.inputs import check_plain_weights
+from castlm.oneshot.options import BasisOptions, Refinements
+from castlm.oneshot.prune import prune_block, prune_layers
+from castlm.oneshot.report import LayerResult, OneshotReport
+from castlm.oneshot.solvers import SOLVERS, Settings
+from castlm.oneshot.stored_model import StoredModel
+from castlm.oneshot.walk import BlockInputs, batch_size, block_stack
+
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class BlockPrune:
+    """What is pruned, how, and into which folder the blocks are written."""
+
+    model: PreTrainedModel
+    """On the meta device, from `castlm.distributed.loading.open_sharded`."""
+    checkpoint: Checkpoint
+    calibration: Tensor | None
+    """int64, (num_sequences, seq_len); None for magnitude."""
+    folder: Path
+    """For the pruned blocks, the hidden states and the record of what is done."""
+    inputs: Mapping[str, Any]
+    """What the result depends on beside the options below: compared before an earlier process's work is continued."""
+    method: str
+    pattern: Pattern
+    damping: float
+    basis: BasisOptions
+    refinements: Refinements
+    dtype: torch.dtype
+    """What the blocks are written in."""
+    device: torch.device
+    filter_fn: FilterFn = is_sparse_linear
+
+
+def block_file(folder: Path, index: int) -> Path:
+    return folder / f"block-{index:05d}.safetensors"
+
+
+@torch.no_grad()
+def prune_by_block(
+    run: BlockPrune,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[OneshotReport, BasisReport]:
+    """Prunes a model whose weights stay on disk, and writes each block to `block_file` of `run.folder`.
+
+    The masks and weights are those of `change_basis_` and `prune_oneshot_`, except that the basis of a block is chosen
+    on the inputs that the pruned blocks before it give, and that the residual stream keeps its basis.
+
+    Memory: one block in fp32, the statistics of its inputs, and the work of the solver on the widest of them. Disk:
+    twice the hidden states of the calibration text in fp32, and the result.
+
+    Raises:
+        InputError: as `prune_oneshot_`; options that need the whole model; or work in `run.folder` that was done with
+            other options.
+    """
+    _refuse(run)
+    layers, left_dense = sparse_linears(run.model, run.pattern, run.filter_fn)
+    check_plain_weights(layers, "pruning")
+    stack, _ = block_stack(run.model, layers)
+    stored = StoredModel(run.model, run.checkpoint, stack, run.device)
+    state = _State.read(run)
+    if state.done:
+        say(f"going on after {state.done} of {len(stored.blocks)} blocks, which are in {run.folder}")
+    with eval_mode(run.model):
+        _Walk(run, stored, layers, state, say, progress).run()
+    num_sequences, seq_len = (0, 0) if run.calibration is None else run.calibration.shape
+    report = OneshotReport(
+        run.method,
+        str(run.pattern),
+        num_sequences,
+        seq_len,
+        run.damping if run.method == "sparsegpt" else None,
+        layers=state.layers,
+        left_dense=left_dense,
+        seconds=state.seconds,
+    )
+    return report, BasisReport(changes=state.changes, notes=state.notes)
+
+
+def _refuse(run: BlockPrune) -> None:
+    if run.basis.rotate == "residual":
+        raise InputError("rotate residual needs the whole model in memory: use rotate values, or memory model")
+    if run.refinements.needs_dense_twin:
+        raise InputError(
+            "target_asymmetry, stream_correction and reconstruct_epochs need the dense model beside the pruned one: "
+            "leave them out, or use memory model"
+        )
+    if run.method not in SOLVERS:
+        raise InputError(f"there is no one-shot method {run.method!r}: choose one of {', '.join(SOLVERS)}")
+    if run.calibration is None and SOLVERS[run.method].add is not None:
+        raise InputError(f"method {run.method} needs a calibration text: pass calibration, from calibration_blocks")
+    if run.calibration is not None:
+        check_calibration(run.model, run.calibration)
+
+
+@dataclass
+class _State:
+    """What is done, as it stands in the record."""
+
+    run: BlockPrune
+    done: int
+    layers: list[LayerResult]
+    changes: list[Change]
+    notes: list[str]
+    seconds: float
+
+    @classmethod
+    def read(cls, run: BlockPrune) -> _State:
+        file = run.folder / PROGRESS
+        if not file.exists():
+            return cls(run, 0, [], [], [], 0.0)
+        remedy = "delete its folder to start again"
+        record = read_json_mapping(file, remedy)
+        ours = _options(run)
+        changed = [name for name, value in ours.items() if record.get("options", {}).get(name) != value]
+        if changed:
+            name = changed[0]
+            then = record.get("options", {}).get(name)
+            raise InputError(
+                f"{run.folder} holds an unfinished prune with {name} = {then}, and it is {ours[name]} now: use the "
+                "same options to go on, or delete that folder to start again"
+            )
+        try:
+            layers = [LayerResult(**{**layer, "shape": tuple(layer["shape"])}) for layer in record["layers"]]
+            changes = [Change(**change) for change in record["changes"]]
+            return cls(run, int(record["done"]), layers, changes, list(record["notes"]), float(record["seconds"]))
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{file} is damaged: {remedy}") from None
+
+    def write(self) -> None:
+        atomic_write_json(
+            self.run.folder / PROGRESS,
+            {
+                "options": _options(self.run),
+                "done": self.done,
+                "seconds": self.seconds,
+                "layers": [asdict(layer) for layer in self.layers],
+                "changes": [asdict(change) for change in self.changes],
+                "notes": self.notes,
+            },
+        )
+
+
+def _options(run: BlockPrune) -> dict[str, Any]:
+    return {
+        **run.inputs,
+        "method": run.method,
+        "pattern": str(run.pattern),
+        "damping": run.damping,
+        **asdict(run.basis),
+        **asdict(run.refinements),
+        "dtype": str(run.dtype).removeprefix("torch."),
+    }
+
+
+class _Walk:
+    """The walk through the blocks."""
+
+    def __init__(
+        self,
+        run: BlockPrune,
+        stored: StoredModel,
+        layers: Mapping[str, SparseLayer],
+        state: _State,
+        say: Callable[[str], None],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.run_, self.stored, self.layers, self.state = run, stored, layers, state
+        self.say, self.progress = say, progress
+        self.solver, self.to = SOLVERS[run.method], Settings(run.pattern, run.damping, 128)
+        self.turns = self._turns()
+
+    def run(self) -> None:
+        num_blocks = len(self.stored.blocks)
+        if self.state.done == num_blocks:
+            return
+        inputs = states = None
+        if self.run_.calibration is not None:
+            inputs, states = self._enter(self.run_.calibration)
+        for index in range(self.state.done, num_blocks):
+            started = time.perf_counter()
+            with self.stored.block(index) as block:
+                self.state.layers += self._prune(index, inputs)
+                _write_block(self.run_, block, index, f"{self.stored.stack}.{index}.")
+                if inputs is not None and states is not None and index + 1 < num_blocks:
+                    inputs.advance()
+                    states.flush()
+            self.state.done = index + 1
+            self.state.seconds += time.perf_counter() - started
+            self.state.write()
+            if states is not None:
+                states.go_on()
+            self.progress(index + 1, num_blocks)
+        for change in self.state.changes:
+            self.say(str(change))
+
+    def _turns(self) -> BlockTurns | None:
+        """How blocks are turned; None where they are not."""
+        run = self.run_
+        if run.basis.is_off or run.calibration is None:
+            return None
+        try:
+            if not isinstance(run.pattern, NM):
+                raise InputError(f"a change of basis is for n:m patterns, not {run.pattern}")
+            describe(run.model)
+        except InputError as error:
+            if run.basis.rotate != "auto":
+                raise
+            if not self.state.notes:
+                self.state.notes.append(str(error))
+                self.say(str(error))
+            return None
+        turns = BlockTurns(run.basis, run.pattern)
+        for earlier in self.state.changes:
+            if earlier.what == turns.values.what:
+                turns.values = earlier
+            else:
+                turns.mlps = earlier
+        return turns
+
+    def _enter(self, calibration: Tensor) -> tuple[BlockInputs, HiddenStates]:
+        run, device = self.run_, self.run_.device
+        size = batch_size(calibration, device)
+        shape = (size, calibration.shape[1], run.model.config.get_text_config().hidden_size)
+        num_batches = len(calibration) // size if self.state.done else 0
+        states = HiddenStates(run.folder, shape, device, self.state.done, num_batches)
+        if not self.state.done:
+            states.file(0).unlink(missing_ok=True)
+        with _disk_full_is_said(run.folder), self.stored.passing():
+            return BlockInputs(run.model, self.stored.blocks, calibration, states, self.state.done), states
+
+    def _prune(self, index: int, inputs: BlockInputs | None) -> list[LayerResult]:
+        prefix = f"{self.stored.stack}.{index}."
+        inside = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
+        if inputs is None:
+            return [
+                result
+                for name, layer in inside.items()
+                for result in prune_layers({name: layer.weight}, None, self.solver, self.to)
+            ]
+        num_sequences = len(self.run_.calibration)  # type: ignore[arg-type]
+        with _disk_full_is_said(self.run_.folder):
+            if self.turns is not None and inside:
+                statistics = block_statistics(inside, inputs, num_sequences)
+                wiring = describe(self.run_.model)
+                _, note = self.turns.turn_(wiring.blocks[index], statistics, inputs)
+                self.state.changes = self.turns.changes()
+                if note:
+                    self.state.notes.append(f"block {index}: {note}")
+                del statistics
+            return prune_block(inside, inputs, num_sequences, self.solver, self.to, self.run_.refinements)
+
+
+def _write_block(run: BlockPrune, block: nn.Module, index: int, prefix: str) -> None:
+    """Writes a block, reads it back and compares it bit for bit."""
+    tensors = {}
+    for name, parameter in block.named_parameters():
+        value = parameter.detach().to(run.dtype)
+        transposed = stored_transposed(run.model.config.model_type, prefix + name)
+        tensors[prefix + name] = (value.T if transposed else value).contiguous().cpu()
+    file = block_file(run.folder, index)
+    with _disk_full_is_said(run.folder), atomic_file(file) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    with safe_open(file, "pt") as opened:
+        for name, tensor in tensors.items():
+            if not torch.equal(opened.get_tensor(name).view(torch.uint8), tensor.view(torch.uint8)):
+                raise InputError(f"{name} has other values in {file} than in memory: the disk or memory is faulty")
+
+
+@contextmanager
+def _disk_full_is_said(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise InputError(
+                f"disk full while writing {folder}: free some space and run the same command again to go on"
+            ) from error
+        raise

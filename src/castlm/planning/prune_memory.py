@@ -1,0 +1,177 @@
+"""Computes the memory that `castlm prune` takes with the whole model or with one block, from the model's config alone.
+
+Each count follows the tensors that are alive at once in `castlm.oneshot`; a benchmark compares it with a real process.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from castlm.core.errors import InputError
+from castlm.core.experts import linearize_experts_
+from castlm.core.pattern import Pattern, as_pattern
+from castlm.core.sparsify import sparse_linears
+from castlm.hardware import resident_memory
+from castlm.models import auto_class, backbone, linearize_conv1d_
+from castlm.oneshot.options import BasisOptions, Refinements
+from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS
+from castlm.oneshot.walk import PASS_TOKENS_CPU, block_stack
+from castlm.planning.activations import as_input_error
+from castlm.planning.memory import GIB, read_config
+
+_BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at once: gate, up, and their products
+
+
+class _Read(NamedTuple):
+    """Layers that read one input."""
+
+    columns: int
+    rows: int
+    """Of all of them together."""
+
+
+@dataclass(frozen=True)
+class PruneMemoryPlan:
+    """Bytes of a `castlm prune` on a CPU."""
+
+    components: dict[str, int]
+    """`process` is what Python and its libraries take, as measured in this process."""
+    phases: dict[str, int]
+    disk: int
+    """Bytes of hidden states on disk."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    def table(self) -> str:
+        """The numbers as text."""
+        rows = [*self.components.items(), *((f"phase: {name}", size) for name, size in self.phases.items())]
+        rows += [("peak", self.peak)] + ([("hidden states on disk", self.disk)] if self.disk else [])
+        return "\n".join(f"{name:<34}{size / GIB:>10.3f} GiB" for name, size in rows)
+
+
+def plan_prune_memory(
+    config: PretrainedConfig | str | Path,
+    *,
+    memory: Literal["model", "block"] = "block",
+    method: str = "sparsegpt",
+    pattern: Pattern | str = "2:4",
+    num_sequences: int = 128,
+    seq_len: int = 2048,
+    dtype: torch.dtype = torch.bfloat16,
+    basis: BasisOptions | None = None,
+    refinements: Refinements | None = None,
+) -> PruneMemoryPlan:
+    """The peak memory of `castlm prune` on a CPU, without the options that hold a dense twin.
+
+    The phases: `enter` (the text passes through the embeddings, and once through the blocks), `statistics` (the
+    inputs of a block are seen), `basis` (the neurons of its MLP are permuted), `solve`, and with the whole model in
+    memory `verify` (the result is read back beside it). Blocks are taken to be alike.
+
+    Args:
+        config: a HF config, the path of a `config.json` or of a folder with one.
+        memory: what is held, as the option of `castlm prune`.
+        method: "wanda" or "sparsegpt", which read a calibration text.
+        dtype: what the model is stored in.
+
+    Raises:
+        InputError: an unreadable config, not a causal LM, or nothing to prune.
+    """
+    config, basis, refinements = read_config(config), basis or BasisOptions(), refinements or Refinements()
+    if method not in SOLVERS or SOLVERS[method].add is None:
+        raise InputError(f"method {method!r} reads no calibration text: the plan is for wanda and sparsegpt")
+    whole = _fake_model(config, config.get_text_config().num_hidden_layers)
+    total = sum(p.numel() for p in whole.parameters())
+    one = _fake_model(config, 1)
+    reads, block = _reads_of_a_block(one, as_pattern(pattern))
+    hidden = int(whole.get_input_embeddings().weight.shape[1])
+    num_layers = config.get_text_config().num_hidden_layers
+    outside = total - num_layers * block
+    tokens = max(PASS_TOKENS_CPU // seq_len, 1) * seq_len
+    widest = max(max(read.columns, read.rows) for read in reads)
+    states = 4 * num_sequences * seq_len * hidden
+    axes = SOLVERS[method].axes
+    parts = {
+        "process": resident_memory(),
+        "weights": 4 * (block if memory == "block" else total),
+        "statistics": 4 * sum(read.columns**axes for read in reads),
+        "activations": 4 * tokens * (_BLOCKS_OF_WIDTHS * widest // 2 + 4 * hidden),
+        "hidden states": 0 if memory == "block" else states,
+        "solver": 4 * max(_solve(read, axes, refinements) for read in reads),
+        "basis": 0 if basis.is_off else 4 * max(_turn(read, basis) for read in reads),
+    }
+    static = parts["process"] + parts["weights"] + parts["hidden states"]
+    phases = {
+        "statistics": static + parts["statistics"] + parts["activations"],
+        "solve": static + parts["statistics"] + parts["solver"],
+    }
+    if memory == "block":
+        embeddings = outside * dtype.itemsize  # beside them stands the file that they are read from, or a block
+        phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])
+    else:
+        phases["verify"] = parts["process"] + 2 * parts["weights"]
+    if not basis.is_off:
+        phases["basis"] = static + parts["statistics"] + parts["basis"]
+    return PruneMemoryPlan(parts, phases, 2 * states if memory == "block" else 0)
+
+
+def _solve(read: _Read, axes: int, refinements: Refinements) -> int:
+    """Elements that a solver holds beside weights and statistics."""
+    size, square = read.rows * read.columns, read.columns**2
+    if axes < 2:
+        return 4 * size
+    # Weight as given, as solved for, without dead columns, transposed, and what is lost so far; the Hessian of the
+    # refit, its factor, that transposed, and the products of both.
+    refits = refinements.refit_iterations > 0
+    solve = 5 * size + (3 + refits) * square
+    refit = 3 * size + 7 * min(read.rows, REFIT_ROWS) * read.columns + 2 * square if refits else 0
+    return max(solve, refit)
+
+
+def _turn(read: _Read, basis: BasisOptions) -> int:
+    """Elements that a permutation of the input's neurons holds beside weights and statistics."""
+    # The permuted Hessian, and of 512 rows solved with it: a copy, its factor, that transposed, and the products.
+    return (5 * read.columns**2 + 6 * read.rows * read.columns) if basis.permute or basis.rotates_values else 0
+
+
+def _fake_model(config: PretrainedConfig, num_layers: int) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    config.get_text_config().num_hidden_layers = num_layers
+    with FakeTensorMode(), as_input_error(config):
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
+        linearize_conv1d_(model)
+    return model
+
+
+def _reads_of_a_block(model: PreTrainedModel, pattern: Pattern) -> tuple[list[_Read], int]:
+    """Which sparse layers of a model of one block read one input, and the number of parameters of that block."""
+    layers, _ = sparse_linears(model, pattern)
+    if linearize_experts_(model):
+        raise InputError(f"the memory of pruning experts is not known: measure {model.config.model_type} by running it")
+    _, (block,) = block_stack(model, layers)
+    seen: list[tuple[Tensor, list[nn.Linear]]] = []
+
+    def before(layer: nn.Linear, x: Tensor) -> None:
+        for tensor, readers in seen:
+            if tensor is x:
+                readers.append(layer)
+                return
+        seen.append((x, [layer]))
+
+    hooks = [layer.register_forward_pre_hook(lambda module, args: before(module, args[0])) for layer in layers.values()]
+    embeddings = model.get_input_embeddings().weight
+    with embeddings.fake_mode, torch.no_grad(), as_input_error(model.config):  # type: ignore[attr-defined]
+        backbone(model)(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    reads = [_Read(readers[0].in_features, sum(reader.out_features for reader in readers)) for _, readers in seen]
+    return reads, sum(p.numel() for p in block.parameters())

@@ -1,0 +1,79 @@
+"""The memory plan of `castlm prune` against the closed form of a LLaMA block, and the limits between its two ways."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from castlm.cli import plan_memory as command
+from castlm.core.errors import InputError
+from castlm.oneshot.options import BasisOptions, Refinements
+from castlm.planning.prune_memory import plan_prune_memory
+from tests.tiny import save_tiny
+
+HIDDEN, NEURONS, KEYS, VOCAB, LAYERS = 64, 176, 32, 256, 3
+CONFIG = AutoConfig.for_model(
+    "llama",
+    hidden_size=HIDDEN,
+    intermediate_size=NEURONS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_hidden_layers=LAYERS,
+    vocab_size=VOCAB,
+)
+BLOCK = 2 * HIDDEN**2 + 2 * HIDDEN * KEYS + 3 * HIDDEN * NEURONS + 2 * HIDDEN
+PLAIN = {"basis": BasisOptions(rotate="off", permute=False), "refinements": Refinements(refit_iterations=0)}
+
+
+def test_a_block_and_its_statistics_have_the_closed_form():
+    plan = plan_prune_memory(CONFIG, num_sequences=4, seq_len=32, **PLAIN)
+    assert plan.components["weights"] == 4 * BLOCK
+    assert plan.components["statistics"] == 4 * (3 * HIDDEN**2 + NEURONS**2)
+    assert plan.components["solver"] == 4 * (5 * HIDDEN * NEURONS + 3 * NEURONS**2)
+    assert plan.disk == 2 * 4 * 4 * 32 * HIDDEN
+    assert plan.peak == max(plan.phases.values())
+
+
+def test_the_whole_model_takes_all_blocks_the_text_and_a_second_model():
+    block = plan_prune_memory(CONFIG, memory="block", num_sequences=4, seq_len=32, **PLAIN)
+    model = plan_prune_memory(CONFIG, memory="model", num_sequences=4, seq_len=32, **PLAIN)
+    total = LAYERS * BLOCK + 2 * VOCAB * HIDDEN + HIDDEN
+    assert model.components["weights"] == 4 * total
+    assert model.components["hidden states"] == 4 * 4 * 32 * HIDDEN
+    assert model.phases["verify"] - model.components["process"] == 2 * 4 * total
+    assert model.disk == 0
+    assert block.components["hidden states"] == 0
+
+
+def test_more_blocks_cost_no_memory_by_block():
+    deeper = AutoConfig.for_model(**{**CONFIG.to_dict(), "num_hidden_layers": 30})
+    plans = [plan_prune_memory(config, num_sequences=4, seq_len=32) for config in (CONFIG, deeper)]
+    few, many = (plan.peak - plan.components["process"] for plan in plans)
+    assert few == many
+
+
+def test_wanda_needs_vectors_only_and_magnitude_has_no_plan():
+    plan = plan_prune_memory(CONFIG, method="wanda", num_sequences=4, seq_len=32)
+    assert plan.components["statistics"] == 4 * (3 * HIDDEN + NEURONS)
+    with pytest.raises(InputError, match="reads no calibration text"):
+        plan_prune_memory(CONFIG, method="magnitude")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma"])
+def test_families_with_other_names_are_planned(tmp_path, family):
+    folder = save_tiny(tmp_path, family)
+    assert plan_prune_memory(folder, num_sequences=1, seq_len=16).components["statistics"] > 0
+
+
+def test_the_command_prints_the_phases_and_the_peak(tmp_path, capsys):
+    folder = save_tiny(tmp_path)
+    arguments = ["--model", str(folder), "--prune", "--seq-len", "32", "--calibration-sequences", "4"]
+    assert command.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("phase: solve", "phase: enter", "peak", "hidden states on disk"))
+    assert command.main([*arguments, "--memory", "model"]) == 0
+    assert "phase: verify" in capsys.readouterr().out
+
+
+def test_the_plan_allocates_nothing():
+    large = AutoConfig.for_model(**{**CONFIG.to_dict(), "hidden_size": 8192, "intermediate_size": 28672})
+    assert plan_prune_memory(large, dtype=torch.bfloat16).components["weights"] > 2**31

@@ -1,0 +1,200 @@
+"""`castlm prune --memory block`: the same result as with the whole model, after a kill at any moment too."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from castlm.cli import prune as command
+from castlm.core.errors import InputError
+from castlm.export import from_blocks
+from castlm.oneshot import by_block
+from castlm.oneshot.hidden_states import HiddenStates
+from castlm.oneshot.stored_model import StoredModel
+from tests.tiny import save_tiny, tiny_model
+
+PLAIN = ["--rotate", "off", "--no-permute"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=3)
+
+
+def prune(model, text: str, output: Path, *options: str, memory: str = "block") -> Path:
+    arguments = ["--model", str(model), "--calibration", text, "--output-dir", str(output), "--memory", memory]
+    assert command.main([*arguments, "--num-sequences", "8", "--seq-len", "64", *options]) == 0
+    return output
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "opt"])
+def test_the_result_is_that_of_the_whole_model_bit_for_bit(tmp_path, text, family):
+    model = save_tiny(tmp_path / "dense", family)
+    whole = prune(model, text, tmp_path / "whole", *PLAIN, memory="model")
+    by_block_ = prune(model, text, tmp_path / "block", *PLAIN)
+    assert_same(whole, by_block_)
+    assert not (tmp_path / "block.partial").exists()
+
+
+@pytest.mark.parametrize("options", [["--method", "wanda"], ["--method", "magnitude"], ["--staged-statistics"]])
+def test_each_method_gives_what_it_gives_with_the_whole_model(llama, tmp_path, text, options):
+    whole = prune(llama, text, tmp_path / "whole", *PLAIN, *options, memory="model")
+    assert_same(whole, prune(llama, text, tmp_path / "block", *PLAIN, *options))
+
+
+def test_a_narrow_model_is_written_in_its_own_dtype(tmp_path, text):
+    model = save_tiny(tmp_path / "dense")
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(model)
+    whole = prune(model, text, tmp_path / "whole", *PLAIN, memory="model")
+    block = prune(model, text, tmp_path / "block", *PLAIN)
+    assert {tensor.dtype for tensor in weights(block).values()} == {torch.bfloat16}
+    assert_same(whole, block)
+
+
+class Killed(BaseException):
+    """What stands for a SIGKILL: nothing may catch it and go on."""
+
+
+MOMENTS = {
+    "before the record": (by_block._State, "write"),
+    "behind the record": (HiddenStates, "go_on"),
+    "before a block is written": (by_block, "_write_block"),
+    "behind a block's file": (HiddenStates, "flush"),
+    "while the hidden states are written": (HiddenStates, "__setitem__"),
+    "while the text enters": (HiddenStates, "insert"),
+    "while a block is read": (StoredModel, "_value"),
+    "before the export": (from_blocks, "export_blocks"),
+}
+
+
+@pytest.fixture(scope="module")
+def straight(llama, text, tmp_path_factory) -> Path:
+    return prune(llama, text, tmp_path_factory.mktemp("straight") / "out")
+
+
+@pytest.mark.parametrize(
+    ("moment", "call"),
+    [(moment, 1) for moment in MOMENTS]
+    + [(moment, 2) for moment in MOMENTS if moment not in ("before the export", "while the text enters")],
+)
+def test_a_prune_killed_at_any_moment_goes_on_to_the_same_result(
+    llama, straight, tmp_path, text, monkeypatch, moment, call
+):
+    owner, name = MOMENTS[moment]
+    function, calls = getattr(owner, name), 0
+
+    def killed(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Killed
+        return function(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            prune(llama, text, tmp_path / "killed")
+    assert_same(straight, prune(llama, text, tmp_path / "killed"))
+    ours, theirs = (json.loads((folder / "castlm.json").read_text()) for folder in (straight, tmp_path / "killed"))
+    assert ours["basis"]["changes"] == theirs["basis"]["changes"]
+
+
+def test_a_process_that_was_killed_goes_on(llama, straight, tmp_path, text):
+    script = (
+        "import os, signal; from castlm.oneshot import by_block as b; w = b._write_block\n"
+        "def kill(run, block, index, prefix):\n"
+        "    w(run, block, index, prefix); index == 1 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "b._write_block = kill\n"
+        "import sys; from castlm.cli.prune import main; sys.exit(main(sys.argv[1:]))"
+    )
+    common = ["--model", str(llama), "--calibration", text, "--num-sequences", "8", "--seq-len", "64"]
+    arguments = [*common, "--output-dir", str(tmp_path / "killed"), "--memory", "block"]
+    killed = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, env=dict(os.environ))
+    assert killed.returncode == -signal.SIGKILL
+    assert json.loads((tmp_path / "killed.partial" / "progress.json").read_text())["done"] == 1
+    assert_same(straight, prune(llama, text, tmp_path / "killed"))
+
+
+def unfinished(llama, tmp_path, text, monkeypatch, *options: str) -> Path:
+    def stop(self) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HiddenStates, "go_on", stop)
+        with pytest.raises(Killed):
+            prune(llama, text, tmp_path / "out", *options)
+    return tmp_path / "out.partial"
+
+
+def test_other_options_do_not_continue_an_earlier_prune(llama, tmp_path, text, monkeypatch):
+    unfinished(llama, tmp_path, text, monkeypatch)
+    with pytest.raises(InputError, match=r"unfinished prune with damping = 0.01, and it is 0.1 now"):
+        prune(llama, text, tmp_path / "out", "--damping", "0.1")
+    assert (tmp_path / "out.partial" / "progress.json").exists()
+
+
+def test_overwrite_starts_again_and_deletes_only_what_castlm_wrote(llama, tmp_path, text, monkeypatch):
+    partial = unfinished(llama, tmp_path, text, monkeypatch)
+    (partial / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds something|has no record"):
+        prune(llama, text, tmp_path / "out", "--damping", "0.1", "--overwrite")
+    assert (partial / "notes.txt").read_text() == "mine"
+    (partial / "notes.txt").unlink()
+    partial.rmdir()
+    prune(llama, text, tmp_path / "out", "--damping", "0.1", "--overwrite")
+
+
+def test_a_damaged_record_is_named(llama, tmp_path, text, monkeypatch):
+    partial = unfinished(llama, tmp_path, text, monkeypatch)
+    record = json.loads((partial / "progress.json").read_text())
+    del record["layers"]
+    (partial / "progress.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"progress.json is damaged"):
+        prune(llama, text, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rotate", "residual"], "needs the whole model in memory"),
+        (["--target-asymmetry", "0.5"], "need the dense model beside"),
+        (["--reconstruct-epochs", "1"], "need the dense model beside"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused(llama, tmp_path, text, options, message):
+    with pytest.raises(InputError, match=message):
+        prune(llama, text, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path, text):
+    model = save_tiny(tmp_path / "dense", "llama")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"layers.1.mlp.up_proj.weight of .* holds NaN"):
+        prune(model, text, tmp_path / "out")
+
+
+def test_a_block_is_held_where_the_model_does_not_fit(llama, tmp_path, text, monkeypatch, capsys):
+    monkeypatch.setattr("castlm.hardware.available_memory", lambda: 1000.0)
+    prune(llama, text, tmp_path / "out", memory="auto")
+    assert "one transformer block at a time is in memory" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 4
