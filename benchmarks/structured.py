@@ -126,8 +126,10 @@ def speeds(config: PretrainedConfig, patterns: list[str], repeats: int = 7) -> d
     models = {"dense": AutoModelForCausalLM.from_config(config).eval()}
     models |= {pattern: AutoModelForCausalLM.from_config(cut_config(config, pattern)).eval() for pattern in patterns}
     ids = torch.randint(config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    prefill = interleaved({name: lambda m=model: m(ids, use_cache=False) for name, model in models.items()}, repeats)
-    decode = interleaved({name: lambda m=model: _decode(m, ids) for name, model in models.items()}, repeats)
+    clock = "cpu" if torch.get_num_threads() == 1 else "wall"
+    passes = {name: lambda m=model: m(ids, use_cache=False) for name, model in models.items()}
+    prefill = interleaved(passes, repeats, clock)
+    decode = interleaved({name: lambda m=model: _decode(m, ids) for name, model in models.items()}, repeats, clock)
     found = {}
     for pattern in patterns:
         ratios = {}

@@ -48,8 +48,9 @@ class PruneOptions:
     calibration: str | None = None
     """Text that wanda and sparsegpt need: a file, folder, glob or hub dataset, as --dataset of castlm train."""
 
-    column: str = "text"
-    """Column that holds the text in .jsonl and .parquet."""
+    column: str | None = None
+    """Column of .jsonl and .parquet that holds the text, or messages, which the chat template renders. By default it is
+    found."""
 
     pattern: str = "2:4"
     """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern as

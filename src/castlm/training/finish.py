@@ -97,7 +97,7 @@ def sharded_result(run: TrainedRun) -> ShardedResult:
 
     def measure(objective: Objective) -> float:
         return held_out_perplexity(
-            objective, run.parts.text.eval_ids, seq_len=config.seq_len, batch=1, precision="fp32", world=world
+            objective, run.parts.text.held_out, seq_len=config.seq_len, batch=1, precision="fp32", world=world
         )
 
     return ShardedResult(
@@ -147,7 +147,7 @@ def write_result(run: TrainedRun, model: PreTrainedModel | None, histogram: dict
     seq_len, tokenizer = run.config.seq_len, run.parts.source.tokenizer
 
     def measure(m: PreTrainedModel) -> float:
-        return perplexity(m, run.parts.text.eval_ids, seq_len=seq_len).perplexity
+        return perplexity(m, run.parts.text.held_out, seq_len=seq_len).perplexity
 
     record = finished_record(run, histogram)
     if not run.is_sparse:  # the dense control has no pattern to verify
@@ -207,7 +207,7 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
         seq_len=config.seq_len,
         text=", ".join(config.eval_datasets) or f"held out of {', '.join(config.datasets)}",
         text_sha256=run.parts.text.eval_sha256,
-        num_tokens=len(run.parts.text.eval_ids),
+        held_out=run.parts.text.held_out,
         precision=run.parts.evaluator.precision,
     )
     labels = {

@@ -23,7 +23,6 @@ from castlm.core.masks import pack_mask
 from castlm.core.pattern import Pattern
 from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import FilterFn, is_sparse_linear
-from castlm.data.tokens import end_of_text_id
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import compile_blocks_, shard_
@@ -125,8 +124,8 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     method = method_class(model, config, pattern, filter_fn)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    end_of_text = None if config.cross_document_attention else end_of_text_id(source.tokenizer)
-    objective = Objective(model, teacher, config.eta, config.temperature, config.teacher_top_k, cache, end_of_text)
+    apart = not config.cross_document_attention
+    objective = Objective(model, teacher, config.eta, config.temperature, config.teacher_top_k, cache, apart)
     if config.torch_compile:
         compile_blocks_(objective)
     _shard(objective, source.stored, precision, world)
@@ -142,7 +141,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     fused, optimizer_text = choose_fused(config.fused_optimizer, world.device, sum(p.numel() for p in names))
     optimizer = method.build_optimizer(model, fused)
     evaluator = Evaluator(
-        objective, text.eval_ids, config.seq_len, config.per_device_train_batch_size, precision, world
+        objective, text.held_out, config.seq_len, config.per_device_train_batch_size, precision, world
     )
     dense_perplexity = None
     if resumed is None and (has_start or method.starts_sparse) and not config.is_finetuning:
@@ -179,7 +178,7 @@ def local_masks(masks: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
 def _open_teacher_cache(config: TrainConfig, text: TrainingText, vocab_size: int, world: World) -> TeacherCache | None:
     if config.teacher_cache is None:
         return None
-    stream = [text.train_sha256, config.seed, config.seq_len, config.repeat_blocks]
+    stream = [text.train_sha256, config.seed, config.seq_len, config.repeat_blocks, config.column, text.template_sha256]
     cache = TeacherCache(config.teacher_cache, stream, vocab_size, world)
     cache.complete = cache.covered() >= config.max_steps * global_batch(config, world)
     return cache
@@ -245,6 +244,9 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
         trained = sum(p.numel() for p in parts.names if p.requires_grad)
         masks += f", adapter {config.adapter} of {trained:,} weights"
     yield f"{config.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
+    if parts.text.documents.is_chat:
+        which = "the assistant's tokens count" if config.assistant_only_loss else "all tokens count"
+        yield f"conversations: {which} in the loss; the perplexity is over {parts.text.held_out.tokens} tokens"
     if config.teacher_cache:
         here = "every sequence is in the cache: no teacher is loaded"
         kept = here if parts.objective.teacher is None else "missing sequences are added"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.blocks import is_tower
 from castlm.core.errors import InputError
+from castlm.data.chat import with_template
 from castlm.distributed.loading import Checkpoint, check_one_snapshot, open_sharded
 from castlm.distributed.world import World
 from castlm.models import Loaded, check_head, context_length, load_model, vocab_size
@@ -66,6 +67,7 @@ def open_source(config: TrainConfig, world: World) -> Source:
     opened = open_sharded(config.model, **options) if world.mesh is not None else None
     loaded, stored = (load_model(config.model, **options), None) if opened is None else opened
     check_one_snapshot(config.model, config.revision, world)
+    with_template(loaded.tokenizer, config.chat_template_path)
     model = loaded.model
     longest = context_length(model.config)
     if longest is not None and config.seq_len > longest:
