@@ -49,8 +49,9 @@ class PruneOptions:
     calibration: str | None = None
     """Text that wanda and sparsegpt need: a file, folder, glob or hub dataset, as --dataset of castlm train."""
 
-    column: str = "text"
-    """Column that holds the text in .jsonl and .parquet."""
+    column: str | None = None
+    """Column of .jsonl and .parquet that holds the text, or messages, which the chat template renders. By default it is
+    found."""
 
     pattern: str = "2:4"
     """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern as
@@ -225,10 +226,11 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
     ) -> int:
         import torch
 
+        from castlm.core.experts import ExpertLinear
         from castlm.core.sparsify import sparse_linears
         from castlm.distributed.loading import Place, open_sharded
         from castlm.export.from_blocks import export_blocks
-        from castlm.models import save_dtype
+        from castlm.models import is_vision_language, save_dtype
         from castlm.oneshot.by_block import BlockPrune, block_file, prune_by_block
         from castlm.oneshot.stored_model import outside_blocks
         from castlm.oneshot.walk import block_stack
@@ -252,8 +254,10 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             blocks, calibration = self._calibration(loaded.model, loaded.tokenizer, text)
             dtype = save_dtype(self.save_dtype, loaded.dtype)
             places = [place for place in checkpoint.places.values() if isinstance(place, Place)]
-            if len(places) < len(checkpoint.places):
-                raise InputError(f"{self.model} stores its experts one by one: use memory model")
+            if any(isinstance(module, ExpertLinear) for module in loaded.model.modules()):
+                raise InputError(f"{self.model} has experts, of which a block holds many: use memory model")
+            if is_vision_language(loaded.model.config):
+                raise InputError(f"{self.model} stores its layers under other names than it loads: use memory model")
             files = sorted({place.file for place in places})
             run = BlockPrune(
                 loaded.model,

@@ -205,7 +205,7 @@ class Plan:
         from castlm.data.documents import open_documents
 
         command = self.command
-        column = self.common.get("column", "text")
+        column = self.common.get("column")
         texts = {"dataset": command.dataset, "eval_dataset": command.eval_dataset}
         texts["calibration"] = command.calibration or command.dataset
         if command.tuning_dataset:
@@ -330,7 +330,16 @@ class Plan:
 
     def _make_oneshot(self, name: str, fields: dict[str, Any], named: dict[str, Any]) -> Run:
         # checked as options of `castlm train`: the class of the one-shot runs imports torch, which planning avoids
-        known = ("pattern", "seq_len", "eval_tokens", "column", "trust_remote_code", "revision")
+        known = (
+            "pattern",
+            "seq_len",
+            "eval_tokens",
+            "column",
+            "assistant_only_loss",
+            "chat_template_path",
+            "trust_remote_code",
+            "revision",
+        )
         content = checked(TrainConfig, {k: v for k, v in fields.items() if k in known}, f"variant {name}")
         content |= {"method": fields["method"], **named}
         content |= {"calibration": self.command.calibration or self.command.dataset}
