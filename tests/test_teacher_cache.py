@@ -48,7 +48,7 @@ def lessons(monkeypatch) -> list[tuple[int, ...]]:
     read = []
     output_of = Objective._teacher_output
     monkeypatch.setattr(
-        Objective, "_teacher_output", lambda self, ids: read.append(tuple(ids.shape)) or output_of(self, ids)
+        Objective, "_teacher_output", lambda self, ids, at: read.append(tuple(ids.shape)) or output_of(self, ids, at)
     )
     return read
 

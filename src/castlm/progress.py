@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from castlm.names import printable
 
@@ -29,18 +30,32 @@ def note(text: str) -> None:
     print(f"castlm: {printable(text)}", file=sys.stderr, flush=True)
 
 
+class _Rate(TextColumn):
+    """The speed of a task, which rich knows after the second update."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__(unit)
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} {self._unit}" if task.speed else "")
+
+
 @contextmanager
-def shown_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def shown_progress(what: str, rate: str | None = None, before: int = 0) -> Iterator[Callable[[int, int], None]]:
     """Yields `told(done, total)`, to be called after each part of the work.
 
     Args:
         what: the work and its parts, as "perplexity, sequences".
+        rate: also shows the parts done in a second, with this unit, as "tokens/s".
+        before: parts that an earlier start has done.
     """
     console = Screen(stderr=True, highlight=False)
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20))
+        columns = [TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20)]
+        columns += [_Rate(rate)] if rate else []
         with Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True) as bar:
-            task = bar.add_task(what, total=None)
+            task = bar.add_task(what, total=None, completed=before)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
     started = last = time.monotonic()
@@ -48,9 +63,10 @@ def shown_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     def line(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LINES and 0 < done < total:
+        if now - last >= SECONDS_BETWEEN_LINES and before < done < total:
             last = now
-            left = (now - started) / done * (total - done)
-            note(f"{what} {done:,}/{total:,}, {left:.0f} s left")
+            per_second = (done - before) / (now - started)
+            speed = f", {per_second:,.0f} {rate}" if rate else ""
+            note(f"{what} {done:,}/{total:,}{speed}, {(total - done) / per_second:.0f} s left")
 
     yield line

@@ -21,8 +21,14 @@ class EvalCommand:
     text: str | None = None
     """Text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub dataset."""
 
-    column: str = "text"
-    """Column that holds the text in .jsonl and .parquet."""
+    column: str | None = None
+    """Column of .jsonl and .parquet that holds the text, or messages. By default it is found."""
+
+    assistant_only_loss: bool = True
+    """Of conversations, score the tokens of the assistant alone."""
+
+    chat_template_path: str | None = None
+    """File with a Jinja chat template to use in place of the tokenizer's own."""
 
     seq_len: int = 1024
     """Tokens of context; figures at different lengths do not compare."""
@@ -60,6 +66,7 @@ class EvalCommand:
         check_json_path(self.json, result_folder(self.path), *([self.text] if self.text else []))
         import torch
 
+        from castlm.data.chat import with_template
         from castlm.evaluation.perplexity import evaluate_file
         from castlm.hardware import choose_device, choose_precision, keep_freed_memory
         from castlm.models import load_model
@@ -67,6 +74,7 @@ class EvalCommand:
 
         keep_freed_memory()
         loaded = load_model(result_folder(self.path), trust_remote_code=self.trust_remote_code, revision=self.revision)
+        with_template(loaded.tokenizer, self.chat_template_path)
         model = loaded.model
         model.to(choose_device(self.device))
         bf16 = choose_precision(self.precision, model.device, model.config) == "bf16"
@@ -79,6 +87,7 @@ class EvalCommand:
                     loaded.tokenizer,
                     self.text,
                     column=self.column,
+                    assistant_only=self.assistant_only_loss,
                     seq_len=self.seq_len,
                     stride=self.stride,
                     autocast_dtype=dtype,
@@ -98,8 +107,9 @@ class EvalCommand:
 
     def _print(self, figures: dict[str, Any]) -> None:
         if "perplexity" in figures:
+            which = "" if figures["tokens"] == "all" else f"{figures['tokens']} "
             print(
-                f"perplexity {figures['perplexity']:.4f}  ({figures['num_tokens']:,} tokens of {self.text}, "
+                f"perplexity {figures['perplexity']:.4f}  ({figures['num_tokens']:,} {which}tokens of {self.text}, "
                 f"context {figures['seq_len']}, stride {figures['stride']})"
             )
         for row in figures.get("zero_shot", {}).get("results", []):

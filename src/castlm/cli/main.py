@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "prune": Command("prune", "prune one-shot, without training: magnitude, Wanda, SparseGPT"),
     "eval": Command("evaluate", "measure the perplexity of a model on a text, or its zero-shot accuracy"),
     "compare": Command("compare", "run CAST and its rivals in one harness and print one table"),
+    "sample": Command("sample", "let a model write training text, where there is no data"),
     "report": Command("report", "write an HTML page about a run: verdict, charts, sample of text"),
     "plan": Command("plan", "predict convergence, perplexity, hours and memory before a run"),
     "quantize": Command("quantize", "round a sparse model to int8, fp8 or int4, zeros kept"),

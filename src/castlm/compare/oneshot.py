@@ -13,7 +13,9 @@ from typing import Any
 
 from castlm.core.pattern import Pattern
 from castlm.core.sparsify import sparse_linears
+from castlm.data.chat import with_template
 from castlm.data.documents import open_documents, text_hash
+from castlm.data.scored import scored_text
 from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.cut import check_cut
@@ -41,7 +43,9 @@ class OneshotConfig:
     """Of the evaluation; calibration sequences have the model's context, at most 2,048 tokens."""
     num_sequences: int = 128
     eval_tokens: int = 32768
-    column: str = "text"
+    column: str | None = None
+    assistant_only_loss: bool = True
+    chat_template_path: str | None = None
     seed: int = 0
     trust_remote_code: bool = False
     revision: str | None = None
@@ -66,11 +70,13 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
     pattern = Pattern.parse(config.pattern)
     loaded = load_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
     model = loaded.model
-    held_out = open_documents(config.eval_dataset, column=config.column)
-    eval_ids = token_ids(held_out, loaded.tokenizer, limit=config.eval_tokens or None)
+    with_template(loaded.tokenizer, config.chat_template_path)
+    documents = open_documents(config.eval_dataset, column=config.column)
+    limit, assistant_only = config.eval_tokens or None, config.assistant_only_loss
+    held_out = scored_text(documents, loaded.tokenizer, limit, assistant_only=assistant_only)
     check_cut(model, pattern)
     _, left_dense = sparse_linears(model, pattern)
-    dense = perplexity(model, eval_ids, seq_len=config.seq_len).perplexity
+    dense = perplexity(model, held_out, seq_len=config.seq_len).perplexity
     length = calibration_length(model)
     calibration = open_documents(config.calibration, column=config.column)
     sequences = calibration_blocks(
@@ -80,7 +86,7 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
         config.seed,
     )
     report = prune_oneshot_(model, config.method, pattern=pattern, calibration=sequences, seed=config.seed)
-    pruned = perplexity(model, eval_ids, seq_len=config.seq_len).perplexity
+    pruned = perplexity(model, held_out, seq_len=config.seq_len).perplexity
     record = {
         "base_model": config.model,
         "method": config.method,
@@ -90,8 +96,8 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
             loaded.tokenizer,
             seq_len=config.seq_len,
             text=config.eval_dataset,
-            text_sha256=text_hash(held_out),
-            num_tokens=len(eval_ids),
+            text_sha256=text_hash(documents),
+            held_out=held_out,
             precision="fp32",
         ),
         "calibration": {"text": config.calibration, "num_sequences": config.num_sequences, "seq_len": length},

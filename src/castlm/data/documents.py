@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from castlm.core.errors import InputError
+from castlm.data.columns import Columns, find_columns, types_of
+from castlm.data.parquet import ParquetRows
 from castlm.data.readers import (
     GzipJsonLines,
-    ParquetRows,
     Pool,
     Source,
     open_json_lines,
@@ -43,12 +44,14 @@ class Piece(NamedTuple):
     """A document, or a part of a very long one."""
 
     text: str
+    """For a conversation its JSON, which `castlm.data.chat` reads."""
     first: bool
     """Whether it is the first piece of its document."""
     last: bool
     """Whether it is the last piece of its document."""
     position: Position
     """The argument with which `pieces` starts at this piece again, as plain JSON."""
+    is_chat: bool = False
 
 
 class Documents:
@@ -64,6 +67,8 @@ class Documents:
         self.name = name
         self.num_empty = sum(source.num_empty for source in sources)
         """Blank documents that were dropped. Blank rows of a parquet file are found and dropped during reading."""
+        self.is_chat = any(source.is_chat for source in sources)
+        """Whether the documents are conversations."""
         self._sources, self._pool = list(sources), pool
         self._piece = np.arange(sum(len(source.last) for source in sources))
         self._last = np.concatenate([source.last for source in sources])
@@ -96,7 +101,7 @@ class Documents:
             first, last = index == 0 or bool(self._last[index - 1]), bool(self._last[index])
             text = self._text(index)
             if not (first and last) or (text and not text.isspace()):
-                yield Piece(text, first, last, here)
+                yield Piece(text, first, last, here, self.is_chat)
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of the pieces, shape (num_pieces,), int64; the pieces of one document stay together.
@@ -144,15 +149,15 @@ class HubDocuments:
     Args:
         open_stream: returns a new `datasets.IterableDataset` of the same rows each time; copies of one would share its
             position.
-        column: the column of strings that is the text.
-        identity: name, revision, config and split, of which `text_hash` is the hash.
+        columns: what a row holds.
+        identity: name, revision, config, split and column, of which `text_hash` is the hash.
     """
 
     num_empty = 0
 
-    def __init__(self, open_stream: Callable[[], Any], column: str, name: str, identity: str) -> None:
-        self.name = name
-        self._open_stream, self._column, self._identity = open_stream, column, identity
+    def __init__(self, open_stream: Callable[[], Any], columns: Columns, name: str, identity: str) -> None:
+        self.name, self.is_chat = name, columns.is_chat
+        self._open_stream, self._columns, self._identity = open_stream, columns, identity
 
     def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
         """See `Documents.pieces`. A position holds the state of the stream, not the text of the held documents."""
@@ -162,13 +167,14 @@ class HubDocuments:
             state, buffer, start = position["stream"], position["buffer"], position["index"]
             stream.load_state_dict(state)
         rows = iter(stream)
-        while texts := [row[self._column] or "" for row in islice(rows, HUB_BUFFER)]:
+        while texts := [self._columns.document(row, self.name) for row in islice(rows, HUB_BUFFER)]:
             order = np.arange(len(texts))
             if seed is not None:
                 order = np.argsort(np.random.default_rng([seed, epoch, buffer]).random(len(texts)), kind="stable")
             for index, row in enumerate(order[start:].tolist(), start):
                 if texts[row] and not texts[row].isspace():
-                    yield Piece(texts[row], True, True, {"stream": state, "buffer": buffer, "index": index})
+                    here = {"stream": state, "buffer": buffer, "index": index}
+                    yield Piece(texts[row], True, True, here, self.is_chat)
             state, buffer, start = stream.state_dict(), buffer + 1, 0
 
     def split(self, num_held_out: int) -> tuple[HubDocuments, HubDocuments]:
@@ -176,10 +182,10 @@ class HubDocuments:
         name, identity = self.name, self._identity
         return (
             HubDocuments(
-                lambda: self._open_stream().skip(num_held_out), self._column, name, f"{identity} skip {num_held_out}"
+                lambda: self._open_stream().skip(num_held_out), self._columns, name, f"{identity} skip {num_held_out}"
             ),
             HubDocuments(
-                lambda: self._open_stream().take(num_held_out), self._column, name, f"{identity} take {num_held_out}"
+                lambda: self._open_stream().take(num_held_out), self._columns, name, f"{identity} take {num_held_out}"
             ),
         )
 
@@ -189,22 +195,24 @@ class HubDocuments:
 
 
 def open_documents(
-    dataset: str | Path, *, column: str = "text", split: str = "train", data_config: str | None = None
+    dataset: str | Path, *, column: str | None = None, split: str = "train", data_config: str | None = None
 ) -> Documents | HubDocuments:
     """Opens a file, a folder, a glob, or a dataset of the Hugging Face Hub.
 
     - .txt (UTF-8): the file is one document, or several separated by `<|endoftext|>`.
-    - .jsonl, .jsonl.gz: a document is the string in `column` of each line.
+    - .jsonl, .jsonl.gz: a document is the string in `column` of each line, or its conversation.
     - .parquet: a document is a row of `column`.
     - A folder: all files of these types directly in it except hidden ones, sorted by name. A glob likewise.
     - Otherwise the name of a hub dataset, `owner/name` or `owner/name@revision`, which is streamed.
 
     Args:
+        column: of strings, or of lists of messages; None takes `messages`, `prompt` with `completion`, or `text`.
         split, data_config: of a hub dataset.
 
     Raises:
-        InputError: the dataset does not exist, its type is not supported, it has no such column, it holds only blank
-            documents, or a file is corrupt or not a regular file.
+        InputError: the dataset does not exist, its type is not supported, it has no such column or several that could
+            be meant, a conversation in it is not one, it holds only blank documents, or a file is corrupt or not a
+            regular file.
     """
     files = find_files(dataset)
     if files is None:
@@ -216,6 +224,9 @@ def open_documents(
         sources = [_open_file(file, column, pool) for file in files]
     except OSError as error:
         raise InputError(f"cannot read {error.filename or dataset}: {error.strerror or error}") from error
+    if len({source.is_chat for source in sources}) > 1:
+        chat, text = (next(f for f, source in zip(files, sources) if source.is_chat is what) for what in (True, False))
+        raise InputError(f"{chat} holds conversations and {text} plain text: give them as two datasets")
     documents = Documents(sources, pool, str(dataset))
     if len(documents) == 0:
         blank = f" ({documents.num_empty} blank ones)" if documents.num_empty else ""
@@ -223,7 +234,7 @@ def open_documents(
     return documents
 
 
-def _open_file(path: Path, column: str, pool: Pool) -> Source:
+def _open_file(path: Path, column: str | None, pool: Pool) -> Source:
     match _suffix(path):
         case ".txt":
             return open_text(path)
@@ -265,7 +276,7 @@ def find_files(dataset: str | Path) -> list[Path] | None:
     return [check_regular(file) for file in files]
 
 
-def _open_hub(name: str, column: str, split: str, data_config: str | None) -> HubDocuments:
+def _open_hub(name: str, column: str | None, split: str, data_config: str | None) -> HubDocuments:
     import datasets  # slow to import
     from huggingface_hub import HfApi
 
@@ -281,10 +292,9 @@ def _open_hub(name: str, column: str, split: str, data_config: str | None) -> Hu
         raise InputError(f"{name} is neither a local file nor available on the Hugging Face Hub: {reason}") from error
     if row is None:
         raise InputError(f"{name}: split {split!r} is empty; name another split")
-    if column not in row or not isinstance(row[column], str | None):
-        texts = [key for key, value in row.items() if isinstance(value, str)]
-        raise InputError(f"{name}: no text column {column!r}; there are: {', '.join(texts) or 'none'}")
-    return HubDocuments(open_stream, column, name, f"{repository}@{revision} {data_config} {split} {column}")
+    columns = find_columns(types_of(row), column, name)
+    columns.document(row, f"{name}, the first row")
+    return HubDocuments(open_stream, columns, name, f"{repository}@{revision} {data_config} {split} {columns.name}")
 
 
 def split_documents(
@@ -316,6 +326,10 @@ def split_documents(
 
 
 def _split_one(documents: Documents, holdout_fraction: float) -> tuple[Documents, Documents]:
+    if documents.is_chat:
+        raise InputError(
+            f"{documents.name}: a single conversation cannot be held out and trained on: give eval_dataset"
+        )
     count = len(documents._piece)
     num_held_out = int(count * holdout_fraction)
     if num_held_out:

@@ -15,10 +15,10 @@ class BatchLoader:
     """One rank's rows of each global micro-batch of `PackedSequences`.
 
     With R ranks of b rows, global batch g holds the sequences `[g*R*b, (g+1)*R*b)`, and rank r its rows
-    `[r*b, (r+1)*b)`: dicts of `input_ids` and `labels`, int64, shape (rows_per_rank, seq_len). Every rank tokenizes all
-    sequences. `state_dict` is the position after the last batch that was returned, whatever has been prepared ahead. It
-    is the same on every rank and may be loaded with another `rows_per_rank`, `rank` and `world_size`. The last batch is
-    dropped if it is incomplete (only with `PackedSequences(epochs=...)`).
+    `[r*b, (r+1)*b)`: dicts of `input_ids`, `labels` and `position_ids`, int64, shape (rows_per_rank, seq_len). Every
+    rank tokenizes all sequences. `state_dict` is the position after the last batch that was returned, whatever has been
+    prepared ahead. It is the same on every rank and may be loaded with another `rows_per_rank`, `rank` and
+    `world_size`. The last batch is dropped if it is incomplete (only with `PackedSequences(epochs=...)`).
 
     Args:
         prefetch: prepare the next batch in a thread meanwhile (fast tokenizers release the interpreter lock).
@@ -53,12 +53,11 @@ class BatchLoader:
         return batch
 
     def _next(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        tokens = self.sequences.take(self.world_size * self.rows_per_rank)
-        if tokens is None:
+        row = self.sequences.take(self.world_size * self.rows_per_rank)
+        if row is None:
             return None
-        size, shape = self.rows_per_rank * self.sequences.seq_len, (self.rows_per_rank, self.sequences.seq_len)
-        rows = tokens[self.rank * size : (self.rank + 1) * size + 1]
-        batch = {"input_ids": rows[:-1].view(shape), "labels": rows[1:].view(shape)}
+        first = self.rank * self.rows_per_rank
+        batch = row.batch(self.sequences.seq_len, slice(first, first + self.rows_per_rank))
         return batch, self.sequences.state_dict()
 
     def state_dict(self) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class Mixture:
         shares = (f"{part.name} ({weight:.0%})" for part, weight in zip(parts, self._weights))
         self.name = " + ".join(shares)
         self.num_empty = sum(part.num_empty for part in parts)
+        self.is_chat = any(part.is_chat for part in parts)
+        """Whether a text of the mixture holds conversations."""
 
     def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
         """The pieces of the documents, as `Documents.pieces`; `epoch` counts from the epoch of each text."""
@@ -56,7 +58,7 @@ class Mixture:
                     raise InputError(f"dataset {self._parts[number].name} has no text: leave it out")
             texts[number] = [texts[number][0], piece.position, False]
             here = {"texts": [list(text) for text in texts], "used": list(used), "open": current}
-            yield Piece(piece.text, piece.first, piece.last, here)
+            yield piece._replace(position=here)
             texts[number][2] = True
             used[number] += len(piece.text)
             current = None if piece.last else number

@@ -10,22 +10,20 @@ import torch
 from torch import Tensor
 
 
-def document_positions(input_ids: Tensor, end_of_text: int) -> Tensor:
-    """The position of each token in its own document; a document ends with the token `end_of_text`.
+def document_positions(begins: Tensor) -> Tensor:
+    """The position of each token in its own document.
 
     Args:
-        input_ids: (batch, seq), for example (8, 512).
+        begins: bool, (batch, seq), for example (8, 512): whether a token is the first of a document.
 
     Returns:
         int64, (batch, seq). The first document of a row starts at 0, even if an earlier row holds its beginning.
 
     Example:
-        >>> document_positions(torch.tensor([[5, 6, 0, 7, 0, 0, 8]]), end_of_text=0)
+        >>> document_positions(torch.tensor([[0, 0, 0, 1, 0, 1, 1]]).bool())
         tensor([[0, 1, 2, 0, 1, 0, 0]])
     """
-    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    begins = torch.zeros_like(input_ids, dtype=torch.bool)
-    begins[:, 1:] = input_ids[:, :-1] == end_of_text
+    index = torch.arange(begins.shape[1], device=begins.device).expand_as(begins)
     return index - torch.where(begins, index, 0).cummax(dim=1).values
 
 

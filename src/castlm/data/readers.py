@@ -1,7 +1,7 @@
 """Reads the documents of one file in place, any of them by its number, without a copy on disk and in little memory.
 
-Plain text and JSON lines are memory-mapped, a gzip file is entered at seek points, a parquet file by row groups. What
-has to be decompressed is kept in a `Pool` of bounded size that all files share.
+Plain text and JSON lines are memory-mapped, a gzip file is entered at seek points, a parquet file (elsewhere) by
+row groups. What has to be decompressed is kept in a `Pool` of bounded size that all files share.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from castlm.core.errors import InputError
+from castlm.data.columns import Columns, find_columns, types_of
 from castlm.owned import sha256_file
-from castlm.reading import check_regular, open_regular, parse_json
+from castlm.reading import open_regular, parse_json
 
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 256 << 10  # a longer document of a text file is read and tokenized in pieces of about this size
 SEGMENT_BYTES = 8 << 20  # between two seek points of a gzip file
 READ_BYTES = 1 << 20
-MAX_ROWS = 1 << 30  # of a parquet file
 MAX_LINE_BYTES = 1 << 30  # of a JSON line: a compressed file may hold one that does not fit in memory
 
 _INK = re.compile(rb"\S")
@@ -42,13 +42,15 @@ class Source(Protocol):
 
     `last` (bool, num_pieces): whether the piece ends its document. `unit` (int64, num_pieces): the unit of
     decompression that it belongs to. `unit_bytes` (int64, num_units): memory that the decompressed unit takes, 0 where
-    nothing is decompressed. `num_empty`: the number of blank documents, which are dropped.
+    nothing is decompressed. `num_empty`: the number of blank documents, which are dropped. `is_chat`: whether the texts
+    are conversations as JSON.
     """
 
     last: np.ndarray
     unit: np.ndarray
     unit_bytes: np.ndarray
     num_empty: int
+    is_chat: bool
 
     def text(self, piece: int) -> str: ...
 
@@ -89,8 +91,9 @@ class Spans:
         decode: Callable[[bytes], str],
         num_empty: int = 0,
         path: Path | None = None,
+        is_chat: bool = False,
     ) -> None:
-        self._buffer, self._decode, self._path = buffer, decode, path
+        self._buffer, self._decode, self._path, self.is_chat = buffer, decode, path, is_chat
         self._start, self._stop = np.asarray(start, dtype=np.int64), np.asarray(stop, dtype=np.int64)
         self.last = np.asarray(last, dtype=bool)
         self.unit = np.cumsum(self.last) - self.last  # every document is a unit of its own
@@ -165,64 +168,67 @@ def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]], pat
     return Spans(buffer, starts, stops, last, bytes.decode, num_empty, path)
 
 
-def open_json_lines(path: Path, column: str) -> Spans:
+def open_json_lines(path: Path, column: str | None) -> Spans:
     """A file with one JSON object per line. Every line is parsed once, so that a bad one is found before the run."""
+    rows = _Rows(column)
     with open_regular(path) as lines:
-        starts, stops, num_empty = _index_lines(lines, path, column)
+        starts, stops, num_empty = rows.index(lines, path)
     last = np.ones(len(starts), dtype=bool)
-    return Spans(_map(path), starts, stops, last, lambda line: _text_of(line, column, str(path)), num_empty, path)
+    return Spans(
+        _map(path), starts, stops, last, lambda line: rows.text(line, str(path)), num_empty, path, rows.is_chat
+    )
 
 
-def _index_lines(lines: Iterable[bytes], path: Path, column: str) -> tuple[Sequence[int], Sequence[int], int]:
-    """Byte ranges of the lines that hold a document, and the number of blank documents."""
-    starts, stops, num_empty, at = array("q"), array("q"), 0, 0
-    for number, line in enumerate(lines, 1):
-        if not line.isspace():
-            if _text_of(line, column, f"{path}, line {number}").strip():
-                starts.append(at)
-                stops.append(at + len(line))
-            else:
-                num_empty += 1
-        at += len(line)
-    return starts, stops, num_empty
+class _Rows:
+    """The documents in the lines of a file; the first row says in which columns they are, if `column` does not."""
 
+    def __init__(self, column: str | None) -> None:
+        self._column = column
+        self._columns: Columns | None = None
 
-def _text_of(line: bytes, column: str, where: str) -> str:
-    try:
-        decoded = line.removeprefix(codecs.BOM_UTF8).decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-    row = parse_json(decoded, where)
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: holds a JSON {type(row).__name__}: put one JSON object on each line")
-    if column not in row:
-        raise InputError(f"{where}: no column {column!r}; there are: {', '.join(row)[:400] or 'none'}")
-    text = row[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise InputError(f"{where}: column {column!r} holds a {type(text).__name__}: strings are needed")
-    if not text.isascii():
+    @property
+    def is_chat(self) -> bool:
+        return self._columns is not None and self._columns.is_chat
+
+    def index(self, lines: Iterable[bytes], path: Path) -> tuple[Sequence[int], Sequence[int], int]:
+        """Byte ranges of the lines that hold a document, and the number of blank documents."""
+        starts, stops, num_empty, at = array("q"), array("q"), 0, 0
+        for number, line in enumerate(lines, 1):
+            if not line.isspace():
+                if self.text(line, f"{path}, line {number}").strip():
+                    starts.append(at)
+                    stops.append(at + len(line))
+                else:
+                    num_empty += 1
+            at += len(line)
+        return starts, stops, num_empty
+
+    def text(self, line: bytes, where: str) -> str:
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where}: half a surrogate pair at character {error.start}: correct the line") from error
-    return text
+            decoded = line.removeprefix(codecs.BOM_UTF8).decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+        row = parse_json(decoded, where)
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: holds a JSON {type(row).__name__}: put one JSON object on each line")
+        if self._columns is None:
+            self._columns = find_columns(types_of(row), self._column, where)
+        return self._columns.document(row, where)
 
 
 class GzipJsonLines:
     """Gzipped JSON lines, entered in the middle: a copy of the decompressor is kept every `SEGMENT_BYTES`."""
 
-    def __init__(self, path: Path, column: str, pool: Pool) -> None:
-        self._path, self._column, self._pool = path, column, pool
+    def __init__(self, path: Path, column: str | None, pool: Pool) -> None:
+        self._path, self._rows, self._pool = path, _Rows(column), pool
         # For each segment: where it starts in the decompressed text and in the file, and the decompressor there.
         self._points: list[tuple[int, int, Any]] = [(0, 0, None)]
         try:
-            starts, stops, self.num_empty = _index_lines(_split_lines(self._scan()), path, column)
+            starts, stops, self.num_empty = self._rows.index(_split_lines(self._scan()), path)
         except (zlib.error, EOFError, OSError) as error:
             raise InputError(f"{path}: not a whole gzip file ({error}): fetch or compress it again") from error
         self._start, self._stop = np.asarray(starts, dtype=np.int64), np.asarray(stops, dtype=np.int64)
-        begins = np.asarray([point[0] for point in self._points])
+        begins, self.is_chat = np.asarray([point[0] for point in self._points]), self._rows.is_chat
         self.last = np.ones(len(starts), dtype=bool)
         self.unit = np.searchsorted(begins, self._start, side="right") - 1
         ends = begins.copy()  # a line belongs to the segment that it starts in, and may reach into the next
@@ -242,7 +248,7 @@ class GzipJsonLines:
         segment = self._pool.get((id(self), unit), int(self.unit_bytes[unit]), lambda: self._read(unit))
         begin = self._points[unit][0]
         line = segment[self._start[piece] - begin : self._stop[piece] - begin]
-        return _text_of(line, self._column, str(self._path))
+        return self._rows.text(line, str(self._path))
 
     def _read(self, unit: int) -> bytes:
         _, offset, inflater = self._points[unit]
@@ -292,64 +298,6 @@ def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
             raise OSError(f"a line is longer than {MAX_LINE_BYTES:,} bytes")
     if line := b"".join(begun):
         yield line
-
-
-class ParquetRows:
-    """One string column of a parquet file; a row group is decoded as a whole, and blank rows are empty pieces."""
-
-    def __init__(self, path: Path, column: str, pool: Pool) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self._path, self._column, self._pool, self.num_empty = path, column, pool, 0
-        check_regular(path)
-        try:
-            file = pq.ParquetFile(path, memory_map=True)
-            schema = file.schema_arrow
-        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
-            raise InputError(f"{path}: not a whole parquet file ({_one_line(error)}): fetch it again") from error
-        names = schema.names
-        if column not in names:
-            raise InputError(f"{path}: no column {column!r}; there are: {', '.join(names)[:400]}")
-        kind = schema.field(names.index(column)).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise InputError(f"{path}: column {column!r} holds {kind}: strings are needed")
-        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-        rows = np.asarray([group.num_rows for group in groups], dtype=np.int64)
-        if rows.size and (rows.min() < 0 or rows.sum() > MAX_ROWS):
-            raise InputError(f"{path}: not a whole parquet file ({rows.sum():,} rows): fetch it again")
-        self._first = np.cumsum(rows) - rows
-        self.unit = np.repeat(np.arange(len(rows)), rows)
-        self.last = np.ones(int(rows.sum()), dtype=bool)
-        leaf = [file.metadata.schema.column(index).path for index in range(file.metadata.num_columns)].index(column)
-        self.unit_bytes = np.asarray([g.column(leaf).total_uncompressed_size for g in groups], dtype=np.int64)
-
-    def text(self, piece: int) -> str:
-        unit = int(self.unit[piece])
-        column = self._pool.get((id(self), unit), int(self.unit_bytes[unit]), lambda: self._read(unit))
-        try:
-            return column[int(piece - self._first[unit])].as_py() or ""
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self._path}: row {piece} is not UTF-8 ({error.reason}): convert the file") from error
-
-    def _read(self, unit: int) -> Any:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            column = pq.ParquetFile(self._path).read_row_group(unit, columns=[self._column]).column(0)
-            column.validate(full=True)  # else a corrupt offset is read out of bounds
-            return column
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise InputError(f"{self._path}: row group {unit} cannot be read ({_one_line(error)})") from error
-
-    def sha256(self) -> str:
-        return sha256_file(self._path)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _map(path: Path) -> bytes | mmap.mmap:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
+from castlm.data.chat import Chat
 from castlm.data.documents import Documents, HubDocuments, Piece, open_documents
 
 if TYPE_CHECKING:
@@ -20,28 +22,73 @@ if TYPE_CHECKING:
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 
-class Encoder:
-    """Token ids of pieces, int32 arrays, with the tokens that start and end a document."""
+IGNORED = -100
+"""The label of a token that does not count."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_id: int | None) -> None:
+
+class Tokens(NamedTuple):
+    """The tokens of a piece: three arrays, (num_tokens,)."""
+
+    ids: np.ndarray
+    """int32."""
+    labels: np.ndarray
+    """int32: the ids themselves, not shifted, and -100 where a token does not count."""
+    begins: np.ndarray
+    """bool: whether the token is the first of a document."""
+
+    @classmethod
+    def of(cls, ids: list[int], counts: list[bool] | None, first: bool) -> Tokens:
+        """Args: `counts`: which tokens count, None for all; `first`: whether a document begins with them."""
+        array, begins = np.asarray(ids, dtype=np.int32), np.zeros(len(ids), dtype=bool)
+        begins[:1] = first
+        return cls(array, array if counts is None else np.where(counts, array, IGNORED).astype(np.int32), begins)
+
+    def part(self, rows: slice) -> Tokens:
+        return Tokens(self.ids[rows], self.labels[rows], self.begins[rows])
+
+    @staticmethod
+    def joined(parts: list[Tokens]) -> Tokens:
+        return Tokens(*(np.concatenate(arrays) for arrays in zip(*parts)))
+
+
+class Encoder:
+    """Token ids of pieces, with the tokens that start and end a document.
+
+    Args:
+        assistant_only: of a conversation, only the tokens of the assistant count; see `castlm.data.chat`.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, eos_token_id: int | None, assistant_only: bool = True
+    ) -> None:
         # A copy: a fast tokenizer that another thread uses meanwhile may raise "Already borrowed".
         self._tokenizer = copy.deepcopy(tokenizer)
+        self._chat, self._assistant_only = Chat(self._tokenizer, assistant_only), assistant_only
         self.eos = end_of_text_id(tokenizer) if eos_token_id is None else eos_token_id
         bos = tokenizer.bos_token_id
         self.bos = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
         """The tokens that the tokenizer itself puts before a text."""
         self._first = self.bos if self.bos != [self.eos] else []  # where it is the end-of-text of the document before
 
-    def __call__(self, pieces: list[Piece]) -> list[np.ndarray]:
-        ids_of_pieces = self.plain([piece.text for piece in pieces])
-        return [
-            np.asarray(self._first * piece.first + ids + [self.eos] * piece.last, dtype=np.int32)
-            if ids or not (piece.first and piece.last)
-            else np.empty(0, dtype=np.int32)
-            for piece, ids in zip(pieces, ids_of_pieces)
-        ]
+    def __call__(self, pieces: list[Piece]) -> list[Tokens]:
+        texts = iter(self.plain([piece.text for piece in pieces if not piece.is_chat]))
+        return [self._conversation(piece) if piece.is_chat else self._text(piece, next(texts)) for piece in pieces]
+
+    def _text(self, piece: Piece, ids: list[int]) -> Tokens:
+        if piece.first and piece.last and not ids:
+            return Tokens.of([], None, False)
+        return Tokens.of(self._first * piece.first + ids + [self.eos] * piece.last, None, piece.first)
+
+    def _conversation(self, piece: Piece) -> Tokens:
+        """The end-of-text that a template does not know is the end of a completion, and no part of a conversation."""
+        ids, counts, is_rendered = self._chat(piece.text)
+        first = [] if is_rendered else self._first
+        ends = not is_rendered or not self._assistant_only
+        return Tokens.of([*first, *ids, self.eos], [not self._assistant_only] * len(first) + [*counts, ends], True)
 
     def plain(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         encoded = self._tokenizer(
             texts,
             add_special_tokens=False,
@@ -51,6 +98,23 @@ class Encoder:
         )
         return encoded["input_ids"]
 
+    def joined(self, documents: Documents | HubDocuments) -> Iterator[Tokens]:
+        """The documents in file order, each with what separates it from the one before, and without its end-of-text
+        where it is plain text."""
+        separator: list[int] = []
+        text: list[str] = []
+        for piece in documents.pieces(None):
+            if piece.is_chat:
+                yield self._conversation(piece)
+                separator = []
+                continue
+            text.append(piece.text)
+            if piece.last:
+                ids = self.plain(["".join(text)])[0]
+                yield Tokens.of(separator + (ids if separator else self.bos + ids), None, not separator)
+                text.clear()
+                separator = [self.eos, *self._first]
+
 
 def token_ids(
     documents: Documents | HubDocuments | str | Path,
@@ -59,9 +123,10 @@ def token_ids(
     *,
     eos_token_id: int | None = None,
 ) -> Tensor:
-    """The tokens of documents in file order, joined with end-of-text, for evaluation: int64, shape (num_tokens,).
+    """The tokens of documents in file order, joined with end-of-text: int64, shape (num_tokens,).
 
     For one document this is what `tokenizer(text)` returns, so perplexities agree with the usual protocol.
+    Conversations are rendered with the chat template.
 
     Args:
         documents: documents, or a dataset for `open_documents`.
@@ -69,19 +134,19 @@ def token_ids(
     """
     if isinstance(documents, str | Path):
         documents = open_documents(documents)
-    encoder = Encoder(tokenizer, eos_token_id)
-    ids, text = list(encoder.bos), []
-    for piece in documents.pieces(None):
-        text.append(piece.text)
-        if not piece.last:
-            continue
-        if len(ids) > len(encoder.bos):
-            ids += [encoder.eos, *(encoder.bos if encoder.bos != [encoder.eos] else [])]
-        ids += encoder.plain(["".join(text)])[0]
-        text.clear()
-        if limit is not None and len(ids) >= limit:
+    tokens = first_tokens(documents, Encoder(tokenizer, eos_token_id, assistant_only=False), limit)
+    return torch.from_numpy(tokens.ids).long()
+
+
+def first_tokens(documents: Documents | HubDocuments, encoder: Encoder, limit: int | None) -> Tokens:
+    """The first `limit` tokens of `Encoder.joined`, or all of them."""
+    parts, count = [Tokens.of([], None, False)], 0
+    for part in encoder.joined(documents):
+        parts.append(part)
+        count += len(part.ids)
+        if limit is not None and count >= limit:
             break
-    return torch.tensor(ids[:limit], dtype=torch.int64)
+    return Tokens.joined(parts).part(slice(limit))
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:

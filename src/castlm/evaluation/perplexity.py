@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from castlm.core.distill import distillation_loss
 from castlm.core.errors import InputError
 from castlm.data.documents import open_documents
-from castlm.data.tokens import check_vocabulary, token_ids
+from castlm.data.scored import ScoredText, scored_text
+from castlm.data.tokens import IGNORED, check_vocabulary, token_ids
 from castlm.models import backbone, context_length, eval_mode, output_head
 from castlm.versions import library_versions
 
@@ -45,7 +46,7 @@ class PerplexityResult:
 @torch.no_grad()
 def perplexity(
     model: PreTrainedModel,
-    token_ids: Tensor,
+    text: Tensor | ScoredText,
     *,
     seq_len: int = 1024,
     stride: int | None = None,
@@ -65,7 +66,8 @@ def perplexity(
     The model is evaluated in eval mode; the mode of every module is restored. Losses are summed in float64.
 
     Args:
-        token_ids: int64, (num_tokens,), on any device.
+        text: token ids of a plain text, int64, (num_tokens,), on any device; or a `ScoredText`, whose conversations are
+            each a text of their own.
         seq_len: tokens per sequence, at most the model's `max_position_embeddings`.
         batch_size: sequences per forward pass. It changes speed and memory, not the perplexity.
         autocast_dtype: for example `torch.bfloat16`; None computes in the model's dtype.
@@ -77,17 +79,20 @@ def perplexity(
     """
     stride = seq_len if stride is None else stride
     head, device = output_head(model), model.device
-    _check(model, token_ids, seq_len, stride, batch_size)
-    check_vocabulary(token_ids, head.weight.shape[0])
+    text = text if isinstance(text, ScoredText) else ScoredText.of(text)
+    _check(model, text.ids, seq_len, stride, batch_size)
+    check_vocabulary(text.ids, head.weight.shape[0])
 
-    sequences = scored_sequences(len(token_ids), seq_len, stride)
-    total, done = 0.0, 0
+    sequences = sequences_of(text, seq_len, stride)
+    total, done, scored = 0.0, 0, 0
     with eval_mode(model):
         for batch in _batches(sequences, batch_size):
-            input_ids = torch.stack([token_ids[w.begin : w.end] for w in batch]).to(device)
-            labels = input_ids[:, 1:].clone()
+            input_ids = torch.stack([text.ids[w.begin : w.end] for w in batch]).to(device)
+            labels = torch.stack([text.labels[w.begin + 1 : w.end] for w in batch])
             for row, sequence in zip(labels, batch):
-                row[: sequence.first_scored - sequence.begin - 1] = -100
+                row[: sequence.first_scored - sequence.begin - 1] = IGNORED
+            scored += int((labels != IGNORED).sum())
+            labels = labels.to(device)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
                 hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
                 nll = distillation_loss(hidden[:, :-1], head, labels, eta=0, num_tokens=1).loss.item()
@@ -101,13 +106,14 @@ def perplexity(
             if progress is not None:
                 progress(done, len(sequences))
 
-    scored = sum(sequence.end - sequence.first_scored for sequence in sequences)
+    if not scored:
+        raise InputError("no token of the text is scored: give more text")
     loss = total / scored
     return PerplexityResult(
         perplexity=math.exp(loss) if loss < 700 else math.inf,
         loss=loss,
         num_tokens=scored,
-        seq_len=min(seq_len, len(token_ids)),
+        seq_len=min(seq_len, max(end - begin for begin, end in text.stretches)),
         stride=stride,
     )
 
@@ -154,6 +160,16 @@ def scored_sequences(num_tokens: int, seq_len: int, stride: int) -> list[Scored]
     return sequences
 
 
+def sequences_of(text: ScoredText, seq_len: int, stride: int) -> list[Scored]:
+    """The sequences of a text, each within a conversation where it has some, without those that score nothing."""
+    found = [
+        Scored(begin + part.begin, begin + part.end, begin + part.first_scored)
+        for begin, end in text.stretches
+        for part in scored_sequences(end - begin, seq_len, stride)
+    ]
+    return [s for s in found if not text.is_chat or bool((text.labels[s.first_scored : s.end] != IGNORED).any())]
+
+
 def _batches(sequences: list[Scored], batch_size: int) -> Iterator[list[Scored]]:
     """Batches of one length each. The last sequence may be shorter, and padding would change what it attends to."""
     for _, equal in groupby(sequences, key=lambda sequence: sequence.end - sequence.begin):
@@ -175,19 +191,26 @@ def token_ids_of(file: str | Path, tokenizer: PreTrainedTokenizerBase) -> Tensor
 
 
 def measured_on(
-    tokenizer: PreTrainedTokenizerBase, *, seq_len: int, text: str, text_sha256: str, num_tokens: int, precision: str
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    text: str,
+    text_sha256: str,
+    held_out: ScoredText,
+    precision: str,
 ) -> dict[str, Any]:
     """The entry of castlm.json on how perplexities were measured, over sequences of `seq_len` side by side.
 
     Args:
-        num_tokens: number of tokens of the text, scored or not.
+        held_out: the tokens of the text, scored or not. Which of them are scored is recorded of conversations.
     """
     return {
         "seq_len": seq_len,
         "stride": seq_len,
         "text": text,
         "text_sha256": text_sha256,
-        "num_tokens": num_tokens,
+        "num_tokens": len(held_out.ids),
+        **({"tokens": held_out.tokens} if held_out.is_chat else {}),
         "tokenizer": str(tokenizer.name_or_path),
         "precision": precision,
     }
@@ -200,7 +223,8 @@ def evaluate_file(
     seq_len: int = 1024,
     stride: int | None = None,
     *,
-    column: str = "text",
+    column: str | None = None,
+    assistant_only: bool = True,
     batch_size: int = 1,
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -208,16 +232,19 @@ def evaluate_file(
     """The `perplexity` of a file with everything that it depends on, as `castlm eval --json` writes it.
 
     `text_sha256` is what `sha256sum` prints for the file. `text_tokens` counts all of its tokens, `num_tokens` the
-    scored.
+    scored, and `tokens` says which those are.
+
+    Args:
+        assistant_only: of conversations, score the tokens of the assistant alone.
 
     Raises:
         InputError: see `perplexity` and `token_ids_of`.
     """
     documents = open_documents(text_file, column=column)
-    ids = token_ids(documents, tokenizer)
+    text = scored_text(documents, tokenizer, assistant_only=assistant_only)
     result = perplexity(
         model,
-        ids,
+        text,
         seq_len=seq_len,
         stride=stride,
         batch_size=batch_size,
@@ -227,7 +254,8 @@ def evaluate_file(
     return result.as_dict() | {
         "text": Path(text_file).name,
         "text_sha256": documents.text_hash(),
-        "text_tokens": len(ids),
+        "text_tokens": len(text.ids),
+        "tokens": text.tokens,
         "tokenizer": tokenizer.name_or_path,
         "dtype": str(autocast_dtype or model.dtype).removeprefix("torch."),
         "device": model.device.type,

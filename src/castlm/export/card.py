@@ -43,7 +43,7 @@ _CARD = """---
 {warning}This is {base}, {how}: {meaning}
 {counts}
 
-Embeddings and the output head are dense.{left_dense}
+{dense}{left_dense}
 
 {figures}## Use
 
@@ -92,12 +92,16 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     }
     proof = manifest["proof"]
     cut = manifest.get("cut")
-    removed = f" {proof['cut']:,} weights of the base were cut out of these layers." if "cut" in proof else ""
+    is_dense = bool(cut) and groups_of(pattern) is None
     counts = (
         f"That is {proof['zero_fraction']:.2%} zeros in {proof['layers']} layers of {proof['weights']:,} weights, "
-        f"and {proof['violations']} violations in {proof['groups']:,} {unit_of(pattern)}.{removed}"
+        f"and {proof['violations']} violations in {proof['groups']:,} {unit_of(pattern)}."
     )
-    made = f"made {pattern} sparse with castlm (the CAST method, arXiv 2509.25996)"
+    if "cut" in proof:
+        total = proof["cut"] + proof["weights"]
+        removed = f"{proof['cut']:,} of the {total:,} weights of {proof['layers']} layers are gone."
+        counts = removed if is_dense else f"{removed} {counts}"
+    made = f"made {'smaller' if is_dense else f'{pattern} sparse'} with castlm (the CAST method, arXiv 2509.25996)"
     kept = f"which is {pattern} sparse, fine-tuned with castlm so that its zeros are kept"
     config = manifest.get("config") or {}
     return _CARD.format(
@@ -110,7 +114,8 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         meaning="".join(_sentences([*_cut_text(cut), *_meaning(pattern)])),
         counts=counts,
         storage=_storage(pattern, bool(cut)),
-        left_dense=_left_dense(manifest["left_dense"]),
+        dense="All that is left is dense." if is_dense else "Embeddings and the output head are dense.",
+        left_dense="" if is_dense else _left_dense(manifest["left_dense"]),
         figures=_figures(manifest.get("figures") or []),
         license=_license(hub_id or base_name, license_id),
     )
@@ -126,7 +131,10 @@ def _tag(pattern: Pattern) -> str:
 
 def _sentences(parts: list[str]) -> list[str]:
     """The first after a colon, the others each on a line of its own."""
-    return [parts[0], *(f"\n{part[0].upper()}{part[1:]}" for part in parts[1:])]
+    return [
+        parts[0],
+        *(f"\n{part[0].upper()}{part[1:]}".replace("\nconsecutive", " consecutive") for part in parts[1:]),
+    ]
 
 
 def _cut_text(cut: Mapping[str, Any] | None) -> list[str]:

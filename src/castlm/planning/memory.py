@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
@@ -21,7 +21,7 @@ from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
 from castlm.export.cut import check_cut
-from castlm.models import linearize_
+from castlm.models import auto_class, linearize_
 from castlm.planning.activations import Saved, Settings, as_input_error, trace
 from castlm.reading import read_json_object, user_path
 
@@ -301,7 +301,7 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -
 
 def _sizes(config: PretrainedConfig, pattern: Pattern, run: Settings) -> _Sizes:
     with torch.device("meta"), as_input_error(config):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
         linearize_(model)
     check_cut(model, pattern)
     layers, _ = sparse_linears(model, pattern)

@@ -48,7 +48,7 @@ def write_sample(run: RunData) -> dict[str, Any]:
     for title, name in names:
         revision = config.get("revision") if name == config["model"] else None
         loaded = load_model(name, trust_remote_code=bool(config.get("trust_remote_code")), revision=revision)
-        documents = open_documents(text, column=config.get("column", "text"))
+        documents = open_documents(text, column=config.get("column"))
         ids = token_ids(documents, loaded.tokenizer, limit=PROMPT_TOKENS)[:PROMPT_TOKENS]
         prompt = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
         models.append({"name": title, "completion": complete(loaded.model, loaded.tokenizer, ids, NEW_TOKENS)})

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from castlm.core.pattern import Pattern
 from castlm.core.scaling import UnfoldedWarning, fold_weight_scaling
@@ -24,7 +24,7 @@ from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.hardware import peak_memory
 from castlm.methods.table import METHODS
-from castlm.models import linearize_, parameters_in, save_dtype, save_model
+from castlm.models import auto_class, linearize_, parameters_in, save_dtype, save_model
 from castlm.oneshot.options import UNIT_SCORES
 from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig
@@ -97,7 +97,7 @@ def sharded_result(run: TrainedRun) -> ShardedResult:
 
     def measure(objective: Objective) -> float:
         return held_out_perplexity(
-            objective, run.parts.text.eval_ids, seq_len=config.seq_len, batch=1, precision="fp32", world=world
+            objective, run.parts.text.held_out, seq_len=config.seq_len, batch=1, precision="fp32", world=world
         )
 
     return ShardedResult(
@@ -129,7 +129,7 @@ def gathered(run: TrainedRun) -> PreTrainedModel | None:
         state = get_model_state_dict(run.model, options=options)
     if not run.world.is_main:
         return None
-    model = AutoModelForCausalLM.from_config(run.model.config, dtype=torch.float32)
+    model = auto_class(run.model.config).from_config(run.model.config, dtype=torch.float32)
     linearize_(model)
     run.parts.method.prepare(model)
     model.load_state_dict(state)
@@ -147,7 +147,7 @@ def write_result(run: TrainedRun, model: PreTrainedModel | None, histogram: dict
     seq_len, tokenizer = run.config.seq_len, run.parts.source.tokenizer
 
     def measure(m: PreTrainedModel) -> float:
-        return perplexity(m, run.parts.text.eval_ids, seq_len=seq_len).perplexity
+        return perplexity(m, run.parts.text.held_out, seq_len=seq_len).perplexity
 
     record = finished_record(run, histogram)
     if not run.is_sparse:  # the dense control has no pattern to verify
@@ -207,7 +207,7 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
         seq_len=config.seq_len,
         text=", ".join(config.eval_datasets) or f"held out of {', '.join(config.datasets)}",
         text_sha256=run.parts.text.eval_sha256,
-        num_tokens=len(run.parts.text.eval_ids),
+        held_out=run.parts.text.held_out,
         precision=run.parts.evaluator.precision,
     )
     labels = {

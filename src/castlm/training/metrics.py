@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from castlm.core.masks import unpack_mask
+from castlm.data.scored import ScoredText
 from castlm.distributed.world import World
-from castlm.evaluation.perplexity import scored_sequences
+from castlm.evaluation.perplexity import sequences_of
 from castlm.hardware import autocast
 from castlm.training.metrics_file import HISTOGRAM_EDGES
 from castlm.training.objective import Objective
@@ -24,23 +25,22 @@ class Evaluator:
     """Measures the perplexity of the student on the held-out tokens of a run."""
 
     objective: Objective
-    token_ids: Tensor
-    """int64, (num_tokens,)."""
+    text: ScoredText
     seq_len: int
     batch: int
     """Sequences per rank and forward pass."""
     precision: str
     world: World
 
-    def perplexity(self, token_ids: Tensor | None = None) -> float:
+    def perplexity(self, text: ScoredText | None = None) -> float:
         """The perplexity of the current forward pass. All ranks call it; it leaves their parameters sharded.
 
         Args:
-            token_ids: (num_tokens,), a part of the held-out tokens; None for all of them.
+            text: a part of the held-out tokens; None for all of them.
         """
         return held_out_perplexity(
             self.objective,
-            self.token_ids if token_ids is None else token_ids,
+            self.text if text is None else text,
             seq_len=self.seq_len,
             batch=self.batch,
             precision=self.precision,
@@ -50,9 +50,9 @@ class Evaluator:
 
 @torch.no_grad()
 def held_out_perplexity(
-    objective: Objective, token_ids: Tensor, *, seq_len: int, batch: int, precision: str, world: World
+    objective: Objective, text: ScoredText, *, seq_len: int, batch: int, precision: str, world: World
 ) -> float:
-    """Perplexity of `token_ids` (num_tokens,) in sequences of `seq_len`, shared among the ranks.
+    """Perplexity of `text` in sequences of `seq_len`, shared among the ranks.
 
     The sequences are those of `castlm.evaluation.perplexity.perplexity` with its default stride. The result is inf or
     NaN if the model diverged.
@@ -60,7 +60,7 @@ def held_out_perplexity(
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     objective.eval()
     with autocast(world.device, precision):
-        for input_ids, labels in sequences(token_ids, seq_len, batch, world):
+        for input_ids, labels in sequences(text, seq_len, batch, world):
             nll = objective(input_ids.to(world.device), labels.to(world.device), 1, ce_only=True).ce
             sums += torch.stack([nll.double(), (labels != -100).sum().to(nll.device).double()])
     if world.mesh is not None:
@@ -69,21 +69,25 @@ def held_out_perplexity(
     return float((total / count).exp())
 
 
-def sequences(token_ids: Tensor, seq_len: int, batch: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's sequences of `token_ids` as batches (input_ids, labels), each (batch, seq_len).
+def sequences(text: ScoredText, seq_len: int, batch: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's sequences of `text` as batches (input_ids, labels), each (batch, seq_len).
 
-    Labels are -100 past the end of the text. Every rank gets the same number of batches; the last ones are filled up
-    with sequences that score nothing.
+    Labels are -100 past the end of a sequence and where a token is not scored. Every rank gets the same number of
+    batches; the last ones are filled up with sequences that score nothing. Conversations are sorted by length, and
+    their batches are no longer than their longest.
     """
-    found = scored_sequences(len(token_ids), seq_len, seq_len)
+    found = sequences_of(text, seq_len, seq_len)
+    if text.is_chat:
+        found.sort(key=lambda sequence: sequence.begin - sequence.end)
     per_step = batch * world.size
     for step in range(0, len(found), per_step):
-        input_ids = token_ids.new_zeros(batch, seq_len)
+        width = found[step].end - found[step].begin if text.is_chat else seq_len
+        input_ids = text.ids.new_zeros(batch, width)
         labels = torch.full_like(input_ids, -100)
         start = step + world.rank * batch
         for row, targets, (begin, end, first) in zip(input_ids, labels, found[start : start + batch]):
-            row[: end - begin] = token_ids[begin:end]
-            targets[first - begin - 1 : end - begin - 1] = token_ids[first:end]
+            row[: end - begin] = text.ids[begin:end]
+            targets[first - begin - 1 : end - begin - 1] = text.labels[first:end]
         yield input_ids, labels
 
 

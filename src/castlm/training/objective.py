@@ -17,7 +17,7 @@ from castlm.core.distill import DistillationLoss, distillation_loss
 from castlm.core.errors import InputError
 from castlm.core.head import OutputHead
 from castlm.core.top_tokens import TopTokens, top_tokens
-from castlm.data.positions import document_mask, document_positions
+from castlm.data.positions import document_mask
 from castlm.models import backbone, check_head, output_head
 from castlm.training.teacher_cache import TeacherCache
 
@@ -25,12 +25,14 @@ from castlm.training.teacher_cache import TeacherCache
 class Objective(nn.Module):
     """`forward(input_ids, labels, num_tokens)` -> the distillation loss of a batch (batch, seq), labels shifted.
 
+    Tokens whose label is -100 count neither in the cross-entropy nor in the KL.
+
     Args:
         teacher: frozen, in eval mode; None where `eta` is 0, or `cache` holds all that is asked for.
         top_k: distill from the teacher's `top_k` most probable tokens; 0 uses the full distribution.
         cache: keeps them.
-        end_of_text: the token that ends a document; the documents of a training sequence then do not attend to each
-            other. None: they do.
+        apart: the documents of a training sequence do not attend to each other; `position_ids` then say where each one
+            begins.
     """
 
     def __init__(
@@ -41,33 +43,39 @@ class Objective(nn.Module):
         temperature: float,
         top_k: int = 0,
         cache: TeacherCache | None = None,
-        end_of_text: int | None = None,
+        apart: bool = False,
     ) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher
         self.eta, self.temperature, self.top_k, self.cache = eta, temperature, top_k, cache
-        self.end_of_text, self.explicit_mask = end_of_text, False
+        self.apart, self.explicit_mask = apart, False
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, num_tokens: int | Tensor, ce_only: bool = False
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        num_tokens: int | Tensor,
+        position_ids: Tensor | None = None,
+        ce_only: bool = False,
     ) -> DistillationLoss:
-        inputs = {"input_ids": input_ids} if ce_only else self._inputs(input_ids)
+        position_ids = position_ids if self.apart and not ce_only else None
+        inputs = self._inputs(input_ids, position_ids)
         hidden = backbone(self.student)(**inputs, use_cache=False).last_hidden_state
         head = output_head(self.student)
         if ce_only or self.eta == 0:
             return distillation_loss(hidden, head, labels, eta=0.0, num_tokens=num_tokens)
         settings = {"eta": self.eta, "temperature": self.temperature, "num_tokens": num_tokens}
         if self.top_k:
-            return distillation_loss(hidden, head, labels, teacher_top=self._top_tokens(input_ids), **settings)
-        return distillation_loss(hidden, head, labels, *self._teacher_output(input_ids), **settings)
+            top = self._top_tokens(input_ids, position_ids)
+            return distillation_loss(hidden, head, labels, teacher_top=top, **settings)
+        return distillation_loss(hidden, head, labels, *self._teacher_output(input_ids, position_ids), **settings)
 
-    def _inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
+    def _inputs(self, input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Tensor]:
         """The arguments of a forward pass in which the documents of a sequence do not attend to each other."""
-        if self.end_of_text is None:
+        if position_ids is None:
             return {"input_ids": input_ids}
-        positions = document_positions(input_ids, self.end_of_text)
-        inputs = {"input_ids": input_ids, "position_ids": positions}
-        return inputs | ({"attention_mask": document_mask(positions)} if self.explicit_mask else {})
+        inputs = {"input_ids": input_ids, "position_ids": position_ids}
+        return inputs | ({"attention_mask": document_mask(position_ids)} if self.explicit_mask else {})
 
     @torch.no_grad()
     def check_documents_apart(self) -> None:
@@ -78,7 +86,7 @@ class Objective(nn.Module):
         Raises:
             InputError: it cannot.
         """
-        if self.end_of_text is None:
+        if not self.apart:
             return
         has_window = getattr(self.student.config.get_text_config(), "sliding_window", None) is not None
         for self.explicit_mask in (False,) if has_window else (False, True):  # such a mask would replace the window's
@@ -91,9 +99,10 @@ class Objective(nn.Module):
     def _are_documents_apart(self) -> bool:
         device = next(self.student.parameters()).device
         vocab = self.student.get_input_embeddings().weight.shape[0]
-        words = [token for token in range(min(vocab, 32)) if token != self.end_of_text]
-        first, second = ([words[0]] * 4, words[1:5]), words[5:11]
-        input_ids = torch.tensor([[*ids, self.end_of_text, *second] for ids in first], device=device)
+        words = list(range(min(vocab, 32)))
+        first, second = ([words[0]] * 5, words[1:6]), words[6:12]
+        input_ids = torch.tensor([[*ids, *second] for ids in first], device=device)
+        positions = torch.tensor([[*range(len(first[0])), *range(len(second))]] * 2, device=device)
 
         def influence(inputs: dict[str, Tensor]) -> float:
             states = backbone(self.student)(**inputs, use_cache=False).last_hidden_state[:, -len(second) :].float()
@@ -101,24 +110,24 @@ class Objective(nn.Module):
 
         try:
             # experts and low precision may round a little differently, which is far below a real influence
-            return influence(self._inputs(input_ids)) <= 0.01 * influence({"input_ids": input_ids})
+            return influence(self._inputs(input_ids, positions)) <= 0.01 * influence({"input_ids": input_ids})
         except (TypeError, ValueError, RuntimeError):  # the model takes no position ids, or no such mask
             return False
 
     @torch.no_grad()
-    def _teacher_output(self, input_ids: Tensor) -> tuple[Tensor, OutputHead]:
+    def _teacher_output(self, input_ids: Tensor, position_ids: Tensor | None) -> tuple[Tensor, OutputHead]:
         """The teacher's hidden states, and its head."""
         assert self.teacher is not None
-        states = backbone(self.teacher)(**self._inputs(input_ids), use_cache=False).last_hidden_state
+        states = backbone(self.teacher)(**self._inputs(input_ids, position_ids), use_cache=False).last_hidden_state
         return states, output_head(self.teacher)
 
-    def _top_tokens(self, input_ids: Tensor) -> TopTokens:
-        found = self.cache.get(input_ids) if self.cache is not None else None
+    def _top_tokens(self, input_ids: Tensor, position_ids: Tensor | None) -> TopTokens:
+        found = self.cache.get(input_ids, position_ids) if self.cache is not None else None
         if found is not None:
             return found
-        top = top_tokens(*self._teacher_output(input_ids), self.top_k, self.temperature)
+        top = top_tokens(*self._teacher_output(input_ids, position_ids), self.top_k, self.temperature)
         if self.cache is not None:
-            self.cache.put(input_ids, top)
+            self.cache.put(input_ids, top, position_ids)
         return top
 
     def prove_head(self) -> None:

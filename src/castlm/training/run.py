@@ -23,6 +23,7 @@ from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.world import World
 from castlm.hardware import autocast, peak_memory
 from castlm.methods.base import Retraining
+from castlm.models import vocab_size
 from castlm.training.checkpoint import Saver, check_same_run, checkpoint_steps, load_checkpoint, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import TrainedRun
@@ -124,6 +125,7 @@ class Run:
             "dataset_sha256": self.parts.text.train_sha256,
             "eval_sha256": self.parts.text.eval_sha256,
             "precision_used": self.parts.evaluator.precision,
+            **({"chat_template_sha256": template} if (template := self.parts.text.template_sha256) else {}),
         }
 
     def train_step(self) -> None:
@@ -135,9 +137,9 @@ class Run:
             group["lr"] = lr
 
         micro_batches = [next(self.parts.text.loader) for _ in range(config.gradient_accumulation_steps)]
-        check_vocabulary(torch.stack([b["input_ids"] for b in micro_batches]), self.model.config.vocab_size)
-        real_tokens = torch.tensor(sum(int((b["labels"] != -100).sum()) for b in micro_batches))
-        num_tokens = self.world.sum(real_tokens.to(self.world.device))
+        check_vocabulary(torch.stack([b["input_ids"] for b in micro_batches]), vocab_size(self.model.config))
+        counts = [[b["labels"].numel(), int((b["labels"] != -100).sum())] for b in micro_batches]
+        read, num_tokens = self.world.sum(torch.tensor(counts).sum(dim=0).to(self.world.device))
 
         self.method.before_forward(self.progress.step)
         self.parts.objective.train()
@@ -146,9 +148,10 @@ class Run:
         sums = torch.zeros(3, device=self.world.device)
         for batch in micro_batches:
             with autocast(self.world.device, self.parts.evaluator.precision):
-                loss = self.parts.objective(
-                    batch["input_ids"].to(self.world.device), batch["labels"].to(self.world.device), num_tokens
+                ids, labels, positions = (
+                    batch[name].to(self.world.device) for name in ("input_ids", "labels", "position_ids")
                 )
+                loss = self.parts.objective(ids, labels, num_tokens, positions)
             (loss.loss * self.world.size).backward()  # FSDP averages over ranks; the loss is normalised already
             sums += torch.stack(loss).detach().float()
         total, ce, kl = self.world.sum(sums).tolist()
@@ -167,14 +170,15 @@ class Run:
             else None
         )
         self.progress.step += 1
-        self.progress.tokens += int(num_tokens)
+        self.progress.tokens += int(read)
         took = time.perf_counter() - started
         self.progress.seconds += took
         values = {"loss": total, "ce": ce, "kl": kl, "lr": lr, "grad_norm": grad_norm, "tokens": self.progress.tokens}
         values |= {} if alpha is None else {"alpha": alpha}
-        values |= {"tokens_per_s": int(num_tokens) / took}
+        values |= {"loss_tokens": int(num_tokens)} if self.parts.text.documents.is_chat else {}
+        values |= {"tokens_per_s": int(read) / took}
         if self.peak_flops is not None:
-            values |= {"mfu": self.flops_per_token * int(num_tokens) / took / (self.peak_flops * self.world.size)}
+            values |= {"mfu": self.flops_per_token * int(read) / took / (self.peak_flops * self.world.size)}
         values |= {"eta_s": self.progress.seconds / self.progress.step * (config.max_steps - self.progress.step)}
         self.telemetry.log(self.progress.step, values, write=self.progress.step % config.log_steps == 0)
 
@@ -204,8 +208,8 @@ class Run:
             values |= mask_figures(masks, initial, self.method.flips(), self.world)
         if self.progress.step == 0 and self.parts.dense_perplexity is not None:
             values["dense_ppl"] = self.parts.dense_perplexity
-        for name, ids in self.parts.text.eval_parts.items():
-            values[f"perplexity/{Path(name).name}"] = self.parts.evaluator.perplexity(ids)
+        for name, part in self.parts.text.eval_parts.items():
+            values[f"perplexity/{Path(name).name}"] = self.parts.evaluator.perplexity(part)
         self.progress.figures[str(self.progress.step)] = values
         self.telemetry.evaluated(self.progress.step, values, self._details(masks))
 

@@ -60,8 +60,16 @@ class DataOptions:
     """Training text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub name (streamed). Several
     are mixed by their weights: a.txt:0.7 b.jsonl:0.3, or equally without weights."""
 
-    column: str = field(default="text", kw_only=True)
-    """Column that holds the text in .jsonl and .parquet."""
+    column: str | None = field(default=None, kw_only=True)
+    """Column of .jsonl and .parquet that holds the text, or messages. By default it is found: messages, prompt with
+    completion, or text."""
+
+    assistant_only_loss: bool = field(default=True, kw_only=True)
+    """Of conversations, count the tokens of the assistant alone, and of a prompt and completion the completion, in the
+    loss and in the perplexity. Plain text counts in full."""
+
+    chat_template_path: str | None = field(default=None, kw_only=True)
+    """File with a Jinja chat template to use, and to save, in place of the tokenizer's own."""
 
     dataset_split: str = field(default="train", kw_only=True)
     """Split of a hub dataset."""
@@ -142,8 +150,9 @@ class StartOptions(Refinements, BasisOptions):
 
     init_from: str | None = essential(None)
     """Start of the run: magnitude, wanda, sparsegpt, or an n:m model (folder or hub id) whose masks and weights are
-    taken. Structured patterns: magnitude, wanda, flap, taylor or random. The default is sparsegpt (taylor) for cast and
-    magnitude for the other methods. cast refreshes its masks only when it starts from magnitude."""
+    taken. Structured patterns: magnitude, wanda, flap, taylor or random. The default for cast is sparsegpt, flap for
+    channels, taylor for heads and wanda for tiles; for the other methods it is magnitude. cast refreshes its masks only
+    when it starts from magnitude."""
 
     calibration_sequences: int = 128
     """Training sequences that wanda and sparsegpt are calibrated on."""

@@ -23,7 +23,6 @@ from castlm.core.masks import pack_mask
 from castlm.core.pattern import Pattern
 from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import FilterFn, is_sparse_linear
-from castlm.data.tokens import end_of_text_id
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import compile_blocks_, shard_
@@ -32,6 +31,7 @@ from castlm.export.cut import check_cut
 from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, describe
 from castlm.methods.base import Retraining
 from castlm.methods.table import class_of
+from castlm.models import vocab_size
 from castlm.training.config import TrainConfig
 from castlm.training.effects import without_effect
 from castlm.training.metrics import Evaluator
@@ -104,7 +104,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     source = open_source(config, world)
     model = source.model
     check_left_dense(config, model)
-    text = open_training_text(config, source.tokenizer, model.config.vocab_size, world)
+    text = open_training_text(config, source.tokenizer, vocab_size(model.config), world)
     precision = choose_precision(config.precision, world.device, model.config)
     if world.size > 1 and method_class.masks_forward:
         raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
@@ -115,7 +115,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         check_cut(model, pattern, filter_fn)
     has_start = resumed is None and config.start != "magnitude"
     start = make_start(config, source, text, pattern, filter_fn, world) if has_start else Start(record=resumed or {})
-    cache = _open_teacher_cache(config, text, model.config.vocab_size, world)
+    cache = _open_teacher_cache(config, text, vocab_size(model.config), world)
     teacher_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     has_teacher = config.eta > 0 and not (cache and cache.complete)
     teacher = make_teacher(model, teacher_dtype) if has_teacher else None
@@ -124,8 +124,8 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     method = method_class(model, config, pattern, filter_fn)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    end_of_text = None if config.cross_document_attention else end_of_text_id(source.tokenizer)
-    objective = Objective(model, teacher, config.eta, config.temperature, config.teacher_top_k, cache, end_of_text)
+    apart = not config.cross_document_attention
+    objective = Objective(model, teacher, config.eta, config.temperature, config.teacher_top_k, cache, apart)
     if config.torch_compile:
         compile_blocks_(objective)
     _shard(objective, source.stored, precision, world)
@@ -141,7 +141,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     fused, optimizer_text = choose_fused(config.fused_optimizer, world.device, sum(p.numel() for p in names))
     optimizer = method.build_optimizer(model, fused)
     evaluator = Evaluator(
-        objective, text.eval_ids, config.seq_len, config.per_device_train_batch_size, precision, world
+        objective, text.held_out, config.seq_len, config.per_device_train_batch_size, precision, world
     )
     dense_perplexity = None
     if resumed is None and (has_start or method.starts_sparse) and not config.is_finetuning:
@@ -178,7 +178,7 @@ def local_masks(masks: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
 def _open_teacher_cache(config: TrainConfig, text: TrainingText, vocab_size: int, world: World) -> TeacherCache | None:
     if config.teacher_cache is None:
         return None
-    stream = [text.train_sha256, config.seed, config.seq_len, config.repeat_blocks]
+    stream = [text.train_sha256, config.seed, config.seq_len, config.repeat_blocks, config.column, text.template_sha256]
     cache = TeacherCache(config.teacher_cache, stream, vocab_size, world)
     cache.complete = cache.covered() >= config.max_steps * global_batch(config, world)
     return cache
@@ -244,6 +244,9 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
         trained = sum(p.numel() for p in parts.names if p.requires_grad)
         masks += f", adapter {config.adapter} of {trained:,} weights"
     yield f"{config.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
+    if parts.text.documents.is_chat:
+        which = "the assistant's tokens count" if config.assistant_only_loss else "all tokens count"
+        yield f"conversations: {which} in the loss; the perplexity is over {parts.text.held_out.tokens} tokens"
     if config.teacher_cache:
         here = "every sequence is in the cache: no teacher is loaded"
         kept = here if parts.objective.teacher is None else "missing sequences are added"

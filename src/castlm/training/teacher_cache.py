@@ -1,7 +1,9 @@
 """The teacher's most probable tokens for every sequence of text it has read, on disk, so that it reads each one once.
 
-A sequence is found by its token ids, whichever run, rank or order asks for it. The loss is the same whether a sequence
-was found or read by the teacher. Where the cache holds all sequences of a run, the teacher is not loaded.
+A sequence is found by its token ids and by where its documents begin, whichever run, rank or order asks for it. The
+teacher's tokens are kept at every position, so that they serve whichever positions a run counts in its loss. The loss
+is the same whether a sequence was found or read by the teacher. Where the cache holds all sequences of a run, the
+teacher is not loaded.
 
 A file of the cache carries a checksum over its teacher, its token ids and its content, and its values are checked: a
 damaged file, or one of another teacher, is read again by the teacher, and never used.
@@ -27,7 +29,7 @@ from castlm.distributed.world import World
 from castlm.files import atomic_file, atomic_write_json, is_disk_full, read_json_mapping, widen_access
 from castlm.progress import note
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -120,15 +122,18 @@ class TeacherCache:
         if self.world.is_main and not self.complete and first <= self._covered() < last:
             atomic_write_json(self._coverage, {"blocks": last})
 
-    def get(self, input_ids: Tensor) -> TopTokens | None:
+    def get(self, input_ids: Tensor, position_ids: Tensor | None = None) -> TopTokens | None:
         """The teacher's tokens for `input_ids` (batch, seq), on their device.
+
+        Args:
+            position_ids: (batch, seq), where documents do not attend to each other.
 
         None where any rank lacks a sequence, because the teacher then runs on all ranks.
 
         Raises:
             InputError: a sequence is missing or damaged, and there is no teacher; or a rank could not write one.
         """
-        found = [self._read(row) for row in input_ids.cpu()]
+        found = [self._read(row) for row in _rows(input_ids, position_ids)]
         missing = any(top is None for top in found)
         if missing and self.complete:
             self._failure = f"{self.folder} lacks a sequence of this run: remove {self._coverage}, to load the teacher"
@@ -140,9 +145,10 @@ class TeacherCache:
         columns = (torch.stack(column).to(input_ids.device) for column in zip(*(top for top in found if top)))
         return TopTokens(*columns)
 
-    def put(self, input_ids: Tensor, top: TopTokens) -> None:
+    def put(self, input_ids: Tensor, top: TopTokens, position_ids: Tensor | None = None) -> None:
         """Keeps the teacher's tokens for `input_ids` (batch, seq). A failure is raised by the next `get` or `cover`."""
-        for row, tokens, log_probs in zip(input_ids.cpu(), top.tokens.cpu(), top.log_probs.cpu()):
+        rows = _rows(input_ids, position_ids)
+        for row, tokens, log_probs in zip(rows, top.tokens.cpu(), top.log_probs.cpu()):
             path = self._path(row)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +192,7 @@ class TeacherCache:
     def _check(self, row: Tensor, found: TopTokens) -> None:
         """Raises `ValueError` unless the values are those of a distribution over the teacher's vocabulary."""
         tokens, log_probs = found.tokens, found.log_probs
-        if tokens.shape[:1] != row.shape or tokens.ndim != 2 or tokens.shape != log_probs.shape:
+        if tokens.shape[:1] != row.shape[-1:] or tokens.ndim != 2 or tokens.shape != log_probs.shape:
             raise ValueError(f"tokens {tuple(tokens.shape)} and log_probs {tuple(log_probs.shape)}")
         if tokens.is_floating_point() or not log_probs.is_floating_point():
             raise ValueError(f"tokens are {tokens.dtype}, log_probs {log_probs.dtype}")
@@ -194,3 +200,10 @@ class TeacherCache:
             raise ValueError(f"token ids outside the vocabulary of {self.vocab_size}")
         if not (log_probs.float().exp().sum(-1) < 1.01).all():  # NaN too
             raise ValueError("the probabilities of a position do not sum to at most 1")
+
+
+def _rows(input_ids: Tensor, position_ids: Tensor | None) -> list[Tensor]:
+    """What a sequence is found by: its token ids, (seq,), or (2, seq) with its positions where documents are apart."""
+    if position_ids is None:
+        return list(input_ids.cpu())
+    return list(torch.stack([input_ids, position_ids], dim=1).cpu())

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
+from castlm.data.chat import with_template
 from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents
 from castlm.data.loader import BatchLoader
 from castlm.data.mixture import Mixture
 from castlm.data.packing import PackedSequences
-from castlm.data.tokens import check_vocabulary, token_ids
+from castlm.data.scored import ScoredText, scored_text
+from castlm.data.tokens import check_vocabulary
 from castlm.distributed.world import World
 from castlm.models import open_model
+from castlm.progress import note
 from castlm.training.config import TrainConfig
 
 AnyDocuments = Documents | HubDocuments | Mixture
@@ -31,12 +33,14 @@ class TrainingText:
     """Training documents, without the held-out ones."""
     loader: BatchLoader
     """This rank's batches of them."""
-    eval_ids: Tensor
-    """Tokens of all evaluation texts, int64, (num_tokens,)."""
-    eval_parts: dict[str, Tensor]
+    held_out: ScoredText
+    """Tokens of all evaluation texts."""
+    eval_parts: dict[str, ScoredText]
     """Tokens of each evaluation text by its name; empty if there is only one."""
     train_sha256: str
     eval_sha256: str
+    template_sha256: str | None
+    """Of the chat template that the training documents are rendered with; None if they are plain text."""
 
 
 def resolve_epochs(config: TrainConfig, world: World) -> TrainConfig:
@@ -51,6 +55,7 @@ def resolve_epochs(config: TrainConfig, world: World) -> TrainConfig:
         if not isinstance(documents, Documents):
             raise InputError(f"num_train_epochs: {config.dataset} is streamed, its length is not known: give max_steps")
         _, _, tokenizer = open_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
+        tokenizer = with_template(tokenizer, config.chat_template_path)
         tokens = _sequences(config, documents, tokenizer).tokens_per_epoch()
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
         return max(1, math.ceil(float(config.num_train_epochs or 0) * tokens / (batch * config.seq_len)))
@@ -70,8 +75,21 @@ def _open_splits(config: TrainConfig) -> tuple[AnyDocuments, list[Documents | Hu
     return mixed, held_out
 
 
-def _sequences(config: TrainConfig, documents: AnyDocuments, tokenizer: PreTrainedTokenizerBase) -> PackedSequences:
-    return PackedSequences(documents, tokenizer, seq_len=config.seq_len, seed=config.seed, repeat=config.repeat_blocks)
+def _sequences(
+    config: TrainConfig,
+    documents: AnyDocuments,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None] = lambda text: None,
+) -> PackedSequences:
+    return PackedSequences(
+        documents,
+        tokenizer,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        repeat=config.repeat_blocks,
+        assistant_only=config.assistant_only_loss,
+        say=say,
+    )
 
 
 def open_training_text(
@@ -83,7 +101,7 @@ def open_training_text(
         InputError: a dataset that cannot be opened, too little text, or token ids outside the vocabulary.
     """
     documents, held_out = _open_splits(config)
-    sequences = _sequences(config, documents, tokenizer)
+    sequences = _sequences(config, documents, tokenizer, note if world.is_main else lambda text: None)
     loader = BatchLoader(
         sequences,
         rows_per_rank=config.per_device_train_batch_size,
@@ -91,11 +109,20 @@ def open_training_text(
         world_size=world.size,
         prefetch=config.prefetch,
     )
-    parts = {text.name: token_ids(text, tokenizer, limit=config.eval_tokens or None) for text in held_out}
-    for name, ids in parts.items():
-        if len(ids) < 2:
-            raise InputError(f"the evaluation text {name} has {len(ids)} tokens: give more")
-        check_vocabulary(ids, vocab_size)
-    eval_ids, digests = torch.cat(list(parts.values())), [text.text_hash() for text in held_out]
+    limit, assistant_only = config.eval_tokens or None, config.assistant_only_loss
+    parts = {text.name: scored_text(text, tokenizer, limit, assistant_only=assistant_only) for text in held_out}
+    for name, part in parts.items():
+        if len(part.ids) < 2:
+            raise InputError(f"the evaluation text {name} has {len(part.ids)} tokens: give more")
+        check_vocabulary(part.ids, vocab_size)
+    digests = [text.text_hash() for text in held_out]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return TrainingText(documents, loader, eval_ids, parts if len(parts) > 1 else {}, documents.text_hash(), digest)
+    return TrainingText(
+        documents,
+        loader,
+        ScoredText.joined(list(parts.values())),
+        parts if len(parts) > 1 else {},
+        documents.text_hash(),
+        digest,
+        hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if documents.is_chat else None,
+    )

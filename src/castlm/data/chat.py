@@ -1,0 +1,173 @@
+"""Renders conversations with a tokenizer's chat template, and finds the tokens that the assistant wrote.
+
+Where the template marks them with `{% generation %}`, the marks decide. Otherwise a turn of the assistant is what the
+rendered conversation gains by it: the text up to the turn, with the header that asks for a reply, and the text with the
+turn must both be beginnings of the whole. A template that renders a turn differently once others follow (Qwen3 drops
+its reasoning) is refused, because no text of a shorter conversation says then where the turn lies.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from castlm.core.errors import InputError
+from castlm.reading import read_text, user_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Rendered(NamedTuple):
+    """The tokens of a conversation."""
+
+    ids: list[int]
+    counts: list[bool]
+    """Whether the assistant wrote the token; all are True if every token counts."""
+    is_rendered: bool
+    """Whether a chat template put it together, with its own first and last tokens."""
+
+
+class Chat:
+    """Renders and tokenizes the conversations that `castlm.data.columns` checks.
+
+    Of `messages`, the turns of the assistant count, with the token that ends each; of `prompt` and `completion`, the
+    completion. A token counts if any of its characters does, as in transformers.
+
+    Args:
+        assistant_only: False counts every token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = True) -> None:
+        self._tokenizer, self._assistant_only = tokenizer, assistant_only
+        self._special = tuple(tokenizer.all_special_tokens)
+
+    def __call__(self, document: str) -> Rendered:
+        """The tokens of a conversation, given as JSON.
+
+        Raises:
+            InputError: the tokenizer has no template, its template refuses the conversation, or it does not tell
+                which tokens the assistant wrote.
+        """
+        content = json.loads(document)
+        if isinstance(content.get("prompt"), str):
+            return self._tokenize(content["prompt"], content["completion"])
+        messages, tools = content.get("messages"), content.get("tools")
+        prompt = content.get("prompt", [])
+        messages = messages or [*prompt, *content["completion"]]
+        if self._assistant_only and not prompt and _MARK.search(self._template()):
+            return self._marked(messages, tools)
+        whole = self._render(messages, tools)
+        spans = [(0, len(whole))]
+        if self._assistant_only:
+            turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+            turns = [number for number in turns if number >= len(prompt)]
+            spans = [self._turn(whole, messages, number, tools) for number in turns]
+        return self._counted(whole, spans, is_rendered=True)
+
+    def _template(self) -> str:
+        try:
+            return str(self._tokenizer.get_chat_template())
+        except ValueError as error:
+            raise InputError(
+                f"the tokenizer {self._tokenizer.name_or_path} has no chat template, which conversations need: give "
+                "one with chat_template_path"
+            ) from error
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool = False) -> str:
+        self._template()
+        try:
+            options = {"tools": tools, "add_generation_prompt": prompt, "tokenize": False}
+            return str(self._tokenizer.apply_chat_template(list(messages), **options))
+        except Exception as error:  # whatever a template does: it is a program
+            raise self._refused(messages, error) from error
+
+    def _refused(self, messages: Sequence[Mapping[str, Any]], error: Exception) -> InputError:
+        roles = ", ".join(str(message["role"]) for message in messages[:6])
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return InputError(
+            f"the chat template cannot render the conversation that begins {_begin(messages)} (roles {roles}): {reason}"
+        )
+
+    def _marked(self, messages: list[Any], tools: Any) -> Rendered:
+        """By the `{% generation %}` marks of the template."""
+        self._check_fast()
+        options = {"tools": tools, "return_dict": True, "return_assistant_tokens_mask": True}
+        try:
+            found = self._tokenizer.apply_chat_template(messages, **options)
+        except Exception as error:
+            raise self._refused(messages, error) from error
+        counts = [bool(mark) for mark in found["assistant_masks"]]
+        if not any(counts):
+            raise InputError(
+                f"the generation marks of the chat template cover no token of the conversation that begins "
+                f"{_begin(messages)}: correct the template (chat_template_path), or set assistant_only_loss to false"
+            )
+        return Rendered(found["input_ids"], counts, True)
+
+    def _turn(self, whole: str, messages: list[Any], number: int, tools: Any) -> tuple[int, int]:
+        """Where the turn `number` of the assistant lies in the rendered conversation, without what surrounds it."""
+        if number == 0:
+            raise InputError(
+                f"the conversation that begins {_begin(messages)} starts with the assistant, and the chat template has "
+                "no generation marks: put a turn before it, or mark the template (chat_template_path)"
+            )
+        before = self._render(messages[:number], tools, prompt=True)
+        upto = self._render(messages[: number + 1], tools)
+        if not (whole.startswith(before) and whole.startswith(upto) and len(upto) > len(before)):
+            raise InputError(
+                f"the chat template has no generation marks, and renders turn {number + 1} of the conversation that "
+                f"begins {_begin(messages)} differently when the conversation is cut there: mark what the assistant "
+                "writes with {% generation %} (chat_template_path), or set assistant_only_loss to false"
+            )
+        bare = upto.rstrip()  # the line break after the token that ends a turn is the template's
+        return len(before), len(bare) if bare.endswith(self._special) and len(bare) > len(before) else len(upto)
+
+    def _tokenize(self, prompt: str, completion: str) -> Rendered:
+        whole = prompt + completion
+        span = (len(prompt), len(whole)) if self._assistant_only else (0, len(whole))
+        return self._counted(whole, [span], is_rendered=False)
+
+    def _counted(self, text: str, spans: list[tuple[int, int]], is_rendered: bool) -> Rendered:
+        """The tokens of a text, of which those count that overlap one of the spans."""
+        if not self._assistant_only:
+            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return Rendered(ids, [True] * len(ids), is_rendered)
+        self._check_fast()
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        counts, left = [], list(reversed(spans))
+        for start, stop in found["offset_mapping"]:  # both in order
+            while left and start >= left[-1][1]:
+                left.pop()
+            counts.append(bool(left) and stop > left[-1][0])
+        return Rendered(found["input_ids"], counts, is_rendered)
+
+    def _check_fast(self) -> None:
+        if not self._tokenizer.is_fast:
+            raise InputError(
+                f"{type(self._tokenizer).__name__} does not tell which characters a token stands for, so that the "
+                "assistant's tokens cannot be found: use a fast tokenizer, or set assistant_only_loss to false"
+            )
+
+
+def _begin(messages: Sequence[Mapping[str, Any]]) -> str:
+    return repr(" ".join(str(messages[0].get("content", "")).split())[:40])
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> PreTrainedTokenizerBase:
+    """`tokenizer` with the chat template in the file `path`, if there is one; it is also saved with the result.
+
+    Raises:
+        InputError: the file cannot be read, or is empty. What is wrong in a template shows when it renders.
+    """
+    if path is None:
+        return tokenizer
+    template = read_text(user_path(path))
+    if not template.strip():
+        raise InputError(f"{path} is empty: give a Jinja template")
+    tokenizer.chat_template = template
+    return tokenizer

@@ -1,0 +1,174 @@
+"""Which columns of a row hold the document: a text, a conversation, or a prompt with its completion.
+
+The names of the columns are TRL's. A conversation is checked here, where its line is known, and travels on as JSON
+until `castlm.data.chat` renders it with the template of a tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from castlm.core.errors import InputError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_MESSAGE = "each with a role and its content"
+
+
+class Columns(NamedTuple):
+    """What the rows of a dataset hold."""
+
+    kind: Literal["text", "messages", "prompt"]
+    name: str
+    """Of the column; "prompt" has its completion in the column `completion`."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a document is JSON for `castlm.data.chat`, and not the text itself."""
+        return self.kind != "text"
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The columns that a document is made of, where the dataset has them."""
+        return (self.name, *(("completion",) if self.kind == "prompt" else ()), *(("tools",) if self.is_chat else ()))
+
+    def document(self, row: Mapping[str, Any], where: str) -> str:
+        """The document of a row: its text, or the JSON of its conversation; "" where the row is blank.
+
+        Args:
+            where: file and line, for messages.
+
+        Raises:
+            InputError: the row has no such column, or the column holds something else.
+        """
+        if self.name not in row:
+            raise InputError(f"{where}: no column {self.name!r}; there are: {', '.join(row)[:400] or 'none'}")
+        value = row[self.name]
+        if value is None and self.kind != "prompt":
+            return ""
+        if self.kind == "text":
+            if not isinstance(value, str):
+                raise InputError(f"{where}: column {self.name!r} holds a {_type(value)}: strings are needed")
+            return _encodable(value, where)
+        if self.kind == "messages":
+            content: dict[str, Any] = {"messages": _checked(value, self.name, where)}
+            if not content["messages"]:
+                return ""
+            if all(message["role"] != "assistant" for message in content["messages"]):
+                raise InputError(f"{where}: no message of the assistant in the conversation: remove it, or add a reply")
+        else:
+            content = _prompt_and_completion(row, where)
+            if not content:
+                return ""
+        if tools := row.get("tools"):
+            content["tools"] = _tools(tools, where)
+        return _encodable(json.dumps(content, ensure_ascii=False), where)
+
+
+def find_columns(holds: Mapping[str, str], column: str | None, where: str) -> Columns:
+    """The columns of a dataset.
+
+    Args:
+        holds: for each column what its values are: "str", "list", "NoneType" or another type.
+        column: the column to use; None finds `messages`, `prompt` with `completion`, or `text`.
+
+    Raises:
+        InputError: there is no such column, or more than one could be meant.
+    """
+    names = ", ".join(holds)[:400] or "none"
+    if column is not None:
+        if column not in holds:
+            raise InputError(f"{where}: no column {column!r}; there are: {names}")
+        if column == "prompt" and "completion" in holds:
+            return Columns("prompt", "prompt")
+        return Columns("messages" if holds[column] == "list" or column == "messages" else "text", column)
+    found = [Columns("messages", "messages")] if "messages" in holds else []
+    found += [Columns("prompt", "prompt")] if "prompt" in holds and "completion" in holds else []
+    found += [Columns("text", "text")] if "text" in holds else []
+    found = [columns for columns in found if holds[columns.name] != "NoneType"] or found
+    if not found:
+        raise InputError(
+            f"{where}: no column 'text'; there are: {names}: name the column with column; messages, and prompt with "
+            "completion, are known too"
+        )
+    if len(found) > 1:
+        both = " and ".join(columns.name for columns in found)
+        raise InputError(f"{where}: the columns {both} could both be meant: choose one with column")
+    return found[0]
+
+
+def types_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """What the columns of a row hold, for `find_columns`."""
+    return {name: _type(value) for name, value in row.items()}
+
+
+def _type(value: Any) -> str:
+    return type(value).__name__
+
+
+def _checked(value: Any, column: str, where: str) -> list[dict[str, Any]]:
+    """The messages of a conversation, without keys that hold nothing."""
+    if not isinstance(value, list):
+        raise InputError(f"{where}: column {column!r} holds a {_type(value)}: a list of messages is needed, {_MESSAGE}")
+    return [_message(message, f"{where}: message {number}") for number, message in enumerate(value, 1)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise InputError(f"{where} is a {_type(message)}: a conversation is a list of messages, {_MESSAGE}")
+    message = {key: value for key, value in message.items() if value is not None}  # parquet fills up with nulls
+    if "role" not in message:
+        raise InputError(f"{where} has the keys {', '.join(message)[:200] or 'none'}: role and content are needed")
+    role, content = message["role"], message.get("content", "")
+    if role not in ROLES:
+        raise InputError(f"{where} has the role {str(role)[:60]!r}: the roles are {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise InputError(f"{where} ({role}) has a {_type(content)} as its content: text is needed")
+    if not content.strip() and not message.get("tool_calls"):
+        raise InputError(f"{where} ({role}) is empty: remove it, or the conversation")
+    return message
+
+
+def _prompt_and_completion(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    prompt, completion = row["prompt"], row.get("completion")
+    if prompt is None and completion is None:
+        return {}
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not completion.strip():
+            raise InputError(f"{where}: the completion is empty: remove the row")
+        return {"prompt": prompt, "completion": completion}
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        raise InputError(
+            f"{where}: prompt holds a {_type(prompt)} and completion a {_type(completion)}: both must be text, or both "
+            "lists of messages"
+        )
+    prompt, completion = _checked(prompt, "prompt", where), _checked(completion, "completion", where)
+    roles = [message["role"] for message in completion]
+    if not prompt or roles != ["assistant"]:
+        found = f"the roles {', '.join(roles) or 'none'}" if prompt else "no prompt"
+        raise InputError(
+            f"{where}: a completion is one message of the assistant after a prompt, not {found}: longer conversations "
+            "go into messages"
+        )
+    return {"prompt": prompt, "completion": completion}
+
+
+def _tools(tools: Any, where: str) -> Sequence[Any]:
+    """The schemas of a `tools` column, which may hold them as JSON because parquet would unify them."""
+    try:
+        found = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError:
+        found = None
+    if not isinstance(found, list):
+        raise InputError(f"{where}: tools holds no list of JSON schemas: correct it, or remove the column")
+    return found
+
+
+def _encodable(text: str, where: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: half a surrogate pair at character {error.start}: correct the line") from error
+    return text

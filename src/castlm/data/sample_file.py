@@ -1,0 +1,245 @@
+"""The file that samples go into: without duplicates, whole after a kill, and never another's file overwritten.
+
+While the work goes on the rows are in `NAME.part`. `NAME.castlm.json` says how many batches and bytes of it are whole;
+it is written after each batch, and what a kill left behind those bytes is cut off. The finished file takes its name in
+one step, and its record stays beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from castlm.core.errors import InputError
+from castlm.data.sampling import Sample, Sampler
+from castlm.files import atomic_write_json, flush_folder, is_disk_full, read_json_mapping
+from castlm.owned import read_record, sha256_file
+from castlm.reading import user_path
+
+PATIENCE = 20
+"""Batches in a row without a new text after which the work stops."""
+
+
+class SampleFile:
+    """Rows of samples, appended batch by batch. Made by `open_samples`."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], dedup_prefix: int, replaces: str | None) -> None:
+        self.path, self.settings, self.dedup_prefix, self.replaces = path, dict(settings), dedup_prefix, replaces
+        self.part, self.record_file = _part(path), _record(path)
+        self.batches = self.samples = self.tokens = self.bytes = self.duplicates = self.cut = self.dropped = 0
+        self._seen: set[bytes] = set()
+        self._digest = hashlib.sha256()
+
+    def is_new(self, prompt: str, generated: str) -> bool:
+        """Whether no earlier text was the same, or began with the same `dedup_prefix` characters after its prompt."""
+        keys = [_hash("whole", prompt, generated)]
+        if self.dedup_prefix:
+            keys.append(_hash("prefix", prompt, generated[: self.dedup_prefix]))
+        if any(key in self._seen for key in keys):
+            return False
+        self._seen.update(keys)
+        return True
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Appends the rows of a batch and records that it is done.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        try:
+            with self.part.open("r+b" if self.bytes else "wb") as file:
+                file.truncate(self.bytes)
+                file.seek(self.bytes)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            reason = "the disk is full" if is_disk_full(error) else error.strerror
+            raise InputError(f"{self.part} cannot be written: {reason}; free some space and resume") from error
+        self._digest.update(content)
+        self.bytes += len(content)
+        self.samples += len(rows)
+        self.batches += 1
+        self._write_record(finished=False)
+
+    def finish(self) -> dict[str, Any]:
+        """Gives the file its name, and returns its record."""
+        os.replace(self.part, self.path)
+        flush_folder(self.path.parent)
+        return self._write_record(finished=True)
+
+    def _write_record(self, finished: bool) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        record = {**counts, "finished": finished, "sha256": self._digest.hexdigest(), "settings": self.settings}
+        record |= {"replaces": self.replaces} if self.replaces and not finished else {}
+        atomic_write_json(self.record_file, record)
+        return record
+
+    def restore(self, prompt_of: Callable[[int], str]) -> None:
+        """Goes on where an earlier start was stopped.
+
+        Raises:
+            InputError: there is none, it had other settings, or its rows have changed.
+        """
+        record = read_json_mapping(self.record_file, f"remove it and {self.part}, and start again")
+        settings = json.loads(json.dumps(self.settings))
+        theirs = record.get("settings") or {}
+        names = [name for name in sorted(settings | theirs) if theirs.get(name) != settings.get(name)]
+        changed = [f"{name} {theirs.get(name)} -> {settings.get(name)}" for name in names]
+        if changed:
+            raise InputError(f"{self.part} was sampled differently ({', '.join(changed)}): undo that, or start again")
+        counts = {name: record.get(name) for name in _COUNTS}
+        if any(type(count) is not int or count < 0 for count in counts.values()):
+            raise InputError(f"{self.record_file} is corrupt: remove it and {self.part}, and start again")
+        for name, count in counts.items():
+            setattr(self, name, count)
+        left = self.bytes
+        with self.part.open("rb") as file:
+            while left > 0 and (line := file.readline(left)):
+                self._digest.update(line)
+                left -= len(line)
+        if left or self._digest.hexdigest() != record.get("sha256"):
+            raise InputError(f"{self.part} has changed since castlm wrote it: remove it, and start again")
+        with self.part.open("rb") as file:
+            for _ in range(self.samples):
+                row = json.loads(file.readline())
+                prompt = prompt_of(row["sample"])
+                self.is_new(prompt, generated_of(row, prompt))
+        self.replaces = record.get("replaces")
+
+
+_COUNTS = ("batches", "samples", "tokens", "bytes", "duplicates", "cut", "dropped")
+
+
+def generated_of(row: Mapping[str, Any], prompt: str) -> str:
+    """What of a row the model wrote: all but its prompt."""
+    if "text" in row:
+        return str(row["text"]).removeprefix(prompt)
+    user, assistant = (str(message["content"]) for message in row["messages"])
+    return assistant if prompt else f"{user}\0{assistant}"
+
+
+def _hash(*parts: str) -> bytes:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).digest()[:16]
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _record(path: Path) -> Path:
+    return path.with_name(path.name + ".castlm.json")
+
+
+@contextmanager
+def open_samples(
+    path: str | Path,
+    settings: Mapping[str, Any],
+    *,
+    dedup_prefix: int,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Iterator[SampleFile]:
+    """The file at `path` for new samples, locked for the time of the block.
+
+    Args:
+        settings: what the samples depend on; `resume` compares it.
+        dedup_prefix: characters after which two texts with the same beginning count as one; 0 compares whole texts.
+
+    Raises:
+        InputError: the file exists (without `overwrite`), is not castlm's, another process writes it, or there is
+            nothing to resume.
+    """
+    path = user_path(path)
+    if path.suffix != ".jsonl":
+        raise InputError(f"output_file {path} does not end in .jsonl, which tells its readers what it is: rename it")
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"output_file {path} cannot be made: name a file in an existing folder")
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(f"{path} is being written by another process: wait for it, or name another file") from None
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; name another file") from error
+    try:
+        yield SampleFile(path, settings, dedup_prefix, _replaced(path, overwrite, resume))
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _replaced(path: Path, overwrite: bool, resume: bool) -> str | None:
+    """Checks that nothing is in the way, and returns the SHA-256 of the finished file that will be replaced."""
+    record = read_record(_record(path))
+    if resume:
+        if not _part(path).is_file() or record.get("finished") is not False:
+            done = "is finished" if path.is_file() else "has not been begun"
+            raise InputError(f"{path} {done}: there is nothing to resume")
+        return None
+    if _part(path).exists():
+        if not overwrite:
+            raise InputError(f"{_part(path)} is there, from a start that was stopped: pass resume, or overwrite")
+        if not record:
+            raise InputError(f"{_part(path)} has no record of castlm beside it: move it away")
+    if not path.exists():
+        return None
+    if not overwrite:
+        raise InputError(f"{path} already exists: name another file or pass overwrite")
+    digest = sha256_file(path)
+    if digest not in (record.get("sha256"), record.get("replaces")):
+        raise InputError(f"{path} is not as castlm wrote it: move it away, or name another file")
+    return digest
+
+
+def sample(
+    sampler: Sampler,
+    file: SampleFile,
+    *,
+    num_tokens: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Samples batches into `file` until it holds `num_tokens` tokens, and returns its record.
+
+    Args:
+        progress: called with (tokens so far, `num_tokens`) after each batch.
+
+    Raises:
+        InputError: as `SampleFile.add`, or `PATIENCE` batches in a row have brought nothing new.
+    """
+    without = 0
+    while file.tokens < num_tokens:
+        rows = []
+        for place, found in enumerate(sampler.batch(file.batches), file.batches * sampler.options.batch_size):
+            if row := _counted(file, found, place, sampler.prompt_of(place)):
+                rows.append(row)
+        file.add(rows)
+        without = 0 if rows else without + 1
+        if without == PATIENCE:
+            raise InputError(
+                f"{PATIENCE} batches in a row have brought no new text; {file.part} holds {file.samples:,}: raise "
+                "temperature, max_new_tokens or the number of prompts, or lower num_tokens"
+            )
+        progress(min(file.tokens, num_tokens), num_tokens)
+    return file.finish()
+
+
+def _counted(file: SampleFile, found: Sample | None, place: int, prompt: str) -> dict[str, Any] | None:
+    """The row of a sample, with its number; None for one that is dropped. Either way it is counted."""
+    if found is None or not generated_of(found.row, prompt).strip():
+        file.dropped += 1
+        return None
+    if not file.is_new(prompt, generated_of(found.row, prompt)):
+        file.duplicates += 1
+        return None
+    file.tokens += found.num_tokens
+    file.cut += not found.is_whole
+    return {**found.row, "sample": place}

@@ -1,0 +1,242 @@
+"""Training text that a model writes itself, where there is no other: from nothing, after prompts, or as conversations.
+
+The work is divided into batches, each with its own prompts and its own seed, so that a run that was stopped goes on
+with the next batch as if it had never stopped, on the same device with the same version of torch.
+
+A conversation is sampled as in Magpie (arXiv 2406.08464): the model continues its chat template where a user would
+write, and then answers itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from castlm.core.errors import InputError
+from castlm.data.documents import open_documents
+from castlm.data.tokens import Encoder
+from castlm.models import context_length
+from castlm.reading import read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SENTINEL = "castlm-user-turn"
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a batch is sampled."""
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, right, remedy in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature > 0, "above 0 (0 would write the same text each time)"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("seed", self.seed >= 0, "at least 0"),
+        ):
+            if not right:
+                raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {remedy}")
+
+
+class Sample(NamedTuple):
+    """A document that the model wrote."""
+
+    row: dict[str, Any]
+    """Of the file: `text` or `messages`."""
+    num_tokens: int
+    """The prompt and what was generated."""
+    is_whole: bool
+    """Whether the model ended it, before `max_new_tokens` did."""
+
+
+class _Continued(NamedTuple):
+    ids: list[int]
+    """What was generated, without the token that ended it."""
+    is_whole: bool
+
+
+class Sampler:
+    """Samples batches of documents.
+
+    Args:
+        model: in eval mode.
+        prompts: texts to continue, or with `chat` what the user says; used in order, again and again. None starts from
+            the token that a document begins with, or with `chat` samples the turn of the user too.
+        chat: sample conversations of one turn each, in the tokenizer's chat template.
+
+    Raises:
+        InputError: a prompt that leaves no room in the model's context, or a tokenizer whose template does not fit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        options: SamplingOptions,
+        *,
+        prompts: Sequence[str] | None = None,
+        chat: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.options, self.chat = model, tokenizer, options, chat
+        self.prompts = list(prompts) if prompts is not None else None
+        encoder = Encoder(tokenizer, None)
+        self._first = encoder.bos or [encoder.eos]
+        ends = model.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        ends += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._ends = sorted({encoder.eos, *encoder.bos, *ends})  # a document also ends where the next one begins
+        self._user: list[int] = []
+        if chat:
+            before, end = _user_turn(tokenizer)
+            self._user, self._ends = self._encode(before), sorted({*self._ends, end})
+        self._longest = context_length(model.config)
+        for prompt in self.prompts or [""]:
+            self._check_room(self._begin(prompt))
+
+    def batch(self, number: int) -> Sequence[Sample | None]:
+        """The samples of a batch, in order; the same for the same number and options.
+
+        With `chat`, a conversation in which a turn is empty or does not end is None.
+        """
+        size = self.options.batch_size
+        prompts = [""] * size
+        if self.prompts is not None:
+            prompts = [self.prompts[(number * size + row) % len(self.prompts)] for row in range(size)]
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        seed = np.random.SeedSequence([self.options.seed, number]).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=devices), torch.inference_mode():
+            torch.manual_seed(int(seed[0]))
+            return self._talk(prompts) if self.chat else self._write(prompts)
+
+    def prompt_of(self, place: int) -> str:
+        """What sample number `place`, counted over the batches, continues; "" without prompts."""
+        return self.prompts[place % len(self.prompts)] if self.prompts is not None else ""
+
+    def _write(self, prompts: list[str]) -> list[Sample]:
+        begins = [self._begin(prompt) for prompt in prompts]
+        samples = []
+        for prompt, begin, (ids, is_whole) in zip(prompts, begins, self._continue(begins)):
+            samples.append(Sample({"text": prompt + self._decode(ids)}, len(begin) + len(ids), is_whole))
+        return samples
+
+    def _talk(self, prompts: list[str]) -> list[Sample | None]:
+        users: list[_Continued] | None = None
+        if self.prompts is None:
+            users = self._continue([self._user] * len(prompts))
+            prompts = [self._decode(user.ids).strip() for user in users]
+        asked = [bool(prompt.strip()) and (users is None or users[row].is_whole) for row, prompt in enumerate(prompts)]
+        begins = [self._begin(prompt) if ok else self._user for prompt, ok in zip(prompts, asked)]
+        if self._longest is not None:  # a long question leaves no room for an answer
+            room = [len(begin) + self.options.max_new_tokens <= self._longest for begin in begins]
+            asked = [ok and fits for ok, fits in zip(asked, room)]
+            begins = [begin if fits else self._user for begin, fits in zip(begins, room)]
+        samples: list[Sample | None] = []
+        for prompt, begin, ok, answer in zip(prompts, begins, asked, self._continue(begins)):
+            text = self._decode(answer.ids).strip()
+            if not (ok and text and answer.is_whole):
+                samples.append(None)
+                continue
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+            samples.append(Sample({"messages": messages}, len(begin) + len(answer.ids), True))
+        return samples
+
+    def _begin(self, prompt: str) -> list[int]:
+        """The token ids that are continued."""
+        if not self.chat:
+            ids = self._encode(prompt)
+            return self._first + ids
+        if not prompt:
+            return self._user
+        messages = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self._encode(str(text))
+
+    def _check_room(self, begin: list[int]) -> None:
+        if self._longest is not None and len(begin) + self.options.max_new_tokens > self._longest:
+            raise InputError(
+                f"{len(begin)} tokens of prompt and {self.options.max_new_tokens} new ones exceed the model's "
+                f"{self._longest} positions: lower max_new_tokens"
+            )
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _continue(self, begins: list[list[int]]) -> list[_Continued]:
+        """Samples after each of `begins`, in one batch, padded on the left."""
+        width = max(map(len, begins))
+        ids = torch.full((len(begins), width), self._ends[0], device=self.model.device)
+        mask = torch.zeros_like(ids)
+        for row, begin in enumerate(begins):
+            ids[row, width - len(begin) :] = torch.tensor(begin)
+            mask[row, width - len(begin) :] = 1
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=self.options.temperature,
+            top_p=self.options.top_p,
+            top_k=0,  # the model's own settings would count where one is left out
+            min_p=None,
+            repetition_penalty=1.0,
+            max_new_tokens=self.options.max_new_tokens,
+            eos_token_id=self._ends,
+            pad_token_id=self._ends[0],
+        )
+        output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        found, ends = [], set(self._ends)
+        for row in output[:, width:].tolist():
+            end = next((place for place, token in enumerate(row) if token in ends), None)
+            found.append(_Continued(row[:end], end is not None))
+        return found
+
+
+def _user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """What the chat template writes before a user's first turn, and the token with which it ends the turn.
+
+    Raises:
+        InputError: there is no template, or it has no such token.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(f"the tokenizer {tokenizer.name_or_path} has no chat template: sample without chat")
+    messages = [{"role": "user", "content": _SENTINEL}]
+    before, found, after = str(tokenizer.apply_chat_template(messages, tokenize=False)).partition(_SENTINEL)
+    ends = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+    if not found or not before or not ends or ends[0] not in tokenizer.all_special_ids:
+        raise InputError(
+            f"the chat template of {tokenizer.name_or_path} does not end a user's turn with a special token "
+            f"({after[:20]!r} follows it): sample without chat"
+        )
+    return before, int(ends[0])
+
+
+def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
+    """The prompts in a file: the lines of a .txt file, else the texts of `open_documents`.
+
+    Raises:
+        InputError: as `open_documents`; the documents are conversations, or there is no prompt.
+    """
+    if str(path).lower().endswith(".txt"):
+        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    else:
+        documents = open_documents(path, column=column)
+        if documents.is_chat:
+            raise InputError(f"{path} holds conversations: name a column of texts")
+        prompts = [piece.text for piece in documents.pieces(None)]
+    if not prompts:
+        raise InputError(f"{path} holds no prompt: give one on each line")
+    return prompts

@@ -1,0 +1,357 @@
+"""Conversations: which columns hold them, which tokens count, how they are packed, and every one that is refused."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from castlm.core.errors import InputError
+from castlm.data.chat import Chat
+from castlm.data.documents import open_documents, split_documents
+from castlm.data.loader import BatchLoader
+from castlm.data.packing import PackedSequences
+from castlm.data.scored import ScoredText, scored_text
+from castlm.data.tokens import token_ids
+from castlm.evaluation.perplexity import perplexity
+from tests.chats import CHATML, MARKED, REWRITING, STRICT, chat_tokenizer, talk, talks, turn, write_rows, write_talks
+from tests.tiny import EOS_ID, tiny_model
+
+TOKENIZER = chat_tokenizer()
+PLAIN = turn("system", "Be brief."), turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Bye")
+TALK = [*PLAIN, turn("assistant", "See you")]
+
+
+def counted(document, template=CHATML, **options):
+    """The text of the tokens that count, in runs."""
+    tokenizer = chat_tokenizer(template)
+    found = Chat(tokenizer, **options)(json.dumps(document))
+    runs, before = [], False
+    for token, counts in zip(found.ids, found.counts):
+        if counts and not before:
+            runs.append([])
+        if counts:
+            runs[-1].append(token)
+        before = counts
+    return [tokenizer.decode(run) for run in runs]
+
+
+# Which tokens count
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_the_assistants_turns_count_with_the_token_that_ends_them(template):
+    assert counted({"messages": TALK}, template) == ["Hello<|im_end|>", "See you<|im_end|>"]
+    assert counted({"messages": [*TALK, turn("user", "?")]}, template) == ["Hello<|im_end|>", "See you<|im_end|>"]
+
+
+def test_of_a_prompt_and_completion_the_completion_counts():
+    assert counted({"prompt": "2 + 2 =", "completion": " 4"}, None) == [" 4"]
+    both = {"prompt": list(TALK[:4]), "completion": TALK[4:]}
+    for template in (CHATML, MARKED):
+        assert counted(both, template) == ["See you<|im_end|>"]
+
+
+def test_all_tokens_count_on_request():
+    (everything,) = counted({"messages": TALK}, REWRITING, assistant_only=False)
+    assert everything.startswith("<|im_start|>system")
+    assert everything.endswith("See you<|im_end|>")
+
+
+def test_tools_and_calls_reach_the_template(tmp_path):
+    turns = "{% for m in messages %}[{{ m.role }}{{ m.tool_calls | length if m.tool_calls }}]{% endfor %}"
+    called = {"role": "assistant", "tool_calls": [{"name": "add"}], "content": None}
+    messages = [turn("user", "1 + 1"), called, turn("tool", "2"), turn("assistant", "It is 2.")]
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": messages, "tools": json.dumps([{"name": "add"}])}])
+    (piece,) = open_documents(path).pieces(None)
+    tokenizer = chat_tokenizer("{{ tools | length }}" + turns)
+    found = Chat(tokenizer, assistant_only=False)(piece.text)
+    assert tokenizer.decode(found.ids) == "1[user][assistant1][tool][assistant]"
+
+
+def trl_template(name):
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    path = folder / f"{name}.jinja"
+    if not path.is_file():
+        pytest.skip(f"this version of trl has no template {name}")
+    return path.read_text()
+
+
+@pytest.mark.parametrize("name", ["cohere2", "gemma3", "llama3", "qwen3_instruct_2507"])
+def test_without_marks_the_tokens_are_those_that_the_marks_of_trl_name(name):
+    messages = talk("Hi", "Hello", "Bye", "See you")
+    plain, marked = ("".join(counted({"messages": messages}, trl_template(n))) for n in (name, f"{name}_training"))
+    assert plain.replace("\n", "") == marked.replace("\n", "")  # TRL counts the line break after a turn, too
+    assert "See you" in plain
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "gptoss"])
+def test_templates_that_rewrite_the_history_need_marks(name):
+    messages = talk("Hi", "Hello", "Bye", "See you")
+    with pytest.raises(InputError, match="has no generation marks, and renders turn 2"):
+        counted({"messages": messages}, trl_template(name))
+    assert "Hello" in counted({"messages": messages}, trl_template(f"{name}_training"))[0]
+
+
+# Columns and files
+
+
+def write_parquet(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK, "prompt": "as in UltraChat"},
+        {"prompt": PLAIN, "completion": TALK[4:]},
+        {"prompt": "2 + 2 =", "completion": " 4"},
+    ],
+)
+def test_columns_are_recognized_alike_in_json_lines_gzip_and_parquet(row, tmp_path):
+    import gzip
+
+    rows = [row] * 7
+    files = [
+        write_rows(tmp_path / "a.jsonl", rows),
+        write_parquet(tmp_path / "a.parquet", rows),
+        tmp_path / "b.jsonl.gz",
+    ]
+    files[2].write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    texts = [[piece.text for piece in open_documents(file).pieces(None)] for file in files]
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0]) == 7
+    assert all(piece.is_chat for piece in open_documents(tmp_path).pieces(1))
+    assert counted(json.loads(texts[0][0]))
+
+
+def test_a_column_can_be_named(tmp_path):
+    both = write_rows(tmp_path / "a.jsonl", [{"text": "plain", "messages": TALK, "chat": TALK[:3]}])
+    assert [piece.text for piece in open_documents(both, column="text").pieces(None)] == ["plain"]
+    (piece,) = open_documents(both, column="chat").pieces(None)
+    assert len(json.loads(piece.text)["messages"]) == 3
+    with pytest.raises(InputError, match="columns messages and text could both be meant: choose one with column"):
+        open_documents(both)
+
+
+GOOD = {"messages": talk("a", "b")}
+BAD_ROWS = {
+    "wrong role": (
+        {"messages": [turn("human", "a"), turn("gpt", "b")]},
+        "message 1 has the role 'human': the roles",
+    ),
+    "other keys": (
+        {"messages": [{"from": "user", "value": "a"}]},
+        "message 1 has the keys from, value: role and",
+    ),
+    "empty turn": ({"messages": talk("a", " ")}, r"message 2 \(assistant\) is empty: remove it"),
+    "no assistant": ({"messages": [turn("user", "a")]}, "no message of the assistant in the conversation"),
+    "not a list": ({"messages": "a"}, "column 'messages' holds a str: a list of messages is needed"),
+    "not messages": ({"messages": ["a"]}, "message 1 is a str: a conversation is a list of messages"),
+    "parts": (
+        {"messages": [turn("user", [{"type": "text"}])]},
+        r"message 1 \(user\) has a list as its content: text",
+    ),
+    "mixed columns": ({"text": "a"}, "no column 'messages'; there are: text"),
+    "tools": (GOOD | {"tools": "{"}, "tools holds no list of JSON schemas"),
+}
+BAD_PAIRS = {
+    "mixed types": ({"prompt": "a", "completion": talk("a")}, "prompt holds a str and completion a list: both must be"),
+    "no completion": ({"prompt": "a", "completion": " "}, "the completion is empty"),
+    "two turns": ({"prompt": talk("a"), "completion": talk("a", "b")}, "not the roles user, assistant: longer conv"),
+    "no prompt": ({"prompt": [], "completion": [turn("assistant", "b")]}, "not no prompt"),
+}
+
+
+@pytest.mark.parametrize("case", [*BAD_ROWS, *BAD_PAIRS])
+def test_a_bad_row_is_refused_with_its_line_and_what_was_found(case, tmp_path):
+    row, message = (BAD_ROWS | BAD_PAIRS)[case]
+    first = GOOD if case in BAD_ROWS else {"prompt": "a", "completion": "b"}
+    with pytest.raises(InputError, match=rf"a\.jsonl, line 3: .*{message}") as caught:
+        open_documents(write_rows(tmp_path / "a.jsonl", [first, first, row]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_row_of_a_parquet_file_is_found_before_the_run(tmp_path):
+    rows = [{"messages": talk("a", "b")}] * 5 + [{"messages": talk("a", "")}]
+    with pytest.raises(InputError, match=r"a\.parquet, row 5: message 2 \(assistant\) is empty"):
+        open_documents(write_parquet(tmp_path / "a.parquet", rows))
+    with pytest.raises(InputError, match="column 'messages' holds a str"):
+        open_documents(write_parquet(tmp_path / "b.parquet", [{"messages": "a"}]))
+
+
+def test_plain_text_and_conversations_are_two_datasets(tmp_path):
+    write_talks(tmp_path / "a.jsonl", [TALK])
+    write_rows(tmp_path / "b.jsonl", [{"text": "plain"}])
+    with pytest.raises(InputError, match=r"a\.jsonl holds conversations and .*b\.jsonl plain text: give them as two"):
+        open_documents(tmp_path)
+
+
+def test_empty_conversations_are_dropped_and_counted_as_blank_documents_are(tmp_path):
+    documents = open_documents(write_rows(tmp_path / "a.jsonl", [GOOD, {"messages": []}, {"messages": None}]))
+    assert (len(documents), documents.num_empty) == (1, 2)
+    with pytest.raises(InputError, match="a single conversation cannot be held out"):
+        split_documents(documents, 0.5, seed=0)
+
+
+REFUSED = {
+    "no template": (None, TALK, "has no chat template, which conversations need: give one with chat_template_path"),
+    "a template that rewrites": (REWRITING, talk("a", "<b>c", "d", "e"), "no generation marks, and renders turn 2 of"),
+    "the template refuses": (
+        STRICT,
+        [*TALK],
+        r"begins 'Be brief\.' \(roles system, .*\): Conversation roles",
+    ),
+    "a broken template": ("{% for %}", TALK, "cannot render the conversation that begins 'Be brief.'"),
+    "marks around nothing": (
+        "{% generation %}{% endgeneration %}x",
+        TALK,
+        "generation marks of the chat template cover",
+    ),
+    "the assistant first": (
+        CHATML,
+        [turn("assistant", "a")],
+        "starts with the assistant, and the chat template",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_template_that_does_not_fit_is_refused_with_what_was_found(case, tmp_path):
+    template, messages, message = REFUSED[case]
+    documents = open_documents(write_talks(tmp_path / "a.jsonl", [messages]))
+    with pytest.raises(InputError, match=message) as caught:
+        PackedSequences(documents, chat_tokenizer(template), seq_len=4, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    slow = SimpleNamespace(is_fast=False, all_special_tokens=[], get_chat_template=lambda: MARKED)
+    with pytest.raises(InputError, match="does not tell which characters a token stands for"):
+        Chat(slow)(json.dumps(GOOD))
+
+
+# Packing
+
+
+def packed(path, seq_len=64, **options):
+    return PackedSequences(open_documents(path), TOKENIZER, seq_len=seq_len, seed=3, **options)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_talks(tmp_path_factory.mktemp("chat") / "talks.jsonl", talks(40))
+
+
+def sequences(stream, count):
+    rows = iter(stream)
+    return [next(rows) for _ in range(count)]
+
+
+def same(one, other):
+    return len(one) == len(other) and all(torch.equal(a[key], b[key]) for a, b in zip(one, other) for key in a)
+
+
+def test_each_conversation_lies_in_one_sequence_and_is_a_document_of_its_own(tmp_path):
+    conversations = talks(40, longest=6)
+    path = write_talks(tmp_path / "a.jsonl", conversations)
+    found, rows = [], sequences(packed(path, 128), 30)
+    for row in rows:
+        begins = (row["position_ids"] == 0).nonzero()[:, 0].tolist()
+        for begin, end in zip(begins, [*begins[1:], 128]):
+            assert row["position_ids"][begin:end].tolist() == list(range(end - begin))
+            ids, labels = row["input_ids"][begin:end].tolist(), row["labels"][begin:end].tolist()
+            if set(ids) == {EOS_ID}:
+                assert set(labels) <= {-100}  # what fills a sequence
+                continue
+            assert ids[-1] == EOS_ID
+            kept = TOKENIZER.decode([label for label in labels if label != -100])
+            found.append((TOKENIZER.decode(ids[:-1]), kept))
+    expected = {}
+    for messages in conversations:
+        text = TOKENIZER.apply_chat_template(messages, tokenize=False)
+        expected[text] = "".join(f"{m['content']}<|im_end|>" for m in messages if m["role"] == "assistant")
+    assert {text for text, _ in found} == set(expected)
+    assert all(expected[text] == kept for text, kept in found)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 30, 55])
+@pytest.mark.parametrize("repeat", [False, True])
+def test_a_restored_position_goes_on_bit_for_bit(count, repeat, path):
+    straight = sequences(packed(path, repeat=repeat), count + 60)  # more than two epochs
+    stopped = packed(path, repeat=repeat)
+    sequences(stopped, count)
+    resumed = packed(path, repeat=repeat)
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert same(sequences(resumed, 60), straight[count:])
+
+
+def test_ranks_share_the_sequences_of_one(path):
+    one = BatchLoader(packed(path), rows_per_rank=4)
+    ranks = [BatchLoader(packed(path), rows_per_rank=2, rank=rank, world_size=2, prefetch=True) for rank in range(2)]
+    for _ in range(9):
+        whole, parts = next(one), [next(loader) for loader in ranks]
+        assert all(torch.equal(whole[key], torch.cat([part[key] for part in parts])) for key in whole)
+    assert one.state_dict() == ranks[0].state_dict() == ranks[1].state_dict()
+
+
+def test_a_conversation_of_100k_tokens_goes_through_its_sequences_with_one_line(tmp_path):
+    long = talk(*(f"turn {number} " + "x" * 1000 for number in range(100)))
+    path, said = write_talks(tmp_path / "a.jsonl", [talk("a", "b"), long, long]), []
+    rows = list(packed(path, 256, epochs=1, say=said.append))
+    assert len(rows) * 256 > 200_000
+    (line,) = said
+    assert re.match(r"a conversation of 10\d,\d+ tokens is longer than seq_len 256: each of its sequences", line)
+    total = sum(int((row["labels"] != -100).sum()) for row in rows)
+    turns = sum(len(message["content"]) + 1 for message in long if message["role"] == "assistant")
+    assert 0 <= 2 * turns + 2 - total <= 256  # no token of the assistant is lost, but in the incomplete last sequence
+
+
+# Evaluation
+
+
+def test_perplexity_is_over_the_assistants_tokens_of_each_conversation_by_itself(tmp_path):
+    model, conversations = tiny_model("llama"), talks(5)
+    path = write_talks(tmp_path / "a.jsonl", conversations)
+    text = scored_text(path, TOKENIZER)
+    result = perplexity(model, text, seq_len=200, batch_size=3)
+    total, count = 0.0, 0
+    for messages in conversations:
+        found = Chat(TOKENIZER)(json.dumps({"messages": messages}))
+        ids = torch.tensor([found.ids])
+        nll = -model(ids).logits.detach()[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        counts = torch.tensor(found.counts[1:])
+        total, count = total + float(nll[counts].double().sum()), count + int(counts.sum())
+    assert result.num_tokens == count
+    assert result.loss == pytest.approx(total / count, rel=1e-5)
+    everything = perplexity(model, scored_text(path, TOKENIZER, assistant_only=False), seq_len=200)
+    assert everything.num_tokens > 2 * count
+    assert (text.tokens, text.is_chat) == ("assistant", True)
+
+
+def test_plain_text_and_conversations_are_scored_as_by_themselves(path):
+    model, plain = tiny_model("llama"), ScoredText.of(torch.arange(100) % 250)
+    chat = scored_text(path, TOKENIZER, limit=400)
+    one, other, both = (perplexity(model, t, seq_len=64) for t in (plain, chat, ScoredText.joined([plain, chat])))
+    assert both.num_tokens == one.num_tokens + other.num_tokens
+    mean = (one.loss * one.num_tokens + other.loss * other.num_tokens) / both.num_tokens
+    assert both.loss == pytest.approx(mean, rel=1e-6)
+    assert ScoredText.joined([plain, plain]).stretches == [(0, 200)]
+    assert ScoredText.joined([plain, chat]).tokens == "all and assistant"
+
+
+def test_text_without_a_token_of_the_assistant_is_refused(tmp_path):
+    path = write_talks(tmp_path / "a.jsonl", [talk("a" * 100, "b")])
+    with pytest.raises(InputError, match="no token of the assistant among the first 20"):
+        scored_text(path, TOKENIZER, limit=20)
+
+
+def test_calibration_text_is_rendered(path):
+    text = TOKENIZER.decode(token_ids(path, TOKENIZER))
+    assert text.startswith("<|im_start|>user\n")
+    assert text.count("<|endoftext|>") == 40

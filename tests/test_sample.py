@@ -1,0 +1,308 @@
+"""`castlm sample`: what it writes is what transformers generates, and a stopped start goes on bit for bit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from castlm.cli.main import main
+from castlm.core.errors import InputError
+from castlm.data import sample_file
+from castlm.data.documents import open_documents
+from castlm.data.sample_file import open_samples, sample
+from castlm.data.sampling import Sampler, SamplingOptions, read_prompts
+from tests.chats import CHATML, chat_tokenizer, save_chat_model, write_rows
+from tests.tiny import EOS_ID, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return save_chat_model(tmp_path_factory.mktemp("llama") / "model")
+
+
+def sampler_of(tokenizer=None, prompts=None, chat=False, model=None, **options):
+    options = SamplingOptions(**{"max_new_tokens": 12, "batch_size": 4, **options})
+    model = model or tiny_model("llama")
+    return Sampler(model, tokenizer or tiny_tokenizer(), options, prompts=prompts, chat=chat)
+
+
+def ids_of(text):
+    return tiny_tokenizer()(text)["input_ids"]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Scripted(torch.nn.Module):
+    """Generates the given token ids, whatever it is given."""
+
+    def __init__(self, *answers):
+        super().__init__()
+        self.real, self.answers, self.asked = tiny_model("llama"), list(answers), []
+        self.config, self.generation_config, self.device = self.real.config, self.real.generation_config, "cpu"
+        self.device = torch.device("cpu")
+
+    def generate(self, input_ids, attention_mask, generation_config):
+        self.asked.append([row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask)])
+        return torch.cat([input_ids, torch.tensor(self.answers.pop(0))], dim=1)
+
+
+# What is sampled
+
+
+def test_a_batch_depends_on_its_number_and_seed_alone_and_leaves_the_generator_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = sampler_of().batch(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert sampler_of().batch(0) == first
+    assert sampler_of().batch(1) != first
+    assert sampler_of(seed=1).batch(0) != first
+    assert len({sample.row["text"] for sample in first}) == 4
+
+
+def test_a_low_temperature_and_top_p_write_the_most_probable_tokens():
+    model, ids = tiny_model("llama"), [EOS_ID]
+    for _ in range(6):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    expected = tiny_tokenizer().decode(ids[1:])
+    for options in ({"temperature": 1e-4}, {"top_p": 1e-6}):
+        (found, *_) = sampler_of(max_new_tokens=6, **options).batch(0)
+        assert found.row["text"] == expected
+
+
+def test_prompts_of_unequal_length_are_continued_as_if_alone():
+    prompts = ["a", "a much longer prompt", "b c"]
+    together = sampler_of(prompts=prompts, temperature=1e-4, batch_size=3).batch(0)
+    for prompt, found in zip(prompts, together):
+        (alone,) = sampler_of(prompts=[prompt], temperature=1e-4, batch_size=1).batch(0)
+        assert found == alone
+        assert found.row["text"].startswith(prompt)
+
+
+def test_prompts_are_used_in_turn_over_the_batches():
+    sampler = sampler_of(prompts=["a", "b", "c"])
+    found = [sample.row["text"][0] for number in range(2) for sample in sampler.batch(number)]
+    assert "".join(found) == "abcabcab"
+    assert [sampler.prompt_of(place) for place in range(8)] == found
+
+
+def test_a_text_ends_where_the_model_ends_it():
+    ids = [[97, 98, EOS_ID, 99], [97, 98, 99, 100]]
+    found = sampler_of(model=Scripted(ids), batch_size=2).batch(0)
+    assert [(sample.is_whole, sample.num_tokens) for sample in found] == [(True, 3), (False, 5)]
+    assert [sample.row["text"] for sample in found] == [tiny_tokenizer().decode(row) for row in ([97, 98], ids[1])]
+
+
+def test_a_conversation_is_the_users_turn_and_then_the_answer_in_the_template():
+    tokenizer = chat_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    said = [tokenizer("Hi", add_special_tokens=False)["input_ids"] + [end], [end] * 3, [97, 97, 97]]
+    answers = [[*tokenizer("Yo", add_special_tokens=False)["input_ids"], end]] * 3
+    model = Scripted(said, answers)
+    found = sampler_of(tokenizer, chat=True, model=model, batch_size=3).batch(0)
+    assert found[0].row == {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    assert found[1:] == [None, None]  # an empty turn, and one that does not end
+    assert tokenizer.decode(model.asked[0][0]) == "<|im_start|>user\n"
+    assert tokenizer.decode(model.asked[1][0]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_given_users_turn_is_answered():
+    tokenizer = chat_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = Scripted([[97, end]] * 2)
+    found = sampler_of(tokenizer, ["Why?", "How?"], chat=True, model=model, batch_size=2).batch(0)
+    assert [sample.row["messages"][0]["content"] for sample in found] == ["Why?", "How?"]
+
+
+# The file
+
+
+def written(path, sampler, num_tokens=150, stop_after=None, **options):
+    options = {"dedup_prefix": 5, **options}
+    with open_samples(path, {"seed": 0}, **options) as file:
+        if options.get("resume"):
+            file.restore(sampler.prompt_of)
+        add = file.add
+
+        def add_until(rows):
+            add(rows)
+            if file.batches == stop_after:
+                raise KeyboardInterrupt
+
+        file.add = add_until
+        return sample(sampler, file, num_tokens=num_tokens)
+
+
+@pytest.mark.parametrize("prompts", [None, ["a", "bc", "a"]])
+def test_a_stopped_start_goes_on_bit_for_bit(prompts, tmp_path):
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    record = written(whole, sampler_of(prompts=prompts, max_new_tokens=6), dedup_prefix=1)
+    assert record["duplicates"] > 0
+    for stop in (1, 4):
+        with pytest.raises(KeyboardInterrupt):
+            written(
+                parts, sampler_of(prompts=prompts, max_new_tokens=6), stop_after=stop, dedup_prefix=1, resume=stop > 1
+            )
+        with (tmp_path / "parts.jsonl.part").open("a") as file:
+            file.write('{"text": "half a row')  # as a kill in the middle of a write leaves it
+        assert not parts.exists()
+    again = written(parts, sampler_of(prompts=prompts, max_new_tokens=6), dedup_prefix=1, resume=True)
+    assert parts.read_bytes() == whole.read_bytes()
+    assert again == record
+    assert not (tmp_path / "parts.jsonl.part").exists()
+
+
+def test_duplicates_are_left_out_whole_and_by_their_beginning(tmp_path):
+    def model():
+        return Scripted(*[[ids_of(text) for text in ("abc", "abc", "abd", "ebc")]] * 3)
+
+    for prefix, count in ((0, 3), (2, 2)):
+        path = tmp_path / f"{prefix}.jsonl"
+        found = written(path, sampler_of(model=model(), max_new_tokens=3), num_tokens=4 * count, dedup_prefix=prefix)
+        assert (found["samples"], found["duplicates"]) == (count, 4 - count)
+        assert len({row["text"][: prefix or None] for row in lines(path)}) == count
+    with pytest.raises(InputError, match=r"20 batches in a row have brought no new text; .* holds 3"):
+        written(tmp_path / "c.jsonl", sampler_of(model=Scripted(*model().answers * 9)), num_tokens=99, dedup_prefix=0)
+
+
+def test_the_same_continuation_of_another_prompt_is_no_duplicate(tmp_path):
+    model = Scripted([[*ids_of("ab"), EOS_ID]] * 4)
+    found = written(tmp_path / "a.jsonl", sampler_of(model=model, prompts=["x", "y"]), num_tokens=5)
+    assert (found["samples"], found["duplicates"]) == (2, 2)
+
+
+def test_what_is_written_is_recognized_as_training_text(llama, tmp_path):
+    path = tmp_path / "a.jsonl"
+    written(path, sampler_of())
+    assert not open_documents(path).is_chat
+    (tmp_path / "q.txt").write_text("What?\nWhy?\n")
+    chat = ["sample", llama, "--chat", "--prompts", str(tmp_path / "q.txt"), "--num-tokens", "400"]
+    assert main([*chat, "--max-new-tokens", "200", "--output-file", str(tmp_path / "c.jsonl")]) == 0
+    assert open_documents(tmp_path / "c.jsonl").is_chat
+
+
+# The command
+
+
+def command(llama, path, *more):
+    return ["sample", llama, "--output-file", str(path), "--max-new-tokens", "8", "--batch-size", "4", *more]
+
+
+def test_the_command_says_what_it_wrote_and_how_to_train_on_it(llama, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    assert main(command(llama, path, "--num-tokens", "100")) == 0
+    said = capsys.readouterr().out
+    assert f"{len(lines(path))} texts of" in said
+    assert f"castlm train --model {llama} --dataset {path}" in said
+    assert main(command(llama, path, "--num-tokens", "200", "--overwrite")) == 0
+    assert len(lines(path)) > 15
+
+
+def test_a_killed_command_is_resumed_to_the_same_file(llama, tmp_path):
+    straight, killed = tmp_path / "straight.jsonl", tmp_path / "killed.jsonl"
+    more = ("--num-tokens", "1500")
+    assert main(command(llama, straight, *more)) == 0
+    args = [sys.executable, "-m", "castlm", *command(llama, killed, *more)]
+    record, deadline = tmp_path / "killed.jsonl.castlm.json", time.monotonic() + 100
+    with subprocess.Popen(args, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        while time.monotonic() < deadline and not record.exists():
+            time.sleep(0.01)
+        process.kill()
+    assert not killed.exists()
+    assert main(command(llama, killed, *more, "--resume")) == 0
+    assert killed.read_bytes() == straight.read_bytes()
+
+
+def test_ctrl_c_says_what_is_saved_and_how_to_go_on(llama, tmp_path, capsys, monkeypatch):
+    batch = Sampler.batch
+
+    def stopped(self, number):
+        if number == 2:
+            raise KeyboardInterrupt
+        return batch(self, number)
+
+    monkeypatch.setattr(Sampler, "batch", stopped)
+    assert main(command(llama, tmp_path / "a.jsonl")) == 130
+    assert "8 texts are saved; the same command with --resume goes on" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line_and_nothing_is_overwritten(llama, tmp_path, capsys):
+    path, other = tmp_path / "a.jsonl", tmp_path / "mine.jsonl"
+    assert main(command(llama, path, "--num-tokens", "50")) == 0
+    other.write_text('{"text": "mine"}\n')
+    bare = tmp_path / "bare"
+    shutil.copytree(llama, bare)
+    (bare / "chat_template.jinja").unlink()
+    ends_without = tmp_path / "plain.jinja"
+    ends_without.write_text(CHATML.replace("'<|im_end|>'", "' END'"))
+    (tmp_path / "empty.txt").write_text("\n")
+    talks = write_rows(
+        tmp_path / "t.jsonl", [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    )
+    cases = [
+        (command(llama, path), "already exists: name another file or pass overwrite"),
+        (command(llama, other, "--overwrite"), "is not as castlm wrote it"),
+        (command(llama, path, "--resume"), "is finished: there is nothing to resume"),
+        (command(llama, tmp_path / "b.jsonl", "--resume"), "has not been begun"),
+        (command(llama, path, "--resume", "--overwrite"), "exclude each other"),
+        (command(llama, tmp_path / "b.txt"), "does not end in .jsonl"),
+        (command(llama, tmp_path / "no" / "b.jsonl"), "name a file in an existing folder"),
+        (command(llama, tmp_path / "b.jsonl", "--temperature", "0"), "temperature = 0.0 is out of range"),
+        (command(llama, tmp_path / "b.jsonl", "--top-p", "2"), "top_p = 2.0 is out of range"),
+        (command(llama, tmp_path / "b.jsonl", "--max-new-tokens", "256"), "exceed the model's 256 positions"),
+        (command(str(bare), tmp_path / "b.jsonl", "--chat"), "has no chat template: sample without chat"),
+        (
+            command(llama, tmp_path / "b.jsonl", "--chat", "--chat-template-path", str(ends_without)),
+            "does not end a user's turn with a special token",
+        ),
+        (command(llama, tmp_path / "b.jsonl", "--prompts", str(tmp_path / "empty.txt")), "holds no prompt"),
+        (command(llama, tmp_path / "b.jsonl", "--prompts", talks), "holds conversations: name a column of texts"),
+    ]
+    capsys.readouterr()
+    for arguments, message in cases:
+        assert main(arguments) == 2, message
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.strip().count("\n") == 0, said
+    assert other.read_text() == '{"text": "mine"}\n'
+    assert not (tmp_path / "b.jsonl.part").exists()
+    assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_a_changed_part_or_another_setting_is_not_resumed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        written(path, sampler_of(), stop_after=2)
+    with pytest.raises(InputError, match="from a start that was stopped: pass resume, or overwrite"):
+        written(path, sampler_of())
+    other = open_samples(path, {"seed": 1}, dedup_prefix=5, resume=True)
+    with other as file, pytest.raises(InputError, match=r"sampled differently \(seed 0 -> 1\)"):
+        file.restore(lambda place: "")
+    part = tmp_path / "a.jsonl.part"
+    part.write_bytes(b"x" + part.read_bytes()[1:])
+    with pytest.raises(InputError, match="has changed since castlm wrote it"):
+        written(path, sampler_of(), resume=True)
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    one, other = (open_samples(tmp_path / "a.jsonl", {}, dedup_prefix=0) for _ in range(2))
+    with one, pytest.raises(InputError, match="is being written by another process"):
+        other.__enter__()
+
+
+def test_prompts_are_lines_or_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n two \n")
+    assert read_prompts(tmp_path / "a.txt") == ["one", "two"]
+    path = write_rows(tmp_path / "a.jsonl", [{"question": "one"}, {"question": "two"}])
+    assert read_prompts(path, "question") == ["one", "two"]
+
+
+def test_patience_is_what_the_message_says():
+    assert sample_file.PATIENCE == 20
