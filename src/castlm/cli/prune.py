@@ -13,7 +13,7 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.core.structured import is_structured
 from castlm.fields import choice
-from castlm.oneshot.options import DEFAULT_SCORE, UNIT_SCORES, BasisOptions, Refinements, part_of
+from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,8 @@ class PruneOptions:
 
     method: str | None = choice(None, solver_names)
     """Solver that chooses the masked weights: sparsegpt (the default; it also updates the kept ones), wanda, magnitude.
-    Structured patterns rank their units by taylor (the default), flap, wanda, magnitude or random."""
+    Structured patterns rank their units by flap (the default of channels), taylor (of heads), wanda (of tiles),
+    magnitude or random."""
 
     calibration: str | None = None
     """Text that wanda and sparsegpt need: a file, folder, glob or hub dataset, as --dataset of castlm train."""
@@ -51,6 +52,9 @@ class PruneOptions:
     column: str | None = None
     """Column of .jsonl and .parquet that holds the text, or messages, which the chat template renders. By default it is
     found."""
+
+    chat_template_path: str | None = None
+    """File with a Jinja chat template to use, and to save, in place of the tokenizer's own."""
 
     pattern: str = "2:4"
     """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern as
@@ -100,7 +104,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         pattern = Pattern.parse(self.pattern)
         device, text = choose_device(self.device), None
         structured = is_structured(pattern)
-        method = self.method or (DEFAULT_SCORE if structured else "sparsegpt")
+        method = self.method or default_start(pattern)
         if method == "magnitude" and self.rotate in ("values", "residual"):
             raise InputError(f"rotate {self.rotate} needs a calibration text: use method sparsegpt or wanda")
         needs_text = method not in (("magnitude", "random") if structured else ("magnitude",))
@@ -152,9 +156,11 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Documents | HubDocuments | None
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The calibration sequences, and what the record says of them."""
+        from castlm.data.chat import with_template
         from castlm.data.tokens import token_ids
         from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
 
+        with_template(tokenizer, self.chat_template_path)
         if text is None:
             return None, {}
         length = self.seq_len or calibration_length(model)

@@ -92,13 +92,17 @@ class QuantizeCommand:
             return self._quantize(source, manifest, pattern, folder)
 
     def _quantize(self, source: str, manifest: dict[str, Any], pattern: NM, folder: Path) -> int:
+        import torch
+
         from castlm.core.sparsify import sparse_linears
         from castlm.export.hf import export_model
         from castlm.inference.quantize import quantize_, stored_layers
         from castlm.models import load_model, save_dtype
         from castlm.progress import shown_progress
 
-        loaded = load_model(source, trust_remote_code=self.trust_remote_code)
+        # GPTQ computes in fp32; rounding by rows takes fp32 a layer at a time, and what is written is the same.
+        held = None if self.kind != "int4" and self.save_dtype == "source" else torch.float32
+        loaded = load_model(source, dtype=held, trust_remote_code=self.trust_remote_code)
         _, left_dense = sparse_linears(loaded.model, pattern)
         blocks, text = self._calibration(loaded)
         with shown_progress(f"{self.kind}, {'blocks' if blocks is not None else 'layers'}") as progress:
