@@ -114,8 +114,8 @@ KERNELS: dict[tuple[str, str, bool], Kernel] = {
 error of the logarithm. GPUs: cuBLASLt and cuSPARSELt with their best algorithm, to published.csv; error 0.03 to 0.17.
 CPU: the kernels of castlm and torch's on an AMD EPYC (Zen 3, AVX2), bandwidths rounded to what an idle machine gave and
 peaks to two runs beside other work, which the roofline misses by 15 to 48 %. A share above 1 is of what torch reaches:
-castlm's kernels read from huge pages, 2:4 skips half of the multiplications, and int8 has more lanes than fp32. The peak
-of torch's bf16 is measured by itself (`this_cpu`): with units for it, it is more than four times as high."""
+castlm's kernels read from huge pages, 2:4 skips half of the multiplications, and int8 has more lanes than fp32. The
+peak of torch's bf16 is measured by itself (`this_cpu`): with units for it, it is more than four times as high."""
 
 WEIGHT_ONLY = {"int8 weights": 0.56 / 0.70, "int4 weights": 0.37 / 0.70}
 """Bandwidth of torchao's weight-only kernels in units of the dense bf16 one, on an A100 with Llama-3-8B at one token:
