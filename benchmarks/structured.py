@@ -1,6 +1,6 @@
 """What a structured pattern buys: perplexity against parameters, bytes and CPU speed, and decay against cut at step 0.
 
-    python -m benchmarks.structured --runs FOLDER [FOLDER ...] --model DENSE [--shape CONFIG] [--json O]
+    python -m benchmarks.structured --runs FOLDER [FOLDER ...] --model DENSE [--shape CONFIG] [--json O] [--plot O]
 
 `--runs` are folders of `castlm compare`; a row of the first table is a pattern, score, way to train and number of
 steps.
@@ -111,6 +111,26 @@ def _log_ratios(decayed: list[dict[str, Any]], cut: list[dict[str, Any]]) -> lis
     ]
 
 
+def plot(runs: dict[Key, list[dict[str, Any]]], file: str) -> None:
+    """Perplexity over weights that are not zero: a colour for each pattern, a mark for each way to train."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    colours = {pattern: f"C{i}" for i, pattern in enumerate(sorted({key.pattern for key in runs}))}
+    marks = {"cast": "o", "finetune": "x", "dense": "s"}
+    seen: set[str] = set()
+    for key, records in sorted(runs.items()):
+        label = f"{key.pattern}, {key.way.split()[0]}"
+        x, y = records[0]["nonzero"] / 1e3, statistics.fmean(perplexities(records, "pruned"))
+        shown_label = None if label in seen else label
+        axes.plot(x, y, marks.get(key.method, "d"), color=colours[key.pattern], label=shown_label)
+        seen.add(label)
+    axes.set(xlabel="thousand weights that are not zero", ylabel="perplexity", yscale="log")
+    axes.legend(fontsize="small")
+    figure.savefig(file)
+
+
 def cut_config(config: PretrainedConfig, pattern: str) -> PretrainedConfig:
     """The config of what is left of a model; of patterns that cut nothing out, itself."""
     made, parsed = copy.deepcopy(config), Pattern.parse(pattern)
@@ -155,12 +175,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--plot", help="file for a plot of the runs (needs matplotlib)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     runs = read_runs(options.runs)
     report: dict[str, Any] = {"machine": machine()}
     if runs:
         print(table(runs))
+        if options.plot:
+            plot(runs, options.plot)
         report["runs"] = [{**key._asdict(), "perplexity": perplexities(found, "pruned")} for key, found in runs.items()]
     if options.shape:
         report["speed"] = speeds(AutoConfig.from_pretrained(options.shape), options.patterns, options.repeats)

@@ -164,7 +164,8 @@ def test_structured_patterns_have_a_table_and_speeds(tmp_path, capsys):
             (folder / "castlm.json").write_text(json.dumps(record))
     out = tmp_path / "out.json"
     arguments = ["--runs", str(tmp_path), "--shape", str(dense), "--patterns", "channels:0.5", "--repeats", "1"]
-    structured.main([*arguments, "--json", str(out)])
+    structured.main([*arguments, "--json", str(out), "--plot", str(tmp_path / "plot.svg")])
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "| channels:0.5 | flap | decay over 10% | 10 | 2 | 12.00 ± 0.00 | 8.50 ± 0.71 | -0.6931" in printed
     assert "| channels:0.5 | flap | cut | 10 | 2 | 12.00 ± 0.00 | 17.00 ± 1.41 |  |" in printed

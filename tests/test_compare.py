@@ -341,7 +341,7 @@ def test_structured_patterns_have_their_own_rivals(files, tmp_path, in_process):
     code, table = compare(files, tmp_path, variants=str(tmp_path / "variants.yaml"))
     assert code == 0
     rows = {row["variant"]: row for row in table["rows"]}
-    assert rows["decay"]["start"] == rows["cut"]["start"] == "taylor"
+    assert rows["decay"]["start"] == rows["cut"]["start"] == "flap"
     assert rows["flap"]["tokens"] == 0
     (tmp_path / "variants.yaml").write_text(yaml.safe_dump({"sparsegpt": {"pattern": "channels:0.5"}}))
     with pytest.raises(InputError, match="sparsegpt is not for structured patterns"):

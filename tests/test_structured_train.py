@@ -94,6 +94,8 @@ def test_runs_that_could_not_be_exported_are_refused_before_they_train(llama, te
 
 def test_the_default_start_of_structured_patterns_is_calibrated():
     config = TrainConfig("model", "text", "run", pattern="channels:0.5", calibration_sequences=8)
-    assert config.start == "taylor"
+    assert config.start == "flap"
+    starts = {"heads:0.5": "taylor", "blocks:8x16:0.5+2:4": "wanda", "2:4": "sparsegpt"}
+    assert {text: replace(config, pattern=text).start for text in starts} == starts
     assert without_effect(config) == {}
     assert TrainConfig("model", "text", "run", pattern="channels:0.5", method="finetune").start == "magnitude"

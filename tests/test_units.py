@@ -146,7 +146,7 @@ def prune(files, out, *arguments):
 def test_castlm_prune_cuts_and_records_the_score(files, tmp_path, capsys):
     assert prune(files, tmp_path / "out", "--pattern", "channels:0.5") == 0
     record = json.loads((tmp_path / "out" / "castlm.json").read_text())
-    assert (record["method"], record["pattern"]) == ("taylor", "channels:0.5")
+    assert (record["method"], record["pattern"]) == ("flap", "channels:0.5")
     assert record["cut"]["after"] == {"intermediate_size": 32}
     assert main(["verify", str(tmp_path / "out"), "--base", str(files / "dense")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
@@ -182,7 +182,7 @@ def test_plans_and_advice_know_the_patterns_or_refuse_them(files, capsys):
     dense = str(files / "dense")
     memory = ["plan", "memory", "--model", dense, "--seq-len", "32", "--pattern"]
     assert main([*memory, "channels:0.5"]) == 0
-    assert main([*memory, "channels:0.99"]) == 2
+    assert main([*memory, "channels:0.999"]) == 2
     assert "keeps all of 64 units" in capsys.readouterr().err
     advise = ["advise", dense, "--device", "h100", "--pattern"]
     assert main([*advise, "channels:0.5"]) == 0

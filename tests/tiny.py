@@ -5,11 +5,20 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt2")
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 """Families whose blocks hold 4 experts, of which a token takes 2; those of gpt_oss are stored (experts, in, out)."""
+
+VISION = ("llava", "qwen2_vl")
+"""Vision-language models: a language model beside a vision tower and a projector."""
 
 EOS = "<|endoftext|>"
 EOS_ID = 256  # after one token for each byte
@@ -35,6 +44,11 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "mixtral": _EXPERTS | {"num_local_experts": 4},
     "qwen2_moe": _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 48},
     "qwen3_moe": _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 16},
+    "llava": _GROUPED | {"model_type": "llama"},
+    "qwen2_vl": {
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
     "gpt_oss": _EXPERTS | {"num_local_experts": 4, "sliding_window": 16},
     "llama": _GROUPED,
     "mistral": _GROUPED,
@@ -43,6 +57,24 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "gemma": _GROUPED | {"tie_word_embeddings": True},
     "opt": {"word_embed_proj_dim": 32, "dropout": 0.0},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_IMAGES: dict[str, dict[str, Any]] = {
+    "llava": {
+        "vision_config": {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **_TOWER},
+        "image_token_index": 260,
+    },
+    "qwen2_vl": {
+        "vision_config": {
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 8,
+        },
+        **{"image_token_id": 260, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263},
+    },
 }
 _OWN_NAMES = {
     "opt": {"intermediate_size": "ffn_dim"},
@@ -65,10 +97,14 @@ def tiny_model(family: str, seed: int = 0, **over: Any) -> PreTrainedModel:
     """
     fields = _WIDTHS | _FAMILY.get(family, {}) | over
     own = _OWN_NAMES.get(family, {})
-    config = AutoConfig.for_model(family, **{own.get(name, name): value for name, value in fields.items()})
+    of_text = {own.get(name, name): value for name, value in fields.items()}
+    config = AutoConfig.for_model(
+        family, **({"text_config": of_text, **_IMAGES[family]} if family in VISION else of_text)
+    )
+    auto = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for param in model.parameters():
                 if param.dim() == 1:  # norms and biases, all ones or zeros until here

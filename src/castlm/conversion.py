@@ -6,14 +6,15 @@ transformers' own table of conversions, and so does everything here: no family i
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from castlm.core.experts import ExpertLinear
+
+if TYPE_CHECKING:  # the loader of packed folders is imported while transformers is
+    from transformers import PreTrainedModel
 
 
 class StoredRows(NamedTuple):
@@ -26,6 +27,8 @@ class StoredRows(NamedTuple):
 
 def as_stored(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """The tensors that `save_pretrained` writes for the entry `name` of the state dict, by their names on disk."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     return {key: found.contiguous() for key, found in revert_weight_conversion(model, {name: tensor}).items()}
 
 
@@ -54,14 +57,26 @@ def stored_rows(model: PreTrainedModel, fqn: str, layer: ExpertLinear) -> list[S
     """
     if layer.transposed:
         return None
-    numbers = torch.arange(layer.num_experts * layer.out_features).view(layer.num_experts, layer.out_features, 1)
+    numbers = torch.arange(layer.num_experts * layer.out_features, device="cpu")
+    numbers = numbers.view(layer.num_experts, layer.out_features, 1)
     found = []
     for name, piece in as_stored(model, fqn, numbers).items():
         flat = piece.flatten()
         first, count = int(flat[0]), len(flat)
         expert, row = divmod(first, layer.out_features)
-        together = torch.equal(flat, torch.arange(first, first + count))
+        together = torch.equal(flat, torch.arange(first, first + count, device="cpu"))
         if piece.shape != (count, 1) or not together or row + count > layer.out_features:
             return None
         found.append(StoredRows(name, expert, slice(row, row + count)))
     return found
+
+
+def loaded_name(model: PreTrainedModel, name: str) -> str:
+    """Where `from_pretrained` looks for the module or tensor that the files call `name`; without the backbone's prefix
+    where they leave it out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    return apply_renamings(f"{name}.", renamings).removesuffix(".")

@@ -11,6 +11,7 @@ import contextlib
 import io
 import math
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +24,32 @@ from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
+from transformers.utils.hub import cached_file
 
 from castlm.core.errors import InputError
 from castlm.core.experts import linearize_experts_
 from castlm.core.head import OutputHead
 from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, find
+
+PROCESSOR_FILES = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("chat_template.json", "chat_template.jinja"),
+)
+"""Files beside the tokenizer's that the processor of a vision-language model is loaded from."""
 
 PACKED = "castlm"
 """`quant_method` of a packed folder, which `load_model` unpacks."""
@@ -63,7 +75,9 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Loaded:
-    """Loads a causal language model and its tokenizer, on the CPU, in eval mode, made of layers (`linearize_`).
+    """Loads a causal language model, or a vision-language model, and its tokenizer.
+
+    The model is on the CPU, in eval mode, and made of layers (`linearize_`).
 
     Args:
         name: a folder in Hugging Face format, plain or packed (unpacked), a hub id, a `.gguf` file (dequantized) or
@@ -86,7 +100,7 @@ def load_model(
         weights = {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
     with quiet(where), _as_input_error(where):
         # Mismatched sizes are allowed here; `_check_weights` reports them in one line.
-        model, loading_info = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = auto_class(config).from_pretrained(
             where.target,
             config=config,
             dtype=dtype or stored,
@@ -105,6 +119,23 @@ def load_model(
     linearize_(model)
     source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
     return Loaded(model.eval(), tokenizer, source, stored)
+
+
+def is_vision_language(config: PretrainedConfig) -> bool:
+    """Whether a config is that of a model that reads images beside text, of `AutoModelForImageTextToText`."""
+    named = config.architectures or [None]
+    of_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    return of_images is not None and named[0] in (of_images, None) and not config.is_encoder_decoder
+
+
+def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
+    """The class of transformers whose `from_pretrained` and `from_config` make the model of a config."""
+    return AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM
+
+
+def vocab_size(config: PretrainedConfig) -> int:
+    """The number of tokens of a model; of a vision-language model, that of its language model."""
+    return int(config.get_text_config().vocab_size)
 
 
 SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -199,6 +230,18 @@ def save_model(
     with quiet_transformers(progress=False):
         model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
+    copy_processor(model.config, folder)
+
+
+def copy_processor(config: PretrainedConfig, folder: str | Path) -> None:
+    """Copies what prepares the images of a vision-language model into `folder`, from where its config was loaded."""
+    if not is_vision_language(config) or not config.name_or_path:
+        return
+    options: dict[str, Any] = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+    for name in PROCESSOR_FILES:
+        found = cached_file(config.name_or_path, name, _raise_exceptions_for_connection_errors=False, **options)
+        if found is not None and not (Path(folder) / name).exists():
+            shutil.copyfile(found, Path(folder) / name)
 
 
 def restored_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -291,7 +334,7 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
         raise InputError(f"{type(model).__name__} is not supported: its output head is a {type(linear).__name__}")
-    fields = model.config.to_dict()
+    fields = model.config.get_text_config().to_dict()
     scale = fields.get("logit_scale") or 1.0  # Cohere
     scale /= fields.get("logits_scaling") or 1.0  # Granite
     return OutputHead(linear.weight, linear.bias, fields.get("final_logit_softcapping"), scale)
@@ -334,10 +377,15 @@ def _check_config(where: Location, config: PretrainedConfig) -> None:
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     named = config.architectures or ([causal] if causal else [])
     is_causal = any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in named)
-    if not remote and (causal is None or not is_causal or config.is_encoder_decoder):
+    if is_vision_language(config):
+        if not isinstance(config.get_text_config(), PretrainedConfig) or config.get_text_config() is config:
+            raise InputError(
+                f"{where} is a {config.model_type} without a language model of its own: give a LLaVA or Qwen-VL"
+            )
+    elif not remote and (causal is None or not is_causal or config.is_encoder_decoder):
         raise InputError(
             f"{where} is not a causal language model but {', '.join(named) or config.model_type}: "
-            "give one whose architecture is named ...ForCausalLM or ...LMHeadModel"
+            "give one whose architecture is named ...ForCausalLM or ...LMHeadModel, or one of a vision-language model"
         )
     method = quantization_method(config)
     if method not in (None, PACKED):

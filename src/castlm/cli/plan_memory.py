@@ -52,9 +52,8 @@ class MemoryCommand:
     """Storage of Adam's moments."""
 
     init_from: str | None = None
-    """Start of the run: magnitude, wanda, sparsegpt (the default) or an n:m model; taylor (the default), flap, wanda,
-    magnitude or random of structured patterns. Except for magnitude, the first rank holds the whole model before
-    step 0."""
+    """Start of the run, as in `castlm train`. Unless it is magnitude or a model, the first rank holds the whole model
+    before step 0."""
 
     calibration_sequences: int = field(default=128, metadata=_AT_LEAST_1)
     """Sequences that wanda and sparsegpt are calibrated on."""

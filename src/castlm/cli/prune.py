@@ -13,7 +13,7 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.core.structured import is_structured
 from castlm.fields import choice
-from castlm.oneshot.options import DEFAULT_SCORE, UNIT_SCORES, BasisOptions, Refinements, part_of
+from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,8 @@ class PruneOptions:
 
     method: str | None = choice(None, solver_names)
     """Solver that chooses the masked weights: sparsegpt (the default; it also updates the kept ones), wanda, magnitude.
-    Structured patterns rank their units by taylor (the default), flap, wanda, magnitude or random."""
+    Structured patterns rank their units by flap (the default of channels), taylor (of heads), wanda (of tiles),
+    magnitude or random."""
 
     calibration: str | None = None
     """Text that wanda and sparsegpt need: a file, folder, glob or hub dataset, as --dataset of castlm train."""
@@ -51,6 +52,9 @@ class PruneOptions:
     column: str | None = None
     """Column of .jsonl and .parquet that holds the text, or messages, which the chat template renders. By default it is
     found."""
+
+    chat_template_path: str | None = None
+    """File with a Jinja chat template to use, and to save, in place of the tokenizer's own."""
 
     pattern: str = "2:4"
     """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern as
@@ -100,7 +104,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         pattern = Pattern.parse(self.pattern)
         device, text = choose_device(self.device), None
         structured = is_structured(pattern)
-        method = self.method or (DEFAULT_SCORE if structured else "sparsegpt")
+        method = self.method or default_start(pattern)
         if method == "magnitude" and self.rotate in ("values", "residual"):
             raise InputError(f"rotate {self.rotate} needs a calibration text: use method sparsegpt or wanda")
         needs_text = method not in (("magnitude", "random") if structured else ("magnitude",))
@@ -152,9 +156,11 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Documents | HubDocuments | None
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The calibration sequences, and what the record says of them."""
+        from castlm.data.chat import with_template
         from castlm.data.tokens import token_ids
         from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
 
+        with_template(tokenizer, self.chat_template_path)
         if text is None:
             return None, {}
         length = self.seq_len or calibration_length(model)
@@ -225,11 +231,12 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
     ) -> int:
         import torch
 
+        from castlm.core.experts import ExpertLinear
         from castlm.core.sparsify import sparse_linears
         from castlm.distributed.loading import Place, open_sharded
         from castlm.export.from_blocks import export_blocks
         from castlm.hardware import return_freed_memory
-        from castlm.models import save_dtype
+        from castlm.models import is_vision_language, save_dtype
         from castlm.oneshot.by_block import BlockPrune, block_file, prune_by_block
         from castlm.oneshot.stored_model import outside_blocks
         from castlm.oneshot.walk import block_stack
@@ -254,8 +261,10 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             blocks, calibration = self._calibration(loaded.model, loaded.tokenizer, text)
             dtype = save_dtype(self.save_dtype, loaded.dtype)
             places = [place for place in checkpoint.places.values() if isinstance(place, Place)]
-            if len(places) < len(checkpoint.places):
-                raise InputError(f"{self.model} stores its experts one by one: use memory model")
+            if any(isinstance(module, ExpertLinear) for module in loaded.model.modules()):
+                raise InputError(f"{self.model} has experts, of which a block holds many: use memory model")
+            if is_vision_language(loaded.model.config):
+                raise InputError(f"{self.model} stores its layers under other names than it loads: use memory model")
             files = sorted({place.file for place in places})
             run = BlockPrune(
                 loaded.model,

@@ -17,14 +17,10 @@ from castlm.core.pattern import Pattern
 from castlm.core.structured import is_structured
 from castlm.fields import checked, convert
 from castlm.methods.table import METHODS
-from castlm.oneshot.options import DEFAULT_SCORE, UNIT_SCORES
+from castlm.oneshot.options import UNIT_SCORES, default_start
 from castlm.output import continued
 from castlm.training.config import TrainConfig, flatten
 from castlm.yaml_file import read_yaml_mapping
-
-DEFAULT_START = "sparsegpt"
-"""The start of every method, unless the variant, the config or `published_starts` names another; of structured patterns
-it is `DEFAULT_SCORE`."""
 
 Say = Callable[[str], None]
 
@@ -162,7 +158,7 @@ class Plan:
         if command.preset:
             self.preset = PRESETS[command.preset]
         else:
-            self.preset = ALL_UNITS if _is_structured(self.common) else ALL
+            self.preset = ALL_UNITS if is_structured(_pattern_of(self.common)) else ALL
         self.variants = self._variants()
         self._check_patterns()
         self.hashes = self._hashes()
@@ -197,7 +193,7 @@ class Plan:
     def _check_patterns(self) -> None:
         """Raises `InputError` for one-shot methods that are not for the pattern."""
         for name, fields in self.variants.items():
-            structured = _is_structured({**self.common, **fields})
+            structured = is_structured(_pattern_of({**self.common, **fields}))
             fitting = UNIT_SCORES if structured else ONESHOT_GROUPS
             if fields["method"] in ONESHOT and fields["method"] not in fitting:
                 kind = "structured" if structured else "n:m"
@@ -283,7 +279,7 @@ class Plan:
             fields.pop("init_from", None)  # the start of all runs is for the methods that have one
         elif fields["method"] in METHODS and "init_from" not in fields:
             published = self.command.published_starts
-            default = DEFAULT_SCORE if _is_structured(fields) else DEFAULT_START
+            default = default_start(_pattern_of(fields))
             fields["init_from"] = METHODS[fields["method"]].published_start if published else default
         command, hashes = self.command, self.hashes
         named = {"model": command.model, "eval_dataset": command.eval_dataset, "seed": seed}
@@ -351,10 +347,10 @@ class Plan:
         return with_key(Run(name, 0, content), self.hashes)
 
 
-def _is_structured(fields: Mapping[str, Any]) -> bool:
-    """Whether a run with these options has a structured pattern; others are refused where the options are checked."""
-    pattern = fields.get("pattern", "2:4")
-    return isinstance(pattern, str) and is_structured(Pattern.parse(pattern))
+def _pattern_of(fields: Mapping[str, Any]) -> Pattern:
+    """The pattern of a run with these options; what is no text is refused where the options are checked."""
+    pattern = fields.get("pattern")
+    return Pattern.parse(pattern if isinstance(pattern, str) else "2:4")
 
 
 def _rate(text: str) -> float:

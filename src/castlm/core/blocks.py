@@ -18,6 +18,10 @@ _LAST_PART_NOT_LINEAR = re.compile(
     r"|^(?:wte|wpe|relative_attention_bias|lm_head)$"
 )
 _ROUTER = re.compile(r"^(?:gate|router|\w*_router|router_\w+|shared_experts?_gate)$")
+_TOWER = re.compile(
+    r"^(?:vision|visual|image|video|audio|speech|multi_modal|mm|embed_vision|embed_audio)(?:_|$)"
+    r"|^(?:\w+_)?(?:projector|connector|merger|resampler|aligner|qformer|perceiver|vision|visual|abstractor)$"
+)
 _STACKED = re.compile(r"^(?:gate_up_proj|gate_proj|up_proj|down_proj|w[123])$")
 
 
@@ -62,6 +66,19 @@ def in_block(name: str) -> bool:
     return block_name(name) is not None
 
 
+def is_tower(name: str) -> bool:
+    """Whether a module or tensor is outside the language model: in the vision tower of a VLM, or its projector.
+
+    They stay dense: text says nothing about them. Told by the names before the number of a block.
+
+    Example:
+        >>> is_tower("model.vision_tower.encoder.layers.0.mlp.fc1"), is_tower("model.language_model.layers.0.mlp.fc1")
+        (True, False)
+    """
+    before = (block_name(name) or name).split(".")
+    return any(map(_TOWER.match, before))
+
+
 def is_router(module: str) -> bool:
     """Whether a module chooses experts for a token, or weighs the shared one. Routers are small, and stay dense.
 
@@ -84,11 +101,14 @@ def is_stacked_experts(name: str, shape: Sequence[int]) -> bool:
         True
     """
     module, _, last = name.removesuffix(".weight").rpartition(".")
-    return len(shape) == 3 and "experts" in module.split(".") and in_block(module) and bool(_STACKED.match(last))
+    is_expert = "experts" in module.split(".") and in_block(module) and not is_tower(module)
+    return len(shape) == 3 and is_expert and bool(_STACKED.match(last))
 
 
 def is_block_linear(name: str, shape: Sequence[int]) -> bool:
-    """Whether a stored tensor is the weight of a linear layer inside a transformer block, and not that of a router.
+    """Whether a stored tensor is the weight of a linear layer inside a transformer block that may become sparse.
+
+    Routers of experts, vision towers and projectors are left out.
 
     Args:
         name: the name of the tensor in the checkpoint.
@@ -102,6 +122,6 @@ def is_block_linear(name: str, shape: Sequence[int]) -> bool:
     """
     module, _, kind = name.rpartition(".")
     last = module.rpartition(".")[2]
-    if len(shape) != 2 or kind != "weight" or not in_block(module):
+    if len(shape) != 2 or kind != "weight" or not in_block(module) or is_tower(module):
         return False
     return not _LAST_PART_NOT_LINEAR.search(last) and not is_router(module)

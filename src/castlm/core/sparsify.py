@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from castlm.core.blocks import block_name, in_block, is_router
+from castlm.core.blocks import block_name, in_block, is_router, is_tower
 from castlm.core.checks import check_placement
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, SparseLayer, is_layer
@@ -29,7 +29,8 @@ FilterFn = Callable[[nn.Module, str], bool]
 def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
     """The default `filter_fn`: an `nn.Linear` inside a numbered transformer block, as `model.layers.3.mlp.up_proj`.
 
-    So is the `ExpertLinear` that `linearize_experts_` makes of 3-D experts; the router that chooses them is not.
+    So is the `ExpertLinear` that `linearize_experts_` makes of 3-D experts. The router that chooses them is not, nor
+    are the vision tower and the projector of a vision-language model.
 
     Example:
         >>> is_sparse_linear(nn.Linear(8, 8), "model.layers.3.mlp.up_proj")
@@ -37,7 +38,7 @@ def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
         >>> is_sparse_linear(nn.Linear(8, 8), "lm_head")
         False
     """
-    return is_layer(module) and in_block(fqn) and not is_router(fqn)
+    return is_layer(module) and in_block(fqn) and not is_router(fqn) and not is_tower(fqn)
 
 
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -108,6 +109,8 @@ def _misfit(layer: SparseLayer, pattern: Pattern) -> str | None:
 
 
 def _why_dense(module: nn.Module, fqn: str, name: str, param: Tensor) -> str | None:
+    if param.dim() >= 2 and is_tower(fqn):
+        return "outside the language model"
     if is_layer(module) and name == "weight":
         if is_sparse_linear(module, fqn):
             return "excluded by the filter"

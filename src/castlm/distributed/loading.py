@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from castlm.conversion import as_stored, state_dict_key, stored_names, stored_rows
@@ -26,7 +26,7 @@ from castlm.core.sparsify import dense_name
 from castlm.distributed.world import World
 from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, cached_snapshot, locate
-from castlm.models import Loaded, linearize_, open_model, quiet, stored_dtype
+from castlm.models import Loaded, auto_class, linearize_, open_model, quiet, stored_dtype
 
 Reader = Callable[[Path], Any]
 """Opens a safetensors file, each once."""
@@ -120,7 +120,7 @@ def check_one_snapshot(name: str, revision: str | None, world: World) -> None:
 def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model whose fp32 parameters are on the meta device, its buffers real, made of layers."""
     with _WeightsOnMeta():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     made = {p: nn.Parameter(p.to("meta")) for p in model.parameters() if not p.is_meta}  # norms, of `torch.ones`
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

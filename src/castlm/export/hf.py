@@ -29,7 +29,7 @@ from castlm.export.cut_sizes import cut_pattern
 from castlm.export.report import VerifyReport
 from castlm.export.verify import verify
 from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_name
-from castlm.models import eval_mode, load_model, parameters_in, save_model
+from castlm.models import copy_processor, eval_mode, load_model, parameters_in, save_model
 from castlm.reading import user_path
 from castlm.versions import library_versions
 
@@ -123,6 +123,7 @@ def write_all_but_weights(
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    copy_processor(config, folder)
 
 
 def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from castlm.core.blocks import is_tower
 from castlm.core.errors import InputError
 from castlm.export.stored import StoredTensor
 from castlm.layout import stored_transposed
@@ -219,7 +220,7 @@ def _check_uniform(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Refuses transformer blocks that do not all hold the same layers, or whose numbers leave one out."""
     blocks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name, tensor in tensors.items():
-        if len(tensor.shape) >= 2 and (match := re.match(r"(|.*?\.)(\d{1,9})\.(.+)", name)):
+        if len(tensor.shape) >= 2 and not is_tower(name) and (match := re.match(r"(|.*?\.)(\d{1,9})\.(.+)", name)):
             blocks[match[1]][int(match[2])].add(match[3])
     for stem, of_index in blocks.items():
         everything = set().union(*of_index.values())

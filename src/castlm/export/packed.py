@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from castlm import __version__
-from castlm.core.blocks import is_block_linear
+from castlm.core.blocks import is_block_linear, is_stacked_experts
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM
 from castlm.export.folder import is_packed, stored_tensors
@@ -27,13 +27,14 @@ from castlm.files import atomic_dir, atomic_write_json
 from castlm.inference import format
 from castlm.inference.format import PackedSpec
 from castlm.inference.packed import PackedTensor, equal_in_bits, pack, pack_integers, round_to_int8, unpack
-from castlm.layout import guess_model_type, stored_transposed
+from castlm.layout import experts_input_axis, guess_model_type, stored_transposed
 from castlm.reading import read_json_object, user_path
 
 Progress = Callable[[int, int], None]
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".bin.index.json")
 _TABLES = ("lm_head.weight", "embed_out.weight", "model.embed_tokens.weight", "transformer.wte.weight", "wte.weight")
+_TABLES += ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
 _CAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _OF_STORED = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -150,13 +151,15 @@ def _plan(source: Path, n: int, m: int, dtype: str | None, head: str | None) -> 
     for name, tensor in stored.items():
         if tensor.dtype not in _OF_STORED:
             raise InputError(f"{name} of {source} is stored as {tensor.dtype}, which cannot be packed")
-        if not is_block_linear(name, tensor.shape) or left_dense_reason(name, left_dense) is not None:
+        stacked = is_stacked_experts(name, tensor.shape)
+        if not (stacked or is_block_linear(name, tensor.shape)) or left_dense_reason(name, left_dense) is not None:
             continue
-        transposed = stored_transposed(model_type, name)
-        rows, columns = tensor.shape[::-1] if transposed else tensor.shape
+        experts = tensor.shape[0] if stacked else 0
+        transposed = _transposed(name, tensor, {**config, "model_type": model_type})
+        rows, columns = tensor.shape[:-3:-1] if transposed else tensor.shape[-2:]
         if columns % m:
             raise InputError(f"{name} has a width of {columns}, which does not divide by m = {m}: choose another m")
-        specs[name] = PackedSpec(rows, columns, n, m, dtype or _values(tensor), transposed)
+        specs[name] = PackedSpec(max(1, experts) * rows, columns, n, m, dtype or _values(tensor), transposed, experts)
     if not specs:
         raise InputError(f"{source} has no linear layer inside transformer blocks to pack")
     if head == "int8":
@@ -171,6 +174,17 @@ def _plan(source: Path, n: int, m: int, dtype: str | None, head: str | None) -> 
         new = format.FILE if count == 1 else f"castlm-{i:05d}-of-{count:05d}.safetensors"
         files.append((path, new, [name for name, tensor in stored.items() if tensor.file == path]))
     return _Plan(stored, specs, files, cast)
+
+
+def _transposed(name: str, tensor: StoredTensor, config: Mapping[str, Any]) -> bool:
+    """Whether the last axis of a tensor is that of its outputs."""
+    if len(tensor.shape) == 2:
+        return stored_transposed(config["model_type"], name)
+    experts, rows, columns = tensor.shape
+    axis = experts_input_axis(config, name, (experts, rows, columns))
+    if axis is None:
+        raise InputError(f"which axis of {name} is its input is not known: name it in left_dense of castlm.json")
+    return axis == 1
 
 
 def _read_config(source: Path) -> dict[str, Any]:
@@ -208,9 +222,9 @@ def _packed_tensors(name: str, tensor: Tensor, plan: _Plan, dtype: str | None) -
         yield name, tensor
         return
     if spec.m:
-        weight = tensor.T.contiguous() if spec.transposed else tensor
+        weight = (tensor.mT if spec.transposed else tensor).reshape(spec.rows, spec.columns).contiguous()
         try:
-            packed = pack(weight, spec.n, spec.m, transposed=spec.transposed)
+            packed = pack(weight, spec.n, spec.m, transposed=spec.transposed, experts=spec.experts)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
         if not equal_in_bits(unpack(packed), weight):
@@ -280,14 +294,14 @@ def unpack_folder(
             here = {name: spec for name, spec in specs.items() if stored[f"{name}.values"].file == path}
             plain = [name for name, tensor in stored.items() if tensor.file == path and name not in parts]
             layout = {name: (stored[name].dtype, stored[name].shape) for name in plain}
-            layout |= {f"{name}.weight": _unpacked_layout(spec, integers_as) for name, spec in here.items()}
+            layout |= {spec.tensor_name(name): _unpacked_layout(spec, integers_as) for name, spec in here.items()}
 
             def written(path: Path = path, plain: list[str] = plain, here: dict = here) -> Iterator[tuple[str, Tensor]]:
                 nonlocal done
                 with safe_open(path, framework="pt") as opened:
                     yield from ((name, opened.get_tensor(name)) for name in plain)
                     for name, spec in here.items():
-                        yield f"{name}.weight", _unpacked(opened, name, spec, integers_as)
+                        yield spec.tensor_name(name), _unpacked(opened, name, spec, integers_as)
                         done += 1
                         if progress is not None:
                             progress(done, len(specs))
@@ -310,9 +324,9 @@ def _stored_name(config: Mapping[str, Any]) -> str:
     return names.get(str(config.get("dtype") or config.get("torch_dtype")), "F32")
 
 
-def _unpacked_layout(spec: PackedSpec, integers_as: torch.dtype) -> tuple[str, tuple[int, int]]:
+def _unpacked_layout(spec: PackedSpec, integers_as: torch.dtype) -> tuple[str, tuple[int, ...]]:
     dtype = DTYPES[integers_as] if spec.values in ("int8", "int4") else format.DTYPES[spec.values]
-    return dtype, (spec.columns, spec.rows) if spec.transposed else (spec.rows, spec.columns)
+    return dtype, spec.unpacked_shape
 
 
 def _unpacked(opened: Any, name: str, spec: PackedSpec, integers_as: torch.dtype) -> Tensor:
@@ -322,4 +336,6 @@ def _unpacked(opened: Any, name: str, spec: PackedSpec, integers_as: torch.dtype
         weight = unpack(packed, integers_as if spec.values in ("int8", "int4") else None)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    return weight.T if spec.transposed else weight
+    if spec.experts:
+        weight = weight.view(spec.experts, -1, spec.columns)
+    return weight.mT if spec.transposed else weight

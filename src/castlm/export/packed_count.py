@@ -33,8 +33,7 @@ def take_packed(tensors: dict[str, StoredTensor]) -> dict[str, Packed]:
     packed = {}
     for stem, spec in read_specs(sorted({tensor.file for tensor in tensors.values()})).items():
         parts = {suffix: tensors.pop(f"{stem}.{suffix}") for suffix in spec.tensors()}
-        shape = (spec.columns, spec.rows) if spec.transposed else (spec.rows, spec.columns)
-        name = f"{stem}.weight"
+        shape, name = spec.unpacked_shape, spec.tensor_name(stem)
         if name in tensors:
             raise InputError(f"{name} is stored packed and plain: pack the model again")
         dtype = "F32" if spec.values in ("int8", "int4") else parts["values"].dtype
@@ -46,7 +45,7 @@ def take_packed(tensors: dict[str, StoredTensor]) -> dict[str, Packed]:
 def count_packed_layer(tensor: StoredTensor, packed: Packed, pattern: NM) -> LayerReport:
     """Counts a layer from its mask; a kept value that is zero counts as a zero."""
     spec = packed.spec
-    layer = LayerReport(tensor.name, tensor.shape, spec.values, axis=0 if spec.transposed else 1)
+    layer = LayerReport(tensor.name, tensor.shape, spec.values, axis=len(tensor.shape) - (2 if spec.transposed else 1))
     layer.num_non_finite = sum(map(count_non_finite, packed.parts.values()))
     if not spec.m:
         layer.problem = "dense: quantized, and packed without a mask"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from castlm.core.blocks import in_block, is_block_linear, is_router, is_stacked_experts
+from castlm.core.blocks import in_block, is_block_linear, is_router, is_stacked_experts, is_tower
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
 from castlm.export.cut_sizes import cut_pattern
@@ -165,6 +165,8 @@ def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None) -> str | N
         return "one dimension"
     if include is not None:
         return None if _matches(tensor.name, include) else "not included"
+    if is_tower(tensor.name):
+        return "outside the language model"
     if not in_block(tensor.name):
         return "outside the transformer blocks"
     if tensor.name.endswith(".weight") and len(tensor.shape) == 2 and not is_block_linear(tensor.name, tensor.shape):

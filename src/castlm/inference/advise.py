@@ -67,16 +67,14 @@ def shapes_of(name: str, trust_remote_code: bool = False, cut: Pattern | None = 
     Raises:
         InputError: as `castlm.models.open_model`, or a family that `cut` is not for.
     """
-    from transformers import AutoModelForCausalLM
-
-    from castlm.models import linearize_, open_model
+    from castlm.models import auto_class, linearize_, open_model
 
     _, config, _ = open_model(name, trust_remote_code=trust_remote_code)
     if cut is not None:
         for field_name, value in sizes_after(cut, sizes_of(cut, config.to_dict())).items():
             setattr(config, field_name, value)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     linearize_(model)
     return layer_shapes(model)
 

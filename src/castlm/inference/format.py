@@ -10,7 +10,8 @@ A dense quantized tensor has no mask. The order is the same for every processor;
 this processor reads.
 
 The entry "castlm" of the file's metadata is JSON: {"version": 1, "tensors": {X: {"shape", "pattern", "values",
-"transposed"}}}. A transposed tensor is one that transformers stores (in, out).
+"transposed"}}}. A transposed tensor is one that transformers stores (in, out). A 3-D tensor X that holds the matrices
+of all experts of a block has "experts", their number, and the shape (experts * out, in).
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class PackedSpec:
         n, m: the pattern; both 0 of a dense quantized tensor.
         values: a key of DTYPES.
         transposed: whether the unpacked file stores the weight (in, out).
+        experts: the number of experts whose matrices lie one below the other in `rows`; 0 of a single matrix.
     """
 
     rows: int
@@ -62,6 +64,18 @@ class PackedSpec:
     m: int
     values: str
     transposed: bool = False
+    experts: int = 0
+
+    @property
+    def unpacked_shape(self) -> tuple[int, ...]:
+        """Of the tensor in the unpacked file."""
+        rows = self.rows // self.experts if self.experts else self.rows
+        matrix = (self.columns, rows) if self.transposed else (rows, self.columns)
+        return (self.experts, *matrix) if self.experts else matrix
+
+    def tensor_name(self, stem: str) -> str:
+        """The name of the tensor in the unpacked file; `stem` is what the packed one calls it."""
+        return stem if self.experts else f"{stem}.weight"
 
     @property
     def kept(self) -> int:
@@ -86,6 +100,7 @@ class PackedSpec:
             "pattern": f"{self.n}:{self.m}" if self.m else None,
             "values": self.values,
             "transposed": self.transposed,
+            **({"experts": self.experts} if self.experts else {}),
         }
 
 
@@ -133,14 +148,17 @@ def _spec(entry: Mapping[str, Any]) -> PackedSpec:
     rows, columns = entry["shape"]
     n, m = (int(number) for number in entry["pattern"].split(":")) if entry["pattern"] is not None else (0, 0)
     values, transposed = entry["values"], entry["transposed"]
-    numbers = (rows, columns, n, m)
+    experts = entry.get("experts", 0)
+    numbers = (rows, columns, n, m, experts)
     if not (all(type(number) is int for number in numbers) and type(transposed) is bool and values in DTYPES):
         raise ValueError
     if not (0 < rows <= _MOST_COLUMNS and 0 < columns <= _MOST_COLUMNS):
         raise ValueError
     if (m and (not 1 <= n < m or columns % m)) or (not m and (n or values not in ("int8", "int4"))):
         raise ValueError
-    return PackedSpec(rows, columns, n, m, values, transposed)
+    if experts < 0 or (experts and rows % experts):
+        raise ValueError
+    return PackedSpec(rows, columns, n, m, values, transposed, experts)
 
 
 def _check_stored(opened: Any, name: str, spec: PackedSpec, file: str | Path) -> None:

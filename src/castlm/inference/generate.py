@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from castlm.core.errors import InputError
 from castlm.inference.decode import decoding_method
-from castlm.models import context_length, open_model, quiet
+from castlm.models import auto_class, context_length, open_model, quiet
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def load_to_generate(
     if torch.cuda.is_available():
         options["device_map"] = "cuda"
     with quiet(where):
-        model = AutoModelForCausalLM.from_pretrained(where.target, config=config, dtype="auto", **options)
+        model = auto_class(config).from_pretrained(where.target, config=config, dtype="auto", **options)
     return model.eval(), tokenizer
 
 

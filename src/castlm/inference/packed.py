@@ -52,14 +52,14 @@ def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
     return mask
 
 
-def pack(weight: Tensor, n: int, m: int, *, transposed: bool = False) -> PackedTensor:
+def pack(weight: Tensor, n: int, m: int, *, transposed: bool = False, experts: int = 0) -> PackedTensor:
     """Packs a weight (out, in) of bf16, fp16 or fp32 whose groups hold at most `n` non-zeros in `m`.
 
     `unpack` returns it bit for bit, with one exception: a -0.0 becomes +0.0 where its group has no room for it, which
     takes more than `n` entries that are not +0.0 in the group. The two compare equal.
 
     Args:
-        transposed: recorded in the format; `weight` is (out, in) all the same.
+        transposed, experts: recorded in the format; `weight` is (out, in), or (experts * out, in), all the same.
 
     Raises:
         InputError: as `kept_mask`, or another dtype.
@@ -70,7 +70,7 @@ def pack(weight: Tensor, n: int, m: int, *, transposed: bool = False) -> PackedT
         )
     mask = kept_mask(weight, n, m)
     rows, columns = weight.shape
-    spec = PackedSpec(rows, columns, n, m, VALUES[weight.dtype], transposed)
+    spec = PackedSpec(rows, columns, n, m, VALUES[weight.dtype], transposed, experts)
     return PackedTensor(spec, weight[mask].view(rows, spec.kept), pack_mask(mask), None)
 
 

@@ -18,9 +18,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from castlm.conversion import loaded_name
 from castlm.core.errors import InputError
 from castlm.inference import native
 from castlm.inference.convert import can_pack_tables, onto_kernels_
+from castlm.inference.experts import replace_experts_, take_stacks_apart_, unpack_experts_
 from castlm.inference.format import FILE, VERSION, PackedSpec, read_specs
 from castlm.inference.layers import PackedEmbedding, PackedLinear
 
@@ -89,14 +91,16 @@ class CastlmQuantizer(HfQuantizer):
         specs = read_specs(checkpoint_files or [])
         if not specs:
             raise InputError(f"{', '.join(checkpoint_files or [])} holds no packed weights: run castlm pack again")
+        placed = replace_experts_(model, specs)
         for name, spec in specs.items():
-            self._replace(model, name, spec)
+            if name not in placed:
+                self._replace(model, name, spec)
         if not self.unpacks:
             _keep_table_dtypes(model, checkpoint_files or [])
 
     def _replace(self, model: PreTrainedModel, name: str, spec: PackedSpec) -> None:
         """Puts a packed layer without values where the model has the dense one."""
-        path = _path_in(model, name)
+        path = _path_in(model, loaded_name(model, name))
         module = model.get_submodule(path) if path is not None else None
         weight = getattr(module, "weight", None)
         shape = (spec.columns, spec.rows) if spec.transposed else (spec.rows, spec.columns)
@@ -114,8 +118,10 @@ class CastlmQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.unpacks:
+            take_stacks_apart_(model)
             onto_kernels_(model, self.dtype)
             return model
+        unpack_experts_(model, self.dtype)
         for path, module in [*model.named_modules()]:
             if isinstance(module, (PackedLinear, PackedEmbedding)):
                 model.set_submodule(path, module.to_dense(self.dtype))

@@ -10,14 +10,26 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
+from castlm.core.pattern import Blocks, Channels, Combined, Heads, Pattern
 from castlm.core.structured import is_structured
 
 T = TypeVar("T")
 
 UNIT_SCORES = ("magnitude", "wanda", "flap", "taylor", "random")
 """How the units of structured patterns can be ranked: the rows of `castlm.oneshot.units.SCORES`."""
-DEFAULT_SCORE = "taylor"
+_DEFAULT_STARTS: dict[type, str] = {Channels: "flap", Heads: "taylor", Blocks: "wanda"}
+# docs/results/structured.md has the figures that decided
+
+
+def default_start(pattern: Pattern) -> str:
+    """The one-shot method that a pattern is pruned by where no other is asked for.
+
+    Example:
+        >>> default_start(Pattern.parse("2:4")), default_start(Pattern.parse("channels:0.75+2:4"))
+        ('sparsegpt', 'flap')
+    """
+    outer = pattern.outer if isinstance(pattern, Combined) else pattern
+    return _DEFAULT_STARTS.get(type(outer), "sparsegpt")
 
 
 def part_of(options: Any, section: type[T]) -> T:

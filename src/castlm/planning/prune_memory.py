@@ -13,13 +13,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from castlm.core.errors import InputError
+from castlm.core.experts import linearize_experts_
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.hardware import resident_memory
-from castlm.models import backbone, linearize_conv1d_
+from castlm.models import auto_class, backbone, linearize_conv1d_
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS
 from castlm.oneshot.walk import PASS_TOKENS_CPU, block_stack
@@ -146,7 +147,7 @@ def _fake_model(config: PretrainedConfig, num_layers: int) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config.get_text_config().num_hidden_layers = num_layers
     with FakeTensorMode(), as_input_error(config):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
         linearize_conv1d_(model)
     return model
 
@@ -154,6 +155,8 @@ def _fake_model(config: PretrainedConfig, num_layers: int) -> PreTrainedModel:
 def _reads_of_a_block(model: PreTrainedModel, pattern: Pattern) -> tuple[list[_Read], int]:
     """Which sparse layers of a model of one block read one input, and the number of parameters of that block."""
     layers, _ = sparse_linears(model, pattern)
+    if linearize_experts_(model):
+        raise InputError(f"the memory of pruning experts is not known: measure {model.config.model_type} by running it")
     _, (block,) = block_stack(model, layers)
     seen: list[tuple[Tensor, list[nn.Linear]]] = []
 

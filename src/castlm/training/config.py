@@ -14,10 +14,9 @@ from typing import Any, ClassVar
 
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.core.structured import is_structured
 from castlm.fields import check_complete, checked, choices_of, convert, hints_of, label, unknown
 from castlm.methods.table import METHODS
-from castlm.oneshot.options import DEFAULT_SCORE
+from castlm.oneshot.options import default_start
 from castlm.training.sections import (
     SECTIONS,
     CheckpointOptions,
@@ -96,8 +95,7 @@ class TrainConfig(  # the fields of the last base come first
     @property
     def start(self) -> str:
         """Where the run starts: `init_from`, or the default of the method."""
-        calibrated = DEFAULT_SCORE if is_structured(Pattern.parse(self.pattern)) else "sparsegpt"
-        return self.init_from or (calibrated if self.method == "cast" else "magnitude")
+        return self.init_from or (default_start(Pattern.parse(self.pattern)) if self.method == "cast" else "magnitude")
 
     @property
     def is_finetuning(self) -> bool:

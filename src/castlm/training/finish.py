@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from castlm.core.pattern import Pattern
 from castlm.core.scaling import UnfoldedWarning, fold_weight_scaling
@@ -24,7 +24,7 @@ from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.hardware import peak_memory
 from castlm.methods.table import METHODS
-from castlm.models import linearize_, parameters_in, save_dtype, save_model
+from castlm.models import auto_class, linearize_, parameters_in, save_dtype, save_model
 from castlm.oneshot.options import UNIT_SCORES
 from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig
@@ -129,7 +129,7 @@ def gathered(run: TrainedRun) -> PreTrainedModel | None:
         state = get_model_state_dict(run.model, options=options)
     if not run.world.is_main:
         return None
-    model = AutoModelForCausalLM.from_config(run.model.config, dtype=torch.float32)
+    model = auto_class(run.model.config).from_config(run.model.config, dtype=torch.float32)
     linearize_(model)
     run.parts.method.prepare(model)
     model.load_state_dict(state)

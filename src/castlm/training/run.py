@@ -23,6 +23,7 @@ from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.world import World
 from castlm.hardware import autocast, peak_memory
 from castlm.methods.base import Retraining
+from castlm.models import vocab_size
 from castlm.training.checkpoint import Saver, check_same_run, checkpoint_steps, load_checkpoint, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import TrainedRun
@@ -136,7 +137,7 @@ class Run:
             group["lr"] = lr
 
         micro_batches = [next(self.parts.text.loader) for _ in range(config.gradient_accumulation_steps)]
-        check_vocabulary(torch.stack([b["input_ids"] for b in micro_batches]), self.model.config.vocab_size)
+        check_vocabulary(torch.stack([b["input_ids"] for b in micro_batches]), vocab_size(self.model.config))
         counts = [[b["labels"].numel(), int((b["labels"] != -100).sum())] for b in micro_batches]
         read, num_tokens = self.world.sum(torch.tensor(counts).sum(dim=0).to(self.world.device))
 

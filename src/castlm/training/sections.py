@@ -150,8 +150,9 @@ class StartOptions(Refinements, BasisOptions):
 
     init_from: str | None = essential(None)
     """Start of the run: magnitude, wanda, sparsegpt, or an n:m model (folder or hub id) whose masks and weights are
-    taken. Structured patterns: magnitude, wanda, flap, taylor or random. The default is sparsegpt (taylor) for cast and
-    magnitude for the other methods. cast refreshes its masks only when it starts from magnitude."""
+    taken. Structured patterns: magnitude, wanda, flap, taylor or random. The default for cast is sparsegpt, flap for
+    channels, taylor for heads and wanda for tiles; for the other methods it is magnitude. cast refreshes its masks only
+    when it starts from magnitude."""
 
     calibration_sequences: int = 128
     """Training sequences that wanda and sparsegpt are calibrated on."""

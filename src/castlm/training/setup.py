@@ -31,6 +31,7 @@ from castlm.export.cut import check_cut
 from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, describe
 from castlm.methods.base import Retraining
 from castlm.methods.table import class_of
+from castlm.models import vocab_size
 from castlm.training.config import TrainConfig
 from castlm.training.effects import without_effect
 from castlm.training.metrics import Evaluator
@@ -103,7 +104,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     source = open_source(config, world)
     model = source.model
     check_left_dense(config, model)
-    text = open_training_text(config, source.tokenizer, model.config.vocab_size, world)
+    text = open_training_text(config, source.tokenizer, vocab_size(model.config), world)
     precision = choose_precision(config.precision, world.device, model.config)
     if world.size > 1 and method_class.masks_forward:
         raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
@@ -114,7 +115,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         check_cut(model, pattern, filter_fn)
     has_start = resumed is None and config.start != "magnitude"
     start = make_start(config, source, text, pattern, filter_fn, world) if has_start else Start(record=resumed or {})
-    cache = _open_teacher_cache(config, text, model.config.vocab_size, world)
+    cache = _open_teacher_cache(config, text, vocab_size(model.config), world)
     teacher_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     has_teacher = config.eta > 0 and not (cache and cache.complete)
     teacher = make_teacher(model, teacher_dtype) if has_teacher else None

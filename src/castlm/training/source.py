@@ -11,11 +11,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from castlm.core.blocks import is_tower
 from castlm.core.errors import InputError
 from castlm.data.chat import with_template
 from castlm.distributed.loading import Checkpoint, check_one_snapshot, open_sharded
 from castlm.distributed.world import World
-from castlm.models import Loaded, check_head, context_length, load_model
+from castlm.models import Loaded, check_head, context_length, load_model, vocab_size
 from castlm.oneshot.stream_basis import untie_
 from castlm.training.config import TrainConfig
 
@@ -71,9 +72,12 @@ def open_source(config: TrainConfig, world: World) -> Source:
     longest = context_length(model.config)
     if longest is not None and config.seq_len > longest:
         raise InputError(f"seq_len {config.seq_len} exceeds the model's {longest} positions: lower it")
-    vocab = model.config.vocab_size
+    vocab = vocab_size(model.config)
     if config.teacher_top_k > vocab:
         raise InputError(f"teacher_top_k {config.teacher_top_k} exceeds the model's {vocab} tokens: lower it")
     if stored is None:
         check_head(model)
+    for parameter_name, parameter in model.named_parameters():
+        if is_tower(parameter_name):  # no text reaches them
+            parameter.requires_grad_(False)
     return Source(loaded, stored, options, config.model)

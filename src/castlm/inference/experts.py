@@ -1,0 +1,207 @@
+"""Packed experts of a transformer block: where their matrices go while a packed folder is loaded, and their forward.
+
+A packed folder holds each expert's matrices as the plain one does: under names of their own, `experts.7.up_proj`, or
+all of a block together. In the end an expert is packed linear layers, which multiply the tokens routed to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from castlm.conversion import loaded_name, stored_rows
+from castlm.core.errors import InputError
+from castlm.core.experts import PROJECTIONS, ExpertLinear
+from castlm.inference.format import PackedSpec
+from castlm.inference.layers import PackedLinear, PackedModule
+from castlm.inference.packed import PackedTensor, unpack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PackedStack(PackedModule):
+    """The stored tensors of one projection of all experts, (experts * out, in), until they are taken apart."""
+
+    def apart(self) -> list[PackedLinear]:
+        """One packed layer for each expert."""
+        spec, stored = self.spec, self.stored
+        one = replace(spec, rows=spec.rows // spec.experts, experts=0, transposed=False)
+        layers = [PackedLinear(one) for _ in range(spec.experts)]
+        for suffix, tensor in stored.tensors().items():
+            for layer, part in zip(layers, tensor.split(one.rows)):
+                setattr(layer, suffix, part)
+        return layers
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """One projection of a module of experts whose weight is packed."""
+
+    name: str
+    num_experts: int
+    transposed: bool
+    pieces: tuple[tuple[str, ...], ...]
+    """By expert the paths of its matrices below the module of experts, one below the other; empty where stacked."""
+
+
+def replace_experts_(model: PreTrainedModel, specs: Mapping[str, PackedSpec]) -> dict[str, str]:
+    """Puts packed layers without values in the place of 3-D weights that `specs` hold packed.
+
+    Returns:
+        The names in `specs` that were placed, with where.
+
+    Raises:
+        InputError: experts of which only some are packed.
+    """
+    placed: dict[str, str] = {}
+    for fqn, module in list(model.named_modules()):
+        transposed = getattr(module, "is_transposed", None)
+        weights = {name: module._parameters.get(name) for name in PROJECTIONS}
+        three = {name: weight for name, weight in weights.items() if weight is not None and weight.dim() == 3}
+        if not three or not isinstance(transposed, bool):
+            continue
+        found = [_place_(model, fqn, module, name, transposed, specs, placed) for name in three]
+        if any(found) and not all(found):
+            raise InputError(f"only a part of the experts {fqn} is packed: load the model after castlm unpack")
+        projections = [projection for projection in found if projection is not None]
+        if projections:
+            module.castlm_projections = projections  # type: ignore[assignment]
+            module.forward = MethodType(packed_experts_forward, module)
+            vars(module)["_is_hf_initialized"] = True  # transformers would fill the weights that are no longer there
+    return placed
+
+
+def _place_(
+    model: PreTrainedModel,
+    fqn: str,
+    module: nn.Module,
+    name: str,
+    transposed: bool,
+    specs: Mapping[str, PackedSpec],
+    placed: dict[str, str],
+) -> _Projection | None:
+    weight = module.get_parameter(name)
+    path = f"{fqn}.{name}"
+    num_experts = len(weight)
+    stacked = [stem for stem in specs if specs[stem].experts and loaded_name(model, stem) == path]
+    if stacked:
+        spec = specs[stacked[0]]
+        rows = weight.shape[2] if transposed else weight.shape[1]
+        if (spec.experts, spec.rows, spec.columns) != (num_experts, num_experts * rows, weight[0].numel() // rows):
+            raise InputError(f"{stacked[0]} does not fit {type(model).__name__}: load the model after castlm unpack")
+        delattr(module, name)
+        module.add_module(name, PackedStack(spec))
+        placed[stacked[0]] = path
+        return _Projection(name, num_experts, transposed, ())
+    with torch.device("meta"):
+        like = ExpertLinear(torch.empty(weight.shape, device="meta"), transposed)
+    rows_of = stored_rows(model, path, like) or []
+    if not rows_of or rows_of[0].name.removesuffix(".weight") not in specs:
+        return None
+    pieces: list[list[tuple[int, str]]] = [[] for _ in range(num_experts)]
+    for stored in rows_of:
+        stem = stored.name.removesuffix(".weight")
+        spec = specs.get(stem, PackedSpec(0, 0, 0, 0, "bf16"))
+        if (spec.rows, spec.columns) != (stored.rows.stop - stored.rows.start, like.in_features):
+            raise InputError(f"{stem} is not packed as {path} needs it: load the model after castlm unpack")
+        below = loaded_name(model, stem).removeprefix(f"{fqn}.")
+        _add(module, below, PackedLinear(spec))
+        pieces[stored.expert].append((stored.rows.start, below))
+        placed[stem] = f"{fqn}.{below}"
+    delattr(module, name)
+    return _Projection(name, num_experts, transposed, tuple(tuple(p for _, p in sorted(of)) for of in pieces))
+
+
+def _add(module: nn.Module, path: str, leaf: nn.Module) -> None:
+    """Adds `leaf` at `path` below `module`, with plain modules in between."""
+    *parents, last = path.split(".")
+    for parent in parents:
+        if parent not in module._modules:
+            module.add_module(parent, nn.Module())
+        module = module.get_submodule(parent)
+    module.add_module(last, leaf)
+
+
+def packed_experts(model: nn.Module) -> list[nn.Module]:
+    """The modules of experts that `replace_experts_` has packed."""
+    return [module for module in model.modules() if "castlm_projections" in vars(module)]
+
+
+def take_stacks_apart_(model: nn.Module) -> None:
+    """Gives each expert its own packed layers, once the values of a stack are loaded."""
+    for module in packed_experts(model):
+        projections = []
+        for projection in vars(module)["castlm_projections"]:
+            if not projection.pieces:
+                stack = module.get_submodule(projection.name)
+                assert isinstance(stack, PackedStack)
+                delattr(module, projection.name)
+                paths = [f"{projection.name}.{expert}" for expert in range(projection.num_experts)]
+                for path, layer in zip(paths, stack.apart()):
+                    _add(module, path, layer)
+                projection = replace(projection, pieces=tuple((path,) for path in paths))
+            projections.append(projection)
+        vars(module)["castlm_projections"] = projections
+
+
+def unpack_experts_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes the 3-D weights of the packed experts again, and lets go of the packed layers."""
+    for module in packed_experts(model):
+        projections = vars(module).pop("castlm_projections")
+        weights = {projection.name: _unpacked(module, projection, dtype) for projection in projections}
+        for projection in projections:
+            for path in [projection.name, *(path for paths in projection.pieces for path in paths)]:
+                module._modules.pop(path.split(".")[0], None)
+        for name, weight in weights.items():
+            module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        del module.forward  # that of its class again
+
+
+def _unpacked(module: nn.Module, projection: _Projection, dtype: torch.dtype) -> Tensor:
+    """The 3-D weight, as the module of experts has it."""
+    if projection.pieces:
+        pieces = [[unpack(_stored(module, path), dtype) for path in paths] for paths in projection.pieces]
+        weight = torch.stack([torch.cat(of_expert) for of_expert in pieces])
+    else:
+        stack = unpack(_stored(module, projection.name), dtype)
+        weight = stack.view(projection.num_experts, -1, stack.shape[1])
+    return weight.mT.contiguous() if projection.transposed else weight
+
+
+def _stored(module: nn.Module, path: str) -> PackedTensor:
+    layer = module.get_submodule(path)
+    assert isinstance(layer, PackedModule)
+    return layer.stored
+
+
+def packed_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What a module of experts of transformers computes, expert by expert, with packed weights.
+
+    Args:
+        hidden_states: (tokens, hidden).
+        top_k_index: (tokens, top_k), the experts of each token; top_k_weights: of the same shape.
+    """
+    up, down = experts.castlm_projections
+    out = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        token, slot = torch.where(top_k_index == expert)
+        x = _multiply(experts, up, expert, hidden_states[token])
+        x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+        x = _multiply(experts, down, expert, x)
+        if getattr(experts, "has_post_expert_norm", False):
+            x = experts.post_expert_norm(x)
+        out.index_add_(0, token, (x * top_k_weights[token, slot, None]).to(out.dtype))
+    return out
+
+
+def _multiply(experts: nn.Module, projection: _Projection, expert: int, x: Tensor) -> Tensor:
+    pieces = [experts.get_submodule(path)(x) for path in projection.pieces[expert]]
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+    bias = experts._parameters.get(f"{projection.name}_bias")
+    return out if bias is None else out + bias[expert]

@@ -1,0 +1,166 @@
+"""Vision-language models: the language model becomes n:m by text, the tower stays as it is, and so does the class."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from castlm.cli.main import main
+from castlm.core.blocks import is_block_linear, is_tower
+from castlm.core.errors import InputError
+from castlm.core.pattern import is_nm_sparse
+from castlm.core.sparsify import prune_, sparse_linears
+from castlm.data.columns import find_columns
+from castlm.export.verify import verify
+from castlm.inference import native
+from castlm.models import auto_class, check_head, is_vision_language, load_model
+from castlm.training.config import TrainConfig
+from castlm.training.loop import train
+from tests.ranks import run_ranks
+from tests.tiny import VISION, save_tiny, tiny_model
+
+OPTIONS = {
+    "seq_len": 32,
+    "eval_tokens": 200,
+    "max_steps": 3,
+    "eval_steps": 3,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "calibration_sequences": 4,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    made = {family: save_tiny(folder / family, family) for family in VISION}
+    for path in made.values():
+        (path / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    return made
+
+
+def assert_same_tower(folder: Path, source: Path) -> None:
+    """The class is that of the source, its language model is 2:4, and its tower is untouched."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    dense = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    assert type(model) is type(dense)
+    towers = {name: p for name, p in dense.named_parameters() if is_tower(name)}
+    assert len(towers) > 20
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in towers.items())
+    layers, _ = sparse_linears(model)
+    assert len(layers) == 14
+    assert all("language_model" in name and is_nm_sparse(layer.weight) for name, layer in layers.items())
+    report = verify(folder)
+    assert report.ok
+    assert {layer.name.replace("language_model.", "").replace("model.", "") for layer in report.sparse_layers} == {
+        f"layers.{i}.{part}_proj.weight"
+        for i in (0, 1)
+        for part in (*(f"self_attn.{x}" for x in "qkvo"), *(f"mlp.{x}" for x in ("gate", "up", "down")))
+    }
+    assert (folder / "preprocessor_config.json").read_text() == (source / "preprocessor_config.json").read_text()
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_the_language_model_is_what_becomes_sparse(family, models):
+    model = load_model(models[family]).model
+    assert is_vision_language(model.config)
+    assert auto_class(model.config) is AutoModelForImageTextToText
+    sparse, dense = sparse_linears(model)
+    assert all(name.startswith("model.language_model.layers.") for name in sparse)
+    assert {reason for name, reason in dense.items() if is_tower(name)} == {"outside the language model"}
+    check_head(model)
+    with torch.no_grad():
+        dense_logits = model(torch.arange(12).view(1, 12)).logits
+        prune_(model)
+        assert not torch.equal(model(torch.arange(12).view(1, 12)).logits, dense_logits)
+
+
+def test_a_filter_can_choose_the_tower_where_text_is_not_needed():
+    model = tiny_model("llava")
+    sparse, _ = sparse_linears(model, filter_fn=lambda module, fqn: ".encoder.layers." in fqn)
+    assert len(sparse) == 12
+    assert all(is_tower(name) for name in sparse)
+    assert len(prune_(model, filter_fn=lambda module, fqn: ".encoder.layers." in fqn)) == 12
+
+
+def test_towers_and_projectors_are_known_by_their_names():
+    towers = (
+        *("vision_tower.vision_model.encoder.layers.0.mlp.fc1", "visual.blocks.3.attn.qkv", "audio_tower.layers.0.fc1"),
+        *("model.multi_modal_projector.linear_1", "mm_projector.0", "model.connector.modality_projection.proj"),
+        *("model.vision_model.encoder.layers.1.self_attn.q_proj", "resampler.layers.0.fc1", "qformer.layer.0.x"),
+    )
+    assert all(is_tower(name) and not is_block_linear(f"{name}.weight", (8, 8)) for name in towers)
+    language = (
+        *("language_model.model.layers.0.mlp.up_proj", "model.layers.3.mlp.vision_moe.up_proj"),
+        *("model.text_model.layers.0.mlp.up_proj", "transformer.h.0.attn.c_proj", "model.decoder.layers.0.fc1"),
+    )
+    assert all(not is_tower(name) and is_block_linear(f"{name}.weight", (8, 8)) for name in language)
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_castlm_prune_verify_eval_and_pack(family, models, tmp_path, capsys):
+    text, out, packed = tmp_path / "text.txt", tmp_path / "out", tmp_path / "packed"
+    text.write_text("All happy families are alike; each unhappy family is unhappy in its own way.\n\n" * 12)
+    arguments = ["--calibration", str(text), "--num-sequences", "4", "--seq-len", "32", "--device", "cpu"]
+    assert main(["prune", "--model", str(models[family]), "--output-dir", str(out), *arguments]) == 0
+    assert_same_tower(out, models[family])
+    assert main(["verify", str(out)]) == 0
+    assert main(["eval", str(out), "--text", str(text), "--seq-len", "64", "--device", "cpu"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert main(["pack", str(out), "--output-dir", str(packed)]) == 0
+    assert verify(packed).ok
+    assert main(["unpack", str(packed), "--output-dir", str(tmp_path / "again")]) == 0
+    one, other = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    unpacked = load_model(packed).model.state_dict()
+    assert all(torch.equal(tensor, unpacked[name]) for name, tensor in load_model(out).model.state_dict().items())
+    if native.kernels() is not None:
+        ids = torch.arange(12).view(1, 12)
+        ours, theirs = (AutoModelForImageTextToText.from_pretrained(folder) for folder in (packed, out))
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_castlm_train_on_text_keeps_the_tower(models, text, tmp_path):
+    run = tmp_path / "run"
+    options = {"model": models["llava"], "dataset": text, "output_dir": run, **OPTIONS}
+    assert main(["train", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]) == 0
+    assert_same_tower(run / "model", models["llava"])
+    record = json.loads((run / "model" / "castlm.json").read_text())
+    assert record["proof"]["layers"] == 14
+    assert record["left_dense"]["model.multi_modal_projector.linear_1.weight"] == "outside the language model"
+
+
+def test_two_ranks_train_a_vision_language_model_as_one_does(models, text, tmp_path):
+    model, over = str(models["qwen2_vl"]), {**OPTIONS, "init_from": "magnitude"}
+    run_ranks(train, 2, TrainConfig(model, text, str(tmp_path / "two"), **over), folder=tmp_path)
+    train(TrainConfig(model, text, str(tmp_path / "one"), **over | {"per_device_train_batch_size": 8}))
+    assert_same_tower(tmp_path / "two" / "model", models["qwen2_vl"])
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_the_model_without_its_head_is_refused_by_name(tmp_path):
+    folder = save_tiny(tmp_path, "llava")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlavaModel"]}))
+    with pytest.raises(InputError, match="LlavaModel"):
+        load_model(folder)
+
+
+def test_image_text_data_are_refused_by_name():
+    with pytest.raises(InputError, match="the column 'images' is not text, and castlm trains on text alone"):
+        find_columns({"messages": "list", "images": "list"}, None, "data.jsonl")
+    assert find_columns({"text": "str", "image": "str"}, "text", "data.jsonl").name == "text"
+    assert find_columns({"text": "str", "image": "NoneType"}, None, "data.jsonl").name == "text"
+    row = {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a cat"}]}
+    with pytest.raises(InputError, match="has a list as its content: text is needed"):
+        find_columns({"messages": "list"}, None, "data.jsonl").document(row, "line 1")
