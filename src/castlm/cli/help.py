@@ -87,6 +87,8 @@ def _described(kinds: Sequence[type[Any]], field: dataclasses.Field[Any]) -> lis
     hint = hints_of(kind)[field.name]
     head = f"  {_option(field, hint)} {'' if field.metadata.get('positional') else _values(field, hint)}".rstrip()
     text = f"{docs_of(kind).get(field.name, '')} {_default(field, hint)}".strip()
+    if hint is bool and default_of(field):
+        text = f"Turn this off: {text[:1].lower()}{text[1:]}"
     wrapped = _wrap(text, WIDTH - _INDENT)
     if len(head) >= _INDENT:
         return [head, *(" " * _INDENT + line for line in wrapped)]
