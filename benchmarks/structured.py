@@ -7,8 +7,8 @@
 `--runs` are folders of `castlm compare`; a row of the table is a pattern, score, way to train and number of steps.
 
 `--shape` measures speeds: of plain dense models of the sizes that are left, in turns with the dense one, by
-transformers alone on this CPU: a prompt of 256 tokens in one pass, and greedy decoding of 32. Time does not depend on the
-values of weights, so the model of that config.json is built with random ones.
+transformers alone on this CPU: a prompt of 256 tokens in one pass, and greedy decoding of 32. Time does not depend on
+the values of weights, so the model of that config.json is built with random ones.
 
 `--scores` prunes one-shot by every score, with and without least squares on what remains.
 """
