@@ -121,7 +121,10 @@ def trained(setting: Setting, way: Way, rate: float, seed: int) -> PreTrainedMod
     return (run.merge_and_unload() if way.adapter is not None else model).eval()
 
 
-def measure(setting: Setting, seeds: Sequence[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(
+    setting: Setting, ways: Sequence[Way], seeds: Sequence[int], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """A row for each of the untouched models and for each way; `say` gets the line of a way when it is done."""
     masks = {name: layer.weight.detach() != 0 for name, layer in castlm.sparse_linears(setting.sparse)[0].items()}
     main = next(iter(setting.held_out))
     rows = [
@@ -138,7 +141,7 @@ def measure(setting: Setting, seeds: Sequence[int], say: Callable[[str], None]) 
         way.after(model, masks)
         return model
 
-    for way in WAYS:
+    for way in ways:
         rates = FULL_RATES if way.adapter is None else ADAPTER_RATES
         found = {rate: setting.perplexities(result(way, rate, seeds[0])) for rate in rates}
         best = min(rates, key=lambda rate: found[rate][main])
@@ -181,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--only", nargs="+", metavar="TEXT", default=[""], help="ways whose name contains one of these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--eval-tokens", type=int, default=32768)
     parser.add_argument("--json", metavar="OUT")
@@ -199,7 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokens = options.steps * options.batch * options.seq_len
     print(f"{tokens:,} training tokens of {options.text}, {len(options.seeds)} seeds, r = {options.r}")
     print("| model | learning rate | " + " | ".join(held_out) + " | 2:4 |", flush=True)
-    rows = measure(setting, options.seeds, lambda line: print(line, flush=True))
+    ways = [way for way in WAYS if any(text in way.name for text in options.only)]
+    rows = measure(setting, ways, options.seeds, lambda line: print(line, flush=True))
     print("\n".join(row_text(row, setting) for row in rows[:2]))
     write_json(options.json, {"machine": machine(), "options": vars(options), "rows": rows})
 

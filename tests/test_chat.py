@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -70,6 +71,30 @@ def test_tools_and_calls_reach_the_template(tmp_path):
     tokenizer = chat_tokenizer("{{ tools | length }}" + turns)
     found = Chat(tokenizer, assistant_only=False)(piece.text)
     assert tokenizer.decode(found.ids) == "1[user][assistant1][tool][assistant]"
+
+
+def trl_template(name):
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    path = folder / f"{name}.jinja"
+    if not path.is_file():
+        pytest.skip(f"this version of trl has no template {name}")
+    return path.read_text()
+
+
+@pytest.mark.parametrize("name", ["cohere2", "gemma3", "llama3", "qwen3_instruct_2507"])
+def test_without_marks_the_tokens_are_those_that_the_marks_of_trl_name(name):
+    messages = talk("Hi", "Hello", "Bye", "See you")
+    plain, marked = ("".join(counted({"messages": messages}, trl_template(n))) for n in (name, f"{name}_training"))
+    assert plain.replace("\n", "") == marked.replace("\n", "")  # TRL counts the line break after a turn, too
+    assert "See you" in plain
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "gptoss"])
+def test_templates_that_rewrite_the_history_need_marks(name):
+    messages = talk("Hi", "Hello", "Bye", "See you")
+    with pytest.raises(InputError, match="has no generation marks, and renders turn 2"):
+        counted({"messages": messages}, trl_template(name))
+    assert "Hello" in counted({"messages": messages}, trl_template(f"{name}_training"))[0]
 
 
 # Columns and files

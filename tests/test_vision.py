@@ -15,6 +15,7 @@ from castlm.core.blocks import is_block_linear, is_tower
 from castlm.core.errors import InputError
 from castlm.core.pattern import is_nm_sparse
 from castlm.core.sparsify import prune_, sparse_linears
+from castlm.data.columns import find_columns
 from castlm.export.verify import verify
 from castlm.inference import native
 from castlm.models import auto_class, check_head, is_vision_language, load_model
@@ -153,3 +154,13 @@ def test_the_model_without_its_head_is_refused_by_name(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlavaModel"]}))
     with pytest.raises(InputError, match="LlavaModel"):
         load_model(folder)
+
+
+def test_image_text_data_are_refused_by_name():
+    with pytest.raises(InputError, match="the column 'images' is not text, and castlm trains on text alone"):
+        find_columns({"messages": "list", "images": "list"}, None, "data.jsonl")
+    assert find_columns({"text": "str", "image": "str"}, "text", "data.jsonl").name == "text"
+    assert find_columns({"text": "str", "image": "NoneType"}, None, "data.jsonl").name == "text"
+    row = {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a cat"}]}
+    with pytest.raises(InputError, match="has a list as its content: text is needed"):
+        find_columns({"messages": "list"}, None, "data.jsonl").document(row, "line 1")

@@ -53,6 +53,9 @@ class PruneOptions:
     """Column of .jsonl and .parquet that holds the text, or messages, which the chat template renders. By default it is
     found."""
 
+    chat_template_path: str | None = None
+    """File with a Jinja chat template to use, and to save, in place of the tokenizer's own."""
+
     pattern: str = "2:4"
     """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern as
     channels:0.5, heads:0.5, blocks:32x32:0.5, channels:0.75+2:4."""
@@ -153,9 +156,11 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Documents | HubDocuments | None
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The calibration sequences, and what the record says of them."""
+        from castlm.data.chat import with_template
         from castlm.data.tokens import token_ids
         from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
 
+        with_template(tokenizer, self.chat_template_path)
         if text is None:
             return None, {}
         length = self.seq_len or calibration_length(model)
