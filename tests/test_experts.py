@@ -27,6 +27,7 @@ from castlm.distributed.world import World
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
 from castlm.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, experts_input_axis
+from castlm.methods.keep import keep_pattern_
 from castlm.models import load_model, save_model
 from tests.tiny import EXPERTS, save_tiny, tiny_model, tiny_tokenizer
 
@@ -268,3 +269,34 @@ def test_a_config_with_more_experts_than_it_can_hold_is_refused(tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="num_experts = 100000"):
         verify(tmp_path)
+
+
+def test_keep_pattern_guards_the_zeros_of_experts():
+    model = linearized("gpt_oss")
+    prune_(model)
+    kept = keep_pattern_(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        model(ids(), labels=ids()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    kept.check()
+    sparse, _ = sparse_linears(model)
+    assert all(is_nm_sparse(layer.weight) for layer in sparse.values())
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.mlp.experts.down_proj").weight.add_(1)
+    with pytest.raises(InputError, match=r"experts\.down_proj"):
+        kept.check()
+
+
+def test_a_gate_without_experts_beside_it_is_counted_as_a_layer(tmp_path):
+    sparse = torch.zeros(8, 8)
+    sparse[:, ::2] = 1
+    gate, layer = "model.layers.0.mlp.gate.weight", "model.layers.0.self_attn.q_proj.weight"
+    save_file({gate: torch.ones(8, 8), layer: sparse}, tmp_path / "one.safetensors")
+    assert [bad.name for bad in verify(tmp_path / "one.safetensors").layers if not bad.ok] == [gate]
+    experts = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": sparse.clone() for e in range(2)}
+    save_file({gate: torch.ones(8, 8), layer: sparse, **experts}, tmp_path / "two.safetensors")
+    report = verify(tmp_path / "two.safetensors")
+    assert report.ok
+    assert report.dense == {gate: "a router of experts"}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.experts import linearize_experts_
 from castlm.core.sparsify import prune_, sparse_linears
@@ -77,8 +78,6 @@ def test_an_expert_that_is_not_sparse_is_not_packed(folders, tmp_path):
     plain, _ = folders
     for file in plain.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    from safetensors.torch import save_file
-
     tensors = load_file(plain / "model.safetensors")
     name = next(name for name in tensors if name.endswith(("experts.3.w2.weight", "down_proj", "3.down_proj.weight")))
     tensors[name].view(-1, tensors[name].shape[-1])[:4, :4] = 1
@@ -96,3 +95,30 @@ def test_the_metadata_of_stacked_experts_are_checked(folders):
         assert json.loads(json.dumps(spec.as_dict()))["experts"] == 4
         assert spec.unpacked_shape == (4, spec.columns, spec.rows // 4)
     assert PackedSpec(8, 4, 2, 4, "bf16").as_dict().keys() == {"shape", "pattern", "values", "transposed"}
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_experts_are_quantized_into_the_packed_folder(kind, folders, text, tmp_path):
+    plain, _ = folders
+    arguments = [str(plain), "--kind", kind, "--output-dir"]
+    calibration = ["--calibration", text, "--num-sequences", "4", "--seq-len", "32"] if kind == "int4" else []
+    assert main(["quantize", *arguments, str(tmp_path / "plain"), *calibration]) == 0
+    assert main(["quantize", *arguments, str(tmp_path / "packed"), "--packed", *calibration]) == 0
+    report = verify(tmp_path / "packed")
+    assert report.ok
+    assert {layer.dtype for layer in report.layers} == {kind}
+    before, after = load_model(plain).model, load_model(tmp_path / "plain").model
+    name = "model.layers.1.mlp.experts.down_proj"
+    one, other = (model.get_submodule(name).weight for model in (before, after))
+    assert not torch.equal(one, other)
+    assert torch.equal(one == 0, other == 0) or kind == "int4"  # int4 may round a kept weight to zero
+    assert bool((other[one == 0] == 0).all())
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(9, 32, generator=generator), torch.rand(9, 2, generator=generator)
+    chosen = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(9)])
+    ours, theirs = (m.model.layers[1].mlp.experts(x, chosen, weights).detach() for m in (packed, after))
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.03  # the kernels round what they multiply by, too
+    unpacked = load_model(tmp_path / "packed").model.get_submodule(name).weight
+    torch.testing.assert_close(unpacked, other, rtol=1e-6, atol=0)

@@ -11,10 +11,11 @@ from transformers import AutoConfig
 
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
+from castlm.core.experts import ExpertLinear
 from castlm.core.moments import MOMENT_KEYS, MOMENTS
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_param_groups
-from castlm.models import backbone, linearize_conv1d_
+from castlm.models import backbone, linearize_
 from castlm.planning.activations import Settings, saved_bytes, trace
 from castlm.planning.memory import DTYPES, GIB, plan_memory, read_config
 from tests.tiny import FAMILIES, tiny_model
@@ -70,7 +71,7 @@ def test_saved_activations_of_a_llama_block_have_the_closed_form():
     assert autocast.block_weights == 2 * (4 * hidden**2 + 3 * hidden * inner)  # copies of W
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "qwen3_moe"])
 def test_trace_saves_what_a_real_forward_pass_saves(family):
     model = tiny_model(family)
     storages = {}
@@ -79,7 +80,7 @@ def test_trace_saves_what_a_real_forward_pass_saves(family):
         storages[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    linearize_conv1d_(model)
+    linearize_(model)
     add_weight_scaling(model, 2)
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -87,16 +88,18 @@ def test_trace_saves_what_a_real_forward_pass_saves(family):
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     measured = sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in parameters)
     assert output.last_hidden_state.requires_grad
-    assert saved_bytes(model.config, 2, 2, 48, RUN, sharded=False) == pytest.approx(measured, rel=0.01)
+    experts = any(isinstance(module, ExpertLinear) for module in model.modules())  # what routing saves is left out
+    expected = pytest.approx(measured, rel=0.05 if experts else 0.01)
+    assert saved_bytes(model.config, 2, 2, 48, RUN, sharded=False) == expected
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_moments_and_masks_take_what_the_optimizer_holds(family, moments):
     """Widths of 64 and 176 have blocks of 64, 32 and 16, which is too short; scales, norms and small weights none."""
     model = tiny_model(family, hidden_size=64, intermediate_size=176, vocab_size=512)
     plan = plan_memory(model.config, seq_len=32, micro_batch=1, scale_groups=2, moments=moments)
-    linearize_conv1d_(model)
+    linearize_(model)
     add_weight_scaling(model, 2)
     optimizer = AdamS(sparse_param_groups(model), total_steps=10, moments=moments)
     held = [item for state in optimizer.state.values() for item in state.items()]
@@ -238,3 +241,8 @@ def test_bad_input_is_refused_in_one_line(tmp_path, content, options, reason):
         plan_memory(path, **{"seq_len": 32, "micro_batch": 1, **options})
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_vision_language_model_is_refused_by_name():
+    with pytest.raises(InputError, match="memory of a llava is not planned"):
+        plan_memory(tiny_model("llava").config, seq_len=32, micro_batch=1)

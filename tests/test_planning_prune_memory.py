@@ -28,7 +28,7 @@ def test_a_block_and_its_statistics_have_the_closed_form():
     plan = plan_prune_memory(CONFIG, num_sequences=4, seq_len=32, **PLAIN)
     assert plan.components["weights"] == 4 * BLOCK
     assert plan.components["statistics"] == 4 * (3 * HIDDEN**2 + NEURONS**2)
-    assert plan.components["solver"] == 4 * (5 * HIDDEN * NEURONS + 3 * NEURONS**2)
+    assert plan.components["solver"] == 4 * (4 * HIDDEN * NEURONS + 2 * NEURONS**2)
     assert plan.disk == 2 * 4 * 4 * 32 * HIDDEN
     assert plan.peak == max(plan.phases.values())
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from castlm import models
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.pattern import is_nm_sparse
@@ -16,7 +17,7 @@ from castlm.export.packed import unpack_folder
 from castlm.export.verify import verify
 from castlm.inference.quantize import quantize_
 from castlm.inference.rounding import round_int4
-from castlm.models import linearize_conv1d_
+from castlm.models import linearize_conv1d_, load_model
 from castlm.oneshot.calibration import calibration_blocks
 from tests.tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
@@ -147,6 +148,30 @@ def test_the_packed_folder_holds_the_codes_and_unpacks_to_the_quantized_model(ki
     values = [tensor for name, tensor in stored.items() if name.endswith(".values")]
     assert {tensor.dtype for tensor in values} == {torch.int8 if kind == "int8" else torch.uint8}
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_rounding_by_rows_holds_a_bf16_model_as_it_is_stored_and_writes_the_bytes_of_fp32(kind, tmp_path, monkeypatch):
+    dense, out = save_tiny(tmp_path / "dense"), tmp_path / "sparse"
+    tiny_model("llama").bfloat16().save_pretrained(dense)
+    assert main(["prune", "--model", str(dense), "--output-dir", str(out), "--method", "magnitude"]) == 0
+    asked = []
+
+    def loaded_in(dtype):
+        def load(*arguments, **options):
+            asked.append(options["dtype"])
+            return load_model(*arguments, **{**options, "dtype": dtype})
+
+        return load
+
+    for name, dtype in (("stored", None), ("fp32", torch.float32)):
+        monkeypatch.setattr(models, "load_model", loaded_in(dtype))
+        assert main(["quantize", str(out), "--kind", kind, "--output-dir", str(tmp_path / name)]) == 0
+    assert asked == [None, None]
+    stored, fp32 = (load_file(tmp_path / name / "model.safetensors") for name in ("stored", "fp32"))
+    assert stored.keys() == fp32.keys()
+    assert all(torch.equal(stored[name], fp32[name]) for name in stored)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in stored.values())
 
 
 @pytest.mark.parametrize(

@@ -106,13 +106,27 @@ def keep_freed_memory() -> bool:
     By default malloc returns buffers as large as a weight's gradient to the system, and every step has their pages
     mapped and zeroed again.
     """
+    return _set_malloc(mmap_threshold=2**30, trim_threshold=-1)  # -1: never
+
+
+@functools.cache
+def return_freed_memory() -> bool:
+    """Makes malloc return freed memory to the system at once, for the rest of this process, where memory is scarce;
+    returns whether it could (glibc).
+
+    By default it keeps what was smaller than a threshold that rises with every freed buffer, up to 32 MiB.
+    """
+    return _set_malloc(mmap_threshold=2**20, trim_threshold=2**20)
+
+
+def _set_malloc(mmap_threshold: int, trim_threshold: int) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     import ctypes
 
     mallopt = ctypes.CDLL(None).mallopt
     m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-    return bool(mallopt(m_mmap_threshold, 2**30) and mallopt(m_trim_threshold, -1))  # -1: never
+    return bool(mallopt(m_mmap_threshold, mmap_threshold) and mallopt(m_trim_threshold, trim_threshold))
 
 
 def describe(device: torch.device, num_ranks: int, precision: str, optimizer: str) -> str:

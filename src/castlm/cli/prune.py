@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from castlm.cli.options import parse
+from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.core.structured import is_structured
 from castlm.fields import choice
 from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
 
@@ -235,6 +235,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         from castlm.core.sparsify import sparse_linears
         from castlm.distributed.loading import Place, open_sharded
         from castlm.export.from_blocks import export_blocks
+        from castlm.hardware import return_freed_memory
         from castlm.models import is_vision_language, save_dtype
         from castlm.oneshot.by_block import BlockPrune, block_file, prune_by_block
         from castlm.oneshot.stored_model import outside_blocks
@@ -243,6 +244,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         from castlm.owned import discard
         from castlm.progress import note, shown_progress
 
+        return_freed_memory()
         if is_structured(pattern):
             raise InputError(f"pattern {pattern} is chosen over the whole model: use memory model")
         opened = open_sharded(self.model, trust_remote_code=self.trust_remote_code, revision=self.revision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from castlm.core.pattern import NM, Pattern
 from castlm.fields import positional
 
 if TYPE_CHECKING:
-    from castlm.inference.quantize import QuantizeReport
+    from castlm.inference.rounding import Rounded
 
 _NOT_PASSED_ON = (
     *("schema_version", "versions", "proof", "left_dense", "pattern", "figures", "perplexity", "dtype", "files"),
@@ -91,13 +92,17 @@ class QuantizeCommand:
             return self._quantize(source, manifest, pattern, folder)
 
     def _quantize(self, source: str, manifest: dict[str, Any], pattern: NM, folder: Path) -> int:
+        import torch
+
         from castlm.core.sparsify import sparse_linears
         from castlm.export.hf import export_model
-        from castlm.inference.quantize import quantize_
+        from castlm.inference.quantize import quantize_, stored_layers
         from castlm.models import load_model, save_dtype
         from castlm.progress import shown_progress
 
-        loaded = load_model(source, trust_remote_code=self.trust_remote_code)
+        # GPTQ computes in fp32; rounding by rows takes fp32 a layer at a time, and what is written is the same.
+        held = None if self.kind != "int4" and self.save_dtype == "source" else torch.float32
+        loaded = load_model(source, dtype=held, trust_remote_code=self.trust_remote_code)
         _, left_dense = sparse_linears(loaded.model, pattern)
         blocks, text = self._calibration(loaded)
         with shown_progress(f"{self.kind}, {'blocks' if blocks is not None else 'layers'}") as progress:
@@ -119,7 +124,7 @@ class QuantizeCommand:
                 dtype=save_dtype(self.save_dtype, loaded.dtype),
             )
             if self.packed:
-                _pack(plain, folder, pattern, report)
+                _pack(plain, folder, pattern, stored_layers(loaded.model, report.layers))
         print(
             f"{folder}: {self.kind} in {len(report.layers)} layers, mean relative error {report.mean_error:.2e}, "
             f"{pattern} verified; measure it with: castlm eval {folder} --text FILE"
@@ -140,7 +145,7 @@ class QuantizeCommand:
         return blocks, {"text": self.calibration, "text_sha256": text_hash(self.calibration), "seed": self.seed}
 
 
-def _pack(plain: Path, folder: Path, pattern: NM, report: QuantizeReport) -> None:
+def _pack(plain: Path, folder: Path, pattern: NM, layers: Mapping[str, Rounded]) -> None:
     """Packs the plain folder to `folder`, with the integers themselves, and verifies it."""
     from castlm.export.integers import store_integers
     from castlm.export.packed import pack_folder
@@ -150,7 +155,7 @@ def _pack(plain: Path, folder: Path, pattern: NM, report: QuantizeReport) -> Non
     with atomic_dir(folder, overwrite=True) as temporary:
         inner = temporary / "packed"
         pack_folder(plain, inner, pattern.n, pattern.m)
-        store_integers(inner, report.layers)
+        store_integers(inner, layers)
         found = verify(inner, pattern)
         if not found.ok:
             raise InputError(found.summary().replace(str(inner), str(folder)))

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 from castlm.core.errors import InputError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns of image-text datasets, which would be lost without a word."""
 _MESSAGE = "each with a role and its content"
 
 
@@ -74,7 +76,8 @@ def find_columns(holds: Mapping[str, str], column: str | None, where: str) -> Co
         column: the column to use; None finds `messages`, `prompt` with `completion`, or `text`.
 
     Raises:
-        InputError: there is no such column, or more than one could be meant.
+        InputError: there is no such column, more than one could be meant, or images lie beside the text and no column
+            is named.
     """
     names = ", ".join(holds)[:400] or "none"
     if column is not None:
@@ -83,6 +86,11 @@ def find_columns(holds: Mapping[str, str], column: str | None, where: str) -> Co
         if column == "prompt" and "completion" in holds:
             return Columns("prompt", "prompt")
         return Columns("messages" if holds[column] == "list" or column == "messages" else "text", column)
+    if seen := [name for name in _NOT_TEXT if holds.get(name, "NoneType") != "NoneType"]:
+        raise InputError(
+            f"{where}: the column {seen[0]!r} is not text, and castlm trains on text alone: name the column of the "
+            "text with column to leave it out"
+        )
     found = [Columns("messages", "messages")] if "messages" in holds else []
     found += [Columns("prompt", "prompt")] if "prompt" in holds and "completion" in holds else []
     found += [Columns("text", "text")] if "text" in holds else []

@@ -7,7 +7,7 @@ that it also makes up for what they lost.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from castlm.conversion import stored_names, stored_rows
 from castlm.core.errors import InputError
+from castlm.core.experts import ExpertLinear, SparseLayer
 from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.inference.rounding import KINDS, Rounded, round_int4, round_rows
 from castlm.oneshot.calibration import check_calibration
-from castlm.oneshot.inputs import check_plain_weights, see_inputs
+from castlm.oneshot.inputs import ExpertInputs, LayerInput, check_plain_weights, see_inputs
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.walk import BlockInputs, block_stack
 
@@ -30,12 +32,14 @@ class QuantizeReport:
 
     kind: str
     layers: dict[str, Rounded] = field(default_factory=dict)
-    """Codes and scales by layer, for a packed file."""
+    """Codes and scales by layer, for a packed file; of experts by the layer's name and the number of each."""
     errors: dict[str, float] = field(default_factory=dict)
     """|X W^T - X W'^T|^2 / |X W^T|^2 on calibration text by layer; without text, |W - W'|^2 / |W|^2."""
     num_sequences: int = 0
     seq_len: int = 0
     seconds: float = 0.0
+    num_few_experts: int = 0
+    """The most experts of a block to which too few tokens were routed, and that have seen all tokens instead."""
 
     @property
     def mean_error(self) -> float:
@@ -50,6 +54,7 @@ class QuantizeReport:
             "num_sequences": self.num_sequences,
             "seq_len": self.seq_len,
             "seconds": round(self.seconds, 2),
+            **({"experts_calibrated_on_all_tokens": self.num_few_experts} if self.num_few_experts else {}),
         }
 
 
@@ -99,24 +104,51 @@ def quantize_(
     else:
         if calibration is not None:
             raise InputError(f"{kind} is rounded without a calibration text: leave calibration out")
-        for done, (name, layer) in enumerate(layers.items(), 1):
-            rounded = _named(name, lambda weight=layer.weight: round_rows(weight, kind))
-            new = _write(layer, rounded)
-            report.layers[name] = rounded
-            old_norm = new[0].square().sum()
-            report.errors[name] = float((new[1] - new[0]).square().sum() / old_norm) if old_norm > 0 else 0.0
+        for done, (layer_name, layer) in enumerate(layers.items(), 1):
+            for name, weight in matrices(layer_name, layer).items():
+                rounded = _named(name, lambda weight=weight: round_rows(weight, kind))
+                new = _write(weight, rounded)
+                report.layers[name] = rounded
+                old_norm = new[0].square().sum()
+                report.errors[name] = float((new[1] - new[0]).square().sum() / old_norm) if old_norm > 0 else 0.0
             if progress is not None:
                 progress(done, len(layers))
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _layers(model: PreTrainedModel, kind: str, filter_fn: FilterFn, damping: float) -> dict[str, nn.Linear]:
+def matrices(name: str, layer: SparseLayer) -> dict[str, Tensor]:
+    """The weight (out, in) of a layer; of experts that of each, under the name of the layer and its number."""
+    if isinstance(layer, ExpertLinear):
+        return {f"{name}.{expert}": weight for expert, weight in enumerate(layer.weight)}
+    return {name: layer.weight}
+
+
+def stored_layers(model: PreTrainedModel, layers: Mapping[str, Rounded]) -> dict[str, Rounded]:
+    """`layers` as a file holds them: by their names on disk, experts taken apart or put together as they are there."""
+    found: dict[str, Rounded] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name in layers:
+            (stored,) = stored_names(model, name, layer)
+            found[stored.removesuffix(".weight")] = layers[name]
+        if isinstance(layer, ExpertLinear) and f"{name}.0" in layers:
+            experts = [layers[f"{name}.{expert}"] for expert in range(layer.num_experts)]
+            pieces = stored_rows(model, name, layer)
+            if pieces is None:
+                codes, scales = (torch.cat([getattr(part, of) for part in experts]) for of in ("codes", "scales"))
+                found[name] = Rounded(experts[0].kind, codes, scales)
+            for stored, expert, rows in pieces or ():
+                part = experts[expert]
+                found[stored.removesuffix(".weight")] = Rounded(part.kind, part.codes[rows], part.scales[rows])
+    return found
+
+
+def _layers(model: PreTrainedModel, kind: str, filter_fn: FilterFn, damping: float) -> dict[str, SparseLayer]:
     if kind not in KINDS:
         raise InputError(f"there is no format {kind!r}: choose one of {', '.join(KINDS)}")
     if not 0 <= damping <= 1:
         raise InputError(f"damping {damping} is out of range: pass 0 to 1")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and filter_fn(m, n)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, ExpertLinear)) and filter_fn(m, n)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to quantize: check filter_fn")
     check_plain_weights(layers, "quantizing")
@@ -125,7 +157,7 @@ def _layers(model: PreTrainedModel, kind: str, filter_fn: FilterFn, damping: flo
 
 def _walk(
     model: PreTrainedModel,
-    layers: dict[str, nn.Linear],
+    layers: dict[str, SparseLayer],
     calibration: Tensor,
     damping: float,
     report: QuantizeReport,
@@ -137,8 +169,13 @@ def _walk(
         inside = {k: v for k, v in layers.items() if k.startswith(f"{stack}.{index}.")}
         if inside:
             for seen in see_inputs(inside, inputs, SOLVERS["sparsegpt"], len(calibration)):
-                chosen = {name: inside[name] for name in seen.names}
-                _round_together(chosen, seen.statistic, seen.sample, damping, report)
+                entries = [seen] if isinstance(seen, LayerInput) else [of for _, of in sorted(seen.experts.items())]
+                weights = {k: v for name in seen.names for k, v in matrices(name, inside[name]).items()}
+                for entry in entries:
+                    chosen = {name: weights[name] for name in entry.names}
+                    _round_together(chosen, entry.statistic, entry.sample, damping, report)
+                if isinstance(seen, ExpertInputs):
+                    report.num_few_experts = max(report.num_few_experts, len(seen.few))
         if index + 1 < len(blocks):
             inputs.advance()
         if progress is not None:
@@ -146,17 +183,17 @@ def _walk(
 
 
 def _round_together(
-    layers: dict[str, nn.Linear], hessian: Tensor, sample: Tensor, damping: float, report: QuantizeReport
+    weights: dict[str, Tensor], hessian: Tensor, sample: Tensor, damping: float, report: QuantizeReport
 ) -> None:
     """Rounds layers that read the same input, all their rows in one piece; of the Hessian the upper half is there."""
-    names = ", ".join(layers)
+    names = ", ".join(weights)
     if not hessian.isfinite().all():
         raise InputError(f"the calibration text makes NaN or infinity at the input of {names}: load the model in fp32")
     whole_hessian(hessian)
-    weight = torch.cat([layer.weight.float() for layer in layers.values()])
-    rounded = _named(names, lambda: round_int4(weight, hessian, damping))
-    for (name, layer), part in zip(layers.items(), rounded.split([layer.out_features for layer in layers.values()])):
-        old, new = _write(layer, part)
+    together = torch.cat([weight.float() for weight in weights.values()])
+    rounded = _named(names, lambda: round_int4(together, hessian, damping))
+    for (name, weight), part in zip(weights.items(), rounded.split([len(weight) for weight in weights.values()])):
+        old, new = _write(weight, part)
         report.layers[name] = part
         lost, whole = (sample @ (new - old).T).square().sum(), (sample @ old.T).square().sum()
         report.errors[name] = float(lost / whole) if whole > 0 else 0.0
@@ -169,8 +206,8 @@ def _named(names: str, work: Callable[[], Rounded]) -> Rounded:
         raise InputError(f"{names}: {error}") from None
 
 
-def _write(layer: nn.Linear, rounded: Rounded) -> tuple[Tensor, Tensor]:
-    """Puts the dequantized weight into the layer; returns the old and the new one in fp32."""
-    old = layer.weight.to(torch.float32, copy=True)
-    layer.weight.copy_(rounded.dequantized())
-    return old, layer.weight.float()
+def _write(weight: Tensor, rounded: Rounded) -> tuple[Tensor, Tensor]:
+    """Puts the dequantized values into a weight; returns the old and the new one in fp32."""
+    old = weight.to(torch.float32, copy=True)
+    weight.copy_(rounded.dequantized())
+    return old, weight.float()

@@ -19,7 +19,7 @@ from castlm.core.pattern import nm_mask
 from castlm.inference import native
 from castlm.inference.cuda_backends import backend_for
 from castlm.inference.devices import DEVICES, Device
-from castlm.inference.roofline import Format
+from castlm.inference.roofline import Format, torch_product
 
 _COLD_BYTES = 48 << 20  # more than most last caches: each call finds its weight in memory, as in a model
 _ROUNDS = 11
@@ -96,6 +96,10 @@ def this_cpu() -> Device:
     square = torch.ones(1024, 1024)
     read, multiplied = _best(lambda: buffer.sum()), _best(lambda: square @ square)
     peak = dict.fromkeys(("fp32", "bf16", "fp16", "int8", "int4"), 2 * 1024**3 / multiplied)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):  # by units for them, or without
+        x, weight = torch.ones(16, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        linear = _best(lambda x=x, weight=weight: F.linear(x, weight))  # type: ignore[misc]
+        peak[torch_product(name)] = 2 * 16 * 1024**2 / linear
     name = next((line.partition(":")[2].strip() for line in _cpu_info() if line.startswith("model name")), "this CPU")
     source = f"{name}, {torch.get_num_threads()} threads, measured"
     return Device(name, "cpu", buffer.nbytes / read, peak, peak, source)

@@ -9,12 +9,13 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from castlm.core.errors import InputError
@@ -26,6 +27,24 @@ from castlm.models import backbone, linearize_
 # HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
 _ATTENTION = "castlm_causal_sdpa"
 AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+
+# How many tokens an expert gets is not known of fake tensors; together the experts get `top_k` for each token.
+_EXPERTS = "castlm_experts_together"
+
+
+def _experts_together(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The tensors that transformers' `grouped_mm` saves: every token goes through as many experts as it takes."""
+    flip = experts.is_transposed
+    tokens = hidden[index.flatten() // index.shape[-1]]
+    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    out = tokens @ (up[0] if flip else up[0].mT)
+    out = experts._apply_gate(out) if experts.has_gate else experts.act_fn(out)
+    out = out @ (experts.down_proj[0] if flip else experts.down_proj[0].mT)
+    out = (out * weights.flatten()[:, None])[index.flatten()]
+    return out.view(*index.shape, -1).sum(dim=1).to(hidden.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_together)
 
 
 @dataclass(frozen=True)
@@ -88,6 +107,7 @@ def saved_bytes(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=_ATTENTION
         )
+        model.config._experts_implementation = _EXPERTS
         linearize_(model)
         if run.scale_groups:
             add_weight_scaling(model, run.scale_groups)

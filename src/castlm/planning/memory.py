@@ -15,13 +15,13 @@ from transformers import AutoConfig, PretrainedConfig
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
-from castlm.core.experts import num_weights
+from castlm.core.experts import ExpertLinear, SparseLayer, num_weights
 from castlm.core.moments import MOMENTS, new_moments
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
 from castlm.export.cut import check_cut
-from castlm.models import auto_class, linearize_
+from castlm.models import auto_class, is_vision_language, linearize_
 from castlm.planning.activations import Saved, Settings, as_input_error, trace
 from castlm.reading import read_json_object, user_path
 
@@ -44,6 +44,8 @@ class _Sizes(NamedTuple):
     """Of one transformer block, on average."""
     largest: int
     largest_sparse: int
+    largest_solved: int
+    """Weights that a one-shot solver has before it at once; of experts those of one."""
     widest: int
     """Largest input or output width of a sparse layer."""
     widest_input: int
@@ -277,7 +279,7 @@ def _start(sizes: _Sizes, run: Settings, world_size: int) -> dict[str, int]:
         return {}
     models = 2 if world_size == 1 else 1
     states = run.calibration_tokens * sizes.hidden
-    work = sizes.inputs + 4 * sizes.widest_input**2 + 5 * sizes.largest_sparse
+    work = sizes.inputs + 4 * sizes.widest_input**2 + 5 * sizes.largest_solved
     return {"start": 4 * (models * sizes.total + states + work)}
 
 
@@ -299,7 +301,16 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -
     }
 
 
+def _num_matrices(layer: SparseLayer) -> int:
+    return layer.num_experts if isinstance(layer, ExpertLinear) else 1
+
+
 def _sizes(config: PretrainedConfig, pattern: Pattern, run: Settings) -> _Sizes:
+    if is_vision_language(config):
+        raise InputError(
+            f"the memory of a {config.model_type} is not planned: give the config of its language model, which is what "
+            "is trained, and add the tower's weights"
+        )
     with torch.device("meta"), as_input_error(config):
         model = auto_class(config).from_config(config, dtype=torch.float32)
         linearize_(model)
@@ -317,11 +328,12 @@ def _sizes(config: PretrainedConfig, pattern: Pattern, run: Settings) -> _Sizes:
         block=in_blocks // num_layers,
         largest=max(p.numel() for p in model.parameters()),
         largest_sparse=max(sparse),
+        largest_solved=max(layer.out_features * layer.in_features for layer in layers.values()),
         widest=max(max(layer.out_features, layer.in_features) for layer in layers.values()),
         widest_input=max(layer.in_features for layer in layers.values()),
         hidden=embedding.shape[1],
         vocab=embedding.shape[0],
         num_layers=num_layers,
-        inputs=sum(layer.in_features**2 for layer in layers.values()) // num_layers,
+        inputs=sum(_num_matrices(layer) * layer.in_features**2 for layer in layers.values()) // num_layers,
         moments=sum(state.nbytes for p in model.parameters() for state in new_moments(p, run.moments).values()),
     )

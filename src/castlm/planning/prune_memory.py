@@ -129,10 +129,10 @@ def _solve(read: _Read, axes: int, refinements: Refinements) -> int:
     size, square = read.rows * read.columns, read.columns**2
     if axes < 2:
         return 4 * size
-    # Weight as given, as solved for, without dead columns, transposed, and what is lost so far; the Hessian of the
-    # refit, its factor, that transposed, and the products of both.
+    # Weight as given, without dead columns, transposed, and what is lost so far; the factor of the Hessian and the
+    # products with it. To refit, the target and the Hessian are kept beside them.
     refits = refinements.refit_iterations > 0
-    solve = 5 * size + (3 + refits) * square
+    solve = (4 + refits) * size + (2 + refits) * square
     refit = 3 * size + 7 * min(read.rows, REFIT_ROWS) * read.columns + 2 * square if refits else 0
     return max(solve, refit)
 
