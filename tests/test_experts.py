@@ -287,3 +287,16 @@ def test_keep_pattern_guards_the_zeros_of_experts():
         model.get_submodule("model.layers.0.mlp.experts.down_proj").weight.add_(1)
     with pytest.raises(InputError, match=r"experts\.down_proj"):
         kept.check()
+
+
+def test_a_gate_without_experts_beside_it_is_counted_as_a_layer(tmp_path):
+    sparse = torch.zeros(8, 8)
+    sparse[:, ::2] = 1
+    gate, layer = "model.layers.0.mlp.gate.weight", "model.layers.0.self_attn.q_proj.weight"
+    save_file({gate: torch.ones(8, 8), layer: sparse}, tmp_path / "one.safetensors")
+    assert [bad.name for bad in verify(tmp_path / "one.safetensors").layers if not bad.ok] == [gate]
+    experts = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": sparse.clone() for e in range(2)}
+    save_file({gate: torch.ones(8, 8), layer: sparse, **experts}, tmp_path / "two.safetensors")
+    report = verify(tmp_path / "two.safetensors")
+    assert report.ok
+    assert report.dense == {gate: "a router of experts"}

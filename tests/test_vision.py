@@ -19,6 +19,8 @@ from castlm.data.columns import find_columns
 from castlm.export.verify import verify
 from castlm.inference import native
 from castlm.models import auto_class, check_head, is_vision_language, load_model
+from castlm.oneshot.basis import change_basis_
+from castlm.oneshot.options import BasisOptions
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from tests.ranks import run_ranks
@@ -164,3 +166,17 @@ def test_image_text_data_are_refused_by_name():
     row = {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a cat"}]}
     with pytest.raises(InputError, match="has a list as its content: text is needed"):
         find_columns({"messages": "list"}, None, "data.jsonl").document(row, "line 1")
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_the_basis_inside_the_blocks_changes_and_the_stream_that_images_enter_does_not(family):
+    model = tiny_model(family)
+    ids = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(0))
+    before, embeddings = model(ids).logits, model.get_input_embeddings().weight.clone()
+    report = change_basis_(model, ids, BasisOptions(rotation_iterations=5))
+    assert [change.what for change in report.changes] == ["values rotated", "MLP neurons permuted"]
+    assert report.changes[1].num_tried == 2
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-3)
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    with pytest.raises(InputError, match="cannot be rotated: its images enter it through a projector"):
+        change_basis_(model, ids, BasisOptions(rotate="residual"))

@@ -90,8 +90,9 @@ def verify(
     left_dense = read_left_dense(folder / "castlm.json")
     globs = tuple(include) if include is not None else None
     excluded = tuple(exclude or ())
+    with_experts = owners_of_experts(tensors)
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
-        why_dense = "excluded" if _matches(name, excluded) else _why_dense(tensor, globs)
+        why_dense = "excluded" if _matches(name, excluded) else _why_dense(tensor, globs, with_experts)
         axis = _input_axis(tensor, {**config, "model_type": model_type}, pattern)
         if why_dense is None and axis is not None:
             if name not in packed:
@@ -159,7 +160,21 @@ def _input_axis(tensor: StoredTensor, config: Mapping[str, Any], pattern: Patter
     return None
 
 
-def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None) -> str | None:
+def owners_of_experts(names: Iterable[str]) -> set[str]:
+    """The modules of a checkpoint that hold experts: what is called a router elsewhere is a layer like any other."""
+    owners = set()
+    for name in names:
+        parts = name.split(".")
+        owners |= {".".join(parts[:i]) for i, part in enumerate(parts) if re.match(r"(?:shared_)?experts?$", part)}
+    return owners
+
+
+def _is_router(name: str, with_experts: Collection[str]) -> bool:
+    parts = name.split(".")
+    return is_router(name) and any(".".join(parts[:length]) in with_experts for length in range(len(parts)))
+
+
+def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None, with_experts: Collection[str] = ()) -> str | None:
     """Why the pattern does not apply to a tensor; None where it does. Tensors of one dimension are never listed."""
     if len(tensor.shape) < 2:
         return "one dimension"
@@ -170,8 +185,9 @@ def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None) -> str | N
     if not in_block(tensor.name):
         return "outside the transformer blocks"
     if tensor.name.endswith(".weight") and len(tensor.shape) == 2 and not is_block_linear(tensor.name, tensor.shape):
-        is_gate = is_router(tensor.name.removesuffix(".weight"))
-        return "a router of experts" if is_gate else "a norm or an embedding"
+        if not is_router(tensor.name.removesuffix(".weight")):
+            return "a norm or an embedding"
+        return "a router of experts" if _is_router(tensor.name.removesuffix(".weight"), with_experts) else None
     if len(tensor.shape) == 2 and re.search(r"\.experts\.\w+_bias$", tensor.name):
         return "a bias of experts"
     if OLD_BUFFERS.search(tensor.name) and tensor.shape[:2] == (1, 1):

@@ -210,7 +210,7 @@ class _Turning:
                 self.stream.unfold_()
                 self.report.notes.append("residual stream: not rotated, for the error of its layers would not fall")
             self.report.changes.append(rotated)
-        if self.options.permute and self.stream.undo is None and self.stream.is_read:
+        if self.options.permute and self.stream.undo is None and self.stream.is_read and not self.wiring.ends:
             permuted = Change("residual stream permuted")
             self.stream.permute_(permuted)
             self.report.changes.append(permuted)

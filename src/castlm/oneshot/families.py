@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
+from castlm.models import is_vision_language
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Wiring:
     fixed_norms: list[Norm] = field(default_factory=list)
     """Normalize what a block writes: their gains allow a permutation of the stream, but no rotation."""
     ends: str | None = None
-    """Why the stream's basis cannot be changed: something outside the blocks projects it."""
+    """Why the stream's basis cannot be changed: something outside the blocks projects it. It is then not permuted."""
 
     @property
     def rotation_obstacle(self) -> str | None:
@@ -120,14 +121,17 @@ def describe(model: PreTrainedModel) -> Wiring:
     Raises:
         InputError: a family that is not known here, or a variant of one whose blocks are put together otherwise.
     """
-    family = model.config.model_type
-    if family not in FAMILIES:
+    sees_images = is_vision_language(model.config)
+    family = model.config.get_text_config().model_type if sees_images else model.config.model_type
+    if family not in FAMILIES or (sees_images and FAMILIES[family] is not _llama):
         raise InputError(
             f"the basis of {family} cannot be changed: known are {', '.join(sorted(FAMILIES))}; "
             "use rotate off and permute off"
         )
     wiring = Wiring(family, int(model.get_input_embeddings().weight.shape[1]))
     FAMILIES[family](model, wiring)
+    if sees_images:
+        wiring.ends = "its images enter it through a projector"
     return wiring
 
 
@@ -139,7 +143,10 @@ def _matrix(model: nn.Module, name: str, rows: slice = slice(None)) -> Matrix:
 
 def _llama(model: PreTrainedModel, wiring: Wiring) -> None:
     """Pre-norm blocks with q, k, v, o and gate, up, down; Gemma 2 and 3 have norms behind the sublayers as well."""
-    base: Any = model.base_model
+    path = "model.language_model" if is_vision_language(model.config) else "model"
+    if path.count(".") and "language_model" not in model.base_model._modules:
+        raise InputError(f"the basis of {type(model).__name__} cannot be changed: it has no model.language_model")
+    base: Any = model.get_submodule(path)
     unit = 0.0 if wiring.family.startswith("gemma") else 1.0
     sandwich = wiring.family in _SANDWICH
 
@@ -147,7 +154,7 @@ def _llama(model: PreTrainedModel, wiring: Wiring) -> None:
         return Norm(module, is_layer_norm=False, unit=unit)
 
     for index, layer in enumerate(base.layers):
-        name = f"model.layers.{index}"
+        name = f"{path}.layers.{index}"
         q, k, v, o = (_matrix(model, f"{name}.self_attn.{part}_proj") for part in "qkvo")
         mlps, readers = _feed_forward(model, f"{name}.mlp")
         wiring.blocks.append(Block(Attention(v, o, layer.self_attn.head_dim), mlps))
@@ -226,7 +233,7 @@ def _gpt2(model: PreTrainedModel, wiring: Wiring) -> None:
 _SANDWICH = frozenset({"gemma2", "gemma3_text"})
 FAMILIES: dict[str, Callable[[PreTrainedModel, Wiring], None]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", *_SANDWICH), _llama),
-    **dict.fromkeys(("mixtral", "qwen3_moe"), _llama),
+    **dict.fromkeys(("mixtral", "qwen3_moe", "qwen2_vl_text", "qwen2_5_vl_text"), _llama),
     "opt": _opt,
     "gpt2": _gpt2,
 }
