@@ -122,7 +122,7 @@ def trained(setting: Setting, way: Way, rate: float, seed: int) -> PreTrainedMod
 
 
 def measure(
-    setting: Setting, ways: Sequence[Way], seeds: Sequence[int], say: Callable[[str], None]
+    setting: Setting, ways: Sequence[Way], given: Sequence[float], seeds: Sequence[int], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """A row for each of the untouched models and for each way; `say` gets the line of a way when it is done."""
     masks = {name: layer.weight.detach() != 0 for name, layer in castlm.sparse_linears(setting.sparse)[0].items()}
@@ -142,7 +142,7 @@ def measure(
         return model
 
     for way in ways:
-        rates = FULL_RATES if way.adapter is None else ADAPTER_RATES
+        rates = given or (FULL_RATES if way.adapter is None else ADAPTER_RATES)
         found = {rate: setting.perplexities(result(way, rate, seeds[0])) for rate in rates}
         best = min(rates, key=lambda rate: found[rate][main])
         runs = [found[best], *(setting.perplexities(result(way, best, seed)) for seed in seeds[1:])]
@@ -185,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--only", nargs="+", metavar="TEXT", default=[""], help="ways whose name contains one of these")
+    parser.add_argument("--rates", nargs="+", type=float, default=(), help="learning rates instead of the three")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--eval-tokens", type=int, default=32768)
     parser.add_argument("--json", metavar="OUT")
@@ -204,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{tokens:,} training tokens of {options.text}, {len(options.seeds)} seeds, r = {options.r}")
     print("| model | learning rate | " + " | ".join(held_out) + " | 2:4 |", flush=True)
     ways = [way for way in WAYS if any(text in way.name for text in options.only)]
-    rows = measure(setting, ways, options.seeds, lambda line: print(line, flush=True))
+    rows = measure(setting, ways, options.rates, options.seeds, lambda line: print(line, flush=True))
     print("\n".join(row_text(row, setting) for row in rows[:2]))
     write_json(options.json, {"machine": machine(), "options": vars(options), "rows": rows})
 

@@ -1,19 +1,23 @@
 """What a structured pattern buys: perplexity against parameters, bytes and CPU speed, and decay against cut at step 0.
 
-    python -m benchmarks.structured --runs FOLDER [FOLDER ...] --model DENSE [--shape CONFIG] [--json O] [--plot O]
+    python -m benchmarks.structured --runs FOLDER [FOLDER ...] [--plot O] [--json O]
+    python -m benchmarks.structured --shape CONFIG [--patterns channels:0.5 ...]
+    python -m benchmarks.structured --scores MODEL --calibration TEXT --text TEXT [--patterns channels:0.5 ...]
 
-`--runs` are folders of `castlm compare`; a row of the first table is a pattern, score, way to train and number of
-steps.
-Speeds are those of plain dense models of the sizes that are left, in turns with the dense one, by transformers alone on
-this CPU: a prompt of 256 tokens in one pass, and greedy decoding of 32 tokens after it. Time does not depend on the
-values of weights, so `--shape`, the config.json of a larger model, is built with random ones: small models measure
-little but the calls of operators.
+`--runs` are folders of `castlm compare`; a row of the table is a pattern, score, way to train and number of steps.
+
+`--shape` measures speeds: of plain dense models of the sizes that are left, in turns with the dense one, by
+transformers alone on this CPU: a prompt of 256 tokens in one pass, and greedy decoding of 32. Time does not depend on
+the values of weights, so the model of that config.json is built with random ones.
+
+`--scores` prunes one-shot by every score, with and without least squares on what remains.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -26,7 +30,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from benchmarks.machine import machine, write_json
 from benchmarks.rows import interleaved
 from castlm.core.pattern import Pattern
+from castlm.data.documents import open_documents
+from castlm.data.tokens import token_ids
+from castlm.evaluation.perplexity import perplexity
 from castlm.export.cut_sizes import cut_pattern, sizes_after, sizes_of
+from castlm.models import load_model
+from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks
+from castlm.oneshot.options import UNIT_SCORES, Refinements
+from castlm.oneshot.prune import prune_oneshot_
 
 PROMPT, NEW_TOKENS = 256, 32
 
@@ -160,6 +171,29 @@ def speeds(config: PretrainedConfig, patterns: list[str], repeats: int = 7) -> d
     return found
 
 
+def score_rows(
+    model: str, calibration: str, text: str, patterns: list[str], seeds: int, seq_len: int = 256
+) -> dict[tuple[str, str], list[list[float]]]:
+    """Perplexity after one-shot pruning by pattern and score: without least squares and with, for each seed."""
+    loaded = load_model(model)
+    pool = token_ids(open_documents(calibration), loaded.tokenizer, limit=CALIBRATION_POOL * 128 * seq_len)
+    ids = token_ids(open_documents(text), loaded.tokenizer)
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    for pattern, score in itertools.product(patterns, UNIT_SCORES):
+        for iterations in (0, Refinements.refit_iterations):
+            values = []
+            for seed in range(seeds):
+                pruned = copy.deepcopy(loaded.model)
+                sequences = calibration_blocks(pool, 128, seq_len, seed)
+                refinements = Refinements(refit_iterations=iterations)
+                prune_oneshot_(
+                    pruned, score, pattern=pattern, calibration=sequences, refinements=refinements, seed=seed
+                )
+                values.append(perplexity(pruned, ids, seq_len=seq_len).perplexity)
+            found.setdefault((pattern, score), []).append(values)
+    return found
+
+
 def _decode(model: PreTrainedModel, ids: torch.Tensor) -> None:
     output = model(ids[:, :8], use_cache=True)
     for _ in range(NEW_TOKENS):
@@ -171,6 +205,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", default=[], help="folders of castlm compare")
     parser.add_argument("--shape", help="config.json, or a folder with one, of the model whose speed is measured")
+    parser.add_argument("--scores", metavar="MODEL", help="model that is pruned by every score")
+    parser.add_argument("--calibration", help="text of --scores")
+    parser.add_argument("--text", help="held-out text of --scores")
+    parser.add_argument("--seeds", type=int, default=2, help="of --scores")
     parser.add_argument("--patterns", nargs="+", default=["channels:0.5", "heads:0.5", "channels:0.75"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -190,6 +228,12 @@ def main(arguments: list[str] | None = None) -> None:
         print("| pattern | parameters | prefill | decode |\n|---|---:|---:|---:|")
         for pattern, row in report["speed"].items():
             print(f"| {pattern} | {row['parameters']:.3f} | {row['prefill']:.2f} | {row['decode']:.2f} |")
+    if options.scores:
+        rows = score_rows(options.scores, options.calibration, options.text, options.patterns, options.seeds)
+        print("| pattern | score | one-shot | with least squares |\n|---|---|---:|---:|")
+        for (pattern, score), (plain, solved) in rows.items():
+            print(f"| {pattern} | {score} | {shown(plain)} | {shown(solved)} |")
+        report["scores"] = [{"pattern": p, "score": s, "perplexity": values} for (p, s), values in rows.items()]
     if options.json:
         write_json(options.json, report)
 

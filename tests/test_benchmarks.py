@@ -172,3 +172,8 @@ def test_structured_patterns_have_a_table_and_speeds(tmp_path, capsys):
     speed = json.loads(out.read_text())["speed"]["channels:0.5"]
     assert 0 < speed["parameters"] < 1
     assert speed["prefill"] > 0
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = str(tmp_path / "text.txt")
+    rows = structured.score_rows(str(dense), text, text, ["heads:0.5"], seeds=1, seq_len=16)
+    assert {score for _, score in rows} == {"magnitude", "wanda", "flap", "taylor", "random"}
+    assert all(len(values) == 2 and values[0][0] > 1 for values in rows.values())

@@ -75,6 +75,7 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(llama, chat, tmp_path, mo
     straight = of_chat(llama, chat, tmp_path / "straight", save_steps=2)
     record = train(straight)
     assert record["measured"]["tokens"] == "assistant"
+    assert "| scored tokens |" in (tmp_path / "straight" / "model" / "README.md").read_text()
     assert record["perplexity"]["pruned"] == pytest.approx(record["proof"]["perplexity_from_disk"], rel=1e-5)
     killed = replace(straight, output_dir=str(tmp_path / "killed"))
     with monkeypatch.context() as patch:

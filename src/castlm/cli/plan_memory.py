@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from castlm.cli.options import parse
+from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.core.structured import is_structured
 from castlm.oneshot.options import UNIT_SCORES
 
 _AT_LEAST_1 = {"at_least": 1}

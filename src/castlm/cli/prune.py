@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from castlm.cli.options import parse
+from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.core.structured import is_structured
 from castlm.fields import choice
 from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
 

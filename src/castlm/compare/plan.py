@@ -12,9 +12,9 @@ from castlm.compare.presets import ALL, ALL_UNITS, ONESHOT, ONESHOT_GROUPS, PRES
 from castlm.compare.report import Report, write_report
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, execute, with_key, zero_shot_key, zero_shot_rows
+from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.core.structured import is_structured
 from castlm.fields import checked, convert
 from castlm.methods.table import METHODS
 from castlm.oneshot.options import UNIT_SCORES, default_start

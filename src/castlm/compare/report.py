@@ -129,8 +129,9 @@ def explain(facts: dict[str, Any], results: list[Result]) -> list[str]:
     """The lines under the table: what its figures were measured on."""
     final = [r for r in results if not r.trial]
     untouched = untouched_perplexity(final)
+    scored = f", of which those of the {facts['tokens']} are scored," if facts.get("tokens") == "assistant" else ""
     lines = [
-        f"Perplexity on {facts.get('num_tokens', 0):,} tokens of {facts.get('text')} (sha256 "
+        f"Perplexity on {facts.get('num_tokens', 0):,} tokens{scored} of {facts.get('text')} (sha256 "
         f"{str(facts.get('text_sha256'))[:16]}), seq_len {facts.get('seq_len')}, stride {facts.get('stride')}, "
         f"tokenizer {facts.get('tokenizer')}, {facts.get('precision')}. {facts.get('base_model')} before any training: "
         + (f"{untouched:.3f}." if untouched else "not measured."),

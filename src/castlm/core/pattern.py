@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from castlm.core.combined import Combined
 from castlm.core.nm import NM
 from castlm.core.pattern_base import Pattern
-from castlm.core.structured import Blocks, Channels, Combined, Heads
+from castlm.core.structured import Blocks, Channels, Heads
 
 if TYPE_CHECKING:
     from torch import Tensor

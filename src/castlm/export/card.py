@@ -27,6 +27,7 @@ _COLUMNS = {
     "stride": "stride",
     "text": "text",
     "num_tokens": "tokens",
+    "tokens": "scored tokens",
     "tokenizer": "tokenizer",
 }
 

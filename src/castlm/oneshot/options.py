@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
+from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Blocks, Channels, Combined, Heads, Pattern
-from castlm.core.structured import is_structured
 
 T = TypeVar("T")
 

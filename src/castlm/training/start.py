@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.experts import is_layer
 from castlm.core.pattern import Pattern
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
-from castlm.core.structured import is_structured
 from castlm.core.unit_masks import gathers
 from castlm.data.tokens import token_ids
 from castlm.distributed.world import World
