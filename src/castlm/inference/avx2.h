@@ -10,8 +10,12 @@
 #define CASTLM_AVX2
 #include <immintrin.h>
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
+#endif
 
 namespace castlm {
 
@@ -46,5 +50,9 @@ INLINE __m256 load_step(const uint8_t* panel, int step, int half) {
 }
 
 }  // namespace castlm
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 #endif

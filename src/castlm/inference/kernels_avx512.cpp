@@ -9,8 +9,12 @@
 #define CASTLM_AVX512
 #include <immintrin.h>
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#endif
 
 namespace castlm {
 namespace {
@@ -264,7 +268,11 @@ int32_t avx512_adapt(const Header& of, int8_t* narrow, float* scale) {
 }
 
 }  // namespace castlm
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 #else
 
