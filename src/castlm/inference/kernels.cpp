@@ -212,7 +212,7 @@ Activations rows_from(const Header& of, const Activations& x, int64_t first, int
 extern "C" {
 
 extern const int32_t castlm_inference_version;
-const int32_t castlm_inference_version = 2;
+const int32_t castlm_inference_version = 3;
 
 // The level in use.
 int castlm_level() { return level(); }

@@ -30,7 +30,7 @@ LEVELS = ("plain", "neon", "avx2", "avx512")
 """Instruction sets that there are kernels for, as `Level` of matrix.h has them."""
 
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
-_VERSION = 2  # of kernels.cpp
+_VERSION = 3  # of kernels.cpp
 _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14  # Linux; the module mmap has it from Python 3.13 on
 _BAD_MASK = 2
