@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from castlm.architecture import linearize_conv1d_
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM
-from castlm.models import linearize_conv1d_
 from castlm.oneshot import basis
 from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.options import BasisOptions

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from castlm.architecture import linearize_
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
@@ -16,7 +17,7 @@ from castlm.export.cut import TOLERANCE, check_cut, cut_model
 from castlm.export.cut_sizes import CHANNELS, HEADS, sizes_of
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
-from castlm.models import linearize_, load_model
+from castlm.models import load_model
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}

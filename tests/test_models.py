@@ -28,21 +28,13 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from castlm.architecture import backbone, check_head, linearize_conv1d_, output_head
 from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
 from castlm.distributed.loading import check_one_snapshot, open_sharded
 from castlm.distributed.world import World, init_world
 from castlm.locate import demo_model_file, find
-from castlm.models import (
-    backbone,
-    check_head,
-    linearize_conv1d_,
-    load_model,
-    load_tokenizer,
-    output_head,
-    restored_state_dict,
-    save_model,
-)
+from castlm.models import load_model, load_tokenizer, restored_state_dict, save_model
 from tests.tiny import EOS_ID, FAMILIES, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(1))

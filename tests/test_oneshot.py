@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from castlm.architecture import linearize_conv1d_
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.masks import rank_mask
 from castlm.core.pattern import count_nm_violations, nm_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears
-from castlm.models import linearize_conv1d_
 from castlm.oneshot import walk as calibration_module
 from castlm.oneshot.calibration import calibration_blocks, calibration_length
 from castlm.oneshot.prune import prune_oneshot_

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from castlm.architecture import backbone, linearize_
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.moments import MOMENT_KEYS, MOMENTS
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_param_groups
-from castlm.models import backbone, linearize_
 from castlm.planning.activations import Settings, saved_bytes, trace
 from castlm.planning.memory import DTYPES, GIB, plan_memory, read_config
 from tests.tiny import FAMILIES, tiny_model

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from castlm import models
+from castlm.architecture import linearize_conv1d_
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.pattern import is_nm_sparse
@@ -17,7 +18,7 @@ from castlm.export.packed import unpack_folder
 from castlm.export.verify import verify
 from castlm.inference.quantize import quantize_
 from castlm.inference.rounding import round_int4
-from castlm.models import linearize_conv1d_, load_model
+from castlm.models import load_model
 from castlm.oneshot.calibration import calibration_blocks
 from tests.tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
+from castlm.architecture import linearize_conv1d_
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM
-from castlm.models import linearize_conv1d_
 from castlm.oneshot import prune
 from castlm.oneshot.dense_twin import Shift
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements

@@ -231,12 +231,13 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
     ) -> int:
         import torch
 
+        from castlm.architecture import is_vision_language
         from castlm.core.experts import ExpertLinear
         from castlm.core.sparsify import sparse_linears
         from castlm.distributed.loading import Place, open_sharded
         from castlm.export.from_blocks import export_blocks
         from castlm.hardware import return_freed_memory
-        from castlm.models import is_vision_language, save_dtype
+        from castlm.models import save_dtype
         from castlm.oneshot.by_block import BlockPrune, block_file, prune_by_block
         from castlm.oneshot.stored_model import outside_blocks
         from castlm.oneshot.walk import block_stack

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from castlm.architecture import context_length
 from castlm.core.errors import InputError
 from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder
-from castlm.models import context_length
 from castlm.reading import read_text
 
 if TYPE_CHECKING:

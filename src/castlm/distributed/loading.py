@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from castlm.architecture import auto_class, linearize_
 from castlm.conversion import as_stored, state_dict_key, stored_names, stored_rows
 from castlm.core.experts import ExpertLinear
 from castlm.core.shards import local, own_rows
@@ -26,7 +27,7 @@ from castlm.core.sparsify import dense_name
 from castlm.distributed.world import World
 from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, cached_snapshot, locate
-from castlm.models import Loaded, auto_class, linearize_, open_model, quiet, stored_dtype
+from castlm.models import Loaded, open_model, quiet, stored_dtype
 
 Reader = Callable[[Path], Any]
 """Opens a safetensors file, each once."""

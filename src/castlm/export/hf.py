@@ -18,6 +18,7 @@ import torch
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from castlm.architecture import eval_mode
 from castlm.conversion import stored_names
 from castlm.core.errors import InputError
 from castlm.core.experts import is_layer
@@ -29,7 +30,7 @@ from castlm.export.cut_sizes import cut_pattern
 from castlm.export.report import VerifyReport
 from castlm.export.verify import verify
 from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_name
-from castlm.models import copy_processor, eval_mode, load_model, parameters_in, save_model
+from castlm.models import copy_processor, load_model, parameters_in, save_model
 from castlm.reading import user_path
 from castlm.versions import library_versions
 

@@ -67,7 +67,8 @@ def shapes_of(name: str, trust_remote_code: bool = False, cut: Pattern | None = 
     Raises:
         InputError: as `castlm.models.open_model`, or a family that `cut` is not for.
     """
-    from castlm.models import auto_class, linearize_, open_model
+    from castlm.architecture import auto_class, linearize_
+    from castlm.models import open_model
 
     _, config, _ = open_model(name, trust_remote_code=trust_remote_code)
     if cut is not None:

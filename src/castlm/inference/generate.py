@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from castlm.architecture import auto_class, context_length
 from castlm.core.errors import InputError
 from castlm.inference.decode import decoding_method
-from castlm.models import auto_class, context_length, open_model, quiet
+from castlm.models import open_model, quiet
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from castlm.architecture import eval_mode
 from castlm.core.errors import InputError
 from castlm.core.experts import SparseLayer
 from castlm.core.pattern import NM, Pattern
@@ -27,7 +28,6 @@ from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.distributed.loading import Checkpoint
 from castlm.files import atomic_file, atomic_write_json, is_disk_full, read_json_mapping
 from castlm.layout import stored_transposed
-from castlm.models import eval_mode
 from castlm.oneshot.basis import BasisReport, BlockTurns, block_statistics
 from castlm.oneshot.block_basis import Change
 from castlm.oneshot.calibration import check_calibration

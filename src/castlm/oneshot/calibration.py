@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from castlm.architecture import context_length
 from castlm.core.errors import InputError
-from castlm.models import context_length
 
 CALIBRATION_POOL = 16
 """Times the tokens of the sequences that are tokenized: enough to draw from, without reading all of a long text."""

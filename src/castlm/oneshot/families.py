@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from castlm.architecture import is_vision_language
 from castlm.core.errors import InputError
-from castlm.models import is_vision_language
 
 
 @dataclass(frozen=True)

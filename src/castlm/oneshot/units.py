@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from castlm.architecture import eval_mode
 from castlm.core.errors import InputError
 from castlm.core.pattern import Blocks, Combined, Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.core.structured import Structured
-from castlm.models import eval_mode
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.inputs import check_plain_weights
 from castlm.oneshot.report import LayerResult, OneshotReport

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from castlm.architecture import auto_class, is_vision_language, linearize_
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, SparseLayer, num_weights
@@ -21,7 +22,6 @@ from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
 from castlm.export.cut import check_cut
-from castlm.models import auto_class, is_vision_language, linearize_
 from castlm.planning.activations import Saved, Settings, as_input_error, trace
 from castlm.reading import read_json_object, user_path
 

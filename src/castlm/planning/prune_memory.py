@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from castlm.architecture import auto_class, backbone, linearize_conv1d_
 from castlm.core.errors import InputError
 from castlm.core.experts import linearize_experts_
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.hardware import resident_memory
-from castlm.models import auto_class, backbone, linearize_conv1d_
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS
 from castlm.oneshot.walk import PASS_TOKENS_CPU, block_stack

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from castlm.architecture import backbone, check_head, output_head
 from castlm.core.distill import DistillationLoss, distillation_loss
 from castlm.core.errors import InputError
 from castlm.core.head import OutputHead
 from castlm.core.top_tokens import TopTokens, top_tokens
 from castlm.data.positions import document_mask
-from castlm.models import backbone, check_head, output_head
 from castlm.training.teacher_cache import TeacherCache
 
 

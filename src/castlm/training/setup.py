@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from castlm.architecture import vocab_size
 from castlm.core.adams import AdamS
 from castlm.core.budget import DecayBudget, decay_budget
 from castlm.core.decay import DECAYS
@@ -31,7 +32,6 @@ from castlm.export.cut import check_cut
 from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, describe
 from castlm.methods.base import Retraining
 from castlm.methods.table import class_of
-from castlm.models import vocab_size
 from castlm.training.config import TrainConfig
 from castlm.training.effects import without_effect
 from castlm.training.metrics import Evaluator

@@ -11,12 +11,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from castlm.architecture import check_head, context_length, vocab_size
 from castlm.core.blocks import is_tower
 from castlm.core.errors import InputError
 from castlm.data.chat import with_template
 from castlm.distributed.loading import Checkpoint, check_one_snapshot, open_sharded
 from castlm.distributed.world import World
-from castlm.models import Loaded, check_head, context_length, load_model, vocab_size
+from castlm.models import Loaded, load_model
 from castlm.oneshot.stream_basis import untie_
 from castlm.training.config import TrainConfig
 

@@ -1,0 +1,150 @@
+"""What a loaded model is made of: its class, its context length, its backbone and output head, its linear layers.
+
+GPT-2's Conv1D layers become `nn.Linear`, and the 3-D weights of experts `ExpertLinear`, so that no other module has to
+handle them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from castlm.core.errors import InputError
+from castlm.core.experts import linearize_experts_
+from castlm.core.head import OutputHead
+from castlm.layout import stored_transposed
+
+
+def is_vision_language(config: PretrainedConfig) -> bool:
+    """Whether a config is that of a model that reads images beside text, of `AutoModelForImageTextToText`."""
+    named = config.architectures or [None]
+    of_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    return of_images is not None and named[0] in (of_images, None) and not config.is_encoder_decoder
+
+
+def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
+    """The class of transformers whose `from_pretrained` and `from_config` make the model of a config."""
+    return AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM
+
+
+def vocab_size(config: PretrainedConfig) -> int:
+    """The number of tokens of a model; of a vision-language model, that of its language model."""
+    return int(config.get_text_config().vocab_size)
+
+
+def linearize_(model: PreTrainedModel) -> None:
+    """Replaces each `Conv1D` by an `nn.Linear`, and holds each 3-D weight of experts as an `ExpertLinear`, in place."""
+    linearize_conv1d_(model)
+    linearize_experts_(model)
+
+
+@torch.no_grad()
+def linearize_conv1d_(model: PreTrainedModel) -> list[str]:
+    """Replaces every transformers `Conv1D` by an equivalent `nn.Linear`, in place.
+
+    A weight (in, out) becomes (out, in), contiguous, of the same dtype, device and `requires_grad`, shared as before.
+
+    Returns:
+        The names of the replaced layers.
+
+    Raises:
+        InputError: a Conv1D in a family for which saving could not distinguish it from a Linear.
+    """
+    linear_of: dict[Conv1D, nn.Linear] = {}
+    transposed: dict[nn.Parameter, nn.Parameter] = {}
+    names = [name for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Conv1D)]
+    for name in names:
+        if not stored_transposed(model.config.model_type, f"{name}.weight"):
+            raise InputError(f"{name} is a Conv1D, which is not supported in the family {model.config.model_type}")
+    for name in names:
+        old = model.get_submodule(name)
+        if old not in linear_of:
+            if old.weight not in transposed:
+                weight = nn.Parameter(old.weight.T.contiguous(), requires_grad=old.weight.requires_grad)
+                transposed[old.weight] = weight
+            linear_of[old] = nn.Linear(*old.weight.shape, device="meta").train(old.training)
+            linear_of[old].weight, linear_of[old].bias = transposed[old.weight], old.bias
+        model.set_submodule(name, linear_of[old])
+    return names
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts `model` in eval mode while the block runs, and then each module back into the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model takes (`max_position_embeddings`); None where its config sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The model without its head: maps input ids (batch, seq) to an output with `last_hidden_state`, the head's input.
+
+    Raises:
+        InputError: an architecture without such a module.
+    """
+    if model.base_model is model:
+        raise InputError(f"{type(model).__name__} is not supported: it has no backbone beside its output head")
+    return model.base_model
+
+
+def output_head(model: PreTrainedModel) -> OutputHead:
+    """The layer that maps hidden states to logits; its weight is the model's own Parameter, tied or not.
+
+    Raises:
+        InputError: an architecture whose head is not one `nn.Linear`.
+    """
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise InputError(f"{type(model).__name__} is not supported: its output head is a {type(linear).__name__}")
+    fields = model.config.get_text_config().to_dict()
+    scale = fields.get("logit_scale") or 1.0  # Cohere
+    scale /= fields.get("logits_scaling") or 1.0  # Granite
+    return OutputHead(linear.weight, linear.bias, fields.get("final_logit_softcapping"), scale)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Checks on 12 random tokens that `output_head` of `backbone` gives the logits, and that the model is causal.
+
+    Raises:
+        InputError: the architecture computes something else, so the loss would be that of another model.
+    """
+    name, head = type(model).__name__, output_head(model)
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(head.weight.shape[0], (1, 12), generator=generator).to(model.device)
+    changed = input_ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % head.weight.shape[0]
+    with eval_mode(model):
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        logits_changed = model(input_ids=changed, use_cache=False).logits
+        hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    rebuilt = F.linear(hidden, head.weight, head.bias).float() * head.scale
+    if head.softcap is not None:
+        rebuilt = head.softcap * torch.tanh(rebuilt / head.softcap)
+    is_wide = hidden.dtype == logits.dtype == torch.float32  # bf16 autocast rounds the product of the head
+    tolerance = (1e-5 if is_wide else 2e-2) * logits.abs().max().item()
+    difference = (rebuilt - logits).abs().max().item()
+    if not difference <= tolerance:
+        raise InputError(
+            f"{name} is not supported: its logits differ by up to {difference:.3g} from output head times hidden state"
+        )
+    leak = (logits_changed - logits)[:, :-1].abs().max().item()
+    if not leak <= tolerance:
+        raise InputError(f"{name} is not a causal language model: a token changes the logits before it by {leak:.3g}")
