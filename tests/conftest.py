@@ -33,3 +33,18 @@ def text(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("text") / "stories.txt"
     path.write_text(TEXT)
     return str(path)
+
+
+LONGEST_FIRST = (
+    "test_notebook",
+    "test_distributed",
+    "test_train",
+    "test_moments",
+    "test_planning_sweep",
+    "test_compare",
+)
+"""Files whose tests take longest. They run first, so that no process is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST_FIRST)

@@ -6,12 +6,13 @@ transformers' own table of conversions, and so does everything here: no family i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from castlm.core.experts import ExpertLinear
+from castlm.core.sparsify import weight_parameter
 
 if TYPE_CHECKING:  # the loader of packed folders is imported while transformers is
     from transformers import PreTrainedModel
@@ -45,8 +46,8 @@ def state_dict_key(model: nn.Module, parameter_name: str) -> str:
 
 def stored_names(model: PreTrainedModel, fqn: str, layer: nn.Module) -> list[str]:
     """The names under which the files hold the weight of the layer `fqn`."""
-    weight: Any = layer.weight
-    shape = weight.shape if not (isinstance(layer, ExpertLinear) and layer.transposed) else weight.mT.shape
+    weight = weight_parameter(layer)  # not `layer.weight`, which gathers a scaled weight from all ranks
+    shape = weight.mT.shape if isinstance(layer, ExpertLinear) and layer.transposed else weight.shape
     return list(as_stored(model, state_dict_name(layer, fqn), torch.empty(shape, device="meta")))
 
 
