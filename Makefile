@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/castlm demo --output-dir demo-output --overwrite
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal  # some tests wait for processes of their own
 	$(BIN)/python -m pytest --doctest-modules src/castlm/core
 
 fuzz: setup  # the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, fed with random input
