@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from benchmarks.inference import greedy
 from benchmarks.machine import machine, write_json
 from benchmarks.rows import CLOCKS, interleaved
 from castlm.cli.options import result_folder
@@ -30,7 +31,6 @@ from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.evaluation.zero_shot import zero_shot
 from castlm.inference.convert import onto_kernels_, pack_model_
-from castlm.inference.decode import decoding_method
 from castlm.inference.layers import pack_linear
 from castlm.inference.packed import kept_mask, pack_integers
 from castlm.inference.quantize import QuantizeReport, quantize_
@@ -110,19 +110,6 @@ def onto_kernels(model: PreTrainedModel, form: str, sparse: bool, report: Quanti
     onto_kernels_(model, torch.float32)
 
 
-def decode(model: PreTrainedModel, ids: Tensor) -> None:
-    """As `castlm generate` decodes."""
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        pad_token_id=0,
-        custom_generate=decoding_method(model),
-    )
-
-
 @torch.no_grad()
 def frontier(options: argparse.Namespace) -> list[Point]:
     """All points, printed as they come."""
@@ -152,7 +139,7 @@ def frontier(options: argparse.Namespace) -> list[Point]:
             points.append(point)
             runners[point.name] = made.eval()
     prompt = text_ids[:PROMPT].unsqueeze(0)
-    contestants = {name: lambda model=model: decode(model, prompt) for name, model in runners.items()}
+    contestants = {name: lambda model=model: greedy(model, prompt, NEW_TOKENS) for name, model in runners.items()}
     seconds = interleaved(contestants, options.rounds, options.clock)
     for point in points:
         point.tokens_per_second = NEW_TOKENS / statistics.median(seconds[point.name])

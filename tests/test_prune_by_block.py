@@ -175,9 +175,10 @@ def test_a_damaged_record_is_named(llama, tmp_path, text, monkeypatch):
         (["--rotate", "residual"], "needs the whole model in memory"),
         (["--target-asymmetry", "0.5"], "need the dense model beside"),
         (["--reconstruct-epochs", "1"], "need the dense model beside"),
+        (["--damping", "2"], "damping 2.0 and block size"),
     ],
 )
-def test_what_needs_the_whole_model_is_refused(llama, tmp_path, text, options, message):
+def test_what_needs_the_whole_model_or_is_out_of_range_is_refused(llama, tmp_path, text, options, message):
     with pytest.raises(InputError, match=message):
         prune(llama, text, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()

@@ -73,19 +73,16 @@ def atomic_dir(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
     temporary = final.parent / _temporary_name(final.name, "tmp")
     published = False
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_temporaries(final.parent, final.name)
-        _refuse_in_place(final, overwrite)
-        temporary.mkdir()
-        yield temporary
-        add_file_list(temporary)
-        _flush_tree(temporary)
-        _publish(temporary, final, overwrite)
-        published = True
-    except Exception as error:
-        if is_disk_full(error):
-            raise InputError(f"disk full while writing {final}: free some space or choose another folder") from error
-        raise
+        with disk_full_is_said(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            remove_stale_temporaries(final.parent, final.name)
+            _refuse_in_place(final, overwrite)
+            temporary.mkdir()
+            yield temporary
+            add_file_list(temporary)
+            _flush_tree(temporary)
+            _publish(temporary, final, overwrite)
+            published = True
     finally:
         if published:  # this is what `final` held before
             discard_old(temporary, final)
@@ -198,6 +195,17 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def disk_full_is_said(path: str | Path, remedy: str = "free some space or choose another folder") -> Iterator[None]:
+    """Raises `InputError` with the `remedy` where the disk is full; any other error passes."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise InputError(f"disk full while writing {path}: {remedy}") from error
+        raise
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether `error` or what caused it is a full disk or quota; safetensors reports it in words, not as an OSError."""
     cause: BaseException | None = error
@@ -267,16 +275,12 @@ def atomic_write_text(path: str | Path, text: str) -> None:
         InputError: the disk is full.
     """
     path = Path(path)
-    try:
+    with disk_full_is_said(path):
         with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         flush_folder(path.parent)
-    except OSError as error:
-        if is_disk_full(error):
-            raise InputError(f"disk full while writing {path}: free some space or choose another folder") from error
-        raise
 
 
 def read_json_mapping(path: str | Path, remedy: str) -> dict[str, Any]:

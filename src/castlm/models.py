@@ -97,7 +97,7 @@ def load_model(
             dtype=dtype or stored,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            adapter_kwargs=dict(where.local),  # where peft is installed, an adapter is looked for: not on the hub then
+            adapter_kwargs=dict(where.local),  # peft, if installed, looks for an adapter: not on the hub then
             **weights,
             **options,
         )

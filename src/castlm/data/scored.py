@@ -1,4 +1,4 @@
-"""The tokens of an evaluation text, which of them are scored, and where a sequence has to start anew."""
+"""The tokens of an evaluation text, which of them are scored, and where a sequence has to start again."""
 
 from __future__ import annotations
 

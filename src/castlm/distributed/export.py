@@ -32,14 +32,16 @@ from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World
 from castlm.export.hf import (
     EVAL_TOLERANCE,
+    dtype_name,
     new_manifest,
     rejected,
     verify_pattern,
     write_all_but_weights,
+    write_index,
     write_record,
 )
 from castlm.export.verify import verify
-from castlm.files import atomic_dir, atomic_write_json, is_disk_full
+from castlm.files import atomic_dir, is_disk_full
 from castlm.layout import stored_transposed
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -77,7 +79,7 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
     """
     world = result.world
     folder = Path(os.path.realpath(result.folder))
-    record = {**record, "dtype": str(result.dtype).removeprefix("torch.")}
+    record = {**record, "dtype": dtype_name(result.dtype)}
     manifest = new_manifest(result.pattern, result.left_dense, record)
     if not result.is_sparse:
         manifest["pattern"] = None  # the dense control
@@ -136,9 +138,7 @@ def _write_weights(result: ShardedResult, folder: Path) -> str | None:
                 failure = f"{why} while writing {folder / file}: free some space or choose another folder"
     if result.world.is_main and failure is None and len(files) > 1:
         total = sum(weight.numel() for weight, _ in weights.values())
-        index = {"metadata": {"total_parameters": total, "total_size": total * result.dtype.itemsize}}
-        index["weight_map"] = stored_in
-        atomic_write_json(folder / "model.safetensors.index.json", index)
+        write_index(folder, stored_in, total, result.dtype)
     return failure
 
 

@@ -14,10 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.pattern import Pattern
-from castlm.export.hf import new_manifest, rejected, verify_pattern, write_all_but_weights, write_record
+from castlm.export.hf import (
+    dtype_name,
+    new_manifest,
+    rejected,
+    verify_pattern,
+    write_all_but_weights,
+    write_index,
+    write_record,
+)
 from castlm.export.stream import DTYPES, write_safetensors
 from castlm.export.verify import verify
-from castlm.files import atomic_dir, atomic_write_json
+from castlm.files import atomic_dir
 from castlm.reading import user_path
 
 
@@ -45,7 +53,7 @@ def export_blocks(
         InputError: the disk is full, or the verification fails; the result is then kept as `<folder>.rejected`.
     """
     folder = Path(os.path.realpath(user_path(folder)))
-    manifest = new_manifest(pattern, left_dense, {**record, "dtype": str(dtype).removeprefix("torch.")})
+    manifest = new_manifest(pattern, left_dense, {**record, "dtype": dtype_name(dtype)})
     with atomic_dir(folder, overwrite=True) as temporary:
         files = [f"model-{i:05d}-of-{len(blocks) + 1:05d}.safetensors" for i in range(1, len(blocks) + 2)]
         weight_map: dict[str, str] = {}
@@ -59,9 +67,7 @@ def export_blocks(
         write_safetensors(temporary / files[0], layout, rounded, {"format": "pt"})
         weight_map |= dict.fromkeys(layout, files[0])
         total = sum(p.numel() for p in model.parameters())
-        metadata = {"total_parameters": total, "total_size": total * dtype.itemsize}
-        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        atomic_write_json(temporary / "model.safetensors.index.json", index)
+        write_index(temporary, dict(sorted(weight_map.items())), total, dtype)
         write_all_but_weights(model, tokenizer, temporary, dtype)
         try:
             report = verify(temporary, pattern, known_layers=())

@@ -27,6 +27,7 @@ from castlm.core.sparsify import is_sparse_linear
 from castlm.export.card import model_card
 from castlm.export.cut import cut_model
 from castlm.export.cut_sizes import cut_pattern
+from castlm.export.folder import INDEX
 from castlm.export.report import VerifyReport
 from castlm.export.verify import verify
 from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_name
@@ -76,7 +77,7 @@ def export_model(
             raise InputError(f"{name} is still parametrized: call fold_weight_scaling(model) before the export")
     folder = Path(os.path.realpath(user_path(folder)))
     pattern = as_pattern(pattern)
-    manifest = new_manifest(pattern, left_dense, {**record, "dtype": _name_of(dtype or model.dtype)})
+    manifest = new_manifest(pattern, left_dense, {**record, "dtype": dtype_name(dtype or model.dtype)})
     if cut_pattern(pattern) is not None:
         model, done = cut_model(model, pattern)
         manifest["cut"] = asdict(done)
@@ -93,7 +94,8 @@ def export_model(
     return manifest
 
 
-def _name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json and castlm.json name it: bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -119,12 +121,18 @@ def write_all_but_weights(
 ) -> None:
     """Writes config, generation config and tokenizer beside weights of `dtype` that were written otherwise."""
     config = copy.deepcopy(model.config)
-    config.architectures, config.dtype = [type(model).__name__], _name_of(dtype)
+    config.architectures, config.dtype = [type(model).__name__], dtype_name(dtype)
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     copy_processor(config, folder)
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], num_parameters: int, dtype: torch.dtype) -> None:
+    """Writes the index of several weight files: the file of each tensor by its name."""
+    metadata = {"total_parameters": num_parameters, "total_size": num_parameters * dtype.itemsize}
+    atomic_write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
 def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:

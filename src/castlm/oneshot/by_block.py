@@ -8,8 +8,7 @@ at any moment loses at most one block's work.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,22 +25,22 @@ from castlm.core.experts import SparseLayer
 from castlm.core.pattern import NM, Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.distributed.loading import Checkpoint
-from castlm.files import atomic_file, atomic_write_json, is_disk_full, read_json_mapping
+from castlm.export.hf import dtype_name
+from castlm.files import atomic_file, atomic_write_json, disk_full_is_said, read_json_mapping
 from castlm.layout import stored_transposed
 from castlm.oneshot.basis import BasisReport, BlockTurns, block_statistics
 from castlm.oneshot.block_basis import Change
-from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.families import describe
 from castlm.oneshot.hidden_states import HiddenStates
-from castlm.oneshot.inputs import check_plain_weights
 from castlm.oneshot.options import BasisOptions, Refinements
-from castlm.oneshot.prune import prune_block, prune_layers
+from castlm.oneshot.prune import check_prune, prune_block, prune_layers
 from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import SOLVERS, Settings
 from castlm.oneshot.stored_model import StoredModel
 from castlm.oneshot.walk import BlockInputs, batch_size, block_stack
 
 PROGRESS = "progress.json"
+_REMEDY = "free some space and run the same command again to go on"
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,10 @@ class BlockPrune:
     """What the blocks are written in."""
     device: torch.device
     filter_fn: FilterFn = is_sparse_linear
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.pattern, self.damping, 128)
 
 
 def block_file(folder: Path, index: int) -> Path:
@@ -93,7 +96,7 @@ def prune_by_block(
     """
     _refuse(run)
     layers, left_dense = sparse_linears(run.model, run.pattern, run.filter_fn)
-    check_plain_weights(layers, "pruning")
+    check_prune(run.model, run.method, layers, run.calibration, run.settings, run.refinements)
     stack, _ = block_stack(run.model, layers)
     stored = StoredModel(run.model, run.checkpoint, stack, run.device)
     state = _State.read(run)
@@ -123,12 +126,6 @@ def _refuse(run: BlockPrune) -> None:
             "target_asymmetry, stream_correction and reconstruct_epochs need the dense model beside the pruned one: "
             "leave them out, or use memory model"
         )
-    if run.method not in SOLVERS:
-        raise InputError(f"there is no one-shot method {run.method!r}: choose one of {', '.join(SOLVERS)}")
-    if run.calibration is None and SOLVERS[run.method].add is not None:
-        raise InputError(f"method {run.method} needs a calibration text: pass calibration, from calibration_blocks")
-    if run.calibration is not None:
-        check_calibration(run.model, run.calibration)
 
 
 @dataclass
@@ -187,7 +184,7 @@ def _options(run: BlockPrune) -> dict[str, Any]:
         "damping": run.damping,
         **asdict(run.basis),
         **asdict(run.refinements),
-        "dtype": str(run.dtype).removeprefix("torch."),
+        "dtype": dtype_name(run.dtype),
     }
 
 
@@ -205,7 +202,7 @@ class _Walk:
     ) -> None:
         self.run_, self.stored, self.layers, self.state = run, stored, layers, state
         self.say, self.progress = say, progress
-        self.solver, self.to = SOLVERS[run.method], Settings(run.pattern, run.damping, 128)
+        self.solver, self.to = SOLVERS[run.method], run.settings
         self.turns = self._turns()
 
     def run(self) -> None:
@@ -264,7 +261,7 @@ class _Walk:
         states = HiddenStates(run.folder, shape, device, self.state.done, num_batches)
         if not self.state.done:
             states.file(0).unlink(missing_ok=True)
-        with _disk_full_is_said(run.folder), self.stored.passing():
+        with disk_full_is_said(run.folder, _REMEDY), self.stored.passing():
             return BlockInputs(run.model, self.stored.blocks, calibration, states, self.state.done), states
 
     def _prune(self, index: int, inputs: BlockInputs | None) -> list[LayerResult]:
@@ -277,7 +274,7 @@ class _Walk:
                 for result in prune_layers({name: layer.weight}, None, self.solver, self.to)
             ]
         num_sequences = len(self.run_.calibration)  # type: ignore[arg-type]
-        with _disk_full_is_said(self.run_.folder):
+        with disk_full_is_said(self.run_.folder, _REMEDY):
             if self.turns is not None and inside:
                 statistics = block_statistics(inside, inputs, num_sequences)
                 wiring = describe(self.run_.model)
@@ -297,21 +294,9 @@ def _write_block(run: BlockPrune, block: nn.Module, index: int, prefix: str) -> 
         transposed = stored_transposed(run.model.config.model_type, prefix + name)
         tensors[prefix + name] = (value.T if transposed else value).contiguous().cpu()
     file = block_file(run.folder, index)
-    with _disk_full_is_said(run.folder), atomic_file(file) as temporary:
+    with disk_full_is_said(run.folder, _REMEDY), atomic_file(file) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     with safe_open(file, "pt") as opened:
         for name, tensor in tensors.items():
             if not torch.equal(opened.get_tensor(name).view(torch.uint8), tensor.view(torch.uint8)):
                 raise InputError(f"{name} has other values in {file} than in memory: the disk or memory is faulty")
-
-
-@contextmanager
-def _disk_full_is_said(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if is_disk_full(error):
-            raise InputError(
-                f"disk full while writing {folder}: free some space and run the same command again to go on"
-            ) from error
-        raise

@@ -160,12 +160,7 @@ def prune_oneshot_(
     started = time.perf_counter()
     to = Settings(pattern, damping, block_size)
     layers, left_dense = sparse_linears(model, to.pattern, filter_fn)
-    _check(model, method, layers, calibration, to)
-    if refinements != NO_REFINEMENTS and method != "sparsegpt":
-        raise InputError(f"refinements are for method sparsegpt, not for {method}: leave them out")
-    for name, in_range, allowed in refinements.out_of_range():
-        if not in_range:
-            raise InputError(f"{name} = {getattr(refinements, name)} is out of range: it must be {allowed}")
+    check_prune(model, method, layers, calibration, to, refinements)
     kind = SOLVERS[method]
     if kind.add is None and calibration is not None:
         calibration = calibration[: math.ceil(ERROR_TOKENS / calibration.shape[1])]
@@ -276,9 +271,15 @@ def _stream_probes(model: PreTrainedModel, stack: str) -> dict[str, str]:
     return probes
 
 
-def _check(
-    model: PreTrainedModel, method: str, layers: Mapping[str, SparseLayer], calibration: Tensor | None, to: Settings
+def check_prune(
+    model: PreTrainedModel,
+    method: str,
+    layers: Mapping[str, SparseLayer],
+    calibration: Tensor | None,
+    to: Settings,
+    refinements: Refinements,
 ) -> None:
+    """Raises `InputError` where `prune_oneshot_` would not take these arguments, before anything is changed."""
     if method not in SOLVERS:
         raise InputError(f"there is no one-shot method {method!r}: choose one of {', '.join(SOLVERS)}")
     if method == "sparsegpt" and not isinstance(to.pattern, NM):
@@ -290,3 +291,8 @@ def _check(
         check_calibration(model, calibration)
     elif SOLVERS[method].add is not None:
         raise InputError(f"method {method} needs a calibration text: pass calibration, from calibration_blocks")
+    if refinements != NO_REFINEMENTS and method != "sparsegpt":
+        raise InputError(f"refinements are for method sparsegpt, not for {method}: leave them out")
+    for name, in_range, allowed in refinements.out_of_range():
+        if not in_range:
+            raise InputError(f"{name} = {getattr(refinements, name)} is out of range: it must be {allowed}")
