@@ -17,7 +17,7 @@ from castlm.fields import choices_of, default_of, docs_of, hints_of, is_required
 WIDTH = 100
 _INDENT = 30
 _SHORT = 24
-"""Commands with at most this many options describe them all in `--help`."""
+"""Commands with at most this many options, or none that is marked as essential, describe them all in `--help`."""
 
 
 def help_text(kinds: Sequence[type[Any]], name: str, everything: bool) -> str:
@@ -32,11 +32,11 @@ def help_text(kinds: Sequence[type[Any]], name: str, everything: bool) -> str:
     usage = " ".join(["usage: castlm", name, *(field.name.upper() for field in positional), "[OPTIONS]"])
     summary = " ".join(_summary(kinds[0]).split())
     lines = [usage, "", *_wrap(summary), ""]
-    if everything or len(fields) <= _SHORT:
+    essential = [field for field in fields if field.metadata.get("essential")]
+    if everything or len(fields) <= _SHORT or not essential:
         for title, members in groups:
             lines += [f"{title}:", *(line for kind_field in members for line in _described(kinds, kind_field)), ""]
         return "\n".join(lines).rstrip()
-    essential = [field for field in fields if field.metadata.get("essential")]
     essential.sort(key=lambda field: not is_required(field))
     lines += ["most important options:", *(line for field in essential for line in _described(kinds, field)), ""]
     for title, members in groups:

@@ -6,15 +6,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from castlm.cli.options import parse, result_folder
+from castlm.cli.options import command_line, parse, result_folder
 from castlm.core.errors import InputError
 from castlm.fields import positional
+from castlm.training.config import TrainConfig
 
 
 @dataclass
-class SampleCommand:
-    """Let a model write text to train on: documents, continuations of prompts, or conversations. Stopped by Ctrl-C or a
-    kill, the same command with --resume goes on where it stood."""
+class SampleOptions:
+    """What is sampled, and how."""
 
     path: str = positional()
     """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"."""
@@ -53,7 +53,7 @@ class SampleCommand:
     """Two texts whose first characters, this many, are equal count as duplicates. 0 compares whole texts only."""
 
     seed: int = 0
-    """Of the samples."""
+    """Of the samples, and of the order of the sequences in teacher_cache."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses CUDA if there is a GPU, in the dtype of the model. The CPU computes in fp32."""
@@ -70,32 +70,105 @@ class SampleCommand:
     trust_remote_code: bool = False
     """Run the Python code that comes with a hub model."""
 
+
+@dataclass(kw_only=True)
+class CacheOptions:
+    """The teacher's tokens for the text, left behind for `castlm train`, whose options have the same names."""
+
+    teacher_cache: str | None = None
+    """Folder to fill with the teacher's top-k tokens for the first epoch of castlm train on the text, which then loads
+    no teacher."""
+
+    teacher_top_k: int = 64
+    """Tokens of the teacher that are stored at each position, 8 bytes each."""
+
+    seq_len: int = 512
+    """Tokens per training sequence."""
+
+    per_device_train_batch_size: int = 8
+    """Sequences that the teacher reads at the same time, as in the run."""
+
+    repeat_blocks: bool = False
+    """Cut every epoch into the same sequences, so that teacher_cache serves all epochs."""
+
+    eval_dataset: str | None = None
+    """Text for the perplexity of the run. Without it, the run holds out a part of the sampled documents, which
+    teacher_cache leaves out."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type of the teacher in the run."""
+
+
+@dataclass
+class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base come first
+    """Let a model write text to train on: documents, continuations of prompts, or conversations. Stopped by Ctrl-C or a
+    kill, the same command with --resume goes on where it stood."""
+
     def run(self) -> int:
-        from castlm.data.sample_file import open_samples
+        from castlm.data.sample_file import finished_samples, open_samples
         from castlm.data.sampling import SamplingOptions, read_prompts
 
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other: choose one")
+        config = self._train_config()
         names = [option.name for option in dataclasses.fields(SamplingOptions)]
         options = SamplingOptions(**{name: getattr(self, name) for name in names})
         prompts = None if self.prompts is None else read_prompts(self.prompts, self.column)
-        free = ("output_file", "num_tokens", "resume", "overwrite", "trust_remote_code")
+        free = {"output_file", "num_tokens", "resume", "overwrite", "trust_remote_code", *_CACHE_OPTIONS}
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
-        with open_samples(
-            self.output_file,
-            settings,
-            dedup_prefix=self.dedup_prefix,
-            overwrite=self.overwrite,
-            resume=self.resume,
-        ) as file:
-            record = self._sample(file, options, prompts)
+        record = None
+        if self.resume and self.teacher_cache is not None:
+            record = finished_samples(self.output_file, settings, self.num_tokens)
+        if record is None:
+            with open_samples(
+                self.output_file,
+                settings,
+                dedup_prefix=self.dedup_prefix,
+                overwrite=self.overwrite,
+                resume=self.resume,
+            ) as file:
+                record = self._sample(file, options, prompts)
         print(
             f"{self.output_file}: {record['samples']:,} texts of {record['tokens']:,} tokens; left out: "
             f"{record['duplicates']:,} duplicates, {record['dropped']:,} empty or unfinished; {record['cut']:,} were "
             "cut at max_new_tokens"
         )
-        print(f"train on it with: castlm train --model {self.path} --dataset {self.output_file} --output-dir RUN")
+        if self.teacher_cache is not None:
+            self._fill_cache(config)
+        print(f"train on it with: {command_line('train', config)}")
         return 0
+
+    def _train_config(self) -> TrainConfig:
+        """The run that the text is for.
+
+        Raises:
+            InputError: as `TrainConfig`, or an option of the cache without a cache.
+        """
+        given = [f.name for f in dataclasses.fields(CacheOptions) if getattr(self, f.name) != f.default]
+        if self.teacher_cache is None and given:
+            raise InputError(f"{given[0]} has an effect only with teacher_cache: name a folder, or leave it out")
+        passed_on = ("chat_template_path", "revision", "trust_remote_code")
+        options: dict[str, Any] = {name: getattr(self, name) for name in passed_on}
+        if self.teacher_cache is not None:
+            options |= {name: getattr(self, name) for name in (*_CACHE_OPTIONS, "seed", "device")}
+            options |= {} if self.repeat_blocks else {"num_train_epochs": 1}  # what the cache serves
+        return TrainConfig(result_folder(self.path), self.output_file, "RUN", **options)
+
+    def _fill_cache(self, config: TrainConfig) -> None:
+        from castlm.progress import note, shown_progress
+        from castlm.training.teacher_pass import fill_teacher_cache
+
+        try:
+            with shown_progress("reading with the teacher, sequences", rate="sequences/s") as progress:
+                num_sequences = fill_teacher_cache(config, progress)
+        except (KeyboardInterrupt, SystemExit):
+            note(f"the text is finished, {self.teacher_cache} is not: the same command with --resume goes on")
+            raise
+        serves = "any number of steps" if config.repeat_blocks else "one epoch"
+        print(
+            f"{self.teacher_cache}: the teacher's top {config.teacher_top_k} tokens for {num_sequences:,} sequences of "
+            f"{config.seq_len} tokens, for {serves} without a teacher"
+        )
 
     def _sample(self, file: Any, options: Any, prompts: list[str] | None) -> dict[str, Any]:
         import torch
@@ -125,6 +198,9 @@ class SampleCommand:
             if file.batches:
                 note(f"{file.samples:,} texts are saved; the same command with --resume goes on")
             raise
+
+
+_CACHE_OPTIONS = tuple(field.name for field in dataclasses.fields(CacheOptions))
 
 
 def main(arguments: list[str]) -> int:

@@ -90,12 +90,7 @@ class SampleFile:
             InputError: there is none, it had other settings, or its rows have changed.
         """
         record = read_json_mapping(self.record_file, f"remove it and {self.part}, and start again")
-        settings = json.loads(json.dumps(self.settings))
-        theirs = record.get("settings") or {}
-        names = [name for name in sorted(settings | theirs) if theirs.get(name) != settings.get(name)]
-        changed = [f"{name} {theirs.get(name)} -> {settings.get(name)}" for name in names]
-        if changed:
-            raise InputError(f"{self.part} was sampled differently ({', '.join(changed)}): undo that, or start again")
+        _check_settings(self.part, self.settings, record)
         counts = {name: record.get(name) for name in _COUNTS}
         if any(type(count) is not int or count < 0 for count in counts.values()):
             raise InputError(f"{self.record_file} is corrupt: remove it and {self.part}, and start again")
@@ -117,6 +112,33 @@ class SampleFile:
 
 
 _COUNTS = ("batches", "samples", "tokens", "bytes", "duplicates", "cut", "dropped")
+
+
+def _check_settings(file: Path, settings: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Raises `InputError` if the record of `file` has other settings."""
+    mine, theirs = json.loads(json.dumps(settings)), record.get("settings") or {}
+    names = [name for name in sorted(mine | theirs) if theirs.get(name) != mine.get(name)]
+    changed = [f"{name} {theirs.get(name)} -> {mine.get(name)}" for name in names]
+    if changed:
+        raise InputError(f"{file} was sampled differently ({', '.join(changed)}): undo that, or start again")
+
+
+def finished_samples(path: str | Path, settings: Mapping[str, Any], num_tokens: int) -> dict[str, Any] | None:
+    """The record of a finished file; None where the file at `path` is not finished, or not there.
+
+    Raises:
+        InputError: it has other settings or fewer tokens, or has changed since it was written.
+    """
+    path = user_path(path)
+    record = read_record(_record(path))
+    if record.get("finished") is not True or not path.is_file():
+        return None
+    _check_settings(path, settings, record)
+    if sha256_file(path) != record.get("sha256"):
+        raise InputError(f"{path} is not as castlm wrote it: move it away, or name another file")
+    if record.get("tokens", 0) < num_tokens:
+        raise InputError(f"{path} is finished with {record['tokens']:,} tokens: lower num_tokens, or overwrite it")
+    return record
 
 
 def generated_of(row: Mapping[str, Any], prompt: str) -> str:

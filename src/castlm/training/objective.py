@@ -66,7 +66,7 @@ class Objective(nn.Module):
             return distillation_loss(hidden, head, labels, eta=0.0, num_tokens=num_tokens)
         settings = {"eta": self.eta, "temperature": self.temperature, "num_tokens": num_tokens}
         if self.top_k:
-            top = self._top_tokens(input_ids, position_ids)
+            top = self.teacher_top_tokens(input_ids, position_ids)
             return distillation_loss(hidden, head, labels, teacher_top=top, **settings)
         return distillation_loss(hidden, head, labels, *self._teacher_output(input_ids, position_ids), **settings)
 
@@ -121,7 +121,13 @@ class Objective(nn.Module):
         states = backbone(self.teacher)(**self._inputs(input_ids, position_ids), use_cache=False).last_hidden_state
         return states, output_head(self.teacher)
 
-    def _top_tokens(self, input_ids: Tensor, position_ids: Tensor | None) -> TopTokens:
+    def teacher_top_tokens(self, input_ids: Tensor, position_ids: Tensor | None) -> TopTokens:
+        """The teacher's tokens for `input_ids` (batch, seq): those of the cache, or else the teacher's, which it keeps.
+
+        Args:
+            position_ids: (batch, seq); used only if the documents are `apart`.
+        """
+        position_ids = position_ids if self.apart else None
         found = self.cache.get(input_ids, position_ids) if self.cache is not None else None
         if found is not None:
             return found
@@ -137,12 +143,16 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def make_teacher(student: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A frozen copy of the dense model as it is now, its weights in `dtype`; buffers such as rotary frequencies are not
-    cast: bf16 has too few bits for them."""
-    teacher = copy.deepcopy(student).eval()
-    for parameter in teacher.parameters():
+    """A frozen copy of the dense model as it is now, its weights in `dtype`."""
+    return as_teacher_(copy.deepcopy(student), dtype)
+
+
+def as_teacher_(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """`model` itself, frozen, with its weights in `dtype`; buffers such as rotary frequencies are not cast: bf16 has
+    too few bits for them."""
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return teacher.requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager

@@ -255,7 +255,9 @@ class Run:
         """Records which sequences the teacher cache holds by now."""
         if self.parts.objective.cache is not None:
             batch = global_batch(self.config, self.world)
-            self.parts.objective.cache.cover(self.progress.first_step * batch, self.progress.step * batch)
+            whole_epoch = self.config.repeat_blocks and self.parts.text.loader.state_dict()["epoch"] > 0
+            first, last = self.progress.first_step * batch, self.progress.step * batch
+            self.parts.objective.cache.cover(first, last, every_epoch=whole_epoch)
 
     def result(self) -> TrainedRun:
         """What `finish` needs to know of the run."""

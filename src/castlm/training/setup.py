@@ -39,7 +39,7 @@ from castlm.training.objective import Objective, make_teacher
 from castlm.training.schedule import schedule
 from castlm.training.source import Source, open_source
 from castlm.training.start import Start, is_untied, make_start, start_
-from castlm.training.teacher_cache import TeacherCache
+from castlm.training.teacher_pass import claim_teacher_cache, open_teacher_cache, teacher_dtype
 from castlm.training.text import TrainingText, open_training_text
 
 
@@ -115,10 +115,11 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         check_cut(model, pattern, filter_fn)
     has_start = resumed is None and config.start != "magnitude"
     start = make_start(config, source, text, pattern, filter_fn, world) if has_start else Start(record=resumed or {})
-    cache = _open_teacher_cache(config, text, vocab_size(model.config), world)
-    teacher_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    cache = open_teacher_cache(config, text, vocab_size(model.config), world)
+    if cache is not None:
+        cache.complete = cache.covers(config.max_steps * global_batch(config, world))
     has_teacher = config.eta > 0 and not (cache and cache.complete)
-    teacher = make_teacher(model, teacher_dtype) if has_teacher else None
+    teacher = make_teacher(model, teacher_dtype(precision)) if has_teacher else None
     if is_untied(start.record):
         source.untie_()
     method = method_class(model, config, pattern, filter_fn)
@@ -131,13 +132,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     _shard(objective, source.stored, precision, world)
     names = _trained_parameters(objective, world)
     if cache is not None:  # the model still has the weights of its teacher
-        cache.claim(
-            model,
-            dtype=str(teacher_dtype),
-            top_k=config.teacher_top_k,
-            temperature=config.temperature,
-            cross_document_attention=config.cross_document_attention,
-        )
+        claim_teacher_cache(cache, config, model, precision)
     fused, optimizer_text = choose_fused(config.fused_optimizer, world.device, sum(p.numel() for p in names))
     optimizer = method.build_optimizer(model, fused)
     evaluator = Evaluator(
@@ -173,15 +168,6 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
 def local_masks(masks: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     """This rank's part of every sparse weight, with its mask."""
     return {local(p.data): local(mask) for p, mask in masks.items()}
-
-
-def _open_teacher_cache(config: TrainConfig, text: TrainingText, vocab_size: int, world: World) -> TeacherCache | None:
-    if config.teacher_cache is None:
-        return None
-    stream = [text.train_sha256, config.seed, config.seq_len, config.repeat_blocks, config.column, text.template_sha256]
-    cache = TeacherCache(config.teacher_cache, stream, vocab_size, world)
-    cache.complete = cache.covered() >= config.max_steps * global_batch(config, world)
-    return cache
 
 
 def _shard(objective: Objective, stored: Checkpoint | None, precision: str, world: World) -> None:

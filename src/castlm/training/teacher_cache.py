@@ -100,27 +100,41 @@ class TeacherCache:
 
         self._teacher = json.dumps(self.world.on_main(check), sort_keys=True)
 
-    def covered(self) -> int:
-        """How many sequences of the stream are here, counted from its start."""
-        return self.world.on_main(self._covered)
+    def covers(self, num_sequences: int) -> bool:
+        """Whether the first `num_sequences` sequences of the stream are here."""
 
-    def _covered(self) -> int:
+        def covers() -> bool:
+            blocks, every_epoch = self._covered()
+            return every_epoch or num_sequences <= blocks
+
+        return self.world.on_main(covers)
+
+    def _covered(self) -> tuple[int, bool]:
+        """How many sequences are here, counted from the start of the stream, and whether those of every epoch are."""
         if not self._coverage.is_file():
-            return 0
-        blocks = read_json_mapping(self._coverage, "remove it, to load the teacher").get("blocks")
-        if type(blocks) is not int or blocks < 0:
-            raise InputError(f"{self._coverage} is corrupt: blocks is {blocks!r}; remove it, to load the teacher")
-        return blocks
+            return 0, False
+        record = read_json_mapping(self._coverage, "remove it, to load the teacher")
+        blocks, every_epoch = record.get("blocks"), record.get("every_epoch", False)
+        if type(blocks) is not int or blocks < 0 or type(every_epoch) is not bool:
+            raise InputError(f"{self._coverage} is corrupt: {record}; remove it, to load the teacher")
+        return blocks, every_epoch
 
-    def cover(self, first: int, last: int) -> None:
+    def cover(self, first: int, last: int, every_epoch: bool = False) -> None:
         """Records on the main rank that sequences `first` to `last` of the stream are here, if all before them are.
+
+        Args:
+            every_epoch: these include a whole epoch, and all others have the same sequences.
 
         Raises:
             InputError: a rank could not write one.
         """
         self.world.check_all(self._failure)
-        if self.world.is_main and not self.complete and first <= self._covered() < last:
-            atomic_write_json(self._coverage, {"blocks": last})
+        if not self.world.is_main or self.complete:
+            return
+        blocks, known = self._covered()
+        if first <= blocks and (blocks < last or (every_epoch and not known)):
+            record = {"blocks": max(blocks, last), **({"every_epoch": True} if every_epoch or known else {})}
+            atomic_write_json(self._coverage, record)
 
     def get(self, input_ids: Tensor, position_ids: Tensor | None = None) -> TopTokens | None:
         """The teacher's tokens for `input_ids` (batch, seq), on their device.

@@ -1,0 +1,96 @@
+"""The teacher's cache of a run, and a pass of the teacher alone that fills it before the run.
+
+The pass reads the sequences of the first epoch in their order and in the batches of the run, with the run's own text,
+objective and precision. What it writes is therefore what the first epoch of `castlm train` would have written, bit for
+bit, and a run whose sequences are all in the cache loads no teacher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from castlm.architecture import vocab_size
+from castlm.data.tokens import check_vocabulary
+from castlm.distributed.world import World, init_world
+from castlm.hardware import autocast, choose_precision
+from castlm.training.config import TrainConfig
+from castlm.training.objective import Objective, as_teacher_
+from castlm.training.source import open_source
+from castlm.training.teacher_cache import TeacherCache
+from castlm.training.text import TrainingText, open_training_text
+
+
+def open_teacher_cache(config: TrainConfig, text: TrainingText, vocab_size: int, world: World) -> TeacherCache | None:
+    """The cache of a run; None where it has none."""
+    if config.teacher_cache is None:
+        return None
+    stream = [text.train_sha256, config.seed, config.seq_len, config.repeat_blocks, config.column, text.template_sha256]
+    return TeacherCache(config.teacher_cache, stream, vocab_size, world)
+
+
+def teacher_dtype(precision: str) -> torch.dtype:
+    """What the teacher's weights are held in."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def claim_teacher_cache(cache: TeacherCache, config: TrainConfig, model: nn.Module, precision: str) -> None:
+    """`TeacherCache.claim` for the teacher of `config`.
+
+    Args:
+        model: still has the weights of the teacher, in fp32.
+    """
+    cache.claim(
+        model,
+        dtype=str(teacher_dtype(precision)),
+        top_k=config.teacher_top_k,
+        temperature=config.temperature,
+        cross_document_attention=config.cross_document_attention,
+    )
+
+
+@torch.no_grad()
+def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+    """Lets the teacher read the sequences of the first epoch of `config` that its cache lacks, on this process.
+
+    Each batch is recorded when it is done, so that a pass that was stopped is started again and goes on. A sequence
+    that is there is checked and not read again.
+
+    Args:
+        config: with a `teacher_cache`.
+        progress: called with (sequences so far, sequences of the epoch) after each batch.
+
+    Returns:
+        How many sequences the cache covers. The last batch may hold some of the second epoch, as in a run.
+
+    Raises:
+        InputError: as for a run: a model or text that cannot be read, a cache of another teacher, a full disk.
+    """
+    world = init_world(config.device, config.sharding)
+    source = open_source(config, world)
+    vocab = vocab_size(source.model.config)
+    text = open_training_text(config, source.tokenizer, vocab, world)
+    precision = choose_precision(config.precision, world.device, source.model.config)
+    cache = open_teacher_cache(config, text, vocab, world)
+    assert cache is not None
+    claim_teacher_cache(cache, config, source.model, precision)
+    teacher, apart = as_teacher_(source.model, teacher_dtype(precision)), not config.cross_document_attention
+    objective = Objective(teacher, teacher, config.eta, config.temperature, config.teacher_top_k, cache, apart)
+    objective.to(world.device).eval()
+    with autocast(world.device, precision):
+        objective.check_documents_apart()
+    total = math.ceil(text.loader.sequences.tokens_per_epoch() / config.seq_len)
+    done, is_whole = 0, False
+    while not is_whole:
+        batch = next(text.loader)
+        check_vocabulary(batch["input_ids"], vocab)
+        with autocast(world.device, precision):
+            ids, positions = (batch[name].to(world.device) for name in ("input_ids", "position_ids"))
+            objective.teacher_top_tokens(ids, positions)
+        done, is_whole = done + len(ids), text.loader.state_dict()["epoch"] > 0
+        cache.cover(0, done, every_epoch=is_whole and config.repeat_blocks)
+        progress(min(done, total), total)
+    return done

@@ -1,0 +1,190 @@
+"""`castlm sample --teacher-cache`: what it leaves behind is what the first epoch of a run would have written."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from castlm.cli.main import main
+from castlm.core.errors import InputError
+from castlm.data.documents import open_documents
+from castlm.distributed.world import init_world
+from castlm.training import teacher_pass
+from castlm.training.config import TrainConfig
+from castlm.training.loop import train
+from castlm.training.objective import Objective
+from castlm.training.run import Run
+from castlm.training.teacher_pass import fill_teacher_cache
+from tests.chats import save_chat_model
+from tests.test_train import assert_equal_weights, small
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return save_chat_model(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="module")
+def own(llama, tmp_path_factory) -> str:
+    """A text of a few hundred tokens that the model has written."""
+    path = tmp_path_factory.mktemp("own") / "own.jsonl"
+    assert main(command(llama, path)) == 0
+    return str(path)
+
+
+@pytest.fixture
+def lessons(monkeypatch) -> list[tuple[int, ...]]:
+    """Shapes of the batches that a teacher has read."""
+    read = []
+    output_of = Objective._teacher_output
+    monkeypatch.setattr(
+        Objective, "_teacher_output", lambda self, ids, at: read.append(tuple(ids.shape)) or output_of(self, ids, at)
+    )
+    return read
+
+
+def command(llama, path, *more):
+    options = ("--num-tokens", "900", "--max-new-tokens", "40", "--batch-size", "4", "--seed", "3", *more)
+    return ["sample", llama, "--output-file", str(path), *options]
+
+
+def cached(tmp_path, *more):
+    sizes = ("--teacher-top-k", "8", "--seq-len", "32", "--per-device-train-batch-size", "4")
+    return ("--teacher-cache", str(tmp_path / "cache"), *sizes, *more)
+
+
+def run_on(llama, own, tmp_path, name="run", **over) -> TrainConfig:
+    fields = {"teacher_top_k": 8, "teacher_cache": str(tmp_path / "cache"), "seed": 3, "max_steps": 300}
+    return small(llama, str(own), tmp_path / name, **{**fields, "ignore_decay_budget": True, **over})
+
+
+def content(folder) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+# The cache
+
+
+@pytest.mark.parametrize("more", [(), ("--repeat-blocks",), ("--chat",)], ids=["text", "repeated", "chat"])
+def test_the_cache_is_that_of_the_first_epoch_and_a_run_needs_no_teacher(llama, tmp_path, lessons, more):
+    path = tmp_path / "own.jsonl"
+    assert main(command(llama, path, *cached(tmp_path, *more))) == 0
+    assert open_documents(path).is_chat == ("--chat" in more)
+    from_sample, num_read = content(tmp_path / "cache"), len(lessons)
+    assert num_read > 5
+    over = {"repeat_blocks": "--repeat-blocks" in more}
+    over |= {"max_steps": num_read} if over["repeat_blocks"] else {"num_train_epochs": 1}
+    train(run_on(llama, path, tmp_path, "cached", **over))
+    assert len(lessons) == num_read
+    train(run_on(llama, path, tmp_path, "taught", **over, teacher_cache=str(tmp_path / "written")))
+    assert len(lessons) == 2 * num_read
+    assert content(tmp_path / "written") == from_sample
+    train(run_on(llama, path, tmp_path, "without", **over, teacher_cache=None))
+    assert_equal_weights(tmp_path / "cached" / "model", tmp_path / "without" / "model")
+    assert_equal_weights(tmp_path / "cached" / "model", tmp_path / "taught" / "model")
+
+
+def test_repeated_blocks_serve_more_than_one_epoch(llama, own, tmp_path, lessons):
+    config = run_on(llama, own, tmp_path, repeat_blocks=True, max_steps=300)
+    num_sequences = fill_teacher_cache(config)
+    assert 2 * num_sequences < 300 * 4
+    run = Run(config, init_world("cpu", "full"))
+    assert run.parts.objective.teacher is None
+    read = len(lessons)
+    for _ in range(2 * num_sequences // 4):
+        run.train_step()
+    assert len(lessons) == read
+    once = replace(config, output_dir=str(tmp_path / "once"), repeat_blocks=False)
+    fill_teacher_cache(once)
+    assert Run(once, init_world("cpu", "full")).parts.objective.teacher is not None
+
+
+def test_a_run_over_a_whole_repeated_epoch_leaves_a_cache_for_all(llama, own, tmp_path):
+    config = run_on(llama, own, tmp_path, repeat_blocks=True)
+    num_sequences = fill_teacher_cache(replace(config, teacher_cache=str(tmp_path / "other")))
+    train(replace(config, max_steps=-(-num_sequences // 4)))
+    longer = Run(replace(config, output_dir=str(tmp_path / "longer")), init_world("cpu", "full"))
+    assert longer.parts.objective.teacher is None
+
+
+def test_a_stopped_pass_goes_on_with_what_is_missing(llama, tmp_path, lessons, capsys, monkeypatch):
+    path, check = tmp_path / "own.jsonl", teacher_pass.check_vocabulary
+
+    def stopped(ids, vocab):
+        if len(lessons) == 3:
+            raise KeyboardInterrupt
+        check(ids, vocab)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_pass, "check_vocabulary", stopped)
+        assert main(command(llama, path, *cached(tmp_path))) == 130
+    assert "the same command with --resume goes on" in capsys.readouterr().err
+    (known,) = (tmp_path / "cache").glob("coverage-*.json")
+    assert json.loads(known.read_text()) == {"blocks": 12}
+    text = path.read_bytes()
+    assert main(command(llama, path, *cached(tmp_path), "--resume")) == 0
+    assert path.read_bytes() == text
+    num_read = len(lessons)
+    fill_teacher_cache(run_on(llama, path, tmp_path, teacher_cache=str(tmp_path / "whole")))
+    assert len(lessons) == 2 * num_read  # no batch was read twice before
+    assert content(tmp_path / "whole") == content(tmp_path / "cache")
+
+
+def test_a_finished_text_gets_its_cache_later(llama, own, tmp_path, lessons, capsys):
+    before = Path(own).read_bytes()
+    arguments = command(llama, own, *cached(tmp_path), "--resume")
+    assert main(arguments) == 0
+    assert Path(own).read_bytes() == before
+    num_read = len(lessons)
+    assert main(arguments) == 0
+    assert len(lessons) == num_read > 0
+    said = capsys.readouterr().out
+    assert "top 8 tokens for" in said
+    assert f"--teacher-cache {tmp_path / 'cache'}" in said
+    assert "--num-train-epochs 1" in said
+
+
+def test_the_command_that_is_printed_trains_without_a_teacher(llama, own, tmp_path, lessons, capsys):
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("a text that is not in the sample\n")
+    assert main(command(llama, own, *cached(tmp_path, "--eval-dataset", str(held_out)), "--resume")) == 0
+    num_read = len(lessons)
+    printed = capsys.readouterr().out.rpartition("castlm train ")[2].split()
+    printed[printed.index("RUN")] = str(tmp_path / "run")
+    more = ("--init-from", "magnitude", "--save-steps", "0", "--no-report", "--ignore-decay-budget")
+    assert main(["train", *printed, *more]) in (0, 1)
+    assert len(lessons) == num_read
+    assert "no teacher is loaded" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line(llama, own, tmp_path, capsys):
+    changed = tmp_path / "changed.jsonl"
+    changed.write_bytes(Path(own).read_bytes() + b"\n")
+    record = Path(own).with_name("own.jsonl.castlm.json")
+    changed.with_name("changed.jsonl.castlm.json").write_bytes(record.read_bytes())
+    cache = cached(tmp_path)
+    cases = [
+        (command(llama, tmp_path / "a.jsonl", "--seq-len", "32"), "seq_len has an effect only with teacher_cache"),
+        (command(llama, tmp_path / "a.jsonl", *cache, "--teacher-top-k", "0"), "set teacher_top_k"),
+        (command(llama, tmp_path / "a.jsonl", *cache, "--seq-len", "1"), "seq_len = 1 is out of range"),
+        (command(llama, own, *cache), "already exists: name another file or pass overwrite"),
+        (command(llama, own, *cache, "--resume", "--top-p", "0.5"), "was sampled differently (top_p 1.0 -> 0.5)"),
+        (command(llama, own, *cache, "--resume", "--num-tokens", "10000"), "lower num_tokens, or overwrite it"),
+        (command(llama, changed, *cache, "--resume"), "is not as castlm wrote it"),
+        (command(llama, own, *cache, "--resume", "--seq-len", "999"), "exceeds the model's 256 positions"),
+        (command(llama, tmp_path / "a.jsonl", *cache, "--resume"), "has not been begun"),
+    ]
+    capsys.readouterr()
+    for arguments, message in cases:
+        assert main(arguments) == 2, message
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.strip().count("\n") == 0, said
+    assert not (tmp_path / "a.jsonl.part").exists()
+
+
+def test_another_teacher_is_refused_and_the_text_stays(llama, own, tmp_path):
+    fill_teacher_cache(run_on(llama, own, tmp_path))
+    with pytest.raises(InputError, match=r"another teacher .top_k 8 -> 4"):
+        fill_teacher_cache(run_on(llama, own, tmp_path, teacher_top_k=4))
