@@ -140,6 +140,16 @@ def test_another_template_is_not_resumed_and_a_given_one_is_saved(llama, chat, t
     assert type(chat_tokenizer()).from_pretrained(tmp_path / "run" / "model").chat_template == MARKED
 
 
+def test_options_of_conversations_are_reported_where_every_text_is_plain(llama, chat, text, tmp_path, capsys):
+    (tmp_path / "mine.jinja").write_text(CHATML)
+    options = {"assistant_only_loss": False, "chat_template_path": str(tmp_path / "mine.jinja")}
+    lines = ("no effect: assistant_only_loss = False", f"no effect: chat_template_path = {tmp_path / 'mine.jinja'}")
+    for name, dataset, held_out in (("a", text, text), ("b", text, chat), ("c", chat, text)):
+        Run(of_chat(llama, dataset, tmp_path / name, eval_dataset=held_out, **options), init_world("cpu", "full"))
+        said = capsys.readouterr().err
+        assert [line in said for line in lines] == [name == "a"] * 2
+
+
 def test_a_mixture_of_conversations_and_plain_text_trains(llama, chat, tmp_path):
     plain = write_rows(tmp_path / "plain.jsonl", [{"text": TEXT[at : at + 300]} for at in range(0, 9000, 300)])
     record = train(of_chat(llama, (f"{chat}:0.5", f"{plain}:0.5"), tmp_path / "run", eval_tokens=300))

@@ -19,7 +19,7 @@ from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, build, convert, docs_of, positional, suggest
 from castlm.methods.table import METHODS, Method
 from castlm.training.config import RECIPES, TrainConfig
-from castlm.training.effects import EFFECTS, without_effect
+from castlm.training.effects import EFFECTS, OF_CHAT, without_effect
 from castlm.training.sections import SECTIONS
 from castlm.yaml_file import read_yaml_mapping
 
@@ -56,7 +56,7 @@ def test_replace_resolves_derived_defaults_again():
 
 def test_options_of_effects_and_methods_exist():
     names = {option.name for option in dataclasses.fields(TrainConfig)}
-    assert set(EFFECTS) <= names
+    assert set(EFFECTS) | set(OF_CHAT) <= names
     assert {option for row in METHODS.values() for option in row.options} <= names
 
 
@@ -162,6 +162,12 @@ def test_a_python_call_is_checked_like_a_file():
 )
 def test_options_without_effect_are_named(fields, names):
     assert sorted(without_effect(TrainConfig(**REQUIRED, **fields))) == sorted(names)
+
+
+def test_options_of_conversations_have_no_effect_on_plain_text():
+    config = TrainConfig(**REQUIRED, assistant_only_loss=False, chat_template_path="mine.jinja")
+    assert without_effect(config) == {}
+    assert sorted(without_effect(config, has_chat=False)) == ["assistant_only_loss", "chat_template_path"]
 
 
 # ----------------------------------------------------------------------------------------------------------- YAML

@@ -48,9 +48,18 @@ EFFECTS: dict[str, Effect] = {
 }
 """The options whose effect depends on others. Those of a method are in its row of `METHODS`."""
 
+OF_CHAT = {
+    "assistant_only_loss": "conversations, and the texts are plain",
+    "chat_template_path": "conversations, and the texts are plain; the template is saved with the result",
+}
+"""The options whose effect depends on the texts."""
 
-def without_effect(config: TrainConfig) -> dict[str, str]:
+
+def without_effect(config: TrainConfig, has_chat: bool = True) -> dict[str, str]:
     """The options that were changed from their default and have no effect in this run, each with the reason.
+
+    Args:
+        has_chat: whether any text of the run holds conversations.
 
     Example:
         >>> without_effect(TrainConfig("model", "text.jsonl", "run", mask_interval=5))
@@ -64,6 +73,8 @@ def without_effect(config: TrainConfig) -> dict[str, str]:
         readers = [method for method, row in METHODS.items() if name in row.options]
         if readers and config.method not in readers:
             found[name] = f"{name} = {value} has an effect only with method {' or '.join(readers)}"
+        elif name in OF_CHAT and not has_chat:
+            found[name] = f"{name} = {value} has an effect only with {OF_CHAT[name]}"
         elif name in EFFECTS and not EFFECTS[name].when(config):
             found[name] = f"{name} = {value} has an effect only with {EFFECTS[name].needs}"
     return found

@@ -239,4 +239,4 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
         yield f"teacher: top {config.teacher_top_k} tokens, cached in {config.teacher_cache} ({kept})"
     if parts.budget is not None:
         yield parts.budget.explain()
-    yield from (f"no effect: {reason}" for reason in without_effect(config).values())
+    yield from (f"no effect: {reason}" for reason in without_effect(config, parts.text.has_chat).values())

@@ -37,6 +37,8 @@ class TrainingText:
     """Tokens of all evaluation texts."""
     eval_parts: dict[str, ScoredText]
     """Tokens of each evaluation text by its name; empty if there is only one."""
+    has_chat: bool
+    """Whether any of these texts holds conversations."""
     train_sha256: str
     eval_sha256: str
     template_sha256: str | None
@@ -122,6 +124,7 @@ def open_training_text(
         loader,
         ScoredText.joined(list(parts.values())),
         parts if len(parts) > 1 else {},
+        any(text.is_chat for text in (documents, *held_out)),
         documents.text_hash(),
         digest,
         hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if documents.is_chat else None,
