@@ -19,7 +19,9 @@ from castlm.export.verify import verify
 from castlm.inference.quantize import quantize_
 from castlm.inference.rounding import round_int4
 from castlm.models import load_model
+from castlm.oneshot import calibration as calibration_module
 from castlm.oneshot.calibration import calibration_blocks
+from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows
 from tests.tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -181,6 +183,8 @@ def test_rounding_by_rows_holds_a_bf16_model_as_it_is_stored_and_writes_the_byte
         (["--kind", "fp8", "--packed"], "the packed format holds int8 and int4"),
         (["--kind", "int4"], "int4 needs a calibration text: pass --calibration FILE"),
         (["--calibration", "x.txt"], "int8 takes no calibration text"),
+        (["--column", "story"], "column story is of a calibration text, and int8 takes none: leave it out"),
+        (["--chat-template-path", "no.jinja"], "no.jinja"),
         (["--pattern", "1:4"], "1:4 DOES NOT HOLD"),
         (["--pattern", "4:2"], "4:2"),
     ],
@@ -191,6 +195,31 @@ def test_the_command_complains_in_one_line_and_writes_nothing(options, complaint
     err = capsys.readouterr().err
     assert complaint in err.splitlines()[-1]
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_int4_calibrates_on_a_column_or_on_conversations_in_a_given_template(tmp_path, monkeypatch):
+    dense = save_chat_model(tmp_path / "dense", template=None)
+    sparse, template = str(tmp_path / "sparse"), tmp_path / "mine.jinja"
+    assert main(["prune", "--model", dense, "--output-dir", sparse, "--method", "magnitude"]) == 0
+    template.write_text(CHATML)
+    chat = write_rows(tmp_path / "c.jsonl", [{"messages": talk, "story": TEXT[:300]} for talk in talks(30)])
+    read, tokens_of = [], calibration_module.calibration_blocks
+
+    def seen(ids, *args):
+        read.append(chat_tokenizer().decode(ids[:40]))
+        return tokens_of(ids, *args)
+
+    monkeypatch.setattr(calibration_module, "calibration_blocks", seen)
+    command = ["quantize", sparse, "--kind", "int4", "--calibration", chat, "--seq-len", "64", "--num-sequences", "4"]
+    assert main([*command, "--output-dir", str(tmp_path / "a"), "--column", "story"]) == 0
+    given = ["--chat-template-path", str(template)]
+    assert main([*command, "--output-dir", str(tmp_path / "b"), "--column", "messages", *given]) == 0
+    assert main([*command, "--output-dir", str(tmp_path / "c"), "--packed", *given]) == 0
+    assert read[0] == TEXT[:40]
+    assert all(text.startswith("<|im_start|>user") for text in read[1:])
+    for folder in ("b", "c"):
+        assert (tmp_path / folder / "chat_template.jinja").read_text() == CHATML
+    assert not (tmp_path / "a" / "chat_template.jinja").exists()
 
 
 def test_a_dense_model_needs_a_pattern(tmp_path, capsys):

@@ -15,7 +15,11 @@ from castlm.core.pattern import NM, Pattern
 from castlm.fields import positional
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from castlm.data.documents import Documents, HubDocuments
     from castlm.inference.rounding import Rounded
+    from castlm.models import Loaded
 
 _NOT_PASSED_ON = (
     *("schema_version", "versions", "proof", "left_dense", "pattern", "figures", "perplexity", "dtype", "files"),
@@ -41,7 +45,14 @@ class QuantizeCommand:
     """Write int8 or int4 in the packed format, codes and scales without the zeros, instead of a plain model folder."""
 
     calibration: str | None = None
-    """Text for int4."""
+    """Text for int4: a file, folder, glob or hub dataset, as --dataset of castlm train."""
+
+    column: str | None = None
+    """Column of .jsonl and .parquet that holds the text, or messages, which the chat template renders. By default it is
+    found."""
+
+    chat_template_path: str | None = None
+    """File with a Jinja chat template to use, and to save, in place of the tokenizer's own."""
 
     pattern: str | None = None
     """n:m of the model; that of its castlm.json when not given."""
@@ -68,6 +79,7 @@ class QuantizeCommand:
     """Run Python code that comes with the model."""
 
     def run(self) -> int:
+        from castlm.data.documents import open_documents
         from castlm.export.unit_count import groups_of
         from castlm.hardware import keep_freed_memory
         from castlm.output import claimed
@@ -77,6 +89,8 @@ class QuantizeCommand:
             raise InputError("int4 needs a calibration text: pass --calibration FILE")
         if self.kind != "int4" and self.calibration is not None:
             raise InputError(f"{self.kind} takes no calibration text: leave --calibration out")
+        if self.column is not None and self.calibration is None:
+            raise InputError(f"column {self.column} is of a calibration text, and {self.kind} takes none: leave it out")
         if self.packed and self.kind == "fp8":
             raise InputError("the packed format holds int8 and int4: leave --packed out for fp8")
         source = result_folder(self.model)
@@ -87,14 +101,23 @@ class QuantizeCommand:
         pattern = groups_of(Pattern.parse(text))
         if pattern is None:
             raise InputError(f"{self.model} is {text}, which has no n:m to keep: pass --pattern of an n:m model")
+        documents = None if self.calibration is None else open_documents(self.calibration, column=self.column)
         inputs = {"model": self.model, "calibration": self.calibration}
         with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
-            return self._quantize(source, manifest, pattern, folder)
+            return self._quantize(source, manifest, pattern, documents, folder)
 
-    def _quantize(self, source: str, manifest: dict[str, Any], pattern: NM, folder: Path) -> int:
+    def _quantize(
+        self,
+        source: str,
+        manifest: dict[str, Any],
+        pattern: NM,
+        documents: Documents | HubDocuments | None,
+        folder: Path,
+    ) -> int:
         import torch
 
         from castlm.core.sparsify import sparse_linears
+        from castlm.data.chat import with_template
         from castlm.export.hf import export_model
         from castlm.inference.quantize import quantize_, stored_layers
         from castlm.models import load_model, save_dtype
@@ -103,8 +126,9 @@ class QuantizeCommand:
         # GPTQ computes in fp32; rounding by rows takes fp32 a layer at a time, and what is written is the same.
         held = None if self.kind != "int4" and self.save_dtype == "source" else torch.float32
         loaded = load_model(source, dtype=held, trust_remote_code=self.trust_remote_code)
+        with_template(loaded.tokenizer, self.chat_template_path)
         _, left_dense = sparse_linears(loaded.model, pattern)
-        blocks, text = self._calibration(loaded)
+        blocks, text = self._calibration(loaded, documents)
         with shown_progress(f"{self.kind}, {'blocks' if blocks is not None else 'layers'}") as progress:
             report = quantize_(loaded.model, self.kind, calibration=blocks, damping=self.damping, progress=progress)
         quantized = {"source": self.model, **report.record(), **text}
@@ -131,18 +155,19 @@ class QuantizeCommand:
         )
         return 0
 
-    def _calibration(self, loaded: Any) -> tuple[Any, dict[str, Any]]:
+    def _calibration(
+        self, loaded: Loaded, documents: Documents | HubDocuments | None
+    ) -> tuple[Tensor | None, dict[str, Any]]:
         """The calibration sequences and their record for castlm.json; None and an empty record without a text."""
-        from castlm.data.documents import text_hash
         from castlm.data.tokens import token_ids
-        from castlm.oneshot.calibration import calibration_blocks, calibration_length
+        from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
 
-        if self.calibration is None:
+        if documents is None:
             return None, {}
         length = min(self.seq_len, calibration_length(loaded.model))
-        ids = token_ids(self.calibration, loaded.tokenizer)
+        ids = token_ids(documents, loaded.tokenizer, limit=CALIBRATION_POOL * self.num_sequences * length)
         blocks = calibration_blocks(ids, self.num_sequences, length, self.seed)
-        return blocks, {"text": self.calibration, "text_sha256": text_hash(self.calibration), "seed": self.seed}
+        return blocks, {"text": self.calibration, "text_sha256": documents.text_hash(), "seed": self.seed}
 
 
 def _pack(plain: Path, folder: Path, pattern: NM, layers: Mapping[str, Rounded]) -> None:
