@@ -76,6 +76,40 @@ def test_every_zero_stays_and_every_layer_is_trained(sparse, text, tmp_path, ada
     assert "its zeros are kept" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("adapter", ["none", "shira", "lora"])
+def test_a_gpt2_is_fine_tuned_and_stays_in_its_own_layout(text, tmp_path, adapter):
+    """Its Conv1D layers are linear ones in castlm, so that PEFT can adapt them, and are stored (in, out)."""
+    if adapter != "none":
+        peft = pytest.importorskip("peft")
+    dense, sparse = str(save_tiny(tmp_path / "dense", "gpt2")), str(tmp_path / "sparse")
+    assert main(["prune", "--model", dense, "--output-dir", sparse, "--method", "magnitude"]) == 0
+    train(small(sparse, text, tmp_path / "run", adapter=adapter))
+    folder = tmp_path / "run" / "model"
+    assert castlm.verify(folder).ok
+    before, after = weights(sparse), weights(folder)
+    for name in before:
+        is_layer = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        assert torch.equal(after[name] == 0, before[name] == 0) or not is_layer, name
+        assert torch.equal(after[name], before[name]) == (adapter != "none" and not is_layer), name
+    if adapter == "none":
+        return
+    base = castlm.load_model(sparse).model
+    config = {"config": castlm.masked_lora_config(base, 4)} if adapter == "lora" else {}
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter", **config).merge_and_unload()
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
+        torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_rank_that_a_refusal_names_is_one_that_every_layer_allows(text, tmp_path, capsys):
+    pytest.importorskip("peft")
+    dense, sparse = str(save_tiny(tmp_path / "dense", "gpt2")), str(tmp_path / "sparse")
+    assert main(["prune", "--model", dense, "--output-dir", sparse, "--method", "magnitude"]) == 0
+    with pytest.raises(InputError, match=r"c_proj, which keeps 512: use r <= 8 \(lora_r of castlm finetune\)"):
+        train(small(sparse, text, tmp_path / "run", adapter="shira", lora_r=16))
+    train(small(sparse, text, tmp_path / "run", adapter="shira", lora_r=8))
+
+
 def test_the_adapter_of_a_run_is_loaded_by_peft_and_is_what_was_merged(sparse, text, tmp_path):
     peft = pytest.importorskip("peft")
     train(small(sparse, text, tmp_path / "run", adapter="shira"))
@@ -159,7 +193,7 @@ def test_what_is_not_fine_tuning_is_refused(sparse, text, tmp_path):
     with pytest.raises(InputError, match="use castlm finetune MODEL"):
         train(TrainConfig(sparse, text, str(tmp_path / "run"), method="finetune", adapter="shira", seq_len=32))
     pytest.importorskip("peft")
-    with pytest.raises(InputError, match=r"r = 99 asks for .* use r <= 8"):
+    with pytest.raises(InputError, match=r"r = 99 asks for .* use r <= 5"):
         train(small(sparse, text, tmp_path / "run", adapter="shira", lora_r=99))
 
 

@@ -8,11 +8,13 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import castlm
+from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.keep import KeptPattern
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny, tiny_model
 
 IDS = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(1))
 
@@ -157,6 +159,16 @@ def test_a_model_that_is_not_sparse_is_refused_by_layer():
         castlm.keep_pattern_(model)
     with pytest.raises(InputError, match="4:8"):
         castlm.keep_pattern_(tiny_model("llama"), "4:8")
+
+
+def test_a_gpt2_with_conv1d_is_refused_with_the_loader_that_helps(tmp_path):
+    folder, sparse = save_tiny(tmp_path / "dense", "gpt2"), tmp_path / "sparse"
+    assert main(["prune", "--model", str(folder), "--output-dir", str(sparse), "--method", "magnitude"]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(sparse)
+    for refused in (castlm.keep_pattern_, castlm.prune_, castlm.sparse_linears):
+        with pytest.raises(InputError, match=r"Conv1D.*: load it with castlm\.load_model"):
+            refused(plain)
+    castlm.keep_pattern_(castlm.load_model(sparse).model).check("now")
 
 
 def test_layers_left_dense_are_those_of_the_filter_or_of_castlm_json(tmp_path):

@@ -238,7 +238,7 @@ def test_the_merge_of_plain_lora_is_found_by_verify(tmp_path):
 def test_an_adapter_of_a_dense_model_or_too_large_is_refused():
     with pytest.raises(InputError, match="14 of 14 layers are not 2:4"):
         castlm.shira_config(tiny_model("llama"))
-    with pytest.raises(InputError, match=r"r = 99 asks for 6,336 weights of .*q_proj, which keeps 512: use r <= 8"):
+    with pytest.raises(InputError, match=r"r = 99 asks for 4,752 weights of .*k_proj, which keeps 256: use r <= 5"):
         castlm.shira_config(sparse_model(), r=99)
     with pytest.raises(InputError, match=r"lora_dropout = 0\.1"):
         castlm.masked_lora_config(sparse_model(), lora_dropout=0.1)

@@ -98,7 +98,10 @@ def sparse_linears(
     sparse = {name: layer for name, layer in sparse.items() if name in inside}
     if not sparse:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(dense.items())[:3])
-        raise InputError(f"no linear layer to make {pattern} sparse in {type(model).__name__} ({reasons})")
+        remedy = ""
+        if any(type(module).__name__ == "Conv1D" for module in model.modules()):
+            remedy = ": load it with castlm.load_model, which makes linear layers of its Conv1D"
+        raise InputError(f"no linear layer to make {pattern} sparse in {type(model).__name__} ({reasons}){remedy}")
     return sparse, dense
 
 

@@ -60,13 +60,16 @@ def shira_config(
     layers = _sparse_layers(model, pattern, filter_fn)
     if r < 1:
         raise InputError(f"r = {r} is out of range: it must be at least 1")
-    for name, layer in layers.items():
-        num_kept, per_rank = int(layer.weight.count_nonzero()), sum(layer.weight.shape)
-        if r * per_rank > num_kept:
-            raise InputError(
-                f"r = {r} asks for {r * per_rank:,} weights of {name}, which keeps {num_kept:,}: use r <= "
-                f"{num_kept // per_rank}, or train the whole model with keep_pattern_"
-            )
+    kept = {name: int(layer.weight.count_nonzero()) for name, layer in layers.items()}
+    per_rank = {name: sum(layer.weight.shape) for name, layer in layers.items()}
+    tightest = min(layers, key=lambda name: kept[name] // per_rank[name])
+    if r * per_rank[tightest] > kept[tightest]:
+        at_most = kept[tightest] // per_rank[tightest]
+        raise InputError(
+            f"r = {r} asks for {r * per_rank[tightest]:,} weights of {tightest}, which keeps {kept[tightest]:,}: "
+            + (f"use r <= {at_most} (lora_r of castlm finetune), or " if at_most else "")
+            + "train all kept weights, without an adapter"
+        )
     config = peft.ShiraConfig(r=r, target_modules=list(layers), **options)
     config.mask_fn = kept_positions(torch.Generator().manual_seed(random_seed))
     return config
