@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import castlm
@@ -197,14 +199,64 @@ def test_what_is_not_fine_tuning_is_refused(sparse, text, tmp_path):
         train(small(sparse, text, tmp_path / "run", adapter="shira", lora_r=99))
 
 
-def train_adapter_on_ranks(config: FinetuneConfig) -> None:
-    with pytest.raises((InputError, SystemExit), match="adapter shira is trained in one process"):
+@pytest.mark.parametrize("adapter", ["shira", "lora"])
+def test_an_adapter_on_two_ranks_is_that_of_one(sparse, text, tmp_path, adapter):
+    """Each rank has a copy of the model, and the gradients of the adapter are averaged, here with a teacher too."""
+    pytest.importorskip("peft")
+    fields = {"adapter": adapter, "sharding": "replicate", "eta": 0.5}
+    for ranks in (1, 2):
+        config = small(sparse, text, tmp_path / f"run-{ranks}", per_device_train_batch_size=4 // ranks, **fields)
+        run_ranks(train, ranks, config, folder=tmp_path, timeout=120)
+    for part in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        one, two = (load_file(tmp_path / f"run-{ranks}" / part) for ranks in (1, 2))
+        assert one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=2e-5)
+    before, two = weights(sparse), weights(tmp_path / "run-2" / "model")
+    assert all(torch.equal(two[name] == 0, before[name] == 0) for name in before if "proj" in name)
+    assert any(not torch.equal(two[name], before[name]) for name in before)
+    assert castlm.verify(tmp_path / "run-2" / "model").ok
+    records = [json.loads((tmp_path / f"run-{ranks}" / "model" / "castlm.json").read_text()) for ranks in (1, 2)]
+    assert records[1]["perplexity"]["pruned"] == pytest.approx(records[0]["perplexity"]["pruned"], rel=1e-4)
+    assert records[1]["num_params"] == records[0]["num_params"]
+
+
+def stop_and_resume(config: FinetuneConfig, step: int) -> None:
+    original = Run.train_step
+
+    def train_step(self):
+        if self.progress.step == step:
+            self.saver.finish()
+            raise StopAfter
+        original(self)
+
+    Run.train_step = train_step
+    with pytest.raises(StopAfter):
+        train(config)
+    Run.train_step = original
+    train(dataclasses.replace(config, resume=True))
+
+
+@pytest.mark.parametrize("adapter", ["shira", "lora"])
+def test_an_adapter_is_resumed_on_two_ranks_bit_for_bit(sparse, text, tmp_path, adapter):
+    pytest.importorskip("peft")
+    fields = {"adapter": adapter, "sharding": "replicate", "save_steps": 2, "per_device_train_batch_size": 2}
+    run_ranks(train, 2, small(sparse, text, tmp_path / "straight", **fields), folder=tmp_path, timeout=120)
+    config = small(sparse, text, tmp_path / "resumed", **fields)
+    run_ranks(stop_and_resume, 2, config, 4, folder=tmp_path, timeout=120)
+    one, other = weights(tmp_path / "straight" / "model"), weights(tmp_path / "resumed" / "model")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def train_sharded_adapter(config: FinetuneConfig) -> None:
+    with pytest.raises(InputError, match="sharding full: adapter shira is trained with the whole model on each rank"):
         train(config)
 
 
-def test_an_adapter_on_several_ranks_is_refused(sparse, text, tmp_path):
+def test_an_adapter_is_not_sharded(sparse, text, tmp_path):
     config = small(sparse, text, tmp_path / "run", adapter="shira")
-    run_ranks(train_adapter_on_ranks, 2, config, folder=tmp_path, timeout=120)
+    run_ranks(train_sharded_adapter, 2, config, folder=tmp_path, timeout=120)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_line_has_the_options_that_matter(capsys):

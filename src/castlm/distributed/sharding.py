@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -33,6 +35,32 @@ def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
             fully_shard(block, mesh=world.mesh)
     fully_shard(module, mesh=world.mesh)
     assert isinstance(module, FSDPModule)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `shard_` has sharded `module`; otherwise each rank holds it whole."""
+    return isinstance(module, FSDPModule)
+
+
+def reshard_(module: nn.Module) -> None:
+    """Frees the whole parameters of the root, which FSDP leaves there after a forward pass."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+def average_gradients_(module: nn.Module, parameters: Iterable[Tensor], world: World) -> None:
+    """Averages the gradients over the ranks where each holds `module` whole; FSDP has averaged those of a sharded one.
+
+    Args:
+        parameters: those that are trained, in the same order on all ranks.
+    """
+    if world.mesh is None or is_sharded(module):
+        return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    together = world.sum(torch.cat([gradient.flatten() for gradient in gradients])) / world.size
+    for parameter, part in zip(trained, together.split([gradient.numel() for gradient in gradients])):
+        parameter.grad = part.view_as(parameter)
 
 
 # Inputs stay as they are: FSDP would round the residual path, which autocast leaves in fp32.

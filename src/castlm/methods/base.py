@@ -83,7 +83,7 @@ class Retraining:
     """
 
     decays = False  # whether AdamS decays the masked weights
-    one_process = False  # whether it cannot run on several ranks
+    whole_copies = False  # whether each rank holds a whole copy of the model
     masks_forward = True  # whether the forward pass multiplies by the mask
     starts_sparse = False  # whether step 0 computes with a pruned model, whatever the start is
     mask_every: int | None = None  # steps between refreshes of the forward mask
@@ -212,12 +212,13 @@ class Retraining:
     def before_update(self, step: int) -> None:
         """Changes the gradients after the backward pass and the clipping."""
 
-    def fold_(self, model: nn.Module, folder: Path) -> None:
-        """Merges into the weights of the model what the method trains beside them, when training is finished.
-
-        Args:
-            folder: the output folder of the run, for what is kept of it.
+    def save_parts(self, folder: Path) -> None:
+        """Writes what the method trains beside the weights into the output folder of the run, when training is
+        finished. The main rank calls it.
         """
+
+    def fold_(self) -> None:
+        """Merges into the weights what the method trains beside them, when training is finished."""
 
     def masks(self) -> dict[Tensor, Tensor]:
         """The mask of every sparse parameter, True = kept."""

@@ -22,7 +22,7 @@ class FinetuneAdapter(Finetune):
     The adapter is written to `adapter/` in the output folder, as PEFT writes it, before it is merged.
     """
 
-    one_process = True
+    whole_copies = True  # as PEFT reads positions and whole weights in its forward pass
 
     @classmethod
     def check(cls, config: MethodConfig) -> None:
@@ -50,7 +50,9 @@ class FinetuneAdapter(Finetune):
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
         """Nothing: the model is its own start."""
 
-    def fold_(self, model: nn.Module, folder: Path) -> None:
+    def save_parts(self, folder: Path) -> None:
         with atomic_dir(folder / "adapter", overwrite=True) as temporary:
             self.peft_model.save_pretrained(temporary)
+
+    def fold_(self) -> None:
         self.peft_model.merge_and_unload()

@@ -18,6 +18,7 @@ from castlm.core.pattern import Pattern
 from castlm.core.scaling import UnfoldedWarning, fold_weight_scaling
 from castlm.core.sparsify import prune_
 from castlm.distributed.export import ShardedResult, export_sharded
+from castlm.distributed.sharding import is_sharded
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.cut_sizes import cut_pattern
@@ -78,7 +79,8 @@ def finish(run: TrainedRun) -> dict[str, Any]:
         InputError: the disk is full, or the verification fails; the checkpoints are untouched.
     """
     pattern = Pattern.parse(run.config.pattern)
-    run.parts.method.fold_(run.model, run.output.path)
+    run.world.on_main(lambda: run.parts.method.save_parts(run.output.path))
+    run.parts.method.fold_()
     masks = run.parts.method.masks()
     histogram = masked_histogram(local_masks(masks), run.world)
     if masks:
@@ -88,7 +90,7 @@ def finish(run: TrainedRun) -> dict[str, Any]:
         record = export_sharded(sharded_result(run), finished_record(run, histogram))
         say_result(run, record)
         return record
-    model = gathered(run) if run.world.mesh is not None else run.model
+    model = gathered(run) if is_sharded(run.parts.objective) else run.model
     return run.world.on_main(lambda: write_result(run, model, histogram))
 
 

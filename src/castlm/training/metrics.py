@@ -13,6 +13,7 @@ from torch import Tensor
 
 from castlm.core.masks import unpack_mask
 from castlm.data.scored import ScoredText
+from castlm.distributed.sharding import reshard_
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import sequences_of
 from castlm.hardware import autocast
@@ -63,8 +64,7 @@ def held_out_perplexity(
         for input_ids, labels in sequences(text, seq_len, batch, world):
             nll = objective(input_ids.to(world.device), labels.to(world.device), 1, ce_only=True).ce
             sums += torch.stack([nll.double(), (labels != -100).sum().to(nll.device).double()])
-    if world.mesh is not None:
-        objective.reshard()  # type: ignore[operator]  # FSDP leaves the root whole after a forward pass
+    reshard_(objective)
     total, count = world.sum(sums)
     return float((total / count).exp())
 

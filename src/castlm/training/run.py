@@ -21,6 +21,7 @@ from castlm.core.shards import local
 from castlm.core.sparsify import dense_name
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import SelfCheck
+from castlm.distributed.sharding import average_gradients_
 from castlm.distributed.world import World
 from castlm.hardware import autocast, peak_memory
 from castlm.methods.base import Retraining
@@ -152,8 +153,9 @@ class Run:
                     batch[name].to(self.world.device) for name in ("input_ids", "labels", "position_ids")
                 )
                 loss = self.parts.objective(ids, labels, num_tokens, positions)
-            (loss.loss * self.world.size).backward()  # FSDP averages over ranks; the loss is normalised already
+            (loss.loss * self.world.size).backward()  # averaged over ranks; the loss is normalised already
             sums += torch.stack(loss).detach().float()
+        average_gradients_(self.parts.objective, self.parts.names, self.world)
         total, ce, kl = self.world.sum(sums).tolist()
         grad_norm = self._clip()
         if not np.isfinite([total, grad_norm]).all():

@@ -26,7 +26,7 @@ from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.mask_check import masked_samples
-from castlm.distributed.sharding import compile_blocks_, shard_
+from castlm.distributed.sharding import compile_blocks_, is_sharded, reshard_, shard_
 from castlm.distributed.world import World
 from castlm.export.cut import check_cut
 from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, describe
@@ -108,8 +108,11 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     precision = choose_precision(config.precision, world.device, model.config)
     if world.size > 1 and method_class.masks_forward:
         raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
-    if world.size > 1 and method_class.one_process:
-        raise InputError(f"adapter {config.adapter} is trained in one process: use adapter none, or no torchrun")
+    if world.size > 1 and method_class.whole_copies and config.sharding != "replicate":
+        raise InputError(
+            f"sharding {config.sharding}: adapter {config.adapter} is trained with the whole model on each rank: set "
+            "sharding replicate, or adapter none"
+        )
     pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
     if config.method != "dense":
         check_cut(model, pattern, filter_fn)
@@ -129,8 +132,8 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     objective = Objective(model, teacher, config.eta, config.temperature, config.teacher_top_k, cache, apart)
     if config.torch_compile:
         compile_blocks_(objective)
-    _shard(objective, source.stored, precision, world)
-    names = _trained_parameters(objective, world)
+    _shard(objective, source.stored, precision, world, method.whole_copies)
+    names = _trained_parameters(objective)
     if cache is not None:  # the model still has the weights of its teacher
         claim_teacher_cache(cache, config, model, precision)
     fused, optimizer_text = choose_fused(config.fused_optimizer, world.device, sum(p.numel() for p in names))
@@ -170,32 +173,32 @@ def local_masks(masks: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     return {local(p.data): local(mask) for p, mask in masks.items()}
 
 
-def _shard(objective: Objective, stored: Checkpoint | None, precision: str, world: World) -> None:
-    """Shards student and teacher, and among several ranks reads each rank's rows."""
+def _shard(objective: Objective, stored: Checkpoint | None, precision: str, world: World, whole_copies: bool) -> None:
+    """Shards student and teacher, and among several ranks reads each rank's rows; or leaves each rank its copy."""
     if stored is None:
         objective.to(world.device)
-    shard_(objective, world, precision)
+    if not whole_copies:
+        shard_(objective, world, precision)
     if stored is not None:
         materialize_(objective, world.device)
         load_rows_(objective.student, stored, world)
         if objective.teacher is not None:
             load_rows_(objective.teacher, stored, world)
-    if world.mesh is not None:
+    if is_sharded(objective):
         register_fsdp_forward_method(objective, "prove_head")
         register_fsdp_forward_method(objective, "check_documents_apart")
     with autocast(world.device, precision):  # what is gathered in bf16 multiplies nothing else
         if stored is not None:
             objective.prove_head()
         objective.check_documents_apart()
-    if world.mesh is not None:
-        objective.reshard()  # else the root goes on with these weights after a checkpoint is loaded
+    reshard_(objective)  # else the root goes on with these weights after a checkpoint is loaded
 
 
-def _trained_parameters(objective: Objective, world: World) -> dict[Tensor, str]:
+def _trained_parameters(objective: Objective) -> dict[Tensor, str]:
     """Names of the student's parameters. FSDP leaves the root's parameters unsharded after a forward pass, so that a
     later walk over the model would find other tensors than those that the optimizer steps."""
     names: dict[Tensor, str] = {param: name for name, param in objective.student.named_parameters()}
-    if world.mesh is not None:
+    if is_sharded(objective):
         whole = [name for param, name in names.items() if not isinstance(param, DTensor)]
         assert not whole, f"{whole[0]} is not sharded"
     return names

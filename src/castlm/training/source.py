@@ -1,5 +1,5 @@
 """The dense model that a run starts from: whole on a single process, and without weights among several ranks until
-each rank reads its own rows.
+each rank reads its own rows; whole on each of them where the method asks for it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from castlm.core.errors import InputError
 from castlm.data.chat import with_template
 from castlm.distributed.loading import Checkpoint, check_one_snapshot, open_sharded
 from castlm.distributed.world import World
+from castlm.methods.table import class_of
 from castlm.models import Loaded, load_model
 from castlm.oneshot.stream_basis import untie_
 from castlm.training.config import TrainConfig
@@ -65,7 +66,8 @@ def open_source(config: TrainConfig, world: World) -> Source:
             cannot be distilled.
     """
     options = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
-    opened = open_sharded(config.model, **options) if world.mesh is not None else None
+    shards = world.mesh is not None and not class_of(config.method, config.adapter).whole_copies
+    opened = open_sharded(config.model, **options) if shards else None
     loaded, stored = (load_model(config.model, **options), None) if opened is None else opened
     check_one_snapshot(config.model, config.revision, world)
     with_template(loaded.tokenizer, config.chat_template_path)
