@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from castlm.architecture import linearize_conv1d_
 from castlm.core.errors import InputError
+from castlm.core.hidden import in_stream_basis
 from castlm.core.pattern import NM
 from castlm.oneshot import basis
 from castlm.oneshot.basis import change_basis_
@@ -34,6 +35,12 @@ def family_model(family: str, **over):
 @torch.no_grad()
 def logits(model):
     return model(input_ids=TOKENS, use_cache=False).logits
+
+
+@torch.no_grad()
+def stream(model):
+    """The residual stream after each block but the last."""
+    return model(input_ids=TOKENS, use_cache=False, output_hidden_states=True).hidden_states[1:-1]
 
 
 def distance(a, b) -> float:
@@ -65,6 +72,20 @@ def test_the_default_and_permutations_alone_leave_every_family_as_it_computes_an
     assert any(change.num_kept for change in report.changes)
     assert not report.untied
     assert model.config.tie_word_embeddings == tied
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OVER])
+@pytest.mark.parametrize("rotate", ["auto", "residual"])
+def test_the_report_says_in_which_basis_the_residual_stream_is(family, rotate):
+    if (family, rotate) == ("gemma2", "residual"):
+        pytest.skip("its stream cannot be rotated, see below")
+    model = family_model(family)
+    before = stream(model)
+    report = change_basis_(model, TOKENS, BasisOptions(rotate=rotate, rotation_iterations=10))
+    assert before
+    assert rotate == "auto" or report.stream_basis.shape == (model.config.hidden_size,) * 2
+    for old, new in zip(before, stream(model)):
+        assert distance(in_stream_basis(old, report.stream_basis), new) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["gemma", "gpt2"])

@@ -118,7 +118,7 @@ def test_a_teacher_cache_serves_another_labelling_of_the_same_text_and_no_other_
     everything = of_chat(llama, chat, tmp_path / "two", assistant_only_loss=False, **fields)
     train(everything)
     assert "no teacher is loaded" in capsys.readouterr().err
-    train(replace(everything, output_dir=str(tmp_path / "three"), teacher_cache=None))
+    train(replace(everything, output_dir=str(tmp_path / "three"), teacher_cache=None, hidden_weight=0.0))
     assert_equal_weights(tmp_path / "two" / "model", tmp_path / "three" / "model")
     (tmp_path / "other.jinja").write_text(CHATML.replace("system", "s").replace("'\n'", "'\n\n'"))
     train(of_chat(llama, chat, tmp_path / "four", chat_template_path=str(tmp_path / "other.jinja"), **fields))

@@ -109,8 +109,8 @@ def test_runs_once_and_says_what_was_measured(files, tmp_path, in_process, capsy
     assert "http-equiv" not in html
     assert "src=" not in html
     assert [rows[name]["start"] for name in rows] == ["sparsegpt", "sparsegpt", "dense", "dense"]
-    assert rows["srste"]["options"] == {"srste_lam": 5e-3}
-    assert set(rows["cast"]["options"]) == {"decay", "decay_end", "scale_groups"}
+    assert rows["srste"]["options"] == {"hidden_weight": 15.0, "srste_lam": 5e-3}  # the control has none
+    assert set(rows["cast"]["options"]) == {"decay", "decay_end", "hidden_weight", "scale_groups"}
     assert "| cast | sparsegpt | 384 |" in (tmp_path / "out" / "table.md").read_text()
     assert not list((tmp_path / "out").glob("runs/*/checkpoints"))
 

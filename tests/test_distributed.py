@@ -609,10 +609,11 @@ def test_sharded_load_is_load_model_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "more", "bound"),
-    [("llama", AS_PUBLISHED, 1e-3), ("gpt2", AS_PUBLISHED, 1e-3), ("gpt2", {}, 2e-3)],
+    [("llama", AS_PUBLISHED, 3e-3), ("gpt2", AS_PUBLISHED, 3e-3), ("gpt2", {}, 5e-3)],
 )
 def test_bf16_with_a_sharded_teacher(family, more, bound, text, tmp_path):
-    """Within `bound` of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale."""
+    """Within `bound` of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale, and the
+    distance of hidden states, in which that shows most, counts 15 times."""
     model = str(save_tiny(tmp_path / "model", family))
     for ranks, over in ((1, {}), (2, {}), (3, {"gradient_checkpointing": True})):
         fields = {"precision": "bf16", "max_steps": 8, "eval_steps": 4, **over, **more}

@@ -12,6 +12,7 @@ from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.oneshot.options import UNIT_SCORES
+from castlm.training.sections import HIDDEN_WEIGHT
 
 _AT_LEAST_1 = {"at_least": 1}
 
@@ -61,6 +62,9 @@ class MemoryCommand:
     eta: float = field(default=2 / 3, metadata={"at_least": 0})
     """Weight of the KL divergence to the teacher. 0 trains without a teacher."""
 
+    hidden_weight: float = field(default=HIDDEN_WEIGHT, metadata={"at_least": 0})
+    """Weight of the distance to the teacher's hidden states. 0 compares none, as eta 0 does."""
+
     prune: bool = False
     """Predict `castlm prune` on a CPU instead, for calibration_sequences of seq_len tokens."""
 
@@ -89,6 +93,7 @@ class MemoryCommand:
             compute_dtype=self.precision,
             teacher_dtype=self.precision,
             teacher=self.eta > 0,
+            hidden_states=self.eta > 0 and self.hidden_weight > 0,
             moments=self.moments,
             calibration_tokens=self.calibration_sequences * self.seq_len if prunes else 0,
             gpu_gib=gib,

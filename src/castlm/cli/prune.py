@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -311,7 +311,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             "base_model": self.model,
             "method": method,
             "calibration": calibration,
-            "basis": None if basis is None else asdict(basis),
+            "basis": None if basis is None else basis.as_dict(),
             "prune_seconds": round(report.seconds, 2),
             **report.damping_record(),
             **report.experts_record(),

@@ -35,6 +35,8 @@ class Preset:
 _ANY_BUDGET = {"method": "cast", "ignore_decay_budget": True}
 # The start of the rivals: SparseGPT as published.
 _SPARSEGPT = {"init_from": "sparsegpt", "rotate": "off", "permute": False, "refit_iterations": 0}
+# The strongest recipe without castlm's own parts.
+_PUBLISHED = {**_SPARSEGPT, "hidden_weight": 0.0}
 # The masks that the paper refreshes.
 _MAGNITUDE = {"init_from": "magnitude"}
 
@@ -60,6 +62,7 @@ PRESETS: dict[str, Preset] = {
             "cast": {"method": "cast"},
             "no scaling": {"method": "cast", "scale_groups": 0},
             "no distillation": {"method": "cast", "eta": 0.0},
+            "no hidden states": {"method": "cast", "hidden_weight": 0.0},
             "no decay": {**_ANY_BUDGET, "decay": "none"},
             "additive decay": {**_ANY_BUDGET, "decay": "additive"},
             "proportional decay": {**_ANY_BUDGET, "decay": "proportional"},
@@ -77,8 +80,8 @@ PRESETS: dict[str, Preset] = {
             **{name: {"method": name} for name in RETRAINING},
             "cast from magnitude": {"method": "cast", **_MAGNITUDE},
             "srste from magnitude": {"method": "srste", **_MAGNITUDE},
-            "cast from plain SparseGPT": {"method": "cast", **_SPARSEGPT},
-            "srste from plain SparseGPT": {"method": "srste", **_SPARSEGPT},
+            "cast from plain SparseGPT": {"method": "cast", **_PUBLISHED},
+            "srste from plain SparseGPT": {"method": "srste", **_PUBLISHED},
         },
         plots=("budgets",),
         budget_shares=(1 / 8, 1 / 4, 1 / 2, 1.0),

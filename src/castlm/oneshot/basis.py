@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,13 @@ class BasisReport:
     logits_moved: float = 0.0
     """Largest difference of a logit, relative to the largest logit."""
     seconds: float = 0.0
+    stream_basis: Tensor | None = None
+    """The new basis of the residual stream, as `castlm.core.hidden.in_stream_basis` takes it; None if it stayed."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for JSON, with the shape of `stream_basis` in its place."""
+        shape = None if self.stream_basis is None else list(self.stream_basis.shape)
+        return asdict(replace(self, stream_basis=None)) | {"stream_basis": shape}
 
     def lines(self) -> list[str]:
         return [*map(str, self.changes), *self.notes]
@@ -219,6 +227,8 @@ class _Turning:
             self.stream.undo()
             self.report.notes.append(f"residual stream: left as it was, for the logits moved by {moved:.1g}")
             moved = _distance(before, self._logits(sample))
+        elif self.stream.undo is not None:
+            self.report.stream_basis = self.stream.basis
         self.report.logits_moved = moved
 
     def _logits(self, sample: Tensor) -> Tensor:

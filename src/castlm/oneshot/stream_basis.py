@@ -41,6 +41,8 @@ class Stream:
         self.written: list[Term] = []
         self.undo: Callable[[], None] | None = None
         """Undoes the change of the stream's basis, up to rounding; None while there is none."""
+        self.basis: Tensor | None = None
+        """The change itself, as `castlm.core.hidden.in_stream_basis` takes it; None while there is none."""
 
     @property
     def norms(self) -> list[tuple[Norm, list[Matrix]]]:
@@ -111,7 +113,7 @@ class Stream:
         after = self._error([(weight[:, order], statistic.permuted(order)) for weight, statistic in weights])
         if change.decide(before, after):
             self._turn_(lambda matrix: matrix[..., order], lambda gain: gain[order])
-            back = order.argsort()
+            self.basis, back = order, order.argsort()
             self.undo = lambda: self._turn_(lambda matrix: matrix[..., back], lambda gain: gain[back])
 
     def rotate_(self, change: Change, iterations: int, alive: Callable[[], None]) -> bool:
@@ -139,7 +141,7 @@ class Stream:
             self._turn_(lambda matrix: matrix.float() @ rotation.T, lambda gain: gain)
             self.unfold_()
 
-        self.undo = undo
+        self.basis, self.undo = rotation, undo
         return True
 
     def _weights(self) -> list[tuple[Tensor, Statistic]]:

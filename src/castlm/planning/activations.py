@@ -58,6 +58,7 @@ class Settings:
     checkpointing: bool
     compute: torch.dtype
     teacher: torch.dtype | None
+    hidden_states: bool
     chunk_tokens: int
     moments: str
     calibration_tokens: int

@@ -61,12 +61,16 @@ def loss(run: RunData) -> list[Picture]:
     """The training loss with its parts, smoothed over the single steps."""
     if len(run.steps) < 2:
         return []
-    names = {"loss": "loss", "ce": "cross-entropy", "kl": "KL to the teacher"}
-    keys = list(names) if any(row.get("kl") for row in run.steps) else ["loss"]
+    names = {"loss": "loss", "ce": "cross-entropy", "kl": "KL to the teacher", "hidden": "distance of hidden states"}
+    parts = [key for key in names if any(row.get(key) for row in run.steps)]
+    keys = parts if "kl" in parts else ["loss"]
     raw = [Series("loss of a step", run.series("loss"), 0, faint=True)]
     smooth = [Series(names[key], run.smoothed(key), number) for number, key in enumerate(keys)]
-    svg = line_chart([*raw, *smooth], x_label="training tokens", y_label="nats per token")
-    caption = "On the training text, averaged over consecutive steps; the pale line is the loss of every step."
+    svg = line_chart([*raw, *smooth], x_label="training tokens", y_label="loss")
+    caption = (
+        "On the training text, averaged over consecutive steps; the pale line is the loss of every step. Cross-entropy "
+        "and KL are in nats per token; the distance of hidden states is relative, and weighted in the loss."
+    )
     return [Picture("Training loss", svg, caption)]
 
 

@@ -18,6 +18,7 @@ from castlm.fields import check_complete, checked, choices_of, convert, hints_of
 from castlm.methods.table import METHODS
 from castlm.oneshot.options import default_start
 from castlm.training.sections import (
+    HIDDEN_WEIGHT,
     SECTIONS,
     CheckpointOptions,
     DataOptions,
@@ -81,6 +82,9 @@ class TrainConfig(  # the fields of the last base come first
             raise InputError(f"rotate {self.rotate} needs a calibrated start: set init_from to sparsegpt or wanda")
         if self.teacher_cache and not (self.teacher_top_k and self.eta):
             raise InputError("teacher_cache stores the teacher's top-k tokens: set teacher_top_k (64, say) and eta > 0")
+        if self.hidden_weight and (self.teacher_cache or not self.eta):
+            reason = "eta is 0, which trains without one" if not self.eta else "a teacher_cache holds no hidden states"
+            raise InputError(f"hidden_weight {self.hidden_weight:g} needs the teacher at work: {reason}")
         if self.num_train_epochs is not None and self.max_steps != OptimizerOptions.max_steps:
             raise InputError("max_steps and num_train_epochs both set the length of the run: give one")
         if isinstance(self.dataset, tuple):
@@ -96,6 +100,14 @@ class TrainConfig(  # the fields of the last base come first
     def start(self) -> str:
         """Where the run starts: `init_from`, or the default of the method."""
         return self.init_from or (default_start(Pattern.parse(self.pattern)) if self.method == "cast" else "magnitude")
+
+    @property
+    def hidden_loss_weight(self) -> float:
+        """Weight of the distance of hidden states: `hidden_weight`, or its default for this run."""
+        if self.hidden_weight is not None:
+            return self.hidden_weight
+        is_default = self.eta > 0 and not self.teacher_cache and self.method != "dense" and not self.is_finetuning
+        return HIDDEN_WEIGHT if is_default else 0.0
 
     @property
     def is_finetuning(self) -> bool:
@@ -154,8 +166,8 @@ class TrainConfig(  # the fields of the last base come first
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
-        """Every option of the run by name, with the start that it uses."""
-        return {**dataclasses.asdict(self), "init_from": self.start}
+        """Every option of the run by name, with the start and the weight of hidden states that it uses."""
+        return {**dataclasses.asdict(self), "init_from": self.start, "hidden_weight": self.hidden_loss_weight}
 
     def as_yaml(self) -> str:
         """The run as a file for `--config`, in sections, without `resume` and `overwrite`."""
@@ -207,6 +219,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "mask_interval": 10,
         "scale_groups": 2,
         "eta": 1 / 3,
+        "hidden_weight": 0.0,
         "temperature": 1.0,
         "adam_betas": (0.9, 0.999),
         "max_steps": 7500,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,36 @@ from transformers import PreTrainedModel
 from castlm.architecture import backbone, check_head, output_head
 from castlm.core.distill import DistillationLoss, distillation_loss
 from castlm.core.errors import InputError
-from castlm.core.head import OutputHead
+from castlm.core.hidden import hidden_distance, in_stream_basis
 from castlm.core.top_tokens import TopTokens, top_tokens
 from castlm.data.positions import document_mask
 from castlm.training.teacher_cache import TeacherCache
 
 
+class TrainingLoss(NamedTuple):
+    """The loss of a batch and its parts, 0-dimensional. Only `loss` carries a gradient."""
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+    hidden: Tensor
+    """Distance of the hidden states to the teacher's, not yet weighted."""
+
+
+class _Output(NamedTuple):
+    """What a model makes of a batch."""
+
+    states: Tensor
+    """(batch, seq, hidden), after the final norm."""
+    between: tuple[Tensor, ...]
+    """The residual stream after each transformer block but the last."""
+
+
 class Objective(nn.Module):
     """`forward(input_ids, labels, num_tokens)` -> the distillation loss of a batch (batch, seq), labels shifted.
 
-    Tokens whose label is -100 count neither in the cross-entropy nor in the KL.
+    `(1 - eta) CE + eta T^2 KL + hidden_weight D`, with D the `hidden_distance` of all transformer blocks but the last,
+    whose output the KL compares. Tokens whose label is -100 count in none of the three.
 
     Args:
         teacher: frozen, in eval mode; None where `eta` is 0, or `cache` holds all that is asked for.
@@ -33,7 +54,13 @@ class Objective(nn.Module):
         cache: keeps them.
         apart: the documents of a training sequence do not attend to each other; `position_ids` then say where each one
             begins.
+        hidden_weight: weight of the distance between the hidden states of student and teacher; 0 compares none.
+
+    The buffer `stream_basis` says in which basis the student writes its residual stream, as `in_stream_basis` takes it;
+    None where it is the teacher's.
     """
+
+    stream_basis: Tensor | None
 
     def __init__(
         self,
@@ -44,11 +71,14 @@ class Objective(nn.Module):
         top_k: int = 0,
         cache: TeacherCache | None = None,
         apart: bool = False,
+        hidden_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher
         self.eta, self.temperature, self.top_k, self.cache = eta, temperature, top_k, cache
         self.apart, self.explicit_mask = apart, False
+        self.hidden_weight = hidden_weight
+        self.register_buffer("stream_basis", None, persistent=False)
 
     def forward(
         self,
@@ -57,18 +87,27 @@ class Objective(nn.Module):
         num_tokens: int | Tensor,
         position_ids: Tensor | None = None,
         ce_only: bool = False,
-    ) -> DistillationLoss:
+    ) -> TrainingLoss:
         position_ids = position_ids if self.apart and not ce_only else None
-        inputs = self._inputs(input_ids, position_ids)
-        hidden = backbone(self.student)(**inputs, use_cache=False).last_hidden_state
+        settings = {"eta": self.eta, "temperature": self.temperature, "num_tokens": num_tokens}
+        compares_hidden = self.hidden_weight > 0 and not ce_only
+        ours = self._output(self.student, input_ids, position_ids, compares_hidden)
         head = output_head(self.student)
         if ce_only or self.eta == 0:
-            return distillation_loss(hidden, head, labels, eta=0.0, num_tokens=num_tokens)
-        settings = {"eta": self.eta, "temperature": self.temperature, "num_tokens": num_tokens}
+            return _without_hidden(distillation_loss(ours.states, head, labels, eta=0.0, num_tokens=num_tokens))
+        theirs = None
         if self.top_k:
-            top = self.teacher_top_tokens(input_ids, position_ids)
-            return distillation_loss(hidden, head, labels, teacher_top=top, **settings)
-        return distillation_loss(hidden, head, labels, *self._teacher_output(input_ids, position_ids), **settings)
+            found, theirs = self._top_tokens(input_ids, position_ids, compares_hidden)
+            loss = distillation_loss(ours.states, head, labels, teacher_top=found, **settings)
+        else:
+            theirs = self._teacher_output(input_ids, position_ids, compares_hidden)
+            loss = distillation_loss(ours.states, head, labels, theirs.states, output_head(self.teacher), **settings)
+        if not compares_hidden:
+            return _without_hidden(loss)
+        assert theirs is not None  # a cache, which holds no hidden states, is not used with a hidden_weight
+        targets = [in_stream_basis(states, self.stream_basis) for states in theirs.between]
+        hidden = hidden_distance(ours.between, targets, labels, num_tokens=num_tokens)
+        return TrainingLoss(loss.loss + self.hidden_weight * hidden, loss.ce, loss.kl, hidden.detach())
 
     def _inputs(self, input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Tensor]:
         """The arguments of a forward pass in which the documents of a sequence do not attend to each other."""
@@ -114,31 +153,42 @@ class Objective(nn.Module):
         except (TypeError, ValueError, RuntimeError):  # the model takes no position ids, or no such mask
             return False
 
+    def _output(self, model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None, between: bool) -> _Output:
+        inputs = self._inputs(input_ids, position_ids)
+        output = backbone(model)(**inputs, use_cache=False, output_hidden_states=between)
+        # embeddings, then one state for each block; the last of them is the output of the final norm
+        return _Output(output.last_hidden_state, output.hidden_states[1:-1] if between else ())
+
     @torch.no_grad()
-    def _teacher_output(self, input_ids: Tensor, position_ids: Tensor | None) -> tuple[Tensor, OutputHead]:
-        """The teacher's hidden states, and its head."""
+    def _teacher_output(self, input_ids: Tensor, position_ids: Tensor | None, between: bool = False) -> _Output:
         assert self.teacher is not None
-        states = backbone(self.teacher)(**self._inputs(input_ids, position_ids), use_cache=False).last_hidden_state
-        return states, output_head(self.teacher)
+        return self._output(self.teacher, input_ids, position_ids, between)
 
-    def teacher_top_tokens(self, input_ids: Tensor, position_ids: Tensor | None) -> TopTokens:
-        """The teacher's tokens for `input_ids` (batch, seq): those of the cache, or else the teacher's, which it keeps.
+    def fill_cache(self, input_ids: Tensor, position_ids: Tensor | None) -> None:
+        """Lets the teacher read a batch (batch, seq), unless the cache holds all of it."""
+        self._top_tokens(input_ids, position_ids if self.apart else None, between=False)
 
-        Args:
-            position_ids: (batch, seq); used only if the documents are `apart`.
-        """
-        position_ids = position_ids if self.apart else None
+    def _top_tokens(
+        self, input_ids: Tensor, position_ids: Tensor | None, between: bool
+    ) -> tuple[TopTokens, _Output | None]:
+        """The teacher's most probable tokens, and its output if it was run."""
         found = self.cache.get(input_ids, position_ids) if self.cache is not None else None
         if found is not None:
-            return found
-        top = top_tokens(*self._teacher_output(input_ids, position_ids), self.top_k, self.temperature)
+            return found, None
+        output = self._teacher_output(input_ids, position_ids, between)
+        assert self.teacher is not None
+        top = top_tokens(output.states, output_head(self.teacher), self.top_k, self.temperature)
         if self.cache is not None:
             self.cache.put(input_ids, top, position_ids)
-        return top
+        return top, output
 
     def prove_head(self) -> None:
         """`check_head` of the student, as a forward of this module, in which sharded weights are whole."""
         check_head(self.student)
+
+
+def _without_hidden(loss: DistillationLoss) -> TrainingLoss:
+    return TrainingLoss(*loss, torch.zeros_like(loss.ce))
 
 
 @torch.no_grad()

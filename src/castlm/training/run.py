@@ -146,7 +146,7 @@ class Run:
         self.parts.objective.train()
         if self.parts.objective.teacher is not None:
             self.parts.objective.teacher.eval()
-        sums = torch.zeros(3, device=self.world.device)
+        sums = torch.zeros(4, device=self.world.device)
         for batch in micro_batches:
             with autocast(self.world.device, self.parts.evaluator.precision):
                 ids, labels, positions = (
@@ -156,7 +156,7 @@ class Run:
             (loss.loss * self.world.size).backward()  # averaged over ranks; the loss is normalised already
             sums += torch.stack(loss).detach().float()
         average_gradients_(self.parts.objective, self.parts.names, self.world)
-        total, ce, kl = self.world.sum(sums).tolist()
+        total, ce, kl, hidden = self.world.sum(sums).tolist()
         grad_norm = self._clip()
         if not np.isfinite([total, grad_norm]).all():
             self.saver.finish()
@@ -176,6 +176,7 @@ class Run:
         took = time.perf_counter() - started
         self.progress.seconds += took
         values = {"loss": total, "ce": ce, "kl": kl, "lr": lr, "grad_norm": grad_norm, "tokens": self.progress.tokens}
+        values |= {"hidden": hidden} if config.hidden_loss_weight else {}
         values |= {} if alpha is None else {"alpha": alpha}
         values |= {"loss_tokens": int(num_tokens)} if self.parts.text.documents.is_chat else {}
         values |= {"tokens_per_s": int(read) / took}
@@ -231,11 +232,13 @@ class Run:
         trained = {name: param for param, name in self.parts.names.items() if param.requires_grad}
         state = {name: self.optimizer.state[param] for name, param in trained.items()}
         weights = {name: param.detach() for name, param in trained.items()}
+        basis = self.parts.objective.stream_basis
         return {
             "model": weights,
             "optimizer": state,
             "method": self.method.tensors(),
             "initial_masks": self.parts.initial_masks,
+            **({} if basis is None else {"start": {"stream_basis": basis}}),
         }
 
     def save(self) -> None:

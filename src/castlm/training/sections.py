@@ -27,6 +27,10 @@ def essential(default: Any = MISSING, **more: Any) -> Any:
     return field(default=default, kw_only=True, metadata={"essential": True, **more})
 
 
+HIDDEN_WEIGHT = 15.0
+"""Default weight of the distance of hidden states; docs/results/stories260k-start.md has what it was chosen by."""
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """The dense model, and which of its layers become sparse."""
@@ -170,6 +174,11 @@ class TeacherOptions:
     eta: float = 2 / 3
     """Weight of the KL divergence to the dense teacher in the loss, 0 to 1. 0 trains without a teacher."""
 
+    hidden_weight: float | None = None
+    """Weight of the squared relative distance between the hidden states of student and teacher, after each transformer
+    block but the last. The default is 15 where the student is sparse and a teacher is at work: not with eta 0, a
+    teacher_cache (which holds no hidden states) or method dense."""
+
     temperature: float = 1.0
     """Temperature of the KL divergence, which is multiplied by its square."""
 
@@ -182,6 +191,7 @@ class TeacherOptions:
 
     def bounds(self) -> Iterator[Bound]:
         yield "eta", 0 <= self.eta <= 1, "between 0 and 1"
+        yield "hidden_weight", self.hidden_weight is None or self.hidden_weight >= 0, "at least 0"
         yield "temperature", self.temperature > 0, "above 0"
         yield "teacher_top_k", self.teacher_top_k >= 0, "at least 0"
 

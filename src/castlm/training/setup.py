@@ -23,7 +23,7 @@ from castlm.core.experts import num_weights
 from castlm.core.masks import pack_mask
 from castlm.core.pattern import Pattern
 from castlm.core.shards import like_rows, local
-from castlm.core.sparsify import FilterFn, is_sparse_linear
+from castlm.core.sparsify import FilterFn, is_sparse_linear, transformer_blocks
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import compile_blocks_, is_sharded, reshard_, shard_
@@ -38,7 +38,7 @@ from castlm.training.metrics import Evaluator
 from castlm.training.objective import Objective, make_teacher
 from castlm.training.schedule import schedule
 from castlm.training.source import Source, open_source
-from castlm.training.start import Start, is_untied, make_start, start_
+from castlm.training.start import Start, is_untied, make_start, start_, stream_basis
 from castlm.training.teacher_pass import claim_teacher_cache, open_teacher_cache, teacher_dtype
 from castlm.training.text import TrainingText, open_training_text
 
@@ -84,6 +84,15 @@ def check_left_dense(config: TrainConfig, model: torch.nn.Module) -> None:
             raise InputError(f"left_dense {part} is in the name of no sparse layer: they are named like {names[-1]}")
 
 
+def check_hidden_states(config: TrainConfig, model: torch.nn.Module) -> None:
+    """Raises `InputError` if hidden states are to be distilled from a model that has none between its blocks."""
+    if config.hidden_loss_weight and len(transformer_blocks(model)) < 2:
+        raise InputError(
+            f"{config.model} has one transformer block and no hidden states between blocks to distill: set "
+            "hidden_weight 0"
+        )
+
+
 def global_batch(config: TrainConfig, world: World) -> int:
     """Sequences of one optimizer step, on all ranks together."""
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
@@ -104,6 +113,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     source = open_source(config, world)
     model = source.model
     check_left_dense(config, model)
+    check_hidden_states(config, model)
     text = open_training_text(config, source.tokenizer, vocab_size(model.config), world)
     precision = choose_precision(config.precision, world.device, model.config)
     if world.size > 1 and method_class.masks_forward:
@@ -129,7 +139,16 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     apart = not config.cross_document_attention
-    objective = Objective(model, teacher, config.eta, config.temperature, config.teacher_top_k, cache, apart)
+    objective = Objective(
+        model,
+        teacher,
+        config.eta,
+        config.temperature,
+        config.teacher_top_k,
+        cache,
+        apart,
+        hidden_weight=config.hidden_loss_weight,
+    )
     if config.torch_compile:
         compile_blocks_(objective)
     _shard(objective, source.stored, precision, world, method.whole_copies)
@@ -149,6 +168,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         start_(model, method, start, world)
     elif resumed is None:
         method.start_from_magnitude_()
+    objective.stream_basis = stream_basis(start, world)
     masks = method.masks()
     initial_masks = {names[p]: like_rows(pack_mask(local(m)), p) for p, m in masks.items()}
     budget = _decay_budget(config, method, local_masks(masks), world)
@@ -240,6 +260,8 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
         here = "every sequence is in the cache: no teacher is loaded"
         kept = here if parts.objective.teacher is None else "missing sequences are added"
         yield f"teacher: top {config.teacher_top_k} tokens, cached in {config.teacher_cache} ({kept})"
+    if config.hidden_loss_weight:
+        yield f"hidden states: their distance to the teacher's counts {config.hidden_loss_weight:g} times in the loss"
     if parts.budget is not None:
         yield parts.budget.explain()
     yield from (f"no effect: {reason}" for reason in without_effect(config, parts.text.has_chat).values())

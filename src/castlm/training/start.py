@@ -44,6 +44,8 @@ class Start:
     """Weights (out, in) of the sparse layers, at n:m, by layer."""
     dense: dict[str, Tensor] = field(default_factory=dict)
     """Every parameter of the dense model in its new basis, by name; empty where the basis is not changed."""
+    stream_basis: Tensor | None = None
+    """The basis in which the model of `dense` has its residual stream; None if it is the dense model's own."""
     record: dict[str, Any] = field(default_factory=dict)
     """What was done and what it cost, on every rank."""
 
@@ -51,6 +53,20 @@ class Start:
 def is_untied(record: dict[str, Any]) -> bool:
     """Whether a run with this record of its start has an output head with a weight of its own."""
     return bool(record.get("basis", {}).get("untied", False))
+
+
+def stream_basis(start: Start, world: World) -> Tensor | None:
+    """The basis in which the student has its residual stream, on every rank; for a resumed run a tensor to load into.
+
+    A rotation (hidden, hidden) fp32 or a permutation (hidden,) int64, as `castlm.core.hidden.in_stream_basis` takes it.
+    """
+    shape = start.record.get("basis", {}).get("stream_basis")
+    if shape is None:
+        return None
+    basis = torch.zeros(shape)
+    if world.on_main(lambda: start.stream_basis is not None):
+        basis = world.from_main(start.stream_basis, basis.shape)
+    return (basis.long() if basis.dim() == 1 else basis).to(world.device)
 
 
 def make_start(
@@ -125,6 +141,7 @@ def _prune(
                 say=note,
                 progress=progress,
             )
+        start.stream_basis = basis.stream_basis
         if basis.changes or config.reconstruct_epochs:
             start.dense = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
         with _told_progress(f"starting from {solver}, blocks", alive) as progress:
@@ -151,7 +168,7 @@ def _prune(
     start.pruned = {layer.name: model.get_submodule(layer.name).weight.detach() for layer in report.layers}
     start.record = {
         "calibration_tokens": calibration.numel(),
-        "basis": asdict(basis),
+        "basis": basis.as_dict(),
         "prune_seconds": round(report.seconds, 2),
         **report.experts_record(),
         "layer_errors": {layer.name: layer.error for layer in report.layers},

@@ -89,7 +89,7 @@ def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None]
         check_vocabulary(batch["input_ids"], vocab)
         with autocast(world.device, precision):
             ids, positions = (batch[name].to(world.device) for name in ("input_ids", "position_ids"))
-            objective.teacher_top_tokens(ids, positions)
+            objective.fill_cache(ids, positions)
         done, is_whole = done + len(ids), text.loader.state_dict()["epoch"] > 0
         cache.cover(0, done, every_epoch=is_whole and config.repeat_blocks)
         progress(min(done, total), total)

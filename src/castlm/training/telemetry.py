@@ -25,6 +25,7 @@ SHOWN = {
     "loss": "loss {:.4f}",
     "ce": "ce {:.4f}",
     "kl": "kl {:.4f}",
+    "hidden": "hidden {:.4f}",
     "lr": "lr {:.2e}",
     "alpha": "alpha {:.2f}",
     "tokens_per_s": "{:,.0f} tok/s",

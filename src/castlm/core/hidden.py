@@ -1,0 +1,81 @@
+"""Distillation of hidden states: how far a student's residual stream is from its teacher's, block by block.
+
+The logits tell a student what to compute in the end; the hidden states tell each of its blocks. For a sparse student,
+whose blocks were each damaged, that is the nearer target.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from castlm.core.errors import InputError
+
+
+def hidden_distance(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    num_tokens: int | Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    r"""Mean over blocks and tokens of the squared relative distance of two residual streams, in at least fp32.
+
+    With `s` and `t` (hidden,) the stream of student and teacher at one token behind one block:
+
+    .. code-block:: text
+
+        distance = |s - t|^2 / |t|^2
+
+    It is 0 where the student agrees and about 1 where it knows nothing, whatever the width and depth of the model. It
+    is normalized token by token, so that the few tokens whose stream is very large (the first of a sequence in most
+    models) do not drown the others, and so that it adds up over micro-batches and ranks. A rotation of both streams
+    leaves it as it is.
+
+    Args:
+        student: the stream behind each block, each `labels.shape + (hidden,)`.
+        teacher: the same of the teacher; it gets no gradient.
+        labels: int64; tokens whose label is `ignore_index` do not count.
+        num_tokens: the divisor, in place of this call's number of tokens that count; as for `distillation_loss`.
+
+    Raises:
+        InputError: no hidden states, or not the same number and shapes of both.
+
+    Reference: SquareHead, Kurtic et al. 2023 (arXiv 2310.06927), which normalizes a whole batch at once.
+
+    Example:
+        >>> states, labels = torch.ones(1, 3, 4), torch.tensor([[1, 2, -100]])
+        >>> hidden_distance([1.5 * states], [states], labels).item()
+        0.25
+    """
+    if not student or [s.shape for s in student] != [t.shape for t in teacher]:
+        raise InputError(
+            f"the student has {len(student)} hidden states and the teacher {len(teacher)}: distilling them needs the "
+            "same number, at least one, of the same shapes"
+        )
+    real = labels != ignore_index
+    count = real.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=labels.device)
+    weights = real / count.clamp(min=1) / len(student)
+    distance = torch.zeros((), device=labels.device)
+    for ours, theirs in zip(student, teacher):
+        target = theirs.detach().to(torch.promote_types(theirs.dtype, torch.float32))
+        power = target.square().sum(-1).clamp(min=torch.finfo(target.dtype).tiny)
+        distance = distance + ((ours - target).square().sum(-1) / power * weights).sum()
+    return distance
+
+
+def in_stream_basis(hidden: Tensor, basis: Tensor | None) -> Tensor:
+    """Hidden states (..., hidden) of the model as it was before a change of basis, in the new basis of the stream.
+
+    Args:
+        basis: a rotation (hidden, hidden) that the stream is multiplied by from the right; a permutation (hidden,)
+            int64, the old channel of each new one; None for no change.
+
+    Example:
+        >>> in_stream_basis(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2, 0, 1]))
+        tensor([3., 1., 2.])
+    """
+    if basis is None:
+        return hidden
+    return hidden[..., basis] if basis.dim() == 1 else hidden @ basis.to(hidden.dtype)

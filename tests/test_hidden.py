@@ -1,0 +1,122 @@
+"""The distance of hidden states: its formula, its sums, and a run that distills them."""
+
+import pytest
+import torch
+
+from castlm.core.errors import InputError
+from castlm.core.hidden import hidden_distance, in_stream_basis
+from castlm.distributed.world import init_world
+from castlm.oneshot.basis import change_basis_
+from castlm.oneshot.options import BasisOptions
+from castlm.training.loop import train
+from castlm.training.objective import Objective, make_teacher
+from castlm.training.run import Run
+from tests.test_train import small
+from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model
+
+BLOCKS, HIDDEN = 3, 8
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("llama"), "llama"))
+
+
+@pytest.fixture
+def states():
+    """Hidden states of student and teacher, and labels of which some do not count."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        [torch.randn(2, 6, HIDDEN, generator=generator, dtype=torch.float64) for _ in range(BLOCKS)] for _ in range(2)
+    )
+    labels = torch.randint(0, 9, (2, 6), generator=generator)
+    labels[0, :2] = labels[1, 5] = -100
+    return [s.requires_grad_() for s in student], teacher, labels
+
+
+def test_the_distance_is_relative_for_each_token_and_averaged_over_those_that_count(states):
+    student, teacher, labels = states
+    expected = [
+        (s[row, at] - t[row, at]).square().sum() / t[row, at].square().sum()
+        for s, t in zip(student, teacher)
+        for row, at in (labels != -100).nonzero().tolist()
+    ]
+    assert torch.allclose(hidden_distance(student, teacher, labels), torch.stack(expected).mean())
+
+
+def test_the_distance_of_micro_batches_adds_up(states):
+    student, teacher, labels = states
+    whole = hidden_distance(student, teacher, labels)
+    count = (labels != -100).sum()
+    parts = [
+        hidden_distance([s[row] for s in student], [t[row] for t in teacher], labels[row], num_tokens=count)
+        for row in range(2)
+    ]
+    assert torch.allclose(sum(parts), whole)
+
+
+def test_tokens_that_do_not_count_and_the_teacher_get_no_gradient(states):
+    student, teacher, labels = states
+    teacher = [t.requires_grad_() for t in teacher]
+    hidden_distance(student, teacher, labels).backward()
+    for s, t in zip(student, teacher):
+        assert t.grad is None
+        assert torch.equal(s.grad.abs().sum(-1) > 0, labels != -100)
+
+
+def test_a_rotation_of_both_streams_leaves_the_distance(states):
+    student, teacher, labels = states
+    rotation = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, dtype=torch.float64))[0]
+    turned = [[in_stream_basis(x, rotation) for x in side] for side in (student, teacher)]
+    assert torch.allclose(hidden_distance(*turned, labels), hidden_distance(student, teacher, labels))
+
+
+def test_a_teacher_whose_stream_is_zero_gives_no_nan(states):
+    student, _, labels = states
+    nowhere = [torch.zeros_like(s) for s in student]
+    assert hidden_distance([0 * s for s in student], nowhere, labels) == 0
+
+
+def test_what_cannot_be_compared_is_refused(states):
+    student, teacher, labels = states
+    for theirs in ([], teacher[:-1], [t[..., :4] for t in teacher]):
+        with pytest.raises(InputError, match="the student has 3 hidden states"):
+            hidden_distance(student, theirs, labels)
+    with pytest.raises(InputError, match="the student has 0 hidden states and the teacher 0"):
+        hidden_distance([], [], labels)
+
+
+@pytest.mark.parametrize("rotate", ["auto", "residual"])
+def test_the_same_function_in_another_basis_is_at_no_distance(rotate):
+    model = tiny_model("llama")
+    ids = torch.randint(0, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(0))
+    objective = Objective(model, make_teacher(model, torch.float32), 0.5, 1.0, hidden_weight=1.0)
+    objective.stream_basis = change_basis_(model, ids, BasisOptions(rotate=rotate, rotation_iterations=5)).stream_basis
+    loss = objective(ids, ids, ids.numel())
+    assert loss.hidden < 1e-10
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(0.5)
+    damaged = objective(ids, ids, ids.numel())
+    assert damaged.hidden > 1e-4
+    assert torch.allclose(damaged.loss, 0.5 * damaged.ce + 0.5 * damaged.kl + damaged.hidden)
+
+
+def test_hidden_states_are_distilled_by_default_and_resumed_in_their_basis(llama, text, tmp_path):
+    options = {"rotate": "residual", "rotation_iterations": 5, "calibration_sequences": 4, "save_steps": 2}
+    straight = Run(small(llama, text, tmp_path / "run", **options), init_world("cpu", "full"))
+    for _ in range(2):
+        straight.train_step()
+    straight.save()
+    straight.saver.finish()
+    straight.train_step()
+    again = Run(small(llama, text, tmp_path / "run", resume=True, **options), init_world("cpu", "full"))
+    assert torch.equal(again.parts.objective.stream_basis, straight.parts.objective.stream_basis)
+    again.train_step()
+    for (name, one), (_, other) in zip(straight.model.named_parameters(), again.model.named_parameters()):
+        assert torch.equal(one, other), name
+
+
+def test_a_model_of_one_block_says_that_it_has_no_states_between_blocks(text, tmp_path):
+    save_tiny(tmp_path / "one", "llama", num_hidden_layers=1)
+    with pytest.raises(InputError, match=r"one transformer block.*hidden_weight 0"):
+        train(small(str(tmp_path / "one"), text, tmp_path / "run"))
