@@ -37,7 +37,7 @@ def states():
 def test_the_distance_is_relative_for_each_token_and_averaged_over_those_that_count(states):
     student, teacher, labels = states
     expected = [
-        (s[row, at] - t[row, at]).square().sum() / t[row, at].square().sum()
+        torch.log(1 + (s[row, at] - t[row, at]).square().sum() / t[row, at].square().sum())
         for s, t in zip(student, teacher)
         for row, at in (labels != -100).nonzero().tolist()
     ]
@@ -69,6 +69,17 @@ def test_a_rotation_of_both_streams_leaves_the_distance(states):
     rotation = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, dtype=torch.float64))[0]
     turned = [[in_stream_basis(x, rotation) for x in side] for side in (student, teacher)]
     assert torch.allclose(hidden_distance(*turned, labels), hidden_distance(student, teacher, labels))
+
+
+def test_one_token_whose_stream_is_huge_hardly_counts_more_than_one_that_is_lost(states):
+    student, teacher, labels = states
+    lost, huge = [[x.detach().clone() for x in student] for _ in range(2)]
+    lost[0][0, 3], huge[0][0, 3] = 0.0, 1000.0
+    huge = [x.requires_grad_() for x in huge]
+    distance = hidden_distance(huge, teacher, labels)
+    distance.backward()
+    assert distance < hidden_distance(lost, teacher, labels) + 1
+    assert huge[0].grad[0, 3].norm() < huge[0].grad[0, 2].norm()
 
 
 def test_a_teacher_whose_stream_is_zero_gives_no_nan(states):

@@ -61,6 +61,10 @@ def report(config: TrainConfig, options: CheckOptions, found: Calibration, world
     hours = gpu_hours(config.max_steps * found.tokens_per_step, found.tokens_per_s)
     print(f"lam from the momentum's rms over {found.steps} steps: {found.lam:.2e}")
     print(f"{found.tokens_per_s:,.0f} tokens/s: {hours:.2f} hours for {config.max_steps} steps of training alone")
+    if found.start_seconds:
+        steps = found.start_seconds * found.tokens_per_s / found.tokens_per_step
+        print(f"start: {found.start_seconds:,.1f} s before step 0, as long as {steps:,.0f} steps")
+        hours += found.start_seconds / 3600
     if options.price_per_hour is not None:
         devices = options.devices or world_size
         cost = hours * devices * options.price_per_hour

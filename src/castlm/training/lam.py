@@ -21,6 +21,7 @@ from castlm.training.checkpoint import checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.run import Run
 from castlm.training.schedule import schedule
+from castlm.training.start import start_seconds
 
 STEPS = 20
 PLACEHOLDER_LAM = 4e-7  # of the calibration steps themselves, in which the ramp has hardly begun
@@ -49,6 +50,8 @@ class Calibration:
     tokens_per_step: int
     peak_bytes: int
     steps: int
+    start_seconds: float = 0.0
+    """Before step 0, to make the start."""
 
 
 def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibration:
@@ -80,7 +83,8 @@ def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibrat
     peak = peak_memory(world.device.type)
     layers = {name: LayerCalibration(rms[name], budgets[name]) for name in budgets}
     per_step = statistics.median(seconds[1:] or seconds)  # the first compiles
-    return Calibration(layers, statistics.median(rms.values()), tokens / per_step, tokens, peak, len(seconds))
+    lam, before = statistics.median(rms.values()), start_seconds(run.parts.start)
+    return Calibration(layers, lam, tokens / per_step, tokens, peak, len(seconds), before)
 
 
 def resolve_lam(config: TrainConfig, world: World) -> TrainConfig:

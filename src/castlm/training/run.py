@@ -32,7 +32,7 @@ from castlm.training.flops import flops_per_token, peak_flops
 from castlm.training.metrics import mask_figures, masked_histogram, masked_shares
 from castlm.training.objective import pruned
 from castlm.training.run_folder import RunFolder
-from castlm.training.schedule import learning_rate
+from castlm.training.schedule import hidden_weight, learning_rate
 from castlm.training.setup import global_batch, introduction, local_masks, set_up
 from castlm.training.telemetry import Telemetry
 from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
@@ -143,6 +143,7 @@ class Run:
         read, num_tokens = self.world.sum(torch.tensor(counts).sum(dim=0).to(self.world.device))
 
         self.method.before_forward(self.progress.step)
+        self.parts.objective.hidden_weight = hidden_weight(self.progress.step, config)
         self.parts.objective.train()
         if self.parts.objective.teacher is not None:
             self.parts.objective.teacher.eval()

@@ -1,4 +1,4 @@
-"""What changes from step to step of a run: its learning rate, and the ramp of its decay."""
+"""What changes from step to step of a run: its learning rate, the ramp of its decay, the weight of hidden states."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     height = SCHEDULES[config.lr_scheduler_type](progress, step / config.max_steps)
     low = config.min_lr_ratio
     return config.learning_rate * (low + (1 - low) * height)
+
+
+def hidden_weight(step: int, config: TrainConfig) -> float:
+    """The weight of the distance of hidden states at the 0-based `step`: linear from its full value down to 0.
+
+    At first the teacher's hidden states are the nearest target that each block has; in the end a sparse model does
+    better with hidden states of its own.
+    """
+    return config.hidden_loss_weight * (1 - step / config.max_steps)
 
 
 def schedule(config: TrainConfig) -> tuple[list[float], list[float]]:

@@ -261,7 +261,7 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
         kept = here if parts.objective.teacher is None else "missing sequences are added"
         yield f"teacher: top {config.teacher_top_k} tokens, cached in {config.teacher_cache} ({kept})"
     if config.hidden_loss_weight:
-        yield f"hidden states: their distance to the teacher's counts {config.hidden_loss_weight:g} times in the loss"
+        yield f"hidden states: their distance to the teacher's has weight {config.hidden_loss_weight:g}, falling to 0"
     if parts.budget is not None:
         yield parts.budget.explain()
     yield from (f"no effect: {reason}" for reason in without_effect(config, parts.text.has_chat).values())

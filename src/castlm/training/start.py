@@ -55,6 +55,11 @@ def is_untied(record: dict[str, Any]) -> bool:
     return bool(record.get("basis", {}).get("untied", False))
 
 
+def start_seconds(record: dict[str, Any]) -> float:
+    """What the start of a run with this record took: the change of basis and the one-shot solver."""
+    return float(record.get("basis", {}).get("seconds", 0.0)) + float(record.get("prune_seconds", 0.0))
+
+
 def stream_basis(start: Start, world: World) -> Tensor | None:
     """The basis in which the student has its residual stream, on every rank; for a resumed run a tensor to load into.
 
