@@ -40,6 +40,8 @@ from castlm.oneshot.options import UNIT_SCORES, Refinements
 from castlm.oneshot.prune import prune_oneshot_
 
 PROMPT, NEW_TOKENS = 256, 32
+SEQUENCES = 128
+"""Of the calibration text."""
 
 
 class Key(NamedTuple):
@@ -176,7 +178,7 @@ def score_rows(
 ) -> dict[tuple[str, str], list[list[float]]]:
     """Perplexity after one-shot pruning by pattern and score: without least squares and with, for each seed."""
     loaded = load_model(model)
-    pool = token_ids(open_documents(calibration), loaded.tokenizer, limit=CALIBRATION_POOL * 128 * seq_len)
+    pool = token_ids(open_documents(calibration), loaded.tokenizer, limit=CALIBRATION_POOL * SEQUENCES * seq_len)
     ids = token_ids(open_documents(text), loaded.tokenizer)
     found: dict[tuple[str, str], list[list[float]]] = {}
     for pattern, score in itertools.product(patterns, UNIT_SCORES):
@@ -184,7 +186,7 @@ def score_rows(
             values = []
             for seed in range(seeds):
                 pruned = copy.deepcopy(loaded.model)
-                sequences = calibration_blocks(pool, 128, seq_len, seed)
+                sequences = calibration_blocks(pool, SEQUENCES, seq_len, seed)
                 refinements = Refinements(refit_iterations=iterations)
                 prune_oneshot_(
                     pruned, score, pattern=pattern, calibration=sequences, refinements=refinements, seed=seed

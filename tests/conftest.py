@@ -3,17 +3,19 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets is imported
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else torch.compile starts processes that import torch
 
 from pathlib import Path
 
 import pytest
-import torch
 
 STORIES260K = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
+    import torch  # not where pytest only hands out the tests
+
     torch.set_num_threads(1)
 
 

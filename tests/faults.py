@@ -65,6 +65,7 @@ class Ground:
         fields = {
             "max_steps": 12,
             "calibration_sequences": 4,
+            "rotation_iterations": 10,
             "decay_end": 0.5,  # still decaying where a run is stopped
             "seq_len": 32,
             "per_device_train_batch_size": 2,

@@ -1,5 +1,7 @@
 """What the server of `tests.ranks` imports once for all ranks. It starts no thread: its children are forks."""
 
+import contextlib
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,4 +15,10 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 
 import castlm.training.loop  # noqa: F401
 
+with contextlib.suppress(ImportError):
+    import peft  # noqa: F401
+with contextlib.suppress(ImportError):
+    import torch.utils.tensorboard
+
 torch.set_num_threads(1)
+gc.freeze()  # a collection in a child does not copy what all share

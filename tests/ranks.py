@@ -1,12 +1,14 @@
-"""Runs a function on N gloo ranks. The ranks are forked from one server that has imported everything already: torch
-and transformers take longer to import than a tiny model to train.
+"""Runs a function on N gloo ranks, or a command. Each process is forked from one server that has imported everything
+already: torch and transformers take longer to import than a tiny model to train.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -54,6 +56,23 @@ def run_ranks(
     ranks = start_ranks(function, size, *args, log=log, **over)
     codes = wait_ranks(ranks, timeout)
     assert not any(codes), f"exit codes {codes}: {said(log, size)}"
+
+
+def start_process(function: Callable[..., Any], *args: Any, log: Path) -> BaseProcess:
+    """Starts `function(*args)` in a process that is no rank; what it says goes to `log`."""
+    process = _FORKS.Process(target=_rank, args=(function, args, {}, str(log)), daemon=True)
+    process.start()
+    return process
+
+
+def start_command(module: str, *arguments: str, log: Path) -> BaseProcess:
+    """Starts `python -m module arguments`; what it says goes to `log`."""
+    return start_process(_run_module, module, *arguments, log=log)
+
+
+def _run_module(module: str, *arguments: str) -> None:
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def wait_ranks(ranks: list[BaseProcess], timeout: float) -> list[int | None]:

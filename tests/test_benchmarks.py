@@ -1,8 +1,6 @@
 """The cheapest rows of `python -m benchmarks`, without thresholds: that they run and say what they measured."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from castlm.core import native
 from castlm.core.pattern import nm_mask
 from castlm.distributed.world import init_world
 from castlm.inference import native as inference_native
+from tests.ranks import start_command, wait_ranks
 from tests.stub_backend import StubBackend
 from tests.tiny import TEXT, save_tiny
 
@@ -67,7 +66,7 @@ def test_growth_has_a_point_a_size_and_exponents_of_both(tmp_path, monkeypatch, 
             measured.append(memory.measure(case, folder, world))
         return measured
 
-    axes = growth.make_axes(growth.llama(64, 1), [(64, 1), (64, 2)], lengths=[32], rows=[1, 2], ranks=[1])
+    axes = growth.make_axes(growth.llama(64, 2), [(64, 2), (64, 3)], lengths=[32], rows=[1, 2], ranks=[1])
     axes = {name: axes[name] for name in ("parameters", "sequences a batch")}
     monkeypatch.setattr(growth, "measure_in_child", measure_here)
     monkeypatch.setattr(growth, "exponents", lambda x, y: {"overall": min(y), "last": 1.0, "beyond_constant": None})
@@ -93,10 +92,11 @@ def test_exponents_see_through_a_constant():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_script_says_that_there_is_none():
-    result = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.strip() == "benchmarks.gpu: torch sees no CUDA device; run it on a machine with one"
+def test_gpu_script_says_that_there_is_none(tmp_path):
+    process = start_command("benchmarks.gpu", log=tmp_path / "log")
+    assert wait_ranks([process], 60) == [2]
+    said = (tmp_path / "log").read_text().strip()
+    assert said == "benchmarks.gpu: torch sees no CUDA device; run it on a machine with one"
 
 
 @pytest.mark.skipif(native.kernels() is None, reason="AdamS is fused on a CPU by the C++ kernels, which are not built")
@@ -152,7 +152,9 @@ def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp
     assert sum(tensor.nbytes for tensor in packed.values()) == points["2:4 int8"]["num_bytes"]
 
 
-def test_structured_patterns_have_a_table_and_speeds(tmp_path, capsys):
+def test_structured_patterns_have_a_table_and_speeds(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(structured, "SEQUENCES", 8)
+    monkeypatch.setattr(structured, "PROMPT", 32)
     dense = save_tiny(tmp_path / "dense")
     for seed, pruned in ((0, 8.0), (1, 9.0)):
         for method in ("cast", "finetune"):
@@ -173,7 +175,8 @@ def test_structured_patterns_have_a_table_and_speeds(tmp_path, capsys):
     assert 0 < speed["parameters"] < 1
     assert speed["prefill"] > 0
     (tmp_path / "text.txt").write_text(TEXT)
-    text = str(tmp_path / "text.txt")
-    rows = structured.score_rows(str(dense), text, text, ["heads:0.5"], seeds=1, seq_len=16)
+    (tmp_path / "held_out.txt").write_text(TEXT[:1000])
+    texts = str(tmp_path / "text.txt"), str(tmp_path / "held_out.txt")
+    rows = structured.score_rows(str(dense), *texts, ["heads:0.5"], seeds=1, seq_len=16)
     assert {score for _, score in rows} == {"magnitude", "wanda", "flap", "taylor", "random"}
     assert all(len(values) == 2 and values[0][0] > 1 for values in rows.values())

@@ -26,10 +26,11 @@ OPTIONS = {
     "eval_tokens": 300,
     "mask_interval": 3,
     "decay_end": 0.5,
-    "max_steps": 8,
-    "eval_steps": 4,
+    "max_steps": 6,
+    "eval_steps": 3,
     "learning_rate": 1e-3,
     "calibration_sequences": 4,
+    "rotation_iterations": 10,
     "device": "cpu",
 }
 

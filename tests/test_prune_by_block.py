@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from castlm.export import from_blocks
 from castlm.oneshot import by_block
 from castlm.oneshot.hidden_states import HiddenStates
 from castlm.oneshot.stored_model import StoredModel
+from tests.ranks import start_process, wait_ranks
 from tests.tiny import save_tiny, tiny_model
 
 PLAIN = ["--rotate", "off", "--no-permute"]
@@ -29,7 +28,8 @@ def llama(tmp_path_factory) -> Path:
 
 def prune(model, text: str, output: Path, *options: str, memory: str = "block") -> Path:
     arguments = ["--model", str(model), "--calibration", text, "--output-dir", str(output), "--memory", memory]
-    assert command.main([*arguments, "--num-sequences", "8", "--seq-len", "64", *options]) == 0
+    sizes = ["--num-sequences", "8", "--seq-len", "64", "--rotation-iterations", "10"]
+    assert command.main([*arguments, *sizes, *options]) == 0
     return output
 
 
@@ -115,18 +115,22 @@ def test_a_prune_killed_at_any_moment_goes_on_to_the_same_result(
     assert ours["basis"]["changes"] == theirs["basis"]["changes"]
 
 
+def prune_and_die(*arguments) -> None:
+    """Ends as by SIGKILL behind the second block."""
+    write_block = by_block._write_block
+
+    def killed(run, block, index, prefix):
+        write_block(run, block, index, prefix)
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    by_block._write_block = killed
+    prune(*arguments)
+
+
 def test_a_process_that_was_killed_goes_on(llama, straight, tmp_path, text):
-    script = (
-        "import os, signal; from castlm.oneshot import by_block as b; w = b._write_block\n"
-        "def kill(run, block, index, prefix):\n"
-        "    w(run, block, index, prefix); index == 1 and os.kill(os.getpid(), signal.SIGKILL)\n"
-        "b._write_block = kill\n"
-        "import sys; from castlm.cli.prune import main; sys.exit(main(sys.argv[1:]))"
-    )
-    common = ["--model", str(llama), "--calibration", text, "--num-sequences", "8", "--seq-len", "64"]
-    arguments = [*common, "--output-dir", str(tmp_path / "killed"), "--memory", "block"]
-    killed = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, env=dict(os.environ))
-    assert killed.returncode == -signal.SIGKILL
+    killed = start_process(prune_and_die, llama, text, tmp_path / "killed", log=tmp_path / "log")
+    assert wait_ranks([killed], 120) == [-signal.SIGKILL], (tmp_path / "log").read_text()
     assert json.loads((tmp_path / "killed.partial" / "progress.json").read_text())["done"] == 1
     assert_same(straight, prune(llama, text, tmp_path / "killed"))
 

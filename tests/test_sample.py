@@ -1,10 +1,7 @@
 """`castlm sample`: what it writes is what transformers generates, and a stopped start goes on bit for bit."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,6 +14,7 @@ from castlm.data.documents import open_documents
 from castlm.data.sample_file import open_samples, sample
 from castlm.data.sampling import Sampler, SamplingOptions, read_prompts
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, write_rows
+from tests.ranks import start_command
 from tests.tiny import EOS_ID, tiny_model, tiny_tokenizer
 
 
@@ -209,12 +207,12 @@ def test_a_killed_command_is_resumed_to_the_same_file(llama, tmp_path):
     straight, killed = tmp_path / "straight.jsonl", tmp_path / "killed.jsonl"
     more = ("--num-tokens", "1500")
     assert main(command(llama, straight, *more)) == 0
-    args = [sys.executable, "-m", "castlm", *command(llama, killed, *more)]
     record, deadline = tmp_path / "killed.jsonl.castlm.json", time.monotonic() + 100
-    with subprocess.Popen(args, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
-        while time.monotonic() < deadline and not record.exists():
-            time.sleep(0.01)
-        process.kill()
+    process = start_command("castlm", *command(llama, killed, *more), log=tmp_path / "log")
+    while time.monotonic() < deadline and not record.exists():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     assert not killed.exists()
     assert main(command(llama, killed, *more, "--resume")) == 0
     assert killed.read_bytes() == straight.read_bytes()

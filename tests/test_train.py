@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from castlm.training.run import Run
 from castlm.training.schedule import learning_rate
+from tests.ranks import start_command, wait_ranks
 from tests.tiny import FAMILIES, TEXT, save_tiny
 
 
@@ -45,6 +45,7 @@ def small(model: str, dataset: str, output_dir: Path, **over) -> TrainConfig:
     fields = {
         "max_steps": 12,
         "calibration_sequences": 4,
+        "rotation_iterations": 10,
         "decay_end": 0.5,  # still decaying where a run is stopped
         "seq_len": 32,
         "per_device_train_batch_size": 4,
@@ -198,44 +199,38 @@ def test_corrupt_checkpoint_is_named(llama, text, tmp_path, monkeypatch):
 @pytest.mark.parametrize("pattern", ["2:4", "channels:0.5"])
 def test_kill_in_the_middle_of_a_save_leaves_the_last_whole_one(pattern, llama, text, tmp_path):
     """SIGKILL at random moments of a run that saves every step; each time it goes on, and ends as the straight run."""
-    straight = small(llama, text, tmp_path / "straight", save_steps=1, max_steps=30, pattern=pattern)
+    straight = small(llama, text, tmp_path / "straight", save_steps=1, max_steps=20, pattern=pattern)
     train(straight)
-    command = [sys.executable, "-m", "castlm", "train", "--config", str(tmp_path / "straight" / "config.yaml")]
+    command = ["castlm", "train", "--config", str(tmp_path / "straight" / "config.yaml")]
     command += ["--output-dir", str(tmp_path / "killed")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    resume: list[str] = []
+    log, checkpoints = tmp_path / "log", tmp_path / "killed" / "checkpoints"
     for saved in (3, 8):
-        process = subprocess.Popen(command + resume, env=environment, stderr=subprocess.DEVNULL)
-        while (
-            len(checkpoint_steps(tmp_path / "killed" / "checkpoints")) == 0
-            or max(checkpoint_steps(tmp_path / "killed" / "checkpoints")) < saved
-        ):
-            assert process.poll() is None
+        process = start_command(*command, log=log)
+        while max(checkpoint_steps(checkpoints), default=0) < saved:
+            assert process.is_alive(), log.read_text()
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        resume = ["--resume"]
-    assert subprocess.run(command + resume, env=environment, stderr=subprocess.DEVNULL).returncode == 0
+        process.kill()
+        process.join()
+        if saved == 3:
+            command.append("--resume")
+    assert wait_ranks([start_command(*command, log=log)], 60) == [0], log.read_text()
     assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "killed" / "model")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_signals_save_and_say_how_to_go_on(number, code, llama, text, tmp_path):
     out = tmp_path / "run"
-    config = small(llama, text, out, max_steps=400, eval_steps=400)
-    command = [sys.executable, "-m", "castlm", "train", "--model", llama, "--dataset", text, "--output-dir", str(out)]
+    command = ["castlm", "train", "--model", llama, "--dataset", text, "--output-dir", str(out)]
     command += ["--max-steps", "400", "--seq-len", "32", "--per-device-train-batch-size", "4", "--eval-tokens", "512"]
     command += ["--save-steps", "0", "--eval-steps", "400", "--report-to", "none"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = start_command(*command, log=tmp_path / "log")
     while not (out / "metrics.jsonl").is_file() or (out / "metrics.jsonl").read_text().count("\n") < 5:
-        assert process.poll() is None
+        assert process.is_alive(), (tmp_path / "log").read_text()
         time.sleep(0.05)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert f"castlm train --config {out / 'config.yaml'} --resume" in errors
+    os.kill(process.pid, number)
+    assert wait_ranks([process], 60) == [code]
+    assert f"castlm train --config {out / 'config.yaml'} --resume" in (tmp_path / "log").read_text()
     assert len(checkpoint_steps(out / "checkpoints")) == 1
-    assert config.max_steps == 400
 
 
 def test_nan_loss_stops_and_keeps_the_checkpoint(llama, text, tmp_path, monkeypatch):
@@ -474,15 +469,16 @@ def test_overwrite_keeps_the_old_result_until_the_new_one_is_whole(llama, text, 
 
 
 def test_sigterm_while_loading_ends_with_a_line(llama, text, tmp_path):
-    command = [sys.executable, "-m", "castlm", "train", "--model", llama, "--dataset", text]
+    command = ["castlm", "train", "--model", llama, "--dataset", text]
     command += ["--output-dir", str(tmp_path / "run"), "--seq-len", "32"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = start_command(*command, log=tmp_path / "log")
     while not (tmp_path / "run" / ".castlm.lock").exists():
-        assert process.poll() is None
+        assert process.is_alive(), (tmp_path / "log").read_text()
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode in (143, 0), errors  # 0: it has come to its first step by then, and has saved it
+    os.kill(process.pid, signal.SIGTERM)
+    (code,) = wait_ranks([process], 60)
+    errors = (tmp_path / "log").read_text()
+    assert code in (143, 0), errors  # 0: it has come to its first step by then, and has saved it
     assert "castlm: stopped" in errors
     assert "Traceback" not in errors
 
