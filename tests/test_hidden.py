@@ -44,6 +44,15 @@ def test_the_distance_is_relative_for_each_token_and_averaged_over_those_that_co
     assert torch.allclose(hidden_distance(student, teacher, labels), torch.stack(expected).mean())
 
 
+def test_the_gradient_is_that_of_the_formula(states):
+    student, teacher, labels = states
+
+    def distance(*student):
+        return hidden_distance(student, teacher, labels)
+
+    assert torch.autograd.gradcheck(distance, student)
+
+
 def test_the_distance_of_micro_batches_adds_up(states):
     student, teacher, labels = states
     whole = hidden_distance(student, teacher, labels)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from castlm.core.errors import InputError
-from castlm.planning.law import Law, fit_law, plot_law
+from castlm.planning.fit import fit_law
+from castlm.planning.law import Law
+from castlm.planning.law_plot import plot_law
 from castlm.planning.points import Point, read_points
 from castlm.planning.predict import gpu_hours, predict_perplexity, tokens_for
 

@@ -13,7 +13,7 @@ from castlm.core.structured import cut
 from castlm.oneshot.options import UNIT_SCORES, Refinements
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.units import SCORES, loss_gradients, solve_columns
-from castlm.planning.law import fit_law
+from castlm.planning.fit import fit_law
 from castlm.planning.points import Point
 from tests.tiny import TEXT, VOCAB_SIZE, save_tiny, tiny_model
 

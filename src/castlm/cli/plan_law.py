@@ -32,7 +32,8 @@ class FitCommand:
     """Write a picture of fit and residuals there (.png or .svg)."""
 
     def run(self) -> int:
-        from castlm.planning.law import check_plot, fit_law, plot_law
+        from castlm.planning.fit import fit_law
+        from castlm.planning.law_plot import check_plot, plot_law
         from castlm.planning.points import read_points
 
         check_json_path(self.json, *self.runs)

@@ -5,6 +5,7 @@ whose blocks were each damaged, that is the nearer target.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,12 +59,40 @@ def hidden_distance(
     real = labels != ignore_index
     count = real.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=labels.device)
     weights = real / count.clamp(min=1) / len(student)
-    distance = torch.zeros((), device=labels.device)
-    for ours, theirs in zip(student, teacher):
-        target = theirs.detach().to(torch.promote_types(theirs.dtype, torch.float32))
-        power = target.square().sum(-1).clamp(min=torch.finfo(target.dtype).tiny)
-        distance = distance + (((ours - target).square().sum(-1) / power).log1p() * weights).sum()
-    return distance
+    pairs = zip(student, teacher)
+    distances = [_Distance.apply(ours, theirs.detach(), weights) for ours, theirs in pairs]  # type: ignore[no-untyped-call]
+    return torch.stack(distances).sum()
+
+
+class _Distance(torch.autograd.Function):
+    """The weighted sum of the distances of all tokens behind one block.
+
+    The backward pass computes the difference again, so that nothing is kept but the states themselves: the student's
+    are there anyway, and the teacher's may be narrower than a difference.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ours: Tensor, theirs: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(ours, theirs, weights)
+        _, ratio, _ = _compare(ours, theirs)
+        return (ratio.log1p() * weights).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ours, theirs, weights = ctx.saved_tensors
+        difference, ratio, power = _compare(ours, theirs)
+        per_token = 2 * grad * weights / (power * (1 + ratio))
+        return difference.mul_(per_token[..., None]).to(ours.dtype), None, None
+
+
+def _compare(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The difference (..., hidden), and by token `|s - t|^2 / |t|^2` and `|t|^2` (...), in at least fp32."""
+    wide = torch.promote_types(ours.dtype, torch.promote_types(theirs.dtype, torch.float32))
+    target = theirs.to(wide)
+    power = target.square().sum(-1).clamp(min=torch.finfo(wide).tiny)
+    difference = ours.to(wide) - target
+    return difference, difference.square().sum(-1) / power, power
 
 
 def in_stream_basis(hidden: Tensor, basis: Tensor | None) -> Tensor:

@@ -141,8 +141,7 @@ def plan_memory(
     - with checkpointing: L block inputs (T * H each), and the activations and weights of the one block at work;
     - gathered (R > 1): everything outside the blocks (embedding, head) in fp32 and two blocks in the compute type, and
       the same of the teacher in its own; one block's unsharded gradient, and its copy in fp32, in which it is summed;
-    - distillation of hidden states: T * H of each block but the last in fp32 until the backward pass, and during the
-      loss T * H of each block and of the embeddings in the teacher's type;
+    - hidden states of the teacher that are distilled: T * H of each block and of the embeddings, in its type;
     - logits: 3 (1 without a teacher) buffers of chunk_tokens * V in fp32 and one in bf16;
     - the gradients of the head and of the hidden states, and copies of both in the compute type;
     - optimizer step: nothing if fused, except 2 fp32 copies of the largest parameter's shard with 8-bit moments under
@@ -271,7 +270,6 @@ def _components(sizes: _Sizes, saved: Saved, run: Settings, world_size: int) -> 
         "activations": sizes.num_layers * saved.block + saved.rest,
         "activations, checkpointed": sizes.num_layers * states * residual + saved.block + saved.rest,
         "weights kept for backward": layers_kept * saved.block_weights,
-        "distances of hidden states": run.hidden_states * (sizes.num_layers - 1) * states * residual,
         "teacher's hidden states": run.hidden_states * (sizes.num_layers + 1) * states * t,
         "gathered weights": sharded * (outside * (4 + t) + 2 * sizes.block * (c + t)),
         "gathered gradients": sharded * sizes.block * (c + 4),
@@ -295,7 +293,7 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -
     earlier = parts["gradients"] if run.accumulates else 0
     block = saved.block + saved.block_weights
     activations = parts["activations, checkpointed" if run.checkpointing else "activations"]
-    activations += parts["distances of hidden states"]
+    activations += parts["teacher's hidden states"]
     first = activations + parts["weights kept for backward"]  # the last block's backward pass, with all activations
     at_work = saved.block + (saved.block_weights if run.scale_groups else 0)  # freed after a checkpointed block
     forward = first - at_work if run.checkpointing else first
@@ -303,12 +301,7 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -
     head_gradient = 4 * sizes.vocab * sizes.hidden
     flowing = 4 * run.tokens * sizes.widest * run.compute.itemsize + 8 * sizes.largest_sparse
     return {
-        "loss": static
-        + earlier
-        + forward
-        + parts["teacher's hidden states"]
-        + parts["logits"]
-        + parts["head's gradient and copies"],
+        "loss": static + earlier + forward + parts["logits"] + parts["head's gradient and copies"],
         "backward": static + earlier + max(first + head_gradient, last) + flowing + parts["gathered gradients"],
         "step": static - parts["gathered weights"] + parts["gradients"] + parts["optimizer step"],
     }

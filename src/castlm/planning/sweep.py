@@ -256,7 +256,7 @@ class Sweep:
 
     def take(self, perplexities: list[float]) -> None:
         """Appends the step of the next budget, with the law of all so far and what it says of the largest."""
-        from castlm.planning.law import MIN_BUDGETS, fit_law
+        from castlm.planning.fit import MIN_BUDGETS, fit_law
         from castlm.planning.points import read_points
         from castlm.planning.predict import predict_perplexity
 

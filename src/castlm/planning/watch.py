@@ -16,7 +16,8 @@ import numpy as np
 
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
-from castlm.planning.law import Law, fit_law, interval
+from castlm.planning.fit import fit_law
+from castlm.planning.law import Law, interval
 from castlm.planning.points import Point
 from castlm.reading import user_path
 from castlm.training.config import flatten

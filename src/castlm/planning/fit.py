@@ -1,0 +1,204 @@
+"""Fits the scaling law of sparse quality to finished runs.
+
+A fit reports how far it can be trusted (intervals, and a prediction of the largest token budget from the others), and
+is refused if the data does not support it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from castlm.core.errors import InputError
+from castlm.planning.law import FORMS, NAMES, Holdout, Law, interval
+from castlm.planning.points import Point
+from castlm.planning.solve import (
+    MAX_EXPONENT,
+    MIN_EXPONENT,
+    Array,
+    Data,
+    descend,
+    log_loss,
+    make_data,
+    noise_parts,
+    redraw,
+    solve_from_grid,
+)
+
+MIN_BUDGETS = {"loglinear": 3, "power": 4, "joint": 3}
+MIN_SPREAD = 4.0
+
+
+def fit_law(
+    points: Sequence[Point],
+    form: str = "power",
+    *,
+    num_draws: int = 200,
+    seed: int = 0,
+    leave_largest_out: bool = True,
+    min_spread: float = MIN_SPREAD,
+) -> Law:
+    """Fit `form` to `points` of one method (and, unless `joint`, of one model size).
+
+    The objective is the Huber loss of the residuals of log loss, minimised from a grid of starts as in Hoffmann et al.
+    (2022), Approach 3, and polished by scipy. Its delta is 1.345 robust standard deviations of the residuals of a
+    first pass, and at least their 1e-3. Amplitudes are fitted as logs, at the geometric mean of the token budgets;
+    L_inf is fitted as it is, so that a fit at its bound 0 can be detected. Bounds: 0 <= L_inf <= the lowest loss (mean
+    over seeds), 0.01 <= beta, a <= 4.
+
+    Intervals (90 %) come from `num_draws` refits to data drawn around the fitted law: deviations between seeds are
+    resampled within their token budget, and the remaining scatter of the means is resampled over token budgets. Both
+    are corrected for the degrees of freedom of the fit, the latter also by Student's t, so an interval is wide if there
+    is only one budget more than there are parameters. `min_spread` is the least ratio of the largest token budget to
+    the smallest.
+
+    Raises:
+        InputError: fewer than 3 (loglinear, joint) or 4 (power) distinct budgets; budgets within a factor of
+            `min_spread`; for joint fewer than 3 sizes or 6 (size, budget) pairs, or sizes and budgets that grow
+            together; several methods or sizes mixed; a value that is not finite and positive; loss that does not fall
+            with tokens; L_inf or an exponent at its bound.
+    """
+    if form not in FORMS:
+        raise InputError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
+    data = _as_data(points, form)
+    _check_design(data, form, MIN_BUDGETS[form], min_spread)
+    law = _fit(data, form, num_draws, seed)
+    if not leave_largest_out:
+        return law
+    try:
+        return replace(law, holdout=_leave_largest_out(data, form, num_draws, seed))
+    except InputError as error:
+        return replace(law, holdout_reason=str(error))
+
+
+def _as_data(points: Sequence[Point], form: str) -> Data:
+    for point in points:
+        values = (point.tokens, point.perplexity, 1.0 if point.params is None else point.params)
+        if not all(math.isfinite(value) and value > 0 for value in values) or point.perplexity <= 1:
+            raise InputError(
+                f"{point.source or 'a point'}: tokens {point.tokens:g}, perplexity {point.perplexity:g}, params "
+                f"{point.params}: positive finite numbers and a perplexity above 1 are needed"
+            )
+    methods = sorted({point.method for point in points if point.method})
+    if len(methods) > 1:
+        raise InputError(
+            f"points of {len(methods)} methods ({', '.join(methods)}): a law holds for one; choose a method"
+        )
+    patterns = sorted({point.pattern for point in points if point.pattern})
+    if len(patterns) > 1:
+        raise InputError(f"points of {len(patterns)} patterns ({', '.join(patterns)}): a law holds for one; give one")
+    harnesses = sorted({point.harness for point in points if point.harness})
+    if len(harnesses) > 1:
+        raise InputError(
+            f"perplexities measured in {len(harnesses)} ways ({'; '.join(harnesses[:2])}) do not compare: evaluate "
+            "all runs on one eval_dataset with one seq_len"
+        )
+    sizes = {point.params for point in points}
+    if form == "joint" and None in sizes:
+        raise InputError("the joint form needs params of every point; add the column, or use form power")
+    if form != "joint" and len(sizes - {None}) > 1:
+        raise InputError(f"points of {len(sizes)} model sizes: use form joint, or give one size at a time")
+    if not points:
+        raise InputError("no points to fit")
+    x = np.log([point.tokens for point in points])
+    z = np.log([point.params or 1.0 for point in points]) * (form == "joint")
+    return make_data(x, z, np.log(np.log([point.perplexity for point in points])))
+
+
+def _check_design(data: Data, form: str, min_budgets: int, min_spread: float) -> None:
+    num_budgets, num_sizes, num_cells = (len(np.unique(v)) for v in (data.budget, data.z, data.cell))
+    if num_budgets < min_budgets:
+        raise InputError(f"the {form} form needs {min_budgets} distinct token budgets, found {num_budgets}; add runs")
+    if (spread := math.exp(np.ptp(data.x))) < min_spread * (1 - 1e-9):
+        raise InputError(
+            f"budgets span a factor of {spread:.3g}, {min_spread:g} is the least; add a larger or smaller one"
+        )
+    if form == "joint" and (num_sizes < 3 or num_cells < 6):
+        raise InputError(
+            f"the joint form needs 3 sizes and 6 different (size, budget) pairs, found {num_sizes} and {num_cells}"
+        )
+    if form == "joint" and abs(np.corrcoef(data.x, data.z)[0, 1]) > 0.95:
+        raise InputError("sizes and budgets grow together, their effects cannot be told apart; vary one of them alone")
+    within = data.x.copy()  # runs are compared within a size
+    for size in np.unique(data.z):
+        within[data.z == size] -= within[data.z == size].mean()
+    if not float(within @ data.y) < 0:
+        raise InputError(
+            "perplexity does not fall with tokens: no law to fit; are all runs of one model, text and method?"
+        )
+
+
+def _fit(data: Data, form: str, num_draws: int, seed: int) -> Law:
+    """The point estimate and its bootstrap, after `_check_design`."""
+    free = [NAMES.index(name) for name in FORMS[form]]
+    lowest = math.exp(min(data.y[data.cell == cell].mean() for cell in np.unique(data.cell)))
+    theta, delta = solve_from_grid(data, free, lowest)
+    _check_bounds(theta, free, lowest)
+    fitted = log_loss(theta, data)
+    noise = noise_parts(data, data.y - fitted, len(free))
+    rng = np.random.default_rng(seed)
+    drawn = fitted + np.array([redraw(data, noise, rng) for _ in range(num_draws)])  # (num_draws, num_points)
+    refits = descend(np.tile(theta, (num_draws, 1)), data, drawn, free, lowest, delta)
+    draws, r2s = _uncentred(refits, data), _r2(drawn, log_loss(refits, data))
+    low, high = float(np.exp(data.x0 + data.x.min())), float(np.exp(data.x0 + data.x.max()))
+    return Law(
+        form=form,
+        **dict(zip(NAMES, map(float, _uncentred(theta, data)))),
+        r2=float(_r2(data.y, fitted)),
+        intervals={name: interval(draws[:, NAMES.index(name)]) for name in FORMS[form]} | {"r2": interval(r2s)},
+        noise=noise.one_run,
+        num_points=len(data.y),
+        num_budgets=len(np.unique(data.budget)),
+        tokens_range=(low, high),
+        draws=draws,
+    )
+
+
+def _check_bounds(theta: Array, free: list[int], lowest: float) -> None:
+    if 0 in free and theta[0] < 1e-3 * lowest:
+        raise InputError("L_inf is at its bound 0: these budgets show no floor; add larger ones, or use form loglinear")
+    if 0 in free and theta[0] > (1 - 1e-3) * lowest:
+        raise InputError(f"L_inf is at its bound, the lowest loss {lowest:.4f}: the curve is flat; add smaller budgets")
+    for index in {2, 4} & set(free):
+        if not MIN_EXPONENT * 1.01 < theta[index] < MAX_EXPONENT * 0.99:
+            raise InputError(f"{NAMES[index]} is at its bound ({theta[index]:.3g}): the points do not follow this form")
+
+
+def _uncentred(theta: Array, data: Data) -> Array:
+    """(..., 5) in the order of NAMES, of the solver's theta."""
+    L_inf, log_b, beta, log_a, a = np.moveaxis(theta, -1, 0)
+    return np.stack([L_inf, np.exp(log_b + beta * data.x0), beta, np.exp(log_a + a * data.z0), a], axis=-1)
+
+
+def _r2(y: Array, fitted: Array) -> Array:
+    return np.asarray(1 - ((y - fitted) ** 2).sum(-1) / ((y - y.mean(-1, keepdims=True)) ** 2).sum(-1))
+
+
+def _leave_largest_out(data: Data, form: str, num_draws: int, seed: int) -> Holdout:
+    """Fits without the largest token budget and predicts it; with several seeds, one budget per parameter is enough."""
+    left = data.budget == data.budget.max()
+    x, z, y = data.x + data.x0, data.z + data.z0, data.y
+    rest = make_data(x[~left], z[~left], y[~left])
+    repeated = len(rest.y) > len(np.unique(rest.cell))
+    _check_design(rest, form, 3 if form == "power" and repeated else MIN_BUDGETS[form], 1.0)
+    law = _fit(rest, form, num_draws, seed)
+    x_left, params = float(np.exp(x[left].mean())), np.exp(z[left])
+    size = float(params[0]) if len(set(params)) == 1 else None
+    if size is None:  # a joint law: the largest budget of the largest size
+        keep = params == params.max()
+        left[np.flatnonzero(left)[~keep]] = False
+        size = float(params.max())
+    low, high = interval(np.exp(law.run_losses(x_left, size)))
+    measured = np.exp(np.exp(y[left]))
+    return Holdout(
+        tokens=x_left,
+        perplexity=float(np.exp(np.log(measured).mean())),
+        predicted=float(np.exp(law.loss(x_left, size))),
+        low=low,
+        high=high,
+        inside=float(((measured >= low) & (measured <= high)).mean()),
+        num_budgets=law.num_budgets,
+    )

@@ -1,0 +1,54 @@
+"""The plot of a fitted law: perplexity over tokens with its band, and the residuals below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from castlm.core.errors import InputError
+from castlm.planning.law import Law, interval
+from castlm.planning.points import Point
+
+
+def check_plot(path: str | Path) -> None:
+    """Checks before a fit that its plot can be written.
+
+    Raises:
+        InputError: matplotlib is not installed, or the suffix of `path` is not one of its formats.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise InputError("the residual plot needs matplotlib: pip install 'castlm[report]'") from error
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if Path(path).suffix.lower().removeprefix(".") not in formats:
+        raise InputError(f"{path} has no suffix of a plot format: use one of {', '.join(formats)}")
+
+
+def plot_law(law: Law, points: Sequence[Point], path: str | Path) -> None:
+    """Writes a plot to `path` (its suffix is the format): the law with its 90 % band, and log-loss residuals below.
+
+    Raises:
+        InputError: as `check_plot`.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    tokens = np.geomspace(law.tokens_range[0] / 1.5, law.tokens_range[1] * 4, 100)
+    for size in sorted({point.params for point in points}, key=lambda params: params or 0.0):
+        of_size = [point for point in points if point.params == size]
+        x, ppl = np.array([p.tokens for p in of_size]), np.array([p.perplexity for p in of_size])
+        band = np.array([interval(np.exp(law.draw_losses(t, size))) for t in tokens])
+        (line,) = upper.plot(tokens, np.exp(law.loss(tokens, size)), label=f"{size:.3g} parameters" if size else "law")
+        upper.fill_between(tokens, band[:, 0], band[:, 1], alpha=0.2, color=line.get_color())
+        upper.plot(x, ppl, "o", color=line.get_color())
+        lower.plot(x, np.log(np.log(ppl)) - np.log(law.loss(x, size)), "o", color=line.get_color())
+    upper.set(xscale="log", ylabel="perplexity", title=f"{law.form} law, R² {law.r2:.4f} in log loss")
+    upper.legend()
+    lower.axhline(0, color="grey", linewidth=0.8)
+    lower.set(xlabel="training tokens", ylabel="log-loss residual")
+    figure.savefig(path)
