@@ -68,14 +68,18 @@ def content(folder) -> dict[str, bytes]:
 # The cache
 
 
-@pytest.mark.parametrize("more", [(), ("--repeat-blocks",), ("--chat",)], ids=["text", "repeated", "chat"])
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--repeat-blocks",), ("--chat",), ("--precision", "bf16")],
+    ids=["text", "repeated", "chat", "bf16"],
+)
 def test_the_cache_is_that_of_the_first_epoch_and_a_run_needs_no_teacher(llama, tmp_path, lessons, more):
     path = tmp_path / "own.jsonl"
     assert main(command(llama, path, *cached(tmp_path, *more))) == 0
     assert open_documents(path).is_chat == ("--chat" in more)
     from_sample, num_read = content(tmp_path / "cache"), len(lessons)
     assert num_read > 5
-    over = {"repeat_blocks": "--repeat-blocks" in more}
+    over = {"repeat_blocks": "--repeat-blocks" in more, "precision": "bf16" if "bf16" in more else "auto"}
     over |= {"max_steps": num_read} if over["repeat_blocks"] else {"num_train_epochs": 1}
     train(run_on(llama, path, tmp_path, "cached", **over))
     assert len(lessons) == num_read

@@ -116,13 +116,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     check_hidden_states(config, model)
     text = open_training_text(config, source.tokenizer, vocab_size(model.config), world)
     precision = choose_precision(config.precision, world.device, model.config)
-    if world.size > 1 and method_class.masks_forward:
-        raise InputError(f"method {config.method} masks whole weights in the forward pass: run it in one process")
-    if world.size > 1 and method_class.whole_copies and config.sharding != "replicate":
-        raise InputError(
-            f"sharding {config.sharding}: adapter {config.adapter} is trained with the whole model on each rank: set "
-            "sharding replicate, or adapter none"
-        )
+    world.check_all(_why_one_process(config, method_class) if world.size > 1 else None)
     pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
     if config.method != "dense":
         check_cut(model, pattern, filter_fn)
@@ -186,6 +180,18 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         dense_perplexity,
         start.record,
     )
+
+
+def _why_one_process(config: TrainConfig, method_class: type[Retraining]) -> str | None:
+    """Why a method cannot run on several ranks with these options; None if it can."""
+    if method_class.masks_forward:
+        return f"method {config.method} masks whole weights in the forward pass: run it in one process"
+    if method_class.whole_copies and config.sharding != "replicate":
+        return (
+            f"sharding {config.sharding}: adapter {config.adapter} is trained with the whole model on each rank: set "
+            "sharding replicate, or adapter none"
+        )
+    return None
 
 
 def local_masks(masks: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
