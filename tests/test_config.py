@@ -82,7 +82,9 @@ def test_yaml_takes_options_flat_or_in_sections():
 def test_a_config_survives_its_own_yaml(tmp_path):
     config = TrainConfig("m", "d", "o", pattern="4:8", left_dense=("--odd", "x"), adam_betas=(0.9, 0.95), lam="auto")
     again = TrainConfig.from_mapping(read_yaml_mapping_of(config, tmp_path))
-    assert again == replace(config, init_from="sparsegpt", hidden_weight=15.0)  # the file says what the run used
+    assert again == replace(
+        config, init_from="sparsegpt", hidden_weight=15.0, decay_end=0.3
+    )  # the file says what the run used
 
 
 def read_yaml_mapping_of(config: TrainConfig, tmp_path: Path) -> dict:
@@ -147,7 +149,9 @@ def test_a_python_call_is_checked_like_a_file():
     ("fields", "names"),
     [
         ({}, []),
-        ({"mask_interval": 5}, ["mask_interval"]),
+        ({"mask_interval": 5}, []),
+        ({"mask_interval": 5, "decay": "additive"}, ["mask_interval"]),
+        ({"mask_interval": 5, "pattern": "channels:0.5"}, ["mask_interval"]),
         ({"mask_interval": 5, "init_from": "magnitude"}, []),
         ({"mask_interval": 5, "method": "ast"}, []),
         ({"lam": 1e-3, "decay_end": 0.5}, ["lam"]),

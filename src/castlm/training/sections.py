@@ -112,15 +112,17 @@ class MethodOptions:
     decay: str = choice("horizon", DECAYS)
     """How CAST decays masked weights to zero; see AdamS."""
 
-    decay_end: float = 0.1
-    """Fraction of max_steps after which "horizon" has every masked weight at zero."""
+    decay_end: float | None = None
+    """Fraction of max_steps after which "horizon" has every masked weight at zero and the mask is final. The default is
+    0.3 for n:m from a given mask, else 0.1."""
 
     lam: float | Literal["auto"] = 4e-7
     """Decay coefficient of "proportional" and "additive", about the size of the gradient. auto measures the momentum
     first."""
 
     mask_interval: int = 10
-    """Steps between mask refreshes (T1)."""
+    """Steps between mask refreshes (T1), as long as masked weights decay. From a given mask they start at zero and come
+    back where they grow larger than kept ones; structured patterns keep a given mask."""
 
     srste_lam: float = 5e-3
     """Decay coefficient of the methods srste and ast: the gradient of a masked weight gains srste_lam times the weight.
@@ -140,7 +142,7 @@ class MethodOptions:
     """Run even if the decay budget says that masked weights cannot reach zero."""
 
     def bounds(self) -> Iterator[Bound]:
-        yield "decay_end", 0 < self.decay_end <= 1, "in (0, 1]"
+        yield "decay_end", self.decay_end is None or 0 < self.decay_end <= 1, "in (0, 1]"
         yield "lam", self.lam == "auto" or float(self.lam) >= 0, "at least 0, or auto"
         yield "srste_lam", self.srste_lam >= 0, "at least 0"
         yield "mask_interval", self.mask_interval >= 1, "at least 1"
@@ -155,8 +157,7 @@ class StartOptions(Refinements, BasisOptions):
     init_from: str | None = essential(None)
     """Start of the run: magnitude, wanda, sparsegpt, or an n:m model (folder or hub id) whose masks and weights are
     taken. Structured patterns: magnitude, wanda, flap, taylor or random. The default for cast is sparsegpt, flap for
-    channels, taylor for heads and wanda for tiles; for the other methods it is magnitude. cast refreshes its masks only
-    when it starts from magnitude."""
+    channels, taylor for heads and wanda for tiles; for the other methods it is magnitude."""
 
     calibration_sequences: int = 128
     """Training sequences that wanda and sparsegpt are calibrated on."""
