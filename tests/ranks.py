@@ -49,13 +49,13 @@ def start_ranks(
 
 
 def run_ranks(
-    function: Callable[..., Any], size: int, *args: Any, folder: Path, timeout: float = 60, **over: Any
+    function: Callable[..., Any], size: int, *args: Any, folder: Path, timeout: float = 240, **over: Any
 ) -> None:
     """Runs `function(*args)` on `size` ranks to its end. Raises AssertionError with what a failed rank said."""
     log = folder / f"log-{time.monotonic_ns()}"
     ranks = start_ranks(function, size, *args, log=log, **over)
     codes = wait_ranks(ranks, timeout)
-    assert not any(codes), f"exit codes {codes}: {said(log, size)}"
+    assert codes == [0] * size, f"exit codes {codes}, None after {timeout:.0f} s: {said(log, size)}"
 
 
 def start_process(function: Callable[..., Any], *args: Any, log: Path) -> BaseProcess:

@@ -14,7 +14,7 @@ from castlm.training.objective import Objective
 from castlm.training.run import Run
 from tests.chats import CHATML, MARKED, chat_tokenizer, save_chat_model, talks, turn, write_rows, write_talks
 from tests.ranks import run_ranks
-from tests.test_train import StopAfter, assert_equal_weights, small, stop_after, weights
+from tests.runs import assert_equal_weights, small, stop_and_resume, train_until, weights
 from tests.tiny import TEXT, tiny_model
 
 
@@ -71,20 +71,13 @@ def test_what_the_user_says_last_changes_no_loss_and_what_the_assistant_says_doe
     assert losses("three", "xyz", "c") != first
 
 
-def test_a_resumed_run_is_the_straight_run_bit_for_bit(llama, chat, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_straight_run_bit_for_bit(llama, chat, tmp_path):
     straight = of_chat(llama, chat, tmp_path / "straight", save_steps=2)
     record = train(straight)
     assert record["measured"]["tokens"] == "assistant"
     assert "| scored tokens |" in (tmp_path / "straight" / "model" / "README.md").read_text()
     assert record["perplexity"]["pruned"] == pytest.approx(record["proof"]["perplexity_from_disk"], rel=1e-5)
-    killed = replace(straight, output_dir=str(tmp_path / "killed"))
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(StopAfter):
-            train(killed)
-    train(replace(killed, resume=True))
-    assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "killed" / "model")
-    last = rows(tmp_path / "killed")[-2]
+    last = rows(stop_and_resume(straight, 3))[-2]
     assert last["tokens"] == 6 * 4 * 96
     assert 0 < last["loss_tokens"] < 4 * 96
 
@@ -125,13 +118,10 @@ def test_a_teacher_cache_serves_another_labelling_of_the_same_text_and_no_other_
     assert "missing sequences are added" in capsys.readouterr().err
 
 
-def test_another_template_is_not_resumed_and_a_given_one_is_saved(llama, chat, tmp_path, monkeypatch):
+def test_another_template_is_not_resumed_and_a_given_one_is_saved(llama, chat, tmp_path):
     (tmp_path / "marked.jinja").write_text(MARKED)
     config = of_chat(llama, chat, tmp_path / "run", save_steps=2, chat_template_path=str(tmp_path / "marked.jinja"))
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(StopAfter):
-            train(config)
+    train_until(config, 3)
     (tmp_path / "marked.jinja").write_text(MARKED + " ")
     with pytest.raises(Exception, match="chat_template_sha256"):
         train(replace(config, resume=True))

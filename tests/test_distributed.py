@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import castlm.training.loop as loop
 from castlm.core.adams import AdamS
@@ -46,6 +46,7 @@ from castlm.training.run import Run
 from castlm.training.setup import local_masks
 from tests.faults import Ground, check_hang, check_kill, check_sigterm, train_as_a_command
 from tests.ranks import run_ranks, said, start_ranks, wait_ranks
+from tests.runs import train_until, weights
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -79,10 +80,6 @@ def small(model: str, dataset: str, output_dir: Path, ranks: int, **over: Any) -
 START = {"init_from": "magnitude"}
 """The start whose masks are refreshed while a run goes on. The default one, SparseGPT, keeps its masks."""
 AS_PUBLISHED = {**START, "cross_document_attention": True}
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
 def assert_close(one: Path, other: Path, atol: float) -> None:
@@ -321,20 +318,6 @@ def test_masked_weights_are_counted_once(sharding, gemma, text, tmp_path):
 # ---------------------------------------------------------------------- checkpoints
 
 
-def train_until(config: TrainConfig, stop: int) -> None:
-    """As a kill right after step `stop` would end it."""
-    original = Run.train_step
-
-    def train_step(self: Run) -> None:
-        if self.progress.step == stop:
-            self.saver.finish()
-            raise SystemExit(0)
-        original(self)
-
-    Run.train_step = train_step
-    train(config)
-
-
 @pytest.mark.parametrize(
     ("over", "stops"),
     [
@@ -348,7 +331,8 @@ def test_resumed_on_other_numbers_of_ranks(over, stops, gemma, text, tmp_path):
     run_ranks(train, 1, small(gemma, text, tmp_path / "straight", 1, **common), folder=tmp_path)
     for ranks, stop, sharding in stops:
         config = small(gemma, text, tmp_path / "run", ranks, resume=stop > 4, sharding=sharding, **common)
-        run_ranks(train_until, ranks, config, stop, folder=tmp_path, environment={"LOCAL_WORLD_SIZE": min(ranks, 2)})
+        start = (train, ranks, config) if stop == 12 else (train_until, ranks, config, stop)
+        run_ranks(*start, folder=tmp_path, environment={"LOCAL_WORLD_SIZE": min(ranks, 2)})
         saved = checkpoint_steps(tmp_path / "run" / "checkpoints")
         assert max(saved) == stop
         assert len(list(saved[stop].glob("__*.distcp"))) == ranks

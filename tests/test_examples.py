@@ -44,7 +44,7 @@ def test_trainer_ends_sparse_in_one_process_and_under_ddp(ground, tmp_path):
     for ranks in (1, 2):
         folders.append(tmp_path / f"out-{ranks}")
         arguments = (ground.model, ground.text, str(folders[-1]), 4 // ranks)
-        run_ranks(run_trainer, ranks, *arguments, folder=tmp_path, timeout=120)
+        run_ranks(run_trainer, ranks, *arguments, folder=tmp_path)
         report = verify(folders[-1])
         assert report.ok
         assert len(report.sparse_layers) == 14

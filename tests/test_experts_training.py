@@ -16,9 +16,9 @@ from castlm.export.verify import verify
 from castlm.models import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
-from castlm.training.run import Run
 from castlm.training.setup import is_sparse_linear
 from tests.ranks import run_ranks
+from tests.runs import stop_and_resume
 from tests.tiny import EXPERTS, save_tiny
 
 OPTIONS = {
@@ -93,28 +93,9 @@ def test_ranks_are_one_rank_each_with_its_experts(family, ranks, models, text, t
     assert_sparse(tmp_path / "many" / "model")
 
 
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Run.train_step
-
-    def train_step(self: Run) -> None:
-        if self.progress.step == step:
-            self.saver.finish()
-            raise SystemExit(0)
-        original(self)
-
-    monkeypatch.setattr(Run, "train_step", train_step)
-
-
 @pytest.mark.parametrize("moments", ["fp32", "8bit"])
-def test_a_resumed_run_is_a_straight_one_bit_for_bit(moments, models, text, tmp_path, monkeypatch):
+def test_a_resumed_run_is_a_straight_one_bit_for_bit(moments, models, text, tmp_path):
     over = {"init_from": "magnitude", "save_steps": 2, "moments": moments}
-    train(config(models["gpt_oss"], text, tmp_path / "straight", **over))
-    with monkeypatch.context() as patch:
-        stop_at(5, patch)
-        with pytest.raises(SystemExit):
-            train(config(models["gpt_oss"], text, tmp_path / "resumed", **over))
-    train(config(models["gpt_oss"], text, tmp_path / "resumed", resume=True, **over))
-    ours, theirs = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("straight", "resumed"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert_sparse(tmp_path / "resumed" / "model")
+    straight = config(models["gpt_oss"], text, tmp_path / "straight", **over)
+    train(straight)
+    assert_sparse(stop_and_resume(straight, 5) / "model")

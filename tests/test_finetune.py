@@ -21,8 +21,8 @@ from castlm.distributed.world import is_main_rank
 from castlm.training.config import TrainConfig
 from castlm.training.finetune import FinetuneConfig
 from castlm.training.loop import train
-from castlm.training.run import Run
 from tests.ranks import run_ranks
+from tests.runs import assert_equal_weights, stop_and_resume, train_until, weights
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -51,10 +51,6 @@ def small(model: str, dataset: str, output_dir: Path, **over: Any) -> FinetuneCo
         "lora_r": 4,
     }
     return FinetuneConfig(model, dataset, str(output_dir), **(fields | over))
-
-
-def weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
 @pytest.mark.parametrize("adapter", ["none", "shira", "lora"])
@@ -126,36 +122,19 @@ def test_the_adapter_of_a_run_is_loaded_by_peft_and_is_what_was_merged(sparse, t
         torch.testing.assert_close(merged[name], weight, rtol=0, atol=1e-7)
 
 
-class StopAfter(Exception):  # noqa: N818
-    pass
-
-
 @pytest.mark.parametrize("adapter", ["none", "shira", "lora"])
-def test_a_resumed_run_is_the_straight_one(sparse, text, tmp_path, adapter, monkeypatch):
+def test_a_resumed_run_is_the_straight_one(sparse, text, tmp_path, adapter):
     if adapter != "none":
         pytest.importorskip("peft")
-    train(small(sparse, text, tmp_path / "straight", adapter=adapter))
-    original = Run.train_step
-
-    def train_step(self):
-        if self.progress.step == 4:
-            self.saver.finish()
-            raise StopAfter
-        original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "train_step", train_step)
-        with pytest.raises(StopAfter):
-            train(small(sparse, text, tmp_path / "run", adapter=adapter, save_steps=2))
-    train(small(sparse, text, tmp_path / "run", adapter=adapter, save_steps=2, resume=True))
-    one, other = weights(tmp_path / "straight" / "model"), weights(tmp_path / "run" / "model")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    straight = small(sparse, text, tmp_path / "straight", adapter=adapter, save_steps=2)
+    train(straight)
+    stop_and_resume(straight, 4)
 
 
 def test_two_ranks_train_as_one(sparse, text, tmp_path):
     for ranks in (1, 2):
         config = small(sparse, text, tmp_path / f"run-{ranks}", per_device_train_batch_size=4 // ranks)
-        run_ranks(train, ranks, config, folder=tmp_path, timeout=120)
+        run_ranks(train, ranks, config, folder=tmp_path)
     one, two, before = weights(tmp_path / "run-1" / "model"), weights(tmp_path / "run-2" / "model"), weights(sparse)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=2e-5)
@@ -207,7 +186,7 @@ def test_an_adapter_on_two_ranks_is_that_of_one(sparse, text, tmp_path, adapter)
     fields = {"adapter": adapter, "sharding": "replicate", "eta": 0.5}
     for ranks in (1, 2):
         config = small(sparse, text, tmp_path / f"run-{ranks}", per_device_train_batch_size=4 // ranks, **fields)
-        run_ranks(train, ranks, config, folder=tmp_path, timeout=120)
+        run_ranks(train, ranks, config, folder=tmp_path)
     for part in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         one, two = (load_file(tmp_path / f"run-{ranks}" / part) for ranks in (1, 2))
         assert one.keys() == two.keys()
@@ -222,30 +201,15 @@ def test_an_adapter_on_two_ranks_is_that_of_one(sparse, text, tmp_path, adapter)
     assert records[1]["num_params"] == records[0]["num_params"]
 
 
-def stop_after(config: FinetuneConfig, step: int) -> None:
-    original = Run.train_step
-
-    def train_step(self):
-        if self.progress.step == step:
-            self.saver.finish()
-            raise StopAfter
-        original(self)
-
-    Run.train_step = train_step
-    with pytest.raises(StopAfter):
-        train(config)
-
-
 @pytest.mark.parametrize("adapter", ["shira", "lora"])
 def test_an_adapter_is_resumed_on_two_ranks_bit_for_bit(sparse, text, tmp_path, adapter):
     pytest.importorskip("peft")
     fields = {"adapter": adapter, "sharding": "replicate", "save_steps": 2, "per_device_train_batch_size": 2}
-    run_ranks(train, 2, small(sparse, text, tmp_path / "straight", **fields), folder=tmp_path, timeout=120)
+    run_ranks(train, 2, small(sparse, text, tmp_path / "straight", **fields), folder=tmp_path)
     config = small(sparse, text, tmp_path / "resumed", **fields)
-    run_ranks(stop_after, 2, config, 4, folder=tmp_path, timeout=120)
-    run_ranks(train, 2, dataclasses.replace(config, resume=True), folder=tmp_path, timeout=120)
-    one, other = weights(tmp_path / "straight" / "model"), weights(tmp_path / "resumed" / "model")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    run_ranks(train_until, 2, config, 4, folder=tmp_path)
+    run_ranks(train, 2, dataclasses.replace(config, resume=True), folder=tmp_path)
+    assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "resumed" / "model")
 
 
 def train_sharded_adapter(config: FinetuneConfig) -> None:
@@ -257,7 +221,7 @@ def train_sharded_adapter(config: FinetuneConfig) -> None:
 
 def test_an_adapter_is_not_sharded(sparse, text, tmp_path):
     config = small(sparse, text, tmp_path / "run", adapter="shira")
-    run_ranks(train_sharded_adapter, 2, config, folder=tmp_path, timeout=120)
+    run_ranks(train_sharded_adapter, 2, config, folder=tmp_path)
     assert not (tmp_path / "run").exists()
 
 

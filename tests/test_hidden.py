@@ -11,7 +11,7 @@ from castlm.oneshot.options import BasisOptions
 from castlm.training.loop import train
 from castlm.training.objective import Objective, make_teacher
 from castlm.training.run import Run
-from tests.test_train import small
+from tests.runs import small
 from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model
 
 BLOCKS, HIDDEN = 3, 8

@@ -1,7 +1,6 @@
 """Several texts in one run: their shares, an exact position, and figures of each evaluation text."""
 
 import json
-from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -13,7 +12,7 @@ from castlm.data.mixture import Mixture
 from castlm.data.packing import PackedSequences
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
-from tests.test_train import StopAfter, assert_equal_weights, small, stop_after
+from tests.runs import small, stop_and_resume
 from tests.tiny import TEXT, save_tiny, tiny_tokenizer
 
 
@@ -74,7 +73,7 @@ def test_weights_are_read_from_the_names():
         mixture(1, 0)
 
 
-def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text(text, tmp_path, monkeypatch):
+def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text(text, tmp_path):
     model, names = str(save_tiny(tmp_path / "llama")), []
     for name in ("one", "two"):
         file = tmp_path / f"{name}.jsonl"
@@ -86,14 +85,8 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text
     straight = small(model, mixed, tmp_path / "straight", **fields)
     record = train(straight)
     assert record["dataset"]["name"] == " + ".join([*names, text])
-    killed = replace(straight, output_dir=str(tmp_path / "killed"))
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4)
-        with pytest.raises(StopAfter):
-            train(killed)
-    train(replace(killed, resume=True))
-    assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "killed" / "model")
-    rows = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    killed = stop_and_resume(straight, 4)
+    rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     last = next(row for row in reversed(rows) if "perplexity" in row)
     parts = [last["perplexity/one.jsonl"], last["perplexity/two.jsonl"]]
     assert min(parts) < last["perplexity"] < max(parts)

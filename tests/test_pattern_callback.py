@@ -279,4 +279,4 @@ def train_ddp_or_fsdp2(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_ranks_keep_the_pattern_and_train_as_one(engine, tmp_path):
-    run_ranks(train_ddp_or_fsdp2, 2, engine, folder=tmp_path, timeout=120)
+    run_ranks(train_ddp_or_fsdp2, 2, engine, folder=tmp_path)

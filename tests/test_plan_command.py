@@ -11,7 +11,7 @@ from castlm.training.config import TrainConfig
 from castlm.training.lam import calibrate
 from castlm.training.loop import train
 from castlm.training.run import Run
-from tests.test_train import small
+from tests.runs import small
 from tests.tiny import save_tiny
 
 CHECK = ["plan", "check", "--model", "m", "--dataset", "d", "--output-dir", "o"]

@@ -52,7 +52,7 @@ def test_a_family_that_cannot_keep_documents_apart_is_refused_by_name(kind):
 
 def test_a_teacher_cache_of_crossing_documents_is_refused_by_a_run_that_keeps_them_apart(text, tmp_path):
     from castlm.distributed.world import init_world
-    from tests.test_train import small
+    from tests.runs import small
     from tests.tiny import save_tiny
 
     model = str(save_tiny(tmp_path / "llama"))

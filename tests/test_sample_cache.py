@@ -17,7 +17,7 @@ from castlm.training.objective import Objective
 from castlm.training.run import Run
 from castlm.training.teacher_pass import fill_teacher_cache
 from tests.chats import save_chat_model
-from tests.test_train import assert_equal_weights, small
+from tests.runs import assert_equal_weights, small
 
 
 @pytest.fixture(scope="module")

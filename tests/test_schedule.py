@@ -20,7 +20,7 @@ from castlm.training.lr_shapes import SCHEDULES
 from castlm.training.run import Run
 from castlm.training.schedule import learning_rate
 from castlm.training.text import resolve_epochs
-from tests.test_train import small
+from tests.runs import small
 from tests.tiny import TEXT, save_tiny
 
 

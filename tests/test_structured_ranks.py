@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import AutoModelForCausalLM
 
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
@@ -19,8 +17,8 @@ from castlm.core.sparsify import prune_, sparse_param_groups
 from castlm.distributed.world import close_world, init_world
 from castlm.export.verify import verify
 from castlm.training.loop import train
-from castlm.training.run import Run
 from tests.ranks import run_ranks
+from tests.runs import train_until, weights
 from tests.test_distributed import small
 from tests.tiny import save_tiny, tiny_model
 
@@ -70,25 +68,6 @@ def test_adams_on_shards_is_adams_on_whole_weights(text, tmp_path):
     run_ranks(train_on_dtensors, 3, text, folder=tmp_path)
 
 
-def stop_after_5(config) -> None:
-    """A run that ends as if it were killed, with a checkpoint of step 5."""
-    original = Run.train_step
-
-    def train_step(self: Run) -> None:
-        if self.progress.step == 5:
-            self.saver.finish()
-            raise KeyError("stopped")
-        original(self)
-
-    Run.train_step = train_step
-    with pytest.raises(KeyError):
-        train(config)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -101,7 +80,7 @@ def test_ranks_are_one_rank_and_a_run_is_resumed_on_another_number(fields, gemma
     fields = {**fields, "max_steps": 8, "eval_steps": 8}
     run_ranks(train, 1, small(gemma, text, tmp_path / "one", 1, **fields), folder=tmp_path)
     two = small(gemma, text, tmp_path / "two", 2, save_steps=5, **fields)
-    run_ranks(stop_after_5, 2, two, folder=tmp_path)
+    run_ranks(train_until, 2, two, 5, folder=tmp_path)
     three = small(gemma, text, tmp_path / "two", 3, save_steps=5, **fields)
     run_ranks(train, 3, replace(three, resume=True), folder=tmp_path)
     assert verify(tmp_path / "two" / "model", fields["pattern"]).ok

@@ -15,7 +15,7 @@ from castlm.models import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.effects import without_effect
 from castlm.training.loop import train
-from tests.test_train import small
+from tests.runs import small
 from tests.tiny import save_tiny
 
 

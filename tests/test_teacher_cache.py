@@ -17,7 +17,7 @@ from castlm.training.objective import Objective
 from castlm.training.run import Run
 from castlm.training.teacher_cache import TeacherCache, fingerprint
 from tests.ranks import run_ranks
-from tests.test_train import assert_equal_weights, small
+from tests.runs import assert_equal_weights, small
 from tests.tiny import save_tiny, tiny_model
 
 

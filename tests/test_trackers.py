@@ -14,7 +14,7 @@ from castlm.export import hub
 from castlm.training import trackers
 from castlm.training.loop import train
 from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
-from tests.test_train import small
+from tests.runs import small
 from tests.tiny import save_tiny
 
 

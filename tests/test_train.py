@@ -6,7 +6,6 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,41 +31,13 @@ from castlm.training.loop import train
 from castlm.training.run import Run
 from castlm.training.schedule import learning_rate
 from tests.ranks import start_command, wait_ranks
+from tests.runs import assert_equal_weights, small, stop_and_resume, train_until, weights
 from tests.tiny import FAMILIES, TEXT, save_tiny
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("llama"), "llama"))
-
-
-def small(model: str, dataset: str, output_dir: Path, **over) -> TrainConfig:
-    """A run that is small by its sizes alone: what it does, and how, is what users get."""
-    fields = {
-        "max_steps": 12,
-        "calibration_sequences": 4,
-        "rotation_iterations": 10,
-        "decay_end": 0.5,  # still decaying where a run is stopped
-        "seq_len": 32,
-        "per_device_train_batch_size": 4,
-        "eval_tokens": 512,
-        "mask_interval": 3,
-        "save_steps": 0,
-        "eval_steps": 6,
-        "learning_rate": 1e-3,
-    }
-    return TrainConfig(model, dataset, str(output_dir), **{**fields, **over})
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
-def assert_equal_weights(one, other):
-    one, other = weights(one), weights(other)
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,23 +69,6 @@ def test_accumulation_is_one_large_batch(llama, text, tmp_path):
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=2e-5)
 
 
-class StopAfter(Exception):  # noqa: N818
-    pass
-
-
-def stop_after(monkeypatch, step):
-    """Makes the loop end as a kill would, right after its step `step`."""
-    original = Run.train_step
-
-    def train_step(self):
-        if self.progress.step == step:
-            self.saver.finish()
-            raise StopAfter
-        original(self)
-
-    monkeypatch.setattr(Run, "train_step", train_step)
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -133,17 +87,10 @@ def stop_after(monkeypatch, step):
         {"pattern": "blocks:8x16:0.5", "method": "srste"},
     ],
 )
-def test_resumed_run_is_the_straight_run_bit_for_bit(fields, llama, text, tmp_path, monkeypatch):
+def test_resumed_run_is_the_straight_run_bit_for_bit(fields, llama, text, tmp_path):
     straight = small(llama, text, tmp_path / "straight", **fields, save_steps=5)
     train(straight)
-    killed = replace(straight, output_dir=str(tmp_path / "killed"))
-    with monkeypatch.context() as patch:
-        stop_after(patch, 7)
-        with pytest.raises(StopAfter):
-            train(killed)
-    assert list(checkpoint_steps(tmp_path / "killed" / "checkpoints")) == [5]
-    train(replace(killed, resume=True))
-    assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "killed" / "model")
+    killed = replace(straight, output_dir=str(stop_and_resume(straight, 7)), resume=True)
     rows = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("straight", "killed")
@@ -151,43 +98,40 @@ def test_resumed_run_is_the_straight_run_bit_for_bit(fields, llama, text, tmp_pa
     of_the_machine = ("tokens_per_s", "eta_s", "peak_memory_bytes")
     one, other = ([{k: v for k, v in row.items() if k not in of_the_machine} for row in r] for r in rows)
     assert one == other
-    train(replace(killed, resume=True))  # a finished run is left alone
+    train(killed)  # a finished run is left alone
+
+
+@pytest.fixture(scope="module")
+def stopped(llama, text, tmp_path_factory) -> TrainConfig:
+    """A run with a checkpoint of step 2."""
+    config = small(llama, text, tmp_path_factory.mktemp("stopped") / "run", save_steps=2)
+    train_until(config, 3)
+    return config
 
 
 @pytest.mark.parametrize(
     "change",
     [{"max_steps": 13}, {"pattern": "1:4"}, {"seed": 1}, {"learning_rate": 2e-3}, {"per_device_train_batch_size": 2}],
 )
-def test_another_run_is_not_resumed(change, llama, text, tmp_path, monkeypatch):
-    config = small(llama, text, tmp_path / "run", save_steps=2)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(StopAfter):
-            train(config)
+def test_another_run_is_not_resumed(change, stopped):
     name = "world_batch" if "per_device_train_batch_size" in change else next(iter(change))
     with pytest.raises(InputError, match=name):
-        train(replace(config, resume=True, **change))
+        train(replace(stopped, resume=True, **change))
 
 
-def test_changed_data_is_not_resumed(llama, tmp_path, monkeypatch):
+def test_changed_data_is_not_resumed(llama, tmp_path):
     data = tmp_path / "data.txt"
     data.write_text(TEXT)
     config = small(llama, str(data), tmp_path / "run", save_steps=2)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(StopAfter):
-            train(config)
+    train_until(config, 3)
     data.write_text(TEXT + "More.")
     with pytest.raises(InputError, match=r"eval_sha256|dataset_sha256"):
         train(replace(config, resume=True))
 
 
-def test_corrupt_checkpoint_is_named(llama, text, tmp_path, monkeypatch):
+def test_corrupt_checkpoint_is_named(llama, text, tmp_path):
     config = small(llama, text, tmp_path / "run", save_steps=2)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(StopAfter):
-            train(config)
+    train_until(config, 3)
     (file,) = (tmp_path / "run" / "checkpoints" / "step-00000002").glob("*.distcp")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0xFF
@@ -440,7 +384,7 @@ def test_a_finished_run_is_resumed_as_itself_alone(llama, text, tmp_path):
         train(replace(config, resume=True))
 
 
-def test_overwrite_keeps_the_old_result_until_the_new_one_is_whole(llama, text, tmp_path, monkeypatch):
+def test_overwrite_keeps_the_old_result_until_the_new_one_is_whole(llama, text, tmp_path):
     config = finished(llama, text, tmp_path / "run")
     old = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
     new = replace(config, overwrite=True, seed=1)
@@ -453,17 +397,11 @@ def test_overwrite_keeps_the_old_result_until_the_new_one_is_whole(llama, text, 
         with pytest.raises(InputError):
             train(replace(new, **bad))
         assert tree() == before
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        with pytest.raises(StopAfter):
-            train(new)
+    train_until(new, 1)
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == old
     (aside,) = (tmp_path / "run" / "replaced").iterdir()
     assert {"checkpoints", "config.yaml", "metrics.jsonl"} <= {entry.name for entry in aside.iterdir()}
-    with monkeypatch.context() as patch:  # an overwrite of what overwrote
-        stop_after(patch, 1)
-        with pytest.raises(StopAfter):
-            train(replace(new, seed=2))
+    train_until(replace(new, seed=2), 1)  # an overwrite of what overwrote
     assert len(list((tmp_path / "run" / "replaced").iterdir())) == 2
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == old
     train(replace(new, seed=2, overwrite=False, resume=True))

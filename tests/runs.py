@@ -1,0 +1,81 @@
+"""Small runs of `castlm train` in tests: one that is stopped as by a kill, resumed, and compared bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from castlm.training.checkpoint import checkpoint_steps
+from castlm.training.config import TrainConfig
+from castlm.training.loop import train
+from castlm.training.run import Run
+
+
+def small(model: str, dataset: str, output_dir: Path, **over: Any) -> TrainConfig:
+    """A run that is small by its sizes alone: what it does, and how, is what users get."""
+    fields = {
+        "max_steps": 12,
+        "calibration_sequences": 4,
+        "rotation_iterations": 10,
+        "decay_end": 0.5,  # still decaying where a run is stopped
+        "seq_len": 32,
+        "per_device_train_batch_size": 4,
+        "eval_tokens": 512,
+        "mask_interval": 3,
+        "save_steps": 0,
+        "eval_steps": 6,
+        "learning_rate": 1e-3,
+    }
+    return TrainConfig(model, dataset, str(output_dir), **{**fields, **over})
+
+
+class Stopped(Exception):  # noqa: N818
+    """What stands for a kill."""
+
+
+def train_until(config: TrainConfig, step: int) -> None:
+    """Trains, and ends as a kill would, right after step `step`, whose checkpoint is whole if it has one."""
+    original = Run.train_step
+
+    def train_step(self: Run) -> None:
+        if self.progress.step == step:
+            self.saver.finish()
+            raise Stopped
+        original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "train_step", train_step)
+        with pytest.raises(Stopped):
+            train(config)
+
+
+def stop_and_resume(straight: TrainConfig, step: int) -> Path:
+    """Trains as `straight`, which is done, but stopped after `step` and resumed, to the same weights.
+
+    Returns:
+        The folder of that run, beside the first.
+    """
+    folder = Path(straight.output_dir).with_name("killed")
+    killed = replace(straight, output_dir=str(folder))
+    train_until(killed, step)
+    assert max(checkpoint_steps(folder / "checkpoints")) == step - step % straight.save_steps
+    train(replace(killed, resume=True))
+    assert_equal_weights(Path(straight.output_dir) / "model", folder / "model")
+    return folder
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def assert_equal_weights(one: str | Path, other: str | Path) -> None:
+    """Bit for bit."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
