@@ -39,7 +39,7 @@ def logits(model):
 
 @torch.no_grad()
 def stream(model):
-    """The residual stream after each block but the last."""
+    """The residual stream behind each block but the last."""
     return model(input_ids=TOKENS, use_cache=False, output_hidden_states=True).hidden_states[1:-1]
 
 

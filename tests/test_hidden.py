@@ -8,7 +8,6 @@ from castlm.core.hidden import hidden_distance, in_stream_basis
 from castlm.distributed.world import init_world
 from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.options import BasisOptions
-from castlm.training.loop import train
 from castlm.training.objective import Objective, make_teacher
 from castlm.training.run import Run
 from tests.runs import small
@@ -136,7 +135,12 @@ def test_hidden_states_are_distilled_by_default_and_resumed_in_their_basis(llama
         assert torch.equal(one, other), name
 
 
-def test_a_model_of_one_block_says_that_it_has_no_states_between_blocks(text, tmp_path):
-    save_tiny(tmp_path / "one", "llama", num_hidden_layers=1)
-    with pytest.raises(InputError, match=r"one transformer block.*hidden_weight 0"):
-        train(small(str(tmp_path / "one"), text, tmp_path / "run"))
+def test_gradient_checkpointing_changes_nothing(llama, text, tmp_path):
+    runs = [
+        Run(small(llama, text, tmp_path / str(saves), gradient_checkpointing=saves), init_world("cpu", "full"))
+        for saves in (False, True)
+    ]
+    for run in runs:
+        run.train_step()
+    for (name, one), (_, other) in zip(*(run.model.named_parameters() for run in runs)):
+        assert torch.equal(one, other), name

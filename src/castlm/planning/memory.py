@@ -141,7 +141,7 @@ def plan_memory(
     - with checkpointing: L block inputs (T * H each), and the activations and weights of the one block at work;
     - gathered (R > 1): everything outside the blocks (embedding, head) in fp32 and two blocks in the compute type, and
       the same of the teacher in its own; one block's unsharded gradient, and its copy in fp32, in which it is summed;
-    - hidden states of the teacher that are distilled: T * H of each block and of the embeddings, in its type;
+    - hidden states of the teacher that are distilled: T * H of each block, in its type;
     - logits: 3 (1 without a teacher) buffers of chunk_tokens * V in fp32 and one in bf16;
     - the gradients of the head and of the hidden states, and copies of both in the compute type;
     - optimizer step: nothing if fused, except 2 fp32 copies of the largest parameter's shard with 8-bit moments under
@@ -270,7 +270,7 @@ def _components(sizes: _Sizes, saved: Saved, run: Settings, world_size: int) -> 
         "activations": sizes.num_layers * saved.block + saved.rest,
         "activations, checkpointed": sizes.num_layers * states * residual + saved.block + saved.rest,
         "weights kept for backward": layers_kept * saved.block_weights,
-        "teacher's hidden states": run.hidden_states * (sizes.num_layers + 1) * states * t,
+        "teacher's hidden states": run.hidden_states * sizes.num_layers * states * t,
         "gathered weights": sharded * (outside * (4 + t) + 2 * sizes.block * (c + t)),
         "gathered gradients": sharded * sizes.block * (c + 4),
         "logits": run.chunk_tokens * sizes.vocab * ((12 if t else 4) + narrow),

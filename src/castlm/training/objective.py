@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from castlm.architecture import backbone, check_head, output_head
 from castlm.core.distill import DistillationLoss, distillation_loss
 from castlm.core.errors import InputError
 from castlm.core.hidden import hidden_distance, in_stream_basis
+from castlm.core.sparsify import transformer_blocks
 from castlm.core.top_tokens import TopTokens, top_tokens
 from castlm.data.positions import document_mask
 from castlm.training.teacher_cache import TeacherCache
@@ -38,15 +39,15 @@ class _Output(NamedTuple):
 
     states: Tensor
     """(batch, seq, hidden), after the final norm."""
-    between: tuple[Tensor, ...]
-    """The residual stream after each transformer block but the last."""
+    stream: list[Tensor]
+    """The residual stream behind each transformer block, (batch, seq, hidden), if it is asked for."""
 
 
 class Objective(nn.Module):
     """`forward(input_ids, labels, num_tokens)` -> the distillation loss of a batch (batch, seq), labels shifted.
 
-    `(1 - eta) CE + eta T^2 KL + hidden_weight D`, with D the `hidden_distance` of all transformer blocks but the last,
-    whose output the KL compares. Tokens whose label is -100 count in none of the three.
+    `(1 - eta) CE + eta T^2 KL + hidden_weight D`, with D the `hidden_distance` behind all transformer blocks. Tokens
+    whose label is -100 count in none of the three.
 
     Args:
         teacher: frozen, in eval mode; None where `eta` is 0, or `cache` holds all that is asked for.
@@ -79,6 +80,11 @@ class Objective(nn.Module):
         self.apart, self.explicit_mask = apart, False
         self.hidden_weight = hidden_weight
         self.register_buffer("stream_basis", None, persistent=False)
+        self._kept: list[Tensor] | None = None
+        for model in (student, teacher) if hidden_weight else ():
+            if model is not None:
+                for block in transformer_blocks(backbone(model)).values():
+                    block.register_forward_hook(self._keep)
 
     def forward(
         self,
@@ -105,8 +111,8 @@ class Objective(nn.Module):
         if not compares_hidden:
             return _without_hidden(loss)
         assert theirs is not None  # a cache, which holds no hidden states, is not used with a hidden_weight
-        targets = [in_stream_basis(states, self.stream_basis) for states in theirs.between]
-        hidden = hidden_distance(ours.between, targets, labels, num_tokens=num_tokens)
+        targets = [in_stream_basis(states, self.stream_basis) for states in theirs.stream]
+        hidden = hidden_distance(ours.stream, targets, labels, num_tokens=num_tokens)
         return TrainingLoss(loss.loss + self.hidden_weight * hidden, loss.ce, loss.kl, hidden.detach())
 
     def _inputs(self, input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Tensor]:
@@ -153,29 +159,35 @@ class Objective(nn.Module):
         except (TypeError, ValueError, RuntimeError):  # the model takes no position ids, or no such mask
             return False
 
-    def _output(self, model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None, between: bool) -> _Output:
+    def _output(self, model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None, stream: bool) -> _Output:
         inputs = self._inputs(input_ids, position_ids)
-        output = backbone(model)(**inputs, use_cache=False, output_hidden_states=between)
-        # embeddings, then one state for each block; the last of them is the output of the final norm
-        return _Output(output.last_hidden_state, output.hidden_states[1:-1] if between else ())
+        self._kept = [] if stream else None
+        states = backbone(model)(**inputs, use_cache=False).last_hidden_state
+        kept, self._kept = self._kept, None  # what a checkpoint computes again in the backward pass is not kept
+        return _Output(states, kept or [])
+
+    def _keep(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        """A hook after the forward pass of each transformer block."""
+        if self._kept is not None:
+            self._kept.append(output if isinstance(output, Tensor) else output[0])
 
     @torch.no_grad()
-    def _teacher_output(self, input_ids: Tensor, position_ids: Tensor | None, between: bool = False) -> _Output:
+    def _teacher_output(self, input_ids: Tensor, position_ids: Tensor | None, stream: bool = False) -> _Output:
         assert self.teacher is not None
-        return self._output(self.teacher, input_ids, position_ids, between)
+        return self._output(self.teacher, input_ids, position_ids, stream)
 
     def fill_cache(self, input_ids: Tensor, position_ids: Tensor | None) -> None:
         """Lets the teacher read a batch (batch, seq), unless the cache holds all of it."""
-        self._top_tokens(input_ids, position_ids if self.apart else None, between=False)
+        self._top_tokens(input_ids, position_ids if self.apart else None, stream=False)
 
     def _top_tokens(
-        self, input_ids: Tensor, position_ids: Tensor | None, between: bool
+        self, input_ids: Tensor, position_ids: Tensor | None, stream: bool
     ) -> tuple[TopTokens, _Output | None]:
         """The teacher's most probable tokens, and its output if it was run."""
         found = self.cache.get(input_ids, position_ids) if self.cache is not None else None
         if found is not None:
             return found, None
-        output = self._teacher_output(input_ids, position_ids, between)
+        output = self._teacher_output(input_ids, position_ids, stream)
         assert self.teacher is not None
         top = top_tokens(output.states, output_head(self.teacher), self.top_k, self.temperature)
         if self.cache is not None:

@@ -176,9 +176,9 @@ class TeacherOptions:
     """Weight of the KL divergence to the dense teacher in the loss, 0 to 1. 0 trains without a teacher."""
 
     hidden_weight: float | None = None
-    """Weight of the distance between the hidden states of student and teacher, after each transformer block but the
-    last. It falls linearly to 0 over the run. The default is 15 where the student is sparse and a teacher is at work:
-    not with eta 0, a teacher_cache (which holds no hidden states) or method dense."""
+    """Weight of the distance between the hidden states of student and teacher behind each transformer block. It falls
+    linearly to 0 over the run. The default is 15 where the student is sparse and a teacher is at work: not with eta 0,
+    a teacher_cache (which holds no hidden states) or method dense."""
 
     temperature: float = 1.0
     """Temperature of the KL divergence, which is multiplied by its square."""

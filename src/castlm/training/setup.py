@@ -23,7 +23,7 @@ from castlm.core.experts import num_weights
 from castlm.core.masks import pack_mask
 from castlm.core.pattern import Pattern
 from castlm.core.shards import like_rows, local
-from castlm.core.sparsify import FilterFn, is_sparse_linear, transformer_blocks
+from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import compile_blocks_, is_sharded, reshard_, shard_
@@ -84,15 +84,6 @@ def check_left_dense(config: TrainConfig, model: torch.nn.Module) -> None:
             raise InputError(f"left_dense {part} is in the name of no sparse layer: they are named like {names[-1]}")
 
 
-def check_hidden_states(config: TrainConfig, model: torch.nn.Module) -> None:
-    """Raises `InputError` if hidden states are to be distilled from a model that has none between its blocks."""
-    if config.hidden_loss_weight and len(transformer_blocks(model)) < 2:
-        raise InputError(
-            f"{config.model} has one transformer block and no hidden states between blocks to distill: set "
-            "hidden_weight 0"
-        )
-
-
 def global_batch(config: TrainConfig, world: World) -> int:
     """Sequences of one optimizer step, on all ranks together."""
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
@@ -113,7 +104,6 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     source = open_source(config, world)
     model = source.model
     check_left_dense(config, model)
-    check_hidden_states(config, model)
     text = open_training_text(config, source.tokenizer, vocab_size(model.config), world)
     precision = choose_precision(config.precision, world.device, model.config)
     world.check_all(_why_one_process(config, method_class) if world.size > 1 else None)
