@@ -1,7 +1,8 @@
 """Where a run starts when not from the masks of magnitude: a one-shot method's, made before step 0, or a given model's.
 
-Such masks look at the text, which |W| does not, so that no refresh could find them again: CAST keeps them. One rank
-prunes, or reads, the whole model and hands its layers out, one at a time, to all the others.
+Such masks look at the text, which |W| does not, so that no refresh of the dense weights could find them again: masked
+weights start at zero. One rank prunes, or reads, the whole model and hands its layers out, one at a time, to all the
+others.
 """
 
 from __future__ import annotations
