@@ -37,6 +37,21 @@ def text(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture
+def lessons(monkeypatch) -> list[tuple[int, ...]]:
+    """Shapes of the batches that a teacher has read."""
+    from castlm.training.objective import Objective
+
+    read: list[tuple[int, ...]] = []
+    output_of = Objective._teacher_output
+    monkeypatch.setattr(
+        Objective,
+        "_teacher_output",
+        lambda self, ids, *rest: read.append(tuple(ids.shape)) or output_of(self, ids, *rest),
+    )
+    return read
+
+
 LONGEST_FIRST = (
     "test_notebook",
     "test_distributed",

@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 from castlm.core.errors import InputError
 from castlm.training.config import TrainConfig
 from tests.ranks import run_ranks, said, start_ranks, wait_ranks
+from tests.runs import small
 from tests.tiny import save_tiny
 
 TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
@@ -62,21 +63,8 @@ class Ground:
     def prepare(cls, folder: Path, **over: Any) -> Ground:
         (folder / "text.txt").write_text(TEXT)
         model = save_tiny(folder / "dense", "gemma")
-        fields = {
-            "max_steps": 12,
-            "calibration_sequences": 4,
-            "rotation_iterations": 10,
-            "decay_end": 0.5,  # still decaying where a run is stopped
-            "seq_len": 32,
-            "per_device_train_batch_size": 2,
-            "eval_tokens": 256,
-            "eval_steps": 6,
-            "mask_interval": 3,
-            "save_steps": 2,
-            "learning_rate": 1e-3,
-            "device": "cpu",
-        }
-        config = TrainConfig(str(model), str(folder / "text.txt"), str(folder / "undisturbed"), **{**fields, **over})
+        fields = {"per_device_train_batch_size": 2, "eval_tokens": 256, "save_steps": 2, "device": "cpu"}
+        config = small(str(model), str(folder / "text.txt"), folder / "undisturbed", **{**fields, **over})
         ground = cls(folder, config)
         run_ranks(train_as_a_command, 2, config, folder=folder, timeout=PATIENCE_S)
         return ground

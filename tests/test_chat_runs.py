@@ -14,6 +14,7 @@ from castlm.training.objective import Objective
 from castlm.training.run import Run
 from tests.chats import CHATML, MARKED, chat_tokenizer, save_chat_model, talks, turn, write_rows, write_talks
 from tests.ranks import run_ranks
+from tests.refusals import assert_refused
 from tests.runs import assert_equal_weights, small, stop_and_resume, train_until, weights
 from tests.tiny import TEXT, tiny_model
 
@@ -168,9 +169,6 @@ def test_a_bad_conversation_ends_a_command_with_one_line(llama, tmp_path, capsys
     bad = write_rows(tmp_path / "bad.jsonl", [{"messages": [turn("user", "a"), turn("gpt", "b")]}])
     run = ["train", "--model", llama, "--dataset", bad, "--seq-len", "64", "--output-dir", str(tmp_path / "run")]
     prune = ["prune", "--model", llama, "--calibration", bad, "--output-dir", str(tmp_path / "pruned")]
-    for command in (run, ["eval", llama, "--text", bad], prune):
-        assert main(command) == 2
-        said = capsys.readouterr().err
-        assert "line 1: message 2 has the role 'gpt'" in said
-        assert said.strip().count("\n") == 0
+    message = "line 1: message 2 has the role 'gpt'"
+    assert_refused([(command, message) for command in (run, ["eval", llama, "--text", bad], prune)], capsys)
     assert not (tmp_path / "run").exists()

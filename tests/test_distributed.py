@@ -44,6 +44,7 @@ from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.run import Run
 from castlm.training.setup import local_masks
+from tests import runs
 from tests.faults import Ground, check_hang, check_kill, check_sigterm, train_as_a_command
 from tests.ranks import run_ranks, said, start_ranks, wait_ranks
 from tests.runs import train_until, weights
@@ -61,24 +62,17 @@ def small(model: str, dataset: str, output_dir: Path, ranks: int, **over: Any) -
     rows, micro_batches = {1: (6, 2), 2: (3, 2), 3: (2, 2), 4: (1, 3)}[ranks]
     fields = {
         "max_steps": 10,
-        "calibration_sequences": 4,
-        "rotation_iterations": 10,
-        "decay_end": 0.5,  # still decaying where a run is stopped
-        "seq_len": 32,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": micro_batches,
         "eval_tokens": 500,
-        "mask_interval": 3,
-        "save_steps": 0,
         "eval_steps": 5,
-        "learning_rate": 1e-3,
         "device": "cpu",
     }
-    return TrainConfig(model, dataset, str(output_dir), **{**fields, **over})
+    return runs.small(model, dataset, output_dir, **{**fields, **over})
 
 
 START = {"init_from": "magnitude"}
-"""The start whose masks are refreshed while a run goes on. The default one, SparseGPT, keeps its masks."""
+"""The start whose masked weights decay from dense values. From the default one, SparseGPT, they start at zero."""
 AS_PUBLISHED = {**START, "cross_document_attention": True}
 
 

@@ -95,7 +95,7 @@ def test_ranks_are_one_rank_each_with_its_experts(family, ranks, models, text, t
 
 @pytest.mark.parametrize("moments", ["fp32", "8bit"])
 def test_a_resumed_run_is_a_straight_one_bit_for_bit(moments, models, text, tmp_path):
-    over = {"init_from": "magnitude", "save_steps": 2, "moments": moments}
+    over = {"save_steps": 2, "moments": moments}
     straight = config(models["gpt_oss"], text, tmp_path / "straight", **over)
     train(straight)
     assert_sparse(stop_and_resume(straight, 5) / "model")

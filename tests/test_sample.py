@@ -15,6 +15,7 @@ from castlm.data.sample_file import open_samples, sample
 from castlm.data.sampling import Sampler, SamplingOptions, read_prompts
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, write_rows
 from tests.ranks import start_command
+from tests.refusals import assert_refused
 from tests.tiny import EOS_ID, tiny_model, tiny_tokenizer
 
 
@@ -263,12 +264,7 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(llama, tmp_path, capsy
         (command(llama, tmp_path / "b.jsonl", "--prompts", str(tmp_path / "empty.txt")), "holds no prompt"),
         (command(llama, tmp_path / "b.jsonl", "--prompts", talks), "holds conversations: name a column of texts"),
     ]
-    capsys.readouterr()
-    for arguments, message in cases:
-        assert main(arguments) == 2, message
-        said = capsys.readouterr().err
-        assert message in said
-        assert said.strip().count("\n") == 0, said
+    assert_refused(cases, capsys)
     assert other.read_text() == '{"text": "mine"}\n'
     assert not (tmp_path / "b.jsonl.part").exists()
     assert not list(tmp_path.glob(".*.lock"))

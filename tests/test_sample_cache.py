@@ -13,10 +13,10 @@ from castlm.distributed.world import init_world
 from castlm.training import teacher_pass
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
-from castlm.training.objective import Objective
 from castlm.training.run import Run
 from castlm.training.teacher_pass import fill_teacher_cache
 from tests.chats import save_chat_model
+from tests.refusals import assert_refused
 from tests.runs import assert_equal_weights, small
 
 
@@ -31,19 +31,6 @@ def own(llama, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("own") / "own.jsonl"
     assert main(command(llama, path)) == 0
     return str(path)
-
-
-@pytest.fixture
-def lessons(monkeypatch) -> list[tuple[int, ...]]:
-    """Shapes of the batches that a teacher has read."""
-    read = []
-    output_of = Objective._teacher_output
-    monkeypatch.setattr(
-        Objective,
-        "_teacher_output",
-        lambda self, ids, *rest: read.append(tuple(ids.shape)) or output_of(self, ids, *rest),
-    )
-    return read
 
 
 def command(llama, path, *more):
@@ -181,12 +168,7 @@ def test_bad_input_is_one_line(llama, own, tmp_path, capsys):
         (command(llama, own, *cache, "--resume", "--seq-len", "999"), "exceeds the model's 256 positions"),
         (command(llama, tmp_path / "a.jsonl", *cache, "--resume"), "has not been begun"),
     ]
-    capsys.readouterr()
-    for arguments, message in cases:
-        assert main(arguments) == 2, message
-        said = capsys.readouterr().err
-        assert message in said
-        assert said.strip().count("\n") == 0, said
+    assert_refused(cases, capsys)
     assert not (tmp_path / "a.jsonl.part").exists()
 
 

@@ -13,7 +13,6 @@ from castlm.core.top_tokens import TopTokens
 from castlm.distributed.world import World, init_world
 from castlm.training import teacher_cache
 from castlm.training.loop import train
-from castlm.training.objective import Objective
 from castlm.training.run import Run
 from castlm.training.teacher_cache import TeacherCache, fingerprint
 from tests.ranks import run_ranks
@@ -40,19 +39,6 @@ def config(llama, text, tmp_path):
 
 def in_folder(config, tmp_path, name, **over):
     return replace(config, output_dir=str(tmp_path / name), **over)
-
-
-@pytest.fixture
-def lessons(monkeypatch) -> list[tuple[int, ...]]:
-    """Shapes of the batches that a teacher has read."""
-    read = []
-    output_of = Objective._teacher_output
-    monkeypatch.setattr(
-        Objective,
-        "_teacher_output",
-        lambda self, ids, *rest: read.append(tuple(ids.shape)) or output_of(self, ids, *rest),
-    )
-    return read
 
 
 def test_a_run_from_the_cache_is_the_run_of_the_teacher(config, tmp_path, lessons, capsys):

@@ -93,7 +93,7 @@ class MemoryCommand:
             compute_dtype=self.precision,
             teacher_dtype=self.precision,
             teacher=self.eta > 0,
-            hidden_states=self.eta > 0 and self.hidden_weight > 0,
+            hidden_states=self.hidden_weight > 0,
             moments=self.moments,
             calibration_tokens=self.calibration_sequences * self.seq_len if prunes else 0,
             gpu_gib=gib,

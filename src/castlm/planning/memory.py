@@ -194,7 +194,7 @@ def plan_memory(
         checkpointing=gradient_checkpointing,
         compute=DTYPES[compute_dtype],
         teacher=DTYPES[teacher_dtype] if teacher else None,
-        hidden_states=hidden_states and teacher,
+        hidden_states=hidden_states,
         chunk_tokens=min(chunk_tokens, micro_batch * seq_len),
         moments=moments,
         calibration_tokens=calibration_tokens,

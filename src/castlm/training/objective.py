@@ -101,7 +101,6 @@ class Objective(nn.Module):
         head = output_head(self.student)
         if ce_only or self.eta == 0:
             return _without_hidden(distillation_loss(ours.states, head, labels, eta=0.0, num_tokens=num_tokens))
-        theirs = None
         if self.top_k:
             found, theirs = self._top_tokens(input_ids, position_ids, compares_hidden)
             loss = distillation_loss(ours.states, head, labels, teacher_top=found, **settings)

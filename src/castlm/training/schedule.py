@@ -33,6 +33,6 @@ def hidden_weight(step: int, config: TrainConfig) -> float:
 
 def schedule(config: TrainConfig) -> tuple[list[float], list[float]]:
     """The learning rate and the ramp of the decay at each step of a run."""
-    steps = range(config.max_steps)
-    alphas = [decay_alpha(t, config.max_steps, config.decay, config.decay_end_used) for t in steps]
+    steps, decay_end = range(config.max_steps), config.decay_end_used
+    alphas = [decay_alpha(t, config.max_steps, config.decay, decay_end) for t in steps]
     return [learning_rate(t, config) for t in steps], alphas

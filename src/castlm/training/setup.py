@@ -152,7 +152,8 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         start_(model, method, start, world)
     elif resumed is None:
         method.start_from_magnitude_()
-    objective.stream_basis = stream_basis(start, world)
+    if config.hidden_loss_weight:
+        objective.stream_basis = stream_basis(start, world)
     masks = method.masks()
     initial_masks = {names[p]: like_rows(pack_mask(local(m)), p) for p, m in masks.items()}
     budget = _decay_budget(config, method, local_masks(masks), world)
