@@ -71,7 +71,7 @@ def linear_times(shape: tuple[int, int], clock: str) -> Times:
         "torch fp32": torch_copies(weight),
     }
     x = torch.randn(1, shape[1])
-    calls = max(1, 20_000_000 // weight.numel())  # some milliseconds a round
+    calls = max(1, 100_000_000 // weight.numel())  # some milliseconds a round
 
     def repeated(multiply: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         def run() -> None:

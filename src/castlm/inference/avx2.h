@@ -5,17 +5,13 @@
 #include <type_traits>
 
 #include "matrix.h"
+#include "target.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CASTLM_AVX2
 #include <immintrin.h>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+BEGIN_TARGET("avx2,fma,f16c")
 
 namespace castlm {
 
@@ -50,9 +46,5 @@ INLINE __m256 load_step(const uint8_t* panel, int step, int half) {
 }
 
 }  // namespace castlm
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+END_TARGET
 #endif

@@ -4,12 +4,7 @@
 
 #if defined(CASTLM_AVX2)
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+BEGIN_TARGET("avx2,fma,f16c")
 
 namespace castlm {
 namespace {
@@ -133,11 +128,7 @@ void avx2_expand_tile(const Header& of, const uint8_t* data, int64_t tile, float
 }
 
 }  // namespace castlm
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+END_TARGET
 
 #else
 

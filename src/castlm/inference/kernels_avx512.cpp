@@ -4,17 +4,13 @@
 // prefetched: on Zen 4 that costs up to a quarter of the bandwidth.
 
 #include "matrix.h"
+#include "target.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 9)
 #define CASTLM_AVX512
 #include <immintrin.h>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
-#endif
+BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
 namespace castlm {
 namespace {
@@ -268,11 +264,7 @@ int32_t avx512_adapt(const Header& of, int8_t* narrow, float* scale) {
 }
 
 }  // namespace castlm
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+END_TARGET
 
 #else
 
