@@ -68,10 +68,11 @@ def search(seconds: float) -> int:
     count, until = 0, time.monotonic() + seconds
     while time.monotonic() < until:
         n, m = random.choice(PATTERNS)
-        rows, columns = random.randint(1, 40), random.randint(1, 40) * (m or 5)
+        groups = random.randint(1, 40) if random.randrange(5) else random.randint(500, 900)  # of a narrow or a wide matrix
+        rows, columns = random.randint(1, 40), groups * (m or 5)
         packed = random_packed(random.choice([*native.VALUES]), n, m, rows, columns, seed=count)
         buffer = buffer_of(packed, random.choice(["best", "rows"]) if m else "best").clone()  # without room after it
-        x = torch.randn(random.randint(1, 40), columns)
+        x = torch.randn(random.choice([1, random.randint(1, 40)]), columns)
         check_product(packed, buffer, x)
         out = torch.empty(rows, columns)
         native.unpack(buffer, 0, rows, out)

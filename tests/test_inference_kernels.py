@@ -133,13 +133,24 @@ def check_shape(values, pattern, rows, groups, batch, threads, seed):
         torch.set_num_threads(before)
 
 
-def test_a_result_does_not_depend_on_threads(level):
-    packed = random_packed("bf16", 2, 4, 512, 1024)
-    buffer, x = buffer_of(packed), torch.randn(5, 1024)
-    one = packed_linear(x, buffer, 512)
+@pytest.mark.parametrize("values", list(FLOATS))
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (0, 0)])
+@pytest.mark.parametrize("rows", [4, 23, 131])
+def test_one_wide_row_of_activations(values, n, m, rows, level):
+    """Several parts of such a matrix are read side by side, and what is left of it tile by tile."""
+    packed = random_packed(values, n, m, rows, 2240)
+    check_product(packed, buffer_of(packed), torch.randn(1, 2240))
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (0, 0)])
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(5, 512, 1024), (1, 1100, 2240)])
+def test_a_result_does_not_depend_on_threads(n, m, batch, rows, columns, level):
+    packed = random_packed("bf16", n, m, rows, columns)
+    buffer, x = buffer_of(packed), torch.randn(batch, columns)
+    one = packed_linear(x, buffer, rows)
     torch.set_num_threads(4)
     try:
-        assert all(torch.equal(packed_linear(x, buffer, 512), one) for _ in range(20))
+        assert all(torch.equal(packed_linear(x, buffer, rows), one) for _ in range(20))
     finally:
         torch.set_num_threads(1)
 

@@ -22,35 +22,47 @@ INLINE void prefetch(const uint8_t* panel) {
 
 // ---- 2:4 and 1:4 of floats
 
-template <int values, int BT>
-INLINE void panels_of_floats(const uint8_t* panel, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
+// T tiles, `stride` bytes apart.
+template <int values, int BT, int T, bool wide>
+INLINE void panels_of_floats(const uint8_t* panel, int64_t stride, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
   constexpr int kStep = values == kFloat32 ? 64 : 32, kBytes = 32 + 8 * kStep;  // of 16 weights; of a panel
-  constexpr int E = BT <= 2 ? 2 : 1;  // two sums an output where the batch is small: it hides the latency of an FMA
-  __m256 a[E][2][BT];
+  constexpr int E = BT <= 2 && !wide ? 2 : 1;  // two sums an output where there are few: it hides the latency of an FMA
+  __m256 a[E][T][2][BT];
   for (int e = 0; e < E; e++)
-    for (int h = 0; h < 2; h++)
-      for (int b = 0; b < BT; b++) a[e][h][b] = e ? _mm256_setzero_ps() : sums[h * BT + b];
+    for (int j = 0; j < T; j++)
+      for (int h = 0; h < 2; h++)
+        for (int b = 0; b < BT; b++) a[e][j][h][b] = e ? _mm256_setzero_ps() : sums[(2 * j + h) * BT + b];
   for (int64_t i = 0; i < blocks; i++, panel += kBytes, x += kBlock) {
-    prefetch<kBytes>(panel);
-    const __m256i meta = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel));
+    __m256i meta[T];
+#pragma GCC unroll 4
+    for (int j = 0; j < T; j++) {
+      prefetch<kBytes>(panel + j * stride);
+      meta[j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + j * stride));
+    }
 #pragma GCC unroll 4
     for (int t = 0; t < 4; t++) {
 #pragma GCC unroll 2
       for (int e = 0; e < 2; e++) {
-        const __m256 w0 = load_step<values>(panel, 2 * t + e, 0), w1 = load_step<values>(panel, 2 * t + e, 1);
-        const __m256i c0 = _mm256_srli_epi32(meta, 4 * t + 2 * e);
-        const __m256i c1 = _mm256_srli_epi32(meta, 4 * t + 2 * e + 16);
 #pragma GCC unroll 4
-        for (int b = 0; b < BT; b++) {
-          const __m256 v = _mm256_loadu_ps(x + b * ldx + 16 * t + 8 * e);
-          a[e % E][0][b] = _mm256_fmadd_ps(w0, _mm256_permutevar_ps(v, c0), a[e % E][0][b]);
-          a[e % E][1][b] = _mm256_fmadd_ps(w1, _mm256_permutevar_ps(v, c1), a[e % E][1][b]);
+        for (int j = 0; j < T; j++) {
+          const __m256 w0 = load_step<values>(panel + j * stride, 2 * t + e, 0);
+          const __m256 w1 = load_step<values>(panel + j * stride, 2 * t + e, 1);
+          const __m256i c0 = _mm256_srli_epi32(meta[j], 4 * t + 2 * e);
+          const __m256i c1 = _mm256_srli_epi32(meta[j], 4 * t + 2 * e + 16);
+#pragma GCC unroll 4
+          for (int b = 0; b < BT; b++) {
+            const __m256 v = _mm256_loadu_ps(x + b * ldx + 16 * t + 8 * e);
+            a[e % E][j][0][b] = _mm256_fmadd_ps(w0, _mm256_permutevar_ps(v, c0), a[e % E][j][0][b]);
+            a[e % E][j][1][b] = _mm256_fmadd_ps(w1, _mm256_permutevar_ps(v, c1), a[e % E][j][1][b]);
+          }
         }
       }
     }
   }
-  for (int h = 0; h < 2; h++)
-    for (int b = 0; b < BT; b++) sums[h * BT + b] = E == 2 ? _mm256_add_ps(a[0][h][b], a[E - 1][h][b]) : a[0][h][b];
+  for (int j = 0; j < T; j++)
+    for (int h = 0; h < 2; h++)
+      for (int b = 0; b < BT; b++)
+        sums[(2 * j + h) * BT + b] = E == 2 ? _mm256_add_ps(a[0][j][h][b], a[E - 1][j][h][b]) : a[0][j][h][b];
 }
 
 // ---- 2:4 and 1:4 of int8 and int4
@@ -137,31 +149,31 @@ INLINE float sum_of(__m256 v) {
   return _mm_cvtss_f32(_mm_hadd_ps(half, half));
 }
 
-// R rows from `row` on by BT rows of x, which is in pairs for bf16.
-template <int values, int R, int BT>
-INLINE void dense_floats(const uint8_t* row, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
+// R rows from `row` on, of each of T tiles `stride` bytes apart, by BT rows of x, which is in pairs for bf16.
+template <int values, int R, int BT, int T, bool wide>
+INLINE void dense_floats(const uint8_t* row, int64_t stride, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
   constexpr int kStep = values == kFloat32 ? 64 : 32;  // bytes of 16 weights
-  constexpr int E = BT == 1 ? 2 : 1;
-  __m256 a[E][R][BT];
+  constexpr int E = BT == 1 && !wide ? 2 : 1;
+  __m256 a[E][T * R][BT];
   for (int e = 0; e < E; e++)
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < T * R; r++)
       for (int b = 0; b < BT; b++) a[e][r][b] = e ? _mm256_setzero_ps() : sums[r * BT + b];
   for (int64_t i = 0; i < blocks; i++, row += 16 * kStep, x += kBlock) {
-    prefetch<16 * kStep>(row);
+    for (int j = 0; j < T; j++) prefetch<16 * kStep>(row + j * stride);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++)
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int r = 0; r < T * R; r++)
 #pragma GCC unroll 2
         for (int e = 0; e < 2; e++) {
-          const uint8_t* at = row + kStep * (4 * r + k);
+          const uint8_t* at = row + r / R * stride + kStep * (4 * (r % R) + k);
           const __m256 w = values == kBFloat16 ? every_second(at, e) : load_contiguous<values>(at + kStep / 2 * e);
 #pragma GCC unroll 4
           for (int b = 0; b < BT; b++)
             a[e % E][r][b] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + b * ldx + 16 * k + 8 * e), a[e % E][r][b]);
         }
   }
-  for (int r = 0; r < R; r++)
+  for (int r = 0; r < T * R; r++)
     for (int b = 0; b < BT; b++) sums[r * BT + b] = E == 2 ? _mm256_add_ps(a[0][r][b], a[E - 1][r][b]) : a[0][r][b];
 }
 
@@ -206,22 +218,22 @@ INLINE void dense_integers(const uint8_t* row, int64_t blocks, const int8_t* x, 
 // ---- tiles
 
 // `count` blocks from block `k` of a tile times rows [at, at + BT) of x, added to `sums`. n = 0 is dense.
-template <int n, int values, int BT>
-INLINE void add_blocks(const Header& of, const uint8_t* panel, int64_t count, const Activations& x, int64_t at,
+template <int n, int values, int BT, int T, bool wide>
+INLINE void add_blocks(const Header& of, const uint8_t* panel, int64_t stride, int64_t count, const Activations& x, int64_t at,
                        int64_t k, __m256* sums) {
   const int64_t width = of.padded(), blocks = of.blocks();
-  const float* wide = x.wide + at * width + k * kBlock;
+  const float* floats = x.wide + at * width + k * kBlock;
   const int8_t* narrow = x.narrow + at * width + k * kBlock;
   const float* scales = x.scales + at * blocks + k;
   constexpr bool is_int4 = values == kInt4;
   if constexpr (n > 0 && values < kInt8) {
-    panels_of_floats<values, BT>(panel, count, wide, width, sums);
+    panels_of_floats<values, BT, T, wide>(panel, stride, count, floats, width, sums);
   } else if constexpr (n > 0) {
     panels_of_integers<n, is_int4, BT>(panel, count, narrow, width, scales, blocks, sums);
   } else {
     constexpr int R = BT == 4 ? 2 : 4;  // what the registers hold
     for (int r = 0; r < 4; r += R) {
-      if constexpr (values < kInt8) dense_floats<values, R, BT>(panel + of.dense_block_bytes() * r, count, wide, width, sums + r * BT);
+      if constexpr (values < kInt8) dense_floats<values, R, BT, T, wide>(panel + of.dense_block_bytes() * r, stride, count, floats, width, sums + r * BT);
       else
         dense_integers<is_int4, R, BT>(panel + of.dense_block_bytes() * r, count, narrow, width, scales, blocks, sums + r * BT);
     }
@@ -249,13 +261,14 @@ INLINE void tile_sums(const __m256* sums, int BT, int b, float* rows) {
 struct Avx2 {
   using Vector = __m256;
   static constexpr int kMostRows = 4;
+  static constexpr int kParts = 2;
   static INLINE Vector zero() { return _mm256_setzero_ps(); }
   template <int n, int values>
   static constexpr int num_sums() { return n ? 2 : 4; }
-  template <int n, int values, int BT>
-  static INLINE void add(const Header& of, const uint8_t* panel, int64_t count, const Activations& x, int64_t at,
-                         int64_t k, Vector* sums) {
-    add_blocks<n, values, BT>(of, panel, count, x, at, k, sums);
+  template <int n, int values, int BT, int T, bool wide>
+  static INLINE void add(const Header& of, const uint8_t* panel, int64_t stride, int64_t count, const Activations& x,
+                         int64_t at, int64_t k, Vector* sums) {
+    add_blocks<n, values, BT, T, wide>(of, panel, stride, count, x, at, k, sums);
   }
   template <int n, int values>
   static INLINE void rows(const Vector* sums, int BT, int b, float* to) { tile_sums<n>(sums, BT, b, to); }

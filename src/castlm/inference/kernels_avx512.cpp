@@ -42,35 +42,43 @@ INLINE __m512 every_second(__m512i both, int odd) {
 
 // ---- 2:4 and 1:4 of floats: `sums[b]` has the first rows of a tile in its low half, the others in its high half
 
-// Two steps of one row half are one register, and so are their 16 columns of x.
-template <int values, int BT>
-INLINE void panels_of_floats(const uint8_t* panel, int64_t blocks, const float* x, int64_t ldx, __m512* sums) {
+// Two steps of one row half are one register, and so are their 16 columns of x. T tiles, `stride` bytes apart.
+template <int values, int BT, int T, bool wide>
+INLINE void panels_of_floats(const uint8_t* panel, int64_t stride, int64_t blocks, const float* x, int64_t ldx, __m512* sums) {
   constexpr int kPair = values == kFloat32 ? 64 : 32, kBytes = 32 + 8 * kPair;  // of 16 weights; of a panel
   const __m512i step_shift = in_halves(0, 2);
-  constexpr int E = BT == 1 ? 2 : 1;  // two sums an output where the batch is small: it hides the latency of an FMA
-  __m512 a[E][2][BT];
+  constexpr int E = BT == 1 && !wide ? 2 : 1;  // two sums an output where there are few: it hides the latency of an FMA
+  __m512 a[E][T][2][BT];
   for (auto& of_e : a)
-    for (auto& of_half : of_e)
-      for (auto& sum : of_half) sum = _mm512_setzero_ps();
+    for (auto& of_tile : of_e)
+      for (auto& of_half : of_tile)
+        for (auto& sum : of_half) sum = _mm512_setzero_ps();
   for (int64_t i = 0; i < blocks; i++, panel += kBytes, x += kBlock) {
-    const __m512i meta = _mm512_srlv_epi32(load_twice(panel), step_shift);
+    __m512i meta[T];
+#pragma GCC unroll 4
+    for (int j = 0; j < T; j++) meta[j] = _mm512_srlv_epi32(load_twice(panel + j * stride), step_shift);
 #pragma GCC unroll 4
     for (int t = 0; t < 4; t++) {
-      const uint8_t* at = panel + 32 + 2 * kPair * t;
-      const bool is_bfloat16 = values == kBFloat16;  // the halves are interleaved
-      const __m512 w0 = is_bfloat16 ? every_second(load(at), 0) : load_floats<values>(at);
-      const __m512 w1 = is_bfloat16 ? every_second(load(at), 1) : load_floats<values>(at + kPair);
-      const __m512i c0 = _mm512_srli_epi32(meta, 4 * t), c1 = _mm512_srli_epi32(meta, 4 * t + 16);
+#pragma GCC unroll 4
+      for (int j = 0; j < T; j++) {
+        const uint8_t* at = panel + j * stride + 32 + 2 * kPair * t;
+        const bool is_bfloat16 = values == kBFloat16;  // the halves are interleaved
+        const __m512 w0 = is_bfloat16 ? every_second(load(at), 0) : load_floats<values>(at);
+        const __m512 w1 = is_bfloat16 ? every_second(load(at), 1) : load_floats<values>(at + kPair);
+        const __m512i c0 = _mm512_srli_epi32(meta[j], 4 * t), c1 = _mm512_srli_epi32(meta[j], 4 * t + 16);
 #pragma GCC unroll 8
-      for (int b = 0; b < BT; b++) {
-        const __m512 v = _mm512_loadu_ps(x + b * ldx + 16 * t);
-        a[t % E][0][b] = _mm512_fmadd_ps(w0, _mm512_permutevar_ps(v, c0), a[t % E][0][b]);
-        a[t % E][1][b] = _mm512_fmadd_ps(w1, _mm512_permutevar_ps(v, c1), a[t % E][1][b]);
+        for (int b = 0; b < BT; b++) {
+          const __m512 v = _mm512_loadu_ps(x + b * ldx + 16 * t);
+          a[t % E][j][0][b] = _mm512_fmadd_ps(w0, _mm512_permutevar_ps(v, c0), a[t % E][j][0][b]);
+          a[t % E][j][1][b] = _mm512_fmadd_ps(w1, _mm512_permutevar_ps(v, c1), a[t % E][j][1][b]);
+        }
       }
     }
   }
-  for (int b = 0; b < BT; b++)
-    for (auto& of_e : a) sums[b] = _mm512_add_ps(sums[b], join(folded(of_e[0][b]), folded(of_e[1][b])));
+  for (auto& of_e : a)
+    for (int j = 0; j < T; j++)
+      for (int b = 0; b < BT; b++)
+        sums[j * BT + b] = _mm512_add_ps(sums[j * BT + b], join(folded(of_e[j][0][b]), folded(of_e[j][1][b])));
 }
 
 // ---- 2:4 and 1:4 of integers
@@ -131,14 +139,14 @@ INLINE void panels_of_integers(const uint8_t* panel, int64_t blocks, const int8_
 
 // ---- dense rows, R at a time in blocks of 64 columns
 
-// x is in pairs of 32 for bf16.
-template <int values, int R, int BT>
-INLINE void dense_floats(const uint8_t* row, int64_t blocks, const float* x, int64_t ldx, __m512* sums) {
+// x is in pairs of 32 for bf16. R rows of each of T tiles, `stride` bytes apart.
+template <int values, int R, int BT, int T, bool wide>
+INLINE void dense_floats(const uint8_t* row, int64_t stride, int64_t blocks, const float* x, int64_t ldx, __m512* sums) {
   constexpr int kBytes = values == kFloat32 ? 256 : 128;
-  constexpr int E = BT >= 2 ? 1 : 2;
-  __m512 a[E][R][BT];
+  constexpr int E = BT >= 2 || wide ? 1 : 2;
+  __m512 a[E][T * R][BT];
   for (int e = 0; e < E; e++)
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < T * R; r++)
       for (int b = 0; b < BT; b++) a[e][r][b] = e ? _mm512_setzero_ps() : sums[r * BT + b];
   for (int64_t i = 0; i < blocks; i++, row += 4 * kBytes, x += kBlock) {
 #pragma GCC unroll 4
@@ -146,9 +154,9 @@ INLINE void dense_floats(const uint8_t* row, int64_t blocks, const float* x, int
       __m512 v[BT];
 #pragma GCC unroll 8
       for (int b = 0; b < BT; b++) v[b] = _mm512_loadu_ps(x + b * ldx + 16 * k);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) {
-        const uint8_t* at = row + r * kBytes;
+#pragma GCC unroll 16
+      for (int r = 0; r < T * R; r++) {
+        const uint8_t* at = row + r / R * stride + r % R * kBytes;
         const __m512 w = values == kBFloat16 ? every_second(load(at + k / 2 * 64), k % 2)
                                              : load_floats<values>(at + k * kBytes / 4);
 #pragma GCC unroll 8
@@ -156,7 +164,7 @@ INLINE void dense_floats(const uint8_t* row, int64_t blocks, const float* x, int
       }
     }
   }
-  for (int r = 0; r < R; r++)
+  for (int r = 0; r < T * R; r++)
     for (int b = 0; b < BT; b++) sums[r * BT + b] = E == 2 ? _mm512_add_ps(a[0][r][b], a[E - 1][r][b]) : a[0][r][b];
 }
 
@@ -198,24 +206,25 @@ INLINE void dense_integers(const uint8_t* row, int64_t blocks, const int8_t* x, 
 struct Avx512 {
   using Vector = __m512;
   static constexpr int kMostRows = 8;
+  static constexpr int kParts = 4;
   static INLINE Vector zero() { return _mm512_setzero_ps(); }
 
   template <int n, int values>
   static constexpr int num_sums() { return n == 0 ? 4 : values < kInt8 ? 1 : 2; }
 
-  template <int n, int values, int BT>
-  static INLINE void add(const Header& of, const uint8_t* panel, int64_t count, const Activations& x, int64_t at,
-                         int64_t k, Vector* sums) {
+  template <int n, int values, int BT, int T, bool wide>
+  static INLINE void add(const Header& of, const uint8_t* panel, int64_t stride, int64_t count, const Activations& x,
+                         int64_t at, int64_t k, Vector* sums) {
     const int64_t width = of.padded(), blocks = of.blocks();
-    const float* wide = x.wide + at * width + k * kBlock;
+    const float* floats = x.wide + at * width + k * kBlock;
     const int8_t* narrow = x.narrow + at * width + k * kBlock;
     const float* scales = x.scales + at * blocks + k;
     if constexpr (n > 0 && values < kInt8) {
-      panels_of_floats<values, BT>(panel, count, wide, width, sums);
+      panels_of_floats<values, BT, T, wide>(panel, stride, count, floats, width, sums);
     } else if constexpr (n > 0) {
       panels_of_integers<n, values == kInt4, BT>(panel, count, narrow, width, scales, blocks, sums);
     } else {
-      if constexpr (values < kInt8) dense_floats<values, 4, BT>(panel, count, wide, width, sums);
+      if constexpr (values < kInt8) dense_floats<values, 4, BT, T, wide>(panel, stride, count, floats, width, sums);
       else dense_integers<values == kInt4, 4, BT>(panel, count, narrow, width, scales, x.offsets + at * blocks + k, blocks, sums);
     }
   }

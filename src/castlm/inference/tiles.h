@@ -1,33 +1,55 @@
 // The walk over the tiles of a matrix, which is the same for every instruction set. Included by each file of kernels inside
 // its target pragma and its unnamed namespace. A set of kernels `Set` has a `Vector`, `zero()`, the number of sums that
-// one row of x takes in a tile, `add` (blocks of a tile times rows of x, added to sums) and `rows` (sums to outputs).
+// one row of x takes in a tile, `add` (blocks of a tile times rows of x, added to sums), `rows` (sums to outputs), and the
+// number of parts of a wide matrix of floats that it reads side by side.
 
-template <class Set, int n, int values, int BT>
-void multiply_tiles(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
-                    int64_t last) {
-  constexpr int kTileRows = n == 1 ? 8 : 4;
+// `share` tiles of each of T parts of the matrix, the first of them from tile `first` on. The T parts are read side by side,
+// so that what is read of x serves T tiles while every part is one stream. `wide` says whether a row of x is: it decides the
+// order of sums, which may not depend on how a matrix is shared out.
+template <class Set, int n, int values, int BT, int T, bool wide>
+INLINE void multiply_parts(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
+                           int64_t share) {
+  static_assert(T == 1 || (BT == 1 && wide), "several parts are for one wide row of x");
+  constexpr int kTileRows = n == 1 ? 8 : 4, kSums = Set::template num_sums<n, values>();
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  const int64_t blocks = of.blocks(), bytes = of.panel_bytes();
+  const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), stride = share * blocks * bytes;
   // A part of x that stays in the first-level cache while the rows of a tile pass.
   const int64_t x_bytes = x.batch * of.padded() * (values < kInt8 ? 4 : 1);
   const int64_t part = x.batch == 1 || x_bytes <= 20480 ? blocks : x.batch >= 16 ? 4 : 8;
   const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * blocks * bytes);
-  for (int64_t tile = first; tile < last; tile++) {
-    typename Set::Vector sums[kMaxBatch / BT][Set::template num_sums<n, values>() * BT];
-    for (int64_t t = 0; t < x.batch / BT; t++)
+  for (int64_t tile = first; tile < first + share; tile++) {
+    typename Set::Vector sums[BT == 1 ? T : kMaxBatch / BT][kSums * BT];
+    for (int64_t t = 0; t < T * x.batch / BT; t++)
       for (auto& sum : sums[t]) sum = Set::zero();
     for (int64_t k = 0; k < blocks; k += part)
       for (int64_t t = 0; t < x.batch / BT; t++)
-        Set::template add<n, values, BT>(of, data + (tile * blocks + k) * bytes, smaller(part, blocks - k), x, t * BT, k,
-                                         sums[t]);
-    const int64_t count = smaller(kTileRows, of.rows - tile * kTileRows);
-    for (int64_t b = 0; b < x.batch; b++) {
-      float rows[kTileRows];
-      Set::template rows<n, values>(sums[b / BT], BT, int(b % BT), rows);
-      for (int64_t r = 0; r < count; r++)
-        y[b * ldy + tile * kTileRows + r] = values == kInt8 ? rows[r] * row_scales[tile * kTileRows + r] : rows[r];
+        Set::template add<n, values, BT, T, wide>(of, data + (tile * blocks + k) * bytes, stride, smaller(part, blocks - k), x,
+                                                  t * BT, k, sums[t]);
+    for (int j = 0; j < T; j++) {
+      const int64_t row = (tile + j * share) * kTileRows, count = smaller(kTileRows, of.rows - row);
+      for (int64_t b = 0; b < x.batch; b++) {
+        float rows[kTileRows];
+        Set::template rows<n, values>(sums[j + b / BT], BT, int(b % BT), rows);
+        for (int64_t r = 0; r < count; r++)
+          y[b * ldy + row + r] = values == kInt8 ? rows[r] * row_scales[row + r] : rows[r];
+      }
     }
   }
+}
+
+constexpr int64_t kWideBytes = 8192;  // of a row of x; more do not stay in the first-level cache beside the weights
+
+template <class Set, int n, int values, int BT>
+void multiply_tiles(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
+                    int64_t last) {
+  if constexpr (BT == 1 && values < kInt8 && Set::kParts > 1) {
+    if (4 * of.padded() > kWideBytes) {
+      const int64_t share = (last - first) / Set::kParts, rest = (last - first) % Set::kParts;
+      multiply_parts<Set, n, values, 1, Set::kParts, true>(of, data, x, y, ldy, first, share);
+      return multiply_parts<Set, n, values, 1, 1, true>(of, data, x, y, ldy, last - rest, rest);
+    }
+  }
+  multiply_parts<Set, n, values, BT, 1, false>(of, data, x, y, ldy, first, last - first);
 }
 
 template <class Set, int n, int values>
