@@ -68,7 +68,7 @@ def search(seconds: float) -> int:
     count, until = 0, time.monotonic() + seconds
     while time.monotonic() < until:
         n, m = random.choice(PATTERNS)
-        groups = random.randint(1, 40) if random.randrange(5) else random.randint(500, 900)  # of a narrow or a wide matrix
+        groups = random.randint(1, 40) if random.randrange(5) else random.randint(500, 900)  # wide ones too
         rows, columns = random.randint(1, 40), groups * (m or 5)
         packed = random_packed(random.choice([*native.VALUES]), n, m, rows, columns, seed=count)
         buffer = buffer_of(packed, random.choice(["best", "rows"]) if m else "best").clone()  # without room after it
