@@ -23,10 +23,11 @@ INLINE void prefetch(const uint8_t* panel) {
 // ---- 2:4 and 1:4 of floats
 
 // T tiles, `stride` bytes apart.
-template <int values, int BT, int T, bool wide>
-INLINE void panels_of_floats(const uint8_t* panel, int64_t stride, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
+template <int values, int BT, int T, bool in_parts>
+INLINE void panels_of_floats(const uint8_t* panel, int64_t stride, int64_t blocks, const float* x, int64_t ldx,
+                             __m256* sums) {
   constexpr int kStep = values == kFloat32 ? 64 : 32, kBytes = 32 + 8 * kStep;  // of 16 weights; of a panel
-  constexpr int E = BT <= 2 && !wide ? 2 : 1;  // two sums an output where there are few: it hides the latency of an FMA
+  constexpr int E = BT <= 2 && !in_parts ? 2 : 1;  // two sums an output where there are few: it hides the latency of an FMA
   __m256 a[E][T][2][BT];
   for (int e = 0; e < E; e++)
     for (int j = 0; j < T; j++)
@@ -150,10 +151,10 @@ INLINE float sum_of(__m256 v) {
 }
 
 // R rows from `row` on, of each of T tiles `stride` bytes apart, by BT rows of x, which is in pairs for bf16.
-template <int values, int R, int BT, int T, bool wide>
+template <int values, int R, int BT, int T, bool in_parts>
 INLINE void dense_floats(const uint8_t* row, int64_t stride, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
   constexpr int kStep = values == kFloat32 ? 64 : 32;  // bytes of 16 weights
-  constexpr int E = BT == 1 && !wide ? 2 : 1;
+  constexpr int E = BT == 1 && !in_parts ? 2 : 1;
   __m256 a[E][T * R][BT];
   for (int e = 0; e < E; e++)
     for (int r = 0; r < T * R; r++)
@@ -218,24 +219,24 @@ INLINE void dense_integers(const uint8_t* row, int64_t blocks, const int8_t* x, 
 // ---- tiles
 
 // `count` blocks from block `k` of a tile times rows [at, at + BT) of x, added to `sums`. n = 0 is dense.
-template <int n, int values, int BT, int T, bool wide>
-INLINE void add_blocks(const Header& of, const uint8_t* panel, int64_t stride, int64_t count, const Activations& x, int64_t at,
-                       int64_t k, __m256* sums) {
+template <int n, int values, int BT, int T, bool in_parts>
+INLINE void add_blocks(const Header& of, const uint8_t* panel, int64_t stride, int64_t count, const Activations& x,
+                       int64_t at, int64_t k, __m256* sums) {
   const int64_t width = of.padded(), blocks = of.blocks();
-  const float* floats = x.wide + at * width + k * kBlock;
+  const float* wide = x.wide + at * width + k * kBlock;
   const int8_t* narrow = x.narrow + at * width + k * kBlock;
   const float* scales = x.scales + at * blocks + k;
   constexpr bool is_int4 = values == kInt4;
   if constexpr (n > 0 && values < kInt8) {
-    panels_of_floats<values, BT, T, wide>(panel, stride, count, floats, width, sums);
+    panels_of_floats<values, BT, T, in_parts>(panel, stride, count, wide, width, sums);
   } else if constexpr (n > 0) {
     panels_of_integers<n, is_int4, BT>(panel, count, narrow, width, scales, blocks, sums);
   } else {
     constexpr int R = BT == 4 ? 2 : 4;  // what the registers hold
     for (int r = 0; r < 4; r += R) {
-      if constexpr (values < kInt8) dense_floats<values, R, BT, T, wide>(panel + of.dense_block_bytes() * r, stride, count, floats, width, sums + r * BT);
-      else
-        dense_integers<is_int4, R, BT>(panel + of.dense_block_bytes() * r, count, narrow, width, scales, blocks, sums + r * BT);
+      const uint8_t* row = panel + of.dense_block_bytes() * r;
+      if constexpr (values < kInt8) dense_floats<values, R, BT, T, in_parts>(row, stride, count, wide, width, sums + r * BT);
+      else dense_integers<is_int4, R, BT>(row, count, narrow, width, scales, blocks, sums + r * BT);
     }
   }
 }
@@ -265,10 +266,10 @@ struct Avx2 {
   static INLINE Vector zero() { return _mm256_setzero_ps(); }
   template <int n, int values>
   static constexpr int num_sums() { return n ? 2 : 4; }
-  template <int n, int values, int BT, int T, bool wide>
+  template <int n, int values, int BT, int T, bool in_parts>
   static INLINE void add(const Header& of, const uint8_t* panel, int64_t stride, int64_t count, const Activations& x,
                          int64_t at, int64_t k, Vector* sums) {
-    add_blocks<n, values, BT, T, wide>(of, panel, stride, count, x, at, k, sums);
+    add_blocks<n, values, BT, T, in_parts>(of, panel, stride, count, x, at, k, sums);
   }
   template <int n, int values>
   static INLINE void rows(const Vector* sums, int BT, int b, float* to) { tile_sums<n>(sums, BT, b, to); }

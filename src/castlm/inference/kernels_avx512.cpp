@@ -43,11 +43,12 @@ INLINE __m512 every_second(__m512i both, int odd) {
 // ---- 2:4 and 1:4 of floats: `sums[b]` has the first rows of a tile in its low half, the others in its high half
 
 // Two steps of one row half are one register, and so are their 16 columns of x. T tiles, `stride` bytes apart.
-template <int values, int BT, int T, bool wide>
-INLINE void panels_of_floats(const uint8_t* panel, int64_t stride, int64_t blocks, const float* x, int64_t ldx, __m512* sums) {
+template <int values, int BT, int T, bool in_parts>
+INLINE void panels_of_floats(const uint8_t* panel, int64_t stride, int64_t blocks, const float* x, int64_t ldx,
+                             __m512* sums) {
   constexpr int kPair = values == kFloat32 ? 64 : 32, kBytes = 32 + 8 * kPair;  // of 16 weights; of a panel
   const __m512i step_shift = in_halves(0, 2);
-  constexpr int E = BT == 1 && !wide ? 2 : 1;  // two sums an output where there are few: it hides the latency of an FMA
+  constexpr int E = BT == 1 && !in_parts ? 2 : 1;  // two sums an output where there are few: it hides the latency of an FMA
   __m512 a[E][T][2][BT];
   for (auto& of_e : a)
     for (auto& of_tile : of_e)
@@ -140,10 +141,10 @@ INLINE void panels_of_integers(const uint8_t* panel, int64_t blocks, const int8_
 // ---- dense rows, R at a time in blocks of 64 columns
 
 // x is in pairs of 32 for bf16. R rows of each of T tiles, `stride` bytes apart.
-template <int values, int R, int BT, int T, bool wide>
+template <int values, int R, int BT, int T, bool in_parts>
 INLINE void dense_floats(const uint8_t* row, int64_t stride, int64_t blocks, const float* x, int64_t ldx, __m512* sums) {
   constexpr int kBytes = values == kFloat32 ? 256 : 128;
-  constexpr int E = BT >= 2 || wide ? 1 : 2;
+  constexpr int E = BT >= 2 || in_parts ? 1 : 2;
   __m512 a[E][T * R][BT];
   for (int e = 0; e < E; e++)
     for (int r = 0; r < T * R; r++)
@@ -212,19 +213,19 @@ struct Avx512 {
   template <int n, int values>
   static constexpr int num_sums() { return n == 0 ? 4 : values < kInt8 ? 1 : 2; }
 
-  template <int n, int values, int BT, int T, bool wide>
+  template <int n, int values, int BT, int T, bool in_parts>
   static INLINE void add(const Header& of, const uint8_t* panel, int64_t stride, int64_t count, const Activations& x,
                          int64_t at, int64_t k, Vector* sums) {
     const int64_t width = of.padded(), blocks = of.blocks();
-    const float* floats = x.wide + at * width + k * kBlock;
+    const float* wide = x.wide + at * width + k * kBlock;
     const int8_t* narrow = x.narrow + at * width + k * kBlock;
     const float* scales = x.scales + at * blocks + k;
     if constexpr (n > 0 && values < kInt8) {
-      panels_of_floats<values, BT, T, wide>(panel, stride, count, floats, width, sums);
+      panels_of_floats<values, BT, T, in_parts>(panel, stride, count, wide, width, sums);
     } else if constexpr (n > 0) {
       panels_of_integers<n, values == kInt4, BT>(panel, count, narrow, width, scales, blocks, sums);
     } else {
-      if constexpr (values < kInt8) dense_floats<values, 4, BT, T, wide>(panel, stride, count, floats, width, sums);
+      if constexpr (values < kInt8) dense_floats<values, 4, BT, T, in_parts>(panel, stride, count, wide, width, sums);
       else dense_integers<values == kInt4, 4, BT>(panel, count, narrow, width, scales, x.offsets + at * blocks + k, blocks, sums);
     }
   }

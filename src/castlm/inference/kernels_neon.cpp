@@ -146,14 +146,14 @@ struct Neon {
   template <int n, int values>
   static constexpr int num_sums() { return n ? 2 : 4; }
 
-  template <int n, int values, int BT, int T, bool wide>
+  template <int n, int values, int BT, int T, bool in_parts>
   static INLINE void add(const Header& of, const uint8_t* panel, int64_t, int64_t count, const Activations& x, int64_t at,
                          int64_t k, Vector* sums) {
     const int64_t width = of.padded(), blocks = of.blocks();
-    const float* floats = x.wide + at * width + k * kBlock;
+    const float* wide = x.wide + at * width + k * kBlock;
     if constexpr (values < kInt8) {
-      if constexpr (n == 0) dense_floats<values, BT>(panel, count, floats, width, sums);
-      else panels_of_floats<values, BT>(panel, count, floats, width, sums);
+      if constexpr (n == 0) dense_floats<values, BT>(panel, count, wide, width, sums);
+      else panels_of_floats<values, BT>(panel, count, wide, width, sums);
     } else {
       const int8_t* narrow = x.narrow + at * width + k * kBlock;
       const float* scales = x.scales + at * blocks + k;

@@ -4,12 +4,12 @@
 // number of parts of a wide matrix of floats that it reads side by side.
 
 // `share` tiles of each of T parts of the matrix, the first of them from tile `first` on. The T parts are read side by side,
-// so that what is read of x serves T tiles while every part is one stream. `wide` says whether a row of x is: it decides the
-// order of sums, which may not depend on how a matrix is shared out.
-template <class Set, int n, int values, int BT, int T, bool wide>
+// so that what is read of x serves T tiles while every part is one stream. `in_parts` is true for what is left over, too: it
+// decides the order of sums, which may not depend on how a matrix is shared out.
+template <class Set, int n, int values, int BT, int T, bool in_parts>
 INLINE void multiply_parts(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
                            int64_t share) {
-  static_assert(T == 1 || (BT == 1 && wide), "several parts are for one wide row of x");
+  static_assert(T == 1 || (BT == 1 && in_parts), "several parts are for one wide row of x");
   constexpr int kTileRows = n == 1 ? 8 : 4, kSums = Set::template num_sums<n, values>();
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), stride = share * blocks * bytes;
@@ -23,8 +23,8 @@ INLINE void multiply_parts(const Header& of, const uint8_t* data, const Activati
       for (auto& sum : sums[t]) sum = Set::zero();
     for (int64_t k = 0; k < blocks; k += part)
       for (int64_t t = 0; t < x.batch / BT; t++)
-        Set::template add<n, values, BT, T, wide>(of, data + (tile * blocks + k) * bytes, stride, smaller(part, blocks - k), x,
-                                                  t * BT, k, sums[t]);
+        Set::template add<n, values, BT, T, in_parts>(of, data + (tile * blocks + k) * bytes, stride,
+                                                      smaller(part, blocks - k), x, t * BT, k, sums[t]);
     for (int j = 0; j < T; j++) {
       const int64_t row = (tile + j * share) * kTileRows, count = smaller(kTileRows, of.rows - row);
       for (int64_t b = 0; b < x.batch; b++) {
@@ -37,13 +37,13 @@ INLINE void multiply_parts(const Header& of, const uint8_t* data, const Activati
   }
 }
 
-constexpr int64_t kWideBytes = 8192;  // of a row of x; more do not stay in the first-level cache beside the weights
+constexpr int64_t kWideColumns = 2048;  // a longer row of x does not stay in the first-level cache beside the weights
 
 template <class Set, int n, int values, int BT>
 void multiply_tiles(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
                     int64_t last) {
   if constexpr (BT == 1 && values < kInt8 && Set::kParts > 1) {
-    if (4 * of.padded() > kWideBytes) {
+    if (of.padded() > kWideColumns) {
       const int64_t share = (last - first) / Set::kParts, rest = (last - first) % Set::kParts;
       multiply_parts<Set, n, values, 1, Set::kParts, true>(of, data, x, y, ldy, first, share);
       return multiply_parts<Set, n, values, 1, 1, true>(of, data, x, y, ldy, last - rest, rest);
