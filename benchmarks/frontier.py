@@ -1,13 +1,16 @@
 """What a user decides by: quality, bytes and speed of one model in every format, dense and 2:4: a table and a plot.
 
     python -m benchmarks.frontier --text TEXT --calibration TEXT [--model demo] [--sparse FOLDER] [--json O] [--plot O]
-                                  [--tasks-from FOLDER [--tasks arc_easy] [--limit 200]]
+                                  [--tasks-from FOLDER [--tasks arc_easy] [--limit 200]] [--llama-cpp SOURCES]
 
 Without `--sparse` the 2:4 model is the dense one pruned by SparseGPT, without training; with it, a folder or a run of
 castlm train. Weights are rounded as `castlm quantize` rounds them; perplexity and zero-shot accuracy are of the rounded
 weights in fp32. Bytes are those of the tensors in a file: packed layers, embedding and head in bf16 (fp32 for fp32),
 norms. Speed is greedy decoding of one sequence in turns, A B A B, by castlm's kernels and in its loop, fp32 by
-transformers alone. llama.cpp has no rows: pip finds no wheel of its Python package.
+transformers alone.
+
+`--llama-cpp` adds the dense model as llama.cpp's Q8_0 and Q4_0; `benchmarks/llamacpp.py` says what it needs. Their
+perplexity and speed are those of llama.cpp, their zero-shot accuracy that of the same rounded weights in fp32.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +40,7 @@ from castlm.inference.convert import onto_kernels_, pack_model_
 from castlm.inference.layers import pack_linear
 from castlm.inference.packed import kept_mask, pack_integers
 from castlm.inference.quantize import QuantizeReport, quantize_
-from castlm.models import load_model, parameters_in
+from castlm.models import LoadedModel, load_model, parameters_in, save_model
 from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks
 from castlm.oneshot.prune import prune_oneshot_
 
@@ -52,6 +58,9 @@ class Point:
     tokens_per_second: float = 0.0
     zero_shot: list[dict[str, Any]] = field(default_factory=list)
     """Rows of `castlm.evaluation.zero_shot`, of `acc` alone."""
+
+    def __str__(self) -> str:
+        return f"{self.name:22} perplexity {self.perplexity:.3f}  {self.num_bytes / 1e6:.1f} MB"
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -110,36 +119,73 @@ def onto_kernels(model: PreTrainedModel, form: str, sparse: bool, report: Quanti
     onto_kernels_(model, torch.float32)
 
 
+Decoders = dict[str, Callable[[Tensor], object]]
+"""Greedy decoding of `NEW_TOKENS` after a prompt, by name of the point."""
+
+
 @torch.no_grad()
-def frontier(options: argparse.Namespace) -> list[Point]:
-    """All points, printed as they come."""
-    loaded = load_model(options.model)
-    text_ids = token_ids(options.text, loaded.tokenizer, limit=options.eval_tokens)
+def castlm_points(options: argparse.Namespace, loaded: LoadedModel, text: Tensor) -> tuple[list[Point], Decoders]:
+    """Dense and 2:4 in every format of castlm, printed as they come."""
     limit = CALIBRATION_POOL * options.sequences * options.calibration_len
     pool = token_ids(options.calibration, loaded.tokenizer, limit=limit)
     calibration = calibration_blocks(pool, options.sequences, options.calibration_len)
-    dense = loaded.model
     if options.sparse:
         sparse = load_model(result_folder(options.sparse)).model
     else:
-        sparse = copy.deepcopy(dense)
+        sparse = copy.deepcopy(loaded.model)
         prune_oneshot_(sparse, "sparsegpt", calibration=calibration)
-    points, runners = [], {}
-    for label, model in (("dense", dense), ("2:4", sparse)):
+    points, decoders = [], {}
+    for label, model in (("dense", loaded.model), ("2:4", sparse)):
         is_sparse = label == "2:4"
         for form in FORMATS[1:] if is_sparse else FORMATS:
             made, report = rounded(model, form, calibration)
-            found = perplexity(made, text_ids, seq_len=options.seq_len).perplexity
+            found = perplexity(made, text, seq_len=options.seq_len).perplexity
             point = Point(f"{label} {form}", found, stored_bytes(made, form, is_sparse))
-            if options.tasks_from:
-                shown = zero_shot(made, loaded.tokenizer, options.tasks, folder=options.tasks_from, limit=options.limit)
-                point.zero_shot = [row for row in shown["results"] if row["metric"] == "acc"]
-            print(f"{point.name:10} perplexity {found:.3f}  {point.num_bytes / 1e6:.1f} MB", flush=True)
-            onto_kernels(made, form, is_sparse, report)
+            point.zero_shot = accuracy(options, made, loaded)
+            print(point, flush=True)
+            onto_kernels(made.eval(), form, is_sparse, report)
             points.append(point)
-            runners[point.name] = made.eval()
-    prompt = text_ids[:PROMPT].unsqueeze(0)
-    contestants = {name: lambda model=model: greedy(model, prompt, NEW_TOKENS) for name, model in runners.items()}
+            decoders[point.name] = lambda prompt, model=made: greedy(model, prompt, NEW_TOKENS)
+    return points, decoders
+
+
+def llama_cpp_points(options: argparse.Namespace, loaded: LoadedModel, text: Tensor) -> tuple[list[Point], Decoders]:
+    """The dense model in llama.cpp, printed as they come."""
+    from benchmarks import llamacpp
+
+    points, decoders = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(loaded.model, loaded.tokenizer, Path(folder) / "model")
+        source = llamacpp.convert(Path(folder) / "model", options.llama_cpp, Path(folder) / "bf16.gguf")
+        for form in llamacpp.FORMATS:
+            file = llamacpp.quantize(source, form, Path(folder) / f"{form}.gguf")
+            runner = llamacpp.LlamaCpp(file, options.seq_len, torch.get_num_threads())
+            point = Point(f"dense {form}, llama.cpp", runner.perplexity(text), llamacpp.tensor_bytes(file))
+            point.zero_shot = accuracy(options, load_model(file).model, loaded)
+            print(point, flush=True)
+            points.append(point)
+            decoders[point.name] = lambda prompt, runner=runner: runner.greedy(prompt[0], NEW_TOKENS)
+    return points, decoders
+
+
+def accuracy(options: argparse.Namespace, model: PreTrainedModel, loaded: LoadedModel) -> list[dict[str, Any]]:
+    """Rows of `acc` of the zero-shot tasks; none without `--tasks-from`."""
+    if not options.tasks_from:
+        return []
+    shown = zero_shot(model, loaded.tokenizer, options.tasks, folder=options.tasks_from, limit=options.limit)
+    return [row for row in shown["results"] if row["metric"] == "acc"]
+
+
+def frontier(options: argparse.Namespace) -> list[Point]:
+    """All points, with the speeds of all decoders measured in turns."""
+    loaded = load_model(options.model)
+    text = token_ids(options.text, loaded.tokenizer, limit=options.eval_tokens)
+    points, decoders = castlm_points(options, loaded, text)
+    if options.llama_cpp:
+        more_points, more_decoders = llama_cpp_points(options, loaded, text)
+        points, decoders = points + more_points, decoders | more_decoders
+    prompt = text[:PROMPT].unsqueeze(0)
+    contestants = {name: lambda decode=decode: decode(prompt) for name, decode in decoders.items()}
     seconds = interleaved(contestants, options.rounds, options.clock)
     for point in points:
         point.tokens_per_second = NEW_TOKENS / statistics.median(seconds[point.name])
@@ -161,17 +207,20 @@ def table(points: list[Point]) -> str:
 
 
 def plot(points: list[Point], file: str) -> None:
-    """Perplexity over bytes, dense and 2:4 each a line; the label says the format and tokens per second."""
+    """Perplexity over bytes, a line for dense, 2:4 and llama.cpp; the label says the format and tokens per second."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    for label, colour in (("dense", "tab:gray"), ("2:4", "tab:blue")):
-        chosen = [point for point in points if point.name.startswith(label)]
+    lines: dict[str, list[Point]] = {}
+    for point in points:
+        label = "dense, llama.cpp" if "llama.cpp" in point.name else point.name.split()[0]
+        lines.setdefault(label, []).append(point)
+    for (label, chosen), colour in zip(lines.items(), ("tab:gray", "tab:blue", "tab:orange")):
         x, y = [point.num_bytes / 1e6 for point in chosen], [point.perplexity for point in chosen]
         axes.plot(x, y, "o-", color=colour, label=label)
         for point in chosen:
-            text = f"{point.name.split()[1]}, {point.tokens_per_second:.0f}/s"
+            text = f"{point.name.split()[1].rstrip(',')}, {point.tokens_per_second:.0f}/s"
             axes.annotate(text, (point.num_bytes / 1e6, point.perplexity), xytext=(4, 4), textcoords="offset points")
     axes.set(xlabel="MB", ylabel="perplexity", xscale="log")
     axes.legend()
@@ -191,6 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tasks-from", metavar="FOLDER", help="zero-shot accuracy too, from files (needs lm-eval)")
     parser.add_argument("--tasks", nargs="+", default=["arc_easy"])
     parser.add_argument("--limit", type=int, default=200, help="questions of each task")
+    parser.add_argument("--llama-cpp", metavar="SOURCES", help="a checkout of llama.cpp (needs llama-cpp-python)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for one thread beside other work")
     parser.add_argument("--json", metavar="OUT")

@@ -1,7 +1,8 @@
-"""`castlm advise`: whether 2:4 pays off for a model on a device."""
+"""`castlm advise`: whether 2:4 pays off for a model on a device, and which of finished results does."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -39,6 +40,10 @@ class AdviseCommand:
     """2:4, or channels and heads that are cut out, as channels:0.5: the advice is then on the smaller model, with its
     speed beside that of the whole one."""
 
+    results: tuple[str, ...] = ()
+    """Runs of `castlm train`, or their model folders: compare them and the dense model at equal perplexity, by bytes
+    and decoding speed measured on this CPU in bf16. Their perplexities must be of the same text."""
+
     json: str | None = None
     """Write the advice there; "-" prints it instead of the table."""
 
@@ -49,6 +54,8 @@ class AdviseCommand:
         from castlm.export.cut_sizes import cut_pattern
         from castlm.inference.devices import find_device
 
+        if self.results:
+            return self._compare_results()
         pattern = Pattern.parse(self.pattern)
         cut = None if cut_pattern(pattern) is None else pattern
         if cut is None and pattern != NM(2, 4):
@@ -72,6 +79,24 @@ class AdviseCommand:
         write_json(self.json, report)
         if self.json != "-":
             print("\n".join(lines))
+        return 0
+
+    def _compare_results(self) -> int:
+        from castlm.compare.tradeoff import as_dict, candidates, measure, text
+        from castlm.inference.native import NOT_BUILT, kernels
+        from castlm.progress import note
+
+        ignored = [f.name for f in dataclasses.fields(self) if f.name in _ADVICE and getattr(self, f.name) != f.default]
+        if ignored:
+            named = ", ".join(f"--{name}" for name in ignored)
+            raise InputError(f"{named}: not with --results, which decodes one sequence in bf16 on this CPU")
+        if kernels() is None:
+            raise InputError(NOT_BUILT)
+        chosen = candidates(self.model, [result_folder(path) for path in self.results])
+        report = as_dict(measure(chosen, note))
+        write_json(self.json, report)
+        if self.json != "-":
+            print(text(report))
         return 0
 
     def _advise(self, device: Device, timer: CpuTimer | GpuTimer | None, cut: Pattern | None) -> Advice:
@@ -98,6 +123,9 @@ class AdviseCommand:
         if kernels() is None:
             raise InputError(NOT_BUILT)
         return this_cpu(), CpuTimer(cpu_formats(self.dtype)) if self.measure else None
+
+
+_ADVICE = ("tokens", "dtype", "device", "measure", "pattern", "trust_remote_code")
 
 
 def main(arguments: list[str]) -> int:

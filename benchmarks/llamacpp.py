@@ -1,0 +1,96 @@
+"""A model in llama.cpp: converted by its own script, rounded by its own quantizer, run by llama-cpp-python.
+
+The frontier's rows of llama.cpp come from here. The Python package has no converter; it lies in a checkout of the
+sources (https://github.com/ggml-org/llama.cpp), or below `vendor/` in the source archive of llama-cpp-python.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import torch
+from gguf import GGUFReader
+from torch import Tensor
+from torch.nn import functional as F
+
+from castlm.core.errors import InputError
+
+FORMATS = {"Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
+"""Name of the format, and of llama_cpp's constant of it."""
+
+
+def convert(model_folder: str | Path, sources: str | Path, file: Path) -> Path:
+    """Writes the model as a bf16 GGUF file, as `convert_hf_to_gguf.py` in `sources` does.
+
+    Raises:
+        InputError: no converter in `sources`, or the converter failed; the message ends with its last line.
+    """
+    script = Path(sources) / "convert_hf_to_gguf.py"
+    if not script.is_file():
+        raise InputError(f"{sources} has no convert_hf_to_gguf.py: name a checkout of llama.cpp")
+    command = [sys.executable, str(script), str(model_folder), "--outfile", str(file), "--outtype", "bf16"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{script} could not convert {model_folder}: {done.stderr.strip().splitlines()[-1]}")
+    return file
+
+
+def quantize(source: Path, form: str, file: Path) -> Path:
+    """Rounds a GGUF file to `form`, as llama.cpp's `llama-quantize` does without options."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, FORMATS[form])
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), params):
+        raise RuntimeError(f"llama.cpp could not quantize {source} to {form}")
+    return file
+
+
+def tensor_bytes(file: Path) -> int:
+    """Bytes of all tensors of a GGUF file, without its vocabulary."""
+    return sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
+
+
+@dataclass
+class LlamaCpp:
+    """A GGUF file in llama.cpp, on one thread or more."""
+
+    file: Path
+    seq_len: int
+    threads: int
+
+    def __post_init__(self) -> None:
+        sizes = {"n_ctx": self.seq_len, "n_batch": self.seq_len, "n_ubatch": self.seq_len}
+        threads = {"n_threads": self.threads, "n_threads_batch": self.threads}
+        self._scoring = llama_cpp.Llama(str(self.file), logits_all=True, verbose=False, **sizes, **threads)
+        self._decoding = llama_cpp.Llama(str(self.file), verbose=False, **sizes, **threads)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Of one sequence, (num_tokens,) at most `seq_len`: fp32, (num_tokens, vocabulary)."""
+        self._scoring.reset()
+        self._scoring.eval(ids.tolist())
+        return torch.from_numpy(self._scoring.scores[: len(ids)].copy())
+
+    def perplexity(self, ids: Tensor) -> float:
+        """As `castlm.perplexity` without a stride: sequences side by side, all tokens but the first of each scored."""
+        total, count = 0.0, 0
+        for sequence in ids.split(self.seq_len):
+            if len(sequence) > 1:
+                total += float(F.cross_entropy(self.logits(sequence)[:-1], sequence[1:], reduction="sum"))
+                count += len(sequence) - 1
+        return math.exp(total / count)
+
+    def greedy(self, ids: Tensor, num_tokens: int) -> list[int]:
+        """The next tokens after a prompt, (num_tokens,), each the most probable one."""
+        self._decoding.reset()
+        tokens, made = ids.tolist(), []
+        for _ in range(num_tokens):
+            self._decoding.eval(tokens)
+            last = llama_cpp.llama_get_logits_ith(self._decoding.ctx, -1)
+            tokens = [int(np.ctypeslib.as_array(last, (self._decoding.n_vocab(),)).argmax())]
+            made += tokens
+        return made

@@ -1,0 +1,202 @@
+"""Finished results against each other: perplexity from their records, bytes and decoding speed measured here.
+
+`castlm advise MODEL --results RUN ...` answers with it which pattern to use at equal perplexity. All weights are bf16
+on castlm's CPU kernels, those for dense layers where a result is not n:m, so that only the pattern differs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern
+from castlm.core.sparsify import is_sparse_linear
+from castlm.export.unit_count import groups_of
+from castlm.inference.convert import pack_model_
+from castlm.inference.decode import decoding_method
+from castlm.models import load_model
+from castlm.reading import read_json_object
+
+ROUNDS = 2
+"""How often the models take turns, each time in a new process."""
+REPEATS = 3
+"""Of the decoding in a process."""
+PROMPT, NEW_TOKENS = 32, 64
+SAME = 0.01
+"""Perplexities that differ by at most this share count as equal: the spread of two seeds of a short run."""
+
+_HARNESS = ("text_sha256", "num_tokens", "seq_len", "stride", "tokens")
+
+
+class Candidate(NamedTuple):
+    """A model to measure."""
+
+    name: str
+    folder: str
+    pattern: str | None
+    """None of a dense model."""
+    perplexity: float
+    left_dense: frozenset[str] = frozenset()
+    """Layers that are not n:m."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of the table."""
+
+    name: str
+    pattern: str
+    perplexity: float
+    num_bytes: int
+    """Of all weights as they are held to decode."""
+    tokens_per_second: float
+    """Greedy decoding of one sequence, median of the repetitions in all rounds."""
+
+    def beats(self, other: Measured) -> bool:
+        """Whether it is at least as good, as small and as fast as `other`, and better in one of the three."""
+        mine = (-self.perplexity, -self.num_bytes, self.tokens_per_second)
+        others = (-other.perplexity, -other.num_bytes, other.tokens_per_second)
+        return mine != others and all(a >= b for a, b in zip(mine, others))
+
+
+def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
+    """The dense model and finished results of `castlm train` or `castlm finetune`, by the records of the results.
+
+    Raises:
+        InputError: a folder without a record or perplexity, or perplexities that were not measured alike.
+    """
+    found, harness = [], None
+    dense: float | None = None
+    for folder in results:
+        file = Path(folder) / "castlm.json"
+        if not file.is_file():
+            raise InputError(f"{folder}: no castlm.json; name a run of castlm train, or its model folder")
+        record = read_json_object(file)
+        perplexities = record.get("perplexity")
+        value = perplexities.get("pruned", perplexities.get("trained")) if isinstance(perplexities, dict) else None
+        if value is None:
+            raise InputError(f"{file}: no perplexity of the result; name a finished run of castlm train")
+        measured = {key: record.get("measured", {}).get(key) for key in _HARNESS}
+        if harness not in (None, measured):
+            raise InputError(f"{file}: perplexity measured as {_differing(measured, harness)} in {results[0]}")
+        harness, dense = measured, perplexities.get("dense", dense)
+        left_dense = frozenset(record.get("left_dense") or ())
+        found.append(Candidate(_name(folder), folder, record.get("pattern"), float(value), left_dense))
+    if dense is None:
+        raise InputError(f"no result records the perplexity of the dense model {model}; name one of castlm train")
+    return [Candidate("dense", model, None, float(dense)), *found]
+
+
+def _name(folder: str) -> str:
+    path = Path(folder).resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
+def _differing(mine: Mapping[str, Any], others: Mapping[str, Any] | None) -> str:
+    assert others is not None
+    return ", ".join(f"{key} {mine[key]}, not {others[key]} as" for key in mine if mine[key] != others[key])
+
+
+def measure(chosen: Sequence[Candidate], say: Callable[[str], None]) -> list[Measured]:
+    """Bytes and speeds, the candidates in turns, each time in a process of its own."""
+    speeds: dict[str, list[float]] = {candidate.folder: [] for candidate in chosen}
+    sizes: dict[str, int] = {}
+    for number in range(ROUNDS):
+        say(f"decoding with {len(chosen)} models, round {number + 1} of {ROUNDS}")
+        for candidate in chosen:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                size, found = pool.submit(decode, candidate).result()
+            sizes[candidate.folder] = size
+            speeds[candidate.folder] += found
+    return [
+        Measured(c.name, c.pattern or "dense", c.perplexity, sizes[c.folder], statistics.median(speeds[c.folder]))
+        for c in chosen
+    ]
+
+
+@torch.inference_mode()
+def decode(candidate: Candidate) -> tuple[int, list[float]]:
+    """Bytes of the weights on castlm's kernels, and tokens per second of each repetition, without its prompt."""
+    model = load_model(candidate.folder).model
+    nm = groups_of(Pattern.parse(candidate.pattern)) if candidate.pattern else None
+    pack_model_(
+        model,
+        *((nm.n, nm.m) if nm else (0, 0)),
+        filter_fn=lambda module, name: is_sparse_linear(module, name) and not (nm and name in candidate.left_dense),
+    )
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    ids = torch.arange(1, PROMPT + 1)[None] % model.config.get_text_config().vocab_size
+
+    def seconds(new_tokens: int) -> float:
+        started = time.perf_counter()
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            custom_generate=decoding_method(model),
+        )
+        return time.perf_counter() - started
+
+    seconds(NEW_TOKENS)  # warms up
+    prompt = statistics.median(seconds(1) for _ in range(REPEATS))
+    speeds = [NEW_TOKENS / (seconds(NEW_TOKENS + 1) - prompt) for _ in range(REPEATS)]
+    return sum(tensors.values()), speeds
+
+
+def at_equal_perplexity(rows: Sequence[Measured], row: Measured) -> tuple[Measured, Measured]:
+    """The fastest and the smallest of all whose perplexity is at most that of `row`, within `SAME`."""
+    as_good = [other for other in rows if other.perplexity <= row.perplexity * (1 + SAME)]
+    return max(as_good, key=lambda r: r.tokens_per_second), min(as_good, key=lambda r: r.num_bytes)
+
+
+def as_dict(rows: Sequence[Measured]) -> dict[str, Any]:
+    """The report of `--json`, best perplexity first."""
+    ranked = sorted(rows, key=lambda row: row.perplexity)
+    found = []
+    for row in ranked:
+        fastest, smallest = at_equal_perplexity(rows, row)
+        beaten = [other.name for other in ranked if other.beats(row)]
+        found.append(asdict(row) | {"fastest": fastest.name, "smallest": smallest.name, "beaten_by": beaten})
+    return {
+        "rounds": ROUNDS,
+        "repeats": REPEATS,
+        "new_tokens": NEW_TOKENS,
+        "threads": torch.get_num_threads(),
+        "results": found,
+    }
+
+
+def text(report: Mapping[str, Any]) -> str:
+    """The report as lines for people."""
+    rows = report["results"]
+    dense = next(row for row in rows if row["pattern"] == "dense" and row["name"] == "dense")
+    width = max(len(row["name"]) for row in rows)
+    kind = max(len("pattern"), *(len(row["pattern"]) for row in rows))
+    lines = [f"{'result':{width}}  {'pattern':{kind}}  perplexity     MB  tokens/s  of dense  use it?"]
+    for row in rows:
+        speed = row["tokens_per_second"] / dense["tokens_per_second"]
+        better = f"no: {row['beaten_by'][0]} is better" if row["beaten_by"] else "yes, on the frontier"
+        lines.append(
+            f"{row['name']:{width}}  {row['pattern']:{kind}}  {row['perplexity']:10.3f} {row['num_bytes'] / 1e6:6.1f}"
+            f"  {row['tokens_per_second']:8.1f}  {speed:7.2f}x  {better}"
+        )
+    for row in rows:
+        if row["name"] in (row["fastest"], row["smallest"]):
+            names = {"fastest": row["fastest"], "smallest": row["smallest"]}
+            lines.append(
+                f"perplexity {row['perplexity']:.3f} or lower: "
+                + ", ".join(f"{n} is the {w}" for w, n in names.items())
+            )
+    return "\n".join(lines)

@@ -1,0 +1,118 @@
+"""Finished results against each other: what counts as equal, what is measured, and records that do not fit together."""
+
+import json
+
+import pytest
+
+from castlm.cli.main import main
+from castlm.compare import tradeoff
+from castlm.compare.tradeoff import Candidate, Measured, as_dict, at_equal_perplexity, decode, text
+from castlm.core.pattern import Pattern
+from castlm.core.sparsify import prune_, sparse_linears
+from castlm.export.hf import export_model
+from castlm.inference import native
+from castlm.models import load_model
+from tests.tiny import save_tiny
+
+needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="the C++ kernels are not built")
+
+DENSE = Measured("dense", "dense", 6.0, 100, 10.0)
+SPARSE = Measured("sparse", "2:4", 8.0, 60, 15.0)
+CHANNELS = Measured("channels", "channels:0.5", 8.04, 70, 14.0)
+POOR = Measured("poor", "channels:0.75+2:4", 9.0, 50, 13.0)
+
+
+@pytest.fixture
+def dense(tmp_path):
+    return save_tiny(tmp_path / "dense", "llama", hidden_size=64, intermediate_size=128, head_dim=16)
+
+
+@pytest.fixture
+def result(dense, tmp_path):
+    """Makes a folder as `castlm train` leaves it, of a pattern and perplexity."""
+
+    def made(name, pattern, perplexity, **measured):
+        loaded, kind = load_model(str(dense)), Pattern.parse(pattern)
+        _, left_dense = sparse_linears(loaded.model, kind)
+        prune_(loaded.model, kind)
+        figures = {"dense": 6.0, "pruned": perplexity}
+        text = {"text_sha256": "ab", "num_tokens": 100, "seq_len": 32, "stride": 32} | measured
+        record = {"perplexity": figures, "measured": text}
+        folder = tmp_path / name / "model"
+        export_model(loaded.model, loaded.tokenizer, folder, pattern=kind, left_dense=left_dense, record=record)
+        return folder.parent
+
+    return made
+
+
+def test_a_result_is_beaten_by_one_that_is_no_worse_in_anything():
+    assert SPARSE.beats(CHANNELS)
+    assert not CHANNELS.beats(SPARSE)
+    assert not SPARSE.beats(SPARSE)
+    assert not SPARSE.beats(DENSE)
+    assert not POOR.beats(SPARSE)
+
+
+def test_equal_perplexity_is_within_a_percent():
+    assert at_equal_perplexity([DENSE, CHANNELS], DENSE) == (DENSE, DENSE)
+    assert at_equal_perplexity([DENSE, SPARSE, CHANNELS, POOR], SPARSE) == (SPARSE, SPARSE)
+    assert at_equal_perplexity([SPARSE, POOR], POOR) == (SPARSE, POOR)
+
+
+def test_the_table_is_sorted_and_names_what_to_use():
+    report = as_dict([POOR, CHANNELS, SPARSE, DENSE])
+    assert [row["name"] for row in report["results"]] == ["dense", "sparse", "channels", "poor"]
+    assert [row["beaten_by"] for row in report["results"]] == [[], [], ["sparse"], []]
+    printed = text(report)
+    assert "no: sparse is better" in printed
+    assert "perplexity 8.000 or lower: sparse is the fastest, sparse is the smallest" in printed
+    assert "perplexity 9.000 or lower: sparse is the fastest, poor is the smallest" in printed
+    assert "perplexity 8.040" not in printed
+
+
+@needs_kernels
+def test_zeros_are_left_out_of_the_bytes_and_cut_channels_are_not_there(dense, result):
+    sizes = {}
+    for pattern in ("2:4", "channels:0.5", "channels:0.5+2:4", "blocks:16x16:0.5"):
+        folder = str(result(pattern.replace(":", "_"), pattern, 8.0) / "model")
+        sizes[pattern], speeds = decode(Candidate("r", folder, pattern, 8.0))
+        assert len(speeds) == tradeoff.REPEATS
+        assert min(speeds) > 0
+    whole, _ = decode(Candidate("dense", str(dense), None, 6.0))
+    assert sizes["channels:0.5+2:4"] < sizes["channels:0.5"] < whole
+    assert sizes["2:4"] < whole == sizes["blocks:16x16:0.5"]
+
+
+@needs_kernels
+def test_the_command_measures_runs_and_writes_json(dense, result, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tradeoff, "ROUNDS", 1)
+    runs = [str(result("sparse", "2:4", 8.0)), str(result("half", "channels:0.5", 9.0))]
+    out = tmp_path / "out.json"
+    assert main(["advise", str(dense), "--results", *runs, "--json", str(out)]) == 0
+    assert "perplexity 8.000 or lower: " in capsys.readouterr().out
+    rows = json.loads(out.read_text())["results"]
+    assert [(row["name"], row["pattern"]) for row in rows] == [
+        ("dense", "dense"),
+        ("sparse", "2:4"),
+        ("half", "channels:0.5"),
+    ]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+
+
+@needs_kernels
+def test_what_does_not_compare_is_refused_in_one_line(dense, result, tmp_path, capsys):
+    run = str(result("run", "2:4", 8.0))
+    other = str(result("other", "2:4", 8.0, seq_len=64))
+    (tmp_path / "empty").mkdir()
+    for options, complaint in (
+        (["--results", run, str(other)], "perplexity measured as seq_len 64, not 32 as in"),
+        (["--results", str(tmp_path / "empty")], "no castlm.json; name a run of castlm train"),
+        (["--results", str(dense)], "no castlm.json"),
+        (["--results", run, "--device", "h100"], "--device: not with --results"),
+    ):
+        capsys.readouterr()
+        assert main(["advise", str(dense), *options]) == 2
+        captured = capsys.readouterr()
+        assert complaint in captured.err
+        assert captured.err.count("\n") == 1
+        assert captured.out == ""
