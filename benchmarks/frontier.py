@@ -40,7 +40,7 @@ from castlm.inference.convert import onto_kernels_, pack_model_
 from castlm.inference.layers import pack_linear
 from castlm.inference.packed import kept_mask, pack_integers
 from castlm.inference.quantize import QuantizeReport, quantize_
-from castlm.models import LoadedModel, load_model, parameters_in, save_model
+from castlm.models import Loaded, load_model, parameters_in, save_model
 from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks
 from castlm.oneshot.prune import prune_oneshot_
 
@@ -124,7 +124,7 @@ Decoders = dict[str, Callable[[Tensor], object]]
 
 
 @torch.no_grad()
-def castlm_points(options: argparse.Namespace, loaded: LoadedModel, text: Tensor) -> tuple[list[Point], Decoders]:
+def castlm_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Decoders]:
     """Dense and 2:4 in every format of castlm, printed as they come."""
     limit = CALIBRATION_POOL * options.sequences * options.calibration_len
     pool = token_ids(options.calibration, loaded.tokenizer, limit=limit)
@@ -149,7 +149,7 @@ def castlm_points(options: argparse.Namespace, loaded: LoadedModel, text: Tensor
     return points, decoders
 
 
-def llama_cpp_points(options: argparse.Namespace, loaded: LoadedModel, text: Tensor) -> tuple[list[Point], Decoders]:
+def llama_cpp_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Decoders]:
     """The dense model in llama.cpp, printed as they come."""
     from benchmarks import llamacpp
 
@@ -168,7 +168,7 @@ def llama_cpp_points(options: argparse.Namespace, loaded: LoadedModel, text: Ten
     return points, decoders
 
 
-def accuracy(options: argparse.Namespace, model: PreTrainedModel, loaded: LoadedModel) -> list[dict[str, Any]]:
+def accuracy(options: argparse.Namespace, model: PreTrainedModel, loaded: Loaded) -> list[dict[str, Any]]:
     """Rows of `acc` of the zero-shot tasks; none without `--tasks-from`."""
     if not options.tasks_from:
         return []

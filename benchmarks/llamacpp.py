@@ -1,11 +1,13 @@
 """A model in llama.cpp: converted by its own script, rounded by its own quantizer, run by llama-cpp-python.
 
 The frontier's rows of llama.cpp come from here. The Python package has no converter; it lies in a checkout of the
-sources (https://github.com/ggml-org/llama.cpp), or below `vendor/` in the source archive of llama-cpp-python.
+sources (https://github.com/ggml-org/llama.cpp), or below `vendor/` in the source archive of llama-cpp-python, and needs
+sentencepiece. `pip install llama-cpp-python` compiles llama.cpp for the processor at hand.
 """
 
 from __future__ import annotations
 
+import atexit
 import math
 import subprocess
 import sys
@@ -25,8 +27,8 @@ FORMATS = {"Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
 """Name of the format, and of llama_cpp's constant of it."""
 
 
-def convert(model_folder: str | Path, sources: str | Path, file: Path) -> Path:
-    """Writes the model as a bf16 GGUF file, as `convert_hf_to_gguf.py` in `sources` does.
+def convert(model_folder: str | Path, sources: str | Path, file: Path, dtype: str = "bf16") -> Path:
+    """Writes the model as a GGUF file with matrices in `dtype`, as `convert_hf_to_gguf.py` in `sources` does.
 
     Raises:
         InputError: no converter in `sources`, or the converter failed; the message ends with its last line.
@@ -34,7 +36,7 @@ def convert(model_folder: str | Path, sources: str | Path, file: Path) -> Path:
     script = Path(sources) / "convert_hf_to_gguf.py"
     if not script.is_file():
         raise InputError(f"{sources} has no convert_hf_to_gguf.py: name a checkout of llama.cpp")
-    command = [sys.executable, str(script), str(model_folder), "--outfile", str(file), "--outtype", "bf16"]
+    command = [sys.executable, str(script), str(model_folder), "--outfile", str(file), "--outtype", dtype]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{script} could not convert {model_folder}: {done.stderr.strip().splitlines()[-1]}")
@@ -68,6 +70,8 @@ class LlamaCpp:
         threads = {"n_threads": self.threads, "n_threads_batch": self.threads}
         self._scoring = llama_cpp.Llama(str(self.file), logits_all=True, verbose=False, **sizes, **threads)
         self._decoding = llama_cpp.Llama(str(self.file), verbose=False, **sizes, **threads)
+        for model in (self._scoring, self._decoding):
+            atexit.register(model.close)  # Python's own clean-up comes too late for it
 
     def logits(self, ids: Tensor) -> Tensor:
         """Of one sequence, (num_tokens,) at most `seq_len`: fp32, (num_tokens, vocabulary)."""

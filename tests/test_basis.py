@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from castlm.architecture import linearize_conv1d_
+from castlm.architecture import linearize_, linearize_conv1d_
 from castlm.core.errors import InputError
 from castlm.core.hidden import in_stream_basis
 from castlm.core.pattern import NM
+from castlm.core.sparsify import sparse_linears
 from castlm.oneshot import basis
-from castlm.oneshot.basis import change_basis_
+from castlm.oneshot.basis import change_basis_, sequences_needed
 from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.permutation import find_permutation, kept_score
 from castlm.oneshot.prune import prune_oneshot_
@@ -186,3 +187,18 @@ def test_the_complement_of_ones_is_orthonormal():
     frame = complement_of_ones(12)
     torch.testing.assert_close(frame.T @ frame, torch.eye(11), atol=1e-6, rtol=0)
     assert float(frame.sum(0).abs().max()) < 1e-6
+
+
+def test_a_basis_reads_as_much_text_as_its_widest_layer_needs():
+    model = tiny_model("llama")
+    layers, _ = sparse_linears(model, NM(2, 4))  # inputs of 32 and 64
+    assert sequences_needed(layers, num_sequences=128, seq_len=4) == 64
+    assert sequences_needed(layers, num_sequences=128, seq_len=32) == basis.MIN_SEQUENCES
+    assert sequences_needed(layers, num_sequences=8, seq_len=4) == 8
+
+
+def test_a_basis_of_experts_reads_all_of_the_text():
+    model = family_model("mixtral")
+    linearize_(model)
+    layers, _ = sparse_linears(model, NM(2, 4))
+    assert sequences_needed(layers, num_sequences=128, seq_len=2048) == 128

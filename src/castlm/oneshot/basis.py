@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from castlm.architecture import eval_mode
 from castlm.core.errors import InputError
-from castlm.core.experts import SparseLayer
+from castlm.core.experts import ExpertLinear, SparseLayer
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.oneshot.block_basis import Change, Statistic, Statistics, turn_mlps_, turn_values_
@@ -39,6 +39,11 @@ TOLERANCE_NARROW = 5e-2
 """The same for weights of 16 bits, which are rounded again after they have been rotated."""
 
 _CHECK_TOKENS = 256
+
+MIN_SEQUENCES = 32
+TOKENS_PER_INPUT = 4
+"""The statistics that choose a basis take in this many tokens for each input of the widest layer, in at least
+`MIN_SEQUENCES` sequences: more do not lower the error, and the pass over them is half of the cost."""
 
 
 @dataclass
@@ -78,9 +83,9 @@ def change_basis_(
 ) -> BasisReport:
     """Turns the axes of a dense `model` in place, as `options` say.
 
-    Takes one pass of the calibration text through the model, and `options.rotation_iterations` steps of Adam for each
-    rotation. Memory beyond the model: the statistics of one block; for the residual stream also two fp32 matrices
-    (hidden, hidden) for each of its norms.
+    Takes a pass of some of the calibration text through the model (`sequences_needed`), and
+    `options.rotation_iterations` steps of Adam for each rotation. Memory beyond the model: the statistics of one block;
+    for the residual stream also two fp32 matrices (hidden, hidden) for each of its norms.
 
     Args:
         calibration: int64, (num_sequences, seq_len), as from `calibration_blocks`.
@@ -194,6 +199,7 @@ class _Turning:
         if self.rotates_stream:
             self.stream.fold_()
         stack, blocks = block_stack(self.model, layers)
+        calibration = calibration[: sequences_needed(layers, *calibration.shape)]
         inputs = BlockInputs(self.model, blocks, calibration)
         for index, block in enumerate(self.wiring.blocks):
             inside = {name: layer for name, layer in layers.items() if name.startswith(f"{stack}.{index}.")}
@@ -237,6 +243,14 @@ class _Turning:
     def _step(self) -> None:
         self.done += 1
         self.progress(self.done, self.total)
+
+
+def sequences_needed(layers: Mapping[str, SparseLayer], num_sequences: int, seq_len: int) -> int:
+    """How many of the calibration sequences the choice of a basis reads: see `TOKENS_PER_INPUT`; with experts all."""
+    if any(isinstance(layer, ExpertLinear) for layer in layers.values()):
+        return num_sequences
+    widest = max((layer.in_features for layer in layers.values()), default=0)
+    return min(num_sequences, max(MIN_SEQUENCES, -(-TOKENS_PER_INPUT * widest // seq_len)))
 
 
 def tolerance_of(dtype: torch.dtype) -> float:

@@ -135,8 +135,8 @@ def _predicted_loss(
             diagonals[id(term.inverse)] = rotated_diagonal(term.inverse, rotations, term.parts)
         diagonal = diagonals[id(term.inverse)]
     cost = weight.square() / diagonal
-    lowest = cost.view(len(cost), -1, pattern.m).topk(pattern.m - pattern.n, dim=2, largest=False).values.sum()
-    return lowest * (len(term.weight) / len(weight) / term.energy)
+    lost = (cost * ~pattern.mask(cost.detach())).sum()  # the m - n lowest of each group, several times faster than topk
+    return lost * (len(term.weight) / len(weight) / term.energy)
 
 
 def rotated_diagonal(matrix: Tensor, rotations: Tensor, parts: Sequence[int]) -> Tensor:
