@@ -15,7 +15,7 @@ TIERS = (
     ("compare", "planning", "report"),
     ("training",),
     ("methods", "oneshot", "data", "distributed", "export", "evaluation", "inference"),
-    ("models", "architecture", "conversion", "locate", "hardware"),
+    ("models", "opening", "architecture", "conversion", "locate", "hardware"),
     ("files", "output", "owned", "yaml_file", "fields", "progress", "signals", "layout"),
     ("names", "reading", "versions"),
     ("core",),

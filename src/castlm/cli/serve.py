@@ -33,7 +33,7 @@ class ServeCommand:
         import torch
         from transformers.utils.import_utils import is_serve_available
 
-        from castlm.models import open_model
+        from castlm.opening import open_model
 
         if not is_serve_available():
             raise InputError("serving needs fastapi, uvicorn, pydantic and openai: pip install 'castlm[serve]'")

@@ -27,7 +27,8 @@ from castlm.core.sparsify import dense_name
 from castlm.distributed.world import World
 from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, cached_snapshot, locate
-from castlm.models import Loaded, open_model, quiet, stored_dtype
+from castlm.models import Loaded, stored_dtype
+from castlm.opening import open_model, quiet
 
 Reader = Callable[[Path], Any]
 """Opens a safetensors file, each once."""

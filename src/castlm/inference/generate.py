@@ -14,7 +14,7 @@ from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase, T
 from castlm.architecture import auto_class, context_length
 from castlm.core.errors import InputError
 from castlm.inference.decode import decoding_method
-from castlm.models import open_model, quiet
+from castlm.opening import open_model, quiet
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def load_to_generate(
         name: a folder, plain or packed, a hub id, a .gguf file or "demo".
 
     Raises:
-        InputError: as `castlm.models.open_model`, or damaged packed files.
+        InputError: as `castlm.opening.open_model`, or damaged packed files.
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}

@@ -18,7 +18,7 @@ from castlm.data.packing import PackedSequences
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.world import World
-from castlm.models import open_model
+from castlm.opening import open_model
 from castlm.progress import note
 from castlm.training.config import TrainConfig
 
