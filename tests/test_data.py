@@ -19,10 +19,12 @@ from transformers import AutoTokenizer
 
 from castlm.core.errors import InputError
 from castlm.data import documents as documents_module
+from castlm.data import hub as hub_module
 from castlm.data import packing as data_module
 from castlm.data import readers
 from castlm.data.columns import Columns
-from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents, text_hash
+from castlm.data.documents import Documents, open_documents, split_documents, text_hash
+from castlm.data.hub import HubDocuments
 from castlm.data.loader import BatchLoader
 from castlm.data.packing import PackedSequences
 from castlm.data.tokens import check_vocabulary, end_of_text_id, token_ids
@@ -88,7 +90,7 @@ def hub(count=23):
 @pytest.fixture(params=[local, hub])
 def collection(request, monkeypatch):
     monkeypatch.setattr(data_module, "_BATCH_PIECES", 3)
-    monkeypatch.setattr(documents_module, "HUB_BUFFER", 7)
+    monkeypatch.setattr(hub_module, "HUB_BUFFER", 7)
     return request.param
 
 
@@ -440,7 +442,7 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
     info = SimpleNamespace(sha="abc")
     monkeypatch.setattr(datasets, "load_dataset", from_files)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: info)
-    monkeypatch.setattr(documents_module, "HUB_BUFFER", 7)
+    monkeypatch.setattr(hub_module, "HUB_BUFFER", 7)
     monkeypatch.setattr(documents_module, "HUB_HELD_OUT", 4)
     documents = open_documents("some/name@v1", data_config="small")
     texts = [text for i in range(3) for text in make_texts(9, seed=i)]

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from castlm.data.documents import Documents, HubDocuments
+    from castlm.data.documents import Documents
+    from castlm.data.hub import HubDocuments
     from castlm.oneshot.basis import BasisReport
     from castlm.oneshot.report import OneshotReport
 

@@ -17,7 +17,8 @@ from castlm.fields import positional
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from castlm.data.documents import Documents, HubDocuments
+    from castlm.data.documents import Documents
+    from castlm.data.hub import HubDocuments
     from castlm.inference.rounding import Rounded
     from castlm.models import Loaded
 

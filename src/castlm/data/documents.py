@@ -10,20 +10,19 @@ import copy
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Columns, find_columns, types_of
+from castlm.data.hub import HubDocuments, open_hub
 from castlm.data.parquet import ParquetRows
 from castlm.data.readers import (
     GzipJsonLines,
+    Piece,
     Pool,
+    Position,
     Source,
     open_json_lines,
     open_text,
@@ -34,24 +33,7 @@ from castlm.reading import check_regular, user_path
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 SHUFFLE_BYTES = 256 << 20  # decompressed gzip segments and parquet row groups that are held and shuffled together
-HUB_BUFFER = 1000  # documents of a stream that are held and shuffled together
-HUB_HELD_OUT = 200
-
-Position = int | dict[str, Any] | None
-
-
-class Piece(NamedTuple):
-    """A document, or a part of a very long one."""
-
-    text: str
-    """For a conversation its JSON, which `castlm.data.chat` reads."""
-    first: bool
-    """Whether it is the first piece of its document."""
-    last: bool
-    """Whether it is the last piece of its document."""
-    position: Position
-    """The argument with which `pieces` starts at this piece again, as plain JSON."""
-    is_chat: bool = False
+HUB_HELD_OUT = 200  # documents of a stream
 
 
 class Documents:
@@ -143,57 +125,6 @@ class Documents:
         return hashlib.sha256(digest.encode() + self._selection).hexdigest() if self._selection else digest
 
 
-class HubDocuments:
-    """A streamed dataset of the Hugging Face Hub. `HUB_BUFFER` documents at a time are held and shuffled.
-
-    Args:
-        open_stream: returns a new `datasets.IterableDataset` of the same rows each time; copies of one would share its
-            position.
-        columns: what a row holds.
-        identity: name, revision, config, split and column, of which `text_hash` is the hash.
-    """
-
-    num_empty = 0
-
-    def __init__(self, open_stream: Callable[[], Any], columns: Columns, name: str, identity: str) -> None:
-        self.name, self.is_chat = name, columns.is_chat
-        self._open_stream, self._columns, self._identity = open_stream, columns, identity
-
-    def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
-        """See `Documents.pieces`. A position holds the state of the stream, not the text of the held documents."""
-        stream = self._open_stream()
-        state, buffer, start = stream.state_dict(), 0, 0
-        if position is not None:
-            state, buffer, start = position["stream"], position["buffer"], position["index"]
-            stream.load_state_dict(state)
-        rows = iter(stream)
-        while texts := [self._columns.document(row, self.name) for row in islice(rows, HUB_BUFFER)]:
-            order = np.arange(len(texts))
-            if seed is not None:
-                order = np.argsort(np.random.default_rng([seed, epoch, buffer]).random(len(texts)), kind="stable")
-            for index, row in enumerate(order[start:].tolist(), start):
-                if texts[row] and not texts[row].isspace():
-                    here = {"stream": state, "buffer": buffer, "index": index}
-                    yield Piece(texts[row], True, True, here, self.is_chat)
-            state, buffer, start = stream.state_dict(), buffer + 1, 0
-
-    def split(self, num_held_out: int) -> tuple[HubDocuments, HubDocuments]:
-        """All documents but the first `num_held_out`, and those."""
-        name, identity = self.name, self._identity
-        return (
-            HubDocuments(
-                lambda: self._open_stream().skip(num_held_out), self._columns, name, f"{identity} skip {num_held_out}"
-            ),
-            HubDocuments(
-                lambda: self._open_stream().take(num_held_out), self._columns, name, f"{identity} take {num_held_out}"
-            ),
-        )
-
-    def text_hash(self) -> str:
-        """See `text_hash`."""
-        return hashlib.sha256(self._identity.encode()).hexdigest()
-
-
 def open_documents(
     dataset: str | Path, *, column: str | None = None, split: str = "train", data_config: str | None = None
 ) -> Documents | HubDocuments:
@@ -216,7 +147,7 @@ def open_documents(
     """
     files = find_files(dataset)
     if files is None:
-        return _open_hub(str(dataset), column, split, data_config)
+        return open_hub(str(dataset), column, split, data_config)
     if data_config is not None:
         raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: remove it")
     pool = Pool(SHUFFLE_BYTES)
@@ -274,27 +205,6 @@ def find_files(dataset: str | Path) -> list[Path] | None:
         others = ", ".join(file.name for file in found[:5]) or "nothing"
         raise InputError(f"{dataset}: this {what} holds no {known} file, but {others}: name the files")
     return [check_regular(file) for file in files]
-
-
-def _open_hub(name: str, column: str | None, split: str, data_config: str | None) -> HubDocuments:
-    import datasets  # slow to import
-    from huggingface_hub import HfApi
-
-    repository, _, revision = name.partition("@")
-    try:
-        revision = HfApi().dataset_info(repository, revision=revision or None).sha
-        open_stream = partial(
-            datasets.load_dataset, repository, data_config, split=split, revision=revision, streaming=True
-        )
-        row = next(iter(open_stream()), None)
-    except Exception as error:  # datasets raises exceptions of many types
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{name} is neither a local file nor available on the Hugging Face Hub: {reason}") from error
-    if row is None:
-        raise InputError(f"{name}: split {split!r} is empty; name another split")
-    columns = find_columns(types_of(row), column, name)
-    columns.document(row, f"{name}, the first row")
-    return HubDocuments(open_stream, columns, name, f"{repository}@{revision} {data_config} {split} {columns.name}")
 
 
 def split_documents(

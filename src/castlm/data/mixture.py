@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterator, Sequence
 
 from castlm.core.errors import InputError
-from castlm.data.documents import Documents, HubDocuments, Piece, Position
+from castlm.data.documents import Documents
+from castlm.data.hub import HubDocuments
+from castlm.data.readers import Piece, Position
 
 
 class Mixture:

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from castlm.core.errors import InputError
-from castlm.data.documents import Documents, HubDocuments, Piece
+from castlm.data.documents import Documents
+from castlm.data.hub import HubDocuments
 from castlm.data.positions import document_positions
+from castlm.data.readers import Piece
 from castlm.data.tokens import IGNORED, Encoder, Tokens
 
 if TYPE_CHECKING:

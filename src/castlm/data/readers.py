@@ -16,7 +16,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -35,6 +35,23 @@ _INK = re.compile(rb"\S")
 # A byte-level BPE tokenizer splits at these places itself, so the tokens are those of the whole text.
 _LINE_START = re.compile(rb"(?<=\n)(?=\S)")
 _WORD_START = re.compile(rb"(?<=\S)(?= \S)")
+
+
+Position = int | dict[str, Any] | None
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a very long one."""
+
+    text: str
+    """For a conversation its JSON, which `castlm.data.chat` reads."""
+    first: bool
+    """Whether it is the first piece of its document."""
+    last: bool
+    """Whether it is the last piece of its document."""
+    position: Position
+    """The argument with which `pieces` starts at this piece again, as plain JSON."""
+    is_chat: bool = False
 
 
 class Source(Protocol):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.data.documents import Documents, HubDocuments, open_documents
+from castlm.data.documents import Documents, open_documents
+from castlm.data.hub import HubDocuments
 from castlm.data.tokens import IGNORED, Encoder, first_tokens
 
 if TYPE_CHECKING:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
-from castlm.data.documents import Documents, HubDocuments, Piece, open_documents
+from castlm.data.documents import Documents, open_documents
+from castlm.data.hub import HubDocuments
+from castlm.data.readers import Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
 from castlm.data.chat import with_template
-from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents
+from castlm.data.documents import Documents, open_documents, split_documents
+from castlm.data.hub import HubDocuments
 from castlm.data.loader import BatchLoader
 from castlm.data.mixture import Mixture
 from castlm.data.packing import PackedSequences

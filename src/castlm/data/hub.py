@@ -1,0 +1,90 @@
+"""A dataset of the Hugging Face Hub, streamed as documents: nothing is downloaded that is not read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from castlm.core.errors import InputError
+from castlm.data.columns import Columns, find_columns, types_of
+from castlm.data.readers import Piece, Position
+
+HUB_BUFFER = 1000  # documents of a stream that are held and shuffled together
+
+
+class HubDocuments:
+    """A streamed dataset of the Hugging Face Hub. `HUB_BUFFER` documents at a time are held and shuffled.
+
+    Args:
+        open_stream: returns a new `datasets.IterableDataset` of the same rows each time; copies of one would share its
+            position.
+        columns: what a row holds.
+        identity: name, revision, config, split and column, of which `text_hash` is the hash.
+    """
+
+    num_empty = 0
+
+    def __init__(self, open_stream: Callable[[], Any], columns: Columns, name: str, identity: str) -> None:
+        self.name, self.is_chat = name, columns.is_chat
+        self._open_stream, self._columns, self._identity = open_stream, columns, identity
+
+    def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
+        """See `Documents.pieces`. A position holds the state of the stream, not the text of the held documents."""
+        stream = self._open_stream()
+        state, buffer, start = stream.state_dict(), 0, 0
+        if position is not None:
+            state, buffer, start = position["stream"], position["buffer"], position["index"]
+            stream.load_state_dict(state)
+        rows = iter(stream)
+        while texts := [self._columns.document(row, self.name) for row in islice(rows, HUB_BUFFER)]:
+            order = np.arange(len(texts))
+            if seed is not None:
+                order = np.argsort(np.random.default_rng([seed, epoch, buffer]).random(len(texts)), kind="stable")
+            for index, row in enumerate(order[start:].tolist(), start):
+                if texts[row] and not texts[row].isspace():
+                    here = {"stream": state, "buffer": buffer, "index": index}
+                    yield Piece(texts[row], True, True, here, self.is_chat)
+            state, buffer, start = stream.state_dict(), buffer + 1, 0
+
+    def split(self, num_held_out: int) -> tuple[HubDocuments, HubDocuments]:
+        """All documents but the first `num_held_out`, and those."""
+        name, identity = self.name, self._identity
+        return (
+            HubDocuments(
+                lambda: self._open_stream().skip(num_held_out), self._columns, name, f"{identity} skip {num_held_out}"
+            ),
+            HubDocuments(
+                lambda: self._open_stream().take(num_held_out), self._columns, name, f"{identity} take {num_held_out}"
+            ),
+        )
+
+    def text_hash(self) -> str:
+        """See `text_hash`."""
+        return hashlib.sha256(self._identity.encode()).hexdigest()
+
+
+def open_hub(name: str, column: str | None, split: str, data_config: str | None) -> HubDocuments:
+    """The split of `name`, owner/name or owner/name@revision. See `open_documents`."""
+    import datasets  # slow to import
+    from huggingface_hub import HfApi
+
+    repository, _, revision = name.partition("@")
+    try:
+        revision = HfApi().dataset_info(repository, revision=revision or None).sha
+        open_stream = partial(
+            datasets.load_dataset, repository, data_config, split=split, revision=revision, streaming=True
+        )
+        row = next(iter(open_stream()), None)
+    except Exception as error:  # datasets raises exceptions of many types
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{name} is neither a local file nor available on the Hugging Face Hub: {reason}") from error
+    if row is None:
+        raise InputError(f"{name}: split {split!r} is empty; name another split")
+    columns = find_columns(types_of(row), column, name)
+    columns.document(row, f"{name}, the first row")
+    return HubDocuments(open_stream, columns, name, f"{repository}@{revision} {data_config} {split} {columns.name}")
