@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from castlm.cli.main import main
 from castlm.cli.options import command_line, to_stderr
 from castlm.compare import oneshot, runs
-from castlm.compare.plan import CompareConfig, Plan
+from castlm.compare.config import CompareConfig
+from castlm.compare.plan import Plan
 from castlm.compare.plan import compare as run_comparison
 from castlm.compare.presets import PRESETS
 from castlm.compare.results import Result

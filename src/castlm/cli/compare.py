@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from castlm.cli.options import command_line, parse, to_stderr
-from castlm.compare.plan import CompareConfig, compare
+from castlm.compare.config import CompareConfig
+from castlm.compare.plan import compare
 
 if TYPE_CHECKING:
     from castlm.compare.report import Report

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from castlm.compare.plan import CompareConfig, Plan, Say
+from castlm.compare.config import CompareConfig
+from castlm.compare.plan import Plan, Say
 from castlm.compare.presets import RETRAINING
 from castlm.compare.runs import read_record
 from castlm.core.errors import InputError
