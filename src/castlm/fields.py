@@ -25,6 +25,8 @@ from castlm.core.errors import InputError
 
 T = TypeVar("T")
 Choices = Iterable[str] | Callable[[], Iterable[str]]
+Bound = tuple[str, bool, str]
+"""A field, whether its value is allowed, and what is allowed."""
 
 COMMAND_LINE = "the command line"
 """The `source` of values that were typed as options: errors then write `--max-steps`, not `max_steps`."""
@@ -60,6 +62,14 @@ def choice(default: str | None, choices: Choices, **more: Any) -> Any:
         choices: a table, or a function that returns one.
     """
     return dataclasses.field(default=default, metadata={"choices": choices, **more})
+
+
+def essential(default: Any = dataclasses.MISSING, **more: Any) -> Any:
+    """A field among the ten options that `--help` describes in full; positional in Python if it has no default."""
+    metadata = {"essential": True, **more}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
 
 
 def positional(**more: Any) -> Any:

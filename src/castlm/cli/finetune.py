@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from castlm.cli.options import read_arguments
 from castlm.cli.train import PageOptions, run_training
-from castlm.fields import COMMAND_LINE, checked
+from castlm.fields import COMMAND_LINE, checked, essential
 from castlm.training.config import read_layers
 from castlm.training.finetune import FinetuneConfig
-from castlm.training.sections import essential
 
 
 @dataclass

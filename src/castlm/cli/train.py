@@ -9,9 +9,8 @@ from typing import Any
 
 from castlm.cli.options import read_arguments
 from castlm.core.errors import InputError
-from castlm.fields import COMMAND_LINE, checked, choice
+from castlm.fields import COMMAND_LINE, checked, choice, essential
 from castlm.training.config import RECIPES, TrainConfig, read_layers
-from castlm.training.sections import essential
 
 
 @dataclass

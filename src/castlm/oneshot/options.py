@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Blocks, Channels, Combined, Heads, Pattern
+from castlm.fields import Bound
 
 T = TypeVar("T")
 
@@ -111,8 +112,8 @@ class Refinements:
             raise InputError(f"the options beyond SparseGPT do nothing with {solver}: leave them out or use sparsegpt")
         return NO_REFINEMENTS
 
-    def out_of_range(self) -> Iterator[tuple[str, bool, str]]:
-        """(name, whether it is in range, the range) of each option."""
+    def out_of_range(self) -> Iterator[Bound]:
+        """The range of each option."""
         yield "target_asymmetry", 0 <= self.target_asymmetry <= 1, "between 0 and 1"
         yield "stream_correction", 0 <= self.stream_correction <= 1, "between 0 and 1"
         yield "refit_iterations", self.refit_iterations >= 0, "at least 0"

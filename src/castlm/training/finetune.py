@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.export.verify import read_left_dense
-from castlm.fields import positional
+from castlm.fields import essential, positional
 from castlm.locate import cached_snapshot, locate
 from castlm.training.config import Layer, TrainConfig
-from castlm.training.sections import MethodOptions, StartOptions, essential
+from castlm.training.sections import MethodOptions, StartOptions
 
 FULL_LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-5, 5e-4
 
