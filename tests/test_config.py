@@ -11,6 +11,7 @@ from typing import Literal
 import pytest
 import yaml
 
+from castlm.cli.help import offered
 from castlm.cli.main import main
 from castlm.cli.options import command_line, parse
 from castlm.cli.train import parse_train
@@ -250,6 +251,8 @@ def test_later_files_and_then_options_override(tmp_path):
         (["--max-steps"], "expected one argument"),
         (["--model", "m"], "dataset is missing: give --dataset"),
         (["extra"], "unrecognized arguments: extra"),
+        (["--adapter", "shira"], "castlm train does not read --adapter: leave it out, or use castlm finetune"),
+        (["--lora_r=4"], "castlm train does not read --lora_r"),
         (["--adam-betas", "0.9"], "expected 2 arguments"),
         (["--moments", "4bit"], "--moments = '4bit' is not one of fp32, bf16, 8bit; did you mean 8bit?"),
     ],
@@ -284,7 +287,8 @@ def test_help_of_train_fits_on_two_screens_and_needs_no_torch():
     assert "  --config " in essential
     for title in SECTIONS:
         assert f"\n{title}:" in short
-    for option in (option.name.replace("_", "-") for option in dataclasses.fields(TrainConfig)):
+    assert not [option for option in ("--adapter", "--lora-r") if option in long]  # of castlm finetune
+    for option in (option.name.replace("_", "-") for option in offered(TrainConfig)):
         assert f"--{option}" in short or f"--no-{option}" in short
         assert f"  --{option}" in long or f"  --no-{option}" in long
     for clumsy in ("{None}", "None", "0.6666", "--no-no", "MISSING"):

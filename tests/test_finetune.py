@@ -231,12 +231,14 @@ def test_the_command_line_has_the_options_that_matter(capsys):
     assert parse_finetune([*given, "--adapter", "shira"])[0].learning_rate == 5e-4
     config, page = parse_finetune([*given, "--adapter", "shira", "--learning-rate", "1e-5", "--no-report"])
     assert (config.learning_rate, config.eta, config.init_from, page) == (1e-5, 0.0, "model", False)
-    assert main(["finetune", *given, "--decay", "horizon"]) == 2
-    assert "--decay" in capsys.readouterr().err
+    for option in ("--decay", "--no-permute"):
+        assert main(["finetune", *given, option]) == 2
+        assert f"{option}: leave it out, or use castlm train" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["finetune", "--help"])
     shown = capsys.readouterr().out
     assert "--adapter" in shown
+    assert "--lora-r" in shown
     assert "--calibration-sequences" not in shown
 
 

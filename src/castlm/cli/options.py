@@ -41,7 +41,7 @@ def read_arguments(kinds: Sequence[type[Any]], arguments: Sequence[str], name: s
         kinds: dataclasses whose fields are the options; their docstrings and sections make up the help.
 
     Raises:
-        InputError: an unknown option, or one without its value.
+        InputError: an unknown option, one that another command reads, or one without its value.
     """
     before_dashes = list(arguments)[: arguments.index("--")] if "--" in arguments else arguments
     if "--help-all" in before_dashes or {"-h", "--help"} & set(before_dashes):
@@ -51,10 +51,14 @@ def read_arguments(kinds: Sequence[type[Any]], arguments: Sequence[str], name: s
     fields = {field.name: (kind, field) for kind in kinds for field in offered(kind)}
     for kind, field in fields.values():
         _add(parser, field, hints_of(kind)[field.name])
+    elsewhere = {field: command for kind in kinds for field, command in getattr(kind, "UNUSED", {}).items()}
     for argument in before_dashes:
         option = argument.partition("=")[0]
-        if option.startswith("--") and option not in parser._option_string_actions:
-            raise InputError(f"{unknown(option[2:], fields, COMMAND_LINE)} (castlm {name} --help lists the options)")
+        if not option.startswith("--") or option in parser._option_string_actions:
+            continue
+        if command := elsewhere.get(option.removeprefix("--").removeprefix("no-").replace("-", "_")):
+            raise InputError(f"castlm {name} does not read {option}: leave it out, or use castlm {command}")
+        raise InputError(f"{unknown(option[2:], fields, COMMAND_LINE)} (castlm {name} --help lists the options)")
     return vars(parser.parse_args(arguments))
 
 

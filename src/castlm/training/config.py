@@ -64,6 +64,8 @@ class TrainConfig(  # the fields of the last base come first
     """
 
     SECTIONS: ClassVar[dict[str, type]] = SECTIONS
+    # Options that the command line of `castlm train` leaves out, each with the command that reads it.
+    UNUSED: ClassVar[dict[str, str]] = dict.fromkeys(("adapter", "lora_r"), "finetune")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

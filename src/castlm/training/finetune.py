@@ -13,7 +13,7 @@ from castlm.core.errors import InputError
 from castlm.export.verify import read_left_dense
 from castlm.fields import essential, positional
 from castlm.locate import cached_snapshot, locate
-from castlm.training.config import Layer, TrainConfig
+from castlm.training.config import Layer, TrainConfig, section_fields
 from castlm.training.sections import MethodOptions, StartOptions
 
 FULL_LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-5, 5e-4
@@ -35,11 +35,13 @@ class FinetuneConfig(TrainConfig):
         ('finetune', 'my-2of4-model', 0.0)
     """
 
-    UNUSED: ClassVar[frozenset[str]] = frozenset(
-        {field.name for section in (MethodOptions, StartOptions) for field in dataclasses.fields(section)}
-        - {"adapter", "lora_r"}
-    )
-    """Options that have no effect here, which the command line leaves out."""
+    UNUSED: ClassVar[dict[str, str]] = {
+        name: "train"
+        for section in (MethodOptions, StartOptions)
+        for name in section_fields(section)
+        if name not in TrainConfig.UNUSED
+    }
+    """Options that have no effect here, which the command line leaves out, each with the command that reads it."""
 
     model: str = positional(essential=True)
     """n:m sparse causal LM: a folder, plain or packed, or a hub id. Its zeros are the mask."""
