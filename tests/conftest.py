@@ -37,6 +37,14 @@ def text(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory) -> str:
+    """Folder of a tiny Gemma: tied embeddings, and grouped keys, whose rows do not divide by 3."""
+    from tests.tiny import save_tiny
+
+    return str(save_tiny(tmp_path_factory.mktemp("gemma"), "gemma"))
+
+
 @pytest.fixture
 def lessons(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of the batches that a teacher has read."""

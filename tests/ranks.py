@@ -11,10 +11,21 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from castlm.core.adams import AdamS
+from castlm.core.shards import whole
+from castlm.core.sparsify import prune_
+from castlm.training.config import TrainConfig
+from tests import runs
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.preload"])
@@ -91,6 +102,51 @@ def wait_ranks(ranks: list[BaseProcess], timeout: float) -> list[int | None]:
 def said(log: Path, size: int) -> str:
     """What the ranks wrote."""
     return "\n".join(Path(f"{log}.{rank}").read_text() for rank in range(size) if Path(f"{log}.{rank}").is_file())
+
+
+def small(model: str, dataset: str, output_dir: Path, ranks: int, **over: Any) -> TrainConfig:
+    """A small run of 12 sequences a step, whatever the number of ranks."""
+    rows, micro_batches = {1: (6, 2), 2: (3, 2), 3: (2, 2), 4: (1, 3)}[ranks]
+    fields = {
+        "max_steps": 10,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": micro_batches,
+        "eval_tokens": 500,
+        "eval_steps": 5,
+        "device": "cpu",
+    }
+    return runs.small(model, dataset, output_dir, **{**fields, **over})
+
+
+def masks_after_steps(
+    plain: nn.Module, sharded: nn.Module, optimizers: Sequence[AdamS], mesh: DeviceMesh, num_steps: int
+) -> list[dict[Tensor, Tensor]]:
+    """Steps a model and its row shards with the same gradients.
+
+    Returns:
+        The masks of both, which are the same.
+    """
+    for step in range(num_steps):
+        torch.manual_seed(step)
+        for p, q in zip(plain.parameters(), sharded.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+        for optimizer in optimizers:
+            optimizer.step()
+    one, other = (optimizer.masks() for optimizer in optimizers)
+    assert len(one) == len(other)
+    for mask, shard in zip(one.values(), other.values()):
+        assert torch.equal(whole(shard), mask)
+    return [one, other]
+
+
+def assert_pruned_alike(
+    plain: nn.Module, sharded: nn.Module, masks: Sequence[dict[Tensor, Tensor]], pattern: str = "2:4"
+) -> None:
+    for model, of_model in zip((plain, sharded), masks):
+        prune_(model, pattern, masks=of_model)
+    for p, q in zip(plain.parameters(), sharded.parameters()):
+        assert torch.equal(whole(q), p)
 
 
 def _rank(function: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str], log: str | None) -> None:

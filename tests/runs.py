@@ -73,6 +73,13 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
+def assert_close_weights(one: str | Path, other: str | Path, atol: float, rtol: float = 0.0) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def assert_equal_weights(one: str | Path, other: str | Path) -> None:
     """Bit for bit."""
     ours, theirs = weights(one), weights(other)

@@ -15,7 +15,7 @@ from castlm.training.run import Run
 from tests.chats import CHATML, MARKED, chat_tokenizer, save_chat_model, talks, turn, write_rows, write_talks
 from tests.ranks import run_ranks
 from tests.refusals import assert_refused
-from tests.runs import assert_equal_weights, small, stop_and_resume, train_until, weights
+from tests.runs import assert_close_weights, assert_equal_weights, small, stop_and_resume, train_until
 from tests.tiny import TEXT, tiny_model
 
 
@@ -87,18 +87,14 @@ def test_accumulation_is_one_large_batch(llama, chat, tmp_path):
     common = {"max_steps": 4, "decay_end": 1.0}
     train(of_chat(llama, chat, tmp_path / "a", per_device_train_batch_size=8, **common))
     train(of_chat(llama, chat, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8, **common))
-    one, other = weights(tmp_path / "a" / "model"), weights(tmp_path / "b" / "model")
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=2e-5)
+    assert_close_weights(tmp_path / "a" / "model", tmp_path / "b" / "model", rtol=1e-4, atol=2e-5)
 
 
 def test_two_ranks_are_one_rank(llama, chat, tmp_path):
     for ranks in (1, 2):
         config = of_chat(llama, chat, tmp_path / str(ranks), per_device_train_batch_size=8 // ranks, device="cpu")
         run_ranks(train, ranks, config, folder=tmp_path)
-    one, other = weights(tmp_path / "1" / "model"), weights(tmp_path / "2" / "model")
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=3e-5)
+    assert_close_weights(tmp_path / "1" / "model", tmp_path / "2" / "model", atol=3e-5)
     for mine, theirs in zip(rows(tmp_path / "1"), rows(tmp_path / "2")):
         for key in ("loss", "loss_tokens", "tokens", "perplexity"):
             assert mine.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=1e-4)

@@ -28,7 +28,7 @@ from castlm.core.errors import InputError
 from castlm.core.masks import unpack_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.shards import local, whole
-from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
+from castlm.core.sparsify import sparse_linears, sparse_param_groups
 from castlm.data.loader import BatchLoader
 from castlm.distributed import export
 from castlm.distributed.loading import load_rows_, materialize_, open_sharded
@@ -44,43 +44,14 @@ from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.run import Run
 from castlm.training.setup import local_masks
-from tests import runs
 from tests.faults import Ground, check_hang, check_kill, check_sigterm, train_as_a_command
-from tests.ranks import run_ranks, said, start_ranks, wait_ranks
-from tests.runs import train_until, weights
+from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, said, small, start_ranks, wait_ranks
+from tests.runs import assert_close_weights, train_until
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory) -> str:
-    """Tied embeddings, and grouped keys: rows that do not divide by 3."""
-    return str(save_tiny(tmp_path_factory.mktemp("gemma"), "gemma"))
-
-
-def small(model: str, dataset: str, output_dir: Path, ranks: int, **over: Any) -> TrainConfig:
-    """12 blocks a step, whatever the number of ranks."""
-    rows, micro_batches = {1: (6, 2), 2: (3, 2), 3: (2, 2), 4: (1, 3)}[ranks]
-    fields = {
-        "max_steps": 10,
-        "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": micro_batches,
-        "eval_tokens": 500,
-        "eval_steps": 5,
-        "device": "cpu",
-    }
-    return runs.small(model, dataset, output_dir, **{**fields, **over})
-
 
 START = {"init_from": "magnitude"}
 """The start whose masked weights decay from dense values. From the default one, SparseGPT, they start at zero."""
 AS_PUBLISHED = {**START, "cross_document_attention": True}
-
-
-def assert_close(one: Path, other: Path, atol: float) -> None:
-    one_weights, other_weights = weights(one), weights(other)
-    assert one_weights.keys() == other_weights.keys()
-    for name, weight in one_weights.items():
-        torch.testing.assert_close(weight, other_weights[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def rows(run: Path) -> list[dict[str, float]]:
@@ -136,7 +107,7 @@ def test_ranks_are_one_rank(sharding, ranks, per_node, start, one_rank_runs, gem
     environment = {"LOCAL_WORLD_SIZE": str(per_node)}
     run_ranks(train_uneven, ranks, config, folder=tmp_path, environment=environment)
 
-    assert_close(one_rank / "model", tmp_path / "run" / "model", atol=1e-5)
+    assert_close_weights(one_rank / "model", tmp_path / "run" / "model", atol=1e-5)
     assert verify(tmp_path / "run" / "model").ok
     one, other = rows(one_rank), rows(tmp_path / "run")
     assert max(row["grad_norm"] for row in one if "loss" in row) > 1.0  # clipping had work to do
@@ -163,28 +134,15 @@ def train_on_dtensors() -> None:
         fully_shard(layer, mesh=world.mesh)
     options: dict[str, Any] = {"lr": 1e-2, "total_steps": 8, "mask_interval": 2, "decay_end": 1.0}
     optimizers = [AdamS(sparse_param_groups(m), **options) for m in (plain, sharded)]
-    for step in range(6):
-        torch.manual_seed(step)
-        for p, q in zip(plain.parameters(), sharded.parameters()):
-            p.grad = torch.randn_like(p)
-            q.grad = distribute_tensor(p.grad, world.mesh, [Shard(0)])
-        for optimizer in optimizers:
-            optimizer.step()
-    one, other = (optimizer.masks() for optimizer in optimizers)
-    assert len(one) == len(other) == 2
-    for mask, shard in zip(one.values(), other.values()):
-        assert shard.dtype == torch.bool
-        assert shard.placements == (Shard(0),)
-        assert torch.equal(whole(shard), mask)
+    one, other = masks_after_steps(plain, sharded, optimizers, world.mesh, 6)
+    assert len(one) == 2
+    assert all(shard.dtype == torch.bool and shard.placements == (Shard(0),) for shard in other.values())
 
     before = [local(p.detach()).clone() for p in sharded.parameters()]
     with pruned({local(p.data): local(mask) for p, mask in other.items()}):
         assert all((whole(p) == 0)[~mask].all() for p, mask in zip(other, one.values()))
     assert all(torch.equal(local(p), b) for p, b in zip(sharded.parameters(), before))
-    prune_(plain, masks=one)
-    prune_(sharded, masks=other)
-    for p, q in zip(plain.parameters(), sharded.parameters()):
-        assert torch.equal(whole(q), p)
+    assert_pruned_alike(plain, sharded, (one, other))
 
     columns = nn.Parameter(distribute_tensor(torch.randn(4, 8), world.mesh, [Shard(1)]))
     with pytest.raises(InputError, match=r"S\(1\), which splits groups of 2:4"):
@@ -214,7 +172,7 @@ def test_ranks_start_from_sparsegpt_as_one_rank_does(stored, rotated_run, gemma,
     config = small(gemma, text, tmp_path / "run", 3, timeout_s=5, **ROTATED)
     run_ranks(train_after_a_slow_start, 3, config, stored == "whole", folder=tmp_path)
     # The ranks sum the gradient in another order, which Adam amplifies where a gradient is nearly zero.
-    assert_close(rotated_run / "model", tmp_path / "run" / "model", atol=1e-5)
+    assert_close_weights(rotated_run / "model", tmp_path / "run" / "model", atol=1e-5)
     one, other = (json.loads((run / "model" / "castlm.json").read_text()) for run in (rotated_run, tmp_path / "run"))
     assert other["mask"]["initial_flip_rate"] == 0
     assert one["start"]["basis"]["untied"]
@@ -330,7 +288,7 @@ def test_resumed_on_other_numbers_of_ranks(over, stops, gemma, text, tmp_path):
         saved = checkpoint_steps(tmp_path / "run" / "checkpoints")
         assert max(saved) == stop
         assert len(list(saved[stop].glob("__*.distcp"))) == ranks
-    assert_close(tmp_path / "straight" / "model", tmp_path / "run" / "model", atol=1e-6)
+    assert_close_weights(tmp_path / "straight" / "model", tmp_path / "run" / "model", atol=1e-6)
     one, other = rows(tmp_path / "straight"), rows(tmp_path / "run")
     assert [row["step"] for row in one] == [row["step"] for row in other]
     for expected, row in zip(one, other):
@@ -604,7 +562,7 @@ def test_sharded_load_is_load_model_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "more", "bound", "ranks"),
-    [("llama", AS_PUBLISHED, 3e-3, 2), ("gpt2", AS_PUBLISHED, 1e-2, 3), ("gpt2", {}, 1e-2, 3)],
+    [("llama", AS_PUBLISHED, 3e-3, 2), ("gpt2", {}, 1e-2, 3)],
 )
 def test_bf16_with_a_sharded_teacher(family, more, bound, ranks, text, tmp_path):
     """Within `bound` of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale, the

@@ -8,25 +8,16 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
-from castlm.core.shards import whole
 from castlm.core.sparsify import prune_, sparse_param_groups
 from castlm.distributed.world import close_world, init_world
 from castlm.export.verify import verify
 from castlm.training.loop import train
-from tests.ranks import run_ranks
-from tests.runs import train_until, weights
-from tests.test_distributed import small
-from tests.tiny import save_tiny, tiny_model
-
-
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory) -> str:
-    """Tied embeddings, and grouped keys: rows that do not divide by 3."""
-    return str(save_tiny(tmp_path_factory.mktemp("gemma"), "gemma"))
+from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, small
+from tests.runs import assert_close_weights, train_until
+from tests.tiny import tiny_model
 
 
 def train_on_dtensors(text: str) -> None:
@@ -40,26 +31,14 @@ def train_on_dtensors(text: str) -> None:
         AdamS(sparse_param_groups(model, text), lr=1e-2, total_steps=8, mask_interval=2, decay_end=1.0)
         for model in (plain, sharded)
     ]
-    for step in range(5):
-        torch.manual_seed(step)
-        for p, q in zip(plain.parameters(), sharded.parameters()):
-            p.grad = torch.randn_like(p)
-            q.grad = distribute_tensor(p.grad, world.mesh, [Shard(0)])
-        for optimizer in optimizers:
-            optimizer.step()
-    one, other = (optimizer.masks() for optimizer in optimizers)
-    for mask, shard in zip(one.values(), other.values()):
-        assert torch.equal(whole(shard), mask)
+    one, other = masks_after_steps(plain, sharded, optimizers, world.mesh, 5)
     flips = world.sum(torch.tensor(float(optimizers[1].flips())))
     assert int(flips) == optimizers[0].flips()
     optimizers[1].load_state_dict(optimizers[1].state_dict())
     first = next(iter(other))
     with pytest.raises(InputError, match="together"):
         prune_(sharded, text, masks={**other, first: torch.ones_like(other[first])})
-    prune_(plain, text, masks=one)
-    prune_(sharded, text, masks=other)
-    for p, q in zip(plain.parameters(), sharded.parameters()):
-        assert torch.equal(whole(q), p)
+    assert_pruned_alike(plain, sharded, (one, other), text)
     close_world(world)
 
 
@@ -84,7 +63,4 @@ def test_ranks_are_one_rank_and_a_run_is_resumed_on_another_number(fields, gemma
     three = small(gemma, text, tmp_path / "two", 3, save_steps=5, **fields)
     run_ranks(train, 3, replace(three, resume=True), folder=tmp_path)
     assert verify(tmp_path / "two" / "model", fields["pattern"]).ok
-    one, other = weights(tmp_path / "one" / "model"), weights(tmp_path / "two" / "model")
-    assert one.keys() == other.keys()
-    for name, weight in one.items():
-        torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert_close_weights(tmp_path / "one" / "model", tmp_path / "two" / "model", atol=1e-5)
