@@ -15,6 +15,10 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 
 import castlm.training.loop  # noqa: F401
 
+with contextlib.suppress(ImportError):  # a thousand patterns that each process would compile for its first model
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")
 with contextlib.suppress(ImportError):
     import peft  # noqa: F401
 with contextlib.suppress(ImportError):

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -326,23 +326,25 @@ def hub(tmp_path) -> Iterator[tuple[list[str], dict[str, str]]]:
         server.shutdown()
 
 
-def evaluate(name: str, text: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "castlm", "eval", name, "--text", text, "--seq-len", "64", "--json", "-"]
+def evaluate(names: Sequence[str], text: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`castlm eval` of several models, in one new process; the exit code is the largest."""
+    code = "import sys\nfrom castlm.cli.main import main\ncommand = ['--seq-len', '64', '--json', '-', '--text']\n"
+    code += "sys.exit(max(main(['eval', name, *command, sys.argv[1]]) for name in sys.argv[2:]))"
+    command = [sys.executable, "-c", code, text, *names]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("answers", [True, False])
-def test_the_hub_is_asked_once(answers, hub, text):
-    """A mistyped id, and a hub that nobody reaches: no retries, one line."""
-    asked, environment = hub
-    environment |= {} if answers else {"HF_ENDPOINT": "http://127.0.0.1:1"}
-    done = evaluate("nobody/never", text, environment)
-    assert done.returncode == 2
-    assert asked == (["/nobody/never/resolve/main/config.json"] if answers else [])
+def assert_one_line(done: subprocess.CompletedProcess[str], name: str, said: str) -> None:
     assert "Retrying" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if "nobody/never" in line]
-    assert len(lines) == 1
-    assert ("no model has that name" if answers else "the hub cannot be reached") in lines[0]
+    (line,) = [line for line in done.stderr.splitlines() if name in line]
+    assert said in line
+
+
+def test_a_hub_that_nobody_reaches_is_one_line(hub, text):
+    asked, environment = hub
+    done = evaluate(["nobody/never"], text, environment | {"HF_ENDPOINT": "http://127.0.0.1:1"})
+    assert (done.returncode, asked) == (2, [])
+    assert_one_line(done, "nobody/never", "the hub cannot be reached")
 
 
 def save_in_cache(home: Path, shard_size: str = "50GB", commit: str = "1234567890abcdef" * 2 + "12345678") -> Path:
@@ -355,17 +357,16 @@ def save_in_cache(home: Path, shard_size: str = "50GB", commit: str = "123456789
     return snapshot
 
 
-def test_what_is_whole_in_the_cache_is_not_asked_for(hub, text):
+def test_the_hub_is_asked_once_for_a_mistyped_id_and_not_for_what_is_whole_in_the_cache(hub, text):
     asked, environment = hub
     save_in_cache(Path(environment["HF_HOME"]))
-    done = evaluate("someone/tiny", text, environment)
-    assert done.returncode == 0, done.stderr
-    assert asked == []
+    done = evaluate(["someone/tiny", "nobody/never"], text, environment)
+    assert done.returncode == 2
+    assert asked == ["/nobody/never/resolve/main/config.json"]
     record = json.loads(done.stdout)
     assert (record["model"], record["tokenizer"]) == ("someone/tiny", "someone/tiny")
-    notes = [line for line in done.stderr.splitlines() if "someone/tiny" in line]
-    assert len(notes) == 1
-    assert "is loaded from the cache (commit 1234567890ab)" in notes[0]
+    assert_one_line(done, "someone/tiny", "is loaded from the cache (commit 1234567890ab)")
+    assert_one_line(done, "nobody/never", "no model has that name")
 
 
 @pytest.mark.parametrize("lost", ["", "model-00001-of", "tokenizer.json", "refs/main", "index.json", "code"])

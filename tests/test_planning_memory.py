@@ -16,6 +16,7 @@ from castlm.core.experts import ExpertLinear
 from castlm.core.moments import MOMENT_KEYS, MOMENTS
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_param_groups
+from castlm.planning import activations
 from castlm.planning.activations import Settings, saved_bytes, trace
 from castlm.planning.memory import DTYPES, GIB, plan_memory, read_config
 from tests.tiny import FAMILIES, tiny_model
@@ -35,6 +36,22 @@ RUN = Settings(
     calibration_tokens=0,
     fused=True,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_model_is_traced_once():
+    """Plans of one model mostly differ in what does not change its activations."""
+    known: dict[tuple, int] = {}
+
+    def saved_once(config, num_layers, micro_batch, seq_len, run, sharded):
+        key = (config.to_json_string(), num_layers, micro_batch, seq_len, run.scale_groups, run.compute, sharded)
+        if key not in known:
+            known[key] = saved_bytes(config, num_layers, micro_batch, seq_len, run, sharded)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations, "saved_bytes", saved_once)
+        yield
 
 
 @pytest.mark.parametrize(
