@@ -192,9 +192,9 @@ def test_the_complement_of_ones_is_orthonormal():
 def test_a_basis_reads_as_much_text_as_its_widest_layer_needs():
     model = tiny_model("llama")
     layers, _ = sparse_linears(model, NM(2, 4))  # inputs of 32 and 64
-    assert sequences_needed(layers, num_sequences=128, seq_len=4) == 64
-    assert sequences_needed(layers, num_sequences=128, seq_len=32) == basis.MIN_SEQUENCES
-    assert sequences_needed(layers, num_sequences=8, seq_len=4) == 8
+    assert sequences_needed(layers, num_sequences=256, seq_len=2) == 128
+    assert sequences_needed(layers, num_sequences=256, seq_len=32) == basis.MIN_SEQUENCES
+    assert sequences_needed(layers, num_sequences=8, seq_len=2) == 8
 
 
 def test_a_basis_of_experts_reads_all_of_the_text():

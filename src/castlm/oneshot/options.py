@@ -43,9 +43,9 @@ class BasisOptions:
     """Which axes of the dense model are turned before it is pruned; its function stays as it is."""
 
     rotate: Literal["auto", "off", "values", "residual"] = "auto"
-    """Rotations before wanda or sparsegpt. values: the values of each attention head, at the cost of one pass over the
-    calibration text. residual: the residual stream as well, which folds the norms' gains and unties tied embeddings.
-    auto: values where the model's family is known."""
+    """Rotations before wanda or sparsegpt. values: the values of each attention head, at the cost of one pass over 64
+    calibration sequences or more. residual: the residual stream as well, which folds the norms' gains and unties tied
+    embeddings. auto: values where the model's family is known."""
 
     permute: bool = True
     """Permute the MLP neurons before that, and the residual stream and the values if they are not rotated."""
