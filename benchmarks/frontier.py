@@ -38,13 +38,16 @@ from castlm.evaluation.perplexity import perplexity
 from castlm.evaluation.zero_shot import zero_shot
 from castlm.inference.convert import onto_kernels_, pack_model_
 from castlm.inference.layers import pack_linear
-from castlm.inference.packed import kept_mask, pack_integers
+from castlm.inference.packed import kept_mask, pack_integers, round_to_int8
 from castlm.inference.quantize import QuantizeReport, quantize_
 from castlm.models import Loaded, load_model, parameters_in, save_model
 from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks
 from castlm.oneshot.prune import prune_oneshot_
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
+INT8_HEAD = ", int8 head"
+"""Ends the name of a format whose head, with the embedding tied to it, is int8 too, as in llama.cpp's formats."""
+WITH_HEADS = tuple(form + INT8_HEAD for form in FORMATS[2:])
 PROMPT, NEW_TOKENS = 32, 48
 
 
@@ -72,6 +75,10 @@ def stored_bytes(model: nn.Module, form: str, sparse: bool) -> int:
     layers = linears(model)
     inside = {id(layer.weight) for layer in layers.values()}
     rest = sum(p.numel() for p in model.parameters() if id(p) not in inside) * (4 if form == "fp32" else 2)
+    if form.endswith(INT8_HEAD):
+        table = model.get_output_embeddings().weight
+        rest -= table.numel() - 4 * len(table)
+    form = form.removesuffix(INT8_HEAD)
     bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[form]
     total = 0.0
     for layer in layers.values():
@@ -86,6 +93,7 @@ def stored_bytes(model: nn.Module, form: str, sparse: bool) -> int:
 def rounded(model: PreTrainedModel, form: str, calibration: Tensor) -> tuple[PreTrainedModel, QuantizeReport | None]:
     """A copy with the weights of the format, in fp32, and the codes of integers."""
     made, report = copy.deepcopy(model), None
+    head_in_int8, form = form.endswith(INT8_HEAD), form.removesuffix(INT8_HEAD)
     if form in ("int8", "int4"):
         report = quantize_(made, form, calibration=calibration if form == "int4" else None)
         for name, layer in linears(made).items():  # embedding, head and norms are bf16; the codes are exact
@@ -97,12 +105,17 @@ def rounded(model: PreTrainedModel, form: str, calibration: Tensor) -> tuple[Pre
         if report is not None:
             for name, layer in linears(made).items():
                 layer.weight.data = exact[name]
+    if head_in_int8:
+        table = made.get_output_embeddings().weight
+        codes, scales = round_to_int8(table.data)
+        table.data = codes.float() * scales
     return made, report
 
 
 def onto_kernels(model: PreTrainedModel, form: str, sparse: bool, report: QuantizeReport | None) -> None:
     """The rounded model on castlm's kernels, in place; fp32 stays with transformers."""
     n, m = (2, 4) if sparse else (0, 0)
+    head, form = "int8" if form.endswith(INT8_HEAD) else None, form.removesuffix(INT8_HEAD)
     if form == "bf16":
         pack_model_(model, n, m)
     if report is None:
@@ -116,7 +129,7 @@ def onto_kernels(model: PreTrainedModel, form: str, sparse: bool, report: Quanti
     table.weight = nn.Parameter(table.weight.to(torch.bfloat16), requires_grad=False)
     if model.config.tie_word_embeddings:
         model.get_output_embeddings().weight = table.weight
-    onto_kernels_(model, torch.float32)
+    onto_kernels_(model, torch.float32, head)
 
 
 Decoders = dict[str, Callable[[Tensor], object]]
@@ -137,7 +150,7 @@ def castlm_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> 
     points, decoders = [], {}
     for label, model in (("dense", loaded.model), ("2:4", sparse)):
         is_sparse = label == "2:4"
-        for form in FORMATS[1:] if is_sparse else FORMATS:
+        for form in (*(FORMATS[1:] if is_sparse else FORMATS), *WITH_HEADS):
             made, report = rounded(model, form, calibration)
             found = perplexity(made, text, seq_len=options.seq_len).perplexity
             point = Point(f"{label} {form}", found, stored_bytes(made, form, is_sparse))
@@ -207,18 +220,18 @@ def table(points: list[Point]) -> str:
 
 
 def plot(points: list[Point], file: str) -> None:
-    """Perplexity over bytes, a line for dense, 2:4 and llama.cpp; the label says the format and tokens per second."""
+    """Perplexity over bytes, a line for each kind of model and head; labels say the format and tokens per second."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     lines: dict[str, list[Point]] = {}
     for point in points:
-        label = "dense, llama.cpp" if "llama.cpp" in point.name else point.name.split()[0]
-        lines.setdefault(label, []).append(point)
-    for (label, chosen), colour in zip(lines.items(), ("tab:gray", "tab:blue", "tab:orange")):
+        ends = next((end for end in (", llama.cpp", INT8_HEAD) if point.name.endswith(end)), "")
+        lines.setdefault(point.name.split()[0] + ends, []).append(point)
+    for label, chosen in lines.items():
         x, y = [point.num_bytes / 1e6 for point in chosen], [point.perplexity for point in chosen]
-        axes.plot(x, y, "o-", color=colour, label=label)
+        axes.plot(x, y, "o-", label=label)
         for point in chosen:
             text = f"{point.name.split()[1].rstrip(',')}, {point.tokens_per_second:.0f}/s"
             axes.annotate(text, (point.num_bytes / 1e6, point.perplexity), xytext=(4, 4), textcoords="offset points")

@@ -141,15 +141,17 @@ def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp
     out = str(tmp_path / "out.json")
     frontier.main(["--model", str(folder), "--text", text, "--calibration", text, *sizes, "--json", out])
     points = {point["name"]: point for point in json.loads(Path(out).read_text())["points"]}
-    assert list(points) == [*(f"dense {f}" for f in frontier.FORMATS), "2:4 bf16", "2:4 int8", "2:4 int4"]
+    forms = [*frontier.FORMATS, *frontier.WITH_HEADS]
+    assert list(points) == [*(f"dense {form}" for form in forms), *(f"2:4 {form}" for form in forms[1:])]
     assert all(point["tokens_per_second"] > 0 and point["perplexity"] > 1 for point in points.values())
     assert "| 2:4 int4 |" in capsys.readouterr().out
 
     assert main(["prune", "--model", str(folder), "--output-dir", str(tmp_path / "s"), "--method", "magnitude"]) == 0
-    command = ["quantize", str(tmp_path / "s"), "--output-dir", str(tmp_path / "q"), "--save-dtype", "bf16", "--packed"]
-    assert main(command) == 0
-    packed = load_file(tmp_path / "q" / "castlm.safetensors")
-    assert sum(tensor.nbytes for tensor in packed.values()) == points["2:4 int8"]["num_bytes"]
+    for head, name in (([], "2:4 int8"), (["--head", "int8"], "2:4 int8, int8 head")):
+        command = ["quantize", str(tmp_path / "s"), "--output-dir", str(tmp_path / "q"), "--save-dtype", "bf16"]
+        assert main([*command, "--packed", *head, "--overwrite"]) == 0
+        packed = load_file(tmp_path / "q" / "castlm.safetensors")
+        assert sum(tensor.nbytes for tensor in packed.values()) == points[name]["num_bytes"]
 
 
 def test_structured_patterns_have_a_table_and_speeds(tmp_path, monkeypatch, capsys):

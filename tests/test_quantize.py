@@ -153,6 +153,21 @@ def test_the_packed_folder_holds_the_codes_and_unpacks_to_the_quantized_model(ki
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_packed_folder_may_have_an_int8_head_and_computes_what_it_unpacks_to(tmp_path):
+    prune_tiny(tmp_path, "llama")
+    out, unpacked = tmp_path / "packed", tmp_path / "unpacked"
+    command = ["quantize", str(tmp_path / "sparse"), "--packed", "--head", "int8", "--output-dir", str(out)]
+    assert main(command) == 0
+    assert verify(out).ok
+    stored = load_file(out / "castlm.safetensors")
+    assert stored["lm_head.values"].dtype == torch.int8
+    unpack_folder(out, unpacked)
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        packed, plain = (load_model(str(folder)).model(input_ids=ids).logits for folder in (out, unpacked))
+    assert float((packed - plain).abs().max() / plain.abs().max()) < 0.02
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_rounding_by_rows_holds_a_bf16_model_as_it_is_stored_and_writes_the_bytes_of_fp32(kind, tmp_path, monkeypatch):
     dense, out = save_tiny(tmp_path / "dense"), tmp_path / "sparse"
@@ -181,6 +196,7 @@ def test_rounding_by_rows_holds_a_bf16_model_as_it_is_stored_and_writes_the_byte
     ("options", "complaint"),
     [
         (["--kind", "fp8", "--packed"], "the packed format holds int8 and int4"),
+        (["--head", "int8"], "--head int8 is of the packed format: pass --packed, or leave it out"),
         (["--kind", "int4"], "int4 needs a calibration text: pass --calibration FILE"),
         (["--calibration", "x.txt"], "int8 takes no calibration text"),
         (["--column", "story"], "column story is of a calibration text, and int8 takes none: leave it out"),

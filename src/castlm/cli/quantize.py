@@ -45,6 +45,9 @@ class QuantizeCommand:
     packed: bool = False
     """Write int8 or int4 in the packed format, codes and scales without the zeros, instead of a plain model folder."""
 
+    head: Literal["int8"] | None = None
+    """With --packed: int8 rounds the output head, and an embedding tied to it, to int8 with a scale for each row."""
+
     calibration: str | None = None
     """Text for int4: a file, folder, glob or hub dataset, as --dataset of castlm train."""
 
@@ -94,6 +97,8 @@ class QuantizeCommand:
             raise InputError(f"column {self.column} is of a calibration text, and {self.kind} takes none: leave it out")
         if self.packed and self.kind == "fp8":
             raise InputError("the packed format holds int8 and int4: leave --packed out for fp8")
+        if self.head is not None and not self.packed:
+            raise InputError(f"--head {self.head} is of the packed format: pass --packed, or leave it out")
         source = result_folder(self.model)
         manifest = _manifest(source)
         text = self.pattern or manifest.get("pattern")
@@ -149,7 +154,7 @@ class QuantizeCommand:
                 dtype=save_dtype(self.save_dtype, loaded.dtype),
             )
             if self.packed:
-                _pack(plain, folder, pattern, stored_layers(loaded.model, report.layers))
+                _pack(plain, folder, pattern, stored_layers(loaded.model, report.layers), self.head)
         print(
             f"{folder}: {self.kind} in {len(report.layers)} layers, mean relative error {report.mean_error:.2e}, "
             f"{pattern} verified; measure it with: castlm eval {folder} --text FILE"
@@ -171,7 +176,7 @@ class QuantizeCommand:
         return blocks, {"text": self.calibration, "text_sha256": documents.text_hash(), "seed": self.seed}
 
 
-def _pack(plain: Path, folder: Path, pattern: NM, layers: Mapping[str, Rounded]) -> None:
+def _pack(plain: Path, folder: Path, pattern: NM, layers: Mapping[str, Rounded], head: str | None) -> None:
     """Packs the plain folder to `folder`, with the integers themselves, and verifies it."""
     from castlm.export.integers import store_integers
     from castlm.export.packed import pack_folder
@@ -180,7 +185,7 @@ def _pack(plain: Path, folder: Path, pattern: NM, layers: Mapping[str, Rounded])
 
     with atomic_dir(folder, overwrite=True) as temporary:
         inner = temporary / "packed"
-        pack_folder(plain, inner, pattern.n, pattern.m)
+        pack_folder(plain, inner, pattern.n, pattern.m, head=head)
         store_integers(inner, layers)
         found = verify(inner, pattern)
         if not found.ok:
