@@ -24,7 +24,7 @@ from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.calibration import calibration_blocks
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.prune import prune_oneshot_
-from castlm.training import start
+from castlm.training import setup, start
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
@@ -441,3 +441,10 @@ def test_full_disk_during_a_save(llama, text, tmp_path):
         assert not list((mount / "run" / "checkpoints").glob(".step*"))
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_bf16_on_a_cpu_without_units_for_it_is_said_to_be_slow(is_fast, llama, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(setup, "has_fast_bf16", lambda: is_fast)
+    train(small(llama, text, tmp_path / "run", max_steps=2, precision="bf16", ignore_decay_budget=True))
+    assert ("no bf16 units" in capsys.readouterr().err) == (not is_fast)
