@@ -22,13 +22,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from benchmarks.inference import greedy
 from benchmarks.machine import machine, write_json
 from benchmarks.rows import CLOCKS, interleaved
 from castlm.cli.options import result_folder
@@ -37,6 +36,7 @@ from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.evaluation.zero_shot import zero_shot
 from castlm.inference.convert import onto_kernels_, pack_model_
+from castlm.inference.decode import greedy
 from castlm.inference.layers import pack_linear
 from castlm.inference.packed import kept_mask, pack_integers, round_to_int8
 from castlm.inference.quantize import QuantizeReport, quantize_
@@ -44,10 +44,21 @@ from castlm.models import Loaded, load_model, parameters_in, save_model
 from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks
 from castlm.oneshot.prune import prune_oneshot_
 
-FORMATS = ("fp32", "bf16", "int8", "int4")
-INT8_HEAD = ", int8 head"
-"""Ends the name of a format whose head, with the embedding tied to it, is int8 too, as in llama.cpp's formats."""
-WITH_HEADS = tuple(form + INT8_HEAD for form in FORMATS[2:])
+
+class Format(NamedTuple):
+    """How weights are stored."""
+
+    values: str
+    """Of the layers: fp32, bf16, int8 or int4."""
+    head: str | None = None
+    """int8: of the head, with the embedding tied to it, as in llama.cpp's formats. None: fp32 with fp32, else bf16."""
+
+    def __str__(self) -> str:
+        return f"{self.values}, {self.head} head" if self.head else self.values
+
+
+FORMATS = tuple(map(Format, ("fp32", "bf16", "int8", "int4")))
+WITH_HEADS = tuple(form._replace(head="int8") for form in FORMATS[2:])
 PROMPT, NEW_TOKENS = 32, 48
 
 
@@ -70,66 +81,66 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_sparse_linear(m, n)}
 
 
-def stored_bytes(model: nn.Module, form: str, sparse: bool) -> int:
+def stored_bytes(model: nn.Module, form: Format, sparse: bool) -> int:
     """Bytes of all tensors in a file: layers in the format, the rest in bf16, or in fp32."""
     layers = linears(model)
     inside = {id(layer.weight) for layer in layers.values()}
-    rest = sum(p.numel() for p in model.parameters() if id(p) not in inside) * (4 if form == "fp32" else 2)
-    if form.endswith(INT8_HEAD):
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in inside) * (4 if form.values == "fp32" else 2)
+    if form.head:
         table = model.get_output_embeddings().weight
         rest -= table.numel() - 4 * len(table)
-    form = form.removesuffix(INT8_HEAD)
-    bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[form]
+    bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[form.values]
     total = 0.0
     for layer in layers.values():
         rows, columns = layer.weight.shape
         kept = columns // 2 if sparse else columns
         mask = -(-columns // 8) if sparse else 0
-        scales = {"int8": 4, "int4": 2 * -(-columns // 64)}.get(form, 0)
+        scales = {"int8": 4, "int4": 2 * -(-columns // 64)}.get(form.values, 0)
         total += rows * (-(-kept * bits // 8) + mask + scales)
     return rest + int(total)
 
 
-def rounded(model: PreTrainedModel, form: str, calibration: Tensor) -> tuple[PreTrainedModel, QuantizeReport | None]:
-    """A copy with the weights of the format, in fp32, and the codes of integers."""
+def rounded(model: PreTrainedModel, values: str, calibration: Tensor) -> tuple[PreTrainedModel, QuantizeReport | None]:
+    """A copy with layers of `values` and a head of bf16 (fp32 with fp32), in fp32, and the codes of integers."""
     made, report = copy.deepcopy(model), None
-    head_in_int8, form = form.endswith(INT8_HEAD), form.removesuffix(INT8_HEAD)
-    if form in ("int8", "int4"):
-        report = quantize_(made, form, calibration=calibration if form == "int4" else None)
+    if values in ("int8", "int4"):
+        report = quantize_(made, values, calibration=calibration if values == "int4" else None)
         for name, layer in linears(made).items():  # embedding, head and norms are bf16; the codes are exact
             layer.weight.data = report.layers[name].dequantized()
-    if form != "fp32":
+    if values != "fp32":
         exact = {name: layer.weight.detach().clone() for name, layer in linears(made).items()}
         with parameters_in(made, torch.bfloat16):
             pass
         if report is not None:
             for name, layer in linears(made).items():
                 layer.weight.data = exact[name]
-    if head_in_int8:
-        table = made.get_output_embeddings().weight
-        codes, scales = round_to_int8(table.data)
-        table.data = codes.float() * scales
     return made, report
 
 
-def onto_kernels(model: PreTrainedModel, form: str, sparse: bool, report: QuantizeReport | None) -> None:
+def round_head_(model: PreTrainedModel) -> None:
+    """Rounds the head, and the embedding tied to it, to int8, in fp32."""
+    table = model.get_output_embeddings().weight
+    codes, scales = round_to_int8(table.data)
+    table.data = codes.float() * scales
+
+
+def onto_kernels(model: PreTrainedModel, form: Format, sparse: bool, report: QuantizeReport | None) -> None:
     """The rounded model on castlm's kernels, in place; fp32 stays with transformers."""
     n, m = (2, 4) if sparse else (0, 0)
-    head, form = "int8" if form.endswith(INT8_HEAD) else None, form.removesuffix(INT8_HEAD)
-    if form == "bf16":
+    if form.values == "bf16":
         pack_model_(model, n, m)
     if report is None:
         return
     for name, layer in linears(model).items():
         found = report.layers[name]
         mask = kept_mask(found.dequantized(), n, m) if sparse else None
-        scales = found.scales.to(torch.bfloat16) if form == "int4" else found.scales
-        model.set_submodule(name, pack_linear(layer, pack_integers(found.codes, scales, form, n, m, mask=mask)))
+        scales = found.scales.to(torch.bfloat16) if form.values == "int4" else found.scales
+        model.set_submodule(name, pack_linear(layer, pack_integers(found.codes, scales, form.values, n, m, mask=mask)))
     table = model.get_input_embeddings()
     table.weight = nn.Parameter(table.weight.to(torch.bfloat16), requires_grad=False)
     if model.config.tie_word_embeddings:
         model.get_output_embeddings().weight = table.weight
-    onto_kernels_(model, torch.float32, head)
+    onto_kernels_(model, torch.float32, form.head)
 
 
 Decoders = dict[str, Callable[[Tensor], object]]
@@ -150,8 +161,15 @@ def castlm_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> 
     points, decoders = [], {}
     for label, model in (("dense", loaded.model), ("2:4", sparse)):
         is_sparse = label == "2:4"
+        of_codes: dict[str, tuple[PreTrainedModel, QuantizeReport | None]] = {}
         for form in (*(FORMATS[1:] if is_sparse else FORMATS), *WITH_HEADS):
-            made, report = rounded(model, form, calibration)
+            if form.head:
+                made, report = of_codes.pop(form.values)
+                round_head_(made)
+            else:
+                made, report = rounded(model, form.values, calibration)
+                if report is not None:  # of integers: the format with an int8 head has the same codes
+                    of_codes[form.values] = (copy.deepcopy(made), report)
             found = perplexity(made, text, seq_len=options.seq_len).perplexity
             point = Point(f"{label} {form}", found, stored_bytes(made, form, is_sparse))
             point.zero_shot = accuracy(options, made, loaded)
@@ -227,7 +245,7 @@ def plot(points: list[Point], file: str) -> None:
     axes = figure.add_subplot()
     lines: dict[str, list[Point]] = {}
     for point in points:
-        ends = next((end for end in (", llama.cpp", INT8_HEAD) if point.name.endswith(end)), "")
+        ends = next((end for end in (", llama.cpp", ", int8 head") if point.name.endswith(end)), "")
         lines.setdefault(point.name.split()[0] + ends, []).append(point)
     for label, chosen in lines.items():
         x, y = [point.num_bytes / 1e6 for point in chosen], [point.perplexity for point in chosen]

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import proc_status
 from benchmarks.rows import Row, Times, interleaved, ratio_row
@@ -29,7 +29,7 @@ from castlm.core.sparsify import prune_
 from castlm.export.packed import pack_folder
 from castlm.inference import native
 from castlm.inference.convert import pack_model_
-from castlm.inference.decode import decoding_method
+from castlm.inference.decode import greedy
 from castlm.inference.format import PackedSpec
 from castlm.inference.op import packed_linear
 from castlm.inference.packed import PackedTensor, pack, pack_integers, round_to_int8
@@ -100,19 +100,6 @@ def linear_rows(shapes: list[tuple[int, int]], clock: str = "wall") -> list[Row]
         ]
     torch.set_num_threads(before)
     return rows
-
-
-def greedy(model: PreTrainedModel, ids: Tensor, num_tokens: int) -> Tensor:
-    """As `castlm generate` decodes: a model on castlm's kernels in castlm's loop, any other in that of transformers."""
-    return model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=num_tokens,
-        min_new_tokens=num_tokens,
-        do_sample=False,
-        pad_token_id=0,
-        custom_generate=decoding_method(model),
-    )
 
 
 @torch.inference_mode()

@@ -92,6 +92,12 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+def given(options: Any, names: Iterable[str]) -> list[str]:
+    """Which of the fields `names` of a dataclass of options are not at their default."""
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    return [name for name in names if getattr(options, name) != default_of(fields[name])]
+
+
 @functools.cache
 def hints_of(kind: type[Any]) -> dict[str, Any]:
     """The type of each field, resolved."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import multiprocessing
 import platform
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from castlm.core.errors import InputError
 from castlm.core.native import NOT_BUILT, kernels
+
+T = TypeVar("T")
 
 # Below this width the casts of bf16 autocast cost more than its matmuls save on a CPU.
 SMALLEST_BF16_WIDTH = 256
@@ -136,6 +141,12 @@ def describe(device: torch.device, num_ranks: int, precision: str, optimizer: st
     else:
         where = f"{num_ranks} x {platform.machine()} CPU, {torch.get_num_threads()} threads"
     return f"{where}, {precision} compute on fp32 weights, optimizer {optimizer}"
+
+
+def in_own_process(function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)` in a new process: with a peak of memory of its own, and nothing left of what ran before."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def available_memory() -> float:

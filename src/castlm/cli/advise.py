@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from castlm.cli.options import parse, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
-from castlm.fields import positional
+from castlm.fields import given, positional
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from castlm.inference.advise import Advice
     from castlm.inference.devices import Device
     from castlm.inference.this_device import CpuTimer, GpuTimer
@@ -76,28 +77,26 @@ class AdviseCommand:
                 f"{pattern}: dense in {self.dtype}, the layers and the head that are left are {before / after:.2f} "
                 "times as fast as those of the whole model"
             )
+        return self._show(report, "\n".join(lines))
+
+    def _show(self, report: dict[str, Any], text: str) -> int:
         write_json(self.json, report)
         if self.json != "-":
-            print("\n".join(lines))
+            print(text)
         return 0
 
     def _compare_results(self) -> int:
         from castlm.compare.tradeoff import as_dict, candidates, measure, text
-        from castlm.inference.native import NOT_BUILT, kernels
+        from castlm.inference.native import check_built
         from castlm.progress import note
 
-        ignored = [f.name for f in dataclasses.fields(self) if f.name in _ADVICE and getattr(self, f.name) != f.default]
-        if ignored:
+        if ignored := given(self, _ADVICE):
             named = ", ".join(f"--{name}" for name in ignored)
             raise InputError(f"{named}: not with --results, which decodes one sequence in bf16 on this CPU")
-        if kernels() is None:
-            raise InputError(NOT_BUILT)
+        check_built()
         chosen = candidates(self.model, [result_folder(path) for path in self.results])
         report = as_dict(measure(chosen, note))
-        write_json(self.json, report)
-        if self.json != "-":
-            print(text(report))
-        return 0
+        return self._show(report, text(report))
 
     def _advise(self, device: Device, timer: CpuTimer | GpuTimer | None, cut: Pattern | None) -> Advice:
         from castlm.inference.advise import advise, shapes_of
@@ -113,15 +112,14 @@ class AdviseCommand:
 
     def _this_device(self) -> tuple[Device, CpuTimer | GpuTimer | None]:
         """The record of the device at hand, and with --measure what times layers on it."""
-        from castlm.inference.native import NOT_BUILT, kernels
+        from castlm.inference.native import check_built
         from castlm.inference.roofline import cpu_formats
         from castlm.inference.this_device import CpuTimer, GpuTimer, this_cpu, this_gpu
 
         gpu = this_gpu()
         if gpu is not None:
             return gpu, GpuTimer(self.dtype) if self.measure else None
-        if kernels() is None:
-            raise InputError(NOT_BUILT)
+        check_built()
         return this_cpu(), CpuTimer(cpu_formats(self.dtype)) if self.measure else None
 
 

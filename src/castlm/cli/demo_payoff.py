@@ -5,16 +5,14 @@ Every measurement runs in a process of its own, so that each has its own peak of
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.table import Table
 
 from castlm.export.packed import pack_folder
-from castlm.hardware import peak_memory
+from castlm.hardware import in_own_process, peak_memory
 
 ROUNDS = 2
 NEW_TOKENS = 48
@@ -53,16 +51,10 @@ def payoff_table(dense: Path, sparse: Path, packed: Path, prompt: str, say: Call
     for number in range(ROUNDS):
         say(f"measuring {len(cases)} ways to run the model, round {number + 1} of {ROUNDS}")
         for case in cases:
-            found = in_own_process(case, prompt)
+            found = in_own_process(measure, case, prompt)
             if case.name not in best or found.tokens_per_second > best[case.name].tokens_per_second:
                 best[case.name] = found
     return _table(cases, best), best[cases[-1].name].text
-
-
-def in_own_process(case: Case, prompt: str) -> Measured:
-    """Runs `measure` in a new process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, case, prompt).result()
 
 
 def measure(case: Case, prompt: str) -> Measured:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.compare.runs import Run
+from castlm.training.verdict import final_perplexity
 
 
 @dataclass
@@ -24,6 +25,5 @@ class Result:
     @property
     def perplexity(self) -> float:
         """Of the pruned model, of the dense control as trained; infinite when the run failed."""
-        figures = self.record.get("perplexity", {})
-        value = figures.get("pruned", figures.get("trained"))
+        value = final_perplexity(self.record.get("perplexity", {}))
         return float("inf") if value is None else float(value)

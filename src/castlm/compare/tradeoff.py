@@ -6,11 +6,9 @@ on castlm's CPU kernels, those for dense layers where a result is not n:m, so th
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +19,12 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.core.sparsify import is_sparse_linear
 from castlm.export.unit_count import groups_of
+from castlm.hardware import in_own_process
 from castlm.inference.convert import pack_model_
-from castlm.inference.decode import decoding_method
+from castlm.inference.decode import greedy
 from castlm.models import load_model
 from castlm.reading import read_json_object
+from castlm.training.verdict import final_perplexity
 
 ROUNDS = 2
 """How often the models take turns, each time in a new process."""
@@ -74,7 +74,8 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
     Raises:
         InputError: a folder without a record or perplexity, or perplexities that were not measured alike.
     """
-    found, harness = [], None
+    found: list[Candidate] = []
+    harness: dict[str, Any] = {}
     dense: float | None = None
     for folder in results:
         file = Path(folder) / "castlm.json"
@@ -82,13 +83,17 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
             raise InputError(f"{folder}: no castlm.json; name a run of castlm train, or its model folder")
         record = read_json_object(file)
         perplexities = record.get("perplexity")
-        value = perplexities.get("pruned", perplexities.get("trained")) if isinstance(perplexities, dict) else None
+        value = final_perplexity(perplexities) if isinstance(perplexities, dict) else None
         if value is None:
             raise InputError(f"{file}: no perplexity of the result; name a finished run of castlm train")
         measured = {key: record.get("measured", {}).get(key) for key in _HARNESS}
-        if harness not in (None, measured):
-            raise InputError(f"{file}: perplexity measured as {_differing(measured, harness)} in {results[0]}")
-        harness, dense = measured, perplexities.get("dense", dense)
+        harness = harness or measured
+        if measured != harness:
+            differing = [
+                f"{key} {measured[key]}, not {harness[key]} as" for key in _HARNESS if measured[key] != harness[key]
+            ]
+            raise InputError(f"{file}: perplexity measured as {', '.join(differing)} in {results[0]}")
+        dense = perplexities.get("dense", dense)
         left_dense = frozenset(record.get("left_dense") or ())
         found.append(Candidate(_name(folder), folder, record.get("pattern"), float(value), left_dense))
     if dense is None:
@@ -101,11 +106,6 @@ def _name(folder: str) -> str:
     return path.parent.name if path.name == "model" else path.name
 
 
-def _differing(mine: Mapping[str, Any], others: Mapping[str, Any] | None) -> str:
-    assert others is not None
-    return ", ".join(f"{key} {mine[key]}, not {others[key]} as" for key in mine if mine[key] != others[key])
-
-
 def measure(chosen: Sequence[Candidate], say: Callable[[str], None]) -> list[Measured]:
     """Bytes and speeds, the candidates in turns, each time in a process of its own."""
     speeds: dict[str, list[float]] = {candidate.folder: [] for candidate in chosen}
@@ -113,9 +113,7 @@ def measure(chosen: Sequence[Candidate], say: Callable[[str], None]) -> list[Mea
     for number in range(ROUNDS):
         say(f"decoding with {len(chosen)} models, round {number + 1} of {ROUNDS}")
         for candidate in chosen:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                size, found = pool.submit(decode, candidate).result()
-            sizes[candidate.folder] = size
+            sizes[candidate.folder], found = in_own_process(decode, candidate)
             speeds[candidate.folder] += found
     return [
         Measured(c.name, c.pattern or "dense", c.perplexity, sizes[c.folder], statistics.median(speeds[c.folder]))
@@ -138,15 +136,7 @@ def decode(candidate: Candidate) -> tuple[int, list[float]]:
 
     def seconds(new_tokens: int) -> float:
         started = time.perf_counter()
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            custom_generate=decoding_method(model),
-        )
+        greedy(model, ids, new_tokens)
         return time.perf_counter() - started
 
     seconds(NEW_TOKENS)  # warms up

@@ -47,6 +47,19 @@ def decoding_method(model: PreTrainedModel, streamer: BaseStreamer | None = None
     return functools.partial(decode, streamer=streamer) if supported else None
 
 
+def greedy(model: PreTrainedModel, ids: Tensor, num_tokens: int) -> Tensor:
+    """Continues `ids` (1, num_prompt) by exactly `num_tokens`, as `castlm generate` decodes: what is timed."""
+    return model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        custom_generate=decoding_method(model),
+    )
+
+
 def _samples_one_token(model: PreTrainedModel) -> bool:
     mode = model.generation_config.get_generation_mode()
     return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)

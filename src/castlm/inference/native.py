@@ -93,6 +93,11 @@ def _use_level(library: ctypes.CDLL, name: str) -> None:
         raise InputError(f"this processor has no {name}: choose one of {', '.join(_levels(library))}")
 
 
+def check_built() -> None:
+    """Raises `InputError` if the kernels were not built."""
+    _library()
+
+
 def _library() -> ctypes.CDLL:
     library = kernels()
     if library is None:

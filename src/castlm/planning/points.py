@@ -14,6 +14,7 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.reading import parse_json, read_text, user_path
+from castlm.training.verdict import final_perplexity
 
 # The first name of each pair is a CSV column's, the second what a run's castlm.json calls the same thing.
 _TOKENS = ("tokens", "train_tokens")
@@ -115,7 +116,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(flat.get("measured"), dict):
         flat["harness"] = ", ".join(f"{key} {str(flat['measured'].get(key))[:12]}" for key in _HARNESS)
     if isinstance(ppl := flat.get("perplexity"), dict):  # the dense control is not pruned and has `trained` instead
-        flat["perplexity"] = ppl.get("pruned", ppl.get("trained"))
+        flat["perplexity"] = final_perplexity(ppl)
     return {key: value for key, value in flat.items() if value is not None}
 
 

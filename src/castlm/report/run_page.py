@@ -16,7 +16,7 @@ from castlm.report.html import render
 from castlm.report.run_data import RunData
 from castlm.report.scales import short
 from castlm.training.config import TrainConfig
-from castlm.training.verdict import verdict
+from castlm.training.verdict import final_perplexity, verdict
 
 REFRESH_SECONDS = 10
 GLOSSARY = (
@@ -124,7 +124,7 @@ def _verdict(run: RunData) -> dict[str, str]:
 
 def _sentence(run: RunData, found: dict[str, Any]) -> str:
     known = run.perplexity
-    final, dense, one_shot = known.get("pruned", known.get("trained")), known.get("dense"), known.get("one_shot")
+    final, dense, one_shot = final_perplexity(known), known.get("dense"), known.get("one_shot")
     if not found["ok"] or final is None or dense is None:
         return f"{found['reason']}."
     if run.config.get("method") == "dense":
@@ -146,7 +146,7 @@ def _recovered(final: float, dense: float, one_shot: float | None) -> float | No
 
 def _tiles(run: RunData) -> list[dict[str, str]]:
     known, record = run.perplexity, run.record or {}
-    final, dense, one_shot = known.get("pruned", known.get("trained")), known.get("dense"), known.get("one_shot")
+    final, dense, one_shot = final_perplexity(known), known.get("dense"), known.get("one_shot")
     tokens = record.get("train_tokens") or (run.rows[-1].get("tokens", 0) if run.rows else 0)
     speeds = [value for _, value in run.series("tokens_per_s")]
     memory = record.get("peak_memory_bytes") or max((v for _, v in run.series("peak_memory_bytes")), default=None)

@@ -10,6 +10,11 @@ DIVERGED_FACTOR = 10.0
 """A result whose perplexity is more than this many times the dense model's has diverged."""
 
 
+def final_perplexity(perplexities: Mapping[str, Any]) -> Any:
+    """Of the result of a run, from `record["perplexity"]`: pruned, or the dense control's; None if it has none."""
+    return perplexities.get("pruned", perplexities.get("trained"))
+
+
 def verdict(perplexities: Mapping[str, float]) -> dict[str, Any]:
     """Whether training left the model better than it found it, and why.
 
@@ -28,7 +33,7 @@ def verdict(perplexities: Mapping[str, float]) -> dict[str, Any]:
         >>> verdict({"dense": 6.0, "one_shot": 14.0, "pruned": 15.0})["ok"]
         False
     """
-    found = perplexities.get("pruned", perplexities.get("trained"))
+    found = final_perplexity(perplexities)
     dense, one_shot = perplexities.get("dense"), perplexities.get("one_shot")
     if found is None or not math.isfinite(found):
         return {"ok": False, "reason": f"the perplexity is {found}"}
