@@ -41,12 +41,12 @@ RUN = Settings(
 @pytest.fixture(scope="module", autouse=True)
 def _each_model_is_traced_once():
     """Plans of one model mostly differ in what does not change its activations."""
-    known: dict[tuple, int] = {}
+    known: dict[tuple, list[int]] = {}
 
-    def saved_once(config, num_layers, micro_batch, seq_len, run, sharded):
-        key = (config.to_json_string(), num_layers, micro_batch, seq_len, run.scale_groups, run.compute, sharded)
+    def saved_once(config, num_layers, sizes, run, sharded):
+        key = (config.to_json_string(), num_layers, tuple(sizes), run.scale_groups, run.compute, sharded)
         if key not in known:
-            known[key] = saved_bytes(config, num_layers, micro_batch, seq_len, run, sharded)
+            known[key] = saved_bytes(config, num_layers, sizes, run, sharded)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -108,7 +108,7 @@ def test_trace_saves_what_a_real_forward_pass_saves(family):
     assert output.last_hidden_state.requires_grad
     experts = any(isinstance(module, ExpertLinear) for module in model.modules())  # what routing saves is left out
     expected = pytest.approx(measured, rel=0.05 if experts else 0.01)
-    assert saved_bytes(model.config, 2, 2, 48, RUN, sharded=False) == expected
+    assert saved_bytes(model.config, 2, [(2, 48)], RUN, sharded=False) == [expected]
 
 
 @pytest.mark.parametrize("moments", MOMENTS)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from castlm import hardware
 from castlm.cli.main import main
 from castlm.cli.train import parse_train
 from castlm.core.errors import InputError
@@ -24,7 +25,7 @@ from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.calibration import calibration_blocks
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.prune import prune_oneshot_
-from castlm.training import setup, start
+from castlm.training import start
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
@@ -445,6 +446,8 @@ def test_full_disk_during_a_save(llama, text, tmp_path):
 
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_bf16_on_a_cpu_without_units_for_it_is_said_to_be_slow(is_fast, llama, text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(setup, "has_fast_bf16", lambda: is_fast)
+    monkeypatch.setattr(hardware, "has_fast_bf16", lambda: is_fast)
     train(small(llama, text, tmp_path / "run", max_steps=2, precision="bf16", ignore_decay_budget=True))
+    assert ("no bf16 units" in capsys.readouterr().err) == (not is_fast)
+    assert main(["eval", str(tmp_path / "run"), "--text", text, "--seq-len", "32", "--precision", "bf16"]) == 0
     assert ("no bf16 units" in capsys.readouterr().err) == (not is_fast)

@@ -63,6 +63,13 @@ def has_fast_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def why_slow(precision: str, device: torch.device) -> str:
+    """Why `precision` is slow on `device`, for a person; empty where it is not."""
+    if precision == "bf16" and device.type == "cpu" and not has_fast_bf16():
+        return "slow: this CPU has no bf16 units, and may multiply bf16 many times slower than fp32: use precision fp32"
+    return ""
+
+
 def check_compile(wanted: bool, device: torch.device) -> None:
     """Raises `InputError` if `torch_compile` is requested and not available on `device`."""
     if wanted and device.type != "cuda":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from castlm.cli.json_report import check_json_path
-from castlm.cli.options import parse, result_folder, write_json
+from castlm.cli.options import parse, result_folder, to_stderr, write_json
 from castlm.core.errors import InputError
 from castlm.fields import positional
 
@@ -68,7 +68,7 @@ class EvalCommand:
 
         from castlm.data.chat import with_template
         from castlm.evaluation.perplexity import evaluate_file
-        from castlm.hardware import choose_device, choose_precision, keep_freed_memory
+        from castlm.hardware import choose_device, choose_precision, keep_freed_memory, why_slow
         from castlm.models import load_model
         from castlm.progress import shown_progress
 
@@ -77,8 +77,10 @@ class EvalCommand:
         with_template(loaded.tokenizer, self.chat_template_path)
         model = loaded.model
         model.to(choose_device(self.device))
-        bf16 = choose_precision(self.precision, model.device, model.config) == "bf16"
-        dtype = torch.bfloat16 if bf16 else None
+        precision = choose_precision(self.precision, model.device, model.config)
+        if slow := why_slow(precision, model.device):
+            to_stderr(slow)
+        dtype = torch.bfloat16 if precision == "bf16" else None
         figures: dict[str, Any] = {"model": self.path}
         if self.text is not None:
             with shown_progress("perplexity, sequences") as progress:

@@ -24,7 +24,7 @@ from castlm.inference.convert import pack_model_
 from castlm.inference.decode import greedy
 from castlm.models import load_model
 from castlm.reading import read_json_object
-from castlm.training.verdict import final_perplexity
+from castlm.training.verdict import MEASURED_ALIKE, final_perplexity
 
 ROUNDS = 2
 """How often the models take turns, each time in a new process."""
@@ -34,7 +34,8 @@ PROMPT, NEW_TOKENS = 32, 64
 SAME = 0.01
 """Perplexities that differ by at most this share count as equal: the spread of two seeds of a short run."""
 
-_HARNESS = ("text_sha256", "num_tokens", "seq_len", "stride", "tokens")
+DENSE = "dense"
+"""Name of the dense model's row."""
 
 
 class Candidate(NamedTuple):
@@ -86,19 +87,22 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
         value = final_perplexity(perplexities) if isinstance(perplexities, dict) else None
         if value is None:
             raise InputError(f"{file}: no perplexity of the result; name a finished run of castlm train")
-        measured = {key: record.get("measured", {}).get(key) for key in _HARNESS}
+        measured = {key: record.get("measured", {}).get(key) for key in MEASURED_ALIKE}
         harness = harness or measured
         if measured != harness:
             differing = [
-                f"{key} {measured[key]}, not {harness[key]} as" for key in _HARNESS if measured[key] != harness[key]
+                f"{key} {value}, not {harness[key]} as" for key, value in measured.items() if value != harness[key]
             ]
             raise InputError(f"{file}: perplexity measured as {', '.join(differing)} in {results[0]}")
         dense = perplexities.get("dense", dense)
         left_dense = frozenset(record.get("left_dense") or ())
-        found.append(Candidate(_name(folder), folder, record.get("pattern"), float(value), left_dense))
+        name = _name(folder)
+        if name in (DENSE, *(other.name for other in found)):
+            name = folder
+        found.append(Candidate(name, folder, record.get("pattern"), float(value), left_dense))
     if dense is None:
         raise InputError(f"no result records the perplexity of the dense model {model}; name one of castlm train")
-    return [Candidate("dense", model, None, float(dense)), *found]
+    return [Candidate(DENSE, model, None, float(dense)), *found]
 
 
 def _name(folder: str) -> str:
@@ -171,7 +175,7 @@ def as_dict(rows: Sequence[Measured]) -> dict[str, Any]:
 def text(report: Mapping[str, Any]) -> str:
     """The report as lines for people."""
     rows = report["results"]
-    dense = next(row for row in rows if row["pattern"] == "dense" and row["name"] == "dense")
+    dense = next(row for row in rows if row["name"] == DENSE)
     width = max(len(row["name"]) for row in rows)
     kind = max(len("pattern"), *(len(row["pattern"]) for row in rows))
     lines = [f"{'result':{width}}  {'pattern':{kind}}  perplexity     MB  tokens/s  of dense  use it?"]

@@ -185,8 +185,8 @@ class _Turning:
     ) -> None:
         self.model, self.wiring, self.options, self.pattern, self.report = model, wiring, options, pattern, report
         self.progress = progress
-        self.stream = Stream(model, wiring, pattern)
         self.rotates_stream = options.rotate == "residual"
+        self.stream = Stream(model, wiring, pattern, self.rotates_stream)
         if self.rotates_stream and (obstacle := self.stream.obstacle()):
             raise InputError(f"the residual stream of {wiring.family} cannot be rotated: {obstacle}; use rotate values")
         self.block_turns = BlockTurns(options, pattern)
@@ -203,9 +203,10 @@ class _Turning:
         inputs = BlockInputs(self.model, blocks, calibration)
         for index, block in enumerate(self.wiring.blocks):
             inside = {name: layer for name, layer in layers.items() if name.startswith(f"{stack}.{index}.")}
-            self._turn_block(index, block, block_statistics(inside, inputs, len(calibration)), inputs)
+            outputs: list[Tensor] | None = [] if inside and index + 1 < len(blocks) else None
+            self._turn_block(index, block, block_statistics(inside, inputs, len(calibration), outputs), inputs)
             if index + 1 < len(blocks):
-                inputs.advance()
+                inputs.advance(outputs)  # a change of basis leaves them as they are
             self._step()
         self.report.changes += self.block_turns.changes()
         self._turn_stream(sample, before)
@@ -258,12 +259,14 @@ def tolerance_of(dtype: torch.dtype) -> float:
     return TOLERANCE if dtype in (torch.float32, torch.float64) else TOLERANCE_NARROW
 
 
-def block_statistics(layers: Mapping[str, SparseLayer], inputs: BlockInputs, num_sequences: int) -> Statistics:
-    """Of the current block's layers; those that read the same input share one."""
+def block_statistics(
+    layers: Mapping[str, SparseLayer], inputs: BlockInputs, num_sequences: int, outputs: list[Tensor] | None = None
+) -> Statistics:
+    """Of the current block's layers; those that read the same input share one. `outputs` is that of `see_inputs`."""
     if not layers:
         return {}
     made: dict[int, Statistic] = {}
-    hessians = input_hessians(layers, inputs, num_sequences)
+    hessians = input_hessians(layers, inputs, num_sequences, outputs)
     return {name: made.setdefault(id(hessian), Statistic(hessian)) for name, hessian in hessians.items()}
 
 

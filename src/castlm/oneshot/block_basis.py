@@ -18,6 +18,7 @@ from castlm.oneshot.families import Attention, Matrix, Mlp
 from castlm.oneshot.permutation import find_permutation
 from castlm.oneshot.rotation import DAMPING, Term, learn_rotations, solved_error, turn_columns
 from castlm.oneshot.solvers import damped
+from castlm.oneshot.sparsegpt import lower_factor
 
 _RATE = 0.05  # of Adam, for the skew matrix of a rotation
 _MIN_GAIN = 1e-3  # relative fall of the error that a change has to bring
@@ -58,13 +59,18 @@ class Statistic:
 
     @cached_property
     def inverse(self) -> Tensor:
-        return torch.linalg.inv(damped(self.hessian, DAMPING))
+        return torch.cholesky_inverse(self._factor())
 
     @cached_property
     def inverse_diagonal(self) -> Tensor:
-        """Of `inverse`, which is not kept for it."""
-        inverse = self.__dict__.get("inverse")
-        return (torch.linalg.inv(damped(self.hessian, DAMPING)) if inverse is None else inverse).diagonal().clone()
+        """Of `inverse`, which is not made for it: H^-1 = L^-T L^-1."""
+        identity = torch.eye(len(self.hessian), device=self.hessian.device)
+        return torch.linalg.solve_triangular(self._factor(), identity, upper=False).square_().sum(0)
+
+    def _factor(self) -> Tensor:
+        """L of the damped Hessian L L^T."""
+        factor, _ = lower_factor(damped(self.hessian, DAMPING), 0)
+        return factor
 
     def energy(self, weight: Tensor) -> float:
         """tr(W H W^T)."""
@@ -131,7 +137,7 @@ def _learn_values(attention: Attention, statistics: Statistics, pattern: NM, ite
     terms = [Term(weight, statistic.inverse, statistic.energy(weight), "in", readers)]
     if value.layer in statistics:
         weight, statistic = value.weight.float(), statistics[value.layer]
-        terms.append(Term(weight, statistic.inverse.diagonal(), statistic.energy(weight), "out", writers))
+        terms.append(Term(weight, statistic.inverse_diagonal, statistic.energy(weight), "out", writers))
     return learn_rotations(
         terms, attention.num_kv_heads, attention.head_dim, pattern, iterations=iterations, learning_rate=_RATE
     )

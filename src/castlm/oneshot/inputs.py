@@ -75,15 +75,22 @@ class ExpertInputs:
 
 
 def see_inputs(
-    layers: Mapping[str, SparseLayer], inputs: BlockInputs, solver: Solver, num_sequences: int
+    layers: Mapping[str, SparseLayer],
+    inputs: BlockInputs,
+    solver: Solver,
+    num_sequences: int,
+    outputs: list[Tensor] | None = None,
 ) -> list[LayerInput | ExpertInputs]:
     """Runs the current block, still dense, on all batches, and gives what enters `layers`, in the order of the calls.
 
     From the second pass on a block ends where it has called all of them: what comes after changes no statistic. Experts
     with few tokens make a second round over all batches.
+
+    Args:
+        outputs: takes in what the block gives for each batch; each pass then goes to the end.
     """
     watch = _Watch(layers, inputs, solver, num_sequences)
-    watch.round(watch.see_routed)
+    watch.round(watch.see_routed, outputs)
     few = {experts: routed.few for experts, routed in watch.routed.items() if routed.few}
     for experts, chosen in few.items():
         for name in watch.routed[experts].wanted.values():
@@ -116,9 +123,11 @@ class _Watch:
         self.experts: dict[str, ExpertInputs] = {}
         self.num_calls, self.last_call = 0, 0
 
-    def round(self, see: Callable[[Routed, tuple[Any, ...], dict[str, Any], Take], None]) -> None:
+    def round(
+        self, see: Callable[[Routed, tuple[Any, ...], dict[str, Any], Take], None], outputs: list[Tensor] | None = None
+    ) -> None:
         """Runs the block on all batches; `see` is what happens when a module of experts is called."""
-        self.last_call = 0
+        self.last_call = 0 if outputs is None else -1
 
         def before_experts(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             routed = self.routed[experts]
@@ -138,7 +147,9 @@ class _Watch:
             for hidden in self.inputs:
                 self.num_calls = 0
                 with suppress(StopForward):
-                    self.inputs.run(hidden)
+                    output = self.inputs.run(hidden)
+                    if outputs is not None:
+                        outputs.append(output)
                 if self.last_call == 0:  # experts are not all called in every pass: then no pass ends early
                     num_layers = len(self.layers) + len(self.experts)
                     all_called = self.num_calls == len(self.found) == num_layers
@@ -173,12 +184,15 @@ class _Watch:
             raise StopForward
 
 
-def input_hessians(layers: Mapping[str, SparseLayer], inputs: BlockInputs, num_sequences: int) -> dict[str, Tensor]:
+def input_hessians(
+    layers: Mapping[str, SparseLayer], inputs: BlockInputs, num_sequences: int, outputs: list[Tensor] | None = None
+) -> dict[str, Tensor]:
     """2/num_sequences X^T X (in, in) of what enters each of the current block's `layers`, by name.
 
     Layers that read the same input share one tensor. Experts have one each, under the name of the layer and a number.
+    `outputs` is that of `see_inputs`.
     """
-    entries = see_inputs(layers, inputs, SOLVERS["sparsegpt"], num_sequences)
+    entries = see_inputs(layers, inputs, SOLVERS["sparsegpt"], num_sequences, outputs)
     return {
         name: hessian
         for entry in entries

@@ -154,9 +154,16 @@ def _some_rows(num_rows: int, generator: torch.Generator) -> Tensor | None:
 
 def solved_error(weight: Tensor, hessian: Tensor, pattern: NM) -> float:
     """Relative output error tr(D H D^T) / tr(W H W^T) of a weight (out, in) pruned by SparseGPT, on 512 of its rows."""
-    rows = _some_rows(len(weight), torch.Generator().manual_seed(0))
-    chosen = weight if rows is None else weight[rows]
-    pruned, _ = sparsegpt(chosen.clone(), hessian.clone(), pattern.n, pattern.m, DAMPING)
-    difference = chosen - pruned
-    lost, whole = ((difference @ hessian) * difference).sum(), ((chosen @ hessian) * chosen).sum()
-    return float(lost / whole.clamp(min=1e-30))
+    return solved_errors([weight], hessian, pattern)[0]
+
+
+def solved_errors(weights: Sequence[Tensor], hessian: Tensor, pattern: NM) -> list[float]:
+    """`solved_error` of weights that read the same input, solved together."""
+    chosen = []
+    for weight in weights:
+        rows = _some_rows(len(weight), torch.Generator().manual_seed(0))
+        chosen.append(weight if rows is None else weight[rows])
+    stacked = torch.cat(chosen)
+    pruned, _ = sparsegpt(stacked.clone(), hessian.clone(), pattern.n, pattern.m, DAMPING)
+    lost, whole = (((x @ hessian) * x).sum(1).split([*map(len, chosen)]) for x in (stacked - pruned, stacked))
+    return [float(part.sum() / of.sum().clamp(min=1e-30)) for part, of in zip(lost, whole)]

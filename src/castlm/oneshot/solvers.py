@@ -14,8 +14,8 @@ from castlm.oneshot.sparsegpt import sparsegpt
 MIN_DAMPING = 1e-3
 """Share of the mean diagonal that is at least added to a Hessian which is inverted beside SparseGPT."""
 
-REFIT_ROWS = 4096
-"""Rows that are refitted at a time."""
+REFIT_ROWS = 1024
+"""Rows that are refitted at a time: what the iterations read and write of them then stays near the processor."""
 
 _GRAM_COLUMNS = 256  # of X^T X at a time
 
@@ -96,26 +96,26 @@ def refit(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int) -> T
 
     Conjugate gradients on many rows at once, preconditioned by the diagonal of `hessian` = X^T X, damped; SparseGPT
     compensates only to the right of what it prunes. A row that does not get better stays as it is, as under a singular
-    `hessian`. 4,096 rows at a time, which bounds the memory to seven times theirs.
+    `hessian`. 1,024 rows at a time, which bounds the memory to seven times theirs.
     """
     chunks = zip(weight.split(REFIT_ROWS), target.split(REFIT_ROWS))
     return torch.cat([_refit_rows(rows, rows_target, hessian, iterations) for rows, rows_target in chunks])
 
 
 def _refit_rows(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int) -> Tensor:
-    mask, inverse, start = weight != 0, 1 / hessian.diagonal(), weight
+    mask, inverse, start = (weight != 0).to(weight.dtype), 1 / hessian.diagonal(), weight
     weight = weight.clone()
-    residual = ((target - weight) @ hessian) * mask
+    residual = ((target - weight) @ hessian).mul_(mask)
     direction = residual * inverse
-    energy = (residual * direction).sum(1, keepdim=True)
+    energy = torch.linalg.vecdot(residual, direction).unsqueeze(1)
     for _ in range(iterations):
-        step = (direction @ hessian) * mask
-        length = energy / (direction * step).sum(1, keepdim=True).clamp(min=1e-30)
-        weight += length * direction
-        residual -= length * step
-        preconditioned = residual * inverse
-        new = (residual * preconditioned).sum(1, keepdim=True)
-        direction = preconditioned + new / energy.clamp(min=1e-30) * direction
+        step = (direction @ hessian).mul_(mask)
+        length = energy / torch.linalg.vecdot(direction, step).unsqueeze(1).clamp_(min=1e-30)
+        weight.addcmul_(length, direction)
+        residual.addcmul_(length, step, value=-1)
+        preconditioned = torch.mul(residual, inverse, out=step)
+        new = torch.linalg.vecdot(residual, preconditioned).unsqueeze(1)
+        torch.addcmul(preconditioned, new / energy.clamp_(min=1e-30), direction, out=direction)
         energy = new
     better = _row_errors(target - weight, hessian) < _row_errors(target - start, hessian)  # False for NaN
     return torch.where(better.unsqueeze(1), weight, start)

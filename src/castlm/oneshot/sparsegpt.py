@@ -50,14 +50,27 @@ def sparsegpt(
 
 def _upper_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """R upper triangular with R R^T = H + damping * mean(diag H) * I, and the damping."""
+    # Cholesky goes from the first column to the last, and R from the last to the first: hence the flips
+    lower, damping = lower_factor(hessian.flip(0, 1), damping)
+    return lower.flip(0, 1), damping
+
+
+def lower_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The Cholesky factor L of H + damping * mean(diag H) * I, and the damping, raised tenfold until there is one.
+
+    Args:
+        hessian: (columns, columns), fp32, symmetric; its diagonal is overwritten.
+
+    Raises:
+        InputError: H cannot be factorized with a damping of 1 either.
+    """
     diagonal = hessian.diagonal()
     undamped, mean = diagonal.clone(), diagonal.mean()
     while True:
         diagonal.copy_(undamped + damping * mean)
-        # Cholesky goes from the first column to the last, and R from the last to the first: hence the flips
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
-            return lower.flip(0, 1), damping
+            return lower, damping
         if damping >= 1:
             raise InputError(
                 "the Hessian is not positive definite, with a damping of 1 either: calibrate on other text"

@@ -17,7 +17,7 @@ from castlm.core.pattern import NM
 from castlm.oneshot.block_basis import Change, Statistic, Statistics
 from castlm.oneshot.families import Block, Matrix, Norm, Wiring
 from castlm.oneshot.permutation import find_permutation
-from castlm.oneshot.rotation import Term, learn_rotations, solved_error
+from castlm.oneshot.rotation import Term, learn_rotations, solved_errors
 
 _RATE = 0.03  # of Adam, for the skew matrix of the rotation
 _SCORE_ROWS = 4096  # of all layers together that a permutation is chosen by
@@ -29,10 +29,11 @@ class Stream:
 
     Args:
         wiring: of `model`.
+        rotates: whether it is going to be rotated.
     """
 
-    def __init__(self, model: PreTrainedModel, wiring: Wiring, pattern: NM) -> None:
-        self.model, self.wiring, self.pattern = model, wiring, pattern
+    def __init__(self, model: PreTrainedModel, wiring: Wiring, pattern: NM, rotates: bool) -> None:
+        self.model, self.wiring, self.pattern, self.rotates = model, wiring, pattern, rotates
         self.gains: list[Tensor] = []
         self.was_tied = False
         self.read: list[Statistic | None] = []
@@ -88,12 +89,11 @@ class Stream:
             tie_(self.model)
 
     def see(self, block: Block, statistics: Statistics) -> None:
-        """Keeps what is needed of a block's statistics: of what it reads all, of what it writes a diagonal."""
-        for matrix in (block.attention.output, *(mlp.down for mlp in block.mlps)):
+        """Keeps all of the statistics of what a block reads; for a rotation, the diagonals of what it writes too."""
+        for matrix in (block.attention.output, *(mlp.down for mlp in block.mlps)) if self.rotates else ():
             if matrix.layer in statistics:
                 statistic, weight = statistics[matrix.layer], matrix.weight.float()
-                diagonal = statistic.inverse.diagonal().clone()
-                self.written.append(Term(weight, diagonal, statistic.energy(weight), "out", (0,)))
+                self.written.append(Term(weight, statistic.inverse_diagonal, statistic.energy(weight), "out", (0,)))
         for _, readers in self.wiring.reads[len(self.read) : len(self.read) + 2]:
             seen = [statistics[matrix.layer] for matrix in readers if matrix.layer in statistics]
             self.read.append(Statistic(seen[0].hessian) if seen else None)
@@ -101,16 +101,17 @@ class Stream:
 
     def permute_(self, change: Change) -> None:
         """Permutes the stream, if that lowers the mean error of the layers that read it."""
-        weights = self._weights()
-        rows = max(1, _SCORE_ROWS // len(weights))
+        readers = self._readers()
+        rows = max(1, _SCORE_ROWS // sum(len(weights) for _, weights in readers))
         generator = torch.Generator().manual_seed(0)
         scores = []
-        for weight, statistic in weights:
-            chosen = torch.randperm(len(weight), generator=generator)[:rows].to(weight.device)
-            scores.append(statistic.importance(weight)[chosen] * (len(weight) / len(chosen)))
-        order = find_permutation(torch.cat(scores), self.pattern).to(weights[0][0].device)
-        before = self._error(weights)
-        after = self._error([(weight[:, order], statistic.permuted(order)) for weight, statistic in weights])
+        for statistic, weights in readers:
+            for weight in weights:
+                chosen = torch.randperm(len(weight), generator=generator)[:rows].to(weight.device)
+                scores.append(statistic.importance(weight)[chosen] * (len(weight) / len(chosen)))
+        order = find_permutation(torch.cat(scores), self.pattern).to(scores[0].device)
+        before = self._error(readers)
+        after = self._error([(s.permuted(order), [weight[:, order] for weight in weights]) for s, weights in readers])
         if change.decide(before, after):
             self._turn_(lambda matrix: matrix[..., order], lambda gain: gain[order])
             self.basis, back = order, order.argsort()
@@ -118,8 +119,9 @@ class Stream:
 
     def rotate_(self, change: Change, iterations: int, alive: Callable[[], None]) -> bool:
         """Rotates the folded stream, if that lowers the mean error of the layers that read it; says whether."""
-        weights, hidden = self._weights(), self.wiring.hidden
-        terms = [Term(weight, s.inverse, s.energy(weight), "in", (0,)) for weight, s in weights] + self.written
+        readers, hidden = self._readers(), self.wiring.hidden
+        terms = [Term(weight, s.inverse, s.energy(weight), "in", (0,)) for s, weights in readers for weight in weights]
+        terms += self.written
         keep_mean = any(norm.is_layer_norm for norm, _ in self.norms)
         (rotation,) = learn_rotations(
             terms,
@@ -131,8 +133,10 @@ class Stream:
             keep_mean=keep_mean,
             alive=alive,
         )
-        before = self._error(weights)
-        after = self._error([(weight @ rotation, s.rotated(rotation[None], (0,))) for weight, s in weights])
+        before = self._error(readers)
+        after = self._error(
+            [(s.rotated(rotation[None], (0,)), [weight @ rotation for weight in weights]) for s, weights in readers]
+        )
         if not change.decide(before, after):
             return False
         self._turn_(lambda matrix: matrix.float() @ rotation, lambda gain: gain)
@@ -144,17 +148,18 @@ class Stream:
         self.basis, self.undo = rotation, undo
         return True
 
-    def _weights(self) -> list[tuple[Tensor, Statistic]]:
-        """The weights that are pruned among those that read the stream, with the statistics of their inputs."""
+    def _readers(self) -> list[tuple[Statistic, list[Tensor]]]:
+        """The weights that are pruned among those that read the stream, by their input and with its statistic."""
         return [
-            (matrix.weight.float(), statistic)
+            (statistic, [matrix.weight.float() for matrix in readers if matrix.layer in self.pruned])
             for statistic, (_, readers) in zip(self.read, self.wiring.reads)
-            for matrix in readers
-            if statistic is not None and matrix.layer in self.pruned
+            if statistic is not None
         ]
 
-    def _error(self, weights: list[tuple[Tensor, Statistic]]) -> float:
-        return sum(solved_error(weight, s.hessian, self.pattern) for weight, s in weights) / len(weights)
+    def _error(self, readers: list[tuple[Statistic, list[Tensor]]]) -> float:
+        """The mean over the weights."""
+        errors = [error for s, weights in readers for error in solved_errors(weights, s.hessian, self.pattern)]
+        return sum(errors) / len(errors)
 
     def _turn_(self, turn: Callable[[Tensor], Tensor], turn_gain: Callable[[Tensor], Tensor]) -> None:
         """Applies a change of basis `turn` of the last axis to all that touches the stream, in place."""

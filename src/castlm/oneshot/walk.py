@@ -96,10 +96,14 @@ class BlockInputs:
         """The current block on one batch."""
         return self.calls[self.index].run(self.blocks[self.index], hidden)
 
-    def advance(self) -> None:
-        """Runs the current block over all batches, each in its place, and goes on to the next."""
+    def advance(self, outputs: Sequence[Tensor] | None = None) -> None:
+        """Puts what the current block gives for each batch in its place, and goes on to the next.
+
+        Args:
+            outputs: where they are known; else the block runs.
+        """
         for i, hidden in enumerate(self.batches):
-            self.batches[i] = self.run(hidden)
+            self.batches[i] = self.run(hidden) if outputs is None else outputs[i]
         self.index += 1
 
     def _enter(self, model: PreTrainedModel, ids: Tensor, keep: bool) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,27 +83,23 @@ class Saved(NamedTuple):
 def trace(config: PretrainedConfig, run: Settings, sharded: bool) -> Saved:
     """Saved bytes, from the differences between one block and two, and between two small numbers of tokens."""
 
-    def block(micro_batch: int, seq_len: int) -> tuple[int, int]:
-        one = saved_bytes(config, 1, micro_batch, seq_len, run, sharded)
-        return saved_bytes(config, 2, micro_batch, seq_len, run, sharded) - one, one
-
-    both, one = block(run.micro_batch, run.seq_len)
-    weights = 2 * block(1, 16)[0] - block(1, 32)[0]  # saved = weights + tokens * x
-    return Saved(both - weights, weights, one - both)
+    sizes = [(run.micro_batch, run.seq_len), (1, 16), (1, 32)]
+    one, two = (saved_bytes(config, num_layers, sizes, run, sharded) for num_layers in (1, 2))
+    block, of_16, of_32 = (with_two - with_one for with_one, with_two in zip(one, two))
+    weights = 2 * of_16 - of_32  # saved = weights + tokens * x
+    return Saved(block - weights, weights, one[0] - block)
 
 
 def saved_bytes(
-    config: PretrainedConfig, num_layers: int, micro_batch: int, seq_len: int, run: Settings, sharded: bool
-) -> int:
-    """Bytes of the storages that autograd saves in a forward pass of `num_layers` blocks, parameters excluded."""
+    config: PretrainedConfig, num_layers: int, sizes: Sequence[tuple[int, int]], run: Settings, sharded: bool
+) -> list[int]:
+    """Bytes of the storages that autograd saves in a forward pass of `num_layers` blocks, parameters excluded.
+
+    Args:
+        sizes: (sequences, tokens in each) of the forward passes; one number is returned for each.
+    """
     config = copy.deepcopy(config)
     config.get_text_config().num_hidden_layers = num_layers
-    storages: dict[int, Tensor] = {}  # keeps them alive, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
     with FakeTensorMode(), as_input_error(config):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=_ATTENTION
@@ -115,13 +111,23 @@ def saved_bytes(
         if sharded and run.compute is not torch.float32:
             _narrow_linears_(model, run.compute)
         model.train()
-        input_ids = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
-        autocast = torch.autocast("cpu", run.compute, enabled=run.compute is not torch.float32)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-            backbone(model)(input_ids=input_ids, use_cache=False)
-        for param in model.parameters():
-            storages.pop(param.untyped_storage()._cdata, None)
-        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+        return [_saved_by_forward(model, micro_batch, seq_len, run.compute) for micro_batch, seq_len in sizes]
+
+
+def _saved_by_forward(model: PreTrainedModel, micro_batch: int, seq_len: int, compute: torch.dtype) -> int:
+    storages: dict[int, Tensor] = {}  # keeps them alive, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    input_ids = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
+    autocast = torch.autocast("cpu", compute, enabled=compute is not torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        backbone(model)(input_ids=input_ids, use_cache=False)
+    for param in model.parameters():
+        storages.pop(param.untyped_storage()._cdata, None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
 def _narrow_linears_(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -14,12 +14,11 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.reading import parse_json, read_text, user_path
-from castlm.training.verdict import final_perplexity
+from castlm.training.verdict import MEASURED_ALIKE, final_perplexity
 
 # The first name of each pair is a CSV column's, the second what a run's castlm.json calls the same thing.
 _TOKENS = ("tokens", "train_tokens")
 _PARAMS = ("params", "num_params")
-_HARNESS = ("seq_len", "stride", "text_sha256", "num_tokens")
 
 MAX_POINTS = 2_000
 """More rows are refused: the bootstrap refits every point 200 times, and no one has finished as many runs."""
@@ -38,7 +37,7 @@ class Point:
     seed: int | None = None
     method: str | None = None
     harness: str = ""
-    """Context length, stride, text and token count of the evaluation, if known; only equal ones can be compared."""
+    """Context length, stride, text and tokens of the evaluation, if known; only equal ones can be compared."""
     pattern: str = ""
     """Sparsity pattern, if known; a law holds for one."""
     source: str = ""
@@ -114,7 +113,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(flat.get("config"), dict):
         flat.setdefault("seed", flat["config"].get("seed", 0))
     if isinstance(flat.get("measured"), dict):
-        flat["harness"] = ", ".join(f"{key} {str(flat['measured'].get(key))[:12]}" for key in _HARNESS)
+        flat["harness"] = ", ".join(f"{key} {str(flat['measured'].get(key))[:12]}" for key in MEASURED_ALIKE)
     if isinstance(ppl := flat.get("perplexity"), dict):  # the dense control is not pruned and has `trained` instead
         flat["perplexity"] = final_perplexity(ppl)
     return {key: value for key, value in flat.items() if value is not None}

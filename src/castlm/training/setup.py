@@ -29,7 +29,7 @@ from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import compile_blocks_, is_sharded, reshard_, shard_
 from castlm.distributed.world import World
 from castlm.export.cut import check_cut
-from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, describe, has_fast_bf16
+from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, describe, why_slow
 from castlm.methods.base import Retraining
 from castlm.methods.table import class_of
 from castlm.training.config import TrainConfig
@@ -237,8 +237,8 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
     method, source = parts.method, parts.source
     where = describe(world.device, world.size, parts.evaluator.precision, parts.optimizer_text)
     yield f"{source.loaded.source}: {where}"
-    if parts.evaluator.precision == "bf16" and world.device.type == "cpu" and not has_fast_bf16():
-        yield "slow: this CPU has no bf16 units, and may multiply bf16 many times slower than fp32: use precision fp32"
+    if slow := why_slow(parts.evaluator.precision, world.device):
+        yield slow
     by_reason: dict[str, list[str]] = {}
     for name, reason in method.left_dense.items():
         by_reason.setdefault(reason, []).append(name)

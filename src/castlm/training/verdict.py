@@ -9,6 +9,9 @@ from typing import Any
 DIVERGED_FACTOR = 10.0
 """A result whose perplexity is more than this many times the dense model's has diverged."""
 
+MEASURED_ALIKE = ("seq_len", "stride", "text_sha256", "num_tokens", "tokens")
+"""What of `record["measured"]` two perplexities have in common if they can be compared."""
+
 
 def final_perplexity(perplexities: Mapping[str, Any]) -> Any:
     """Of the result of a run, from `record["perplexity"]`: pruned, or the dense control's; None if it has none."""
