@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -19,17 +20,20 @@ import torch
 from rich.table import Table
 
 from castlm.cli.demo_payoff import payoff_table
-from castlm.cli.options import parse
+from castlm.cli.options import command_line, parse, to_stderr
 from castlm.core.sparsify import prune_
 from castlm.files import atomic_write_json
 from castlm.hardware import keep_freed_memory
 from castlm.locate import DEMO
 from castlm.models import Loaded, load_model
-from castlm.output import claimed
-from castlm.owned import OUTPUT
+from castlm.output import claimed, continued
+from castlm.owned import OUTPUT, read_record
 from castlm.progress import Screen, note
+from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
+from castlm.training.interrupt import Interrupted
 from castlm.training.loop import train
+from castlm.training.run_folder import RunFolder
 
 HELD_OUT = 8  # one topic in 8
 PROMPT = "The for statement is used to"
@@ -47,7 +51,7 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
     return train_file, eval_file
 
 
-def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
+def demo_config(folder: Path, max_steps: int, method: str, resume: bool = False) -> TrainConfig:
     texts = folder / "text"
     return TrainConfig(
         model=DEMO,
@@ -63,26 +67,32 @@ def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
         eval_tokens=8192,
         eval_steps=max_steps,
         save_steps=0,
-        overwrite=True,
+        resume=resume,
+        overwrite=not resume,
     )
 
 
-def run_demo(folder: Path, max_steps: int, overwrite: bool) -> None:
+def run_demo(folder: Path, max_steps: int, overwrite: bool, resume: bool) -> None:
     """Trains castlm and the dense control, and prints what they reach, what they cost to run, and a text of each."""
-    with claimed(folder, "demo", overwrite=overwrite) as claimed_folder:
-        atomic_write_json(claimed_folder / OUTPUT, {"command": "demo"})
-        _run_demo(claimed_folder, max_steps)
+    claim = continued(folder, "demo") if resume else claimed(folder, "demo", overwrite=overwrite)
+    with claim as claimed_folder:
+        begun = read_record(claimed_folder / OUTPUT).get("begun", []) if resume else []
+        _run_demo(claimed_folder, max_steps, begun)
 
 
-def _run_demo(folder: Path, max_steps: int) -> None:
+def _run_demo(folder: Path, max_steps: int, begun: Collection[str]) -> None:
+    """`begun` are the runs of an earlier start, which go on or are finished."""
     started = time.monotonic()
     console = Screen(highlight=False, soft_wrap=True)
     write_texts(folder / "text")
-    records = {}
+    records: dict[str, dict[str, Any]] = {}
     for number, method in enumerate(("castlm", "dense"), 1):
         what = "dense to 2:4" if method == "castlm" else "the dense control, with the same training"
         console.print(f"[{number}/2] {what}: {max_steps} steps of 512 tokens", markup=False)
-        records[method] = train(demo_config(folder, max_steps, method))
+        run = RunFolder(folder / method)
+        goes_on = method in begun and (run.is_finished() or bool(checkpoint_steps(run.checkpoints)))
+        atomic_write_json(folder / OUTPUT, {"command": "demo", "begun": sorted({*begun, *records, method})})
+        records[method] = train(demo_config(folder, max_steps, method, goes_on))
     console.print(results_table(records["castlm"], records["dense"]))
     completions(console, folder)
     result, packed = folder / "castlm" / "model", folder / "packed"
@@ -147,15 +157,23 @@ class DemoCommand:
     output_dir: str = "demo-output"
     """Folder for the runs and the result."""
 
-    max_steps: int = 60
+    max_steps: int = 40
     """Optimizer steps of 512 tokens, for castlm and for the dense control each."""
+
+    resume: bool = False
+    """Go on where an earlier start was stopped."""
 
     overwrite: bool = False
     """Replace what output_dir holds."""
 
     def run(self) -> int:
         keep_freed_memory()
-        run_demo(Path(self.output_dir), self.max_steps, self.overwrite)
+        try:
+            run_demo(Path(self.output_dir), self.max_steps, self.overwrite, self.resume)
+        except Interrupted as stop:
+            again = replace(self, resume=True, overwrite=False)
+            to_stderr(f"castlm: {stop.reason}; continue with: {command_line('demo', again)}")
+            return stop.exit_code
         return 0
 
 

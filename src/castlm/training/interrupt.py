@@ -17,13 +17,14 @@ class Interrupted(BaseException):
     """A run that a signal stopped. No `Exception`, so that code which reports bad input does not catch it.
 
     Attributes:
+        reason: what stopped it and when, without what to do next.
         exit_code: once the run is saved, 130 after Ctrl-C, and 0 after SIGTERM, which is how a scheduler pre-empts, and
             on a rank that another one told. Before there is anything to save, 130 and 143.
     """
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    def __init__(self, reason: str, then: str, exit_code: int) -> None:
+        super().__init__(f"{reason}; {then}")
+        self.reason, self.exit_code = reason, exit_code
 
 
 class Interrupt:
@@ -62,14 +63,12 @@ class Interrupt:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._is_training:
             code = 128 + number
-            raise Interrupted(f"stopped by {signal.Signals(number).name} while loading; nothing was changed", code)
+            raise Interrupted(f"stopped by {signal.Signals(number).name} while loading", "nothing was changed", code)
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
         note(f"{self._ends_with}; Ctrl-C again stops at once without saving")
 
     def stopped(self, step: int, output_dir: Path) -> Interrupted:
-        how = f"castlm train --config {output_dir / 'config.yaml'} --resume"
-        return Interrupted(
-            f"stopped after step {step}, saved; continue with: {how}", 130 if self.signal == signal.SIGINT else 0
-        )
+        how = f"continue with: castlm train --config {output_dir / 'config.yaml'} --resume"
+        return Interrupted(f"stopped after step {step}, saved", how, 130 if self.signal == signal.SIGINT else 0)

@@ -1,0 +1,48 @@
+"""castlm demo on a tiny model, stopped by a signal and resumed."""
+
+import os
+import signal
+
+import pytest
+from rich.table import Table
+
+from castlm.cli import demo
+from castlm.cli.main import main
+from castlm.training.run import Run
+from tests.tiny import save_tiny
+
+
+@pytest.fixture
+def tiny_demo(tmp_path, monkeypatch) -> str:
+    """The output folder of a demo whose model is tiny, and neither generates nor is timed."""
+    monkeypatch.setattr(demo, "DEMO", str(save_tiny(tmp_path / "model", "llama", max_position_embeddings=256)))
+    monkeypatch.setattr(demo, "payoff_table", lambda *_: (Table(), "a text"))
+    monkeypatch.setattr(demo, "completions", lambda *_: None)
+    return str(tmp_path / "out")
+
+
+def test_a_demo_that_was_stopped_says_how_to_go_on_and_does(tiny_demo, capsys, monkeypatch):
+    steps, original = [], Run.train_step
+
+    def train_step(self):
+        steps.append((self.config.method, self.progress.step))
+        original(self)
+        if steps == [("cast", 0), ("cast", 1), ("dense", 0)]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Run, "train_step", train_step)
+    assert main(["demo", "--output-dir", tiny_demo, "--max-steps", "2"]) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    again = f"castlm demo --output-dir {tiny_demo} --max-steps 2 --resume"
+    assert said == f"castlm: stopped after step 1, saved; continue with: {again}"
+    assert main(again.split()[1:]) == 0
+    assert steps == [("cast", 0), ("cast", 1), ("dense", 0), ("dense", 1)]
+    assert "verified 2:4 model" in capsys.readouterr().out
+
+
+def test_a_folder_of_something_else_is_not_resumed(tiny_demo, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert main(["demo", "--output-dir", tiny_demo, "--resume"]) == 2
+    assert "already holds something that castlm has no record of" in capsys.readouterr().err
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["mine.txt"]
