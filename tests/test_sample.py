@@ -103,13 +103,30 @@ def test_a_conversation_is_the_users_turn_and_then_the_answer_in_the_template():
     tokenizer = chat_tokenizer()
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     said = [tokenizer("Hi", add_special_tokens=False)["input_ids"] + [end], [end] * 3, [97, 97, 97]]
-    answers = [[*tokenizer("Yo", add_special_tokens=False)["input_ids"], end]] * 3
+    answers = [[*tokenizer("Yo", add_special_tokens=False)["input_ids"], end]]
     model = Scripted(said, answers)
     found = sampler_of(tokenizer, chat=True, model=model, batch_size=3).batch(0)
     assert found[0].row == {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
-    assert found[1:] == [None, None]  # an empty turn, and one that does not end
+    assert found[1:] == [None, None]  # an empty turn, and one that does not end: neither is answered
     assert tokenizer.decode(model.asked[0][0]) == "<|im_start|>user\n"
     assert tokenizer.decode(model.asked[1][0]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_it_is_said_once_that_most_conversations_do_not_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_file, "FEW_SAMPLES", 4)
+    tokenizer, said = chat_tokenizer(), []
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    turns = [[[97 + number, end], [97, 97], [98, 97]] for number in range(3)]
+    answers = [[[98 + number, end]] for number in range(3)]
+    model = Scripted(*(part for pair in zip(turns, answers) for part in pair))
+    sampler = sampler_of(tokenizer, chat=True, model=model, batch_size=3)
+    with open_samples(tmp_path / "chat.jsonl", {"seed": 0}, dedup_prefix=5) as file:
+        record = sample(sampler, file, num_tokens=3 * (len(sampler._begin("a")) + 1), say=said.append)
+    assert record["samples"] == 3
+    assert said == [
+        "4 of 6 texts are left out, empty or unfinished: raise max_new_tokens, lower temperature and top_p, or pass "
+        "prompts"
+    ]
 
 
 def test_a_given_users_turn_is_answered():

@@ -193,7 +193,7 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
             file.restore(sampler.prompt_of)
         try:
             with shown_progress("sampling, tokens", rate="tokens/s", before=file.tokens) as progress:
-                return sample(sampler, file, num_tokens=self.num_tokens, progress=progress)
+                return sample(sampler, file, num_tokens=self.num_tokens, progress=progress, say=note)
         except (KeyboardInterrupt, SystemExit):
             if file.batches:
                 note(f"{file.samples:,} texts are saved; the same command with --resume goes on")

@@ -23,6 +23,9 @@ from castlm.files import atomic_write_json, flush_folder, is_disk_full, read_jso
 from castlm.owned import read_record, sha256_file
 from castlm.reading import user_path
 
+FEW_SAMPLES = 32
+"""Texts before it is said that most of them are left out."""
+
 PATIENCE = 20
 """Batches in a row without a new text after which the work stops."""
 
@@ -228,16 +231,18 @@ def sample(
     *,
     num_tokens: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Samples batches into `file` until it holds `num_tokens` tokens, and returns its record.
 
     Args:
         progress: called with (tokens so far, `num_tokens`) after each batch.
+        say: called with a line, once, if most texts are empty or unfinished.
 
     Raises:
         InputError: as `SampleFile.add`, or `PATIENCE` batches in a row have brought nothing new.
     """
-    without = 0
+    without, said = 0, False
     while file.tokens < num_tokens:
         rows = []
         for place, found in enumerate(sampler.batch(file.batches), file.batches * sampler.options.batch_size):
@@ -245,6 +250,13 @@ def sample(
                 rows.append(row)
         file.add(rows)
         without = 0 if rows else without + 1
+        num_sampled = file.batches * sampler.options.batch_size
+        if not said and num_sampled >= FEW_SAMPLES and 2 * file.dropped > num_sampled:
+            say(
+                f"{file.dropped:,} of {num_sampled:,} texts are left out, empty or unfinished: raise max_new_tokens, "
+                "lower temperature and top_p, or pass prompts"
+            )
+            said = True
         if without == PATIENCE:
             raise InputError(
                 f"{PATIENCE} batches in a row have brought no new text; {file.part} holds {file.samples:,}: raise "

@@ -139,19 +139,15 @@ class Sampler:
             users = self._continue([self._user] * len(prompts))
             prompts = [self._decode(user.ids).strip() for user in users]
         asked = [bool(prompt.strip()) and (users is None or users[row].is_whole) for row, prompt in enumerate(prompts)]
-        begins = [self._begin(prompt) if ok else self._user for prompt, ok in zip(prompts, asked)]
+        begins = {row: self._begin(prompts[row]) for row, ok in enumerate(asked) if ok}
         if self._longest is not None:  # a long question leaves no room for an answer
-            room = [len(begin) + self.options.max_new_tokens <= self._longest for begin in begins]
-            asked = [ok and fits for ok, fits in zip(asked, room)]
-            begins = [begin if fits else self._user for begin, fits in zip(begins, room)]
-        samples: list[Sample | None] = []
-        for prompt, begin, ok, answer in zip(prompts, begins, asked, self._continue(begins)):
-            text = self._decode(answer.ids).strip()
-            if not (ok and text and answer.is_whole):
-                samples.append(None)
-                continue
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-            samples.append(Sample({"messages": messages}, len(begin) + len(answer.ids), True))
+            most = self._longest - self.options.max_new_tokens
+            begins = {row: begin for row, begin in begins.items() if len(begin) <= most}
+        samples: list[Sample | None] = [None] * len(prompts)
+        for (row, begin), answer in zip(begins.items(), self._continue([*begins.values()])):
+            if answer.is_whole and (text := self._decode(answer.ids).strip()):
+                messages = [{"role": "user", "content": prompts[row]}, {"role": "assistant", "content": text}]
+                samples[row] = Sample({"messages": messages}, len(begin) + len(answer.ids), True)
         return samples
 
     def _begin(self, prompt: str) -> list[int]:
@@ -180,6 +176,8 @@ class Sampler:
 
     def _continue(self, begins: list[list[int]]) -> list[_Continued]:
         """Samples after each of `begins`, in one batch, padded on the left."""
+        if not begins:
+            return []
         width = max(map(len, begins))
         ids = torch.full((len(begins), width), self._ends[0], device=self.model.device)
         mask = torch.zeros_like(ids)
