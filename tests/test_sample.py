@@ -116,8 +116,9 @@ def test_it_is_said_once_that_most_conversations_do_not_end(tmp_path, monkeypatc
     monkeypatch.setattr(sample_file, "FEW_SAMPLES", 4)
     tokenizer, said = chat_tokenizer(), []
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    turns = [[[97 + number, end], [97, 97], [98, 97]] for number in range(3)]
-    answers = [[[98 + number, end]] for number in range(3)]
+    letters = [tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "abcd"]
+    turns = [[[*letter, end], letters[0] * 2, letters[1] * 2] for letter in letters[:3]]
+    answers = [[[*letter, end]] for letter in letters[1:]]
     model = Scripted(*(part for pair in zip(turns, answers) for part in pair))
     sampler = sampler_of(tokenizer, chat=True, model=model, batch_size=3)
     with open_samples(tmp_path / "chat.jsonl", {"seed": 0}, dedup_prefix=5) as file:
