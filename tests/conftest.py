@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too: each would take all cores
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else torch.compile starts processes that import torch
 
 from pathlib import Path

@@ -1,6 +1,7 @@
 """The two fused paths of AdamS in tests: the C++ kernels, and what runs on a GPU, here compiled for a CPU."""
 
 import pytest
+import torch
 
 from castlm.core import native
 
@@ -8,6 +9,11 @@ needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_B
 
 
 def through_torch_compile(optimizer, monkeypatch):
-    """Has `optimizer` take on a CPU the way that it takes on a GPU."""
+    """Has `optimizer` take on a CPU the way that it takes on a GPU, up to the code that inductor would write for one.
+
+    The C++ that inductor writes for a CPU in its place runs nowhere else and takes half a minute to compile.
+    """
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend="aot_eager", **how))
     monkeypatch.setattr(native, "kernels", lambda: None)
     optimizer._fused = True
