@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from castlm.hardware import in_own_process
 
 SCRIPT = """
 import resource, torch
@@ -33,3 +36,9 @@ def test_what_is_freed_is_kept_for_the_next_step():
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     given_back, kept = map(int, run.stdout.split())
     assert given_back > 10 * kept + 1000
+
+
+def test_what_runs_in_a_process_of_its_own_gives_its_result_and_its_errors():
+    assert in_own_process(os.getpid) != os.getpid()
+    with pytest.raises(FileNotFoundError):
+        in_own_process(os.listdir, "nowhere")

@@ -86,6 +86,7 @@ def test_zeros_are_left_out_of_the_bytes_and_cut_channels_are_not_there(dense, r
 @needs_kernels
 def test_the_command_measures_runs_and_writes_json(dense, result, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tradeoff, "ROUNDS", 1)
+    monkeypatch.setattr(tradeoff, "in_own_process", lambda function, *args: function(*args))
     runs = [str(result("sparse", "2:4", 8.0)), str(result("runs/dense", "channels:0.5", 9.0))]
     out = tmp_path / "out.json"
     assert main(["advise", str(dense), "--results", *runs, "--json", str(out)]) == 0

@@ -96,18 +96,18 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
             raise InputError(f"{file}: perplexity measured as {', '.join(differing)} in {results[0]}")
         dense = perplexities.get("dense", dense)
         left_dense = frozenset(record.get("left_dense") or ())
-        name = _name(folder)
-        if name in (DENSE, *(other.name for other in found)):
-            name = folder
+        run = _run_folder(folder)
+        name = str(run) if run.name in (DENSE, *(other.name for other in found)) else run.name
         found.append(Candidate(name, folder, record.get("pattern"), float(value), left_dense))
     if dense is None:
         raise InputError(f"no result records the perplexity of the dense model {model}; name one of castlm train")
     return [Candidate(DENSE, model, None, float(dense)), *found]
 
 
-def _name(folder: str) -> str:
+def _run_folder(folder: str) -> Path:
+    """The folder of the run whose `model` is `folder`, or `folder` itself."""
     path = Path(folder).resolve()
-    return path.parent.name if path.name == "model" else path.name
+    return path.parent if path.name == "model" else path
 
 
 def measure(chosen: Sequence[Candidate], say: Callable[[str], None]) -> list[Measured]:
