@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.export.packed import pack_folder
-from castlm.inference import native
+from castlm.inference import generate, native
 from castlm.inference.convert import pack_model_
 from castlm.inference.layers import PackedEmbedding, PackedLinear
 from castlm.models import load_model
@@ -147,6 +147,21 @@ def test_a_packed_model_is_not_saved_by_transformers(folders, tmp_path):
 
 
 # ---- text
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize("which", [0, 1])
+def test_plain_weights_of_16_bits_run_in_fp32_where_that_is_faster(which, is_fast, folders, monkeypatch):
+    monkeypatch.setattr(generate, "has_fast_bf16", lambda: is_fast)
+    said = []
+    stored, _ = generate.load_to_generate(str(folders[which]), say=said.append)
+    assert not said
+    model, _ = generate.load_to_generate(str(folders[which]), as_stored=False, say=said.append)
+    widened = which == 0 and not is_fast
+    assert len(said) == widened
+    dtype = stored.model.norm.weight.dtype
+    assert model.model.norm.weight.dtype == (torch.float32 if widened else dtype)
+    assert which == 1 or dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
-from castlm.cli.options import parse, result_folder
+from castlm.cli.options import parse, result_folder, to_stderr
 from castlm.fields import positional
 from castlm.names import LAYOUT, printable
 
@@ -45,7 +45,12 @@ class GenerateCommand:
 
         if self.threads > 0:
             torch.set_num_threads(self.threads)
-        model, tokenizer = load_to_generate(result_folder(self.path), trust_remote_code=self.trust_remote_code)
+        model, tokenizer = load_to_generate(
+            result_folder(self.path),
+            as_stored=False,
+            trust_remote_code=self.trust_remote_code,
+            say=lambda line: to_stderr(f"castlm: {line}"),
+        )
         done = generate_text(
             model,
             tokenizer,

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GgufConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from castlm.architecture import auto_class, context_length
 from castlm.core.errors import InputError
+from castlm.hardware import has_fast_bf16
 from castlm.inference.decode import decoding_method
 from castlm.opening import open_model, quiet
 
@@ -41,12 +42,19 @@ class Generated:
 
 
 def load_to_generate(
-    name: str, *, trust_remote_code: bool = False, revision: str | None = None
+    name: str,
+    *,
+    as_stored: bool = True,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in the dtype of its config, on a GPU where there is one, and its tokenizer.
 
     Args:
         name: a folder, plain or packed, a hub id, a .gguf file or "demo".
+        as_stored: if not, plain weights of 16 bits are widened to fp32 on a CPU that multiplies those faster.
+        say: called with a line if they are.
 
     Raises:
         InputError: as `castlm.opening.open_model`, or damaged packed files.
@@ -57,9 +65,19 @@ def load_to_generate(
         options |= {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
     if torch.cuda.is_available():
         options["device_map"] = "cuda"
+    dtype: str | torch.dtype = "auto"
+    if not as_stored and _is_slow_as_stored(config):
+        dtype = torch.float32
+        say("this CPU has no bf16 units: plain weights of 16 bits run in fp32 (an n:m model is faster packed)")
     with quiet(where):
-        model = auto_class(config).from_pretrained(where.target, config=config, dtype="auto", **options)
+        model = auto_class(config).from_pretrained(where.target, config=config, dtype=dtype, **options)
     return model.eval(), tokenizer
+
+
+def _is_slow_as_stored(config: PretrainedConfig) -> bool:
+    is_narrow = config.dtype in (torch.bfloat16, torch.float16)
+    is_plain = getattr(config, "quantization_config", None) is None
+    return is_narrow and is_plain and not torch.cuda.is_available() and not has_fast_bf16()
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tensor:
