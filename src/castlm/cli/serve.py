@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from castlm.cli.options import parse, result_folder
+from castlm.cli.options import parse, result_folder, to_stderr
 from castlm.core.errors import InputError
 from castlm.fields import positional
 
@@ -33,20 +33,31 @@ class ServeCommand:
         import torch
         from transformers.utils.import_utils import is_serve_available
 
+        from castlm.inference.generate import WIDENED, is_slow_as_stored
         from castlm.opening import open_model
 
         if not is_serve_available():
             raise InputError("serving needs fastapi, uvicorn, pydantic and openai: pip install 'castlm[serve]'")
         path = result_folder(self.path)
-        where, _, _ = open_model(path, trust_remote_code=self.trust_remote_code)
+        where, config, _ = open_model(path, trust_remote_code=self.trust_remote_code)
         if where.gguf:
             raise InputError(f"{self.path} is a GGUF file: serve a model folder")
         if self.threads > 0:
             torch.set_num_threads(self.threads)
         from transformers.cli.serve import Serve
 
+        dtype = "auto"
+        if is_slow_as_stored(config):
+            dtype = "float32"
+            to_stderr(f"castlm: {WIDENED}")
         print(f"castlm: {self.path} at http://{self.host}:{self.port}/v1, until Ctrl-C", flush=True)
-        Serve(force_model=where.target, host=self.host, port=self.port, trust_remote_code=self.trust_remote_code)
+        Serve(
+            force_model=where.target,
+            host=self.host,
+            port=self.port,
+            dtype=dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
         return 0
 
 

@@ -17,6 +17,8 @@ from castlm.hardware import has_fast_bf16
 from castlm.inference.decode import decoding_method
 from castlm.opening import open_model, quiet
 
+WIDENED = "this CPU has no bf16 units: plain weights of 16 bits run in fp32 (an n:m model is faster packed)"
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -66,15 +68,16 @@ def load_to_generate(
     if torch.cuda.is_available():
         options["device_map"] = "cuda"
     dtype: str | torch.dtype = "auto"
-    if not as_stored and _is_slow_as_stored(config):
+    if not as_stored and is_slow_as_stored(config):
         dtype = torch.float32
-        say("this CPU has no bf16 units: plain weights of 16 bits run in fp32 (an n:m model is faster packed)")
+        say(WIDENED)
     with quiet(where):
         model = auto_class(config).from_pretrained(where.target, config=config, dtype=dtype, **options)
     return model.eval(), tokenizer
 
 
-def _is_slow_as_stored(config: PretrainedConfig) -> bool:
+def is_slow_as_stored(config: PretrainedConfig) -> bool:
+    """Whether plain weights of 16 bits would run on a CPU that multiplies fp32 many times faster."""
     is_narrow = config.dtype in (torch.bfloat16, torch.float16)
     is_plain = getattr(config, "quantization_config", None) is None
     return is_narrow and is_plain and not torch.cuda.is_available() and not has_fast_bf16()
