@@ -1,5 +1,6 @@
 """What every test stands on: no hub, one torch thread, and the real small model where the checkout has it."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets is imported
@@ -70,6 +71,15 @@ LONGEST_FIRST = (
     "test_compare",
 )
 """Files whose tests take longest. They run first, so that no process is left alone with one of them at the end."""
+
+
+def pytest_configure() -> None:
+    gc.disable()  # until all is imported: a million objects that stay, which each collection would walk through
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

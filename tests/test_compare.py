@@ -50,6 +50,14 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture
+def short(tmp_path) -> dict[str, str]:
+    """Options of runs that start from magnitude and save nothing on the way, where their results alone matter."""
+    file = tmp_path / "short.yaml"
+    file.write_text(yaml.safe_dump({**CONFIG, "init_from": "magnitude", "save_steps": 0}))
+    return {"methods": "cast", "config": str(file)}
+
+
+@pytest.fixture
 def in_process(monkeypatch) -> list[str]:
     """Runs a comparison's processes in this one; the names of the configs that were started."""
     started: list[str] = []
@@ -171,8 +179,8 @@ def test_a_failed_run_is_a_line_of_the_table(files, tmp_path, in_process):
     assert not rows["good"]["errors"]
 
 
-def test_best_rate_is_tried_with_one_seed_and_used_with_all(files, tmp_path, in_process):
-    _, table = compare(files, tmp_path, methods="cast", learning_rates="1e-4,2e-2", seeds=2)
+def test_best_rate_is_tried_with_one_seed_and_used_with_all(files, short, tmp_path, in_process):
+    _, table = compare(files, tmp_path, **short, learning_rates="1e-4,2e-2", seeds=2)
     assert len(in_process) == 6  # two trials and one more seed, of cast and of the control
     trials = {t["learning_rate"]: t for t in table["trials"] if t["variant"] == "cast"}
     best = min(trials.values(), key=lambda t: t["perplexity"])
@@ -184,10 +192,10 @@ def test_best_rate_is_tried_with_one_seed_and_used_with_all(files, tmp_path, in_
     assert row["pruned"]["values"][0] == pytest.approx(best["perplexity"])
 
 
-def test_rates_are_chosen_on_the_tuning_text(files, tmp_path, in_process):
+def test_rates_are_chosen_on_the_tuning_text(files, short, tmp_path, in_process):
     tuning = tmp_path / "tuning.txt"
     tuning.write_text("a text of its own, for the choice of the rate\n" * 20)
-    asked = {"methods": "cast", "learning_rates": "1e-4,2e-2", "seeds": 2, "tuning_dataset": str(tuning)}
+    asked = {**short, "learning_rates": "1e-4,2e-2", "seeds": 2, "tuning_dataset": str(tuning)}
     _, table = compare(files, tmp_path, **asked)
     assert len(in_process) == 8  # two trials and two seeds, of cast and of the control
     trials = [t for t in table["trials"] if t["variant"] == "cast" and t["text"] == str(tuning)]

@@ -569,7 +569,7 @@ def test_bf16_with_a_sharded_teacher(family, more, bound, ranks, text, tmp_path)
     distance of hidden states, in which that shows most, counts 15 times, and a mask may flip elsewhere."""
     model = str(save_tiny(tmp_path / "model", family))
     for count in (1, ranks):
-        fields = {"precision": "bf16", "max_steps": 8, "eval_steps": 4, "gradient_checkpointing": count == 3, **more}
+        fields = {"precision": "bf16", "max_steps": 6, "eval_steps": 3, "gradient_checkpointing": count == 3, **more}
         run_ranks(train, count, small(model, text, tmp_path / str(count), count, **fields), folder=tmp_path)
     for expected, row in zip(rows(tmp_path / "1"), rows(tmp_path / str(ranks)), strict=True):
         for key, rel in (("loss", bound), ("kl", 5e-2), ("grad_norm", 5e-2), ("perplexity", 5e-3)):

@@ -57,7 +57,7 @@ def content(folder) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "more",
-    [(), ("--repeat-blocks",), ("--chat",), ("--precision", "bf16")],
+    [(), ("--repeat-blocks",), ("--chat", "--batch-size", "64"), ("--precision", "bf16")],
     ids=["text", "repeated", "chat", "bf16"],
 )
 def test_the_cache_is_that_of_the_first_epoch_and_a_run_needs_no_teacher(llama, tmp_path, lessons, more):

@@ -112,10 +112,10 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
         raise InputError(f"{type(model).__name__} is not supported: its output head is a {type(linear).__name__}")
-    fields = model.config.get_text_config().to_dict()
-    scale = fields.get("logit_scale") or 1.0  # Cohere
-    scale /= fields.get("logits_scaling") or 1.0  # Granite
-    return OutputHead(linear.weight, linear.bias, fields.get("final_logit_softcapping"), scale)
+    config = model.config.get_text_config()  # its `to_dict` is a deep copy, which each step would make twice
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return OutputHead(linear.weight, linear.bias, getattr(config, "final_logit_softcapping", None), scale)
 
 
 @torch.no_grad()
