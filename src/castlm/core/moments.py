@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from castlm.core.shards import like_rows, local, zeros_like
+from castlm.core.shards import like_rows, local
 
 MOMENTS = ("fp32", "bf16", "8bit")
 MOMENT_KEYS = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
@@ -34,7 +34,10 @@ def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
     block = block_size(param) if moments == "8bit" else 0
     if not block:
         first = torch.bfloat16 if moments == "bf16" else param.dtype
-        return {"exp_avg": zeros_like(param, first), "exp_avg_sq": zeros_like(param)}
+        return {
+            "exp_avg": torch.zeros_like(param, dtype=first, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
+        }
     *rows, width = local(param).shape
     state = {}
     for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):

@@ -37,15 +37,6 @@ def like_rows(local: Tensor, param: Tensor) -> Tensor:
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def zeros_like(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros shaped and placed like `param`. `torch.zeros_like` of a DTensor takes 1 ms."""
-    zeros = torch.zeros_like(local(param), dtype=dtype, memory_format=torch.preserve_format)
-    if not isinstance(param, DTensor):
-        return zeros
-    mesh, placements = param.device_mesh, param.placements
-    return DTensor.from_local(zeros, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
-
-
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor, gathered from all ranks; all of them call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.parametrize import ParametrizationList
 
 from castlm.core.experts import ExpertLinear
-from castlm.core.shards import local
 from castlm.core.sparsify import transformer_blocks
 from castlm.distributed.world import World
 
@@ -63,25 +61,6 @@ def average_gradients_(module: nn.Module, parameters: Iterable[Tensor], world: W
     together = world.sum(torch.cat([gradient.flatten() for gradient in gradients])) / world.size
     for parameter, part in zip(trained, together.split([gradient.numel() for gradient in gradients])):
         parameter.grad = part.view_as(parameter)
-
-
-@torch.no_grad()
-def clip_gradients_(module: nn.Module, parameters: Iterable[Tensor], max_norm: float, world: World) -> float:
-    """Clips the gradients to `max_norm` as `torch.nn.utils.clip_grad_norm_` does, each rank its own rows; 0 leaves them
-    as they are. As DTensors they would take each rank 0.1 s longer.
-
-    Returns:
-        The norm of all gradients before.
-    """
-    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if world.mesh is not None and is_sharded(module):
-        square = norm.square()
-        dist.all_reduce(square, group=world.mesh.get_group("shard"))
-        norm = square.sqrt()
-    if max_norm:
-        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
-    return float(norm)
 
 
 # Inputs stay as they are: FSDP would round the residual path, which autocast leaves in fp32.

@@ -75,7 +75,7 @@ class Objective(nn.Module):
         hidden_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        self.student, self.teacher, self.training = student, teacher, student.training
+        self.student, self.teacher = student, teacher
         self.eta, self.temperature, self.top_k, self.cache = eta, temperature, top_k, cache
         self.apart, self.explicit_mask = apart, False
         self.hidden_weight = hidden_weight
@@ -192,14 +192,6 @@ class Objective(nn.Module):
         if self.cache is not None:
             self.cache.put(input_ids, top, position_ids)
         return top, output
-
-    def to_training(self) -> None:
-        """Puts the student in training mode and leaves the teacher in eval mode. It is a walk over all modules, so a
-        step that follows another does nothing."""
-        if not self.training:
-            self.train()
-            if self.teacher is not None:
-                self.teacher.eval()
 
     def prove_head(self) -> None:
         """`check_head` of the student, as a forward of this module, in which sharded weights are whole."""

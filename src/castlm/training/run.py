@@ -21,7 +21,7 @@ from castlm.core.shards import local
 from castlm.core.sparsify import dense_name
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import SelfCheck
-from castlm.distributed.sharding import average_gradients_, clip_gradients_
+from castlm.distributed.sharding import average_gradients_
 from castlm.distributed.world import World
 from castlm.hardware import autocast, peak_memory
 from castlm.methods.base import Retraining
@@ -132,8 +132,7 @@ class Run:
     def train_step(self) -> None:
         config, optimizer, started = self.config, self.optimizer, time.perf_counter()
         seed = np.random.SeedSequence([config.seed, self.progress.step, self.world.rank]).generate_state(1, np.uint64)
-        seed_of_device = torch.default_generator.manual_seed if self.world.device.type == "cpu" else torch.manual_seed
-        seed_of_device(int(seed[0]))  # of the step, so that no generator's state has to be saved
+        torch.manual_seed(int(seed[0]))  # of the step, so that no generator's state has to be saved
         lr = learning_rate(self.progress.step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -145,7 +144,9 @@ class Run:
 
         self.method.before_forward(self.progress.step)
         self.parts.objective.hidden_weight = hidden_weight(self.progress.step, config)
-        self.parts.objective.to_training()
+        self.parts.objective.train()
+        if self.parts.objective.teacher is not None:
+            self.parts.objective.teacher.eval()
         sums = torch.zeros(4, device=self.world.device)
         for batch in micro_batches:
             with autocast(self.world.device, self.parts.evaluator.precision):
@@ -157,7 +158,7 @@ class Run:
             sums += torch.stack(loss).detach().float()
         average_gradients_(self.parts.objective, self.parts.names, self.world)
         total, ce, kl, hidden = self.world.sum(sums).tolist()
-        grad_norm = clip_gradients_(self.parts.objective, self.parts.names, config.max_grad_norm, self.world)
+        grad_norm = self._clip()
         if not np.isfinite([total, grad_norm]).all():
             self.saver.finish()
             raise InputError(self._diverged(total, grad_norm))
@@ -184,6 +185,13 @@ class Run:
             values |= {"mfu": self.flops_per_token * int(read) / took / (self.peak_flops * self.world.size)}
         values |= {"eta_s": self.progress.seconds / self.progress.step * (config.max_steps - self.progress.step)}
         self.telemetry.log(self.progress.step, values, write=self.progress.step % config.log_steps == 0)
+
+    def _clip(self) -> float:
+        gradients = [p.grad for p in self.parts.names if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parts.names, self.config.max_grad_norm, norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _diverged(self, loss: float, grad_norm: float) -> str:
         whole = checkpoint_steps(self.folder.checkpoints)
