@@ -20,7 +20,7 @@ import torch
 from rich.table import Table
 
 from castlm.cli.demo_payoff import payoff_table
-from castlm.cli.options import command_line, parse, to_stderr
+from castlm.cli.options import command_line, parse
 from castlm.core.sparsify import prune_
 from castlm.files import atomic_write_json
 from castlm.hardware import keep_freed_memory
@@ -172,7 +172,7 @@ class DemoCommand:
             run_demo(Path(self.output_dir), self.max_steps, self.overwrite, self.resume)
         except Interrupted as stop:
             again = replace(self, resume=True, overwrite=False)
-            to_stderr(f"castlm: {stop.reason}; continue with: {command_line('demo', again)}")
+            note(f"{stop.reason}; continue with: {command_line('demo', again)}")
             return stop.exit_code
         return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
-from castlm.cli.options import parse, result_folder, to_stderr
+from castlm.cli.options import parse, result_folder
 from castlm.fields import positional
 from castlm.names import LAYOUT, printable
 
@@ -42,6 +42,7 @@ class GenerateCommand:
         import torch
 
         from castlm.inference.generate import encode_prompt, generate_text, load_to_generate
+        from castlm.progress import note
 
         if self.threads > 0:
             torch.set_num_threads(self.threads)
@@ -49,7 +50,7 @@ class GenerateCommand:
             result_folder(self.path),
             as_stored=False,
             trust_remote_code=self.trust_remote_code,
-            say=lambda line: to_stderr(f"castlm: {line}"),
+            say=note,
         )
         done = generate_text(
             model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from castlm.cli.options import parse, result_folder, to_stderr
+from castlm.cli.options import parse, result_folder
 from castlm.core.errors import InputError
 from castlm.fields import positional
 
@@ -33,8 +33,9 @@ class ServeCommand:
         import torch
         from transformers.utils.import_utils import is_serve_available
 
-        from castlm.inference.generate import WIDENED, is_slow_as_stored
+        from castlm.inference.generate import dtype_to_run
         from castlm.opening import open_model
+        from castlm.progress import note
 
         if not is_serve_available():
             raise InputError("serving needs fastapi, uvicorn, pydantic and openai: pip install 'castlm[serve]'")
@@ -46,10 +47,7 @@ class ServeCommand:
             torch.set_num_threads(self.threads)
         from transformers.cli.serve import Serve
 
-        dtype = "auto"
-        if is_slow_as_stored(config):
-            dtype = "float32"
-            to_stderr(f"castlm: {WIDENED}")
+        dtype = dtype_to_run(config, note)
         print(f"castlm: {self.path} at http://{self.host}:{self.port}/v1, until Ctrl-C", flush=True)
         Serve(
             force_model=where.target,

@@ -17,8 +17,6 @@ from castlm.hardware import has_fast_bf16
 from castlm.inference.decode import decoding_method
 from castlm.opening import open_model, quiet
 
-WIDENED = "this CPU has no bf16 units: plain weights of 16 bits run in fp32 (an n:m model is faster packed)"
-
 
 @dataclass(frozen=True)
 class Generated:
@@ -55,8 +53,8 @@ def load_to_generate(
 
     Args:
         name: a folder, plain or packed, a hub id, a .gguf file or "demo".
-        as_stored: if not, plain weights of 16 bits are widened to fp32 on a CPU that multiplies those faster.
-        say: called with a line if they are.
+        as_stored: if not, the dtype is that of `dtype_to_run`.
+        say: as for `dtype_to_run`.
 
     Raises:
         InputError: as `castlm.opening.open_model`, or damaged packed files.
@@ -67,20 +65,21 @@ def load_to_generate(
         options |= {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
     if torch.cuda.is_available():
         options["device_map"] = "cuda"
-    dtype: str | torch.dtype = "auto"
-    if not as_stored and is_slow_as_stored(config):
-        dtype = torch.float32
-        say(WIDENED)
+    dtype = "auto" if as_stored else dtype_to_run(config, say)
     with quiet(where):
         model = auto_class(config).from_pretrained(where.target, config=config, dtype=dtype, **options)
     return model.eval(), tokenizer
 
 
-def is_slow_as_stored(config: PretrainedConfig) -> bool:
-    """Whether plain weights of 16 bits would run on a CPU that multiplies fp32 many times faster."""
+def dtype_to_run(config: PretrainedConfig, say: Callable[[str], None]) -> str:
+    """The `dtype` of `from_pretrained`: "float32" for plain weights of 16 bits on a CPU that multiplies fp32 many times
+    faster, which `say` is then told in a line; else "auto", as they are stored."""
     is_narrow = config.dtype in (torch.bfloat16, torch.float16)
     is_plain = getattr(config, "quantization_config", None) is None
-    return is_narrow and is_plain and not torch.cuda.is_available() and not has_fast_bf16()
+    if not (is_narrow and is_plain) or torch.cuda.is_available() or has_fast_bf16():
+        return "auto"
+    say("this CPU has no bf16 units: plain weights of 16 bits run in fp32 (an n:m model is faster packed)")
+    return "float32"
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tensor:

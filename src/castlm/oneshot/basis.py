@@ -185,18 +185,17 @@ class _Turning:
     ) -> None:
         self.model, self.wiring, self.options, self.pattern, self.report = model, wiring, options, pattern, report
         self.progress = progress
-        self.rotates_stream = options.rotate == "residual"
-        self.stream = Stream(model, wiring, pattern, self.rotates_stream)
-        if self.rotates_stream and (obstacle := self.stream.obstacle()):
+        self.stream = Stream(model, wiring, pattern, rotates=options.rotate == "residual")
+        if self.stream.rotates and (obstacle := self.stream.obstacle()):
             raise InputError(f"the residual stream of {wiring.family} cannot be rotated: {obstacle}; use rotate values")
         self.block_turns = BlockTurns(options, pattern)
         self.done = 0
-        self.total = len(wiring.blocks) + (options.rotation_iterations if self.rotates_stream else 0)
+        self.total = len(wiring.blocks) + (options.rotation_iterations if self.stream.rotates else 0)
 
     def run(self, calibration: Tensor, layers: Mapping[str, SparseLayer]) -> None:
         sample = calibration[:1, :_CHECK_TOKENS].to(self.model.device)
         before = self._logits(sample)
-        if self.rotates_stream:
+        if self.stream.rotates:
             self.stream.fold_()
         stack, blocks = block_stack(self.model, layers)
         calibration = calibration[: sequences_needed(layers, *calibration.shape)]
@@ -219,7 +218,7 @@ class _Turning:
 
     def _turn_stream(self, sample: Tensor, before: Tensor) -> None:
         """Rotates the stream, or permutes it where it is not rotated; undoes what moves the logits."""
-        if self.rotates_stream and self.stream.is_read:
+        if self.stream.rotates and self.stream.is_read:
             rotated = Change("residual stream rotated")
             if not self.stream.rotate_(rotated, self.options.rotation_iterations, self._step):
                 self.stream.unfold_()
