@@ -29,6 +29,7 @@ from castlm.training import start
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
+from castlm.training.objective import pruned
 from castlm.training.run import Run
 from castlm.training.schedule import learning_rate
 from tests.ranks import start_command, wait_ranks
@@ -207,6 +208,19 @@ def test_prune_now_leaves_the_weights_as_they_were(llama, text, tmp_path):
     assert run.progress.figures["1"]["prune_now_ppl"] != run.progress.figures["1"]["perplexity"]
     for name, p in run.model.named_parameters():
         assert torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize("method", ["finetune", "srste", "cast"])
+def test_an_evaluation_measures_twice_only_what_a_prune_would_change(method, llama, text, tmp_path, monkeypatch):
+    run = Run(small(llama, text, tmp_path / "run", method=method), init_world("cpu", "full"))
+    run.train_step()
+    measured = []
+    whole = run.parts.evaluator.perplexity
+    monkeypatch.setattr(run.parts.evaluator, "perplexity", lambda: measured.append(whole()) or measured[-1])
+    run.evaluate()
+    with pruned(run.method.masks()):
+        assert run.progress.figures["1"]["prune_now_ppl"] == whole()
+    assert len(measured) == (2 if method == "cast" else 1)
 
 
 @pytest.mark.parametrize("initial", ["wanda", "sparsegpt"])

@@ -206,10 +206,13 @@ class Run:
         values = {"tokens": self.progress.tokens, "perplexity": self.parts.evaluator.perplexity()}
         masks = local_masks(self.method.masks())
         if masks:
-            with pruned(masks):
-                values["prune_now_ppl"] = self.parts.evaluator.perplexity()
             initial = [local(mask) for mask in self.parts.initial_masks.values()]  # in the order of `masks`
-            values |= mask_figures(masks, initial, self.method.flips(), self.world)
+            state = mask_figures(masks, initial, self.method.flips(), self.world)
+            values["prune_now_ppl"] = values["perplexity"]
+            if state["largest_masked"] != 0 and not self.method.masks_forward:  # otherwise the prune changes nothing
+                with pruned(masks):
+                    values["prune_now_ppl"] = self.parts.evaluator.perplexity()
+            values |= state
         if self.progress.step == 0 and self.parts.dense_perplexity is not None:
             values["dense_ppl"] = self.parts.dense_perplexity
         for name, part in self.parts.text.eval_parts.items():
