@@ -24,9 +24,11 @@ from castlm.compare.runs import Run, content_hash, last_line, run_key, run_proce
 from castlm.compare.summary import summarize, verdict
 from castlm.core.errors import InputError
 from castlm.core.sparsify import sparse_linears
+from castlm.methods.table import METHODS
 from castlm.models import load_model
 from castlm.oneshot import sparsegpt
 from castlm.output import continued, locked
+from castlm.training.config import TrainConfig
 from castlm.training.run import Run as TrainingRun
 from tests.tiny import save_tiny
 
@@ -119,7 +121,7 @@ def test_runs_once_and_says_what_was_measured(files, tmp_path, in_process, capsy
     assert "src=" not in html
     assert [rows[name]["start"] for name in rows] == ["sparsegpt", "sparsegpt", "dense", "dense"]
     assert rows["srste"]["options"] == {"hidden_weight": 15.0, "srste_lam": 5e-3}  # the control has none
-    assert set(rows["cast"]["options"]) == {"decay", "decay_end", "hidden_weight", "scale_groups"}
+    assert set(rows["cast"]["options"]) == {"decay", "decay_end", "hidden_weight", "mask_interval", "scale_groups"}
     assert "| cast | sparsegpt | 384 |" in (tmp_path / "out" / "table.md").read_text()
     assert not list((tmp_path / "out").glob("runs/*/checkpoints"))
 
@@ -277,8 +279,11 @@ def test_every_method_starts_alike_unless_published_starts_are_asked_for(files, 
     assert starts(published_starts=True) == {**published, **dense}
 
 
-def fake(variant: str, tokens: int, seed: int, ppl: float, method: str = "", trial: bool = False) -> Result:
-    run = Run(variant, tokens, {"method": method or variant, "seed": seed, "learning_rate": 1e-3})
+def fake(variant: str, tokens: int, seed: int, ppl: float, trial: bool = False) -> Result:
+    fields = {"method": variant, "seed": seed, "learning_rate": 1e-3}
+    if variant in METHODS:
+        fields = TrainConfig("model", "text", "run", **fields).as_dict()
+    run = Run(variant, tokens, fields)
     key = "trained" if variant == "dense" else "pruned"
     record = {"perplexity": {key: ppl, "before_prune": ppl}, "train_seconds": 2.0}
     return Result(run, record, Path("."), trial)

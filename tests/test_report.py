@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,6 +18,7 @@ from castlm.report.charts import Level, Series, dot_chart, heat_map, line_chart,
 from castlm.report.run_data import read_run
 from castlm.report.run_page import run_page
 from castlm.report.scales import Scale, linear_ticks, log_ticks, short
+from castlm.training.config import TrainConfig
 from castlm.training.verdict import verdict
 from tests.tiny import TEXT, save_tiny
 
@@ -196,20 +198,22 @@ def test_ticks_are_round_and_inside():
 
 
 def test_options_of_a_variant_are_those_that_have_an_effect():
-    common = {"seed": 0, "learning_rate": 1e-3, "eta": 0.5, "srste_lam": 0.005, "scale_groups": 2, "mask_interval": 10}
-    common |= {"decay": "horizon", "decay_end": 0.1, "lam": 4e-7, "second_moment": None, "init_from": "sparsegpt"}
-    variants = {
-        "cast": {**common, "method": "cast"},
-        "plain": {**common, "method": "finetune", "eta": 0.0},
-        "srste": {**common, "method": "srste"},
-        "magnitude": {"method": "magnitude", "seed": 0},
+    common = TrainConfig("model", "text", "run", eta=0.5)
+    runs = {
+        "cast": common,
+        "paper's decay": replace(common, decay="proportional", ignore_decay_budget=True),
+        "plain": replace(common, method="finetune", eta=0.0),
+        "srste": replace(common, method="srste"),
     }
-    assert options_of(variants) == {
-        "cast": {"decay": "horizon", "decay_end": 0.1, "scale_groups": 2, "eta": 0.5},
-        "plain": {"eta": 0.0},
-        "srste": {"srste_lam": 0.005, "eta": 0.5},
-        "magnitude": {},
-    }
+    variants = {name: run.as_dict() for name, run in runs.items()} | {"magnitude": {"method": "magnitude", "seed": 0}}
+    options = options_of(variants)
+    assert options["srste"] == {"srste_lam": 0.005, "eta": 0.5, "hidden_weight": 15.0}
+    assert options["cast"].items() >= {"decay": "horizon", "decay_end": 0.3, "mask_interval": 10}.items()
+    assert "lam" not in options["cast"]
+    assert "lam" in options["paper's decay"]
+    assert "mask_interval" not in options["paper's decay"]  # which keeps the masks of its start
+    assert options["plain"].keys() == {"adapter", "eta", "hidden_weight"}
+    assert options["magnitude"] == {}
     assert start_of(variants["cast"]) == "sparsegpt"
     assert start_of(variants["magnitude"]) == start_of({"method": "dense", "init_from": "magnitude"}) == "dense"
 

@@ -98,4 +98,5 @@ def test_the_default_start_of_structured_patterns_is_calibrated():
     starts = {"heads:0.5": "taylor", "blocks:8x16:0.5+2:4": "wanda", "2:4": "sparsegpt"}
     assert {text: replace(config, pattern=text).start for text in starts} == starts
     assert without_effect(config) == {}
-    assert TrainConfig("model", "text", "run", pattern="channels:0.5", method="finetune").start == "magnitude"
+    methods = {"finetune": "flap", "srste": "magnitude"}
+    assert {name: replace(config, method=name).start for name in methods} == methods

@@ -8,7 +8,8 @@ from typing import Any
 
 from castlm.compare.presets import ONESHOT
 from castlm.methods.table import METHODS
-from castlm.training.config import WITHOUT_EFFECT
+from castlm.training.config import WITHOUT_EFFECT, TrainConfig
+from castlm.training.effects import EFFECTS
 
 SHOWN_ELSEWHERE = {"method", "seed", "learning_rate", "init_from", "max_steps", "eval_steps", "model", "revision"}
 SHOWN_ELSEWHERE |= {"dataset", "eval_dataset", "calibration"}
@@ -26,7 +27,7 @@ def options_of(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
     """The options by variant: those that belong to its method, and all in which the trained variants differ.
 
     Args:
-        variants: the fields of one run of each variant.
+        variants: every field of one run of each variant, but its output folder.
     """
     trained = [config for config in variants.values() if config["method"] not in ONESHOT]
     names = {name for config in trained for name in config} - SHOWN_ELSEWHERE - WITHOUT_EFFECT
@@ -39,16 +40,9 @@ def _options(config: Mapping[str, Any], differing: list[str]) -> dict[str, Any]:
     method = str(config["method"])
     if method in ONESHOT:
         return {} if method == "magnitude" else {"num_sequences": config.get("num_sequences")}
-    own = [name for name in METHODS[method].options if name not in _unused(config)]
+    run = TrainConfig.from_mapping({**config, "output_dir": method})  # which no effect depends on
+    own = [name for name in METHODS[method].options if name not in EFFECTS or EFFECTS[name].when(run)]
     return {name: config[name] for name in (*own, *differing) if config.get(name) is not None}
-
-
-def _unused(config: Mapping[str, Any]) -> set[str]:
-    """Options of the method that have no effect with the other options."""
-    unused = {"lam"} if config.get("decay") in ("horizon", "none") else {"decay_end"}
-    if config["method"] == "cast" and config.get("init_from") != "magnitude":
-        unused.add("mask_interval")  # the masks are fixed
-    return unused
 
 
 def options_text(options: Mapping[str, Any]) -> str:

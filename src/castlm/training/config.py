@@ -103,7 +103,9 @@ class TrainConfig(  # the fields of the last base come first
     @property
     def start(self) -> str:
         """Where the run starts: `init_from`, or the default of the method."""
-        return self.init_from or (default_start(Pattern.parse(self.pattern)) if self.method == "cast" else "magnitude")
+        if self.init_from is None and self.method in ("cast", "finetune"):
+            return default_start(Pattern.parse(self.pattern))
+        return self.init_from or "magnitude"  # as in the papers of the other methods
 
     @property
     def starts_at_zero(self) -> bool:

@@ -146,8 +146,8 @@ class StartOptions(Refinements, BasisOptions):
 
     init_from: str | None = essential(None)
     """Start of the run: magnitude, wanda, sparsegpt, or an n:m model (folder or hub id) whose masks and weights are
-    taken. Structured patterns: magnitude, wanda, flap, taylor or random. The default for cast is sparsegpt, flap for
-    channels, taylor for heads and wanda for tiles; for the other methods it is magnitude."""
+    taken. Structured patterns: magnitude, wanda, flap, taylor or random. The default for cast and finetune is
+    sparsegpt, flap for channels, taylor for heads and wanda for tiles; for the other methods it is magnitude."""
 
     calibration_sequences: int = 128
     """Training sequences that wanda and sparsegpt are calibrated on."""
