@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,23 @@ def test_a_tied_table_is_held_once(folders, tmp_path):
         assert not [p for p in model.parameters() if p.dim() > 1]
         exact = load_model(tmp_path / name).model
         torch.testing.assert_close(model(IDS).logits, exact(IDS).logits, rtol=0.05, atol=0.05)
+
+
+@needs_kernels
+@pytest.mark.parametrize("head", [None, "int8"])
+def test_loading_holds_the_stored_tensors_of_one_layer_at_a_time(head, tmp_path, monkeypatch):
+    source = pruned_folder(tmp_path / "source", tie_word_embeddings=True)
+    pack_folder(source, tmp_path / "packed", head=head)
+    stored, repack_ = [], native.repack_
+
+    def repack_and_count(buffer, *tensors):
+        assert not [tensor for tensor in stored if tensor() is not None]
+        stored.extend(weakref.ref(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor))
+        repack_(buffer, *tensors)
+
+    monkeypatch.setattr(native, "repack_", repack_and_count)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert len(stored) >= 2 * 14 + 1
 
 
 @needs_kernels

@@ -52,6 +52,12 @@ class StoredTensor(NamedTuple):
     offset: int
     num_bytes: int
 
+    def rows(self, begin: int, end: int) -> StoredTensor:
+        """A part of its rows, as a tensor of its own."""
+        width = self.num_bytes // self.shape[0]
+        shape, offset = (end - begin, *self.shape[1:]), self.offset + begin * width
+        return self._replace(shape=shape, offset=offset, num_bytes=(end - begin) * width)
+
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, by name.
@@ -128,6 +134,15 @@ def byte_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray]:
             _read_into(stream, chunk, tensor)
             yield chunk
             left -= len(chunk)
+
+
+def read_bytes(tensor: StoredTensor) -> np.ndarray:
+    """All bytes of a tensor, uint8, 1-D. Unlike the pages of a mapped file, they are freed with the result."""
+    found = np.empty(tensor.num_bytes, np.uint8)
+    with open_regular(tensor.file) as stream:
+        stream.seek(tensor.offset)
+        _read_into(stream, found, tensor)
+    return found
 
 
 def _read_into(stream: Any, chunk: np.ndarray, tensor: StoredTensor) -> None:

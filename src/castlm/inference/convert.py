@@ -16,6 +16,7 @@ from castlm.inference.layers import (
     PackedLinear,
     PackedModule,
     pack_linear,
+    pack_table,
     prepare_layers_,
     table_spec,
 )
@@ -92,10 +93,7 @@ def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype, head_as: str | Non
     plain = can_pack_tables(model)
     if plain:
         tied = head is not None and head.weight is embedding.weight
-        packed = _packed_table(embedding.weight.detach(), head_as if tied else None)
-        table = PackedEmbedding(packed.spec, dtype)
-        for suffix, tensor in packed.tensors().items():
-            setattr(table, suffix, tensor)
+        table = pack_table(_packed_table(embedding.weight.detach(), head_as if tied else None), dtype)
         if tied:
             shared = PackedLinear(table.spec, head.bias)
         model.set_input_embeddings(table)
@@ -106,7 +104,7 @@ def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype, head_as: str | Non
         model.set_output_embeddings(nn.Identity())
     elif plain and head is not None:
         model.set_output_embeddings(pack_linear(head, _packed_table(head.weight.detach(), head_as)))
-    del embedding, head
+    del embedding, head  # so that a table goes when its layer is prepared
     prepare_layers_(module for module in model.modules() if isinstance(module, PackedModule))
     if shared is not None:
         shared.share_(model.get_input_embeddings().packed)

@@ -29,13 +29,13 @@ class PackedStack(PackedModule):
     """The stored tensors of one projection of all experts, (experts * out, in), until they are taken apart."""
 
     def apart(self) -> list[PackedLinear]:
-        """One packed layer for each expert."""
-        spec, stored = self.spec, self.stored
+        """One packed layer for each expert, which reads its rows from the file of all."""
+        spec, source = self.spec, self.source
         one = replace(spec, rows=spec.rows // spec.experts, experts=0, transposed=False)
         layers = [PackedLinear(one) for _ in range(spec.experts)]
-        for suffix, tensor in stored.tensors().items():
-            for layer, part in zip(layers, tensor.split(one.rows)):
-                setattr(layer, suffix, part)
+        for number, layer in enumerate(layers):
+            first, end = number * one.rows, (number + 1) * one.rows
+            layer.read_from_({suffix: tensor.rows(first, end) for suffix, tensor in source.items()})
         return layers
 
 
@@ -134,7 +134,7 @@ def packed_experts(model: nn.Module) -> list[nn.Module]:
 
 
 def take_stacks_apart_(model: nn.Module) -> None:
-    """Gives each expert its own packed layers, once the values of a stack are loaded."""
+    """Gives each expert its own packed layers, once it is known where a stack is stored."""
     for module in packed_experts(model):
         projections = []
         for projection in vars(module)["castlm_projections"]:

@@ -1,17 +1,18 @@
 """The layers of a model whose weights are packed: a linear layer, and an embedding that shares its table with the head.
 
-A layer holds the stored tensors first (`values`, `mask`, `scales`, as a file has them), then, after `prepare_`, the one
-buffer in the order in which this processor reads it; never both.
+A layer holds the stored tensors first (`values`, `mask`, `scales`, as a file has them) or knows the file that does,
+then, after `prepare_`, the one buffer in the order in which this processor reads it; never both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
+from castlm.export.stored import StoredTensor, read_bytes
 from castlm.inference import native
 from castlm.inference.format import PackedSpec
 from castlm.inference.op import packed_linear
@@ -30,20 +31,40 @@ class PackedModule(nn.Module):
     def __init__(self, spec: PackedSpec, device: torch.device | str = "meta"):
         super().__init__()
         self.spec = spec
+        self.source: Mapping[str, StoredTensor] = {}
         for suffix, (dtype, shape) in spec.tensors().items():
             self.register_buffer(suffix, torch.empty(shape, dtype=_DTYPES[dtype], device=device))
 
     @property
     def stored(self) -> PackedTensor:
         """The tensors of the file, before `prepare_`."""
-        named = dict(self.named_buffers(recurse=False))
+        named = {suffix: _read(tensor) for suffix, tensor in self.source.items()} or dict(self.named_buffers())
         return PackedTensor(self.spec, named["values"], named.get("mask"), named.get("scales"))
+
+    def hold_(self, packed: PackedTensor) -> None:
+        """Takes the stored tensors of `packed`."""
+        for suffix, tensor in packed.tensors().items():
+            setattr(self, suffix, tensor)
+
+    def read_from_(self, source: Mapping[str, StoredTensor]) -> None:
+        """Lets go of the stored tensors, to read them from `source` when they are needed.
+
+        Args:
+            source: where a file has each of them, by suffix.
+        """
+        self._drop_stored()
+        self.source = source
+
+    def _drop_stored(self) -> None:
+        self.source = {}
+        for suffix in self.spec.tensors():
+            self._buffers.pop(suffix, None)
 
     @property
     def weight(self) -> Tensor:
         """What is held of the weight, for code of a model that asks where it is: the stored values, or the buffer."""
-        buffers = dict(self.named_buffers(recurse=False))
-        return buffers["packed"] if "packed" in buffers else buffers["values"]
+        held = next(self.buffers(recurse=False), None)
+        return torch.empty(0, device="meta") if held is None else held
 
     def num_bytes(self) -> int:
         """Of the buffer that `prepare_` fills."""
@@ -61,15 +82,17 @@ class PackedModule(nn.Module):
 
     def share_(self, buffer: Tensor) -> None:
         """Takes a buffer that another layer of the same spec has prepared."""
-        for suffix in self.spec.tensors():
-            if suffix in self._buffers:
-                delattr(self, suffix)
+        self._drop_stored()
         self.register_buffer("packed", buffer, persistent=False)
 
     def extra_repr(self) -> str:
         spec = self.spec
         pattern = f"{spec.n}:{spec.m}" if spec.m else "dense"
         return f"in_features={spec.columns}, out_features={spec.rows}, {pattern} {spec.values}"
+
+
+def _read(tensor: StoredTensor) -> Tensor:
+    return torch.from_numpy(read_bytes(tensor)).view(_DTYPES[tensor.dtype]).view(tensor.shape)
 
 
 class PackedLinear(PackedModule):
@@ -150,6 +173,12 @@ def pack_linear(layer: nn.Linear, packed: PackedTensor) -> PackedLinear:
     if (layer.out_features, layer.in_features) != (packed.spec.rows, packed.spec.columns):
         raise InputError(f"a packed weight of {packed.spec.rows} x {packed.spec.columns} does not fit {layer}")
     made = PackedLinear(packed.spec, layer.bias)
-    for suffix, tensor in packed.tensors().items():
-        setattr(made, suffix, tensor)
+    made.hold_(packed)
+    return made
+
+
+def pack_table(packed: PackedTensor, dtype: torch.dtype) -> PackedEmbedding:
+    """A `PackedEmbedding` with the stored tensors of `packed`, whose rows are looked up in `dtype`."""
+    made = PackedEmbedding(packed.spec, dtype)
+    made.hold_(packed)
     return made

@@ -9,6 +9,7 @@ at the top but what is there when `castlm.inference.register` calls for this mod
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +21,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from castlm.conversion import loaded_name
 from castlm.core.errors import InputError
+from castlm.export.stored import read_header
 from castlm.inference import native
 from castlm.inference.convert import can_pack_tables, onto_kernels_
 from castlm.inference.experts import replace_experts_, take_stacks_apart_, unpack_experts_
 from castlm.inference.format import FILE, VERSION, PackedSpec, read_specs
-from castlm.inference.layers import PackedEmbedding, PackedLinear
+from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -94,12 +96,25 @@ class CastlmQuantizer(HfQuantizer):
         placed = replace_experts_(model, specs)
         for name, spec in specs.items():
             if name not in placed:
-                self._replace(model, name, spec)
+                placed[name] = self._replace(model, name, spec)
         if not self.unpacks:
             _keep_table_dtypes(model, checkpoint_files or [])
+            self._read_later(model, checkpoint_files or [], placed)
 
-    def _replace(self, model: PreTrainedModel, name: str, spec: PackedSpec) -> None:
-        """Puts a packed layer without values where the model has the dense one."""
+    def _read_later(self, model: PreTrainedModel, files: list[str], placed: dict[str, str]) -> None:
+        """Leaves the packed tensors out of what transformers loads: each layer reads its own when it is prepared, so
+        that the stored tensors of one layer are in memory at a time.
+        """
+        tensors = {name: tensor for file in files for name, tensor in read_header(Path(file)).items()}
+        for name, path in placed.items():
+            module = model.get_submodule(path)
+            assert isinstance(module, PackedModule)
+            module.read_from_({suffix: tensors[f"{name}.{suffix}"] for suffix in module.spec.tensors()})
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {r"\.(values|mask|scales)$"}
+
+    def _replace(self, model: PreTrainedModel, name: str, spec: PackedSpec) -> str:
+        """Puts a packed layer without values where the model has the dense one, and returns its path."""
         path = _path_in(model, loaded_name(model, name))
         module = model.get_submodule(path) if path is not None else None
         weight = getattr(module, "weight", None)
@@ -115,6 +130,7 @@ class CastlmQuantizer(HfQuantizer):
                 model.all_tied_weights_keys = {}
         else:
             model.set_submodule(path, PackedLinear(spec, module.bias))
+        return path
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.unpacks:
