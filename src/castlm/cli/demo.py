@@ -64,7 +64,7 @@ def demo_config(folder: Path, max_steps: int, method: str, resume: bool = False)
         max_steps=max_steps,
         seq_len=128,
         per_device_train_batch_size=4,
-        eval_tokens=8192,
+        eval_tokens=4096,
         eval_steps=max_steps,
         save_steps=0,
         resume=resume,
@@ -157,7 +157,7 @@ class DemoCommand:
     output_dir: str = "demo-output"
     """Folder for the runs and the result."""
 
-    max_steps: int = 40
+    max_steps: int = 30
     """Optimizer steps of 512 tokens, for castlm and for the dense control each."""
 
     resume: bool = False
