@@ -145,8 +145,8 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
 
     def _fp32_bytes(self) -> int:
         """What the model takes in fp32; 0 where it is not in safetensors on this machine, which a block needs."""
-        from castlm.export.stored import read_header
         from castlm.locate import cached_snapshot, find
+        from castlm.stored import read_header
 
         where = find(self.model, self.revision)
         folder = cached_snapshot(self.model, self.revision) if where.is_hub else Path(where.target)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.export.stored import StoredTensor, read_header
 from castlm.inference import format as packed
 from castlm.reading import check_regular, read_json_object
+from castlm.stored import StoredTensor, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

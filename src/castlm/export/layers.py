@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from castlm.core.blocks import is_tower
 from castlm.core.errors import InputError
-from castlm.export.stored import StoredTensor
 from castlm.layout import stored_transposed
+from castlm.stored import StoredTensor
 
 Config = Mapping[str, Any]
 Shape = tuple[int, int]

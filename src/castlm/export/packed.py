@@ -20,7 +20,6 @@ from castlm.core.blocks import is_block_linear, is_stacked_experts
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM
 from castlm.export.folder import is_packed, stored_tensors
-from castlm.export.stored import StoredTensor
 from castlm.export.stream import DTYPES, write_safetensors
 from castlm.export.verify import left_dense_reason, read_left_dense, verify
 from castlm.files import atomic_dir, atomic_write_json
@@ -29,6 +28,7 @@ from castlm.inference.format import PackedSpec
 from castlm.inference.packed import PackedTensor, equal_in_bits, pack, pack_integers, round_to_int8, unpack
 from castlm.layout import experts_input_axis, guess_model_type, stored_transposed
 from castlm.reading import read_json_object, user_path
+from castlm.stored import StoredTensor
 
 Progress = Callable[[int, int], None]
 

@@ -24,10 +24,10 @@ from castlm.export.folder import is_packed, stored_tensors
 from castlm.export.layers import FAMILIES, check_layers
 from castlm.export.packed_count import count_packed_layer, take_packed
 from castlm.export.report import LayerReport, VerifyReport
-from castlm.export.stored import FLOATS, StoredTensor, count_non_finite, magnitude_chunks, non_finite_of
 from castlm.export.unit_count import base_config, count_tiles, count_units, groups_of, tiles_of
 from castlm.layout import OLD_BUFFERS, experts_input_axis, guess_model_type, stored_transposed
 from castlm.reading import read_json_object, user_path
+from castlm.stored import FLOATS, StoredTensor, count_non_finite, magnitude_chunks, non_finite_of
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
 """Ends of tensor names that hold a packed weight: of GPTQ and AWQ, compressed-tensors, torchao."""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
-from castlm.export.stored import StoredTensor, read_bytes
 from castlm.inference import native
 from castlm.inference.format import PackedSpec
 from castlm.inference.op import packed_linear
 from castlm.inference.packed import VALUES, PackedTensor, unpack
+from castlm.stored import StoredTensor, read_bytes
 
 _HEADER_BYTES = 64  # of the buffer, as matrix.h has it
 _TILE_ROWS, _BLOCK = 4, 64

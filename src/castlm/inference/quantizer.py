@@ -21,12 +21,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from castlm.conversion import loaded_name
 from castlm.core.errors import InputError
-from castlm.export.stored import read_header
 from castlm.inference import native
 from castlm.inference.convert import can_pack_tables, onto_kernels_
 from castlm.inference.experts import replace_experts_, take_stacks_apart_, unpack_experts_
 from castlm.inference.format import FILE, VERSION, PackedSpec, read_specs
 from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule
+from castlm.stored import read_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
