@@ -16,7 +16,7 @@ TIERS = (
     ("training",),
     ("methods", "oneshot", "data", "distributed", "export", "evaluation", "inference"),
     ("models", "opening", "architecture", "conversion", "locate", "hardware"),
-    ("files", "output", "owned", "yaml_file", "fields", "progress", "signals", "layout"),
+    ("files", "output", "owned", "yaml_file", "fields", "progress", "signals", "layout", "stored"),
     ("names", "reading", "versions"),
     ("core",),
 )
