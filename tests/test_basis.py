@@ -195,6 +195,7 @@ def test_a_basis_reads_as_much_text_as_its_widest_layer_needs():
     assert sequences_needed(layers, num_sequences=256, seq_len=2) == 128
     assert sequences_needed(layers, num_sequences=256, seq_len=32) == basis.MIN_SEQUENCES
     assert sequences_needed(layers, num_sequences=8, seq_len=2) == 8
+    assert sequences_needed(layers, num_sequences=256, seq_len=32, rotates_stream=True) == 256
 
 
 def test_a_basis_of_experts_reads_all_of_the_text():

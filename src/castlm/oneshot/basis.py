@@ -198,7 +198,7 @@ class _Turning:
         if self.stream.rotates:
             self.stream.fold_()
         stack, blocks = block_stack(self.model, layers)
-        calibration = calibration[: sequences_needed(layers, *calibration.shape)]
+        calibration = calibration[: sequences_needed(layers, *calibration.shape, self.stream.rotates)]
         inputs = BlockInputs(self.model, blocks, calibration)
         for index, block in enumerate(self.wiring.blocks):
             inside = {name: layer for name, layer in layers.items() if name.startswith(f"{stack}.{index}.")}
@@ -245,9 +245,13 @@ class _Turning:
         self.progress(self.done, self.total)
 
 
-def sequences_needed(layers: Mapping[str, SparseLayer], num_sequences: int, seq_len: int) -> int:
-    """How many of the calibration sequences the choice of a basis reads: see `TOKENS_PER_INPUT`; with experts all."""
-    if any(isinstance(layer, ExpertLinear) for layer in layers.values()):
+def sequences_needed(
+    layers: Mapping[str, SparseLayer], num_sequences: int, seq_len: int, rotates_stream: bool = False
+) -> int:
+    """How many of the calibration sequences the choice of a basis reads: see `TOKENS_PER_INPUT`. All where there are
+    experts, or where the rotation of the residual stream is learned.
+    """
+    if rotates_stream or any(isinstance(layer, ExpertLinear) for layer in layers.values()):
         return num_sequences
     widest = max((layer.in_features for layer in layers.values()), default=0)
     return min(num_sequences, max(MIN_SEQUENCES, -(-TOKENS_PER_INPUT * widest // seq_len)))
