@@ -142,6 +142,13 @@ def test_the_command_complains_in_one_line(tmp_path, capsys, options, complaint)
     assert captured.out == ""
 
 
+def test_the_model_is_not_replaced_by_the_advice(tmp_path, capsys):
+    folder = save_tiny(tmp_path / "m", "llama")
+    before = (folder / "config.json").read_text()
+    assert main(["advise", str(folder), "--device", "h100", "--json", str(folder / "config.json")]) == 2
+    assert (folder / "config.json").read_text() == before
+
+
 def test_fp32_on_a_gpu_is_not_advised_on(tmp_path, capsys):
     folder = save_tiny(tmp_path / "m", "llama")
     assert main(["advise", str(folder), "--device", "h100", "--dtype", "fp32"]) == 2

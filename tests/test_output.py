@@ -28,6 +28,7 @@ def train_folder(folder: Path) -> Path:
     """What a killed run that replaced a finished one leaves."""
     write(folder / OUTPUT, json.dumps({"command": "train", "run_id": "1", "files": {}}))
     for name in (
+        *("sample.json", "wandb/run-20261126_101010-ab/files/config.yaml", "wandb/debug.log"),
         *("metrics.jsonl", "tensorboard/events.out.tfevents.1.host.2.0", "checkpoints/step-00000002/manifest.json"),
         *("checkpoints/step-00000002/__0_0.distcp", "checkpoints/.step-00000004.tmp/__1_0.distcp"),
         *(".model.tmp-1@host/model.safetensors", ".config.yaml.tmp-1-ab", ".castlm.lock"),
@@ -42,7 +43,14 @@ def train_folder(folder: Path) -> Path:
 
 FOREIGN = (
     *("thesis.txt", "checkpoints/notes.txt", "checkpoints/step-00000002/notes.txt", "model/notes.md", "mine/a/b.txt"),
-    *("checkpoints/step-00000002/__a.py", "tensorboard/mine", "replaced/0/data.txt", "replaced/data.txt", ".hidden"),
+    *(
+        "wandb/mine.txt",
+        "checkpoints/step-00000002/__a.py",
+        "tensorboard/mine",
+        "replaced/0/data.txt",
+        "replaced/data.txt",
+        ".hidden",
+    ),
 )
 
 

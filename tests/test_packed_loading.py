@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from castlm.cli.main import main
@@ -191,6 +196,44 @@ def test_generate_prints_text_and_its_speed(folders, which, capsys):
     assert main(["generate", str(folders[which]), "--prompt", "", "--max-new-tokens", "6"]) == 2
     assert main(["generate", str(folders[which]), "--prompt", "a", "--max-new-tokens", "600"]) == 2
     assert main(["generate", str(folders[which]), "--prompt", "a", "--temperature", "-1"]) == 2
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_generate_refuses_weights_that_are_missing_or_not_finite(which, folders, tmp_path, capsys):
+    def complaint(name: str) -> str:
+        assert main(["generate", str(tmp_path / name), "--prompt", "Story", "--max-new-tokens", "6"]) == 2
+        return capsys.readouterr().err
+
+    name = ("model.safetensors", "castlm.safetensors")[which]
+    with safe_open(folders[which] / name, framework="pt") as opened:
+        metadata = dict(opened.metadata())
+    tensors = load_file(folders[which] / name)
+    for copy in ("missing", "damaged"):
+        shutil.copytree(folders[which], tmp_path / copy)
+    rest = {key: tensor for key, tensor in tensors.items() if key != "model.norm.weight"}
+    save_file(rest, tmp_path / "missing" / name, metadata)
+    assert "lack model.norm.weight" in complaint("missing")
+    tensors[f"model.layers.1.mlp.up_proj.{('weight', 'values')[which]}"][0, 0] = math.nan
+    save_file(tensors, tmp_path / "damaged" / name, metadata)
+    assert "NaN or infinity" in complaint("damaged")
+
+
+def test_generate_takes_no_more_threads_than_there_are_processors(folders, capsys):
+    assert main(["generate", str(folders[1]), "--prompt", "a", "--threads", "5000"]) == 2
+    assert "--threads 5000 is more than the processors here" in capsys.readouterr().err
+
+
+def test_an_embedding_that_scales_is_not_rounded(tmp_path):
+    source = pruned_folder(tmp_path / "source", "gemma")
+    with pytest.raises(InputError, match="scales what it looks up"):
+        pack_folder(source, tmp_path / "packed", head="int8")
+
+
+def test_pack_takes_the_pattern_that_the_model_records(tmp_path, capsys):
+    source = pruned_folder(tmp_path / "source", n=2, m=8)
+    (source / "castlm.json").write_text(json.dumps({"pattern": "2:8"}))
+    assert main(["pack", str(source), "--output-dir", str(tmp_path / "packed")]) == 0
+    assert "verified 2:8" in capsys.readouterr().out
 
 
 def test_serve_answers_the_openai_client(folders, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from castlm.cli import prune as command
+from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.export import from_blocks
 from castlm.oneshot import by_block
@@ -27,7 +28,8 @@ def llama(tmp_path_factory) -> Path:
 
 
 def prune(model, text: str, output: Path, *options: str, memory: str = "block") -> Path:
-    arguments = ["--model", str(model), "--calibration", text, "--output-dir", str(output), "--memory", memory]
+    arguments = ["--model", str(model), "--output-dir", str(output), "--memory", memory]
+    arguments += [] if "magnitude" in options else ["--calibration", text]
     sizes = ["--num-sequences", "8", "--seq-len", "64", "--rotation-iterations", "10"]
     assert command.main([*arguments, *sizes, *options]) == 0
     return output
@@ -56,6 +58,30 @@ def test_the_result_is_that_of_the_whole_model_bit_for_bit(tmp_path, text, famil
 def test_each_method_gives_what_it_gives_with_the_whole_model(llama, tmp_path, text, options):
     whole = prune(llama, text, tmp_path / "whole", *PLAIN, *options, memory="model")
     assert_same(whole, prune(llama, text, tmp_path / "block", *PLAIN, *options))
+
+
+def test_magnitude_refuses_a_text_that_it_would_not_read(llama, tmp_path, text, capsys):
+    arguments = ["--model", str(llama), "--output-dir", str(tmp_path / "out"), "--method", "magnitude"]
+    assert main(["prune", *arguments, "--calibration", text]) == 2
+    assert "magnitude reads no text" in capsys.readouterr().err
+
+
+def test_an_unfinished_prune_is_not_continued_with_another_column(llama, tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    words = [" ".join(chr(97 + (i * j) % 26) * 3 for j in range(90)) for i in range(40)]
+    rows.write_text("".join(json.dumps({"text": line, "other": line[::-1]}) + "\n" for line in words))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HiddenStates, "go_on", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(llama, str(rows), tmp_path / "out", *PLAIN, "--column", "text")
+    arguments = ["--model", str(llama), "--calibration", str(rows), "--output-dir", str(tmp_path / "out")]
+    sizes = ["--num-sequences", "8", "--seq-len", "64", "--rotation-iterations", "10", "--memory", "block"]
+    assert main(["prune", *arguments, *sizes, *PLAIN, "--column", "other"]) == 2
+    assert "unfinished" in capsys.readouterr().err
 
 
 def test_a_narrow_model_is_written_in_its_own_dtype(tmp_path, text):

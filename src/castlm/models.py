@@ -76,7 +76,7 @@ def load_model(
     if where.gguf:
         weights = {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
     with quiet(where), as_input_error(where):
-        # Mismatched sizes are allowed here; `_check_weights` reports them in one line.
+        # Mismatched sizes are allowed here; `check_weights` reports them in one line.
         model, loading_info = auto_class(config).from_pretrained(
             where.target,
             config=config,
@@ -87,7 +87,7 @@ def load_model(
             **weights,
             **options,
         )
-    _check_weights(where, model, loading_info)
+    check_weights(where, model, loading_info)
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > num_embeddings:
         raise InputError(
@@ -193,7 +193,13 @@ def restored_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     return state_dict
 
 
-def _check_weights(where: Location, model: PreTrainedModel, loading_info: Mapping[str, Any]) -> None:
+def check_weights(where: Location, model: PreTrainedModel, loading_info: Mapping[str, Any]) -> None:
+    """Raises `InputError` for weights that are missing, left over, of another shape or not finite.
+
+    Args:
+        loading_info: what `from_pretrained` returns with `output_loading_info`.
+    """
+
     def some(names: list[str]) -> str:
         return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 

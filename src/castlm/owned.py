@@ -33,8 +33,9 @@ LAYOUT: dict[str, tuple[str, ...]] = {
     "train": (
         "metrics.jsonl",
         "report.html",
+        "sample.json",
         "tensorboard/events.out.tfevents.*",
-        "wandb/**",
+        *("wandb/run-*/**", "wandb/offline-run-*/**", "wandb/latest-run", "wandb/debug*.log"),
         "checkpoints/step-*/manifest.json",
         "checkpoints/step-*/metadata.json",
         "checkpoints/step-*/__*_*.distcp",

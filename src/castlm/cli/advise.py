@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
@@ -55,6 +56,7 @@ class AdviseCommand:
         from castlm.export.cut_sizes import cut_pattern
         from castlm.inference.devices import find_device
 
+        check_json_path(self.json, result_folder(self.model), *self.results)
         if self.results:
             return self._compare_results()
         pattern = Pattern.parse(self.pattern)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, result_folder, to_stderr, write_json
 from castlm.core.errors import InputError
-from castlm.fields import positional
+from castlm.fields import given, positional
 
 
 @dataclass
@@ -64,6 +64,13 @@ class EvalCommand:
         if self.text is None and self.tasks is None:
             raise InputError("nothing to evaluate on: give --text FILE, or --tasks piqa,arc_easy, or both")
         check_json_path(self.json, result_folder(self.path), *([self.text] if self.text else []))
+        from castlm.evaluation.zero_shot import check_tasks, zero_shot
+
+        names = [name.strip() for name in self.tasks.split(",")] if self.tasks is not None else []
+        if self.tasks is not None:
+            check_tasks(names, self.tasks_from)
+        elif ignored := given(self, ("tasks_from", "limit")):
+            raise InputError(f"--{ignored[0].replace('_', '-')} is for --tasks: name tasks, or leave it out")
         import torch
 
         from castlm.data.chat import with_template
@@ -96,9 +103,6 @@ class EvalCommand:
                     progress=progress,
                 )
         if self.tasks is not None:
-            from castlm.evaluation.zero_shot import zero_shot
-
-            names = [name.strip() for name in self.tasks.split(",")]
             figures["zero_shot"] = zero_shot(
                 model, loaded.tokenizer, names, folder=self.tasks_from, limit=self.limit, autocast_dtype=dtype
             )

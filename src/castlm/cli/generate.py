@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
-from castlm.cli.options import parse, result_folder
+from castlm.cli.options import parse, result_folder, use_threads
 from castlm.fields import positional
 from castlm.names import LAYOUT, printable
 
@@ -39,13 +39,11 @@ class GenerateCommand:
     """Run Python code that comes with a hub model."""
 
     def run(self) -> int:
-        import torch
 
         from castlm.inference.generate import encode_prompt, generate_text, load_to_generate
         from castlm.progress import note
 
-        if self.threads > 0:
-            torch.set_num_threads(self.threads)
+        use_threads(self.threads)
         model, tokenizer = load_to_generate(
             result_folder(self.path),
             as_stored=False,

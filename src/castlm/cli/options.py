@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import types
@@ -119,6 +120,21 @@ def to_stderr(text: str) -> None:
 
 def to_stdout(text: str) -> None:
     print(printable(text, keep="\n"), flush=True)
+
+
+def use_threads(number: int) -> None:
+    """Sets the number of threads of torch; 0 leaves it.
+
+    Raises:
+        InputError: more threads than processors.
+    """
+    import torch
+
+    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if number > most:
+        raise InputError(f"--threads {number} is more than the processors here: give at most {most}")
+    if number > 0:
+        torch.set_num_threads(number)
 
 
 def result_folder(path: str) -> str:

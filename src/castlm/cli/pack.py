@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from castlm.cli.options import parse, result_folder
-from castlm.core.pattern import NM
+from castlm.cli.verify import recorded_pattern
+from castlm.core.errors import InputError
+from castlm.core.pattern import NM, Pattern
 from castlm.fields import positional
 
 
@@ -21,8 +23,8 @@ class PackCommand:
     output_dir: str = dataclasses.field(kw_only=True)
     """Folder for the packed model."""
 
-    pattern: str = "2:4"
-    """n:m, at most n non-zeros in every m along the input axis."""
+    pattern: str | None = None
+    """n:m, at most n non-zeros in every m along the input axis. The default is that of castlm.json, or 2:4."""
 
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """Cast all weights to this dtype first; by default they stay as they are stored, bit for bit."""
@@ -35,11 +37,15 @@ class PackCommand:
 
     def run(self) -> int:
         from castlm.export.packed import pack_folder
+        from castlm.export.unit_count import groups_of
         from castlm.output import claimed
         from castlm.progress import shown_progress
 
-        pattern = NM.parse(self.pattern)
         source = result_folder(self.path)
+        found = groups_of(Pattern.parse(self.pattern or recorded_pattern(source) or "2:4"))
+        if not isinstance(found, NM):
+            raise InputError(f"pattern {found} of {source} is not n:m: nothing to pack")
+        pattern = found
         with (
             claimed(self.output_dir, "result", overwrite=self.overwrite, inputs={"path": source}) as folder,
             shown_progress("pack, tensors") as progress,
@@ -56,7 +62,7 @@ class PackCommand:
             )
         ratio = report.bytes_after / report.bytes_before
         print(
-            f"{folder}: {report.num_packed} tensors packed and verified {self.pattern}, "
+            f"{folder}: {report.num_packed} tensors packed and verified {pattern}, "
             f"{report.bytes_after / 1e6:,.1f} MB, {ratio:.3f} of what {self.path} takes; "
             f"try it with: castlm generate {folder} --prompt TEXT"
         )

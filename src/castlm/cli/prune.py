@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from castlm.cli.options import parse
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.fields import choice
+from castlm.fields import choice, given
 from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ def solver_names() -> Iterable[str]:
     from castlm.oneshot.solvers import SOLVERS
 
     return dict.fromkeys((*SOLVERS, *UNIT_SCORES))
+
+
+_OF_CALIBRATION = ("calibration", "column", "chat_template_path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +117,8 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             raise InputError(
                 f"method {method} needs a calibration text: give --calibration FILE, or --method magnitude"
             )
+        if not (needs_text or structured) and (ignored := given(self, _OF_CALIBRATION)):
+            raise InputError(f"--{ignored[0]}: method {method} reads no text; leave it out, or use wanda or sparsegpt")
         if needs_text or (structured and self.calibration is not None):
             assert self.calibration is not None
             text = open_documents(self.calibration, column=self.column)
@@ -166,9 +172,11 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             return None, {}
         length = self.seq_len or calibration_length(model)
         ids = token_ids(text, tokenizer, limit=CALIBRATION_POOL * self.num_sequences * length)
-        return calibration_blocks(ids, self.num_sequences, length, self.seed), {
+        blocks = calibration_blocks(ids, self.num_sequences, length, self.seed)
+        return blocks, {
             "text": self.calibration,
             "text_sha256": text.text_hash(),
+            "tokens_sha256": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),  # of a column, by a template
             "num_sequences": self.num_sequences,
             "seq_len": length,
             "seed": self.seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from castlm.cli.options import parse, result_folder
+from castlm.cli.options import parse, result_folder, use_threads
 from castlm.core.errors import InputError
 from castlm.fields import positional
 
@@ -30,7 +30,6 @@ class ServeCommand:
     """Run Python code that comes with a hub model."""
 
     def run(self) -> int:
-        import torch
         from transformers.utils.import_utils import is_serve_available
 
         from castlm.inference.generate import dtype_to_run
@@ -43,8 +42,7 @@ class ServeCommand:
         where, config, _ = open_model(path, trust_remote_code=self.trust_remote_code)
         if where.gguf:
             raise InputError(f"{self.path} is a GGUF file: serve a model folder")
-        if self.threads > 0:
-            torch.set_num_threads(self.threads)
+        use_threads(self.threads)
         from transformers.cli.serve import Serve
 
         dtype = dtype_to_run(config, note)

@@ -24,6 +24,10 @@ from castlm.yaml_file import read_yaml_mapping
 
 Say = Callable[[str], None]
 
+_OF_COMPARE = ("model", "dataset", "eval_dataset", "output_dir", "seed", "max_steps", "num_train_epochs", "resume")
+_OF_COMPARE += ("overwrite",)
+"""Options of a run that a comparison sets itself."""
+
 
 def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]:
     """Starts or continues a comparison and writes its report after each variant.
@@ -76,6 +80,8 @@ class Plan:
         if command.tuning_dataset and not self.rates:
             raise InputError("tuning_dataset chooses between learning rates: give --learning-rates 1e-4,3e-4")
         self.common = flatten(read_yaml_mapping(command.config), command.config) if command.config else {}
+        if taken := [name for name in _OF_COMPARE if name in self.common]:
+            raise InputError(f"{command.config} sets {taken[0]}, which castlm compare sets for each run: take it out")
         for name in ("seq_len", "per_device_train_batch_size", "eval_tokens"):
             if getattr(command, name) is not None:
                 self.common[name] = getattr(command, name)
@@ -246,7 +252,11 @@ class Plan:
         key = zero_shot_key(digest, command.tasks, command.tasks_from, command.limit)
         file = folder.with_name(f"{folder.name}.zeroshot-{key}.json")
         self.say(f"zero-shot: {model}")
-        rows, failure = zero_shot_rows(model, file, command.tasks, command.tasks_from, command.limit)
+        loading: list[str] = []
+        if model == command.model:
+            loading += ["--revision", str(self.common["revision"])] if self.common.get("revision") else []
+        loading += ["--trust-remote-code"] if self.common.get("trust_remote_code") else []
+        rows, failure = zero_shot_rows(model, file, command.tasks, command.tasks_from, command.limit, *loading)
         if failure is not None:
             self.say(failure)
             self.has_failed = True
@@ -265,6 +275,10 @@ class Plan:
             "revision",
         )
         content = checked(TrainConfig, {k: v for k, v in fields.items() if k in known}, f"variant {name}")
+        if fields.get("left_dense"):
+            raise InputError(
+                f"left_dense is for training, and {fields['method']} prunes every layer: leave one of the two out"
+            )
         content |= {"method": fields["method"], **named}
         content |= {"calibration": self.command.calibration or self.command.dataset}
         content |= {"num_sequences": self.command.num_sequences}

@@ -203,11 +203,15 @@ def zero_shot_key(model: str, tasks: str, folder: str | None, limit: int | None)
 
 
 def zero_shot_rows(
-    model: str, file: Path, tasks: str, folder: str | None, limit: int | None
+    model: str, file: Path, tasks: str, folder: str | None, limit: int | None, *loading: str
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """The rows of `castlm eval --tasks` on a model, from `file` when it is there; and why there are none."""
+    """The rows of `castlm eval --tasks` on a model, from `file` when it is there; and why there are none.
+
+    Args:
+        loading: options with which the model is loaded.
+    """
     if not file.is_file():
-        arguments = ["castlm", "eval", model, "--tasks", tasks, "--json", str(file)]
+        arguments = ["castlm", "eval", model, "--tasks", tasks, "--json", str(file), *loading]
         arguments += ["--tasks-from", folder] if folder else []
         arguments += ["--limit", str(limit)] if limit else []
         if run_process(arguments, file.with_suffix(".log")):

@@ -130,7 +130,7 @@ class Sampler:
         begins = [self._begin(prompt) for prompt in prompts]
         samples = []
         for prompt, begin, (ids, is_whole) in zip(prompts, begins, self._continue(begins)):
-            samples.append(Sample({"text": prompt + self._decode(ids)}, len(begin) + len(ids), is_whole))
+            samples.append(Sample({"text": prompt + self._after(begin, ids)}, len(begin) + len(ids), is_whole))
         return samples
 
     def _talk(self, prompts: list[str]) -> list[Sample | None]:
@@ -174,6 +174,11 @@ class Sampler:
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
+    def _after(self, begin: list[int], ids: list[int]) -> str:
+        """What `ids` say behind `begin`: some tokenizers leave out the space before the first word they decode."""
+        before, whole = self._decode(begin), self._decode(begin + ids)
+        return whole[len(before) :] if whole.startswith(before) else self._decode(ids)
+
     def _continue(self, begins: list[list[int]]) -> list[_Continued]:
         """Samples after each of `begins`, in one batch, padded on the left."""
         if not begins:
@@ -188,14 +193,16 @@ class Sampler:
             do_sample=True,
             temperature=self.options.temperature,
             top_p=self.options.top_p,
-            top_k=0,  # the model's own settings would count where one is left out
-            min_p=None,
-            repetition_penalty=1.0,
+            top_k=0,
             max_new_tokens=self.options.max_new_tokens,
             eos_token_id=self._ends,
             pad_token_id=self._ends[0],
         )
-        output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        own, self.model.generation_config = self.model.generation_config, config  # whose settings fill in what is unset
+        try:
+            output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        finally:
+            self.model.generation_config = own
         found, ends = [], set(self._ends)
         for row in output[:, width:].tolist():
             end = next((place for place, token in enumerate(row) if token in ends), None)

@@ -166,6 +166,10 @@ def _plan(source: Path, n: int, m: int, dtype: str | None, head: str | None) -> 
         table = next((name for name in _TABLES if name in stored), None)
         if table is None:
             raise InputError(f"{source} has no output head under a known name: leave --head out")
+        if model_type.startswith("gemma"):
+            raise InputError(f"the embedding of {model_type} scales what it looks up: leave --head out")
+        if config.get("tie_word_embeddings") and len([name for name in _TABLES if name in stored]) > 1:
+            raise InputError(f"{source} stores {table}, which its config.json ties to the embedding: leave --head out")
         specs[table] = PackedSpec(*stored[table].shape, 0, 0, "int8")
     paths = sorted({tensor.file for tensor in stored.values()})
     count = len(paths)

@@ -15,7 +15,8 @@ from castlm.architecture import auto_class, context_length
 from castlm.core.errors import InputError
 from castlm.hardware import has_fast_bf16
 from castlm.inference.decode import decoding_method
-from castlm.opening import open_model, quiet
+from castlm.models import check_weights
+from castlm.opening import as_input_error, open_model, quiet
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,27 @@ def load_to_generate(
         say: as for `dtype_to_run`.
 
     Raises:
-        InputError: as `castlm.opening.open_model`, or damaged packed files.
+        InputError: as `castlm.opening.open_model`, damaged packed files, or weights that `check_weights` refuses.
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
     if where.gguf:
         options |= {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
+    else:
+        options["use_safetensors"] = True
     if torch.cuda.is_available():
         options["device_map"] = "cuda"
     dtype = "auto" if as_stored else dtype_to_run(config, say)
-    with quiet(where):
-        model = auto_class(config).from_pretrained(where.target, config=config, dtype=dtype, **options)
+    with quiet(where), as_input_error(where):
+        model, loading_info = auto_class(config).from_pretrained(
+            where.target,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    check_weights(where, model, loading_info)
     return model.eval(), tokenizer
 
 
@@ -141,7 +152,7 @@ def generate_text(
     if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
         raise InputError(
             f"{input_ids.shape[1]} tokens of prompt and {max_new_tokens} new ones exceed the context of {longest}: "
-            "lower --max-new-tokens"
+            + ("lower --max-new-tokens" if input_ids.shape[1] < longest else "shorten the prompt")
         )
     torch.manual_seed(seed)
     stream = _Stream(tokenizer, write)

@@ -6,6 +6,7 @@ then, after `prepare_`, the one buffer in the order in which this processor read
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -74,9 +75,12 @@ class PackedModule(nn.Module):
         """Makes the buffer of the stored tensors, in `buffer` (num_bytes(),), and lets go of them.
 
         Raises:
-            InputError: a mask that does not keep exactly n of every m.
+            InputError: a mask that does not keep exactly n of every m, or a value that is not finite.
         """
         spec, stored = self.spec, self.stored
+        floats = [x for x in (stored.values, stored.scales) if x is not None and x.is_floating_point()]
+        if not all(math.isfinite(bound) for tensor in floats for bound in tensor.aminmax()):
+            raise InputError("the packed weights hold NaN or infinity: the checkpoint is damaged")
         native.repack_(buffer, stored.values, stored.mask, stored.scales, spec.values, spec.n, spec.m, spec.columns)
         self.share_(buffer)
 

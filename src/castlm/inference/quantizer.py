@@ -124,6 +124,8 @@ class CastlmQuantizer(HfQuantizer):
                 f"{type(model).__name__} has no layer {name} of shape {shape}: load the model after castlm unpack"
             )
         if isinstance(module, nn.Embedding):
+            if type(module) is not nn.Embedding:
+                raise InputError(f"{type(module).__name__} scales what it looks up: pack the model without head")
             model.set_submodule(path, PackedEmbedding(spec, self.dtype))
             if model.config.get_text_config().tie_word_embeddings:  # the head takes the table over after loading
                 model.set_output_embeddings(nn.Identity())

@@ -40,7 +40,7 @@ TOLERANCE_NARROW = 5e-2
 
 _CHECK_TOKENS = 256
 
-MIN_SEQUENCES = 64
+MIN_SEQUENCES = 128
 TOKENS_PER_INPUT = 4
 """The statistics that choose a basis take in this many tokens for each input of the widest layer, in at least
 `MIN_SEQUENCES` sequences: more do not lower the error, and the pass over them is half of the cost."""

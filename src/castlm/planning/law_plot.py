@@ -16,7 +16,8 @@ def check_plot(path: str | Path) -> None:
     """Checks before a fit that its plot can be written.
 
     Raises:
-        InputError: matplotlib is not installed, or the suffix of `path` is not one of its formats.
+        InputError: matplotlib is not installed, the suffix of `path` is not one of its formats, or its folder is not
+            there.
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
@@ -25,6 +26,8 @@ def check_plot(path: str | Path) -> None:
     formats = sorted(FigureCanvasBase.get_supported_filetypes())
     if Path(path).suffix.lower().removeprefix(".") not in formats:
         raise InputError(f"{path} has no suffix of a plot format: use one of {', '.join(formats)}")
+    if not Path(path).absolute().parent.is_dir():
+        raise InputError(f"the folder of {path} does not exist: make it, or name another")
 
 
 def plot_law(law: Law, points: Sequence[Point], path: str | Path) -> None:

@@ -31,6 +31,7 @@ from castlm.files import atomic_write_json, flush_folder, is_disk_full, plain_js
 from castlm.owned import RESULT
 from castlm.training.checkpoint_storage import DATA_FILE, METADATA, JsonReader, JsonWriter
 from castlm.training.config import FREE_ON_RESUME, TrainConfig
+from castlm.yaml_file import read_yaml_mapping
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -56,10 +57,10 @@ def after_restart(config: TrainConfig) -> TrainConfig:
         return config
     folder = Path(config.output_dir)
     try:
-        is_ours = (folder / "config.yaml").read_text(encoding="utf-8") == config.as_yaml()
-    except (OSError, UnicodeDecodeError):
+        begun = TrainConfig.from_mapping(read_yaml_mapping(str(folder / "config.yaml")))
+    except InputError:
         return config
-    if not is_ours:
+    if not config.is_begun_as(begun):
         return config
     has_saved = bool(checkpoint_steps(folder / "checkpoints")) or (folder / "model" / RESULT).is_file()
     return dataclasses.replace(config, resume=has_saved, overwrite=not has_saved)

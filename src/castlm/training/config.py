@@ -138,6 +138,14 @@ class TrainConfig(  # the fields of the last base come first
         """Whether the run starts from a model that is n:m already, and not from a dense one."""
         return self.method == "finetune" and self.init_from == self.model
 
+    def is_begun_as(self, begun: TrainConfig) -> bool:
+        """Whether a run with these options writes down `begun` once those that depend on text and model are known."""
+        found_later = {"resume", "overwrite"}
+        found_later |= {"max_steps", "num_train_epochs"} if self.num_train_epochs is not None else set()
+        found_later |= {"lam"} if self.lam == "auto" else set()
+        found_later |= {"left_dense"} if self.is_finetuning else set()
+        return all(getattr(begun, name) == value for name, value in self.as_dict().items() if name not in found_later)
+
     @property
     def datasets(self) -> dict[str, float]:
         """The training texts with their weights; a single one has the weight 1."""
@@ -282,6 +290,7 @@ FREE_ON_RESUME = WITHOUT_EFFECT | {
     "save_dtype",
     "eval_steps",
     "device",
+    "precision",  # what it amounts to is compared
     "fused_optimizer",
     "torch_compile",
     "gradient_checkpointing",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from castlm.core.decay import DECAYS
 from castlm.fields import default_of, is_required
 from castlm.methods.table import METHODS
-from castlm.oneshot.options import UNIT_SCORES
+from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements
 from castlm.training.config import TrainConfig
 
 CALIBRATED = ("sparsegpt", *(name for name in UNIT_SCORES if name != "magnitude"))
@@ -38,6 +38,10 @@ EFFECTS: dict[str, Effect] = {
         "init_from magnitude, or an n:m pattern whose decay is horizon",
     ),
     "calibration_sequences": Effect(lambda c: c.start in CALIBRATED, f"init_from {' or '.join(CALIBRATED)}"),
+    **dict.fromkeys(
+        (field.name for section in (BasisOptions, Refinements) for field in dataclasses.fields(section)),
+        Effect(lambda c: c.start != "magnitude", "a calibrated start: init_from sparsegpt, wanda or a score"),
+    ),
     "temperature": Effect(lambda c: c.eta > 0, "eta above 0"),
     "teacher_top_k": Effect(lambda c: c.eta > 0, "eta above 0"),
     "min_lr_ratio": Effect(lambda c: c.lr_scheduler_type != "constant", "a learning rate that falls"),

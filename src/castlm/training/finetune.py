@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,7 +12,7 @@ from castlm.core.errors import InputError
 from castlm.export.verify import read_left_dense
 from castlm.fields import essential, positional
 from castlm.locate import cached_snapshot, locate
-from castlm.training.config import Layer, TrainConfig, section_fields
+from castlm.training.config import TrainConfig, section_fields
 from castlm.training.sections import MethodOptions, StartOptions
 
 FULL_LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-5, 5e-4
@@ -60,8 +59,8 @@ class FinetuneConfig(TrainConfig):
     """What is trained. none: all weights that are not zero. shira, lora: a PEFT adapter that keeps every zero when it
     is merged; it is written to `output_dir/adapter` too."""
 
-    learning_rate: float = essential(FULL_LEARNING_RATE)
-    """Peak learning rate. Where none is given, castlm finetune uses 5e-5, and 5e-4 for adapters."""
+    learning_rate: float = essential(None)  # type: ignore[assignment]
+    """Peak learning rate. The default is 5e-5, and 5e-4 for adapters."""
 
     adam_betas: tuple[float, float] = field(default=(0.9, 0.999), kw_only=True)
     """Decay rates of Adam's moments."""
@@ -69,6 +68,9 @@ class FinetuneConfig(TrainConfig):
     def __post_init__(self) -> None:
         if self.init_from is None:
             object.__setattr__(self, "init_from", self.model)
+        if self.learning_rate is None:
+            rate = FULL_LEARNING_RATE if self.adapter == "none" else ADAPTER_LEARNING_RATE
+            object.__setattr__(self, "learning_rate", rate)
         super().__post_init__()
         if self.method != "finetune":
             raise InputError(f"method {self.method} does not fine-tune a sparse model: use castlm train, or finetune")
@@ -77,16 +79,6 @@ class FinetuneConfig(TrainConfig):
                 f"init_from {self.init_from}: fine-tuning starts from its model {self.model}; leave it out, or use "
                 "castlm train"
             )
-
-    @classmethod
-    def from_layers(cls, layers: Iterable[Layer]) -> FinetuneConfig:
-        """As `TrainConfig.from_layers`, with a default learning rate that depends on `adapter`."""
-        config = super().from_layers(layers := list(layers))
-        assert isinstance(config, FinetuneConfig)
-        given = any("learning_rate" in {**values, **values.get("optimizer", {})} for _, values in layers)
-        if not given and config.adapter != "none":
-            config = dataclasses.replace(config, learning_rate=ADAPTER_LEARNING_RATE)
-        return config
 
 
 def with_left_dense(config: TrainConfig) -> TrainConfig:

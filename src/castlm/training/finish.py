@@ -190,7 +190,7 @@ def say_result(run: TrainedRun, record: dict[str, Any]) -> None:
     else:
         run.say(f"{run.folder}: the dense control")
     found = record["verdict"]
-    run.say(found["reason"] if found["ok"] else f"THIS RUN DIVERGED: {found['reason']}; lower learning_rate")
+    run.say(found["reason"] if found["ok"] else f"THIS RUN {found['problem']}: {found['reason']}; {found['remedy']}")
 
 
 def run_record(run: TrainedRun) -> dict[str, Any]:

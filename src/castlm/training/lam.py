@@ -5,11 +5,12 @@ travel; how fast the machine is. What `castlm plan check` reports and what `lam:
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from castlm.core.budget import DecayBudget, decay_budget
 from castlm.core.decay import DECAYS
@@ -110,9 +111,9 @@ def _budgets(run: Run) -> dict[str, DecayBudget]:
 
 
 def _momentum_rms(run: Run) -> dict[str, float]:
+    """Of each layer over the rows of all ranks."""
     correction = 1 - run.config.adam_betas[0] ** run.progress.step
-    rms = {}
-    for name, layer in run.method.layers.items():
-        momentum = run.optimizer.momentum(weight_parameter(layer))
-        rms[name] = math.sqrt(float(momentum.square().mean())) / correction
-    return rms
+    momenta = [run.optimizer.momentum(weight_parameter(layer)) for layer in run.method.layers.values()]
+    sums = [[float(momentum.square().sum()), momentum.numel()] for momentum in momenta]
+    squares, counts = run.world.sum(torch.tensor(sums, dtype=torch.float64, device=run.world.device)).unbind(1)
+    return dict(zip(run.method.layers, ((squares / counts).sqrt() / correction).tolist()))

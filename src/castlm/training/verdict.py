@@ -6,8 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-DIVERGED_FACTOR = 10.0
-"""A result whose perplexity is more than this many times the dense model's has diverged."""
+FAR_FACTOR = 10.0
+"""A result whose perplexity is more than this many times the dense model's is no use, even if it improved."""
+
+_DIVERGED = {"problem": "DIVERGED", "remedy": "lower learning_rate"}
+_FELL_SHORT = {"problem": "FELL SHORT", "remedy": "train for more steps"}
 
 MEASURED_ALIKE = ("seq_len", "stride", "text_sha256", "num_tokens", "tokens")
 """What of `record["measured"]` two perplexities have in common if they can be compared."""
@@ -26,9 +29,9 @@ def verdict(perplexities: Mapping[str, float]) -> dict[str, Any]:
             `one_shot` where they were measured; of a fine-tuning run, `start`.
 
     Returns:
-        `{"ok": bool, "reason": str}`. `ok` is False when the perplexity is not finite, is above that of the one-shot
-        start, or is above ten times that of the dense model; of a fine-tuning run, when it is above that of the model
-        before.
+        `{"ok": bool, "reason": str}`. `ok` is False when the run diverged (the perplexity is not finite, or above that
+        of the one-shot start; of a fine-tuning run, above that of the model before), or is above ten times that of the
+        dense model. "problem" and "remedy" then say which, and what helps.
 
     Example:
         >>> verdict({"dense": 6.0, "one_shot": 14.0, "pruned": 8.0})["reason"]
@@ -39,7 +42,7 @@ def verdict(perplexities: Mapping[str, float]) -> dict[str, Any]:
     found = final_perplexity(perplexities)
     dense, one_shot = perplexities.get("dense"), perplexities.get("one_shot")
     if found is None or not math.isfinite(found):
-        return {"ok": False, "reason": f"the perplexity is {found}"}
+        return {"ok": False, "reason": f"the perplexity is {found}", **_DIVERGED}
     parts, ok = [f"perplexity {found:,.3f}"], True
     if (start := perplexities.get("start")) is not None:
         ok = found <= start
@@ -47,7 +50,9 @@ def verdict(perplexities: Mapping[str, float]) -> dict[str, Any]:
     if one_shot is not None:
         ok = found <= one_shot
         parts.append(f"{'below' if ok else 'ABOVE'} the one-shot start ({one_shot:,.3f})")
+    problem = {} if ok else _DIVERGED
     if dense is not None:
-        ok = ok and found <= DIVERGED_FACTOR * dense
         parts.append(f"{found / dense:.2f} times the dense model ({dense:,.3f})")
-    return {"ok": ok, "reason": ", ".join(parts)}
+        if ok and found > FAR_FACTOR * dense:
+            ok, problem = False, _DIVERGED if one_shot is None else _FELL_SHORT
+    return {"ok": ok, "reason": ", ".join(parts), **problem}
