@@ -43,7 +43,7 @@ class BasisOptions:
     """Which axes of the dense model are turned before it is pruned; its function stays as it is."""
 
     rotate: Literal["auto", "off", "values", "residual"] = "auto"
-    """Rotations before wanda or sparsegpt. values: the values of each attention head, at the cost of one pass over 64
+    """Rotations before wanda or sparsegpt. values: the values of each attention head, at the cost of one pass over 128
     calibration sequences or more. residual: the residual stream as well, which folds the norms' gains and unties tied
     embeddings. auto: values where the model's family is known."""
 
