@@ -160,7 +160,7 @@ def test_a_dense_model_is_refused_in_one_line_and_nothing_is_written(text, tmp_p
         main(["finetune", str(dense), "--dataset", text, "--output-dir", str(tmp_path / "run"), "--seq-len", "32"]) == 2
     )
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"{dense} is not 2:4 in model.layers.0.self_attn.q_proj: prune it first" in line
+    assert f"{dense} is not 2:4 in model.layers.0.self_attn.q_proj: give its own pattern, prune it first" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -72,6 +72,8 @@ def test_the_command_prints_the_phases_and_the_peak(tmp_path, capsys):
     assert all(word in said for word in ("phase: solve", "phase: enter", "peak", "hidden states on disk"))
     assert command.main([*arguments, "--memory", "model"]) == 0
     assert "phase: verify" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--world-size is of a training run"):
+        command.main([*arguments, "--world-size", "8"])
 
 
 def test_the_plan_allocates_nothing():

@@ -197,6 +197,13 @@ def test_ticks_are_round_and_inside():
             assert all(-1 <= scale.at(tick) <= 101 for tick in scale.ticks())
 
 
+def test_a_run_that_improved_and_is_no_use_yet_has_not_diverged():
+    far = verdict({"dense": 5.0, "one_shot": 150.0, "pruned": 75.0})
+    assert (far["ok"], far["problem"], far["remedy"]) == (False, "FELL SHORT", "train for more steps")
+    assert verdict({"dense": 5.0, "one_shot": 60.0, "pruned": 75.0})["problem"] == "DIVERGED"
+    assert "problem" not in verdict({"dense": 5.0, "one_shot": 60.0, "pruned": 20.0})
+
+
 def test_options_of_a_variant_are_those_that_have_an_effect():
     common = TrainConfig("model", "text", "run", eta=0.5)
     runs = {

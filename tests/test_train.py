@@ -26,7 +26,7 @@ from castlm.oneshot.calibration import calibration_blocks
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.training import start
-from castlm.training.checkpoint import checkpoint_steps
+from castlm.training.checkpoint import after_restart, checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from castlm.training.objective import pruned
@@ -208,6 +208,20 @@ def test_prune_now_leaves_the_weights_as_they_were(llama, text, tmp_path):
     assert run.progress.figures["1"]["prune_now_ppl"] != run.progress.figures["1"]["perplexity"]
     for name, p in run.model.named_parameters():
         assert torch.equal(p, before[name]), name
+
+
+EPOCHS = {"num_train_epochs": 0.5, "max_steps": TrainConfig.max_steps}
+
+
+@pytest.mark.parametrize("given", [EPOCHS, {"decay": "proportional", "lam": "auto"}])
+def test_a_restart_knows_its_run_though_options_were_filled_in(given, llama, text, tmp_path, monkeypatch):
+    config = small(llama, text, tmp_path / "run", **given)
+    filled_in = {"num_train_epochs": None, "max_steps": 7} if "lam" not in given else {"lam": 0.01}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(replace(config, **filled_in).as_yaml())
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert after_restart(config).overwrite
+    assert not after_restart(replace(config, learning_rate=0.5)).overwrite
 
 
 @pytest.mark.parametrize("method", ["finetune", "srste", "cast"])

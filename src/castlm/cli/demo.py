@@ -53,14 +53,13 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
 
 def demo_config(folder: Path, max_steps: int, method: str, resume: bool = False) -> TrainConfig:
     texts = folder / "text"
+    start = {"calibration_sequences": 64, "rotation_iterations": 50} if method == "castlm" else {}
     return TrainConfig(
         model=DEMO,
         dataset=str(texts / "train.jsonl"),
         eval_dataset=str(texts / "held_out.jsonl"),
         output_dir=str(folder / method),
         method="cast" if method == "castlm" else "dense",
-        calibration_sequences=64,
-        rotation_iterations=50,
         max_steps=max_steps,
         seq_len=128,
         per_device_train_batch_size=4,
@@ -69,6 +68,7 @@ def demo_config(folder: Path, max_steps: int, method: str, resume: bool = False)
         save_steps=0,
         resume=resume,
         overwrite=not resume,
+        **start,
     )
 
 

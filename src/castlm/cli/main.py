@@ -53,9 +53,9 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0: done. 1: the answer is no (a pattern does not hold, a run diverged, a run of `compare` failed). 2: bad input, or
-    output that cannot be written, in one line. 130: after Ctrl-C. 141, as for a process that SIGPIPE ends: nobody reads
-    the output any more (`castlm ... | head -1`).
+    0: done. 1: the answer is no (a pattern does not hold, a run diverged or fell short, a run of `compare` failed). 2:
+    bad input, or output that cannot be written, in one line. 130: after Ctrl-C. 141, as for a process that SIGPIPE
+    ends: nobody reads the output any more (`castlm ... | head -1`).
 
     Every other exception is reported in one line too, with exit code 2; CASTLM_TRACEBACK=1 shows the traceback.
     """

@@ -11,8 +11,13 @@ from castlm.cli.options import parse
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
+from castlm.fields import given
 from castlm.oneshot.options import UNIT_SCORES
 from castlm.training.sections import HIDDEN_WEIGHT
+
+_OF_TRAINING = ("gpu", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "scale_groups")
+_OF_TRAINING += ("gradient_checkpointing", "precision", "moments", "eta", "hidden_weight")
+"""Options that say nothing of `castlm prune`."""
 
 _AT_LEAST_1 = {"at_least": 1}
 
@@ -104,6 +109,8 @@ class MemoryCommand:
     def _run_prune(self) -> int:
         from castlm.planning.prune_memory import plan_prune_memory
 
+        if ignored := given(self, _OF_TRAINING):
+            raise InputError(f"--{ignored[0].replace('_', '-')} is of a training run: leave it out with --prune")
         plan = plan_prune_memory(
             self.model,
             memory=self.memory,

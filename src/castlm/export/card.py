@@ -186,10 +186,11 @@ def _public(name: str) -> str:
 
 
 def _warning(verdict: Mapping[str, Any]) -> str:
-    """The first line of the card of a run that diverged."""
+    """The first line of the card of a run that diverged or fell short."""
     if verdict.get("ok", True):
         return ""
-    return f"**This run diverged: {markdown(str(verdict['reason']))}. Do not use this model.**\n\n"
+    problem = str(verdict.get("problem", "diverged")).lower()
+    return f"**This run {problem}: {markdown(str(verdict['reason']))}. Do not use this model.**\n\n"
 
 
 def _left_dense(left_dense: Mapping[str, str]) -> str:

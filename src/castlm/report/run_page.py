@@ -118,7 +118,7 @@ def _verdict(run: RunData) -> dict[str, str]:
     if not run.is_finished:
         sentence = f"Step {run.step:,} of {run.config.get('max_steps', 0):,}. So far: {_sentence(run, found)}"
         return {"kind": "running" if found["ok"] else "bad", "badge": "running", "sentence": sentence}
-    kind, badge = ("good", "done") if found["ok"] else ("bad", "diverged")
+    kind, badge = ("good", "done") if found["ok"] else ("bad", found.get("problem", "diverged").lower())
     return {"kind": kind, "badge": badge, "sentence": _sentence(run, found)}
 
 

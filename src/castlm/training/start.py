@@ -209,8 +209,8 @@ def _read(
         if bound.unit_violations([weights[name] for name in unit]):
             given = name if config.is_finetuning else f"init_from {name}"
             raise InputError(
-                f"{given} is not {pattern} in {unit[-1]}: prune it first (castlm prune), or name the layer in "
-                "left_dense"
+                f"{given} is not {pattern} in {unit[-1]}: give its own pattern, prune it first (castlm prune), or name "
+                "the layer in left_dense"
             )
     return weights
 
