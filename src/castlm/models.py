@@ -69,25 +69,10 @@ def load_model(
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     stored = stored_dtype(where, config)
-    options = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
     if quantization_method(config) == PACKED:
         config.quantization_config = {**config.quantization_config, "dequantize": True}
-    weights: dict[str, Any] = {"use_safetensors": True}
-    if where.gguf:
-        weights = {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
-    with quiet(where), as_input_error(where):
-        # Mismatched sizes are allowed here; `check_weights` reports them in one line.
-        model, loading_info = auto_class(config).from_pretrained(
-            where.target,
-            config=config,
-            dtype=dtype or stored,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            adapter_kwargs=dict(where.local),  # peft, if installed, looks for an adapter: not on the hub then
-            **weights,
-            **options,
-        )
-    check_weights(where, model, loading_info)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    model = load_weights(where, config, dtype=dtype or stored, **options)
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > num_embeddings:
         raise InputError(
@@ -97,6 +82,34 @@ def load_model(
     linearize_(model)
     source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
     return Loaded(model.eval(), tokenizer, source, stored)
+
+
+def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The model of an opened location, from safetensors or GGUF alone.
+
+    Args:
+        options: further ones of `from_pretrained`.
+
+    Raises:
+        InputError: weights that are pickled, corrupt, missing, left over, of another shape or not finite.
+    """
+    weights: dict[str, Any] = {"use_safetensors": True}
+    if where.gguf:
+        weights = {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
+    with quiet(where), as_input_error(where):
+        # Mismatched sizes are allowed here; `_check_weights` reports them in one line.
+        model, loading_info = auto_class(config).from_pretrained(
+            where.target,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            adapter_kwargs=dict(where.local),  # peft, if installed, looks for an adapter: not on the hub then
+            **weights,
+            **where.local,
+            **options,
+        )
+    _check_weights(where, model, loading_info)
+    return model
 
 
 SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -193,13 +206,7 @@ def restored_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     return state_dict
 
 
-def check_weights(where: Location, model: PreTrainedModel, loading_info: Mapping[str, Any]) -> None:
-    """Raises `InputError` for weights that are missing, left over, of another shape or not finite.
-
-    Args:
-        loading_info: what `from_pretrained` returns with `output_loading_info`.
-    """
-
+def _check_weights(where: Location, model: PreTrainedModel, loading_info: Mapping[str, Any]) -> None:
     def some(names: list[str]) -> str:
         return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 

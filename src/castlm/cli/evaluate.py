@@ -64,10 +64,10 @@ class EvalCommand:
         if self.text is None and self.tasks is None:
             raise InputError("nothing to evaluate on: give --text FILE, or --tasks piqa,arc_easy, or both")
         check_json_path(self.json, result_folder(self.path), *([self.text] if self.text else []))
-        from castlm.evaluation.zero_shot import check_tasks, zero_shot
-
-        names = [name.strip() for name in self.tasks.split(",")] if self.tasks is not None else []
         if self.tasks is not None:
+            from castlm.evaluation.zero_shot import check_tasks, zero_shot
+
+            names = [name.strip() for name in self.tasks.split(",")]
             check_tasks(names, self.tasks_from)
         elif ignored := given(self, ("tasks_from", "limit")):
             raise InputError(f"--{ignored[0].replace('_', '-')} is for --tasks: name tasks, or leave it out")

@@ -39,7 +39,6 @@ class GenerateCommand:
     """Run Python code that comes with a hub model."""
 
     def run(self) -> int:
-
         from castlm.inference.generate import encode_prompt, generate_text, load_to_generate
         from castlm.progress import note
 

@@ -42,10 +42,10 @@ class PackCommand:
         from castlm.progress import shown_progress
 
         source = result_folder(self.path)
-        found = groups_of(Pattern.parse(self.pattern or recorded_pattern(source) or "2:4"))
-        if not isinstance(found, NM):
-            raise InputError(f"pattern {found} of {source} is not n:m: nothing to pack")
-        pattern = found
+        named = self.pattern or recorded_pattern(source) or "2:4"
+        pattern = groups_of(Pattern.parse(named))
+        if not isinstance(pattern, NM):
+            raise InputError(f"{self.path} is {named}, which has no n:m to pack: pass --pattern of an n:m model")
         with (
             claimed(self.output_dir, "result", overwrite=self.overwrite, inputs={"path": source}) as folder,
             shown_progress("pack, tensors") as progress,

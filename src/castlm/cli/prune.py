@@ -118,7 +118,8 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
                 f"method {method} needs a calibration text: give --calibration FILE, or --method magnitude"
             )
         if not (needs_text or structured) and (ignored := given(self, _OF_CALIBRATION)):
-            raise InputError(f"--{ignored[0]}: method {method} reads no text; leave it out, or use wanda or sparsegpt")
+            option = ignored[0].replace("_", "-")
+            raise InputError(f"--{option}: method {method} reads no text; leave it out, or use wanda or sparsegpt")
         if needs_text or (structured and self.calibration is not None):
             assert self.calibration is not None
             text = open_documents(self.calibration, column=self.column)

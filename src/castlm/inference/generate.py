@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GgufConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from castlm.architecture import auto_class, context_length
+from castlm.architecture import context_length
 from castlm.core.errors import InputError
 from castlm.hardware import has_fast_bf16
 from castlm.inference.decode import decoding_method
-from castlm.models import check_weights
-from castlm.opening import as_input_error, open_model, quiet
+from castlm.models import load_weights
+from castlm.opening import open_model
 
 
 @dataclass(frozen=True)
@@ -58,27 +58,13 @@ def load_to_generate(
         say: as for `dtype_to_run`.
 
     Raises:
-        InputError: as `castlm.opening.open_model`, damaged packed files, or weights that `check_weights` refuses.
+        InputError: as `castlm.opening.open_model`, damaged packed files, or weights that `load_weights` refuses.
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
-    if where.gguf:
-        options |= {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
-    else:
-        options["use_safetensors"] = True
-    if torch.cuda.is_available():
-        options["device_map"] = "cuda"
+    options: dict[str, Any] = {"device_map": "cuda"} if torch.cuda.is_available() else {}
+    options |= {"trust_remote_code": trust_remote_code, "revision": revision}
     dtype = "auto" if as_stored else dtype_to_run(config, say)
-    with quiet(where), as_input_error(where):
-        model, loading_info = auto_class(config).from_pretrained(
-            where.target,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
-    check_weights(where, model, loading_info)
+    model = load_weights(where, config, dtype=dtype, **options)
     return model.eval(), tokenizer
 
 

@@ -215,11 +215,8 @@ class Run:
             values |= state
         if self.progress.step == 0 and self.parts.dense_perplexity is not None:
             values["dense_ppl"] = self.parts.dense_perplexity
-        parts = self.parts.text.eval_parts
-        short = {name: Path(name).name for name in parts}
-        for name, part in parts.items():
-            shown = short[name] if [*short.values()].count(short[name]) == 1 else name
-            values[f"perplexity/{shown}"] = self.parts.evaluator.perplexity(part)
+        for name, part in self.parts.text.eval_parts.items():
+            values[f"perplexity/{name}"] = self.parts.evaluator.perplexity(part)
         self.progress.figures[str(self.progress.step)] = values
         self.telemetry.evaluated(self.progress.step, values, self._details(masks))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,7 +39,7 @@ class TrainingText:
     held_out: ScoredText
     """Tokens of all evaluation texts."""
     eval_parts: dict[str, ScoredText]
-    """Tokens of each evaluation text by its name; empty if there is only one."""
+    """Tokens of each evaluation text by its file name, or its path where names meet; empty if there is only one."""
     has_chat: bool
     """Whether any of these texts holds conversations."""
     train_sha256: str
@@ -95,6 +97,12 @@ def _sequences(
     )
 
 
+def _by_short_name(parts: dict[str, ScoredText]) -> dict[str, ScoredText]:
+    short = {name: Path(name).name for name in parts}
+    count = Counter(short.values())
+    return {short[name] if count[short[name]] == 1 else name: part for name, part in parts.items()}
+
+
 def open_training_text(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, world: World
 ) -> TrainingText:
@@ -124,7 +132,7 @@ def open_training_text(
         documents,
         loader,
         ScoredText.joined(list(parts.values())),
-        parts if len(parts) > 1 else {},
+        _by_short_name(parts) if len(parts) > 1 else {},
         any(text.is_chat for text in (documents, *held_out)),
         documents.text_hash(),
         digest,
