@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,20 @@ def test_the_command_line_has_the_options_that_matter(capsys):
     assert "--adapter" in shown
     assert "--lora-r" in shown
     assert "--calibration-sequences" not in shown
+
+
+def test_the_model_of_a_run_and_its_recorded_pattern_are_found(sparse, tmp_path):
+    model = tmp_path / "run" / "model"
+    shutil.copytree(sparse, model)
+    given = [str(tmp_path / "run"), "--dataset", "text", "--output-dir", "out"]
+    for recorded, kept in (("1:4", "1:4"), ("channels:0.75+2:4", "2:4"), ("blocks:4x4:0.5", "blocks:4x4:0.5")):
+        (model / "castlm.json").write_text(json.dumps({"pattern": recorded}))
+        config, _ = parse_finetune(given)
+        assert (config.model, config.init_from, config.pattern) == (str(model), str(model), kept)
+        assert parse_finetune([*given, "--pattern", "4:8"])[0].pattern == "4:8"
+    (model / "castlm.json").write_text(json.dumps({"pattern": "channels:0.5"}))
+    with pytest.raises(InputError, match="is channels:0.5, a smaller dense model: fine-tune it like any dense one"):
+        parse_finetune(given)
 
 
 def test_the_file_of_a_run_starts_it_again(sparse, text, tmp_path):

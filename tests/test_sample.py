@@ -11,7 +11,7 @@ from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.data import sample_file
 from castlm.data.documents import open_documents
-from castlm.data.sample_file import open_samples, sample
+from castlm.data.sample_file import finished_samples, open_samples, sample
 from castlm.data.sampling import Sampler, SamplingOptions, read_prompts
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, write_rows
 from tests.ranks import start_command
@@ -286,6 +286,48 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(llama, tmp_path, capsy
     assert other.read_text() == '{"text": "mine"}\n'
     assert not (tmp_path / "b.jsonl.part").exists()
     assert not list(tmp_path.glob(".*.lock"))
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_kill_around_the_first_rows_leaves_what_can_be_resumed_or_overwritten(tmp_path, monkeypatch, is_begun):
+    straight, path = tmp_path / "straight.jsonl", tmp_path / "a.jsonl"
+    written(straight, sampler_of())
+
+    def killed(descriptor):
+        raise KeyboardInterrupt
+
+    for options in ({}, {"overwrite": True}):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(sample_file.os, "fsync", killed)  # the rows are there, their record is not
+            patch.setattr(sample_file, "atomic_write_json", plain_write_json)
+            written(path, sampler_of(), **options)
+        assert (tmp_path / "a.jsonl.part").exists()
+    if not is_begun:
+        (tmp_path / "a.jsonl.part").unlink()
+    written(path, sampler_of(), resume=True)
+    assert path.read_bytes() == straight.read_bytes()
+
+
+def plain_write_json(path, content):
+    path.write_text(json.dumps(content))
+
+
+def test_a_kill_between_the_name_and_the_record_leaves_a_finished_file(tmp_path, monkeypatch):
+    path, record = tmp_path / "a.jsonl", tmp_path / "a.jsonl.castlm.json"
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sample_file, "flush_folder", killed)
+        written(path, sampler_of())
+    assert json.loads(record.read_text())["finished"] is False
+    with pytest.raises(InputError, match="is finished: there is nothing to resume"):
+        written(path, sampler_of(), resume=True)
+    found = finished_samples(path, {"seed": 0}, 150)
+    assert found is not None
+    assert found == json.loads(record.read_text()) == {**found, "finished": True}
+    written(path, sampler_of(), overwrite=True)
 
 
 def test_a_changed_part_or_another_setting_is_not_resumed(tmp_path):

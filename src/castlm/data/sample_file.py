@@ -50,6 +50,11 @@ class SampleFile:
         self._seen.update(keys)
         return True
 
+    def begin(self) -> None:
+        """Records that sampling has begun, so that a kill leaves no rows without a record."""
+        if not self.batches:
+            self._write_record(finished=False)
+
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Appends the rows of a batch and records that it is done.
 
@@ -99,6 +104,9 @@ class SampleFile:
             raise InputError(f"{self.record_file} is corrupt: remove it and {self.part}, and start again")
         for name, count in counts.items():
             setattr(self, name, count)
+        self.replaces = record.get("replaces")
+        if not self.bytes:
+            return
         left = self.bytes
         with self.part.open("rb") as file:
             while left > 0 and (line := file.readline(left)):
@@ -111,7 +119,6 @@ class SampleFile:
                 row = json.loads(file.readline())
                 prompt = prompt_of(row["sample"])
                 self.is_new(prompt, generated_of(row, prompt))
-        self.replaces = record.get("replaces")
 
 
 _COUNTS = ("batches", "samples", "tokens", "bytes", "duplicates", "cut", "dropped")
@@ -134,8 +141,13 @@ def finished_samples(path: str | Path, settings: Mapping[str, Any], num_tokens: 
     """
     path = user_path(path)
     record = read_record(_record(path))
-    if record.get("finished") is not True or not path.is_file():
+    if not path.is_file():
         return None
+    if record.get("finished") is not True:
+        if _part(path).exists() or sha256_file(path) != record.get("sha256"):
+            return None
+        record = {name: value for name, value in record.items() if name != "replaces"} | {"finished": True}
+        atomic_write_json(_record(path), record)  # a kill came between the name of the file and its record
     _check_settings(path, settings, record)
     if sha256_file(path) != record.get("sha256"):
         raise InputError(f"{path} is not as castlm wrote it: move it away, or name another file")
@@ -206,7 +218,8 @@ def _replaced(path: Path, overwrite: bool, resume: bool) -> str | None:
     """Checks that nothing is in the way, and returns the SHA-256 of the finished file that will be replaced."""
     record = read_record(_record(path))
     if resume:
-        if not _part(path).is_file() or record.get("finished") is not False:
+        is_lost = bool(record.get("bytes")) and not _part(path).is_file()
+        if is_lost or record.get("finished") is not False:
             done = "is finished" if path.is_file() else "has not been begun"
             raise InputError(f"{path} {done}: there is nothing to resume")
         return None
@@ -243,6 +256,7 @@ def sample(
         InputError: as `SampleFile.add`, or `PATIENCE` batches in a row have brought nothing new.
     """
     without, said = 0, False
+    file.begin()
     while file.tokens < num_tokens:
         rows = []
         for place, found in enumerate(sampler.batch(file.batches), file.batches * sampler.options.batch_size):

@@ -45,6 +45,9 @@ class FinetuneConfig(TrainConfig):
     model: str = positional(essential=True)
     """n:m sparse causal LM: a folder, plain or packed, or a hub id. Its zeros are the mask."""
 
+    pattern: str = field(default="2:4", kw_only=True)
+    """Pattern that the model has, and keeps. On the command line the default is that of the model's castlm.json."""
+
     method: str = field(default="finetune", kw_only=True)
     """How the model is trained: with a fixed mask."""
 
