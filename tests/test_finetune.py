@@ -253,7 +253,7 @@ def test_the_model_of_a_run_and_its_recorded_pattern_are_found(sparse, tmp_path)
         assert (config.model, config.init_from, config.pattern) == (str(model), str(model), kept)
         assert parse_finetune([*given, "--pattern", "4:8"])[0].pattern == "4:8"
     (model / "castlm.json").write_text(json.dumps({"pattern": "channels:0.5"}))
-    with pytest.raises(InputError, match="is channels:0.5, a smaller dense model: fine-tune it like any dense one"):
+    with pytest.raises(InputError, match=r"is channels:0\.5, a smaller dense model: fine-tune it like any dense one"):
         parse_finetune(given)
 
 

@@ -297,10 +297,11 @@ def test_a_kill_around_the_first_rows_leaves_what_can_be_resumed_or_overwritten(
         raise KeyboardInterrupt
 
     for options in ({}, {"overwrite": True}):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(sample_file.os, "fsync", killed)  # the rows are there, their record is not
             patch.setattr(sample_file, "atomic_write_json", plain_write_json)
-            written(path, sampler_of(), **options)
+            with pytest.raises(KeyboardInterrupt):
+                written(path, sampler_of(), **options)
         assert (tmp_path / "a.jsonl.part").exists()
     if not is_begun:
         (tmp_path / "a.jsonl.part").unlink()
@@ -318,9 +319,10 @@ def test_a_kill_between_the_name_and_the_record_leaves_a_finished_file(tmp_path,
     def killed(folder):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(sample_file, "flush_folder", killed)
-        written(path, sampler_of())
+        with pytest.raises(KeyboardInterrupt):
+            written(path, sampler_of())
     assert json.loads(record.read_text())["finished"] is False
     with pytest.raises(InputError, match="is finished: there is nothing to resume"):
         written(path, sampler_of(), resume=True)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,9 +30,11 @@ from castlm.oneshot.prune import prune_oneshot_
 from castlm.training import start
 from castlm.training.checkpoint import after_restart, checkpoint_steps
 from castlm.training.config import TrainConfig
+from castlm.training.interrupt import Interrupted
 from castlm.training.loop import train
 from castlm.training.objective import pruned
 from castlm.training.run import Run
+from castlm.training.run_folder import RunFolder
 from castlm.training.schedule import learning_rate
 from tests.ranks import start_command, wait_ranks
 from tests.runs import assert_close_weights, assert_equal_weights, small, stop_and_resume, train_until
@@ -411,6 +415,19 @@ def test_a_finished_run_is_resumed_as_itself_alone(llama, text, tmp_path):
         train(replace(config, resume=True))
 
 
+def test_a_text_under_another_name_is_the_same_text(llama, text, tmp_path, monkeypatch):
+    held_out = shutil.copy(text, tmp_path / "held_out.txt")
+    config = small(llama, text, tmp_path / "run", max_steps=4, save_steps=2, eval_dataset=str(held_out))
+    train_until(config, 2)
+    monkeypatch.chdir(tmp_path)
+    other = {"dataset": os.path.relpath(text), "eval_dataset": "held_out.txt"}
+    Path("held_out.txt").write_text(Path(text).read_text()[:-1])
+    with pytest.raises(InputError, match=r"eval_sha256 \w+ -> \w+"):
+        train(replace(config, resume=True, **other))
+    shutil.copy(text, held_out)
+    assert train(replace(config, resume=True, **other))["verdict"]["ok"]
+
+
 def test_overwrite_keeps_the_old_result_until_the_new_one_is_whole(llama, text, tmp_path):
     config = finished(llama, text, tmp_path / "run")
     old = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
@@ -434,6 +451,22 @@ def test_overwrite_keeps_the_old_result_until_the_new_one_is_whole(llama, text, 
     train(replace(new, seed=2, overwrite=False, resume=True))
     assert json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())["config"]["seed"] == 2
     assert not (tmp_path / "run" / "replaced").exists()
+
+
+def test_a_signal_while_the_folder_changes_waits_for_a_step_and_saves(llama, text, tmp_path, monkeypatch):
+    config = finished(llama, text, tmp_path / "run")
+    begin = RunFolder.begin
+
+    def stopped(self, config):
+        begin(self, config)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunFolder, "begin", stopped)
+    with pytest.raises(
+        Interrupted, match=r"stopped after step 1, saved; continue with: castlm train --config \S+ --resume"
+    ):
+        train(replace(config, overwrite=True))
+    assert list(checkpoint_steps(tmp_path / "run" / "checkpoints")) == [1]
 
 
 def test_sigterm_while_loading_ends_with_a_line(llama, text, tmp_path):

@@ -273,19 +273,30 @@ _EXPECTED: dict[str, Callable[[Any], bool]] = {
 """What each field of a manifest has to be."""
 
 
+_BY_CONTENT = {
+    "dataset": "dataset_sha256",
+    "eval_dataset": "eval_sha256",
+    "chat_template_path": "chat_template_sha256",
+}
+"""Options that name files, and the fact that holds the hash of what is in them."""
+
+
 def check_same_run(manifest: Mapping[str, Any], config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Refuses to continue a run as another one.
 
     Args:
         manifest: of the checkpoint; its `config` and `facts` are compared.
-        config: of this start, as a dict; every field outside `FREE_ON_RESUME` has to be as it was saved.
+        config: of this start, as a dict; every field outside `FREE_ON_RESUME` has to be as it was saved, but for the
+            name of a text whose hash is a fact and the same.
         facts: what else has to be equal: text hashes, global batch.
 
     Raises:
         InputError: lists every difference.
     """
-    saved = {k: v for k, v in manifest["config"].items() if k not in FREE_ON_RESUME} | manifest["facts"]
-    now = {k: v for k, v in json.loads(json.dumps(config)).items() if k not in FREE_ON_RESUME} | dict(facts)
+    before = manifest["facts"]
+    free = FREE_ON_RESUME | {k for k, fact in _BY_CONTENT.items() if fact in before and before[fact] == facts.get(fact)}
+    saved = {k: v for k, v in manifest["config"].items() if k not in free} | before
+    now = {k: v for k, v in json.loads(json.dumps(config)).items() if k not in free} | dict(facts)
     changed = [f"{k} {saved.get(k)} -> {now.get(k)}" for k in sorted(saved | now) if saved.get(k) != now.get(k)]
     if changed:
         raise InputError(

@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM end a run with a message. While it trains, it ends after the current step, saved; while it loads,
-at once, because there is nothing to save. A second Ctrl-C always ends it at once.
+"""Ctrl-C and SIGTERM end a run with a message. Once it writes to its folder, it ends after the current step, saved;
+while it loads, at once, because there is nothing to save. A second Ctrl-C always ends it at once.
 """
 
 from __future__ import annotations

@@ -106,9 +106,8 @@ def _train(config: TrainConfig, world: World, interrupt: Interrupt) -> dict[str,
         if world.is_main:
             note(f"{folder.model} is finished already")
         return record
-    run = Run(config, world)
+    run = Run(config, world, before_writing=interrupt.start_training)
     with run.telemetry:
-        interrupt.start_training()
         loop(run, interrupt)
         interrupt.start_export()
         record = finish(run.result())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,20 @@ class Run:
     Args:
         config: `lam` is a number by now.
         announce: say what the run consists of.
+        before_writing: called when all checks have passed, before anything in the output folder changes.
 
     Raises:
         InputError: anything that the user can put right; the output folder is as it was.
     """
 
-    def __init__(self, config: TrainConfig, world: World, *, announce: bool = True) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        *,
+        announce: bool = True,
+        before_writing: Callable[[], None] = lambda: None,
+    ) -> None:
         self.config, self.world = config, world
         self.folder = RunFolder(config.output_dir)
         trackers = world.on_main(lambda: chosen_trackers(config.report_to))
@@ -74,7 +83,8 @@ class Run:
         self.progress = Progress()
         if resume_from is not None:
             self._restore(resume_from)
-        else:
+        before_writing()
+        if resume_from is None:
             world.on_main(lambda: self.folder.begin(config))
         self.progress.first_step = self.progress.step
         watched = self.method.layers if self.method.decays else {}

@@ -130,12 +130,12 @@ def _prune(
     """
     solver = str(config.start)
     num_sequences, length = config.calibration_sequences, config.seq_len
+    model = source.whole_model().to(world.device)
+    alive()
     try:
         refinements = part_of(config, Refinements).for_solver(solver, pattern)
         ids = token_ids(text.documents, source.tokenizer, limit=CALIBRATION_POOL * num_sequences * length)
         calibration = calibration_blocks(ids, num_sequences, length, config.seed)
-        alive()
-        model = source.whole_model().to(world.device)
         alive()
         with _told_progress("changing the basis, steps", alive) as progress:
             basis = change_basis_(
