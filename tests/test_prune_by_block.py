@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -179,15 +180,22 @@ def test_other_options_do_not_continue_an_earlier_prune(llama, tmp_path, text, m
     assert (tmp_path / "out.partial" / "progress.json").exists()
 
 
-def test_overwrite_starts_again_and_deletes_only_what_castlm_wrote(llama, tmp_path, text, monkeypatch):
-    partial = unfinished(llama, tmp_path, text, monkeypatch)
-    (partial / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds something|has no record"):
-        prune(llama, text, tmp_path / "out", "--damping", "0.1", "--overwrite")
-    assert (partial / "notes.txt").read_text() == "mine"
-    (partial / "notes.txt").unlink()
-    partial.rmdir()
-    prune(llama, text, tmp_path / "out", "--damping", "0.1", "--overwrite")
+def test_overwrite_goes_on_after_a_kill(llama, straight, tmp_path, text, monkeypatch, capsys):
+    unfinished(llama, tmp_path, text, monkeypatch, "--overwrite")
+    capsys.readouterr()
+    assert_same(straight, prune(llama, text, tmp_path / "out", "--overwrite"))
+    assert "going on after 1 of 3 blocks" in capsys.readouterr().err
+
+
+def test_overwrite_starts_again_with_other_options_or_a_damaged_record(llama, straight, tmp_path, text, monkeypatch):
+    for damage in (False, True):
+        partial = unfinished(llama, tmp_path, text, monkeypatch, "--damping", "0.1", "--overwrite")
+        (partial / "notes.txt").write_text("mine")
+        if damage:
+            (partial / "progress.json").write_text("{")
+        assert_same(straight, prune(llama, text, tmp_path / "out", "--overwrite"))
+        assert [path.name for path in partial.iterdir()] == ["notes.txt"]
+        shutil.rmtree(partial)
 
 
 def test_a_damaged_record_is_named(llama, tmp_path, text, monkeypatch):

@@ -266,8 +266,6 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             )
         loaded, checkpoint = opened
         partial = partial_folder(folder)
-        if self.overwrite:
-            discard(partial)
         with continued(partial, "prune"):
             blocks, calibration = self._calibration(loaded.model, loaded.tokenizer, text)
             dtype = save_dtype(self.save_dtype, loaded.dtype)
@@ -294,6 +292,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
                 refinements=part_of(self, Refinements).for_solver(method, pattern),
                 dtype=dtype,
                 device=torch.device(device),
+                overwrite=self.overwrite,
             )
             with shown_progress(f"{method}, blocks") as progress:
                 report, basis = prune_by_block(run, say=note, progress=progress)

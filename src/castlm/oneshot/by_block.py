@@ -65,6 +65,8 @@ class BlockPrune:
     """What the blocks are written in."""
     device: torch.device
     filter_fn: FilterFn = is_sparse_linear
+    overwrite: bool = False
+    """Start again where `folder` holds the work of a prune with other options, or a damaged record."""
 
     @property
     def settings(self) -> Settings:
@@ -142,9 +144,16 @@ class _State:
     @classmethod
     def read(cls, run: BlockPrune) -> _State:
         file = run.folder / PROGRESS
-        if not file.exists():
-            return cls(run, 0, [], [], [], 0.0)
-        remedy = "delete its folder to start again"
+        try:
+            return cls._read(run, file) if file.exists() else cls(run, 0, [], [], [], 0.0)
+        except InputError:
+            if run.overwrite:
+                return cls(run, 0, [], [], [], 0.0)
+            raise
+
+    @classmethod
+    def _read(cls, run: BlockPrune, file: Path) -> _State:
+        remedy = "overwrite it, or delete its folder to start again"
         record = read_json_mapping(file, remedy)
         ours = _options(run)
         changed = [name for name, value in ours.items() if record.get("options", {}).get(name) != value]
@@ -153,7 +162,7 @@ class _State:
             then = record.get("options", {}).get(name)
             raise InputError(
                 f"{run.folder} holds an unfinished prune with {name} = {then}, and it is {ours[name]} now: use the "
-                "same options to go on, or delete that folder to start again"
+                "same options to go on, or overwrite it to start again"
             )
         try:
             layers = [LayerResult(**{**layer, "shape": tuple(layer["shape"])}) for layer in record["layers"]]
