@@ -23,8 +23,9 @@ from torch import Tensor
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.core.pattern import nm_mask
+from castlm.core.pattern import Pattern, nm_mask
 from castlm.core.sparsify import prune_
+from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
 from castlm.files import remove_stale_temporaries
@@ -403,6 +404,49 @@ def test_pack_and_unpack_as_commands(pruned, tmp_path, capsys):
     ):
         assert main(arguments) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- the model card
+
+
+def test_the_card_of_a_result_goes_with_it(tmp_path, capsys):
+    model = tiny_model("llama", intermediate_size=64)
+    pattern = Pattern.parse("channels:0.75+2:4")
+    prune_(model, pattern)
+    record = {"base_model": "owner/base", "license": "mit", "verdict": {"ok": False, "reason": "it is bad"}}
+    plain, packed, back = (tmp_path / name for name in ("plain", "packed", "back"))
+    export_model(model, tiny_tokenizer(), plain, pattern=pattern, left_dense={}, record=record)
+    assert main(["pack", str(plain), "--output-dir", str(packed)]) == 0
+    card = (packed / "README.md").read_text()
+    for text in ("license: mit", "Do not use this model", "channels:0.75+2:4", "import castlm", "castlm unpack"):
+        assert text in card
+    assert main(["verify", str(packed)]) == 0
+    assert "channels:0.75+2:4" in capsys.readouterr().out
+    unpack_folder(packed, back)
+    assert (back / "README.md").read_text() == (plain / "README.md").read_text()
+    assert "packed" not in json.loads((back / "castlm.json").read_text())
+    record = json.loads((plain / "castlm.json").read_text())
+    del record["proof"]["layers"]
+    (plain / "castlm.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"castlm\.json is damaged: remove it to go on without it"):
+        pack_folder(plain, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    "card", [None, "# Mine\n\nHello\n", "---\nlicense: mit\n---\n\n# Mine\n", "---\nno end\n", "---\n"]
+)
+def test_the_card_of_anothers_model_comes_back(card, pruned, tmp_path):
+    source = shutil.copytree(pruned, tmp_path / "source")
+    if card is not None:
+        (source / "README.md").write_text(card)
+    pack_folder(source, tmp_path / "packed")
+    packed = (tmp_path / "packed" / "README.md").read_text()
+    assert "import castlm" in packed
+    if card is not None and "license" in card:
+        assert packed.startswith("---\nlicense: mit\n---\n")
+    unpack_folder(tmp_path / "packed", tmp_path / "back")
+    back = tmp_path / "back" / "README.md"
+    assert (back.read_text() if back.exists() else None) == card
 
 
 def test_a_full_disk_leaves_nothing(pruned, tmp_path, monkeypatch):

@@ -201,7 +201,10 @@ def test_rounding_by_rows_holds_a_bf16_model_as_it_is_stored_and_writes_the_byte
         (["--calibration", "x.txt"], "int8 takes no calibration text"),
         (["--column", "story"], "column story is of a calibration text, and int8 takes none: leave it out"),
         (["--chat-template-path", "no.jinja"], "no.jinja"),
-        (["--pattern", "1:4"], "1:4 DOES NOT HOLD"),
+        (
+            ["--pattern", "1:4"],
+            "is not 1:4 in model.layers.0.self_attn.q_proj: pass its own pattern, or prune it first",
+        ),
         (["--pattern", "4:2"], "4:2"),
     ],
 )
@@ -211,6 +214,7 @@ def test_the_command_complains_in_one_line_and_writes_nothing(options, complaint
     err = capsys.readouterr().err
     assert complaint in err.splitlines()[-1]
     assert not list((tmp_path / "out").glob("*"))
+    assert not (tmp_path / "out.rejected").exists()
 
 
 def test_int4_calibrates_on_a_column_or_on_conversations_in_a_given_template(tmp_path, monkeypatch):

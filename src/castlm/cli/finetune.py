@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from castlm.cli.options import read_arguments, result_folder
 from castlm.cli.train import PageOptions, run_training
 from castlm.cli.verify import recorded_pattern
-from castlm.core.combined import after_cut
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
+from castlm.export.cut_sizes import cut_pattern
+from castlm.export.unit_count import groups_of
 from castlm.fields import COMMAND_LINE, checked, essential
 from castlm.training.config import flatten, read_layers
 from castlm.training.finetune import FinetuneConfig
@@ -56,7 +57,8 @@ def _of_result(config: FinetuneConfig, has_pattern: bool) -> FinetuneConfig:
     recorded = None if has_pattern else recorded_pattern(model)
     pattern = config.pattern
     if recorded is not None:
-        left = after_cut(Pattern.parse(recorded))
+        whole = Pattern.parse(recorded)
+        left = whole if cut_pattern(whole) is None else groups_of(whole)
         if left is None:
             raise InputError(f"{config.model} is {recorded}, a smaller dense model: fine-tune it like any dense one")
         pattern = str(left)

@@ -137,7 +137,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         if self.memory != "auto":
             return self.memory == "block"
         if partial_folder(folder).is_dir():
-            note(f"{partial_folder(folder)} holds an unfinished prune by block: going on with it")
+            note(f"{partial_folder(folder)} holds an unfinished prune by block: this start prunes by block too")
             return True
         if is_structured(pattern):
             return False

@@ -17,6 +17,7 @@ from castlm.fields import positional
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from castlm.core.experts import SparseLayer
     from castlm.data.documents import Documents
     from castlm.data.hub import HubDocuments
     from castlm.inference.rounding import Rounded
@@ -133,7 +134,9 @@ class QuantizeCommand:
         held = None if self.kind != "int4" and self.save_dtype == "source" else torch.float32
         loaded = load_model(source, dtype=held, trust_remote_code=self.trust_remote_code)
         with_template(loaded.tokenizer, self.chat_template_path)
-        _, left_dense = sparse_linears(loaded.model, pattern)
+        layers, left_dense = sparse_linears(loaded.model, pattern)
+        left_dense |= manifest.get("left_dense", {})
+        _check_pattern(self.model, layers, pattern, left_dense)
         blocks, text = self._calibration(loaded, documents)
         with shown_progress(f"{self.kind}, {'blocks' if blocks is not None else 'layers'}") as progress:
             report = quantize_(loaded.model, self.kind, calibration=blocks, damping=self.damping, progress=progress)
@@ -143,16 +146,21 @@ class QuantizeCommand:
             plain = folder
             if self.packed:
                 plain = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="castlm-quantize-"))) / folder.name
-            export_model(
-                loaded.model,
-                loaded.tokenizer,
-                plain,
-                pattern=pattern,
-                left_dense={**left_dense, **manifest.get("left_dense", {})},
-                record={"base_model": self.model, **passed_on, "quantized": quantized},
-                overwrite=True,
-                dtype=save_dtype(self.save_dtype, loaded.dtype),
-            )
+            try:
+                export_model(
+                    loaded.model,
+                    loaded.tokenizer,
+                    plain,
+                    pattern=pattern,
+                    left_dense=left_dense,
+                    record={"base_model": self.model, **passed_on, "quantized": quantized},
+                    overwrite=True,
+                    dtype=save_dtype(self.save_dtype, loaded.dtype),
+                )
+            except InputError as error:
+                if not self.packed:
+                    raise
+                raise InputError(str(error).partition(" (kept as ")[0]) from error  # the plain folder is temporary
             if self.packed:
                 _pack(plain, folder, pattern, stored_layers(loaded.model, report.layers), self.head)
         print(
@@ -174,6 +182,13 @@ class QuantizeCommand:
         ids = token_ids(documents, loaded.tokenizer, limit=CALIBRATION_POOL * self.num_sequences * length)
         blocks = calibration_blocks(ids, self.num_sequences, length, self.seed)
         return blocks, {"text": self.calibration, "text_sha256": documents.text_hash(), "seed": self.seed}
+
+
+def _check_pattern(name: str, layers: Mapping[str, SparseLayer], pattern: NM, left_dense: Mapping[str, str]) -> None:
+    """Raises `InputError` unless every sparse layer has the pattern, before work is done that could not be written."""
+    for layer_name, layer in layers.items():
+        if not {layer_name, f"{layer_name}.weight"} & left_dense.keys() and pattern.violations(layer.weight):
+            raise InputError(f"{name} is not {pattern} in {layer_name}: pass its own pattern, or prune it first")
 
 
 def _pack(plain: Path, folder: Path, pattern: NM, layers: Mapping[str, Rounded], head: str | None) -> None:

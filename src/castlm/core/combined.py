@@ -100,9 +100,3 @@ class Combined(Pattern):
 def is_structured(pattern: Pattern) -> bool:
     """Whether a pattern masks whole units, alone or with n:m."""
     return isinstance(pattern, Structured | Combined)
-
-
-def after_cut(pattern: Pattern) -> Pattern | None:
-    """What of a pattern is left as zeros once channels and heads are cut out; None if nothing is."""
-    outer, inner = (pattern.outer, pattern.inner) if isinstance(pattern, Combined) else (pattern, None)
-    return inner if isinstance(outer, Channels | Heads) else pattern

@@ -49,8 +49,7 @@ _CARD = """---
 {figures}## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
+{imports}
 model = AutoModelForCausalLM.from_pretrained("path or hub id of this folder")
 tokenizer = AutoTokenizer.from_pretrained("path or hub id of this folder")
 ```
@@ -66,6 +65,12 @@ of the libraries, the hashes of the texts, and the counts from when this folder 
 """
 
 
+_IMPORTS = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+_PACKED_IMPORTS = f"import castlm\n{_IMPORTS}"
+_STORED_PACKED = (
+    "The weights are stored without their zeros, in castlm's packed format, which `import castlm` registers with\n"
+    "transformers. `castlm unpack PATH --output-dir OUT` writes a plain model folder, which loads anywhere."
+)
 _STORED_ZEROS = (
     "The zeros are stored, so the files are as large as those of the dense model and load wherever it does. Faster or\n"
     "smaller inference needs kernels for the pattern, such as `torch.sparse.to_sparse_semi_structured` for 2:4 on an "
@@ -114,7 +119,8 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         warning=_warning(manifest.get("verdict") or {}),
         meaning="".join(_sentences([*_cut_text(cut), *_meaning(pattern)])),
         counts=counts,
-        storage=_storage(pattern, bool(cut)),
+        imports=_PACKED_IMPORTS if manifest.get("packed") else _IMPORTS,
+        storage=_STORED_PACKED if manifest.get("packed") else _storage(pattern, bool(cut)),
         dense="All that is left is dense." if is_dense else "Embeddings and the output head are dense.",
         left_dense="" if is_dense else _left_dense(manifest["left_dense"]),
         figures=_figures(manifest.get("figures") or []),

@@ -18,9 +18,11 @@ from torch import Tensor
 from castlm import __version__
 from castlm.core.blocks import is_block_linear, is_stacked_experts
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM
+from castlm.core.pattern import NM, Pattern
 from castlm.export.folder import is_packed, stored_tensors
+from castlm.export.packed_card import packed_card, unpacked_card
 from castlm.export.stream import DTYPES, write_safetensors
+from castlm.export.unit_count import groups_of, tiles_of
 from castlm.export.verify import left_dense_reason, read_left_dense, verify
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.inference import format
@@ -37,20 +39,6 @@ _TABLES = ("lm_head.weight", "embed_out.weight", "model.embed_tokens.weight", "t
 _TABLES += ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
 _CAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _OF_STORED = {name: dtype for dtype, name in DTYPES.items()}
-
-_CARD = """# {name}, packed {n}:{m}
-
-The {n}:{m} sparse weights of this model are stored without their zeros, in castlm's packed format. Python:
-
-```python
-import castlm  # registers the format with transformers
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path of this folder")
-```
-
-`castlm unpack PATH --output-dir OUT` writes the plain model folder again, which loads anywhere.
-"""
 
 
 @dataclass(frozen=True)
@@ -253,14 +241,22 @@ def _write_rest(source: Path, folder: Path, plan: _Plan, n: int, m: int) -> None
         config.pop("torch_dtype", None)
         config["dtype"] = str(plan.cast).removeprefix("torch.")
     atomic_write_json(folder / "config.json", config)
-    manifest = read_json_object(source / "castlm.json") if (source / "castlm.json").is_file() else {}
-    manifest |= {"pattern": f"{n}:{m}", "packed": {"format": format.VERSION, "castlm": __version__}}
+    manifest = _manifest(source)
+    recorded = Pattern.parse(str(manifest.get("pattern") or f"{n}:{m}"))
+    is_counted = groups_of(recorded) == NM(n, m) and tiles_of(recorded) is None  # by `verify`, in a packed folder
+    manifest["pattern"] = str(recorded) if is_counted else f"{n}:{m}"
+    manifest["packed"] = {"format": format.VERSION, "castlm": __version__}
     atomic_write_json(folder / "castlm.json", manifest)
-    (folder / "README.md").write_text(_CARD.format(name=source.resolve().name, n=n, m=m), encoding="utf-8")
+    (folder / "README.md").write_text(packed_card(source, manifest, f"{n}:{m}"), encoding="utf-8")
     if len(plan.files) > 1:
         weight_map = {key: new for _, new, names in plan.files for name in names for key in plan.layout(name)}
         total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         atomic_write_json(folder / format.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _manifest(source: Path) -> dict[str, Any]:
+    """The castlm.json of a model folder; empty where there is none."""
+    return read_json_object(source / "castlm.json") if (source / "castlm.json").is_file() else {}
 
 
 def _copy_small_files(source: Path, folder: Path) -> None:
@@ -319,7 +315,13 @@ def unpack_folder(
             total = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             atomic_write_json(temporary / "model.safetensors.index.json", index)
+        manifest = _manifest(source)
+        if manifest:
+            manifest.pop("packed", None)
+            atomic_write_json(temporary / "castlm.json", manifest)
         (temporary / "README.md").unlink(missing_ok=True)  # it describes the packed folder
+        if card := unpacked_card(source, manifest):
+            (temporary / "README.md").write_text(card, encoding="utf-8")
     return len(specs)
 
 

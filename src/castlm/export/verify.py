@@ -97,7 +97,7 @@ def verify(
         if why_dense is None and axis is not None:
             if name not in packed:
                 layer = _count(tensor, pattern, axis)
-            elif groups is None or pattern != groups:
+            elif groups is None or tiles_of(pattern) is not None:
                 raise InputError(f"{name} is packed, which is for n:m: verify {pattern} before the model is packed")
             else:
                 layer = count_packed_layer(tensor, packed[name], groups)
