@@ -22,6 +22,9 @@ LLAMA_7B = Shapes({(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}, (32
 def test_shapes_come_from_the_config_alone(tmp_path):
     folder = save_tiny(tmp_path / "m", "llama")
     expected = Shapes({(32, 32): 4, (16, 32): 4, (64, 32): 4, (32, 64): 2}, (264, 32))
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            file.unlink()
     assert layer_shapes(tiny_model("llama")) == shapes_of(str(folder)) == expected
 
 

@@ -1,5 +1,6 @@
 """Models in and out: the same function after every load and save, and one line for whatever is not a whole model."""
 
+import errno
 import importlib.util
 import json
 import logging
@@ -515,6 +516,21 @@ def test_damaged_folder(damage, whole, tmp_path, capfd, transformers_log):
     assert capfd.readouterr() == ("", "")
     assert transformers_log == []
     assert re.search(reason, message), message
+
+
+def test_a_weight_file_without_permission_is_not_called_corrupt(whole, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    opened = Path.open
+
+    def denied(self, *args):
+        if self.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))  # root may read everything
+        return opened(self, *args)
+
+    monkeypatch.setattr(Path, "open", denied)
+    assert (
+        refusal(folder) == f"{folder / 'model.safetensors'} cannot be read (Permission denied): change its permissions"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -50,8 +50,11 @@ class Location:
         return self.name
 
 
-def locate(name: str | Path) -> Location:
+def locate(name: str | Path, *, needs_weights: bool = True) -> Location:
     """The place that `name` refers to; whether a hub id exists is not checked.
+
+    Args:
+        needs_weights: refuse a folder that has no weights beside its config.json.
 
     Raises:
         InputError: no such path, a folder without a model in safetensors, or a missing package.
@@ -64,6 +67,8 @@ def locate(name: str | Path) -> Location:
     path = user_path(name)
     if path.is_dir():
         _check_folder(path)
+        if needs_weights:
+            _check_weights(path)
         return Location(name, name, str(path))
     if path.is_file():
         if path.suffix != ".gguf":
@@ -76,19 +81,22 @@ def locate(name: str | Path) -> Location:
     return Location(name, name, name, is_hub=True)
 
 
-def find(name: str | Path, revision: str | None) -> Location:
+def find(name: str | Path, revision: str | None, *, needs_weights: bool = True) -> Location:
     """The place that `name` refers to; a hub id is looked up in the cache, and otherwise on the hub.
+
+    Args:
+        needs_weights: False takes a folder, or a model in the cache, that has no more than its config.json.
 
     Raises:
         InputError: as `locate` and `check_hub`; a revision of a model that is not on the hub.
     """
-    where = locate(name)
+    where = locate(name, needs_weights=needs_weights)
     if not where.is_hub:
         if revision is not None:
             raise InputError(f"revision {revision} is for models of the hub, and {name} is local: leave it out")
         return where
     snapshot = cached_snapshot(where.target, revision)
-    if snapshot is None or not _is_whole(snapshot):
+    if snapshot is None or (needs_weights and not _is_whole(snapshot)):
         check_hub(where, revision)
         return where
     if os.environ.get("RANK", "0") == "0":
@@ -169,11 +177,17 @@ def _check_folder(folder: Path) -> None:
         ggufs = sorted(folder.glob("*.gguf"))
         remedy = f"give the file {ggufs[0]} itself" if ggufs else "give a folder written by save_pretrained"
         raise InputError(f"{folder} has no config.json: {remedy}")
+
+
+def _check_weights(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         try:
+            file.open("rb").close()
             with safe_open(file, "pt"):
                 pass
+        except PermissionError as error:
+            raise InputError(f"{file} cannot be read ({error.strerror}): change its permissions") from error
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{file} is corrupt or cut short ({error}): fetch it again") from error
     if not files:

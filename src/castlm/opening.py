@@ -35,11 +35,29 @@ def open_model(
             tokenizer.
     """
     where = find(name, revision)
+    config, options = _load_config(where, trust_remote_code, revision)
+    return where, config, _load_tokenizer(where, options)
+
+
+def open_config(name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
+    """The config of a model, of which nothing else has to be there.
+
+    Raises:
+        InputError: as `open_model`, but for weights and tokenizer.
+    """
+    where = find(name, revision, needs_weights=False)
+    return _load_config(where, trust_remote_code, revision)[0]
+
+
+def _load_config(
+    where: Location, trust_remote_code: bool, revision: str | None
+) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The config of a model, and the keyword arguments that its other parts are loaded with."""
     options = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
     with quiet(where), as_input_error(where):
         config = AutoConfig.from_pretrained(where.target, **where.gguf, **options)
     _check_config(where, config)
-    return where, config, _load_tokenizer(where, options)
+    return config, options
 
 
 def _check_config(where: Location, config: PretrainedConfig) -> None:

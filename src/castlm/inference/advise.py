@@ -65,12 +65,12 @@ def shapes_of(name: str, trust_remote_code: bool = False, cut: Pattern | None = 
         cut: a pattern whose channels or heads are cut out first.
 
     Raises:
-        InputError: as `castlm.opening.open_model`, or a family that `cut` is not for.
+        InputError: as `castlm.opening.open_config`, or a family that `cut` is not for.
     """
     from castlm.architecture import auto_class, linearize_
-    from castlm.opening import open_model
+    from castlm.opening import open_config
 
-    _, config, _ = open_model(name, trust_remote_code=trust_remote_code)
+    config = open_config(name, trust_remote_code=trust_remote_code)
     if cut is not None:
         for field_name, value in sizes_after(cut, sizes_of(cut, config.to_dict())).items():
             setattr(config, field_name, value)
