@@ -225,7 +225,7 @@ def test_generate_takes_no_more_threads_than_there_are_processors(folders, capsy
 
 def test_an_embedding_that_scales_is_not_rounded(tmp_path):
     source = pruned_folder(tmp_path / "source", "gemma")
-    with pytest.raises(InputError, match="scales what it looks up"):
+    with pytest.raises(InputError, match="does more than look up and multiply"):
         pack_folder(source, tmp_path / "packed", head="int8")
 
 

@@ -16,29 +16,23 @@ from safetensors import safe_open
 from torch import Tensor
 
 from castlm import __version__
-from castlm.core.blocks import is_block_linear, is_stacked_experts
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
 from castlm.export.folder import is_packed, stored_tensors
+from castlm.export.pack_plan import CAST, OF_STORED, PackPlan, plan_pack, read_config, stem
 from castlm.export.packed_card import packed_card, unpacked_card
 from castlm.export.stream import DTYPES, write_safetensors
 from castlm.export.unit_count import groups_of, tiles_of
-from castlm.export.verify import left_dense_reason, read_left_dense, verify
+from castlm.export.verify import verify
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.inference import format
 from castlm.inference.format import PackedSpec
 from castlm.inference.packed import PackedTensor, equal_in_bits, pack, pack_integers, round_to_int8, unpack
-from castlm.layout import experts_input_axis, guess_model_type, stored_transposed
 from castlm.reading import read_json_object, user_path
-from castlm.stored import StoredTensor
 
 Progress = Callable[[int, int], None]
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".bin.index.json")
-_TABLES = ("lm_head.weight", "embed_out.weight", "model.embed_tokens.weight", "transformer.wte.weight", "wte.weight")
-_TABLES += ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
-_CAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_OF_STORED = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -83,11 +77,11 @@ def pack_folder(
             or the disk full. `folder` is then as it was.
     """
     source = user_path(source)
-    plan = _plan(source, n, m, dtype, head)
+    plan = plan_pack(source, n, m, dtype, head)
     done, total = 0, len(plan.stored)
     with atomic_dir(folder, overwrite) as temporary:
         for old, new, names in plan.files:
-            packed = {_stem(name): spec for name, spec in plan.specs.items() if name in names}
+            packed = {stem(name): spec for name, spec in plan.specs.items() if name in names}
             layout = {key: entry for name in names for key, entry in plan.layout(name).items()}
 
             def written(names: list[str] = names, old: Path = old) -> Iterator[tuple[str, Tensor]]:
@@ -109,106 +103,10 @@ def pack_folder(
     return PackReport(len(plan.specs), before, size)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is packed, how, and into which files."""
-
-    stored: Mapping[str, StoredTensor]
-    specs: Mapping[str, PackedSpec]
-    """By the name of the tensor in the source."""
-    files: list[tuple[Path, str, list[str]]]
-    """Of each file its path, its new name and the names of its tensors."""
-    cast: torch.dtype | None
-
-    def layout(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """What is written of the tensor `name`."""
-        spec = self.specs.get(name)
-        if spec is not None:
-            return {f"{_stem(name)}.{suffix}": entry for suffix, entry in spec.tensors().items()}
-        stored = self.stored[name]
-        is_float = _OF_STORED[stored.dtype].is_floating_point
-        return {name: (DTYPES[self.cast] if self.cast and is_float else stored.dtype, stored.shape)}
-
-
-def _plan(source: Path, n: int, m: int, dtype: str | None, head: str | None) -> _Plan:
-    config, stored = _read_source(source)
-    model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in stored.items()})
-    left_dense = read_left_dense(source / "castlm.json")
-    cast = None if dtype is None else _CAST[dtype]
-    specs: dict[str, PackedSpec] = {}
-    for name, tensor in stored.items():
-        if tensor.dtype not in _OF_STORED:
-            raise InputError(f"{name} of {source} is stored as {tensor.dtype}, which cannot be packed")
-        stacked = is_stacked_experts(name, tensor.shape)
-        if not (stacked or is_block_linear(name, tensor.shape)) or left_dense_reason(name, left_dense) is not None:
-            continue
-        experts = tensor.shape[0] if stacked else 0
-        transposed = _transposed(name, tensor, {**config, "model_type": model_type})
-        rows, columns = tensor.shape[:-3:-1] if transposed else tensor.shape[-2:]
-        if columns % m:
-            raise InputError(f"{name} has a width of {columns}, which does not divide by m = {m}: choose another m")
-        specs[name] = PackedSpec(max(1, experts) * rows, columns, n, m, dtype or _values(tensor), transposed, experts)
-    if not specs:
-        raise InputError(f"{source} has no linear layer inside transformer blocks to pack")
-    if head == "int8":
-        table = next((name for name in _TABLES if name in stored), None)
-        if table is None:
-            raise InputError(f"{source} has no output head under a known name: leave --head out")
-        if model_type.startswith("gemma"):
-            raise InputError(f"the embedding of {model_type} scales what it looks up: leave --head out")
-        if config.get("tie_word_embeddings") and len([name for name in _TABLES if name in stored]) > 1:
-            raise InputError(f"{source} stores {table}, which its config.json ties to the embedding: leave --head out")
-        specs[table] = PackedSpec(*stored[table].shape, 0, 0, "int8")
-    paths = sorted({tensor.file for tensor in stored.values()})
-    count = len(paths)
-    files = []
-    for i, path in enumerate(paths, 1):
-        new = format.FILE if count == 1 else f"castlm-{i:05d}-of-{count:05d}.safetensors"
-        files.append((path, new, [name for name, tensor in stored.items() if tensor.file == path]))
-    return _Plan(stored, specs, files, cast)
-
-
-def _transposed(name: str, tensor: StoredTensor, config: Mapping[str, Any]) -> bool:
-    """Whether the last axis of a tensor is that of its outputs."""
-    if len(tensor.shape) == 2:
-        return stored_transposed(config["model_type"], name)
-    experts, rows, columns = tensor.shape
-    axis = experts_input_axis(config, name, (experts, rows, columns))
-    if axis is None:
-        raise InputError(f"which axis of {name} is its input is not known: name it in left_dense of castlm.json")
-    return axis == 1
-
-
-def _read_config(source: Path) -> dict[str, Any]:
-    if not (source / "config.json").is_file():
-        raise InputError(f"{source} has no config.json: give a model folder in Hugging Face format")
-    return read_json_object(source / "config.json")
-
-
-def _read_source(source: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    config = _read_config(source)
-    if config.get("quantization_config"):
-        raise InputError(f"{source} is packed or quantized already: give the model that was")
-    return config, stored_tensors(source, config)
-
-
-def _values(tensor: StoredTensor) -> str:
-    names = {stored: values for values, stored in format.DTYPES.items() if values in _CAST}
-    if tensor.dtype not in names:
-        raise InputError(
-            f"{tensor.name} is stored as {tensor.dtype}, which cannot be packed: pass dtype bf16 to cast it"
-        )
-    return names[tensor.dtype]
-
-
-def _stem(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
-def _packed_tensors(name: str, tensor: Tensor, plan: _Plan, dtype: str | None) -> Iterator[tuple[str, Tensor]]:
+def _packed_tensors(name: str, tensor: Tensor, plan: PackPlan, dtype: str | None) -> Iterator[tuple[str, Tensor]]:
     """What is written of one tensor of the source, with the dtypes and shapes of `plan.layout`."""
     if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(_CAST[dtype])
+        tensor = tensor.to(CAST[dtype])
     spec = plan.specs.get(name)
     if spec is None:
         yield name, tensor
@@ -224,10 +122,10 @@ def _packed_tensors(name: str, tensor: Tensor, plan: _Plan, dtype: str | None) -
     else:
         packed = pack_integers(*round_to_int8(tensor), "int8", 0, 0)
     for suffix, part in packed.tensors().items():
-        yield f"{_stem(name)}.{suffix}", part
+        yield f"{stem(name)}.{suffix}", part
 
 
-def _write_rest(source: Path, folder: Path, plan: _Plan, n: int, m: int) -> None:
+def _write_rest(source: Path, folder: Path, plan: PackPlan, n: int, m: int) -> None:
     """All files but the weights: config.json and castlm.json with what was done, the others as they are."""
     _copy_small_files(source, folder)
     config = read_json_object(source / "config.json")
@@ -276,7 +174,7 @@ def unpack_folder(
         InputError: not a packed folder, damaged files, `folder` taken, or the disk full. `folder` is then as it was.
     """
     source = user_path(source)
-    config = _read_config(source)
+    config = read_config(source)
     if not is_packed(config):
         raise InputError(f"{source} is not a packed model folder: `castlm pack` writes one")
     stored = stored_tensors(source, config)
@@ -284,7 +182,7 @@ def unpack_folder(
     specs = format.read_specs(paths)
     if not specs:
         raise InputError(f"{source} is not a packed model folder: `castlm pack` writes one")
-    integers_as = _OF_STORED.get(_stored_name(config), torch.float32)
+    integers_as = OF_STORED.get(_stored_name(config), torch.float32)
     parts = {f"{name}.{suffix}" for name, spec in specs.items() for suffix in spec.tensors()}
     weight_map: dict[str, str] = {}
     done = 0

@@ -1,0 +1,144 @@
+"""What `castlm pack` does with a model: which tensors it packs, how, and into which files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from castlm.architecture import auto_class
+from castlm.core.blocks import is_block_linear, is_stacked_experts
+from castlm.core.errors import InputError
+from castlm.export.folder import stored_tensors
+from castlm.export.stream import DTYPES
+from castlm.export.verify import left_dense_reason, read_left_dense
+from castlm.inference import format
+from castlm.inference.convert import can_pack_tables
+from castlm.inference.format import PackedSpec
+from castlm.layout import experts_input_axis, guess_model_type, stored_transposed
+from castlm.opening import open_config
+from castlm.reading import read_json_object
+from castlm.stored import StoredTensor
+
+_TABLES = ("lm_head.weight", "embed_out.weight", "model.embed_tokens.weight", "transformer.wte.weight", "wte.weight")
+_TABLES += ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
+CAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""What weights can be cast to, by its name in options."""
+OF_STORED = {name: dtype for dtype, name in DTYPES.items()}
+"""dtypes by their names in safetensors."""
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """What is packed, how, and into which files."""
+
+    stored: Mapping[str, StoredTensor]
+    specs: Mapping[str, PackedSpec]
+    """By the name of the tensor in the source."""
+    files: list[tuple[Path, str, list[str]]]
+    """Of each file its path, its new name and the names of its tensors."""
+    cast: torch.dtype | None
+
+    def layout(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What is written of the tensor `name`."""
+        spec = self.specs.get(name)
+        if spec is not None:
+            return {f"{stem(name)}.{suffix}": entry for suffix, entry in spec.tensors().items()}
+        stored = self.stored[name]
+        is_float = OF_STORED[stored.dtype].is_floating_point
+        return {name: (DTYPES[self.cast] if self.cast and is_float else stored.dtype, stored.shape)}
+
+
+def plan_pack(source: Path, n: int, m: int, dtype: str | None, head: str | None) -> PackPlan:
+    """What `pack_folder` does with the model in `source`.
+
+    Raises:
+        InputError: no model there, packed or quantized already, or a tensor or head that cannot be packed.
+    """
+    config, stored = _read_source(source)
+    model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in stored.items()})
+    left_dense = read_left_dense(source / "castlm.json")
+    cast = None if dtype is None else CAST[dtype]
+    specs: dict[str, PackedSpec] = {}
+    for name, tensor in stored.items():
+        if tensor.dtype not in OF_STORED:
+            raise InputError(f"{name} of {source} is stored as {tensor.dtype}, which cannot be packed")
+        stacked = is_stacked_experts(name, tensor.shape)
+        if not (stacked or is_block_linear(name, tensor.shape)) or left_dense_reason(name, left_dense) is not None:
+            continue
+        experts = tensor.shape[0] if stacked else 0
+        transposed = _transposed(name, tensor, {**config, "model_type": model_type})
+        rows, columns = tensor.shape[:-3:-1] if transposed else tensor.shape[-2:]
+        if columns % m:
+            raise InputError(f"{name} has a width of {columns}, which does not divide by m = {m}: choose another m")
+        specs[name] = PackedSpec(max(1, experts) * rows, columns, n, m, dtype or _values(tensor), transposed, experts)
+    if not specs:
+        raise InputError(f"{source} has no linear layer inside transformer blocks to pack")
+    if head == "int8":
+        table = next((name for name in _TABLES if name in stored), None)
+        if table is None:
+            raise InputError(f"{source} has no output head under a known name: leave --head out")
+        if not can_pack_tables(_on_meta(source)):
+            raise InputError(
+                f"the embedding or head of {model_type} does more than look up and multiply: leave --head out"
+            )
+        if config.get("tie_word_embeddings") and len([name for name in _TABLES if name in stored]) > 1:
+            raise InputError(f"{source} stores {table}, which its config.json ties to the embedding: leave --head out")
+        specs[table] = PackedSpec(*stored[table].shape, 0, 0, "int8")
+    paths = sorted({tensor.file for tensor in stored.values()})
+    count = len(paths)
+    files = []
+    for i, path in enumerate(paths, 1):
+        new = format.FILE if count == 1 else f"castlm-{i:05d}-of-{count:05d}.safetensors"
+        files.append((path, new, [name for name, tensor in stored.items() if tensor.file == path]))
+    return PackPlan(stored, specs, files, cast)
+
+
+def _on_meta(source: Path) -> PreTrainedModel:
+    """The model of config.json without its weights."""
+    config = open_config(source)
+    with torch.device("meta"):
+        return auto_class(config).from_config(config)
+
+
+def _transposed(name: str, tensor: StoredTensor, config: Mapping[str, Any]) -> bool:
+    """Whether the last axis of a tensor is that of its outputs."""
+    if len(tensor.shape) == 2:
+        return stored_transposed(config["model_type"], name)
+    experts, rows, columns = tensor.shape
+    axis = experts_input_axis(config, name, (experts, rows, columns))
+    if axis is None:
+        raise InputError(f"which axis of {name} is its input is not known: name it in left_dense of castlm.json")
+    return axis == 1
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """The config.json of a model folder."""
+    if not (source / "config.json").is_file():
+        raise InputError(f"{source} has no config.json: give a model folder in Hugging Face format")
+    return read_json_object(source / "config.json")
+
+
+def _read_source(source: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    config = read_config(source)
+    if config.get("quantization_config"):
+        raise InputError(f"{source} is packed or quantized already: give the model that was")
+    return config, stored_tensors(source, config)
+
+
+def _values(tensor: StoredTensor) -> str:
+    names = {stored: values for values, stored in format.DTYPES.items() if values in CAST}
+    if tensor.dtype not in names:
+        raise InputError(
+            f"{tensor.name} is stored as {tensor.dtype}, which cannot be packed: pass dtype bf16 to cast it"
+        )
+    return names[tensor.dtype]
+
+
+def stem(name: str) -> str:
+    """The name of a layer, which its parts begin with, from that of its weight."""
+    return name.removesuffix(".weight")
