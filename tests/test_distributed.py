@@ -39,6 +39,7 @@ from castlm.models import load_model
 from castlm.training import finish, source, start
 from castlm.training.checkpoint import Saver, checkpoint_steps
 from castlm.training.config import TrainConfig
+from castlm.training.lam import resolve_lam
 from castlm.training.loop import train
 from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective, make_teacher, pruned
@@ -265,6 +266,26 @@ def test_masked_weights_are_counted_once(sharding, gemma, text, tmp_path):
     config = small(gemma, text, tmp_path / "run", 2, sharding=sharding)
     per_node = "1" if sharding == "hybrid" else "2"
     run_ranks(count_masked, 2, config, 18_432 // 2, folder=tmp_path, environment={"LOCAL_WORLD_SIZE": per_node})
+
+
+def calibrate_lam(config: TrainConfig, file: Path) -> None:
+    world = init_world("cpu", config.sharding)
+    lam = resolve_lam(config, world).lam
+    assert set(world.gather(lam)) == {lam}
+    if world.is_main:
+        file.write_text(repr(lam))
+    close_world(world)
+
+
+def test_ranks_calibrate_the_lam_of_one_rank(gemma, text, tmp_path):
+    over = {**START, "decay": "additive", "lam": "auto"}
+    for ranks in (1, 2):
+        run_ranks(
+            calibrate_lam, ranks, small(gemma, text, tmp_path / "run", ranks, **over), tmp_path / str(ranks),
+            folder=tmp_path,
+        )  # fmt: skip
+    one, two = (float((tmp_path / str(ranks)).read_text()) for ranks in (1, 2))
+    assert one == pytest.approx(two, rel=1e-3)
 
 
 # ---------------------------------------------------------------------- checkpoints

@@ -10,8 +10,10 @@ from castlm.core.errors import InputError
 from castlm.data.documents import Documents
 from castlm.data.mixture import Mixture
 from castlm.data.packing import PackedSequences
+from castlm.distributed.world import init_world
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
+from castlm.training.text import open_training_text
 from tests.runs import small, stop_and_resume
 from tests.tiny import TEXT, save_tiny, tiny_tokenizer
 
@@ -90,3 +92,16 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text
     last = next(row for row in reversed(rows) if "perplexity" in row)
     parts = [last["perplexity/one.jsonl"], last["perplexity/two.jsonl"]]
     assert min(parts) < last["perplexity"] < max(parts)
+
+
+def test_evaluation_texts_of_one_name_are_told_apart_by_their_paths(text, tmp_path):
+    model, names = str(save_tiny(tmp_path / "llama")), []
+    for name in ("one/same.txt", "two/same.txt", "other.txt"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"{name} {TEXT[:400]}")
+        names.append(str(file))
+    config = small(model, text, tmp_path / "run", eval_dataset=tuple(names))
+    world = init_world("cpu", "full")
+    found = open_training_text(config, tiny_tokenizer(), 264, world)
+    assert list(found.eval_parts) == [names[0], names[1], "other.txt"]

@@ -356,8 +356,8 @@ def test_two_processes_do_not_write_one_file(tmp_path):
 def test_prompts_are_lines_or_documents(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\n two \n")
     assert read_prompts(tmp_path / "a.txt") == ["one", "two"]
-    path = write_rows(tmp_path / "a.jsonl", [{"question": "one"}, {"question": "two"}])
-    assert read_prompts(path, "question") == ["one", "two"]
+    path = write_rows(tmp_path / "a.jsonl", [{"question": "  one "}, {"question": "two\n"}])
+    assert read_prompts(path, "question") == ["  one ", "two\n"]
 
 
 def test_patience_is_what_the_message_says():

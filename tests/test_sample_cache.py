@@ -158,7 +158,10 @@ def test_bad_input_is_one_line(llama, own, tmp_path, capsys):
     changed.with_name("changed.jsonl.castlm.json").write_bytes(record.read_bytes())
     cache = cached(tmp_path)
     cases = [
-        (command(llama, tmp_path / "a.jsonl", "--seq-len", "32"), "seq_len has an effect only with teacher_cache"),
+        (
+            command(llama, tmp_path / "a.jsonl", "--seq-len", "32"),
+            "--seq-len is of a teacher cache: name its folder by --teacher-cache",
+        ),
         (command(llama, tmp_path / "a.jsonl", *cache, "--teacher-top-k", "0"), "set teacher_top_k"),
         (command(llama, tmp_path / "a.jsonl", *cache, "--seq-len", "1"), "seq_len = 1 is out of range"),
         (command(llama, own, *cache), "already exists: name another file or pass overwrite"),

@@ -109,7 +109,7 @@ def test_what_does_not_compare_is_refused_in_one_line(dense, result, tmp_path, c
         (["--results", run, str(other)], "perplexity measured as seq_len 64, not 32 as in"),
         (["--results", str(tmp_path / "empty")], "no castlm.json; name a run of castlm train"),
         (["--results", str(dense)], "no castlm.json"),
-        (["--results", run, "--device", "h100"], "--device: not with --results"),
+        (["--results", run, "--device", "h100"], "--device is not for --results"),
     ):
         capsys.readouterr()
         assert main(["advise", str(dense), *options]) == 2

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from castlm.cli.json_report import check_json_path
-from castlm.cli.options import parse, result_folder, write_json
+from castlm.cli.options import parse, refuse_given, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
-from castlm.fields import given, positional
+from castlm.fields import positional
 
 if TYPE_CHECKING:
     from typing import Any
@@ -92,9 +92,7 @@ class AdviseCommand:
         from castlm.inference.native import check_built
         from castlm.progress import note
 
-        if ignored := given(self, _ADVICE):
-            named = ", ".join(f"--{name}" for name in ignored)
-            raise InputError(f"{named}: not with --results, which decodes one sequence in bf16 on this CPU")
+        refuse_given(self, _ADVICE, "is not for --results, which decodes one sequence in bf16 here: leave it out")
         check_built()
         chosen = candidates(self.model, [result_folder(path) for path in self.results])
         report = as_dict(measure(chosen, note))

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from castlm.cli.json_report import check_json_path
-from castlm.cli.options import parse, result_folder, to_stderr, write_json
+from castlm.cli.options import parse, refuse_given, result_folder, to_stderr, write_json
 from castlm.core.errors import InputError
-from castlm.fields import given, positional
+from castlm.fields import positional
 
 
 @dataclass
@@ -69,8 +69,8 @@ class EvalCommand:
 
             names = [name.strip() for name in self.tasks.split(",")]
             check_tasks(names, self.tasks_from)
-        elif ignored := given(self, ("tasks_from", "limit")):
-            raise InputError(f"--{ignored[0].replace('_', '-')} is for --tasks: name tasks, or leave it out")
+        else:
+            refuse_given(self, ("tasks_from", "limit"), "is for --tasks: name tasks, or leave it out")
         import torch
 
         from castlm.data.chat import with_template

@@ -14,13 +14,13 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from castlm.cli.help import help_text, offered
 from castlm.core.errors import InputError
-from castlm.fields import COMMAND_LINE, build, default_of, hints_of, is_required, unknown
+from castlm.fields import COMMAND_LINE, build, default_of, given, hints_of, is_required, unknown
 from castlm.names import printable
 
 T = TypeVar("T")
@@ -141,6 +141,12 @@ def result_folder(path: str) -> str:
     """A run's `model` folder when `path` is a run of `castlm train`, else `path`."""
     inner = Path(path) / "model"
     return str(inner) if (inner / "config.json").is_file() and not (Path(path) / "config.json").exists() else path
+
+
+def refuse_given(options: Any, names: Iterable[str], why: str) -> None:
+    """Raises `InputError`, the option and `why`, if one of the fields `names` of `options` is not at its default."""
+    if found := given(options, names):
+        raise InputError(f"--{found[0].replace('_', '-')} {why}")
 
 
 def write_json(path: str | None, content: dict[str, Any]) -> None:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from castlm.cli.options import parse
+from castlm.cli.options import parse, refuse_given
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.fields import given
 from castlm.oneshot.options import UNIT_SCORES
 from castlm.training.sections import HIDDEN_WEIGHT
 
@@ -109,8 +108,7 @@ class MemoryCommand:
     def _run_prune(self) -> int:
         from castlm.planning.prune_memory import plan_prune_memory
 
-        if ignored := given(self, _OF_TRAINING):
-            raise InputError(f"--{ignored[0].replace('_', '-')} is of a training run: leave it out with --prune")
+        refuse_given(self, _OF_TRAINING, "is of a training run: leave it out with --prune")
         plan = plan_prune_memory(
             self.model,
             memory=self.memory,

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from castlm.cli.options import parse
+from castlm.cli.options import parse, refuse_given
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.fields import choice, given
+from castlm.fields import choice
 from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
 
 if TYPE_CHECKING:
@@ -117,9 +117,9 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             raise InputError(
                 f"method {method} needs a calibration text: give --calibration FILE, or --method magnitude"
             )
-        if not (needs_text or structured) and (ignored := given(self, _OF_CALIBRATION)):
-            option = ignored[0].replace("_", "-")
-            raise InputError(f"--{option}: method {method} reads no text; leave it out, or use wanda or sparsegpt")
+        if not (needs_text or structured):
+            why = f"is for a method that reads a text, and {method} reads none: leave it out, or use wanda or sparsegpt"
+            refuse_given(self, _OF_CALIBRATION, why)
         if needs_text or (structured and self.calibration is not None):
             assert self.calibration is not None
             text = open_documents(self.calibration, column=self.column)

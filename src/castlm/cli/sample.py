@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from castlm.cli.options import command_line, parse, result_folder
+from castlm.cli.options import command_line, parse, refuse_given, result_folder
 from castlm.core.errors import InputError
-from castlm.fields import given, positional
+from castlm.fields import positional
 from castlm.training.config import TrainConfig
 
 
@@ -144,9 +144,10 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
         Raises:
             InputError: as `TrainConfig`, or an option of the cache without a cache.
         """
-        of_cache = given(self, _CACHE_OPTIONS)
-        if self.teacher_cache is None and of_cache:
-            raise InputError(f"{of_cache[0]} has an effect only with teacher_cache: name a folder, or leave it out")
+        if self.teacher_cache is None:
+            refuse_given(
+                self, _CACHE_OPTIONS, "is of a teacher cache: name its folder by --teacher-cache, or leave it out"
+            )
         passed_on = ("chat_template_path", "revision", "trust_remote_code")
         options: dict[str, Any] = {name: getattr(self, name) for name in passed_on}
         if self.teacher_cache is not None:
