@@ -80,7 +80,8 @@ def test_gpt2_is_stored_in_out(tmp_path):
 
 
 def test_castlm_json_and_model_card(tmp_path):
-    manifest = export(tmp_path / "out", *pruned(tmp_path, intermediate_size=90))
+    model, tokenizer, left_dense = pruned(tmp_path, intermediate_size=90)
+    manifest = export(tmp_path / "out", model, tokenizer, left_dense, eval_fn=loss_of, dtype=torch.bfloat16)
     written = json.loads((tmp_path / "out" / "castlm.json").read_text())
     assert {"config.json", "model.safetensors", "README.md"} <= set(written.pop("files"))
     assert written == manifest
@@ -100,6 +101,8 @@ def test_castlm_json_and_model_card(tmp_path):
     }
     assert "| model | perplexity | sequence length | text | tokens |" in body
     assert "| dense | 12.346 | 1,024 | a\\|b.txt | 12,345 |" in body
+    from_disk = manifest["proof"]["perplexity_from_disk"]
+    assert f"| as written, in bfloat16 | {from_disk:.3f} | 1,024 | a\\|b.txt | 12,345 |" in body
     assert "- `model.layers.1.mlp.down_proj`: its width 90 does not divide by m = 4" in body
     assert "lm_head" not in body
 

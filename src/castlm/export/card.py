@@ -123,7 +123,7 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         storage=_STORED_PACKED if manifest.get("packed") else _storage(pattern, bool(cut)),
         dense="All that is left is dense." if is_dense else "Embeddings and the output head are dense.",
         left_dense="" if is_dense else _left_dense(manifest["left_dense"]),
-        figures=_figures(manifest.get("figures") or []),
+        figures=_figures([*(manifest.get("figures") or []), *_as_written(manifest)]),
         license=_license(hub_id or base_name, license_id),
     )
 
@@ -206,6 +206,15 @@ def _left_dense(left_dense: Mapping[str, str]) -> str:
     return " So are, inside the transformer blocks:\n\n" + "\n".join(
         f"- {markdown_code(name)}: {markdown(reason)}" for name, reason in inside.items()
     )
+
+
+def _as_written(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The row of the files themselves, whose weights may be rounded to a shorter dtype than those that were trained."""
+    found = manifest["proof"].get("perplexity_from_disk")
+    if found is None or not manifest.get("figures"):
+        return []
+    written = f"as written, in {manifest['dtype']}" if manifest.get("dtype") else "as written"
+    return [{**manifest["figures"][-1], "name": written, "perplexity": found}]
 
 
 def _figures(figures: list[Mapping[str, Any]]) -> str:
