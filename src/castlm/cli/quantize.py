@@ -85,6 +85,7 @@ class QuantizeCommand:
 
     def run(self) -> int:
         from castlm.data.documents import open_documents
+        from castlm.export.folder import read_manifest
         from castlm.export.unit_count import groups_of
         from castlm.hardware import keep_freed_memory
         from castlm.output import claimed
@@ -101,7 +102,7 @@ class QuantizeCommand:
         if self.head is not None and not self.packed:
             raise InputError(f"--head {self.head} is of the packed format: pass --packed, or leave it out")
         source = result_folder(self.model)
-        manifest = _manifest(source)
+        manifest = read_manifest(Path(source))
         text = self.pattern or manifest.get("pattern")
         if not isinstance(text, str):
             raise InputError(f"{self.model} has no pattern in a castlm.json: pass --pattern 2:4")
@@ -209,14 +210,6 @@ def _pack(plain: Path, folder: Path, pattern: NM, layers: Mapping[str, Rounded],
             file.rename(temporary / file.name)
         inner.rmdir()
         add_file_list(temporary)
-
-
-def _manifest(folder: str) -> dict[str, Any]:
-    """The castlm.json of a model folder; empty where there is none."""
-    from castlm.reading import read_json_object
-
-    file = Path(folder) / "castlm.json"
-    return read_json_object(file) if file.is_file() else {}
 
 
 def main(arguments: list[str]) -> int:

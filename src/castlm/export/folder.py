@@ -28,6 +28,16 @@ _NOT_OF_THE_MODEL = re.compile(r"(training_args\.bin|(optimizer|scheduler|scaler
 """State of transformers' Trainer, which holds no weights of the model."""
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The castlm.json of a model folder; empty where there is none.
+
+    Raises:
+        InputError: it is no JSON object.
+    """
+    file = folder / "castlm.json"
+    return read_json_object(file) if file.is_file() else {}
+
+
 def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
     """The tensors that transformers would load: of a .safetensors file, or of a folder with one or with several.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from castlm import __version__
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
-from castlm.export.folder import is_packed, stored_tensors
+from castlm.export.folder import is_packed, read_manifest, stored_tensors
 from castlm.export.pack_plan import CAST, OF_STORED, PackPlan, plan_pack, read_config, stem
 from castlm.export.packed_card import packed_card, unpacked_card
 from castlm.export.stream import DTYPES, write_safetensors
@@ -139,7 +139,7 @@ def _write_rest(source: Path, folder: Path, plan: PackPlan, n: int, m: int) -> N
         config.pop("torch_dtype", None)
         config["dtype"] = str(plan.cast).removeprefix("torch.")
     atomic_write_json(folder / "config.json", config)
-    manifest = _manifest(source)
+    manifest = read_manifest(source)
     recorded = Pattern.parse(str(manifest.get("pattern") or f"{n}:{m}"))
     is_counted = groups_of(recorded) == NM(n, m) and tiles_of(recorded) is None  # by `verify`, in a packed folder
     manifest["pattern"] = str(recorded) if is_counted else f"{n}:{m}"
@@ -150,11 +150,6 @@ def _write_rest(source: Path, folder: Path, plan: PackPlan, n: int, m: int) -> N
         weight_map = {key: new for _, new, names in plan.files for name in names for key in plan.layout(name)}
         total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         atomic_write_json(folder / format.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _manifest(source: Path) -> dict[str, Any]:
-    """The castlm.json of a model folder; empty where there is none."""
-    return read_json_object(source / "castlm.json") if (source / "castlm.json").is_file() else {}
 
 
 def _copy_small_files(source: Path, folder: Path) -> None:
@@ -213,7 +208,7 @@ def unpack_folder(
             total = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             atomic_write_json(temporary / "model.safetensors.index.json", index)
-        manifest = _manifest(source)
+        manifest = read_manifest(source)
         if manifest:
             manifest.pop("packed", None)
             atomic_write_json(temporary / "castlm.json", manifest)
