@@ -341,11 +341,15 @@ def assert_one_line(done: subprocess.CompletedProcess[str], name: str, said: str
     assert said in line
 
 
-def test_a_hub_that_nobody_reaches_is_one_line(hub, text):
-    asked, environment = hub
-    done = evaluate(["nobody/never"], text, environment | {"HF_ENDPOINT": "http://127.0.0.1:1"})
-    assert (done.returncode, asked) == (2, [])
-    assert_one_line(done, "nobody/never", "the hub cannot be reached")
+def test_a_hub_that_nobody_reaches_is_one_line(tmp_path, monkeypatch, caplog):
+    hub = {"HF_HUB_CACHE": str(tmp_path), "ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": False}
+    for name, value in hub.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    assert (
+        "nobody/never is neither a local folder nor available on the Hugging Face Hub: the hub cannot be reached"
+        in refusal("nobody/never")
+    )
+    assert "Retrying" not in caplog.text
 
 
 def save_in_cache(home: Path, shard_size: str = "50GB", commit: str = "1234567890abcdef" * 2 + "12345678") -> Path:

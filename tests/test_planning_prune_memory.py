@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from castlm.cli import plan_memory as command
 from castlm.core.errors import InputError
-from castlm.oneshot.options import BasisOptions, Refinements
+from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions
 from castlm.planning.prune_memory import plan_prune_memory
 from tests.tiny import save_tiny
 
@@ -21,7 +21,7 @@ CONFIG = AutoConfig.for_model(
     vocab_size=VOCAB,
 )
 BLOCK = 2 * HIDDEN**2 + 2 * HIDDEN * KEYS + 3 * HIDDEN * NEURONS + 2 * HIDDEN
-PLAIN = {"basis": BasisOptions(rotate="off", permute=False), "refinements": Refinements(refit_iterations=0)}
+PLAIN = {"basis": BasisOptions(rotate="off", permute=False), "refinements": NO_REFINEMENTS}
 
 
 def test_a_block_and_its_statistics_have_the_closed_form():

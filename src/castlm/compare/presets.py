@@ -34,7 +34,7 @@ class Preset:
 # Two of the decays may not bring masked weights to zero within the budget; these presets show what happens then.
 _ANY_BUDGET = {"method": "cast", "ignore_decay_budget": True}
 # The start of the rivals: SparseGPT as published.
-_SPARSEGPT = {"init_from": "sparsegpt", "rotate": "off", "permute": False, "refit_iterations": 0}
+_SPARSEGPT = {"init_from": "sparsegpt", "rotate": "off", "permute": False, "mask_iterations": 0, "refit_iterations": 0}
 # The strongest recipe without castlm's own parts.
 _PUBLISHED = {**_SPARSEGPT, "hidden_weight": 0.0}
 # The masks that the paper refreshes.

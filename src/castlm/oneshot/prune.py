@@ -23,6 +23,7 @@ from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, SparseLayer
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.oneshot.admm import improve_masks
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.dense_twin import DenseTwin, Shift
 from castlm.oneshot.families import describe
@@ -54,7 +55,7 @@ def prune_layers(
     if solver.axes and not statistic.any():
         raise InputError(f"the calibration text leaves the whole input of {names} at 0: pass other text")
     try:
-        if refinements is None or not (shift or refinements.refit_iterations):
+        if refinements is None or not (shift or refinements.mask_iterations or refinements.refit_iterations):
             pruned = solver.prune(dense, statistic, to)
         else:
             pruned = _solve_refined(dense, statistic, solver, to, refinements, shift)
@@ -93,16 +94,21 @@ def _prune_experts(
 def _solve_refined(
     dense: Tensor, statistic: Tensor, solver: Solver, to: Settings, refinements: Refinements, shift: Shift | None
 ) -> Pruned:
-    """Solves for a shifted target, and refits what is kept."""
+    """Solves for a shifted target, chooses better masks, and refits what is kept."""
     hessian, target = whole_hessian(statistic).clone(), dense
     if shift is not None:
         invertible = damped(hessian, max(to.damping, MIN_DAMPING))
         target = shift.target(dense, invertible, refinements.target_asymmetry, refinements.stream_correction)
     pruned = solver.prune(target.clone(), statistic, to)
+    weight, is_dead = pruned.weight, hessian.diagonal() == 0
+    taken = damped(hessian, to.damping if pruned.damping is None else pruned.damping)
+    del hessian
+    if refinements.mask_iterations:
+        alive = target.masked_fill(is_dead, 0)  # what multiplies nothing is not worth a place in a mask
+        weight = improve_masks(weight, alive, taken, to.pattern, refinements.mask_iterations)
     if refinements.refit_iterations:
-        taken = damped(hessian, to.damping if pruned.damping is None else pruned.damping)
-        pruned = pruned._replace(weight=refit(pruned.weight, target, taken, refinements.refit_iterations))
-    return pruned
+        weight = refit(weight, target, taken, refinements.refit_iterations)
+    return pruned._replace(weight=weight)
 
 
 def _relative_error(x: Tensor, old: Tensor, new: Tensor) -> float:

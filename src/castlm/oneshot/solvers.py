@@ -117,11 +117,11 @@ def _refit_rows(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int
         new = torch.linalg.vecdot(residual, preconditioned).unsqueeze(1)
         torch.addcmul(preconditioned, new / energy.clamp_(min=1e-30), direction, out=direction)
         energy = new
-    better = _row_errors(target - weight, hessian) < _row_errors(target - start, hessian)  # False for NaN
+    better = row_errors(target - weight, hessian) < row_errors(target - start, hessian)  # False for NaN
     return torch.where(better.unsqueeze(1), weight, start)
 
 
-def _row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
+def row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
     """|X difference^T|^2 of each row."""
     return ((difference @ hessian) * difference).sum(1)
 

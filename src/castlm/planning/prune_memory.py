@@ -21,6 +21,7 @@ from castlm.core.experts import linearize_experts_
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.hardware import resident_memory
+from castlm.oneshot.admm import ADMM_ROWS
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS
 from castlm.oneshot.walk import PASS_TOKENS_CPU, block_stack
@@ -130,11 +131,15 @@ def _solve(read: _Read, axes: int, refinements: Refinements) -> int:
     if axes < 2:
         return 4 * size
     # Weight as given, without dead columns, transposed, and what is lost so far; the factor of the Hessian and the
-    # products with it. To refit, the target and the Hessian are kept beside them.
-    refits = refinements.refit_iterations > 0
-    solve = (4 + refits) * size + (2 + refits) * square
+    # products with it. For what comes after, the target and the Hessian are kept beside them.
+    masks, refits = refinements.mask_iterations > 0, refinements.refit_iterations > 0
+    kept = int(masks or refits)
+    solve = (4 + kept) * size + (2 + kept) * square
+    # For better masks, first the eigenvectors of the damped Hessian are found, then a part of the rows is solved for.
+    find, solve_rows = 3 * size + 7 * square, 7 * size + 4 * min(read.rows, ADMM_ROWS) * read.columns + 3 * square
+    improve = max(find, solve_rows) if masks else 0
     refit = 3 * size + 7 * min(read.rows, REFIT_ROWS) * read.columns + 2 * square if refits else 0
-    return max(solve, refit)
+    return max(solve, improve, refit)
 
 
 def _turn(read: _Read, basis: BasisOptions) -> int:
