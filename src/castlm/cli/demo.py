@@ -123,7 +123,7 @@ def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
     for name, value in (
         ("dense", ppl["dense"]),
         ("dense control, same training", control["perplexity"]["trained"]),
-        ("2:4 one-shot, SparseGPT", ppl["one_shot"]),
+        ("2:4 one-shot, the start", ppl["one_shot"]),
         ("2:4 castlm, before the prune", ppl["before_prune"]),
         ("2:4 castlm, pruned", ppl["pruned"]),
     ):
