@@ -182,7 +182,7 @@ def score_rows(
     ids = token_ids(open_documents(text), loaded.tokenizer)
     found: dict[tuple[str, str], list[list[float]]] = {}
     for pattern, score in itertools.product(patterns, UNIT_SCORES):
-        for iterations in (0, Refinements.refit_iterations):
+        for iterations in (0, 20):
             values = []
             for seed in range(seeds):
                 pruned = copy.deepcopy(loaded.model)

@@ -129,7 +129,7 @@ def test_each_refinement_brings_the_pruned_model_closer_to_the_dense_one(family)
 
     plain, refitted = distance(), distance(refit_iterations=20)
     assert refitted < plain
-    assert distance(mask_iterations=16, refit_iterations=20) < refitted
+    assert distance(mask_iterations=16) < refitted
     assert distance(target_asymmetry=0.5) < plain
     if family == "llama":  # a heuristic: it pays in trained models and in this one, not in every random one
         assert distance(target_asymmetry=0.5, stream_correction=0.5) < plain

@@ -80,9 +80,9 @@ class Refinements:
     """ADMM iterations that choose better masks than SparseGPT, which decides from left to right. Each costs as much as
     two of refit_iterations, and all of them an eigendecomposition of each layer's statistics. 0 keeps SparseGPT's."""
 
-    refit_iterations: int = 20
-    """Conjugate gradient steps on the kept weights after SparseGPT, which compensates only to the right of what it
-    prunes. They need no further pass over the text. 0 turns them off, and the least squares of structured patterns."""
+    refit_iterations: int | None = None
+    """Conjugate gradient steps on what is kept after SparseGPT or the choice of units, without a pass over the text.
+    The default is 20, and 0 after mask_iterations, which leave the kept weights near their optimum."""
 
     reconstruct_epochs: int = 0
     """Epochs over the calibration text in which each block is trained to give the dense block's outputs. They stop
@@ -90,6 +90,12 @@ class Refinements:
 
     reconstruct_rate: float = 1e-3
     """Learning rate of the reconstruction."""
+
+    def num_refits(self, pattern: Pattern) -> int:
+        """`refit_iterations`, or its default for `pattern`; structured patterns have no `mask_iterations`."""
+        if self.refit_iterations is not None:
+            return self.refit_iterations
+        return 0 if self.mask_iterations and not is_structured(pattern) else 20
 
     @property
     def shifts_targets(self) -> bool:
@@ -106,7 +112,7 @@ class Refinements:
             InputError: another solver, and options that are not at their defaults. Structured patterns have
                 `refit_iterations` with every solver.
         """
-        if is_structured(pattern) and replace(self, refit_iterations=Refinements.refit_iterations) != Refinements():
+        if is_structured(pattern) and replace(self, refit_iterations=None) != Refinements():
             raise InputError(
                 f"of the options beyond SparseGPT only refit_iterations is for {pattern}: leave the rest out"
             )
@@ -121,7 +127,7 @@ class Refinements:
         yield "target_asymmetry", 0 <= self.target_asymmetry <= 1, "between 0 and 1"
         yield "stream_correction", 0 <= self.stream_correction <= 1, "between 0 and 1"
         yield "mask_iterations", self.mask_iterations >= 0, "at least 0"
-        yield "refit_iterations", self.refit_iterations >= 0, "at least 0"
+        yield "refit_iterations", self.refit_iterations is None or self.refit_iterations >= 0, "at least 0"
         yield "reconstruct_epochs", self.reconstruct_epochs >= 0, "at least 0"
         yield "reconstruct_rate", self.reconstruct_rate > 0, "above 0"
 

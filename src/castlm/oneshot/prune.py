@@ -55,7 +55,7 @@ def prune_layers(
     if solver.axes and not statistic.any():
         raise InputError(f"the calibration text leaves the whole input of {names} at 0: pass other text")
     try:
-        if refinements is None or not (shift or refinements.mask_iterations or refinements.refit_iterations):
+        if refinements is None or not (shift or refinements.mask_iterations or refinements.num_refits(to.pattern)):
             pruned = solver.prune(dense, statistic, to)
         else:
             pruned = _solve_refined(dense, statistic, solver, to, refinements, shift)
@@ -106,8 +106,8 @@ def _solve_refined(
     if refinements.mask_iterations:
         alive = target.masked_fill(is_dead, 0)  # what multiplies nothing is not worth a place in a mask
         weight = improve_masks(weight, alive, taken, to.pattern, refinements.mask_iterations)
-    if refinements.refit_iterations:
-        weight = refit(weight, target, taken, refinements.refit_iterations)
+    if num_refits := refinements.num_refits(to.pattern):
+        weight = refit(weight, target, taken, num_refits)
     return pruned._replace(weight=weight)
 
 
@@ -159,7 +159,7 @@ def prune_oneshot_(
     """
     pattern = as_pattern(pattern)
     if is_structured(pattern):
-        settings = UnitSettings(damping, refinements.refit_iterations, seed)
+        settings = UnitSettings(damping, refinements.num_refits(pattern), seed)
         return prune_units_(
             model, method, pattern, calibration=calibration, to=settings, filter_fn=filter_fn, progress=progress
         )

@@ -107,7 +107,7 @@ def plan_prune_memory(
         "statistics": 4 * sum(read.columns**axes for read in reads),
         "activations": 4 * tokens * (_BLOCKS_OF_WIDTHS * widest // 2 + 4 * hidden),
         "hidden states": 0 if memory == "block" else states,
-        "solver": 4 * max(_solve(read, axes, refinements) for read in reads),
+        "solver": 4 * max(_solve(read, axes, refinements, as_pattern(pattern)) for read in reads),
         "basis": 0 if basis.is_off else 4 * max(_turn(read, basis) for read in reads),
     }
     static = parts["process"] + parts["weights"] + parts["hidden states"]
@@ -125,14 +125,14 @@ def plan_prune_memory(
     return PruneMemoryPlan(parts, phases, 2 * states if memory == "block" else 0)
 
 
-def _solve(read: _Read, axes: int, refinements: Refinements) -> int:
+def _solve(read: _Read, axes: int, refinements: Refinements, pattern: Pattern) -> int:
     """Elements that a solver holds beside weights and statistics."""
     size, square = read.rows * read.columns, read.columns**2
     if axes < 2:
         return 4 * size
     # Weight as given, without dead columns, transposed, and what is lost so far; the factor of the Hessian and the
     # products with it. For what comes after, the target and the Hessian are kept beside them.
-    masks, refits = refinements.mask_iterations > 0, refinements.refit_iterations > 0
+    masks, refits = refinements.mask_iterations > 0, refinements.num_refits(pattern) > 0
     kept = int(masks or refits)
     solve = (4 + kept) * size + (2 + kept) * square
     # For better masks, first the eigenvectors of the damped Hessian are found, then a part of the rows is solved for.
