@@ -154,6 +154,7 @@ def _rank(function: Callable[..., Any], args: tuple[Any, ...], environment: dict
     descriptor = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    torch.set_num_threads(1)  # makes torch's pool again after the fork, before threads of the loader would race for it
     try:
         code = function(*args)
     except SystemExit as stop:
