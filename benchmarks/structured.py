@@ -182,7 +182,7 @@ def score_rows(
     ids = token_ids(open_documents(text), loaded.tokenizer)
     found: dict[tuple[str, str], list[list[float]]] = {}
     for pattern, score in itertools.product(patterns, UNIT_SCORES):
-        for iterations in (0, 20):
+        for iterations in (0, None):  # without, and the default
             values = []
             for seed in range(seeds):
                 pruned = copy.deepcopy(loaded.model)

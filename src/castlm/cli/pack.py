@@ -9,7 +9,7 @@ from typing import Literal
 from castlm.cli.options import parse, result_folder
 from castlm.cli.verify import recorded_pattern
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM, Pattern
+from castlm.core.pattern import Pattern
 from castlm.fields import positional
 
 
@@ -44,7 +44,7 @@ class PackCommand:
         source = result_folder(self.path)
         named = self.pattern or recorded_pattern(source) or "2:4"
         pattern = groups_of(Pattern.parse(named))
-        if not isinstance(pattern, NM):
+        if pattern is None:
             raise InputError(f"{self.path} is {named}, which has no n:m to pack: pass --pattern of an n:m model")
         with (
             claimed(self.output_dir, "result", overwrite=self.overwrite, inputs={"path": source}) as folder,

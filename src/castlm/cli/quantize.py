@@ -187,8 +187,10 @@ class QuantizeCommand:
 
 def _check_pattern(name: str, layers: Mapping[str, SparseLayer], pattern: NM, left_dense: Mapping[str, str]) -> None:
     """Raises `InputError` unless every sparse layer has the pattern, before work is done that could not be written."""
+    from castlm.export.verify import left_dense_reason
+
     for layer_name, layer in layers.items():
-        if not {layer_name, f"{layer_name}.weight"} & left_dense.keys() and pattern.violations(layer.weight):
+        if left_dense_reason(f"{layer_name}.weight", left_dense) is None and pattern.violations(layer.weight):
             raise InputError(f"{name} is not {pattern} in {layer_name}: pass its own pattern, or prune it first")
 
 

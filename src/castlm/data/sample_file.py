@@ -141,15 +141,17 @@ def finished_samples(path: str | Path, settings: Mapping[str, Any], num_tokens: 
     """
     path = user_path(path)
     record = read_record(_record(path))
-    if not path.is_file():
+    is_recorded = record.get("finished") is True
+    if not path.is_file() or (not is_recorded and _part(path).exists()):
         return None
-    if record.get("finished") is not True:
-        if _part(path).exists() or sha256_file(path) != record.get("sha256"):
+    is_whole = sha256_file(path) == record.get("sha256")
+    if not is_recorded:
+        if not is_whole:
             return None
         record = {name: value for name, value in record.items() if name != "replaces"} | {"finished": True}
         atomic_write_json(_record(path), record)  # a kill came between the name of the file and its record
     _check_settings(path, settings, record)
-    if sha256_file(path) != record.get("sha256"):
+    if not is_whole:
         raise InputError(f"{path} is not as castlm wrote it: move it away, or name another file")
     if record.get("tokens", 0) < num_tokens:
         raise InputError(f"{path} is finished with {record['tokens']:,} tokens: lower num_tokens, or overwrite it")

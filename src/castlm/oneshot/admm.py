@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from castlm.core.pattern import Pattern
-from castlm.oneshot.solvers import row_errors
+from castlm.oneshot.solvers import better_rows
 
 FIRST_PENALTY, LAST_PENALTY = 0.1, 1.0
 """Of the squared distance between dense and n:m weights, where the Hessian's diagonal is scaled to 1; it grows by one
@@ -39,8 +39,7 @@ def improve_masks(weight: Tensor, target: Tensor, hessian: Tensor, pattern: Patt
     found = []
     for rows, wanted in zip(weight.split(ADMM_ROWS), target.split(ADMM_ROWS)):
         new = _alternate(rows * scale, wanted * scale, values, vectors, pattern, penalties) / scale
-        better = row_errors(wanted - new, hessian) < row_errors(wanted - rows, hessian)  # False for NaN
-        found.append(torch.where(better.unsqueeze(1), new, rows))
+        found.append(better_rows(new, rows, wanted, hessian))
     return torch.cat(found)
 
 

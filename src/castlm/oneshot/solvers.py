@@ -117,11 +117,16 @@ def _refit_rows(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int
         new = torch.linalg.vecdot(residual, preconditioned).unsqueeze(1)
         torch.addcmul(preconditioned, new / energy.clamp_(min=1e-30), direction, out=direction)
         energy = new
-    better = row_errors(target - weight, hessian) < row_errors(target - start, hessian)  # False for NaN
-    return torch.where(better.unsqueeze(1), weight, start)
+    return better_rows(weight, start, target, hessian)
 
 
-def row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
+def better_rows(new: Tensor, old: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
+    """Each row of `new` that brings |X weight^T - X target^T|^2 down, and else that of `old`."""
+    better = _row_errors(target - new, hessian) < _row_errors(target - old, hessian)  # False for NaN
+    return torch.where(better.unsqueeze(1), new, old)
+
+
+def _row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
     """|X difference^T|^2 of each row."""
     return ((difference @ hessian) * difference).sum(1)
 
