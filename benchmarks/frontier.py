@@ -32,6 +32,8 @@ from benchmarks.machine import machine, write_json
 from benchmarks.rows import CLOCKS, interleaved
 from castlm.cli.options import result_folder
 from castlm.core.sparsify import is_sparse_linear
+from castlm.data.calibration import calibration_sequences
+from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.evaluation.zero_shot import zero_shot
@@ -41,7 +43,6 @@ from castlm.inference.layers import pack_linear
 from castlm.inference.packed import kept_mask, pack_integers, round_to_int8
 from castlm.inference.quantize import QuantizeReport, quantize_
 from castlm.models import Loaded, load_model, parameters_in, save_model
-from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks
 from castlm.oneshot.prune import prune_oneshot_
 
 
@@ -150,9 +151,8 @@ Decoders = dict[str, Callable[[Tensor], object]]
 @torch.no_grad()
 def castlm_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Decoders]:
     """Dense and 2:4 in every format of castlm, printed as they come."""
-    limit = CALIBRATION_POOL * options.sequences * options.calibration_len
-    pool = token_ids(options.calibration, loaded.tokenizer, limit=limit)
-    calibration = calibration_blocks(pool, options.sequences, options.calibration_len)
+    documents, length = open_documents(options.calibration), options.calibration_len
+    calibration, _ = calibration_sequences(documents, loaded.tokenizer, options.sequences, length)
     if options.sparse:
         sparse = load_model(result_folder(options.sparse)).model
     else:

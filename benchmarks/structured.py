@@ -30,12 +30,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from benchmarks.machine import machine, write_json
 from benchmarks.rows import interleaved
 from castlm.core.pattern import Pattern
+from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.export.cut_sizes import cut_pattern, sizes_after, sizes_of
 from castlm.models import load_model
-from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks
 from castlm.oneshot.options import UNIT_SCORES, Refinements
 from castlm.oneshot.prune import prune_oneshot_
 
@@ -178,7 +178,7 @@ def score_rows(
 ) -> dict[tuple[str, str], list[list[float]]]:
     """Perplexity after one-shot pruning by pattern and score: without least squares and with, for each seed."""
     loaded = load_model(model)
-    pool = token_ids(open_documents(calibration), loaded.tokenizer, limit=CALIBRATION_POOL * SEQUENCES * seq_len)
+    documents = open_documents(calibration)
     ids = token_ids(open_documents(text), loaded.tokenizer)
     found: dict[tuple[str, str], list[list[float]]] = {}
     for pattern, score in itertools.product(patterns, UNIT_SCORES):
@@ -186,7 +186,7 @@ def score_rows(
             values = []
             for seed in range(seeds):
                 pruned = copy.deepcopy(loaded.model)
-                sequences = calibration_blocks(pool, SEQUENCES, seq_len, seed)
+                sequences, _ = calibration_sequences(documents, loaded.tokenizer, SEQUENCES, seq_len, seed)
                 refinements = Refinements(refit_iterations=iterations)
                 prune_oneshot_(
                     pruned, score, pattern=pattern, calibration=sequences, refinements=refinements, seed=seed

@@ -155,7 +155,7 @@ BAD_ROWS = {
     "not messages": ({"messages": ["a"]}, "message 1 is a str: a conversation is a list of messages"),
     "parts": (
         {"messages": [turn("user", [{"type": "text"}])]},
-        r"message 1 \(user\) has a list as its content: text",
+        r"message 1 \(user\) has a part of type 'text': parts are of type text, with a text, or image",
     ),
     "mixed columns": ({"text": "a"}, "no column 'messages'; there are: text"),
     "tools": (GOOD | {"tools": "{"}, "tools holds no list of JSON schemas"),

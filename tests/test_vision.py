@@ -160,14 +160,11 @@ def test_the_model_without_its_head_is_refused_by_name(tmp_path):
         load_model(folder)
 
 
-def test_image_text_data_are_refused_by_name():
-    with pytest.raises(InputError, match="the column 'images' is not text, and castlm trains on text alone"):
-        find_columns({"messages": "list", "images": "list"}, None, "data.jsonl")
+def test_images_beside_plain_text_are_refused_unless_the_text_is_named():
+    with pytest.raises(InputError, match="the column 'image' lies beside plain text"):
+        find_columns({"text": "str", "image": "str"}, None, "data.jsonl")
     assert find_columns({"text": "str", "image": "str"}, "text", "data.jsonl").name == "text"
     assert find_columns({"text": "str", "image": "NoneType"}, None, "data.jsonl").name == "text"
-    row = {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a cat"}]}
-    with pytest.raises(InputError, match="has a list as its content: text is needed"):
-        find_columns({"messages": "list"}, None, "data.jsonl").document(row, "line 1")
 
 
 @pytest.mark.parametrize("family", VISION)

@@ -128,3 +128,32 @@ def save_tiny(folder: str | Path, family: str = "llama", seed: int = 0, **over: 
     tiny_model(family, seed, **over).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return Path(folder)
+
+
+IMAGE_TOKEN = "<image>"
+IMAGE_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+"""Renders lists of parts alone, as the templates of many processors do."""
+
+
+def save_tiny_llava(folder: str | Path, seed: int = 0, **over: Any) -> Path:
+    """Writes the LLaVA of `tiny_model` with its processor; an image takes 4 tokens. Returns the folder."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>", "<c>", IMAGE_TOKEN]})
+    assert tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) == _IMAGES["llava"]["image_token_index"]
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=IMAGE_TEMPLATE,
+    ).save_pretrained(folder)
+    tiny_model("llava", seed, **over).save_pretrained(folder)
+    return Path(folder)

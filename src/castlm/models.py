@@ -24,13 +24,15 @@ from castlm.architecture import auto_class, is_vision_language, linearize_
 from castlm.core.errors import InputError
 from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location
-from castlm.opening import PACKED, as_input_error, open_model, quantization_method, quiet, quiet_transformers
-
-PROCESSOR_FILES = (
-    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-    *("chat_template.json", "chat_template.jinja"),
+from castlm.opening import (
+    PACKED,
+    PROCESSOR_FILES,
+    as_input_error,
+    open_model,
+    quantization_method,
+    quiet,
+    quiet_transformers,
 )
-"""Files beside the tokenizer's that the processor of a vision-language model is loaded from."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
@@ -22,6 +29,11 @@ from castlm.locate import Location, find
 
 PACKED = "castlm"
 """`quant_method` of a packed folder, which `castlm.models.load_model` unpacks."""
+PROCESSOR_FILES = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("chat_template.json", "chat_template.jinja"),
+)
+"""Files beside the tokenizer's that the processor of a vision-language model is loaded from."""
 _NO_TOKENIZER = "{} holds no tokenizer: copy tokenizer.json and tokenizer_config.json into it"
 
 
@@ -47,6 +59,37 @@ def open_config(name: str | Path, *, trust_remote_code: bool = False, revision: 
     """
     where = find(name, revision, needs_weights=False)
     return _load_config(where, trust_remote_code, revision)[0]
+
+
+def open_processor(
+    name: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> ProcessorMixin:
+    """What prepares the images of a vision-language model, with `tokenizer` in the place of its own.
+
+    Args:
+        tokenizer: that of the model. Without a chat template it gets that of the processor.
+
+    Raises:
+        InputError: the model reads no images, or its processor cannot be loaded.
+    """
+    where = find(name, revision)
+    config, options = _load_config(where, trust_remote_code, revision)
+    if not is_vision_language(config):
+        raise InputError(
+            f"{where} is a {config.model_type}, which reads no images: give a vision-language model, or text"
+        )
+    with quiet(where), as_input_error(where):
+        processor = AutoProcessor.from_pretrained(where.target, **options)
+    if not isinstance(processor, ProcessorMixin):
+        raise InputError(f"{where} holds no processor of images: copy {' and '.join(PROCESSOR_FILES[:2])} into it")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processor.chat_template
+    processor.tokenizer = tokenizer
+    return processor
 
 
 def _load_config(

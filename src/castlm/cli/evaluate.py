@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, refuse_given, result_folder, to_stderr, write_json
 from castlm.core.errors import InputError
 from castlm.fields import positional
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+    from castlm.models import Loaded
 
 
 @dataclass
@@ -97,6 +104,7 @@ class EvalCommand:
                     self.text,
                     column=self.column,
                     assistant_only=self.assistant_only_loss,
+                    open_processor=self._processor_of(loaded),
                     seq_len=self.seq_len,
                     stride=self.stride,
                     autocast_dtype=dtype,
@@ -110,6 +118,12 @@ class EvalCommand:
         if self.json != "-":
             self._print(figures)
         return 0
+
+    def _processor_of(self, loaded: Loaded) -> Callable[[], ProcessorMixin]:
+        from castlm.opening import open_processor
+
+        options = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
+        return partial(open_processor, result_folder(self.path), loaded.tokenizer, **options)
 
     def _print(self, figures: dict[str, Any]) -> None:
         if "perplexity" in figures:

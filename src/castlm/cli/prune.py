@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from castlm.data.hub import HubDocuments
     from castlm.oneshot.basis import BasisReport
     from castlm.oneshot.report import OneshotReport
+    from castlm.oneshot.walk import Images
 
 
 def solver_names() -> Iterable[str]:
@@ -162,26 +163,33 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
 
     def _calibration(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Documents | HubDocuments | None
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """The calibration sequences, and what the record says of them."""
+    ) -> tuple[Tensor | None, Images, dict[str, Any]]:
+        """The calibration sequences, their images, and what the record says of them."""
+        from castlm.data.calibration import calibration_sequences
         from castlm.data.chat import with_template
-        from castlm.data.tokens import token_ids
-        from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
+        from castlm.oneshot.calibration import calibration_length
+        from castlm.opening import open_processor
 
         with_template(tokenizer, self.chat_template_path)
         if text is None:
-            return None, {}
-        length = self.seq_len or calibration_length(model)
-        ids = token_ids(text, tokenizer, limit=CALIBRATION_POOL * self.num_sequences * length)
-        blocks = calibration_blocks(ids, self.num_sequences, length, self.seed)
-        return blocks, {
-            "text": self.calibration,
-            "text_sha256": text.text_hash(),
-            "tokens_sha256": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),  # of a column, by a template
-            "num_sequences": self.num_sequences,
-            "seq_len": length,
-            "seed": self.seed,
-        }
+            return None, None, {}
+        length, processor = self.seq_len or calibration_length(model), None
+        if text.has_images:
+            options = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
+            processor = open_processor(self.model, tokenizer, **options)
+        blocks, images = calibration_sequences(text, tokenizer, self.num_sequences, length, self.seed, processor)
+        return (
+            blocks,
+            images,
+            {
+                "text": self.calibration,
+                "text_sha256": text.text_hash(),
+                "tokens_sha256": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),  # of a column, by a template
+                "num_sequences": len(blocks),
+                "seq_len": length,
+                "seed": self.seed,
+            },
+        )
 
     def _prune(
         self, folder: Path, pattern: Pattern, method: str, text: Documents | HubDocuments | None, device: str
@@ -204,13 +212,19 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         loaded = load_model(self.model, dtype=held, trust_remote_code=self.trust_remote_code, revision=self.revision)
         check_cut(loaded.model, pattern)
         _, left_dense = sparse_linears(loaded.model, pattern)
-        blocks, calibration = self._calibration(loaded.model, loaded.tokenizer, text)
+        blocks, images, calibration = self._calibration(loaded.model, loaded.tokenizer, text)
         loaded.model.to(device)
         basis = None
         if blocks is not None:
             with shown_progress("changing the basis, steps") as progress:
                 basis = change_basis_(
-                    loaded.model, blocks, part_of(self, BasisOptions), pattern=pattern, say=note, progress=progress
+                    loaded.model,
+                    blocks,
+                    part_of(self, BasisOptions),
+                    images=images,
+                    pattern=pattern,
+                    say=note,
+                    progress=progress,
                 )
         with shown_progress(f"{method}, blocks") as progress:
             report = prune_oneshot_(
@@ -218,6 +232,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
                 method,
                 pattern=pattern,
                 calibration=blocks,
+                images=images,
                 damping=self.damping,
                 refinements=refinements,
                 seed=self.seed,
@@ -267,7 +282,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         loaded, checkpoint = opened
         partial = partial_folder(folder)
         with continued(partial, "prune"):
-            blocks, calibration = self._calibration(loaded.model, loaded.tokenizer, text)
+            blocks, _, calibration = self._calibration(loaded.model, loaded.tokenizer, text)
             dtype = save_dtype(self.save_dtype, loaded.dtype)
             places = [place for place in checkpoint.places.values() if isinstance(place, Place)]
             if any(isinstance(module, ExpertLinear) for module in loaded.model.modules()):

@@ -174,14 +174,13 @@ class QuantizeCommand:
         self, loaded: Loaded, documents: Documents | HubDocuments | None
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The calibration sequences and their record for castlm.json; None and an empty record without a text."""
-        from castlm.data.tokens import token_ids
-        from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
+        from castlm.data.calibration import calibration_sequences
+        from castlm.oneshot.calibration import calibration_length
 
         if documents is None:
             return None, {}
         length = min(self.seq_len, calibration_length(loaded.model))
-        ids = token_ids(documents, loaded.tokenizer, limit=CALIBRATION_POOL * self.num_sequences * length)
-        blocks = calibration_blocks(ids, self.num_sequences, length, self.seed)
+        blocks, _ = calibration_sequences(documents, loaded.tokenizer, self.num_sequences, length, self.seed)
         return blocks, {"text": self.calibration, "text_sha256": documents.text_hash(), "seed": self.seed}
 
 

@@ -13,17 +13,17 @@ from typing import Any
 
 from castlm.core.pattern import Pattern
 from castlm.core.sparsify import sparse_linears
+from castlm.data.calibration import calibration_sequences
 from castlm.data.chat import with_template
 from castlm.data.documents import open_documents, text_hash
 from castlm.data.scored import scored_text
-from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.cut import check_cut
 from castlm.export.hf import export_model
 from castlm.files import atomic_write_json
 from castlm.hardware import peak_memory
 from castlm.models import load_model
-from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks, calibration_length
+from castlm.oneshot.calibration import calibration_length
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.output import claimed
 from castlm.owned import OUTPUT
@@ -79,12 +79,7 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
     dense = perplexity(model, held_out, seq_len=config.seq_len).perplexity
     length = calibration_length(model)
     calibration = open_documents(config.calibration, column=config.column)
-    sequences = calibration_blocks(
-        token_ids(calibration, loaded.tokenizer, limit=CALIBRATION_POOL * config.num_sequences * length),
-        config.num_sequences,
-        length,
-        config.seed,
-    )
+    sequences, _ = calibration_sequences(calibration, loaded.tokenizer, config.num_sequences, length, config.seed)
     report = prune_oneshot_(model, config.method, pattern=pattern, calibration=sequences, seed=config.seed)
     pruned = perplexity(model, held_out, seq_len=config.seq_len).perplexity
     record = {

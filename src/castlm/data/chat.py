@@ -51,14 +51,17 @@ class Chat:
 
         Raises:
             InputError: the tokenizer has no template, its template refuses the conversation, or it does not tell
-                which tokens the assistant wrote.
+                which tokens the assistant wrote; or the conversation has images, which `castlm.data.images` reads.
         """
         content = json.loads(document)
+        if "images" in content:
+            raise InputError(
+                f"the conversation that begins {_begin(_messages(content))} has images, which are read by castlm "
+                "train, prune and eval of a vision-language model: give text alone"
+            )
         if isinstance(content.get("prompt"), str):
             return self._tokenize(content["prompt"], content["completion"])
-        messages, tools = content.get("messages"), content.get("tools")
-        prompt = content.get("prompt", [])
-        messages = messages or [*prompt, *content["completion"]]
+        messages, tools, prompt = _messages(content), content.get("tools"), content.get("prompt", [])
         if self._assistant_only and not prompt and _MARK.search(self._template()):
             return self._marked(messages, tools)
         whole = self._render(messages, tools)
@@ -68,6 +71,11 @@ class Chat:
             turns = [number for number in turns if number >= len(prompt)]
             spans = [self._turn(whole, messages, number, tools) for number in turns]
         return self._counted(whole, spans, is_rendered=True)
+
+    def text(self, document: str) -> str:
+        """A conversation of messages, given as JSON, as the chat template renders it."""
+        content = json.loads(document)
+        return self._render(_messages(content), content.get("tools"))
 
     def _template(self) -> str:
         try:
@@ -154,8 +162,14 @@ class Chat:
             )
 
 
+def _messages(content: Mapping[str, Any]) -> list[Any]:
+    return content.get("messages") or [*content["prompt"], *content["completion"]]
+
+
 def _begin(messages: Sequence[Mapping[str, Any]]) -> str:
-    return repr(" ".join(str(messages[0].get("content", "")).split())[:40])
+    found = messages[0].get("content", "")
+    text = found if isinstance(found, str) else " ".join(part.get("text", "") for part in found)
+    return repr(" ".join(text.split())[:40])
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> PreTrainedTokenizerBase:

@@ -1,4 +1,4 @@
-"""Which columns of a row hold the document: a text, a conversation, or a prompt with its completion.
+"""Which columns of a row hold the document: a text, a conversation, with images or without, or prompt and completion.
 
 The names of the columns are TRL's. A conversation is checked here, where its line is known, and travels on as JSON
 until `castlm.data.chat` renders it with the template of a tokenizer.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from castlm.core.errors import InputError
+from castlm.data.image_columns import IMAGE_COLUMNS, collect_images, message_content
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
-"""Columns of image-text datasets, which would be lost without a word."""
+_NEITHER = ("video", "videos", "audio", "audios")
+"""Columns that would be lost without a word."""
 _MESSAGE = "each with a role and its content"
 
 
@@ -24,6 +26,10 @@ class Columns(NamedTuple):
     kind: Literal["text", "messages", "prompt"]
     name: str
     """Of the column; "prompt" has its completion in the column `completion`."""
+    images: str | None = None
+    """Column of the images of a conversation."""
+    folder: Path | None = None
+    """That relative paths of images start from."""
 
     @property
     def is_chat(self) -> bool:
@@ -33,7 +39,8 @@ class Columns(NamedTuple):
     @property
     def read(self) -> tuple[str, ...]:
         """The columns that a document is made of, where the dataset has them."""
-        return (self.name, *(("completion",) if self.kind == "prompt" else ()), *(("tools",) if self.is_chat else ()))
+        names = [self.name, "completion" if self.kind == "prompt" else None, "tools" if self.is_chat else None]
+        return tuple(name for name in (*names, self.images) if name is not None)
 
     def document(self, row: Mapping[str, Any], where: str) -> str:
         """The document of a row: its text, or the JSON of its conversation; "" where the row is blank.
@@ -65,20 +72,37 @@ class Columns(NamedTuple):
                 return ""
         if tools := row.get("tools"):
             content["tools"] = _tools(tools, where)
+        listed = row.get(self.images) if self.images else None
+        if images := collect_images(_messages_of(content, listed, where), listed, self.folder, where):
+            content = {"images": images, **content}
         return _encodable(json.dumps(content, ensure_ascii=False), where)
 
 
-def find_columns(holds: Mapping[str, str], column: str | None, where: str) -> Columns:
+def has_images(document: str) -> bool:
+    """Whether a document, as `Columns.document` gives it, is a conversation with images."""
+    return document.startswith('{"images"')
+
+
+def find_columns(holds: Mapping[str, str], column: str | None, where: str, folder: Path | None = None) -> Columns:
     """The columns of a dataset.
 
     Args:
         holds: for each column what its values are: "str", "list", "NoneType" or another type.
         column: the column to use; None finds `messages`, `prompt` with `completion`, or `text`.
+        folder: that relative paths of images start from; None where there are no files.
 
     Raises:
-        InputError: there is no such column, more than one could be meant, or images lie beside the text and no column
-            is named.
+        InputError: there is no such column, more than one could be meant, or images, videos or audio lie beside a text
+            and no column is named.
     """
+    found = _find_text(holds, column, where)
+    if not found.is_chat:
+        return found
+    images = next((name for name in IMAGE_COLUMNS if holds.get(name, "NoneType") != "NoneType"), None)
+    return found._replace(images=images, folder=folder)
+
+
+def _find_text(holds: Mapping[str, str], column: str | None, where: str) -> Columns:
     names = ", ".join(holds)[:400] or "none"
     if column is not None:
         if column not in holds:
@@ -86,10 +110,11 @@ def find_columns(holds: Mapping[str, str], column: str | None, where: str) -> Co
         if column == "prompt" and "completion" in holds:
             return Columns("prompt", "prompt")
         return Columns("messages" if holds[column] == "list" or column == "messages" else "text", column)
-    if seen := [name for name in _NOT_TEXT if holds.get(name, "NoneType") != "NoneType"]:
+    beside = [name for name in (*IMAGE_COLUMNS, *_NEITHER) if holds.get(name, "NoneType") != "NoneType"]
+    if seen := [name for name in beside if name in _NEITHER]:
         raise InputError(
-            f"{where}: the column {seen[0]!r} is not text, and castlm trains on text alone: name the column of the "
-            "text with column to leave it out"
+            f"{where}: the column {seen[0]!r} is neither text nor images, and castlm trains on these alone: name the "
+            "column of the text with column to leave it out"
         )
     found = [Columns("messages", "messages")] if "messages" in holds else []
     found += [Columns("prompt", "prompt")] if "prompt" in holds and "completion" in holds else []
@@ -103,6 +128,11 @@ def find_columns(holds: Mapping[str, str], column: str | None, where: str) -> Co
     if len(found) > 1:
         both = " and ".join(columns.name for columns in found)
         raise InputError(f"{where}: the columns {both} could both be meant: choose one with column")
+    if beside and not found[0].is_chat:
+        raise InputError(
+            f"{where}: the column {beside[0]!r} lies beside plain text, and images are read with conversations: give "
+            "messages, or prompt and completion, or name the column of the text with column to leave it out"
+        )
     return found[0]
 
 
@@ -131,9 +161,11 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     role, content = message["role"], message.get("content", "")
     if role not in ROLES:
         raise InputError(f"{where} has the role {str(role)[:60]!r}: the roles are {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise InputError(f"{where} ({role}) has a {_type(content)} as its content: text is needed")
-    if not content.strip() and not message.get("tool_calls"):
+    if isinstance(content, list):
+        content = message["content"] = message_content(content, f"{where} ({role})")
+    elif not isinstance(content, str):
+        raise InputError(f"{where} ({role}) has a {_type(content)} as its content: text, or a list of parts, is needed")
+    if isinstance(content, str) and not content.strip() and not message.get("tool_calls"):
         raise InputError(f"{where} ({role}) is empty: remove it, or the conversation")
     return message
 
@@ -160,6 +192,15 @@ def _prompt_and_completion(row: Mapping[str, Any], where: str) -> dict[str, Any]
             "go into messages"
         )
     return {"prompt": prompt, "completion": completion}
+
+
+def _messages_of(content: Mapping[str, Any], listed: Any, where: str) -> list[dict[str, Any]]:
+    """All messages of a row."""
+    if isinstance(content.get("prompt"), str):
+        if listed:
+            raise InputError(f"{where}: images beside a prompt of plain text: give prompt and completion as messages")
+        return []
+    return [*content.get("messages", []), *content.get("prompt", []), *content.get("completion", [])]
 
 
 def _tools(tools: Any, where: str) -> Sequence[Any]:

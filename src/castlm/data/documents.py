@@ -51,6 +51,8 @@ class Documents:
         """Blank documents that were dropped. Blank rows of a parquet file are found and dropped during reading."""
         self.is_chat = any(source.is_chat for source in sources)
         """Whether the documents are conversations."""
+        self.has_images = any(source.has_images for source in sources)
+        """Whether any of them has images."""
         self._sources, self._pool = list(sources), pool
         self._piece = np.arange(sum(len(source.last) for source in sources))
         self._last = np.concatenate([source.last for source in sources])
@@ -131,7 +133,7 @@ def open_documents(
     """Opens a file, a folder, a glob, or a dataset of the Hugging Face Hub.
 
     - .txt (UTF-8): the file is one document, or several separated by `<|endoftext|>`.
-    - .jsonl, .jsonl.gz: a document is the string in `column` of each line, or its conversation.
+    - .jsonl, .jsonl.gz: a document is the string in `column` of each line, or its conversation, with its images.
     - .parquet: a document is a row of `column`.
     - A folder: all files of these types directly in it except hidden ones, sorted by name. A glob likewise.
     - Otherwise the name of a hub dataset, `owner/name` or `owner/name@revision`, which is streamed.

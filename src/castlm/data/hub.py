@@ -15,10 +15,12 @@ from castlm.data.columns import Columns, find_columns, types_of
 from castlm.data.readers import Piece, Position
 
 HUB_BUFFER = 1000  # documents of a stream that are held and shuffled together
+_IMAGES_BUFFER = 64  # where they hold images
 
 
 class HubDocuments:
-    """A streamed dataset of the Hugging Face Hub. `HUB_BUFFER` documents at a time are held and shuffled.
+    """A streamed dataset of the Hugging Face Hub. `HUB_BUFFER` documents at a time are held and shuffled, fewer with
+    images.
 
     Args:
         open_stream: returns a new `datasets.IterableDataset` of the same rows each time; copies of one would share its
@@ -30,7 +32,8 @@ class HubDocuments:
     num_empty = 0
 
     def __init__(self, open_stream: Callable[[], Any], columns: Columns, name: str, identity: str) -> None:
-        self.name, self.is_chat = name, columns.is_chat
+        self.name, self.is_chat, self.has_images = name, columns.is_chat, columns.images is not None
+        self._buffer = _IMAGES_BUFFER if self.has_images else HUB_BUFFER
         self._open_stream, self._columns, self._identity = open_stream, columns, identity
 
     def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
@@ -41,7 +44,7 @@ class HubDocuments:
             state, buffer, start = position["stream"], position["buffer"], position["index"]
             stream.load_state_dict(state)
         rows = iter(stream)
-        while texts := [self._columns.document(row, self.name) for row in islice(rows, HUB_BUFFER)]:
+        while texts := [self._columns.document(row, self.name) for row in islice(rows, self._buffer)]:
             order = np.arange(len(texts))
             if seed is not None:
                 order = np.argsort(np.random.default_rng([seed, epoch, buffer]).random(len(texts)), kind="stable")
@@ -68,6 +71,12 @@ class HubDocuments:
         return hashlib.sha256(self._identity.encode()).hexdigest()
 
 
+def _undecoded(load: Callable[[], Any]) -> Any:
+    """A stream whose images stay bytes, as in a file."""
+    stream = load()
+    return stream if stream.features is None else stream.decode(False)
+
+
 def open_hub(name: str, column: str | None, split: str, data_config: str | None) -> HubDocuments:
     """The split of `name`, owner/name or owner/name@revision. See `open_documents`."""
     import datasets  # slow to import
@@ -76,9 +85,8 @@ def open_hub(name: str, column: str | None, split: str, data_config: str | None)
     repository, _, revision = name.partition("@")
     try:
         revision = HfApi().dataset_info(repository, revision=revision or None).sha
-        open_stream = partial(
-            datasets.load_dataset, repository, data_config, split=split, revision=revision, streaming=True
-        )
+        load = partial(datasets.load_dataset, repository, data_config, split=split, revision=revision, streaming=True)
+        open_stream = partial(_undecoded, load)
         row = next(iter(open_stream()), None)
     except Exception as error:  # datasets raises exceptions of many types
         reason = " ".join(str(error).split())[:300]

@@ -6,19 +6,19 @@ import copy
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from torch import Tensor
-
+from castlm.data.image_sequences import ImageSequences
 from castlm.data.packing import PackedSequences
 
 
 class BatchLoader:
-    """One rank's rows of each global micro-batch of `PackedSequences`.
+    """One rank's rows of each global micro-batch of `PackedSequences`, or of `ImageSequences`.
 
     With R ranks of b rows, global batch g holds the sequences `[g*R*b, (g+1)*R*b)`, and rank r its rows
-    `[r*b, (r+1)*b)`: dicts of `input_ids`, `labels` and `position_ids`, int64, shape (rows_per_rank, seq_len). Every
-    rank tokenizes all sequences. `state_dict` is the position after the last batch that was returned, whatever has been
-    prepared ahead. It is the same on every rank and may be loaded with another `rows_per_rank`, `rank` and
-    `world_size`. The last batch is dropped if it is incomplete (only with `PackedSequences(epochs=...)`).
+    `[r*b, (r+1)*b)`: dicts of `input_ids`, `labels` and `position_ids`, int64, shape (rows_per_rank, seq_len), and of
+    `images` where there are some. Every rank tokenizes all text, and prepares its own images alone. `state_dict` is the
+    position after the last batch that was returned, whatever has been prepared ahead. It is the same on every rank and
+    may be loaded with another `rows_per_rank`, `rank` and `world_size`. The last batch is dropped if it is incomplete
+    (only with `PackedSequences(epochs=...)`).
 
     Args:
         prefetch: prepare the next batch in a thread meanwhile (fast tokenizers release the interpreter lock).
@@ -26,7 +26,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        sequences: PackedSequences,
+        sequences: PackedSequences | ImageSequences,
         *,
         rows_per_rank: int,
         rank: int = 0,
@@ -37,13 +37,13 @@ class BatchLoader:
             raise ValueError(f"rows_per_rank {rows_per_rank}, rank {rank} of {world_size}: there are no such rows")
         self.sequences, self.rows_per_rank, self.rank, self.world_size = sequences, rows_per_rank, rank, world_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
-        self._ahead: Future[tuple[dict[str, Tensor], dict[str, Any]] | None] | None = None
+        self._ahead: Future[tuple[dict[str, Any], dict[str, Any]] | None] | None = None
         self._position = sequences.state_dict()
 
     def __iter__(self) -> BatchLoader:
         return self
 
-    def __next__(self) -> dict[str, Tensor]:
+    def __next__(self) -> dict[str, Any]:
         item = self._ahead.result() if self._ahead is not None else self._next()
         if item is None:
             raise StopIteration
@@ -52,7 +52,7 @@ class BatchLoader:
         batch, self._position = item
         return batch
 
-    def _next(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def _next(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         row = self.sequences.take(self.world_size * self.rows_per_rank)
         if row is None:
             return None

@@ -42,6 +42,8 @@ class Mixture:
         self.num_empty = sum(part.num_empty for part in parts)
         self.is_chat = any(part.is_chat for part in parts)
         """Whether a text of the mixture holds conversations."""
+        self.has_images = any(part.has_images for part in parts)
+        """Whether any of these has images."""
 
     def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
         """The pieces of the documents, as `Documents.pieces`; `epoch` counts from the epoch of each text."""

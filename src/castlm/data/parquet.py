@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import find_columns
+from castlm.data.columns import find_columns, has_images
 from castlm.data.readers import Pool
 from castlm.owned import sha256_file
 from castlm.reading import check_regular
@@ -34,8 +34,8 @@ class ParquetRows:
         except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
             raise InputError(f"{path}: not a whole parquet file ({_one_line(error)}): fetch it again") from error
         holds = {field.name: _arrow_kind(field.type) for field in schema}
-        self._columns = find_columns(holds, column, str(path))
-        self.is_chat = self._columns.is_chat
+        self._columns = find_columns(holds, column, str(path), path.parent)
+        self.is_chat, self.has_images = self._columns.is_chat, False
         name = self._columns.name
         if not self.is_chat and holds[name] != "str":
             raise InputError(f"{path}: column {name!r} holds {holds[name]}: strings are needed")
@@ -55,7 +55,7 @@ class ParquetRows:
             for unit, first in enumerate(self._first.tolist()):
                 table = self._read(unit)
                 for row in range(len(table)):
-                    self._document(table, row, first + row)
+                    self.has_images |= has_images(self._document(table, row, first + row))
 
     def text(self, piece: int) -> str:
         unit = int(self.unit[piece])

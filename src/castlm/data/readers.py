@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Columns, find_columns, types_of
+from castlm.data.columns import Columns, find_columns, has_images, types_of
 from castlm.owned import sha256_file
 from castlm.reading import open_regular, parse_json
 
@@ -60,7 +60,7 @@ class Source(Protocol):
     `last` (bool, num_pieces): whether the piece ends its document. `unit` (int64, num_pieces): the unit of
     decompression that it belongs to. `unit_bytes` (int64, num_units): memory that the decompressed unit takes, 0 where
     nothing is decompressed. `num_empty`: the number of blank documents, which are dropped. `is_chat`: whether the texts
-    are conversations as JSON.
+    are conversations as JSON. `has_images`: whether any of these has images.
     """
 
     last: np.ndarray
@@ -68,6 +68,7 @@ class Source(Protocol):
     unit_bytes: np.ndarray
     num_empty: int
     is_chat: bool
+    has_images: bool
 
     def text(self, piece: int) -> str: ...
 
@@ -109,8 +110,10 @@ class Spans:
         num_empty: int = 0,
         path: Path | None = None,
         is_chat: bool = False,
+        has_images: bool = False,
     ) -> None:
-        self._buffer, self._decode, self._path, self.is_chat = buffer, decode, path, is_chat
+        self._buffer, self._decode, self._path = buffer, decode, path
+        self.is_chat, self.has_images = is_chat, has_images
         self._start, self._stop = np.asarray(start, dtype=np.int64), np.asarray(stop, dtype=np.int64)
         self.last = np.asarray(last, dtype=bool)
         self.unit = np.cumsum(self.last) - self.last  # every document is a unit of its own
@@ -187,21 +190,31 @@ def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]], pat
 
 def open_json_lines(path: Path, column: str | None) -> Spans:
     """A file with one JSON object per line. Every line is parsed once, so that a bad one is found before the run."""
-    rows = _Rows(column)
+    rows = _Rows(column, path.parent)
     with open_regular(path) as lines:
         starts, stops, num_empty = rows.index(lines, path)
     last = np.ones(len(starts), dtype=bool)
     return Spans(
-        _map(path), starts, stops, last, lambda line: rows.text(line, str(path)), num_empty, path, rows.is_chat
+        _map(path),
+        starts,
+        stops,
+        last,
+        lambda line: rows.text(line, str(path)),
+        num_empty,
+        path,
+        rows.is_chat,
+        rows.has_images,
     )
 
 
 class _Rows:
     """The documents in the lines of a file; the first row says in which columns they are, if `column` does not."""
 
-    def __init__(self, column: str | None) -> None:
-        self._column = column
+    def __init__(self, column: str | None, folder: Path) -> None:
+        self._column, self._folder = column, folder
         self._columns: Columns | None = None
+        self.has_images = False
+        """Whether any line that was read has some."""
 
     @property
     def is_chat(self) -> bool:
@@ -229,15 +242,17 @@ class _Rows:
         if not isinstance(row, dict):
             raise InputError(f"{where}: holds a JSON {type(row).__name__}: put one JSON object on each line")
         if self._columns is None:
-            self._columns = find_columns(types_of(row), self._column, where)
-        return self._columns.document(row, where)
+            self._columns = find_columns(types_of(row), self._column, where, self._folder)
+        document = self._columns.document(row, where)
+        self.has_images |= self.is_chat and has_images(document)
+        return document
 
 
 class GzipJsonLines:
     """Gzipped JSON lines, entered in the middle: a copy of the decompressor is kept every `SEGMENT_BYTES`."""
 
     def __init__(self, path: Path, column: str | None, pool: Pool) -> None:
-        self._path, self._rows, self._pool = path, _Rows(column), pool
+        self._path, self._rows, self._pool = path, _Rows(column, path.parent), pool
         # For each segment: where it starts in the decompressed text and in the file, and the decompressor there.
         self._points: list[tuple[int, int, Any]] = [(0, 0, None)]
         try:
@@ -245,7 +260,8 @@ class GzipJsonLines:
         except (zlib.error, EOFError, OSError) as error:
             raise InputError(f"{path}: not a whole gzip file ({error}): fetch or compress it again") from error
         self._start, self._stop = np.asarray(starts, dtype=np.int64), np.asarray(stops, dtype=np.int64)
-        begins, self.is_chat = np.asarray([point[0] for point in self._points]), self._rows.is_chat
+        begins = np.asarray([point[0] for point in self._points])
+        self.is_chat, self.has_images = self._rows.is_chat, self._rows.has_images
         self.last = np.ones(len(starts), dtype=bool)
         self.unit = np.searchsorted(begins, self._start, side="right") - 1
         ends = begins.copy()  # a line belongs to the segment that it starts in, and may reach into the next

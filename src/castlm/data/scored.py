@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +14,21 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.data.documents import Documents, open_documents
 from castlm.data.hub import HubDocuments
+from castlm.data.images import ImageEncoder, ImageInputs, ImageTokens
 from castlm.data.tokens import IGNORED, Encoder, first_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 ALL, ASSISTANT = "all", "assistant"
+
+
+class ScoredImages(NamedTuple):
+    """The images of a conversation, prepared each time they are needed: those of a whole text may not fit in memory."""
+
+    load: Callable[[], ImageInputs | None]
+    end: int
+    """Number of tokens up to the end of the last image."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,8 @@ class ScoredText:
     """Where a sequence begins in any case: at each conversation, and at the first token."""
     tokens: str = ALL
     """Which tokens are scored, in words: "all" or "assistant"; of several kinds of text both."""
+    images: tuple[ScoredImages | None, ...] = ()
+    """Of each part that begins at one of `starts`; empty of a text without images."""
 
     @classmethod
     def of(cls, ids: Tensor) -> ScoredText:
@@ -43,12 +55,16 @@ class ScoredText:
     def joined(cls, parts: Sequence[ScoredText]) -> ScoredText:
         """Several texts as one; plain text goes on in the sequence of the plain text before it."""
         starts: list[int] = []
+        images: list[ScoredImages | None] = []
         at, was_chat = 0, True
         for part in parts:
-            starts += [at + start for start in part.starts] if part.is_chat or was_chat else []
+            if part.is_chat or was_chat:
+                starts += [at + start for start in part.starts]
+                images += part.images or [None] * len(part.starts)
             at, was_chat = at + len(part.ids), part.is_chat
         ids, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "labels"))
-        return cls(ids, labels, tuple(starts), " and ".join(dict.fromkeys(part.tokens for part in parts)))
+        tokens = " and ".join(dict.fromkeys(part.tokens for part in parts))
+        return cls(ids, labels, tuple(starts), tokens, tuple(images) if any(images) else ())
 
     @property
     def is_chat(self) -> bool:
@@ -67,18 +83,22 @@ def scored_text(
     limit: int | None = None,
     *,
     assistant_only: bool = True,
+    processor: ProcessorMixin | None = None,
 ) -> ScoredText:
     """The tokens of an evaluation text, in file order.
 
     Args:
-        limit: at most this many tokens, from the start.
+        limit: at most this many tokens, from the start. A conversation with images is not cut there.
         assistant_only: of conversations, score the tokens of the assistant alone.
+        processor: prepares the images of conversations that have some; see `castlm.opening.open_processor`.
 
     Raises:
         InputError: as `open_documents` and `castlm.data.chat.Chat`; or no token of the assistant is within `limit`.
     """
     if isinstance(documents, str | Path):
         documents = open_documents(documents)
+    if documents.has_images and processor is not None:
+        return _with_images(documents, ImageEncoder(processor, assistant_only), limit, assistant_only)
     tokens = first_tokens(documents, Encoder(tokenizer, None, assistant_only), limit)
     ids = torch.from_numpy(tokens.ids).long()
     if not documents.is_chat:
@@ -89,6 +109,33 @@ def scored_text(
         tuple(tokens.begins.nonzero()[0].tolist()),
         ASSISTANT if assistant_only else ALL,
     )
+    return _checked(text, documents)
+
+
+def _with_images(
+    documents: Documents | HubDocuments, encoder: ImageEncoder, limit: int | None, assistant_only: bool
+) -> ScoredText:
+    found: list[ImageTokens] = []
+    images, starts, count = list[ScoredImages | None](), list[int](), 0
+    for piece in documents.pieces(None):
+        tokens = encoder(piece.text)
+        starts.append(count)
+        load = partial(_images_of, encoder, piece.text)
+        images.append(None if tokens.images is None else ScoredImages(load, tokens.images.end))
+        found.append(tokens._replace(images=None))
+        count += len(tokens.ids)
+        if limit is not None and count >= limit:
+            break
+    ids, labels = torch.cat([tokens.ids for tokens in found]), torch.cat([tokens.labels for tokens in found])
+    which = ASSISTANT if assistant_only else ALL
+    return _checked(ScoredText(ids, labels, tuple(starts), which, tuple(images)), documents)
+
+
+def _images_of(encoder: ImageEncoder, document: str) -> ImageInputs | None:
+    return encoder(document).images
+
+
+def _checked(text: ScoredText, documents: Documents | HubDocuments) -> ScoredText:
     if not (text.labels != IGNORED).any():
-        raise InputError(f"{documents.name}: no token of the assistant among the first {len(ids)}: give more text")
+        raise InputError(f"{documents.name}: no token of the assistant among the first {len(text.ids)}: give more text")
     return text

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.data.chat import Chat
+from castlm.data.chat import Chat, Rendered
 from castlm.data.documents import Documents, open_documents
 from castlm.data.hub import HubDocuments
 from castlm.data.readers import Piece
@@ -65,7 +65,7 @@ class Encoder:
     ) -> None:
         # A copy: a fast tokenizer that another thread uses meanwhile may raise "Already borrowed".
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._chat, self._assistant_only = Chat(self._tokenizer, assistant_only), assistant_only
+        self.chat, self._assistant_only = Chat(self._tokenizer, assistant_only), assistant_only
         self.eos = end_of_text_id(tokenizer) if eos_token_id is None else eos_token_id
         bos = tokenizer.bos_token_id
         self.bos = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
@@ -74,16 +74,19 @@ class Encoder:
 
     def __call__(self, pieces: list[Piece]) -> list[Tokens]:
         texts = iter(self.plain([piece.text for piece in pieces if not piece.is_chat]))
-        return [self._conversation(piece) if piece.is_chat else self._text(piece, next(texts)) for piece in pieces]
+        return [
+            self.conversation(self.chat(piece.text)) if piece.is_chat else self._text(piece, next(texts))
+            for piece in pieces
+        ]
 
     def _text(self, piece: Piece, ids: list[int]) -> Tokens:
         if piece.first and piece.last and not ids:
             return Tokens.of([], None, False)
         return Tokens.of(self._first * piece.first + ids + [self.eos] * piece.last, None, piece.first)
 
-    def _conversation(self, piece: Piece) -> Tokens:
+    def conversation(self, rendered: Rendered) -> Tokens:
         """The end-of-text that a template does not know is the end of a completion, and no part of a conversation."""
-        ids, counts, is_rendered = self._chat(piece.text)
+        ids, counts, is_rendered = rendered
         first = [] if is_rendered else self._first
         ends = not is_rendered or not self._assistant_only
         return Tokens.of([*first, *ids, self.eos], [not self._assistant_only] * len(first) + [*counts, ends], True)
@@ -107,7 +110,7 @@ class Encoder:
         text: list[str] = []
         for piece in documents.pieces(None):
             if piece.is_chat:
-                yield self._conversation(piece)
+                yield self.conversation(self.chat(piece.text))
                 separator = []
                 continue
             text.append(piece.text)

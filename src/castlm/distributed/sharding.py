@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.parametrize import ParametrizationList
 
+from castlm.core.blocks import is_tower
 from castlm.core.experts import ExpertLinear
 from castlm.core.sparsify import transformer_blocks
 from castlm.distributed.world import World
@@ -17,7 +18,8 @@ from castlm.distributed.world import World
 def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
     """Shards every transformer block of `module`, then the rest, in place. A single process is left as it is.
 
-    Parametrizations have to be there already: the other order fails.
+    Parametrizations have to be there already: the other order fails. A vision tower is sharded with the rest, which is
+    gathered in every forward pass: a rank whose batch has no image does not call it, and the others would wait.
 
     Args:
         precision: of the forward pass. Under "bf16" the fp32 linear layers of the blocks are gathered in bf16, and the
@@ -25,7 +27,9 @@ def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
     """
     if world.mesh is None:
         return
-    for block in transformer_blocks(module).values():
+    for name, block in transformer_blocks(module).items():
+        if is_tower(name):
+            continue
         if precision == "bf16" and is_gathered_narrow(block):
             wide = beside_linears(block)
             if wide:

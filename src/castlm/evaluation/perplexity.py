@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from castlm.architecture import backbone, context_length, eval_mode, output_head
 from castlm.core.distill import distillation_loss
 from castlm.core.errors import InputError
 from castlm.data.documents import open_documents
+from castlm.data.images import join_images
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import IGNORED, check_vocabulary, token_ids
 from castlm.versions import library_versions
@@ -93,8 +94,9 @@ def perplexity(
                 row[: sequence.first_scored - sequence.begin - 1] = IGNORED
             scored += int((labels != IGNORED).sum())
             labels = labels.to(device)
+            images = images_of(text, batch, device)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+                hidden = backbone(model)(input_ids=input_ids, use_cache=False, **images).last_hidden_state
                 nll = distillation_loss(hidden[:, :-1], head, labels, eta=0, num_tokens=1).loss.item()
             if not math.isfinite(nll):
                 raise InputError(
@@ -144,6 +146,7 @@ class Scored(NamedTuple):
     begin: int
     end: int
     first_scored: int  # scores the tokens first_scored .. end-1
+    stretch: int = 0  # of the text, in which it lies
 
 
 def scored_sequences(num_tokens: int, seq_len: int, stride: int) -> list[Scored]:
@@ -161,13 +164,42 @@ def scored_sequences(num_tokens: int, seq_len: int, stride: int) -> list[Scored]
 
 
 def sequences_of(text: ScoredText, seq_len: int, stride: int) -> list[Scored]:
-    """The sequences of a text, each within a conversation where it has some, without those that score nothing."""
-    found = [
-        Scored(begin + part.begin, begin + part.end, begin + part.first_scored)
-        for begin, end in text.stretches
-        for part in scored_sequences(end - begin, seq_len, stride)
-    ]
+    """The sequences of a text, each within a conversation where it has some, without those that score nothing.
+
+    Of a conversation with images the first sequence alone is scored, as the others do not see them.
+
+    Raises:
+        InputError: images that do not fit into a sequence.
+    """
+    found: list[Scored] = []
+    for number, (begin, end) in enumerate(text.stretches):
+        parts = scored_sequences(end - begin, seq_len, stride)
+        if text.images and (images := text.images[number]) is not None:
+            if images.end > seq_len:
+                raise InputError(
+                    f"the images of conversation {number + 1} of the evaluation text end at token {images.end:,}, "
+                    f"after seq_len {seq_len}: raise seq_len, or leave the conversation out"
+                )
+            parts = parts[:1]
+        found += [Scored(begin + p.begin, begin + p.end, begin + p.first_scored, number) for p in parts]
     return [s for s in found if not text.is_chat or bool((text.labels[s.first_scored : s.end] != IGNORED).any())]
+
+
+def images_of(
+    text: ScoredText, sequences: Sequence[Scored | None], device: torch.device, width: int | None = None
+) -> dict[str, Tensor]:
+    """What the forward of a model takes beside the tokens of a batch, on `device`; empty of a text without images.
+
+    Args:
+        sequences: one a row; None for a row that scores nothing.
+        width: tokens of a row; by default those of the first sequence.
+    """
+    if not text.images:
+        return {}
+    found = [None if s is None else text.images[s.stretch] for s in sequences]
+    width = next(s.end - s.begin for s in sequences if s is not None) if width is None else width
+    joined = join_images([None if images is None else images.load() for images in found], width)
+    return {name: tensor.to(device) for name, tensor in joined.items()}
 
 
 def _batches(sequences: list[Scored], batch_size: int) -> Iterator[list[Scored]]:
@@ -225,6 +257,7 @@ def evaluate_file(
     *,
     column: str | None = None,
     assistant_only: bool = True,
+    open_processor: Callable[[], ProcessorMixin] | None = None,
     batch_size: int = 1,
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -236,12 +269,14 @@ def evaluate_file(
 
     Args:
         assistant_only: of conversations, score the tokens of the assistant alone.
+        open_processor: opens what prepares the images of conversations that have some.
 
     Raises:
         InputError: see `perplexity` and `token_ids_of`.
     """
     documents = open_documents(text_file, column=column)
-    text = scored_text(documents, tokenizer, assistant_only=assistant_only)
+    processor = open_processor() if documents.has_images and open_processor is not None else None
+    text = scored_text(documents, tokenizer, assistant_only=assistant_only, processor=processor)
     result = perplexity(
         model,
         text,

@@ -31,7 +31,7 @@ from castlm.oneshot.families import Block, Wiring, describe
 from castlm.oneshot.inputs import input_hessians
 from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.stream_basis import Stream, is_tied
-from castlm.oneshot.walk import BlockInputs, block_stack
+from castlm.oneshot.walk import BlockInputs, Images, block_stack
 
 TOLERANCE = 1e-4
 """Largest difference of an output relative to the largest output, for weights of 32 bits."""
@@ -76,6 +76,7 @@ def change_basis_(
     calibration: Tensor,
     options: BasisOptions | None = None,
     *,
+    images: Images = None,
     pattern: Pattern | str = "2:4",
     filter_fn: FilterFn = is_sparse_linear,
     say: Callable[[str], None] = lambda line: None,
@@ -89,6 +90,7 @@ def change_basis_(
 
     Args:
         calibration: int64, (num_sequences, seq_len), as from `calibration_blocks`.
+        images: for each sequence what the model's forward takes beside its tokens.
         filter_fn: which layers are going to be pruned, as for `sparse_linears`; only their errors count.
         say: called with a line about each kind of change, and about what is left out or undone.
         progress: called with (steps done, steps in all).
@@ -111,7 +113,7 @@ def change_basis_(
         was_tied = is_tied(model)
         assert isinstance(pattern, NM)
         with eval_mode(model):
-            _Turning(model, wiring, options, pattern, report, progress).run(calibration, layers)
+            _Turning(model, wiring, options, pattern, report, progress).run(calibration, images, layers)
         report.untied = was_tied and not is_tied(model)
     report.seconds = time.perf_counter() - started
     for line in report.lines():
@@ -152,14 +154,14 @@ class BlockTurns:
             The statistics in the new basis, and why the block was left as it was, if it was.
         """
         options, hidden, untouched = self.options, next(iter(inputs)), dict(statistics)
-        before, undo = inputs.run(hidden), []
+        before, undo = inputs.run(hidden, 0), []
         if options.rotates_values or options.permute:
             iterations = options.rotation_iterations if options.rotates_values else 0
             undo += turn_values_(block.attention, statistics, self.pattern, self.values, iterations)
         if options.permute:
             undo += turn_mlps_(block.mlps, statistics, self.pattern, self.mlps)
         if undo:
-            moved = _distance(before, inputs.run(hidden))
+            moved = _distance(before, inputs.run(hidden, 0))
             if not moved <= tolerance_of(before.dtype):
                 for weight, old in undo:
                     weight.copy_(old)
@@ -192,14 +194,14 @@ class _Turning:
         self.done = 0
         self.total = len(wiring.blocks) + (options.rotation_iterations if self.stream.rotates else 0)
 
-    def run(self, calibration: Tensor, layers: Mapping[str, SparseLayer]) -> None:
+    def run(self, calibration: Tensor, images: Images, layers: Mapping[str, SparseLayer]) -> None:
         sample = calibration[:1, :_CHECK_TOKENS].to(self.model.device)
         before = self._logits(sample)
         if self.stream.rotates:
             self.stream.fold_()
         stack, blocks = block_stack(self.model, layers)
         calibration = calibration[: sequences_needed(layers, *calibration.shape, self.stream.rotates)]
-        inputs = BlockInputs(self.model, blocks, calibration)
+        inputs = BlockInputs(self.model, blocks, calibration, images=images)
         for index, block in enumerate(self.wiring.blocks):
             inside = {name: layer for name, layer in layers.items() if name.startswith(f"{stack}.{index}.")}
             outputs: list[Tensor] | None = [] if inside and index + 1 < len(blocks) else None

@@ -11,9 +11,6 @@ from transformers import PreTrainedModel
 from castlm.architecture import context_length
 from castlm.core.errors import InputError
 
-CALIBRATION_POOL = 16
-"""Times the tokens of the sequences that are tokenized: enough to draw from, without reading all of a long text."""
-
 
 def calibration_length(model: PreTrainedModel) -> int:
     """The sequence length of the published figures: the context of the model, at most 2,048 tokens."""

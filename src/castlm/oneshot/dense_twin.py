@@ -38,11 +38,7 @@ class DenseTwin:
 
     def outputs(self) -> list[Tensor]:
         """What the dense block gives for each batch of the dense model."""
-        return [self.run(self.block, hidden) for hidden in self.batches]
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The current block's call, on any copy of it."""
-        return self.inputs.calls[self.inputs.index].run(block, hidden)
+        return [self.inputs.call(i).run(self.block, hidden) for i, hidden in enumerate(self.batches)]
 
     def advance(self, outputs: list[Tensor]) -> None:
         """Goes on to the next block with the `outputs` of this one."""
@@ -60,9 +56,10 @@ class DenseTwin:
         shift, probe = Shift(), probes.get(name)
         modules = [name.removeprefix(prefix)] + ([] if probe is None else [probe])
         sparse_block = self.inputs.blocks[self.inputs.index]
-        for sparse, dense in zip(self.inputs.batches, self.batches):
-            ours = _captured(sparse_block, lambda block, h=sparse: self.run(block, h), modules)
-            theirs = _captured(self.block, lambda block, h=dense: self.run(block, h), modules)
+        for number, (sparse, dense) in enumerate(zip(self.inputs.batches, self.batches)):
+            call = self.inputs.call(number)
+            ours = _captured(sparse_block, lambda block, h=sparse, call=call: call.run(block, h), modules)
+            theirs = _captured(self.block, lambda block, h=dense, call=call: call.run(block, h), modules)
             x = ours[0] * self.scale
             shift.input = shift.input + (theirs[0] - ours[0]).T @ x
             if probe is not None:

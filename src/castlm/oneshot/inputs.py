@@ -144,10 +144,10 @@ class _Watch:
                 )
             for experts in self.routed:
                 hooks.enter_context(experts.register_forward_pre_hook(before_experts, with_kwargs=True))
-            for hidden in self.inputs:
+            for number, hidden in enumerate(self.inputs):
                 self.num_calls = 0
                 with suppress(StopForward):
-                    output = self.inputs.run(hidden)
+                    output = self.inputs.run(hidden, number)
                     if outputs is not None:
                         outputs.append(output)
                 if self.last_call == 0:  # experts are not all called in every pass: then no pass ends early

@@ -33,7 +33,7 @@ from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
 from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import MIN_DAMPING, SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
 from castlm.oneshot.units import UnitSettings, prune_units_
-from castlm.oneshot.walk import BlockInputs, block_stack
+from castlm.oneshot.walk import BlockInputs, Images, block_stack
 
 
 def prune_layers(
@@ -123,6 +123,7 @@ def prune_oneshot_(
     *,
     pattern: Pattern | str = "2:4",
     calibration: Tensor | None = None,
+    images: Images = None,
     damping: float = 0.01,
     block_size: int = 128,
     refinements: Refinements = NO_REFINEMENTS,
@@ -141,6 +142,7 @@ def prune_oneshot_(
         method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`; of a structured pattern a name in `SCORES`.
         calibration: int64, (num_sequences, seq_len), as from `calibration_blocks`. Magnitude needs none; where it is
             given one, its first 256 tokens serve for the reconstruction errors.
+        images: of a vision-language model: for each sequence what its forward takes beside the tokens.
         damping: SparseGPT: share of the mean of the diagonal of H that is added to it.
         block_size: SparseGPT: columns between two full matmuls; a matter of speed only.
         refinements: SparseGPT: what is done beyond it. Of these, structured patterns read `refit_iterations`.
@@ -178,7 +180,7 @@ def prune_oneshot_(
             report.layers += prune_layers({name: layer.weight}, None, kind, to)
     else:
         with eval_mode(model):
-            _prune_blocks(model, layers, calibration, kind, to, refinements, report, progress)
+            _prune_blocks(model, layers, calibration, images, kind, to, refinements, report, progress)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -187,6 +189,7 @@ def _prune_blocks(
     model: PreTrainedModel,
     layers: Mapping[str, SparseLayer],
     calibration: Tensor,
+    images: Images,
     solver: Solver,
     to: Settings,
     refinements: Refinements,
@@ -197,7 +200,7 @@ def _prune_blocks(
     of_block = [{k: v for k, v in layers.items() if k.startswith(f"{stack}.{i}.")} for i in range(len(blocks))]
     while not of_block[-1]:  # what comes after the last sparse layer need not be run
         of_block.pop()
-    inputs = BlockInputs(model, blocks, calibration)
+    inputs = BlockInputs(model, blocks, calibration, images=images)
     probes = _stream_probes(model, stack) if refinements.stream_correction else {}
     twin = DenseTwin(inputs) if refinements.needs_dense_twin else None
     for index, inside in enumerate(of_block):
@@ -254,10 +257,9 @@ def _reconstruct(
     inside: Mapping[str, SparseLayer], inputs: BlockInputs, outputs: list[Tensor], refinements: Refinements
 ) -> Reconstruction:
     """Reconstructs the current block."""
-    call = inputs.calls[inputs.index]
     return reconstruct_(
         inputs.blocks[inputs.index],
-        call.run,
+        lambda block, hidden, batch: inputs.call(batch).run(block, hidden),
         inputs.batches,
         outputs,
         {layer.weight: layer.weight != 0 for layer in inside.values()},

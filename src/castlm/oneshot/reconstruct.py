@@ -31,7 +31,7 @@ class Reconstruction:
 
 def reconstruct_(
     block: nn.Module,
-    run: Callable[[nn.Module, Tensor], Tensor],
+    run: Callable[[nn.Module, Tensor, int], Tensor],
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     masks: Mapping[nn.Parameter, Tensor],
@@ -44,7 +44,7 @@ def reconstruct_(
     """Trains the kept weights of `masks` and the norms of `block`, in place, with Adam and a cosine.
 
     Args:
-        run: `run(block, hidden)` is the block's output.
+        run: `run(block, hidden, batch)` is the block's output for the batch of that number.
         inputs: hidden states (batch, seq, hidden), of the pruned model; one batch in 8 is held out, at least one.
         targets: what the block should give for each; of the dense model.
         masks: True = kept, by weight. Masked weights stay 0.
@@ -57,7 +57,7 @@ def reconstruct_(
 
     @torch.no_grad()
     def error() -> float:
-        errors = [float((run(block, inputs[i]) - targets[i]).square().mean()) for i in held_out]
+        errors = [float((run(block, inputs[i], i) - targets[i]).square().mean()) for i in held_out]
         return sum(errors) / len(errors) / scale
 
     norms = [p for m in block.modules() if _is_norm(m) for p in m.parameters(recurse=False)]
@@ -74,7 +74,7 @@ def reconstruct_(
                 optimizer.param_groups[0]["lr"] = learning_rate * share
                 optimizer.zero_grad()
                 batch = training[index]
-                ((run(block, inputs[batch]) - targets[batch]).square().mean() / scale).backward()
+                ((run(block, inputs[batch], batch) - targets[batch]).square().mean() / scale).backward()
                 for weight, mask in masks.items():
                     if weight.grad is not None:
                         weight.grad.mul_(mask)

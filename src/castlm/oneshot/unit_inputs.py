@@ -54,9 +54,9 @@ def see_statistics(layers: Mapping[str, nn.Linear], inputs: BlockInputs) -> dict
     with ExitStack() as hooks:
         for name, layer in layers.items():
             hooks.enter_context(layer.register_forward_pre_hook(lambda _, args, name=name: before(name, args[0])))
-        for hidden in inputs:
+        for number, hidden in enumerate(inputs):
             current.clear()
-            inputs.run(hidden)
+            inputs.run(hidden, number)
     for name in layers:
         if name not in found:
             raise InputError(f"no calibration token reaches {name}: leave it out with filter_fn, or pass more text")

@@ -5,7 +5,7 @@ What is alive at a time is the input of one block for all sequences, in the mode
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
@@ -50,6 +50,10 @@ class BlockCall(NamedTuple):
         return _hidden_of(block(hidden, *self.args, **self.kwargs))
 
 
+Images = Sequence[Mapping[str, Tensor]] | None
+"""For each calibration sequence what the model's forward takes beside its tokens; None of a text without images."""
+
+
 class StopForward(Exception):  # noqa: N818
     """Ends a forward pass from within, once what was wanted of it is there."""
 
@@ -59,10 +63,12 @@ class BlockInputs:
 
     Taken from forward passes of the model itself, so that embeddings, masks (which can differ between blocks, as with
     sliding windows) and rotary tables are those of the model. The first pass goes through all blocks, and also checks
-    that nothing but the hidden states runs from block to block; the others end at the first block.
+    that nothing but the hidden states runs from block to block; the others end at the first block. With images, a pass
+    is one sequence, and goes through all blocks where rotary tables depend on its images.
 
     Args:
         calibration: int64, (num_sequences, seq_len).
+        images: of each of these.
         batches: where the hidden states are held, (batch, seq, hidden) each; a list if not given. What it holds already
             is what enters the block `index`.
 
@@ -78,13 +84,18 @@ class BlockInputs:
         calibration: Tensor,
         batches: MutableSequence[Tensor] | None = None,
         index: int = 0,
+        images: Images = None,
     ) -> None:
         self.blocks, self.index = blocks, index
-        self.calls: list[BlockCall] = []
+        self.calls: list[list[BlockCall]] = []  # of all blocks: those of the first batch, and of others that differ
+        self._call_of: list[int] = []
+        self._has_images = images is not None
         self.batches: MutableSequence[Tensor] = [] if batches is None else batches
         is_filled = bool(self.batches)
-        for ids in calibration.to(model.device).split(batch_size(calibration, model.device)):
-            self._enter(model, ids, keep=not is_filled)
+        size = 1 if images is not None else batch_size(calibration, model.device)
+        for number, ids in enumerate(calibration.to(model.device).split(size)):
+            of_batch = {} if images is None else {name: x.to(model.device) for name, x in images[number].items()}
+            self._enter(model, ids, of_batch, keep=not is_filled)
             if is_filled:  # one pass, for the calls
                 break
 
@@ -92,9 +103,14 @@ class BlockInputs:
         """(batch, seq, hidden) each."""
         return iter(self.batches)
 
-    def run(self, hidden: Tensor) -> Tensor:
+    def call(self, batch: int) -> BlockCall:
+        """How the current block is called with a batch, counted from 0."""
+        differs = len(self.calls) > 1
+        return self.calls[self._call_of[batch] if differs else 0][self.index]
+
+    def run(self, hidden: Tensor, batch: int) -> Tensor:
         """The current block on one batch."""
-        return self.calls[self.index].run(self.blocks[self.index], hidden)
+        return self.call(batch).run(self.blocks[self.index], hidden)
 
     def advance(self, outputs: Sequence[Tensor] | None = None) -> None:
         """Puts what the current block gives for each batch in its place, and goes on to the next.
@@ -103,35 +119,33 @@ class BlockInputs:
             outputs: where they are known; else the block runs.
         """
         for i, hidden in enumerate(self.batches):
-            self.batches[i] = self.run(hidden) if outputs is None else outputs[i]
+            self.batches[i] = self.run(hidden, i) if outputs is None else outputs[i]
         self.index += 1
 
-    def _enter(self, model: PreTrainedModel, ids: Tensor, keep: bool) -> None:
+    def _enter(self, model: PreTrainedModel, ids: Tensor, images: dict[str, Tensor], keep: bool) -> None:
         first_pass = not self.calls
         passed_on: list[Tensor] = []  # what the last block called gave back
-        num_called = 0
+        calls: list[BlockCall] = []
 
         def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal num_called
             hidden, call = _split_call(args, kwargs)
-            in_order = index == num_called
+            in_order = index == len(calls)
             if not in_order or (index > 0 and not _same(hidden, passed_on.pop())):
                 raise InputError(
                     f"{type(model).__name__} does more between its blocks than pass hidden states on: "
                     "pruning block by block cannot follow it, use magnitude without calibration"
                 )
-            num_called += 1
+            calls.append(call)
             if index == 0:
-                if not first_pass and not _same(call, self.calls[0]):
+                if keep:
+                    self.batches.append(hidden)
+                if not first_pass and _same(call, self.calls[0][0]):
+                    raise StopForward
+                if not first_pass and not self._has_images:
                     raise InputError(
                         f"the blocks of {type(model).__name__} take arguments that change with the text: "
                         "pruning block by block cannot follow it, use magnitude without calibration"
                     )
-                if keep:
-                    self.batches.append(hidden)
-            if not first_pass:
-                raise StopForward
-            self.calls.append(call)
 
         with ExitStack() as hooks:
             for index, block in enumerate(self.blocks):
@@ -142,9 +156,12 @@ class BlockInputs:
                 )
                 hooks.enter_context(block.register_forward_hook(lambda _, __, out: passed_on.append(_hidden_of(out))))
             with suppress(StopForward):
-                model.base_model(input_ids=ids, use_cache=False)
-        if first_pass and num_called < len(self.blocks):
-            raise InputError(f"{type(model).__name__} runs only {num_called} of its {len(self.blocks)} blocks")
+                model.base_model(input_ids=ids, use_cache=False, **images)
+                if len(calls) < len(self.blocks):
+                    raise InputError(f"{type(model).__name__} runs only {len(calls)} of its {len(self.blocks)} blocks")
+                self.calls.append(calls)
+        is_own = len(calls) == len(self.blocks)
+        self._call_of.append(len(self.calls) - 1 if is_own else 0)
 
 
 def batch_size(calibration: Tensor, device: torch.device) -> int:

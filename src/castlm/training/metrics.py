@@ -15,7 +15,7 @@ from castlm.core.masks import unpack_mask
 from castlm.data.scored import ScoredText
 from castlm.distributed.sharding import reshard_
 from castlm.distributed.world import World
-from castlm.evaluation.perplexity import sequences_of
+from castlm.evaluation.perplexity import images_of, sequences_of
 from castlm.hardware import autocast
 from castlm.training.metrics_file import HISTOGRAM_EDGES
 from castlm.training.objective import Objective
@@ -61,20 +61,23 @@ def held_out_perplexity(
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     objective.eval()
     with autocast(world.device, precision):
-        for input_ids, labels in sequences(text, seq_len, batch, world):
-            nll = objective(input_ids.to(world.device), labels.to(world.device), 1, ce_only=True).ce
+        for input_ids, labels, images in sequences(text, seq_len, batch, world):
+            ids, targets = input_ids.to(world.device), labels.to(world.device)
+            nll = objective(ids, targets, 1, ce_only=True, images=images).ce
             sums += torch.stack([nll.double(), (labels != -100).sum().to(nll.device).double()])
     reshard_(objective)
     total, count = world.sum(sums)
     return float((total / count).exp())
 
 
-def sequences(text: ScoredText, seq_len: int, batch: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's sequences of `text` as batches (input_ids, labels), each (batch, seq_len).
+def sequences(
+    text: ScoredText, seq_len: int, batch: int, world: World
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """This rank's sequences of `text` as batches (input_ids, labels, images), the first two (batch, seq_len).
 
     Labels are -100 past the end of a sequence and where a token is not scored. Every rank gets the same number of
     batches; the last ones are filled up with sequences that score nothing. Conversations are sorted by length, and
-    their batches are no longer than their longest.
+    their batches are no longer than their longest. The images are what the model's forward takes beside the tokens.
     """
     found = sequences_of(text, seq_len, seq_len)
     if text.is_chat:
@@ -85,10 +88,11 @@ def sequences(text: ScoredText, seq_len: int, batch: int, world: World) -> Itera
         input_ids = text.ids.new_zeros(batch, width)
         labels = torch.full_like(input_ids, -100)
         start = step + world.rank * batch
-        for row, targets, (begin, end, first) in zip(input_ids, labels, found[start : start + batch]):
+        own = found[start : start + batch]
+        for row, targets, (begin, end, first, _) in zip(input_ids, labels, own):
             row[: end - begin] = text.ids[begin:end]
             targets[first - begin - 1 : end - begin - 1] = text.labels[first:end]
-        yield input_ids, labels
+        yield input_ids, labels, images_of(text, [*own, *[None] * (batch - len(own))], world.device, width)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.architecture import backbone, check_head, output_head
+from castlm.core.blocks import is_tower
 from castlm.core.distill import DistillationLoss, distillation_loss
 from castlm.core.errors import InputError
 from castlm.core.hidden import hidden_distance, in_stream_basis
@@ -45,6 +46,7 @@ class _Output(NamedTuple):
 
 class Objective(nn.Module):
     """`forward(input_ids, labels, num_tokens)` -> the distillation loss of a batch (batch, seq), labels shifted.
+    `images` is what a vision-language model takes beside the tokens.
 
     `(1 - eta) CE + eta T^2 KL + hidden_weight D`, with D the `hidden_distance` behind all transformer blocks. Tokens
     whose label is -100 count in none of the three.
@@ -83,8 +85,9 @@ class Objective(nn.Module):
         self._kept: list[Tensor] | None = None
         for model in (student, teacher) if hidden_weight else ():
             if model is not None:
-                for block in transformer_blocks(backbone(model)).values():
-                    block.register_forward_hook(self._keep)
+                for name, block in transformer_blocks(backbone(model)).items():
+                    if not is_tower(name):
+                        block.register_forward_hook(self._keep)
 
     def forward(
         self,
@@ -93,19 +96,21 @@ class Objective(nn.Module):
         num_tokens: int | Tensor,
         position_ids: Tensor | None = None,
         ce_only: bool = False,
+        images: dict[str, Tensor] | None = None,
     ) -> TrainingLoss:
-        position_ids = position_ids if self.apart and not ce_only else None
+        if images or ce_only or not self.apart:  # with images, the model itself knows where each token stands
+            position_ids = None
         settings = {"eta": self.eta, "temperature": self.temperature, "num_tokens": num_tokens}
         compares_hidden = self.hidden_weight > 0 and not ce_only
-        ours = self._output(self.student, input_ids, position_ids, compares_hidden)
+        ours = self._output(self.student, input_ids, position_ids, compares_hidden, images)
         head = output_head(self.student)
         if ce_only or self.eta == 0:
             return _without_hidden(distillation_loss(ours.states, head, labels, eta=0.0, num_tokens=num_tokens))
         if self.top_k:
-            found, theirs = self._top_tokens(input_ids, position_ids, compares_hidden)
+            found, theirs = self._top_tokens(input_ids, position_ids, compares_hidden, images)
             loss = distillation_loss(ours.states, head, labels, teacher_top=found, **settings)
         else:
-            theirs = self._teacher_output(input_ids, position_ids, compares_hidden)
+            theirs = self._teacher_output(input_ids, position_ids, compares_hidden, images)
             loss = distillation_loss(ours.states, head, labels, theirs.states, output_head(self.teacher), **settings)
         if not compares_hidden:
             return _without_hidden(loss)
@@ -158,8 +163,15 @@ class Objective(nn.Module):
         except (TypeError, ValueError, RuntimeError):  # the model takes no position ids, or no such mask
             return False
 
-    def _output(self, model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None, stream: bool) -> _Output:
-        inputs = self._inputs(input_ids, position_ids)
+    def _output(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        stream: bool,
+        images: dict[str, Tensor] | None = None,
+    ) -> _Output:
+        inputs = self._inputs(input_ids, position_ids) | (images or {})
         self._kept = [] if stream else None
         states = backbone(model)(**inputs, use_cache=False).last_hidden_state
         kept, self._kept = self._kept, None  # what a checkpoint computes again in the backward pass is not kept
@@ -171,22 +183,32 @@ class Objective(nn.Module):
             self._kept.append(output if isinstance(output, Tensor) else output[0])
 
     @torch.no_grad()
-    def _teacher_output(self, input_ids: Tensor, position_ids: Tensor | None, stream: bool = False) -> _Output:
+    def _teacher_output(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        stream: bool = False,
+        images: dict[str, Tensor] | None = None,
+    ) -> _Output:
         assert self.teacher is not None
-        return self._output(self.teacher, input_ids, position_ids, stream)
+        return self._output(self.teacher, input_ids, position_ids, stream, images)
 
     def fill_cache(self, input_ids: Tensor, position_ids: Tensor | None) -> None:
         """Lets the teacher read a batch (batch, seq), unless the cache holds all of it."""
         self._top_tokens(input_ids, position_ids if self.apart else None, stream=False)
 
     def _top_tokens(
-        self, input_ids: Tensor, position_ids: Tensor | None, stream: bool
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        stream: bool,
+        images: dict[str, Tensor] | None = None,
     ) -> tuple[TopTokens, _Output | None]:
         """The teacher's most probable tokens, and its output if it was run."""
         found = self.cache.get(input_ids, position_ids) if self.cache is not None else None
         if found is not None:
             return found, None
-        output = self._teacher_output(input_ids, position_ids, stream)
+        output = self._teacher_output(input_ids, position_ids, stream, images)
         assert self.teacher is not None
         top = top_tokens(output.states, output_head(self.teacher), self.top_k, self.temperature)
         if self.cache is not None:

@@ -163,7 +163,8 @@ class Run:
                 ids, labels, positions = (
                     batch[name].to(self.world.device) for name in ("input_ids", "labels", "position_ids")
                 )
-                loss = self.parts.objective(ids, labels, num_tokens, positions)
+                images = {name: tensor.to(self.world.device) for name, tensor in batch.get("images", {}).items()}
+                loss = self.parts.objective(ids, labels, num_tokens, positions, images=images)
             (loss.loss * self.world.size).backward()  # averaged over ranks; the loss is normalised already
             sums += torch.stack(loss).detach().float()
         average_gradients_(self.parts.objective, self.parts.names, self.world)

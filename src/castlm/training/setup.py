@@ -254,7 +254,8 @@ def introduction(config: TrainConfig, parts: Parts, world: World) -> Iterator[st
     yield f"{config.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
     if parts.text.documents.is_chat:
         which = "the assistant's tokens count" if config.assistant_only_loss else "all tokens count"
-        yield f"conversations: {which} in the loss; the perplexity is over {parts.text.held_out.tokens} tokens"
+        what = "conversations with images" if parts.text.documents.has_images else "conversations"
+        yield f"{what}: {which} in the loss; the perplexity is over {parts.text.held_out.tokens} tokens"
     if config.teacher_cache:
         here = "every sequence is in the cache: no teacher is loaded"
         kept = here if parts.objective.teacher is None else "missing sequences are added"

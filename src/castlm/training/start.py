@@ -22,12 +22,11 @@ from castlm.core.pattern import Pattern
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
 from castlm.core.unit_masks import gathers
-from castlm.data.tokens import token_ids
+from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import World
 from castlm.methods.base import Retraining
 from castlm.models import load_model
 from castlm.oneshot.basis import change_basis_
-from castlm.oneshot.calibration import CALIBRATION_POOL, calibration_blocks
 from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, part_of
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.solvers import SOLVERS
@@ -134,8 +133,9 @@ def _prune(
     alive()
     try:
         refinements = part_of(config, Refinements).for_solver(solver, pattern)
-        ids = token_ids(text.documents, source.tokenizer, limit=CALIBRATION_POOL * num_sequences * length)
-        calibration = calibration_blocks(ids, num_sequences, length, config.seed)
+        calibration, images = calibration_sequences(
+            text.documents, source.tokenizer, num_sequences, length, config.seed, text.processor
+        )
         alive()
         with _told_progress("changing the basis, steps", alive) as progress:
             basis = change_basis_(
@@ -143,6 +143,7 @@ def _prune(
                 calibration,
                 part_of(config, BasisOptions),
                 pattern=pattern,
+                images=images,
                 filter_fn=filter_fn,
                 say=note,
                 progress=progress,
@@ -156,6 +157,7 @@ def _prune(
                 solver,
                 pattern=pattern,
                 calibration=calibration,
+                images=images,
                 refinements=refinements,
                 seed=config.seed,
                 filter_fn=filter_fn,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from castlm.architecture import vocab_size
+from castlm.core.errors import InputError
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.world import World, init_world
 from castlm.hardware import autocast, choose_precision
@@ -25,9 +26,15 @@ from castlm.training.text import TrainingText, open_training_text
 
 
 def open_teacher_cache(config: TrainConfig, text: TrainingText, vocab_size: int, world: World) -> TeacherCache | None:
-    """The cache of a run; None where it has none."""
+    """The cache of a run; None where it has none.
+
+    Raises:
+        InputError: for texts with images, by which the cache does not know a sequence.
+    """
     if config.teacher_cache is None:
         return None
+    if text.processor is not None:
+        raise InputError("teacher_cache knows a sequence by its tokens, and the texts have images: leave it out")
     stream = [text.train_sha256, config.seed, config.seq_len, config.repeat_blocks, config.column, text.template_sha256]
     return TeacherCache(config.teacher_cache, stream, vocab_size, world)
 

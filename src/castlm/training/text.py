@@ -9,23 +9,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from castlm.core.errors import InputError
 from castlm.data.chat import with_template
 from castlm.data.documents import Documents, open_documents, split_documents
 from castlm.data.hub import HubDocuments
+from castlm.data.image_sequences import AnyDocuments, ImageSequences
+from castlm.data.images import ImageEncoder
 from castlm.data.loader import BatchLoader
 from castlm.data.mixture import Mixture
 from castlm.data.packing import PackedSequences
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.world import World
-from castlm.opening import open_model
+from castlm.opening import open_model, open_processor
 from castlm.progress import note
 from castlm.training.config import TrainConfig
-
-AnyDocuments = Documents | HubDocuments | Mixture
 
 
 @dataclass
@@ -46,6 +46,8 @@ class TrainingText:
     eval_sha256: str
     template_sha256: str | None
     """Of the chat template that the training documents are rendered with; None if they are plain text."""
+    processor: ProcessorMixin | None = None
+    """Prepares the images of the texts, where any has some."""
 
 
 def resolve_epochs(config: TrainConfig, world: World) -> TrainConfig:
@@ -61,7 +63,8 @@ def resolve_epochs(config: TrainConfig, world: World) -> TrainConfig:
             raise InputError(f"num_train_epochs: {config.dataset} is streamed, its length is not known: give max_steps")
         _, _, tokenizer = open_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
         tokenizer = with_template(tokenizer, config.chat_template_path)
-        tokens = _sequences(config, documents, tokenizer).tokens_per_epoch()
+        processor = _processor(config, tokenizer) if documents.has_images else None
+        tokens = _sequences(config, documents, tokenizer, processor).tokens_per_epoch()
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
         return max(1, math.ceil(float(config.num_train_epochs or 0) * tokens / (batch * config.seq_len)))
 
@@ -80,12 +83,28 @@ def _open_splits(config: TrainConfig) -> tuple[AnyDocuments, list[Documents | Hu
     return mixed, held_out
 
 
+def _processor(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
+    options = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+    return open_processor(config.model, tokenizer, **options)
+
+
 def _sequences(
     config: TrainConfig,
     documents: AnyDocuments,
     tokenizer: PreTrainedTokenizerBase,
+    processor: ProcessorMixin | None,
     say: Callable[[str], None] = lambda text: None,
-) -> PackedSequences:
+) -> PackedSequences | ImageSequences:
+    if documents.has_images:
+        assert processor is not None
+        return ImageSequences(
+            documents,
+            ImageEncoder(processor, config.assistant_only_loss),
+            seq_len=config.seq_len,
+            seed=config.seed,
+            repeat=config.repeat_blocks,
+            say=say,
+        )
     return PackedSequences(
         documents,
         tokenizer,
@@ -112,7 +131,9 @@ def open_training_text(
         InputError: a dataset that cannot be opened, too little text, or token ids outside the vocabulary.
     """
     documents, held_out = _open_splits(config)
-    sequences = _sequences(config, documents, tokenizer, note if world.is_main else lambda text: None)
+    has_images = any(text.has_images for text in (documents, *held_out))
+    processor = _processor(config, tokenizer) if has_images else None
+    sequences = _sequences(config, documents, tokenizer, processor, note if world.is_main else lambda text: None)
     loader = BatchLoader(
         sequences,
         rows_per_rank=config.per_device_train_batch_size,
@@ -121,7 +142,10 @@ def open_training_text(
         prefetch=config.prefetch,
     )
     limit, assistant_only = config.eval_tokens or None, config.assistant_only_loss
-    parts = {text.name: scored_text(text, tokenizer, limit, assistant_only=assistant_only) for text in held_out}
+    parts = {
+        text.name: scored_text(text, tokenizer, limit, assistant_only=assistant_only, processor=processor)
+        for text in held_out
+    }
     for name, part in parts.items():
         if len(part.ids) < 2:
             raise InputError(f"the evaluation text {name} has {len(part.ids)} tokens: give more")
@@ -137,4 +161,5 @@ def open_training_text(
         documents.text_hash(),
         digest,
         hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if documents.is_chat else None,
+        processor,
     )

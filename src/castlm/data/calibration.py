@@ -1,0 +1,74 @@
+"""Calibration sequences of a text for one-shot solvers, with images where its conversations have some."""
+
+from __future__ import annotations
+
+import random
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from castlm.core.errors import InputError
+from castlm.data.image_sequences import AnyDocuments, conversation_of
+from castlm.data.images import ImageEncoder, fits, join_images
+from castlm.data.tokens import token_ids
+from castlm.oneshot.calibration import calibration_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+CALIBRATION_POOL = 16
+"""Times the sequences that are read of a text: enough to draw from, without reading all of a long one."""
+
+
+def calibration_sequences(
+    documents: AnyDocuments,
+    tokenizer: PreTrainedTokenizerBase,
+    num_sequences: int,
+    seq_len: int,
+    seed: int = 0,
+    processor: ProcessorMixin | None = None,
+) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
+    """Sequences drawn from the start of a text, as `calibration_blocks` draws them.
+
+    Conversations with images are drawn whole, each followed by the text of others up to the end of its sequence.
+
+    Args:
+        processor: prepares images; see `castlm.opening.open_processor`.
+
+    Returns:
+        int64, (num_sequences, seq_len), and for each of them what the model's forward takes beside it, or None for a
+        text without images. With images there may be fewer: as many as there are conversations whose images fit.
+
+    Raises:
+        InputError: as `calibration_blocks`; no conversation fits; or images without a processor.
+    """
+    if documents.has_images and processor is not None:
+        return _with_images(documents, ImageEncoder(processor), num_sequences, seq_len, seed)
+    ids = token_ids(documents, tokenizer, limit=CALIBRATION_POOL * num_sequences * seq_len)
+    return calibration_blocks(ids, num_sequences, seq_len, seed), None
+
+
+def _with_images(
+    documents: AnyDocuments, encoder: ImageEncoder, num_sequences: int, seq_len: int, seed: int
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    pieces = islice(documents.pieces(None), CALIBRATION_POOL * num_sequences)
+    found = [conversation_of(piece, documents.name) for piece in pieces]
+    random.Random(seed).shuffle(found)
+    ids, images = list[Tensor](), list[dict[str, Tensor]]()
+    for number, document in enumerate(found):
+        tokens = encoder(document)
+        if not fits(tokens.images, seq_len):
+            continue
+        row, following = tokens.ids[:seq_len].tolist(), number
+        while len(row) < seq_len:
+            following = (following + 1) % len(found)
+            row += encoder.text_alone(found[following])
+        ids.append(torch.tensor(row[:seq_len]))
+        images.append(join_images([tokens.images], seq_len))
+        if len(ids) == num_sequences:
+            break
+    if not ids:
+        raise InputError(f"{documents.name}: the images of no conversation fit into {seq_len} tokens: raise seq_len")
+    return torch.stack(ids), images

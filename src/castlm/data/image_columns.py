@@ -1,0 +1,98 @@
+"""The images of a conversation: which part of a message stands for each, and where each one lies.
+
+They are checked here, where their line is known, and travel on in the JSON of the conversation, as the path of a file
+or, from parquet and the hub, as the bytes themselves; `castlm.data.images` opens them.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from castlm.core.errors import InputError
+
+IMAGE_COLUMNS = ("images", "image")
+BYTES = "data:image;base64,"
+"""What begins an image that is given by its bytes and not by its path."""
+_SOURCES = ("image", "path", "url")
+"""Keys of the part of a message under which its image may lie."""
+
+
+def message_content(content: list[Any], where: str) -> str | list[dict[str, Any]]:
+    """The content of a message that is a list of parts: a text where no part is an image, else the parts, checked.
+
+    Raises:
+        InputError: a part of another type than text or image.
+    """
+    parts = [_part(part, where) for part in content]
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    if not isinstance(part, dict):
+        raise InputError(f"{where} has a part that is a {type(part).__name__}: a part is an object with a type")
+    part = {key: value for key, value in part.items() if value is not None}  # parquet fills up with nulls
+    kind = part.get("type")
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind == "image":
+        source = next((part[key] for key in _SOURCES if key in part), None)
+        return {"type": "image"} if source is None else {"type": "image", "image": source}
+    raise InputError(f"{where} has a part of type {str(kind)[:60]!r}: parts are of type text, with a text, or image")
+
+
+def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path | None, where: str) -> list[str]:
+    """Takes the images out of `messages`, whose parts then only say where each belongs.
+
+    Images of the column that no part stands for are put before the text of the first message of the user, as TRL does.
+
+    Args:
+        listed: the value of the column of images.
+        folder: that relative paths start from; None where there are no files.
+
+    Returns:
+        Each image in order: the absolute path of a file, or its bytes as `BYTES` and base64.
+
+    Raises:
+        InputError: more or fewer images than parts, or an image that is not there.
+    """
+    parts = [part for message in messages for part in _parts(message) if part["type"] == "image"]
+    inline = [part.pop("image") for part in parts if "image" in part]
+    images = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if inline and (images or len(inline) != len(parts)):
+        raise InputError(f"{where}: some images are in the messages and some are not: give all of them in one place")
+    images = images or inline
+    if images and not parts:
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None:
+            raise InputError(f"{where}: images, and no message of the user that they could belong to")
+        first["content"] = [*({"type": "image"} for _ in images), {"type": "text", "text": first["content"]}]
+    elif len(images) != len(parts):
+        raise InputError(f"{where}: {len(images)} images for {len(parts)} parts of type image in the messages")
+    return [_source(image, folder, f"{where}: image {number}") for number, image in enumerate(images, 1)]
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message.get("content", "")
+    return content if isinstance(content, list) else []
+
+
+def _source(image: Any, folder: Path | None, where: str) -> str:
+    if isinstance(image, dict):  # as `datasets` stores images in parquet
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes):
+        return BYTES + base64.b64encode(image).decode()
+    if not isinstance(image, str) or not image:
+        raise InputError(f"{where} is a {type(image).__name__}: give the path of a file")
+    if image.startswith("data:image") and ";base64," in image[:64]:
+        return BYTES + image.split(";base64,", 1)[1]
+    if "://" in image[:16]:
+        raise InputError(f"{where} is {image[:200]}: download it, and give the path of the file")
+    path = Path(image).expanduser() if folder is None else folder / Path(image).expanduser()
+    if not path.is_file():
+        raise InputError(f"{where}: there is no file {path}; paths are relative to the folder of the dataset")
+    return str(path.absolute())

@@ -1,0 +1,373 @@
+"""Image-text data: what a processor makes of it, who counts, and training, pruning and evaluation on it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from castlm.cli.main import main
+from castlm.core.blocks import is_tower
+from castlm.core.errors import InputError
+from castlm.core.pattern import is_nm_sparse
+from castlm.core.sparsify import sparse_linears
+from castlm.data.calibration import calibration_sequences
+from castlm.data.columns import find_columns
+from castlm.data.documents import open_documents
+from castlm.data.image_columns import BYTES
+from castlm.data.image_sequences import ImageSequences
+from castlm.data.images import ImageEncoder, ImageInputs, join_images
+from castlm.data.loader import BatchLoader
+from castlm.data.scored import scored_text
+from castlm.evaluation.perplexity import perplexity
+from castlm.export.verify import verify
+from castlm.models import load_model
+from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.walk import BlockInputs, block_stack
+from castlm.opening import open_processor
+from castlm.training.config import TrainConfig
+from castlm.training.loop import train
+from tests.ranks import run_ranks
+from tests.runs import train_until
+from tests.tiny import EOS_ID, IMAGE_TOKEN, save_tiny, save_tiny_llava
+
+COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "lime": (0, 255, 0), "gray": (128, 128, 128)}
+OPTIONS: dict[str, Any] = {
+    "seq_len": 48,
+    "eval_tokens": 200,
+    "max_steps": 4,
+    "eval_steps": 4,
+    "save_steps": 2,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "calibration_sequences": 4,
+    "rotation_iterations": 10,
+    "device": "cpu",
+}
+
+
+def user(*parts: str | dict[str, Any]) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+PICTURE = {"type": "image"}
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory) -> Path:
+    return save_tiny_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """24 conversations: two images, one, and none, in turn; the answers name their colors."""
+    folder = tmp_path_factory.mktemp("images")
+    for name, color in COLORS.items():
+        Image.new("RGB", (20, 24), color).save(folder / f"{name}.png")
+    names, rows = [*COLORS], []
+    for i in range(24):
+        one, other = names[i % 4], names[(i // 4) % 4]
+        match i % 3:
+            case 0:
+                messages = [user("which? ", PICTURE, " and ", PICTURE), assistant(f"{one}, {other}")]
+                rows.append({"messages": messages, "images": [f"{one}.png", f"{other}.png"]})
+            case 1:
+                rows.append({"messages": [user(PICTURE, "color"), assistant(one)], "images": [f"{one}.png"]})
+            case _:
+                rows.append({"messages": [user(f"say {other}"), assistant(other)], "images": []})
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "data.jsonl"
+
+
+@pytest.fixture(scope="module")
+def encoder(llava) -> ImageEncoder:
+    return ImageEncoder(open_processor(llava, load_model(llava).tokenizer))
+
+
+def document_of(row: dict[str, Any], folder: Path | None = None) -> str:
+    columns = find_columns({name: type(value).__name__ for name, value in row.items()}, None, "a.jsonl", folder)
+    return columns.document(row, "a.jsonl, line 1")
+
+
+def test_the_tokens_are_those_of_the_processor_and_the_assistant_counts(llava, dataset, encoder):
+    row = json.loads(dataset.read_text().splitlines()[0])
+    tokens = encoder(document_of(row, dataset.parent))
+    processor = AutoProcessor.from_pretrained(llava)
+    messages = [row["messages"][0], {"role": "assistant", "content": [{"type": "text", "text": "red, red"}]}]
+    images = [Image.open(dataset.parent / name).convert("RGB") for name in row["images"]]
+    text = processor.apply_chat_template(messages)
+    theirs = processor(text=text, images=images, return_tensors="pt", add_special_tokens=False)
+    assert tokens.ids.tolist() == [*theirs["input_ids"][0].tolist(), EOS_ID]
+    assert tokens.images is not None
+    torch.testing.assert_close(tokens.images.by_image["pixel_values"], theirs["pixel_values"])
+    counted = tokens.labels[tokens.labels != -100]
+    assert processor.tokenizer.decode(counted) == "red, red<|endoftext|>"
+    image_token = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    assert tokens.images.end == max(i for i, t in enumerate(tokens.ids.tolist()) if t == image_token) + 1
+    assert (tokens.ids == image_token).sum() == 8
+
+
+def test_all_tokens_but_those_of_images_count_on_request(llava, dataset):
+    whole = ImageEncoder(open_processor(llava, load_model(llava).tokenizer), assistant_only=False)
+    tokens = whole(document_of(json.loads(dataset.read_text().splitlines()[1]), dataset.parent))
+    assert (tokens.labels == -100).sum() == 4
+    assert tokens.labels[-1] == EOS_ID
+
+
+def test_images_of_a_column_without_parts_come_before_the_first_text(dataset, encoder):
+    plain = {"messages": [{"role": "user", "content": "color"}, assistant("blue")], "image": "blue.png"}
+    parts = {"messages": [user(PICTURE, "color"), assistant("blue")], "images": ["blue.png"]}
+    inline = {"messages": [user({"type": "image", "path": "blue.png"}, "color"), assistant("blue")]}
+    found = [encoder(document_of(row, dataset.parent)).ids.tolist() for row in (plain, parts, inline)]
+    assert found[0] == found[1] == found[2]
+
+
+def test_bytes_in_parquet_are_the_same_as_files(dataset, encoder, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
+    packed = []
+    for row in rows:
+        messages = [{"role": m["role"], "content": json.dumps(m["content"])} for m in row["messages"]]
+        parts = [part for part in row["messages"][0]["content"]]
+        content = [{"type": part["type"], "text": part.get("text")} for part in parts]
+        reply = [{"type": "text", "text": row["messages"][1]["content"]}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": reply}]
+        images = [{"bytes": (dataset.parent / name).read_bytes(), "path": name} for name in row["images"]]
+        packed.append({"messages": messages, "images": images})
+    pq.write_table(pa.Table.from_pylist(packed), tmp_path / "data.parquet", row_group_size=7)
+    ours, theirs = open_documents(dataset), open_documents(tmp_path / "data.parquet")
+    assert ours.has_images
+    assert theirs.has_images
+    for one, other in zip(ours.pieces(None), theirs.pieces(None), strict=True):
+        a, b = encoder(one.text), encoder(other.text)
+        assert a.ids.tolist() == b.ids.tolist()
+        assert (a.images is None) == (b.images is None)
+        if a.images is not None and b.images is not None:
+            assert BYTES in other.text
+            assert torch.equal(a.images.by_image["pixel_values"], b.images.by_image["pixel_values"])
+
+
+def test_a_batch_gives_the_loss_of_its_conversations(llava, dataset, encoder):
+    model = load_model(llava).model
+    documents = open_documents(dataset)
+    loader = BatchLoader(ImageSequences(documents, encoder, seq_len=48, seed=3), rows_per_rank=6)
+    batch = next(loader)
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], **batch["images"]).logits
+        theirs = []
+        for piece in list(documents.pieces(3))[:6]:
+            tokens = encoder(piece.text)
+            images = {} if tokens.images is None else tokens.images.by_image
+            alone = model(input_ids=tokens.ids[None, :-1], **images).logits[0]
+            theirs.append(F.cross_entropy(alone, tokens.labels[1:], reduction="sum"))
+    ours = [F.cross_entropy(row, labels, reduction="sum") for row, labels in zip(logits, batch["labels"])]
+    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_the_order_is_the_same_on_two_ranks_and_after_a_resume(dataset, encoder):
+    def loader(rank: int = 0, size: int = 1, rows: int = 4) -> BatchLoader:
+        sequences = ImageSequences(open_documents(dataset), encoder, seq_len=48, seed=1)
+        return BatchLoader(sequences, rows_per_rank=rows, rank=rank, world_size=size)
+
+    straight = loader()
+    batches = [next(straight)["input_ids"] for _ in range(9)]  # into the second epoch
+    ranks = [loader(rank, 2, 2) for rank in (0, 1)]
+    for batch in batches:
+        assert torch.equal(torch.cat([next(rank)["input_ids"] for rank in ranks]), batch)
+    for stop in (0, 3, 6, 7):
+        stopped, resumed = loader(), loader()
+        for _ in range(stop):
+            next(stopped)
+        resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+        assert all(torch.equal(next(resumed)["input_ids"], batch) for batch in batches[stop:])
+
+
+def test_a_conversation_that_is_too_long_is_cut_or_left_out_and_said(dataset, encoder):
+    said: list[str] = []
+    sequences = ImageSequences(open_documents(dataset), encoder, seq_len=14, seed=0, say=said.append)
+    batch = sequences.take(24).batch(14)
+    assert batch["input_ids"].shape == (24, 14)
+    assert len(said) == 2
+    assert any("it does not count, and so for others as long; raise seq_len" in line for line in said)
+    assert any("is longer than seq_len 14: it is cut" in line for line in said)
+    assert sum(bool((row == -100).all()) for row in batch["labels"]) >= 8
+
+
+def test_the_perplexity_is_that_of_the_conversations_with_their_images(llava, dataset):
+    loaded = load_model(llava)
+    processor = open_processor(llava, loaded.tokenizer)
+    text = scored_text(open_documents(dataset), loaded.tokenizer, processor=processor)
+    result = perplexity(loaded.model, text, seq_len=64)
+    encoder, total, count = ImageEncoder(processor), 0.0, 0
+    for piece in open_documents(dataset).pieces(None):
+        tokens = encoder(piece.text)
+        images = {} if tokens.images is None else tokens.images.by_image
+        with torch.no_grad():
+            logits = loaded.model(input_ids=tokens.ids[None, :-1], **images).logits[0]
+        total += float(F.cross_entropy(logits, tokens.labels[1:], reduction="sum"))
+        count += int((tokens.labels[1:] != -100).sum())
+    assert result.num_tokens == count
+    assert result.loss == pytest.approx(total / count, rel=1e-4)
+    assert perplexity(loaded.model, text, seq_len=64, batch_size=4).loss == pytest.approx(result.loss, rel=1e-5)
+    with pytest.raises(InputError, match="images of conversation 1 of the evaluation text end at token"):
+        perplexity(loaded.model, text, seq_len=16)
+
+
+def test_the_solver_sees_the_images(llava, dataset):
+    loaded = load_model(llava)
+    processor = open_processor(llava, loaded.tokenizer)
+    ids, images = calibration_sequences(open_documents(dataset), loaded.tokenizer, 4, 48, 0, processor)
+    assert ids.shape == (4, 48)
+    assert images is not None
+    assert any(images)
+    layers, _ = sparse_linears(loaded.model)
+    stack, blocks = block_stack(loaded.model, layers)
+    with torch.no_grad():
+        inputs = BlockInputs(loaded.model, blocks, ids, images=images)
+        inputs.advance()
+        output = loaded.model.model(input_ids=ids[:1], **images[0], output_hidden_states=True)
+    assert len(inputs.batches) == 4
+    torch.testing.assert_close(inputs.batches[0], output.hidden_states[1], rtol=1e-4, atol=1e-4)
+    blind = load_model(llava).model
+    prune_oneshot_(loaded.model, "sparsegpt", calibration=ids, images=images)
+    prune_oneshot_(blind, "sparsegpt", calibration=ids)
+    name = next(iter(layers))
+    assert is_nm_sparse(loaded.model.get_submodule(name).weight)
+    assert not torch.equal(loaded.model.get_submodule(name).weight, blind.get_submodule(name).weight)
+
+
+def options(llava: Path, dataset: Path, run: Path, **over: Any) -> list[str]:
+    given = {"model": llava, "dataset": dataset, "output_dir": run, **OPTIONS, **over}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+
+
+def test_castlm_train_prune_and_eval_on_images(llava, dataset, tmp_path, capsys):
+    run, pruned = tmp_path / "run", tmp_path / "pruned"
+    assert main(["train", *options(llava, dataset, run)]) == 0
+    assert "the assistant's tokens count" in capsys.readouterr().err
+    arguments = ["--calibration", str(dataset), "--num-sequences", "4", "--seq-len", "48", "--device", "cpu"]
+    assert main(["prune", "--model", str(llava), "--output-dir", str(pruned), *arguments]) == 0
+    dense = AutoModelForImageTextToText.from_pretrained(llava)
+    for folder in (run / "model", pruned):
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        assert all(torch.equal(p, model.get_parameter(n)) for n, p in dense.named_parameters() if is_tower(n))
+        assert all(is_nm_sparse(layer.weight) for layer in sparse_linears(model)[0].values())
+        assert type(AutoProcessor.from_pretrained(folder)).__name__ == "LlavaProcessor"
+        assert main(["eval", str(folder), "--text", str(dataset), "--seq-len", "64", "--device", "cpu"]) == 0
+        assert "assistant tokens" in capsys.readouterr().out
+
+
+def test_a_run_on_images_resumes_exactly_and_two_ranks_are_one(llava, dataset, tmp_path):
+    def config(run: str, **over: Any) -> TrainConfig:
+        return TrainConfig(str(llava), str(dataset), str(tmp_path / run), **{**OPTIONS, **over})
+
+    train(config("straight"))
+    train_until(config("resumed"), 3)
+    train(replace(config("resumed"), resume=True))
+    run_ranks(train, 2, config("ranks", per_device_train_batch_size=2), folder=tmp_path)
+    runs = ("straight", "resumed", "ranks")
+    straight, resumed, ranks = (load_file(tmp_path / run / "model" / "model.safetensors") for run in runs)
+    for name, tensor in straight.items():
+        assert torch.equal(resumed[name], tensor), name
+        torch.testing.assert_close(ranks[name], tensor, rtol=0, atol=1e-4, msg=name)
+
+
+def test_a_rank_without_images_does_not_wait_for_one_with_some(llava, dataset, tmp_path):
+    """The vision tower is called on one rank alone: of two rows a step, one has an image."""
+    lines = dataset.read_text().splitlines()
+    data = dataset.parent / "uneven.jsonl"
+    data.write_text("\n".join([lines[1], *[lines[2]] * 7]))
+    over = {"per_device_train_batch_size": 1, "eval_dataset": str(dataset), "save_steps": 0, "calibration_sequences": 2}
+    run_ranks(
+        train, 2, TrainConfig(str(llava), str(data), str(tmp_path / "run"), **{**OPTIONS, **over}), folder=tmp_path
+    )
+    assert verify(tmp_path / "run" / "model").ok
+
+
+def test_training_on_images_teaches_their_colors(llava, tmp_path):
+    """Only the image tells the answer, so that a loss near zero shows that images and answers belong together."""
+    for name, color in COLORS.items():
+        Image.new("RGB", (20, 24), color).save(tmp_path / f"{name}.png")
+    rows = [{"messages": [user(PICTURE), assistant(name)], "images": [f"{name}.png"]} for name in COLORS] * 4
+    data = tmp_path / "colors.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    over = {"eta": 0.0, "max_steps": 60, "eval_steps": 60, "save_steps": 0, "learning_rate": 1e-2, "seq_len": 24}
+    over |= {"method": "dense", "eval_dataset": str(data)}
+    train(TrainConfig(str(llava), str(data), str(tmp_path / "run"), **{**OPTIONS, **over}))
+    record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
+    assert record["perplexity"]["trained"] < 1.2, record["perplexity"]
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no such file": ({"images": ["none.png"]}, r"image 1: there is no file .*none.png; paths are relative to"),
+    "an address": ({"images": ["https://a.b/c.png"]}, "image 1 is https://a.b/c.png: download it"),
+    "too many": ({"images": ["red.png", "red.png"]}, "2 images for 1 parts of type image in the messages"),
+    "too few": ({"images": []}, "0 images for 1 parts of type image"),
+    "not a path": ({"images": [3]}, "image 1 is a int: give the path of a file"),
+    "a video": ({"videos": ["a.mp4"], "images": ["red.png"]}, "the column 'videos' is neither text nor images"),
+    "both places": (
+        {"messages": [user({"type": "image", "path": "red.png"}), assistant("x")], "images": ["red.png"]},
+        "some images are in the messages and some are not",
+    ),
+    "an unknown part": (
+        {"messages": [user({"type": "video", "path": "a.mp4"}), assistant("x")], "images": []},
+        "has a part of type 'video'",
+    ),
+    "plain text": ({"messages": None, "text": "a caption", "images": ["red.png"]}, "lies beside plain text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_row_is_refused_with_its_line(case, dataset):
+    change, message = BAD[case]
+    row = {"messages": [user(PICTURE), assistant("red")], "images": ["red.png"]} | change
+    row = {name: value for name, value in row.items() if value is not None}
+    with pytest.raises(InputError, match=message):
+        document_of(row, dataset.parent)
+
+
+def test_a_file_that_is_no_image_is_refused_by_name(dataset, encoder, tmp_path):
+    (tmp_path / "torn.png").write_bytes((dataset.parent / "red.png").read_bytes()[:40])
+    row = {"messages": [user(PICTURE), assistant("red")], "images": ["torn.png"]}
+    with pytest.raises(InputError, match=r"cannot read the image .*torn.png: .*; remove its row"):
+        encoder(document_of(row, tmp_path))
+
+
+def test_what_cannot_be_done_with_images_is_refused_by_name(llava, dataset, text, tmp_path, capsys):
+    llama = save_tiny(tmp_path / "llama")
+    assert main(["train", *options(llama, dataset, tmp_path / "a")]) == 2
+    assert "which reads no images: give a vision-language model" in capsys.readouterr().err
+    cached = options(llava, dataset, tmp_path / "b", teacher_cache=tmp_path / "cache", teacher_top_k=8)
+    assert main(["train", *cached, "--hidden-weight=0"]) == 2
+    assert "teacher_cache knows a sequence by its tokens" in capsys.readouterr().err
+    assert main(["eval", str(llama), "--text", str(dataset), "--device", "cpu"]) == 2
+    assert "reads no images" in capsys.readouterr().err
+    without = tmp_path / "without"
+    save_tiny(without, "llava")
+    assert main(["train", *options(without, dataset, tmp_path / "c")]) == 2
+    assert "processor" in capsys.readouterr().err
+    assert not any((tmp_path / name).exists() for name in "abc")
+
+
+def test_features_of_other_sizes_are_filled_up_with_zeros():
+    a = ImageInputs({"tiles": torch.ones(1, 2, 3)}, {"kinds": torch.ones(4, dtype=torch.long)}, 4)
+    b = ImageInputs({"tiles": torch.ones(2, 3, 3)}, {"kinds": torch.ones(6, dtype=torch.long)}, 5)
+    joined = join_images([a, None, b], 5)
+    assert joined["tiles"].shape == (3, 3, 3)
+    assert joined["tiles"].sum(dim=(1, 2)).tolist() == [6, 9, 9]
+    assert joined["kinds"].sum(dim=1).tolist() == [4, 0, 5]
+    assert join_images([None, None], 5) == {}
