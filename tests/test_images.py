@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from castlm.cli.main import main
 from castlm.core.blocks import is_tower
@@ -24,7 +27,7 @@ from castlm.data.columns import find_columns
 from castlm.data.documents import open_documents
 from castlm.data.image_columns import BYTES
 from castlm.data.image_sequences import ImageSequences
-from castlm.data.images import ImageEncoder, ImageInputs, join_images
+from castlm.data.images import ImageEncoder, ImageInputs, ImageTokens, join_images
 from castlm.data.loader import BatchLoader
 from castlm.data.scored import scored_text
 from castlm.evaluation.perplexity import perplexity
@@ -37,11 +40,11 @@ from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from tests.ranks import run_ranks
 from tests.runs import train_until
-from tests.tiny import EOS_ID, IMAGE_TOKEN, save_tiny, save_tiny_llava
+from tests.tiny import EOS_ID, IMAGE_TOKENS, VISION, save_tiny, save_tiny_with_images
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "lime": (0, 255, 0), "gray": (128, 128, 128)}
 OPTIONS: dict[str, Any] = {
-    "seq_len": 48,
+    "seq_len": 64,
     "eval_tokens": 200,
     "max_steps": 4,
     "eval_steps": 4,
@@ -65,9 +68,15 @@ def assistant(text: str) -> dict[str, Any]:
 PICTURE = {"type": "image"}
 
 
+@pytest.fixture(scope="module", params=VISION)
+def vlm(request, tmp_path_factory) -> Path:
+    """Its positions are those of tokens for a LLaVA, and depend on the images for a Qwen2-VL."""
+    return save_tiny_with_images(tmp_path_factory.mktemp(request.param), request.param)
+
+
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory) -> Path:
-    return save_tiny_llava(tmp_path_factory.mktemp("llava"))
+    return save_tiny_with_images(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +84,7 @@ def dataset(tmp_path_factory) -> Path:
     """24 conversations: two images, one, and none, in turn; the answers name their colors."""
     folder = tmp_path_factory.mktemp("images")
     for name, color in COLORS.items():
-        Image.new("RGB", (20, 24), color).save(folder / f"{name}.png")
+        Image.new("RGB", (32, 32), color).save(folder / f"{name}.png")
     names, rows = [*COLORS], []
     for i in range(24):
         one, other = names[i % 4], names[(i // 4) % 4]
@@ -93,7 +102,18 @@ def dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(llava) -> ImageEncoder:
-    return ImageEncoder(open_processor(llava, load_model(llava).tokenizer))
+    return encoder_of(llava)
+
+
+def encoder_of(model: Path, assistant_only: bool = True) -> ImageEncoder:
+    return ImageEncoder(open_processor(model, load_model(model).tokenizer), assistant_only)
+
+
+def logits_of(model: PreTrainedModel, tokens: ImageTokens) -> torch.Tensor:
+    """Of a conversation alone, (num_tokens - 1, vocab)."""
+    images = join_images([tokens.images], len(tokens.ids) - 1)
+    with torch.no_grad():
+        return model(input_ids=tokens.ids[None, :-1], **images).logits[0]
 
 
 def document_of(row: dict[str, Any], folder: Path | None = None) -> str:
@@ -101,10 +121,11 @@ def document_of(row: dict[str, Any], folder: Path | None = None) -> str:
     return columns.document(row, "a.jsonl, line 1")
 
 
-def test_the_tokens_are_those_of_the_processor_and_the_assistant_counts(llava, dataset, encoder):
+def test_the_tokens_are_those_of_the_processor_and_the_assistant_counts(vlm, dataset):
+    encoder = encoder_of(vlm)
     row = json.loads(dataset.read_text().splitlines()[0])
     tokens = encoder(document_of(row, dataset.parent))
-    processor = AutoProcessor.from_pretrained(llava)
+    processor = AutoProcessor.from_pretrained(vlm)
     messages = [row["messages"][0], {"role": "assistant", "content": [{"type": "text", "text": "red, red"}]}]
     images = [Image.open(dataset.parent / name).convert("RGB") for name in row["images"]]
     text = processor.apply_chat_template(messages)
@@ -114,14 +135,16 @@ def test_the_tokens_are_those_of_the_processor_and_the_assistant_counts(llava, d
     torch.testing.assert_close(tokens.images.by_image["pixel_values"], theirs["pixel_values"])
     counted = tokens.labels[tokens.labels != -100]
     assert processor.tokenizer.decode(counted) == "red, red<|endoftext|>"
-    image_token = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    assert tokens.images.end == max(i for i, t in enumerate(tokens.ids.tolist()) if t == image_token) + 1
-    assert (tokens.ids == image_token).sum() == 8
+    places = [i for i, token in enumerate(tokens.ids.tolist()) if token == 260]
+    assert len(places) == 8
+    assert processor.tokenizer.convert_ids_to_tokens(260) in IMAGE_TOKENS.values()
+    assert tokens.images.end == places[-1] + 1
+    assert {*tokens.images.by_token} == {*theirs.keys()} & {"mm_token_type_ids"}
 
 
 def test_all_tokens_but_those_of_images_count_on_request(llava, dataset):
-    whole = ImageEncoder(open_processor(llava, load_model(llava).tokenizer), assistant_only=False)
-    tokens = whole(document_of(json.loads(dataset.read_text().splitlines()[1]), dataset.parent))
+    row = json.loads(dataset.read_text().splitlines()[1])
+    tokens = encoder_of(llava, assistant_only=False)(document_of(row, dataset.parent))
     assert (tokens.labels == -100).sum() == 4
     assert tokens.labels[-1] == EOS_ID
 
@@ -141,8 +164,7 @@ def test_bytes_in_parquet_are_the_same_as_files(dataset, encoder, tmp_path):
     rows = [json.loads(line) for line in dataset.read_text().splitlines()]
     packed = []
     for row in rows:
-        messages = [{"role": m["role"], "content": json.dumps(m["content"])} for m in row["messages"]]
-        parts = [part for part in row["messages"][0]["content"]]
+        parts = row["messages"][0]["content"]
         content = [{"type": part["type"], "text": part.get("text")} for part in parts]
         reply = [{"type": "text", "text": row["messages"][1]["content"]}]
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": reply}]
@@ -161,26 +183,24 @@ def test_bytes_in_parquet_are_the_same_as_files(dataset, encoder, tmp_path):
             assert torch.equal(a.images.by_image["pixel_values"], b.images.by_image["pixel_values"])
 
 
-def test_a_batch_gives_the_loss_of_its_conversations(llava, dataset, encoder):
-    model = load_model(llava).model
+def test_a_batch_gives_the_loss_of_its_conversations(vlm, dataset):
+    model, encoder = load_model(vlm).model, encoder_of(vlm)
     documents = open_documents(dataset)
-    loader = BatchLoader(ImageSequences(documents, encoder, seq_len=48, seed=3), rows_per_rank=6)
+    loader = BatchLoader(ImageSequences(documents, encoder, seq_len=64, seed=3), rows_per_rank=6)
     batch = next(loader)
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], **batch["images"]).logits
-        theirs = []
-        for piece in list(documents.pieces(3))[:6]:
-            tokens = encoder(piece.text)
-            images = {} if tokens.images is None else tokens.images.by_image
-            alone = model(input_ids=tokens.ids[None, :-1], **images).logits[0]
-            theirs.append(F.cross_entropy(alone, tokens.labels[1:], reduction="sum"))
+    theirs = []
+    for piece in list(documents.pieces(3))[:6]:
+        tokens = encoder(piece.text)
+        theirs.append(F.cross_entropy(logits_of(model, tokens), tokens.labels[1:], reduction="sum"))
     ours = [F.cross_entropy(row, labels, reduction="sum") for row, labels in zip(logits, batch["labels"])]
     torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-4, atol=1e-4)
 
 
 def test_the_order_is_the_same_on_two_ranks_and_after_a_resume(dataset, encoder):
     def loader(rank: int = 0, size: int = 1, rows: int = 4) -> BatchLoader:
-        sequences = ImageSequences(open_documents(dataset), encoder, seq_len=48, seed=1)
+        sequences = ImageSequences(open_documents(dataset), encoder, seq_len=64, seed=1)
         return BatchLoader(sequences, rows_per_rank=rows, rank=rank, world_size=size)
 
     straight = loader()
@@ -207,18 +227,15 @@ def test_a_conversation_that_is_too_long_is_cut_or_left_out_and_said(dataset, en
     assert sum(bool((row == -100).all()) for row in batch["labels"]) >= 8
 
 
-def test_the_perplexity_is_that_of_the_conversations_with_their_images(llava, dataset):
-    loaded = load_model(llava)
-    processor = open_processor(llava, loaded.tokenizer)
+def test_the_perplexity_is_that_of_the_conversations_with_their_images(vlm, dataset):
+    loaded = load_model(vlm)
+    processor = open_processor(vlm, loaded.tokenizer)
     text = scored_text(open_documents(dataset), loaded.tokenizer, processor=processor)
     result = perplexity(loaded.model, text, seq_len=64)
     encoder, total, count = ImageEncoder(processor), 0.0, 0
     for piece in open_documents(dataset).pieces(None):
         tokens = encoder(piece.text)
-        images = {} if tokens.images is None else tokens.images.by_image
-        with torch.no_grad():
-            logits = loaded.model(input_ids=tokens.ids[None, :-1], **images).logits[0]
-        total += float(F.cross_entropy(logits, tokens.labels[1:], reduction="sum"))
+        total += float(F.cross_entropy(logits_of(loaded.model, tokens), tokens.labels[1:], reduction="sum"))
         count += int((tokens.labels[1:] != -100).sum())
     assert result.num_tokens == count
     assert result.loss == pytest.approx(total / count, rel=1e-4)
@@ -227,22 +244,26 @@ def test_the_perplexity_is_that_of_the_conversations_with_their_images(llava, da
         perplexity(loaded.model, text, seq_len=16)
 
 
-def test_the_solver_sees_the_images(llava, dataset):
-    loaded = load_model(llava)
-    processor = open_processor(llava, loaded.tokenizer)
-    ids, images = calibration_sequences(open_documents(dataset), loaded.tokenizer, 4, 48, 0, processor)
-    assert ids.shape == (4, 48)
+def test_the_solver_sees_the_images(vlm, dataset):
+    loaded = load_model(vlm)
+    processor = open_processor(vlm, loaded.tokenizer)
+    ids, images = calibration_sequences(open_documents(dataset), loaded.tokenizer, 4, 64, 0, processor)
+    assert ids.shape == (4, 64)
     assert images is not None
     assert any(images)
     layers, _ = sparse_linears(loaded.model)
-    stack, blocks = block_stack(loaded.model, layers)
+    _, blocks = block_stack(loaded.model, layers)
     with torch.no_grad():
         inputs = BlockInputs(loaded.model, blocks, ids, images=images)
         inputs.advance()
-        output = loaded.model.model(input_ids=ids[:1], **images[0], output_hidden_states=True)
     assert len(inputs.batches) == 4
-    torch.testing.assert_close(inputs.batches[0], output.hidden_states[1], rtol=1e-4, atol=1e-4)
-    blind = load_model(llava).model
+    for number, batch in enumerate(inputs):  # what enters the second block of the model itself
+        seen: list[torch.Tensor] = []
+        hook = blocks[1].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        loaded.model.model(input_ids=ids[number : number + 1], **images[number])
+        hook.remove()
+        torch.testing.assert_close(batch, seen[0], rtol=1e-5, atol=1e-5)
+    blind = load_model(vlm).model
     prune_oneshot_(loaded.model, "sparsegpt", calibration=ids, images=images)
     prune_oneshot_(blind, "sparsegpt", calibration=ids)
     name = next(iter(layers))
@@ -250,30 +271,30 @@ def test_the_solver_sees_the_images(llava, dataset):
     assert not torch.equal(loaded.model.get_submodule(name).weight, blind.get_submodule(name).weight)
 
 
-def options(llava: Path, dataset: Path, run: Path, **over: Any) -> list[str]:
-    given = {"model": llava, "dataset": dataset, "output_dir": run, **OPTIONS, **over}
+def options(model: Path, dataset: Path, run: Path, **over: Any) -> list[str]:
+    given = {"model": model, "dataset": dataset, "output_dir": run, **OPTIONS, **over}
     return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
 
 
-def test_castlm_train_prune_and_eval_on_images(llava, dataset, tmp_path, capsys):
+def test_castlm_train_prune_and_eval_on_images(vlm, dataset, tmp_path, capsys):
     run, pruned = tmp_path / "run", tmp_path / "pruned"
-    assert main(["train", *options(llava, dataset, run)]) == 0
-    assert "the assistant's tokens count" in capsys.readouterr().err
-    arguments = ["--calibration", str(dataset), "--num-sequences", "4", "--seq-len", "48", "--device", "cpu"]
-    assert main(["prune", "--model", str(llava), "--output-dir", str(pruned), *arguments]) == 0
-    dense = AutoModelForImageTextToText.from_pretrained(llava)
+    assert main(["train", *options(vlm, dataset, run)]) == 0
+    assert "conversations with images: the assistant's tokens count" in capsys.readouterr().err
+    arguments = ["--calibration", str(dataset), "--num-sequences", "4", "--seq-len", "64", "--device", "cpu"]
+    assert main(["prune", "--model", str(vlm), "--output-dir", str(pruned), *arguments]) == 0
+    dense = AutoModelForImageTextToText.from_pretrained(vlm)
     for folder in (run / "model", pruned):
         model = AutoModelForImageTextToText.from_pretrained(folder)
         assert all(torch.equal(p, model.get_parameter(n)) for n, p in dense.named_parameters() if is_tower(n))
         assert all(is_nm_sparse(layer.weight) for layer in sparse_linears(model)[0].values())
-        assert type(AutoProcessor.from_pretrained(folder)).__name__ == "LlavaProcessor"
+        assert type(AutoProcessor.from_pretrained(folder)) is type(AutoProcessor.from_pretrained(vlm))
         assert main(["eval", str(folder), "--text", str(dataset), "--seq-len", "64", "--device", "cpu"]) == 0
         assert "assistant tokens" in capsys.readouterr().out
 
 
-def test_a_run_on_images_resumes_exactly_and_two_ranks_are_one(llava, dataset, tmp_path):
+def test_a_run_on_images_resumes_exactly_and_two_ranks_are_one(vlm, dataset, tmp_path):
     def config(run: str, **over: Any) -> TrainConfig:
-        return TrainConfig(str(llava), str(dataset), str(tmp_path / run), **{**OPTIONS, **over})
+        return TrainConfig(str(vlm), str(dataset), str(tmp_path / run), **{**OPTIONS, **over})
 
     train(config("straight"))
     train_until(config("resumed"), 3)
@@ -301,7 +322,7 @@ def test_a_rank_without_images_does_not_wait_for_one_with_some(llava, dataset, t
 def test_training_on_images_teaches_their_colors(llava, tmp_path):
     """Only the image tells the answer, so that a loss near zero shows that images and answers belong together."""
     for name, color in COLORS.items():
-        Image.new("RGB", (20, 24), color).save(tmp_path / f"{name}.png")
+        Image.new("RGB", (32, 32), color).save(tmp_path / f"{name}.png")
     rows = [{"messages": [user(PICTURE), assistant(name)], "images": [f"{name}.png"]} for name in COLORS] * 4
     data = tmp_path / "colors.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -361,6 +382,41 @@ def test_what_cannot_be_done_with_images_is_refused_by_name(llava, dataset, text
     assert main(["train", *options(without, dataset, tmp_path / "c")]) == 2
     assert "processor" in capsys.readouterr().err
     assert not any((tmp_path / name).exists() for name in "abc")
+
+
+def test_a_template_that_reads_parts_alone_gets_text_in_parts(llava, tmp_path):
+    tokenizer, chat = load_model(llava).tokenizer, tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}, assistant("there")]}) + "\n")
+    text = scored_text(open_documents(chat), tokenizer)
+    assert tokenizer.decode(text.ids) == "user:hello<|endoftext|>\nassistant:there<|endoftext|>\n<|endoftext|>"
+    assert tokenizer.decode(text.labels[text.labels != -100]) == "there<|endoftext|>"
+
+
+def test_a_stream_of_the_hub_gives_the_same_images(dataset, encoder, monkeypatch):
+    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
+    table = {
+        "prompt": [[{"role": "user", "content": f"number {i}"}] for i in range(len(rows))],
+        "completion": [row["messages"][1:] for row in rows],
+        "images": [[str(dataset.parent / name) for name in row["images"]] for row in rows],
+    }
+    features = datasets.Features(
+        {name: datasets.Dataset.from_dict(table).features[name] for name in ("prompt", "completion")}
+        | {"images": datasets.List(datasets.Image())}
+    )
+    whole = datasets.Dataset.from_dict(table, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: whole.to_iterable_dataset())
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: SimpleNamespace(sha="abc"))
+    documents = open_documents("some/name")
+    assert documents.has_images
+    found = [encoder(piece.text) for piece in documents.pieces(None)]
+    assert [0 if t.images is None else len(t.images.by_image["pixel_values"]) for t in found] == [2, 1, 0] * 8
+    sequences = ImageSequences(documents, encoder, seq_len=64, seed=0)
+    first = sequences.take(30).batch(64)["input_ids"]
+    resumed = ImageSequences(open_documents("some/name"), encoder, seq_len=64, seed=0)
+    again = ImageSequences(open_documents("some/name"), encoder, seq_len=64, seed=0)
+    again.take(11)
+    resumed.load_state_dict(json.loads(json.dumps(again.state_dict())))
+    assert torch.equal(resumed.take(19).batch(64)["input_ids"], first[11:])
 
 
 def test_features_of_other_sizes_are_filled_up_with_zeros():

@@ -130,30 +130,34 @@ def save_tiny(folder: str | Path, family: str = "llama", seed: int = 0, **over: 
     return Path(folder)
 
 
-IMAGE_TOKEN = "<image>"
-IMAGE_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>"
+IMAGE_TOKENS = {"llava": "<image>", "qwen2_vl": "<|image_pad|>"}
+"""What stands for an image in a text: the token 260 of both models."""
+_IMAGE_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE"
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 """Renders lists of parts alone, as the templates of many processors do."""
 
 
-def save_tiny_llava(folder: str | Path, seed: int = 0, **over: Any) -> Path:
-    """Writes the LLaVA of `tiny_model` with its processor; an image takes 4 tokens. Returns the folder."""
-    from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+def save_tiny_with_images(folder: str | Path, family: str = "llava", seed: int = 0, **over: Any) -> Path:
+    """Writes a model of VISION with its processor; an image takes 4 tokens. Returns the folder."""
+    from transformers import CLIPImageProcessor, LlavaProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>", "<c>", IMAGE_TOKEN]})
-    assert tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) == _IMAGES["llava"]["image_token_index"]
-    LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=IMAGE_TEMPLATE,
-    ).save_pretrained(folder)
-    tiny_model("llava", seed, **over).save_pretrained(folder)
+    tokenizer, token = tiny_tokenizer(), IMAGE_TOKENS[family]
+    names = ["<a>", "<b>", "<c>", token, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names if family == "qwen2_vl" else names[:4]})
+    assert tokenizer.convert_tokens_to_ids(token) == 260
+    if family == "llava":
+        images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+        of_model = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        template = _IMAGE_TEMPLATE.replace("IMAGE", token)
+        processor = LlavaProcessor(images, tokenizer, chat_template=template, **of_model)
+    else:
+        images = Qwen2VLImageProcessor(patch_size=8, merge_size=2, min_pixels=256, max_pixels=1024)
+        template = _IMAGE_TEMPLATE.replace("IMAGE", f"<|vision_start|>{token}<|vision_end|>")
+        processor = Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(patch_size=8), chat_template=template)
+    processor.save_pretrained(folder)
+    tiny_model(family, seed, **over).save_pretrained(folder)
     return Path(folder)

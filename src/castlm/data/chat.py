@@ -19,6 +19,8 @@ from castlm.reading import read_text, user_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PROBE = "castlm"
+"""A text that a template which reads texts repeats."""
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -45,6 +47,7 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = True) -> None:
         self._tokenizer, self._assistant_only = tokenizer, assistant_only
         self._special = tuple(tokenizer.all_special_tokens)
+        self._reads_text: bool | None = None  # whether the template does, or lists of parts alone
 
     def __call__(self, document: str) -> Rendered:
         """The tokens of a conversation, given as JSON.
@@ -86,11 +89,29 @@ class Chat:
                 "one with chat_template_path"
             ) from error
 
+    def _as_read(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """`messages` with lists of parts for texts, if the template reads nothing else: it would leave texts out
+        without a word, as those of some vision-language models do."""
+        if self._reads_text is None:
+            probe = [{"role": "user", "content": _PROBE}]
+            try:
+                self._reads_text = _PROBE in self._tokenizer.apply_chat_template(probe, tokenize=False)
+            except Exception:  # whatever a template does: it says so again for the conversation itself
+                self._reads_text = True
+        if self._reads_text:
+            return list(messages)
+        return [
+            {**message, "content": [{"type": "text", "text": content}]}
+            if isinstance(content := message.get("content"), str)
+            else message
+            for message in messages
+        ]
+
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool = False) -> str:
         self._template()
         try:
             options = {"tools": tools, "add_generation_prompt": prompt, "tokenize": False}
-            return str(self._tokenizer.apply_chat_template(list(messages), **options))
+            return str(self._tokenizer.apply_chat_template(self._as_read(messages), **options))
         except Exception as error:  # whatever a template does: it is a program
             raise self._refused(messages, error) from error
 
@@ -106,7 +127,7 @@ class Chat:
         self._check_fast()
         options = {"tools": tools, "return_dict": True, "return_assistant_tokens_mask": True}
         try:
-            found = self._tokenizer.apply_chat_template(messages, **options)
+            found = self._tokenizer.apply_chat_template(self._as_read(messages), **options)
         except Exception as error:
             raise self._refused(messages, error) from error
         counts = [bool(mark) for mark in found["assistant_masks"]]

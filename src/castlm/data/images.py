@@ -12,8 +12,8 @@ import binascii
 import copy
 import io
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from castlm.core.errors import InputError
 from castlm.data.chat import Rendered
-from castlm.data.image_columns import BYTES
+from castlm.data.image_columns import BYTES, message_content
 from castlm.data.tokens import Encoder
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ class ImageEncoder:
             InputError: as `Chat`; an image that cannot be read; or a processor that cannot take it, or changes more of
                 the text than the images.
         """
-        plain, sources = _in_parts(document)
+        content = json.loads(document)
+        sources = content.pop("images", [])
+        plain = json.dumps(content)
         rendered = self._chat(plain)
         if not sources:
             return self._of(rendered, None)
@@ -97,10 +99,12 @@ class ImageEncoder:
 
     def text_alone(self, document: str) -> list[int]:
         """The tokens of a conversation without its images, with an end-of-text behind them."""
-        content = json.loads(_in_parts(document)[0])
-        for messages in _lists_of_messages(content):
-            for message in messages:
-                message["content"] = [part for part in message["content"] if part["type"] == "text"]
+        content = json.loads(document)
+        content.pop("images", None)
+        for messages in (content.get(name) for name in ("messages", "prompt", "completion")):
+            for message in messages if isinstance(messages, list) else []:
+                if isinstance(message.get("content"), list):
+                    message["content"] = message_content([p for p in message["content"] if p["type"] == "text"], "")
         return [*self._chat(json.dumps(content)).ids, self.eos]
 
     @property
@@ -136,22 +140,6 @@ class ImageEncoder:
 
 def _find(part: list[int], row: list[int], start: int) -> int | None:
     return next((i for i in range(start, len(row) - len(part) + 1) if row[i : i + len(part)] == part), None)
-
-
-def _in_parts(document: str) -> tuple[str, list[str]]:
-    """A conversation with all messages as lists of parts, as the templates of processors take them, and its images."""
-    content = json.loads(document)
-    images = content.pop("images", [])
-    for messages in _lists_of_messages(content):
-        for message in messages:
-            if isinstance(message.get("content", ""), str):
-                message["content"] = [{"type": "text", "text": text}] if (text := message.get("content")) else []
-    return json.dumps(content), images
-
-
-def _lists_of_messages(content: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
-    found = [content.get(name) for name in ("messages", "prompt", "completion")]
-    return [messages for messages in found if isinstance(messages, list)]
 
 
 def open_image(source: str) -> Image:
