@@ -12,6 +12,7 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -33,6 +34,7 @@ from castlm.data.scored import scored_text
 from castlm.evaluation.perplexity import perplexity
 from castlm.export.verify import verify
 from castlm.models import load_model
+from castlm.oneshot.options import Refinements
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.walk import BlockInputs, block_stack
 from castlm.opening import open_processor
@@ -40,7 +42,15 @@ from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from tests.ranks import run_ranks
 from tests.runs import train_until
-from tests.tiny import EOS_ID, IMAGE_TOKENS, VISION, save_tiny, save_tiny_with_images
+from tests.tiny import (
+    EOS_ID,
+    IMAGE_TEMPLATE,
+    IMAGE_TOKENS,
+    VISION,
+    save_tiny,
+    save_tiny_with_images,
+    tiny_tokenizer,
+)
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "lime": (0, 255, 0), "gray": (128, 128, 128)}
 OPTIONS: dict[str, Any] = {
@@ -263,6 +273,10 @@ def test_the_solver_sees_the_images(vlm, dataset):
         loaded.model.model(input_ids=ids[number : number + 1], **images[number])
         hook.remove()
         torch.testing.assert_close(batch, seen[0], rtol=1e-5, atol=1e-5)
+    twin = load_model(vlm).model
+    refinements = Refinements(target_asymmetry=0.5, reconstruct_epochs=1)
+    report = prune_oneshot_(twin, "sparsegpt", calibration=ids, images=images, refinements=refinements)
+    assert all(block.after <= block.before for block in report.reconstructions)
     blind = load_model(vlm).model
     prune_oneshot_(loaded.model, "sparsegpt", calibration=ids, images=images)
     prune_oneshot_(blind, "sparsegpt", calibration=ids)
@@ -417,6 +431,53 @@ def test_a_stream_of_the_hub_gives_the_same_images(dataset, encoder, monkeypatch
     again.take(11)
     resumed.load_state_dict(json.loads(json.dumps(again.state_dict())))
     assert torch.equal(resumed.take(19).batch(64)["input_ids"], first[11:])
+
+
+def processor_of(family: str) -> transformers.ProcessorMixin:
+    """Of small images, with a token for each byte; an image of 32 x 32 takes at least 4 tokens."""
+    tokenizer, small = tiny_tokenizer(), {"height": 16, "width": 16}
+
+    def known(**names: str) -> None:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(names.values())})
+        for name, token in names.items():
+            setattr(tokenizer, name, token)
+            setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+
+    match family:
+        case "idefics3":
+            known(image_token="<image>", fake_image_token="<around>", global_image_token="<global-img>")
+            tokenizer.add_tokens([f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)])
+            sizes = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+            images = transformers.Idefics3ImageProcessor(do_image_splitting=True, **sizes)
+            processor = transformers.Idefics3Processor(images, tokenizer, image_seq_len=4)
+        case "gemma3":
+            known(image_token="<soft>", boi_token="<start_of_image>", eoi_token="<end_of_image>")
+            images = transformers.Gemma3ImageProcessor(size=small)
+            processor = transformers.Gemma3Processor(images, tokenizer, image_seq_length=4)
+        case "llava_next":
+            known(image_token="<image>")
+            tiles = {"image_grid_pinpoints": [[16, 32], [32, 16]]}
+            images = transformers.LlavaNextImageProcessor(size={"shortest_edge": 16}, crop_size=small, **tiles)
+            of_model = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+            processor = transformers.LlavaNextProcessor(images, tokenizer, patch_size=8, **of_model)
+        case "pixtral":
+            known(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]")
+            images = transformers.PixtralImageProcessor(patch_size=8, size={"longest_edge": 32})
+            processor = transformers.PixtralProcessor(images, tokenizer, patch_size=8)
+    stands_for = {"gemma3": "<start_of_image>", "pixtral": "[IMG]"}.get(family, "<image>")
+    tokenizer.chat_template = IMAGE_TEMPLATE.replace("IMAGE", stands_for)
+    return processor
+
+
+@pytest.mark.parametrize("family", ["idefics3", "gemma3", "llava_next", "pixtral"])
+def test_the_assistant_is_found_whatever_a_processor_puts_around_images(family, dataset):
+    row = json.loads(dataset.read_text().splitlines()[0])
+    tokens = ImageEncoder(processor_of(family))(document_of(row, dataset.parent))
+    assert processor_of(family).tokenizer.decode(tokens.labels[tokens.labels != -100]) == "red, red<|endoftext|>"
+    text = processor_of(family).tokenizer.decode(tokens.ids[: tokens.images.end] if tokens.images else [])
+    assert text.startswith("user:which? ")
+    assert text.count(" and ") == 1
+    assert len(text) > 60
 
 
 def test_features_of_other_sizes_are_filled_up_with_zeros():

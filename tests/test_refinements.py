@@ -169,7 +169,7 @@ def test_reconstruction_never_ends_above_where_it_began(learning_rate):
     with torch.no_grad():
         targets = [dense(x) for x in inputs]
     report = reconstruct_(
-        block, lambda b, x: b(x), inputs, targets, {weight: mask}, epochs=5, learning_rate=learning_rate
+        block, lambda b, x, _: b(x), inputs, targets, {weight: mask}, epochs=5, learning_rate=learning_rate
     )
     assert report.after <= report.before
     assert not (weight[~mask]).any()

@@ -17,8 +17,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt2")
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 """Families whose blocks hold 4 experts, of which a token takes 2; those of gpt_oss are stored (experts, in, out)."""
 
-VISION = ("llava", "qwen2_vl")
-"""Vision-language models: a language model beside a vision tower and a projector."""
+VISION = ("llava", "qwen2_vl", "qwen3_vl")
+"""Vision-language models: a language model beside a vision tower and a projector. The positions of the second depend on
+its images, and the third adds their features between its blocks as well."""
 
 EOS = "<|endoftext|>"
 EOS_ID = 256  # after one token for each byte
@@ -40,15 +41,14 @@ _WIDTHS: dict[str, Any] = {
 }
 _GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 _EXPERTS = _GROUPED | {"num_experts_per_tok": 2}
+_ROPE_OF_IMAGES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 _FAMILY: dict[str, dict[str, Any]] = {
     "mixtral": _EXPERTS | {"num_local_experts": 4},
     "qwen2_moe": _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 48},
     "qwen3_moe": _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 16},
     "llava": _GROUPED | {"model_type": "llama"},
-    "qwen2_vl": {
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-    },
+    "qwen2_vl": {"num_key_value_heads": 2, "rope_parameters": _ROPE_OF_IMAGES},
+    "qwen3_vl": _GROUPED | {"rope_parameters": _ROPE_OF_IMAGES},
     "gpt_oss": _EXPERTS | {"num_local_experts": 4, "sliding_window": 16},
     "llama": _GROUPED,
     "mistral": _GROUPED,
@@ -59,6 +59,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
 _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_QWEN_TOKENS = {"image_token_id": 260, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263}
 _IMAGES: dict[str, dict[str, Any]] = {
     "llava": {
         "vision_config": {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **_TOWER},
@@ -73,7 +74,20 @@ _IMAGES: dict[str, dict[str, Any]] = {
             "mlp_ratio": 2,
             "patch_size": 8,
         },
-        **{"image_token_id": 260, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263},
+        **_QWEN_TOKENS,
+    },
+    "qwen3_vl": {
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "patch_size": 8,
+            "out_hidden_size": 32,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 16,
+        },
+        **_QWEN_TOKENS,
     },
 }
 _OWN_NAMES = {
@@ -130,34 +144,35 @@ def save_tiny(folder: str | Path, family: str = "llama", seed: int = 0, **over: 
     return Path(folder)
 
 
-IMAGE_TOKENS = {"llava": "<image>", "qwen2_vl": "<|image_pad|>"}
-"""What stands for an image in a text: the token 260 of both models."""
-_IMAGE_TEMPLATE = (
+IMAGE_TOKENS = {"llava": "<image>", "qwen2_vl": "<|image_pad|>", "qwen3_vl": "<|image_pad|>"}
+"""What stands for an image in a text: the token 260 of all three."""
+IMAGE_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE"
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-"""Renders lists of parts alone, as the templates of many processors do."""
+"""Renders lists of parts alone, as the templates of many processors do. IMAGE is for the token of an image."""
 
 
 def save_tiny_with_images(folder: str | Path, family: str = "llava", seed: int = 0, **over: Any) -> Path:
     """Writes a model of VISION with its processor; an image takes 4 tokens. Returns the folder."""
-    from transformers import CLIPImageProcessor, LlavaProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+    import transformers
 
     tokenizer, token = tiny_tokenizer(), IMAGE_TOKENS[family]
     names = ["<a>", "<b>", "<c>", token, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": names if family == "qwen2_vl" else names[:4]})
+    tokenizer.add_special_tokens({"additional_special_tokens": names[:4] if family == "llava" else names})
     assert tokenizer.convert_tokens_to_ids(token) == 260
     if family == "llava":
-        images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+        images = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
         of_model = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-        template = _IMAGE_TEMPLATE.replace("IMAGE", token)
-        processor = LlavaProcessor(images, tokenizer, chat_template=template, **of_model)
+        template = IMAGE_TEMPLATE.replace("IMAGE", token)
+        processor = transformers.LlavaProcessor(images, tokenizer, chat_template=template, **of_model)
     else:
-        images = Qwen2VLImageProcessor(patch_size=8, merge_size=2, min_pixels=256, max_pixels=1024)
-        template = _IMAGE_TEMPLATE.replace("IMAGE", f"<|vision_start|>{token}<|vision_end|>")
-        processor = Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(patch_size=8), chat_template=template)
+        images = transformers.Qwen2VLImageProcessor(patch_size=8, merge_size=2, min_pixels=256, max_pixels=1024)
+        template = IMAGE_TEMPLATE.replace("IMAGE", f"<|vision_start|>{token}<|vision_end|>")
+        name = {"qwen2_vl": "Qwen2VL", "qwen3_vl": "Qwen3VL"}[family]
+        videos = getattr(transformers, f"{name}VideoProcessor")(patch_size=8)
+        processor = getattr(transformers, f"{name}Processor")(images, tokenizer, videos, chat_template=template)
     processor.save_pretrained(folder)
     tiny_model(family, seed, **over).save_pretrained(folder)
     return Path(folder)

@@ -41,8 +41,8 @@ class DenseTwin:
         return [self.inputs.call(i).run(self.block, hidden) for i, hidden in enumerate(self.batches)]
 
     def advance(self, outputs: list[Tensor]) -> None:
-        """Goes on to the next block with the `outputs` of this one."""
-        self.batches = outputs
+        """Goes on to the next block with the `outputs` of this one; to be called before the inputs go on."""
+        self.batches = [self.inputs.entering_next(output, i) for i, output in enumerate(outputs)]
 
     def shift(self, name: str, prefix: str, probes: Mapping[str, str]) -> Shift:
         """What the two models differ by at the input of a layer.

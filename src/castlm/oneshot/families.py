@@ -233,7 +233,7 @@ def _gpt2(model: PreTrainedModel, wiring: Wiring) -> None:
 _SANDWICH = frozenset({"gemma2", "gemma3_text"})
 FAMILIES: dict[str, Callable[[PreTrainedModel, Wiring], None]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", *_SANDWICH), _llama),
-    **dict.fromkeys(("mixtral", "qwen3_moe", "qwen2_vl_text", "qwen2_5_vl_text"), _llama),
+    **dict.fromkeys(("mixtral", "qwen3_moe", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), _llama),
     "opt": _opt,
     "gpt2": _gpt2,
 }

@@ -63,14 +63,16 @@ class BlockInputs:
 
     Taken from forward passes of the model itself, so that embeddings, masks (which can differ between blocks, as with
     sliding windows) and rotary tables are those of the model. The first pass goes through all blocks, and also checks
-    that nothing but the hidden states runs from block to block; the others end at the first block. With images, a pass
-    is one sequence, and goes through all blocks where rotary tables depend on its images.
+    that nothing but the hidden states runs from block to block; the others end at the first block.
+
+    With images, each sequence has a pass of its own, through all blocks: rotary tables may depend on its images
+    (Qwen2-VL), and features of them may be added to some tokens between blocks (Qwen3-VL).
 
     Args:
         calibration: int64, (num_sequences, seq_len).
-        images: of each of these.
         batches: where the hidden states are held, (batch, seq, hidden) each; a list if not given. What it holds already
             is what enters the block `index`.
+        images: of each sequence.
 
     Raises:
         InputError: a model that passes more than hidden states between its blocks, or calls them otherwise than once
@@ -87,15 +89,16 @@ class BlockInputs:
         images: Images = None,
     ) -> None:
         self.blocks, self.index = blocks, index
-        self.calls: list[list[BlockCall]] = []  # of all blocks: those of the first batch, and of others that differ
-        self._call_of: list[int] = []
-        self._has_images = images is not None
         self.batches: MutableSequence[Tensor] = [] if batches is None else batches
+        self._passes: list[_Pass] = []  # the first, and with images those of all batches
         is_filled = bool(self.batches)
-        size = 1 if images is not None else batch_size(calibration, model.device)
-        for number, ids in enumerate(calibration.to(model.device).split(size)):
-            of_batch = {} if images is None else {name: x.to(model.device) for name, x in images[number].items()}
-            self._enter(model, ids, of_batch, keep=not is_filled)
+        if images is not None:
+            for ids, of_sequence in zip(calibration.to(model.device).split(1), images, strict=True):
+                of_device = {name: tensor.to(model.device) for name, tensor in of_sequence.items()}
+                self._enter(model, ids, of_device, keep=True)
+            return
+        for ids in calibration.to(model.device).split(batch_size(calibration, model.device)):
+            self._enter(model, ids, None, keep=not is_filled)
             if is_filled:  # one pass, for the calls
                 break
 
@@ -105,47 +108,62 @@ class BlockInputs:
 
     def call(self, batch: int) -> BlockCall:
         """How the current block is called with a batch, counted from 0."""
-        differs = len(self.calls) > 1
-        return self.calls[self._call_of[batch] if differs else 0][self.index]
+        return self._pass(batch).calls[self.index]
 
     def run(self, hidden: Tensor, batch: int) -> Tensor:
         """The current block on one batch."""
         return self.call(batch).run(self.blocks[self.index], hidden)
 
     def advance(self, outputs: Sequence[Tensor] | None = None) -> None:
-        """Puts what the current block gives for each batch in its place, and goes on to the next.
+        """Puts what enters the next block for each batch in its place, and goes on to it.
 
         Args:
-            outputs: where they are known; else the block runs.
+            outputs: what the current block gives, where that is known; else the block runs.
         """
         for i, hidden in enumerate(self.batches):
-            self.batches[i] = self.run(hidden, i) if outputs is None else outputs[i]
+            self.batches[i] = self.entering_next(self.run(hidden, i) if outputs is None else outputs[i], i)
         self.index += 1
 
-    def _enter(self, model: PreTrainedModel, ids: Tensor, images: dict[str, Tensor], keep: bool) -> None:
-        first_pass = not self.calls
+    def entering_next(self, output: Tensor, batch: int) -> Tensor:
+        """What enters the next block where the current one gives `output`."""
+        added = self._pass(batch).added.get(self.index + 1)
+        if added is None:
+            return output
+        entering = output.clone()
+        entering[0, added.tokens] += added.values
+        return entering
+
+    def _pass(self, batch: int) -> _Pass:
+        return self._passes[batch if len(self._passes) > 1 else 0]
+
+    def _enter(self, model: PreTrainedModel, ids: Tensor, images: dict[str, Tensor] | None, keep: bool) -> None:
+        ends_early = bool(self._passes) and images is None
         passed_on: list[Tensor] = []  # what the last block called gave back
-        calls: list[BlockCall] = []
+        here = _Pass([], {})
 
         def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, call = _split_call(args, kwargs)
-            in_order = index == len(calls)
-            if not in_order or (index > 0 and not _same(hidden, passed_on.pop())):
+            in_order = index == len(here.calls)
+            if in_order and index > 0 and not _same(hidden, output := passed_on.pop()):
+                added = None if images is None else _added(output, hidden)
+                in_order = added is not None
+                if added is not None:
+                    here.added[index] = added
+            if not in_order:
                 raise InputError(
                     f"{type(model).__name__} does more between its blocks than pass hidden states on: "
                     "pruning block by block cannot follow it, use magnitude without calibration"
                 )
-            calls.append(call)
-            if index == 0:
-                if keep:
-                    self.batches.append(hidden)
-                if not first_pass and _same(call, self.calls[0][0]):
-                    raise StopForward
-                if not first_pass and not self._has_images:
-                    raise InputError(
-                        f"the blocks of {type(model).__name__} take arguments that change with the text: "
-                        "pruning block by block cannot follow it, use magnitude without calibration"
-                    )
+            if index == 0 and ends_early and not _same(call, self._passes[0].calls[0]):
+                raise InputError(
+                    f"the blocks of {type(model).__name__} take arguments that change with the text: "
+                    "pruning block by block cannot follow it, use magnitude without calibration"
+                )
+            if index == 0 and keep:
+                self.batches.append(hidden)
+            if ends_early:
+                raise StopForward
+            here.calls.append(call)
 
         with ExitStack() as hooks:
             for index, block in enumerate(self.blocks):
@@ -156,12 +174,39 @@ class BlockInputs:
                 )
                 hooks.enter_context(block.register_forward_hook(lambda _, __, out: passed_on.append(_hidden_of(out))))
             with suppress(StopForward):
-                model.base_model(input_ids=ids, use_cache=False, **images)
-                if len(calls) < len(self.blocks):
-                    raise InputError(f"{type(model).__name__} runs only {len(calls)} of its {len(self.blocks)} blocks")
-                self.calls.append(calls)
-        is_own = len(calls) == len(self.blocks)
-        self._call_of.append(len(self.calls) - 1 if is_own else 0)
+                model.base_model(input_ids=ids, use_cache=False, **(images or {}))
+        if ends_early:
+            return
+        if len(here.calls) < len(self.blocks):
+            raise InputError(f"{type(model).__name__} runs only {len(here.calls)} of its {len(self.blocks)} blocks")
+        same = bool(self._passes) and _same(here.calls, self._passes[0].calls)  # then one copy of the tables is kept
+        self._passes.append(here._replace(calls=self._passes[0].calls) if same else here)
+
+
+class _Added(NamedTuple):
+    """What a model adds to the hidden states of one sequence between two blocks."""
+
+    tokens: Tensor
+    """int64, (num_tokens,)."""
+    values: Tensor
+    """(num_tokens, hidden)."""
+
+
+class _Pass(NamedTuple):
+    """A forward pass of a batch: how each block was called, and what was added before some, by their number."""
+
+    calls: list[BlockCall]
+    added: dict[int, _Added]
+
+
+def _added(output: Tensor, hidden: Tensor) -> _Added | None:
+    """What was added between two blocks to some tokens of a sequence; None if all were changed, as by a scaling."""
+    difference = hidden - output
+    changed = (difference[0] != 0).any(dim=-1)
+    if bool(changed.all()):
+        return None
+    tokens = changed.nonzero().flatten()
+    return _Added(tokens, difference[0, tokens])
 
 
 def batch_size(calibration: Tensor, device: torch.device) -> int:

@@ -56,7 +56,7 @@ class DataOptions:
 
     column: str | None = field(default=None, kw_only=True)
     """Column of .jsonl and .parquet that holds the text, or messages. By default it is found: messages, prompt with
-    completion, or text."""
+    completion, or text. Images of messages are in the column images, or image."""
 
     assistant_only_loss: bool = field(default=True, kw_only=True)
     """Of conversations, count the tokens of the assistant alone, and of a prompt and completion the completion, in the
