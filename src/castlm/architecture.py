@@ -34,6 +34,17 @@ def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoMode
     return AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM
 
 
+def shape_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config without weights, on the meta device and made of layers: for its shapes and classes.
+
+    `castlm.distributed.loading.empty_model` is one that weights are read into.
+    """
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        linearize_(model)
+    return model
+
+
 def vocab_size(config: PretrainedConfig) -> int:
     """The number of tokens of a model; of a vision-language model, that of its language model."""
     return int(config.get_text_config().vocab_size)

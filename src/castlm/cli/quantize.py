@@ -147,21 +147,17 @@ class QuantizeCommand:
             plain = folder
             if self.packed:
                 plain = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="castlm-quantize-"))) / folder.name
-            try:
-                export_model(
-                    loaded.model,
-                    loaded.tokenizer,
-                    plain,
-                    pattern=pattern,
-                    left_dense=left_dense,
-                    record={"base_model": self.model, **passed_on, "quantized": quantized},
-                    overwrite=True,
-                    dtype=save_dtype(self.save_dtype, loaded.dtype),
-                )
-            except InputError as error:
-                if not self.packed:
-                    raise
-                raise InputError(str(error).partition(" (kept as ")[0]) from error  # the plain folder is temporary
+            export_model(
+                loaded.model,
+                loaded.tokenizer,
+                plain,
+                pattern=pattern,
+                left_dense=left_dense,
+                record={"base_model": self.model, **passed_on, "quantized": quantized},
+                overwrite=True,
+                dtype=save_dtype(self.save_dtype, loaded.dtype),
+                keep_rejected=not self.packed,  # the plain folder is temporary then
+            )
             if self.packed:
                 _pack(plain, folder, pattern, stored_layers(loaded.model, report.layers), self.head)
         print(

@@ -50,6 +50,7 @@ def export_model(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     eval_fn: Callable[[PreTrainedModel], float] | None = None,
+    keep_rejected: bool = True,
 ) -> dict[str, Any]:
     """Writes `model` to `folder` with castlm.json and a model card, reads it back and verifies it.
 
@@ -64,13 +65,13 @@ def export_model(
         dtype: what the files are written in; that of the model when not given. The weights of `model` are rounded to it
             as well, and keep their own dtype, so that what is verified and measured is what is written.
         eval_fn: the perplexity of a model; called for `model` and for the one read back.
+        keep_rejected: keep a result that fails its verification as `<folder>.rejected`.
 
     Returns:
         The content of castlm.json.
 
     Raises:
-        InputError: the folder is not empty, the disk is full, or the verification fails; the result is then kept as
-            `<folder>.rejected`.
+        InputError: the folder is not empty, the disk is full, or the verification fails.
     """
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
@@ -89,7 +90,7 @@ def export_model(
         try:
             manifest["proof"] = _verify(temporary, model, pattern, manifest["left_dense"], eval_fn)
         except Exception as error:
-            raise rejected(temporary, folder, error) from error
+            raise (rejected(temporary, folder, error) if keep_rejected else failed(error)) from error
         write_record(temporary, folder.name, manifest)
     return manifest
 
@@ -140,8 +141,12 @@ def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
     kept = unused_name(folder.with_name(f"{folder.name}.rejected"))
     add_file_list(temporary)
     temporary.rename(kept)
-    reason = (str(error) or type(error).__name__).splitlines()[0].replace(str(temporary), str(kept))
-    return InputError(f"the export failed its verification: {reason} (kept as {kept})")
+    return InputError(f"{str(failed(error)).replace(str(temporary), str(kept))} (kept as {kept})")
+
+
+def failed(error: BaseException) -> InputError:
+    """The error of a result that failed its verification."""
+    return InputError(f"the export failed its verification: {(str(error) or type(error).__name__).splitlines()[0]}")
 
 
 def _verify(

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from castlm.architecture import auto_class
+from castlm.architecture import shape_model
 from castlm.core.blocks import is_block_linear, is_stacked_experts
 from castlm.core.errors import InputError
 from castlm.export.folder import stored_tensors
@@ -82,7 +81,7 @@ def plan_pack(source: Path, n: int, m: int, dtype: str | None, head: str | None)
         table = next((name for name in _TABLES if name in stored), None)
         if table is None:
             raise InputError(f"{source} has no output head under a known name: leave --head out")
-        if not can_pack_tables(_on_meta(source)):
+        if not can_pack_tables(shape_model(open_config(source))):
             raise InputError(
                 f"the embedding or head of {model_type} does more than look up and multiply: leave --head out"
             )
@@ -96,13 +95,6 @@ def plan_pack(source: Path, n: int, m: int, dtype: str | None, head: str | None)
         new = format.FILE if count == 1 else f"castlm-{i:05d}-of-{count:05d}.safetensors"
         files.append((path, new, [name for name, tensor in stored.items() if tensor.file == path]))
     return PackPlan(stored, specs, files, cast)
-
-
-def _on_meta(source: Path) -> PreTrainedModel:
-    """The model of config.json without its weights."""
-    config = open_config(source)
-    with torch.device("meta"):
-        return auto_class(config).from_config(config)
 
 
 def _transposed(name: str, tensor: StoredTensor, config: Mapping[str, Any]) -> bool:

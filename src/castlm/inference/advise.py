@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from castlm.core.errors import InputError
@@ -67,17 +66,14 @@ def shapes_of(name: str, trust_remote_code: bool = False, cut: Pattern | None = 
     Raises:
         InputError: as `castlm.opening.open_config`, or a family that `cut` is not for.
     """
-    from castlm.architecture import auto_class, linearize_
+    from castlm.architecture import shape_model
     from castlm.opening import open_config
 
     config = open_config(name, trust_remote_code=trust_remote_code)
     if cut is not None:
         for field_name, value in sizes_after(cut, sizes_of(cut, config.to_dict())).items():
             setattr(config, field_name, value)
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-    linearize_(model)
-    return layer_shapes(model)
+    return layer_shapes(shape_model(config, trust_remote_code=trust_remote_code))
 
 
 @dataclass(frozen=True)

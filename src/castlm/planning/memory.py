@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from castlm.architecture import auto_class, is_vision_language, linearize_
+from castlm.architecture import is_vision_language, shape_model
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, SparseLayer, num_weights
@@ -317,9 +317,8 @@ def _sizes(config: PretrainedConfig, pattern: Pattern, run: Settings) -> _Sizes:
             f"the memory of a {config.model_type} is not planned: give the config of its language model, which is what "
             "is trained, and add the tower's weights"
         )
-    with torch.device("meta"), as_input_error(config):
-        model = auto_class(config).from_config(config, dtype=torch.float32)
-        linearize_(model)
+    with as_input_error(config):
+        model = shape_model(config)
     check_cut(model, pattern)
     layers, _ = sparse_linears(model, pattern)
     if run.scale_groups:
