@@ -94,7 +94,8 @@ def test_ranks_share_the_windows_of_a_run(length, num_batches):
     for rank in range(2):
         batches = list(sequences(ScoredText.of(ids), 8, 3, World(rank, 2, torch.device("cpu"), None)))
         assert len(batches) == num_batches
-        for input_ids, labels in batches:
+        for input_ids, labels, images in batches:
+            assert images == {}
             real = labels != -100
             assert torch.equal(labels[real], input_ids[real] + 1)
             scored += labels[real].tolist()

@@ -14,12 +14,12 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import is_nm_sparse
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears
+from castlm.data import calibration as calibration_module
 from castlm.export.packed import unpack_folder
 from castlm.export.verify import verify
 from castlm.inference.quantize import quantize_
 from castlm.inference.rounding import round_int4
 from castlm.models import load_model
-from castlm.oneshot import calibration as calibration_module
 from castlm.oneshot.calibration import calibration_blocks
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows
 from tests.tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
