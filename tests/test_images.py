@@ -163,8 +163,15 @@ def test_images_of_a_column_without_parts_come_before_the_first_text(dataset, en
     plain = {"messages": [{"role": "user", "content": "color"}, assistant("blue")], "image": "blue.png"}
     parts = {"messages": [user(PICTURE, "color"), assistant("blue")], "images": ["blue.png"]}
     inline = {"messages": [user({"type": "image", "path": "blue.png"}, "color"), assistant("blue")]}
-    found = [encoder(document_of(row, dataset.parent)).ids.tolist() for row in (plain, parts, inline)]
-    assert found[0] == found[1] == found[2]
+    of_llava = {"messages": [{"role": "user", "content": "<image>color"}, assistant("blue")], "images": ["blue.png"]}
+    found = [encoder(document_of(row, dataset.parent)).ids.tolist() for row in (plain, parts, inline, of_llava)]
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+def test_the_token_of_an_image_in_a_text_is_refused(dataset, encoder):
+    row = {"messages": [user("what does <image> mean?"), assistant("a token")]}
+    with pytest.raises(InputError, match="has 0 images, and 1 tokens that stand for one"):
+        encoder(document_of(row, dataset.parent))
 
 
 def test_bytes_in_parquet_are_the_same_as_files(dataset, encoder, tmp_path):

@@ -16,6 +16,7 @@ from castlm.core.errors import InputError
 IMAGE_COLUMNS = ("images", "image")
 BYTES = "data:image;base64,"
 """What begins an image that is given by its bytes and not by its path."""
+_PLACEHOLDER = "<image>"
 _SOURCES = ("image", "path", "url")
 """Keys of the part of a message under which its image may lie."""
 
@@ -48,7 +49,8 @@ def _part(part: Any, where: str) -> dict[str, Any]:
 def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path | None, where: str) -> list[str]:
     """Takes the images out of `messages`, whose parts then only say where each belongs.
 
-    Images of the column that no part stands for are put before the text of the first message of the user, as TRL does.
+    Where the messages are texts, `<image>` in them stands for an image, as in the data of LLaVA; where they have none,
+    the images are put before the text of the first message of the user, as TRL does.
 
     Args:
         listed: the value of the column of images.
@@ -67,6 +69,8 @@ def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path
         raise InputError(f"{where}: some images are in the messages and some are not: give all of them in one place")
     images = images or inline
     if images and not parts:
+        parts = _cut_at_placeholders(messages)
+    if images and not parts:
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
             raise InputError(f"{where}: images, and no message of the user that they could belong to")
@@ -74,6 +78,20 @@ def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path
     elif len(images) != len(parts):
         raise InputError(f"{where}: {len(images)} images for {len(parts)} parts of type image in the messages")
     return [_source(image, folder, f"{where}: image {number}") for number, image in enumerate(images, 1)]
+
+
+def _cut_at_placeholders(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Makes a part of each `<image>` in the texts of `messages`; returns these parts."""
+    parts: list[dict[str, Any]] = []
+    for message in messages:
+        texts = str(message.get("content", "")).split(_PLACEHOLDER)
+        if len(texts) > 1:
+            cut: list[dict[str, Any]] = [{"type": "text", "text": texts[0]}]
+            for text in texts[1:]:
+                parts.append({"type": "image"})
+                cut += [parts[-1], {"type": "text", "text": text}]
+            message["content"] = [part for part in cut if part["type"] == "image" or part["text"]]
+    return parts
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:

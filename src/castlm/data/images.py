@@ -81,6 +81,12 @@ class ImageEncoder:
         sources = content.pop("images", [])
         plain = json.dumps(content)
         rendered = self._chat(plain)
+        if (count := sum(token in self._placeholders for token in rendered.ids)) != len(sources):
+            raise InputError(
+                f"the conversation {self._chat.text(plain)[:60]!r} has {len(sources)} images, and {count} tokens that "
+                "stand for one in the text that its chat template makes: take them out of the text, or correct the "
+                "template (chat_template_path)"
+            )
         if not sources:
             return self._of(rendered, None)
         images = [open_image(source) for source in sources]
@@ -128,7 +134,7 @@ class ImageEncoder:
             first = at if number == 0 else at + 1  # an image has a token at least
             last = len(after) - len(text)
             start = last if number == len(cuts) else _find(text, after, first)
-            if not cuts or start is None or start < first or after[start : start + len(text)] != text:
+            if start is None or start < first or after[start : start + len(text)] != text:
                 raise InputError(
                     f"{self._name} changes more of a conversation than its images, so that the tokens that count "
                     f"cannot be told (from {len(before)} tokens with {len(cuts)} images to {len(after)})"
