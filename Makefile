@@ -36,7 +36,7 @@ bench: setup  # every benchmark on small shapes: whether it runs, no figures
 	$(BIN)/python -m benchmarks --quick
 
 docs: setup  # strict: a broken link or an undocumented name fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 clean:
 	rm -rf $(VENV) build demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""From a dense language model to an n:m sparse one that is as good. The public names, imported when asked for.
+"""From a dense language model to an n:m sparse one by continued training. The public names, imported when asked for.
 
 Importing castlm also lets transformers load packed folders: see `castlm.inference.register`.
 """

@@ -179,7 +179,7 @@ def suggest(name: str, known: Iterable[str]) -> str | None:
     """The option of `known` that `name` was probably meant to be: a name in other libraries, the initials of an
     option, or a typing error.
 
-    Example:
+    Examples:
         >>> suggest("lr", ["max_steps", "learning_rate"])
         'learning_rate'
         >>> suggest("max_step", ["max_steps", "learning_rate"])

@@ -20,17 +20,18 @@ _SHORT = 24
 """Commands with at most this many options, or none that is marked as essential, describe them all in `--help`."""
 
 
-def help_text(kinds: Sequence[type[Any]], name: str, everything: bool) -> str:
+def help_text(kinds: Sequence[type[Any]], name: str, everything: bool, about: type[Any] | None = None) -> str:
     """The help of a command whose options are the fields of `kinds`.
 
     Args:
+        about: the one whose docstring says what the command does; by default the first.
         everything: describe all options; otherwise those beyond the essential ones are only named, if there are many.
     """
     groups = _groups(kinds)
     fields = [field for _, fields in groups for field in fields]
     positional = [field for field in fields if field.metadata.get("positional")]
     usage = " ".join(["usage: castlm", name, *(field.name.upper() for field in positional), "[OPTIONS]"])
-    summary = " ".join(_summary(kinds[0]).split())
+    summary = " ".join(_summary(about or kinds[0]).split())
     lines = [usage, "", *_wrap(summary), ""]
     essential = [field for field in fields if field.metadata.get("essential")]
     if everything or len(fields) <= _SHORT or not essential:

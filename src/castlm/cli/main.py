@@ -36,7 +36,7 @@ COMMANDS: dict[str, Command] = {
     "plan": Command("plan", "predict convergence, perplexity, hours and memory before a run"),
     "quantize": Command("quantize", "round a sparse model to int8, fp8 or int4, zeros kept"),
     "advise": Command("advise", "say whether 2:4 pays off for a model on a device, layer by layer"),
-    "verify": Command("verify", "count every n:m group of a checkpoint"),
+    "verify": Command("verify", "count every n:m group of a model folder"),
     "pack": Command("pack", "store an n:m model without its zeros: smaller, and faster on a CPU"),
     "unpack": Command("unpack", "write a packed model as a plain model folder again"),
     "generate": Command("generate", "continue a prompt with a model, plain or packed"),

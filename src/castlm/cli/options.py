@@ -35,18 +35,21 @@ def parse(kind: type[T], arguments: Sequence[str], name: str) -> T:
     return build(kind, read_arguments([kind], arguments, name), COMMAND_LINE)
 
 
-def read_arguments(kinds: Sequence[type[Any]], arguments: Sequence[str], name: str) -> dict[str, Any]:
+def read_arguments(
+    kinds: Sequence[type[Any]], arguments: Sequence[str], name: str, about: type[Any] | None = None
+) -> dict[str, Any]:
     """The options that were given, by field name, as text that is not checked yet. The last of several values counts.
 
     Args:
         kinds: dataclasses whose fields are the options; their docstrings and sections make up the help.
+        about: the one whose docstring says what the command does; by default the first.
 
     Raises:
         InputError: an unknown option, one that another command reads, or one without its value.
     """
     before_dashes = list(arguments)[: arguments.index("--")] if "--" in arguments else arguments
     if "--help-all" in before_dashes or {"-h", "--help"} & set(before_dashes):
-        print(help_text(kinds, name, everything="--help-all" in before_dashes))
+        print(help_text(kinds, name, everything="--help-all" in before_dashes, about=about))
         raise SystemExit(0)
     parser = _Parser(prog=f"castlm {name}", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     fields = {field.name: (kind, field) for kind in kinds for field in offered(kind)}

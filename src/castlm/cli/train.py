@@ -40,7 +40,8 @@ def parse_train(
     """The options of `castlm train`: the recipe, then the files of `--config` in their order, then the command line.
 
     Args:
-        more: a dataclass of further options of the command `name`.
+        more: a dataclass of further options of the command `name`; for another command than `train` its docstring says
+            what that does.
 
     Returns:
         The config, and the options of `more` that were given.
@@ -49,7 +50,7 @@ def parse_train(
         InputError: whatever `read_arguments`, `read_yaml_mapping` or `TrainConfig` refuses.
     """
     kinds = [TrainConfig, FileOptions, *([more] if more else [])]
-    given = read_arguments(kinds, arguments, name)
+    given = read_arguments(kinds, arguments, name, about=None if name == "train" else more)
     paths = given.pop("config", [])
     extra = {field.name: given.pop(field.name) for field in fields(more) if field.name in given} if more else {}
     config = TrainConfig.from_layers([*read_layers(paths), (COMMAND_LINE, given)])

@@ -19,7 +19,7 @@ class VerifyCommand:
     not."""
 
     path: str = positional()
-    """Folder in Hugging Face format, or one .safetensors file."""
+    """Folder in Hugging Face format, run of `castlm train`, or one .safetensors file."""
 
     pattern: str | None = None
     """n:m, at most n non-zeros in every m along the input axis, or a structured pattern as channels:0.5. The default is

@@ -93,7 +93,7 @@ class AdamS(Optimizer):
             parameter has no gradient, or a gradient or parameter has another shape, layout or device. From
             `load_state_dict`: the saved options, shapes or dtypes differ, or a saved mask is not of the pattern.
 
-    Example:
+    Examples:
         >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> layer = torch.nn.Linear(8, 2, bias=False)

@@ -30,7 +30,7 @@ def block_name(name: str) -> str | None:
 
     Experts inside a block have numbers too; the first number is that of the block.
 
-    Example:
+    Examples:
         >>> block_name("model.layers.3.mlp.experts.7.up_proj.weight")
         'model.layers.3'
         >>> block_name("model.embed_tokens.weight") is None
@@ -48,7 +48,7 @@ def block_name(name: str) -> str | None:
 def stack_name(name: str) -> str | None:
     """The list of blocks that a module or tensor is in.
 
-    Example:
+    Examples:
         >>> stack_name("model.layers.3.mlp.up_proj")
         'model.layers'
     """
@@ -59,7 +59,7 @@ def stack_name(name: str) -> str | None:
 def in_block(name: str) -> bool:
     """Whether a module or tensor is in a numbered transformer block.
 
-    Example:
+    Examples:
         >>> in_block("transformer.h.0.attn.c_proj"), in_block("lm_head")
         (True, False)
     """
@@ -71,7 +71,7 @@ def is_tower(name: str) -> bool:
 
     They stay dense: text says nothing about them. Told by the names before the number of a block.
 
-    Example:
+    Examples:
         >>> is_tower("model.vision_tower.encoder.layers.0.mlp.fc1"), is_tower("model.language_model.layers.0.mlp.fc1")
         (True, False)
     """
@@ -85,7 +85,7 @@ def is_router(module: str) -> bool:
     They are `gate`, `router` or `shared_expert_gate` in transformers, or a part of such a module. Gates of attention
     have the same name and are linear layers like any other.
 
-    Example:
+    Examples:
         >>> is_router("model.layers.3.mlp.gate"), is_router("model.layers.3.mlp.gate_proj")
         (True, False)
     """
@@ -96,7 +96,7 @@ def is_router(module: str) -> bool:
 def is_stacked_experts(name: str, shape: Sequence[int]) -> bool:
     """Whether a stored tensor holds one projection of all experts of a block: (experts, out, in) or (experts, in, out).
 
-    Example:
+    Examples:
         >>> is_stacked_experts("model.layers.3.mlp.experts.gate_up_proj", (8, 1536, 576))
         True
     """
@@ -114,7 +114,7 @@ def is_block_linear(name: str, shape: Sequence[int]) -> bool:
         name: the name of the tensor in the checkpoint.
         shape: its shape; only matrices qualify.
 
-    Example:
+    Examples:
         >>> is_block_linear("model.layers.3.mlp.up_proj.weight", (1536, 576))
         True
         >>> is_block_linear("model.layers.3.self_attn.q_norm.weight", (16, 64))

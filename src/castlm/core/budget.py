@@ -81,7 +81,7 @@ def decay_budget(
     Raises:
         InputError: lists of different lengths, an unknown decay, or no masked weight.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[0.5, 0.1, 0.4, 0.2]])
         >>> mask = torch.tensor([[True, False, True, False]])
         >>> budget = decay_budget([(weight, mask)], lrs=[0.01] * 100, alphas=[1.0] * 100, decay="additive")

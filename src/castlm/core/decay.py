@@ -75,7 +75,7 @@ DECAYS: dict[str, Decay] = {
 def decay_alpha(step: int, total_steps: int, decay: str, decay_end: float = 0.1) -> float:
     """The ramp `a_t` of a decay rule before the 0-based step `t = step`.
 
-    Example:
+    Examples:
         >>> [decay_alpha(t, 100, "horizon", decay_end=0.2) for t in (0, 10, 20, 99)]
         [0.0, 0.5, 1.0, 1.0]
         >>> decay_alpha(50, 100, "proportional")

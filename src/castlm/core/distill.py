@@ -64,7 +64,7 @@ def distillation_loss(
 
     Reference: CAST, arXiv 2509.25996, Eq. 13.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> hidden, head = torch.randn(3, 4), OutputHead(torch.randn(5, 4))
         >>> labels = torch.tensor([1, 4, -100])

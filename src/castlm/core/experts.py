@@ -74,7 +74,7 @@ def linearize_experts_(model: nn.Module) -> list[str]:
     Returns:
         The names of the new modules.
 
-    Example:
+    Examples:
         >>> class Experts(nn.Module):
         ...     is_transposed = False
         ...     def __init__(self):

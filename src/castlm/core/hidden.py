@@ -46,7 +46,7 @@ def hidden_distance(
     Reference: SquareHead, Kurtic et al. 2023 (arXiv 2310.06927), which normalizes a whole batch at once and has no
     logarithm.
 
-    Example:
+    Examples:
         >>> states, labels = torch.ones(1, 3, 4), torch.tensor([[1, 2, -100]])
         >>> hidden_distance([1.5 * states], [states], labels)  # log 1.25
         tensor(0.2231)
@@ -102,7 +102,7 @@ def in_stream_basis(hidden: Tensor, basis: Tensor | None) -> Tensor:
         basis: a rotation (hidden, hidden) that the stream is multiplied by from the right; a permutation (hidden,)
             int64, the old channel of each new one; None for no change.
 
-    Example:
+    Examples:
         >>> in_stream_basis(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2, 0, 1]))
         tensor([3., 1., 2.])
     """

@@ -91,7 +91,7 @@ def pack_mask(mask: Tensor) -> Tensor:
     Bit k of byte j is column 8 j + k, and the bits past `width` are 0. This is the layout of
     `numpy.packbits(mask, axis=-1, bitorder="little")`.
 
-    Example:
+    Examples:
         >>> pack_mask(torch.tensor([True, False, False, True]))
         tensor([9], dtype=torch.uint8)
     """
@@ -104,7 +104,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 def unpack_mask(packed: Tensor, width: int) -> Tensor:
     """The bool mask (..., width) whose `pack_mask` is `packed` (..., ceil(width / 8)).
 
-    Example:
+    Examples:
         >>> unpack_mask(torch.tensor([9], dtype=torch.uint8), 4)
         tensor([ True, False, False,  True])
     """
@@ -185,7 +185,7 @@ def flip_rate(old_mask: Tensor, new_mask: Tensor) -> float:
     Raises:
         InputError: masks of different shapes.
 
-    Example:
+    Examples:
         >>> flip_rate(torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False]))
         0.5
     """
@@ -197,7 +197,7 @@ def flip_rate(old_mask: Tensor, new_mask: Tensor) -> float:
 def sparse_weight_ratio(weight: Tensor, mask: Tensor) -> float:
     """`|weight * mask|_1 / |weight|_1`: 1 when all masked weights are zero (CAST, App. C). 1 for an all-zero weight.
 
-    Example:
+    Examples:
         >>> sparse_weight_ratio(torch.tensor([3.0, 1.0]), torch.tensor([True, False]))
         0.75
     """

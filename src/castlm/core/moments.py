@@ -26,7 +26,7 @@ def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
     matrices (of experts: all together) of at least 4,096 weights whose width divides by 32; other parameters keep their
     moments in their dtype.
 
-    Example:
+    Examples:
         >>> state = new_moments(torch.zeros(64, 128), "8bit")
         >>> {name: (value.dtype, tuple(value.shape)) for name, value in state.items() if name.startswith("exp_avg_sq")}
         {'exp_avg_sq': (torch.uint8, (64, 128)), 'exp_avg_sq_scale': (torch.float32, (64, 1))}

@@ -21,7 +21,7 @@ class NM(Pattern):
     Raises:
         InputError: `n` and `m` are not integers with 1 <= n < m.
 
-    Example:
+    Examples:
         >>> import torch
         >>> pattern = NM(2, 4)
         >>> str(pattern)

@@ -52,7 +52,7 @@ def nm_mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
     Raises:
         InputError: a pattern that is not 1 <= n < m, a width that does not divide by `m`, or NaN in `weight`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> nm_mask(torch.tensor([1.0, -3.0, 2.0, 2.0]))
         tensor([False,  True,  True, False])
@@ -66,7 +66,7 @@ def count_nm_violations(weight: Tensor, n: int = 2, m: int = 4) -> int:
     Raises:
         InputError: a bad pattern, or a width that does not divide by `m`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> count_nm_violations(torch.tensor([[1.0, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0, 4.0]]))
         1
@@ -77,7 +77,7 @@ def count_nm_violations(weight: Tensor, n: int = 2, m: int = 4) -> int:
 def is_nm_sparse(weight: Tensor, n: int = 2, m: int = 4) -> bool:
     """Whether every group of `weight` (..., width) holds at most `n` non-zeros.
 
-    Example:
+    Examples:
         >>> import torch
         >>> is_nm_sparse(torch.tensor([0.0, 0.0, 1.0, 2.0]))
         True

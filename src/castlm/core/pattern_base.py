@@ -43,7 +43,7 @@ class Pattern(ABC):
         Raises:
             InputError: no pattern has this form, a number is out of range, or the pattern is not a `cls`.
 
-        Example:
+        Examples:
             >>> Pattern.parse("2:4")
             NM(n=2, m=4)
         """

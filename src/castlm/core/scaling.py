@@ -23,7 +23,7 @@ def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
 
     Rows are independent, so this also works on any subset of rows of both.
 
-    Example:
+    Examples:
         >>> scale_weight(torch.ones(1, 4), torch.tensor([[2.0, 3.0]]))
         tensor([[2., 2., 3., 3.]])
     """
@@ -67,7 +67,7 @@ def add_weight_scaling(
     Raises:
         InputError: a width that does not divide by `groups`, a layer that is scaled already, or no sparse layer.
 
-    Example:
+    Examples:
         >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 4)])})
         >>> add_weight_scaling(model)
         ['layers.0']

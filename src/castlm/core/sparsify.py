@@ -32,7 +32,7 @@ def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
     So is the `ExpertLinear` that `linearize_experts_` makes of 3-D experts. The router that chooses them is not, nor
     are the vision tower and the projector of a vision-language model.
 
-    Example:
+    Examples:
         >>> is_sparse_linear(nn.Linear(8, 8), "model.layers.3.mlp.up_proj")
         True
         >>> is_sparse_linear(nn.Linear(8, 8), "lm_head")
@@ -44,7 +44,7 @@ def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The transformer blocks of a model by name, in order: the numbered modules that are not inside another.
 
-    Example:
+    Examples:
         >>> list(transformer_blocks(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})))
         ['layers.0', 'layers.1']
     """
@@ -67,7 +67,7 @@ def sparse_linears(
     Raises:
         InputError: a bad pattern, or no layer to make sparse.
 
-    Example:
+    Examples:
         >>> layers = nn.ModuleList([nn.Linear(8, 6), nn.Linear(6, 8)])
         >>> model = nn.ModuleDict({"layers": layers, "head": nn.Linear(8, 9)})
         >>> sparse, dense = sparse_linears(model, "2:4")
@@ -143,7 +143,7 @@ def weight_parameter(layer: SparseLayer) -> Tensor:
 def dense_name(name: str) -> str:
     """The name in the dense model of a parameter that may be under weight scaling or a mask in the forward pass.
 
-    Example:
+    Examples:
         >>> dense_name("layers.0.parametrizations.weight.original")
         'layers.0.weight'
     """
@@ -161,7 +161,7 @@ def sparse_param_groups(
     Raises:
         InputError: a bad pattern, or no layer to make sparse.
 
-    Example:
+    Examples:
         >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8)])})
         >>> [(group["param_names"], group["sparse"]) for group in sparse_param_groups(model)]
         [(['layers.0.weight'], True), (['layers.0.bias'], False)]
@@ -205,7 +205,7 @@ def prune_(
         InputError: a bad pattern, no sparse layer, NaN in a weight, or a mask that is missing, of another shape or
             dtype, or keeps more than the pattern does. No weight has been changed then.
 
-    Example:
+    Examples:
         >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 1)])})
         >>> _ = model["layers"][0].weight.data.copy_(torch.tensor([[1.0, -3.0, 2.0, 0.5]]))
         >>> prune_(model, "2:4")

@@ -54,7 +54,7 @@ class Structured(Pattern):
         Raises:
             InputError: that is none of them or all.
 
-        Example:
+        Examples:
             >>> Channels(0.5).num_kept(172), Channels(0.75, multiple=4).num_kept(172)
             (86, 128)
         """
@@ -123,7 +123,7 @@ def _groups(names: Iterable[str], parts: Iterable[tuple[str, ...]]) -> list[tupl
 class Channels(Structured):
     """Hidden channels of the MLPs: a row of each weight that reads the stream, and a column of the one that writes it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> gate, up, down = torch.tensor([[1.0], [3.0]]), torch.ones(2, 1), torch.ones(1, 2)
         >>> [mask.tolist() for mask in Channels(0.5).unit_masks([gate, up, down])]
@@ -239,7 +239,7 @@ class Heads(Structured):
 class Blocks(Structured):
     """Tiles of `rows` x `columns` weights, the same share of every weight.
 
-    Example:
+    Examples:
         >>> import torch
         >>> Blocks(1, 2, 0.5).unit_masks([torch.tensor([[1.0, 1.0, 0.0, 3.0]])])[0]
         tensor([[False, False,  True,  True]])
@@ -296,7 +296,7 @@ class Blocks(Structured):
 def cut(weight: Tensor, mask: Tensor) -> Tensor:
     """What is left of `weight` (out, in) without the whole rows and columns that `mask` (out, in) leaves out.
 
-    Example:
+    Examples:
         >>> import torch
         >>> cut(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[True, False], [True, False]]))
         tensor([[1],

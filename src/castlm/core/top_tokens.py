@@ -46,7 +46,7 @@ def top_tokens(
     Raises:
         InputError: `k` is not between 1 and the size of the vocabulary.
 
-    Example:
+    Examples:
         >>> head = OutputHead(torch.eye(4))
         >>> top = top_tokens(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), head, k=2)
         >>> sorted(top.tokens[0].tolist())

@@ -25,7 +25,7 @@ class Mixture:
     Raises:
         InputError: a weight that is not above 0.
 
-    Example:
+    Examples:
         >>> texts = [Documents.from_texts([letter * 10] * 4) for letter in "ab"]
         >>> pieces = Mixture(texts, [3, 1]).pieces(seed=None)
         >>> "".join(next(pieces).text[0] for _ in range(8))

@@ -19,7 +19,7 @@ def document_positions(begins: Tensor) -> Tensor:
     Returns:
         int64, (batch, seq). The first document of a row starts at 0, even if an earlier row holds its beginning.
 
-    Example:
+    Examples:
         >>> document_positions(torch.tensor([[0, 0, 0, 1, 0, 1, 1]]).bool())
         tensor([[0, 1, 2, 0, 1, 0, 0]])
     """

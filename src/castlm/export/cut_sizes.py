@@ -28,7 +28,7 @@ HEADS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "ge
 def cut_pattern(pattern: Pattern) -> Channels | Heads | None:
     """What `pattern` cuts out of a model; None if it only sets weights to zero.
 
-    Example:
+    Examples:
         >>> str(cut_pattern(Pattern.parse("channels:0.75+2:4")))
         'channels:0.75'
     """
@@ -57,7 +57,7 @@ def sizes_of(pattern: Pattern, config: Mapping[str, Any]) -> dict[str, int]:
     Raises:
         InputError: another family than those that can be cut, or a field that is not a positive integer.
 
-    Example:
+    Examples:
         >>> sizes_of(Pattern.parse("channels:0.5"), {"model_type": "llama", "intermediate_size": 172})
         {'intermediate_size': 172}
     """
@@ -83,7 +83,7 @@ def sizes_of(pattern: Pattern, config: Mapping[str, Any]) -> dict[str, int]:
 def sizes_after(pattern: Pattern, sizes: Mapping[str, int]) -> dict[str, int]:
     """The sizes of `sizes_of` in the model that is cut.
 
-    Example:
+    Examples:
         >>> sizes_after(Pattern.parse("heads:0.5"), {"num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8})
         {'num_key_value_heads': 2, 'num_attention_heads': 4, 'head_dim': 8}
     """

@@ -41,7 +41,8 @@ def pack_model_(
     The model computes in fp32 afterwards, and cannot be trained or saved.
 
     Args:
-        n, m: the pattern of the weights; both 0 multiplies by dense weights with the kernels for them.
+        n: kept weights of each group; 0, with m 0, multiplies by dense weights with the kernels for them.
+        m: weights of a group.
         dtype: that weights are cast to: bf16, fp16 or fp32.
         head: "int8" rounds the output head, and an embedding tied to it, to int8 with a scale for each row.
         filter_fn: `filter_fn(module, fqn)` says which layers to pack.

@@ -87,7 +87,7 @@ def quantize_(
         InputError: an unknown kind, no layer, weight scaling that is not folded, calibration missing or not wanted, or
             a weight or an input that is not finite.
 
-    Example:
+    Examples:
         >>> report = quantize_(model, "int4", calibration=calibration_blocks(token_ids, 64, 512))
         >>> report.layers["model.layers.0.mlp.up_proj"].codes.dtype
         torch.int8

@@ -88,7 +88,7 @@ def to_semi_structured_(
     Raises:
         InputError: `tokens` below 1, no layer to convert, no CUDA device, or a package that is missing for fp8.
 
-    Example:
+    Examples:
         >>> choices = to_semi_structured_(model, tokens=4096)
         >>> sum(choice.variant != "dense" for choice in choices)
     """

@@ -41,14 +41,15 @@ def shira_config(
         model: n:m sparse.
         r: size of the adapter. Each layer (out, in) trains r * (out + in) of its kept weights, as many parameters as
             LoRA of rank r has, and at most all of them.
-        pattern, filter_fn: as for `keep_pattern_`.
+        pattern: as for `keep_pattern_`.
+        filter_fn: as for `keep_pattern_`.
         random_seed: of the draw of the positions.
         options: further fields of `ShiraConfig`.
 
     Raises:
         InputError: peft is not installed, the model is not n:m sparse, or r is larger than the smallest layer allows.
 
-    Example::
+    Examples::
 
         config = castlm.shira_config(model, r=16)
         peft_model = peft.get_peft_model(model, config)
@@ -91,13 +92,14 @@ def masked_lora_config(
     Args:
         model: n:m sparse.
         r: rank.
-        pattern, filter_fn: as for `keep_pattern_`.
+        pattern: as for `keep_pattern_`.
+        filter_fn: as for `keep_pattern_`.
         options: further fields of `LoraConfig`, without dropout and without the variants of LoRA.
 
     Raises:
         InputError: peft is not installed, or the model is not n:m sparse.
 
-    Example::
+    Examples::
 
         peft_model = peft.get_peft_model(model, castlm.masked_lora_config(model, r=16))
         peft_model.save_pretrained("adapter")

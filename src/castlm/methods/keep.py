@@ -45,7 +45,7 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
             a GPT-2 that was not loaded by `castlm.load_model`, which turns its Conv1D into linear layers.
             Later, at the optimizer step that breaks the pattern: the tensor and the number of weights.
 
-    Example:
+    Examples:
         >>> layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
         >>> model = nn.ModuleDict({"layers": layers})
         >>> _ = castlm.prune_(model)
@@ -112,7 +112,7 @@ def pattern_layers(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | Non
 def plain_name(fqn: str) -> str:
     """The name of a layer in the base model.
 
-    Example:
+    Examples:
         >>> plain_name("base_model.model.model.layers.0.mlp.up_proj.base_layer")
         'model.layers.0.mlp.up_proj'
     """

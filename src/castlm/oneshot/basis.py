@@ -98,7 +98,7 @@ def change_basis_(
     Raises:
         InputError: a family that does not allow what is asked for; under "auto" this is said and left out.
 
-    Example:
+    Examples:
         >>> tokens = calibration_blocks(token_ids, seq_len=calibration_length(model), seed=0)
         >>> change_basis_(model, tokens, say=print)
         >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)

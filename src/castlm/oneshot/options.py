@@ -25,7 +25,7 @@ _DEFAULT_STARTS: dict[type, str] = {Channels: "flap", Heads: "taylor", Blocks: "
 def default_start(pattern: Pattern) -> str:
     """The one-shot method that a pattern is pruned by where no other is asked for.
 
-    Example:
+    Examples:
         >>> default_start(Pattern.parse("2:4")), default_start(Pattern.parse("channels:0.75+2:4"))
         ('sparsegpt', 'flap')
     """

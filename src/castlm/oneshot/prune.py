@@ -155,7 +155,7 @@ def prune_oneshot_(
             cannot take, nothing to prune, a weight or an input of a layer that is not finite, or a model that cannot
             be followed block by block. Once pruning has begun, the blocks before the one named are pruned already.
 
-    Example:
+    Examples:
         >>> tokens = calibration_blocks(token_ids, seq_len=calibration_length(model), seed=0)
         >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)
     """

@@ -272,7 +272,7 @@ def solve_columns(weight: Tensor, kept: Tensor, gram: Tensor, damping: float) ->
     Returns:
         (out, kept columns).
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
         >>> solve_columns(torch.tensor([[1.0, 3.0]]), torch.tensor([True, False]), x.T @ x, damping=0.0)
         tensor([[4.]])

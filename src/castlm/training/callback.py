@@ -23,13 +23,14 @@ class PatternCallback(TrainerCallback):
     is refused before the first step.
 
     Args:
-        pattern, filter_fn: as for `castlm.keep_pattern_`.
+        pattern: as for `castlm.keep_pattern_`.
+        filter_fn: as for `castlm.keep_pattern_`.
 
     Raises:
         InputError: at the start of `train()`, whatever `keep_pattern_` refuses, DeepSpeed, FSDP1, and plain LoRA on a
             sparse layer; during training, a step that breaks the pattern.
 
-    Example::
+    Examples::
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[castlm.PatternCallback()])
         trainer.train()

@@ -57,7 +57,7 @@ class TrainConfig(  # the fields of the last base come first
     Raises:
         InputError: a value of the wrong type or out of range, or options that exclude each other.
 
-    Example:
+    Examples:
         >>> config = TrainConfig("my-model", "text.jsonl", "run", learning_rate=1e-4)
         >>> config.start, dataclasses.replace(config, method="srste").start
         ('sparsegpt', 'magnitude')

@@ -68,7 +68,7 @@ def without_effect(config: TrainConfig, has_chat: bool = True) -> dict[str, str]
     Args:
         has_chat: whether any text of the run holds conversations.
 
-    Example:
+    Examples:
         >>> without_effect(TrainConfig("model", "text.jsonl", "run", eta=0.0, temperature=2.0))
         {'temperature': 'temperature = 2.0 has an effect only with eta above 0'}
     """

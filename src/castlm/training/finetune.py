@@ -28,7 +28,7 @@ class FinetuneConfig(TrainConfig):
     Raises:
         InputError: whatever `TrainConfig` refuses, and options that make it another kind of run.
 
-    Example:
+    Examples:
         >>> config = FinetuneConfig("my-2of4-model", "text.jsonl", "run", adapter="shira", learning_rate=5e-4)
         >>> config.method, config.init_from, config.eta
         ('finetune', 'my-2of4-model', 0.0)

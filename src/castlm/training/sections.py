@@ -52,7 +52,8 @@ class DataOptions:
 
     dataset: str | tuple[str, ...] = essential()
     """Training text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub name (streamed). Several
-    are mixed by their weights: a.txt:0.7 b.jsonl:0.3, or equally without weights."""
+    are mixed by their weights: a.txt:0.7 b.jsonl:0.3, or equally without weights. A .txt file is one document, or
+    several separated by <|endoftext|>."""
 
     column: str | None = field(default=None, kw_only=True)
     """Column of .jsonl and .parquet that holds the text, or messages. By default it is found: messages, prompt with
@@ -168,7 +169,7 @@ class TeacherOptions:
     hidden_weight: float | None = None
     """Weight of the distance between the hidden states of student and teacher behind each transformer block. It falls
     linearly to 0 over the run. The default is 15 where the student is sparse and a teacher is at work: not with eta 0,
-    a teacher_cache (which holds no hidden states) or method dense."""
+    a teacher_cache (which holds no hidden states), method dense, or castlm finetune."""
 
     temperature: float = 1.0
     """Temperature of the KL divergence, which is multiplied by its square."""

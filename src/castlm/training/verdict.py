@@ -33,7 +33,7 @@ def verdict(perplexities: Mapping[str, float]) -> dict[str, Any]:
         of the one-shot start; of a fine-tuning run, above that of the model before), or is above ten times that of the
         dense model. "problem" and "remedy" then say which, and what helps.
 
-    Example:
+    Examples:
         >>> verdict({"dense": 6.0, "one_shot": 14.0, "pruned": 8.0})["reason"]
         'perplexity 8.000, below the one-shot start (14.000), 1.33 times the dense model (6.000)'
         >>> verdict({"dense": 6.0, "one_shot": 14.0, "pruned": 15.0})["ok"]
