@@ -179,6 +179,7 @@ def score_rows(
     """Perplexity after one-shot pruning by pattern and score: without least squares and with, for each seed."""
     loaded = load_model(model)
     documents = open_documents(calibration)
+    drawn = [calibration_sequences(documents, loaded.tokenizer, SEQUENCES, seq_len, seed)[0] for seed in range(seeds)]
     ids = token_ids(open_documents(text), loaded.tokenizer)
     found: dict[tuple[str, str], list[list[float]]] = {}
     for pattern, score in itertools.product(patterns, UNIT_SCORES):
@@ -186,10 +187,9 @@ def score_rows(
             values = []
             for seed in range(seeds):
                 pruned = copy.deepcopy(loaded.model)
-                sequences, _ = calibration_sequences(documents, loaded.tokenizer, SEQUENCES, seq_len, seed)
                 refinements = Refinements(refit_iterations=iterations)
                 prune_oneshot_(
-                    pruned, score, pattern=pattern, calibration=sequences, refinements=refinements, seed=seed
+                    pruned, score, pattern=pattern, calibration=drawn[seed], refinements=refinements, seed=seed
                 )
                 values.append(perplexity(pruned, ids, seq_len=seq_len).perplexity)
             found.setdefault((pattern, score), []).append(values)

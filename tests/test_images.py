@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
@@ -24,12 +28,13 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import is_nm_sparse
 from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
-from castlm.data.columns import find_columns
+from castlm.data.columns import find_columns, has_images
 from castlm.data.documents import open_documents
 from castlm.data.image_columns import BYTES
 from castlm.data.image_sequences import ImageSequences
-from castlm.data.images import ImageEncoder, ImageInputs, ImageTokens, join_images
+from castlm.data.images import ImageEncoder, ImageInputs, ImageTokens, join_images, open_image
 from castlm.data.loader import BatchLoader
+from castlm.data.mixture import Mixture
 from castlm.data.scored import scored_text
 from castlm.evaluation.perplexity import perplexity
 from castlm.export.verify import verify
@@ -174,6 +179,38 @@ def test_the_token_of_an_image_in_a_text_is_refused(dataset, encoder):
         encoder(document_of(row, dataset.parent))
 
 
+def test_images_are_found_in_any_row_and_either_column(dataset, tmp_path):
+    text = {"messages": [user("hi"), assistant("ho")]}
+    rows = [text, text | {"images": None}, text | {"images": ["red.png"]}, text | {"image": "blue.png"}]
+    path = dataset.parent / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    zipped = dataset.parent / "mixed.jsonl.gz"
+    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    for file in (path, zipped):
+        documents = open_documents(file)
+        assert documents.has_images
+        assert [has_images(piece.text) for piece in documents.pieces(None)] == [False, False, True, True]
+    named = open_documents(path, column="messages")  # which leaves the other columns out
+    assert not named.has_images
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "photo.jpg", exif=exif)
+    assert open_image(str(tmp_path / "photo.jpg"), "").size == (32, 64)
+
+
+def test_the_shares_of_a_mixture_are_of_the_text_alone(dataset, tmp_path):
+    data = "data:image/png;base64," + base64.b64encode((dataset.parent / "red.png").read_bytes() * 50).decode()
+    for name, image in (("paths", str(dataset.parent / "red.png")), ("bytes", data)):
+        row = {"messages": [user(PICTURE, "color"), assistant("red")], "images": [image]}
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 20)
+    mixed = Mixture([open_documents(tmp_path / f"{name}.jsonl") for name in ("paths", "bytes")], [1, 1])
+    pieces = [piece.text for piece in islice(mixed.pieces(None), 20)]
+    assert sum(BYTES in text for text in pieces) == 10
+
+
 def test_bytes_in_parquet_are_the_same_as_files(dataset, encoder, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -257,7 +294,7 @@ def test_the_perplexity_is_that_of_the_conversations_with_their_images(vlm, data
     assert result.num_tokens == count
     assert result.loss == pytest.approx(total / count, rel=1e-4)
     assert perplexity(loaded.model, text, seq_len=64, batch_size=4).loss == pytest.approx(result.loss, rel=1e-5)
-    with pytest.raises(InputError, match="images of conversation 1 of the evaluation text end at token"):
+    with pytest.raises(InputError, match="images of the conversation that begins 'which\\? and' end at token"):
         perplexity(loaded.model, text, seq_len=16)
 
 
@@ -284,6 +321,8 @@ def test_the_solver_sees_the_images(vlm, dataset):
     refinements = Refinements(target_asymmetry=0.5, reconstruct_epochs=1)
     report = prune_oneshot_(twin, "sparsegpt", calibration=ids, images=images, refinements=refinements)
     assert all(block.after <= block.before for block in report.reconstructions)
+    many = prune_oneshot_(load_model(vlm).model, "magnitude", calibration=ids.repeat(40, 1), images=images * 40)
+    assert all(layer.error is not None for layer in many.layers)
     blind = load_model(vlm).model
     prune_oneshot_(loaded.model, "sparsegpt", calibration=ids, images=images)
     prune_oneshot_(blind, "sparsegpt", calibration=ids)
@@ -385,8 +424,28 @@ def test_a_bad_row_is_refused_with_its_line(case, dataset):
 def test_a_file_that_is_no_image_is_refused_by_name(dataset, encoder, tmp_path):
     (tmp_path / "torn.png").write_bytes((dataset.parent / "red.png").read_bytes()[:40])
     row = {"messages": [user(PICTURE), assistant("red")], "images": ["torn.png"]}
-    with pytest.raises(InputError, match=r"cannot read the image .*torn.png: .*; remove its row"):
+    with pytest.raises(InputError, match=r"cannot read the image .*torn.png of the conversation that begins 'red': "):
         encoder(document_of(row, tmp_path))
+
+
+def test_a_bad_image_does_not_end_a_run(llava, dataset, tmp_path, capsys):
+    lines = [json.loads(line) for line in dataset.read_text().splitlines()]
+    (tmp_path / "torn.png").write_bytes((dataset.parent / "red.png").read_bytes()[:40])
+    for line in lines:
+        line["images"] = [str(dataset.parent / name) for name in line["images"]]
+    lines[1]["images"] = ["torn.png"]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = options(llava, tmp_path / "data.jsonl", tmp_path / "run", eval_dataset=dataset, max_steps=7, save_steps=0)
+    assert main(["train", *given, "--init-from=magnitude"]) == 0
+    assert capsys.readouterr().err.count("a conversation does not count: cannot read the image") == 1
+
+
+def test_what_can_be_refused_is_refused_before_the_start(llava, dataset, tmp_path, capsys):
+    assert main(["train", *options(llava, dataset, tmp_path / "run", seq_len=16, eval_dataset=dataset)]) == 2
+    error = capsys.readouterr().err
+    assert "end at token" in error
+    assert "rotated" not in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_done_with_images_is_refused_by_name(llava, dataset, text, tmp_path, capsys):
@@ -440,9 +499,9 @@ def test_a_stream_of_the_hub_gives_the_same_images(dataset, encoder, monkeypatch
     assert torch.equal(resumed.take(19).batch(64)["input_ids"], first[11:])
 
 
-def processor_of(family: str) -> transformers.ProcessorMixin:
+def processor_of(family: str, tokenizer: Any = None) -> transformers.ProcessorMixin:
     """Of small images, with a token for each byte; an image of 32 x 32 takes at least 4 tokens."""
-    tokenizer, small = tiny_tokenizer(), {"height": 16, "width": 16}
+    tokenizer, small = tokenizer or tiny_tokenizer(), {"height": 16, "width": 16}
 
     def known(**names: str) -> None:
         tokenizer.add_special_tokens({"additional_special_tokens": list(names.values())})
@@ -474,6 +533,23 @@ def processor_of(family: str) -> transformers.ProcessorMixin:
     stands_for = {"gemma3": "<start_of_image>", "pixtral": "[IMG]"}.get(family, "<image>")
     tokenizer.chat_template = IMAGE_TEMPLATE.replace("IMAGE", stands_for)
     return processor
+
+
+def test_tokens_that_merge_with_those_around_an_image_are_told_apart(dataset):
+    """Gemma 3 puts line breaks around an image, which become one token with those of its template."""
+    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bpe = Tokenizer(models.BPE(alphabet | {"ĊĊ": 300, "ĊĊĊ": 301}, [("Ċ", "Ċ"), ("ĊĊ", "Ċ")]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    merging = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    processor = processor_of("gemma3", merging)
+    merging.chat_template = merging.chat_template.replace("{{ m['role'] }}:", "{{ m['role'] }}\n").replace(
+        "assistant:", "assistant\n"
+    )
+    row = {"messages": [user(PICTURE, "color"), assistant("red")], "images": ["red.png"]}
+    tokens = ImageEncoder(processor)(document_of(row, dataset.parent))
+    assert 301 in tokens.ids.tolist()
+    assert merging.decode(tokens.labels[tokens.labels != -100]) == "red<|endoftext|>"
 
 
 @pytest.mark.parametrize("family", ["idefics3", "gemma3", "llava_next", "pixtral"])

@@ -6,6 +6,7 @@ What transformers raises or reports on the way, of any type and many lines, beco
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import re
 from collections.abc import Iterator, Mapping
@@ -80,8 +81,11 @@ def open_processor(
     config, options = _load_config(where, trust_remote_code, revision)
     if not is_vision_language(config):
         raise InputError(
-            f"{where} is a {config.model_type}, which reads no images: give a vision-language model, or text"
+            f"{where} is a {config.model_type}, which reads no images: give a vision-language model, or name the "
+            "column of the conversations with column to leave the images out"
         )
+    if importlib.util.find_spec("PIL") is None:
+        raise InputError("images need Pillow: install the extra vision of castlm")
     with quiet(where), as_input_error(where):
         processor = AutoProcessor.from_pretrained(where.target, **options)
     if not isinstance(processor, ProcessorMixin):

@@ -169,6 +169,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         from castlm.data.chat import with_template
         from castlm.oneshot.calibration import calibration_length
         from castlm.opening import open_processor
+        from castlm.progress import note
 
         with_template(tokenizer, self.chat_template_path)
         if text is None:
@@ -177,7 +178,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         if text.has_images:
             options = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
             processor = open_processor(self.model, tokenizer, **options)
-        blocks, images = calibration_sequences(text, tokenizer, self.num_sequences, length, self.seed, processor)
+        blocks, images = calibration_sequences(text, tokenizer, self.num_sequences, length, self.seed, processor, note)
         return (
             blocks,
             images,

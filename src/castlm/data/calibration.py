@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ def calibration_sequences(
     seq_len: int,
     seed: int = 0,
     processor: ProcessorMixin | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
     """Sequences drawn from the start of a text, as `calibration_blocks` draws them.
 
@@ -36,6 +38,7 @@ def calibration_sequences(
 
     Args:
         processor: prepares images; see `castlm.opening.open_processor`.
+        say: called with a line if there are fewer conversations than sequences.
 
     Returns:
         int64, (num_sequences, seq_len), and for each of them what the model's forward takes beside it, or None for a
@@ -45,7 +48,13 @@ def calibration_sequences(
         InputError: as `calibration_blocks`; no conversation fits; or images without a processor.
     """
     if documents.has_images and processor is not None:
-        return _with_images(documents, ImageEncoder(processor), num_sequences, seq_len, seed)
+        encoder = ImageEncoder(processor, assistant_only=False)
+        ids, images = _with_images(documents, encoder, num_sequences, seq_len, seed)
+        if len(ids) < num_sequences:
+            say(
+                f"calibration: {len(ids)} conversations have images that fit into {seq_len} tokens, not {num_sequences}"
+            )
+        return ids, images
     ids = token_ids(documents, tokenizer, limit=CALIBRATION_POOL * num_sequences * seq_len)
     return calibration_blocks(ids, num_sequences, seq_len, seed), None
 

@@ -59,8 +59,8 @@ class Chat:
         content = json.loads(document)
         if "images" in content:
             raise InputError(
-                f"the conversation that begins {_begin(_messages(content))} has images, which are read by castlm "
-                "train, prune and eval of a vision-language model: give text alone"
+                f"the conversation that begins {begin_of(document)} has images, which are read by castlm train, "
+                "finetune, prune and eval of a vision-language model: give text alone"
             )
         if isinstance(content.get("prompt"), str):
             return self._tokenize(content["prompt"], content["completion"])
@@ -93,11 +93,8 @@ class Chat:
         """`messages` with lists of parts for texts, if the template reads nothing else: it would leave texts out
         without a word, as those of some vision-language models do."""
         if self._reads_text is None:
-            probe = [{"role": "user", "content": _PROBE}]
-            try:
-                self._reads_text = _PROBE in self._tokenizer.apply_chat_template(probe, tokenize=False)
-            except Exception:  # whatever a template does: it says so again for the conversation itself
-                self._reads_text = True
+            as_text, as_parts = self._probe(_PROBE), self._probe([{"type": "text", "text": _PROBE}])
+            self._reads_text = _PROBE in as_text or _PROBE not in as_parts or "{'" in as_parts  # a list, printed
         if self._reads_text:
             return list(messages)
         return [
@@ -106,6 +103,12 @@ class Chat:
             else message
             for message in messages
         ]
+
+    def _probe(self, content: Any) -> str:
+        try:
+            return str(self._tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+        except Exception:  # whatever a template does: it says so again for the conversation itself
+            return ""
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool = False) -> str:
         self._template()
@@ -187,10 +190,20 @@ def _messages(content: Mapping[str, Any]) -> list[Any]:
     return content.get("messages") or [*content["prompt"], *content["completion"]]
 
 
+def begin_of(document: str) -> str:
+    """The first words of a conversation, given as JSON, for messages."""
+    content = json.loads(document)
+    return _begin(_messages(content)) if not isinstance(content.get("prompt"), str) else repr(content["prompt"][:40])
+
+
 def _begin(messages: Sequence[Mapping[str, Any]]) -> str:
-    found = messages[0].get("content", "")
-    text = found if isinstance(found, str) else " ".join(part.get("text", "") for part in found)
-    return repr(" ".join(text.split())[:40])
+    """The first words of the first message that has some."""
+    for message in messages:
+        found = message.get("content", "")
+        text = found if isinstance(found, str) else " ".join(part.get("text", "") for part in found)
+        if text.strip():
+            return repr(" ".join(text.split())[:40])
+    return "without words"
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> PreTrainedTokenizerBase:

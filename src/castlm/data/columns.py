@@ -26,10 +26,12 @@ class Columns(NamedTuple):
     kind: Literal["text", "messages", "prompt"]
     name: str
     """Of the column; "prompt" has its completion in the column `completion`."""
-    images: str | None = None
-    """Column of the images of a conversation."""
+    images: tuple[str, ...] = ()
+    """Columns that may hold the images of a conversation; the first of them with a value counts."""
     folder: Path | None = None
     """That relative paths of images start from."""
+    skips_images: bool = False
+    """Whether the images of a row are left out, and not even counted."""
 
     @property
     def is_chat(self) -> bool:
@@ -39,8 +41,12 @@ class Columns(NamedTuple):
     @property
     def read(self) -> tuple[str, ...]:
         """The columns that a document is made of, where the dataset has them."""
-        names = [self.name, "completion" if self.kind == "prompt" else None, "tools" if self.is_chat else None]
-        return tuple(name for name in (*names, self.images) if name is not None)
+        return (*self.text_columns, *self.images)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """`read` without images."""
+        return (self.name, *(("completion",) if self.kind == "prompt" else ()), *(("tools",) if self.is_chat else ()))
 
     def document(self, row: Mapping[str, Any], where: str) -> str:
         """The document of a row: its text, or the JSON of its conversation; "" where the row is blank.
@@ -72,7 +78,9 @@ class Columns(NamedTuple):
                 return ""
         if tools := row.get("tools"):
             content["tools"] = _tools(tools, where)
-        listed = row.get(self.images) if self.images else None
+        if self.skips_images:
+            return _encodable(json.dumps(content, ensure_ascii=False), where)
+        listed = next((row[name] for name in self.images if row.get(name)), None)
         if images := collect_images(_messages_of(content, listed, where), listed, self.folder, where):
             content = {"images": images, **content}
         return _encodable(json.dumps(content, ensure_ascii=False), where)
@@ -83,12 +91,21 @@ def has_images(document: str) -> bool:
     return document.startswith('{"images"')
 
 
+def text_length(document: str) -> int:
+    """Number of characters of a document without its images."""
+    if not has_images(document):
+        return len(document)
+    content = json.loads(document)
+    return len(document) - len(json.dumps(content["images"], ensure_ascii=False))
+
+
 def find_columns(holds: Mapping[str, str], column: str | None, where: str, folder: Path | None = None) -> Columns:
     """The columns of a dataset.
 
     Args:
         holds: for each column what its values are: "str", "list", "NoneType" or another type.
-        column: the column to use; None finds `messages`, `prompt` with `completion`, or `text`.
+        column: the column to use, and no column of images; None finds `messages`, `prompt` with `completion`, or
+            `text`, with images beside conversations.
         folder: that relative paths of images start from; None where there are no files.
 
     Raises:
@@ -96,10 +113,7 @@ def find_columns(holds: Mapping[str, str], column: str | None, where: str, folde
             and no column is named.
     """
     found = _find_text(holds, column, where)
-    if not found.is_chat:
-        return found
-    images = next((name for name in IMAGE_COLUMNS if holds.get(name, "NoneType") != "NoneType"), None)
-    return found._replace(images=images, folder=folder)
+    return found._replace(images=IMAGE_COLUMNS if column is None and found.is_chat else (), folder=folder)
 
 
 def _find_text(holds: Mapping[str, str], column: str | None, where: str) -> Columns:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Columns, find_columns, types_of
+from castlm.data.columns import Columns, find_columns, has_images, types_of
 from castlm.data.readers import Piece, Position
 
 HUB_BUFFER = 1000  # documents of a stream that are held and shuffled together
@@ -27,12 +27,15 @@ class HubDocuments:
             position.
         columns: what a row holds.
         identity: name, revision, config, split and column, of which `text_hash` is the hash.
+        has_images: whether rows have images.
     """
 
     num_empty = 0
 
-    def __init__(self, open_stream: Callable[[], Any], columns: Columns, name: str, identity: str) -> None:
-        self.name, self.is_chat, self.has_images = name, columns.is_chat, columns.images is not None
+    def __init__(
+        self, open_stream: Callable[[], Any], columns: Columns, name: str, identity: str, has_images: bool = False
+    ) -> None:
+        self.name, self.is_chat, self.has_images = name, columns.is_chat, has_images
         self._buffer = _IMAGES_BUFFER if self.has_images else HUB_BUFFER
         self._open_stream, self._columns, self._identity = open_stream, columns, identity
 
@@ -56,15 +59,13 @@ class HubDocuments:
 
     def split(self, num_held_out: int) -> tuple[HubDocuments, HubDocuments]:
         """All documents but the first `num_held_out`, and those."""
-        name, identity = self.name, self._identity
-        return (
-            HubDocuments(
-                lambda: self._open_stream().skip(num_held_out), self._columns, name, f"{identity} skip {num_held_out}"
-            ),
-            HubDocuments(
-                lambda: self._open_stream().take(num_held_out), self._columns, name, f"{identity} take {num_held_out}"
-            ),
-        )
+
+        def part(cut: str) -> HubDocuments:
+            identity = f"{self._identity} {cut} {num_held_out}"
+            stream = lambda: getattr(self._open_stream(), cut)(num_held_out)  # noqa: E731
+            return HubDocuments(stream, self._columns, self.name, identity, self.has_images)
+
+        return part("skip"), part("take")
 
     def text_hash(self) -> str:
         """See `text_hash`."""
@@ -87,12 +88,15 @@ def open_hub(name: str, column: str | None, split: str, data_config: str | None)
         revision = HfApi().dataset_info(repository, revision=revision or None).sha
         load = partial(datasets.load_dataset, repository, data_config, split=split, revision=revision, streaming=True)
         open_stream = partial(_undecoded, load)
-        row = next(iter(open_stream()), None)
+        stream = open_stream()
+        row = next(iter(stream), None)
     except Exception as error:  # datasets raises exceptions of many types
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name} is neither a local file nor available on the Hugging Face Hub: {reason}") from error
     if row is None:
         raise InputError(f"{name}: split {split!r} is empty; name another split")
     columns = find_columns(types_of(row), column, name)
-    columns.document(row, f"{name}, the first row")
-    return HubDocuments(open_stream, columns, name, f"{repository}@{revision} {data_config} {split} {columns.name}")
+    document = columns.document(row, f"{name}, the first row")
+    with_images = has_images(document) or any(image in (stream.features or row) for image in columns.images)
+    identity = f"{repository}@{revision} {data_config} {split} {columns.name}"
+    return HubDocuments(open_stream, columns, name, identity, columns.is_chat and with_images)

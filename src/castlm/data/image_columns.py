@@ -16,6 +16,8 @@ from castlm.core.errors import InputError
 IMAGE_COLUMNS = ("images", "image")
 BYTES = "data:image;base64,"
 """What begins an image that is given by its bytes and not by its path."""
+IMAGE_PART = '{"type": "image"'
+"""What begins such a part in the JSON of a conversation."""
 _PLACEHOLDER = "<image>"
 _SOURCES = ("image", "path", "url")
 """Keys of the part of a message under which its image may lie."""

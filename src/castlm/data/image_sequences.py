@@ -1,7 +1,7 @@
 """Sequences of conversations with images: one conversation each, with what the vision tower reads.
 
-The same interface as `castlm.data.packing`, which puts several documents into a sequence: the position of an image
-among them would depend on the model, and a processor prepares one conversation at a time.
+`castlm.data.loader` takes them as it takes those of `castlm.data.packing`, which puts several documents into a
+sequence: the position of an image among them would depend on the model, and a processor prepares one at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from castlm.core.errors import InputError
+from castlm.data.columns import has_images
 from castlm.data.documents import Documents
 from castlm.data.hub import HubDocuments
 from castlm.data.images import ImageEncoder, ImageTokens, fits, join_images
@@ -47,15 +48,13 @@ class ImageSequences:
     """Sequences of `seq_len` tokens: conversations shuffled by (seed, epoch), each in a sequence of its own.
 
     What is left of a sequence is filled with end-of-text tokens that do not count. A longer conversation is cut; one
-    whose images do not fit keeps its place and counts for nothing. Both are said once.
+    whose images do not fit or cannot be prepared keeps its place and counts for nothing. That is said, for those that
+    are too long once.
 
     Args:
         documents: conversations, with images or without.
         repeat: every epoch has the order of the first.
         say: called with these lines.
-
-    Raises:
-        InputError: plain text among the documents.
     """
 
     def __init__(
@@ -79,8 +78,9 @@ class ImageSequences:
         return ImageRow(found, self._encode)
 
     def tokens_per_epoch(self) -> int:
-        """Number of tokens of the sequences of one epoch, filled up."""
-        return self.seq_len * sum(1 for _ in self.documents.pieces(None))
+        """Number of tokens of the sequences of one epoch of local documents, filled up."""
+        assert isinstance(self.documents, Documents)
+        return self.seq_len * len(self.documents)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as plain JSON, the same on every rank: of the last conversation if `token` is 1, else of the
@@ -125,7 +125,14 @@ class ImageSequences:
             epoch, position, is_used = epoch + 1, None, False
 
     def _encode(self, document: str) -> ImageTokens:
-        tokens, wanted = self._encoder(document), self.seq_len + 1
+        wanted = self.seq_len + 1
+        try:
+            tokens = self._encoder(document)
+        except InputError as error:
+            if not has_images(document):  # what is wrong is not in a file beside the dataset
+                raise
+            self._say_once(str(error), f"a conversation does not count: {error}")
+            return filled(self._nothing(), wanted, self._encoder.eos)
         count = len(tokens.ids)
         if not fits(tokens.images, self.seq_len):
             self._say_once(
@@ -133,9 +140,7 @@ class ImageSequences:
                 f"the images of a conversation take {count:,} tokens with its text, more than seq_len {self.seq_len}: "
                 "it does not count, and so for others as long; raise seq_len",
             )
-            tokens = ImageTokens(
-                tokens.ids.new_full((1,), self._encoder.eos), tokens.labels.new_full((1,), IGNORED), None
-            )
+            tokens = self._nothing()
         elif count > wanted:
             self._say_once(
                 "cut",
@@ -143,6 +148,9 @@ class ImageSequences:
                 "others as long",
             )
         return filled(tokens, wanted, self._encoder.eos)
+
+    def _nothing(self) -> ImageTokens:
+        return ImageTokens(torch.tensor([self._encoder.eos]), torch.tensor([IGNORED]), None)
 
     def _say_once(self, kind: str, line: str) -> None:
         if kind not in self._said:

@@ -2,7 +2,7 @@
 
 A processor puts a run of tokens in the place of each image and makes the tensors that the vision tower reads. It does
 not say which tokens the assistant wrote; those are found in the conversation before the images are put in
-(`castlm.data.chat`) and carried over by aligning the two rows of tokens.
+(`castlm.data.chat`) and carried over by aligning the two texts.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ import binascii
 import copy
 import io
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from castlm.core.errors import InputError
-from castlm.data.chat import Rendered
+from castlm.data.chat import Rendered, begin_of
 from castlm.data.image_columns import BYTES, message_content
 from castlm.data.tokens import Encoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from transformers import ProcessorMixin
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 _OF_TEXT = ("input_ids", "attention_mask")
 
@@ -63,41 +64,37 @@ class ImageEncoder:
 
     def __init__(self, processor: ProcessorMixin, assistant_only: bool = True) -> None:
         self._processor = copy.deepcopy(processor)  # a thread prepares batches while another evaluates
-        tokenizer = self._processor.tokenizer
-        self._encoder = Encoder(tokenizer, None, assistant_only)
+        self._tokenizer = self._processor.tokenizer
+        self._encoder = Encoder(self._tokenizer, None, assistant_only)
         self._chat, self.eos = self._encoder.chat, self._encoder.eos
-        known = tokenizer.get_vocab()
-        names = (getattr(processor, name, None) for name in ("image_token", "boi_token"))
-        self._placeholders = {known[name] for name in names if name in known}
+        known = self._tokenizer.get_vocab()
+        names = (getattr(processor, name, None) for name in ("boi_token", "image_token"))
+        self._placeholders = {name: known[name] for name in names if name in known}
 
     def __call__(self, document: str) -> ImageTokens:
         """The tokens of a conversation, given as JSON, with an end-of-text behind them.
 
         Raises:
-            InputError: as `Chat`; an image that cannot be read; or a processor that cannot take it, or changes more of
-                the text than the images.
+            InputError: as `Chat`; an image that cannot be read; a text that has more or fewer placeholders than there
+                are images; or a processor that cannot take it, or changes more of the text than the images.
         """
         content = json.loads(document)
         sources = content.pop("images", [])
         plain = json.dumps(content)
         rendered = self._chat(plain)
-        if (count := sum(token in self._placeholders for token in rendered.ids)) != len(sources):
+        if (count := sum(token in self._placeholders.values() for token in rendered.ids)) != len(sources):
             raise InputError(
-                f"the conversation {self._chat.text(plain)[:60]!r} has {len(sources)} images, and {count} tokens that "
+                f"the conversation that begins {begin_of(plain)} has {len(sources)} images, and {count} tokens that "
                 "stand for one in the text that its chat template makes: take them out of the text, or correct the "
                 "template (chat_template_path)"
             )
         if not sources:
             return self._of(rendered, None)
-        images = [open_image(source) for source in sources]
-        try:
-            options = {"return_tensors": "pt", "add_special_tokens": False}
-            found = self._processor(text=[self._chat.text(plain)], images=images, **options)
-        except Exception as error:  # a processor is a program, with errors of many types
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise InputError(f"{self._name} cannot prepare the images {_names(sources)}: {reason}") from error
+        images = [open_image(source, begin_of(plain)) for source in sources]
+        text = self._chat.text(plain)
+        found, expanded = self._prepare(text, images, begin_of(plain))
         ids = found["input_ids"][0].tolist()
-        counts, end = self._aligned(rendered.ids, rendered.counts, ids)
+        counts, end = self._counts(text, rendered, expanded, ids)
         tensors = {name: value for name, value in found.items() if isinstance(value, Tensor) and name not in _OF_TEXT}
         by_token = {name: value[0] for name, value in tensors.items() if value.shape == (1, len(ids))}
         by_image = {name: value for name, value in tensors.items() if name not in by_token}
@@ -111,7 +108,8 @@ class ImageEncoder:
             for message in messages if isinstance(messages, list) else []:
                 if isinstance(message.get("content"), list):
                     message["content"] = message_content([p for p in message["content"] if p["type"] == "text"], "")
-        return [*self._chat(json.dumps(content)).ids, self.eos]
+        ids = self._chat(json.dumps(content)).ids
+        return [*(token for token in ids if token not in self._placeholders.values()), self.eos]
 
     @property
     def _name(self) -> str:
@@ -121,55 +119,101 @@ class ImageEncoder:
         ids, labels, _ = self._encoder.conversation(rendered)
         return ImageTokens(torch.from_numpy(ids).long(), torch.from_numpy(labels).long(), images)
 
-    def _aligned(self, before: list[int], counts: list[bool], after: list[int]) -> tuple[list[bool], int]:
-        """Which tokens of `after` count, and where the last image ends, from the tokens before images were put in.
+    def _prepare(self, text: str, images: list[Image], begin: str) -> tuple[Mapping[str, Any], str]:
+        """What the processor makes of a text and its images, and the text with the images put in."""
+        watched = _Watched(self._tokenizer)
+        self._processor.tokenizer = watched
+        try:
+            found = self._processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False)
+        except Exception as error:  # a processor is a program, with errors of many types
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(f"{self._name} cannot prepare the conversation that begins {begin}: {reason}") from error
+        finally:
+            self._processor.tokenizer = self._tokenizer
+        return found, watched.text
 
-        Between images the tokens are the same, so each stretch of text is found behind the one before it.
+    def _counts(self, text: str, rendered: Rendered, expanded: str, ids: list[int]) -> tuple[list[bool], int]:
+        """Which tokens of the `expanded` text count, as those of the rendered `text` do, and where the last image ends.
+
+        By characters: around an image, tokens may be merged otherwise than in the text alone.
         """
-        cuts = [number for number, token in enumerate(before) if token in self._placeholders]
-        begins, ends = [0, *(cut + 1 for cut in cuts)], [*cuts, len(before)]
-        found, at = list[bool](), 0
-        for number, (begin, end) in enumerate(zip(begins, ends)):
-            text = before[begin:end]
-            first = at if number == 0 else at + 1  # an image has a token at least
-            last = len(after) - len(text)
-            start = last if number == len(cuts) else _find(text, after, first)
-            if start is None or start < first or after[start : start + len(text)] != text:
-                raise InputError(
-                    f"{self._name} changes more of a conversation than its images, so that the tokens that count "
-                    f"cannot be told (from {len(before)} tokens with {len(cuts)} images to {len(after)})"
-                )
-            found += [False] * (start - at) + counts[begin:end]
-            at = start + len(text)
-        return found, len(after) - len(before[begins[-1] :])
+        before, after = (
+            self._tokenizer(t, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            for t in (text, expanded)
+        )
+        pieces = _align(text, expanded, tuple(self._placeholders))
+        if before["input_ids"] != rendered.ids or after["input_ids"] != ids or pieces is None:
+            raise InputError(
+                f"{self._name} changes more of a conversation than its images, so that the tokens that count cannot "
+                f"be told: its text has {len(rendered.ids)} tokens, and {len(ids)} with its images"
+            )
+        counts_at = bytearray(len(expanded))
+        spans = [span for span, counts in zip(before["offset_mapping"], rendered.counts) if counts]
+        for start, stop in spans:
+            for begin, length, moved in pieces:
+                for at in range(max(start, begin), min(stop, begin + length)):
+                    counts_at[at + moved] = 1
+        last_image = pieces[-1][0] + pieces[-1][2]
+        end = next((n for n, (start, _) in enumerate(after["offset_mapping"]) if start >= last_image), len(ids))
+        stand_for = set(self._placeholders.values())
+        found = [any(counts_at[start:stop]) for start, stop in after["offset_mapping"]]
+        return [counts and token not in stand_for for counts, token in zip(found, ids)], end
 
 
-def _find(part: list[int], row: list[int], start: int) -> int | None:
-    return next((i for i in range(start, len(row) - len(part) + 1) if row[i : i + len(part)] == part), None)
+class _Watched:
+    """A tokenizer that remembers the text it is given, which a processor does not tell."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self.text = tokenizer, ""
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        self.text = text if isinstance(text, str) else text[0]
+        return self._tokenizer(text, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
-def open_image(source: str) -> Image:
-    """An image of a conversation, RGB.
+def _align(text: str, expanded: str, placeholders: Sequence[str]) -> list[tuple[int, int, int]] | None:
+    """Where the stretches of `text` between its images lie in `expanded`: begin, length and how far each is moved.
+
+    None if they do not all lie there, in their order.
+    """
+    pieces, at = list[tuple[int, int, int]](), 0
+    cuts = [match.span() for match in re.finditer("|".join(map(re.escape, placeholders)), text)]
+    begins, ends = [0, *(stop for _, stop in cuts)], [*(start for start, _ in cuts), len(text)]
+    for number, (begin, end) in enumerate(zip(begins, ends)):
+        stretch, is_last = text[begin:end], number == len(cuts)
+        start = len(expanded) - len(stretch) if is_last else expanded.find(stretch, at)
+        if start < at or (number == 0 and start > 0) or not expanded.startswith(stretch, start):
+            return None
+        pieces.append((begin, len(stretch), start - begin))
+        at = start + len(stretch) + (0 if is_last else 1)  # an image has a character at least
+    return pieces
+
+
+def open_image(source: str, begin: str) -> Image:
+    """An image of a conversation, RGB, turned as its camera says.
 
     Args:
         source: as `castlm.data.image_columns.collect_images` gives it.
+        begin: the first words of the conversation, for messages.
 
     Raises:
         InputError: it cannot be read.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         file = io.BytesIO(base64.b64decode(source.removeprefix(BYTES))) if source.startswith(BYTES) else source
         with Image.open(file) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"cannot read the image {_names([source])}: {reason}; remove its row") from error
-
-
-def _names(sources: Sequence[str]) -> str:
-    return ", ".join("(bytes in the dataset)" if source.startswith(BYTES) else source for source in sources)
+        where = "in the dataset" if source.startswith(BYTES) else source
+        reason = re.sub(r" <_io.*?>", " it", " ".join(str(error).split())[:200])
+        raise InputError(
+            f"cannot read the image {where} of the conversation that begins {begin}: {reason}; remove its row"
+        ) from error
 
 
 def join_images(rows: Sequence[ImageInputs | None], width: int) -> dict[str, Tensor]:

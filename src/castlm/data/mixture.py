@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from castlm.core.errors import InputError
+from castlm.data.columns import text_length
 from castlm.data.documents import Documents
 from castlm.data.hub import HubDocuments
 from castlm.data.readers import Piece, Position
@@ -23,7 +24,7 @@ class Mixture:
         weights: the share of each, above 0; they need not add up to 1.
 
     Raises:
-        InputError: a weight that is not above 0.
+        InputError: a weight that is not above 0, or plain text beside conversations with images.
 
     Examples:
         >>> texts = [Documents.from_texts([letter * 10] * 4) for letter in "ab"]
@@ -36,6 +37,8 @@ class Mixture:
         for part, weight in zip(parts, weights, strict=True):
             if not weight > 0:
                 raise InputError(f"dataset {part.name}: its weight {weight:g} is not above 0")
+            if not part.is_chat and any(other.has_images for other in parts):
+                raise InputError(f"{part.name}: plain text beside conversations with images: give it as conversations")
         self._parts, self._weights = list(parts), [weight / sum(weights) for weight in weights]
         shares = (f"{part.name} ({weight:.0%})" for part, weight in zip(parts, self._weights))
         self.name = " + ".join(shares)
@@ -64,7 +67,7 @@ class Mixture:
             here = {"texts": [list(text) for text in texts], "used": list(used), "open": current}
             yield piece._replace(position=here)
             texts[number][2] = True
-            used[number] += len(piece.text)
+            used[number] += text_length(piece.text) if piece.is_chat else len(piece.text)
             current = None if piece.last else number
 
     def _open(self, number: int, seed: int | None, epoch: int, position: Position, is_used: bool) -> Iterator[Piece]:

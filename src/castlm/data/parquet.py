@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import find_columns, has_images
+from castlm.data.columns import Columns, find_columns
+from castlm.data.image_columns import IMAGE_PART
 from castlm.data.readers import Pool
 from castlm.owned import sha256_file
 from castlm.reading import check_regular
@@ -19,7 +20,8 @@ MAX_ROWS = 1 << 30
 class ParquetRows:
     """The documents of a parquet file; a row group is decoded as a whole, and blank rows are empty pieces.
 
-    Conversations are all read once, so that a bad one is found before the run, as in a file of JSON lines.
+    Conversations are all read once, so that a bad one is found before the run, as in a file of JSON lines; their images
+    are not.
     """
 
     def __init__(self, path: Path, column: str | None, pool: Pool) -> None:
@@ -35,7 +37,8 @@ class ParquetRows:
             raise InputError(f"{path}: not a whole parquet file ({_one_line(error)}): fetch it again") from error
         holds = {field.name: _arrow_kind(field.type) for field in schema}
         self._columns = find_columns(holds, column, str(path), path.parent)
-        self.is_chat, self.has_images = self._columns.is_chat, False
+        self.is_chat = self._columns.is_chat
+        self.has_images = self.is_chat and any(holds.get(image, "null") != "null" for image in self._columns.images)
         name = self._columns.name
         if not self.is_chat and holds[name] != "str":
             raise InputError(f"{path}: column {name!r} holds {holds[name]}: strings are needed")
@@ -52,29 +55,31 @@ class ParquetRows:
         sizes = [sum(group.column(leaf).total_uncompressed_size for leaf in leaves) for group in groups]
         self.unit_bytes = np.asarray(sizes, dtype=np.int64)
         if self.is_chat:
+            text_alone = self._columns._replace(skips_images=True)
+            names = [name for name in self._columns.text_columns if name in holds]
             for unit, first in enumerate(self._first.tolist()):
-                table = self._read(unit)
+                table = self._read(unit, names)
                 for row in range(len(table)):
-                    self.has_images |= has_images(self._document(table, row, first + row))
+                    self.has_images |= IMAGE_PART in self._document(table, row, first + row, text_alone)
 
     def text(self, piece: int) -> str:
         unit = int(self.unit[piece])
-        table = self._pool.get((id(self), unit), int(self.unit_bytes[unit]), lambda: self._read(unit))
-        return self._document(table, int(piece - self._first[unit]), piece)
+        table = self._pool.get((id(self), unit), int(self.unit_bytes[unit]), lambda: self._read(unit, self._read_names))
+        return self._document(table, int(piece - self._first[unit]), piece, self._columns)
 
-    def _document(self, table: Any, row: int, number: int) -> str:
+    def _document(self, table: Any, row: int, number: int, columns: Columns) -> str:
         try:
-            values = {name: table.column(name)[row].as_py() for name in self._read_names}
+            values = {name: table.column(name)[row].as_py() for name in table.column_names}
         except UnicodeDecodeError as error:
             raise InputError(f"{self._path}: row {number} is not UTF-8 ({error.reason}): convert the file") from error
-        return self._columns.document(values, f"{self._path}, row {number}")
+        return columns.document(values, f"{self._path}, row {number}")
 
-    def _read(self, unit: int) -> Any:
+    def _read(self, unit: int, names: list[str]) -> Any:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            table = pq.ParquetFile(self._path).read_row_group(unit, columns=self._read_names)
+            table = pq.ParquetFile(self._path).read_row_group(unit, columns=names)
             table.validate(full=True)  # else a corrupt offset is read out of bounds
             return table
         except (pa.ArrowException, OSError, ValueError) as error:

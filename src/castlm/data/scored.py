@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
+from castlm.data.chat import begin_of
 from castlm.data.documents import Documents, open_documents
 from castlm.data.hub import HubDocuments
 from castlm.data.images import ImageEncoder, ImageInputs, ImageTokens
+from castlm.data.readers import Position
 from castlm.data.tokens import IGNORED, Encoder, first_tokens
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ class ScoredImages(NamedTuple):
     load: Callable[[], ImageInputs | None]
     end: int
     """Number of tokens up to the end of the last image."""
+    begin: str
+    """The first words of the conversation, for messages."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class ScoredText:
     """Which tokens are scored, in words: "all" or "assistant"; of several kinds of text both."""
     images: tuple[ScoredImages | None, ...] = ()
     """Of each part that begins at one of `starts`; empty of a text without images."""
+    is_chat: bool = False
+    """Whether it consists of conversations, each scored by itself."""
 
     @classmethod
     def of(cls, ids: Tensor) -> ScoredText:
@@ -64,12 +70,8 @@ class ScoredText:
             at, was_chat = at + len(part.ids), part.is_chat
         ids, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "labels"))
         tokens = " and ".join(dict.fromkeys(part.tokens for part in parts))
-        return cls(ids, labels, tuple(starts), tokens, tuple(images) if any(images) else ())
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether it consists of conversations, each scored by itself."""
-        return self.starts != (0,) or self.tokens != ALL
+        is_chat = any(part.is_chat for part in parts)
+        return cls(ids, labels, tuple(starts), tokens, tuple(images) if any(images) else (), is_chat)
 
     @property
     def stretches(self) -> list[tuple[int, int]]:
@@ -108,6 +110,7 @@ def scored_text(
         torch.from_numpy(tokens.labels).long(),
         tuple(tokens.begins.nonzero()[0].tolist()),
         ASSISTANT if assistant_only else ALL,
+        is_chat=True,
     )
     return _checked(text, documents)
 
@@ -120,18 +123,27 @@ def _with_images(
     for piece in documents.pieces(None):
         tokens = encoder(piece.text)
         starts.append(count)
-        load = partial(_images_of, encoder, piece.text)
-        images.append(None if tokens.images is None else ScoredImages(load, tokens.images.end))
+        if tokens.images is None:
+            images.append(None)
+        else:
+            again = piece.position if isinstance(documents, Documents) else piece.text  # a stream is not read again
+            load = partial(_images_of, encoder, documents, again)
+            images.append(ScoredImages(load, tokens.images.end, begin_of(piece.text)))
         found.append(tokens._replace(images=None))
         count += len(tokens.ids)
         if limit is not None and count >= limit:
             break
     ids, labels = torch.cat([tokens.ids for tokens in found]), torch.cat([tokens.labels for tokens in found])
     which = ASSISTANT if assistant_only else ALL
-    return _checked(ScoredText(ids, labels, tuple(starts), which, tuple(images)), documents)
+    return _checked(ScoredText(ids, labels, tuple(starts), which, tuple(images), is_chat=True), documents)
 
 
-def _images_of(encoder: ImageEncoder, document: str) -> ImageInputs | None:
+def _images_of(
+    encoder: ImageEncoder, documents: Documents | HubDocuments, document: str | Position
+) -> ImageInputs | None:
+    """The images of a conversation, given by its JSON or, of local documents, by its position."""
+    if not isinstance(document, str):
+        document = next(documents.pieces(None, position=document)).text
     return encoder(document).images
 
 

@@ -177,8 +177,8 @@ def sequences_of(text: ScoredText, seq_len: int, stride: int) -> list[Scored]:
         if text.images and (images := text.images[number]) is not None:
             if images.end > seq_len:
                 raise InputError(
-                    f"the images of conversation {number + 1} of the evaluation text end at token {images.end:,}, "
-                    f"after seq_len {seq_len}: raise seq_len, or leave the conversation out"
+                    f"the images of the conversation that begins {images.begin} end at token {images.end:,}, after "
+                    f"seq_len {seq_len}: raise seq_len, or leave it out of the evaluation text"
                 )
             parts = parts[:1]
         found += [Scored(begin + p.begin, begin + p.end, begin + p.first_scored, number) for p in parts]

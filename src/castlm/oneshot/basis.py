@@ -201,6 +201,7 @@ class _Turning:
             self.stream.fold_()
         stack, blocks = block_stack(self.model, layers)
         calibration = calibration[: sequences_needed(layers, *calibration.shape, self.stream.rotates)]
+        images = None if images is None else images[: len(calibration)]
         inputs = BlockInputs(self.model, blocks, calibration, images=images)
         for index, block in enumerate(self.wiring.blocks):
             inside = {name: layer for name, layer in layers.items() if name.startswith(f"{stack}.{index}.")}

@@ -172,6 +172,7 @@ def prune_oneshot_(
     kind = SOLVERS[method]
     if kind.add is None and calibration is not None:
         calibration = calibration[: math.ceil(ERROR_TOKENS / calibration.shape[1])]
+        images = None if images is None else images[: len(calibration)]
     num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
     asked = damping if method == "sparsegpt" else None
     report = OneshotReport(method, str(to.pattern), num_sequences, seq_len, asked, left_dense=left_dense)

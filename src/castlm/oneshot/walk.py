@@ -65,8 +65,8 @@ class BlockInputs:
     sliding windows) and rotary tables are those of the model. The first pass goes through all blocks, and also checks
     that nothing but the hidden states runs from block to block; the others end at the first block.
 
-    With images, each sequence has a pass of its own, through all blocks: rotary tables may depend on its images
-    (Qwen2-VL), and features of them may be added to some tokens between blocks (Qwen3-VL).
+    With images, each sequence has a pass of its own, through all blocks where rotary tables depend on its images
+    (Qwen2-VL) or features of them are added to some tokens between blocks (Qwen3-VL).
 
     Args:
         calibration: int64, (num_sequences, seq_len).
@@ -91,8 +91,10 @@ class BlockInputs:
         self.blocks, self.index = blocks, index
         self.batches: MutableSequence[Tensor] = [] if batches is None else batches
         self._passes: list[_Pass] = []  # the first, and with images those of all batches
+        self._adds: bool | None = None  # whether something is added between blocks, known after the first images
         is_filled = bool(self.batches)
         if images is not None:
+            assert not is_filled, "hidden states of images are not held on disk"
             for ids, of_sequence in zip(calibration.to(model.device).split(1), images, strict=True):
                 of_device = {name: tensor.to(model.device) for name, tensor in of_sequence.items()}
                 self._enter(model, ids, of_device, keep=True)
@@ -137,7 +139,6 @@ class BlockInputs:
         return self._passes[batch if len(self._passes) > 1 else 0]
 
     def _enter(self, model: PreTrainedModel, ids: Tensor, images: dict[str, Tensor] | None, keep: bool) -> None:
-        ends_early = bool(self._passes) and images is None
         passed_on: list[Tensor] = []  # what the last block called gave back
         here = _Pass([], {})
 
@@ -154,15 +155,17 @@ class BlockInputs:
                     f"{type(model).__name__} does more between its blocks than pass hidden states on: "
                     "pruning block by block cannot follow it, use magnitude without calibration"
                 )
-            if index == 0 and ends_early and not _same(call, self._passes[0].calls[0]):
-                raise InputError(
-                    f"the blocks of {type(model).__name__} take arguments that change with the text: "
-                    "pruning block by block cannot follow it, use magnitude without calibration"
-                )
-            if index == 0 and keep:
-                self.batches.append(hidden)
-            if ends_early:
-                raise StopForward
+            if index == 0:
+                is_like_first = bool(self._passes) and _same(call, self._passes[0].calls[0])
+                if self._passes and not is_like_first and images is None:
+                    raise InputError(
+                        f"the blocks of {type(model).__name__} take arguments that change with the text: "
+                        "pruning block by block cannot follow it, use magnitude without calibration"
+                    )
+                if keep:
+                    self.batches.append(hidden)
+                if is_like_first and (not images or self._adds is False):
+                    raise StopForward
             here.calls.append(call)
 
         with ExitStack() as hooks:
@@ -175,8 +178,11 @@ class BlockInputs:
                 hooks.enter_context(block.register_forward_hook(lambda _, __, out: passed_on.append(_hidden_of(out))))
             with suppress(StopForward):
                 model.base_model(input_ids=ids, use_cache=False, **(images or {}))
-        if ends_early:
+        if not here.calls:  # as in the first pass
+            self._passes += [self._passes[0]._replace(added={})] if images is not None else []
             return
+        if images:
+            self._adds = bool(here.added)
         if len(here.calls) < len(self.blocks):
             raise InputError(f"{type(model).__name__} runs only {len(here.calls)} of its {len(self.blocks)} blocks")
         same = bool(self._passes) and _same(here.calls, self._passes[0].calls)  # then one copy of the tables is kept

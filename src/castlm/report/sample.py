@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from castlm.core.errors import InputError
 from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
 from castlm.files import atomic_write_json
@@ -49,6 +50,8 @@ def write_sample(run: RunData) -> dict[str, Any]:
         revision = config.get("revision") if name == config["model"] else None
         loaded = load_model(name, trust_remote_code=bool(config.get("trust_remote_code")), revision=revision)
         documents = open_documents(text, column=config.get("column"))
+        if documents.has_images:
+            raise InputError(f"{text} has images, and the sample continues text alone")
         ids = token_ids(documents, loaded.tokenizer, limit=PROMPT_TOKENS)[:PROMPT_TOKENS]
         prompt = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
         models.append({"name": title, "completion": complete(loaded.model, loaded.tokenizer, ids, NEW_TOKENS)})

@@ -134,7 +134,7 @@ def _prune(
     try:
         refinements = part_of(config, Refinements).for_solver(solver, pattern)
         calibration, images = calibration_sequences(
-            text.documents, source.tokenizer, num_sequences, length, config.seed, text.processor
+            text.documents, source.tokenizer, num_sequences, length, config.seed, text.processor, note
         )
         alive()
         with _told_progress("changing the basis, steps", alive) as progress:

@@ -26,17 +26,17 @@ from castlm.training.text import TrainingText, open_training_text
 
 
 def open_teacher_cache(config: TrainConfig, text: TrainingText, vocab_size: int, world: World) -> TeacherCache | None:
-    """The cache of a run; None where it has none.
-
-    Raises:
-        InputError: for texts with images, by which the cache does not know a sequence.
-    """
+    """The cache of a run; None where it has none."""
     if config.teacher_cache is None:
         return None
-    if text.processor is not None:
-        raise InputError("teacher_cache knows a sequence by its tokens, and the texts have images: leave it out")
     stream = [text.train_sha256, config.seed, config.seq_len, config.repeat_blocks, config.column, text.template_sha256]
     return TeacherCache(config.teacher_cache, stream, vocab_size, world)
+
+
+def check_cacheable(config: TrainConfig, text: TrainingText) -> None:
+    """Raises `InputError` for training text with images, by which a cache does not know a sequence."""
+    if config.teacher_cache is not None and text.documents.has_images:
+        raise InputError("teacher_cache knows a sequence by its tokens, and the text has images: leave it out")
 
 
 def teacher_dtype(precision: str) -> torch.dtype:
@@ -80,6 +80,7 @@ def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None]
     source = open_source(config, world)
     vocab = vocab_size(source.model.config)
     text = open_training_text(config, source.tokenizer, vocab, world)
+    check_cacheable(config, text)
     precision = choose_precision(config.precision, world.device, source.model.config)
     cache = open_teacher_cache(config, text, vocab, world)
     assert cache is not None

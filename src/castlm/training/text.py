@@ -23,6 +23,7 @@ from castlm.data.packing import PackedSequences
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.world import World
+from castlm.evaluation.perplexity import sequences_of
 from castlm.opening import open_model, open_processor
 from castlm.progress import note
 from castlm.training.config import TrainConfig
@@ -133,7 +134,8 @@ def open_training_text(
     documents, held_out = _open_splits(config)
     has_images = any(text.has_images for text in (documents, *held_out))
     processor = _processor(config, tokenizer) if has_images else None
-    sequences = _sequences(config, documents, tokenizer, processor, note if world.is_main else lambda text: None)
+    speaks = world.is_main or documents.has_images  # each rank sees the images of its own rows alone
+    sequences = _sequences(config, documents, tokenizer, processor, note if speaks else lambda text: None)
     loader = BatchLoader(
         sequences,
         rows_per_rank=config.per_device_train_batch_size,
@@ -150,6 +152,10 @@ def open_training_text(
         if len(part.ids) < 2:
             raise InputError(f"the evaluation text {name} has {len(part.ids)} tokens: give more")
         check_vocabulary(part.ids, vocab_size)
+        if not sequences_of(part, config.seq_len, config.seq_len):
+            raise InputError(
+                f"no token of the evaluation text {name} that counts is within seq_len {config.seq_len}: raise seq_len"
+            )
     digests = [text.text_hash() for text in held_out]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return TrainingText(
