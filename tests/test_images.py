@@ -440,6 +440,24 @@ def test_a_bad_image_does_not_end_a_run(llava, dataset, tmp_path, capsys):
     assert capsys.readouterr().err.count("a conversation does not count: cannot read the image") == 1
 
 
+def test_a_run_in_which_nothing_counts_does_not_end_well(llava, dataset, text, tmp_path, capsys):
+    given = options(llava, dataset, tmp_path / "run", seq_len=6, eval_dataset=text)
+    assert main(["train", *given, "--init-from=magnitude"]) == 2
+    assert "no token has counted in the loss of 4 steps: raise seq_len" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_columns_of_any_row_that_would_be_lost_are_refused(dataset):
+    first = {"messages": [user("hi"), assistant("ho")]}
+    columns = find_columns({"messages": "list"}, None, "a.jsonl")
+    with pytest.raises(InputError, match="the column 'videos' is neither text nor images"):
+        columns.document(first | {"videos": ["a.mp4"]}, "line 2")
+    columns = find_columns({"text": "str"}, None, "a.jsonl")
+    with pytest.raises(InputError, match="the column 'image' lies beside plain text"):
+        columns.document({"text": "a", "image": "red.png"}, "line 2")
+    assert find_columns({"text": "str"}, "text", "a").document({"text": "a", "image": "red.png"}, "line 2") == "a"
+
+
 def test_what_can_be_refused_is_refused_before_the_start(llava, dataset, tmp_path, capsys):
     assert main(["train", *options(llava, dataset, tmp_path / "run", seq_len=16, eval_dataset=dataset)]) == 2
     error = capsys.readouterr().err

@@ -39,6 +39,13 @@ def test_a_new_file_and_an_older_report_are_accepted(tmp_path):
         check_json_path(str(tmp_path / "old.json"), str(tmp_path / "old.json"))
 
 
+@pytest.mark.parametrize("name", ["castlm-output.json", "progress.json", "text.jsonl.castlm.json", "one.jsonl"])
+def test_records_and_texts_are_no_reports(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match="exists and is not a report of castlm"):
+        check_json_path(str(tmp_path / name))
+
+
 def test_a_pipe_is_never_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")

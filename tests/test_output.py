@@ -46,6 +46,7 @@ FOREIGN = (
     *(
         "wandb/mine.txt",
         "checkpoints/step-00000002/__a.py",
+        "checkpoints/step-00000002-best/manifest.json",
         "tensorboard/mine",
         "replaced/0/data.txt",
         "replaced/data.txt",

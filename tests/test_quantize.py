@@ -242,6 +242,18 @@ def test_int4_calibrates_on_a_column_or_on_conversations_in_a_given_template(tmp
     assert not (tmp_path / "a" / "chat_template.jinja").exists()
 
 
+def test_a_run_does_not_lose_its_model_to_a_quantized_one(tmp_path, capsys):
+    sparse = tmp_path / "run" / "model"
+    folder = save_tiny(tmp_path / "dense", "llama")
+    assert main(["prune", "--model", str(folder), "--output-dir", str(sparse), "--method", "magnitude"]) == 0
+    (tmp_path / "run" / "config.yaml").write_text("model: x\n")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    before = (sparse / "model.safetensors").read_bytes()
+    assert main(["quantize", str(tmp_path / "run"), "--output-dir", str(sparse), "--overwrite"]) == 2
+    assert "where it could be overwritten" in capsys.readouterr().err
+    assert (sparse / "model.safetensors").read_bytes() == before
+
+
 def test_a_dense_model_needs_a_pattern(tmp_path, capsys):
     folder = save_tiny(tmp_path / "dense", "llama")
     assert main(["quantize", str(folder), "--output-dir", str(tmp_path / "out")]) == 2

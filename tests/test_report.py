@@ -17,6 +17,7 @@ from castlm.core.errors import InputError
 from castlm.report.charts import Level, Series, dot_chart, heat_map, line_chart, standalone
 from castlm.report.run_data import read_run
 from castlm.report.run_page import run_page
+from castlm.report.sample import read_sample
 from castlm.report.scales import Scale, linear_ticks, log_ticks, short
 from castlm.training.config import TrainConfig
 from castlm.training.verdict import verdict
@@ -116,6 +117,20 @@ def test_the_page_of_a_running_run_says_how_far_it_is(running):
     assert re.search(r"Step \d of 8\. So far: ", page)
     assert 'class="bar"' in page
     assert "<h2>A sample of text</h2>" not in page
+
+
+def test_the_result_of_an_earlier_run_is_not_that_of_the_run_that_replaces_it(running, finished):
+    shutil.copytree(finished / "model", running / "model")
+    shutil.copy(finished / "sample.json", running)
+    assert read_run(running).is_finished
+    (running / "castlm-output.json").write_text('{"command": "train", "run_id": "another"}')
+    assert not read_run(running).is_finished
+    record = json.loads((running / "model" / "castlm.json").read_text())
+    (running / "castlm-output.json").write_text(json.dumps({"command": "train", "run_id": record["run_id"]}))
+    assert read_sample(read_run(running)) is not None
+    (running / "model" / "castlm.json").write_text(json.dumps(record | {"run_id": "another"}))
+    (running / "castlm-output.json").write_text('{"command": "train", "run_id": "another"}')
+    assert read_sample(read_run(running)) is None
 
 
 def test_watching_ends_with_the_run(running, finished, monkeypatch):

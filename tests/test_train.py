@@ -512,3 +512,14 @@ def test_bf16_on_a_cpu_without_units_for_it_is_said_to_be_slow(is_fast, llama, t
     assert ("no bf16 units" in capsys.readouterr().err) == (not is_fast)
     assert main(["eval", str(tmp_path / "run"), "--text", text, "--seq-len", "32", "--precision", "bf16"]) == 0
     assert ("no bf16 units" in capsys.readouterr().err) == (not is_fast)
+
+
+def test_a_run_is_not_resumed_on_other_weights(text, tmp_path):
+    model = save_tiny(tmp_path / "model")
+    config = small(str(model), text, tmp_path / "run", max_steps=4, save_steps=2)
+    train_until(config, 3)
+    save_tiny(tmp_path / "model", seed=1)
+    with pytest.raises(InputError, match=r"not the run that was saved \(model_fingerprint"):
+        train(replace(config, resume=True))
+    save_tiny(tmp_path / "model")
+    train(replace(config, resume=True))

@@ -9,6 +9,8 @@ from castlm.core.errors import InputError
 from castlm.reading import check_regular, read_json_object, user_path
 
 _FOLDER_OF_A_MODEL = ("config.json", "castlm.json", "config.yaml", "metrics.jsonl")
+_RECORDS = ("castlm-output.json", "progress.json", "*.castlm.json", "*.jsonl")
+"""Files that are no reports though they may hold a JSON object: castlm's own records, and texts."""
 
 
 def check_json_path(path: str | None, *inputs: str) -> None:
@@ -39,6 +41,8 @@ def check_json_path(path: str | None, *inputs: str) -> None:
         raise InputError(f"--json {path} is a file that the command reads: choose another name")
     if any((target.parent / name).exists() for name in _FOLDER_OF_A_MODEL):
         raise InputError(f"--json {path} exists in the folder of a model or a run: choose another folder")
+    if any(target.match(name) for name in _RECORDS):
+        raise InputError(f"--json {path} exists and is not a report of castlm: choose another name")
     try:
         read_json_object(target)
     except InputError as error:

@@ -13,7 +13,7 @@ from castlm.cli.options import parse, refuse_given
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.fields import choice
+from castlm.fields import Bound, choice
 from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
 
 if TYPE_CHECKING:
@@ -210,6 +210,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         # Solvers and changes of basis compute in fp32; magnitude alone needs no more than what is stored.
         held = None if text is None else torch.float32
         refinements = part_of(self, Refinements).for_solver(method, pattern)
+        self._check_numbers(refinements)
         loaded = load_model(self.model, dtype=held, trust_remote_code=self.trust_remote_code, revision=self.revision)
         check_cut(loaded.model, pattern)
         _, left_dense = sparse_linears(loaded.model, pattern)
@@ -251,6 +252,17 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             dtype=save_dtype(self.save_dtype, loaded.dtype),
         )
         return self._say_done(folder, method, report)
+
+    def _check_numbers(self, refinements: Refinements) -> None:
+        """Raises `InputError` before the work for what the solver or the change of basis would refuse after some."""
+        bounds: list[Bound] = [
+            ("damping", 0 <= self.damping <= 1, "between 0 and 1"),
+            ("rotation_iterations", self.rotation_iterations >= 1, "at least 1"),
+            *refinements.out_of_range(),
+        ]
+        for name, in_range, allowed in bounds:
+            if not in_range:
+                raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {allowed}")
 
     def _prune_by_block(
         self, folder: Path, pattern: Pattern, method: str, text: Documents | HubDocuments | None, device: str

@@ -110,7 +110,7 @@ class QuantizeCommand:
         if pattern is None:
             raise InputError(f"{self.model} is {text}, which has no n:m to keep: pass --pattern of an n:m model")
         documents = None if self.calibration is None else open_documents(self.calibration, column=self.column)
-        inputs = {"model": self.model, "calibration": self.calibration}
+        inputs = {"model": source, "calibration": self.calibration}
         with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
             return self._quantize(source, manifest, pattern, documents, folder)
 

@@ -30,6 +30,8 @@ class Columns(NamedTuple):
     """Columns that may hold the images of a conversation; the first of them with a value counts."""
     folder: Path | None = None
     """That relative paths of images start from."""
+    refused: tuple[str, ...] = ()
+    """Columns that would be lost without a word."""
     skips_images: bool = False
     """Whether the images of a row are left out, and not even counted."""
 
@@ -60,6 +62,8 @@ class Columns(NamedTuple):
         if self.name not in row:
             raise InputError(f"{where}: no column {self.name!r}; there are: {', '.join(row)[:400] or 'none'}")
         value = row[self.name]
+        if beside := next((name for name in self.refused if row.get(name)), None):
+            raise InputError(_lost(beside, where))
         if value is None and self.kind != "prompt":
             return ""
         if self.kind == "text":
@@ -113,7 +117,19 @@ def find_columns(holds: Mapping[str, str], column: str | None, where: str, folde
             and no column is named.
     """
     found = _find_text(holds, column, where)
-    return found._replace(images=IMAGE_COLUMNS if column is None and found.is_chat else (), folder=folder)
+    if column is not None:
+        return found
+    if found.is_chat:
+        return found._replace(images=IMAGE_COLUMNS, folder=folder, refused=_NEITHER)
+    return found._replace(refused=(*IMAGE_COLUMNS, *_NEITHER))
+
+
+def _lost(column: str, where: str) -> str:
+    if column in IMAGE_COLUMNS:
+        what = "lies beside plain text, and images are read with conversations: give messages, or"
+    else:
+        what = "is neither text nor images, and castlm trains on these alone:"
+    return f"{where}: the column {column!r} {what} name the column of the text with column to leave it out"
 
 
 def _find_text(holds: Mapping[str, str], column: str | None, where: str) -> Columns:
@@ -124,12 +140,9 @@ def _find_text(holds: Mapping[str, str], column: str | None, where: str) -> Colu
         if column == "prompt" and "completion" in holds:
             return Columns("prompt", "prompt")
         return Columns("messages" if holds[column] == "list" or column == "messages" else "text", column)
-    beside = [name for name in (*IMAGE_COLUMNS, *_NEITHER) if holds.get(name, "NoneType") != "NoneType"]
+    beside = [name for name in (*IMAGE_COLUMNS, *_NEITHER) if holds.get(name, "NoneType") not in ("NoneType", "null")]
     if seen := [name for name in beside if name in _NEITHER]:
-        raise InputError(
-            f"{where}: the column {seen[0]!r} is neither text nor images, and castlm trains on these alone: name the "
-            "column of the text with column to leave it out"
-        )
+        raise InputError(_lost(seen[0], where))
     found = [Columns("messages", "messages")] if "messages" in holds else []
     found += [Columns("prompt", "prompt")] if "prompt" in holds and "completion" in holds else []
     found += [Columns("text", "text")] if "text" in holds else []
@@ -143,10 +156,7 @@ def _find_text(holds: Mapping[str, str], column: str | None, where: str) -> Colu
         both = " and ".join(columns.name for columns in found)
         raise InputError(f"{where}: the columns {both} could both be meant: choose one with column")
     if beside and not found[0].is_chat:
-        raise InputError(
-            f"{where}: the column {beside[0]!r} lies beside plain text, and images are read with conversations: give "
-            "messages, or prompt and completion, or name the column of the text with column to leave it out"
-        )
+        raise InputError(_lost(beside[0], where))
     return found[0]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.reading import user_path
 
 IMAGE_COLUMNS = ("images", "image")
 BYTES = "data:image;base64,"
@@ -76,7 +77,7 @@ def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
             raise InputError(f"{where}: images, and no message of the user that they could belong to")
-        first["content"] = [*({"type": "image"} for _ in images), {"type": "text", "text": first["content"]}]
+        first["content"] = [*({"type": "image"} for _ in images), {"type": "text", "text": first.get("content", "")}]
     elif len(images) != len(parts):
         raise InputError(f"{where}: {len(images)} images for {len(parts)} parts of type image in the messages")
     return [_source(image, folder, f"{where}: image {number}") for number, image in enumerate(images, 1)]
@@ -112,7 +113,7 @@ def _source(image: Any, folder: Path | None, where: str) -> str:
         return BYTES + image.split(";base64,", 1)[1]
     if "://" in image[:16]:
         raise InputError(f"{where} is {image[:200]}: download it, and give the path of the file")
-    path = Path(image).expanduser() if folder is None else folder / Path(image).expanduser()
+    path = user_path(image) if folder is None else folder / user_path(image)
     if not path.is_file():
         raise InputError(f"{where}: there is no file {path}; paths are relative to the folder of the dataset")
     return str(path.absolute())

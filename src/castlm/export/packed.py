@@ -144,6 +144,7 @@ def _write_rest(source: Path, folder: Path, plan: PackPlan, n: int, m: int) -> N
     is_counted = groups_of(recorded) == NM(n, m) and tiles_of(recorded) is None  # by `verify`, in a packed folder
     manifest["pattern"] = str(recorded) if is_counted else f"{n}:{m}"
     manifest["packed"] = {"format": format.VERSION, "castlm": __version__}
+    manifest.pop("files", None)  # of the source
     atomic_write_json(folder / "castlm.json", manifest)
     (folder / "README.md").write_text(packed_card(source, manifest, f"{n}:{m}"), encoding="utf-8")
     if len(plan.files) > 1:
@@ -154,7 +155,8 @@ def _write_rest(source: Path, folder: Path, plan: PackPlan, n: int, m: int) -> N
 
 def _copy_small_files(source: Path, folder: Path) -> None:
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS):
+        is_other = path.name != "castlm.json" and not path.name.endswith(_WEIGHTS)  # both are written anew
+        if path.is_file() and not path.name.startswith(".") and is_other:
             shutil.copyfile(path, folder / path.name)
 
 
@@ -211,6 +213,7 @@ def unpack_folder(
         manifest = read_manifest(source)
         if manifest:
             manifest.pop("packed", None)
+            manifest.pop("files", None)  # of the packed folder
             atomic_write_json(temporary / "castlm.json", manifest)
         (temporary / "README.md").unlink(missing_ok=True)  # it describes the packed folder
         if card := unpacked_card(source, manifest):

@@ -126,7 +126,7 @@ class Refinements:
         """The range of each option."""
         yield "target_asymmetry", 0 <= self.target_asymmetry <= 1, "between 0 and 1"
         yield "stream_correction", 0 <= self.stream_correction <= 1, "between 0 and 1"
-        yield "mask_iterations", self.mask_iterations >= 0, "at least 0"
+        yield "mask_iterations", 0 <= self.mask_iterations <= 10_000, "between 0 and 10,000"
         yield "refit_iterations", self.refit_iterations is None or self.refit_iterations >= 0, "at least 0"
         yield "reconstruct_epochs", self.reconstruct_epochs >= 0, "at least 0"
         yield "reconstruct_rate", self.reconstruct_rate > 0, "above 0"

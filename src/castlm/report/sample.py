@@ -22,9 +22,14 @@ LARGEST_PARAMS = 1_000_000_000
 
 
 def read_sample(run: RunData) -> dict[str, Any] | None:
-    """The sample that an earlier report of the run wrote; None if there is none."""
+    """The sample that an earlier report of the run wrote; None if there is none, or it is of a result before this."""
     file = run.folder / "sample.json"
-    return read_json_object(file) if file.exists() else None
+    found = read_json_object(file) if file.exists() else {}
+    return found if found and found.get("run_id") == _run_id(run) else None
+
+
+def _run_id(run: RunData) -> Any:
+    return (run.record or {}).get("run_id")
 
 
 def is_large(run: RunData) -> bool:
@@ -56,6 +61,7 @@ def write_sample(run: RunData) -> dict[str, Any]:
         prompt = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
         models.append({"name": title, "completion": complete(loaded.model, loaded.tokenizer, ids, NEW_TOKENS)})
     sample = {
+        "run_id": _run_id(run),
         "text": Path(text).name,
         "prompt": prompt,
         "prompt_tokens": PROMPT_TOKENS,

@@ -4,6 +4,7 @@ while it loads, at once, because there is nothing to save. A second Ctrl-C alway
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 from pathlib import Path
@@ -70,5 +71,5 @@ class Interrupt:
         note(f"{self._ends_with}; Ctrl-C again stops at once without saving")
 
     def stopped(self, step: int, output_dir: Path) -> Interrupted:
-        how = f"continue with: castlm train --config {output_dir / 'config.yaml'} --resume"
+        how = f"continue with: castlm train --config {shlex.quote(str(output_dir / 'config.yaml'))} --resume"
         return Interrupted(f"stopped after step {step}, saved", how, 130 if self.signal == signal.SIGINT else 0)

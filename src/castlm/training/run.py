@@ -38,6 +38,9 @@ from castlm.training.setup import global_batch, introduction, local_masks, set_u
 from castlm.training.telemetry import Telemetry
 from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
 
+_MOST_UNCOUNTED = 100
+"""Steps in a row in which no token counts, after which a run ends."""
+
 
 @dataclass
 class Progress:
@@ -87,6 +90,7 @@ class Run:
         if resume_from is None:
             world.on_main(lambda: self.folder.begin(config))
         self.progress.first_step = self.progress.step
+        self._uncounted = 0  # steps in a row
         watched = self.method.layers if self.method.decays else {}
         pattern = Pattern.parse(config.pattern)
         self.self_check = SelfCheck(self.optimizer, watched, pattern, world)
@@ -133,6 +137,7 @@ class Run:
         """What a resumed run has to share with the saved one besides its config."""
         return {
             "world_batch": global_batch(self.config, self.world),
+            "model_fingerprint": self.parts.model_fingerprint,
             "dataset_sha256": self.parts.text.train_sha256,
             "eval_sha256": self.parts.text.eval_sha256,
             "precision_used": self.parts.evaluator.precision,
@@ -152,6 +157,7 @@ class Run:
         counts = [[b["labels"].numel(), int((b["labels"] != -100).sum())] for b in micro_batches]
         read, num_tokens = self.world.sum(torch.tensor(counts).sum(dim=0).to(self.world.device))
 
+        self._check_counted(int(num_tokens))
         self.method.before_forward(self.progress.step)
         self.parts.objective.hidden_weight = hidden_weight(self.progress.step, config)
         self.parts.objective.train()
@@ -196,6 +202,16 @@ class Run:
             values |= {"mfu": self.flops_per_token * int(read) / took / (self.peak_flops * self.world.size)}
         values |= {"eta_s": self.progress.seconds / self.progress.step * (config.max_steps - self.progress.step)}
         self.telemetry.log(self.progress.step, values, write=self.progress.step % config.log_steps == 0)
+
+    def _check_counted(self, num_tokens: int) -> None:
+        """Raises `InputError` after many steps in a row, or a whole run, in which no token counted."""
+        self._uncounted = 0 if num_tokens else self._uncounted + 1
+        if self._uncounted >= min(_MOST_UNCOUNTED, self.config.max_steps - self.progress.first_step):
+            self.saver.finish()
+            raise InputError(
+                f"step {self.progress.step + 1}: no token has counted in the loss of {self._uncounted} steps: raise "
+                "seq_len, look at the data, or set assistant_only_loss to false"
+            )
 
     def _clip(self) -> float:
         gradients = [p.grad for p in self.parts.names if p.grad is not None]
