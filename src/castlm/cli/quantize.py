@@ -146,7 +146,8 @@ class QuantizeCommand:
         with contextlib.ExitStack() as stack:
             plain = folder
             if self.packed:
-                plain = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="castlm-quantize-"))) / folder.name
+                beside = tempfile.TemporaryDirectory(prefix=f".{folder.name}.plain-", dir=folder.parent)
+                plain = Path(stack.enter_context(beside)) / folder.name
             export_model(
                 loaded.model,
                 loaded.tokenizer,

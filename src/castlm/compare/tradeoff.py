@@ -6,6 +6,7 @@ on castlm's CPU kernels, those for dense layers where a result is not n:m, so th
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -94,6 +95,9 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
                 f"{key} {value}, not {harness[key]} as" for key, value in measured.items() if value != harness[key]
             ]
             raise InputError(f"{file}: perplexity measured as {', '.join(differing)} in {results[0]}")
+        of = str(record.get("base_model", model))
+        if of != model and os.path.isdir(model) and os.path.realpath(of) != os.path.realpath(model):
+            raise InputError(f"{file}: a result of the model {of}, not of {model}: compare it with its own model")
         dense = perplexities.get("dense", dense)
         left_dense = frozenset(record.get("left_dense") or ())
         run = _run_folder(folder)

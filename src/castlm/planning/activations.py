@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -141,7 +142,10 @@ def _narrow_linears_(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def as_input_error(config: PretrainedConfig) -> Iterator[None]:
-    """What transformers says of a config that it cannot build, as one line."""
+    """What transformers says of a config that it cannot build, as one line, without the traceback that torch logs."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     except InputError:
@@ -149,3 +153,5 @@ def as_input_error(config: PretrainedConfig) -> Iterator[None]:
     except Exception as error:  # every family fails in its own way
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"a {config.model_type} causal LM cannot be built from this config: {reason}") from error
+    finally:
+        logger.setLevel(level)
