@@ -35,6 +35,7 @@ PROCESSOR_FILES = (
     *("chat_template.json", "chat_template.jinja"),
 )
 """Files beside the tokenizer's that the processor of a vision-language model is loaded from."""
+_MAX_LAYERS = 10_000
 _NO_TOKENIZER = "{} holds no tokenizer: copy tokenizer.json and tokenizer_config.json into it"
 
 
@@ -107,7 +108,15 @@ def _load_config(
     return config, options
 
 
+def check_num_layers(config: PretrainedConfig, where: Location | Path) -> None:
+    """Raises `InputError` for a number of layers that would keep a machine busy without an end."""
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if type(num_layers) is not int or not 0 < num_layers <= _MAX_LAYERS:
+        raise InputError(f"{where} says num_hidden_layers = {num_layers}: a number from 1 to {_MAX_LAYERS} is needed")
+
+
 def _check_config(where: Location, config: PretrainedConfig) -> None:
+    check_num_layers(config, where)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     named = config.architectures or ([causal] if causal else [])

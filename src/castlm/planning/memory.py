@@ -22,6 +22,7 @@ from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
 from castlm.export.cut import check_cut
+from castlm.opening import check_num_layers
 from castlm.planning.activations import Saved, Settings, as_input_error, trace
 from castlm.reading import read_json_object, user_path
 
@@ -31,7 +32,6 @@ GPUS = {"A100-40GB": 39.4, "A100-80GB": 79.1, "H100-80GB": 79.1, "H200-141GB": 1
 """GiB of memory that torch reports for some cards."""
 CONTEXT_GIB, FRAGMENTATION = 1.0, 0.05
 """Reserve on a card: the memory of CUDA and NCCL, and the share of the peak that the allocator loses."""
-MAX_LAYERS = 10_000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -230,11 +230,9 @@ def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
     fields = read_json_object(path)
     try:
         made: PretrainedConfig = AutoConfig.for_model(**fields)
-        num_layers = made.get_text_config().num_hidden_layers
     except Exception as error:  # every family checks its fields in its own way
         raise InputError(f"{path} is not the config of a model: {' '.join(str(error).split())[:200]}") from error
-    if type(num_layers) is not int or not 0 < num_layers <= MAX_LAYERS:
-        raise InputError(f"{path} says num_hidden_layers = {num_layers}: a number from 1 to {MAX_LAYERS} is needed")
+    check_num_layers(made, path)
     return made
 
 
