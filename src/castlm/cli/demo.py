@@ -117,7 +117,7 @@ def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
         f"context {measured['seq_len']}",
         title_justify="left",
     )
-    for heading in ("model", "perplexity", "ln(ppl/dense)", "of the one-shot gap"):
+    for heading in ("model", "perplexity", "ln(ppl/dense)", "of one-shot gap"):
         table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     one_shot = math.log(ppl["one_shot"] / ppl["dense"])
     for name, value in (
