@@ -23,7 +23,7 @@ from transformers.utils.hub import cached_file
 from castlm.architecture import auto_class, is_vision_language, linearize_
 from castlm.core.errors import InputError
 from castlm.layout import OLD_BUFFERS, stored_transposed
-from castlm.locate import Location
+from castlm.locate import Location, cached_snapshot, find
 from castlm.opening import (
     PACKED,
     PROCESSOR_FILES,
@@ -33,6 +33,7 @@ from castlm.opening import (
     quiet,
     quiet_transformers,
 )
+from castlm.stored import read_header
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,14 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
         )
     _check_weights(where, model, loading_info)
     return model
+
+
+def fp32_bytes(name: str, revision: str | None = None) -> int:
+    """What a model takes in fp32; 0 where it is not in safetensors on this machine."""
+    where = find(name, revision)
+    folder = cached_snapshot(name, revision) if where.is_hub else Path(where.target)
+    files = [] if folder is None or where.gguf else sorted(folder.glob("*.safetensors"))
+    return 4 * sum(math.prod(tensor.shape) for file in files for tensor in read_header(file).values())
 
 
 SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

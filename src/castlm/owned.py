@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +71,12 @@ class Content(NamedTuple):
 
     owned: list[Path]
     foreign: list[Path]
+
+
+def is_of_run(record: Mapping[str, Any], folder: Path) -> bool:
+    """Whether the record of a result is that of the run in `folder`, and not of one that this run replaces."""
+    run_id = read_record(folder / OUTPUT).get("run_id")
+    return run_id is None or record.get("run_id") in (None, run_id)
 
 
 def read_record(file: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from castlm.cli.options import parse, refuse_given
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.fields import Bound, choice
+from castlm.fields import choice
 from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
 
 if TYPE_CHECKING:
@@ -121,8 +120,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         if not (needs_text or structured):
             why = f"is for a method that reads a text, and {method} reads none: leave it out, or use wanda or sparsegpt"
             refuse_given(self, _OF_CALIBRATION, why)
-        if needs_text or (structured and self.calibration is not None):
-            assert self.calibration is not None
+        if self.calibration is not None and (needs_text or structured):
             text = open_documents(self.calibration, column=self.column)
         inputs = {"model": self.model, "calibration": self.calibration}
         with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
@@ -133,6 +131,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
     def _holds_a_block(self, folder: Path, pattern: Pattern) -> bool:
         """Whether one block at a time is in memory, and why where that is not asked for."""
         from castlm.hardware import available_memory
+        from castlm.models import fp32_bytes
         from castlm.progress import note
 
         if self.memory != "auto":
@@ -142,7 +141,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             return True
         if is_structured(pattern):
             return False
-        needed, free = self._fp32_bytes(), available_memory()
+        needed, free = fp32_bytes(self.model, self.revision), available_memory()
         if needed <= free:
             return False
         note(
@@ -150,16 +149,6 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             "block at a time is in memory (memory block)"
         )
         return True
-
-    def _fp32_bytes(self) -> int:
-        """What the model takes in fp32; 0 where it is not in safetensors on this machine, which a block needs."""
-        from castlm.locate import cached_snapshot, find
-        from castlm.stored import read_header
-
-        where = find(self.model, self.revision)
-        folder = cached_snapshot(self.model, self.revision) if where.is_hub else Path(where.target)
-        files = [] if folder is None or where.gguf else sorted(folder.glob("*.safetensors"))
-        return 4 * sum(math.prod(tensor.shape) for file in files for tensor in read_header(file).values())
 
     def _calibration(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Documents | HubDocuments | None
@@ -179,18 +168,15 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             options = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
             processor = open_processor(self.model, tokenizer, **options)
         blocks, images = calibration_sequences(text, tokenizer, self.num_sequences, length, self.seed, processor, note)
-        return (
-            blocks,
-            images,
-            {
-                "text": self.calibration,
-                "text_sha256": text.text_hash(),
-                "tokens_sha256": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),  # of a column, by a template
-                "num_sequences": len(blocks),
-                "seq_len": length,
-                "seed": self.seed,
-            },
-        )
+        record = {
+            "text": self.calibration,
+            "text_sha256": text.text_hash(),
+            "tokens_sha256": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),  # of a column, by a template
+            "num_sequences": len(blocks),
+            "seq_len": length,
+            "seed": self.seed,
+        }
+        return blocks, images, record
 
     def _prune(
         self, folder: Path, pattern: Pattern, method: str, text: Documents | HubDocuments | None, device: str
@@ -210,7 +196,11 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         # Solvers and changes of basis compute in fp32; magnitude alone needs no more than what is stored.
         held = None if text is None else torch.float32
         refinements = part_of(self, Refinements).for_solver(method, pattern)
-        self._check_numbers(refinements)
+        refinements.check()  # before the work, as the two below
+        if not 0 <= self.damping <= 1:
+            raise InputError(f"damping = {self.damping} is out of range: it must be between 0 and 1")
+        if self.rotation_iterations < 1:
+            raise InputError(f"rotation_iterations = {self.rotation_iterations} is out of range: it must be at least 1")
         loaded = load_model(self.model, dtype=held, trust_remote_code=self.trust_remote_code, revision=self.revision)
         check_cut(loaded.model, pattern)
         _, left_dense = sparse_linears(loaded.model, pattern)
@@ -219,14 +209,9 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         basis = None
         if blocks is not None:
             with shown_progress("changing the basis, steps") as progress:
+                options = part_of(self, BasisOptions)
                 basis = change_basis_(
-                    loaded.model,
-                    blocks,
-                    part_of(self, BasisOptions),
-                    images=images,
-                    pattern=pattern,
-                    say=note,
-                    progress=progress,
+                    loaded.model, blocks, options, images=images, pattern=pattern, say=note, progress=progress
                 )
         with shown_progress(f"{method}, blocks") as progress:
             report = prune_oneshot_(
@@ -252,17 +237,6 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             dtype=save_dtype(self.save_dtype, loaded.dtype),
         )
         return self._say_done(folder, method, report)
-
-    def _check_numbers(self, refinements: Refinements) -> None:
-        """Raises `InputError` before the work for what the solver or the change of basis would refuse after some."""
-        bounds: list[Bound] = [
-            ("damping", 0 <= self.damping <= 1, "between 0 and 1"),
-            ("rotation_iterations", self.rotation_iterations >= 1, "at least 1"),
-            *refinements.out_of_range(),
-        ]
-        for name, in_range, allowed in bounds:
-            if not in_range:
-                raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {allowed}")
 
     def _prune_by_block(
         self, folder: Path, pattern: Pattern, method: str, text: Documents | HubDocuments | None, device: str

@@ -99,8 +99,9 @@ def text_length(document: str) -> int:
     """Number of characters of a document without its images."""
     if not has_images(document):
         return len(document)
-    content = json.loads(document)
-    return len(document) - len(json.dumps(content["images"], ensure_ascii=False))
+    begin = len('{"images": ')
+    _, end = json.JSONDecoder().raw_decode(document, begin)
+    return len(document) - (end - begin)
 
 
 def find_columns(holds: Mapping[str, str], column: str | None, where: str, folder: Path | None = None) -> Columns:
@@ -120,8 +121,13 @@ def find_columns(holds: Mapping[str, str], column: str | None, where: str, folde
     if column is not None:
         return found
     if found.is_chat:
-        return found._replace(images=IMAGE_COLUMNS, folder=folder, refused=_NEITHER)
-    return found._replace(refused=(*IMAGE_COLUMNS, *_NEITHER))
+        found = found._replace(images=IMAGE_COLUMNS, folder=folder, refused=_NEITHER)
+    else:
+        found = found._replace(refused=(*IMAGE_COLUMNS, *_NEITHER))
+    lost = [name for name in found.refused if holds.get(name, "NoneType") not in ("NoneType", "null")]
+    if lost:
+        raise InputError(_lost(lost[0], where))
+    return found
 
 
 def _lost(column: str, where: str) -> str:
@@ -140,9 +146,6 @@ def _find_text(holds: Mapping[str, str], column: str | None, where: str) -> Colu
         if column == "prompt" and "completion" in holds:
             return Columns("prompt", "prompt")
         return Columns("messages" if holds[column] == "list" or column == "messages" else "text", column)
-    beside = [name for name in (*IMAGE_COLUMNS, *_NEITHER) if holds.get(name, "NoneType") not in ("NoneType", "null")]
-    if seen := [name for name in beside if name in _NEITHER]:
-        raise InputError(_lost(seen[0], where))
     found = [Columns("messages", "messages")] if "messages" in holds else []
     found += [Columns("prompt", "prompt")] if "prompt" in holds and "completion" in holds else []
     found += [Columns("text", "text")] if "text" in holds else []
@@ -155,8 +158,6 @@ def _find_text(holds: Mapping[str, str], column: str | None, where: str) -> Colu
     if len(found) > 1:
         both = " and ".join(columns.name for columns in found)
         raise InputError(f"{where}: the columns {both} could both be meant: choose one with column")
-    if beside and not found[0].is_chat:
-        raise InputError(_lost(beside[0], where))
     return found[0]
 
 

@@ -61,9 +61,13 @@ class HubDocuments:
         """All documents but the first `num_held_out`, and those."""
 
         def part(cut: str) -> HubDocuments:
-            identity = f"{self._identity} {cut} {num_held_out}"
-            stream = lambda: getattr(self._open_stream(), cut)(num_held_out)  # noqa: E731
-            return HubDocuments(stream, self._columns, self.name, identity, self.has_images)
+            return HubDocuments(
+                lambda: getattr(self._open_stream(), cut)(num_held_out),
+                self._columns,
+                self.name,
+                f"{self._identity} {cut} {num_held_out}",
+                self.has_images,
+            )
 
         return part("skip"), part("take")
 

@@ -20,6 +20,7 @@ from castlm.data.documents import Documents
 from castlm.data.hub import HubDocuments
 from castlm.data.images import ImageEncoder, ImageTokens, fits, join_images
 from castlm.data.mixture import Mixture
+from castlm.data.positions import check_same_order
 from castlm.data.readers import Piece, Position
 from castlm.data.tokens import IGNORED
 
@@ -69,18 +70,13 @@ class ImageSequences:
     ) -> None:
         self.documents, self.seq_len, self.seed, self.repeat = documents, seq_len, seed, repeat
         self._encoder, self._say, self._said = encoder, say, set[str]()
-        self._go_to({"epoch": 0, "document": None, "sequences": 0})
+        self._go_to({"epoch": 0, "document": None, "token": 0, "sequences": 0})
 
     def take(self, num_sequences: int) -> ImageRow:
         """The next conversations."""
         found = list(islice(self._reader, num_sequences))
         self._num_sequences += num_sequences
         return ImageRow(found, self._encode)
-
-    def tokens_per_epoch(self) -> int:
-        """Number of tokens of the sequences of one epoch of local documents, filled up."""
-        assert isinstance(self.documents, Documents)
-        return self.seq_len * len(self.documents)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as plain JSON, the same on every rank: of the last conversation if `token` is 1, else of the
@@ -102,13 +98,11 @@ class ImageSequences:
         Raises:
             InputError: the position was saved with another seed, seq_len or repeat.
         """
-        for name, now in (("seed", self.seed), ("seq_len", self.seq_len), ("repeat", self.repeat)):
-            if state[name] != now:
-                raise InputError(f"the data position was saved with {name} {state[name]}, not {now}: keep {name}")
+        check_same_order(state, seed=self.seed, seq_len=self.seq_len, repeat=self.repeat)
         self._go_to(state)
 
     def _go_to(self, state: dict[str, Any]) -> None:
-        self._at: tuple[int, Position, bool] = (state["epoch"], state["document"], bool(state.get("token", 0)))
+        self._at: tuple[int, Position, bool] = (state["epoch"], state["document"], bool(state["token"]))
         self._num_sequences = state["sequences"]
         self._reader = self._read()
 

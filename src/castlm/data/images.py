@@ -81,18 +81,18 @@ class ImageEncoder:
         content = json.loads(document)
         sources = content.pop("images", [])
         plain = json.dumps(content)
-        rendered = self._chat(plain)
+        rendered, begin = self._chat(plain), begin_of(plain)
         if (count := sum(token in self._placeholders.values() for token in rendered.ids)) != len(sources):
             raise InputError(
-                f"the conversation that begins {begin_of(plain)} has {len(sources)} images, and {count} tokens that "
+                f"the conversation that begins {begin} has {len(sources)} images, and {count} tokens that "
                 "stand for one in the text that its chat template makes: take them out of the text, or correct the "
                 "template (chat_template_path)"
             )
         if not sources:
             return self._of(rendered, None)
-        images = [open_image(source, begin_of(plain)) for source in sources]
+        images = [open_image(source, begin) for source in sources]
         text = self._chat.text(plain)
-        found, expanded = self._prepare(text, images, begin_of(plain))
+        found, expanded = self._prepare(text, images, begin)
         ids = found["input_ids"][0].tolist()
         counts, end = self._counts(text, rendered, expanded, ids)
         tensors = {name: value for name, value in found.items() if isinstance(value, Tensor) and name not in _OF_TEXT}

@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from castlm.core.errors import InputError
 from castlm.data.documents import Documents
 from castlm.data.hub import HubDocuments
-from castlm.data.positions import document_positions
+from castlm.data.positions import check_same_order, document_positions
 from castlm.data.readers import Piece
 from castlm.data.tokens import IGNORED, Encoder, Tokens
 
@@ -146,11 +146,7 @@ class PackedSequences(IterableDataset):
         Raises:
             InputError: the position was saved with another seed, seq_len or repeat.
         """
-        for name, now in (("seed", self.seed), ("seq_len", self.seq_len), ("repeat", self.repeat)):
-            if state.get(name, False) != now:
-                raise InputError(
-                    f"the data position was saved with {name} {state.get(name, False)}, not {now}: keep {name}"
-                )
+        check_same_order(state, seed=self.seed, seq_len=self.seq_len, repeat=self.repeat)
         self._go_to(state)
 
     def _go_to(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Where documents begin inside a packed sequence.
+"""Where documents begin inside a packed sequence, and whether a saved position in the data is of the same order.
 
 transformers builds a block-diagonal attention mask when the position ids of a sequence start again at 0 and there is no
 other mask (`find_packed_sequence_indices` in its masking_utils), so that the position ids alone keep documents apart.
@@ -6,8 +6,22 @@ other mask (`find_packed_sequence_indices` in its masking_utils), so that the po
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from castlm.core.errors import InputError
+
+
+def check_same_order(state: Mapping[str, Any], **order: Any) -> None:
+    """Raises `InputError` unless the position `state` was saved with the same seed, seq_len and repeat, the `order`."""
+    for name, now in order.items():
+        if state.get(name, False) != now:
+            raise InputError(
+                f"the data position was saved with {name} {state.get(name, False)}, not {now}: keep {name}"
+            )
 
 
 def document_positions(begins: Tensor) -> Tensor:

@@ -109,11 +109,9 @@ class Spans:
         decode: Callable[[bytes], str],
         num_empty: int = 0,
         path: Path | None = None,
-        is_chat: bool = False,
-        has_images: bool = False,
     ) -> None:
         self._buffer, self._decode, self._path = buffer, decode, path
-        self.is_chat, self.has_images = is_chat, has_images
+        self.is_chat = self.has_images = False
         self._start, self._stop = np.asarray(start, dtype=np.int64), np.asarray(stop, dtype=np.int64)
         self.last = np.asarray(last, dtype=bool)
         self.unit = np.cumsum(self.last) - self.last  # every document is a unit of its own
@@ -194,17 +192,9 @@ def open_json_lines(path: Path, column: str | None) -> Spans:
     with open_regular(path) as lines:
         starts, stops, num_empty = rows.index(lines, path)
     last = np.ones(len(starts), dtype=bool)
-    return Spans(
-        _map(path),
-        starts,
-        stops,
-        last,
-        lambda line: rows.text(line, str(path)),
-        num_empty,
-        path,
-        rows.is_chat,
-        rows.has_images,
-    )
+    spans = Spans(_map(path), starts, stops, last, lambda line: rows.text(line, str(path)), num_empty, path)
+    spans.is_chat, spans.has_images = rows.is_chat, rows.has_images
+    return spans
 
 
 class _Rows:

@@ -155,7 +155,7 @@ def _write_rest(source: Path, folder: Path, plan: PackPlan, n: int, m: int) -> N
 
 def _copy_small_files(source: Path, folder: Path) -> None:
     for path in sorted(source.iterdir()):
-        is_other = path.name != "castlm.json" and not path.name.endswith(_WEIGHTS)  # both are written anew
+        is_other = path.name != "castlm.json" and not path.name.endswith(_WEIGHTS)  # both are written by other means
         if path.is_file() and not path.name.startswith(".") and is_other:
             shutil.copyfile(path, folder / path.name)
 

@@ -122,6 +122,12 @@ class Refinements:
             raise InputError(f"the options beyond SparseGPT do nothing with {solver}: leave them out or use sparsegpt")
         return NO_REFINEMENTS
 
+    def check(self) -> None:
+        """Raises `InputError` for an option that is out of range."""
+        for name, in_range, allowed in self.out_of_range():
+            if not in_range:
+                raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {allowed}")
+
     def out_of_range(self) -> Iterator[Bound]:
         """The range of each option."""
         yield "target_asymmetry", 0 <= self.target_asymmetry <= 1, "between 0 and 1"

@@ -302,6 +302,4 @@ def check_prune(
         raise InputError(f"method {method} needs a calibration text: pass calibration, from calibration_blocks")
     if refinements != NO_REFINEMENTS and method != "sparsegpt":
         raise InputError(f"refinements are for method sparsegpt, not for {method}: leave them out")
-    for name, in_range, allowed in refinements.out_of_range():
-        if not in_range:
-            raise InputError(f"{name} = {getattr(refinements, name)} is out of range: it must be {allowed}")
+    refinements.check()

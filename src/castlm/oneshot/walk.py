@@ -179,7 +179,8 @@ class BlockInputs:
             with suppress(StopForward):
                 model.base_model(input_ids=ids, use_cache=False, **(images or {}))
         if not here.calls:  # as in the first pass
-            self._passes += [self._passes[0]._replace(added={})] if images is not None else []
+            if images is not None:
+                self._passes.append(_Pass(self._passes[0].calls, {}))
             return
         if images:
             self._adds = bool(here.added)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.owned import OUTPUT, read_record
+from castlm.owned import is_of_run
 from castlm.reading import read_json_object
 from castlm.training.config import flatten
 from castlm.training.metrics_file import read_metrics
@@ -104,8 +104,7 @@ def read_run(path: str | Path) -> RunData:
         raise InputError(f"{path} holds no run: give the output_dir of castlm train")
     file = folder / "model" / "castlm.json"
     record = read_json_object(file) if file.exists() else None
-    run_id = read_record(folder / OUTPUT).get("run_id")
-    if record is not None and run_id is not None and record.get("run_id") not in (None, run_id):
-        record = None  # of an earlier run, which this one is going to replace
+    if record is not None and not is_of_run(record, folder):
+        record = None
     config = flatten(read_yaml_mapping(folder / "config.yaml"), str(folder / "config.yaml"))
     return RunData(folder, config, read_metrics(folder), record)

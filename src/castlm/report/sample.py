@@ -49,14 +49,14 @@ def write_sample(run: RunData) -> dict[str, Any]:
     texts = config.get("eval_dataset") or config["dataset"]
     text = texts if isinstance(texts, str) else texts[0].partition(":")[0]
     names = [("Dense model", str(config["model"])), (f"After {config['method']}", str(run.folder / "model"))]
+    documents = open_documents(text, column=config.get("column"))
+    if documents.has_images:
+        raise InputError(f"{text} has images, and the sample continues text alone")
     models: list[dict[str, str]] = []
     prompt = ""
     for title, name in names:
         revision = config.get("revision") if name == config["model"] else None
         loaded = load_model(name, trust_remote_code=bool(config.get("trust_remote_code")), revision=revision)
-        documents = open_documents(text, column=config.get("column"))
-        if documents.has_images:
-            raise InputError(f"{text} has images, and the sample continues text alone")
         ids = token_ids(documents, loaded.tokenizer, limit=PROMPT_TOKENS)[:PROMPT_TOKENS]
         prompt = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
         models.append({"name": title, "completion": complete(loaded.model, loaded.tokenizer, ids, NEW_TOKENS)})

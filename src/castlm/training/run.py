@@ -157,7 +157,6 @@ class Run:
         counts = [[b["labels"].numel(), int((b["labels"] != -100).sum())] for b in micro_batches]
         read, num_tokens = self.world.sum(torch.tensor(counts).sum(dim=0).to(self.world.device))
 
-        self._check_counted(int(num_tokens))
         self.method.before_forward(self.progress.step)
         self.parts.objective.hidden_weight = hidden_weight(self.progress.step, config)
         self.parts.objective.train()
@@ -175,6 +174,7 @@ class Run:
             sums += torch.stack(loss).detach().float()
         average_gradients_(self.parts.objective, self.parts.names, self.world)
         total, ce, kl, hidden = self.world.sum(sums).tolist()
+        self._check_counted(int(num_tokens))
         grad_norm = self._clip()
         if not np.isfinite([total, grad_norm]).all():
             self.saver.finish()

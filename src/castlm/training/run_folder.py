@@ -15,7 +15,7 @@ from typing import Any
 from castlm.core.errors import InputError
 from castlm.files import atomic_write_json, atomic_write_text, flush_folder
 from castlm.output import read_result
-from castlm.owned import OUTPUT, RESULT, discard, read_record, sha256_file
+from castlm.owned import OUTPUT, RESULT, discard, is_of_run, read_record, sha256_file
 from castlm.progress import note
 from castlm.training.checkpoint import check_same_run, checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
@@ -100,7 +100,7 @@ class RunFolder:
     def is_finished(self) -> bool:
         """Whether `model/` is the result of the run whose checkpoints are here, and not of one that it replaces."""
         record = read_record(self.model / RESULT)
-        return bool(record) and (self.run_id is None or record.get("run_id") in (None, self.run_id))
+        return bool(record) and is_of_run(record, self.path)
 
     def finished_record(self, config: TrainConfig, world_batch: int) -> dict[str, Any]:
         """The record of the finished run, once its config and its files are found to be as they were.

@@ -40,7 +40,7 @@ from castlm.training.schedule import schedule
 from castlm.training.source import Source, open_source
 from castlm.training.start import Start, is_untied, make_start, start_, stream_basis
 from castlm.training.teacher_cache import fingerprint
-from castlm.training.teacher_pass import check_cacheable, claim_teacher_cache, open_teacher_cache, teacher_dtype
+from castlm.training.teacher_pass import claim_teacher_cache, open_teacher_cache, teacher_dtype
 from castlm.training.text import TrainingText, open_training_text
 
 
@@ -109,7 +109,6 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     check_left_dense(config, model)
     given = world.on_main(lambda: fingerprint(model)) if source.stored is None else None
     text = open_training_text(config, source.tokenizer, vocab_size(model.config), world)
-    check_cacheable(config, text)
     precision = choose_precision(config.precision, world.device, model.config)
     world.check_all(_why_one_process(config, method_class) if world.size > 1 else None)
     pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)

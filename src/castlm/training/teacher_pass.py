@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from castlm.architecture import vocab_size
-from castlm.core.errors import InputError
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.world import World, init_world
 from castlm.hardware import autocast, choose_precision
@@ -31,12 +30,6 @@ def open_teacher_cache(config: TrainConfig, text: TrainingText, vocab_size: int,
         return None
     stream = [text.train_sha256, config.seed, config.seq_len, config.repeat_blocks, config.column, text.template_sha256]
     return TeacherCache(config.teacher_cache, stream, vocab_size, world)
-
-
-def check_cacheable(config: TrainConfig, text: TrainingText) -> None:
-    """Raises `InputError` for training text with images, by which a cache does not know a sequence."""
-    if config.teacher_cache is not None and text.documents.has_images:
-        raise InputError("teacher_cache knows a sequence by its tokens, and the text has images: leave it out")
 
 
 def teacher_dtype(precision: str) -> torch.dtype:
@@ -80,7 +73,6 @@ def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None]
     source = open_source(config, world)
     vocab = vocab_size(source.model.config)
     text = open_training_text(config, source.tokenizer, vocab, world)
-    check_cacheable(config, text)
     precision = choose_precision(config.precision, world.device, source.model.config)
     cache = open_teacher_cache(config, text, vocab, world)
     assert cache is not None

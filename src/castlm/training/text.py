@@ -58,14 +58,15 @@ def resolve_epochs(config: TrainConfig, world: World) -> TrainConfig:
         InputError: the dataset is streamed from the hub, so that its length is not known, or the run is too long.
     """
 
+    def num_tokens(documents: Documents) -> int:
+        _, _, tokenizer = open_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
+        return _packed(config, documents, with_template(tokenizer, config.chat_template_path)).tokens_per_epoch()
+
     def steps() -> int:
         documents, _ = _open_splits(config)
         if not isinstance(documents, Documents):
             raise InputError(f"num_train_epochs: {config.dataset} is streamed, its length is not known: give max_steps")
-        _, _, tokenizer = open_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
-        tokenizer = with_template(tokenizer, config.chat_template_path)
-        processor = _processor(config, tokenizer) if documents.has_images else None
-        tokens = _sequences(config, documents, tokenizer, processor).tokens_per_epoch()
+        tokens = len(documents) * config.seq_len if documents.has_images else num_tokens(documents)
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
         return max(1, math.ceil(float(config.num_train_epochs or 0) * tokens / (batch * config.seq_len)))
 
@@ -84,28 +85,25 @@ def _open_splits(config: TrainConfig) -> tuple[AnyDocuments, list[Documents | Hu
     return mixed, held_out
 
 
-def _processor(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
-    options = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
-    return open_processor(config.model, tokenizer, **options)
+def _with_images(
+    config: TrainConfig, documents: AnyDocuments, processor: ProcessorMixin, say: Callable[[str], None]
+) -> ImageSequences:
+    return ImageSequences(
+        documents,
+        ImageEncoder(processor, config.assistant_only_loss),
+        seq_len=config.seq_len,
+        seed=config.seed,
+        repeat=config.repeat_blocks,
+        say=say,
+    )
 
 
-def _sequences(
+def _packed(
     config: TrainConfig,
     documents: AnyDocuments,
     tokenizer: PreTrainedTokenizerBase,
-    processor: ProcessorMixin | None,
     say: Callable[[str], None] = lambda text: None,
-) -> PackedSequences | ImageSequences:
-    if documents.has_images:
-        assert processor is not None
-        return ImageSequences(
-            documents,
-            ImageEncoder(processor, config.assistant_only_loss),
-            seq_len=config.seq_len,
-            seed=config.seed,
-            repeat=config.repeat_blocks,
-            say=say,
-        )
+) -> PackedSequences:
     return PackedSequences(
         documents,
         tokenizer,
@@ -129,13 +127,21 @@ def open_training_text(
     """Opens the datasets of `config` and tokenizes the held-out text.
 
     Raises:
-        InputError: a dataset that cannot be opened, too little text, or token ids outside the vocabulary.
+        InputError: a dataset that cannot be opened, too little text, token ids outside the vocabulary, or images with a
+            teacher cache, which knows a sequence by its tokens.
     """
     documents, held_out = _open_splits(config)
-    has_images = any(text.has_images for text in (documents, *held_out))
-    processor = _processor(config, tokenizer) if has_images else None
-    speaks = world.is_main or documents.has_images  # each rank sees the images of its own rows alone
-    sequences = _sequences(config, documents, tokenizer, processor, note if speaks else lambda text: None)
+    if config.teacher_cache is not None and documents.has_images:
+        raise InputError("teacher_cache knows a sequence by its tokens, and the text has images: leave it out")
+    processor = None
+    if any(text.has_images for text in (documents, *held_out)):
+        options = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+        processor = open_processor(config.model, tokenizer, **options)
+    sequences: PackedSequences | ImageSequences
+    if processor is not None and documents.has_images:  # each rank sees the images of its own rows alone
+        sequences = _with_images(config, documents, processor, note)
+    else:
+        sequences = _packed(config, documents, tokenizer, note if world.is_main else lambda text: None)
     loader = BatchLoader(
         sequences,
         rows_per_rank=config.per_device_train_batch_size,
