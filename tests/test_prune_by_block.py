@@ -147,9 +147,10 @@ def prune_and_die(*arguments) -> None:
     write_block = by_block._write_block
 
     def killed(run, block, index, prefix):
-        write_block(run, block, index, prefix)
+        file = write_block(run, block, index, prefix)
         if index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        return file
 
     by_block._write_block = killed
     prune(*arguments)
@@ -205,6 +206,21 @@ def test_a_damaged_record_is_named(llama, tmp_path, text, monkeypatch):
     (partial / "progress.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"progress.json is damaged"):
         prune(llama, text, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["block-00000.safetensors", "hidden-00001.bin"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_file_of_an_unfinished_prune_is_named(llama, straight, tmp_path, text, monkeypatch, name, damage):
+    file = unfinished(llama, tmp_path, text, monkeypatch) / name
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "changed" else content[:-1])
+    with pytest.raises(InputError, match=rf"{name} is missing or damaged: overwrite it, or delete its folder"):
+        prune(llama, text, tmp_path / "out")
+    assert_same(straight, prune(llama, text, tmp_path / "out", "--overwrite"))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import socket
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -222,14 +223,19 @@ def _flush_tree(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for name in names:
             widen_access(Path(root, name), folder)
-            with open(os.path.join(root, name), "rb") as stream:
-                os.fsync(stream.fileno())
+            flush_file(Path(root, name))
         flush_folder(Path(root))
 
 
 def widen_access(path: Path, folder: Path) -> None:
     """Lets those read and write `path` who may do so in `folder`: safetensors >= 0.8 leaves a file to its owner."""
     os.chmod(path, path.stat().st_mode | folder.stat().st_mode & 0o666)
+
+
+def flush_file(path: Path) -> None:
+    """Waits until the content of a file is on the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def flush_folder(folder: Path) -> None:
@@ -289,6 +295,20 @@ def read_json_mapping(path: str | Path, remedy: str) -> dict[str, Any]:
         return read_json_object(path)
     except InputError as error:
         raise InputError(f"{error}; {remedy}") from None
+
+
+def size_and_crc(path: Path) -> tuple[int, int]:
+    """Bytes and CRC-32 of a file, which tell a file that a crash or a disk has damaged from what was written."""
+    crc = size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return size, crc
+
+
+def is_whole(path: Path, expected: Any) -> bool:
+    """Whether `path` is a regular file with the `size_and_crc` that a record expects."""
+    return path.is_file() and not path.is_symlink() and list(size_and_crc(path)) == expected
 
 
 def plain_json(content: Any) -> Any:

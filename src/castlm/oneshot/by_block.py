@@ -26,7 +26,15 @@ from castlm.core.pattern import NM, Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.distributed.loading import Checkpoint
 from castlm.export.hf import dtype_name
-from castlm.files import atomic_file, atomic_write_json, disk_full_is_said, read_json_mapping
+from castlm.files import (
+    atomic_file,
+    atomic_write_json,
+    disk_full_is_said,
+    flush_file,
+    is_whole,
+    read_json_mapping,
+    size_and_crc,
+)
 from castlm.layout import stored_transposed
 from castlm.oneshot.basis import BasisReport, BlockTurns, block_statistics
 from castlm.oneshot.block_basis import Change
@@ -140,15 +148,17 @@ class _State:
     changes: list[Change]
     notes: list[str]
     seconds: float
+    files: dict[str, Any]
+    """Size and CRC-32 of the blocks that are done and of what enters the next, by file name."""
 
     @classmethod
     def read(cls, run: BlockPrune) -> _State:
         file = run.folder / PROGRESS
         try:
-            return cls._read(run, file) if file.exists() else cls(run, 0, [], [], [], 0.0)
+            return cls._read(run, file) if file.exists() else cls(run, 0, [], [], [], 0.0, {})
         except InputError:
             if run.overwrite:
-                return cls(run, 0, [], [], [], 0.0)
+                return cls(run, 0, [], [], [], 0.0, {})
             raise
 
     @classmethod
@@ -167,9 +177,14 @@ class _State:
         try:
             layers = [LayerResult(**{**layer, "shape": tuple(layer["shape"])}) for layer in record["layers"]]
             changes = [Change(**change) for change in record["changes"]]
-            return cls(run, int(record["done"]), layers, changes, list(record["notes"]), float(record["seconds"]))
+            notes, files = list(record["notes"]), dict(record["files"])
+            state = cls(run, int(record["done"]), layers, changes, notes, float(record["seconds"]), files)
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{file} is damaged: {remedy}") from None
+        for name, expected in files.items():
+            if not is_whole(run.folder / name, expected):
+                raise InputError(f"{run.folder / name} is missing or damaged: {remedy}")
+        return state
 
     def write(self) -> None:
         atomic_write_json(
@@ -181,6 +196,7 @@ class _State:
                 "layers": [asdict(layer) for layer in self.layers],
                 "changes": [asdict(change) for change in self.changes],
                 "notes": self.notes,
+                "files": self.files,
             },
         )
 
@@ -225,10 +241,13 @@ class _Walk:
             started = time.perf_counter()
             with self.stored.block(index) as block:
                 self.state.layers += self._prune(index, inputs)
-                _write_block(self.run_, block, index, f"{self.stored.stack}.{index}.")
+                written = [_write_block(self.run_, block, index, f"{self.stored.stack}.{index}.")]
                 if inputs is not None and states is not None and index + 1 < num_blocks:
                     inputs.advance()
                     states.flush()
+                    written.append(states.file(index + 1))
+            blocks = {name: known for name, known in self.state.files.items() if name.startswith("block-")}
+            self.state.files = blocks | {file.name: size_and_crc(file) for file in written}
             self.state.done = index + 1
             self.state.seconds += time.perf_counter() - started
             self.state.write()
@@ -295,8 +314,8 @@ class _Walk:
             return prune_block(inside, inputs, num_sequences, self.solver, self.to, self.run_.refinements)
 
 
-def _write_block(run: BlockPrune, block: nn.Module, index: int, prefix: str) -> None:
-    """Writes a block, reads it back and compares it bit for bit."""
+def _write_block(run: BlockPrune, block: nn.Module, index: int, prefix: str) -> Path:
+    """Writes a block, reads it back and compares it bit for bit; returns its file."""
     tensors = {}
     for name, parameter in block.named_parameters():
         value = parameter.detach().to(run.dtype)
@@ -305,7 +324,9 @@ def _write_block(run: BlockPrune, block: nn.Module, index: int, prefix: str) -> 
     file = block_file(run.folder, index)
     with disk_full_is_said(run.folder, _REMEDY), atomic_file(file) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+        flush_file(temporary)
     with safe_open(file, "pt") as opened:
         for name, tensor in tensors.items():
             if not torch.equal(opened.get_tensor(name).view(torch.uint8), tensor.view(torch.uint8)):
                 raise InputError(f"{name} has other values in {file} than in memory: the disk or memory is faulty")
+    return file

@@ -6,7 +6,6 @@ They are read and written with plain calls. A memory-mapped file would count as 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import MutableSequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from castlm.files import flush_file
 
 
 class HiddenStates(MutableSequence[Tensor]):
@@ -61,8 +62,7 @@ class HiddenStates(MutableSequence[Tensor]):
 
     def flush(self) -> None:
         """Waits until what enters the next block is on the disk."""
-        with self.file(self.index + 1).open("rb") as opened:
-            os.fsync(opened.fileno())
+        flush_file(self.file(self.index + 1))
 
     def go_on(self) -> None:
         """Moves on to the next block, and deletes the file of this one."""

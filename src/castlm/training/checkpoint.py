@@ -16,7 +16,6 @@ import pickle
 import re
 import shutil
 import warnings
-import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +26,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import World
-from castlm.files import atomic_write_json, flush_folder, is_disk_full, plain_json, read_json_mapping
+from castlm.files import (
+    atomic_write_json,
+    flush_folder,
+    is_disk_full,
+    is_whole,
+    plain_json,
+    read_json_mapping,
+    size_and_crc,
+)
 from castlm.owned import RESULT
 from castlm.training.checkpoint_storage import DATA_FILE, METADATA, JsonReader, JsonWriter
 from castlm.training.config import FREE_ON_RESUME, TrainConfig
@@ -182,7 +189,7 @@ def _write(write: Callable[[], Any], folder: Path, rank: int) -> dict[str, tuple
     """Writes this rank's part; returns size and CRC-32 of its files, by name."""
     write()
     mine = [*folder.glob(f"__{rank}_*"), *(folder.glob(METADATA) if rank == 0 else ())]
-    return {path.name: _size_and_crc(path) for path in sorted(mine)}
+    return {path.name: size_and_crc(path) for path in sorted(mine)}
 
 
 def load_checkpoint(path: Path, tensors: dict[str, Any], world: World) -> dict[str, Any]:
@@ -197,7 +204,7 @@ def load_checkpoint(path: Path, tensors: dict[str, Any], world: World) -> dict[s
     failure = None
     for name, expected in list(manifest["files"].items())[world.rank :: world.size]:
         file = path / name
-        if file.is_symlink() or not file.is_file() or list(_size_and_crc(file)) != expected:
+        if not is_whole(file, expected):
             failure = f"{file} is missing or corrupt: remove {path} to resume from an older one"
     world.check_all(failure)
     reader = None
@@ -302,14 +309,6 @@ def check_same_run(manifest: Mapping[str, Any], config: Mapping[str, Any], facts
         raise InputError(
             f"this is not the run that was saved ({', '.join(changed)}): undo that, or use a new output_dir"
         )
-
-
-def _size_and_crc(path: Path) -> tuple[int, int]:
-    crc = size = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-    return size, crc
 
 
 def _is_full(error: BaseException) -> bool:
