@@ -500,6 +500,15 @@ def test_a_model_is_known_by_all_that_can_matter(name, tmp_path):
     assert content_hash(str(model), None) == before
 
 
+def test_a_comparison_inside_its_model_s_folder_leaves_the_model_as_it_was(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    before = content_hash(str(model), None)
+    with continued(model / "out", "compare") as out:
+        (out / "runs").mkdir()
+        (out / "runs" / "cast.yaml").write_text("of no effect")
+        assert content_hash(str(model), None) == before
+
+
 def test_process_of_a_run(tmp_path):
     log = tmp_path / "log"
     assert run_process(["castlm", "nonsense"], log) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 from castlm.core.errors import InputError
 from castlm.files import add_file_list
-from castlm.output import claimed, locked, read_result, refuse_inputs_inside
+from castlm.output import claimed, continued, locked, read_result, refuse_inputs_inside
 from castlm.owned import LAYOUT, OUTPUT, command_of, content, discard, foreign_names
 
 
@@ -50,6 +51,7 @@ FOREIGN = (
         "tensorboard/mine",
         "replaced/0/data.txt",
         "replaced/data.txt",
+        "checkpoints/.step-00000003.tmp/mine.txt",
         ".hidden",
     ),
 )
@@ -284,3 +286,21 @@ def test_a_start_that_fails_leaves_no_trace(tmp_path):
         raise ZeroDivisionError
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["thesis.txt"]
     assert content(tmp_path / "run").owned == []
+
+
+def test_a_full_disk_at_the_start_leaves_no_trace(tmp_path, monkeypatch):
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(InputError, match="No space left on device"), claimed(tmp_path / "run", "train"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_command_that_can_go_on_says_so_when_it_is_stopped(stop, tmp_path, capsys):
+    with pytest.raises(stop), continued(tmp_path / "run", "compare"):
+        raise stop
+    assert f"what is done is in {tmp_path / 'run'}: the same command goes on from there" in capsys.readouterr().err

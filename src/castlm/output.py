@@ -27,6 +27,7 @@ from castlm.files import (
     remove_stale_temporaries,
 )
 from castlm.owned import HOLDER, LOCK, OUTPUT, RESULT, changed_file, command_of, is_empty, read_record
+from castlm.progress import note
 
 
 @contextlib.contextmanager
@@ -65,15 +66,20 @@ def claimed(
         make_writable(final)
     except OSError as error:
         raise InputError(f"cannot write {final}: {error.strerror}; choose another output folder") from error
-    with locked(final, command):
-        try:
-            remove_stale_temporaries(final.parent, final.name)
-            if not resume:
-                _refuse_content(final, command, overwrite)
-            yield final
-        finally:
-            if final.is_dir() and command_of(final) is None:
-                _leave(final, made_here=not existed)
+    try:
+        with locked(final, command):
+            try:
+                remove_stale_temporaries(final.parent, final.name)
+                if not resume:
+                    _refuse_content(final, command, overwrite)
+                yield final
+            finally:
+                if final.is_dir() and command_of(final) is None:
+                    _unlink_lock(final)
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):  # unless something came to be in it
+                final.rmdir()
 
 
 def _real(path: str | Path) -> Path:
@@ -113,7 +119,11 @@ def continued(path: str | Path, command: str) -> Iterator[Path]:
             atomic_write_json(folder / OUTPUT, {"command": command})
         for run in sorted(folder.glob("runs/*/")):
             refuse_locked(run)
-        yield folder
+        try:
+            yield folder
+        except (KeyboardInterrupt, SystemExit):
+            note(f"what is done is in {folder}: the same command goes on from there")
+            raise
 
 
 def _is_continued(final: Path, command: str) -> bool:
@@ -126,13 +136,11 @@ def _is_continued(final: Path, command: str) -> bool:
     return True
 
 
-def _leave(folder: Path, made_here: bool) -> None:
-    """Takes the lock out of a folder in which nothing of castlm came to be, and removes it if it was made here."""
+def _unlink_lock(folder: Path) -> None:
+    """Takes the lock, which this process holds, out of a folder in which nothing of castlm came to be."""
     with contextlib.suppress(OSError):
         for name in (HOLDER, LOCK):
             (folder / name).unlink(missing_ok=True)
-        if made_here:
-            folder.rmdir()
 
 
 def refuse_undecodable(paths: Mapping[str, str | Path | None]) -> None:
@@ -230,6 +238,8 @@ def _say_who(folder: Path, command: str) -> None:
         with atomic_file(folder / HOLDER) as temporary:
             temporary.write_text(json.dumps(holder), encoding="utf-8")
     except OSError as error:
+        if is_empty(folder):
+            _unlink_lock(folder)
         raise InputError(f"cannot write {folder}: {error.strerror}; choose another output folder") from error
 
 

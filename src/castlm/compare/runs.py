@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from castlm.core.errors import InputError
 from castlm.files import atomic_write_text, read_json_mapping
 from castlm.locate import cached_snapshot, locate
 from castlm.output import read_result
-from castlm.owned import RESULT, discard, sha256_file
+from castlm.owned import RESULT, command_of, discard, sha256_file
 from castlm.training.config import WITHOUT_EFFECT
 
 # Fields that always name a model or a text; the key has the hash of what they name.
@@ -82,9 +83,13 @@ def content_hash(model: str, revision: str | None) -> str:
 
 
 def files_of(model: Path) -> list[Path]:
-    """The files of a model folder that its content hash covers, in order."""
-    found = (file for file in model.rglob("*") if not any(p.startswith(".") for p in file.relative_to(model).parts))
-    return sorted(f for f in found if f.is_file() and f.suffix.lower() not in _NOT_CONTENT and f.name != RESULT)
+    """The files of a model folder that its content hash covers, in order; not those of castlm's outputs inside it."""
+    found = []
+    for root, folders, names in os.walk(model):
+        inside = [Path(root, name) for name in folders if not name.startswith(".")]
+        folders[:] = [folder.name for folder in inside if command_of(folder) is None]
+        found += [Path(root, name) for name in names if not name.startswith(".") and name != RESULT]
+    return sorted(file for file in found if file.is_file() and file.suffix.lower() not in _NOT_CONTENT)
 
 
 def _digest(content: Any) -> str:
