@@ -195,7 +195,16 @@ def test_generate_prints_text_and_its_speed(folders, which, capsys):
     assert "6 new tokens" in output.err
     assert main(["generate", str(folders[which]), "--prompt", "", "--max-new-tokens", "6"]) == 2
     assert main(["generate", str(folders[which]), "--prompt", "a", "--max-new-tokens", "600"]) == 2
-    assert main(["generate", str(folders[which]), "--prompt", "a", "--temperature", "-1"]) == 2
+    for temperature in ("-1", "1e-300", "inf", "nan"):
+        assert main(["generate", str(folders[which]), "--prompt", "a", "--temperature", temperature]) == 2
+    assert "unexpected" not in capsys.readouterr().err
+
+
+def test_generate_says_that_a_chat_template_refuses_the_prompt(folders, tmp_path, capsys):
+    model = shutil.copytree(folders[0], tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ raise_exception('No prompt is good enough') }}")
+    assert main(["generate", str(model), "--prompt", "a"]) == 2
+    assert "the chat template cannot render the conversation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -164,6 +164,8 @@ def test_bad_input_is_one_line(llama, own, tmp_path, capsys):
         ),
         (command(llama, tmp_path / "a.jsonl", *cache, "--teacher-top-k", "0"), "set teacher_top_k"),
         (command(llama, tmp_path / "a.jsonl", *cache, "--seq-len", "1"), "seq_len = 1 is out of range"),
+        (command(llama, tmp_path / "a.jsonl", *cache, "--eval-dataset", "none.txt"), "none.txt: no such file"),
+        (command(llama, tmp_path / "a.jsonl", "--teacher-cache", str(Path(own).parent)), "are no teacher cache"),
         (command(llama, own, *cache), "already exists: name another file or pass overwrite"),
         (command(llama, own, *cache, "--resume", "--top-p", "0.5"), "was sampled differently (top_p 1.0 -> 0.5)"),
         (command(llama, own, *cache, "--resume", "--num-tokens", "10000"), "lower num_tokens, or overwrite it"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -101,8 +102,8 @@ def _run_demo(folder: Path, max_steps: int, begun: Collection[str]) -> None:
     console.print(f"{PROMPT!r}, continued by the packed model: {text}", markup=False)
     minutes = (time.monotonic() - started) / 60
     console.print(f"\nverified 2:4 model, in {minutes:.1f} minutes: {result}", markup=False)
-    console.print(f"count the groups yourself:  castlm verify {result}", markup=False)
-    console.print(f"chat with the packed model: castlm generate {packed} --prompt TEXT", markup=False)
+    console.print(f"count the groups yourself:  castlm verify {shlex.quote(str(result))}", markup=False)
+    console.print(f"chat with the packed model: castlm generate {shlex.quote(str(packed))} --prompt TEXT", markup=False)
     console.print(
         f"train on your own text:     castlm train --model {DEMO} --dataset FILE --output-dir RUN", markup=False
     )

@@ -154,9 +154,9 @@ def refuse_given(options: Any, names: Iterable[str], why: str) -> None:
 
 def write_json(path: str | None, content: dict[str, Any]) -> None:
     """Writes a report to the file of `--json`; "-" is the standard output."""
-    if path == "-":
-        print(json.dumps(content, indent=2))
-    elif path is not None:
-        from castlm.files import atomic_write_json
+    from castlm.files import atomic_write_json, plain_json
 
+    if path == "-":
+        print(json.dumps(plain_json(content), indent=2))
+    elif path is not None:
         atomic_write_json(path, content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,7 +65,7 @@ class PackCommand:
         print(
             f"{folder}: {report.num_packed} tensors packed and verified {pattern}, "
             f"{report.bytes_after / 1e6:,.1f} MB, {ratio:.3f} of what {self.path} takes; "
-            f"try it with: castlm generate {folder} --prompt TEXT"
+            f"try it with: castlm generate {shlex.quote(str(folder))} --prompt TEXT"
         )
         return 0
 

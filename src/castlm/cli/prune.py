@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -333,7 +334,8 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             print(report.few_note())
         if report.raised_damping:
             print(f"{report.damping_note()}: castlm.json lists them")
-        print(f"{folder}: {self.pattern} by {method}, verified; measure it with: castlm eval {folder} --text FILE")
+        measure = f"castlm eval {shlex.quote(str(folder))} --text FILE"
+        print(f"{folder}: {self.pattern} by {method}, verified; measure it with: {measure}")
         return 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
+import shlex
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,7 @@ class QuantizeCommand:
         from castlm.core.sparsify import sparse_linears
         from castlm.data.chat import with_template
         from castlm.export.hf import export_model
+        from castlm.files import atomic_dir
         from castlm.inference.quantize import quantize_, stored_layers
         from castlm.models import load_model, save_dtype
         from castlm.progress import shown_progress
@@ -144,14 +146,14 @@ class QuantizeCommand:
         quantized = {"source": self.model, **report.record(), **text}
         passed_on = {key: value for key, value in manifest.items() if key not in _NOT_PASSED_ON}
         with contextlib.ExitStack() as stack:
-            plain = folder
+            target = folder
             if self.packed:
-                beside = tempfile.TemporaryDirectory(prefix=f".{folder.name}.plain-", dir=folder.parent)
-                plain = Path(stack.enter_context(beside)) / folder.name
+                temporary = stack.enter_context(atomic_dir(folder, overwrite=True))
+                target = temporary / "plain" / folder.name
             export_model(
                 loaded.model,
                 loaded.tokenizer,
-                plain,
+                target,
                 pattern=pattern,
                 left_dense=left_dense,
                 record={"base_model": self.model, **passed_on, "quantized": quantized},
@@ -160,10 +162,10 @@ class QuantizeCommand:
                 keep_rejected=not self.packed,  # the plain folder is temporary then
             )
             if self.packed:
-                _pack(plain, folder, pattern, stored_layers(loaded.model, report.layers), self.head)
+                _pack(target, temporary, pattern, stored_layers(loaded.model, report.layers), self.head)
         print(
             f"{folder}: {self.kind} in {len(report.layers)} layers, mean relative error {report.mean_error:.2e}, "
-            f"{pattern} verified; measure it with: castlm eval {folder} --text FILE"
+            f"{pattern} verified; measure it with: castlm eval {shlex.quote(str(folder))} --text FILE"
         )
         return 0
 
@@ -191,23 +193,21 @@ def _check_pattern(name: str, layers: Mapping[str, SparseLayer], pattern: NM, le
 
 
 def _pack(plain: Path, folder: Path, pattern: NM, layers: Mapping[str, Rounded], head: str | None) -> None:
-    """Packs the plain folder to `folder`, with the integers themselves, and verifies it."""
+    """Replaces the folder `plain` in `folder` by what it is packed, with the integers themselves, and verifies that."""
     from castlm.export.integers import store_integers
     from castlm.export.packed import pack_folder
     from castlm.export.verify import verify
-    from castlm.files import add_file_list, atomic_dir
 
-    with atomic_dir(folder, overwrite=True) as temporary:
-        inner = temporary / "packed"
-        pack_folder(plain, inner, pattern.n, pattern.m, head=head)
-        store_integers(inner, layers)
-        found = verify(inner, pattern)
-        if not found.ok:
-            raise InputError(found.summary().replace(str(inner), str(folder)))
-        for file in inner.iterdir():
-            file.rename(temporary / file.name)
-        inner.rmdir()
-        add_file_list(temporary)
+    packed = folder / "packed"
+    pack_folder(plain, packed, pattern.n, pattern.m, head=head)
+    shutil.rmtree(plain.parent)
+    store_integers(packed, layers)
+    found = verify(packed, pattern)
+    if not found.ok:
+        raise InputError(found.summary().replace(str(packed), plain.name))
+    for file in packed.iterdir():
+        file.rename(folder / file.name)
+    packed.rmdir()
 
 
 def main(arguments: list[str]) -> int:

@@ -114,6 +114,10 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
         names = [option.name for option in dataclasses.fields(SamplingOptions)]
         options = SamplingOptions(**{name: getattr(self, name) for name in names})
         prompts = None if self.prompts is None else read_prompts(self.prompts, self.column)
+        if self.teacher_cache is not None:
+            from castlm.training.teacher_pass import check_teacher_pass
+
+            check_teacher_pass(config)
         free = {"output_file", "num_tokens", "resume", "overwrite", "trust_remote_code", *_CACHE_OPTIONS}
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         record = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -88,4 +89,4 @@ def _write_page(folder: str) -> None:
     try:
         note(f"report: {write_report(folder)}")
     except (InputError, OSError) as error:
-        note(f"no report: {error}; try castlm report {folder}")
+        note(f"no report: {error}; try castlm report {shlex.quote(str(folder))}")

@@ -9,6 +9,7 @@ write, and then answers itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from castlm.architecture import context_length
 from castlm.core.errors import InputError
+from castlm.data.chat import Chat
 from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder
 from castlm.reading import read_text
@@ -43,7 +45,11 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for name, right, remedy in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature > 0, "above 0 (0 would write the same text each time)"),
+            (
+                "temperature",
+                1e-6 <= self.temperature < math.inf,
+                "at least 1e-6 (0 would write the same text each time)",
+            ),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("seed", self.seed >= 0, "at least 0"),
@@ -157,9 +163,7 @@ class Sampler:
             return self._first + ids
         if not prompt:
             return self._user
-        messages = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self._encode(str(text))
+        return self._encode(Chat(self.tokenizer).user_turn(prompt, reply=True))
 
     def _check_room(self, begin: list[int]) -> None:
         if self._longest is not None and len(begin) + self.options.max_new_tokens > self._longest:
@@ -218,8 +222,7 @@ def _user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     """
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer {tokenizer.name_or_path} has no chat template: sample without chat")
-    messages = [{"role": "user", "content": _SENTINEL}]
-    before, found, after = str(tokenizer.apply_chat_template(messages, tokenize=False)).partition(_SENTINEL)
+    before, found, after = Chat(tokenizer).user_turn(_SENTINEL).partition(_SENTINEL)
     ends = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     if not found or not before or not ends or ends[0] not in tokenizer.all_special_ids:
         raise InputError(

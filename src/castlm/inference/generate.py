@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from castlm.architecture import context_length
 from castlm.core.errors import InputError
+from castlm.data.chat import Chat
 from castlm.hardware import has_fast_bf16
 from castlm.inference.decode import decoding_method
 from castlm.models import load_weights
@@ -83,11 +85,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) ->
     """Token ids (1, num_tokens) of a prompt: as a user's turn where the tokenizer has a chat template, unless `raw`.
 
     Raises:
-        InputError: an empty prompt.
+        InputError: an empty prompt, or a template that refuses it.
     """
     if tokenizer.chat_template and not raw:
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        text = Chat(tokenizer).user_turn(prompt, reply=True)
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -126,14 +127,16 @@ def generate_text(
     """Continues `input_ids` (1, num_tokens), calling `write` with text as it comes.
 
     Args:
-        temperature: 0 takes the most probable token each time; above 0 samples.
+        temperature: 0 takes the most probable token each time; at least 1e-6 samples.
         seed: of the samples.
 
     Raises:
         InputError: numbers that make no sense, or more tokens than the model's context holds.
     """
-    if max_new_tokens < 1 or not temperature >= 0:
-        raise InputError(f"max_new_tokens {max_new_tokens}, temperature {temperature}: give at least 1, and 0 or more")
+    if max_new_tokens < 1 or not (temperature == 0 or 1e-6 <= temperature < math.inf):
+        raise InputError(
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}: give at least 1, and 0 or at least 1e-6"
+        )
     longest = context_length(model.config)
     if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
         raise InputError(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from castlm.architecture import vocab_size
+from castlm.data.documents import open_documents
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.world import World, init_world
 from castlm.hardware import autocast, choose_precision
@@ -50,6 +51,18 @@ def claim_teacher_cache(cache: TeacherCache, config: TrainConfig, model: nn.Modu
         temperature=config.temperature,
         cross_document_attention=config.cross_document_attention,
     )
+
+
+def check_teacher_pass(config: TrainConfig) -> None:
+    """Checks what `fill_teacher_cache` needs beside the training text, before that is sampled.
+
+    Raises:
+        InputError: an evaluation text that cannot be opened, or a folder that cannot be made or is no teacher cache.
+    """
+    for text in config.eval_datasets:
+        open_documents(text, column=config.column)
+    assert config.teacher_cache is not None
+    TeacherCache(config.teacher_cache, [], 0, init_world(config.device, config.sharding))
 
 
 @torch.no_grad()
