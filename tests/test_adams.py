@@ -11,7 +11,7 @@ from castlm.core.adams import AdamS
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.masks import unpack_mask
-from castlm.core.pattern import nm_mask
+from castlm.core.pattern import NM, nm_mask
 from tests.fused import needs_kernels, through_torch_compile
 from tests.reference import ReferenceAdamS
 
@@ -310,6 +310,30 @@ def test_schedulers_and_clipping():
         optimizer.zero_grad()
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+def test_flips_count_all_groups_and_a_nan_in_any_steps_none():
+    params = [nn.Parameter(torch.randn(4, 8)) for _ in range(2)]
+    optimizer = AdamS([{"params": [p], "sparse": True} for p in params], lr=0.0, total_steps=10, mask_interval=1)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    expected = 0
+    for param in params:
+        before = optimizer.mask(param)
+        param.data = param.data.roll(1, dims=1)
+        expected += int((before != NM(2, 4).mask(param.data)).sum())
+    optimizer.step()
+    assert optimizer.flips() == expected > 0
+    params[1].data[0, 0] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        optimizer.step()
+    assert [int(optimizer.state[param]["step"]) for param in params] == [1, 1]
+
+
+def test_a_dense_parameter_of_float16_is_refused():
+    params = [{"params": [nn.Parameter(torch.randn(4, 8).half())], "sparse": False}]
+    with pytest.raises(InputError, match=r"is torch\.float16: AdamS trains float32, float64 and bfloat16"):
+        AdamS(params, total_steps=10)
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,10 @@ class AdamS(Optimizer):
     Gradients of another real dtype are converted to the parameter's.
 
     Raises:
-        InputError: an option of the wrong type or out of range; no group has `"sparse"`; a parameter is complex, not
-            contiguous or not dense; a sparse parameter is not 2-D or 3-D, not float32 or float64, does not fit its
-            pattern, is sharded along its groups or contains NaN; `fused=True` is not possible. From `step`: a sparse
-            parameter has no gradient, or a gradient or parameter has another shape, layout or device. From
+        InputError: an option of the wrong type or out of range; no group has `"sparse"`; a parameter is complex,
+            float16, not contiguous or not dense; a sparse parameter is not 2-D or 3-D, not float32 or float64, does not
+            fit its pattern, is sharded along its groups or contains NaN; `fused=True` is not possible. From `step`: a
+            sparse parameter has no gradient, or a gradient or parameter has another shape, layout or device. From
             `load_state_dict`: the saved options, shapes or dtypes differ, or a saved mask is not of the pattern.
 
     Examples:
@@ -263,7 +263,7 @@ class AdamS(Optimizer):
         """Performs one step. Every `mask_interval`-th step refreshes the masks first, from the weights before it.
 
         Raises:
-            InputError: see the class. Nothing has been changed then.
+            InputError: see the class. No weight or moment has been changed then.
         """
         loss = None
         if closure is not None:
@@ -271,13 +271,20 @@ class AdamS(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             self._check_group(group)
+        flips: list[Tensor | int] = []
+        for group in filter(self._is_refresh_due, self.param_groups):
+            self.refresh_masks(group)
+            flips.append(self._flips)
+        if flips:
+            self._flips = sum(flips)
         for group in self.param_groups:
-            if group["sparse"] and group["params"]:
-                interval = group["mask_interval"]
-                if interval and int(self.state[group["params"][0]]["step"]) % interval == 0:
-                    self.refresh_masks(group)
             self._step_group(group)
         return loss
+
+    def _is_refresh_due(self, group: dict[str, Any]) -> bool:
+        if not (group["sparse"] and group["params"] and group["mask_interval"]):
+            return False
+        return int(self.state[group["params"][0]]["step"]) % int(group["mask_interval"]) == 0
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_options(group)

@@ -24,7 +24,7 @@ from castlm.core.shards import local
 from castlm.core.unit_masks import gathers
 from castlm.core.update import SECOND_MOMENTS
 
-_TRAINED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_TRAINED = (torch.float32, torch.float64, torch.bfloat16)  # float16 rounds eps and small squared gradients to 0
 _LARGEST = torch.finfo(torch.float32).max
 _OUTSIDE = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 """Keys of a parameter group that torch, its schedulers and users add, beside the options of AdamS."""
@@ -104,10 +104,10 @@ def check_options(group: Mapping[str, Any]) -> None:
 
 
 def check_parameter(param: Tensor) -> None:
-    """Raises `InputError` if AdamS cannot train `param`: it is not real, not dense or not contiguous."""
+    """Raises `InputError` if AdamS cannot train `param`: its dtype, or it is not dense or not contiguous."""
     shape = tuple(param.shape)
     if param.dtype not in _TRAINED:
-        raise InputError(f"a parameter of shape {shape} is {param.dtype}: AdamS trains float32, float64 and half types")
+        raise InputError(f"a parameter of shape {shape} is {param.dtype}: AdamS trains float32, float64 and bfloat16")
     if param.layout != torch.strided:
         raise InputError(f"a parameter of shape {shape} has layout {param.layout}: AdamS takes dense tensors")
     if not local(param).is_contiguous():
@@ -120,8 +120,7 @@ def check_sparse_parameter(param: Tensor, pattern: Pattern) -> None:
     """Raises `InputError` if AdamS cannot keep masks of `pattern` on `param`.
 
     The parameter must be (out, in) or (experts, out, in), in float32 or float64 because bfloat16 rounds the decay away,
-    fit the pattern, and
-    not be sharded across what the pattern ties together.
+    fit the pattern, and not be sharded across what the pattern ties together.
     """
     shape = tuple(param.shape)
     if param.dim() not in (2, 3):
