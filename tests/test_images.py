@@ -331,6 +331,24 @@ def test_the_solver_sees_the_images(vlm, dataset):
     assert not torch.equal(loaded.model.get_submodule(name).weight, blind.get_submodule(name).weight)
 
 
+@pytest.mark.parametrize("score", ["wanda", "taylor"])
+def test_scores_of_tiles_see_the_images(llava, dataset, score):
+    def pruned(number: int | None) -> torch.Tensor:
+        loaded = load_model(llava)
+        ids, images = calibration_sequences(open_documents(dataset), loaded.tokenizer, 4, 64, 0, processor)
+        seen = None if number is None else [{**of, "pixel_values": of["pixel_values"] * number} for of in images if of]
+        chosen = ids[[row for row, of in enumerate(images) if of]]
+        prune_oneshot_(loaded.model, score, pattern="blocks:8x8:0.5", calibration=chosen, images=seen)
+        layers, _ = sparse_linears(loaded.model)
+        return torch.cat([layer.weight.detach().flatten() for layer in layers.values()])
+
+    processor = open_processor(llava, load_model(llava).tokenizer)
+    seen = pruned(1)
+    assert torch.equal(seen, pruned(1))
+    assert not torch.equal(seen, pruned(-1))
+    assert not torch.equal(seen, pruned(None))
+
+
 def options(model: Path, dataset: Path, run: Path, **over: Any) -> list[str]:
     given = {"model": model, "dataset": dataset, "output_dir": run, **OPTIONS, **over}
     return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]

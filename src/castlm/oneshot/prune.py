@@ -163,7 +163,14 @@ def prune_oneshot_(
     if is_structured(pattern):
         settings = UnitSettings(damping, refinements.num_refits(pattern), seed)
         return prune_units_(
-            model, method, pattern, calibration=calibration, to=settings, filter_fn=filter_fn, progress=progress
+            model,
+            method,
+            pattern,
+            calibration=calibration,
+            images=images,
+            to=settings,
+            filter_fn=filter_fn,
+            progress=progress,
         )
     started = time.perf_counter()
     to = Settings(pattern, damping, block_size)

@@ -27,7 +27,7 @@ from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import MIN_DAMPING, damped, refit
 from castlm.oneshot.sparsegpt import sparsegpt
 from castlm.oneshot.unit_inputs import InputStatistic, see_statistics
-from castlm.oneshot.walk import BlockInputs, block_stack
+from castlm.oneshot.walk import BlockInputs, Images, block_stack
 
 TAYLOR_SEQUENCES = 32
 """Calibration sequences that the Taylor score runs backward."""
@@ -109,6 +109,7 @@ def prune_units_(
     pattern: Pattern,
     *,
     calibration: Tensor | None = None,
+    images: Images = None,
     to: UnitSettings = UnitSettings(),  # noqa: B008  # it cannot change
     filter_fn: FilterFn = is_sparse_linear,
     progress: Callable[[int, int], None] | None = None,
@@ -121,6 +122,7 @@ def prune_units_(
     Args:
         score: a name in `SCORES`.
         calibration: int64, (num_sequences, seq_len). Scores that need none are refitted only where it is given.
+        images: as for `prune_oneshot_`.
 
     Raises:
         InputError: another score, no calibration where one is needed, a pattern that does not fit, weights that are
@@ -136,12 +138,13 @@ def prune_units_(
         gradients = {}
         if SCORES[score].needs == "gradients":
             assert calibration is not None
-            gradients = loss_gradients(model, layers, calibration[:TAYLOR_SEQUENCES])
+            of_taylor = None if images is None else images[:TAYLOR_SEQUENCES]
+            gradients = loss_gradients(model, layers, calibration[:TAYLOR_SEQUENCES], of_taylor)
         work = _Pruning(score, pattern, gradients, to, report, torch.Generator().manual_seed(to.seed))
         if calibration is None:
             work.prune_(layers, {})
         else:
-            _walk(model, layers, calibration, work, progress)
+            _walk(model, layers, calibration, images, work, progress)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -150,11 +153,12 @@ def _walk(
     model: PreTrainedModel,
     layers: dict[str, nn.Linear],
     calibration: Tensor,
+    images: Images,
     work: _Pruning,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     stack, blocks = block_stack(model, layers)
-    inputs = BlockInputs(model, blocks, calibration)
+    inputs = BlockInputs(model, blocks, calibration, images=images)
     for index in range(len(blocks)):
         inside = {name: layer for name, layer in layers.items() if name.startswith(f"{stack}.{index}.")}
         if inside:
@@ -166,16 +170,25 @@ def _walk(
 
 
 @torch.enable_grad()
-def loss_gradients(model: PreTrainedModel, layers: Mapping[str, nn.Linear], sequences: Tensor) -> dict[str, Tensor]:
-    """The gradient of the mean loss over `sequences` (num_sequences, seq_len) by the weight of each layer."""
+def loss_gradients(
+    model: PreTrainedModel, layers: Mapping[str, nn.Linear], sequences: Tensor, images: Images = None
+) -> dict[str, Tensor]:
+    """The gradient of the mean loss over `sequences` (num_sequences, seq_len) by the weight of each layer.
+
+    With `images`, the tokens that stand for them do not count in the loss.
+    """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for parameter in flags:
         parameter.requires_grad_(False)
     weights = {name: layer.weight.requires_grad_(True) for name, layer in layers.items()}
-    batches = sequences.to(model.device).split(max(1, _BACKWARD_TOKENS // sequences.shape[1]))
+    size = 1 if images is not None else max(1, _BACKWARD_TOKENS // sequences.shape[1])
+    batches = sequences.to(model.device).split(size)
+    image_token = getattr(model.config, "image_token_id", -1)
     try:
-        for ids in batches:
-            output: Any = model(input_ids=ids, labels=ids, use_cache=False)
+        for ids, beside in zip(batches, images or [{}] * len(batches), strict=True):
+            labels = ids if images is None else ids.masked_fill(ids == image_token, -100)
+            given = {name: tensor.to(model.device) for name, tensor in beside.items()}
+            output: Any = model(input_ids=ids, labels=labels, use_cache=False, **given)
             (output.loss * (len(ids) / len(sequences))).backward()
         found = {name: weight.grad.detach() for name, weight in weights.items() if weight.grad is not None}
     finally:
