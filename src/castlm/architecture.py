@@ -38,10 +38,17 @@ def shape_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
     """The model of a config without weights, on the meta device and made of layers: for its shapes and classes.
 
     `castlm.distributed.loading.empty_model` is one that weights are read into.
+
+    Raises:
+        InputError: transformers builds no model of the config.
     """
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        linearize_(model)
+    try:
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except Exception as error:  # every config fails in its own way
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise InputError(f"a {config.model_type} model cannot be built from its config: {reason}") from error
+    linearize_(model)
     return model
 
 

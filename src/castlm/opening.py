@@ -120,6 +120,8 @@ def _check_config(where: Location, config: PretrainedConfig) -> None:
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     named = config.architectures or ([causal] if causal else [])
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise InputError(f"{where} says architectures = {named}: a list of class names is needed")
     is_causal = any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in named)
     if is_vision_language(config):
         if not isinstance(config.get_text_config(), PretrainedConfig) or config.get_text_config() is config:

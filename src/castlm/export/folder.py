@@ -38,6 +38,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return read_json_object(file) if file.is_file() else {}
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder; empty where there is none.
+
+    Raises:
+        InputError: it is no JSON object, or its `model_type` is no name.
+    """
+    file = folder / "config.json"
+    config = read_json_object(file) if file.exists() else {}
+    if not isinstance(config.get("model_type"), str | None):
+        raise InputError(f"{file}: model_type is {config['model_type']!r}, not a name: fetch or write it again")
+    return config
+
+
 def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
     """The tensors that transformers would load: of a .safetensors file, or of a folder with one or with several.
 

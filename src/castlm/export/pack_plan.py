@@ -12,7 +12,7 @@ import torch
 from castlm.architecture import shape_model
 from castlm.core.blocks import is_block_linear, is_stacked_experts
 from castlm.core.errors import InputError
-from castlm.export.folder import stored_tensors
+from castlm.export.folder import read_config, stored_tensors
 from castlm.export.stream import DTYPES
 from castlm.export.verify import left_dense_reason, read_left_dense
 from castlm.inference import format
@@ -20,7 +20,6 @@ from castlm.inference.convert import can_pack_tables
 from castlm.inference.format import PackedSpec
 from castlm.layout import experts_input_axis, guess_model_type, stored_transposed
 from castlm.opening import open_config
-from castlm.reading import read_json_object
 from castlm.stored import StoredTensor
 
 _TABLES = ("lm_head.weight", "embed_out.weight", "model.embed_tokens.weight", "transformer.wte.weight", "wte.weight")
@@ -108,15 +107,10 @@ def _transposed(name: str, tensor: StoredTensor, config: Mapping[str, Any]) -> b
     return axis == 1
 
 
-def read_config(source: Path) -> dict[str, Any]:
-    """The config.json of a model folder."""
-    if not (source / "config.json").is_file():
-        raise InputError(f"{source} has no config.json: give a model folder in Hugging Face format")
-    return read_json_object(source / "config.json")
-
-
 def _read_source(source: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     config = read_config(source)
+    if not config:
+        raise InputError(f"{source} has no config.json: give a model folder in Hugging Face format")
     if config.get("quantization_config"):
         raise InputError(f"{source} is packed or quantized already: give the model that was")
     return config, stored_tensors(source, config)

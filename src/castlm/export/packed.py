@@ -18,8 +18,8 @@ from torch import Tensor
 from castlm import __version__
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
-from castlm.export.folder import is_packed, read_manifest, stored_tensors
-from castlm.export.pack_plan import CAST, OF_STORED, PackPlan, plan_pack, read_config, stem
+from castlm.export.folder import is_packed, read_config, read_manifest, stored_tensors
+from castlm.export.pack_plan import CAST, OF_STORED, PackPlan, plan_pack, stem
 from castlm.export.packed_card import packed_card, unpacked_card
 from castlm.export.stream import DTYPES, write_safetensors
 from castlm.export.unit_count import groups_of, tiles_of

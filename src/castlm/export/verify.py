@@ -20,7 +20,7 @@ from castlm.core.blocks import in_block, is_block_linear, is_router, is_stacked_
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
 from castlm.export.cut_sizes import cut_pattern
-from castlm.export.folder import is_packed, stored_tensors
+from castlm.export.folder import is_packed, read_config, stored_tensors
 from castlm.export.layers import FAMILIES, check_layers
 from castlm.export.packed_count import count_packed_layer, take_packed
 from castlm.export.report import LayerReport, VerifyReport
@@ -73,7 +73,7 @@ def verify(
     pattern = Pattern.parse(str(pattern))
     path = user_path(path)
     folder = path if path.is_dir() else path.parent
-    config = _read_config(folder / "config.json")
+    config = read_config(folder)
     tensors = stored_tensors(path, config)
     cuts = cut_pattern(pattern) is not None
     if base is not None and not cuts:
@@ -116,13 +116,6 @@ def verify(
         count_units(report, config, dense_config, where)
     _refuse_empty(report, len(tensors))
     return report
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    config = read_json_object(file) if file.exists() else {}
-    if not isinstance(config.get("model_type"), str | None):
-        raise InputError(f"{file}: model_type is {config['model_type']!r}, not a name: fetch or write it again")
-    return config
 
 
 def _compare_layers(

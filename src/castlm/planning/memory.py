@@ -23,7 +23,7 @@ from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
 from castlm.export.cut import check_cut
 from castlm.opening import check_num_layers
-from castlm.planning.activations import Saved, Settings, as_input_error, trace
+from castlm.planning.activations import Saved, Settings, trace
 from castlm.reading import read_json_object, user_path
 
 GIB = 2**30
@@ -315,8 +315,7 @@ def _sizes(config: PretrainedConfig, pattern: Pattern, run: Settings) -> _Sizes:
             f"the memory of a {config.model_type} is not planned: give the config of its language model, which is what "
             "is trained, and add the tower's weights"
         )
-    with as_input_error(config):
-        model = shape_model(config)
+    model = shape_model(config)
     check_cut(model, pattern)
     layers, _ = sparse_linears(model, pattern)
     if run.scale_groups:
