@@ -63,6 +63,17 @@ def test_every_installed_tracker_gets_the_figures_of_metrics_jsonl(clients, text
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
+def test_tensorboard_keeps_the_step_that_a_resumed_run_starts_from(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        writer = trackers.TensorBoard(TrackedRun(tmp_path, {}, first_step))
+        for step in steps:
+            writer.log({"loss": float(first_step)}, step)
+        writer.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 0.0), (2, 0.0), (3, 2.0), (4, 2.0)]
+
+
 def test_wandb_is_offline_without_a_key_and_resumes_the_same_run(clients, tmp_path, monkeypatch):
     run = TrackedRun(tmp_path / "run", {}, 0)
     open_trackers(["wandb"], run)

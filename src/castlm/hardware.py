@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import math
 import multiprocessing
 import platform
@@ -53,7 +54,7 @@ def choose_precision(wanted: str, device: torch.device, model_config: Any) -> st
         if wanted == "bf16" and not has_bf16:
             raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16: use precision fp32")
     else:
-        wide = getattr(model_config, "hidden_size", 0) >= SMALLEST_BF16_WIDTH
+        wide = getattr(model_config.get_text_config(), "hidden_size", 0) >= SMALLEST_BF16_WIDTH
         has_bf16 = wide and has_fast_bf16()
     return ("bf16" if has_bf16 else "fp32") if wanted == "auto" else wanted
 
@@ -178,6 +179,13 @@ def resident_memory() -> int:
         return 0
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
     return int(line.split()[1]) * 1024
+
+
+def collect_garbage(device: str) -> None:
+    """Frees what only reference cycles hold, as an optimizer or a whole run, and gives it back to the GPU."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory(device: str) -> int:

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from castlm.core.blocks import is_tower
 from castlm.core.experts import ExpertLinear
+from castlm.core.shards import local
 from castlm.core.sparsify import transformer_blocks
 from castlm.distributed.world import World
 
@@ -27,9 +28,7 @@ def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
     """
     if world.mesh is None:
         return
-    for name, block in transformer_blocks(module).items():
-        if is_tower(name):
-            continue
+    for block in sharded_blocks(module):
         if precision == "bf16" and is_gathered_narrow(block):
             wide = beside_linears(block)
             if wide:
@@ -41,6 +40,19 @@ def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
     assert isinstance(module, FSDPModule)
 
 
+def sharded_blocks(module: nn.Module) -> list[nn.Module]:
+    """The transformer blocks that `shard_` shards each on its own."""
+    return [block for name, block in transformer_blocks(module).items() if not is_tower(name)]
+
+
+def free_blocks_(module: nn.Module) -> None:
+    """Frees the weights of sharded transformer blocks that are never called again. FSDP2 holds on to the tensors, and
+    gathers what is outside of the blocks with the rest of the root, so that this stays."""
+    for block in sharded_blocks(module):
+        for parameter in block.parameters():
+            local(parameter).untyped_storage().resize_(0)
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether `shard_` has sharded `module`; otherwise each rank holds it whole."""
     return isinstance(module, FSDPModule)
@@ -50,6 +62,18 @@ def reshard_(module: nn.Module) -> None:
     """Frees the whole parameters of the root, which FSDP leaves there after a forward pass."""
     if isinstance(module, FSDPModule):
         module.reshard()
+
+
+def sum_over_replicas_(module: nn.Module, now: bool) -> None:
+    """Says whether the next backward pass of a sharded module sums the gradients over its replicas.
+
+    Where not, FSDP2 keeps the sums of each replica for the next pass that does, so that accumulated batches pay for one
+    such sum. Experts in a list are an exception: FSDP2 keeps the gradients of the experts that one batch has reached.
+    """
+    if not isinstance(module, FSDPModule):
+        return
+    blocks = transformer_blocks(module).values()
+    module.set_requires_all_reduce(now or any(map(has_list_of_experts, blocks)))
 
 
 def average_gradients_(module: nn.Module, parameters: Iterable[Tensor], world: World) -> None:
@@ -74,8 +98,13 @@ _NARROW = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_input
 def is_gathered_narrow(block: nn.Module) -> bool:
     """Whether a transformer block gains from being gathered in bf16. A block with a list of experts does not: some
     experts may not be called, and FSDP's group of modules waits for each."""
+    return not has_list_of_experts(block) and any(p.dtype == torch.float32 for p in block.parameters())
+
+
+def has_list_of_experts(block: nn.Module) -> bool:
+    """Whether some modules of a transformer block may not be called."""
     lists = [m for m in block.modules() if isinstance(m, nn.ModuleList) and not isinstance(m, ParametrizationList)]
-    return not lists and any(parameter.dtype == torch.float32 for parameter in block.parameters())
+    return bool(lists)
 
 
 def beside_linears(block: nn.Module) -> list[nn.Module]:
@@ -89,3 +118,9 @@ def compile_blocks_(module: nn.Module, backend: str = "inductor") -> None:
     """Compiles every transformer block of `module` in place, each on its own: blocks of one shape share the code."""
     for block in transformer_blocks(module).values():
         block.compile(backend=backend)
+
+
+def uncompile_blocks_(module: nn.Module) -> None:
+    """Takes back `compile_blocks_`, for passes on another device or in another precision."""
+    for block in transformer_blocks(module).values():
+        block._compiled_call_impl = None

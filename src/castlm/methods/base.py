@@ -134,7 +134,11 @@ class Retraining:
         """
         sparse = {weight_parameter(layer) for layer in self.layers.values()}
         named = list(zip(group["params"], group["param_names"]))
-        decayed = [(p, n) for p, n in named if p.dim() > 1 and p not in sparse and "parametrizations" not in n]
+        decayed = [
+            (p, n)
+            for p, n in named
+            if p.dim() > 1 and p not in sparse and "parametrizations" not in n and not n.endswith("bias")
+        ]
         names = {name for _, name in decayed}
         others = [(p, n) for p, n in named if n not in names]
         if not decayed:

@@ -35,12 +35,12 @@ class Finetune(Retraining):
 
     def _mask_gradient_(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        local(parameter.grad).mul_(self._masks[parameter])
+        local(parameter.grad).masked_fill_(~self._masks[parameter], 0.0)  # 0 times inf would be NaN
 
     @torch.no_grad()
     def start_from_magnitude_(self) -> None:
         for parameter, mask in self._masks.items():
-            local(parameter).mul_(mask)
+            local(parameter).masked_fill_(~mask, 0.0)
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
         parameter = weight_parameter(layer)

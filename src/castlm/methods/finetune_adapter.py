@@ -43,6 +43,7 @@ class FinetuneAdapter(Finetune):
             self.peft_model = add_adapter_(model, config)
 
     def build_optimizer(self, model: nn.Module, fused: bool) -> AdamS:
+        self._masks = {p: mask.to(p.device) for p, mask in self._masks.items()}  # the model has moved since `prepare`
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         group = {"params": [p for _, p in named], "param_names": [name for name, _ in named], "sparse": False}
         return self.optimize([group], fused)

@@ -18,13 +18,13 @@ from castlm.core.pattern import Pattern
 from castlm.core.scaling import UnfoldedWarning, fold_weight_scaling
 from castlm.core.sparsify import prune_
 from castlm.distributed.export import ShardedResult, export_sharded
-from castlm.distributed.sharding import is_sharded
+from castlm.distributed.sharding import free_blocks_, is_sharded, uncompile_blocks_
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.cut_sizes import cut_pattern
 from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
-from castlm.hardware import peak_memory
+from castlm.hardware import collect_garbage, peak_memory
 from castlm.methods.table import METHODS
 from castlm.models import parameters_in, save_dtype, save_model
 from castlm.oneshot.options import UNIT_SCORES
@@ -85,6 +85,8 @@ def finish(run: TrainedRun) -> dict[str, Any]:
     histogram = masked_histogram(local_masks(masks), run.world)
     if masks:
         prune_(run.model, pattern, masks=masks, filter_fn=filter_of(run.config))
+    del masks
+    free_training_state_(run)
     is_cut = run.is_sparse and cut_pattern(pattern) is not None  # which takes the whole model
     if run.parts.source.stored is not None and not is_remote_code(run.model) and not is_cut:
         record = export_sharded(sharded_result(run), finished_record(run, histogram))
@@ -92,6 +94,17 @@ def finish(run: TrainedRun) -> dict[str, Any]:
         return record
     model = gathered(run) if is_sharded(run.parts.objective) else run.model
     return run.world.on_main(lambda: write_result(run, model, histogram))
+
+
+def free_training_state_(run: TrainedRun) -> None:
+    """Frees the teacher and the moments: verifying the result takes up to two more copies of the model."""
+    objective = run.parts.objective
+    if objective.teacher is not None and is_sharded(objective):
+        free_blocks_(objective.teacher)
+    objective.teacher = None
+    run.parts.optimizer.state.clear()
+    uncompile_blocks_(objective)
+    collect_garbage(run.world.device.type)
 
 
 def sharded_result(run: TrainedRun) -> ShardedResult:
@@ -143,14 +156,16 @@ def gathered(run: TrainedRun) -> PreTrainedModel | None:
 def write_result(run: TrainedRun, model: PreTrainedModel | None, histogram: dict[str, Any]) -> dict[str, Any]:
     """Folds the weight scaling, writes the model and verifies it. Only the main rank calls it, with the whole model."""
     assert model is not None
-    run.parts.objective.teacher = None  # frees its memory before the result is read back
     fold_weight_scaling(model)
     model.cpu()
     folder = run.folder
     seq_len, tokenizer = run.config.seq_len, run.parts.source.tokenizer
 
     def measure(m: PreTrainedModel) -> float:
-        return perplexity(m, run.parts.text.held_out, seq_len=seq_len).perplexity
+        m.to(run.world.device)
+        measured = perplexity(m, run.parts.text.held_out, seq_len=seq_len).perplexity
+        m.cpu()
+        return measured
 
     record = finished_record(run, histogram)
     if not run.is_sparse:  # the dense control has no pattern to verify

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,16 +13,20 @@ from castlm.core.blocks import is_tower
 
 PEAKS = {
     "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "A10": 125e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
 }
-"""Dense bf16 FLOP/s by a part of the name of the GPU, from NVIDIA's data sheets. The first match counts."""
+"""Dense bf16 FLOP/s by words in the name of the GPU, from NVIDIA's data sheets. The first match counts."""
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -29,7 +34,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def flops_per_token(names: Mapping[Tensor, str], model_config: Any, seq_len: int, has_teacher: bool) -> float:

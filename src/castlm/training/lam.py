@@ -17,7 +17,7 @@ from castlm.core.decay import DECAYS
 from castlm.core.shards import local
 from castlm.core.sparsify import weight_parameter
 from castlm.distributed.world import World
-from castlm.hardware import peak_memory
+from castlm.hardware import collect_garbage, peak_memory
 from castlm.training.checkpoint import checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.run import Run
@@ -81,19 +81,28 @@ def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibrat
             seconds.append(run.progress.seconds - before)
             tokens = run.progress.tokens - before_tokens
         rms = _momentum_rms(run)
+        before = start_seconds(run.parts.start)
     peak = peak_memory(world.device.type)
+    del run
+    collect_garbage(world.device.type)
     layers = {name: LayerCalibration(rms[name], budgets[name]) for name in budgets}
     per_step = statistics.median(seconds[1:] or seconds)  # the first compiles
-    lam, before = statistics.median(rms.values()), start_seconds(run.parts.start)
+    lam = statistics.median(rms.values())
     return Calibration(layers, lam, tokens / per_step, tokens, peak, len(seconds), before)
 
 
 def resolve_lam(config: TrainConfig, world: World) -> TrainConfig:
     """`config`, whose `lam` is "auto", with a number for it: the checkpoint's it resumes from, else calibrated."""
-    whole = checkpoint_steps(Path(config.output_dir) / "checkpoints") if config.resume else {}
-    if whole:
+
+    def saved() -> float | None:
+        whole = checkpoint_steps(Path(config.output_dir) / "checkpoints") if config.resume else {}
+        if not whole:
+            return None
         lam = read_manifest(whole[max(whole)])["config"].get("lam")
-        return dataclasses.replace(config, lam=float(lam) if isinstance(lam, (int, float)) else 0.0)
+        return float(lam) if isinstance(lam, (int, float)) else 0.0
+
+    if (lam := world.on_main(saved)) is not None:
+        return dataclasses.replace(config, lam=lam)
     if config.method != "cast" or not DECAYS[config.decay].needs_lam:
         return dataclasses.replace(config, lam=0.0)  # nothing there reads it
     return dataclasses.replace(config, lam=calibrate(config, world).lam)

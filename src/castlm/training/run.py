@@ -22,7 +22,7 @@ from castlm.core.shards import local
 from castlm.core.sparsify import dense_name
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import SelfCheck
-from castlm.distributed.sharding import average_gradients_
+from castlm.distributed.sharding import average_gradients_, sum_over_replicas_
 from castlm.distributed.world import World
 from castlm.hardware import autocast, peak_memory
 from castlm.methods.base import Retraining
@@ -163,7 +163,8 @@ class Run:
         if self.parts.objective.teacher is not None:
             self.parts.objective.teacher.eval()
         sums = torch.zeros(4, device=self.world.device)
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, start=1):
+            sum_over_replicas_(self.parts.objective, now=number == len(micro_batches))
             with autocast(self.world.device, self.parts.evaluator.precision):
                 ids, labels, positions = (
                     batch[name].to(self.world.device) for name in ("input_ids", "labels", "position_ids")

@@ -48,7 +48,8 @@ class TensorBoard:
     def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(run.output_dir / "tensorboard", purge_step=run.first_step)
+        purge_step = run.first_step + 1 if run.first_step else 0  # TensorBoard hides this step and those after it
+        self._writer = SummaryWriter(run.output_dir / "tensorboard", purge_step=purge_step)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for key, value in values.items():
