@@ -245,6 +245,20 @@ def test_pack_takes_the_pattern_that_the_model_records(tmp_path, capsys):
     assert "verified 2:8" in capsys.readouterr().out
 
 
+def test_serve_refuses_an_address_before_it_loads_a_model(folders, capsys):
+    with socket.create_server(("localhost", 0)) as taken:
+        for options in (
+            ["--port", "99999"],
+            ["--port", str(taken.getsockname()[1])],
+            ["--host", "no.such.host.invalid"],
+        ):
+            assert main(["serve", str(folders[1]), *options]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "port 99999 is out of range: it must be from 1 to 65535" in said[0]
+    assert all("cannot listen on" in line and "choose another host or port" in line for line in said[1:])
+    assert len(said) == 3
+
+
 def test_serve_answers_the_openai_client(folders, tmp_path):
     openai = pytest.importorskip("openai", reason="the extra castlm[serve] is not installed")
     pytest.importorskip("uvicorn", reason="the extra castlm[serve] is not installed")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from castlm.training.config import TrainConfig
 from castlm.training.lam import calibrate
 from castlm.training.loop import train
 from castlm.training.run import Run
+from tests.refusals import assert_refused
 from tests.runs import small
 from tests.tiny import save_tiny
 
@@ -102,6 +104,58 @@ def test_fit_and_predict(tmp_path, capsys):
     assert "give --tokens-per-s" in capsys.readouterr().err
     assert main(["plan", "predict", str(law), "--target-ppl", "5"]) == 1
     assert "cannot be reached" in capsys.readouterr().out
+
+
+@pytest.fixture
+def law(tmp_path) -> tuple[str, str]:
+    """A CSV of runs, and the law fitted to it."""
+    rows = [f"{d},{math.exp(2.0 + 50 * d**-0.4)}" for d in (1e4, 3e4, 1e5, 3e5, 1e6, 3e6)]
+    runs, law = tmp_path / "runs.csv", tmp_path / "law.json"
+    runs.write_text("tokens,perplexity\n" + "\n".join(rows) + "\n")
+    assert main(["plan", "fit", str(runs), "--json", str(law)]) == 0
+    return str(runs), str(law)
+
+
+def test_predict_refuses_what_it_would_not_use_and_says_how_far_outside_a_budget_lies(law, capsys):
+    predict = ["plan", "predict", law[1]]
+    cases = [
+        ([*predict, "--tokens", "1e7", "--params", "5"], "params 5 is for a joint law"),
+        ([*predict, "--target-ppl", "20", "--tokens-per-s", "0"], "tokens_per_s must be a positive number, got 0"),
+        ([*predict, "--target-ppl", "1e308"], "must be above 1 and below 1e+30, got 1e+308"),
+    ]
+    assert_refused(cases, capsys)
+    assert main([*predict, "--tokens", "5e3"]) == 0
+    assert "2.0x below the fitted budgets" in capsys.readouterr().out
+    content = json.loads(Path(law[1]).read_text())
+    del content["holdout"]
+    Path(law[1]).write_text(json.dumps(content))
+    assert_refused([([*predict, "--tokens", "1e7"], "not a fitted law (its 'holdout' is missing")], capsys)
+
+
+def test_a_plot_replaces_nothing_but_a_plot(law, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    fit, photo, linked = ["plan", "fit", law[0]], tmp_path / "photo.png", tmp_path / "linked.svg"
+    photo.write_text("mine")
+    linked.symlink_to(law[0])
+    both = str(tmp_path / "both.svg")
+    cases = [
+        ([*fit, "--plot", str(photo)], "photo.png exists and is not a plot of castlm plan fit"),
+        ([*fit, "--plot", str(linked)], "linked.svg exists and is not a plot"),
+        ([*fit, "--plot", both, "--json", both], "--json and --plot both name"),
+        ([*fit, "--plot", "law.jpg"], "use one of .pdf, .png, .svg"),
+    ]
+    assert_refused(cases, capsys)
+    assert photo.read_text() == "mine"
+    for name in ("law.svg", "law.png", "law.pdf"):
+        for _ in range(2):
+            assert main([*fit, "--plot", str(tmp_path / name)]) == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_that_is_given_twice_is_refused(law, tmp_path, capsys):
+    (tmp_path / "again.csv").symlink_to(law[0])
+    cases = [(["plan", "fit", law[0], str(tmp_path / "again.csv")], "is given twice, and would count as two runs")]
+    assert_refused(cases, capsys)
 
 
 def test_watch_and_memory(given, tmp_path, capsys):

@@ -117,6 +117,15 @@ def test_the_page_of_a_running_run_says_how_far_it_is(running):
     assert re.search(r"Step \d of 8\. So far: ", page)
     assert 'class="bar"' in page
     assert "<h2>A sample of text</h2>" not in page
+    assert main(["report", str(running), "--sample", "yes"]) == 2
+
+
+@pytest.mark.parametrize("figure", ['"step": "a"', '"step": null', '"perplexity": "x"', '"tokens": [1]'])
+def test_a_figure_that_is_no_number_is_named_with_its_line(running, figure, capsys):
+    with (running / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": 9, {figure}}}\n{{"step": 10}}\n')
+    assert main(["report", str(running)]) == 2
+    assert "a number was expected" in capsys.readouterr().err
 
 
 def test_the_result_of_an_earlier_run_is_not_that_of_the_run_that_replaces_it(running, finished):

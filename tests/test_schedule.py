@@ -114,7 +114,12 @@ def test_utilization_counts_the_matrices_once_and_needs_a_known_peak(llama, text
     assert run.peak_flops is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     assert peak_flops(torch.device("cuda"), "bf16") == 312e12
-    for name, peak in {"NVIDIA L40": 181e12, "NVIDIA L4": 121e12, "NVIDIA A10G": None, "NVIDIA RTX A1000": None}.items():
+    for name, peak in {
+        "NVIDIA L40": 181e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA A10G": None,
+        "NVIDIA RTX A1000": None,
+    }.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda"), "bf16") == peak
     assert peak_flops(torch.device("cuda"), "fp32") is None

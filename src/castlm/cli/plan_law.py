@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +30,7 @@ class FitCommand:
     """Write the law there, for `castlm plan predict`; "-" prints it."""
 
     plot: str | None = None
-    """Write a picture of fit and residuals there (.png or .svg)."""
+    """Write a picture of fit and residuals there (.pdf, .png or .svg)."""
 
     def run(self) -> int:
         from castlm.planning.fit import fit_law
@@ -39,6 +40,8 @@ class FitCommand:
         check_json_path(self.json, *self.runs)
         if self.plot is not None:
             check_plot(self.plot)
+            if self.json is not None and os.path.realpath(self.json) == os.path.realpath(self.plot):
+                raise InputError(f"--json and --plot both name {self.plot}: choose another name for one of them")
         points = read_points(self.runs, method=self.method)
         law = fit_law(points, self.form)
         write_json(self.json, law.as_dict())
@@ -88,10 +91,17 @@ class PredictCommand:
             check_price(self.price_per_hour)
             if self.tokens_per_s is None:
                 raise InputError(f"price_per_hour is {self.price_per_hour:g} of unknown hours: give --tokens-per-s too")
+        if self.tokens_per_s is not None:
+            gpu_hours(1, self.tokens_per_s)  # checks the number, before half of the answer is printed
         law = Law.from_dict(read_json(self.law))
+        if self.params is not None and law.form != "joint":
+            raise InputError(
+                f"params {self.params:g} is for a joint law, and {self.law} is a {law.form} law: leave it out"
+            )
         if self.tokens is not None:
             found = predict_perplexity(law, self.tokens, self.params)
             beyond = f", {found.beyond:.1f}x beyond the fitted budgets" if found.beyond > 1 else ""
+            beyond = f", {found.below:.1f}x below the fitted budgets" if found.below > 1 else beyond
             interval = f"90 %: {found.low:.3f} to {found.high:.3f}"
             print(f"{self.tokens:.3g} tokens: perplexity {found.perplexity:.3f} ({interval}){beyond}")
             tokens: float | None = self.tokens

@@ -53,6 +53,8 @@ def write_report(folder: str | Path, sample: Literal["auto", "yes", "no"] = "aut
     from castlm.report.sample import is_large, read_sample, write_sample
 
     run = read_run(folder)
+    if sample == "yes" and not run.is_finished:
+        raise InputError(f"the run in {run.folder} has no result to sample from yet: leave sample at auto")
     text = read_sample(run) if run.is_finished and sample != "no" else None
     if text is None and run.is_finished and (sample == "yes" or (sample == "auto" and not is_large(run))):
         try:

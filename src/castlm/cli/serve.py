@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from dataclasses import dataclass
 
 from castlm.cli.options import parse, result_folder, use_threads
@@ -36,6 +37,7 @@ class ServeCommand:
         from castlm.opening import open_model
         from castlm.progress import note
 
+        _check_address(self.host, self.port)
         if not is_serve_available():
             raise InputError("serving needs fastapi, uvicorn, pydantic and openai: pip install 'castlm[serve]'")
         path = result_folder(self.path)
@@ -55,6 +57,18 @@ class ServeCommand:
             trust_remote_code=self.trust_remote_code,
         )
         return 0
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raises `InputError` where the server could not listen, before the model is loaded."""
+    if not 1 <= port <= 65535:
+        raise InputError(f"port {port} is out of range: it must be from 1 to 65535")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address, family=family).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"cannot listen on {host}, port {port} ({reason}): choose another host or port") from error
 
 
 def main(arguments: list[str]) -> int:

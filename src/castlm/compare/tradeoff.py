@@ -74,11 +74,14 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
     """The dense model and finished results of `castlm train` or `castlm finetune`, by the records of the results.
 
     Raises:
-        InputError: a folder without a record or perplexity, or perplexities that were not measured alike.
+        InputError: a folder without a record or perplexity, a folder given twice, or perplexities that were not
+            measured alike.
     """
     found: list[Candidate] = []
     harness: dict[str, Any] = {}
     dense: float | None = None
+    if len({os.path.realpath(folder) for folder in results}) < len(results):
+        raise InputError("results names a result twice: name each once")
     for folder in results:
         file = Path(folder) / "castlm.json"
         if not file.is_file():

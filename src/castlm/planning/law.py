@@ -133,7 +133,11 @@ class Law:
                 holdout=None if holdout is None else Holdout(**{k: v for k, v in holdout.items() if k != "error"}),
                 holdout_reason=str(content["holdout_reason"]),
             )
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
+        except KeyError as error:
+            raise InputError(
+                f"not a fitted law (its {error} is missing or unknown): write one with `plan fit`"
+            ) from error
+        except (TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
             raise InputError(
                 f"not a fitted law ({type(error).__name__}: {error}): write one with `plan fit`"
             ) from error

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from castlm.core.errors import InputError
+from castlm.files import atomic_file, disk_full_is_said
 from castlm.planning.law import Law, interval
 from castlm.planning.points import Point
 
+_FORMATS = (".pdf", ".png", ".svg")
+_CREATOR = "castlm plan fit"
+"""Stands in the metadata of a plot, which says that it may be replaced."""
+
 
 def check_plot(path: str | Path) -> None:
-    """Checks before a fit that its plot can be written.
+    """Checks before a fit that its plot can be written, and that it replaces nothing but an earlier one.
 
     Raises:
-        InputError: matplotlib is not installed, the suffix of `path` is not one of its formats, or its folder is not
-            there.
+        InputError: matplotlib is not installed, the suffix of `path` is not one of `_FORMATS`, its folder is not there,
+            or it is a file that is no plot of a law.
     """
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise InputError("the residual plot needs matplotlib: pip install 'castlm[report]'") from error
-    formats = sorted(FigureCanvasBase.get_supported_filetypes())
-    if Path(path).suffix.lower().removeprefix(".") not in formats:
-        raise InputError(f"{path} has no suffix of a plot format: use one of {', '.join(formats)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the residual plot needs matplotlib: pip install 'castlm[report]'")
+    if Path(path).suffix.lower() not in _FORMATS:
+        raise InputError(f"{path} has no suffix of a plot format: use one of {', '.join(_FORMATS)}")
     if not Path(path).absolute().parent.is_dir():
         raise InputError(f"the folder of {path} does not exist: make it, or name another")
+    if os.path.lexists(path) and not (os.path.isfile(path) and _CREATOR.encode() in Path(path).read_bytes()):
+        raise InputError(f"{path} exists and is not a plot of castlm plan fit: choose another name")
 
 
 def plot_law(law: Law, points: Sequence[Point], path: str | Path) -> None:
@@ -54,4 +60,6 @@ def plot_law(law: Law, points: Sequence[Point], path: str | Path) -> None:
     upper.legend()
     lower.axhline(0, color="grey", linewidth=0.8)
     lower.set(xlabel="training tokens", ylabel="log-loss residual")
-    figure.savefig(path)
+    with disk_full_is_said(path), atomic_file(Path(path)) as temporary:
+        kind = Path(path).suffix.lower().removeprefix(".")
+        figure.savefig(temporary, format=kind, metadata={"Creator": _CREATOR})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +55,16 @@ def read_points(paths: Iterable[str | Path], method: str | None = None) -> list[
         method: keep only the points of this method.
 
     Raises:
-        InputError: a path is missing or unreadable, a field is missing or not a positive number (the message names file
-            and line), there are more than `MAX_POINTS` points, or none is left.
+        InputError: a path is missing, unreadable or given twice, a field is missing or not a positive number (the
+            message names file and line), there are more than `MAX_POINTS` points, or none is left.
     """
-    points = [point for path in paths for point in _read_path(user_path(path))]
+    points: list[Point] = []
+    given: dict[str, int] = {}
+    for number, path in enumerate(paths):
+        for file in _files(user_path(path)):
+            if given.setdefault(os.path.realpath(file), number) != number:
+                raise InputError(f"{file} is given twice, and would count as two runs: name it once")
+            points += _read_csv(file) if file.suffix == ".csv" else _read_json(file)
     if method is not None:
         found = sorted({point.method or "(none)" for point in points})
         points = [point for point in points if point.method == method]
@@ -74,25 +81,24 @@ def _check_count(count: int, source: object) -> None:
         raise InputError(f"{source} hold {count:,} points, and a law is fitted to at most {MAX_POINTS:,}: give fewer")
 
 
-def _read_path(path: Path) -> list[Point]:
+def _files(path: Path) -> list[Path]:
+    """The files of points that a path names."""
     if path.is_dir():
-        return _read_folder(path)
-    if path.suffix == ".csv":
-        return _read_csv(path)
-    if path.suffix == ".json":
-        return _read_json(path)
+        return _finished_runs(path)
+    if path.suffix in (".csv", ".json"):
+        return [path]
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; give run folders, compare results (.json) or a .csv")
     raise InputError(f"{path}: neither a run folder, nor a .json, nor a .csv")
 
 
-def _read_folder(folder: Path) -> list[Point]:
+def _finished_runs(folder: Path) -> list[Path]:
     finished = sorted(folder.glob("**/castlm.json"))
     if not finished and (folder / "metrics.jsonl").is_file():
         raise InputError(f"{folder}: an unfinished run (no castlm.json): resume it, or use `plan watch`")
     if not finished:
         raise InputError(f"{folder}: no finished run in it (no castlm.json)")
-    return [point for file in finished for point in _read_json(file)]
+    return finished
 
 
 def _read_json(path: Path) -> list[Point]:

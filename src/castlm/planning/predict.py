@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ MOST_TOKENS = 1e30
 
 def short(value: float) -> str:
     """A number for a message: a whole number may have thousands of digits."""
-    return f"{value:g}" if abs(value) < 1e300 else "a number out of range"
+    return f"{value:g}" if abs(value) <= sys.float_info.max else "a number out of range"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Prediction:
     high: float
     beyond: float
     """How many times `tokens` exceeds the largest fitted budget (1 inside the range)."""
+    below: float
+    """How many times the smallest fitted budget exceeds `tokens` (1 inside the range)."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,16 @@ def predict_perplexity(law: Law, tokens: float, params: float | None = None) -> 
     """The perplexity that `tokens` give. The interval holds the law's uncertainty and the scatter of a single run.
 
     Raises:
-        InputError: `tokens` is not a positive number, or a joint law got no `params`.
+        InputError: `tokens` is not a positive number, a joint law got no `params`, or the law gives no finite number.
     """
     if not 0 < tokens < MOST_TOKENS:
         raise InputError(f"tokens must be a positive number, got {short(tokens)}")
     low, high = interval(np.exp(law.run_losses(tokens, params)))
-    beyond = max(1.0, tokens / law.tokens_range[1])
-    return Prediction(tokens, float(np.exp(law.loss(tokens, params))), low, high, beyond)
+    perplexity = float(np.exp(law.loss(tokens, params)))
+    if not math.isfinite(perplexity):
+        raise InputError(f"the law gives no finite perplexity at {tokens:g} tokens: fit it again")
+    smallest, largest = law.tokens_range
+    return Prediction(tokens, perplexity, low, high, max(1.0, tokens / largest), max(1.0, smallest / tokens))
 
 
 @np.errstate(over="ignore")
@@ -77,7 +83,7 @@ def tokens_for(law: Law, target_ppl: float, params: float | None = None) -> Toke
         InputError: `target_ppl` is not above 1, or a joint law got no `params`.
     """
     if not 1 < target_ppl < MOST_TOKENS:
-        raise InputError(f"the target perplexity must be a number above 1, got {short(target_ppl)}")
+        raise InputError(f"the target perplexity must be above 1 and below {MOST_TOKENS:g}, got {short(target_ppl)}")
     rows = np.vstack([[law.L_inf, law.B, law.beta, law.A, law.a], law.draws])
     L_inf, B, beta, A, a = rows.T
     floor = L_inf + A * np.asarray(law.size(params), float) ** -a

@@ -13,6 +13,10 @@ HISTOGRAM_EDGES = tuple(10 ** (quarter / 4) for quarter in range(-48, 5))
 """Edges of the bins of a `masked_histogram`: 1e-12 to 10, four bins to a decade."""
 
 
+_NUMBERS = {"step", "tokens", "loss", "perplexity", "prune_now_ppl", "dense_ppl", "alpha"}
+"""What readers compute with. A figure that was not finite is null."""
+
+
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """All rows of a run's `metrics.jsonl`, in file order.
 
@@ -36,6 +40,9 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
             raise InputError(f"{path}, line {number}: not a JSON object ({reason})") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: a JSON object was expected, found {type(row).__name__}")
+        for name in _NUMBERS & row.keys():
+            if type(row[name]) not in (int, float, *(() if name == "step" else (type(None),))):
+                raise InputError(f"{path}, line {number}: {name} is {row[name]!r}, a number was expected")
         rows.append(row)
     return rows
 
