@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,64 +145,78 @@ class Run:
         }
 
     def train_step(self) -> None:
-        config, optimizer, started = self.config, self.optimizer, time.perf_counter()
-        seed = np.random.SeedSequence([config.seed, self.progress.step, self.world.rank]).generate_state(1, np.uint64)
-        torch.manual_seed(int(seed[0]))  # of the step, so that no generator's state has to be saved
-        lr = learning_rate(self.progress.step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        """One optimizer step, with its log line.
 
+        Raises:
+            InputError: a token outside the vocabulary; a loss or gradient that is not finite; or no token has counted
+                for long.
+        """
+        config, step, started = self.config, self.progress.step, time.perf_counter()
+        seed = np.random.SeedSequence([config.seed, step, self.world.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))  # of the step, so that no generator's state has to be saved
+        lr = learning_rate(step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         micro_batches = [next(self.parts.text.loader) for _ in range(config.gradient_accumulation_steps)]
         check_vocabulary(torch.stack([b["input_ids"] for b in micro_batches]), vocab_size(self.model.config))
         counts = [[b["labels"].numel(), int((b["labels"] != -100).sum())] for b in micro_batches]
         read, num_tokens = self.world.sum(torch.tensor(counts).sum(dim=0).to(self.world.device))
 
-        self.method.before_forward(self.progress.step)
-        self.parts.objective.hidden_weight = hidden_weight(self.progress.step, config)
-        self.parts.objective.train()
-        if self.parts.objective.teacher is not None:
-            self.parts.objective.teacher.eval()
-        sums = torch.zeros(4, device=self.world.device)
-        for number, batch in enumerate(micro_batches, start=1):
-            sum_over_replicas_(self.parts.objective, now=number == len(micro_batches))
-            with autocast(self.world.device, self.parts.evaluator.precision):
-                ids, labels, positions = (
-                    batch[name].to(self.world.device) for name in ("input_ids", "labels", "position_ids")
-                )
-                images = {name: tensor.to(self.world.device) for name, tensor in batch.get("images", {}).items()}
-                loss = self.parts.objective(ids, labels, num_tokens, positions, images=images)
-            (loss.loss * self.world.size).backward()  # averaged over ranks; the loss is normalised already
-            sums += torch.stack(loss).detach().float()
-        average_gradients_(self.parts.objective, self.parts.names, self.world)
-        total, ce, kl, hidden = self.world.sum(sums).tolist()
+        total, ce, kl, hidden = self.world.sum(self._accumulate(micro_batches, num_tokens)).tolist()
         self._check_counted(int(num_tokens))
         grad_norm = self._clip()
         if not np.isfinite([total, grad_norm]).all():
             self.saver.finish()
             raise InputError(self._diverged(total, grad_norm))
-        self.method.before_update(self.progress.step)
-        with self.self_check.around_step(self.progress.step, self.method.mask_interval):
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.method.before_update(step)
+        with self.self_check.around_step(step, self.method.mask_interval):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
-        alpha = (
-            decay_alpha(self.progress.step, config.max_steps, config.decay, config.decay_end_used)
-            if self.method.decays
-            else None
-        )
-        self.progress.step += 1
-        self.progress.tokens += int(read)
-        took = time.perf_counter() - started
-        self.progress.seconds += took
-        values = {"loss": total, "ce": ce, "kl": kl, "lr": lr, "grad_norm": grad_norm, "tokens": self.progress.tokens}
-        values |= {"hidden": hidden} if config.hidden_loss_weight else {}
-        values |= {} if alpha is None else {"alpha": alpha}
-        values |= {"loss_tokens": int(num_tokens)} if self.parts.text.documents.is_chat else {}
-        values |= {"tokens_per_s": int(read) / took}
+        values = {"loss": total, "ce": ce, "kl": kl, "lr": lr, "grad_norm": grad_norm}
+        if config.hidden_loss_weight:
+            values["hidden"] = hidden
+        if self.method.decays:
+            values["alpha"] = decay_alpha(step, config.max_steps, config.decay, config.decay_end_used)
+        if self.parts.text.documents.is_chat:
+            values["loss_tokens"] = int(num_tokens)
+        self._log_step(values, num_read=int(read), seconds=time.perf_counter() - started)
+
+    def _accumulate(self, micro_batches: Sequence[dict[str, Any]], num_tokens: Tensor) -> Tensor:
+        """Adds up the gradients of a step; returns this rank's sums of the loss and its parts, float32, (4,).
+
+        Args:
+            num_tokens: that count in the loss, on all ranks.
+        """
+        objective, device = self.parts.objective, self.world.device
+        self.method.before_forward(self.progress.step)
+        objective.hidden_weight = hidden_weight(self.progress.step, self.config)
+        objective.train()
+        if objective.teacher is not None:
+            objective.teacher.eval()
+        sums = torch.zeros(4, device=device)
+        for number, batch in enumerate(micro_batches, start=1):
+            sum_over_replicas_(objective, now=number == len(micro_batches))
+            with autocast(device, self.parts.evaluator.precision):
+                ids, labels, positions = (batch[name].to(device) for name in ("input_ids", "labels", "position_ids"))
+                images = {name: tensor.to(device) for name, tensor in batch.get("images", {}).items()}
+                loss = objective(ids, labels, num_tokens, positions, images=images)
+            (loss.loss * self.world.size).backward()  # averaged over ranks; the loss is normalised already
+            sums += torch.stack(loss).detach().float()
+        average_gradients_(objective, self.parts.names, self.world)
+        return sums
+
+    def _log_step(self, values: dict[str, float], num_read: int, seconds: float) -> None:
+        """Counts a step that is done, and logs it with its speed."""
+        progress = self.progress
+        progress.step += 1
+        progress.tokens += num_read
+        progress.seconds += seconds
+        values |= {"tokens": progress.tokens, "tokens_per_s": num_read / seconds}
         if self.peak_flops is not None:
-            values |= {"mfu": self.flops_per_token * int(read) / took / (self.peak_flops * self.world.size)}
-        values |= {"eta_s": self.progress.seconds / self.progress.step * (config.max_steps - self.progress.step)}
-        self.telemetry.log(self.progress.step, values, write=self.progress.step % config.log_steps == 0)
+            values["mfu"] = self.flops_per_token * num_read / seconds / (self.peak_flops * self.world.size)
+        values["eta_s"] = progress.seconds / progress.step * (self.config.max_steps - progress.step)
+        self.telemetry.log(progress.step, values, write=progress.step % self.config.log_steps == 0)
 
     def _check_counted(self, num_tokens: int) -> None:
         """Raises `InputError` after many steps in a row, or a whole run, in which no token counted."""
