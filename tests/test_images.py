@@ -39,6 +39,7 @@ from castlm.data.scored import scored_text
 from castlm.evaluation.perplexity import perplexity
 from castlm.export.verify import verify
 from castlm.models import load_model
+from castlm.names import printable
 from castlm.oneshot.options import Refinements
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.walk import BlockInputs, block_stack
@@ -46,6 +47,7 @@ from castlm.opening import open_processor
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from tests.ranks import run_ranks
+from tests.refusals import assert_refused
 from tests.runs import train_until
 from tests.tiny import (
     EOS_ID,
@@ -397,6 +399,29 @@ def test_a_rank_without_images_does_not_wait_for_one_with_some(llava, dataset, t
     assert verify(tmp_path / "run" / "model").ok
 
 
+def test_generate_answers_about_an_image(vlm, dataset, tmp_path, capsys):
+    def said(*options: str) -> str:
+        assert main(["generate", str(vlm), "--prompt", "color", "--max-new-tokens", "6", *options]) == 0
+        return capsys.readouterr().out
+
+    red, blue = (str(dataset.with_name(f"{name}.png")) for name in ("red", "blue"))
+    processor = open_processor(vlm, load_model(vlm).tokenizer)
+    text = processor.apply_chat_template([user(PICTURE, "color")], add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=[text], images=[Image.open(red)], return_tensors="pt", add_special_tokens=False)
+    model = load_model(vlm).model.eval()
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert said("--image", red) == printable(processor.tokenizer.decode(tokens, skip_special_tokens=True)) + "\n"
+    assert said("--image", red, blue)
+    bad = tmp_path / "bad.png"
+    bad.write_text("no image")
+    cases = [
+        (["generate", str(vlm), "--prompt", "a", "--image", str(bad)], "cannot read the image"),
+        (["generate", str(vlm), "--prompt", "a", "--image", "none.png"], "none.png"),
+        (["generate", str(vlm), "--prompt", "a", "--image", red, "--raw"], "cannot prepare the conversation"),
+    ]
+    assert_refused(cases, capsys)
+
+
 def test_training_on_images_teaches_their_colors(llava, tmp_path):
     """Only the image tells the answer, so that a loss near zero shows that images and answers belong together."""
     for name, color in COLORS.items():
@@ -442,7 +467,8 @@ def test_a_bad_row_is_refused_with_its_line(case, dataset):
 def test_a_file_that_is_no_image_is_refused_by_name(dataset, encoder, tmp_path):
     (tmp_path / "torn.png").write_bytes((dataset.parent / "red.png").read_bytes()[:40])
     row = {"messages": [user(PICTURE), assistant("red")], "images": ["torn.png"]}
-    with pytest.raises(InputError, match=r"cannot read the image .*torn.png of the conversation that begins 'red': "):
+    named = r"cannot read the image .*torn.png: .*; remove the row of the conversation that begins 'red'"
+    with pytest.raises(InputError, match=named):
         encoder(document_of(row, tmp_path))
 
 

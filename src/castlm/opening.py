@@ -82,8 +82,8 @@ def open_processor(
     config, options = _load_config(where, trust_remote_code, revision)
     if not is_vision_language(config):
         raise InputError(
-            f"{where} is a {config.model_type}, which reads no images: give a vision-language model, or name the "
-            "column of the conversations with column to leave the images out"
+            f"{where} is a {config.model_type}, which reads no images: give a vision-language model, or leave the "
+            "images out (those of a dataset by naming the column of its conversations)"
         )
     if importlib.util.find_spec("PIL") is None:
         raise InputError("images need Pillow: install the extra vision of castlm")

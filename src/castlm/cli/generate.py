@@ -20,6 +20,9 @@ class GenerateCommand:
     prompt: str = field(kw_only=True)
     """What to continue or to answer."""
 
+    image: tuple[str, ...] = field(default=(), kw_only=True)
+    """Images that the prompt is about, for a vision-language model."""
+
     max_new_tokens: int = field(default=128, metadata={"at_least": 1})
     """Tokens after which the text is cut."""
 
@@ -39,20 +42,22 @@ class GenerateCommand:
     """Run Python code that comes with a hub model."""
 
     def run(self) -> int:
-        from castlm.inference.generate import encode_prompt, generate_text, load_to_generate
+        from castlm.inference.generate import encode_prompt, encode_with_images, generate_text, load_to_generate
+        from castlm.opening import open_model, open_processor
         from castlm.progress import note
 
         use_threads(self.threads)
-        model, tokenizer = load_to_generate(
-            result_folder(self.path),
-            as_stored=False,
-            trust_remote_code=self.trust_remote_code,
-            say=note,
-        )
+        name, code = result_folder(self.path), {"trust_remote_code": self.trust_remote_code}
+        ids, images = None, {}
+        if self.image:  # before the weights are read
+            processor = open_processor(name, open_model(name, **code)[2], **code)
+            ids, images = encode_with_images(processor, self.prompt, self.image, self.raw)
+        model, tokenizer = load_to_generate(name, as_stored=False, say=note, **code)
         done = generate_text(
             model,
             tokenizer,
-            encode_prompt(tokenizer, self.prompt, self.raw),
+            encode_prompt(tokenizer, self.prompt, self.raw) if ids is None else ids,
+            images=images,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,

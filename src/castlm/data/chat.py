@@ -80,13 +80,16 @@ class Chat:
         content = json.loads(document)
         return self._render(_messages(content), content.get("tools"))
 
-    def user_turn(self, prompt: str, reply: bool = False) -> str:
+    def user_turn(self, content: str | list[dict[str, Any]], reply: bool = False) -> str:
         """What a user says, as the chat template renders it; with `reply`, and the header that asks for an answer.
+
+        Args:
+            content: a text, or parts of types `text` and `image`.
 
         Raises:
             InputError: the tokenizer has no template, or its template refuses this.
         """
-        return self._render([{"role": "user", "content": prompt}], None, prompt=reply)
+        return self._render([{"role": "user", "content": content}], None, prompt=reply)
 
     def _template(self) -> str:
         try:

@@ -124,13 +124,9 @@ class ImageEncoder:
         watched = _Watched(self._tokenizer)
         self._processor.tokenizer = watched
         try:
-            found = self._processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False)
-        except Exception as error:  # a processor is a program, with errors of many types
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise InputError(f"{self._name} cannot prepare the conversation that begins {begin}: {reason}") from error
+            return prepare(self._processor, text, images, begin), watched.text
         finally:
             self._processor.tokenizer = self._tokenizer
-        return found, watched.text
 
     def _counts(self, text: str, rendered: Rendered, expanded: str, ids: list[int]) -> tuple[list[bool], int]:
         """Which tokens of the `expanded` text count, as those of the rendered `text` do, and where the last image ends.
@@ -158,6 +154,23 @@ class ImageEncoder:
         stand_for = set(self._placeholders.values())
         found = [any(counts_at[start:stop]) for start, stop in after["offset_mapping"]]
         return [counts and token not in stand_for for counts, token in zip(found, ids)], end
+
+
+def prepare(processor: ProcessorMixin, text: str, images: Sequence[Image], begin: str) -> Mapping[str, Any]:
+    """What the processor of a model makes of a text, which a chat template has rendered, and its images.
+
+    Raises:
+        InputError: it cannot; the message has the first words of the conversation, `begin`.
+    """
+    try:
+        found: Mapping[str, Any] = processor(
+            text=[text], images=list(images), return_tensors="pt", add_special_tokens=False
+        )
+    except Exception as error:  # a processor is a program, with errors of many types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        name = type(processor).__name__
+        raise InputError(f"{name} cannot prepare the conversation that begins {begin}: {reason}") from error
+    return found
 
 
 class _Watched:
@@ -193,11 +206,18 @@ def _align(text: str, expanded: str, placeholders: Sequence[str]) -> list[tuple[
 
 
 def open_image(source: str, begin: str) -> Image:
-    """An image of a conversation, RGB, turned as its camera says.
+    """As `read_image`, of the conversation that begins with the words `begin`, which an error names too."""
+    try:
+        return read_image(source)
+    except InputError as error:
+        raise InputError(f"{error}; remove the row of the conversation that begins {begin}") from error
+
+
+def read_image(source: str) -> Image:
+    """An image, RGB, turned as its camera says.
 
     Args:
-        source: as `castlm.data.image_columns.collect_images` gives it.
-        begin: the first words of the conversation, for messages.
+        source: a path, or bytes as `castlm.data.image_columns.collect_images` gives them.
 
     Raises:
         InputError: it cannot be read.
@@ -211,9 +231,7 @@ def open_image(source: str, begin: str) -> Image:
     except (OSError, ValueError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
         where = "in the dataset" if source.startswith(BYTES) else source
         reason = re.sub(r" <_io.*?>", " it", " ".join(str(error).split())[:200])
-        raise InputError(
-            f"cannot read the image {where} of the conversation that begins {begin}: {reason}; remove its row"
-        ) from error
+        raise InputError(f"cannot read the image {where}: {reason}") from error
 
 
 def join_images(rows: Sequence[ImageInputs | None], width: int) -> dict[str, Tensor]:

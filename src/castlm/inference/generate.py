@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextStreamer
 
 from castlm.architecture import context_length
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
+from castlm.data.images import prepare, read_image
 from castlm.hardware import has_fast_bf16
 from castlm.inference.decode import decoding_method
 from castlm.models import load_weights
@@ -97,6 +98,27 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) ->
     return ids.to(torch.int64)
 
 
+def encode_with_images(
+    processor: ProcessorMixin, prompt: str, paths: Sequence[str], raw: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A prompt about images: its token ids (1, num_tokens), and what the model's forward takes beside them.
+
+    Args:
+        processor: as `castlm.opening.open_processor` gives it.
+        paths: of the images, which come before the text in the user's turn.
+        raw: take the prompt as it is; it holds what stands for the images then.
+
+    Raises:
+        InputError: an image that cannot be read, a template that refuses the turn, or a processor that cannot take it.
+    """
+    images = [read_image(path) for path in paths]
+    parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
+    parts += [{"type": "text", "text": prompt}] if prompt else []
+    text = prompt if raw else Chat(processor.tokenizer).user_turn(parts, reply=True)
+    found = dict(prepare(processor, text, images, repr(prompt[:40])))
+    return found.pop("input_ids"), {k: v for k, v in found.items() if isinstance(v, Tensor) and k != "attention_mask"}
+
+
 class _Stream(TextStreamer):
     """Hands finished words to `write`, and notes when the first and the last token came."""
 
@@ -119,6 +141,7 @@ def generate_text(
     tokenizer: PreTrainedTokenizerBase,
     input_ids: Tensor,
     *,
+    images: Mapping[str, Tensor] | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
@@ -127,6 +150,7 @@ def generate_text(
     """Continues `input_ids` (1, num_tokens), calling `write` with text as it comes.
 
     Args:
+        images: what the model's forward takes beside the tokens, from `encode_with_images`.
         temperature: 0 takes the most probable token each time; at least 1e-6 samples.
         seed: of the samples.
 
@@ -148,6 +172,8 @@ def generate_text(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = input_ids.to(model.device)
+    beside = {name: tensor.to(ids.device) for name, tensor in (images or {}).items()}
+    beside = {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in beside.items()}
     output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -155,6 +181,7 @@ def generate_text(
         streamer=stream,
         pad_token_id=pad,
         custom_generate=decoding_method(model, stream),
+        **beside,
         **sampling,
     )
     started, first, last = stream.times[0], stream.times[1], stream.times[-1]
