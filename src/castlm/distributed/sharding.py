@@ -68,7 +68,8 @@ def sum_over_replicas_(module: nn.Module, now: bool) -> None:
     """Says whether the next backward pass of a sharded module sums the gradients over its replicas.
 
     Where not, FSDP2 keeps the sums of each replica for the next pass that does, so that accumulated batches pay for one
-    such sum. Experts in a list are an exception: FSDP2 keeps the gradients of the experts that one batch has reached.
+    such sum. Experts in a list are an exception: each batch may reach others, and FSDP2 adds up what it keeps as if
+    they were the same.
     """
     if not isinstance(module, FSDPModule):
         return

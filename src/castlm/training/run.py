@@ -196,7 +196,8 @@ class Run:
             objective.teacher.eval()
         sums = torch.zeros(4, device=device)
         for number, batch in enumerate(micro_batches, start=1):
-            sum_over_replicas_(objective, now=number == len(micro_batches))
+            if self.world.num_replicas > 1:
+                sum_over_replicas_(objective, now=number == len(micro_batches))
             with autocast(device, self.parts.evaluator.precision):
                 ids, labels, positions = (batch[name].to(device) for name in ("input_ids", "labels", "position_ids"))
                 images = {name: tensor.to(device) for name, tensor in batch.get("images", {}).items()}
