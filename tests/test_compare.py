@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from castlm.cli.compare import show
 from castlm.cli.main import main
 from castlm.cli.options import command_line, to_stderr
 from castlm.compare import oneshot, runs
@@ -390,6 +391,44 @@ def test_an_unknown_field_is_refused_before_anything_runs(files, tmp_path, in_pr
     with pytest.raises(InputError, match="no option lerning_rate; did you mean learning_rate"):
         compare(files, tmp_path, variants=str(variants))
     assert not in_process
+
+
+@pytest.mark.parametrize(
+    ("variants", "reason"),
+    [
+        ("cast: {eval_dataset: nowhere.txt}", "variant cast sets eval_dataset, which castlm compare sets"),
+        ("cast: {seed: 7}", "variant cast sets seed"),
+        ("wanda: {mask_iterations: 5}", "variant wanda: mask_iterations is no option of wanda here"),
+        ("wanda: {nonsense: 3}", "variant wanda: nonsense is no option of wanda here"),
+    ],
+)
+def test_an_option_of_a_variant_that_would_have_no_effect_is_refused(variants, reason, files, tmp_path):
+    file = tmp_path / "variants.yaml"
+    file.write_text(variants + "\n")
+    with pytest.raises(InputError, match=reason):
+        Plan(command(files, tmp_path, variants=str(file)), str)
+
+
+def test_the_control_is_the_dense_variant_of_that_name_and_none_that_diverged():
+    results = [fake("ste", 64, 0, 8.0), fake("ste", 64, 1, 8.0), fake("dense", 64, 0, 4.0), fake("dense", 64, 1, 1e9)]
+    results[-1].record["verdict"] = {"ok": False, "reason": "it diverged"}
+    for result in (fake("dense", 64, 0, 2.0), fake("dense", 64, 1, 2.0)):
+        results.append(dataclasses.replace(result, run=dataclasses.replace(result.run, variant="other")))
+    rows = {row["variant"]: row for row in summarize(results)}
+    assert rows["ste"]["gap"].values == pytest.approx((math.log(2),))
+    assert rows["other"]["gap"].values == pytest.approx((math.log(1 / 2),))
+    assert rows["dense"]["diverged"] == ["seed 1: it diverged"]
+
+
+def test_names_of_variants_may_be_long_and_hold_marks_of_tables(files, tmp_path, in_process, capsys):
+    file = tmp_path / "variants.yaml"
+    file.write_text(f'"[/red] a|{"b" * 300}": {{method: magnitude}}\n')
+    options = command(files, tmp_path, variants=str(file), seeds=1)
+    code, report = run_comparison(options, "castlm compare", to_stderr)
+    show(report)
+    assert code == 0
+    assert "[/red] a|b" in capsys.readouterr().out
+    assert "[/red] a\\|b" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_zero_shot_of_every_result_and_of_the_model_as_it_came(files, tmp_path, in_process, monkeypatch):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def show(report: Report) -> None:
     """Prints the table, the verdict and where the report is."""
     from rich.table import Table
+    from rich.text import Text
 
     from castlm.progress import Screen
 
@@ -22,7 +23,7 @@ def show(report: Report) -> None:
     for heading in report.headings:
         table.add_column(heading, justify="left" if heading in ("variant", "start", "options") else "right")
     for line in report.lines:
-        table.add_row(*line)
+        table.add_row(*map(Text, line))
     console = Screen(highlight=False)
     if not console.is_terminal:  # a log has no width
         console = Screen(highlight=False, width=240)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -11,7 +11,7 @@ class CompareConfig:
     """Compare ways to n:m in one harness: same start, data, teacher, token budget and seeds, one table.
 
     A dense control with the same training is always among the runs. Finished runs are not repeated. The exit code is 1
-    if a run failed; the table says why.
+    if a run failed or diverged; the table says why.
     """
 
     model: str
@@ -69,7 +69,7 @@ class CompareConfig:
     calibration: str | None = None
     """Text for the one-shot rows wanda and sparsegpt. The default is the training text."""
 
-    num_sequences: int = 128
+    num_sequences: int = field(default=128, metadata={"at_least": 1})
     """Calibration sequences of the one-shot rows."""
 
     tasks: str | None = None
@@ -78,5 +78,5 @@ class CompareConfig:
     tasks_from: str | None = None
     """Folder with local files of the tasks."""
 
-    limit: int | None = None
+    limit: int | None = field(default=None, metadata={"at_least": 1})
     """Maximum number of questions per task."""

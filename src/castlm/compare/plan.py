@@ -12,6 +12,7 @@ from castlm.compare.presets import ALL, ALL_UNITS, ONESHOT, ONESHOT_GROUPS, PRES
 from castlm.compare.report import Report, write_report
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, execute, with_key, zero_shot_key, zero_shot_rows
+from castlm.compare.summary import diverged
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
@@ -37,7 +38,7 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
         say: is told of each run.
 
     Returns:
-        The exit code, 1 if a run or a zero-shot evaluation failed, and the report.
+        The exit code, 1 if a run or a zero-shot evaluation failed or a run diverged, and the report.
 
     Raises:
         InputError: whatever `Plan` refuses, or another comparison is at work in the folder.
@@ -61,7 +62,8 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
                 model = str(result.folder / "model")
                 result.zero_shot = plan.zero_shot(model, result.run.key, result.folder)
     report = write_report(root, plan.preset, results, command, untouched)
-    return (1 if plan.has_failed or any("error" in result.record for result in results) else 0), report
+    has_failed = any("error" in result.record or (diverged(result) and not result.trial) for result in results)
+    return (1 if plan.has_failed or has_failed else 0), report
 
 
 class Plan:
@@ -116,6 +118,8 @@ class Plan:
         for name, fields in variants.items():
             if not isinstance(fields["method"], str):
                 raise InputError(f"variant {name}: method = {fields['method']!r} is not text: use {', '.join(known)}")
+            if taken := [option for option in _OF_COMPARE if option in fields]:
+                raise InputError(f"variant {name} sets {taken[0]}, which castlm compare sets for each run: take it out")
         if all(fields["method"] != "dense" for fields in variants.values()):
             variants["dense"] = {"method": "dense"}
         return variants
@@ -274,6 +278,8 @@ class Plan:
             "trust_remote_code",
             "revision",
         )
+        if unused := [option for option in self.variants[name] if option not in (*known, "method")]:
+            raise InputError(f"variant {name}: {unused[0]} is no option of {fields['method']} here: take it out")
         content = checked(TrainConfig, {k: v for k, v in fields.items() if k in known}, f"variant {name}")
         if fields.get("left_dense"):
             raise InputError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.compare.settings import options_text
 from castlm.compare.summary import Spread, starts_note, summarize, untouched_perplexity, verdict
-from castlm.files import atomic_write_json
+from castlm.files import atomic_write_json, atomic_write_text
 from castlm.versions import library_versions
 
 if TYPE_CHECKING:
@@ -211,7 +211,8 @@ def markdown(report: Report, command: str) -> str:
     """The report as Markdown."""
     is_text = {"variant", "start", "options"}
     rule = ["---" if name in is_text else "---:" for name in report.headings]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in (report.headings, rule, *report.lines))
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (report.headings, rule, *report.lines)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     columns = "\n".join(f"- **{name}**: {meaning}" for name, meaning in glossary(report.headings))
     warnings = [f"- {warning}" for warning in report.warnings]
     return (
@@ -243,9 +244,9 @@ def write_report(
     pictures = {name: picture for name, picture in drawn.items() if picture is not None}
     report = _report(root, preset, rows, results, facts, untouched, pictures)
     atomic_write_json(root / "table.json", _as_json(report, command, rows, results, facts, untouched))
-    (root / "table.md").write_text(markdown(report, command), encoding="utf-8")
+    atomic_write_text(root / "table.md", markdown(report, command))
     for name, picture in pictures.items():
-        (root / f"{name}.svg").write_text(standalone(picture.svg), encoding="utf-8")
+        atomic_write_text(root / f"{name}.svg", standalone(picture.svg))
     page = render(
         "compare.html.jinja",
         title=report.question,
@@ -255,7 +256,7 @@ def write_report(
         glossary=glossary(report.headings),
         best=_best(rows),
     )
-    (root / "table.html").write_text(page, encoding="utf-8")
+    atomic_write_text(root / "table.html", page)
     return report
 
 

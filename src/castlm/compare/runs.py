@@ -52,7 +52,7 @@ class Run:
         return self.config["method"] in ONESHOT
 
     def folder(self, root: Path) -> Path:
-        name = "".join(c if c.isalnum() else "-" for c in self.variant)
+        name = "".join(c if c.isalnum() else "-" for c in self.variant)[:80]  # the key tells longer ones apart
         return root / "runs" / f"{name}-{self.key}"
 
     def __str__(self) -> str:

@@ -35,15 +35,18 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 def summarize(results: list[Result]) -> list[dict[str, Any]]:
     """A row for each variant and token budget, in the order of `results`. Figures are `Spread` over the seeds, or None.
 
-    `gap` is ln(perplexity / perplexity of the dense control with the same token budget and seed), after the prune.
+    `gap` is ln(perplexity / perplexity of the dense control with the same token budget and seed), after the prune. The
+    control is the variant "dense", or else the first variant of that method; a run of it that diverged is none.
     One-shot methods have no budget; they are compared with the control of the largest one. A control of another seed is
     never used, except for methods that do not depend on the seed: these are compared with the mean of the controls.
     """
     final = [r for r in results if not r.trial]
+    dense = [r.run.variant for r in final if r.run.config["method"] == "dense"]
+    control = "dense" if "dense" in dense else next(iter(dense), None)
     controls = {
         (r.run.tokens, r.run.seed): r.perplexity
         for r in final
-        if r.run.config["method"] == "dense" and math.isfinite(r.perplexity)
+        if r.run.variant == control and math.isfinite(r.perplexity) and not diverged(r)
     }
     largest = max((tokens for tokens, _ in controls), default=0)
     untouched = untouched_perplexity(final)
@@ -97,7 +100,7 @@ def _row(
         "start_tokens": over(lambda r: (r.record.get("start") or {}).get("calibration_tokens")),
         "start_seconds": over(lambda r: _start_seconds(r.record.get("start") or {})),
         "zero_shot": _zero_shot(done),
-        "diverged": [f"seed {r.run.seed}: {r.record['verdict']['reason']}" for r in done if _diverged(r)],
+        "diverged": [f"seed {r.run.seed}: {r.record['verdict']['reason']}" for r in done if diverged(r)],
         "errors": [f"seed {r.run.seed}: {r.record['error']}" for r in group if "error" in r.record],
     }
 
@@ -109,7 +112,8 @@ def _start_seconds(start: dict[str, Any]) -> float | None:
     return sum(known) if known else None
 
 
-def _diverged(result: Result) -> bool:
+def diverged(result: Result) -> bool:
+    """Whether a run ended worse than it began, by its own verdict."""
     return not result.record.get("verdict", {}).get("ok", True)
 
 

@@ -16,6 +16,7 @@ from castlm.compare.config import CompareConfig
 from castlm.compare.plan import Plan, Say
 from castlm.compare.presets import RETRAINING
 from castlm.compare.runs import read_record
+from castlm.compare.summary import diverged
 from castlm.core.errors import InputError
 from castlm.files import atomic_write_json
 from castlm.output import continued
@@ -233,9 +234,12 @@ class Sweep:
         for runs in self.runs:
             results = [self.plan.measure(run, self.root) for run in runs]
             for result in results:
-                if math.isinf(result.perplexity):
-                    reason = result.record.get("error", "it has no finite perplexity")
-                    return self.end("failed", f"stopped: {result.run}: {reason}; the same command goes on")
+                if "error" in result.record:
+                    reason = f"{result.record['error']}; the same command goes on"
+                    return self.end("failed", f"stopped: {result.run}: {reason}")
+                if math.isinf(result.perplexity) or diverged(result):
+                    reason = result.record.get("verdict", {}).get("reason", "it has no finite perplexity")
+                    return self.end("failed", f"stopped: {result.run} diverged: {reason}; lower learning_rate")
             self.take([result.perplexity for result in results])
             self.say(str(self.steps[-1]))
             if self.steps[-1].settles(self.command.within) and not self.has_run_largest():

@@ -29,7 +29,7 @@ class EvaluationOptions:
     def bounds(self) -> Iterator[Bound]:
         yield "eval_dataset", self.eval_dataset != (), "at least one text"
         yield "eval_fraction", 0 < self.eval_fraction < 1, "between 0 and 1"
-        yield "eval_tokens", self.eval_tokens >= 0, "at least 0"
+        yield "eval_tokens", self.eval_tokens == 0 or self.eval_tokens >= 2, "0 for all, or at least 2"
         yield "eval_steps", self.eval_steps >= 0, "at least 0"
 
 
