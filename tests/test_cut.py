@@ -142,6 +142,9 @@ def test_verify_refuses_another_base_and_layers_that_were_not_cut_together(folde
     folder = folders / "channels"
     with pytest.raises(InputError, match="it is not its base"):
         verify(folder, "channels:0.5", base=str(tmp_path / "other"))
+    save_tiny(tmp_path / "wider", intermediate_size=96)
+    with pytest.raises(InputError, match=r"has intermediate_size 96, and the model .*: it is not its base"):
+        verify(folder, "channels:0.5", base=str(tmp_path / "wider"))
     with pytest.raises(InputError, match=r"has no config\.json"):
         verify(folder, "channels:0.5", base=str(tmp_path))
     with pytest.raises(InputError, match="--base is for patterns"):

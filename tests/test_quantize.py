@@ -153,6 +153,18 @@ def test_the_packed_folder_holds_the_codes_and_unpacks_to_the_quantized_model(ki
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_layer_whose_width_does_not_divide_is_packed_as_it_is(tmp_path):
+    save_tiny(tmp_path / "dense", intermediate_size=90)
+    prune = ["prune", "--model", str(tmp_path / "dense"), "--method", "magnitude"]
+    assert main([*prune, "--output-dir", str(tmp_path / "sparse")]) == 0
+    command = ["quantize", str(tmp_path / "sparse"), "--kind", "int8", "--output-dir"]
+    assert main([*command, str(tmp_path / "plain")]) == 0
+    assert main([*command, str(tmp_path / "packed"), "--packed"]) == 0
+    unpack_folder(tmp_path / "packed", tmp_path / "unpacked")
+    plain, unpacked = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "unpacked"))
+    assert all(torch.equal(plain[name], unpacked[name]) for name in plain)
+
+
 def test_a_packed_folder_may_have_an_int8_head_and_computes_what_it_unpacks_to(tmp_path):
     prune_tiny(tmp_path, "llama")
     out, unpacked = tmp_path / "packed", tmp_path / "unpacked"

@@ -162,7 +162,11 @@ class QuantizeCommand:
                 keep_rejected=not self.packed,  # the plain folder is temporary then
             )
             if self.packed:
-                _pack(target, temporary, pattern, stored_layers(loaded.model, report.layers), self.head)
+                try:
+                    _pack(target, temporary, pattern, stored_layers(loaded.model, report.layers), self.head)
+                except InputError as error:  # of a folder that is gone by the time a person reads it
+                    said = str(error).replace(str(target), self.model)
+                    raise InputError(said.replace(str(temporary), str(folder))) from error
         print(
             f"{folder}: {self.kind} in {len(report.layers)} layers, mean relative error {report.mean_error:.2e}, "
             f"{pattern} verified; measure it with: castlm eval {shlex.quote(str(folder))} --text FILE"
@@ -196,15 +200,17 @@ def _pack(plain: Path, folder: Path, pattern: NM, layers: Mapping[str, Rounded],
     """Replaces the folder `plain` in `folder` by what it is packed, with the integers themselves, and verifies that."""
     from castlm.export.integers import store_integers
     from castlm.export.packed import pack_folder
-    from castlm.export.verify import verify
+    from castlm.export.verify import left_dense_reason, read_left_dense, verify
 
     packed = folder / "packed"
     pack_folder(plain, packed, pattern.n, pattern.m, head=head)
     shutil.rmtree(plain.parent)
+    left_dense = read_left_dense(packed / "castlm.json")  # their values are rounded, and stored as they are
+    layers = {n: layer for n, layer in layers.items() if left_dense_reason(f"{n}.weight", left_dense) is None}
     store_integers(packed, layers)
     found = verify(packed, pattern)
     if not found.ok:
-        raise InputError(found.summary().replace(str(packed), plain.name))
+        raise InputError(found.summary())
     for file in packed.iterdir():
         file.rename(folder / file.name)
     packed.rmdir()

@@ -61,9 +61,9 @@ def base_config(
     Raises:
         InputError: neither names the sizes, or the base is another model.
     """
+    cut = read_json_object(record).get("cut") if record.is_file() else None
+    sizes = cut.get("before") if isinstance(cut, dict) else None
     if base is None:
-        cut = read_json_object(record).get("cut") if record.is_file() else None
-        sizes = cut.get("before") if isinstance(cut, dict) else None
         if not isinstance(sizes, dict):
             raise InputError(
                 f"pattern {pattern} is counted against the dense model it was cut out of: give --base DENSE"
@@ -73,11 +73,9 @@ def base_config(
     if not file.is_file():
         raise InputError(f"--base {base} has no config.json: name the folder of the dense model")
     found = read_json_object(file)
-    for name in _SAME:
-        if found.get(name) != config.get(name):
-            raise InputError(
-                f"--base {base} has {name} {found.get(name)}, and the model has {config.get(name)}: it is not its base"
-            )
+    for name, size in ({name: config.get(name) for name in _SAME} | (sizes if isinstance(sizes, dict) else {})).items():
+        if found.get(name) != size:
+            raise InputError(f"--base {base} has {name} {found.get(name)}, and the model {size}: it is not its base")
     return found, base
 
 
