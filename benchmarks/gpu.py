@@ -12,13 +12,16 @@ neither shows nor writes a ratio.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -116,7 +119,7 @@ def layer_rows(size: str, scale: int, device: str, backend: Backend) -> Iterator
             choices = to_semi_structured_(layers, tokens, backend=backend)
             seconds = {"dense": 0.0, "2:4": 0.0, "chosen": 0.0}
             for choice, count in zip(choices, shapes.values()):
-                assert choice.seconds, choice.reason
+                assert not choice.reason, choice.reason  # as that the winner computes something else
                 best = min(value for name, value in choice.seconds.items() if name != "dense")
                 for name, value in (("2:4", best), ("dense", choice.seconds["dense"])):
                     seconds[name] += count * value
@@ -158,7 +161,12 @@ def forward_step(model: PreTrainedModel, batch: int, tokens: int, context: int, 
     """A forward pass over `tokens` new tokens of `batch` sequences, after `context` tokens in a static cache."""
     ids = torch.ones(batch, tokens, dtype=torch.long, device=device)
     if not context:
-        return lambda: model(input_ids=ids, use_cache=False).logits
+
+        def prefill() -> Tensor:  # transformers looks for packed sequences, and under capture makes a mask for them
+            with mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None):
+                return model(input_ids=ids, use_cache=False).logits
+
+        return prefill
     cache = StaticCache(config=model.config, max_cache_len=context + 64)
     model(input_ids=ids.expand(batch, context), past_key_values=cache, use_cache=True)
     position = torch.full((batch, tokens), context, device=device)
@@ -216,6 +224,16 @@ def training_rows(device: str, quick: bool) -> Iterator[Row]:
     yield throughput_row(run_module("benchmarks.throughput", [*whole, "--batch", "8", "--seq-len", "512"]))
 
 
+@contextlib.contextmanager
+def recorded(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """Goes on after an error in the block, which is printed and kept in `failed`: a lent GPU is not lent twice."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        failed[name] = f"{type(error).__name__}: {error}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="OUT")
@@ -236,29 +254,45 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         backend = backend_for("same", torch.device("cuda"))
         checks.insert(0, check_nccl)
+    failed: dict[str, str] = {}
     for check in checks:
-        check()
-        print(f"passed: {(getattr(check, 'func', check).__doc__ or '').splitlines()[0]}", flush=True)
+        what = (getattr(check, "func", check).__doc__ or "").splitlines()[0]
+        with recorded(what, failed):
+            check()
+            print(f"passed: {what}", flush=True)
     parts = {f"{size} layers": partial(layer_rows, size, scale, device, backend) for size in SHAPES}
     parts |= {"end to end": partial(end_to_end_rows, scale, device, backend)}
     parts |= {"training": partial(training_rows, device, options.dry_run)}
-    rows, left_out = [], []
+    rows: list[Row] = []
+    left_out: list[str] = []
+
+    def save() -> None:  # after each row: whatever comes later, what was measured stays
+        if not options.dry_run:
+            table = [dataclasses.asdict(row) | {"met": row.met} for row in rows]
+            seconds = time.perf_counter() - started
+            found = {"machine": machine(), "seconds": seconds, "left_out": left_out, "failed": failed, "rows": table}
+            write_json(options.json, found)
+
+    save()  # a path that cannot be written is known before the work
     for name, part in parts.items():
         if time.perf_counter() - started > 60 * options.minutes:
             left_out.append(name)
             continue
-        found = list(part())
-        if options.dry_run:
-            print("\n".join(f"ran: {row.part}" for row in found), flush=True)
-        else:
-            show(found, header=not rows)
-        rows += found
+        with recorded(name, failed):
+            for row in part():
+                rows.append(row)
+                if options.dry_run:
+                    print(f"ran: {row.part}", flush=True)
+                else:
+                    show([row], header=len(rows) == 1)
+                save()
+    save()
     seconds = time.perf_counter() - started
     where = "a CPU, dry run" if options.dry_run else torch.cuda.get_device_name()
     print(f"{seconds:.0f} s on {where}" + (f"; left out for lack of time: {', '.join(left_out)}" if left_out else ""))
-    if not options.dry_run:
-        table = [dataclasses.asdict(row) | {"met": row.met} for row in rows]
-        write_json(options.json, {"machine": machine(), "seconds": seconds, "left_out": left_out, "rows": table})
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ def castlm_side(args: argparse.Namespace, scratch: Path) -> Run:
         per_device_train_batch_size=args.batch,
         precision=args.precision,
         gradient_checkpointing=args.gradient_checkpointing,
+        cross_document_attention=True,  # as in the bare loop
         device=args.device,
         report_to=("none",),
     )
