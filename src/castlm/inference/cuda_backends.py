@@ -92,7 +92,7 @@ class Cusparselt(_Cuda):
 
     def variants(self, layer: nn.Linear, x: Tensor) -> list[str]:
         packed = torch._cslt_compress(layer.weight.contiguous())
-        found = int(torch._cslt_sparse_mm_search(packed, _padded(x).t(), bias=layer.bias, transpose_result=True))
+        found = int(torch._cslt_sparse_mm_search(packed, _padded(x, 8).t(), bias=layer.bias, transpose_result=True))
         return [f"2:4, algorithm {number}" for number in dict.fromkeys((found, 0))]
 
     def convert(self, layer: nn.Linear, variant: str) -> nn.Module:
@@ -135,7 +135,7 @@ class Int8SemiStructuredLinear(nn.Module):
         rounded, scale = int8_rows(x.reshape(-1, x.shape[-1]))
         product = torch._cslt_sparse_mm(
             self.packed,
-            _padded(rounded).t(),
+            _padded(rounded, 16).t(),
             alpha=self.scale,
             out_dtype=torch.bfloat16,
             transpose_result=True,
@@ -146,7 +146,7 @@ class Int8SemiStructuredLinear(nn.Module):
 
     def search(self, x: Tensor) -> int:
         """The fastest of cuSPARSELt's algorithms for an input like `x`."""
-        rounded = _padded(int8_rows(x)[0]).t()
+        rounded = _padded(int8_rows(x)[0], 16).t()
         options = {"alpha": self.scale, "out_dtype": torch.bfloat16, "transpose_result": True}
         return int(torch._cslt_sparse_mm_search(self.packed, rounded, **options))
 
@@ -200,6 +200,7 @@ def _bad_shape(layer: nn.Linear, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _padded(x: Tensor) -> Tensor:
-    """Rows added until they divide by 16, which suits every dtype."""
-    return F.pad(x, (0, 0, 0, -x.shape[0] % 16)) if x.shape[0] % 16 else x
+def _padded(x: Tensor, multiple: int) -> Tensor:
+    """Rows added until they divide by what cuSPARSELt takes, and torch pads to: 8 of 16 bits, 16 of int8."""
+    missing = -x.shape[0] % multiple
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
