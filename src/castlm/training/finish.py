@@ -24,7 +24,7 @@ from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.cut_sizes import cut_pattern
 from castlm.export.hf import export_model
 from castlm.files import atomic_dir, atomic_write_json
-from castlm.hardware import collect_garbage, peak_memory
+from castlm.hardware import peak_memory
 from castlm.methods.table import METHODS
 from castlm.models import parameters_in, save_dtype, save_model
 from castlm.oneshot.options import UNIT_SCORES
@@ -104,7 +104,6 @@ def free_training_state_(run: TrainedRun) -> None:
     objective.teacher = None
     run.parts.optimizer.state.clear()
     uncompile_blocks_(objective)
-    collect_garbage(run.world.device.type)
 
 
 def sharded_result(run: TrainedRun) -> ShardedResult:
