@@ -8,6 +8,7 @@ import pytest
 
 from castlm.cli.main import main
 from castlm.distributed.world import init_world
+from castlm.planning.law_plot import check_plot
 from castlm.training.config import TrainConfig
 from castlm.training.lam import calibrate
 from castlm.training.loop import train
@@ -146,9 +147,10 @@ def test_a_plot_replaces_nothing_but_a_plot(law, tmp_path, capsys):
     ]
     assert_refused(cases, capsys)
     assert photo.read_text() == "mine"
-    for name in ("law.svg", "law.png", "law.pdf"):
-        for _ in range(2):
-            assert main([*fit, "--plot", str(tmp_path / name)]) == 0
+    for name in ("law.svg", "law.svg", "law.png", "law.pdf"):
+        assert main([*fit, "--plot", str(tmp_path / name)]) == 0
+    check_plot(tmp_path / "law.png")
+    check_plot(tmp_path / "law.pdf")
     assert not list(tmp_path.glob(".*"))
 
 
