@@ -200,6 +200,15 @@ def test_generate_prints_text_and_its_speed(folders, which, capsys):
     assert "unexpected" not in capsys.readouterr().err
 
 
+def test_generate_names_a_token_id_of_another_type(folders, tmp_path, capsys):
+    model = shutil.copytree(folders[0], tmp_path / "model")
+    file = model / "generation_config.json"
+    for wrong in ("x", {"a": 1}, [1.5]):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": wrong}))
+        assert main(["generate", str(model), "--prompt", "a"]) == 2
+        assert f"says eos_token_id = {wrong!r}: a token id is needed" in capsys.readouterr().err
+
+
 def test_generate_says_that_a_chat_template_refuses_the_prompt(folders, tmp_path, capsys):
     model = shutil.copytree(folders[0], tmp_path / "model")
     (model / "chat_template.jinja").write_text("{{ raise_exception('No prompt is good enough') }}")

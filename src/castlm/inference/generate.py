@@ -61,13 +61,19 @@ def load_to_generate(
         say: as for `dtype_to_run`.
 
     Raises:
-        InputError: as `castlm.opening.open_model`, damaged packed files, or weights that `load_weights` refuses.
+        InputError: as `castlm.opening.open_model`, damaged packed files, weights that `load_weights` refuses, or a
+            token id of another type in the generation config.
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     options: dict[str, Any] = {"device_map": "cuda"} if torch.cuda.is_available() else {}
     options |= {"trust_remote_code": trust_remote_code, "revision": revision}
     dtype = "auto" if as_stored else dtype_to_run(config, say)
     model = load_weights(where, config, dtype=dtype, **options)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = getattr(model.generation_config, key, None)
+        ids = found if isinstance(found, list) else [found]
+        if not all(number is None or type(number) is int for number in ids):
+            raise InputError(f"the generation_config.json of {where} says {key} = {found!r}: a token id is needed")
     return model.eval(), tokenizer
 
 
