@@ -43,20 +43,21 @@ class GenerateCommand:
 
     def run(self) -> int:
         from castlm.inference.generate import encode_prompt, encode_with_images, generate_text, load_to_generate
-        from castlm.opening import open_model, open_processor
+        from castlm.opening import open_processor
         from castlm.progress import note
 
         use_threads(self.threads)
         name, code = result_folder(self.path), {"trust_remote_code": self.trust_remote_code}
-        ids, images = None, {}
-        if self.image:  # before the weights are read
-            processor = open_processor(name, open_model(name, **code)[2], **code)
-            ids, images = encode_with_images(processor, self.prompt, self.image, self.raw)
         model, tokenizer = load_to_generate(name, as_stored=False, say=note, **code)
+        if self.image:
+            processor = open_processor(name, tokenizer, **code)
+            ids, images = encode_with_images(processor, self.prompt, self.image, self.raw)
+        else:
+            ids, images = encode_prompt(tokenizer, self.prompt, self.raw), {}
         done = generate_text(
             model,
             tokenizer,
-            encode_prompt(tokenizer, self.prompt, self.raw) if ids is None else ids,
+            ids,
             images=images,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,

@@ -100,6 +100,7 @@ class Sampler:
         self.model, self.tokenizer, self.options, self.chat = model, tokenizer, options, chat
         self.prompts = list(prompts) if prompts is not None else None
         encoder = Encoder(tokenizer, None)
+        self._template = encoder.chat
         self._first = encoder.bos or [encoder.eos]
         ends = model.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else list(ends or [])
@@ -107,7 +108,7 @@ class Sampler:
         self._ends = sorted({encoder.eos, *encoder.bos, *ends})  # a document also ends where the next one begins
         self._user: list[int] = []
         if chat:
-            before, end = _user_turn(tokenizer)
+            before, end = _user_turn(tokenizer, self._template)
             self._user, self._ends = self._encode(before), sorted({*self._ends, end})
         self._longest = context_length(model.config)
         for prompt in self.prompts or [""]:
@@ -163,7 +164,7 @@ class Sampler:
             return self._first + ids
         if not prompt:
             return self._user
-        return self._encode(Chat(self.tokenizer).user_turn(prompt, reply=True))
+        return self._encode(self._template.user_turn(prompt, reply=True))
 
     def _check_room(self, begin: list[int]) -> None:
         if self._longest is not None and len(begin) + self.options.max_new_tokens > self._longest:
@@ -214,7 +215,7 @@ class Sampler:
         return found
 
 
-def _user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+def _user_turn(tokenizer: PreTrainedTokenizerBase, template: Chat) -> tuple[str, int]:
     """What the chat template writes before a user's first turn, and the token with which it ends the turn.
 
     Raises:
@@ -222,7 +223,7 @@ def _user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     """
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer {tokenizer.name_or_path} has no chat template: sample without chat")
-    before, found, after = Chat(tokenizer).user_turn(_SENTINEL).partition(_SENTINEL)
+    before, found, after = template.user_turn(_SENTINEL).partition(_SENTINEL)
     ends = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     if not found or not before or not ends or ends[0] not in tokenizer.all_special_ids:
         raise InputError(

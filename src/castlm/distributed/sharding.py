@@ -65,10 +65,10 @@ def reshard_(module: nn.Module) -> None:
 
 
 def sum_over_replicas_(module: nn.Module, now: bool) -> None:
-    """Says whether the next backward pass of a sharded module sums the gradients over its replicas.
+    """Says whether backward passes of a sharded module sum the gradients over its replicas from now on.
 
-    Where not, FSDP2 keeps the sums of each replica for the next pass that does, so that accumulated batches pay for one
-    such sum. Experts in a list are an exception: each batch may reach others, and FSDP2 adds up what it keeps as if
+    Where not, FSDP2 keeps the sums of each replica for the first pass that does, so that accumulated batches pay for
+    one such sum. Experts in a list are an exception: each batch may reach others, and FSDP2 adds up what it keeps as if
     they were the same.
     """
     if not isinstance(module, FSDPModule):
@@ -104,8 +104,7 @@ def is_gathered_narrow(block: nn.Module) -> bool:
 
 def has_list_of_experts(block: nn.Module) -> bool:
     """Whether some modules of a transformer block may not be called."""
-    lists = [m for m in block.modules() if isinstance(m, nn.ModuleList) and not isinstance(m, ParametrizationList)]
-    return bool(lists)
+    return any(isinstance(m, nn.ModuleList) and not isinstance(m, ParametrizationList) for m in block.modules())
 
 
 def beside_linears(block: nn.Module) -> list[nn.Module]:

@@ -63,8 +63,9 @@ def base_config(
     """
     cut = read_json_object(record).get("cut") if record.is_file() else None
     sizes = cut.get("before") if isinstance(cut, dict) else None
+    sizes = sizes if isinstance(sizes, dict) else {}
     if base is None:
-        if not isinstance(sizes, dict):
+        if not sizes:
             raise InputError(
                 f"pattern {pattern} is counted against the dense model it was cut out of: give --base DENSE"
             )
@@ -73,7 +74,7 @@ def base_config(
     if not file.is_file():
         raise InputError(f"--base {base} has no config.json: name the folder of the dense model")
     found = read_json_object(file)
-    for name, size in ({name: config.get(name) for name in _SAME} | (sizes if isinstance(sizes, dict) else {})).items():
+    for name, size in ({name: config.get(name) for name in _SAME} | sizes).items():
         if found.get(name) != size:
             raise InputError(f"--base {base} has {name} {found.get(name)}, and the model {size}: it is not its base")
     return found, base

@@ -178,8 +178,8 @@ def generate_text(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = input_ids.to(model.device)
-    beside = {name: tensor.to(ids.device) for name, tensor in (images or {}).items()}
-    beside = {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in beside.items()}
+    dtypes = {name: model.dtype if t.is_floating_point() else t.dtype for name, t in (images or {}).items()}
+    beside = {name: t.to(ids.device, dtypes[name]) for name, t in (images or {}).items()}
     output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

@@ -14,7 +14,7 @@ HISTOGRAM_EDGES = tuple(10 ** (quarter / 4) for quarter in range(-48, 5))
 
 
 _NUMBERS = {"step", "tokens", "loss", "perplexity", "prune_now_ppl", "dense_ppl", "alpha"}
-"""What readers compute with. A figure that was not finite is null."""
+"""What readers compute with."""
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -41,7 +41,8 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: a JSON object was expected, found {type(row).__name__}")
         for name in _NUMBERS & row.keys():
-            if type(row[name]) not in (int, float, *(() if name == "step" else (type(None),))):
+            is_unknown = row[name] is None and name != "step"  # a figure that was not finite
+            if not is_unknown and type(row[name]) not in (int, float):
                 raise InputError(f"{path}, line {number}: {name} is {row[name]!r}, a number was expected")
         rows.append(row)
     return rows

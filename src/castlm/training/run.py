@@ -195,9 +195,10 @@ class Run:
         if objective.teacher is not None:
             objective.teacher.eval()
         sums = torch.zeros(4, device=device)
-        for number, batch in enumerate(micro_batches, start=1):
-            if self.world.num_replicas > 1:
-                sum_over_replicas_(objective, now=number == len(micro_batches))
+        last = len(micro_batches) - 1
+        for number, batch in enumerate(micro_batches):
+            if self.world.num_replicas > 1 and number in (0, last):
+                sum_over_replicas_(objective, now=number == last)
             with autocast(device, self.parts.evaluator.precision):
                 ids, labels, positions = (batch[name].to(device) for name in ("input_ids", "labels", "position_ids"))
                 images = {name: tensor.to(device) for name, tensor in batch.get("images", {}).items()}
