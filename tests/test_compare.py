@@ -342,6 +342,9 @@ def test_presets_can_be_planned(name, files, tmp_path):
     made = [plan.make(v, t, 0, None) for v in plan.variants for t in plan.budgets(v)]
     keys = {run.key for run in made}
     assert len(keys) == len(made)  # no two of them are the same run
+    chosen = next(iter(PRESETS[name].variants))
+    if chosen in METHODS:  # named with the preset, a variant keeps what the preset gives it
+        assert Plan(dataclasses.replace(options, methods=chosen), str).variants[chosen] == plan.variants[chosen]
     if name == "budgets":
         assert sorted({run.tokens for run in made}) == [64 * 100, 64 * 200, 64 * 400, 64 * 800]
 

@@ -64,6 +64,7 @@ def test_weights_are_read_from_the_names():
 
     assert of("a.txt:0.7", "b.jsonl:3") == {"a.txt": 0.7, "b.jsonl": 3.0}
     assert of("a.txt", "owner/name@v1:0.5") == {"a.txt": 1.0, "owner/name@v1": 0.5}
+    assert of("a.txt:-2", "b.txt") == {"a.txt": -2.0, "b.txt": 1.0}  # which a mixture refuses
     assert TrainConfig("m", ["a:1"], "o").dataset == "a:1"  # a single text has no weight
     for names, message in ((("a", "a:2"), "names a text twice"), (("a", ""), "is not text or a list"), ((), "dataset")):
         with pytest.raises(InputError, match=message):

@@ -104,7 +104,7 @@ class Plan:
             named = command.methods.split(",")
             if unknown := [name for name in named if name not in known]:
                 raise InputError(f"there is no method {', '.join(unknown)}: use {', '.join(known)}")
-            variants = {name: {"method": name} for name in named}
+            variants = {name: self.preset.variants.get(name, {"method": name}) for name in named}
         else:
             variants = {} if command.variants and not command.preset else dict(self.preset.variants)
         if command.variants:

@@ -154,7 +154,7 @@ class TrainConfig(  # the fields of the last base come first
         found: dict[str, float] = {}
         for text in self.dataset:
             name, _, weight = text.rpartition(":")
-            has_weight = bool(name) and re.fullmatch(r"\d+\.?\d*|\.\d+", weight) is not None
+            has_weight = bool(name) and re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", weight) is not None
             found[name if has_weight else text] = float(weight) if has_weight else 1.0
         return found
 
