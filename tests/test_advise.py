@@ -28,6 +28,13 @@ def test_shapes_come_from_the_config_alone(tmp_path):
     assert layer_shapes(tiny_model("llama")) == shapes_of(str(folder)) == expected
 
 
+def test_experts_are_said_not_to_be_counted(tmp_path):
+    shapes = shapes_of(str(save_tiny(tmp_path / "m", "qwen3_moe")))
+    advice = advise(shapes, DEVICES["h100"], tokens=1)
+    assert shapes.num_expert_weights > 0
+    assert f"The {shapes.num_expert_weights:,} weights of the experts are not in these figures." in advice.text()
+
+
 def test_conv1d_layers_count_as_linear(tmp_path):
     folder = save_tiny(tmp_path / "m", "gpt2")
     assert shapes_of(str(folder)).blocks == {(96, 32): 2, (32, 32): 2, (64, 32): 2, (32, 64): 2}

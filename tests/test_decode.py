@@ -92,7 +92,9 @@ def test_threads_do_not_change_the_tokens():
 
 def test_text_is_streamed():
     model, pieces = packed_model("llama"), []
+    before = torch.get_rng_state()
     done = generate_text(model, tiny_tokenizer(), IDS, max_new_tokens=9, write=pieces.append)
+    assert torch.equal(torch.get_rng_state(), before)
     assert "".join(pieces) == done.text
     assert done.new_tokens == 9
     assert done.tokens_per_second > 0

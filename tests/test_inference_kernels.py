@@ -205,6 +205,20 @@ def test_products_keep_leading_dimensions_and_take_no_rows():
     assert packed_linear(torch.randn(DIRECT_ROWS + 1, 64).bfloat16(), buffer, 12).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("values", "n", "m"), [("int8", 2, 4), ("int4", 2, 4), ("bf16", 2, 4), ("int8", 0, 0), ("bf16", 0, 0)]
+)
+def test_many_rows_are_as_few_rows_where_the_kernels_take_them(values, n, m):
+    packed = random_packed(values, n, m, 24, 128)
+    buffer, x = buffer_of(packed), torch.randn(2 * DIRECT_ROWS + 5, 128)
+    by_kernels = native.is_fast_for_many_rows(buffer)
+    assert by_kernels == (native.level() in ("avx2", "avx512") and (m > 0 or values == "int8"))
+    in_parts = torch.cat([packed_linear(part, buffer, 24) for part in x.split(DIRECT_ROWS)])
+    whole = packed_linear(x, buffer, 24)
+    assert torch.equal(whole, in_parts) if by_kernels else torch.allclose(whole, in_parts, atol=1e-3)
+    assert torch.equal(packed_linear(x.half(), buffer, 24), packed_linear(x.half().float(), buffer, 24).half())
+
+
 def test_what_does_not_fit_is_refused():
     packed = random_packed("bf16", 2, 4, 12, 64)
     buffer, spec = buffer_of(packed), packed.spec

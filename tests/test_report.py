@@ -1,6 +1,7 @@
 """castlm report: what the page of a run says, finished or not, its charts, and how it looks in a browser."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -86,6 +87,16 @@ def test_evaluations_hold_the_histogram_of_masked_weights(finished):
     assert rows[1][0] < whole  # and grow in between
     assert set(run.evaluations[0]["masked_share"]) == set(run.layer_errors[0])
     assert not any(run.evaluations[0]["masked_share"].values())
+
+
+def test_charts_without_anything_to_draw_are_left_out(finished):
+    run = read_run(finished)
+    for row in run.evaluations:
+        row["masked_histogram"] = [100_000, 3, *[0] * (len(row["masked_histogram"]) - 2)]
+        row["perplexity"] = row["prune_now_ppl"] = math.inf
+    page = run_page(run)
+    assert "Masked weights over time" not in page
+    assert "Training loss" in page
 
 
 def test_lines_of_a_run_with_fixed_masks_report_no_flips(finished, capfd, tmp_path):

@@ -113,6 +113,12 @@ def test_gradients_leave_the_model_as_it_was():
     found = loss_gradients(model, layers, TOKENS)
     assert found.keys() == layers.keys()
     assert all(p.grad is None for p in model.parameters())
+    for layer in layers.values():  # gradients of the caller do not count, and stay
+        layer.weight.grad = torch.ones_like(layer.weight)
+    again = loss_gradients(model, layers, TOKENS)
+    assert all(torch.equal(again[name], gradient) for name, gradient in found.items())
+    assert all(bool((layer.weight.grad == 1).all()) for layer in layers.values())
+    model.zero_grad()
     assert not model.model.embed_tokens.weight.requires_grad
     assert model.lm_head.weight.requires_grad
 

@@ -130,7 +130,8 @@ def token_ids(
 ) -> Tensor:
     """The tokens of documents in file order, joined with end-of-text: int64, shape (num_tokens,).
 
-    For one document this is what `tokenizer(text)` returns, so perplexities agree with the usual protocol.
+    For one document this is what `tokenizer(text)` returns, without what a tokenizer puts after a text, so perplexities
+    agree with the usual protocol.
     Conversations are rendered with the chat template.
 
     Args:

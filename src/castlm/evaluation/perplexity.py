@@ -214,7 +214,8 @@ def token_ids_of(file: str | Path, tokenizer: PreTrainedTokenizerBase) -> Tensor
     """The tokens of a text file (.txt, .jsonl, .jsonl.gz, .parquet): int64, (num_tokens,).
 
     The documents are joined in order with the end-of-text token, after the tokenizer's own beginning-of-text token, as
-    in the evaluations of `castlm train`. For one document the result is that of `tokenizer(text)`.
+    in the evaluations of `castlm train`. For one document the result is that of `tokenizer(text)`, without
+    what a tokenizer puts after a text.
 
     Raises:
         InputError: the file is missing, unreadable, of another type, or has no text.

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from castlm.core.errors import InputError
+from castlm.core.experts import ExpertLinear
 from castlm.core.pattern import Pattern
 from castlm.core.sparsify import is_sparse_linear
 from castlm.export.cut_sizes import sizes_after, sizes_of
@@ -37,6 +38,8 @@ class Shapes:
     """How many layers inside the transformer blocks have the shape (out_features, in_features)."""
     head: Shape | None = None
     """The output head, which stays dense."""
+    num_expert_weights: int = 0
+    """Weights of experts, which are left out: how many tokens each sees depends on the router."""
 
 
 def layer_shapes(model: nn.Module) -> Shapes:
@@ -50,7 +53,8 @@ def layer_shapes(model: nn.Module) -> Shapes:
     if not blocks:
         raise InputError(f"{type(model).__name__} has no linear layer inside transformer blocks: nothing to advise on")
     outside = [_shape(m) for name, m in linears.items() if not is_sparse_linear(m, name)]
-    return Shapes(dict(blocks), max(outside, key=math.prod, default=None))
+    experts = sum(m.weight.numel() for m in model.modules() if isinstance(m, ExpertLinear))
+    return Shapes(dict(blocks), max(outside, key=math.prod, default=None), experts)
 
 
 def _shape(layer: nn.Linear) -> Shape:
@@ -219,7 +223,7 @@ def advise(
         totals,
         formats,
         evidence(device.name, tokens),
-        _notes(device, formats, measured=seconds is not None),
+        _notes(device, formats, seconds is not None, shapes.num_expert_weights),
     )
 
 
@@ -233,10 +237,13 @@ def _row(shape: Shape, count: int, formats: Sequence[Format], timed: Seconds, to
     return Row(shape, count, found, sparse if is_better else dtype, min(found, key=found.__getitem__))
 
 
-def _notes(device: Device, formats: Sequence[Format], measured: bool) -> list[str]:
+def _notes(device: Device, formats: Sequence[Format], measured: bool, num_expert_weights: int) -> list[str]:
+    notes = (
+        [f"The {num_expert_weights:,} weights of the experts are not in these figures."] if num_expert_weights else []
+    )
     if measured:
-        return [f"Times: measured here ({device.source})."]
-    notes = [f"Times: a roofline of {device.source}; attention, norms and caches are left out."]
+        return [*notes, f"Times: measured here ({device.source})."]
+    notes += [f"Times: a roofline of {device.source}; attention, norms and caches are left out."]
     if device.family != "cpu":
         notes.append(f"Kernels: {KERNEL_SOURCE}.")
     assumed = [form.name for form in formats if is_assumed(device, form)]

@@ -173,23 +173,24 @@ def generate_text(
             f"{input_ids.shape[1]} tokens of prompt and {max_new_tokens} new ones exceed the context of {longest}: "
             + ("lower --max-new-tokens" if input_ids.shape[1] < longest else "shorten the prompt")
         )
-    torch.manual_seed(seed)
     stream = _Stream(tokenizer, write)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = input_ids.to(model.device)
     dtypes = {name: model.dtype if t.is_floating_point() else t.dtype for name, t in (images or {}).items()}
     beside = {name: t.to(ids.device, dtypes[name]) for name, t in (images or {}).items()}
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        streamer=stream,
-        pad_token_id=pad,
-        custom_generate=decoding_method(model, stream),
-        **beside,
-        **sampling,
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            streamer=stream,
+            pad_token_id=pad,
+            custom_generate=decoding_method(model, stream),
+            **beside,
+            **sampling,
+        )
     started, first, last = stream.times[0], stream.times[1], stream.times[-1]
     num_prompt = input_ids.shape[1]
     return Generated("".join(stream.pieces), num_prompt, output.shape[1] - num_prompt, first - started, last - first)

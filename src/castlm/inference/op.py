@@ -1,7 +1,7 @@
 """`torch.ops.castlm.packed_linear`: a packed weight times activations, with a shape that `torch.compile` can trace.
 
-Few rows of x are multiplied by the packed weight directly. Many are not: a part of the weight at a time is unpacked to
-an fp32 scratch that stays in the cache, and the library's GEMM does the rest.
+The packed weight is multiplied directly where that is the fastest way. Else many rows of x take the library's GEMM: a
+part of the weight at a time is unpacked to an fp32 scratch that stays in the cache.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch import Tensor
 from castlm.inference import native
 
 DIRECT_ROWS = 128
-"""Rows of x up to which the packed weight is multiplied directly. More rows take the GEMM of the library."""
+"""Rows of x that are multiplied at a time, which bounds the scratch of the kernels; without vector kernels for a packed
+weight, and for a dense one of floats, more rows take the GEMM of the library."""
 
 _SCRATCH_BYTES = 2 << 20
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -27,10 +28,19 @@ def _packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     if num_rows == 0:
         return x.new_empty((*x.shape[:-1], out_features))
     if num_rows > DIRECT_ROWS:
-        return _by_gemm(x.reshape(num_rows, -1), packed, out_features).view(*x.shape[:-1], out_features)
+        by = _in_parts if native.is_fast_for_many_rows(packed) else _by_gemm
+        return by(x.reshape(num_rows, -1), packed, out_features).view(*x.shape[:-1], out_features)
     if x.dtype not in _KERNEL_DTYPES:
         return native.multiply(x.float().contiguous(), packed, out_features).to(x.dtype)
     return native.multiply(x.contiguous(), packed, out_features)
+
+
+def _in_parts(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    """Of x (rows, in), `DIRECT_ROWS` of them at a time."""
+    out = x.new_empty(len(x), out_features)
+    for rows, part in zip(x.split(DIRECT_ROWS), out.split(DIRECT_ROWS)):
+        part.copy_(_packed_linear(rows, packed, out_features))
+    return out
 
 
 def _by_gemm(x: Tensor, packed: Tensor, out_features: int) -> Tensor:

@@ -43,7 +43,7 @@ def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
     if not bool(torch.isfinite(weight).all()):
         raise InputError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: the model is damaged")
     nonzero = weight != 0
-    if bool((nonzero.view(-1, m).sum(-1, dtype=torch.uint8 if m < 256 else torch.int64) == n).all()):
+    if bool((nonzero.reshape(-1, m).sum(-1, dtype=torch.uint8 if m < 256 else torch.int64) == n).all()):
         return nonzero  # no zero to choose
     score = 2 * nonzero.to(torch.uint8) + torch.signbit(weight)
     mask = rank_mask(score, n, m)

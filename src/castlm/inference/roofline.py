@@ -171,7 +171,8 @@ def layer_seconds(
     if form.kernel == "torch":
         peak = peaks.get(torch_product(form.compute), peak)
     weight = out_features * in_features * form.bits / 8
-    moved = weight + tokens * (in_features * _ACTIVATION_BYTES[form.compute] + out_features * 2)
+    of_output = 4 if form.compute == "fp32" else 2
+    moved = weight + tokens * (in_features * _ACTIVATION_BYTES[form.compute] + out_features * of_output)
     operations = 2 * tokens * out_features * in_features
     return kernel.launch + max(
         moved / (device.bandwidth * kernel.bandwidth),

@@ -19,6 +19,7 @@ from castlm.core.pattern import nm_mask
 from castlm.inference import native
 from castlm.inference.cuda_backends import backend_for
 from castlm.inference.devices import DEVICES, Device
+from castlm.inference.op import packed_linear
 from castlm.inference.roofline import Format, torch_product
 
 _COLD_BYTES = 48 << 20  # more than most last caches: each call finds its weight in memory, as in a model
@@ -180,4 +181,4 @@ def _cold_weights(form: Format, shape: tuple[int, int]) -> list[Callable[[Tensor
         buffers[0], kept if dtype is None else kept.to(dtype), stored_mask, scales, form.compute, n, m, columns
     )
     buffers[1:] = buffers[0]
-    return [lambda x, buffer=one: native.multiply(x, buffer, rows) for one in buffers]  # type: ignore[misc]
+    return [lambda x, buffer=one: packed_linear(x, buffer, rows) for one in buffers]  # type: ignore[misc]

@@ -177,9 +177,10 @@ def loss_gradients(
 
     With `images`, the tokens that stand for them do not count in the loss.
     """
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for parameter in flags:
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    for parameter in before:
         parameter.requires_grad_(False)
+        parameter.grad = None
     weights = {name: layer.weight.requires_grad_(True) for name, layer in layers.items()}
     size = 1 if images is not None else max(1, _BACKWARD_TOKENS // sequences.shape[1])
     batches = sequences.to(model.device).split(size)
@@ -192,9 +193,9 @@ def loss_gradients(
             (output.loss * (len(ids) / len(sequences))).backward()
         found = {name: weight.grad.detach() for name, weight in weights.items() if weight.grad is not None}
     finally:
-        for parameter, flag in flags.items():
+        for parameter, (flag, gradient) in before.items():
             parameter.requires_grad_(flag)
-            parameter.grad = None
+            parameter.grad = gradient
     if missing := next((name for name in weights if name not in found), None):
         raise InputError(f"no calibration token reaches {missing}: leave it out with filter_fn, or pass more text")
     return found

@@ -62,7 +62,8 @@ class Law:
     intervals: dict[str, tuple[float, float]]
     """90 % interval of each fitted parameter and of r2."""
     noise: float
-    """Standard deviation of the log loss of one run around the law, corrected for the degrees of freedom."""
+    """Standard deviation of the log loss of one run around the law, times what few points ask for: Student's t over the
+    normal quantile."""
     num_points: int
     num_budgets: int
     tokens_range: tuple[float, float]

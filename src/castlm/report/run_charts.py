@@ -25,7 +25,9 @@ def perplexity(run: RunData) -> list[Picture]:
     series = [Series("after the prune", pruned, 0, marks=True)] if pruned else []
     if not pruned or any(abs(a - b) > 1e-6 * b for (_, a), (_, b) in zip(before, pruned)):
         series.append(Series("before the prune" if pruned else "trained", before, 1, marks=True))
-    high = max(value for line in series for _, value in line.points if math.isfinite(value))
+    high = max((value for line in series for _, value in line.points if math.isfinite(value)), default=None)
+    if high is None:
+        return []
     svg = line_chart(
         series,
         x_label="training tokens",
@@ -99,7 +101,7 @@ def masks(run: RunData) -> list[Picture]:
 def masked_weights(run: RunData) -> list[Picture]:
     """The histogram of masked magnitudes over the evaluations."""
     rows = [row for row in run.evaluations if "masked_histogram" in row]
-    if len(rows) < 2 or not any(sum(row["masked_histogram"][1:]) for row in rows):
+    if len(rows) < 2:
         return []
     totals = [max(1, sum(row["masked_histogram"])) for row in rows]
     shares = {
@@ -107,6 +109,8 @@ def masked_weights(run: RunData) -> list[Picture]:
         for i in range(1, len(HISTOGRAM_EDGES))
     }
     used = [i for i, share in shares.items() if share >= SMALLEST_SHARE]
+    if not used:
+        return []
     bins = [*range(used[-1], used[0] - 1, -1), 0]
     values = [[row["masked_histogram"][i] / total for row, total in zip(rows, totals)] for i in bins]
     labels = ["zero" if i == 0 else _decade(HISTOGRAM_EDGES[i - 1]) for i in bins]
