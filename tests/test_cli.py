@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from castlm.cli.main import Command, main
+from castlm.core.errors import DivergedError
 from tests.tiny import save_tiny
 
 ARGUMENTS = [["--help"], ["verify", "--help"], ["plan"], ["verify", "{model}"], ["verify", "{model}", "--json", "-"]]
@@ -37,6 +39,22 @@ def test_progress_that_nobody_reads_ends_a_run_as_sigpipe_does(tmp_path, text):
     done = castlm(arguments, model, stdout=subprocess.PIPE, stderr=writer)
     os.close(writer)
     assert (done.returncode, done.stdout) == (141, "")
+
+
+def test_a_deleted_working_folder_and_a_run_that_diverged_have_their_own_lines_and_codes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "the working folder no longer exists" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+
+    def diverge(self, arguments):
+        raise DivergedError("step 2: the loss is inf")
+
+    monkeypatch.setattr(Command, "run", diverge)
+    assert main(["verify", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "castlm: error: step 2: the loss is inf\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

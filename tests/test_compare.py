@@ -369,6 +369,20 @@ def test_structured_patterns_have_their_own_rivals(files, tmp_path, in_process):
 
 
 @pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("dense: {method: ste}", "variant dense: method = 'ste', but the name is the dense control's"),
+        ("dense: {method: cast}\nother: {method: dense}", "rename it"),
+        ('"": {method: ste}', "a variant without a name"),
+    ],
+)
+def test_names_that_no_variant_can_have_are_refused(text, reason, files, tmp_path):
+    (tmp_path / "variants.yaml").write_text(text)
+    with pytest.raises(InputError, match=reason):
+        Plan(command(files, tmp_path, variants=str(tmp_path / "variants.yaml")), str)
+
+
+@pytest.mark.parametrize(
     ("over", "reason"),
     [
         ({"methods": "cast,stee"}, "no method stee"),

@@ -92,6 +92,12 @@ def test_families_without_a_config_for_it_are_refused_by_name(family, text):
     check_cut(model_of(family), Pattern.parse("2:4"))
 
 
+def test_a_short_context_is_no_obstacle(tmp_path):
+    model = tiny_model("gpt2", n_positions=32)
+    linearize_(model)
+    assert exported(model, "channels:0.5", tmp_path / "cut")["cut"]["logits_moved"] <= TOLERANCE
+
+
 def test_a_block_whose_units_stay_dense_is_refused():
     with pytest.raises(InputError, match="each of the 2 transformer blocks"):
         check_cut(model_of("llama"), Pattern.parse("channels:0.5"), lambda module, fqn: "layers.0." in fqn)
@@ -110,6 +116,14 @@ def folders(tmp_path_factory):
     for text in ("channels", "heads"):
         exported(load_model(str(dense)).model, f"{text}:0.5", root / text)
     return root
+
+
+@pytest.mark.parametrize("kind", ["channels", "heads"])
+def test_verify_takes_a_base_whose_config_leaves_a_size_to_its_default(kind, folders, tmp_path):
+    config = json.loads((folders / "dense" / "config.json").read_text())
+    config.pop("head_dim")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["verify", str(folders / kind), "--base", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("kind", ["channels", "heads"])

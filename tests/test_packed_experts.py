@@ -53,6 +53,19 @@ def test_packing_and_unpacking_give_the_same_files(folders, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_experts_in_some_blocks_only_are_packed(tmp_path):
+    model = tiny_model("qwen3_moe", mlp_only_layers=[0])
+    linearize_experts_(model)
+    prune_(model)
+    left_dense = sparse_linears(model)[1]
+    export_model(model, tiny_tokenizer(), tmp_path / "plain", pattern="2:4", left_dense=left_dense, record={})
+    pack_folder(tmp_path / "plain", tmp_path / "packed")
+    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @needs_kernels
 def test_the_kernels_compute_what_transformers_does(folders):
     plain, packed = folders

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from castlm import hardware
 from castlm.cli.main import main
 from castlm.cli.train import parse_train
-from castlm.core.errors import InputError
+from castlm.core.errors import DivergedError, InputError
 from castlm.core.pattern import Pattern
 from castlm.core.sparsify import weight_parameter
 from castlm.data.tokens import token_ids
@@ -190,7 +190,7 @@ def test_nan_loss_stops_and_keeps_the_checkpoint(llama, text, tmp_path, monkeypa
         original(self)
 
     monkeypatch.setattr(Run, "train_step", poisoned)
-    with pytest.raises(InputError, match=r"step 4: the loss is nan.*step-00000002"):
+    with pytest.raises(DivergedError, match=r"step 4: the loss is nan.*step-00000002"):
         train(small(llama, text, tmp_path / "run", save_steps=2))
     assert list(checkpoint_steps(tmp_path / "run" / "checkpoints")) == [2]
     assert not (tmp_path / "run" / "model").exists()

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import NamedTuple, TextIO
 
-from castlm.core.errors import InputError
+from castlm.core.errors import DivergedError, InputError
 from castlm.names import printable
 from castlm.signals import TERMINATED, ending_on_sigterm
 
@@ -89,9 +89,13 @@ def _check_utf8(arguments: list[str]) -> None:
     """Refuses names that are not UTF-8: JSON, YAML and safetensors cannot record them, so a run would fail at its end.
 
     Raises:
-        InputError: an argument or the working folder holds bytes that are not UTF-8.
+        InputError: an argument or the working folder holds bytes that are not UTF-8, or that folder was deleted.
     """
-    for name, what in [*((argument, "the argument") for argument in arguments), (os.getcwd(), "the working folder")]:
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:
+        raise InputError("the working folder no longer exists: change to one that does") from None
+    for name, what in [*((argument, "the argument") for argument in arguments), (folder, "the working folder")]:
         try:
             name.encode()
         except UnicodeEncodeError:
@@ -161,7 +165,7 @@ def _main(arguments: list[str]) -> int:
         if isinstance(error, BrokenPipeError) or _is_output_full(error) or os.environ.get("CASTLM_TRACEBACK"):
             raise
         _complain(_describe(error))
-        return 2
+        return 1 if isinstance(error, DivergedError) else 2
     except KeyboardInterrupt:
         print("castlm: stopped", file=sys.stderr)
         return 130

@@ -113,6 +113,8 @@ class Plan:
                     raise InputError(
                         f"{command.variants}: variant {name} is not a mapping: write `{name}: {{eta: 0.5}}`"
                     )
+                if not str(name).strip():
+                    raise InputError(f"{command.variants} has a variant without a name: give it one")
                 start = variants.get(name, {"method": name if name in known else "cast"})
                 variants[name] = {**start, **flatten(fields or {}, f"{command.variants}: variant {name}")}
         for name, fields in variants.items():
@@ -120,6 +122,8 @@ class Plan:
                 raise InputError(f"variant {name}: method = {fields['method']!r} is not text: use {', '.join(known)}")
             if taken := [option for option in _OF_COMPARE if option in fields]:
                 raise InputError(f"variant {name} sets {taken[0]}, which castlm compare sets for each run: take it out")
+        if (method := variants.get("dense", {"method": "dense"})["method"]) != "dense":
+            raise InputError(f"variant dense: method = {method!r}, but the name is the dense control's: rename it")
         if all(fields["method"] != "dense" for fields in variants.values()):
             variants["dense"] = {"method": "dense"}
         return variants

@@ -25,7 +25,7 @@ from castlm.core.checks import (
     check_sparse_parameter,
 )
 from castlm.core.decay import DECAYS
-from castlm.core.errors import InputError
+from castlm.core.errors import DivergedError, InputError
 from castlm.core.masks import pack_mask, unpack_mask
 from castlm.core.moments import from_codes, new_moments
 from castlm.core.pattern import NM, Pattern, as_pattern
@@ -254,7 +254,7 @@ class AdamS(Optimizer):
         masks = [[local(self.state[p]["mask"]) for p in unit] for unit in units]
         self._flips, has_nan = group["pattern"].refresh_(weights, masks, bool(self._fused))
         if has_nan:
-            raise InputError(
+            raise DivergedError(
                 "a sparse weight is NaN, so the run has diverged: resume from a checkpoint with a lower learning rate"
             )
 

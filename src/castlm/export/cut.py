@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from castlm.architecture import eval_mode, linearize_
+from castlm.architecture import context_length, eval_mode, linearize_
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears, transformer_blocks
@@ -117,7 +117,8 @@ def _small_state(model: PreTrainedModel, pattern: Pattern, outer: Structured) ->
 
 def _logits_moved(model: PreTrainedModel, small: PreTrainedModel) -> float:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, _PROBE_TOKENS), generator=generator).to(model.device)
+    length = min(_PROBE_TOKENS, context_length(model.config) or _PROBE_TOKENS)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
 
     def logits(of: nn.Module) -> Tensor:
         with eval_mode(of):

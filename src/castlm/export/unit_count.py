@@ -74,9 +74,10 @@ def base_config(
     if not file.is_file():
         raise InputError(f"--base {base} has no config.json: name the folder of the dense model")
     found = read_json_object(file)
+    resolved = {**found, **sizes_of(pattern, found)}
     for name, size in ({name: config.get(name) for name in _SAME} | sizes).items():
-        if found.get(name) != size:
-            raise InputError(f"--base {base} has {name} {found.get(name)}, and the model {size}: it is not its base")
+        if resolved.get(name) != size:
+            raise InputError(f"--base {base} has {name} {resolved.get(name)}, and the model {size}: it is not its base")
     return found, base
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from castlm.architecture import vocab_size
 from castlm.core.adams import AdamS
 from castlm.core.decay import decay_alpha
-from castlm.core.errors import InputError
+from castlm.core.errors import DivergedError, InputError
 from castlm.core.pattern import Pattern
 from castlm.core.shards import local
 from castlm.core.sparsify import dense_name
@@ -167,7 +167,7 @@ class Run:
         grad_norm = self._clip()
         if not np.isfinite([total, grad_norm]).all():
             self.saver.finish()
-            raise InputError(self._diverged(total, grad_norm))
+            raise DivergedError(self._diverged(total, grad_norm))
         self.method.before_update(step)
         with self.self_check.around_step(step, self.method.mask_interval):
             self.optimizer.step()
