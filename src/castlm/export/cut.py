@@ -88,7 +88,7 @@ def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel
     config = copy.deepcopy(model.config)
     for name, value in after.items():
         setattr(config, name, value)
-    with torch.random.fork_rng():  # its random weights are replaced
+    with torch.random.fork_rng(devices=[]):  # its random weights are replaced
         small = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     linearize_(small)
     small.load_state_dict(_small_state(model, pattern, outer))

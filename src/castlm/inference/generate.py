@@ -179,7 +179,7 @@ def generate_text(
     ids = input_ids.to(model.device)
     dtypes = {name: model.dtype if t.is_floating_point() else t.dtype for name, t in (images or {}).items()}
     beside = {name: t.to(ids.device, dtypes[name]) for name, t in (images or {}).items()}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
         torch.manual_seed(seed)
         output = model.generate(
             input_ids=ids,
