@@ -74,6 +74,18 @@ def test_tokens_are_those_of_transformers_under_every_option(options):
     assert torch.equal(generate(model, True, **options), generate(model, False, **options))
 
 
+def test_the_packed_table_refuses_other_ids_and_is_traced():
+    model = tiny_model("llama", tie_word_embeddings=True)
+    prune_(model)
+    pack_model_(model)
+    table = model.get_input_embeddings()
+    found = torch.compile(table, fullgraph=True, backend="eager")(IDS)
+    assert torch.equal(found, table(IDS))
+    for wrong in (-1, table.spec.rows):
+        with pytest.raises(IndexError, match=f"the table has {table.spec.rows} rows"):
+            table(torch.tensor([[wrong]]))
+
+
 def test_a_dense_model_on_the_kernels_decodes_too():
     model = packed_model("llama", 0, 0)
     assert torch.equal(generate(model, True), generate(model, False))

@@ -238,9 +238,9 @@ def _row(shape: Shape, count: int, formats: Sequence[Format], timed: Seconds, to
 
 
 def _notes(device: Device, formats: Sequence[Format], measured: bool, num_expert_weights: int) -> list[str]:
-    notes = (
-        [f"The {num_expert_weights:,} weights of the experts are not in these figures."] if num_expert_weights else []
-    )
+    notes = []
+    if num_expert_weights:
+        notes.append(f"The {num_expert_weights:,} weights of the experts are not in these figures.")
     if measured:
         return [*notes, f"Times: measured here ({device.source})."]
     notes += [f"Times: a roofline of {device.source}; attention, norms and caches are left out."]

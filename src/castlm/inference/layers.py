@@ -138,8 +138,10 @@ class PackedEmbedding(PackedModule):
         dtype = _TABLE_DTYPES[spec.values]
         num_tiles = -(-spec.rows // _TILE_ROWS)
         end = _HEADER_BYTES + num_tiles * _TILE_ROWS * blocks * _BLOCK * dtype.itemsize
-        if input_ids.numel() and not (input_ids.min() >= 0 and input_ids.max() < spec.rows):
-            raise IndexError(f"token ids from {input_ids.min()} to {input_ids.max()}: the table has {spec.rows} rows")
+        if input_ids.numel() and not torch.compiler.is_compiling():  # a graph has no branch for it
+            low, high = (int(bound) for bound in input_ids.aminmax())
+            if low < 0 or high >= spec.rows:
+                raise IndexError(f"token ids from {low} to {high}: the table has {spec.rows} rows")
         table = self.packed[_HEADER_BYTES:end].view(dtype).view(num_tiles, blocks, _TILE_ROWS, _BLOCK)
         rows = table[input_ids // _TILE_ROWS, :, input_ids % _TILE_ROWS]  # (..., blocks, 64)
         found = rows.flatten(-2)[..., : spec.columns].to(self.dtype)
