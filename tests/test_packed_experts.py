@@ -18,7 +18,7 @@ from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
 from castlm.inference import native
-from castlm.inference.format import PackedSpec, read_specs
+from castlm.inference.format import FILE, PackedSpec, read_specs, to_metadata
 from castlm.models import load_model
 from tests.tiny import EXPERTS, tiny_model, tiny_tokenizer
 
@@ -64,6 +64,16 @@ def test_experts_in_some_blocks_only_are_packed(tmp_path):
     one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "again"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+    report = verify(tmp_path / "packed")
+    assert report.ok
+    assert report.compared_with == "transformers"
+
+    file, lacking = tmp_path / "packed" / FILE, "model.layers.1.mlp.experts.2.up_proj"
+    kept = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(f"{lacking}.")}
+    specs = {name: spec for name, spec in read_specs([file]).items() if name != lacking}
+    save_file(kept, file, metadata={"format": "pt", **to_metadata(specs)})
+    with pytest.raises(InputError, match="experts"):
+        verify(tmp_path / "packed")
 
 
 @needs_kernels

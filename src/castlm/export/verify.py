@@ -21,7 +21,7 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
 from castlm.export.cut_sizes import cut_pattern
 from castlm.export.folder import is_packed, read_config, stored_tensors
-from castlm.export.layers import FAMILIES, check_layers
+from castlm.export.layers import check_layers
 from castlm.export.packed_count import count_packed_layer, take_packed
 from castlm.export.report import LayerReport, VerifyReport
 from castlm.export.unit_count import base_config, count_tiles, count_units, groups_of, tiles_of
@@ -134,8 +134,6 @@ def _compare_layers(
                 ".safetensors file by its own path"
             )
         described = bool(config) and (path.is_dir() or path.name == "model.safetensors")
-        if is_packed(config) and config.get("model_type") not in FAMILIES:
-            described = False  # transformers would ask for the weights under their own names
         return check_layers(path, tensors, config, trust_config=described)
     if missing := sorted(set(known_layers) - tensors.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -70,6 +70,7 @@ class CastlmQuantizer(HfQuantizer):
 
     def update_device_map(self, device_map: Any) -> Any:
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        self.is_meta = all(str(device) == "meta" for device in devices)
         self.on_cpu = all(_is_cpu(device) for device in devices)
         if self.on_cpu and native.kernels() is None:
             logger.warning(f"castlm unpacks the weights, for {native.NOT_BUILT}")
@@ -138,6 +139,8 @@ class CastlmQuantizer(HfQuantizer):
         if not self.unpacks:
             take_stacks_apart_(model)
             onto_kernels_(model, self.dtype)
+            return model
+        if self.is_meta:  # `castlm verify` asks which weights are missing, and there are no values to unpack
             return model
         unpack_experts_(model, self.dtype)
         for path, module in [*model.named_modules()]:
