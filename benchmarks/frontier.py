@@ -40,8 +40,9 @@ from castlm.evaluation.zero_shot import zero_shot
 from castlm.inference.convert import onto_kernels_, pack_model_
 from castlm.inference.decode import greedy
 from castlm.inference.layers import pack_linear
-from castlm.inference.packed import kept_mask, pack_integers, round_to_int8
+from castlm.inference.packed import kept_mask, pack_integers
 from castlm.inference.quantize import QuantizeReport, quantize_
+from castlm.inference.rounding import round_rows
 from castlm.models import Loaded, load_model, parameters_in, save_model
 from castlm.oneshot.prune import prune_oneshot_
 
@@ -121,8 +122,7 @@ def rounded(model: PreTrainedModel, values: str, calibration: Tensor) -> tuple[P
 def round_head_(model: PreTrainedModel) -> None:
     """Rounds the head, and the embedding tied to it, to int8, in fp32."""
     table = model.get_output_embeddings().weight
-    codes, scales = round_to_int8(table.data)
-    table.data = codes.float() * scales
+    table.data = round_rows(table.data, "int8").dequantized()
 
 
 def onto_kernels(model: PreTrainedModel, form: Format, sparse: bool, report: QuantizeReport | None) -> None:

@@ -32,7 +32,8 @@ from castlm.inference.convert import pack_model_
 from castlm.inference.decode import greedy
 from castlm.inference.format import PackedSpec
 from castlm.inference.op import packed_linear
-from castlm.inference.packed import PackedTensor, pack, pack_integers, round_to_int8
+from castlm.inference.packed import PackedTensor, pack, pack_integers
+from castlm.inference.rounding import round_rows
 from castlm.models import load_model, save_model
 
 SHAPES = [(1536, 576), (4096, 4096)]
@@ -61,7 +62,8 @@ def torch_copies(weight: Tensor) -> Callable[[Tensor], Tensor]:
 def linear_times(shape: tuple[int, int], clock: str) -> Times:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     sparse = weight.masked_fill(~nm_mask(weight), 0.0)
-    codes, scales = round_to_int8(weight)
+    rounded = round_rows(weight, "int8")
+    codes, scales = rounded.codes, rounded.scales
     contestants = {
         "2:4 bf16": packed_copies(pack(sparse.bfloat16(), 2, 4)),
         "dense bf16": packed_copies(PackedTensor(PackedSpec(*shape, 0, 0, "bf16"), weight.bfloat16(), None, None)),

@@ -139,6 +139,11 @@ def test_off_changes_nothing():
     assert torch.equal(logits(model), before)
 
 
+def test_a_rotation_takes_at_least_one_step():
+    with pytest.raises(InputError, match="rotation_iterations = 0 is out of range: it must be at least 1"):
+        change_basis_(tiny_model("llama"), TOKENS, BasisOptions(rotation_iterations=0))
+
+
 @pytest.mark.parametrize("rotate", ["values", "residual"])
 def test_a_change_that_moves_the_outputs_is_undone_and_said(rotate, monkeypatch):
     monkeypatch.setattr(basis, "TOLERANCE", -1.0)  # nothing is within it

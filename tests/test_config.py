@@ -162,6 +162,9 @@ def test_a_python_call_is_checked_like_a_file():
         ({"temperature": 2.0, "teacher_top_k": 8, "eta": 0.0}, ["temperature", "teacher_top_k"]),
         ({"eval_fraction": 0.5, "eval_dataset": "e"}, ["eval_fraction"]),
         ({"calibration_sequences": 9, "init_from": "some/model"}, ["calibration_sequences"]),
+        ({"permute": False, "refit_iterations": 5, "init_from": "some/model"}, ["permute", "refit_iterations"]),
+        ({"permute": False, "refit_iterations": 5, "pattern": "channels:0.5"}, ["permute"]),
+        ({"permute": False, "refit_iterations": 5}, []),
         ({"scale_groups": 0, "pattern": "4:8", "method": "dense"}, ["scale_groups", "pattern"]),
     ],
 )

@@ -228,10 +228,10 @@ def test_layers_that_are_not_found_on_disk_are_rejected(tmp_path, monkeypatch):
 
 def test_equal_in_bits():
     zeros = torch.zeros(4)
-    assert hf._equal_in_bits(zeros, torch.zeros(8)[::2])
-    assert hf._equal_in_bits(zeros[0], zeros[1])  # 0-dimensional
+    assert hf.equal_in_bits(zeros, torch.zeros(8)[::2])
+    assert hf.equal_in_bits(zeros[0], zeros[1])  # 0-dimensional
     for other in (-zeros, torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32), torch.zeros(5)):
-        assert not hf._equal_in_bits(zeros, other)
+        assert not hf.equal_in_bits(zeros, other)
 
 
 def test_an_error_in_the_proof_keeps_the_result(tmp_path):

@@ -244,7 +244,7 @@ def test_a_layer_multiplies_as_the_one_it_replaces():
     layer = torch.nn.Linear(96, 20)
     layer.weight.data = layer.weight.data.masked_fill(~nm_mask(layer.weight), 0.0)
     made = pack_linear(layer, pack(layer.weight.detach(), 2, 4))
-    prepare_layers_([made])
+    prepare_layers_({"made": made})
     x = torch.randn(2, 7, 96)
     torch.testing.assert_close(made(x), layer(x))
     assert dict(made.named_buffers()).keys() == {"packed"}  # the stored tensors are gone
@@ -256,7 +256,7 @@ def test_an_embedding_looks_up_what_the_head_multiplies_by(values):
     table, head = PackedEmbedding(packed.spec, torch.float32), PackedLinear(packed.spec)
     for suffix, tensor in packed.tensors().items():
         setattr(table, suffix, tensor)
-    prepare_layers_([table])
+    prepare_layers_({"table": table})
     head.share_(table.packed)
     ids = torch.tensor([[0, 36, 5], [17, 17, 31]])
     assert torch.equal(table(ids), unpack(packed)[ids].float())

@@ -25,10 +25,11 @@ from castlm.core.errors import InputError
 from castlm.export.packed import pack_folder
 from castlm.inference import generate, native
 from castlm.inference.convert import pack_model_
+from castlm.inference.format import FILE, read_specs, to_metadata
 from castlm.inference.layers import PackedEmbedding, PackedLinear
 from castlm.models import load_model
 from tests.test_packed import change, flip_bit, pruned_folder
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, save_tiny
 
 IDS = torch.tensor([[5, 80, 200, 13, 99, 100]])
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
@@ -117,6 +118,28 @@ def test_without_kernels_weights_are_unpacked_and_it_is_said(folders, monkeypatc
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     plain = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
     assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    assert not model.is_quantized  # it is a dense model: it trains, casts and saves as one
+    assert model.half().dtype == torch.float16
+
+
+@needs_kernels
+def test_tables_that_scale_what_they_look_up_stay_in_fp32(tmp_path):
+    model = load_model(save_tiny(tmp_path, "gemma", tie_word_embeddings=True)).model
+    plain = model(IDS).logits
+    pack_model_(model, 0, 0)
+    assert model(IDS).logits.dtype == torch.float32
+    torch.testing.assert_close(model(IDS).logits, plain, rtol=0.02, atol=0.02)
+
+
+@needs_kernels
+def test_a_damaged_layer_is_named(tmp_path):
+    pack_folder(pruned_folder(tmp_path / "source"), tmp_path / "packed")
+    file = tmp_path / "packed" / FILE
+    tensors, specs = load_file(file), read_specs([file])
+    tensors["model.layers.1.mlp.up_proj.values"][3, 5] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt", **to_metadata(specs)})
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj: .*NaN"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
 
 def test_load_model_unpacks(folders):

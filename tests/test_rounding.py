@@ -5,7 +5,7 @@ import torch
 
 from castlm.core.errors import InputError
 from castlm.core.pattern import nm_mask
-from castlm.inference.rounding import GROUP, Rounded, round_int4, round_rows
+from castlm.inference.rounding import INT4_GROUP, Rounded, round_int4, round_rows
 
 
 def sparse_weight(rows=24, columns=160, seed=0):
@@ -26,7 +26,7 @@ def plain_gptq(weight, hessian, scales, damping=0.01):
     upper = torch.linalg.cholesky(torch.linalg.inv(hessian.double()), upper=True)
     left, kept, codes = weight.double().clone(), weight != 0, torch.zeros_like(weight, dtype=torch.int8)
     for j in range(weight.shape[1]):
-        scale = scales[:, j // GROUP].double()
+        scale = scales[:, j // INT4_GROUP].double()
         code = (left[:, j] / scale).round().clamp(-8, 7) * kept[:, j]
         codes[:, j] = code.to(torch.int8)
         error = (left[:, j] - code * scale) / upper[j, j]

@@ -117,6 +117,9 @@ def test_utilization_counts_the_matrices_once_and_needs_a_known_peak(llama, text
     for name, peak in {
         "NVIDIA L40": 181e12,
         "NVIDIA L4": 121e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA GH200 480GB": 989.4e12,
+        "NVIDIA GeForce RTX 4090 Laptop GPU": None,
         "NVIDIA A10G": None,
         "NVIDIA RTX A1000": None,
     }.items():

@@ -95,6 +95,11 @@ def test_a_tracker_that_is_missing_or_fails_is_one_line(clients, tmp_path, monke
     monkeypatch.setattr(clients["trackio"], "init", lambda **_: 1 / 0)
     with pytest.raises(InputError, match="report_to trackio: division by zero; report_to none does without"):
         open_trackers(["trackio"], TrackedRun(tmp_path, {}, 0))
+    closed = []
+    monkeypatch.setattr(trackers.TensorBoard, "close", lambda self: closed.append(self))
+    with pytest.raises(InputError, match="report_to trackio"):
+        open_trackers(["tensorboard", "trackio"], TrackedRun(tmp_path, {}, 0))
+    assert len(closed) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- hub

@@ -33,7 +33,7 @@ class AdviseCommand:
     """What the model is served in now; every format is compared with it."""
 
     device: str = "this"
-    """a100, a100-pcie, h100, h100-pcie, h200, b200, rtx4090, or "this" for the one at hand."""
+    """A GPU such as h100, a100-40gb, l40s or rtx4090 (an unknown name lists all), or "this" for the one at hand."""
 
     measure: bool = False
     """Time the layers on the device at hand instead of estimating them."""

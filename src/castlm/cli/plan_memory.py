@@ -76,7 +76,7 @@ class MemoryCommand:
     """With --prune, what is held: the whole model, or one transformer block."""
 
     gpu: str | None = None
-    """Card that the run should fit on: H100-80GB, A100-80GB, ..., or a number of GiB."""
+    """Card that the run should fit on: h100, a100, ..., or a number of GiB."""
 
     def run(self) -> int:
         from castlm.planning.memory import plan_memory
@@ -134,14 +134,15 @@ class MemoryCommand:
 
 def _gib(card: str) -> float:
     """The memory of a card, by its name or as a number of GiB."""
-    from castlm.planning.memory import GPUS
+    from castlm.inference.devices import DEVICES
 
+    known = {name: device.memory_gib for name, device in DEVICES.items() if device.memory_gib is not None}
     try:
-        gib = GPUS[card] if card in GPUS else float(card)
+        gib = known[card] if card in known else float(card)
     except ValueError:
         gib = math.nan
     if not 0 < gib < math.inf:
-        raise InputError(f"there is no card {card!r}: use one of {', '.join(GPUS)}, or a number of GiB")
+        raise InputError(f"there is no card {card!r}: use one of {', '.join(known)}, or a number of GiB")
     return gib
 
 

@@ -196,12 +196,11 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         keep_freed_memory()
         # Solvers and changes of basis compute in fp32; magnitude alone needs no more than what is stored.
         held = None if text is None else torch.float32
-        refinements = part_of(self, Refinements).for_solver(method, pattern)
+        refinements, basis_options = part_of(self, Refinements).for_solver(method, pattern), part_of(self, BasisOptions)
         refinements.check()  # before the work, as the two below
+        basis_options.check()
         if not 0 <= self.damping <= 1:
             raise InputError(f"damping = {self.damping} is out of range: it must be between 0 and 1")
-        if self.rotation_iterations < 1:
-            raise InputError(f"rotation_iterations = {self.rotation_iterations} is out of range: it must be at least 1")
         loaded = load_model(self.model, dtype=held, trust_remote_code=self.trust_remote_code, revision=self.revision)
         check_cut(loaded.model, pattern)
         _, left_dense = sparse_linears(loaded.model, pattern)
@@ -210,9 +209,8 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         basis = None
         if blocks is not None:
             with shown_progress("changing the basis, steps") as progress:
-                options = part_of(self, BasisOptions)
                 basis = change_basis_(
-                    loaded.model, blocks, options, images=images, pattern=pattern, say=note, progress=progress
+                    loaded.model, blocks, basis_options, images=images, pattern=pattern, say=note, progress=progress
                 )
         with shown_progress(f"{method}, blocks") as progress:
             report = prune_oneshot_(
@@ -269,14 +267,14 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             )
         loaded, checkpoint = opened
         partial = partial_folder(folder)
+        if any(isinstance(module, ExpertLinear) for module in loaded.model.modules()):
+            raise InputError(f"{self.model} has experts, of which a block holds many: use memory model")
+        if is_vision_language(loaded.model.config):
+            raise InputError(f"{self.model} stores its layers under other names than it loads: use memory model")
         with continued(partial, "prune"):
             blocks, _, calibration = self._calibration(loaded.model, loaded.tokenizer, text)
             dtype = save_dtype(self.save_dtype, loaded.dtype)
             places = [place for place in checkpoint.places.values() if isinstance(place, Place)]
-            if any(isinstance(module, ExpertLinear) for module in loaded.model.modules()):
-                raise InputError(f"{self.model} has experts, of which a block holds many: use memory model")
-            if is_vision_language(loaded.model.config):
-                raise InputError(f"{self.model} stores its layers under other names than it loads: use memory model")
             files = sorted({place.file for place in places})
             run = BlockPrune(
                 loaded.model,
@@ -319,6 +317,8 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         self, method: str, report: OneshotReport, basis: BasisReport | None, calibration: dict[str, Any]
     ) -> dict[str, Any]:
         """The content of castlm.json that is this command's."""
+        from castlm.oneshot.report import few_experts_record
+
         return {
             "base_model": self.model,
             "method": method,
@@ -326,12 +326,14 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             "basis": None if basis is None else basis.as_dict(),
             "prune_seconds": round(report.seconds, 2),
             **report.damping_record(),
-            **report.experts_record(),
+            **few_experts_record(report.few_experts),
         }
 
     def _say_done(self, folder: Path, method: str, report: OneshotReport) -> int:
-        if report.num_few_experts:
-            print(report.few_note())
+        from castlm.oneshot.report import few_experts_note
+
+        if report.few_experts:
+            print(few_experts_note(report.few_experts))
         if report.raised_damping:
             print(f"{report.damping_note()}: castlm.json lists them")
         measure = f"castlm eval {shlex.quote(str(folder))} --text FILE"

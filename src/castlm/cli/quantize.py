@@ -75,6 +75,9 @@ class QuantizeCommand:
     damping: float = 0.01
     """int4: share of the mean diagonal that is added to the Hessian."""
 
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto uses CUDA if there is a GPU."""
+
     save_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
     """What the dequantized values are written in; source: what the model is stored in."""
 
@@ -88,7 +91,7 @@ class QuantizeCommand:
         from castlm.data.documents import open_documents
         from castlm.export.folder import read_manifest
         from castlm.export.unit_count import groups_of
-        from castlm.hardware import keep_freed_memory
+        from castlm.hardware import choose_device, keep_freed_memory
         from castlm.output import claimed
 
         keep_freed_memory()
@@ -110,10 +113,11 @@ class QuantizeCommand:
         pattern = groups_of(Pattern.parse(text))
         if pattern is None:
             raise InputError(f"{self.model} is {text}, which has no n:m to keep: pass --pattern of an n:m model")
+        device = choose_device(self.device)
         documents = None if self.calibration is None else open_documents(self.calibration, column=self.column)
         inputs = {"model": source, "calibration": self.calibration}
         with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
-            return self._quantize(source, manifest, pattern, documents, folder)
+            return self._quantize(source, manifest, pattern, documents, folder, device)
 
     def _quantize(
         self,
@@ -122,6 +126,7 @@ class QuantizeCommand:
         pattern: NM,
         documents: Documents | HubDocuments | None,
         folder: Path,
+        device: str,
     ) -> int:
         import torch
 
@@ -131,7 +136,8 @@ class QuantizeCommand:
         from castlm.files import atomic_dir
         from castlm.inference.quantize import quantize_, stored_layers
         from castlm.models import load_model, save_dtype
-        from castlm.progress import shown_progress
+        from castlm.oneshot.report import few_experts_note
+        from castlm.progress import note, shown_progress
 
         # GPTQ computes in fp32; rounding by rows takes fp32 a layer at a time, and what is written is the same.
         held = None if self.kind != "int4" and self.save_dtype == "source" else torch.float32
@@ -141,8 +147,12 @@ class QuantizeCommand:
         left_dense |= manifest.get("left_dense", {})
         _check_pattern(self.model, layers, pattern, left_dense)
         blocks, text = self._calibration(loaded, documents)
+        loaded.model.to(device)
         with shown_progress(f"{self.kind}, {'blocks' if blocks is not None else 'layers'}") as progress:
             report = quantize_(loaded.model, self.kind, calibration=blocks, damping=self.damping, progress=progress)
+        loaded.model.to("cpu")
+        if report.few_experts:
+            note(few_experts_note(report.few_experts))
         quantized = {"source": self.model, **report.record(), **text}
         passed_on = {key: value for key, value in manifest.items() if key not in _NOT_PASSED_ON}
         with contextlib.ExitStack() as stack:

@@ -68,16 +68,15 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "weight_decay": (lambda v: _is_number(v) and v >= 0, "a finite number >= 0"),
     "total_steps": (lambda v: _is_count(v, 1), "an integer >= 1"),
     "mask_interval": (lambda v: _is_count(v, 0), "an integer >= 0"),
-    "decay": (lambda v: isinstance(v, str) and v in DECAYS, "one of {}"),
+    "decay": _one_of(DECAYS),
     "decay_end": (lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
-    "second_moment": (lambda v: isinstance(v, str) and v in SECOND_MOMENTS, "one of {}"),
-    "moments": (lambda v: isinstance(v, str) and v in MOMENTS, "one of {}"),
+    "second_moment": _one_of(SECOND_MOMENTS),
+    "moments": _one_of(MOMENTS),
     "sparse": (lambda v: isinstance(v, bool), "True or False"),
     "pattern": (lambda v: isinstance(v, Pattern), "a pattern such as 2:4"),
     "units": (lambda v: v is None or isinstance(v, list | tuple), "None, or lists of positions in params"),
 }
 """Per option of a parameter group: whether a value is allowed, and what is."""
-_NAMES = {"decay": DECAYS, "second_moment": SECOND_MOMENTS, "moments": MOMENTS}
 
 
 def check_keys(group: Mapping[str, Any]) -> None:
@@ -91,7 +90,6 @@ def check_options(group: Mapping[str, Any]) -> None:
     """Raises `InputError` if an option of a parameter group is of the wrong type or out of range."""
     for name, (is_allowed, wanted) in _OPTIONS.items():
         if not is_allowed(group[name]):
-            wanted = wanted.format(", ".join(_NAMES.get(name, ())))
             raise InputError(f"AdamS: {name} = {group[name]!r} is not allowed: it must be {wanted}")
     if group["second_moment"] == "gradient" and DECAYS[group["decay"]].needs_lam:
         raise InputError(

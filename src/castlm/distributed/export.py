@@ -33,6 +33,7 @@ from castlm.distributed.world import World
 from castlm.export.hf import (
     EVAL_TOLERANCE,
     dtype_name,
+    equal_in_bits,
     new_manifest,
     rejected,
     verify_pattern,
@@ -194,7 +195,7 @@ def _verify_again(result: ShardedResult, folder: Path) -> tuple[str | None, dict
     theirs = dict(model.named_parameters(remove_duplicate=False))
     different = None
     for name, expected in _folded_rows(result):
-        if not torch.equal(expected.contiguous().view(torch.int32), local(theirs[name]).contiguous().view(torch.int32)):
+        if not equal_in_bits(expected, local(theirs[name])):
             different = f"{name} has other values in the files"
     different = next((failure for failure in result.world.gather(different) if failure), None)
     in_memory, from_disk = (result.measure(root) for root in (_in_fp32(result), root))

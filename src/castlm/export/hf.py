@@ -206,12 +206,13 @@ def _verify_equal(model: PreTrainedModel, loaded: PreTrainedModel) -> int:
     if ours.keys() != theirs.keys():
         raise InputError(f"the files hold other tensors: {', '.join(sorted(ours.keys() ^ theirs.keys())[:3])}")
     for name, tensor in ours.items():
-        if not _equal_in_bits(tensor, theirs[name]):
+        if not equal_in_bits(tensor, theirs[name]):
             raise InputError(f"{name} has other values in the files")
     return len(ours)
 
 
-def _equal_in_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def equal_in_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; -0.0 and +0.0 differ."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     flat = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (one, other))

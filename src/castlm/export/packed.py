@@ -27,7 +27,8 @@ from castlm.export.verify import verify
 from castlm.files import atomic_dir, atomic_write_json
 from castlm.inference import format
 from castlm.inference.format import PackedSpec
-from castlm.inference.packed import PackedTensor, equal_in_bits, pack, pack_integers, round_to_int8, unpack
+from castlm.inference.packed import PackedTensor, equal_as_packed, pack, pack_integers, unpack
+from castlm.inference.rounding import round_rows
 from castlm.reading import read_json_object, user_path
 
 Progress = Callable[[int, int], None]
@@ -117,10 +118,14 @@ def _packed_tensors(name: str, tensor: Tensor, plan: PackPlan, dtype: str | None
             packed = pack(weight, spec.n, spec.m, transposed=spec.transposed, experts=spec.experts)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
-        if not equal_in_bits(unpack(packed), weight):
+        if not equal_as_packed(unpack(packed), weight):
             raise InputError(f"{name} does not come back from its packed form: please report this")
     else:
-        packed = pack_integers(*round_to_int8(tensor), "int8", 0, 0)
+        try:
+            rounded = round_rows(tensor, "int8")
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+        packed = pack_integers(rounded.codes, rounded.scales, "int8", 0, 0)
     for suffix, part in packed.tensors().items():
         yield f"{stem(name)}.{suffix}", part
 
@@ -130,7 +135,7 @@ def _write_rest(source: Path, folder: Path, plan: PackPlan, n: int, m: int) -> N
     _copy_small_files(source, folder)
     config = read_json_object(source / "config.json")
     config["quantization_config"] = {
-        "quant_method": "castlm",
+        "quant_method": format.METHOD,
         "version": format.VERSION,
         "pattern": f"{n}:{m}",
         "weights": format.FILE if len(plan.files) == 1 else format.INDEX,

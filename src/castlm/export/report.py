@@ -166,10 +166,6 @@ class VerifyReport:
         lines += [self.hint] if self.hint else []
         return "\n".join([*map(printable, lines), self.summary()])
 
-    def table(self) -> None:
-        """Print `text()`."""
-        print(self.text())
-
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
     note = layer.problem or ""

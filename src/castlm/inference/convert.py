@@ -20,7 +20,8 @@ from castlm.inference.layers import (
     prepare_layers_,
     table_spec,
 )
-from castlm.inference.packed import VALUES, PackedTensor, pack, pack_integers, round_to_int8
+from castlm.inference.packed import VALUES, PackedTensor, pack, pack_integers
+from castlm.inference.rounding import round_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,8 @@ def pack_model_(
     head: str | None = None,
     filter_fn: Callable[[nn.Module, str], bool] = is_sparse_linear,
 ) -> list[str]:
-    """Replaces the linear layers of a model on a CPU by packed ones, and embedding and head by ones in `dtype`.
+    """Replaces the linear layers of a model on a CPU by packed ones, and embedding and head by ones in `dtype`
+    where they are plain layers of torch.
 
     The model computes in fp32 afterwards, and cannot be trained or saved.
 
@@ -65,6 +67,13 @@ def pack_model_(
         spec = PackedSpec(*weight.shape, 0, 0, VALUES[dtype])
         packed = pack(weight, n, m) if m else PackedTensor(spec, weight, None, None)
         model.set_submodule(name, pack_linear(layer, packed))
+    if can_pack_tables(model):
+        _cast_tables_(model, dtype)
+    onto_kernels_(model, torch.float32, head)
+    return names
+
+
+def _cast_tables_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = output is not None and output.weight is embedding.weight
     for table in (embedding, output):
@@ -72,8 +81,6 @@ def pack_model_(
             table.weight = nn.Parameter(table.weight.to(dtype), requires_grad=False)
     if tied:
         output.weight = embedding.weight
-    onto_kernels_(model, torch.float32, head)
-    return names
 
 
 def can_pack_tables(model: PreTrainedModel) -> bool:
@@ -106,7 +113,7 @@ def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype, head_as: str | Non
     elif plain and head is not None:
         model.set_output_embeddings(pack_linear(head, _packed_table(head.weight.detach(), head_as)))
     del embedding, head  # so that a table goes when its layer is prepared
-    prepare_layers_(module for module in model.modules() if isinstance(module, PackedModule))
+    prepare_layers_({name: module for name, module in model.named_modules() if isinstance(module, PackedModule)})
     if shared is not None:
         shared.share_(model.get_input_embeddings().packed)
         model.set_output_embeddings(shared)
@@ -114,5 +121,6 @@ def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype, head_as: str | Non
 
 def _packed_table(weight: torch.Tensor, as_values: str | None) -> PackedTensor:
     if as_values == "int8":
-        return pack_integers(*round_to_int8(weight), "int8", 0, 0)
+        rounded = round_rows(weight, "int8")
+        return pack_integers(rounded.codes, rounded.scales, "int8", 0, 0)
     return PackedTensor(table_spec(weight), weight, None, None)

@@ -23,7 +23,8 @@ def backend_for(dtype: str, device: torch.device) -> Cusparselt | CusparseltInt8
     """The backend of `to_semi_structured_`'s `dtype`.
 
     Raises:
-        InputError: another device than CUDA, one too old for 2:4 or for fp8, an unknown dtype, or no torchao.
+        InputError: another device than CUDA, one too old for 2:4 or for fp8, an unknown dtype, or no
+            cuSPARSELt or torchao.
     """
     if dtype not in ("same", "int8", "fp8"):
         raise InputError(f"dtype {dtype!r} is not known: choose same, int8 or fp8")
@@ -32,6 +33,10 @@ def backend_for(dtype: str, device: torch.device) -> Cusparselt | CusparseltInt8
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         raise InputError(f"{torch.cuda.get_device_name(device)} has no 2:4 tensor cores: they begin with Ampere")
+    if dtype != "fp8" and not torch.backends.cusparselt.is_available():
+        raise InputError(
+            f"this build of torch {torch.__version__} has no cuSPARSELt: install a CUDA wheel of pytorch.org"
+        )
     if dtype == "fp8":
         if capability != (9, 0):
             raise InputError(f"fp8 2:4 runs on Hopper, not on {torch.cuda.get_device_name(device)}: use int8 or same")
@@ -46,6 +51,10 @@ class _Cuda:
 
     def race(self, modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
         """Median seconds of CUDA graphs of one call each, A B A B, the cache flushed before every call."""
+        with torch.cuda.device(x.device):  # of events and graphs
+            return self._race(modules, x)
+
+    def _race(self, modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
         flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=x.device)
         graphs = {name: _captured(module, x) for name, module in modules.items()}
         times: dict[str, list[float]] = {name: [] for name in graphs}

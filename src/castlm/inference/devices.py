@@ -5,6 +5,7 @@ A roofline needs nothing else. How close real kernels come to these figures is i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -27,32 +28,77 @@ class Device:
     """The same with 2:4 weights, counted in the operations of the dense product; empty without hardware support."""
     source: str
     """Where the figures come from."""
+    cuda_name: str = ""
+    """A regular expression for the end of what `torch.cuda.get_device_name` calls it."""
+    memory_gib: float | None = None
+    """Memory that torch reports, in GiB; None where it is not known."""
 
 
-def _device(name: str, family: str, gigabytes: float, source: str, **tera: float) -> Device:
+def _device(
+    name: str,
+    family: str,
+    gigabytes: float,
+    source: str,
+    cuda_name: str,
+    memory_gib: float | None = None,
+    **tera: float,
+) -> Device:
     """Tensor cores of every NVIDIA device since Ampere do twice the dense operations with 2:4 weights."""
     peak = {dtype: value * 1e12 for dtype, value in tera.items()}
     sparse = {dtype: 2 * value for dtype, value in peak.items()}
-    return Device(name, family, gigabytes * 1e9, MappingProxyType(peak), MappingProxyType(sparse), source)
+    peaks = MappingProxyType(peak), MappingProxyType(sparse)
+    return Device(name, family, gigabytes * 1e9, *peaks, source, cuda_name, memory_gib)
 
 
-_A100 = "NVIDIA A100 Tensor Core GPU data sheet (80 GB)"
+_A100 = "NVIDIA A100 Tensor Core GPU data sheet"
 _H100 = "NVIDIA H100 Tensor Core GPU data sheet"
+_H200 = "NVIDIA H200 data sheet"
 _ADA = "NVIDIA Ada GPU Architecture white paper, fp32 accumulation"
+_OF_A100 = {"bf16": 312, "fp16": 312, "int8": 624}
+_OF_H100 = {"bf16": 989.4, "fp16": 989.4, "int8": 1978.9, "fp8": 1978.9}
+_OF_NVL = {"bf16": 835, "fp16": 835, "int8": 1671, "fp8": 1671}
 
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        _device("a100", "ampere", 2039, _A100, bf16=312, fp16=312, int8=624),
-        _device("a100-pcie", "ampere", 1935, _A100, bf16=312, fp16=312, int8=624),
-        _device("h100", "hopper", 3350, _H100, bf16=989.4, fp16=989.4, int8=1978.9, fp8=1978.9),
-        _device("h100-pcie", "hopper", 2000, _H100, bf16=756, fp16=756, int8=1513, fp8=1513),
-        _device("h200", "hopper", 4800, "NVIDIA H200 data sheet", bf16=989.4, fp16=989.4, int8=1978.9, fp8=1978.9),
-        _device("b200", "blackwell", 8000, "NVIDIA HGX B200 data sheet", bf16=2250, fp16=2250, int8=4500, fp8=4500),
-        _device("rtx4090", "ada", 1008, _ADA, bf16=165.2, fp16=165.2, int8=660.6, fp8=330.3),
+        _device("a100", "ampere", 2039, _A100, r"A100-SXM\d?-80GB$", 79.1, **_OF_A100),
+        _device("a100-pcie", "ampere", 1935, _A100, r"A100 80GB PCIe$", 79.1, **_OF_A100),
+        _device("a100-40gb", "ampere", 1555, _A100, r"A100-(SXM\d?|PCIE)-40GB$", 39.4, **_OF_A100),
+        _device("a10", "ampere", 600, "NVIDIA A10 data sheet", r"\bA10$", bf16=125, fp16=125, int8=250),
+        _device("h100", "hopper", 3350, _H100, r"H100 80GB HBM3$", 79.1, **_OF_H100),
+        _device("h100-pcie", "hopper", 2000, _H100, "H100 PCIe$", 79.1, bf16=756, fp16=756, int8=1513, fp8=1513),
+        _device("h100-nvl", "hopper", 3900, _H100, "H100 NVL$", **_OF_NVL),
+        _device("gh200", "hopper", 4000, "NVIDIA GH200 data sheet (96 GB)", r"GH200 (480|120)GB$", **_OF_H100),
+        _device("h200", "hopper", 4800, _H200, r"\bH200$", 139.8, **_OF_H100),
+        _device("h200-nvl", "hopper", 4800, _H200, "H200 NVL$", **_OF_NVL),
+        _device(
+            "b200",
+            "blackwell",
+            8000,
+            "NVIDIA HGX B200 data sheet",
+            r"\bB200$",
+            bf16=2250,
+            fp16=2250,
+            int8=4500,
+            fp8=4500,
+        ),
+        _device("l4", "ada", 300, "NVIDIA L4 data sheet", r"\bL4$", bf16=121, fp16=121, int8=242, fp8=242),
+        _device("l40", "ada", 864, "NVIDIA L40 data sheet", r"\bL40$", bf16=181, fp16=181, int8=362, fp8=362),
+        _device("l40s", "ada", 864, "NVIDIA L40S data sheet", r"\bL40S$", bf16=362, fp16=362, int8=733, fp8=733),
+        _device("rtx4090", "ada", 1008, _ADA, "RTX 4090$", 23.5, bf16=165.2, fp16=165.2, int8=660.6, fp8=330.3),
     )
 }
-"""The devices that `castlm advise` knows by name."""
+"""The devices that castlm knows by name."""
+
+
+def device_of(cuda_name: str) -> Device | None:
+    """The record of a GPU by what `torch.cuda.get_device_name` calls it; None without one.
+
+    Examples:
+        >>> device_of("NVIDIA A100-SXM4-80GB").name, device_of("NVIDIA GeForce RTX 4090 Laptop GPU")
+        ('a100', None)
+    """
+    return next((d for d in DEVICES.values() if d.cuda_name and re.search(d.cuda_name, cuda_name)), None)
 
 
 def find_device(name: str) -> Device:

@@ -7,7 +7,7 @@ then, after `prepare_`, the one buffer in the order in which this processor read
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -161,18 +161,20 @@ def table_spec(weight: Tensor) -> PackedSpec:
     return PackedSpec(rows, columns, 0, 0, VALUES[weight.dtype])
 
 
-def prepare_layers_(layers: Iterable[PackedModule]) -> None:
+def prepare_layers_(layers: Mapping[str, PackedModule]) -> None:
     """Makes the buffers of all layers in one allocation on huge pages, a layer at a time.
 
     Raises:
-        InputError: the kernels were not built, or a mask is damaged.
+        InputError: the kernels were not built, or a mask or a value of the named layer is damaged.
     """
-    layers = list(layers)
-    sizes = [-(-layer.num_bytes() // _ALIGNMENT) * _ALIGNMENT for layer in layers]
-    arena, offset = native.allocate(sum(sizes)), 0
-    for layer, size in zip(layers, sizes):
-        layer.prepare_(arena[offset : offset + layer.num_bytes()])
-        offset += size
+    sizes = {name: -(-layer.num_bytes() // _ALIGNMENT) * _ALIGNMENT for name, layer in layers.items()}
+    arena, offset = native.allocate(sum(sizes.values())), 0
+    for name, layer in layers.items():
+        try:
+            layer.prepare_(arena[offset : offset + layer.num_bytes()])
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        offset += sizes[name]
     native.return_freed_memory()
 
 

@@ -106,14 +106,6 @@ def pack_integers(
     return PackedTensor(spec, stored, pack_mask(mask) if m and mask is not None else None, scales)
 
 
-def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric rounding of a weight (out, in) to int8: codes, and a scale for each row, fp32 (out, 1)."""
-    wide = weight.float()
-    scales = wide.abs().amax(dim=1, keepdim=True) / 127
-    codes = (wide / scales.where(scales > 0, 1.0)).round().to(torch.int8)
-    return codes, scales
-
-
 def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
     """The weight (out, in): in the dtype of its values, or fp32 of integers; then cast to `dtype` where one is given.
 
@@ -139,7 +131,7 @@ def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
     return weight if dtype is None else weight.to(dtype)
 
 
-def equal_in_bits(one: Tensor, other: Tensor) -> bool:
+def equal_as_packed(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one dtype hold the same bits, -0.0 taken as +0.0."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False

@@ -22,8 +22,9 @@ from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.inference.rounding import KINDS, Rounded, round_int4, round_rows
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.inputs import ExpertInputs, LayerInput, check_plain_weights, see_inputs
+from castlm.oneshot.report import few_experts_record
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
-from castlm.oneshot.walk import BlockInputs, block_stack
+from castlm.oneshot.walk import walk
 
 
 @dataclass
@@ -32,14 +33,14 @@ class QuantizeReport:
 
     kind: str
     layers: dict[str, Rounded] = field(default_factory=dict)
-    """Codes and scales by layer, for a packed file; of experts by the layer's name and the number of each."""
+    """Codes and scales by layer, on the CPU; of experts by the layer's name and the number of each."""
     errors: dict[str, float] = field(default_factory=dict)
     """|X W^T - X W'^T|^2 / |X W^T|^2 on calibration text by layer; without text, |W - W'|^2 / |W|^2."""
     num_sequences: int = 0
     seq_len: int = 0
     seconds: float = 0.0
-    num_few_experts: int = 0
-    """The most experts of a block to which too few tokens were routed, and that have seen all tokens instead."""
+    few_experts: dict[str, int] = field(default_factory=dict)
+    """By layer, how many experts have seen all tokens of the text, because too few were routed to them."""
 
     @property
     def mean_error(self) -> float:
@@ -54,7 +55,7 @@ class QuantizeReport:
             "num_sequences": self.num_sequences,
             "seq_len": self.seq_len,
             "seconds": round(self.seconds, 2),
-            **({"experts_calibrated_on_all_tokens": self.num_few_experts} if self.num_few_experts else {}),
+            **few_experts_record(self.few_experts),
         }
 
 
@@ -107,10 +108,9 @@ def quantize_(
         for done, (layer_name, layer) in enumerate(layers.items(), 1):
             for name, weight in matrices(layer_name, layer).items():
                 rounded = _named(name, lambda weight=weight: round_rows(weight, kind))
-                new = _write(weight, rounded)
-                report.layers[name] = rounded
-                old_norm = new[0].square().sum()
-                report.errors[name] = float((new[1] - new[0]).square().sum() / old_norm) if old_norm > 0 else 0.0
+                old, new = _write(weight, rounded)
+                report.layers[name] = rounded.cpu()
+                report.errors[name] = _relative(new - old, old)
             if progress is not None:
                 progress(done, len(layers))
     report.seconds = time.perf_counter() - started
@@ -163,23 +163,15 @@ def _walk(
     report: QuantizeReport,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    stack, blocks = block_stack(model, layers)
-    inputs = BlockInputs(model, blocks, calibration)
-    for index in range(len(blocks)):
-        inside = {k: v for k, v in layers.items() if k.startswith(f"{stack}.{index}.")}
-        if inside:
-            for seen in see_inputs(inside, inputs, SOLVERS["sparsegpt"], len(calibration)):
-                entries = [seen] if isinstance(seen, LayerInput) else [of for _, of in sorted(seen.experts.items())]
-                weights = {k: v for name in seen.names for k, v in matrices(name, inside[name]).items()}
-                for entry in entries:
-                    chosen = {name: weights[name] for name in entry.names}
-                    _round_together(chosen, entry.statistic, entry.sample, damping, report)
-                if isinstance(seen, ExpertInputs):
-                    report.num_few_experts = max(report.num_few_experts, len(seen.few))
-        if index + 1 < len(blocks):
-            inputs.advance()
-        if progress is not None:
-            progress(index + 1, len(blocks))
+    for inside, inputs in walk(model, layers, calibration, progress=progress):
+        for seen in see_inputs(inside, inputs, SOLVERS["sparsegpt"], len(calibration)) if inside else ():
+            entries = [seen] if isinstance(seen, LayerInput) else [of for _, of in sorted(seen.experts.items())]
+            weights = {k: v for name in seen.names for k, v in matrices(name, inside[name]).items()}
+            for entry in entries:
+                chosen = {name: weights[name] for name in entry.names}
+                _round_together(chosen, entry.statistic, entry.sample, damping, report)
+            if isinstance(seen, ExpertInputs) and seen.few:
+                report.few_experts |= dict.fromkeys(seen.names, len(seen.few))
 
 
 def _round_together(
@@ -194,9 +186,13 @@ def _round_together(
     rounded = _named(names, lambda: round_int4(together, hessian, damping))
     for (name, weight), part in zip(weights.items(), rounded.split([len(weight) for weight in weights.values()])):
         old, new = _write(weight, part)
-        report.layers[name] = part
-        lost, whole = (sample @ (new - old).T).square().sum(), (sample @ old.T).square().sum()
-        report.errors[name] = float(lost / whole) if whole > 0 else 0.0
+        report.layers[name] = part.cpu()
+        report.errors[name] = _relative(sample @ (new - old).T, sample @ old.T)
+
+
+def _relative(lost: Tensor, whole: Tensor) -> float:
+    norm = whole.square().sum()
+    return float(lost.square().sum() / norm) if norm > 0 else 0.0
 
 
 def _named(names: str, work: Callable[[], Rounded]) -> Rounded:

@@ -24,14 +24,13 @@ from castlm.core.errors import InputError
 from castlm.inference import native
 from castlm.inference.convert import can_pack_tables, onto_kernels_
 from castlm.inference.experts import replace_experts_, take_stacks_apart_, unpack_experts_
-from castlm.inference.format import FILE, VERSION, PackedSpec, read_specs
+from castlm.inference.format import FILE, METHOD, VERSION, PackedSpec, read_specs
 from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule
 from castlm.stored import read_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-METHOD = "castlm"
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """dtypes in which a table is multiplied as it is stored."""
 
@@ -72,9 +71,12 @@ class CastlmQuantizer(HfQuantizer):
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
         self.is_meta = all(str(device) == "meta" for device in devices)
         self.on_cpu = all(_is_cpu(device) for device in devices)
-        if self.on_cpu and native.kernels() is None:
+        if self.on_cpu and native.kernels() is None and not self.quantization_config.dequantize:
             logger.warning(f"castlm unpacks the weights, for {native.NOT_BUILT}")
-        self.unpacks = self.quantization_config.dequantize or not self.on_cpu or native.kernels() is None
+            self.quantization_config.dequantize = True
+        if not self.on_cpu:  # transformers then takes the model for the dense one that it becomes
+            self.quantization_config.dequantize = True
+        self.unpacks = self.quantization_config.dequantize
         return device_map
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:

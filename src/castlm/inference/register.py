@@ -26,7 +26,8 @@ def register() -> None:
 
 
 def _register_now(auto: ModuleType) -> None:
-    from castlm.inference.quantizer import METHOD, CastlmConfig, CastlmQuantizer
+    from castlm.inference.format import METHOD
+    from castlm.inference.quantizer import CastlmConfig, CastlmQuantizer
 
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(METHOD)(CastlmConfig)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
+from castlm.inference.format import INT4_GROUP
+from castlm.oneshot.sparsegpt import upper_factor
 
-GROUP = 64
-"""Columns that share a scale of int4."""
 KINDS = ("int8", "fp8", "int4")
 
 _INT8, _FP8 = 127, 448.0  # the largest int8, symmetric; the largest float8_e4m3fn
@@ -40,8 +40,11 @@ class Rounded:
         """(rows, columns), fp32."""
         scales = self.scales
         if self.kind == "int4":
-            scales = scales.repeat_interleave(GROUP, dim=1)[:, : self.codes.shape[1]]
+            scales = scales.repeat_interleave(INT4_GROUP, dim=1)[:, : self.codes.shape[1]]
         return self.codes.float() * scales
+
+    def cpu(self) -> Rounded:
+        return Rounded(self.kind, self.codes.cpu(), self.scales.cpu())
 
     def split(self, rows: list[int]) -> list[Rounded]:
         """The layers that were rounded as one, with their numbers of rows."""
@@ -90,7 +93,7 @@ def round_int4(weight: Tensor, hessian: Tensor | None = None, damping: float = 0
     target = weight.float().T.contiguous()  # (columns, rows): a column lies contiguous
     left, kept = target.clone(), target != 0
     upper = torch.eye(columns, device=left.device) if hessian is None else _inverse_factor(hessian, damping)
-    codes, scales = torch.empty_like(left), left.new_empty(-(-columns // GROUP), left.shape[1])
+    codes, scales = torch.empty_like(left), left.new_empty(-(-columns // INT4_GROUP), left.shape[1])
     for group, block in enumerate(_groups(columns)):
         inner = upper[block, block]
         scales[group] = _best_scale(left[block], kept[block], inner.diagonal())
@@ -102,7 +105,7 @@ def round_int4(weight: Tensor, hessian: Tensor | None = None, damping: float = 0
 
 
 def _groups(columns: int) -> list[slice]:
-    return [slice(start, min(start + GROUP, columns)) for start in range(0, columns, GROUP)]
+    return [slice(start, min(start + INT4_GROUP, columns)) for start in range(0, columns, INT4_GROUP)]
 
 
 def _descend(codes: Tensor, scales: Tensor, target: Tensor, kept: Tensor, hessian: Tensor, passes: int) -> None:
@@ -164,20 +167,14 @@ def _best_scale(group: Tensor, kept: Tensor, diagonal: Tensor) -> Tensor:
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """U, upper triangular, with U^T U the inverse of the damped H; columns that no input reaches stand alone."""
+    """U, upper triangular, with U^T U the inverse of the damped H; columns that no input reaches stand alone.
+
+    The damping is added to `hessian`.
+    """
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), device=hessian.device)
     hessian[dead, :], hessian[:, dead] = 0, 0
-    diagonal[dead] = mean
-    undamped = diagonal.clone()
-    while True:
-        diagonal.copy_(undamped + damping * mean)
-        # Cholesky goes from the first column to the last and H = R R^T, R upper triangular, from the last to the first
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        if not failed:
-            identity = torch.eye(len(hessian), device=hessian.device)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-        if damping >= 1:
-            raise InputError("the Hessian is not positive definite even with a damping of 1: calibrate on other text")
-        damping = min(1.0, 10 * damping) or 0.01
+    diagonal[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1
+    factor, damping = upper_factor(hessian, damping)
+    diagonal += damping * diagonal.mean()
+    return torch.linalg.solve_triangular(factor, torch.eye(len(hessian), device=hessian.device), upper=True)

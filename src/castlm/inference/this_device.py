@@ -18,23 +18,13 @@ from castlm.core.masks import pack_mask
 from castlm.core.pattern import nm_mask
 from castlm.inference import native
 from castlm.inference.cuda_backends import backend_for
-from castlm.inference.devices import DEVICES, Device
+from castlm.inference.devices import DEVICES, Device, device_of
+from castlm.inference.format import INT4_GROUP
 from castlm.inference.op import packed_linear
 from castlm.inference.roofline import Format, torch_product
 
 _COLD_BYTES = 48 << 20  # more than most last caches: each call finds its weight in memory, as in a model
 _ROUNDS = 11
-
-_CUDA_NAMES = {  # parts of torch.cuda.get_device_name(), the longer ones first
-    "A100-SXM": "a100",
-    "A100 80GB PCIe": "a100-pcie",
-    "A100-PCIE": "a100-pcie",
-    "H100 PCIe": "h100-pcie",
-    "H100": "h100",
-    "H200": "h200",
-    "B200": "b200",
-    "RTX 4090": "rtx4090",
-}
 
 
 def this_gpu() -> Device | None:
@@ -46,14 +36,17 @@ def this_gpu() -> Device | None:
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    record = next((record for part, record in _CUDA_NAMES.items() if part in name), None)
+    record = device_of(name)
     if record is None:
         raise InputError(f"there is no record of {name}: pass --device with the nearest of {', '.join(DEVICES)}")
-    return DEVICES[record]
+    return record
 
 
 class GpuTimer:
-    """Times layers on the CUDA device at hand, each shape once, dense in bf16 against every sparse variant."""
+    """Times layers on the CUDA device at hand, each shape once, dense against every sparse variant.
+
+    Layers are in the dtype asked for, and in bf16 for fp8, which takes no other.
+    """
 
     def __init__(self, dtype: str) -> None:
         """`formats`: dense and 2:4 in `dtype`, 2:4 int8, and 2:4 fp8 where torchao and the device have it.
@@ -63,7 +56,7 @@ class GpuTimer:
         """
         if dtype not in ("bf16", "fp16"):
             raise InputError(f"--measure times bf16 and fp16 on a GPU, not {dtype}: leave it out for a roofline")
-        self._device = torch.device("cuda")
+        self._device, self._dtype = torch.device("cuda"), {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
         self._found: dict[tuple[tuple[int, int], int, str], dict[str, float]] = {}
         self.formats = [Format(dtype, 16, dtype), Format(f"2:4 {dtype}", 9, dtype, sparse=True)]
         self.formats.append(Format("2:4 int8", 5, "int8", sparse=True, changes_weights=True))
@@ -77,7 +70,7 @@ class GpuTimer:
         kind = form.compute if form.changes_weights else "same"
         key = (shape, tokens, kind)
         if key not in self._found:
-            dtype = torch.float16 if form.compute == "fp16" else torch.bfloat16
+            dtype = torch.bfloat16 if kind == "fp8" else self._dtype
             layer = torch.nn.Linear(shape[1], shape[0], bias=False, device=self._device, dtype=dtype)
             if shape[1] % 4 == 0:
                 layer.weight.masked_fill_(~nm_mask(layer.weight), 0)
@@ -172,7 +165,7 @@ def _cold_weights(form: Format, shape: tuple[int, int]) -> list[Callable[[Tensor
         kept, scales = kept.clamp(-1, 1).mul(127).round().to(torch.int8), torch.ones(rows, 1)
     elif form.compute == "int4":
         kept = torch.zeros(rows, math.ceil(kept.shape[1] / 2), dtype=torch.uint8)
-        scales = torch.ones(rows, math.ceil(columns / 64))
+        scales = torch.ones(rows, math.ceil(columns / INT4_GROUP))
     size = native.packed_bytes(form.compute, n, m, rows, columns)
     size += -size % 64
     buffers = native.allocate(size * copies).view(copies, size)

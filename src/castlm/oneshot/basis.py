@@ -104,11 +104,13 @@ def change_basis_(
         >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)
     """
     options = options or BasisOptions()
+    options.check()
     started, report = time.perf_counter(), BasisReport()
     pattern = as_pattern(pattern)
     layers, _ = sparse_linears(model, pattern, filter_fn)
     check_calibration(model, calibration)
-    wiring = None if options.is_off else _wiring(model, pattern, options, report)
+    wiring, note = wiring_or_note(model, pattern, options)
+    report.notes += [note] if note else []
     if wiring is not None:
         was_tied = is_tied(model)
         assert isinstance(pattern, NM)
@@ -121,19 +123,22 @@ def change_basis_(
     return report
 
 
-def _wiring(model: PreTrainedModel, pattern: Pattern, options: BasisOptions, report: BasisReport) -> Wiring | None:
-    """None for other patterns than n:m, and where the family does not allow it, if "auto" may go without."""
+def wiring_or_note(model: PreTrainedModel, pattern: Pattern, options: BasisOptions) -> tuple[Wiring | None, str | None]:
+    """The wiring by which the basis is changed; None where nothing is turned, with the reason if the family is why.
+
+    Raises:
+        InputError: another pattern than n:m, or a family that does not allow it, where "auto" does not go without.
+    """
+    if options.is_off or (options.rotate == "auto" and not isinstance(pattern, NM)):
+        return None, None
     if not isinstance(pattern, NM):
-        if options.rotate == "auto":
-            return None
         raise InputError(f"a change of basis is for n:m patterns, not {pattern}: use rotate auto")
     try:
-        return describe(model)
+        return describe(model), None
     except InputError as error:
         if options.rotate != "auto":
             raise
-        report.notes.append(str(error))
-        return None
+        return None, str(error)
 
 
 class BlockTurns:

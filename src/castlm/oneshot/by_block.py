@@ -25,7 +25,7 @@ from castlm.core.experts import SparseLayer
 from castlm.core.pattern import NM, Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.distributed.loading import Checkpoint
-from castlm.export.hf import dtype_name
+from castlm.export.hf import dtype_name, equal_in_bits
 from castlm.files import (
     atomic_file,
     atomic_write_json,
@@ -36,7 +36,7 @@ from castlm.files import (
     size_and_crc,
 )
 from castlm.layout import stored_transposed
-from castlm.oneshot.basis import BasisReport, BlockTurns, block_statistics
+from castlm.oneshot.basis import BasisReport, BlockTurns, block_statistics, wiring_or_note
 from castlm.oneshot.block_basis import Change
 from castlm.oneshot.families import describe
 from castlm.oneshot.hidden_states import HiddenStates
@@ -129,6 +129,7 @@ def prune_by_block(
 
 
 def _refuse(run: BlockPrune) -> None:
+    run.basis.check()
     if run.basis.rotate == "residual":
         raise InputError("rotate residual needs the whole model in memory: use rotate values, or memory model")
     if run.refinements.needs_dense_twin:
@@ -260,19 +261,15 @@ class _Walk:
     def _turns(self) -> BlockTurns | None:
         """How blocks are turned; None where they are not."""
         run = self.run_
-        if run.basis.is_off or run.calibration is None:
+        if run.calibration is None:
             return None
-        try:
-            if not isinstance(run.pattern, NM):
-                raise InputError(f"a change of basis is for n:m patterns, not {run.pattern}")
-            describe(run.model)
-        except InputError as error:
-            if run.basis.rotate != "auto":
-                raise
-            if not self.state.notes:
-                self.state.notes.append(str(error))
-                self.say(str(error))
+        wiring, note = wiring_or_note(run.model, run.pattern, run.basis)
+        if note and not self.state.notes:
+            self.state.notes.append(note)
+            self.say(note)
+        if wiring is None:
             return None
+        assert isinstance(run.pattern, NM)
         turns = BlockTurns(run.basis, run.pattern)
         for earlier in self.state.changes:
             if earlier.what == turns.values.what:
@@ -305,7 +302,7 @@ class _Walk:
         with disk_full_is_said(self.run_.folder, _REMEDY):
             if self.turns is not None and inside:
                 statistics = block_statistics(inside, inputs, num_sequences)
-                wiring = describe(self.run_.model)
+                wiring = describe(self.run_.model)  # of the weights that are in memory now
                 _, note = self.turns.turn_(wiring.blocks[index], statistics, inputs)
                 self.state.changes = self.turns.changes()
                 if note:
@@ -327,6 +324,6 @@ def _write_block(run: BlockPrune, block: nn.Module, index: int, prefix: str) -> 
         flush_file(temporary)
     with safe_open(file, "pt") as opened:
         for name, tensor in tensors.items():
-            if not torch.equal(opened.get_tensor(name).view(torch.uint8), tensor.view(torch.uint8)):
+            if not equal_in_bits(opened.get_tensor(name), tensor):
                 raise InputError(f"{name} has other values in {file} than in memory: the disk or memory is faulty")
     return file

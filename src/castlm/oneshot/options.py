@@ -38,8 +38,22 @@ def part_of(options: Any, section: type[T]) -> T:
     return section(**{option.name: getattr(options, option.name) for option in fields(section)})  # type: ignore[arg-type]
 
 
+class _Bounded:
+    """Options that know their ranges."""
+
+    def out_of_range(self) -> Iterator[Bound]:
+        """The range of each option."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises `InputError` for an option that is out of range."""
+        for name, in_range, allowed in self.out_of_range():
+            if not in_range:
+                raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {allowed}")
+
+
 @dataclass(frozen=True, kw_only=True)
-class BasisOptions:
+class BasisOptions(_Bounded):
     """Which axes of the dense model are turned before it is pruned; its function stays as it is."""
 
     rotate: Literal["auto", "off", "values", "residual"] = "auto"
@@ -53,6 +67,9 @@ class BasisOptions:
     rotation_iterations: int = 100
     """Steps in which each rotation is learned."""
 
+    def out_of_range(self) -> Iterator[Bound]:
+        yield "rotation_iterations", self.rotation_iterations >= 1, "at least 1"
+
     @property
     def rotates_values(self) -> bool:
         return self.rotate != "off"
@@ -63,7 +80,7 @@ class BasisOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refinements:
+class Refinements(_Bounded):
     """What is done beyond SparseGPT as published."""
 
     target_asymmetry: float = 0.0
@@ -122,14 +139,7 @@ class Refinements:
             raise InputError(f"the options beyond SparseGPT do nothing with {solver}: leave them out or use sparsegpt")
         return NO_REFINEMENTS
 
-    def check(self) -> None:
-        """Raises `InputError` for an option that is out of range."""
-        for name, in_range, allowed in self.out_of_range():
-            if not in_range:
-                raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {allowed}")
-
     def out_of_range(self) -> Iterator[Bound]:
-        """The range of each option."""
         yield "target_asymmetry", 0 <= self.target_asymmetry <= 1, "between 0 and 1"
         yield "stream_correction", 0 <= self.stream_correction <= 1, "between 0 and 1"
         yield "mask_iterations", 0 <= self.mask_iterations <= 10_000, "between 0 and 10,000"

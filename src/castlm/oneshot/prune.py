@@ -33,7 +33,7 @@ from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
 from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import MIN_DAMPING, SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
 from castlm.oneshot.units import UnitSettings, prune_units_
-from castlm.oneshot.walk import BlockInputs, Images, block_stack
+from castlm.oneshot.walk import BlockInputs, Images, block_stack, layers_by_block
 
 
 def prune_layers(
@@ -205,9 +205,7 @@ def _prune_blocks(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     stack, blocks = block_stack(model, layers)
-    of_block = [{k: v for k, v in layers.items() if k.startswith(f"{stack}.{i}.")} for i in range(len(blocks))]
-    while not of_block[-1]:  # what comes after the last sparse layer need not be run
-        of_block.pop()
+    of_block = layers_by_block(stack, len(blocks), layers)
     inputs = BlockInputs(model, blocks, calibration, images=images)
     probes = _stream_probes(model, stack) if refinements.stream_correction else {}
     twin = DenseTwin(inputs) if refinements.needs_dense_twin else None

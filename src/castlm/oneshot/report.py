@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,25 +57,9 @@ class OneshotReport:
         return {r.name: r.damping for r in self.layers if r.damping is not None and r.damping != self.damping}
 
     @property
-    def num_few_experts(self) -> int:
-        """Experts that have seen all tokens of the text, because too few were routed to them; of all blocks."""
-        of_block: dict[str, int] = {}
-        for result in self.layers:
-            experts = result.name.rpartition(".")[0]
-            of_block[experts] = max(result.num_few, of_block.get(experts, 0))
-        return sum(of_block.values())
-
-    def few_note(self) -> str:
-        """A line for where there are some."""
-        return (
-            f"{self.num_few_experts} experts had fewer tokens routed to them than the model has channels, and were "
-            "calibrated on all tokens: more calibration text gives them their own"
-        )
-
-    def experts_record(self) -> dict[str, Any]:
-        """What castlm.json says of experts that saw few tokens; nothing where there are none."""
-        few = {result.name: result.num_few for result in self.layers if result.num_few}
-        return {"experts_calibrated_on_all_tokens": few} if few else {}
+    def few_experts(self) -> dict[str, int]:
+        """By layer, how many experts have seen all tokens of the text, because too few were routed to them."""
+        return {result.name: result.num_few for result in self.layers if result.num_few}
 
     def damping_note(self) -> str:
         """A line for where there are some."""
@@ -87,3 +72,20 @@ class OneshotReport:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
+
+
+def few_experts_note(few: Mapping[str, int]) -> str:
+    """A line about experts that were calibrated on all tokens, of which there are some in each layer of `few`."""
+    of_block: dict[str, int] = {}
+    for name, number in few.items():
+        experts = name.rpartition(".")[0]
+        of_block[experts] = max(number, of_block.get(experts, 0))
+    return (
+        f"{sum(of_block.values())} experts had fewer tokens routed to them than the model has channels, and were "
+        "calibrated on all tokens: more calibration text gives them their own"
+    )
+
+
+def few_experts_record(few: Mapping[str, int]) -> dict[str, Any]:
+    """What castlm.json says of experts that were calibrated on all tokens; nothing where there are none."""
+    return {"experts_calibrated_on_all_tokens": dict(few)} if few else {}

@@ -43,12 +43,12 @@ def sparsegpt(
     dead = diagonal == 0
     diagonal[dead] = 1
     weight = weight.masked_fill(dead, 0)
-    factor, damping = _upper_factor(hessian, damping)
+    factor, damping = upper_factor(hessian, damping)
     new = _prune_groups(weight.T.contiguous(), factor, n, m, max(m, block_size - block_size % m))
     return new.T, damping
 
 
-def _upper_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+def upper_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """R upper triangular with R R^T = H + damping * mean(diag H) * I, and the damping."""
     # Cholesky goes from the first column to the last, and R from the last to the first: hence the flips
     lower, damping = lower_factor(hessian.flip(0, 1), damping)

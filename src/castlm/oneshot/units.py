@@ -27,7 +27,7 @@ from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import MIN_DAMPING, damped, refit
 from castlm.oneshot.sparsegpt import sparsegpt
 from castlm.oneshot.unit_inputs import InputStatistic, see_statistics
-from castlm.oneshot.walk import BlockInputs, Images, block_stack
+from castlm.oneshot.walk import Images, walk
 
 TAYLOR_SEQUENCES = 32
 """Calibration sequences that the Taylor score runs backward."""
@@ -144,29 +144,11 @@ def prune_units_(
         if calibration is None:
             work.prune_(layers, {})
         else:
-            _walk(model, layers, calibration, images, work, progress)
+            for inside, inputs in walk(model, layers, calibration, images, progress):
+                if inside:
+                    work.prune_(inside, see_statistics(inside, inputs))
     report.seconds = time.perf_counter() - started
     return report
-
-
-def _walk(
-    model: PreTrainedModel,
-    layers: dict[str, nn.Linear],
-    calibration: Tensor,
-    images: Images,
-    work: _Pruning,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    stack, blocks = block_stack(model, layers)
-    inputs = BlockInputs(model, blocks, calibration, images=images)
-    for index in range(len(blocks)):
-        inside = {name: layer for name, layer in layers.items() if name.startswith(f"{stack}.{index}.")}
-        if inside:
-            work.prune_(inside, see_statistics(inside, inputs))
-        if index + 1 < len(blocks):
-            inputs.advance()
-        if progress is not None:
-            progress(index + 1, len(blocks))
 
 
 @torch.enable_grad()

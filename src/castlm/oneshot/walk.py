@@ -5,9 +5,9 @@ What is alive at a time is the input of one block for all sequences, in the mode
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from castlm.core.blocks import stack_name
 from castlm.core.errors import InputError
+
+T = TypeVar("T")
 
 # Tokens a forward pass: short sequences go together, as calling the operators costs too. On a CPU with 1 MiB of L2,
 # 2,048 are a tenth slower than 1,024 (SmolLM2-135M): what passes between operators no longer fits the cache.
@@ -38,6 +40,38 @@ def block_stack(model: nn.Module, layer_names: Iterable[str]) -> tuple[str, list
         raise InputError(f"the layers lie in several stacks ({', '.join(sorted(stacks))}): choose one with filter_fn")
     (stack,) = stacks
     return stack, list(model.get_submodule(stack).children())
+
+
+def layers_by_block(stack: str, num_blocks: int, layers: Mapping[str, T]) -> list[dict[str, T]]:
+    """The layers of each block of `stack`, up to the last block that has any: what comes after it need not be run."""
+    found = [{k: v for k, v in layers.items() if k.startswith(f"{stack}.{index}.")} for index in range(num_blocks)]
+    while not found[-1]:
+        found.pop()
+    return found
+
+
+def walk(
+    model: PreTrainedModel,
+    layers: Mapping[str, T],
+    calibration: Tensor,
+    images: Images = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[dict[str, T], BlockInputs]]:
+    """The layers of one block after another, each with what enters it once the caller has changed those before.
+
+    Args:
+        calibration, images: as for `BlockInputs`.
+        progress: called with (blocks done, blocks in all).
+    """
+    stack, blocks = block_stack(model, layers)
+    of_block = layers_by_block(stack, len(blocks), layers)
+    inputs = BlockInputs(model, blocks, calibration, images=images)
+    for done, inside in enumerate(of_block, 1):
+        yield inside, inputs
+        if done < len(of_block):
+            inputs.advance()
+        if progress is not None:
+            progress(done, len(of_block))
 
 
 class BlockCall(NamedTuple):

@@ -28,8 +28,6 @@ from castlm.reading import read_json_object, user_path
 
 GIB = 2**30
 WORLD_SIZES = tuple(2**i for i in range(13))
-GPUS = {"A100-40GB": 39.4, "A100-80GB": 79.1, "H100-80GB": 79.1, "H200-141GB": 139.8, "RTX4090-24GB": 23.5}
-"""GiB of memory that torch reports for some cards."""
 CONTEXT_GIB, FRAGMENTATION = 1.0, 0.05
 """Reserve on a card: the memory of CUDA and NCCL, and the share of the peak that the allocator loses."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -161,7 +159,7 @@ def plan_memory(
         moments: "fp32", "bf16" or "8bit", as `AdamS` has them.
         calibration_tokens: tokens of calibration text of the start (SparseGPT or Wanda); 0 if it needs none, which
             leaves no phase `start`.
-        gpu_gib: memory of a card in GiB, see `GPUS`, to check whether the run fits.
+        gpu_gib: memory of a card in GiB, to check whether the run fits.
 
     Raises:
         InputError: an unreadable config, not a causal LM, no layer that can be n:m sparse, or a number out of range.

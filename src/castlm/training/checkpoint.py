@@ -44,8 +44,10 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
 
-# A single process is meant. Not `catch_warnings`: it is no tool for the thread that saves.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+def _expect_single_process() -> None:
+    """Has torch not warn that it runs in one process; `catch_warnings` is no tool for the thread that saves."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
@@ -84,6 +86,7 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int, world: World, *, background: bool, say: Callable[[str], None]) -> None:
         self.folder, self.keep, self.world, self.background, self.say = folder, keep, world, background, say
+        _expect_single_process()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._pending: tuple[int, str, Future[dict[str, tuple[int, int]]]] | None = None
 
@@ -214,6 +217,7 @@ def load_checkpoint(path: Path, tensors: dict[str, Any], world: World) -> dict[s
         failure = str(error)
     world.check_all(failure)
     try:
+        _expect_single_process()
         dcp.load(tensors, storage_reader=reader, no_dist=world.mesh is None, process_group=world.control)
     except (CheckpointException, Exception) as error:  # whatever torch raises on a file that is not what it wrote
         failure = f"{path} cannot be read ({_first_line(error)}): remove it to resume from an older one"

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+from castlm.core.combined import is_structured
 from castlm.core.decay import DECAYS
+from castlm.core.pattern import Pattern
 from castlm.fields import default_of, is_required
 from castlm.methods.table import METHODS
 from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements
@@ -39,8 +41,15 @@ EFFECTS: dict[str, Effect] = {
     ),
     "calibration_sequences": Effect(lambda c: c.start in CALIBRATED, f"init_from {' or '.join(CALIBRATED)}"),
     **dict.fromkeys(
-        (field.name for section in (BasisOptions, Refinements) for field in dataclasses.fields(section)),
-        Effect(lambda c: c.start != "magnitude", "a calibrated start: init_from sparsegpt, wanda or a score"),
+        (field.name for field in dataclasses.fields(Refinements)),
+        Effect(lambda c: c.start in CALIBRATED, "a calibrated start: init_from sparsegpt, wanda or a score"),
+    ),
+    **dict.fromkeys(
+        (field.name for field in dataclasses.fields(BasisOptions)),
+        Effect(
+            lambda c: c.start in CALIBRATED and not is_structured(Pattern.parse(c.pattern)),
+            "an n:m pattern from a calibrated start: init_from sparsegpt or wanda",
+        ),
     ),
     "temperature": Effect(lambda c: c.eta > 0, "eta above 0"),
     "teacher_top_k": Effect(lambda c: c.eta > 0, "eta above 0"),

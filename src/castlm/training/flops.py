@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,31 +9,15 @@ import torch
 from torch import Tensor
 
 from castlm.core.blocks import is_tower
-
-PEAKS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-}
-"""Dense bf16 FLOP/s by words in the name of the GPU, from NVIDIA's data sheets. The first match counts."""
+from castlm.inference.devices import device_of
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The peak of a device in FLOP/s; None where it is not known, as on CPUs and in fp32."""
+    """The peak of a device in FLOP/s; None where it is not known, as of CPUs and in fp32."""
     if device.type != "cuda" or precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+    record = device_of(torch.cuda.get_device_name(device))
+    return None if record is None else record.peak["bf16"]
 
 
 def flops_per_token(names: Mapping[Tensor, str], model_config: Any, seq_len: int, has_teacher: bool) -> float:

@@ -75,11 +75,12 @@ def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibrat
         run = Run(scratch_config, world, announce=False)
         budgets = _budgets(run)
         seconds, tokens = [], 0
-        for _ in range(min(steps, config.max_steps)):
-            before, before_tokens = run.progress.seconds, run.progress.tokens
-            run.train_step()
-            seconds.append(run.progress.seconds - before)
-            tokens = run.progress.tokens - before_tokens
+        with run.telemetry:
+            for _ in range(min(steps, config.max_steps)):
+                before, before_tokens = run.progress.seconds, run.progress.tokens
+                run.train_step()
+                seconds.append(run.progress.seconds - before)
+                tokens = run.progress.tokens - before_tokens
         rms = _momentum_rms(run)
         before = start_seconds(run.parts.start)
     peak = peak_memory(world.device.type)

@@ -155,7 +155,7 @@ class StartOptions(Refinements, BasisOptions):
 
     def bounds(self) -> Iterator[Bound]:
         yield "calibration_sequences", self.calibration_sequences >= 1, "at least 1"
-        yield "rotation_iterations", self.rotation_iterations >= 1, "at least 1"
+        yield from BasisOptions.out_of_range(self)
         yield from Refinements.out_of_range(self)
 
 

@@ -136,6 +136,8 @@ def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
         try:
             opened.append(TRACKERS[name](run))
         except Exception as error:  # each client has its own
+            for tracker in opened:
+                tracker.close()
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"report_to {name}: {reason}; report_to none does without") from error
     return opened
