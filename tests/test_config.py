@@ -271,6 +271,11 @@ def test_hugging_face_spelling_and_both_sides_of_a_switch():
     assert config.left_dense == ("a", "b")
 
 
+def test_a_repeated_list_goes_on():
+    config, _ = parse_train(["--model=m", "--dataset", "d", "e", "--output-dir=o", "--dataset=f", "--left-dense", "a"])
+    assert (config.dataset, config.left_dense) == (("d", "e", "f"), ("a",))
+
+
 def test_help_of_train_fits_on_two_screens_and_needs_no_torch():
     code = (
         "import sys; from castlm.cli.main import main\n"

@@ -92,6 +92,13 @@ def test_families_without_a_config_for_it_are_refused_by_name(family, text):
     check_cut(model_of(family), Pattern.parse("2:4"))
 
 
+def test_a_number_of_heads_that_the_family_has_no_config_for_is_refused_before_anything_is_trained():
+    model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    with pytest.raises(InputError, match=r"leaves 3 of 4 KV heads.*use heads:0\.25, heads:0\.5$"):
+        check_cut(model, Pattern.parse("heads:0.75"))  # 32 channels do not divide by 6 heads
+    check_cut(model, Pattern.parse("heads:0.5"))
+
+
 def test_a_short_context_is_no_obstacle(tmp_path):
     model = tiny_model("gpt2", n_positions=32)
     linearize_(model)

@@ -280,6 +280,29 @@ def test_a_packed_model_is_fine_tuned_and_its_folder_can_be_overwritten(sparse, 
     assert "Warning" not in capsys.readouterr().err
 
 
+def test_a_packed_model_trains_as_the_plain_one_does(sparse, text, tmp_path):
+    castlm.pack_folder(sparse, tmp_path / "packed")
+    models = {"plain": sparse, "packed": str(tmp_path / "packed")}
+    for name, model in models.items():
+        assert all(parameter.requires_grad for parameter in castlm.load_model(model).model.parameters())
+        train(small(model, text, tmp_path / name / "finetune", max_steps=2, report_to=("none",)))
+        fields = {"method": "dense", "max_steps": 2, "seq_len": 32, "eval_tokens": 512, "save_steps": 0}
+        train(TrainConfig(model, text, str(tmp_path / name / "dense"), **fields, report_to=("none",)))
+    for run in ("finetune", "dense"):
+        assert_equal_weights(*(tmp_path / name / run / "model" for name in models))
+
+
+def test_what_was_cut_out_stays_on_record(text, tmp_path):
+    dense, base = tmp_path / "dense", ["--calibration", text, "--num-sequences", "2", "--seq-len", "32"]
+    save_tiny(dense)
+    cut = str(tmp_path / "cut")
+    pattern = ["--pattern", "channels:0.75+2:4"]
+    assert main(["prune", "--model", str(dense), "--output-dir", cut, *base, *pattern, "--device", "cpu"]) == 0
+    config, _ = parse_finetune([cut, "--dataset", text, "--output-dir", str(tmp_path / "run"), "--max-steps", "1"])
+    train(dataclasses.replace(config, seq_len=32, eval_tokens=256, save_steps=0, report_to=("none",)))
+    assert main(["verify", str(tmp_path / "run"), *pattern]) == 0
+
+
 def test_the_benchmark_tells_the_ways_apart(sparse, text, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     from benchmarks import finetune

@@ -192,6 +192,20 @@ def test_runs_that_carry_no_law_are_said_to(sweep, drawn, tmp_path, capsys):
     assert "no law.json" in capsys.readouterr().out
 
 
+def test_a_start_that_fails_keeps_the_law_of_the_same_runs(sweep, drawn, tmp_path, capsys):
+    sweep()
+    law = tmp_path / "out" / "law.json"
+    before = law.read_text()
+    file = next((tmp_path / "out" / "runs").glob("*/model/castlm.json"))
+    record = file.read_text()
+    file.write_text("{")
+    code, said = sweep()
+    assert (code, said["status"], law.read_text()) == (1, "failed", before)
+    assert "is that of an earlier start" in capsys.readouterr().out
+    file.write_text(record)
+    assert sweep()[0] == 0
+
+
 def test_another_sweep_is_refused_or_replaced(sweep, drawn, tmp_path, capsys):
     sweep("--seeds", "1")
     before = len(drawn.done)

@@ -92,10 +92,10 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: A
         parser.add_argument(*names, *negated, dest=field.name, action=_Switch, nargs=0)
     elif field.metadata.get("append"):
         parser.add_argument(*names, dest=field.name, action="append")
+    elif is_list and kinds[-1] is ...:  # repeated, it goes on
+        parser.add_argument(*names, dest=field.name, nargs="+" if is_union else "*", action="extend")
     elif is_list:
-        parser.add_argument(
-            *names, dest=field.name, nargs=("+" if is_union else "*") if kinds[-1] is ... else len(kinds)
-        )
+        parser.add_argument(*names, dest=field.name, nargs=len(kinds))
     else:
         parser.add_argument(*names, dest=field.name)
 

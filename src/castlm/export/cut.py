@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from castlm.architecture import context_length, eval_mode, linearize_
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
+from castlm.core.pattern import Heads, Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears, transformer_blocks
 from castlm.core.structured import Structured
 from castlm.export.cut_sizes import check_family, cut_pattern, sizes_after, sizes_of
@@ -46,7 +47,7 @@ def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is
 
     Raises:
         InputError: a family without a config for the smaller model, a block in which the units stay dense, or a share
-            that keeps all units or none.
+            that keeps all units or none, or of heads a number that the family's config does not allow.
     """
     outer = cut_pattern(pattern)
     if outer is None:
@@ -61,7 +62,43 @@ def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is
         )
     if type(model).__module__.startswith("transformers_modules"):
         raise InputError(f"pattern {pattern} cannot be cut out of a model with code of its own: use 2:4")
-    sizes_after(pattern, sizes_of(pattern, model.config.to_dict()))
+    _config_after(model, pattern)
+
+
+def _config_after(model: PreTrainedModel, pattern: Pattern) -> PretrainedConfig:
+    """The config of the model that is cut.
+
+    Raises:
+        InputError: a share that keeps all units or none, or after which transformers refuses the config.
+    """
+    sizes = sizes_of(pattern, model.config.to_dict())
+    if (reason := _refusal(model.config, sizes_after(pattern, sizes))) is None:
+        return _with_sizes(model.config, sizes_after(pattern, sizes))
+    (units, number), *_ = sizes.items()
+    outer = cut_pattern(pattern)
+    assert isinstance(outer, Heads)  # only of heads a config asks for more than a size
+    fitting = [k for k in range(1, number) if _refusal(model.config, sizes_after(Heads(k / number), sizes)) is None]
+    shares = ", ".join(f"heads:{k / number:.3g}" for k in fitting) or "channels:0.5"
+    raise InputError(
+        f"pattern {pattern} leaves {sizes_after(pattern, sizes)[units]} of {number} KV heads, and transformers has no "
+        f"{model.config.model_type} of that size ({reason}): use {shares}"
+    )
+
+
+def _with_sizes(config: PretrainedConfig, sizes: Mapping[str, int]) -> PretrainedConfig:
+    config = copy.deepcopy(config)
+    for name, value in sizes.items():
+        setattr(config, name, value)
+    return config
+
+
+def _refusal(config: PretrainedConfig, sizes: Mapping[str, int]) -> str | None:
+    """Why transformers refuses a config with other sizes; None where it does not."""
+    try:
+        _with_sizes(config, sizes).validate()
+    except (StrictDataclassError, ValueError) as error:
+        return str(error.__cause__ or error).strip().splitlines()[-1]
+    return None
 
 
 @torch.no_grad()
@@ -85,9 +122,7 @@ def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel
     outer = outer.for_model(model)
     before = sizes_of(pattern, model.config.to_dict())
     after = sizes_after(pattern, before)
-    config = copy.deepcopy(model.config)
-    for name, value in after.items():
-        setattr(config, name, value)
+    config = _config_after(model, pattern)
     with torch.random.fork_rng(devices=[]):  # its random weights are replaced
         small = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     linearize_(small)

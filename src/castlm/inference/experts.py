@@ -159,7 +159,7 @@ def unpack_experts_(model: nn.Module, dtype: torch.dtype) -> None:
             for path in [projection.name, *(path for paths in projection.pieces for path in paths)]:
                 module._modules.pop(path.split(".")[0], None)
         for name, weight in weights.items():
-            module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+            module.register_parameter(name, nn.Parameter(weight))
         del module.forward  # that of its class again
 
 

@@ -121,7 +121,7 @@ class PackedLinear(PackedModule):
             weight = weight.T.contiguous()
         else:
             layer = nn.Linear(self.spec.columns, self.spec.rows, bias=self.bias is not None, device="meta")
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.weight = nn.Parameter(weight)  # it trains as a plain model does
         layer.bias = self.bias
         return layer.train(self.training)
 
@@ -152,7 +152,7 @@ class PackedEmbedding(PackedModule):
 
     def to_dense(self, dtype: torch.dtype) -> nn.Embedding:
         """`nn.Embedding` of the stored tensors."""
-        return nn.Embedding.from_pretrained(unpack(self.stored, dtype))
+        return nn.Embedding.from_pretrained(unpack(self.stored, dtype), freeze=False)
 
 
 def table_spec(weight: Tensor) -> PackedSpec:

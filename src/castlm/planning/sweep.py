@@ -199,6 +199,11 @@ class Sweep:
         """Names of the runs' folders: what makes this sweep another than the next."""
         return [run.folder(self.root).name for runs in self.runs for run in runs]
 
+    @property
+    def law_file(self) -> Path:
+        """The law of the runs; one that an earlier start fitted to the same runs stays until it is fitted again."""
+        return self.root / "law.json"
+
     def claim(self) -> None:
         """Makes the output folder this sweep's.
 
@@ -225,6 +230,7 @@ class Sweep:
             discard(folder)
             for suffix in (".yaml", ".log"):
                 folder.with_suffix(suffix).unlink(missing_ok=True)
+        self.law_file.unlink(missing_ok=True)
         self.write("running")
 
     def run(self) -> int:
@@ -290,6 +296,8 @@ class Sweep:
         return self.command.seeds * sum(self.budgets) - self.spent
 
     def end(self, status: str, verdict: str) -> int:
+        if status != "failed" and self.law is None:
+            self.law_file.unlink(missing_ok=True)
         self.write(status, verdict)
         self.say(verdict)
         if status == "predicted":
@@ -298,13 +306,14 @@ class Sweep:
             self.say(f"{self.spent:,} tokens trained, {self.saved:,} saved: {share:.0%} of the sweep")
         if self.law is None:
             reason = self.steps[-1].no_law or "too few budgets" if self.steps else "nothing was run"
-            self.say(f"no law.json: {reason}")
+            kept = f"{self.law_file} is that of an earlier start" if self.law_file.is_file() else "no law.json"
+            self.say(f"{kept}: {reason}")
             return 1
-        self.say(f"law: {self.root / 'law.json'} (castlm plan predict)")
+        self.say(f"law: {self.law_file} (castlm plan predict)")
         return 1 if status == "failed" else 0
 
     def write(self, status: str, verdict: str | None = None) -> None:
-        """Writes sweep.json, and law.json where there is a law."""
+        """Writes sweep.json, and law.json where there is a new law."""
         content = {
             "status": status,
             "verdict": verdict,
@@ -320,10 +329,8 @@ class Sweep:
             "runs": self.folders,
         }
         atomic_write_json(self.root / "sweep.json", content)
-        if self.law is None:
-            (self.root / "law.json").unlink(missing_ok=True)
-        else:
-            atomic_write_json(self.root / "law.json", self.law.as_dict())
+        if self.law is not None:
+            atomic_write_json(self.law_file, self.law.as_dict())
 
 
 def _ask(command: SweepConfig) -> list[int]:

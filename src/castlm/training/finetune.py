@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
+from castlm.export.folder import read_manifest
 from castlm.export.verify import read_left_dense
 from castlm.fields import essential, positional
 from castlm.locate import cached_snapshot, locate
@@ -84,10 +85,22 @@ class FinetuneConfig(TrainConfig):
             )
 
 
+def _folder_of(config: TrainConfig) -> Path | None:
+    """Where the files of the run's model are; None of a hub model that is not in the cache."""
+    where = locate(config.model)
+    return cached_snapshot(where.target, config.revision) if where.is_hub else Path(where.target)
+
+
+def cut_of_source(config: TrainConfig) -> dict[str, Any]:
+    """The entry "cut" of castlm.json, where units were cut out of the model that is fine-tuned; else nothing."""
+    folder = _folder_of(config)
+    cut = None if folder is None else read_manifest(folder).get("cut")
+    return {} if cut is None else {"cut": cut}
+
+
 def with_left_dense(config: TrainConfig) -> TrainConfig:
     """`config` with the layers in `left_dense` that its model's castlm.json says were left dense on purpose."""
-    where = locate(config.model)
-    folder = cached_snapshot(where.target, config.revision) if where.is_hub else Path(where.target)
+    folder = _folder_of(config)
     if folder is None:
         return config
     found: list[str] = [

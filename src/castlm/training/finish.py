@@ -30,6 +30,7 @@ from castlm.models import parameters_in, save_dtype, save_model
 from castlm.oneshot.options import UNIT_SCORES
 from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig
+from castlm.training.finetune import cut_of_source
 from castlm.training.metrics import held_out_perplexity, masked_histogram
 from castlm.training.objective import Objective
 from castlm.training.run_folder import RunFolder
@@ -236,6 +237,7 @@ def run_record(run: TrainedRun) -> dict[str, Any]:
     }
     rows = [{"name": labels[k], "perplexity": v, **measured} for k, v in figures.items() if v is not None]
     return {
+        **(cut_of_source(config) if config.is_finetuning else {}),
         "run_id": run.output.run_id,
         "base_model": config.model,
         "method": config.method,
