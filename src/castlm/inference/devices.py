@@ -56,6 +56,7 @@ _H200 = "NVIDIA H200 data sheet"
 _ADA = "NVIDIA Ada GPU Architecture white paper, fp32 accumulation"
 _OF_A100 = {"bf16": 312, "fp16": 312, "int8": 624}
 _OF_H100 = {"bf16": 989.4, "fp16": 989.4, "int8": 1978.9, "fp8": 1978.9}
+_OF_B200 = {"bf16": 2250, "fp16": 2250, "int8": 4500, "fp8": 4500}
 _OF_NVL = {"bf16": 835, "fp16": 835, "int8": 1671, "fp8": 1671}
 
 DEVICES: dict[str, Device] = {
@@ -71,17 +72,7 @@ DEVICES: dict[str, Device] = {
         _device("gh200", "hopper", 4000, "NVIDIA GH200 data sheet (96 GB)", r"GH200 (480|120)GB$", **_OF_H100),
         _device("h200", "hopper", 4800, _H200, r"\bH200$", 139.8, **_OF_H100),
         _device("h200-nvl", "hopper", 4800, _H200, "H200 NVL$", **_OF_NVL),
-        _device(
-            "b200",
-            "blackwell",
-            8000,
-            "NVIDIA HGX B200 data sheet",
-            r"\bB200$",
-            bf16=2250,
-            fp16=2250,
-            int8=4500,
-            fp8=4500,
-        ),
+        _device("b200", "blackwell", 8000, "NVIDIA HGX B200 data sheet", r"\bB200$", **_OF_B200),
         _device("l4", "ada", 300, "NVIDIA L4 data sheet", r"\bL4$", bf16=121, fp16=121, int8=242, fp8=242),
         _device("l40", "ada", 864, "NVIDIA L40 data sheet", r"\bL40$", bf16=181, fp16=181, int8=362, fp8=362),
         _device("l40s", "ada", 864, "NVIDIA L40S data sheet", r"\bL40S$", bf16=362, fp16=362, int8=733, fp8=733),
