@@ -27,7 +27,6 @@ from castlm.distributed.sharding import beside_linears, is_gathered_narrow
 
 # HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
 _ATTENTION = "castlm_causal_sdpa"
-AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
 
 # How many tokens an expert gets is not known of fake tensors; together the experts get `top_k` for each token.
 _EXPERTS = "castlm_experts_together"
@@ -43,9 +42,6 @@ def _experts_together(experts: Any, hidden: Tensor, index: Tensor, weights: Tens
     out = out @ (experts.down_proj[0] if flip else experts.down_proj[0].mT)
     out = (out * weights.flatten()[:, None])[index.flatten()]
     return out.view(*index.shape, -1).sum(dim=1).to(hidden.dtype)
-
-
-ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_together)
 
 
 @dataclass(frozen=True)
@@ -99,6 +95,8 @@ def saved_bytes(
     Args:
         sizes: (sequences, tokens in each) of the forward passes; one number is returned for each.
     """
+    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+    ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_together)
     config = copy.deepcopy(config)
     config.get_text_config().num_hidden_layers = num_layers
     with FakeTensorMode(), as_input_error(config):
@@ -132,7 +130,7 @@ def _saved_by_forward(model: PreTrainedModel, micro_batch: int, seq_len: int, co
 
 
 def _narrow_linears_(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """The blocks' parameters in the types that `training.distributed.shard_` gathers them in."""
+    """The blocks' parameters in the types that `castlm.distributed.sharding.shard_` gathers them in."""
     for block in filter(is_gathered_narrow, transformer_blocks(model).values()):
         wide = {parameter for module in beside_linears(block) for parameter in module.parameters()}
         for parameter in block.parameters():
