@@ -21,8 +21,8 @@ from castlm.compare.plan import Plan
 from castlm.compare.plan import compare as run_comparison
 from castlm.compare.presets import PRESETS
 from castlm.compare.results import Result
-from castlm.compare.runs import Run, content_hash, last_line, run_key, run_process, zero_shot_key
-from castlm.compare.summary import summarize, verdict
+from castlm.compare.runs import Run, content_hash, last_line, run_key, run_process, with_key, zero_shot_key
+from castlm.compare.summary import spread, summarize, verdict
 from castlm.core.errors import InputError
 from castlm.core.sparsify import sparse_linears
 from castlm.methods.table import METHODS
@@ -155,8 +155,8 @@ def test_histogram_and_flips_of_a_run(files, tmp_path, in_process):
 
 @pytest.mark.parametrize("taken", [0.01, 0.1])
 def test_damping_that_was_raised_is_recorded_and_said(taken, files, tmp_path, in_process, monkeypatch):
-    factor = sparsegpt._upper_factor
-    monkeypatch.setattr(sparsegpt, "_upper_factor", lambda hessian, damping: factor(hessian, taken))
+    factor = sparsegpt.upper_factor
+    monkeypatch.setattr(sparsegpt, "upper_factor", lambda hessian, damping: factor(hessian, taken))
     compare(files, tmp_path, methods="sparsegpt,magnitude", num_sequences=2, seeds=2 if taken > 0.01 else 1)
     records = [json.loads(file.read_text()) for file in (tmp_path / "out" / "runs").glob("*/model/castlm.json")]
     by_method = {record["method"]: record for record in records}
@@ -233,6 +233,10 @@ def test_a_killed_run_is_resumed(files, tmp_path, in_process, monkeypatch):
     assert steps == [*range(first, 6), *range(6)]  # the dense control follows
 
 
+def test_a_figure_that_is_infinite_has_no_deviation():
+    assert spread([math.inf, 1.0])[:2] == (math.inf, None)
+
+
 def test_key_has_all_that_matters(files, tmp_path):
     hashes = {"model": "a", "dataset": "b", "eval_dataset": "c"}
     config = {"model": "x", "dataset": "y", "eval_dataset": "z", "eta": 0.5, "seed": 0, "output_dir": "o"}
@@ -241,6 +245,12 @@ def test_key_has_all_that_matters(files, tmp_path):
     assert run_key({**config, "eta": 0.6}, hashes) != key
     assert run_key({**config, "seed": 1}, hashes) != key
     assert all(run_key(config, {**hashes, name: "other"}) != key for name in hashes)
+    template = tmp_path / "template.jinja"
+    keys = []
+    for text in ("one", "two"):
+        template.write_text(text)
+        keys.append(with_key(Run("cast", 1, {**config, "chat_template_path": str(template)}), hashes).key)
+    assert keys[0] != keys[1]
 
     copy = save_tiny(tmp_path / "copy")
     assert content_hash(str(copy), None) == content_hash(files["model"], None)

@@ -39,7 +39,7 @@ from castlm.models import load_model
 from castlm.training import finish, source, start
 from castlm.training.checkpoint import Saver, checkpoint_steps
 from castlm.training.config import TrainConfig
-from castlm.training.lam import resolve_lam
+from castlm.training.lam import calibrate, resolve_lam
 from castlm.training.loop import train
 from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective, make_teacher, pruned
@@ -153,6 +153,60 @@ def train_on_dtensors() -> None:
 
 def test_adams_on_shards_is_adams_on_whole_weights(tmp_path):
     run_ranks(train_on_dtensors, 2, folder=tmp_path)
+
+
+class Experts(nn.Module):
+    """Experts in a list, of two shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 6)])
+
+    def forward(self, x: torch.Tensor, chosen: int) -> torch.Tensor:
+        return x + self.experts[chosen](x).square().sum()
+
+
+class OfExperts(nn.Module):
+    """Two transformer blocks of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Experts(), Experts()])
+
+    def forward(self, x: torch.Tensor, chosen: int) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, chosen)
+        return x.square().mean()
+
+
+def call_other_experts() -> None:
+    """Each rank calls another expert: its gradient is the average over the ranks, of which the others have none."""
+    world = init_world("cpu", "full")
+    torch.manual_seed(0)
+    plain = OfExperts()
+    sharded = copy.deepcopy(plain)
+    shard_(sharded, world)
+    x = torch.randn(3, 8)
+    (sum(plain(x, rank) for rank in range(world.size)) / world.size).backward()
+    sharded(x, world.rank).backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in sharded.named_parameters():
+        torch.testing.assert_close(whole(parameter.grad), expected[name].grad, msg=name)
+    close_world(world)
+
+
+def test_experts_in_a_list_get_their_own_gradients(tmp_path):
+    run_ranks(call_other_experts, 2, folder=tmp_path)
+
+
+def wait_for_the_main_rank() -> None:
+    world = init_world("cpu", "full", timeout_s=2)
+    assert world.on_main(lambda: time.sleep(3) or 7, beats=True) == 7
+    close_world(world)
+
+
+def test_ranks_wait_for_a_main_rank_that_is_at_work(tmp_path):
+    run_ranks(wait_for_the_main_rank, 2, folder=tmp_path)
 
 
 ROTATED = {"init_from": "sparsegpt", "calibration_sequences": 8, "max_steps": 4, "eval_steps": 4, "rotate": "residual"}
@@ -272,6 +326,8 @@ def calibrate_lam(config: TrainConfig, file: Path) -> None:
     world = init_world("cpu", config.sharding)
     lam = resolve_lam(config, world).lam
     assert set(world.gather(lam)) == {lam}
+    layers = calibrate(config, world, steps=1).layers
+    assert all(other == layers for other in world.gather(layers))
     if world.is_main:
         file.write_text(repr(lam))
     close_world(world)

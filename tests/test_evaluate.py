@@ -9,16 +9,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from castlm.cli.evaluate import EvalCommand
+from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.data.scored import ScoredText
+from castlm.data.tokens import token_ids
 from castlm.distributed.world import World
-from castlm.evaluation.perplexity import evaluate_file, perplexity, scored_sequences, token_ids_of
+from castlm.evaluation.perplexity import evaluate_file, perplexity, scored_sequences
 from castlm.models import load_model
 from castlm.training.metrics import sequences
 
 from .tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 TINYSTORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinystories.txt"
+
+
+def test_a_group_of_tasks_without_a_number_of_questions_is_printed(capsys):
+    row = {"task": "mmlu", "metric": "acc", "value": 0.25, "stderr": None, "num_docs": None}
+    EvalCommand("model")._print({"zero_shot": {"results": [row]}})
+    assert capsys.readouterr().out == "mmlu            acc         0.2500\n"
+
+
+def test_options_of_a_text_without_a_text_are_refused(capsys):
+    assert main(["eval", "model", "--tasks", "piqa", "--stride", "5"]) == 2
+    assert "--stride is for --text" in capsys.readouterr().err
 
 
 def some_ids(count, seed=0):
@@ -179,7 +193,7 @@ def test_evaluate_file_records_what_the_figure_depends_on(tmp_path):
     tokenizer.name_or_path = "some/tokenizer"
     record = json.loads(json.dumps(evaluate_file(model, tokenizer, file, 64, 48)))
     ids = torch.tensor(tokenizer(text)["input_ids"])
-    assert torch.equal(token_ids_of(file, tokenizer), ids)
+    assert torch.equal(token_ids(file, tokenizer), ids)
     assert record["perplexity"] == perplexity(model, ids, seq_len=64, stride=48).perplexity
     assert record["text_sha256"] == hashlib.sha256(text.encode()).hexdigest()
     assert (record["seq_len"], record["stride"], record["num_tokens"]) == (64, 48, len(ids) - 1)
@@ -205,7 +219,7 @@ def test_stories260k_on_tinystories(stories260k, tmp_path):
     held_out = tmp_path / "last15.txt"
     held_out.write_text(text[int(0.85 * len(text)) :], encoding="utf-8")
     record = evaluate_file(loaded.model, loaded.tokenizer, held_out, seq_len=256, batch_size=8)
-    nats = windows_side_by_side(loaded.model, token_ids_of(held_out, loaded.tokenizer), 256)
+    nats = windows_side_by_side(loaded.model, token_ids(held_out, loaded.tokenizer), 256)
     assert record["loss"] == pytest.approx(float(nats.mean()), rel=1e-6)
     assert record["perplexity"] == pytest.approx(
         6.07, abs=0.02

@@ -1,5 +1,6 @@
 """Trackers and uploads, with stubs of the clients: what they are told, and what is refused before a run."""
 
+import dataclasses
 import importlib.machinery
 import json
 import sys
@@ -169,6 +170,8 @@ def test_a_run_uploads_its_verified_model(endpoint, text, tmp_path, capsys):
     (commit,) = Hub.commits
     sent = {entry["value"]["path"] for entry in commit if entry["key"] == "file"}
     assert sent == {path.name for path in (tmp_path / "run" / "model").iterdir()}
+    train(dataclasses.replace(config, resume=True))  # as after a kill during the upload
+    assert len(Hub.commits) == 2
 
 
 def test_an_upload_that_cannot_work_is_refused_before_the_run(endpoint, text, tmp_path, monkeypatch):

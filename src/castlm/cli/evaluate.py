@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from castlm.models import Loaded
 
 
+_OF_TEXT = ("eval_split", "eval_config", "eval_tokens", "column", "assistant_only_loss", "seq_len", "stride")
+
+
 @dataclass
 class EvalCommand:
     """Perplexity of a model on a text, or its zero-shot accuracies on tasks of lm-eval, or both."""
@@ -27,6 +30,15 @@ class EvalCommand:
 
     text: str | None = None
     """Text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub dataset."""
+
+    eval_split: str = "validation"
+    """Split of a hub dataset."""
+
+    eval_config: str | None = None
+    """Configuration of a hub dataset."""
+
+    eval_tokens: int = field(default=0, metadata={"at_least": 0})
+    """Maximum number of tokens of the text. 0 scores all of it."""
 
     column: str | None = None
     """Column of .jsonl and .parquet that holds the text, or messages. By default it is found."""
@@ -70,6 +82,8 @@ class EvalCommand:
     def run(self) -> int:
         if self.text is None and self.tasks is None:
             raise InputError("nothing to evaluate on: give --text FILE, or --tasks piqa,arc_easy, or both")
+        if self.text is None:
+            refuse_given(self, _OF_TEXT, "is for --text: name a text, or leave it out")
         check_json_path(self.json, result_folder(self.path), *([self.text] if self.text else []))
         if self.tasks is not None:
             from castlm.evaluation.zero_shot import check_tasks, zero_shot
@@ -103,6 +117,9 @@ class EvalCommand:
                     loaded.tokenizer,
                     self.text,
                     column=self.column,
+                    split=self.eval_split,
+                    data_config=self.eval_config,
+                    limit=self.eval_tokens or None,
                     assistant_only=self.assistant_only_loss,
                     open_processor=self._processor_of(loaded),
                     seq_len=self.seq_len,
@@ -134,7 +151,8 @@ class EvalCommand:
             )
         for row in figures.get("zero_shot", {}).get("results", []):
             error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
-            print(f"{row['task']:16}{row['metric']:12}{row['value']:.4f}{error}  ({row['num_docs']:,} questions)")
+            docs = "" if row["num_docs"] is None else f"  ({row['num_docs']:,} questions)"  # none of a group of tasks
+            print(f"{row['task']:16}{row['metric']:12}{row['value']:.4f}{error}{docs}")
 
 
 def main(arguments: list[str]) -> int:

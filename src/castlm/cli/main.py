@@ -10,7 +10,7 @@ import os
 import sys
 from typing import NamedTuple, TextIO
 
-from castlm.core.errors import DivergedError, InputError
+from castlm.core.errors import DivergedError, InputError, is_out_of_memory
 from castlm.names import printable
 from castlm.signals import TERMINATED, ending_on_sigterm
 
@@ -110,12 +110,6 @@ def _discard(stream: TextIO) -> None:
 def _is_output_full(error: Exception) -> bool:
     """Of what is printed; a file that cannot be written has a name, or is an InputError."""
     return isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the machine or of a GPU; torch reports it as a RuntimeError."""
-    words = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _describe(error: BaseException) -> str:

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
         found = calibrate(config, world)
     finally:
         close_world(world)
-    return report(config, options, found, world.size)
+    return report(config, options, found, world.size) if world.is_main else 0
 
 
 def report(config: TrainConfig, options: CheckOptions, found: Calibration, world_size: int) -> int:

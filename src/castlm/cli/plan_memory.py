@@ -83,6 +83,7 @@ class MemoryCommand:
 
         if self.prune:
             return self._run_prune()
+        refuse_given(self, ("memory",), "is of castlm prune: give --prune, or leave it out")
         gib = None if self.gpu is None else _gib(self.gpu)
         prunes = self._prunes()
         plan = plan_memory(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from castlm.core.pattern import Pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
@@ -21,7 +23,7 @@ from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.cut import check_cut
 from castlm.export.hf import export_model
 from castlm.files import atomic_write_json
-from castlm.hardware import peak_memory
+from castlm.hardware import choose_device, choose_precision, peak_memory
 from castlm.models import load_model
 from castlm.oneshot.calibration import calibration_length
 from castlm.oneshot.prune import prune_oneshot_
@@ -46,6 +48,11 @@ class OneshotConfig:
     column: str | None = None
     assistant_only_loss: bool = True
     chat_template_path: str | None = None
+    eval_split: str = "validation"
+    eval_config: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    """Of the evaluation."""
     seed: int = 0
     trust_remote_code: bool = False
     revision: str | None = None
@@ -71,17 +78,24 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
     loaded = load_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
     model = loaded.model
     with_template(loaded.tokenizer, config.chat_template_path)
-    documents = open_documents(config.eval_dataset, column=config.column)
+    device = torch.device(choose_device(config.device))
+    precision = choose_precision(config.precision, device, model.config)
+    autocast_dtype = torch.bfloat16 if precision == "bf16" else None
+    documents = open_documents(
+        config.eval_dataset, column=config.column, split=config.eval_split, data_config=config.eval_config
+    )
     limit, assistant_only = config.eval_tokens or None, config.assistant_only_loss
     held_out = scored_text(documents, loaded.tokenizer, limit, assistant_only=assistant_only)
     check_cut(model, pattern)
     _, left_dense = sparse_linears(model, pattern)
-    dense = perplexity(model, held_out, seq_len=config.seq_len).perplexity
+    model.to(device)
+    dense = perplexity(model, held_out, seq_len=config.seq_len, autocast_dtype=autocast_dtype).perplexity
     length = calibration_length(model)
     calibration = open_documents(config.calibration, column=config.column)
     sequences, _ = calibration_sequences(calibration, loaded.tokenizer, config.num_sequences, length, config.seed)
     report = prune_oneshot_(model, config.method, pattern=pattern, calibration=sequences, seed=config.seed)
-    pruned = perplexity(model, held_out, seq_len=config.seq_len).perplexity
+    pruned = perplexity(model, held_out, seq_len=config.seq_len, autocast_dtype=autocast_dtype).perplexity
+    model.to("cpu")
     record = {
         "base_model": config.model,
         "method": config.method,
@@ -93,14 +107,14 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
             text=config.eval_dataset,
             text_sha256=text_hash(documents),
             held_out=held_out,
-            precision="fp32",
+            precision=precision,
         ),
         "calibration": {"text": config.calibration, "num_sequences": config.num_sequences, "seq_len": length},
         **report.damping_record(),
         "train_tokens": 0,
         "train_seconds": round(report.seconds, 1),
-        "peak_memory_bytes": peak_memory("cpu"),
-        "machine": f"{platform.machine()} cpu",
+        "peak_memory_bytes": peak_memory(device.type),
+        "machine": f"{platform.machine()} {device.type}",
     }
     return export_model(
         model,

@@ -148,9 +148,10 @@ class Plan:
         texts["calibration"] = command.calibration or command.dataset
         if command.tuning_dataset:
             texts["tuning_dataset"] = command.tuning_dataset
-        hub = {"split": self.common.get("dataset_split", "train"), "data_config": self.common.get("dataset_config")}
+        train = {"split": self.common.get("dataset_split", "train"), "data_config": self.common.get("dataset_config")}
+        held_out = {"split": self.common.get("eval_split", "validation"), "data_config": self.common.get("eval_config")}
         digests = {
-            name: open_documents(text, column=column, **(hub if text == command.dataset else {})).text_hash()
+            name: open_documents(text, column=column, **(train if text == command.dataset else held_out)).text_hash()
             for name, text in texts.items()
         }
         return {"model": content_hash(command.model, self.common.get("revision")), **digests}
@@ -281,6 +282,10 @@ class Plan:
             "chat_template_path",
             "trust_remote_code",
             "revision",
+            "eval_split",
+            "eval_config",
+            "device",
+            "precision",
         )
         if unused := [option for option in self.variants[name] if option not in (*known, "method")]:
             raise InputError(f"variant {name}: {unused[0]} is no option of {fields['method']} here: take it out")

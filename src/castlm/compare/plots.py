@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from castlm.methods.table import METHODS
 from castlm.report.charts import WHOLE, Level, Series, dot_chart, heat_map, line_chart
 from castlm.report.html import Picture
 from castlm.training.metrics_file import read_series
@@ -111,7 +112,7 @@ def time(rows: Rows, results: list[Result]) -> Picture | None:
 
 
 def _steps_between_refreshes(config: dict[str, Any]) -> int:
-    return 1 if config["method"] in ("ste", "srste") else int(config["mask_interval"])
+    return int(config["mask_interval"]) if "mask_interval" in METHODS[config["method"]].options else 1
 
 
 def histograms(rows: Rows, results: list[Result]) -> Picture | None:

@@ -231,4 +231,13 @@ def zero_shot_rows(
 
 
 def with_key(run: Run, hashes: dict[str, str]) -> Run:
+    """`run` with its key; a chat template counts by its content.
+
+    Raises:
+        InputError: the file of the template does not exist.
+    """
+    if (template := run.config.get("chat_template_path")) is not None:
+        if not Path(template).is_file():
+            raise InputError(f"chat_template_path {template} is not a file: name one with a Jinja chat template")
+        hashes = {**hashes, "chat_template_path": sha256_file(template)}
     return dataclasses.replace(run, key=run_key(run.config, hashes))

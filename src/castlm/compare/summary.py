@@ -29,7 +29,8 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     found = tuple(float(v) for v in values if v is not None)
     if not found:
         return None
-    return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, found)
+    has_deviation = len(found) > 1 and all(map(math.isfinite, found))
+    return Spread(statistics.fmean(found), statistics.stdev(found) if has_deviation else None, found)
 
 
 def summarize(results: list[Result]) -> list[dict[str, Any]]:

@@ -7,3 +7,9 @@ class InputError(ValueError):
 
 class DivergedError(InputError):
     """The numbers of a run are no longer finite. The command line exits with code 1."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU; torch reports it as a RuntimeError."""
+    words = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

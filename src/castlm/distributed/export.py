@@ -90,7 +90,7 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
         world.check_all(_write_weights(result, temporary))
         world.on_main(lambda: write_all_but_weights(result.model, result.tokenizer, temporary, result.dtype))
         if result.is_sparse:
-            manifest |= world.on_main(lambda: _verify_files(result, temporary, folder, manifest))
+            manifest |= world.on_main(lambda: _verify_files(result, temporary, folder, manifest), beats=True)
             failure, proof = _verify_again(result, temporary)
             world.on_main(lambda: _refuse(temporary, folder, failure))
             manifest["proof"] |= proof

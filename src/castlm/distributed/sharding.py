@@ -36,6 +36,8 @@ def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
             fully_shard(block, mesh=world.mesh, mp_policy=_NARROW)
         else:
             fully_shard(block, mesh=world.mesh)
+        if has_list_of_experts(block):  # else ranks that called other experts would add up gradients of these
+            block.set_reduce_scatter_unused_params(True)  # type: ignore[attr-defined]
     fully_shard(module, mesh=world.mesh)
     assert isinstance(module, FSDPModule)
 

@@ -5,9 +5,11 @@ The engine is torch's own: `torchrun`, DTensor and FSDP2, which shards rows and 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -66,10 +68,6 @@ class World:
         """Whether `flag` holds on any rank."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
-    def barrier(self) -> None:
-        if self.mesh is not None:
-            dist.barrier()
-
     def gather(self, value: T) -> list[T]:
         """`value` of every rank, by rank; any picklable object."""
         values: list[Any] = [value]
@@ -78,14 +76,37 @@ class World:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def on_main(self, action: Callable[[], T]) -> T:
+    def on_main(self, action: Callable[[], T], *, beats: bool = False) -> T:
         """Runs `action` on the main rank and returns its result on every rank.
+
+        Args:
+            beats: let a thread tell the waiting ranks that the main rank is at work, for an action that may take longer
+                than `timeout_s`. They wait for it even if it hangs.
 
         Raises:
             InputError, OSError: raised by `action` there. The other ranks raise `SystemExit`, so that one rank reports
                 the error.
         """
-        return self.long_on_main(lambda alive: action())
+        if not beats:
+            return self.long_on_main(lambda alive: action())
+
+        def beating(alive: Callable[[], None]) -> T:
+            done = threading.Event()
+
+            def beat() -> None:
+                with contextlib.suppress(RuntimeError):  # a rank has ended, as the next message will find
+                    while not done.wait(self.timeout_s / 4):
+                        alive()
+
+            thread = threading.Thread(target=beat, name="alive", daemon=True)
+            thread.start()
+            try:
+                return action()
+            finally:
+                done.set()
+                thread.join()
+
+        return self.long_on_main(beating)
 
     def long_on_main(self, action: Callable[[Callable[[], None]], T]) -> T:
         """`on_main` for an action that may take longer than `timeout_s` and calls its argument more often than that."""

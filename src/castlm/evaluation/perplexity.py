@@ -22,7 +22,7 @@ from castlm.core.errors import InputError
 from castlm.data.documents import open_documents
 from castlm.data.images import join_images
 from castlm.data.scored import ScoredText, scored_text
-from castlm.data.tokens import IGNORED, check_vocabulary, token_ids
+from castlm.data.tokens import IGNORED, check_vocabulary
 from castlm.versions import library_versions
 
 
@@ -210,19 +210,6 @@ def _batches(sequences: list[Scored], batch_size: int) -> Iterator[list[Scored]]
             yield group[start : start + batch_size]
 
 
-def token_ids_of(file: str | Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The tokens of a text file (.txt, .jsonl, .jsonl.gz, .parquet): int64, (num_tokens,).
-
-    The documents are joined in order with the end-of-text token, after the tokenizer's own beginning-of-text token, as
-    in the evaluations of `castlm train`. For one document the result is that of `tokenizer(text)`, without
-    what a tokenizer puts after a text.
-
-    Raises:
-        InputError: the file is missing, unreadable, of another type, or has no text.
-    """
-    return token_ids(file, tokenizer)
-
-
 def measured_on(
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -257,6 +244,9 @@ def evaluate_file(
     stride: int | None = None,
     *,
     column: str | None = None,
+    split: str = "validation",
+    data_config: str | None = None,
+    limit: int | None = None,
     assistant_only: bool = True,
     open_processor: Callable[[], ProcessorMixin] | None = None,
     batch_size: int = 1,
@@ -269,15 +259,17 @@ def evaluate_file(
     scored, and `tokens` says which those are.
 
     Args:
+        split, data_config: of a hub dataset.
+        limit: most tokens of the text; None takes all.
         assistant_only: of conversations, score the tokens of the assistant alone.
         open_processor: opens what prepares the images of conversations that have some.
 
     Raises:
-        InputError: see `perplexity` and `token_ids_of`.
+        InputError: see `perplexity` and `open_documents`.
     """
-    documents = open_documents(text_file, column=column)
+    documents = open_documents(text_file, column=column, split=split, data_config=data_config)
     processor = open_processor() if documents.has_images and open_processor is not None else None
-    text = scored_text(documents, tokenizer, assistant_only=assistant_only, processor=processor)
+    text = scored_text(documents, tokenizer, limit, assistant_only=assistant_only, processor=processor)
     result = perplexity(
         model,
         text,

@@ -49,7 +49,6 @@ class Series:
     colour: int = 0
     faint: bool = False
     """Thin and pale: single values behind a smoothed line. It is not in the legend."""
-    dashed: bool = False
     marks: bool = False
     """A dot at every point, with its values as a tooltip."""
 
@@ -134,7 +133,7 @@ def _levels(levels: Sequence[Level], y: Scale, left: float, right: float) -> lis
 def _line(line: Series, x: Scale, y: Scale) -> str:
     points = [(a, b) for a, b in line.points if math.isfinite(b)]
     path = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in points)
-    kind = "series" + " faint" * line.faint + " dashed" * line.dashed
+    kind = "series" + " faint" * line.faint
     parts = [f'<polyline class="{kind}" stroke="{colour(line.colour)}" points="{path}"/>']
     if line.marks or len(points) == 1:
         for a, b in points:
@@ -147,8 +146,7 @@ def _line(line: Series, x: Scale, y: Scale) -> str:
 def _legend(series: Sequence[Series], left: float) -> str:
     parts, at = [], left
     for line in series if len(series) > 1 else ():
-        style = "series dashed" if line.dashed else "series"
-        parts.append(f'<line class="{style}" stroke="{colour(line.colour)}" x1="{at}" x2="{at + 18}" y1="30" y2="30"/>')
+        parts.append(f'<line class="series" stroke="{colour(line.colour)}" x1="{at}" x2="{at + 18}" y1="30" y2="30"/>')
         parts.append(f'<text class="name" x="{at + 24}" y="34">{escape(line.name)}</text>')
         at += 40 + 6.6 * len(line.name)
     return "".join(parts)

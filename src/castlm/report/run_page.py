@@ -11,6 +11,7 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.files import atomic_file
+from castlm.methods.table import METHODS
 from castlm.report import run_charts
 from castlm.report.html import render
 from castlm.report.run_data import RunData
@@ -106,8 +107,8 @@ def _eyebrow(run: RunData) -> str:
 
 
 def _start(config: dict[str, Any]) -> str:
-    start = config.get("init_from")
-    return "" if config.get("method") in ("dense", "gradual_magnitude") or not start else f"start {_short_name(start)}"
+    start, method = config.get("init_from"), METHODS.get(str(config.get("method")))
+    return f"start {_short_name(start)}" if start and not (method and method.starts_dense) else ""
 
 
 def _verdict(run: RunData) -> dict[str, str]:

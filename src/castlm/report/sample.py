@@ -9,12 +9,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
+from castlm.data.chat import with_template
 from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
 from castlm.files import atomic_write_json
 from castlm.models import load_model
 from castlm.reading import read_json_object
 from castlm.report.run_data import RunData
+from castlm.training.config import weighted_texts
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 LARGEST_PARAMS = 1_000_000_000
@@ -46,10 +48,13 @@ def write_sample(run: RunData) -> dict[str, Any]:
         InputError: a model or the text cannot be read.
     """
     config = run.config
-    texts = config.get("eval_dataset") or config["dataset"]
-    text = texts if isinstance(texts, str) else texts[0].partition(":")[0]
+    if texts := config.get("eval_dataset"):
+        text, of = texts if isinstance(texts, str) else texts[0], "eval"
+    else:
+        text, of = next(iter(weighted_texts(config["dataset"]))), "dataset"
     names = [("Dense model", str(config["model"])), (f"After {config['method']}", str(run.folder / "model"))]
-    documents = open_documents(text, column=config.get("column"))
+    hub = {"split": config.get(f"{of}_split", "train"), "data_config": config.get(f"{of}_config")}
+    documents = open_documents(text, column=config.get("column"), **hub)
     if documents.has_images:
         raise InputError(f"{text} has images, and the sample continues text alone")
     models: list[dict[str, str]] = []
@@ -57,6 +62,7 @@ def write_sample(run: RunData) -> dict[str, Any]:
     for title, name in names:
         revision = config.get("revision") if name == config["model"] else None
         loaded = load_model(name, trust_remote_code=bool(config.get("trust_remote_code")), revision=revision)
+        with_template(loaded.tokenizer, config.get("chat_template_path"))
         ids = token_ids(documents, loaded.tokenizer, limit=PROMPT_TOKENS)[:PROMPT_TOKENS]
         prompt = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
         models.append({"name": title, "completion": complete(loaded.model, loaded.tokenizer, ids, NEW_TOKENS)})

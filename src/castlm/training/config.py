@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,6 +36,23 @@ from castlm.yaml_file import read_yaml_mapping, to_yaml
 
 Layer = tuple[str, Mapping[str, Any]]
 """Where values come from, and the values by name."""
+
+
+def weighted_texts(dataset: str | Sequence[str]) -> dict[str, float]:
+    """Training texts with their weights, as the option `dataset` names them.
+
+    Examples:
+        >>> weighted_texts(["a.txt:0.7", "b.jsonl"])
+        {'a.txt': 0.7, 'b.jsonl': 1.0}
+    """
+    if isinstance(dataset, str):
+        return {dataset: 1.0}
+    found: dict[str, float] = {}
+    for text in dataset:
+        name, _, weight = text.rpartition(":")
+        has_weight = bool(name) and re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", weight) is not None
+        found[name if has_weight else text] = float(weight) if has_weight else 1.0
+    return found
 
 
 @dataclass(frozen=True)
@@ -149,14 +166,7 @@ class TrainConfig(  # the fields of the last base come first
     @property
     def datasets(self) -> dict[str, float]:
         """The training texts with their weights; a single one has the weight 1."""
-        if isinstance(self.dataset, str):
-            return {self.dataset: 1.0}
-        found: dict[str, float] = {}
-        for text in self.dataset:
-            name, _, weight = text.rpartition(":")
-            has_weight = bool(name) and re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", weight) is not None
-            found[name if has_weight else text] = float(weight) if has_weight else 1.0
-        return found
+        return weighted_texts(self.dataset)
 
     @property
     def eval_datasets(self) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ def finish(run: TrainedRun) -> dict[str, Any]:
         say_result(run, record)
         return record
     model = gathered(run) if is_sharded(run.parts.objective) else run.model
-    return run.world.on_main(lambda: write_result(run, model, histogram))
+    return run.world.on_main(lambda: write_result(run, model, histogram), beats=True)
 
 
 def free_training_state_(run: TrainedRun) -> None:

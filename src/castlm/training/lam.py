@@ -16,6 +16,7 @@ from castlm.core.budget import DecayBudget, decay_budget
 from castlm.core.decay import DECAYS
 from castlm.core.shards import local
 from castlm.core.sparsify import weight_parameter
+from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.world import World
 from castlm.hardware import collect_garbage, peak_memory
 from castlm.training.checkpoint import checkpoint_steps, read_manifest
@@ -113,11 +114,11 @@ def _budgets(run: Run) -> dict[str, DecayBudget]:
     config = run.config
     lrs, alphas = schedule(config)
     masks = run.method.masks()
-    pairs = {name: weight_parameter(layer) for name, layer in run.method.layers.items()}
-    return {
-        name: decay_budget([(local(weight.data), local(masks[weight]))], lrs, alphas, config.decay)
-        for name, weight in pairs.items()
+    weights = {name: weight_parameter(layer) for name, layer in run.method.layers.items()}
+    samples = {
+        name: masked_samples({local(weight.data): local(masks[weight])}, run.world) for name, weight in weights.items()
     }
+    return {name: decay_budget(sample, lrs, alphas, config.decay) for name, sample in samples.items()}
 
 
 def _momentum_rms(run: Run) -> dict[str, float]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, is_out_of_memory
 from castlm.distributed.world import DIAGNOSIS_S, World, close_world, init_world
 from castlm.export.hub import check_login, push
 from castlm.output import claimed
@@ -71,6 +72,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 world.on_main(lambda: stack.enter_context(_claimed(config)) and None)
                 return _train(config, world, interrupt)
         except RuntimeError as error:  # a collective that failed says which address went away, not which rank
+            if is_out_of_memory(error):  # of this rank
+                raise
             missing = world.missing(min(DIAGNOSIS_S, config.timeout_s))
             if not missing:
                 raise
@@ -105,14 +108,16 @@ def _train(config: TrainConfig, world: World, interrupt: Interrupt) -> dict[str,
         record = world.on_main(lambda: folder.finished_record(config, global_batch(config, world)))
         if world.is_main:
             note(f"{folder.model} is finished already")
-        return record
-    run = Run(config, world, before_writing=interrupt.start_training)
-    with run.telemetry:
-        loop(run, interrupt)
-        interrupt.start_export()
-        record = finish(run.result())
-        world.on_main(folder.drop_replaced)
-    if config.push_to_hub:
-        url = world.on_main(lambda: push(folder.model, config.hub_repo, private=config.hub_private_repo))
-        run.telemetry.say(f"uploaded: {url}")
+    else:
+        run = Run(config, world, before_writing=interrupt.start_training)
+        with run.telemetry:
+            loop(run, interrupt)
+            interrupt.start_export()
+            record = finish(run.result())
+            world.on_main(folder.drop_replaced)
+    if config.push_to_hub:  # of a finished run too, which may have been stopped here
+        upload = functools.partial(push, folder.model, config.hub_repo, private=config.hub_private_repo)
+        url = world.on_main(upload, beats=True)
+        if world.is_main:
+            note(f"uploaded: {url}")
     return record

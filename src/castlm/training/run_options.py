@@ -17,6 +17,12 @@ class EvaluationOptions:
     """Text for the perplexity. Of several texts each is reported, and the main figure is over all of them. Without it,
     eval_fraction of the training documents are held out."""
 
+    eval_split: str = "validation"
+    """Split of an eval_dataset on the hub."""
+
+    eval_config: str | None = None
+    """Configuration of an eval_dataset on the hub."""
+
     eval_fraction: float = 0.02
     """Fraction of the documents that is held out if there is no eval_dataset."""
 

@@ -70,14 +70,15 @@ def resolve_epochs(config: TrainConfig, world: World) -> TrainConfig:
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
         return max(1, math.ceil(float(config.num_train_epochs or 0) * tokens / (batch * config.seq_len)))
 
-    return replace(config, max_steps=world.on_main(steps), num_train_epochs=None)
+    return replace(config, max_steps=world.on_main(steps, beats=True), num_train_epochs=None)
 
 
 def _open_splits(config: TrainConfig) -> tuple[AnyDocuments, list[Documents | HubDocuments]]:
     """The training documents, and the texts of the evaluation."""
     hub = {"split": config.dataset_split, "data_config": config.dataset_config}
     parts = [open_documents(text, column=config.column, **hub) for text in config.datasets]
-    held_out = [open_documents(text, column=config.column) for text in config.eval_datasets]
+    hub = {"split": config.eval_split, "data_config": config.eval_config}
+    held_out = [open_documents(text, column=config.column, **hub) for text in config.eval_datasets]
     if not held_out:
         splits = [split_documents(part, config.eval_fraction, config.seed) for part in parts]
         parts, held_out = [part for part, _ in splits], [part for _, part in splits]
@@ -162,15 +163,20 @@ def open_training_text(
             raise InputError(
                 f"no token of the evaluation text {name} that counts is within seq_len {config.seq_len}: raise seq_len"
             )
-    digests = [text.text_hash() for text in held_out]
+    train_digest, digests = documents.text_hash(), [text.text_hash() for text in held_out]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    for what, of_rank in (("training", train_digest), ("evaluation", digest)):
+        found = world.gather(of_rank)
+        odd = next((rank for rank, other in enumerate(found) if other != found[0]), None)
+        failure = f"rank {odd} has another {what} text than rank 0: give all of them the same files"
+        world.check_all(None if odd is None else failure)
     return TrainingText(
         documents,
         loader,
         ScoredText.joined(list(parts.values())),
         _by_short_name(parts) if len(parts) > 1 else {},
         any(text.is_chat for text in (documents, *held_out)),
-        documents.text_hash(),
+        train_digest,
         digest,
         hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if documents.is_chat else None,
         processor,
