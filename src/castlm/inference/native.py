@@ -173,16 +173,18 @@ def repack_(
 
 
 def is_fast_for_many_rows(packed: Tensor) -> bool:
-    """Whether `multiply` is as fast as the library's GEMM over the unpacked weight, or faster, however many rows x has.
+    """Whether x of many rows is multiplied by `multiply`, and not by the library's GEMM over the unpacked weight.
 
-    On one thread of a Zen 4, 1,024 rows, 2048 x 2048: 2.5 times as fast with 2:4 int8, 1.9 with 2:4 int4, 1.8 with
-    dense int8 and 1.2 with 2:4 bf16 by AVX-512; 1.7, 1.5, 1.0 and 1.0 by AVX2. By AVX2 dense int4 has
-    0.9, and rounds prompts as decoding does; dense bf16 has 0.6.
+    Integers are, which rounds prompts as decoding does, and n:m floats with AVX-512. On one thread, 1,024 rows, 2048 x
+    2048, in units of the GEMM's speed: 2.5 with 2:4 int8, 1.9 with 2:4 int4, 1.8 with dense int8 and 1.2 with 2:4 bf16
+    on a Zen 4 (AVX-512); 1.8, 1.4, 1.1 and 1.0 on a Zen 3 (AVX2), where 2:4 bf16 has 0.8 to 1.0 of narrower layers,
+    and dense int4 0.7 to 0.9.
     """
     _, layout, values = struct.unpack_from("3i", ctypes.string_at(packed.data_ptr(), 12))
     is_integer = values in (VALUES["int8"], VALUES["int4"])
-    has_kernels = layout == LAYOUTS["panels"] or (layout == LAYOUTS["dense"] and is_integer)
-    return has_kernels and level() in ("avx2", "avx512")
+    if layout == LAYOUTS["rows"] or (layout == LAYOUTS["dense"] and not is_integer):
+        return False
+    return level() in (("avx2", "avx512") if is_integer else ("avx512",))
 
 
 def multiply(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
