@@ -25,6 +25,7 @@ from castlm.compare.runs import Run, content_hash, last_line, run_key, run_proce
 from castlm.compare.summary import spread, summarize, verdict
 from castlm.core.errors import InputError
 from castlm.core.sparsify import sparse_linears
+from castlm.data import documents
 from castlm.methods.table import METHODS
 from castlm.models import load_model
 from castlm.oneshot import sparsegpt
@@ -231,6 +232,22 @@ def test_a_killed_run_is_resumed(files, tmp_path, in_process, monkeypatch):
     first = steps[0]
     assert first in (3, 4)  # it saves every step of six here; the newest save may not have been whole
     assert steps == [*range(first, 6), *range(6)]  # the dense control follows
+
+
+def test_each_text_is_opened_as_its_runs_open_it(files, tmp_path, monkeypatch):
+    real, opened = documents.open_documents, {}
+
+    def open_documents(text, **how):
+        opened[Path(text).name] = (how.get("split"), how.get("data_config"))
+        return real(text, column=how["column"])
+
+    monkeypatch.setattr(documents, "open_documents", open_documents)
+    config = {**CONFIG, "dataset_split": "a", "eval_split": "b", "eval_config": "c"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "calibration.txt").write_text(TEXT)
+    texts = {"config": str(tmp_path / "config.yaml"), "calibration": str(tmp_path / "calibration.txt")}
+    Plan(command(files, tmp_path, methods="magnitude", **texts), to_stderr)
+    assert opened == {"train.txt": ("a", None), "eval.txt": ("b", "c"), "calibration.txt": (None, None)}
 
 
 def test_a_figure_that_is_infinite_has_no_deviation():

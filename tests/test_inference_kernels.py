@@ -211,7 +211,7 @@ def test_products_keep_leading_dimensions_and_take_no_rows():
 def test_many_rows_are_as_few_rows_where_the_kernels_take_them(values, n, m):
     packed = random_packed(values, n, m, 24, 128)
     buffer, x = buffer_of(packed), torch.randn(2 * DIRECT_ROWS + 5, 128)
-    by_kernels = native.is_fast_for_many_rows(buffer)
+    by_kernels = native.takes_many_rows(buffer)
     levels = {"int8": ("avx2", "avx512"), "int4": ("avx2", "avx512"), "bf16": ("avx512",) if m else ()}[values]
     assert by_kernels == (native.level() in levels)
     in_parts = torch.cat([packed_linear(part, buffer, 24) for part in x.split(DIRECT_ROWS)])

@@ -150,9 +150,10 @@ class Plan:
             texts["tuning_dataset"] = command.tuning_dataset
         train = {"split": self.common.get("dataset_split", "train"), "data_config": self.common.get("dataset_config")}
         held_out = {"split": self.common.get("eval_split", "validation"), "data_config": self.common.get("eval_config")}
+        of_role = {"dataset": train, "eval_dataset": held_out, "tuning_dataset": held_out}
+        of_role["calibration"] = train if texts["calibration"] == command.dataset else {}
         digests = {
-            name: open_documents(text, column=column, **(train if text == command.dataset else held_out)).text_hash()
-            for name, text in texts.items()
+            name: open_documents(text, column=column, **of_role[name]).text_hash() for name, text in texts.items()
         }
         return {"model": content_hash(command.model, self.common.get("revision")), **digests}
 

@@ -72,15 +72,17 @@ def _config_after(model: PreTrainedModel, pattern: Pattern) -> PretrainedConfig:
         InputError: a share that keeps all units or none, or after which transformers refuses the config.
     """
     sizes = sizes_of(pattern, model.config.to_dict())
-    if (reason := _refusal(model.config, sizes_after(pattern, sizes))) is None:
-        return _with_sizes(model.config, sizes_after(pattern, sizes))
+    after = sizes_after(pattern, sizes)
+    config = _with_sizes(model.config, after)
+    if (reason := _refusal(config)) is None:
+        return config
     (units, number), *_ = sizes.items()
-    outer = cut_pattern(pattern)
-    assert isinstance(outer, Heads)  # only of heads a config asks for more than a size
-    fitting = [k for k in range(1, number) if _refusal(model.config, sizes_after(Heads(k / number), sizes)) is None]
+    assert isinstance(cut_pattern(pattern), Heads)  # only of heads a config asks for more than a size
+    others = {k: _with_sizes(model.config, sizes_after(Heads(k / number), sizes)) for k in range(1, number)}
+    fitting = [k for k, other in others.items() if _refusal(other) is None]
     shares = ", ".join(f"heads:{k / number:.3g}" for k in fitting) or "channels:0.5"
     raise InputError(
-        f"pattern {pattern} leaves {sizes_after(pattern, sizes)[units]} of {number} KV heads, and transformers has no "
+        f"pattern {pattern} leaves {after[units]} of {number} KV heads, and transformers has no "
         f"{model.config.model_type} of that size ({reason}): use {shares}"
     )
 
@@ -92,10 +94,10 @@ def _with_sizes(config: PretrainedConfig, sizes: Mapping[str, int]) -> Pretraine
     return config
 
 
-def _refusal(config: PretrainedConfig, sizes: Mapping[str, int]) -> str | None:
-    """Why transformers refuses a config with other sizes; None where it does not."""
+def _refusal(config: PretrainedConfig) -> str | None:
+    """Why transformers refuses a config; None where it does not."""
     try:
-        _with_sizes(config, sizes).validate()
+        config.validate()
     except (StrictDataclassError, ValueError) as error:
         return str(error.__cause__ or error).strip().splitlines()[-1]
     return None

@@ -172,7 +172,7 @@ def repack_(
         raise InputError(f"values, mask and scales do not fit a {n}:{m} {kind} weight of width {columns}")
 
 
-def is_fast_for_many_rows(packed: Tensor) -> bool:
+def takes_many_rows(packed: Tensor) -> bool:
     """Whether x of many rows is multiplied by `multiply`, and not by the library's GEMM over the unpacked weight.
 
     Integers are, which rounds prompts as decoding does, and n:m floats with AVX-512. On one thread, 1,024 rows, 2048 x

@@ -22,7 +22,7 @@ from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.inference.rounding import KINDS, Rounded, round_int4, round_rows
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.inputs import ExpertInputs, LayerInput, check_plain_weights, see_inputs
-from castlm.oneshot.report import few_experts_record
+from castlm.oneshot.report import few_experts_record, relative_error
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.walk import walk
 
@@ -110,7 +110,7 @@ def quantize_(
                 rounded = _named(name, lambda weight=weight: round_rows(weight, kind))
                 old, new = _write(weight, rounded)
                 report.layers[name] = rounded.cpu()
-                report.errors[name] = _relative(new - old, old)
+                report.errors[name] = relative_error(new - old, old)
             if progress is not None:
                 progress(done, len(layers))
     report.seconds = time.perf_counter() - started
@@ -187,12 +187,7 @@ def _round_together(
     for (name, weight), part in zip(weights.items(), rounded.split([len(weight) for weight in weights.values()])):
         old, new = _write(weight, part)
         report.layers[name] = part.cpu()
-        report.errors[name] = _relative(sample @ (new - old).T, sample @ old.T)
-
-
-def _relative(lost: Tensor, whole: Tensor) -> float:
-    norm = whole.square().sum()
-    return float(lost.square().sum() / norm) if norm > 0 else 0.0
+        report.errors[name] = relative_error(sample @ (new - old).T, sample @ old.T)
 
 
 def _named(names: str, work: Callable[[], Rounded]) -> Rounded:

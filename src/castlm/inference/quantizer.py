@@ -70,14 +70,17 @@ class CastlmQuantizer(HfQuantizer):
     def update_device_map(self, device_map: Any) -> Any:
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
         self.is_meta = all(str(device) == "meta" for device in devices)
-        self.on_cpu = all(_is_cpu(device) for device in devices)
-        if self.on_cpu and native.kernels() is None and not self.quantization_config.dequantize:
-            logger.warning(f"castlm unpacks the weights, for {native.NOT_BUILT}")
-            self.quantization_config.dequantize = True
-        if not self.on_cpu:  # transformers then takes the model for the dense one that it becomes
-            self.quantization_config.dequantize = True
-        self.unpacks = self.quantization_config.dequantize
+        if not self.unpacks:
+            on_cpu = all(_is_cpu(device) for device in devices)
+            self.quantization_config.dequantize = not on_cpu or native.kernels() is None
+            if on_cpu and self.unpacks:
+                logger.warning(f"castlm unpacks the weights, for {native.NOT_BUILT}")
         return device_map
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether the weights are unpacked; transformers then takes the model for the dense one that it becomes."""
+        return self.quantization_config.dequantize
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         # The last hook before transformers looks for the weights. Their name is not in config.json on purpose, so that

@@ -30,7 +30,7 @@ from castlm.oneshot.families import describe
 from castlm.oneshot.inputs import ERROR_TOKENS, ExpertInputs, LayerInput, check_plain_weights, see_inputs
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
-from castlm.oneshot.report import LayerResult, OneshotReport
+from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
 from castlm.oneshot.solvers import MIN_DAMPING, SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
 from castlm.oneshot.units import UnitSettings, prune_units_
 from castlm.oneshot.walk import BlockInputs, Images, block_stack, layers_by_block
@@ -64,7 +64,7 @@ def prune_layers(
     results, rows = [], [weight.shape[0] for weight in weights]
     for name, weight, old, new in zip(layers, weights, dense.split(rows), pruned.weight.split(rows)):
         weight.copy_(new)
-        lost = None if seen is None else _relative_error(seen.sample, old, weight.float())
+        lost = None if seen is None else relative_error(seen.sample @ (old - weight.float()).T, seen.sample @ old.T)
         num_zeros = int((weight == 0).sum())
         results.append(LayerResult(name, tuple(weight.shape), num_zeros, lost, pruned.num_dead, pruned.damping))
     return results
@@ -109,11 +109,6 @@ def _solve_refined(
     if num_refits := refinements.num_refits(to.pattern):
         weight = refit(weight, target, taken, num_refits)
     return pruned._replace(weight=weight)
-
-
-def _relative_error(x: Tensor, old: Tensor, new: Tensor) -> float:
-    lost, whole = (x @ (old - new).T).square().sum(), (x @ old.T).square().sum()
-    return float(lost / whole) if whole > 0 else 0.0
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from castlm.oneshot.reconstruct import Reconstruction
 
 
@@ -89,3 +91,9 @@ def few_experts_note(few: Mapping[str, int]) -> str:
 def few_experts_record(few: Mapping[str, int]) -> dict[str, Any]:
     """What castlm.json says of experts that were calibrated on all tokens; nothing where there are none."""
     return {"experts_calibrated_on_all_tokens": dict(few)} if few else {}
+
+
+def relative_error(lost: Tensor, whole: Tensor) -> float:
+    """`|lost|^2 / |whole|^2`; 0 where there is nothing to lose."""
+    norm = whole.square().sum()
+    return float(lost.square().sum() / norm) if norm > 0 else 0.0

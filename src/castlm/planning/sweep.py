@@ -169,6 +169,7 @@ class Sweep:
         if not 0 < command.within < math.inf:
             raise InputError(f"within is {command.within:g}: give a fraction above 0, such as 0.02")
         self.command, self.root = command, Path(command.output_dir)
+        self.law_file = self.root / "law.json"
         self.command_line, self.say = command_line, say
         self.method = _method(command.config)
         asked = _ask(command)
@@ -198,11 +199,6 @@ class Sweep:
     def folders(self) -> list[str]:
         """Names of the runs' folders: what makes this sweep another than the next."""
         return [run.folder(self.root).name for runs in self.runs for run in runs]
-
-    @property
-    def law_file(self) -> Path:
-        """The law of the runs; one that an earlier start fitted to the same runs stays until it is fitted again."""
-        return self.root / "law.json"
 
     def claim(self) -> None:
         """Makes the output folder this sweep's.
@@ -296,8 +292,6 @@ class Sweep:
         return self.command.seeds * sum(self.budgets) - self.spent
 
     def end(self, status: str, verdict: str) -> int:
-        if status != "failed" and self.law is None:
-            self.law_file.unlink(missing_ok=True)
         self.write(status, verdict)
         self.say(verdict)
         if status == "predicted":
@@ -313,7 +307,7 @@ class Sweep:
         return 1 if status == "failed" else 0
 
     def write(self, status: str, verdict: str | None = None) -> None:
-        """Writes sweep.json, and law.json where there is a new law."""
+        """Writes sweep.json and a new law; that of an earlier start of the same runs stays until they are complete."""
         content = {
             "status": status,
             "verdict": verdict,
@@ -331,6 +325,8 @@ class Sweep:
         atomic_write_json(self.root / "sweep.json", content)
         if self.law is not None:
             atomic_write_json(self.law_file, self.law.as_dict())
+        elif status == "complete":
+            self.law_file.unlink(missing_ok=True)
 
 
 def _ask(command: SweepConfig) -> list[int]:
@@ -350,7 +346,5 @@ def _method(config: str | None) -> str:
     return method
 
 
-def _interval(prediction: Prediction | None) -> str:
-    if prediction is None:
-        return ""
-    return f"{prediction.perplexity:.4f} ({prediction.low:.4f} to {prediction.high:.4f})"
+def _interval(found: Prediction | None) -> str:
+    return "" if found is None else f"{found.perplexity:.4f} ({found.low:.4f} to {found.high:.4f})"

@@ -57,7 +57,7 @@ EFFECTS: dict[str, Effect] = {
     "hub_model_id": Effect(lambda c: c.push_to_hub, "push_to_hub"),
     "hub_private_repo": Effect(lambda c: c.push_to_hub, "push_to_hub"),
     "eval_fraction": Effect(lambda c: c.eval_dataset is None, "a held-out part: no eval_dataset"),
-    "eval_split": Effect(lambda c: c.eval_dataset is not None, "an eval_dataset"),
+    **dict.fromkeys(("eval_split", "eval_config"), Effect(lambda c: c.eval_dataset is not None, "an eval_dataset")),
     "left_dense": Effect(lambda c: c.method != "dense", "a method that makes weights sparse"),
     "pattern": Effect(lambda c: c.method != "dense", "a method that makes weights sparse"),
     "save_total_limit": Effect(lambda c: c.save_steps > 0, "save_steps above 0"),
