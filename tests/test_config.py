@@ -161,6 +161,10 @@ def test_a_python_call_is_checked_like_a_file():
         ({"srste_lam": 1e-3, "decay": "none", "method": "srste"}, ["decay"]),
         ({"temperature": 2.0, "teacher_top_k": 8, "eta": 0.0}, ["temperature", "teacher_top_k"]),
         ({"eval_fraction": 0.5, "eval_dataset": "e"}, ["eval_fraction"]),
+        ({"eval_fraction": 0.5, "dataset": "owner/name"}, ["eval_fraction"]),
+        ({"dataset_split": "validation", "dataset": "owner/name"}, []),
+        ({"eval_split": "test"}, ["eval_split"]),
+        ({"eval_split": "test", "eval_dataset": "owner/name"}, []),
         ({"calibration_sequences": 9, "init_from": "some/model"}, ["calibration_sequences"]),
         ({"permute": False, "refit_iterations": 5, "init_from": "some/model"}, ["permute", "refit_iterations"]),
         ({"permute": False, "refit_iterations": 5, "pattern": "channels:0.5"}, ["permute"]),
@@ -169,7 +173,15 @@ def test_a_python_call_is_checked_like_a_file():
     ],
 )
 def test_options_without_effect_are_named(fields, names):
-    assert sorted(without_effect(TrainConfig(**REQUIRED, **fields))) == sorted(names)
+    assert sorted(without_effect(TrainConfig(**REQUIRED | fields))) == sorted(names)
+
+
+def test_options_of_the_hub_have_no_effect_on_local_text(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time.")
+    local = {"dataset": str(text), "eval_dataset": str(text), "dataset_split": "test", "eval_split": "test"}
+    assert sorted(without_effect(TrainConfig(**REQUIRED | local))) == ["dataset_split", "eval_split"]
+    assert without_effect(TrainConfig(**REQUIRED | {"dataset": str(text), "eval_fraction": 0.5})) == {}
 
 
 def test_options_of_conversations_have_no_effect_on_plain_text():

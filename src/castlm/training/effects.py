@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from castlm.core.combined import is_structured
 from castlm.core.decay import DECAYS
 from castlm.core.pattern import Pattern
+from castlm.data.documents import find_files
 from castlm.fields import default_of, is_required
 from castlm.methods.table import METHODS
 from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements
@@ -28,6 +29,15 @@ class Effect(NamedTuple):
 
 def _decays(config: TrainConfig) -> bool:
     return "decay" in METHODS[config.method].options
+
+
+def _any_on_hub(datasets: Iterable[str]) -> bool:
+    return any(find_files(dataset) is None for dataset in datasets)
+
+
+def _splits_local_text(config: TrainConfig) -> bool:
+    """Whether a fraction of a text is held out. Of a stream, whose length is not known, a number of documents is."""
+    return config.eval_dataset is None and any(find_files(dataset) is not None for dataset in config.datasets)
 
 
 EFFECTS: dict[str, Effect] = {
@@ -56,8 +66,12 @@ EFFECTS: dict[str, Effect] = {
     "min_lr_ratio": Effect(lambda c: c.lr_scheduler_type != "constant", "a learning rate that falls"),
     "hub_model_id": Effect(lambda c: c.push_to_hub, "push_to_hub"),
     "hub_private_repo": Effect(lambda c: c.push_to_hub, "push_to_hub"),
-    "eval_fraction": Effect(lambda c: c.eval_dataset is None, "a held-out part: no eval_dataset"),
-    **dict.fromkeys(("eval_split", "eval_config"), Effect(lambda c: c.eval_dataset is not None, "an eval_dataset")),
+    "dataset_split": Effect(lambda c: _any_on_hub(c.datasets), "a dataset of the hub"),
+    "eval_fraction": Effect(
+        _splits_local_text, "a held-out part of local text: no eval_dataset, and no stream of the hub"
+    ),
+    "eval_split": Effect(lambda c: _any_on_hub(c.eval_datasets), "an eval_dataset of the hub"),
+    "eval_config": Effect(lambda c: c.eval_dataset is not None, "an eval_dataset"),
     "left_dense": Effect(lambda c: c.method != "dense", "a method that makes weights sparse"),
     "pattern": Effect(lambda c: c.method != "dense", "a method that makes weights sparse"),
     "save_total_limit": Effect(lambda c: c.save_steps > 0, "save_steps above 0"),
