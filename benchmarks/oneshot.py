@@ -29,7 +29,7 @@ from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.hardware import keep_freed_memory
 from castlm.models import load_model
-from castlm.oneshot.calibration import calibration_blocks, calibration_length
+from castlm.oneshot.calibration import calibration_length, draw_calibration
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.walk import BlockCall, block_stack
@@ -222,7 +222,7 @@ def main() -> None:
 
             text, held_out = map(str, write_texts(Path(scratch)))
         seq_len = args.seq_len or calibration_length(loaded.model)
-        calibration = calibration_blocks(token_ids(text, loaded.tokenizer), args.num_sequences, seq_len, seed=0)
+        calibration = draw_calibration(token_ids(text, loaded.tokenizer), args.num_sequences, seq_len, seed=0)
         held_out_ids = token_ids(held_out, loaded.tokenizer, limit=args.held_out_tokens)
     dense = perplexity(loaded.model, held_out_ids, seq_len=seq_len).perplexity
     print(

@@ -69,7 +69,7 @@ def test_weights_are_read_from_the_names():
     for names, message in ((("a", "a:2"), "names a text twice"), (("a", ""), "is not text or a list"), ((), "dataset")):
         with pytest.raises(InputError, match=message):
             of(*names)
-    for more in ({"num_train_epochs": 1}, {"repeat_blocks": True}):
+    for more in ({"num_train_epochs": 1}, {"repeat_sequences": True}):
         with pytest.raises(InputError, match="needs a single dataset"):
             TrainConfig("m", ("a", "b"), "o", **more)
     with pytest.raises(InputError, match="weight 0 is not above 0"):

@@ -18,7 +18,7 @@ from castlm.core.pattern import count_nm_violations, nm_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears
 from castlm.oneshot import walk as calibration_module
-from castlm.oneshot.calibration import calibration_blocks, calibration_length
+from castlm.oneshot.calibration import calibration_length, draw_calibration
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.sparsegpt import _LowestOfGroup, sparsegpt
 from castlm.oneshot.walk import block_stack
@@ -265,17 +265,17 @@ def test_a_filter_that_skips_a_block_still_runs_it():
 
 def test_calibration_windows_are_the_published_loaders():
     ids = torch.arange(1000)
-    got = calibration_blocks(ids, 5, 32, seed=7)
+    got = draw_calibration(ids, 5, 32, seed=7)
     random.seed(7)
     starts = [random.randint(0, 1000 - 32 - 1) for _ in range(5)]
     assert got.tolist() == [list(range(start, start + 32)) for start in starts]
     assert calibration_length(tiny_model("gpt2")) == 256
     with pytest.raises(InputError, match="31 tokens"):
-        calibration_blocks(ids[:31], 5, 32)
+        draw_calibration(ids[:31], 5, 32)
     with pytest.raises(InputError, match="at least 1"):
-        calibration_blocks(ids, 0, 32)
+        draw_calibration(ids, 0, 32)
     with pytest.raises(InputError, match="one row of integer ids"):
-        calibration_blocks(ids[None], 5, 32)
+        draw_calibration(ids[None], 5, 32)
 
 
 def test_layers_outside_one_stack_of_blocks():

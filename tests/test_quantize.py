@@ -20,7 +20,7 @@ from castlm.export.verify import verify
 from castlm.inference.quantize import quantize_
 from castlm.inference.rounding import round_int4
 from castlm.models import load_model
-from castlm.oneshot.calibration import calibration_blocks
+from castlm.oneshot.calibration import draw_calibration
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows
 from tests.tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
@@ -33,7 +33,7 @@ def pruned_model(family="llama", dtype=torch.float32):
 
 def calibration():
     ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
-    return calibration_blocks(ids, 8, 64)
+    return draw_calibration(ids, 8, 64)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
@@ -235,13 +235,13 @@ def test_int4_calibrates_on_a_column_or_on_conversations_in_a_given_template(tmp
     assert main(["prune", "--model", dense, "--output-dir", sparse, "--method", "magnitude"]) == 0
     template.write_text(CHATML)
     chat = write_rows(tmp_path / "c.jsonl", [{"messages": talk, "story": TEXT[:300]} for talk in talks(30)])
-    read, tokens_of = [], calibration_module.calibration_blocks
+    read, tokens_of = [], calibration_module.draw_calibration
 
     def seen(ids, *args):
         read.append(chat_tokenizer().decode(ids[:40]))
         return tokens_of(ids, *args)
 
-    monkeypatch.setattr(calibration_module, "calibration_blocks", seen)
+    monkeypatch.setattr(calibration_module, "draw_calibration", seen)
     command = ["quantize", sparse, "--kind", "int4", "--calibration", chat, "--seq-len", "64", "--num-sequences", "4"]
     assert main([*command, "--output-dir", str(tmp_path / "a"), "--column", "story"]) == 0
     given = ["--chat-template-path", str(template)]

@@ -57,7 +57,7 @@ def content(folder) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "more",
-    [(), ("--repeat-blocks",), ("--chat", "--batch-size", "64"), ("--precision", "bf16")],
+    [(), ("--repeat-sequences",), ("--chat", "--batch-size", "64"), ("--precision", "bf16")],
     ids=["text", "repeated", "chat", "bf16"],
 )
 def test_the_cache_is_that_of_the_first_epoch_and_a_run_needs_no_teacher(llama, tmp_path, lessons, more):
@@ -66,8 +66,8 @@ def test_the_cache_is_that_of_the_first_epoch_and_a_run_needs_no_teacher(llama, 
     assert open_documents(path).is_chat == ("--chat" in more)
     from_sample, num_read = content(tmp_path / "cache"), len(lessons)
     assert num_read > 5
-    over = {"repeat_blocks": "--repeat-blocks" in more, "precision": "bf16" if "bf16" in more else "auto"}
-    over |= {"max_steps": num_read} if over["repeat_blocks"] else {"num_train_epochs": 1}
+    over = {"repeat_sequences": "--repeat-sequences" in more, "precision": "bf16" if "bf16" in more else "auto"}
+    over |= {"max_steps": num_read} if over["repeat_sequences"] else {"num_train_epochs": 1}
     train(run_on(llama, path, tmp_path, "cached", **over))
     assert len(lessons) == num_read
     train(run_on(llama, path, tmp_path, "taught", **over, teacher_cache=str(tmp_path / "written")))
@@ -79,7 +79,7 @@ def test_the_cache_is_that_of_the_first_epoch_and_a_run_needs_no_teacher(llama, 
 
 
 def test_repeated_blocks_serve_more_than_one_epoch(llama, own, tmp_path, lessons):
-    config = run_on(llama, own, tmp_path, repeat_blocks=True, max_steps=300)
+    config = run_on(llama, own, tmp_path, repeat_sequences=True, max_steps=300)
     num_sequences = fill_teacher_cache(config)
     assert 2 * num_sequences < 300 * 4
     run = Run(config, init_world("cpu", "full"))
@@ -88,13 +88,13 @@ def test_repeated_blocks_serve_more_than_one_epoch(llama, own, tmp_path, lessons
     for _ in range(2 * num_sequences // 4):
         run.train_step()
     assert len(lessons) == read
-    once = replace(config, output_dir=str(tmp_path / "once"), repeat_blocks=False)
+    once = replace(config, output_dir=str(tmp_path / "once"), repeat_sequences=False)
     fill_teacher_cache(once)
     assert Run(once, init_world("cpu", "full")).parts.objective.teacher is not None
 
 
 def test_a_run_over_a_whole_repeated_epoch_leaves_a_cache_for_all(llama, own, tmp_path):
-    config = run_on(llama, own, tmp_path, repeat_blocks=True)
+    config = run_on(llama, own, tmp_path, repeat_sequences=True)
     num_sequences = fill_teacher_cache(replace(config, teacher_cache=str(tmp_path / "other")))
     train(replace(config, max_steps=-(-num_sequences // 4)))
     longer = Run(replace(config, output_dir=str(tmp_path / "longer")), init_world("cpu", "full"))

@@ -105,7 +105,7 @@ def test_a_run_that_goes_on_with_a_new_cache_covers_nothing(config, tmp_path):
 
 def test_epochs_that_repeat_are_taught_once(config, tmp_path, lessons):
     (tmp_path / "short.txt").write_text("a few words of a text, \n" * 30)
-    train(replace(config, dataset=str(tmp_path / "short.txt"), eval_fraction=0.3, repeat_blocks=True))
+    train(replace(config, dataset=str(tmp_path / "short.txt"), eval_fraction=0.3, repeat_sequences=True))
     assert 0 < len(lessons) < 9
 
 

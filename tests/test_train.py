@@ -24,7 +24,7 @@ from castlm.distributed.world import init_world
 from castlm.export.verify import verify
 from castlm.models import load_model
 from castlm.oneshot.basis import change_basis_
-from castlm.oneshot.calibration import calibration_blocks
+from castlm.oneshot.calibration import draw_calibration
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.training import start
@@ -247,7 +247,7 @@ def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, llama
     run = Run(config, init_world("cpu", "full"))
     loaded = load_model(llama)
     ids = token_ids(run.parts.text.documents, loaded.tokenizer, limit=16 * 4 * 32)
-    sequences = calibration_blocks(ids, 4, 32, seed=0)
+    sequences = draw_calibration(ids, 4, 32, seed=0)
     change_basis_(loaded.model, sequences, part_of(config, BasisOptions), pattern=Pattern.parse("2:4"))
     refinements = {"refinements": part_of(config, Refinements)} if initial == "sparsegpt" else {}
     prune_oneshot_(loaded.model, initial, calibration=sequences, **refinements)

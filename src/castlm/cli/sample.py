@@ -88,7 +88,7 @@ class CacheOptions:
     per_device_train_batch_size: int = 8
     """Sequences that the teacher reads at the same time, as in the run."""
 
-    repeat_blocks: bool = False
+    repeat_sequences: bool = False
     """Cut every epoch into the same sequences, so that teacher_cache serves all epochs."""
 
     eval_dataset: str | None = None
@@ -156,7 +156,7 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
         options: dict[str, Any] = {name: getattr(self, name) for name in passed_on}
         if self.teacher_cache is not None:
             options |= {name: getattr(self, name) for name in (*_CACHE_OPTIONS, "seed", "device")}
-            options |= {} if self.repeat_blocks else {"num_train_epochs": 1}  # what the cache serves
+            options |= {} if self.repeat_sequences else {"num_train_epochs": 1}  # what the cache serves
         return TrainConfig(result_folder(self.path), self.output_file, "RUN", **options)
 
     def _fill_cache(self, config: TrainConfig) -> None:
@@ -169,7 +169,7 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
         except (KeyboardInterrupt, SystemExit):
             note(f"the text is finished, {self.teacher_cache} is not: the same command with --resume goes on")
             raise
-        serves = "any number of steps" if config.repeat_blocks else "one epoch"
+        serves = "any number of steps" if config.repeat_sequences else "one epoch"
         print(
             f"{self.teacher_cache}: the teacher's top {config.teacher_top_k} tokens for {num_sequences:,} sequences of "
             f"{config.seq_len} tokens, for {serves} without a teacher"

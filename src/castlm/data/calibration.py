@@ -14,7 +14,7 @@ from castlm.core.errors import InputError
 from castlm.data.image_sequences import AnyDocuments, conversation_of
 from castlm.data.images import ImageEncoder, fits, join_images
 from castlm.data.tokens import token_ids
-from castlm.oneshot.calibration import calibration_blocks
+from castlm.oneshot.calibration import draw_calibration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -32,7 +32,7 @@ def calibration_sequences(
     processor: ProcessorMixin | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
-    """Sequences drawn from the start of a text, as `calibration_blocks` draws them.
+    """Sequences drawn from the start of a text, as `draw_calibration` draws them.
 
     Conversations with images are drawn whole, each followed by the text of others up to the end of its sequence.
 
@@ -45,7 +45,7 @@ def calibration_sequences(
         text without images. With images there may be fewer: as many as there are conversations whose images fit.
 
     Raises:
-        InputError: as `calibration_blocks`; no conversation fits; or images without a processor.
+        InputError: as `draw_calibration`; no conversation fits; or images without a processor.
     """
     if documents.has_images and processor is not None:
         encoder = ImageEncoder(processor, assistant_only=False)
@@ -56,7 +56,7 @@ def calibration_sequences(
             )
         return ids, images
     ids = token_ids(documents, tokenizer, limit=CALIBRATION_POOL * num_sequences * seq_len)
-    return calibration_blocks(ids, num_sequences, seq_len, seed), None
+    return draw_calibration(ids, num_sequences, seq_len, seed), None
 
 
 def _with_images(

@@ -76,7 +76,7 @@ def quantize_(
 
     Args:
         kind: "int8" or "fp8", nearest by rows, or "int4", GPTQ in groups of 64 columns.
-        calibration: int64 (num_sequences, seq_len), as from `calibration_blocks`; int4 needs it, the others take none.
+        calibration: int64 (num_sequences, seq_len), as from `draw_calibration`; int4 needs it, the others take none.
         damping: int4: share of the mean diagonal that is added to the Hessian.
         filter_fn: which layers; dense ones among them are rounded as well.
         progress: called with (blocks or layers done, in all).
@@ -89,7 +89,7 @@ def quantize_(
             a weight or an input that is not finite.
 
     Examples:
-        >>> report = quantize_(model, "int4", calibration=calibration_blocks(token_ids, 64, 512))
+        >>> report = quantize_(model, "int4", calibration=draw_calibration(token_ids, 64, 512))
         >>> report.layers["model.layers.0.mlp.up_proj"].codes.dtype
         torch.int8
     """
@@ -98,7 +98,7 @@ def quantize_(
     report = QuantizeReport(kind)
     if kind == "int4":
         if calibration is None:
-            raise InputError("int4 needs a calibration text: pass calibration, from calibration_blocks")
+            raise InputError("int4 needs a calibration text: pass calibration, from draw_calibration")
         check_calibration(model, calibration)
         report.num_sequences, report.seq_len = calibration.shape
         _walk(model, layers, calibration, damping, report, progress)

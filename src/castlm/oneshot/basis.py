@@ -89,7 +89,7 @@ def change_basis_(
     for the residual stream also two fp32 matrices (hidden, hidden) for each of its norms.
 
     Args:
-        calibration: int64, (num_sequences, seq_len), as from `calibration_blocks`.
+        calibration: int64, (num_sequences, seq_len), as from `draw_calibration`.
         images: for each sequence what the model's forward takes beside its tokens.
         filter_fn: which layers are going to be pruned, as for `sparse_linears`; only their errors count.
         say: called with a line about each kind of change, and about what is left out or undone.
@@ -99,7 +99,7 @@ def change_basis_(
         InputError: a family that does not allow what is asked for; under "auto" this is said and left out.
 
     Examples:
-        >>> tokens = calibration_blocks(token_ids, seq_len=calibration_length(model), seed=0)
+        >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)
         >>> change_basis_(model, tokens, say=print)
         >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)
     """

@@ -17,7 +17,7 @@ def calibration_length(model: PreTrainedModel) -> int:
     return min(2048, context_length(model.config) or 2048)
 
 
-def calibration_blocks(token_ids: Tensor, num_sequences: int = 128, seq_len: int = 2048, seed: int = 0) -> Tensor:
+def draw_calibration(token_ids: Tensor, num_sequences: int = 128, seq_len: int = 2048, seed: int = 0) -> Tensor:
     """Random sequences of a text: those the loaders of SparseGPT and Wanda take of WikiText-2 and PTB, seed for seed.
 
     The text is tokenized once as a whole (with the special tokens the tokenizer puts at its start), and each sequence
@@ -56,7 +56,7 @@ def check_calibration(model: PreTrainedModel, calibration: Tensor) -> None:
     if calibration.dim() != 2 or not calibration.numel() or calibration.is_floating_point():
         raise InputError(
             f"a calibration of shape {tuple(calibration.shape)}, {calibration.dtype}: pass token ids of shape "
-            "(num_sequences, seq_len), as from calibration_blocks"
+            "(num_sequences, seq_len), as from draw_calibration"
         )
     seq_len, context = calibration.shape[1], context_length(model.config)
     if context is not None and seq_len > context:

@@ -135,7 +135,7 @@ def prune_oneshot_(
 
     Args:
         method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`; of a structured pattern a name in `SCORES`.
-        calibration: int64, (num_sequences, seq_len), as from `calibration_blocks`. Magnitude needs none; where it is
+        calibration: int64, (num_sequences, seq_len), as from `draw_calibration`. Magnitude needs none; where it is
             given one, its first 256 tokens serve for the reconstruction errors.
         images: of a vision-language model: for each sequence what its forward takes beside the tokens.
         damping: SparseGPT: share of the mean of the diagonal of H that is added to it.
@@ -151,7 +151,7 @@ def prune_oneshot_(
             be followed block by block. Once pruning has begun, the blocks before the one named are pruned already.
 
     Examples:
-        >>> tokens = calibration_blocks(token_ids, seq_len=calibration_length(model), seed=0)
+        >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)
         >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)
     """
     pattern = as_pattern(pattern)
@@ -299,7 +299,7 @@ def check_prune(
     if calibration is not None:
         check_calibration(model, calibration)
     elif SOLVERS[method].add is not None:
-        raise InputError(f"method {method} needs a calibration text: pass calibration, from calibration_blocks")
+        raise InputError(f"method {method} needs a calibration text: pass calibration, from draw_calibration")
     if refinements != NO_REFINEMENTS and method != "sparsegpt":
         raise InputError(f"refinements are for method sparsegpt, not for {method}: leave them out")
     refinements.check()

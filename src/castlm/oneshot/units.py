@@ -301,4 +301,4 @@ def _check(
     if calibration is not None:
         check_calibration(model, calibration)
     elif SCORES[score].needs:
-        raise InputError(f"score {score} needs a calibration text: pass calibration, from calibration_blocks")
+        raise InputError(f"score {score} needs a calibration text: pass calibration, from draw_calibration")

@@ -111,8 +111,8 @@ class TrainConfig(  # the fields of the last base come first
         if isinstance(self.dataset, tuple):
             if len(self.datasets) < len(self.dataset):
                 raise InputError("dataset names a text twice: give it once, with a larger weight")
-            if self.repeat_blocks or self.num_train_epochs is not None:
-                option = "repeat_blocks" if self.repeat_blocks else "num_train_epochs"
+            if self.repeat_sequences or self.num_train_epochs is not None:
+                option = "repeat_sequences" if self.repeat_sequences else "num_train_epochs"
                 raise InputError(f"{option} needs a single dataset: a mixture has no epochs, its texts have their own")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other: choose one")

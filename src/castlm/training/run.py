@@ -308,7 +308,7 @@ class Run:
         """Records which sequences the teacher cache holds by now."""
         if self.parts.objective.cache is not None:
             batch = global_batch(self.config, self.world)
-            whole_epoch = self.config.repeat_blocks and self.parts.text.loader.state_dict()["epoch"] > 0
+            whole_epoch = self.config.repeat_sequences and self.parts.text.loader.state_dict()["epoch"] > 0
             first, last = self.progress.first_step * batch, self.progress.step * batch
             self.parts.objective.cache.cover(first, last, every_epoch=whole_epoch)
 

@@ -78,7 +78,7 @@ class DataOptions:
     cross_document_attention: bool = field(default=False, kw_only=True)
     """Let the documents that share a training sequence attend to each other, as if they were one text."""
 
-    repeat_blocks: bool = field(default=False, kw_only=True)
+    repeat_sequences: bool = field(default=False, kw_only=True)
     """Cut every epoch into the same sequences, so that teacher_cache serves all epochs after the first."""
 
     seed: int = field(default=0, kw_only=True)

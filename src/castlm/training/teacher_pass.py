@@ -29,7 +29,14 @@ def open_teacher_cache(config: TrainConfig, text: TrainingText, vocab_size: int,
     """The cache of a run; None where it has none."""
     if config.teacher_cache is None:
         return None
-    stream = [text.train_sha256, config.seed, config.seq_len, config.repeat_blocks, config.column, text.template_sha256]
+    stream = [
+        text.train_sha256,
+        config.seed,
+        config.seq_len,
+        config.repeat_sequences,
+        config.column,
+        text.template_sha256,
+    ]
     return TeacherCache(config.teacher_cache, stream, vocab_size, world)
 
 
@@ -104,6 +111,6 @@ def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None]
             ids, positions = (batch[name].to(world.device) for name in ("input_ids", "position_ids"))
             objective.fill_cache(ids, positions)
         done, is_whole = done + len(ids), text.loader.state_dict()["epoch"] > 0
-        cache.cover(0, done, every_epoch=is_whole and config.repeat_blocks)
+        cache.cover(0, done, every_epoch=is_whole and config.repeat_sequences)
         progress(min(done, total), total)
     return done

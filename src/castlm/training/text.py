@@ -94,7 +94,7 @@ def _with_images(
         ImageEncoder(processor, config.assistant_only_loss),
         seq_len=config.seq_len,
         seed=config.seed,
-        repeat=config.repeat_blocks,
+        repeat=config.repeat_sequences,
         say=say,
     )
 
@@ -110,7 +110,7 @@ def _packed(
         tokenizer,
         seq_len=config.seq_len,
         seed=config.seed,
-        repeat=config.repeat_blocks,
+        repeat=config.repeat_sequences,
         assistant_only=config.assistant_only_loss,
         say=say,
     )
