@@ -123,7 +123,7 @@ class Documents:
 
     def text_hash(self) -> str:
         """See `text_hash`."""
-        digest = _joined([source.sha256() for source in self._sources])
+        digest = joined_digest([source.sha256() for source in self._sources])
         return hashlib.sha256(digest.encode() + self._selection).hexdigest() if self._selection else digest
 
 
@@ -265,8 +265,9 @@ def text_hash(dataset: str | Path | Documents | HubDocuments) -> str:
     if isinstance(dataset, Documents | HubDocuments):
         return dataset.text_hash()
     files = find_files(dataset)
-    return open_documents(dataset).text_hash() if files is None else _joined([sha256_file(f) for f in files])
+    return open_documents(dataset).text_hash() if files is None else joined_digest([sha256_file(f) for f in files])
 
 
-def _joined(digests: Sequence[str]) -> str:
+def joined_digest(digests: Sequence[str]) -> str:
+    """The digest of a single text, or the SHA-256 of those of several in order."""
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from castlm.core.errors import InputError
 from castlm.data.chat import with_template
-from castlm.data.documents import Documents, open_documents, split_documents
+from castlm.data.documents import Documents, joined_digest, open_documents, split_documents
 from castlm.data.hub import HubDocuments
 from castlm.data.image_sequences import AnyDocuments, ImageSequences
 from castlm.data.images import ImageEncoder
@@ -163,21 +163,24 @@ def open_training_text(
             raise InputError(
                 f"no token of the evaluation text {name} that counts is within seq_len {config.seq_len}: raise seq_len"
             )
-    train_digest, digests = documents.text_hash(), [text.text_hash() for text in held_out]
-    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    for what, of_rank in (("training", train_digest), ("evaluation", digest)):
-        found = world.gather(of_rank)
-        odd = next((rank for rank, other in enumerate(found) if other != found[0]), None)
-        failure = f"rank {odd} has another {what} text than rank 0: give all of them the same files"
-        world.check_all(None if odd is None else failure)
+    digests = {
+        "training": documents.text_hash(),
+        "evaluation": joined_digest([text.text_hash() for text in held_out]),
+    }
+    found = world.gather(digests)
+    odd = [(rank, what) for rank, other in enumerate(found) for what in digests if other[what] != found[0][what]]
+    failures = [
+        f"rank {rank} has another {what} text than rank 0: give all of them the same files" for rank, what in odd
+    ]
+    world.check_all(failures[0] if failures else None)
     return TrainingText(
         documents,
         loader,
         ScoredText.joined(list(parts.values())),
         _by_short_name(parts) if len(parts) > 1 else {},
         any(text.is_chat for text in (documents, *held_out)),
-        train_digest,
-        digest,
+        digests["training"],
+        digests["evaluation"],
         hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if documents.is_chat else None,
         processor,
     )
