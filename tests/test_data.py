@@ -549,5 +549,5 @@ def test_missing_and_empty_places(tmp_path):
 def test_text_shorter_than_one_sequence():
     documents = Documents.from_texts(["abcd", "efg"])  # 9 tokens with their ends
     assert len(blocks_of(stream_of(documents, seq_len=8), 3)) == 3
-    with pytest.raises(InputError, match="9 tokens are fewer than one sequence of seq_len 9"):
+    with pytest.raises(InputError, match="shorter than one sequence of seq_len 9"):
         stream_of(documents, seq_len=9)

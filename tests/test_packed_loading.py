@@ -18,10 +18,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
+from castlm.core.sparsify import prune_
 from castlm.export.packed import pack_folder
 from castlm.inference import generate, native
 from castlm.inference.convert import pack_model_
@@ -29,7 +30,7 @@ from castlm.inference.format import FILE, read_specs, to_metadata
 from castlm.inference.layers import PackedEmbedding, PackedLinear
 from castlm.models import load_model
 from tests.test_packed import change, flip_bit, pruned_folder
-from tests.tiny import FAMILIES, save_tiny
+from tests.tiny import FAMILIES, save_tiny, tiny_model
 
 IDS = torch.tensor([[5, 80, 200, 13, 99, 100]])
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
@@ -112,6 +113,57 @@ def test_a_model_is_packed_in_memory(folders):
     torch.testing.assert_close(dense(IDS).logits, plain, rtol=1e-4, atol=1e-4)
 
 
+@needs_kernels
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_of_a_vision_language_model_is_rounded(tied, tmp_path):
+    source = pruned_folder(tmp_path / "source", "qwen2_vl", tie_word_embeddings=tied)
+    pack_folder(source, tmp_path / "packed", head="int8")
+    packed, plain = (AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("packed", "source"))
+    torch.testing.assert_close(packed(IDS).logits, plain.float()(IDS).logits, rtol=0.05, atol=0.05)
+
+
+@needs_kernels
+def test_a_model_without_its_head_leaves_the_packed_head_out(folders, tmp_path):
+    pack_folder(folders[0], tmp_path / "packed", head="int8")
+    packed, plain = AutoModel.from_pretrained(tmp_path / "packed"), AutoModel.from_pretrained(folders[0])
+    states = plain.float()(IDS).last_hidden_state
+    torch.testing.assert_close(packed(IDS).last_hidden_state, states, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_head_that_is_stored_too_is_not_rounded(tmp_path):
+    source = pruned_folder(tmp_path / "source", "gpt2")
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    del config["tie_word_embeddings"]  # GPT-2's default is True
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"stores lm_head\.weight, which its config ties"):
+        pack_folder(source, tmp_path / "packed", head="int8")
+
+
+@needs_kernels
+def test_a_layer_says_in_which_dtype_it_computes(tmp_path):
+    """Mamba-2 casts its hidden states to the dtype of the head's weight, which is not that of the packed bytes."""
+    sizes = {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8}
+    model = tiny_model("mamba2", **sizes)
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    prune_(model, filter_fn=lambda module, name: name in linear and name != "lm_head")
+    plain = model(IDS).logits
+    pack_model_(model, dtype=torch.float32, filter_fn=lambda module, name: name in linear and name != "lm_head")
+    assert model.lm_head.weight.dtype == torch.float32
+    torch.testing.assert_close(model(IDS).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_tokens", [6, 200])
+def test_a_packed_model_runs_with_gradients_enabled_and_passes_none_on(num_tokens, folders):
+    model = AutoModelForCausalLM.from_pretrained(folders[1])
+    assert not model(torch.ones(1, num_tokens, dtype=torch.int64)).logits.requires_grad
+    states = torch.randn(1, num_tokens, model.config.hidden_size, requires_grad=True)
+    with pytest.raises(InputError, match="pass no gradients on"):
+        model(inputs_embeds=states)
+
+
 def test_without_kernels_weights_are_unpacked_and_it_is_said(folders, monkeypatch, caplog):
     monkeypatch.setattr(native, "kernels", lambda: None)
     model = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
@@ -190,6 +242,10 @@ def test_a_packed_model_is_not_saved_by_transformers(folders, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folders[1])
     with pytest.raises(ValueError, match="castlm"):
         model.save_pretrained(tmp_path / "saved")
+    in_memory = load_model(folders[0]).model
+    pack_model_(in_memory)
+    with pytest.raises(InputError, match="a packed model cannot be saved"):
+        in_memory.save_pretrained(tmp_path / "saved")
 
 
 # ---- text
@@ -230,6 +286,16 @@ def test_generate_names_a_token_id_of_another_type(folders, tmp_path, capsys):
         file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": wrong}))
         assert main(["generate", str(model), "--prompt", "a"]) == 2
         assert f"says eos_token_id = {wrong!r}: a token id is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_generate_continues_by_one_sequence_whatever_the_generation_config_says(which, folders, tmp_path, capsys):
+    model = shutil.copytree(folders[which], tmp_path / "model")
+    file = model / "generation_config.json"
+    asks = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "stop_strings": ["####"]}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **asks}))
+    assert main(["generate", str(model), "--prompt", "Story", "--max-new-tokens", "6"]) == 0
+    assert "6 new tokens" in capsys.readouterr().err
 
 
 def test_generate_says_that_a_chat_template_refuses_the_prompt(folders, tmp_path, capsys):

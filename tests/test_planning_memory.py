@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils import parametrize
 from transformers import AutoConfig
 
-from castlm.architecture import backbone, linearize_
+from castlm.architecture import backbone, linearize_, shape_model
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.moments import MOMENT_KEYS, MOMENTS
+from castlm.core.pattern import NM, Pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_param_groups
 from castlm.planning import activations
@@ -25,6 +27,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
 RUN = Settings(
     seq_len=48,
     micro_batch=2,
+    pattern=NM(2, 4),
     scale_groups=2,
     accumulates=False,
     checkpointing=False,
@@ -34,6 +37,7 @@ RUN = Settings(
     chunk_tokens=96,
     moments="fp32",
     calibration_tokens=0,
+    on_card=False,
     fused=True,
 )
 
@@ -44,7 +48,7 @@ def _each_model_is_traced_once():
     known: dict[tuple, list[int]] = {}
 
     def saved_once(config, num_layers, sizes, run, sharded):
-        key = (config.to_json_string(), num_layers, tuple(sizes), run.scale_groups, run.compute, sharded)
+        key = (config.to_json_string(), num_layers, tuple(sizes), run.pattern, run.scale_groups, run.compute, sharded)
         if key not in known:
             known[key] = saved_bytes(config, num_layers, sizes, run, sharded)
         return known[key]
@@ -109,6 +113,17 @@ def test_trace_saves_what_a_real_forward_pass_saves(family):
     experts = any(isinstance(module, ExpertLinear) for module in model.modules())  # what routing saves is left out
     expected = pytest.approx(measured, rel=0.05 if experts else 0.01)
     assert saved_bytes(model.config, 2, [(2, 48)], RUN, sharded=False) == [expected]
+
+
+@pytest.mark.parametrize("pattern", ["heads:0.5", "channels:0.5"])
+def test_weights_kept_for_backward_are_those_of_the_pattern(pattern):
+    config = llama()
+    plan = plan_memory(config, seq_len=32, micro_batch=1, pattern=pattern, compute_dtype="fp32")
+    model = shape_model(config)
+    add_weight_scaling(model, 2, pattern=Pattern.parse(pattern))
+    scaled = [module for module in model.modules() if parametrize.is_parametrized(module, "weight")]
+    products = 4 * sum(layer.parametrizations.weight.original.numel() for layer in scaled)
+    assert plan.components["weights kept for backward"] == pytest.approx(products, rel=0.01)
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
@@ -197,7 +212,10 @@ def test_start_is_on_the_first_rank():
     one, eight = (plan_7b(world_size=ranks, calibration_tokens=128 * 4096) for ranks in (1, 8))
     assert one.phases["start"] - eight.phases["start"] == 4 * eight.num_params
     states = 4 * 128 * 4096 * 4096
-    assert eight.phases["start"] == pytest.approx(4 * eight.num_params + states, rel=0.15)
+    not_sparse = 4 * (eight.num_params - eight.num_sparse)
+    assert eight.phases["start"] == pytest.approx(4 * eight.num_params + not_sparse + states, rel=0.15)
+    on_cards = [plan_7b(world_size=ranks, calibration_tokens=128 * 4096, gpu_gib=80) for ranks in (1, 8)]
+    assert {plan.phases["start"] for plan in on_cards} == {eight.phases["start"] - not_sparse}
     assert eight.peak == plan_7b(world_size=8).peak
     large = {"seq_len": 4096, "micro_batch": 1, "world_size": 64, "gradient_checkpointing": True}
     plan = plan_memory(CONFIGS / "llama2-70b.json", **large, calibration_tokens=128 * 4096)

@@ -7,7 +7,7 @@ import torch
 
 from castlm.architecture import linearize_conv1d_
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM, nm_mask
+from castlm.core.pattern import NM, Channels, nm_mask
 from castlm.oneshot import prune
 from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, improve_masks
 from castlm.oneshot.dense_twin import Shift
@@ -184,8 +184,12 @@ def test_refinements_are_checked():
     model = family_model("llama")
     with pytest.raises(InputError, match=r"refinements are for method sparsegpt, not for wanda"):
         prune_oneshot_(model, "wanda", calibration=TOKENS, refinements=Refinements(refit_iterations=1))
-    with pytest.raises(InputError, match="the options beyond SparseGPT do nothing with wanda"):
+    with pytest.raises(InputError, match="reconstruct_epochs does nothing with wanda: leave it out or use sparsegpt"):
         Refinements(reconstruct_epochs=1).for_solver("wanda", NM(2, 4))
     assert Refinements().for_solver("magnitude", NM(2, 4)) == NO_REFINEMENTS
+    assert NO_REFINEMENTS.for_solver("wanda", NM(2, 4)) == NO_REFINEMENTS
+    assert Refinements(mask_iterations=0, refit_iterations=5).for_solver("flap", Channels(0.5)).refit_iterations == 5
+    with pytest.raises(InputError, match=r"mask_iterations does nothing with channels:0\.5"):
+        Refinements(mask_iterations=5).for_solver("flap", Channels(0.5))
     with pytest.raises(InputError, match=r"target_asymmetry = 2 is out of range: it must be between 0 and 1"):
         prune_oneshot_(model, "sparsegpt", calibration=TOKENS, refinements=Refinements(target_asymmetry=2))

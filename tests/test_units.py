@@ -129,7 +129,7 @@ def test_what_cannot_be_scored_is_refused():
         prune_oneshot_(model, "sparsegpt", pattern="channels:0.5", calibration=TOKENS)
     with pytest.raises(InputError, match="score flap needs a calibration text"):
         prune_oneshot_(model, "flap", pattern="channels:0.5")
-    with pytest.raises(InputError, match=r"only refit_iterations is for channels:0\.5"):
+    with pytest.raises(InputError, match=r"does nothing with channels:0\.5"):
         Refinements(target_asymmetry=0.5).for_solver("flap", Pattern.parse("channels:0.5"))
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match="has NaN or infinity"):
@@ -165,7 +165,7 @@ def test_castlm_prune_cuts_and_records_the_score(files, tmp_path, capsys):
         (["--pattern", "channels:0.5", "--method", "sparsegpt"], "does not rank the units"),
         (["--pattern", "2:4", "--method", "flap"], "there is no one-shot method 'flap'"),
         (["--pattern", "heads:0.9"], "keeps all of 2 units"),
-        (["--pattern", "channels:0.5", "--target-asymmetry", "0.5"], "only refit_iterations"),
+        (["--pattern", "channels:0.5", "--target-asymmetry", "0.5"], "which has refit_iterations alone"),
     ):
         assert prune(files, tmp_path / "no", *arguments) == 2
         assert reason in capsys.readouterr().err

@@ -339,6 +339,13 @@ def test_a_missing_or_renamed_layer_is_refused(tmp_path, name):
     refused(write(tmp_path / "huge", llama(), LLAMA | {"num_hidden_layers": 10**9}), "num_hidden_layers = 1000000000")
 
 
+def test_only_counts_of_layers_and_experts_are_bounded_by_the_number_of_tensors(tmp_path):
+    sizes = {"block_size": 2048, "vocab_size_per_layer_input": 262_144, "num_experts": 16_384}
+    assert verify(write(tmp_path / "sizes", llama(), LLAMA | sizes)).ok
+    for name, count in (("n_layers", 5000), ("num_local_experts", 10**6), ("decoder_layers", 5000)):
+        refused(write(tmp_path / name, llama(), LLAMA | {name: count}), f"{name} = {count}")
+
+
 def test_a_checkpoint_without_the_base_prefix_is_compared_too(tmp_path):
     tensors = {name.removeprefix("model."): tensor for name, tensor in llama().items()}
     assert verify(write(tmp_path / "a", tensors)).ok

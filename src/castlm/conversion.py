@@ -81,3 +81,9 @@ def loaded_name(model: PreTrainedModel, name: str) -> str:
 
     renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     return apply_renamings(f"{name}.", renamings).removesuffix(".")
+
+
+def possible_names(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
+    """What the module or tensor `name` may be called, in a file or a model: the backbone's prefix is there or not."""
+    prefix = f"{model.base_model_prefix}."
+    return name, prefix + name, name.removeprefix(prefix)

@@ -48,6 +48,8 @@ class OneshotConfig:
     column: str | None = None
     assistant_only_loss: bool = True
     chat_template_path: str | None = None
+    calibration_split: str = "train"
+    calibration_config: str | None = None
     eval_split: str = "validation"
     eval_config: str | None = None
     device: str = "auto"
@@ -91,7 +93,12 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
     model.to(device)
     dense = perplexity(model, held_out, seq_len=config.seq_len, autocast_dtype=autocast_dtype).perplexity
     length = calibration_length(model)
-    calibration = open_documents(config.calibration, column=config.column)
+    calibration = open_documents(
+        config.calibration,
+        column=config.column,
+        split=config.calibration_split,
+        data_config=config.calibration_config,
+    )
     sequences, _ = calibration_sequences(calibration, loaded.tokenizer, config.num_sequences, length, config.seed)
     report = prune_oneshot_(model, config.method, pattern=pattern, calibration=sequences, seed=config.seed)
     pruned = perplexity(model, held_out, seq_len=config.seq_len, autocast_dtype=autocast_dtype).perplexity

@@ -151,7 +151,7 @@ class Plan:
         train = {"split": self.common.get("dataset_split", "train"), "data_config": self.common.get("dataset_config")}
         held_out = {"split": self.common.get("eval_split", "validation"), "data_config": self.common.get("eval_config")}
         of_role = {"dataset": train, "eval_dataset": held_out, "tuning_dataset": held_out}
-        of_role["calibration"] = train if texts["calibration"] == command.dataset else {}
+        of_role["calibration"] = train if command.calibration is None else {}
         digests = {
             name: open_documents(text, column=column, **of_role[name]).text_hash() for name, text in texts.items()
         }
@@ -297,6 +297,9 @@ class Plan:
             )
         content |= {"method": fields["method"], **named}
         content |= {"calibration": self.command.calibration or self.command.dataset}
+        if self.command.calibration is None:  # read as the runs read their training text
+            hub = {"calibration_split": "dataset_split", "calibration_config": "dataset_config"}
+            content |= {name: self.common[option] for name, option in hub.items() if option in self.common}
         content |= {"num_sequences": self.command.num_sequences}
         return with_key(Run(name, 0, content), self.hashes)
 

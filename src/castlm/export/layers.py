@@ -199,8 +199,12 @@ def _some(names: list[str]) -> str:
 def _refuse_absurd_counts(path: Path, num_tensors: int, config: Config) -> None:
     """Refuses a config.json with more blocks or experts than there are tensors, before anything counts up to it."""
     for name, value in _fields(config):
-        is_count = re.search(r"layer|experts?$|experts?_per|block", name)
-        if is_count and type(value) is int and value > max(1000, num_tensors):
+        count = re.search(
+            r"(?:^|_)n(?:um)?_(?:\w+_)?(layer|block|expert)s?(?:_per_\w+)?$|^(?:en|de)coder_(layer)s$", name
+        )
+        if count is None or type(value) is not int:
+            continue
+        if value > (100_000 if count[1] == "expert" else max(1000, num_tensors)):
             raise InputError(f"config.json of {path} says {name} = {value}, and it holds {num_tensors} tensors")
 
 

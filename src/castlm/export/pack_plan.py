@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from castlm.architecture import shape_model
+from castlm.conversion import as_stored, possible_names
 from castlm.core.blocks import is_block_linear, is_stacked_experts
 from castlm.core.errors import InputError
 from castlm.export.folder import read_config, stored_tensors
@@ -22,8 +23,6 @@ from castlm.layout import experts_input_axis, guess_model_type, stored_transpose
 from castlm.opening import open_config
 from castlm.stored import StoredTensor
 
-_TABLES = ("lm_head.weight", "embed_out.weight", "model.embed_tokens.weight", "transformer.wte.weight", "wte.weight")
-_TABLES += ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
 CAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """What weights can be cast to, by its name in options."""
 OF_STORED = {name: dtype for dtype, name in DTYPES.items()}
@@ -77,15 +76,7 @@ def plan_pack(source: Path, n: int, m: int, dtype: str | None, head: str | None)
     if not specs:
         raise InputError(f"{source} has no linear layer inside transformer blocks to pack")
     if head == "int8":
-        table = next((name for name in _TABLES if name in stored), None)
-        if table is None:
-            raise InputError(f"{source} has no output head under a known name: leave --head out")
-        if not can_pack_tables(shape_model(open_config(source))):
-            raise InputError(
-                f"the embedding or head of {model_type} does more than look up and multiply: leave --head out"
-            )
-        if config.get("tie_word_embeddings") and len([name for name in _TABLES if name in stored]) > 1:
-            raise InputError(f"{source} stores {table}, which its config.json ties to the embedding: leave --head out")
+        table = _table(source, stored)
         specs[table] = PackedSpec(*stored[table].shape, 0, 0, "int8")
     paths = sorted({tensor.file for tensor in stored.values()})
     count = len(paths)
@@ -94,6 +85,31 @@ def plan_pack(source: Path, n: int, m: int, dtype: str | None, head: str | None)
         new = format.FILE if count == 1 else f"castlm-{i:05d}-of-{count:05d}.safetensors"
         files.append((path, new, [name for name, tensor in stored.items() if tensor.file == path]))
     return PackPlan(stored, specs, files, cast)
+
+
+def _table(source: Path, stored: Mapping[str, StoredTensor]) -> str:
+    """The name of the weight of the output head, or of the embedding that it is tied to.
+
+    Raises:
+        InputError: the model has no plain head, or its files and its config do not agree on whether it is tied.
+    """
+    opened = open_config(source)
+    model = shape_model(opened)
+    if not can_pack_tables(model):
+        raise InputError(
+            f"the embedding or head of {opened.model_type} does more than look up and multiply: leave --head out"
+        )
+    tables = [module for module in (model.get_output_embeddings(), model.get_input_embeddings()) if module is not None]
+    paths = {module: path for path, module in model.named_modules() if module in tables}
+    found = []
+    for module in tables:
+        names = as_stored(model, f"{paths[module]}.weight", module.weight)
+        found += [name for known in names for name in possible_names(model, known) if name in stored][:1]
+    if not found:
+        raise InputError(f"{source} stores no output head and no embedding: leave --head out")
+    if opened.tie_word_embeddings and len(set(found)) > 1:
+        raise InputError(f"{source} stores {found[0]}, which its config ties to the embedding: leave --head out")
+    return found[0]
 
 
 def _transposed(name: str, tensor: StoredTensor, config: Mapping[str, Any]) -> bool:

@@ -90,8 +90,6 @@ class Row:
     """Of one layer, by the name of the format."""
     best: str
     """The fastest format that keeps the weights as they are: dense or 2:4. Dense unless 2:4 is noticeably faster."""
-    fastest: str
-    """The fastest of all."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +232,7 @@ def _row(shape: Shape, count: int, formats: Sequence[Format], timed: Seconds, to
         found.setdefault(form.name, found[dtype])
     sparse = f"2:4 {dtype}"
     is_better = sparse in found and found[dtype] / found[sparse] >= NOTICEABLE
-    return Row(shape, count, found, sparse if is_better else dtype, min(found, key=found.__getitem__))
+    return Row(shape, count, found, sparse if is_better else dtype)
 
 
 def _notes(device: Device, formats: Sequence[Format], measured: bool, num_expert_weights: int) -> list[str]:

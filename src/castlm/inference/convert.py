@@ -40,7 +40,7 @@ def pack_model_(
     """Replaces the linear layers of a model on a CPU by packed ones, and embedding and head by ones in `dtype`
     where they are plain layers of torch.
 
-    The model computes in fp32 afterwards, and cannot be trained or saved.
+    The model computes in fp32 afterwards, without gradients, and cannot be trained or saved.
 
     Args:
         n: kept weights of each group; 0, with m 0, multiplies by dense weights with the kernels for them.
@@ -53,7 +53,8 @@ def pack_model_(
         The names of the replaced layers.
 
     Raises:
-        InputError: a layer that is not n:m, no layer to replace, or kernels that were not built.
+        InputError: a layer that is not n:m, no layer to replace, or kernels that were not built. Some layers may have
+            been replaced then.
     """
     names = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and filter_fn(module, name)
@@ -96,6 +97,7 @@ def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype, head_as: str | Non
         dtype: of activations.
         head_as: "int8" rounds the head, and an embedding tied to it; None keeps them as they are.
     """
+    model.requires_grad_(False)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     shared = None
     plain = can_pack_tables(model)

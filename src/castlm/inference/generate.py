@@ -187,6 +187,10 @@ def generate_text(
             max_new_tokens=max_new_tokens,
             streamer=stream,
             pad_token_id=pad,
+            tokenizer=tokenizer,  # for stop_strings of the generation config
+            num_beams=1,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
             custom_generate=decoding_method(model, stream),
             **beside,
             **sampling,

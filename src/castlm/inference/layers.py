@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "
 
 class PackedModule(nn.Module):
     """What packed layers share: the stored tensors of a spec, then the buffer made of them."""
+
+    dtype = torch.float32
+    """Of activations."""
 
     def __init__(self, spec: PackedSpec, device: torch.device | str = "meta"):
         super().__init__()
@@ -63,9 +67,14 @@ class PackedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What is held of the weight, for code of a model that asks where it is: the stored values, or the buffer."""
+        """Nothing, where the weight is and in the dtype of activations, for code of a model that asks for the two."""
         held = next(self.buffers(recurse=False), None)
-        return torch.empty(0, device="meta") if held is None else held
+        return torch.empty(0, dtype=self.dtype, device="meta" if held is None else held.device)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if "packed" in self._buffers:
+            raise InputError("a packed model cannot be saved: copy its folder, or save the model that was packed")
+        super()._save_to_state_dict(*args, **kwargs)
 
     def num_bytes(self) -> int:
         """Of the buffer that `prepare_` fills."""
@@ -100,7 +109,7 @@ def _read(tensor: StoredTensor) -> Tensor:
 
 
 class PackedLinear(PackedModule):
-    """`nn.Linear` over a packed weight; x (..., in) in fp32, bf16 or fp16 on a CPU. No gradients."""
+    """`nn.Linear` over a packed weight; x (..., in) in fp32, bf16 or fp16 on a CPU, without gradients."""
 
     def __init__(self, spec: PackedSpec, bias: nn.Parameter | None = None, device: torch.device | str = "meta"):
         super().__init__(spec, device)
@@ -109,7 +118,7 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         out = packed_linear(x, self.packed, self.spec.rows)
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
         """The layer that the model had, from the stored tensors: `nn.Linear`, or transformers' `Conv1D`."""

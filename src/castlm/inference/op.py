@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from castlm.core.errors import InputError
 from castlm.inference import native
 
 DIRECT_ROWS = 128
-"""Rows of x that are multiplied at a time, which bounds the scratch of the kernels; without vector kernels for a packed
-weight, and for a dense one of floats, more rows take the GEMM of the library."""
+"""Rows of x that are multiplied at a time, which bounds the scratch of the kernels. More rows take the library's GEMM
+where `native.takes_many_rows` says that it is faster."""
 
 _SCRATCH_BYTES = 2 << 20
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -65,7 +66,12 @@ def packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     """`x @ W.T`, (..., in) -> (..., out) in the dtype of x; `packed` is the buffer of W (out, in).
 
     A plain tensor on a CPU is multiplied without a detour through the dispatcher: 5.6 us a call instead of 7.9 us.
+
+    Raises:
+        InputError: x needs a gradient, which packed weights do not pass on.
     """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise InputError("packed layers pass no gradients on: train the model that was packed, or castlm unpack it")
     if type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling():
         return _packed_linear(x, packed, out_features)
     return torch.ops.castlm.packed_linear.default(x, packed, out_features)

@@ -19,7 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from castlm.conversion import loaded_name
+from castlm.conversion import loaded_name, possible_names
+from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.inference import native
 from castlm.inference.convert import can_pack_tables, onto_kernels_
@@ -44,7 +45,13 @@ class CastlmConfig(QuantizationConfigMixin):
         version: of the packed format.
         pattern: n:m, for the reader; each file says it again of each tensor.
         weights: the file with the weights, or the index of several.
-        dequantize: unpack to dense layers while loading.
+        dequantize: unpack to dense layers while loading. It is read from the config of the folder: transformers ignores
+            a `quantization_config` that is given to `from_pretrained` beside it.
+
+    Examples:
+        >>> config = AutoConfig.from_pretrained(folder)  # doctest: +SKIP
+        >>> config.quantization_config["dequantize"] = True  # doctest: +SKIP
+        >>> model = AutoModelForCausalLM.from_pretrained(folder, config=config)  # doctest: +SKIP
     """
 
     def __init__(
@@ -101,7 +108,7 @@ class CastlmQuantizer(HfQuantizer):
             raise InputError(f"{', '.join(checkpoint_files or [])} holds no packed weights: run castlm pack again")
         placed = replace_experts_(model, specs)
         for name, spec in specs.items():
-            if name not in placed:
+            if name not in placed and not _is_left_out(model, name):
                 placed[name] = self._replace(model, name, spec)
         if not self.unpacks:
             _keep_table_dtypes(model, checkpoint_files or [])
@@ -133,7 +140,7 @@ class CastlmQuantizer(HfQuantizer):
             if type(module) is not nn.Embedding:
                 raise InputError(f"{type(module).__name__} scales what it looks up: pack the model without head")
             model.set_submodule(path, PackedEmbedding(spec, self.dtype))
-            if model.config.get_text_config().tie_word_embeddings:  # the head takes the table over after loading
+            if f"{path}.weight" in model.all_tied_weights_keys.values():  # the head takes the table over after loading
                 model.set_output_embeddings(nn.Identity())
                 model.all_tied_weights_keys = {}
         else:
@@ -169,18 +176,17 @@ class CastlmQuantizer(HfQuantizer):
 def _is_cpu(device: Any) -> bool:
     if device in ("auto", "balanced", "balanced_low_0", "sequential"):
         return not torch.accelerator.is_available()
-    return device is None or torch.device(device).type == "cpu"
+    return device is None or (device != "disk" and torch.device(device).type == "cpu")
 
 
-def _names_of(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
-    """What the module `name` may be called, in a file or a model: the backbone's prefix is there or not."""
-    prefix = f"{model.base_model_prefix}."
-    return name, prefix + name, name.removeprefix(prefix)
+def _is_left_out(model: PreTrainedModel, name: str) -> bool:
+    """Whether `name` is the head of a model that is loaded without one, as `AutoModel` does."""
+    return not in_block(name) and model.get_output_embeddings() is None and _path_in(model, name) is None
 
 
 def _path_in(model: PreTrainedModel, name: str) -> str | None:
     """Where the module of a stored name is."""
-    for path in _names_of(model, name):
+    for path in possible_names(model, name):
         with contextlib.suppress(AttributeError):
             model.get_submodule(path)
             return path
@@ -197,7 +203,7 @@ def _keep_table_dtypes(model: PreTrainedModel, checkpoint_files: list[str]) -> N
         with safe_open(file, framework="numpy") as opened:
             present = set(opened.keys())
             for path, module in paths.items():
-                found = [name for name in _names_of(model, path) if f"{name}.weight" in present]
+                found = [name for name in possible_names(model, path) if f"{name}.weight" in present]
                 dtype = FLOATS.get(opened.get_slice(f"{found[0]}.weight").get_dtype()) if found else None
                 if dtype is not None:
                     module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)

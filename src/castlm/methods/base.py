@@ -32,6 +32,7 @@ class MethodConfig(Protocol):
     decay: str
     decay_end_used: float
     starts_at_zero: bool
+    keeps_dense_values: bool
     lam: Any
     mask_interval: int
     srste_lam: float

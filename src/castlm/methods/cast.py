@@ -30,7 +30,7 @@ class Cast(Retraining):
         """Sets the kept weights and the mask. Masked weights start at zero or at their dense values."""
         parameter = weight_parameter(layer)
         self.optimizer.set_mask(parameter, mask)
-        masked = torch.zeros_like(weight) if self.config.starts_at_zero else local(parameter)
+        masked = local(parameter) if self.config.keeps_dense_values else torch.zeros_like(weight)
         local(parameter).copy_(torch.where(mask, weight, masked))
 
     def masks(self) -> dict[Tensor, Tensor]:

@@ -23,6 +23,8 @@ class Method(NamedTuple):
     """Whether the method has no start other than the dense model."""
     published_start: str = "magnitude"
     """The start of the paper that the method comes from."""
+    starts_solved: bool = False
+    """Whether `castlm train` starts it from a one-shot solver where `init_from` is not given."""
 
     def load(self) -> type[Retraining]:
         """Imports the class of the method."""
@@ -36,6 +38,7 @@ METHODS: dict[str, Method] = {
         "Cast",
         "CAST: dense forward pass, AdamS decays the masked weights (arXiv 2509.25996)",
         ("decay", "decay_end", "lam", "mask_interval", "scale_groups", "second_moment"),
+        starts_solved=True,
     ),
     "finetune": Method(
         "finetune",
@@ -43,6 +46,7 @@ METHODS: dict[str, Method] = {
         "fine-tuning with a fixed mask, masked weights at zero (as in arXiv 2310.06927)",
         ("adapter", "lora_r"),
         published_start="sparsegpt",
+        starts_solved=True,
     ),
     "ste": Method("ste", "STE", "straight-through estimator, a new mask at every step (arXiv 1308.3432)"),
     "srste": Method("ste", "SRSTE", "STE with a decay of the masked weights (arXiv 2102.04010)", ("srste_lam",)),

@@ -6,7 +6,7 @@ Commands and configs inherit them. Importing this module does not import torch, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
 from castlm.core.combined import is_structured
@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 UNIT_SCORES = ("magnitude", "wanda", "flap", "taylor", "random")
 """How the units of structured patterns can be ranked: the rows of `castlm.oneshot.units.SCORES`."""
+CALIBRATED = ("sparsegpt", *(name for name in UNIT_SCORES if name != "magnitude"))
+"""Starts that read calibration text."""
 _DEFAULT_STARTS: dict[type, str] = {Channels: "flap", Heads: "taylor", Blocks: "wanda"}
 # docs/results/structured.md has the figures that decided
 
@@ -126,17 +128,24 @@ class Refinements(_Bounded):
         """These for "sparsegpt", and none for a solver that has nothing to refine.
 
         Raises:
-            InputError: another solver, and options that are not at their defaults. Structured patterns have
+            InputError: another solver, and an option that is neither at its default nor off. Structured patterns have
                 `refit_iterations` with every solver.
         """
-        if is_structured(pattern) and replace(self, refit_iterations=None) != Refinements():
-            raise InputError(
-                f"of the options beyond SparseGPT only refit_iterations is for {pattern}: leave the rest out"
-            )
-        if solver == "sparsegpt" or is_structured(pattern):
+        asked = [
+            option.name
+            for option in fields(self)
+            if getattr(self, option.name) not in (option.default, getattr(NO_REFINEMENTS, option.name))
+        ]
+        if is_structured(pattern):
+            if others := [name for name in asked if name != "refit_iterations"]:
+                raise InputError(
+                    f"{others[0]} does nothing with {pattern}, which has refit_iterations alone: leave it out"
+                )
             return self
-        if self != Refinements():
-            raise InputError(f"the options beyond SparseGPT do nothing with {solver}: leave them out or use sparsegpt")
+        if solver == "sparsegpt":
+            return self
+        if asked:
+            raise InputError(f"{asked[0]} does nothing with {solver}: leave it out or use sparsegpt")
         return NO_REFINEMENTS
 
     def out_of_range(self) -> Iterator[Bound]:

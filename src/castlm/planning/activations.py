@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from castlm.architecture import backbone, linearize_
 from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import transformer_blocks
 from castlm.distributed.sharding import beside_linears, is_gathered_narrow
@@ -50,6 +51,7 @@ class Settings:
 
     seq_len: int
     micro_batch: int
+    pattern: Pattern
     scale_groups: int
     accumulates: bool
     checkpointing: bool
@@ -59,6 +61,8 @@ class Settings:
     chunk_tokens: int
     moments: str
     calibration_tokens: int
+    on_card: bool
+    """Whether a rank's memory is that of its GPU, apart from the host's."""
     fused: bool
 
     @property
@@ -99,14 +103,14 @@ def saved_bytes(
     ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_together)
     config = copy.deepcopy(config)
     config.get_text_config().num_hidden_layers = num_layers
-    with FakeTensorMode(), as_input_error(config):
+    with FakeTensorMode(), as_config_error(config):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=_ATTENTION
         )
         model.config._experts_implementation = _EXPERTS
         linearize_(model)
         if run.scale_groups:
-            add_weight_scaling(model, run.scale_groups)
+            add_weight_scaling(model, run.scale_groups, pattern=run.pattern)
         if sharded and run.compute is not torch.float32:
             _narrow_linears_(model, run.compute)
         model.train()
@@ -139,7 +143,7 @@ def _narrow_linears_(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 @contextlib.contextmanager
-def as_input_error(config: PretrainedConfig) -> Iterator[None]:
+def as_config_error(config: PretrainedConfig) -> Iterator[None]:
     """What transformers says of a config that it cannot build, as one line, without the traceback that torch logs."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level

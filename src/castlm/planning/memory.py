@@ -145,9 +145,9 @@ def plan_memory(
     - optimizer step: nothing if fused, except 2 fp32 copies of the largest parameter's shard with 8-bit moments under
       torch.compile (none in C++). If not fused, 5 copies of a dense one or 6.25 of a sparse one; 11 with 8-bit moments.
 
-    The phases: `start` (before step 0, the first rank: the whole model in fp32, on one rank twice; the hidden states of
-    calibration_tokens; a fp32 matrix (in, in) for each sparse layer of a block and four more of the widest, and five
-    copies of the largest weight: 1,116 MiB for SmolLM2-135M and 8,192 tokens, of which a run took 1,114), `loss` (all
+    The phases: `start` (before step 0, the first rank: the whole model in fp32; on a CPU also what is not sparse in the
+    new basis and, with one rank, the model itself; the hidden states of calibration_tokens; a fp32 matrix (in, in) for
+    each sparse layer of a block and four more of the widest, and five copies of the largest weight), `loss` (all
     activations and the loss), `backward` (activations shrink while gradients grow, so the larger of its two ends, plus
     what flows inside a block), `step`. With accumulation > 1 the gradients are there throughout.
 
@@ -159,7 +159,8 @@ def plan_memory(
         moments: "fp32", "bf16" or "8bit", as `AdamS` has them.
         calibration_tokens: tokens of calibration text of the start (SparseGPT or Wanda); 0 if it needs none, which
             leaves no phase `start`.
-        gpu_gib: memory of a card in GiB, to check whether the run fits.
+        gpu_gib: memory of a card in GiB, to check whether the run fits. The plan is then of the card's memory, without
+            what the start holds on the host.
 
     Raises:
         InputError: an unreadable config, not a causal LM, no layer that can be n:m sparse, or a number out of range.
@@ -182,11 +183,11 @@ def plan_memory(
     ):
         if value not in known:
             raise InputError(f"{name} = {value!r} is unknown: one of {', '.join(known)}")
-    pattern = as_pattern(pattern)
     config = read_config(config)
     run = Settings(
         seq_len=seq_len,
         micro_batch=micro_batch,
+        pattern=as_pattern(pattern),
         scale_groups=scale_groups,
         accumulates=accumulation > 1,
         checkpointing=gradient_checkpointing,
@@ -196,9 +197,10 @@ def plan_memory(
         chunk_tokens=min(chunk_tokens, micro_batch * seq_len),
         moments=moments,
         calibration_tokens=calibration_tokens,
+        on_card=gpu_gib is not None,
         fused=fused_optimizer,
     )
-    sizes = _sizes(config, pattern, run)
+    sizes = _sizes(config, run)
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
     saved = {sharded: trace(config, run, sharded) for sharded in sharded_or_not}
     plan = _plan(sizes, saved[world_size > 1], run, world_size)
@@ -278,10 +280,12 @@ def _components(sizes: _Sizes, saved: Saved, run: Settings, world_size: int) -> 
 def _start(sizes: _Sizes, run: Settings, world_size: int) -> dict[str, int]:
     if not run.calibration_tokens:
         return {}
-    models = 2 if world_size == 1 else 1
+    held = sizes.total
+    if not run.on_card:
+        held += (sizes.total if world_size == 1 else 0) + sizes.total - sizes.sparse
     states = run.calibration_tokens * sizes.hidden
     work = sizes.inputs + 4 * sizes.widest_input**2 + 5 * sizes.largest_solved
-    return {"start": 4 * (models * sizes.total + states + work)}
+    return {"start": 4 * (held + states + work)}
 
 
 def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -> dict[str, int]:
@@ -307,17 +311,17 @@ def _num_matrices(layer: SparseLayer) -> int:
     return layer.num_experts if isinstance(layer, ExpertLinear) else 1
 
 
-def _sizes(config: PretrainedConfig, pattern: Pattern, run: Settings) -> _Sizes:
+def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
     if is_vision_language(config):
         raise InputError(
             f"the memory of a {config.model_type} is not planned: give the config of its language model, which is what "
             "is trained, and add the tower's weights"
         )
     model = shape_model(config)
-    check_cut(model, pattern)
-    layers, _ = sparse_linears(model, pattern)
+    check_cut(model, run.pattern)
+    layers, _ = sparse_linears(model, run.pattern)
     if run.scale_groups:
-        add_weight_scaling(model, run.scale_groups, pattern=pattern)
+        add_weight_scaling(model, run.scale_groups, pattern=run.pattern)
     num_layers = config.get_text_config().num_hidden_layers
     in_blocks = sum(p.numel() for name, p in model.named_parameters() if in_block(name))
     sparse = [num_weights(layer) for layer in layers.values()]

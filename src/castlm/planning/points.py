@@ -49,9 +49,10 @@ def read_points(paths: Iterable[str | Path], method: str | None = None) -> list[
     """Read every point in `paths`, in order.
 
     Args:
-        paths: each a run folder, a folder of run folders, a compare result (`.json`: a list of records, or an object
-            that has one in `results`; a record is a run's castlm.json or the columns of the CSV) or a `.csv` with the
-            columns `tokens,perplexity[,params][,seed][,method]` (others are ignored, and lines that start with `#`).
+        paths: each a run folder, a folder of run folders or of `castlm compare`, a compare result (`.json`: a list of
+            records, or an object that has one in `results`; a record is a run's castlm.json or the columns of the CSV)
+            or a `.csv` with the columns `tokens,perplexity[,params][,seed][,method]` (others are ignored, and lines
+            that start with `#`).
         method: keep only the points of this method.
 
     Raises:
@@ -84,7 +85,8 @@ def _check_count(count: int, source: object) -> None:
 def _files(path: Path) -> list[Path]:
     """The files of points that a path names."""
     if path.is_dir():
-        return _finished_runs(path)
+        table = path / "table.json"  # of a comparison, which leaves out the trials of learning rates
+        return [table] if table.is_file() else _finished_runs(path)
     if path.suffix in (".csv", ".json"):
         return [path]
     if not path.exists():

@@ -25,7 +25,7 @@ from castlm.oneshot.admm import ADMM_ROWS
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS
 from castlm.oneshot.walk import PASS_TOKENS_CPU, block_stack
-from castlm.planning.activations import as_input_error
+from castlm.planning.activations import as_config_error
 from castlm.planning.memory import GIB, read_config
 
 _BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at once: gate, up, and their products
@@ -151,7 +151,7 @@ def _turn(read: _Read, basis: BasisOptions) -> int:
 def _fake_model(config: PretrainedConfig, num_layers: int) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config.get_text_config().num_hidden_layers = num_layers
-    with FakeTensorMode(), as_input_error(config):
+    with FakeTensorMode(), as_config_error(config):
         model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
         linearize_conv1d_(model)
     return model
@@ -174,7 +174,7 @@ def _reads_of_a_block(model: PreTrainedModel, pattern: Pattern) -> tuple[list[_R
 
     hooks = [layer.register_forward_pre_hook(lambda module, args: before(module, args[0])) for layer in layers.values()]
     embeddings = model.get_input_embeddings().weight
-    with embeddings.fake_mode, torch.no_grad(), as_input_error(model.config):  # type: ignore[attr-defined]
+    with embeddings.fake_mode, torch.no_grad(), as_config_error(model.config):  # type: ignore[attr-defined]
         backbone(model)(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
     for hook in hooks:
         hook.remove()

@@ -19,6 +19,7 @@ from castlm.compare.runs import read_record
 from castlm.compare.summary import diverged
 from castlm.core.errors import InputError
 from castlm.files import atomic_write_json
+from castlm.methods.table import METHODS
 from castlm.output import continued
 from castlm.owned import discard
 from castlm.planning.budgets import check_budgets, geometric_budgets, listed_budgets
@@ -186,6 +187,7 @@ class Sweep:
                 seq_len=command.seq_len,
                 per_device_train_batch_size=command.per_device_train_batch_size,
                 eval_tokens=command.eval_tokens,
+                published_starts=not METHODS[self.method].starts_solved,  # each run starts as `castlm train` would
             ),
             progress,
         )
@@ -214,9 +216,7 @@ class Sweep:
             held = read_json_object(file)
             old, line = [str(name) for name in held["runs"]], str(held["command"])
         except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{file} is not the sweep.json of a sweep: remove it or choose another output folder"
-            ) from None
+            raise InputError(f"{file} is not that of a sweep: remove it or choose another output folder") from None
         if old == self.folders:
             return
         if not self.command.overwrite:

@@ -18,7 +18,7 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import check_complete, checked, choices_of, convert, hints_of, label, unknown
 from castlm.methods.table import METHODS
-from castlm.oneshot.options import default_start
+from castlm.oneshot.options import CALIBRATED, Refinements, default_start, part_of
 from castlm.training.sections import (
     HIDDEN_WEIGHT,
     SECTIONS,
@@ -45,10 +45,8 @@ def weighted_texts(dataset: str | Sequence[str]) -> dict[str, float]:
         >>> weighted_texts(["a.txt:0.7", "b.jsonl"])
         {'a.txt': 0.7, 'b.jsonl': 1.0}
     """
-    if isinstance(dataset, str):
-        return {dataset: 1.0}
     found: dict[str, float] = {}
-    for text in dataset:
+    for text in [dataset] if isinstance(dataset, str) else dataset:
         name, _, weight = text.rpartition(":")
         has_weight = bool(name) and re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", weight) is not None
         found[name if has_weight else text] = float(weight) if has_weight else 1.0
@@ -96,7 +94,9 @@ class TrainConfig(  # the fields of the last base come first
             for name, right, remedy in section.bounds(self):  # type: ignore[attr-defined]
                 if not right:
                     raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {remedy}")
-        Pattern.parse(self.pattern)
+        pattern = Pattern.parse(self.pattern)
+        if self.start in CALIBRATED:
+            part_of(self, Refinements).for_solver(self.start, pattern)
         if self.init_from not in (None, "magnitude") and METHODS[self.method].starts_dense:
             raise InputError(f"init_from {self.init_from}: method {self.method} starts dense, leave it out")
         if self.rotate in ("values", "residual") and self.start not in ("wanda", "sparsegpt"):
@@ -120,7 +120,7 @@ class TrainConfig(  # the fields of the last base come first
     @property
     def start(self) -> str:
         """Where the run starts: `init_from`, or the default of the method."""
-        if self.init_from is None and self.method in ("cast", "finetune"):
+        if self.init_from is None and METHODS[self.method].starts_solved:
             return default_start(Pattern.parse(self.pattern))
         return self.init_from or "magnitude"  # as in the papers of the other methods
 
@@ -136,6 +136,11 @@ class TrainConfig(  # the fields of the last base come first
             self.method == "cast" and self.start != "magnitude" and not is_structured(Pattern.parse(self.pattern))
         )
         return is_given and DECAYS[self.decay].exact_zero
+
+    @property
+    def keeps_dense_values(self) -> bool:
+        """Whether the masked weights of a given start begin at their dense values: CAST's that do not start at zero."""
+        return self.method == "cast" and not self.starts_at_zero
 
     @property
     def decay_end_used(self) -> float:
@@ -165,7 +170,7 @@ class TrainConfig(  # the fields of the last base come first
 
     @property
     def datasets(self) -> dict[str, float]:
-        """The training texts with their weights; a single one has the weight 1."""
+        """The training texts with their weights."""
         return weighted_texts(self.dataset)
 
     @property

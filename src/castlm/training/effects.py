@@ -12,11 +12,8 @@ from castlm.core.pattern import Pattern
 from castlm.data.documents import find_files
 from castlm.fields import default_of, is_required
 from castlm.methods.table import METHODS
-from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements
+from castlm.oneshot.options import CALIBRATED, BasisOptions, Refinements
 from castlm.training.config import TrainConfig
-
-CALIBRATED = ("sparsegpt", *(name for name in UNIT_SCORES if name != "magnitude"))
-"""Starts that read calibration text."""
 
 
 class Effect(NamedTuple):

@@ -57,7 +57,9 @@ class Calibration:
 
 
 def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibration:
-    """Runs the first `steps` steps of `config` in a scratch folder and measures them. Nothing of it is kept.
+    """Runs the first `steps` steps of `config` in a scratch folder and measures them.
+
+    Nothing of it is kept, but for what it adds to the `teacher_cache` of `config`, which the run reads.
 
     Raises:
         InputError: whatever the run itself would raise, and a method or decay that has no masked weights to judge.

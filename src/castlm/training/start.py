@@ -44,7 +44,8 @@ class Start:
     pruned: dict[str, Tensor] = field(default_factory=dict)
     """Weights (out, in) of the sparse layers, at n:m, by layer."""
     dense: dict[str, Tensor] = field(default_factory=dict)
-    """Every parameter of the dense model in its new basis, by name; empty where the basis is not changed."""
+    """Parameters of the dense model in its new basis, by name; empty where the basis is not changed. The weights of
+    sparse layers are among them only if the run `keeps_dense_values`."""
     stream_basis: Tensor | None = None
     """The basis in which the model of `dense` has its residual stream; None if it is the dense model's own."""
     record: dict[str, Any] = field(default_factory=dict)
@@ -151,7 +152,10 @@ def _prune(
             )
         start.stream_basis = basis.stream_basis
         if basis.changes or config.reconstruct_epochs:
-            start.dense = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+            layers = {} if config.keeps_dense_values else sparse_linears(model, pattern, filter_fn)[0]
+            replaced = {weight_parameter(layer) for layer in layers.values()}
+            kept = {name: p for name, p in model.named_parameters() if p not in replaced}
+            start.dense = {name: p.detach().to("cpu", copy=True) for name, p in kept.items()}
         with _told_progress(f"starting from {solver}, blocks", alive) as progress:
             report = prune_oneshot_(
                 model,
@@ -222,8 +226,8 @@ def _read(
 def start_(model: nn.Module, method: Retraining, start: Start, world: World) -> None:
     """Gives the model the weights of the main rank's `start`, each rank its rows.
 
-    All parameters get their values in the new basis; then what is zero in `start.pruned` is masked and what is kept
-    gets its value there. What becomes of the masked weights is up to the method.
+    All parameters whose values are not replaced get them in the new basis; then what is zero in `start.pruned` is
+    masked and what is kept gets its value there. What becomes of the masked weights is up to the method.
     """
 
     def whole_of(weights: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
@@ -233,8 +237,10 @@ def start_(model: nn.Module, method: Retraining, start: Start, world: World) -> 
         return whole_of(weights, name, parameter)[own_rows(parameter)].to(parameter.device)
 
     if world.on_main(lambda: bool(start.dense)):
+        layers = {} if method.config.keeps_dense_values else method.layers
+        replaced = {weight_parameter(layer) for layer in layers.values()}
         for name, parameter in model.named_parameters():
-            if ".parametrizations." not in dense_name(name):  # else a weight scale
+            if parameter not in replaced and ".parametrizations." not in dense_name(name):  # else a weight scale
                 local(parameter).copy_(rows_of(start.dense, dense_name(name), parameter))
     for unit in method.pattern.units(method.layers):
         parameters = [weight_parameter(method.layers[name]) for name in unit]
