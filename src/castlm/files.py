@@ -15,15 +15,19 @@ import secrets
 import shutil
 import socket
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.owned import OUTPUT, RESULT, discard, foreign_names, is_empty, list_files, read_record
+from castlm.owned import OUTPUT, PROBE, RESULT, discard, foreign_names, is_empty, list_files, read_record
 from castlm.progress import note
 from castlm.reading import read_json_object
+
+_PROBE_SECONDS = 60
+"""A probe lives for less: one that is older was left by a killed process."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 
@@ -32,7 +36,7 @@ def make_writable(folder: Path) -> None:
     """Creates `folder` and checks that entries can be created in it and beside it. Raises `OSError`."""
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, folder.parent):
-        probe = place / f".castlm-probe-{os.getpid()}-{secrets.token_hex(4)}"
+        probe = place / f"{PROBE}{os.getpid()}-{secrets.token_hex(4)}"
         probe.mkdir()
         probe.rmdir()
 
@@ -165,6 +169,10 @@ def remove_stale_temporaries(parent: str | Path, name: str) -> None:
             shutil.rmtree(left, ignore_errors=True)  # half-written
         else:  # a whole result, which was replaced or not yet published
             discard_old(left, final)
+    for probe in [*final.parent.glob(f"{PROBE}*"), *final.glob(f"{PROBE}*")]:
+        with contextlib.suppress(OSError):  # it is gone, or not a probe
+            if time.time() - probe.stat().st_mtime > _PROBE_SECONDS:
+                probe.rmdir()
 
 
 def _temporary_name(name: str, kind: str) -> str:

@@ -61,6 +61,8 @@ def claimed(
     try:
         if os.path.lexists(final) and not existed:
             raise InputError(f"{final} is a file: name a folder for the output")
+        if final.parent.is_dir():
+            remove_stale_temporaries(final.parent, final.name)
         if existed and not resume and not os.path.lexists(final / LOCK):  # else who holds it is said first
             _refuse_content(final, command, overwrite)
         make_writable(final)
@@ -69,7 +71,6 @@ def claimed(
     try:
         with locked(final, command):
             try:
-                remove_stale_temporaries(final.parent, final.name)
                 if not resume:
                     _refuse_content(final, command, overwrite)
                 yield final
@@ -95,7 +96,8 @@ def _refuse_content(final: Path, command: str, overwrite: bool) -> None:
     if is_empty(final):
         return
     if not overwrite:
-        raise InputError(f"{final} already holds something: choose another output folder or pass overwrite")
+        resumes = "resume, " if any(final.glob("checkpoints/step-*/manifest.json")) else ""
+        raise InputError(f"{final} already holds something: pass {resumes}overwrite or another output folder")
     found = command_of(final)
     if found is None:
         raise InputError(

@@ -27,6 +27,9 @@ OUTPUT = "castlm-output.json"
 LOCK, HOLDER = ".castlm.lock", ".castlm.holder.json"
 """The lock of an output folder, and who holds it."""
 
+PROBE = ".castlm-probe-"
+"""Prefix of the empty folders that find out whether a folder can be written in."""
+
 _RUN = "runs/*-????????????"  # name and key of a run of a comparison
 
 LAYOUT: dict[str, tuple[str, ...]] = {
@@ -101,8 +104,11 @@ def command_of(folder: Path) -> str | None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether `folder` holds nothing but a lock."""
-    return all(entry.name in (LOCK, HOLDER) for entry in os.scandir(folder))
+    """Whether `folder` holds nothing but a lock, and what a killed start has left before it wrote anything."""
+    return all(
+        entry.name in (LOCK, HOLDER) or entry.name.startswith(PROBE) or is_temporary(entry.name)
+        for entry in os.scandir(folder)
+    )
 
 
 def content(folder: Path) -> Content:

@@ -211,6 +211,8 @@ def _pack(plain: Path, folder: Path, pattern: NM, layers: Mapping[str, Rounded],
     from castlm.export.integers import store_integers
     from castlm.export.packed import pack_folder
     from castlm.export.verify import left_dense_reason, read_left_dense, verify
+    from castlm.files import atomic_write_json
+    from castlm.owned import RESULT, read_record
 
     packed = folder / "packed"
     pack_folder(plain, packed, pattern.n, pattern.m, head=head)
@@ -222,7 +224,12 @@ def _pack(plain: Path, folder: Path, pattern: NM, layers: Mapping[str, Rounded],
     if not found.ok:
         raise InputError(found.summary())
     for file in packed.iterdir():
-        file.rename(folder / file.name)
+        if file.name != RESULT:
+            file.rename(folder / file.name)
+    # Last and without its list of files, which would call the folder whole: `atomic_dir` makes a new one.
+    record = read_record(packed / RESULT)
+    atomic_write_json(folder / RESULT, {name: value for name, value in record.items() if name != "files"})
+    (packed / RESULT).unlink()
     packed.rmdir()
 
 

@@ -143,6 +143,8 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     except InputError as error:
         return {"error": str(error)}
     if record is not None:
+        if (folder / "checkpoints").is_dir():  # killed before they were removed
+            discard(folder, below="checkpoints")
         return record
     folder.parent.mkdir(parents=True, exist_ok=True)
     config_file = folder.with_suffix(".yaml")

@@ -35,7 +35,7 @@ from castlm.files import (
     read_json_mapping,
     size_and_crc,
 )
-from castlm.owned import RESULT
+from castlm.owned import RESULT, command_of
 from castlm.training.checkpoint_storage import DATA_FILE, METADATA, JsonReader, JsonWriter
 from castlm.training.config import FREE_ON_RESUME, TrainConfig
 from castlm.yaml_file import read_yaml_mapping
@@ -68,7 +68,9 @@ def after_restart(config: TrainConfig) -> TrainConfig:
     try:
         begun = TrainConfig.from_mapping(read_yaml_mapping(str(folder / "config.yaml")))
     except InputError:
-        return config
+        files = ("config.yaml", "checkpoints", "model")
+        is_bare = command_of(folder) == "train" and not any((folder / name).exists() for name in files)
+        return dataclasses.replace(config, overwrite=True) if is_bare else config
     if not config.is_begun_as(begun):
         return config
     has_saved = bool(checkpoint_steps(folder / "checkpoints")) or (folder / "model" / RESULT).is_file()
@@ -167,7 +169,9 @@ class Saver:
                 _remove(final)
             os.rename(temporary, final)
             flush_folder(self.folder)
-            for old in list(checkpoint_steps(self.folder).values())[: -self.keep]:
+            whole = list(checkpoint_steps(self.folder).values())
+            left = [entry for entry in self.folder.glob("step-*") if _NAME.fullmatch(entry.name) and entry not in whole]
+            for old in [*whole[: -self.keep], *left]:  # a kill can leave part of one that was being removed
                 _remove(old)
         except (OSError, InputError) as error:
             return self._explain(step, error)

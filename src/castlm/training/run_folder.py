@@ -7,15 +7,18 @@ killed run that overwrites is resumed like any other: a result belongs to the ru
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import secrets
 from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.files import atomic_write_json, atomic_write_text, flush_folder
+from castlm.files import atomic_file, atomic_write_json, disk_full_is_said, flush_file, flush_folder
 from castlm.output import read_result
-from castlm.owned import OUTPUT, RESULT, discard, is_of_run, read_record, sha256_file
+from castlm.owned import OUTPUT, RESULT, discard, is_of_run, read_record
 from castlm.progress import note
 from castlm.training.checkpoint import check_same_run, checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
@@ -48,38 +51,54 @@ class RunFolder:
     def begin(self, config: TrainConfig) -> None:
         """Makes this the folder of a new run, and sets aside what an earlier one has left.
 
+        The folder is the new run's from the moment that its record stands. An error or a kill before that leaves the
+        record of the earlier run, to which `_undo_interrupted` moves everything back. What takes room is written first.
+
         Raises:
-            InputError: the disk is full.
+            InputError: the disk is full; the folder is as it was.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._undo_interrupted()
-        self._set_aside()
         text = config.as_yaml()
-        atomic_write_text(self.path / "config.yaml", text)
-        files = {"config.yaml": sha256_file(self.path / "config.yaml")}
-        atomic_write_json(self.path / OUTPUT, {"command": "train", "run_id": secrets.token_hex(8), "files": files})
+        files = {"config.yaml": hashlib.sha256(text.encode()).hexdigest()}
+        record = json.dumps({"command": "train", "run_id": secrets.token_hex(8), "files": files}, indent=2)
+        try:
+            with (
+                disk_full_is_said(self.path),
+                atomic_file(self.path / "config.yaml") as new_config,  # takes its name after the record has
+                atomic_file(self.path / OUTPUT) as new_record,
+            ):
+                for file, content in ((new_config, text), (new_record, f"{record}\n")):
+                    file.write_bytes(content.encode())
+                    flush_file(file)
+                self._set_aside()
+        except BaseException:
+            self._undo_interrupted()
+            raise
+        flush_folder(self.path)
 
     def _set_aside(self) -> None:
-        """Moves the earlier run's files to `replaced/<run_id>`, its record last, as a copy."""
+        """Moves the earlier run's files to `replaced/<run_id>`, after a copy of its record."""
         left = [entry for entry in self.path.iterdir() if entry.name not in _STAYS and not entry.name.startswith(".")]
         if not left:
             return
         aside = self.path / _ASIDE / (self.run_id or secrets.token_hex(8))
         aside.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(aside / OUTPUT, read_record(self.path / OUTPUT))
         for entry in left:
             os.rename(entry, aside / entry.name)
-        atomic_write_json(aside / OUTPUT, read_record(self.path / OUTPUT))
         flush_folder(self.path)
 
     def _undo_interrupted(self) -> None:
         """Moves back what a start was setting aside when it was killed: the record here is still the earlier run's."""
         aside = self.path / _ASIDE / (self.run_id or "-")
-        if not aside.is_dir():
-            return
-        for entry in aside.iterdir():
-            if entry.name != OUTPUT and not os.path.lexists(self.path / entry.name):
-                os.rename(entry, self.path / entry.name)
-        discard(aside)
+        if aside.is_dir():
+            for entry in aside.iterdir():
+                if entry.name != OUTPUT and not os.path.lexists(self.path / entry.name):
+                    os.rename(entry, self.path / entry.name)
+            discard(aside)
+        with contextlib.suppress(OSError):  # there is none, or another run's files are set aside too
+            aside.parent.rmdir()
 
     def newest_checkpoint(self, config: TrainConfig) -> Path:
         """The checkpoint to resume from.
@@ -108,6 +127,7 @@ class RunFolder:
         Raises:
             InputError: `config` describes another run, or a file of the result is missing or has changed.
         """
+        self._undo_interrupted()
         record = read_result(self.model)
         batch = record.get("world_batch")
         saved = {"config": record.get("config", {}), "facts": {} if batch is None else {"world_batch": batch}}

@@ -1,0 +1,145 @@
+"""The start of a run in a folder that holds another: killed or out of room at every moment, nothing is lost."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from castlm.core.errors import InputError
+from castlm.files import add_file_list
+from castlm.output import claimed
+from castlm.owned import OUTPUT, command_of, foreign_names, is_empty, sha256_file
+from castlm.training.checkpoint import after_restart, checkpoint_steps
+from castlm.training.config import TrainConfig
+from castlm.training.run_folder import RunFolder
+
+CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+_at = {"countdown": -1, "action": os._exit}
+
+
+def _hook(event: str, arguments: tuple) -> None:
+    """Does the action before the file operation that the countdown ends at. A hook cannot be removed."""
+    if _at["countdown"] < 0 or event not in CHANGES or (event == "open" and not arguments[2] & os.O_CREAT):
+        return
+    _at["countdown"] -= 1
+    if _at["countdown"] < 0:
+        _at["action"]()
+
+
+sys.addaudithook(_hook)
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def config_of(folder: Path, **fields) -> TrainConfig:
+    return TrainConfig("model", "text.txt", str(folder), **fields)
+
+
+def finished_run(folder: Path) -> TrainConfig:
+    config = config_of(folder)
+    for name in ("metrics.jsonl", "checkpoints/step-00000002/manifest.json", "checkpoints/step-00000002/__0_0.distcp"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "config.yaml").write_text(config.as_yaml())
+    files = {"config.yaml": sha256_file(folder / "config.yaml")}
+    (folder / OUTPUT).write_text(json.dumps({"command": "train", "run_id": "abc1", "files": files}))
+    (folder / "model").mkdir()
+    (folder / "model" / "castlm.json").write_text(json.dumps({"run_id": "abc1", "config": config.as_dict()}))
+    add_file_list(folder / "model")
+    return config
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """What is in a folder, without the temporary files of a killed process."""
+    files = [path for path in folder.rglob("*") if path.is_file() and ".tmp-" not in path.name]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def begin_and_die(folder: Path, config: TrainConfig, moment: int) -> bool:
+    """Whether a start that is killed before its file operation `moment` came to its end."""
+    pid = os.fork()
+    if pid == 0:
+        _at.update(countdown=moment, action=lambda: os._exit(9))
+        RunFolder(folder).begin(config)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_an_overwriting_start_that_is_killed_loses_nothing(tmp_path):
+    old = finished_run(tmp_path / "old")
+    before, moment, ended = tree(tmp_path / "old"), 0, False
+    while not ended:
+        folder = tmp_path / f"run{moment}"
+        shutil.copytree(tmp_path / "old", folder)
+        ended = begin_and_die(folder, config_of(folder, seed=1), moment)
+        assert foreign_names(folder) == [], moment
+        with claimed(folder, "train", overwrite=True):
+            pass
+        run = RunFolder(folder)
+        if run.run_id == "abc1":
+            assert not ended
+            assert run.is_finished()
+            run.finished_record(old, 0)
+            assert {k: v for k, v in tree(folder).items() if k != ".castlm.lock"} == before, moment
+        else:
+            assert not run.is_finished()
+            aside = folder / "replaced" / "abc1"
+            assert {name for name in tree(aside) if name != OUTPUT} >= {"metrics.jsonl", "config.yaml"}
+            assert list(checkpoint_steps(aside / "checkpoints")) == [2]
+            assert tree(folder / "model") == tree(tmp_path / "old" / "model")
+        moment += 1
+    assert moment > 10
+
+
+def test_a_full_disk_leaves_an_overwriting_start_as_it_was(tmp_path):
+    finished_run(tmp_path / "old")
+    before = tree(tmp_path / "old")
+    moment, refused, ended = 0, 0, False
+    while not ended:
+        folder = tmp_path / f"run{moment}"
+        shutil.copytree(tmp_path / "old", folder)
+        _at.update(countdown=moment, action=full)
+        try:
+            with contextlib.suppress(InputError):
+                RunFolder(folder).begin(config_of(folder, seed=1))
+        finally:
+            ended = _at["countdown"] >= 0
+            _at.update(countdown=-1)
+        if RunFolder(folder).run_id == "abc1":
+            refused += 1
+            assert tree(folder) == before, moment
+            assert not (folder / "replaced").exists()
+        moment += 1
+    assert refused > 5
+
+
+def test_a_first_start_that_is_killed_is_repeated(tmp_path, monkeypatch):
+    moment, ended = 0, False
+    while not ended:
+        folder = tmp_path / f"run{moment}"
+        config = config_of(folder)
+        ended = begin_and_die(folder, config, moment)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        again = after_restart(config)
+        monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+        if folder.is_dir() and not is_empty(folder):
+            assert command_of(folder) == "train"
+            assert again.overwrite
+        with claimed(folder, "train", overwrite=again.overwrite) as claim:
+            RunFolder(claim).begin(again)
+        assert foreign_names(folder) == [], moment
+        moment += 1
+    assert moment > 4
+
+
+def test_what_can_be_resumed_says_so(tmp_path):
+    finished_run(tmp_path / "run")
+    with pytest.raises(InputError, match="pass resume, overwrite or"), claimed(tmp_path / "run", "train"):
+        pass
