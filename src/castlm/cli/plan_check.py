@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class CheckOptions:
-    """Run the first steps of a training, throw them away, and say whether the run will converge and what it costs."""
+    """Run the first steps of a training, discard them, and say whether the run will converge and what it costs."""
 
     price_per_hour: float | None = None
     """Price of one device per hour; adds the cost of the run."""

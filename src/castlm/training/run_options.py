@@ -14,7 +14,7 @@ class EvaluationOptions:
     """Perplexity during the run."""
 
     eval_dataset: str | tuple[str, ...] | None = essential(None)
-    """Text for the perplexity. Of several texts each is reported, and the main figure is over all of them. Without it,
+    """Text for the perplexity. With several texts, each is reported; the main figure is over all of them. Without it,
     eval_fraction of the training documents are held out."""
 
     eval_split: str = "validation"

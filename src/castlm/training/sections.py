@@ -60,8 +60,8 @@ class DataOptions:
     completion, or text. Images of messages are in the column images, or image."""
 
     assistant_only_loss: bool = field(default=True, kw_only=True)
-    """Of conversations, count the tokens of the assistant alone, and of a prompt and completion the completion, in the
-    loss and in the perplexity. Plain text counts in full."""
+    """In the loss and the perplexity, count only the assistant's tokens of a conversation, and only the completion of a
+    prompt. Plain text counts in full."""
 
     chat_template_path: str | None = field(default=None, kw_only=True)
     """File with a Jinja chat template to use, and to save, in place of the tokenizer's own."""
@@ -218,8 +218,8 @@ class OptimizerOptions:
     """The learning rate ends at this fraction of its peak."""
 
     weight_decay: float = 0.0
-    """Decoupled weight decay (as AdamW) of the dense weight matrices: embeddings, head and layers left dense. Norms,
-    biases, scale factors and sparse weights are not decayed."""
+    """Decoupled weight decay (as AdamW) of the dense weight matrices: embeddings, head and layers left dense; in the
+    dense control all of them. Norms, biases, scale factors and sparse weights are not decayed."""
 
     adam_betas: tuple[float, float] = (0.5, 0.99)
     """Decay rates of Adam's moments."""

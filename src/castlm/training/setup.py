@@ -186,7 +186,7 @@ def _why_one_process(config: TrainConfig, method_class: type[Retraining]) -> str
         return f"method {config.method} masks whole weights in the forward pass: run it in one process"
     if method_class.whole_copies and config.sharding != "replicate":
         return (
-            f"sharding {config.sharding}: adapter {config.adapter} is trained with the whole model on each rank: set "
+            f"sharding {config.sharding}: adapter {config.adapter} needs the whole model on each rank: set "
             "sharding replicate, or adapter none"
         )
     return None
