@@ -110,7 +110,7 @@ def test_blocks_are_the_documents_joined_with_end_of_text(collection):
         assert block["labels"].dtype == torch.int64
 
 
-def test_repeated_epochs_have_the_blocks_of_the_first(collection):
+def test_repeated_epochs_have_the_sequences_of_the_first(collection):
     flat = [t for text in texts_of(collection(), 5, 0) for t in [*ids_of(text), EOS_ID]]
     count = len(flat) // 16
     blocks = blocks_of(stream_of(collection(), repeat=True), 3 * count)
@@ -549,5 +549,9 @@ def test_missing_and_empty_places(tmp_path):
 def test_text_shorter_than_one_sequence():
     documents = Documents.from_texts(["abcd", "efg"])  # 9 tokens with their ends
     assert len(blocks_of(stream_of(documents, seq_len=8), 3)) == 3
-    with pytest.raises(InputError, match="shorter than one sequence of seq_len 9"):
+    with pytest.raises(InputError, match="shorter than 10 tokens, a sequence of seq_len 9 and one more"):
         stream_of(documents, seq_len=9)
+    again = blocks_of(stream_of(documents, seq_len=9, repeat=True), 3)
+    assert all(torch.equal(again[0]["input_ids"], block["input_ids"]) for block in again)
+    with pytest.raises(InputError, match="shorter than 10 tokens, a sequence of seq_len 10"):
+        stream_of(documents, seq_len=10, repeat=True)

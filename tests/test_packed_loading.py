@@ -26,9 +26,11 @@ from castlm.core.sparsify import prune_
 from castlm.export.packed import pack_folder
 from castlm.inference import generate, native
 from castlm.inference.convert import pack_model_
+from castlm.inference.decode import greedy
 from castlm.inference.format import FILE, read_specs, to_metadata
 from castlm.inference.layers import PackedEmbedding, PackedLinear
 from castlm.models import load_model
+from castlm.report.sample import complete
 from tests.test_packed import change, flip_bit, pruned_folder
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
@@ -128,6 +130,12 @@ def test_a_model_without_its_head_leaves_the_packed_head_out(folders, tmp_path):
     packed, plain = AutoModel.from_pretrained(tmp_path / "packed"), AutoModel.from_pretrained(folders[0])
     states = plain.float()(IDS).last_hidden_state
     torch.testing.assert_close(packed(IDS).last_hidden_state, states, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_head_with_a_bias_is_not_rounded(tmp_path):
+    source = pruned_folder(tmp_path / "source", "phi", tie_word_embeddings=True)
+    with pytest.raises(InputError, match="the head of phi is tied and has a bias"):
+        pack_folder(source, tmp_path / "packed", head="int8")
 
 
 def test_a_tied_head_that_is_stored_too_is_not_rounded(tmp_path):
@@ -244,7 +252,7 @@ def test_a_packed_model_is_not_saved_by_transformers(folders, tmp_path):
         model.save_pretrained(tmp_path / "saved")
     in_memory = load_model(folders[0]).model
     pack_model_(in_memory)
-    with pytest.raises(InputError, match="a packed model cannot be saved"):
+    with pytest.raises(InputError, match="a packed model has no weights to save"):
         in_memory.save_pretrained(tmp_path / "saved")
 
 
@@ -289,13 +297,35 @@ def test_generate_names_a_token_id_of_another_type(folders, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_generate_continues_by_one_sequence_whatever_the_generation_config_says(which, folders, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "asks",
+    [
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["####"]},
+    ],
+)
+def test_generate_continues_by_one_sequence_whatever_the_generation_config_says(asks, which, folders, tmp_path, capsys):
     model = shutil.copytree(folders[which], tmp_path / "model")
     file = model / "generation_config.json"
-    asks = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "stop_strings": ["####"]}
     file.write_text(json.dumps({**json.loads(file.read_text()), **asks}))
     assert main(["generate", str(model), "--prompt", "Story", "--max-new-tokens", "6"]) == 0
     assert "6 new tokens" in capsys.readouterr().err
+    loaded = load_model(model)
+    prompt = torch.tensor([5, 80, 200])
+    assert isinstance(complete(loaded.model, loaded.tokenizer, prompt, 4), str)
+    assert greedy(loaded.model, prompt[None], 4).shape == (1, 7)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_string_of_the_generation_config_ends_the_text(which, folders, capsys):
+    model, tokenizer = generate.load_to_generate(str(folders[which]))
+    ids = generate.encode_prompt(tokenizer, "Story", raw=True)
+    whole = generate.generate_text(model, tokenizer, ids, max_new_tokens=8).text
+    model.generation_config.stop_strings = [whole[2]]
+    short = generate.generate_text(model, tokenizer, ids, max_new_tokens=8)
+    assert short.text == whole[: whole.index(whole[2]) + 1]
+    assert short.new_tokens < 8
 
 
 def test_generate_says_that_a_chat_template_refuses_the_prompt(folders, tmp_path, capsys):

@@ -245,6 +245,23 @@ def test_points_are_read_from_runs_results_and_csv(tmp_path):
     assert len(read_points([tmp_path / "runs"], method="cast")) == 1
 
 
+def test_the_points_of_a_comparison_are_those_of_its_table(tmp_path):
+    """Not its trials of learning rates, and not its one-shot rows, which train on no tokens."""
+    for name, tokens in (("one-shot", 0), ("trial", 1000), ("best", 1000)):
+        (tmp_path / f"a/runs/{name}/model").mkdir(parents=True)
+        (tmp_path / f"a/runs/{name}/model/castlm.json").write_text(json.dumps(run_record(tokens, 9.0)))
+    (tmp_path / "a/castlm-output.json").write_text('{"command": "compare"}')
+    (tmp_path / "a/table.json").write_text(json.dumps({"results": [run_record(1000, 5.5)]}))
+    (tmp_path / "b/model").mkdir(parents=True)
+    (tmp_path / "b/model/castlm.json").write_text(json.dumps(run_record(2000, 5.2)))
+    (tmp_path / "b/table.json").write_text("{}")  # somebody's
+    assert [(p.tokens, p.perplexity) for p in read_points([tmp_path])] == [(2000, 5.2), (1000, 5.5)]
+    assert [p.perplexity for p in read_points([tmp_path / "a"])] == [5.5]
+    (tmp_path / "a/table.json").write_text(json.dumps({"results": []}))
+    with pytest.raises(InputError, match="no run of this comparison is finished"):
+        read_points([tmp_path / "a"])
+
+
 def test_dense_control_has_the_perplexity_it_trained_to(tmp_path):
     record = {**run_record(1000, None), "method": "dense", "perplexity": {"dense": 3.0, "trained": 2.9}}
     (tmp_path / "r.json").write_text(json.dumps(record))

@@ -66,9 +66,12 @@ def begin_and_die(folder: Path, config: TrainConfig, moment: int) -> bool:
     """Whether a start that is killed before its file operation `moment` came to its end."""
     pid = os.fork()
     if pid == 0:
-        _at.update(countdown=moment, action=lambda: os._exit(9))
-        RunFolder(folder).begin(config)
-        os._exit(0)
+        try:
+            _at.update(countdown=moment, action=lambda: os._exit(9))
+            RunFolder(folder).begin(config)
+            os._exit(0)
+        finally:
+            os._exit(9)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 

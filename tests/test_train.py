@@ -453,6 +453,18 @@ def test_overwrite_keeps_the_old_result_until_the_new_one_is_whole(llama, text, 
     assert not (tmp_path / "run" / "replaced").exists()
 
 
+def test_parts_of_a_checkpoint_that_was_being_removed_go_with_the_next_save(llama, text, tmp_path):
+    config = small(llama, text, tmp_path / "run", max_steps=4, save_steps=2, save_total_limit=1)
+    train_until(config, 2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-00000001").mkdir()
+    (checkpoints / "step-00000001" / "__0_0.distcp").write_bytes(b"part")
+    (checkpoints / "step-00000003").write_text("somebody's")
+    train(replace(config, resume=True))
+    assert not (checkpoints / "step-00000001").exists()
+    assert (checkpoints / "step-00000003").read_text() == "somebody's"
+
+
 def test_a_signal_while_the_folder_changes_waits_for_a_step_and_saves(llama, text, tmp_path, monkeypatch):
     config = finished(llama, text, tmp_path / "run")
     begin = RunFolder.begin

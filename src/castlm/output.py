@@ -61,8 +61,9 @@ def claimed(
     try:
         if os.path.lexists(final) and not existed:
             raise InputError(f"{final} is a file: name a folder for the output")
-        if final.parent.is_dir():
+        if not existed and final.parent.is_dir():  # nobody can hold its lock
             remove_stale_temporaries(final.parent, final.name)
+            existed = final.is_dir()
         if existed and not resume and not os.path.lexists(final / LOCK):  # else who holds it is said first
             _refuse_content(final, command, overwrite)
         make_writable(final)
@@ -71,6 +72,7 @@ def claimed(
     try:
         with locked(final, command):
             try:
+                remove_stale_temporaries(final.parent, final.name)
                 if not resume:
                     _refuse_content(final, command, overwrite)
                 yield final

@@ -105,10 +105,13 @@ def command_of(folder: Path) -> str | None:
 
 def is_empty(folder: Path) -> bool:
     """Whether `folder` holds nothing but a lock, and what a killed start has left before it wrote anything."""
-    return all(
-        entry.name in (LOCK, HOLDER) or entry.name.startswith(PROBE) or is_temporary(entry.name)
-        for entry in os.scandir(folder)
-    )
+    return all(is_of_a_start(entry.name) for entry in os.scandir(folder))
+
+
+def is_of_a_start(name: str) -> bool:
+    """Whether a start makes an entry of this name before the record by which an output folder is castlm's."""
+    begun = tuple(f".{file}.tmp-" for file in (OUTPUT, HOLDER, "config.yaml"))
+    return name in (LOCK, HOLDER) or name.startswith((PROBE, *begun))
 
 
 def content(folder: Path) -> Content:

@@ -177,12 +177,11 @@ class PackedSequences(IterableDataset):
                 num_tokens += _num_tokens(batch)
                 yield batch
             skipped, place = 0, (place + num_tokens) % self.seq_len
-            if whole and num_tokens < self.seq_len + (
-                not self.repeat
-            ):  # repeated, the first token comes after the last
+            needed = self.seq_len + (0 if self.repeat else 1)  # repeated, the first token comes after the last
+            if whole and num_tokens < needed:
                 raise InputError(
-                    f"{self.documents.name}: the text is shorter than one sequence of seq_len {self.seq_len} and the "
-                    "token after it: give more text or a smaller seq_len"
+                    f"{self.documents.name}: the text is shorter than {needed} tokens, a sequence of seq_len "
+                    f"{self.seq_len}{'' if self.repeat else ' and one more'}: give more text or a smaller seq_len"
                 )
             epoch, position = epoch + 1, None
 

@@ -109,6 +109,8 @@ def _table(source: Path, stored: Mapping[str, StoredTensor]) -> str:
         raise InputError(f"{source} stores no output head and no embedding: leave --head out")
     if opened.tie_word_embeddings and len(set(found)) > 1:
         raise InputError(f"{source} stores {found[0]}, which its config ties to the embedding: leave --head out")
+    if opened.tie_word_embeddings and getattr(tables[0], "bias", None) is not None:
+        raise InputError(f"the head of {opened.model_type} is tied and has a bias: leave --head out")
     return found[0]
 
 

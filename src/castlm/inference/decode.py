@@ -35,6 +35,10 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change with the length of the sequence
 
 
+ONE_SEQUENCE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+"""What `generate` is given to return the tokens of one sequence, whatever the generation config of a model says."""
+
+
 def decoding_method(model: PreTrainedModel, streamer: BaseStreamer | None = None) -> Callable[..., Tensor] | None:
     """What `generate(custom_generate=...)` takes for one sequence without padding: `decode` where it suits `model`.
 
@@ -58,14 +62,18 @@ def greedy(model: PreTrainedModel, ids: Tensor, num_tokens: int) -> Tensor:
         max_new_tokens=num_tokens,
         eos_token_id=None,
         do_sample=False,
+        stop_strings=None,
         pad_token_id=0,
+        **ONE_SEQUENCE,
         custom_generate=decoding_method(model),
     )
 
 
 def _samples_one_token(model: PreTrainedModel) -> bool:
-    mode = model.generation_config.get_generation_mode()
-    return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    config = model.generation_config
+    mode = config.get_generation_mode()
+    # transformers does not hand the tokenizer on, by which it would find the strings
+    return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not config.stop_strings
 
 
 def _is_supported(model: Any) -> bool:

@@ -17,7 +17,7 @@ from castlm.core.errors import InputError
 from castlm.data.chat import Chat
 from castlm.data.images import prepare, read_image
 from castlm.hardware import has_fast_bf16
-from castlm.inference.decode import decoding_method
+from castlm.inference.decode import ONE_SEQUENCE, decoding_method
 from castlm.models import load_weights
 from castlm.opening import open_model
 
@@ -188,9 +188,7 @@ def generate_text(
             streamer=stream,
             pad_token_id=pad,
             tokenizer=tokenizer,  # for stop_strings of the generation config
-            num_beams=1,
-            num_return_sequences=1,
-            return_dict_in_generate=False,
+            **ONE_SEQUENCE,
             custom_generate=decoding_method(model, stream),
             **beside,
             **sampling,

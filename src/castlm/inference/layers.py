@@ -73,7 +73,9 @@ class PackedModule(nn.Module):
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if "packed" in self._buffers:
-            raise InputError("a packed model cannot be saved: copy its folder, or save the model that was packed")
+            raise InputError(
+                "a packed model has no weights to save: copy its folder, or save the model that was packed"
+            )
         super()._save_to_state_dict(*args, **kwargs)
 
     def num_bytes(self) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.owned import command_of
 from castlm.reading import parse_json, read_text, user_path
 from castlm.training.verdict import MEASURED_ALIKE, final_perplexity
 
@@ -85,8 +86,7 @@ def _check_count(count: int, source: object) -> None:
 def _files(path: Path) -> list[Path]:
     """The files of points that a path names."""
     if path.is_dir():
-        table = path / "table.json"  # of a comparison, which leaves out the trials of learning rates
-        return [table] if table.is_file() else _finished_runs(path)
+        return _finished_runs(path)
     if path.suffix in (".csv", ".json"):
         return [path]
     if not path.exists():
@@ -95,7 +95,9 @@ def _files(path: Path) -> list[Path]:
 
 
 def _finished_runs(folder: Path) -> list[Path]:
-    finished = sorted(folder.glob("**/castlm.json"))
+    tables = [file for file in sorted(folder.glob("**/table.json")) if command_of(file.parent) == "compare"]
+    compared = {file.parent for file in tables}  # their tables leave out the trials of learning rates
+    finished = [file for file in sorted(folder.glob("**/castlm.json")) if compared.isdisjoint(file.parents)] + tables
     if not finished and (folder / "metrics.jsonl").is_file():
         raise InputError(f"{folder}: an unfinished run (no castlm.json): resume it, or use `plan watch`")
     if not finished:
@@ -107,6 +109,8 @@ def _read_json(path: Path) -> list[Point]:
     content = parse_json(read_text(path), path)
     if isinstance(content, dict):
         content = content.get("results", [content])
+    if content == []:
+        raise InputError(f"{path}: no run of this comparison is finished")
     if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
         raise InputError(f"{path}: a run's castlm.json or a list of results was expected")
     _check_count(len(content), path)

@@ -13,6 +13,7 @@ from castlm.data.chat import with_template
 from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
 from castlm.files import atomic_write_json
+from castlm.inference.decode import ONE_SEQUENCE
 from castlm.models import load_model
 from castlm.reading import read_json_object
 from castlm.report.run_data import RunData
@@ -88,6 +89,8 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=new_tokens,
         do_sample=False,
+        tokenizer=tokenizer,
+        **ONE_SEQUENCE,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     return str(tokenizer.decode(ids[0], skip_special_tokens=True)).removeprefix(prefix)

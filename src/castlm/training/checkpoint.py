@@ -35,7 +35,7 @@ from castlm.files import (
     read_json_mapping,
     size_and_crc,
 )
-from castlm.owned import RESULT, command_of
+from castlm.owned import OUTPUT, RESULT, command_of, is_of_a_start
 from castlm.training.checkpoint_storage import DATA_FILE, METADATA, JsonReader, JsonWriter
 from castlm.training.config import FREE_ON_RESUME, TrainConfig
 from castlm.yaml_file import read_yaml_mapping
@@ -68,9 +68,10 @@ def after_restart(config: TrainConfig) -> TrainConfig:
     try:
         begun = TrainConfig.from_mapping(read_yaml_mapping(str(folder / "config.yaml")))
     except InputError:
-        files = ("config.yaml", "checkpoints", "model")
-        is_bare = command_of(folder) == "train" and not any((folder / name).exists() for name in files)
-        return dataclasses.replace(config, overwrite=True) if is_bare else config
+        begun = command_of(folder) == "train" and all(
+            entry.name == OUTPUT or is_of_a_start(entry.name) for entry in folder.iterdir()
+        )
+        return dataclasses.replace(config, overwrite=True) if begun else config
     if not config.is_begun_as(begun):
         return config
     has_saved = bool(checkpoint_steps(folder / "checkpoints")) or (folder / "model" / RESULT).is_file()
@@ -90,6 +91,13 @@ class Saver:
         self.folder, self.keep, self.world, self.background, self.say = folder, keep, world, background, say
         _expect_single_process()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        whole = checkpoint_steps(folder).values()
+        self._half_removed = [
+            entry
+            for entry in folder.glob("step-*")
+            if _NAME.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink() and entry not in whole
+        ]
+        """What a run that was killed has left of checkpoints that it was removing."""
         self._pending: tuple[int, str, Future[dict[str, tuple[int, int]]]] | None = None
 
     def save(self, step: int, tensors: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
@@ -169,10 +177,9 @@ class Saver:
                 _remove(final)
             os.rename(temporary, final)
             flush_folder(self.folder)
-            whole = list(checkpoint_steps(self.folder).values())
-            left = [entry for entry in self.folder.glob("step-*") if _NAME.fullmatch(entry.name) and entry not in whole]
-            for old in [*whole[: -self.keep], *left]:  # a kill can leave part of one that was being removed
+            for old in [*list(checkpoint_steps(self.folder).values())[: -self.keep], *self._half_removed]:
                 _remove(old)
+            self._half_removed = []
         except (OSError, InputError) as error:
             return self._explain(step, error)
         return None

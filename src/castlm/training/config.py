@@ -18,7 +18,7 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import check_complete, checked, choices_of, convert, hints_of, label, unknown
 from castlm.methods.table import METHODS
-from castlm.oneshot.options import CALIBRATED, Refinements, default_start, part_of
+from castlm.oneshot.options import CALIBRATED, UNIT_SCORES, Refinements, default_start, part_of
 from castlm.training.sections import (
     HIDDEN_WEIGHT,
     SECTIONS,
@@ -45,8 +45,10 @@ def weighted_texts(dataset: str | Sequence[str]) -> dict[str, float]:
         >>> weighted_texts(["a.txt:0.7", "b.jsonl"])
         {'a.txt': 0.7, 'b.jsonl': 1.0}
     """
+    if isinstance(dataset, str):
+        return {dataset: 1.0}
     found: dict[str, float] = {}
-    for text in [dataset] if isinstance(dataset, str) else dataset:
+    for text in dataset:
         name, _, weight = text.rpartition(":")
         has_weight = bool(name) and re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", weight) is not None
         found[name if has_weight else text] = float(weight) if has_weight else 1.0
@@ -95,7 +97,7 @@ class TrainConfig(  # the fields of the last base come first
                 if not right:
                     raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {remedy}")
         pattern = Pattern.parse(self.pattern)
-        if self.start in CALIBRATED:
+        if self.start in (UNIT_SCORES if is_structured(pattern) else CALIBRATED):
             part_of(self, Refinements).for_solver(self.start, pattern)
         if self.init_from not in (None, "magnitude") and METHODS[self.method].starts_dense:
             raise InputError(f"init_from {self.init_from}: method {self.method} starts dense, leave it out")
@@ -170,7 +172,7 @@ class TrainConfig(  # the fields of the last base come first
 
     @property
     def datasets(self) -> dict[str, float]:
-        """The training texts with their weights."""
+        """The training texts with their weights; a single one has the weight 1."""
         return weighted_texts(self.dataset)
 
     @property

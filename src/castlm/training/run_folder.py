@@ -55,7 +55,7 @@ class RunFolder:
         record of the earlier run, to which `_undo_interrupted` moves everything back. What takes room is written first.
 
         Raises:
-            InputError: the disk is full; the folder is as it was.
+            InputError: the disk is full.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._undo_interrupted()
