@@ -116,11 +116,12 @@ class PackedLinear(PackedModule):
     def __init__(self, spec: PackedSpec, bias: nn.Parameter | None = None, device: torch.device | str = "meta"):
         super().__init__(spec, device)
         self.in_features, self.out_features = spec.columns, spec.rows
-        self.bias = bias
+        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = packed_linear(x, self.packed, self.spec.rows)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        out = packed_linear(x, self._buffers["packed"], self.out_features)  # `self.packed` is a slower search
+        bias = self._parameters["bias"]
+        return out if bias is None else out + bias.to(out.dtype)
 
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
         """The layer that the model had, from the stored tensors: `nn.Linear`, or transformers' `Conv1D`."""

@@ -189,16 +189,15 @@ def takes_many_rows(packed: Tensor) -> bool:
 
 def multiply(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     """`x @ W.T` for x (..., in) fp32 or bf16, contiguous, on a CPU, and the buffer of W (out, in): (..., out)."""
-    assert x.dtype in (torch.float32, torch.bfloat16)
     assert x.is_contiguous()
-    out = x.new_empty((*x.shape[:-1], out_features))
-    width = x.shape[-1]
-    code = _library().castlm_multiply(
-        *(packed.data_ptr(), packed.numel(), x.data_ptr(), x.dtype == torch.bfloat16, x.numel() // max(1, width)),
-        *(width, out.data_ptr(), out_features, torch.get_num_threads()),
-    )
-    if code:
-        raise InputError(f"x of shape {tuple(x.shape)} does not fit this packed weight of {out_features} outputs")
+    shape, dtype = x.shape, x.dtype
+    assert dtype is torch.float32 or dtype is torch.bfloat16
+    width, out = shape[-1], x.new_empty((*shape[:-1], out_features))
+    data, size, num_rows = packed.data_ptr(), packed.numel(), x.numel() // (width or 1)
+    is_bf16, threads = dtype is torch.bfloat16, torch.get_num_threads()
+    multiply_by = _library().castlm_multiply  # a small layer takes as long as what is around this call
+    if multiply_by(data, size, x.data_ptr(), is_bf16, num_rows, width, out.data_ptr(), out_features, threads):
+        raise InputError(f"x of shape {tuple(shape)} does not fit this packed weight of {out_features} outputs")
     return out
 
 

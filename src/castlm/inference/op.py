@@ -25,7 +25,7 @@ _LIBRARY.define("packed_linear(Tensor x, Tensor packed, int out_features) -> Ten
 
 @torch.library.impl(_LIBRARY, "packed_linear", "CPU")
 def _packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    num_rows = x.numel() // max(1, x.shape[-1])
+    num_rows = x.numel() // (x.shape[-1] or 1)
     if num_rows == 0:
         return x.new_empty((*x.shape[:-1], out_features))
     if num_rows > DIRECT_ROWS:
