@@ -215,7 +215,7 @@ def test_an_adapter_is_resumed_on_two_ranks_bit_for_bit(sparse, text, tmp_path, 
 
 def train_sharded_adapter(config: FinetuneConfig) -> None:
     """One rank says why."""
-    reason = "sharding full: adapter shira is trained with the whole model on each rank"
+    reason = "sharding full: adapter shira needs the whole model on each rank"
     with pytest.raises((InputError, SystemExit), match=reason if is_main_rank() else "2"):
         train(config)
 

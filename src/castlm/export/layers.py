@@ -204,7 +204,7 @@ def _refuse_absurd_counts(path: Path, num_tensors: int, config: Config) -> None:
         )
         if count is None or type(value) is not int:
             continue
-        if value > (100_000 if count[1] == "expert" else max(1000, num_tensors)):
+        if value > (65_536 if count[1] == "expert" else max(1000, num_tensors)):
             raise InputError(f"config.json of {path} says {name} = {value}, and it holds {num_tensors} tensors")
 
 
