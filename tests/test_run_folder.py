@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,19 +20,10 @@ from castlm.training.config import TrainConfig
 from castlm.training.run_folder import RunFolder
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
-_at = {"countdown": -1, "action": os._exit}
 
 
-def _hook(event: str, arguments: tuple) -> None:
-    """Does the action before the file operation that the countdown ends at. A hook cannot be removed."""
-    if _at["countdown"] < 0 or event not in CHANGES or (event == "open" and not arguments[2] & os.O_CREAT):
-        return
-    _at["countdown"] -= 1
-    if _at["countdown"] < 0:
-        _at["action"]()
-
-
-sys.addaudithook(_hook)
+def die() -> None:
+    os._exit(9)
 
 
 def full() -> None:
@@ -62,17 +54,31 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def begin_and_die(folder: Path, config: TrainConfig, moment: int) -> bool:
-    """Whether a start that is killed before its file operation `moment` came to its end."""
+def begin(folder: Path, config: TrainConfig, moment: int, action: Callable[[], None]) -> bool:
+    """Whether a start came to its end before its file operation `moment`, at which the action happens.
+
+    In a process of its own, because a hook cannot be removed and would slow all tests after it.
+    """
     pid = os.fork()
-    if pid == 0:
-        try:
-            _at.update(countdown=moment, action=lambda: os._exit(9))
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    countdown = moment
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal countdown
+        if countdown < 0 or event not in CHANGES or (event == "open" and not arguments[2] & os.O_CREAT):
+            return
+        countdown -= 1
+        if countdown < 0:
+            action()
+
+    try:
+        sys.addaudithook(hook)
+        with contextlib.suppress(InputError):
             RunFolder(folder).begin(config)
-            os._exit(0)
-        finally:
-            os._exit(9)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        os._exit(0 if countdown >= 0 else 9)
+    finally:
+        os._exit(9)
 
 
 def test_an_overwriting_start_that_is_killed_loses_nothing(tmp_path):
@@ -81,7 +87,7 @@ def test_an_overwriting_start_that_is_killed_loses_nothing(tmp_path):
     while not ended:
         folder = tmp_path / f"run{moment}"
         shutil.copytree(tmp_path / "old", folder)
-        ended = begin_and_die(folder, config_of(folder, seed=1), moment)
+        ended = begin(folder, config_of(folder, seed=1), moment, die)
         assert foreign_names(folder) == [], moment
         with claimed(folder, "train", overwrite=True):
             pass
@@ -108,13 +114,7 @@ def test_a_full_disk_leaves_an_overwriting_start_as_it_was(tmp_path):
     while not ended:
         folder = tmp_path / f"run{moment}"
         shutil.copytree(tmp_path / "old", folder)
-        _at.update(countdown=moment, action=full)
-        try:
-            with contextlib.suppress(InputError):
-                RunFolder(folder).begin(config_of(folder, seed=1))
-        finally:
-            ended = _at["countdown"] >= 0
-            _at.update(countdown=-1)
+        ended = begin(folder, config_of(folder, seed=1), moment, full)
         if RunFolder(folder).run_id == "abc1":
             refused += 1
             assert tree(folder) == before, moment
@@ -128,7 +128,7 @@ def test_a_first_start_that_is_killed_is_repeated(tmp_path, monkeypatch):
     while not ended:
         folder = tmp_path / f"run{moment}"
         config = config_of(folder)
-        ended = begin_and_die(folder, config, moment)
+        ended = begin(folder, config, moment, die)
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         again = after_restart(config)
         monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")

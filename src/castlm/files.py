@@ -290,11 +290,17 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     """
     path = Path(path)
     with disk_full_is_said(path):
-        with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with atomic_file(path) as temporary:
+            write_flushed(temporary, text)
         flush_folder(path.parent)
+
+
+def write_flushed(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8 in place, and waits until it is on the disk."""
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def read_json_mapping(path: str | Path, remedy: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from castlm.files import (
     refuse_taken,
     remove_stale_temporaries,
 )
-from castlm.owned import HOLDER, LOCK, OUTPUT, RESULT, changed_file, command_of, is_empty, read_record
+from castlm.owned import HOLDER, LOCK, OUTPUT, RESULT, changed_file, command_of, has_checkpoint, is_empty, read_record
 from castlm.progress import note
 
 
@@ -98,7 +98,7 @@ def _refuse_content(final: Path, command: str, overwrite: bool) -> None:
     if is_empty(final):
         return
     if not overwrite:
-        resumes = "resume, " if any(final.glob("checkpoints/step-*/manifest.json")) else ""
+        resumes = "resume, " if has_checkpoint(final) else ""
         raise InputError(f"{final} already holds something: pass {resumes}overwrite or another output folder")
     found = command_of(final)
     if found is None:

@@ -103,6 +103,11 @@ def command_of(folder: Path) -> str | None:
     return "result" if isinstance(read_record(folder / RESULT).get("files"), dict) else None
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the run in `folder` has saved a whole checkpoint."""
+    return any(folder.glob("checkpoints/step-*/manifest.json"))
+
+
 def is_empty(folder: Path) -> bool:
     """Whether `folder` holds nothing but a lock, and what a killed start has left before it wrote anything."""
     return all(is_of_a_start(entry.name) for entry in os.scandir(folder))

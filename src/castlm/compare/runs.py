@@ -26,7 +26,7 @@ from castlm.core.errors import InputError
 from castlm.files import atomic_write_text, read_json_mapping
 from castlm.locate import cached_snapshot, locate
 from castlm.output import read_result
-from castlm.owned import RESULT, command_of, discard, sha256_file
+from castlm.owned import RESULT, command_of, discard, has_checkpoint, sha256_file
 from castlm.training.config import WITHOUT_EFFECT
 
 # Fields that always name a model or a text; the key has the hash of what they name.
@@ -152,7 +152,7 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     if run.is_oneshot:
         command = ["castlm.cli.oneshot", str(config_file)]
     else:
-        resume = any(folder.glob("checkpoints/step-*/manifest.json"))
+        resume = has_checkpoint(folder)
         fields |= {"resume": resume, "overwrite": not resume}
         command = ["castlm", "train", "--no-report", "--config", str(config_file)]
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}

@@ -56,6 +56,13 @@ def checkpoint_steps(folder: Path) -> dict[int, Path]:
     return {step: found[step] for step in sorted(found) if (found[step] / MANIFEST).is_file()}
 
 
+def _half_removed(folder: Path) -> list[Path]:
+    """What a run that was killed has left of checkpoints that it was removing."""
+    whole = checkpoint_steps(folder).values()
+    named = [entry for entry in folder.glob("step-*") if _NAME.fullmatch(entry.name) and entry not in whole]
+    return [entry for entry in named if entry.is_dir() and not entry.is_symlink()]
+
+
 def after_restart(config: TrainConfig) -> TrainConfig:
     """`config` as `torchrun --max-restarts` needs it when it starts the ranks again.
 
@@ -68,10 +75,10 @@ def after_restart(config: TrainConfig) -> TrainConfig:
     try:
         begun = TrainConfig.from_mapping(read_yaml_mapping(str(folder / "config.yaml")))
     except InputError:
-        begun = command_of(folder) == "train" and all(
+        has_record_alone = command_of(folder) == "train" and all(
             entry.name == OUTPUT or is_of_a_start(entry.name) for entry in folder.iterdir()
         )
-        return dataclasses.replace(config, overwrite=True) if begun else config
+        return dataclasses.replace(config, overwrite=True) if has_record_alone else config
     if not config.is_begun_as(begun):
         return config
     has_saved = bool(checkpoint_steps(folder / "checkpoints")) or (folder / "model" / RESULT).is_file()
@@ -91,13 +98,7 @@ class Saver:
         self.folder, self.keep, self.world, self.background, self.say = folder, keep, world, background, say
         _expect_single_process()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
-        whole = checkpoint_steps(folder).values()
-        self._half_removed = [
-            entry
-            for entry in folder.glob("step-*")
-            if _NAME.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink() and entry not in whole
-        ]
-        """What a run that was killed has left of checkpoints that it was removing."""
+        self._half_removed = _half_removed(folder) if world.is_main else []  # the main rank publishes, and removes
         self._pending: tuple[int, str, Future[dict[str, tuple[int, int]]]] | None = None
 
     def save(self, step: int, tensors: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:

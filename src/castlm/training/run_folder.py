@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.files import atomic_file, atomic_write_json, disk_full_is_said, flush_file, flush_folder
+from castlm.files import atomic_file, atomic_write_json, disk_full_is_said, flush_folder, write_flushed
 from castlm.output import read_result
 from castlm.owned import OUTPUT, RESULT, discard, is_of_run, read_record
 from castlm.progress import note
@@ -68,9 +68,8 @@ class RunFolder:
                 atomic_file(self.path / "config.yaml") as new_config,  # takes its name after the record has
                 atomic_file(self.path / OUTPUT) as new_record,
             ):
-                for file, content in ((new_config, text), (new_record, f"{record}\n")):
-                    file.write_bytes(content.encode())
-                    flush_file(file)
+                write_flushed(new_config, text)
+                write_flushed(new_record, f"{record}\n")
                 self._set_aside()
         except BaseException:
             self._undo_interrupted()

@@ -7,7 +7,7 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
-from castlm.core.experts import is_layer
+from castlm.core.experts import SparseLayer, is_layer
 from castlm.core.pattern import Pattern
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
 from castlm.core.unit_masks import gathers
 from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import World
-from castlm.methods.base import Retraining
+from castlm.methods.base import MethodConfig, Retraining
 from castlm.models import load_model
 from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, part_of
@@ -152,8 +152,7 @@ def _prune(
             )
         start.stream_basis = basis.stream_basis
         if basis.changes or config.reconstruct_epochs:
-            layers = {} if config.keeps_dense_values else sparse_linears(model, pattern, filter_fn)[0]
-            replaced = {weight_parameter(layer) for layer in layers.values()}
+            replaced = _replaced(config, sparse_linears(model, pattern, filter_fn)[0])
             kept = {name: p for name, p in model.named_parameters() if p not in replaced}
             start.dense = {name: p.detach().to("cpu", copy=True) for name, p in kept.items()}
         with _told_progress(f"starting from {solver}, blocks", alive) as progress:
@@ -222,6 +221,11 @@ def _read(
     return weights
 
 
+def _replaced(config: MethodConfig, layers: Mapping[str, SparseLayer]) -> set[Tensor]:
+    """The weights of which `Retraining.start_layer_` keeps no dense value."""
+    return set() if config.keeps_dense_values else {weight_parameter(layer) for layer in layers.values()}
+
+
 @torch.no_grad()
 def start_(model: nn.Module, method: Retraining, start: Start, world: World) -> None:
     """Gives the model the weights of the main rank's `start`, each rank its rows.
@@ -237,8 +241,7 @@ def start_(model: nn.Module, method: Retraining, start: Start, world: World) -> 
         return whole_of(weights, name, parameter)[own_rows(parameter)].to(parameter.device)
 
     if world.on_main(lambda: bool(start.dense)):
-        layers = {} if method.config.keeps_dense_values else method.layers
-        replaced = {weight_parameter(layer) for layer in layers.values()}
+        replaced = _replaced(method.config, method.layers)
         for name, parameter in model.named_parameters():
             if parameter not in replaced and ".parametrizations." not in dense_name(name):  # else a weight scale
                 local(parameter).copy_(rows_of(start.dense, dense_name(name), parameter))
