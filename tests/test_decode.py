@@ -11,7 +11,7 @@ from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_
 from castlm.inference import native
 from castlm.inference.convert import pack_model_
-from castlm.inference.decode import DecoderState, decode, decoding_method
+from castlm.inference.decode import DecoderState, TokenTimes, decode, decoding_method, greedy
 from castlm.inference.generate import generate_text
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -131,11 +131,29 @@ def test_other_models_are_left_to_transformers(family, over):
         assert decoding_method(model) is None
 
 
-def test_a_plain_model_and_beam_search_are_left_to_transformers():
+def test_a_plain_model_and_contrastive_layers_are_left_to_transformers():
     assert decoding_method(tiny_model("llama")) is None
     model = packed_model("llama")
-    model.generation_config.num_beams = 3
+    model.generation_config.dola_layers = "low"
     assert decoding_method(model) is None
+
+
+def test_the_beams_of_a_generation_config_do_not_matter_for_one_sequence():
+    model = packed_model("llama")
+    expected = greedy(model, IDS, 8)
+    model.generation_config.num_beams = 3
+    assert decoding_method(model) is not None
+    assert torch.equal(greedy(model, IDS, 8), expected)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_times_of_tokens_give_their_rate(packed, monkeypatch):
+    clock = iter(float(number**2) for number in range(100))
+    monkeypatch.setattr("castlm.inference.decode.time.perf_counter", lambda: next(clock))
+    came = TokenTimes()
+    greedy(packed_model("llama") if packed else tiny_model("llama"), IDS, 4, came)
+    assert came.times == [0.0, 1.0, 4.0, 9.0, 16.0]  # the prompt, and four tokens
+    assert came.tokens_per_second == 3 / 15
 
 
 def test_several_sequences_are_refused():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from castlm.core.sparsify import is_sparse_linear
 from castlm.export.unit_count import groups_of
 from castlm.hardware import in_own_process
 from castlm.inference.convert import pack_model_
-from castlm.inference.decode import greedy
+from castlm.inference.decode import TokenTimes, greedy
 from castlm.models import load_model
 from castlm.reading import read_json_object
 from castlm.training.verdict import MEASURED_ALIKE, final_perplexity
@@ -145,15 +144,13 @@ def decode(candidate: Candidate) -> tuple[int, list[float]]:
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     ids = torch.arange(1, PROMPT + 1)[None] % model.config.get_text_config().vocab_size
 
-    def seconds(new_tokens: int) -> float:
-        started = time.perf_counter()
-        greedy(model, ids, new_tokens)
-        return time.perf_counter() - started
+    def tokens_per_second() -> float:
+        came = TokenTimes()
+        greedy(model, ids, NEW_TOKENS + 1, came)
+        return came.tokens_per_second
 
-    seconds(NEW_TOKENS)  # warms up
-    prompt = statistics.median(seconds(1) for _ in range(REPEATS))
-    speeds = [NEW_TOKENS / (seconds(NEW_TOKENS + 1) - prompt) for _ in range(REPEATS)]
-    return sum(tensors.values()), speeds
+    tokens_per_second()  # warms up
+    return sum(tensors.values()), [tokens_per_second() for _ in range(REPEATS)]
 
 
 def at_equal_perplexity(rows: Sequence[Measured], row: Measured) -> tuple[Measured, Measured]:

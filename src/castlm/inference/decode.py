@@ -6,8 +6,10 @@ its Python code takes longer than the multiplications do; after the first new to
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +42,7 @@ ONE_SEQUENCE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_gener
 
 
 def decoding_method(model: PreTrainedModel, streamer: BaseStreamer | None = None) -> Callable[..., Tensor] | None:
-    """What `generate(custom_generate=...)` takes for one sequence without padding: `decode` where it suits `model`.
+    """What `generate(custom_generate=..., **ONE_SEQUENCE)` takes for a prompt without padding: `decode` where it suits.
 
     None of other models: `generate(custom_generate=None)` decodes as ever, to the same tokens.
 
@@ -51,7 +53,26 @@ def decoding_method(model: PreTrainedModel, streamer: BaseStreamer | None = None
     return functools.partial(decode, streamer=streamer) if supported else None
 
 
-def greedy(model: PreTrainedModel, ids: Tensor, num_tokens: int) -> Tensor:
+class TokenTimes(BaseStreamer):
+    """A streamer that notes when the prompt was handed over and when each new token came, in seconds of a clock."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens after the first one, which comes with the prompt."""
+        _, first, *_, last = self.times
+        return (len(self.times) - 2) / (last - first)
+
+
+def greedy(model: PreTrainedModel, ids: Tensor, num_tokens: int, streamer: BaseStreamer | None = None) -> Tensor:
     """Continues `ids` (1, num_prompt) by exactly `num_tokens`, as `castlm generate` decodes: what is timed.
 
     No token ends the sequence. `min_new_tokens` would do the same, but searches the vocabulary twice for each token.
@@ -65,12 +86,14 @@ def greedy(model: PreTrainedModel, ids: Tensor, num_tokens: int) -> Tensor:
         stop_strings=None,
         pad_token_id=0,
         **ONE_SEQUENCE,
-        custom_generate=decoding_method(model),
+        streamer=streamer,
+        custom_generate=decoding_method(model, streamer),
     )
 
 
 def _samples_one_token(model: PreTrainedModel) -> bool:
-    config = model.generation_config
+    config = copy.deepcopy(model.generation_config)
+    config.update(**ONE_SEQUENCE)
     mode = config.get_generation_mode()
     # transformers does not hand the tokenizer on, by which it would find the strings
     return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not config.stop_strings
