@@ -1,4 +1,4 @@
-"""How transformers stores the weights of a family, by names and shapes alone.
+"""How transformers and castlm store the weights of a model, by names and shapes alone.
 
 Neither torch nor transformers is imported: `castlm verify` reads a checkpoint in less time than either takes to import.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any
+
+QUANT_METHOD = "castlm"
+"""`quant_method` of a packed folder, in the `quantization_config` of its config.json."""
 
 CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """`config.json` model types whose blocks are made of transformers' `Conv1D`, stored (in, out)."""

@@ -22,10 +22,9 @@ from transformers.utils.hub import cached_file
 
 from castlm.architecture import auto_class, is_vision_language, linearize_
 from castlm.core.errors import InputError
-from castlm.layout import OLD_BUFFERS, stored_transposed
+from castlm.layout import OLD_BUFFERS, QUANT_METHOD, stored_transposed
 from castlm.locate import Location, cached_snapshot, find
 from castlm.opening import (
-    PACKED,
     PROCESSOR_FILES,
     as_input_error,
     open_model,
@@ -72,7 +71,7 @@ def load_model(
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     stored = stored_dtype(where, config)
-    if quantization_method(config) == PACKED:
+    if quantization_method(config) == QUANT_METHOD:
         config.quantization_config = {**config.quantization_config, "dequantize": True}
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
     model = load_weights(where, config, dtype=dtype or stored, **options)

@@ -26,10 +26,9 @@ from transformers.utils import logging as hf_logging
 
 from castlm.architecture import is_vision_language
 from castlm.core.errors import InputError
+from castlm.layout import QUANT_METHOD
 from castlm.locate import Location, find
 
-PACKED = "castlm"
-"""`quant_method` of a packed folder, which `castlm.models.load_model` unpacks."""
 PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("chat_template.json", "chat_template.jinja"),
@@ -134,7 +133,7 @@ def _check_config(where: Location, config: PretrainedConfig) -> None:
             "give one whose architecture is named ...ForCausalLM or ...LMHeadModel, or one of a vision-language model"
         )
     method = quantization_method(config)
-    if method not in (None, PACKED):
+    if method not in (None, QUANT_METHOD):
         raise InputError(f"the weights of {where} are quantized ({method}): give the model before quantization")
 
 

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from castlm.cli.options import read_arguments, result_folder
-from castlm.cli.train import PageOptions, run_training
+from castlm.cli.train import FileOptions, PageOptions, run_training
 from castlm.cli.verify import recorded_pattern
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.export.cut_sizes import cut_pattern
 from castlm.export.unit_count import groups_of
-from castlm.fields import COMMAND_LINE, checked, essential
+from castlm.fields import COMMAND_LINE, checked
 from castlm.training.config import flatten, read_layers
 from castlm.training.finetune import FinetuneConfig
-
-
-@dataclass
-class FileOptions:
-    """Where options come from besides the command line."""
-
-    config: tuple[str, ...] = essential((), append=True)
-    """YAML file of options; those on the command line override it. If it is given several times, later files override
-    earlier ones."""
 
 
 def parse_finetune(arguments: Sequence[str]) -> tuple[FinetuneConfig, bool]:

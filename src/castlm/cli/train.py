@@ -22,6 +22,11 @@ class FileOptions:
     """YAML file of options; those on the command line override it. If it is given several times, later files override
     earlier ones."""
 
+
+@dataclass
+class RecipeOptions(FileOptions):
+    """Files of options, and what they start from."""
+
     recipe: str = choice("castlm", RECIPES)
     """Values that the other options start from. castlm: our defaults. paper: decay, rates, betas, eta, batch and length
     as published for LLaMA2-7B."""
@@ -50,7 +55,7 @@ def parse_train(
     Raises:
         InputError: whatever `read_arguments`, `read_yaml_mapping` or `TrainConfig` refuses.
     """
-    kinds = [TrainConfig, FileOptions, *([more] if more else [])]
+    kinds = [TrainConfig, RecipeOptions, *([more] if more else [])]
     given = read_arguments(kinds, arguments, name, about=None if name == "train" else more)
     paths = given.pop("config", [])
     extra = {field.name: given.pop(field.name) for field in fields(more) if field.name in given} if more else {}

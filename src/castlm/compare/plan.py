@@ -145,17 +145,30 @@ class Plan:
         command = self.command
         column = self.common.get("column")
         texts = {"dataset": command.dataset, "eval_dataset": command.eval_dataset}
-        texts["calibration"] = command.calibration or command.dataset
+        calibration = self._calibration_text()
+        texts["calibration"] = calibration["calibration"]
         if command.tuning_dataset:
             texts["tuning_dataset"] = command.tuning_dataset
         train = {"split": self.common.get("dataset_split", "train"), "data_config": self.common.get("dataset_config")}
         held_out = {"split": self.common.get("eval_split", "validation"), "data_config": self.common.get("eval_config")}
         of_role = {"dataset": train, "eval_dataset": held_out, "tuning_dataset": held_out}
-        of_role["calibration"] = train if command.calibration is None else {}
+        of_role["calibration"] = {
+            "split": calibration.get("calibration_split", "train"),
+            "data_config": calibration.get("calibration_config"),
+        }
         digests = {
             name: open_documents(text, column=column, **of_role[name]).text_hash() for name, text in texts.items()
         }
         return {"model": content_hash(command.model, self.common.get("revision")), **digests}
+
+    def _calibration_text(self) -> dict[str, Any]:
+        """What one-shot rows calibrate on, by the names of `OneshotConfig`: by default the training text, read as the
+        runs read it."""
+        if self.command.calibration is not None:
+            return {"calibration": self.command.calibration}
+        hub = {"calibration_split": "dataset_split", "calibration_config": "dataset_config"}
+        named = {name: self.common[option] for name, option in hub.items() if option in self.common}
+        return {"calibration": self.command.dataset, **named}
 
     def budgets(self, name: str) -> list[int]:
         """Token budgets of a variant; 0 for a one-shot method."""
@@ -295,11 +308,7 @@ class Plan:
             raise InputError(
                 f"left_dense is for training, and {fields['method']} prunes every layer: leave one of the two out"
             )
-        content |= {"method": fields["method"], **named}
-        content |= {"calibration": self.command.calibration or self.command.dataset}
-        if self.command.calibration is None:  # read as the runs read their training text
-            hub = {"calibration_split": "dataset_split", "calibration_config": "dataset_config"}
-            content |= {name: self.common[option] for name, option in hub.items() if option in self.common}
+        content |= {"method": fields["method"], **named, **self._calibration_text()}
         content |= {"num_sequences": self.command.num_sequences}
         return with_key(Run(name, 0, content), self.hashes)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.compare.settings import options_text
-from castlm.compare.summary import Spread, starts_note, summarize, untouched_perplexity, verdict
+from castlm.compare.summary import Spread, ranked, starts_note, summarize, untouched_perplexity, verdict
 from castlm.files import atomic_write_json, atomic_write_text
 from castlm.versions import library_versions
 
@@ -254,7 +254,7 @@ def write_report(
         command=command,
         pictures=pictures.values(),
         glossary=glossary(report.headings),
-        best=_best(rows),
+        best=next(iter(ranked(rows)), None),
     )
     atomic_write_text(root / "table.html", page)
     return report
@@ -277,17 +277,6 @@ def _report(
     warnings += [f"diverged: {row['variant']}, {reason}" for row in rows for reason in row["diverged"]]
     files = [root / name for name in ("table.html", "table.md", "table.json", *(f"{name}.svg" for name in pictures))]
     return Report(preset.question, verdict(rows), *cells(rows), warnings, notes, files)
-
-
-def _best(rows: list[dict[str, Any]]) -> int | None:
-    """The number of the row that the verdict names."""
-    largest = max((row["tokens"] for row in rows), default=0)
-    gaps = {
-        number: row["gap"].mean
-        for number, row in enumerate(rows)
-        if row["gap"] and row["method"] != "dense" and row["tokens"] in (0, largest)
-    }
-    return min(gaps, key=lambda number: gaps[number]) if gaps else None
 
 
 def _as_json(

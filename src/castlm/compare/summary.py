@@ -132,13 +132,19 @@ def untouched_perplexity(results: list[Result]) -> float | None:
     return next((r.record["perplexity"]["dense"] for r in results if "dense" in r.record.get("perplexity", {})), None)
 
 
+def ranked(rows: list[dict[str, Any]]) -> list[int]:
+    """The numbers of the rows of the largest budget and of one-shot methods that have a gap, the smallest gap first."""
+    largest = max((row["tokens"] for row in rows), default=0)
+    rivals = [i for i, r in enumerate(rows) if r["gap"] and r["method"] != "dense" and r["tokens"] in (0, largest)]
+    return sorted(rivals, key=lambda number: rows[number]["gap"].mean)
+
+
 def verdict(rows: list[dict[str, Any]]) -> str:
     """One sentence: which row is best, by how much, and whether that is more than the spread over seeds."""
-    largest = max((row["tokens"] for row in rows), default=0)
-    rivals = [r for r in rows if r["gap"] and r["method"] != "dense" and r["tokens"] in (0, largest)]
-    if not rivals:
+    if not (order := ranked(rows)):
         return "No result can be compared with a dense control yet."
-    best, *others = sorted(rivals, key=lambda row: row["gap"].mean)
+    best, *others = (rows[number] for number in order)
+    largest = max(row["tokens"] for row in rows)
     budget = f"At {largest:,} training tokens, " if largest else ""
     gap = best["gap"].show("+.4f")
     text = f"{budget}{best['variant']} has the smallest gap to the dense control, {gap} nats per token"

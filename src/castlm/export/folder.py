@@ -14,6 +14,7 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.inference import format as packed
+from castlm.layout import QUANT_METHOD
 from castlm.reading import check_regular, read_json_object
 from castlm.stored import StoredTensor, read_header
 
@@ -84,7 +85,7 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
 def is_packed(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a folder in castlm's packed format."""
     quantization = config.get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == packed.METHOD
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
 def _one_file(file: Path) -> dict[str, StoredTensor]:

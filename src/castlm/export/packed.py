@@ -29,6 +29,7 @@ from castlm.inference import format
 from castlm.inference.format import PackedSpec
 from castlm.inference.packed import PackedTensor, equal_as_packed, pack, pack_integers, unpack
 from castlm.inference.rounding import round_rows
+from castlm.layout import QUANT_METHOD
 from castlm.reading import read_json_object, user_path
 
 Progress = Callable[[int, int], None]
@@ -135,7 +136,7 @@ def _write_rest(source: Path, folder: Path, plan: PackPlan, n: int, m: int) -> N
     _copy_small_files(source, folder)
     config = read_json_object(source / "config.json")
     config["quantization_config"] = {
-        "quant_method": format.METHOD,
+        "quant_method": QUANT_METHOD,
         "version": format.VERSION,
         "pattern": f"{n}:{m}",
         "weights": format.FILE if len(plan.files) == 1 else format.INDEX,

@@ -32,9 +32,6 @@ FILE = "castlm.safetensors"
 INDEX = "castlm.safetensors.index.json"
 """Where there are several files, which one holds each tensor."""
 
-METHOD = "castlm"
-"""`quant_method` in config.json."""
-
 VERSION = 1
 METADATA_KEY = "castlm"
 INT4_GROUP = 64

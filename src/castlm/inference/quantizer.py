@@ -25,8 +25,9 @@ from castlm.core.errors import InputError
 from castlm.inference import native
 from castlm.inference.convert import can_pack_tables, onto_kernels_
 from castlm.inference.experts import replace_experts_, take_stacks_apart_, unpack_experts_
-from castlm.inference.format import FILE, METHOD, VERSION, PackedSpec, read_specs
+from castlm.inference.format import FILE, VERSION, PackedSpec, read_specs
 from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule
+from castlm.layout import QUANT_METHOD
 from castlm.stored import read_header
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class CastlmConfig(QuantizationConfigMixin):
     def __init__(
         self, version: int = VERSION, pattern: str = "", weights: str = FILE, dequantize: bool = False, **_: Any
     ):
-        self.quant_method = METHOD
+        self.quant_method = QUANT_METHOD
         self.version, self.pattern, self.weights, self.dequantize = version, pattern, weights, dequantize
 
 

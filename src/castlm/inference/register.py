@@ -26,12 +26,12 @@ def register() -> None:
 
 
 def _register_now(auto: ModuleType) -> None:
-    from castlm.inference.format import METHOD
     from castlm.inference.quantizer import CastlmConfig, CastlmQuantizer
+    from castlm.layout import QUANT_METHOD
 
-    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantization_config(METHOD)(CastlmConfig)
-        auto.register_quantizer(METHOD)(CastlmQuantizer)
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(QUANT_METHOD)(CastlmConfig)
+        auto.register_quantizer(QUANT_METHOD)(CastlmQuantizer)
 
 
 class _Finder(MetaPathFinder):
