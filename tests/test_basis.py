@@ -12,12 +12,15 @@ from castlm.core.hidden import in_stream_basis
 from castlm.core.pattern import NM
 from castlm.core.sparsify import sparse_linears
 from castlm.oneshot import basis
-from castlm.oneshot.basis import change_basis_, sequences_needed
+from castlm.oneshot.basis import block_statistics, change_basis_, sequences_needed
+from castlm.oneshot.families import describe
 from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.permutation import find_permutation, kept_score
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.rotation import Term, complement_of_ones, learn_rotations, solved_error
 from castlm.oneshot.solvers import damped
+from castlm.oneshot.stream_basis import Stream
+from castlm.oneshot.walk import BlockInputs, block_stack
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_model
 
 WITH_EXPERTS = {"mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}}
@@ -201,6 +204,25 @@ def test_a_basis_reads_as_much_text_as_its_widest_layer_needs():
     assert sequences_needed(layers, num_sequences=256, seq_len=32) == basis.MIN_SEQUENCES
     assert sequences_needed(layers, num_sequences=8, seq_len=2) == 8
     assert sequences_needed(layers, num_sequences=256, seq_len=32, rotates_stream=True) == 256
+
+
+@torch.no_grad()
+def test_experts_count_among_the_readers_of_the_residual_stream():
+    model = family_model("mixtral")
+    linearize_(model)
+    layers, _ = sparse_linears(model)
+    wiring = describe(model)
+    stream = Stream(model, wiring, NM(2, 4), rotates=False)
+    inputs = BlockInputs(model, block_stack(model, layers)[1], TOKENS)
+    inside = {name: layer for name, layer in layers.items() if name.startswith("model.layers.0.")}
+    seen: list[torch.Tensor] = []
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 32)))
+    stream.see(wiring.blocks[0], block_statistics(inside, inputs, len(TOKENS)))
+    hook.remove()
+    _, of_mlp = stream._readers()
+    assert len(of_mlp[1]) == 2 * 4  # gate and up of four experts; the router stays dense
+    x = torch.cat(seen[: len(inputs.batches)])
+    torch.testing.assert_close(of_mlp[0].hessian, 2 * 2 / len(TOKENS) * x.T @ x, rtol=1e-4, atol=1e-4)  # two a token
 
 
 def test_a_basis_of_experts_reads_all_of_the_text():

@@ -19,8 +19,9 @@ from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears
 from castlm.oneshot import walk as calibration_module
 from castlm.oneshot.calibration import calibration_length, draw_calibration
+from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.prune import prune_oneshot_
-from castlm.oneshot.sparsegpt import _LowestOfGroup, sparsegpt
+from castlm.oneshot.sparsegpt import _lowest_sorted, _LowestOfGroup, sparsegpt
 from castlm.oneshot.walk import block_stack
 from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny, tiny_model
 
@@ -134,6 +135,11 @@ def test_sparsegpt_reports_the_damping_it_had_to_raise():
 def test_the_lowest_of_a_group_break_ties_as_masks_do(n, m):
     score = torch.randint(0, 3, (m, 500), generator=torch.Generator().manual_seed(3)).float()
     assert torch.equal(_LowestOfGroup(n, m, 500, score)(score), ~rank_mask(score.T, n, m).T)
+
+
+def test_the_lowest_of_a_long_group_are_those_of_a_short_one():
+    score = torch.randint(0, 3, (16, 500), generator=torch.Generator().manual_seed(3)).float()
+    assert torch.equal(_lowest_sorted(score, n=5), _LowestOfGroup(5, 16, 500, score)(score))
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -304,12 +310,26 @@ def test_a_weight_that_is_not_finite_is_named(method):
         prune_oneshot_(model, method, calibration=tokens())
 
 
-def test_an_input_that_is_all_zero_is_named():
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_layer_whose_input_is_always_zero_is_masked_by_magnitude_and_named(method):
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.weight.zero_()
-    with pytest.raises(InputError, match=r"whole input of model\.layers\.0\.self_attn\.o_proj at 0"):
-        prune_oneshot_(model, "wanda", calibration=tokens())
+    layer = model.model.layers[0].self_attn.o_proj
+    expected = layer.weight * nm_mask(layer.weight)
+    refinements = Refinements() if method == "sparsegpt" else NO_REFINEMENTS
+    report = prune_oneshot_(model, method, calibration=tokens(), refinements=refinements)
+    assert torch.equal(layer.weight, expected)
+    name = "model.layers.0.self_attn.o_proj"
+    assert report.record()["masked_by_magnitude"] == {name: 1}
+    assert any(f"the whole input of {name} at 0" in line for line in report.notes())
+
+
+def test_the_correction_of_the_stream_is_refused_where_what_is_written_is_normalized():
+    with pytest.raises(InputError, match="stream_correction is not for gemma2"):
+        prune_oneshot_(
+            tiny_model("gemma2"), "sparsegpt", calibration=tokens(), refinements=Refinements(stream_correction=1.0)
+        )
 
 
 @pytest.mark.parametrize(

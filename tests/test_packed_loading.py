@@ -22,13 +22,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.core.sparsify import prune_
+from castlm.core.sparsify import is_sparse_linear, prune_
 from castlm.export.packed import pack_folder
 from castlm.inference import generate, native
 from castlm.inference.convert import pack_model_
 from castlm.inference.decode import greedy
 from castlm.inference.format import FILE, read_specs, to_metadata
-from castlm.inference.layers import PackedEmbedding, PackedLinear
+from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule
 from castlm.models import load_model
 from castlm.report.sample import complete
 from tests.test_packed import change, flip_bit, pruned_folder
@@ -113,6 +113,22 @@ def test_a_model_is_packed_in_memory(folders):
     dense = load_model(source).model
     pack_model_(dense, 0, 0)
     torch.testing.assert_close(dense(IDS).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_layers_that_are_not_sparse_are_packed_dense_and_others_are_refused_before_any_is_replaced():
+    model = tiny_model("llama", intermediate_size=50)
+    down = [f"model.layers.{index}.mlp.down_proj" for index in (0, 1)]
+    q = "model.layers.1.self_attn.q_proj"
+    prune_(model, filter_fn=lambda module, name: is_sparse_linear(module, name) and name != q)
+    plain = model(IDS).logits
+    with pytest.raises(InputError, match=rf"{q} is not 2:4 in \d+ of its groups"):
+        pack_model_(model)
+    assert not any(isinstance(module, PackedModule) for module in model.modules())
+    assert len(pack_model_(model, dtype=torch.float32, left_dense=[q])) == 14
+    assert {name: model.get_submodule(name).spec.m for name in (*down, q)} == {**dict.fromkeys(down, 0), q: 0}
+    assert model.model.layers[0].self_attn.q_proj.spec.m == 4
+    torch.testing.assert_close(model(IDS).logits, plain, rtol=1e-4, atol=1e-4)
 
 
 @needs_kernels

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from castlm.core.distill import distillation_loss
 from castlm.core.errors import InputError
+from castlm.core.head import OutputHead
 from castlm.core.top_tokens import top_tokens
 from tests.test_distill import HEADS, VOCAB, assert_same, make, plain_logits, student_leaves
 
@@ -76,6 +77,11 @@ def test_k_out_of_range_raises(k):
     _, _, _, teacher_hidden, teacher = make()
     with pytest.raises(InputError, match=f"between 1 and {VOCAB}"):
         top_tokens(teacher_hidden, teacher, k)
+
+
+def test_no_token_gives_an_empty_result():
+    head = OutputHead(torch.eye(4))
+    assert top_tokens(torch.zeros(0, 4), head, k=2).tokens.shape == (0, 2)
 
 
 def test_another_shape_raises():

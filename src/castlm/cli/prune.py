@@ -317,25 +317,18 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         self, method: str, report: OneshotReport, basis: BasisReport | None, calibration: dict[str, Any]
     ) -> dict[str, Any]:
         """The content of castlm.json that is this command's."""
-        from castlm.oneshot.report import few_experts_record
-
         return {
             "base_model": self.model,
             "method": method,
             "calibration": calibration,
             "basis": None if basis is None else basis.as_dict(),
             "prune_seconds": round(report.seconds, 2),
-            **report.damping_record(),
-            **few_experts_record(report.few_experts),
+            **report.record(),
         }
 
     def _say_done(self, folder: Path, method: str, report: OneshotReport) -> int:
-        from castlm.oneshot.report import few_experts_note
-
-        if report.few_experts:
-            print(few_experts_note(report.few_experts))
-        if report.raised_damping:
-            print(f"{report.damping_note()}: castlm.json lists them")
+        for line in report.notes():
+            print(f"{line} (castlm.json lists them)")
         measure = f"castlm eval {shlex.quote(str(folder))} --text FILE"
         print(f"{folder}: {self.pattern} by {method}, verified; measure it with: {measure}")
         return 0

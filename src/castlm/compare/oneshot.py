@@ -117,7 +117,7 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
             precision=precision,
         ),
         "calibration": {"text": config.calibration, "num_sequences": config.num_sequences, "seq_len": length},
-        **report.damping_record(),
+        **report.record(),
         "train_tokens": 0,
         "train_seconds": round(report.seconds, 1),
         "peak_memory_bytes": peak_memory(device.type),

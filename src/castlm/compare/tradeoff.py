@@ -17,7 +17,6 @@ import torch
 
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.core.sparsify import is_sparse_linear
 from castlm.export.unit_count import groups_of
 from castlm.hardware import in_own_process
 from castlm.inference.convert import pack_model_
@@ -136,11 +135,7 @@ def decode(candidate: Candidate) -> tuple[int, list[float]]:
     """Bytes of the weights on castlm's kernels, and tokens per second of each repetition, without its prompt."""
     model = load_model(candidate.folder).model
     nm = groups_of(Pattern.parse(candidate.pattern)) if candidate.pattern else None
-    pack_model_(
-        model,
-        *((nm.n, nm.m) if nm else (0, 0)),
-        filter_fn=lambda module, name: is_sparse_linear(module, name) and not (nm and name in candidate.left_dense),
-    )
+    pack_model_(model, *((nm.n, nm.m) if nm else (0, 0)), left_dense=candidate.left_dense)
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     ids = torch.arange(1, PROMPT + 1)[None] % model.config.get_text_config().vocab_size
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from castlm.core import native
 from castlm.core.errors import InputError
 
-_MOST_COMPARED = 256  # the largest m whose ranks fit a byte; longer groups are sorted
+_MOST_COMPARED = 32  # weights of a group; comparisons grow with its square, and sorting longer groups is faster
 
 
 def rank_mask(score: Tensor, n: int, m: int) -> Tensor:
     """Keeps the `n` highest scores of each `m` in `score` (..., width). NaN is not looked for.
 
     The rank of a weight is the number of weights in its group that beat it. A later element beats an earlier one only
-    if its score is strictly larger, so ranks are a permutation and exactly `n` of them are below `n`. Up to m = 256 the
+    if its score is strictly larger, so ranks are a permutation and exactly `n` of them are below `n`. Up to m = 32 the
     function consists of comparisons and byte sums, which `torch.compile` turns into one pass over `score`.
     """
     groups = score.reshape(*score.shape[:-1], score.shape[-1] // m, m)  # (4096, 11008) -> (4096, 2752, 4)

@@ -59,7 +59,7 @@ def top_tokens(
     wide = torch.promote_types(dtype, torch.float32)
     side = Side.of(hidden, head, dtype)
     num_tokens = len(side.hidden)
-    chunk = min(chunk_tokens or default_chunk_tokens(hidden.device), num_tokens)
+    chunk = max(1, min(chunk_tokens or default_chunk_tokens(hidden.device), num_tokens))
     logits = torch.empty(chunk, vocab, dtype=wide, device=hidden.device)
     narrow = torch.empty(chunk if dtype != wide else 0, vocab, dtype=dtype, device=hidden.device)
     tokens = torch.empty(num_tokens, k, dtype=torch.int32, device=hidden.device)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from castlm.core.errors import InputError
+from castlm.core.pattern import NM
 from castlm.core.sparsify import is_sparse_linear
+from castlm.inference import native
 from castlm.inference.format import PackedSpec
 from castlm.inference.layers import (
     PackedEmbedding,
@@ -36,9 +38,10 @@ def pack_model_(
     dtype: torch.dtype = torch.bfloat16,
     head: str | None = None,
     filter_fn: Callable[[nn.Module, str], bool] = is_sparse_linear,
+    left_dense: Collection[str] = (),
 ) -> list[str]:
     """Replaces the linear layers of a model on a CPU by packed ones, and embedding and head by ones in `dtype`
-    where they are plain layers of torch.
+    where they are plain layers of torch. A layer whose width does not divide by m is multiplied by dense weights.
 
     The model computes in fp32 afterwards, without gradients, and cannot be trained or saved.
 
@@ -48,25 +51,32 @@ def pack_model_(
         dtype: that weights are cast to: bf16, fp16 or fp32.
         head: "int8" rounds the output head, and an embedding tied to it, to int8 with a scale for each row.
         filter_fn: `filter_fn(module, fqn)` says which layers to pack.
+        left_dense: names of those among them that are not n:m, to multiply by dense weights too.
 
     Returns:
         The names of the replaced layers.
 
     Raises:
-        InputError: a layer that is not n:m, no layer to replace, or kernels that were not built. Some layers may have
-            been replaced then.
+        InputError: a layer that is not n:m, no layer to replace, or kernels that were not built; nothing is replaced.
     """
     names = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and filter_fn(module, name)
     ]
     if not names:
         raise InputError(f"{type(model).__name__} has no linear layer to pack")
+    native.check_built()
+    sparse = [name for name in names if m and name not in left_dense and model.get_submodule(name).in_features % m == 0]
+    for name in sparse:
+        if violations := NM(n, m).violations(model.get_submodule(name).weight):
+            raise InputError(
+                f"{name} is not {n}:{m} in {violations:,} of its groups: prune it, or name it in left_dense"
+            )
     model.float()  # norms and biases stay so
     for name in names:
         layer = model.get_submodule(name)
         weight = layer.weight.detach().to(dtype)
         spec = PackedSpec(*weight.shape, 0, 0, VALUES[dtype])
-        packed = pack(weight, n, m) if m else PackedTensor(spec, weight, None, None)
+        packed = pack(weight, n, m) if name in sparse else PackedTensor(spec, weight, None, None)
         model.set_submodule(name, pack_linear(layer, packed))
     if can_pack_tables(model):
         _cast_tables_(model, dtype)

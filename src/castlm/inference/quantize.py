@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from castlm.architecture import eval_mode
 from castlm.conversion import stored_names, stored_rows
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, SparseLayer
@@ -101,7 +102,8 @@ def quantize_(
             raise InputError("int4 needs a calibration text: pass calibration, from draw_calibration")
         check_calibration(model, calibration)
         report.num_sequences, report.seq_len = calibration.shape
-        _walk(model, layers, calibration, damping, report, progress)
+        with eval_mode(model):
+            _walk(model, layers, calibration, damping, report, progress)
     else:
         if calibration is not None:
             raise InputError(f"{kind} is rounded without a calibration text: leave calibration out")

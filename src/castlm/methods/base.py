@@ -61,15 +61,20 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class ForwardMask(nn.Module):
-    """A parametrization of a weight (out, in): the forward pass sees zeros where it is masked, the gradient passes."""
+    """A parametrization of a weight (out, in): the forward pass sees zeros where it is masked.
 
-    def __init__(self, mask: Tensor) -> None:
+    Args:
+        passes_gradient: whether the gradient reaches masked weights, or is zero there.
+    """
+
+    def __init__(self, mask: Tensor, passes_gradient: bool = True) -> None:
         super().__init__()
         self.register_buffer("mask", mask, persistent=False)
         self.mask: Tensor
+        self.passes_gradient = passes_gradient
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _StraightThrough.apply(weight, self.mask)
+        return _StraightThrough.apply(weight, self.mask) if self.passes_gradient else weight * self.mask
 
 
 class Retraining:
@@ -86,6 +91,7 @@ class Retraining:
     decays = False  # whether AdamS decays the masked weights
     whole_copies = False  # whether each rank holds a whole copy of the model
     masks_forward = True  # whether the forward pass multiplies by the mask
+    passes_gradient = True  # whether the gradient then reaches masked weights
     starts_sparse = False  # whether step 0 computes with a pruned model, whatever the start is
     mask_every: int | None = None  # steps between refreshes of the forward mask
     mask_interval = 0  # steps between refreshes of AdamS's masks; 0: never
@@ -154,7 +160,7 @@ class Retraining:
     def prepare(self, model: nn.Module) -> None:
         """Parametrizes the model before it is sharded: with weight scaling, or with a mask in the forward pass."""
         for layer, mask in self.magnitude_masks().items():
-            parametrize.register_parametrization(layer, "weight", ForwardMask(mask), unsafe=True)
+            parametrize.register_parametrization(layer, "weight", ForwardMask(mask, self.passes_gradient), unsafe=True)
 
     def magnitude_masks(self) -> dict[nn.Linear, Tensor]:
         """The mask by magnitude of the rows of every sparse layer that this rank holds."""

@@ -16,8 +16,10 @@ class GradualMagnitude(Retraining):
 
     The sparsity s follows the cubic schedule of Zhu & Gupta 2017 (arXiv 1710.01878) over the first half of the run. At
     sparsity s, the share s / (1 - n/m) of the groups is n:m, those first that lose the least magnitude; the other
-    groups are still dense.
+    groups are still dense. As there, masked weights get no gradient, and the masks stay once every group is n:m.
     """
+
+    passes_gradient = False
 
     @property
     def fixed_figures(self) -> frozenset[str]:
@@ -41,9 +43,13 @@ class GradualMagnitude(Retraining):
         self._set_share(0.0)
 
     def before_forward(self, step: int) -> None:
-        if step % self.config.mask_interval == 0:
-            progress = min(1.0, step / (0.5 * self.config.max_steps))
-            self._set_share(1 - (1 - progress) ** 3)
+        if step % self.config.mask_interval:
+            return
+        half = 0.5 * self.config.max_steps
+        if step - self.config.mask_interval >= half:  # the last refresh made every group n:m
+            self._flips = 0
+        else:
+            self._set_share(1 - (1 - min(1.0, step / half)) ** 3)
 
     @torch.no_grad()
     def _set_share(self, share: float) -> None:

@@ -22,7 +22,7 @@ class Matrix:
     """A linear map, or a block of rows or columns of one."""
 
     layer: str
-    """Name of the module it belongs to."""
+    """Name of the module it belongs to; of an expert, the name of the projection and its number."""
     weight: Tensor
     """(out, in), a view of the parameter."""
     bias: Tensor | None = None
@@ -178,7 +178,8 @@ def _feed_forward(model: nn.Module, name: str) -> tuple[list[Mlp], list[Matrix]]
     weights = (_experts_weight(experts, projection) for projection in ("gate_up_proj", "down_proj"))
     for expert, (gate_up, down) in enumerate(zip(*weights)):
         half = gate_up.shape[0] // 2
-        inner = tuple(Matrix(f"{name}.experts.gate_up_proj", rows) for rows in (gate_up[:half], gate_up[half:]))
+        layer = f"{name}.experts.gate_up_proj.{expert}"
+        inner = Matrix(layer, gate_up[:half]), Matrix(layer, gate_up[half:])
         mlps.append(Mlp(inner, Matrix(f"{name}.experts.down_proj.{expert}", down)))
         readers += inner
     return mlps, readers

@@ -52,10 +52,11 @@ def prune_layers(
     statistic = torch.zeros(()) if seen is None else seen.statistic
     if not statistic.isfinite().all():
         raise InputError(f"the calibration text makes NaN or infinity at the input of {names}: load the model in fp32")
-    if solver.axes and not statistic.any():
-        raise InputError(f"the calibration text leaves the whole input of {names} at 0: pass other text")
+    is_unmoved = bool(solver.axes) and not statistic.any()
     try:
-        if refinements is None or not (shift or refinements.mask_iterations or refinements.num_refits(to.pattern)):
+        if is_unmoved:  # the layer computes 0 whatever its mask is
+            pruned = SOLVERS["magnitude"].prune(dense, statistic, to)._replace(num_dead=dense.shape[1])
+        elif refinements is None or not (shift or refinements.mask_iterations or refinements.num_refits(to.pattern)):
             pruned = solver.prune(dense, statistic, to)
         else:
             pruned = _solve_refined(dense, statistic, solver, to, refinements, shift)
@@ -66,7 +67,9 @@ def prune_layers(
         weight.copy_(new)
         lost = None if seen is None else relative_error(seen.sample @ (old - weight.float()).T, seen.sample @ old.T)
         num_zeros = int((weight == 0).sum())
-        results.append(LayerResult(name, tuple(weight.shape), num_zeros, lost, pruned.num_dead, pruned.damping))
+        done = LayerResult(name, tuple(weight.shape), num_zeros, lost, pruned.num_dead, pruned.damping)
+        done.num_unmoved = int(is_unmoved)
+        results.append(done)
     return results
 
 
@@ -88,6 +91,7 @@ def _prune_experts(
         sum(result.num_dead for result in of_expert),
         max(dampings, default=None),
         len(seen.few),
+        sum(result.num_unmoved for result in of_expert),
     )
 
 
@@ -131,7 +135,8 @@ def prune_oneshot_(
     Structured patterns are pruned by `castlm.oneshot.units.prune_units_`, with the methods in its `SCORES`.
 
     Memory beyond the model: the hidden states of the calibration text in the model's dtype, and the statistics of one
-    block (SparseGPT: a fp32 matrix (in, in) for each distinct input). The weights keep their dtype.
+    block (SparseGPT: a fp32 matrix (in, in) for each distinct input). Method taylor holds the gradient of every weight
+    that may be pruned. The weights keep their dtype.
 
     Args:
         method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`; of a structured pattern a name in `SCORES`.
@@ -140,7 +145,8 @@ def prune_oneshot_(
         images: of a vision-language model: for each sequence what its forward takes beside the tokens.
         damping: SparseGPT: share of the mean of the diagonal of H that is added to it.
         block_size: SparseGPT: columns between two full matmuls; a matter of speed only.
-        refinements: SparseGPT: what is done beyond it. Of these, structured patterns read `refit_iterations`.
+        refinements: what is done beyond SparseGPT as published; nothing by default. Of these, structured patterns read
+            `refit_iterations`.
         seed: of method "random".
         filter_fn: which layers, as for `sparse_linears`.
         progress: called with (blocks done, blocks in all).
@@ -272,6 +278,10 @@ def _reconstruct(
 def _stream_probes(model: PreTrainedModel, stack: str) -> dict[str, str]:
     """By the layers that write the residual stream: the module of their block whose input it is; "" is the block."""
     wiring, probes = describe(model), {}
+    if wiring.fixed_norms:
+        raise InputError(
+            f"stream_correction is not for {wiring.family}, which normalizes what a layer writes to the stream: use 0"
+        )
     for index, block in enumerate(wiring.blocks):
         modules = {module: path for path, module in model.get_submodule(f"{stack}.{index}").named_modules()}
         norm_of_mlp, _ = wiring.reads[2 * index + 1]

@@ -28,7 +28,10 @@ class LayerResult:
     damping: float | None = None
     """That SparseGPT took: above what was asked for where the Hessian could not be factorized with that."""
     num_few: int = 0
-    """Experts to which fewer tokens were routed than the block has channels, and that have seen all tokens instead."""
+    """Experts to which fewer tokens were routed than an input of theirs has columns, and that have seen all tokens
+    instead."""
+    num_unmoved: int = 0
+    """1 where the calibration text leaves the whole input at 0 and the mask is by magnitude; of experts how many."""
 
 
 @dataclass
@@ -63,14 +66,31 @@ class OneshotReport:
         """By layer, how many experts have seen all tokens of the text, because too few were routed to them."""
         return {result.name: result.num_few for result in self.layers if result.num_few}
 
-    def damping_note(self) -> str:
-        """A line for where there are some."""
-        raised, most = len(self.raised_damping), max(self.raised_damping.values())
-        return f"{raised} of {len(self.layers)} layers took more damping than {self.damping:g}, up to {most:g}"
+    @property
+    def unmoved(self) -> dict[str, int]:
+        """By layer, how many of its matrices (one, or experts) were masked by magnitude, as their input is always 0."""
+        return {result.name: result.num_unmoved for result in self.layers if result.num_unmoved}
 
-    def damping_record(self) -> dict[str, Any]:
-        """What castlm.json says of the damping; nothing of a method that has none."""
-        return {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}
+    def notes(self) -> list[str]:
+        """A line for each thing that went otherwise than asked for."""
+        lines = [few_experts_note(self.few_experts)] if self.few_experts else []
+        if raised := self.raised_damping:
+            most = max(raised.values())
+            lines.append(
+                f"{len(raised)} of {len(self.layers)} layers took more damping than {self.damping:g}, up to {most:g}"
+            )
+        if unmoved := self.unmoved:
+            lines.append(
+                f"the calibration text leaves the whole input of {', '.join([*unmoved][:3])}"
+                f"{f' and {len(unmoved) - 3} others' if len(unmoved) > 3 else ''} at 0: masked by magnitude there"
+            )
+        return lines
+
+    def record(self) -> dict[str, Any]:
+        """What castlm.json says of it: nothing of a damping or of experts that a method or a model does not have."""
+        damping = {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}
+        unmoved = {"masked_by_magnitude": self.unmoved} if self.unmoved else {}
+        return damping | few_experts_record(self.few_experts) | unmoved
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
@@ -83,8 +103,8 @@ def few_experts_note(few: Mapping[str, int]) -> str:
         experts = name.rpartition(".")[0]
         of_block[experts] = max(number, of_block.get(experts, 0))
     return (
-        f"{sum(of_block.values())} experts had fewer tokens routed to them than the model has channels, and were "
-        "calibrated on all tokens: more calibration text gives them their own"
+        f"{sum(of_block.values())} experts had fewer tokens routed to them than an input of theirs has columns, and "
+        "were calibrated on all tokens: more calibration text gives them their own"
     )
 
 

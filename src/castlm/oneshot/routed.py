@@ -59,8 +59,8 @@ class Routed:
 
     @property
     def few(self) -> list[int]:
-        """The experts that have seen fewer tokens than the block has channels."""
-        least = self.layers[self.up].in_features
+        """The experts that have seen fewer tokens than the input of one of their wanted projections has columns."""
+        least = max(self.layers[projection].in_features for projection in self.wanted)
         return [expert for expert, seen in enumerate(self.num_tokens) if seen < least]
 
     def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], take: Take) -> None:

@@ -5,10 +5,15 @@ The published code inverts the Hessian, factorizes it twice, and goes through th
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
+
+_MOST_COMPARED = 16
+"""Weights of a group whose pairs are compared; longer groups are sorted."""
 
 
 def sparsegpt(
@@ -86,7 +91,7 @@ def _prune_groups(weight: Tensor, factor: Tensor, n: int, m: int, block_size: in
     inverse = torch.linalg.solve_triangular(blocks, identity.expand_as(blocks), upper=True)  # U_gg
     pull = (inverse.mT @ factor.T.reshape(-1, m, columns)).view(columns, columns)  # row j: (R_:g R_gg^-1)_j
     scale = factor.diagonal().unsqueeze(1)  # 1 / U_jj
-    lowest = _LowestOfGroup(n, m, rows, weight)
+    lowest = _LowestOfGroup(n, m, rows, weight) if m <= _MOST_COMPARED else partial(_lowest_sorted, n=n)
 
     lost = weight.clone()  # turns into D as the columns are done
     groups = list(zip(weight.split(m), lost.split(m), pull.split(m), scale.split(m), inverse))
@@ -109,6 +114,12 @@ def _prune_group(group: Tensor, pruned: Tensor, scale: Tensor, inverse: Tensor) 
         error = scale[k].mul_(group[k])
         group[k + 1 :].addr_(inverse[k, k + 1 :], error, alpha=-1)
     group.masked_fill_(pruned, 0)
+
+
+def _lowest_sorted(score: Tensor, n: int) -> Tensor:
+    """As `_LowestOfGroup`, for a long group, whose pairs would take too much memory."""
+    order = score.argsort(dim=0, descending=True, stable=True)
+    return torch.ones_like(score, dtype=torch.bool).scatter_(0, order[:n], False)
 
 
 class _LowestOfGroup:

@@ -7,6 +7,7 @@ and LayerNorm every rotation that leaves the vector of ones in place, for its me
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -95,8 +96,10 @@ class Stream:
                 statistic, weight = statistics[matrix.layer], matrix.weight.float()
                 self.written.append(Term(weight, statistic.inverse_diagonal, statistic.energy(weight), "out", (0,)))
         for _, readers in self.wiring.reads[len(self.read) : len(self.read) + 2]:
-            seen = [statistics[matrix.layer] for matrix in readers if matrix.layer in statistics]
-            self.read.append(Statistic(seen[0].hessian) if seen else None)
+            found = (statistics[matrix.layer].hessian for matrix in readers if matrix.layer in statistics)
+            seen = list({id(hessian): hessian for hessian in found}.values())
+            # experts read a part of the tokens each: their sum counts a token as often as it is routed
+            self.read.append(Statistic(functools.reduce(torch.add, seen)) if seen else None)
         self.pruned |= statistics.keys()
 
     def permute_(self, change: Change) -> None:

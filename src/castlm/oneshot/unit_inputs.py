@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
@@ -19,19 +20,35 @@ class InputStatistic:
     gram: Tensor
     """X^T X, (in, in)."""
     total: Tensor
-    """(in,)."""
+    """Of each column, fp64, (in,)."""
+    squares: Tensor
+    """Of each column, fp64, (in,): the variance is a small difference of large numbers where a mean is large."""
     num_tokens: int = 0
 
     @property
     def second_moment(self) -> Tensor:
         """The mean square of each column."""
-        return self.gram.diagonal() / max(1, self.num_tokens)
+        return (self.squares / max(1, self.num_tokens)).float()
 
     @property
     def variance(self) -> Tensor:
         """Of each column over the tokens."""
-        mean = self.total / max(1, self.num_tokens)
-        return (self.second_moment - mean.square()).clamp(min=0)
+        num_tokens = max(1, self.num_tokens)
+        return (self.squares / num_tokens - (self.total / num_tokens).square()).clamp(min=0).float()
+
+    def add(self, tokens: Tensor) -> None:
+        """Adds fp32 `tokens` (num_tokens, in)."""
+        self.gram.addmm_(tokens.T, tokens)
+        self.total += tokens.sum(0, dtype=torch.float64)
+        self.squares += tokens.square().sum(0, dtype=torch.float64)
+        self.num_tokens += len(tokens)
+
+    @classmethod
+    def like(cls, x: Tensor) -> InputStatistic:
+        """That of no token yet; `x` (..., in) is on the device of the sums."""
+        width = x.shape[-1]
+        sums = x.new_zeros(width, dtype=torch.float64)
+        return cls(x.new_zeros(width, width, dtype=torch.float32), sums, sums.clone())
 
 
 def see_statistics(layers: Mapping[str, nn.Linear], inputs: BlockInputs) -> dict[str, InputStatistic]:
@@ -42,12 +59,8 @@ def see_statistics(layers: Mapping[str, nn.Linear], inputs: BlockInputs) -> dict
     def before(name: str, x: Tensor) -> None:
         known = next((statistic for other, statistic in current if other is x), None)
         if known is None:
-            width = x.shape[-1]
-            known = found.get(name) or InputStatistic(x.new_zeros(width, width).float(), x.new_zeros(width).float())
-            tokens = x.reshape(-1, width).float()
-            known.gram.addmm_(tokens.T, tokens)
-            known.total += tokens.sum(0)
-            known.num_tokens += len(tokens)
+            known = found.get(name) or InputStatistic.like(x)
+            known.add(x.reshape(-1, x.shape[-1]).float())
             current.append((x, known))
         found[name] = known
 

@@ -96,9 +96,9 @@ class UnitSettings(NamedTuple):
 
     damping: float = 0.01
     """Share of the mean of the diagonal of X^T X that is added to it, for the least squares."""
-    refit_iterations: int = 20
-    """0 leaves the kept weights as they are. Tiles and n:m take so many steps of conjugate gradients; the columns that
-    are left of an output layer are solved for exactly."""
+    refit_iterations: int = 0
+    """0 leaves the kept weights as they are, as published. Tiles and n:m take as many steps of conjugate gradients;
+    the columns that are left of an output layer are solved for exactly."""
     seed: int = 0
 
 

@@ -29,7 +29,6 @@ from castlm.models import load_model
 from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, part_of
 from castlm.oneshot.prune import prune_oneshot_
-from castlm.oneshot.report import few_experts_note, few_experts_record
 from castlm.oneshot.solvers import SOLVERS
 from castlm.progress import note, shown_progress
 from castlm.training.config import TrainConfig
@@ -169,10 +168,8 @@ def _prune(
             )
     except InputError as error:
         raise InputError(f"init_from {solver}: {error}; init_from magnitude does without") from None
-    if report.few_experts:
-        note(few_experts_note(report.few_experts))
-    if report.raised_damping:
-        note(report.damping_note())
+    for line in report.notes():
+        note(line)
     if world.mesh is not None:
         model.to("cpu")  # it is sent to the other ranks from there, and leaves the device to training
     if config.reconstruct_epochs:
@@ -182,7 +179,7 @@ def _prune(
         "calibration_tokens": calibration.numel(),
         "basis": basis.as_dict(),
         "prune_seconds": round(report.seconds, 2),
-        **few_experts_record(report.few_experts),
+        **report.record(),
         "layer_errors": {layer.name: layer.error for layer in report.layers},
         "reconstructions": [asdict(block) for block in report.reconstructions],
     }

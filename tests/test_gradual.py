@@ -1,0 +1,42 @@
+"""Gradual magnitude pruning: masked weights get no gradient, and the masks stay once every group is n:m."""
+
+from __future__ import annotations
+
+import torch
+
+from castlm.core.pattern import NM, count_nm_violations
+from castlm.core.sparsify import is_sparse_linear, weight_parameter
+from castlm.methods.base import forward_mask
+from castlm.methods.gradual import GradualMagnitude
+from castlm.training.config import TrainConfig
+from tests.tiny import VOCAB_SIZE, tiny_model
+
+IDS = torch.randint(0, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def test_masked_weights_get_no_gradient_and_the_masks_stay_from_the_second_half_on():
+    options = {"model": "m", "dataset": "d", "output_dir": "o", "method": "gradual_magnitude"}
+    config = TrainConfig.from_mapping(options | {"max_steps": 40, "mask_interval": 5, "learning_rate": 0.05}, "test")
+    model = tiny_model("llama")
+    method = GradualMagnitude(model, config, NM(2, 4), is_sparse_linear)
+    optimizer = method.build_optimizer(model, fused=False)
+    layer = next(iter(method.layers.values()))
+    shares, last = [], None
+    for step in range(40):
+        method.before_forward(step)
+        mask = forward_mask(layer).clone()
+        if step % 5 == 0:
+            shares.append(float((~mask).float().mean()))
+        if step > 20:
+            assert torch.equal(mask, last)
+            assert method.flips() == (0 if step >= 25 else method.flips())
+        optimizer.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradient = weight_parameter(layer).grad
+        assert (gradient[~mask] == 0).all()
+        assert gradient[mask].any()
+        optimizer.step()
+        last = mask
+    assert shares == sorted(shares)
+    assert (shares[0], shares[4]) == (0.0, 0.5)
+    assert count_nm_violations(last.float()) == 0
