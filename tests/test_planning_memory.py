@@ -93,7 +93,7 @@ def test_saved_activations_of_a_llama_block_have_the_closed_form():
     assert autocast.block_weights == 2 * (4 * hidden**2 + 3 * hidden * inner)  # copies of W
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "qwen3_moe", "gemma2", "bloom"])
 def test_trace_saves_what_a_real_forward_pass_saves(family):
     model = tiny_model(family)
     storages = {}
@@ -113,6 +113,18 @@ def test_trace_saves_what_a_real_forward_pass_saves(family):
     experts = any(isinstance(module, ExpertLinear) for module in model.modules())  # what routing saves is left out
     expected = pytest.approx(measured, rel=0.05 if experts else 0.01)
     assert saved_bytes(model.config, 2, [(2, 48)], RUN, sharded=False) == [expected]
+
+
+def test_blocks_of_several_kinds_are_all_traced():
+    config = tiny_model("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[0, 1]).config
+    plan = plan_memory(config, seq_len=48, micro_batch=2, scale_groups=0, compute_dtype="fp32")
+    whole = saved_bytes(config, 4, [(2, 48)], replace(RUN, scale_groups=0), sharded=False)
+    assert plan.components["activations"] == pytest.approx(whole[0], rel=1e-3)
+
+
+def test_a_family_that_chooses_its_attention_itself_is_refused():
+    with pytest.raises(InputError, match="the memory of a falcon is not planned: its attention is chosen in code"):
+        plan_memory(tiny_model("falcon").config, seq_len=48, micro_batch=2)
 
 
 @pytest.mark.parametrize("pattern", ["heads:0.5", "channels:0.5"])

@@ -1,4 +1,4 @@
-"""What autograd keeps of a forward pass, in bytes, found by running two blocks of the real model on fake tensors.
+"""What autograd keeps of a forward pass, in bytes, found by running blocks of the real model on fake tensors.
 
 No formula holds for more than one family. Fake tensors have shapes and no storage: nothing is computed.
 """
@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -74,19 +80,22 @@ class Saved(NamedTuple):
     """Bytes that autograd keeps for the backward pass, parameters themselves excluded."""
 
     block: int
-    """Activations of one block."""
+    """Activations of one block, on average."""
     block_weights: int
-    """Of one block, whatever the number of tokens: weights cast to the compute type, products `W * A`."""
+    """Of one block, on average, whatever the number of tokens: weights cast to the compute type, products `W * A`."""
     rest: int
     """Outside the blocks."""
 
 
-def trace(config: PretrainedConfig, run: Settings, sharded: bool) -> Saved:
-    """Saved bytes, from the differences between one block and two, and between two small numbers of tokens."""
+def trace(config: PretrainedConfig, run: Settings, sharded: bool, num_layers: int = 2) -> Saved:
+    """Saved bytes, from the differences between one block and several, and between two small numbers of tokens.
 
+    Args:
+        num_layers: the several: all blocks where they differ, as their mean is returned.
+    """
     sizes = [(run.micro_batch, run.seq_len), (1, 16), (1, 32)]
-    one, two = (saved_bytes(config, num_layers, sizes, run, sharded) for num_layers in (1, 2))
-    block, of_16, of_32 = (with_two - with_one for with_one, with_two in zip(one, two))
+    one, several = (saved_bytes(config, number, sizes, run, sharded) for number in (1, num_layers))
+    block, of_16, of_32 = ((more - less) // (num_layers - 1) for less, more in zip(one, several))
     weights = 2 * of_16 - of_32  # saved = weights + tokens * x
     return Saved(block - weights, weights, one[0] - block)
 
@@ -104,8 +113,10 @@ def saved_bytes(
     config = copy.deepcopy(config)
     config.get_text_config().num_hidden_layers = num_layers
     with FakeTensorMode(), as_config_error(config):
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        attention = _ATTENTION if kind is None or kind._supports_sdpa else "eager"
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=_ATTENTION
+            config, dtype=torch.float32, attn_implementation=attention
         )
         model.config._experts_implementation = _EXPERTS
         linearize_(model)
@@ -153,6 +164,10 @@ def as_config_error(config: PretrainedConfig) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # every family fails in its own way
+        if isinstance(error, KeyError) and error.args == (_ATTENTION,):
+            raise InputError(
+                f"the memory of a {config.model_type} is not planned: its attention is chosen in code of its own"
+            ) from error
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"a {config.model_type} causal LM cannot be built from this config: {reason}") from error
     finally:

@@ -20,7 +20,7 @@ from castlm.core.experts import ExpertLinear, SparseLayer, num_weights
 from castlm.core.moments import MOMENTS, new_moments
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.scaling import add_weight_scaling
-from castlm.core.sparsify import sparse_linears
+from castlm.core.sparsify import sparse_linears, transformer_blocks
 from castlm.export.cut import check_cut
 from castlm.opening import check_num_layers
 from castlm.planning.activations import Saved, Settings, trace
@@ -54,6 +54,8 @@ class _Sizes(NamedTuple):
     """Sum of the squared input widths of a block's sparse layers."""
     moments: int
     """Bytes of both moments of all parameters, with the scales of 8-bit moments."""
+    traced: int
+    """Transformer blocks whose activations are traced: two where all have the same parameters, else all."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def plan_memory(
     )
     sizes = _sizes(config, run)
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
-    saved = {sharded: trace(config, run, sharded) for sharded in sharded_or_not}
+    saved = {sharded: trace(config, run, sharded, sizes.traced) for sharded in sharded_or_not}
     plan = _plan(sizes, saved[world_size > 1], run, world_size)
     if gpu_gib is None:
         return plan
@@ -319,6 +321,8 @@ def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
         )
     model = shape_model(config)
     check_cut(model, run.pattern)
+    blocks = transformer_blocks(model).values()
+    kinds = {tuple((name, *parameter.shape) for name, parameter in block.named_parameters()) for block in blocks}
     layers, _ = sparse_linears(model, run.pattern)
     if run.scale_groups:
         add_weight_scaling(model, run.scale_groups, pattern=run.pattern)
@@ -339,5 +343,6 @@ def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
         vocab=embedding.shape[0],
         num_layers=num_layers,
         inputs=sum(_num_matrices(layer) * layer.in_features**2 for layer in layers.values()) // num_layers,
+        traced=2 if len(kinds) == 1 else num_layers,
         moments=sum(state.nbytes for p in model.parameters() for state in new_moments(p, run.moments).values()),
     )
