@@ -118,7 +118,8 @@ def table(runs: dict[Key, list[dict[str, Any]]]) -> str:
 def _log_ratios(decayed: list[dict[str, Any]], cut: list[dict[str, Any]]) -> list[float]:
     """ln of the perplexity after decay over that after the cut, of the seeds that both have."""
     other = {record["config"]["seed"]: record for record in cut}
-    pairs = [(record, other[record["config"]["seed"]]) for record in decayed if record["config"]["seed"] in other]
+    in_order = sorted(decayed, key=lambda record: record["config"]["seed"])
+    pairs = [(record, other[record["config"]["seed"]]) for record in in_order if record["config"]["seed"] in other]
     return [
         float(torch.tensor(perplexities([a], "pruned")[0] / perplexities([b], "pruned")[0]).log()) for a, b in pairs
     ]
