@@ -179,11 +179,11 @@ def show_resident(folder: str) -> None:
     small = torch.nn.Linear(64, 64)(torch.randn(2, 64))  # the libraries are loaded, and their buffers made
     AutoModelForCausalLM._model_mapping.keys()
     native.kernels()
-    native.return_freed_memory()
+    native.trim_memory()
     before = proc_status("VmRSS")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     model(torch.tensor([[1]]), use_cache=False)
-    native.return_freed_memory()
+    native.trim_memory()
     print(proc_status("VmRSS") - before if small is not None else 0)
 
 

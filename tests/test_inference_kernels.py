@@ -15,15 +15,15 @@ from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.core.pattern import nm_mask
+from castlm.dtypes import FLOATS
 from castlm.inference import native
 from castlm.inference.format import PackedSpec
 from castlm.inference.layers import PackedEmbedding, PackedLinear, pack_linear, prepare_layers_
 from castlm.inference.op import DIRECT_ROWS, packed_linear
-from castlm.inference.packed import VALUES, PackedTensor, pack, pack_integers, unpack
+from castlm.inference.packed import PackedTensor, pack, pack_integers, unpack
 
 pytestmark = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
 
-FLOATS = {values: dtype for dtype, values in VALUES.items()}
 PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (2, 3), (0, 0)]
 
 

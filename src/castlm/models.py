@@ -22,6 +22,7 @@ from transformers.utils.hub import cached_file
 
 from castlm.architecture import auto_class, is_vision_language, linearize_
 from castlm.core.errors import InputError
+from castlm.dtypes import FLOATS, STORED
 from castlm.layout import OLD_BUFFERS, QUANT_METHOD, stored_transposed
 from castlm.locate import Location, cached_snapshot, find
 from castlm.opening import (
@@ -122,10 +123,6 @@ def fp32_bytes(name: str, revision: str | None = None) -> int:
     return 4 * sum(math.prod(tensor.shape) for file in files for tensor in read_header(file).values())
 
 
-SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Names of the dtypes that a result can be written in."""
-
-
 def stored_dtype(where: Location, config: PretrainedConfig) -> torch.dtype:
     """What the weights of a model are stored in, by its config, or else by the largest tensor of its first file.
 
@@ -140,13 +137,13 @@ def stored_dtype(where: Location, config: PretrainedConfig) -> torch.dtype:
         with safe_open(files[0], "pt") as opened:
             slices = [opened.get_slice(key) for key in opened.keys()]  # noqa: SIM118
             largest = max(slices, key=lambda found: math.prod(found.get_shape()), default=None)
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(largest.get_dtype() if largest else "")
-    return dtype if dtype in SAVE_DTYPES.values() else torch.float32
+        dtype = STORED.get(largest.get_dtype() if largest else "")
+    return dtype if dtype in FLOATS.values() else torch.float32
 
 
 def save_dtype(wanted: str, stored: torch.dtype) -> torch.dtype:
-    """The dtype of a result: that of the source model for "source", else the one of `SAVE_DTYPES`."""
-    return stored if wanted == "source" else SAVE_DTYPES[wanted]
+    """The dtype of a result: that of the source model for "source", else the one of `FLOATS`."""
+    return stored if wanted == "source" else FLOATS[wanted]
 
 
 @contextlib.contextmanager

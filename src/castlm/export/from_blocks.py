@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.pattern import Pattern
+from castlm.dtypes import STORED_NAMES
 from castlm.export.hf import (
     dtype_name,
     new_manifest,
@@ -23,7 +24,7 @@ from castlm.export.hf import (
     write_index,
     write_record,
 )
-from castlm.export.stream import DTYPES, write_safetensors
+from castlm.export.stream import write_safetensors
 from castlm.export.verify import verify
 from castlm.files import atomic_dir
 from castlm.reading import user_path
@@ -62,7 +63,7 @@ def export_blocks(
             with safe_open(block, "pt") as opened:
                 weight_map |= dict.fromkeys(opened.keys(), name)
         others = {name: p for name, p in model.named_parameters() if name not in weight_map}
-        layout = {name: (DTYPES[dtype], tuple(parameter.shape)) for name, parameter in others.items()}
+        layout = {name: (STORED_NAMES[dtype], tuple(parameter.shape)) for name, parameter in others.items()}
         rounded = ((name, tensor.to(dtype)) for name, tensor in outside)
         write_safetensors(temporary / files[0], layout, rounded, {"format": "pt"})
         weight_map |= dict.fromkeys(layout, files[0])

@@ -13,8 +13,8 @@ from castlm.architecture import shape_model
 from castlm.conversion import as_stored, possible_names
 from castlm.core.blocks import is_block_linear, is_stacked_experts
 from castlm.core.errors import InputError
+from castlm.dtypes import FLOATS, STORED, STORED_NAMES
 from castlm.export.folder import read_config, stored_tensors
-from castlm.export.stream import DTYPES
 from castlm.export.verify import left_dense_reason, read_left_dense
 from castlm.inference import format
 from castlm.inference.convert import can_pack_tables
@@ -22,11 +22,6 @@ from castlm.inference.format import PackedSpec
 from castlm.layout import experts_input_axis, guess_model_type, stored_transposed
 from castlm.opening import open_config
 from castlm.stored import StoredTensor
-
-CAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""What weights can be cast to, by its name in options."""
-OF_STORED = {name: dtype for dtype, name in DTYPES.items()}
-"""dtypes by their names in safetensors."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +41,8 @@ class PackPlan:
         if spec is not None:
             return {f"{stem(name)}.{suffix}": entry for suffix, entry in spec.tensors().items()}
         stored = self.stored[name]
-        is_float = OF_STORED[stored.dtype].is_floating_point
-        return {name: (DTYPES[self.cast] if self.cast and is_float else stored.dtype, stored.shape)}
+        is_float = STORED[stored.dtype].is_floating_point
+        return {name: (STORED_NAMES[self.cast] if self.cast and is_float else stored.dtype, stored.shape)}
 
 
 def plan_pack(source: Path, n: int, m: int, dtype: str | None, head: str | None) -> PackPlan:
@@ -59,10 +54,10 @@ def plan_pack(source: Path, n: int, m: int, dtype: str | None, head: str | None)
     config, stored = _read_source(source)
     model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in stored.items()})
     left_dense = read_left_dense(source / "castlm.json")
-    cast = None if dtype is None else CAST[dtype]
+    cast = None if dtype is None else FLOATS[dtype]
     specs: dict[str, PackedSpec] = {}
     for name, tensor in stored.items():
-        if tensor.dtype not in OF_STORED:
+        if tensor.dtype not in STORED:
             raise InputError(f"{name} of {source} is stored as {tensor.dtype}, which cannot be packed")
         stacked = is_stacked_experts(name, tensor.shape)
         if not (stacked or is_block_linear(name, tensor.shape)) or left_dense_reason(name, left_dense) is not None:
@@ -135,7 +130,7 @@ def _read_source(source: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]
 
 
 def _values(tensor: StoredTensor) -> str:
-    names = {stored: values for values, stored in format.DTYPES.items() if values in CAST}
+    names = {stored: values for values, stored in format.DTYPES.items() if values in FLOATS}
     if tensor.dtype not in names:
         raise InputError(
             f"{tensor.name} is stored as {tensor.dtype}, which cannot be packed: pass dtype bf16 to cast it"

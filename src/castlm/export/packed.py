@@ -18,10 +18,11 @@ from torch import Tensor
 from castlm import __version__
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
+from castlm.dtypes import FLOATS, STORED_NAMES
 from castlm.export.folder import is_packed, read_config, read_manifest, stored_tensors
-from castlm.export.pack_plan import CAST, OF_STORED, PackPlan, plan_pack, stem
+from castlm.export.pack_plan import PackPlan, plan_pack, stem
 from castlm.export.packed_card import packed_card, unpacked_card
-from castlm.export.stream import DTYPES, write_safetensors
+from castlm.export.stream import write_safetensors
 from castlm.export.unit_count import groups_of, tiles_of
 from castlm.export.verify import verify
 from castlm.files import atomic_dir, atomic_write_json
@@ -108,7 +109,7 @@ def pack_folder(
 def _packed_tensors(name: str, tensor: Tensor, plan: PackPlan, dtype: str | None) -> Iterator[tuple[str, Tensor]]:
     """What is written of one tensor of the source, with the dtypes and shapes of `plan.layout`."""
     if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(CAST[dtype])
+        tensor = tensor.to(FLOATS[dtype])
     spec = plan.specs.get(name)
     if spec is None:
         yield name, tensor
@@ -185,7 +186,7 @@ def unpack_folder(
     specs = format.read_specs(paths)
     if not specs:
         raise InputError(f"{source} is not a packed model folder: `castlm pack` writes one")
-    integers_as = OF_STORED.get(_stored_name(config), torch.float32)
+    integers_as = _dtype_of(config)
     parts = {f"{name}.{suffix}" for name, spec in specs.items() for suffix in spec.tensors()}
     weight_map: dict[str, str] = {}
     done = 0
@@ -227,13 +228,14 @@ def unpack_folder(
     return len(specs)
 
 
-def _stored_name(config: Mapping[str, Any]) -> str:
-    names = {"bfloat16": "BF16", "float16": "F16"}
-    return names.get(str(config.get("dtype") or config.get("torch_dtype")), "F32")
+def _dtype_of(config: Mapping[str, Any]) -> torch.dtype:
+    """What a config.json says that the weights are; fp32 of any other than those of `FLOATS`."""
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return found if found in FLOATS.values() else torch.float32
 
 
 def _unpacked_layout(spec: PackedSpec, integers_as: torch.dtype) -> tuple[str, tuple[int, ...]]:
-    dtype = DTYPES[integers_as] if spec.values in ("int8", "int4") else format.DTYPES[spec.values]
+    dtype = STORED_NAMES[integers_as] if spec.values in ("int8", "int4") else format.DTYPES[spec.values]
     return dtype, spec.unpacked_shape
 
 

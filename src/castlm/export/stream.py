@@ -10,23 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""safetensors' name of each dtype that a model file may hold."""
+from castlm.dtypes import STORED, STORED_NAMES
 
-_BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+_BYTES = {name: dtype.itemsize for name, dtype in STORED.items()}
 _ALIGNMENT = 8  # of the data, as safetensors pads its header
 
 
@@ -52,6 +38,6 @@ def write_safetensors(
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors:
-            assert (DTYPES[tensor.dtype], tuple(tensor.shape)) == left.pop(name), name
+            assert (STORED_NAMES[tensor.dtype], tuple(tensor.shape)) == left.pop(name), name
             stream.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
     assert not left, left

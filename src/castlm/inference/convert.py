@@ -11,6 +11,7 @@ from torch import nn
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM
 from castlm.core.sparsify import is_sparse_linear
+from castlm.dtypes import FLOAT_NAMES
 from castlm.inference import native
 from castlm.inference.format import PackedSpec
 from castlm.inference.layers import (
@@ -22,7 +23,7 @@ from castlm.inference.layers import (
     prepare_layers_,
     table_spec,
 )
-from castlm.inference.packed import VALUES, PackedTensor, pack, pack_integers
+from castlm.inference.packed import PackedTensor, pack, pack_integers
 from castlm.inference.rounding import round_rows
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def pack_model_(
     for name in names:
         layer = model.get_submodule(name)
         weight = layer.weight.detach().to(dtype)
-        spec = PackedSpec(*weight.shape, 0, 0, VALUES[dtype])
+        spec = PackedSpec(*weight.shape, 0, 0, FLOAT_NAMES[dtype])
         packed = pack(weight, n, m) if name in sparse else PackedTensor(spec, weight, None, None)
         model.set_submodule(name, pack_linear(layer, packed))
     if can_pack_tables(model):

@@ -14,17 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
+from castlm.dtypes import FLOAT_NAMES, FLOATS, STORED
 from castlm.inference import native
 from castlm.inference.format import PackedSpec
 from castlm.inference.op import packed_linear
-from castlm.inference.packed import VALUES, PackedTensor, unpack
+from castlm.inference.packed import PackedTensor, unpack
 from castlm.stored import StoredTensor, read_bytes
 
 _HEADER_BYTES = 64  # of the buffer, as matrix.h has it
 _TILE_ROWS, _BLOCK = 4, 64
 _ALIGNMENT = 64
-_TABLE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8, "U8": torch.uint8}
 
 
 class PackedModule(nn.Module):
@@ -38,7 +37,7 @@ class PackedModule(nn.Module):
         self.spec = spec
         self.source: Mapping[str, StoredTensor] = {}
         for suffix, (dtype, shape) in spec.tensors().items():
-            self.register_buffer(suffix, torch.empty(shape, dtype=_DTYPES[dtype], device=device))
+            self.register_buffer(suffix, torch.empty(shape, dtype=STORED[dtype], device=device))
 
     @property
     def stored(self) -> PackedTensor:
@@ -107,7 +106,7 @@ class PackedModule(nn.Module):
 
 
 def _read(tensor: StoredTensor) -> Tensor:
-    return torch.from_numpy(read_bytes(tensor)).view(_DTYPES[tensor.dtype]).view(tensor.shape)
+    return torch.from_numpy(read_bytes(tensor)).view(STORED[tensor.dtype]).view(tensor.shape)
 
 
 class PackedLinear(PackedModule):
@@ -147,7 +146,7 @@ class PackedEmbedding(PackedModule):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         spec, blocks = self.spec, -(-self.spec.columns // _BLOCK)
-        dtype = _TABLE_DTYPES[spec.values]
+        dtype = FLOATS.get(spec.values, torch.int8)
         num_tiles = -(-spec.rows // _TILE_ROWS)
         end = _HEADER_BYTES + num_tiles * _TILE_ROWS * blocks * _BLOCK * dtype.itemsize
         if input_ids.numel() and not torch.compiler.is_compiling():  # a graph has no branch for it
@@ -170,7 +169,7 @@ class PackedEmbedding(PackedModule):
 def table_spec(weight: Tensor) -> PackedSpec:
     """The spec of a dense table (rows, columns) as it is, bf16, fp16 or fp32."""
     rows, columns = weight.shape
-    return PackedSpec(rows, columns, 0, 0, VALUES[weight.dtype])
+    return PackedSpec(rows, columns, 0, 0, FLOAT_NAMES[weight.dtype])
 
 
 def prepare_layers_(layers: Mapping[str, PackedModule]) -> None:
@@ -187,7 +186,7 @@ def prepare_layers_(layers: Mapping[str, PackedModule]) -> None:
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
         offset += sizes[name]
-    native.return_freed_memory()
+    native.trim_memory()
 
 
 def pack_linear(layer: nn.Linear, packed: PackedTensor) -> PackedLinear:

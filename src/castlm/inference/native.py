@@ -226,7 +226,7 @@ def decode(decoder: int, embedding: Tensor, position: int, logits: Tensor) -> bo
     return not library.castlm_decode(decoder, embedding.data_ptr(), position, logits.data_ptr(), threads)
 
 
-def return_freed_memory() -> None:
+def trim_memory() -> None:
     """Gives memory that was freed back to the system where the C library keeps it (glibc), as after loading a model."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.core.masks import pack_mask, rank_mask, unpack_mask
 from castlm.core.pattern import NM
+from castlm.dtypes import FLOAT_NAMES
 from castlm.inference.format import INT4_GROUP, PackedSpec
 
-VALUES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
@@ -64,13 +64,13 @@ def pack(weight: Tensor, n: int, m: int, *, transposed: bool = False, experts: i
     Raises:
         InputError: as `kept_mask`, or another dtype.
     """
-    if weight.dtype not in VALUES or weight.dim() != 2:
+    if weight.dtype not in FLOAT_NAMES or weight.dim() != 2:
         raise InputError(
             f"a {weight.dim()}-D weight of {weight.dtype} cannot be packed: give bf16, fp16 or fp32 (out, in)"
         )
     mask = kept_mask(weight, n, m)
     rows, columns = weight.shape
-    spec = PackedSpec(rows, columns, n, m, VALUES[weight.dtype], transposed, experts)
+    spec = PackedSpec(rows, columns, n, m, FLOAT_NAMES[weight.dtype], transposed, experts)
     return PackedTensor(spec, weight[mask].view(rows, spec.kept), pack_mask(mask), None)
 
 

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from castlm.conversion import loaded_name, possible_names
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
+from castlm.dtypes import FLOATS, STORED
 from castlm.inference import native
 from castlm.inference.convert import can_pack_tables, onto_kernels_
 from castlm.inference.experts import replace_experts_, take_stacks_apart_, unpack_experts_
@@ -32,9 +33,6 @@ from castlm.stored import read_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""dtypes in which a table is multiplied as it is stored."""
 
 logger = logging.get_logger(__name__)
 
@@ -205,6 +203,6 @@ def _keep_table_dtypes(model: PreTrainedModel, checkpoint_files: list[str]) -> N
             present = set(opened.keys())
             for path, module in paths.items():
                 found = [name for name in possible_names(model, path) if f"{name}.weight" in present]
-                dtype = FLOATS.get(opened.get_slice(f"{found[0]}.weight").get_dtype()) if found else None
-                if dtype is not None:
+                dtype = STORED.get(opened.get_slice(f"{found[0]}.weight").get_dtype()) if found else None
+                if dtype in FLOATS.values():
                     module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)

@@ -1,0 +1,26 @@
+"""Names of dtypes: "bf16" in options, records and the packed format, "BF16" in safetensors files."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtypes that the weights of a result can have, by their names in options."""
+FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+
+STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The dtypes that a model file may hold, by their names in safetensors."""
+STORED_NAMES = {dtype: name for name, dtype in STORED.items()}
