@@ -39,7 +39,9 @@ class ServeCommand:
 
         _check_address(self.host, self.port)
         if not is_serve_available():
-            raise InputError("serving needs fastapi, uvicorn, pydantic and openai: pip install 'castlm[serve]'")
+            raise InputError(
+                "serving needs fastapi, uvicorn, pydantic and openai: pip install '.[serve]' in the clone of castlm"
+            )
         path = result_folder(self.path)
         where, config, _ = open_model(path, trust_remote_code=self.trust_remote_code)
         if where.gguf:

@@ -80,7 +80,7 @@ def check_tasks(tasks: Sequence[str], folder: str | Path | None) -> None:
         InputError: lm-eval is not installed, an unknown task, or data that is not in `folder`.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("zero-shot tasks need lm-eval: pip install 'castlm[eval]'")
+        raise InputError("zero-shot tasks need lm-eval: pip install '.[eval]' in the clone of castlm")
     if not tasks or not all(tasks):
         raise InputError("no task is named: pass, for example, --tasks piqa,arc_easy")
     if folder is not None:
@@ -126,7 +126,7 @@ def zero_shot(
         InputError: lm-eval is not installed, a task is unknown, or its data is not available.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("zero-shot tasks need lm-eval: pip install 'castlm[eval]'")
+        raise InputError("zero-shot tasks need lm-eval: pip install '.[eval]' in the clone of castlm")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}: it must be at least 1, or left out for all questions")
     if not tasks:

@@ -175,5 +175,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise InputError("adapters need peft: pip install 'castlm[peft]'") from None
+        raise InputError("adapters need peft: pip install '.[peft]' in the clone of castlm") from None
     return peft

@@ -27,7 +27,7 @@ def check_plot(path: str | Path) -> None:
             or it is a file that is no plot of a law.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("the residual plot needs matplotlib: pip install 'castlm[report]'")
+        raise InputError("the residual plot needs matplotlib: pip install '.[report]' in the clone of castlm")
     if Path(path).suffix.lower() not in _FORMATS:
         raise InputError(f"{path} has no suffix of a plot format: use one of {', '.join(_FORMATS)}")
     if not Path(path).absolute().parent.is_dir():
