@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,9 +17,11 @@ import pytest
 
 from castlm import files
 from castlm.core.errors import InputError
+from castlm.disk import disk_full_is_said, is_disk_full
 from castlm.files import (
     atomic_dir,
     atomic_write_json,
+    make_writable,
     remove_stale_temporaries,
 )
 from castlm.owned import sha256_file
@@ -282,3 +285,74 @@ def test_sha256_file(tmp_path):
     content = os.urandom(3 << 20)
     (tmp_path / "a").write_bytes(content)
     assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+# ---- what castlm did not write, at any moment
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")])
+def test_a_stop_right_after_the_exchange_keeps_what_castlm_did_not_write(tmp_path, monkeypatch, exchange, error):
+    final = tmp_path / "out"
+    with atomic_dir(final) as folder:
+        (folder / "a").write_text("1")
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    flush = files.flush_folder
+
+    def stop(folder: Path) -> None:
+        if folder == tmp_path:
+            raise error
+        flush(folder)
+
+    def replace() -> None:
+        with atomic_dir(final, overwrite=True) as folder:
+            (folder / "a").write_text("2")
+            (final / "thesis.txt").write_text("mine")
+            monkeypatch.setattr(files, "flush_folder", stop)
+
+    with pytest.raises(type(error)):
+        replace()
+    assert (final / "a").read_text() == "2"
+    assert (tmp_path / "out.kept" / "thesis.txt").read_text() == "mine"
+    assert entries(tmp_path) == ["out", "out.kept"]
+
+
+def test_a_kill_while_the_old_result_is_deleted_keeps_what_castlm_did_not_write(tmp_path, monkeypatch):
+    final = tmp_path / "out"
+    with atomic_dir(final) as folder:
+        (folder / "a").write_text("1")
+    pid = os.fork()
+    if not pid:
+        try:
+            monkeypatch.setattr(os, "rename", lambda *paths: os.kill(os.getpid(), signal.SIGKILL))
+            with atomic_dir(final, overwrite=True) as folder:
+                (folder / "a").write_text("2")
+                (final / "thesis.txt").write_text("mine")
+        finally:
+            os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    assert (final / "a").read_text() == "2"
+    remove_stale_temporaries(tmp_path, "out")
+    assert (tmp_path / "out.kept" / "thesis.txt").read_text() == "mine"
+    assert entries(tmp_path) == ["out", "out.kept"]
+
+
+def test_a_name_that_leaves_no_room_for_a_temporary_one_is_refused(tmp_path):
+    for name in ("n" * 250, "ä" * 122):
+        with pytest.raises(InputError, match="bytes too long for this file system: choose a shorter one"):
+            make_writable(tmp_path / "new" / name)
+        with (
+            pytest.raises(InputError, match="bytes too long for this file system"),
+            atomic_dir(tmp_path / name),
+        ):
+            pytest.fail("the work was begun")
+    assert entries(tmp_path) == []
+
+
+def test_a_file_that_is_too_large_is_said(tmp_path):
+    said = pytest.raises(InputError, match=r"limit \(ulimit -f\) does not allow so large a file")
+    with said, disk_full_is_said(tmp_path / "a"):
+        raise OSError(errno.EFBIG, "File too large")
+    assert is_disk_full(RuntimeError("I/O error: File too large (os error 27)"))
+    assert not is_disk_full(RuntimeError("os error 2)"))

@@ -17,7 +17,7 @@ TIERS = (
     ("methods", "oneshot", "data", "distributed", "export", "evaluation", "inference"),
     ("models", "opening", "architecture", "conversion", "locate", "hardware"),
     ("files", "output", "owned", "yaml_file", "fields", "progress", "signals", "layout", "stored"),
-    ("names", "reading", "versions", "dtypes"),
+    ("names", "reading", "versions", "dtypes", "disk"),
     ("core",),
 )
 TIER_OF = {room: len(TIERS) - number for number, rooms in enumerate(TIERS) for room in rooms}

@@ -441,6 +441,25 @@ def test_the_card_of_anothers_model_comes_back(card, pruned, tmp_path):
     assert (back.read_text() if back.exists() else None) == card
 
 
+def test_a_model_that_is_not_whole_or_not_finite_is_not_packed(pruned, tmp_path):
+    tensors = tensors_of(pruned)
+    up, norm = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+    shorter, damaged = tensors[up][:-4].contiguous(), tensors[norm].clone()
+    damaged[3] = torch.nan
+    for name, change, message in (
+        ("missing", {up: None}, rf"lacks {up} that its config\.json asks for"),
+        ("shape", {up: shorter}, rf"{up} of .* has the shape"),
+        ("nan", {norm: damaged}, rf"{norm} of .* holds NaN or infinity"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(pruned, folder)
+        changed = {key: tensor for key, tensor in (tensors | change).items() if tensor is not None}
+        save_file(changed, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match=message):
+            pack_folder(folder, tmp_path / "packed")
+        assert not (tmp_path / "packed").exists()
+
+
 def test_a_full_disk_leaves_nothing(pruned, tmp_path, monkeypatch):
     from castlm.export import packed as module
 

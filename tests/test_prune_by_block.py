@@ -239,14 +239,36 @@ def test_what_needs_the_whole_model_or_is_out_of_range_is_refused(llama, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_weight_that_is_not_finite_is_named(tmp_path, text):
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, text, name):
     model = save_tiny(tmp_path / "dense", "llama")
     file = model / "model.safetensors"
     tensors = load_file(file)
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"layers.1.mlp.up_proj.weight of .* holds NaN"):
+    with pytest.raises(InputError, match=rf"{name} of .* holds NaN"):
         prune(model, text, tmp_path / "out")
+    assert (tmp_path / "out.partial").exists() is name.startswith(
+        "model.layers"
+    )  # what is outside comes before all work
+    assert not list(tmp_path.glob("out.rejected*"))
+
+
+@pytest.mark.parametrize("index", ["[]", '{"weight_map": 3}', '{"weight_map": {"a": "gone.safetensors"}}'])
+@pytest.mark.parametrize("memory", ["block", "model"])
+def test_a_bad_index_is_named_in_one_line(tmp_path, text, index, memory):
+    model = save_tiny(tmp_path / "dense", "llama")
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    (model / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json .*(object|weight_map|missing files)"):
+        prune(model, text, tmp_path / "out", memory=memory)
+
+
+def test_a_folder_of_the_user_named_as_an_unfinished_prune_changes_nothing(llama, tmp_path, text):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("mine")
+    prune(llama, text, tmp_path / "out", memory="auto")
+    assert (tmp_path / "out.partial" / "mine").read_text() == "mine"
 
 
 def test_a_block_is_held_where_the_model_does_not_fit(llama, tmp_path, text, monkeypatch, capsys):

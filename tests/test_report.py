@@ -181,6 +181,19 @@ def test_the_page_of_a_diverged_run_says_so(running, finished):
     assert "ABOVE the one-shot start (5.000)" in page
 
 
+def test_a_page_that_castlm_did_not_write_is_not_replaced(running, tmp_path):
+    (tmp_path / "mine.txt").write_text("my own page")
+    page = running / "report.html"
+    page.unlink(missing_ok=True)
+    page.symlink_to(tmp_path / "mine.txt")
+    with pytest.raises(InputError, match=r"report\.html is not a page of castlm: move it away"):
+        write_report(running)
+    assert (tmp_path / "mine.txt").read_text() == "my own page"
+    page.unlink()
+    write_report(running)
+    write_report(running)  # its own page is replaced
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no run: give the output_dir"):
         write_report(tmp_path)

@@ -165,6 +165,8 @@ def test_prune_and_verify_take_the_options_of_train(llama, text, tmp_path, capsy
     assert main(["verify", str(tmp_path / "out")]) == 0  # castlm.json says 4:8
     assert "4:8" in capsys.readouterr().out
     (tmp_path / "out" / "castlm.json").write_text("[" * 5000)
+    assert "castlm.json is not readable JSON" in refusal(["verify", str(tmp_path / "out")], capsys)
+    (tmp_path / "out" / "castlm.json").write_text("{}")
     assert "names no pattern" in refusal(["verify", str(tmp_path / "out")], capsys)
 
 

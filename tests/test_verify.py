@@ -327,6 +327,16 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
     refused(tmp_path, f"{Q0} is stored in a.safetensors and in b.safetensors")
 
 
+def test_a_layer_that_the_config_does_not_have_is_refused(tmp_path):
+    folder = save_tiny(tmp_path, "llama")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.9.mlp.up_proj.weight"
+    tensors[name] = tensors["model.layers.0.mlp.up_proj.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"holds {name}, which its config\.json does not have"):
+        verify(folder, "2:4")
+
+
 @pytest.mark.parametrize("name", [Q1, DOWN0])
 def test_a_missing_or_renamed_layer_is_refused(tmp_path, name):
     tensors = llama()

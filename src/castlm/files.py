@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.disk import disk_full_is_said
 from castlm.owned import OUTPUT, PROBE, RESULT, discard, foreign_names, is_empty, list_files, read_record
 from castlm.progress import note
 from castlm.reading import read_json_object
@@ -34,11 +35,26 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 
 def make_writable(folder: Path) -> None:
     """Creates `folder` and checks that entries can be created in it and beside it. Raises `OSError`."""
+    check_name(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, folder.parent):
         probe = place / f"{PROBE}{os.getpid()}-{secrets.token_hex(4)}"
-        probe.mkdir()
-        probe.rmdir()
+        try:
+            probe.mkdir()
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                probe.rmdir()
+
+
+def check_name(final: Path) -> None:
+    """Raises `InputError` where the names that writing `final` takes beside it are too long for the file system."""
+    most = os.pathconf(next(place for place in final.absolute().parents if place.exists()), "PC_NAME_MAX")
+    name = max((f"{final.name}.rejected-99", _temporary_name(final.name, "tmp")), key=lambda n: len(os.fsencode(n)))
+    if (excess := len(os.fsencode(name)) - most) > 0:
+        raise InputError(
+            f"the name of the output folder {final.name[:20]}... is {excess} bytes too long for this file system: "
+            "choose a shorter one"
+        )
 
 
 def refuse_taken(final: Path, overwrite: bool) -> None:
@@ -76,23 +92,34 @@ def atomic_dir(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
     # A link is followed, so that the folder behind it is replaced and the link stays.
     final = Path(os.path.realpath(Path(final).expanduser()))
     temporary = final.parent / _temporary_name(final.name, "tmp")
-    published = False
+    made: tuple[int, int] | None = None
     try:
         with disk_full_is_said(final):
             final.parent.mkdir(parents=True, exist_ok=True)
+            check_name(final)
             remove_stale_temporaries(final.parent, final.name)
             _refuse_in_place(final, overwrite)
             temporary.mkdir()
+            made = _identity(temporary)
             yield temporary
             add_file_list(temporary)
             _flush_tree(temporary)
             _publish(temporary, final, overwrite)
-            published = True
     finally:
-        if published:  # this is what `final` held before
-            discard_old(temporary, final)
-        else:
+        # which of the two the name stands for is asked of the disk: an interrupt can come right after the exchange
+        if made is None or _identity(temporary) == made:
             shutil.rmtree(temporary, ignore_errors=True)
+        else:  # what `final` held before, or nothing
+            discard_old(temporary, final)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tells a folder from all others that exist; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _refuse_in_place(final: Path, overwrite: bool) -> None:
@@ -109,9 +136,10 @@ def add_file_list(folder: Path) -> None:
 
 def discard_old(old: Path, final: Path) -> None:
     """Deletes the result `old`, which `final` has replaced; keeps and names what castlm did not write in it."""
-    if left := discard(old):
+    if left := discard(old, keeps_records=True):  # a kill from here on leaves a folder that is known as a result
         kept = unused_name(final.with_name(f"{final.name}.kept"))
         os.rename(old, kept)
+        discard(kept)
         note(f"{left[0]!r} was in the folder that {final} replaced, and castlm did not write it: it is in {kept}")
 
 
@@ -202,29 +230,6 @@ def is_alive(pid: int) -> bool:
     except (OSError, OverflowError):
         return True  # it runs, under another user
     return True
-
-
-@contextlib.contextmanager
-def disk_full_is_said(path: str | Path, remedy: str = "free some space or choose another folder") -> Iterator[None]:
-    """Raises `InputError` with the `remedy` where the disk is full; any other error passes."""
-    try:
-        yield
-    except Exception as error:
-        if is_disk_full(error):
-            raise InputError(f"disk full while writing {path}: {remedy}") from error
-        raise
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` or what caused it is a full disk or quota; safetensors reports it in words, not as an OSError."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(cause) or "os error 28" in str(cause):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False
 
 
 def _flush_tree(folder: Path) -> None:

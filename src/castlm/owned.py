@@ -179,11 +179,12 @@ def foreign_names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in content(folder).foreign)
 
 
-def discard(folder: Path, below: str = "") -> list[str]:
+def discard(folder: Path, below: str = "", keeps_records: bool = False) -> list[str]:
     """Deletes what castlm wrote in `folder`, and the folder itself when nothing else is in it.
 
     Args:
         below: delete only in this folder inside of `folder`.
+        keeps_records: leave the records where foreign files stay, so that they are still known as such.
 
     Returns:
         The names of the foreign files that are left there.
@@ -193,7 +194,8 @@ def discard(folder: Path, below: str = "") -> list[str]:
         return []
     found = Content(*([path for path in paths if inside in path.parents] for paths in content(folder)))
     records = [path for path in found.owned if path.name in (OUTPUT, RESULT)]
-    for path in [*(path for path in found.owned if path not in set(records)), *records]:  # a kill leaves the records
+    others = [path for path in found.owned if path not in set(records)]
+    for path in [*others, *([] if keeps_records and found.foreign else records)]:  # a kill leaves the records
         path.unlink(missing_ok=True)
     for root, _, _ in os.walk(inside, topdown=False):
         with contextlib.suppress(OSError):  # it is not empty

@@ -9,6 +9,7 @@ Format: 8 bytes little-endian header length, a JSON header, the data (github.com
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from castlm.core.errors import InputError
-from castlm.reading import check_regular, open_regular, parse_json
+from castlm.reading import open_regular, parse_json, read_json_object
 
 CHUNK_BYTES = 1 << 22  # stays in the cache between the passes over it
 
@@ -59,13 +60,30 @@ class StoredTensor(NamedTuple):
         return self._replace(shape=shape, offset=offset, num_bytes=(end - begin) * width)
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file name of each tensor, from the index of a model in several files, which all exist.
+
+    Raises:
+        InputError: the index cannot be read, or names a file that is missing or outside its folder.
+    """
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map: fetch or write it again")
+    strange = [file for file in weight_map.values() if not isinstance(file, str) or os.path.basename(file) != file]
+    if strange or "" in weight_map.values():
+        raise InputError(f"{index} names {(strange or [''])[0]!r}, outside its folder")
+    if missing := [file for file in sorted(set(weight_map.values())) if not (index.parent / file).exists()]:
+        raise InputError(f"{index} names {len(missing)} missing files, first {missing[0]}: the folder is not complete")
+    return weight_map
+
+
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, by name.
 
     Raises:
         InputError: the file cannot be read, is not a safetensors file, or is shorter or longer than its header says.
     """
-    check_regular(file)
+    open_regular(file).close()  # what safetensors says of a file that may not be read does not tell why
     try:
         with safe_open(file, "np"):  # validates the header, and reads no data
             pass

@@ -141,8 +141,14 @@ def use_threads(number: int) -> None:
 
 
 def result_folder(path: str) -> str:
-    """A run's `model` folder when `path` is a run of `castlm train`, else `path`."""
+    """A run's `model` folder when `path` is a run of `castlm train`, else `path`.
+
+    Raises:
+        InputError: a folder that may not be read.
+    """
     inner = Path(path) / "model"
+    if Path(path).is_dir() and not os.access(path, os.R_OK | os.X_OK):
+        raise InputError(f"cannot read {path}: Permission denied: change its permissions")
     return str(inner) if (inner / "config.json").is_file() and not (Path(path) / "config.json").exists() else path
 
 

@@ -133,15 +133,16 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         """Whether one block at a time is in memory, and why where that is not asked for."""
         from castlm.hardware import available_memory
         from castlm.models import fp32_bytes
+        from castlm.owned import command_of
         from castlm.progress import note
 
         if self.memory != "auto":
             return self.memory == "block"
-        if partial_folder(folder).is_dir():
-            note(f"{partial_folder(folder)} holds an unfinished prune by block: this start prunes by block too")
-            return True
         if is_structured(pattern):
             return False
+        if command_of(partial_folder(folder)) == "prune":
+            note(f"{partial_folder(folder)} holds an unfinished prune by block: this start prunes by block too")
+            return True
         needed, free = fp32_bytes(self.model, self.revision), available_memory()
         if needed <= free:
             return False
@@ -250,7 +251,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         from castlm.hardware import return_freed_memory
         from castlm.models import save_dtype
         from castlm.oneshot.by_block import BlockPrune, block_file, prune_by_block
-        from castlm.oneshot.stored_model import outside_blocks
+        from castlm.oneshot.stored_model import check_outside_blocks, outside_blocks
         from castlm.oneshot.walk import block_stack
         from castlm.output import continued
         from castlm.owned import discard
@@ -271,6 +272,9 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             raise InputError(f"{self.model} has experts, of which a block holds many: use memory model")
         if is_vision_language(loaded.model.config):
             raise InputError(f"{self.model} stores its layers under other names than it loads: use memory model")
+        layers, left_dense = sparse_linears(loaded.model, pattern)
+        stack, stacked = block_stack(loaded.model, layers)
+        check_outside_blocks(checkpoint, stack)
         with continued(partial, "prune"):
             blocks, _, calibration = self._calibration(loaded.model, loaded.tokenizer, text)
             dtype = save_dtype(self.save_dtype, loaded.dtype)
@@ -297,8 +301,6 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             )
             with shown_progress(f"{method}, blocks") as progress:
                 report, basis = prune_by_block(run, say=note, progress=progress)
-            layers, left_dense = sparse_linears(loaded.model, pattern)
-            stack, stacked = block_stack(loaded.model, layers)
             export_blocks(
                 loaded.model,
                 loaded.tokenizer,

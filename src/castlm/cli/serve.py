@@ -43,14 +43,19 @@ class ServeCommand:
                 "serving needs fastapi, uvicorn, pydantic and openai: pip install '.[serve]' in the clone of castlm"
             )
         path = result_folder(self.path)
-        where, config, _ = open_model(path, trust_remote_code=self.trust_remote_code)
+        where, config, tokenizer = open_model(path, trust_remote_code=self.trust_remote_code)
         if where.gguf:
             raise InputError(f"{self.path} is a GGUF file: serve a model folder")
+        if not tokenizer.chat_template:
+            note("the model has no chat template: /v1/chat/completions and /v1/responses fail, use /v1/completions")
         use_threads(self.threads)
         from transformers.cli.serve import Serve
 
         dtype = dtype_to_run(config, note)
-        print(f"castlm: {self.path} at http://{self.host}:{self.port}/v1, until Ctrl-C", flush=True)
+        print(
+            f"castlm: {self.path} at http://{self.host}:{self.port}/v1, until Ctrl-C (twice while a request runs)",
+            flush=True,
+        )
         Serve(
             force_model=where.target,
             host=self.host,

@@ -55,7 +55,7 @@ def recorded_pattern(path: str) -> str | None:
         return None
     try:
         return str(read_json_object(file)["pattern"])
-    except (InputError, KeyError):
+    except KeyError:
         raise InputError(f"{file} names no pattern: give --pattern 2:4") from None
 
 

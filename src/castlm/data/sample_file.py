@@ -19,7 +19,8 @@ import filelock
 
 from castlm.core.errors import InputError
 from castlm.data.sampling import Sample, Sampler
-from castlm.files import atomic_write_json, flush_folder, is_disk_full, read_json_mapping
+from castlm.disk import is_disk_full
+from castlm.files import atomic_write_json, flush_folder, read_json_mapping
 from castlm.owned import read_record, sha256_file
 from castlm.reading import user_path
 

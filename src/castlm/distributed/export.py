@@ -27,6 +27,7 @@ from castlm.core.experts import ExpertLinear
 from castlm.core.pattern import Pattern
 from castlm.core.scaling import scale_weight
 from castlm.core.shards import local, whole
+from castlm.disk import is_disk_full
 from castlm.distributed.loading import empty_model, load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World
@@ -42,7 +43,7 @@ from castlm.export.hf import (
     write_record,
 )
 from castlm.export.verify import verify
-from castlm.files import atomic_dir, is_disk_full
+from castlm.files import atomic_dir
 from castlm.layout import stored_transposed
 
 MAX_SHARD_BYTES = 5 * 10**9

@@ -29,6 +29,7 @@ from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, cached_snapshot, locate
 from castlm.models import Loaded, stored_dtype
 from castlm.opening import open_model, quiet
+from castlm.stored import read_weight_map
 
 Reader = Callable[[Path], Any]
 """Opens a safetensors file, each once."""
@@ -141,6 +142,8 @@ def _weight_files(where: Location, revision: str | None) -> list[Path]:
     index = cached_file(where.target, "model.safetensors.index.json", **missing_is_none)
     if index is None:
         return []
+    if not where.is_hub:
+        return [Path(index).with_name(file) for file in sorted(set(read_weight_map(Path(index)).values()))]
     return [Path(file) for file in get_checkpoint_shard_files(where.target, index, **options)[0]]
 
 

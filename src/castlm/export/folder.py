@@ -16,7 +16,7 @@ from castlm.core.errors import InputError
 from castlm.inference import format as packed
 from castlm.layout import QUANT_METHOD
 from castlm.reading import check_regular, read_json_object
-from castlm.stored import StoredTensor, read_header
+from castlm.stored import StoredTensor, read_header, read_weight_map
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -91,7 +91,7 @@ def is_packed(config: Mapping[str, Any]) -> bool:
 def _one_file(file: Path) -> dict[str, StoredTensor]:
     tensors = read_header(file)
     index = file.parent / INDEX
-    if index.is_file() and file.name != SINGLE and file.name in _weight_map(index).values():
+    if index.is_file() and file.name != SINGLE and file.name in read_weight_map(index).values():
         raise InputError(f"{file} is one of several files of a model: verify the folder {file.parent}")
     return tensors
 
@@ -119,22 +119,9 @@ def _refuse_other_weights(folder: Path, read: set[str], single: str) -> None:
         )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index} has no weight_map: fetch or write it again")
-    strange = [file for file in weight_map.values() if not isinstance(file, str) or os.path.basename(file) != file]
-    if strange or "" in weight_map.values():
-        raise InputError(f"{index} names {(strange or [''])[0]!r}, outside its folder")
-    return weight_map
-
-
 def _sharded(index: Path) -> tuple[list[str], dict[str, StoredTensor]]:
-    weight_map = _weight_map(index)
+    weight_map = read_weight_map(index)
     files = sorted(set(weight_map.values()))
-    missing = [file for file in files if not (index.parent / file).exists()]
-    if missing:
-        raise InputError(f"{index} names {len(missing)} missing files, first {missing[0]}: the folder is not complete")
     shards = {file: read_header(check_regular(index.parent / file)) for file in files}
     absent = [name for name, file in weight_map.items() if name not in shards[file]]
     if absent:

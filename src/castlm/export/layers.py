@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from castlm.core.blocks import is_tower
+from castlm.core.blocks import is_block_linear, is_tower
 from castlm.core.errors import InputError
 from castlm.layout import stored_transposed
 from castlm.stored import StoredTensor
@@ -190,6 +190,9 @@ def _compare(path: Path, tensors: Mapping[str, StoredTensor], expected: tuple[st
                 f"{name} of {path} has the shape {tensors[name].shape}, and its config.json asks for {shape}: "
                 "they do not belong together"
             )
+    more = [name for name, tensor in tensors.items() if name not in shapes and is_block_linear(name, tensor.shape)]
+    if more:
+        raise InputError(f"{path} holds {_some(more)}, which its config.json does not have: fetch or write it again")
 
 
 def _some(names: list[str]) -> str:
@@ -204,7 +207,7 @@ def _refuse_absurd_counts(path: Path, num_tensors: int, config: Config) -> None:
         )
         if count is None or type(value) is not int:
             continue
-        if value > (65_536 if count[1] == "expert" else max(1000, num_tensors)):
+        if value < 0 or value > (65_536 if count[1] == "expert" else max(1000, num_tensors)):
             raise InputError(f"config.json of {path} says {name} = {value}, and it holds {num_tensors} tensors")
 
 

@@ -15,6 +15,7 @@ from castlm.core.blocks import is_block_linear, is_stacked_experts
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS, STORED, STORED_NAMES
 from castlm.export.folder import read_config, stored_tensors
+from castlm.export.layers import check_layers
 from castlm.export.verify import left_dense_reason, read_left_dense
 from castlm.inference import format
 from castlm.inference.convert import can_pack_tables
@@ -52,6 +53,7 @@ def plan_pack(source: Path, n: int, m: int, dtype: str | None, head: str | None)
         InputError: no model there, packed or quantized already, or a tensor or head that cannot be packed.
     """
     config, stored = _read_source(source)
+    check_layers(source, stored, config, trust_config=bool(config))
     model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in stored.items()})
     left_dense = read_left_dense(source / "castlm.json")
     cast = None if dtype is None else FLOATS[dtype]

@@ -99,6 +99,8 @@ def pack_folder(
             write_safetensors(temporary / new, layout, written(), format.to_metadata(packed))
         _write_rest(source, temporary, plan, n, m)
         report = verify(temporary, NM(n, m), known_layers=plan.specs)
+        if damaged := next(iter(report.non_finite_elsewhere), None):
+            raise InputError(f"{damaged} of {source} holds NaN or infinity: the checkpoint is damaged")
         if not report.ok:
             raise InputError(report.summary().replace(str(temporary), str(folder)))
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))

@@ -24,17 +24,10 @@ from castlm.core.errors import InputError
 from castlm.core.experts import SparseLayer
 from castlm.core.pattern import NM, Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.disk import disk_full_is_said
 from castlm.distributed.loading import Checkpoint
 from castlm.export.hf import dtype_name, equal_in_bits
-from castlm.files import (
-    atomic_file,
-    atomic_write_json,
-    disk_full_is_said,
-    flush_file,
-    is_whole,
-    read_json_mapping,
-    size_and_crc,
-)
+from castlm.files import atomic_file, atomic_write_json, flush_file, is_whole, read_json_mapping, size_and_crc
 from castlm.layout import stored_transposed
 from castlm.oneshot.basis import BasisReport, BlockTurns, block_statistics, wiring_or_note
 from castlm.oneshot.block_basis import Change
@@ -170,10 +163,10 @@ class _State:
         changed = [name for name, value in ours.items() if record.get("options", {}).get(name) != value]
         if changed:
             name = changed[0]
-            then = record.get("options", {}).get(name)
+            then, now = (str(of.get(name))[:100] for of in (record.get("options", {}), ours))
             raise InputError(
-                f"{run.folder} holds an unfinished prune with {name} = {then}, and it is {ours[name]} now: use the "
-                "same options to go on, or overwrite it to start again"
+                f"{run.folder} holds an unfinished prune with {name} = {then}, and it is {now} now: use the same "
+                "options to go on, overwrite it to start again, or delete that folder"
             )
         try:
             layers = [LayerResult(**{**layer, "shape": tuple(layer["shape"])}) for layer in record["layers"]]

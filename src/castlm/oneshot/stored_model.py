@@ -103,8 +103,7 @@ class StoredModel:
                 value = place.read(read, slice(None))
         except Exception as error:  # safetensors' own type
             raise InputError(f"{name} of {self.checkpoint.source} cannot be read: {error}") from None
-        if not all(math.isfinite(bound) for bound in torch.aminmax(value)):  # `isfinite` would take three copies
-            raise InputError(f"{name} of {self.checkpoint.source} holds NaN or infinity: the checkpoint is damaged")
+        _check_finite(name, value, self.checkpoint)
         return value
 
 
@@ -114,6 +113,17 @@ def outside_blocks(checkpoint: Checkpoint, stack: str) -> Iterator[tuple[str, Te
         if not name.startswith(f"{stack}."):
             with opened_files() as read:
                 yield name, place.read(read, slice(None))
+
+
+def check_outside_blocks(checkpoint: Checkpoint, stack: str) -> None:
+    """Raises `InputError` where a weight outside the blocks is not finite, before the blocks are worked on."""
+    for name, value in outside_blocks(checkpoint, stack):
+        _check_finite(name, value, checkpoint)
+
+
+def _check_finite(name: str, value: Tensor, checkpoint: Checkpoint) -> None:
+    if not all(math.isfinite(bound) for bound in torch.aminmax(value)):  # `isfinite` would take three copies
+        raise InputError(f"{name} of {checkpoint.source} holds NaN or infinity: the checkpoint is damaged")
 
 
 def _drop(held: Held) -> None:

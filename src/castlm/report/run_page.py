@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.files import atomic_file
+from castlm.files import atomic_write_text
 from castlm.methods.table import METHODS
+from castlm.reading import read_bytes
 from castlm.report import run_charts
 from castlm.report.html import render
 from castlm.report.run_data import RunData
@@ -20,6 +21,7 @@ from castlm.training.config import TrainConfig
 from castlm.training.verdict import final_perplexity, verdict
 
 REFRESH_SECONDS = 10
+_GENERATOR = b'<meta name="generator" content="castlm">'
 GLOSSARY = (
     ("Perplexity", "exp of the mean cross-entropy per token on the held-out text. Lower is better."),
     ("Before the prune", "The model as it trains: masked weights may still be above zero."),
@@ -76,16 +78,18 @@ def write_run_page(run: RunData, sample: dict[str, Any] | None = None, *, refres
     """Writes report.html into the folder of the run and returns its path.
 
     Raises:
-        InputError: the files of the run hold values that castlm does not write.
+        InputError: the files of the run hold values that castlm does not write, report.html is not a page of castlm's,
+            or the disk is full.
     """
     file = run.folder / "report.html"
+    if file.exists() and _GENERATOR not in read_bytes(file):
+        raise InputError(f"{file} is not a page of castlm: move it away")
     try:
         page = run_page(run, sample, refresh=refresh)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(f"the files of {run.folder} hold values that castlm does not write ({reason})") from error
-    with atomic_file(file) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    atomic_write_text(file, page.encode("utf-8", "backslashreplace").decode())
     return file
 
 

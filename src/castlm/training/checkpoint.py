@@ -25,16 +25,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from castlm.core.errors import InputError
+from castlm.disk import is_disk_full
 from castlm.distributed.world import World
-from castlm.files import (
-    atomic_write_json,
-    flush_folder,
-    is_disk_full,
-    is_whole,
-    plain_json,
-    read_json_mapping,
-    size_and_crc,
-)
+from castlm.files import atomic_write_json, flush_folder, is_whole, plain_json, read_json_mapping, size_and_crc
 from castlm.owned import OUTPUT, RESULT, command_of, is_of_a_start
 from castlm.training.checkpoint_storage import DATA_FILE, METADATA, JsonReader, JsonWriter
 from castlm.training.config import FREE_ON_RESUME, TrainConfig

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.files import atomic_file, atomic_write_json, disk_full_is_said, flush_folder, write_flushed
+from castlm.disk import disk_full_is_said
+from castlm.files import atomic_file, atomic_write_json, flush_folder, write_flushed
 from castlm.output import read_result
 from castlm.owned import OUTPUT, RESULT, discard, is_of_run, read_record
 from castlm.progress import note

@@ -25,8 +25,9 @@ from castlm.core.errors import InputError
 from castlm.core.shards import local
 from castlm.core.sparsify import dense_name
 from castlm.core.top_tokens import TopTokens
+from castlm.disk import is_disk_full
 from castlm.distributed.world import World
-from castlm.files import atomic_file, atomic_write_json, is_disk_full, read_json_mapping, widen_access
+from castlm.files import atomic_file, atomic_write_json, read_json_mapping, widen_access
 from castlm.progress import note
 
 _FORMAT = 3

@@ -17,7 +17,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from castlm.core.errors import InputError
-from castlm.files import atomic_write_text, is_disk_full
+from castlm.disk import is_disk_full
+from castlm.files import atomic_write_text
 from castlm.progress import Screen
 from castlm.training.trackers import Tracker
 
