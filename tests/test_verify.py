@@ -327,16 +327,6 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
     refused(tmp_path, f"{Q0} is stored in a.safetensors and in b.safetensors")
 
 
-def test_a_layer_that_the_config_does_not_have_is_refused(tmp_path):
-    folder = save_tiny(tmp_path, "llama")
-    tensors = load_file(folder / "model.safetensors")
-    name = "model.layers.9.mlp.up_proj.weight"
-    tensors[name] = tensors["model.layers.0.mlp.up_proj.weight"].clone()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=rf"holds {name}, which its config\.json does not have"):
-        verify(folder, "2:4")
-
-
 @pytest.mark.parametrize("name", [Q1, DOWN0])
 def test_a_missing_or_renamed_layer_is_refused(tmp_path, name):
     tensors = llama()
@@ -346,6 +336,8 @@ def test_a_missing_or_renamed_layer_is_refused(tmp_path, name):
     refused(write(tmp_path / "renamed", tensors), f"lacks {name} that its config.json asks for")
     refused(write(tmp_path / "short", llama(), LLAMA | {"num_hidden_layers": 3}), "lacks model.layers.2.self_attn.q")
     refused(write(tmp_path / "shape", llama(), LLAMA | {"intermediate_size": 32}), "has the shape")
+    refused(write(tmp_path / "more", llama(), LLAMA | {"num_hidden_layers": 1}), "which its config.json does not have")
+    refused(write(tmp_path / "none", llama(), LLAMA | {"num_hidden_layers": -1}), "num_hidden_layers = -1")
     refused(write(tmp_path / "huge", llama(), LLAMA | {"num_hidden_layers": 10**9}), "num_hidden_layers = 1000000000")
 
 
