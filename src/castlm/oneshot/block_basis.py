@@ -17,7 +17,7 @@ from castlm.core.pattern import NM
 from castlm.oneshot.families import Attention, Matrix, Mlp
 from castlm.oneshot.permutation import find_permutation
 from castlm.oneshot.rotation import DAMPING, Term, learn_rotations, solved_error, turn_columns
-from castlm.oneshot.solvers import damped
+from castlm.oneshot.solvers import damped, row_energies
 from castlm.oneshot.sparsegpt import lower_factor
 
 _RATE = 0.05  # of Adam, for the skew matrix of a rotation
@@ -74,7 +74,7 @@ class Statistic:
 
     def energy(self, weight: Tensor) -> float:
         """tr(W H W^T)."""
-        return float(((weight @ self.hessian) * weight).sum().clamp(min=1e-30))
+        return float(row_energies(weight, self.hessian).sum().clamp(min=1e-30))
 
     def importance(self, weight: Tensor) -> Tensor:
         """What optimal brain surgery predicts each weight (rows, columns) to be worth, as shares of the energy."""

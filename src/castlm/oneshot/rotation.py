@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from castlm.core.pattern import NM
+from castlm.oneshot.solvers import row_energies
 from castlm.oneshot.sparsegpt import sparsegpt
 
 DAMPING = 0.01
@@ -165,5 +166,5 @@ def solved_errors(weights: Sequence[Tensor], hessian: Tensor, pattern: NM) -> li
         chosen.append(weight if rows is None else weight[rows])
     stacked = torch.cat(chosen)
     pruned, _ = sparsegpt(stacked.clone(), hessian.clone(), pattern.n, pattern.m, DAMPING)
-    lost, whole = (((x @ hessian) * x).sum(1).split([*map(len, chosen)]) for x in (stacked - pruned, stacked))
+    lost, whole = (row_energies(x, hessian).split([*map(len, chosen)]) for x in (stacked - pruned, stacked))
     return [float(part.sum() / of.sum().clamp(min=1e-30)) for part, of in zip(lost, whole)]

@@ -122,13 +122,13 @@ def _refit_rows(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int
 
 def better_rows(new: Tensor, old: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
     """Each row of `new` that brings |X weight^T - X target^T|^2 down, and else that of `old`."""
-    better = _row_errors(target - new, hessian) < _row_errors(target - old, hessian)  # False for NaN
+    better = row_energies(target - new, hessian) < row_energies(target - old, hessian)  # False for NaN
     return torch.where(better.unsqueeze(1), new, old)
 
 
-def _row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
-    """|X difference^T|^2 of each row."""
-    return ((difference @ hessian) * difference).sum(1)
+def row_energies(weight: Tensor, gram: Tensor) -> Tensor:
+    """|X w|^2 (rows,) of each row w of `weight` (rows, columns), where `gram` is X^T X."""
+    return ((weight @ gram) * weight).sum(1)
 
 
 SOLVERS: dict[str, Solver] = {

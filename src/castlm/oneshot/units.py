@@ -24,7 +24,7 @@ from castlm.core.structured import Structured
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.inputs import check_plain_weights
 from castlm.oneshot.report import LayerResult, OneshotReport
-from castlm.oneshot.solvers import MIN_DAMPING, damped, refit
+from castlm.oneshot.solvers import MIN_DAMPING, damped, refit, row_energies
 from castlm.oneshot.sparsegpt import sparsegpt
 from castlm.oneshot.unit_inputs import InputStatistic, see_statistics
 from castlm.oneshot.walk import Images, walk
@@ -280,9 +280,8 @@ def solve_columns(weight: Tensor, kept: Tensor, gram: Tensor, damping: float) ->
 
 def _relative_error(old: Tensor, new: Tensor, gram: Tensor) -> float:
     """|X old^T - X new^T|^2 / |X old^T|^2."""
-    difference = old - new
-    whole = ((old @ gram) * old).sum()
-    return float(((difference @ gram) * difference).sum() / whole) if whole > 0 else 0.0
+    whole = row_energies(old, gram).sum()
+    return float(row_energies(old - new, gram).sum() / whole) if whole > 0 else 0.0
 
 
 def _check(
