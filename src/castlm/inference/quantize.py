@@ -22,7 +22,7 @@ from castlm.core.experts import ExpertLinear, SparseLayer
 from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.inference.rounding import KINDS, Rounded, round_int4, round_rows
 from castlm.oneshot.calibration import check_calibration
-from castlm.oneshot.inputs import ExpertInputs, LayerInput, check_plain_weights, see_inputs
+from castlm.oneshot.inputs import ExpertInputs, LayerInput, check_finite_input, check_plain_weights, see_inputs
 from castlm.oneshot.report import few_experts_record, relative_error
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.walk import walk
@@ -181,8 +181,7 @@ def _round_together(
 ) -> None:
     """Rounds layers that read the same input, all their rows in one piece; of the Hessian the upper half is there."""
     names = ", ".join(weights)
-    if not hessian.isfinite().all():
-        raise InputError(f"the calibration text makes NaN or infinity at the input of {names}: load the model in fp32")
+    check_finite_input(names, hessian)
     whole_hessian(hessian)
     together = torch.cat([weight.float() for weight in weights.values()])
     rounded = _named(names, lambda: round_int4(together, hessian, damping))

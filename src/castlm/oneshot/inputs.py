@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -34,6 +34,24 @@ def check_plain_weights(layers: Mapping[str, SparseLayer], work: str) -> None:
             raise InputError(f"{name} carries weight scaling: call fold_weight_scaling before {work} it")
         if not layer.weight.is_floating_point():
             raise InputError(f"{name} stores its weight as {layer.weight.dtype}: load the model unquantized")
+
+
+def check_reached(wanted: Iterable[str], reached: Container[str]) -> None:
+    """Raises `InputError` where a layer of `wanted` is not among those that the calibration text has reached."""
+    if missing := next((name for name in wanted if name not in reached), None):
+        raise InputError(f"no calibration token reaches {missing}: leave it out with filter_fn, or pass more text")
+
+
+def check_finite_weight(names: str, weight: Tensor) -> None:
+    """Raises `InputError` for a weight that is about to be masked and holds NaN or infinity."""
+    if not weight.isfinite().all():
+        raise InputError(f"the weight of {names} has NaN or infinity: no mask of it means anything")
+
+
+def check_finite_input(names: str, statistic: Tensor) -> None:
+    """Raises `InputError` for the statistic of a layer's input that is not finite."""
+    if not statistic.isfinite().all():
+        raise InputError(f"the calibration text makes NaN or infinity at the input of {names}: load the model in fp32")
 
 
 class LayerInput:
@@ -101,8 +119,7 @@ def see_inputs(
     if few:
         watch.linear = False
         watch.round(lambda routed, args, kwargs, take: routed.see_all(args, kwargs, few.get(routed.experts, []), take))
-    for name in layers.keys() - watch.found.keys():
-        raise InputError(f"no calibration token reaches {name}: leave it out with filter_fn, or pass more text")
+    check_reached(layers, watch.found)
     return list(dict.fromkeys(watch.found.values()))
 
 

@@ -27,7 +27,15 @@ from castlm.oneshot.admm import improve_masks
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.dense_twin import DenseTwin, Shift
 from castlm.oneshot.families import describe
-from castlm.oneshot.inputs import ERROR_TOKENS, ExpertInputs, LayerInput, check_plain_weights, see_inputs
+from castlm.oneshot.inputs import (
+    ERROR_TOKENS,
+    ExpertInputs,
+    LayerInput,
+    check_finite_input,
+    check_finite_weight,
+    check_plain_weights,
+    see_inputs,
+)
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
 from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
@@ -47,11 +55,9 @@ def prune_layers(
     """Prunes weights that read the same input, all their rows in one piece."""
     names, weights = ", ".join(layers), list(layers.values())
     dense = torch.cat([weight.float() for weight in weights])
-    if not dense.isfinite().all():
-        raise InputError(f"the weight of {names} has NaN or infinity: no mask of it means anything")
+    check_finite_weight(names, dense)
     statistic = torch.zeros(()) if seen is None else seen.statistic
-    if not statistic.isfinite().all():
-        raise InputError(f"the calibration text makes NaN or infinity at the input of {names}: load the model in fp32")
+    check_finite_input(names, statistic)
     is_unmoved = bool(solver.axes) and not statistic.any()
     try:
         if is_unmoved:  # the layer computes 0 whatever its mask is

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from castlm.core.errors import InputError
+from castlm.oneshot.inputs import check_finite_input, check_reached
 from castlm.oneshot.walk import BlockInputs
 
 
@@ -70,11 +70,7 @@ def see_statistics(layers: Mapping[str, nn.Linear], inputs: BlockInputs) -> dict
         for number, hidden in enumerate(inputs):
             current.clear()
             inputs.run(hidden, number)
+    check_reached(layers, found)
     for name in layers:
-        if name not in found:
-            raise InputError(f"no calibration token reaches {name}: leave it out with filter_fn, or pass more text")
-        if not found[name].gram.isfinite().all():
-            raise InputError(
-                f"the calibration text makes NaN or infinity at the input of {name}: load the model in fp32"
-            )
+        check_finite_input(name, found[name].gram)
     return found

@@ -22,7 +22,7 @@ from castlm.core.pattern import Blocks, Combined, Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.core.structured import Structured
 from castlm.oneshot.calibration import check_calibration
-from castlm.oneshot.inputs import check_plain_weights
+from castlm.oneshot.inputs import check_finite_weight, check_plain_weights, check_reached
 from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import MIN_DAMPING, damped, refit, row_energies
 from castlm.oneshot.sparsegpt import sparsegpt
@@ -178,8 +178,7 @@ def loss_gradients(
         for parameter, (flag, gradient) in before.items():
             parameter.requires_grad_(flag)
             parameter.grad = gradient
-    if missing := next((name for name in weights if name not in found), None):
-        raise InputError(f"no calibration token reaches {missing}: leave it out with filter_fn, or pass more text")
+    check_reached(weights, found)
     return found
 
 
@@ -199,8 +198,7 @@ class _Pruning:
         for unit in self.pattern.units(layers):
             dense = {name: layers[name].weight.float().clone() for name in unit}
             for name, weight in dense.items():
-                if not weight.isfinite().all():
-                    raise InputError(f"the weight of {name} has NaN or infinity: no mask of it means anything")
+                check_finite_weight(name, weight)
             for name, new in self._solved(unit, dense, inputs).items():
                 layers[name].weight.copy_(new)
                 error = _relative_error(dense[name], new, inputs[name].gram) if name in inputs else None
