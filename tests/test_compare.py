@@ -247,7 +247,7 @@ def test_each_text_is_opened_as_its_runs_open_it(files, tmp_path, monkeypatch):
     (tmp_path / "calibration.txt").write_text(TEXT)
     texts = {"config": str(tmp_path / "config.yaml"), "calibration": str(tmp_path / "calibration.txt")}
     Plan(command(files, tmp_path, methods="magnitude", **texts), to_stderr)
-    assert opened == {"train.txt": ("a", None), "eval.txt": ("b", "c"), "calibration.txt": (None, None)}
+    assert opened == {"train.txt": ("a", None), "eval.txt": ("b", "c"), "calibration.txt": ("train", None)}
 
 
 def test_a_figure_that_is_infinite_has_no_deviation():
