@@ -16,7 +16,7 @@ from castlm.data.documents import open_documents, split_documents
 from castlm.data.loader import BatchLoader
 from castlm.data.packing import PackedSequences
 from castlm.data.scored import ScoredText, scored_text
-from castlm.data.tokens import token_ids
+from castlm.data.tokens import Encoder, token_ids
 from castlm.evaluation.perplexity import perplexity
 from tests.chats import CHATML, MARKED, REWRITING, STRICT, chat_tokenizer, talk, talks, turn, write_rows, write_talks
 from tests.tiny import EOS_ID, tiny_model
@@ -341,8 +341,19 @@ def test_plain_text_and_conversations_are_scored_as_by_themselves(path):
     assert both.num_tokens == one.num_tokens + other.num_tokens
     mean = (one.loss * one.num_tokens + other.loss * other.num_tokens) / both.num_tokens
     assert both.loss == pytest.approx(mean, rel=1e-6)
-    assert ScoredText.joined([plain, plain]).stretches == [(0, 200)]
+    assert ScoredText.joined([plain, plain]).stretches == [(0, 100), (100, 200)]
     assert ScoredText.joined([plain, chat]).tokens == "all and assistant"
+
+
+def test_the_end_of_text_of_a_template_is_not_repeated():
+    ends = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    for assistant_only in (True, False):
+        encoder = Encoder(chat_tokenizer(ends), None, assistant_only)
+        tokens = encoder.conversation(encoder.chat(json.dumps({"messages": TALK})))
+        ids, labels = list(tokens.ids), list(tokens.labels)
+        assert ids[-1] == EOS_ID
+        assert ids[-2] != EOS_ID
+        assert labels[-1] == EOS_ID
 
 
 def test_text_without_a_token_of_the_assistant_is_refused(tmp_path):

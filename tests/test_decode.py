@@ -142,7 +142,8 @@ def test_the_beams_of_a_generation_config_do_not_matter_for_one_sequence():
     model = packed_model("llama")
     expected = greedy(model, IDS, 8)
     model.generation_config.num_beams = 3
-    assert decoding_method(model) is not None
+    assert decoding_method(model) is None
+    assert decoding_method(model, num_beams=1) is not None
     assert torch.equal(greedy(model, IDS, 8), expected)
 
 

@@ -354,5 +354,8 @@ def test_a_file_that_is_too_large_is_said(tmp_path):
     said = pytest.raises(InputError, match=r"limit \(ulimit -f\) does not allow so large a file")
     with said, disk_full_is_said(tmp_path / "a"):
         raise OSError(errno.EFBIG, "File too large")
-    assert is_disk_full(RuntimeError("I/O error: File too large (os error 27)"))
-    assert not is_disk_full(RuntimeError("os error 2)"))
+    with pytest.raises(InputError, match="so large a file"), disk_full_is_said(tmp_path / "a"):
+        raise RuntimeError("I/O error: File too large (os error 27)")
+    assert is_disk_full(RuntimeError("I/O error: No space left on device (os error 28)"))
+    with pytest.raises(ValueError, match="413"), disk_full_is_said(tmp_path / "a"):
+        raise ValueError("HTTP 413: File too large")

@@ -336,7 +336,7 @@ def test_a_missing_or_renamed_layer_is_refused(tmp_path, name):
     refused(write(tmp_path / "renamed", tensors), f"lacks {name} that its config.json asks for")
     refused(write(tmp_path / "short", llama(), LLAMA | {"num_hidden_layers": 3}), "lacks model.layers.2.self_attn.q")
     refused(write(tmp_path / "shape", llama(), LLAMA | {"intermediate_size": 32}), "has the shape")
-    refused(write(tmp_path / "more", llama(), LLAMA | {"num_hidden_layers": 1}), "which its config.json does not have")
+    refused(write(tmp_path / "more", llama(), LLAMA | {"num_hidden_layers": 1}), "its config.json does not describe")
     refused(write(tmp_path / "none", llama(), LLAMA | {"num_hidden_layers": -1}), "num_hidden_layers = -1")
     refused(write(tmp_path / "huge", llama(), LLAMA | {"num_hidden_layers": 10**9}), "num_hidden_layers = 1000000000")
 

@@ -33,7 +33,7 @@ from castlm.opening import (
     quiet,
     quiet_transformers,
 )
-from castlm.stored import read_header, read_weight_map
+from castlm.stored import INDEX, SINGLE, read_header, read_weight_map
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,10 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
     weights: dict[str, Any] = {"use_safetensors": True}
     if where.gguf:
         weights = {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
-    index = Path(where.target) / "model.safetensors.index.json"
-    if not where.is_hub and index.is_file() and not (index.parent / "model.safetensors").exists():
-        read_weight_map(index)
+    elif not where.is_hub and not (Path(where.target) / SINGLE).exists():
+        index = Path(where.target) / INDEX
+        if index.is_file():
+            read_weight_map(index)
     with quiet(where), as_input_error(where):
         # Mismatched sizes are allowed here; `_check_weights` reports them in one line.
         model, loading_info = auto_class(config).from_pretrained(

@@ -20,6 +20,9 @@ from safetensors import SafetensorError, safe_open
 from castlm.core.errors import InputError
 from castlm.reading import open_regular, parse_json, read_json_object
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The files that transformers loads a model from: one with all weights, or what names several."""
+
 CHUNK_BYTES = 1 << 22  # stays in the cache between the passes over it
 
 

@@ -330,7 +330,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
 
     def _say_done(self, folder: Path, method: str, report: OneshotReport) -> int:
         for line in report.notes():
-            print(f"{line} (castlm.json lists them)")
+            print(line)
         measure = f"castlm eval {shlex.quote(str(folder))} --text FILE"
         print(f"{folder}: {self.pattern} by {method}, verified; measure it with: {measure}")
         return 0

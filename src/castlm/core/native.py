@@ -191,8 +191,10 @@ def _block_size(weight: Tensor, scale: Tensor, known: int) -> int:
     """The number of weights that share a scale; `known` is that of the other moment, or 0."""
     block = weight.numel() // max(1, scale.numel())
     fits = block * scale.numel() == weight.numel() and 8 <= block <= LONGEST_BLOCK and weight.shape[-1] % block == 0
-    if not fits or block % 8 or known not in (0, block):
-        raise InputError(f"{scale.numel()} scales do not divide {weight.numel()} weights into blocks of 8 to 256")
+    if not fits or block & (block - 1) or known not in (0, block):  # the kernels cut a weight at multiples of 65,536
+        raise InputError(
+            f"{scale.numel()} scales do not divide {weight.numel()} weights into blocks of 8, 16, 32, 64, 128 or 256"
+        )
     return block
 
 

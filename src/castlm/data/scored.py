@@ -59,15 +59,14 @@ class ScoredText:
 
     @classmethod
     def joined(cls, parts: Sequence[ScoredText]) -> ScoredText:
-        """Several texts as one; plain text goes on in the sequence of the plain text before it."""
+        """Several texts as one, each of which begins a sequence."""
         starts: list[int] = []
         images: list[ScoredImages | None] = []
-        at, was_chat = 0, True
+        at = 0
         for part in parts:
-            if part.is_chat or was_chat:
-                starts += [at + start for start in part.starts]
-                images += part.images or [None] * len(part.starts)
-            at, was_chat = at + len(part.ids), part.is_chat
+            starts += [at + start for start in part.starts]
+            images += part.images or [None] * len(part.starts)
+            at += len(part.ids)
         ids, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "labels"))
         tokens = " and ".join(dict.fromkeys(part.tokens for part in parts))
         is_chat = any(part.is_chat for part in parts)

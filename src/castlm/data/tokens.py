@@ -85,8 +85,11 @@ class Encoder:
         return Tokens.of(self._first * piece.first + ids + [self.eos] * piece.last, None, piece.first)
 
     def conversation(self, rendered: Rendered) -> Tokens:
-        """The end-of-text that a template does not know is the end of a completion, and no part of a conversation."""
+        """The end-of-text that a template does not know is the end of a completion, and no part of a conversation.
+        Where a template ends with it, it is not repeated."""
         ids, counts, is_rendered = rendered
+        if is_rendered and ids and ids[-1] == self.eos:
+            return Tokens.of(list(ids), list(counts), True)
         first = [] if is_rendered else self._first
         ends = not is_rendered or not self._assistant_only
         return Tokens.of([*first, *ids, self.eos], [not self._assistant_only] * len(first) + [*counts, ends], True)

@@ -29,7 +29,7 @@ from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, cached_snapshot, locate
 from castlm.models import Loaded, stored_dtype
 from castlm.opening import open_model, quiet
-from castlm.stored import read_weight_map
+from castlm.stored import INDEX, SINGLE, read_weight_map
 
 Reader = Callable[[Path], Any]
 """Opens a safetensors file, each once."""
@@ -136,10 +136,10 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
 def _weight_files(where: Location, revision: str | None) -> list[Path]:
     options: dict[str, Any] = {"revision": revision, **where.local}
     missing_is_none = options | {"_raise_exceptions_for_missing_entries": False}
-    whole = cached_file(where.target, "model.safetensors", **missing_is_none)
+    whole = cached_file(where.target, SINGLE, **missing_is_none)
     if whole is not None:
         return [Path(whole)]
-    index = cached_file(where.target, "model.safetensors.index.json", **missing_is_none)
+    index = cached_file(where.target, INDEX, **missing_is_none)
     if index is None:
         return []
     if not where.is_hub:

@@ -16,9 +16,7 @@ from castlm.core.errors import InputError
 from castlm.inference import format as packed
 from castlm.layout import QUANT_METHOD
 from castlm.reading import check_regular, read_json_object
-from castlm.stored import StoredTensor, read_header, read_weight_map
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+from castlm.stored import INDEX, SINGLE, StoredTensor, read_header, read_weight_map
 
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|pkl|pickle|onnx|tflite|mar|distcp|ot)$"

@@ -27,12 +27,12 @@ from castlm.core.sparsify import is_sparse_linear
 from castlm.export.card import model_card
 from castlm.export.cut import cut_model
 from castlm.export.cut_sizes import cut_pattern
-from castlm.export.folder import INDEX
 from castlm.export.report import VerifyReport
 from castlm.export.verify import verify
 from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_name
 from castlm.models import copy_processor, load_model, parameters_in, save_model
 from castlm.reading import user_path
+from castlm.stored import INDEX
 from castlm.versions import library_versions
 
 SCHEMA_VERSION = 1

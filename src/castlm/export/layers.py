@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from castlm.core.blocks import is_block_linear, is_tower
+from castlm.core.blocks import is_block_linear, is_stacked_experts, is_tower
 from castlm.core.errors import InputError
 from castlm.layout import stored_transposed
 from castlm.stored import StoredTensor
@@ -113,29 +113,36 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config, trust_config: bool) -> str:
-    """Checks that a checkpoint holds every linear layer of its transformer blocks.
+def check_layers(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    config: Config,
+    trust_config: bool,
+    ignored: Collection[str] = (),
+) -> str:
+    """Checks that a checkpoint holds every linear layer of its transformer blocks, and no other.
 
     Args:
         path: of the checkpoint, for messages and for transformers.
         config: the content of config.json; empty where there is none.
         trust_config: whether config.json describes `tensors`; else the blocks are only compared with each other.
+        ignored: names of tensors that may be there and that config.json does not describe.
 
     Returns:
         What the layers were compared with, in words.
 
     Raises:
-        InputError: a layer is missing or has another shape.
+        InputError: a layer is missing, is not described by config.json, or has another shape.
     """
     if trust_config:
         _refuse_absurd_counts(path, len(tensors), config)
         family = FAMILIES.get(config["model_type"]) if isinstance(config.get("model_type"), str) else None
         sizes = _sizes(family, config) if family else None
         if family and sizes:
-            _compare(path, tensors, _expected(family, sizes, config))
+            _compare(path, tensors, _expected(family, sizes, config), ignored)
             return "config.json"
         if not config.get("auto_map"):
-            _ask_transformers(path)
+            _ask_transformers(path, tensors, ignored)
             return "transformers"
     _check_uniform(path, tensors)
     return "each other"
@@ -177,7 +184,12 @@ def _expected(family: Family, sizes: Mapping[str, int], config: Config) -> tuple
     return family.base, shapes
 
 
-def _compare(path: Path, tensors: Mapping[str, StoredTensor], expected: tuple[str, dict[str, Shape]]) -> None:
+def _compare(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    expected: tuple[str, dict[str, Shape]],
+    ignored: Collection[str],
+) -> None:
     base, shapes = expected
     if not any(name in tensors for name in shapes):  # a checkpoint of the model without its head
         shapes = {name.removeprefix(base): shape for name, shape in shapes.items()}
@@ -190,9 +202,20 @@ def _compare(path: Path, tensors: Mapping[str, StoredTensor], expected: tuple[st
                 f"{name} of {path} has the shape {tensors[name].shape}, and its config.json asks for {shape}: "
                 "they do not belong together"
             )
-    more = [name for name, tensor in tensors.items() if name not in shapes and is_block_linear(name, tensor.shape)]
-    if more:
-        raise InputError(f"{path} holds {_some(more)}, which its config.json does not have: fetch or write it again")
+    _refuse_more(path, tensors, tensors.keys() - shapes.keys() - set(ignored))
+
+
+def _refuse_more(path: Path, tensors: Mapping[str, StoredTensor], others: Iterable[str]) -> None:
+    """Refuses the linear layers among the tensors that config.json does not describe."""
+    linear = (
+        name
+        for name in others
+        if any(is_of(name, tensors[name].shape) for is_of in (is_block_linear, is_stacked_experts))
+    )
+    if more := sorted(linear):
+        raise InputError(
+            f"{path} holds {_some(more)}, which its config.json does not describe: fetch or write it again"
+        )
 
 
 def _some(names: list[str]) -> str:
@@ -217,10 +240,11 @@ def _fields(config: Config) -> list[tuple[str, Any]]:
     return [*config.items(), *inner]
 
 
-def _ask_transformers(path: Path) -> None:
+def _ask_transformers(path: Path, tensors: Mapping[str, StoredTensor], ignored: Collection[str]) -> None:
     from castlm.export.meta import check_on_meta
 
-    check_on_meta(path if path.is_dir() else path.parent)
+    unexpected = check_on_meta(path if path.is_dir() else path.parent)
+    _refuse_more(path, tensors, tensors.keys() & unexpected - set(ignored))
 
 
 def _check_uniform(path: Path, tensors: Mapping[str, StoredTensor]) -> None:

@@ -17,8 +17,11 @@ from castlm.core.errors import InputError
 from castlm.opening import quiet_transformers
 
 
-def check_on_meta(folder: Path) -> None:
+def check_on_meta(folder: Path) -> set[str]:
     """Loads the model folder without its data, as the class that its config.json names.
+
+    Returns:
+        The names of the stored tensors that the class does not have.
 
     Raises:
         InputError: transformers does not know the class, or a weight is missing or has another shape.
@@ -49,6 +52,7 @@ def check_on_meta(folder: Path) -> None:
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{folder} lacks {missing[0]}{more} that its config.json asks for: fetch or write it again")
+    return set(info["unexpected_keys"])
 
 
 def _class_of(folder: Path, config: Any) -> type[PreTrainedModel]:

@@ -67,8 +67,8 @@ def verify(
 
     Raises:
         InputError: nothing readable at `path`, a corrupt or short file, other weights beside those that transformers
-            loads, a missing layer, weights packed by others or of integers, a bad pattern, or no layer that the
-            pattern applies to.
+            loads, a missing or an additional layer, weights packed by others or of integers, a bad pattern, or no layer
+            that the pattern applies to.
     """
     pattern = Pattern.parse(str(pattern))
     path = user_path(path)
@@ -83,13 +83,13 @@ def verify(
     if packed and path.is_dir() and not is_packed(config):
         raise InputError(f"{next(iter(packed))} is packed, which transformers does not read from a plain folder")
     _refuse_packed(path, tensors, config)
-    report = VerifyReport(
-        str(path), pattern, compared_with=_compare_layers(path, tensors, config, include, known_layers)
-    )
+    excluded = tuple(exclude or ())
+    ignored = {name for name in tensors if _matches(name, excluded)}
+    compared_with = _compare_layers(path, tensors, config, include, known_layers, ignored)
+    report = VerifyReport(str(path), pattern, compared_with=compared_with)
     model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in tensors.items()})
     left_dense = read_left_dense(folder / "castlm.json")
     globs = tuple(include) if include is not None else None
-    excluded = tuple(exclude or ())
     with_experts = owners_of_experts(tensors)
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
         why_dense = "excluded" if _matches(name, excluded) else _why_dense(tensor, globs, with_experts)
@@ -124,6 +124,7 @@ def _compare_layers(
     config: Mapping[str, Any],
     include: Iterable[str] | None,
     known_layers: Collection[str] | None,
+    ignored: Collection[str],
 ) -> str:
     if include is not None:
         return "nothing: include names the layers"
@@ -134,7 +135,7 @@ def _compare_layers(
                 ".safetensors file by its own path"
             )
         described = bool(config) and (path.is_dir() or path.name == "model.safetensors")
-        return check_layers(path, tensors, config, trust_config=described)
+        return check_layers(path, tensors, config, trust_config=described, ignored=ignored)
     if missing := sorted(set(known_layers) - tensors.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{path} lacks {missing[0]}{more}: write it again")

@@ -9,6 +9,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CASTLM_AVX2
+#include <cpuid.h>
 #include <immintrin.h>
 
 BEGIN_TARGET("avx2,fma,f16c")

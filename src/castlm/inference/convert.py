@@ -58,13 +58,16 @@ def pack_model_(
         The names of the replaced layers.
 
     Raises:
-        InputError: a layer that is not n:m, no layer to replace, or kernels that were not built; nothing is replaced.
+        InputError: another dtype, a layer that is not n:m, no layer to replace, or kernels that were not built; nothing
+            is replaced. Weights that are not finite; some layers may have been replaced then.
     """
     names = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and filter_fn(module, name)
     ]
     if not names:
         raise InputError(f"{type(model).__name__} has no linear layer to pack")
+    if dtype not in FLOAT_NAMES:
+        raise InputError(f"weights cannot be packed as {dtype}: pass torch.bfloat16, torch.float16 or torch.float32")
     native.check_built()
     sparse = [name for name in names if m and name not in left_dense and model.get_submodule(name).in_features % m == 0]
     for name in sparse:

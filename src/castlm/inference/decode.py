@@ -37,19 +37,24 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change with the length of the sequence
 
 
+_HOST: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # of what `decoder.cpp` writes, whatever the defaults
+
 ONE_SEQUENCE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
 """What `generate` is given to return the tokens of one sequence, whatever the generation config of a model says."""
 
 
-def decoding_method(model: PreTrainedModel, streamer: BaseStreamer | None = None) -> Callable[..., Tensor] | None:
-    """What `generate(custom_generate=..., **ONE_SEQUENCE)` takes for a prompt without padding: `decode` where it suits.
+def decoding_method(
+    model: PreTrainedModel, streamer: BaseStreamer | None = None, **options: Any
+) -> Callable[..., Tensor] | None:
+    """What `generate(custom_generate=...)` takes for one sequence without padding: `decode` where it suits `model`.
 
     None of other models: `generate(custom_generate=None)` decodes as ever, to the same tokens.
 
     Args:
         streamer: takes the tokens; transformers does not hand the streamer of `generate` on to a `custom_generate`.
+        options: that `generate` is given too, in place of those of the model's generation config.
     """
-    supported = _is_supported(model) and _samples_one_token(model)
+    supported = _is_supported(model) and _samples_one_token(model, options)
     return functools.partial(decode, streamer=streamer) if supported else None
 
 
@@ -87,13 +92,13 @@ def greedy(model: PreTrainedModel, ids: Tensor, num_tokens: int, streamer: BaseS
         pad_token_id=0,
         **ONE_SEQUENCE,
         streamer=streamer,
-        custom_generate=decoding_method(model, streamer),
+        custom_generate=decoding_method(model, streamer, **ONE_SEQUENCE),
     )
 
 
-def _samples_one_token(model: PreTrainedModel) -> bool:
+def _samples_one_token(model: PreTrainedModel, options: dict[str, Any]) -> bool:
     config = copy.deepcopy(model.generation_config)
-    config.update(**ONE_SEQUENCE)
+    config.update(**options)
     mode = config.get_generation_mode()
     # transformers does not hand the tokenizer on, by which it would find the strings
     return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not config.stop_strings
@@ -120,6 +125,7 @@ def _is_supported(model: Any) -> bool:
         and all(tensor.device.type == "cpu" for tensor in (*model.buffers(), *model.parameters()))
         and all(parameter.dtype == torch.float32 for parameter in model.parameters())
         and len({norm.variance_epsilon for norm in _norms(model)}) == 1
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     )
 
 
@@ -178,11 +184,11 @@ class DecoderState:
         self.model, self.length, config = model, cache.get_seq_length(), model.config
         layers = model.model.layers
         kv_heads, head_dim = cache.layers[0].keys.shape[1], cache.layers[0].keys.shape[3]
-        self._keys, self._values = torch.empty(2, len(layers), kv_heads, capacity, head_dim).unbind(0)
+        self._keys, self._values = torch.empty(2, len(layers), kv_heads, capacity, head_dim, **_HOST).unbind(0)
         for i, layer in enumerate(cache.layers):
             self._keys[i, :, : self.length] = layer.keys[0]
             self._values[i, :, : self.length] = layer.values[0]
-        angles = model.model.rotary_emb(self._keys, torch.arange(capacity)[None])
+        angles = model.model.rotary_emb(self._keys, torch.arange(capacity, device="cpu")[None])
         self._cosines, self._sines = (part[0].float().contiguous() for part in angles)
         if self._cosines.shape != (capacity, head_dim):
             raise InputError(f"rotary embedding of width {self._cosines.shape[1]} in heads of {head_dim}")
@@ -214,7 +220,7 @@ class DecoderState:
             InputError: the cache is full.
         """
         embedding = self.model.model.embed_tokens(token)
-        logits = torch.empty(1, self.model.lm_head.out_features)
+        logits = torch.empty(1, self.model.lm_head.out_features, **_HOST)
         if not native.decode(ctypes.addressof(self._of), embedding, self.length, logits):
             raise InputError(f"token {self.length} does not fit a cache of {self._of.capacity}")
         self.length += 1

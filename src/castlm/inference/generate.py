@@ -189,7 +189,7 @@ def generate_text(
             pad_token_id=pad,
             tokenizer=tokenizer,  # for stop_strings of the generation config
             **ONE_SEQUENCE,
-            custom_generate=decoding_method(model, stream),
+            custom_generate=decoding_method(model, stream, **ONE_SEQUENCE),
             **beside,
             **sampling,
         )

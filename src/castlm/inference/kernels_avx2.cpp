@@ -306,7 +306,13 @@ int64_t avx2_expand(const Header& of, const uint8_t* from, const uint8_t* mask, 
                                  : expand_bytes<kFloat32>(from, mask, num_bytes, to);
 }
 
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+// Not every compiler has "f16c" in __builtin_cpu_supports: bit 29 of ecx, leaf 1.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 
 Multiply avx2_multiply(const Header& of, int64_t batch) { return kernel_of<Avx2>(of, batch); }
 

@@ -6,6 +6,8 @@ part of the weight at a time is unpacked to an fp32 scratch that stays in the ca
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,9 @@ _LIBRARY.define("packed_linear(Tensor x, Tensor packed, int out_features) -> Ten
 
 @torch.library.impl(_LIBRARY, "packed_linear", "CPU")
 def _packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    num_rows = x.numel() // (x.shape[-1] or 1)
+    if not x.dtype.is_floating_point:
+        raise InputError(f"a packed layer multiplies floating-point activations, not {x.dtype}")
+    num_rows = math.prod(x.shape[:-1])
     if num_rows == 0:
         return x.new_empty((*x.shape[:-1], out_features))
     if num_rows > DIRECT_ROWS:

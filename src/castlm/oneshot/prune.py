@@ -58,9 +58,9 @@ def prune_layers(
     check_finite_weight(names, dense)
     statistic = torch.zeros(()) if seen is None else seen.statistic
     check_finite_input(names, statistic)
-    is_unmoved = bool(solver.axes) and not statistic.any()
+    has_zero_input = bool(solver.axes) and not statistic.any()
     try:
-        if is_unmoved:  # the layer computes 0 whatever its mask is
+        if has_zero_input:  # the layer gives its bias whatever its mask is
             pruned = SOLVERS["magnitude"].prune(dense, statistic, to)._replace(num_dead=dense.shape[1])
         elif refinements is None or not (shift or refinements.mask_iterations or refinements.num_refits(to.pattern)):
             pruned = solver.prune(dense, statistic, to)
@@ -73,9 +73,8 @@ def prune_layers(
         weight.copy_(new)
         lost = None if seen is None else relative_error(seen.sample @ (old - weight.float()).T, seen.sample @ old.T)
         num_zeros = int((weight == 0).sum())
-        done = LayerResult(name, tuple(weight.shape), num_zeros, lost, pruned.num_dead, pruned.damping)
-        done.num_unmoved = int(is_unmoved)
-        results.append(done)
+        found = num_zeros, lost, pruned.num_dead, pruned.damping
+        results.append(LayerResult(name, tuple(weight.shape), *found, num_zero_inputs=int(has_zero_input)))
     return results
 
 
@@ -97,7 +96,7 @@ def _prune_experts(
         sum(result.num_dead for result in of_expert),
         max(dampings, default=None),
         len(seen.few),
-        sum(result.num_unmoved for result in of_expert),
+        sum(result.num_zero_inputs for result in of_expert),
     )
 
 
@@ -284,10 +283,6 @@ def _reconstruct(
 def _stream_probes(model: PreTrainedModel, stack: str) -> dict[str, str]:
     """By the layers that write the residual stream: the module of their block whose input it is; "" is the block."""
     wiring, probes = describe(model), {}
-    if wiring.fixed_norms:
-        raise InputError(
-            f"stream_correction is not for {wiring.family}, which normalizes what a layer writes to the stream: use 0"
-        )
     for index, block in enumerate(wiring.blocks):
         modules = {module: path for path, module in model.get_submodule(f"{stack}.{index}").named_modules()}
         norm_of_mlp, _ = wiring.reads[2 * index + 1]
@@ -316,6 +311,10 @@ def check_prune(
         check_calibration(model, calibration)
     elif SOLVERS[method].add is not None:
         raise InputError(f"method {method} needs a calibration text: pass calibration, from draw_calibration")
+    if refinements.stream_correction and (wiring := describe(model)).fixed_norms:
+        raise InputError(
+            f"stream_correction is not for {wiring.family}, which normalizes what a layer writes to the stream: use 0"
+        )
     if refinements != NO_REFINEMENTS and method != "sparsegpt":
         raise InputError(f"refinements are for method sparsegpt, not for {method}: leave them out")
     refinements.check()

@@ -30,7 +30,7 @@ class LayerResult:
     num_few: int = 0
     """Experts to which fewer tokens were routed than an input of theirs has columns, and that have seen all tokens
     instead."""
-    num_unmoved: int = 0
+    num_zero_inputs: int = 0
     """1 where the calibration text leaves the whole input at 0 and the mask is by magnitude; of experts how many."""
 
 
@@ -67,9 +67,9 @@ class OneshotReport:
         return {result.name: result.num_few for result in self.layers if result.num_few}
 
     @property
-    def unmoved(self) -> dict[str, int]:
+    def zero_inputs(self) -> dict[str, int]:
         """By layer, how many of its matrices (one, or experts) were masked by magnitude, as their input is always 0."""
-        return {result.name: result.num_unmoved for result in self.layers if result.num_unmoved}
+        return {result.name: result.num_zero_inputs for result in self.layers if result.num_zero_inputs}
 
     def notes(self) -> list[str]:
         """A line for each thing that went otherwise than asked for."""
@@ -79,18 +79,18 @@ class OneshotReport:
             lines.append(
                 f"{len(raised)} of {len(self.layers)} layers took more damping than {self.damping:g}, up to {most:g}"
             )
-        if unmoved := self.unmoved:
+        if found := self.zero_inputs:
             lines.append(
-                f"the calibration text leaves the whole input of {', '.join([*unmoved][:3])}"
-                f"{f' and {len(unmoved) - 3} others' if len(unmoved) > 3 else ''} at 0: masked by magnitude there"
+                f"the calibration text leaves the whole input of {', '.join([*found][:3])}"
+                f"{f' and {len(found) - 3} others' if len(found) > 3 else ''} at 0: masked by magnitude there"
             )
         return lines
 
     def record(self) -> dict[str, Any]:
         """What castlm.json says of it: nothing of a damping or of experts that a method or a model does not have."""
         damping = {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}
-        unmoved = {"masked_by_magnitude": self.unmoved} if self.unmoved else {}
-        return damping | few_experts_record(self.few_experts) | unmoved
+        zero_inputs = {"masked_by_magnitude": self.zero_inputs} if self.zero_inputs else {}
+        return damping | few_experts_record(self.few_experts) | zero_inputs
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}

@@ -40,12 +40,12 @@ class InputStatistic:
         """Adds fp32 `tokens` (num_tokens, in)."""
         self.gram.addmm_(tokens.T, tokens)
         self.total += tokens.sum(0, dtype=torch.float64)
-        self.squares += tokens.square().sum(0, dtype=torch.float64)
+        self.squares += tokens.double().square().sum(0)
         self.num_tokens += len(tokens)
 
     @classmethod
     def like(cls, x: Tensor) -> InputStatistic:
-        """That of no token yet; `x` (..., in) is on the device of the sums."""
+        """The statistic of no token yet, for inputs like `x` (..., in), on its device."""
         width = x.shape[-1]
         sums = x.new_zeros(width, dtype=torch.float64)
         return cls(x.new_zeros(width, width, dtype=torch.float32), sums, sums.clone())

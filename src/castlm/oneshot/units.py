@@ -1,8 +1,8 @@
 """One-shot pruning of whole units: which channels, KV heads or tiles stay, and what the others' work becomes.
 
 Every score is a sum over the weights of a unit. For each transformer block in turn, the inputs of its layers are
-collected while it is still dense; then its units are ranked, those that go are set to zero, and the weights that are
-left of the output layer are solved for by least squares on the calibration text, so that they take over.
+collected while it is still dense; then its units are ranked and those that go are set to zero. With `refit_iterations`,
+the weights that are left of the output layer are solved for by least squares on the calibration text.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,17 +88,22 @@ class Saved(NamedTuple):
     """Outside the blocks."""
 
 
-def trace(config: PretrainedConfig, run: Settings, sharded: bool, num_layers: int = 2) -> Saved:
-    """Saved bytes, from the differences between one block and several, and between two small numbers of tokens.
+def trace(config: PretrainedConfig, run: Settings, sharded: bool, kinds: Sequence[Hashable] = ("all",)) -> Saved:
+    """Saved bytes, from the differences between some blocks and one more, and between two small numbers of tokens.
 
     Args:
-        num_layers: the several: all blocks where they differ, as their mean is returned.
+        kinds: what tells one kind of block from another, of each block in turn.
     """
     sizes = [(run.micro_batch, run.seq_len), (1, 16), (1, 32)]
-    one, several = (saved_bytes(config, number, sizes, run, sharded) for number in (1, num_layers))
-    block, of_16, of_32 = ((more - less) // (num_layers - 1) for less, more in zip(one, several))
+    first = functools.cache(lambda number: saved_bytes(config, number, sizes, run, sharded))
+    of_kind = {}
+    for kind in set(kinds):
+        later = [*kinds, kinds[-1]]  # not the first block where another is like it: it has what lies around the blocks
+        index = next((i for i, other in enumerate(later) if i and other == kind), 0)
+        of_kind[kind] = [more - less for less, more in zip(first(index), first(index + 1))]
+    block, of_16, of_32 = (sum(of_kind[kind][size] for kind in kinds) // len(kinds) for size in range(len(sizes)))
     weights = 2 * of_16 - of_32  # saved = weights + tokens * x
-    return Saved(block - weights, weights, one[0] - block)
+    return Saved(block - weights, weights, first(1)[0] - of_kind[kinds[0]][0])
 
 
 def saved_bytes(

@@ -6,12 +6,13 @@ Weights are counted on the meta device, saved activations by `activations`; the 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from castlm.architecture import is_vision_language, shape_model
 from castlm.core.blocks import in_block
@@ -54,8 +55,8 @@ class _Sizes(NamedTuple):
     """Sum of the squared input widths of a block's sparse layers."""
     moments: int
     """Bytes of both moments of all parameters, with the scales of 8-bit moments."""
-    traced: int
-    """Transformer blocks whose activations are traced: two where all have the same parameters, else all."""
+    kinds: tuple[Hashable, ...]
+    """Of each transformer block what its parameters are."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def plan_memory(
     )
     sizes = _sizes(config, run)
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
-    saved = {sharded: trace(config, run, sharded, sizes.traced) for sharded in sharded_or_not}
+    saved = {sharded: trace(config, run, sharded, sizes.kinds) for sharded in sharded_or_not}
     plan = _plan(sizes, saved[world_size > 1], run, world_size)
     if gpu_gib is None:
         return plan
@@ -313,6 +314,16 @@ def _num_matrices(layer: SparseLayer) -> int:
     return layer.num_experts if isinstance(layer, ExpertLinear) else 1
 
 
+def _kinds(model: PreTrainedModel, num_layers: int) -> tuple[Hashable, ...]:
+    """What tells one kind of transformer block from another: the names and shapes of its parameters."""
+    blocks = transformer_blocks(model)
+    stack_of = {name: name.rpartition(".")[0] for name in blocks}
+    whole = [name for name in blocks if [*stack_of.values()].count(stack_of[name]) == num_layers]
+    if len(whole) != num_layers:
+        return ("all",) * num_layers
+    return tuple(tuple((key, *p.shape) for key, p in blocks[name].named_parameters()) for name in whole)
+
+
 def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
     if is_vision_language(config):
         raise InputError(
@@ -321,8 +332,6 @@ def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
         )
     model = shape_model(config)
     check_cut(model, run.pattern)
-    blocks = transformer_blocks(model).values()
-    kinds = {tuple((name, *parameter.shape) for name, parameter in block.named_parameters()) for block in blocks}
     layers, _ = sparse_linears(model, run.pattern)
     if run.scale_groups:
         add_weight_scaling(model, run.scale_groups, pattern=run.pattern)
@@ -343,6 +352,6 @@ def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
         vocab=embedding.shape[0],
         num_layers=num_layers,
         inputs=sum(_num_matrices(layer) * layer.in_features**2 for layer in layers.values()) // num_layers,
-        traced=2 if len(kinds) == 1 else num_layers,
+        kinds=_kinds(model, num_layers),
         moments=sum(state.nbytes for p in model.parameters() for state in new_moments(p, run.moments).values()),
     )

@@ -21,7 +21,8 @@ from castlm.training.config import TrainConfig
 from castlm.training.verdict import final_perplexity, verdict
 
 REFRESH_SECONDS = 10
-_GENERATOR = b'<meta name="generator" content="castlm">'
+_MARKS = b'<meta name="generator" content="castlm">', b'<div class="eyebrow">castlm '
+"""One of these is in every page that castlm writes."""
 GLOSSARY = (
     ("Perplexity", "exp of the mean cross-entropy per token on the held-out text. Lower is better."),
     ("Before the prune", "The model as it trains: masked weights may still be above zero."),
@@ -82,7 +83,7 @@ def write_run_page(run: RunData, sample: dict[str, Any] | None = None, *, refres
             or the disk is full.
     """
     file = run.folder / "report.html"
-    if file.exists() and _GENERATOR not in read_bytes(file):
+    if file.exists() and not any(mark in read_bytes(file) for mark in _MARKS):
         raise InputError(f"{file} is not a page of castlm: move it away")
     try:
         page = run_page(run, sample, refresh=refresh)
