@@ -254,6 +254,7 @@ def write_gguf(file: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def test_gguf_is_a_plain_model_after_load(tmp_path, capfd):
     file, out = tmp_path / "tiny.gguf", tmp_path / "out"
     expected = write_gguf(file, tiny_model("llama"))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "of-another-format.safetensors"}}')
     capfd.readouterr()
     loaded = load_model(file)
     assert capfd.readouterr() == ("", "")

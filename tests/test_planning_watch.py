@@ -139,6 +139,14 @@ def test_run_folder_is_read(tmp_path):
     assert report.verdict == "will miss"
 
 
+def test_a_run_that_logs_seldom_is_read_as_one_that_logs_each_step(tmp_path):
+    seen = real_rows()[1:]
+    lines = [line for row in seen for line in split(row)]
+    write_run(tmp_path, [line for line in lines if "loss" not in line or line["step"] % 50 == 0 or line["step"] == 5])
+    found = read_evaluations(tmp_path)
+    assert [row["alpha"] for row in found] == pytest.approx([row["alpha"] for row in seen])
+
+
 def test_run_folder_of_a_rival_uses_the_whole_curve(tmp_path):
     write_run(tmp_path, rows(decays=False, upto=0.6), max_steps=100, method="ste")
     assert watch_run(tmp_path).num_excluded == 0

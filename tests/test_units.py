@@ -12,6 +12,7 @@ from castlm.core.sparsify import sparse_linears
 from castlm.core.structured import cut
 from castlm.oneshot.options import UNIT_SCORES, Refinements
 from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.unit_inputs import InputStatistic
 from castlm.oneshot.units import SCORES, loss_gradients, solve_columns
 from castlm.planning.fit import fit_law
 from castlm.planning.points import Point
@@ -43,6 +44,14 @@ def expected(score, model):
         return parts[0].sum(1) + parts[1].sum(1) + parts[2].sum(0)
     x = mlp_inputs(model)
     return (x.square().mean(0) if score == "wanda" else x.var(0, correction=0)) * down.square().sum(0)
+
+
+def test_the_variance_of_a_column_with_a_large_mean_is_that_of_the_column():
+    x = 1000 + 0.1 * torch.randn(4096, 8, generator=torch.Generator().manual_seed(0))
+    statistic = InputStatistic.like(x)
+    for part in x.split(1000):
+        statistic.add(part)
+    torch.testing.assert_close(statistic.variance, x.double().var(0, correction=0).float(), rtol=1e-4, atol=0)
 
 
 def kept_channels(model, block=0):

@@ -233,6 +233,9 @@ def test_non_finite_values_outside_the_layers(tmp_path):
 def test_include_and_exclude(tmp_path):
     folder = write(tmp_path, llama(**{Q0: torch.randn(8, 8)}))
     assert not verify(folder).ok
+    with_head = write(tmp_path / "with_head", llama() | {"score.0.weight": torch.randn(16, 16)})
+    refused(with_head, "holds score.0.weight, which its config.json does not describe")
+    assert verify(with_head, exclude=["score.*"]).dense["score.0.weight"] == "excluded"
     report = verify(folder, exclude=["*.0.self_attn.q*"])
     assert report.ok
     assert report.dense[Q0] == "excluded"

@@ -49,16 +49,19 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 
 def read_evaluations(run: str | Path) -> list[dict[str, Any]]:
-    """The evaluation rows, those with `prune_now_ppl`. Each gets the `alpha` of the last step before it.
+    """The evaluation rows, those with `prune_now_ppl`. Each gets the `alpha` of its step, which grows in proportion to
+    the steps done until it is 1; a run logs it every `log_steps`.
 
     Raises:
         InputError: as `read_metrics`.
     """
-    rows, alpha = [], None
+    rows, alpha, logged = [], None, 0
     for row in read_metrics(run):
-        alpha = row.get("alpha", alpha)
+        if "alpha" in row:
+            alpha, logged = row["alpha"], row["step"]
         if row.get("prune_now_ppl") is not None:
-            rows.append(row if alpha is None else {**row, "alpha": alpha})
+            now = alpha if alpha is None or logged < 2 else min(1.0, alpha * ((row["step"] - 1) / (logged - 1)))
+            rows.append(row if now is None else {**row, "alpha": now})
     return rows
 
 
