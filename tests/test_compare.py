@@ -174,7 +174,7 @@ def test_damping_that_was_raised_is_recorded_and_said(taken, files, tmp_path, in
 
 def test_a_failed_run_is_a_line_of_the_table(files, tmp_path, in_process):
     variants = tmp_path / "variants.yaml"
-    variants.write_text("good: {}\nbad:\n  seq_len: 300\n  per_device_train_batch_size: 1\n")
+    variants.write_text('good: {}\nbad:\n  left_dense: ["*"]\n')
     code, table = compare(files, tmp_path, variants=str(variants), budget_tokens=300)
     assert code == 1
     rows = {row["variant"]: row for row in table["rows"]}
@@ -406,6 +406,13 @@ def test_structured_patterns_have_their_own_rivals(files, tmp_path, in_process):
 def test_names_that_no_variant_can_have_are_refused(text, reason, files, tmp_path):
     (tmp_path / "variants.yaml").write_text(text)
     with pytest.raises(InputError, match=reason):
+        Plan(command(files, tmp_path, variants=str(tmp_path / "variants.yaml")), str)
+
+
+@pytest.mark.parametrize("option", ["seq_len: 16", "eval_tokens: 64", "assistant_only_loss: false"])
+def test_variants_are_measured_alike(option, files, tmp_path):
+    (tmp_path / "variants.yaml").write_text(f"other: {{method: cast, {option}}}")
+    with pytest.raises(InputError, match="which changes what its perplexity is of: set it for all variants"):
         Plan(command(files, tmp_path, variants=str(tmp_path / "variants.yaml")), str)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ Say = Callable[[str], None]
 _OF_COMPARE = ("model", "dataset", "eval_dataset", "output_dir", "seed", "max_steps", "num_train_epochs", "resume")
 _OF_COMPARE += ("overwrite",)
 """Options of a run that a comparison sets itself."""
+_OF_ALL = ("seq_len", "eval_tokens", "eval_split", "eval_config", "assistant_only_loss")
+"""Options that decide what a perplexity is of: perplexities that differ in one are not compared."""
 
 
 def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]:
@@ -122,6 +125,11 @@ class Plan:
                 raise InputError(f"variant {name}: method = {fields['method']!r} is not text: use {', '.join(known)}")
             if taken := [option for option in _OF_COMPARE if option in fields]:
                 raise InputError(f"variant {name} sets {taken[0]}, which castlm compare sets for each run: take it out")
+            if taken := [option for option in _OF_ALL if option in fields]:
+                raise InputError(
+                    f"variant {name} sets {taken[0]}, which changes what its perplexity is of: set it for all variants "
+                    "in --config"
+                )
         if (method := variants.get("dense", {"method": "dense"})["method"]) != "dense":
             raise InputError(f"variant dense: method = {method!r}, but the name is the dense control's: rename it")
         if all(fields["method"] != "dense" for fields in variants.values()):
@@ -204,7 +212,7 @@ class Plan:
         tuned = self._is_tuned(name)
         runs = [self.make(name, tokens, 0, rate, tuning=tuned) for rate in self._rates_of(name)]
         candidates = [self.measure(run, root) for run in runs]
-        best = min(candidates, key=lambda result: result.perplexity)
+        best = min(candidates, key=lambda r: r.perplexity if math.isfinite(r.perplexity) else math.inf)
         for candidate in candidates:
             candidate.trial = tuned or candidate is not best
         rate = best.run.config.get("learning_rate")

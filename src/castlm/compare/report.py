@@ -275,6 +275,11 @@ def _report(
         notes.append(f"Zero-shot by lm-eval, no examples, no chat template. The model before any training: {figures}.")
     warnings = [f"failed: {row['variant']}, {error}" for row in rows for error in row["errors"]]
     warnings += [f"diverged: {row['variant']}, {reason}" for row in rows for reason in row["diverged"]]
+    warnings += [
+        f"failed: {r.run.variant}, a trial at the rate {r.run.config.get('learning_rate')}: {r.record['error']}"
+        for r in results
+        if r.trial and "error" in r.record
+    ]
     files = [root / name for name in ("table.html", "table.md", "table.json", *(f"{name}.svg" for name in pictures))]
     return Report(preset.question, verdict(rows), *cells(rows), warnings, notes, files)
 
