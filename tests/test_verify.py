@@ -344,6 +344,12 @@ def test_a_missing_or_renamed_layer_is_refused(tmp_path, name):
     refused(write(tmp_path / "huge", llama(), LLAMA | {"num_hidden_layers": 10**9}), "num_hidden_layers = 1000000000")
 
 
+def test_a_file_of_its_own_does_not_depend_on_an_index_beside_it(tmp_path):
+    save_file(llama(), tmp_path / "other.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert verify(tmp_path / "other.safetensors").ok
+
+
 def test_only_counts_of_layers_and_experts_are_bounded_by_the_number_of_tensors(tmp_path):
     sizes = {"block_size": 2048, "vocab_size_per_layer_input": 262_144, "num_experts": 16_384}
     assert verify(write(tmp_path / "sizes", llama(), LLAMA | sizes)).ok

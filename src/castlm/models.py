@@ -33,7 +33,7 @@ from castlm.opening import (
     quiet,
     quiet_transformers,
 )
-from castlm.stored import INDEX, SINGLE, read_header, read_weight_map
+from castlm.stored import INDEX, SINGLE, read_header, read_weight_map, shard_files
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
     elif not where.is_hub and not (Path(where.target) / SINGLE).exists():
         index = Path(where.target) / INDEX
         if index.is_file():
-            read_weight_map(index)
+            shard_files(index, read_weight_map(index))
     with quiet(where), as_input_error(where):
         # Mismatched sizes are allowed here; `_check_weights` reports them in one line.
         model, loading_info = auto_class(config).from_pretrained(

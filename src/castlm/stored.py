@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,10 +64,10 @@ class StoredTensor(NamedTuple):
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """The file name of each tensor, from the index of a model in several files, which all exist.
+    """The file name of each tensor, from the index of a model in several files.
 
     Raises:
-        InputError: the index cannot be read, or names a file that is missing or outside its folder.
+        InputError: the index cannot be read, or names a file outside its folder.
     """
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -75,9 +75,19 @@ def read_weight_map(index: Path) -> dict[str, str]:
     strange = [file for file in weight_map.values() if not isinstance(file, str) or os.path.basename(file) != file]
     if strange or "" in weight_map.values():
         raise InputError(f"{index} names {(strange or [''])[0]!r}, outside its folder")
-    if missing := [file for file in sorted(set(weight_map.values())) if not (index.parent / file).exists()]:
-        raise InputError(f"{index} names {len(missing)} missing files, first {missing[0]}: the folder is not complete")
     return weight_map
+
+
+def shard_files(index: Path, weight_map: Mapping[str, str]) -> list[str]:
+    """The names of the files of an index, whose `read_weight_map` is given.
+
+    Raises:
+        InputError: one of them is missing.
+    """
+    files = sorted(set(weight_map.values()))
+    if missing := [file for file in files if not (index.parent / file).exists()]:
+        raise InputError(f"{index} names {len(missing)} missing files, first {missing[0]}: the folder is not complete")
+    return files
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:

@@ -29,7 +29,7 @@ from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, cached_snapshot, locate
 from castlm.models import Loaded, stored_dtype
 from castlm.opening import open_model, quiet
-from castlm.stored import INDEX, SINGLE, read_weight_map
+from castlm.stored import INDEX, SINGLE, read_weight_map, shard_files
 
 Reader = Callable[[Path], Any]
 """Opens a safetensors file, each once."""
@@ -143,7 +143,7 @@ def _weight_files(where: Location, revision: str | None) -> list[Path]:
     if index is None:
         return []
     if not where.is_hub:
-        return [Path(index).with_name(file) for file in sorted(set(read_weight_map(Path(index)).values()))]
+        return [Path(index).with_name(file) for file in shard_files(Path(index), read_weight_map(Path(index)))]
     return [Path(file) for file in get_checkpoint_shard_files(where.target, index, **options)[0]]
 
 

@@ -16,7 +16,7 @@ from castlm.core.errors import InputError
 from castlm.inference import format as packed
 from castlm.layout import QUANT_METHOD
 from castlm.reading import check_regular, read_json_object
-from castlm.stored import INDEX, SINGLE, StoredTensor, read_header, read_weight_map
+from castlm.stored import INDEX, SINGLE, StoredTensor, read_header, read_weight_map, shard_files
 
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|pkl|pickle|onnx|tflite|mar|distcp|ot)$"
@@ -119,7 +119,7 @@ def _refuse_other_weights(folder: Path, read: set[str], single: str) -> None:
 
 def _sharded(index: Path) -> tuple[list[str], dict[str, StoredTensor]]:
     weight_map = read_weight_map(index)
-    files = sorted(set(weight_map.values()))
+    files = shard_files(index, weight_map)
     shards = {file: read_header(check_regular(index.parent / file)) for file in files}
     absent = [name for name, file in weight_map.items() if name not in shards[file]]
     if absent:
