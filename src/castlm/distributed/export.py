@@ -45,6 +45,7 @@ from castlm.export.hf import (
 from castlm.export.verify import verify
 from castlm.files import atomic_dir
 from castlm.layout import stored_transposed
+from castlm.stored import SINGLE
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -165,7 +166,7 @@ def _plan_files(sizes: dict[str, int]) -> dict[str, list[str]]:
         shards[-1].append(name)
         held += size
     if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
+        return {SINGLE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
 
 

@@ -73,14 +73,18 @@ def local_task(name: str, folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def _require_lm_eval() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("zero-shot tasks need lm-eval: pip install '.[eval]' in the clone of castlm")
+
+
 def check_tasks(tasks: Sequence[str], folder: str | Path | None) -> None:
     """Checks that the tasks can be evaluated, before there is a model.
 
     Raises:
         InputError: lm-eval is not installed, an unknown task, or data that is not in `folder`.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("zero-shot tasks need lm-eval: pip install '.[eval]' in the clone of castlm")
+    _require_lm_eval()
     if not tasks or not all(tasks):
         raise InputError("no task is named: pass, for example, --tasks piqa,arc_easy")
     if folder is not None:
@@ -125,8 +129,7 @@ def zero_shot(
     Raises:
         InputError: lm-eval is not installed, a task is unknown, or its data is not available.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("zero-shot tasks need lm-eval: pip install '.[eval]' in the clone of castlm")
+    _require_lm_eval()
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}: it must be at least 1, or left out for all questions")
     if not tasks:

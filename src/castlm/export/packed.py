@@ -32,6 +32,7 @@ from castlm.inference.packed import PackedTensor, equal_as_packed, pack, pack_in
 from castlm.inference.rounding import round_rows
 from castlm.layout import QUANT_METHOD
 from castlm.reading import read_json_object, user_path
+from castlm.stored import INDEX, SINGLE
 
 Progress = Callable[[int, int], None]
 
@@ -194,7 +195,7 @@ def unpack_folder(
     done = 0
     with atomic_dir(folder, overwrite) as temporary:
         for i, path in enumerate(paths, 1):
-            new = "model.safetensors" if len(paths) == 1 else f"model-{i:05d}-of-{len(paths):05d}.safetensors"
+            new = SINGLE if len(paths) == 1 else f"model-{i:05d}-of-{len(paths):05d}.safetensors"
             here = {name: spec for name, spec in specs.items() if stored[f"{name}.values"].file == path}
             plain = [name for name, tensor in stored.items() if tensor.file == path and name not in parts]
             layout = {name: (stored[name].dtype, stored[name].shape) for name in plain}
@@ -218,7 +219,7 @@ def unpack_folder(
         if len(paths) > 1:
             total = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            atomic_write_json(temporary / "model.safetensors.index.json", index)
+            atomic_write_json(temporary / INDEX, index)
         manifest = read_manifest(source)
         if manifest:
             manifest.pop("packed", None)

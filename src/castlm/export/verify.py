@@ -27,7 +27,7 @@ from castlm.export.report import LayerReport, VerifyReport
 from castlm.export.unit_count import base_config, count_tiles, count_units, groups_of, tiles_of
 from castlm.layout import OLD_BUFFERS, experts_input_axis, guess_model_type, stored_transposed
 from castlm.reading import read_json_object, user_path
-from castlm.stored import FLOATS, StoredTensor, count_non_finite, magnitude_chunks, non_finite_of
+from castlm.stored import FLOATS, SINGLE, StoredTensor, count_non_finite, magnitude_chunks, non_finite_of
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
 """Ends of tensor names that hold a packed weight: of GPTQ and AWQ, compressed-tensors, torchao."""
@@ -83,16 +83,16 @@ def verify(
     if packed and path.is_dir() and not is_packed(config):
         raise InputError(f"{next(iter(packed))} is packed, which transformers does not read from a plain folder")
     _refuse_packed(path, tensors, config)
-    excluded = tuple(exclude or ())
-    ignored = {name for name in tensors if _matches(name, excluded)}
-    compared_with = _compare_layers(path, tensors, config, include, known_layers, ignored)
+    globs = tuple(exclude or ())
+    excluded = {name for name in tensors if _matches(name, globs)}
+    compared_with = _compare_layers(path, tensors, config, include, known_layers, excluded)
     report = VerifyReport(str(path), pattern, compared_with=compared_with)
     model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in tensors.items()})
     left_dense = read_left_dense(folder / "castlm.json")
-    globs = tuple(include) if include is not None else None
+    included = tuple(include) if include is not None else None
     with_experts = owners_of_experts(tensors)
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
-        why_dense = "excluded" if _matches(name, excluded) else _why_dense(tensor, globs, with_experts)
+        why_dense = "excluded" if name in excluded else _why_dense(tensor, included, with_experts)
         axis = _input_axis(tensor, {**config, "model_type": model_type}, pattern)
         if why_dense is None and axis is not None:
             if name not in packed:
@@ -134,7 +134,7 @@ def _compare_layers(
                 f"{path} has no config.json, so its layers are unknown: copy that of the model, or verify one "
                 ".safetensors file by its own path"
             )
-        described = bool(config) and (path.is_dir() or path.name == "model.safetensors")
+        described = bool(config) and (path.is_dir() or path.name == SINGLE)
         return check_layers(path, tensors, config, trust_config=described, ignored=ignored)
     if missing := sorted(set(known_layers) - tensors.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -88,11 +88,21 @@ class Saved(NamedTuple):
     """Outside the blocks."""
 
 
+def block_kinds(model: PreTrainedModel, num_layers: int) -> tuple[Hashable, ...]:
+    """What tells one kind of transformer block from another: the names and shapes of its parameters."""
+    blocks = transformer_blocks(model)
+    stack_of = {name: name.rpartition(".")[0] for name in blocks}
+    whole = [name for name in blocks if [*stack_of.values()].count(stack_of[name]) == num_layers]
+    if len(whole) != num_layers:
+        return ("all",) * num_layers
+    return tuple(tuple((key, *p.shape) for key, p in blocks[name].named_parameters()) for name in whole)
+
+
 def trace(config: PretrainedConfig, run: Settings, sharded: bool, kinds: Sequence[Hashable] = ("all",)) -> Saved:
     """Saved bytes, from the differences between some blocks and one more, and between two small numbers of tokens.
 
     Args:
-        kinds: what tells one kind of block from another, of each block in turn.
+        kinds: `block_kinds` of the model.
     """
     sizes = [(run.micro_batch, run.seq_len), (1, 16), (1, 32)]
     first = functools.cache(lambda number: saved_bytes(config, number, sizes, run, sharded))

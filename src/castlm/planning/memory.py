@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 
 from castlm.architecture import is_vision_language, shape_model
 from castlm.core.blocks import in_block
@@ -21,10 +21,10 @@ from castlm.core.experts import ExpertLinear, SparseLayer, num_weights
 from castlm.core.moments import MOMENTS, new_moments
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.scaling import add_weight_scaling
-from castlm.core.sparsify import sparse_linears, transformer_blocks
+from castlm.core.sparsify import sparse_linears
 from castlm.export.cut import check_cut
 from castlm.opening import check_num_layers
-from castlm.planning.activations import Saved, Settings, trace
+from castlm.planning.activations import Saved, Settings, block_kinds, trace
 from castlm.reading import read_json_object, user_path
 
 GIB = 2**30
@@ -314,16 +314,6 @@ def _num_matrices(layer: SparseLayer) -> int:
     return layer.num_experts if isinstance(layer, ExpertLinear) else 1
 
 
-def _kinds(model: PreTrainedModel, num_layers: int) -> tuple[Hashable, ...]:
-    """What tells one kind of transformer block from another: the names and shapes of its parameters."""
-    blocks = transformer_blocks(model)
-    stack_of = {name: name.rpartition(".")[0] for name in blocks}
-    whole = [name for name in blocks if [*stack_of.values()].count(stack_of[name]) == num_layers]
-    if len(whole) != num_layers:
-        return ("all",) * num_layers
-    return tuple(tuple((key, *p.shape) for key, p in blocks[name].named_parameters()) for name in whole)
-
-
 def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
     if is_vision_language(config):
         raise InputError(
@@ -352,6 +342,6 @@ def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
         vocab=embedding.shape[0],
         num_layers=num_layers,
         inputs=sum(_num_matrices(layer) * layer.in_features**2 for layer in layers.values()) // num_layers,
-        kinds=_kinds(model, num_layers),
+        kinds=block_kinds(model, num_layers),
         moments=sum(state.nbytes for p in model.parameters() for state in new_moments(p, run.moments).values()),
     )
