@@ -7,6 +7,7 @@ at any moment loses at most one block's work.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -275,7 +276,7 @@ class _Walk:
         run, device = self.run_, self.run_.device
         size = batch_size(calibration, device)
         shape = (size, calibration.shape[1], run.model.config.get_text_config().hidden_size)
-        num_batches = len(calibration) // size if self.state.done else 0
+        num_batches = math.ceil(len(calibration) / size) if self.state.done else 0
         states = HiddenStates(run.folder, shape, device, self.state.done, num_batches)
         if not self.state.done:
             states.file(0).unlink(missing_ok=True)

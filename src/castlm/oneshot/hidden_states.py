@@ -18,7 +18,7 @@ from castlm.files import flush_file
 
 
 class HiddenStates(MutableSequence[Tensor]):
-    """Batches of one shape, fp32, in `folder/hidden-00000.bin` for the first block, and so on.
+    """Batches of one shape, the last of which can have fewer sequences, fp32, in `folder/hidden-00000.bin` for the first block, and so on.
 
     Reading gives what enters the block `index`; writing goes to the file of the next, and `go_on` moves on to it. A
     kill at any moment leaves the file of `index` whole.
@@ -46,7 +46,7 @@ class HiddenStates(MutableSequence[Tensor]):
         offset = number * self.batch_bytes
         count = self.batch_bytes // 4
         values = np.fromfile(self.file(self.index), dtype=np.float32, count=count, offset=offset)
-        return torch.from_numpy(values).view(self.shape).to(self.device)
+        return torch.from_numpy(values).view(-1, *self.shape[1:]).to(self.device)
 
     def __setitem__(self, number: Any, value: Any) -> None:
         self._write(self.file(self.index + 1), number, value)

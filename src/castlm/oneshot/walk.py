@@ -124,7 +124,7 @@ class BlockInputs:
     ) -> None:
         self.blocks, self.index = blocks, index
         self.batches: MutableSequence[Tensor] = [] if batches is None else batches
-        self._passes: list[_Pass] = []  # the first, and with images those of all batches
+        self._passes: list[_Pass] = []  # of each batch; those of one shape share their calls
         self._adds: bool | None = None  # whether something is added between blocks, known after the first images
         is_filled = bool(self.batches)
         if images is not None:
@@ -133,10 +133,12 @@ class BlockInputs:
                 of_device = {name: tensor.to(model.device) for name, tensor in of_sequence.items()}
                 self._enter(model, ids, of_device, keep=True)
             return
-        for ids in calibration.to(model.device).split(batch_size(calibration, model.device)):
-            self._enter(model, ids, None, keep=not is_filled)
-            if is_filled:  # one pass, for the calls
-                break
+        size = batch_size(calibration, model.device)
+        for ids in calibration.to(model.device).split(size):
+            if is_filled and self._passes and len(ids) == size:  # one pass of each shape, for the calls
+                self._passes.append(self._passes[0])
+            else:
+                self._enter(model, ids, None, keep=not is_filled)
 
     def __iter__(self) -> Iterator[Tensor]:
         """(batch, seq, hidden) each."""
@@ -144,7 +146,7 @@ class BlockInputs:
 
     def call(self, batch: int) -> BlockCall:
         """How the current block is called with a batch, counted from 0."""
-        return self._pass(batch).calls[self.index]
+        return self._passes[batch].calls[self.index]
 
     def run(self, hidden: Tensor, batch: int) -> Tensor:
         """The current block on one batch."""
@@ -162,19 +164,18 @@ class BlockInputs:
 
     def entering_next(self, output: Tensor, batch: int) -> Tensor:
         """What enters the next block where the current one gives `output`."""
-        added = self._pass(batch).added.get(self.index + 1)
+        added = self._passes[batch].added.get(self.index + 1)
         if added is None:
             return output
         entering = output.clone()
         entering[0, added.tokens] += added.values
         return entering
 
-    def _pass(self, batch: int) -> _Pass:
-        return self._passes[batch if len(self._passes) > 1 else 0]
-
     def _enter(self, model: PreTrainedModel, ids: Tensor, images: dict[str, Tensor] | None, keep: bool) -> None:
         passed_on: list[Tensor] = []  # what the last block called gave back
         here = _Pass([], {})
+        first = self._passes[0].calls if self._passes else None
+        is_of_another_shape = bool(self.batches) and len(ids) != len(self.batches[0])
 
         def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, call = _split_call(args, kwargs)
@@ -190,8 +191,8 @@ class BlockInputs:
                     "pruning block by block cannot follow it, use magnitude without calibration"
                 )
             if index == 0:
-                is_like_first = bool(self._passes) and _same(call, self._passes[0].calls[0])
-                if self._passes and not is_like_first and images is None:
+                is_like_first = first is not None and _same(call, first[0])
+                if not (first is None or is_like_first or is_of_another_shape) and images is None:
                     raise InputError(
                         f"the blocks of {type(model).__name__} take arguments that change with the text: "
                         "pruning block by block cannot follow it, use magnitude without calibration"
@@ -213,15 +214,15 @@ class BlockInputs:
             with suppress(StopForward):
                 model.base_model(input_ids=ids, use_cache=False, **(images or {}))
         if not here.calls:  # as in the first pass
-            if images is not None:
-                self._passes.append(_Pass(self._passes[0].calls, {}))
+            assert first is not None
+            self._passes.append(_Pass(first, {}))
             return
         if images:
             self._adds = bool(here.added)
         if len(here.calls) < len(self.blocks):
             raise InputError(f"{type(model).__name__} runs only {len(here.calls)} of its {len(self.blocks)} blocks")
-        same = bool(self._passes) and _same(here.calls, self._passes[0].calls)  # then one copy of the tables is kept
-        self._passes.append(here._replace(calls=self._passes[0].calls) if same else here)
+        is_same = first is not None and _same(here.calls, first)  # then one copy of the tables is kept
+        self._passes.append(here._replace(calls=first) if is_same else here)
 
 
 class _Added(NamedTuple):
@@ -251,11 +252,10 @@ def _added(output: Tensor, hidden: Tensor) -> _Added | None:
 
 
 def batch_size(calibration: Tensor, device: torch.device) -> int:
-    """Sequences a pass; it divides their number, as masks and rotary tables are kept for one batch size only."""
+    """Sequences of a forward pass; the last one has those that remain."""
     num_sequences, seq_len = calibration.shape
     pass_tokens = PASS_TOKENS_CPU if device.type == "cpu" else _PASS_TOKENS_ACCELERATOR
-    most = max(1, pass_tokens // seq_len)
-    return max(size for size in range(1, min(most, num_sequences) + 1) if num_sequences % size == 0)
+    return min(max(1, pass_tokens // seq_len), num_sequences)
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
