@@ -13,8 +13,8 @@ from castlm.core.pattern import NM
 from castlm.core.sparsify import sparse_linears
 from castlm.oneshot import basis
 from castlm.oneshot.basis import block_statistics, change_basis_, sequences_needed
-from castlm.oneshot.families import describe
-from castlm.oneshot.options import BasisOptions
+from castlm.oneshot.families import LAYOUTS, describe
+from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.permutation import find_permutation, kept_score
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.rotation import Term, complement_of_ones, learn_rotations, solved_error
@@ -23,6 +23,7 @@ from castlm.oneshot.stream_basis import Stream
 from castlm.oneshot.walk import BlockInputs, block_stack
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_model
 
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 WITH_EXPERTS = {"mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}}
 WITH_POST_NORMS = {"gemma2": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}}
 OVER = WITH_EXPERTS | WITH_POST_NORMS
@@ -104,6 +105,74 @@ def test_a_rotated_model_with_untied_embeddings_is_a_plain_folder(family, tmp_pa
     assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), before) < 1e-5
 
 
+SHARED_EXPERTS = {"n_routed_experts": 4, "num_local_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+GROUPED_EXPERTS = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SIZES = {
+    **{family: {"num_key_value_heads": 2} for family in ("cohere", "cohere2", "granite", "olmo2", "olmo3", "phi")},
+    **{family: {"num_key_value_heads": 2} for family in ("stablelm", "starcoder2", "qwen2")},
+    **dict.fromkeys(("glm4_moe", "dots1"), GROUPED | SHARED_EXPERTS | GROUPED_EXPERTS),
+    "olmoe": {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    **{family: {} for family in (*FAMILIES, *OVER, "qwen2_moe", "qwen3_moe")},
+}
+"""What the families need beside the sizes of a tiny model; GROUPED where nothing is said."""
+NO_LAYOUT_OF_THEIR_OWN = {family for family in LAYOUTS if family.endswith("_vl_text")}
+
+
+def model_of(family: str):
+    model = family_model(family, **SIZES.get(family, GROUPED))
+    linearize_(model)
+    return model
+
+
+@pytest.mark.parametrize("family", sorted(LAYOUTS.keys() - NO_LAYOUT_OF_THEIR_OWN))
+def test_every_layer_of_a_known_family_reads_or_writes_the_residual_stream(family):
+    model = model_of(family)
+    wiring = describe(model)
+    readers = {matrix.layer for _, matrices in wiring.reads for matrix in matrices}
+    writers = {matrix.layer for matrix in wiring.writes}
+    layers, _ = sparse_linears(model)
+    stacked = {name: {f"{name}.{i}" for i in range(4)} for name in layers if ".experts." in name}
+    expected = {part for name in layers for part in stacked.get(name, {name})}
+    assert expected <= readers | writers
+    assert not readers & writers
+    assert all(matrix.weight.shape[1] == 32 for _, matrices in wiring.reads for matrix in matrices)
+    assert all(matrix.weight.shape[0] == 32 for matrix in wiring.writes)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "apertus",
+        "cohere2",
+        "glm4",
+        "glm4_moe",
+        "nemotron",
+        "olmo2",
+        "phi",
+        "phi3",
+        "qwen2_moe",
+        "starcoder2",
+    ],
+)
+def test_each_way_to_put_a_block_together_computes_the_same_in_a_new_basis(family):
+    model = model_of(family)
+    before = logits(model)
+    rotates = describe(model).rotation_obstacle is None
+    options = BasisOptions(rotate="residual" if rotates else "auto", rotation_iterations=3)
+    report = change_basis_(model, TOKENS, options)
+    assert distance(logits(model), before) < 1e-5
+    assert not report.notes
+    kept = {change.what for change in report.changes if change.num_kept}
+    stream_ = "residual stream rotated" if rotates else "residual stream permuted"
+    assert kept == {"values rotated", "MLP neurons permuted", stream_}
+
+
+def test_the_error_of_the_stream_is_not_corrected_where_attention_and_mlp_run_in_parallel():
+    with pytest.raises(InputError, match=r"stream_correction is not for phi, which runs attention and MLP in parallel"):
+        prune_oneshot_(model_of("phi"), "sparsegpt", calibration=TOKENS, refinements=Refinements(stream_correction=0.5))
+
+
 def test_a_pruned_model_is_closer_to_the_dense_one_in_the_new_basis():
     errors = {}
     for rotate in ("off", "values", "residual"):
@@ -117,7 +186,7 @@ def test_a_pruned_model_is_closer_to_the_dense_one_in_the_new_basis():
 def test_what_a_family_does_not_allow_is_refused_by_name():
     with pytest.raises(InputError, match=r"residual stream of gemma2 cannot be rotated: the gains of the norms behind"):
         change_basis_(family_model("gemma2"), TOKENS, BasisOptions(rotate="residual"))
-    with pytest.raises(InputError, match=r"the basis of gpt_neox cannot be changed: known are gemma, gemma2"):
+    with pytest.raises(InputError, match=r"the basis of gpt_neox cannot be changed: it is not among the families"):
         change_basis_(tiny_model("gpt_neox"), TOKENS, BasisOptions(rotate="values"))
     model = family_model("llama")
     model.model.norm.weight.data[3] = 0

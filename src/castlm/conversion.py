@@ -44,11 +44,12 @@ def state_dict_key(model: nn.Module, parameter_name: str) -> str:
     return state_dict_name(model.get_submodule(module), module) if leaf == "weight" else parameter_name
 
 
-def stored_names(model: PreTrainedModel, fqn: str, layer: nn.Module) -> list[str]:
-    """The names under which the files hold the weight of the layer `fqn`."""
+def stored_shapes(model: PreTrainedModel, fqn: str, layer: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of the tensors in which the files hold the weight of the layer `fqn`, by their names."""
     weight = weight_parameter(layer)  # not `layer.weight`, which gathers a scaled weight from all ranks
     shape = weight.mT.shape if isinstance(layer, ExpertLinear) and layer.transposed else weight.shape
-    return list(as_stored(model, state_dict_name(layer, fqn), torch.empty(shape, device="meta")))
+    stored = as_stored(model, state_dict_name(layer, fqn), torch.empty(shape, device="meta"))
+    return {name: tensor.shape for name, tensor in stored.items()}
 
 
 def stored_rows(model: PreTrainedModel, fqn: str, layer: ExpertLinear) -> list[StoredRows] | None:

@@ -186,8 +186,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         import torch
 
         from castlm.core.sparsify import sparse_linears
-        from castlm.export.cut import check_cut
-        from castlm.export.hf import export_model
+        from castlm.export.hf import check_export, export_model
         from castlm.hardware import keep_freed_memory
         from castlm.models import load_model, save_dtype
         from castlm.oneshot.basis import change_basis_
@@ -203,7 +202,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         if not 0 <= self.damping <= 1:
             raise InputError(f"damping = {self.damping} is out of range: it must be between 0 and 1")
         loaded = load_model(self.model, dtype=held, trust_remote_code=self.trust_remote_code, revision=self.revision)
-        check_cut(loaded.model, pattern)
+        check_export(loaded.model, pattern)
         _, left_dense = sparse_linears(loaded.model, pattern)
         blocks, images, calibration = self._calibration(loaded.model, loaded.tokenizer, text)
         loaded.model.to(device)

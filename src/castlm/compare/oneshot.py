@@ -20,8 +20,7 @@ from castlm.data.chat import with_template
 from castlm.data.documents import open_documents, text_hash
 from castlm.data.scored import scored_text
 from castlm.evaluation.perplexity import measured_on, perplexity
-from castlm.export.cut import check_cut
-from castlm.export.hf import export_model
+from castlm.export.hf import check_export, export_model
 from castlm.files import atomic_write_json
 from castlm.hardware import choose_device, choose_precision, peak_memory
 from castlm.models import load_model
@@ -88,7 +87,7 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
     )
     limit, assistant_only = config.eval_tokens or None, config.assistant_only_loss
     held_out = scored_text(documents, loaded.tokenizer, limit, assistant_only=assistant_only)
-    check_cut(model, pattern)
+    check_export(model, pattern)
     _, left_dense = sparse_linears(model, pattern)
     model.to(device)
     dense = perplexity(model, held_out, seq_len=config.seq_len, autocast_dtype=autocast_dtype).perplexity

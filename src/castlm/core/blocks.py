@@ -22,7 +22,10 @@ _TOWER = re.compile(
     r"^(?:vision|visual|image|video|audio|speech|multi_modal|mm|embed_vision|embed_audio)(?:_|$)"
     r"|^(?:\w+_)?(?:projector|connector|merger|resampler|aligner|qformer|perceiver|vision|visual|abstractor)$"
 )
-_STACKED = re.compile(r"^(?:gate_up_proj|gate_proj|up_proj|down_proj|w[123])$")
+_STACKED = re.compile(  # the second line: as Aria and Granite MoE store them
+    r"\.experts(?:\.\w+)*\.(?:gate_up_proj|gate_proj|up_proj|down_proj|w[123])$"
+    r"|\.experts\.fc[12]$|\.block_sparse_moe\.(?:input|output)_linear$"
+)
 
 
 def block_name(name: str) -> str | None:
@@ -100,9 +103,8 @@ def is_stacked_experts(name: str, shape: Sequence[int]) -> bool:
         >>> is_stacked_experts("model.layers.3.mlp.experts.gate_up_proj", (8, 1536, 576))
         True
     """
-    module, _, last = name.removesuffix(".weight").rpartition(".")
-    is_expert = "experts" in module.split(".") and in_block(module) and not is_tower(module)
-    return len(shape) == 3 and is_expert and bool(_STACKED.match(last))
+    name = name.removesuffix(".weight")
+    return len(shape) == 3 and bool(_STACKED.search(name)) and in_block(name) and not is_tower(name)
 
 
 def is_block_linear(name: str, shape: Sequence[int]) -> bool:

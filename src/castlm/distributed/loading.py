@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from castlm.architecture import auto_class, linearize_
-from castlm.conversion import as_stored, state_dict_key, stored_names, stored_rows
+from castlm.conversion import as_stored, state_dict_key, stored_rows, stored_shapes
 from castlm.core.experts import ExpertLinear
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import dense_name
@@ -183,7 +183,7 @@ def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, Place | Expe
         file, shape = stored[found]
         if (_turned(shape) if transposed else shape) != tuple(parameter.shape):
             return None
-        if is_experts and stored_names(model, keys[0], layer) != [keys[0]]:
+        if is_experts and list(stored_shapes(model, keys[0], layer)) != [keys[0]]:
             return None  # transformers would not put it there as it is
         places[names[0]] = Place(file, found, transposed)
         known |= set(candidates)

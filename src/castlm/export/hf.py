@@ -19,13 +19,14 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.architecture import eval_mode
-from castlm.conversion import stored_names
+from castlm.conversion import stored_shapes
+from castlm.core.blocks import is_block_linear, is_stacked_experts
 from castlm.core.errors import InputError
 from castlm.core.experts import is_layer
 from castlm.core.pattern import Pattern, as_pattern
-from castlm.core.sparsify import is_sparse_linear
+from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.export.card import model_card
-from castlm.export.cut import cut_model
+from castlm.export.cut import check_cut, cut_model
 from castlm.export.cut_sizes import cut_pattern
 from castlm.export.report import VerifyReport
 from castlm.export.verify import verify
@@ -37,6 +38,23 @@ from castlm.versions import library_versions
 
 SCHEMA_VERSION = 1
 EVAL_TOLERANCE = 1e-6  # relative; the weights are equal bit for bit, but kernels may sum in another order
+
+
+def check_export(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is_sparse_linear) -> None:
+    """Checks, before anything is trained, that the result of `model` can be cut, written and verified.
+
+    Raises:
+        InputError: what `check_cut` raises, or a sparse layer whose weights `verify` would not find in the files.
+    """
+    check_cut(model, pattern, filter_fn)
+    layers, _ = sparse_linears(model, pattern, filter_fn)
+    for name, layer in layers.items():
+        for stored, shape in stored_shapes(model, name, layer).items():
+            if not (is_block_linear(stored, shape) or is_stacked_experts(stored, shape)):
+                raise InputError(
+                    f"{name} is stored as {stored} of shape {tuple(shape)}, whose groups castlm verify does not count: "
+                    "leave it dense (left_dense)"
+                )
 
 
 def export_model(
@@ -184,9 +202,9 @@ def verify_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dic
             continue
         reason = left_dense.get(name, left_dense.get(f"{name}.weight"))
         if reason is not None:
-            reasons |= dict.fromkeys(stored_names(model, name, module), reason)
+            reasons |= dict.fromkeys(stored_shapes(model, name, module), reason)
         elif is_sparse_linear(module, name):
-            sparse |= set(stored_names(model, name, module))
+            sparse |= stored_shapes(model, name, module).keys()
     other = "not a linear layer of its own in memory"
     for name in report.uncounted.keys() - sparse:
         del report.uncounted[name]

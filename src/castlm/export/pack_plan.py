@@ -65,6 +65,10 @@ def plan_pack(source: Path, n: int, m: int, dtype: str | None, head: str | None)
         stacked = is_stacked_experts(name, tensor.shape)
         if not (stacked or is_block_linear(name, tensor.shape)) or left_dense_reason(name, left_dense) is not None:
             continue
+        if stacked and name.endswith(".weight"):
+            raise InputError(
+                f"{name} of {source} holds experts in a layout that castlm does not pack: serve it unpacked"
+            )
         experts = tensor.shape[0] if stacked else 0
         transposed = _transposed(name, tensor, {**config, "model_type": model_type})
         rows, columns = tensor.shape[:-3:-1] if transposed else tensor.shape[-2:]

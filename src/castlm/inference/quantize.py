@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.architecture import eval_mode
-from castlm.conversion import stored_names, stored_rows
+from castlm.conversion import stored_rows, stored_shapes
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, SparseLayer
 from castlm.core.sparsify import FilterFn, is_sparse_linear
@@ -131,7 +131,7 @@ def stored_layers(model: PreTrainedModel, layers: Mapping[str, Rounded]) -> dict
     found: dict[str, Rounded] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name in layers:
-            (stored,) = stored_names(model, name, layer)
+            (stored,) = stored_shapes(model, name, layer)
             found[stored.removesuffix(".weight")] = layers[name]
         if isinstance(layer, ExpertLinear) and f"{name}.0" in layers:
             experts = [layers[f"{name}.{expert}"] for expert in range(layer.num_experts)]

@@ -6,8 +6,7 @@ and separate ones look alike to `basis.py`, which changes them in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ class Norm:
     is_layer_norm: bool
     """Subtracts the mean; otherwise it is an RMSNorm."""
     unit: float = 1.0
-    """The weight at which the gain is 1: 0 in Gemma, whose gain is 1 + weight."""
+    """The weight at which the gain is 1: 0 in Gemma and Nemotron, whose gain is 1 + weight."""
 
     @property
     def weight(self) -> Tensor:
@@ -45,7 +44,7 @@ class Norm:
 
     @property
     def bias(self) -> Tensor | None:
-        return self.module.get_parameter("bias") if self.is_layer_norm else None
+        return self.module._parameters.get("bias")
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,18 @@ class Mlp:
     down: Matrix
 
 
+Read = tuple[Norm | None, list[Matrix]]
+"""A normalization of the residual stream with the matrices that read what it gives; None where they read the stream."""
+
+
 @dataclass
 class Block:
     """A transformer block."""
 
     attention: Attention
     mlps: list[Mlp]
+    reads: list[Read]
+    """What reads the residual stream, in order: attention, then MLPs; one entry where they run in parallel."""
 
 
 @dataclass
@@ -91,19 +96,25 @@ class Wiring:
 
     family: str
     hidden: int
+    final: Norm
+    """The normalization that the output head reads."""
     blocks: list[Block] = field(default_factory=list)
     embeddings: list[Tensor] = field(default_factory=list)
     """(tokens or positions, hidden) each; what they hold is added to the stream."""
-    reads: list[tuple[Norm, list[Matrix]]] = field(default_factory=list)
-    """Each normalization with the matrices that read what it gives; their columns are the stream's."""
-    writes: list[Matrix] = field(default_factory=list)
-    """Their rows are the stream's."""
-    final: Norm = field(init=False)
-    """The normalization that the output head reads."""
     fixed_norms: list[Norm] = field(default_factory=list)
     """Normalize what a block writes: their gains allow a permutation of the stream, but no rotation."""
     ends: str | None = None
     """Why the stream's basis cannot be changed: something outside the blocks projects it. It is then not permuted."""
+
+    @property
+    def reads(self) -> list[Read]:
+        """Those of all blocks, in order; the columns of their matrices are the stream's."""
+        return [read for block in self.blocks for read in block.reads]
+
+    @property
+    def writes(self) -> list[Matrix]:
+        """The matrices whose rows are the stream's."""
+        return [matrix for b in self.blocks for matrix in (b.attention.output, *(mlp.down for mlp in b.mlps))]
 
     @property
     def rotation_obstacle(self) -> str | None:
@@ -114,6 +125,38 @@ class Wiring:
             return "the gains of the norms behind its sublayers act on single channels"
         return None
 
+    @property
+    def correction_obstacle(self) -> str | None:
+        """Why the error of the residual stream cannot be corrected layer by layer; None where it can."""
+        if self.fixed_norms:
+            return "normalizes what a layer writes to the stream"
+        if any(len(block.reads) == 1 for block in self.blocks):
+            return "runs attention and MLP in parallel"
+        return None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The names of a family's modules; those of a block without the block's own name."""
+
+    stack: str = "model.layers"
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    final: str = "model.norm"
+    attention: str = "self_attn"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    """Inside the attention; one name where a layer gives all three, the values last."""
+    output: str = "o_proj"
+    """Inside the attention."""
+    inner: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """One name where there is no gate, or where a layer gives gate and up."""
+    down: str = "mlp.down_proj"
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    """What attention and MLP read; one where they run in parallel, none where they read the stream itself."""
+    norms_behind: tuple[str, ...] = ()
+    """What normalizes the outputs of attention and MLP."""
+    is_layer_norm: bool = False
+    unit: float = 1.0
+
 
 def describe(model: PreTrainedModel) -> Wiring:
     """The wiring of a model whose `Conv1D` are `nn.Linear` already (`castlm.models.load_model` sees to that).
@@ -122,57 +165,82 @@ def describe(model: PreTrainedModel) -> Wiring:
         InputError: a family that is not known here, or a variant of one whose blocks are put together otherwise.
     """
     sees_images = is_vision_language(model.config)
-    family = model.config.get_text_config().model_type if sees_images else model.config.model_type
-    if family not in FAMILIES or (sees_images and FAMILIES[family] is not _llama):
+    config = model.config.get_text_config() if sees_images else model.config
+    family = config.model_type
+    layout = LAYOUTS.get(family)
+    if layout is None or (sees_images and layout.stack != Layout.stack):
+        of_images = " in a vision-language model" if layout else ""
         raise InputError(
-            f"the basis of {family} cannot be changed: known are {', '.join(sorted(FAMILIES))}; "
-            "use rotate off and permute off"
+            f"the basis of {family}{of_images} cannot be changed: it is not among the families that docs/method.md "
+            "lists; use rotate off and permute off"
         )
-    wiring = Wiring(family, int(model.get_input_embeddings().weight.shape[1]))
-    FAMILIES[family](model, wiring)
+    if sees_images:
+        layout = _inside_language_model(model, layout)
+    if family == "opt" and not config.do_layer_norm_before:
+        raise InputError("the basis of this opt cannot be changed: it normalizes behind its sublayers; use rotate off")
+    wiring = Wiring(family, int(model.get_input_embeddings().weight.shape[1]), _norm(model, layout.final, layout))
+    for index, module in enumerate(model.get_submodule(layout.stack).children()):
+        _describe_block(model, module, f"{layout.stack}.{index}", layout, wiring)
+    wiring.embeddings = [model.get_submodule(name).get_parameter("weight").data for name in layout.embeddings]
     if sees_images:
         wiring.ends = "its images enter it through a projector"
+    elif family == "opt" and config.word_embed_proj_dim != config.hidden_size:
+        wiring.ends = "its embeddings are projected to the width of its blocks"
     return wiring
 
 
-def _matrix(model: nn.Module, name: str, rows: slice = slice(None)) -> Matrix:
+def _inside_language_model(model: PreTrainedModel, layout: Layout) -> Layout:
+    """The layout of the language model in a vision-language model."""
+    if "language_model" not in model.base_model._modules:
+        raise InputError(f"the basis of {type(model).__name__} cannot be changed: it has no model.language_model")
+
+    def inside(name: str) -> str:
+        return f"model.language_model.{name.removeprefix('model.')}"
+
+    names = tuple(map(inside, layout.embeddings))
+    return replace(layout, stack=inside(layout.stack), final=inside(layout.final), embeddings=names)
+
+
+def _describe_block(model: nn.Module, module: nn.Module, name: str, layout: Layout, wiring: Wiring) -> None:
+    """Adds a transformer block, the `module` called `name`, to `wiring`."""
+    qkv = [_matrix(model, f"{name}.{layout.attention}.{part}") for part in layout.qkv]
+    output = _matrix(model, f"{name}.{layout.attention}.{layout.output}")
+    value = qkv[-1]
+    if len(qkv) == 1:
+        num_values = (len(value.weight) - output.weight.shape[1]) // 2  # keys have as many rows
+        value = _rows(value, slice(-num_values, None))
+    head_dim: Any = getattr(module.get_submodule(layout.attention), "head_dim")  # noqa: B009
+    mlps, readers = _feed_forward(model, name, layout)
+    norms = [_norm(module, norm, layout) for norm in layout.norms if module._modules[norm] is not None]
+    reads: list[Read]
+    if len(norms) == 1:
+        reads = [(norms[0], [*qkv, *readers])]
+    else:
+        reads = list(zip(norms or [None, None], (qkv, readers), strict=True))
+    wiring.blocks.append(Block(Attention(value, output, head_dim), mlps, reads))
+    wiring.fixed_norms += [_norm(module, norm, layout) for norm in layout.norms_behind]
+
+
+def _norm(module: nn.Module, name: str, layout: Layout) -> Norm:
+    return Norm(module.get_submodule(name), layout.is_layer_norm, layout.unit)
+
+
+def _matrix(model: nn.Module, name: str) -> Matrix:
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    return Matrix(name, layer.weight.data[rows], None if layer.bias is None else layer.bias.data[rows])
+    return Matrix(name, layer.weight.data, None if layer.bias is None else layer.bias.data)
 
 
-def _llama(model: PreTrainedModel, wiring: Wiring) -> None:
-    """Pre-norm blocks with q, k, v, o and gate, up, down; Gemma 2 and 3 have norms behind the sublayers as well."""
-    path = "model.language_model" if is_vision_language(model.config) else "model"
-    if path.count(".") and "language_model" not in model.base_model._modules:
-        raise InputError(f"the basis of {type(model).__name__} cannot be changed: it has no model.language_model")
-    base: Any = model.get_submodule(path)
-    unit = 0.0 if wiring.family.startswith("gemma") else 1.0
-    sandwich = wiring.family in _SANDWICH
-
-    def norm(module: nn.Module) -> Norm:
-        return Norm(module, is_layer_norm=False, unit=unit)
-
-    for index, layer in enumerate(base.layers):
-        name = f"{path}.layers.{index}"
-        q, k, v, o = (_matrix(model, f"{name}.self_attn.{part}_proj") for part in "qkvo")
-        mlps, readers = _feed_forward(model, f"{name}.mlp")
-        wiring.blocks.append(Block(Attention(v, o, layer.self_attn.head_dim), mlps))
-        before_mlp = layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm
-        wiring.reads += [(norm(layer.input_layernorm), [q, k, v]), (norm(before_mlp), readers)]
-        wiring.writes += [o, *(mlp.down for mlp in mlps)]
-        if sandwich:
-            wiring.fixed_norms += [norm(layer.post_attention_layernorm), norm(layer.post_feedforward_layernorm)]
-    wiring.embeddings = [base.embed_tokens.weight.data]
-    wiring.final = norm(base.norm)
+def _rows(matrix: Matrix, rows: slice) -> Matrix:
+    return Matrix(matrix.layer, matrix.weight[rows], None if matrix.bias is None else matrix.bias[rows])
 
 
-def _feed_forward(model: nn.Module, name: str) -> tuple[list[Mlp], list[Matrix]]:
+def _feed_forward(model: nn.Module, block: str, layout: Layout) -> tuple[list[Mlp], list[Matrix]]:
     """The MLPs of a block, and all that reads its input: with experts, the router too."""
-    module: Any = model.get_submodule(name)
-    if not hasattr(module, "experts"):
-        gate, up, down = (_matrix(model, f"{name}.{part}_proj") for part in ("gate", "up", "down"))
-        return [Mlp((gate, up), down)], [gate, up]
+    name = f"{block}.mlp"
+    module: Any = model.get_submodule(block)._modules.get("mlp")
+    if module is None or "experts" not in module._modules:
+        return _mlp(model, block, layout.inner, layout.down)
     experts, mlps = module.experts, []
     readers = [Matrix(f"{name}.gate", module.gate.weight.data)]
     weights = (_experts_weight(experts, projection) for projection in ("gate_up_proj", "down_proj"))
@@ -182,7 +250,22 @@ def _feed_forward(model: nn.Module, name: str) -> tuple[list[Mlp], list[Matrix]]
         inner = Matrix(layer, gate_up[:half]), Matrix(layer, gate_up[half:])
         mlps.append(Mlp(inner, Matrix(f"{name}.experts.down_proj.{expert}", down)))
         readers += inner
+    for shared in ("shared_expert", "shared_experts"):
+        if shared in module._modules:
+            own, read = _mlp(model, f"{name}.{shared}", ("gate_proj", "up_proj"), "down_proj")
+            mlps += own
+            readers += read
+    if "shared_expert_gate" in module._modules:
+        readers.append(_matrix(model, f"{name}.shared_expert_gate"))
     return mlps, readers
+
+
+def _mlp(model: nn.Module, name: str, inner: tuple[str, ...], down: str) -> tuple[list[Mlp], list[Matrix]]:
+    """An MLP, and the layers that read its input. Of one layer for gate and up, each half is a matrix of the MLP."""
+    readers, last = [_matrix(model, f"{name}.{part}") for part in inner], _matrix(model, f"{name}.{down}")
+    neurons = last.weight.shape[1]
+    parts = [_rows(m, slice(at, at + neurons)) for m in readers for at in range(0, len(m.weight), neurons)]
+    return [Mlp(tuple(parts), last)], readers
 
 
 def _experts_weight(experts: nn.Module, projection: str) -> Tensor:
@@ -191,51 +274,55 @@ def _experts_weight(experts: nn.Module, projection: str) -> Tensor:
     return experts.get_parameter(projection if layer is None else f"{projection}.weight").data
 
 
-def _opt(model: PreTrainedModel, wiring: Wiring) -> None:
-    decoder: Any = model.base_model.decoder
-    config = model.config
-    if not config.do_layer_norm_before or decoder.final_layer_norm is None:
-        raise InputError("the basis of this opt cannot be changed: it normalizes behind its sublayers; use rotate off")
-    for index, layer in enumerate(decoder.layers):
-        name = f"model.decoder.layers.{index}"
-        q, k, v, o = (_matrix(model, f"{name}.self_attn.{part}_proj") for part in ("q", "k", "v", "out"))
-        fc1, fc2 = _matrix(model, f"{name}.fc1"), _matrix(model, f"{name}.fc2")
-        wiring.blocks.append(Block(Attention(v, o, layer.self_attn.head_dim), [Mlp((fc1,), fc2)]))
-        wiring.reads += [
-            (Norm(layer.self_attn_layer_norm, is_layer_norm=True), [q, k, v]),
-            (Norm(layer.final_layer_norm, is_layer_norm=True), [fc1]),
-        ]
-        wiring.writes += [o, fc2]
-    wiring.embeddings = [decoder.embed_tokens.weight.data, decoder.embed_positions.weight.data]
-    wiring.final = Norm(decoder.final_layer_norm, is_layer_norm=True)
-    if decoder.project_in is not None:
-        wiring.ends = "its embeddings are projected to the width of its blocks"
-
-
-def _gpt2(model: PreTrainedModel, wiring: Wiring) -> None:
-    base: Any = model.base_model
-    hidden = wiring.hidden
-    for index, layer in enumerate(base.h):
-        name = f"transformer.h.{index}"
-        fused = _matrix(model, f"{name}.attn.c_attn")
-        value = _matrix(model, f"{name}.attn.c_attn", slice(2 * hidden, 3 * hidden))
-        output = _matrix(model, f"{name}.attn.c_proj")
-        inner, down = _matrix(model, f"{name}.mlp.c_fc"), _matrix(model, f"{name}.mlp.c_proj")
-        wiring.blocks.append(Block(Attention(value, output, layer.attn.head_dim), [Mlp((inner,), down)]))
-        wiring.reads += [
-            (Norm(layer.ln_1, is_layer_norm=True), [fused]),
-            (Norm(layer.ln_2, is_layer_norm=True), [inner]),
-        ]
-        wiring.writes += [output, down]
-    wiring.embeddings = [base.wte.weight.data, base.wpe.weight.data]
-    wiring.final = Norm(base.ln_f, is_layer_norm=True)
-
-
-_SANDWICH = frozenset({"gemma2", "gemma3_text"})
-FAMILIES: dict[str, Callable[[PreTrainedModel, Wiring], None]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", *_SANDWICH), _llama),
-    **dict.fromkeys(("mixtral", "qwen3_moe", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), _llama),
-    "opt": _opt,
-    "gpt2": _gpt2,
+_LLAMA = Layout()
+_SANDWICH = Layout(
+    norms=("input_layernorm", "pre_feedforward_layernorm"),
+    norms_behind=("post_attention_layernorm", "post_feedforward_layernorm"),
+)
+_BEHIND = Layout(norms=(), norms_behind=("post_attention_layernorm", "post_feedforward_layernorm"))
+_UNGATED = Layout(inner=("mlp.up_proj",))
+_FUSED_GATE = Layout(inner=("mlp.gate_up_proj",))
+_PARALLEL = Layout(norms=("input_layernorm",), is_layer_norm=True)
+LAYOUTS: dict[str, Layout] = {
+    **dict.fromkeys(("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3", "granite"), _LLAMA),
+    **dict.fromkeys(("seed_oss", "ernie4_5", "helium", "hunyuan_v1_dense", "cwm"), _LLAMA),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "dots1"), _LLAMA),
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), _LLAMA),
+    "gemma": replace(_LLAMA, unit=0.0),
+    "vaultgemma": replace(_LLAMA, norms=_SANDWICH.norms, unit=0.0),
+    **dict.fromkeys(("gemma2", "gemma3_text"), replace(_SANDWICH, unit=0.0)),
+    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), _BEHIND),
+    "arcee": _UNGATED,
+    "apertus": replace(_UNGATED, norms=("attention_layernorm", "feedforward_layernorm")),
+    "nemotron": replace(_UNGATED, is_layer_norm=True, unit=0.0),
+    "glm": _FUSED_GATE,
+    "glm4": replace(_FUSED_GATE, norms_behind=("post_self_attn_layernorm", "post_mlp_layernorm")),
+    "phi3": replace(_FUSED_GATE, qkv=("qkv_proj",)),
+    **dict.fromkeys(("cohere", "cohere2"), _PARALLEL),
+    "phi": replace(_PARALLEL, final="model.final_layernorm", output="dense", inner=("mlp.fc1",), down="mlp.fc2"),
+    "stablelm": replace(_LLAMA, is_layer_norm=True),
+    "starcoder2": replace(_LLAMA, inner=("mlp.c_fc",), down="mlp.c_proj", is_layer_norm=True),
+    "opt": Layout(
+        stack="model.decoder.layers",
+        embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+        final="model.decoder.final_layer_norm",
+        output="out_proj",
+        inner=("fc1",),
+        down="fc2",
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        is_layer_norm=True,
+    ),
+    "gpt2": Layout(
+        stack="transformer.h",
+        embeddings=("transformer.wte", "transformer.wpe"),
+        final="transformer.ln_f",
+        attention="attn",
+        qkv=("c_attn",),
+        output="c_proj",
+        inner=("mlp.c_fc",),
+        down="mlp.c_proj",
+        norms=("ln_1", "ln_2"),
+        is_layer_norm=True,
+    ),
 }
-"""How to describe each `model_type`."""
+"""By `model_type`."""

@@ -18,10 +18,10 @@ from castlm.files import flush_file
 
 
 class HiddenStates(MutableSequence[Tensor]):
-    """Batches of one shape, the last of which can have fewer sequences, fp32, in `folder/hidden-00000.bin` for the first block, and so on.
+    """Batches of one shape, fp32, in `folder/hidden-00000.bin` for the first block, and so on.
 
-    Reading gives what enters the block `index`; writing goes to the file of the next, and `go_on` moves on to it. A
-    kill at any moment leaves the file of `index` whole.
+    The last batch can have fewer sequences. Reading gives what enters the block `index`; writing goes to the file of
+    the next, and `go_on` moves on to it. A kill at any moment leaves the file of `index` whole.
 
     Args:
         shape: of a batch, (batch, seq, hidden).

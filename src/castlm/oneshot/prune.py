@@ -285,7 +285,8 @@ def _stream_probes(model: PreTrainedModel, stack: str) -> dict[str, str]:
     wiring, probes = describe(model), {}
     for index, block in enumerate(wiring.blocks):
         modules = {module: path for path, module in model.get_submodule(f"{stack}.{index}").named_modules()}
-        norm_of_mlp, _ = wiring.reads[2 * index + 1]
+        _, (norm_of_mlp, _) = block.reads
+        assert norm_of_mlp is not None, "check_prune refuses families without it"
         probes[block.attention.output.layer] = ""
         probes |= {mlp.down.layer: modules[norm_of_mlp.module] for mlp in block.mlps}
     return probes
@@ -311,10 +312,8 @@ def check_prune(
         check_calibration(model, calibration)
     elif SOLVERS[method].add is not None:
         raise InputError(f"method {method} needs a calibration text: pass calibration, from draw_calibration")
-    if refinements.stream_correction and (wiring := describe(model)).fixed_norms:
-        raise InputError(
-            f"stream_correction is not for {wiring.family}, which normalizes what a layer writes to the stream: use 0"
-        )
+    if refinements.stream_correction and (obstacle := (wiring := describe(model)).correction_obstacle):
+        raise InputError(f"stream_correction is not for {wiring.family}, which {obstacle}: use 0")
     if refinements != NO_REFINEMENTS and method != "sparsegpt":
         raise InputError(f"refinements are for method sparsegpt, not for {method}: leave them out")
     refinements.check()

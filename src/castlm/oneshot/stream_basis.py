@@ -50,7 +50,8 @@ class Stream:
     def norms(self) -> list[tuple[Norm, list[Matrix]]]:
         """Every norm of the stream with what reads it, the output head among them."""
         head = self.model.get_output_embeddings()
-        return [*self.wiring.reads, (self.wiring.final, [Matrix("head", head.weight.data)])]
+        inside = [(norm, readers) for norm, readers in self.wiring.reads if norm is not None]
+        return [*inside, (self.wiring.final, [Matrix("head", head.weight.data)])]
 
     @property
     def is_read(self) -> bool:
@@ -95,7 +96,7 @@ class Stream:
             if matrix.layer in statistics:
                 statistic, weight = statistics[matrix.layer], matrix.weight.float()
                 self.written.append(Term(weight, statistic.inverse_diagonal, statistic.energy(weight), "out", (0,)))
-        for _, readers in self.wiring.reads[len(self.read) : len(self.read) + 2]:
+        for _, readers in block.reads:
             found = (statistics[matrix.layer].hessian for matrix in readers if matrix.layer in statistics)
             seen = list({id(hessian): hessian for hessian in found}.values())
             # experts read a part of the tokens each: their sum counts a token as often as it is routed

@@ -28,7 +28,7 @@ from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import compile_blocks_, is_sharded, reshard_, shard_
 from castlm.distributed.world import World
-from castlm.export.cut import check_cut
+from castlm.export.hf import check_export
 from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, describe, why_slow
 from castlm.methods.base import Retraining
 from castlm.methods.table import class_of
@@ -113,7 +113,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     world.check_all(_why_one_process(config, method_class) if world.size > 1 else None)
     pattern, filter_fn = Pattern.parse(config.pattern), filter_of(config)
     if config.method != "dense":
-        check_cut(model, pattern, filter_fn)
+        check_export(model, pattern, filter_fn)
     has_start = resumed is None and config.start != "magnitude"
     start = make_start(config, source, text, pattern, filter_fn, world) if has_start else Start(record=resumed or {})
     cache = open_teacher_cache(config, text, vocab_size(model.config), world)
