@@ -14,17 +14,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, conversion_mapping
 
+from castlm.cli.main import main
 from castlm.core.adams import AdamS
 from castlm.core.blocks import is_block_linear, is_router, is_stacked_experts
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, linearize_experts_
-from castlm.core.pattern import is_nm_sparse
+from castlm.core.pattern import NM, is_nm_sparse
 from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups, weight_parameter
 from castlm.distributed.loading import load_rows_, materialize_, open_sharded
 from castlm.distributed.world import World
+from castlm.export import hf
 from castlm.export.hf import export_model
+from castlm.export.packed import pack_folder
 from castlm.export.verify import verify
 from castlm.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, experts_input_axis
 from castlm.methods.keep import keep_pattern_
@@ -300,3 +303,23 @@ def test_a_gate_without_experts_beside_it_is_counted_as_a_layer(tmp_path):
     report = verify(tmp_path / "two.safetensors")
     assert report.ok
     assert report.dense == {gate: "a router of experts"}
+
+
+@pytest.mark.parametrize("family", ["aria_text", "granitemoe"])
+def test_experts_under_the_older_names_are_counted_and_not_packed(family, tmp_path):
+    save_tiny(tmp_path / "dense", family)
+    arguments = ["--model", str(tmp_path / "dense"), "--output-dir", str(tmp_path / "sparse"), "--method", "magnitude"]
+    assert main(["prune", *arguments]) == 0
+    report = verify(tmp_path / "sparse")
+    assert report.ok
+    assert sum(len(layer.shape) == 3 for layer in report.sparse_layers) == 2 * 2
+    with pytest.raises(InputError, match="holds experts in a layout that castlm does not pack: serve it unpacked"):
+        pack_folder(tmp_path / "sparse", tmp_path / "packed")
+
+
+def test_a_layer_that_verify_would_not_count_is_refused_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(hf, "is_stacked_experts", lambda name, shape: False)
+    model = tiny_model("gpt_oss")
+    linearize_experts_(model)
+    with pytest.raises(InputError, match="whose groups castlm verify does not count: leave it dense"):
+        hf.check_export(model, NM(2, 4))
