@@ -25,7 +25,7 @@ IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 def model_of(family):
-    wants = GROUPED if family in HEADS - {"qwen2"} else {}
+    wants = GROUPED if family in HEADS - {"qwen2"} | {"helium", "stablelm"} else {}
     model = tiny_model(family, **wants)
     linearize_(model)
     return model

@@ -12,16 +12,17 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import Blocks, Channels, Combined, Heads, Pattern
 
 _GATED = (
-    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"),
-    *("olmo", "olmo2", "granite"),
+    *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3", "granite", "seed_oss", "ernie4_5"),
+    *("helium", "hunyuan_v1_dense", "cwm", "gemma", "gemma2", "gemma3_text", "vaultgemma"),
+    *("olmo", "olmo2", "olmo3", "exaone4", "cohere", "cohere2", "stablelm"),
 )
 CHANNELS: dict[str, str] = {
-    **dict.fromkeys((*_GATED, "phi", "gpt_neox"), "intermediate_size"),
+    **dict.fromkeys((*_GATED, "phi", "gpt_neox", "starcoder2"), "intermediate_size"),
     "opt": "ffn_dim",
     "gpt2": "n_inner",
 }
 """The field that holds the number of MLP channels, by `model_type`."""
-HEADS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "granite"})
+HEADS = frozenset(_GATED) - {"helium", "olmo", "olmo2", "olmo3", "cohere", "stablelm"}
 """The families whose config has a head size of its own, and whose norms do not run across heads."""
 
 
