@@ -176,7 +176,7 @@ def describe(model: PreTrainedModel) -> Wiring:
         )
     if sees_images:
         layout = _inside_language_model(model, layout)
-    if family == "opt" and not config.do_layer_norm_before:
+    if family == "opt" and (not config.do_layer_norm_before or config._remove_final_layer_norm):
         raise InputError("the basis of this opt cannot be changed: it normalizes behind its sublayers; use rotate off")
     wiring = Wiring(family, int(model.get_input_embeddings().weight.shape[1]), _norm(model, layout.final, layout))
     for index, module in enumerate(model.get_submodule(layout.stack).children()):
@@ -203,13 +203,13 @@ def _inside_language_model(model: PreTrainedModel, layout: Layout) -> Layout:
 
 def _describe_block(model: nn.Module, module: nn.Module, name: str, layout: Layout, wiring: Wiring) -> None:
     """Adds a transformer block, the `module` called `name`, to `wiring`."""
+    attention: Any = module.get_submodule(layout.attention)
     qkv = [_matrix(model, f"{name}.{layout.attention}.{part}") for part in layout.qkv]
     output = _matrix(model, f"{name}.{layout.attention}.{layout.output}")
     value = qkv[-1]
     if len(qkv) == 1:
         num_values = (len(value.weight) - output.weight.shape[1]) // 2  # keys have as many rows
         value = _rows(value, slice(-num_values, None))
-    head_dim: Any = getattr(module.get_submodule(layout.attention), "head_dim")  # noqa: B009
     mlps, readers = _feed_forward(model, name, layout)
     norms = [_norm(module, norm, layout) for norm in layout.norms if module._modules[norm] is not None]
     reads: list[Read]
@@ -217,7 +217,7 @@ def _describe_block(model: nn.Module, module: nn.Module, name: str, layout: Layo
         reads = [(norms[0], [*qkv, *readers])]
     else:
         reads = list(zip(norms or [None, None], (qkv, readers), strict=True))
-    wiring.blocks.append(Block(Attention(value, output, head_dim), mlps, reads))
+    wiring.blocks.append(Block(Attention(value, output, attention.head_dim), mlps, reads))
     wiring.fixed_norms += [_norm(module, norm, layout) for norm in layout.norms_behind]
 
 
