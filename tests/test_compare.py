@@ -19,10 +19,11 @@ from castlm.compare import oneshot, runs
 from castlm.compare.config import CompareConfig
 from castlm.compare.plan import Plan
 from castlm.compare.plan import compare as run_comparison
+from castlm.compare.plots import PLOTS
 from castlm.compare.presets import PRESETS
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, last_line, run_key, run_process, with_key, zero_shot_key
-from castlm.compare.summary import spread, summarize, verdict
+from castlm.compare.summary import spread, summarize, tokens_note, verdict
 from castlm.core.errors import InputError
 from castlm.core.sparsify import sparse_linears
 from castlm.data import documents
@@ -266,7 +267,7 @@ def test_key_has_all_that_matters(files, tmp_path):
     keys = []
     for text in ("one", "two"):
         template.write_text(text)
-        keys.append(with_key(Run("cast", 1, {**config, "chat_template_path": str(template)}), hashes).key)
+        keys.append(with_key(Run("cast", 1, 1, {**config, "chat_template_path": str(template)}), hashes).key)
     assert keys[0] != keys[1]
 
     copy = save_tiny(tmp_path / "copy")
@@ -307,11 +308,11 @@ def test_every_method_starts_alike_unless_published_starts_are_asked_for(files, 
     assert starts(published_starts=True) == {**published, **dense}
 
 
-def fake(variant: str, tokens: int, seed: int, ppl: float, trial: bool = False) -> Result:
+def fake(variant: str, budget: int, seed: int, ppl: float, trial: bool = False, tokens: int | None = None) -> Result:
     fields = {"method": variant, "seed": seed, "learning_rate": 1e-3}
     if variant in METHODS:
         fields = TrainConfig("model", "text", "run", **fields).as_dict()
-    run = Run(variant, tokens, fields)
+    run = Run(variant, budget, budget if tokens is None else tokens, fields)
     key = "trained" if variant == "dense" else "pruned"
     record = {"perplexity": {key: ppl, "before_prune": ppl}, "train_seconds": 2.0}
     return Result(run, record, Path("."), trial)
@@ -331,8 +332,48 @@ def test_gap_is_paired_by_budget_and_seed():
     assert rows["cast", 200]["gap"].values == pytest.approx((math.log(5.0 / 4.0),))
     assert rows["cast", 200]["gap"].std is None
     assert rows["cast", 200]["errors"] == ["seed 1: it crashed"]
-    assert rows["magnitude", 0]["gap"].mean == pytest.approx(math.log(50.0 / 4.25))  # the mean control of the largest
+    assert rows["magnitude", 0]["gap"].values == pytest.approx((math.log(50.0 / 4.0), math.log(50.0 / 4.5)))
     assert rows["wanda", 0]["gap"].mean == pytest.approx(math.log(40.0 / 4.5))
+
+
+def test_steps_of_another_size_have_the_control_of_the_same_budget_and_a_note():
+    results = [fake("dense", 450, 0, 5.0, tokens=448), fake("cast", 450, 0, 7.0, tokens=448)]
+    rows = summarize([*results, fake("ste", 450, 0, 6.0, tokens=384)])
+    assert [row["tokens"] for row in rows] == [448, 448, 384]
+    assert rows[2]["gap"].mean == pytest.approx(math.log(6.0 / 5.0))
+    assert verdict(rows).startswith("At a budget of 450 training tokens, ste has the smallest gap")
+    assert "of 450 tokens, 448 in dense and cast, 384 in ste" in tokens_note(rows)
+    assert tokens_note(summarize(results)) == ""
+
+
+def test_a_variant_with_another_batch_has_a_gap_and_a_curve_over_tokens(files, tmp_path):
+    (tmp_path / "variants.yaml").write_text("cast: {}\nlarge: {per_device_train_batch_size: 3}\n")
+    asked = {"variants": str(tmp_path / "variants.yaml"), "budget_tokens": 450}
+    plan = Plan(command(files, tmp_path, **asked), str)
+    runs_of = {name: plan.make(name, 450, 0, None) for name in plan.variants}
+    assert {name: run.tokens for name, run in runs_of.items()} == {"cast": 448, "large": 384, "dense": 448}
+    results = []
+    for run in runs_of.values():
+        run.folder(tmp_path).mkdir(parents=True)
+        lines = [{"step": s, "tokens": 0, "prune_now_ppl": 9.0 - s, "perplexity": 9.0 - s} for s in (0, 4)]
+        (run.folder(tmp_path) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        results.append(Result(run, {"perplexity": {"pruned": 7.0, "dense": 4.0}}, run.folder(tmp_path)))
+    picture = PLOTS["losses"](summarize(results), results)
+    assert all(name in picture.svg for name in runs_of)
+    assert "training tokens" in picture.svg
+
+
+def test_one_shot_rows_wait_for_the_control_of_the_largest_budget():
+    results = [fake("dense", 50, 0, 4.0), fake("dense", 100, 0, 1e9), fake("wanda", 0, 0, 8.0)]
+    results[1].record["verdict"] = {"ok": False, "reason": "it diverged", "problem": "DIVERGED"}
+    assert summarize(results)[2]["gap"] is None
+
+
+def test_a_run_that_fell_short_is_not_said_to_have_diverged():
+    results = [fake("dense", 100, 0, 5.0), fake("cast", 100, 0, 70.0)]
+    results[1].record["verdict"] = {"ok": False, "reason": "14 times", "problem": "FELL SHORT"}
+    row = summarize(results)[1]
+    assert (row["diverged"], row["fell_short"]) == ([], ["seed 0: 14 times"])
 
 
 def test_the_verdict_names_the_best_and_whether_chance_explains_it():
@@ -349,12 +390,28 @@ def test_the_verdict_names_the_best_and_whether_chance_explains_it():
         fake("srste", 100, 0, 9.0),
         fake("srste", 100, 1, 9.1),
     ]
-    assert "the two are level" in verdict(summarize(dense + level))
+    assert "includes zero: the two are level" in verdict(summarize(dense + level))
     text = verdict(summarize(dense + ahead))
-    assert text.startswith("At 100 training tokens, cast has the smallest gap")
-    assert "more than the standard deviation over seeds" in text
+    assert text.startswith("At a budget of 100 training tokens, cast has the smallest gap")
+    assert "excludes zero" in text
     assert "may be chance" in verdict(summarize([dense[0], level[0], level[2]]))
     assert "No result" in verdict(summarize(level))
+
+
+def test_the_verdict_pairs_the_seeds_that_both_have():
+    dense = [fake("dense", 100, seed, 5.0) for seed in range(3)]
+    cast = [fake("cast", 100, seed, ppl) for seed, ppl in enumerate((6.0, 7.0, 8.0))]
+    # far less apart than the seeds are, and by the same factor with every seed
+    ste = [fake("ste", 100, seed, ppl) for seed, ppl in enumerate((6.12, 7.14, 8.1601))]
+    text = verdict(summarize(dense + cast + ste))
+    assert "ste is 0.0198 ± 0.0000 behind (standard error, paired over 3 seeds)" in text
+    assert "excludes zero" in text
+    others = [fake("dense", 100, seed, 5.0) for seed in (3, 4)] + [fake("ste", 100, seed, 7.2) for seed in (3, 4)]
+    text = verdict(summarize(dense + others + cast + ste[:1]))
+    assert "seeds not paired" in text
+    assert "includes zero: the two are level" in text
+    one_shot = [fake("magnitude", 0, 0, 8.2)]
+    assert "paired over 3 seeds" in verdict(summarize(dense + cast + one_shot))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -13,7 +13,6 @@ from castlm.compare.presets import ALL, ALL_UNITS, ONESHOT, ONESHOT_GROUPS, PRES
 from castlm.compare.report import Report, write_report
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, execute, with_key, zero_shot_key, zero_shot_rows
-from castlm.compare.summary import diverged
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
@@ -41,7 +40,7 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
         say: is told of each run.
 
     Returns:
-        The exit code, 1 if a run or a zero-shot evaluation failed or a run diverged, and the report.
+        The exit code, 1 if a run or a zero-shot evaluation failed or a run diverged or fell short, and the report.
 
     Raises:
         InputError: whatever `Plan` refuses, or another comparison is at work in the folder.
@@ -65,7 +64,7 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
                 model = str(result.folder / "model")
                 result.zero_shot = plan.zero_shot(model, result.run.key, result.folder)
     report = write_report(root, plan.preset, results, command, untouched)
-    has_failed = any("error" in result.record or (diverged(result) and not result.trial) for result in results)
+    has_failed = any("error" in r.record or (r.problem is not None and not r.trial) for r in results)
     return (1 if plan.has_failed or has_failed else 0), report
 
 
@@ -227,10 +226,11 @@ class Plan:
         self.say(f"  {record.get('error', f'perplexity {result.perplexity:.3f}')}")
         return result
 
-    def make(self, name: str, tokens: int, seed: int, rate: float | None, *, tuning: bool = False) -> Run:
+    def make(self, name: str, budget: int, seed: int, rate: float | None, *, tuning: bool = False) -> Run:
         """The run of a variant.
 
         Args:
+            budget: training tokens, of which it takes the whole steps.
             rate: learning rate; None for the one of the options.
             tuning: whether it is measured on the tuning text.
         """
@@ -254,9 +254,9 @@ class Plan:
             fields["learning_rate"] = rate
         config = TrainConfig.from_mapping(fields, f"variant {name}")
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.seq_len
-        steps = tokens // batch
+        steps = budget // batch
         if steps < 1:
-            raise InputError(f"a budget of {tokens} tokens is less than one step of {batch}: raise it")
+            raise InputError(f"a budget of {budget} tokens is less than one step of {batch}: raise it")
         config = dataclasses.replace(
             config,
             max_steps=steps,
@@ -267,7 +267,7 @@ class Plan:
         content = {k: v for k, v in config.as_dict().items() if k not in ("output_dir", "resume", "overwrite")}
         if config.start not in ONESHOT:
             hashes = {**hashes, "init_from": content_hash(config.start, None)}
-        return with_key(Run(name, steps * batch, content), hashes)
+        return with_key(Run(name, budget, steps * batch, content), hashes)
 
     def zero_shot(self, model: str, digest: str, folder: Path) -> list[dict[str, Any]]:
         """The zero-shot rows of a model, kept in a file beside `folder`.
@@ -318,7 +318,7 @@ class Plan:
             )
         content |= {"method": fields["method"], **named, **self._calibration_text()}
         content |= {"num_sequences": self.command.num_sequences}
-        return with_key(Run(name, 0, content), self.hashes)
+        return with_key(Run(name, 0, 0, content), self.hashes)
 
 
 def _pattern_of(fields: Mapping[str, Any]) -> Pattern:

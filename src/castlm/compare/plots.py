@@ -48,13 +48,13 @@ def _label(row: dict[str, Any], rows: Rows) -> str:
 
 def losses(rows: Rows, results: list[Result]) -> Picture | None:
     """Perplexity after the prune over training tokens: one line per variant, the mean over its seeds."""
-    largest = max((r.run.tokens for r in results), default=0)
-    runs = [r for r in results if r.run.tokens == largest and largest]
+    largest = max((r.run.budget for r in results), default=0)
+    runs = [r for r in results if r.run.budget == largest and largest]
     lines = []
     for name, index in _colours(rows).items():
         of_name = [r for r in runs if r.run.variant == name]
         key = "perplexity" if of_name and of_name[0].run.config["method"] == "dense" else "prune_now_ppl"
-        points = _mean_series(of_name, key)
+        points = [(step * _tokens_per_step(of_name[0]), value) for step, value in _mean_series(of_name, key)]
         if len(points) > 1:
             lines.append(Series(name, points, index, marks=True))
     if not lines:
@@ -62,7 +62,7 @@ def losses(rows: Rows, results: list[Result]) -> Picture | None:
     values = [y for line in lines for _, y in line.points]
     svg = line_chart(
         lines,
-        x_label="training step",
+        x_label="training tokens",
         y_label="perplexity after the prune",
         log_y=max(values) > 4 * min(values),
         width=WHOLE,
@@ -70,6 +70,10 @@ def losses(rows: Rows, results: list[Result]) -> Picture | None:
     )
     caption = "Perplexity of the evaluation text, mean over seeds, at the largest token budget."
     return Picture("Learning curves", svg, caption, wide=True)
+
+
+def _tokens_per_step(result: Result) -> int:
+    return int(result.run.tokens // result.run.config["max_steps"])
 
 
 def _mean_series(results: list[Result], key: str) -> list[tuple[float, float]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.compare.settings import options_text
-from castlm.compare.summary import Spread, ranked, starts_note, summarize, untouched_perplexity, verdict
+from castlm.compare.summary import Spread, ranked, starts_note, summarize, tokens_note, untouched_perplexity, verdict
 from castlm.files import atomic_write_json, atomic_write_text
 from castlm.versions import library_versions
 
@@ -53,8 +53,8 @@ COLUMNS = (
         "gap",
         "gap to dense control",
         "+.4f",
-        "ln(perplexity / perplexity of the dense control with the same tokens and seed), in nats per token. 0 means "
-        "that sparsity cost nothing.",
+        "ln(perplexity / perplexity of the dense control with the same token budget and seed), in nats per token. 0 "
+        "means that sparsity cost nothing. magnitude, which depends on no seed, is compared with the control of each.",
     ),
     Column(
         "gap_untouched",
@@ -83,7 +83,7 @@ COLUMNS = (
 LEADING = {
     "variant": "A method, or a method with other options.",
     "start": "The sparse weights and masks before step 0. dense: the method has no start of its own.",
-    "tokens": "Training tokens.",
+    "tokens": "Training tokens: the whole steps that fit in the token budget.",
     "rate": "Peak learning rate.",
     "options": "The options of the method that have an effect, and all options in which the variants differ.",
     "seeds": "Number of finished runs; figures are mean ± sample standard deviation over them.",
@@ -100,7 +100,7 @@ class Report:
     lines: list[list[str]]
     """The cells of the table as text, a list per row."""
     warnings: list[str]
-    """Runs that failed or diverged."""
+    """Runs that failed, diverged or fell short."""
     notes: list[str]
     files: list[Path]
 
@@ -269,12 +269,13 @@ def _report(
     untouched: Sequence[dict[str, Any]],
     pictures: Mapping[str, Picture],
 ) -> Report:
-    notes = [note for note in (starts_note(rows), *explain(facts, results)) if note]
+    notes = [note for note in (starts_note(rows), tokens_note(rows), *explain(facts, results)) if note]
     if untouched:
         figures = ", ".join(f"{row['task']} {row['metric']} {row['value']:.3f}" for row in untouched)
         notes.append(f"Zero-shot by lm-eval, no examples, no chat template. The model before any training: {figures}.")
     warnings = [f"failed: {row['variant']}, {error}" for row in rows for error in row["errors"]]
     warnings += [f"diverged: {row['variant']}, {reason}" for row in rows for reason in row["diverged"]]
+    warnings += [f"fell short: {row['variant']}, {reason}" for row in rows for reason in row["fell_short"]]
     warnings += [
         f"failed: {r.run.variant}, a trial at the rate {r.run.config.get('learning_rate')}: {r.record['error']}"
         for r in results

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.compare.runs import Run
-from castlm.training.verdict import final_perplexity
+from castlm.training.verdict import final_perplexity, problem
 
 
 @dataclass
@@ -27,3 +27,8 @@ class Result:
         """Of the pruned model, of the dense control as trained; infinite when the run failed."""
         value = final_perplexity(self.record.get("perplexity", {}))
         return float("inf") if value is None else float(value)
+
+    @property
+    def problem(self) -> str | None:
+        """ "diverged" or "fell short", by the run's own verdict; None if nothing is wrong."""
+        return problem(self.record.get("verdict", {}))

@@ -38,8 +38,10 @@ class Run:
     """A run of a comparison. `config` is a whole TrainConfig, or OneshotConfig, as a dict without its output_dir."""
 
     variant: str
+    budget: int
+    """Training tokens that were asked for; runs of one budget are compared. 0 for one-shot methods."""
     tokens: int
-    """The budget: 0 for one-shot methods."""
+    """Training tokens of the whole steps that fit in the budget."""
     config: dict[str, Any] = field(compare=False)
     key: str = ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.compare.settings import options_of, start_of
@@ -36,25 +36,26 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 def summarize(results: list[Result]) -> list[dict[str, Any]]:
     """A row for each variant and token budget, in the order of `results`. Figures are `Spread` over the seeds, or None.
 
-    `gap` is ln(perplexity / perplexity of the dense control with the same token budget and seed), after the prune. The
-    control is the variant "dense", or else the first variant of that method; a run of it that diverged is none.
-    One-shot methods have no budget; they are compared with the control of the largest one. A control of another seed is
-    never used, except for methods that do not depend on the seed: these are compared with the mean of the controls.
+    `gap` is ln(perplexity / perplexity of the dense control with the same token budget and seed), after the prune, one
+    value for each of `gap_seeds`. The control is the variant "dense", or else the first variant of that method; a run
+    of it that diverged is none. One-shot methods have no budget; they are compared with the control of the largest one.
+    A control of another seed is never used, except for magnitude, which depends on no seed: it is compared with the
+    control of each.
     """
     final = [r for r in results if not r.trial]
     dense = [r.run.variant for r in final if r.run.config["method"] == "dense"]
     control = "dense" if "dense" in dense else next(iter(dense), None)
     controls = {
-        (r.run.tokens, r.run.seed): r.perplexity
+        (r.run.budget, r.run.seed): r.perplexity
         for r in final
-        if r.run.variant == control and math.isfinite(r.perplexity) and not diverged(r)
+        if r.run.variant == control and math.isfinite(r.perplexity) and r.problem is None
     }
-    largest = max((tokens for tokens, _ in controls), default=0)
+    largest = max((r.run.budget for r in final), default=0)
     untouched = untouched_perplexity(final)
     options = options_of({r.run.variant: r.run.config for r in final})
     groups: dict[tuple[str, int], list[Result]] = {}
     for result in final:
-        groups.setdefault((result.run.variant, result.run.tokens), []).append(result)
+        groups.setdefault((result.run.variant, result.run.budget), []).append(result)
     return [_row(group, controls, largest, untouched, options[name]) for (name, _), group in groups.items()]
 
 
@@ -68,22 +69,14 @@ def _row(
     run = group[0].run
     done = [r for r in group if "error" not in r.record]
 
-    def control(result: Result) -> float | None:
-        budget = result.run.tokens or largest
-        if result.run.config["method"] == "magnitude":
-            of_budget = spread(v for (tokens, _), v in controls.items() if tokens == budget)
-            return None if of_budget is None else of_budget.mean
-        return controls.get((budget, result.run.seed))
-
     def over(value: Callable[[Result], float | None]) -> Spread | None:
         return spread(value(r) for r in done)
 
-    def ratio(result: Result, base: float | None) -> float | None:
-        return math.log(result.perplexity / base) if base else None
-
+    gaps = _gaps(done, controls, largest)
     return {
         "variant": run.variant,
         "method": run.config["method"],
+        "budget": run.budget,
         "tokens": run.tokens,
         "learning_rate": run.config.get("learning_rate"),
         "start": start_of(run.config),
@@ -91,8 +84,9 @@ def _row(
         "seeds": [r.run.seed for r in done],
         "before_prune": over(lambda r: r.record["perplexity"].get("before_prune")),
         "pruned": over(lambda r: r.perplexity),
-        "gap": over(lambda r: ratio(r, control(r))),
-        "gap_untouched": over(lambda r: ratio(r, untouched)),
+        "gap": spread(gaps.values()),
+        "gap_seeds": list(gaps),
+        "gap_untouched": over(lambda r: math.log(r.perplexity / untouched) if untouched else None),
         **{
             key: over(lambda r, key=key: r.record.get("mask", {}).get(key))
             for key in ("flip_rate", "initial_flip_rate", "sparse_weight_ratio")
@@ -101,9 +95,25 @@ def _row(
         "start_tokens": over(lambda r: (r.record.get("start") or {}).get("calibration_tokens")),
         "start_seconds": over(lambda r: _start_seconds(r.record.get("start") or {})),
         "zero_shot": _zero_shot(done),
-        "diverged": [f"seed {r.run.seed}: {r.record['verdict']['reason']}" for r in done if diverged(r)],
+        "diverged": _reasons(done, "diverged"),
+        "fell_short": _reasons(done, "fell short"),
         "errors": [f"seed {r.run.seed}: {r.record['error']}" for r in group if "error" in r.record],
     }
+
+
+def _gaps(done: list[Result], controls: dict[tuple[int, int], float], largest: int) -> dict[int, float]:
+    """The gap by the seed of the control: that of the run, or each of them if the method depends on no seed."""
+    gaps = {}
+    for result in done:
+        budget = result.run.budget or largest
+        of_budget = {seed: value for (tokens, seed), value in controls.items() if tokens == budget}
+        seeds = of_budget if result.run.config["method"] == "magnitude" else {result.run.seed} & of_budget.keys()
+        gaps |= {seed: math.log(result.perplexity / of_budget[seed]) for seed in seeds}
+    return gaps
+
+
+def _reasons(done: list[Result], problem: str) -> list[str]:
+    return [f"seed {r.run.seed}: {r.record['verdict']['reason']}" for r in done if r.problem == problem]
 
 
 def _start_seconds(start: dict[str, Any]) -> float | None:
@@ -111,11 +121,6 @@ def _start_seconds(start: dict[str, Any]) -> float | None:
     parts = [(start.get("basis") or {}).get("seconds"), start.get("prune_seconds")]
     known = [float(part) for part in parts if part is not None]
     return sum(known) if known else None
-
-
-def diverged(result: Result) -> bool:
-    """Whether a run ended worse than it began, by its own verdict."""
-    return not result.record.get("verdict", {}).get("ok", True)
 
 
 def _zero_shot(done: list[Result]) -> dict[str, Spread | None]:
@@ -133,32 +138,74 @@ def untouched_perplexity(results: list[Result]) -> float | None:
 
 
 def ranked(rows: list[dict[str, Any]]) -> list[int]:
-    """The numbers of the rows of the largest budget and of one-shot methods that have a gap, the smallest gap first."""
-    largest = max((row["tokens"] for row in rows), default=0)
-    rivals = [i for i, r in enumerate(rows) if r["gap"] and r["method"] != "dense" and r["tokens"] in (0, largest)]
-    return sorted(rivals, key=lambda number: rows[number]["gap"].mean)
+    """The numbers of the rows of the largest budget and of one-shot methods, the smallest gap first.
+
+    A row without a finite gap is left out.
+    """
+    largest = max((row["budget"] for row in rows), default=0)
+    rivals = [i for i, r in enumerate(rows) if r["method"] != "dense" and r["budget"] in (0, largest)]
+    gaps = {i: rows[i]["gap"].mean for i in rivals if rows[i]["gap"] and math.isfinite(rows[i]["gap"].mean)}
+    return sorted(gaps, key=gaps.__getitem__)
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
-    """One sentence: which row is best, by how much, and whether that is more than the spread over seeds."""
+    """One sentence: which row is best, by how much, and whether that is more than chance between seeds."""
     if not (order := ranked(rows)):
         return "No result can be compared with a dense control yet."
     best, *others = (rows[number] for number in order)
-    largest = max(row["tokens"] for row in rows)
-    budget = f"At {largest:,} training tokens, " if largest else ""
+    largest = max(row["budget"] for row in rows)
+    budget = f"At a budget of {largest:,} training tokens, " if largest else ""
     gap = best["gap"].show("+.4f")
     text = f"{budget}{best['variant']} has the smallest gap to the dense control, {gap} nats per token"
-    if not others:
-        return f"{text}."
-    second = others[0]
-    ahead = second["gap"].mean - best["gap"].mean
-    text += f"; {second['variant']} is {ahead:.4f} behind"
-    stds = [row["gap"].std for row in (best, second)]
-    if None in stds:
-        return f"{text}; without a second seed of both, the difference may be chance."
-    if ahead <= max(stds):
-        return f"{text}, which is within the standard deviation over seeds: the two are level."
-    return f"{text}, more than the standard deviation over seeds ({max(stds):.4f})."
+    return f"{text}; {_lead(best, others[0])}." if others else f"{text}."
+
+
+def _lead(best: dict[str, Any], second: dict[str, Any]) -> str:
+    """How far `second` is behind: over the seeds that both have, or between the means if they share fewer than two.
+
+    Two rows are level if the 95 % interval of the difference, by Student's t, includes zero.
+    """
+    from scipy.stats import t
+
+    one, other = (dict(zip(row["gap_seeds"], row["gap"].values)) for row in (best, second))
+    shared = [other[seed] - one[seed] for seed in one if seed in other]
+    if len(shared) > 1:
+        behind, error, freedom = statistics.fmean(shared), _standard_error(shared), len(shared) - 1
+        how = f"paired over {len(shared)} seeds"
+    elif len(one) > 1 and len(other) > 1:
+        behind, error = (
+            second["gap"].mean - best["gap"].mean,
+            math.hypot(*map(_standard_error, (one.values(), other.values()))),
+        )
+        freedom, how = min(len(one), len(other)) - 1, "seeds not paired"
+    else:
+        behind = second["gap"].mean - best["gap"].mean
+        return (
+            f"{second['variant']} is {behind:.4f} behind; without a second seed of both, the difference may be chance"
+        )
+    text = f"{second['variant']} is {behind:.4f} ± {error:.4f} behind (standard error, {how}), and the 95 % interval"
+    if behind <= float(t.ppf(0.975, freedom)) * error:
+        return f"{text} includes zero: the two are level"
+    return f"{text} excludes zero"
+
+
+def _standard_error(values: Collection[float]) -> float:
+    """Of the mean of at least two values."""
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def tokens_note(rows: list[dict[str, Any]]) -> str:
+    """What the runs of a token budget trained on, where variants have steps of different sizes."""
+    found: dict[int, dict[int, list[str]]] = {}
+    for row in rows:
+        found.setdefault(row["budget"], {}).setdefault(row["tokens"], []).append(row["variant"])
+    parts = [
+        f"of {budget:,} tokens, "
+        + ", ".join(f"{tokens:,} in {' and '.join(names)}" for tokens, names in by_tokens.items())
+        for budget, by_tokens in found.items()
+        if len(by_tokens) > 1
+    ]
+    return f"Runs of one budget train for whole steps, which differ in size: {'; '.join(parts)}." if parts else ""
 
 
 def starts_note(rows: list[dict[str, Any]]) -> str:

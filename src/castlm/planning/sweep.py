@@ -16,7 +16,6 @@ from castlm.compare.config import CompareConfig
 from castlm.compare.plan import Plan, Say
 from castlm.compare.presets import RETRAINING
 from castlm.compare.runs import read_record
-from castlm.compare.summary import diverged
 from castlm.core.errors import InputError
 from castlm.files import atomic_write_json
 from castlm.methods.table import METHODS
@@ -239,7 +238,7 @@ class Sweep:
                 if "error" in result.record:
                     reason = f"{result.record['error']}; the same command goes on"
                     return self.end("failed", f"stopped: {result.run}: {reason}")
-                if math.isinf(result.perplexity) or diverged(result):
+                if math.isinf(result.perplexity) or result.problem == "diverged":
                     reason = result.record.get("verdict", {}).get("reason", "it has no finite perplexity")
                     return self.end("failed", f"stopped: {result.run} diverged: {reason}; lower learning_rate")
             self.take([result.perplexity for result in results])

@@ -18,7 +18,7 @@ from castlm.report.html import render
 from castlm.report.run_data import RunData
 from castlm.report.scales import short
 from castlm.training.config import TrainConfig
-from castlm.training.verdict import final_perplexity, verdict
+from castlm.training.verdict import final_perplexity, problem, verdict
 
 REFRESH_SECONDS = 10
 _MARKS = b'<meta name="generator" content="castlm">', b'<div class="eyebrow">castlm '
@@ -124,8 +124,8 @@ def _verdict(run: RunData) -> dict[str, str]:
     if not run.is_finished:
         sentence = f"Step {run.step:,} of {run.config.get('max_steps', 0):,}. So far: {_sentence(run, found)}"
         return {"kind": "running" if found["ok"] else "bad", "badge": "running", "sentence": sentence}
-    kind, badge = ("good", "done") if found["ok"] else ("bad", found.get("problem", "diverged").lower())
-    return {"kind": kind, "badge": badge, "sentence": _sentence(run, found)}
+    kind = "good" if found["ok"] else "bad"
+    return {"kind": kind, "badge": problem(found) or "done", "sentence": _sentence(run, found)}
 
 
 def _sentence(run: RunData, found: dict[str, Any]) -> str:

@@ -21,6 +21,11 @@ def final_perplexity(perplexities: Mapping[str, Any]) -> Any:
     return perplexities.get("pruned", perplexities.get("trained"))
 
 
+def problem(verdict: Mapping[str, Any]) -> str | None:
+    """What is wrong with a run, by its `verdict`: "diverged" or "fell short"; None if nothing is."""
+    return None if verdict.get("ok", True) else str(verdict.get("problem", "diverged")).lower()
+
+
 def verdict(perplexities: Mapping[str, float]) -> dict[str, Any]:
     """Whether training left the model better than it found it, and why.
 
