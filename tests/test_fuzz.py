@@ -290,7 +290,7 @@ def test_csv_of_points(here, content):
 
 LAW = {
     "form": "power",
-    **dict.fromkeys(("L_inf", "B", "beta", "r2", "noise"), 0.5),
+    **dict.fromkeys(("L_inf", "B", "beta", "r2", "noise", "noise_of_budget"), 0.5),
     "intervals": {"beta": [0.1, 0.9]},
     "num_points": 4,
     "num_budgets": 4,

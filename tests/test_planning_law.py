@@ -186,6 +186,15 @@ def test_prediction_widens_with_distance_and_is_about_the_law(law):
     assert far.high / far.low > near.high / near.low > 1
 
 
+def test_the_interval_of_a_mean_is_narrower_by_what_seeds_average_out(law):
+    far = 1.5e8
+    one, four = predict_perplexity(law, far), predict_perplexity(law, far, num_runs=4)
+    assert one.perplexity == four.perplexity
+    assert four.high - four.low < 0.8 * (one.high - one.low)
+    shared = replace(law, noise_of_budget=law.noise)  # deviations of a whole budget stay
+    assert predict_perplexity(shared, far, num_runs=4) == predict_perplexity(shared, far)
+
+
 def test_tokens_for_is_the_inverse_of_the_prediction(law):
     needed = tokens_for(law, 6.0)
     assert needed.tokens is not None

@@ -150,6 +150,7 @@ def _fit(data: Data, form: str, num_draws: int, seed: int) -> Law:
         r2=float(_r2(data.y, fitted)),
         intervals={name: interval(draws[:, NAMES.index(name)]) for name in FORMS[form]} | {"r2": interval(r2s)},
         noise=noise.one_run,
+        noise_of_budget=noise.of_budget,
         num_points=len(data.y),
         num_budgets=len(np.unique(data.budget)),
         tokens_range=(low, high),

@@ -64,6 +64,8 @@ class Law:
     noise: float
     """Standard deviation of the log loss of one run around the law, times what few points ask for: Student's t over the
     normal quantile."""
+    noise_of_budget: float
+    """The part of `noise` that all runs of a token budget share: seeds do not average it out."""
     num_points: int
     num_budgets: int
     tokens_range: tuple[float, float]
@@ -81,9 +83,12 @@ class Law:
         """(num_draws,): `loss` under each bootstrap refit."""
         return law_loss(self.draws.T, tokens, self.size(params))
 
-    def run_losses(self, tokens: float, params: float | None = None) -> Array:
-        """(num_draws * 21,): losses that a new run may reach: each refit with 21 normal quantiles of the noise."""
-        deviations = self.noise * np.array([NormalDist().inv_cdf((i + 0.5) / 21) for i in range(21)])
+    def run_losses(self, tokens: float, params: float | None = None, num_runs: int = 1) -> Array:
+        """(num_draws * 21,): losses that a new run may reach, or the mean of `num_runs` of them: each refit with 21
+        normal quantiles of the noise."""
+        shared = self.noise_of_budget**2
+        noise = math.sqrt(shared + (self.noise**2 - shared) / num_runs)
+        deviations = noise * np.array([NormalDist().inv_cdf((i + 0.5) / 21) for i in range(21)])
         return np.outer(self.draw_losses(tokens, params), np.exp(deviations)).ravel()
 
     def size(self, params: ArrayLike | None) -> ArrayLike:
@@ -123,7 +128,7 @@ class Law:
         try:
             holdout = content["holdout"]
             law = cls(
-                **{name: float(content[name]) for name in ("L_inf", "B", "beta", "r2", "noise")},
+                **{name: float(content[name]) for name in ("L_inf", "B", "beta", "r2", "noise", "noise_of_budget")},
                 **{name: float(content.get(name, 0.0)) for name in ("A", "a")},
                 form={form: form for form in FORMS}[content["form"]],
                 intervals={name: (float(low), float(high)) for name, (low, high) in content["intervals"].items()},
@@ -159,6 +164,7 @@ class Law:
             "a parameter or draw is negative": bool((rows < 0).any()),
             "beta is not above 0": bool((rows[:, NAMES.index("beta")] <= 0).any()),
             f"noise is {self.noise}": not 0 <= self.noise < math.inf,
+            f"noise_of_budget is {self.noise_of_budget}": not 0 <= self.noise_of_budget <= self.noise,
             f"tokens_range is {self.tokens_range}": not 0 < low <= high < math.inf,
         }
         found = [problem for problem, is_there in problems.items() if is_there]

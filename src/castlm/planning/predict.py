@@ -22,7 +22,7 @@ def short(value: float) -> str:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Perplexity of one run at `tokens`, with the 90 % interval that the run should fall in."""
+    """Perplexity of a run at `tokens`, with the 90 % interval that it (or the mean of several) should fall in."""
 
     tokens: float
     perplexity: float
@@ -59,15 +59,16 @@ class TokensNeeded:
 
 
 @np.errstate(over="ignore")  # a bad law gives infinity
-def predict_perplexity(law: Law, tokens: float, params: float | None = None) -> Prediction:
-    """The perplexity that `tokens` give. The interval holds the law's uncertainty and the scatter of a single run.
+def predict_perplexity(law: Law, tokens: float, params: float | None = None, num_runs: int = 1) -> Prediction:
+    """The perplexity that `tokens` give. The interval holds the law's uncertainty and the scatter of a single run, or
+    of the geometric mean of `num_runs` perplexities.
 
     Raises:
         InputError: `tokens` is not a positive number, a joint law got no `params`, or the law gives no finite number.
     """
     if not 0 < tokens < MOST_TOKENS:
         raise InputError(f"tokens must be a positive number, got {short(tokens)}")
-    low, high = interval(np.exp(law.run_losses(tokens, params)))
+    low, high = interval(np.exp(law.run_losses(tokens, params, num_runs)))
     perplexity = float(np.exp(law.loss(tokens, params)))
     if not math.isfinite(perplexity):
         raise InputError(f"the law gives no finite perplexity at {tokens:g} tokens: fit it again")

@@ -173,7 +173,12 @@ class Noise(NamedTuple):
     @property
     def one_run(self) -> float:
         """Standard deviation of a single run about the law."""
-        return math.sqrt(float((self.between**2).mean()) + float(np.mean([(w**2).mean() for w in self.within])))
+        return math.hypot(self.of_budget, math.sqrt(float(np.mean([(w**2).mean() for w in self.within]))))
+
+    @property
+    def of_budget(self) -> float:
+        """The part of it that the runs of one cell share."""
+        return math.sqrt(float((self.between**2).mean()))
 
 
 def noise_parts(data: Data, residual: Array, num_free: int) -> Noise:

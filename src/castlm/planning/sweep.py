@@ -66,8 +66,8 @@ class SweepConfig:
     """Runs at each budget, with the seeds 0, 1, ..."""
 
     within: float = 0.02
-    """The largest budget is not run if its 90 % interval is narrower than this fraction of its prediction, and the
-    budget before it fell inside its own predicted interval."""
+    """The largest budget is not run if the 90 % interval of one run of it is narrower than this fraction of its
+    prediction, and the mean of the budget before it fell inside its own predicted interval."""
 
     form: Literal["power", "loglinear"] = "power"
     """power; loglinear for short ranges."""
@@ -116,7 +116,7 @@ class Step:
     perplexities: list[float]
     """Of its runs, by seed."""
     predicted: Prediction | None
-    """Of one run at this budget, by the law of the smaller ones, before it ran."""
+    """Of the mean of its runs, by the law of the smaller budgets, before they ran."""
     largest: Prediction | None = None
     """Of one run at the largest budget, by the law of all budgets so far."""
     no_law: str | None = None
@@ -129,7 +129,7 @@ class Step:
 
     @property
     def inside(self) -> bool | None:
-        """Whether it fell in the interval that was predicted."""
+        """Whether the mean fell in the interval that was predicted of it."""
         return None if self.predicted is None else self.predicted.low <= self.perplexity <= self.predicted.high
 
     @property
@@ -267,7 +267,7 @@ class Sweep:
         from castlm.planning.predict import predict_perplexity
 
         tokens = self.budgets[len(self.steps)]
-        predicted = None if self.law is None else predict_perplexity(self.law, tokens)
+        predicted = None if self.law is None else predict_perplexity(self.law, tokens, num_runs=self.command.seeds)
         self.law, largest, no_law = None, None, None
         done = self.runs[: len(self.steps) + 1]
         if len(done) >= MIN_BUDGETS[self.command.form]:
