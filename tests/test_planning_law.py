@@ -277,6 +277,46 @@ def test_dense_control_has_the_perplexity_it_trained_to(tmp_path):
     assert read_points([tmp_path / "r.json"])[0].perplexity == 2.9
 
 
+def test_runs_that_diverged_are_left_out_by_name(tmp_path, capsys):
+    records = [{**run_record(1000 * 4**i, 8.0 - i), "verdict": {"ok": True, "reason": ""}} for i in range(4)]
+    records[1]["verdict"] = {"ok": False, "problem": "DIVERGED", "reason": "perplexity 7.000, ABOVE the start"}
+    records[2]["verdict"] = {"ok": False, "problem": "FELL SHORT", "reason": "perplexity 6.000, far from dense"}
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    assert [p.perplexity for p in read_points([tmp_path / "r.json"])] == [8.0, 6.0, 5.0]
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/r.json, result 2 is left out of the law, because the run diverged: perplexity 7.000" in said
+    assert said.count("\n") == 1
+
+
+def test_a_run_in_two_files_is_refused(tmp_path):
+    (tmp_path / "table.json").write_text(json.dumps([run_record(1000, 5.0), {**run_record(2000, 4.0), "run_id": "a"}]))
+    (tmp_path / "copy.json").write_text(json.dumps({**run_record(2000, 4.0), "run_id": "a"}))
+    with pytest.raises(
+        InputError, match=r"copy.json is the same run as .*table.json, result 2, and would count as two"
+    ):
+        read_points([tmp_path / "table.json", tmp_path / "copy.json"])
+
+
+@pytest.mark.parametrize(
+    ("base_model", "dense", "is_refused"),
+    [
+        ("one", 3.001, False),
+        ("elsewhere/one", 3.0, False),
+        ("other", 3.1, True),
+        ("other", None, True),
+        ("one", 3.5, True),  # the folder has changed
+    ],
+)
+def test_a_law_holds_for_one_base_model(base_model, dense, is_refused):
+    runs = [replace(p, base_model="one", dense=3.0, source="a") for p in points(SEVEN)]
+    runs[3] = replace(runs[3], base_model=base_model, dense=dense, source="b")
+    if is_refused:
+        with pytest.raises(InputError, match=r"a is a run of the model one .* and b of .*: a law holds for one"):
+            fit_law(runs, num_draws=5)
+    else:
+        assert fit_law(runs, num_draws=5, leave_largest_out=False).num_points == 7
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [

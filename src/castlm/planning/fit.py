@@ -58,8 +58,8 @@ def fit_law(
     Raises:
         InputError: fewer than 3 (loglinear, joint) or 4 (power) distinct budgets; budgets within a factor of
             `min_spread`; for joint fewer than 3 sizes or 6 (size, budget) pairs, or sizes and budgets that grow
-            together; several methods or sizes mixed; a value that is not finite and positive; loss that does not fall
-            with tokens; L_inf or an exponent at its bound.
+            together; several methods, patterns, base models or sizes mixed; a value that is not finite and positive;
+            loss that does not fall with tokens; L_inf or an exponent at its bound.
     """
     if form not in FORMS:
         raise InputError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
@@ -96,6 +96,7 @@ def _as_data(points: Sequence[Point], form: str) -> Data:
             f"perplexities measured in {len(harnesses)} ways ({'; '.join(harnesses[:2])}) do not compare: evaluate "
             "all runs on one eval_dataset with one seq_len"
         )
+    _check_models(points, form)
     sizes = {point.params for point in points}
     if form == "joint" and None in sizes:
         raise InputError("the joint form needs params of every point; add the column, or use form power")
@@ -106,6 +107,23 @@ def _as_data(points: Sequence[Point], form: str) -> Data:
     x = np.log([point.tokens for point in points])
     z = np.log([point.params or 1.0 for point in points]) * (form == "joint")
     return make_data(x, z, np.log(np.log([point.perplexity for point in points])))
+
+
+def _check_models(points: Sequence[Point], form: str) -> None:
+    """Raises `InputError` for points of several dense models, or of one size in a joint law."""
+    first: dict[float | None, Point] = {}
+    for point in points:
+        if point.base_model:
+            other = first.setdefault(point.params if form == "joint" else None, point)
+            if not point.is_of_the_model_of(other):
+                models = [
+                    f"{p.base_model} (dense perplexity {p.dense:.4g})" if p.dense else p.base_model
+                    for p in (other, point)
+                ]
+                raise InputError(
+                    f"{other.source} is a run of the model {models[0]}, and {point.source} of {models[1]}: a law holds "
+                    "for one; give the runs of one model"
+                )
 
 
 def _check_design(data: Data, form: str, min_budgets: int, min_spread: float) -> None:

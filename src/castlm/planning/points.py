@@ -15,8 +15,9 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.owned import command_of
+from castlm.progress import note
 from castlm.reading import parse_json, read_text, user_path
-from castlm.training.verdict import MEASURED_ALIKE, final_perplexity
+from castlm.training.verdict import MEASURED_ALIKE, final_perplexity, problem
 
 # The first name of each pair is a CSV column's, the second what a run's castlm.json calls the same thing.
 _TOKENS = ("tokens", "train_tokens")
@@ -42,12 +43,23 @@ class Point:
     """Context length, stride, text and tokens of the evaluation, if known; only equal ones can be compared."""
     pattern: str = ""
     """Sparsity pattern, if known; a law holds for one."""
+    base_model: str = ""
+    """Name or folder of the dense model that the run started from, if known; a law holds for one."""
+    dense: float | None = None
+    """Perplexity of that model on the same text, if known: it tells models of one name apart."""
     source: str = ""
     """File (and line) it was read from; errors name it."""
 
+    def is_of_the_model_of(self, other: Point) -> bool:
+        """Whether both runs started from one dense model, which may have been named by two paths."""
+        same_name = self.base_model == other.base_model
+        if self.dense is None or other.dense is None:
+            return same_name
+        return abs(math.log(self.dense / other.dense)) < (1e-2 if same_name else 1e-3)  # bf16 or fp32; rounding
+
 
 def read_points(paths: Iterable[str | Path], method: str | None = None) -> list[Point]:
-    """Read every point in `paths`, in order.
+    """Read every point in `paths`, in order. Runs that diverged are left out, with a note for each.
 
     Args:
         paths: each a run folder, a folder of run folders or of `castlm compare`, a compare result (`.json`: a list of
@@ -57,16 +69,17 @@ def read_points(paths: Iterable[str | Path], method: str | None = None) -> list[
         method: keep only the points of this method.
 
     Raises:
-        InputError: a path is missing, unreadable or given twice, a field is missing or not a positive number (the
-            message names file and line), there are more than `MAX_POINTS` points, or none is left.
+        InputError: a path is missing or unreadable, a path or run is given twice, a field is missing or not a positive
+            number (the message names file and line), there are more than `MAX_POINTS` points, or none is left.
     """
     points: list[Point] = []
     given: dict[str, int] = {}
+    runs: dict[str, str] = {}
     for number, path in enumerate(paths):
         for file in _files(user_path(path)):
             if given.setdefault(os.path.realpath(file), number) != number:
                 raise InputError(f"{file} is given twice, and would count as two runs: name it once")
-            points += _read_csv(file) if file.suffix == ".csv" else _read_json(file)
+            points += _read_csv(file) if file.suffix == ".csv" else _read_json(file, runs)
     if method is not None:
         found = sorted({point.method or "(none)" for point in points})
         points = [point for point in points if point.method == method]
@@ -105,7 +118,12 @@ def _finished_runs(folder: Path) -> list[Path]:
     return finished
 
 
-def _read_json(path: Path) -> list[Point]:
+def _read_json(path: Path, runs: dict[str, str]) -> list[Point]:
+    """The points of a file of records.
+
+    Args:
+        runs: where the runs read so far come from, by `run_id`; this file's are added.
+    """
     content = parse_json(read_text(path), path)
     if isinstance(content, dict):
         content = content.get("results", [content])
@@ -114,9 +132,17 @@ def _read_json(path: Path) -> list[Point]:
     if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
         raise InputError(f"{path}: a run's castlm.json or a list of results was expected")
     _check_count(len(content), path)
-    if len(content) == 1:
-        return [_point(_flat(content[0]), str(path))]
-    return [_point(_flat(record), f"{path}, result {number}") for number, record in enumerate(content, 1)]
+    points = []
+    for number, record in enumerate(content, 1):
+        source = str(path) if len(content) == 1 else f"{path}, result {number}"
+        if (run := record.get("run_id")) is not None and (other := runs.setdefault(str(run), source)) != source:
+            raise InputError(f"{source} is the same run as {other}, and would count as two: name it once")
+        found = record.get("verdict")
+        if isinstance(found, dict) and problem(found) == "diverged":
+            note(f"{source} is left out of the law, because the run diverged: {found.get('reason')}")
+        else:
+            points.append(_point(_flat(record), source))
+    return points
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +153,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(flat.get("measured"), dict):
         flat["harness"] = ", ".join(f"{key} {str(flat['measured'].get(key))[:12]}" for key in MEASURED_ALIKE)
     if isinstance(ppl := flat.get("perplexity"), dict):  # the dense control is not pruned and has `trained` instead
-        flat["perplexity"] = final_perplexity(ppl)
+        flat |= {"perplexity": final_perplexity(ppl), "dense": ppl.get("dense")}
     return {key: value for key, value in flat.items() if value is not None}
 
 
@@ -173,6 +199,8 @@ def _point(record: Mapping[str, Any], source: str) -> Point:
         method=None if method is None else str(method),
         harness=str(record.get("harness", "")),
         pattern=str(record.get("pattern", "")),
+        base_model=str(record.get("base_model", "")),
+        dense=_number(record, ("dense",), source),
         source=source,
     )
 
