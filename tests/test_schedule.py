@@ -18,7 +18,7 @@ from castlm.training.config import TrainConfig
 from castlm.training.flops import peak_flops
 from castlm.training.lr_shapes import SCHEDULES
 from castlm.training.run import Run
-from castlm.training.schedule import learning_rate
+from castlm.training.schedule import learning_rate, num_left
 from castlm.training.text import resolve_epochs
 from tests.runs import small
 from tests.tiny import TEXT, save_tiny
@@ -131,6 +131,22 @@ def test_utilization_counts_the_matrices_once_and_needs_a_known_peak(llama, text
     run.telemetry.__exit__(None, None, None)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["mfu"] == pytest.approx(run.flops_per_token * row["tokens_per_s"] / 1e12)
+
+
+def test_time_left_counts_the_evaluations_and_saves_to_come(llama, text, tmp_path):
+    for step, last, every in itertools.product(range(1, 9), range(8, 10), range(1, 12)):
+        to_come = [s for s in range(step, last + 1) if s % every == 0 or s == last]
+        assert num_left(step, last, every) == len(to_come)
+    assert num_left(1, 8, 0) == 0
+    config = small(llama, text, tmp_path / "run", eta=0.0, max_steps=8, eval_steps=3, save_steps=4, log_steps=1)
+    run = Run(config, init_world("cpu", "full"))
+    run.progress.eval_seconds, run.progress.save_seconds = 1000.0, 10.0
+    run.train_step()
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["eta_s"] == pytest.approx(7 * run.progress.seconds + 3 * 1000 + 2 * 10)
+    run.evaluate()
+    assert 0 < run.progress.eval_seconds < 1000
+    run.telemetry.__exit__(None, None, None)
 
 
 def test_compiled_blocks_train_alike_and_a_cpu_refuses_them(llama, text, tmp_path):

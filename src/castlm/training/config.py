@@ -150,6 +150,11 @@ class TrainConfig(  # the fields of the last base come first
         return self.decay_end if self.decay_end is not None else (0.3 if self.starts_at_zero else 0.1)
 
     @property
+    def eval_steps_used(self) -> int:
+        """`eval_steps`, or its default for this run."""
+        return self.eval_steps or max(1, self.max_steps // 10)
+
+    @property
     def hidden_loss_weight(self) -> float:
         """Weight of the distance of hidden states: `hidden_weight`, or its default for this run."""
         if self.hidden_weight is not None:

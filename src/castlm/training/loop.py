@@ -31,7 +31,6 @@ def loop(run: Run, interrupt: Interrupt) -> None:
         Interrupted: a signal arrived, and the run is saved.
     """
     config = run.config
-    eval_steps = config.eval_steps or max(1, config.max_steps // 10)
     saved = run.progress.step if run.progress.step else -1
     if run.progress.step == 0:
         run.evaluate()
@@ -40,7 +39,7 @@ def loop(run: Run, interrupt: Interrupt) -> None:
         run.saver.finish_if_written()
         run.train_step()
         last = run.progress.step == config.max_steps
-        if run.progress.step % eval_steps == 0 or last:
+        if run.progress.step % config.eval_steps_used == 0 or last:
             run.evaluate()
         if config.save_steps and (run.progress.step % config.save_steps == 0 or last):
             run.save()

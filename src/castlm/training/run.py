@@ -33,7 +33,7 @@ from castlm.training.flops import flops_per_token, peak_flops
 from castlm.training.metrics import mask_figures, masked_histogram, masked_shares
 from castlm.training.objective import pruned
 from castlm.training.run_folder import RunFolder
-from castlm.training.schedule import hidden_weight, learning_rate
+from castlm.training.schedule import hidden_weight, learning_rate, num_left
 from castlm.training.setup import global_batch, introduction, local_masks, set_up
 from castlm.training.telemetry import Telemetry
 from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
@@ -53,6 +53,9 @@ class Progress:
     """Evaluations by step."""
     first_step: int = 0
     """The step that this process started from."""
+    eval_seconds: float = 0.0
+    save_seconds: float = 0.0
+    """Of the last evaluation, and of the last save, in this process."""
 
 
 class Run:
@@ -161,7 +164,6 @@ class Run:
         check_vocabulary(torch.stack([b["input_ids"] for b in micro_batches]), vocab_size(self.model.config))
         counts = [[b["labels"].numel(), int((b["labels"] != -100).sum())] for b in micro_batches]
         read, num_tokens = self.world.sum(torch.tensor(counts).sum(dim=0).to(self.world.device))
-
         total, ce, kl, hidden = self.world.sum(self._accumulate(micro_batches, num_tokens)).tolist()
         self._check_counted(int(num_tokens))
         grad_norm = self._clip()
@@ -214,11 +216,17 @@ class Run:
         progress.step += 1
         progress.tokens += num_read
         progress.seconds += seconds
-        values |= {"tokens": progress.tokens, "tokens_per_s": num_read / seconds}
+        values |= {"tokens": progress.tokens, "tokens_per_s": num_read / seconds, "eta_s": self._seconds_left()}
         if self.peak_flops is not None:
             values["mfu"] = self.flops_per_token * num_read / seconds / (self.peak_flops * self.world.size)
-        values["eta_s"] = progress.seconds / progress.step * (self.config.max_steps - progress.step)
         self.telemetry.log(progress.step, values, write=progress.step % self.config.log_steps == 0)
+
+    def _seconds_left(self) -> float:
+        """To the end of the last step, with the evaluations and saves to come, each as long as the last of its kind."""
+        progress, last = self.progress, self.config.max_steps
+        evaluations = num_left(progress.step, last, self.config.eval_steps_used) * progress.eval_seconds
+        saves = num_left(progress.step, last, self.config.save_steps) * progress.save_seconds
+        return progress.seconds / progress.step * (last - progress.step) + evaluations + saves
 
     def _check_counted(self, num_tokens: int) -> None:
         """Raises `InputError` after many steps in a row, or a whole run, in which no token counted."""
@@ -247,6 +255,7 @@ class Run:
 
     def evaluate(self) -> None:
         """Perplexity of the forward pass as it is, and of the model as the prune would leave it now."""
+        started = time.perf_counter()
         values = {"tokens": self.progress.tokens, "perplexity": self.parts.evaluator.perplexity()}
         masks = local_masks(self.method.masks())
         if masks:
@@ -263,6 +272,7 @@ class Run:
             values[f"perplexity/{name}"] = self.parts.evaluator.perplexity(part)
         self.progress.figures[str(self.progress.step)] = values
         self.telemetry.evaluated(self.progress.step, values, self._details(masks))
+        self.progress.eval_seconds = time.perf_counter() - started
 
     def _details(self, masks: dict[Tensor, Tensor]) -> dict[str, Any]:
         """What metrics.jsonl holds of an evaluation beside single figures."""
@@ -290,6 +300,7 @@ class Run:
         }
 
     def save(self) -> None:
+        started = time.perf_counter()
         flips = torch.tensor(float(self.method.flips()), device=self.world.device, dtype=torch.float64)
         manifest = {
             "config": self.config.as_dict(),
@@ -303,6 +314,7 @@ class Run:
         }
         self.saver.save(self.progress.step, self.tensors(), manifest)
         self.cover_teacher_cache()
+        self.progress.save_seconds = time.perf_counter() - started
 
     def cover_teacher_cache(self) -> None:
         """Records which sequences the teacher cache holds by now."""

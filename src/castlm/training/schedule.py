@@ -31,6 +31,16 @@ def hidden_weight(step: int, config: TrainConfig) -> float:
     return config.hidden_loss_weight * (1 - step / config.max_steps)
 
 
+def num_left(step: int, last: int, every: int) -> int:
+    """How many multiples of `every` (0: none) there are from `step` on up to `last`, which always counts as one.
+
+    Examples:
+        >>> num_left(1, last=10, every=4)  # at 4, 8 and 10
+        3
+    """
+    return -(-last // every) - (step - 1) // every if every else 0
+
+
 def schedule(config: TrainConfig) -> tuple[list[float], list[float]]:
     """The learning rate and the ramp of the decay at each step of a run."""
     steps, decay_end = range(config.max_steps), config.decay_end_used

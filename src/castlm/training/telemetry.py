@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from castlm.core.errors import InputError
 from castlm.disk import is_disk_full
@@ -73,18 +73,16 @@ class Telemetry:
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[shown]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TextColumn("ETA {task.fields[eta]}"),
             console=self.console,
             disable=not (is_main and self.console.is_terminal),
-            speed_estimate_period=120,
         )
         if not is_main:
             return
         path = output_dir / "metrics.jsonl"
         cut_back(path, start_step)
         self._file = path.open("a", encoding="utf-8")
-        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, shown="")
+        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, shown="", eta="")
         self._last_print = time.monotonic()
 
     def __enter__(self) -> Telemetry:
@@ -108,10 +106,11 @@ class Telemetry:
         if not self.is_main:
             return
         shown = "  ".join(form.format(values[key]) for key, form in SHOWN.items() if key in values)
-        self._progress.update(self._task, completed=step, shown=shown)
+        eta = _clock(values["eta_s"])
+        self._progress.update(self._task, completed=step, shown=shown, eta=eta)
         if not self.console.is_terminal and (time.monotonic() - self._last_print > 15 or step == self.total_steps):
             self._last_print = time.monotonic()
-            self.say(f"step {step}/{self.total_steps}  {shown}  ETA {_clock(values['eta_s'])}")
+            self.say(f"step {step}/{self.total_steps}  {shown}  ETA {eta}")
         if write:
             self._write(step, values)
 
