@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import statistics
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from castlm.compare.plan import Plan
 from castlm.compare.plan import compare as run_comparison
 from castlm.compare.plots import PLOTS
 from castlm.compare.presets import PRESETS
+from castlm.compare.report import explain, stamp
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, last_line, run_key, run_process, with_key, zero_shot_key
 from castlm.compare.summary import spread, summarize, tokens_note, verdict
@@ -369,6 +371,15 @@ def test_one_shot_rows_wait_for_the_control_of_the_largest_budget():
     assert summarize(results)[2]["gap"] is None
 
 
+def test_an_infinite_gap_is_neither_ranked_nor_drawn():
+    rows = summarize([fake("dense", 100, 0, 5.0), fake("cast", 100, 0, 7.0), fake("ste", 100, 0, math.inf)])
+    assert verdict(rows).endswith("cast has the smallest gap to the dense control, +0.3365 nats per token.")
+    for chart in ("gaps", "budgets"):
+        svg = PLOTS[chart](rows, []).svg
+        assert "ste" not in svg
+        assert "cast" in svg
+
+
 def test_a_run_that_fell_short_is_not_said_to_have_diverged():
     results = [fake("dense", 100, 0, 5.0), fake("cast", 100, 0, 70.0)]
     results[1].record["verdict"] = {"ok": False, "reason": "14 times", "problem": "FELL SHORT"}
@@ -491,6 +502,19 @@ def test_variants_are_measured_alike(option, files, tmp_path):
 def test_refusals(over, reason, files, tmp_path):
     with pytest.raises(InputError, match=reason):
         Plan(command(files, tmp_path, **over), str)
+
+
+def test_the_text_that_chooses_rates_is_not_the_evaluation_text(files, tmp_path):
+    copy = shutil.copy(files["eval_dataset"], tmp_path / "copy.txt")
+    with pytest.raises(InputError, match=r"copy\.txt is the text of eval_dataset: give another one"):
+        Plan(command(files, tmp_path, methods="cast", tuning_dataset=str(copy), learning_rates="1e-3,3e-3"), str)
+
+
+def test_a_shared_teacher_cache_is_said_to_spoil_the_times():
+    results = [fake("cast", 100, 0, 7.0)]
+    assert "do not compare" not in "".join(explain(stamp(results), results))
+    results[0].run.config["teacher_cache"] = "cache"
+    assert "their times do not compare" in "".join(explain(stamp(results), results))
 
 
 def test_an_unknown_field_is_refused_before_anything_runs(files, tmp_path, in_process):

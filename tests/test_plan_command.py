@@ -75,7 +75,7 @@ def test_check_gives_a_cost_only_when_it_has_a_price(given, capsys):
     main(arguments(given, "--price-per-hour", "3600000", "--devices", "8"))
     out = capsys.readouterr().out
     per_s = float(out.partition(" tokens/s")[0].splitlines()[-1].replace(",", ""))
-    cost = float(out.partition("cost: ")[2].partition(", at")[0].replace(",", ""))
+    cost = float(out.partition("cost without evaluations: ")[2].partition(", at")[0].replace(",", ""))
     start = float(out.partition("start: ")[2].partition(" s before")[0])
     assert cost == pytest.approx((30 * 2 * 32 / per_s + start) * 1000 * 8, abs=0.06 * 1000 * 8)  # the start is rounded
     main(arguments(given, "--price-per-hour", "1", "--init-from", "magnitude"))

@@ -6,7 +6,8 @@ import pytest
 
 from castlm.cli.main import main
 from castlm.compare import tradeoff
-from castlm.compare.tradeoff import Candidate, Measured, as_dict, at_equal_perplexity, decode, text
+from castlm.compare.tradeoff import Candidate, Measured, as_dict, at_equal_perplexity, candidates, decode, text
+from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.export.hf import export_model
@@ -98,6 +99,21 @@ def test_the_command_measures_runs_and_writes_json(dense, result, tmp_path, caps
         (runs[1], "channels:0.5"),  # by its folder: one row is called dense
     ]
     assert all(row["tokens_per_second"] > 0 for row in rows)
+
+
+def test_results_of_another_dense_model_are_refused(tmp_path):
+    def candidate(name, dense):
+        (tmp_path / name).mkdir()
+        record = {"base_model": "an/id", "perplexity": {"dense": dense, "pruned": 8.0}, "measured": {}}
+        (tmp_path / name / "castlm.json").write_text(json.dumps(record))
+        return str(tmp_path / name)
+
+    one, same, other = candidate("one", 6.0), candidate("same", 6.01), candidate("other", 7.0)
+    assert [c.perplexity for c in candidates("an/id", [one, same])] == [6.0, 8.0, 8.0]
+    with pytest.raises(
+        InputError, match=r"its dense model has perplexity 7, and that of another result 6: name results"
+    ):
+        candidates("an/id", [one, other])
 
 
 @needs_kernels

@@ -68,7 +68,9 @@ def report(config: TrainConfig, options: CheckOptions, found: Calibration, world
     if options.price_per_hour is not None:
         devices = options.devices or world_size
         cost = hours * devices * options.price_per_hour
-        print(f"cost: {cost:,.2f}, at {options.price_per_hour:g} an hour of each of {devices} devices")
+        print(
+            f"cost without evaluations: {cost:,.2f}, at {options.price_per_hour:g} an hour of each of {devices} devices"
+        )
     print(f"peak memory of this process: {found.peak_bytes / 2**30:.2f} GiB")
     worst = by_headroom[0][1].budget
     floor = f"; masked weights end near {worst.floor:.1e}, the last rate" if worst.floor else ""

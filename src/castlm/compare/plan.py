@@ -166,6 +166,10 @@ class Plan:
         digests = {
             name: open_documents(text, column=column, **of_role[name]).text_hash() for name, text in texts.items()
         }
+        if command.tuning_dataset and digests["tuning_dataset"] == digests["eval_dataset"]:
+            raise InputError(
+                f"tuning_dataset {command.tuning_dataset} is the text of eval_dataset: give another one to choose by"
+            )
         return {"model": content_hash(command.model, self.common.get("revision")), **digests}
 
     def _calibration_text(self) -> dict[str, Any]:

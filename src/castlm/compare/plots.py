@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ def _colours(rows: Rows) -> dict[str, int]:
 
 def gaps(rows: Rows, results: list[Result]) -> Picture | None:
     """The gap to the dense control: a dot for each seed and a bar at the mean, the best on top."""
-    shown = sorted((row for row in rows if row["gap"] and row["method"] != "dense"), key=lambda row: row["gap"].mean)
+    shown = sorted(filter(_has_gap, rows), key=lambda row: row["gap"].mean)
     if not shown:
         return None
     means, colours = [row["gap"].mean for row in shown], _colours(rows)
@@ -39,6 +40,11 @@ def gaps(rows: Rows, results: list[Result]) -> Picture | None:
     return Picture(
         "Gap to the dense control", svg, "A dot for each seed, a bar at their mean. Left is better.", wide=True
     )
+
+
+def _has_gap(row: dict[str, Any]) -> bool:
+    """Whether a chart shows the gap of a row: not that of the control, and not one that is infinite."""
+    return row["gap"] is not None and math.isfinite(row["gap"].mean) and row["method"] != "dense"
 
 
 def _label(row: dict[str, Any], rows: Rows) -> str:
@@ -168,14 +174,15 @@ def _median(zeros: int, counts: list[int], edges: list[float]) -> float:
 def budgets(rows: Rows, results: list[Result]) -> Picture | None:
     """The gap to the control of the same token budget against the budget, a line per variant."""
     colours = _colours(rows)
-    names = dict.fromkeys(r["variant"] for r in rows if r["gap"] and r["tokens"] and r["method"] != "dense")
+    shown = list(filter(_has_gap, rows))
+    names = dict.fromkeys(row["variant"] for row in shown if row["tokens"])
     if not names:
         return None
     lines = []
     for name in names:
-        of_name = [r for r in rows if r["variant"] == name and r["gap"]]
+        of_name = [row for row in shown if row["variant"] == name]
         lines.append(Series(name, [(r["tokens"], r["gap"].mean) for r in of_name], colours[name], marks=True))
-    levels = [Level(row["variant"], row["gap"].mean) for row in rows if row["gap"] and not row["tokens"]]
+    levels = [Level(row["variant"], row["gap"].mean) for row in shown if not row["tokens"]]
     values = [y for line in lines for _, y in line.points] + [level.value for level in levels]
     svg = line_chart(
         lines,

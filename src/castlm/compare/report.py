@@ -72,7 +72,9 @@ COLUMNS = (
         ".4f",
         "sum |kept weights| / sum |all weights| of the sparse layers before the prune; 1: nothing left to prune.",
     ),
-    Column("start_tokens", "start, tokens", ",.0f", "Tokens that the start read before step 0."),
+    Column(
+        "start_tokens", "start, tokens", ",.0f", "Tokens that the start read before step 0; empty for one-shot methods."
+    ),
     Column("start_seconds", "start, s", ".0f", "Seconds that the start took before step 0."),
     Column("train_seconds", "time, s", ".0f", "Seconds of the optimizer steps; of one-shot methods, of the pruning."),
     Column(
@@ -142,7 +144,12 @@ def explain(facts: dict[str, Any], results: list[Result]) -> list[str]:
         text = trials[0].run.config["eval_dataset"]
         shown = any(r.run.config["eval_dataset"] == text for r in final)
         by = "the perplexity in the table" if shown else f"the perplexity on {text}"
-        lines.append(f"Learning rates were chosen with seed 0 by {by}, from the same candidates for every variant.")
+        lines.append(
+            f"Learning rates were chosen with seed 0 by {by}, from the same candidates for every variant without a "
+            "rate of its own."
+        )
+    if any(r.run.config.get("teacher_cache") for r in final):
+        lines.append("The runs share a teacher cache, which the first of them fills: their times do not compare.")
     return lines + _raised_damping(final)
 
 

@@ -73,7 +73,7 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
 
     Raises:
         InputError: a folder without a record or perplexity, a folder given twice, or perplexities that were not
-            measured alike.
+            measured alike or are of several dense models.
     """
     found: list[Candidate] = []
     harness: dict[str, Any] = {}
@@ -99,7 +99,13 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
         of = str(record.get("base_model", model))
         if of != model and os.path.isdir(model) and os.path.realpath(of) != os.path.realpath(model):
             raise InputError(f"{file}: a result of the model {of}, not of {model}: compare it with its own model")
-        dense = perplexities.get("dense", dense)
+        own = perplexities.get("dense", dense)
+        dense = own if dense is None else dense
+        if dense is not None and abs(own - dense) > SAME * dense:
+            raise InputError(
+                f"{file}: its dense model has perplexity {own:.4g}, and that of another result {dense:.4g}: name "
+                "results of one model"
+            )
         left_dense = frozenset(record.get("left_dense") or ())
         run = _run_folder(folder)
         name = str(run) if run.name in (DENSE, *(other.name for other in found)) else run.name
