@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from castlm.core.errors import InputError
 from castlm.disk import is_disk_full
@@ -72,8 +73,8 @@ class Telemetry:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
+            TextColumn("ETA {task.fields[eta]}", table_column=Column(no_wrap=True, min_width=len("ETA 0:00:00"))),
             TextColumn("{task.fields[shown]}"),
-            TextColumn("ETA {task.fields[eta]}"),
             console=self.console,
             disable=not (is_main and self.console.is_terminal),
         )
