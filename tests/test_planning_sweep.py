@@ -54,7 +54,7 @@ class Drawn:
     def __init__(self) -> None:
         self.noise, self.bend, self.sign = 1e-4, {}, 1
         self.done: list[tuple[int, int]] = []
-        self.kill_at = self.fail_at = None
+        self.kill_at = self.fail_at = self.verdict = None
 
     def __call__(self, arguments, log) -> int:
         config = yaml.safe_load(Path(arguments[-1]).read_text())
@@ -70,6 +70,7 @@ class Drawn:
         folder.mkdir(parents=True)
         record = {"method": "cast", "config": {"seed": seed}, "train_tokens": tokens, "num_params": 1000}
         record["perplexity"] = {"pruned": self.perplexity(tokens, seed)}
+        record |= {} if self.verdict is None else {"verdict": self.verdict}
         (folder / "castlm.json").write_text(json.dumps(record))
         add_file_list(folder)
         (folder.parent / "castlm-output.json").write_text('{"command": "train"}')
@@ -179,6 +180,18 @@ def test_a_failed_run_stops_the_sweep_and_is_tried_again(sweep, drawn, capsys):
     drawn.fail_at = None
     code, said = sweep()
     assert (code, said["status"], len(drawn.done)) == (0, "predicted", 10)
+
+
+def test_a_run_that_diverged_stops_the_sweep_and_one_that_fell_short_does_not(sweep, drawn):
+    drawn.verdict = {"ok": False, "problem": "DIVERGED", "reason": "above the start"}
+    code, said = sweep()
+    assert (code, said["status"], len(drawn.done)) == (1, "failed", 2)
+    assert "diverged: above the start; lower learning_rate" in said["verdict"]
+    drawn.verdict |= {"problem": "FELL SHORT"}
+    drawn.done, drawn.kill_at = [], 4
+    with pytest.raises(Killed):
+        sweep(folder="short")
+    assert len(drawn.done) == 4
 
 
 def test_runs_that_carry_no_law_are_said_to(sweep, drawn, tmp_path, capsys):

@@ -30,5 +30,5 @@ class Result:
 
     @property
     def problem(self) -> str | None:
-        """ "diverged" or "fell short", by the run's own verdict; None if nothing is wrong."""
+        """What is wrong with it by its own verdict, "diverged" or "fell short"; None if nothing is."""
         return problem(self.record.get("verdict", {}))

@@ -173,10 +173,8 @@ def _lead(best: dict[str, Any], second: dict[str, Any]) -> str:
         behind, error, freedom = statistics.fmean(shared), _standard_error(shared), len(shared) - 1
         how = f"paired over {len(shared)} seeds"
     elif len(one) > 1 and len(other) > 1:
-        behind, error = (
-            second["gap"].mean - best["gap"].mean,
-            math.hypot(*map(_standard_error, (one.values(), other.values()))),
-        )
+        behind = second["gap"].mean - best["gap"].mean
+        error = math.hypot(_standard_error(one.values()), _standard_error(other.values()))
         freedom, how = min(len(one), len(other)) - 1, "seeds not paired"
     else:
         behind = second["gap"].mean - best["gap"].mean

@@ -64,8 +64,8 @@ def read_points(paths: Iterable[str | Path], method: str | None = None) -> list[
     Args:
         paths: each a run folder, a folder of run folders or of `castlm compare`, a compare result (`.json`: a list of
             records, or an object that has one in `results`; a record is a run's castlm.json or the columns of the CSV)
-            or a `.csv` with the columns `tokens,perplexity[,params][,seed][,method]` (others are ignored, and lines
-            that start with `#`).
+            or a `.csv` with the columns `tokens,perplexity[,params][,seed][,method]`, and `pattern`, `base_model`
+            and `dense_perplexity` to tell what does not mix (others are ignored, and lines that start with `#`).
         method: keep only the points of this method.
 
     Raises:
@@ -153,7 +153,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(flat.get("measured"), dict):
         flat["harness"] = ", ".join(f"{key} {str(flat['measured'].get(key))[:12]}" for key in MEASURED_ALIKE)
     if isinstance(ppl := flat.get("perplexity"), dict):  # the dense control is not pruned and has `trained` instead
-        flat |= {"perplexity": final_perplexity(ppl), "dense": ppl.get("dense")}
+        flat |= {"perplexity": final_perplexity(ppl), "dense_perplexity": ppl.get("dense")}
     return {key: value for key, value in flat.items() if value is not None}
 
 
@@ -200,7 +200,7 @@ def _point(record: Mapping[str, Any], source: str) -> Point:
         harness=str(record.get("harness", "")),
         pattern=str(record.get("pattern", "")),
         base_model=str(record.get("base_model", "")),
-        dense=_number(record, ("dense",), source),
+        dense=_number(record, ("dense_perplexity",), source),
         source=source,
     )
 
