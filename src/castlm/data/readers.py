@@ -32,9 +32,11 @@ READ_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 30  # of a JSON line: a compressed file may hold one that does not fit in memory
 
 _INK = re.compile(rb"\S")
-# A byte-level BPE tokenizer splits at these places itself, so the tokens are those of the whole text.
-_LINE_START = re.compile(rb"(?<=\n)(?=\S)")
+# Tokenizers split at these places themselves, so the tokens are those of the whole text. After an empty line, GPT-2's
+# takes a line break at the end of a text for another token than one before a line.
+_LINE_START = re.compile(rb"(?<=\S\n)(?=\S)")
 _WORD_START = re.compile(rb"(?<=\S)(?= \S)")
+_ANY_START = re.compile(rb"(?<=\n)(?=\S)|(?<=\S)(?= \S)")
 
 
 Position = int | dict[str, Any] | None
@@ -171,9 +173,9 @@ def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]], pat
             num_empty += 1
             continue
         while stop - start > 2 * PIECE_BYTES:
-            cut = _LINE_START.search(buffer, start + PIECE_BYTES, start + 2 * PIECE_BYTES) or _WORD_START.search(
-                buffer, start + PIECE_BYTES, stop
-            )
+            near = start + PIECE_BYTES, start + 2 * PIECE_BYTES
+            cut = _LINE_START.search(buffer, *near) or _WORD_START.search(buffer, *near)
+            cut = cut or _ANY_START.search(buffer, start + PIECE_BYTES, stop)
             if cut is None:
                 break
             starts.append(start)

@@ -70,10 +70,11 @@ class Encoder:
         bos = tokenizer.bos_token_id
         self.bos = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
         """The tokens that the tokenizer itself puts before a text."""
+        (self._line_break,) = self.plain(["\n"])
         self._first = self.bos if self.bos != [self.eos] else []  # where it is the end-of-text of the document before
 
     def __call__(self, pieces: list[Piece]) -> list[Tokens]:
-        texts = iter(self.plain([piece.text for piece in pieces if not piece.is_chat]))
+        texts = iter(self._ids_of([piece for piece in pieces if not piece.is_chat]))
         return [
             self.conversation(self.chat(piece.text)) if piece.is_chat else self._text(piece, next(texts))
             for piece in pieces
@@ -83,6 +84,17 @@ class Encoder:
         if piece.first and piece.last and not ids:
             return Tokens.of([], None, False)
         return Tokens.of(self._first * piece.first + ids + [self.eos] * piece.last, None, piece.first)
+
+    def _ids_of(self, pieces: list[Piece]) -> list[list[int]]:
+        """The tokens of pieces of plain text, as in the whole text: a piece in the middle of one is tokenized behind a
+        line break, because some tokenizers put a space before the first word that they are given."""
+        found = self.plain([piece.text if piece.first else f"\n{piece.text}" for piece in pieces])
+        for number, piece in enumerate(pieces):
+            if not piece.first:
+                count = len(self._line_break)
+                is_apart = found[number][:count] == self._line_break
+                found[number] = found[number][count:] if is_apart else self.plain([piece.text])[0]
+        return found
 
     def conversation(self, rendered: Rendered) -> Tokens:
         """The end-of-text that a template does not know is the end of a completion, and no part of a conversation.
@@ -107,21 +119,17 @@ class Encoder:
         return encoded["input_ids"]
 
     def joined(self, documents: Documents | HubDocuments) -> Iterator[Tokens]:
-        """The documents in file order, each with what separates it from the one before, and without its end-of-text
-        where it is plain text."""
-        separator: list[int] = []
-        text: list[str] = []
+        """The pieces of the documents in file order, each document with what separates it from the one before, and
+        without its end-of-text where it is plain text."""
+        before, begins = self.bos, True
         for piece in documents.pieces(None):
             if piece.is_chat:
                 yield self.conversation(self.chat(piece.text))
-                separator = []
+                before, begins = self.bos, True
                 continue
-            text.append(piece.text)
-            if piece.last:
-                ids = self.plain(["".join(text)])[0]
-                yield Tokens.of(separator + (ids if separator else self.bos + ids), None, not separator)
-                text.clear()
-                separator = [self.eos, *self._first]
+            (ids,) = self._ids_of([piece])
+            yield Tokens.of(before + ids if piece.first else ids, None, begins)
+            before, begins = [self.eos] * piece.last + self._first, False
 
 
 def token_ids(
@@ -134,7 +142,7 @@ def token_ids(
     """The tokens of documents in file order, joined with end-of-text: int64, shape (num_tokens,).
 
     For one document this is what `tokenizer(text)` returns, without what a tokenizer puts after a text, so perplexities
-    agree with the usual protocol.
+    agree with the usual protocol. A long document of a text file is tokenized in pieces of about 256 KiB up to `limit`.
     Conversations are rendered with the chat template.
 
     Args:
