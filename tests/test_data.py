@@ -22,12 +22,13 @@ from castlm.data import documents as documents_module
 from castlm.data import hub as hub_module
 from castlm.data import packing as data_module
 from castlm.data import readers
-from castlm.data.columns import Columns
+from castlm.data.columns import Columns, Document
 from castlm.data.documents import Documents, open_documents, split_documents, text_hash
 from castlm.data.hub import HubDocuments
 from castlm.data.loader import BatchLoader
 from castlm.data.packing import PackedSequences
-from castlm.data.tokens import check_vocabulary, end_of_text_id, token_ids
+from castlm.data.scored import scored_text
+from castlm.data.tokens import Encoder, check_vocabulary, end_of_text_id, token_ids
 from castlm.reading import read_text
 from tests.tiny import EOS, EOS_ID, tiny_tokenizer
 
@@ -153,7 +154,7 @@ def test_finite_epochs_leave_out_only_an_incomplete_block():
 def test_first_block_needs_few_documents_only(monkeypatch):
     read = []
     monkeypatch.setattr(data_module, "_BATCH_CHARS", 250)
-    monkeypatch.setattr(Documents, "_text", lambda self, index: read.append(index) or "x" * 100)
+    monkeypatch.setattr(Documents, "_read", lambda self, index: read.append(index) or Document("x" * 100))
     blocks_of(stream_of(local(1000)), 1)
     assert len(read) == 3
 
@@ -406,9 +407,38 @@ def test_beginning_of_text_as_the_tokenizer_has_it(bos, tmp_path, monkeypatch):
     assert flat == order[: len(flat)]
 
 
-def test_evaluation_tokens_of_a_real_tokenizer(stories260k):
+def test_a_limit_tokenizes_no_more_of_a_long_document_than_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 100)
+    text = "".join(f"line {i} of it\n" for i in range(500))
+    (tmp_path / "a.txt").write_text(text)
+    read, plain = [], Encoder.plain
+    monkeypatch.setattr(Encoder, "plain", lambda self, texts: read.extend(texts) or plain(self, texts))
+    assert token_ids(tmp_path / "a.txt", TOKENIZER, limit=150).tolist() == ids_of(text)[:150]
+    assert sum(map(len, read)) < 600
+
+
+def test_the_end_of_text_behind_a_cut_document_does_not_count(tmp_path):
+    rows = [{"text": "ab", "is_cut": True}, {"text": "cd"}]
+    for path in (tmp_path / "a.jsonl", tmp_path / "a.parquet"):
+        if path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        ids = [*ids_of("ab"), EOS_ID, *ids_of("cd")]
+        scored = scored_text(path, TOKENIZER)
+        assert scored.ids.tolist() == ids
+        assert [ids[place] for place in (scored.labels < 0).nonzero().flatten()] == [EOS_ID]
+        row = stream_of(open_documents(path), seq_len=5, epochs=1).take(1)
+        (uncounted,) = (row.labels < 0).nonzero().flatten().tolist()
+        assert row.ids[uncounted] == EOS_ID
+        assert row.ids[uncounted - 1] == ids_of("ab")[-1]
+
+
+@pytest.mark.parametrize("piece_bytes", [256 << 10, 100])
+def test_evaluation_tokens_of_a_real_tokenizer(stories260k, monkeypatch, piece_bytes):
+    monkeypatch.setattr(readers, "PIECE_BYTES", piece_bytes)
     tokenizer = AutoTokenizer.from_pretrained(stories260k)
-    text = " \n = A title = \n\n Once upon a time there was a cat .\n" * 30
+    text = " \n = A title = \n\n Once upon a time there was a cat .\nIt slept .\n" * 30
     assert token_ids(Documents.from_texts([text]), tokenizer).tolist() == tokenizer(text)["input_ids"]
 
 

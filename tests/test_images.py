@@ -135,7 +135,7 @@ def logits_of(model: PreTrainedModel, tokens: ImageTokens) -> torch.Tensor:
 
 def document_of(row: dict[str, Any], folder: Path | None = None) -> str:
     columns = find_columns({name: type(value).__name__ for name, value in row.items()}, None, "a.jsonl", folder)
-    return columns.document(row, "a.jsonl, line 1")
+    return columns.document(row, "a.jsonl, line 1").text
 
 
 def test_the_tokens_are_those_of_the_processor_and_the_assistant_counts(vlm, dataset):
@@ -499,7 +499,7 @@ def test_columns_of_any_row_that_would_be_lost_are_refused(dataset):
     columns = find_columns({"text": "str"}, None, "a.jsonl")
     with pytest.raises(InputError, match="the column 'image' lies beside plain text"):
         columns.document({"text": "a", "image": "red.png"}, "line 2")
-    assert find_columns({"text": "str"}, "text", "a").document({"text": "a", "image": "red.png"}, "line 2") == "a"
+    assert find_columns({"text": "str"}, "text", "a").document({"text": "a", "image": "red.png"}, "line 2").text == "a"
 
 
 def test_what_can_be_refused_is_refused_before_the_start(llava, dataset, tmp_path, capsys):

@@ -17,7 +17,18 @@ from castlm.data.image_columns import IMAGE_COLUMNS, collect_images, message_con
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _NEITHER = ("video", "videos", "audio", "audios")
 """Columns that would be lost without a word."""
+CUT_COLUMN = "is_cut"
+"""Of texts that `castlm sample` writes: true where `max_new_tokens` cut the text off."""
 _MESSAGE = "each with a role and its content"
+
+
+class Document(NamedTuple):
+    """A row as a document."""
+
+    text: str
+    """Of a conversation its JSON; "" where the row is blank."""
+    is_cut: bool = False
+    """Whether a plain text was cut off, so that the end-of-text behind it does not count."""
 
 
 class Columns(NamedTuple):
@@ -43,15 +54,15 @@ class Columns(NamedTuple):
     @property
     def read(self) -> tuple[str, ...]:
         """The columns that a document is made of, where the dataset has them."""
-        return (*self.text_columns, *self.images)
+        return (*self.text_columns, *self.images, *(() if self.is_chat else (CUT_COLUMN,)))
 
     @property
     def text_columns(self) -> tuple[str, ...]:
         """`read` without images."""
         return (self.name, *(("completion",) if self.kind == "prompt" else ()), *(("tools",) if self.is_chat else ()))
 
-    def document(self, row: Mapping[str, Any], where: str) -> str:
-        """The document of a row: its text, or the JSON of its conversation; "" where the row is blank.
+    def document(self, row: Mapping[str, Any], where: str) -> Document:
+        """The document of a row.
 
         Args:
             where: file and line, for messages.
@@ -61,6 +72,9 @@ class Columns(NamedTuple):
         """
         if self.name not in row:
             raise InputError(f"{where}: no column {self.name!r}; there are: {', '.join(row)[:400] or 'none'}")
+        return Document(self._text(row, where), not self.is_chat and row.get(CUT_COLUMN) is True)
+
+    def _text(self, row: Mapping[str, Any], where: str) -> str:
         value = row[self.name]
         if beside := next((name for name in self.refused if row.get(name)), None):
             raise InputError(_lost(beside, where))

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from castlm.core.errors import InputError
+from castlm.data.columns import Document
 from castlm.data.hub import HubDocuments, open_hub
 from castlm.data.parquet import ParquetRows
 from castlm.data.readers import (
@@ -83,9 +84,9 @@ class Documents:
         start = position or 0
         for here, index in enumerate(order[start:].tolist(), start):
             first, last = index == 0 or bool(self._last[index - 1]), bool(self._last[index])
-            text = self._text(index)
+            text, is_cut = self._read(index)
             if not (first and last) or (text and not text.isspace()):
-                yield Piece(text, first, last, here, self.is_chat)
+                yield Piece(text, first, last, here, self.is_chat, is_cut)
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of the pieces, shape (num_pieces,), int64; the pieces of one document stay together.
@@ -107,11 +108,11 @@ class Documents:
         key = rng.random(len(self))[document]
         return np.lexsort((key, pool_of_unit[self._unit]))
 
-    def _text(self, index: int) -> str:
+    def _read(self, index: int) -> Document:
         piece = int(self._piece[index])
         which = int(np.searchsorted(self._source_ends, piece, side="right"))
         source = self._sources[which]
-        return source.text(piece - int(self._source_ends[which]) + len(source.last))
+        return source.read(piece - int(self._source_ends[which]) + len(source.last))
 
     def _select(self, keep: np.ndarray) -> Documents:
         """The pieces where `keep` (bool, num_pieces) is True. A document may lose its end, not its start or middle."""

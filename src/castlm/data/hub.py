@@ -47,14 +47,15 @@ class HubDocuments:
             state, buffer, start = position["stream"], position["buffer"], position["index"]
             stream.load_state_dict(state)
         rows = iter(stream)
-        while texts := [self._columns.document(row, self.name) for row in islice(rows, self._buffer)]:
-            order = np.arange(len(texts))
+        while documents := [self._columns.document(row, self.name) for row in islice(rows, self._buffer)]:
+            order = np.arange(len(documents))
             if seed is not None:
-                order = np.argsort(np.random.default_rng([seed, epoch, buffer]).random(len(texts)), kind="stable")
+                order = np.argsort(np.random.default_rng([seed, epoch, buffer]).random(len(documents)), kind="stable")
             for index, row in enumerate(order[start:].tolist(), start):
-                if texts[row] and not texts[row].isspace():
+                text, is_cut = documents[row]
+                if text and not text.isspace():
                     here = {"stream": state, "buffer": buffer, "index": index}
-                    yield Piece(texts[row], True, True, here, self.is_chat)
+                    yield Piece(text, True, True, here, self.is_chat, is_cut)
             state, buffer, start = stream.state_dict(), buffer + 1, 0
 
     def split(self, num_held_out: int) -> tuple[HubDocuments, HubDocuments]:
@@ -100,7 +101,7 @@ def open_hub(name: str, column: str | None, split: str, data_config: str | None)
     if row is None:
         raise InputError(f"{name}: split {split!r} is empty; name another split")
     columns = find_columns(types_of(row), column, name)
-    document = columns.document(row, f"{name}, the first row")
+    document = columns.document(row, f"{name}, the first row").text
     with_images = has_images(document) or any(image in (stream.features or row) for image in columns.images)
     identity = f"{repository}@{revision} {data_config} {split} {columns.name}"
     return HubDocuments(open_stream, columns, name, identity, columns.is_chat and with_images)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Columns, find_columns
+from castlm.data.columns import Columns, Document, find_columns
 from castlm.data.image_columns import IMAGE_PART
 from castlm.data.readers import Pool
 from castlm.owned import sha256_file
@@ -60,14 +60,14 @@ class ParquetRows:
             for unit, first in enumerate(self._first.tolist()):
                 table = self._read(unit, names)
                 for row in range(len(table)):
-                    self.has_images |= IMAGE_PART in self._document(table, row, first + row, text_alone)
+                    self.has_images |= IMAGE_PART in self._document(table, row, first + row, text_alone).text
 
-    def text(self, piece: int) -> str:
+    def read(self, piece: int) -> Document:
         unit = int(self.unit[piece])
         table = self._pool.get((id(self), unit), int(self.unit_bytes[unit]), lambda: self._read(unit, self._read_names))
         return self._document(table, int(piece - self._first[unit]), piece, self._columns)
 
-    def _document(self, table: Any, row: int, number: int, columns: Columns) -> str:
+    def _document(self, table: Any, row: int, number: int, columns: Columns) -> Document:
         try:
             values = {name: table.column(name)[row].as_py() for name in table.column_names}
         except UnicodeDecodeError as error:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Columns, find_columns, has_images, types_of
+from castlm.data.columns import Columns, Document, find_columns, has_images, types_of
 from castlm.owned import sha256_file
 from castlm.reading import open_regular, parse_json
 
@@ -54,6 +54,8 @@ class Piece(NamedTuple):
     position: Position
     """The argument with which `pieces` starts at this piece again, as plain JSON."""
     is_chat: bool = False
+    is_cut: bool = False
+    """Whether the document was cut off there, so that the end-of-text behind it does not count."""
 
 
 class Source(Protocol):
@@ -72,7 +74,7 @@ class Source(Protocol):
     is_chat: bool
     has_images: bool
 
-    def text(self, piece: int) -> str: ...
+    def read(self, piece: int) -> Document: ...
 
     def sha256(self) -> str: ...
 
@@ -100,7 +102,7 @@ class Pool:
 
 
 class Spans:
-    """Pieces that are byte ranges of a buffer (a mapped file, or bytes in memory); `decode` turns one into text."""
+    """Pieces that are byte ranges of a buffer (a mapped file, or bytes in memory); `decode` reads one."""
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class Spans:
         start: Sequence[int],
         stop: Sequence[int],
         last: Sequence[bool],
-        decode: Callable[[bytes], str],
+        decode: Callable[[bytes], Document],
         num_empty: int = 0,
         path: Path | None = None,
     ) -> None:
@@ -120,7 +122,7 @@ class Spans:
         self.unit_bytes = np.zeros(int(self.last.sum()), dtype=np.int64)
         self.num_empty = num_empty
 
-    def text(self, piece: int) -> str:
+    def read(self, piece: int) -> Document:
         return self._decode(self._buffer[self._start[piece] : self._stop[piece]])
 
     def sha256(self) -> str:
@@ -185,7 +187,7 @@ def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]], pat
         starts.append(start)
         stops.append(stop)
         last.append(True)
-    return Spans(buffer, starts, stops, last, bytes.decode, num_empty, path)
+    return Spans(buffer, starts, stops, last, lambda span: Document(span.decode()), num_empty, path)
 
 
 def open_json_lines(path: Path, column: str | None) -> Spans:
@@ -194,7 +196,7 @@ def open_json_lines(path: Path, column: str | None) -> Spans:
     with open_regular(path) as lines:
         starts, stops, num_empty = rows.index(lines, path)
     last = np.ones(len(starts), dtype=bool)
-    spans = Spans(_map(path), starts, stops, last, lambda line: rows.text(line, str(path)), num_empty, path)
+    spans = Spans(_map(path), starts, stops, last, lambda line: rows.read(line, str(path)), num_empty, path)
     spans.is_chat, spans.has_images = rows.is_chat, rows.has_images
     return spans
 
@@ -217,7 +219,7 @@ class _Rows:
         starts, stops, num_empty, at = array("q"), array("q"), 0, 0
         for number, line in enumerate(lines, 1):
             if not line.isspace():
-                if self.text(line, f"{path}, line {number}").strip():
+                if self.read(line, f"{path}, line {number}").text.strip():
                     starts.append(at)
                     stops.append(at + len(line))
                 else:
@@ -225,7 +227,7 @@ class _Rows:
             at += len(line)
         return starts, stops, num_empty
 
-    def text(self, line: bytes, where: str) -> str:
+    def read(self, line: bytes, where: str) -> Document:
         try:
             decoded = line.removeprefix(codecs.BOM_UTF8).decode()
         except UnicodeDecodeError as error:
@@ -236,7 +238,7 @@ class _Rows:
         if self._columns is None:
             self._columns = find_columns(types_of(row), self._column, where, self._folder)
         document = self._columns.document(row, where)
-        self.has_images |= self.is_chat and has_images(document)
+        self.has_images |= self.is_chat and has_images(document.text)
         return document
 
 
@@ -268,12 +270,12 @@ class GzipJsonLines:
             if total - self._points[-1][0] >= SEGMENT_BYTES:
                 self._points.append((total, offset, inflater.copy()))
 
-    def text(self, piece: int) -> str:
+    def read(self, piece: int) -> Document:
         unit = int(self.unit[piece])
         segment = self._pool.get((id(self), unit), int(self.unit_bytes[unit]), lambda: self._read(unit))
         begin = self._points[unit][0]
         line = segment[self._start[piece] - begin : self._stop[piece] - begin]
-        return self._rows.text(line, str(self._path))
+        return self._rows.read(line, str(self._path))
 
     def _read(self, unit: int) -> bytes:
         _, offset, inflater = self._points[unit]

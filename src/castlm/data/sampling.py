@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from castlm.architecture import context_length
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
+from castlm.data.columns import CUT_COLUMN
 from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder
 from castlm.reading import read_text
@@ -62,7 +63,7 @@ class Sample(NamedTuple):
     """A document that the model wrote."""
 
     row: dict[str, Any]
-    """Of the file: `text` or `messages`."""
+    """Of the file: `text`, with `is_cut` where the model did not end it, or `messages`."""
     num_tokens: int
     """The prompt and what was generated."""
     is_whole: bool
@@ -137,7 +138,8 @@ class Sampler:
         begins = [self._begin(prompt) for prompt in prompts]
         samples = []
         for prompt, begin, (ids, is_whole) in zip(prompts, begins, self._continue(begins)):
-            samples.append(Sample({"text": prompt + self._after(begin, ids)}, len(begin) + len(ids), is_whole))
+            row = {"text": prompt + self._after(begin, ids), **({} if is_whole else {CUT_COLUMN: True})}
+            samples.append(Sample(row, len(begin) + len(ids), is_whole))
         return samples
 
     def _talk(self, prompts: list[str]) -> list[Sample | None]:

@@ -102,11 +102,12 @@ def scored_text(
         return _with_images(documents, ImageEncoder(processor, assistant_only), limit, assistant_only)
     tokens = first_tokens(documents, Encoder(tokenizer, None, assistant_only), limit)
     ids = torch.from_numpy(tokens.ids).long()
+    labels = torch.from_numpy(tokens.labels).long()
     if not documents.is_chat:
-        return ScoredText.of(ids)
+        return ScoredText(ids, labels)
     text = ScoredText(
         ids,
-        torch.from_numpy(tokens.labels).long(),
+        labels,
         tuple(tokens.begins.nonzero()[0].tolist()),
         ASSISTANT if assistant_only else ALL,
         is_chat=True,

@@ -83,7 +83,8 @@ class Encoder:
     def _text(self, piece: Piece, ids: list[int]) -> Tokens:
         if piece.first and piece.last and not ids:
             return Tokens.of([], None, False)
-        return Tokens.of(self._first * piece.first + ids + [self.eos] * piece.last, None, piece.first)
+        ids = self._first * piece.first + ids + [self.eos] * piece.last
+        return Tokens.of(ids, [*[True] * (len(ids) - 1), False] if piece.is_cut else None, piece.first)
 
     def _ids_of(self, pieces: list[Piece]) -> list[list[int]]:
         """The tokens of pieces of plain text, as in the whole text: a piece in the middle of one is tokenized behind a
@@ -121,15 +122,16 @@ class Encoder:
     def joined(self, documents: Documents | HubDocuments) -> Iterator[Tokens]:
         """The pieces of the documents in file order, each document with what separates it from the one before, and
         without its end-of-text where it is plain text."""
-        before, begins = self.bos, True
+        before, counts, begins = self.bos, True, True
         for piece in documents.pieces(None):
             if piece.is_chat:
                 yield self.conversation(self.chat(piece.text))
-                before, begins = self.bos, True
+                before, counts, begins = self.bos, True, True
                 continue
             (ids,) = self._ids_of([piece])
-            yield Tokens.of(before + ids if piece.first else ids, None, begins)
-            before, begins = [self.eos] * piece.last + self._first, False
+            ids = before * piece.first + ids
+            yield Tokens.of(ids, None if counts else [False, *[True] * (len(ids) - 1)], begins)
+            before, counts, begins = [self.eos, *self._first], not piece.is_cut, False
 
 
 def token_ids(
