@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from castlm.core.errors import InputError
+from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import Documents
-from castlm.data.mixture import Mixture
+from castlm.data.loader import BatchLoader
+from castlm.data.mixture import MixedRow, MixedSequences, Mixture
 from castlm.data.packing import PackedSequences
 from castlm.distributed.world import init_world
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from castlm.training.text import open_training_text
 from tests.runs import small, stop_and_resume
-from tests.tiny import TEXT, save_tiny, tiny_tokenizer
+from tests.tiny import EOS, TEXT, save_tiny, tiny_tokenizer
 
 
 def texts(letter: str, sizes: list[int]) -> Documents:
@@ -27,14 +29,32 @@ def mixture(*weights: float) -> Mixture:
     return Mixture(parts[: len(weights)], weights)
 
 
-def test_shares_hold_at_every_point_and_each_text_starts_again_by_itself():
-    used = {"a": 0, "b": 0, "c": 0}
-    for number, piece in enumerate(islice(mixture(0.5, 0.3, 0.2).pieces(seed=1), 400)):
-        used[piece.text[0]] += len(piece.text)
-        if number > 20:
-            total = sum(used.values())
-            for letter, share in zip("abc", (0.5, 0.3, 0.2)):
-                assert abs(used[letter] - share * total) <= 300  # a few documents
+def sequences(*weights: float) -> MixedSequences:
+    parts = mixture(*weights).parts
+    return MixedSequences(
+        [PackedSequences(part, tiny_tokenizer(), seq_len=16, seed=0) for part in parts],
+        weights,
+    )
+
+
+def letters(rows: MixedRow) -> list[str]:
+    """Which text each sequence is of."""
+    return [tiny_tokenizer().decode(row.ids.tolist()).replace(EOS, "")[0] for row in rows.rows]
+
+
+def test_shares_of_the_tokens_hold_at_every_point_however_long_the_documents_are():
+    found, used = letters(sequences(0.5, 0.3, 0.2).take(200)), {"a": 0, "b": 0, "c": 0}
+    for number, letter in enumerate(found, 1):
+        used[letter] += 1
+        for other, share in zip("abc", (0.5, 0.3, 0.2)):
+            assert abs(used[other] - share * number) <= 1
+    assert letters(sequences(0.98, 0.01, 0.01).take(20)) == ["a"] * 20
+
+
+def test_calibration_takes_from_each_text_its_share_of_the_sequences():
+    drawn, _ = calibration_sequences(mixture(2, 1, 1), tiny_tokenizer(), 8, 16)
+    words = [tiny_tokenizer().decode(row.tolist()).replace(EOS, "")[0] for row in drawn]
+    assert sorted(words) == list("aaaabbcc")
 
 
 @pytest.mark.parametrize("start", range(0, 60, 7))
@@ -46,16 +66,20 @@ def test_a_saved_position_goes_on_exactly(start):
     assert again == straight[start:]
 
 
-def test_blocks_of_a_mixture_resume_exactly():
-    def stream() -> PackedSequences:
-        return PackedSequences(mixture(2, 1, 1), tiny_tokenizer(), seq_len=16, seed=0)
-
-    one, other = stream(), stream()
-    for _ in range(9):
-        one.take(3)
-    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
-    for _ in range(30):
-        assert all(torch.equal(a, b) for a, b in zip(one.take(2), other.take(2)))
+def test_sequences_of_a_mixture_resume_exactly_on_any_number_of_ranks():
+    straight = sequences(2, 1, 1)
+    straight.take(28)
+    loader = BatchLoader(sequences(2, 1, 1), rows_per_rank=4, prefetch=True)
+    for _ in range(7):
+        next(loader)
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert state["sequences"] == 28
+    ranks = [BatchLoader(sequences(2, 1, 1), rows_per_rank=3, rank=rank, world_size=2) for rank in (0, 1)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    for _ in range(10):
+        expected, found = straight.take(6).batch(16), [next(rank) for rank in ranks]
+        assert all(torch.equal(torch.cat([rows[name] for rows in found]), expected[name]) for name in expected)
 
 
 def test_weights_are_read_from_the_names():

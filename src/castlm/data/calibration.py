@@ -13,6 +13,7 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.data.image_sequences import AnyDocuments, conversation_of
 from castlm.data.images import ImageEncoder, fits, join_images
+from castlm.data.mixture import Mixture, counts_by_share
 from castlm.data.tokens import token_ids
 from castlm.oneshot.calibration import draw_calibration
 
@@ -34,7 +35,7 @@ def calibration_sequences(
 ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
     """Sequences drawn from the start of a text, as `draw_calibration` draws them.
 
-    Conversations with images are drawn whole, each followed by the text of others up to the end of its sequence.
+    Of a mixture, each text gives its share of the sequences. Conversations with images are drawn whole, each followed by the text of others up to the end of its sequence.
 
     Args:
         processor: prepares images; see `castlm.opening.open_processor`.
@@ -55,6 +56,14 @@ def calibration_sequences(
                 f"calibration: {len(ids)} conversations have images that fit into {seq_len} tokens, not {num_sequences}"
             )
         return ids, images
+    if isinstance(documents, Mixture):
+        counts = counts_by_share(documents.weights, num_sequences)
+        drawn = [
+            calibration_sequences(part, tokenizer, count, seq_len, seed)[0]
+            for part, count in zip(documents.parts, counts)
+            if count
+        ]
+        return torch.cat(drawn), None
     ids = token_ids(documents, tokenizer, limit=CALIBRATION_POOL * num_sequences * seq_len)
     return draw_calibration(ids, num_sequences, seq_len, seed), None
 

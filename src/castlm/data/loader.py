@@ -7,11 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from castlm.data.image_sequences import ImageSequences
+from castlm.data.mixture import MixedSequences
 from castlm.data.packing import PackedSequences
 
 
 class BatchLoader:
-    """One rank's rows of each global micro-batch of `PackedSequences`, or of `ImageSequences`.
+    """One rank's rows of each global micro-batch of `PackedSequences`, `MixedSequences` or `ImageSequences`.
 
     With R ranks of b rows, global batch g holds the sequences `[g*R*b, (g+1)*R*b)`, and rank r its rows
     `[r*b, (r+1)*b)`: dicts of `input_ids`, `labels` and `position_ids`, int64, shape (rows_per_rank, seq_len), and of
@@ -26,7 +27,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        sequences: PackedSequences | ImageSequences,
+        sequences: PackedSequences | MixedSequences | ImageSequences,
         *,
         rows_per_rank: int,
         rank: int = 0,

@@ -18,7 +18,7 @@ from castlm.data.hub import HubDocuments
 from castlm.data.image_sequences import AnyDocuments, ImageSequences
 from castlm.data.images import ImageEncoder
 from castlm.data.loader import BatchLoader
-from castlm.data.mixture import Mixture
+from castlm.data.mixture import MixedSequences, Mixture
 from castlm.data.packing import PackedSequences
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import check_vocabulary
@@ -101,7 +101,7 @@ def _with_images(
 
 def _packed(
     config: TrainConfig,
-    documents: AnyDocuments,
+    documents: Documents | HubDocuments,
     tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None] = lambda text: None,
 ) -> PackedSequences:
@@ -138,11 +138,15 @@ def open_training_text(
     if any(text.has_images for text in (documents, *held_out)):
         options = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
         processor = open_processor(config.model, tokenizer, **options)
-    sequences: PackedSequences | ImageSequences
+    sequences: PackedSequences | MixedSequences | ImageSequences
+    say = note if world.is_main else lambda text: None
     if processor is not None and documents.has_images:  # each rank sees the images of its own rows alone
         sequences = _with_images(config, documents, processor, note)
+    elif isinstance(documents, Mixture):
+        packed = [_packed(config, part, tokenizer, say) for part in documents.parts]
+        sequences = MixedSequences(packed, documents.weights)
     else:
-        sequences = _packed(config, documents, tokenizer, note if world.is_main else lambda text: None)
+        sequences = _packed(config, documents, tokenizer, say)
     loader = BatchLoader(
         sequences,
         rows_per_rank=config.per_device_train_batch_size,
