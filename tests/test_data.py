@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import random
+import re
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from castlm.data import documents as documents_module
 from castlm.data import hub as hub_module
 from castlm.data import packing as data_module
 from castlm.data import readers
+from castlm.data.calibration import calibration_sequences
 from castlm.data.columns import Columns, Document
 from castlm.data.documents import Documents, open_documents, split_documents, text_hash
 from castlm.data.hub import HubDocuments
@@ -29,6 +31,7 @@ from castlm.data.loader import BatchLoader
 from castlm.data.packing import PackedSequences
 from castlm.data.scored import scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, end_of_text_id, token_ids
+from castlm.oneshot.calibration import draw_calibration
 from castlm.reading import read_text
 from tests.tiny import EOS, EOS_ID, tiny_tokenizer
 
@@ -372,6 +375,43 @@ def test_split_of_one_document_is_its_end(tmp_path, monkeypatch, piece_bytes):
     assert train[0] + held_out[0] == path.read_text()
     assert held_out[0].startswith("line ")
     assert 0.05 < len(held_out[0]) / len(path.read_text()) < 0.15
+
+
+def test_a_limit_of_a_held_out_part_takes_documents_from_all_of_it(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [f"<{i:03}>" for i in range(400)])
+    _, held_out = split_documents(open_documents(path), 0.5, seed=0)
+    found = [int(n) for n in re.findall(r"<(\d+)>", TOKENIZER.decode(scored_text(held_out, TOKENIZER, 90, seed=0).ids))]
+    assert len(found) >= 14
+    assert min(found) < 100
+    assert max(found) > 300
+    everything = [scored_text(held_out, TOKENIZER, 10**6, seed=seed).ids.tolist() for seed in (None, 0)]
+    assert everything[0] == everything[1]
+
+
+def places_of(dataset, num_sequences=4, seq_len=10):
+    ids, _ = calibration_sequences(open_documents(dataset), TOKENIZER, num_sequences, seq_len)
+    return [int(n) for row in ids for n in re.findall(r"<(\d+)>", TOKENIZER.decode(row))]
+
+
+def test_calibration_comes_from_all_over_a_long_document_and_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 100)
+    (tmp_path / "long.txt").write_text("\n".join(f"<{i:04}>" for i in range(2000)))
+    assert max(places_of(tmp_path / "long.txt")) > 1000
+    (tmp_path / "files").mkdir()
+    for number in range(4):
+        write_lines(
+            tmp_path / "files" / f"{number}.jsonl", [f"<{i:04}>" for i in range(500 * number, 500 * number + 500)]
+        )
+    assert max(places_of(tmp_path / "files")) > 1000
+    assert max(places_of(tmp_path / "files" / "0.jsonl")) < 120
+
+
+def test_calibration_of_a_text_that_is_read_whole_is_drawn_in_file_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 100)
+    text = "\n".join(f"<{i:04}>" for i in range(80))
+    (tmp_path / "a.txt").write_text(text)
+    ids, _ = calibration_sequences(open_documents(tmp_path / "a.txt"), TOKENIZER, 4, 10)
+    assert torch.equal(ids, draw_calibration(torch.tensor(ids_of(text)), 4, 10))
 
 
 def test_split_that_leaves_nothing_is_refused():

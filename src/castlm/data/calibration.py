@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from itertools import islice
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
+from castlm.data.documents import Documents
 from castlm.data.image_sequences import AnyDocuments, conversation_of
 from castlm.data.images import ImageEncoder, fits, join_images
 from castlm.data.mixture import Mixture, counts_by_share
-from castlm.data.tokens import token_ids
+from castlm.data.tokens import Encoder, token_ids, up_to
 from castlm.oneshot.calibration import draw_calibration
 
 if TYPE_CHECKING:
@@ -33,9 +35,11 @@ def calibration_sequences(
     processor: ProcessorMixin | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
-    """Sequences drawn from the start of a text, as `draw_calibration` draws them.
+    """Sequences of a text, as `draw_calibration` draws them of its first `CALIBRATION_POOL` times as many tokens.
 
-    Of a mixture, each text gives its share of the sequences. Conversations with images are drawn whole, each followed by the text of others up to the end of its sequence.
+    Where that is not all of a text in several files, or of one with documents that are read in pieces, these tokens are
+    taken from all over it. Of a mixture, each text gives its share of the sequences. Conversations with images are
+    drawn whole, each followed by the text of others up to the end of its sequence.
 
     Args:
         processor: prepares images; see `castlm.opening.open_processor`.
@@ -64,8 +68,20 @@ def calibration_sequences(
             if count
         ]
         return torch.cat(drawn), None
-    ids = token_ids(documents, tokenizer, limit=CALIBRATION_POOL * num_sequences * seq_len)
+    limit = CALIBRATION_POOL * num_sequences * seq_len
+    ids = token_ids(documents, tokenizer, limit=limit)
+    scattered = documents.scattered() if isinstance(documents, Documents) and len(ids) == limit else None
+    if scattered is not None:
+        ids = _sample(scattered, tokenizer, limit, seed)
     return draw_calibration(ids, num_sequences, seq_len, seed), None
+
+
+def _sample(documents: Documents, tokenizer: PreTrainedTokenizerBase, limit: int, seed: int) -> Tensor:
+    """About `limit` tokens from `CALIBRATION_POOL` documents or more, if there are as many: int64, (num_tokens,)."""
+    most = math.ceil(limit / min(CALIBRATION_POOL, len(documents)))
+    encoder = Encoder(tokenizer, None, assistant_only=False)
+    tokens = up_to(limit, (part.part(slice(most)) for part in encoder.joined(documents, seed)))
+    return torch.from_numpy(tokens.ids).long()
 
 
 def _with_images(

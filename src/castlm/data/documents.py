@@ -122,6 +122,15 @@ class Documents:
         part._selection = hashlib.sha256(self._selection + part._piece.tobytes()).digest()
         return part
 
+    def scattered(self) -> Documents | None:
+        """Each piece as a document, so that `pieces` takes them from all over the text; None for documents of one file
+        that are single pieces, as the rows of a JSON lines file are."""
+        if len(self._sources) == 1 and self._last.all():
+            return None
+        part = copy.copy(self)
+        part._last = np.ones_like(self._last)
+        return part
+
     def text_hash(self) -> str:
         """See `text_hash`."""
         digest = joined_digest([source.sha256() for source in self._sources])

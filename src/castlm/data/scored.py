@@ -85,11 +85,13 @@ def scored_text(
     *,
     assistant_only: bool = True,
     processor: ProcessorMixin | None = None,
+    seed: int | None = None,
 ) -> ScoredText:
     """The tokens of an evaluation text, in file order.
 
     Args:
         limit: at most this many tokens, from the start. A conversation with images is not cut there.
+        seed: of a text that is longer, take documents in the order of this seed, not those at its start.
         assistant_only: of conversations, score the tokens of the assistant alone.
         processor: prepares the images of conversations that have some; see `castlm.opening.open_processor`.
 
@@ -99,8 +101,8 @@ def scored_text(
     if isinstance(documents, str | Path):
         documents = open_documents(documents)
     if documents.has_images and processor is not None:
-        return _with_images(documents, ImageEncoder(processor, assistant_only), limit, assistant_only)
-    tokens = first_tokens(documents, Encoder(tokenizer, None, assistant_only), limit)
+        return _with_images(documents, ImageEncoder(processor, assistant_only), limit, assistant_only, seed)
+    tokens = first_tokens(documents, Encoder(tokenizer, None, assistant_only), limit, seed)
     ids = torch.from_numpy(tokens.ids).long()
     labels = torch.from_numpy(tokens.labels).long()
     if not documents.is_chat:
@@ -116,18 +118,22 @@ def scored_text(
 
 
 def _with_images(
-    documents: Documents | HubDocuments, encoder: ImageEncoder, limit: int | None, assistant_only: bool
+    documents: Documents | HubDocuments,
+    encoder: ImageEncoder,
+    limit: int | None,
+    assistant_only: bool,
+    seed: int | None,
 ) -> ScoredText:
     found: list[ImageTokens] = []
     images, starts, count = list[ScoredImages | None](), list[int](), 0
-    for piece in documents.pieces(None):
+    for piece in documents.pieces(seed):
         tokens = encoder(piece.text)
         starts.append(count)
         if tokens.images is None:
             images.append(None)
         else:
             again = piece.position if isinstance(documents, Documents) else piece.text  # a stream is not read again
-            load = partial(_images_of, encoder, documents, again)
+            load = partial(_images_of, encoder, documents, again, seed)
             images.append(ScoredImages(load, tokens.images.end, begin_of(piece.text)))
         found.append(tokens._replace(images=None))
         count += len(tokens.ids)
@@ -139,11 +145,11 @@ def _with_images(
 
 
 def _images_of(
-    encoder: ImageEncoder, documents: Documents | HubDocuments, document: str | Position
+    encoder: ImageEncoder, documents: Documents | HubDocuments, document: str | Position, seed: int | None
 ) -> ImageInputs | None:
     """The images of a conversation, given by its JSON or, of local documents, by its position."""
     if not isinstance(document, str):
-        document = next(documents.pieces(None, position=document)).text
+        document = next(documents.pieces(seed, position=document)).text
     return encoder(document).images
 
 

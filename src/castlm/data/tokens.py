@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -119,11 +119,11 @@ class Encoder:
         )
         return encoded["input_ids"]
 
-    def joined(self, documents: Documents | HubDocuments) -> Iterator[Tokens]:
-        """The pieces of the documents in file order, each document with what separates it from the one before, and
-        without its end-of-text where it is plain text."""
+    def joined(self, documents: Documents | HubDocuments, seed: int | None = None) -> Iterator[Tokens]:
+        """The pieces of the documents in file order, or shuffled by `seed`. Each document has before it what separates
+        it from the one before, and no end-of-text behind it where it is plain text."""
         before, counts, begins = self.bos, True, True
-        for piece in documents.pieces(None):
+        for piece in documents.pieces(seed):
             if piece.is_chat:
                 yield self.conversation(self.chat(piece.text))
                 before, counts, begins = self.bos, True, True
@@ -157,15 +157,29 @@ def token_ids(
     return torch.from_numpy(tokens.ids).long()
 
 
-def first_tokens(documents: Documents | HubDocuments, encoder: Encoder, limit: int | None) -> Tokens:
-    """The first `limit` tokens of `Encoder.joined`, or all of them."""
-    parts, count = [Tokens.of([], None, False)], 0
-    for part in encoder.joined(documents):
-        parts.append(part)
+def first_tokens(
+    documents: Documents | HubDocuments, encoder: Encoder, limit: int | None, seed: int | None = None
+) -> Tokens:
+    """The first `limit` tokens of `Encoder.joined`, or all of them.
+
+    Args:
+        seed: of a text that is longer, take documents in the order of this seed, not those at its start.
+    """
+    tokens = up_to(limit, encoder.joined(documents))
+    if seed is not None and len(tokens.ids) == limit:
+        tokens = up_to(limit, encoder.joined(documents, seed))
+    return tokens
+
+
+def up_to(limit: int | None, parts: Iterable[Tokens]) -> Tokens:
+    """The first `limit` tokens of `parts`, of which no more are read than that takes."""
+    found, count = [Tokens.of([], None, False)], 0
+    for part in parts:
+        found.append(part)
         count += len(part.ids)
         if limit is not None and count >= limit:
             break
-    return Tokens.joined(parts).part(slice(limit))
+    return Tokens.joined(found).part(slice(limit))
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:

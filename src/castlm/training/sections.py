@@ -52,8 +52,8 @@ class DataOptions:
 
     dataset: str | tuple[str, ...] = essential()
     """Training text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub name (streamed). Several
-    are mixed by their weights, as shares of the tokens: a.txt:0.7 b.jsonl:0.3, or equally. A .txt file is one document, or
-    several separated by <|endoftext|>."""
+    are mixed by their weights, which are shares of the tokens: a.txt:0.7 b.jsonl:0.3, or equally without weights. A
+    .txt file is one document, or several separated by <|endoftext|>."""
 
     column: str | None = field(default=None, kw_only=True)
     """Column of .jsonl and .parquet that holds the text, or messages. By default it is found: messages, prompt with

@@ -154,11 +154,9 @@ def open_training_text(
         world_size=world.size,
         prefetch=config.prefetch,
     )
-    limit, assistant_only = config.eval_tokens or None, config.assistant_only_loss
-    parts = {
-        text.name: scored_text(text, tokenizer, limit, assistant_only=assistant_only, processor=processor)
-        for text in held_out
-    }
+    options = {"assistant_only": config.assistant_only_loss, "processor": processor}
+    options["seed"] = None if config.eval_datasets else config.seed  # of a part of the training text, a sample
+    parts = {text.name: scored_text(text, tokenizer, config.eval_tokens or None, **options) for text in held_out}
     for name, part in parts.items():
         if len(part.ids) < 2:
             raise InputError(f"the evaluation text {name} has {len(part.ids)} tokens: give more")
