@@ -17,6 +17,7 @@ from castlm.data.image_columns import IMAGE_COLUMNS, collect_images, message_con
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _NEITHER = ("video", "videos", "audio", "audios")
 """Columns that would be lost without a word."""
+_TEXT_COLUMNS = ("messages", "text")
 CUT_COLUMN = "is_cut"
 """Of texts that `castlm sample` writes: true where `max_new_tokens` cut the text off."""
 _MESSAGE = "each with a role and its content"
@@ -77,7 +78,7 @@ class Columns(NamedTuple):
     def _text(self, row: Mapping[str, Any], where: str) -> str:
         value = row[self.name]
         if beside := next((name for name in self.refused if row.get(name)), None):
-            raise InputError(_lost(beside, where))
+            raise InputError(self.lost(beside, where))
         if value is None and self.kind != "prompt":
             return ""
         if self.kind == "text":
@@ -103,6 +104,16 @@ class Columns(NamedTuple):
             content = {"images": images, **content}
         return _encodable(json.dumps(content, ensure_ascii=False), where)
 
+    def lost(self, column: str, where: str) -> str:
+        """What is wrong where a column that is not read holds something."""
+        if column in _TEXT_COLUMNS:
+            return _ambiguous((column, self.name), where)
+        if column in IMAGE_COLUMNS:
+            what = "lies beside plain text, and images are read with conversations: give messages, or"
+        else:
+            what = "is neither text nor images, and castlm trains on these alone:"
+        return f"{where}: the column {column!r} {what} name the column of the text with column to leave it out"
+
 
 def has_images(document: str) -> bool:
     """Whether a document, as `Columns.document` gives it, is a conversation with images."""
@@ -118,11 +129,24 @@ def text_length(document: str) -> int:
     return len(document) - (end - begin)
 
 
+def is_undecided(holds: Mapping[str, str], column: str | None) -> bool:
+    """Whether a row has nothing in the columns that could hold its document, so that it does not say what others hold.
+
+    Args:
+        holds, column: as for `find_columns`.
+    """
+    names = [*_TEXT_COLUMNS, "prompt"] if column is None else [column]
+    names += ["completion"] if "prompt" in names else []
+    found = [holds[name] for name in names if name in holds]
+    return bool(found) and all(kind == "NoneType" for kind in found)
+
+
 def find_columns(holds: Mapping[str, str], column: str | None, where: str, folder: Path | None = None) -> Columns:
     """The columns of a dataset.
 
     Args:
-        holds: for each column what its values are: "str", "list", "NoneType" or another type.
+        holds: for each column what its values are: "str", "list", "NoneType" or another type, as `types_of` says of a
+            row that is not `is_undecided`.
         column: the column to use, and no column of images; None finds `messages`, `prompt` with `completion`, or
             `text`, with images beside conversations.
         folder: that relative paths of images start from; None where there are no files.
@@ -134,22 +158,15 @@ def find_columns(holds: Mapping[str, str], column: str | None, where: str, folde
     found = _find_text(holds, column, where)
     if column is not None:
         return found
+    others = tuple(name for name in _TEXT_COLUMNS if name != found.name)  # empty in the rows that were looked at
     if found.is_chat:
-        found = found._replace(images=IMAGE_COLUMNS, folder=folder, refused=_NEITHER)
+        found = found._replace(images=IMAGE_COLUMNS, folder=folder, refused=(*_NEITHER, *others))
     else:
-        found = found._replace(refused=(*IMAGE_COLUMNS, *_NEITHER))
-    lost = [name for name in found.refused if holds.get(name, "NoneType") not in ("NoneType", "null")]
+        found = found._replace(refused=(*IMAGE_COLUMNS, *_NEITHER, *others))
+    lost = [name for name in found.refused if holds.get(name, "NoneType") != "NoneType"]
     if lost:
-        raise InputError(_lost(lost[0], where))
+        raise InputError(found.lost(lost[0], where))
     return found
-
-
-def _lost(column: str, where: str) -> str:
-    if column in IMAGE_COLUMNS:
-        what = "lies beside plain text, and images are read with conversations: give messages, or"
-    else:
-        what = "is neither text nor images, and castlm trains on these alone:"
-    return f"{where}: the column {column!r} {what} name the column of the text with column to leave it out"
 
 
 def _find_text(holds: Mapping[str, str], column: str | None, where: str) -> Columns:
@@ -170,9 +187,12 @@ def _find_text(holds: Mapping[str, str], column: str | None, where: str) -> Colu
             "completion, are known too"
         )
     if len(found) > 1:
-        both = " and ".join(columns.name for columns in found)
-        raise InputError(f"{where}: the columns {both} could both be meant: choose one with column")
+        raise InputError(_ambiguous([columns.name for columns in found], where))
     return found[0]
+
+
+def _ambiguous(names: Sequence[str], where: str) -> str:
+    return f"{where}: the columns {' and '.join(names)} could both be meant: choose one with column"
 
 
 def types_of(row: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Columns, find_columns, has_images, types_of
+from castlm.data.columns import Columns, find_columns, has_images, is_undecided, types_of
 from castlm.data.readers import Piece, Position
 
 HUB_BUFFER = 1000  # documents of a stream that are held and shuffled together
@@ -94,14 +94,17 @@ def open_hub(name: str, column: str | None, split: str, data_config: str | None)
         load = partial(datasets.load_dataset, repository, data_config, split=split, revision=revision, streaming=True)
         open_stream = partial(_undecoded, load)
         stream = open_stream()
-        row = next(iter(stream), None)
+        row = None
+        for row in islice(stream, HUB_BUFFER):
+            if not is_undecided(types_of(row), column):
+                break
     except Exception as error:  # datasets raises exceptions of many types
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name} is neither a local file nor available on the Hugging Face Hub: {reason}") from error
     if row is None:
         raise InputError(f"{name}: split {split!r} is empty; name another split")
     columns = find_columns(types_of(row), column, name)
-    document = columns.document(row, f"{name}, the first row").text
+    document = columns.document(row, f"{name}, its first row with a text").text
     with_images = has_images(document) or any(image in (stream.features or row) for image in columns.images)
     identity = f"{repository}@{revision} {data_config} {split} {columns.name}"
     return HubDocuments(open_stream, columns, name, identity, columns.is_chat and with_images)

@@ -38,7 +38,9 @@ class ParquetRows:
         holds = {field.name: _arrow_kind(field.type) for field in schema}
         self._columns = find_columns(holds, column, str(path), path.parent)
         self.is_chat = self._columns.is_chat
-        self.has_images = self.is_chat and any(holds.get(image, "null") != "null" for image in self._columns.images)
+        self.has_images = self.is_chat and any(
+            holds.get(image, "NoneType") != "NoneType" for image in self._columns.images
+        )
         name = self._columns.name
         if not self.is_chat and holds[name] != "str":
             raise InputError(f"{path}: column {name!r} holds {holds[name]}: strings are needed")
@@ -96,6 +98,8 @@ def _arrow_kind(kind: Any) -> str:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return "str"
+    if pa.types.is_null(kind):
+        return "NoneType"
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
     return "list" if any(is_list(kind) for is_list in lists) else str(kind)
 

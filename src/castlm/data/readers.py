@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Columns, Document, find_columns, has_images, types_of
+from castlm.data.columns import Columns, Document, find_columns, has_images, is_undecided, types_of
 from castlm.owned import sha256_file
 from castlm.reading import open_regular, parse_json
 
@@ -202,7 +202,7 @@ def open_json_lines(path: Path, column: str | None) -> Spans:
 
 
 class _Rows:
-    """The documents in the lines of a file; the first row says in which columns they are, if `column` does not."""
+    """The documents in the lines of a file; the first row that holds one says in which columns they are."""
 
     def __init__(self, column: str | None, folder: Path) -> None:
         self._column, self._folder = column, folder
@@ -236,7 +236,9 @@ class _Rows:
         if not isinstance(row, dict):
             raise InputError(f"{where}: holds a JSON {type(row).__name__}: put one JSON object on each line")
         if self._columns is None:
-            self._columns = find_columns(types_of(row), self._column, where, self._folder)
+            if is_undecided(holds := types_of(row), self._column):
+                return Document("")
+            self._columns = find_columns(holds, self._column, where, self._folder)
         document = self._columns.document(row, where)
         self.has_images |= self.is_chat and has_images(document.text)
         return document
