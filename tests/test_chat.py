@@ -63,14 +63,45 @@ def test_all_tokens_count_on_request():
 
 
 def test_tools_and_calls_reach_the_template(tmp_path):
-    turns = "{% for m in messages %}[{{ m.role }}{{ m.tool_calls | length if m.tool_calls }}]{% endfor %}"
+    turns = (
+        "{% for m in messages %}[{{ m.role }} {{ m.tool_calls | length if m.tool_calls else m.content }}]{% endfor %}"
+    )
     called = {"role": "assistant", "tool_calls": [{"name": "add"}], "content": None}
     messages = [turn("user", "1 + 1"), called, turn("tool", "2"), turn("assistant", "It is 2.")]
     path = write_rows(tmp_path / "a.jsonl", [{"messages": messages, "tools": json.dumps([{"name": "add"}])}])
     (piece,) = open_documents(path).pieces(None)
     tokenizer = chat_tokenizer("{{ tools | length }}" + turns)
     found = Chat(tokenizer, assistant_only=False)(piece.text)
-    assert tokenizer.decode(found.ids) == "1[user][assistant1][tool][assistant]"
+    assert tokenizer.decode(found.ids) == "1[user 1 + 1][assistant 1][tool 2][assistant It is 2.]"
+
+
+WITHOUT_SYSTEM = CHATML.replace("for message in messages", "for message in messages if message['role'] != 'system'")
+LAST_TWO = CHATML.replace("for message in messages", "for message in messages[-2:]")
+
+
+@pytest.mark.parametrize(
+    ("template", "number"),
+    [(WITHOUT_SYSTEM, "1 \\(system"), (LAST_TWO, "1 \\(system"), (MARKED.replace("in messages", "in messages[1:]"), 1)],
+)
+def test_a_template_that_leaves_out_a_message_is_refused(template, number):
+    for assistant_only in (True, False):
+        with pytest.raises(
+            InputError, match=f"leaves out message {number}.* of the conversation that begins 'Be brief"
+        ):
+            counted({"messages": TALK}, template, assistant_only=assistant_only)
+
+
+@pytest.mark.parametrize("written", ["| upper", "| tojson", "| trim", ".split('</think>')[-1]"])
+def test_a_template_may_render_a_message_differently(written):
+    template = CHATML.replace("message['content']", f"(message['content'] {written})")
+    (found,) = counted({"messages": talk(' a "b"\n', "<think>c</think>d")}, template, assistant_only=False)
+    assert found.count("<|im_end|>") == 2
+
+
+def test_a_message_that_a_template_moves_is_not_left_out():
+    template = CHATML.replace("for message in messages", "for message in messages[::-1]")
+    (found,) = counted({"messages": TALK}, template, assistant_only=False)
+    assert found.index("Be brief.") > found.index("See you")
 
 
 def trl_template(name):
@@ -128,6 +159,30 @@ def test_columns_are_recognized_alike_in_json_lines_gzip_and_parquet(row, tmp_pa
     assert len(texts[0]) == 7
     assert all(piece.is_chat for piece in open_documents(tmp_path).pieces(1))
     assert counted(json.loads(texts[0][0]))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
+def test_rows_of_nulls_do_not_decide_what_a_column_holds(tmp_path, suffix):
+    import gzip
+
+    path, rows = tmp_path / f"a.{suffix}", [{"chat": None, "text": None}] * 4 + [{"chat": TALK, "text": None}] * 2
+    if suffix == "parquet":
+        write_parquet(path, rows)
+    else:
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(data) if suffix == "jsonl.gz" else data)
+    pieces = list(open_documents(path, column="chat").pieces(None))
+    assert len(pieces) == 2
+    assert all(piece.is_chat for piece in pieces)
+
+
+def test_text_and_messages_in_different_rows_are_refused(tmp_path):
+    rows = [{"messages": None, "text": None}, {"messages": None, "text": "a"}, {"messages": TALK, "text": None}]
+    assert len(open_documents(write_rows(tmp_path / "a.jsonl", rows[:2]))) == 1
+    assert open_documents(write_rows(tmp_path / "a.jsonl", [rows[0], rows[2]])).is_chat
+    for order in (rows, rows[::-1]):
+        with pytest.raises(InputError, match=r"line [23]: the columns .* could both be meant: choose one with column"):
+            open_documents(write_rows(tmp_path / "a.jsonl", order))
 
 
 def test_a_column_can_be_named(tmp_path):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _PROBE = "castlm"
 """A text that a template which reads texts repeats."""
+_STAND_IN = "9041735286"
+"""What a message is replaced by to see whether a template renders it: no template changes digits."""
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -53,8 +55,9 @@ class Chat:
         """The tokens of a conversation, given as JSON.
 
         Raises:
-            InputError: the tokenizer has no template, its template refuses the conversation, or it does not tell
-                which tokens the assistant wrote; or the conversation has images, which `castlm.data.images` reads.
+            InputError: the tokenizer has no template, its template refuses the conversation or leaves out a message,
+                or it does not tell which tokens the assistant wrote; or the conversation has images, which
+                `castlm.data.images` reads.
         """
         content = json.loads(document)
         if "images" in content:
@@ -67,7 +70,7 @@ class Chat:
         messages, tools, prompt = _messages(content), content.get("tools"), content.get("prompt", [])
         if self._assistant_only and not prompt and _MARK.search(self._template()):
             return self._marked(messages, tools)
-        whole = self._render(messages, tools)
+        whole = self._whole(messages, tools)
         spans = [(0, len(whole))]
         if self._assistant_only:
             turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -129,6 +132,38 @@ class Chat:
         except Exception as error:  # whatever a template does: it is a program
             raise self._refused(messages, error) from error
 
+    def _whole(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
+        """A rendered conversation that has every message.
+
+        A message that is not found as it was written may have been rendered differently; another one in its place
+        tells.
+        """
+        whole, at = self._render(messages, tools), 0
+        for number, message in enumerate(messages):
+            for text in _texts_of(message):
+                found = whole.find(text.strip(), at)
+                if found < 0 and not self._reads(messages, number, tools):
+                    raise InputError(
+                        f"the chat template leaves out message {number + 1} ({message['role']}) of the conversation "
+                        f"that begins {_begin(messages)}: remove the message, or give a template that renders it "
+                        "(chat_template_path)"
+                    )
+                at = found + len(text.strip()) if found >= 0 else at
+        return whole
+
+    def _reads(self, messages: Sequence[Mapping[str, Any]], number: int, tools: Any) -> bool:
+        """Whether the template renders what message `number` says."""
+        content = messages[number]["content"]
+        if not isinstance(content, str):
+            content = [part if part["type"] != "text" else {**part, "text": _STAND_IN} for part in content]
+        else:
+            content = _STAND_IN
+        replaced = [*messages[:number], {**messages[number], "content": content}, *messages[number + 1 :]]
+        try:
+            return _STAND_IN in self._render(replaced, tools)
+        except InputError:  # it reads the message, and refuses the other one
+            return True
+
     def _refused(self, messages: Sequence[Mapping[str, Any]], error: Exception) -> InputError:
         roles = ", ".join(str(message["role"]) for message in messages[:6])
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -150,6 +185,7 @@ class Chat:
                 f"the generation marks of the chat template cover no token of the conversation that begins "
                 f"{_begin(messages)}: correct the template (chat_template_path), or set assistant_only_loss to false"
             )
+        self._whole(messages, tools)
         return Rendered(found["input_ids"], counts, True)
 
     def _turn(self, whole: str, messages: list[Any], number: int, tools: Any) -> tuple[int, int]:
@@ -201,6 +237,13 @@ def _messages(content: Mapping[str, Any]) -> list[Any]:
     return content.get("messages") or [*content["prompt"], *content["completion"]]
 
 
+def _texts_of(message: Mapping[str, Any]) -> list[str]:
+    """The texts in a message that are not blank."""
+    content = message.get("content", "")
+    texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    return [text for text in texts if text.strip()]
+
+
 def begin_of(document: str) -> str:
     """The first words of a conversation, given as JSON, for messages."""
     content = json.loads(document)
@@ -210,9 +253,7 @@ def begin_of(document: str) -> str:
 def _begin(messages: Sequence[Mapping[str, Any]]) -> str:
     """The first words of the first message that has some."""
     for message in messages:
-        found = message.get("content", "")
-        text = found if isinstance(found, str) else " ".join(part.get("text", "") for part in found)
-        if text.strip():
+        if text := " ".join(_texts_of(message)):
             return repr(" ".join(text.split())[:40])
     return "without words"
 
