@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import re
+import threading
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -21,12 +22,13 @@ from transformers import AutoTokenizer
 from castlm.core.errors import InputError
 from castlm.data import documents as documents_module
 from castlm.data import hub as hub_module
+from castlm.data import json_rows, readers
 from castlm.data import packing as data_module
-from castlm.data import readers
 from castlm.data.calibration import calibration_sequences
 from castlm.data.columns import Columns, Document
 from castlm.data.documents import Documents, open_documents, split_documents, text_hash
 from castlm.data.hub import HubDocuments
+from castlm.data.json_rows import Share
 from castlm.data.loader import BatchLoader
 from castlm.data.packing import PackedSequences
 from castlm.data.scored import scored_text
@@ -325,6 +327,59 @@ def test_long_text_is_cut_at_lines_else_at_words(tmp_path, monkeypatch):
             assert len(pieces) >= 5
             assert all(one[-1] == before and two[0] == after for one, two in pairwise(pieces))
     assert len(open_documents(path)) == 1
+
+
+def on_two_ranks(action):
+    """What `action` returns on each of two ranks, or the error that it raises."""
+    met, values, found = threading.Barrier(2), [None, None], [None, None]
+
+    def run(rank):
+        def gather(value):
+            values[rank] = value
+            met.wait(10)
+            both = list(values)
+            met.wait(10)
+            return both
+
+        try:
+            found[rank] = action(Share(rank, 2, gather))
+        except InputError as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_each_rank_parses_its_part_of_the_lines_and_all_find_the_same(tmp_path, monkeypatch, name):
+    path = write_lines(tmp_path / name, [None, "", *make_texts(50), " ", *make_texts(50, seed=1), ""])
+    parsed, parse = [], json_rows.parse_json
+    monkeypatch.setattr(json_rows, "parse_json", lambda *given: parsed.append(given) or parse(*given))
+    alone = open_documents(path)
+    assert (len(alone), len(parsed)) == (100, 104)
+    parsed.clear()
+    found = on_two_ranks(lambda share: open_documents(path, share=share))
+    assert len(parsed) == 104 + 2  # until the columns are known, both read
+    for documents in found:
+        assert documents.num_empty == 4
+        assert texts_of(documents, 3) == texts_of(alone, 3)
+
+
+def test_all_ranks_name_the_first_bad_line_and_files_that_differ(tmp_path):
+    lines = [b'{"text": "a"}\n'] * 20
+    lines[6], lines[11] = b"{\n", b'{"text": 1}\n'
+    bad(tmp_path, "bad.jsonl", b"".join(lines))
+    found = on_two_ranks(lambda share: open_documents(tmp_path / "bad.jsonl", share=share))
+    assert found[0] == found[1]
+    assert "line 7 is not readable JSON" in found[0]
+    for rank, count in enumerate((3, 5)):
+        write_lines(tmp_path / f"{rank}.jsonl", ["a"] * count)
+    found = on_two_ranks(lambda share: open_documents(tmp_path / f"{share.rank}.jsonl", share=share))
+    assert all("has other lines on rank 1 than on rank 0" in error for error in found)
 
 
 def test_gzip_of_several_members_and_padding(tmp_path):

@@ -18,6 +18,7 @@ import numpy as np
 from castlm.core.errors import InputError
 from castlm.data.columns import Document
 from castlm.data.hub import HubDocuments, open_hub
+from castlm.data.json_rows import ALONE, Share
 from castlm.data.parquet import ParquetRows
 from castlm.data.readers import (
     GzipJsonLines,
@@ -138,7 +139,12 @@ class Documents:
 
 
 def open_documents(
-    dataset: str | Path, *, column: str | None = None, split: str = "train", data_config: str | None = None
+    dataset: str | Path,
+    *,
+    column: str | None = None,
+    split: str = "train",
+    data_config: str | None = None,
+    share: Share = ALONE,
 ) -> Documents | HubDocuments:
     """Opens a file, a folder, a glob, or a dataset of the Hugging Face Hub.
 
@@ -151,6 +157,7 @@ def open_documents(
     Args:
         column: of strings, or of lists of messages; None takes `messages`, `prompt` with `completion`, or `text`.
         split, data_config: of a hub dataset.
+        share: where several ranks open the same dataset, each checks a part of the lines.
 
     Raises:
         InputError: the dataset does not exist, its type is not supported, it has no such column or several that could
@@ -162,9 +169,14 @@ def open_documents(
         return open_hub(str(dataset), column, split, data_config)
     if data_config is not None:
         raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: remove it")
+    counts = share.gather(len(files))
+    if len(set(counts)) > 1:
+        raise InputError(
+            f"{dataset} has {counts[0]} files on rank 0 and others elsewhere: give all ranks the same files"
+        )
     pool = Pool(SHUFFLE_BYTES)
     try:
-        sources = [_open_file(file, column, pool) for file in files]
+        sources = [_open_file(file, column, pool, share) for file in files]
     except OSError as error:
         raise InputError(f"cannot read {error.filename or dataset}: {error.strerror or error}") from error
     if len({source.is_chat for source in sources}) > 1:
@@ -177,14 +189,14 @@ def open_documents(
     return documents
 
 
-def _open_file(path: Path, column: str | None, pool: Pool) -> Source:
+def _open_file(path: Path, column: str | None, pool: Pool, share: Share) -> Source:
     match _suffix(path):
         case ".txt":
             return open_text(path)
         case ".jsonl":
-            return open_json_lines(path, column)
+            return open_json_lines(path, column, share)
         case ".jsonl.gz":
-            return GzipJsonLines(path, column, pool)
+            return GzipJsonLines(path, column, pool, share)
         case _:
             return ParquetRows(path, column, pool)
 

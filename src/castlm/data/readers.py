@@ -15,15 +15,17 @@ import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Columns, Document, find_columns, has_images, is_undecided, types_of
+from castlm.data.columns import Document
+from castlm.data.json_rows import JsonRows, Share
 from castlm.owned import sha256_file
-from castlm.reading import open_regular, parse_json
+from castlm.reading import open_regular
 
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 256 << 10  # a longer document of a text file is read and tokenized in pieces of about this size
@@ -107,9 +109,9 @@ class Spans:
     def __init__(
         self,
         buffer: bytes | mmap.mmap,
-        start: Sequence[int],
-        stop: Sequence[int],
-        last: Sequence[bool],
+        start: Sequence[int] | np.ndarray,
+        stop: Sequence[int] | np.ndarray,
+        last: Sequence[bool] | np.ndarray,
         decode: Callable[[bytes], Document],
         num_empty: int = 0,
         path: Path | None = None,
@@ -190,75 +192,32 @@ def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]], pat
     return Spans(buffer, starts, stops, last, lambda span: Document(span.decode()), num_empty, path)
 
 
-def open_json_lines(path: Path, column: str | None) -> Spans:
-    """A file with one JSON object per line. Every line is parsed once, so that a bad one is found before the run."""
-    rows = _Rows(column, path.parent)
+def open_json_lines(path: Path, column: str | None, share: Share) -> Spans:
+    """A file with one JSON object per line."""
+    rows = JsonRows(column, path.parent, share)
     with open_regular(path) as lines:
-        starts, stops, num_empty = rows.index(lines, path)
-    last = np.ones(len(starts), dtype=bool)
-    spans = Spans(_map(path), starts, stops, last, lambda line: rows.read(line, str(path)), num_empty, path)
+        found = rows.index(lines, path)
+    last = np.ones(len(found.start), dtype=bool)
+    decode = partial(rows.read, where=str(path))
+    spans = Spans(_map(path), found.start, found.stop, last, decode, found.num_empty, path)
     spans.is_chat, spans.has_images = rows.is_chat, rows.has_images
     return spans
-
-
-class _Rows:
-    """The documents in the lines of a file; the first row that holds one says in which columns they are."""
-
-    def __init__(self, column: str | None, folder: Path) -> None:
-        self._column, self._folder = column, folder
-        self._columns: Columns | None = None
-        self.has_images = False
-        """Whether any line that was read has some."""
-
-    @property
-    def is_chat(self) -> bool:
-        return self._columns is not None and self._columns.is_chat
-
-    def index(self, lines: Iterable[bytes], path: Path) -> tuple[Sequence[int], Sequence[int], int]:
-        """Byte ranges of the lines that hold a document, and the number of blank documents."""
-        starts, stops, num_empty, at = array("q"), array("q"), 0, 0
-        for number, line in enumerate(lines, 1):
-            if not line.isspace():
-                if self.read(line, f"{path}, line {number}").text.strip():
-                    starts.append(at)
-                    stops.append(at + len(line))
-                else:
-                    num_empty += 1
-            at += len(line)
-        return starts, stops, num_empty
-
-    def read(self, line: bytes, where: str) -> Document:
-        try:
-            decoded = line.removeprefix(codecs.BOM_UTF8).decode()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-        row = parse_json(decoded, where)
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: holds a JSON {type(row).__name__}: put one JSON object on each line")
-        if self._columns is None:
-            if is_undecided(holds := types_of(row), self._column):
-                return Document("")
-            self._columns = find_columns(holds, self._column, where, self._folder)
-        document = self._columns.document(row, where)
-        self.has_images |= self.is_chat and has_images(document.text)
-        return document
 
 
 class GzipJsonLines:
     """Gzipped JSON lines, entered in the middle: a copy of the decompressor is kept every `SEGMENT_BYTES`."""
 
-    def __init__(self, path: Path, column: str | None, pool: Pool) -> None:
-        self._path, self._rows, self._pool = path, _Rows(column, path.parent), pool
+    def __init__(self, path: Path, column: str | None, pool: Pool, share: Share) -> None:
+        self._path, self._rows, self._pool = path, JsonRows(column, path.parent, share), pool
         # For each segment: where it starts in the decompressed text and in the file, and the decompressor there.
         self._points: list[tuple[int, int, Any]] = [(0, 0, None)]
         try:
-            starts, stops, self.num_empty = self._rows.index(_split_lines(self._scan()), path)
+            self._start, self._stop, self.num_empty = self._rows.index(_split_lines(self._scan()), path)
         except (zlib.error, EOFError, OSError) as error:
             raise InputError(f"{path}: not a whole gzip file ({error}): fetch or compress it again") from error
-        self._start, self._stop = np.asarray(starts, dtype=np.int64), np.asarray(stops, dtype=np.int64)
         begins = np.asarray([point[0] for point in self._points])
         self.is_chat, self.has_images = self._rows.is_chat, self._rows.has_images
-        self.last = np.ones(len(starts), dtype=bool)
+        self.last = np.ones(len(self._start), dtype=bool)
         self.unit = np.searchsorted(begins, self._start, side="right") - 1
         ends = begins.copy()  # a line belongs to the segment that it starts in, and may reach into the next
         np.maximum.at(ends, self.unit, self._stop)

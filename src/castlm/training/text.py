@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -17,6 +18,7 @@ from castlm.data.documents import Documents, joined_digest, open_documents, spli
 from castlm.data.hub import HubDocuments
 from castlm.data.image_sequences import AnyDocuments, ImageSequences
 from castlm.data.images import ImageEncoder
+from castlm.data.json_rows import ALONE, Share
 from castlm.data.loader import BatchLoader
 from castlm.data.mixture import MixedSequences, Mixture
 from castlm.data.packing import PackedSequences
@@ -73,12 +75,13 @@ def resolve_epochs(config: TrainConfig, world: World) -> TrainConfig:
     return replace(config, max_steps=world.on_main(steps, beats=True), num_train_epochs=None)
 
 
-def _open_splits(config: TrainConfig) -> tuple[AnyDocuments, list[Documents | HubDocuments]]:
+def _open_splits(config: TrainConfig, share: Share = ALONE) -> tuple[AnyDocuments, list[Documents | HubDocuments]]:
     """The training documents, and the texts of the evaluation."""
+    found = partial(open_documents, column=config.column, share=share)
     hub = {"split": config.dataset_split, "data_config": config.dataset_config}
-    parts = [open_documents(text, column=config.column, **hub) for text in config.datasets]
+    parts = [found(text, **hub) for text in config.datasets]
     hub = {"split": config.eval_split, "data_config": config.eval_config}
-    held_out = [open_documents(text, column=config.column, **hub) for text in config.eval_datasets]
+    held_out = [found(text, **hub) for text in config.eval_datasets]
     if not held_out:
         splits = [split_documents(part, config.eval_fraction, config.seed) for part in parts]
         parts, held_out = [part for part, _ in splits], [part for _, part in splits]
@@ -131,7 +134,7 @@ def open_training_text(
         InputError: a dataset that cannot be opened, too little text, token ids outside the vocabulary, or images with a
             teacher cache, which knows a sequence by its tokens.
     """
-    documents, held_out = _open_splits(config)
+    documents, held_out = _open_splits(config, Share(world.rank, world.size, world.gather))
     if config.teacher_cache is not None and documents.has_images:
         raise InputError("teacher_cache knows a sequence by its tokens, and the text has images: leave it out")
     processor = None
