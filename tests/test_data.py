@@ -593,6 +593,16 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
         open_documents("some/name", column="body", data_config="small")
 
 
+def test_a_first_row_of_a_hub_dataset_that_is_null_does_not_decide(monkeypatch):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = datasets.Dataset.from_list([{"chat": None}, {"chat": messages}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows.to_iterable_dataset())
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="abc"))
+    documents = open_documents("some/name", column="chat")
+    assert documents.is_chat
+    assert len(list(documents.pieces(None))) == 1
+
+
 def test_unreachable_hub_dataset():
     with pytest.raises(InputError, match="neither a local file nor available on the Hugging Face Hub"):
         open_documents("some/name")

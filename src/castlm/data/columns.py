@@ -18,6 +18,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _NEITHER = ("video", "videos", "audio", "audios")
 """Columns that would be lost without a word."""
 _TEXT_COLUMNS = ("messages", "text")
+"""Columns that hold a document by themselves, of which a dataset has one."""
 CUT_COLUMN = "is_cut"
 """Of texts that `castlm sample` writes: true where `max_new_tokens` cut the text off."""
 _MESSAGE = "each with a role and its content"
