@@ -86,6 +86,50 @@ def test_the_packed_table_refuses_other_ids_and_is_traced():
             table(torch.tensor([[wrong]]))
 
 
+@pytest.mark.parametrize("level", [level for level in native.levels() if level != "avx512"])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 9])
+@pytest.mark.parametrize("head_dim", [6, 8, 20, 64])
+def test_attention_of_heads_that_share_keys_is_that_of_torch(level, group, head_dim):
+    """Any number of query heads to a key, head widths that are no whole vectors, and any length."""
+    over = {"num_attention_heads": 2 * group, "num_key_value_heads": 2, "head_dim": head_dim, "hidden_size": 16 * group}
+    before = native.level()
+    native.use_level(level)
+    try:
+        model = packed_model("llama", num_hidden_layers=1, **over)
+        with torch.inference_mode():
+            prompt = model(IDS, use_cache=True)
+            cache = prompt.get("past_key_values", prompt.get("cache"))
+            for length in (IDS.shape[1], 63, 64, 130):
+                layer = cache.layers[0]
+                for name, scale in (("keys", 4.0), ("values", 1.0)):
+                    setattr(layer, name, scale * torch.randn(1, 2, length, head_dim))
+                state = DecoderState(model, cache, length + 1)
+                step = state.step(IDS[0, :1])
+                exact = model(IDS[:, :1], past_key_values=cache, use_cache=True).logits[0]
+                torch.testing.assert_close(step, exact, rtol=1e-4, atol=1e-4)
+    finally:
+        native.use_level(before)
+
+
+def test_attention_does_not_depend_on_threads():
+    model = packed_model("llama", hidden_size=56, num_attention_heads=14, num_key_value_heads=2, head_dim=64)
+    length, before = 1100, torch.get_num_threads()  # long enough for several threads
+    with torch.inference_mode():
+        prompt = model(IDS, use_cache=True)
+        cache = prompt.get("past_key_values", prompt.get("cache"))
+        for layer in cache.layers:
+            layer.keys, layer.values = torch.randn(2, 1, 2, length, 64).unbind(0)
+        state, found = DecoderState(model, cache, length + 1), []
+        try:
+            for threads in (1, 2, 3, 4):
+                torch.set_num_threads(threads)
+                state.length = length
+                found.append(state.step(IDS[0, :1]))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(logits, found[0]) for logits in found)
+
+
 def test_a_dense_model_on_the_kernels_decodes_too():
     model = packed_model("llama", 0, 0)
     assert torch.equal(generate(model, True), generate(model, False))

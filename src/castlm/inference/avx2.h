@@ -22,6 +22,12 @@ INLINE uint16_t load16(const uint8_t* at) {
   return bits;
 }
 
+INLINE uint32_t load32(const uint8_t* at) {
+  uint32_t bits;
+  std::memcpy(&bits, at, 4);
+  return bits;
+}
+
 // Eight weights that follow each other.
 template <int values>
 INLINE __m256 load_contiguous(const uint8_t* at) {

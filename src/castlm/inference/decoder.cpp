@@ -7,31 +7,12 @@
 #include <cmath>
 #include <vector>
 
-#include "matrix.h"
 #include "pool.h"
-
-extern "C" int castlm_multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int is_bfloat16, int64_t batch,
-                               int64_t columns, uint8_t* y, int64_t rows, int threads);
 
 namespace castlm {
 namespace {
 
 constexpr int64_t kCachePerThread = 1 << 16;  // elements of keys; fewer are read sooner than a thread wakes
-
-// exp to within 2e-7 of its value, in operations that a compiler turns into vectors (cephes' expf).
-INLINE float fast_exp(float x) {
-  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;  // NaN stays
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits are the nearest integer
-  const float whole = shifted - 12582912.0f;
-  const float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return (p * r * r + r + 1.0f) * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
-}
 
 INLINE float dot(const float* a, const float* b, int64_t count) {
   float sums[8] = {}, rest = 0;
@@ -64,22 +45,6 @@ void rotate(float* head, const float* cosines, const float* sines, int64_t head_
   }
 }
 
-// One query over `length` keys and values of its head.
-EACH_CPU void attend(const float* query, const float* keys, const float* values, int64_t length, int64_t head_dim,
-                     float scale, float* weights, float* to) {
-  float largest = -INFINITY, total = 0;
-  for (int64_t t = 0; t < length; ++t) {
-    weights[t] = scale * dot(query, keys + t * head_dim, head_dim);
-    largest = weights[t] > largest ? weights[t] : largest;
-  }
-  for (int64_t t = 0; t < length; ++t) weights[t] = fast_exp(weights[t] - largest);
-  for (int64_t t = 0; t < length; ++t) total += weights[t];
-  std::fill(to, to + head_dim, 0.0f);
-  for (int64_t t = 0; t < length; ++t)
-    for (int64_t i = 0; i < head_dim; ++i) to[i] += weights[t] * values[t * head_dim + i];
-  for (int64_t i = 0; i < head_dim; ++i) to[i] /= total;
-}
-
 class Step {
  public:
   Step(const Decoder& of, int64_t position, int threads) : of_(of), position_(position), threads_(threads) {}
@@ -101,7 +66,7 @@ class Step {
   bool multiply(const Weight& by, const std::vector<float>& x, float* y) {
     const auto* from = reinterpret_cast<const uint8_t*>(x.data());
     if (int64_t(x.size()) != by.columns) return false;
-    if (castlm_multiply(by.packed, by.bytes, from, 0, 1, by.columns, reinterpret_cast<uint8_t*>(y), by.rows, threads_))
+    if (castlm::multiply(by.packed, by.bytes, from, 0, 1, by.columns, reinterpret_cast<uint8_t*>(y), by.rows, threads_))
       return false;
     if (by.bias) add_to(y, by.bias, by.rows);
     return true;
@@ -130,13 +95,13 @@ class Step {
       std::copy_n(&value_[head * width], width, layer.values + head * stride + position_ * width);
     }
     const int64_t most = std::max<int64_t>(1, length * width * of_.kv_heads / kCachePerThread);
-    in_parallel(of_.heads, 1, std::min<int64_t>(threads_, most), [&](int64_t first, int64_t last) {
-      static thread_local std::vector<float> weights;
-      if (int64_t(weights.size()) < length) weights.resize(length);
-      for (int64_t head = first; head < last; ++head) {
-        const int64_t at = head / (of_.heads / of_.kv_heads) * stride;
-        attend(&query_[head * width], layer.keys + at, layer.values + at, length, width, of_.scale, weights.data(),
-               &mixed_[head * width]);
+    const int64_t group = of_.heads / of_.kv_heads, parts = (group + kMostTogether - 1) / kMostTogether;
+    in_parallel(of_.kv_heads * parts, 1, std::min<int64_t>(threads_, most), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t shared = i / parts, begin = i % parts * group / parts, end = (i % parts + 1) * group / parts;
+        const int64_t at = (shared * group + begin) * width;
+        attend_of(end - begin)(&query_[at], layer.keys + shared * stride, layer.values + shared * stride, length, width,
+                               of_.scale, &mixed_[at]);
       }
     });
     if (!multiply(layer.o, mixed_, added_)) return false;
@@ -165,9 +130,11 @@ class Step {
 extern "C" {
 
 // The logits (head.rows,) of the token whose embedding is `embedding` (hidden,), at `position` after as many in the
-// cache, which takes its keys and values. 1 where sizes do not fit.
+// cache, which takes its keys and values.
 int castlm_decode(const castlm::Decoder* of, const float* embedding, int64_t position, float* logits, int threads) {
-  if (position < 0 || position >= of->capacity || of->kv_heads < 1 || of->heads % of->kv_heads || of->head_dim % 2) return 1;
-  return castlm::Step(*of, position, threads).run(embedding, logits) ? 0 : 1;
+  using namespace castlm;
+  if (position < 0 || position >= of->capacity || of->kv_heads < 1 || of->heads % of->kv_heads || of->head_dim % 2)
+    return kBadSize;
+  return guarded([&] { return Step(*of, position, threads).run(embedding, logits) ? kOk : kBadSize; });
 }
 }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "matrix.h"
+
 namespace castlm {
 
 struct Weight {
@@ -27,5 +29,27 @@ struct Decoder {
   Weight head;
   const float *cosines, *sines;  // (capacity, head_dim)
 };
+
+// exp to within 2e-7 of its value, in operations that a compiler turns into vectors (cephes' expf).
+INLINE float fast_exp(float x) {
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;  // NaN stays
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits are the nearest integer
+  const float whole = shifted - 12582912.0f;
+  const float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return (p * r * r + r + 1.0f) * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
+}
+
+// Attention of query heads (group, width) over the first `length` keys and values (length, width) that they share; writes
+// (group, width). What it writes for a head does not depend on the other heads.
+using Attend = void (*)(const float* queries, const float* keys, const float* values, int64_t length, int64_t width,
+                        float scale, float* to);
+constexpr int64_t kMostTogether = 4;  // heads whose sums fit in the registers
+Attend attend_of(int64_t group);      // for 1 to kMostTogether heads
 
 }  // namespace castlm

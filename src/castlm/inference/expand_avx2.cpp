@@ -1,4 +1,4 @@
-// Tiles of packed weights as fp32, with AVX2: what a prefill multiplies by, and so faster than the GEMM that follows by far.
+// Tiles and rows of packed weights as fp32, with AVX2: what a prefill multiplies by, and so faster than the GEMM that follows by far.
 
 #include "avx2.h"
 
@@ -127,12 +127,42 @@ void avx2_expand_tile(const Header& of, const uint8_t* data, int64_t tile, float
   }
 }
 
+// Kept values of a row to their columns, by whole bytes of its mask; reads up to 32 bytes past the last value. How many
+// values were used.
+template <int values>
+static int64_t expand_bytes(const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to) {
+  // Of each byte of a mask, which kept value each column takes, and 8 where it takes none.
+  static const auto order = [] {
+    struct { alignas(32) int32_t of[256][8]; } made;
+    for (int byte = 0; byte < 256; byte++)
+      for (int column = 0, next = 0; column < 8; column++) made.of[byte][column] = byte >> column & 1 ? next++ : 8;
+    return made;
+  }();
+  constexpr int kBytes = values == kFloat32 ? 4 : 2;
+  const uint8_t* at = from;
+  for (int64_t i = 0; i < num_bytes; i++) {
+    const __m256 wide = load_contiguous<values>(at);
+    const __m256i take = _mm256_load_si256(reinterpret_cast<const __m256i*>(order.of[mask[i]]));
+    const __m256i none = _mm256_cmpeq_epi32(take, _mm256_set1_epi32(8));
+    _mm256_storeu_ps(to + 8 * i, _mm256_andnot_ps(_mm256_castsi256_ps(none), _mm256_permutevar8x32_ps(wide, take)));
+    at += kBytes * __builtin_popcount(mask[i]);
+  }
+  return (at - from) / kBytes;
+}
+
+int64_t avx2_expand(const Header& of, const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to) {
+  return of.values == kBFloat16   ? expand_bytes<kBFloat16>(from, mask, num_bytes, to)
+         : of.values == kFloat16 ? expand_bytes<kFloat16>(from, mask, num_bytes, to)
+                                 : expand_bytes<kFloat32>(from, mask, num_bytes, to);
+}
+
 }  // namespace castlm
 END_TARGET
 
 #else
 
 namespace castlm {
+int64_t avx2_expand(const Header&, const uint8_t*, const uint8_t*, int64_t, float*) { return 0; }
 void avx2_expand_tile(const Header&, const uint8_t*, int64_t, float*, int64_t) {}
 }  // namespace castlm
 

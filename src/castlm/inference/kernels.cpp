@@ -25,19 +25,6 @@ std::atomic<int32_t>& level_in_use() {
 
 constexpr int64_t kWeightsPerThread = 1 << 16;  // fewer are multiplied sooner than a thread wakes
 constexpr int64_t kChunkBytes = 1 << 16;        // of weights that are multiplied by several batches of x in turn
-enum Error { kOk = 0, kBadSize = 1, kBadMask = 2 };
-
-// Writes value `index` of a row of a file there.
-void set_panel_value(const Header& of, uint8_t* panel, const Place& place, const uint8_t* row, int64_t index) {
-  if (of.values == kInt4) {
-    const int value = int(load_value(row, kInt4, index)) + 8;
-    panel[place.value] = uint8_t((panel[place.value] & ~(15 << place.value_shift)) | value << place.value_shift);
-  } else {
-    std::memcpy(panel + place.value, row + index * of.value_bytes(), of.value_bytes());
-  }
-}
-
-// ---- activations
 
 EACH_CPU void widen_bfloat16(const uint16_t* from, int64_t count, float* to) {
   for (int64_t k = 0; k < count; ++k) to[k] = bfloat16_to_float(from[k]);
@@ -95,89 +82,10 @@ bool checked(const uint8_t* packed, int64_t bytes, Header& of) {
          found.data_bytes == of.data_bytes && bytes >= kHeaderBytes + of.data_bytes;
 }
 
-bool mask_is_nm(const Header& of, const uint8_t* mask) {
-  for (int64_t row = 0; row < of.rows; ++row, mask += of.mask_row_bytes()) {
-    for (int64_t k = 0; k < of.columns; k += of.m) {
-      int count = 0;
-      for (int64_t i = k; i < k + of.m; ++i) count += mask[i / 8] >> (i % 8) & 1;
-      if (count != of.n) return false;
-    }
-    for (int64_t k = of.columns; k < 8 * of.mask_row_bytes(); ++k)
-      if (mask[k / 8] >> (k % 8) & 1) return false;
-  }
-  return true;
-}
-
-void store_short_scale(uint8_t* at, float scale) {
-  const uint16_t bits = float_to_bfloat16(scale);
-  std::memcpy(at, &bits, 2);
-}
-
-void fill_dense_row(const Header& of, const uint8_t* values, const float* scales, int64_t row, uint8_t* data) {
-  for (int64_t block = 0; block < of.blocks(); ++block) {
-    uint8_t* to = data + (row / 4 * of.blocks() + block) * of.panel_bytes() + row % 4 * of.dense_block_bytes();
-    const int64_t first = block * kBlock, count = std::min(kBlock, of.columns - first);
-    if (of.values != kInt4) {
-      std::memcpy(to, values + first * of.value_bytes(), count * of.value_bytes());
-      continue;
-    }
-    for (int k = 0; k < kBlock; ++k) {
-      const int value = k < count ? int(load_value(values, kInt4, first + k)) + 8 : 8;
-      to[k % 32] |= uint8_t(value << (k < 32 ? 0 : 4));
-    }
-    store_short_scale(to + 32, scales[row * of.blocks() + block]);
-  }
-}
-
-void fill_rows(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data) {
-  std::memcpy(data, values, of.rows * of.kept_row_bytes());
-  data += of.rows * of.kept_row_bytes();
-  std::memcpy(data, mask, of.rows * of.mask_row_bytes());
-  data += of.rows * of.mask_row_bytes();
-  if (of.values == kInt8) std::memcpy(data, scales, 4 * of.rows);
-  if (of.values == kInt4)
-    for (int64_t i = 0; i < of.rows * of.blocks(); ++i) store_short_scale(data + 2 * i, scales[i]);
-}
-
-void fill_panel_row(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, int64_t row,
-                    uint8_t* data) {
-  const int64_t tile = row / of.tile_rows(), row_in_tile = row % of.tile_rows();
-  int64_t index = 0;
-  for (int64_t block = 0; block < of.blocks(); ++block) {
-    uint8_t* panel = data + (tile * of.blocks() + block) * of.panel_bytes();
-    if (of.values == kInt4) store_short_scale(panel + 96 + 2 * row_in_tile, scales[row * of.blocks() + block]);
-    const int64_t groups = std::min(kBlock, of.columns - block * kBlock) / 4;
-    for (int group = 0; group < groups; ++group) {
-      const int64_t column = block * kBlock + 4 * group;
-      const unsigned bits = mask[column / 8] >> (column % 8) & 15;
-      for (int position = 0, slot = 0; position < 4; ++position)
-        if (bits >> position & 1) {
-          const Place place = place_in_panel(of, row_in_tile, group, slot++);
-          panel[place.mask_byte] |= uint8_t(position << place.mask_shift);
-          set_panel_value(of, panel, place, values, index++);
-        }
-    }
-  }
-}
-
-void fill_tiles(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data,
-                int64_t threads) {
-  if (of.layout == kPanels && of.values == kInt4) {  // 8 stands for 0
-    for (int64_t i = 0; i < of.tiles() * of.blocks(); ++i) std::memset(data + i * of.panel_bytes() + 32, 0x88, 64);
-  }
-  in_parallel(of.tiles(), 16, threads, [&](int64_t first, int64_t last) {
-    for (int64_t row = first * of.tile_rows(); row < std::min(last * of.tile_rows(), of.rows); ++row) {
-      const uint8_t* row_values = values + row * of.kept_row_bytes();
-      if (of.layout == kDense) fill_dense_row(of, row_values, scales, row, data);
-      else fill_panel_row(of, row_values, mask + row * of.mask_row_bytes(), scales, row, data);
-    }
-  });
-  if (of.values == kInt8) std::memcpy(data + of.tiles() * of.blocks() * of.panel_bytes(), scales, 4 * of.rows);
-}
-
 // x of (batch, columns) as the kernels of a level need it, `rows` of them with those past `batch` zero.
 Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_bfloat16, int64_t batch, int64_t rows) {
   const int64_t width = of.padded();
+  if (batch == 1) release_large_scratch();
   float* wide = static_cast<float*>(scratch<1>(rows * width * 4));
   for (int64_t b = 0; b < rows; ++b) {
     float* to = wide + b * width;
@@ -195,9 +103,10 @@ Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_b
   float* scales = reinterpret_cast<float*>(narrow + rows * width);
   const auto quantize = level == kNeon ? plain_quantize : avx2_quantize;
   for (int64_t b = 0; b < rows; ++b) quantize(wide + b * width, width, narrow + b * width, scales + b * of.blocks());
-  if (level < kAvx512) return {wide, narrow, scales, nullptr, rows};
+  if (level < kAvx2 || (level == kAvx2 && (of.n || of.values == kInt8))) return {wide, narrow, scales, nullptr, rows};
   auto* offsets = reinterpret_cast<int32_t*>(scales + rows * of.blocks());
-  for (int64_t i = 0; i < rows * of.blocks(); ++i) offsets[i] = avx512_adapt(of, narrow + i * kBlock, scales + i);
+  for (int64_t i = 0; i < rows * of.blocks(); ++i)
+    offsets[i] = level == kAvx2 ? avx2_offset(narrow + i * kBlock) : avx512_adapt(of, narrow + i * kBlock, scales + i);
   return {wide, narrow, scales, offsets, rows};
 }
 
@@ -208,6 +117,38 @@ Activations rows_from(const Header& of, const Activations& x, int64_t first, int
 }
 
 }  // namespace
+
+int castlm::multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int is_bfloat16, int64_t batch,
+                     int64_t columns, uint8_t* y, int64_t rows, int threads) {
+  Header of;
+  if (!checked(packed, bytes, of) || of.rows != rows || of.columns != columns || batch < 1) return kBadSize;
+  int32_t used = of.layout == kRows ? int32_t(kPlain) : level();
+  if (used == kAvx512 && !avx512_gains(of, padded_batch(batch))) used = kAvx2;
+  const Activations all = prepare(of, used, x, is_bfloat16, batch, padded_batch(batch));
+  const int64_t ldy = of.rows;
+  float* sums = static_cast<float*>(scratch<3>(all.batch * ldy * 4));
+  const int64_t tiles = of.tiles(), tile_bytes = std::max<int64_t>(1, of.data_bytes / tiles);
+  const int64_t most = of.rows * of.columns * batch / kWeightsPerThread;
+  threads = int(std::min<int64_t>(threads, std::max<int64_t>(1, most)));
+  int64_t part = std::max<int64_t>(1, tiles / (threads * 4));
+  if (batch > kMaxBatch) part = std::min(part, std::max<int64_t>(1, kChunkBytes / tile_bytes));
+  if (threads == 1 && batch <= kMaxBatch) part = tiles;
+  in_parallel(tiles, part, threads, [&](int64_t first, int64_t last) {
+    for (int64_t b = 0; b < all.batch; b += kMaxBatch) {
+      const Activations some = rows_from(of, all, b, std::min(kMaxBatch, all.batch - b));
+      const Multiply kernel = used == kAvx512 ? avx512_multiply(of, some.batch)
+                              : used == kAvx2 ? avx2_multiply(of, some.batch)
+                              : used == kNeon ? neon_multiply(of, some.batch)
+                                              : plain_multiply;
+      kernel(of, packed + kHeaderBytes, some, sums + b * ldy, ldy, first, last);
+    }
+  });
+  for (int64_t b = 0; b < batch; ++b) {
+    if (is_bfloat16) narrow_bfloat16(sums + b * ldy, rows, reinterpret_cast<uint16_t*>(y) + b * rows);
+    else std::memcpy(y + b * rows * 4, sums + b * ldy, rows * 4);
+  }
+  return kOk;
+}
 
 extern "C" {
 
@@ -245,43 +186,16 @@ int castlm_repack(int layout, int values, int n, int m, int64_t rows, int64_t co
   if (m && !mask_is_nm(of, mask)) return kBadMask;
   std::memset(to, 0, to_bytes);
   std::memcpy(to, &of, sizeof of);
-  uint8_t* data = to + kHeaderBytes;
-  if (of.layout == kRows) fill_rows(of, from, mask, scales, data);
-  else fill_tiles(of, from, mask, scales, data, threads);
-  return kOk;
+  return guarded([&] {
+    repack(of, from, mask, scales, to + kHeaderBytes, threads);
+    return kOk;
+  });
 }
 
 // y (batch, rows) = x (batch, columns) times the transposed matrix; both are fp32, or both bf16.
 int castlm_multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int is_bfloat16, int64_t batch,
                     int64_t columns, uint8_t* y, int64_t rows, int threads) {
-  Header of;
-  if (!checked(packed, bytes, of) || of.rows != rows || of.columns != columns || batch < 1) return kBadSize;
-  int32_t used = of.layout == kRows ? int32_t(kPlain) : level();
-  if (used == kAvx512 && !avx512_gains(of, padded_batch(batch))) used = kAvx2;
-  const Activations all = prepare(of, used, x, is_bfloat16, batch, padded_batch(batch));
-  const int64_t ldy = of.rows;
-  float* sums = static_cast<float*>(scratch<3>(all.batch * ldy * 4));
-  const int64_t tiles = of.tiles(), tile_bytes = std::max<int64_t>(1, of.data_bytes / tiles);
-  const int64_t most = of.rows * of.columns * batch / kWeightsPerThread;
-  threads = int(std::min<int64_t>(threads, std::max<int64_t>(1, most)));
-  int64_t part = std::max<int64_t>(1, tiles / (threads * 4));
-  if (batch > kMaxBatch) part = std::min(part, std::max<int64_t>(1, kChunkBytes / tile_bytes));
-  if (threads == 1 && batch <= kMaxBatch) part = tiles;
-  in_parallel(tiles, part, threads, [&](int64_t first, int64_t last) {
-    for (int64_t b = 0; b < all.batch; b += kMaxBatch) {
-      const Activations some = rows_from(of, all, b, std::min(kMaxBatch, all.batch - b));
-      const Multiply multiply = used == kAvx512 ? avx512_multiply(of, some.batch)
-                                : used == kAvx2 ? avx2_multiply(of, some.batch)
-                                : used == kNeon ? neon_multiply(of, some.batch)
-                                                : plain_multiply;
-      multiply(of, packed + kHeaderBytes, some, sums + b * ldy, ldy, first, last);
-    }
-  });
-  for (int64_t b = 0; b < batch; ++b) {
-    if (is_bfloat16) narrow_bfloat16(sums + b * ldy, rows, reinterpret_cast<uint16_t*>(y) + b * rows);
-    else std::memcpy(y + b * rows * 4, sums + b * ldy, rows * 4);
-  }
-  return kOk;
+  return guarded([&] { return multiply(packed, bytes, x, is_bfloat16, batch, columns, y, rows, threads); });
 }
 
 // Rows [first, last) of the matrix as fp32, (last - first, columns).
@@ -293,20 +207,22 @@ int castlm_unpack(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
   const uint8_t* data = packed + kHeaderBytes;
   const int64_t tile_rows = of.tile_rows(), first_tile = first / tile_rows;
   const bool fast = of.layout != kRows && level() >= kAvx2;
-  in_parallel((last + tile_rows - 1) / tile_rows - first_tile, 8, threads, [&](int64_t begin, int64_t end) {
-    float* rows = static_cast<float*>(scratch<0>(tile_rows * of.padded() * 4));
-    for (int64_t tile = first_tile + begin; tile < first_tile + end; ++tile) {
-      const int64_t start = tile * tile_rows, from = std::max(first, start), until = std::min(last, start + tile_rows);
-      if (fast && until - from == tile_rows && of.columns == of.padded()) {
-        avx2_expand_tile(of, data, tile, to + (from - first) * of.columns, of.columns);
-        continue;
+  return guarded([&] {
+    in_parallel((last + tile_rows - 1) / tile_rows - first_tile, 8, threads, [&](int64_t begin, int64_t end) {
+      float* rows = static_cast<float*>(scratch<0>(tile_rows * of.padded() * 4));
+      for (int64_t tile = first_tile + begin; tile < first_tile + end; ++tile) {
+        const int64_t start = tile * tile_rows, from = std::max(first, start), until = std::min(last, start + tile_rows);
+        if (fast && until - from == tile_rows && of.columns == of.padded()) {
+          avx2_expand_tile(of, data, tile, to + (from - first) * of.columns, of.columns);
+          continue;
+        }
+        if (fast) avx2_expand_tile(of, data, tile, rows, of.padded());
+        else for (int64_t row = from; row < until; ++row) expand_row(of, data, row, rows + (row - start) * of.padded());
+        for (int64_t row = from; row < until; ++row)
+          std::memcpy(to + (row - first) * of.columns, rows + (row - start) * of.padded(), of.columns * 4);
       }
-      if (fast) avx2_expand_tile(of, data, tile, rows, of.padded());
-      else for (int64_t row = from; row < until; ++row) expand_row(of, data, row, rows + (row - start) * of.padded());
-      for (int64_t row = from; row < until; ++row)
-        std::memcpy(to + (row - first) * of.columns, rows + (row - start) * of.padded(), of.columns * 4);
-    }
+    });
+    return kOk;
   });
-  return kOk;
 }
 }

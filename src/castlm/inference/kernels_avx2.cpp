@@ -72,7 +72,12 @@ INLINE __m256i dot_bytes(__m256i magnitude, __m256i w, __m256i x) {
   return _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, w));
 }
 
-// Pairs of int8 products added to `sum`, of int4 as int16 (at most 4 * 8 * 127), of int8 as int32.
+// bf16 in the high half of `bits`, in every lane.
+INLINE __m256 high_halves(uint32_t bits) {
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi32(int(bits)), _mm256_set1_epi32(int(0xffff0000))));
+}
+
+// Pairs of int8 products added to `sum`, of int4 as int16 (at most 4 * 15 * 127), of int8 as int32.
 template <bool is_int4>
 INLINE __m256i add_pairs(const __m256i* sum, __m256i pairs, __m256i ones) {
   if (is_int4) return sum ? _mm256_add_epi16(*sum, pairs) : pairs;
@@ -80,17 +85,16 @@ INLINE __m256i add_pairs(const __m256i* sum, __m256i pairs, __m256i ones) {
   return sum ? _mm256_add_epi32(*sum, wide) : wide;
 }
 
-template <int n, bool is_int4>
+template <int n>
 INLINE void row_scales(const uint8_t* at, __m256* scales) {
-  if (!is_int4) return;
-  const auto widen = [](const uint8_t* four) {
-    const __m128i half = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(four));
-    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(half), 16));
-  };
-  const __m128 low = widen(at), high = n == 1 ? widen(at + 8) : low;
-  const __m256 first = _mm256_set_m128(low, low), second = _mm256_set_m128(high, high);
-  scales[0] = n == 1 ? first : _mm256_permute_ps(first, 0x50);
-  scales[1] = n == 1 ? second : _mm256_permute_ps(first, 0xfa);
+  for (int p = 0; p < 2; p++) {
+    int64_t four;  // bf16
+    std::memcpy(&four, at + (n == 1 ? 8 * p : 0), 8);
+    const int a = n == 1 ? 0 : 4 * p, step = n == 1 ? 2 : 0, c = n == 1 ? 4 : 4 * p + 2;  // bytes of the rows of a lane
+    const auto lane = [](int byte) { return (byte + 1) << 24 | byte << 16 | 0x8080; };
+    const __m128i order = _mm_setr_epi32(lane(a), lane(a + step), lane(c), lane(c + step));
+    scales[p] = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(four), _mm256_broadcastsi128_si256(order)));
+  }
 }
 
 template <int n, bool is_int4, int BT>
@@ -107,7 +111,7 @@ INLINE void panels_of_integers(const uint8_t* panel, int64_t blocks, const int8_
     prefetch<kBytes>(panel);
     const __m256i meta = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel));
     __m256 w_scales[2];
-    row_scales<n, is_int4>(panel + 96, w_scales);
+    if (is_int4) row_scales<n>(panel + 96, w_scales);
 #pragma GCC unroll 2
     for (int p = 0; p < 2; p++) {
       __m256i s[BT];
@@ -178,16 +182,19 @@ INLINE void dense_floats(const uint8_t* row, int64_t stride, int64_t blocks, con
     for (int b = 0; b < BT; b++) sums[r * BT + b] = E == 2 ? _mm256_add_ps(a[0][r][b], a[E - 1][r][b]) : a[0][r][b];
 }
 
+// `offsets` cancels the 8 that int4 have added, which makes them unsigned as `vpmaddubsw` takes them; int8 have none.
 template <bool is_int4, int R, int BT>
 INLINE void dense_integers(const uint8_t* row, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
-                   int64_t ld_scales, __m256* sums) {
+                           const int32_t* offsets, int64_t ld_scales, __m256* sums) {
   constexpr int kBytes = is_int4 ? 34 : 64;
-  const __m256i ones = _mm256_set1_epi16(1), low_four = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
+  const __m256i ones = _mm256_set1_epi16(1), low_four = _mm256_set1_epi8(15);
   __m256 a[R][BT];
   for (int r = 0; r < R; r++)
     for (int b = 0; b < BT; b++) a[r][b] = sums[r * BT + b];
   for (int64_t i = 0; i < blocks; i++, row += 4 * kBytes, x += kBlock, scales++) {
     prefetch<4 * kBytes>(row);
+    __m256i offset[BT];
+    for (int b = 0; b < BT && is_int4; b++) offset[b] = _mm256_set_epi32(0, 0, 0, 0, 0, 0, 0, offsets[i + b * ld_scales]);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       __m256i s[BT];
@@ -195,20 +202,21 @@ INLINE void dense_integers(const uint8_t* row, int64_t blocks, const int8_t* x, 
 #pragma GCC unroll 2
       for (int c = 0; c < 2; c++) {
         __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + (is_int4 ? 0 : 32 * c)));
-        if (is_int4) w = _mm256_sub_epi8(_mm256_and_si256(c ? _mm256_srli_epi16(w, 4) : w, low_four), eight);
+        if (is_int4) w = _mm256_and_si256(c ? _mm256_srli_epi16(w, 4) : w, low_four);
         const __m256i magnitude = _mm256_abs_epi8(w);
 #pragma GCC unroll 4
         for (int b = 0; b < BT; b++) {
           const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + b * ldx + 32 * c));
-          s[b] = add_pairs<is_int4>(c ? &s[b] : nullptr, dot_bytes(magnitude, w, v), ones);
+          const __m256i pairs = is_int4 ? _mm256_maddubs_epi16(w, v) : dot_bytes(magnitude, w, v);
+          s[b] = add_pairs<is_int4>(c ? &s[b] : nullptr, pairs, ones);
         }
       }
-      const __m256 scale = _mm256_set1_ps(is_int4 ? bfloat16_to_float(load16(at + 32)) : 1.0f);
+      const __m256 scale = is_int4 ? high_halves(load32(at + 30)) : _mm256_set1_ps(1.0f);
 #pragma GCC unroll 4
       for (int b = 0; b < BT; b++) {
-        const __m256 whole = _mm256_cvtepi32_ps(is_int4 ? _mm256_madd_epi16(s[b], ones) : s[b]);
+        if (is_int4) s[b] = _mm256_add_epi32(_mm256_madd_epi16(s[b], ones), offset[b]);
         const __m256 x_scale = _mm256_broadcast_ss(scales + b * ld_scales);
-        a[r][b] = _mm256_fmadd_ps(whole, is_int4 ? _mm256_mul_ps(scale, x_scale) : x_scale, a[r][b]);
+        a[r][b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[b]), is_int4 ? _mm256_mul_ps(scale, x_scale) : x_scale, a[r][b]);
       }
     }
   }
@@ -236,7 +244,8 @@ INLINE void add_blocks(const Header& of, const uint8_t* panel, int64_t stride, i
     for (int r = 0; r < 4; r += R) {
       const uint8_t* row = panel + of.dense_block_bytes() * r;
       if constexpr (values < kInt8) dense_floats<values, R, BT, T, in_parts>(row, stride, count, wide, width, sums + r * BT);
-      else dense_integers<is_int4, R, BT>(row, count, narrow, width, scales, blocks, sums + r * BT);
+      else dense_integers<is_int4, R, BT>(row, count, narrow, width, scales, x.offsets + at * blocks + k, blocks,
+                                          sums + r * BT);
     }
   }
 }
@@ -277,35 +286,6 @@ struct Avx2 {
 
 }  // namespace
 
-// Kept values of a row to their columns, by whole bytes of its mask; reads up to 32 bytes past the last value. How many
-// values were used.
-template <int values>
-static int64_t expand_bytes(const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to) {
-  // Of each byte of a mask, which kept value each column takes, and 8 where it takes none.
-  static const auto order = [] {
-    struct { alignas(32) int32_t of[256][8]; } made;
-    for (int byte = 0; byte < 256; byte++)
-      for (int column = 0, next = 0; column < 8; column++) made.of[byte][column] = byte >> column & 1 ? next++ : 8;
-    return made;
-  }();
-  constexpr int kBytes = values == kFloat32 ? 4 : 2;
-  const uint8_t* at = from;
-  for (int64_t i = 0; i < num_bytes; i++) {
-    const __m256 wide = load_contiguous<values>(at);
-    const __m256i take = _mm256_load_si256(reinterpret_cast<const __m256i*>(order.of[mask[i]]));
-    const __m256i none = _mm256_cmpeq_epi32(take, _mm256_set1_epi32(8));
-    _mm256_storeu_ps(to + 8 * i, _mm256_andnot_ps(_mm256_castsi256_ps(none), _mm256_permutevar8x32_ps(wide, take)));
-    at += kBytes * __builtin_popcount(mask[i]);
-  }
-  return (at - from) / kBytes;
-}
-
-int64_t avx2_expand(const Header& of, const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to) {
-  return of.values == kBFloat16   ? expand_bytes<kBFloat16>(from, mask, num_bytes, to)
-         : of.values == kFloat16 ? expand_bytes<kFloat16>(from, mask, num_bytes, to)
-                                 : expand_bytes<kFloat32>(from, mask, num_bytes, to);
-}
-
 // Not every compiler has "f16c" in __builtin_cpu_supports: bit 29 of ecx, leaf 1.
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
@@ -342,6 +322,17 @@ void avx2_quantize(const float* x, int64_t width, int8_t* narrow, float* scales)
   }
 }
 
+int32_t avx2_offset(const int8_t* narrow) {
+  const __m256i* x = reinterpret_cast<const __m256i*>(narrow);
+  const __m256i eights = _mm256_set1_epi8(8);
+  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(eights, _mm256_loadu_si256(x)),
+                                         _mm256_maddubs_epi16(eights, _mm256_loadu_si256(x + 1)));
+  const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+  return -_mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+}
+
 }  // namespace castlm
 END_TARGET
 
@@ -351,7 +342,7 @@ namespace castlm {
 bool has_avx2() { return false; }
 Multiply avx2_multiply(const Header&, int64_t) { return nullptr; }
 void avx2_quantize(const float*, int64_t, int8_t*, float*) {}
-int64_t avx2_expand(const Header&, const uint8_t*, const uint8_t*, int64_t, float*) { return 0; }
+int32_t avx2_offset(const int8_t*) { return 0; }
 }  // namespace castlm
 
 #endif

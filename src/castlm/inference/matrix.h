@@ -5,10 +5,13 @@
 
 #include <cstdint>
 #include <cstring>
+#include <exception>
 
 #define INLINE inline __attribute__((always_inline))
 
-// A function that is compiled for each level of x86-64 and picked when the library is loaded.
+// A function that is compiled for each level of x86-64 and picked when the library is loaded. With clang, it is compiled once,
+// for the baseline: before version 18, clang takes these levels and never selects them (llvm-project issue 55830), and later
+// versions are untested.
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -55,7 +58,8 @@ static_assert(sizeof(Header) <= kHeaderBytes, "the data begin after the header")
 
 // What a row of x is turned into before it is multiplied: fp32, padded; for dense bf16, the even columns of each 16 (of each
 // 32 with AVX-512) before the odd ones; or int8 with a scale for each block. With AVX-512 these have 128 added for panels,
-// whose int4 are multiplied as 16 times themselves; for dense weights, `offsets` cancels what was added to the weights.
+// whose int4 are multiplied as 16 times themselves. `offsets` cancels what was added to dense weights: to int4, and with
+// AVX-512 to int8.
 struct Activations {
   const float* wide;
   const int8_t* narrow;
@@ -119,6 +123,27 @@ INLINE Place place_in_panel(const Header& of, int64_t row, int group, int slot) 
   return {byte, 2 * step, 32 + 32 * half + byte, step % 2 * 4};
 }
 
+// What an entry point returns.
+enum Error : int { kOk = 0, kBadSize = 1, kBadMask = 2, kNoMemory = 3 };
+
+// Runs an entry point, whose caller in Python knows no exceptions of C++: the kernels throw none but for want of memory.
+template <class Entry>
+int guarded(Entry entry) {
+  try {
+    return entry();
+  } catch (const std::exception&) {
+    return kNoMemory;
+  }
+}
+
+// Whether the mask of a file keeps exactly n of every m.
+bool mask_is_nm(const Header&, const uint8_t* mask);
+// Writes the tensors of a file to `data`, which is zero, in the layout of the header.
+void repack(const Header&, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data, int threads);
+// `castlm_multiply`, with exceptions.
+int multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int is_bfloat16, int64_t batch, int64_t columns,
+             uint8_t* y, int64_t rows, int threads);
+
 // Rows of tiles [first, last) times x: y[b * ldy + row].
 using Multiply = void (*)(const Header&, const uint8_t* data, const Activations&, float* y, int64_t ldy, int64_t first,
                           int64_t last);
@@ -139,6 +164,8 @@ int64_t avx2_expand(const Header&, const uint8_t* from, const uint8_t* mask, int
 // A tile of panels or of dense rows as fp32, all of its rows, `padded()` columns of each, `ld` apart.
 void avx2_expand_tile(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld);
 void avx2_quantize(const float* x, int64_t columns, int8_t* narrow, float* scales);
+// What a block of int8 activations adds to its products with int4 that have 8 added, negative.
+int32_t avx2_offset(const int8_t* narrow);
 // A block of int8 activations as the AVX-512 kernels take them; returns its offset.
 int32_t avx512_adapt(const Header&, int8_t* narrow, float* scale);
 

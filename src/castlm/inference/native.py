@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
+from castlm.dtypes import FLOATS
 
 NOT_BUILT = "the C++ kernels were not built: install castlm again on a machine with a C++ compiler"
 
@@ -30,11 +31,13 @@ LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2}
 LEVELS = ("plain", "neon", "avx2", "avx512")
 """Instruction sets that there are kernels for, as `Level` of matrix.h has them."""
 
+_DTYPES = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
 _VERSION = 3  # of kernels.cpp
+_HEADER = struct.Struct("3i")  # what a buffer begins with: its magic number, layout and values
 _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14  # Linux; the module mmap has it from Python 3.13 on
-_BAD_MASK = 2
+_BAD_MASK, _NO_MEMORY = 2, 3
 
 
 @functools.cache
@@ -154,18 +157,23 @@ def repack_(
         kind: a name of VALUES.
 
     Raises:
-        InputError: sizes that do not belong together, or a mask that does not keep exactly `n` of every `m`.
+        InputError: sizes that do not belong together, a tensor of another dtype or device, or a mask that does not keep
+            exactly `n` of every `m`.
+        MemoryError: there is no memory for the threads.
     """
     values = values.contiguous()
     mask = torch.empty(0, dtype=torch.uint8) if mask is None else mask.contiguous()
     scales = torch.empty(0) if scales is None else scales.to(torch.float32).contiguous()
-    assert buffer.is_contiguous()
-    assert buffer.dtype == mask.dtype == torch.uint8
+    _check_plain("the buffer", buffer, torch.uint8)
+    _check_plain("values", values, _DTYPES[kind])
+    _check_plain("the mask", mask, torch.uint8)
+    _check_plain("scales", scales, torch.float32)
     code = _library().castlm_repack(
         *(LAYOUTS[layout], VALUES[kind], n, m, len(values), columns),
         *(values.data_ptr(), values.nbytes, mask.data_ptr(), mask.nbytes, scales.data_ptr(), scales.numel()),
         *(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads()),
     )
+    _check_memory(code)
     if code == _BAD_MASK:
         raise InputError(f"the mask does not keep exactly {n} of every {m} weights: the file is damaged")
     if code:
@@ -180,7 +188,10 @@ def takes_many_rows(packed: Tensor) -> bool:
     on a Zen 4 (AVX-512); 1.8, 1.4, 1.1 and 1.0 on a Zen 3 (AVX2), where 2:4 bf16 has 0.8 to 1.0 of narrower layers,
     and dense int4 0.7 to 0.9.
     """
-    _, layout, values = struct.unpack_from("3i", ctypes.string_at(packed.data_ptr(), 12))
+    _check_plain("a packed weight", packed, torch.uint8)
+    if packed.numel() < _HEADER.size:
+        return False  # either way refuses it
+    _, layout, values = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
     is_integer = values in (VALUES["int8"], VALUES["int4"])
     if layout == LAYOUTS["rows"] or (layout == LAYOUTS["dense"] and not is_integer):
         return False
@@ -188,26 +199,41 @@ def takes_many_rows(packed: Tensor) -> bool:
 
 
 def multiply(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    """`x @ W.T` for x (..., in) fp32 or bf16, contiguous, on a CPU, and the buffer of W (out, in): (..., out)."""
-    assert x.is_contiguous()
+    """`x @ W.T` for x (..., in) fp32 or bf16, contiguous, on a CPU, and the buffer of W (out, in): (..., out).
+
+    Raises:
+        InputError: x of another shape, dtype, layout or device, or a buffer that `repack_` did not fill.
+        MemoryError: there is no memory for the sums and the activations.
+    """
     shape, dtype = x.shape, x.dtype
-    assert dtype is torch.float32 or dtype is torch.bfloat16
+    if not (shape and x.is_cpu and x.is_contiguous() and (dtype is torch.float32 or dtype is torch.bfloat16)):
+        given = _described(x)
+        raise InputError(f"the kernels take x (..., in) as contiguous float32 or bfloat16 on a CPU, not {given}")
+    _check_plain("a packed weight", packed, torch.uint8)
     width, out = shape[-1], x.new_empty((*shape[:-1], out_features))
     data, size, num_rows = packed.data_ptr(), packed.numel(), x.numel() // (width or 1)
     is_bf16, threads = dtype is torch.bfloat16, torch.get_num_threads()
     multiply_by = _library().castlm_multiply  # a small layer takes as long as what is around this call
-    if multiply_by(data, size, x.data_ptr(), is_bf16, num_rows, width, out.data_ptr(), out_features, threads):
+    code = multiply_by(data, size, x.data_ptr(), is_bf16, num_rows, width, out.data_ptr(), out_features, threads)
+    if code:
+        _check_memory(code)
         raise InputError(f"x of shape {tuple(shape)} does not fit this packed weight of {out_features} outputs")
     return out
 
 
 def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
-    """Writes rows [first, last) of the matrix in `packed` to `out` (last - first, in), fp32, contiguous."""
-    assert out.dtype == torch.float32
-    assert out.is_contiguous()
+    """Writes rows [first, last) of the matrix in `packed` to `out` (last - first, in), fp32, contiguous.
+
+    Raises:
+        InputError: rows that the matrix lacks, or a tensor of another size, dtype, layout or device.
+        MemoryError: there is no memory for the threads.
+    """
+    _check_plain("a packed weight", packed, torch.uint8)
+    _check_plain("unpacked rows", out, torch.float32)
     code = _library().castlm_unpack(
         packed.data_ptr(), packed.numel(), first, last, out.data_ptr(), out.numel(), torch.get_num_threads()
     )
+    _check_memory(code)
     if code:
         raise InputError(f"rows {first} to {last} of shape {tuple(out.shape)} do not fit this packed weight")
 
@@ -220,10 +246,31 @@ def decode(decoder: int, embedding: Tensor, position: int, logits: Tensor) -> bo
         embedding: of the token, (..., hidden) fp32, contiguous.
         position: the number of tokens before it.
         logits: (..., vocabulary) fp32, contiguous; written.
+
+    Raises:
+        MemoryError: there is no memory for the activations.
     """
-    assert embedding.dtype == logits.dtype == torch.float32
+    assert embedding.dtype == logits.dtype == torch.float32  # `DecoderState` makes both
     library, threads = _library(), torch.get_num_threads()
-    return not library.castlm_decode(decoder, embedding.data_ptr(), position, logits.data_ptr(), threads)
+    code = library.castlm_decode(decoder, embedding.data_ptr(), position, logits.data_ptr(), threads)
+    _check_memory(code)
+    return not code
+
+
+def _check_plain(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raises `InputError` where the kernels cannot read `tensor` by its address."""
+    if not (tensor.is_cpu and tensor.dtype is dtype and tensor.is_contiguous()):
+        raise InputError(f"the kernels take {name} as contiguous {dtype} on a CPU, not {_described(tensor)}")
+
+
+def _described(tensor: Tensor) -> str:
+    contiguous = "" if tensor.is_contiguous() else "non-contiguous "
+    return f"{contiguous}{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _check_memory(code: int) -> None:
+    if code == _NO_MEMORY:
+        raise MemoryError("not enough memory for the CPU kernels: take fewer tokens at a time, or free memory")
 
 
 def trim_memory() -> None:

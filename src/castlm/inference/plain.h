@@ -8,12 +8,30 @@
 
 namespace castlm {
 
-// A buffer of this thread that is kept from call to call, aligned to a cache line.
+constexpr int kScratchSlots = 4;
+constexpr size_t kLargeScratch = 2 << 20;  // bytes; many rows of x need more, one row does not
+
+inline std::vector<uint8_t>& scratch_of_thread(int slot) {
+  static thread_local std::vector<uint8_t> buffers[kScratchSlots];
+  return buffers[slot];
+}
+
+// A buffer of this thread that is kept from call to call, aligned to a cache line. Its content is lost when it grows.
 template <int slot>
 void* scratch(int64_t bytes) {
-  static thread_local std::vector<uint8_t> buffer;
-  if (int64_t(buffer.size()) < bytes + 64) buffer.resize(bytes + 64);
+  static_assert(slot < kScratchSlots, "there is no such slot");
+  std::vector<uint8_t>& buffer = scratch_of_thread(slot);
+  if (int64_t(buffer.size()) < bytes + 64) {
+    std::vector<uint8_t>().swap(buffer);
+    buffer.resize(bytes + 64);
+  }
   return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t(63));
+}
+
+// Frees what a prompt needed and the tokens after it do not.
+inline void release_large_scratch() {
+  for (int slot = 0; slot < kScratchSlots; ++slot)
+    if (scratch_of_thread(slot).size() > kLargeScratch) std::vector<uint8_t>().swap(scratch_of_thread(slot));
 }
 
 // Value `index` of a row of a file as fp32, without its scale.

@@ -11,6 +11,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -122,15 +123,23 @@ class Pool {
   int64_t wanted_ = 0, threads_ = 0;
 };
 
-// `work(first, last)` for parts of [0, count), `part` long, on as many threads.
+// `work(first, last)` for parts of [0, count), `part` long, on as many threads. The first exception in any of them arrives
+// here, when all have returned; parts that nobody has started are left out then.
 template <class Work>
 void in_parallel(int64_t count, int64_t part, int64_t threads, Work work) {
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
   auto take = [&] {
-    for (int64_t first = next.fetch_add(part); first < count; first = next.fetch_add(part))
-      work(first, std::min(first + part, count));
+    try {
+      for (int64_t first = next.fetch_add(part); first < count && !failed; first = next.fetch_add(part))
+        work(first, std::min(first + part, count));
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
   };
   Pool::of_process().run(std::min(threads, (count + part - 1) / part) - 1, take);
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace castlm

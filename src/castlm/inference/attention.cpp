@@ -1,0 +1,60 @@
+// The attention of attention.h with AVX2, and with the vectors of 16 bytes that x86-64 and 64-bit ARM always have.
+
+#include <algorithm>
+#include <cmath>
+
+#include "avx2.h"
+#include "decoder.h"
+
+namespace castlm {
+namespace narrow {
+namespace {
+
+typedef float Vector __attribute__((vector_size(16)));
+constexpr int kLanes = 4;
+
+INLINE Vector all(float value) { return Vector{value, value, value, value}; }
+INLINE void four_sums(const Vector* sums, float* to) {
+  for (int k = 0; k < 4; ++k) to[k] = (sums[k][0] + sums[k][2]) + (sums[k][1] + sums[k][3]);
+}
+
+#include "attention.h"
+
+}  // namespace
+}  // namespace narrow
+}  // namespace castlm
+
+#if defined(CASTLM_AVX2)
+BEGIN_TARGET("avx2,fma,f16c")
+
+namespace castlm {
+namespace wide {
+namespace {
+
+using Vector = __m256;
+constexpr int kLanes = 8;
+
+INLINE Vector all(float value) { return _mm256_set1_ps(value); }
+INLINE void four_sums(const Vector* sums, float* to) {
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[2], sums[3]));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
+#include "attention.h"
+
+}  // namespace
+}  // namespace wide
+}  // namespace castlm
+END_TARGET
+#endif
+
+namespace castlm {
+
+Attend attend_of(int64_t group) {
+#if defined(CASTLM_AVX2)
+  if (level() >= kAvx2) return wide::attend_of(group);
+#endif
+  return narrow::attend_of(group);
+}
+
+}  // namespace castlm

@@ -1,0 +1,127 @@
+// From the tensors of a file to the order in which the kernels read a matrix.
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "plain.h"
+#include "pool.h"
+
+namespace castlm {
+namespace {
+
+void store_short_scale(uint8_t* at, float scale) {
+  const uint16_t bits = float_to_bfloat16(scale);
+  std::memcpy(at, &bits, 2);
+}
+
+// Value `index` of a row of int4 plus 8: 0 to 15.
+INLINE uint8_t nibble(const uint8_t* row, int64_t index) { return uint8_t((row[index / 2] >> (index % 2 * 4) & 15) ^ 8); }
+
+void fill_dense_row(const Header& of, const uint8_t* values, const float* scales, int64_t row, uint8_t* data) {
+  for (int64_t block = 0; block < of.blocks(); ++block) {
+    uint8_t* to = data + (row / 4 * of.blocks() + block) * of.panel_bytes() + row % 4 * of.dense_block_bytes();
+    const int64_t first = block * kBlock, count = std::min(kBlock, of.columns - first);
+    if (of.values != kInt4) {
+      std::memcpy(to, values + first * of.value_bytes(), count * of.value_bytes());
+      continue;
+    }
+    for (int k = 0; k < kBlock; ++k) to[k % 32] |= uint8_t((k < count ? nibble(values, first + k) : 8) << (k < 32 ? 0 : 4));
+    store_short_scale(to + 32, scales[row * of.blocks() + block]);
+  }
+}
+
+void fill_rows(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data) {
+  std::memcpy(data, values, of.rows * of.kept_row_bytes());
+  data += of.rows * of.kept_row_bytes();
+  std::memcpy(data, mask, of.rows * of.mask_row_bytes());
+  data += of.rows * of.mask_row_bytes();
+  if (of.values == kInt8) std::memcpy(data, scales, 4 * of.rows);
+  if (of.values == kInt4)
+    for (int64_t i = 0; i < of.rows * of.blocks(); ++i) store_short_scale(data + 2 * i, scales[i]);
+}
+
+// The places of the kept values of a row of a tile in a panel, group by group.
+using Places = std::array<Place, 2 * kBlock / 4>;
+
+// A row of kept values of so many bytes, or of int4 with `bytes` 0, where 8 stands for 0 and is there already.
+template <int bytes>
+void fill_panel_row(const Header& of, const Places& places, const uint8_t* values, const uint8_t* mask, uint8_t* panel) {
+  int64_t index = 0;
+  for (int64_t block = 0; block < of.blocks(); ++block, panel += of.panel_bytes()) {
+    const int64_t groups = std::min(kBlock, of.columns - block * kBlock) / 4;
+    const Place* place = places.data();
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t column = block * kBlock + 4 * group;
+      for (unsigned bits = mask[column / 8] >> (column % 8) & 15; bits; bits &= bits - 1, ++place, ++index) {
+        panel[place->mask_byte] |= uint8_t(__builtin_ctz(bits) << place->mask_shift);
+        if constexpr (bytes == 0) panel[place->value] ^= uint8_t((nibble(values, index) ^ 8) << place->value_shift);
+        else std::memcpy(panel + place->value, values + index * bytes, bytes);
+      }
+    }
+  }
+}
+
+void fill_panels(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, int64_t first,
+                 int64_t last, uint8_t* data) {
+  std::vector<Places> places(of.tile_rows());
+  for (int64_t row = 0; row < of.tile_rows(); ++row)
+    for (int i = 0; i < kBlock / 4 * of.n; ++i) places[row][i] = place_in_panel(of, row, i / of.n, i % of.n);
+  const auto fill = of.values == kInt4      ? fill_panel_row<0>
+                    : of.values == kInt8    ? fill_panel_row<1>
+                    : of.values == kFloat32 ? fill_panel_row<4>
+                                            : fill_panel_row<2>;
+  for (int64_t row = first * of.tile_rows(); row < std::min(last * of.tile_rows(), of.rows); ++row) {
+    uint8_t* panels = data + row / of.tile_rows() * of.blocks() * of.panel_bytes();
+    const int64_t row_in_tile = row % of.tile_rows();
+    for (int64_t block = 0; of.values == kInt4 && block < of.blocks(); ++block) {
+      uint8_t* panel = panels + block * of.panel_bytes();
+      if (row_in_tile == 0) std::memset(panel + 32, 0x88, 64);
+      store_short_scale(panel + 96 + 2 * row_in_tile, scales[row * of.blocks() + block]);
+    }
+    fill(of, places[row_in_tile], values + row * of.kept_row_bytes(), mask + row * of.mask_row_bytes(), panels);
+  }
+}
+
+// Of each byte of a mask, whether all of its groups keep n.
+std::array<bool, 256> whole_bytes(const Header& of) {
+  std::array<bool, 256> whole;
+  for (int byte = 0; byte < 256; ++byte) {
+    whole[byte] = true;
+    for (int k = 0; k < 8; k += of.m) whole[byte] &= __builtin_popcount(byte >> k & ((1 << of.m) - 1)) == of.n;
+  }
+  return whole;
+}
+
+}  // namespace
+
+bool mask_is_nm(const Header& of, const uint8_t* mask) {
+  const bool in_bytes = 8 % of.m == 0;
+  const std::array<bool, 256> whole = in_bytes ? whole_bytes(of) : std::array<bool, 256>{};
+  for (int64_t row = 0; row < of.rows; ++row, mask += of.mask_row_bytes()) {
+    const int64_t checked = in_bytes ? of.columns / 8 : 0;
+    bool good = true;
+    for (int64_t i = 0; i < checked; ++i) good &= whole[mask[i]];
+    if (!good) return false;
+    for (int64_t k = 8 * checked; k < of.columns; k += of.m) {
+      int count = 0;
+      for (int64_t i = k; i < k + of.m; ++i) count += mask[i / 8] >> (i % 8) & 1;
+      if (count != of.n) return false;
+    }
+    for (int64_t k = of.columns; k < 8 * of.mask_row_bytes(); ++k)
+      if (mask[k / 8] >> (k % 8) & 1) return false;
+  }
+  return true;
+}
+
+void repack(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data, int threads) {
+  if (of.layout == kRows) return fill_rows(of, values, mask, scales, data);
+  in_parallel(of.tiles(), 16, threads, [&](int64_t first, int64_t last) {
+    if (of.layout == kPanels) return fill_panels(of, values, mask, scales, first, last, data);
+    for (int64_t row = 4 * first; row < std::min(4 * last, of.rows); ++row)
+      fill_dense_row(of, values + row * of.kept_row_bytes(), scales, row, data);
+  });
+  if (of.values == kInt8) std::memcpy(data + of.tiles() * of.blocks() * of.panel_bytes(), scales, 4 * of.rows);
+}
+
+}  // namespace castlm
