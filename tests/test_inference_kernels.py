@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from castlm.core.errors import InputError
 from castlm.core.pattern import nm_mask
@@ -270,3 +275,72 @@ def test_torch_compile_traces_the_op():
     compiled = torch.compile(lambda x: packed_linear(x, buffer, 12) * 2, backend="aot_eager", fullgraph=True)
     x = torch.randn(3, 64)
     torch.testing.assert_close(compiled(x), packed_linear(x, buffer, 12) * 2)
+
+
+def test_tracers_and_transforms_see_the_op():
+    packed = random_packed("bf16", 2, 4, 12, 64)
+    buffer, x = buffer_of(packed), torch.randn(3, 64)
+
+    def twice(x):
+        return packed_linear(x, buffer, 12) * 2
+
+    expected = twice(x)
+    graph = make_fx(twice)(x)
+    assert "packed_linear" in [node.name for node in graph.graph.nodes]
+    traced = torch.jit.trace(twice, (x,), check_trace=False)
+    assert "castlm::packed_linear" in [node.kind() for node in traced.graph.nodes()]
+    for made in (graph, traced):
+        assert torch.equal(made(x), expected)
+        assert torch.equal(made(x + 1), twice(x + 1))
+    with torch.inference_mode():
+        assert torch.equal(torch.func.vmap(twice)(x[None])[0], expected)
+
+
+def test_tensors_that_the_kernels_cannot_read_are_refused():
+    packed = random_packed("bf16", 2, 4, 12, 64)
+    buffer, x = buffer_of(packed), torch.randn(2, 64)
+    many = torch.randn(DIRECT_ROWS + 1, 64)
+    for wrong in (buffer.to("meta"), buffer.float(), torch.stack([buffer, buffer], -1)[..., 0]):
+        for rows in (x, many):
+            with pytest.raises(InputError, match=r"take a packed weight as contiguous torch\.uint8 on a CPU"):
+                packed_linear(rows, wrong, 12)
+    with pytest.raises(InputError, match="do not fit this packed weight"):
+        packed_linear(many, buffer[:5], 12)
+    with pytest.raises(InputError, match=r"take x \(\.\.\., in\) as contiguous .* not torch\.float32 \(\) on cpu"):
+        packed_linear(torch.tensor(1.0), buffer, 12)
+    for name, change in (
+        ("values", {"values": packed.values.to("meta")}),
+        ("values", {"values": packed.values.half()}),
+        ("the mask", {"mask": packed.mask.bool()}),
+        ("the buffer", {"buffer": buffer.to("meta")}),
+    ):
+        given = {"buffer": buffer, "values": packed.values, "mask": packed.mask} | change
+        with pytest.raises(InputError, match=f"the kernels take {name} as contiguous"):
+            native.repack_(**given, scales=None, kind="bf16", n=2, m=4, columns=64)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
+def test_a_lack_of_memory_is_an_error():
+    """In a fork, whose memory can be limited."""
+    buffer, x = buffer_of(random_packed("bf16", 2, 4, 4, 1024)), torch.zeros(1 << 15, 1024)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if memory_ends_in_an_error(buffer, x) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def memory_ends_in_an_error(buffer: Tensor, x: Tensor) -> bool:
+    import resource
+
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (16 << 20), resource.RLIM_INFINITY))
+    with pytest.raises(MemoryError, match="not enough memory for the CPU kernels"):
+        native.multiply(x, buffer, 4)
+    return bool((native.multiply(x[:2], buffer, 4) == 0).all())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_an_exception_on_a_helper_thread_arrives_in_the_caller(tmp_path):
+    source, program = Path(__file__).parent / "pool_errors.cpp", tmp_path / "pool_errors"
+    subprocess.run(["g++", "-std=c++17", "-pthread", str(source), "-o", str(program)], check=True)
+    assert subprocess.run([program], timeout=60).returncode == 0

@@ -10,6 +10,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 
 from castlm.core.errors import InputError
 from castlm.inference import native
@@ -70,12 +73,17 @@ def packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     """`x @ W.T`, (..., in) -> (..., out) in the dtype of x; `packed` is the buffer of W (out, in).
 
     A plain tensor on a CPU is multiplied without a detour through the dispatcher: 5.6 us a call instead of 7.9 us.
+    Tracers and transforms (`torch.compile`, `make_fx`, `torch.jit.trace`, `torch.func`) see the operator.
 
     Raises:
         InputError: x needs a gradient, which packed weights do not pass on.
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise InputError("packed layers pass no gradients on: train the model that was packed, or castlm unpack it")
-    if type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling():
+    if (
+        type(x) is Tensor
+        and x.is_cpu
+        and not (is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() or _get_tracing_state())
+    ):
         return _packed_linear(x, packed, out_features)
     return torch.ops.castlm.packed_linear.default(x, packed, out_features)
