@@ -2,13 +2,14 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from castlm.core.errors import InputError
+from castlm.planning import fit
 from castlm.planning.fit import fit_law
 from castlm.planning.law import Law
 from castlm.planning.law_plot import plot_law
@@ -65,6 +66,19 @@ def test_intervals_cover_the_truth_nine_times_in_ten():
         run_inside.append(prediction.low <= new_run <= prediction.high)
     assert 0.8 <= np.mean(beta_inside) < 1
     assert 0.8 <= np.mean(run_inside) < 1
+
+
+def test_a_law_of_the_smaller_budgets_that_is_known_is_not_fitted_again(monkeypatch):
+    runs = points(SEVEN, 2, 0.003, np.random.default_rng(0))
+    alone = fit_law(runs, num_draws=20)
+    smaller, less = (fit_law(runs[:-left], num_draws=20, leave_largest_out=False) for left in (2, 4))
+    fitted, fit_once = [], fit._fit
+    monkeypatch.setattr(fit, "_fit", lambda data, *rest: fitted.append(len(data.y)) or fit_once(data, *rest))
+    holdout = fit_law(runs, num_draws=20, without_largest=smaller).holdout
+    assert fitted == [14]
+    assert asdict(holdout) == pytest.approx(asdict(alone.holdout), rel=1e-6)
+    assert fit_law(runs, num_draws=20, without_largest=less).holdout == alone.holdout  # of too few points
+    assert fitted == [14, 14, 12]
 
 
 def test_one_wild_run_hardly_moves_the_law():

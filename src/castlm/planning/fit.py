@@ -39,6 +39,7 @@ def fit_law(
     num_draws: int = 200,
     seed: int = 0,
     leave_largest_out: bool = True,
+    without_largest: Law | None = None,
     min_spread: float = MIN_SPREAD,
 ) -> Law:
     """Fit `form` to `points` of one method (and, unless `joint`, of one model size).
@@ -53,7 +54,8 @@ def fit_law(
     resampled within their token budget, and the remaining scatter of the means is resampled over token budgets. Both
     are corrected for the degrees of freedom of the fit, the latter also by Student's t, so an interval is wide if there
     is only one budget more than there are parameters. `min_spread` is the least ratio of the largest token budget to
-    the smallest.
+    the smallest. `without_largest` is the law that the same call gave for the points without the largest budget, where
+    it is known; otherwise `leave_largest_out` fits it.
 
     Raises:
         InputError: fewer than 3 (loglinear, joint) or 4 (power) distinct budgets; budgets within a factor of
@@ -69,7 +71,7 @@ def fit_law(
     if not leave_largest_out:
         return law
     try:
-        return replace(law, holdout=_leave_largest_out(data, form, num_draws, seed))
+        return replace(law, holdout=_leave_largest_out(data, form, num_draws, seed, without_largest))
     except InputError as error:
         return replace(law, holdout_reason=str(error))
 
@@ -196,14 +198,15 @@ def _r2(y: Array, fitted: Array) -> Array:
     return np.asarray(1 - ((y - fitted) ** 2).sum(-1) / ((y - y.mean(-1, keepdims=True)) ** 2).sum(-1))
 
 
-def _leave_largest_out(data: Data, form: str, num_draws: int, seed: int) -> Holdout:
+def _leave_largest_out(data: Data, form: str, num_draws: int, seed: int, law: Law | None) -> Holdout:
     """Fits without the largest token budget and predicts it; with several seeds, one budget per parameter is enough."""
     left = data.budget == data.budget.max()
     x, z, y = data.x + data.x0, data.z + data.z0, data.y
-    rest = make_data(x[~left], z[~left], y[~left])
-    repeated = len(rest.y) > len(np.unique(rest.cell))
-    _check_design(rest, form, 3 if form == "power" and repeated else MIN_BUDGETS[form], 1.0)
-    law = _fit(rest, form, num_draws, seed)
+    if law is None or law.num_points != np.count_nonzero(~left):
+        rest = make_data(x[~left], z[~left], y[~left])
+        repeated = len(rest.y) > len(np.unique(rest.cell))
+        _check_design(rest, form, 3 if form == "power" and repeated else MIN_BUDGETS[form], 1.0)
+        law = _fit(rest, form, num_draws, seed)
     x_left, params = float(np.exp(x[left].mean())), np.exp(z[left])
     size = float(params[0]) if len(set(params)) == 1 else None
     if size is None:  # a joint law: the largest budget of the largest size

@@ -268,12 +268,12 @@ class Sweep:
 
         tokens = self.budgets[len(self.steps)]
         predicted = None if self.law is None else predict_perplexity(self.law, tokens, num_runs=self.command.seeds)
-        self.law, largest, no_law = None, None, None
+        smaller, self.law, largest, no_law = self.law, None, None, None
         done = self.runs[: len(self.steps) + 1]
         if len(done) >= MIN_BUDGETS[self.command.form]:
             try:
                 files = [run.folder(self.root) / "model" / "castlm.json" for runs in done for run in runs]
-                self.law = fit_law(read_points(files), self.command.form)
+                self.law = fit_law(read_points(files), self.command.form, without_largest=smaller)
                 if tokens != self.budgets[-1]:
                     largest = predict_perplexity(self.law, self.budgets[-1])
             except InputError as error:
