@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
+import io
 import json
 from dataclasses import replace
 from itertools import islice
@@ -69,7 +71,7 @@ OPTIONS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "per_device_train_batch_size": 4,
     "calibration_sequences": 4,
-    "rotation_iterations": 10,
+    "rotation_iterations": 4,
     "device": "cpu",
 }
 
@@ -356,11 +358,20 @@ def options(model: Path, dataset: Path, run: Path, **over: Any) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
 
 
-def test_castlm_train_prune_and_eval_on_images(vlm, dataset, tmp_path, capsys):
-    run, pruned = tmp_path / "run", tmp_path / "pruned"
-    assert main(["train", *options(vlm, dataset, run)]) == 0
-    assert "conversations with images: the assistant's tokens count" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def trained(vlm, dataset, tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a run of the command, and what it said."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert main(["train", *options(vlm, dataset, run)]) == 0
+    return run, said.getvalue()
+
+
+def test_castlm_train_prune_and_eval_on_images(vlm, dataset, trained, tmp_path, capsys):
+    (run, said), pruned = trained, tmp_path / "pruned"
+    assert "conversations with images: the assistant's tokens count" in said
     arguments = ["--calibration", str(dataset), "--num-sequences", "4", "--seq-len", "64", "--device", "cpu"]
+    arguments += ["--rotation-iterations", "4"]
     assert main(["prune", "--model", str(vlm), "--output-dir", str(pruned), *arguments]) == 0
     dense = AutoModelForImageTextToText.from_pretrained(vlm)
     for folder in (run / "model", pruned):
@@ -372,16 +383,15 @@ def test_castlm_train_prune_and_eval_on_images(vlm, dataset, tmp_path, capsys):
         assert "assistant tokens" in capsys.readouterr().out
 
 
-def test_a_run_on_images_resumes_exactly_and_two_ranks_are_one(vlm, dataset, tmp_path):
+def test_a_run_on_images_resumes_exactly_and_two_ranks_are_one(vlm, dataset, trained, tmp_path):
     def config(run: str, **over: Any) -> TrainConfig:
         return TrainConfig(str(vlm), str(dataset), str(tmp_path / run), **{**OPTIONS, **over})
 
-    train(config("straight"))
     train_until(config("resumed"), 3)
     train(replace(config("resumed"), resume=True))
     run_ranks(train, 2, config("ranks", per_device_train_batch_size=2), folder=tmp_path)
-    runs = ("straight", "resumed", "ranks")
-    straight, resumed, ranks = (load_file(tmp_path / run / "model" / "model.safetensors") for run in runs)
+    runs = (trained[0], tmp_path / "resumed", tmp_path / "ranks")
+    straight, resumed, ranks = (load_file(run / "model" / "model.safetensors") for run in runs)
     for name, tensor in straight.items():
         assert torch.equal(resumed[name], tensor), name
         torch.testing.assert_close(ranks[name], tensor, rtol=0, atol=1e-4, msg=name)
