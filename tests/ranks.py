@@ -108,11 +108,13 @@ def small(model: str, dataset: str, output_dir: Path, ranks: int, **over: Any) -
     """A small run of 12 sequences a step, whatever the number of ranks."""
     rows, micro_batches = {1: (6, 2), 2: (3, 2), 3: (2, 2), 4: (1, 3)}[ranks]
     fields = {
-        "max_steps": 10,
+        "max_steps": 6,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": micro_batches,
         "eval_tokens": 500,
-        "eval_steps": 5,
+        "eval_steps": 3,
+        "mask_interval": 2,
+        "decay_end": 0.5,
         "device": "cpu",
     }
     return runs.small(model, dataset, output_dir, **{**fields, **over})

@@ -19,16 +19,16 @@ from castlm.training.run import Run
 def small(model: str, dataset: str, output_dir: Path, **over: Any) -> TrainConfig:
     """A run that is small by its sizes alone: what it does, and how, is what users get."""
     fields = {
-        "max_steps": 12,
+        "max_steps": 8,
         "calibration_sequences": 4,
-        "rotation_iterations": 10,
-        "decay_end": 0.5,  # still decaying where a run is stopped
+        "rotation_iterations": 4,
+        "decay_end": 0.75,  # still decaying where a run is stopped
         "seq_len": 32,
         "per_device_train_batch_size": 4,
-        "eval_tokens": 512,
+        "eval_tokens": 256,
         "mask_interval": 3,
         "save_steps": 0,
-        "eval_steps": 6,
+        "eval_steps": 4,
         "learning_rate": 1e-3,
     }
     return TrainConfig(model, dataset, str(output_dir), **{**fields, **over})

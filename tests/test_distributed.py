@@ -350,17 +350,17 @@ def test_ranks_calibrate_the_lam_of_one_rank(gemma, text, tmp_path):
 @pytest.mark.parametrize(
     ("over", "stops"),
     [
-        ({}, [(2, 4, "full"), (1, 8, "full"), (4, 12, "hybrid")]),
-        ({"rotate": "residual", "async_save": False}, [(1, 4, "full"), (2, 12, "full")]),
+        ({}, [(2, 2, "full"), (1, 4, "full"), (4, 6, "hybrid")]),
+        ({"rotate": "residual", "async_save": False}, [(1, 2, "full"), (2, 6, "full")]),
     ],
     ids=["defaults", "rotated"],
 )
 def test_resumed_on_other_numbers_of_ranks(over, stops, gemma, text, tmp_path):
-    common: dict[str, Any] = {"max_steps": 12, "save_steps": 4, "eval_steps": 6, **over}
+    common: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "decay_end": 0.75, **over}
     run_ranks(train, 1, small(gemma, text, tmp_path / "straight", 1, **common), folder=tmp_path)
     for ranks, stop, sharding in stops:
-        config = small(gemma, text, tmp_path / "run", ranks, resume=stop > 4, sharding=sharding, **common)
-        start = (train, ranks, config) if stop == 12 else (train_until, ranks, config, stop)
+        config = small(gemma, text, tmp_path / "run", ranks, resume=stop > 2, sharding=sharding, **common)
+        start = (train, ranks, config) if stop == 6 else (train_until, ranks, config, stop)
         run_ranks(*start, folder=tmp_path, environment={"LOCAL_WORLD_SIZE": min(ranks, 2)})
         saved = checkpoint_steps(tmp_path / "run" / "checkpoints")
         assert max(saved) == stop
