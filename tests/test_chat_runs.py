@@ -158,7 +158,7 @@ def test_eval_says_which_tokens_it_scored(llama, chat, tmp_path, capsys):
 
 def test_prune_calibrates_on_conversations(llama, chat, tmp_path):
     command = ["prune", "--model", llama, "--calibration", chat, "--num-sequences", "4", "--seq-len", "32"]
-    assert main([*command, "--output-dir", str(tmp_path / "pruned")]) == 0
+    assert main([*command, "--output-dir", str(tmp_path / "pruned"), "--rotation-iterations", "4"]) == 0
 
 
 def test_a_bad_conversation_ends_a_command_with_one_line(llama, tmp_path, capsys):

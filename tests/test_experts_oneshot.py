@@ -157,7 +157,8 @@ def test_experts_that_compute_their_neurons_otherwise_are_refused(monkeypatch):
 def test_castlm_prune_says_which_experts_saw_few_tokens(text, tmp_path, capsys):
     model = save_tiny(tmp_path / "model", "qwen3_moe", hidden_size=64)
     arguments = ["--model", str(model), "--output-dir", str(tmp_path / "out"), "--calibration", text]
-    assert main(["prune", *arguments, "--num-sequences", "2", "--seq-len", "32", "--device", "cpu"]) == 0
+    arguments += ["--num-sequences", "2", "--seq-len", "32", "--rotation-iterations", "4", "--device", "cpu"]
+    assert main(["prune", *arguments]) == 0
     assert "calibrated on all tokens" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "castlm.json").read_text())
     assert f"{NAME}.gate_up_proj" in record["experts_calibrated_on_all_tokens"]

@@ -54,7 +54,8 @@ def test_lam_auto_is_calibrated_recorded_and_kept_on_resume(given, tmp_path):
 def arguments(given, *more: str) -> list[str]:
     model, text = given
     base = ["plan", "check", "--model", model, "--dataset", text, "--output-dir", "unused", "--seq-len", "32"]
-    return [*base, "--max-steps", "30", "--per-device-train-batch-size", "2", *more]
+    start = ["--calibration-sequences", "4", "--rotation-iterations", "4"]
+    return [*base, "--max-steps", "30", "--per-device-train-batch-size", "2", *start, *more]
 
 
 def test_check_says_whether_a_run_can_converge(given, capsys, tmp_path, monkeypatch):

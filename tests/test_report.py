@@ -42,6 +42,7 @@ def finished(tmp_path_factory) -> Path:
         "--per-device-train-batch-size": 2,
         "--eval-tokens": 512,
         "--calibration-sequences": 4,
+        "--rotation-iterations": 4,
         "--learning-rate": 1e-3,
         "--decay-end": 0.5,
         "--device": "cpu",

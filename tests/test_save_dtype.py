@@ -58,7 +58,7 @@ def test_prune_writes_the_source_dtype_or_the_one_asked_for(tmp_path, stored, op
     (tmp_path / "t.txt").write_text(TEXT)
     options = ["--method", method, "--num-sequences", "4", "--seq-len", "32", *option]
     if method == "wanda":
-        options += ["--calibration", str(tmp_path / "t.txt")]
+        options += ["--calibration", str(tmp_path / "t.txt"), "--rotation-iterations", "4"]
     out = tmp_path / "out"
     assert main(["prune", "--model", str(folder), "--output-dir", str(out), *options]) == 0
     assert dtypes_in(out) == {names[written]}

@@ -112,6 +112,7 @@ def test_castlm_prune_verify_eval_and_pack(family, models, tmp_path, capsys):
     text, out, packed = tmp_path / "text.txt", tmp_path / "out", tmp_path / "packed"
     text.write_text("All happy families are alike; each unhappy family is unhappy in its own way.\n\n" * 12)
     arguments = ["--calibration", str(text), "--num-sequences", "4", "--seq-len", "32", "--device", "cpu"]
+    arguments += ["--rotation-iterations", "4"]
     assert main(["prune", "--model", str(models[family]), "--output-dir", str(out), *arguments]) == 0
     assert_same_tower(out, models[family])
     assert main(["verify", str(out)]) == 0
