@@ -18,7 +18,7 @@ from castlm.core.moments import MOMENT_KEYS, MOMENTS
 from castlm.core.pattern import NM, Pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_param_groups
-from castlm.planning import activations
+from castlm.planning import activations, memory
 from castlm.planning.activations import Settings, saved_bytes, trace
 from castlm.planning.memory import DTYPES, GIB, plan_memory, read_config
 from tests.tiny import FAMILIES, tiny_model
@@ -46,6 +46,13 @@ RUN = Settings(
 def _each_model_is_traced_once():
     """Plans of one model mostly differ in what does not change its activations."""
     known: dict[tuple, list[int]] = {}
+    measured: dict[tuple, memory._Sizes] = {}
+
+    def sizes_once(config, run):
+        key = (config.to_json_string(), run.pattern, run.scale_groups, run.moments)
+        if key not in measured:
+            measured[key] = sizes(config, run)
+        return measured[key]
 
     def saved_once(config, num_layers, sizes, run, sharded):
         key = (config.to_json_string(), num_layers, tuple(sizes), run.pattern, run.scale_groups, run.compute, sharded)
@@ -53,8 +60,10 @@ def _each_model_is_traced_once():
             known[key] = saved_bytes(config, num_layers, sizes, run, sharded)
         return known[key]
 
+    sizes = memory._sizes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(activations, "saved_bytes", saved_once)
+        patch.setattr(memory, "_sizes", sizes_once)
         yield
 
 
