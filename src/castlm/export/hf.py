@@ -130,9 +130,11 @@ def new_manifest(pattern: Pattern, left_dense: Mapping[str, str], record: Mappin
 
 
 def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> None:
-    """Writes castlm.json and the model card of the model `name` into `folder`."""
+    """Writes castlm.json and the model card of the model `name` into `folder`. The dense control, whose pattern is
+    None, has no card."""
     atomic_write_json(folder / "castlm.json", manifest)
-    (folder / "README.md").write_text(model_card(name, manifest), encoding="utf-8")
+    if manifest["pattern"] is not None:
+        (folder / "README.md").write_text(model_card(name, manifest), encoding="utf-8")
 
 
 def write_all_but_weights(
