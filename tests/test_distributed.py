@@ -23,6 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 import castlm.training.loop as loop
+from castlm import files
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.masks import unpack_mask
@@ -36,7 +37,7 @@ from castlm.distributed.sharding import shard_
 from castlm.distributed.world import close_world, init_world
 from castlm.export.verify import verify
 from castlm.models import load_model
-from castlm.training import finish, source, start
+from castlm.training import finish, source
 from castlm.training.checkpoint import Saver, checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.lam import calibrate, resolve_lam
@@ -222,8 +223,8 @@ def rotated_run(gemma, text, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("stored", ["sharded", "whole"])
 def test_ranks_start_from_sparsegpt_as_one_rank_does(stored, rotated_run, gemma, text, tmp_path):
-    """Rank 0 prunes; where each rank can read its rows alone, it loads the model for it ("sharded"). That takes longer
-    than the others are willing to wait at once."""
+    """Rank 0 prunes; where each rank can read its rows alone, it loads the model for it ("sharded"), which then takes
+    longer than `timeout_s`."""
     config = small(gemma, text, tmp_path / "run", 3, timeout_s=5, **ROTATED)
     run_ranks(train_after_a_slow_start, 3, config, stored == "whole", folder=tmp_path)
     # The ranks sum the gradient in another order, which Adam amplifies where a gradient is nearly zero.
@@ -236,20 +237,17 @@ def test_ranks_start_from_sparsegpt_as_one_rank_does(stored, rotated_run, gemma,
 
 
 def train_after_a_slow_start(config: TrainConfig, whole_model: bool) -> None:
-    """Trains; each of two blocks takes more than half of what the others wait, or the model is whole on each rank."""
-    prune = start.prune_oneshot_
+    """Trains; loading the model to prune takes longer than `timeout_s`, or the model is whole on each rank."""
+    load = source.load_model
 
-    def slowly(*args: Any, progress: Any, **kwargs: Any) -> Any:
-        def told(done: int, total: int) -> None:
-            time.sleep(0.55 * config.timeout_s)
-            progress(done, total)
-
-        return prune(*args, progress=told, **kwargs)
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(1.1 * config.timeout_s)
+        return load(*args, **kwargs)
 
     if whole_model:
         source.open_sharded = lambda *args, **kwargs: None
     else:
-        start.prune_oneshot_ = slowly
+        source.load_model = slowly
     train(config)
 
 
@@ -515,15 +513,36 @@ def test_export_tensor_by_tensor(text, tmp_path):
     report = verify(folder)
     assert report.ok
     assert len(report.sparse_layers) == 8
-    files = sorted(folder.glob("*.safetensors"))
-    assert len(files) > 2
-    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    parts = sorted(folder.glob("*.safetensors"))
+    assert len(parts) > 2
+    stored = {name: tensor for file in parts for name, tensor in load_file(file).items()}
     expected = load_file(dense / "model.safetensors")
     assert {name: tensor.shape for name, tensor in stored.items()} == {n: t.shape for n, t in expected.items()}
     record = json.loads((folder / "castlm.json").read_text())
     assert record["proof"]["tensors_equal_in_bits"] == len(load_model(str(folder)).model.state_dict())
     assert record["proof"]["perplexity_from_disk"] == pytest.approx(record["perplexity"]["pruned"], rel=1e-5)
     assert (folder / "README.md").is_file()
+
+
+def export_slowly(config: TrainConfig) -> None:
+    """Trains; listing the files of the result takes longer than `timeout_s`."""
+    add_file_list = files.add_file_list
+
+    def slowly(folder: Path) -> None:
+        time.sleep(1.1 * config.timeout_s)
+        add_file_list(folder)
+
+    files.add_file_list = slowly
+    train(config)
+
+
+def test_a_dense_control_is_exported_by_ranks_that_wait_for_the_main_rank(gemma, text, tmp_path):
+    config = small(gemma, text, tmp_path / "run", 2, method="dense", max_steps=1, save_steps=0, timeout_s=4)
+    run_ranks(export_slowly, 2, config, folder=tmp_path)
+    record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
+    assert record["pattern"] is None
+    assert record["perplexity"]["trained"] > 1
+    load_model(str(tmp_path / "run" / "model"))
 
 
 def test_export_is_in_the_dtype_of_the_source_model(text, tmp_path):

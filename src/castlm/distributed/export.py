@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -88,16 +89,16 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
         manifest["pattern"] = None  # the dense control
     result.root.reshard()  # type: ignore[operator]  # the root is whole still after the last evaluation
     with contextlib.ExitStack() as stack:
-        temporary = world.on_main(lambda: stack.enter_context(atomic_dir(folder, overwrite=True)))
-        world.check_all(_write_weights(result, temporary))
+        temporary = world.on_main(lambda: stack.enter_context(atomic_dir(folder, overwrite=True)), beats=True)
+        _write_weights(result, temporary)
         world.on_main(lambda: write_all_but_weights(result.model, result.tokenizer, temporary, result.dtype))
         if result.is_sparse:
             manifest |= world.on_main(lambda: _verify_files(result, temporary, folder, manifest), beats=True)
             failure, proof = _verify_again(result, temporary)
-            world.on_main(lambda: _refuse(temporary, folder, failure))
+            world.on_main(lambda: _refuse(temporary, folder, failure), beats=True)
             manifest["proof"] |= proof
         world.on_main(lambda: write_record(temporary, folder.name, manifest))
-        world.on_main(stack.close)
+        world.on_main(stack.close, beats=True)  # hashes all files
     return manifest
 
 
@@ -114,8 +115,8 @@ def folded_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | Non
 
 
 @torch.no_grad()
-def _write_weights(result: ShardedResult, folder: Path) -> str | None:
-    """What went wrong, on the main rank; it goes on gathering all the same, for the other ranks wait for it."""
+def _write_weights(result: ShardedResult, folder: Path) -> None:
+    """Writes the files of the weights, on the main rank. Raises `InputError` there if one cannot be written."""
     weights: dict[str, tuple[Tensor, Tensor | None]] = {}
     seen: set[Tensor] = set()
     for name, weight, scale in folded_weights(result.model):
@@ -124,25 +125,26 @@ def _write_weights(result: ShardedResult, folder: Path) -> str | None:
             seen.add(weight)
     stored_in: dict[str, str] = {}
     files = _plan_files({name: weight.numel() * result.dtype.itemsize for name, (weight, _) in weights.items()})
-    failure = None
     for file, names in files.items():
         held: dict[str, Tensor] = {}
         for name in names:
             weight, scale = weights[name]
             tensor = whole(weight) if scale is None else scale_weight(whole(weight), whole(scale))
-            if result.world.is_main and failure is None:
+            if result.world.is_main:
                 held |= _as_stored(result, name, tensor)
         stored_in |= dict.fromkeys(held, file)
-        if held:
-            try:
-                save_file(held, folder / file, metadata={"format": "pt"})
-            except Exception as error:  # safetensors' own type
-                why = "disk full" if is_disk_full(error) else str(error)
-                failure = f"{why} while writing {folder / file}: free some space or choose another folder"
-    if result.world.is_main and failure is None and len(files) > 1:
+        result.world.on_main(functools.partial(_save, held, folder / file), beats=True)
+    if len(files) > 1:
         total = sum(weight.numel() for weight, _ in weights.values())
-        write_index(folder, stored_in, total, result.dtype)
-    return failure
+        result.world.on_main(lambda: write_index(folder, stored_in, total, result.dtype))
+
+
+def _save(held: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(held, file, metadata={"format": "pt"})
+    except Exception as error:  # safetensors' own type
+        why = "disk full" if is_disk_full(error) else str(error)
+        raise InputError(f"{why} while writing {file}: free some space or choose another folder") from error
 
 
 def _as_stored(result: ShardedResult, name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import datetime
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -87,33 +87,11 @@ class World:
             InputError, OSError: raised by `action` there. The other ranks raise `SystemExit`, so that one rank reports
                 the error.
         """
-        if not beats:
-            return self.long_on_main(lambda alive: action())
-
-        def beating(alive: Callable[[], None]) -> T:
-            done = threading.Event()
-
-            def beat() -> None:
-                with contextlib.suppress(RuntimeError):  # a rank has ended, as the next message will find
-                    while not done.wait(self.timeout_s / 4):
-                        alive()
-
-            thread = threading.Thread(target=beat, name="alive", daemon=True)
-            thread.start()
-            try:
-                return action()
-            finally:
-                done.set()
-                thread.join()
-
-        return self.long_on_main(beating)
-
-    def long_on_main(self, action: Callable[[Callable[[], None]], T]) -> T:
-        """`on_main` for an action that may take longer than `timeout_s` and calls its argument more often than that."""
         outcome: list[Any] = [True, None, None]  # at work, result, error
         if self.is_main:
             try:
-                outcome = [False, action(lambda: self._tell([True, None, None])), None]
+                with self._beating() if beats and self.mesh is not None else contextlib.nullcontext():
+                    outcome = [False, action(), None]
             except (InputError, OSError) as error:
                 outcome = [False, None, error]
             self._tell(outcome)
@@ -123,6 +101,24 @@ class World:
             raise outcome[2] if self.is_main else SystemExit(2)
         result: T = outcome[1]
         return result
+
+    @contextlib.contextmanager
+    def _beating(self) -> Iterator[None]:
+        """Inside the context, a thread tells the waiting ranks that the main rank is at work."""
+        done = threading.Event()
+
+        def beat() -> None:
+            with contextlib.suppress(RuntimeError):  # a rank has ended, as the next message will find
+                while not done.wait(self.timeout_s / 4):
+                    self._tell([True, None, None])
+
+        thread = threading.Thread(target=beat, name="alive", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def _tell(self, values: list[Any]) -> None:
         """Copies the main rank's `values` to every rank, in place; any picklable objects."""

@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         try:
             config = world.on_main(lambda: after_restart(config))
             with contextlib.ExitStack() as stack:
-                world.on_main(lambda: stack.enter_context(_claimed(config)) and None)
+                world.on_main(lambda: stack.enter_context(_claimed(config)) and None, beats=True)
                 return _train(config, world, interrupt)
         except RuntimeError as error:  # a collective that failed says which address went away, not which rank
             if is_out_of_memory(error):  # of this rank
@@ -104,7 +104,7 @@ def _train(config: TrainConfig, world: World, interrupt: Interrupt) -> dict[str,
     if config.lam == "auto":
         config = resolve_lam(config, world)
     if world.on_main(lambda: config.resume and folder.is_finished()):
-        record = world.on_main(lambda: folder.finished_record(config, global_batch(config, world)))
+        record = world.on_main(lambda: folder.finished_record(config, global_batch(config, world)), beats=True)
         if world.is_main:
             note(f"{folder.model} is finished already")
     else:
@@ -113,7 +113,7 @@ def _train(config: TrainConfig, world: World, interrupt: Interrupt) -> dict[str,
             loop(run, interrupt)
             interrupt.start_export()
             record = finish(run.result())
-            world.on_main(folder.drop_replaced)
+            world.on_main(folder.drop_replaced, beats=True)
     if config.push_to_hub:  # of a finished run too, which may have been stopped here
         upload = functools.partial(push, folder.model, config.hub_repo, private=config.hub_private_repo)
         url = world.on_main(upload, beats=True)

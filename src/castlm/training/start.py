@@ -7,8 +7,7 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -91,27 +90,15 @@ def make_start(
     """
     start = Start()
 
-    def make(alive: Callable[[], None]) -> dict[str, Any]:
+    def make() -> dict[str, Any]:
         if config.start in (UNIT_SCORES if is_structured(pattern) else SOLVERS):
-            _prune(start, config, source, text, pattern, filter_fn, world, alive)
+            _prune(start, config, source, text, pattern, filter_fn, world)
         else:
-            start.pruned = _read(config, source, pattern, filter_fn, alive)
+            start.pruned = _read(config, source, pattern, filter_fn)
         return start.record
 
-    start.record = world.long_on_main(make)
+    start.record = world.on_main(make, beats=True)  # loading a large model and each block may take long
     return start
-
-
-@contextmanager
-def _told_progress(what: str, alive: Callable[[], None]) -> Iterator[Callable[[int, int], None]]:
-    """`shown_progress` that also tells the waiting ranks after each part that the main rank is at work."""
-    with shown_progress(what) as show:
-
-        def progress(done: int, total: int) -> None:
-            show(done, total)
-            alive()
-
-        yield progress
 
 
 def _prune(
@@ -122,7 +109,6 @@ def _prune(
     pattern: Pattern,
     filter_fn: FilterFn,
     world: World,
-    alive: Callable[[], None],
 ) -> None:
     """Changes the basis of a copy of the model and prunes it, calibrated on the start of the training text.
 
@@ -131,14 +117,12 @@ def _prune(
     solver = str(config.start)
     num_sequences, length = config.calibration_sequences, config.seq_len
     model = source.whole_model().to(world.device)
-    alive()
     try:
         refinements = part_of(config, Refinements).for_solver(solver, pattern)
         calibration, images = calibration_sequences(
             text.documents, source.tokenizer, num_sequences, length, config.seed, text.processor, note
         )
-        alive()
-        with _told_progress("changing the basis, steps", alive) as progress:
+        with shown_progress("changing the basis, steps") as progress:
             basis = change_basis_(
                 model,
                 calibration,
@@ -154,7 +138,7 @@ def _prune(
             replaced = _replaced(config, sparse_linears(model, pattern, filter_fn)[0])
             kept = {name: p for name, p in model.named_parameters() if p not in replaced}
             start.dense = {name: p.detach().to("cpu", copy=True) for name, p in kept.items()}
-        with _told_progress(f"starting from {solver}, blocks", alive) as progress:
+        with shown_progress(f"starting from {solver}, blocks") as progress:
             report = prune_oneshot_(
                 model,
                 solver,
@@ -185,9 +169,7 @@ def _prune(
     }
 
 
-def _read(
-    config: TrainConfig, source: Source, pattern: Pattern, filter_fn: FilterFn, alive: Callable[[], None]
-) -> dict[str, Tensor]:
+def _read(config: TrainConfig, source: Source, pattern: Pattern, filter_fn: FilterFn) -> dict[str, Tensor]:
     """Reads the layers of the n:m model that `init_from` names."""
     name = str(config.start)
     options = source.options if config.is_finetuning else {"trust_remote_code": config.trust_remote_code}
@@ -197,7 +179,6 @@ def _read(
     except InputError as error:
         known = ", ".join(UNIT_SCORES if is_structured(pattern) else SOLVERS)
         raise InputError(f"init_from {name}, neither one of {known} nor a model: {error}") from None
-    alive()
     layers, _ = sparse_linears(source.model, pattern, filter_fn)
     found = dict(model.named_modules())
     weights: dict[str, Tensor] = {}
