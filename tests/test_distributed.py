@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -249,6 +250,22 @@ def train_after_a_slow_start(config: TrainConfig, whole_model: bool) -> None:
     else:
         source.load_model = slowly
     train(config)
+
+
+def train_on_a_disk_of_its_own(config: TrainConfig, folder: Path) -> None:
+    """Trains where a relative name is another folder on each rank, as on the local disks of several nodes."""
+    here = folder / os.environ["RANK"]
+    here.mkdir()
+    os.chdir(here)
+    return train_as_a_command(config)
+
+
+def test_an_output_folder_that_ranks_do_not_share_is_refused(gemma, text, tmp_path):
+    log = tmp_path / "log"
+    config = small(gemma, text, Path("run"), 2)
+    assert wait_ranks(start_ranks(train_on_a_disk_of_its_own, 2, config, tmp_path, log=log), 60) == [2, 2]
+    assert "rank 1 does not see the output folder run of rank 0: choose" in Path(f"{log}.0").read_text()
+    assert not (tmp_path / "0" / "run").exists()
 
 
 def test_a_start_that_fails_is_one_line_on_one_rank(gemma, text, tmp_path):

@@ -15,9 +15,9 @@ from castlm.core.errors import InputError
 from castlm.files import add_file_list
 from castlm.output import claimed
 from castlm.owned import OUTPUT, command_of, foreign_names, is_empty, sha256_file
-from castlm.training.checkpoint import after_restart, checkpoint_steps
+from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
-from castlm.training.run_folder import RunFolder
+from castlm.training.run_folder import RunFolder, after_restart
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
@@ -140,6 +140,17 @@ def test_a_first_start_that_is_killed_is_repeated(tmp_path, monkeypatch):
         assert foreign_names(folder) == [], moment
         moment += 1
     assert moment > 4
+
+
+def test_a_restart_does_not_resume_the_result_that_its_run_replaces(tmp_path, monkeypatch):
+    finished_run(tmp_path)
+    config = config_of(tmp_path, seed=1, overwrite=True)
+    with claimed(tmp_path, "train", overwrite=True) as claim:
+        RunFolder(claim).begin(config)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = after_restart(config)
+    assert again.overwrite
+    assert not again.resume
 
 
 def test_what_can_be_resumed_says_so(tmp_path):

@@ -28,13 +28,13 @@ from castlm.oneshot.calibration import draw_calibration
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.training import start
-from castlm.training.checkpoint import after_restart, checkpoint_steps
+from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.interrupt import Interrupted
 from castlm.training.loop import train
 from castlm.training.objective import pruned
 from castlm.training.run import Run
-from castlm.training.run_folder import RunFolder
+from castlm.training.run_folder import RunFolder, after_restart
 from castlm.training.schedule import learning_rate
 from tests.ranks import start_command, wait_ranks
 from tests.runs import assert_close_weights, assert_equal_weights, small, stop_and_resume, train_until

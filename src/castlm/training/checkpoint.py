@@ -6,7 +6,6 @@ a manifest in JSON. No part of a checkpoint is a pickle that could run code.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -28,10 +27,8 @@ from castlm.core.errors import InputError
 from castlm.disk import is_disk_full
 from castlm.distributed.world import World
 from castlm.files import atomic_write_json, flush_folder, is_whole, plain_json, read_json_mapping, size_and_crc
-from castlm.owned import OUTPUT, RESULT, command_of, is_of_a_start
 from castlm.training.checkpoint_storage import DATA_FILE, METADATA, JsonReader, JsonWriter
-from castlm.training.config import FREE_ON_RESUME, TrainConfig
-from castlm.yaml_file import read_yaml_mapping
+from castlm.training.config import FREE_ON_RESUME
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -54,28 +51,6 @@ def _half_removed(folder: Path) -> list[Path]:
     whole = checkpoint_steps(folder).values()
     named = [entry for entry in folder.glob("step-*") if _NAME.fullmatch(entry.name) and entry not in whole]
     return [entry for entry in named if entry.is_dir() and not entry.is_symlink()]
-
-
-def after_restart(config: TrainConfig) -> TrainConfig:
-    """`config` as `torchrun --max-restarts` needs it when it starts the ranks again.
-
-    A run that the start before has begun is resumed, or started from step 0 where it has saved nothing. The folder of
-    another run is left to the checks of a first start.
-    """
-    if config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
-        return config
-    folder = Path(config.output_dir)
-    try:
-        begun = TrainConfig.from_mapping(read_yaml_mapping(str(folder / "config.yaml")))
-    except InputError:
-        has_record_alone = command_of(folder) == "train" and all(
-            entry.name == OUTPUT or is_of_a_start(entry.name) for entry in folder.iterdir()
-        )
-        return dataclasses.replace(config, overwrite=True) if has_record_alone else config
-    if not config.is_begun_as(begun):
-        return config
-    has_saved = bool(checkpoint_steps(folder / "checkpoints")) or (folder / "model" / RESULT).is_file()
-    return dataclasses.replace(config, resume=has_saved, overwrite=not has_saved)
 
 
 class Saver:

@@ -12,14 +12,13 @@ from castlm.distributed.world import DIAGNOSIS_S, World, close_world, init_world
 from castlm.export.hub import check_login, push
 from castlm.output import claimed
 from castlm.progress import note
-from castlm.training.checkpoint import after_restart
 from castlm.training.config import TrainConfig
 from castlm.training.finetune import with_left_dense
 from castlm.training.finish import finish
 from castlm.training.interrupt import Interrupt
 from castlm.training.lam import resolve_lam
 from castlm.training.run import Run
-from castlm.training.run_folder import RunFolder
+from castlm.training.run_folder import RunFolder, after_restart, check_shared
 from castlm.training.setup import global_batch
 from castlm.training.text import resolve_epochs
 
@@ -69,6 +68,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             config = world.on_main(lambda: after_restart(config))
             with contextlib.ExitStack() as stack:
                 world.on_main(lambda: stack.enter_context(_claimed(config)) and None, beats=True)
+                check_shared(config.output_dir, world)
                 return _train(config, world, interrupt)
         except RuntimeError as error:  # a collective that failed says which address went away, not which rank
             if is_out_of_memory(error):  # of this rank

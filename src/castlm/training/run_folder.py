@@ -8,21 +8,25 @@ killed run that overwrites is resumed like any other: a result belongs to the ru
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import secrets
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.disk import disk_full_is_said
+from castlm.distributed.world import World
 from castlm.files import atomic_file, atomic_write_json, flush_folder, write_flushed
 from castlm.output import read_result
-from castlm.owned import OUTPUT, RESULT, discard, is_of_run, read_record
+from castlm.owned import OUTPUT, PROBE, RESULT, command_of, discard, is_of_a_start, is_of_run, read_record
 from castlm.progress import note
 from castlm.training.checkpoint import check_same_run, checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
+from castlm.yaml_file import read_yaml_mapping
 
 _ASIDE = "replaced"
 _STAYS = (OUTPUT, "model", _ASIDE)  # castlm-output.json is replaced by the new run's
@@ -143,3 +147,41 @@ class RunFolder:
                 note(f"castlm did not write {left[0]!r} in {aside}: it stays there")
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def after_restart(config: TrainConfig) -> TrainConfig:
+    """`config` as `torchrun --max-restarts` needs it when it starts the ranks again.
+
+    A run that the start before has begun is resumed, or started from step 0 where it has saved nothing. The folder of
+    another run is left to the checks of a first start.
+    """
+    if config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return config
+    folder = RunFolder(config.output_dir)
+    try:
+        begun = TrainConfig.from_mapping(read_yaml_mapping(str(folder.path / "config.yaml")))
+    except InputError:
+        has_record_alone = command_of(folder.path) == "train" and all(
+            entry.name == OUTPUT or is_of_a_start(entry.name) for entry in folder.path.iterdir()
+        )
+        return dataclasses.replace(config, overwrite=True) if has_record_alone else config
+    if not config.is_begun_as(begun):
+        return config
+    has_saved = bool(checkpoint_steps(folder.checkpoints)) or folder.is_finished()
+    return dataclasses.replace(config, resume=has_saved, overwrite=not has_saved)
+
+
+def check_shared(path: str | Path, world: World) -> None:
+    """Checks that all ranks see one output folder `path`. Where each node has one on a disk of its own, checkpoints
+    would lack the parts of the other nodes.
+
+    Raises:
+        InputError: names the first rank that does not see the folder of the main rank.
+    """
+    if world.mesh is None:
+        return
+    probe = Path(world.on_main(lambda: tempfile.mkdtemp(prefix=PROBE, dir=path)))
+    found = world.gather((Path(path) / probe.name).is_dir())
+    world.on_main(probe.rmdir)
+    blind = f"rank {found.index(False)} does not see the output folder {path} of rank 0" if not all(found) else None
+    world.check_all(blind and f"{blind}: choose an output_dir on a file system that all ranks share")
