@@ -153,6 +153,14 @@ def test_a_restart_does_not_resume_the_result_that_its_run_replaces(tmp_path, mo
     assert not again.resume
 
 
+def test_a_run_in_the_home_folder_is_all_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with claimed("~/run", "train") as claim:
+        RunFolder("~/run").begin(config_of(Path("~/run")))
+        assert (claim / "config.yaml").is_file()
+        assert RunFolder("~/run").model == claim / "model"
+
+
 def test_what_can_be_resumed_says_so(tmp_path):
     finished_run(tmp_path / "run")
     with pytest.raises(InputError, match="pass resume, overwrite or"), claimed(tmp_path / "run", "train"):

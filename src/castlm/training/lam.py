@@ -22,6 +22,7 @@ from castlm.hardware import collect_garbage, peak_memory
 from castlm.training.checkpoint import checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.run import Run
+from castlm.training.run_folder import RunFolder
 from castlm.training.schedule import schedule
 from castlm.training.start import start_seconds
 
@@ -99,7 +100,7 @@ def resolve_lam(config: TrainConfig, world: World) -> TrainConfig:
     """`config`, whose `lam` is "auto", with a number for it: the checkpoint's it resumes from, else calibrated."""
 
     def saved() -> float | None:
-        whole = checkpoint_steps(Path(config.output_dir) / "checkpoints") if config.resume else {}
+        whole = checkpoint_steps(RunFolder(config.output_dir).checkpoints) if config.resume else {}
         if not whole:
             return None
         lam = read_manifest(whole[max(whole)])["config"].get("lam")

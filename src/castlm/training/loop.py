@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             config = world.on_main(lambda: after_restart(config))
             with contextlib.ExitStack() as stack:
                 world.on_main(lambda: stack.enter_context(_claimed(config)) and None, beats=True)
-                check_shared(config.output_dir, world)
+                check_shared(RunFolder(config.output_dir).path, world)
                 return _train(config, world, interrupt)
         except RuntimeError as error:  # a collective that failed says which address went away, not which rank
             if is_out_of_memory(error):  # of this rank

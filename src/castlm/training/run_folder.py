@@ -24,6 +24,7 @@ from castlm.files import atomic_file, atomic_write_json, flush_folder, write_flu
 from castlm.output import read_result
 from castlm.owned import OUTPUT, PROBE, RESULT, command_of, discard, is_of_a_start, is_of_run, read_record
 from castlm.progress import note
+from castlm.reading import user_path
 from castlm.training.checkpoint import check_same_run, checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.yaml_file import read_yaml_mapping
@@ -36,7 +37,7 @@ class RunFolder:
     """The folder `output_dir` of a run. Its methods are for the main rank."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
 
     @property
     def model(self) -> Path:
@@ -171,8 +172,8 @@ def after_restart(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, resume=has_saved, overwrite=not has_saved)
 
 
-def check_shared(path: str | Path, world: World) -> None:
-    """Checks that all ranks see one output folder `path`. Where each node has one on a disk of its own, checkpoints
+def check_shared(folder: Path, world: World) -> None:
+    """Checks that all ranks see one output folder. Where each node has one on a disk of its own, checkpoints
     would lack the parts of the other nodes.
 
     Raises:
@@ -180,8 +181,8 @@ def check_shared(path: str | Path, world: World) -> None:
     """
     if world.mesh is None:
         return
-    probe = Path(world.on_main(lambda: tempfile.mkdtemp(prefix=PROBE, dir=path)))
-    found = world.gather((Path(path) / probe.name).is_dir())
+    probe = Path(world.on_main(lambda: tempfile.mkdtemp(prefix=PROBE, dir=folder)))
+    found = world.gather((folder / probe.name).is_dir())
     world.on_main(probe.rmdir)
-    blind = f"rank {found.index(False)} does not see the output folder {path} of rank 0" if not all(found) else None
+    blind = f"rank {found.index(False)} does not see the output folder {folder} of rank 0" if not all(found) else None
     world.check_all(blind and f"{blind}: choose an output_dir on a file system that all ranks share")
