@@ -30,6 +30,8 @@ def check_login(repo_id: str) -> None:
 def push(folder: Path, repo_id: str, *, private: bool) -> str:
     """Creates the repository `repo_id` if needed and uploads all files of a model folder in one commit.
 
+    The commit removes weights of an earlier upload that have other names, which would be loaded in place of these.
+
     Returns:
         The URL of the commit.
 
@@ -45,6 +47,7 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
             folder_path=folder,
             repo_id=created.repo_id,
             commit_message="Sparse model, verified by castlm",
+            delete_patterns=["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
         )
     except Exception as error:  # of the HTTP client, which differs by the version of huggingface_hub
         raise InputError(
