@@ -11,9 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from castlm.core.errors import InputError
+from castlm.distributed.world import init_world
 from castlm.export import hub
 from castlm.training import trackers
 from castlm.training.loop import train
+from castlm.training.run import Run
+from castlm.training.telemetry import Telemetry
 from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
 from tests.runs import small
 from tests.tiny import save_tiny
@@ -67,7 +70,7 @@ def test_every_installed_tracker_gets_the_figures_of_metrics_jsonl(clients, text
 def test_tensorboard_keeps_the_step_that_a_resumed_run_starts_from(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        writer = trackers.TensorBoard(TrackedRun(tmp_path, {}, first_step))
+        writer = trackers.TensorBoard(TrackedRun(tmp_path, "a1", {}, first_step))
         for step in steps:
             writer.log({"loss": float(first_step)}, step)
         writer.close()
@@ -76,13 +79,13 @@ def test_tensorboard_keeps_the_step_that_a_resumed_run_starts_from(tmp_path):
 
 
 def test_wandb_is_offline_without_a_key_and_resumes_the_same_run(clients, tmp_path, monkeypatch):
-    run = TrackedRun(tmp_path / "run", {}, 0)
+    run = TrackedRun(tmp_path / "run", "a1", {}, 0)
     open_trackers(["wandb"], run)
     assert clients["wandb"].started[0]["mode"] == "offline"
     monkeypatch.setitem(sys.modules, "wandb", keyed := Client("wandb", api_key="k"))
     open_trackers(["wandb"], run._replace(first_step=3))
     assert keyed.started[0]["mode"] == "online"
-    assert keyed.started[0]["id"] == clients["wandb"].started[0]["id"]
+    assert keyed.started[0]["id"] == clients["wandb"].started[0]["id"] == "a1"
     assert keyed.started[0]["resume"] == "allow"
 
 
@@ -95,12 +98,47 @@ def test_a_tracker_that_is_missing_or_fails_is_one_line(clients, tmp_path, monke
         chosen_trackers(["wandb"])
     monkeypatch.setattr(clients["trackio"], "init", lambda **_: 1 / 0)
     with pytest.raises(InputError, match="report_to trackio: division by zero; report_to none does without"):
-        open_trackers(["trackio"], TrackedRun(tmp_path, {}, 0))
+        open_trackers(["trackio"], TrackedRun(tmp_path, "a1", {}, 0))
     closed = []
     monkeypatch.setattr(trackers.TensorBoard, "close", lambda self: closed.append(self))
     with pytest.raises(InputError, match="report_to trackio"):
-        open_trackers(["tensorboard", "trackio"], TrackedRun(tmp_path, {}, 0))
+        open_trackers(["tensorboard", "trackio"], TrackedRun(tmp_path, "a1", {}, 0))
     assert len(closed) == 1
+
+
+def test_a_run_that_overwrites_another_is_another_run_of_the_trackers(clients, text, tmp_path):
+    model = str(save_tiny(tmp_path / "llama"))
+    config = small(model, text, tmp_path / "run", init_from="magnitude", report_to=("wandb",))
+    for overwrite in (False, True):
+        world = init_world("cpu", "full")
+        run = Run(dataclasses.replace(config, overwrite=overwrite), world)
+        with run.telemetry:
+            pass
+    first, second = (options["id"] for options in clients["wandb"].started)
+    assert first != second
+
+
+@pytest.mark.parametrize("at", ["log", "close"])
+def test_a_tracker_that_fails_during_a_run_does_not_stop_it(at, tmp_path, capsys):
+    told = []
+
+    class Broken:
+        def log(self, values, step) -> None:
+            told.append(step)
+            if at == "log":
+                raise ConnectionError("no route to host")
+
+        def close(self) -> None:
+            told.append("close")
+            raise ConnectionError("no route to host")
+
+    telemetry = Telemetry(tmp_path, 3, is_main=True, start_step=0, trackers=[Broken()])
+    with telemetry:
+        for step in (1, 2):
+            telemetry.log(step, {"loss": 1.0, "eta_s": 0.0}, write=True)
+    assert told == ([1] if at == "log" else [1, 2, "close"])
+    assert capsys.readouterr().err.count("Broken gets no more figures (no route to host)") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- hub
@@ -111,11 +149,12 @@ class Hub(BaseHTTPRequestHandler):
 
     commits: list[list[dict]] = []  # noqa: RUF012
     refuse = False
+    there: list[str] = []  # noqa: RUF012
 
     def log_message(self, *_) -> None:
         pass
 
-    def answer(self, content: dict, status: int = 200) -> None:
+    def answer(self, content: dict | list, status: int = 200) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -126,6 +165,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.refuse or self.headers.get("Authorization") != "Bearer hf_test":
             self.answer({"error": "Invalid username or password."}, 401)
+        elif "/tree/" in self.path:
+            self.answer([{"type": "file", "path": name, "oid": "0" * 40, "size": 2} for name in self.there])
         else:
             self.answer({"type": "user", "name": "me", "orgs": [], "sha": "0" * 40, "id": "me/run", "siblings": []})
 
@@ -172,6 +213,15 @@ def test_a_run_uploads_its_verified_model(endpoint, text, tmp_path, capsys):
     assert sent == {path.name for path in (tmp_path / "run" / "model").iterdir()}
     train(dataclasses.replace(config, resume=True))  # as after a kill during the upload
     assert len(Hub.commits) == 2
+
+
+def test_an_upload_removes_the_weights_of_an_earlier_one_and_nothing_else(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(Hub, "there", ["model.safetensors", "config.json", "notes.txt", "old/model.safetensors"])
+    for name in ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (tmp_path / name).write_text("{}")
+    hub.push(tmp_path, "me/run", private=False)
+    (commit,) = Hub.commits
+    assert [entry["value"]["path"] for entry in commit if entry["key"] == "deletedFile"] == ["model.safetensors"]
 
 
 def test_an_upload_that_cannot_work_is_refused_before_the_run(endpoint, text, tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ class Run:
         watched = self.method.layers if self.method.decays else {}
         pattern = Pattern.parse(config.pattern)
         self.self_check = SelfCheck(self.optimizer, watched, pattern, world)
-        tracked = TrackedRun(self.folder.path, config.as_dict(), self.progress.step)
+        tracked = TrackedRun(self.folder.path, self.folder.run_id, config.as_dict(), self.progress.step)
         self.telemetry = Telemetry(
             self.folder.path,
             config.max_steps,

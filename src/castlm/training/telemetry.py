@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,7 +50,8 @@ class Telemetry:
         output_dir: folder of metrics.jsonl.
         is_main: whether this rank writes; on the others all methods do nothing.
         start_step: step of the checkpoint that a resumed run continues from; 0 for a new run.
-        trackers: clients that get the same figures as metrics.jsonl. They are closed with the run.
+        trackers: clients that get the same figures as metrics.jsonl. They are closed with the run; one that fails
+            does not stop it.
         hidden: figures that cannot change during this run. They are in the file, not in the lines on the screen.
     """
 
@@ -68,7 +69,7 @@ class Telemetry:
         self.console = Screen(stderr=True, highlight=False, soft_wrap=True)
         self.total_steps = total_steps
         self._file = self._task = None
-        self._trackers = trackers
+        self._trackers = list(trackers)
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -95,8 +96,7 @@ class Telemetry:
         if self._file is not None:
             with contextlib.suppress(OSError):  # a full disk, which the last row has reported
                 self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        self._report(lambda tracker: tracker.close())
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -135,8 +135,17 @@ class Telemetry:
         except OSError as error:
             why = "the disk is full" if is_disk_full(error) else error.strerror
             raise InputError(f"{self._file.name} cannot be written: {why}; free some space and resume") from error
-        for tracker in self._trackers:
-            tracker.log(values, step)
+        self._report(lambda tracker: tracker.log(values, step))
+
+    def _report(self, action: Callable[[Tracker], None]) -> None:
+        """A tracker that fails, as by a lost connection, is dropped with a line, and the run goes on."""
+        for tracker in list(self._trackers):
+            try:
+                action(tracker)
+            except Exception as error:  # each client has its own
+                self._trackers.remove(tracker)
+                reason = " ".join(str(error).split()) or type(error).__name__
+                self.say(f"{type(tracker).__name__} gets no more figures ({reason}); metrics.jsonl has them all")
 
 
 def cut_back(path: Path, step: int) -> None:

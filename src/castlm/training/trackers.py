@@ -5,7 +5,6 @@ To add a tracker, add a row to `TRACKERS`. A client is imported only when a run 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import os
@@ -32,14 +31,11 @@ class TrackedRun(NamedTuple):
     """The run that a tracker is opened for."""
 
     output_dir: Path
+    id: str | None
+    """The same for a run and its resumption, and another for each run, wherever it is."""
     config: dict[str, Any]
     first_step: int
     """0, or the step that a resumed run continues from."""
-
-    @property
-    def id(self) -> str:
-        """The same for a run and its resumption."""
-        return hashlib.sha256(str(self.output_dir.absolute()).encode()).hexdigest()[:12]
 
 
 class TensorBoard:
