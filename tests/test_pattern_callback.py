@@ -176,6 +176,20 @@ def test_the_merge_of_an_adapter_keeps_every_zero_and_computes_the_same(config_o
 
 
 @pytest.mark.parametrize("config_of", ADAPTERS)
+def test_an_adapter_of_a_bf16_model_trains_and_merges(config_of):
+    """PEFT holds the adapter of such a model in fp32."""
+    model = adapted(config_of, model=sparse_model().bfloat16())
+    output = model(input_ids=IDS, labels=IDS)
+    output.loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    assert output.logits.dtype == torch.bfloat16
+    merged = model.merge_and_unload()
+    castlm.keep_pattern_(merged)
+    expected = output.logits.float()
+    assert (merged(input_ids=IDS).logits - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("config_of", ADAPTERS)
 def test_an_adapter_is_as_large_as_lora_of_its_rank(config_of):
     model = adapted(config_of)
     wanted = sum(4 * sum(layer.weight.shape) for layer in sparse_linears(sparse_model())[0].values())
@@ -240,8 +254,25 @@ def test_an_adapter_of_a_dense_model_or_too_large_is_refused():
         castlm.shira_config(tiny_model("llama"))
     with pytest.raises(InputError, match=r"r = 99 asks for 4,752 weights of .*k_proj, which keeps 256: use r <= 5"):
         castlm.shira_config(sparse_model(), r=99)
-    with pytest.raises(InputError, match=r"lora_dropout = 0\.1"):
-        castlm.masked_lora_config(sparse_model(), lora_dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"lora_dropout": 0.1}, r"lora_dropout = 0\.1"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' fills the zeros"),
+        ({"use_dora": True}, "DoraLinearVariant is not possible under a mask"),
+    ],
+)
+def test_an_option_of_lora_that_a_mask_does_not_allow_is_refused(options, reason):
+    with pytest.raises(InputError, match=reason):
+        adapted(castlm.masked_lora_config, **options)
+    assert castlm.masked_lora_config(sparse_model(), init_lora_weights="gaussian").r == 16
+
+
+def test_masked_lora_refuses_several_adapters_in_a_batch():
+    with pytest.raises(InputError, match="adapter_names are not possible"):
+        adapted(castlm.masked_lora_config).eval()(input_ids=IDS, adapter_names=["default"] * len(IDS))
 
 
 def train_ddp_or_fsdp2(engine: str) -> None:

@@ -87,17 +87,19 @@ def masked_lora_config(
     """A `peft.LoraConfig` for a sparse model whose update is `mask * (B A)`, so that its merge keeps every zero.
 
     PEFT saves such an adapter as LoRA, without the mask: pass a config of this function to `PeftModel.from_pretrained`
-    when it is loaded.
+    when it is loaded, with the options that the adapter was trained with. PEFT reads none of them from the folder then,
+    and another `lora_alpha` would scale the update without an error.
 
     Args:
         model: n:m sparse.
         r: rank.
         pattern: as for `keep_pattern_`.
         filter_fn: as for `keep_pattern_`.
-        options: further fields of `LoraConfig`, without dropout and without the variants of LoRA.
+        options: further fields of `LoraConfig`, without dropout, without the variants of LoRA (DoRA), and
+            with an `init_lora_weights` that leaves the weights of the model as they are.
 
     Raises:
-        InputError: peft is not installed, or the model is not n:m sparse.
+        InputError: peft is not installed, the model is not n:m sparse, or an option that is not possible under a mask.
 
     Examples::
 
@@ -110,6 +112,8 @@ def masked_lora_config(
     layers = _sparse_layers(model, pattern, filter_fn)
     if options.get("lora_dropout"):
         raise InputError(f"lora_dropout = {options['lora_dropout']} is not possible under a mask: leave it at 0")
+    if (initial := options.get("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal", "eva"):
+        raise InputError(f"init_lora_weights = {initial!r} fills the zeros of the model: leave it out, or use gaussian")
     from castlm.methods.masked_lora import MaskedLoraLinear
 
     config = peft.LoraConfig(r=r, target_modules=list(layers), **{"lora_alpha": r, **options})
@@ -148,7 +152,7 @@ def _keeps(layer: nn.Module, mask: Tensor) -> bool:
 
     if isinstance(layer, ShiraLayer):
         return all(bool(mask[tuple(at.long().to(mask.device))].all()) for at in layer.shira_indices.values())
-    return isinstance(layer, MaskedLoraLinear) and not any(layer.lora_variant)
+    return isinstance(layer, MaskedLoraLinear)
 
 
 def kept_positions(generator: torch.Generator) -> Callable[..., Tensor]:
