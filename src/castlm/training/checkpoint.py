@@ -84,7 +84,8 @@ class Saver:
         temporary = self._temporary(step)
         self.world.check_all(self.world.on_main(lambda: self._start(step)))
         content = json.dumps({**manifest, "format": FORMAT, "step": step})  # now, because its values change later
-        options: dict[str, Any] = {"storage_writer": JsonWriter(temporary), "no_dist": self.world.mesh is None}
+        writer = JsonWriter(temporary, per_thread_copy_ahead=0)  # copying ahead takes the stream of this thread's GPU
+        options: dict[str, Any] = {"storage_writer": writer, "no_dist": self.world.mesh is None}
         options["process_group"] = self.world.saving
         if self.background:
             write = dcp.async_save(dict(tensors), **options).result
