@@ -46,6 +46,7 @@ from castlm.training.loop import train
 from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.run import Run
+from castlm.training.run_folder import RunFolder
 from castlm.training.setup import local_masks
 from tests.faults import Ground, check_hang, check_kill, check_sigterm, train_as_a_command
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, said, small, start_ranks, wait_ranks
@@ -274,6 +275,23 @@ def test_a_start_that_fails_is_one_line_on_one_rank(gemma, text, tmp_path):
     assert wait_ranks(start_ranks(train_as_a_command, 2, config, log=log), 60) == [2, 2]
     assert "is not 2:4 in model.layers.0" in Path(f"{log}.0").read_text()
     assert Path(f"{log}.1").read_text() == ""
+
+
+def train_with_a_defect_on_the_main_rank(config: TrainConfig) -> int:
+    def broken(self: RunFolder, config: TrainConfig) -> None:
+        raise RuntimeError("two shapes that do not fit")
+
+    RunFolder.begin = broken
+    return train_as_a_command(config)
+
+
+def test_an_error_of_a_rank_is_not_taken_for_the_end_of_another(gemma, text, tmp_path):
+    log = tmp_path / "log"
+    config = small(gemma, text, tmp_path / "run", 2, **START)
+    assert wait_ranks(start_ranks(train_with_a_defect_on_the_main_rank, 2, config, log=log), 60) == [1, 2]
+    assert "rank 1" not in (own := Path(f"{log}.0").read_text())
+    assert "two shapes that do not fit" in own
+    assert "rank 0 (or one that it names) hangs or has ended" in Path(f"{log}.1").read_text()
 
 
 # ---------------------------------------------------------------------- the run checks itself

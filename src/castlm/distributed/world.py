@@ -170,6 +170,11 @@ class World:
             raise InputError(f"{missing} did not reach {where} within {self.timeout_s:g} s: it hangs or has ended")
 
 
+def is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether `error` was raised by what ranks do together, as when another one has ended; gloo has no class for it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
 def is_main_rank() -> bool:
     """Whether this process is the only one, or the first of those that torchrun started."""
     return int(os.environ.get("RANK", "0")) == 0

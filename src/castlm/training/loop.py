@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError, is_out_of_memory
-from castlm.distributed.world import DIAGNOSIS_S, World, close_world, init_world
+from castlm.distributed.world import DIAGNOSIS_S, World, close_world, init_world, is_of_a_collective
 from castlm.export.hub import check_login, push
 from castlm.output import claimed
 from castlm.progress import note
@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 check_shared(RunFolder(config.output_dir).path, world)
                 return _train(config, world, interrupt)
         except RuntimeError as error:  # a collective that failed says which address went away, not which rank
-            if is_out_of_memory(error):  # of this rank
+            if is_out_of_memory(error) or not is_of_a_collective(error):  # of this rank
                 raise
             missing = world.missing(min(DIAGNOSIS_S, config.timeout_s))
             if not missing:
