@@ -253,10 +253,10 @@ def train_after_a_slow_start(config: TrainConfig, whole_model: bool) -> None:
     train(config)
 
 
-def train_on_a_disk_of_its_own(config: TrainConfig, folder: Path) -> None:
+def train_on_a_disk_of_its_own(config: TrainConfig, folder: Path) -> int:
     """Trains where a relative name is another folder on each rank, as on the local disks of several nodes."""
     here = folder / os.environ["RANK"]
-    here.mkdir()
+    here.mkdir(exist_ok=True)
     os.chdir(here)
     return train_as_a_command(config)
 
@@ -267,6 +267,17 @@ def test_an_output_folder_that_ranks_do_not_share_is_refused(gemma, text, tmp_pa
     assert wait_ranks(start_ranks(train_on_a_disk_of_its_own, 2, config, tmp_path, log=log), 60) == [2, 2]
     assert "rank 1 does not see the output folder run of rank 0: choose" in Path(f"{log}.0").read_text()
     assert not (tmp_path / "0" / "run").exists()
+
+
+@pytest.mark.parametrize("sharding", ["full", "whole copies"])
+def test_ranks_with_other_weights_of_the_model_are_refused(sharding, text, tmp_path):
+    for rank in range(2):
+        save_tiny(tmp_path / str(rank) / "model", "llama", seed=rank)
+    log = tmp_path / "log"
+    whole = {"sharding": "replicate", "adapter": "lora", "eta": 0.0, "method": "finetune", "init_from": "model"}
+    config = small("model", text, tmp_path / "run", 2, **(START if sharding == "full" else whole))
+    assert wait_ranks(start_ranks(train_on_a_disk_of_its_own, 2, config, tmp_path, log=log), 60) == [2, 2]
+    assert "rank 1 has other weights of model than rank 0: give all of them" in Path(f"{log}.0").read_text()
 
 
 def test_a_start_that_fails_is_one_line_on_one_rank(gemma, text, tmp_path):

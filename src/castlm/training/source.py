@@ -21,6 +21,7 @@ from castlm.methods.table import class_of
 from castlm.models import Loaded, load_model
 from castlm.oneshot.stream_basis import untie_
 from castlm.training.config import TrainConfig
+from castlm.training.teacher_cache import fingerprint
 
 
 @dataclass
@@ -62,14 +63,19 @@ def open_source(config: TrainConfig, world: World) -> Source:
     """Opens the model of `config` and checks that it fits the config.
 
     Raises:
-        InputError: as `load_model`; sequences longer than the model's context; an architecture that
-            cannot be distilled.
+        InputError: as `load_model`; other weights on another rank; sequences longer than the model's context; an
+            architecture that cannot be distilled.
     """
     options = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
     shards = world.mesh is not None and not class_of(config.method, config.adapter).whole_copies
     opened = open_sharded(config.model, **options) if shards else None
     loaded, stored = (load_model(config.model, **options), None) if opened is None else opened
     check_one_snapshot(config.model, config.revision, world)
+    if world.mesh is not None:
+        digests = world.gather(fingerprint(loaded.model) if stored is None else stored.digest())
+        odd = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+        other = f"rank {odd} has other weights of {config.model} than rank 0: give all of them the same files"
+        world.check_all(None if odd is None else other)
     with_template(loaded.tokenizer, config.chat_template_path)
     model = loaded.model
     longest = context_length(model.config)
