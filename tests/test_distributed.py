@@ -38,7 +38,7 @@ from castlm.distributed.sharding import shard_
 from castlm.distributed.world import close_world, init_world
 from castlm.export.verify import verify
 from castlm.models import load_model
-from castlm.training import finish, source
+from castlm.training import finish, source, trackers
 from castlm.training.checkpoint import Saver, checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.lam import calibrate, resolve_lam
@@ -48,6 +48,7 @@ from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.run import Run
 from castlm.training.run_folder import RunFolder
 from castlm.training.setup import local_masks
+from castlm.training.trackers import TrackedRun
 from tests.faults import Ground, check_hang, check_kill, check_sigterm, train_as_a_command
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, said, small, start_ranks, wait_ranks
 from tests.runs import assert_close_weights, train_until
@@ -278,6 +279,22 @@ def test_ranks_with_other_weights_of_the_model_are_refused(sharding, text, tmp_p
     config = small("model", text, tmp_path / "run", 2, **(START if sharding == "full" else whole))
     assert wait_ranks(start_ranks(train_on_a_disk_of_its_own, 2, config, tmp_path, log=log), 60) == [2, 2]
     assert "rank 1 has other weights of model than rank 0: give all of them" in Path(f"{log}.0").read_text()
+
+
+def train_without_its_tracker(config: TrainConfig) -> int:
+    def refuse(run: TrackedRun) -> None:
+        raise ConnectionError("not logged in")
+
+    trackers.TRACKERS["tensorboard"] = refuse
+    return train_as_a_command(config)
+
+
+def test_a_tracker_that_cannot_be_opened_is_one_line_on_one_rank(gemma, text, tmp_path):
+    config = small(gemma, text, tmp_path / "run", 2, report_to=("tensorboard",), **START)
+    log = tmp_path / "log"
+    assert wait_ranks(start_ranks(train_without_its_tracker, 2, config, log=log), 60) == [2, 2]
+    assert "report_to tensorboard: not logged in" in Path(f"{log}.0").read_text()
+    assert Path(f"{log}.1").read_text() == ""
 
 
 def test_a_start_that_fails_is_one_line_on_one_rank(gemma, text, tmp_path):

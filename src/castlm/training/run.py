@@ -36,7 +36,7 @@ from castlm.training.run_folder import RunFolder
 from castlm.training.schedule import hidden_weight, learning_rate, num_left
 from castlm.training.setup import global_batch, introduction, local_masks, set_up
 from castlm.training.telemetry import Telemetry
-from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
+from castlm.training.trackers import TrackedRun, Tracker, chosen_trackers, open_trackers
 
 _MOST_UNCOUNTED = 100
 """Steps in a row in which no token counts, after which a run ends."""
@@ -98,24 +98,21 @@ class Run:
         pattern = Pattern.parse(config.pattern)
         self.self_check = SelfCheck(self.optimizer, watched, pattern, world)
         tracked = TrackedRun(self.folder.path, self.folder.run_id, config.as_dict(), self.progress.step)
+        opened: list[Tracker] = []
+        world.on_main(lambda: opened.extend(open_trackers(trackers, tracked)), beats=True)
         self.telemetry = Telemetry(
             self.folder.path,
             config.max_steps,
             is_main=world.is_main,
             start_step=self.progress.step,
-            trackers=open_trackers(trackers, tracked) if world.is_main else (),
+            trackers=opened,
             hidden=self.method.fixed_figures,
         )
         has_teacher = self.parts.objective.teacher is not None
         self.flops_per_token = flops_per_token(self.parts.names, self.model.config, config.seq_len, has_teacher)
         self.peak_flops = peak_flops(world.device, self.parts.evaluator.precision)
-        self.saver = Saver(
-            self.folder.checkpoints,
-            config.save_total_limit,
-            world,
-            background=config.async_save,
-            say=self.telemetry.say,
-        )
+        keep, say = config.save_total_limit, self.telemetry.say
+        self.saver = Saver(self.folder.checkpoints, keep, world, background=config.async_save, say=say)
         for line in introduction(config, self.parts, world) if announce else ():
             self.telemetry.say(line)
         if trackers and announce:
