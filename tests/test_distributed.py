@@ -264,7 +264,7 @@ def train_on_a_disk_of_its_own(config: TrainConfig, folder: Path) -> int:
 
 def test_an_output_folder_that_ranks_do_not_share_is_refused(gemma, text, tmp_path):
     log = tmp_path / "log"
-    config = small(gemma, text, Path("run"), 2)
+    config = small(gemma, text, Path("run"), 2, timeout_s=10)
     assert wait_ranks(start_ranks(train_on_a_disk_of_its_own, 2, config, tmp_path, log=log), 60) == [2, 2]
     assert "rank 1 does not see the output folder run of rank 0: choose" in Path(f"{log}.0").read_text()
     assert not (tmp_path / "0" / "run").exists()

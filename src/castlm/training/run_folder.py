@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,10 @@ def check_shared(folder: Path, world: World) -> None:
     if world.mesh is None:
         return
     probe = Path(world.on_main(lambda: tempfile.mkdtemp(prefix=PROBE, dir=folder)))
-    found = world.gather((folder / probe.name).is_dir())
+    deadline = time.monotonic() + world.timeout_s / 10  # NFS may know for a minute that there is no such folder
+    while not (is_there := (folder / probe.name).is_dir()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = world.gather(is_there)
     world.on_main(probe.rmdir)
     blind = f"rank {found.index(False)} does not see the output folder {folder} of rank 0" if not all(found) else None
     world.check_all(blind and f"{blind}: choose an output_dir on a file system that all ranks share")
