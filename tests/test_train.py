@@ -1,5 +1,6 @@
 """The loop end to end on tiny models: the result, exact resume, equivalences, and every way to be told no."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from castlm.oneshot.prune import prune_oneshot_
 from castlm.training import start
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
-from castlm.training.interrupt import Interrupted
+from castlm.training.interrupt import Interrupt, Interrupted
 from castlm.training.loop import train
 from castlm.training.objective import pruned
 from castlm.training.run import Run
@@ -479,6 +480,20 @@ def test_a_signal_while_the_folder_changes_waits_for_a_step_and_saves(llama, tex
     ):
         train(replace(config, overwrite=True))
     assert list(checkpoint_steps(tmp_path / "run" / "checkpoints")) == [1]
+
+
+def test_a_signal_that_a_library_swallows_ends_the_run_after_its_first_step(llama, text, tmp_path, monkeypatch):
+    begin = RunFolder.begin
+
+    def swallowing(self, config):
+        with contextlib.suppress(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+        begin(self, config)
+
+    monkeypatch.setattr(Interrupt, "start_training", lambda self: None)
+    monkeypatch.setattr(RunFolder, "begin", swallowing)
+    with pytest.raises(Interrupted, match="stopped after step 1, saved"):
+        train(small(llama, text, tmp_path / "run", init_from="magnitude"))
 
 
 def test_sigterm_while_loading_ends_with_a_line(llama, text, tmp_path):

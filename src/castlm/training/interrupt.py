@@ -63,6 +63,7 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._is_training:
+            self.signal = number  # where a library swallows what is raised, the run ends after its first step
             code = 128 + number
             raise Interrupted(f"stopped by {signal.Signals(number).name} while loading", "nothing was changed", code)
         if number == signal.SIGINT and self.signal == signal.SIGINT:
