@@ -180,6 +180,13 @@ def test_sequences_a_pass_do_not_change_the_result(monkeypatch, pass_tokens, att
         assert torch.allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize(("num_sequences", "size"), [(7, 7), (8, 8), (9, 5), (17, 6), (128, 8)])
+def test_passes_have_about_the_same_number_of_sequences(monkeypatch, num_sequences, size):
+    monkeypatch.setattr(calibration_module, "PASS_TOKENS_CPU", 8 * 16)
+    found = calibration_module.batch_size(torch.zeros(num_sequences, 16), torch.device("cpu"))
+    assert found == size
+
+
 def test_magnitude_needs_no_calibration_and_measures_with_one():
     model = tiny_model("llama")
     expected, measured = copy.deepcopy(model), copy.deepcopy(model)

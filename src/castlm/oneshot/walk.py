@@ -5,6 +5,7 @@ What is alive at a time is the input of one block for all sequences, in the mode
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple, TypeVar
@@ -127,15 +128,15 @@ class BlockInputs:
         self._passes: list[_Pass] = []  # of each batch; those of one shape share their calls
         self._adds: bool | None = None  # whether something is added between blocks, known after the first images
         is_filled = bool(self.batches)
+        self._batch_size = 1 if images is not None else batch_size(calibration, model.device)
         if images is not None:
             assert not is_filled, "hidden states of images are not held on disk"
             for ids, of_sequence in zip(calibration.to(model.device).split(1), images, strict=True):
                 of_device = {name: tensor.to(model.device) for name, tensor in of_sequence.items()}
                 self._enter(model, ids, of_device, keep=True)
             return
-        size = batch_size(calibration, model.device)
-        for ids in calibration.to(model.device).split(size):
-            if is_filled and self._passes and len(ids) == size:  # one pass of each shape, for the calls
+        for ids in calibration.to(model.device).split(self._batch_size):
+            if is_filled and self._passes and len(ids) == self._batch_size:  # one pass of each shape, for the calls
                 self._passes.append(self._passes[0])
             else:
                 self._enter(model, ids, None, keep=not is_filled)
@@ -175,7 +176,7 @@ class BlockInputs:
         passed_on: list[Tensor] = []  # what the last block called gave back
         here = _Pass([], {})
         first = self._passes[0].calls if self._passes else None
-        is_of_another_shape = bool(self.batches) and len(ids) != len(self.batches[0])
+        is_of_another_shape = len(ids) != self._batch_size
 
         def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, call = _split_call(args, kwargs)
@@ -252,10 +253,11 @@ def _added(output: Tensor, hidden: Tensor) -> _Added | None:
 
 
 def batch_size(calibration: Tensor, device: torch.device) -> int:
-    """Sequences of a forward pass; the last one has those that remain."""
+    """Sequences of a forward pass: about the same number in each of as few passes as possible, fewer in the last."""
     num_sequences, seq_len = calibration.shape
     pass_tokens = PASS_TOKENS_CPU if device.type == "cpu" else _PASS_TOKENS_ACCELERATOR
-    return min(max(1, pass_tokens // seq_len), num_sequences)
+    num_passes = math.ceil(num_sequences / max(1, pass_tokens // seq_len))
+    return math.ceil(num_sequences / num_passes)
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
