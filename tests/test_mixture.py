@@ -5,14 +5,18 @@ from itertools import islice
 
 import pytest
 import torch
+from datasets import Dataset
 
 from castlm.core.errors import InputError
 from castlm.data.calibration import calibration_sequences
+from castlm.data.columns import Columns
 from castlm.data.documents import Documents
+from castlm.data.hub import HubDocuments
 from castlm.data.loader import BatchLoader
 from castlm.data.mixture import MixedRow, MixedSequences, Mixture
 from castlm.data.packing import PackedSequences
 from castlm.distributed.world import init_world
+from castlm.training import text as text_module
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from castlm.training.text import open_training_text
@@ -130,3 +134,20 @@ def test_evaluation_texts_of_one_name_are_told_apart_by_their_paths(text, tmp_pa
     world = init_world("cpu", "full")
     found = open_training_text(config, tiny_tokenizer(), 264, world)
     assert list(found.eval_parts) == [names[0], names[1], "other.txt"]
+
+
+def test_the_held_out_tokens_of_a_hub_dataset_are_the_same_for_every_seed(tmp_path, monkeypatch):
+    def stream():
+        return Dataset.from_list([{"text": f"<{number:04}>"} for number in range(300)]).to_iterable_dataset()
+
+    documents = HubDocuments(stream, Columns("text", "text"), "name", "identity", has_images=False)
+    monkeypatch.setattr(text_module, "open_documents", lambda *args, **kwargs: documents)
+    model, world = str(save_tiny(tmp_path / "llama")), init_world("cpu", "full")
+    found = [
+        open_training_text(
+            small(model, "name", tmp_path / "run", seed=seed, eval_tokens=300), tiny_tokenizer(), 264, world
+        )
+        for seed in (0, 1)
+    ]
+    assert found[0].eval_sha256 == found[1].eval_sha256
+    assert found[0].held_out.ids.equal(found[1].held_out.ids)

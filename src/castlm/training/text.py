@@ -158,7 +158,8 @@ def open_training_text(
         prefetch=config.prefetch,
     )
     options = {"assistant_only": config.assistant_only_loss, "processor": processor}
-    options["seed"] = None if config.eval_datasets else config.seed  # of a part of the training text, a sample
+    # Of a part of the training text, a sample: the same for every seed of a run, as its hash is.
+    options["seed"] = None if config.eval_datasets else 0
     parts = {text.name: scored_text(text, tokenizer, config.eval_tokens or None, **options) for text in held_out}
     for name, part in parts.items():
         if len(part.ids) < 2:
