@@ -63,7 +63,7 @@ class Sample(NamedTuple):
     """A document that the model wrote."""
 
     row: dict[str, Any]
-    """Of the file: `text`, with `is_cut` where the model did not end it, or `messages`."""
+    """Of the file: `text` and `is_cut`, which is true where the model did not end it, or `messages`."""
     num_tokens: int
     """The prompt and what was generated."""
     is_whole: bool
@@ -138,7 +138,7 @@ class Sampler:
         begins = [self._begin(prompt) for prompt in prompts]
         samples = []
         for prompt, begin, (ids, is_whole) in zip(prompts, begins, self._continue(begins)):
-            row = {"text": prompt + self._after(begin, ids), **({} if is_whole else {CUT_COLUMN: True})}
+            row = {"text": prompt + self._after(begin, ids), CUT_COLUMN: not is_whole}
             samples.append(Sample(row, len(begin) + len(ids), is_whole))
         return samples
 
