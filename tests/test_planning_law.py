@@ -300,6 +300,9 @@ def test_runs_that_diverged_are_left_out_by_name(tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"{tmp_path}/r.json, result 2 is left out of the law, because the run diverged: perplexity 7.000" in said
     assert said.count("\n") == 1
+    (tmp_path / "r.json").write_text(json.dumps(records[1:2]))
+    with pytest.raises(InputError, match=r"no points to fit: .* runs that did not diverge"):
+        read_points([tmp_path / "r.json"])
 
 
 def test_a_run_in_two_files_is_refused(tmp_path):

@@ -87,7 +87,10 @@ def read_points(paths: Iterable[str | Path], method: str | None = None) -> list[
             raise InputError(f"no point has method {method!r}; found: {', '.join(found) or 'no points at all'}")
     _check_count(len(points), "the files")
     if not points:
-        raise InputError("no points given: name run folders, compare results (.json) or a CSV with tokens,perplexity")
+        raise InputError(
+            "no points to fit: name run folders or compare results (.json) with runs that did not diverge, or a CSV "
+            "with tokens,perplexity"
+        )
     return points
 
 
