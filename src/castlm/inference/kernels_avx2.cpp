@@ -244,8 +244,8 @@ INLINE void add_blocks(const Header& of, const uint8_t* panel, int64_t stride, i
     for (int r = 0; r < 4; r += R) {
       const uint8_t* row = panel + of.dense_block_bytes() * r;
       if constexpr (values < kInt8) dense_floats<values, R, BT, T, in_parts>(row, stride, count, wide, width, sums + r * BT);
-      else dense_integers<is_int4, R, BT>(row, count, narrow, width, scales, x.offsets + at * blocks + k, blocks,
-                                          sums + r * BT);
+      else dense_integers<is_int4, R, BT>(row, count, narrow, width, scales,
+                                          is_int4 ? x.offsets + at * blocks + k : nullptr, blocks, sums + r * BT);
     }
   }
 }
