@@ -86,9 +86,17 @@ LAST_TWO = CHATML.replace("for message in messages", "for message in messages[-2
 def test_a_template_that_leaves_out_a_message_is_refused(template, number):
     for assistant_only in (True, False):
         with pytest.raises(
-            InputError, match=f"leaves out message {number}.* of the conversation that begins 'Be brief"
+            InputError, match=f"leaves out the text of message {number}.* of the conversation that begins 'Be brief"
         ):
             counted({"messages": TALK}, template, assistant_only=assistant_only)
+
+
+def test_a_template_that_leaves_out_what_is_said_beside_a_tool_call_is_refused():
+    template = "{% for m in messages %}[{{ m.tool_calls | tojson if m.tool_calls else m.content }}]{% endfor %}"
+    called = {**turn("assistant", "I add."), "tool_calls": [{"name": "add"}]}
+    messages = [turn("user", "1 + 1"), called, turn("tool", "2"), turn("assistant", "It is 2.")]
+    with pytest.raises(InputError, match=r"leaves out the text of message 2 \(assistant\) of .*: remove it"):
+        counted({"messages": messages}, template, assistant_only=False)
 
 
 @pytest.mark.parametrize("written", ["| upper", "| tojson", "| trim", ".split('</think>')[-1]"])

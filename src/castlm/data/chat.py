@@ -55,8 +55,8 @@ class Chat:
         """The tokens of a conversation, given as JSON.
 
         Raises:
-            InputError: the tokenizer has no template, its template refuses the conversation or leaves out a message,
-                or it does not tell which tokens the assistant wrote; or the conversation has images, which
+            InputError: the tokenizer has no template, its template refuses the conversation or leaves out the text of
+                a message, or it does not tell which tokens the assistant wrote; or the conversation has images, which
                 `castlm.data.images` reads.
         """
         content = json.loads(document)
@@ -144,8 +144,8 @@ class Chat:
                 found = whole.find(text.strip(), at)
                 if found < 0 and not self._reads(messages, number, tools):
                     raise InputError(
-                        f"the chat template leaves out message {number + 1} ({message['role']}) of the conversation "
-                        f"that begins {_begin(messages)}: remove the message, or give a template that renders it "
+                        f"the chat template leaves out the text of message {number + 1} ({message['role']}) of the "
+                        f"conversation that begins {_begin(messages)}: remove it, or give a template that renders it "
                         "(chat_template_path)"
                     )
                 at = found + len(text.strip()) if found >= 0 else at
