@@ -55,10 +55,12 @@ def test_shares_of_the_tokens_hold_at_every_point_however_long_the_documents_are
     assert letters(sequences(0.98, 0.01, 0.01).take(20)) == ["a"] * 20
 
 
-def test_calibration_takes_from_each_text_its_share_of_the_sequences():
+def test_calibration_takes_from_each_text_its_share_of_the_sequences_in_turns():
     drawn, _ = calibration_sequences(mixture(2, 1, 1), tiny_tokenizer(), 8, 16)
     words = [tiny_tokenizer().decode(row.tolist()).replace(EOS, "")[0] for row in drawn]
-    assert sorted(words) == list("aaaabbcc")
+    assert "".join(words) == "abcaabca"
+    with pytest.raises(InputError, match=r"b: the calibration text has 10.* tokens and a sequence takes 200"):
+        calibration_sequences(mixture(1, 1), tiny_tokenizer(), 8, 200)
 
 
 @pytest.mark.parametrize("start", range(0, 60, 7))

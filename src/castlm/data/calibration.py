@@ -61,19 +61,29 @@ def calibration_sequences(
             )
         return ids, images
     if isinstance(documents, Mixture):
-        counts = counts_by_share(documents.weights, num_sequences)
-        drawn = [
-            calibration_sequences(part, tokenizer, count, seq_len, seed)[0]
-            for part, count in zip(documents.parts, counts)
-            if count
-        ]
-        return torch.cat(drawn), None
+        return _of_each(documents, tokenizer, num_sequences, seq_len, seed), None
     limit = CALIBRATION_POOL * num_sequences * seq_len
     ids = token_ids(documents, tokenizer, limit=limit)
     scattered = documents.scattered() if isinstance(documents, Documents) and len(ids) == limit else None
     if scattered is not None:
         ids = _sample(scattered, tokenizer, limit, seed)
     return draw_calibration(ids, num_sequences, seq_len, seed), None
+
+
+def _of_each(
+    documents: Mixture, tokenizer: PreTrainedTokenizerBase, num_sequences: int, seq_len: int, seed: int
+) -> Tensor:
+    """The share of each text in the sequences, in turns: what uses only the first of them uses all texts."""
+    rows: list[tuple[float, Tensor]] = []
+    counts = counts_by_share(documents.weights, num_sequences)
+    for part, weight, count in zip(documents.parts, documents.weights, counts):
+        if count:
+            try:
+                drawn, _ = calibration_sequences(part, tokenizer, count, seq_len, seed)
+            except InputError as error:
+                raise InputError(f"{part.name}: {error}") from error
+            rows += [((number + 0.5) / weight, row) for number, row in enumerate(drawn)]
+    return torch.stack([row for _, row in sorted(rows, key=lambda place_and_row: place_and_row[0])])
 
 
 def _sample(documents: Documents, tokenizer: PreTrainedTokenizerBase, limit: int, seed: int) -> Tensor:
