@@ -44,7 +44,7 @@ void fill_rows(const Header& of, const uint8_t* values, const uint8_t* mask, con
 // The places of the kept values of a row of a tile in a panel, group by group.
 using Places = std::array<Place, 2 * kBlock / 4>;
 
-// A row of kept values of so many bytes, or of int4 with `bytes` 0, where 8 stands for 0 and is there already.
+// A row of kept values of `bytes` bytes, or of int4 with `bytes` 0, where 8 stands for 0 and is there already.
 template <int bytes>
 void fill_panel_row(const Header& of, const Places& places, const uint8_t* values, const uint8_t* mask, uint8_t* panel) {
   int64_t index = 0;
