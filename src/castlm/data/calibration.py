@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from castlm.core.errors import InputError
 from castlm.data.documents import Documents
 from castlm.data.image_sequences import AnyDocuments, conversation_of
 from castlm.data.images import ImageEncoder, fits, join_images
-from castlm.data.mixture import Mixture, counts_by_share
+from castlm.data.mixture import Mixture, turns_by_share
 from castlm.data.tokens import Encoder, token_ids, up_to
 from castlm.oneshot.calibration import draw_calibration
 
@@ -74,16 +74,15 @@ def _of_each(
     documents: Mixture, tokenizer: PreTrainedTokenizerBase, num_sequences: int, seq_len: int, seed: int
 ) -> Tensor:
     """The share of each text in the sequences, in turns: what uses only the first of them uses all texts."""
-    rows: list[tuple[float, Tensor]] = []
-    counts = counts_by_share(documents.weights, num_sequences)
-    for part, weight, count in zip(documents.parts, documents.weights, counts):
-        if count:
-            try:
-                drawn, _ = calibration_sequences(part, tokenizer, count, seq_len, seed)
-            except InputError as error:
-                raise InputError(f"{part.name}: {error}") from error
-            rows += [((number + 0.5) / weight, row) for number, row in enumerate(drawn)]
-    return torch.stack([row for _, row in sorted(rows, key=lambda place_and_row: place_and_row[0])])
+    turns = turns_by_share(documents.weights, num_sequences)
+    drawn: dict[int, Iterator[Tensor]] = {}
+    for number in sorted(set(turns)):
+        part = documents.parts[number]
+        try:
+            drawn[number] = iter(calibration_sequences(part, tokenizer, turns.count(number), seq_len, seed)[0])
+        except InputError as error:
+            raise InputError(f"{part.name}: {error}") from error
+    return torch.stack([next(drawn[number]) for number in turns])
 
 
 def _sample(documents: Documents, tokenizer: PreTrainedTokenizerBase, limit: int, seed: int) -> Tensor:

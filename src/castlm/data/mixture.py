@@ -89,17 +89,18 @@ def furthest_behind(used: Sequence[float], weights: Sequence[float]) -> int:
     return min(range(len(used)), key=lambda number: (used[number] + 0.5) / weights[number])
 
 
-def counts_by_share(weights: Sequence[float], total: int) -> list[int]:
-    """How many of the first `total` sequences each text of a mixture has.
+def turns_by_share(weights: Sequence[float], total: int) -> list[int]:
+    """Which text of a mixture each of the first `total` sequences is of, by its number.
 
     Examples:
-        >>> counts_by_share([0.7, 0.28, 0.02], 10)
-        [7, 3, 0]
+        >>> turns_by_share([0.7, 0.28, 0.02], 10)
+        [0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
     """
-    counts = [0] * len(weights)
+    counts, turns = [0] * len(weights), []
     for _ in range(total):
-        counts[furthest_behind(counts, weights)] += 1
-    return counts
+        turns.append(furthest_behind(counts, weights))
+        counts[turns[-1]] += 1
+    return turns
 
 
 class MixedRow(NamedTuple):
@@ -127,22 +128,22 @@ class MixedSequences:
 
     def __init__(self, parts: Sequence[PackedSequences], weights: Sequence[float]) -> None:
         self.seq_len = parts[0].seq_len
-        self._parts, self._weights, self._taken = list(parts), list(weights), [0] * len(parts)
+        self._parts, self._weights = list(parts), list(weights)
 
     def take(self, num_sequences: int) -> MixedRow:
         """The next sequences."""
         rows: list[Row] = []
         while len(rows) < num_sequences:
-            number = furthest_behind(self._taken, self._weights)
+            number = furthest_behind([part.num_taken for part in self._parts], self._weights)
             row = self._parts[number].take(1)
             assert row is not None  # a text starts again when it ends
             rows.append(row)
-            self._taken[number] += 1
         return MixedRow(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in each text, as plain JSON; the same on every rank."""
-        return {"sequences": sum(self._taken), "texts": [part.state_dict() for part in self._parts]}
+        taken = sum(part.num_taken for part in self._parts)
+        return {"sequences": taken, "texts": [part.state_dict() for part in self._parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a saved position of the same texts.
@@ -152,4 +153,3 @@ class MixedSequences:
         """
         for part, position in zip(self._parts, state["texts"], strict=True):
             part.load_state_dict(position)
-        self._taken = [position["sequences"] for position in state["texts"]]

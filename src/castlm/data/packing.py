@@ -123,6 +123,11 @@ class PackedSequences(IterableDataset):
         ids, labels, begins = (torch.from_numpy(array) for array in Tokens.joined(parts))
         return Row(ids.long(), labels.long(), begins)
 
+    @property
+    def num_taken(self) -> int:
+        """How many sequences were taken before the next one, those before a saved position too."""
+        return self._num_sequences
+
     def tokens_per_epoch(self) -> int:
         """Number of tokens of one epoch. Reads and tokenizes all documents once; the position stays as it is."""
         return sum(_num_tokens(batch) for batch in self._encode(0, 0, None, 0))
