@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from castlm.compare.summary import has_gap
 from castlm.methods.table import METHODS
 from castlm.report.charts import WHOLE, Level, Series, dot_chart, heat_map, line_chart
 from castlm.report.html import Picture
@@ -27,7 +27,7 @@ def _colours(rows: Rows) -> dict[str, int]:
 
 def gaps(rows: Rows, results: list[Result]) -> Picture | None:
     """The gap to the dense control: a dot for each seed and a bar at the mean, the best on top."""
-    shown = sorted(filter(_has_gap, rows), key=lambda row: row["gap"].mean)
+    shown = sorted(filter(has_gap, rows), key=lambda row: row["gap"].mean)
     if not shown:
         return None
     means, colours = [row["gap"].mean for row in shown], _colours(rows)
@@ -40,11 +40,6 @@ def gaps(rows: Rows, results: list[Result]) -> Picture | None:
     return Picture(
         "Gap to the dense control", svg, "A dot for each seed, a bar at their mean. Left is better.", wide=True
     )
-
-
-def _has_gap(row: dict[str, Any]) -> bool:
-    """Whether a chart shows the gap of a row: not that of the control, and not one that is infinite."""
-    return row["gap"] is not None and math.isfinite(row["gap"].mean) and row["method"] != "dense"
 
 
 def _label(row: dict[str, Any], rows: Rows) -> str:
@@ -174,7 +169,7 @@ def _median(zeros: int, counts: list[int], edges: list[float]) -> float:
 def budgets(rows: Rows, results: list[Result]) -> Picture | None:
     """The gap to the control of the same token budget against the budget, a line per variant."""
     colours = _colours(rows)
-    shown = list(filter(_has_gap, rows))
+    shown = list(filter(has_gap, rows))
     names = dict.fromkeys(row["variant"] for row in shown if row["tokens"])
     if not names:
         return None

@@ -143,9 +143,13 @@ def ranked(rows: list[dict[str, Any]]) -> list[int]:
     A row without a finite gap is left out.
     """
     largest = max((row["budget"] for row in rows), default=0)
-    rivals = [i for i, r in enumerate(rows) if r["method"] != "dense" and r["budget"] in (0, largest)]
-    gaps = {i: rows[i]["gap"].mean for i in rivals if rows[i]["gap"] and math.isfinite(rows[i]["gap"].mean)}
-    return sorted(gaps, key=gaps.__getitem__)
+    rivals = [i for i, row in enumerate(rows) if has_gap(row) and row["budget"] in (0, largest)]
+    return sorted(rivals, key=lambda number: rows[number]["gap"].mean)
+
+
+def has_gap(row: dict[str, Any]) -> bool:
+    """Whether the gap of a row is ranked and drawn: not that of the control, and not one that is infinite."""
+    return row["gap"] is not None and math.isfinite(row["gap"].mean) and row["method"] != "dense"
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
