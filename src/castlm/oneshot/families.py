@@ -235,6 +235,11 @@ def _rows(matrix: Matrix, rows: slice) -> Matrix:
     return Matrix(matrix.layer, matrix.weight[rows], None if matrix.bias is None else matrix.bias[rows])
 
 
+def _parts(matrix: Matrix, num_rows: int) -> list[Matrix]:
+    """The matrices of `num_rows` each that lie one after the other in `matrix`, as gate and up in a layer for both."""
+    return [_rows(matrix, slice(at, at + num_rows)) for at in range(0, len(matrix.weight), num_rows)]
+
+
 def _feed_forward(model: nn.Module, block: str, layout: Layout) -> tuple[list[Mlp], list[Matrix]]:
     """The MLPs of a block, and all that reads its input: with experts, the router too."""
     name = f"{block}.mlp"
@@ -245,10 +250,8 @@ def _feed_forward(model: nn.Module, block: str, layout: Layout) -> tuple[list[Ml
     readers = [Matrix(f"{name}.gate", module.gate.weight.data)]
     weights = (_experts_weight(experts, projection) for projection in ("gate_up_proj", "down_proj"))
     for expert, (gate_up, down) in enumerate(zip(*weights)):
-        half = gate_up.shape[0] // 2
-        layer = f"{name}.experts.gate_up_proj.{expert}"
-        inner = Matrix(layer, gate_up[:half]), Matrix(layer, gate_up[half:])
-        mlps.append(Mlp(inner, Matrix(f"{name}.experts.down_proj.{expert}", down)))
+        inner = _parts(Matrix(f"{name}.experts.gate_up_proj.{expert}", gate_up), down.shape[1])
+        mlps.append(Mlp(tuple(inner), Matrix(f"{name}.experts.down_proj.{expert}", down)))
         readers += inner
     for shared in ("shared_expert", "shared_experts"):
         if shared in module._modules:
@@ -263,8 +266,7 @@ def _feed_forward(model: nn.Module, block: str, layout: Layout) -> tuple[list[Ml
 def _mlp(model: nn.Module, name: str, inner: tuple[str, ...], down: str) -> tuple[list[Mlp], list[Matrix]]:
     """An MLP, and the layers that read its input. Of one layer for gate and up, each half is a matrix of the MLP."""
     readers, last = [_matrix(model, f"{name}.{part}") for part in inner], _matrix(model, f"{name}.{down}")
-    neurons = last.weight.shape[1]
-    parts = [_rows(m, slice(at, at + neurons)) for m in readers for at in range(0, len(m.weight), neurons)]
+    parts = [part for matrix in readers for part in _parts(matrix, last.weight.shape[1])]
     return [Mlp(tuple(parts), last)], readers
 
 
