@@ -23,7 +23,6 @@ from castlm.oneshot.stream_basis import Stream
 from castlm.oneshot.walk import BlockInputs, block_stack
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_model
 
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 WITH_EXPERTS = {"mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}}
 WITH_POST_NORMS = {"gemma2": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}}
 OVER = WITH_EXPERTS | WITH_POST_NORMS
@@ -105,22 +104,11 @@ def test_a_rotated_model_with_untied_embeddings_is_a_plain_folder(family, tmp_pa
     assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), before) < 1e-5
 
 
-SHARED_EXPERTS = {"n_routed_experts": 4, "num_local_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
-GROUPED_EXPERTS = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-SIZES = {
-    **{family: {"num_key_value_heads": 2} for family in ("cohere", "cohere2", "granite", "olmo2", "olmo3", "phi")},
-    **{family: {"num_key_value_heads": 2} for family in ("stablelm", "starcoder2", "qwen2")},
-    **dict.fromkeys(("glm4_moe", "dots1"), GROUPED | SHARED_EXPERTS | GROUPED_EXPERTS),
-    "olmoe": {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
-    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
-    **{family: {} for family in (*FAMILIES, *OVER, "qwen2_moe", "qwen3_moe")},
-}
-"""What the families need beside the sizes of a tiny model; GROUPED where nothing is said."""
 NO_LAYOUT_OF_THEIR_OWN = {family for family in LAYOUTS if family.endswith("_vl_text")}
 
 
 def model_of(family: str):
-    model = family_model(family, **SIZES.get(family, GROUPED))
+    model = family_model(family)
     linearize_(model)
     return model
 

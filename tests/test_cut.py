@@ -20,13 +20,11 @@ from castlm.export.verify import verify
 from castlm.models import load_model
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 def model_of(family):
-    wants = GROUPED if family in HEADS - {"qwen2"} | {"helium", "stablelm"} else {}
-    model = tiny_model(family, **wants)
+    model = tiny_model(family)
     linearize_(model)
     return model
 

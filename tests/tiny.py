@@ -41,6 +41,9 @@ _WIDTHS: dict[str, Any] = {
 }
 _GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 _EXPERTS = _GROUPED | {"num_experts_per_tok": 2}
+_KV_HEADS = {"num_key_value_heads": 2}
+_SHARED_EXPERTS = {"n_routed_experts": 4, "num_local_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_GROUPED_EXPERTS = _EXPERTS | {"n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
 _ROPE_OF_IMAGES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 _FAMILY: dict[str, dict[str, Any]] = {
     "mixtral": _EXPERTS | {"num_local_experts": 4},
@@ -50,10 +53,16 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"num_key_value_heads": 2, "rope_parameters": _ROPE_OF_IMAGES},
     "qwen3_vl": _GROUPED | {"rope_parameters": _ROPE_OF_IMAGES},
     "gpt_oss": _EXPERTS | {"num_local_experts": 4, "sliding_window": 16},
-    "llama": _GROUPED,
-    "mistral": _GROUPED,
-    "qwen2": {"num_key_value_heads": 2},
-    "qwen3": _GROUPED,
+    **dict.fromkeys(("glm4_moe", "dots1"), _GROUPED_EXPERTS | _SHARED_EXPERTS),
+    "olmoe": _KV_HEADS | {"num_experts": 4, "num_experts_per_tok": 2},
+    **dict.fromkeys(
+        ("llama", "mistral", "ministral", "ministral3", "qwen3", "smollm3", "seed_oss", "ernie4_5"), _GROUPED
+    ),
+    **dict.fromkeys(("helium", "hunyuan_v1_dense", "cwm", "vaultgemma", "exaone4", "arcee", "apertus"), _GROUPED),
+    **dict.fromkeys(("ernie4_5", "nemotron", "glm", "glm4", "gemma2", "gemma3_text"), _GROUPED),
+    **dict.fromkeys(("qwen2", "stablelm", "starcoder2"), _KV_HEADS),
+    **dict.fromkeys(("cohere", "cohere2", "granite", "olmo2", "olmo3", "phi"), _KV_HEADS),
+    "phi3": _KV_HEADS | {"pad_token_id": 0},
     "gemma": _GROUPED | {"tie_word_embeddings": True},
     "opt": {"word_embed_proj_dim": 32, "dropout": 0.0},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
