@@ -211,10 +211,9 @@ def frontier(options: argparse.Namespace) -> list[Point]:
     """All points, with the speeds of all decoders measured in turns."""
     loaded = load_model(options.model)
     text = token_ids(options.text, loaded.tokenizer, limit=options.eval_tokens)
+    more_points, more_decoders = llama_cpp_points(options, loaded, text) if options.llama_cpp else ([], {})
     points, decoders = castlm_points(options, loaded, text)
-    if options.llama_cpp:
-        more_points, more_decoders = llama_cpp_points(options, loaded, text)
-        points, decoders = points + more_points, decoders | more_decoders
+    points, decoders = points + more_points, decoders | more_decoders
     prompt = text[:PROMPT].unsqueeze(0)
     contestants = {name: lambda decode=decode: decode(prompt) for name, decode in decoders.items()}
     seconds = interleaved(contestants, options.rounds, options.clock)
