@@ -27,7 +27,6 @@ from castlm.distributed.loading import load_rows_, materialize_, open_sharded
 from castlm.distributed.world import World
 from castlm.export import hf
 from castlm.export.hf import export_model
-from castlm.export.packed import pack_folder
 from castlm.export.verify import verify
 from castlm.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, experts_input_axis
 from castlm.methods.keep import keep_pattern_
@@ -306,15 +305,13 @@ def test_a_gate_without_experts_beside_it_is_counted_as_a_layer(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["aria_text", "granitemoe"])
-def test_experts_under_the_older_names_are_counted_and_not_packed(family, tmp_path):
+def test_experts_under_the_older_names_are_counted(family, tmp_path):
     save_tiny(tmp_path / "dense", family)
     arguments = ["--model", str(tmp_path / "dense"), "--output-dir", str(tmp_path / "sparse"), "--method", "magnitude"]
     assert main(["prune", *arguments]) == 0
     report = verify(tmp_path / "sparse")
     assert report.ok
     assert sum(len(layer.shape) == 3 for layer in report.sparse_layers) == 2 * 2
-    with pytest.raises(InputError, match="holds experts in a layout that castlm does not pack: serve it unpacked"):
-        pack_folder(tmp_path / "sparse", tmp_path / "packed")
 
 
 def test_a_layer_that_verify_would_not_count_is_refused_before_anything_is_trained(monkeypatch):

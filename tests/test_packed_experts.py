@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from tests.tiny import EXPERTS, tiny_model, tiny_tokenizer
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="the kernels were not built")
 
 
-@pytest.fixture(scope="module", params=EXPERTS)
+@pytest.fixture(scope="module", params=[*EXPERTS, "aria_text", "granitemoe"])
 def folders(request, tmp_path_factory) -> tuple[Path, Path]:
     """A 2:4 model and the same packed."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -102,10 +103,11 @@ def test_an_expert_that_is_not_sparse_is_not_packed(folders, tmp_path):
     for file in plain.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(plain / "model.safetensors")
-    name = next(name for name in tensors if name.endswith(("experts.3.w2.weight", "down_proj", "3.down_proj.weight")))
+    down = ("experts.3.w2.weight", "down_proj", "3.down_proj.weight", "experts.fc2.weight", "output_linear.weight")
+    name = next(name for name in tensors if name.endswith(down))
     tensors[name].view(-1, tensors[name].shape[-1])[:4, :4] = 1
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"experts\S*: a weight of shape .* is not 2:4"):
+    with pytest.raises(InputError, match=rf"{re.escape(name)}: a weight of shape .* is not 2:4"):
         pack_folder(tmp_path, tmp_path / "packed")
 
 
@@ -113,10 +115,15 @@ def test_the_metadata_of_stacked_experts_are_checked(folders):
     _, packed = folders
     specs = read_specs(packed.glob("*.safetensors"))
     stacked = {name: spec for name, spec in specs.items() if spec.experts}
-    assert len(stacked) == (4 if "gpt_oss" in str(packed) else 0)
+    is_together, is_transposed = (
+        any(family in str(packed) for family in families)
+        for families in (("gpt_oss", "aria_text", "granitemoe"), ("gpt_oss", "aria_text"))
+    )
+    assert len(stacked) == (4 if is_together else 0)
     for spec in stacked.values():
         assert json.loads(json.dumps(spec.as_dict()))["experts"] == 4
-        assert spec.unpacked_shape == (4, spec.columns, spec.rows // 4)
+        matrix = (spec.rows // 4, spec.columns)
+        assert spec.unpacked_shape == (4, *(matrix[::-1] if is_transposed else matrix))
     assert PackedSpec(8, 4, 2, 4, "bf16").as_dict().keys() == {"shape", "pattern", "values", "transposed"}
 
 
@@ -133,7 +140,8 @@ def test_experts_are_quantized_into_the_packed_folder(kind, folders, text, tmp_p
     assert report.ok
     assert {layer.dtype for layer in report.layers} == {kind}
     before, after = load_model(plain).model, load_model(tmp_path / "plain").model
-    name = "model.layers.1.mlp.experts.down_proj"
+    block = "block_sparse_moe" if "granitemoe" in str(plain) else "mlp"
+    name = f"model.layers.1.{block}.experts.down_proj"
     one, other = (model.get_submodule(name).weight for model in (before, after))
     assert not torch.equal(one, other)
     assert torch.equal(one == 0, other == 0) or kind == "int4"  # int4 may round a kept weight to zero
@@ -142,7 +150,8 @@ def test_experts_are_quantized_into_the_packed_folder(kind, folders, text, tmp_p
     generator = torch.Generator().manual_seed(0)
     x, weights = torch.randn(9, 32, generator=generator), torch.rand(9, 2, generator=generator)
     chosen = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(9)])
-    ours, theirs = (m.model.layers[1].mlp.experts(x, chosen, weights).detach() for m in (packed, after))
+    experts = name.removesuffix(".down_proj")
+    ours, theirs = (m.get_submodule(experts)(x, chosen, weights).detach() for m in (packed, after))
     assert float((ours - theirs).norm() / theirs.norm()) < 0.03  # the kernels round what they multiply by, too
     unpacked = load_model(tmp_path / "packed").model.get_submodule(name).weight
     torch.testing.assert_close(unpacked, other, rtol=1e-6, atol=0)

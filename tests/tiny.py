@@ -53,6 +53,8 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"num_key_value_heads": 2, "rope_parameters": _ROPE_OF_IMAGES},
     "qwen3_vl": _GROUPED | {"rope_parameters": _ROPE_OF_IMAGES},
     "gpt_oss": _EXPERTS | {"num_local_experts": 4, "sliding_window": 16},
+    "aria_text": _GROUPED | {"moe_num_experts": 4, "moe_topk": 2},
+    "granitemoe": _KV_HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2},
     **dict.fromkeys(("glm4_moe", "dots1"), _GROUPED_EXPERTS | _SHARED_EXPERTS),
     "olmoe": _KV_HEADS | {"num_experts": 4, "num_experts_per_tok": 2},
     **dict.fromkeys(

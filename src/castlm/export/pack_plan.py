@@ -40,7 +40,7 @@ class PackPlan:
         """What is written of the tensor `name`."""
         spec = self.specs.get(name)
         if spec is not None:
-            return {f"{stem(name)}.{suffix}": entry for suffix, entry in spec.tensors().items()}
+            return {f"{spec.stem(name)}.{suffix}": entry for suffix, entry in spec.tensors().items()}
         stored = self.stored[name]
         is_float = STORED[stored.dtype].is_floating_point
         return {name: (STORED_NAMES[self.cast] if self.cast and is_float else stored.dtype, stored.shape)}
@@ -65,10 +65,6 @@ def plan_pack(source: Path, n: int, m: int, dtype: str | None, head: str | None)
         stacked = is_stacked_experts(name, tensor.shape)
         if not (stacked or is_block_linear(name, tensor.shape)) or left_dense_reason(name, left_dense) is not None:
             continue
-        if stacked and name.endswith(".weight"):
-            raise InputError(
-                f"{name} of {source} holds experts in a layout that castlm does not pack: serve it unpacked"
-            )
         experts = tensor.shape[0] if stacked else 0
         transposed = _transposed(name, tensor, {**config, "model_type": model_type})
         rows, columns = tensor.shape[:-3:-1] if transposed else tensor.shape[-2:]
@@ -143,8 +139,3 @@ def _values(tensor: StoredTensor) -> str:
             f"{tensor.name} is stored as {tensor.dtype}, which cannot be packed: pass dtype bf16 to cast it"
         )
     return names[tensor.dtype]
-
-
-def stem(name: str) -> str:
-    """The name of a layer, which its parts begin with, from that of its weight."""
-    return name.removesuffix(".weight")

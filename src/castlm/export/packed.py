@@ -20,7 +20,7 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
 from castlm.dtypes import FLOATS, STORED_NAMES
 from castlm.export.folder import is_packed, read_config, read_manifest, stored_tensors
-from castlm.export.pack_plan import PackPlan, plan_pack, stem
+from castlm.export.pack_plan import PackPlan, plan_pack
 from castlm.export.packed_card import packed_card, unpacked_card
 from castlm.export.stream import write_safetensors
 from castlm.export.unit_count import groups_of, tiles_of
@@ -85,7 +85,7 @@ def pack_folder(
     done, total = 0, len(plan.stored)
     with atomic_dir(folder, overwrite) as temporary:
         for old, new, names in plan.files:
-            packed = {stem(name): spec for name, spec in plan.specs.items() if name in names}
+            packed = {spec.stem(name): spec for name, spec in plan.specs.items() if name in names}
             layout = {key: entry for name in names for key, entry in plan.layout(name).items()}
 
             def written(names: list[str] = names, old: Path = old) -> Iterator[tuple[str, Tensor]]:
@@ -132,7 +132,7 @@ def _packed_tensors(name: str, tensor: Tensor, plan: PackPlan, dtype: str | None
             raise InputError(f"{name}: {error}") from error
         packed = pack_integers(rounded.codes, rounded.scales, "int8", 0, 0)
     for suffix, part in packed.tensors().items():
-        yield f"{stem(name)}.{suffix}", part
+        yield f"{spec.stem(name)}.{suffix}", part
 
 
 def _write_rest(source: Path, folder: Path, plan: PackPlan, n: int, m: int) -> None:

@@ -156,8 +156,8 @@ def owners_of_experts(names: Iterable[str]) -> set[str]:
     """The modules of a checkpoint that hold experts: what is called a router elsewhere is a layer like any other."""
     owners = set()
     for name in names:
-        parts = name.split(".")
-        owners |= {".".join(parts[:i]) for i, part in enumerate(parts) if re.match(r"(?:shared_)?experts?$", part)}
+        found = re.finditer(r"\.(?:shared_)?experts?(?=\.|$)|(?<=\.block_sparse_moe)\.(?:input|output)_linear\.", name)
+        owners |= {name[: part.start()] for part in found}
     return owners
 
 

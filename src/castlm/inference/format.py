@@ -10,8 +10,9 @@ A dense quantized tensor has no mask. The order is the same for every processor;
 this processor reads.
 
 The entry "castlm" of the file's metadata is JSON: {"version": 1, "tensors": {X: {"shape", "pattern", "values",
-"transposed"}}}. A transposed tensor is one that transformers stores (in, out). A 3-D tensor X that holds the matrices
-of all experts of a block has "experts", their number, and the shape (experts * out, in).
+"transposed"}}}. A transposed tensor is one that transformers stores (in, out). A 3-D tensor that holds the matrices
+of all experts of a block has "experts", their number, and the shape (experts * out, in); its X is its whole name, even
+where that ends in `.weight`.
 """
 
 from __future__ import annotations
@@ -70,8 +71,12 @@ class PackedSpec:
         matrix = (self.columns, rows) if self.transposed else (rows, self.columns)
         return (self.experts, *matrix) if self.experts else matrix
 
+    def stem(self, tensor_name: str) -> str:
+        """What the packed file calls the tensor that has the name `tensor_name` in the unpacked one."""
+        return tensor_name if self.experts else tensor_name.removesuffix(".weight")
+
     def tensor_name(self, stem: str) -> str:
-        """The name of the tensor in the unpacked file; `stem` is what the packed one calls it."""
+        """The opposite of `stem`: the name of the tensor in the unpacked file."""
         return stem if self.experts else f"{stem}.weight"
 
     @property

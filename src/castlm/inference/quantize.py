@@ -138,7 +138,8 @@ def stored_layers(model: PreTrainedModel, layers: Mapping[str, Rounded]) -> dict
             pieces = stored_rows(model, name, layer)
             if pieces is None:
                 codes, scales = (torch.cat([getattr(part, of) for part in experts]) for of in ("codes", "scales"))
-                found[name] = Rounded(experts[0].kind, codes, scales)
+                (stored,) = stored_shapes(model, name, layer)
+                found[stored] = Rounded(experts[0].kind, codes, scales)
             for stored, expert, rows in pieces or ():
                 part = experts[expert]
                 found[stored.removesuffix(".weight")] = Rounded(part.kind, part.codes[rows], part.scales[rows])
