@@ -23,8 +23,14 @@ CASES = [
     ("llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
     ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 4}),
+    ("ministral", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
     ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     ("qwen3", {}),
+    ("cwm", {"sliding_window": 4}),
+    ("seed_oss", {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}),
+    ("smollm3", {"no_rope_layers": [1, 0]}),
 ]
 
 
@@ -57,6 +63,12 @@ def test_logits_are_those_of_the_model(family, over):
             torch.testing.assert_close(state.step(IDS[0, i : i + 1])[0], exact[i], rtol=1e-4, atol=1e-4)
         with pytest.raises(InputError, match="does not fit a cache of 6"):
             state.step(IDS[0, :1])
+
+
+@pytest.mark.parametrize(("family", "over"), CASES)
+def test_tokens_are_those_of_transformers_in_every_family(family, over):
+    model = packed_model(family, **over)
+    assert torch.equal(generate(model, True), generate(model, False))
 
 
 @pytest.mark.parametrize(
@@ -149,30 +161,32 @@ def test_threads_do_not_change_the_tokens():
 def test_text_is_streamed():
     model, pieces = packed_model("llama"), []
     before = torch.get_rng_state()
-    done = generate_text(model, tiny_tokenizer(), IDS, max_new_tokens=9, write=pieces.append)
+    done = generate_text(model, tiny_tokenizer(), IDS, max_new_tokens=9, write=pieces.append, say=pytest.fail)
     assert torch.equal(torch.get_rng_state(), before)
     assert "".join(pieces) == done.text
     assert done.new_tokens == 9
     assert done.tokens_per_second > 0
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+
+
 @pytest.mark.parametrize(
-    ("family", "over"),
+    ("family", "over", "reason"),
     [
-        ("gemma", {}),
-        ("gpt2", {}),
-        ("mistral", {"sliding_window": 4}),
-        ("llama", {"hidden_act": "gelu"}),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+        ("gemma", {}, "smollm3, not those of GemmaForCausalLM"),
+        ("llama", {"hidden_act": "gelu"}, "computes silu, not gelu"),
+        ("llama", {"rope_parameters": DYNAMIC}, "the dynamic rotary embedding changes with the length"),
     ],
 )
-def test_other_models_are_left_to_transformers(family, over):
-    model = tiny_model(family, **over)
-    assert decoding_method(model) is None
-    if family != "gpt2":  # its Conv1D layers are packed from a folder
-        prune_(model)
-        pack_model_(model)
-        assert decoding_method(model) is None
+def test_other_models_are_left_to_transformers_with_a_reason(family, over, reason):
+    said: list[str] = []
+    assert decoding_method(tiny_model(family, **over), say=said.append) is None
+    assert said == []  # a plain model has no other loop
+    assert decoding_method(packed_model(family, **over), say=said.append) is None
+    assert len(said) == 1
+    assert said[0].startswith("decoding takes transformers' loop, which is slower than decoder.cpp: ")
+    assert reason in said[0]
 
 
 def test_a_plain_model_and_contrastive_layers_are_left_to_transformers():

@@ -63,6 +63,7 @@ class GenerateCommand:
             temperature=self.temperature,
             seed=self.seed,
             write=lambda text: print(printable(text, keep=LAYOUT), end="", flush=True),
+            say=note,
         )
         print()
         print(

@@ -29,13 +29,14 @@ from castlm.core.errors import InputError
 from castlm.inference import native
 from castlm.inference.layers import PackedEmbedding, PackedLinear
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-"""Classes of transformers whose layers are what `decoder.cpp` computes, by the start of their names."""
+FAMILIES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "cwm", "seed_oss", "smollm3")
+"""Model types of transformers whose layers are what `decoder.cpp` computes."""
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change with the length of the sequence
-
+_ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+_MODULES = {f"transformers.models.{family}.modeling_{family}" for family in FAMILIES}
 
 _HOST: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # of what `decoder.cpp` writes, whatever the defaults
 
@@ -44,18 +45,26 @@ ONE_SEQUENCE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_gener
 
 
 def decoding_method(
-    model: PreTrainedModel, streamer: BaseStreamer | None = None, **options: Any
+    model: PreTrainedModel,
+    streamer: BaseStreamer | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> Callable[..., Tensor] | None:
     """What `generate(custom_generate=...)` takes for one sequence without padding: `decode` where it suits `model`.
 
-    None of other models: `generate(custom_generate=None)` decodes as ever, to the same tokens.
+    None of other models: `generate(custom_generate=None)` decodes in transformers' loop, to the same tokens.
 
     Args:
         streamer: takes the tokens; transformers does not hand the streamer of `generate` on to a `custom_generate`.
+        say: takes a line that says why a packed model is left to transformers' loop.
         options: that `generate` is given too, in place of those of the model's generation config.
     """
-    supported = _is_supported(model) and _samples_one_token(model, options)
-    return functools.partial(decode, streamer=streamer) if supported else None
+    reason = _why_not(model, options)
+    if reason is None:
+        return functools.partial(decode, streamer=streamer)
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        say(f"decoding takes transformers' loop, which is slower than decoder.cpp: {reason}")
+    return None
 
 
 class TokenTimes(BaseStreamer):
@@ -104,33 +113,38 @@ def _samples_one_token(model: PreTrainedModel, options: dict[str, Any]) -> bool:
     return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not config.stop_strings
 
 
-def _is_supported(model: Any) -> bool:
-    if native.kernels() is None or type(model).__name__ not in {f"{family}ForCausalLM" for family in FAMILIES}:
-        return False
-    config, layers = model.config, model.model.layers
-    linear = [layer.self_attn.get_submodule(name) for layer in layers for name in _ATTENTION]
-    linear += [layer.mlp.get_submodule(name) for layer in layers for name in _MLP]
-    packed = [*linear, model.lm_head]
-    types = getattr(config, "layer_types", None) or ()
-    whole = (
-        all(kind == "full_attention" for kind in types) if types else getattr(config, "sliding_window", None) is None
-    )
-    return (
-        all(isinstance(layer, PackedLinear) for layer in packed)
-        and isinstance(model.model.embed_tokens, PackedEmbedding)
-        and whole
-        and config.hidden_act == "silu"
-        and getattr(model.model.rotary_emb, "rope_type", None) in _STATIC_ROPE
-        and model.model.embed_tokens.dtype == torch.float32
-        and all(tensor.device.type == "cpu" for tensor in (*model.buffers(), *model.parameters()))
-        and all(parameter.dtype == torch.float32 for parameter in model.parameters())
-        and len({norm.variance_epsilon for norm in _norms(model)}) == 1
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    )
+def _why_not(model: Any, options: dict[str, Any]) -> str | None:
+    """Why `decode` does not suit a model; None where it does."""
+    if native.kernels() is None:
+        return native.NOT_BUILT
+    if type(model).__module__ not in _MODULES:
+        return f"that has the layers of {', '.join(FAMILIES)}, not those of {type(model).__name__}"
+    config, inner = model.config, model.model
+    packed = [layer.self_attn.get_submodule(name) for layer in inner.layers for name in _ATTENTION]
+    packed += [layer.mlp.get_submodule(name) for layer in inner.layers for name in _MLP]
+    kinds = {*(getattr(config, "layer_types", None) or ())} - _ATTENTION_KINDS
+    rope = getattr(inner.rotary_emb, "rope_type", None)
+    parameters = [*model.parameters()]
+    holds = {
+        "some layers are not packed": all(isinstance(layer, PackedLinear) for layer in (*packed, model.lm_head))
+        and isinstance(inner.embed_tokens, PackedEmbedding),
+        f"that has no {', '.join(sorted(kinds))}": not kinds,
+        f"that computes silu, not {config.hidden_act}": config.hidden_act == "silu",
+        f"the {rope} rotary embedding changes with the length of the sequence": rope in _STATIC_ROPE,
+        "the parameters are not all in fp32 on a CPU": inner.embed_tokens.weight.dtype == torch.float32
+        and all(parameter.dtype == torch.float32 for parameter in parameters)
+        and all(tensor.device.type == "cpu" for tensor in (*model.buffers(), *parameters)),
+        "the norms have several epsilons": len(_epsilons(model)) == 1,
+        "some modules have forward hooks": not any(
+            module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+        ),
+        "that takes one sequence, greedy or sampled, without stop strings": _samples_one_token(model, options),
+    }
+    return next((reason for reason, is_fine in holds.items() if not is_fine), None)
 
 
-def _norms(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "variance_epsilon")]
+def _epsilons(model: nn.Module) -> set[float]:
+    return {module.variance_epsilon for module in model.modules() if hasattr(module, "variance_epsilon")}
 
 
 class _Weight(ctypes.Structure):
@@ -144,7 +158,9 @@ class _Weight(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "keys", "values")),
+        ("window", ctypes.c_int64),
     ]
 
 
@@ -158,7 +174,6 @@ class _Decoder(ctypes.Structure):
         ("layers", ctypes.POINTER(_Layer)),
         ("norm", ctypes.c_void_p),
         ("head", _Weight),
-        *((name, ctypes.c_void_p) for name in ("cosines", "sines")),
     ]
 
 
@@ -186,21 +201,22 @@ class DecoderState:
         kv_heads, head_dim = cache.layers[0].keys.shape[1], cache.layers[0].keys.shape[3]
         self._keys, self._values = torch.empty(2, len(layers), kv_heads, capacity, head_dim, **_HOST).unbind(0)
         for i, layer in enumerate(cache.layers):
-            self._keys[i, :, : self.length] = layer.keys[0]
-            self._values[i, :, : self.length] = layer.values[0]
+            first = self.length - layer.keys.shape[2]  # a sliding window holds the last tokens alone
+            self._keys[i, :, first : self.length] = layer.keys[0]
+            self._values[i, :, first : self.length] = layer.values[0]
         angles = model.model.rotary_emb(self._keys, torch.arange(capacity, device="cpu")[None])
         self._cosines, self._sines = (part[0].float().contiguous() for part in angles)
         if self._cosines.shape != (capacity, head_dim):
             raise InputError(f"rotary embedding of width {self._cosines.shape[1]} in heads of {head_dim}")
-        self._layers = (_Layer * len(layers))(*(self._layer(i) for i in range(len(layers))))
+        windows = [getattr(layer, "sliding_window", 0) for layer in cache.layers]
+        self._layers = (_Layer * len(layers))(*(self._layer(i, windows[i]) for i in range(len(layers))))
         self._of = _Decoder(
             *(len(layers), config.hidden_size, config.num_attention_heads, kv_heads, head_dim),
             *(config.intermediate_size, capacity, model.model.norm.variance_epsilon, layers[0].self_attn.scaling),
             *(self._layers, _norm(model.model.norm), _weight(model.lm_head)),
-            *(self._cosines.data_ptr(), self._sines.data_ptr()),
         )
 
-    def _layer(self, index: int) -> _Layer:
+    def _layer(self, index: int, window: int) -> _Layer:
         layer = self.model.model.layers[index]
         linear = [layer.self_attn.get_submodule(name) for name in _ATTENTION]
         linear += [layer.mlp.get_submodule(name) for name in _MLP]
@@ -210,8 +226,10 @@ class DecoderState:
             getattr(layer.self_attn, "q_norm", None),
             getattr(layer.self_attn, "k_norm", None),
         )
-        pointers = (*map(_norm, norms), self._keys[index].data_ptr(), self._values[index].data_ptr())
-        return _Layer(*map(_weight, linear), *pointers)
+        rotary = (self._cosines, self._sines) if getattr(layer.self_attn, "use_rope", True) else (None, None)
+        tensors = (*rotary, self._keys[index], self._values[index])
+        pointers = (*map(_norm, norms), *(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+        return _Layer(*map(_weight, linear), *pointers, window)
 
     def step(self, token: Tensor) -> Tensor:
         """Logits (1, vocabulary) in fp32 after `token` (1,), which joins the cache.

@@ -75,11 +75,11 @@ class Step {
     return by.rows == int64_t(y.size()) && multiply(by, x, y.data());
   }
 
-  void place_heads(std::vector<float>& all, const float* norm) {
-    const float *cosines = of_.cosines + position_ * of_.head_dim, *sines = of_.sines + position_ * of_.head_dim;
+  void place_heads(const DecoderLayer& layer, const float* norm, std::vector<float>& all) {
+    const int64_t at = position_ * of_.head_dim;
     for (float* head = all.data(); head < all.data() + all.size(); head += of_.head_dim) {
       if (norm) rms_norm(head, norm, of_.head_dim, of_.epsilon, head);
-      rotate(head, cosines, sines, of_.head_dim);
+      if (layer.cosines) rotate(head, layer.cosines + at, layer.sines + at, of_.head_dim);
     }
   }
 
@@ -87,9 +87,10 @@ class Step {
     rms_norm(x_.data(), layer.attention_norm, of_.hidden, of_.epsilon, normed_.data());
     if (!multiply(layer.q, normed_, query_) || !multiply(layer.k, normed_, key_) || !multiply(layer.v, normed_, value_))
       return false;
-    place_heads(query_, layer.q_norm);
-    place_heads(key_, layer.k_norm);
-    const int64_t width = of_.head_dim, stride = of_.capacity * width, length = position_ + 1;
+    place_heads(layer, layer.q_norm, query_);
+    place_heads(layer, layer.k_norm, key_);
+    const int64_t width = of_.head_dim, stride = of_.capacity * width;
+    const int64_t length = layer.window ? std::min(layer.window, position_ + 1) : position_ + 1;
     for (int64_t head = 0; head < of_.kv_heads; ++head) {
       std::copy_n(&key_[head * width], width, layer.keys + head * stride + position_ * width);
       std::copy_n(&value_[head * width], width, layer.values + head * stride + position_ * width);
@@ -99,9 +100,8 @@ class Step {
     in_parallel(of_.kv_heads * parts, 1, std::min<int64_t>(threads_, most), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t shared = i / parts, begin = i % parts * group / parts, end = (i % parts + 1) * group / parts;
-        const int64_t at = (shared * group + begin) * width;
-        attend_of(end - begin)(&query_[at], layer.keys + shared * stride, layer.values + shared * stride, length, width,
-                               of_.scale, &mixed_[at]);
+        const int64_t at = (shared * group + begin) * width, from = shared * stride + (position_ + 1 - length) * width;
+        attend_of(end - begin)(&query_[at], layer.keys + from, layer.values + from, length, width, of_.scale, &mixed_[at]);
       }
     });
     if (!multiply(layer.o, mixed_, added_)) return false;

@@ -18,7 +18,9 @@ struct DecoderLayer {
   Weight q, k, v, o, gate, up, down;
   const float *attention_norm, *mlp_norm;
   const float *q_norm, *k_norm;  // (head_dim,), or null
+  const float *cosines, *sines;  // (capacity, head_dim), or null without rotary embedding
   float *keys, *values;          // (kv_heads, capacity, head_dim)
+  int64_t window;                // tokens that attention reads, the new one among them; 0 for all
 };
 
 struct Decoder {
@@ -27,7 +29,6 @@ struct Decoder {
   const DecoderLayer* layers;
   const float* norm;
   Weight head;
-  const float *cosines, *sines;  // (capacity, head_dim)
 };
 
 // exp to within 2e-7 of its value, in operations that a compiler turns into vectors (cephes' expf).

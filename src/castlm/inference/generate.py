@@ -152,6 +152,7 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     write: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Generated:
     """Continues `input_ids` (1, num_tokens), calling `write` with text as it comes.
 
@@ -159,6 +160,7 @@ def generate_text(
         images: what the model's forward takes beside the tokens, from `encode_with_images`.
         temperature: 0 takes the most probable token each time; at least 1e-6 samples.
         seed: of the samples.
+        say: takes a line that says why a packed model does not decode in one call for each token.
 
     Raises:
         InputError: numbers that make no sense, or more tokens than the model's context holds.
@@ -189,7 +191,7 @@ def generate_text(
             pad_token_id=pad,
             tokenizer=tokenizer,  # for stop_strings of the generation config
             **ONE_SEQUENCE,
-            custom_generate=decoding_method(model, stream, **ONE_SEQUENCE),
+            custom_generate=decoding_method(model, stream, say, **ONE_SEQUENCE),
             **beside,
             **sampling,
         )

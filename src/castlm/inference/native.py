@@ -33,7 +33,7 @@ LEVELS = ("plain", "neon", "avx2", "avx512")
 
 _DTYPES = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
-_VERSION = 3  # of kernels.cpp
+_VERSION = 4  # of kernels.cpp
 _HEADER = struct.Struct("3i")  # what a buffer begins with: its magic number, layout and values
 _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14  # Linux; the module mmap has it from Python 3.13 on
