@@ -215,7 +215,16 @@ def test_the_times_of_tokens_give_their_rate(packed, monkeypatch):
     assert came.tokens_per_second == 3 / 15
 
 
-def test_several_sequences_are_refused():
+def test_several_sequences_padding_and_embeddings_are_refused():
     model = packed_model("llama")
     with pytest.raises(InputError, match="a batch of 2 sequences"):
         model.generate(input_ids=IDS.expand(2, -1), max_new_tokens=2, pad_token_id=0, custom_generate=decode)
+    padded = {"input_ids": IDS, "attention_mask": (IDS != IDS[0, 0]).long()}
+    for inputs in (padded, {"inputs_embeds": model.get_input_embeddings()(IDS)}):
+        with pytest.raises(InputError, match="takes token ids without padding"):
+            model.generate(**inputs, max_new_tokens=2, pad_token_id=0, custom_generate=decode)
+
+
+@pytest.mark.parametrize("options", [{"num_return_sequences": 2, "do_sample": True}, {"return_dict_in_generate": True}])
+def test_several_samples_and_dictionaries_are_left_to_transformers(options):
+    assert decoding_method(packed_model("llama"), **options) is None

@@ -237,13 +237,28 @@ def test_what_does_not_fit_is_refused():
         packed_linear(torch.randn(1, 64), torch.zeros_like(buffer), 12)
     with pytest.raises(InputError, match="do not fit"):
         native.unpack(buffer, 3, 13, torch.empty(10, 64))
-    with pytest.raises(InputError, match="there is no kernel"):
-        native.packed_bytes("bf16", 2, 4, 12, 63)
+    for n, m, rows, columns in ((2, 4, 12, 63), (0, 0, 2**31 - 1, 2**31 - 1)):  # the second has 2^64 bytes
+        with pytest.raises(InputError, match="there is no kernel"):
+            native.packed_bytes("fp32", n, m, rows, columns)
+    for num_rows in (1, DIRECT_ROWS + 1):
+        with pytest.raises(InputError, match="does not fit this packed weight"):
+            packed_linear(torch.empty(num_rows, 0), buffer, 12)
     with pytest.raises(InputError, match="keep exactly 2 of every 4"):
         native.repack_(buffer, packed.values, packed.mask ^ 1, None, "bf16", 2, 4, 64)
     for values, mask in ((packed.values[:, 1:], packed.mask), (packed.values, packed.mask[:, 1:])):
         with pytest.raises(InputError, match="values, mask and scales do not fit"):
             native.repack_(buffer, values, mask, None, spec.values, 2, 4, 64)
+
+
+def test_a_weight_is_prepared_under_any_default_dtype_and_device():
+    packed = random_packed("bf16", 0, 0, 12, 64)
+    expected = buffer_of(packed)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(buffer_of(packed), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_layer_multiplies_as_the_one_it_replaces():

@@ -110,7 +110,8 @@ def _samples_one_token(model: PreTrainedModel, options: dict[str, Any]) -> bool:
     config.update(**options)
     mode = config.get_generation_mode()
     # transformers does not hand the tokenizer on, by which it would find the strings
-    return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not config.stop_strings
+    is_one = config.num_return_sequences in (None, 1) and not config.return_dict_in_generate
+    return is_one and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not config.stop_strings
 
 
 def _why_not(model: Any, options: dict[str, Any]) -> str | None:
@@ -252,15 +253,21 @@ def decode(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     streamer: Any = None,
-    **_: Any,
+    **inputs: Any,
 ) -> Tensor:
     """Called by `generate`: continues one sequence (1, num_tokens) greedily or by sampling, as its configuration says.
 
     Raises:
-        InputError: more than one sequence.
+        InputError: more than one sequence, padding, or embeddings in place of token ids.
     """
     if input_ids.shape[0] != 1:
         raise InputError(f"a batch of {input_ids.shape[0]} sequences: castlm's decoding takes one at a time")
+    mask = inputs.get("attention_mask")
+    if inputs.get("inputs_embeds") is not None or (mask is not None and not bool(mask.all())):
+        raise InputError(
+            "castlm's decoding takes token ids without padding, and got inputs_embeds or an attention_mask with zeros: "
+            "leave custom_generate out"
+        )
     output = model(input_ids, use_cache=True, logits_to_keep=1)
     cache = next(value for value in output.values() if isinstance(value, Cache))
     state = DecoderState(model, cache, generation_config.max_length)

@@ -63,8 +63,9 @@ int64_t data_bytes(const Header& of) {
 }
 
 bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t columns, Header& of) {
-  const int64_t limit = int64_t(1) << 31;
+  const int64_t limit = int64_t(1) << 31, most_weights = int64_t(1) << 48;  // whose bytes do not overflow
   if (values < kBFloat16 || values > kInt4 || rows < 1 || columns < 1 || rows >= limit || columns >= limit) return false;
+  if (rows > most_weights / columns) return false;
   if (m ? n < 1 || n >= m || columns % m : n != 0) return false;
   const bool fits_panels = m == 4 && n <= 2;
   if (layout < 0) layout = m == 0 ? kDense : fits_panels && level() != kPlain ? kPanels : kRows;

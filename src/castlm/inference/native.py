@@ -162,8 +162,9 @@ def repack_(
         MemoryError: there is no memory for the threads.
     """
     values = values.contiguous()
-    mask = torch.empty(0, dtype=torch.uint8) if mask is None else mask.contiguous()
-    scales = torch.empty(0) if scales is None else scales.to(torch.float32).contiguous()
+    nothing = torch.empty(0, dtype=torch.uint8, device="cpu")  # whatever the default dtype and device
+    mask = nothing if mask is None else mask.contiguous()
+    scales = nothing.float() if scales is None else scales.to(torch.float32).contiguous()
     _check_plain("the buffer", buffer, torch.uint8)
     _check_plain("values", values, _DTYPES[kind])
     _check_plain("the mask", mask, torch.uint8)

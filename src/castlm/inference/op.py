@@ -35,7 +35,7 @@ def _packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     num_rows = math.prod(x.shape[:-1])
     if num_rows == 0:
         return x.new_empty((*x.shape[:-1], out_features))
-    if num_rows > DIRECT_ROWS:
+    if num_rows > DIRECT_ROWS and x.numel():  # `multiply` refuses rows without columns
         by = _in_parts if native.takes_many_rows(packed) else _by_gemm
         return by(x.reshape(num_rows, -1), packed, out_features).view(*x.shape[:-1], out_features)
     if x.dtype not in _KERNEL_DTYPES:
