@@ -185,7 +185,7 @@ def test_other_models_are_left_to_transformers_with_a_reason(family, over, reaso
     assert said == []  # a plain model has no other loop
     assert decoding_method(packed_model(family, **over), say=said.append) is None
     assert len(said) == 1
-    assert said[0].startswith("decoding takes transformers' loop, which is slower than decoder.cpp: ")
+    assert said[0].startswith("castlm's decoder is not used, which makes decoding slower: ")
     assert reason in said[0]
 
 

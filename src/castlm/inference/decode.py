@@ -63,7 +63,7 @@ def decoding_method(
     if reason is None:
         return functools.partial(decode, streamer=streamer)
     if any(isinstance(module, PackedLinear) for module in model.modules()):
-        say(f"decoding takes transformers' loop, which is slower than decoder.cpp: {reason}")
+        say(f"castlm's decoder is not used, which makes decoding slower: {reason}")
     return None
 
 
@@ -119,7 +119,7 @@ def _why_not(model: Any, options: dict[str, Any]) -> str | None:
     if native.kernels() is None:
         return native.NOT_BUILT
     if type(model).__module__ not in _MODULES:
-        return f"that has the layers of {', '.join(FAMILIES)}, not those of {type(model).__name__}"
+        return f"it has the layers of {', '.join(FAMILIES)}, not those of {type(model).__name__}"
     config, inner = model.config, model.model
     packed = [layer.self_attn.get_submodule(name) for layer in inner.layers for name in _ATTENTION]
     packed += [layer.mlp.get_submodule(name) for layer in inner.layers for name in _MLP]
@@ -129,8 +129,8 @@ def _why_not(model: Any, options: dict[str, Any]) -> str | None:
     holds = {
         "some layers are not packed": all(isinstance(layer, PackedLinear) for layer in (*packed, model.lm_head))
         and isinstance(inner.embed_tokens, PackedEmbedding),
-        f"that has no {', '.join(sorted(kinds))}": not kinds,
-        f"that computes silu, not {config.hidden_act}": config.hidden_act == "silu",
+        f"it has no {', '.join(sorted(kinds))}": not kinds,
+        f"it computes silu, not {config.hidden_act}": config.hidden_act == "silu",
         f"the {rope} rotary embedding changes with the length of the sequence": rope in _STATIC_ROPE,
         "the parameters are not all in fp32 on a CPU": inner.embed_tokens.weight.dtype == torch.float32
         and all(parameter.dtype == torch.float32 for parameter in parameters)
@@ -139,7 +139,7 @@ def _why_not(model: Any, options: dict[str, Any]) -> str | None:
         "some modules have forward hooks": not any(
             module._forward_hooks or module._forward_pre_hooks for module in model.modules()
         ),
-        "that takes one sequence, greedy or sampled, without stop strings": _samples_one_token(model, options),
+        "it takes one sequence, greedy or sampled, without stop strings": _samples_one_token(model, options),
     }
     return next((reason for reason, is_fine in holds.items() if not is_fine), None)
 
