@@ -153,6 +153,34 @@ def test_a_restart_does_not_resume_the_result_that_its_run_replaces(tmp_path, mo
     assert not again.resume
 
 
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_restart_resumes_its_own_job_alone(begins, tmp_path, monkeypatch):
+    """The run that is replaced has the same options; the first start is killed before or after it begins its own."""
+    finished_run(tmp_path)
+    config = config_of(tmp_path, overwrite=True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-2")
+    if begins:
+        RunFolder(tmp_path).begin(config)
+        saved = tmp_path / "checkpoints" / "step-00000001"
+        saved.mkdir(parents=True)
+        (saved / "manifest.json").touch()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = after_restart(config)
+    assert (again.resume, again.overwrite) == (begins, not begins)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-3")
+    assert after_restart(config) == config
+
+
+def test_overwrite_with_restarts_needs_the_id_of_the_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    config = config_of(tmp_path, overwrite=True)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert after_restart(config) == config
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(InputError, match="give torchrun a --rdzv-id"):
+        after_restart(config)
+
+
 def test_a_run_in_the_home_folder_is_all_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with claimed("~/run", "train") as claim:

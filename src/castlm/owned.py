@@ -22,7 +22,7 @@ RESULT = "castlm.json"
 """Record of a finished result; `files` in it maps each other file to its SHA-256."""
 
 OUTPUT = "castlm-output.json"
-"""Record of a run's folder: `command`, `run_id`, and `files` as in `RESULT`."""
+"""Record of a run's folder: `command`, `run_id`, the `job` of torchrun, and `files` as in `RESULT`."""
 
 LOCK, HOLDER = ".castlm.lock", ".castlm.holder.json"
 """The lock of an output folder, and who holds it."""

@@ -32,6 +32,7 @@ from castlm.yaml_file import read_yaml_mapping
 
 _ASIDE = "replaced"
 _STAYS = (OUTPUT, "model", _ASIDE)  # castlm-output.json is replaced by the new run's
+_NO_JOB = "none"  # torchrun's default of --rdzv-id, except on a single node, where it makes one up
 
 
 class RunFolder:
@@ -55,6 +56,12 @@ class RunFolder:
         found = read_record(self.path / OUTPUT).get("run_id")
         return found if isinstance(found, str) and found.isalnum() else None
 
+    @property
+    def job(self) -> str | None:
+        """The job of torchrun that has begun this run; None if none has."""
+        found = read_record(self.path / OUTPUT).get("job")
+        return found if isinstance(found, str) else None
+
     def begin(self, config: TrainConfig) -> None:
         """Makes this the folder of a new run, and sets aside what an earlier one has left.
 
@@ -68,7 +75,8 @@ class RunFolder:
         self._undo_interrupted()
         text = config.as_yaml()
         files = {"config.yaml": hashlib.sha256(text.encode()).hexdigest()}
-        record = json.dumps({"command": "train", "run_id": secrets.token_hex(8), "files": files}, indent=2)
+        names = {"command": "train", "run_id": secrets.token_hex(8), "job": _job()}
+        record = json.dumps({**names, "files": files}, indent=2)
         try:
             with (
                 disk_full_is_said(self.path),
@@ -151,15 +159,30 @@ class RunFolder:
             folder.rmdir()
 
 
+def _job() -> str | None:
+    """What torchrun calls this job over all of its restarts; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
 def after_restart(config: TrainConfig) -> TrainConfig:
     """`config` as `torchrun --max-restarts` needs it when it starts the ranks again.
 
-    A run that the start before has begun is resumed, or started from step 0 where it has saved nothing. The folder of
-    another run is left to the checks of a first start.
+    A run that an earlier start of this job has begun is resumed, or started from step 0 where it has saved nothing. The
+    folder of another run, which this one may replace, is left to the checks of a first start.
+
+    Raises:
+        InputError: `overwrite` with restarts of a job that has no id.
     """
+    if config.overwrite and _job() == _NO_JOB and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise InputError(
+            "overwrite with --max-restarts needs to know the job, to tell its run from the one that it replaces: give "
+            "torchrun a --rdzv-id that is new for each job"
+        )
     if config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return config
     folder = RunFolder(config.output_dir)
+    if folder.job != _job():
+        return config
     try:
         begun = TrainConfig.from_mapping(read_yaml_mapping(str(folder.path / "config.yaml")))
     except InputError:
