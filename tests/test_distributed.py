@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import json
@@ -33,6 +34,7 @@ from castlm.core.shards import local, whole
 from castlm.core.sparsify import sparse_linears, sparse_param_groups
 from castlm.data.loader import BatchLoader
 from castlm.distributed import export
+from castlm.distributed import world as distributed_world
 from castlm.distributed.loading import load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
 from castlm.distributed.world import close_world, init_world
@@ -203,14 +205,30 @@ def test_experts_in_a_list_get_their_own_gradients(tmp_path):
     run_ranks(call_other_experts, 2, folder=tmp_path)
 
 
-def wait_for_the_main_rank() -> None:
-    world = init_world("cpu", "full", timeout_s=2)
-    assert world.on_main(lambda: time.sleep(3) or 7, beats=True) == 7
-    close_world(world)
+def wait_for_the_main_rank(reports: bool) -> None:
+    collectives_s, part_s = 2, 0.2
+    world = replace(init_world("cpu", "full", timeout_s=collectives_s), timeout_s=part_s)
+    told = world.reported(lambda done, total: None)
+    distributed_world.PATIENCE = 2
+
+    def work(hangs: bool) -> int:
+        for part in range(12):  # longer than a collective waits
+            time.sleep(part_s)
+            if reports and not (hangs and part):
+                told(part, 12)
+        return 7
+
+    assert world.on_main(lambda: work(hangs=False), beats=True) == 7
+    if not reports:
+        return
+    with contextlib.suppress(RuntimeError) if world.is_main else pytest.raises(RuntimeError):
+        world.on_main(lambda: work(hangs=True), beats=True)
 
 
-def test_ranks_wait_for_a_main_rank_that_is_at_work(tmp_path):
-    run_ranks(wait_for_the_main_rank, 2, folder=tmp_path)
+@pytest.mark.parametrize("reports", [False, True])
+def test_ranks_wait_for_a_main_rank_that_is_at_work(reports, tmp_path):
+    """Where it has reported progress, they give up when it reports no more."""
+    run_ranks(wait_for_the_main_rank, 2, reports, folder=tmp_path)
 
 
 ROTATED = {"init_from": "sparsegpt", "calibration_sequences": 8, "max_steps": 4, "eval_steps": 4, "rotate": "residual"}

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import re
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -22,10 +23,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from castlm.core.errors import InputError
 from castlm.hardware import choose_device
+from castlm.progress import note
 
 T = TypeVar("T")
 # How long to wait for ranks that may only be late, once a collective has failed.
 DIAGNOSIS_S = 10
+# How many times `timeout_s` the other ranks wait for the next sign of progress of the main rank.
+PATIENCE = 24
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class World:
     control: dist.ProcessGroup | None = None
     saving: dist.ProcessGroup | None = None
     timeout_s: float = 600
+    progress: threading.Event = field(default_factory=threading.Event, compare=False)
+    """Set by work of `on_main` whenever a part of it is done, for `reported`."""
 
     @property
     def is_main(self) -> bool:
@@ -81,7 +87,8 @@ class World:
 
         Args:
             beats: let a thread tell the waiting ranks that the main rank is at work, for an action that may take longer
-                than `timeout_s`. They wait for it even if it hangs.
+                than `timeout_s`. They wait for it even if it hangs, unless it has `reported` progress: then they wait
+                for the next sign of it `PATIENCE` times as long.
 
         Raises:
             InputError, OSError: raised by `action` there. The other ranks raise `SystemExit`, so that one rank reports
@@ -108,10 +115,18 @@ class World:
         done = threading.Event()
 
         def beat() -> None:
+            pause, limit = self.timeout_s / 4, PATIENCE * self.timeout_s
+            silent = -math.inf  # until the work reports
             with contextlib.suppress(RuntimeError):  # a rank has ended, as the next message will find
-                while not done.wait(self.timeout_s / 4):
+                while not done.wait(pause):
+                    silent = 0.0 if self.progress.is_set() else silent + pause
+                    self.progress.clear()
+                    if silent >= limit:
+                        note(f"the main rank has made no progress for {limit:g} s: the others stop waiting for it")
+                        return
                     self._tell([True, None, None])
 
+        self.progress.clear()
         thread = threading.Thread(target=beat, name="alive", daemon=True)
         thread.start()
         try:
@@ -119,6 +134,15 @@ class World:
         finally:
             done.set()
             thread.join()
+
+    def reported(self, told: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """`told(done, total)`, which also shows the waiting ranks that an action of `on_main` makes progress."""
+
+        def tell(done: int, total: int) -> None:
+            self.progress.set()
+            told(done, total)
+
+        return tell
 
     def _tell(self, values: list[Any]) -> None:
         """Copies the main rank's `values` to every rank, in place; any picklable objects."""

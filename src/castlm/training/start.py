@@ -131,7 +131,7 @@ def _prune(
                 images=images,
                 filter_fn=filter_fn,
                 say=note,
-                progress=progress,
+                progress=world.reported(progress),
             )
         start.stream_basis = basis.stream_basis
         if basis.changes or config.reconstruct_epochs:
@@ -148,7 +148,7 @@ def _prune(
                 refinements=refinements,
                 seed=config.seed,
                 filter_fn=filter_fn,
-                progress=progress,
+                progress=world.reported(progress),
             )
     except InputError as error:
         raise InputError(f"init_from {solver}: {error}; init_from magnitude does without") from None
