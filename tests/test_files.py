@@ -20,6 +20,7 @@ from castlm.core.errors import InputError
 from castlm.disk import disk_full_is_said, is_disk_full
 from castlm.files import (
     atomic_dir,
+    atomic_file,
     atomic_write_json,
     make_writable,
     remove_stale_temporaries,
@@ -279,6 +280,26 @@ def test_atomic_write_json(tmp_path):
         atomic_write_json(file, {"b": object()})
     assert json.loads(file.read_text())["b"] == [1, None]
     assert entries(tmp_path) == ["a.json"]
+
+
+def test_the_next_writer_of_a_file_removes_what_killed_ones_have_left(tmp_path):
+    child = os.fork()
+    if not child:
+        try:
+            with atomic_file(tmp_path / "a.json") as temporary:
+                temporary.write_text("half")
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    os.waitpid(child, 0)
+    (left,) = entries(tmp_path)
+    here = left.rpartition("@")[2]
+    live = [f".a.json.tmp-{pid}-0123@{here}" for pid in (os.getpid(), os.getppid())]
+    others = [left.replace("a.json", "b.json"), f"{left}-of-another-machine", ".a.json.tmp-notes"]
+    for name in (*live, *others):
+        (tmp_path / name).touch()
+    atomic_write_json(tmp_path / "a.json", {})
+    assert entries(tmp_path) == sorted(["a.json", *live, *others])
 
 
 def test_sha256_file(tmp_path):

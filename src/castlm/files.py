@@ -203,9 +203,9 @@ def remove_stale_temporaries(parent: str | Path, name: str) -> None:
                 probe.rmdir()
 
 
-def _temporary_name(name: str, kind: str) -> str:
-    """The process's number alone is not unique on a disk that machines share."""
-    return f".{name}.{kind}-{os.getpid()}@{socket.gethostname()}"
+def _temporary_name(name: str, kind: str, mark: str = "") -> str:
+    """The process's number alone is not unique on a disk that machines share; `mark` tells its threads apart."""
+    return f".{name}.{kind}-{os.getpid()}{mark}@{socket.gethostname()}"
 
 
 def _stale(final: Path, kind: str) -> list[Path]:
@@ -215,10 +215,11 @@ def _stale(final: Path, kind: str) -> list[Path]:
 
 
 def _may_be_written(writer: str) -> bool:
-    pid, _, host = writer.partition("@")
+    process, _, host = writer.partition("@")
+    pid, _, mark = process.partition("-")
     if not pid.isdigit() or host != socket.gethostname():
         return True  # a name that this module does not give, or a process that cannot be seen from here
-    return int(pid) != os.getpid() and is_alive(int(pid))
+    return (mark != "" or int(pid) != os.getpid()) and is_alive(int(pid))
 
 
 def is_alive(pid: int) -> bool:
@@ -264,12 +265,16 @@ def flush_folder(folder: Path) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` to write, renamed over it when the block ends without an error; else removed.
 
-    Not flushed to the disk: that is the writer's, where a power cut matters."""
+    Not flushed to the disk: that is the writer's, where a power cut matters. What killed writers of `path` have left is
+    removed.
+    """
     if os.path.lexists(path) and not os.path.isfile(path):  # such as /dev/stdout, a link to a pipe
         raise InputError(f"{path} is not a regular file: name another file")
     path = Path(os.path.realpath(path))  # of a link, the file behind it is replaced
-    # the process's number alone is not its own on a disk that machines share
-    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    with contextlib.suppress(OSError):  # one that may not be listed or removed stays
+        for left in _stale(path, "tmp"):
+            left.unlink(missing_ok=True)
+    temporary = path.parent / _temporary_name(path.name, "tmp", f"-{secrets.token_hex(4)}")
     try:
         yield temporary
         os.replace(temporary, path)
