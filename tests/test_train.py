@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.calibration import draw_calibration
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.prune import prune_oneshot_
+from castlm.signals import ending_on_sigterm
 from castlm.training import start
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
@@ -504,11 +506,29 @@ def test_sigterm_while_loading_ends_with_a_line(llama, text, tmp_path):
         assert process.is_alive(), (tmp_path / "log").read_text()
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
-    (code,) = wait_ranks([process], 60)
+    (code,) = wait_ranks([process], 240)
     errors = (tmp_path / "log").read_text()
     assert code in (143, 0), errors  # 0: it has come to its first step by then, and has saved it
     assert "castlm: stopped" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("block", "error"), [(ending_on_sigterm, SystemExit), (Interrupt, Interrupted)])
+def test_sigterm_in_a_destructor_is_not_lost(block, error, capsys):
+    class Destructor:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def work() -> None:
+        with block():
+            Destructor()
+            time.sleep(10)
+
+    handler, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    with pytest.raises(error):
+        work()
+    assert "Traceback" not in capsys.readouterr().err
+    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == (handler, hook)
 
 
 def test_gradual_pruning_without_a_refresh_in_its_second_half_is_refused(llama, text, tmp_path):

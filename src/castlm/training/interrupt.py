@@ -4,14 +4,15 @@ while it loads, at once, because there is nothing to save. A second Ctrl-C alway
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import signal
 import threading
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 
 from castlm.progress import note
+from castlm.signals import sent_again
 
 
 class Interrupted(BaseException):
@@ -38,7 +39,7 @@ class Interrupt:
         self.signal: int | None = None
         self._is_training = False
         self._ends_with = "stopping after this step, with everything saved"
-        self._old: dict[int, Any] = {}
+        self._undo = contextlib.ExitStack()
 
     @property
     def requested(self) -> bool:
@@ -54,12 +55,16 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._undo.enter_context(sent_again(self._signal_of))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._undo.callback(signal.signal, number, signal.signal(number, self._handle))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+        self._undo.close()
+
+    def _signal_of(self, error: BaseException | None) -> int | None:
+        return self.signal if isinstance(error, Interrupted) else None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._is_training:
