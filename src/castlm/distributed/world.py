@@ -48,7 +48,7 @@ class World:
     saving: dist.ProcessGroup | None = None
     timeout_s: float = 600
     progress: threading.Event = field(default_factory=threading.Event, compare=False)
-    """Set by work of `on_main` whenever a part of it is done, for `reported`."""
+    """Set by `reported` whenever a part of the work of `on_main` is done."""
 
     @property
     def is_main(self) -> bool:

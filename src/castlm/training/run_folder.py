@@ -32,7 +32,7 @@ from castlm.yaml_file import read_yaml_mapping
 
 _ASIDE = "replaced"
 _STAYS = (OUTPUT, "model", _ASIDE)  # castlm-output.json is replaced by the new run's
-_NO_JOB = "none"  # torchrun's default of --rdzv-id, except on a single node, where it makes one up
+_NO_JOB = "none"  # the default of --rdzv-id; on a single node torchrun generates one instead
 
 
 class RunFolder:
@@ -175,7 +175,7 @@ def after_restart(config: TrainConfig) -> TrainConfig:
     """
     if config.overwrite and _job() == _NO_JOB and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise InputError(
-            "overwrite with --max-restarts needs to know the job, to tell its run from the one that it replaces: give "
+            "overwrite with --max-restarts: a restart cannot tell this job's run from the one that it replaces; give "
             "torchrun a --rdzv-id that is new for each job"
         )
     if config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
