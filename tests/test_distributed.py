@@ -205,30 +205,32 @@ def test_experts_in_a_list_get_their_own_gradients(tmp_path):
     run_ranks(call_other_experts, 2, folder=tmp_path)
 
 
-def wait_for_the_main_rank(reports: bool) -> None:
-    collectives_s, part_s = 2, 0.2
-    world = replace(init_world("cpu", "full", timeout_s=collectives_s), timeout_s=part_s)
+def wait_for_the_main_rank(gave_up: Path) -> None:
+    collectives_s, beat_s, patience = 2, 0.05, 4
+    world = replace(init_world("cpu", "full", timeout_s=collectives_s), timeout_s=4 * beat_s)
     told = world.reported(lambda done, total: None)
-    distributed_world.PATIENCE = 2
+    distributed_world.PATIENCE = patience
 
-    def work(hangs: bool) -> int:
-        for part in range(12):  # longer than a collective waits
-            time.sleep(part_s)
-            if reports and not (hangs and part):
-                told(part, 12)
+    def work() -> int:
+        time.sleep(1.5 * patience * world.timeout_s)  # without a report, as a model is loaded
+        for part in range(180):
+            time.sleep(0.01)
+            told(part, 180)
         return 7
 
-    assert world.on_main(lambda: work(hangs=False), beats=True) == 7
-    if not reports:
-        return
+    def hang() -> None:
+        told(1, 2)
+        while not gave_up.exists():
+            time.sleep(0.01)
+
+    assert world.on_main(work, beats=True) == 7
     with contextlib.suppress(RuntimeError) if world.is_main else pytest.raises(RuntimeError):
-        world.on_main(lambda: work(hangs=True), beats=True)
+        world.on_main(hang, beats=True)
+    gave_up.touch()
 
 
-@pytest.mark.parametrize("reports", [False, True])
-def test_ranks_wait_for_a_main_rank_that_is_at_work(reports, tmp_path):
-    """Where it has reported progress, they give up when it reports no more."""
-    run_ranks(wait_for_the_main_rank, 2, reports, folder=tmp_path)
+def test_ranks_wait_for_a_main_rank_until_it_reports_no_more_progress(tmp_path):
+    run_ranks(wait_for_the_main_rank, 2, tmp_path / "gave_up", folder=tmp_path)
 
 
 ROTATED = {"init_from": "sparsegpt", "calibration_sequences": 8, "max_steps": 4, "eval_steps": 4, "rotate": "residual"}
