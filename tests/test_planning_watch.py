@@ -72,6 +72,13 @@ def test_ramp_that_ends_between_evaluations_is_found():
     assert report.predicted == pytest.approx(truth(end=0.47), rel=5e-3)
 
 
+def test_many_evaluations_are_no_reason_to_wait():
+    report = extrapolate_run(rows(total_steps=1000, every=5, end=0.1, upto=0.7), total_steps=1000)
+    assert report.num_used == 120
+    assert report.predicted == pytest.approx(truth(total_steps=1000, end=0.1), rel=2e-3)
+    assert "(90 %: " in report.message
+
+
 @pytest.mark.parametrize("decay", ["proportional", None])
 def test_methods_whose_decay_never_ends_use_the_whole_curve(decay):
     report = extrapolate_run(rows(upto=0.6, decays=False), total_steps=100, decay=decay)

@@ -19,13 +19,13 @@ from castlm.core.errors import InputError
 from castlm.planning.fit import fit_law
 from castlm.planning.law import Law, interval
 from castlm.planning.points import Point
+from castlm.planning.solve import SAME_BUDGET
 from castlm.reading import user_path
 from castlm.training.config import flatten
 from castlm.training.metrics_file import read_evaluations
 from castlm.yaml_file import read_yaml_mapping
 
 MIN_POINTS = 3
-MAX_POINTS = 200  # of a longer curve, evenly spaced
 MIN_SPREAD = 1.2
 
 
@@ -57,7 +57,9 @@ def extrapolate_run(
 
     The power law is fitted over the tokens since the end of the decay, or the loglinear law if the points show no
     floor. The interval covers the intervals of two fits, to all points and (from six points on) to their later half,
-    whose disagreement shows how far the curve is from the law.
+    whose disagreement shows how far the curve is from the law. Of evaluations that are less than 2 % apart in tokens,
+    the last is fitted: a fit takes them for runs of one budget with different seeds, while neighbours on one curve
+    share most of their noise.
 
     Args:
         rows: evaluation rows in order, as `read_evaluations` gives them: `step`, `tokens`, `prune_now_ppl`, `alpha`.
@@ -89,8 +91,7 @@ def extrapolate_run(
             f"too early: {len(used)} evaluations {note}, {MIN_POINTS} are needed ({excluded} before that are left out)"
         )
         return WatchReport("too early", message, final_tokens, len(used), excluded)
-    kept = np.unique(np.linspace(0, len(used) - 1, min(len(used), MAX_POINTS)).round().astype(int))
-    points = [Point(used[i]["tokens"] - start, used[i]["prune_now_ppl"]) for i in kept]
+    points = _spaced([Point(row["tokens"] - start, row["prune_now_ppl"]) for row in used])
     try:
         laws = [_fit(points)]
         if len(points) >= 2 * MIN_POINTS:
@@ -103,8 +104,8 @@ def extrapolate_run(
     predicted = float(np.exp(laws[0].loss(left)))
     verdict, judgement = _judge(target_ppl, low, high)
     message = (
-        f"{verdict}: perplexity {predicted:.4g} ({low:.4g} to {high:.4g}) at {final_tokens:.3g} tokens{judgement}, "
-        f"from {len(used)} evaluations {note} ({excluded} left out), {laws[0].form} law"
+        f"{verdict}: perplexity {predicted:.4g} (90 %: {low:.4g} to {high:.4g}) at {final_tokens:.3g} tokens"
+        f"{judgement}, from {len(used)} evaluations {note} ({excluded} left out), {laws[0].form} law"
     )
     return WatchReport(verdict, message, final_tokens, len(used), excluded, predicted, low, high, laws[0].form)
 
@@ -169,6 +170,15 @@ def _healing(rows: Sequence[Mapping[str, Any]], decay: str | None) -> tuple[floa
     last = started[-1]  # alpha in a row is the value at the start of its step, (step - 1) / end
     end = (last["step"] - 1) / last["alpha"] * last["tokens"] / last["step"]
     return min(max(end, last["tokens"]), healing[0]["tokens"] * (1 - 1e-9)), healing, words
+
+
+def _spaced(points: Sequence[Point]) -> list[Point]:
+    """Those of `points`, whose tokens ascend, that a fit counts as distinct budgets; the last is among them."""
+    kept: list[Point] = []
+    for point in reversed(points):
+        if not kept or math.log(kept[-1].tokens / point.tokens) > SAME_BUDGET:
+            kept.append(point)
+    return kept[::-1]
 
 
 def _fit(points: Sequence[Point]) -> Law:
