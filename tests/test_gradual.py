@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from castlm.core.pattern import NM, count_nm_violations
@@ -9,6 +12,7 @@ from castlm.core.sparsify import is_sparse_linear, weight_parameter
 from castlm.methods.base import forward_mask
 from castlm.methods.gradual import GradualMagnitude
 from castlm.training.config import TrainConfig
+from castlm.training.finish import perplexities_when_sparse
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 IDS = torch.randint(0, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -40,3 +44,14 @@ def test_masked_weights_get_no_gradient_and_the_masks_stay_from_the_second_half_
     assert shares == sorted(shares)
     assert (shares[0], shares[4]) == (0.0, 0.5)
     assert count_nm_violations(last.float()) == 0
+
+
+@pytest.mark.parametrize(("method", "found"), [("gradual_magnitude", [70.0, 60.0]), ("cast", []), ("dense", [])])
+def test_a_run_is_judged_by_what_it_measured_since_every_group_is_masked(method, found):
+    config = TrainConfig("m", "d", "o", method=method, max_steps=40, mask_interval=5)
+    perplexities = {0: 5.0, 20: 40.0, 24: 50.0, 25: 70.0, 30: 60.0, 40: 55.0}
+    figures = {str(step): {"perplexity": value} for step, value in perplexities.items()}
+    if method != "dense":
+        figures = {step: figure | {"prune_now_ppl": figure["perplexity"]} for step, figure in figures.items()}
+    run = SimpleNamespace(config=config, figures=figures, is_sparse=method != "dense")
+    assert perplexities_when_sparse(run) == found

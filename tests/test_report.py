@@ -253,6 +253,17 @@ def test_a_run_that_improved_and_is_no_use_yet_has_not_diverged():
     assert "problem" not in verdict({"dense": 5.0, "one_shot": 60.0, "pruned": 20.0})
 
 
+def test_a_run_without_a_sparse_start_has_diverged_if_it_rose_and_not_if_it_is_merely_poor():
+    poor = {"dense": 5.0, "before_prune": 75.0, "pruned": 75.0}
+    for earlier in ([], [90.0, 80.0], [60.0, math.inf]):
+        assert verdict(poor, earlier)["problem"] == "FELL SHORT"
+    risen = verdict(poor, [90.0, 30.0])
+    assert risen["problem"] == "DIVERGED"
+    assert "2.50 times the lowest that it had reached (30.000)" in risen["reason"]
+    assert verdict({"dense": 5.0, "before_prune": 75.0, "trained": 75.0})["problem"] == "DIVERGED"  # the dense control
+    assert verdict({"dense": 5.0, "before_prune": math.nan, "pruned": math.nan}, [30.0])["problem"] == "DIVERGED"
+
+
 def test_options_of_a_variant_are_those_that_have_an_effect():
     common = TrainConfig("model", "text", "run", eta=0.5)
     runs = {

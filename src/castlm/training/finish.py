@@ -195,7 +195,17 @@ def finished_record(run: TrainedRun, histogram: dict[str, Any]) -> dict[str, Any
     if not run.is_sparse:
         trained = run.figures[str(run.config.max_steps)]["perplexity"]
         record |= {"pattern": None, "perplexity": {**record["perplexity"], "trained": trained}}
-    return record | {"verdict": verdict(record["perplexity"])}
+    return record | {"verdict": verdict(record["perplexity"], perplexities_when_sparse(run))}
+
+
+def perplexities_when_sparse(run: TrainedRun) -> list[float]:
+    """What a run that becomes sparse on the way measured before its end, once every group was n:m: from the first mask
+    refresh of its second half on. Empty for runs that start sparse, and for the dense control."""
+    config = run.config
+    if not (run.is_sparse and METHODS[config.method].starts_dense):
+        return []
+    first = config.max_steps / 2 + config.mask_interval
+    return [f["prune_now_ppl"] for step, f in run.figures.items() if first <= int(step) < config.max_steps]
 
 
 def say_result(run: TrainedRun, record: dict[str, Any]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 FAR_FACTOR = 10.0
 """A result whose perplexity is more than this many times the dense model's is no use, even if it improved."""
+RISE_FACTOR = 2.0
+"""Such a run diverged if it had no sparse start, and ended at more than this many times its own earlier perplexity."""
 
 _DIVERGED = {"problem": "DIVERGED", "remedy": "lower learning_rate"}
 _FELL_SHORT = {"problem": "FELL SHORT", "remedy": "train for more steps"}
@@ -26,17 +28,19 @@ def problem(verdict: Mapping[str, Any]) -> str | None:
     return None if verdict.get("ok", True) else str(verdict.get("problem", "diverged")).lower()
 
 
-def verdict(perplexities: Mapping[str, float]) -> dict[str, Any]:
+def verdict(perplexities: Mapping[str, float], earlier: Iterable[float] = ()) -> dict[str, Any]:
     """Whether training left the model better than it found it, and why.
 
     Args:
         perplexities: `record["perplexity"]` of a run: `pruned` (of the dense control `trained`), and `dense` and
             `one_shot` where they were measured; of a fine-tuning run, `start`.
+        earlier: of a run that becomes sparse on the way, and has no one-shot start, its perplexities since it is.
 
     Returns:
         `{"ok": bool, "reason": str}`. `ok` is False when the run diverged (the perplexity is not finite, or above that
         of the one-shot start; of a fine-tuning run, above that of the model before), or is above ten times that of the
-        dense model. "problem" and "remedy" then say which, and what helps.
+        dense model. "problem" and "remedy" then say which, and what helps. Without a start, a run far from the dense
+        model diverged if it is the dense control, or above twice the lowest of `earlier`; otherwise it fell short.
 
     Examples:
         >>> verdict({"dense": 6.0, "one_shot": 14.0, "pruned": 8.0})["reason"]
@@ -59,5 +63,9 @@ def verdict(perplexities: Mapping[str, float]) -> dict[str, Any]:
     if dense is not None:
         parts.append(f"{found / dense:.2f} times the dense model ({dense:,.3f})")
         if ok and found > FAR_FACTOR * dense:
-            ok, problem = False, _DIVERGED if one_shot is None else _FELL_SHORT
+            lowest = min(filter(math.isfinite, earlier), default=math.inf)
+            ok, problem = False, _DIVERGED if "trained" in perplexities else _FELL_SHORT
+            if found > RISE_FACTOR * lowest:
+                parts.append(f"{found / lowest:.2f} times the lowest that it had reached ({lowest:,.3f})")
+                problem = _DIVERGED
     return {"ok": ok, "reason": ", ".join(parts), **problem}
