@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from castlm.core.errors import InputError
 from castlm.data import documents as documents_module
@@ -535,6 +536,34 @@ def test_evaluation_tokens_of_a_real_tokenizer(stories260k, monkeypatch, piece_b
     tokenizer = AutoTokenizer.from_pretrained(stories260k)
     text = " \n = A title = \n\n Once upon a time there was a cat .\nIt slept .\n" * 30
     assert token_ids(Documents.from_texts([text]), tokenizer).tolist() == tokenizer(text)["input_ids"]
+
+
+def splitting_tokenizer(regex):
+    """Splits a text as `regex` does. A token is a byte, two or four line breaks, or a full stop with two of them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ċ", "Ċ"), ("ĊĊ", "ĊĊ"), (".", "ĊĊ")]
+    vocab = {symbol: i for i, symbol in enumerate([*alphabet, *(one + two for one, two in merges), EOS])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), "isolated"), bytes_of])
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+
+
+@pytest.mark.parametrize(
+    "regex",
+    [
+        r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # GPT-2
+        r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",  # Llama 3
+    ],
+)
+@pytest.mark.parametrize("between", ["\n\n", ".\n\n", "\n\n\n\n", " \n \n", "。\r\n\r\n"])
+def test_a_border_behind_blank_lines_changes_no_token(monkeypatch, regex, between):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 50)
+    text = between.join(["word" * 8, "字" * 12] * 6)
+    tokenizer, documents = splitting_tokenizer(regex), Documents.from_texts([text])
+    assert len(list(documents.pieces(None))) > 3
+    assert token_ids(documents, tokenizer).tolist() == tokenizer(text)["input_ids"]
 
 
 def test_end_of_text_is_not_the_end_of_a_turn():

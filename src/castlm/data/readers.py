@@ -34,8 +34,8 @@ READ_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 30  # of a JSON line: a compressed file may hold one that does not fit in memory
 
 _INK = re.compile(rb"\S")
-# Tokenizers split at these places themselves, so the tokens are those of the whole text. After an empty line, GPT-2's
-# takes a line break at the end of a text for another token than one before a line.
+# Tokenizers split at these places themselves, so the tokens are those of the whole text, as `castlm.data.tokens` shows
+# them what stands on the other side. The start of a line behind a blank one is the last choice.
 _LINE_START = re.compile(rb"(?<=\S\n)(?=\S)")
 _WORD_START = re.compile(rb"(?<=\S)(?= \S)")
 _ANY_START = re.compile(rb"(?<=\n)(?=\S)|(?<=\S)(?= \S)")

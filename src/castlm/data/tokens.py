@@ -70,7 +70,8 @@ class Encoder:
         bos = tokenizer.bos_token_id
         self.bos = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
         """The tokens that the tokenizer itself puts before a text."""
-        (self._line_break,) = self.plain(["\n"])
+        self._line_break, with_letter = self.plain(["\n", "\na"])
+        self._letter = with_letter[len(self._line_break) :]
         self._first = self.bos if self.bos != [self.eos] else []  # where it is the end-of-text of the document before
 
     def __call__(self, pieces: list[Piece]) -> list[Tokens]:
@@ -87,14 +88,18 @@ class Encoder:
         return Tokens.of(ids, [*[True] * (len(ids) - 1), False] if piece.is_cut else None, piece.first)
 
     def _ids_of(self, pieces: list[Piece]) -> list[list[int]]:
-        """The tokens of pieces of plain text, as in the whole text: a piece in the middle of one is tokenized behind a
-        line break, because some tokenizers put a space before the first word that they are given."""
-        found = self.plain([piece.text if piece.first else f"\n{piece.text}" for piece in pieces])
-        for number, piece in enumerate(pieces):
-            if not piece.first:
-                count = len(self._line_break)
-                is_apart = found[number][:count] == self._line_break
-                found[number] = found[number][count:] if is_apart else self.plain([piece.text])[0]
+        """The tokens of pieces of plain text, as in the whole text. A piece in the middle of one is tokenized behind a
+        line break, because some tokenizers put a space before the first word that they are given. One that ends with a
+        line break is tokenized before a letter, because GPT-2's joins the line breaks at the end of what it is given,
+        where the last one before a word is a token of its own."""
+        before = ["" if piece.first else "\n" for piece in pieces]
+        after = ["a" if piece.text.endswith("\n") and not piece.last else "" for piece in pieces]
+        found = self.plain([start + piece.text + end for start, piece, end in zip(before, pieces, after)])
+        for number, (start, piece, end) in enumerate(zip(before, pieces, after)):
+            ids, head, tail = found[number], self._line_break if start else [], self._letter if end else []
+            stop = len(ids) - len(tail)
+            is_apart = ids[: len(head)] == head and ids[stop:] == tail
+            found[number] = ids[len(head) : stop] if is_apart else self.plain([piece.text])[0]
         return found
 
     def conversation(self, rendered: Rendered) -> Tokens:
