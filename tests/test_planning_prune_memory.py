@@ -58,6 +58,26 @@ def test_wanda_needs_vectors_only_and_magnitude_has_no_plan():
         plan_prune_memory(CONFIG, method="magnitude")
 
 
+def test_gradients_of_the_taylor_score_are_those_of_the_layers_with_units():
+    plans = {
+        method: plan_prune_memory(
+            CONFIG, memory="model", method=method, pattern="channels:0.5", num_sequences=4, seq_len=32
+        )
+        for method in ("flap", "taylor")
+    }
+    taylor = plans["taylor"]
+    assert taylor.components["gradients"] == 4 * LAYERS * 3 * HIDDEN * NEURONS
+    passed = 4 * 2048
+    states, blocks, logits = LAYERS * HIDDEN, 2 * (4 * NEURONS + 10 * HIDDEN), 4 * VOCAB
+    assert taylor.components["kept for backward"] == passed * (states + blocks + logits)
+    assert taylor.phases.keys() - plans["flap"].phases.keys() == {"gradients"}
+    assert "basis" not in taylor.phases
+    with pytest.raises(InputError, match="memory 'block' is not for channels"):
+        plan_prune_memory(CONFIG, method="taylor", pattern="channels:0.5")
+    with pytest.raises(InputError, match="'sparsegpt' reads no calibration text for channels"):
+        plan_prune_memory(CONFIG, memory="model", pattern="channels:0.5")
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gemma"])
 def test_families_with_other_names_are_planned(tmp_path, family):
     folder = save_tiny(tmp_path, family)
@@ -72,6 +92,8 @@ def test_the_command_prints_the_phases_and_the_peak(tmp_path, capsys):
     assert all(word in said for word in ("phase: solve", "phase: enter", "peak", "hidden states on disk"))
     assert command.main([*arguments, "--memory", "model"]) == 0
     assert "phase: verify" in capsys.readouterr().out
+    assert command.main([*arguments, "--pattern", "heads:0.5"]) == 0  # whose default is taylor
+    assert "phase: gradients" in capsys.readouterr().out
     with pytest.raises(InputError, match="--world-size is of a training run"):
         command.main([*arguments, "--world-size", "8"])
 

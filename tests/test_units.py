@@ -115,6 +115,19 @@ def test_n_of_m_is_solved_in_what_is_left():
     assert torch.equal((small == 0).sum(1), torch.full((32,), 24))
 
 
+def test_gradients_are_those_of_a_plain_backward_pass_that_runs_each_block_again():
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    layers, _ = sparse_linears(model, "channels:0.5")
+    calls = []
+    hook = next(iter(layers.values())).register_forward_pre_hook(lambda *_: calls.append(1))
+    found = loss_gradients(model, layers, TOKENS)
+    hook.remove()
+    assert len(calls) == 2
+    plain(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(torch.equal(found[name], plain.get_submodule(name).weight.grad) for name in layers)
+    assert all("forward" not in vars(block) for block in model.model.layers)
+
+
 def test_gradients_leave_the_model_as_it_was():
     model = tiny_model("llama")
     model.model.embed_tokens.weight.requires_grad_(False)

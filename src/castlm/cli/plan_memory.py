@@ -11,7 +11,7 @@ from castlm.cli.options import parse, refuse_given
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.oneshot.options import UNIT_SCORES
+from castlm.oneshot.options import UNIT_SCORES, default_start
 from castlm.training.sections import HIDDEN_WEIGHT
 
 _OF_TRAINING = ("gpu", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "scale_groups")
@@ -73,7 +73,8 @@ class MemoryCommand:
     """Predict `castlm prune` on a CPU instead, for calibration_sequences of seq_len tokens."""
 
     memory: Literal["model", "block"] = "block"
-    """With --prune, what is held: the whole model, or one transformer block."""
+    """With --prune, what is held: the whole model, or one transformer block. A structured pattern takes the whole
+    model."""
 
     gpu: str | None = None
     """Card that the run should fit on: h100, a100, ..., or a number of GiB."""
@@ -110,11 +111,12 @@ class MemoryCommand:
         from castlm.planning.prune_memory import plan_prune_memory
 
         refuse_given(self, _OF_TRAINING, "is of a training run: leave it out with --prune")
+        pattern = Pattern.parse(self.pattern)
         plan = plan_prune_memory(
             self.model,
-            memory=self.memory,
-            method=self.init_from or "sparsegpt",
-            pattern=Pattern.parse(self.pattern),
+            memory="model" if is_structured(pattern) else self.memory,
+            method=self.init_from or default_start(pattern),
+            pattern=pattern,
             num_sequences=self.calibration_sequences,
             seq_len=self.seq_len,
         )

@@ -8,12 +8,15 @@ the weights that are left of the output layer are solved for by least squares on
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from castlm.architecture import eval_mode
@@ -27,11 +30,12 @@ from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import MIN_DAMPING, damped, refit, row_energies
 from castlm.oneshot.sparsegpt import sparsegpt
 from castlm.oneshot.unit_inputs import InputStatistic, see_statistics
-from castlm.oneshot.walk import Images, walk
+from castlm.oneshot.walk import Images, block_stack, walk
 
 TAYLOR_SEQUENCES = 32
 """Calibration sequences that the Taylor score runs backward."""
-_BACKWARD_TOKENS = 2048  # a pass
+BACKWARD_TOKENS = 2048
+"""Tokens of a pass of it, or one sequence."""
 _BLOCK_COLUMNS = 128  # of SparseGPT
 
 
@@ -135,12 +139,12 @@ def prune_units_(
     num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
     report = OneshotReport(score, str(pattern), num_sequences, seq_len, to.damping, left_dense=left_dense)
     with eval_mode(model):
-        gradients = {}
-        if SCORES[score].needs == "gradients":
+        work = _Pruning(score, pattern, to, report, torch.Generator().manual_seed(to.seed))
+        scored = {name: layers[name] for unit in work.outer.units(layers) for name in unit}
+        if SCORES[score].needs == "gradients" and scored:
             assert calibration is not None
             of_taylor = None if images is None else images[:TAYLOR_SEQUENCES]
-            gradients = loss_gradients(model, layers, calibration[:TAYLOR_SEQUENCES], of_taylor)
-        work = _Pruning(score, pattern, gradients, to, report, torch.Generator().manual_seed(to.seed))
+            work.rank(scored, loss_gradients(model, scored, calibration[:TAYLOR_SEQUENCES], of_taylor))
         if calibration is None:
             work.prune_(layers, {})
         else:
@@ -157,22 +161,25 @@ def loss_gradients(
 ) -> dict[str, Tensor]:
     """The gradient of the mean loss over `sequences` (num_sequences, seq_len) by the weight of each layer.
 
-    With `images`, the tokens that stand for them do not count in the loss.
+    With `images`, the tokens that stand for them do not count in the loss. A gradient is the sum of those of several
+    passes, so all are held until the last one; activations, which take more memory, are recomputed block by block.
     """
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     for parameter in before:
         parameter.requires_grad_(False)
         parameter.grad = None
     weights = {name: layer.weight.requires_grad_(True) for name, layer in layers.items()}
-    size = 1 if images is not None else max(1, _BACKWARD_TOKENS // sequences.shape[1])
+    size = 1 if images is not None else max(1, BACKWARD_TOKENS // sequences.shape[1])
     batches = sequences.to(model.device).split(size)
     image_token = getattr(model.config, "image_token_id", -1)
+    _, blocks = block_stack(model, layers)
     try:
-        for ids, beside in zip(batches, images or [{}] * len(batches), strict=True):
-            labels = ids if images is None else ids.masked_fill(ids == image_token, -100)
-            given = {name: tensor.to(model.device) for name, tensor in beside.items()}
-            output: Any = model(input_ids=ids, labels=labels, use_cache=False, **given)
-            (output.loss * (len(ids) / len(sequences))).backward()
+        with _recomputed(blocks):
+            for ids, beside in zip(batches, images or [{}] * len(batches), strict=True):
+                labels = ids if images is None else ids.masked_fill(ids == image_token, -100)
+                given = {name: tensor.to(model.device) for name, tensor in beside.items()}
+                output: Any = model(input_ids=ids, labels=labels, use_cache=False, **given)
+                (output.loss * (len(ids) / len(sequences))).backward()
         found = {name: weight.grad.detach() for name, weight in weights.items() if weight.grad is not None}
     finally:
         for parameter, (flag, gradient) in before.items():
@@ -182,16 +189,44 @@ def loss_gradients(
     return found
 
 
+@contextmanager
+def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, the activations of `blocks` are not kept for the backward pass, which runs each block again."""
+    own = [vars(block).get("forward") for block in blocks]  # some libraries replace that of the class
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
 @dataclass
 class _Pruning:
     """One pruning at work, block after block."""
 
     score: str
     pattern: Pattern
-    gradients: Mapping[str, Tensor]
     to: UnitSettings
     report: OneshotReport
     generator: torch.Generator
+    scores: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
+    """Of unit groups that were ranked before their inputs are seen, (units,)."""
+
+    @property
+    def outer(self) -> Structured:
+        outer = self.pattern.outer if isinstance(self.pattern, Combined) else self.pattern
+        assert isinstance(outer, Structured)
+        return outer
+
+    def rank(self, layers: Mapping[str, nn.Linear], gradients: Mapping[str, Tensor]) -> None:
+        """Scores the units of all `layers` by the gradients of their weights, which are not needed after that."""
+        for unit in self.outer.units(layers):
+            weights = {name: layers[name].weight.float() for name in unit}
+            self.scores[unit] = self._score(weights, {}, gradients)
 
     def prune_(self, layers: Mapping[str, nn.Linear], inputs: Mapping[str, InputStatistic]) -> None:
         """Prunes the units of `layers`, of which `inputs` knows what enters them, or nothing."""
@@ -209,13 +244,11 @@ class _Pruning:
         self, unit: tuple[str, ...], dense: dict[str, Tensor], inputs: Mapping[str, InputStatistic]
     ) -> dict[str, Tensor]:
         """The new weights of one unit group."""
-        pattern, weights = self.pattern, list(dense.values())
-        outer = pattern.outer if isinstance(pattern, Combined) else pattern
-        assert isinstance(outer, Structured)
+        pattern, outer, weights = self.pattern, self.outer, list(dense.values())
         if len(unit) == 1 and not isinstance(outer, Blocks):  # n:m alone
             whole = torch.ones_like(weights[0], dtype=torch.bool)
             return {name: self._groups_in(dense[name], whole, inputs.get(name)) for name in unit}
-        kept = outer.best(outer.sums([self._values(name, name == unit[-1], dense[name], inputs) for name in unit]))
+        kept = outer.best(self.scores.pop(unit) if unit in self.scores else self._score(dense, inputs, {}))
         damping, solved = max(self.to.damping, MIN_DAMPING), {}
         for name, weight, mask in zip(unit, weights, outer.expand(kept, weights)):
             new = weight.masked_fill(~mask, 0)
@@ -227,9 +260,13 @@ class _Pruning:
             solved[name] = self._groups_in(new, mask, inputs.get(name)) if isinstance(pattern, Combined) else new
         return solved
 
-    def _values(self, name: str, is_last: bool, weight: Tensor, inputs: Mapping[str, InputStatistic]) -> Tensor:
-        seen = Seen(weight, is_last, inputs.get(name), self.gradients.get(name), self.generator)
-        return SCORES[self.score].values(seen)
+    def _score(
+        self, weights: Mapping[str, Tensor], inputs: Mapping[str, InputStatistic], gradients: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The scores of the units of one group, whose last layer writes, (units,)."""
+        *_, last = weights
+        seen = [Seen(w, n == last, inputs.get(n), gradients.get(n), self.generator) for n, w in weights.items()]
+        return self.outer.sums([SCORES[self.score].values(layer) for layer in seen])
 
     def _refitted(self, new: Tensor, target: Tensor, gram: Tensor) -> Tensor:
         return refit(new, target, damped(gram, max(self.to.damping, MIN_DAMPING)), self.to.refit_iterations)

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from castlm.architecture import auto_class, backbone, linearize_conv1d_
+from castlm.core.blocks import in_block
+from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.experts import linearize_experts_
 from castlm.core.pattern import Pattern, as_pattern
@@ -24,6 +26,7 @@ from castlm.hardware import resident_memory
 from castlm.oneshot.admm import ADMM_ROWS
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS
+from castlm.oneshot.units import BACKWARD_TOKENS, SCORES
 from castlm.oneshot.walk import PASS_TOKENS_CPU, block_stack
 from castlm.planning.activations import as_config_error
 from castlm.planning.memory import GIB, read_config
@@ -76,40 +79,55 @@ def plan_prune_memory(
 
     The phases: `enter` (the text passes through the embeddings, and once through the blocks), `statistics` (the
     inputs of a block are seen), `basis` (the neurons of its MLP are permuted), `solve`, and with the whole model in
-    memory `verify` (the result is read back beside it). Blocks are taken to be alike.
+    memory `verify` (the result is read back beside it). Structured patterns have no `basis`, and with the method taylor
+    `gradients` (a backward pass of the whole model, whose blocks are run again). Blocks are taken to be alike.
 
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
-        memory: what is held, as the option of `castlm prune`.
-        method: "wanda" or "sparsegpt", which read a calibration text.
+        memory: what is held, as the option of `castlm prune`; "model" for structured patterns.
+        method: one that reads a calibration text: "wanda" or "sparsegpt", and "wanda", "flap" or "taylor" for
+            structured patterns.
         dtype: what the model is stored in.
 
     Raises:
-        InputError: an unreadable config, not a causal LM, or nothing to prune.
+        InputError: an unreadable config, not a causal LM, nothing to prune, or a method or memory that the pattern does
+            not have.
     """
     config, basis, refinements = read_config(config), basis or BasisOptions(), refinements or Refinements()
-    if method not in SOLVERS or SOLVERS[method].add is None:
-        raise InputError(f"method {method!r} reads no calibration text: the plan is for wanda and sparsegpt")
+    pattern = as_pattern(pattern)
+    structured = is_structured(pattern)
+    scores = [name for name, score in SCORES.items() if score.needs]
+    known = scores if structured else [name for name, solver in SOLVERS.items() if solver.add is not None]
+    if method not in known:
+        raise InputError(
+            f"method {method!r} reads no calibration text for {pattern}: the plan is for {', '.join(known)}"
+        )
+    if structured and memory == "block":
+        raise InputError(f"memory 'block' is not for {pattern}, which takes the whole model: choose 'model'")
     whole = _fake_model(config, config.get_text_config().num_hidden_layers)
     total = sum(p.numel() for p in whole.parameters())
     one = _fake_model(config, 1)
-    reads, block = _reads_of_a_block(one, as_pattern(pattern))
+    reads, block = _reads_of_a_block(one, pattern)
     hidden = int(whole.get_input_embeddings().weight.shape[1])
     num_layers = config.get_text_config().num_hidden_layers
     outside = total - num_layers * block
     tokens = max(PASS_TOKENS_CPU // seq_len, 1) * seq_len
     widest = max(max(read.columns, read.rows) for read in reads)
     states = 4 * num_sequences * seq_len * hidden
-    axes = SOLVERS[method].axes
+    axes = 2 if structured else SOLVERS[method].axes
+    solver = _units(reads) if structured else max(_solve(read, axes, refinements, pattern) for read in reads)
     parts = {
         "process": resident_memory(),
         "weights": 4 * (block if memory == "block" else total),
         "statistics": 4 * sum(read.columns**axes for read in reads),
         "activations": 4 * tokens * (_BLOCKS_OF_WIDTHS * widest // 2 + 4 * hidden),
         "hidden states": 0 if memory == "block" else states,
-        "solver": 4 * max(_solve(read, axes, refinements, as_pattern(pattern)) for read in reads),
-        "basis": 0 if basis.is_off else 4 * max(_turn(read, basis) for read in reads),
+        "solver": 4 * solver,
+        "basis": 0 if basis.is_off or structured else 4 * max(_turn(read, basis) for read in reads),
     }
+    if method == "taylor":
+        parts["gradients"] = 4 * num_layers * sum(read.columns * read.rows for read in reads)
+        parts["kept for backward"] = 4 * max(BACKWARD_TOKENS // seq_len, 1) * seq_len * _kept(one, num_layers)
     static = parts["process"] + parts["weights"] + parts["hidden states"]
     phases = {
         "statistics": static + parts["statistics"] + parts["activations"],
@@ -120,7 +138,10 @@ def plan_prune_memory(
         phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])
     else:
         phases["verify"] = parts["process"] + 2 * parts["weights"]
-    if not basis.is_off:
+    if method == "taylor":
+        static = parts["process"] + parts["weights"]
+        phases["gradients"] = static + parts["gradients"] + parts["kept for backward"]
+    if parts["basis"]:
         phases["basis"] = static + parts["statistics"] + parts["basis"]
     return PruneMemoryPlan(parts, phases, 2 * states if memory == "block" else 0)
 
@@ -140,6 +161,20 @@ def _solve(read: _Read, axes: int, refinements: Refinements, pattern: Pattern) -
     improve = max(find, solve_rows) if masks else 0
     refit = 3 * size + 7 * min(read.rows, REFIT_ROWS) * read.columns + 2 * square if refits else 0
     return max(solve, improve, refit)
+
+
+def _units(reads: list[_Read]) -> int:
+    """Elements that the choice of units and the least squares on the rest hold beside weights and statistics."""
+    # The layers of a block as they were, their masks and what becomes of them; the damped Hessian and its factor.
+    return 3 * sum(read.rows * read.columns for read in reads) + 3 * max(read.columns for read in reads) ** 2
+
+
+def _kept(model: PreTrainedModel, num_layers: int) -> int:
+    """Elements for each token of a backward pass that runs the blocks again, by a model of one block."""
+    vocab, hidden = model.get_input_embeddings().weight.shape
+    widest = max(max(p.shape) for name, p in model.named_parameters() if in_block(name))
+    # What enters each block, what a LLaMA block saves and as much of gradients, and four buffers of logits.
+    return num_layers * hidden + 2 * (_BLOCKS_OF_WIDTHS * widest + 10 * hidden) + 4 * vocab
 
 
 def _turn(read: _Read, basis: BasisOptions) -> int:
