@@ -462,6 +462,14 @@ def test_calibration_comes_from_all_over_a_long_document_and_several_files(tmp_p
     assert max(places_of(tmp_path / "files" / "0.jsonl")) < 120
 
 
+def test_calibration_from_the_start_of_a_much_longer_file_is_said(tmp_path):
+    path, said = write_lines(tmp_path / "a.jsonl", [f"<{i:04}>" for i in range(2000)]), []
+    for num_sequences in (4, 40):
+        calibration_sequences(open_documents(path), TOKENIZER, num_sequences, 10, say=said.append)
+    (line,) = said  # a sixteenth or more of a file is not little
+    assert f"come from the first 92 of the 2,000 documents of {path}; shuffle it if it is sorted" in line
+
+
 def test_calibration_of_a_text_that_is_read_whole_is_drawn_in_file_order(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "PIECE_BYTES", 100)
     text = "\n".join(f"<{i:04}>" for i in range(80))

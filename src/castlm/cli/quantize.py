@@ -189,11 +189,12 @@ class QuantizeCommand:
         """The calibration sequences and their record for castlm.json; None and an empty record without a text."""
         from castlm.data.calibration import calibration_sequences
         from castlm.oneshot.calibration import calibration_length
+        from castlm.progress import note
 
         if documents is None:
             return None, {}
         length = min(self.seq_len, calibration_length(loaded.model))
-        blocks, _ = calibration_sequences(documents, loaded.tokenizer, self.num_sequences, length, self.seed)
+        blocks, _ = calibration_sequences(documents, loaded.tokenizer, self.num_sequences, length, self.seed, say=note)
         return blocks, {"text": self.calibration, "text_sha256": documents.text_hash(), "seed": self.seed}
 
 

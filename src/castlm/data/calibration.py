@@ -16,7 +16,7 @@ from castlm.data.documents import Documents
 from castlm.data.image_sequences import AnyDocuments, conversation_of
 from castlm.data.images import ImageEncoder, fits, join_images
 from castlm.data.mixture import Mixture, turns_by_share
-from castlm.data.tokens import Encoder, token_ids, up_to
+from castlm.data.tokens import Encoder, Tokens, up_to
 from castlm.oneshot.calibration import draw_calibration
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def calibration_sequences(
 
     Args:
         processor: prepares images; see `castlm.opening.open_processor`.
-        say: called with a line if there are fewer conversations than sequences.
+        say: called with a line if there are fewer conversations than sequences, or if what is read is the start of a
+            much longer file.
 
     Returns:
         int64, (num_sequences, seq_len), and for each of them what the model's forward takes beside it, or None for a
@@ -61,17 +62,34 @@ def calibration_sequences(
             )
         return ids, images
     if isinstance(documents, Mixture):
-        return _of_each(documents, tokenizer, num_sequences, seq_len, seed), None
+        return _of_each(documents, tokenizer, num_sequences, seq_len, seed, say), None
     limit = CALIBRATION_POOL * num_sequences * seq_len
-    ids = token_ids(documents, tokenizer, limit=limit)
-    scattered = documents.scattered() if isinstance(documents, Documents) and len(ids) == limit else None
-    if scattered is not None:
-        ids = _sample(scattered, tokenizer, limit, seed)
+    encoder, num_read = Encoder(tokenizer, None, assistant_only=False), 0
+
+    def parts() -> Iterator[Tokens]:
+        nonlocal num_read
+        for num_read, part in enumerate(encoder.joined(documents), 1):  # noqa: B007  # read when the limit is reached
+            yield part
+
+    ids = torch.from_numpy(up_to(limit, parts()).ids).long()
+    if isinstance(documents, Documents) and len(ids) == limit:
+        if (scattered := documents.scattered()) is not None:
+            ids = _sample(scattered, tokenizer, limit, seed)
+        elif num_read < len(documents) / CALIBRATION_POOL:
+            say(
+                f"calibration: sequences come from the first {num_read:,} of the {len(documents):,} documents of "
+                f"{documents.name}; shuffle it if it is sorted"
+            )
     return draw_calibration(ids, num_sequences, seq_len, seed), None
 
 
 def _of_each(
-    documents: Mixture, tokenizer: PreTrainedTokenizerBase, num_sequences: int, seq_len: int, seed: int
+    documents: Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    num_sequences: int,
+    seq_len: int,
+    seed: int,
+    say: Callable[[str], None],
 ) -> Tensor:
     """The share of each text in the sequences, in turns: what uses only the first of them uses all texts."""
     turns = turns_by_share(documents.weights, num_sequences)
@@ -79,7 +97,8 @@ def _of_each(
     for number in sorted(set(turns)):
         part = documents.parts[number]
         try:
-            drawn[number] = iter(calibration_sequences(part, tokenizer, turns.count(number), seq_len, seed)[0])
+            ids, _ = calibration_sequences(part, tokenizer, turns.count(number), seq_len, seed, say=say)
+            drawn[number] = iter(ids)
         except InputError as error:
             raise InputError(f"{part.name}: {error}") from error
     return torch.stack([next(drawn[number]) for number in turns])
