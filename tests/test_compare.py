@@ -25,7 +25,7 @@ from castlm.compare.presets import PRESETS
 from castlm.compare.report import explain, stamp
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, last_line, run_key, run_process, with_key, zero_shot_key
-from castlm.compare.summary import spread, summarize, tokens_note, verdict
+from castlm.compare.summary import spread, starts_note, summarize, tokens_note, verdict
 from castlm.core.errors import InputError
 from castlm.core.sparsify import sparse_linears
 from castlm.data import documents
@@ -117,6 +117,9 @@ def test_runs_once_and_says_what_was_measured(files, tmp_path, in_process, capsy
     assert rows["cast"]["peak_memory_bytes"]["mean"] > 1e8
     for name in ("seq_len", "stride", "text_sha256", "tokenizer", "precision", "versions", "date", "metric"):
         assert table["stamp"][name]
+    assert table["stamp"]["sha256"].keys() == {"model", "dataset", "eval_dataset", "calibration"}
+    assert [record["config"]["num_sequences"] for record in table["one_shot_results"]] == [2]
+    assert all(record["versions"] for record in (*table["results"], *table["one_shot_results"]))
     html = (tmp_path / "out" / "table.html").read_text()
     assert html.count("<svg") == 2  # gaps and learning curves
     assert table["verdict"] in html
@@ -365,6 +368,24 @@ def test_a_variant_with_another_batch_has_a_gap_and_a_curve_over_tokens(files, t
     assert "training tokens" in picture.svg
 
 
+def test_starts_of_one_solver_with_other_options_are_not_said_to_be_the_same():
+    results = [fake("cast", 100, 0, 7.0), fake("srste", 100, 0, 8.0)]
+    for result in results:
+        result.run.config.update(init_from="sparsegpt")
+    assert starts_note(summarize(results)).endswith("had the same one: sparsegpt.")
+    for result, rotate in zip(results, ("off", "values")):
+        result.run.config.update(rotate=rotate)
+    expected = "The starts differ (sparsegpt with rotate off; sparsegpt with rotate values)"
+    assert starts_note(summarize(results)).startswith(expected)
+
+
+def test_versions_are_those_that_the_runs_were_made_with():
+    results = [fake("cast", 100, 0, 7.0), fake("dense", 100, 0, 5.0)]
+    for result, version in zip(results, ("2.13", "2.12")):
+        result.record["versions"] = {"castlm": "0.1.0", "torch": version}
+    assert stamp(results)["versions"] == {"castlm": "0.1.0", "torch": "2.12 and 2.13"}
+
+
 def test_one_shot_rows_wait_for_the_control_of_the_largest_budget():
     results = [fake("dense", 50, 0, 4.0), fake("dense", 100, 0, 1e9), fake("wanda", 0, 0, 8.0)]
     results[1].record["verdict"] = {"ok": False, "reason": "it diverged", "problem": "DIVERGED"}
@@ -401,7 +422,7 @@ def test_the_verdict_names_the_best_and_whether_chance_explains_it():
         fake("srste", 100, 0, 9.0),
         fake("srste", 100, 1, 9.1),
     ]
-    assert "includes zero: the two are level" in verdict(summarize(dense + level))
+    assert "includes zero: these seeds do not tell the two apart" in verdict(summarize(dense + level))
     text = verdict(summarize(dense + ahead))
     assert text.startswith("At a budget of 100 training tokens, cast has the smallest gap")
     assert "excludes zero" in text
@@ -420,7 +441,7 @@ def test_the_verdict_pairs_the_seeds_that_both_have():
     others = [fake("dense", 100, seed, 5.0) for seed in (3, 4)] + [fake("ste", 100, seed, 7.2) for seed in (3, 4)]
     text = verdict(summarize(dense + others + cast + ste[:1]))
     assert "seeds not paired" in text
-    assert "includes zero: the two are level" in text
+    assert "includes zero: these seeds do not tell the two apart" in text
     one_shot = [fake("magnitude", 0, 0, 8.2)]
     assert "paired over 3 seeds" in verdict(summarize(dense + cast + one_shot))
 

@@ -57,13 +57,13 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
         for name in plan.variants:
             for tokens in plan.budgets(name):
                 results += plan.settle(name, tokens, root)
-                write_report(root, plan.preset, results, command)
+                write_report(root, plan.preset, results, command, plan.hashes)
         untouched = plan.zero_shot(config.model, plan.hashes["model"], root / "runs" / "untouched")
         for result in results:
             if "error" not in result.record and not result.trial:
                 model = str(result.folder / "model")
                 result.zero_shot = plan.zero_shot(model, result.run.key, result.folder)
-    report = write_report(root, plan.preset, results, command, untouched)
+    report = write_report(root, plan.preset, results, command, plan.hashes, untouched)
     has_failed = any("error" in r.record or (r.problem is not None and not r.trial) for r in results)
     return (1 if plan.has_failed or has_failed else 0), report
 

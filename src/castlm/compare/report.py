@@ -118,13 +118,21 @@ def stamp(results: list[Result]) -> dict[str, Any]:
         **record.get("measured", {}),
         "base_model": record.get("base_model"),
         "dataset_sha256": next((r.record["dataset"]["sha256"] for r in results if "dataset" in r.record), None),
-        "versions": library_versions("torch", "transformers"),
+        "versions": _versions(results),
         "cpu": cpu,
         "cpus": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "devices": sorted({r.record["machine"] for r in results if "machine" in r.record}),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _versions(results: list[Result]) -> dict[str, str]:
+    """By package, the versions that the runs were made with, of which some may have been finished earlier; those of
+    this process where no run records any."""
+    recorded = [r.record["versions"] for r in results if "versions" in r.record]
+    made = recorded or [library_versions("torch", "transformers")]
+    return {name: " and ".join(sorted({versions[name] for versions in made})) for name in made[0]}
 
 
 def explain(facts: dict[str, Any], results: list[Result]) -> list[str]:
@@ -233,12 +241,14 @@ def write_report(
     preset: Preset,
     results: list[Result],
     command: str,
+    hashes: Mapping[str, str],
     untouched: Sequence[dict[str, Any]] = (),
 ) -> Report:
     """Writes table.md, table.json, table.html and the charts as .svg into `root`.
 
     Args:
         command: the command that repeats the comparison.
+        hashes: SHA-256 of what the model and the texts hold, by option.
         untouched: zero-shot rows of the model before any training.
     """
     from castlm.compare.plots import PLOTS
@@ -250,6 +260,7 @@ def write_report(
     drawn = {name: PLOTS[name](rows, final) for name in dict.fromkeys((*preset.plots, "losses"))}
     pictures = {name: picture for name, picture in drawn.items() if picture is not None}
     report = _report(root, preset, rows, results, facts, untouched, pictures)
+    facts["sha256"] = dict(hashes)
     atomic_write_json(root / "table.json", _as_json(report, command, rows, results, facts, untouched))
     atomic_write_text(root / "table.md", markdown(report, command))
     for name, picture in pictures.items():
@@ -278,8 +289,14 @@ def _report(
 ) -> Report:
     notes = [note for note in (starts_note(rows), tokens_note(rows), *explain(facts, results)) if note]
     if untouched:
-        figures = ", ".join(f"{row['task']} {row['metric']} {row['value']:.3f}" for row in untouched)
-        notes.append(f"Zero-shot by lm-eval, no examples, no chat template. The model before any training: {figures}.")
+        figures = ", ".join(
+            f"{row['task']} {row['metric']} {row['value']:.3f} ({row['num_docs']} questions)" for row in untouched
+        )
+        version = (untouched[0].get("versions") or {}).get("lm-eval", "")
+        notes.append(
+            f"Zero-shot by {f'lm-eval {version}'.strip()}, no examples, no chat template. ± is over seeds; `stderr` in "
+            f"table.json is over questions. The model before any training: {figures}."
+        )
     warnings = [f"failed: {row['variant']}, {error}" for row in rows for error in row["errors"]]
     warnings += [f"diverged: {row['variant']}, {reason}" for row in rows for reason in row["diverged"]]
     warnings += [f"fell short: {row['variant']}, {reason}" for row in rows for reason in row["fell_short"]]
@@ -302,7 +319,7 @@ def _as_json(
 ) -> dict[str, Any]:
     tuned = {r.run.variant for r in results if r.trial}
     tried = [r for r in results if r.run.tokens and r.run.seed == 0 and r.run.variant in tuned]
-    trained = [r for r in results if not r.trial and r.run.tokens and "error" not in r.record]
+    done = [r for r in results if not r.trial and "error" not in r.record]
     return {
         "question": report.question,
         "verdict": report.verdict,
@@ -316,12 +333,14 @@ def _as_json(
             | {"perplexity": r.perplexity, "text": r.run.config["eval_dataset"], "in_table": not r.trial}
             for r in tried
         ],
-        # one record per run, as `castlm plan fit` reads them
-        "results": [
-            {**r.record, "method": r.run.variant, "seed": r.run.seed, "key": r.run.key, "zero_shot": r.zero_shot}
-            for r in trained
-        ],
+        # one record per run, of those that train as `castlm plan fit` reads them
+        "results": [_record(r) for r in done if r.run.tokens],
+        "one_shot_results": [_record(r) for r in done if not r.run.tokens],
     }
+
+
+def _record(r: Result) -> dict[str, Any]:
+    return {**r.record, "method": r.run.variant, "seed": r.run.seed, "key": r.run.key, "zero_shot": r.zero_shot}
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -226,11 +226,12 @@ def zero_shot_rows(
         if run_process(arguments, file.with_suffix(".log")):
             return [], f"the zero-shot evaluation of {model} failed: {last_line(file.with_suffix('.log'))}"
     try:
-        rows = read_json_mapping(file, "remove it to evaluate again")["zero_shot"]["results"]
-        return [dict(row) for row in rows], None
+        found = read_json_mapping(file, "remove it to evaluate again")["zero_shot"]
+        made = {"limit": found.get("limit"), "versions": found.get("versions")}
+        return [{**row, **made} for row in found["results"]], None
     except InputError as error:
         return [], str(error)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return [], f"{file} holds no zero-shot results: remove it to evaluate again"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from castlm.compare.presets import ONESHOT
 from castlm.methods.table import METHODS
 from castlm.training.config import WITHOUT_EFFECT, TrainConfig
 from castlm.training.effects import EFFECTS
+from castlm.training.sections import StartOptions
 
 SHOWN_ELSEWHERE = {"method", "seed", "learning_rate", "init_from", "max_steps", "eval_steps", "model", "revision"}
 SHOWN_ELSEWHERE |= {"dataset", "eval_dataset", "calibration"}
+START_OPTIONS = {option.name for option in fields(StartOptions)}
+"""What makes one start another, beside its name."""
 
 
 def start_of(config: Mapping[str, Any]) -> str:

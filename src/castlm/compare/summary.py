@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from castlm.compare.settings import options_of, start_of
+from castlm.compare.settings import START_OPTIONS, options_of, options_text, start_of
 
 if TYPE_CHECKING:
     from castlm.compare.results import Result
@@ -167,7 +167,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 def _lead(best: dict[str, Any], second: dict[str, Any]) -> str:
     """How far `second` is behind: over the seeds that both have, or between the means if they share fewer than two.
 
-    Two rows are level if the 95 % interval of the difference, by Student's t, includes zero.
+    Seeds do not tell two rows apart if the 95 % interval of the difference, by Student's t, includes zero.
     """
     from scipy.stats import t
 
@@ -187,7 +187,7 @@ def _lead(best: dict[str, Any], second: dict[str, Any]) -> str:
         )
     text = f"{second['variant']} is {behind:.4f} ± {error:.4f} behind (standard error, {how}), and the 95 % interval"
     if behind <= float(t.ppf(0.975, freedom)) * error:
-        return f"{text} includes zero: the two are level"
+        return f"{text} includes zero: these seeds do not tell the two apart"
     return f"{text} excludes zero"
 
 
@@ -211,8 +211,13 @@ def tokens_note(rows: list[dict[str, Any]]) -> str:
 
 
 def starts_note(rows: list[dict[str, Any]]) -> str:
-    """Whether the trained methods had the same start."""
-    starts = {row["start"] for row in rows if row["tokens"] and row["start"] != "dense"}
+    """Whether the trained methods had the same start, with the same options of it."""
+    starts = {_start_text(row) for row in rows if row["tokens"] and row["start"] != "dense"}
     if len(starts) > 1:
-        return f"The starts differ ({', '.join(sorted(starts))}): compare methods only within one start."
+        return f"The starts differ ({'; '.join(sorted(starts))}): compare methods only within one start."
     return f"Every method that trains from a pruned start had the same one: {starts.pop()}." if starts else ""
+
+
+def _start_text(row: dict[str, Any]) -> str:
+    options = options_text({name: value for name, value in row["options"].items() if name in START_OPTIONS})
+    return f"{row['start']} with {options}" if options else str(row["start"])
