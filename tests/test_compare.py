@@ -602,7 +602,7 @@ def test_zero_shot_of_every_result_and_of_the_model_as_it_came(files, tmp_path, 
         "dense": 0.25,
     }
     text = (tmp_path / "out" / "table.md").read_text()
-    assert "piqa acc 0.500" in text
+    assert "piqa acc 0.500 (9 questions)" in text
     assert "| 0.250 |" in text
 
 

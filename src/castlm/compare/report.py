@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.compare.settings import options_text
-from castlm.compare.summary import Spread, ranked, starts_note, summarize, tokens_note, untouched_perplexity, verdict
+from castlm.compare.summary import (
+    Spread,
+    ranked,
+    starts_note,
+    summarize,
+    tokens_note,
+    untouched_perplexity,
+    verdict,
+    zero_shot_note,
+)
 from castlm.files import atomic_write_json, atomic_write_text
 from castlm.versions import library_versions
 
@@ -128,8 +137,7 @@ def stamp(results: list[Result]) -> dict[str, Any]:
 
 
 def _versions(results: list[Result]) -> dict[str, str]:
-    """By package, the versions that the runs were made with, of which some may have been finished earlier; those of
-    this process where no run records any."""
+    """By package, the versions that the runs were made with, or those of this process where no run records any."""
     recorded = [r.record["versions"] for r in results if "versions" in r.record]
     made = recorded or [library_versions("torch", "transformers")]
     return {name: " and ".join(sorted({versions[name] for versions in made})) for name in made[0]}
@@ -248,7 +256,7 @@ def write_report(
 
     Args:
         command: the command that repeats the comparison.
-        hashes: SHA-256 of what the model and the texts hold, by option.
+        hashes: SHA-256 of the model and the texts, by option; of those on the hub, of name and revision.
         untouched: zero-shot rows of the model before any training.
     """
     from castlm.compare.plots import PLOTS
@@ -289,14 +297,7 @@ def _report(
 ) -> Report:
     notes = [note for note in (starts_note(rows), tokens_note(rows), *explain(facts, results)) if note]
     if untouched:
-        figures = ", ".join(
-            f"{row['task']} {row['metric']} {row['value']:.3f} ({row['num_docs']} questions)" for row in untouched
-        )
-        version = (untouched[0].get("versions") or {}).get("lm-eval", "")
-        notes.append(
-            f"Zero-shot by {f'lm-eval {version}'.strip()}, no examples, no chat template. ± is over seeds; `stderr` in "
-            f"table.json is over questions. The model before any training: {figures}."
-        )
+        notes.append(zero_shot_note(untouched))
     warnings = [f"failed: {row['variant']}, {error}" for row in rows for error in row["errors"]]
     warnings += [f"diverged: {row['variant']}, {reason}" for row in rows for reason in row["diverged"]]
     warnings += [f"fell short: {row['variant']}, {reason}" for row in rows for reason in row["fell_short"]]
@@ -333,8 +334,7 @@ def _as_json(
             | {"perplexity": r.perplexity, "text": r.run.config["eval_dataset"], "in_table": not r.trial}
             for r in tried
         ],
-        # one record per run, of those that train as `castlm plan fit` reads them
-        "results": [_record(r) for r in done if r.run.tokens],
+        "results": [_record(r) for r in done if r.run.tokens],  # as `castlm plan fit` reads them
         "one_shot_results": [_record(r) for r in done if not r.run.tokens],
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.compare.settings import START_OPTIONS, options_of, options_text, start_of
@@ -221,3 +221,15 @@ def starts_note(rows: list[dict[str, Any]]) -> str:
 def _start_text(row: dict[str, Any]) -> str:
     options = options_text({name: value for name, value in row["options"].items() if name in START_OPTIONS})
     return f"{row['start']} with {options}" if options else str(row["start"])
+
+
+def zero_shot_note(untouched: Sequence[dict[str, Any]]) -> str:
+    """How zero-shot figures were measured, and those of the model before any training (at least one)."""
+    figures = [f"{row['task']} {row['metric']} {row['value']:.3f}" for row in untouched]
+    counts = [f" ({row['num_docs']} questions)" if row["num_docs"] else "" for row in untouched]
+    version = (untouched[0].get("versions") or {}).get("lm-eval")
+    return (
+        f"Zero-shot by lm-eval{f' {version}' if version else ''}, no examples, no chat template. ± is over seeds; "
+        "`stderr` in table.json is over questions. The model before any training: "
+        f"{', '.join(map(str.__add__, figures, counts))}."
+    )
