@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from castlm.core.errors import InputError
 from castlm.core.experts import SparseLayer
 from castlm.oneshot.routed import Routed, Take, check_neurons, experts_of
-from castlm.oneshot.solvers import SOLVERS, Solver, whole_hessian
+from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.walk import BlockInputs, StopForward
 
 ERROR_TOKENS = 256
@@ -54,20 +54,30 @@ def check_finite_input(names: str, statistic: Tensor) -> None:
         raise InputError(f"the calibration text makes NaN or infinity at the input of {names}: load the model in fp32")
 
 
+class Accumulator(Protocol):
+    """What is summed up over all that enters a layer: a `Solver`, or a `castlm.oneshot.unit_inputs.UnitAccumulator`."""
+
+    @property
+    def add(self) -> Callable[[Any, Tensor, int], None] | None:
+        """`add(statistic, x, num_sequences)` takes in x (tokens, in) fp32; None where nothing is summed up."""
+
+    def zeros(self, x: Tensor) -> Any:
+        """The statistic of no token yet, for inputs like `x` (..., in)."""
+
+
 class LayerInput:
     """A tensor that enters layers of a block: the same one in every pass, with the statistic over all passes."""
 
-    def __init__(self, x: Tensor, solver: Solver) -> None:
-        columns = x.shape[-1]
+    def __init__(self, x: Tensor, accumulator: Accumulator) -> None:
         self.names: list[str] = []
         self.current: Tensor | None = None  # in this pass; held, so that no other tensor can be taken for it
-        self.sample = x.reshape(-1, columns)[:ERROR_TOKENS].to(torch.float32, copy=True)
-        self.statistic = torch.zeros((columns,) * solver.axes, device=x.device)
+        self.sample = x.reshape(-1, x.shape[-1])[:ERROR_TOKENS].to(torch.float32, copy=True)
+        self.statistic = accumulator.zeros(x)
 
-    def add(self, x: Tensor, solver: Solver, num_sequences: int) -> None:
+    def add(self, x: Tensor, accumulator: Accumulator, num_sequences: int) -> None:
         """Takes x (..., in) into the statistic."""
-        if solver.add is not None:
-            solver.add(self.statistic, x.reshape(-1, x.shape[-1]).float(), num_sequences)
+        if accumulator.add is not None:
+            accumulator.add(self.statistic, x.reshape(-1, x.shape[-1]).float(), num_sequences)
 
 
 class ExpertInputs:
@@ -84,18 +94,18 @@ class ExpertInputs:
         self.experts: dict[int, LayerInput] = {}
         self.few: list[int] = []
 
-    def add(self, expert: int, x: Tensor, solver: Solver, num_sequences: int) -> None:
+    def add(self, expert: int, x: Tensor, accumulator: Accumulator, num_sequences: int) -> None:
         """Takes x (tokens, in) into the statistic of an expert."""
         if expert not in self.experts:
-            self.experts[expert] = LayerInput(x, solver)
+            self.experts[expert] = LayerInput(x, accumulator)
             self.experts[expert].names.append(f"{self.names[0]}.{expert}")
-        self.experts[expert].add(x, solver, num_sequences)
+        self.experts[expert].add(x, accumulator, num_sequences)
 
 
 def see_inputs(
     layers: Mapping[str, SparseLayer],
     inputs: BlockInputs,
-    solver: Solver,
+    accumulator: Accumulator,
     num_sequences: int,
     outputs: list[Tensor] | None = None,
 ) -> list[LayerInput | ExpertInputs]:
@@ -107,7 +117,7 @@ def see_inputs(
     Args:
         outputs: takes in what the block gives for each batch; each pass then goes to the end.
     """
-    watch = _Watch(layers, inputs, solver, num_sequences)
+    watch = _Watch(layers, inputs, accumulator, num_sequences)
     watch.round(watch.see_routed, outputs)
     few = {experts: routed.few for experts, routed in watch.routed.items() if routed.few}
     for experts, chosen in few.items():
@@ -127,9 +137,9 @@ class _Watch:
     """Hooks on the layers of the current block, for a round over all batches."""
 
     def __init__(
-        self, layers: Mapping[str, SparseLayer], inputs: BlockInputs, solver: Solver, num_sequences: int
+        self, layers: Mapping[str, SparseLayer], inputs: BlockInputs, accumulator: Accumulator, num_sequences: int
     ) -> None:
-        self.inputs, self.solver, self.num_sequences = inputs, solver, num_sequences
+        self.inputs, self.accumulator, self.num_sequences = inputs, accumulator, num_sequences
         self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
         block = inputs.blocks[inputs.index]
         self.routed = {experts: Routed(experts, wanted) for experts, wanted in experts_of(block, layers).items()}
@@ -179,20 +189,21 @@ class _Watch:
         routed.see(args, kwargs, take)
 
     def _add(self, name: str, expert: int, x: Tensor) -> None:
-        self.experts[name].add(expert, x, self.solver, self.num_sequences)
+        self.experts[name].add(expert, x, self.accumulator, self.num_sequences)
 
     def _before(self, name: str, x: Tensor) -> None:
         if self.linear:
             seen = self.found.get(name)
             if seen is None:
                 others = [entry for entry in self.found.values() if isinstance(entry, LayerInput)]
-                seen = next((entry for entry in others if entry.current is x), None) or LayerInput(x, self.solver)
+                shared = next((entry for entry in others if entry.current is x), None)
+                seen = shared or LayerInput(x, self.accumulator)
                 self.found[name] = seen
                 seen.names.append(name)
             assert isinstance(seen, LayerInput)
             if seen.current is not x:
                 seen.current = x
-                seen.add(x, self.solver, self.num_sequences)
+                seen.add(x, self.accumulator, self.num_sequences)
         self._count(1)
 
     def _count(self, calls: int) -> None:

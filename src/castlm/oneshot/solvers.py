@@ -44,6 +44,10 @@ class Solver(NamedTuple):
     axes: int = 0
     """Of the statistic, each as long as the input has columns."""
 
+    def zeros(self, x: Tensor) -> Tensor:
+        """The statistic of no token yet, for inputs like `x` (..., columns), on its device."""
+        return torch.zeros((x.shape[-1],) * self.axes, device=x.device)
+
 
 def _magnitude(weight: Tensor, statistic: Tensor, to: Settings) -> Pruned:
     return Pruned(weight.masked_fill(~to.pattern.mask(weight), 0))

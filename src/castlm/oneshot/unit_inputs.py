@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from castlm.oneshot.inputs import check_finite_input, check_reached
+from castlm.oneshot.inputs import LayerInput, check_finite_input, see_inputs
 from castlm.oneshot.walk import BlockInputs
 
 
@@ -51,26 +50,26 @@ class InputStatistic:
         return cls(x.new_zeros(width, width, dtype=torch.float32), sums, sums.clone())
 
 
+class UnitAccumulator:
+    """Sums up an `InputStatistic`, for `see_inputs`."""
+
+    zeros = staticmethod(InputStatistic.like)
+
+    @staticmethod
+    def add(statistic: InputStatistic, x: Tensor, num_sequences: int) -> None:
+        statistic.add(x)
+
+
 def see_statistics(layers: Mapping[str, nn.Linear], inputs: BlockInputs) -> dict[str, InputStatistic]:
-    """Runs the current block on all batches and sums up what enters `layers`; layers with one input share one sum."""
+    """What enters each of the current block's `layers`, by name; layers that read the same input share one statistic.
+
+    Raises:
+        InputError: a layer that no calibration token reaches, or an input that is not finite.
+    """
     found: dict[str, InputStatistic] = {}
-    current: list[tuple[Tensor, InputStatistic]] = []
-
-    def before(name: str, x: Tensor) -> None:
-        known = next((statistic for other, statistic in current if other is x), None)
-        if known is None:
-            known = found.get(name) or InputStatistic.like(x)
-            known.add(x.reshape(-1, x.shape[-1]).float())
-            current.append((x, known))
-        found[name] = known
-
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(lambda _, args, name=name: before(name, args[0])))
-        for number, hidden in enumerate(inputs):
-            current.clear()
-            inputs.run(hidden, number)
-    check_reached(layers, found)
+    for seen in see_inputs(layers, inputs, UnitAccumulator(), num_sequences=1):  # sums, not means over sequences
+        assert isinstance(seen, LayerInput), "structured patterns leave experts dense"
+        found |= dict.fromkeys(seen.names, seen.statistic)
     for name in layers:
         check_finite_input(name, found[name].gram)
     return found
