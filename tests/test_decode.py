@@ -212,7 +212,10 @@ def test_the_times_of_tokens_give_their_rate(packed, monkeypatch):
     came = TokenTimes()
     greedy(packed_model("llama") if packed else tiny_model("llama"), IDS, 4, came)
     assert came.times == [0.0, 1.0, 4.0, 9.0, 16.0]  # the prompt, and four tokens
+    assert came.prompt_seconds == 1.0
     assert came.tokens_per_second == 3 / 15
+    came.times = came.times[:2]
+    assert came.tokens_per_second == 0  # a single token comes with the prompt
 
 
 def test_several_sequences_padding_and_embeddings_are_refused():

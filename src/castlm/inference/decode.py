@@ -80,10 +80,15 @@ class TokenTimes(BaseStreamer):
         pass
 
     @property
+    def prompt_seconds(self) -> float:
+        """Until the first new token."""
+        return self.times[1] - self.times[0]
+
+    @property
     def tokens_per_second(self) -> float:
-        """Of the tokens after the first one, which comes with the prompt."""
-        _, first, *_, last = self.times
-        return (len(self.times) - 2) / (last - first)
+        """Of the tokens after the first one, which comes with the prompt; 0 of a single token."""
+        seconds = self.times[-1] - self.times[1]
+        return (len(self.times) - 2) / seconds if seconds > 0 else 0.0
 
 
 def greedy(model: PreTrainedModel, ids: Tensor, num_tokens: int, streamer: BaseStreamer | None = None) -> Tensor:

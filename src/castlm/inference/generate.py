@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from castlm.core.errors import InputError
 from castlm.data.chat import Chat
 from castlm.data.images import prepare, read_image
 from castlm.hardware import has_fast_bf16
-from castlm.inference.decode import ONE_SEQUENCE, decoding_method
+from castlm.inference.decode import ONE_SEQUENCE, TokenTimes, decoding_method
 from castlm.models import load_weights
 from castlm.opening import open_model
 
@@ -29,20 +28,14 @@ class Generated:
     Attributes:
         text: the continuation, without special tokens.
         prompt_tokens, new_tokens: how many.
-        prompt_seconds: until the first new token.
-        decode_seconds: from the first new token to the last.
+        prompt_seconds, tokens_per_second: those of `TokenTimes`.
     """
 
     text: str
     prompt_tokens: int
     new_tokens: int
     prompt_seconds: float
-    decode_seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens a second after the first one; 0 of a single token."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 and self.decode_seconds > 0 else 0.0
+    tokens_per_second: float
 
 
 def load_to_generate(
@@ -126,14 +119,14 @@ def encode_with_images(
 
 
 class _Stream(TextStreamer):
-    """Hands finished words to `write`, and notes when the first and the last token came."""
+    """Hands finished words to `write`, and notes when the tokens came."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write, self.pieces, self.times = write, [], []
+        self.write, self.pieces, self.came = write, [], TokenTimes()
 
     def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
+        self.came.put(value)
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -195,6 +188,6 @@ def generate_text(
             **beside,
             **sampling,
         )
-    started, first, last = stream.times[0], stream.times[1], stream.times[-1]
-    num_prompt = input_ids.shape[1]
-    return Generated("".join(stream.pieces), num_prompt, output.shape[1] - num_prompt, first - started, last - first)
+    num_prompt, came = input_ids.shape[1], stream.came
+    num_new = output.shape[1] - num_prompt
+    return Generated("".join(stream.pieces), num_prompt, num_new, came.prompt_seconds, came.tokens_per_second)
