@@ -14,15 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
-from castlm.dtypes import FLOAT_NAMES, FLOATS, STORED
+from castlm.dtypes import FLOAT_NAMES, STORED
 from castlm.inference import native
 from castlm.inference.format import PackedSpec
 from castlm.inference.op import packed_linear
 from castlm.inference.packed import PackedTensor, unpack
 from castlm.stored import StoredTensor, read_bytes
 
-_HEADER_BYTES = 64  # of the buffer, as matrix.h has it
-_TILE_ROWS, _BLOCK = 4, 64
 _ALIGNMENT = 64
 
 
@@ -145,21 +143,16 @@ class PackedEmbedding(PackedModule):
         self.dtype = dtype  # of what is looked up
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        spec, blocks = self.spec, -(-self.spec.columns // _BLOCK)
-        dtype = FLOATS.get(spec.values, torch.int8)
-        num_tiles = -(-spec.rows // _TILE_ROWS)
-        end = _HEADER_BYTES + num_tiles * _TILE_ROWS * blocks * _BLOCK * dtype.itemsize
+        spec = self.spec
         if input_ids.numel() and not torch.compiler.is_compiling():  # a graph has no branch for it
             low, high = (int(bound) for bound in input_ids.aminmax())
             if low < 0 or high >= spec.rows:
                 raise IndexError(f"token ids from {low} to {high}: the table has {spec.rows} rows")
-        table = self.packed[_HEADER_BYTES:end].view(dtype).view(num_tiles, blocks, _TILE_ROWS, _BLOCK)
-        rows = table[input_ids // _TILE_ROWS, :, input_ids % _TILE_ROWS]  # (..., blocks, 64)
+        table, scales = native.dense_table(self.packed, spec.values, spec.rows, spec.columns)
+        tile_rows = table.shape[2]
+        rows = table[input_ids // tile_rows, :, input_ids % tile_rows]  # (..., blocks, 64)
         found = rows.flatten(-2)[..., : spec.columns].to(self.dtype)
-        if spec.values == "int8":
-            scales = self.packed[end : end + 4 * spec.rows].view(torch.float32)
-            found = found * scales[input_ids].to(self.dtype).unsqueeze(-1)
-        return found
+        return found if scales is None else found * scales[input_ids].to(self.dtype).unsqueeze(-1)
 
     def to_dense(self, dtype: torch.dtype) -> nn.Embedding:
         """`nn.Embedding` of the stored tensors."""

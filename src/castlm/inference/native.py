@@ -35,6 +35,7 @@ _DTYPES = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
 _VERSION = 4  # of kernels.cpp
 _HEADER = struct.Struct("3i")  # what a buffer begins with: its magic number, layout and values
+_HEADER_BYTES, _TILE_ROWS, _TILE_COLUMNS = 64, 4, 64  # of a dense matrix, as matrix.h has them
 _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14  # Linux; the module mmap has it from Python 3.13 on
 _BAD_MASK, _NO_MEMORY = 2, 3
@@ -179,6 +180,19 @@ def repack_(
         raise InputError(f"the mask does not keep exactly {n} of every {m} weights: the file is damaged")
     if code:
         raise InputError(f"values, mask and scales do not fit a {n}:{m} {kind} weight of width {columns}")
+
+
+def dense_table(packed: Tensor, values: str, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+    """Views of the buffer of a dense matrix (rows, columns) in layout "dense", of any values but int4.
+
+    Returns:
+        The values (tiles, blocks, 4, 64), of which row r, column c is at [r // 4, c // 64, r % 4, c % 64]; and of int8
+        the scales (rows,) fp32, None of floats.
+    """
+    dtype, tiles, blocks = _DTYPES[values], -(-rows // _TILE_ROWS), -(-columns // _TILE_COLUMNS)
+    end = _HEADER_BYTES + tiles * _TILE_ROWS * blocks * _TILE_COLUMNS * dtype.itemsize
+    table = packed[_HEADER_BYTES:end].view(dtype).view(tiles, blocks, _TILE_ROWS, _TILE_COLUMNS)
+    return table, packed[end : end + 4 * rows].view(torch.float32) if values == "int8" else None
 
 
 def takes_many_rows(packed: Tensor) -> bool:
