@@ -35,6 +35,7 @@ from castlm.core.sparsify import sparse_linears, sparse_param_groups
 from castlm.data.loader import BatchLoader
 from castlm.distributed import export
 from castlm.distributed import world as distributed_world
+from castlm.distributed.fingerprint import fingerprint
 from castlm.distributed.loading import load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
 from castlm.distributed.world import close_world, init_world
@@ -54,7 +55,7 @@ from castlm.training.trackers import TrackedRun
 from tests.faults import Ground, check_hang, check_kill, check_sigterm, train_as_a_command
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, said, small, start_ranks, wait_ranks
 from tests.runs import assert_close_weights, train_until
-from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import EXPERTS, FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 START = {"init_from": "magnitude"}
 """The start whose masked weights decay from dense values. From the default one, SparseGPT, they start at zero."""
@@ -737,6 +738,23 @@ def test_sharded_load_is_load_model_bit_for_bit(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "cut")
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 2
     run_ranks(load_every_family, 2, [*folders, str(tmp_path / "cut")], folder=tmp_path)
+
+
+def test_a_fingerprint_is_of_the_dense_weights():
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    add_weight_scaling(model)
+    assert fingerprint(model) == before
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] += 1
+    assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
+def test_the_fingerprint_of_files_is_that_of_the_loaded_model(family, tmp_path):
+    folder = str(save_tiny(tmp_path, family, intermediate_size=80))  # rows of more and of fewer than 64 numbers
+    _, checkpoint = open_sharded(folder, trust_remote_code=False, revision=None)
+    assert checkpoint.fingerprint() == fingerprint(load_model(folder).model)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from castlm.training import teacher_cache
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from castlm.training.run import Run
-from castlm.training.teacher_cache import TeacherCache, fingerprint
+from castlm.training.teacher_cache import TeacherCache
 from tests.ranks import run_ranks
 from tests.runs import assert_equal_weights, small
 from tests.tiny import save_tiny, tiny_model
@@ -210,18 +210,6 @@ def test_what_makes_no_sense_is_refused(config, tmp_path):
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="no teacher cache"):
         TeacherCache(str(tmp_path / "mine"), [], 264, World(0, 1, torch.device("cpu"), None))
-
-
-def test_a_fingerprint_is_of_the_dense_weights(config):
-    from castlm.core.scaling import add_weight_scaling
-
-    model = tiny_model("llama")
-    before = fingerprint(model)
-    add_weight_scaling(model)
-    assert fingerprint(model) == before
-    with torch.no_grad():
-        model.get_parameter("model.norm.weight")[0] += 1
-    assert fingerprint(model) != before
 
 
 def test_ranks_write_and_read_as_one_rank_does(trained, tmp_path):

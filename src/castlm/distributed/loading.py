@@ -7,7 +7,6 @@ Buffers are computed and not stored (rotary frequencies): they are made for real
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from castlm.conversion import as_stored, state_dict_key, stored_rows, stored_sha
 from castlm.core.experts import ExpertLinear
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import dense_name
+from castlm.distributed.fingerprint import FIRST, fingerprint_of
 from castlm.distributed.world import World
 from castlm.layout import OLD_BUFFERS, stored_transposed
 from castlm.locate import Location, cached_snapshot, locate
@@ -58,6 +58,16 @@ class Place:
             return stored[rows]
         return stored[:, rows].T if len(stored.get_shape()) == 2 else stored[rows].mT
 
+    def first(self, read: Reader, count: int) -> Tensor:
+        """The first `count` numbers (up to count,) of the parameter's first row, or expert."""
+        stored = read(self.file).get_slice(self.key)
+        one, most, is_matrix = slice(0, 1), slice(0, count), len(stored.get_shape()) == 2
+        if self.transposed:
+            found = stored[most, one].T if is_matrix else stored[one, :, most].mT
+        else:
+            found = stored[(one, most)[: len(stored.get_shape())]]
+        return found.flatten()[:count]
+
 
 @dataclass(frozen=True)
 class ExpertPlaces:
@@ -70,6 +80,10 @@ class ExpertPlaces:
         whole = slice(None)
         return torch.stack([torch.cat([place.read(read, whole) for place in of]) for of in self.matrices[rows]])
 
+    def first(self, read: Reader, count: int) -> Tensor:
+        """The first `count` numbers (up to count,) of the first expert."""
+        return torch.cat([place.read(read, slice(0, count)) for place in self.matrices[0]]).flatten()[:count]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -78,17 +92,10 @@ class Checkpoint:
     source: str
     places: Mapping[str, Place | ExpertPlaces]
 
-    def digest(self) -> str:
-        """A hash of the first 64 numbers of every stored parameter, to tell the files of several machines apart."""
-        digest = hashlib.sha256()
+    def fingerprint(self) -> str:
+        """The `castlm.distributed.fingerprint.fingerprint` of the model with these weights."""
         with opened_files() as read:
-            for name, place in sorted(self.places.items()):
-                first = place.matrices[0][0] if isinstance(place, ExpertPlaces) else place
-                stored = read(first.file).get_slice(first.key)
-                *outer, _ = stored.get_shape()
-                values = stored[(*(slice(0, 1) for _ in outer), slice(0, 64))]
-                digest.update(name.encode() + values.float().numpy().tobytes())
-        return digest.hexdigest()
+            return fingerprint_of({name: place.first(read, FIRST) for name, place in self.places.items()})
 
 
 def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) -> tuple[Loaded, Checkpoint] | None:

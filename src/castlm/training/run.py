@@ -137,7 +137,7 @@ class Run:
         """What a resumed run has to share with the saved one besides its config."""
         return {
             "world_batch": global_batch(self.config, self.world),
-            "model_fingerprint": self.parts.model_fingerprint,
+            "model_fingerprint": self.parts.source.fingerprint,
             "dataset_sha256": self.parts.text.train_sha256,
             "eval_sha256": self.parts.text.eval_sha256,
             "precision_used": self.parts.evaluator.precision,

@@ -39,7 +39,6 @@ from castlm.training.objective import Objective, make_teacher
 from castlm.training.schedule import schedule
 from castlm.training.source import Source, open_source
 from castlm.training.start import Start, is_untied, make_start, start_, stream_basis
-from castlm.training.teacher_cache import fingerprint
 from castlm.training.teacher_pass import claim_teacher_cache, open_teacher_cache, teacher_dtype
 from castlm.training.text import TrainingText, open_training_text
 
@@ -66,8 +65,6 @@ class Parts:
     """Of the dense model, if step 0 does not compute with its weights any more."""
     start: dict[str, Any]
     """The record of the start; empty if it is magnitude."""
-    model_fingerprint: str
-    """Of the weights of the model that the run was given."""
 
 
 def filter_of(config: TrainConfig) -> FilterFn:
@@ -107,7 +104,6 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     source = open_source(config, world)
     model = source.model
     check_left_dense(config, model)
-    given = world.on_main(lambda: fingerprint(model)) if source.stored is None else None
     text = open_training_text(config, source.tokenizer, vocab_size(model.config), world)
     precision = choose_precision(config.precision, world.device, model.config)
     world.check_all(_why_one_process(config, method_class) if world.size > 1 else None)
@@ -141,8 +137,6 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         compile_blocks_(objective)
     _shard(objective, source.stored, precision, world, method.whole_copies)
     names = _trained_parameters(objective)
-    if given is None:  # the model has its weights now, and still those that were given
-        given = world.on_main(lambda: fingerprint(model))
     if cache is not None:
         claim_teacher_cache(cache, config, model, precision)
     fused, optimizer_text = choose_fused(config.fused_optimizer, world.device, sum(p.numel() for p in names))
@@ -176,7 +170,6 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         budget,
         dense_perplexity,
         start.record,
-        given,
     )
 
 

@@ -15,13 +15,13 @@ from castlm.architecture import check_head, context_length, vocab_size
 from castlm.core.blocks import is_tower
 from castlm.core.errors import InputError
 from castlm.data.chat import with_template
+from castlm.distributed.fingerprint import fingerprint
 from castlm.distributed.loading import Checkpoint, check_one_snapshot, open_sharded
 from castlm.distributed.world import World
 from castlm.methods.table import class_of
 from castlm.models import Loaded, load_model
 from castlm.oneshot.stream_basis import untie_
 from castlm.training.config import TrainConfig
-from castlm.training.teacher_cache import fingerprint
 
 
 @dataclass
@@ -35,6 +35,8 @@ class Source:
     """Keyword arguments of `load_model`."""
     name: str
     """As the config has it."""
+    fingerprint: str
+    """Of its weights, the same on all ranks."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -71,11 +73,10 @@ def open_source(config: TrainConfig, world: World) -> Source:
     opened = open_sharded(config.model, **options) if shards else None
     loaded, stored = (load_model(config.model, **options), None) if opened is None else opened
     check_one_snapshot(config.model, config.revision, world)
-    if world.mesh is not None:
-        digests = world.gather(fingerprint(loaded.model) if stored is None else stored.digest())
-        odd = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
-        other = f"rank {odd} has other weights of {config.model} than rank 0: give all of them the same files"
-        world.check_all(None if odd is None else other)
+    found = world.gather(fingerprint(loaded.model) if stored is None else stored.fingerprint())
+    odd = next((rank for rank, other in enumerate(found) if other != found[0]), None)
+    refusal = f"rank {odd} has other weights of {config.model} than rank 0: give all of them the same files"
+    world.check_all(None if odd is None else refusal)
     with_template(loaded.tokenizer, config.chat_template_path)
     model = loaded.model
     longest = context_length(model.config)
@@ -89,4 +90,4 @@ def open_source(config: TrainConfig, world: World) -> Source:
     for parameter_name, parameter in model.named_parameters():
         if is_tower(parameter_name):  # no text reaches them
             parameter.requires_grad_(False)
-    return Source(loaded, stored, options, config.model)
+    return Source(loaded, stored, options, config.model, found[0])

@@ -22,33 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
-from castlm.core.shards import local
-from castlm.core.sparsify import dense_name
 from castlm.core.top_tokens import TopTokens
 from castlm.disk import is_disk_full
+from castlm.distributed.fingerprint import fingerprint
 from castlm.distributed.world import World
 from castlm.files import atomic_file, atomic_write_json, read_json_mapping, widen_access
 from castlm.progress import note
 
 _FORMAT = 3
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the dense weights of `model`, the same on any number of ranks.
-
-    It covers the first 64 numbers of every parameter's first row, by name. The main rank, which holds the first rows,
-    calls it. A head that was untied for the run counts as tied.
-    """
-    digest, first = hashlib.sha256(), {}
-    for name, parameter in model.named_parameters():
-        if ".parametrizations." not in dense_name(name):  # else a weight scale
-            first[dense_name(name)] = local(parameter.detach())[:1].flatten()[:64].float().cpu().numpy().tobytes()
-    if first.get("lm_head.weight") in [row for name, row in first.items() if "embed" in name or "wte" in name]:
-        del first["lm_head.weight"]
-    for name, row in sorted(first.items()):
-        digest.update(name.encode())
-        digest.update(row)
-    return digest.hexdigest()
 
 
 class TeacherCache:
