@@ -230,7 +230,7 @@ def test_a_damaged_file_of_an_unfinished_prune_is_named(llama, straight, tmp_pat
         (["--rotate", "residual"], "needs the whole model in memory"),
         (["--target-asymmetry", "0.5"], "need the dense model beside"),
         (["--reconstruct-epochs", "1"], "need the dense model beside"),
-        (["--damping", "2"], "damping 2.0 and block size"),
+        (["--damping", "2"], "damping = 2.0 is out of range: it must be between 0 and 1"),
     ],
 )
 def test_what_needs_the_whole_model_or_is_out_of_range_is_refused(llama, tmp_path, text, options, message):

@@ -25,12 +25,12 @@ from castlm.data.tokens import token_ids
 from castlm.distributed.world import init_world
 from castlm.export.verify import verify
 from castlm.models import load_model
+from castlm.oneshot import start
 from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.calibration import draw_calibration
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.signals import ending_on_sigterm
-from castlm.training import start
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.interrupt import Interrupt, Interrupted

@@ -14,7 +14,7 @@ from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import choice
-from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
+from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
     from castlm.data.documents import Documents
     from castlm.data.hub import HubDocuments
+    from castlm.distributed.loading import Checkpoint
+    from castlm.models import Loaded
     from castlm.oneshot.basis import BasisReport
     from castlm.oneshot.report import OneshotReport
+    from castlm.oneshot.start import OneshotStart
     from castlm.oneshot.walk import Images
 
 
@@ -105,6 +108,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
     def run(self) -> int:
         from castlm.data.documents import open_documents
         from castlm.hardware import choose_device
+        from castlm.oneshot.start import OneshotStart
         from castlm.output import claimed
 
         pattern = Pattern.parse(self.pattern)
@@ -123,11 +127,16 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             refuse_given(self, _OF_CALIBRATION, why)
         if self.calibration is not None and (needs_text or structured):
             text = open_documents(self.calibration, column=self.column)
+        start = OneshotStart.of(self, method, pattern, damping=self.damping, seed=self.seed)
         inputs = {"model": self.model, "calibration": self.calibration}
         with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
-            if self._holds_a_block(folder, pattern):
-                return self._prune_by_block(folder, pattern, method, text, device)
-            return self._prune(folder, pattern, method, text, device)
+            prune = self._prune_by_block if self._holds_a_block(folder, pattern) else self._prune
+            report = prune(folder, start, text, device)
+        for line in report.notes():
+            print(line)
+        measure = f"castlm eval {shlex.quote(str(folder))} --text FILE"
+        print(f"{folder}: {self.pattern} by {method}, verified; measure it with: {measure}")
+        return 0
 
     def _holds_a_block(self, folder: Path, pattern: Pattern) -> bool:
         """Whether one block at a time is in memory, and why where that is not asked for."""
@@ -181,71 +190,51 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         return blocks, images, record
 
     def _prune(
-        self, folder: Path, pattern: Pattern, method: str, text: Documents | HubDocuments | None, device: str
-    ) -> int:
+        self, folder: Path, start: OneshotStart, text: Documents | HubDocuments | None, device: str
+    ) -> OneshotReport:
         import torch
 
         from castlm.core.sparsify import sparse_linears
         from castlm.export.hf import check_export, export_model
         from castlm.hardware import keep_freed_memory
         from castlm.models import load_model, save_dtype
-        from castlm.oneshot.basis import change_basis_
-        from castlm.oneshot.prune import prune_oneshot_
         from castlm.progress import note, shown_progress
 
         keep_freed_memory()
         # Solvers and changes of basis compute in fp32; magnitude alone needs no more than what is stored.
         held = None if text is None else torch.float32
-        refinements, basis_options = part_of(self, Refinements).for_solver(method, pattern), part_of(self, BasisOptions)
-        refinements.check()  # before the work, as the two below
-        basis_options.check()
-        if not 0 <= self.damping <= 1:
-            raise InputError(f"damping = {self.damping} is out of range: it must be between 0 and 1")
         loaded = load_model(self.model, dtype=held, trust_remote_code=self.trust_remote_code, revision=self.revision)
-        check_export(loaded.model, pattern)
-        _, left_dense = sparse_linears(loaded.model, pattern)
-        blocks, images, calibration = self._calibration(loaded.model, loaded.tokenizer, text)
-        loaded.model.to(device)
+        model = loaded.model
+        check_export(model, start.pattern)
+        _, left_dense = sparse_linears(model, start.pattern)
+        blocks, images, calibration = self._calibration(model, loaded.tokenizer, text)
+        model.to(device)
         basis = None
         if blocks is not None:
             with shown_progress("changing the basis, steps") as progress:
-                basis = change_basis_(
-                    loaded.model, blocks, basis_options, images=images, pattern=pattern, say=note, progress=progress
-                )
-        with shown_progress(f"{method}, blocks") as progress:
-            report = prune_oneshot_(
-                loaded.model,
-                method,
-                pattern=pattern,
-                calibration=blocks,
-                images=images,
-                damping=self.damping,
-                refinements=refinements,
-                seed=self.seed,
-                progress=progress,
-            )
-        loaded.model.to("cpu")
+                basis = start.change_basis_(model, blocks, images, say=note, progress=progress)
+        with shown_progress(f"{start.method}, blocks") as progress:
+            report = start.prune_(model, blocks, images, progress=progress)
+        model.to("cpu")
         export_model(
-            loaded.model,
+            model,
             loaded.tokenizer,
             folder,
-            pattern=pattern,
+            pattern=start.pattern,
             left_dense=left_dense,
-            record=self._record(method, report, basis, calibration),
+            record=self._record(start, report, basis, calibration),
             overwrite=True,
             dtype=save_dtype(self.save_dtype, loaded.dtype),
         )
-        return self._say_done(folder, method, report)
+        return report
 
     def _prune_by_block(
-        self, folder: Path, pattern: Pattern, method: str, text: Documents | HubDocuments | None, device: str
-    ) -> int:
+        self, folder: Path, start: OneshotStart, text: Documents | HubDocuments | None, device: str
+    ) -> OneshotReport:
         import torch
 
-        from castlm.architecture import is_vision_language
-        from castlm.core.experts import ExpertLinear
         from castlm.core.sparsify import sparse_linears
-        from castlm.distributed.loading import Place, open_sharded
+        from castlm.distributed.loading import Place
         from castlm.export.from_blocks import export_blocks
         from castlm.hardware import return_freed_memory
         from castlm.models import save_dtype
@@ -257,21 +246,9 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         from castlm.progress import note, shown_progress
 
         return_freed_memory()
-        if is_structured(pattern):
-            raise InputError(f"pattern {pattern} is chosen over the whole model: use memory model")
-        opened = open_sharded(self.model, trust_remote_code=self.trust_remote_code, revision=self.revision)
-        if opened is None:
-            raise InputError(
-                f"the blocks of {self.model} cannot be read one by one: memory block needs a folder of safetensors "
-                "whose names are those of the model; use memory model"
-            )
-        loaded, checkpoint = opened
+        loaded, checkpoint = self._open_by_block(start.pattern)
         partial = partial_folder(folder)
-        if any(isinstance(module, ExpertLinear) for module in loaded.model.modules()):
-            raise InputError(f"{self.model} has experts, of which a block holds many: use memory model")
-        if is_vision_language(loaded.model.config):
-            raise InputError(f"{self.model} stores its layers under other names than it loads: use memory model")
-        layers, left_dense = sparse_linears(loaded.model, pattern)
+        layers, left_dense = sparse_linears(loaded.model, start.pattern)
         stack, stacked = block_stack(loaded.model, layers)
         check_outside_blocks(checkpoint, stack)
         with continued(partial, "prune"):
@@ -289,16 +266,12 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
                     "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
                     "calibration": calibration,
                 },
-                method=method,
-                pattern=pattern,
-                damping=self.damping,
-                basis=part_of(self, BasisOptions),
-                refinements=part_of(self, Refinements).for_solver(method, pattern),
+                start=start,
                 dtype=dtype,
                 device=torch.device(device),
                 overwrite=self.overwrite,
             )
-            with shown_progress(f"{method}, blocks") as progress:
+            with shown_progress(f"{start.method}, blocks") as progress:
                 report, basis = prune_by_block(run, say=note, progress=progress)
             export_blocks(
                 loaded.model,
@@ -306,33 +279,47 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
                 folder,
                 blocks=[block_file(partial, index) for index in range(len(stacked))],
                 outside=outside_blocks(checkpoint, stack),
-                pattern=pattern,
+                pattern=start.pattern,
                 left_dense=left_dense,
-                record=self._record(method, report, basis, calibration),
+                record=self._record(start, report, basis, calibration),
                 dtype=dtype,
             )
             discard(partial)
-        return self._say_done(folder, method, report)
+        return report
+
+    def _open_by_block(self, pattern: Pattern) -> tuple[Loaded, Checkpoint]:
+        """The model without its weights, and where they are stored.
+
+        Raises:
+            InputError: a pattern or a model that cannot be pruned with one block in memory.
+        """
+        from castlm.architecture import is_vision_language
+        from castlm.core.experts import ExpertLinear
+        from castlm.distributed.loading import open_sharded
+
+        if is_structured(pattern):
+            raise InputError(f"pattern {pattern} is chosen over the whole model: use memory model")
+        opened = open_sharded(self.model, trust_remote_code=self.trust_remote_code, revision=self.revision)
+        if opened is None:
+            raise InputError(
+                f"the blocks of {self.model} cannot be read one by one: memory block needs a folder of safetensors "
+                "whose names are those of the model; use memory model"
+            )
+        model = opened[0].model
+        if any(isinstance(module, ExpertLinear) for module in model.modules()):
+            raise InputError(f"{self.model} has experts, of which a block holds many: use memory model")
+        if is_vision_language(model.config):
+            raise InputError(f"{self.model} stores its layers under other names than it loads: use memory model")
+        return opened
 
     def _record(
-        self, method: str, report: OneshotReport, basis: BasisReport | None, calibration: dict[str, Any]
+        self, start: OneshotStart, report: OneshotReport, basis: BasisReport | None, calibration: dict[str, Any]
     ) -> dict[str, Any]:
         """The content of castlm.json that is this command's."""
-        return {
-            "base_model": self.model,
-            "method": method,
-            "calibration": calibration,
-            "basis": None if basis is None else basis.as_dict(),
-            "prune_seconds": round(report.seconds, 2),
-            **report.record(),
-        }
+        from castlm.oneshot.start import start_record
 
-    def _say_done(self, folder: Path, method: str, report: OneshotReport) -> int:
-        for line in report.notes():
-            print(line)
-        measure = f"castlm eval {shlex.quote(str(folder))} --text FILE"
-        print(f"{folder}: {self.pattern} by {method}, verified; measure it with: {measure}")
-        return 0
+        of_start = start_record(basis, report)
+        return {"base_model": self.model, "method": start.method, "calibration": calibration, **of_start}
 
 
 def partial_folder(folder: Path) -> Path:

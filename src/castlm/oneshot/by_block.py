@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from castlm.architecture import eval_mode
 from castlm.core.errors import InputError
 from castlm.core.experts import SparseLayer
-from castlm.core.pattern import NM, Pattern
-from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.core.pattern import NM
+from castlm.core.sparsify import sparse_linears
 from castlm.disk import disk_full_is_said
 from castlm.distributed.loading import Checkpoint
 from castlm.export.hf import dtype_name, equal_in_bits
@@ -34,10 +34,10 @@ from castlm.oneshot.basis import BasisReport, BlockTurns, block_statistics, wiri
 from castlm.oneshot.block_basis import Change
 from castlm.oneshot.families import describe
 from castlm.oneshot.hidden_states import HiddenStates
-from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.prune import check_prune, prune_block, prune_layers
 from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import SOLVERS, Settings
+from castlm.oneshot.start import OneshotStart
 from castlm.oneshot.stored_model import StoredModel
 from castlm.oneshot.walk import BlockInputs, batch_size, block_stack
 
@@ -58,21 +58,16 @@ class BlockPrune:
     """For the pruned blocks, the hidden states and the record of what is done."""
     inputs: Mapping[str, Any]
     """What the result depends on beside the options below: compared before an earlier process's work is continued."""
-    method: str
-    pattern: Pattern
-    damping: float
-    basis: BasisOptions
-    refinements: Refinements
+    start: OneshotStart
     dtype: torch.dtype
     """What the blocks are written in."""
     device: torch.device
-    filter_fn: FilterFn = is_sparse_linear
     overwrite: bool = False
     """Start again where `folder` holds the work of a prune with other options, or a damaged record."""
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.pattern, self.damping, 128)
+        return Settings(self.start.pattern, self.start.damping, 128)
 
 
 def block_file(folder: Path, index: int) -> Path:
@@ -99,8 +94,9 @@ def prune_by_block(
             other options.
     """
     _refuse(run)
-    layers, left_dense = sparse_linears(run.model, run.pattern, run.filter_fn)
-    check_prune(run.model, run.method, layers, run.calibration, run.settings, run.refinements)
+    start = run.start
+    layers, left_dense = sparse_linears(run.model, start.pattern, start.filter_fn)
+    check_prune(run.model, start.method, layers, run.calibration, run.settings, start.refinements)
     stack, _ = block_stack(run.model, layers)
     stored = StoredModel(run.model, run.checkpoint, stack, run.device)
     state = _State.read(run)
@@ -110,11 +106,11 @@ def prune_by_block(
         _Walk(run, stored, layers, state, say, progress).run()
     num_sequences, seq_len = (0, 0) if run.calibration is None else run.calibration.shape
     report = OneshotReport(
-        run.method,
-        str(run.pattern),
+        start.method,
+        str(start.pattern),
         num_sequences,
         seq_len,
-        run.damping if run.method == "sparsegpt" else None,
+        start.damping if start.method == "sparsegpt" else None,
         layers=state.layers,
         left_dense=left_dense,
         seconds=state.seconds,
@@ -123,10 +119,9 @@ def prune_by_block(
 
 
 def _refuse(run: BlockPrune) -> None:
-    run.basis.check()
-    if run.basis.rotate == "residual":
+    if run.start.basis.rotate == "residual":
         raise InputError("rotate residual needs the whole model in memory: use rotate values, or memory model")
-    if run.refinements.needs_dense_twin:
+    if run.start.refinements.needs_dense_twin:
         raise InputError(
             "target_asymmetry, stream_correction and reconstruct_epochs need the dense model beside the pruned one: "
             "leave them out, or use memory model"
@@ -199,11 +194,11 @@ class _State:
 def _options(run: BlockPrune) -> dict[str, Any]:
     return {
         **run.inputs,
-        "method": run.method,
-        "pattern": str(run.pattern),
-        "damping": run.damping,
-        **asdict(run.basis),
-        **asdict(run.refinements),
+        "method": run.start.method,
+        "pattern": str(run.start.pattern),
+        "damping": run.start.damping,
+        **asdict(run.start.basis),
+        **asdict(run.start.refinements),
         "dtype": dtype_name(run.dtype),
     }
 
@@ -222,7 +217,7 @@ class _Walk:
     ) -> None:
         self.run_, self.stored, self.layers, self.state = run, stored, layers, state
         self.say, self.progress = say, progress
-        self.solver, self.to = SOLVERS[run.method], run.settings
+        self.solver, self.to = SOLVERS[run.start.method], run.settings
         self.turns = self._turns()
 
     def run(self) -> None:
@@ -257,14 +252,15 @@ class _Walk:
         run = self.run_
         if run.calibration is None:
             return None
-        wiring, note = wiring_or_note(run.model, run.pattern, run.basis)
+        basis, pattern = run.start.basis, run.start.pattern
+        wiring, note = wiring_or_note(run.model, pattern, basis)
         if note and not self.state.notes:
             self.state.notes.append(note)
             self.say(note)
         if wiring is None:
             return None
-        assert isinstance(run.pattern, NM)
-        turns = BlockTurns(run.basis, run.pattern)
+        assert isinstance(pattern, NM)
+        turns = BlockTurns(basis, pattern)
         for earlier in self.state.changes:
             if earlier.what == turns.values.what:
                 turns.values = earlier
@@ -302,7 +298,7 @@ class _Walk:
                 if note:
                     self.state.notes.append(f"block {index}: {note}")
                 del statistics
-            return prune_block(inside, inputs, num_sequences, self.solver, self.to, self.run_.refinements)
+            return prune_block(inside, inputs, num_sequences, self.solver, self.to, self.run_.start.refinements)
 
 
 def _write_block(run: BlockPrune, block: nn.Module, index: int, prefix: str) -> Path:

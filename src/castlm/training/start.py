@@ -25,10 +25,9 @@ from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import World
 from castlm.methods.base import MethodConfig, Retraining
 from castlm.models import load_model
-from castlm.oneshot.basis import change_basis_
-from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, part_of
-from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.options import UNIT_SCORES
 from castlm.oneshot.solvers import SOLVERS
+from castlm.oneshot.start import OneshotStart, start_record
 from castlm.progress import note, shown_progress
 from castlm.training.config import TrainConfig
 from castlm.training.source import Source
@@ -118,38 +117,19 @@ def _prune(
     num_sequences, length = config.calibration_sequences, config.seq_len
     model = source.whole_model().to(world.device)
     try:
-        refinements = part_of(config, Refinements).for_solver(solver, pattern)
+        oneshot = OneshotStart.of(config, solver, pattern, seed=config.seed, filter_fn=filter_fn)
         calibration, images = calibration_sequences(
             text.documents, source.tokenizer, num_sequences, length, config.seed, text.processor, note
         )
         with shown_progress("changing the basis, steps") as progress:
-            basis = change_basis_(
-                model,
-                calibration,
-                part_of(config, BasisOptions),
-                pattern=pattern,
-                images=images,
-                filter_fn=filter_fn,
-                say=note,
-                progress=world.reported(progress),
-            )
+            basis = oneshot.change_basis_(model, calibration, images, say=note, progress=world.reported(progress))
         start.stream_basis = basis.stream_basis
         if basis.changes or config.reconstruct_epochs:
             replaced = _replaced(config, sparse_linears(model, pattern, filter_fn)[0])
             kept = {name: p for name, p in model.named_parameters() if p not in replaced}
             start.dense = {name: p.detach().to("cpu", copy=True) for name, p in kept.items()}
         with shown_progress(f"starting from {solver}, blocks") as progress:
-            report = prune_oneshot_(
-                model,
-                solver,
-                pattern=pattern,
-                calibration=calibration,
-                images=images,
-                refinements=refinements,
-                seed=config.seed,
-                filter_fn=filter_fn,
-                progress=world.reported(progress),
-            )
+            report = oneshot.prune_(model, calibration, images, progress=world.reported(progress))
     except InputError as error:
         raise InputError(f"init_from {solver}: {error}; init_from magnitude does without") from None
     for line in report.notes():
@@ -161,9 +141,7 @@ def _prune(
     start.pruned = {layer.name: model.get_submodule(layer.name).weight.detach() for layer in report.layers}
     start.record = {
         "calibration_tokens": calibration.numel(),
-        "basis": basis.as_dict(),
-        "prune_seconds": round(report.seconds, 2),
-        **report.record(),
+        **start_record(basis, report),
         "layer_errors": {layer.name: layer.error for layer in report.layers},
         "reconstructions": [asdict(block) for block in report.reconstructions],
     }
