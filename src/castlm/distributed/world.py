@@ -11,7 +11,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -167,6 +167,20 @@ class World:
         failures = [text for text in self.gather(failure) if text is not None]
         if failures:
             raise InputError(failures[0]) if self.is_main else SystemExit(2)
+
+    def check_alike(self, values: Mapping[str, Any]) -> None:
+        """Stops every rank when one of them has another value than the main rank.
+
+        Args:
+            values: by what another value is called, as "another training text".
+
+        Raises:
+            InputError: as `check_all`.
+        """
+        found = self.gather(values)
+        odd = [(rank, what) for rank, other in enumerate(found) for what in values if other[what] != found[0][what]]
+        failures = [f"rank {rank} has {what} than rank 0: give all of them the same files" for rank, what in odd]
+        self.check_all(failures[0] if failures else None)
 
     def missing(self, timeout_s: float) -> str:
         """The ranks that do not arrive here within `timeout_s`; "" when all do.

@@ -22,7 +22,7 @@ from castlm.core.pattern import NM, Pattern
 from castlm.export.cut_sizes import cut_pattern
 from castlm.export.folder import is_packed, read_config, stored_tensors
 from castlm.export.layers import check_layers
-from castlm.export.packed_count import count_packed_layer, take_packed
+from castlm.export.packed_count import Packed, count_packed_layer, take_packed
 from castlm.export.report import LayerReport, VerifyReport
 from castlm.export.unit_count import base_config, count_tiles, count_units, groups_of, tiles_of
 from castlm.layout import OLD_BUFFERS, experts_input_axis, guess_model_type, stored_transposed
@@ -79,7 +79,7 @@ def verify(
     if base is not None and not cuts:
         raise InputError(f"--base is for patterns that cut channels or heads out, not for {pattern}: leave it out")
     dense_config, where = base_config(base, config, folder / "castlm.json", pattern) if cuts else ({}, "")
-    groups, packed = groups_of(pattern), take_packed(tensors)
+    packed = take_packed(tensors)
     if packed and path.is_dir() and not is_packed(config):
         raise InputError(f"{next(iter(packed))} is packed, which transformers does not read from a plain folder")
     _refuse_packed(path, tensors, config)
@@ -94,18 +94,13 @@ def verify(
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
         why_dense = "excluded" if name in excluded else _why_dense(tensor, included, with_experts)
         axis = _input_axis(tensor, {**config, "model_type": model_type}, pattern)
+        listed = left_dense_reason(name, left_dense)
         if why_dense is None and axis is not None:
-            if name not in packed:
-                layer = _count(tensor, pattern, axis)
-            elif groups is None or tiles_of(pattern) is not None:
-                raise InputError(f"{name} is packed, which is for n:m: verify {pattern} before the model is packed")
-            else:
-                layer = count_packed_layer(tensor, packed[name], groups)
-            layer.left_dense = left_dense_reason(name, left_dense)
+            layer = _count(tensor, pattern, axis, packed.get(name))
+            layer.left_dense = listed
             report.layers.append(layer)
             continue
-        if why_dense is None:
-            why_dense = left_dense_reason(name, left_dense)
+        why_dense = listed if why_dense is None else why_dense
         if len(tensor.shape) >= 2:
             shape = f"{len(tensor.shape)}-D of shape {'x'.join(map(str, tensor.shape))}, {tensor.dtype}"
             (report.uncounted if why_dense is None else report.dense)[name] = why_dense or shape
@@ -240,11 +235,15 @@ def _method(config: Mapping[str, Any]) -> str:
     return f" ({quantization.get('quant_method', 'quantized')})" if isinstance(quantization, dict) else ""
 
 
-def _count(tensor: StoredTensor, pattern: Pattern, axis: int) -> LayerReport:
+def _count(tensor: StoredTensor, pattern: Pattern, axis: int, packed: Packed | None) -> LayerReport:
     """Counts what one tensor holds of `pattern`: values, groups and tiles. Units are counted over all layers."""
+    groups, tiles = groups_of(pattern), tiles_of(pattern)
+    if packed is not None:
+        if groups is None or tiles is not None:
+            raise InputError(f"{tensor.name} is packed, which is for n:m: verify {pattern} before the model is packed")
+        return count_packed_layer(tensor, packed, groups)
     layer = LayerReport(tensor.name, tensor.shape, tensor.dtype, axis)
-    _count_groups(layer, tensor, groups_of(pattern))
-    tiles = tiles_of(pattern)
+    _count_groups(layer, tensor, groups)
     if tiles is not None:
         count_tiles(layer, tensor, tiles)
     return layer

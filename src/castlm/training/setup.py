@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from castlm.architecture import vocab_size
 from castlm.core.adams import AdamS
@@ -39,6 +40,7 @@ from castlm.training.objective import Objective, make_teacher
 from castlm.training.schedule import schedule
 from castlm.training.source import Source, open_source
 from castlm.training.start import Start, is_untied, make_start, start_, stream_basis
+from castlm.training.teacher_cache import TeacherCache
 from castlm.training.teacher_pass import claim_teacher_cache, open_teacher_cache, teacher_dtype
 from castlm.training.text import TrainingText, open_training_text
 
@@ -120,21 +122,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     if is_untied(start.record):
         source.untie_()
     method = method_class(model, config, pattern, filter_fn)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    apart = not config.cross_document_attention
-    objective = Objective(
-        model,
-        teacher,
-        config.eta,
-        config.temperature,
-        config.teacher_top_k,
-        cache,
-        apart,
-        hidden_weight=config.hidden_loss_weight,
-    )
-    if config.torch_compile:
-        compile_blocks_(objective)
+    objective = _objective(config, model, teacher, cache)
     _shard(objective, source.stored, precision, world, method.whole_copies)
     names = _trained_parameters(objective)
     if cache is not None:
@@ -144,14 +132,7 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
     evaluator = Evaluator(
         objective, text.held_out, config.seq_len, config.per_device_train_batch_size, precision, world
     )
-    dense_perplexity = None
-    if resumed is None and (has_start or method.starts_sparse) and not config.is_finetuning:
-        with method.unmasked():
-            dense_perplexity = evaluator.perplexity()
-    if has_start:
-        start_(model, method, start, world)
-    elif resumed is None:
-        method.start_from_magnitude_()
+    dense_perplexity = None if resumed is not None else _begin(config, model, method, start, evaluator, world)
     if config.hidden_loss_weight:
         objective.stream_basis = stream_basis(start, world)
     masks = method.masks()
@@ -171,6 +152,52 @@ def set_up(config: TrainConfig, world: World, *, resumed: dict[str, Any] | None 
         dense_perplexity,
         start.record,
     )
+
+
+def _objective(
+    config: TrainConfig, model: PreTrainedModel, teacher: torch.nn.Module | None, cache: TeacherCache | None
+) -> Objective:
+    """Student, teacher and loss, with checkpointed and compiled blocks where the config asks for them."""
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    objective = Objective(
+        model,
+        teacher,
+        config.eta,
+        config.temperature,
+        config.teacher_top_k,
+        cache,
+        not config.cross_document_attention,
+        hidden_weight=config.hidden_loss_weight,
+    )
+    if config.torch_compile:
+        compile_blocks_(objective)
+    return objective
+
+
+def _begin(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    method: Retraining,
+    start: Start,
+    evaluator: Evaluator,
+    world: World,
+) -> float | None:
+    """Gives the model of a new run the weights and masks of step 0.
+
+    Returns:
+        The perplexity of the dense model, where step 0 does not compute with its weights any more.
+    """
+    has_start = config.start != "magnitude"
+    dense_perplexity = None
+    if (has_start or method.starts_sparse) and not config.is_finetuning:
+        with method.unmasked():
+            dense_perplexity = evaluator.perplexity()
+    if has_start:
+        start_(model, method, start, world)
+    else:
+        method.start_from_magnitude_()
+    return dense_perplexity
 
 
 def _why_one_process(config: TrainConfig, method_class: type[Retraining]) -> str | None:

@@ -73,10 +73,8 @@ def open_source(config: TrainConfig, world: World) -> Source:
     opened = open_sharded(config.model, **options) if shards else None
     loaded, stored = (load_model(config.model, **options), None) if opened is None else opened
     check_one_snapshot(config.model, config.revision, world)
-    found = world.gather(fingerprint(loaded.model) if stored is None else stored.fingerprint())
-    odd = next((rank for rank, other in enumerate(found) if other != found[0]), None)
-    refusal = f"rank {odd} has other weights of {config.model} than rank 0: give all of them the same files"
-    world.check_all(None if odd is None else refusal)
+    found = fingerprint(loaded.model) if stored is None else stored.fingerprint()
+    world.check_alike({f"other weights of {config.model}": found})
     with_template(loaded.tokenizer, config.chat_template_path)
     model = loaded.model
     longest = context_length(model.config)
@@ -90,4 +88,4 @@ def open_source(config: TrainConfig, world: World) -> Source:
     for parameter_name, parameter in model.named_parameters():
         if is_tower(parameter_name):  # no text reaches them
             parameter.requires_grad_(False)
-    return Source(loaded, stored, options, config.model, found[0])
+    return Source(loaded, stored, options, config.model, found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -119,6 +119,45 @@ def _packed(
     )
 
 
+def _sequences(
+    config: TrainConfig,
+    documents: AnyDocuments,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ProcessorMixin | None,
+    world: World,
+) -> PackedSequences | MixedSequences | ImageSequences:
+    """The sequences of the training documents; the main rank alone says what is left out of a text without images."""
+    if processor is not None and documents.has_images:  # each rank sees the images of its own rows alone
+        return _with_images(config, documents, processor, note)
+    say = note if world.is_main else lambda text: None
+    if isinstance(documents, Mixture):
+        return MixedSequences([_packed(config, part, tokenizer, say) for part in documents.parts], documents.weights)
+    return _packed(config, documents, tokenizer, say)
+
+
+def _scored_parts(
+    config: TrainConfig,
+    held_out: Sequence[Documents | HubDocuments],
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ProcessorMixin | None,
+    vocab_size: int,
+) -> dict[str, ScoredText]:
+    """The tokens of each evaluation text by its name; raises `InputError` for one that cannot be evaluated."""
+    # Of a part of the training text, a sample: the same for every seed of a run, as its hash is.
+    seed = None if config.eval_datasets else 0
+    options = {"assistant_only": config.assistant_only_loss, "processor": processor, "seed": seed}
+    parts = {text.name: scored_text(text, tokenizer, config.eval_tokens or None, **options) for text in held_out}
+    for name, part in parts.items():
+        if len(part.ids) < 2:
+            raise InputError(f"the evaluation text {name} has {len(part.ids)} tokens: give more")
+        check_vocabulary(part.ids, vocab_size)
+        if not sequences_of(part, config.seq_len, config.seq_len):
+            raise InputError(
+                f"no token of the evaluation text {name} that counts is within seq_len {config.seq_len}: raise seq_len"
+            )
+    return parts
+
+
 def _by_short_name(parts: dict[str, ScoredText]) -> dict[str, ScoredText]:
     short = {name: Path(name).name for name in parts}
     count = Counter(short.values())
@@ -141,52 +180,25 @@ def open_training_text(
     if any(text.has_images for text in (documents, *held_out)):
         options = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
         processor = open_processor(config.model, tokenizer, **options)
-    sequences: PackedSequences | MixedSequences | ImageSequences
-    say = note if world.is_main else lambda text: None
-    if processor is not None and documents.has_images:  # each rank sees the images of its own rows alone
-        sequences = _with_images(config, documents, processor, note)
-    elif isinstance(documents, Mixture):
-        packed = [_packed(config, part, tokenizer, say) for part in documents.parts]
-        sequences = MixedSequences(packed, documents.weights)
-    else:
-        sequences = _packed(config, documents, tokenizer, say)
     loader = BatchLoader(
-        sequences,
+        _sequences(config, documents, tokenizer, processor, world),
         rows_per_rank=config.per_device_train_batch_size,
         rank=world.rank,
         world_size=world.size,
         prefetch=config.prefetch,
     )
-    options = {"assistant_only": config.assistant_only_loss, "processor": processor}
-    # Of a part of the training text, a sample: the same for every seed of a run, as its hash is.
-    options["seed"] = None if config.eval_datasets else 0
-    parts = {text.name: scored_text(text, tokenizer, config.eval_tokens or None, **options) for text in held_out}
-    for name, part in parts.items():
-        if len(part.ids) < 2:
-            raise InputError(f"the evaluation text {name} has {len(part.ids)} tokens: give more")
-        check_vocabulary(part.ids, vocab_size)
-        if not sequences_of(part, config.seq_len, config.seq_len):
-            raise InputError(
-                f"no token of the evaluation text {name} that counts is within seq_len {config.seq_len}: raise seq_len"
-            )
-    digests = {
-        "training": documents.text_hash(),
-        "evaluation": joined_digest([text.text_hash() for text in held_out]),
-    }
-    found = world.gather(digests)
-    odd = [(rank, what) for rank, other in enumerate(found) for what in digests if other[what] != found[0][what]]
-    failures = [
-        f"rank {rank} has another {what} text than rank 0: give all of them the same files" for rank, what in odd
-    ]
-    world.check_all(failures[0] if failures else None)
+    parts = _scored_parts(config, held_out, tokenizer, processor, vocab_size)
+    train_sha256 = documents.text_hash()
+    eval_sha256 = joined_digest([text.text_hash() for text in held_out])
+    world.check_alike({"another training text": train_sha256, "another evaluation text": eval_sha256})
     return TrainingText(
         documents,
         loader,
         ScoredText.joined(list(parts.values())),
         _by_short_name(parts) if len(parts) > 1 else {},
         any(text.is_chat for text in (documents, *held_out)),
-        digests["training"],
-        digests["evaluation"],
+        train_sha256,
+        eval_sha256,
         hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if documents.is_chat else None,
         processor,
     )
