@@ -57,7 +57,7 @@ class BlockPrune:
     folder: Path
     """For the pruned blocks, the hidden states and the record of what is done."""
     inputs: Mapping[str, Any]
-    """What the result depends on beside the options below: compared before an earlier process's work is continued."""
+    """What the result depends on beside `start` and `dtype`: compared before an earlier process's work is continued."""
     start: OneshotStart
     dtype: torch.dtype
     """What the blocks are written in."""

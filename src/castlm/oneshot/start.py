@@ -48,8 +48,8 @@ class OneshotStart:
             raise InputError(f"damping = {self.damping} is out of range: it must be between 0 and 1")
 
     @classmethod
-    def of(cls, options: BasisOptions | Refinements, method: str, pattern: Pattern, **others: Any) -> OneshotStart:
-        """The start by `options`, which have the fields of both classes.
+    def of(cls, options: Any, method: str, pattern: Pattern, **others: Any) -> OneshotStart:
+        """The start by `options`, which have the fields of `BasisOptions` and `Refinements`.
 
         Args:
             others: fields of the start that differ from their defaults.
