@@ -6,7 +6,6 @@ sequence: the position of an image among them would depend on the model, and a p
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from castlm.data.documents import Documents
 from castlm.data.hub import HubDocuments
 from castlm.data.images import ImageEncoder, ImageTokens, fits, join_images
 from castlm.data.mixture import Mixture
-from castlm.data.positions import check_same_order
+from castlm.data.positions import Resumable
 from castlm.data.readers import Piece, Position
 from castlm.data.tokens import IGNORED
 
@@ -45,7 +44,7 @@ class ImageRow(NamedTuple):
         }
 
 
-class ImageSequences:
+class ImageSequences(Resumable):
     """Sequences of `seq_len` tokens: conversations shuffled by (seed, epoch), each in a sequence of its own.
 
     What is left of a sequence is filled with end-of-text tokens that do not count. A longer conversation is cut; one
@@ -78,28 +77,10 @@ class ImageSequences:
         self._num_sequences += num_sequences
         return ImageRow(found, self._encode)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position, as plain JSON, the same on every rank: of the last conversation if `token` is 1, else of the
-        next."""
+    def _position(self) -> tuple[int, Position, int]:
+        """Of the last conversation, with a 1, or of the next, with a 0."""
         epoch, position, is_used = self._at
-        return {
-            "epoch": epoch,
-            "document": copy.deepcopy(position),
-            "token": int(is_used),
-            "sequences": self._num_sequences,
-            "seed": self.seed,
-            "seq_len": self.seq_len,
-            "repeat": self.repeat,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a saved position.
-
-        Raises:
-            InputError: the position was saved with another seed, seq_len or repeat.
-        """
-        check_same_order(state, seed=self.seed, seq_len=self.seq_len, repeat=self.repeat)
-        self._go_to(state)
+        return epoch, position, int(is_used)
 
     def _go_to(self, state: dict[str, Any]) -> None:
         self._at: tuple[int, Position, bool] = (state["epoch"], state["document"], bool(state["token"]))

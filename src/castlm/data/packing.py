@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from castlm.core.errors import InputError
 from castlm.data.documents import Documents
 from castlm.data.hub import HubDocuments
-from castlm.data.positions import check_same_order, document_positions
+from castlm.data.positions import Resumable, document_positions
 from castlm.data.readers import Piece
 from castlm.data.tokens import IGNORED, Encoder, Tokens
 
@@ -52,7 +52,7 @@ class Row(NamedTuple):
         return {"input_ids": ids, "labels": labels, "position_ids": document_positions(begins)}
 
 
-class PackedSequences(IterableDataset):
+class PackedSequences(Resumable, IterableDataset):
     """Sequences of `seq_len` tokens: documents shuffled by (seed, epoch), an end-of-text after each, nothing dropped.
 
     Yields dicts of `input_ids`, `labels` and `position_ids`, int64 of shape (seq_len,). The labels are already shifted:
@@ -132,27 +132,10 @@ class PackedSequences(IterableDataset):
         """Number of tokens of one epoch. Reads and tokenizes all documents once; the position stays as it is."""
         return sum(_num_tokens(batch) for batch in self._encode(0, 0, None, 0))
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position of the next sequence's first token, as plain JSON; the same on every rank."""
+    def _position(self) -> tuple[int, Any, int]:
+        """Of the next sequence's first token."""
         epoch, document = self._pending[0][:2] if self._pending else self._start
-        return {
-            "epoch": epoch,
-            "document": copy.deepcopy(document),
-            "token": self._token,
-            "sequences": self._num_sequences,
-            "seed": self.seed,
-            "seq_len": self.seq_len,
-            "repeat": self.repeat,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a saved position.
-
-        Raises:
-            InputError: the position was saved with another seed, seq_len or repeat.
-        """
-        check_same_order(state, seed=self.seed, seq_len=self.seq_len, repeat=self.repeat)
-        self._go_to(state)
+        return epoch, document, self._token
 
     def _go_to(self, state: dict[str, Any]) -> None:
         # Tokenized and not yet used up; `_token` is an offset in the first.

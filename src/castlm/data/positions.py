@@ -1,4 +1,4 @@
-"""Where documents begin inside a packed sequence, and whether a saved position in the data is of the same order.
+"""Where documents begin inside a packed sequence, and a position in the data that can be saved.
 
 transformers builds a block-diagonal attention mask when the position ids of a sequence start again at 0 and there is no
 other mask (`find_packed_sequence_indices` in its masking_utils), so that the position ids alone keep documents apart.
@@ -6,7 +6,7 @@ other mask (`find_packed_sequence_indices` in its masking_utils), so that the po
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
 from typing import Any
 
 import torch
@@ -15,13 +15,46 @@ from torch import Tensor
 from castlm.core.errors import InputError
 
 
-def check_same_order(state: Mapping[str, Any], **order: Any) -> None:
-    """Raises `InputError` unless the position `state` was saved with the same seed, seq_len and repeat, the `order`."""
-    for name, now in order.items():
-        if state.get(name, False) != now:
-            raise InputError(
-                f"the data position was saved with {name} {state.get(name, False)}, not {now}: keep {name}"
-            )
+class Resumable:
+    """Sequences that continue from a saved position of the same seed, seq_len and repeat."""
+
+    seed: int
+    seq_len: int
+    repeat: bool
+    _num_sequences: int
+    """That were taken before the next one, those before a saved position too."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the next sequence, as plain JSON, the same on every rank."""
+        epoch, document, token = self._position()
+        return {
+            "epoch": epoch,
+            "document": copy.deepcopy(document),
+            "token": token,
+            "sequences": self._num_sequences,
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "repeat": self.repeat,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a saved position.
+
+        Raises:
+            InputError: the position was saved with another seed, seq_len or repeat.
+        """
+        for name in ("seed", "seq_len", "repeat"):
+            before, now = state.get(name, False), getattr(self, name)
+            if before != now:
+                raise InputError(f"the data position was saved with {name} {before}, not {now}: keep {name}")
+        self._go_to(state)
+
+    def _position(self) -> tuple[int, Any, int]:
+        """Epoch, position of a document as its reader gives it, and a number of tokens in it."""
+        raise NotImplementedError
+
+    def _go_to(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
 
 
 def document_positions(begins: Tensor) -> Tensor:
