@@ -11,37 +11,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [str(file) for file in sorted((ROOT / "src" / "castlm" / "inference").glob("*.cpp"))]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
-OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+from tests.sanitized import ROOT, build, start
 
+MODULE = "tests.fuzz_inference"
 
-def build(folder: Path) -> Path:
-    library = folder / "inference_sanitized.so"
-    command = ["g++", "-std=c++17", *SANITIZERS, "-pthread", "-shared", "-fPIC", *SOURCES, "-o", str(library)]
-    subprocess.run(command, check=True)
-    return library
-
-
-def start(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs this module in a process whose allocations the sanitizer watches."""
-    runtime = [
-        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    environment = {**os.environ, **OPTIONS, "LD_PRELOAD": ":".join(runtime), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.fuzz_inference", "--library", str(library), *arguments]
-    stderr = subprocess.PIPE if "--overrun" in arguments else None
-    return subprocess.run(command, env=environment, text=True, stderr=stderr)
+SOURCES = sorted((ROOT / "src" / "castlm" / "inference").glob("*.cpp"))
 
 
 def overrun() -> None:
@@ -104,11 +84,11 @@ def main() -> int:
         print(f"{search(60 * options.minutes):,} random weights, no complaint", flush=True)
         return 0
     with tempfile.TemporaryDirectory() as scratch:
-        library = build(Path(scratch))
-        if "AddressSanitizer" not in (start(library, "--overrun").stderr or ""):
+        library = build(SOURCES, Path(scratch))
+        if "AddressSanitizer" not in (start(MODULE, library, "--overrun").stderr or ""):
             print("the sanitizer does not see a read past a buffer: these checks prove nothing", file=sys.stderr)
             return 1
-        return start(library, "--minutes", str(options.minutes)).returncode
+        return start(MODULE, library, "--minutes", str(options.minutes)).returncode
 
 
 if __name__ == "__main__":

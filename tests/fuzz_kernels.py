@@ -6,37 +6,17 @@ that reads past a buffer shows that the sanitizer would have stopped it. Not col
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parents[1] / "src" / "castlm" / "core" / "kernels.cpp"
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
-OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+from tests.sanitized import ROOT, build, start
 
+MODULE = "tests.fuzz_kernels"
 
-def build(folder: Path) -> Path:
-    library = folder / "kernels_sanitized.so"
-    command = ["g++", "-std=c++17", *SANITIZERS, "-pthread", "-shared", "-fPIC", str(SOURCE), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return library
-
-
-def start(library: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Runs this module in a process whose allocations the sanitizer watches."""
-    runtime = [
-        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    environment = {**os.environ, **OPTIONS, "LD_PRELOAD": ":".join(runtime), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.fuzz_kernels", "--library", str(library), *arguments]
-    return subprocess.run(
-        command, env=environment, text=True, stderr=subprocess.PIPE if "--overrun" in arguments else None
-    )
+SOURCE = ROOT / "src" / "castlm" / "core" / "kernels.cpp"
 
 
 def overrun(library: Path) -> None:
@@ -98,12 +78,12 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.library is None:
         with tempfile.TemporaryDirectory() as folder:
-            library = build(Path(folder))
-            proof = start(library, "--overrun")
+            library = build([SOURCE], Path(folder))
+            proof = start(MODULE, library, "--overrun")
             if proof.returncode == 0 or "heap-buffer-overflow" not in proof.stderr:
                 print(f"the sanitizer did not notice a read past a buffer:\n{proof.stderr}", file=sys.stderr)
                 return 1
-            return start(library, "--minutes", str(arguments.minutes)).returncode
+            return start(MODULE, library, "--minutes", str(arguments.minutes)).returncode
     if arguments.overrun:
         overrun(arguments.library)
         return 0
