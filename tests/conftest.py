@@ -47,6 +47,14 @@ def gemma(tmp_path_factory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("gemma"), "gemma"))
 
 
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> str:
+    """Folder of a tiny LLaMA. No test changes it."""
+    from tests.tiny import save_tiny
+
+    return str(save_tiny(tmp_path_factory.mktemp("llama"), "llama"))
+
+
 @pytest.fixture
 def lessons(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of the batches that a teacher has read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ def stop_and_resume(straight: TrainConfig, step: int) -> Path:
     train(replace(killed, resume=True))
     assert_equal_weights(Path(straight.output_dir) / "model", folder / "model")
     return folder
+
+
+def metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl in the folder of a run."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:

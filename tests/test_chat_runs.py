@@ -15,7 +15,7 @@ from castlm.training.run import Run
 from tests.chats import CHATML, MARKED, chat_tokenizer, save_chat_model, talks, turn, write_rows, write_talks
 from tests.ranks import run_ranks
 from tests.refusals import assert_refused
-from tests.runs import assert_close_weights, assert_equal_weights, small, stop_and_resume, train_until
+from tests.runs import assert_close_weights, assert_equal_weights, metrics, small, stop_and_resume, train_until
 from tests.tiny import TEXT, tiny_model
 
 
@@ -31,10 +31,6 @@ def chat(tmp_path_factory) -> str:
 
 def of_chat(llama, chat, folder, **over):
     return small(llama, chat, folder, **{"seq_len": 96, "max_steps": 6, "eval_fraction": 0.1, **over})
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_loss_is_that_of_the_assistants_tokens_by_hand(llama, chat, tmp_path):
@@ -65,7 +61,7 @@ def test_what_the_user_says_last_changes_no_loss_and_what_the_assistant_says_doe
         train(
             of_chat(llama, path, tmp_path / name, eval_dataset=held_out, calibration_sequences=1, init_from="magnitude")
         )
-        return [row["loss"] for row in rows(tmp_path / name) if "loss" in row]
+        return [row["loss"] for row in metrics(tmp_path / name) if "loss" in row]
 
     first = losses("one", "xyz", "b")
     assert losses("two", "uvw", "b") == first
@@ -78,7 +74,7 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(llama, chat, tmp_path):
     assert record["measured"]["tokens"] == "assistant"
     assert "| scored tokens |" in (tmp_path / "straight" / "model" / "README.md").read_text()
     assert record["perplexity"]["pruned"] == pytest.approx(record["proof"]["perplexity_from_disk"], rel=1e-5)
-    last = rows(stop_and_resume(straight, 3))[-2]
+    last = metrics(stop_and_resume(straight, 3))[-2]
     assert last["tokens"] == 6 * 4 * 96
     assert 0 < last["loss_tokens"] < 4 * 96
 
@@ -95,7 +91,7 @@ def test_two_ranks_are_one_rank(llama, chat, tmp_path):
         config = of_chat(llama, chat, tmp_path / str(ranks), per_device_train_batch_size=8 // ranks, device="cpu")
         run_ranks(train, ranks, config, folder=tmp_path)
     assert_close_weights(tmp_path / "1" / "model", tmp_path / "2" / "model", atol=3e-5)
-    for mine, theirs in zip(rows(tmp_path / "1"), rows(tmp_path / "2")):
+    for mine, theirs in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2")):
         for key in ("loss", "loss_tokens", "tokens", "perplexity"):
             assert mine.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=1e-4)
 
@@ -141,7 +137,7 @@ def test_a_mixture_of_conversations_and_plain_text_trains(llama, chat, tmp_path)
     plain = write_rows(tmp_path / "plain.jsonl", [{"text": TEXT[at : at + 300]} for at in range(0, 9000, 300)])
     record = train(of_chat(llama, (f"{chat}:0.5", f"{plain}:0.5"), tmp_path / "run", eval_tokens=300))
     assert record["measured"]["tokens"] == "assistant and all"
-    last = rows(tmp_path / "run")[-1]
+    last = metrics(tmp_path / "run")[-1]
     parts = last["perplexity/talks.jsonl"], last["perplexity/plain.jsonl"]
     assert min(parts) < last["perplexity"] < max(parts)
 

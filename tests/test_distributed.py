@@ -54,16 +54,12 @@ from castlm.training.setup import local_masks
 from castlm.training.trackers import TrackedRun
 from tests.faults import Ground, check_hang, check_kill, check_sigterm, train_as_a_command
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, said, small, start_ranks, wait_ranks
-from tests.runs import assert_close_weights, train_until
+from tests.runs import assert_close_weights, metrics, train_until
 from tests.tiny import EXPERTS, FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 START = {"init_from": "magnitude"}
 """The start whose masked weights decay from dense values. From the default one, SparseGPT, they start at zero."""
 AS_PUBLISHED = {**START, "cross_document_attention": True}
-
-
-def rows(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------------- N ranks = 1 rank
@@ -117,7 +113,7 @@ def test_ranks_are_one_rank(sharding, ranks, per_node, start, one_rank_runs, gem
 
     assert_close_weights(one_rank / "model", tmp_path / "run" / "model", atol=1e-5)
     assert verify(tmp_path / "run" / "model").ok
-    one, other = rows(one_rank), rows(tmp_path / "run")
+    one, other = metrics(one_rank), metrics(tmp_path / "run")
     assert max(row["grad_norm"] for row in one if "loss" in row) > 1.0  # clipping had work to do
     assert len(one) == len(other)
     for expected, row in zip(one, other):
@@ -448,7 +444,7 @@ def test_resumed_on_other_numbers_of_ranks(over, stops, gemma, text, tmp_path):
         assert max(saved) == stop
         assert len(list(saved[stop].glob("__*.distcp"))) == ranks
     assert_close_weights(tmp_path / "straight" / "model", tmp_path / "run" / "model", atol=1e-6)
-    one, other = rows(tmp_path / "straight"), rows(tmp_path / "run")
+    one, other = metrics(tmp_path / "straight"), metrics(tmp_path / "run")
     assert [row["step"] for row in one] == [row["step"] for row in other]
     for expected, row in zip(one, other):
         for key in ("tokens", "loss", "perplexity", "initial_flip_rate", "flip_rate"):
@@ -768,7 +764,7 @@ def test_bf16_with_a_sharded_teacher(family, more, bound, ranks, text, tmp_path)
     for count in (1, ranks):
         fields = {"precision": "bf16", "max_steps": 6, "eval_steps": 3, "gradient_checkpointing": count == 3, **more}
         run_ranks(train, count, small(model, text, tmp_path / str(count), count, **fields), folder=tmp_path)
-    for expected, row in zip(rows(tmp_path / "1"), rows(tmp_path / str(ranks)), strict=True):
+    for expected, row in zip(metrics(tmp_path / "1"), metrics(tmp_path / str(ranks)), strict=True):
         for key, rel in (("loss", bound), ("kl", 5e-2), ("grad_norm", 5e-2), ("perplexity", 5e-3)):
             if key in expected:
                 assert row[key] == pytest.approx(expected[key], rel=rel, abs=1e-4), key

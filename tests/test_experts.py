@@ -31,19 +31,13 @@ from castlm.export.verify import verify
 from castlm.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, experts_input_axis
 from castlm.methods.keep import keep_pattern_
 from castlm.models import load_model, save_model
-from tests.tiny import EXPERTS, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import EXPERTS, linear_model, save_tiny, tiny_model, tiny_tokenizer
 
 ROUTERS = {"mixtral": "mlp.gate", "qwen3_moe": "mlp.gate", "gpt_oss": "mlp.router"}
 
 
 def ids(seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(seed))
-
-
-def linearized(family: str, **over) -> transformers.PreTrainedModel:
-    model = tiny_model(family, **over)
-    linearize_experts_(model)
-    return model
 
 
 @pytest.mark.parametrize("family", EXPERTS)
@@ -57,7 +51,7 @@ def test_a_model_with_its_experts_as_layers_computes_and_saves_the_same(family, 
         torch.testing.assert_close(ours(ids()).logits, plain(ids()).logits, rtol=0, atol=2e-6)
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert model.state_dict().keys() == plain.state_dict().keys()
-    other = linearized(family, seed=1)
+    other = linear_model(family, seed=1)
     other.load_state_dict(plain.state_dict())
     assert torch.equal(other(ids()).logits, model(ids()).logits)
     for folder, written in (("ours", model), ("theirs", plain)):
@@ -69,7 +63,7 @@ def test_a_model_with_its_experts_as_layers_computes_and_saves_the_same(family, 
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_are_sparse_along_their_input_and_the_router_is_dense(family):
-    model = linearized(family)
+    model = linear_model(family)
     sparse, dense = sparse_linears(model)
     experts = {name for name in sparse if ".experts." in name}
     assert len(experts) == 4
@@ -142,7 +136,7 @@ def test_a_3d_weight_steps_like_its_matrices(decay, way):
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_training_in_a_loop_of_ones_own_ends_sparse(family, tmp_path):
-    model = linearized(family)
+    model = linear_model(family)
     add_weight_scaling(model, 2)
     optimizer = AdamS(sparse_param_groups(model), lr=1e-3, total_steps=6, decay_end=0.5)
     for _ in range(6):
@@ -168,7 +162,7 @@ def test_training_in_a_loop_of_ones_own_ends_sparse(family, tmp_path):
 def exported(request, tmp_path_factory) -> Path:
     """A pruned model folder."""
     folder = tmp_path_factory.mktemp(request.param) / "model"
-    model = linearized(request.param)
+    model = linear_model(request.param)
     prune_(model)
     _, dense = sparse_linears(model)
     export_model(model, tiny_tokenizer(), folder, pattern="2:4", left_dense=dense, record={})
@@ -203,7 +197,7 @@ def test_an_expert_left_dense_is_recorded_by_its_names_in_the_files(tmp_path):
     def not_down(module: nn.Module, fqn: str) -> bool:
         return not fqn.endswith("experts.down_proj") and "gate.weight" not in fqn and ".layers." in f".{fqn}"
 
-    model = linearized("mixtral")
+    model = linear_model("mixtral")
     prune_(model, filter_fn=not_down)
     _, dense = sparse_linears(model, filter_fn=not_down)
     manifest = export_model(model, tiny_tokenizer(), tmp_path / "m", pattern="2:4", left_dense=dense, record={})
@@ -248,7 +242,7 @@ def test_the_families_that_store_experts_the_other_way_are_those_of_transformers
 
 
 def test_experts_have_only_nm_patterns_and_scale_groups_that_divide_their_width():
-    model = linearized("qwen3_moe")
+    model = linear_model("qwen3_moe")
     with pytest.raises(InputError, match="does not divide into 3 scale groups"):
         add_weight_scaling(model, 3)
     layer = model.get_submodule("model.layers.0.mlp.experts.down_proj")
@@ -257,7 +251,7 @@ def test_experts_have_only_nm_patterns_and_scale_groups_that_divide_their_width(
 
 
 def test_saving_refuses_experts_under_weight_scaling(tmp_path):
-    model = linearized("mixtral")
+    model = linear_model("mixtral")
     add_weight_scaling(model, 2)
     with pytest.raises(InputError, match="fold_weight_scaling"):
         save_model(model, tiny_tokenizer(), tmp_path)
@@ -274,7 +268,7 @@ def test_a_config_with_more_experts_than_it_can_hold_is_refused(tmp_path):
 
 
 def test_keep_pattern_guards_the_zeros_of_experts():
-    model = linearized("gpt_oss")
+    model = linear_model("gpt_oss")
     prune_(model)
     kept = keep_pattern_(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.core.experts import linearize_experts_
 from castlm.core.pattern import is_nm_sparse
 from castlm.core.sparsify import sparse_linears
 from castlm.export.verify import verify
@@ -22,19 +21,13 @@ from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.report import few_experts_note, few_experts_record
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.walk import BlockInputs, block_stack
-from tests.tiny import EXPERTS, save_tiny, tiny_model
+from tests.tiny import EXPERTS, linear_model, save_tiny, tiny_model
 
 NAME = "model.layers.0.mlp.experts"
 
 
 def calibration(num_sequences: int = 8, seq_len: int = 64) -> Tensor:
     return torch.randint(0, 256, (num_sequences, seq_len), generator=torch.Generator().manual_seed(0))
-
-
-def linearized(family: str, **over):
-    model = tiny_model(family, **over)
-    linearize_experts_(model)
-    return model
 
 
 def routed_by_hand(family: str, ids: Tensor, **over) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -74,7 +67,7 @@ def seen_of_block_0(model, ids: Tensor) -> dict[str, ExpertInputs]:
 def test_an_expert_is_seen_with_the_tokens_that_are_routed_to_it(family):
     ids = calibration()
     xs, neurons, _ = routed_by_hand(family, ids)
-    seen = seen_of_block_0(linearized(family), ids)
+    seen = seen_of_block_0(linear_model(family), ids)
     for projection, expected in (("gate_up_proj", xs), ("down_proj", neurons)):
         entry = seen[projection]
         assert not entry.few
@@ -85,7 +78,7 @@ def test_an_expert_is_seen_with_the_tokens_that_are_routed_to_it(family):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_an_expert_with_few_tokens_is_calibrated_on_all(family):
-    model, ids = linearized(family), calibration(2, 32)
+    model, ids = linear_model(family), calibration(2, 32)
     model.model.layers[0].mlp.gate.weight.data[3] *= 0  # rarely among the two best, never the best
     seen = seen_of_block_0(model, ids)
     few = seen["gate_up_proj"].few
@@ -104,7 +97,7 @@ def test_an_expert_with_few_tokens_is_calibrated_on_all(family):
 def test_every_solver_makes_experts_sparse_and_more_knowledge_loses_less(family):
     errors = {}
     for method in SOLVERS:
-        model = linearized(family)
+        model = linear_model(family)
         report = prune_oneshot_(model, method, calibration=calibration())
         layers, _ = sparse_linears(model)
         assert [result.name for result in report.layers]
@@ -121,7 +114,7 @@ def test_refinements_and_reconstruction_work_on_experts():
     refined = Refinements(
         target_asymmetry=0.5, stream_correction=0.5, staged_statistics=True, refit_iterations=5, reconstruct_epochs=1
     )
-    model = linearized("mixtral")
+    model = linear_model("mixtral")
     before = model.model.layers[0].mlp.gate.weight.clone()
     report = prune_oneshot_(model, "sparsegpt", calibration=calibration(), refinements=refined)
     layers, _ = sparse_linears(model)
@@ -132,7 +125,7 @@ def test_refinements_and_reconstruction_work_on_experts():
 
 @pytest.mark.parametrize("rotate", ["values", "residual"])
 def test_the_basis_of_a_model_with_experts_changes_and_its_function_does_not(rotate):
-    model, ids = linearized("mixtral"), calibration()
+    model, ids = linear_model("mixtral"), calibration()
     before = model(ids[:1]).logits
     report = change_basis_(model, ids, BasisOptions(rotate=rotate, rotation_iterations=5))
     torch.testing.assert_close(model(ids[:1]).logits, before, rtol=1e-3, atol=1e-3)
@@ -141,12 +134,12 @@ def test_the_basis_of_a_model_with_experts_changes_and_its_function_does_not(rot
 
 
 def test_the_basis_of_an_unknown_family_is_left_and_said():
-    report = change_basis_(linearized("gpt_oss"), calibration(), BasisOptions())
+    report = change_basis_(linear_model("gpt_oss"), calibration(), BasisOptions())
     assert report.notes == [note for note in report.notes if "gpt_oss cannot be changed" in note] != []
 
 
 def test_experts_that_compute_their_neurons_otherwise_are_refused(monkeypatch):
-    model = linearized("mixtral")
+    model = linear_model("mixtral")
     experts = model.model.layers[0].mlp.experts
     monkeypatch.setattr(type(experts), "_apply_gate", lambda self, out: out.chunk(2, dim=-1)[0])
     model.set_experts_implementation("eager")  # whose code does not ask `_apply_gate`

@@ -11,14 +11,9 @@ from castlm.oneshot.options import BasisOptions
 from castlm.training.objective import Objective, make_teacher
 from castlm.training.run import Run
 from tests.runs import small
-from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model
+from tests.tiny import VOCAB_SIZE, tiny_model
 
 BLOCKS, HIDDEN = 3, 8
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return str(save_tiny(tmp_path_factory.mktemp("llama"), "llama"))
 
 
 @pytest.fixture

@@ -14,15 +14,9 @@ import castlm
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.keep import KeptPattern
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import save_tiny, sparse_model, tiny_model
 
 IDS = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(1))
-
-
-def sparse_model(**over) -> nn.Module:
-    model = tiny_model("llama", **over)
-    castlm.prune_(model)
-    return model
 
 
 def step(model, optimizer) -> None:

@@ -20,7 +20,7 @@ from castlm.training import text as text_module
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from castlm.training.text import open_training_text
-from tests.runs import small, stop_and_resume
+from tests.runs import metrics, small, stop_and_resume
 from tests.tiny import EOS, TEXT, save_tiny, tiny_tokenizer
 
 
@@ -119,7 +119,7 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text
     record = train(straight)
     assert record["dataset"]["name"] == " + ".join([*names, text])
     killed = stop_and_resume(straight, 4)
-    rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(killed)
     last = next(row for row in reversed(rows) if "perplexity" in row)
     parts = [last["perplexity/one.jsonl"], last["perplexity/two.jsonl"]]
     assert min(parts) < last["perplexity"] < max(parts)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from castlm.architecture import linearize_conv1d_
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.masks import rank_mask
@@ -23,18 +22,12 @@ from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.sparsegpt import _lowest_sorted, _LowestOfGroup, sparsegpt
 from castlm.oneshot.walk import block_stack
-from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny, tiny_model
+from tests.tiny import FAMILIES, VOCAB_SIZE, linear_model, save_tiny, tiny_model
 
 
 def tokens(num_sequences: int = 4, seq_len: int = 24, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, VOCAB_SIZE, (num_sequences, seq_len), generator=generator)
-
-
-def family_model(family: str, **over):
-    model = tiny_model(family, **over)
-    linearize_conv1d_(model)
-    return model
 
 
 def correlated(num: int, columns: int, seed: int = 0) -> Tensor:
@@ -145,7 +138,7 @@ def test_the_lowest_of_a_long_group_are_those_of_a_short_one():
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_equals_the_naive_loop_over_whole_forward_passes(family, method):
-    model = family_model(family)
+    model = linear_model(family)
     expected = copy.deepcopy(model)
     naive_oneshot(expected, method, tokens(), 2, 4)
     report = prune_oneshot_(model, method, calibration=tokens())
@@ -160,7 +153,7 @@ def test_every_family_equals_the_naive_loop_over_whole_forward_passes(family, me
 def test_blocks_with_masks_of_their_own():
     """Full and sliding attention in turn: what the first block is called with would be wrong for the second."""
     over = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "head_dim": 8}
-    model = family_model("gemma3_text", num_key_value_heads=2, **over)
+    model = linear_model("gemma3_text", num_key_value_heads=2, **over)
     expected = copy.deepcopy(model)
     naive_oneshot(expected, "wanda", tokens(), 2, 4)
     prune_oneshot_(model, "wanda", calibration=tokens())

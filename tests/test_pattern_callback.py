@@ -19,17 +19,11 @@ from castlm.core.errors import InputError
 from castlm.core.shards import local
 from castlm.core.sparsify import sparse_linears
 from tests.ranks import run_ranks
-from tests.tiny import TEXT, tiny_model, tiny_tokenizer
+from tests.tiny import TEXT, sparse_model, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(256, (8, 32), generator=torch.Generator().manual_seed(1))
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 """Layers of at least 4,096 weights: bitsandbytes stores the moments of smaller ones in fp32."""
-
-
-def sparse_model(**over):
-    model = tiny_model("llama", **over)
-    castlm.prune_(model)
-    return model
 
 
 def arguments(folder, kind=TrainingArguments, **over):

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from castlm.architecture import linearize_conv1d_
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Channels, nm_mask
 from castlm.oneshot import prune
@@ -16,16 +15,10 @@ from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.reconstruct import reconstruct_
 from castlm.oneshot.solvers import damped, refit, whole_hessian
 from castlm.oneshot.sparsegpt import sparsegpt
-from tests.tiny import VOCAB_SIZE, tiny_model
+from tests.tiny import VOCAB_SIZE, linear_model
 
 OFF = {"mask_iterations": 0, "refit_iterations": 0}
 TOKENS = torch.randint(0, VOCAB_SIZE, (8, 32), generator=torch.Generator().manual_seed(0))
-
-
-def family_model(family: str):
-    model = tiny_model(family)
-    linearize_conv1d_(model)
-    return model
 
 
 def layer(seed: int = 0):
@@ -92,7 +85,7 @@ def test_masks_stay_where_the_weights_fit_already():
 
 
 def test_an_input_that_is_always_zero_gets_no_place_in_a_better_mask():
-    model = family_model("llama")
+    model = linear_model("llama")
     up = model.model.layers[0].mlp.up_proj
     with torch.no_grad():
         model.model.layers[0].post_attention_layernorm.weight[::4] = 0
@@ -116,7 +109,7 @@ def test_the_shifted_target_is_least_squares_towards_the_dense_output_and_the_lo
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_each_refinement_brings_the_pruned_model_closer_to_the_dense_one(family):
-    model = family_model(family)
+    model = linear_model(family)
     with torch.no_grad():
         dense = model(input_ids=TOKENS, use_cache=False).logits
 
@@ -146,7 +139,7 @@ def test_staged_statistics_are_those_of_the_layers_pruned_before(monkeypatch):
 
     original = prune.see_inputs
     monkeypatch.setattr(prune, "see_inputs", spy)
-    model, name = family_model("llama"), "model.layers.0.mlp.down_proj"
+    model, name = linear_model("llama"), "model.layers.0.mlp.down_proj"
     prune_oneshot_(model, "sparsegpt", calibration=TOKENS, refinements=Refinements(staged_statistics=True))
     entered = []
     with torch.no_grad(), model.get_submodule(name).register_forward_pre_hook(lambda _, args: entered.append(args[0])):
@@ -181,7 +174,7 @@ def test_reconstruction_never_ends_above_where_it_began(learning_rate):
 
 
 def test_refinements_are_checked():
-    model = family_model("llama")
+    model = linear_model("llama")
     with pytest.raises(InputError, match=r"refinements are for method sparsegpt, not for wanda"):
         prune_oneshot_(model, "wanda", calibration=TOKENS, refinements=Refinements(refit_iterations=1))
     with pytest.raises(InputError, match="reconstruct_epochs does nothing with wanda: leave it out or use sparsegpt"):

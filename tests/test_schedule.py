@@ -20,13 +20,8 @@ from castlm.training.lr_shapes import SCHEDULES
 from castlm.training.run import Run
 from castlm.training.schedule import learning_rate, num_left
 from castlm.training.text import resolve_epochs
-from tests.runs import small
-from tests.tiny import TEXT, save_tiny
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return str(save_tiny(tmp_path_factory.mktemp("llama"), "llama"))
+from tests.runs import metrics, small
+from tests.tiny import TEXT
 
 
 def rates(kind: str, **over) -> list[float]:
@@ -129,7 +124,7 @@ def test_utilization_counts_the_matrices_once_and_needs_a_known_peak(llama, text
     run.peak_flops = 1e12
     run.train_step()
     run.telemetry.__exit__(None, None, None)
-    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    row = metrics(tmp_path / "run")[-1]
     assert row["mfu"] == pytest.approx(run.flops_per_token * row["tokens_per_s"] / 1e12)
 
 
@@ -142,7 +137,7 @@ def test_time_left_counts_the_evaluations_and_saves_to_come(llama, text, tmp_pat
     run = Run(config, init_world("cpu", "full"))
     run.progress.eval_seconds, run.progress.save_seconds = 1000.0, 10.0
     run.train_step()
-    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    row = metrics(tmp_path / "run")[-1]
     assert row["eta_s"] == pytest.approx(7 * run.progress.seconds + 3 * 1000 + 2 * 10)
     run.evaluate()
     assert 0 < run.progress.eval_seconds < 1000

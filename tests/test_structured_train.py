@@ -19,11 +19,6 @@ from tests.runs import small
 from tests.tiny import save_tiny
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return str(save_tiny(tmp_path_factory.mktemp("llama"), "llama"))
-
-
 @pytest.mark.parametrize(
     "fields",
     [

@@ -19,13 +19,8 @@ from castlm.training.loop import train
 from castlm.training.run import Run
 from castlm.training.teacher_cache import TeacherCache
 from tests.ranks import run_ranks
-from tests.runs import assert_equal_weights, small
+from tests.runs import assert_equal_weights, metrics, small
 from tests.tiny import save_tiny, tiny_model
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return str(save_tiny(tmp_path_factory.mktemp("llama"), "llama"))
 
 
 def config_in(folder, llama, text) -> TrainConfig:
@@ -222,7 +217,7 @@ def test_ranks_write_and_read_as_one_rank_does(trained, tmp_path):
     assert one.parts.objective.teacher is None
     losses = []
     for name in ("run", "ranks", "fresh"):
-        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        rows = metrics(tmp_path / name)
         losses.append([row["loss"] for row in rows if "loss" in row])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)

@@ -18,7 +18,7 @@ from castlm.training.loop import train
 from castlm.training.run import Run
 from castlm.training.telemetry import Telemetry
 from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
-from tests.runs import small
+from tests.runs import metrics, small
 from tests.tiny import save_tiny
 
 
@@ -57,7 +57,7 @@ def test_every_installed_tracker_gets_the_figures_of_metrics_jsonl(clients, text
     model = str(save_tiny(tmp_path / "llama"))
     train(small(model, text, tmp_path / "run", max_steps=4, eval_steps=2, report_to=("auto",)))
     assert "metrics: metrics.jsonl, tensorboard, wandb, trackio" in capsys.readouterr().err
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(tmp_path / "run")
     for client in clients.values():
         assert client.num_finished == 1
         assert client.started[0]["config"]["max_steps"] == 4

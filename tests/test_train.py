@@ -40,13 +40,8 @@ from castlm.training.run import Run
 from castlm.training.run_folder import RunFolder, after_restart
 from castlm.training.schedule import learning_rate
 from tests.ranks import start_command, wait_ranks
-from tests.runs import assert_close_weights, assert_equal_weights, small, stop_and_resume, train_until
+from tests.runs import assert_close_weights, assert_equal_weights, metrics, small, stop_and_resume, train_until
 from tests.tiny import FAMILIES, TEXT, save_tiny
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return str(save_tiny(tmp_path_factory.mktemp("llama"), "llama"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -58,7 +53,7 @@ def test_every_family_ends_proved(family, text, tmp_path):
     assert json.loads((folder / "castlm.json").read_text())["proof"] == record["proof"]
     assert record["perplexity"]["pruned"] == pytest.approx(record["proof"]["perplexity_from_disk"], rel=1e-5)
     assert record["mask"]["largest_masked"] == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 7))
     assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == family
 
@@ -98,10 +93,7 @@ def test_resumed_run_is_the_straight_run_bit_for_bit(fields, llama, text, tmp_pa
     straight = small(llama, text, tmp_path / "straight", **fields, save_steps=5)
     train(straight)
     killed = replace(straight, output_dir=str(stop_and_resume(straight, 7)), resume=True)
-    rows = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("straight", "killed")
-    ]
+    rows = [metrics(tmp_path / name) for name in ("straight", "killed")]
     of_the_machine = ("tokens_per_s", "eta_s", "peak_memory_bytes")
     one, other = ([{k: v for k, v in row.items() if k not in of_the_machine} for row in r] for r in rows)
     assert one == other

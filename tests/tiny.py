@@ -13,6 +13,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from castlm.architecture import linearize_
+from castlm.core.sparsify import prune_
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt2")
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 """Families whose blocks hold 4 experts, of which a token takes 2; those of gpt_oss are stored (experts, in, out)."""
@@ -137,6 +140,20 @@ def tiny_model(family: str, seed: int = 0, **over: Any) -> PreTrainedModel:
                 else:
                     param.normal_(std=0.15)
     return model.eval()
+
+
+def linear_model(family: str, **over: Any) -> PreTrainedModel:
+    """`tiny_model` made of layers, as `castlm.load_model` loads it: `nn.Linear`, and `ExpertLinear` of experts."""
+    model = tiny_model(family, **over)
+    linearize_(model)
+    return model
+
+
+def sparse_model(**over: Any) -> PreTrainedModel:
+    """A tiny LLaMA at 2:4."""
+    model = tiny_model("llama", **over)
+    prune_(model)
+    return model
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
