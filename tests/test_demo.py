@@ -7,7 +7,9 @@ import pytest
 from rich.table import Table
 
 from castlm.cli import demo
+from castlm.cli.demo_payoff import Case, measure
 from castlm.cli.main import main
+from castlm.inference import generate
 from castlm.training.run import Run
 from tests.tiny import save_tiny
 
@@ -38,6 +40,17 @@ def test_a_demo_that_was_stopped_says_how_to_go_on_and_does(tiny_demo, capsys, m
     assert main(again.split()[1:]) == 0
     assert steps == [("cast", 0), ("cast", 1), ("dense", 0), ("dense", 1)]
     assert "verified 2:4 model" in capsys.readouterr().out
+
+
+def test_the_ways_to_run_a_model_are_measured_on_the_cpu(monkeypatch, tmp_path):
+    """On a GPU the packed model would be unpacked, and not be castlm's kernels."""
+
+    def load(name, *, device="auto"):
+        raise NotImplementedError(device)
+
+    monkeypatch.setattr(generate, "load_to_generate", load)
+    with pytest.raises(NotImplementedError, match="cpu"):
+        measure(Case("packed", tmp_path), "a prompt")
 
 
 def test_a_folder_of_something_else_is_not_resumed(tiny_demo, tmp_path, capsys):

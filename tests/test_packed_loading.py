@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.integrations import accelerate
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
@@ -288,6 +289,19 @@ def test_plain_weights_of_16_bits_run_in_fp32_where_that_is_faster(which, is_fas
     dtype = stored.model.norm.weight.dtype
     assert model.model.norm.weight.dtype == (torch.float32 if widened else dtype)
     assert which == 1 or dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_on_a_gpu_a_model_is_moved_there_dense_and_without_accelerate(which, folders, monkeypatch):
+    moved, said = [], []
+    monkeypatch.setattr(generate, "choose_device", lambda wanted: "cuda")
+    monkeypatch.setattr(accelerate, "is_accelerate_available", lambda: False)
+    monkeypatch.setattr(PreTrainedModel, "to", lambda self, device: moved.append(device) or self)
+    model, _ = generate.load_to_generate(str(folders[which]), say=said.append)
+    assert moved == ["cuda"]
+    assert not any(isinstance(module, PackedModule) for module in model.modules())
+    assert len(said) == which
+    assert all("unpacked" in line for line in said)
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -72,8 +72,7 @@ def load_model(
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     stored = stored_dtype(where, config)
-    if quantization_method(config) == QUANT_METHOD:
-        config.quantization_config = {**config.quantization_config, "dequantize": True}
+    unpack_on_load_(config)
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
     model = load_weights(where, config, dtype=dtype or stored, **options)
     num_embeddings = model.get_input_embeddings().weight.shape[0]
@@ -85,6 +84,14 @@ def load_model(
     linearize_(model)
     source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
     return Loaded(model.eval(), tokenizer, source, stored)
+
+
+def unpack_on_load_(config: PretrainedConfig) -> bool:
+    """Has the weights of a packed folder unpacked to dense layers when they are loaded; says whether it is one."""
+    is_packed = quantization_method(config) == QUANT_METHOD
+    if is_packed:
+        config.quantization_config = {**config.quantization_config, "dequantize": True}
+    return is_packed
 
 
 def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> PreTrainedModel:

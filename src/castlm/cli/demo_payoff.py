@@ -53,22 +53,22 @@ def payoff_table(dense: Path, sparse: Path, packed: Path, prompt: str, say: Call
 
 
 def measure(case: Case, prompt: str) -> Measured:
-    """Loads a model, generates greedily once to warm up, and `REPEATS` times for the figures."""
+    """Loads a model on the CPU, generates greedily once to warm up, and `REPEATS` times for the figures."""
     from castlm.inference.generate import encode_prompt, generate_text, load_to_generate
 
-    model, tokenizer = load_to_generate(str(case.folder))
+    model, tokenizer = load_to_generate(str(case.folder), device="cpu")
     if case.in_fp32:
         model.float()
     ids = encode_prompt(tokenizer, prompt, raw=True)
     generate_text(model, tokenizer, ids, max_new_tokens=8)
     runs = [generate_text(model, tokenizer, ids, max_new_tokens=NEW_TOKENS) for _ in range(REPEATS)]
     done = max(runs, key=lambda run: run.tokens_per_second)
-    return Measured(done.tokens_per_second, peak_memory(model.device.type), " ".join(done.text.split()))
+    return Measured(done.tokens_per_second, peak_memory("cpu"), " ".join(done.text.split()))
 
 
 def _table(cases: tuple[Case, ...], measured: dict[str, Measured]) -> Table:
     table = Table(
-        title=f"Greedy decoding of {NEW_TOKENS} tokens, best of {REPEATS}, each model in a process of its own",
+        title=f"Greedy decoding of {NEW_TOKENS} tokens on the CPU, best of {REPEATS}, each model in its own process",
         title_justify="left",
     )
     for heading in ("model", "weight files, MiB", "peak memory of the process, MiB", "tokens/s"):

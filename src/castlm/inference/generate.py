@@ -15,9 +15,9 @@ from castlm.architecture import context_length
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
 from castlm.data.images import prepare, read_image
-from castlm.hardware import has_fast_bf16
+from castlm.hardware import choose_device, has_fast_bf16
 from castlm.inference.decode import ONE_SEQUENCE, TokenTimes, decoding_method
-from castlm.models import load_weights
+from castlm.models import load_weights, unpack_on_load_
 from castlm.opening import open_model
 
 
@@ -41,33 +41,37 @@ class Generated:
 def load_to_generate(
     name: str,
     *,
+    device: str = "auto",
     as_stored: bool = True,
     trust_remote_code: bool = False,
     revision: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in the dtype of its config, on a GPU where there is one, and its tokenizer.
+    """A model in the dtype of its config, and its tokenizer.
 
     Args:
         name: a folder, plain or packed, a hub id, a .gguf file or "demo".
+        device: as for `castlm.hardware.choose_device`. The packed kernels are for a CPU: on a GPU a packed model is
+            unpacked to dense layers.
         as_stored: if not, the dtype is that of `dtype_to_run`.
-        say: as for `dtype_to_run`.
+        say: as for `dtype_to_run`; told in a line that a packed model is unpacked, too.
 
     Raises:
         InputError: as `castlm.opening.open_model`, damaged packed files, weights that `load_weights` refuses, or a
             token id of another type in the generation config.
     """
+    device = choose_device(device)
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
-    options: dict[str, Any] = {"device_map": "cuda"} if torch.cuda.is_available() else {}
-    options |= {"trust_remote_code": trust_remote_code, "revision": revision}
     dtype = "auto" if as_stored else dtype_to_run(config, say)
-    model = load_weights(where, config, dtype=dtype, **options)
+    if device == "cuda" and unpack_on_load_(config):
+        say("the packed kernels are for a CPU: on this GPU the model runs unpacked, at dense speed")
+    model = load_weights(where, config, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         found = getattr(model.generation_config, key, None)
         ids = found if isinstance(found, list) else [found]
         if not all(number is None or type(number) is int for number in ids):
             raise InputError(f"the generation_config.json of {where} says {key} = {found!r}: a token id is needed")
-    return model.eval(), tokenizer
+    return model.eval().to(device), tokenizer  # a `device_map` would need accelerate
 
 
 def dtype_to_run(config: PretrainedConfig, say: Callable[[str], None]) -> str:
