@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from castlm.cli import prune as command
 from castlm.cli.main import main
 from castlm.core.errors import InputError
+from castlm.core.pattern import NM
 from castlm.export import from_blocks
 from castlm.oneshot import by_block
 from castlm.oneshot.hidden_states import HiddenStates
@@ -271,7 +272,15 @@ def test_a_folder_of_the_user_named_as_an_unfinished_prune_changes_nothing(llama
 
 
 def test_a_block_is_held_where_the_model_does_not_fit(llama, tmp_path, text, monkeypatch, capsys):
-    monkeypatch.setattr("castlm.hardware.available_memory", lambda: 1000.0)
+    monkeypatch.setattr("castlm.hardware.available_memory", lambda device: 1000.0)
     prune(llama, text, tmp_path / "out", memory="auto")
     assert "one transformer block at a time is in memory" in capsys.readouterr().err
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_block_is_held_where_the_model_does_not_fit_on_the_gpu(device, llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 2000))
+    options = command.PruneCommand(model=str(llama), output_dir=str(tmp_path / "out"))
+    assert options._holds_a_block(tmp_path / "out", NM(2, 4), device) == (device == "cuda")
+    assert ("one transformer block at a time is in memory" in capsys.readouterr().err) == (device == "cuda")

@@ -108,7 +108,8 @@ def _why_not_compile(device: torch.device) -> str:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # what is missing shows in many types: no compiler, no Triton, no Python headers
-        return f"torch.compile does not work here: {str(error).strip().splitlines()[0]}"
+        reason = str(error).strip() or type(error).__name__
+        return f"torch.compile does not work here: {reason.splitlines()[0]}"
     return ""
 
 
@@ -157,12 +158,13 @@ def in_own_process(function: Callable[..., T], *args: Any) -> T:
         return pool.submit(function, *args).result()
 
 
-def available_memory() -> float:
-    """Bytes that this process can still take without swapping: of the machine, and of the control group it is in.
+def available_memory(device: str = "cpu") -> float:
+    """Bytes that this process can still take without swapping: of the machine, of the control group it is in and, with
+    the device "cuda", of the GPU.
 
     Infinity where the system does not tell.
     """
-    free = [math.inf]
+    free = [torch.cuda.mem_get_info()[0] if device == "cuda" else math.inf]
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))

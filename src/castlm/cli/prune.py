@@ -86,7 +86,8 @@ class PruneOptions:
 
     memory: Literal["auto", "model", "block"] = "auto"
     """What is in memory: the whole model in fp32, or one transformer block of it, with the hidden states of the text in
-    OUTPUT_DIR.partial; then the same command goes on after a kill. auto: a block where the model does not fit."""
+    OUTPUT_DIR.partial; then the same command goes on after a kill. auto: a block where the model does not fit, on the
+    GPU if there is one."""
 
     save_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
     """What the result is written in; source: what the model is stored in."""
@@ -130,7 +131,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         start = OneshotStart.of(self, method, pattern, damping=self.damping, seed=self.seed)
         inputs = {"model": self.model, "calibration": self.calibration}
         with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
-            prune = self._prune_by_block if self._holds_a_block(folder, pattern) else self._prune
+            prune = self._prune_by_block if self._holds_a_block(folder, pattern, device) else self._prune
             report = prune(folder, start, text, device)
         for line in report.notes():
             print(line)
@@ -138,7 +139,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         print(f"{folder}: {self.pattern} by {method}, verified; measure it with: {measure}")
         return 0
 
-    def _holds_a_block(self, folder: Path, pattern: Pattern) -> bool:
+    def _holds_a_block(self, folder: Path, pattern: Pattern, device: str) -> bool:
         """Whether one block at a time is in memory, and why where that is not asked for."""
         from castlm.hardware import available_memory
         from castlm.models import fp32_bytes
@@ -152,7 +153,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         if command_of(partial_folder(folder)) == "prune":
             note(f"{partial_folder(folder)} holds an unfinished prune by block: this start prunes by block too")
             return True
-        needed, free = fp32_bytes(self.model, self.revision), available_memory()
+        needed, free = fp32_bytes(self.model, self.revision), available_memory(device)
         if needed <= free:
             return False
         note(
