@@ -38,7 +38,7 @@ from castlm.distributed import world as distributed_world
 from castlm.distributed.fingerprint import fingerprint
 from castlm.distributed.loading import load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
-from castlm.distributed.world import close_world, init_world
+from castlm.distributed.world import World, close_world, closing, init_world
 from castlm.export.verify import verify
 from castlm.models import load_model
 from castlm.training import finish, source, trackers
@@ -200,6 +200,29 @@ def call_other_experts() -> None:
 
 def test_experts_in_a_list_get_their_own_gradients(tmp_path):
     run_ranks(call_other_experts, 2, folder=tmp_path)
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr("castlm.distributed.world.choose_device", lambda wanted: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("RANK", "6"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"rank 6 needs GPU 2 .* sees 2: .*--nproc-per-node 2"):
+        init_world("auto", "full")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_after_an_exception_the_group_of_gpus_is_not_destroyed(device, monkeypatch):
+    """Destroying it waits for ranks that may wait for this one."""
+    left = []
+    monkeypatch.setattr("castlm.distributed.world.close_world", left.append)
+    world = World(0, 2, torch.device(device), None)
+    with closing(world) as same:
+        assert same is world
+    assert left == [world]
+    with pytest.raises(RuntimeError), closing(world):
+        raise RuntimeError("CUDA out of memory")
+    assert left == [world] * (2 if device == "cpu" else 1)
 
 
 def wait_for_the_main_rank(gave_up: Path) -> None:

@@ -35,14 +35,11 @@ def main(arguments: list[str]) -> int:
         raise InputError(f"devices is {options.devices} without a price: give --price-per-hour too")
     if config.method != "cast":
         raise InputError(f"method {config.method} has no decay to check: plan check is for method cast")
-    from castlm.distributed.world import close_world, init_world
+    from castlm.distributed.world import closing, init_world
     from castlm.training.lam import calibrate
 
-    world = init_world(config.device, config.sharding, config.timeout_s)
-    try:
+    with closing(init_world(config.device, config.sharding, config.timeout_s)) as world:
         found = calibrate(config, world)
-    finally:
-        close_world(world)
     return report(config, options, found, world.size) if world.is_main else 0
 
 

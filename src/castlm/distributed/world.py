@@ -225,13 +225,15 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
         timeout_s: how long a rank waits for the others, in the loop and inside a collective.
 
     Raises:
-        InputError: CUDA is requested and not available, or the ranks do not fill a hybrid mesh.
+        InputError: CUDA is requested and not available, this rank has no GPU of its own, or the ranks do not fill a
+            hybrid mesh.
     """
     kind = choose_device(device)
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
+        _check_own_gpu(rank, local_rank)
         torch.cuda.set_device(here)
     if size == 1:
         return World(0, 1, here, None)
@@ -252,6 +254,16 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
     return World(rank, size, here, mesh, control, saving, timeout_s)
 
 
+def _check_own_gpu(rank: int, local_rank: int) -> None:
+    """Raises `InputError` where more ranks were started on this machine than it has GPUs."""
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise InputError(
+            f"rank {rank} needs GPU {local_rank} of its machine, where torch sees {num_gpus}: start one rank for each "
+            f"GPU (torchrun --nproc-per-node {num_gpus}) and let all of them see all GPUs, or use device cpu"
+        )
+
+
 def _store_of_this_start(timeout: datetime.timedelta) -> dist.Store:
     """The store through which the ranks find each other.
 
@@ -263,6 +275,22 @@ def _store_of_this_start(timeout: datetime.timedelta) -> dist.Store:
     if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != size:
         return store
     return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@contextlib.contextmanager
+def closing(world: World) -> Iterator[World]:
+    """Gives `world` to the block, and leaves the process group at its end.
+
+    After an exception, that of GPUs is left to the end of the process: destroying it waits for all ranks, some of which
+    may be waiting for this one, so that the exception would not be reported.
+    """
+    try:
+        yield world
+    except BaseException:
+        if world.device.type != "cuda":
+            close_world(world)
+        raise
+    close_world(world)
 
 
 def close_world(world: World) -> None:

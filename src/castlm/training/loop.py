@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError, is_out_of_memory
-from castlm.distributed.world import DIAGNOSIS_S, World, close_world, init_world, is_of_a_collective
+from castlm.distributed.world import DIAGNOSIS_S, World, closing, init_world, is_of_a_collective
 from castlm.export.hub import check_login, push
 from castlm.output import claimed
 from castlm.progress import note
@@ -62,8 +62,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         InputError: anything that the user can put right; nothing is half-written.
         Interrupted: after Ctrl-C or SIGTERM; its message says what is saved and how to resume.
     """
-    with Interrupt() as interrupt:
-        world = init_world(config.device, config.sharding, config.timeout_s)
+    with Interrupt() as interrupt, closing(init_world(config.device, config.sharding, config.timeout_s)) as world:
         try:
             config = world.on_main(lambda: after_restart(config))
             with contextlib.ExitStack() as stack:
@@ -80,8 +79,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
             raise InputError(
                 f"{missing} hangs or has ended; torchrun --max-restarts starts it again ({reason})"
             ) from error
-        finally:
-            close_world(world)
 
 
 def _claimed(config: TrainConfig) -> contextlib.AbstractContextManager[Path]:
