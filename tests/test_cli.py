@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from castlm.cli.main import Command, main
 from castlm.core.errors import DivergedError
@@ -67,3 +68,25 @@ def test_output_that_finds_no_space_is_one_line(arguments, unbuffered, tmp_path)
         assert castlm(arguments, model, unbuffered, stdout=full, stderr=full).returncode == 2
     line = "castlm: error: the output cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (2, line)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "device cpu, or a larger GPU"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+            "device cpu, or a larger GPU",
+        ),
+        (MemoryError(), "or a larger machine"),
+    ],
+)
+def test_memory_that_ran_out_is_said_with_a_remedy(error, remedy, monkeypatch, capsys):
+    def run(command, arguments):
+        raise error
+
+    monkeypatch.setattr(Command, "run", run)
+    assert main(["train"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("castlm: error: not enough memory (")
+    assert remedy in said

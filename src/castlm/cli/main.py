@@ -117,9 +117,11 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, InputError):
         return str(error)
     if is_out_of_memory(error):
+        is_of_gpu = "CUDA" in str(error) or "CUSOLVER" in str(error)
+        elsewhere = "device cpu, or a larger GPU" if is_of_gpu else "or a larger machine"
         return (
-            f"not enough memory ({str(error)[:200] or 'an allocation failed'}): use a smaller batch or seq_len, or a "
-            "larger machine; castlm plan memory says what a run needs"
+            f"not enough memory ({str(error)[:200] or 'an allocation failed'}): use a smaller batch or seq_len, "
+            f"{elsewhere}; castlm plan memory says what a run needs"
         )
     if isinstance(error, OSError) and str(error):
         return str(error)
