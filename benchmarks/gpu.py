@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from tests.stub_backend import StubBackend
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
@@ -57,7 +57,13 @@ def check_nccl() -> None:
     """Three steps of AdamS, compiled, on row shards that NCCL holds together, against plain tensors."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577", "RANK": "0", "WORLD_SIZE": "1"}
     dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
-    mesh = init_device_mesh("cuda", (1,))
+    try:
+        _compare_shards(init_device_mesh("cuda", (1,)))
+    finally:
+        dist.destroy_process_group()
+
+
+def _compare_shards(mesh: DeviceMesh) -> None:
     plain = nn.Linear(64, 32, bias=False, device="cuda")
     sharded = copy.deepcopy(plain)
     fully_shard(sharded, mesh=mesh)
@@ -73,7 +79,6 @@ def check_nccl() -> None:
     assert isinstance(sharded.weight, DTensor)
     assert torch.equal(sharded.weight.full_tensor(), plain.weight)
     assert torch.equal(optimizers[1].mask(sharded.weight).full_tensor(), optimizers[0].mask(plain.weight))
-    dist.destroy_process_group()
 
 
 def check_adams(device: str) -> None:
@@ -246,22 +251,25 @@ def main(arguments: list[str] | None = None) -> None:
     from benchmarks.__main__ import show  # here: transformers may print when it is imported
 
     started, device, scale = time.perf_counter(), "cpu" if options.dry_run else "cuda", 32 if options.dry_run else 1
+    failed: dict[str, str] = {}
     checks: list[Callable[[], None]] = [partial(check_adams, device), partial(check_masks, device)]
-    backend: Backend
+    backend: Backend | None = None
     if options.dry_run:
         backend = StubBackend(lambda variant, shape, tokens: 2.0 if variant == "dense" else 1.0)
         print("dry run on a CPU with a stub for the sparse kernels: nothing is measured")
     else:
-        backend = backend_for("same", torch.device("cuda"))
+        with recorded("2:4 kernels", failed):
+            backend = backend_for("same", torch.device("cuda"))
         checks.insert(0, check_nccl)
-    failed: dict[str, str] = {}
     for check in checks:
         what = (getattr(check, "func", check).__doc__ or "").splitlines()[0]
         with recorded(what, failed):
             check()
             print(f"passed: {what}", flush=True)
-    parts = {f"{size} layers": partial(layer_rows, size, scale, device, backend) for size in SHAPES}
-    parts |= {"end to end": partial(end_to_end_rows, scale, device, backend)}
+    parts: dict[str, Callable[[], Iterator[Row]]] = {}
+    if backend is not None:
+        parts = {f"{size} layers": partial(layer_rows, size, scale, device, backend) for size in SHAPES}
+        parts |= {"end to end": partial(end_to_end_rows, scale, device, backend)}
     parts |= {"training": partial(training_rows, device, options.dry_run)}
     rows: list[Row] = []
     left_out: list[str] = []

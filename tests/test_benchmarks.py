@@ -131,6 +131,25 @@ def test_gpu_end_to_end_runs_a_decode_step_and_a_prefill_of_both_models():
     assert all(row.detail["converted_layers"] == row.detail["layers"] == 14 for row in rows)
 
 
+def test_gpu_parts_that_fail_leave_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+
+    def check(*device):
+        """It holds."""
+
+    for name in ("check_nccl", "check_adams", "check_masks"):
+        monkeypatch.setattr(gpu, name, check)
+    monkeypatch.setattr(gpu, "training_rows", lambda *_: iter([Row("step", "other", 1.0, 1.0, 1.0)]))
+    with pytest.raises(SystemExit) as stop:  # the build of torch for CPUs has no sparse kernels
+        gpu.main(["--json", str(tmp_path / "out.json")])
+    assert stop.value.code == 1
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert list(found["failed"]) == ["2:4 kernels"]
+    assert [row["part"] for row in found["rows"]] == ["step"]
+    assert "failed: 2:4 kernels" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(inference_native.kernels() is None, reason="the C++ kernels are not built")
 def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(frontier, "NEW_TOKENS", 2)
