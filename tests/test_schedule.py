@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
+from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
-from castlm.distributed.sharding import compile_blocks_
+from castlm.distributed.sharding import compile_blocks_, uncompile_blocks_
 from castlm.distributed.world import init_world
 from castlm.models import load_model
 from castlm.training.config import TrainConfig
@@ -21,7 +23,7 @@ from castlm.training.run import Run
 from castlm.training.schedule import learning_rate, num_left
 from castlm.training.text import resolve_epochs
 from tests.runs import metrics, small
-from tests.tiny import TEXT
+from tests.tiny import TEXT, tiny_model
 
 
 def rates(kind: str, **over) -> list[float]:
@@ -150,10 +152,30 @@ def test_compiled_blocks_train_alike_and_a_cpu_refuses_them(llama, text, tmp_pat
     run = Run(small(llama, text, tmp_path / "run"), init_world("cpu", "full"))
     ids = torch.arange(64).view(2, 32)
     eager = run.parts.objective(ids, ids, 64).loss
-    compile_blocks_(run.parts.objective, backend="eager")  # traced by dynamo, not compiled by inductor
+    graphs = []
+
+    def backend(graph, inputs):  # traced by dynamo, not compiled by inductor
+        graphs.append(graph)
+        return graph.forward
+
+    compile_blocks_(run.parts.objective, backend=backend)
     compiled = run.parts.objective(ids, ids, 64).loss
     compiled.backward()
     torch.testing.assert_close(compiled, eager)
+    assert (
+        len(graphs) == 2
+    )  # one for all blocks of the student, which takes gradients, and one for those of the teacher
+
+
+def test_weight_scaling_is_folded_after_compiled_blocks():
+    model = tiny_model("llama")
+    add_weight_scaling(model, 2)
+    compile_blocks_(model, backend="eager")
+    layers = [module for module in model.modules() if is_parametrized(module)]
+    assert len({type(layer) for layer in layers}) == 1
+    uncompile_blocks_(model)
+    fold_weight_scaling(model)
+    assert all(type(layer) is torch.nn.Linear for layer in layers)
 
 
 # ------------------------------------------------------------------------------------- the options of other commands
