@@ -11,6 +11,8 @@ class DivergedError(InputError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the machine or of a GPU; torch reports it as a RuntimeError."""
-    words = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
-    words += ("STATUS_ALLOC_FAILED",)  # of cuBLAS and cuSOLVER
+    words = (
+        *("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory", "bad_alloc"),
+        "STATUS_ALLOC_FAILED",  # of cuBLAS and cuSOLVER
+    )
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
