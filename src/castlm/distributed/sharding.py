@@ -120,7 +120,7 @@ def beside_linears(block: nn.Module) -> list[nn.Module]:
 def compile_blocks_(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compiles every transformer block of `module` in place, each on its own: blocks of one shape share the code.
 
-    torch gives every parametrized module a class of its own. Code is compiled anew for each class, and beyond 8 times
+    torch gives every parametrized module a class of its own. Code is compiled again for each class, and after 8 times
     not at all, so layers that are parametrized alike get the same class here.
     """
     classes: dict[Any, type[nn.Module]] = {}
