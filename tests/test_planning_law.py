@@ -177,6 +177,15 @@ def law():
     return fit_law(points(SEVEN, 3, 0.002, np.random.default_rng(3)), num_draws=60)
 
 
+def test_a_law_names_the_runs_that_it_is_of():
+    runs = [replace(p, method="cast", pattern="2:4", base_model="tiny") for p in points(SEVEN)]
+    runs[0] = replace(runs[0], base_model="")  # a row of a CSV that does not say
+    law = fit_law(runs, num_draws=5)
+    assert law.runs_of == {"method": "cast", "pattern": "2:4", "base_model": "tiny"}
+    assert Law.from_dict(json.loads(json.dumps(law.as_dict()))).runs_of == law.runs_of
+    assert fit_law(points(SEVEN), num_draws=5).runs_of == {}
+
+
 def test_law_survives_json_with_its_names_and_predictions(law):
     content = json.loads(json.dumps(law.as_dict()))
     assert {"L_inf", "B", "beta", "r2"} <= content.keys()

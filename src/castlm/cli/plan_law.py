@@ -10,6 +10,7 @@ from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, write_json
 from castlm.core.errors import InputError
 from castlm.fields import positional
+from castlm.names import printable
 from castlm.reading import read_json
 
 
@@ -98,6 +99,8 @@ class PredictCommand:
             raise InputError(
                 f"params {self.params:g} is for a joint law, and {self.law} is a {law.form} law: leave it out"
             )
+        if law.runs_of:
+            print("law of " + ", ".join(f"{name} {printable(value)}" for name, value in law.runs_of.items()))
         if self.tokens is not None:
             found = predict_perplexity(law, self.tokens, self.params)
             beyond = f", {found.beyond:.1f}x beyond the fitted budgets" if found.beyond > 1 else ""

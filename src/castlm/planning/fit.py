@@ -67,7 +67,7 @@ def fit_law(
         raise InputError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
     data = _as_data(points, form)
     _check_design(data, form, MIN_BUDGETS[form], min_spread)
-    law = _fit(data, form, num_draws, seed)
+    law = replace(_fit(data, form, num_draws, seed), runs_of=_common(points))
     if not leave_largest_out:
         return law
     try:
@@ -109,6 +109,15 @@ def _as_data(points: Sequence[Point], form: str) -> Data:
     x = np.log([point.tokens for point in points])
     z = np.log([point.params or 1.0 for point in points]) * (form == "joint")
     return make_data(x, z, np.log(np.log([point.perplexity for point in points])))
+
+
+def _common(points: Sequence[Point]) -> dict[str, str]:
+    """`Law.runs_of`; a joint law has several base models."""
+    known = {
+        name: sorted({getattr(point, name) for point in points} - {None, ""})
+        for name in ("method", "pattern", "base_model", "harness")
+    }
+    return {name: " and ".join(values) for name, values in known.items() if values}
 
 
 def _check_models(points: Sequence[Point], form: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
 from typing import Any
 
@@ -74,6 +74,8 @@ class Law:
     holdout: Holdout | None = None
     holdout_reason: str = ""
     """Why `holdout` is None, if it is."""
+    runs_of: dict[str, str] = field(default_factory=dict)
+    """What the runs have in common, as far as it is known: `method`, `pattern`, `base_model` and `harness`."""
 
     def loss(self, tokens: ArrayLike, params: ArrayLike | None = None) -> Array:
         """Predicted ln(perplexity), in the broadcast shape of the arguments; `params` is for the joint law."""
@@ -138,6 +140,7 @@ class Law:
                 draws=np.asarray(content["draws"], dtype=np.float64).reshape(-1, len(NAMES)),
                 holdout=None if holdout is None else Holdout(**{k: v for k, v in holdout.items() if k != "error"}),
                 holdout_reason=str(content["holdout_reason"]),
+                runs_of={str(name): str(value) for name, value in content.get("runs_of", {}).items()},
             )
         except KeyError as error:
             raise InputError(
