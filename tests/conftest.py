@@ -2,6 +2,8 @@
 
 import gc
 import os
+import sys
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too: each would take all cores
@@ -56,18 +58,12 @@ def llama(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def lessons(monkeypatch) -> list[tuple[int, ...]]:
+def lessons() -> Iterator[list[tuple[int, ...]]]:
     """Shapes of the batches that a teacher has read."""
-    from castlm.training.objective import Objective
+    from tests.runs import teacher_batches
 
-    read: list[tuple[int, ...]] = []
-    output_of = Objective._teacher_output
-    monkeypatch.setattr(
-        Objective,
-        "_teacher_output",
-        lambda self, ids, *rest: read.append(tuple(ids.shape)) or output_of(self, ids, *rest),
-    )
-    return read
+    with teacher_batches() as read:
+        yield read
 
 
 LONGEST_FIRST = (
@@ -88,6 +84,12 @@ def pytest_configure() -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    if "tests.ranks" in sys.modules:
+        sys.modules["tests.ranks"].start_server()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -63,7 +63,7 @@ class Ground:
     def prepare(cls, folder: Path, **over: Any) -> Ground:
         (folder / "text.txt").write_text(TEXT)
         model = save_tiny(folder / "dense", "gemma")
-        fields = {"per_device_train_batch_size": 2, "max_steps": 12, "save_steps": 2, "device": "cpu"}
+        fields = {"per_device_train_batch_size": 2, "max_steps": 8, "save_steps": 2, "device": "cpu"}
         config = small(str(model), str(folder / "text.txt"), folder / "undisturbed", **{**fields, **over})
         ground = cls(folder, config)
         run_ranks(train_as_a_command, 2, config, folder=folder, timeout=PATIENCE_S)

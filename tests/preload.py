@@ -1,4 +1,4 @@
-"""What the server of `tests.ranks` imports once for all ranks. It starts no thread: its children are forks."""
+"""What all processes of `tests.ranks` need, imported once by their server. It starts no thread: they are forks."""
 
 import contextlib
 import gc

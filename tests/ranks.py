@@ -4,6 +4,7 @@ already: torch and transformers take longer to import than a tiny model to train
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import runpy
@@ -11,7 +12,10 @@ import socket
 import sys
 import time
 import traceback
+import unittest.mock
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,37 @@ from tests import runs
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.preload"])
+
+
+def start_server() -> None:
+    """Makes a fork of this process the server, so that nothing is imported twice.
+
+    No test may have run yet: threads that a test starts, such as those of autograd, do not exist in a fork.
+    """
+    import_module("tests.preload")
+    sys.stdout.flush()
+    resource_tracker.ensure_running()  # a new process, as otherwise the server would be
+    with unittest.mock.patch("multiprocessing.util.spawnv_passfds", _fork):
+        forkserver.ensure_running()
+
+
+def _fork(executable: str, arguments: list[str], descriptors: list[int]) -> int:
+    """Forks a process that does what `python -c` would; the last of `arguments` is its code."""
+    if process := os.fork():
+        return process
+    try:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in {*map(int, os.listdir("/dev/fd"))} - {0, 1, 2, nowhere, *descriptors}:
+            os.dup2(nowhere, descriptor)  # not closed: an object of pytest may still write to that number
+        for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+            for handler in getattr(logger, "handlers", ()):
+                if type(handler) is logging.StreamHandler:  # made while pytest captured the output
+                    handler.setStream(sys.stderr)
+        exec(arguments[-1])
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
 
 
 def free_port() -> int:
