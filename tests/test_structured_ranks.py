@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_, sparse_param_groups
-from castlm.distributed.world import World, close_world, init_world
+from castlm.distributed.world import close_world, init_world
 from castlm.export.verify import verify
 from castlm.training.loop import train
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, small
@@ -20,16 +20,9 @@ from tests.runs import assert_close_weights, train_until
 from tests.tiny import tiny_model
 
 
-def train_on_dtensors(patterns: list[str]) -> None:
+def train_on_dtensors(text: str) -> None:
     """AdamS and prune_ on row shards, bit for bit as on the whole weights."""
     world = init_world("cpu", "full")
-    for pattern in patterns:
-        print(pattern, flush=True)  # in the log of a rank that fails
-        compare(pattern, world)
-    close_world(world)
-
-
-def compare(text: str, world: World) -> None:
     plain, sharded = tiny_model("llama"), tiny_model("llama")
     for layer in [module for module in sharded.modules() if isinstance(module, nn.Linear | nn.Embedding)]:
         fully_shard(layer, mesh=world.mesh)
@@ -46,10 +39,12 @@ def compare(text: str, world: World) -> None:
     with pytest.raises(InputError, match="together"):
         prune_(sharded, text, masks={**other, first: torch.ones_like(other[first])})
     assert_pruned_alike(plain, sharded, (one, other), text)
+    close_world(world)
 
 
-def test_adams_on_shards_is_adams_on_whole_weights(tmp_path):
-    run_ranks(train_on_dtensors, 3, ["channels:0.5", "heads:0.5+2:4", "blocks:8x16:0.5"], folder=tmp_path)
+@pytest.mark.parametrize("text", ["channels:0.5", "heads:0.5+2:4", "blocks:8x16:0.5"])
+def test_adams_on_shards_is_adams_on_whole_weights(text, tmp_path):
+    run_ranks(train_on_dtensors, 3, text, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
