@@ -1,5 +1,6 @@
 """Models in and out: the same function after every load and save, and one line for whatever is not a whole model."""
 
+import contextlib
 import errno
 import importlib.util
 import json
@@ -7,13 +8,12 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -30,12 +30,14 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from castlm.architecture import backbone, check_head, linearize_conv1d_, output_head
+from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
 from castlm.distributed.loading import check_one_snapshot, open_sharded
 from castlm.distributed.world import World, init_world
 from castlm.locate import demo_model_file, find
 from castlm.models import load_model, restored_state_dict, save_model
+from tests.ranks import start_process, wait_ranks
 from tests.tiny import EOS_ID, FAMILIES, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -328,17 +330,18 @@ def hub(tmp_path) -> Iterator[tuple[list[str], dict[str, str]]]:
         server.shutdown()
 
 
-def evaluate(names: Sequence[str], text: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """`castlm eval` of several models, in one new process; the exit code is the largest."""
-    code = "import sys\nfrom castlm.cli.main import main\ncommand = ['--seq-len', '64', '--json', '-', '--text']\n"
-    code += "sys.exit(max(main(['eval', name, *command, sys.argv[1]]) for name in sys.argv[2:]))"
-    command = [sys.executable, "-c", code, text, *names]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+def evaluate(names: Sequence[str], text: str, environment: dict[str, str], record: Path) -> int:
+    """`castlm eval` of several models on the hub of `environment`; the largest exit code."""
+    os.environ.update(environment)
+    importlib.reload(huggingface_hub.constants)
+    command = ["--seq-len", "64", "--json", "-", "--text", text]
+    with record.open("w") as stdout, contextlib.redirect_stdout(stdout):
+        return max(main(["eval", name, *command]) for name in names)
 
 
-def assert_one_line(done: subprocess.CompletedProcess[str], name: str, said: str) -> None:
-    assert "Retrying" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if name in line]
+def assert_one_line(errors: str, name: str, said: str) -> None:
+    assert "Retrying" not in errors
+    (line,) = [line for line in errors.splitlines() if name in line]
     assert said in line
 
 
@@ -363,16 +366,17 @@ def save_in_cache(home: Path, shard_size: str = "50GB", commit: str = "123456789
     return snapshot
 
 
-def test_the_hub_is_asked_once_for_a_mistyped_id_and_not_for_what_is_whole_in_the_cache(hub, text):
+def test_the_hub_is_asked_once_for_a_mistyped_id_and_not_for_what_is_whole_in_the_cache(hub, text, tmp_path):
     asked, environment = hub
     save_in_cache(Path(environment["HF_HOME"]))
-    done = evaluate(["someone/tiny", "nobody/never"], text, environment)
-    assert done.returncode == 2
+    log, record = tmp_path / "log", tmp_path / "record.json"
+    process = start_process(evaluate, ["someone/tiny", "nobody/never"], text, environment, record, log=log)
+    assert wait_ranks([process], 120) == [2], log.read_text()
     assert asked == ["/nobody/never/resolve/main/config.json"]
-    record = json.loads(done.stdout)
-    assert (record["model"], record["tokenizer"]) == ("someone/tiny", "someone/tiny")
-    assert_one_line(done, "someone/tiny", "is loaded from the cache (commit 1234567890ab)")
-    assert_one_line(done, "nobody/never", "no model has that name")
+    found = json.loads(record.read_text())
+    assert (found["model"], found["tokenizer"]) == ("someone/tiny", "someone/tiny")
+    assert_one_line(log.read_text(), "someone/tiny", "is loaded from the cache (commit 1234567890ab)")
+    assert_one_line(log.read_text(), "nobody/never", "no model has that name")
 
 
 @pytest.mark.parametrize("lost", ["", "model-00001-of", "tokenizer.json", "refs/main", "index.json", "code"])
