@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from castlm.core import native
+from castlm.core import apply, native
 from castlm.core.adams import AdamS
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
@@ -150,11 +150,12 @@ def test_horizon_reaches_exact_zero_at_decay_end_and_stays(lam):
 def test_fused_path_equals_the_plain_one(way, monkeypatch):
     """Widths in whole bytes and not, one and many of a size, large dense tensors and small; masks agree to the bit."""
     torch.manual_seed(0)
-    shapes = [(6, 16), (4, 8), (3, 12), *[(8, 24)] * 9, (5,), (260, 260), (2, 3)]
+    monkeypatch.setattr(apply, "_CALL", 2)
+    shapes = [(6, 16), (4, 8), (3, 12), *[(8, 24)] * 3, (5,), (260, 260), (2, 3)]
     plain = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     fused = copy.deepcopy(plain)
     optimizers = [
-        AdamS([*sparse_group(*p[:12]), {"params": p[12:]}], lr=1e-2, total_steps=20, mask_interval=3, fused=False)
+        AdamS([*sparse_group(*p[:6]), {"params": p[6:]}], lr=1e-2, total_steps=20, mask_interval=3, fused=False)
         for p in (plain, fused)
     ]
     if way == "native":
@@ -168,7 +169,7 @@ def test_fused_path_equals_the_plain_one(way, monkeypatch):
         for optimizer in optimizers:
             optimizer.step()
         assert optimizers[0].flips() == optimizers[1].flips()
-        for a, b in zip(plain[:12], fused):
+        for a, b in zip(plain[:6], fused):
             assert torch.equal(optimizers[0].mask(a), optimizers[1].mask(b))
     for a, b in zip(plain, fused):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
