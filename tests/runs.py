@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
+from castlm.training.objective import Objective
 from castlm.training.run import Run
 
 
@@ -33,6 +36,21 @@ def small(model: str, dataset: str, output_dir: Path, **over: Any) -> TrainConfi
         "learning_rate": 1e-3,
     }
     return TrainConfig(model, dataset, str(output_dir), **{**fields, **over})
+
+
+@contextlib.contextmanager
+def teacher_batches() -> Iterator[list[tuple[int, ...]]]:
+    """Gives the shapes of the batches that a teacher reads within the block."""
+    read: list[tuple[int, ...]] = []
+    output_of = Objective._teacher_output
+
+    def output_noted(self: Objective, ids: torch.Tensor, *rest: Any) -> Any:
+        read.append(tuple(ids.shape))
+        return output_of(self, ids, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "_teacher_output", output_noted)
+        yield read
 
 
 class Stopped(Exception):  # noqa: N818
