@@ -54,8 +54,9 @@ def small(model: str, dataset: str, output_dir: Path, **over: Any) -> FinetuneCo
     return FinetuneConfig(model, dataset, str(output_dir), **(fields | over))
 
 
-@pytest.mark.parametrize("adapter", ["none", "shira", "lora"])
-@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+@pytest.mark.parametrize(
+    ("adapter", "moments"), [("none", "fp32"), ("none", "8bit"), ("shira", "8bit"), ("lora", "8bit")]
+)
 def test_every_zero_stays_and_every_layer_is_trained(sparse, text, tmp_path, adapter, moments):
     if adapter != "none":
         pytest.importorskip("peft")
@@ -180,37 +181,40 @@ def test_what_is_not_fine_tuning_is_refused(sparse, text, tmp_path):
         train(small(sparse, text, tmp_path / "run", adapter="shira", lora_r=99))
 
 
-@pytest.mark.parametrize("adapter", ["shira", "lora"])
-def test_an_adapter_on_two_ranks_is_that_of_one(sparse, text, tmp_path, adapter):
-    """Each rank has a copy of the model, and the gradients of the adapter are averaged, here with a teacher too."""
+@pytest.fixture(scope="module", params=["shira", "lora"])
+def on_two_ranks(request, sparse, text, tmp_path_factory) -> FinetuneConfig:
+    """A run of an adapter on two ranks, with a teacher."""
     pytest.importorskip("peft")
-    fields = {"adapter": adapter, "sharding": "replicate", "eta": 0.5}
-    for ranks in (1, 2):
-        config = small(sparse, text, tmp_path / f"run-{ranks}", per_device_train_batch_size=4 // ranks, **fields)
-        run_ranks(train, ranks, config, folder=tmp_path)
+    fields = {"adapter": request.param, "sharding": "replicate", "eta": 0.5, "save_steps": 2}
+    config = small(sparse, text, tmp_path_factory.mktemp("two") / "run-2", per_device_train_batch_size=2, **fields)
+    run_ranks(train, 2, config, folder=Path(config.output_dir).parent)
+    return config
+
+
+def test_an_adapter_on_two_ranks_is_that_of_one(on_two_ranks, sparse, tmp_path):
+    """Each rank has a copy of the model, and the gradients of the adapter are averaged."""
+    one_rank = {"output_dir": str(tmp_path / "run-1"), "per_device_train_batch_size": 4, "save_steps": 0}
+    run_ranks(train, 1, dataclasses.replace(on_two_ranks, **one_rank), folder=tmp_path)
+    runs = {1: tmp_path / "run-1", 2: Path(on_two_ranks.output_dir)}
     for part in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
-        one, two = (load_file(tmp_path / f"run-{ranks}" / part) for ranks in (1, 2))
+        one, two = (load_file(runs[ranks] / part) for ranks in (1, 2))
         assert one.keys() == two.keys()
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=2e-5)
-    before, two = weights(sparse), weights(tmp_path / "run-2" / "model")
+    before, two = weights(sparse), weights(runs[2] / "model")
     assert all(torch.equal(two[name] == 0, before[name] == 0) for name in before if "proj" in name)
     assert any(not torch.equal(two[name], before[name]) for name in before)
-    assert castlm.verify(tmp_path / "run-2" / "model").ok
-    records = [json.loads((tmp_path / f"run-{ranks}" / "model" / "castlm.json").read_text()) for ranks in (1, 2)]
+    assert castlm.verify(runs[2] / "model").ok
+    records = [json.loads((run / "model" / "castlm.json").read_text()) for run in runs.values()]
     assert records[1]["perplexity"]["pruned"] == pytest.approx(records[0]["perplexity"]["pruned"], rel=1e-4)
     assert records[1]["num_params"] == records[0]["num_params"]
 
 
-@pytest.mark.parametrize("adapter", ["shira", "lora"])
-def test_an_adapter_is_resumed_on_two_ranks_bit_for_bit(sparse, text, tmp_path, adapter):
-    pytest.importorskip("peft")
-    fields = {"adapter": adapter, "sharding": "replicate", "save_steps": 2, "per_device_train_batch_size": 2}
-    run_ranks(train, 2, small(sparse, text, tmp_path / "straight", **fields), folder=tmp_path)
-    config = small(sparse, text, tmp_path / "resumed", **fields)
+def test_an_adapter_is_resumed_on_two_ranks_bit_for_bit(on_two_ranks, tmp_path):
+    config = dataclasses.replace(on_two_ranks, output_dir=str(tmp_path / "resumed"))
     run_ranks(train_until, 2, config, 4, folder=tmp_path)
     run_ranks(train, 2, dataclasses.replace(config, resume=True), folder=tmp_path)
-    assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "resumed" / "model")
+    assert_equal_weights(Path(on_two_ranks.output_dir) / "model", tmp_path / "resumed" / "model")
 
 
 def train_sharded_adapter(config: FinetuneConfig) -> None:
