@@ -359,17 +359,22 @@ def options(model: Path, dataset: Path, run: Path, **over: Any) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(vlm, dataset, tmp_path_factory) -> tuple[Path, str]:
-    """The folder of a run of the command, and what it said."""
+def trained(vlm, dataset, tmp_path_factory) -> Path:
+    """The folder of a run of the command."""
     run = tmp_path_factory.mktemp("trained") / "run"
     with contextlib.redirect_stderr(io.StringIO()) as said:
         assert main(["train", *options(vlm, dataset, run)]) == 0
-    return run, said.getvalue()
+    assert "conversations with images: the assistant's tokens count" in said.getvalue()
+    return run
 
 
+FIRST_AND_LAST = pytest.mark.parametrize("vlm", [VISION[0], VISION[-1]], indirect=True)
+"""LLaVA, and Qwen3-VL, whose positions depend on the images as those of Qwen2-VL do, and whose blocks read them too."""
+
+
+@FIRST_AND_LAST
 def test_castlm_train_prune_and_eval_on_images(vlm, dataset, trained, tmp_path, capsys):
-    (run, said), pruned = trained, tmp_path / "pruned"
-    assert "conversations with images: the assistant's tokens count" in said
+    run, pruned = trained, tmp_path / "pruned"
     arguments = ["--calibration", str(dataset), "--num-sequences", "4", "--seq-len", "64", "--device", "cpu"]
     arguments += ["--rotation-iterations", "4"]
     assert main(["prune", "--model", str(vlm), "--output-dir", str(pruned), *arguments]) == 0
@@ -383,17 +388,24 @@ def test_castlm_train_prune_and_eval_on_images(vlm, dataset, trained, tmp_path, 
         assert "assistant tokens" in capsys.readouterr().out
 
 
-def test_a_run_on_images_resumes_exactly_and_two_ranks_are_one(vlm, dataset, trained, tmp_path):
-    def config(run: str, **over: Any) -> TrainConfig:
-        return TrainConfig(str(vlm), str(dataset), str(tmp_path / run), **{**OPTIONS, **over})
-
-    train_until(config("resumed"), 3)
-    train(replace(config("resumed"), resume=True))
-    run_ranks(train, 2, config("ranks", per_device_train_batch_size=2), folder=tmp_path)
-    runs = (trained[0], tmp_path / "resumed", tmp_path / "ranks")
-    straight, resumed, ranks = (load_file(run / "model" / "model.safetensors") for run in runs)
+@pytest.mark.parametrize("vlm", [VISION[-1]], indirect=True)
+def test_a_run_on_images_resumes_exactly(vlm, dataset, trained, tmp_path):
+    config = TrainConfig(str(vlm), str(dataset), str(tmp_path / "resumed"), **OPTIONS)
+    train_until(config, 3)
+    train(replace(config, resume=True))
+    straight, resumed = (load_file(run / "model" / "model.safetensors") for run in (trained, tmp_path / "resumed"))
     for name, tensor in straight.items():
         assert torch.equal(resumed[name], tensor), name
+
+
+@FIRST_AND_LAST
+def test_two_ranks_on_images_are_one(vlm, dataset, trained, tmp_path):
+    over = {"per_device_train_batch_size": 2}
+    run_ranks(
+        train, 2, TrainConfig(str(vlm), str(dataset), str(tmp_path / "ranks"), **{**OPTIONS, **over}), folder=tmp_path
+    )
+    one, ranks = (load_file(run / "model" / "model.safetensors") for run in (trained, tmp_path / "ranks"))
+    for name, tensor in one.items():
         torch.testing.assert_close(ranks[name], tensor, rtol=0, atol=1e-4, msg=name)
 
 
