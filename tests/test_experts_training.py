@@ -93,9 +93,8 @@ def test_ranks_are_one_rank_each_with_its_experts(family, ranks, models, text, t
     assert_sparse(tmp_path / "many" / "model")
 
 
-@pytest.mark.parametrize("moments", ["fp32", "8bit"])
-def test_a_resumed_run_is_a_straight_one_bit_for_bit(moments, models, text, tmp_path):
-    over = {"save_steps": 2, "moments": moments}
-    straight = config(models["gpt_oss"], text, tmp_path / "straight", **over)
+def test_a_resumed_run_is_a_straight_one_bit_for_bit(models, text, tmp_path):
+    """With 8-bit moments, whose state has scales beside all that the state of fp32 ones has."""
+    straight = config(models["gpt_oss"], text, tmp_path / "straight", save_steps=2, moments="8bit")
     train(straight)
     assert_sparse(stop_and_resume(straight, 5) / "model")

@@ -49,9 +49,9 @@ def test_parameters_are_rounded_and_buffers_are_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stored", "option", "written"), [("bf16", [], "bf16"), ("fp32", ["--save-dtype", "fp16"], "fp16")]
+    ("stored", "option", "written", "method"),
+    [("bf16", [], "bf16", "wanda"), ("fp32", ["--save-dtype", "fp16"], "fp16", "magnitude")],
 )
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_prune_writes_the_source_dtype_or_the_one_asked_for(tmp_path, stored, option, written, method):
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     folder = save_as(tmp_path / "m", names[stored])
