@@ -10,6 +10,7 @@ import os
 import runpy
 import socket
 import sys
+import threading
 import time
 import traceback
 import unittest.mock
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from tqdm import tqdm
 
 from castlm.core.adams import AdamS
 from castlm.core.shards import whole
@@ -191,6 +193,7 @@ def _rank(function: Callable[..., Any], args: tuple[Any, ...], environment: dict
     descriptor = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which `os._exit` leaves behind
     torch.set_num_threads(1)  # makes torch's pool again after the fork, before threads of the loader would race for it
     try:
         code = function(*args)
