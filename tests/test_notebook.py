@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.chats import save_chat_model
+from tests.ranks import start_process
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -18,17 +22,39 @@ def said(cells: list[Any]) -> str:
     return "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
-def test_the_notebooks_run(tmp_path, monkeypatch):
-    """In one kernel, which takes longer to start than they to run; each begins without the names of the other."""
+def run_kernel(file: str, folder: Path, environment: dict[str, str]) -> None:
+    """The kernel that listens where the connection file says."""
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = ["ipykernel_launcher", "-f", file]
+    runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
+
+
+def test_the_notebooks_run(tmp_path):
+    """In one kernel, which begins as a fork with all imports done; each begins without the names of the other."""
     pytest.importorskip("peft")
+    pytest.importorskip("ipykernel")
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
-    monkeypatch.setenv("CASTLM_NOTEBOOK_MODEL", save_chat_model(tmp_path / "dense"))
-    monkeypatch.setenv("CASTLM_NOTEBOOK_STEPS", "4")
+
+    class Manager(pytest.importorskip("jupyter_client").AsyncKernelManager):
+        has_kernel = True
+
+        async def shutdown_kernel(self, **_: Any) -> None:
+            kernel.kill()
+
+    manager = Manager(connection_file=str(tmp_path / "kernel.json"), owns_kernel=False)
+    manager.write_connection_file()
+    environment = {"CASTLM_NOTEBOOK_MODEL": save_chat_model(tmp_path / "dense"), "CASTLM_NOTEBOOK_STEPS": "4"}
+    kernel = start_process(run_kernel, manager.connection_file, tmp_path, environment, log=tmp_path / "log")
     castlm, chat = (nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4) for name in ("castlm", "chat"))
     both = nbformat.v4.new_notebook(metadata=castlm.metadata)
     both.cells = [*castlm.cells, nbformat.v4.new_code_cell("%reset -f"), *chat.cells]
-    nbclient.NotebookClient(both, timeout=600, kernel_name="python3").execute(cwd=str(tmp_path))
+    try:
+        nbclient.NotebookClient(both, timeout=300, km=manager).execute()
+    finally:
+        kernel.kill()
+        kernel.join()
     assert "2:4" in said(castlm.cells)
     printed = said(chat.cells)
     assert "2:4 holds in" in printed
