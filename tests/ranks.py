@@ -120,6 +120,8 @@ def start_command(module: str, *arguments: str, log: Path) -> BaseProcess:
 
 def _run_module(module: str, *arguments: str) -> None:
     sys.argv = [module, *arguments]
+    if not hasattr(sys.modules.get(module), "__path__"):
+        sys.modules.pop(module, None)  # that of a test which imports it
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
