@@ -405,7 +405,7 @@ def keep_initial_masks(config: TrainConfig) -> None:
 
 
 def test_masks_of_step_0_are_kept_as_bits(gemma, text, tmp_path):
-    run_ranks(keep_initial_masks, 2, small(gemma, text, tmp_path / "run", 2, **START), folder=tmp_path)
+    run_ranks(keep_initial_masks, 2, small(gemma, text, tmp_path / "run", 2), folder=tmp_path)
 
 
 def count_masked(config: TrainConfig, num_masked: int) -> None:
@@ -418,7 +418,7 @@ def count_masked(config: TrainConfig, num_masked: int) -> None:
 @pytest.mark.parametrize("sharding", ["full", "replicate", "hybrid"])
 def test_masked_weights_are_counted_once(sharding, gemma, text, tmp_path):
     """Also where each rank holds all of them ("replicate", and "hybrid" with one rank a node)."""
-    config = small(gemma, text, tmp_path / "run", 2, sharding=sharding, **START)
+    config = small(gemma, text, tmp_path / "run", 2, sharding=sharding)
     per_node = "1" if sharding == "hybrid" else "2"
     run_ranks(count_masked, 2, config, 18_432 // 2, folder=tmp_path, environment={"LOCAL_WORLD_SIZE": per_node})
 
@@ -634,7 +634,7 @@ def assert_generation_config(folder: Path) -> None:
 def test_export_tensor_by_tensor(text, tmp_path):
     """Several files, Conv1D in its own layout, ties, the generation config: what transformers would have written."""
     dense = with_generation_config(save_tiny(tmp_path / "dense", "gpt2"))
-    config = small(str(dense), text, tmp_path / "run", 2, max_steps=2, **START)
+    config = small(str(dense), text, tmp_path / "run", 2, max_steps=2)
     run_ranks(export_in_small_files, 2, config, False, folder=tmp_path)
     folder = tmp_path / "run" / "model"
     assert_generation_config(folder)
@@ -679,7 +679,7 @@ def test_export_is_in_the_dtype_of_the_source_model(text, tmp_path):
     save_file(stored, dense / "model.safetensors", metadata={"format": "pt"})
     fields = json.loads((dense / "config.json").read_text()) | {"dtype": "bfloat16"}
     (dense / "config.json").write_text(json.dumps(fields))
-    config = small(str(dense), text, tmp_path / "run", 2, max_steps=2, **START)
+    config = small(str(dense), text, tmp_path / "run", 2, max_steps=2)
     run_ranks(export_in_small_files, 2, config, False, folder=tmp_path)
     folder = tmp_path / "run" / "model"
     written = [tensor for file in folder.glob("*.safetensors") for tensor in load_file(file).values()]
@@ -698,12 +698,12 @@ def train_and_gather(config: TrainConfig) -> int:
 
 def test_a_gathered_model_keeps_its_generation_config(text, tmp_path):
     dense = with_generation_config(save_tiny(tmp_path / "dense"))
-    run_ranks(train_and_gather, 2, small(str(dense), text, tmp_path / "run", 2, max_steps=1, **START), folder=tmp_path)
+    run_ranks(train_and_gather, 2, small(str(dense), text, tmp_path / "run", 2, max_steps=1), folder=tmp_path)
     assert_generation_config(tmp_path / "run" / "model")
 
 
 def test_export_that_is_not_what_is_in_memory_is_refused(gemma, text, tmp_path):
-    config = small(gemma, text, tmp_path / "run", 2, max_steps=2, **START)
+    config = small(gemma, text, tmp_path / "run", 2, max_steps=2)
     assert wait_ranks(start_ranks(export_in_small_files, 2, config, True, log=tmp_path / "log"), 60) == [2, 2]
     assert "has other values in the files" in said(tmp_path / "log", 2)
     assert (tmp_path / "run" / "model.rejected").is_dir()

@@ -45,7 +45,6 @@ def cached(tmp_path, *more):
 
 def run_on(llama, own, tmp_path, name="run", **over) -> TrainConfig:
     fields = {"teacher_top_k": 8, "teacher_cache": str(tmp_path / "cache"), "seed": 3, "max_steps": 300}
-    fields |= {"init_from": "magnitude"}  # of which the teacher knows nothing
     return small(llama, str(own), tmp_path / name, **{**fields, "ignore_decay_budget": True, **over})
 
 

@@ -78,6 +78,7 @@ def test_accumulation_is_one_large_batch(llama, text, tmp_path):
         {"init_from": "magnitude", "async_save": False, "moments": "bf16"},
         {"rotate": "residual", "reconstruct_epochs": 1},
         {"method": "ast"},
+        {"method": "finetune"},
         {"method": "gradual_magnitude"},
         {"method": "dense"},
         {"pattern": "channels:0.5"},
