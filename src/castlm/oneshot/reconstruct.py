@@ -39,7 +39,6 @@ def reconstruct_(
     epochs: int,
     learning_rate: float,
     seed: int = 0,
-    alive: Callable[[], None] = lambda: None,
 ) -> Reconstruction:
     """Trains the kept weights of `masks` and the norms of `block`, in place, with Adam and a cosine.
 
@@ -48,7 +47,6 @@ def reconstruct_(
         inputs: hidden states (batch, seq, hidden), of the pruned model; one batch in 8 is held out, at least one.
         targets: what the block should give for each; of the dense model.
         masks: True = kept, by weight. Masked weights stay 0.
-        alive: called once a batch.
     """
     num_held_out = max(1, len(inputs) // _HELD_OUT) if len(inputs) > 1 else 0
     training, held_out = range(num_held_out, len(inputs)), range(num_held_out or len(inputs))
@@ -79,7 +77,6 @@ def reconstruct_(
                     if weight.grad is not None:
                         weight.grad.mul_(mask)
                 optimizer.step()
-                alive()
             now, done = error(), epoch + 1
             if not now < lowest:
                 break

@@ -84,16 +84,13 @@ def _as_data(points: Sequence[Point], form: str) -> Data:
                 f"{point.source or 'a point'}: tokens {point.tokens:g}, perplexity {point.perplexity:g}, params "
                 f"{point.params}: positive finite numbers and a perplexity above 1 are needed"
             )
-    methods = sorted({point.method for point in points if point.method})
-    if len(methods) > 1:
+    if len(methods := _named(points, "method")) > 1:
         raise InputError(
             f"points of {len(methods)} methods ({', '.join(methods)}): a law holds for one; choose a method"
         )
-    patterns = sorted({point.pattern for point in points if point.pattern})
-    if len(patterns) > 1:
+    if len(patterns := _named(points, "pattern")) > 1:
         raise InputError(f"points of {len(patterns)} patterns ({', '.join(patterns)}): a law holds for one; give one")
-    harnesses = sorted({point.harness for point in points if point.harness})
-    if len(harnesses) > 1:
+    if len(harnesses := _named(points, "harness")) > 1:
         raise InputError(
             f"perplexities measured in {len(harnesses)} ways ({'; '.join(harnesses[:2])}) do not compare: evaluate "
             "all runs on one eval_dataset with one seq_len"
@@ -111,12 +108,14 @@ def _as_data(points: Sequence[Point], form: str) -> Data:
     return make_data(x, z, np.log(np.log([point.perplexity for point in points])))
 
 
+def _named(points: Sequence[Point], field: str) -> list[str]:
+    """The values of a field of `points`, of those that have one."""
+    return sorted({value for point in points if (value := getattr(point, field))})
+
+
 def _common(points: Sequence[Point]) -> dict[str, str]:
     """`Law.runs_of`; a joint law has several base models."""
-    known = {
-        name: sorted({getattr(point, name) for point in points} - {None, ""})
-        for name in ("method", "pattern", "base_model", "harness")
-    }
+    known = {name: _named(points, name) for name in ("method", "pattern", "base_model", "harness")}
     return {name: " and ".join(values) for name, values in known.items() if values}
 
 
