@@ -4,7 +4,7 @@ FUZZ_SECONDS ?= 3600
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test fuzz lint bench docs clean
+.PHONY: setup demo test test-slow fuzz lint bench docs clean
 
 $(VENV)/.installed: pyproject.toml src/castlm/core/kernels.cpp $(wildcard src/castlm/inference/*.cpp src/castlm/inference/*.h)
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,9 @@ demo: setup
 test: setup lint
 	$(BIN)/python -m pytest -n 3 --dist worksteal  # some tests wait for processes of their own
 	$(BIN)/python -m pytest --doctest-modules src/castlm/core
+
+test-slow: setup  # more ranks, families, options and moments of a kill than `make test` tries; CI runs both
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m slow
 
 fuzz: setup  # the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, fed with random input
 	$(BIN)/python -m tests.fuzz_kernels --minutes 10

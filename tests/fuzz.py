@@ -24,7 +24,7 @@ def main(seconds: float) -> int:
     started, rounds, tried = time.monotonic(), 0, 0
     while time.monotonic() - started < seconds:
         seed = secrets.randbelow(2**31)
-        options = ["-p", "no:xdist", "-q", f"--hypothesis-seed={seed}", "--hypothesis-show-statistics"]
+        options = ["-p", "no:xdist", "-q", "-m", "", f"--hypothesis-seed={seed}", "--hypothesis-show-statistics"]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *files],
             env=os.environ | {"CASTLM_FUZZ_EXAMPLES": EXAMPLES},

@@ -14,6 +14,7 @@ from castlm.core.masks import unpack_mask
 from castlm.core.pattern import NM, nm_mask
 from tests.fused import needs_kernels, through_torch_compile
 from tests.reference import ReferenceAdamS
+from tests.slow import slow
 
 HYPER = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-8, "lam": 0.3, "total_steps": 50}
 
@@ -146,7 +147,7 @@ def test_horizon_reaches_exact_zero_at_decay_end_and_stays(lam):
     assert torch.equal(optimizer.mask(weight), nm_mask(weight))
 
 
-@pytest.mark.parametrize("way", [pytest.param("native", marks=needs_kernels), "compiled"])
+@pytest.mark.parametrize("way", [pytest.param("native", marks=needs_kernels), slow("compiled")])
 def test_fused_path_equals_the_plain_one(way, monkeypatch):
     """Widths in whole bytes and not, one and many of a size, large dense tensors and small; masks agree to the bit."""
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ from castlm.oneshot.rotation import Term, complement_of_ones, learn_rotations, s
 from castlm.oneshot.solvers import damped
 from castlm.oneshot.stream_basis import Stream
 from castlm.oneshot.walk import BlockInputs, block_stack
+from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_model
 
 WITH_EXPERTS = {"mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}}
@@ -64,7 +65,7 @@ def test_a_rotated_model_computes_what_it_did_and_its_layers_lose_less(family):
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OVER])
-@pytest.mark.parametrize("rotate", ["auto", "off"])
+@pytest.mark.parametrize("rotate", ["auto", slow("off")])
 def test_the_default_and_permutations_alone_leave_every_family_as_it_computes_and_keep_its_embeddings_tied(
     family, rotate
 ):
@@ -78,7 +79,7 @@ def test_the_default_and_permutations_alone_leave_every_family_as_it_computes_an
     assert model.config.tie_word_embeddings == tied
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OVER])
+@pytest.mark.parametrize("family", slow_but(("llama", "opt", "mixtral"), [*FAMILIES, *OVER]))
 @pytest.mark.parametrize("rotate", ["auto", "residual"])
 def test_the_report_says_in_which_basis_the_residual_stream_is(family, rotate):
     if (family, rotate) == ("gemma2", "residual"):

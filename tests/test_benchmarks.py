@@ -54,6 +54,7 @@ def test_rivals_make_the_same_masks():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
+@pytest.mark.slow
 def test_growth_has_a_point_a_size_and_exponents_of_both(tmp_path, monkeypatch, capsys):
     """Sizes that say nothing, in this process, where a peak may be 0."""
     world = init_world("cpu", "full")
@@ -151,6 +152,7 @@ def test_gpu_parts_that_fail_leave_the_others(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(inference_native.kernels() is None, reason="the C++ kernels are not built")
+@pytest.mark.slow
 def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(frontier, "NEW_TOKENS", 2)
     folder = save_tiny(tmp_path / "m", "llama", hidden_size=64, head_dim=16)
@@ -173,6 +175,7 @@ def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp
         assert sum(tensor.nbytes for tensor in packed.values()) == points[name]["num_bytes"]
 
 
+@pytest.mark.slow
 def test_structured_patterns_have_a_table_and_speeds(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(structured, "SEQUENCES", 8)
     monkeypatch.setattr(structured, "PROMPT", 32)

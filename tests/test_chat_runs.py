@@ -79,6 +79,7 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(llama, chat, tmp_path):
     assert 0 < last["loss_tokens"] < 4 * 96
 
 
+@pytest.mark.slow
 def test_accumulation_is_one_large_batch(llama, chat, tmp_path):
     common = {"max_steps": 4, "decay_end": 1.0}
     train(of_chat(llama, chat, tmp_path / "a", per_device_train_batch_size=8, **common))
@@ -86,6 +87,7 @@ def test_accumulation_is_one_large_batch(llama, chat, tmp_path):
     assert_close_weights(tmp_path / "a" / "model", tmp_path / "b" / "model", rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_rank(llama, chat, tmp_path):
     for ranks in (1, 2):
         config = of_chat(llama, chat, tmp_path / str(ranks), per_device_train_batch_size=8 // ranks, device="cpu")
@@ -96,6 +98,7 @@ def test_two_ranks_are_one_rank(llama, chat, tmp_path):
             assert mine.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_teacher_cache_serves_another_labelling_of_the_same_text_and_no_other_template(llama, chat, tmp_path, capsys):
     """The teacher's tokens are kept at every position, and not only where they counted in the run that wrote them."""
     fields = {"teacher_top_k": 8, "teacher_cache": str(tmp_path / "cache")}

@@ -10,6 +10,7 @@ import torch
 
 from castlm.cli.main import Command, main
 from castlm.core.errors import DivergedError
+from tests.slow import slow
 from tests.tiny import save_tiny
 
 ARGUMENTS = [["--help"], ["verify", "--help"], ["plan"], ["verify", "{model}"], ["verify", "{model}", "--json", "-"]]
@@ -31,6 +32,7 @@ def test_output_that_nobody_reads_is_no_error(arguments, tmp_path):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.slow
 def test_progress_that_nobody_reads_ends_a_run_as_sigpipe_does(tmp_path, text):
     model = save_tiny(tmp_path / "model")
     arguments = ["train", "--model", "{model}", "--dataset", text, "--output-dir", str(tmp_path / "run")]
@@ -59,7 +61,7 @@ def test_a_deleted_working_folder_and_a_run_that_diverged_have_their_own_lines_a
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", slow("1")])
 @pytest.mark.parametrize("arguments", ARGUMENTS[1:], ids=" ".join)
 def test_output_that_finds_no_space_is_one_line(arguments, unbuffered, tmp_path):
     model = save_tiny(tmp_path / "model")

@@ -35,6 +35,7 @@ from castlm.oneshot import sparsegpt
 from castlm.output import continued, locked
 from castlm.training.config import TrainConfig
 from castlm.training.run import Run as TrainingRun
+from tests.slow import slow
 from tests.tiny import save_tiny
 
 TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
@@ -160,7 +161,7 @@ def test_histogram_and_flips_of_a_run(files, tmp_path, in_process):
     assert table["rows"][0]["initial_flip_rate"]["mean"] >= table["rows"][0]["flip_rate"]["mean"]
 
 
-@pytest.mark.parametrize("taken", [0.01, 0.1])
+@pytest.mark.parametrize("taken", [slow(0.01), 0.1])
 def test_damping_that_was_raised_is_recorded_and_said(taken, files, tmp_path, in_process, monkeypatch):
     factor = sparsegpt.upper_factor
     monkeypatch.setattr(sparsegpt, "upper_factor", lambda hessian, damping: factor(hessian, taken))
@@ -189,6 +190,7 @@ def test_a_failed_run_is_a_line_of_the_table(files, tmp_path, in_process):
     assert not rows["good"]["errors"]
 
 
+@pytest.mark.slow
 def test_best_rate_is_tried_with_one_seed_and_used_with_all(files, short, tmp_path, in_process):
     _, table = compare(files, tmp_path, **short, learning_rates="1e-4,2e-2", seeds=2)
     assert len(in_process) == 6  # two trials and one more seed, of cast and of the control
@@ -465,6 +467,7 @@ def test_presets_can_be_planned(name, files, tmp_path):
         assert sorted({run.tokens for run in made}) == [64 * 100, 64 * 200, 64 * 400, 64 * 800]
 
 
+@pytest.mark.slow
 def test_structured_patterns_have_their_own_rivals(files, tmp_path, in_process):
     variants = {
         "decay": {"pattern": "channels:0.5", "method": "cast"},

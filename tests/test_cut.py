@@ -18,7 +18,11 @@ from castlm.export.cut_sizes import CHANNELS, HEADS, sizes_of
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
 from castlm.models import load_model
+from tests.slow import slow_but
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+QUICK = ("llama", "qwen3", "gemma2", "gpt2", "opt", "granite")
+"""Families that `make test` tries."""
 
 IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -44,7 +48,7 @@ def difference(one, other):
     return float((a - b).abs().max() / a.abs().max())
 
 
-@pytest.mark.parametrize("family", sorted(CHANNELS))
+@pytest.mark.parametrize("family", slow_but(QUICK, sorted(CHANNELS)))
 def test_channels_are_cut_out_and_the_folder_loads_as_it_is(family, tmp_path):
     model = model_of(family)
     manifest = exported(model, "channels:0.5", tmp_path / "cut")
@@ -57,7 +61,7 @@ def test_channels_are_cut_out_and_the_folder_loads_as_it_is(family, tmp_path):
     assert difference(model, loaded) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", sorted(HEADS))
+@pytest.mark.parametrize("family", slow_but(QUICK, sorted(HEADS)))
 def test_heads_are_cut_out_and_the_folder_loads_as_it_is(family, tmp_path):
     model = model_of(family)
     exported(model, "heads:0.5", tmp_path / "cut")

@@ -55,6 +55,7 @@ from castlm.training.trackers import TrackedRun
 from tests.faults import Ground, check_hang, check_kill, check_sigterm, train_as_a_command
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, said, small, start_ranks, wait_ranks
 from tests.runs import assert_close_weights, metrics, train_until
+from tests.slow import slow
 from tests.tiny import EXPERTS, FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 START = {"init_from": "magnitude"}
@@ -98,9 +99,10 @@ def one_rank_runs(gemma, text, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("sharding", "ranks", "per_node", "start"),
     [
-        ("full", 3, 3, "magnitude"),
-        ("replicate", 2, 2, "default"),
-        ("hybrid", 4, 2, "magnitude"),
+        ("full", 2, 2, "default"),
+        slow("full", 3, 3, "magnitude"),
+        slow("replicate", 2, 2, "default"),
+        slow("hybrid", 4, 2, "magnitude"),
     ],
 )
 def test_ranks_are_one_rank(sharding, ranks, per_node, start, one_rank_runs, gemma, text, tmp_path):
@@ -249,6 +251,7 @@ def wait_for_the_main_rank(gave_up: Path) -> None:
     gave_up.touch()
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_a_main_rank_until_it_reports_no_more_progress(tmp_path):
     run_ranks(wait_for_the_main_rank, 2, tmp_path / "gave_up", folder=tmp_path)
 
@@ -264,7 +267,7 @@ def rotated_run(gemma, text, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("stored", ["sharded", "whole"])
+@pytest.mark.parametrize("stored", [slow("sharded"), "whole"])
 def test_ranks_start_from_sparsegpt_as_one_rank_does(stored, rotated_run, gemma, text, tmp_path):
     """Rank 0 prunes; where each rank can read its rows alone, it loads the model for it ("sharded"), which then takes
     longer than `timeout_s`."""
@@ -415,7 +418,7 @@ def count_masked(config: TrainConfig, num_masked: int) -> None:
     close_world(world)
 
 
-@pytest.mark.parametrize("sharding", ["full", "replicate", "hybrid"])
+@pytest.mark.parametrize("sharding", ["full", slow("replicate"), slow("hybrid")])
 def test_masked_weights_are_counted_once(sharding, gemma, text, tmp_path):
     """Also where each rank holds all of them ("replicate", and "hybrid" with one rank a node)."""
     config = small(gemma, text, tmp_path / "run", 2, sharding=sharding)
@@ -434,6 +437,7 @@ def calibrate_lam(config: TrainConfig, file: Path) -> None:
     close_world(world)
 
 
+@pytest.mark.slow
 def test_ranks_calibrate_the_lam_of_one_rank(gemma, text, tmp_path):
     over = {"decay": "additive", "lam": "auto"}
     for ranks in (1, 2):
@@ -461,10 +465,9 @@ def straight_run(gemma, text, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("straight", "over", "stops"),
     [
-        ("straight_run", RESUMED, [(2, 2, "full"), (1, 4, "full"), (4, 6, "hybrid")]),
-        ("rotated_run", {**ROTATED, "async_save": False}, [(1, 2, "full"), (2, 4, "full")]),
+        pytest.param("straight_run", RESUMED, [(2, 2, "full"), (1, 4, "full"), (4, 6, "hybrid")], id="defaults"),
+        slow("rotated_run", {**ROTATED, "async_save": False}, [(1, 2, "full"), (2, 4, "full")], id="rotated"),
     ],
-    ids=["defaults", "rotated"],
 )
 def test_resumed_on_other_numbers_of_ranks(straight, over, stops, gemma, text, tmp_path, request):
     straight = request.getfixturevalue(straight)
@@ -495,6 +498,7 @@ def slow_writes(monkeypatch, seconds: float) -> None:
     monkeypatch.setattr(FileSystemWriter, "write_data", slowly)
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_a_checkpoint_is_written(gemma, text, tmp_path, monkeypatch):
     """What is written is the state when it was taken, whatever has happened since."""
     config = small(gemma, text, tmp_path / "sync", 1, max_steps=6, save_steps=2, eval_steps=6, async_save=False)
@@ -532,7 +536,7 @@ def fail_at(config: TrainConfig, rank: int, step: int, code: int) -> int:
     return train_as_a_command(config)
 
 
-@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("background", [True, slow(False)])
 def test_a_rank_that_cannot_write_stops_all_with_the_last_checkpoint_whole(background, gemma, text, tmp_path):
     config = small(gemma, text, tmp_path / "run", 2, max_steps=6, save_steps=2, eval_steps=6, async_save=background)
     ranks = start_ranks(fail_at, 2, config, 1, 4, errno.ENOSPC, log=tmp_path / "log")
@@ -664,6 +668,7 @@ def export_slowly(config: TrainConfig) -> None:
     train(config)
 
 
+@pytest.mark.slow
 def test_a_dense_control_is_exported_by_ranks_that_wait_for_the_main_rank(gemma, text, tmp_path):
     config = small(gemma, text, tmp_path / "run", 2, method="dense", max_steps=1, save_steps=0, timeout_s=4)
     run_ranks(export_slowly, 2, config, folder=tmp_path)
@@ -673,6 +678,7 @@ def test_a_dense_control_is_exported_by_ranks_that_wait_for_the_main_rank(gemma,
     load_model(str(tmp_path / "run" / "model"))
 
 
+@pytest.mark.slow
 def test_export_is_in_the_dtype_of_the_source_model(text, tmp_path):
     dense = save_tiny(tmp_path / "dense", "gpt2")
     stored = {name: tensor.bfloat16() for name, tensor in load_file(dense / "model.safetensors").items()}
@@ -696,6 +702,7 @@ def train_and_gather(config: TrainConfig) -> int:
     return train_as_a_command(config)
 
 
+@pytest.mark.slow
 def test_a_gathered_model_keeps_its_generation_config(text, tmp_path):
     dense = with_generation_config(save_tiny(tmp_path / "dense"))
     run_ranks(train_and_gather, 2, small(str(dense), text, tmp_path / "run", 2, max_steps=1), folder=tmp_path)
@@ -718,7 +725,7 @@ def ground(tmp_path_factory) -> Ground:
     return Ground.prepare(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize(("victims", "during_save"), [([1], True), ([0, 1], False)])
+@pytest.mark.parametrize(("victims", "during_save"), [([1], True), slow([0, 1], False)])
 def test_killed_ranks_come_home_bit_for_bit(victims, during_save, ground):
     check_kill(ground, 1, victims, during_save)
 
@@ -727,6 +734,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all_with_0(ground):
     check_sigterm(ground, [1])
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named(ground):
     check_hang(ground, 1, timeout_s=4)
 
@@ -771,6 +779,7 @@ def load_every_family(folders: list[str]) -> None:
     close_world(world)
 
 
+@pytest.mark.slow
 def test_sharded_load_is_load_model_bit_for_bit(tmp_path):
     folders = [str(save_tiny(tmp_path / family, family)) for family in FAMILIES]
     tiny_model("llama").save_pretrained(tmp_path / "cut", max_shard_size="20KB")  # several files and an index
@@ -798,7 +807,7 @@ def test_the_fingerprint_of_files_is_that_of_the_loaded_model(family, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "more", "bound", "ranks"),
-    [("llama", AS_PUBLISHED, 3e-3, 2), ("gpt2", {}, 1e-2, 3)],
+    [slow("llama", AS_PUBLISHED, 3e-3, 2), slow("gpt2", {}, 1e-2, 3)],
 )
 def test_bf16_with_a_sharded_teacher(family, more, bound, ranks, text, tmp_path):
     """Within `bound` of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale, the

@@ -211,6 +211,7 @@ def test_a_missing_or_broken_text_is_refused(tmp_path):
         evaluate_file(model, tokenizer, tmp_path / "latin.txt")
 
 
+@pytest.mark.slow
 def test_stories260k_on_tinystories(stories260k, tmp_path):
     if not TINYSTORIES.is_file():
         pytest.skip("the text is not beside the repository, at ../shared/data/tinystories.txt")

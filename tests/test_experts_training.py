@@ -19,6 +19,7 @@ from castlm.training.loop import train
 from castlm.training.setup import is_sparse_linear
 from tests.ranks import run_ranks
 from tests.runs import stop_and_resume
+from tests.slow import slow
 from tests.tiny import EXPERTS, save_tiny
 
 OPTIONS = {
@@ -82,7 +83,7 @@ def as_in_one(one: Path, other: Path) -> None:
         torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("qwen3_moe", 2), ("gpt_oss", 3)])
+@pytest.mark.parametrize(("family", "ranks"), [("qwen3_moe", 2), slow("gpt_oss", 3)])
 def test_ranks_are_one_rank_each_with_its_experts(family, ranks, models, text, tmp_path):
     """4 experts over 2 ranks, and over 3, of which the last then holds none; files as one rank writes them."""
     start = {"qwen3_moe": "sparsegpt", "gpt_oss": "magnitude"}[family]

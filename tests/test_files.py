@@ -160,47 +160,16 @@ def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
     assert after == [str(tmp_path)]
 
 
-def replace_and_die(final: Path, moment: int, exchange: bool) -> bool:
-    """Replaces `final` in a child that kills itself before its `moment`-th step on files. False: it came to its end."""
-    child = os.fork()
-    if child == 0:
-        steps = iter(range(moment))
-
-        def hook(event: str, arguments: tuple) -> None:
-            on_files = event.startswith(("os.", "open", "shutil.", "ctypes.dlsym")) and event != "os.kill"
-            if on_files and next(steps, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        if not exchange:
-            files._exchange = lambda one, other: False
-        sys.addaudithook(hook)
-        try:
-            with atomic_dir(final, overwrite=True) as folder:
-                for name in "ab":
-                    (folder / name).write_text("new")
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("exchange", [True, False])
-def test_sigkill_at_every_moment_leaves_the_old_or_the_new(tmp_path, exchange):
-    final, seen = tmp_path / "out", []
-    for moment in range(500):
-        with atomic_dir(final, overwrite=True) as folder:
-            for name in "ab":
-                (folder / name).write_text("old")
-        killed = replace_and_die(final, moment, exchange)
-        if exchange:
-            assert final.exists()  # without any help
-        remove_stale_temporaries(tmp_path, "out")
-        assert entries(tmp_path) == ["out"]
-        versions = {(final / name).read_text() for name in "ab"}
-        assert len(versions) == 1
-        seen += versions
-        if not killed:
-            break
-    assert not killed
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_sigkill_at_every_moment_leaves_the_old_or_the_new(exchanges, tmp_path):
+    command = [sys.executable, "-m", "tests.replaced", str(tmp_path), *([] if exchanges else ["--no-exchange"])]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    seen = []
+    for was_there, beside, versions in map(json.loads, done.stdout.splitlines()):
+        assert was_there or not exchanges  # without any help
+        assert beside == ["out"]
+        assert len(set(versions)) == 1
+        seen.append(versions[0])
     assert seen == sorted(seen, reverse=True)  # old up to one moment, new from there on
     assert seen.count("old") > 10
     assert seen.count("new") > 3

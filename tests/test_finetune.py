@@ -24,6 +24,7 @@ from castlm.training.finetune import FinetuneConfig
 from castlm.training.loop import train
 from tests.ranks import run_ranks
 from tests.runs import assert_equal_weights, stop_and_resume, train_until, weights
+from tests.slow import slow
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -55,7 +56,7 @@ def small(model: str, dataset: str, output_dir: Path, **over: Any) -> FinetuneCo
 
 
 @pytest.mark.parametrize(
-    ("adapter", "moments"), [("none", "fp32"), ("none", "8bit"), ("shira", "8bit"), ("lora", "8bit")]
+    ("adapter", "moments"), [slow("none", "fp32"), ("none", "8bit"), slow("shira", "8bit"), ("lora", "8bit")]
 )
 def test_every_zero_stays_and_every_layer_is_trained(sparse, text, tmp_path, adapter, moments):
     if adapter != "none":
@@ -124,7 +125,7 @@ def test_the_adapter_of_a_run_is_loaded_by_peft_and_is_what_was_merged(sparse, t
         torch.testing.assert_close(merged[name], weight, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("adapter", ["none", "shira", "lora"])
+@pytest.mark.parametrize("adapter", ["none", slow("shira"), slow("lora")])
 def test_a_resumed_run_is_the_straight_one(sparse, text, tmp_path, adapter):
     if adapter != "none":
         pytest.importorskip("peft")
@@ -181,7 +182,7 @@ def test_what_is_not_fine_tuning_is_refused(sparse, text, tmp_path):
         train(small(sparse, text, tmp_path / "run", adapter="shira", lora_r=99))
 
 
-@pytest.fixture(scope="module", params=["shira", "lora"])
+@pytest.fixture(scope="module", params=["shira", slow("lora")])
 def on_two_ranks(request, sparse, text, tmp_path_factory) -> FinetuneConfig:
     """A run of an adapter on two ranks, with a teacher."""
     pytest.importorskip("peft")

@@ -178,6 +178,7 @@ def machine(ground: Ground) -> type[RuleBasedStateMachine]:
     return Runs
 
 
+@pytest.mark.slow
 def test_any_order_of_starts_and_kills_loses_nothing(ground):
     run_state_machine_as_test(
         machine(ground),

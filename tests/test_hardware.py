@@ -31,6 +31,7 @@ print(given_back, faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+@pytest.mark.slow
 def test_what_is_freed_is_kept_for_the_next_step():
     """Without it, each step maps its 48 MB again, in pages of 4 KiB."""
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)

@@ -51,6 +51,7 @@ from castlm.training.loop import train
 from tests.ranks import run_ranks
 from tests.refusals import assert_refused
 from tests.runs import train_until
+from tests.slow import slow
 from tests.tiny import (
     EOS_ID,
     IMAGE_TEMPLATE,
@@ -87,7 +88,7 @@ def assistant(text: str) -> dict[str, Any]:
 PICTURE = {"type": "image"}
 
 
-@pytest.fixture(scope="module", params=VISION)
+@pytest.fixture(scope="module", params=[VISION[0], slow(VISION[1]), VISION[2]])
 def vlm(request, tmp_path_factory) -> Path:
     """Its positions are those of tokens for a LLaVA, and depend on the images for a Qwen2-VL."""
     return save_tiny_with_images(tmp_path_factory.mktemp(request.param), request.param)
@@ -368,7 +369,7 @@ def trained(vlm, dataset, tmp_path_factory) -> Path:
     return run
 
 
-FIRST_AND_LAST = pytest.mark.parametrize("vlm", [VISION[0], VISION[-1]], indirect=True)
+FIRST_AND_LAST = pytest.mark.parametrize("vlm", [slow(VISION[0]), VISION[-1]], indirect=True)
 """LLaVA, and Qwen3-VL, whose positions depend on the images as those of Qwen2-VL do, and whose blocks read them too."""
 
 
@@ -409,6 +410,7 @@ def test_two_ranks_on_images_are_one(vlm, dataset, trained, tmp_path):
         torch.testing.assert_close(ranks[name], tensor, rtol=0, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_a_rank_without_images_does_not_wait_for_one_with_some(llava, dataset, tmp_path):
     """The vision tower is called on one rank alone: of two rows a step, one has an image."""
     lines = dataset.read_text().splitlines()
@@ -444,6 +446,7 @@ def test_generate_answers_about_an_image(vlm, dataset, tmp_path, capsys):
     assert_refused(cases, capsys)
 
 
+@pytest.mark.slow
 def test_training_on_images_teaches_their_colors(llava, tmp_path):
     """Only the image tells the answer, so that a loss near zero shows that images and answers belong together."""
     for name, color in COLORS.items():

@@ -121,6 +121,7 @@ def test_the_kernel_writes_the_codes_that_torch_writes(signed):
     torch.testing.assert_close(optimizer.state[weight][f"{name}_scale"].view(-1), scale, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_compiled_steps_equal_the_plain_ones(monkeypatch):
     """What runs on a GPU: 8-bit moments with masks as words."""
     plain, other = parameters()[:1], parameters()[:1]

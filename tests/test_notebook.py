@@ -30,6 +30,7 @@ def run_kernel(file: str, folder: Path, environment: dict[str, str]) -> None:
     runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
 
 
+@pytest.mark.slow
 def test_the_notebooks_run(tmp_path):
     """In one kernel, which begins as a fork with all imports done; each begins without the names of the other."""
     pytest.importorskip("peft")

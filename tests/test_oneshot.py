@@ -22,6 +22,7 @@ from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.sparsegpt import _lowest_sorted, _LowestOfGroup, sparsegpt
 from castlm.oneshot.walk import block_stack
+from tests.slow import slow_but
 from tests.tiny import FAMILIES, VOCAB_SIZE, linear_model, save_tiny, tiny_model
 
 
@@ -136,7 +137,7 @@ def test_the_lowest_of_a_long_group_are_those_of_a_short_one():
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(("qwen3", "gpt2"), FAMILIES))
 def test_every_family_equals_the_naive_loop_over_whole_forward_passes(family, method):
     model = linear_model(family)
     expected = copy.deepcopy(model)
@@ -389,6 +390,7 @@ def test_blocks_fed_with_the_text_itself_are_refused():
         prune_oneshot_(model, "wanda", calibration=tokens(200))
 
 
+@pytest.mark.slow
 def test_the_real_model_ranks_the_methods_as_the_papers_do(stories260k):
     dense = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32)
     torch.manual_seed(0)

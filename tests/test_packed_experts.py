@@ -21,12 +21,13 @@ from castlm.export.verify import verify
 from castlm.inference import native
 from castlm.inference.format import FILE, PackedSpec, read_specs, to_metadata
 from castlm.models import load_model
+from tests.slow import slow
 from tests.tiny import EXPERTS, tiny_model, tiny_tokenizer
 
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="the kernels were not built")
 
 
-@pytest.fixture(scope="module", params=[*EXPERTS, "aria_text", "granitemoe"])
+@pytest.fixture(scope="module", params=[*EXPERTS, slow("aria_text"), slow("granitemoe")])
 def folders(request, tmp_path_factory) -> tuple[Path, Path]:
     """A 2:4 model and the same packed."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -128,7 +129,7 @@ def test_the_metadata_of_stacked_experts_are_checked(folders):
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", [slow("int8"), "int4"])
 def test_experts_are_quantized_into_the_packed_folder(kind, folders, text, tmp_path):
     plain, _ = folders
     arguments = [str(plain), "--kind", kind, "--output-dir"]

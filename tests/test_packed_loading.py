@@ -232,6 +232,7 @@ def test_conv1d_comes_back_in_its_layout(tmp_path):
     assert all(torch.equal(packed[name], plain[name]) for name in plain)
 
 
+@pytest.mark.slow
 def test_castlm_registers_before_transformers_is_imported_or_after_and_loading_fails_without(folders):
     done = python(
         "import importlib, sys, castlm\n"

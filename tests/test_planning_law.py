@@ -53,6 +53,7 @@ def test_power_law_is_recovered_from_noisy_points_within_its_intervals():
     assert law.noise == pytest.approx(0.003, rel=0.5)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_nine_times_in_ten():
     budgets, far = np.geomspace(1e6, 1e8, 6), 4e8
     beta_inside, run_inside = [], []

@@ -21,6 +21,7 @@ from castlm.core.sparsify import sparse_param_groups
 from castlm.planning import activations, memory
 from castlm.planning.activations import Settings, saved_bytes, trace
 from castlm.planning.memory import DTYPES, GIB, plan_memory, read_config
+from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, tiny_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
@@ -70,8 +71,8 @@ def _each_model_is_traced_once():
 @pytest.mark.parametrize(
     ("name", "params", "sparse"),
     [
-        ("llama2-7b", 6_738_415_616, 32 * (4 * 4096**2 + 3 * 4096 * 11008)),
-        ("llama2-13b", 13_015_864_320, 40 * (4 * 5120**2 + 3 * 5120 * 13824)),
+        slow("llama2-7b", 6_738_415_616, 32 * (4 * 4096**2 + 3 * 4096 * 11008)),
+        slow("llama2-13b", 13_015_864_320, 40 * (4 * 5120**2 + 3 * 5120 * 13824)),
         ("llama2-70b", 68_976_648_192, 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)),
     ],
 )
@@ -102,7 +103,9 @@ def test_saved_activations_of_a_llama_block_have_the_closed_form():
     assert autocast.block_weights == 2 * (4 * hidden**2 + 3 * hidden * inner)  # copies of W
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "qwen3_moe", "gemma2", "bloom"])
+@pytest.mark.parametrize(
+    "family", slow_but(("llama", "gpt2", "mixtral", "bloom"), [*FAMILIES, "mixtral", "qwen3_moe", "gemma2", "bloom"])
+)
 def test_trace_saves_what_a_real_forward_pass_saves(family):
     model = tiny_model(family)
     storages = {}
@@ -162,6 +165,7 @@ def test_moments_and_masks_take_what_the_optimizer_holds(family, moments):
     assert {key for key, _ in held} <= {"step", "mask", *MOMENT_KEYS}
 
 
+@pytest.mark.slow
 def test_fewer_bits_for_the_moments_of_a_large_model():
     bytes_a_weight = {kind: plan_7b(moments=kind).components["moments"] / plan_7b().num_params for kind in MOMENTS}
     assert bytes_a_weight == pytest.approx({"fp32": 8, "bf16": 6, "8bit": 2 + 8 / 256}, rel=2e-3)

@@ -314,6 +314,7 @@ def test_budgets_are_a_geometric_series():
         check_budgets(geometric_budgets(1e6, None, 4), "power")
 
 
+@pytest.mark.slow
 def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
     def run_here(arguments, log):
         log.write_text("")

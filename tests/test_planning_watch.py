@@ -115,6 +115,7 @@ def real_rows():
     ]
 
 
+@pytest.mark.slow
 def test_real_run_ends_about_where_it_was_said_to_wherever_it_is_looked_at():
     reports = backtest_run(real_rows())
     assert [fraction for fraction, _, _ in reports] == [0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]

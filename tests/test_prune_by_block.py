@@ -19,6 +19,7 @@ from castlm.oneshot import by_block
 from castlm.oneshot.hidden_states import HiddenStates
 from castlm.oneshot.stored_model import StoredModel
 from tests.ranks import start_process, wait_ranks
+from tests.slow import slow
 from tests.tiny import save_tiny, tiny_model
 
 PLAIN = ["--rotate", "off", "--no-permute"]
@@ -119,7 +120,7 @@ def straight(llama, text, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("moment", "call"),
     [(moment, 1) for moment in MOMENTS]
-    + [(moment, 2) for moment in MOMENTS if moment not in ("before the export", "while the text enters")],
+    + [slow(moment, 2) for moment in MOMENTS if moment not in ("before the export", "while the text enters")],
 )
 def test_a_prune_killed_at_any_moment_goes_on_to_the_same_result(
     llama, straight, tmp_path, text, monkeypatch, moment, call

@@ -22,6 +22,7 @@ from castlm.inference.rounding import round_int4
 from castlm.models import load_model
 from castlm.oneshot.calibration import draw_calibration
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows
+from tests.slow import slow
 from tests.tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -130,7 +131,7 @@ def test_the_command_writes_a_verified_folder(kind, sparse_folder, tmp_path, cap
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", slow("gpt2")])
 def test_the_packed_folder_holds_the_codes_and_unpacks_to_the_quantized_model(kind, family, tmp_path):
     prune_tiny(tmp_path, family)
     (tmp_path / "t.txt").write_text(TEXT)

@@ -18,6 +18,7 @@ from castlm.training.teacher_pass import fill_teacher_cache
 from tests.chats import save_chat_model
 from tests.refusals import assert_refused
 from tests.runs import assert_equal_weights, small
+from tests.slow import slow
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,11 @@ def content(folder) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "more",
-    [(), ("--repeat-sequences", "--precision", "bf16"), ("--chat", "--batch-size", "64")],
-    ids=["text", "repeated in bf16", "chat"],
+    [
+        pytest.param((), id="text"),
+        slow(("--repeat-sequences", "--precision", "bf16"), id="repeated in bf16"),
+        slow(("--chat", "--batch-size", "64"), id="chat"),
+    ],
 )
 def test_the_cache_is_that_of_the_first_epoch_and_a_run_needs_no_teacher(llama, tmp_path, lessons, more):
     path = tmp_path / "own.jsonl"

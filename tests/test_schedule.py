@@ -146,6 +146,7 @@ def test_time_left_counts_the_evaluations_and_saves_to_come(llama, text, tmp_pat
     run.telemetry.__exit__(None, None, None)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_alike_and_a_cpu_refuses_them(llama, text, tmp_path):
     with pytest.raises(InputError, match="torch_compile is for a GPU"):
         Run(small(llama, text, tmp_path / "run", torch_compile=True), init_world("cpu", "full"))

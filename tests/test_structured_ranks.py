@@ -17,6 +17,7 @@ from castlm.export.verify import verify
 from castlm.training.loop import train
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, small
 from tests.runs import assert_close_weights, train_until
+from tests.slow import slow
 from tests.tiny import tiny_model
 
 
@@ -42,7 +43,7 @@ def train_on_dtensors(text: str) -> None:
     close_world(world)
 
 
-@pytest.mark.parametrize("text", ["channels:0.5", "heads:0.5+2:4", "blocks:8x16:0.5"])
+@pytest.mark.parametrize("text", ["channels:0.5", slow("heads:0.5+2:4"), slow("blocks:8x16:0.5")])
 def test_adams_on_shards_is_adams_on_whole_weights(text, tmp_path):
     run_ranks(train_on_dtensors, 3, text, folder=tmp_path)
 
@@ -50,8 +51,8 @@ def test_adams_on_shards_is_adams_on_whole_weights(text, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "ranks"),
     [
-        ({"pattern": "channels:0.5", "init_from": "magnitude"}, 3),
-        ({"pattern": "heads:0.5", "init_from": "flap", "method": "finetune"}, 1),
+        slow({"pattern": "channels:0.5", "init_from": "magnitude"}, 3),
+        slow({"pattern": "heads:0.5", "init_from": "flap", "method": "finetune"}, 1),
         ({"pattern": "blocks:8x16:0.5", "init_from": "taylor"}, 1),
     ],
 )

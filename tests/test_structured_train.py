@@ -16,17 +16,18 @@ from castlm.training.config import TrainConfig
 from castlm.training.effects import without_effect
 from castlm.training.loop import train
 from tests.runs import small
+from tests.slow import slow
 from tests.tiny import save_tiny
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"pattern": "channels:0.5"},
-        {"pattern": "heads:0.5", "init_from": "magnitude"},
+        slow({"pattern": "channels:0.5"}),
+        slow({"pattern": "heads:0.5", "init_from": "magnitude"}),
         {"pattern": "channels:0.75+2:4", "init_from": "flap"},
         {"pattern": "blocks:8x16:0.5", "init_from": "wanda"},
-        {"pattern": "channels:0.5", "method": "finetune", "init_from": "random"},
+        slow({"pattern": "channels:0.5", "method": "finetune", "init_from": "random"}),
         {"pattern": "heads:0.5+2:4", "method": "ste"},
     ],
 )

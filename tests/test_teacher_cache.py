@@ -20,6 +20,7 @@ from castlm.training.run import Run
 from castlm.training.teacher_cache import TeacherCache
 from tests.ranks import run_ranks
 from tests.runs import assert_equal_weights, metrics, small, teacher_batches
+from tests.slow import slow_but
 from tests.tiny import save_tiny, tiny_model
 
 
@@ -163,7 +164,9 @@ def test_a_poisoned_block_is_not_used(case, has_checksum, config, tmp_path, monk
     assert ("the teacher reads the sequence again" in capsys.readouterr().err) == is_refused
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"blocks": "many"}', '{"blocks": -1}', "\xff", "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", slow_but(["{"], ["{", "[]", '{"blocks": "many"}', '{"blocks": -1}', "\xff", "[" * 100_000])
+)
 def test_corrupt_records_are_named(content, trained, tmp_path):
     (coverage,) = (tmp_path / "cache").glob("coverage-*.json")
     for file in (tmp_path / "cache" / "teacher.json", coverage):
@@ -207,6 +210,7 @@ def test_what_makes_no_sense_is_refused(config, tmp_path):
         TeacherCache(str(tmp_path / "mine"), [], 264, World(0, 1, torch.device("cpu"), None))
 
 
+@pytest.mark.slow
 def test_ranks_write_and_read_as_one_rank_does(trained, tmp_path):
     """Two ranks read what one has written, and one rank reads what two have written."""
     ranks = in_folder(trained, tmp_path, "ranks", per_device_train_batch_size=2)

@@ -41,10 +41,11 @@ from castlm.training.run_folder import RunFolder, after_restart
 from castlm.training.schedule import learning_rate
 from tests.ranks import start_command, wait_ranks
 from tests.runs import assert_close_weights, assert_equal_weights, metrics, small, stop_and_resume, train_until
+from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, TEXT, save_tiny
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(("qwen3", "opt", "gpt2"), FAMILIES))
 def test_every_family_ends_proved(family, text, tmp_path):
     model = save_tiny(tmp_path / "dense", family)
     record = train(small(str(model), text, tmp_path / "run", max_steps=4))
@@ -76,15 +77,15 @@ def test_accumulation_is_one_large_batch(llama, text, tmp_path):
     [
         {},
         {"init_from": "magnitude", "async_save": False, "moments": "bf16"},
-        {"rotate": "residual", "reconstruct_epochs": 1},
-        {"method": "ast"},
+        slow({"rotate": "residual", "reconstruct_epochs": 1}),
+        slow({"method": "ast"}),
         {"method": "finetune"},
-        {"method": "gradual_magnitude"},
-        {"method": "dense"},
+        slow({"method": "gradual_magnitude"}),
+        slow({"method": "dense"}),
         {"pattern": "channels:0.5"},
-        {"pattern": "heads:0.5+2:4", "init_from": "magnitude"},
-        {"pattern": "channels:0.5", "method": "finetune", "init_from": "flap"},
-        {"pattern": "blocks:8x16:0.5", "method": "srste"},
+        slow({"pattern": "heads:0.5+2:4", "init_from": "magnitude"}),
+        slow({"pattern": "channels:0.5", "method": "finetune", "init_from": "flap"}),
+        slow({"pattern": "blocks:8x16:0.5", "method": "srste"}),
     ],
 )
 def test_resumed_run_is_the_straight_run_bit_for_bit(fields, llama, text, tmp_path):
@@ -137,7 +138,7 @@ def test_corrupt_checkpoint_is_named(llama, text, tmp_path):
         train(replace(config, resume=True))
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "channels:0.5+2:4"])
+@pytest.mark.parametrize("pattern", ["2:4", slow("channels:0.5+2:4")])
 def test_kill_in_the_middle_of_a_save_leaves_the_last_whole_one(pattern, llama, text, tmp_path):
     """SIGKILL at random moments of a run that saves every step; each time it goes on, and ends as the straight run."""
     straight = small(llama, text, tmp_path / "straight", save_steps=1, pattern=pattern)

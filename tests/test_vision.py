@@ -25,6 +25,7 @@ from castlm.oneshot.options import BasisOptions
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from tests.ranks import run_ranks
+from tests.slow import slow_but
 from tests.tiny import VISION, save_tiny, tiny_model
 
 OPTIONS = {
@@ -107,7 +108,7 @@ def test_towers_and_projectors_are_known_by_their_names():
     assert all(not is_tower(name) and is_block_linear(f"{name}.weight", (8, 8)) for name in language)
 
 
-@pytest.mark.parametrize("family", VISION)
+@pytest.mark.parametrize("family", slow_but(VISION[-1:], VISION))
 def test_castlm_prune_verify_eval_and_pack(family, models, tmp_path, capsys):
     text, out, packed = tmp_path / "text.txt", tmp_path / "out", tmp_path / "packed"
     text.write_text("All happy families are alike; each unhappy family is unhappy in its own way.\n\n" * 12)
@@ -142,6 +143,7 @@ def test_castlm_train_on_text_keeps_the_tower(models, text, tmp_path):
     assert record["left_dense"]["model.multi_modal_projector.linear_1.weight"] == "outside the language model"
 
 
+@pytest.mark.slow
 def test_two_ranks_train_a_vision_language_model_as_one_does(models, text, tmp_path):
     model, over = str(models["qwen2_vl"]), {**OPTIONS, "init_from": "magnitude"}
     run_ranks(train, 2, TrainConfig(model, text, str(tmp_path / "two"), **over), folder=tmp_path)
