@@ -341,7 +341,8 @@ def test_the_correction_of_the_stream_is_refused_where_what_is_written_is_normal
         ({"calibration": tokens(2, 257)}, "longer than the model's context of 256"),
         ({"calibration": tokens() + VOCAB_SIZE}, "use the model's own tokenizer"),
         ({"calibration": tokens()[0]}, r"\(num_sequences, seq_len\)"),
-        ({"damping": 1.5}, "damping 1.5"),
+        ({"damping": 1.5}, "damping = 1.5 is out of range: it must be between 0 and 1"),
+        ({"block_size": 0}, "block_size = 0 is out of range: it must be at least 1"),
         ({"pattern": "4:4"}, "pattern 4:4"),
     ],
 )

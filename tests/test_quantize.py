@@ -84,6 +84,8 @@ def test_bad_input_is_named():
         quantize_(pruned_model(), "int2")
     with pytest.raises(InputError, match="int4 needs a calibration text"):
         quantize_(pruned_model(), "int4")
+    with pytest.raises(InputError, match=r"damping = 1\.5 is out of range: it must be between 0 and 1"):
+        quantize_(pruned_model(), "int4", calibration=calibration(), damping=1.5)
     with pytest.raises(InputError, match="int8 is rounded without a calibration text"):
         quantize_(pruned_model(), "int8", calibration=calibration())
     model = pruned_model()
@@ -212,6 +214,7 @@ def test_rounding_by_rows_holds_a_bf16_model_as_it_is_stored_and_writes_the_byte
         (["--head", "int8"], "--head int8 is of the packed format: pass --packed, or leave it out"),
         (["--kind", "int4"], "int4 needs a calibration text: pass --calibration FILE"),
         (["--calibration", "x.txt"], "int8 takes no calibration text"),
+        (["--damping", "2"], "damping = 2.0 is out of range: it must be between 0 and 1"),
         (["--column", "story"], "column story is of a calibration text, and int8 takes none: leave it out"),
         (["--chat-template-path", "no.jinja"], "no.jinja"),
         (

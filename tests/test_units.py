@@ -153,6 +153,8 @@ def test_what_cannot_be_scored_is_refused():
         prune_oneshot_(model, "flap", pattern="channels:0.5")
     with pytest.raises(InputError, match=r"does nothing with channels:0\.5"):
         Refinements(target_asymmetry=0.5).for_solver("flap", Pattern.parse("channels:0.5"))
+    with pytest.raises(InputError, match="damping = -1 is out of range: it must be between 0 and 1"):
+        prune_oneshot_(model, "magnitude", pattern="channels:0.5", damping=-1)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match="has NaN or infinity"):
         prune_oneshot_(model, "magnitude", pattern="channels:0.5")

@@ -78,7 +78,7 @@ class PruneOptions:
     seed: int = 0
     """Seed of the draw of calibration sequences."""
 
-    damping: float = field(default=0.01, metadata={"at_least": 0})
+    damping: float = 0.01
     """SparseGPT: fraction of the mean diagonal that is added to the Hessian."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

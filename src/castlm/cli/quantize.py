@@ -92,9 +92,11 @@ class QuantizeCommand:
         from castlm.export.folder import read_manifest
         from castlm.export.unit_count import groups_of
         from castlm.hardware import choose_device, keep_freed_memory
+        from castlm.oneshot.options import check_damping
         from castlm.output import claimed
 
         keep_freed_memory()
+        check_damping(self.damping)
         if self.kind == "int4" and self.calibration is None:
             raise InputError("int4 needs a calibration text: pass --calibration FILE")
         if self.kind != "int4" and self.calibration is not None:

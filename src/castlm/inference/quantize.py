@@ -23,6 +23,7 @@ from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.inference.rounding import KINDS, Rounded, round_int4, round_rows
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.inputs import ExpertInputs, LayerInput, check_finite_input, check_plain_weights, see_inputs
+from castlm.oneshot.options import check_damping
 from castlm.oneshot.report import few_experts_record, relative_error
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.walk import walk
@@ -149,8 +150,7 @@ def stored_layers(model: PreTrainedModel, layers: Mapping[str, Rounded]) -> dict
 def _layers(model: PreTrainedModel, kind: str, filter_fn: FilterFn, damping: float) -> dict[str, SparseLayer]:
     if kind not in KINDS:
         raise InputError(f"there is no format {kind!r}: choose one of {', '.join(KINDS)}")
-    if not 0 <= damping <= 1:
-        raise InputError(f"damping {damping} is out of range: pass 0 to 1")
+    check_damping(damping)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, ExpertLinear)) and filter_fn(m, n)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to quantize: check filter_fn")

@@ -40,6 +40,12 @@ def part_of(options: Any, section: type[T]) -> T:
     return section(**{option.name: getattr(options, option.name) for option in fields(section)})  # type: ignore[arg-type]
 
 
+def check_damping(damping: float) -> None:
+    """Raises `InputError` where `damping`, a share of the mean of a Hessian's diagonal, is out of range."""
+    if not 0 <= damping <= 1:
+        raise InputError(f"damping = {damping} is out of range: it must be between 0 and 1")
+
+
 class _Bounded:
     """Options that know their ranges."""
 

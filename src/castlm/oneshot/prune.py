@@ -36,7 +36,7 @@ from castlm.oneshot.inputs import (
     check_plain_weights,
     see_inputs,
 )
-from castlm.oneshot.options import NO_REFINEMENTS, Refinements
+from castlm.oneshot.options import NO_REFINEMENTS, Refinements, check_damping
 from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
 from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
 from castlm.oneshot.solvers import MIN_DAMPING, SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
@@ -305,8 +305,9 @@ def check_prune(
         raise InputError(f"there is no one-shot method {method!r}: choose one of {', '.join(SOLVERS)}")
     if method == "sparsegpt" and not isinstance(to.pattern, NM):
         raise InputError(f"SparseGPT prunes to n:m patterns, not to {to.pattern}: use wanda or magnitude")
-    if not 0 <= to.damping <= 1 or to.block_size < 1:
-        raise InputError(f"damping {to.damping} and block size {to.block_size}: pass 0 to 1, and at least 1")
+    check_damping(to.damping)
+    if to.block_size < 1:
+        raise InputError(f"block_size = {to.block_size} is out of range: it must be at least 1")
     check_plain_weights(layers, "pruning")
     if calibration is not None:
         check_calibration(model, calibration)

@@ -9,11 +9,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.oneshot.basis import BasisReport, change_basis_
-from castlm.oneshot.options import BasisOptions, Refinements, part_of
+from castlm.oneshot.options import BasisOptions, Refinements, check_damping, part_of
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.report import OneshotReport
 from castlm.oneshot.walk import Images
@@ -44,8 +43,7 @@ class OneshotStart:
     def __post_init__(self) -> None:
         self.refinements.check()
         self.basis.check()
-        if not 0 <= self.damping <= 1:
-            raise InputError(f"damping = {self.damping} is out of range: it must be between 0 and 1")
+        check_damping(self.damping)
 
     @classmethod
     def of(cls, options: Any, method: str, pattern: Pattern, **others: Any) -> OneshotStart:

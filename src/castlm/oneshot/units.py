@@ -26,6 +26,7 @@ from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.core.structured import Structured
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.inputs import check_finite_weight, check_plain_weights, check_reached
+from castlm.oneshot.options import check_damping
 from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import MIN_DAMPING, damped, refit, row_energies
 from castlm.oneshot.sparsegpt import sparsegpt
@@ -329,8 +330,7 @@ def _check(
 ) -> None:
     if score not in SCORES:
         raise InputError(f"{score!r} does not rank the units of {pattern}: choose one of {', '.join(SCORES)}")
-    if not 0 <= to.damping <= 1:
-        raise InputError(f"damping {to.damping} is out of range: pass 0 to 1")
+    check_damping(to.damping)
     check_plain_weights(layers, "pruning")
     if calibration is not None:
         check_calibration(model, calibration)
