@@ -15,3 +15,8 @@ def library_versions(*packages: str) -> dict[str, str]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
     }
+
+
+def model_versions() -> dict[str, str]:
+    """Versions of what wrote a model, for its castlm.json."""
+    return library_versions("torch", "transformers", "safetensors")

@@ -34,7 +34,7 @@ from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_na
 from castlm.models import copy_processor, load_model, parameters_in, save_model
 from castlm.reading import user_path
 from castlm.stored import INDEX
-from castlm.versions import library_versions
+from castlm.versions import model_versions
 
 SCHEMA_VERSION = 1
 EVAL_TOLERANCE = 1e-6  # relative; the weights are equal bit for bit, but kernels may sum in another order
@@ -125,7 +125,7 @@ def new_manifest(pattern: Pattern, left_dense: Mapping[str, str], record: Mappin
         "pattern": str(pattern),
         **record,
         "left_dense": dict(left_dense),
-        "versions": library_versions("torch", "transformers", "safetensors"),
+        "versions": model_versions(),
     }
 
 

@@ -36,7 +36,7 @@ from castlm.training.objective import Objective
 from castlm.training.run_folder import RunFolder
 from castlm.training.setup import Parts, filter_of, global_batch, local_masks
 from castlm.training.verdict import verdict
-from castlm.versions import library_versions
+from castlm.versions import model_versions
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def finished_record(run: TrainedRun, histogram: dict[str, Any]) -> dict[str, Any
     if not run.is_sparse:
         trained = run.figures[str(run.config.max_steps)]["perplexity"]
         record |= {"pattern": None, "perplexity": {**record["perplexity"], "trained": trained}}
-        record |= {"versions": library_versions("torch", "transformers", "safetensors")}  # an export adds its own
+        record |= {"versions": model_versions()}  # an export adds its own
     return record | {"verdict": verdict(record["perplexity"], perplexities_when_sparse(run))}
 
 
