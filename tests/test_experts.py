@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, conversion_mapping
 
 from castlm.cli.main import main
 from castlm.core.adams import AdamS
-from castlm.core.blocks import is_block_linear, is_router, is_stacked_experts
+from castlm.core.blocks import is_block_linear, is_router, is_stacked_experts, owners_of_experts
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, linearize_experts_
@@ -86,6 +86,9 @@ def test_a_router_is_known_by_its_name_and_a_gate_of_attention_is_none():
     assert is_stacked_experts("model.layers.3.mlp.experts.gate_up_proj", (4, 8, 8))
     assert not is_stacked_experts("model.layers.3.mlp.experts.gate_up_proj_bias", (4, 8, 8))
     assert not is_stacked_experts("model.layers.3.conv.weight", (4, 1, 8))
+    stored = ("b.0.mlp.experts.7.w1", "b.1.block_sparse_moe.input_linear.weight", "b.2.mlp.shared_expert.up_proj")
+    assert owners_of_experts(stored) == {"b.0.mlp", "b.1.block_sparse_moe", "b.2.mlp"}
+    assert not owners_of_experts(["b.0.mlp.input_linear.weight", "b.0.mlp.up_proj.weight"])
 
 
 def test_a_linear_router_stays_dense_and_experts_of_unknown_orientation_name_the_remedy():

@@ -9,7 +9,7 @@ Importing this module does not import torch: `castlm verify` reads a checkpoint 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _LAST_PART_NOT_LINEAR = re.compile(
     r"norm(?:_?\d+)?$"  # input_layernorm, q_norm, norm1
@@ -22,10 +22,12 @@ _TOWER = re.compile(
     r"^(?:vision|visual|image|video|audio|speech|multi_modal|mm|embed_vision|embed_audio)(?:_|$)"
     r"|^(?:\w+_)?(?:projector|connector|merger|resampler|aligner|qformer|perceiver|vision|visual|abstractor)$"
 )
+_OF_GRANITE = r"(?<=\.block_sparse_moe)\.(?:input|output)_linear"
 _STACKED = re.compile(  # the second line: as Aria and Granite MoE store them
     r"\.experts(?:\.\w+)*\.(?:gate_up_proj|gate_proj|up_proj|down_proj|w[123])$"
-    r"|\.experts\.fc[12]$|\.block_sparse_moe\.(?:input|output)_linear$"
+    rf"|\.experts\.fc[12]$|{_OF_GRANITE}$"
 )
+_EXPERTS = re.compile(rf"(?:\.(?:shared_)?experts?|{_OF_GRANITE})(?=\.|$)")
 
 
 def block_name(name: str) -> str | None:
@@ -105,6 +107,11 @@ def is_stacked_experts(name: str, shape: Sequence[int]) -> bool:
     """
     name = name.removesuffix(".weight")
     return len(shape) == 3 and bool(_STACKED.search(name)) and in_block(name) and not is_tower(name)
+
+
+def owners_of_experts(names: Iterable[str]) -> set[str]:
+    """The modules of a checkpoint that hold experts: what is called a router elsewhere is a layer like any other."""
+    return {name[: part.start()] for name in names for part in _EXPERTS.finditer(name)}
 
 
 def is_block_linear(name: str, shape: Sequence[int]) -> bool:

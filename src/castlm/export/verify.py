@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from castlm.core.blocks import in_block, is_block_linear, is_router, is_stacked_experts, is_tower
+from castlm.core.blocks import in_block, is_block_linear, is_router, is_stacked_experts, is_tower, owners_of_experts
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
 from castlm.export.cut_sizes import cut_pattern
@@ -145,15 +145,6 @@ def _input_axis(tensor: StoredTensor, config: Mapping[str, Any], pattern: Patter
         experts, rows, columns = tensor.shape
         return experts_input_axis(config, tensor.name, (experts, rows, columns))
     return None
-
-
-def owners_of_experts(names: Iterable[str]) -> set[str]:
-    """The modules of a checkpoint that hold experts: what is called a router elsewhere is a layer like any other."""
-    owners = set()
-    for name in names:
-        found = re.finditer(r"\.(?:shared_)?experts?(?=\.|$)|(?<=\.block_sparse_moe)\.(?:input|output)_linear\.", name)
-        owners |= {name[: part.start()] for part in found}
-    return owners
 
 
 def _is_router(name: str, with_experts: Collection[str]) -> bool:
