@@ -271,6 +271,19 @@ def test_the_next_writer_of_a_file_removes_what_killed_ones_have_left(tmp_path):
     assert entries(tmp_path) == sorted(["a.json", *live, *others])
 
 
+def test_a_process_lists_a_folder_once_for_all_the_files_it_writes_there(tmp_path, monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    for name in "ab":
+        (tmp_path / f".{name}.json.tmp-{dead.pid}-0123@{socket.gethostname()}").touch()
+    listed, listdir = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or listdir(folder))
+    for name in "aba":
+        atomic_write_json(tmp_path / f"{name}.json", {})
+    assert listed == [tmp_path]
+    assert sorted(listdir(tmp_path)) == ["a.json", "b.json"]
+
+
 def test_sha256_file(tmp_path):
     content = os.urandom(3 << 20)
     (tmp_path / "a").write_bytes(content)

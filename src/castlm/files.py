@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import json
 import math
 import os
@@ -17,13 +18,13 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.disk import disk_full_is_said
-from castlm.owned import OUTPUT, PROBE, RESULT, discard, foreign_names, is_empty, list_files, read_record
+from castlm.owned import OUTPUT, PROBE, RESULT, discard, foreign_names, is_empty, is_temporary, list_files, read_record
 from castlm.progress import note
 from castlm.reading import read_json_object
 
@@ -123,9 +124,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _refuse_in_place(final: Path, overwrite: bool) -> None:
-    if os.path.lexists(final) and not final.is_dir():
-        raise InputError(f"{final} is a file: name a folder for the output")
-    if not overwrite:
+    if not (overwrite and final.is_dir()):
         refuse_taken(final, overwrite=False)
 
 
@@ -187,10 +186,10 @@ def _exchange(one: Path, other: Path) -> bool:
 def remove_stale_temporaries(parent: str | Path, name: str) -> None:
     """Removes what writers of `parent/name` that no longer live have left; a result they moved aside comes back."""
     final = Path(parent) / name
-    for aside in _stale(final, "old"):
+    for aside in _stale(final, "old", os.listdir(parent)):
         if not os.path.lexists(final):
             os.rename(aside, final)
-    for left in [*_stale(final, "tmp"), *_stale(final, "old")]:
+    for left in [path for kind in ("tmp", "old") for path in _stale(final, kind, os.listdir(parent))]:
         if not left.is_dir():
             left.unlink(missing_ok=True)
         elif read_record(left / RESULT).get("files") is None and not (left / OUTPUT).is_file():
@@ -208,10 +207,10 @@ def _temporary_name(name: str, kind: str, mark: str = "") -> str:
     return f".{name}.{kind}-{os.getpid()}{mark}@{socket.gethostname()}"
 
 
-def _stale(final: Path, kind: str) -> list[Path]:
+def _stale(final: Path, kind: str, names: Iterable[str]) -> list[Path]:
     prefix = f".{final.name}.{kind}-"
-    left = [entry for entry in final.parent.iterdir() if entry.name.startswith(prefix)]
-    return [entry for entry in left if not _may_be_written(entry.name[len(prefix) :])]
+    left = (name for name in names if name.startswith(prefix))
+    return [final.parent / name for name in left if not _may_be_written(name[len(prefix) :])]
 
 
 def _may_be_written(writer: str) -> bool:
@@ -261,18 +260,23 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@functools.cache  # it takes 15 ms to list 20,000 files
+def _temporaries_in(folder: Path) -> list[str]:
+    return list(filter(is_temporary, os.listdir(folder)))
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` to write, renamed over it when the block ends without an error; else removed.
 
-    Not flushed to the disk: that is the writer's, where a power cut matters. What killed writers of `path` have left is
-    removed.
+    Not flushed to the disk: that is the writer's, where a power cut matters. What writers of `path` left that were
+    killed before this process first wrote into the folder is removed.
     """
     if os.path.lexists(path) and not os.path.isfile(path):  # such as /dev/stdout, a link to a pipe
         raise InputError(f"{path} is not a regular file: name another file")
     path = Path(os.path.realpath(path))  # of a link, the file behind it is replaced
     with contextlib.suppress(OSError):  # one that may not be listed or removed stays
-        for left in _stale(path, "tmp"):
+        for left in _stale(path, "tmp", _temporaries_in(path.parent)):
             left.unlink(missing_ok=True)
     temporary = path.parent / _temporary_name(path.name, "tmp", f"-{secrets.token_hex(4)}")
     try:
