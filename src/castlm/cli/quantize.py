@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from castlm.core.experts import SparseLayer
     from castlm.data.documents import Documents
     from castlm.data.hub import HubDocuments
+    from castlm.inference.quantize import QuantizeReport
     from castlm.inference.rounding import Rounded
     from castlm.models import Loaded
 
@@ -134,10 +135,8 @@ class QuantizeCommand:
 
         from castlm.core.sparsify import sparse_linears
         from castlm.data.chat import with_template
-        from castlm.export.hf import export_model
-        from castlm.files import atomic_dir
-        from castlm.inference.quantize import quantize_, stored_layers
-        from castlm.models import load_model, save_dtype
+        from castlm.inference.quantize import quantize_
+        from castlm.models import load_model
         from castlm.oneshot.report import few_experts_note
         from castlm.progress import note, shown_progress
 
@@ -155,8 +154,31 @@ class QuantizeCommand:
         loaded.model.to("cpu")
         if report.few_experts:
             note(few_experts_note(report.few_experts))
-        quantized = {"source": self.model, **report.record(), **text}
         passed_on = {key: value for key, value in manifest.items() if key not in _NOT_PASSED_ON}
+        quantized = {"source": self.model, **report.record(), **text}
+        record = {"base_model": self.model, **passed_on, "quantized": quantized}
+        self._write(loaded, report, pattern, left_dense, record, folder)
+        print(
+            f"{folder}: {self.kind} in {len(report.layers)} layers, mean relative error {report.mean_error:.2e}, "
+            f"{pattern} verified; measure it with: castlm eval {shlex.quote(str(folder))} --text FILE"
+        )
+        return 0
+
+    def _write(
+        self,
+        loaded: Loaded,
+        report: QuantizeReport,
+        pattern: NM,
+        left_dense: Mapping[str, str],
+        record: Mapping[str, Any],
+        folder: Path,
+    ) -> None:
+        """Writes the quantized model to `folder` with castlm.json, plain or packed, and verifies it."""
+        from castlm.export.hf import export_model
+        from castlm.files import atomic_dir
+        from castlm.inference.quantize import stored_layers
+        from castlm.models import save_dtype
+
         with contextlib.ExitStack() as stack:
             target = folder
             if self.packed:
@@ -168,7 +190,7 @@ class QuantizeCommand:
                 target,
                 pattern=pattern,
                 left_dense=left_dense,
-                record={"base_model": self.model, **passed_on, "quantized": quantized},
+                record=record,
                 overwrite=True,
                 dtype=save_dtype(self.save_dtype, loaded.dtype),
                 keep_rejected=not self.packed,  # the plain folder is temporary then
@@ -179,11 +201,6 @@ class QuantizeCommand:
                 except InputError as error:  # of a folder that is gone by the time a person reads it
                     said = str(error).replace(str(target), self.model)
                     raise InputError(said.replace(str(temporary), str(folder))) from error
-        print(
-            f"{folder}: {self.kind} in {len(report.layers)} layers, mean relative error {report.mean_error:.2e}, "
-            f"{pattern} verified; measure it with: castlm eval {shlex.quote(str(folder))} --text FILE"
-        )
-        return 0
 
     def _calibration(
         self, loaded: Loaded, documents: Documents | HubDocuments | None

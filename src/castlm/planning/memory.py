@@ -6,7 +6,7 @@ Weights are counted on the meta device, saved activations by `activations`; the 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -179,13 +179,9 @@ def plan_memory(
     )
     if gpu_gib is not None and not 0 < gpu_gib < math.inf:
         raise InputError(f"gpu_gib = {gpu_gib} is out of range: it must be a positive number of GiB")
-    for name, value, known in (
-        ("compute_dtype", compute_dtype, tuple(DTYPES)),
-        ("teacher_dtype", teacher_dtype, tuple(DTYPES)),
-        ("moments", moments, MOMENTS),
-    ):
-        if value not in known:
-            raise InputError(f"{name} = {value!r} is unknown: one of {', '.join(known)}")
+    _check_known(
+        compute_dtype=(compute_dtype, DTYPES), teacher_dtype=(teacher_dtype, DTYPES), moments=(moments, MOMENTS)
+    )
     config = read_config(config)
     run = Settings(
         seq_len=seq_len,
@@ -218,6 +214,12 @@ def _check_range(**numbers: tuple[int, int, int]) -> None:
     for name, (value, least, most) in numbers.items():
         if type(value) is not int or not least <= value <= most:
             raise InputError(f"{name} = {value} is out of range: it must be a whole number from {least} to {most}")
+
+
+def _check_known(**names: tuple[str, Collection[str]]) -> None:
+    for name, (value, known) in names.items():
+        if value not in known:
+            raise InputError(f"{name} = {value!r} is unknown: one of {', '.join(known)}")
 
 
 def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
