@@ -301,7 +301,7 @@ def test_a_gate_without_experts_beside_it_is_counted_as_a_layer(tmp_path):
     assert report.dense == {gate: "a router of experts"}
 
 
-@pytest.mark.parametrize("family", ["aria_text", "granitemoe"])
+@pytest.mark.parametrize("family", ["aria_text", "granitemoe", "granitemoeshared"])
 def test_experts_under_the_older_names_are_counted(family, tmp_path):
     save_tiny(tmp_path / "dense", family)
     arguments = ["--model", str(tmp_path / "dense"), "--output-dir", str(tmp_path / "sparse"), "--method", "magnitude"]

@@ -484,6 +484,12 @@ DAMAGES = {
         lambda f: edit_json(f / "config.json", architectures=["LlamaForSequenceClassification"]),
         "not a causal language model but LlamaForSequenceClassification",
     ),
+    "text part of a model": (
+        lambda f: edit_json(
+            f / "config.json", model_type="emu3_text_model", architectures=["Emu3ForCausalLM"], pad_token_id=0
+        ),
+        "is Emu3ForCausalLM of type emu3_text_model, which transformers' AutoModelForCausalLM does not load",
+    ),
     "quantized": (
         lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
         r"quantized \(gptq\)",

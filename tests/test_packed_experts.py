@@ -27,7 +27,7 @@ from tests.tiny import EXPERTS, tiny_model, tiny_tokenizer
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="the kernels were not built")
 
 
-@pytest.fixture(scope="module", params=[*EXPERTS, slow("aria_text"), slow("granitemoe")])
+@pytest.fixture(scope="module", params=[*EXPERTS, slow("aria_text"), slow("granitemoehybrid")])
 def folders(request, tmp_path_factory) -> tuple[Path, Path]:
     """A 2:4 model and the same packed."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -45,6 +45,8 @@ _WIDTHS: dict[str, Any] = {
 _GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 _EXPERTS = _GROUPED | {"num_experts_per_tok": 2}
 _KV_HEADS = {"num_key_value_heads": 2}
+_GRANITE = _KV_HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 16}
 _SHARED_EXPERTS = {"n_routed_experts": 4, "num_local_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
 _GROUPED_EXPERTS = _EXPERTS | {"n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
 _ROPE_OF_IMAGES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
@@ -57,7 +59,9 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "qwen3_vl": _GROUPED | {"rope_parameters": _ROPE_OF_IMAGES},
     "gpt_oss": _EXPERTS | {"num_local_experts": 4, "sliding_window": 16},
     "aria_text": _GROUPED | {"moe_num_experts": 4, "moe_topk": 2},
-    "granitemoe": _KV_HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE | {"shared_intermediate_size": 48},
+    "granitemoehybrid": _GRANITE | {"shared_intermediate_size": 48, "layer_types": ["mamba", "attention"], **_MAMBA},
     **dict.fromkeys(("glm4_moe", "dots1"), _GROUPED_EXPERTS | _SHARED_EXPERTS),
     "olmoe": _KV_HEADS | {"num_experts": 4, "num_experts_per_tok": 2},
     **dict.fromkeys(

@@ -127,6 +127,11 @@ def _check_config(where: Location, config: PretrainedConfig) -> None:
             raise InputError(
                 f"{where} is a {config.model_type} without a language model of its own: give a LLaVA or Qwen-VL"
             )
+    elif not remote and causal is None and is_causal:
+        raise InputError(
+            f"{where} is {', '.join(named)} of type {config.model_type}, which transformers' AutoModelForCausalLM does "
+            "not load: give the whole model that it is a part of"
+        )
     elif not remote and (causal is None or not is_causal or config.is_encoder_decoder):
         raise InputError(
             f"{where} is not a causal language model but {', '.join(named) or config.model_type}: "
