@@ -186,10 +186,10 @@ def _exchange(one: Path, other: Path) -> bool:
 def remove_stale_temporaries(parent: str | Path, name: str) -> None:
     """Removes what writers of `parent/name` that no longer live have left; a result they moved aside comes back."""
     final = Path(parent) / name
-    for aside in _stale(final, "old", os.listdir(parent)):
+    for aside in _stale(final, "old", os.listdir(final.parent)):
         if not os.path.lexists(final):
             os.rename(aside, final)
-    for left in [path for kind in ("tmp", "old") for path in _stale(final, kind, os.listdir(parent))]:
+    for left in [path for kind in ("tmp", "old") for path in _stale(final, kind, os.listdir(final.parent))]:
         if not left.is_dir():
             left.unlink(missing_ok=True)
         elif read_record(left / RESULT).get("files") is None and not (left / OUTPUT).is_file():
