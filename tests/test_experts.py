@@ -75,7 +75,8 @@ def test_experts_are_sparse_along_their_input_and_the_router_is_dense(family):
 
 
 def test_a_router_is_known_by_its_name_and_a_gate_of_attention_is_none():
-    routers = ("mlp.gate", "mlp.router", "block_sparse_moe.gate", "mlp.shared_expert_gate", "ffn.router.layer")
+    routers = ["mlp.gate", "mlp.router", "block_sparse_moe.gate", "mlp.shared_expert_gate", "ffn.router.layer"]
+    routers += ["self_attention.experts.router.layer"]
     for name in (f"model.layers.3.{router}" for router in routers):
         assert is_router(name)
         assert not is_block_linear(f"{name}.weight", (4, 32))

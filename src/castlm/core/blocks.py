@@ -88,14 +88,15 @@ def is_router(module: str) -> bool:
     """Whether a module chooses experts for a token, or weighs the shared one. Routers are small, and stay dense.
 
     They are `gate`, `router` or `shared_expert_gate` in transformers, or a part of such a module. Gates of attention
-    have the same name and are linear layers like any other.
+    have the same name and are linear layers like any other, unless they are those of its experts (JetMoE).
 
     Examples:
         >>> is_router("model.layers.3.mlp.gate"), is_router("model.layers.3.mlp.gate_proj")
         (True, False)
     """
     parts = module.split(".")
-    return any(map(_ROUTER.match, parts)) and not any("attn" in part or "attention" in part for part in parts)
+    of_attention = any("attn" in part or "attention" in part for part in parts)
+    return any(map(_ROUTER.match, parts)) and ("experts" in parts or not of_attention)
 
 
 def is_stacked_experts(name: str, shape: Sequence[int]) -> bool:
