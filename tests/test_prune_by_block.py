@@ -57,7 +57,16 @@ def test_the_result_is_that_of_the_whole_model_bit_for_bit(tmp_path, text, famil
     assert not (tmp_path / "block.partial").exists()
 
 
-@pytest.mark.parametrize("options", [["--method", "wanda"], ["--method", "magnitude"], ["--staged-statistics"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "wanda"],
+        ["--method", "magnitude"],
+        ["--staged-statistics"],
+        ["--reconstruct-epochs", "2"],
+        ["--target-asymmetry", "0.5", "--stream-correction", "0.3"],
+    ],
+)
 def test_each_method_gives_what_it_gives_with_the_whole_model(llama, tmp_path, text, options):
     whole = prune(llama, text, tmp_path / "whole", *PLAIN, *options, memory="model")
     assert_same(whole, prune(llama, text, tmp_path / "block", *PLAIN, *options))
@@ -142,6 +151,27 @@ def test_a_prune_killed_at_any_moment_goes_on_to_the_same_result(
     assert_same(straight, prune(llama, text, tmp_path / "killed"))
     ours, theirs = (json.loads((folder / "castlm.json").read_text()) for folder in (straight, tmp_path / "killed"))
     assert ours["basis"]["changes"] == theirs["basis"]["changes"]
+
+
+@pytest.mark.parametrize("call", [3, 6, 9])  # of 2 of each model in each block, but of the dense one alone in the last
+def test_a_prune_killed_while_it_follows_the_dense_model_goes_on_to_the_same_result(
+    llama, tmp_path, text, monkeypatch, call
+):
+    write, calls, options = HiddenStates.__setitem__, 0, ("--reconstruct-epochs", "1")
+    whole = prune(llama, text, tmp_path / "whole", *PLAIN, *options, memory="model")
+
+    def killed(states, number, value):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Killed
+        write(states, number, value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HiddenStates, "__setitem__", killed)
+        with pytest.raises(Killed):
+            prune(llama, text, tmp_path / "killed", *PLAIN, *options)
+    assert_same(whole, prune(llama, text, tmp_path / "killed", *PLAIN, *options))
 
 
 def prune_and_die(*arguments) -> None:
@@ -230,8 +260,6 @@ def test_a_damaged_file_of_an_unfinished_prune_is_named(llama, straight, tmp_pat
     ("options", "message"),
     [
         (["--rotate", "residual"], "needs the whole model in memory"),
-        (["--target-asymmetry", "0.5"], "need the dense model beside"),
-        (["--reconstruct-epochs", "1"], "need the dense model beside"),
         (["--damping", "2"], "damping = 2.0 is out of range: it must be between 0 and 1"),
     ],
 )

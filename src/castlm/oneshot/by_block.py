@@ -32,9 +32,11 @@ from castlm.files import atomic_file, atomic_write_json, flush_file, is_whole, r
 from castlm.layout import stored_transposed
 from castlm.oneshot.basis import BasisReport, BlockTurns, block_statistics, wiring_or_note
 from castlm.oneshot.block_basis import Change
+from castlm.oneshot.dense_twin import DenseTwin
 from castlm.oneshot.families import describe
 from castlm.oneshot.hidden_states import HiddenStates
-from castlm.oneshot.prune import check_prune, prune_block, prune_layers
+from castlm.oneshot.prune import check_prune, dense_twin, follow_dense, prune_block, prune_layers
+from castlm.oneshot.reconstruct import Reconstruction
 from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import SOLVERS, Settings
 from castlm.oneshot.start import OneshotStart
@@ -86,8 +88,9 @@ def prune_by_block(
     The masks and weights are those of `change_basis_` and `prune_oneshot_`, except that the basis of a block is chosen
     on the inputs that the pruned blocks before it give, and that the residual stream keeps its basis.
 
-    Memory: one block in fp32, the statistics of its inputs, and the work of the solver on the widest of them. Disk:
-    twice the hidden states of the calibration text in fp32, and the result.
+    Memory: one block in fp32, the statistics of its inputs, and the work of the solver on the widest of them; a second
+    copy of the block where the dense model is followed, and four more where blocks are reconstructed. Disk: twice the
+    hidden states of the calibration text in fp32 (four times where the dense model is followed), and the result.
 
     Raises:
         InputError: as `prune_oneshot_`; options that need the whole model; or work in `run.folder` that was done with
@@ -113,6 +116,7 @@ def prune_by_block(
         start.damping if start.method == "sparsegpt" else None,
         layers=state.layers,
         left_dense=left_dense,
+        reconstructions=state.reconstructions,
         seconds=state.seconds,
     )
     return report, BasisReport(changes=state.changes, notes=state.notes)
@@ -121,11 +125,6 @@ def prune_by_block(
 def _refuse(run: BlockPrune) -> None:
     if run.start.basis.rotate == "residual":
         raise InputError("rotate residual needs the whole model in memory: use rotate values, or memory model")
-    if run.start.refinements.needs_dense_twin:
-        raise InputError(
-            "target_asymmetry, stream_correction and reconstruct_epochs need the dense model beside the pruned one: "
-            "leave them out, or use memory model"
-        )
 
 
 @dataclass
@@ -137,6 +136,7 @@ class _State:
     layers: list[LayerResult]
     changes: list[Change]
     notes: list[str]
+    reconstructions: list[Reconstruction]
     seconds: float
     files: dict[str, Any]
     """Size and CRC-32 of the blocks that are done and of what enters the next, by file name."""
@@ -145,10 +145,10 @@ class _State:
     def read(cls, run: BlockPrune) -> _State:
         file = run.folder / PROGRESS
         try:
-            return cls._read(run, file) if file.exists() else cls(run, 0, [], [], [], 0.0, {})
+            return cls._read(run, file) if file.exists() else cls(run, 0, [], [], [], [], 0.0, {})
         except InputError:
             if run.overwrite:
-                return cls(run, 0, [], [], [], 0.0, {})
+                return cls(run, 0, [], [], [], [], 0.0, {})
             raise
 
     @classmethod
@@ -168,7 +168,9 @@ class _State:
             layers = [LayerResult(**{**layer, "shape": tuple(layer["shape"])}) for layer in record["layers"]]
             changes = [Change(**change) for change in record["changes"]]
             notes, files = list(record["notes"]), dict(record["files"])
-            state = cls(run, int(record["done"]), layers, changes, notes, float(record["seconds"]), files)
+            done, seconds = int(record["done"]), float(record["seconds"])
+            reconstructions = [Reconstruction(**block) for block in record["reconstructions"]]
+            state = cls(run, done, layers, changes, notes, reconstructions, seconds, files)
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{file} is damaged: {remedy}") from None
         for name, expected in files.items():
@@ -186,6 +188,7 @@ class _State:
                 "layers": [asdict(layer) for layer in self.layers],
                 "changes": [asdict(change) for change in self.changes],
                 "notes": self.notes,
+                "reconstructions": [asdict(block) for block in self.reconstructions],
                 "files": self.files,
             },
         )
@@ -224,24 +227,26 @@ class _Walk:
         num_blocks = len(self.stored.blocks)
         if self.state.done == num_blocks:
             return
-        inputs = states = None
+        inputs = twin = None
+        streams: list[HiddenStates] = []
         if self.run_.calibration is not None:
-            inputs, states = self._enter(self.run_.calibration)
+            inputs, twin, streams = self._enter(self.run_.calibration)
         for index in range(self.state.done, num_blocks):
             started = time.perf_counter()
             with self.stored.block(index) as block:
-                self.state.layers += self._prune(index, inputs)
+                self.state.layers += self._prune(index, inputs, twin)
                 written = [_write_block(self.run_, block, index, f"{self.stored.stack}.{index}.")]
-                if inputs is not None and states is not None and index + 1 < num_blocks:
+                if inputs is not None and index + 1 < num_blocks:
                     inputs.advance()
-                    states.flush()
-                    written.append(states.file(index + 1))
+                    for states in streams:
+                        states.flush()
+                        written.append(states.file(index + 1))
             blocks = {name: known for name, known in self.state.files.items() if name.startswith("block-")}
             self.state.files = blocks | {file.name: size_and_crc(file) for file in written}
             self.state.done = index + 1
             self.state.seconds += time.perf_counter() - started
             self.state.write()
-            if states is not None:
+            for states in streams:
                 states.go_on()
             self.progress(index + 1, num_blocks)
         for change in self.state.changes:
@@ -268,18 +273,30 @@ class _Walk:
                 turns.mlps = earlier
         return turns
 
-    def _enter(self, calibration: Tensor) -> tuple[BlockInputs, HiddenStates]:
+    def _enter(self, calibration: Tensor) -> tuple[BlockInputs, DenseTwin | None, list[HiddenStates]]:
+        """What enters the next block to prune, with the dense twin if there is one, and where both are on disk."""
         run, device = self.run_, self.run_.device
         size = batch_size(calibration, device)
         shape = (size, calibration.shape[1], run.model.config.get_text_config().hidden_size)
         num_batches = math.ceil(len(calibration) / size) if self.state.done else 0
-        states = HiddenStates(run.folder, shape, device, self.state.done, num_batches)
+        ours, theirs = (
+            HiddenStates(run.folder, shape, device, self.state.done, num_batches, name) for name in ("hidden", "dense")
+        )
         if not self.state.done:
-            states.file(0).unlink(missing_ok=True)
-        with disk_full_is_said(run.folder, _REMEDY), self.stored.passing():
-            return BlockInputs(run.model, self.stored.blocks, calibration, states, self.state.done), states
+            for states in (ours, theirs):
+                states.file(0).unlink(missing_ok=True)
+        with disk_full_is_said(run.folder, _REMEDY):
+            with self.stored.passing():
+                inputs = BlockInputs(run.model, self.stored.blocks, calibration, ours, self.state.done)
+            refinements, stack = run.start.refinements, self.stored.stack
+            twin = dense_twin(run.model, inputs, stack, len(calibration), refinements, theirs)
+            if twin is None:
+                return inputs, None, [ours]
+            if not self.state.done:
+                theirs.extend(ours)
+        return inputs, twin, [ours, theirs]
 
-    def _prune(self, index: int, inputs: BlockInputs | None) -> list[LayerResult]:
+    def _prune(self, index: int, inputs: BlockInputs | None, twin: DenseTwin | None) -> list[LayerResult]:
         prefix = f"{self.stored.stack}.{index}."
         inside = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
         if inputs is None:
@@ -298,7 +315,12 @@ class _Walk:
                 if note:
                     self.state.notes.append(f"block {index}: {note}")
                 del statistics
-            return prune_block(inside, inputs, num_sequences, self.solver, self.to, self.run_.start.refinements)
+            refinements = self.run_.start.refinements
+            results = prune_block(inside, inputs, num_sequences, self.solver, self.to, refinements, twin)
+            if twin is not None:
+                is_last = index + 1 == len(self.stored.blocks)
+                self.state.reconstructions += follow_dense(inside, inputs, twin, refinements, is_last)
+            return results
 
 
 def _write_block(run: BlockPrune, block: nn.Module, index: int, prefix: str) -> Path:

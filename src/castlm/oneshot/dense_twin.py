@@ -9,13 +9,14 @@ lost as well (stream correction). Both only shift the weight that is solved for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from castlm.oneshot.hidden_states import HiddenStates
 from castlm.oneshot.walk import BlockInputs
 
 
@@ -23,38 +24,55 @@ class DenseTwin:
     """A copy of the current block as it was before it is pruned, with the hidden states of the dense model.
 
     Args:
-        inputs: of the model that is being pruned, at its first block; the dense model's are the same there.
+        inputs: of the model that is being pruned.
+        stack: the name of its list of blocks, as `model.layers`.
+        num_sequences: of the calibration text.
+        probes: by the names of the layers that write the residual stream: the module of their block whose input is the
+            stream that they are added to; "" is the block itself.
+        states: what enters the current block in the dense model, on disk; if not given, the first block is the current
+            one, where that is what enters in the pruned model, and the hidden states are in memory.
     """
 
-    def __init__(self, inputs: BlockInputs) -> None:
-        self.inputs = inputs
-        self.batches = list(inputs.batches)
-        self.scale = 2 / sum(len(batch) for batch in self.batches)  # as that of the Hessian
+    def __init__(
+        self,
+        inputs: BlockInputs,
+        stack: str,
+        num_sequences: int,
+        probes: Mapping[str, str],
+        states: HiddenStates | None = None,
+    ) -> None:
+        self.inputs, self.stack, self.probes = inputs, stack, probes
+        self.states = states
+        self.batches: Sequence[Tensor] = list(inputs.batches) if states is None else states
+        self.scale = 2 / num_sequences  # as that of the Hessian
         self.block: nn.Module = nn.Identity()
 
     def enter(self) -> None:
         """Copies the current block; to be called before it is changed."""
         self.block = copy.deepcopy(self.inputs.blocks[self.inputs.index])
 
-    def outputs(self) -> list[Tensor]:
+    def outputs(self) -> Sequence[Tensor]:
         """What the dense block gives for each batch of the dense model."""
-        return [self.inputs.call(i).run(self.block, hidden) for i, hidden in enumerate(self.batches)]
+        given = (self.inputs.call(i).run(self.block, hidden) for i, hidden in enumerate(self.batches))
+        if self.states is None:
+            return list(given)
+        for i, output in enumerate(given):
+            self.states[i] = output
+        return self.states.entering_next()
 
-    def advance(self, outputs: list[Tensor]) -> None:
-        """Goes on to the next block with the `outputs` of this one; to be called before the inputs go on."""
-        self.batches = [self.inputs.entering_next(output, i) for i, output in enumerate(outputs)]
+    def advance(self, outputs: Sequence[Tensor]) -> None:
+        """Goes on to the next block with the `outputs` of this one; to be called before the inputs go on.
 
-    def shift(self, name: str, prefix: str, probes: Mapping[str, str]) -> Shift:
-        """What the two models differ by at the input of a layer.
-
-        Args:
-            name: of the layer in the model.
-            prefix: of the current block's layers, as `model.layers.3.`.
-            probes: by the names of the layers that write the residual stream: the module of their block whose input is
-                the stream that they are added to; "" is the block itself.
+        On disk, `states` hold them already, and are moved on by the caller.
         """
-        shift, probe = Shift(), probes.get(name)
-        modules = [name.removeprefix(prefix)] + ([] if probe is None else [probe])
+        self.block = nn.Identity()
+        if self.states is None:
+            self.batches = [self.inputs.entering_next(output, i) for i, output in enumerate(outputs)]
+
+    def shift(self, name: str) -> Shift:
+        """What the two models differ by at the input of the named layer of the current block."""
+        shift, probe = Shift(), self.probes.get(name)
+        modules = [name.removeprefix(f"{self.stack}.{self.inputs.index}.")] + ([] if probe is None else [probe])
         sparse_block = self.inputs.blocks[self.inputs.index]
         for number, (sparse, dense) in enumerate(zip(self.inputs.batches, self.batches)):
             call = self.inputs.call(number)

@@ -18,7 +18,7 @@ from castlm.files import flush_file
 
 
 class HiddenStates(MutableSequence[Tensor]):
-    """Batches of one shape, fp32, in `folder/hidden-00000.bin` for the first block, and so on.
+    """Batches of one shape, fp32, in `folder/NAME-00000.bin` for the first block, and so on.
 
     The last batch can have fewer sequences. Reading gives what enters the block `index`; writing goes to the file of
     the next, and `go_on` moves on to it. A kill at any moment leaves the file of `index` whole.
@@ -29,13 +29,24 @@ class HiddenStates(MutableSequence[Tensor]):
     """
 
     def __init__(
-        self, folder: Path, shape: tuple[int, ...], device: torch.device, index: int = 0, num_batches: int = 0
+        self,
+        folder: Path,
+        shape: tuple[int, ...],
+        device: torch.device,
+        index: int = 0,
+        num_batches: int = 0,
+        name: str = "hidden",
     ) -> None:
         self.folder, self.shape, self.device, self.index, self.num_batches = folder, shape, device, index, num_batches
+        self.name = name
         self.batch_bytes = 4 * math.prod(shape)
 
     def file(self, index: int) -> Path:
-        return self.folder / f"hidden-{index:05d}.bin"
+        return self.folder / f"{self.name}-{index:05d}.bin"
+
+    def entering_next(self) -> HiddenStates:
+        """What enters the next block, once it is written."""
+        return HiddenStates(self.folder, self.shape, self.device, self.index + 1, self.num_batches, self.name)
 
     def __len__(self) -> int:
         return self.num_batches

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from castlm.oneshot.admm import improve_masks
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.dense_twin import DenseTwin, Shift
 from castlm.oneshot.families import describe
+from castlm.oneshot.hidden_states import HiddenStates
 from castlm.oneshot.inputs import (
     ERROR_TOKENS,
     ExpertInputs,
@@ -213,21 +213,12 @@ def _prune_blocks(
     stack, blocks = block_stack(model, layers)
     of_block = layers_by_block(stack, len(blocks), layers)
     inputs = BlockInputs(model, blocks, calibration, images=images)
-    probes = _stream_probes(model, stack) if refinements.stream_correction else {}
-    twin = DenseTwin(inputs) if refinements.needs_dense_twin else None
+    twin = dense_twin(model, inputs, stack, len(calibration), refinements)
     for index, inside in enumerate(of_block):
-        if twin is not None:
-            twin.enter()
-        shift_of = None
-        if twin is not None and refinements.shifts_targets:
-            shift_of = partial(twin.shift, prefix=f"{stack}.{index}.", probes=probes)
-        report.layers += prune_block(inside, inputs, len(calibration), solver, to, refinements, shift_of)
+        report.layers += prune_block(inside, inputs, len(calibration), solver, to, refinements, twin)
         is_last = index + 1 == len(of_block)
-        if twin is not None and (refinements.reconstruct_epochs or not is_last):
-            outputs = twin.outputs()
-            if refinements.reconstruct_epochs and inside:
-                report.reconstructions.append(_reconstruct(inside, inputs, outputs, refinements))
-            twin.advance(outputs)
+        if twin is not None:
+            report.reconstructions += follow_dense(inside, inputs, twin, refinements, is_last)
         if not is_last:
             inputs.advance()
         if progress is not None:
@@ -241,13 +232,15 @@ def prune_block(
     solver: Solver,
     to: Settings,
     refinements: Refinements,
-    shift_of: Callable[[str], Shift] | None = None,
+    twin: DenseTwin | None = None,
 ) -> list[LayerResult]:
     """Prunes the layers `inside` the current block of `inputs`.
 
     Args:
-        shift_of: how the target of the layers with the input of the named one is shifted, if it is.
+        twin: of `dense_twin`, with which `follow_dense` is called next.
     """
+    if twin is not None:
+        twin.enter()
     results: list[LayerResult] = []
     seen = see_inputs(inside, inputs, solver, num_sequences) if inside else []
     for number, entry in enumerate(seen):
@@ -259,14 +252,45 @@ def prune_block(
             assert isinstance(layer, ExpertLinear)
             results.append(_prune_experts(layer, entry, solver, to, refinements))
             continue
-        shift = None if shift_of is None else shift_of(entry.names[0])
+        shift = twin.shift(entry.names[0]) if twin is not None and refinements.shifts_targets else None
         weights = {name: layer.weight for name, layer in chosen.items()}
         results += prune_layers(weights, entry, solver, to, refinements, shift)
     return results
 
 
+def dense_twin(
+    model: PreTrainedModel,
+    inputs: BlockInputs,
+    stack: str,
+    num_sequences: int,
+    refinements: Refinements,
+    states: HiddenStates | None = None,
+) -> DenseTwin | None:
+    """The dense model beside the one that is pruned, if the refinements need it; `states` as those of `DenseTwin`."""
+    if not refinements.needs_dense_twin:
+        return None
+    probes = _stream_probes(model, stack) if refinements.stream_correction else {}
+    return DenseTwin(inputs, stack, num_sequences, probes, states)
+
+
+def follow_dense(
+    inside: Mapping[str, SparseLayer], inputs: BlockInputs, twin: DenseTwin, refinements: Refinements, is_last: bool
+) -> list[Reconstruction]:
+    """Reconstructs the current block, which is pruned, if that is asked for, and takes the twin to the next one.
+
+    Returns:
+        What the reconstruction did, one or none.
+    """
+    if is_last and not refinements.reconstruct_epochs:
+        return []
+    outputs = twin.outputs()
+    done = [_reconstruct(inside, inputs, outputs, refinements)] if refinements.reconstruct_epochs and inside else []
+    twin.advance(outputs)
+    return done
+
+
 def _reconstruct(
-    inside: Mapping[str, SparseLayer], inputs: BlockInputs, outputs: list[Tensor], refinements: Refinements
+    inside: Mapping[str, SparseLayer], inputs: BlockInputs, outputs: Sequence[Tensor], refinements: Refinements
 ) -> Reconstruction:
     """Reconstructs the current block."""
     return reconstruct_(
