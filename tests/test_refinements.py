@@ -173,12 +173,32 @@ def test_reconstruction_never_ends_above_where_it_began(learning_rate):
         assert report.after < 0.8 * report.before
 
 
+def test_reconstruction_holds_a_sequence_out_of_a_single_batch():
+    torch.manual_seed(0)
+    block = torch.nn.Linear(4, 4, bias=False)
+    inputs = [torch.zeros(4, 3, 4)]
+    inputs[0][1:] = torch.randn(3, 3, 4)
+    targets = [torch.randn(4, 3, 4)]
+    before = block.weight.detach().clone()
+    mask = torch.ones_like(before, dtype=torch.bool)
+    report = reconstruct_(
+        block, lambda b, x, _: b(x), inputs, targets, {block.weight: mask}, epochs=3, learning_rate=0.1
+    )
+    assert report.after == report.before  # the held-out sequence is zero, whatever the weights are
+    assert report.epochs == 1
+    assert torch.equal(block.weight, before)
+
+
 def test_refinements_are_checked():
     model = linear_model("llama")
     with pytest.raises(InputError, match=r"refinements are for method sparsegpt, not for wanda"):
         prune_oneshot_(model, "wanda", calibration=TOKENS, refinements=Refinements(refit_iterations=1))
     with pytest.raises(InputError, match="reconstruct_epochs does nothing with wanda: leave it out or use sparsegpt"):
         Refinements(reconstruct_epochs=1).for_solver("wanda", NM(2, 4))
+    with pytest.raises(InputError, match="reconstruct_rate does nothing without reconstruct_epochs: leave it out"):
+        Refinements(reconstruct_rate=0.1).for_solver("sparsegpt", NM(2, 4))
+    with pytest.raises(InputError, match="reconstruct_epochs holds a calibration sequence out, and there is one"):
+        prune_oneshot_(model, "sparsegpt", calibration=TOKENS[:1], refinements=Refinements(reconstruct_epochs=1))
     assert Refinements().for_solver("magnitude", NM(2, 4)) == NO_REFINEMENTS
     assert NO_REFINEMENTS.for_solver("wanda", NM(2, 4)) == NO_REFINEMENTS
     assert Refinements(mask_iterations=0, refit_iterations=5).for_solver("flap", Channels(0.5)).refit_iterations == 5

@@ -134,8 +134,8 @@ class Refinements(_Bounded):
         """These for "sparsegpt", and none for a solver that has nothing to refine.
 
         Raises:
-            InputError: another solver, and an option that is neither at its default nor off. Structured patterns have
-                `refit_iterations` with every solver.
+            InputError: another solver, and an option that is neither at its default nor off; or `reconstruct_rate`
+                without `reconstruct_epochs`. Structured patterns have `refit_iterations` with every solver.
         """
         asked = [
             option.name
@@ -149,6 +149,8 @@ class Refinements(_Bounded):
                 )
             return self
         if solver == "sparsegpt":
+            if "reconstruct_rate" in asked and not self.reconstruct_epochs:
+                raise InputError("reconstruct_rate does nothing without reconstruct_epochs: leave it out or set both")
             return self
         if asked:
             raise InputError(f"{asked[0]} does nothing with {solver}: leave it out or use sparsegpt")

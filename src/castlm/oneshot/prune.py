@@ -335,6 +335,8 @@ def check_prune(
     check_plain_weights(layers, "pruning")
     if calibration is not None:
         check_calibration(model, calibration)
+        if refinements.reconstruct_epochs and len(calibration) < 2:
+            raise InputError("reconstruct_epochs holds a calibration sequence out, and there is one: give at least 2")
     elif SOLVERS[method].add is not None:
         raise InputError(f"method {method} needs a calibration text: pass calibration, from draw_calibration")
     if refinements.stream_correction and (obstacle := (wiring := describe(model)).correction_obstacle):

@@ -1,8 +1,8 @@
 """Tunes the kept weights of a pruned transformer block so that its output comes back to that of the dense block.
 
 Block by block, on hidden states, as arXiv 2406.15524 does for pruning: the weights, gradients and moments of one block
-are in memory at a time, whatever the size of the model. Some sequences are held out; the state that does best on them
-is kept, so that more epochs cost time but do no harm.
+are in memory at a time, whatever the size of the model. Some sequences are held out; the state with the lowest error on
+them is kept, so that more epochs cost time but do no harm.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_HELD_OUT = 8  # one batch of every 8 is held out
+_HELD_OUT = 8  # one batch of every 8 is held out, or of a single batch one sequence of every 8
 _BETAS = (0.9, 0.99)
 _FINAL_RATE = 0.05  # share of the learning rate that the cosine ends at
 
@@ -44,19 +44,27 @@ def reconstruct_(
 
     Args:
         run: `run(block, hidden, batch)` is the block's output for the batch of that number.
-        inputs: hidden states (batch, seq, hidden), of the pruned model; one batch in 8 is held out, at least one.
+        inputs: hidden states (batch, seq, hidden), of the pruned model. One batch in 8 is held out, at least one; of a
+            single batch, one sequence in 8, at least one of two or more.
         targets: what the block should give for each; of the dense model.
         masks: True = kept, by weight. Masked weights stay 0.
     """
-    num_held_out = max(1, len(inputs) // _HELD_OUT) if len(inputs) > 1 else 0
-    training, held_out = range(num_held_out, len(inputs)), range(num_held_out or len(inputs))
+    training, held_out = range(len(inputs)), range(max(1, len(inputs) // _HELD_OUT))
+    trained_rows = held_out_rows = slice(None)
+    if len(inputs) > 1:
+        training = training[len(held_out) :]
+    else:
+        first = max(1, len(inputs[0]) // _HELD_OUT)
+        trained_rows, held_out_rows = slice(first, None), slice(first)
     with torch.no_grad():
         scale = sum(float((y - x).square().mean()) for x, y in zip(inputs, targets)) / len(inputs)
 
+    def distance(batch: int, rows: slice) -> Tensor:
+        return (run(block, inputs[batch], batch)[rows] - targets[batch][rows]).square().mean() / scale
+
     @torch.no_grad()
     def error() -> float:
-        errors = [float((run(block, inputs[i], i) - targets[i]).square().mean()) for i in held_out]
-        return sum(errors) / len(errors) / scale
+        return sum(float(distance(batch, held_out_rows)) for batch in held_out) / len(held_out)
 
     norms = [p for m in block.modules() if _is_norm(m) for p in m.parameters(recurse=False)]
     trained = [*masks, *norms]
@@ -71,8 +79,7 @@ def reconstruct_(
                 share = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
                 optimizer.param_groups[0]["lr"] = learning_rate * share
                 optimizer.zero_grad()
-                batch = training[index]
-                ((run(block, inputs[batch], batch) - targets[batch]).square().mean() / scale).backward()
+                distance(training[index], trained_rows).backward()
                 for weight, mask in masks.items():
                     if weight.grad is not None:
                         weight.grad.mul_(mask)
