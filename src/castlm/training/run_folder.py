@@ -144,8 +144,10 @@ class RunFolder:
         self._undo_interrupted()
         record = read_result(self.model)
         batch = record.get("world_batch")
-        saved = {"config": record.get("config", {}), "facts": {} if batch is None else {"world_batch": batch}}
-        check_same_run(saved, config.as_dict(), {} if batch is None else {"world_batch": world_batch})
+        written = record.get("config", {})
+        facts = {"save_dtype": written.get("save_dtype")} | ({} if batch is None else {"world_batch": batch})
+        now = {"save_dtype": config.save_dtype} | ({} if batch is None else {"world_batch": world_batch})
+        check_same_run({"config": written, "facts": facts}, config.as_dict(), now)
         self.drop_replaced()
         return record
 
