@@ -169,6 +169,7 @@ def test_a_python_call_is_checked_like_a_file():
         ({"permute": False, "refit_iterations": 5, "init_from": "some/model"}, ["permute", "refit_iterations"]),
         ({"permute": False, "refit_iterations": 5, "pattern": "channels:0.5"}, ["permute"]),
         ({"permute": False, "refit_iterations": 5}, []),
+        ({"rotation_iterations": 5, "rotate": "off"}, ["rotation_iterations"]),
         ({"scale_groups": 0, "pattern": "4:8", "method": "dense"}, ["scale_groups", "pattern"]),
     ],
 )

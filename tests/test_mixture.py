@@ -99,6 +99,8 @@ def test_weights_are_read_from_the_names():
     for names, message in ((("a", "a:2"), "names a text twice"), (("a", ""), "is not text or a list"), ((), "dataset")):
         with pytest.raises(InputError, match=message):
             of(*names)
+    with pytest.raises(InputError, match="eval_dataset names a text twice: give it once"):
+        TrainConfig("m", "a", "o", eval_dataset=("b", "c", "b"))
     for more in ({"num_train_epochs": 1}, {"repeat_sequences": True}):
         with pytest.raises(InputError, match="needs a single dataset"):
             TrainConfig("m", ("a", "b"), "o", **more)

@@ -116,6 +116,8 @@ class TrainConfig(  # the fields of the last base come first
             if self.repeat_sequences or self.num_train_epochs is not None:
                 option = "repeat_sequences" if self.repeat_sequences else "num_train_epochs"
                 raise InputError(f"{option} needs a single dataset: a mixture has no epochs, its texts have their own")
+        if len(set(self.eval_datasets)) < len(self.eval_datasets):
+            raise InputError("eval_dataset names a text twice: give it once")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other: choose one")
 

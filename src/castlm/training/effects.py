@@ -28,6 +28,10 @@ def _decays(config: TrainConfig) -> bool:
     return "decay" in METHODS[config.method].options
 
 
+def _turns_axes(config: TrainConfig) -> bool:
+    return config.start in CALIBRATED and not is_structured(Pattern.parse(config.pattern))
+
+
 def _any_on_hub(datasets: Iterable[str]) -> bool:
     return any(find_files(dataset) is None for dataset in datasets)
 
@@ -49,14 +53,21 @@ EFFECTS: dict[str, Effect] = {
     "calibration_sequences": Effect(lambda c: c.start in CALIBRATED, f"init_from {' or '.join(CALIBRATED)}"),
     **dict.fromkeys(
         (field.name for field in dataclasses.fields(Refinements)),
-        Effect(lambda c: c.start in CALIBRATED, "a calibrated start: init_from sparsegpt, wanda or a score"),
+        Effect(lambda c: c.start in CALIBRATED, "init_from sparsegpt"),
+    ),
+    "refit_iterations": Effect(
+        lambda c: c.start in CALIBRATED, "init_from sparsegpt, or a structured pattern with a score that reads text"
     ),
     **dict.fromkeys(
         (field.name for field in dataclasses.fields(BasisOptions)),
         Effect(
-            lambda c: c.start in CALIBRATED and not is_structured(Pattern.parse(c.pattern)),
+            _turns_axes,
             "an n:m pattern from a calibrated start: init_from sparsegpt or wanda",
         ),
+    ),
+    "rotation_iterations": Effect(
+        lambda c: _turns_axes(c) and c.rotates_values,
+        "a rotation: rotate other than off, and an n:m pattern with init_from sparsegpt or wanda",
     ),
     "temperature": Effect(lambda c: c.eta > 0, "eta above 0"),
     "teacher_top_k": Effect(lambda c: c.eta > 0, "eta above 0"),

@@ -79,7 +79,8 @@ class DataOptions:
     """Let the documents that share a training sequence attend to each other, as if they were one text."""
 
     repeat_sequences: bool = field(default=False, kw_only=True)
-    """Cut every epoch into the same sequences, so that teacher_cache serves all epochs after the first."""
+    """Cut every epoch into the same sequences, in the same order, so that teacher_cache serves all epochs after the
+    first."""
 
     seed: int = field(default=0, kw_only=True)
     """Seed of the data order, the dropout and the held-out split."""
