@@ -19,7 +19,7 @@ demo: setup
 
 test: setup lint
 	$(BIN)/python -m pytest -n 3 --dist worksteal  # some tests wait for processes of their own
-	$(BIN)/python -m pytest --doctest-modules src/castlm/core
+	$(BIN)/python -m pytest --doctest-modules src/castlm
 
 test-slow: setup  # more ranks, families, options and moments of a kill than `make test` tries; CI runs both
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m slow

@@ -99,6 +99,8 @@ def test_rates():
     assert sparse_weight_ratio(torch.zeros(4), new) == 1.0
     with pytest.raises(InputError):
         flip_rate(old, new[:2])
+    with pytest.raises(InputError, match=r"a mask of shape \(1,\) is not for a weight of shape \(4,\)"):
+        sparse_weight_ratio(torch.ones(4), new[:1])
 
 
 @pytest.mark.parametrize("shape", [(24,), (5, 12), (3, 2, 8), (1, 4), (0, 8), (7, 64)])

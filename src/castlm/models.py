@@ -66,6 +66,9 @@ def load_model(
         trust_remote_code: run the model's own Python code.
         revision: branch, tag or commit of a hub id.
 
+    Returns:
+        A record with `model`, `tokenizer`, `source`, and `dtype`, which the weights are stored in.
+
     Raises:
         InputError: the model does not exist, is not a causal language model, is quantized or an adapter, has no
             tokenizer, or its weights are pickled, corrupt, missing, left over, of another shape or not finite.

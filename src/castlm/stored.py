@@ -177,7 +177,7 @@ def read_bytes(tensor: StoredTensor) -> np.ndarray:
 
 
 def _read_into(stream: Any, chunk: np.ndarray, tensor: StoredTensor) -> None:
-    view, done = memoryview(chunk), 0
+    view, done = chunk.data, 0
     while done < len(view):
         try:
             count = stream.readinto(view[done:])

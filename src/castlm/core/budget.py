@@ -78,6 +78,9 @@ def decay_budget(
         alphas: the ramp `a_t` of each step, see `castlm.core.decay.decay_alpha`.
         decay: the decay rule.
 
+    Returns:
+        The budget `sum_t lr_t * a_t`, and the quantiles of the masked weights that it has to cover.
+
     Raises:
         InputError: lists of different lengths, an unknown decay, or no masked weight.
 

@@ -58,6 +58,9 @@ def distillation_loss(
         chunk_tokens: number of tokens whose logits are in memory at once. By default 192 on a CPU and 1,024 elsewhere.
         ignore_index: the label of tokens that do not count.
 
+    Returns:
+        The loss and its parts: three 0-dimensional tensors in nats per token, of which only `loss` has a gradient.
+
     Raises:
         InputError: shapes or vocabularies that do not match, a missing teacher, a number out of range, or fp16 matmuls
             with gradients (1/num_tokens underflows before a loss scaler can act).

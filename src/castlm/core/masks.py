@@ -195,12 +195,23 @@ def flip_rate(old_mask: Tensor, new_mask: Tensor) -> float:
 
 
 def sparse_weight_ratio(weight: Tensor, mask: Tensor) -> float:
-    """`|weight * mask|_1 / |weight|_1`: 1 when all masked weights are zero (CAST, App. C). 1 for an all-zero weight.
+    """`|weight * mask|_1 / |weight|_1`, 0 to 1: 1 when all masked weights are zero (CAST, arXiv 2509.25996, App. C).
+
+    An all-zero weight gives 1.
+
+    Args:
+        weight: any shape and real dtype; summed in float64.
+        mask: bool, of the same shape, True = kept.
+
+    Raises:
+        InputError: a mask of another shape.
 
     Examples:
         >>> sparse_weight_ratio(torch.tensor([3.0, 1.0]), torch.tensor([True, False]))
         0.75
     """
+    if weight.shape != mask.shape:
+        raise InputError(f"a mask of shape {tuple(mask.shape)} is not for a weight of shape {tuple(weight.shape)}")
     magnitude = weight.detach().abs()
     total = magnitude.sum(dtype=torch.float64)
     kept = (magnitude * mask).sum(dtype=torch.float64)

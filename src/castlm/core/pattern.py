@@ -77,6 +77,9 @@ def count_nm_violations(weight: Tensor, n: int = 2, m: int = 4) -> int:
 def is_nm_sparse(weight: Tensor, n: int = 2, m: int = 4) -> bool:
     """Whether every group of `weight` (..., width) holds at most `n` non-zeros.
 
+    Raises:
+        InputError: as `count_nm_violations`.
+
     Examples:
         >>> import torch
         >>> is_nm_sparse(torch.tensor([0.0, 0.0, 1.0, 2.0]))

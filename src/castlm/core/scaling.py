@@ -53,6 +53,9 @@ def add_weight_scaling(
 ) -> list[str]:
     """Adds weight scaling to every layer that becomes sparse, in place. Call it before `fully_shard` and the optimizer.
 
+    A weight `W` (out, in) becomes `W * A`, where `A` (out, groups) is trained, begins at 1 and multiplies the columns
+    of `W` in `groups` contiguous blocks (CAST, arXiv 2509.25996, Eq. 11-12).
+
     Until `fold_weight_scaling`, `state_dict` has the names of the parametrization, which can be loaded back into a
     model with weight scaling but not into a plain one. `model.state_dict()`, and so `model.save_pretrained()`, warns.
 

@@ -158,6 +158,10 @@ def sparse_param_groups(
     Each group has `param_names` beside `params`. The sparse group has `"sparse": True`, `"pattern"` and, for a pattern
     that masks several weights together, `"units"`.
 
+    Args:
+        pattern: a `Pattern` or its text.
+        filter_fn: as in `sparse_linears`.
+
     Raises:
         InputError: a bad pattern, or no layer to make sparse.
 
@@ -197,6 +201,7 @@ def prune_(
     Args:
         pattern: a `Pattern` or its text.
         masks: the bool mask of each sparse parameter, as `AdamS.masks()` returns; None prunes by magnitude.
+        filter_fn: as in `sparse_linears`.
 
     Returns:
         The names of the pruned layers.

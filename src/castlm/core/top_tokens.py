@@ -40,11 +40,14 @@ def top_tokens(
         hidden: (..., hidden), after the final norm.
         head: the teacher's output head.
         k: number of tokens, from 1 to the size of the vocabulary.
-        temperature: that of the loss.
+        temperature: that of the loss, above 0.
         chunk_tokens: as in `distillation_loss`, as is the dtype of the matmuls.
 
+    Returns:
+        `tokens` (..., k), int32, and their `log_probs` (..., k), float32.
+
     Raises:
-        InputError: `k` is not between 1 and the size of the vocabulary.
+        InputError: `k` or `temperature` is out of range, or `hidden` has another width than the head.
 
     Examples:
         >>> head = OutputHead(torch.eye(4))
@@ -55,6 +58,10 @@ def top_tokens(
     vocab = head.weight.shape[0]
     if not 1 <= k <= vocab:
         raise InputError(f"k is {k} for a vocabulary of {vocab} tokens: choose between 1 and {vocab}")
+    if not 0 < temperature < float("inf"):
+        raise InputError(f"temperature is {temperature}: it must be above 0 (1 is the paper's)")
+    if hidden.shape[-1:] != head.weight.shape[1:]:
+        raise InputError(f"hidden of shape {tuple(hidden.shape)} does not fit a head of width {head.weight.shape[1]}")
     dtype = matmul_dtype(hidden)
     wide = torch.promote_types(dtype, torch.float32)
     side = Side.of(hidden, head, dtype)

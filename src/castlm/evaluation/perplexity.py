@@ -74,6 +74,9 @@ def perplexity(
         autocast_dtype: for example `torch.bfloat16`; None computes in the model's dtype.
         progress: called with (sequences done, number of sequences) after each batch.
 
+    Returns:
+        The perplexity, the mean loss in nats per scored token, the number of scored tokens, and the lengths.
+
     Raises:
         InputError: fewer than 2 tokens, ids outside the vocabulary, a `seq_len` above the model's limit, a stride
             outside 1..seq_len, or a loss that is not finite (the message names the sequence).

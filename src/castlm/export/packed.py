@@ -71,10 +71,17 @@ def pack_folder(
 
     Args:
         source: a model folder in safetensors, one file or several; the result has as many.
+        folder: the output.
+        n: kept weights of each group.
+        m: weights of a group.
         dtype: "bf16", "fp16" or "fp32" casts all floating-point tensors first; None keeps what is stored.
         head: "int8" rounds the output head to int8 with a scale for each row, together with the embedding where the two
             are tied. None keeps it. It is the only lossy option, `dtype` aside.
+        overwrite: replace an earlier result in `folder`.
         progress: called with (tensors done, tensors in all).
+
+    Returns:
+        How many tensors were packed, and the bytes of the weight files before and after.
 
     Raises:
         InputError: no model there, already packed or quantized, a layer that is not n:m or holds NaN, `folder` taken,

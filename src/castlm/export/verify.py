@@ -65,6 +65,9 @@ def verify(
             config.json asks for.
         base: folder of the dense model that channels or heads were cut out of; None takes its sizes from castlm.json.
 
+    Returns:
+        The counts by layer; `ok` says whether the checkpoint has the pattern.
+
     Raises:
         InputError: nothing readable at `path`, a corrupt or short file, other weights beside those that transformers
             loads, a missing or an additional layer, weights packed by others or of integers, a bad pattern, or no layer

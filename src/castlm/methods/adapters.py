@@ -35,7 +35,8 @@ def shira_config(
 ) -> ShiraConfig:
     """A `peft.ShiraConfig` for a sparse model, whose adapter trains kept weights and therefore keeps every zero.
 
-    `peft.get_peft_model(model, config)` adds the adapter; PEFT saves, loads and merges it on its own.
+    `peft.get_peft_model(model, config)` adds the adapter; PEFT saves, loads and merges it on its own. SHiRA (arXiv
+    2406.13175) trains single weights at fixed positions; here they are drawn from those that are kept.
 
     Args:
         model: n:m sparse.
@@ -47,7 +48,8 @@ def shira_config(
         options: further fields of `ShiraConfig`.
 
     Raises:
-        InputError: peft is not installed, the model is not n:m sparse, or r is larger than the smallest layer allows.
+        InputError: peft is not installed, the model is not n:m sparse, or r is below 1 or larger than the smallest
+            layer allows.
 
     Examples::
 
@@ -85,6 +87,8 @@ def masked_lora_config(
     **options: Any,
 ) -> LoraConfig:
     """A `peft.LoraConfig` for a sparse model whose update is `mask * (B A)`, so that its merge keeps every zero.
+
+    LoRA is that of arXiv 2106.09685; the mask is that of the zeros of each weight.
 
     PEFT saves such an adapter as LoRA, without the mask: pass a config of this function to `PeftModel.from_pretrained`
     when it is loaded, with the options that the adapter was trained with. PEFT reads none of them from the folder then,

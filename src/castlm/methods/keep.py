@@ -46,6 +46,7 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
             Later, at the optimizer step that breaks the pattern: the tensor and the number of weights.
 
     Examples:
+        >>> import castlm
         >>> layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
         >>> model = nn.ModuleDict({"layers": layers})
         >>> _ = castlm.prune_(model)

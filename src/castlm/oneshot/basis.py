@@ -99,9 +99,9 @@ def change_basis_(
         InputError: a family that does not allow what is asked for; under "auto" this is said and left out.
 
     Examples:
-        >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)
-        >>> change_basis_(model, tokens, say=print)
-        >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)
+        >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)  # doctest: +SKIP
+        >>> change_basis_(model, tokens, say=print)  # doctest: +SKIP
+        >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)  # doctest: +SKIP
     """
     options = options or BasisOptions()
     options.check()

@@ -161,9 +161,11 @@ def prune_oneshot_(
             cannot take, nothing to prune, a weight or an input of a layer that is not finite, or a model that cannot
             be followed block by block. Once pruning has begun, the blocks before the one named are pruned already.
 
+    Reference: Wanda, arXiv 2306.11695; SparseGPT, arXiv 2301.00774.
+
     Examples:
-        >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)
-        >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)
+        >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)  # doctest: +SKIP
+        >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)  # doctest: +SKIP
     """
     pattern = as_pattern(pattern)
     if is_structured(pattern):

@@ -67,7 +67,7 @@ class TrainConfig(  # the fields of the last base come first
     DataOptions,
     ModelOptions,
 ):
-    """Turn a dense causal LM into an n:m sparse one by continued training.
+    """Turn a dense causal LM into an n:m sparse one by continued training (CAST, arXiv 2509.25996).
 
     Option names are Hugging Face's where the meaning is the same. `dataclasses.replace` makes a changed copy.
 
