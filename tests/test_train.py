@@ -535,6 +535,29 @@ def test_sigterm_in_a_destructor_is_not_lost(block, error, capsys):
     assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == (handler, hook)
 
 
+@pytest.mark.parametrize(
+    ("block", "number", "error"),
+    [
+        (ending_on_sigterm, signal.SIGINT, KeyboardInterrupt),
+        (ending_on_sigterm, signal.SIGTERM, SystemExit),
+        (Interrupt, signal.SIGINT, Interrupted),
+    ],
+)
+def test_a_signal_that_a_library_turns_into_an_error_is_not_lost(block, number, error):
+    def work() -> None:
+        with block():
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(10)
+            except BaseException:
+                raise ValueError("could not determine the shape") from None
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(error):
+        work()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
 def test_gradual_pruning_without_a_refresh_in_its_second_half_is_refused(llama, text, tmp_path):
     with pytest.raises(InputError, match="mask_interval 10 leaves no mask refresh in the second half of 10 steps"):
         train(small(llama, text, tmp_path / "run", method="gradual_magnitude", max_steps=10, mask_interval=10))

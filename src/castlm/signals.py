@@ -21,11 +21,14 @@ _AGAIN_S = 0.01
 def ending_on_sigterm() -> Iterator[None]:
     """SIGTERM raises `SystemExit(TERMINATED)` in the block, so that temporary files go and child processes are told.
 
-    Does nothing outside the main thread, which alone receives signals.
+    Where a library replaces that exception, or the `KeyboardInterrupt` of Ctrl-C, by an error of its own, the block
+    still ends with the exception of the signal. Does nothing outside the main thread, which alone receives signals.
     """
+    raised: list[BaseException] = []
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(TERMINATED)
+        raised.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(TERMINATED))
+        raise raised[-1]
 
     def signal_of(error: BaseException | None) -> int | None:
         if isinstance(error, SystemExit) and error.code == TERMINATED:
@@ -35,12 +38,20 @@ def ending_on_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = signal.signal(signal.SIGTERM, end)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where Ctrl-C is ignored, as under nohup
+        numbers.append(signal.SIGINT)
+    old = {number: signal.signal(number, end) for number in numbers}
     try:
         with sent_again(signal_of):
             yield
+    except Exception as error:
+        if raised:
+            raise raised[-1] from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -145,9 +145,9 @@ def _main(arguments: list[str]) -> int:
 
         print(castlm.__version__)
         return 0
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # imported by transformers and peft, unused here
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
+        for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # transformers and peft import them
+            logging.getLogger(name).setLevel(logging.ERROR)
         _check_utf8(arguments)
         if arguments[0] not in COMMANDS:
             raise InputError(f"there is no command {arguments[0]!r}: use one of {', '.join(COMMANDS)}")

@@ -62,6 +62,8 @@ class Interrupt:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._undo.close()
+        if self.signal is not None and not self._is_training and isinstance(error, Exception):
+            raise self._while_loading(self.signal) from error  # a library has replaced it by an error of its own
 
     def _signal_of(self, error: BaseException | None) -> int | None:
         return self.signal if isinstance(error, Interrupted) else None
@@ -69,12 +71,15 @@ class Interrupt:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._is_training:
             self.signal = number  # where a library swallows what is raised, the run ends after its first step
-            code = 128 + number
-            raise Interrupted(f"stopped by {signal.Signals(number).name} while loading", "nothing was changed", code)
+            raise self._while_loading(number)
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
         note(f"{self._ends_with}; Ctrl-C again stops at once without saving")
+
+    def _while_loading(self, number: int) -> Interrupted:
+        name = signal.Signals(number).name
+        return Interrupted(f"stopped by {name} while loading", "nothing was changed", 128 + number)
 
     def stopped(self, step: int, output_dir: Path) -> Interrupted:
         how = f"continue with: castlm train --config {shlex.quote(str(output_dir / 'config.yaml'))} --resume"
