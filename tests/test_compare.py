@@ -639,6 +639,17 @@ def test_a_folder_of_something_else_is_not_compared_in(files, tmp_path, in_proce
     assert (tmp_path / "out" / "table.md").read_text() == "my own table"
 
 
+@pytest.mark.parametrize(
+    ("file", "message"), [("config.json", "not a valid JSON file: fetch it again"), ("tokenizer.json", "no tokenizer")]
+)
+def test_a_model_that_no_run_could_open_is_refused_first(file, message, files, tmp_path):
+    model = shutil.copytree(files["model"], tmp_path / "model")
+    (model / file).write_text("{") if file == "config.json" else (model / file).unlink()
+    with pytest.raises(InputError, match=message):
+        compare({**files, "model": str(model)}, tmp_path, methods="magnitude")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_changed_result_is_not_reused(files, tmp_path, in_process):
     asked = {"methods": "magnitude,wanda", "num_sequences": 2}
     compare(files, tmp_path, **asked)

@@ -184,6 +184,8 @@ def _explain(where: Location, reason: str) -> str:
     reason = re.split(r"(?<=[.!?]) ", reason)[0][:240]
     if where.is_hub and not where.is_cached:
         return f"{where} is neither a local folder nor available on the Hugging Face Hub: {reason}"
+    if "not a valid JSON file" in reason:
+        reason = f"{reason.rstrip('.')}: fetch it again"
     return f"cannot load {where}: {reason}"
 
 

@@ -43,13 +43,15 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
         The exit code, 1 if a run or a zero-shot evaluation failed or a run diverged or fell short, and the report.
 
     Raises:
-        InputError: whatever `Plan` refuses, or another comparison is at work in the folder.
+        InputError: whatever `Plan` refuses, a model that no run could open, or another comparison is at work in the
+            folder.
     """
     if config.tasks:
         from castlm.evaluation.zero_shot import check_tasks
 
         check_tasks([name.strip() for name in config.tasks.split(",")], config.tasks_from)
     plan = Plan(config, say)
+    plan.check_model()
     root = Path(config.output_dir)
     say(f"{plan.preset.question}  {len(plan.variants)} variants, {plan.num_runs} runs, in {root}")
     results: list[Result] = []
@@ -99,6 +101,13 @@ class Plan:
         for name in self.variants:  # a mistake in any of them is reported before the first one runs
             for tokens in self.budgets(name):
                 self.make(name, tokens, 0, None)
+
+    def check_model(self) -> None:
+        """Raises `InputError` where config or tokenizer of the model cannot be read, which every run would fail on."""
+        from castlm.opening import open_model
+
+        trusts = any(fields.get("trust_remote_code") for fields in (self.common, *self.variants.values()))
+        open_model(self.command.model, trust_remote_code=trusts, revision=self.common.get("revision"))
 
     def _variants(self) -> dict[str, dict[str, Any]]:
         command, known = self.command, (*RETRAINING, *ONESHOT)

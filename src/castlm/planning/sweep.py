@@ -100,9 +100,10 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
         The exit code: 1 if a run failed or the runs carry no law.
 
     Raises:
-        InputError: whatever `Sweep` refuses, or another sweep is at work in the folder.
+        InputError: whatever `Sweep` refuses, a model that no run could open, or another sweep is at work in the folder.
     """
     runs = Sweep(config, command, say, progress)
+    runs.plan.check_model()
     with continued(runs.root, "sweep"):
         runs.claim()
         return runs.run()
