@@ -288,6 +288,15 @@ def test_a_start_that_fails_leaves_no_trace(tmp_path):
     assert content(tmp_path / "run").owned == []
 
 
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": True}])
+def test_a_start_that_fails_leaves_no_lock_in_an_earlier_result(options, tmp_path):
+    write(tmp_path / "out" / "castlm.json", "{}")
+    add_file_list(tmp_path / "out")
+    with pytest.raises(ZeroDivisionError), claimed(tmp_path / "out", "result", **options):
+        raise ZeroDivisionError
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["castlm.json"]
+
+
 def test_a_full_disk_at_the_start_leaves_no_trace(tmp_path, monkeypatch):
     def full(self, *_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -222,6 +222,7 @@ def test_rounding_by_rows_holds_a_bf16_model_as_it_is_stored_and_writes_the_byte
             "is not 1:4 in model.layers.0.self_attn.q_proj: pass its own pattern, or prune it first",
         ),
         (["--pattern", "4:2"], "4:2"),
+        (["--num-sequences", "0"], "--num-sequences = 0 is out of range: it must be at least 1"),
     ],
 )
 def test_the_command_complains_in_one_line_and_writes_nothing(options, complaint, sparse_folder, tmp_path, capsys):

@@ -268,6 +268,7 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(llama, tmp_path, capsy
         (command(llama, path), "already exists: name another file or pass overwrite"),
         (command(llama, other, "--overwrite"), "is not as castlm wrote it"),
         (command(llama, path, "--resume"), "is finished: there is nothing to resume"),
+        (command(llama, other, "--resume"), "is not castlm's: there is nothing to resume"),
         (command(llama, tmp_path / "b.jsonl", "--resume"), "has not been begun"),
         (command(llama, path, "--resume", "--overwrite"), "exclude each other"),
         (command(llama, tmp_path / "b.txt"), "does not end in .jsonl"),

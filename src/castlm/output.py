@@ -71,13 +71,15 @@ def claimed(
         raise InputError(f"cannot write {final}: {error.strerror}; choose another output folder") from error
     try:
         with locked(final, command):
+            lockless: tuple[str | None, ...] = (None, "result")  # a finished result keeps no lock
             try:
                 remove_stale_temporaries(final.parent, final.name)
                 if not resume:
                     _refuse_content(final, command, overwrite)
                 yield final
+                lockless = (None,)  # the lock went with the folder that was replaced; another process may have its own
             finally:
-                if final.is_dir() and command_of(final) is None:
+                if final.is_dir() and command_of(final) in lockless:
                     _unlink_lock(final)
     finally:
         if not existed:

@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,10 +64,10 @@ class QuantizeCommand:
     pattern: str | None = None
     """n:m of the model; that of its castlm.json when not given."""
 
-    num_sequences: int = 64
+    num_sequences: int = field(default=64, metadata={"at_least": 1})
     """Calibration sequences."""
 
-    seq_len: int = 512
+    seq_len: int = field(default=512, metadata={"at_least": 1})
     """Their length in tokens, at most the model's context."""
 
     seed: int = 0

@@ -223,7 +223,7 @@ def _replaced(path: Path, overwrite: bool, resume: bool) -> str | None:
     if resume:
         is_lost = bool(record.get("bytes")) and not _part(path).is_file()
         if is_lost or record.get("finished") is not False:
-            done = "is finished" if path.is_file() else "has not been begun"
+            done = "has not been begun" if not path.is_file() else "is finished" if record else "is not castlm's"
             raise InputError(f"{path} {done}: there is nothing to resume")
         return None
     if _part(path).exists():
