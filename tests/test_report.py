@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -193,6 +194,12 @@ def test_a_page_that_castlm_did_not_write_is_not_replaced(running, tmp_path):
     page.unlink()
     write_report(running)
     write_report(running)  # its own page is replaced
+
+
+def test_a_run_in_a_folder_that_cannot_be_written_is_refused_before_text_is_sampled(finished, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert main(["report", str(finished), "--sample", "yes"]) == 2
+    assert f"{finished} cannot be written: change its permissions, or copy the run" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
