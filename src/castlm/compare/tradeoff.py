@@ -92,10 +92,11 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
         measured = {key: record.get("measured", {}).get(key) for key in MEASURED_ALIKE}
         harness = harness or measured
         if measured != harness:
-            differing = [
-                f"{key} {value}, not {harness[key]} as" for key, value in measured.items() if value != harness[key]
-            ]
-            raise InputError(f"{file}: perplexity measured as {', '.join(differing)} in {results[0]}")
+            differing = [f"{key} {value}, not {harness[key]}" for key, value in measured.items() if value != harness[key]]
+            raise InputError(
+                f"{file}: its perplexity was measured otherwise than that of {results[0]} ({'; '.join(differing)}): "
+                "compare runs of one text and context"
+            )
         of = str(record.get("base_model", model))
         if of != model and os.path.isdir(model) and os.path.realpath(of) != os.path.realpath(model):
             raise InputError(f"{file}: a result of the model {of}, not of {model}: compare it with its own model")

@@ -106,8 +106,8 @@ class TrainConfig(  # the fields of the last base come first
         if self.teacher_cache and not (self.teacher_top_k and self.eta):
             raise InputError("teacher_cache stores the teacher's top-k tokens: set teacher_top_k (64, say) and eta > 0")
         if self.hidden_weight and (self.teacher_cache or not self.eta):
-            reason = "eta is 0, which trains without one" if not self.eta else "a teacher_cache holds no hidden states"
-            raise InputError(f"hidden_weight {self.hidden_weight:g} needs the teacher at work: {reason}")
+            remedy = "set eta above 0" if not self.eta else "a teacher_cache holds no hidden states, leave it out"
+            raise InputError(f"hidden_weight {self.hidden_weight:g} needs the teacher at work: {remedy}, or use 0")
         if self.num_train_epochs is not None and self.max_steps != OptimizerOptions.max_steps:
             raise InputError("max_steps and num_train_epochs both set the length of the run: give one")
         if isinstance(self.dataset, tuple):
