@@ -122,7 +122,7 @@ def test_what_does_not_compare_is_refused_in_one_line(dense, result, tmp_path, c
     other = str(result("other", "2:4", 8.0, seq_len=64))
     (tmp_path / "empty").mkdir()
     for options, complaint in (
-        (["--results", run, str(other)], "run (seq_len 64, not 32): compare runs of one text and context"),
+        (["--results", run, str(other)], "run/model (seq_len 64, not 32): compare runs of one text and context"),
         (["--results", str(tmp_path / "empty")], "no castlm.json; name a run of castlm train"),
         (["--results", str(dense)], "no castlm.json"),
         (["--results", run, "--device", "h100"], "--device is not for --results"),

@@ -59,17 +59,17 @@ def claimed(
     refuse_inputs_inside(final, inputs)
     existed = final.is_dir()
     try:
-        if os.path.lexists(final) and not existed:
-            raise InputError(f"{final} is a file: name a folder for the output")
-        if not existed and final.parent.is_dir():  # nobody can hold its lock
-            remove_stale_temporaries(final.parent, final.name)
-            existed = final.is_dir()
-        if existed and not resume and not os.path.lexists(final / LOCK):  # else who holds it is said first
-            _refuse_content(final, command, overwrite)
-        make_writable(final)
-    except OSError as error:
-        raise InputError(f"cannot write {final}: {error.strerror}; choose another output folder") from error
-    try:
+        try:
+            if os.path.lexists(final) and not existed:
+                raise InputError(f"{final} is a file: name a folder for the output")
+            if not existed and final.parent.is_dir():  # nobody can hold its lock
+                remove_stale_temporaries(final.parent, final.name)
+                existed = final.is_dir()
+            if existed and not resume and not os.path.lexists(final / LOCK):  # else who holds it is said first
+                _refuse_content(final, command, overwrite)
+            make_writable(final)
+        except OSError as error:
+            raise InputError(f"cannot write {final}: {error.strerror}; choose another output folder") from error
         with locked(final, command):
             lockless: tuple[str | None, ...] = (None, "result")  # a finished result keeps no lock
             try:

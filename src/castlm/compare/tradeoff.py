@@ -92,7 +92,7 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
         measured = {key: record.get("measured", {}).get(key) for key in MEASURED_ALIKE}
         harness = harness or measured
         if measured != harness:
-            differing = [f"{key} {value}, not {harness[key]}" for key, value in measured.items() if value != harness[key]]
+            differing = [f"{key} {mine}, not {harness[key]}" for key, mine in measured.items() if mine != harness[key]]
             raise InputError(
                 f"{file}: its perplexity was measured otherwise than that of {results[0]} ({'; '.join(differing)}): "
                 "compare runs of one text and context"
