@@ -71,16 +71,12 @@ def claimed(
         except OSError as error:
             raise InputError(f"cannot write {final}: {error.strerror}; choose another output folder") from error
         with locked(final, command):
-            lockless: tuple[str | None, ...] = (None, "result")  # a finished result keeps no lock
-            try:
-                remove_stale_temporaries(final.parent, final.name)
-                if not resume:
-                    _refuse_content(final, command, overwrite)
-                yield final
-                lockless = (None,)  # the lock went with the folder that was replaced; another process may have its own
-            finally:
-                if final.is_dir() and command_of(final) in lockless:
-                    _unlink_lock(final)
+            remove_stale_temporaries(final.parent, final.name)
+            if not resume:
+                _refuse_content(final, command, overwrite)
+            yield final
+            if final.is_dir() and command_of(final) is None:
+                _unlink_lock(final)
     finally:
         if not existed:
             with contextlib.suppress(OSError):  # unless something came to be in it
@@ -207,27 +203,33 @@ def locked(folder: Path, command: str) -> Iterator[None]:
     The lock is the kernel's (`flock`, through filelock), so that it ends with the process, however that ends: nothing
     stale ever blocks. On NFS version 4 and on most cluster file systems it also holds between machines, and there the
     lock of a machine that crashes ends with its lease, after about 90 seconds. A file system without `flock` gets a
-    marker file with the process's number instead, which filelock checks on the same machine only.
+    marker file with the process's number instead, which filelock checks on the same machine only. After an error, its
+    file stays only in a folder of which a record says that it is a run's.
 
     Raises:
         InputError: another process holds it: its number, machine and command.
     """
     lock = filelock.FileLock(folder / LOCK, timeout=0, thread_local=False)
     try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise InputError(
-            f"{folder} is in use by {_holder(folder)}: wait for it, or choose another output folder"
-        ) from None
-    except OSError as error:
-        raise InputError(f"cannot lock {folder}: {error.strerror}; choose another output folder") from error
-    try:
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise InputError(
+                f"{folder} is in use by {_holder(folder)}: wait for it, or choose another output folder"
+            ) from None
+        except OSError as error:
+            raise InputError(f"cannot lock {folder}: {error.strerror}; choose another output folder") from error
         _say_who(folder, command)
         yield
+    except BaseException:
+        if lock.is_locked and command_of(folder) in (None, "result"):
+            _unlink_lock(folder)
+        raise
     finally:
-        with contextlib.suppress(OSError):
-            (folder / HOLDER).unlink(missing_ok=True)
-        lock.release()
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                (folder / HOLDER).unlink(missing_ok=True)
+            lock.release()
 
 
 def refuse_locked(folder: Path) -> None:
@@ -244,8 +246,6 @@ def _say_who(folder: Path, command: str) -> None:
         with atomic_file(folder / HOLDER) as temporary:
             temporary.write_text(json.dumps(holder), encoding="utf-8")
     except OSError as error:
-        if is_empty(folder):
-            _unlink_lock(folder)
         raise InputError(f"cannot write {folder}: {error.strerror}; choose another output folder") from error
 
 
