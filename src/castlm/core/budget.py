@@ -79,7 +79,7 @@ def decay_budget(
         decay: the decay rule.
 
     Returns:
-        The budget `sum_t lr_t * a_t`, and the quantiles of the masked weights that it has to cover.
+        The decay budget `sum_t lr_t * a_t`, and the quantiles of the masked weights that it has to cover.
 
     Raises:
         InputError: lists of different lengths, an unknown decay, or no masked weight.
