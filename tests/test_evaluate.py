@@ -1,6 +1,7 @@
 """Perplexity against the straightforward computation from full logits, for both conventions and every family."""
 
 import hashlib
+import importlib.metadata
 import json
 import math
 from pathlib import Path
@@ -199,7 +200,7 @@ def test_evaluate_file_records_what_the_figure_depends_on(tmp_path):
     assert (record["seq_len"], record["stride"], record["num_tokens"]) == (64, 48, len(ids) - 1)
     assert (record["text"], record["text_tokens"], record["tokenizer"]) == ("story.txt", len(ids), "some/tokenizer")
     assert record["dtype"] == "float32"
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_a_missing_or_broken_text_is_refused(tmp_path):
