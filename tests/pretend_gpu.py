@@ -180,7 +180,7 @@ def pretend_gpu() -> Iterator[None]:
         for owner, name, value in (
             (nn.Module, "to", _module_to),
             (nn.Module, "cpu", lambda module: _module_to(module, "cpu")),
-            (torch.accelerator, "current_accelerator", lambda check_available=False: None),  # optimizers ask for its stream
+            (torch.accelerator, "current_accelerator", lambda check_available=False: None),  # whose stream Adam reads
             (torch, "autocast", _Autocast),
             (torch, "is_autocast_enabled", lambda device="cuda": is_enabled("cpu")),
             (torch, "get_autocast_dtype", lambda device: dtype_of("cpu")),
