@@ -44,8 +44,8 @@ def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
         if has_list_of_experts(block):  # else ranks that called other experts would add up gradients of these
             if not hasattr(block, "set_reduce_scatter_unused_params"):
                 raise InputError(
-                    "experts that are modules in a list are trained on several ranks by torch 2.13 or newer, and this is "
-                    f"torch {torch.__version__}: upgrade it, or use one rank"
+                    f"torch {torch.__version__} cannot train experts that are modules in a list on several ranks: "
+                    "install torch 2.13 or newer, or use one rank"
                 )
             block.set_reduce_scatter_unused_params(True)
     fully_shard(module, mesh=world.mesh)
