@@ -1,4 +1,4 @@
-# castlm with its CPU kernels built. For an NVIDIA GPU, replace the base image by a CUDA image that has Python 3.10+.
+# castlm with its CPU kernels built. For an NVIDIA GPU, replace the base image by a CUDA image that has Python 3.11+.
 #   docker build -t castlm . && docker run --rm -v "$PWD:/models" castlm verify MODEL
 FROM python:3.12-slim
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel
 
@@ -200,7 +200,6 @@ def call_other_experts() -> None:
     close_world(world)
 
 
-@pytest.mark.skipif(not hasattr(FSDPModule, "set_reduce_scatter_unused_params"), reason="torch is older than 2.13")
 def test_experts_in_a_list_get_their_own_gradients(tmp_path):
     run_ranks(call_other_experts, 2, folder=tmp_path)
 

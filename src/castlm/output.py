@@ -240,7 +240,7 @@ def refuse_locked(folder: Path) -> None:
 
 
 def _say_who(folder: Path, command: str) -> None:
-    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "started": started}
     try:
         with atomic_file(folder / HOLDER) as temporary:

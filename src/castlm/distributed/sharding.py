@@ -11,7 +11,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from castlm.core.blocks import is_tower
-from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.shards import local
 from castlm.core.sparsify import transformer_blocks
@@ -27,9 +26,6 @@ def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
     Args:
         precision: of the forward pass. Under "bf16" the fp32 linear layers of the blocks are gathered in bf16, and the
             forward has to run in autocast; all else is gathered as it is stored, gradients are summed in fp32.
-
-    Raises:
-        InputError: several ranks and experts in a list, which torch before 2.13 cannot shard.
     """
     if world.mesh is None:
         return
@@ -42,12 +38,7 @@ def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
         else:
             fully_shard(block, mesh=world.mesh)
         if has_list_of_experts(block):  # else ranks that called other experts would add up gradients of these
-            if not hasattr(block, "set_reduce_scatter_unused_params"):
-                raise InputError(
-                    f"torch {torch.__version__} cannot train experts that are modules in a list on several ranks: "
-                    "install torch 2.13 or newer, or use one rank"
-                )
-            block.set_reduce_scatter_unused_params(True)
+            block.set_reduce_scatter_unused_params(True)  # type: ignore[attr-defined]
     fully_shard(module, mesh=world.mesh)
     assert isinstance(module, FSDPModule)
 
