@@ -114,6 +114,7 @@ def test_a_teacher_cache_serves_another_labelling_of_the_same_text_and_no_other_
     assert "missing sequences are added" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_template_is_not_resumed_and_a_given_one_is_saved(llama, chat, tmp_path):
     (tmp_path / "marked.jinja").write_text(MARKED)
     config = of_chat(llama, chat, tmp_path / "run", save_steps=2, chat_template_path=str(tmp_path / "marked.jinja"))
@@ -126,6 +127,7 @@ def test_another_template_is_not_resumed_and_a_given_one_is_saved(llama, chat, t
     assert type(chat_tokenizer()).from_pretrained(tmp_path / "run" / "model").chat_template == MARKED
 
 
+@pytest.mark.slow
 def test_options_of_conversations_are_reported_where_every_text_is_plain(llama, chat, text, tmp_path, capsys):
     (tmp_path / "mine.jinja").write_text(CHATML)
     options = {"assistant_only_loss": False, "chat_template_path": str(tmp_path / "mine.jinja")}

@@ -142,6 +142,7 @@ def test_runs_once_and_says_what_was_measured(files, tmp_path, in_process, capsy
     assert len(in_process) == 6  # another budget is another run, and another control
 
 
+@pytest.mark.slow
 def test_histogram_and_flips_of_a_run(files, tmp_path, in_process):
     variants = tmp_path / "variants.yaml"
     variants.write_text(yaml.safe_dump({"srste": {"learning_rate": 1e-2}, "horizon": {"method": "cast"}}))
@@ -204,6 +205,7 @@ def test_best_rate_is_tried_with_one_seed_and_used_with_all(files, short, tmp_pa
     assert row["pruned"]["values"][0] == pytest.approx(best["perplexity"])
 
 
+@pytest.mark.slow
 def test_rates_are_chosen_on_the_tuning_text(files, short, tmp_path, in_process):
     tuning = tmp_path / "tuning.txt"
     tuning.write_text("a text of its own, for the choice of the rate\n" * 20)

@@ -635,6 +635,7 @@ def assert_generation_config(folder: Path) -> None:
     assert {name: written.get(name) for name in GENERATION} == GENERATION
 
 
+@pytest.mark.slow
 def test_export_tensor_by_tensor(text, tmp_path):
     """Several files, Conv1D in its own layout, ties, the generation config: what transformers would have written."""
     dense = with_generation_config(save_tiny(tmp_path / "dense", "gpt2"))
@@ -709,6 +710,7 @@ def test_a_gathered_model_keeps_its_generation_config(text, tmp_path):
     assert_generation_config(tmp_path / "run" / "model")
 
 
+@pytest.mark.slow
 def test_export_that_is_not_what_is_in_memory_is_refused(gemma, text, tmp_path):
     config = small(gemma, text, tmp_path / "run", 2, max_steps=2)
     assert wait_ranks(start_ranks(export_in_small_files, 2, config, True, log=tmp_path / "log"), 60) == [2, 2]
@@ -850,7 +852,7 @@ def see_what_is_gathered(folder: str) -> None:
     close_world(world)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", slow("gpt2"), slow("mixtral")])
 def test_blocks_are_gathered_in_bf16(family, tmp_path):
     model = save_tiny(tmp_path / "model", family, **({"num_key_value_heads": 4} if family == "mixtral" else {}))
     run_ranks(see_what_is_gathered, 2, str(model), folder=tmp_path)

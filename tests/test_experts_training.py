@@ -59,6 +59,7 @@ def assert_sparse(folder: Path) -> None:
     assert report.totals()["left_dense"] == 0
 
 
+@pytest.mark.slow
 def test_castlm_train_makes_the_experts_sparse_and_transformers_loads_the_same_model(models, text, tmp_path, capsys):
     out = tmp_path / "run"
     options = {**OPTIONS, "per_device_train_batch_size": 4}

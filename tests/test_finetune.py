@@ -79,6 +79,7 @@ def test_every_zero_stays_and_every_layer_is_trained(sparse, text, tmp_path, ada
 
 
 @pytest.mark.parametrize("adapter", ["none", "shira", "lora"])
+@pytest.mark.slow
 def test_a_gpt2_is_fine_tuned_and_stays_in_its_own_layout(text, tmp_path, adapter):
     """Its Conv1D layers are linear ones in castlm, so that PEFT can adapt them, and are stored (in, out)."""
     if adapter != "none":

@@ -353,6 +353,7 @@ def pack_and_die(source: Path, folder: Path, moment: int) -> int:
     return int(taken) if status == 0 else status
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment_leaves_the_old_or_the_new_folder(pruned, tmp_path):
     folder, kept = tmp_path / "packed", tmp_path / "kept"
     pack_folder(pruned, kept)

@@ -32,6 +32,7 @@ from castlm.inference.format import FILE, read_specs, to_metadata
 from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule
 from castlm.models import load_model
 from castlm.report.sample import complete
+from tests.slow import slow
 from tests.test_packed import change, flip_bit, pruned_folder
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
@@ -54,7 +55,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 @needs_kernels
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, slow(False)])
 def test_a_packed_model_gives_the_logits_and_tokens_of_the_plain_one(family, tied, tmp_path):
     source = pruned_folder(tmp_path / "source", family, tie_word_embeddings=tied)
     pack_folder(source, tmp_path / "packed")

@@ -19,6 +19,7 @@ from castlm.core.errors import InputError
 from castlm.core.shards import local
 from castlm.core.sparsify import sparse_linears
 from tests.ranks import run_ranks
+from tests.slow import slow
 from tests.tiny import TEXT, sparse_model, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(256, (8, 32), generator=torch.Generator().manual_seed(1))
@@ -64,7 +65,7 @@ def sft_train(model, folder, callback, peft_config=None, **over):
 
 
 @pytest.mark.parametrize("run", [train, sft_train])
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"])
+@pytest.mark.parametrize("optim", ["adamw_torch", slow("adamw_torch_fused"), "adamw_bnb_8bit"])
 def test_trainer_leaves_a_sparse_model_sparse(run, optim, tmp_path):
     if "bnb" in optim:
         pytest.importorskip("bitsandbytes")
@@ -303,5 +304,6 @@ def train_ddp_or_fsdp2(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.slow
 def test_two_ranks_keep_the_pattern_and_train_as_one(engine, tmp_path):
     run_ranks(train_ddp_or_fsdp2, 2, engine, folder=tmp_path)

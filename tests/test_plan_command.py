@@ -134,6 +134,7 @@ def test_predict_refuses_what_it_would_not_use_and_says_how_far_outside_a_budget
     assert_refused([([*predict, "--tokens", "1e7"], "not a fitted law (its 'holdout' is missing")], capsys)
 
 
+@pytest.mark.slow
 def test_a_plot_replaces_nothing_but_a_plot(law, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     fit, photo, linked = ["plan", "fit", law[0]], tmp_path / "photo.png", tmp_path / "linked.svg"

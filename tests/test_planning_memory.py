@@ -151,7 +151,7 @@ def test_weights_kept_for_backward_are_those_of_the_pattern(pattern):
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", slow("gpt2"), slow("mixtral")])
 def test_moments_and_masks_take_what_the_optimizer_holds(family, moments):
     """Widths of 64 and 176 have blocks of 64, 32 and 16, which is too short; scales, norms and small weights none."""
     model = tiny_model(family, hidden_size=64, intermediate_size=176, vocab_size=512)

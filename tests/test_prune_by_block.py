@@ -48,7 +48,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", slow("gemma"), "gpt2", slow("opt")])
 def test_the_result_is_that_of_the_whole_model_bit_for_bit(tmp_path, text, family):
     model = save_tiny(tmp_path / "dense", family)
     whole = prune(model, text, tmp_path / "whole", *PLAIN, memory="model")
@@ -153,7 +153,9 @@ def test_a_prune_killed_at_any_moment_goes_on_to_the_same_result(
     assert ours["basis"]["changes"] == theirs["basis"]["changes"]
 
 
-@pytest.mark.parametrize("call", [3, 6, 9])  # of 2 of each model in each block, but of the dense one alone in the last
+@pytest.mark.parametrize(
+    "call", [slow(3), 6, slow(9)]
+)  # of 2 of each model in each block, but of the dense one alone in the last
 def test_a_prune_killed_while_it_follows_the_dense_model_goes_on_to_the_same_result(
     llama, tmp_path, text, monkeypatch, call
 ):
@@ -241,7 +243,7 @@ def test_a_damaged_record_is_named(llama, tmp_path, text, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["block-00000.safetensors", "hidden-00001.bin"])
-@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+@pytest.mark.parametrize("damage", ["cut", slow("changed"), slow("gone")])
 def test_a_damaged_file_of_an_unfinished_prune_is_named(llama, straight, tmp_path, text, monkeypatch, name, damage):
     file = unfinished(llama, tmp_path, text, monkeypatch) / name
     content = bytearray(file.read_bytes())

@@ -82,6 +82,7 @@ def test_the_cache_is_that_of_the_first_epoch_and_a_run_needs_no_teacher(llama, 
     assert_equal_weights(tmp_path / "cached" / "model", tmp_path / "taught" / "model")
 
 
+@pytest.mark.slow
 def test_repeated_sequences_serve_more_than_one_epoch(llama, own, tmp_path, lessons):
     config = run_on(llama, own, tmp_path, repeat_sequences=True, max_steps=300)
     num_sequences = fill_teacher_cache(config)

@@ -16,7 +16,7 @@ from castlm.training.config import TrainConfig
 from castlm.training.effects import without_effect
 from castlm.training.loop import train
 from tests.runs import small
-from tests.slow import slow
+from tests.slow import slow, slow_but
 from tests.tiny import save_tiny
 
 
@@ -46,7 +46,7 @@ def test_a_run_ends_in_a_verified_model(fields, llama, text, tmp_path):
         assert record["num_params"] == model.num_parameters() < load_model(llama).model.num_parameters()
 
 
-@pytest.mark.parametrize("decay", sorted(DECAYS))
+@pytest.mark.parametrize("decay", slow_but(["horizon"], sorted(DECAYS)))
 def test_every_decay_trains_channels_that_are_refreshed(decay, llama, text, tmp_path):
     fields = {"decay": decay, "lam": 1.0, "ignore_decay_budget": True, "init_from": "magnitude"}
     config = small(llama, text, tmp_path / "run", max_steps=7, pattern="channels:0.5", **fields)

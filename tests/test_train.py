@@ -79,7 +79,7 @@ def test_accumulation_is_one_large_batch(llama, text, tmp_path):
         {"init_from": "magnitude", "async_save": False, "moments": "bf16"},
         slow({"rotate": "residual", "reconstruct_epochs": 1}),
         slow({"method": "ast"}),
-        {"method": "finetune"},
+        slow({"method": "finetune"}),
         slow({"method": "gradual_magnitude"}),
         slow({"method": "dense"}),
         {"pattern": "channels:0.5"},

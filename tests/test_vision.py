@@ -133,6 +133,7 @@ def test_castlm_prune_verify_eval_and_pack(family, models, tmp_path, capsys):
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_castlm_train_on_text_keeps_the_tower(models, text, tmp_path):
     run = tmp_path / "run"
     options = {"model": models["llava"], "dataset": text, "output_dir": run, **OPTIONS}
