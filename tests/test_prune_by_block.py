@@ -153,9 +153,7 @@ def test_a_prune_killed_at_any_moment_goes_on_to_the_same_result(
     assert ours["basis"]["changes"] == theirs["basis"]["changes"]
 
 
-@pytest.mark.parametrize(
-    "call", [slow(3), 6, slow(9)]
-)  # of 2 of each model in each block, but of the dense one alone in the last
+@pytest.mark.parametrize("call", [slow(3), 6, slow(9)])  # two of each model in a block; in the last, of the dense one
 def test_a_prune_killed_while_it_follows_the_dense_model_goes_on_to_the_same_result(
     llama, tmp_path, text, monkeypatch, call
 ):
