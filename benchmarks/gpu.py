@@ -124,9 +124,9 @@ def layer_rows(size: str, scale: int, device: str, backend: Backend) -> Iterator
             choices = to_semi_structured_(layers, tokens, backend=backend)
             seconds = {"dense": 0.0, "2:4": 0.0, "chosen": 0.0}
             for choice, count in zip(choices, shapes.values()):
-                assert not choice.reason, choice.reason  # as that the winner computes something else
-                best = min(value for name, value in choice.seconds.items() if name != "dense")
-                for name, value in (("2:4", best), ("dense", choice.seconds["dense"])):
+                sparse = [value for name, value in choice.seconds.items() if name != "dense"]
+                assert sparse and "computes something else" not in choice.reason, choice.reason
+                for name, value in (("2:4", min(sparse)), ("dense", choice.seconds["dense"])):
                     seconds[name] += count * value
                 seconds["chosen"] += count * choice.seconds[choice.variant]
             part = f"{size} layers, {phase}, {tokens} tokens"

@@ -9,6 +9,13 @@ class StubLinear(nn.Linear):
     """What the stub converts to."""
 
 
+class FailingLinear(StubLinear):
+    """A variant that a library offers and cannot run."""
+
+    def forward(self, x):
+        raise RuntimeError("CUSPARSE_STATUS_NOT_SUPPORTED\nat the call")
+
+
 class StubBackend:
     """Takes the seconds of each contestant from a function of its name and shape.
 
@@ -16,11 +23,13 @@ class StubBackend:
         seconds: `seconds(variant, (out_features, in_features), tokens)`.
         refuse: reason by shape, for layers that cannot be converted.
         wrong: whether the converted layers compute something else.
+        failing: a variant that raises when it runs.
     """
 
     tolerance = 1e-3
 
-    def __init__(self, seconds, refuse=None, wrong=False, variants=("2:4 a", "2:4 b")):
+    def __init__(self, seconds, refuse=None, wrong=False, variants=("2:4 a", "2:4 b"), failing=None):
+        self.failing = failing
         self.seconds, self.refuse, self.wrong = seconds, refuse or {}, wrong
         self.names, self.races = list(variants), []
 
@@ -31,7 +40,8 @@ class StubBackend:
         return self.names
 
     def convert(self, layer, variant):
-        made = StubLinear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=layer.weight.dtype)
+        kind = FailingLinear if variant == self.failing else StubLinear
+        made = kind(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=layer.weight.dtype)
         made.load_state_dict(copy.deepcopy(layer.state_dict()))
         made.variant = variant
         if self.wrong:

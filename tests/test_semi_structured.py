@@ -71,6 +71,13 @@ def test_a_layer_that_is_not_2_4_or_cannot_be_converted_stays_dense_with_its_rea
     assert choices["model.layers.0.mlp.gate_proj"].variant == "2:4 a"
 
 
+def test_a_variant_that_fails_when_it_runs_is_named_and_the_others_race(pruned):
+    backend = StubBackend(lambda variant, *_: {"dense": 2.0, "2:4 b": 1.0}[variant], failing="2:4 a")
+    choices = to_semi_structured_(pruned, tokens=16, backend=backend)
+    assert {choice.variant for choice in choices} == {"2:4 b"}
+    assert {choice.reason for choice in choices} == {"2:4 a failed: CUSPARSE_STATUS_NOT_SUPPORTED"}
+
+
 def test_a_sparse_layer_that_computes_something_else_is_refused(pruned):
     before = copy.deepcopy(pruned.state_dict())
     backend = StubBackend(by_name({"dense": 3, "2:4 a": 1, "2:4 b": 1}), wrong=True)

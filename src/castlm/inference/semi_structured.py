@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,16 @@ class Choice:
     seconds: Mapping[str, float]
     """Of each contestant on the stated number of tokens; empty if the layer was not timed."""
     reason: str = ""
-    """Why the layer is dense without a race."""
+    """Why the layer is dense without a race, or which sparse variants failed on it, with the error of each."""
+
+
+class _Race(NamedTuple):
+    """What a shape was decided by."""
+
+    seconds: Mapping[str, float]
+    """By variant, of those that run."""
+    failed: str
+    """The variants that do not, each with its error."""
 
 
 @torch.no_grad()
@@ -100,7 +109,7 @@ def to_semi_structured_(
         raise InputError(f"{type(model).__name__} has only experts to convert: there are no 2:4 kernels for them here")
     if backend is None:
         backend = backend_for(dtype, next(iter(layers.values())).weight.device)
-    raced: dict[tuple[object, ...], dict[str, float]] = {}
+    raced: dict[tuple[object, ...], _Race] = {}
     choices = []
     for done, (name, layer) in enumerate(layers.items(), 1):
         choice = _choose(name, layer, tokens, backend, raced)
@@ -113,7 +122,7 @@ def to_semi_structured_(
 
 
 def _choose(
-    name: str, layer: nn.Linear, tokens: int, backend: Backend, raced: dict[tuple[object, ...], dict[str, float]]
+    name: str, layer: nn.Linear, tokens: int, backend: Backend, raced: dict[tuple[object, ...], _Race]
 ) -> Choice:
     """Races the first layer of each shape; the others follow it."""
     shape = (layer.out_features, layer.in_features)
@@ -124,12 +133,27 @@ def _choose(
         return Choice(name, shape, "dense", {}, reason)
     key = (*shape, layer.bias is None, layer.weight.dtype)
     if key not in raced:
-        x = _input_for(layer, tokens)
-        sparse = {variant: backend.convert(layer, variant) for variant in backend.variants(layer, x)}
-        raced[key] = backend.race({"dense": layer, **sparse}, x)
-    seconds = raced[key]
+        raced[key] = _race(layer, _input_for(layer, tokens), backend)
+    seconds, failed = raced[key]
     fastest = min(seconds, key=seconds.__getitem__)
-    return Choice(name, shape, fastest if seconds[fastest] <= MARGIN * seconds["dense"] else "dense", seconds)
+    variant = fastest if seconds[fastest] <= MARGIN * seconds["dense"] else "dense"
+    return Choice(name, shape, variant, seconds, failed)
+
+
+def _race(layer: nn.Linear, x: Tensor, backend: Backend) -> _Race:
+    """Times the layer and each sparse variant of it that runs on `x`: a library may fail on a shape at run time."""
+    modules: dict[str, nn.Module] = {"dense": layer}
+    failed = []
+    for variant in backend.variants(layer, x):
+        try:
+            sparse = backend.convert(layer, variant)
+            sparse(x)
+        except RuntimeError as error:
+            first_line = str(error).partition("\n")[0]
+            failed.append(f"{variant} failed: {first_line}")
+        else:
+            modules[variant] = sparse
+    return _Race(backend.race(modules, x), "; ".join(failed))
 
 
 def _replace(model: nn.Module, choice: Choice, layer: nn.Linear, tokens: int, backend: Backend) -> Choice:
