@@ -125,7 +125,8 @@ def layer_rows(size: str, scale: int, device: str, backend: Backend) -> Iterator
             seconds = {"dense": 0.0, "2:4": 0.0, "chosen": 0.0}
             for choice, count in zip(choices, shapes.values()):
                 sparse = [value for name, value in choice.seconds.items() if name != "dense"]
-                assert sparse and "computes something else" not in choice.reason, choice.reason
+                assert sparse, choice.reason
+                assert "computes something else" not in choice.reason, choice.reason
                 for name, value in (("2:4", min(sparse)), ("dense", choice.seconds["dense"])):
                     seconds[name] += count * value
                 seconds["chosen"] += count * choice.seconds[choice.variant]
