@@ -35,7 +35,6 @@ from castlm.oneshot import sparsegpt
 from castlm.output import continued, locked
 from castlm.training.config import TrainConfig
 from castlm.training.run import Run as TrainingRun
-from tests.slow import slow
 from tests.tiny import save_tiny
 
 TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
@@ -162,7 +161,8 @@ def test_histogram_and_flips_of_a_run(files, tmp_path, in_process):
     assert table["rows"][0]["initial_flip_rate"]["mean"] >= table["rows"][0]["flip_rate"]["mean"]
 
 
-@pytest.mark.parametrize("taken", [slow(0.01), 0.1])
+@pytest.mark.slow
+@pytest.mark.parametrize("taken", [0.01, 0.1])
 def test_damping_that_was_raised_is_recorded_and_said(taken, files, tmp_path, in_process, monkeypatch):
     factor = sparsegpt.upper_factor
     monkeypatch.setattr(sparsegpt, "upper_factor", lambda hessian, damping: factor(hessian, taken))

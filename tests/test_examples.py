@@ -39,6 +39,7 @@ def run_trainer(model: str, text: str, out: str, batch_size: int) -> None:
     example("trainer").main(model, text, out, steps=6, seq_len=32, batch_size=batch_size)
 
 
+@pytest.mark.slow
 def test_trainer_ends_sparse_in_one_process_and_under_ddp(ground, tmp_path):
     folders = []
     for ranks in (1, 2):

@@ -21,6 +21,7 @@ from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.report import few_experts_note, few_experts_record
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.walk import BlockInputs, block_stack
+from tests.slow import slow_but
 from tests.tiny import EXPERTS, linear_model, save_tiny, tiny_model
 
 NAME = "model.layers.0.mlp.experts"
@@ -93,7 +94,7 @@ def test_an_expert_with_few_tokens_is_calibrated_on_all(family):
     assert "experts had fewer tokens" in few_experts_note(report.few_experts)
 
 
-@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("family", slow_but(("gpt_oss",), EXPERTS))
 def test_every_solver_makes_experts_sparse_and_more_knowledge_loses_less(family):
     errors = {}
     for method in SOLVERS:

@@ -286,6 +286,7 @@ def test_a_packed_model_is_fine_tuned_and_its_folder_can_be_overwritten(sparse, 
     assert "Warning" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_packed_model_trains_as_the_plain_one_does(sparse, text, tmp_path):
     castlm.pack_folder(sparse, tmp_path / "packed")
     models = {"plain": sparse, "packed": str(tmp_path / "packed")}

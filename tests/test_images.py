@@ -374,6 +374,7 @@ FIRST_AND_LAST = pytest.mark.parametrize("vlm", [slow(VISION[0]), VISION[-1]], i
 
 
 @FIRST_AND_LAST
+@pytest.mark.slow
 def test_castlm_train_prune_and_eval_on_images(vlm, dataset, trained, tmp_path, capsys):
     run, pruned = trained, tmp_path / "pruned"
     arguments = ["--calibration", str(dataset), "--num-sequences", "4", "--seq-len", "64", "--device", "cpu"]

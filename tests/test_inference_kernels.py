@@ -355,6 +355,7 @@ def memory_ends_in_an_error(buffer: Tensor, x: Tensor) -> bool:
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.slow
 def test_an_exception_on_a_helper_thread_arrives_in_the_caller(tmp_path):
     source, program = Path(__file__).parent / "pool_errors.cpp", tmp_path / "pool_errors"
     subprocess.run(["g++", "-std=c++17", "-pthread", str(source), "-o", str(program)], check=True)

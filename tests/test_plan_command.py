@@ -72,6 +72,7 @@ def test_check_says_whether_a_run_can_converge(given, capsys, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_check_gives_a_cost_when_it_has_a_price(given, capsys):
     main(arguments(given, "--price-per-hour", "3600000", "--devices", "8"))
     out = capsys.readouterr().out

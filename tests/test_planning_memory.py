@@ -91,6 +91,7 @@ def llama(**over):
     return AutoConfig.for_model("llama", **sizes, num_key_value_heads=4, vocab_size=256, **over)
 
 
+@pytest.mark.slow
 def test_saved_activations_of_a_llama_block_have_the_closed_form():
     hidden, inner, heads, tokens = 64, 176, 4, 96
     numbers = 2 * 4 + 4 * heads  # two norms' scales and the attention's logsumexp, fp32
@@ -232,6 +233,7 @@ def test_phases_add_up():
     assert without["teacher"] == without["teacher's hidden states"] == 0
 
 
+@pytest.mark.slow
 def test_start_is_on_the_first_rank():
     """Of the whole model, whatever the number of ranks; its copy only where the model itself is there too."""
     one, eight = (plan_7b(world_size=ranks, calibration_tokens=128 * 4096) for ranks in (1, 8))

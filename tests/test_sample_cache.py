@@ -98,6 +98,7 @@ def test_repeated_sequences_serve_more_than_one_epoch(llama, own, tmp_path, less
     assert Run(once, init_world("cpu", "full")).parts.objective.teacher is not None
 
 
+@pytest.mark.slow
 def test_a_run_over_a_whole_repeated_epoch_leaves_a_cache_for_all(llama, own, tmp_path):
     config = run_on(llama, own, tmp_path, repeat_sequences=True)
     num_sequences = fill_teacher_cache(replace(config, teacher_cache=str(tmp_path / "other")))

@@ -242,7 +242,7 @@ def dense_perplexity(llama, text, tmp_path_factory) -> float:
     return record["perplexity"]["dense"]
 
 
-@pytest.mark.parametrize("initial", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("initial", [slow("wanda"), "sparsegpt"])
 def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, dense_perplexity, llama, text, tmp_path):
     config = small(llama, text, tmp_path / "run", init_from=initial, calibration_sequences=4)
     run = Run(config, init_world("cpu", "full"))
