@@ -78,13 +78,10 @@ def loaded_name(model: PreTrainedModel, name: str) -> str:
     where they leave it out.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-    key = f"{name}."
-    for step in get_model_conversion_mapping(model):
-        if isinstance(step, WeightRenaming):
-            key, _ = step.rename_source_key(key)
-    return key.removesuffix(".")
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    return apply_renamings(f"{name}.", renamings).removesuffix(".")
 
 
 def possible_names(model: PreTrainedModel, name: str) -> tuple[str, str, str]:

@@ -186,10 +186,11 @@ def _exchange(one: Path, other: Path) -> bool:
 def remove_stale_temporaries(parent: str | Path, name: str) -> None:
     """Removes what writers of `parent/name` that no longer live have left; a result they moved aside comes back."""
     final = Path(parent) / name
-    for aside in _stale(final, "old", os.listdir(final.parent)):
+    names = os.listdir(final.parent)
+    for aside in _stale(final, "old", names):
         if not os.path.lexists(final):
             os.rename(aside, final)
-    for left in [path for kind in ("tmp", "old") for path in _stale(final, kind, os.listdir(final.parent))]:
+    for left in [*_stale(final, "tmp", names), *_stale(final, "old", names)]:
         if not left.is_dir():
             left.unlink(missing_ok=True)
         elif read_record(left / RESULT).get("files") is None and not (left / OUTPUT).is_file():
@@ -209,8 +210,7 @@ def _temporary_name(name: str, kind: str, mark: str = "") -> str:
 
 def _stale(final: Path, kind: str, names: Iterable[str]) -> list[Path]:
     prefix = f".{final.name}.{kind}-"
-    left = (name for name in names if name.startswith(prefix))
-    return [final.parent / name for name in left if not _may_be_written(name[len(prefix) :])]
+    return [final.parent / n for n in names if n.startswith(prefix) and not _may_be_written(n[len(prefix) :])]
 
 
 def _may_be_written(writer: str) -> bool:

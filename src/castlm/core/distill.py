@@ -11,7 +11,7 @@ from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.core.head import OutputHead, Side, default_chunk_tokens, log_probs_, log_softmax_, logits_, matmul_dtype
-from castlm.core.top_tokens import TopTokens, spread_
+from castlm.core.top_tokens import TopTokens, check_temperature, spread_
 
 
 class DistillationLoss(NamedTuple):
@@ -113,8 +113,7 @@ def distillation_loss(
 def _check_numbers(eta: float, temperature: float, num_tokens: int | Tensor | None, chunk_tokens: int | None) -> None:
     if not 0 <= eta <= 1:
         raise InputError(f"eta is {eta}: it is the share of the KL term and must be in [0, 1]")
-    if not 0 < temperature < float("inf"):
-        raise InputError(f"temperature is {temperature}: it must be above 0 (1 is the paper's)")
+    check_temperature(temperature)
     if isinstance(num_tokens, int) and num_tokens < 0:
         raise InputError(f"num_tokens is {num_tokens}: it is the number of tokens that count in the global batch")
     if chunk_tokens is not None and chunk_tokens < 1:

@@ -30,6 +30,12 @@ class TopTokens(NamedTuple):
         return TopTokens(self.tokens[chosen], self.log_probs[chosen])
 
 
+def check_temperature(temperature: float) -> None:
+    """Raises `InputError` where logits cannot be divided by `temperature`."""
+    if not 0 < temperature < float("inf"):
+        raise InputError(f"temperature is {temperature}: it must be above 0 (1 is the paper's)")
+
+
 @torch.no_grad()
 def top_tokens(
     hidden: Tensor, head: OutputHead, k: int, temperature: float = 1.0, chunk_tokens: int | None = None
@@ -58,8 +64,7 @@ def top_tokens(
     vocab = head.weight.shape[0]
     if not 1 <= k <= vocab:
         raise InputError(f"k is {k} for a vocabulary of {vocab} tokens: choose between 1 and {vocab}")
-    if not 0 < temperature < float("inf"):
-        raise InputError(f"temperature is {temperature}: it must be above 0 (1 is the paper's)")
+    check_temperature(temperature)
     if hidden.shape[-1:] != head.weight.shape[1:]:
         raise InputError(f"hidden of shape {tuple(hidden.shape)} does not fit a head of width {head.weight.shape[1]}")
     dtype = matmul_dtype(hidden)

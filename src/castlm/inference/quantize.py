@@ -77,8 +77,7 @@ def quantize_(
     model: the codes, and for int4 the hidden states of the calibration text and one fp32 matrix (in, in).
 
     Args:
-        kind: "int8" or "fp8", nearest by rows, or "int4", GPTQ (arXiv 2210.17323) in groups of 64
-            columns.
+        kind: "int8" or "fp8", nearest by rows, or "int4", GPTQ (arXiv 2210.17323) in groups of 64 columns.
         calibration: int64 (num_sequences, seq_len), as from `draw_calibration`; int4 needs it, the others take none.
         damping: int4: share of the mean diagonal that is added to the Hessian.
         filter_fn: which layers; dense ones among them are rounded as well.

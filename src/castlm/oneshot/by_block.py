@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -132,23 +132,23 @@ class _State:
     """What is done, as it stands in the record."""
 
     run: BlockPrune
-    done: int
-    layers: list[LayerResult]
-    changes: list[Change]
-    notes: list[str]
-    reconstructions: list[Reconstruction]
-    seconds: float
-    files: dict[str, Any]
+    done: int = 0
+    layers: list[LayerResult] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    reconstructions: list[Reconstruction] = field(default_factory=list)
+    seconds: float = 0.0
+    files: dict[str, Any] = field(default_factory=dict)
     """Size and CRC-32 of the blocks that are done and of what enters the next, by file name."""
 
     @classmethod
     def read(cls, run: BlockPrune) -> _State:
         file = run.folder / PROGRESS
         try:
-            return cls._read(run, file) if file.exists() else cls(run, 0, [], [], [], [], 0.0, {})
+            return cls._read(run, file) if file.exists() else cls(run)
         except InputError:
             if run.overwrite:
-                return cls(run, 0, [], [], [], [], 0.0, {})
+                return cls(run)
             raise
 
     @classmethod
@@ -319,7 +319,7 @@ class _Walk:
             results = prune_block(inside, inputs, num_sequences, self.solver, self.to, refinements, twin)
             if twin is not None:
                 is_last = index + 1 == len(self.stored.blocks)
-                self.state.reconstructions += follow_dense(inside, inputs, twin, refinements, is_last)
+                self.state.reconstructions += follow_dense(inside, twin, refinements, is_last)
             return results
 
 

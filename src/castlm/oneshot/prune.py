@@ -220,7 +220,7 @@ def _prune_blocks(
         report.layers += prune_block(inside, inputs, len(calibration), solver, to, refinements, twin)
         is_last = index + 1 == len(of_block)
         if twin is not None:
-            report.reconstructions += follow_dense(inside, inputs, twin, refinements, is_last)
+            report.reconstructions += follow_dense(inside, twin, refinements, is_last)
         if not is_last:
             inputs.advance()
         if progress is not None:
@@ -276,7 +276,7 @@ def dense_twin(
 
 
 def follow_dense(
-    inside: Mapping[str, SparseLayer], inputs: BlockInputs, twin: DenseTwin, refinements: Refinements, is_last: bool
+    inside: Mapping[str, SparseLayer], twin: DenseTwin, refinements: Refinements, is_last: bool
 ) -> list[Reconstruction]:
     """Reconstructs the current block, which is pruned, if that is asked for, and takes the twin to the next one.
 
@@ -286,7 +286,9 @@ def follow_dense(
     if is_last and not refinements.reconstruct_epochs:
         return []
     outputs = twin.outputs()
-    done = [_reconstruct(inside, inputs, outputs, refinements)] if refinements.reconstruct_epochs and inside else []
+    done = (
+        [_reconstruct(inside, twin.inputs, outputs, refinements)] if refinements.reconstruct_epochs and inside else []
+    )
     twin.advance(outputs)
     return done
 
