@@ -43,7 +43,7 @@ from castlm.inference.layers import pack_linear
 from castlm.inference.packed import kept_mask, pack_integers
 from castlm.inference.quantize import QuantizeReport, quantize_
 from castlm.inference.rounding import round_rows
-from castlm.models import Loaded, load_model, parameters_in, save_model
+from castlm.models.io import Loaded, load_model, parameters_in, save_model
 from castlm.oneshot.prune import prune_oneshot_
 
 

@@ -34,7 +34,7 @@ from castlm.inference.format import PackedSpec
 from castlm.inference.op import packed_linear
 from castlm.inference.packed import PackedTensor, pack, pack_integers
 from castlm.inference.rounding import round_rows
-from castlm.models import load_model, save_model
+from castlm.models.io import load_model, save_model
 
 SHAPES = [(1536, 576), (4096, 4096)]
 COPIES_BYTES = 96 << 20  # three times a last-level cache of 32 MB

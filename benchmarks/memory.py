@@ -146,7 +146,7 @@ def prepare(case: dict[str, Any], folder: Path) -> None:
 def predict(case: dict[str, Any]) -> Any:
     from tests.tiny import tiny_model
 
-    from castlm.models import load_model
+    from castlm.models.io import load_model
     from castlm.planning.memory import plan_memory
 
     model = tiny_model(case["family"], **case["over"]) if case["family"] else load_model("demo").model

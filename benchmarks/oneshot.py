@@ -28,7 +28,7 @@ from castlm.core.sparsify import sparse_linears
 from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.hardware import keep_freed_memory
-from castlm.models import load_model
+from castlm.models.io import load_model
 from castlm.oneshot.calibration import calibration_length, draw_calibration
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.solvers import SOLVERS

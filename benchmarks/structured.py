@@ -35,7 +35,7 @@ from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.export.cut_sizes import cut_pattern, sizes_after, sizes_of
-from castlm.models import load_model
+from castlm.models.io import load_model
 from castlm.oneshot.options import UNIT_SCORES, Refinements
 from castlm.oneshot.prune import prune_oneshot_
 

@@ -29,7 +29,7 @@ from benchmarks.machine import machine, write_json
 from castlm.cli.demo import write_texts
 from castlm.distributed.world import init_world
 from castlm.hardware import autocast, keep_freed_memory, peak_memory
-from castlm.models import load_model
+from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.run import Run
 

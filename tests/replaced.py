@@ -12,8 +12,8 @@ import sys
 from itertools import count
 from pathlib import Path
 
-from castlm import files
-from castlm.files import atomic_dir, remove_stale_temporaries
+from castlm.files import atomic_dir as atomic_dir_module
+from castlm.files.atomic_dir import atomic_dir, remove_stale_temporaries
 
 
 def replace_and_die(final: Path, moment: int) -> bool:
@@ -41,7 +41,7 @@ def main(folder: Path, exchanges: bool) -> None:
     """Prints a row for each moment: whether the folder was there, what lay beside it after a clean-up, what it held."""
     final = folder / "out"
     if not exchanges:
-        files._exchange = lambda one, other: False
+        atomic_dir_module._exchange = lambda one, other: False
     for moment in count():
         with atomic_dir(final, overwrite=True) as old:
             for name in "ab":

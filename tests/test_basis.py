@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from castlm.architecture import linearize_, linearize_conv1d_
 from castlm.core.errors import InputError
 from castlm.core.hidden import in_stream_basis
 from castlm.core.pattern import NM
 from castlm.core.sparsify import sparse_linears
+from castlm.models.architecture import linearize_, linearize_conv1d_
 from castlm.oneshot import basis
 from castlm.oneshot.basis import block_statistics, change_basis_, sequences_needed
 from castlm.oneshot.families import LAYOUTS, describe
@@ -95,7 +95,7 @@ def test_the_report_says_in_which_basis_the_residual_stream_is(family, rotate):
 
 @pytest.mark.parametrize("family", ["gemma", "gpt2"])
 def test_a_rotated_model_with_untied_embeddings_is_a_plain_folder(family, tmp_path):
-    from castlm.models import save_model
+    from castlm.models.io import save_model
     from tests.tiny import tiny_tokenizer
 
     model = family_model(family)

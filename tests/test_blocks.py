@@ -6,10 +6,10 @@ import pytest
 from torch import nn
 
 import castlm
-from castlm.architecture import linearize_conv1d_
 from castlm.core.blocks import block_name, in_block, is_block_linear, stack_name
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import is_sparse_linear, transformer_blocks
+from castlm.models.architecture import linearize_conv1d_
 from tests.tiny import FAMILIES, tiny_model
 
 ROOT = Path(castlm.__file__).parent

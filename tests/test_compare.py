@@ -29,10 +29,10 @@ from castlm.compare.summary import spread, starts_note, summarize, tokens_note, 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import sparse_linears
 from castlm.data import documents
+from castlm.files.output import continued, locked
 from castlm.methods.table import METHODS
-from castlm.models import load_model
+from castlm.models.io import load_model
 from castlm.oneshot import sparsegpt
-from castlm.output import continued, locked
 from castlm.training.config import TrainConfig
 from castlm.training.run import Run as TrainingRun
 from tests.tiny import save_tiny

@@ -18,11 +18,11 @@ from castlm.cli.train import parse_train
 from castlm.core.decay import DECAYS, Decay
 from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, build, convert, docs_of, positional, suggest
+from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS, Method
 from castlm.training.config import RECIPES, TrainConfig
 from castlm.training.effects import EFFECTS, OF_CHAT, without_effect
 from castlm.training.sections import SECTIONS
-from castlm.yaml_file import read_yaml_mapping
 
 REQUIRED = {"model": "m", "dataset": "d", "output_dir": "o"}
 

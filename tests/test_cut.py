@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from castlm.architecture import linearize_
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
@@ -17,7 +16,8 @@ from castlm.export.cut import TOLERANCE, check_cut, cut_model
 from castlm.export.cut_sizes import CHANNELS, HEADS, sizes_of
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
-from castlm.models import load_model
+from castlm.models.architecture import linearize_
+from castlm.models.io import load_model
 from tests.slow import slow_but
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 

@@ -34,8 +34,8 @@ from castlm.data.loader import BatchLoader
 from castlm.data.packing import PackedSequences
 from castlm.data.scored import scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, end_of_text_id, token_ids
+from castlm.files.reading import read_text
 from castlm.oneshot.calibration import draw_calibration
-from castlm.reading import read_text
 from tests.slow import slow_but
 from tests.tiny import EOS, EOS_ID, tiny_tokenizer
 

@@ -25,7 +25,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 import castlm.training.loop as loop
-from castlm import files
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.masks import unpack_mask
@@ -40,7 +39,8 @@ from castlm.distributed.loading import load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World, close_world, closing, init_world
 from castlm.export.verify import verify
-from castlm.models import load_model
+from castlm.files import atomic_dir as atomic_dir_module
+from castlm.models.io import load_model
 from castlm.training import finish, source, trackers
 from castlm.training.checkpoint import Saver, checkpoint_steps
 from castlm.training.config import TrainConfig
@@ -659,13 +659,13 @@ def test_export_tensor_by_tensor(text, tmp_path):
 
 def export_slowly(config: TrainConfig) -> None:
     """Trains; listing the files of the result takes longer than `timeout_s`."""
-    add_file_list = files.add_file_list
+    add_file_list = atomic_dir_module.add_file_list
 
     def slowly(folder: Path) -> None:
         time.sleep(1.1 * config.timeout_s)
         add_file_list(folder)
 
-    files.add_file_list = slowly
+    atomic_dir_module.add_file_list = slowly
     train(config)
 
 

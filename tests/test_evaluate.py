@@ -17,7 +17,7 @@ from castlm.data.scored import ScoredText
 from castlm.data.tokens import token_ids
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import evaluate_file, perplexity, scored_sequences
-from castlm.models import load_model
+from castlm.models.io import load_model
 from castlm.training.metrics import sequences
 
 from .tiny import FAMILIES, tiny_model, tiny_tokenizer

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from castlm.cli.main import main
 from castlm.core.pattern import is_nm_sparse
 from castlm.export.verify import verify
-from castlm.models import load_model
+from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from castlm.training.setup import is_sparse_linear

@@ -19,7 +19,7 @@ from castlm.core.sparsify import prune_, sparse_linears
 from castlm.export import hf
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
-from castlm.models import load_model
+from castlm.models.io import load_model
 
 from .tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 

@@ -15,17 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from castlm import files
 from castlm.core.errors import InputError
-from castlm.disk import disk_full_is_said, is_disk_full
-from castlm.files import (
-    atomic_dir,
-    atomic_file,
-    atomic_write_json,
-    make_writable,
-    remove_stale_temporaries,
-)
-from castlm.owned import sha256_file
+from castlm.files import atomic_dir as atomic_dir_module
+from castlm.files.atomic_dir import atomic_dir, make_writable, remove_stale_temporaries
+from castlm.files.atomic_file import atomic_file, atomic_write_json
+from castlm.files.disk import disk_full_is_said, is_disk_full
+from castlm.files.owned import sha256_file
 
 
 def entries(folder: Path) -> list[str]:
@@ -49,7 +44,7 @@ def test_atomic_dir_appears_when_whole(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_atomic_dir_replaces_with_overwrite_alone(tmp_path, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic_dir_module, "_exchange", lambda one, other: False)
     final = tmp_path / "out"
     for version, overwrite in (("1", False), ("2", True)):
         with atomic_dir(final, overwrite) as folder:
@@ -67,12 +62,12 @@ def test_exchange_is_one_system_call_here(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    if not files._exchange(tmp_path / "a", tmp_path / "b"):
+    if not atomic_dir_module._exchange(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this file system has no RENAME_EXCHANGE")
     assert entries(tmp_path / "a") == ["b"]
     assert entries(tmp_path / "b") == ["a"]
     with pytest.raises(FileNotFoundError):
-        files._exchange(tmp_path / "a", tmp_path / "none")
+        atomic_dir_module._exchange(tmp_path / "a", tmp_path / "none")
 
 
 def test_what_castlm_did_not_write_outlives_a_replacement(tmp_path, capsys):
@@ -112,7 +107,7 @@ def test_fallback_puts_the_old_back_when_the_second_rename_fails(tmp_path, monke
     final = tmp_path / "out"
     with atomic_dir(final) as folder:
         (folder / "a").write_text("old")
-    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(atomic_dir_module, "_exchange", lambda one, other: False)
     rename = os.rename
 
     def failing(source, target):
@@ -300,8 +295,8 @@ def test_a_stop_right_after_the_exchange_keeps_what_castlm_did_not_write(tmp_pat
     with atomic_dir(final) as folder:
         (folder / "a").write_text("1")
     if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
-    flush = files.flush_folder
+        monkeypatch.setattr(atomic_dir_module, "_exchange", lambda one, other: False)
+    flush = atomic_dir_module.flush_folder
 
     def stop(folder: Path) -> None:
         if folder == tmp_path:
@@ -312,7 +307,7 @@ def test_a_stop_right_after_the_exchange_keeps_what_castlm_did_not_write(tmp_pat
         with atomic_dir(final, overwrite=True) as folder:
             (folder / "a").write_text("2")
             (final / "thesis.txt").write_text("mine")
-            monkeypatch.setattr(files, "flush_folder", stop)
+            monkeypatch.setattr(atomic_dir_module, "flush_folder", stop)
 
     with pytest.raises(type(error)):
         replace()

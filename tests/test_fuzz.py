@@ -30,18 +30,18 @@ from castlm.data.documents import open_documents, split_documents, text_hash
 from castlm.export.card import model_card
 from castlm.export.verify import verify
 from castlm.fields import choices_of, hints_of
+from castlm.files.reading import open_regular
+from castlm.files.yaml_file import parse_yaml_mapping, read_yaml_mapping, to_yaml
 from castlm.inference.format import PackedSpec
-from castlm.models import load_model
+from castlm.models.io import load_model
 from castlm.names import markdown, markdown_code, printable
 from castlm.planning.law import FORMS, Law
 from castlm.planning.memory import plan_memory
 from castlm.planning.points import read_points
 from castlm.planning.predict import predict_perplexity, tokens_for
 from castlm.planning.watch import watch_run
-from castlm.reading import open_regular
 from castlm.training.config import TrainConfig
 from castlm.training.metrics_file import read_evaluations
-from castlm.yaml_file import parse_yaml_mapping, read_yaml_mapping, to_yaml
 
 from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json
 from .tiny import save_tiny

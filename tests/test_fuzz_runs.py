@@ -28,8 +28,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from castlm.output import read_result
-from castlm.owned import HOLDER, LOCK
+from castlm.files.output import read_result
+from castlm.files.owned import HOLDER, LOCK
 from castlm.training.checkpoint import checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
 from tests.faults import train_as_a_command

@@ -40,12 +40,12 @@ from castlm.data.mixture import Mixture
 from castlm.data.scored import scored_text
 from castlm.evaluation.perplexity import perplexity
 from castlm.export.verify import verify
-from castlm.models import load_model
+from castlm.models.io import load_model
+from castlm.models.opening import open_processor
 from castlm.names import printable
 from castlm.oneshot.options import Refinements
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.walk import BlockInputs, block_stack
-from castlm.opening import open_processor
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from tests.ranks import run_ranks

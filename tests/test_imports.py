@@ -15,9 +15,9 @@ TIERS = (
     ("compare", "planning", "report"),
     ("training",),
     ("methods", "oneshot", "data", "distributed", "export", "evaluation", "inference"),
-    ("models", "opening", "architecture", "conversion", "locate", "hardware"),
-    ("files", "output", "owned", "yaml_file", "fields", "progress", "signals", "layout", "stored"),
-    ("names", "reading", "versions", "dtypes", "disk"),
+    ("models", "hardware"),
+    ("files", "fields", "progress", "signals"),
+    ("names", "versions", "dtypes"),
     ("core",),
 )
 TIER_OF = {room: len(TIERS) - number for number, rooms in enumerate(TIERS) for room in rooms}

@@ -10,7 +10,7 @@ import pytest
 from castlm.cli.json_report import check_json_path
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.files import atomic_write_json
+from castlm.files.atomic_file import atomic_write_json
 
 
 @pytest.mark.parametrize(

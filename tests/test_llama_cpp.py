@@ -12,7 +12,7 @@ import torch
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.evaluation.perplexity import perplexity
-from castlm.models import load_model
+from castlm.models.io import load_model
 from tests.tiny import TEXT
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")

@@ -29,14 +29,14 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from castlm.architecture import backbone, check_head, linearize_conv1d_, output_head
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
 from castlm.distributed.loading import check_one_snapshot, open_sharded
 from castlm.distributed.world import World, init_world
-from castlm.locate import demo_model_file, find
-from castlm.models import load_model, restored_state_dict, save_model
+from castlm.models.architecture import backbone, check_head, linearize_conv1d_, output_head
+from castlm.models.io import load_model, restored_state_dict, save_model
+from castlm.models.locate import demo_model_file, find
 from tests.ranks import start_process, wait_ranks
 from tests.tiny import EOS_ID, FAMILIES, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
@@ -383,7 +383,7 @@ def test_the_hub_is_asked_once_for_a_mistyped_id_and_not_for_what_is_whole_in_th
 def test_what_is_not_whole_in_the_cache_is_asked_for(lost, tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("castlm.locate.check_hub", lambda where, revision: asked.append(where.target))
+    monkeypatch.setattr("castlm.models.locate.check_hub", lambda where, revision: asked.append(where.target))
     snapshot = save_in_cache(tmp_path, "40KB")
     if lost == "code":
         edit_json(snapshot / "config.json", auto_map={"AutoModelForCausalLM": "modeling_tiny.Tiny"})

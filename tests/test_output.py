@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from castlm.core.errors import InputError
-from castlm.files import add_file_list
-from castlm.output import claimed, continued, locked, read_result, refuse_inputs_inside
-from castlm.owned import LAYOUT, OUTPUT, command_of, content, discard, foreign_names
+from castlm.files.atomic_dir import add_file_list
+from castlm.files.output import claimed, continued, locked, read_result, refuse_inputs_inside
+from castlm.files.owned import LAYOUT, OUTPUT, command_of, content, discard, foreign_names
 
 
 def write(file: Path, text: str = "x") -> Path:
@@ -233,7 +233,7 @@ def test_unusable_names_are_one_line(path):
 def hold(folder: Path) -> subprocess.Popen[str]:
     """A process that holds the lock of `folder`."""
     program = f"""
-from castlm.output import claimed
+from castlm.files.output import claimed
 import time
 with claimed({str(folder)!r}, "train"):
     print("held", flush=True)

@@ -28,10 +28,10 @@ from castlm.core.sparsify import prune_
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
-from castlm.files import remove_stale_temporaries
+from castlm.files.atomic_dir import remove_stale_temporaries
 from castlm.inference.format import FILE, INDEX, METADATA_KEY, PackedSpec, read_specs
 from castlm.inference.packed import equal_as_packed, pack, pack_integers, unpack
-from castlm.models import load_model, save_model
+from castlm.models.io import load_model, save_model
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 PATTERNS = [(2, 4), (1, 4), (4, 8), (3, 4), (1, 2), (2, 3), (5, 16)]

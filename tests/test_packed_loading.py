@@ -30,7 +30,7 @@ from castlm.inference.convert import pack_model_
 from castlm.inference.decode import greedy
 from castlm.inference.format import FILE, read_specs, to_metadata
 from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule
-from castlm.models import load_model
+from castlm.models.io import load_model
 from castlm.report.sample import complete
 from tests.slow import slow
 from tests.test_packed import change, flip_bit, pruned_folder

@@ -10,7 +10,6 @@ import torch
 from torch.nn.utils import parametrize
 from transformers import AutoConfig
 
-from castlm.architecture import backbone, linearize_, shape_model
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
@@ -18,6 +17,7 @@ from castlm.core.moments import MOMENT_KEYS, MOMENTS
 from castlm.core.pattern import NM, Pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_param_groups
+from castlm.models.architecture import backbone, linearize_, shape_model
 from castlm.planning import activations, memory
 from castlm.planning.activations import Settings, saved_bytes, trace
 from castlm.planning.memory import DTYPES, GIB, plan_memory, read_config

@@ -12,7 +12,7 @@ import yaml
 from castlm.cli.main import main
 from castlm.compare import runs
 from castlm.core.errors import InputError
-from castlm.files import add_file_list
+from castlm.files.atomic_dir import add_file_list
 from castlm.planning import fit
 from castlm.planning.budgets import check_budgets, geometric_budgets
 from castlm.planning.law import Law

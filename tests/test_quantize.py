@@ -7,8 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from castlm import models
-from castlm.architecture import linearize_conv1d_
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.pattern import is_nm_sparse
@@ -19,7 +17,9 @@ from castlm.export.packed import unpack_folder
 from castlm.export.verify import verify
 from castlm.inference.quantize import quantize_
 from castlm.inference.rounding import round_int4
-from castlm.models import load_model
+from castlm.models import io as models_io
+from castlm.models.architecture import linearize_conv1d_
+from castlm.models.io import load_model
 from castlm.oneshot.calibration import draw_calibration
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows
 from tests.slow import slow
@@ -198,7 +198,7 @@ def test_rounding_by_rows_holds_a_bf16_model_as_it_is_stored_and_writes_the_byte
         return load
 
     for name, dtype in (("stored", None), ("fp32", torch.float32)):
-        monkeypatch.setattr(models, "load_model", loaded_in(dtype))
+        monkeypatch.setattr(models_io, "load_model", loaded_in(dtype))
         assert main(["quantize", str(out), "--kind", kind, "--output-dir", str(tmp_path / name)]) == 0
     assert asked == [None, None]
     stored, fp32 = (load_file(tmp_path / name / "model.safetensors") for name in ("stored", "fp32"))

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from castlm.core.errors import InputError
-from castlm.files import add_file_list
-from castlm.output import claimed
-from castlm.owned import OUTPUT, command_of, foreign_names, is_empty, sha256_file
+from castlm.files.atomic_dir import add_file_list
+from castlm.files.output import claimed
+from castlm.files.owned import OUTPUT, command_of, foreign_names, is_empty, sha256_file
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.run_folder import RunFolder, after_restart

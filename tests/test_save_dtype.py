@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from castlm.cli.main import main
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.export.hf import export_model
-from castlm.models import load_model, parameters_in
+from castlm.models.io import load_model, parameters_in
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 

@@ -18,7 +18,7 @@ IDS = torch.arange(24).view(2, 12)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folded_model_gives_the_unfolded_logits(family):
-    from castlm.architecture import linearize_conv1d_
+    from castlm.models.architecture import linearize_conv1d_
 
     model = tiny_model(family)
     linearize_conv1d_(model)

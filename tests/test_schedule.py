@@ -15,7 +15,7 @@ from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
 from castlm.distributed.sharding import compile_blocks_, uncompile_blocks_
 from castlm.distributed.world import init_world
-from castlm.models import load_model
+from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.flops import peak_flops
 from castlm.training.lr_shapes import SCHEDULES

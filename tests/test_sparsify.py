@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from castlm.architecture import linearize_conv1d_
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.pattern import is_nm_sparse, nm_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
+from castlm.models.architecture import linearize_conv1d_
 from tests.tiny import FAMILIES, tiny_model
 
 LAYERS = {"opt": 6, "gpt2": 4}  # linears in a block; the others have q, k, v, o and three of the MLP

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from castlm.architecture import linearize_conv1d_
 from castlm.core.adams import AdamS
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
@@ -14,6 +13,7 @@ from castlm.core.pattern import NM, Blocks, Channels, Combined, Pattern
 from castlm.core.shards import local
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
 from castlm.core.structured import cut
+from castlm.models.architecture import linearize_conv1d_
 from tests.fused import needs_kernels
 from tests.tiny import tiny_model
 

@@ -11,7 +11,7 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.core.sparsify import prune_
 from castlm.export.verify import verify
-from castlm.models import load_model
+from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.effects import without_effect
 from castlm.training.loop import train

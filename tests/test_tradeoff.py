@@ -12,7 +12,7 @@ from castlm.core.pattern import Pattern
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.export.hf import export_model
 from castlm.inference import native
-from castlm.models import load_model
+from castlm.models.io import load_model
 from tests.tiny import save_tiny
 
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="the C++ kernels are not built")

@@ -24,7 +24,7 @@ from castlm.core.sparsify import weight_parameter
 from castlm.data.tokens import token_ids
 from castlm.distributed.world import init_world
 from castlm.export.verify import verify
-from castlm.models import load_model
+from castlm.models.io import load_model
 from castlm.oneshot import start
 from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.calibration import draw_calibration

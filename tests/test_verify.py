@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from castlm import stored
 from castlm.core.errors import InputError
 from castlm.core.pattern import count_nm_violations, nm_mask
 from castlm.core.sparsify import sparse_linears
 from castlm.export import layers
 from castlm.export.layers import FAMILIES
 from castlm.export.verify import verify
-from castlm.layout import guess_model_type, stored_transposed
-from castlm.models import load_model
+from castlm.files import stored
+from castlm.models.io import load_model
+from castlm.models.layout import guess_model_type, stored_transposed
 
 from .tiny import save_tiny
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from castlm.architecture import auto_class, check_head, is_vision_language
 from castlm.cli.main import main
 from castlm.core.blocks import is_block_linear, is_tower
 from castlm.core.errors import InputError
@@ -19,7 +18,8 @@ from castlm.core.sparsify import prune_, sparse_linears
 from castlm.data.columns import find_columns
 from castlm.export.verify import verify
 from castlm.inference import native
-from castlm.models import load_model
+from castlm.models.architecture import auto_class, check_head, is_vision_language
+from castlm.models.io import load_model
 from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.options import BasisOptions
 from castlm.training.config import TrainConfig

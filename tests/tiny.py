@@ -13,8 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from castlm.architecture import linearize_
 from castlm.core.sparsify import prune_
+from castlm.models.architecture import linearize_
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt2")
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")

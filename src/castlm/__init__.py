@@ -28,7 +28,7 @@ _HOME = {
     "castlm.inference.convert": ("pack_model_",),
     "castlm.methods.adapters": ("masked_lora_config", "shira_config"),
     "castlm.methods.keep": ("keep_pattern_",),
-    "castlm.models": ("load_model", "save_model"),
+    "castlm.models.io": ("load_model", "save_model"),
     "castlm.training.callback": ("PatternCallback",),
     "castlm.training.config": ("TrainConfig",),
     "castlm.training.finetune": ("FinetuneConfig",),

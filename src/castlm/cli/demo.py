@@ -23,12 +23,12 @@ from rich.table import Table
 from castlm.cli.demo_payoff import payoff_table
 from castlm.cli.options import command_line, parse
 from castlm.core.sparsify import prune_
-from castlm.files import atomic_write_json
+from castlm.files.atomic_file import atomic_write_json
+from castlm.files.output import claimed, continued
+from castlm.files.owned import OUTPUT, read_record
 from castlm.hardware import keep_freed_memory
-from castlm.locate import DEMO
-from castlm.models import Loaded, load_model
-from castlm.output import claimed, continued
-from castlm.owned import OUTPUT, read_record
+from castlm.models.io import Loaded, load_model
+from castlm.models.locate import DEMO
 from castlm.progress import Screen, note
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig

@@ -15,7 +15,7 @@ from castlm.fields import positional
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-    from castlm.models import Loaded
+    from castlm.models.io import Loaded
 
 
 _OF_TEXT = ("eval_split", "eval_config", "eval_tokens", "column", "assistant_only_loss", "seq_len", "stride")
@@ -97,7 +97,7 @@ class EvalCommand:
         from castlm.data.chat import with_template
         from castlm.evaluation.perplexity import evaluate_file
         from castlm.hardware import choose_device, choose_precision, keep_freed_memory, why_slow
-        from castlm.models import load_model
+        from castlm.models.io import load_model
         from castlm.progress import shown_progress
 
         keep_freed_memory()
@@ -137,7 +137,7 @@ class EvalCommand:
         return 0
 
     def _processor_of(self, loaded: Loaded) -> Callable[[], ProcessorMixin]:
-        from castlm.opening import open_processor
+        from castlm.models.opening import open_processor
 
         options = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
         return partial(open_processor, result_folder(self.path), loaded.tokenizer, **options)

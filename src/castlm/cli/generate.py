@@ -43,7 +43,7 @@ class GenerateCommand:
 
     def run(self) -> int:
         from castlm.inference.generate import encode_prompt, encode_with_images, generate_text, load_to_generate
-        from castlm.opening import open_processor
+        from castlm.models.opening import open_processor
         from castlm.progress import note
 
         use_threads(self.threads)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from castlm.core.errors import InputError
-from castlm.reading import check_regular, read_json_object, user_path
+from castlm.files.reading import check_regular, read_json_object, user_path
 
 _FOLDER_OF_A_MODEL = ("config.json", "castlm.json", "config.yaml", "metrics.jsonl")
 _RECORDS = ("castlm-output.json", "progress.json", "*.castlm.json", "*.jsonl")

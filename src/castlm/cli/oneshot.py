@@ -7,7 +7,7 @@ import sys
 from castlm.compare.oneshot import OneshotConfig, run_oneshot
 from castlm.core.errors import InputError
 from castlm.fields import build
-from castlm.yaml_file import read_yaml_mapping
+from castlm.files.yaml_file import read_yaml_mapping
 
 if __name__ == "__main__":
     try:

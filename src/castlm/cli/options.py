@@ -160,7 +160,7 @@ def refuse_given(options: Any, names: Iterable[str], why: str) -> None:
 
 def write_json(path: str | None, content: dict[str, Any]) -> None:
     """Writes a report to the file of `--json`; "-" is the standard output."""
-    from castlm.files import atomic_write_json, plain_json
+    from castlm.files.atomic_file import atomic_write_json, plain_json
 
     if path == "-":
         print(json.dumps(plain_json(content), indent=2))

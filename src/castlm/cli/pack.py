@@ -39,7 +39,7 @@ class PackCommand:
     def run(self) -> int:
         from castlm.export.packed import pack_folder
         from castlm.export.unit_count import groups_of
-        from castlm.output import claimed
+        from castlm.files.output import claimed
         from castlm.progress import shown_progress
 
         source = result_folder(self.path)

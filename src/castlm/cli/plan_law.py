@@ -10,8 +10,8 @@ from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, write_json
 from castlm.core.errors import InputError
 from castlm.fields import positional
+from castlm.files.reading import read_json
 from castlm.names import printable
-from castlm.reading import read_json
 
 
 @dataclass

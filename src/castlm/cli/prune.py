@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from castlm.data.documents import Documents
     from castlm.data.hub import HubDocuments
     from castlm.distributed.loading import Checkpoint
-    from castlm.models import Loaded
+    from castlm.models.io import Loaded
     from castlm.oneshot.basis import BasisReport
     from castlm.oneshot.report import OneshotReport
     from castlm.oneshot.start import OneshotStart
@@ -108,9 +108,9 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
 
     def run(self) -> int:
         from castlm.data.documents import open_documents
+        from castlm.files.output import claimed
         from castlm.hardware import choose_device
         from castlm.oneshot.start import OneshotStart
-        from castlm.output import claimed
 
         pattern = Pattern.parse(self.pattern)
         device, text = choose_device(self.device), None
@@ -141,9 +141,9 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
 
     def _holds_a_block(self, folder: Path, pattern: Pattern, device: str) -> bool:
         """Whether one block at a time is in memory, and why where that is not asked for."""
+        from castlm.files.owned import command_of
         from castlm.hardware import available_memory
-        from castlm.models import fp32_bytes
-        from castlm.owned import command_of
+        from castlm.models.io import fp32_bytes
         from castlm.progress import note
 
         if self.memory != "auto":
@@ -168,8 +168,8 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         """The calibration sequences, their images, and what the record says of them."""
         from castlm.data.calibration import calibration_sequences
         from castlm.data.chat import with_template
+        from castlm.models.opening import open_processor
         from castlm.oneshot.calibration import calibration_length
-        from castlm.opening import open_processor
         from castlm.progress import note
 
         with_template(tokenizer, self.chat_template_path)
@@ -198,7 +198,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         from castlm.core.sparsify import sparse_linears
         from castlm.export.hf import check_export, export_model
         from castlm.hardware import keep_freed_memory
-        from castlm.models import load_model, save_dtype
+        from castlm.models.io import load_model, save_dtype
         from castlm.progress import note, shown_progress
 
         keep_freed_memory()
@@ -237,13 +237,13 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         from castlm.core.sparsify import sparse_linears
         from castlm.distributed.loading import Place
         from castlm.export.from_blocks import export_blocks
+        from castlm.files.output import continued
+        from castlm.files.owned import discard
         from castlm.hardware import return_freed_memory
-        from castlm.models import save_dtype
+        from castlm.models.io import save_dtype
         from castlm.oneshot.by_block import BlockPrune, block_file, prune_by_block
         from castlm.oneshot.stored_model import check_outside_blocks, outside_blocks
         from castlm.oneshot.walk import block_stack
-        from castlm.output import continued
-        from castlm.owned import discard
         from castlm.progress import note, shown_progress
 
         return_freed_memory()
@@ -294,9 +294,9 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         Raises:
             InputError: a pattern or a model that cannot be pruned with one block in memory.
         """
-        from castlm.architecture import is_vision_language
         from castlm.core.experts import ExpertLinear
         from castlm.distributed.loading import open_sharded
+        from castlm.models.architecture import is_vision_language
 
         if is_structured(pattern):
             raise InputError(f"pattern {pattern} is chosen over the whole model: use memory model")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from castlm.data.hub import HubDocuments
     from castlm.inference.quantize import QuantizeReport
     from castlm.inference.rounding import Rounded
-    from castlm.models import Loaded
+    from castlm.models.io import Loaded
 
 _NOT_PASSED_ON = (
     *("schema_version", "versions", "proof", "left_dense", "pattern", "figures", "perplexity", "dtype", "files"),
@@ -92,9 +92,9 @@ class QuantizeCommand:
         from castlm.data.documents import open_documents
         from castlm.export.folder import read_manifest
         from castlm.export.unit_count import groups_of
+        from castlm.files.output import claimed
         from castlm.hardware import choose_device, keep_freed_memory
         from castlm.oneshot.options import check_damping
-        from castlm.output import claimed
 
         keep_freed_memory()
         check_damping(self.damping)
@@ -136,7 +136,7 @@ class QuantizeCommand:
         from castlm.core.sparsify import sparse_linears
         from castlm.data.chat import with_template
         from castlm.inference.quantize import quantize_
-        from castlm.models import load_model
+        from castlm.models.io import load_model
         from castlm.oneshot.report import few_experts_note
         from castlm.progress import note, shown_progress
 
@@ -175,9 +175,9 @@ class QuantizeCommand:
     ) -> None:
         """Writes the quantized model to `folder` with castlm.json, plain or packed, and verifies it."""
         from castlm.export.hf import export_model
-        from castlm.files import atomic_dir
+        from castlm.files.atomic_dir import atomic_dir
         from castlm.inference.quantize import stored_layers
-        from castlm.models import save_dtype
+        from castlm.models.io import save_dtype
 
         with contextlib.ExitStack() as stack:
             target = folder
@@ -231,8 +231,8 @@ def _pack(plain: Path, folder: Path, pattern: NM, layers: Mapping[str, Rounded],
     from castlm.export.integers import store_integers
     from castlm.export.packed import pack_folder
     from castlm.export.verify import left_dense_reason, read_left_dense, verify
-    from castlm.files import atomic_write_json
-    from castlm.owned import RESULT, read_record
+    from castlm.files.atomic_file import atomic_write_json
+    from castlm.files.owned import RESULT, read_record
 
     packed = folder / "packed"
     pack_folder(plain, packed, pattern.n, pattern.m, head=head)

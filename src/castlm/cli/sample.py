@@ -182,7 +182,7 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
         from castlm.data.sample_file import sample
         from castlm.data.sampling import Sampler
         from castlm.hardware import choose_device
-        from castlm.models import load_model
+        from castlm.models.io import load_model
         from castlm.progress import note, shown_progress
 
         device = choose_device(self.device)

@@ -34,7 +34,7 @@ class ServeCommand:
         from transformers.utils.import_utils import is_serve_available
 
         from castlm.inference.generate import dtype_to_run
-        from castlm.opening import open_model
+        from castlm.models.opening import open_model
         from castlm.progress import note
 
         _check_address(self.host, self.port)

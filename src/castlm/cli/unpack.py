@@ -24,7 +24,7 @@ class UnpackCommand:
 
     def run(self) -> int:
         from castlm.export.packed import unpack_folder
-        from castlm.output import claimed
+        from castlm.files.output import claimed
         from castlm.progress import shown_progress
 
         with (

@@ -10,7 +10,7 @@ from castlm.cli.options import parse, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import positional
-from castlm.reading import read_json_object
+from castlm.files.reading import read_json_object
 
 
 @dataclass

@@ -21,13 +21,13 @@ from castlm.data.documents import open_documents, text_hash
 from castlm.data.scored import scored_text
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import check_export, export_model
-from castlm.files import atomic_write_json
+from castlm.files.atomic_file import atomic_write_json
+from castlm.files.output import claimed
+from castlm.files.owned import OUTPUT
 from castlm.hardware import choose_device, choose_precision, peak_memory
-from castlm.models import load_model
+from castlm.models.io import load_model
 from castlm.oneshot.calibration import calibration_length
 from castlm.oneshot.prune import prune_oneshot_
-from castlm.output import claimed
-from castlm.owned import OUTPUT
 
 
 @dataclass

@@ -17,11 +17,11 @@ from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import checked, convert
+from castlm.files.output import continued
+from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS
 from castlm.oneshot.options import UNIT_SCORES, default_start
-from castlm.output import continued
 from castlm.training.config import TrainConfig, flatten
-from castlm.yaml_file import read_yaml_mapping
 
 Say = Callable[[str], None]
 
@@ -104,7 +104,7 @@ class Plan:
 
     def check_model(self) -> None:
         """Raises `InputError` where config or tokenizer of the model cannot be read, which every run would fail on."""
-        from castlm.opening import open_model
+        from castlm.models.opening import open_model
 
         trusts = any(fields.get("trust_remote_code") for fields in (self.common, *self.variants.values()))
         open_model(self.command.model, trust_remote_code=trusts, revision=self.common.get("revision"))

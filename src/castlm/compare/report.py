@@ -24,7 +24,7 @@ from castlm.compare.summary import (
     verdict,
     zero_shot_note,
 )
-from castlm.files import atomic_write_json, atomic_write_text
+from castlm.files.atomic_file import atomic_write_json, atomic_write_text
 from castlm.versions import library_versions
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ import yaml
 import castlm
 from castlm.compare.presets import ONESHOT
 from castlm.core.errors import InputError
-from castlm.files import atomic_write_text, read_json_mapping
-from castlm.locate import cached_snapshot, locate
-from castlm.output import read_result
-from castlm.owned import RESULT, command_of, discard, has_checkpoint, sha256_file
+from castlm.files.atomic_file import atomic_write_text, read_json_mapping
+from castlm.files.output import read_result
+from castlm.files.owned import RESULT, command_of, discard, has_checkpoint, sha256_file
+from castlm.models.locate import cached_snapshot, locate
 from castlm.training.config import WITHOUT_EFFECT
 
 # Fields that always name a model or a text; the key has the hash of what they name.

@@ -18,11 +18,11 @@ import torch
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.export.unit_count import groups_of
+from castlm.files.reading import read_json_object
 from castlm.hardware import in_own_process
 from castlm.inference.convert import pack_model_
 from castlm.inference.decode import TokenTimes, greedy
-from castlm.models import load_model
-from castlm.reading import read_json_object
+from castlm.models.io import load_model
 from castlm.training.verdict import MEASURED_ALIKE, final_perplexity
 
 ROUNDS = 2

@@ -42,7 +42,7 @@ def calibration_sequences(
     drawn whole, each followed by the text of others up to the end of its sequence.
 
     Args:
-        processor: prepares images; see `castlm.opening.open_processor`.
+        processor: prepares images; see `castlm.models.opening.open_processor`.
         say: called with a line if there are fewer conversations than sequences, or if what is read is the start of a
             much longer file.
 

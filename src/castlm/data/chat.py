@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.core.errors import InputError
-from castlm.reading import read_text, user_path
+from castlm.files.reading import read_text, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -30,8 +30,8 @@ from castlm.data.readers import (
     open_text,
     texts_in_memory,
 )
-from castlm.owned import sha256_file
-from castlm.reading import check_regular, user_path
+from castlm.files.owned import sha256_file
+from castlm.files.reading import check_regular, user_path
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 SHUFFLE_BYTES = 256 << 20  # decompressed gzip segments and parquet row groups that are held and shuffled together

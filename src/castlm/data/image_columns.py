@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.reading import user_path
+from castlm.files.reading import user_path
 
 IMAGE_COLUMNS = ("images", "image")
 BYTES = "data:image;base64,"

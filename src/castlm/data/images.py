@@ -58,7 +58,7 @@ class ImageEncoder:
     """Tokens and images of the conversations that `castlm.data.columns` checks.
 
     Args:
-        processor: as `castlm.opening.open_processor` gives it.
+        processor: as `castlm.models.opening.open_processor` gives it.
         assistant_only: only the tokens of the assistant count; see `castlm.data.chat`.
     """
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from castlm.core.errors import InputError
 from castlm.data.columns import Columns, Document, find_columns, has_images, is_undecided, types_of
-from castlm.reading import parse_json
+from castlm.files.reading import parse_json
 
 
 class Share(NamedTuple):

@@ -11,8 +11,8 @@ from castlm.core.errors import InputError
 from castlm.data.columns import Columns, Document, find_columns
 from castlm.data.image_columns import IMAGE_PART
 from castlm.data.readers import Pool
-from castlm.owned import sha256_file
-from castlm.reading import check_regular
+from castlm.files.owned import sha256_file
+from castlm.files.reading import check_regular
 
 MAX_ROWS = 1 << 30
 

@@ -24,8 +24,8 @@ import numpy as np
 from castlm.core.errors import InputError
 from castlm.data.columns import Document
 from castlm.data.json_rows import JsonRows, Share
-from castlm.owned import sha256_file
-from castlm.reading import open_regular
+from castlm.files.owned import sha256_file
+from castlm.files.reading import open_regular
 
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 256 << 10  # a longer document of a text file is read and tokenized in pieces of about this size

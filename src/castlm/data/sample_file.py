@@ -19,10 +19,10 @@ import filelock
 
 from castlm.core.errors import InputError
 from castlm.data.sampling import Sample, Sampler
-from castlm.disk import is_disk_full
-from castlm.files import atomic_write_json, flush_folder, read_json_mapping
-from castlm.owned import read_record, sha256_file
-from castlm.reading import user_path
+from castlm.files.atomic_file import atomic_write_json, flush_folder, read_json_mapping
+from castlm.files.disk import is_disk_full
+from castlm.files.owned import read_record, sha256_file
+from castlm.files.reading import user_path
 
 FEW_SAMPLES = 32
 """Texts before it is said that most of them are left out."""

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from castlm.architecture import context_length
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
 from castlm.data.columns import CUT_COLUMN
 from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder
-from castlm.reading import read_text
+from castlm.files.reading import read_text
+from castlm.models.architecture import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

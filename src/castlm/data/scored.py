@@ -93,7 +93,7 @@ def scored_text(
         limit: at most this many tokens, from the start. A conversation with images is not cut there.
         seed: of a text that is longer, take documents in the order of this seed, not those at its start.
         assistant_only: of conversations, score the tokens of the assistant alone.
-        processor: prepares the images of conversations that have some; see `castlm.opening.open_processor`.
+        processor: prepares the images of conversations that have some; see `castlm.models.opening.open_processor`.
 
     Raises:
         InputError: as `open_documents` and `castlm.data.chat.Chat`; or no token of the assistant is within `limit`.

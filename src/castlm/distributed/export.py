@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from castlm.conversion import as_stored, state_dict_key
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.pattern import Pattern
 from castlm.core.scaling import scale_weight
 from castlm.core.shards import local, whole
-from castlm.disk import is_disk_full
 from castlm.distributed.loading import empty_model, load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World
@@ -44,9 +42,11 @@ from castlm.export.hf import (
     write_record,
 )
 from castlm.export.verify import verify
-from castlm.files import atomic_dir
-from castlm.layout import stored_transposed
-from castlm.stored import SINGLE
+from castlm.files.atomic_dir import atomic_dir
+from castlm.files.disk import is_disk_full
+from castlm.files.stored import SINGLE
+from castlm.models.conversion import as_stored, state_dict_key
+from castlm.models.layout import stored_transposed
 
 MAX_SHARD_BYTES = 5 * 10**9
 

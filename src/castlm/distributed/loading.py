@@ -19,18 +19,18 @@ from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from castlm.architecture import auto_class, linearize_
-from castlm.conversion import as_stored, state_dict_key, stored_rows, stored_shapes
 from castlm.core.experts import ExpertLinear
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import dense_name
 from castlm.distributed.fingerprint import FIRST, fingerprint_of
 from castlm.distributed.world import World
-from castlm.layout import OLD_BUFFERS, stored_transposed
-from castlm.locate import Location, cached_snapshot, locate
-from castlm.models import Loaded, stored_dtype
-from castlm.opening import open_model, quiet
-from castlm.stored import INDEX, SINGLE, read_weight_map, shard_files
+from castlm.files.stored import INDEX, SINGLE, read_weight_map, shard_files
+from castlm.models.architecture import auto_class, linearize_
+from castlm.models.conversion import as_stored, state_dict_key, stored_rows, stored_shapes
+from castlm.models.io import Loaded, stored_dtype
+from castlm.models.layout import OLD_BUFFERS, stored_transposed
+from castlm.models.locate import Location, cached_snapshot, locate
+from castlm.models.opening import open_model, quiet
 
 Reader = Callable[[Path], Any]
 """Opens a safetensors file, each once."""

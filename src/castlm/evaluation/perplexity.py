@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from castlm.architecture import backbone, context_length, eval_mode, output_head
 from castlm.core.distill import distillation_loss
 from castlm.core.errors import InputError
 from castlm.data.documents import open_documents
 from castlm.data.images import join_images
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import IGNORED, check_vocabulary
+from castlm.models.architecture import backbone, context_length, eval_mode, output_head
 from castlm.versions import library_versions
 
 

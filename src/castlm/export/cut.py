@@ -16,12 +16,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from castlm.architecture import context_length, eval_mode, linearize_
 from castlm.core.errors import InputError
 from castlm.core.pattern import Heads, Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears, transformer_blocks
 from castlm.core.structured import Structured
 from castlm.export.cut_sizes import check_family, cut_pattern, sizes_after, sizes_of
+from castlm.models.architecture import context_length, eval_mode, linearize_
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit, between the masked model and the one that is cut, in

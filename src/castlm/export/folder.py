@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.files.reading import check_regular, read_json_object
+from castlm.files.stored import INDEX, SINGLE, StoredTensor, read_header, read_weight_map, shard_files
 from castlm.inference import format as packed
-from castlm.layout import QUANT_METHOD
-from castlm.reading import check_regular, read_json_object
-from castlm.stored import INDEX, SINGLE, StoredTensor, read_header, read_weight_map, shard_files
+from castlm.models.layout import QUANT_METHOD
 
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|pkl|pickle|onnx|tflite|mar|distcp|ot)$"

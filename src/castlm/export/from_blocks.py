@@ -26,8 +26,8 @@ from castlm.export.hf import (
 )
 from castlm.export.stream import write_safetensors
 from castlm.export.verify import verify
-from castlm.files import atomic_dir
-from castlm.reading import user_path
+from castlm.files.atomic_dir import atomic_dir
+from castlm.files.reading import user_path
 
 
 def export_blocks(

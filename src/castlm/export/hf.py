@@ -18,8 +18,6 @@ import torch
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from castlm.architecture import eval_mode
-from castlm.conversion import stored_shapes
 from castlm.core.blocks import is_block_linear, is_stacked_experts
 from castlm.core.errors import InputError
 from castlm.core.experts import is_layer
@@ -30,10 +28,13 @@ from castlm.export.cut import check_cut, cut_model
 from castlm.export.cut_sizes import cut_pattern
 from castlm.export.report import VerifyReport
 from castlm.export.verify import verify
-from castlm.files import add_file_list, atomic_dir, atomic_write_json, unused_name
-from castlm.models import copy_processor, load_model, parameters_in, save_model
-from castlm.reading import user_path
-from castlm.stored import INDEX
+from castlm.files.atomic_dir import add_file_list, atomic_dir, unused_name
+from castlm.files.atomic_file import atomic_write_json
+from castlm.files.reading import user_path
+from castlm.files.stored import INDEX
+from castlm.models.architecture import eval_mode
+from castlm.models.conversion import stored_shapes
+from castlm.models.io import copy_processor, load_model, parameters_in, save_model
 from castlm.versions import model_versions
 
 SCHEMA_VERSION = 1

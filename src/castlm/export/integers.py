@@ -13,12 +13,12 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.core.masks import unpack_mask
 from castlm.export.stream import write_safetensors
-from castlm.files import atomic_file, atomic_write_json
+from castlm.files.atomic_file import atomic_file, atomic_write_json
+from castlm.files.reading import read_json_object
 from castlm.inference import format
 from castlm.inference.format import PackedSpec
 from castlm.inference.packed import PackedTensor, pack_integers
 from castlm.inference.rounding import Rounded
-from castlm.reading import read_json_object
 
 
 def store_integers(folder: str | Path, layers: Mapping[str, Rounded]) -> int:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from castlm.core.blocks import is_block_linear, is_stacked_experts, is_tower
 from castlm.core.errors import InputError
-from castlm.layout import stored_transposed
-from castlm.stored import StoredTensor
+from castlm.files.stored import StoredTensor
+from castlm.models.layout import stored_transposed
 
 Config = Mapping[str, Any]
 Shape = tuple[int, int]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from castlm.core.errors import InputError
-from castlm.opening import quiet_transformers
+from castlm.models.opening import quiet_transformers
 
 
 def check_on_meta(folder: Path) -> set[str]:

@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from castlm.architecture import shape_model
-from castlm.conversion import as_stored, possible_names
 from castlm.core.blocks import is_block_linear, is_stacked_experts
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS, STORED, STORED_NAMES
 from castlm.export.folder import read_config, stored_tensors
 from castlm.export.layers import check_layers
 from castlm.export.verify import left_dense_reason, read_left_dense
+from castlm.files.stored import StoredTensor
 from castlm.inference import format
 from castlm.inference.convert import can_pack_tables
 from castlm.inference.format import PackedSpec
-from castlm.layout import experts_input_axis, guess_model_type, stored_transposed
-from castlm.opening import open_config
-from castlm.stored import StoredTensor
+from castlm.models.architecture import shape_model
+from castlm.models.conversion import as_stored, possible_names
+from castlm.models.layout import experts_input_axis, guess_model_type, stored_transposed
+from castlm.models.opening import open_config
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,15 @@ from castlm.export.packed_card import packed_card, unpacked_card
 from castlm.export.stream import write_safetensors
 from castlm.export.unit_count import groups_of, tiles_of
 from castlm.export.verify import verify
-from castlm.files import atomic_dir, atomic_write_json
+from castlm.files.atomic_dir import atomic_dir
+from castlm.files.atomic_file import atomic_write_json
+from castlm.files.reading import read_json_object, user_path
+from castlm.files.stored import INDEX, SINGLE
 from castlm.inference import format
 from castlm.inference.format import PackedSpec
 from castlm.inference.packed import PackedTensor, equal_as_packed, pack, pack_integers, unpack
 from castlm.inference.rounding import round_rows
-from castlm.layout import QUANT_METHOD
-from castlm.reading import read_json_object, user_path
-from castlm.stored import INDEX, SINGLE
+from castlm.models.layout import QUANT_METHOD
 
 Progress = Callable[[int, int], None]
 

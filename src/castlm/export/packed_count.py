@@ -10,8 +10,8 @@ import numpy as np
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM
 from castlm.export.report import LayerReport
+from castlm.files.stored import FLOATS, StoredTensor, byte_chunks, count_non_finite, magnitude_chunks
 from castlm.inference.format import PackedSpec, read_specs
-from castlm.stored import FLOATS, StoredTensor, byte_chunks, count_non_finite, magnitude_chunks
 
 
 class Packed(NamedTuple):

@@ -12,8 +12,8 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Blocks, Channels, Combined, Heads, Pattern
 from castlm.export.cut_sizes import cut_pattern, sizes_after, sizes_of
 from castlm.export.report import LayerReport, VerifyReport
-from castlm.reading import read_json_object, user_path
-from castlm.stored import StoredTensor, magnitude_chunks
+from castlm.files.reading import read_json_object, user_path
+from castlm.files.stored import StoredTensor, magnitude_chunks
 
 _SAME = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
 """Fields in which a model that is cut does not differ from its base."""

@@ -25,9 +25,9 @@ from castlm.export.layers import check_layers
 from castlm.export.packed_count import Packed, count_packed_layer, take_packed
 from castlm.export.report import LayerReport, VerifyReport
 from castlm.export.unit_count import base_config, count_tiles, count_units, groups_of, tiles_of
-from castlm.layout import OLD_BUFFERS, experts_input_axis, guess_model_type, stored_transposed
-from castlm.reading import read_json_object, user_path
-from castlm.stored import FLOATS, SINGLE, StoredTensor, count_non_finite, magnitude_chunks, non_finite_of
+from castlm.files.reading import read_json_object, user_path
+from castlm.files.stored import FLOATS, SINGLE, StoredTensor, count_non_finite, magnitude_chunks, non_finite_of
+from castlm.models.layout import OLD_BUFFERS, experts_input_axis, guess_model_type, stored_transposed
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
 """Ends of tensor names that hold a packed weight: of GPTQ and AWQ, compressed-tensors, torchao."""

@@ -68,10 +68,10 @@ def shapes_of(name: str, trust_remote_code: bool = False, cut: Pattern | None = 
         cut: a pattern whose channels or heads are cut out first.
 
     Raises:
-        InputError: as `castlm.opening.open_config`, or a family that `cut` is not for.
+        InputError: as `castlm.models.opening.open_config`, or a family that `cut` is not for.
     """
-    from castlm.architecture import shape_model
-    from castlm.opening import open_config
+    from castlm.models.architecture import shape_model
+    from castlm.models.opening import open_config
 
     config = open_config(name, trust_remote_code=trust_remote_code)
     if cut is not None:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from castlm.conversion import loaded_name, stored_rows
 from castlm.core.errors import InputError
 from castlm.core.experts import PROJECTIONS, ExpertLinear
 from castlm.inference.format import PackedSpec
 from castlm.inference.layers import PackedLinear, PackedModule
 from castlm.inference.packed import PackedTensor, unpack
+from castlm.models.conversion import loaded_name, stored_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

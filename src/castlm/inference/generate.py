@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextStreamer
 
-from castlm.architecture import context_length
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
 from castlm.data.images import prepare, read_image
 from castlm.hardware import choose_device, has_fast_bf16
 from castlm.inference.decode import ONE_SEQUENCE, TokenTimes, decoding_method
-from castlm.models import load_weights, unpack_on_load_
-from castlm.opening import open_model
+from castlm.models.architecture import context_length
+from castlm.models.io import load_weights, unpack_on_load_
+from castlm.models.opening import open_model
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def load_to_generate(
         say: as for `dtype_to_run`; told in a line that a packed model is unpacked, too.
 
     Raises:
-        InputError: as `castlm.opening.open_model`, damaged packed files, weights that `load_weights` refuses, or a
-            token id of another type in the generation config.
+        InputError: as `castlm.models.opening.open_model`, damaged packed files, weights that `load_weights` refuses, or
+            a token id of another type in the generation config.
     """
     device = choose_device(device)
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
@@ -107,7 +107,7 @@ def encode_with_images(
     """A prompt about images: its token ids (1, num_tokens), and what the model's forward takes beside them.
 
     Args:
-        processor: as `castlm.opening.open_processor` gives it.
+        processor: as `castlm.models.opening.open_processor` gives it.
         paths: of the images, which come before the text in the user's turn.
         raw: take the prompt as it is; it holds what stands for the images then.
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOAT_NAMES, STORED
+from castlm.files.stored import StoredTensor, read_bytes
 from castlm.inference import native
 from castlm.inference.format import PackedSpec
 from castlm.inference.op import packed_linear
 from castlm.inference.packed import PackedTensor, unpack
-from castlm.stored import StoredTensor, read_bytes
 
 _ALIGNMENT = 64
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from castlm.architecture import eval_mode
-from castlm.conversion import stored_rows, stored_shapes
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, SparseLayer
 from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.inference.rounding import KINDS, Rounded, round_int4, round_rows
+from castlm.models.architecture import eval_mode
+from castlm.models.conversion import stored_rows, stored_shapes
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.inputs import ExpertInputs, LayerInput, check_finite_input, check_plain_weights, see_inputs
 from castlm.oneshot.options import check_damping

@@ -19,17 +19,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from castlm.conversion import loaded_name, possible_names
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS, STORED
+from castlm.files.stored import read_header
 from castlm.inference import native
 from castlm.inference.convert import can_pack_tables, onto_kernels_
 from castlm.inference.experts import replace_experts_, take_stacks_apart_, unpack_experts_
 from castlm.inference.format import FILE, VERSION, PackedSpec, read_specs
 from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule
-from castlm.layout import QUANT_METHOD
-from castlm.stored import read_header
+from castlm.models.conversion import loaded_name, possible_names
+from castlm.models.layout import QUANT_METHOD
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

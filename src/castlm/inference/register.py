@@ -27,7 +27,7 @@ def register() -> None:
 
 def _register_now(auto: ModuleType) -> None:
     from castlm.inference.quantizer import CastlmConfig, CastlmQuantizer
-    from castlm.layout import QUANT_METHOD
+    from castlm.models.layout import QUANT_METHOD
 
     if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(QUANT_METHOD)(CastlmConfig)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.sparsify import weight_parameter
-from castlm.files import atomic_dir
+from castlm.files.atomic_dir import atomic_dir
 from castlm.methods.adapters import add_adapter_, masked_lora_config, shira_config
 from castlm.methods.base import MethodConfig
 from castlm.methods.finetune import Finetune

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from castlm.architecture import eval_mode
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, SparseLayer
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.models.architecture import eval_mode
 from castlm.oneshot.block_basis import Change, Statistic, Statistics, turn_mlps_, turn_values_
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.families import Block, Wiring, describe

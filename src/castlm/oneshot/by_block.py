@@ -20,16 +20,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from castlm.architecture import eval_mode
 from castlm.core.errors import InputError
 from castlm.core.experts import SparseLayer
 from castlm.core.pattern import NM
 from castlm.core.sparsify import sparse_linears
-from castlm.disk import disk_full_is_said
 from castlm.distributed.loading import Checkpoint
 from castlm.export.hf import dtype_name, equal_in_bits
-from castlm.files import atomic_file, atomic_write_json, flush_file, is_whole, read_json_mapping, size_and_crc
-from castlm.layout import stored_transposed
+from castlm.files.atomic_file import (
+    atomic_file,
+    atomic_write_json,
+    flush_file,
+    is_whole,
+    read_json_mapping,
+    size_and_crc,
+)
+from castlm.files.disk import disk_full_is_said
+from castlm.models.architecture import eval_mode
+from castlm.models.layout import stored_transposed
 from castlm.oneshot.basis import BasisReport, BlockTurns, block_statistics, wiring_or_note
 from castlm.oneshot.block_basis import Change
 from castlm.oneshot.dense_twin import DenseTwin

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from castlm.architecture import context_length
 from castlm.core.errors import InputError
+from castlm.models.architecture import context_length
 
 
 def calibration_length(model: PreTrainedModel) -> int:

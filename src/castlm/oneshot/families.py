@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from castlm.architecture import is_vision_language
 from castlm.core.errors import InputError
+from castlm.models.architecture import is_vision_language
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Layout:
 
 
 def describe(model: PreTrainedModel) -> Wiring:
-    """The wiring of a model whose `Conv1D` are `nn.Linear` already (`castlm.models.load_model` sees to that).
+    """The wiring of a model whose `Conv1D` are `nn.Linear` already (`castlm.models.io.load_model` sees to that).
 
     Raises:
         InputError: a family that is not known here, or a variant of one whose blocks are put together otherwise.

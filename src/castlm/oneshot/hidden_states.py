@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from castlm.files import flush_file
+from castlm.files.atomic_file import flush_file
 
 
 class HiddenStates(MutableSequence[Tensor]):

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from castlm.architecture import eval_mode
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, SparseLayer
 from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.models.architecture import eval_mode
 from castlm.oneshot.admm import improve_masks
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.dense_twin import DenseTwin, Shift

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from castlm.architecture import eval_mode
 from castlm.core.errors import InputError
 from castlm.core.pattern import Blocks, Combined, Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.core.structured import Structured
+from castlm.models.architecture import eval_mode
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.inputs import check_finite_weight, check_plain_weights, check_reached
 from castlm.oneshot.options import check_damping

@@ -26,12 +26,12 @@ from transformers import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from castlm.architecture import backbone, linearize_
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import transformer_blocks
 from castlm.distributed.sharding import beside_linears, is_gathered_narrow
+from castlm.models.architecture import backbone, linearize_
 
 # HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
 _ATTENTION = "castlm_causal_sdpa"

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.disk import disk_full_is_said
-from castlm.files import atomic_file
+from castlm.files.atomic_file import atomic_file
+from castlm.files.disk import disk_full_is_said
 from castlm.planning.law import Law, interval
 from castlm.planning.points import Point
 

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from castlm.architecture import is_vision_language, shape_model
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, SparseLayer, num_weights
@@ -23,9 +22,10 @@ from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_linears
 from castlm.export.cut import check_cut
-from castlm.opening import check_num_layers
+from castlm.files.reading import read_json_object, user_path
+from castlm.models.architecture import is_vision_language, shape_model
+from castlm.models.opening import check_num_layers
 from castlm.planning.activations import Saved, Settings, block_kinds, trace
-from castlm.reading import read_json_object, user_path
 
 GIB = 2**30
 WORLD_SIZES = tuple(2**i for i in range(13))

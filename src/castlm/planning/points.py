@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.owned import command_of
+from castlm.files.owned import command_of
+from castlm.files.reading import parse_json, read_text, user_path
 from castlm.progress import note
-from castlm.reading import parse_json, read_text, user_path
 from castlm.training.verdict import MEASURED_ALIKE, final_perplexity, problem
 
 # The first name of each pair is a CSV column's, the second what a run's castlm.json calls the same thing.

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from castlm.architecture import auto_class, backbone, linearize_conv1d_
 from castlm.core.blocks import in_block
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
@@ -23,6 +22,7 @@ from castlm.core.experts import linearize_experts_
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.hardware import resident_memory
+from castlm.models.architecture import auto_class, backbone, linearize_conv1d_
 from castlm.oneshot.admm import ADMM_ROWS
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS

@@ -17,14 +17,14 @@ from castlm.compare.plan import Plan, Say
 from castlm.compare.presets import RETRAINING
 from castlm.compare.runs import read_record
 from castlm.core.errors import InputError
-from castlm.files import atomic_write_json
+from castlm.files.atomic_file import atomic_write_json
+from castlm.files.output import continued
+from castlm.files.owned import discard
+from castlm.files.reading import read_json_object
+from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS
-from castlm.output import continued
-from castlm.owned import discard
 from castlm.planning.budgets import check_budgets, geometric_budgets, listed_budgets
-from castlm.reading import read_json_object
 from castlm.training.config import flatten
-from castlm.yaml_file import read_yaml_mapping
 
 if TYPE_CHECKING:
     from castlm.planning.law import Law

@@ -16,14 +16,14 @@ import numpy as np
 
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
+from castlm.files.reading import user_path
+from castlm.files.yaml_file import read_yaml_mapping
 from castlm.planning.fit import fit_law
 from castlm.planning.law import Law, interval
 from castlm.planning.points import Point
 from castlm.planning.solve import SAME_BUDGET
-from castlm.reading import user_path
 from castlm.training.config import flatten
 from castlm.training.metrics_file import read_evaluations
-from castlm.yaml_file import read_yaml_mapping
 
 MIN_POINTS = 3
 MIN_SPREAD = 1.2

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.owned import is_of_run
-from castlm.reading import read_json_object
+from castlm.files.owned import is_of_run
+from castlm.files.reading import read_json_object
+from castlm.files.yaml_file import read_yaml_mapping
 from castlm.training.config import flatten
 from castlm.training.metrics_file import read_metrics
-from castlm.yaml_file import read_yaml_mapping
 
 
 @dataclass(frozen=True)

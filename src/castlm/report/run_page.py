@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.files import atomic_write_text
+from castlm.files.atomic_file import atomic_write_text
+from castlm.files.reading import read_bytes
 from castlm.methods.table import METHODS
-from castlm.reading import read_bytes
 from castlm.report import run_charts
 from castlm.report.html import render
 from castlm.report.run_data import RunData

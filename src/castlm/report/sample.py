@@ -12,10 +12,10 @@ from castlm.core.errors import InputError
 from castlm.data.chat import with_template
 from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
-from castlm.files import atomic_write_json
+from castlm.files.atomic_file import atomic_write_json
+from castlm.files.reading import read_json_object
 from castlm.inference.decode import ONE_SEQUENCE
-from castlm.models import load_model
-from castlm.reading import read_json_object
+from castlm.models.io import load_model
 from castlm.report.run_data import RunData
 from castlm.training.config import weighted_texts
 

@@ -24,9 +24,16 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from castlm.core.errors import InputError
-from castlm.disk import is_disk_full
 from castlm.distributed.world import World
-from castlm.files import atomic_write_json, flush_folder, is_whole, plain_json, read_json_mapping, size_and_crc
+from castlm.files.atomic_file import (
+    atomic_write_json,
+    flush_folder,
+    is_whole,
+    plain_json,
+    read_json_mapping,
+    size_and_crc,
+)
+from castlm.files.disk import is_disk_full
 from castlm.training.checkpoint_storage import DATA_FILE, METADATA, JsonReader, JsonWriter
 from castlm.training.config import FREE_ON_RESUME
 

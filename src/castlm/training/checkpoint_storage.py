@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from castlm.core.errors import InputError
-from castlm.files import atomic_write_json, read_json_mapping
+from castlm.files.atomic_file import atomic_write_json, read_json_mapping
 
 METADATA = "metadata.json"
 DATA_FILE = re.compile(r"__\d{1,6}_\d{1,6}\.distcp")

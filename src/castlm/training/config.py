@@ -17,6 +17,7 @@ from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import check_complete, checked, choices_of, convert, hints_of, label, unknown
+from castlm.files.yaml_file import read_yaml_mapping, to_yaml
 from castlm.methods.table import METHODS
 from castlm.oneshot.options import CALIBRATED, UNIT_SCORES, Refinements, default_start, part_of
 from castlm.training.sections import (
@@ -32,7 +33,6 @@ from castlm.training.sections import (
     StartOptions,
     TeacherOptions,
 )
-from castlm.yaml_file import read_yaml_mapping, to_yaml
 
 Layer = tuple[str, Mapping[str, Any]]
 """Where values come from, and the values by name."""

@@ -12,7 +12,7 @@ from castlm.core.errors import InputError
 from castlm.export.folder import read_manifest
 from castlm.export.verify import read_left_dense
 from castlm.fields import essential, positional
-from castlm.locate import cached_snapshot, locate
+from castlm.models.locate import cached_snapshot, locate
 from castlm.training.config import TrainConfig, section_fields
 from castlm.training.sections import MethodOptions, StartOptions
 

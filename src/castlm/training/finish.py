@@ -13,7 +13,6 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
-from castlm.architecture import auto_class, linearize_
 from castlm.core.pattern import Pattern
 from castlm.core.scaling import UnfoldedWarning, fold_weight_scaling
 from castlm.core.sparsify import prune_
@@ -23,10 +22,12 @@ from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.cut_sizes import cut_pattern
 from castlm.export.hf import export_model
-from castlm.files import atomic_dir, atomic_write_json
+from castlm.files.atomic_dir import atomic_dir
+from castlm.files.atomic_file import atomic_write_json
 from castlm.hardware import peak_memory
 from castlm.methods.table import METHODS
-from castlm.models import parameters_in, save_dtype, save_model
+from castlm.models.architecture import auto_class, linearize_
+from castlm.models.io import parameters_in, save_dtype, save_model
 from castlm.oneshot.options import UNIT_SCORES
 from castlm.oneshot.solvers import SOLVERS
 from castlm.training.config import TrainConfig

@@ -10,7 +10,7 @@ from typing import Any
 from castlm.core.errors import InputError, is_out_of_memory
 from castlm.distributed.world import DIAGNOSIS_S, World, closing, init_world, is_of_a_collective
 from castlm.export.hub import check_login, push
-from castlm.output import claimed
+from castlm.files.output import claimed
 from castlm.progress import note
 from castlm.training.config import TrainConfig
 from castlm.training.finetune import with_left_dense

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.reading import read_text, user_path
+from castlm.files.reading import read_text, user_path
 
 HISTOGRAM_EDGES = tuple(10 ** (quarter / 4) for quarter in range(-48, 5))
 """Edges of the bins of a `masked_histogram`: 1e-12 to 10, four bins to a decade."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from castlm.architecture import backbone, check_head, output_head
 from castlm.core.blocks import is_tower
 from castlm.core.distill import DistillationLoss, distillation_loss
 from castlm.core.errors import InputError
@@ -22,6 +21,7 @@ from castlm.core.hidden import hidden_distance, in_stream_basis
 from castlm.core.sparsify import transformer_blocks
 from castlm.core.top_tokens import TopTokens, top_tokens
 from castlm.data.positions import document_mask
+from castlm.models.architecture import backbone, check_head, output_head
 from castlm.training.teacher_cache import TeacherCache
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from castlm.architecture import vocab_size
 from castlm.core.adams import AdamS
 from castlm.core.decay import decay_alpha
 from castlm.core.errors import DivergedError, InputError
@@ -26,6 +25,7 @@ from castlm.distributed.sharding import average_gradients_, sum_over_replicas_
 from castlm.distributed.world import World
 from castlm.hardware import autocast, peak_memory
 from castlm.methods.base import Retraining
+from castlm.models.architecture import vocab_size
 from castlm.training.checkpoint import Saver, check_same_run, checkpoint_steps, load_checkpoint, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import TrainedRun

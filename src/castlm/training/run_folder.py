@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.disk import disk_full_is_said
 from castlm.distributed.world import World
-from castlm.files import atomic_file, atomic_write_json, flush_folder, write_flushed
-from castlm.output import read_result
-from castlm.owned import OUTPUT, PROBE, RESULT, command_of, discard, is_of_a_start, is_of_run, read_record
+from castlm.files.atomic_file import atomic_file, atomic_write_json, flush_folder, write_flushed
+from castlm.files.disk import disk_full_is_said
+from castlm.files.output import read_result
+from castlm.files.owned import OUTPUT, PROBE, RESULT, command_of, discard, is_of_a_start, is_of_run, read_record
+from castlm.files.reading import user_path
+from castlm.files.yaml_file import read_yaml_mapping
 from castlm.progress import note
-from castlm.reading import user_path
 from castlm.training.checkpoint import check_same_run, checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
-from castlm.yaml_file import read_yaml_mapping
 
 _ASIDE = "replaced"
 _STAYS = (OUTPUT, "model", _ASIDE)  # castlm-output.json is replaced by the new run's

@@ -15,7 +15,6 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from castlm.architecture import vocab_size
 from castlm.core.adams import AdamS
 from castlm.core.budget import DecayBudget, decay_budget
 from castlm.core.decay import DECAYS
@@ -33,6 +32,7 @@ from castlm.export.hf import check_export
 from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, describe, why_slow
 from castlm.methods.base import Retraining
 from castlm.methods.table import class_of
+from castlm.models.architecture import vocab_size
 from castlm.training.config import TrainConfig
 from castlm.training.effects import without_effect
 from castlm.training.metrics import Evaluator

@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from castlm.architecture import check_head, context_length, vocab_size
 from castlm.core.blocks import is_tower
 from castlm.core.errors import InputError
 from castlm.data.chat import with_template
@@ -19,7 +18,8 @@ from castlm.distributed.fingerprint import fingerprint
 from castlm.distributed.loading import Checkpoint, check_one_snapshot, open_sharded
 from castlm.distributed.world import World
 from castlm.methods.table import class_of
-from castlm.models import Loaded, load_model
+from castlm.models.architecture import check_head, context_length, vocab_size
+from castlm.models.io import Loaded, load_model
 from castlm.oneshot.stream_basis import untie_
 from castlm.training.config import TrainConfig
 

@@ -24,7 +24,7 @@ from castlm.core.unit_masks import gathers
 from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import World
 from castlm.methods.base import MethodConfig, Retraining
-from castlm.models import load_model
+from castlm.models.io import load_model
 from castlm.oneshot.options import UNIT_SCORES
 from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.start import OneshotStart, start_record

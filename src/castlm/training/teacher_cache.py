@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from castlm.core.errors import InputError
 from castlm.core.top_tokens import TopTokens
-from castlm.disk import is_disk_full
 from castlm.distributed.fingerprint import fingerprint
 from castlm.distributed.world import World
-from castlm.files import atomic_file, atomic_write_json, read_json_mapping, widen_access
+from castlm.files.atomic_file import atomic_file, atomic_write_json, read_json_mapping, widen_access
+from castlm.files.disk import is_disk_full
 from castlm.progress import note
 
 _FORMAT = 3

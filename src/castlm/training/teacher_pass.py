@@ -13,11 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from castlm.architecture import vocab_size
 from castlm.data.documents import open_documents
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.world import World, init_world
 from castlm.hardware import autocast, choose_precision
+from castlm.models.architecture import vocab_size
 from castlm.training.config import TrainConfig
 from castlm.training.objective import Objective, as_teacher_
 from castlm.training.source import open_source

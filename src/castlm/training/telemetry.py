@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 from castlm.core.errors import InputError
-from castlm.disk import is_disk_full
-from castlm.files import atomic_write_text
+from castlm.files.atomic_file import atomic_write_text
+from castlm.files.disk import is_disk_full
 from castlm.progress import Screen
 from castlm.training.trackers import Tracker
 

@@ -26,7 +26,7 @@ from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import sequences_of
-from castlm.opening import open_model, open_processor
+from castlm.models.opening import open_model, open_processor
 from castlm.progress import note
 from castlm.training.config import TrainConfig
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from castlm.core.errors import InputError
 from castlm.core.experts import linearize_experts_
 from castlm.core.head import OutputHead
-from castlm.layout import stored_transposed
+from castlm.models.layout import stored_transposed
 
 
 def is_vision_language(config: PretrainedConfig) -> bool:

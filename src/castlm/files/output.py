@@ -18,15 +18,19 @@ from typing import Any
 import filelock
 
 from castlm.core.errors import InputError
-from castlm.files import (
-    atomic_file,
-    atomic_write_json,
-    make_writable,
-    read_json_mapping,
-    refuse_taken,
-    remove_stale_temporaries,
+from castlm.files.atomic_dir import make_writable, refuse_taken, remove_stale_temporaries
+from castlm.files.atomic_file import atomic_file, atomic_write_json, read_json_mapping
+from castlm.files.owned import (
+    HOLDER,
+    LOCK,
+    OUTPUT,
+    RESULT,
+    changed_file,
+    command_of,
+    has_checkpoint,
+    is_empty,
+    read_record,
 )
-from castlm.owned import HOLDER, LOCK, OUTPUT, RESULT, changed_file, command_of, has_checkpoint, is_empty, read_record
 from castlm.progress import note
 
 
@@ -44,7 +48,7 @@ def claimed(
     The folder is made where it is missing. What it holds is not touched here.
 
     Args:
-        command: a key of `castlm.owned.LAYOUT`, or "result" for a single finished result.
+        command: a key of `castlm.files.owned.LAYOUT`, or "result" for a single finished result.
         overwrite: accept what an earlier `command` left there, if every file in it is castlm's.
         resume: accept any content; the caller checks whether it can go on from it.
         inputs: what the command reads, by option. A value that is not a local path, or a glob of such, is ignored.

@@ -24,10 +24,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
-from castlm.architecture import is_vision_language
 from castlm.core.errors import InputError
-from castlm.layout import QUANT_METHOD
-from castlm.locate import Location, find
+from castlm.models.architecture import is_vision_language
+from castlm.models.layout import QUANT_METHOD
+from castlm.models.locate import Location, find
 
 PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),

@@ -16,7 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from castlm.reading import open_regular
+from castlm.files.reading import open_regular
+from castlm.files.temporary import is_temporary
 
 RESULT = "castlm.json"
 """Record of a finished result; `files` in it maps each other file to its SHA-256."""
@@ -167,11 +168,6 @@ def _walk(folder: Path, patterns: tuple[str, ...], found: Content) -> Iterator[P
 def _matches(name: str, pattern: str) -> bool:
     names, parts = name.split("/"), pattern.split("/")
     return len(names) == len(parts) and all(map(fnmatchcase, names, parts))
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file of this name is what `castlm.files.atomic_file` writes first, left by a killed process."""
-    return name.startswith(".") and ".tmp-" in name
 
 
 def foreign_names(folder: Path) -> list[str]:

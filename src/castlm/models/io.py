@@ -1,7 +1,7 @@
 """Loads and saves Hugging Face models: a loaded model is complete and finite, a saved one has its family's layout.
 
 Where weights are missing, transformers warns and continues with random numbers; here that is an error. Between load and
-save the layers are those that `castlm.architecture.linearize_` makes.
+save the layers are those that `castlm.models.architecture.linearize_` makes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from transformers import GgufConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from castlm.architecture import auto_class, is_vision_language, linearize_
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS, STORED
-from castlm.layout import OLD_BUFFERS, QUANT_METHOD, stored_transposed
-from castlm.locate import Location, cached_snapshot, find
-from castlm.opening import (
+from castlm.files.stored import INDEX, SINGLE, read_header, read_weight_map, shard_files
+from castlm.models.architecture import auto_class, is_vision_language, linearize_
+from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD, stored_transposed
+from castlm.models.locate import Location, cached_snapshot, find
+from castlm.models.opening import (
     PROCESSOR_FILES,
     as_input_error,
     open_model,
@@ -33,7 +34,6 @@ from castlm.opening import (
     quiet,
     quiet_transformers,
 )
-from castlm.stored import INDEX, SINGLE, read_header, read_weight_map, shard_files
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from castlm.core.errors import InputError
-from castlm.reading import open_regular, parse_json, read_json_object
+from castlm.files.reading import open_regular, parse_json, read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The files that transformers loads a model from: one with all weights, or what names several."""

@@ -1,4 +1,4 @@
-"""Files and folders that are whole at any moment: a kill, a full disk or a power cut leaves the old one or the new one.
+"""Folders that are whole at any moment: a kill, a full disk or a power cut leaves the old one or the new one.
 
 Everything is written beside its final place, flushed to the disk, and renamed over it.
 """
@@ -8,25 +8,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import functools
-import json
-import math
 import os
 import secrets
 import shutil
-import socket
 import sys
 import time
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.disk import disk_full_is_said
-from castlm.owned import OUTPUT, PROBE, RESULT, discard, foreign_names, is_empty, is_temporary, list_files, read_record
+from castlm.files.atomic_file import atomic_write_json, flush_file, flush_folder, widen_access
+from castlm.files.disk import disk_full_is_said
+from castlm.files.owned import OUTPUT, PROBE, RESULT, discard, foreign_names, is_empty, list_files, read_record
+from castlm.files.temporary import stale_temporaries, temporary_name
 from castlm.progress import note
-from castlm.reading import read_json_object
 
 _PROBE_SECONDS = 60
 """A probe lives for less: one that is older was left by a killed process."""
@@ -50,7 +45,7 @@ def make_writable(folder: Path) -> None:
 def check_name(final: Path) -> None:
     """Raises `InputError` where the names that writing `final` takes beside it are too long for the file system."""
     most = os.pathconf(next(place for place in final.absolute().parents if place.exists()), "PC_NAME_MAX")
-    name = max((f"{final.name}.rejected-99", _temporary_name(final.name, "tmp")), key=lambda n: len(os.fsencode(n)))
+    name = max((f"{final.name}.rejected-99", temporary_name(final.name, "tmp")), key=lambda n: len(os.fsencode(n)))
     if (excess := len(os.fsencode(name)) - most) > 0:
         raise InputError(
             f"the name of the output folder {final.name[:20]}... is {excess} bytes too long for this file system: "
@@ -92,7 +87,7 @@ def atomic_dir(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     # A link is followed, so that the folder behind it is replaced and the link stays.
     final = Path(os.path.realpath(Path(final).expanduser()))
-    temporary = final.parent / _temporary_name(final.name, "tmp")
+    temporary = final.parent / temporary_name(final.name, "tmp")
     made: tuple[int, int] | None = None
     try:
         with disk_full_is_said(final):
@@ -157,7 +152,7 @@ def _publish(temporary: Path, final: Path, overwrite: bool) -> None:
     if not (final.is_dir() and any(final.iterdir())):
         os.rename(temporary, final)
     elif not _exchange(temporary, final):
-        aside = final.parent / _temporary_name(final.name, "old")
+        aside = final.parent / temporary_name(final.name, "old")
         os.rename(final, aside)
         try:
             os.rename(temporary, final)
@@ -187,10 +182,10 @@ def remove_stale_temporaries(parent: str | Path, name: str) -> None:
     """Removes what writers of `parent/name` that no longer live have left; a result they moved aside comes back."""
     final = Path(parent) / name
     names = os.listdir(final.parent)
-    for aside in _stale(final, "old", names):
+    for aside in stale_temporaries(final, "old", names):
         if not os.path.lexists(final):
             os.rename(aside, final)
-    for left in [*_stale(final, "tmp", names), *_stale(final, "old", names)]:
+    for left in [*stale_temporaries(final, "tmp", names), *stale_temporaries(final, "old", names)]:
         if not left.is_dir():
             left.unlink(missing_ok=True)
         elif read_record(left / RESULT).get("files") is None and not (left / OUTPUT).is_file():
@@ -203,148 +198,9 @@ def remove_stale_temporaries(parent: str | Path, name: str) -> None:
                 probe.rmdir()
 
 
-def _temporary_name(name: str, kind: str, mark: str = "") -> str:
-    """The process's number alone is not unique on a disk that machines share; `mark` tells its threads apart."""
-    return f".{name}.{kind}-{os.getpid()}{mark}@{socket.gethostname()}"
-
-
-def _stale(final: Path, kind: str, names: Iterable[str]) -> list[Path]:
-    prefix = f".{final.name}.{kind}-"
-    return [final.parent / n for n in names if n.startswith(prefix) and not _may_be_written(n[len(prefix) :])]
-
-
-def _may_be_written(writer: str) -> bool:
-    process, _, host = writer.partition("@")
-    pid, _, mark = process.partition("-")
-    if not pid.isdigit() or host != socket.gethostname():
-        return True  # a name that this module does not give, or a process that cannot be seen from here
-    return (mark != "" or int(pid) != os.getpid()) and is_alive(int(pid))
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this number runs on this machine."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True  # it runs, under another user
-    return True
-
-
 def _flush_tree(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for name in names:
             widen_access(Path(root, name), folder)
             flush_file(Path(root, name))
         flush_folder(Path(root))
-
-
-def widen_access(path: Path, folder: Path) -> None:
-    """Lets those read and write `path` who may do so in `folder`: safetensors >= 0.8 leaves a file to its owner."""
-    os.chmod(path, path.stat().st_mode | folder.stat().st_mode & 0o666)
-
-
-def flush_file(path: Path) -> None:
-    """Waits until the content of a file is on the disk."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """Flushes a folder's entries, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@functools.cache  # it takes 15 ms to list 20,000 files
-def _temporaries_in(folder: Path) -> list[str]:
-    return list(filter(is_temporary, os.listdir(folder)))
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write, renamed over it when the block ends without an error; else removed.
-
-    Not flushed to the disk: that is the writer's, where a power cut matters. What writers of `path` left that were
-    killed before this process first wrote into the folder is removed.
-    """
-    if os.path.lexists(path) and not os.path.isfile(path):  # such as /dev/stdout, a link to a pipe
-        raise InputError(f"{path} is not a regular file: name another file")
-    path = Path(os.path.realpath(path))  # of a link, the file behind it is replaced
-    with contextlib.suppress(OSError):  # one that may not be listed or removed stays
-        for left in _stale(path, "tmp", _temporaries_in(path.parent)):
-            left.unlink(missing_ok=True)
-    temporary = path.parent / _temporary_name(path.name, "tmp", f"-{secrets.token_hex(4)}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def atomic_write_json(path: str | Path, content: Any) -> None:
-    """Writes `content` as JSON, whole or not at all. A float that JSON cannot hold (inf, NaN) becomes null.
-
-    Raises:
-        InputError: the disk is full.
-    """
-    text = json.dumps(plain_json(content), indent=2, ensure_ascii=False, allow_nan=False)
-    atomic_write_text(path, text + "\n")
-
-
-def atomic_write_text(path: str | Path, text: str) -> None:
-    """Writes `text` as UTF-8 and flushes it to the disk, whole or not at all.
-
-    Raises:
-        InputError: the disk is full.
-    """
-    path = Path(path)
-    with disk_full_is_said(path):
-        with atomic_file(path) as temporary:
-            write_flushed(temporary, text)
-        flush_folder(path.parent)
-
-
-def write_flushed(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8 in place, and waits until it is on the disk."""
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def read_json_mapping(path: str | Path, remedy: str) -> dict[str, Any]:
-    """As `castlm.reading.read_json_object`, for a file that castlm itself wrote: errors end with the `remedy`."""
-    try:
-        return read_json_object(path)
-    except InputError as error:
-        raise InputError(f"{error}; {remedy}") from None
-
-
-def size_and_crc(path: Path) -> tuple[int, int]:
-    """Bytes and CRC-32 of a file, which tell a file that a crash or a disk has damaged from what was written."""
-    crc = size = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-    return size, crc
-
-
-def is_whole(path: Path, expected: Any) -> bool:
-    """Whether `path` is a regular file with the `size_and_crc` that a record expects."""
-    return path.is_file() and not path.is_symlink() and list(size_and_crc(path)) == expected
-
-
-def plain_json(content: Any) -> Any:
-    """`content` as JSON can hold it: inf and NaN become None, paths become strings, tuples lists."""
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, dict):
-        return {str(key): plain_json(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [plain_json(value) for value in content]
-    return str(content) if isinstance(content, Path) else content

