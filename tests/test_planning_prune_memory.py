@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from castlm.cli import plan_memory as command
 from castlm.core.errors import InputError
-from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions
+from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.planning.prune_memory import plan_prune_memory
 from tests.tiny import save_tiny
 
@@ -49,6 +49,36 @@ def test_more_blocks_cost_no_memory_by_block():
     plans = [plan_prune_memory(config, num_sequences=4, seq_len=32) for config in (CONFIG, deeper)]
     few, many = (plan.peak - plan.components["process"] for plan in plans)
     assert few == many
+
+
+def test_a_reconstruction_holds_a_dense_block_gradients_moments_and_the_best_weights():
+    refinements = Refinements(mask_iterations=0, refit_iterations=0, reconstruct_epochs=1)
+    plans = {
+        memory: plan_prune_memory(
+            CONFIG, memory=memory, num_sequences=4, seq_len=32, basis=PLAIN["basis"], refinements=refinements
+        )
+        for memory in ("block", "model")
+    }
+    passed = 32 * 32
+    for plan in plans.values():
+        assert plan.components["dense block"] == 4 * BLOCK
+        assert plan.components["reconstruction"] == 17 * BLOCK + 4 * passed * (4 * NEURONS + 10 * HIDDEN)
+        held = sum(plan.components[name] for name in ("process", "weights", "hidden states", "dense block"))
+        assert plan.phases["reconstruction"] == held + plan.components["reconstruction"]
+    assert plans["block"].disk == 4 * 4 * 4 * 32 * HIDDEN
+    assert plans["model"].components["hidden states"] == 3 * 4 * 4 * 32 * HIDDEN
+
+
+def test_shifted_targets_have_a_phase_and_stay_beside_the_solver():
+    shifted = plan_prune_memory(
+        CONFIG,
+        num_sequences=4,
+        seq_len=32,
+        basis=PLAIN["basis"],
+        refinements=Refinements(mask_iterations=0, refit_iterations=0, target_asymmetry=0.5),
+    )
+    assert shifted.components["targets"] == 4 * (4 * NEURONS**2 + 6 * HIDDEN * NEURONS)
+    assert shifted.components["solver"] == 4 * (6 * HIDDEN * NEURONS + 4 * NEURONS**2)
 
 
 def test_wanda_needs_vectors_only_and_magnitude_has_no_plan():
@@ -94,6 +124,14 @@ def test_the_command_prints_the_phases_and_the_peak(tmp_path, capsys):
     assert "phase: verify" in capsys.readouterr().out
     assert command.main([*arguments, "--pattern", "heads:0.5"]) == 0  # whose default is taylor
     assert "phase: gradients" in capsys.readouterr().out
+    assert command.main([*arguments, "--reconstruct-epochs", "2"]) == 0
+    assert "phase: reconstruction" in capsys.readouterr().out
+    with pytest.raises(InputError, match="reconstruct_epochs = -1 is out of range"):
+        command.main([*arguments, "--reconstruct-epochs", "-1"])
+    with pytest.raises(InputError, match="the memory of rotate residual is not known"):
+        command.main([*arguments, "--rotate", "residual"])
+    with pytest.raises(InputError, match="--reconstruct-epochs is counted with --prune alone"):
+        command.main(["--model", str(folder), "--reconstruct-epochs", "2"])
     with pytest.raises(InputError, match="--world-size is of a training run"):
         command.main([*arguments, "--world-size", "8"])
 

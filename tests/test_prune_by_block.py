@@ -70,6 +70,7 @@ def test_the_result_is_that_of_the_whole_model_bit_for_bit(tmp_path, text, famil
 def test_each_method_gives_what_it_gives_with_the_whole_model(llama, tmp_path, text, options):
     whole = prune(llama, text, tmp_path / "whole", *PLAIN, *options, memory="model")
     assert_same(whole, prune(llama, text, tmp_path / "block", *PLAIN, *options))
+    assert not (tmp_path / "block.partial").exists()
 
 
 def test_magnitude_refuses_a_text_that_it_would_not_read(llama, tmp_path, text, capsys):
@@ -222,7 +223,7 @@ def test_overwrite_goes_on_after_a_kill(llama, straight, tmp_path, text, monkeyp
 
 def test_overwrite_starts_again_with_other_options_or_a_damaged_record(llama, straight, tmp_path, text, monkeypatch):
     for damage in (False, True):
-        partial = unfinished(llama, tmp_path, text, monkeypatch, "--damping", "0.1", "--overwrite")
+        partial = unfinished(llama, tmp_path, text, monkeypatch, "--reconstruct-epochs", "1", "--overwrite")
         (partial / "notes.txt").write_text("mine")
         if damage:
             (partial / "progress.json").write_text("{")

@@ -107,6 +107,15 @@ def test_the_shifted_target_is_least_squares_towards_the_dense_output_and_the_lo
         torch.testing.assert_close(shift.target(weight, x.T @ x, asymmetry, correction), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_target_that_leaves_the_dense_weight_far_behind_is_refused():
+    x, weight = layer()
+    shift = Shift()
+    shift.input = (11 * x).T @ x
+    assert shift.target(weight, x.T @ x, 0.5, 0.0).norm() < 10 * weight.norm()
+    with pytest.raises(InputError, match="the target is more than 10 times as large as the dense weight"):
+        shift.target(weight, x.T @ x, 1.0, 0.0)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_each_refinement_brings_the_pruned_model_closer_to_the_dense_one(family):
     model = linear_model(family)

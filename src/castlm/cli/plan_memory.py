@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -11,20 +11,21 @@ from castlm.cli.options import parse, refuse_given
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.oneshot.options import UNIT_SCORES, default_start
+from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
 from castlm.training.sections import HIDDEN_WEIGHT
 
 _OF_TRAINING = ("gpu", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "scale_groups")
 _OF_TRAINING += ("gradient_checkpointing", "precision", "moments", "eta", "hidden_weight")
 """Options that say nothing of `castlm prune`."""
+_OF_PRUNE = ("memory", *(option.name for section in (BasisOptions, Refinements) for option in fields(section)))
+"""Options that the memory of a training run does not depend on, whose start holds the whole model."""
 
 _AT_LEAST_1 = {"at_least": 1}
 
 
-@dataclass
-class MemoryCommand:
-    """Predict the bytes on each rank of a run from the model's config alone; no weights are needed. The options mean
-    the same as in `castlm train`."""
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """What is planned."""
 
     model: str
     """Hugging Face folder, or a config .json such as configs/models/*.json."""
@@ -79,12 +80,18 @@ class MemoryCommand:
     gpu: str | None = None
     """Card that the run should fit on: h100, a100, ..., or a number of GiB."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCommand(Refinements, BasisOptions, MemoryOptions):  # the fields of the last base come first
+    """Predict the bytes on each rank of a run from the model's config alone; no weights are needed. The options mean
+    the same as in `castlm train`, and with --prune as in `castlm prune`."""
+
     def run(self) -> int:
         from castlm.planning.memory import plan_memory
 
         if self.prune:
             return self._run_prune()
-        refuse_given(self, ("memory",), "is of castlm prune: give --prune, or leave it out")
+        refuse_given(self, _OF_PRUNE, "is counted with --prune alone: give that too, or leave it out")
         gib = None if self.gpu is None else _gib(self.gpu)
         prunes = self._prunes()
         plan = plan_memory(
@@ -112,13 +119,16 @@ class MemoryCommand:
 
         refuse_given(self, _OF_TRAINING, "is of a training run: leave it out with --prune")
         pattern = Pattern.parse(self.pattern)
+        method = self.init_from or default_start(pattern)
         plan = plan_prune_memory(
             self.model,
             memory="model" if is_structured(pattern) else self.memory,
-            method=self.init_from or default_start(pattern),
+            method=method,
             pattern=pattern,
             num_sequences=self.calibration_sequences,
             seq_len=self.seq_len,
+            basis=part_of(self, BasisOptions),
+            refinements=part_of(self, Refinements).for_solver(method, pattern),
         )
         print(plan.table())
         return 0

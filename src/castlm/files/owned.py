@@ -65,7 +65,7 @@ LAYOUT: dict[str, tuple[str, ...]] = {
         *("text/train.jsonl", "text/held_out.jsonl", "castlm/", "dense/", "packed/"),
         *(".packed.tmp-*/**", ".packed.old-*/"),
     ),
-    "prune": ("progress.json", "hidden-*.bin", "block-*.safetensors"),
+    "prune": ("progress.json", "hidden-*.bin", "dense-*.bin", "block-*.safetensors"),
     "oneshot": ("model/", "model.rejected*/", ".model.tmp-*/**", ".model.old-*/"),
 }
 """What each command writes, relative to its output folder. `*` and `?` match within one name; a pattern that ends in

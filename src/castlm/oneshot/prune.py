@@ -106,8 +106,8 @@ def _solve_refined(
     """Solves for a shifted target, chooses better masks, and refits what is kept."""
     hessian, target = whole_hessian(statistic).clone(), dense
     if shift is not None:
-        invertible = damped(hessian, max(to.damping, MIN_DAMPING))
-        target = shift.target(dense, invertible, refinements.target_asymmetry, refinements.stream_correction)
+        factors = refinements.target_asymmetry, refinements.stream_correction
+        target = shift.target(dense, damped(hessian, max(to.damping, MIN_DAMPING)), *factors)
     pruned = solver.prune(target.clone(), statistic, to)
     weight, is_dead = pruned.weight, hessian.diagonal() == 0
     taken = damped(hessian, to.damping if pruned.damping is None else pruned.damping)

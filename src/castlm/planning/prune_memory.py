@@ -41,6 +41,35 @@ class _Read(NamedTuple):
     rows: int
     """Of all of them together."""
 
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+
+class _Model(NamedTuple):
+    """What the plan needs to know of a model."""
+
+    reads: list[_Read]
+    """Of one block."""
+    hidden: int
+    num_layers: int
+    block: int
+    """Parameters of one block."""
+    total: int
+    """Parameters of the whole model."""
+    kept: int
+    """Elements for each token that one block saves for a backward pass."""
+    vocab: int
+
+    @property
+    def outside(self) -> int:
+        """Parameters outside the blocks."""
+        return self.total - self.num_layers * self.block
+
+    @property
+    def widest(self) -> int:
+        return max(max(read.columns, read.rows) for read in self.reads)
+
 
 @dataclass(frozen=True)
 class PruneMemoryPlan:
@@ -75,12 +104,13 @@ def plan_prune_memory(
     basis: BasisOptions | None = None,
     refinements: Refinements | None = None,
 ) -> PruneMemoryPlan:
-    """The peak memory of `castlm prune` on a CPU, without the options that hold a dense twin.
+    """The peak memory of `castlm prune` on a CPU.
 
     The phases: `enter` (the text passes through the embeddings, and once through the blocks), `statistics` (the
-    inputs of a block are seen), `basis` (the neurons of its MLP are permuted), `solve`, and with the whole model in
-    memory `verify` (the result is read back beside it). Structured patterns have no `basis`, and with the method taylor
-    `gradients` (a backward pass of the whole model, whose blocks are run again). Blocks are taken to be alike.
+    inputs of a block are seen), `basis` (the neurons of its MLP are permuted), `targets` (those of the layers are
+    shifted), `solve`, `reconstruction`, and with the whole model in memory `verify` (the result is read back beside
+    it). Structured patterns have no `basis`, and with the method taylor `gradients` (a backward pass of the whole
+    model, whose blocks are run again). Blocks are taken to be alike.
 
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
@@ -88,13 +118,36 @@ def plan_prune_memory(
         method: one that reads a calibration text: "wanda" or "sparsegpt", and "wanda", "flap" or "taylor" for
             structured patterns.
         dtype: what the model is stored in.
+        basis: not with the residual stream rotated, whose statistics are not counted.
 
     Raises:
-        InputError: an unreadable config, not a causal LM, nothing to prune, or a method or memory that the pattern does
-            not have.
+        InputError: an unreadable config, not a causal LM, nothing to prune, or a method, a memory or a rotation that
+            there is no plan for.
     """
     config, basis, refinements = read_config(config), basis or BasisOptions(), refinements or Refinements()
     pattern = as_pattern(pattern)
+    _check(method, memory, pattern, basis)
+    basis.check()
+    refinements.check()
+    model = _model(config, pattern)
+    tokens = max(PASS_TOKENS_CPU // seq_len, 1) * seq_len
+    states = 4 * num_sequences * seq_len * model.hidden
+    twin = refinements.needs_dense_twin
+    parts = {
+        "process": resident_memory(),
+        "weights": 4 * (model.block if memory == "block" else model.total),
+        "hidden states": states * (3 if twin else 1) if memory == "model" else 0,  # a twin's, and those that leave it
+        **_of_a_block(model, tokens, method, pattern, basis, refinements),
+    }
+    if method == "taylor":
+        backward = max(BACKWARD_TOKENS // seq_len, 1) * seq_len
+        parts["gradients"] = 4 * model.num_layers * sum(read.size for read in model.reads)
+        parts["kept for backward"] = 4 * backward * _kept_by_model(model)
+    on_disk = states * (4 if twin else 2) if memory == "block" else 0
+    return PruneMemoryPlan(parts, _phases(parts, memory, model.outside * dtype.itemsize), on_disk)
+
+
+def _check(method: str, memory: str, pattern: Pattern, basis: BasisOptions) -> None:
     structured = is_structured(pattern)
     scores = [name for name, score in SCORES.items() if score.needs]
     known = scores if structured else [name for name, solver in SOLVERS.items() if solver.add is not None]
@@ -104,83 +157,110 @@ def plan_prune_memory(
         )
     if structured and memory == "block":
         raise InputError(f"memory 'block' is not for {pattern}, which takes the whole model: choose 'model'")
-    whole = _fake_model(config, config.get_text_config().num_hidden_layers)
-    total = sum(p.numel() for p in whole.parameters())
-    one = _fake_model(config, 1)
-    reads, block = _reads_of_a_block(one, pattern)
-    hidden = int(whole.get_input_embeddings().weight.shape[1])
-    num_layers = config.get_text_config().num_hidden_layers
-    outside = total - num_layers * block
-    tokens = max(PASS_TOKENS_CPU // seq_len, 1) * seq_len
-    widest = max(max(read.columns, read.rows) for read in reads)
-    states = 4 * num_sequences * seq_len * hidden
+    if basis.rotate == "residual":
+        raise InputError("the memory of rotate residual is not known: plan for rotate values")
+
+
+def _of_a_block(
+    model: _Model, tokens: int, method: str, pattern: Pattern, basis: BasisOptions, refinements: Refinements
+) -> dict[str, int]:
+    """Bytes of what is held for one block beside its weights, at one time or another.
+
+    Args:
+        tokens: of a forward pass.
+    """
+    structured = is_structured(pattern)
     axes = 2 if structured else SOLVERS[method].axes
-    solver = _units(reads) if structured else max(_solve(read, axes, refinements, pattern) for read in reads)
+    solver = _units(model.reads) if structured else max(_solve(r, axes, refinements, pattern) for r in model.reads)
     parts = {
-        "process": resident_memory(),
-        "weights": 4 * (block if memory == "block" else total),
-        "statistics": 4 * sum(read.columns**axes for read in reads),
-        "activations": 4 * tokens * (_BLOCKS_OF_WIDTHS * widest // 2 + 4 * hidden),
-        "hidden states": 0 if memory == "block" else states,
+        "statistics": 4 * sum(read.columns**axes for read in model.reads),
+        "activations": 4 * tokens * (_BLOCKS_OF_WIDTHS * model.widest // 2 + 4 * model.hidden),
         "solver": 4 * solver,
-        "basis": 0 if basis.is_off or structured else 4 * max(_turn(read, basis) for read in reads),
+        "basis": 0 if basis.is_off or structured else 4 * max(_turn(read, basis) for read in model.reads),
     }
-    if method == "taylor":
-        parts["gradients"] = 4 * num_layers * sum(read.columns * read.rows for read in reads)
-        parts["kept for backward"] = 4 * max(BACKWARD_TOKENS // seq_len, 1) * seq_len * _kept(one, num_layers)
-    static = parts["process"] + parts["weights"] + parts["hidden states"]
-    phases = {
-        "statistics": static + parts["statistics"] + parts["activations"],
-        "solve": static + parts["statistics"] + parts["solver"],
-    }
-    if memory == "block":
-        embeddings = outside * dtype.itemsize  # beside them stands the file that they are read from, or a block
+    if refinements.needs_dense_twin:
+        parts["dense block"] = 4 * model.block
+    if refinements.shifts_targets:
+        parts["targets"] = 4 * max(_shift(read) for read in model.reads)
+    if refinements.reconstruct_epochs:
+        # The masks, a byte each; gradients, two moments and the best weights beside what is saved for the backward
+        # pass, or beside the new best weights that replace them.
+        parts["reconstruction"] = model.block + 4 * (4 * model.block + max(tokens * model.kept, model.block))
+    return parts
+
+
+def _phases(parts: dict[str, int], memory: str, embeddings: int) -> dict[str, int]:
+    """Bytes at each moment that can be the peak; `embeddings` is all outside the blocks, as stored."""
+    held = parts["process"] + parts["weights"]
+    static = held + parts["hidden states"] + parts.get("dense block", 0)
+    seen = static + parts["statistics"]
+    phases = {"statistics": seen + parts["activations"], "solve": seen + parts["solver"]}
+    if memory == "block":  # beside the embeddings stands the file that they are read from, or a block
         phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])
     else:
-        phases["verify"] = parts["process"] + 2 * parts["weights"]
-    if method == "taylor":
-        static = parts["process"] + parts["weights"]
-        phases["gradients"] = static + parts["gradients"] + parts["kept for backward"]
+        phases["verify"] = held + parts["weights"]
+    if "gradients" in parts:
+        phases["gradients"] = held + parts["gradients"] + parts["kept for backward"]
     if parts["basis"]:
-        phases["basis"] = static + parts["statistics"] + parts["basis"]
-    return PruneMemoryPlan(parts, phases, 2 * states if memory == "block" else 0)
+        phases["basis"] = seen + parts["basis"]
+    if "targets" in parts:
+        phases["targets"] = seen + parts["targets"]
+    if "reconstruction" in parts:
+        phases["reconstruction"] = static + parts["reconstruction"]
+    return phases
 
 
 def _solve(read: _Read, axes: int, refinements: Refinements, pattern: Pattern) -> int:
     """Elements that a solver holds beside weights and statistics."""
-    size, square = read.rows * read.columns, read.columns**2
+    size, square = read.size, read.columns**2
     if axes < 2:
         return 4 * size
     # Weight as given, without dead columns, transposed, and what is lost so far; the factor of the Hessian and the
     # products with it. For what comes after, the target and the Hessian are kept beside them.
     masks, refits = refinements.mask_iterations > 0, refinements.num_refits(pattern) > 0
-    kept = int(masks or refits)
+    kept = int(masks or refits or refinements.shifts_targets)
     solve = (4 + kept) * size + (2 + kept) * square
     # For better masks, first the eigenvectors of the damped Hessian are found, then a part of the rows is solved for.
     find, solve_rows = 3 * size + 7 * square, 7 * size + 4 * min(read.rows, ADMM_ROWS) * read.columns + 3 * square
     improve = max(find, solve_rows) if masks else 0
     refit = 3 * size + 7 * min(read.rows, REFIT_ROWS) * read.columns + 2 * square if refits else 0
-    return max(solve, improve, refit)
+    shifted = size + square if refinements.shifts_targets else 0  # what they were shifted by
+    return shifted + max(solve, improve, refit)
+
+
+def _shift(read: _Read) -> int:
+    """Elements that shifted targets take beside weights and statistics while they are solved for."""
+    # The cross products with the input and the stream, the damped Hessian and its factor; the weight as given, the
+    # right side twice, the solution and the target.
+    return (read.columns**2 + read.size) + 3 * read.columns**2 + 5 * read.size
 
 
 def _units(reads: list[_Read]) -> int:
     """Elements that the choice of units and the least squares on the rest hold beside weights and statistics."""
     # The layers of a block as they were, their masks and what becomes of them; the damped Hessian and its factor.
-    return 3 * sum(read.rows * read.columns for read in reads) + 3 * max(read.columns for read in reads) ** 2
+    return 3 * sum(read.size for read in reads) + 3 * max(read.columns for read in reads) ** 2
 
 
-def _kept(model: PreTrainedModel, num_layers: int) -> int:
-    """Elements for each token of a backward pass that runs the blocks again, by a model of one block."""
-    vocab, hidden = model.get_input_embeddings().weight.shape
-    widest = max(max(p.shape) for name, p in model.named_parameters() if in_block(name))
-    # What enters each block, what a LLaMA block saves and as much of gradients, and four buffers of logits.
-    return num_layers * hidden + 2 * (_BLOCKS_OF_WIDTHS * widest + 10 * hidden) + 4 * vocab
+def _kept_by_model(model: _Model) -> int:
+    """Elements for each token of a backward pass that runs the blocks again."""
+    # What enters each block, what one block saves and as much of gradients, and four buffers of logits.
+    return model.num_layers * model.hidden + 2 * model.kept + 4 * model.vocab
 
 
 def _turn(read: _Read, basis: BasisOptions) -> int:
     """Elements that a permutation of the input's neurons holds beside weights and statistics."""
     # The permuted Hessian, and of 512 rows solved with it: a copy, its factor, that transposed, and the products.
-    return (5 * read.columns**2 + 6 * read.rows * read.columns) if basis.permute or basis.rotates_values else 0
+    return (5 * read.columns**2 + 6 * read.size) if basis.permute or basis.rotates_values else 0
+
+
+def _model(config: PretrainedConfig, pattern: Pattern) -> _Model:
+    num_layers = config.get_text_config().num_hidden_layers
+    whole, one = _fake_model(config, num_layers), _fake_model(config, 1)
+    reads, block = _reads_of_a_block(one, pattern)
+    vocab, hidden = map(int, whole.get_input_embeddings().weight.shape)
+    widest = max(max(p.shape) for name, p in one.named_parameters() if in_block(name))
+    kept = _BLOCKS_OF_WIDTHS * widest + 10 * hidden
+    return _Model(reads, hidden, num_layers, block, sum(p.numel() for p in whole.parameters()), kept, vocab)
 
 
 def _fake_model(config: PretrainedConfig, num_layers: int) -> PreTrainedModel:
