@@ -54,7 +54,7 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
 
 def demo_config(folder: Path, max_steps: int, method: str, resume: bool = False) -> TrainConfig:
     texts = folder / "text"
-    start = {"calibration_sequences": 64, "rotation_iterations": 50} if method == "castlm" else {}
+    start = {"calibration_sequences": 64, "rotation_iterations": 50, "mask_iterations": 8} if method == "castlm" else {}
     return TrainConfig(
         model=DEMO,
         dataset=str(texts / "train.jsonl"),
@@ -158,7 +158,7 @@ class DemoCommand:
     output_dir: str = "demo-output"
     """Folder for the runs and the result."""
 
-    max_steps: int = 30
+    max_steps: int = 25
     """Optimizer steps of 512 tokens, for castlm and for the dense control each."""
 
     resume: bool = False
