@@ -11,7 +11,7 @@ from castlm.core.hidden import in_stream_basis
 from castlm.core.pattern import NM
 from castlm.core.sparsify import sparse_linears
 from castlm.models.architecture import linearize_, linearize_conv1d_
-from castlm.oneshot import basis
+from castlm.oneshot import basis, permutation
 from castlm.oneshot.basis import block_statistics, change_basis_, sequences_needed
 from castlm.oneshot.families import LAYOUTS, describe
 from castlm.oneshot.options import BasisOptions, Refinements
@@ -233,6 +233,17 @@ def test_the_search_finds_the_best_of_all_groupings_of_eight_columns():
     order = find_permutation(score, NM(2, 4))
     assert sorted(order.tolist()) == list(range(8))
     assert kept_score(score[:, order], NM(2, 4)) == pytest.approx(best)
+
+
+def test_the_search_in_parts_finds_most_of_the_gain(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    score = (torch.randn(64, 256, generator=generator) * torch.randn(256, generator=generator).exp()).square()
+    whole = kept_score(score[:, find_permutation(score, NM(2, 4))], NM(2, 4))
+    monkeypatch.setattr(permutation, "_MOST_GROUPS", 16)
+    order = find_permutation(score, NM(2, 4))
+    assert sorted(order.tolist()) == list(range(256))
+    start = kept_score(score, NM(2, 4))
+    assert kept_score(score[:, order], NM(2, 4)) - start > 0.9 * (whole - start)
 
 
 def test_learned_rotations_are_rotations_and_can_keep_the_mean():
