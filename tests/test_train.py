@@ -190,6 +190,19 @@ def test_nan_loss_stops_and_keeps_the_checkpoint(llama, text, tmp_path, monkeypa
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_a_weight_that_became_nan_is_divergence_and_not_bad_input(llama, text, tmp_path, monkeypatch):
+    original = Run.train_step
+
+    def poisoned(self):
+        if self.progress.step == 2:
+            weight_parameter(next(iter(self.method.layers.values()))).data[0] = float("nan")
+        original(self)
+
+    monkeypatch.setattr(Run, "train_step", poisoned)
+    with pytest.raises(DivergedError, match=r"step 3: the weight .* contains NaN.*lower learning_rate"):
+        train(small(llama, text, tmp_path / "run", method="ste"))
+
+
 def test_budget_stops_a_run_that_cannot_reach_zero(llama, text, tmp_path):
     config = small(llama, text, tmp_path / "run", decay="proportional")
     with pytest.raises(InputError, match="horizon"):

@@ -255,7 +255,7 @@ class AdamS(Optimizer):
         self._flips, has_nan = group["pattern"].refresh_(weights, masks, bool(self._fused))
         if has_nan:
             raise DivergedError(
-                "a sparse weight is NaN, so the run has diverged: resume from a checkpoint with a lower learning rate"
+                "a sparse weight is NaN, so the run has diverged: start it again with a lower learning rate"
             )
 
     @torch.no_grad()

@@ -148,8 +148,8 @@ class Run:
         """One optimizer step, with its log line.
 
         Raises:
-            InputError: a token outside the vocabulary; a loss or gradient that is not finite; or no token has counted
-                for long.
+            DivergedError: a loss or gradient is not finite, or a weight is NaN.
+            InputError: a token outside the vocabulary; or no token has counted for long.
         """
         config, step, started = self.config, self.progress.step, time.perf_counter()
         seed = np.random.SeedSequence([config.seed, step, self.world.rank]).generate_state(1, np.uint64)
@@ -166,7 +166,7 @@ class Run:
         grad_norm = self._clip()
         if not np.isfinite([total, grad_norm]).all():
             self.saver.finish()
-            raise DivergedError(self._diverged(total, grad_norm))
+            raise DivergedError(self._diverged(f"the loss is {total} and the gradient norm {grad_norm}"))
         self.method.before_update(step)
         with self.self_check.around_step(step, self.method.mask_interval):
             self.optimizer.step()
@@ -188,7 +188,10 @@ class Run:
             num_tokens: that count in the loss, on all ranks.
         """
         objective, device = self.parts.objective, self.world.device
-        self.method.before_forward(self.progress.step)
+        try:
+            self.method.before_forward(self.progress.step)
+        except InputError as error:  # NaN has no rank among the weights of a group
+            raise DivergedError(self._diverged(str(error))) from error
         objective.hidden_weight = hidden_weight(self.progress.step, self.config)
         objective.train()
         if objective.teacher is not None:
@@ -242,13 +245,10 @@ class Run:
             torch.nn.utils.clip_grads_with_norm_(self.parts.names, self.config.max_grad_norm, norm)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-    def _diverged(self, loss: float, grad_norm: float) -> str:
+    def _diverged(self, what: str) -> str:
         whole = checkpoint_steps(self.folder.checkpoints)
-        last = f"the last good checkpoint is {whole[max(whole)]}" if whole else "there is no checkpoint yet"
-        return (
-            f"step {self.progress.step + 1}: the loss is {loss} and the gradient norm {grad_norm}; {last}; "
-            "lower learning_rate or look at the data"
-        )
+        last = f"the last checkpoint is {whole[max(whole)]}" if whole else "there is no checkpoint yet"
+        return f"step {self.progress.step + 1}: {what}; {last}; lower learning_rate or look at the data"
 
     def evaluate(self) -> None:
         """Perplexity of the forward pass as it is, and of the model as the prune would leave it now."""
