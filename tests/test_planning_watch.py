@@ -155,6 +155,14 @@ def test_a_run_that_logs_seldom_is_read_as_one_that_logs_each_step(tmp_path):
     assert [row["alpha"] for row in found] == pytest.approx([row["alpha"] for row in seen])
 
 
+def test_evaluations_that_are_not_finite_are_left_out(tmp_path):
+    seen = real_rows()[1:25]
+    rows = [{**row, "prune_now_ppl": bad} for row, bad in zip(seen, (math.inf, math.nan, None))] + seen[3:]
+    write_run(tmp_path, [line for row in rows for line in split(row)])
+    assert read_evaluations(tmp_path) == seen[3:]
+    assert watch_run(tmp_path).predicted is not None
+
+
 def test_run_folder_of_a_rival_uses_the_whole_curve(tmp_path):
     write_run(tmp_path, rows(decays=False, upto=0.6), max_steps=100, method="ste")
     assert watch_run(tmp_path).num_excluded == 0

@@ -185,6 +185,7 @@ def _write(write: Callable[[], Any], folder: Path, rank: int) -> dict[str, tuple
 
 def load_checkpoint(path: Path, tensors: dict[str, Any], world: World) -> dict[str, Any]:
     """Reads a checkpoint into `tensors`, in place, and returns its manifest. Any number of ranks may have written it.
+    Figures that were not finite are inf.
 
     Nothing in a checkpoint can run code, allocate more than the run's own tensors, or name a file outside of it.
 
@@ -210,6 +211,8 @@ def load_checkpoint(path: Path, tensors: dict[str, Any], world: World) -> dict[s
     except (CheckpointException, Exception) as error:  # whatever torch raises on a file that is not what it wrote
         failure = f"{path} cannot be read ({_first_line(error)}): remove it to resume from an older one"
     world.check_all(failure)
+    for row in manifest["figures"].values():
+        row.update({name: math.inf for name, value in row.items() if value is None})  # JSON has no infinity
     return manifest
 
 

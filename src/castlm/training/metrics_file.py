@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 
 def read_evaluations(run: str | Path) -> list[dict[str, Any]]:
-    """The evaluation rows, those with `prune_now_ppl`. Each gets the `alpha` of its step, which grows in proportion to
-    the steps done until it is 1; a run logs it every `log_steps`.
+    """The evaluation rows, those with a finite `prune_now_ppl`. Each gets the `alpha` of its step, which grows in
+    proportion to the steps done until it is 1; a run logs it every `log_steps`.
 
     Raises:
         InputError: as `read_metrics`.
@@ -59,7 +60,7 @@ def read_evaluations(run: str | Path) -> list[dict[str, Any]]:
     for row in read_metrics(run):
         if "alpha" in row:
             alpha, logged = row["alpha"], row["step"]
-        if row.get("prune_now_ppl") is not None:
+        if math.isfinite(row.get("prune_now_ppl") or math.nan):
             now = alpha if alpha is None or logged < 2 else min(1.0, alpha * ((row["step"] - 1) / (logged - 1)))
             rows.append(row if now is None else {**row, "alpha": now})
     return rows
