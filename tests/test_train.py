@@ -203,6 +203,12 @@ def test_a_weight_that_became_nan_is_divergence_and_not_bad_input(llama, text, t
         train(small(llama, text, tmp_path / "run", method="ste"))
 
 
+def test_a_last_step_that_overflows_is_divergence_and_writes_no_model(llama, text, tmp_path):
+    with pytest.raises(DivergedError, match=r"values not finite .*: the run diverged in its last steps; lower"):
+        train(small(llama, text, tmp_path / "run", max_steps=1, learning_rate=1e38, init_from="magnitude"))
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_budget_stops_a_run_that_cannot_reach_zero(llama, text, tmp_path):
     config = small(llama, text, tmp_path / "run", decay="proportional")
     with pytest.raises(InputError, match="horizon"):

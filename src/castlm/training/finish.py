@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
+from castlm.core.errors import DivergedError, InputError
 from castlm.core.pattern import Pattern
 from castlm.core.scaling import UnfoldedWarning, fold_weight_scaling
 from castlm.core.sparsify import prune_
@@ -79,6 +82,7 @@ def finish(run: TrainedRun) -> dict[str, Any]:
     """Prunes, folds, exports and verifies the model of a finished run; returns its record, the same on every rank.
 
     Raises:
+        DivergedError: the verification fails, and the perplexity of the pruned model is not finite.
         InputError: the disk is full, or the verification fails; the checkpoints are untouched.
     """
     pattern = Pattern.parse(run.config.pattern)
@@ -91,12 +95,24 @@ def finish(run: TrainedRun) -> dict[str, Any]:
     del masks
     free_training_state_(run)
     is_cut = run.is_sparse and cut_pattern(pattern) is not None  # which takes the whole model
-    if run.parts.source.stored is not None and not is_remote_code(run.model) and not is_cut:
-        record = export_sharded(sharded_result(run), finished_record(run, histogram))
-        say_result(run, record)
-        return record
-    model = gathered(run) if is_sharded(run.parts.objective) else run.model
-    return run.world.on_main(lambda: write_result(run, model, histogram), beats=True)
+    with failing_as_diverged(run):
+        if run.parts.source.stored is not None and not is_remote_code(run.model) and not is_cut:
+            record = export_sharded(sharded_result(run), finished_record(run, histogram))
+            say_result(run, record)
+            return record
+        model = gathered(run) if is_sharded(run.parts.objective) else run.model
+        return run.world.on_main(lambda: write_result(run, model, histogram), beats=True)
+
+
+@contextlib.contextmanager
+def failing_as_diverged(run: TrainedRun) -> Iterator[None]:
+    """Turns an export that fails into `DivergedError` if the last perplexity of the pruned model is not finite."""
+    try:
+        yield
+    except InputError as error:
+        if math.isfinite(run.figures[str(run.config.max_steps)].get("prune_now_ppl", 0.0)):
+            raise
+        raise DivergedError(f"{error}: the run diverged in its last steps; lower learning_rate") from error
 
 
 def free_training_state_(run: TrainedRun) -> None:
