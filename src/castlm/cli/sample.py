@@ -166,8 +166,10 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
         try:
             with shown_progress("reading with the teacher, sequences", rate="sequences/s") as progress:
                 num_sequences = fill_teacher_cache(config, progress)
-        except (KeyboardInterrupt, SystemExit):
-            note(f"the text is finished, {self.teacher_cache} is not: the same command with --resume goes on")
+        except (InputError, KeyboardInterrupt, SystemExit):
+            note(
+                f"the text is finished, {self.teacher_cache} is not: the same command with --resume goes on from there"
+            )
             raise
         serves = "any number of steps" if config.repeat_sequences else "one epoch"
         print(

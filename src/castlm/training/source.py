@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.blocks import is_tower
 from castlm.core.errors import InputError
@@ -77,15 +77,20 @@ def open_source(config: TrainConfig, world: World) -> Source:
     world.check_alike({f"other weights of {config.model}": found})
     with_template(loaded.tokenizer, config.chat_template_path)
     model = loaded.model
-    longest = context_length(model.config)
-    if longest is not None and config.seq_len > longest:
-        raise InputError(f"seq_len {config.seq_len} exceeds the model's {longest} positions: lower it")
-    vocab = vocab_size(model.config)
-    if config.teacher_top_k > vocab:
-        raise InputError(f"teacher_top_k {config.teacher_top_k} exceeds the model's {vocab} tokens: lower it")
+    check_sizes(config, model.config)
     if stored is None:
         check_head(model)
     for parameter_name, parameter in model.named_parameters():
         if is_tower(parameter_name):  # no text reaches them
             parameter.requires_grad_(False)
     return Source(loaded, stored, options, config.model, found)
+
+
+def check_sizes(config: TrainConfig, of_model: PretrainedConfig) -> None:
+    """Raises `InputError` where `config` asks for more positions or tokens than the model has."""
+    longest = context_length(of_model)
+    if longest is not None and config.seq_len > longest:
+        raise InputError(f"seq_len {config.seq_len} exceeds the model's {longest} positions: lower it")
+    vocab = vocab_size(of_model)
+    if config.teacher_top_k > vocab:
+        raise InputError(f"teacher_top_k {config.teacher_top_k} exceeds the model's {vocab} tokens: lower it")

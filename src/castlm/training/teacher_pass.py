@@ -18,9 +18,10 @@ from castlm.data.tokens import check_vocabulary
 from castlm.distributed.world import World, init_world
 from castlm.hardware import autocast, choose_precision
 from castlm.models.architecture import vocab_size
+from castlm.models.opening import open_config
 from castlm.training.config import TrainConfig
 from castlm.training.objective import Objective, as_teacher_
-from castlm.training.source import open_source
+from castlm.training.source import check_sizes, open_source
 from castlm.training.teacher_cache import TeacherCache
 from castlm.training.text import TrainingText, open_training_text
 
@@ -64,8 +65,11 @@ def check_teacher_pass(config: TrainConfig) -> None:
     """Checks what `fill_teacher_cache` needs beside the training text, before that is sampled.
 
     Raises:
-        InputError: an evaluation text that cannot be opened, or a folder that cannot be made or is no teacher cache.
+        InputError: an evaluation text that cannot be opened, a folder that cannot be made or is no teacher cache, or
+            more positions or tokens than the model has.
     """
+    of_model = open_config(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
+    check_sizes(config, of_model)
     for text in config.eval_datasets:
         open_documents(text, column=config.column)
     assert config.teacher_cache is not None
