@@ -139,7 +139,7 @@ def test_the_command_prints_the_table_and_writes_json(tmp_path, capsys):
         (["--device", "tpu"], "no record of the device 'tpu'"),
         (["--device", "a100", "--dtype", "fp8"], "a100 has no fp8"),
         (["--device", "a100", "--measure"], "--measure times the device at hand"),
-        (["--device", "a100", "--tokens", "0"], "0 tokens: give at least 1"),
+        (["--device", "a100", "--tokens", "0"], "--tokens = 0 is out of range: it must be at least 1"),
     ],
 )
 def test_the_command_complains_in_one_line(tmp_path, capsys, options, complaint):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from castlm.cli.json_report import check_json_path
@@ -26,7 +26,7 @@ class AdviseCommand:
     model: str = positional()
     """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; only its config is read."""
 
-    tokens: int = 1
+    tokens: int = field(default=1, metadata={"at_least": 1})
     """Rows that a layer sees at once: the batch size in decode, the tokens of all prompts in prefill."""
 
     dtype: Literal["bf16", "fp16", "fp32", "int8", "fp8"] = "bf16"
