@@ -310,6 +310,24 @@ def test_a_full_disk_at_the_start_leaves_no_trace(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 def test_a_command_that_can_go_on_says_so_when_it_is_stopped(stop, tmp_path, capsys):
+    def stopped():
+        with continued(tmp_path / "run", "compare") as folder:
+            (folder / "table.md").write_text("begun")
+            raise stop
+
+    with pytest.raises(stop):
+        stopped()
+    assert f"what is done is in {tmp_path / 'run'}: the same command goes on from there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, InputError])
+def test_a_folder_in_which_nothing_was_written_before_an_error_is_free_again(stop, tmp_path, capsys):
     with pytest.raises(stop), continued(tmp_path / "run", "compare"):
         raise stop
-    assert f"what is done is in {tmp_path / 'run'}: the same command goes on from there" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert "goes on from there" not in capsys.readouterr().err
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / OUTPUT).write_text('{"command": "compare"}')
+    with pytest.raises(stop), continued(tmp_path / "killed", "compare"):
+        raise stop
+    assert not list((tmp_path / "killed").iterdir())

@@ -79,6 +79,15 @@ def test_magnitude_refuses_a_text_that_it_would_not_read(llama, tmp_path, text, 
     assert "and magnitude reads none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [["--rotate", "residual"], ["--seq-len", "300"], ["--method", "flap"]])
+def test_a_prune_that_is_refused_leaves_nothing_beside_its_output(llama, tmp_path, text, options, capsys):
+    arguments = ["--model", str(llama), "--output-dir", str(tmp_path / "out"), "--calibration", text]
+    sizes = ["--num-sequences", "8", "--seq-len", "64", "--memory", "block"]
+    assert main(["prune", *arguments, *sizes, *options]) == 2
+    assert "goes on" not in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("out*")] == []
+
+
 def test_an_unfinished_prune_is_not_continued_with_another_column(llama, tmp_path, monkeypatch, capsys):
     rows = tmp_path / "rows.jsonl"
     words = [" ".join(chr(97 + (i * j) % 26) * 3 for j in range(90)) for i in range(40)]

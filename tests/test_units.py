@@ -188,11 +188,14 @@ def test_castlm_prune_cuts_and_records_the_score(files, tmp_path, capsys):
     for arguments, reason in (
         (["--pattern", "channels:0.5", "--method", "sparsegpt"], "does not rank the units"),
         (["--pattern", "2:4", "--method", "flap"], "there is no one-shot method 'flap'"),
+        (["--reconstruct-epochs", "1", "--num-sequences", "1"], "give at least 2"),
         (["--pattern", "heads:0.9"], "keeps all of 2 units"),
         (["--pattern", "channels:0.5", "--target-asymmetry", "0.5"], "which has refit_iterations alone"),
     ):
         assert prune(files, tmp_path / "no", *arguments) == 2
-        assert reason in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert reason in said
+        assert "rotated" not in said  # no work was done before
         assert not (tmp_path / "no").exists()
 
 

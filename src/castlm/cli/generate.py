@@ -65,7 +65,7 @@ class GenerateCommand:
             write=lambda text: print(printable(text, keep=LAYOUT), end="", flush=True),
             say=note,
         )
-        print()
+        print(flush=True)
         print(
             f"castlm: {done.prompt_tokens} tokens of prompt in {done.prompt_seconds:.2f} s, "
             f"{done.new_tokens} new tokens, {done.tokens_per_second:.1f} a second",

@@ -29,6 +29,7 @@ from castlm.files.owned import (
     command_of,
     has_checkpoint,
     is_empty,
+    is_of_a_start,
     read_record,
 )
 from castlm.progress import note
@@ -117,6 +118,8 @@ def _refuse_content(final: Path, command: str, overwrite: bool) -> None:
 def continued(path: str | Path, command: str) -> Iterator[Path]:
     """As `claimed`, of a folder in which `command` goes on where an earlier start of it has stopped.
 
+    After an error before anything is written in it, the folder is free again.
+
     Raises:
         InputError: as `claimed`; the folder holds something else; or a run that the earlier start has left is at work.
     """
@@ -127,8 +130,11 @@ def continued(path: str | Path, command: str) -> Iterator[Path]:
             refuse_locked(run)
         try:
             yield folder
-        except (KeyboardInterrupt, SystemExit):
-            note(f"what is done is in {folder}: the same command goes on from there")
+        except BaseException as error:
+            if all(name == OUTPUT or is_of_a_start(name) for name in os.listdir(folder)):
+                (folder / OUTPUT).unlink()
+            elif isinstance(error, (KeyboardInterrupt, SystemExit)):
+                note(f"what is done is in {folder}: the same command goes on from there")
             raise
 
 

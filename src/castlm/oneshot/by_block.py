@@ -45,7 +45,7 @@ from castlm.oneshot.hidden_states import HiddenStates
 from castlm.oneshot.prune import check_prune, dense_twin, follow_dense, prune_block, prune_layers
 from castlm.oneshot.reconstruct import Reconstruction
 from castlm.oneshot.report import LayerResult, OneshotReport
-from castlm.oneshot.solvers import SOLVERS, Settings
+from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.start import OneshotStart
 from castlm.oneshot.stored_model import StoredModel
 from castlm.oneshot.walk import BlockInputs, batch_size, block_stack
@@ -73,10 +73,6 @@ class BlockPrune:
     device: torch.device
     overwrite: bool = False
     """Start again where `folder` holds the work of a prune with other options, or a damaged record."""
-
-    @property
-    def settings(self) -> Settings:
-        return Settings(self.start.pattern, self.start.damping, 128)
 
 
 def block_file(folder: Path, index: int) -> Path:
@@ -106,7 +102,7 @@ def prune_by_block(
     _refuse(run)
     start = run.start
     layers, left_dense = sparse_linears(run.model, start.pattern, start.filter_fn)
-    check_prune(run.model, start.method, layers, run.calibration, run.settings, start.refinements)
+    check_prune(run.model, start.method, layers, run.calibration, start.settings, start.refinements)
     stack, _ = block_stack(run.model, layers)
     stored = StoredModel(run.model, run.checkpoint, stack, run.device)
     state = _State.read(run)
@@ -227,7 +223,7 @@ class _Walk:
     ) -> None:
         self.run_, self.stored, self.layers, self.state = run, stored, layers, state
         self.say, self.progress = say, progress
-        self.solver, self.to = SOLVERS[run.start.method], run.settings
+        self.solver, self.to = SOLVERS[run.start.method], run.start.settings
         self.turns = self._turns()
 
     def run(self) -> None:

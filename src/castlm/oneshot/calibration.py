@@ -62,7 +62,7 @@ def check_calibration(model: PreTrainedModel, calibration: Tensor) -> None:
     if context is not None and seq_len > context:
         raise InputError(
             f"calibration sequences of {seq_len} tokens are longer than the model's context of {context}: "
-            "make them of calibration_length(model)"
+            f"use a seq_len of at most {context}"
         )
     lowest, highest = int(calibration.min()), int(calibration.max())
     vocabulary = model.get_input_embeddings().weight.shape[0]

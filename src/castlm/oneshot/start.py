@@ -9,12 +9,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from castlm.core.combined import is_structured
 from castlm.core.pattern import Pattern
-from castlm.core.sparsify import FilterFn, is_sparse_linear
+from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.oneshot.basis import BasisReport, change_basis_
 from castlm.oneshot.options import BasisOptions, Refinements, check_damping, part_of
-from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.prune import check_prune, prune_oneshot_
 from castlm.oneshot.report import OneshotReport
+from castlm.oneshot.solvers import Settings
 from castlm.oneshot.walk import Images
 
 Progress = Callable[[int, int], None]
@@ -59,6 +61,11 @@ class OneshotStart:
         basis = part_of(options, BasisOptions)
         return cls(method=method, pattern=pattern, basis=basis, refinements=refinements, **others)
 
+    @property
+    def settings(self) -> Settings:
+        """Of n:m."""
+        return Settings(self.pattern, self.damping, 128)
+
     def change_basis_(
         self,
         model: PreTrainedModel,
@@ -68,7 +75,14 @@ class OneshotStart:
         say: Callable[[str], None],
         progress: Progress,
     ) -> BasisReport:
-        """`castlm.oneshot.basis.change_basis_` with these options."""
+        """`castlm.oneshot.basis.change_basis_` with these options, which are those of `prune_` that follows.
+
+        Raises:
+            InputError: as `prune_`, of n:m, before the work of the change of basis.
+        """
+        if not is_structured(self.pattern):
+            layers, _ = sparse_linears(model, self.pattern, self.filter_fn)
+            check_prune(model, self.method, layers, calibration, self.settings, self.refinements)
         return change_basis_(
             model,
             calibration,
