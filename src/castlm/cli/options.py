@@ -62,7 +62,11 @@ def read_arguments(
             continue
         if command := elsewhere.get(option.removeprefix("--").removeprefix("no-").replace("-", "_")):
             raise InputError(f"castlm {name} does not read {option}: leave it out, or use castlm {command}")
-        raise InputError(f"{unknown(option[2:], fields, COMMAND_LINE)} (castlm {name} --help lists the options)")
+        unnamed = [field.name for _, field in fields.values() if field.metadata.get("positional")]
+        if option[2:] in unnamed:
+            raise InputError(f"{option} is not an option: write castlm {name} {option[2:].upper()}, without --")
+        named = [field for field in fields if field not in unnamed]
+        raise InputError(f"{unknown(option[2:], named, COMMAND_LINE)} (castlm {name} --help lists the options)")
     return vars(parser.parse_args(arguments))
 
 
