@@ -331,3 +331,14 @@ def test_a_folder_in_which_nothing_was_written_before_an_error_is_free_again(sto
     with pytest.raises(stop), continued(tmp_path / "killed", "compare"):
         raise stop
     assert not list((tmp_path / "killed").iterdir())
+
+
+def test_an_interrupt_after_a_folder_to_go_on_in_is_deleted_is_passed_on(tmp_path):
+    def stopped():
+        with continued(tmp_path / "run", "compare") as folder:
+            discard(folder)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert not list(tmp_path.iterdir())

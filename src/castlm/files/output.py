@@ -131,8 +131,9 @@ def continued(path: str | Path, command: str) -> Iterator[Path]:
         try:
             yield folder
         except BaseException as error:
-            if all(name == OUTPUT or is_of_a_start(name) for name in os.listdir(folder)):
-                (folder / OUTPUT).unlink()
+            names = os.listdir(folder) if folder.is_dir() else []  # it may be deleted by now
+            if all(name == OUTPUT or is_of_a_start(name) for name in names):
+                (folder / OUTPUT).unlink(missing_ok=True)
             elif isinstance(error, (KeyboardInterrupt, SystemExit)):
                 note(f"what is done is in {folder}: the same command goes on from there")
             raise
