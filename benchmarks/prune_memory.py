@@ -1,15 +1,14 @@
 """`plan memory --prune` against what `castlm prune --memory block` takes: the peak of resident memory.
 
-Run: `python -m benchmarks.prune_memory [--shape NAME] [--layers N] [--case NAME ...] [--json OUT]` (Linux and macOS).
-The model has random bf16 weights in the shape of a Llama, one file a transformer block. Each case is a process of its
-own on the CPU, whose peak the operating system tells.
+Run: `python -m benchmarks.prune_memory [--shape NAME] [--layers N] [--case NAME ...] [--json OUT]` (Linux: the peak is
+read from /proc). The model has random bf16 weights in the shape of a Llama, one file a transformer block. Each case is
+a process of its own on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from tests.tiny import tiny_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig
 
-from benchmarks.machine import machine, write_json
+from benchmarks.machine import machine, proc_status, write_json
 
 GIB = 2**30
 SEQUENCES, SEQ_LEN = 4, 256
@@ -122,19 +121,28 @@ def predicted_peak(model: Path, options: dict[str, Any]) -> int:
 
 def measured_peak(model: Path, text: Path, out: Path, options: dict[str, Any]) -> tuple[int, float]:
     """Bytes and seconds of `castlm prune`. Exits where it fails."""
-    command = [sys.executable, "-m", "castlm", "prune", "--model", str(model), "--calibration", str(text)]
-    command += ["--output-dir", str(out), "--num-sequences", str(SEQUENCES), "--seq-len", str(SEQ_LEN)]
-    command += ["--memory", "block", "--device", "cpu"]
+    command = ["prune", "--model", str(model), "--calibration", str(text), "--output-dir", str(out)]
+    command += ["--num-sequences", str(SEQUENCES), "--seq-len", str(SEQ_LEN), "--memory", "block", "--device", "cpu"]
     for name, value in options.items():
         option = name.replace("_", "-")
         command += [f"--no-{option}"] if value is False else [f"--{option}", str(value)]
     started = time.perf_counter()
-    child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
+    child = subprocess.run(
+        [sys.executable, "-m", "benchmarks.prune_memory", "--child", *command], stdout=subprocess.PIPE
+    )
     if child.returncode:
-        sys.exit(f"{' '.join(command)} ended with {child.returncode}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), time.perf_counter() - started
+        sys.exit(f"castlm {' '.join(command)} ended with {child.returncode}")
+    return int(child.stdout.split()[-1]), time.perf_counter() - started
+
+
+def prune_here(command: list[str]) -> int:
+    """The child's part: prints the peak of its resident memory. That of a child that the system tells the parent counts
+    what the parent held when it started it."""
+    from castlm.cli.main import main as castlm
+
+    code = castlm(command)
+    print(proc_status("VmHWM"))
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -144,7 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--folder", help="for the model and the results; a temporary one by default")
     parser.add_argument("--json", metavar="OUT")
+    parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if args.child:
+        sys.exit(prune_here(args.child))
     rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)

@@ -274,4 +274,4 @@ def test_a_run_does_not_lose_its_model_to_a_quantized_one(tmp_path, capsys):
 def test_a_dense_model_needs_a_pattern(tmp_path, capsys):
     folder = save_tiny(tmp_path / "dense", "llama")
     assert main(["quantize", str(folder), "--output-dir", str(tmp_path / "out")]) == 2
-    assert "has no pattern in a castlm.json: pass --pattern 2:4" in capsys.readouterr().err
+    assert "has no pattern in a castlm.json: check the path, or pass --pattern 2:4" in capsys.readouterr().err

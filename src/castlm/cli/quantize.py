@@ -112,7 +112,8 @@ class QuantizeCommand:
         manifest = read_manifest(Path(source))
         text = self.pattern or manifest.get("pattern")
         if not isinstance(text, str):
-            raise InputError(f"{self.model} has no pattern in a castlm.json: pass --pattern 2:4")
+            why = "has no pattern in a castlm.json" if Path(source).is_dir() else "is not a folder"
+            raise InputError(f"{self.model} {why}: check the path, or pass --pattern 2:4")
         pattern = groups_of(Pattern.parse(text))
         if pattern is None:
             raise InputError(f"{self.model} is {text}, which has no n:m to keep: pass --pattern of an n:m model")
