@@ -8,12 +8,15 @@ a process of its own on the CPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +24,15 @@ import torch
 from safetensors.torch import save_file
 from tests.tiny import tiny_tokenizer
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.machine import machine, proc_status, write_json
+from castlm.cli.main import main as castlm
+from castlm.cli.options import command_line
+from castlm.cli.prune import PruneCommand
+from castlm.core.blocks import in_block
+from castlm.oneshot.options import BasisOptions, Refinements, part_of
+from castlm.planning.prune_memory import plan_prune_memory
 
 GIB = 2**30
 SEQUENCES, SEQ_LEN = 4, 256
@@ -52,14 +61,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 def write_model(folder: Path, shape: Shape, num_layers: int) -> None:
     """A model folder that is read, and was made, one transformer block at a time."""
-    head_dim = shape.hidden // shape.heads
     config = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.inner,
         num_hidden_layers=num_layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=8,
-        head_dim=head_dim,
         vocab_size=shape.vocab,
         tie_word_embeddings=True,
         dtype="bfloat16",
@@ -67,79 +74,52 @@ def write_model(folder: Path, shape: Shape, num_layers: int) -> None:
     )
     config.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    where, total = {}, 0
-    for number, tensors in enumerate(_shards(shape, num_layers)):
-        file = f"model-{number:05d}.safetensors"
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    where = {}
+    for part, names in itertools.groupby(shapes, lambda name: name.split(".")[2] if in_block(name) else name):
+        tensors = {name: random_weight(shapes[name], generator) for name in names}
+        file = f"model-{part}.safetensors"
         save_file(tensors, folder / file, {"format": "pt"})
         where |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": where}
+    index = {"metadata": {"total_size": 2 * sum(map(math.prod, shapes.values()))}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def _shards(shape: Shape, num_layers: int) -> Iterator[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-
-    def weight(*size: int) -> Tensor:
-        return torch.empty(size).normal_(std=0.02, generator=generator).bfloat16()
-
-    def gains(*names: str) -> dict[str, Tensor]:
-        return {name: torch.ones(shape.hidden, dtype=torch.bfloat16) for name in names}
-
-    yield {"model.embed_tokens.weight": weight(shape.vocab, shape.hidden), **gains("model.norm.weight")}
-    keys = 8 * shape.hidden // shape.heads
-    sizes = {
-        "self_attn.q_proj": (shape.hidden, shape.hidden),
-        "self_attn.k_proj": (keys, shape.hidden),
-        "self_attn.v_proj": (keys, shape.hidden),
-        "self_attn.o_proj": (shape.hidden, shape.hidden),
-        "mlp.gate_proj": (shape.inner, shape.hidden),
-        "mlp.up_proj": (shape.inner, shape.hidden),
-        "mlp.down_proj": (shape.hidden, shape.inner),
-    }
-    for index in range(num_layers):
-        block = f"model.layers.{index}."
-        norms = gains(f"{block}input_layernorm.weight", f"{block}post_attention_layernorm.weight")
-        yield {f"{block}{name}.weight": weight(*size) for name, size in sizes.items()} | norms
+def random_weight(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """A matrix in bf16, or the gains of a norm."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape).normal_(std=0.02, generator=generator).bfloat16()
 
 
-def predicted_peak(model: Path, options: dict[str, Any]) -> int:
-    from castlm.oneshot.options import BasisOptions, Refinements
-    from castlm.planning.prune_memory import plan_prune_memory
-
-    basis = {name: options[name] for name in ("rotate", "permute") if name in options}
-    rest = {name: value for name, value in options.items() if name not in basis}
+def predicted_peak(command: PruneCommand) -> int:
     return plan_prune_memory(
-        model,
+        command.model,
         memory="block",
-        num_sequences=SEQUENCES,
-        seq_len=SEQ_LEN,
-        basis=BasisOptions(**basis),
-        refinements=Refinements(**rest),
+        num_sequences=command.num_sequences,
+        seq_len=command.seq_len,
+        basis=part_of(command, BasisOptions),
+        refinements=part_of(command, Refinements),
     ).peak
 
 
-def measured_peak(model: Path, text: Path, out: Path, options: dict[str, Any]) -> tuple[int, float]:
-    """Bytes and seconds of `castlm prune`. Exits where it fails."""
-    command = ["prune", "--model", str(model), "--calibration", str(text), "--output-dir", str(out)]
-    command += ["--num-sequences", str(SEQUENCES), "--seq-len", str(SEQ_LEN), "--memory", "block", "--device", "cpu"]
-    for name, value in options.items():
-        option = name.replace("_", "-")
-        command += [f"--no-{option}"] if value is False else [f"--{option}", str(value)]
+def measured_peak(command: PruneCommand) -> tuple[int, float]:
+    """Bytes and seconds of the command. Exits where it fails."""
+    line = command_line("prune", command)
+    arguments = shlex.split(line)[1:]  # behind "castlm"
     started = time.perf_counter()
-    child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.prune_memory", "--child", *command], stdout=subprocess.PIPE
-    )
+    module = [sys.executable, "-m", "benchmarks.prune_memory", "--child"]
+    child = subprocess.run([*module, *arguments], stdout=subprocess.PIPE, check=False)
     if child.returncode:
-        sys.exit(f"castlm {' '.join(command)} ended with {child.returncode}")
+        sys.exit(f"{line} ended with {child.returncode}")
     return int(child.stdout.split()[-1]), time.perf_counter() - started
 
 
 def prune_here(command: list[str]) -> int:
     """The child's part: prints the peak of its resident memory. That of a child that the system tells the parent counts
     what the parent held when it started it."""
-    from castlm.cli.main import main as castlm
-
     code = castlm(command)
     print(proc_status("VmHWM"))
     return code
@@ -166,8 +146,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_model(model, SHAPES[args.shape], args.layers)
         print(f"{'case':<30}{'predicted':>12}{'measured':>12}{'ratio':>8}{'seconds':>10}")
         for number, name in enumerate(args.case):
-            predicted = predicted_peak(model, CASES[name])
-            measured, seconds = measured_peak(model, text, folder / str(number), CASES[name])
+            command = PruneCommand(
+                model=str(model),
+                calibration=str(text),
+                output_dir=str(folder / str(number)),
+                num_sequences=SEQUENCES,
+                seq_len=SEQ_LEN,
+                memory="block",
+                device="cpu",
+                **CASES[name],
+            )
+            predicted = predicted_peak(command)
+            measured, seconds = measured_peak(command)
             ratio = predicted / measured
             print(
                 f"{name:<30}{predicted / GIB:>8.2f} GiB{measured / GIB:>8.2f} GiB{ratio:>8.3f}{seconds:>10.0f}",

@@ -232,7 +232,7 @@ def _shift(read: _Read) -> int:
     """Elements that shifted targets take beside weights and statistics while they are solved for."""
     # The cross products with the input and the stream, the damped Hessian and its factor; the weight as given, the
     # right side twice, the solution and the target.
-    return (read.columns**2 + read.size) + 3 * read.columns**2 + 5 * read.size
+    return 4 * read.columns**2 + 6 * read.size
 
 
 def _units(reads: list[_Read]) -> int:
