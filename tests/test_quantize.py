@@ -132,6 +132,18 @@ def test_the_command_writes_a_verified_folder(kind, sparse_folder, tmp_path, cap
     assert ("text_sha256" in record["quantized"]) == (kind == "int4")
 
 
+@pytest.mark.parametrize("pattern", ["channels:0.75+2:4", "blocks:8x16:0.5+2:4"])
+def test_a_structured_pattern_with_groups_stays_on_record_and_verifies(pattern, tmp_path):
+    model, sparse = str(save_tiny(tmp_path / "dense", "llama")), str(tmp_path / "sparse")
+    assert main(["prune", "--model", model, "--output-dir", sparse, "--method", "magnitude", "--pattern", pattern]) == 0
+    for out, options in ((tmp_path / "plain", []), (tmp_path / "packed", ["--packed"])):
+        assert main(["quantize", sparse, "--output-dir", str(out), *options]) == 0
+        recorded = "2:4" if "blocks" in pattern and options else pattern  # a packed file holds no tiles
+        assert json.loads((out / "castlm.json").read_text())["pattern"] == recorded
+        assert recorded in (out / "README.md").read_text()
+        assert main(["verify", str(out)]) == 0
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", slow("gpt2")])
 def test_the_packed_folder_holds_the_codes_and_unpacks_to_the_quantized_model(kind, family, tmp_path):

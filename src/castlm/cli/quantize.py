@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from castlm.models.io import Loaded
 
 _NOT_PASSED_ON = (
-    *("schema_version", "versions", "proof", "left_dense", "pattern", "figures", "perplexity", "dtype", "files"),
+    *("schema_version", "versions", "proof", "left_dense", "figures", "perplexity", "dtype", "files"),
     *("packed", "quantized"),
 )
 """Entries of castlm.json that do not hold of the quantized model, or are written again."""
@@ -121,7 +121,7 @@ class QuantizeCommand:
         documents = None if self.calibration is None else open_documents(self.calibration, column=self.column)
         inputs = {"model": source, "calibration": self.calibration}
         with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
-            return self._quantize(source, manifest, pattern, documents, folder, device)
+            return self._quantize(source, {**manifest, "pattern": text}, pattern, documents, folder, device)
 
     def _quantize(
         self,
@@ -175,11 +175,13 @@ class QuantizeCommand:
         folder: Path,
     ) -> None:
         """Writes the quantized model to `folder` with castlm.json, plain or packed, and verifies it."""
+        from castlm.export.cut_sizes import cut_pattern
         from castlm.export.hf import export_model
         from castlm.files.atomic_dir import atomic_dir
         from castlm.inference.quantize import stored_layers
         from castlm.models.io import save_dtype
 
+        recorded = Pattern.parse(record["pattern"])
         with contextlib.ExitStack() as stack:
             target = folder
             if self.packed:
@@ -189,7 +191,7 @@ class QuantizeCommand:
                 loaded.model,
                 loaded.tokenizer,
                 target,
-                pattern=pattern,
+                pattern=recorded if cut_pattern(recorded) is None else pattern,  # it is cut already
                 left_dense=left_dense,
                 record=record,
                 overwrite=True,
