@@ -77,6 +77,7 @@ class Drawn:
         self.noise, self.bend, self.sign = 1e-4, {}, 1
         self.done: list[tuple[int, int]] = []
         self.kill_at = self.fail_at = self.verdict = None
+        self.failure = 2, "the disk is full"  # exit code and last line
 
     def __call__(self, arguments, log) -> int:
         config = yaml.safe_load(Path(arguments[-1]).read_text())
@@ -84,8 +85,9 @@ class Drawn:
         if len(self.done) == self.kill_at:
             raise Killed
         if len(self.done) == self.fail_at:
-            log.write_text("castlm: error: the disk is full\n")
-            return 2
+            code, said = self.failure
+            log.write_text(f"castlm: error: {said}\n")
+            return code
         tokens, seed = config["max_steps"] * STEP, config["seed"]
         self.done.append((config["max_steps"], seed))
         folder = Path(config["output_dir"]) / "model"
@@ -198,10 +200,19 @@ def test_a_failed_run_stops_the_sweep_and_is_tried_again(sweep, drawn, capsys):
     assert code == 1
     assert said["status"] == "failed"
     assert "the disk is full" in said["verdict"]
+    assert said["verdict"].endswith("; the same command goes on")
     assert len(said["steps"]) == 1
     drawn.fail_at = None
     code, said = sweep()
     assert (code, said["status"], len(drawn.done)) == (0, "predicted", 10)
+
+
+def test_the_same_command_is_no_remedy_for_a_run_that_diverged_before_its_end(sweep, drawn):
+    drawn.fail_at, drawn.failure = 0, (1, "diverged at step 7: lower learning_rate")
+    code, said = sweep()
+    assert (code, said["status"]) == (1, "failed")
+    assert "lower learning_rate" in said["verdict"]
+    assert "the same command" not in said["verdict"]
 
 
 def test_a_run_that_diverged_stops_the_sweep_and_one_that_fell_short_does_not(sweep, drawn):

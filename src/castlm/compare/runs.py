@@ -137,7 +137,8 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """The record of a run: read where it is finished, resumed where it was stopped, or run from the start.
 
     Returns:
-        The content of its castlm.json, or `{"error": one line}` when its process failed or its files have changed.
+        The content of its castlm.json, or `{"error": one line}` when its files have changed or its process failed, then
+        with its `exit_code`.
     """
     folder = run.folder(root)
     try:
@@ -167,7 +168,7 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     except InputError as error:
         return {"error": str(error)}
     if record is None or (code and record.get("verdict", {}).get("ok", True)):
-        return {"error": f"exit code {code}: {last_line(log)} (all of it: {log})"}
+        return {"error": f"exit code {code}: {last_line(log)} (all of it: {log})", "exit_code": code}
     discard(folder, below="checkpoints")
     say(f"  done in {time.monotonic() - started:.0f} s")
     return record

@@ -237,8 +237,8 @@ class Sweep:
             results = [self.plan.measure(run, self.root) for run in runs]
             for result in results:
                 if "error" in result.record:
-                    reason = f"{result.record['error']}; the same command goes on"
-                    return self.end("failed", f"stopped: {result.run}: {reason}")
+                    goes_on = "" if result.record.get("exit_code") == 1 else "; the same command goes on"  # 1: diverged
+                    return self.end("failed", f"stopped: {result.run}: {result.record['error']}{goes_on}")
                 if math.isinf(result.perplexity) or result.problem == "diverged":
                     reason = result.record.get("verdict", {}).get("reason", "it has no finite perplexity")
                     return self.end("failed", f"stopped: {result.run} diverged: {reason}; lower learning_rate")
