@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
-from benchmarks import frontier, gpu, growth, memory, structured
+from benchmarks import frontier, gap_figure, gpu, growth, memory, structured
 from benchmarks.masks import apex_mask, topk_mask
 from benchmarks.rows import Row, interleaved, ratio_row
 from safetensors.torch import load_file
 
 from castlm.cli.main import main
 from castlm.core import native
+from castlm.core.errors import InputError
 from castlm.core.pattern import nm_mask
 from castlm.distributed.world import init_world
 from castlm.inference import native as inference_native
@@ -204,3 +205,15 @@ def test_structured_patterns_have_a_table_and_speeds(tmp_path, monkeypatch, caps
     rows = structured.score_rows(str(dense), *texts, ["heads:0.5"], seeds=1, seq_len=16)
     assert {score for _, score in rows} == {"magnitude", "wanda", "flap", "taylor", "random"}
     assert all(len(values) == 2 and values[0][0] > 1 for values in rows.values())
+
+
+def test_the_figure_of_the_start_shows_the_gaps_of_its_table(tmp_path):
+    results, plot = Path(__file__).parents[1] / "docs" / "results", tmp_path / "plot.svg"
+    page = results / "stories260k-start.md"
+    gap_figure.main([str(page), "--tokens-per-step", "512", "--plot", str(plot)])
+    assert plot.read_text() == (results / "stories260k-start.svg").read_text()
+    gaps = gap_figure.read_gaps(page.read_text())
+    assert gaps["finetune, plain"][100] == 0.570
+    assert gaps["the default, cast"][6400] == 0.167
+    with pytest.raises(InputError, match="no table with a column `variant`"):
+        gap_figure.read_gaps("| variant | ppl |\n|---|---|\n| a | 3.2 (+0.570) |\n")
