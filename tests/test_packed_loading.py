@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.integrations import accelerate
 
+from castlm.cli import serve
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.sparsify import is_sparse_linear, prune_
@@ -415,12 +418,42 @@ def test_serve_refuses_an_address_before_it_loads_a_model(folders, capsys):
     assert len(said) == 3
 
 
+def test_serve_refuses_weights_that_are_missing_before_the_server_starts(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
+    incomplete = shutil.copytree(folders[0], tmp_path / "incomplete")
+    weights = load_file(incomplete / "model.safetensors")
+    lost = next(name for name in weights if "mlp" in name)
+    del weights[lost]
+    save_file(weights, incomplete / "model.safetensors", metadata={"format": "pt"})
+    assert main(["serve", str(incomplete), "--port", str(free_port())]) == 2
+    assert f"lack {lost}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (SystemExit(1), None)])
+def test_serve_ends_the_process_at_once_after_a_signal(stop, code, folders, monkeypatch):
+    registered = []
+
+    def stopped(**options):
+        raise stop
+
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "transformers.cli.serve", SimpleNamespace(Serve=stopped))
+    monkeypatch.setattr(atexit, "register", lambda *call: registered.append(call))
+    with pytest.raises(type(stop)):
+        serve.main([str(folders[1]), "--port", str(free_port())])
+    assert registered == ([] if code is None else [(os._exit, code)])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
 def test_serve_answers_the_openai_client(folders, tmp_path):
     openai = pytest.importorskip("openai", reason="the extra castlm[serve] is not installed")
     pytest.importorskip("uvicorn", reason="the extra castlm[serve] is not installed")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "castlm", "serve", str(folders[1]), "--port", str(port), "--threads", "1"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     log = (tmp_path / "log").open("w")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
+import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from castlm.cli.options import parse, result_folder, use_threads
 from castlm.core.errors import InputError
 from castlm.fields import positional
+from castlm.signals import TERMINATED
 
 
 @dataclass
@@ -34,6 +39,7 @@ class ServeCommand:
         from transformers.utils.import_utils import is_serve_available
 
         from castlm.inference.generate import dtype_to_run
+        from castlm.models.io import load_weights
         from castlm.models.opening import open_model
         from castlm.progress import note
 
@@ -49,21 +55,39 @@ class ServeCommand:
         if not tokenizer.chat_template:
             note("the model has no chat template: /v1/chat/completions and /v1/responses fail, use /v1/completions")
         use_threads(self.threads)
+        dtype = dtype_to_run(config, note)
+        # The server of transformers fills missing weights with random numbers, so they are checked first.
+        load_weights(where, config, dtype=dtype, trust_remote_code=self.trust_remote_code)
         from transformers.cli.serve import Serve
 
-        dtype = dtype_to_run(config, note)
         print(
-            f"castlm: {self.path} at http://{self.host}:{self.port}/v1, until Ctrl-C (twice while a request runs)",
+            f"castlm: model {where.target} at http://{self.host}:{self.port}/v1, until Ctrl-C (twice during a request)",
             flush=True,
         )
-        Serve(
-            force_model=where.target,
-            host=self.host,
-            port=self.port,
-            dtype=dtype,
-            trust_remote_code=self.trust_remote_code,
-        )
+        with _ending_at_once():
+            Serve(
+                force_model=where.target,
+                host=self.host,
+                port=self.port,
+                dtype=dtype,
+                trust_remote_code=self.trust_remote_code,
+            )
         return 0
+
+
+@contextlib.contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """After Ctrl-C or SIGTERM in the block, the process ends with its exit code and without Python's own clean-up.
+
+    A thread of the server that still generates would abort the process during that clean-up.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        if code in (130, TERMINATED):
+            atexit.register(os._exit, code)
+        raise
 
 
 def _check_address(host: str, port: int) -> None:
