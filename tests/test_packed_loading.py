@@ -28,7 +28,7 @@ from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.sparsify import is_sparse_linear, prune_
 from castlm.export.packed import pack_folder
-from castlm.inference import generate, native
+from castlm.inference import decode, generate, native
 from castlm.inference.convert import pack_model_
 from castlm.inference.decode import greedy
 from castlm.inference.format import FILE, read_specs, to_metadata
@@ -85,6 +85,17 @@ def test_a_tied_table_is_held_once(folders, tmp_path):
         assert not [p for p in model.parameters() if p.dim() > 1]
         exact = load_model(tmp_path / name).model
         torch.testing.assert_close(model(IDS).logits, exact(IDS).logits, rtol=0.05, atol=0.05)
+
+
+@needs_kernels
+def test_an_untied_embedding_beside_a_rounded_head_stays_in_its_dtype_and_decodes(tmp_path):
+    source = pruned_folder(tmp_path / "source", tie_word_embeddings=False)
+    pack_folder(source, tmp_path / "int8", head="int8")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    assert (model.lm_head.spec.values, model.model.embed_tokens.spec.values) == ("int8", "bf16")
+    assert decode.decoding_method(model) is not None
+    exact = load_model(tmp_path / "int8").model
+    torch.testing.assert_close(model(IDS).logits, exact(IDS).logits, rtol=0.05, atol=0.05)
 
 
 @needs_kernels

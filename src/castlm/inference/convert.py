@@ -90,18 +90,24 @@ def pack_model_(
 
 def _cast_tables_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = output is not None and output.weight is embedding.weight
+    tied = _is_tied(model)
     for table in (embedding, output):
-        if table is not None:
+        if isinstance(table, (nn.Embedding, nn.Linear)):
             table.weight = nn.Parameter(table.weight.to(dtype), requires_grad=False)
     if tied:
         output.weight = embedding.weight
 
 
-def can_pack_tables(model: PreTrainedModel) -> bool:
-    """Whether embedding and head are plain layers of torch; those that scale or cast are left as they are."""
+def _is_tied(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
-    return type(model.get_input_embeddings()) is nn.Embedding and (head is None or type(head) is nn.Linear)
+    return isinstance(head, nn.Linear) and head.weight is model.get_input_embeddings().weight
+
+
+def can_pack_tables(model: PreTrainedModel) -> bool:
+    """Whether the embedding is a plain layer of torch, and the head is one or packed already; those that scale or cast
+    are left as they are."""
+    head = model.get_output_embeddings()
+    return type(model.get_input_embeddings()) is nn.Embedding and type(head) in (type(None), nn.Linear, PackedLinear)
 
 
 def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype, head_as: str | None = None) -> None:
@@ -116,7 +122,7 @@ def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype, head_as: str | Non
     shared = None
     plain = can_pack_tables(model)
     if plain:
-        tied = head is not None and head.weight is embedding.weight
+        tied = _is_tied(model)
         table = pack_table(_packed_table(embedding.weight.detach(), head_as if tied else None), dtype)
         if tied:
             shared = PackedLinear(table.spec, head.bias)
@@ -126,7 +132,7 @@ def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype, head_as: str | Non
     if shared is not None:
         model.all_tied_weights_keys = {}  # they share a buffer from here on, not a parameter
         model.set_output_embeddings(nn.Identity())
-    elif plain and head is not None:
+    elif plain and isinstance(head, nn.Linear):
         model.set_output_embeddings(pack_linear(head, _packed_table(head.weight.detach(), head_as)))
     del embedding, head  # so that a table goes when its layer is prepared
     prepare_layers_({name: module for name, module in model.named_modules() if isinstance(module, PackedModule)})
