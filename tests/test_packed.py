@@ -442,6 +442,14 @@ def test_the_card_of_anothers_model_comes_back(card, pruned, tmp_path):
     assert (back.read_text() if back.exists() else None) == card
 
 
+def test_verify_counts_the_zeros_of_a_packed_layer_whose_width_does_not_divide(tmp_path):
+    source = pruned_folder(tmp_path / "source", intermediate_size=60)
+    pack_folder(source, tmp_path / "packed")
+    plain, packed = (verify(folder, "4:8") for folder in (source, tmp_path / "packed"))
+    assert [layer.num_zeros for layer in packed.layers] == [layer.num_zeros for layer in plain.layers]
+    assert any("does not divide by 8" in str(layer.problem) for layer in packed.layers)
+
+
 def test_a_model_that_is_not_whole_or_not_finite_is_not_packed(pruned, tmp_path):
     tensors = tensors_of(pruned)
     up, norm = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"

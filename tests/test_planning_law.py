@@ -349,6 +349,7 @@ def test_a_law_holds_for_one_base_model(base_model, dense, is_refused):
     [
         ("a.csv", "", "empty"),
         ("a.csv", "tokens,ppl\n1,2\n", "line 1: no column perplexity"),
+        ("a.csv", "tokens,perplexity,tokens\n1,2,3\n", "line 1: column tokens appears more than once"),
         ("a.csv", "tokens,perplexity\n1000,5\n2000\n", "line 3: 1 cells where the header has 2"),
         ("a.csv", "tokens,perplexity\n1000,five\n", "line 2: perplexity is 'five'"),
         ("a.csv", "tokens,perplexity\n-1000,5\n", "line 2: tokens is -1000"),

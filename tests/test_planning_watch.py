@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from castlm.core.errors import InputError
+from castlm.core.errors import DivergedError, InputError
 from castlm.planning.watch import backtest_run, extrapolate_run, watch_run
 from castlm.training.metrics_file import read_evaluations
 
@@ -161,6 +161,21 @@ def test_evaluations_that_are_not_finite_are_left_out(tmp_path):
     write_run(tmp_path, [line for row in rows for line in split(row)])
     assert read_evaluations(tmp_path) == seen[3:]
     assert watch_run(tmp_path).predicted is not None
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan, None])
+def test_a_run_whose_last_evaluation_is_not_finite_has_diverged(bad, tmp_path):
+    seen = real_rows()[1:25]
+    write_run(tmp_path, [line for row in [*seen[:-1], {**seen[-1], "prune_now_ppl": bad}] for line in split(row)])
+    with pytest.raises(DivergedError, match=f"step {seen[-1]['step']} is not finite: the run has diverged"):
+        watch_run(tmp_path, target_ppl=20.0)
+
+
+@pytest.mark.parametrize("step", [None, "5", 10**400])
+def test_a_row_without_a_step_is_named(step, tmp_path):
+    write_run(tmp_path, [{**row, "step": step} if i == 2 else row for i, row in enumerate(real_rows())])
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 3: step is .*, a number was expected"):
+        watch_run(tmp_path)
 
 
 def test_run_folder_of_a_rival_uses_the_whole_curve(tmp_path):

@@ -51,6 +51,7 @@ def count_packed_layer(tensor: StoredTensor, packed: Packed, pattern: NM) -> Lay
         layer.problem = "dense: quantized, and packed without a mask"
     elif spec.columns % pattern.m:
         layer.problem = f"its width of {spec.columns} does not divide by {pattern.m}"
+        layer.num_zeros = spec.rows * spec.columns - _nonzeros(spec, packed.parts["values"])
     else:
         counts = count_packed(spec, packed.parts, pattern.m, pattern.n)
         layer.num_groups, layer.num_violations, layer.max_nonzeros = counts.groups, counts.violations, counts.most_kept

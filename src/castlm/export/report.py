@@ -11,6 +11,9 @@ from castlm.core.pattern import Pattern
 from castlm.export.cut_sizes import unit_of
 from castlm.names import printable
 
+_DENSE = 0.1
+"""A layer that violates its pattern counts as dense if a smaller share of it is zero."""
+
 
 @dataclass
 class LayerReport:
@@ -119,7 +122,8 @@ class VerifyReport:
     @property
     def hint(self) -> str:
         """What makes layers dense that should be sparse, where there are such; else empty."""
-        dense = [layer for layer in self.sparse_layers if layer.num_violations > layer.num_groups / 2]
+        violated = [layer for layer in self.sparse_layers if layer.num_violations > layer.num_groups / 2]
+        dense = [layer for layer in violated if layer.zero_fraction < _DENSE]
         if not dense:
             return ""
         return (

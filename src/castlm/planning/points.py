@@ -169,6 +169,8 @@ def _read_csv(path: Path) -> list[Point]:
     header = _cells(*numbered[0], path)
     if missing := [name for name in ("tokens", "perplexity") if name not in header]:
         raise InputError(f"{path}, line {numbered[0][0]}: no column {' or '.join(missing)} in {','.join(header)}")
+    if twice := next((name for name in header if header.count(name) > 1), None):
+        raise InputError(f"{path}, line {numbered[0][0]}: column {twice} appears more than once: keep one of them")
     points = []
     for number, line in numbered[1:]:
         cells = _cells(number, line, path)

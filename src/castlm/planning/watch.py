@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from castlm.core.decay import DECAYS
-from castlm.core.errors import InputError
+from castlm.core.errors import DivergedError, InputError
 from castlm.files.reading import user_path
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.planning.fit import fit_law
@@ -23,7 +23,7 @@ from castlm.planning.law import Law, interval
 from castlm.planning.points import Point
 from castlm.planning.solve import SAME_BUDGET
 from castlm.training.config import flatten
-from castlm.training.metrics_file import read_evaluations
+from castlm.training.metrics_file import read_evaluations, read_metrics
 
 MIN_POINTS = 3
 MIN_SPREAD = 1.2
@@ -115,6 +115,7 @@ def watch_run(run: str | Path, target_ppl: float | None = None) -> WatchReport:
 
     Raises:
         InputError: no readable metrics.jsonl or config.yaml in it, or no evaluation yet.
+        DivergedError: the last evaluation found a perplexity that is not finite.
     """
     path = user_path(run) / "config.yaml"
     try:
@@ -123,6 +124,9 @@ def watch_run(run: str | Path, target_ppl: float | None = None) -> WatchReport:
         decay = decay if config["method"] == "cast" and DECAYS[decay].reduces else None
     except (InputError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{run} is not the folder of a run: {path} cannot be read ({error})") from error
+    last = next((row for row in reversed(read_metrics(run)) if "prune_now_ppl" in row), None)
+    if last is not None and not math.isfinite(last["prune_now_ppl"] or math.nan):
+        raise DivergedError(f"the perplexity of step {last['step']} is not finite: the run has diverged")
     return extrapolate_run(read_evaluations(run), total_steps=total_steps, target_ppl=target_ppl, decay=decay)
 
 

@@ -41,10 +41,12 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
             raise InputError(f"{path}, line {number}: not a JSON object ({reason})") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: a JSON object was expected, found {type(row).__name__}")
-        for name in _NUMBERS & row.keys():
-            is_unknown = row[name] is None and name != "step"  # a figure that was not finite
-            if not is_unknown and type(row[name]) not in (int, float):
-                raise InputError(f"{path}, line {number}: {name} is {row[name]!r}, a number was expected")
+        for name in {"step"} | _NUMBERS & row.keys():
+            value = row.get(name)
+            is_unknown = value is None and name != "step"  # a figure that was not finite
+            if not is_unknown and (type(value) not in (int, float) or (type(value) is int and abs(value) >= 2**63)):
+                shown = repr(value)[:40]
+                raise InputError(f"{path}, line {number}: {name} is {shown}, a number was expected")
         rows.append(row)
     return rows
 
