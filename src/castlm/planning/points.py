@@ -22,6 +22,8 @@ from castlm.training.verdict import MEASURED_ALIKE, final_perplexity, problem
 # The first name of each pair is a CSV column's, the second what a run's castlm.json calls the same thing.
 _TOKENS = ("tokens", "train_tokens")
 _PARAMS = ("params", "num_params")
+_COLUMNS = ("tokens", "perplexity", "params", "seed", "method", "pattern", "base_model", "dense_perplexity")
+"""What is read of a CSV; its other columns are ignored."""
 
 MAX_POINTS = 2_000
 """More rows are refused: the bootstrap refits every point 200 times, and no one has finished as many runs."""
@@ -169,7 +171,7 @@ def _read_csv(path: Path) -> list[Point]:
     header = _cells(*numbered[0], path)
     if missing := [name for name in ("tokens", "perplexity") if name not in header]:
         raise InputError(f"{path}, line {numbered[0][0]}: no column {' or '.join(missing)} in {','.join(header)}")
-    if twice := next((name for name in header if header.count(name) > 1), None):
+    if twice := next((name for name in _COLUMNS if header.count(name) > 1), None):
         raise InputError(f"{path}, line {numbered[0][0]}: column {twice} appears more than once: keep one of them")
     points = []
     for number, line in numbered[1:]:
