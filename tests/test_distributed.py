@@ -365,6 +365,22 @@ def test_an_error_of_a_rank_is_not_taken_for_the_end_of_another(gemma, text, tmp
     assert "rank 0 (or one that it names) hangs or has ended" in Path(f"{log}.1").read_text()
 
 
+@pytest.mark.parametrize(
+    ("rank", "error", "named"),
+    [
+        (0, "[Rank 0]: Ranks 1, 3 failed to pass monitoredBarrier in 10000 ms", "rank 1, 3"),
+        (0, "Read error [127.0.0.1]:1951: Connection reset by peer", "another rank"),
+        (1, "Connection closed by peer [127.0.0.1]:18819", "rank 0 (or one that it names)"),
+    ],
+)
+def test_the_main_rank_does_not_name_itself_as_the_one_that_ended(rank, error, named, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(dist, "monitored_barrier", broken)
+    assert World(rank, 4, torch.device("cpu"), object()).missing(10) == named
+
+
 # ---------------------------------------------------------------------- the run checks itself
 
 

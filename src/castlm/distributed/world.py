@@ -194,7 +194,8 @@ class World:
             dist.monitored_barrier(self.control, timeout=timeout, wait_all_ranks=True)
         except RuntimeError as error:
             found = re.search(r"[Rr]anks? ([\d, ]+?) failed to pass", str(error))
-            return f"rank {found[1]}" if found else "rank 0 (or one that it names)"
+            unnamed = "another rank" if self.is_main else "rank 0 (or one that it names)"  # of a connection that broke
+            return f"rank {found[1]}" if found else unnamed
         return ""
 
     def meet(self, where: str) -> None:
