@@ -13,20 +13,20 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from castlm.compare.plots import GAP
+from castlm.compare.plots import gap_chart
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_text
-from castlm.report.charts import WHOLE, Series, line_chart, standalone
+from castlm.report.charts import Series, standalone
 
 _STEPS = re.compile(r"([\d,]+) steps")
 _GAP = re.compile(r"\(([+-]\d\.\d+)\)$")
 
 
 def read_gaps(page: str) -> dict[str, dict[int, float]]:
-    """The gaps of the first such table in a Markdown text, by variant and number of steps.
+    """The gaps of the first such table in a Markdown text, by number of steps, of the variants that become lines.
 
     Raises:
-        InputError: there is no such table, or it has no gap.
+        InputError: there is no such table, or no variant has gaps at two numbers of steps.
     """
     lines = iter(page.splitlines())
     header = next((cells for line in lines if (cells := _cells(line))[:1] == ["variant"]), [])
@@ -37,10 +37,10 @@ def read_gaps(page: str) -> dict[str, dict[int, float]]:
         if not cells:
             break
         row = {at: float(found[1]) for at, cell in zip(steps, cells) if at and (found := _GAP.search(cell))}
-        if row:
+        if len(row) > 1:
             gaps[cells[0]] = row
     if not gaps:
-        raise InputError("the page has no table with a column `variant`, columns of steps, and gaps as (+0.570)")
+        raise InputError("the page has no table with a column `variant`, columns of steps, and two gaps as (+0.570)")
     return gaps
 
 
@@ -50,15 +50,12 @@ def _cells(line: str) -> list[str]:
 
 
 def draw(gaps: dict[str, dict[int, float]], tokens_per_step: int) -> str:
-    """An SVG file: the gap over training tokens, both axes logarithmic, a line for each variant."""
-    rows = {name: row for name, row in gaps.items() if len(row) > 1}
+    """An SVG file: the gap over training tokens, a line for each variant."""
     lines = [
         Series(name, [(steps * tokens_per_step, gap) for steps, gap in sorted(row.items())], index, marks=True)
-        for index, (name, row) in enumerate(rows.items())
+        for index, (name, row) in enumerate(gaps.items())
     ]
-    return standalone(
-        line_chart(lines, x_label="training tokens", y_label=GAP, log_x=True, log_y=True, width=WHOLE, height=360)
-    )
+    return standalone(gap_chart(lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -35,6 +35,7 @@ from castlm.inference.format import FILE, read_specs, to_metadata
 from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule
 from castlm.models.io import load_model
 from castlm.report.sample import complete
+from tests.ranks import free_port
 from tests.slow import slow
 from tests.test_packed import change, flip_bit, pruned_folder
 from tests.tiny import FAMILIES, save_tiny, tiny_model
@@ -453,12 +454,6 @@ def test_serve_ends_the_process_at_once_after_a_signal(stop, code, folders, monk
     with pytest.raises(type(stop)):
         serve.main([str(folders[1]), "--port", str(free_port())])
     assert registered == ([] if code is None else [(os._exit, code)])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_serve_answers_the_openai_client(folders, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from castlm.compare.summary import has_gap
@@ -178,8 +178,15 @@ def budgets(rows: Rows, results: list[Result]) -> Picture | None:
         of_name = [row for row in shown if row["variant"] == name]
         lines.append(Series(name, [(r["tokens"], r["gap"].mean) for r in of_name], colours[name], marks=True))
     levels = [Level(row["variant"], row["gap"].mean) for row in shown if not row["tokens"]]
+    svg = gap_chart(lines, levels)
+    caption = "Means over seeds. Dotted: one-shot methods, against the control of the largest budget."
+    return Picture("Gap over token budgets", svg, caption, wide=True)
+
+
+def gap_chart(lines: Sequence[Series], levels: Sequence[Level] = ()) -> str:
+    """Gaps to the dense control over training tokens, on a logarithmic axis where all of them are above 0."""
     values = [y for line in lines for _, y in line.points] + [level.value for level in levels]
-    svg = line_chart(
+    return line_chart(
         lines,
         x_label="training tokens",
         y_label=GAP,
@@ -189,8 +196,6 @@ def budgets(rows: Rows, results: list[Result]) -> Picture | None:
         width=WHOLE,
         height=360,
     )
-    caption = "Means over seeds. Dotted: one-shot methods, against the control of the largest budget."
-    return Picture("Gap over token budgets", svg, caption, wide=True)
 
 
 PLOTS: dict[str, Plot] = {"gaps": gaps, "losses": losses, "time": time, "histograms": histograms, "budgets": budgets}

@@ -49,41 +49,39 @@ def count_packed_layer(tensor: StoredTensor, packed: Packed, pattern: NM) -> Lay
     layer.num_non_finite = sum(map(count_non_finite, packed.parts.values()))
     if not spec.m:
         layer.problem = "dense: quantized, and packed without a mask"
-    elif spec.columns % pattern.m:
+        return layer
+    layer.num_zeros = spec.rows * spec.columns - _nonzeros(spec, packed.parts["values"])
+    if spec.columns % pattern.m:
         layer.problem = f"its width of {spec.columns} does not divide by {pattern.m}"
-        layer.num_zeros = spec.rows * spec.columns - _nonzeros(spec, packed.parts["values"])
     else:
-        counts = count_packed(spec, packed.parts, pattern.m, pattern.n)
+        counts = count_packed(spec, packed.parts["mask"], pattern.m, pattern.n)
         layer.num_groups, layer.num_violations, layer.max_nonzeros = counts.groups, counts.violations, counts.most_kept
-        layer.num_zeros = spec.rows * spec.columns - counts.nonzeros
         layer.problem = counts.damage
     return layer
 
 
 class PackedCounts(NamedTuple):
-    """What a packed tensor holds.
+    """What the mask of a packed tensor keeps.
 
     Attributes:
         groups, violations, most_kept: groups of the pattern asked for, those that keep too many, and the most in one.
-        nonzeros: kept values that are not zero.
         damage: why the mask is not one of the tensor's own pattern; None where it is.
     """
 
     groups: int
     violations: int
     most_kept: int
-    nonzeros: int
     damage: str | None
 
 
-def count_packed(spec: PackedSpec, parts: Mapping[str, StoredTensor], m: int, n: int) -> PackedCounts:
+def count_packed(spec: PackedSpec, mask: StoredTensor, m: int, n: int) -> PackedCounts:
     """Counts the groups of `m` that keep more than `n`; `m` divides the width, and `spec` is no dense tensor.
 
     Every group of the tensor's own pattern must keep exactly `spec.n`, with no bit set past the last column: else
     values belong to other columns than the mask says.
     """
     groups = violations = most = num_damaged = 0
-    for chunk in byte_chunks(parts["mask"], -(-spec.columns // 8)):
+    for chunk in byte_chunks(mask, -(-spec.columns // 8)):
         bits = np.unpackbits(chunk.reshape(-1, -(-spec.columns // 8)), axis=1, bitorder="little")
         num_damaged += int(np.count_nonzero(bits[:, spec.columns :]))
         kept = np.ascontiguousarray(bits[:, : spec.columns])
@@ -93,7 +91,7 @@ def count_packed(spec: PackedSpec, parts: Mapping[str, StoredTensor], m: int, n:
         violations += int(np.count_nonzero(counts > n))
         most = max(most, int(counts.max()))
     damage = f"{num_damaged:,} groups of its mask do not keep exactly {spec.n} of {spec.m}" if num_damaged else None
-    return PackedCounts(groups, violations, most, _nonzeros(spec, parts["values"]), damage)
+    return PackedCounts(groups, violations, most, damage)
 
 
 def _sums(kept: np.ndarray, m: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from castlm.planning.law import Law, interval
 from castlm.planning.points import Point
 from castlm.planning.solve import SAME_BUDGET
 from castlm.training.config import flatten
-from castlm.training.metrics_file import read_evaluations, read_metrics
+from castlm.training.metrics_file import evaluations, has_finite_perplexity, read_metrics
 
 MIN_POINTS = 3
 MIN_SPREAD = 1.2
@@ -124,10 +124,11 @@ def watch_run(run: str | Path, target_ppl: float | None = None) -> WatchReport:
         decay = decay if config["method"] == "cast" and DECAYS[decay].reduces else None
     except (InputError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{run} is not the folder of a run: {path} cannot be read ({error})") from error
-    last = next((row for row in reversed(read_metrics(run)) if "prune_now_ppl" in row), None)
-    if last is not None and not math.isfinite(last["prune_now_ppl"] or math.nan):
+    metrics = read_metrics(run)
+    last = next((row for row in reversed(metrics) if "prune_now_ppl" in row), None)
+    if last is not None and not has_finite_perplexity(last):
         raise DivergedError(f"the perplexity of step {last['step']} is not finite: the run has diverged")
-    return extrapolate_run(read_evaluations(run), total_steps=total_steps, target_ppl=target_ppl, decay=decay)
+    return extrapolate_run(evaluations(metrics), total_steps=total_steps, target_ppl=target_ppl, decay=decay)
 
 
 def backtest_run(

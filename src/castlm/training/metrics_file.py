@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +53,30 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 
 def read_evaluations(run: str | Path) -> list[dict[str, Any]]:
-    """The evaluation rows, those with a finite `prune_now_ppl`. Each gets the `alpha` of its step, which grows in
-    proportion to the steps done until it is 1; a run logs it every `log_steps`.
+    """`evaluations` of the rows of a run.
 
     Raises:
         InputError: as `read_metrics`.
     """
+    return evaluations(read_metrics(run))
+
+
+def evaluations(metrics: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluation rows, those with a finite `prune_now_ppl`. Each gets the `alpha` of its step, which grows in
+    proportion to the steps done until it is 1; a run logs it every `log_steps`."""
     rows, alpha, logged = [], None, 0
-    for row in read_metrics(run):
+    for row in metrics:
         if "alpha" in row:
             alpha, logged = row["alpha"], row["step"]
-        if math.isfinite(row.get("prune_now_ppl") or math.nan):
+        if has_finite_perplexity(row):
             now = alpha if alpha is None or logged < 2 else min(1.0, alpha * ((row["step"] - 1) / (logged - 1)))
             rows.append(row if now is None else {**row, "alpha": now})
     return rows
+
+
+def has_finite_perplexity(row: Mapping[str, Any]) -> bool:
+    """Whether a row is an evaluation of a model that has not diverged."""
+    return math.isfinite(row.get("prune_now_ppl") or math.nan)
 
 
 def read_series(run: str | Path, key: str) -> list[tuple[float, float]]:
