@@ -27,6 +27,7 @@ from benchmarks.rows import Row, Times, interleaved, ratio_row
 from castlm.core.pattern import nm_mask
 from castlm.core.sparsify import prune_
 from castlm.export.packed import pack_folder
+from castlm.hardware import has_fast_bf16
 from castlm.inference import native
 from castlm.inference.convert import pack_model_
 from castlm.inference.decode import greedy
@@ -125,10 +126,9 @@ def model_rows(name: str, repeats: int, num_tokens: int, prompt: int, clock: str
         {key: lambda model=model: greedy(model, ids, num_tokens) for key, model in models.items()}, repeats, clock
     )
     long = torch.arange(prompt)[None] % 256
+    peers = ["transformers fp32"] + ["transformers bf16"] * has_fast_bf16()
     prefill = interleaved(
-        {key: lambda model=models[key]: model(long, use_cache=False) for key in ("2:4", "transformers fp32")},
-        repeats,
-        clock,
+        {key: lambda model=models[key]: model(long, use_cache=False) for key in ("2:4", *peers)}, repeats, clock
     )
     decode = f"decode {num_tokens} tokens, batch 1"
     detail = {key: num_tokens / min(rounds) for key, rounds in times.items()}
@@ -140,12 +140,14 @@ def model_rows(name: str, repeats: int, num_tokens: int, prompt: int, clock: str
         ),
         ratio_row(f"{decode}, 2:4 bf16", "transformers, dense bf16", times["2:4"], times["transformers bf16"], ">= 2"),
         ratio_row(f"{decode}, 2:4 bf16", "transformers, dense fp32", times["2:4"], times["transformers fp32"], ">= 2"),
-        ratio_row(
-            f"prefill of {prompt} tokens, 2:4 bf16",
-            "transformers, dense fp32",
-            prefill["2:4"],
-            prefill["transformers fp32"],
-            ">= 0.95",
+        *(
+            ratio_row(
+                f"prefill of {prompt} tokens, 2:4 bf16",
+                peer.replace(" ", ", dense "),
+                *(prefill["2:4"], prefill[peer]),
+                ">= 0.95" if peer == "transformers fp32" else "",
+            )
+            for peer in peers
         ),
     ]
 

@@ -24,8 +24,8 @@ int castlm_unpack(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
 
 namespace {
 
-constexpr const char* kLevels[] = {"plain", "neon", "avx2", "avx512"};
-constexpr int kNumLevels = 4, kFloat32 = 2, kInt8 = 3, kInt4 = 4;
+constexpr const char* kLevels[] = {"plain", "neon", "avx2", "avx512", "amx"};
+constexpr int kNumLevels = 5, kFloat32 = 2, kInt8 = 3, kInt4 = 4;
 std::mt19937 random_bits(0);
 
 struct Case {

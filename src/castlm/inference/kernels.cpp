@@ -15,11 +15,11 @@ namespace {
 
 bool runs(int32_t level) {
   return level == kPlain || (level == kNeon && has_neon()) || (level == kAvx2 && has_avx2()) ||
-         (level == kAvx512 && has_avx512() && has_avx2());
+         (level == kAvx512 && has_avx512() && has_avx2()) || (level == kAmx && has_amx() && runs(kAvx512));
 }
 
 std::atomic<int32_t>& level_in_use() {
-  static std::atomic<int32_t> used{runs(kAvx512) ? kAvx512 : runs(kAvx2) ? kAvx2 : runs(kNeon) ? kNeon : kPlain};
+  static std::atomic<int32_t> used{runs(kAmx) ? kAmx : runs(kAvx512) ? kAvx512 : runs(kAvx2) ? kAvx2 : runs(kNeon) ? kNeon : kPlain};
   return used;
 }
 
@@ -41,7 +41,8 @@ void split_pairs(float* row, int64_t count) {
   }
 }
 
-int64_t padded_batch(int64_t batch) { return batch <= 2 ? batch : (batch + 3) / 4 * 4; }
+int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }  // the next multiple
+int64_t padded_batch(int64_t batch) { return batch <= 2 ? batch : whole(batch, 4); }
 
 }  // namespace
 
@@ -83,10 +84,11 @@ bool checked(const uint8_t* packed, int64_t bytes, Header& of) {
          found.data_bytes == of.data_bytes && bytes >= kHeaderBytes + of.data_bytes;
 }
 
-// x of (batch, columns) as the kernels of a level need it, `rows` of them with those past `batch` zero.
-Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_bfloat16, int64_t batch, int64_t rows) {
+// x (batch, columns) as fp32 (rows, padded columns), in the order that the kernels of a level take; x itself where it is that.
+const float* widen(const Header& of, int32_t level, const uint8_t* x, bool is_bfloat16, int64_t batch, int64_t rows) {
   const int64_t width = of.padded();
-  if (batch == 1) release_large_scratch();
+  const bool splits = of.layout == kDense && of.values == kBFloat16 && (level == kAvx2 || level == kAvx512);
+  if (!is_bfloat16 && !splits && rows == batch && width == of.columns) return reinterpret_cast<const float*>(x);
   float* wide = static_cast<float*>(scratch<1>(rows * width * 4));
   for (int64_t b = 0; b < rows; ++b) {
     float* to = wide + b * width;
@@ -94,17 +96,23 @@ Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_b
     if (filled && is_bfloat16) widen_bfloat16(reinterpret_cast<const uint16_t*>(x) + b * of.columns, filled, to);
     if (filled && !is_bfloat16) std::memcpy(to, reinterpret_cast<const float*>(x) + b * of.columns, filled * 4);
     std::fill(to + filled, to + width, 0.0f);
-    if (of.layout == kDense && of.values == kBFloat16) {
-      if (level == kAvx2) split_pairs<16>(to, width);
-      if (level == kAvx512) split_pairs<32>(to, width);
-    }
+    if (splits) level == kAvx2 ? split_pairs<16>(to, width) : split_pairs<32>(to, width);
   }
+  return wide;
+}
+
+// x of (batch, columns) as the kernels of a level need it, `rows` of them with those past `batch` zero.
+Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_bfloat16, int64_t batch, int64_t rows) {
+  const int64_t width = of.padded();
+  if (batch == 1) release_large_scratch();
+  const float* wide = widen(of, level, x, is_bfloat16, batch, rows);
   if (level == kPlain || of.values < kInt8) return {wide, nullptr, nullptr, nullptr, rows};
   auto* narrow = static_cast<int8_t*>(scratch<2>(rows * (width + of.blocks() * 8)));
   float* scales = reinterpret_cast<float*>(narrow + rows * width);
   const auto quantize = level == kNeon ? plain_quantize : avx2_quantize;
   for (int64_t b = 0; b < rows; ++b) quantize(wide + b * width, width, narrow + b * width, scales + b * of.blocks());
-  if (level < kAvx2 || (level == kAvx2 && (of.n || of.values == kInt8))) return {wide, narrow, scales, nullptr, rows};
+  const bool as_they_are = level < kAvx2 || level == kAmx || (level == kAvx2 && (of.n || of.values == kInt8));
+  if (as_they_are) return {wide, narrow, scales, nullptr, rows};
   auto* offsets = reinterpret_cast<int32_t*>(scales + rows * of.blocks());
   for (int64_t i = 0; i < rows * of.blocks(); ++i)
     offsets[i] = level == kAvx2 ? avx2_offset(narrow + i * kBlock) : avx512_adapt(of, narrow + i * kBlock, scales + i);
@@ -117,34 +125,60 @@ Activations rows_from(const Header& of, const Activations& x, int64_t first, int
           count};
 }
 
+// The level whose kernels multiply `batch` rows of x the fastest.
+int32_t level_for(const Header& of, int64_t batch) {
+  int32_t used = of.layout == kRows ? int32_t(kPlain) : level();
+  if (used == kAmx && !amx_gains(of, batch)) used = kAvx512;
+  if (used == kAvx512 && !avx512_gains(of, padded_batch(batch))) used = kAvx2;
+  return used;
+}
+
+void multiply_by_amx(const Header& of, const uint8_t* data, const Activations& x, bool is_bfloat16, float* sums,
+                     int64_t ldy, int threads) {
+  auto* tiles = static_cast<uint8_t*>(scratch<4>(amx_tile_bytes(of, is_bfloat16, x.batch)));
+  amx_tiles(of, x, is_bfloat16, tiles);
+  const Tiles all{tiles, x.scales, is_bfloat16, x.batch};
+  const int64_t strips = ldy / kAmxRows, part = threads == 1 ? strips : std::max<int64_t>(1, strips / (threads * 4));
+  in_parallel(strips, part, threads, [&](int64_t first, int64_t last) {
+    amx_multiply(of, data, all, sums, ldy, first * kAmxRows, last * kAmxRows);
+  });
+}
+
+void multiply_in_batches(const Header& of, int32_t level, const uint8_t* data, const Activations& x, int64_t batch,
+                         float* sums, int64_t ldy, int threads) {
+  const int64_t tiles = of.tiles(), tile_bytes = std::max<int64_t>(1, of.data_bytes / tiles);
+  int64_t part = std::max<int64_t>(1, tiles / (threads * 4));
+  if (batch > kMaxBatch) part = std::min(part, std::max<int64_t>(1, kChunkBytes / tile_bytes));
+  if (threads == 1 && batch <= kMaxBatch) part = tiles;
+  in_parallel(tiles, part, threads, [&](int64_t first, int64_t last) {
+    for (int64_t b = 0; b < x.batch; b += kMaxBatch) {
+      const Activations some = rows_from(of, x, b, std::min(kMaxBatch, x.batch - b));
+      const Multiply kernel = level == kAvx512 ? avx512_multiply(of, some.batch)
+                              : level == kAvx2 ? avx2_multiply(of, some.batch)
+                              : level == kNeon ? neon_multiply(of, some.batch)
+                                               : plain_multiply;
+      kernel(of, data, some, sums + b * ldy, ldy, first, last);
+    }
+  });
+}
+
 }  // namespace
 
 int castlm::multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int is_bfloat16, int64_t batch,
                      int64_t columns, uint8_t* y, int64_t rows, int threads) {
   Header of;
   if (!checked(packed, bytes, of) || of.rows != rows || of.columns != columns || batch < 1) return kBadSize;
-  int32_t used = of.layout == kRows ? int32_t(kPlain) : level();
-  if (used == kAvx512 && !avx512_gains(of, padded_batch(batch))) used = kAvx2;
-  const Activations all = prepare(of, used, x, is_bfloat16, batch, padded_batch(batch));
-  const int64_t ldy = of.rows;
-  float* sums = static_cast<float*>(scratch<3>(all.batch * ldy * 4));
-  const int64_t tiles = of.tiles(), tile_bytes = std::max<int64_t>(1, of.data_bytes / tiles);
-  const int64_t most = of.rows * of.columns * batch / kWeightsPerThread;
+  const int32_t used = level_for(of, batch);
+  const bool by_amx = used == kAmx;
+  const Activations all = prepare(of, used, x, is_bfloat16, batch, by_amx ? whole(batch, kAmxBatch) : padded_batch(batch));
+  const int64_t ldy = by_amx ? whole(rows, kAmxRows) : rows;
+  const bool in_place = !is_bfloat16 && all.batch == batch && ldy == rows;
+  float* sums = in_place ? reinterpret_cast<float*>(y) : static_cast<float*>(scratch<3>(all.batch * ldy * 4));
+  const int64_t most = rows * columns * batch / kWeightsPerThread;
   threads = int(std::min<int64_t>(threads, std::max<int64_t>(1, most)));
-  int64_t part = std::max<int64_t>(1, tiles / (threads * 4));
-  if (batch > kMaxBatch) part = std::min(part, std::max<int64_t>(1, kChunkBytes / tile_bytes));
-  if (threads == 1 && batch <= kMaxBatch) part = tiles;
-  in_parallel(tiles, part, threads, [&](int64_t first, int64_t last) {
-    for (int64_t b = 0; b < all.batch; b += kMaxBatch) {
-      const Activations some = rows_from(of, all, b, std::min(kMaxBatch, all.batch - b));
-      const Multiply kernel = used == kAvx512 ? avx512_multiply(of, some.batch)
-                              : used == kAvx2 ? avx2_multiply(of, some.batch)
-                              : used == kNeon ? neon_multiply(of, some.batch)
-                                              : plain_multiply;
-      kernel(of, packed + kHeaderBytes, some, sums + b * ldy, ldy, first, last);
-    }
-  });
-  for (int64_t b = 0; b < batch; ++b) {
+  if (by_amx) multiply_by_amx(of, packed + kHeaderBytes, all, is_bfloat16, sums, ldy, threads);
+  else multiply_in_batches(of, used, packed + kHeaderBytes, all, batch, sums, ldy, threads);
+  for (int64_t b = 0; b < batch && !in_place; ++b) {
     if (is_bfloat16) narrow_bfloat16(sums + b * ldy, rows, reinterpret_cast<uint16_t*>(y) + b * rows);
     else std::memcpy(y + b * rows * 4, sums + b * ldy, rows * 4);
   }

@@ -68,6 +68,15 @@ struct Activations {
   int64_t batch;        // a multiple of 4, or 1 or 2
 };
 
+// What many rows of x are turned into for AMX: 16 rows of 64 bytes at a time, which are 32 bf16 or 64 int8; of fp32
+// activations, what bf16 leaves of them follows in a tile of its own.
+struct Tiles {
+  const uint8_t* tiles;  // (batch / 16, columns), a row of tiles after the other
+  const float* scales;   // of int8, (batch, blocks)
+  bool is_bfloat16;      // one tile in place of two
+  int64_t batch;         // a multiple of 16
+};
+
 INLINE float from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
@@ -149,13 +158,14 @@ using Multiply = void (*)(const Header&, const uint8_t* data, const Activations&
                           int64_t last);
 
 // The instruction sets that there are kernels for, the faster ones later.
-enum Level : int32_t { kPlain = 0, kNeon = 1, kAvx2 = 2, kAvx512 = 3 };
+enum Level : int32_t { kPlain = 0, kNeon = 1, kAvx2 = 2, kAvx512 = 3, kAmx = 4 };
 int32_t level();  // the one in use
 
 // The kernel of a matrix in panels or dense rows for `batch` rows of x (1, 2, or a multiple of 4).
 bool has_neon();
 bool has_avx2();
 bool has_avx512();
+bool has_amx();
 Multiply neon_multiply(const Header&, int64_t batch);
 Multiply avx2_multiply(const Header&, int64_t batch);
 Multiply avx512_multiply(const Header&, int64_t batch);
@@ -168,5 +178,12 @@ void avx2_quantize(const float* x, int64_t columns, int8_t* narrow, float* scale
 int32_t avx2_offset(const int8_t* narrow);
 // A block of int8 activations as the AVX-512 kernels take them; returns its offset.
 int32_t avx512_adapt(const Header&, int8_t* narrow, float* scale);
+
+constexpr int64_t kAmxRows = 32, kAmxBatch = 16;  // rows of a matrix and of x, whose multiples the AMX kernels take
+bool amx_gains(const Header&, int64_t batch);  // whether AMX is faster than the others
+int64_t amx_tile_bytes(const Header&, bool is_bfloat16, int64_t batch);
+void amx_tiles(const Header&, const Activations& x, bool is_bfloat16, uint8_t* to);
+// Rows [first, last) times x; both are multiples of `kAmxRows`, and y has room for the rows that the matrix lacks.
+void amx_multiply(const Header&, const uint8_t* data, const Tiles& x, float* y, int64_t ldy, int64_t first, int64_t last);
 
 }  // namespace castlm

@@ -28,7 +28,7 @@ VALUES = {"bf16": 0, "fp16": 1, "fp32": 2, "int8": 3, "int4": 4}
 LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2}
 """Codes of the layouts in memory; "best" is the fastest that this processor and the pattern allow."""
 
-LEVELS = ("plain", "neon", "avx2", "avx512")
+LEVELS = ("plain", "neon", "avx2", "avx512", "amx")
 """Instruction sets that there are kernels for, as `Level` of matrix.h has them."""
 
 _DTYPES = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
@@ -195,22 +195,25 @@ def dense_table(packed: Tensor, values: str, rows: int, columns: int) -> tuple[T
     return table, packed[end : end + 4 * rows].view(torch.float32) if values == "int8" else None
 
 
-def takes_many_rows(packed: Tensor) -> bool:
-    """Whether x of many rows is multiplied by `multiply`, and not by the library's GEMM over the unpacked weight.
+def rows_at_a_time(packed: Tensor) -> int:
+    """Of how many rows of x `multiply` is the fastest way; 0 where the library's GEMM over the unpacked weight is faster.
 
-    Integers are, which rounds prompts as decoding does, and n:m floats with AVX-512. On one thread, 1,024 rows, 2048 x
-    2048, in units of the GEMM's speed: 2.5 with 2:4 int8, 1.9 with 2:4 int4, 1.8 with dense int8 and 1.2 with 2:4 bf16
-    on a Zen 4 (AVX-512); 1.8, 1.4, 1.1 and 1.0 on a Zen 3 (AVX2), where 2:4 bf16 has 0.8 to 1.0 of narrower layers,
-    and dense int4 0.7 to 0.9.
+    Integers are multiplied by the kernels of AVX2 and later, which rounds prompts as decoding does; bf16 by those of
+    AMX; n:m floats by those of AVX-512. On one thread, 1,024 rows, 2048 x 2048, in units of the GEMM's speed: 2.5 with
+    2:4 int8, 1.9 with 2:4 int4, 1.8 with dense int8 and 1.2 with 2:4 bf16 on a Zen 4 (AVX-512); 1.8, 1.4, 1.1 and 1.0
+    on a Zen 3 (AVX2), where 2:4 bf16 has 0.8 to 1.0 of narrower layers, and dense int4 0.7 to 0.9.
     """
     _check_plain("a packed weight", packed, torch.uint8)
     if packed.numel() < _HEADER.size:
-        return False  # either way refuses it
+        return 0  # either way refuses it
     _, layout, values = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
+    used = level()
+    if layout == LAYOUTS["rows"] or used not in ("avx2", "avx512", "amx"):
+        return 0
     is_integer = values in (VALUES["int8"], VALUES["int4"])
-    if layout == LAYOUTS["rows"] or (layout == LAYOUTS["dense"] and not is_integer):
-        return False
-    return level() in (("avx2", "avx512") if is_integer else ("avx512",))
+    if used == "amx":
+        return 512 if is_integer or values == VALUES["bf16"] else 0
+    return 128 if is_integer or (used == "avx512" and layout == LAYOUTS["panels"]) else 0
 
 
 def multiply(x: Tensor, packed: Tensor, out_features: int) -> Tensor:

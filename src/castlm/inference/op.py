@@ -18,8 +18,8 @@ from castlm.core.errors import InputError
 from castlm.inference import native
 
 DIRECT_ROWS = 128
-"""Rows of x that are multiplied at a time, which bounds the scratch of the kernels. More rows take the library's GEMM
-where `native.takes_many_rows` says that it is faster."""
+"""Rows of x that the kernels always multiply. More rows take the library's GEMM where `native.rows_at_a_time` says that
+it is faster."""
 
 _SCRATCH_BYTES = 2 << 20
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -36,18 +36,25 @@ def _packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     if num_rows == 0:
         return x.new_empty((*x.shape[:-1], out_features))
     if num_rows > DIRECT_ROWS and x.numel():  # `multiply` refuses rows without columns
-        by = _in_parts if native.takes_many_rows(packed) else _by_gemm
-        return by(x.reshape(num_rows, -1), packed, out_features).view(*x.shape[:-1], out_features)
+        most = native.rows_at_a_time(packed)
+        if num_rows > most:
+            rows = x.reshape(num_rows, -1)
+            out = _in_parts(rows, packed, out_features, most) if most else _by_gemm(rows, packed, out_features)
+            return out.view(*x.shape[:-1], out_features)
+    return _by_kernels(x, packed, out_features)
+
+
+def _by_kernels(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     if x.dtype not in _KERNEL_DTYPES:
         return native.multiply(x.float().contiguous(), packed, out_features).to(x.dtype)
     return native.multiply(x.contiguous(), packed, out_features)
 
 
-def _in_parts(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    """Of x (rows, in), `DIRECT_ROWS` of them at a time."""
+def _in_parts(x: Tensor, packed: Tensor, out_features: int, most: int) -> Tensor:
+    """Of x (rows, in), `most` rows at a time, which bounds the scratch of the kernels."""
     out = x.new_empty(len(x), out_features)
-    for rows, part in zip(x.split(DIRECT_ROWS), out.split(DIRECT_ROWS)):
-        part.copy_(_packed_linear(rows, packed, out_features))
+    for rows, part in zip(x.split(most), out.split(most)):
+        part.copy_(_by_kernels(rows, packed, out_features))
     return out
 
 

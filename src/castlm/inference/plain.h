@@ -8,7 +8,7 @@
 
 namespace castlm {
 
-constexpr int kScratchSlots = 4;
+constexpr int kScratchSlots = 5;
 constexpr size_t kLargeScratch = 2 << 20;  // bytes; many rows of x need more, one row does not
 
 inline std::vector<uint8_t>& scratch_of_thread(int slot) {

@@ -1,0 +1,388 @@
+// The kernels for many rows of x on processors with AMX, whose tiles multiply 16 rows by 16 rows at once. The weights of 32
+// rows by up to 512 columns are expanded from their panels or dense blocks into tiles that stay in the first-level cache while
+// all of x passes. bf16 weights are exact; an fp32 activation becomes the sum of two bf16 numbers, 17 bits of it, and one in
+// bf16 stays as it is. Integers are multiplied as int8 and summed in fp32 block by block, as the other kernels do.
+
+#include "matrix.h"
+#include "target.h"
+
+#if defined(__x86_64__) && defined(__linux__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,amx-int8")
+
+namespace castlm {
+namespace {
+
+constexpr int64_t kTileBytes = 1024;  // 16 rows of 64 bytes
+constexpr int64_t kMostBlocks = 16;   // blocks of 64 columns whose products are summed in one pass over x
+constexpr int64_t kPassBytes = 9 << 17;  // of x in a pass, which stay in a second-level cache of 2 MiB
+
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+constexpr TileShapes kShapes;
+
+// The tile instructions of some compilers do not say which memory they read.
+INLINE void all_stored() { __asm__ volatile("" ::: "memory"); }
+
+INLINE __m512i load(const void* at) { return _mm512_loadu_si512(at); }
+INLINE __m512i load_twice(const void* at) {  // 32 bytes into both halves
+  return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(at)));
+}
+INLINE __m512i in_halves(int low, int high) {
+  return _mm512_inserti64x4(_mm512_set1_epi32(low), _mm256_set1_epi32(high), 1);
+}
+INLINE __m512i in_lanes(const uint8_t* bytes) {  // 16 bytes into all four lanes
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+INLINE float bfloat16_at(const uint8_t* at) {
+  uint16_t bits;
+  std::memcpy(&bits, at, 2);
+  return bfloat16_to_float(bits);
+}
+
+// ---- weights to tiles: word (k, r) of a tile has the two bf16 or four int8 of row r that row k of a column of tiles meets
+
+// The four lanes of 16 bytes to rows of a tile that are `stride` bytes apart.
+INLINE void store_lanes(__m512i lanes, uint8_t* to, int64_t stride) {
+  const auto store = [&](int lane, __m128i bytes) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to + lane * stride), bytes); };
+  store(0, _mm512_castsi512_si128(lanes));
+  store(1, _mm512_extracti32x4_epi32(lanes, 1));
+  store(2, _mm512_extracti32x4_epi32(lanes, 2));
+  store(3, _mm512_extracti32x4_epi32(lanes, 3));
+}
+
+// 64 bytes of each of four rows to four words of each of the 16 rows of a tile.
+INLINE void store_rows(const __m512i* rows, uint8_t* to) {
+  const __m512i low01 = _mm512_unpacklo_epi32(rows[0], rows[1]), low23 = _mm512_unpacklo_epi32(rows[2], rows[3]);
+  const __m512i high01 = _mm512_unpackhi_epi32(rows[0], rows[1]), high23 = _mm512_unpackhi_epi32(rows[2], rows[3]);
+  store_lanes(_mm512_unpacklo_epi64(low01, low23), to, 256);
+  store_lanes(_mm512_unpackhi_epi64(low01, low23), to + 64, 256);
+  store_lanes(_mm512_unpacklo_epi64(high01, high23), to + 128, 256);
+  store_lanes(_mm512_unpackhi_epi64(high01, high23), to + 192, 256);
+}
+
+// A panel of bf16 (`place_in_panel`) to two tiles: a lane holds a group of four columns, of all rows of the panel.
+template <int n>
+INLINE void expand_floats(const uint8_t* panel, uint8_t* to) {
+  const __m512i meta = _mm512_srlv_epi32(load_twice(panel), in_halves(0, 2));
+  for (int four = 0; four < 2 / n; four++) {  // rows 4 four to 4 four + 3
+    __m512i take[n];  // of each slot, the value of each row, twice
+    for (int slot = 0; slot < n; slot++) {
+      uint8_t bytes[16];
+      for (int i = 0; i < 8; i++) {
+        const int row = i / 2, word = n == 2 ? 2 * (row % 2) + slot : row, half = n == 2 ? row / 2 : four;
+        bytes[2 * i] = uint8_t(4 * word + 2 * half), bytes[2 * i + 1] = uint8_t(bytes[2 * i] + 1);
+      }
+      take[slot] = in_lanes(bytes);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; t++) {  // 16 columns
+      const __m512i values = load(panel + 32 + 64 * t);
+      const __m512i position = _mm512_and_si512(_mm512_srli_epi32(meta, 4 * t), _mm512_set1_epi32(0x00030003));
+      for (int pair = 0; pair < 2; pair++) {
+        const __m512i columns = _mm512_set1_epi32(pair ? 0x00030002 : 0x00010000);
+        __m512i out = _mm512_setzero_si512();
+        for (int slot = 0; slot < n; slot++) {
+          const __mmask32 here = _mm512_cmpeq_epi16_mask(_mm512_shuffle_epi8(position, take[slot]), columns);
+          out = _mm512_mask_mov_epi16(out, here, _mm512_shuffle_epi8(values, take[slot]));
+        }
+        store_lanes(out, to + kTileBytes * (t / 2) + 512 * (t % 2) + 64 * pair + 16 * four, 128);
+      }
+    }
+  }
+}
+
+// 32 bytes of int4 as 64 bytes, all low halves, then all high ones: 16 times each.
+INLINE __m512i load_int4(const uint8_t* at) {
+  const __m512i halves = _mm512_sllv_epi16(load_twice(at), in_halves(0x00040004, 0));
+  return _mm512_xor_si512(_mm512_and_si512(halves, _mm512_set1_epi8(char(0xf0))), _mm512_set1_epi8(char(0x80)));
+}
+
+// A panel of integers to one tile.
+template <int n, bool is_int4>
+INLINE void expand_integers(const uint8_t* panel, uint8_t* to) {
+  const __m512i columns = _mm512_set1_epi32(0x03020100), low_two = _mm512_set1_epi8(3);
+  const __m512i meta = _mm512_srlv_epi16(load_twice(panel), in_halves(0, 0x00020002));
+  constexpr int R = 4 / n;
+  __m512i rows[4];
+  for (int half = 0; half < 2; half++) {
+    const __m512i position = _mm512_and_si512(half ? _mm512_srli_epi16(meta, 4) : meta, low_two);
+    const __m512i values = is_int4 ? load_int4(panel + 32 + 32 * half) : load(panel + 32 + 64 * half);
+    for (int r = 0; r < R; r++) {
+      __m512i out = _mm512_setzero_si512();
+      for (int slot = 0; slot < n; slot++) {
+        uint8_t bytes[16];
+        for (int i = 0; i < 16; i++) bytes[i] = uint8_t(4 * n * r + n * (i / 4) + slot);
+        const __m512i take = in_lanes(bytes);
+        const __mmask64 here = _mm512_cmpeq_epi8_mask(_mm512_shuffle_epi8(position, take), columns);
+        out = _mm512_mask_mov_epi8(out, here, _mm512_shuffle_epi8(values, take));
+      }
+      rows[n == 2 ? 2 * half + r : r] = out;
+    }
+    if (n == 1) store_rows(rows, to + 16 * half);
+  }
+  if (n == 2) store_rows(rows, to);
+}
+
+// A block of four dense rows.
+template <int values>
+INLINE void expand_dense(const uint8_t* block, uint8_t* to) {
+  constexpr int kBytes = values == kBFloat16 ? 128 : values == kInt8 ? 64 : 34;
+  for (int part = 0; part < (values == kBFloat16 ? 2 : 1); part++) {
+    __m512i rows[4];
+    for (int r = 0; r < 4; r++)
+      rows[r] = values == kInt4 ? load_int4(block + r * kBytes) : load(block + r * kBytes + 64 * part);
+    store_rows(rows, to + kTileBytes * part);
+  }
+}
+
+template <int n, int values>
+INLINE void expand_block(const uint8_t* panel, uint8_t* to) {
+  if constexpr (n == 0) expand_dense<values>(panel, to);
+  else if constexpr (values == kBFloat16) expand_floats<n>(panel, to);
+  else expand_integers<n, values == kInt4>(panel, to);
+}
+
+// Rows [row, row + 32) of the matrix, `blocks` of their blocks from `block` on: the tiles of the first 16 rows, then those
+// of the others, and of int4, whose codes become 16 times as large, the scales (blocks, 32).
+template <int n, int values>
+INLINE void expand(const Header& of, const uint8_t* data, int64_t row, int64_t block, int64_t blocks, uint8_t* to,
+                   float* scales) {
+  constexpr int kRows = n == 1 ? 8 : 4, kTiles = values == kBFloat16 ? 2 : 1;
+  const int64_t bytes = of.panel_bytes();
+  if (row + 32 > of.tiles() * kRows) {
+    std::memset(to, 0, 2 * blocks * kTiles * kTileBytes);
+    if (values == kInt4) std::memset(scales, 0, blocks * 32 * sizeof(float));
+  }
+  for (int64_t r = 0; r < 32 && row + r < of.tiles() * kRows; r += kRows) {
+    const uint8_t* panel = data + ((row + r) / kRows * of.blocks() + block) * bytes;
+    uint8_t* at = to + (r / 16 * blocks * kTiles) * kTileBytes + r % 16 * 4;
+    for (int64_t k = 0; k < blocks; k++, panel += bytes, at += kTiles * kTileBytes) {
+      expand_block<n, values>(panel, at);
+      for (int i = 0; values == kInt4 && i < kRows; i++)
+        scales[32 * k + r + i] = bfloat16_at(n == 0 ? panel + 34 * i + 32 : panel + 96 + 2 * i) / 16;
+    }
+  }
+}
+
+// ---- products of tiles
+
+// A times 16 rows of x, whose tiles are `x_stride` bytes apart, and 32 rows of the matrix, added to y.
+template <int A, int parts>
+INLINE void add_floats(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t steps, float* y, int64_t ldy,
+                       bool is_first) {
+  const int64_t y_stride = ldy * int64_t(sizeof(float)), w_stride = steps * kTileBytes;
+  if (is_first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (A == 2) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  } else {
+    _tile_loadd(0, y, y_stride);
+    _tile_loadd(1, y + 16, y_stride);
+    if constexpr (A == 2) {
+      _tile_loadd(2, y + 16 * ldy, y_stride);
+      _tile_loadd(3, y + 16 * ldy + 16, y_stride);
+    }
+  }
+  for (int64_t k = 0; k < steps; k++, w += kTileBytes) {
+    _tile_loadd(6, w, 64);
+    _tile_loadd(7, w + w_stride, 64);
+    for (int part = 0; part < parts; part++, x += kTileBytes) {
+      _tile_loadd(4, x, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (A == 2) {
+        _tile_loadd(5, x + x_stride, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+  _tile_stored(0, y, y_stride);
+  _tile_stored(1, y + 16, y_stride);
+  if constexpr (A == 2) {
+    _tile_stored(2, y + 16 * ldy, y_stride);
+    _tile_stored(3, y + 16 * ldy + 16, y_stride);
+  }
+}
+
+// 16 rows of x and 16 rows of the matrix, added to y. `scales` of x are (16, ld_scales), `w_scales` of int4 (steps, 32).
+template <bool is_int4>
+INLINE void add_integers(const uint8_t* x, const float* scales, int64_t ld_scales, const uint8_t* w, const float* w_scales,
+                         int64_t steps, float* y, int64_t ldy, bool is_first) {
+  alignas(64) int32_t products[2][16][16];
+  __m512 sums[16];
+#pragma GCC unroll 16
+  for (int b = 0; b < 16; b++) sums[b] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(y + b * ldy);
+  const auto add = [&](const int32_t (*of)[16], int64_t k) {
+    const __m512 row_scales = is_int4 ? _mm512_loadu_ps(w_scales + 32 * k) : _mm512_setzero_ps();
+#pragma GCC unroll 16
+    for (int b = 0; b < 16; b++) {
+      const __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(of[b])), scale = _mm512_set1_ps(scales[b * ld_scales + k]);
+      sums[b] = _mm512_fmadd_ps(is_int4 ? _mm512_mul_ps(whole, row_scales) : whole, scale, sums[b]);
+    }
+  };
+  for (int64_t k = 0; k < steps; k += 2) {
+    _tile_zero(0);
+    _tile_loadd(4, x + k * kTileBytes, 64);
+    _tile_loadd(6, w + k * kTileBytes, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_stored(0, products[0], 64);
+    if (k + 1 < steps) {
+      _tile_zero(1);
+      _tile_loadd(5, x + (k + 1) * kTileBytes, 64);
+      _tile_loadd(7, w + (k + 1) * kTileBytes, 64);
+      _tile_dpbssd(1, 5, 7);
+      _tile_stored(1, products[1], 64);
+    }
+    all_stored();
+    add(products[0], k);
+    if (k + 1 < steps) add(products[1], k + 1);
+  }
+#pragma GCC unroll 16
+  for (int b = 0; b < 16; b++) _mm512_storeu_ps(y + b * ldy, sums[b]);
+}
+
+template <int values, int parts>
+INLINE void multiply_rows(const Header& of, const Tiles& x, const uint8_t* w, const float* w_scales, int64_t block,
+                          int64_t blocks, float* y, int64_t ldy) {
+  constexpr int kTiles = values == kBFloat16 ? 2 : 1;  // in a block
+  const int64_t x_stride = of.blocks() * kTiles * parts * kTileBytes;
+  const uint8_t* at = x.tiles + block * kTiles * parts * kTileBytes;
+  if constexpr (values == kBFloat16) {
+    int64_t b = 0;
+    for (; b + 32 <= x.batch; b += 32)
+      add_floats<2, parts>(at + b / 16 * x_stride, x_stride, w, 2 * blocks, y + b * ldy, ldy, block == 0);
+    if (b < x.batch) add_floats<1, parts>(at + b / 16 * x_stride, x_stride, w, 2 * blocks, y + b * ldy, ldy, block == 0);
+  } else {
+    for (int64_t b = 0; b < x.batch; b += 16)
+      for (int half = 0; half < 2; half++)
+        add_integers<values == kInt4>(at + b / 16 * x_stride, x.scales + b * of.blocks() + block, of.blocks(),
+                                      w + half * blocks * kTileBytes, w_scales + 16 * half, blocks, y + b * ldy + 16 * half,
+                                      ldy, block == 0);
+  }
+}
+
+template <int n, int values, int parts>
+void multiply_tiles(const Header& of, const uint8_t* data, const Tiles& x, float* y, int64_t ldy, int64_t first, int64_t last) {
+  alignas(64) uint8_t w[2 * kMostBlocks * (values == kBFloat16 ? 2 : 1) * kTileBytes];
+  alignas(64) float w_scales[kMostBlocks * 32];
+  _tile_loadconfig(&kShapes);
+  const int64_t block_bytes = x.batch * kBlock * (values == kBFloat16 ? 2 * parts : 1);
+  const int64_t fit = std::min(kMostBlocks, std::max<int64_t>(1, kPassBytes / block_bytes));
+  const int64_t passes = (of.blocks() + fit - 1) / fit, most = (of.blocks() + passes - 1) / passes;
+  for (int64_t block = 0; block < of.blocks(); block += most) {
+    const int64_t blocks = std::min(most, of.blocks() - block);
+    for (int64_t row = first; row < last; row += 32) {
+      expand<n, values>(of, data, row, block, blocks, w, w_scales);
+      all_stored();
+      multiply_rows<values, parts>(of, x, w, w_scales, block, blocks, y + row, ldy);
+    }
+  }
+  _tile_release();
+  if (values != kInt8) return;
+  const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * of.blocks() * of.panel_bytes());
+  for (int64_t b = 0; b < x.batch; b++)
+    for (int64_t row = first; row < last && row < of.rows; row++) y[b * ldy + row] *= row_scales[row];
+}
+
+template <int values, int parts>
+void multiply_pattern(const Header& of, const uint8_t* data, const Tiles& x, float* y, int64_t ldy, int64_t first, int64_t last) {
+  if (of.n == 0) return multiply_tiles<0, values, parts>(of, data, x, y, ldy, first, last);
+  if (of.n == 1) return multiply_tiles<1, values, parts>(of, data, x, y, ldy, first, last);
+  return multiply_tiles<2, values, parts>(of, data, x, y, ldy, first, last);
+}
+
+// What 16 floats have beyond themselves as bf16; nothing where they became infinite.
+INLINE __m512 rest(__m512 of, __m256i rounded) {
+  const __m512 wide = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+  constexpr int kInfinite = 0x18;
+  return _mm512_maskz_sub_ps(_knot_mask16(_mm512_fpclass_ps_mask(wide, kInfinite)), of, wide);
+}
+
+// Linux asks each process to request the tiles before it uses them.
+bool may_use_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+
+bool has_amx() {
+  static const bool has = [] {
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt = 1u << 25, kAvx512Bf16 = 1u << 5;
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (~edx & (kBf16 | kTile | kInt))) return false;
+    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & kAvx512Bf16)) return false;
+    return may_use_tiles();
+  }();
+  return has;
+}
+
+// Against AVX-512 on an Emerald Rapids: 0.6 to 1.2 times its speed with 8 rows of x, 1.3 to 2.4 with 16.
+bool amx_gains(const Header& of, int64_t batch) {
+  return of.layout != kRows && (of.values == kBFloat16 || of.values == kInt8 || of.values == kInt4) && batch > 12;
+}
+
+int64_t amx_tile_bytes(const Header& of, bool is_bfloat16, int64_t batch) {
+  return batch * of.padded() * (of.values != kBFloat16 ? 1 : is_bfloat16 ? 2 : 4);
+}
+
+void amx_tiles(const Header& of, const Activations& x, bool is_bfloat16, uint8_t* to) {
+  for (int64_t first = 0; first < x.batch; first += 16)
+    for (int64_t column = 0; column < of.padded(); column += of.values == kBFloat16 ? 32 : 64)
+      if (of.values == kBFloat16) {
+        for (int64_t b = 0; b < 16; b++) {
+          const float* from = x.wide + (first + b) * of.padded() + column;
+          const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
+          const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+          _mm512_storeu_si512(to + 64 * b, bits);
+          if (is_bfloat16) continue;
+          const __m512 low_rest = rest(low, _mm512_castsi512_si256(bits)), high_rest = rest(high, _mm512_extracti64x4_epi64(bits, 1));
+          _mm512_storeu_si512(to + kTileBytes + 64 * b, (__m512i)_mm512_cvtne2ps_pbh(high_rest, low_rest));
+        }
+        to += is_bfloat16 ? kTileBytes : 2 * kTileBytes;
+      } else {
+        for (int64_t b = 0; b < 16; b++)
+          _mm512_storeu_si512(to + 64 * b, load(x.narrow + (first + b) * of.padded() + column));
+        to += kTileBytes;
+      }
+}
+
+void amx_multiply(const Header& of, const uint8_t* data, const Tiles& x, float* y, int64_t ldy, int64_t first, int64_t last) {
+  switch (of.values) {
+    case kInt8: return multiply_pattern<kInt8, 1>(of, data, x, y, ldy, first, last);
+    case kInt4: return multiply_pattern<kInt4, 1>(of, data, x, y, ldy, first, last);
+    default:
+      return x.is_bfloat16 ? multiply_pattern<kBFloat16, 1>(of, data, x, y, ldy, first, last)
+                           : multiply_pattern<kBFloat16, 2>(of, data, x, y, ldy, first, last);
+  }
+}
+
+}  // namespace castlm
+END_TARGET
+
+#else
+
+namespace castlm {
+bool has_amx() { return false; }
+bool amx_gains(const Header&, int64_t) { return false; }
+int64_t amx_tile_bytes(const Header&, bool, int64_t) { return 0; }
+void amx_tiles(const Header&, const Activations&, bool, uint8_t*) {}
+void amx_multiply(const Header&, const uint8_t*, const Tiles&, float*, int64_t, int64_t, int64_t) {}
+}  // namespace castlm
+
+#endif
