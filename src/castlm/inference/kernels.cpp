@@ -46,6 +46,12 @@ int64_t padded_batch(int64_t batch) { return batch <= 2 ? batch : whole(batch, 4
 
 }  // namespace
 
+#if defined(__x86_64__) && defined(__GNUC__)
+const bool prefetches = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+#else
+const bool prefetches = false;
+#endif
+
 int32_t level() { return level_in_use().load(std::memory_order_relaxed); }
 
 }  // namespace castlm

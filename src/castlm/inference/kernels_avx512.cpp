@@ -1,7 +1,6 @@
 // The kernels for processors with AVX-512 and VNNI, over the panels and dense blocks of the AVX2 ones: two steps, or a whole
 // block of 64 bytes, fill one register. `vpdpbusd` multiplies unsigned by signed bytes. So the panels take activations with
-// 128 added and subtract 128 times the sum of the weights; dense weights become unsigned. Both are exact. Nothing is
-// prefetched: on Zen 4 that costs up to a quarter of the bandwidth.
+// 128 added and subtract 128 times the sum of the weights; dense weights become unsigned. Both are exact.
 
 #include "matrix.h"
 #include "target.h"
@@ -24,6 +23,15 @@ INLINE __m512i in_halves(int low, int high) {
 }
 INLINE __m512 join(__m256 low, __m256 high) { return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1); }
 INLINE __m256 folded(__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+
+// Of weights that will be read soon, on Intel's processors: it takes 15 to 35 % off the time of a layer on an Emerald Rapids. On
+// Zen 4 it costs up to a quarter of the bandwidth.
+template <int bytes>
+INLINE void prefetch(const uint8_t* weights) {
+  constexpr int kAhead = 4096;
+  if (!prefetches) return;
+  for (int line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(weights + kAhead + line), _MM_HINT_T0);
+}
 
 // Sixteen weights that follow each other.
 template <int values>
@@ -55,6 +63,7 @@ INLINE void panels_of_floats(const uint8_t* panel, int64_t stride, int64_t block
       for (auto& of_half : of_tile)
         for (auto& sum : of_half) sum = _mm512_setzero_ps();
   for (int64_t i = 0; i < blocks; i++, panel += kBytes, x += kBlock) {
+    for (int j = 0; j < T; j++) prefetch<kBytes>(panel + j * stride);
     __m512i meta[T];
 #pragma GCC unroll 4
     for (int j = 0; j < T; j++) meta[j] = _mm512_srlv_epi32(load_twice(panel + j * stride), step_shift);
@@ -116,6 +125,7 @@ INLINE void panels_of_integers(const uint8_t* panel, int64_t blocks, const int8_
   for (int h = 0; h < 2; h++)
     for (int b = 0; b < BT; b++) a[h][b] = sums[h * BT + b];
   for (int64_t i = 0; i < blocks; i++, panel += kBytes, x += kBlock, scales++) {
+    prefetch<kBytes>(panel);
     const __m512i meta = _mm512_srlv_epi16(load_twice(panel), column_shift);
     __m512 w_scales[2];
     if (is_int4) row_scales<n>(panel + 96, w_scales);
@@ -150,6 +160,7 @@ INLINE void dense_floats(const uint8_t* row, int64_t stride, int64_t blocks, con
     for (int r = 0; r < T * R; r++)
       for (int b = 0; b < BT; b++) a[e][r][b] = e ? _mm512_setzero_ps() : sums[r * BT + b];
   for (int64_t i = 0; i < blocks; i++, row += 4 * kBytes, x += kBlock) {
+    for (int j = 0; j < T; j++) prefetch<4 * kBytes>(row + j * stride);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) {
       __m512 v[BT];
@@ -178,6 +189,7 @@ INLINE void dense_integers(const uint8_t* row, int64_t blocks, const int8_t* x, 
   for (int r = 0; r < R; r++)
     for (int b = 0; b < BT; b++) a[r][b] = sums[r * BT + b];
   for (int64_t i = 0; i < blocks; i++, row += 4 * kBytes, x += kBlock, scales++, offsets++) {
+    prefetch<4 * kBytes>(row);
     __m512i v[BT], offset[BT];
 #pragma GCC unroll 4
     for (int b = 0; b < BT; b++) v[b] = load(x + b * ldx), offset[b] = _mm512_maskz_loadu_epi32(1, offsets + b * ld_scales);
