@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
-from benchmarks import frontier, gap_figure, gpu, growth, memory, structured
+from benchmarks import frontier, gap_figure, gpu, growth, levels, memory, structured
 from benchmarks.masks import apex_mask, topk_mask
 from benchmarks.rows import Row, interleaved, ratio_row
 from safetensors.torch import load_file
@@ -91,6 +91,18 @@ def test_exponents_see_through_a_constant():
     assert growth.exponents([1, 2], [1, 2])["beyond_constant"] is None
     assert growth.exponents([1, 2, 4], [3, 3, 4])["beyond_constant"] is None
     assert growth.exponents([1, 2, 4], [5, 4, 6])["beyond_constant"] is None
+
+
+@pytest.mark.skipif(not levels.VECTORS, reason="there are no vector kernels")
+def test_levels_are_timed_in_turns(tmp_path):
+    threads, level = torch.get_num_threads(), inference_native.level()
+    levels.main(["--quick", "--json", str(tmp_path / "out.json")])
+    torch.set_num_threads(threads)
+    inference_native.use_level(level)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["weights"] for row in rows[:6]] == ["2:4 bf16"] * 3 + ["1:4 bf16"] * 3
+    assert rows[2]["shape"] == [64, 128]
+    assert all(rows[2][f"{name} / GEMM"] > 0 for name in levels.VECTORS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -196,12 +196,10 @@ def dense_table(packed: Tensor, values: str, rows: int, columns: int) -> tuple[T
 
 
 def rows_at_a_time(packed: Tensor) -> int:
-    """Of how many rows of x `multiply` is the fastest way; 0 where the library's GEMM over the unpacked weight is faster.
+    """How many of many rows of x `multiply` should take at once; 0 where the library's GEMM is faster.
 
     Integers are multiplied by the kernels of AVX2 and later, which rounds prompts as decoding does; bf16 by those of
-    AMX; n:m floats by those of AVX-512. On one thread, 1,024 rows, 2048 x 2048, in units of the GEMM's speed: 2.5 with
-    2:4 int8, 1.9 with 2:4 int4, 1.8 with dense int8 and 1.2 with 2:4 bf16 on a Zen 4 (AVX-512); 1.8, 1.4, 1.1 and 1.0
-    on a Zen 3 (AVX2), where 2:4 bf16 has 0.8 to 1.0 of narrower layers, and dense int4 0.7 to 0.9.
+    AMX; n:m floats by those of AVX-512. docs/performance.md has the speeds, measured by `benchmarks.levels`.
     """
     _check_plain("a packed weight", packed, torch.uint8)
     if packed.numel() < _HEADER.size:

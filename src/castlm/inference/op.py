@@ -39,7 +39,7 @@ def _packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
         most = native.rows_at_a_time(packed)
         if num_rows > most:
             rows = x.reshape(num_rows, -1)
-            out = _in_parts(rows, packed, out_features, most) if most else _by_gemm(rows, packed, out_features)
+            out = _in_parts(rows, packed, out_features, most) if most else multiply_by_gemm(rows, packed, out_features)
             return out.view(*x.shape[:-1], out_features)
     return _by_kernels(x, packed, out_features)
 
@@ -58,7 +58,7 @@ def _in_parts(x: Tensor, packed: Tensor, out_features: int, most: int) -> Tensor
     return out
 
 
-def _by_gemm(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+def multiply_by_gemm(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     """Of x (rows, in) in fp32: a CPU without units for 16-bit products is slower in any other dtype."""
     wide = x.float()
     out = wide.new_empty(len(x), out_features)
