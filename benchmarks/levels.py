@@ -2,9 +2,9 @@
 
     python -m benchmarks.levels [--quick] [--clock wall|cpu] [--json OUT]
 
-One thread. With few rows of x the weight is 512 x 1024, which stays in the second-level cache, and the figure is the speed
-of a level in units of the one before it. With 1,024 rows it is the speed in units of unpacking the weight to fp32 and the
-library's GEMM. Medians of rounds in turns in one process, which keeps freed memory.
+One thread. With few rows of x the weight is 512 x 1024, which stays in the second-level cache, and the figure is the
+speed of a level in units of the one before it. With 1,024 rows it is the speed in units of unpacking the weight to fp32
+and the library's GEMM. Medians of rounds in turns in one process, which keeps freed memory.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def random_buffer(values: str, n: int, shape: tuple[int, int]) -> Tensor:
         weight = weight.masked_fill(~mask, 0).to(FLOATS[values])
         packed = pack(weight, n, m) if n else PackedTensor(PackedSpec(*shape, 0, 0, values), weight, None, None)
     else:
-        most = 127 if values == "int8" else 7
+        most, groups = (127, 1) if values == "int8" else (7, -(-shape[1] // INT4_GROUP))
         codes = (weight / weight.abs().max() * most).round().to(torch.int8)
-        scales = torch.ones(shape[0], 1 if values == "int8" else -(-shape[1] // INT4_GROUP))
+        scales = torch.ones(shape[0], groups, dtype=torch.float32 if values == "int8" else torch.bfloat16)
         packed = pack_integers(codes * mask, scales, values, n, m, mask if n else None)
     buffer = native.allocate(native.packed_bytes(values, n, m, *shape))
     native.repack_(buffer, packed.values, packed.mask, packed.scales, values, n, m, shape[1])
