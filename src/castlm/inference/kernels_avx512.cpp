@@ -2,25 +2,15 @@
 // block of 64 bytes, fill one register. `vpdpbusd` multiplies unsigned by signed bytes. So the panels take activations with
 // 128 added and subtract 128 times the sum of the weights; dense weights become unsigned. Both are exact.
 
-#include "matrix.h"
-#include "target.h"
+#include "avx512.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 9)
-#define CASTLM_AVX512
-#include <immintrin.h>
+#if defined(CASTLM_AVX512)
 
 BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
 namespace castlm {
 namespace {
 
-INLINE __m512i load(const void* at) { return _mm512_loadu_si512(at); }
-INLINE __m512i load_twice(const void* at) {  // 32 bytes into both halves
-  return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(at)));
-}
-INLINE __m512i in_halves(int low, int high) {
-  return _mm512_inserti64x4(_mm512_set1_epi32(low), _mm256_set1_epi32(high), 1);
-}
 INLINE __m512 join(__m256 low, __m256 high) { return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1); }
 INLINE __m256 folded(__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
 
@@ -96,12 +86,6 @@ INLINE void panels_of_floats(const uint8_t* panel, int64_t stride, int64_t block
 // What x + 128 in place of x adds to the products, negative.
 INLINE __m512i minus_offset(__m512i w) {
   return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(-128), w));
-}
-
-// 32 bytes of int4 as 64 bytes, all low halves, then all high ones: 16 times each, as (halves & 0xf0) ^ 0x80.
-INLINE __m512i load_int4(const uint8_t* at) {
-  const __m512i halves = _mm512_sllv_epi16(load_twice(at), in_halves(0x00040004, 0));
-  return _mm512_ternarylogic_epi32(halves, _mm512_set1_epi8(char(0xf0)), _mm512_set1_epi8(char(0x80)), 0x6a);
 }
 
 // The scales of the rows of a tile, in the lanes in which `panels_of_integers` has the rows of each half.
