@@ -14,7 +14,7 @@ from castlm.planning.fit import fit_law
 from castlm.planning.law import Law
 from castlm.planning.law_plot import plot_law
 from castlm.planning.points import Point, read_points
-from castlm.planning.predict import gpu_hours, predict_perplexity, tokens_for
+from castlm.planning.predict import duration, gpu_hours, predict_perplexity, readable, tokens_for
 
 L_INF, BETA = 1.6, 0.4
 AMPLITUDE = 0.8 * 1e6**BETA  # 0.8 nats above the floor at a million tokens
@@ -242,6 +242,17 @@ def test_gpu_hours():
     assert gpu_hours(7.2e6, 1000) == pytest.approx(2)
     with pytest.raises(InputError, match="tokens_per_s"):
         gpu_hours(1e9, 0)
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"), [(2000, "2,000.00 hours"), (1.5, "1.50 hours"), (0.1, "6.00 minutes"), (1e-3, "3.6 seconds")]
+)
+def test_short_times_are_told_in_minutes_or_seconds(hours, text):
+    assert duration(hours) == text
+
+
+def test_a_huge_perplexity_is_told_in_few_digits():
+    assert [readable(value) for value in (12.34567, 1e80)] == ["12.346", "1e+80"]
 
 
 def test_plot_is_written(law, tmp_path):

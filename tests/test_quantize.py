@@ -225,15 +225,16 @@ def test_rounding_by_rows_holds_a_bf16_model_as_it_is_stored_and_writes_the_byte
         (["--kind", "fp8", "--packed"], "the packed format holds int8 and int4"),
         (["--head", "int8"], "--head int8 is of the packed format: pass --packed, or leave it out"),
         (["--kind", "int4"], "int4 needs a calibration text: pass --calibration FILE"),
-        (["--calibration", "x.txt"], "int8 takes no calibration text"),
+        (["--calibration", "x.txt"], "calibration x.txt is of int4, and kind is int8: leave it out"),
         (["--damping", "2"], "damping = 2.0 is out of range: it must be between 0 and 1"),
-        (["--column", "story"], "column story is of a calibration text, and int8 takes none: leave it out"),
+        (["--column", "story"], "column story is of int4, and kind is int8: leave it out"),
         (["--chat-template-path", "no.jinja"], "no.jinja"),
         (
             ["--pattern", "1:4"],
             "is not 1:4 in model.layers.0.self_attn.q_proj: pass its own pattern, or prune it first",
         ),
         (["--pattern", "4:2"], "4:2"),
+        (["--seq-len", "128"], "seq_len 128 is of int4, and kind is int8: leave it out"),
         (["--num-sequences", "0"], "--num-sequences = 0 is out of range: it must be at least 1"),
     ],
 )

@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
 
 def report(config: TrainConfig, options: CheckOptions, found: Calibration, world_size: int) -> int:
     """Prints what the steps showed. Returns the exit code: 1 if the masked weights cannot reach zero."""
-    from castlm.planning.predict import gpu_hours
+    from castlm.planning.predict import duration, gpu_hours
 
     by_headroom = sorted(found.layers.items(), key=lambda item: item[1].headroom)
     has_headroom = config.decay != "horizon"  # which reaches zero by construction, whatever the learning rate is
@@ -57,7 +57,7 @@ def report(config: TrainConfig, options: CheckOptions, found: Calibration, world
         print(f"... and {len(by_headroom) - 10} layers" + " with more headroom" * has_headroom)
     hours = gpu_hours(config.max_steps * found.tokens_per_step, found.tokens_per_s)
     print(f"lam from the momentum's rms over {found.steps} steps: {found.lam:.2e}")
-    print(f"{found.tokens_per_s:,.0f} tokens/s: {hours:.2f} hours for {config.max_steps} steps of training alone")
+    print(f"{found.tokens_per_s:,.0f} tokens/s: {duration(hours)} for {config.max_steps} steps of training alone")
     if found.start_seconds:
         steps = found.start_seconds * found.tokens_per_s / found.tokens_per_step
         print(f"start: {found.start_seconds:,.1f} s before step 0, as long as {steps:,.0f} steps")

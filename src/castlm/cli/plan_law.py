@@ -84,7 +84,7 @@ class PredictCommand:
 
     def run(self) -> int:
         from castlm.planning.law import Law
-        from castlm.planning.predict import check_price, gpu_hours, predict_perplexity, tokens_for
+        from castlm.planning.predict import check_price, duration, gpu_hours, predict_perplexity, readable, tokens_for
 
         if (self.tokens is None) == (self.target_ppl is None):
             raise InputError("give one of --tokens and --target-ppl")
@@ -105,8 +105,8 @@ class PredictCommand:
             found = predict_perplexity(law, self.tokens, self.params)
             beyond = f", {found.beyond:.1f}x beyond the fitted budgets" if found.beyond > 1 else ""
             beyond = f", {found.below:.1f}x below the fitted budgets" if found.below > 1 else beyond
-            interval = f"90 %: {found.low:.3f} to {found.high:.3f}"
-            print(f"{self.tokens:.3g} tokens: perplexity {found.perplexity:.3f} ({interval}){beyond}")
+            ppl, low, high = (readable(value) for value in (found.perplexity, found.low, found.high))
+            print(f"{self.tokens:.3g} tokens: perplexity {ppl} (90 %: {low} to {high}){beyond}")
             tokens: float | None = self.tokens
         else:
             needed = tokens_for(law, float(self.target_ppl or 0), self.params)
@@ -114,7 +114,7 @@ class PredictCommand:
             tokens = needed.tokens
         if tokens is not None and self.tokens_per_s is not None:
             hours = gpu_hours(tokens, self.tokens_per_s)
-            print(f"{hours:.2f} hours at {self.tokens_per_s:,.0f} tokens/s")
+            print(f"{duration(hours)} at {self.tokens_per_s:,.0f} tokens/s")
             if self.price_per_hour is not None:
                 print(f"cost: {hours * self.price_per_hour:,.2f}, at {self.price_per_hour:g} an hour")
         return 0 if tokens is not None else 1

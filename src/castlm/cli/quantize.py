@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +30,9 @@ _NOT_PASSED_ON = (
     *("packed", "quantized"),
 )
 """Entries of castlm.json that do not hold of the quantized model, or are written again."""
+
+
+_OF_INT4 = ("calibration", "column", "num_sequences", "seq_len", "seed", "damping")
 
 
 @dataclass
@@ -100,10 +103,11 @@ class QuantizeCommand:
         check_damping(self.damping)
         if self.kind == "int4" and self.calibration is None:
             raise InputError("int4 needs a calibration text: pass --calibration FILE")
-        if self.kind != "int4" and self.calibration is not None:
-            raise InputError(f"{self.kind} takes no calibration text: leave --calibration out")
-        if self.column is not None and self.calibration is None:
-            raise InputError(f"column {self.column} is of a calibration text, and {self.kind} takes none: leave it out")
+        if self.kind != "int4":
+            for option in fields(self):
+                value = getattr(self, option.name)
+                if option.name in _OF_INT4 and value != option.default:
+                    raise InputError(f"{option.name} {value} is of int4, and kind is {self.kind}: leave it out")
         if self.packed and self.kind == "fp8":
             raise InputError("the packed format holds int8 and int4: leave --packed out for fp8")
         if self.head is not None and not self.packed:

@@ -20,6 +20,11 @@ def short(value: float) -> str:
     return f"{value:g}" if abs(value) <= sys.float_info.max else "a number out of range"
 
 
+def readable(perplexity: float) -> str:
+    """With three decimals, or as a power of ten where it has many digits."""
+    return f"{perplexity:.3f}" if perplexity < 1e6 else f"{perplexity:.3g}"
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Perplexity of a run at `tokens`, with the 90 % interval that it (or the mean of several) should fall in."""
@@ -102,6 +107,14 @@ def gpu_hours(tokens: float, tokens_per_s: float) -> float:
     if not 0 < tokens_per_s < MOST_TOKENS:
         raise InputError(f"tokens_per_s must be a positive number, got {short(tokens_per_s)}")
     return tokens / tokens_per_s / 3600
+
+
+def duration(hours: float) -> str:
+    """Hours for a person to read, shorter times in minutes or seconds."""
+    for size, unit in ((1, "hours"), (60, "minutes")):
+        if hours * size >= 1:
+            return f"{hours * size:,.2f} {unit}"
+    return f"{hours * 3600:.3g} seconds"
 
 
 def check_price(price_per_hour: float, devices: int = 1) -> None:
