@@ -17,11 +17,11 @@ from dataclasses import replace
 from benchmarks.rows import Row
 from castlm.inference.devices import Device, find_device
 from castlm.inference.published import KernelTime, kernel_times
-from castlm.inference.roofline import KERNELS, Format, Kernel, cpu_formats, gpu_formats, layer_seconds
+from castlm.inference.roofline import KERNELS, MANY_ROWS, Format, Kernel, cpu_formats, gpu_formats, layer_seconds
 from castlm.inference.this_device import CpuTimer, this_cpu
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096))
-TOKENS = (1, 4, 16)
+TOKENS = (1, 4, 16, 256)
 PAIRS = (("bf16", "2:4 bf16"), ("int8", "2:4 int8"), ("int4", "2:4 int4"), ("int8", "2:4 bf16"), ("torch bf16", "bf16"))
 """Choices that a user has on a CPU; each is a cell by shape and tokens."""
 
@@ -66,11 +66,12 @@ def measured_cells(shapes: Sequence[tuple[int, int]] = SHAPES) -> Cells:
 
 def measured_row(cells: Cells | None = None, device: Device | None = None) -> Row:
     """The roofline of this CPU against what its kernels take."""
-    device, cells = device or this_cpu(), measured_cells() if cells is None else cells
+    cells = measured_cells() if cells is None else cells
+    devices = {tokens: device or this_cpu(tokens) for _, tokens in cells}
     forms = {form.name: form for form in cpu_formats("bf16")}
     pairs = []
     for (shape, tokens), seconds in cells.items():
-        advised = {name: layer_seconds(device, form, shape, tokens) for name, form in forms.items()}
+        advised = {name: layer_seconds(devices[tokens], form, shape, tokens) for name, form in forms.items()}
         pairs += [(seconds[a] / seconds[b], advised[a] / advised[b]) for a, b in PAIRS]
     return replace(right(pairs), part=f"advice, one of two formats, {len(pairs)} cells", against="timed on this CPU")
 
@@ -90,7 +91,9 @@ def kernels_fitted() -> Iterator[tuple[tuple[str, str, bool], Kernel, float]]:
             return [predicted(cell, sparse, kernel) for cell in cells]
 
         yield key, *best_kernel(at, times)
-    device, measured = this_cpu(), measured_cells()
+    device = this_cpu()
+    most = MANY_ROWS[device.level].more_than if device.level in MANY_ROWS else max(TOKENS)
+    measured = {cell: seconds for cell, seconds in measured_cells().items() if cell[1] <= most}
     for form in cpu_formats("bf16"):
         times = [seconds[form.name] for seconds in measured.values()]
 

@@ -190,6 +190,27 @@ def test_the_cpu_timer_multiplies_by_every_format(monkeypatch):
     assert advice.rows[1].best == "fp32"
 
 
+def test_a_prompt_on_a_cpu_takes_what_its_kernels_for_many_rows_take():
+    peak = dict.fromkeys(("bf16", "int8", "int4"), 1e11)
+    avx2 = Device("this", "cpu", 1e10, peak, peak, "made up", level="avx2")
+    forms = {form.name: form for form in cpu_formats("bf16")}
+
+    def seconds(device: Device, name: str, tokens: int) -> float:
+        return layer_seconds(device, forms[name], (2048, 2048), tokens)
+
+    assert seconds(avx2, "bf16", 1) / seconds(avx2, "2:4 bf16", 1) > 1.5
+    assert seconds(avx2, "bf16", 512) == seconds(avx2, "2:4 bf16", 512)  # both are unpacked for the library's GEMM
+    assert seconds(avx2, "int8", 512) / seconds(avx2, "2:4 int8", 512) == pytest.approx(1.5)
+    amx = replace(avx2, level="amx")
+    assert seconds(amx, "2:4 bf16", 1) == seconds(avx2, "2:4 bf16", 1)
+    assert seconds(avx2, "2:4 bf16", 512) / seconds(amx, "2:4 bf16", 512) > 3
+    assert seconds(amx, "torch bf16", 512) == seconds(avx2, "torch bf16", 512)
+    fast_torch = replace(amx, peak=(faster := {**peak, "torch bf16": 1e12}), sparse_peak=faster)
+    text = advise(LLAMA_1B, fast_torch, tokens=512).text()
+    assert "torch bf16, which needs no packing, is 2.08x as fast as castlm's dense layers." in text
+    assert "needs no packing" not in advise(LLAMA_1B, amx, tokens=512).text()
+
+
 def test_the_benchmark_row_counts_noticeable_cells_alone():
     device = Device("this", "cpu", 1e10, dict.fromkeys(("bf16", "int8", "int4"), 3e10), {}, "made up")
     device = replace(device, sparse_peak=device.peak)

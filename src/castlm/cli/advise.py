@@ -120,7 +120,7 @@ class AdviseCommand:
         if gpu is not None:
             return gpu, GpuTimer(self.dtype) if self.measure else None
         check_built()
-        return this_cpu(), CpuTimer(cpu_formats(self.dtype)) if self.measure else None
+        return this_cpu(self.tokens), CpuTimer(cpu_formats(self.dtype)) if self.measure else None
 
 
 _ADVICE = ("tokens", "dtype", "device", "measure", "pattern", "trust_remote_code")

@@ -169,6 +169,11 @@ class Advice:
             best = max(others, key=self.speedup)
             if self.speedup(best) > max(NOTICEABLE, self.mixed_speedup):
                 lines.append(f"Faster still is {best}, {self.speedup(best):.2f}x of dense; it rounds the weights.")
+        torch = next((form.name for form in self.formats if form.kernel == "torch"), None)
+        if torch and self.speedup(torch) > NOTICEABLE * self.mixed_speedup:
+            lines.append(
+                f"{torch}, which needs no packing, is {self.speedup(torch):.2f}x as fast as castlm's dense layers."
+            )
         if self.evidence:
             sources = list(dict.fromkeys(found.source for found in self.evidence))
             lines += ["", "Published, in units of dense in the same dtype where not said otherwise:"]

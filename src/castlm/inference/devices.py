@@ -32,6 +32,8 @@ class Device:
     """A regular expression for the end of what `torch.cuda.get_device_name` calls it."""
     memory_gib: float | None = None
     """Memory that torch reports, in GiB; None where it is not known."""
+    level: str = ""
+    """Of a CPU: the instruction set of castlm's kernels, a name of `native.LEVELS`."""
 
 
 def _device(

@@ -9,6 +9,7 @@ Its share is why 2:4 loses on small layers: cuSPARSELt has a longer launch and w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from castlm.inference.devices import Device
@@ -117,6 +118,30 @@ peaks to two runs beside other work, which the roofline misses by 15 to 48 %. A 
 castlm's kernels read from huge pages, 2:4 skips half of the multiplications, and int8 has more lanes than fp32. The
 peak of torch's bf16 is measured by itself (`this_cpu`): with units for it, it is more than four times as high."""
 
+
+@dataclass(frozen=True)
+class ManyRows:
+    """What castlm's CPU kernels reach where an input has many rows, as a prompt has."""
+
+    more_than: int
+    """Rows up to which `KERNELS` holds."""
+    peak: Mapping[tuple[str, bool], float]
+    """Share of the device's peak by compute dtype and 2:4 or not."""
+
+
+def _many_rows(more_than: int, **dense_and_sparse: tuple[float, float]) -> ManyRows:
+    peak = {(dtype, sparse): pair[sparse] for dtype, pair in dense_and_sparse.items() for sparse in (False, True)}
+    return ManyRows(more_than, peak)
+
+
+MANY_ROWS = {
+    "avx2": _many_rows(128, bf16=(0.9, 0.9), fp16=(0.9, 0.9), fp32=(0.9, 0.9), int8=(1.0, 1.5), int4=(0.8, 1.3)),
+    "avx512": _many_rows(128, bf16=(0.9, 1.1), fp16=(0.9, 1.1), fp32=(0.9, 1.1), int8=(1.6, 2.3), int4=(1.1, 1.8)),
+    "amx": _many_rows(12, bf16=(3.4, 3.5), fp16=(0.9, 0.9), fp32=(0.9, 0.9), int8=(4.0, 4.0), int4=(4.0, 4.0)),
+}
+"""By level, from docs/performance.md (`benchmarks.levels` on a Zen 3, a Zen 4 and an Emerald Rapids): the speed of the
+kernels in units of the GEMM over the unpacked weight, of which unpacking takes a tenth."""
+
 WEIGHT_ONLY = {"int8 weights": 0.56 / 0.70, "int4 weights": 0.37 / 0.70}
 """Bandwidth of torchao's weight-only kernels in units of the dense bf16 one, on an A100 with Llama-3-8B at one token:
 1151 and 763 GB/s of 1436 (README of torchao/sparsity). They multiply in the dtype of the activations, and split the
@@ -167,15 +192,18 @@ def layer_seconds(
     out_features, in_features = shape
     kernel = kernel or kernel_of(device, form)
     peaks = device.sparse_peak if form.sparse else device.peak
-    peak = peaks[form.compute]
+    peak = peaks[form.compute] * kernel.peak
+    many_rows = MANY_ROWS.get(device.level)
     if form.kernel == "torch":
-        peak = peaks.get(torch_product(form.compute), peak)
+        peak = peaks.get(torch_product(form.compute), peaks[form.compute]) * kernel.peak
+    elif many_rows and tokens > many_rows.more_than:
+        peak = peaks[form.compute] * many_rows.peak[form.compute, form.sparse]
     weight = out_features * in_features * form.bits / 8
     of_output = 4 if form.compute == "fp32" else 2
     moved = weight + tokens * (in_features * _ACTIVATION_BYTES[form.compute] + out_features * of_output)
     operations = 2 * tokens * out_features * in_features
     return kernel.launch + max(
         moved / (device.bandwidth * kernel.bandwidth),
-        operations / (peak * kernel.peak),
+        operations / peak,
         in_features * kernel.serial,
     )
