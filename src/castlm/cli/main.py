@@ -124,7 +124,7 @@ def _describe(error: BaseException) -> str:
             f"{elsewhere}; castlm plan memory says what a run needs"
         )
     if isinstance(error, OSError) and str(error):
-        return str(error)
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return f"unexpected {reason[:400]} (CASTLM_TRACEBACK=1 shows where it happened)"
 

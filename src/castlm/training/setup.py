@@ -159,7 +159,11 @@ def _objective(
 ) -> Objective:
     """Student, teacher and loss, with checkpointed and compiled blocks where the config asks for them."""
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        how = {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.24 on
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     objective = Objective(
         model,
         teacher,
