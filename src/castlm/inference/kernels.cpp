@@ -19,7 +19,11 @@ bool runs(int32_t level) {
 }
 
 std::atomic<int32_t>& level_in_use() {
-  static std::atomic<int32_t> used{runs(kAmx) ? kAmx : runs(kAvx512) ? kAvx512 : runs(kAvx2) ? kAvx2 : runs(kNeon) ? kNeon : kPlain};
+  static std::atomic<int32_t> used{[] {
+    for (const int32_t level : {kAmx, kAvx512, kAvx2, kNeon})
+      if (runs(level)) return level;
+    return int32_t(kPlain);
+  }()};
   return used;
 }
 
@@ -90,7 +94,7 @@ bool checked(const uint8_t* packed, int64_t bytes, Header& of) {
          found.data_bytes == of.data_bytes && bytes >= kHeaderBytes + of.data_bytes;
 }
 
-// x (batch, columns) as fp32 (rows, padded columns), in the order that the kernels of a level take; x itself where it is that.
+// x (batch, columns) as fp32 (rows, padded columns), in the order that the kernels of a level take. x itself where it is so.
 const float* widen(const Header& of, int32_t level, const uint8_t* x, bool is_bfloat16, int64_t batch, int64_t rows) {
   const int64_t width = of.padded();
   const bool splits = of.layout == kDense && of.values == kBFloat16 && (level == kAvx2 || level == kAvx512);
