@@ -146,6 +146,7 @@ def model_rows(name: str, repeats: int, num_tokens: int, prompt: int, clock: str
                 peer.replace(" ", ", dense "),
                 *(prefill["2:4"], prefill[peer]),
                 ">= 0.95" if peer == "transformers fp32" else "",
+                speedup=True,
             )
             for peer in peers
         ),

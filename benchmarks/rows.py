@@ -62,10 +62,19 @@ def interleaved(contestants: Mapping[str, Callable[[], object]], repeats: int, c
     return times
 
 
-def ratio_row(part: str, against: str, mine: Sequence[float], theirs: Sequence[float], goal: str, **rest: Any) -> Row:
-    """`mine / theirs`, or `theirs / mine` (a speed-up) where the goal is a lower limit; round by round."""
-    upside_down = goal.startswith(">=")
-    ratios = [b / a if upside_down else a / b for a, b in zip(mine, theirs)]
+def ratio_row(
+    part: str,
+    against: str,
+    mine: Sequence[float],
+    theirs: Sequence[float],
+    goal: str,
+    speedup: bool | None = None,
+    **rest: Any,
+) -> Row:
+    """`mine / theirs` round by round, or `theirs / mine` of a speed-up, which a goal with a lower limit is of."""
+    if speedup is None:
+        speedup = goal.startswith(">=")
+    ratios = [b / a if speedup else a / b for a, b in zip(mine, theirs)]
     seconds = {"seconds": {"castlm": statistics.median(mine), "other": statistics.median(theirs)}}
     detail = seconds | rest.pop("detail", {})
     return Row(part, against, statistics.median(ratios), min(ratios), max(ratios), goal, detail=detail, **rest)

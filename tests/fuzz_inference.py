@@ -1,7 +1,7 @@
 """Builds the inference kernels with AddressSanitizer and UndefinedBehaviorSanitizer, and feeds them random input.
 
 Run `python -m tests.fuzz_inference --minutes 10`. Products are compared with those in float64, as in
-`test_inference_kernels`; buffers with random bytes in their header must be refused or multiplied within their bounds.
+`packed_weights`; buffers with random bytes in their header must be refused or multiplied within their bounds.
 Before the search, one call that claims a buffer longer than it is shows that the sanitizer would have stopped it. Not
 collected by pytest.
 """
@@ -29,7 +29,7 @@ def overrun() -> None:
     import torch
 
     from castlm.inference import native
-    from tests.test_inference_kernels import buffer_of, random_packed
+    from tests.packed_weights import buffer_of, random_packed
 
     whole = buffer_of(random_packed("bf16", 2, 4, 64, 512))
     cut = (ctypes.c_uint8 * 4096).from_buffer_copy(bytes(whole[:4096].tolist()))
@@ -43,7 +43,7 @@ def search(seconds: float) -> int:
 
     from castlm.core.errors import InputError
     from castlm.inference import native
-    from tests.test_inference_kernels import PATTERNS, buffer_of, check_product, random_packed
+    from tests.packed_weights import PATTERNS, buffer_of, check_product, random_packed
 
     count, until = 0, time.monotonic() + seconds
     while time.monotonic() < until:

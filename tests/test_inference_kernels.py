@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import nm_mask
 from castlm.dtypes import FLOATS
 from castlm.inference import native
-from castlm.inference.format import PackedSpec
-from castlm.inference.layers import PackedEmbedding, PackedLinear, pack_linear, prepare_layers_
 from castlm.inference.op import DIRECT_ROWS, packed_linear
-from castlm.inference.packed import PackedTensor, pack, pack_integers, unpack
+from castlm.inference.packed import pack_integers, unpack
+from tests.packed_weights import PATTERNS, buffer_of, check_product, kernels_of, random_packed
 
 pytestmark = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
-
-PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (2, 3), (0, 0)]
-
-
-@contextlib.contextmanager
-def kernels_of(level: str) -> Iterator[None]:
-    before = native.level()
-    native.use_level(level)
-    try:
-        yield
-    finally:
-        native.use_level(before)
 
 
 @pytest.fixture(params=native.levels())
@@ -47,43 +30,6 @@ def level(request):
     """The kernels for one instruction set after another."""
     with kernels_of(request.param):
         yield request.param
-
-
-def random_packed(values: str, n: int, m: int, rows: int, columns: int, seed: int = 0) -> PackedTensor:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator)
-    mask = nm_mask(weight, n, m) if m else torch.ones_like(weight, dtype=torch.bool)
-    weight = weight.masked_fill(~mask, 0.0)
-    if values in FLOATS:
-        spec = PackedSpec(rows, columns, 0, 0, values)
-        weight = weight.to(FLOATS[values])
-        return pack(weight, n, m) if m else PackedTensor(spec, weight, None, None)
-    low, high, groups = (-128, 128, 1) if values == "int8" else (-8, 8, -(-columns // 64))
-    codes = torch.randint(low, high, (rows, columns), generator=generator).to(torch.int8) * mask
-    scales = torch.rand(rows, groups, generator=generator) + 0.1
-    return pack_integers(codes, scales if values == "int8" else scales.bfloat16(), values, n, m, mask if m else None)
-
-
-def buffer_of(packed: PackedTensor, layout: str = "best") -> Tensor:
-    spec = packed.spec
-    size = native.packed_bytes(spec.values, spec.n, spec.m, spec.rows, spec.columns, layout)
-    buffer = native.allocate(size)
-    native.repack_(buffer, packed.values, packed.mask, packed.scales, spec.values, spec.n, spec.m, spec.columns, layout)
-    return buffer
-
-
-def check_product(packed: PackedTensor, buffer: Tensor, x: Tensor) -> None:
-    weight = unpack(packed).double()
-    exact = x.double() @ weight.T
-    in_two_parts = native.level() == "amx" and packed.spec.values == "bf16"  # of many rows: each keeps 17 bits
-    bound = (2**-17 * in_two_parts + 2e-6) * x.double().abs() @ weight.abs().T
-    if packed.spec.values not in FLOATS:  # activations are rounded to int8, a block of 64 at a time
-        blocks = F.pad(x.double().abs(), (0, -x.shape[1] % 64)).unflatten(1, (-1, 64)).amax(2, keepdim=True)
-        step = blocks.expand(-1, -1, 64).flatten(1)[:, : x.shape[1]] / 127
-        bound += 0.501 * step @ weight.abs().T
-    if x.dtype == torch.bfloat16:
-        bound += 2**-8 * (exact.abs() + bound)
-    assert ((packed_linear(x, buffer, packed.spec.rows).double() - exact).abs() <= bound + 1e-30).all()
 
 
 @pytest.mark.parametrize("values", native.VALUES)
@@ -201,25 +147,18 @@ def test_the_level_is_chosen_by_name_or_in_the_environment(level, monkeypatch):
         native.use_level(other)
 
 
-def test_products_keep_leading_dimensions_and_take_no_rows():
-    packed = random_packed("bf16", 2, 4, 12, 64)
-    buffer = buffer_of(packed)
-    assert packed_linear(torch.randn(2, 3, 64), buffer, 12).shape == (2, 3, 12)
-    assert packed_linear(torch.randn(0, 64), buffer, 12).shape == (0, 12)
-    assert packed_linear(torch.randn(2, 64, dtype=torch.float16), buffer, 12).dtype == torch.float16
-    assert packed_linear(torch.randn(64, 2).T, buffer, 12).shape == (2, 12)
-    assert packed_linear(torch.randn(DIRECT_ROWS + 1, 64).bfloat16(), buffer, 12).dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize(
-    ("values", "n", "m"), [("int8", 2, 4), ("int4", 2, 4), ("bf16", 2, 4), ("int8", 0, 0), ("bf16", 0, 0)]
+    ("values", "n", "m"),
+    [*itertools.product(("int8", "bf16", "fp16"), (2, 1), (4,)), ("int4", 2, 4), ("int8", 0, 0), ("bf16", 0, 0)],
 )
 def test_many_rows_are_as_few_rows_where_the_kernels_take_them(values, n, m, level):
     packed = random_packed(values, n, m, 24, 128)
     buffer, x = buffer_of(packed), torch.randn(1029, 128)
-    by_vectors = 128 if values != "bf16" or (m and level == "avx512") else 0
+    integers = 128 if values == "int8" or values == "int4" else 0
+    by_avx512 = 128 if n == 1 or (n == 2 and not native.kernels().castlm_is_intel()) else integers
+    by_amx = by_avx512 if values == "fp16" else 512
     most = native.rows_at_a_time(buffer)
-    assert most == {"avx2": by_vectors, "avx512": by_vectors, "amx": 512}.get(level, 0)
+    assert most == {"avx2": integers, "avx512": by_avx512, "amx": by_amx}.get(level, 0)
     in_parts = torch.cat([packed_linear(part, buffer, 24) for part in x.split(most or DIRECT_ROWS)])
     whole = packed_linear(x, buffer, 24)
     assert torch.equal(whole, in_parts) if most else torch.allclose(whole, in_parts, atol=1e-6 * whole.abs().max())
@@ -260,56 +199,6 @@ def test_a_weight_is_prepared_under_any_default_dtype_and_device():
             assert torch.equal(buffer_of(packed), expected)
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def test_a_layer_multiplies_as_the_one_it_replaces():
-    layer = torch.nn.Linear(96, 20)
-    layer.weight.data = layer.weight.data.masked_fill(~nm_mask(layer.weight), 0.0)
-    made = pack_linear(layer, pack(layer.weight.detach(), 2, 4))
-    prepare_layers_({"made": made})
-    x = torch.randn(2, 7, 96)
-    torch.testing.assert_close(made(x), layer(x))
-    assert dict(made.named_buffers()).keys() == {"packed"}  # the stored tensors are gone
-
-
-@pytest.mark.parametrize("values", ["bf16", "fp16", "fp32", "int8"])
-def test_an_embedding_looks_up_what_the_head_multiplies_by(values):
-    packed = random_packed(values, 0, 0, 37, 50)
-    table, head = PackedEmbedding(packed.spec, torch.float32), PackedLinear(packed.spec)
-    for suffix, tensor in packed.tensors().items():
-        setattr(table, suffix, tensor)
-    prepare_layers_({"table": table})
-    head.share_(table.packed)
-    ids = torch.tensor([[0, 36, 5], [17, 17, 31]])
-    assert torch.equal(table(ids), unpack(packed)[ids].float())
-    assert head(torch.randn(1, 50)).shape == (1, 37)
-
-
-def test_torch_compile_traces_the_op():
-    packed = random_packed("bf16", 2, 4, 12, 64)
-    buffer = buffer_of(packed)
-    compiled = torch.compile(lambda x: packed_linear(x, buffer, 12) * 2, backend="aot_eager", fullgraph=True)
-    x = torch.randn(3, 64)
-    torch.testing.assert_close(compiled(x), packed_linear(x, buffer, 12) * 2)
-
-
-def test_tracers_and_transforms_see_the_op():
-    packed = random_packed("bf16", 2, 4, 12, 64)
-    buffer, x = buffer_of(packed), torch.randn(3, 64)
-
-    def twice(x):
-        return packed_linear(x, buffer, 12) * 2
-
-    expected = twice(x)
-    graph = make_fx(twice)(x)
-    assert "packed_linear" in [node.name for node in graph.graph.nodes]
-    traced = torch.jit.trace(twice, (x,), check_trace=False)
-    assert "castlm::packed_linear" in [node.kind() for node in traced.graph.nodes()]
-    for made in (graph, traced):
-        assert torch.equal(made(x), expected)
-        assert torch.equal(made(x + 1), twice(x + 1))
-    with torch.inference_mode():
-        assert torch.equal(torch.func.vmap(twice)(x[None])[0], expected)
 
 
 def test_tensors_that_the_kernels_cannot_read_are_refused():

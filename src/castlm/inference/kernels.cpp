@@ -51,9 +51,9 @@ int64_t padded_batch(int64_t batch) { return batch <= 2 ? batch : whole(batch, 4
 }  // namespace
 
 #if defined(__x86_64__) && defined(__GNUC__)
-const bool prefetches = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+const bool is_intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
 #else
-const bool prefetches = false;
+const bool is_intel = false;
 #endif
 
 int32_t level() { return level_in_use().load(std::memory_order_relaxed); }
@@ -198,10 +198,12 @@ int castlm::multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int
 extern "C" {
 
 extern const int32_t castlm_inference_version;
-const int32_t castlm_inference_version = 4;
+const int32_t castlm_inference_version = 5;
 
 // The level in use.
 int castlm_level() { return level(); }
+
+int castlm_is_intel() { return is_intel; }
 
 // Whether this processor has a level.
 int castlm_runs(int level) { return runs(level); }

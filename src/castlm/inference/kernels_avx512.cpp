@@ -19,7 +19,7 @@ INLINE __m256 folded(__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v),
 template <int bytes>
 INLINE void prefetch(const uint8_t* weights) {
   constexpr int kAhead = 4096;
-  if (!prefetches) return;
+  if (!is_intel) return;
   for (int line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(weights + kAhead + line), _MM_HINT_T0);
 }
 

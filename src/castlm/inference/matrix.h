@@ -165,7 +165,7 @@ int32_t level();  // the one in use
 bool has_neon();
 bool has_avx2();
 bool has_avx512();
-extern const bool prefetches;  // whether the AVX-512 kernels fetch weights before the hardware does
+extern const bool is_intel;  // whether the processor is Intel's
 bool has_amx();
 Multiply neon_multiply(const Header&, int64_t batch);
 Multiply avx2_multiply(const Header&, int64_t batch);

@@ -33,8 +33,8 @@ LEVELS = ("plain", "neon", "avx2", "avx512", "amx")
 
 _DTYPES = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
-_VERSION = 4  # of kernels.cpp
-_HEADER = struct.Struct("3i")  # what a buffer begins with: its magic number, layout and values
+_VERSION = 5  # of kernels.cpp
+_HEADER = struct.Struct("4i")  # what a buffer begins with: its magic number, layout, values and n
 _HEADER_BYTES, _TILE_ROWS, _TILE_COLUMNS = 64, 4, 64  # of a dense matrix, as matrix.h has them
 _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14  # Linux; the module mmap has it from Python 3.13 on
@@ -199,19 +199,21 @@ def rows_at_a_time(packed: Tensor) -> int:
     """How many of many rows of x `multiply` should take at once; 0 where the library's GEMM is faster.
 
     Integers are multiplied by the kernels of AVX2 and later, which rounds prompts as decoding does; bf16 by those of
-    AMX; n:m floats by those of AVX-512. docs/performance.md has the speeds, measured by `benchmarks.levels`.
+    AMX; n:m floats by those of AVX-512, on Intel's processors, whose GEMM is faster, if at most one of four is kept.
+    docs/performance.md has the speeds, measured by `benchmarks.levels`.
     """
     _check_plain("a packed weight", packed, torch.uint8)
     if packed.numel() < _HEADER.size:
         return 0  # either way refuses it
-    _, layout, values = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
+    _, layout, values, n = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
     used = level()
     if layout == LAYOUTS["rows"] or used not in ("avx2", "avx512", "amx"):
         return 0
     is_integer = values in (VALUES["int8"], VALUES["int4"])
-    if used == "amx":
-        return 512 if is_integer or values == VALUES["bf16"] else 0
-    return 128 if is_integer or (used == "avx512" and layout == LAYOUTS["panels"]) else 0
+    if used == "amx" and (is_integer or values == VALUES["bf16"]):
+        return 512
+    floats_gain = used != "avx2" and layout == LAYOUTS["panels"] and (n == 1 or not _library().castlm_is_intel())
+    return 128 if is_integer or floats_gain else 0
 
 
 def multiply(x: Tensor, packed: Tensor, out_features: int) -> Tensor:

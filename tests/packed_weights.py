@@ -1,0 +1,66 @@
+"""Random packed weights, their buffers and the check of a product, for tests and the fuzzer of the CPU kernels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from castlm.core.pattern import nm_mask
+from castlm.dtypes import FLOATS
+from castlm.inference import native
+from castlm.inference.format import PackedSpec
+from castlm.inference.op import packed_linear
+from castlm.inference.packed import PackedTensor, pack, pack_integers, unpack
+
+PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (2, 3), (0, 0)]
+
+
+@contextlib.contextmanager
+def kernels_of(level: str) -> Iterator[None]:
+    before = native.level()
+    native.use_level(level)
+    try:
+        yield
+    finally:
+        native.use_level(before)
+
+
+def random_packed(values: str, n: int, m: int, rows: int, columns: int, seed: int = 0) -> PackedTensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    mask = nm_mask(weight, n, m) if m else torch.ones_like(weight, dtype=torch.bool)
+    weight = weight.masked_fill(~mask, 0.0)
+    if values in FLOATS:
+        spec = PackedSpec(rows, columns, 0, 0, values)
+        weight = weight.to(FLOATS[values])
+        return pack(weight, n, m) if m else PackedTensor(spec, weight, None, None)
+    low, high, groups = (-128, 128, 1) if values == "int8" else (-8, 8, -(-columns // 64))
+    codes = torch.randint(low, high, (rows, columns), generator=generator).to(torch.int8) * mask
+    scales = torch.rand(rows, groups, generator=generator) + 0.1
+    return pack_integers(codes, scales if values == "int8" else scales.bfloat16(), values, n, m, mask if m else None)
+
+
+def buffer_of(packed: PackedTensor, layout: str = "best") -> Tensor:
+    spec = packed.spec
+    size = native.packed_bytes(spec.values, spec.n, spec.m, spec.rows, spec.columns, layout)
+    buffer = native.allocate(size)
+    native.repack_(buffer, packed.values, packed.mask, packed.scales, spec.values, spec.n, spec.m, spec.columns, layout)
+    return buffer
+
+
+def check_product(packed: PackedTensor, buffer: Tensor, x: Tensor) -> None:
+    weight = unpack(packed).double()
+    exact = x.double() @ weight.T
+    in_two_parts = native.level() == "amx" and packed.spec.values == "bf16"  # of many rows: each keeps 17 bits
+    bound = (2**-17 * in_two_parts + 2e-6) * x.double().abs() @ weight.abs().T
+    if packed.spec.values not in FLOATS:  # activations are rounded to int8, a block of 64 at a time
+        blocks = F.pad(x.double().abs(), (0, -x.shape[1] % 64)).unflatten(1, (-1, 64)).amax(2, keepdim=True)
+        step = blocks.expand(-1, -1, 64).flatten(1)[:, : x.shape[1]] / 127
+        bound += 0.501 * step @ weight.abs().T
+    if x.dtype == torch.bfloat16:
+        bound += 2**-8 * (exact.abs() + bound)
+    assert ((packed_linear(x, buffer, packed.spec.rows).double() - exact).abs() <= bound + 1e-30).all()
