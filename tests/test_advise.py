@@ -203,11 +203,12 @@ def test_a_prompt_on_a_cpu_takes_what_its_kernels_for_many_rows_take():
     assert seconds(avx2, "int8", 512) / seconds(avx2, "2:4 int8", 512) == pytest.approx(1.5)
     amx = replace(avx2, level="amx")
     assert seconds(amx, "2:4 bf16", 1) == seconds(avx2, "2:4 bf16", 1)
-    assert seconds(avx2, "2:4 bf16", 512) / seconds(amx, "2:4 bf16", 512) > 3
+    assert seconds(avx2, "2:4 bf16", 512) / seconds(amx, "2:4 bf16", 512) > 2
+    assert seconds(amx, "2:4 bf16", 512) / seconds(amx, "2:4 bf16", 16) < 20  # of 32: tiles are arranged once in each
     assert seconds(amx, "torch bf16", 512) == seconds(avx2, "torch bf16", 512)
     fast_torch = replace(amx, peak=(faster := {**peak, "torch bf16": 1e12}), sparse_peak=faster)
     text = advise(LLAMA_1B, fast_torch, tokens=512).text()
-    assert "torch bf16, which needs no packing, is 2.08x as fast as castlm's dense layers." in text
+    assert "torch bf16, which needs no packing, is 2.70x as fast as castlm's dense layers." in text
     assert "needs no packing" not in advise(LLAMA_1B, amx, tokens=512).text()
 
 

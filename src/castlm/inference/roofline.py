@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from castlm.inference.devices import Device
 
@@ -127,20 +128,43 @@ class ManyRows:
     """Rows up to which `KERNELS` holds."""
     peak: Mapping[tuple[str, bool], float]
     """Share of the device's peak by compute dtype and 2:4 or not."""
+    preparation: Mapping[tuple[str, bool], float]
+    """Rows whose multiplication at the device's peak takes as long as what each weight needs before."""
+
+    def share(self, compute: str, sparse: bool, rows: int) -> float:
+        """Share of the device's peak with `rows` rows."""
+        key = compute, sparse
+        return 1 / (1 / self.peak[key] + self.preparation.get(key, 0.0) / rows)
 
 
-def _many_rows(more_than: int, **dense_and_sparse: tuple[float, float]) -> ManyRows:
-    peak = {(dtype, sparse): pair[sparse] for dtype, pair in dense_and_sparse.items() for sparse in (False, True)}
-    return ManyRows(more_than, peak)
+def _many_rows(
+    more_than: int,
+    peak: Mapping[str, tuple[float, float]],
+    preparation: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+) -> ManyRows:
+    """Of pairs, dense and 2:4, by compute dtype."""
+
+    def by_kernel(pairs: Mapping[str, tuple[float, float]]) -> dict[tuple[str, bool], float]:
+        return {(compute, sparse): pair[sparse] for compute, pair in pairs.items() for sparse in (False, True)}
+
+    return ManyRows(more_than, by_kernel(peak), by_kernel(preparation))
 
 
+_GEMM = dict.fromkeys(("bf16", "fp16", "fp32"), (0.9, 0.9))
 MANY_ROWS = {
-    "avx2": _many_rows(128, bf16=(0.9, 0.9), fp16=(0.9, 0.9), fp32=(0.9, 0.9), int8=(1.0, 1.5), int4=(0.8, 1.3)),
-    "avx512": _many_rows(128, bf16=(0.9, 1.1), fp16=(0.9, 1.1), fp32=(0.9, 1.1), int8=(1.6, 2.3), int4=(1.1, 1.8)),
-    "amx": _many_rows(12, bf16=(3.4, 3.5), fp16=(0.9, 0.9), fp32=(0.9, 0.9), int8=(4.0, 4.0), int4=(4.0, 4.0)),
+    "avx2": _many_rows(128, {**_GEMM, "int8": (1.0, 1.5), "int4": (0.8, 1.3)}),
+    "avx512": _many_rows(
+        128, {**dict.fromkeys(("bf16", "fp16", "fp32"), (0.9, 1.1)), "int8": (1.6, 2.3), "int4": (1.1, 1.8)}
+    ),
+    "amx": _many_rows(
+        12,
+        {**_GEMM, "bf16": (2.2, 2.2), "int8": (3.5, 3.5), "int4": (3.5, 3.5)},
+        {"bf16": (22, 12), "int8": (10, 9), "int4": (8, 8)},
+    ),
 }
 """By level, from docs/performance.md (`benchmarks.levels` on a Zen 3, a Zen 4 and an Emerald Rapids): the speed of the
-kernels in units of the GEMM over the unpacked weight, of which unpacking takes a tenth."""
+kernels in units of the GEMM over the unpacked weight, of which unpacking takes a tenth. What AMX needs to arrange a
+weight in tiles is from the cells of `benchmarks.advisor` with 16 and 256 rows."""
 
 WEIGHT_ONLY = {"int8 weights": 0.56 / 0.70, "int4 weights": 0.37 / 0.70}
 """Bandwidth of torchao's weight-only kernels in units of the dense bf16 one, on an A100 with Llama-3-8B at one token:
@@ -197,7 +221,7 @@ def layer_seconds(
     if form.kernel == "torch":
         peak = peaks.get(torch_product(form.compute), peaks[form.compute]) * kernel.peak
     elif many_rows and tokens > many_rows.more_than:
-        peak = peaks[form.compute] * many_rows.peak[form.compute, form.sparse]
+        peak = peaks[form.compute] * many_rows.share(form.compute, form.sparse, tokens)
     weight = out_features * in_features * form.bits / 8
     of_output = 4 if form.compute == "fp32" else 2
     moved = weight + tokens * (in_features * _ACTIVATION_BYTES[form.compute] + out_features * of_output)
