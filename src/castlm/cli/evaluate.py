@@ -50,7 +50,7 @@ class EvalCommand:
     """File with a Jinja chat template to use in place of the tokenizer's own."""
 
     seq_len: int = 1024
-    """Tokens of context; figures at different lengths do not compare."""
+    """Tokens of context; figures at different lengths cannot be compared."""
 
     stride: int | None = None
     """Tokens between the starts of two sequences. The default, seq_len, scores every sequence by itself."""

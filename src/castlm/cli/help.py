@@ -103,7 +103,7 @@ def _values(field: dataclasses.Field[Any], hint: Any) -> str:
         return ""
     if names := choices_of(field):
         return "|".join(names)
-    return _type(hint)
+    return _type(typing.get_args(hint)[0] if field.metadata.get("append") else hint)
 
 
 def _type(hint: Any) -> str:

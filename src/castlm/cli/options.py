@@ -1,6 +1,6 @@
 """The command line of a dataclass: one option per field, read by argparse and checked by `castlm.fields`.
 
-tyro, which did this before, reports errors only as boxes on stderr and cannot leave options out of `--help`; argparse
+argparse and not tyro, which reports errors only as boxes on stderr and cannot leave options out of `--help`: argparse
 lets `error` be overridden, so that every error is one line with the option that was probably meant.
 """
 

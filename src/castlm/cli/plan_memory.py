@@ -62,7 +62,7 @@ class MemoryOptions:
     before step 0."""
 
     calibration_sequences: int = field(default=128, metadata=_AT_LEAST_1)
-    """Sequences that wanda and sparsegpt are calibrated on."""
+    """Sequences that the scores are calibrated on, of all but magnitude and random."""
 
     eta: float = field(default=2 / 3, metadata={"at_least": 0})
     """Weight of the KL divergence to the teacher. 0 trains without a teacher."""
@@ -84,7 +84,7 @@ class MemoryOptions:
 @dataclass(frozen=True, kw_only=True)
 class MemoryCommand(Refinements, BasisOptions, MemoryOptions):  # the fields of the last base come first
     """Predict the bytes on each rank of a run from the model's config alone; no weights are needed. The options mean
-    the same as in `castlm train`, and with --prune as in `castlm prune`."""
+    the same as in `castlm train`. With --prune the run is a `castlm prune`, whose --method is --init-from here."""
 
     def run(self) -> int:
         from castlm.planning.memory import plan_memory

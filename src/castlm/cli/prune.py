@@ -56,7 +56,8 @@ class PruneOptions:
     magnitude or random."""
 
     calibration: str | None = None
-    """Text that wanda and sparsegpt need: a file, folder, glob or hub dataset, as --dataset of castlm train."""
+    """Text that all methods but magnitude and random need: a file, folder, glob or hub dataset, as --dataset of castlm
+    train."""
 
     column: str | None = None
     """Column of .jsonl and .parquet that holds the text, or messages, which the chat template renders. By default it is

@@ -50,7 +50,7 @@ class SampleOptions:
     """Texts that are written at the same time."""
 
     dedup_prefix: int = field(default=200, metadata={"at_least": 0})
-    """Two texts whose first characters, this many, are equal count as duplicates. 0 compares whole texts only."""
+    """Leading characters that are compared: texts that share them count as duplicates. 0 compares whole texts."""
 
     seed: int = 0
     """Of the samples, and of the order of the sequences in teacher_cache."""
@@ -101,8 +101,8 @@ class CacheOptions:
 
 @dataclass
 class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base come first
-    """Let a model write text to train on: documents, continuations of prompts, or conversations. Stopped by Ctrl-C or a
-    kill, the same command with --resume goes on where it stood."""
+    """Let a model write text to train on: documents, continuations of prompts, or conversations. After Ctrl-C or a
+    kill, the same command with --resume continues."""
 
     def run(self) -> int:
         from castlm.data.sample_file import finished_samples, open_samples

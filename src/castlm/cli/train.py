@@ -28,8 +28,8 @@ class RecipeOptions(FileOptions):
     """Files of options, and what they start from."""
 
     recipe: str = choice("castlm", RECIPES)
-    """Values that the other options start from. castlm: our defaults. paper: decay, rates, betas, eta, batch and length
-    as published for LLaMA2-7B."""
+    """Values that the other options start from. castlm: our defaults. paper: decay, rates, eta, batch and length as
+    published for LLaMA2-7B, with Adam's usual betas."""
 
 
 @dataclass

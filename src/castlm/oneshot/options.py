@@ -70,7 +70,7 @@ class BasisOptions(_Bounded):
     embeddings. auto: values where the model's family is known."""
 
     permute: bool = True
-    """Permute the MLP neurons before that, and the residual stream and the values if they are not rotated."""
+    """Permute the MLP neurons before the prune, and the residual stream and the values if they are not rotated."""
 
     rotation_iterations: int = 100
     """Steps in which each rotation is learned."""
@@ -93,13 +93,14 @@ class Refinements(_Bounded):
 
     target_asymmetry: float = 0.0
     """How far the target of a layer goes from its dense output on the pruned model's inputs, 0, to that in the dense
-    model, 1. Two passes over the calibration text for each input of a block. 0.5 is a good value."""
+    model, 1. Two passes over the calibration text for each input of a transformer block. 0.5 is a good value."""
 
     stream_correction: float = 0.0
     """Share of the residual stream's loss that the layers which write it make up for, in the same passes."""
 
     staged_statistics: bool = False
-    """Take the statistics of a layer after the layers before it in its block are pruned: three passes more."""
+    """Take the statistics of a layer after the layers before it in its transformer block are pruned: three more passes
+    over the text."""
 
     mask_iterations: int = 16
     """ADMM iterations that choose better masks than SparseGPT, which decides from left to right. Each costs as much as
@@ -110,8 +111,8 @@ class Refinements(_Bounded):
     The default is 20, and 0 after mask_iterations, which leave the kept weights near their optimum."""
 
     reconstruct_epochs: int = 0
-    """Epochs over the calibration text in which each block is trained to give the dense block's outputs. They stop
-    early when the error on held-out sequences rises. An epoch costs what training on that text costs."""
+    """Epochs over the calibration text in which each transformer block is trained to give the outputs of the dense
+    one. They stop early when the error on held-out sequences rises. An epoch costs what training on that text costs."""
 
     reconstruct_rate: float = 1e-3
     """Learning rate of the reconstruction."""

@@ -152,7 +152,7 @@ class StartOptions(Refinements, BasisOptions):
     sparsegpt, flap for channels, taylor for heads and wanda for tiles; for the other methods it is magnitude."""
 
     calibration_sequences: int = 128
-    """Training sequences that wanda and sparsegpt are calibrated on."""
+    """Training sequences that the start is calibrated on, except for magnitude and random."""
 
     def bounds(self) -> Iterator[Bound]:
         yield "calibration_sequences", self.calibration_sequences >= 1, "at least 1"
