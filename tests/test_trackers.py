@@ -215,6 +215,19 @@ def test_a_run_uploads_its_verified_model(endpoint, text, tmp_path, capsys):
     assert len(Hub.commits) == 2
 
 
+def test_a_run_that_diverged_does_not_replace_what_is_on_the_hub(endpoint, text, tmp_path, capsys):
+    model = str(save_tiny(tmp_path / "llama"))
+    over = {"init_from": "magnitude", "learning_rate": 20.0, "push_to_hub": True, "hub_model_id": "me/run"}
+    config = small(model, text, tmp_path / "run", **over)
+    assert train(config)["verdict"]["problem"] == "DIVERGED"
+    result = tmp_path / "run" / "model"
+    told = f"not uploaded, because the run diverged; hf upload me/run {result} sends the result nevertheless"
+    assert told in capsys.readouterr().err
+    train(dataclasses.replace(config, resume=True))
+    assert told in capsys.readouterr().err
+    assert Hub.commits == []
+
+
 def test_an_upload_removes_the_weights_of_an_earlier_one_and_nothing_else(endpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(Hub, "there", ["model.safetensors", "config.json", "notes.txt", "old/model.safetensors"])
     for name in ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):

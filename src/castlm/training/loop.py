@@ -21,6 +21,7 @@ from castlm.training.run import Run
 from castlm.training.run_folder import RunFolder, after_restart, check_shared
 from castlm.training.setup import global_batch
 from castlm.training.text import resolve_epochs
+from castlm.training.verdict import problem
 
 
 def loop(run: Run, interrupt: Interrupt) -> None:
@@ -112,8 +113,18 @@ def _train(config: TrainConfig, world: World, interrupt: Interrupt) -> dict[str,
             record = finish(run.result())
             world.on_main(folder.drop_replaced, beats=True)
     if config.push_to_hub:  # of a finished run too, which may have been stopped here
-        upload = functools.partial(push, folder.model, config.hub_repo, private=config.hub_private_repo)
-        url = world.on_main(upload, beats=True)
-        if world.is_main:
-            note(f"uploaded: {url}")
+        _upload(config, folder.model, record, world)
     return record
+
+
+def _upload(config: TrainConfig, model: Path, record: dict[str, Any], world: World) -> None:
+    """Uploads the result, unless its verdict is that it is no use: a good one may be in the repository."""
+    if wrong := problem(record.get("verdict", {})):
+        if world.is_main:
+            send = f"hf upload {config.hub_repo} {model}"
+            note(f"not uploaded, because the run {wrong}; {send} sends the result nevertheless")
+        return
+    upload = functools.partial(push, model, config.hub_repo, private=config.hub_private_repo)
+    url = world.on_main(upload, beats=True)
+    if world.is_main:
+        note(f"uploaded: {url}")

@@ -73,7 +73,7 @@ class CheckpointOptions:
     """Trackers that get the metrics besides metrics.jsonl. auto uses every one that is installed."""
 
     push_to_hub: bool = field(default=False, kw_only=True)
-    """Upload the verified model to the Hugging Face Hub when the run ends."""
+    """Upload the verified model to the Hugging Face Hub when the run ends, unless it diverged or fell short."""
 
     hub_model_id: str | None = field(default=None, kw_only=True)
     """Repository to upload to, owner/name. The default is the name of output_dir."""
