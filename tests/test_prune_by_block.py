@@ -241,6 +241,14 @@ def test_overwrite_starts_again_with_other_options_or_a_damaged_record(llama, st
         shutil.rmtree(partial)
 
 
+def test_overwrite_reads_nothing_of_an_earlier_start_on_more_text(llama, tmp_path, text, monkeypatch):
+    fewer = ("--num-sequences", "17")  # passes of 9 and of 8, where the earlier start had 10 and 9
+    unfinished(llama, tmp_path, text, monkeypatch, "--reconstruct-epochs", "1")
+    fresh = prune(llama, text, tmp_path / "fresh", "--reconstruct-epochs", "1", *fewer)
+    over = prune(llama, text, tmp_path / "out", "--reconstruct-epochs", "1", "--overwrite", *fewer)
+    assert_same(fresh, over)
+
+
 def test_a_damaged_record_is_named(llama, tmp_path, text, monkeypatch):
     partial = unfinished(llama, tmp_path, text, monkeypatch)
     record = json.loads((partial / "progress.json").read_text())

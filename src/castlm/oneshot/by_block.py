@@ -285,9 +285,6 @@ class _Walk:
         ours, theirs = (
             HiddenStates(run.folder, shape, device, self.state.done, num_batches, name) for name in ("hidden", "dense")
         )
-        if not self.state.done:
-            for states in (ours, theirs):
-                states.file(0).unlink(missing_ok=True)
         with disk_full_is_said(run.folder, _REMEDY):
             with self.stored.passing():
                 inputs = BlockInputs(run.model, self.stored.blocks, calibration, ours, self.state.done)

@@ -21,7 +21,8 @@ class HiddenStates(MutableSequence[Tensor]):
     """Batches of one shape, fp32, in `folder/NAME-00000.bin` for the first block, and so on.
 
     The last batch can have fewer sequences. Reading gives what enters the block `index`; writing goes to the file of
-    the next, and `go_on` moves on to it. A kill at any moment leaves the file of `index` whole.
+    the next, and `go_on` moves on to it. A kill at any moment leaves the file of `index` whole. The first batch that is
+    written empties its file, which may be of an earlier start.
 
     Args:
         shape: of a batch, (batch, seq, hidden).
@@ -81,6 +82,6 @@ class HiddenStates(MutableSequence[Tensor]):
         self.file(self.index - 1).unlink(missing_ok=True)
 
     def _write(self, file: Path, number: int, value: Tensor) -> None:
-        with file.open("r+b" if file.exists() else "wb") as opened:
+        with file.open("r+b" if number else "wb") as opened:
             opened.seek(number * self.batch_bytes)
             opened.write(memoryview(value.float().cpu().contiguous().numpy()).cast("B"))
