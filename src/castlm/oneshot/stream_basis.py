@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from castlm.core.errors import InputError
 from castlm.core.pattern import NM
 from castlm.oneshot.block_basis import Change, Statistic, Statistics
 from castlm.oneshot.families import Block, Matrix, Norm, Wiring
@@ -23,6 +24,7 @@ from castlm.oneshot.rotation import Term, learn_rotations, solved_errors
 _RATE = 0.03  # of Adam, for the skew matrix of the rotation
 _SCORE_ROWS = 4096  # of all layers together that a permutation is chosen by
 _SMALLEST_GAIN = 1e-6
+_PERMUTES, _FARTHEST = 0.9, 0.5  # each column's largest entry; the distance of embeddings that training has changed
 
 
 class Stream:
@@ -185,6 +187,33 @@ class Stream:
 
 def _gain(norm: Norm) -> Tensor:
     return norm.weight.detach() + (1 - norm.unit)
+
+
+def basis_between(dense: Tensor, given: Tensor) -> Tensor | None:
+    """The basis of a model's residual stream, by its input embeddings (vocab, hidden) and those of the dense model.
+
+    It is the rotation Q that brings `dense @ Q` nearest to `given` (orthogonal Procrustes), so that trained embeddings
+    have one too.
+
+    Returns:
+        What `castlm.core.hidden.in_stream_basis` takes: a permutation (hidden,) int64 where Q is one, else Q (hidden,
+        hidden) fp32; None for the identity.
+
+    Raises:
+        InputError: no rotation brings the embeddings near each other.
+    """
+    step = max(1, len(dense) // (4 * dense.shape[1]))
+    dense, given = dense[::step].double(), given[::step].double()
+    left, _, right = torch.linalg.svd(dense.T @ given)
+    rotation = left @ right
+    largest, permutation = rotation.max(dim=0)
+    is_permutation = bool((largest > _PERMUTES).all())
+    turned = dense[:, permutation] if is_permutation else dense @ rotation
+    if not (turned - given).norm() <= _FARTHEST * given.norm():
+        raise InputError("its embeddings are not those of the dense model in another basis")
+    if not is_permutation:
+        return rotation.float()
+    return None if torch.equal(permutation, torch.arange(len(permutation))) else permutation
 
 
 def is_tied(model: PreTrainedModel) -> bool:

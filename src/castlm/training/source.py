@@ -9,13 +9,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.blocks import is_tower
 from castlm.core.errors import InputError
 from castlm.data.chat import with_template
 from castlm.distributed.fingerprint import fingerprint
-from castlm.distributed.loading import Checkpoint, check_one_snapshot, open_sharded
+from castlm.distributed.loading import Checkpoint, check_one_snapshot, open_sharded, opened_files
 from castlm.distributed.world import World
 from castlm.methods.table import class_of
 from castlm.models.architecture import check_head, context_length, vocab_size
@@ -55,6 +56,15 @@ class Source:
         if self.stored is not None:
             places = {**self.stored.places, **dict.fromkeys(tied, self.stored.places[tied[0]])}
             self.stored = dataclasses.replace(self.stored, places=places)
+
+    def embeddings(self) -> Tensor:
+        """The weight (vocab, hidden) of the input embeddings, on the CPU."""
+        weight = self.model.get_input_embeddings().weight
+        if self.stored is None:
+            return weight.detach().cpu()
+        (name,) = (name for name, parameter in self.model.named_parameters() if parameter is weight)
+        with opened_files() as read:
+            return self.stored.places[name].read(read, slice(None))
 
     def whole_model(self) -> PreTrainedModel:
         """A copy of the dense model with all its weights, for one rank to work on."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
@@ -23,11 +25,13 @@ from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_pa
 from castlm.core.unit_masks import gathers
 from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import World
+from castlm.files.owned import RESULT, read_record
 from castlm.methods.base import MethodConfig, Retraining
 from castlm.models.io import load_model
 from castlm.oneshot.options import UNIT_SCORES
 from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.start import OneshotStart, start_record
+from castlm.oneshot.stream_basis import basis_between, is_tied
 from castlm.progress import note, shown_progress
 from castlm.training.config import TrainConfig
 from castlm.training.source import Source
@@ -41,8 +45,8 @@ class Start:
     pruned: dict[str, Tensor] = field(default_factory=dict)
     """Weights (out, in) of the sparse layers, at n:m, by layer."""
     dense: dict[str, Tensor] = field(default_factory=dict)
-    """Parameters of the dense model in its new basis, by name; empty where the basis is not changed. The weights of
-    sparse layers are among them only if the run `keeps_dense_values`."""
+    """Parameters that stay dense, by name, of the dense model in its new basis or of the given model; empty where they
+    are the dense model's own. The weights of sparse layers are among them only if the run `keeps_dense_values`."""
     stream_basis: Tensor | None = None
     """The basis in which the model of `dense` has its residual stream; None if it is the dense model's own."""
     record: dict[str, Any] = field(default_factory=dict)
@@ -93,7 +97,7 @@ def make_start(
         if config.start in (UNIT_SCORES if is_structured(pattern) else SOLVERS):
             _prune(start, config, source, text, pattern, filter_fn, world)
         else:
-            start.pruned = _read(config, source, pattern, filter_fn)
+            _read(start, config, source, pattern, filter_fn)
         return start.record
 
     start.record = world.on_main(make, beats=True)  # loading a large model and each block may take long
@@ -147,8 +151,8 @@ def _prune(
     }
 
 
-def _read(config: TrainConfig, source: Source, pattern: Pattern, filter_fn: FilterFn) -> dict[str, Tensor]:
-    """Reads the layers of the n:m model that `init_from` names."""
+def _read(start: Start, config: TrainConfig, source: Source, pattern: Pattern, filter_fn: FilterFn) -> None:
+    """Reads the n:m model that `init_from` names: its sparse layers, and all else where it is not the dense model's."""
     name = str(config.start)
     options = source.options if config.is_finetuning else {"trust_remote_code": config.trust_remote_code}
     is_loaded = config.is_finetuning and source.stored is None
@@ -174,7 +178,44 @@ def _read(config: TrainConfig, source: Source, pattern: Pattern, filter_fn: Filt
                 f"{given} is not {pattern} in {unit[-1]}: give its own pattern, prune it first (castlm prune), or name "
                 "the layer in left_dense"
             )
-    return weights
+    start.pruned = weights
+    if not config.is_finetuning:
+        _read_the_rest(start, config, source, model, {f"{name}.weight" for name in layers})
+
+
+def _read_the_rest(
+    start: Start, config: TrainConfig, source: Source, given: PreTrainedModel, of_layers: set[str]
+) -> None:
+    """Takes what stays dense from the given model, which may be written in another basis, or trained."""
+    name = str(config.start)
+    ours = {each: parameter.shape for each, parameter in source.model.named_parameters()}
+    theirs = dict(given.named_parameters())
+    untied = is_tied(source.model) and not is_tied(given)
+    if untied:
+        head = given.get_output_embeddings().weight
+        ours |= {each: head.shape for each, parameter in theirs.items() if parameter is head}
+    for each in sorted(ours.keys() | theirs.keys()):
+        if each not in ours or each not in theirs or ours[each] != theirs[each].shape:
+            raise InputError(f"init_from {name} and {config.model} differ in the shape of {each}: another model")
+    start.dense = {each: parameter.detach() for each, parameter in theirs.items() if each not in of_layers}
+    if config.keeps_dense_values:
+        basis = read_record(Path(name) / RESULT).get("basis") or {}
+        changes = [change["what"] for change in basis.get("changes", []) if change["num_kept"]]
+        if changes:
+            raise InputError(
+                f"init_from {name} is written in another basis ({', '.join(changes)}), in which masked weights have no "
+                "dense values to begin at: prune it with --rotate off --no-permute"
+            )
+        dense = dict(source.whole_model().named_parameters())
+        start.dense |= {each: dense[each].detach() for each in of_layers}
+    if config.hidden_loss_weight:
+        try:
+            start.stream_basis = basis_between(source.embeddings(), given.get_input_embeddings().weight.detach())
+        except InputError as error:
+            raise InputError(f"init_from {name}: {error}; --hidden-weight 0 does without them") from None
+    shape = None if start.stream_basis is None else list(start.stream_basis.shape)
+    if untied or shape:
+        start.record = {"basis": {"untied": untied, "stream_basis": shape}}
 
 
 def _replaced(config: MethodConfig, layers: Mapping[str, SparseLayer]) -> set[Tensor]:
