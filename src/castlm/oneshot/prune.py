@@ -247,7 +247,7 @@ def prune_block(
     seen = see_inputs(inside, inputs, solver, num_sequences) if inside else []
     for number, entry in enumerate(seen):
         chosen = {name: inside[name] for name in entry.names}
-        if refinements.staged_statistics and number > 0:
+        if (refinements.staged_statistics or refinements.shifts_targets) and number > 0:  # a shift is of this X alone
             (entry,) = see_inputs(chosen, inputs, solver, num_sequences)
         if isinstance(entry, ExpertInputs):
             (layer,) = chosen.values()
