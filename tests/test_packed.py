@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from castlm.cli.main import main
+from castlm.cli.verify import recorded_pattern
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern, nm_mask
 from castlm.core.sparsify import prune_
@@ -178,6 +179,40 @@ def test_sharded_models_stay_sharded(tmp_path):
     ours, theirs = tensors_of(tmp_path / "back"), tensors_of(source)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert torch.equal(load_model(tmp_path / "back").model.lm_head.weight, load_model(source).model.lm_head.weight)
+
+
+def test_one_file_of_several_is_not_verified_as_a_model(tmp_path, capsys):
+    loaded = load_model(pruned_folder(tmp_path / "one"))
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "many", max_shard_size=20_000)
+    pack_folder(tmp_path / "many", tmp_path / "packed")
+    for folder in ("many", "packed"):
+        for shard in (tmp_path / folder).glob("*.safetensors"):
+            assert main(["verify", str(shard)]) == 2
+            assert "is one of several files of a model: verify the folder" in capsys.readouterr().err
+
+
+def test_a_packed_file_that_lacks_a_block_is_refused_by_its_own_path(pruned, tmp_path, capsys):
+    packed = tmp_path / "packed"
+    pack_folder(pruned, packed)
+    assert main(["verify", str(packed / FILE)]) == 0
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    for path in (packed, packed / FILE):
+        assert main(["verify", str(path)]) == 2
+        assert "lacks model.layers.2" in capsys.readouterr().err
+
+
+def test_verify_takes_the_pattern_on_record_of_a_folder_a_file_and_a_path_from_home(pruned, tmp_path, monkeypatch):
+    source, packed = shutil.copytree(pruned, tmp_path / "source"), tmp_path / "packed"
+    (source / "castlm.json").write_text(json.dumps({"pattern": "1:4"}))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (str(source), str(source / "model.safetensors"), "~/source", "~/source/model.safetensors"):
+        assert main(["verify", path]) == 1  # it is 2:4
+    (source / "castlm.json").write_text(json.dumps({"pattern": "4:8"}))
+    assert main(["pack", "~/source", "--output-dir", str(packed)]) == 0
+    assert read_specs([packed / FILE])["model.layers.0.mlp.up_proj"].m == 8
+    monkeypatch.chdir(source)
+    assert recorded_pattern("no-folder") is None  # a name on the hub is no file beside castlm.json
 
 
 def test_layers_left_dense_stay_dense(tmp_path):

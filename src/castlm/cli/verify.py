@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import positional
-from castlm.files.reading import read_json_object
+from castlm.files.reading import read_json_object, user_path
 
 
 @dataclass
@@ -45,12 +44,13 @@ class VerifyCommand:
 
 
 def recorded_pattern(path: str) -> str | None:
-    """The pattern that castlm.json in a model folder names; None without such a file.
+    """The pattern that the castlm.json of a model folder, or of a file in one, names; None without such a file.
 
     Raises:
         InputError: the file cannot be read, or names no pattern.
     """
-    file = Path(path) / "castlm.json"
+    place = user_path(path)
+    file = (place.parent if place.is_file() else place) / "castlm.json"
     if not file.is_file():
         return None
     try:

@@ -88,9 +88,10 @@ def is_packed(config: Mapping[str, Any]) -> bool:
 
 def _one_file(file: Path) -> dict[str, StoredTensor]:
     tensors = read_header(file)
-    index = file.parent / INDEX
-    if index.is_file() and file.name != SINGLE and file.name in read_weight_map(index).values():
-        raise InputError(f"{file} is one of several files of a model: verify the folder {file.parent}")
+    for index in (file.parent / INDEX, file.parent / packed.INDEX):
+        is_whole = file.name in (SINGLE, packed.FILE)
+        if index.is_file() and not is_whole and file.name in read_weight_map(index).values():
+            raise InputError(f"{file} is one of several files of a model: verify the folder {file.parent}")
     return tensors
 
 

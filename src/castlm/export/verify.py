@@ -27,6 +27,7 @@ from castlm.export.report import LayerReport, VerifyReport
 from castlm.export.unit_count import base_config, count_tiles, count_units, groups_of, tiles_of
 from castlm.files.reading import read_json_object, user_path
 from castlm.files.stored import FLOATS, SINGLE, StoredTensor, count_non_finite, magnitude_chunks, non_finite_of
+from castlm.inference import format
 from castlm.models.layout import OLD_BUFFERS, experts_input_axis, guess_model_type, stored_transposed
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
@@ -132,7 +133,7 @@ def _compare_layers(
                 f"{path} has no config.json, so its layers are unknown: copy that of the model, or verify one "
                 ".safetensors file by its own path"
             )
-        described = bool(config) and (path.is_dir() or path.name == SINGLE)
+        described = bool(config) and (path.is_dir() or path.name in (SINGLE, format.FILE))
         return check_layers(path, tensors, config, trust_config=described, ignored=ignored)
     if missing := sorted(set(known_layers) - tensors.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
