@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from castlm.cli.main import main
 from castlm.cli.verify import recorded_pattern
@@ -432,6 +433,24 @@ def test_pack_and_unpack_as_commands(pruned, tmp_path, capsys):
     ):
         assert main(arguments) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_chat_template_goes_with_the_model(pruned, tmp_path):
+    source, packed, back = shutil.copytree(pruned, tmp_path / "source"), tmp_path / "packed", tmp_path / "back"
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "A", "tool_use": "B"}
+    tokenizer.save_pretrained(source)
+    quantized = ["quantize", str(source), "--packed", "--pattern", "2:4"]
+    for command, folder in (
+        (["pack", str(source)], packed),
+        (["unpack", str(packed)], back),
+        (quantized, tmp_path / "quantized"),
+    ):
+        assert main([*command, "--output-dir", str(folder)]) == 0
+        assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+        assert main([*command, "--output-dir", str(folder), "--overwrite"]) == 0  # the templates are its own files
+    listed = json.loads((packed / "castlm.json").read_text())["files"]
+    assert "additional_chat_templates/tool_use.jinja" in listed
 
 
 # ---- the model card

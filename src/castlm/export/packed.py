@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from castlm import __version__
 from castlm.core.errors import InputError
@@ -172,10 +173,12 @@ def _write_rest(source: Path, folder: Path, plan: PackPlan, n: int, m: int) -> N
 
 
 def _copy_small_files(source: Path, folder: Path) -> None:
-    for path in sorted(source.iterdir()):
+    for path in sorted([*source.iterdir(), *source.glob(f"{CHAT_TEMPLATE_DIR}/*.jinja")]):
         is_other = path.name != "castlm.json" and not path.name.endswith(_WEIGHTS)  # both are written by other means
         if path.is_file() and not path.name.startswith(".") and is_other:
-            shutil.copyfile(path, folder / path.name)
+            copy = folder / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def unpack_folder(
