@@ -132,6 +132,20 @@ class Saver:
         self.world.check_all(failure)
         self.say(f"saved {self.folder / f'step-{step:08d}'}")
 
+    def finish_despite_error(self, *, on_all_ranks: bool = False) -> None:
+        """As `finish`, before an error ends the run: a checkpoint that cannot be saved is said and raises nothing.
+
+        Args:
+            on_all_ranks: whether all ranks have the error. One that a single rank has leaves the checkpoint unfinished,
+                because the other ranks do not come here.
+        """
+        if self.world.mesh is not None and not on_all_ranks:
+            return
+        try:
+            self.finish()
+        except (Exception, SystemExit) as error:  # the main rank has the reason
+            self.say(str(error))
+
     def _temporary(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.tmp"
 

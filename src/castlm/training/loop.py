@@ -27,9 +27,21 @@ from castlm.training.verdict import problem
 def loop(run: Run, interrupt: Interrupt) -> None:
     """Steps a run to its end, with evaluations and checkpoints in between.
 
+    An error leaves the checkpoint that is being written whole, unless a single one of several ranks has it.
+
     Raises:
         Interrupted: a signal arrived, and the run is saved.
     """
+    try:
+        _take_steps(run, interrupt)
+    except Exception:
+        run.saver.finish_despite_error()
+        raise
+    run.saver.finish()
+    run.cover_teacher_cache()
+
+
+def _take_steps(run: Run, interrupt: Interrupt) -> None:
     config = run.config
     saved = run.progress.step if run.progress.step else -1
     if run.progress.step == 0:
@@ -49,8 +61,6 @@ def loop(run: Run, interrupt: Interrupt) -> None:
                 run.save()
             run.saver.finish()
             raise interrupt.stopped(run.progress.step, run.folder.path)
-    run.cover_teacher_cache()
-    run.saver.finish()
 
 
 def train(config: TrainConfig) -> dict[str, Any]:

@@ -165,8 +165,8 @@ class Run:
         self._check_counted(int(num_tokens))
         grad_norm = self._clip()
         if not np.isfinite([total, grad_norm]).all():
-            self.saver.finish()
-            raise DivergedError(self._diverged(f"the loss is {total} and the gradient norm {grad_norm}"))
+            what = f"the loss is {total} and the gradient norm {grad_norm}"
+            raise DivergedError(self._diverged(what, on_all_ranks=True))
         self.method.before_update(step)
         with self.self_check.around_step(step, self.method.mask_interval):
             self.optimizer.step()
@@ -232,7 +232,7 @@ class Run:
         """Raises `InputError` after many steps in a row, or a whole run, in which no token counted."""
         self._uncounted = 0 if num_tokens else self._uncounted + 1
         if self._uncounted >= min(_MOST_UNCOUNTED, self.config.max_steps - self.progress.first_step):
-            self.saver.finish()
+            self.saver.finish_despite_error(on_all_ranks=True)
             raise InputError(
                 f"step {self.progress.step + 1}: no token has counted in the loss of {self._uncounted} steps: raise "
                 "seq_len, look at the data, or set assistant_only_loss to false"
@@ -245,7 +245,8 @@ class Run:
             torch.nn.utils.clip_grads_with_norm_(self.parts.names, self.config.max_grad_norm, norm)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-    def _diverged(self, what: str) -> str:
+    def _diverged(self, what: str, on_all_ranks: bool = False) -> str:
+        self.saver.finish_despite_error(on_all_ranks=on_all_ranks)
         whole = checkpoint_steps(self.folder.checkpoints)
         last = f"the last checkpoint is {whole[max(whole)]}" if whole else "there is no checkpoint yet"
         return f"step {self.progress.step + 1}: {what}; {last}; lower learning_rate or look at the data"
@@ -298,6 +299,8 @@ class Run:
 
     def save(self) -> None:
         started = time.perf_counter()
+        self.saver.finish()
+        self.cover_teacher_cache()  # before the save, so that a resumed run goes on no later than the cache ends
         flips = torch.tensor(float(self.method.flips()), device=self.world.device, dtype=torch.float64)
         manifest = {
             "config": self.config.as_dict(),
@@ -310,7 +313,6 @@ class Run:
             "flips": int(self.world.sum(flips)) // self.world.num_replicas,
         }
         self.saver.save(self.progress.step, self.tensors(), manifest)
-        self.cover_teacher_cache()
         self.progress.save_seconds = time.perf_counter() - started
 
     def cover_teacher_cache(self) -> None:

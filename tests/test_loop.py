@@ -1,0 +1,138 @@
+"""The end of a run by an error: the checkpoint that is being written then is whole, and the error is what is told."""
+
+import json
+import time
+from collections.abc import Callable
+
+import pytest
+
+from castlm.core.errors import DivergedError, InputError
+from castlm.training import checkpoint
+from castlm.training.checkpoint import checkpoint_steps
+from castlm.training.loop import train
+from castlm.training.run import Run
+from castlm.training.teacher_cache import TeacherCache
+from tests.runs import small
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+NAN = InputError("the weight of shape (32, 32) contains NaN")
+
+
+@pytest.fixture
+def _slow_disk(monkeypatch):
+    """A checkpoint takes so long that it is being written when the next step fails."""
+    write = checkpoint._write
+
+    def slowly(*arguments):
+        time.sleep(0.5)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_write", slowly)
+
+
+def fail_after_save(monkeypatch, breaks: Callable[[Run], None]) -> None:
+    """Lets step 5, the first after the second save, begin with `breaks`."""
+    original = Run.train_step
+
+    def train_step(self: Run) -> None:
+        if self.progress.step == 4:
+            breaks(self)
+        original(self)
+
+    monkeypatch.setattr(Run, "train_step", train_step)
+
+
+def break_data(run: Run) -> None:
+    run.parts.text.loader = iter(map(raising(InputError("line 7 is damaged")), [0]))
+
+
+ERRORS = {
+    "NaN at a mask refresh": (
+        lambda run: setattr(run.method, "before_forward", raising(NAN)),
+        DivergedError,
+        r"step 5: .*contains NaN; the last checkpoint is \S+step-00000004;",
+    ),
+    "NaN in the optimizer": (
+        lambda run: setattr(run.optimizer, "step", raising(DivergedError("a sparse weight is NaN"))),
+        DivergedError,
+        "a sparse weight is NaN",
+    ),
+    "a damaged text": (break_data, InputError, "line 7 is damaged"),
+    "a full disk of the metrics": (
+        lambda run: setattr(run.telemetry, "_write", raising(InputError("metrics.jsonl cannot be written"))),
+        InputError,
+        r"metrics\.jsonl cannot be written",
+    ),
+    "an error of torch": (
+        lambda run: setattr(run.parts.objective, "forward", raising(RuntimeError("out of memory"))),
+        RuntimeError,
+        "out of memory",
+    ),
+}
+
+
+@pytest.mark.usefixtures("_slow_disk")
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_error_leaves_the_checkpoint_that_is_being_written_whole(error, llama, text, tmp_path, monkeypatch):
+    breaks, kind, told = ERRORS[error]
+    fail_after_save(monkeypatch, breaks)
+    with pytest.raises(kind, match=told):
+        train(small(llama, text, tmp_path / "run", save_steps=2))
+    assert list(checkpoint_steps(tmp_path / "run" / "checkpoints")) == [2, 4]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".step*"))
+
+
+def test_a_save_that_fails_as_well_does_not_hide_the_error(llama, text, tmp_path, monkeypatch, capsys):
+    def broken(run: Run) -> None:
+        monkeypatch.setattr(checkpoint, "size_and_crc", raising(OSError(28, "No space left on device")))
+        run.save()
+        run.method.before_forward = raising(NAN)
+
+    fail_after_save(monkeypatch, broken)
+    with pytest.raises(DivergedError, match=r"contains NaN; there is no checkpoint yet"):
+        train(small(llama, text, tmp_path / "run"))
+    assert "step 4 could not be saved" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_slow_disk")
+@pytest.mark.parametrize(("fails_at", "whole"), [(2, [4]), (3, [4, 8])])
+def test_a_teacher_cache_that_cannot_be_written_costs_no_checkpoint(
+    fails_at, whole, llama, text, tmp_path, monkeypatch
+):
+    """The saves of steps 4 and 8 cover the cache, and then the end of the run does."""
+    original, calls = TeacherCache.cover, []
+
+    def cover(self: TeacherCache, *arguments: int, **options: bool) -> None:
+        calls.append(arguments)
+        if len(calls) == fails_at:
+            raise InputError("the disk is full")
+        original(self, *arguments, **options)
+
+    monkeypatch.setattr(TeacherCache, "cover", cover)
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_top_k": 8}
+    with pytest.raises(InputError, match="the disk is full"):
+        train(small(llama, text, tmp_path / "run", save_steps=4, **cache))
+    assert list(checkpoint_steps(tmp_path / "run" / "checkpoints")) == whole
+
+
+def test_a_checkpoint_is_not_ahead_of_the_teacher_cache(llama, text, tmp_path, monkeypatch):
+    """A run that is resumed covers what follows its checkpoint: a gap before it would never be closed."""
+    ahead = []
+    save = checkpoint.Saver.save
+
+    def noted(self, step, *rest) -> None:
+        (coverage,) = (tmp_path / "cache").glob("coverage-*.json")
+        ahead.append(4 * step - json.loads(coverage.read_text())["blocks"])
+        save(self, step, *rest)
+
+    monkeypatch.setattr(checkpoint.Saver, "save", noted)
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_top_k": 8}
+    train(small(llama, text, tmp_path / "run", save_steps=4, **cache))
+    assert ahead == [0, 0]
