@@ -5,6 +5,7 @@ import torch
 
 from castlm.core.errors import InputError
 from castlm.core.pattern import nm_mask
+from castlm.inference.packed import pack_integers, unpack
 from castlm.inference.rounding import INT4_GROUP, Rounded, round_int4, round_rows
 
 
@@ -42,6 +43,20 @@ def test_zeros_stay_exactly_zero_and_no_group_gains_a_weight(kind):
     x = correlated_inputs()
     rounded = round_int4(weight, x.T @ x) if kind == "int4" else rounded
     assert (rounded.dequantized()[weight == 0] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+def test_every_zero_is_positive_whatever_the_sign_of_its_scale(kind):
+    weight = sparse_weight()
+    weight[:, ::7] = -0.0
+    rounded = round_int4(weight) if kind == "int4" else round_rows(weight, kind)
+    found = rounded.dequantized()
+    assert kind != "int4" or (rounded.scales < 0).any()
+    assert not torch.signbit(found[found == 0]).any()
+    if kind != "fp8":
+        scales = rounded.scales.bfloat16() if kind == "int4" else rounded.scales
+        unpacked = unpack(pack_integers(rounded.codes, scales, kind, 2, 4))
+        assert torch.equal(unpacked.view(torch.int32), found.view(torch.int32))
 
 
 def test_int8_errs_by_half_a_step_and_fp8_by_a_sixteenth():

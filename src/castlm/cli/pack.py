@@ -28,7 +28,8 @@ class PackCommand:
     """n:m, at most n non-zeros in every m along the input axis. The default is that of castlm.json, or 2:4."""
 
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Cast all weights to this dtype first; by default they stay as they are stored, bit for bit."""
+    """Cast all weights to this dtype first; by default they stay as they are stored, bit for bit, except that -0.0 may
+    become 0.0."""
 
     head: Literal["int8"] | None = None
     """int8: round the output head, and an embedding tied to it, to int8 with a scale for each row."""

@@ -186,7 +186,8 @@ def unpack_folder(
 ) -> int:
     """Writes the packed model in `source` as a plain model folder, with the zeros stored. Returns how many tensors.
 
-    Floating-point values come back bit for bit. Integers come back as value times scale in the dtype of config.json.
+    Floating-point values come back bit for bit, except that -0.0 may become 0.0. Integers come back as value times
+    scale in the dtype of config.json.
 
     Raises:
         InputError: not a packed folder, damaged files, `folder` taken, or the disk full. `folder` is then as it was.

@@ -1,4 +1,7 @@
-"""Packed n:m tensors in torch: `pack` keeps what a mask keeps, `unpack` gives the weight back bit for bit."""
+"""Packed n:m tensors in torch: `pack` keeps what a mask keeps, and `unpack` gives the weight back.
+
+It comes back bit for bit, except that -0.0 may become 0.0.
+"""
 
 from __future__ import annotations
 
@@ -109,6 +112,8 @@ def pack_integers(
 def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
     """The weight (out, in): in the dtype of its values, or fp32 of integers; then cast to `dtype` where one is given.
 
+    A zero of integers is 0.0, whatever the sign of its scale.
+
     Raises:
         InputError: a mask that does not keep exactly n of every m.
     """
@@ -127,7 +132,7 @@ def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
         scales = packed.scales.float()
         if spec.values == "int4":
             scales = scales.repeat_interleave(INT4_GROUP, dim=1)[:, : spec.columns]
-        weight = weight.float() * scales
+        weight = (weight.float() * scales).add_(0.0)
     return weight if dtype is None else weight.to(dtype)
 
 

@@ -37,11 +37,11 @@ class Rounded:
     """fp32: (rows, 1), or of int4 (rows, ceil(columns / 64)) with values that bf16 holds exactly."""
 
     def dequantized(self) -> Tensor:
-        """(rows, columns), fp32."""
+        """(rows, columns), fp32. Every zero is 0.0: -0.0 takes room in the packed format, which may have to drop it."""
         scales = self.scales
         if self.kind == "int4":
             scales = scales.repeat_interleave(INT4_GROUP, dim=1)[:, : self.codes.shape[1]]
-        return self.codes.float() * scales
+        return (self.codes.float() * scales).add_(0.0)
 
     def cpu(self) -> Rounded:
         return Rounded(self.kind, self.codes.cpu(), self.scales.cpu())
