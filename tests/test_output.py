@@ -29,12 +29,19 @@ def train_folder(folder: Path) -> Path:
     """What a killed run that replaced a finished one leaves."""
     write(folder / OUTPUT, json.dumps({"command": "train", "run_id": "1", "files": {}}))
     for name in (
-        *("sample.json", "wandb/run-20261126_101010-ab/files/config.yaml", "wandb/debug.log"),
+        *("sample.json", "wandb/run-20261126_101010-ab/files/config.yaml"),
+        *(f"wandb/run-20261126_101010-ab/logs/{name}.log" for name in ("debug", "debug-internal")),
         *("metrics.jsonl", "tensorboard/events.out.tfevents.1.host.2.0", "checkpoints/step-00000002/manifest.json"),
         *("checkpoints/step-00000002/__0_0.distcp", "checkpoints/.step-00000004.tmp/__1_0.distcp"),
         *(".model.tmp-1@host/model.safetensors", ".config.yaml.tmp-1-ab", ".castlm.lock"),
     ):
         write(folder / name)
+    for link, target in (
+        ("latest-run", ""),
+        ("debug.log", "/logs/debug.log"),
+        ("debug-internal.log", "/logs/gone.log"),
+    ):
+        (folder / "wandb" / link).symlink_to(f"run-20261126_101010-ab{target}")
     write(folder / "model" / "model.safetensors")
     add_file_list(folder / "model")
     write(folder / "replaced" / "0" / "metrics.jsonl")
@@ -89,9 +96,25 @@ def test_links_are_foreign_and_are_not_followed(tmp_path):
     data = write(tmp_path / "data" / "a.txt")
     (folder / "tensorboard" / "events.out.tfevents.link").symlink_to(data)
     (folder / "checkpoints" / "step-00000003").symlink_to(data.parent)
-    assert foreign_names(folder) == ["checkpoints/step-00000003", "tensorboard/events.out.tfevents.link"]
-    discard(folder)
+    (folder / "wandb" / "debug-mine.log").symlink_to(data)
+    foreign = ["checkpoints/step-00000003", "tensorboard/events.out.tfevents.link", "wandb/debug-mine.log"]
+    assert foreign_names(folder) == foreign
+    assert discard(folder) == foreign
     assert data.read_text() == "x"
+
+
+def test_a_link_of_wandb_is_removed_and_not_followed(tmp_path):
+    folder = train_folder(tmp_path / "run")
+    data = write(tmp_path / "data" / "a.txt")
+    (folder / "wandb" / "latest-run").unlink()
+    (folder / "wandb" / "latest-run").symlink_to(data.parent)
+    assert discard(folder) == []
+    assert not folder.exists()
+    assert data.read_text() == "x"
+    bare = tmp_path / "bare"
+    (bare / "wandb").mkdir(parents=True)
+    (bare / "wandb" / "latest-run").symlink_to(data.parent)
+    assert foreign_names(bare) == ["wandb/latest-run"]
 
 
 def test_the_output_of_another_command_within_is_foreign(tmp_path):

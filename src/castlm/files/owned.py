@@ -2,7 +2,8 @@
 
 A finished result (a model folder) lists each of its files with its SHA-256 in castlm.json. The folder of a run, which
 grows while the run goes on, has a castlm-output.json that names the command, and `LAYOUT` says what that command
-writes. Everything else in an output folder is foreign: other files, links, and listed files that have changed.
+writes. Everything else in an output folder is foreign: other files, listed files that have changed, and all links but
+those in `LINKS`. No link is followed.
 """
 
 from __future__ import annotations
@@ -71,6 +72,9 @@ LAYOUT: dict[str, tuple[str, ...]] = {
 """What each command writes, relative to its output folder. `*` and `?` match within one name; a pattern that ends in
 `/` is an output folder with a record of its own, one that ends in `/**` a folder with everything in it."""
 
+LINKS = ("wandb/latest-run", "wandb/debug.log", "wandb/debug-internal.log")
+"""Of what a command writes, the links: wandb makes them, to its newest run and to the logs of that."""
+
 
 class Content(NamedTuple):
     """The files of a folder, as paths."""
@@ -135,7 +139,10 @@ def _sort(folder: Path, found: Content) -> None:
     has_record = bool(patterns) or isinstance(record.get("files"), dict)
     for path in _walk(folder, patterns, found):
         name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not path.is_file():
+        matches = any(_matches(name, pattern) for pattern in patterns)
+        if path.is_symlink():
+            owned = matches and name in LINKS
+        elif not path.is_file():
             owned = False
         elif path.name in (LOCK, HOLDER) or is_temporary(path.name):
             owned = True
@@ -144,7 +151,7 @@ def _sort(folder: Path, found: Content) -> None:
         elif name in listed:
             owned = listed[name] == sha256_file(path)
         else:
-            owned = any(_matches(name, pattern) for pattern in patterns)
+            owned = matches
         (found.owned if owned else found.foreign).append(path)
 
 
