@@ -296,6 +296,25 @@ def test_a_start_counts_by_what_its_model_holds(files, tmp_path):
     assert one == same != other
 
 
+def test_a_hub_model_counts_by_its_commit_before_a_run_has_fetched_it_too(files, tmp_path, monkeypatch):
+    fetched = []
+
+    def fetch(name, **_):
+        fetched.append(name)
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        for file, content in {"refs/main": "a" * 40, f"snapshots/{'a' * 40}/config.json": "{}"}.items():
+            (repository / file).parent.mkdir(parents=True)
+            (repository / file).write_text(content)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("castlm.models.opening.open_config", fetch)
+    (tmp_path / "variants.yaml").write_text("cast: {init_from: someone/start}")
+    over = {**files, "model": "someone/tiny", "variants": str(tmp_path / "variants.yaml")}
+    first, second = (Plan(command(over, tmp_path), str).make("cast", 6 * 64, 0, None).key for _ in range(2))
+    assert first == second
+    assert fetched == ["someone/tiny", "someone/start"]
+
+
 def test_a_start_for_all_runs_is_not_the_control_s(files, tmp_path):
     (tmp_path / "common.yaml").write_text(yaml.safe_dump({**CONFIG, "init_from": "wanda"}))
     over = {"methods": "srste,gradual_magnitude", "config": str(tmp_path / "common.yaml")}

@@ -31,6 +31,10 @@ _OF_COMPARE += ("overwrite",)
 _OF_ALL = ("seq_len", "eval_tokens", "eval_split", "eval_config", "assistant_only_loss")
 """Options that decide what a perplexity is of: perplexities that differ in one are not compared."""
 
+_OF_ONESHOT = ("pattern", "seq_len", "eval_tokens", "column", "assistant_only_loss", "chat_template_path", "device")
+_OF_ONESHOT += ("trust_remote_code", "revision", "eval_split", "eval_config", "precision")
+"""Options of `castlm train` that one-shot rows have as well."""
+
 
 def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]:
     """Starts or continues a comparison and writes its report after each variant.
@@ -106,8 +110,12 @@ class Plan:
         """Raises `InputError` where config or tokenizer of the model cannot be read, which every run would fail on."""
         from castlm.models.opening import open_model
 
-        trusts = any(fields.get("trust_remote_code") for fields in (self.common, *self.variants.values()))
-        open_model(self.command.model, trust_remote_code=trusts, revision=self.common.get("revision"))
+        open_model(self.command.model, trust_remote_code=self._trusts, revision=self.common.get("revision"))
+
+    @property
+    def _trusts(self) -> bool:
+        """Whether any run trusts the code of its model."""
+        return any(fields.get("trust_remote_code") for fields in (self.common, *self.variants.values()))
 
     def _variants(self) -> dict[str, dict[str, Any]]:
         command, known = self.command, (*RETRAINING, *ONESHOT)
@@ -179,7 +187,8 @@ class Plan:
             raise InputError(
                 f"tuning_dataset {command.tuning_dataset} is the text of eval_dataset: give another one to choose by"
             )
-        return {"model": content_hash(command.model, self.common.get("revision")), **digests}
+        model = content_hash(command.model, self.common.get("revision"), trust_remote_code=self._trusts)
+        return {"model": model, **digests}
 
     def _calibration_text(self) -> dict[str, Any]:
         """What one-shot rows calibrate on, by the names of `OneshotConfig`: by default the training text, read as the
@@ -279,7 +288,7 @@ class Plan:
         )
         content = {k: v for k, v in config.as_dict().items() if k not in ("output_dir", "resume", "overwrite")}
         if config.start not in ONESHOT:
-            hashes = {**hashes, "init_from": content_hash(config.start, None)}
+            hashes = {**hashes, "init_from": content_hash(config.start, None, trust_remote_code=self._trusts)}
         return with_key(Run(name, budget, steps * batch, content), hashes)
 
     def zero_shot(self, model: str, digest: str, folder: Path) -> list[dict[str, Any]]:
@@ -307,24 +316,10 @@ class Plan:
         return rows
 
     def _make_oneshot(self, name: str, fields: dict[str, Any], named: dict[str, Any]) -> Run:
-        # checked as options of `castlm train`: the class of the one-shot runs imports torch, which planning avoids
-        known = (
-            "pattern",
-            "seq_len",
-            "eval_tokens",
-            "column",
-            "assistant_only_loss",
-            "chat_template_path",
-            "trust_remote_code",
-            "revision",
-            "eval_split",
-            "eval_config",
-            "device",
-            "precision",
-        )
-        if unused := [option for option in self.variants[name] if option not in (*known, "method")]:
+        if unused := [option for option in self.variants[name] if option not in (*_OF_ONESHOT, "method")]:
             raise InputError(f"variant {name}: {unused[0]} is no option of {fields['method']} here: take it out")
-        content = checked(TrainConfig, {k: v for k, v in fields.items() if k in known}, f"variant {name}")
+        # checked as options of `castlm train`: the class of the one-shot runs imports torch, which planning avoids
+        content = checked(TrainConfig, {k: v for k, v in fields.items() if k in _OF_ONESHOT}, f"variant {name}")
         if fields.get("left_dense"):
             raise InputError(
                 f"left_dense is for training, and {fields['method']} prunes every layer: leave one of the two out"

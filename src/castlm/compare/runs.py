@@ -66,17 +66,21 @@ class Run:
 _NOT_CONTENT = frozenset({".md", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".png", ".jpg", ".pdf"})
 
 
-def content_hash(model: str, revision: str | None) -> str:
+def content_hash(model: str, revision: str | None, *, trust_remote_code: bool = False) -> str:
     """Hash of everything a result can depend on in `model`: weights, config, tokenizer and code of its own.
 
-    Of a hub model it is the hash of the name and the commit in the cache, or of the name and `revision` where the cache
-    has none.
+    Of a hub model it is the hash of the name and the commit in the cache. Where the cache has none, the config is
+    fetched first, so that the hash stays the same once a run has fetched the rest.
 
     Raises:
         InputError: there is no such model.
     """
     where = locate(model)
     if where.is_hub:
+        if cached_snapshot(where.target, revision) is None:
+            from castlm.models.opening import open_config
+
+            open_config(model, trust_remote_code=trust_remote_code, revision=revision)
         snapshot = cached_snapshot(where.target, revision)
         return _digest([where.target, revision if snapshot is None else snapshot.name])
     folder = Path(where.target)
