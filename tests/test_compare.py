@@ -21,7 +21,7 @@ from castlm.compare.config import CompareConfig
 from castlm.compare.plan import Plan
 from castlm.compare.plan import compare as run_comparison
 from castlm.compare.plots import PLOTS
-from castlm.compare.presets import PRESETS
+from castlm.compare.presets import PRESETS, SPARSEGPT
 from castlm.compare.report import explain, stamp
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, last_line, run_key, run_process, with_key, zero_shot_key
@@ -334,6 +334,20 @@ def test_every_method_starts_alike_unless_published_starts_are_asked_for(files, 
     assert starts() == {"cast": "sparsegpt", "finetune": "sparsegpt", "srste": "sparsegpt", **dense}
     published = {"cast": "magnitude", "finetune": "sparsegpt", "srste": "magnitude"}
     assert starts(published_starts=True) == {**published, **dense}
+
+
+def test_a_published_start_is_as_published_unless_the_options_say_otherwise(files, tmp_path):
+    def start(**over):
+        config = (
+            Plan(command(files, tmp_path, methods="finetune", **over), str).make("finetune", 6 * 64, 0, None).config
+        )
+        return {name: config[name] for name in SPARSEGPT}
+
+    assert start() != SPARSEGPT
+    assert start(published_starts=True) == SPARSEGPT
+    (tmp_path / "common.yaml").write_text(yaml.safe_dump({**CONFIG, "refit_iterations": 5}))
+    chosen = start(published_starts=True, config=str(tmp_path / "common.yaml"))
+    assert chosen == {**SPARSEGPT, "refit_iterations": 5}
 
 
 def fake(variant: str, budget: int, seed: int, ppl: float, trial: bool = False, tokens: int | None = None) -> Result:

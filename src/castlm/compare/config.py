@@ -35,7 +35,8 @@ class CompareConfig:
     are given."""
 
     published_starts: bool = False
-    """Give each method the start of its paper, instead of SparseGPT to all of them."""
+    """Give each method the start of its paper, instead of one to all of them. finetune then starts from SparseGPT as
+    published: without the change of basis, ADMM and least squares, unless config sets them."""
 
     preset: Literal["oscillation", "decay", "parts", "budgets", "structured"] | None = None
     """One of the paper's ablations, all methods at four budgets, or decay against cut for a structured pattern."""

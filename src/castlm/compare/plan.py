@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.compare.config import CompareConfig
-from castlm.compare.presets import ALL, ALL_UNITS, ONESHOT, ONESHOT_GROUPS, PRESETS, RETRAINING
+from castlm.compare.presets import ALL, ALL_UNITS, ONESHOT, ONESHOT_GROUPS, PRESETS, RETRAINING, SPARSEGPT
 from castlm.compare.report import Report, write_report
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, execute, with_key, zero_shot_key, zero_shot_rows
@@ -261,9 +261,11 @@ class Plan:
         if starts_dense and "init_from" not in self.variants[name]:
             fields.pop("init_from", None)  # the start of all runs is for the methods that have one
         elif fields["method"] in METHODS and "init_from" not in fields:
-            published = self.command.published_starts
-            default = default_start(_pattern_of(fields))
-            fields["init_from"] = METHODS[fields["method"]].published_start if published else default
+            start = default_start(_pattern_of(fields))
+            if self.command.published_starts:
+                start = METHODS[fields["method"]].published_start
+                fields = {**(SPARSEGPT if start == "sparsegpt" else {}), **fields}
+            fields["init_from"] = start
         command, hashes = self.command, self.hashes
         named = {"model": command.model, "eval_dataset": command.eval_dataset, "seed": seed}
         if tuning:
