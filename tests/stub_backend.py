@@ -23,7 +23,7 @@ class StubBackend:
         seconds: `seconds(variant, (out_features, in_features), tokens)`.
         refuse: reason by shape, for layers that cannot be converted.
         wrong: whether the converted layers compute something else.
-        failing: a variant that raises when it runs.
+        failing: a variant that raises when it runs, or "search": the list of variants raises.
     """
 
     tolerance = 1e-3
@@ -37,6 +37,8 @@ class StubBackend:
         return self.refuse.get(tuple(layer.weight.shape))
 
     def variants(self, layer, x):
+        if self.failing == "search":
+            raise RuntimeError("CUSPARSE_STATUS_NOT_SUPPORTED\nin the search")
         return self.names
 
     def convert(self, layer, variant):

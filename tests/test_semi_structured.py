@@ -8,7 +8,7 @@ from torch import nn
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_, sparse_linears
-from castlm.inference import to_semi_structured_
+from castlm.inference import this_device, to_semi_structured_
 from castlm.inference.cuda_backends import Cusparselt, backend_for, int8_rows
 from tests.stub_backend import StubBackend, StubLinear
 from tests.tiny import tiny_model
@@ -76,6 +76,27 @@ def test_a_variant_that_fails_when_it_runs_is_named_and_the_others_race(pruned):
     choices = to_semi_structured_(pruned, tokens=16, backend=backend)
     assert {choice.variant for choice in choices} == {"2:4 b"}
     assert {choice.reason for choice in choices} == {"2:4 a failed: CUSPARSE_STATUS_NOT_SUPPORTED"}
+
+
+def test_a_shape_whose_search_fails_stays_dense_with_the_error(pruned):
+    backend = StubBackend(lambda variant, *_: 1.0, failing="search")
+    choices = to_semi_structured_(pruned, tokens=16, backend=backend)
+    assert {choice.variant for choice in choices} == {"dense"}
+    assert {choice.reason for choice in choices} == {"2:4 failed: CUSPARSE_STATUS_NOT_SUPPORTED"}
+
+
+@pytest.mark.parametrize("failing", ["2:4 a", "search"])
+def test_the_gpu_timer_counts_a_layer_that_does_not_run_as_dense(failing, monkeypatch):
+    backend = StubBackend(
+        lambda variant, *_: {"dense": 3.0, "2:4 a": 1.0}[variant], variants=["2:4 a"], failing=failing
+    )
+    monkeypatch.setattr(this_device, "backend_for", lambda dtype, device: backend)
+    timer = this_device.GpuTimer("bf16")
+    timer._device = torch.device("cpu")
+    sparse = next(form for form in timer.formats if form.sparse)
+    assert timer.seconds(sparse, (64, 64), 4) == 3.0
+    backend.failing = None
+    assert timer.seconds(sparse, (64, 128), 4) == 1.0
 
 
 def test_a_sparse_layer_that_computes_something_else_is_refused(pruned):

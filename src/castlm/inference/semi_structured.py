@@ -56,8 +56,8 @@ class Choice:
     """Why the layer is dense without a race, or which sparse variants failed on it, with the error of each."""
 
 
-class _Race(NamedTuple):
-    """What a shape was decided by."""
+class Race(NamedTuple):
+    """What a shape is decided by."""
 
     seconds: Mapping[str, float]
     """By variant, of those that run."""
@@ -109,7 +109,7 @@ def to_semi_structured_(
         raise InputError(f"{type(model).__name__} has only experts to convert: there are no 2:4 kernels for them here")
     if backend is None:
         backend = backend_for(dtype, next(iter(layers.values())).weight.device)
-    raced: dict[tuple[object, ...], _Race] = {}
+    raced: dict[tuple[object, ...], Race] = {}
     choices = []
     for done, (name, layer) in enumerate(layers.items(), 1):
         choice = _choose(name, layer, tokens, backend, raced)
@@ -122,7 +122,7 @@ def to_semi_structured_(
 
 
 def _choose(
-    name: str, layer: nn.Linear, tokens: int, backend: Backend, raced: dict[tuple[object, ...], _Race]
+    name: str, layer: nn.Linear, tokens: int, backend: Backend, raced: dict[tuple[object, ...], Race]
 ) -> Choice:
     """Races the first layer of each shape; the others follow it."""
     shape = (layer.out_features, layer.in_features)
@@ -133,27 +133,34 @@ def _choose(
         return Choice(name, shape, "dense", {}, reason)
     key = (*shape, layer.bias is None, layer.weight.dtype)
     if key not in raced:
-        raced[key] = _race(layer, _input_for(layer, tokens), backend)
+        raced[key] = race_variants(layer, _input_for(layer, tokens), backend)
     seconds, failed = raced[key]
     fastest = min(seconds, key=seconds.__getitem__)
     variant = fastest if seconds[fastest] <= MARGIN * seconds["dense"] else "dense"
     return Choice(name, shape, variant, seconds, failed)
 
 
-def _race(layer: nn.Linear, x: Tensor, backend: Backend) -> _Race:
+def race_variants(layer: nn.Linear, x: Tensor, backend: Backend) -> Race:
     """Times the layer and each sparse variant of it that runs on `x`: a library may fail on a shape at run time."""
     modules: dict[str, nn.Module] = {"dense": layer}
     failed = []
-    for variant in backend.variants(layer, x):
+    try:
+        variants = backend.variants(layer, x)
+    except RuntimeError as error:  # of the library's search
+        variants, failed = [], [f"2:4 failed: {_first_line(error)}"]
+    for variant in variants:
         try:
             sparse = backend.convert(layer, variant)
             sparse(x)
         except RuntimeError as error:
-            first_line = str(error).partition("\n")[0]
-            failed.append(f"{variant} failed: {first_line}")
+            failed.append(f"{variant} failed: {_first_line(error)}")
         else:
             modules[variant] = sparse
-    return _Race(backend.race(modules, x), "; ".join(failed))
+    return Race(backend.race(modules, x), "; ".join(failed))
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _replace(model: nn.Module, choice: Choice, layer: nn.Linear, tokens: int, backend: Backend) -> Choice:

@@ -22,6 +22,7 @@ from castlm.inference.devices import DEVICES, Device, device_of
 from castlm.inference.format import INT4_GROUP
 from castlm.inference.op import packed_linear
 from castlm.inference.roofline import Format, torch_product
+from castlm.inference.semi_structured import race_variants
 
 _COLD_BYTES = 48 << 20  # more than most last caches: each call finds its weight in memory, as in a model
 _ROUNDS = 11
@@ -77,8 +78,7 @@ class GpuTimer:
             x = torch.randn(tokens, shape[1], device=self._device, dtype=dtype)
             backend = backend_for(kind, self._device)
             can = shape[1] % 4 == 0 and backend.why_not(layer) is None
-            sparse = {v: backend.convert(layer, v) for v in backend.variants(layer, x)} if can else {}
-            self._found[key] = backend.race({"dense": layer, **sparse}, x)
+            self._found[key] = race_variants(layer, x, backend).seconds if can else backend.race({"dense": layer}, x)
         found = self._found[key]
         sparse_only = [value for name, value in found.items() if name != "dense"]
         return min(sparse_only, default=found["dense"]) if form.sparse else found["dense"]
