@@ -109,6 +109,7 @@ def test_every_solver_makes_experts_sparse_and_more_knowledge_loses_less(family)
     assert report.zero_fraction == 0.5
     assert report.few_experts == {}
     assert few_experts_record(report.few_experts) == {}
+    assert not report.notes()
 
 
 def test_refinements_and_reconstruction_work_on_experts():
@@ -122,6 +123,9 @@ def test_refinements_and_reconstruction_work_on_experts():
     assert all(is_nm_sparse(layer.weight) for layer in layers.values())
     assert len(report.reconstructions) == 2
     assert torch.equal(model.model.layers[0].mlp.gate.weight, before)
+    left_out = [result.name for result in report.layers if result.is_left_unshifted]
+    assert left_out == [name for name in layers if ".experts." in name]
+    assert "do nothing for experts: 4 of 12 layers" in report.notes()[-1]
 
 
 @pytest.mark.parametrize("rotate", ["values", "residual"])

@@ -97,6 +97,7 @@ def _prune_experts(
         max(dampings, default=None),
         len(seen.few),
         sum(result.num_zero_inputs for result in of_expert),
+        is_left_unshifted=refinements.shifts_targets,
     )
 
 
@@ -286,9 +287,8 @@ def follow_dense(
     if is_last and not refinements.reconstruct_epochs:
         return []
     outputs = twin.outputs()
-    done = (
-        [_reconstruct(inside, twin.inputs, outputs, refinements)] if refinements.reconstruct_epochs and inside else []
-    )
+    reconstructs = refinements.reconstruct_epochs and inside
+    done = [_reconstruct(inside, twin.inputs, outputs, refinements)] if reconstructs else []
     twin.advance(outputs)
     return done
 

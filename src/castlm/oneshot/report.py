@@ -32,6 +32,8 @@ class LayerResult:
     instead."""
     num_zero_inputs: int = 0
     """1 where the calibration text leaves the whole input at 0 and the mask is by magnitude; of experts how many."""
+    is_left_unshifted: bool = False
+    """Whether shifted targets were asked for, and the layer, of experts, has its own."""
 
 
 @dataclass
@@ -83,6 +85,11 @@ class OneshotReport:
             lines.append(
                 f"the calibration text leaves the whole input of {', '.join([*found][:3])}"
                 f"{f' and {len(found) - 3} others' if len(found) > 3 else ''} at 0: masked by magnitude there"
+            )
+        if unshifted := sum(result.is_left_unshifted for result in self.layers):
+            lines.append(
+                f"target_asymmetry and stream_correction do nothing for experts: {unshifted} of {len(self.layers)} "
+                "layers are solved without them"
             )
         return lines
 
