@@ -247,6 +247,19 @@ def test_the_command_complains_in_one_line_and_writes_nothing(options, complaint
     assert not (tmp_path / "out.rejected").exists()
 
 
+@pytest.mark.parametrize("damaged", [None, ["x"], 3])
+def test_a_damaged_list_of_dense_layers_is_refused_before_the_model_is_loaded(
+    damaged, sparse_folder, tmp_path, capsys, monkeypatch
+):
+    record = json.loads((sparse_folder / "castlm.json").read_text())
+    (sparse_folder / "castlm.json").write_text(json.dumps(record | {"left_dense": damaged}))
+    monkeypatch.setattr(models_io, "load_model", lambda *args, **options: pytest.fail("the model was loaded"))
+    capsys.readouterr()
+    assert main(["quantize", str(sparse_folder), "--output-dir", str(tmp_path / "out")]) == 2
+    assert "castlm.json: left_dense is a" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_int4_calibrates_on_a_column_or_on_conversations_in_a_given_template(tmp_path, monkeypatch):
     dense = save_chat_model(tmp_path / "dense", template=None)
     sparse, template = str(tmp_path / "sparse"), tmp_path / "mine.jinja"

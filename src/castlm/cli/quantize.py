@@ -95,6 +95,7 @@ class QuantizeCommand:
         from castlm.data.documents import open_documents
         from castlm.export.folder import read_manifest
         from castlm.export.unit_count import groups_of
+        from castlm.export.verify import read_left_dense
         from castlm.files.output import claimed
         from castlm.hardware import choose_device, keep_freed_memory
         from castlm.oneshot.options import check_damping
@@ -114,6 +115,7 @@ class QuantizeCommand:
             raise InputError(f"--head {self.head} is of the packed format: pass --packed, or leave it out")
         source = result_folder(self.model)
         manifest = read_manifest(Path(source))
+        left_dense = read_left_dense(Path(source) / "castlm.json")
         text = self.pattern or manifest.get("pattern")
         if not isinstance(text, str):
             why = "has no pattern in a castlm.json" if Path(source).is_dir() else "is not a folder"
@@ -125,7 +127,8 @@ class QuantizeCommand:
         documents = None if self.calibration is None else open_documents(self.calibration, column=self.column)
         inputs = {"model": source, "calibration": self.calibration}
         with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
-            return self._quantize(source, {**manifest, "pattern": text}, pattern, documents, folder, device)
+            manifest |= {"pattern": text, "left_dense": left_dense}
+            return self._quantize(source, manifest, pattern, documents, folder, device)
 
     def _quantize(
         self,
@@ -150,7 +153,7 @@ class QuantizeCommand:
         loaded = load_model(source, dtype=held, trust_remote_code=self.trust_remote_code)
         with_template(loaded.tokenizer, self.chat_template_path)
         layers, left_dense = sparse_linears(loaded.model, pattern)
-        left_dense |= manifest.get("left_dense", {})
+        left_dense |= manifest["left_dense"]
         _check_pattern(self.model, layers, pattern, left_dense)
         blocks, text = self._calibration(loaded, documents)
         loaded.model.to(device)
