@@ -70,6 +70,11 @@ def level() -> str:
     return LEVELS[_library().castlm_level()]
 
 
+def is_intel() -> bool:
+    """Whether the processor is Intel's, by what it says of itself."""
+    return bool(_library().castlm_is_intel())
+
+
 def levels() -> tuple[str, ...]:
     """The levels that this processor runs, the fastest last; none where the kernels were not built."""
     library = kernels()
@@ -212,7 +217,7 @@ def rows_at_a_time(packed: Tensor) -> int:
     is_integer = values in (VALUES["int8"], VALUES["int4"])
     if used == "amx" and (is_integer or values == VALUES["bf16"]):
         return 512
-    floats_gain = used != "avx2" and layout == LAYOUTS["panels"] and (n == 1 or not _library().castlm_is_intel())
+    floats_gain = used != "avx2" and layout == LAYOUTS["panels"] and (n == 1 or not is_intel())
     return 128 if is_integer or floats_gain else 0
 
 

@@ -27,7 +27,8 @@ class Format:
     """The dtype of the product, a key of `Device.peak`."""
     sparse: bool = False
     kernel: str = ""
-    """Which kernels run it, where this is not told by `compute` and `sparse`: "weights" for weight-only."""
+    """Which kernels run it, where `compute` and `sparse` do not tell: "torch", or "int8 weights" and "int4 weights" of
+    torchao's weight-only kernels."""
     changes_weights: bool = False
     """Whether the weights are rounded, so that perplexity changes too."""
 
@@ -156,13 +157,14 @@ MANY_ROWS = {
     "avx512": _many_rows(
         128, {**dict.fromkeys(("bf16", "fp16", "fp32"), (0.9, 1.1)), "int8": (1.6, 2.3), "int4": (1.1, 1.8)}
     ),
+    "avx512 intel": _many_rows(128, {**_GEMM, "int8": (0.8, 1.2), "int4": (0.6, 1.1)}),
     "amx": _many_rows(
         12,
         {**_GEMM, "bf16": (2.2, 2.2), "int8": (3.5, 3.5), "int4": (3.5, 3.5)},
         {"bf16": (22, 12), "int8": (10, 9), "int4": (8, 8)},
     ),
 }
-"""By level, from docs/performance.md (`benchmarks.levels` on a Zen 3, a Zen 4 and an Emerald Rapids): the speed of the
+"""By `Device.level`, from docs/performance.md (`benchmarks.levels` on a Zen 3, a Zen 4 and an Emerald Rapids): the speed of the
 kernels in units of the GEMM over the unpacked weight, of which unpacking takes a tenth. What AMX needs to arrange a
 weight in tiles is from the cells of `benchmarks.advisor` with 16 and 256 rows."""
 

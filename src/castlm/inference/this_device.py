@@ -101,7 +101,12 @@ def this_cpu(tokens: int = 1) -> Device:
         peak[torch_product(name)] = 2 * len(x) * 1024**2 / linear
     name = next((line.partition(":")[2].strip() for line in _cpu_info() if line.startswith("model name")), "this CPU")
     source = f"{name}, {torch.get_num_threads()} threads, measured"
-    return Device(name, "cpu", buffer.nbytes / read, peak, peak, source, level=native.level())
+    return Device(name, "cpu", buffer.nbytes / read, peak, peak, source, level=_level())
+
+
+def _level() -> str:
+    """As `Device.level` has it."""
+    return "avx512 intel" if native.level() == "avx512" and native.is_intel() else native.level()
 
 
 def _cpu_info() -> list[str]:
