@@ -33,8 +33,8 @@ class Device:
     memory_gib: float | None = None
     """Memory that torch reports, in GiB; None where it is not known."""
     level: str = ""
-    """Of a CPU: the instruction set of castlm's kernels, a name of `native.LEVELS`, or "avx512 intel", since the GEMM of
-    Intel's processors is faster."""
+    """Of a CPU: the instruction set of castlm's kernels, a name of `native.LEVELS`, or "avx512 intel", since the GEMM
+    of Intel's processors is faster."""
 
 
 def _device(

@@ -164,9 +164,9 @@ MANY_ROWS = {
         {"bf16": (22, 12), "int8": (10, 9), "int4": (8, 8)},
     ),
 }
-"""By `Device.level`, from docs/performance.md (`benchmarks.levels` on a Zen 3, a Zen 4 and an Emerald Rapids): the speed
-of the kernels in units of the GEMM over the unpacked weight, of which unpacking takes a tenth. What AMX needs to arrange
-a weight in tiles is from the cells of `benchmarks.advisor` with 16 and 256 rows."""
+"""By `Device.level`, from docs/performance.md (`benchmarks.levels` on a Zen 3, a Zen 4 and an Emerald Rapids): the
+speed of the kernels in units of the GEMM over the unpacked weight, of which unpacking takes a tenth. What AMX needs to
+arrange a weight in tiles is from the cells of `benchmarks.advisor` with 16 and 256 rows."""
 
 WEIGHT_ONLY = {"int8 weights": 0.56 / 0.70, "int4 weights": 0.37 / 0.70}
 """Bandwidth of torchao's weight-only kernels in units of the dense bf16 one, on an A100 with Llama-3-8B at one token:
