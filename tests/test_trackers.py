@@ -7,12 +7,14 @@ import sys
 import threading
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import init_world
 from castlm.export import hub
+from castlm.files.owned import OUTPUT
 from castlm.training import trackers
 from castlm.training.loop import train
 from castlm.training.run import Run
@@ -116,6 +118,37 @@ def test_a_run_that_overwrites_another_is_another_run_of_the_trackers(clients, t
             pass
     first, second = (options["id"] for options in clients["wandb"].started)
     assert first != second
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_tracker_that_fails_at_the_start_leaves_the_folder_as_it_was(clients, llama, text, tmp_path, monkeypatch):
+    def fail(**options) -> None:
+        begun = Path(options["dir"]) / "wandb" / "run-20261126_101010-ab" / "logs"
+        begun.mkdir(parents=True)
+        (begun / "debug.log").write_text("no route")
+        (begun.parent.parent / "debug.log").symlink_to("run-20261126_101010-ab/logs/debug.log")
+        raise ConnectionError("no route to host")
+
+    config = small(llama, text, tmp_path / "run", max_steps=2, save_steps=2, init_from="magnitude")
+    refused = dataclasses.replace(config, report_to=("tensorboard", "wandb"))
+    works = clients["wandb"].init
+    monkeypatch.setattr(clients["wandb"], "init", fail)
+    with pytest.raises(InputError, match="report_to wandb: no route to host"):
+        train(refused)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(clients["wandb"], "init", works)
+    train(dataclasses.replace(refused, report_to=("auto",)))
+    before = names_in(tmp_path / "run")
+    record = (tmp_path / "run" / OUTPUT).read_bytes()
+    monkeypatch.setattr(clients["wandb"], "init", fail)
+    with pytest.raises(InputError, match="report_to wandb: no route to host"):
+        train(dataclasses.replace(refused, overwrite=True, seed=1))
+    assert names_in(tmp_path / "run") == before
+    assert (tmp_path / "run" / OUTPUT).read_bytes() == record
+    train(dataclasses.replace(refused, resume=True))  # of the earlier run, which is finished
 
 
 @pytest.mark.parametrize("at", ["log", "close"])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +33,14 @@ from castlm.training.flops import flops_per_token, peak_flops
 from castlm.training.metrics import mask_figures, masked_histogram, masked_shares
 from castlm.training.objective import pruned
 from castlm.training.run_folder import RunFolder
-from castlm.training.schedule import hidden_weight, learning_rate, num_left
+from castlm.training.run_progress import Progress
+from castlm.training.schedule import hidden_weight, learning_rate
 from castlm.training.setup import global_batch, introduction, local_masks, set_up
 from castlm.training.telemetry import Telemetry
 from castlm.training.trackers import TrackedRun, Tracker, chosen_trackers, open_trackers
 
 _MOST_UNCOUNTED = 100
 """Steps in a row in which no token counts, after which a run ends."""
-
-
-@dataclass
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    figures: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Evaluations by step."""
-    first_step: int = 0
-    """The step that this process started from."""
-    eval_seconds: float = 0.0
-    save_seconds: float = 0.0
-    """Of the last evaluation, and of the last save, in this process."""
 
 
 class Run:
@@ -90,16 +75,19 @@ class Run:
         if resume_from is not None:
             self._restore(resume_from)
         before_writing()
-        if resume_from is None:
-            world.on_main(lambda: self.folder.begin(config))
         self.progress.first_step = self.progress.step
         self._uncounted = 0  # steps in a row
         watched = self.method.layers if self.method.decays else {}
         pattern = Pattern.parse(config.pattern)
         self.self_check = SelfCheck(self.optimizer, watched, pattern, world)
-        tracked = TrackedRun(self.folder.path, self.folder.run_id, config.as_dict(), self.progress.step)
         opened: list[Tracker] = []
-        world.on_main(lambda: opened.extend(open_trackers(trackers, tracked)), beats=True)
+
+        def open_folder_and_trackers() -> None:
+            with contextlib.nullcontext() if resume_from is not None else self.folder.begun(config):
+                tracked = TrackedRun(self.folder.path, self.folder.run_id, config.as_dict(), self.progress.step)
+                opened.extend(open_trackers(trackers, tracked))
+
+        world.on_main(open_folder_and_trackers, beats=True)
         self.telemetry = Telemetry(
             self.folder.path,
             config.max_steps,
@@ -216,17 +204,14 @@ class Run:
         progress.step += 1
         progress.tokens += num_read
         progress.seconds += seconds
-        values |= {"tokens": progress.tokens, "tokens_per_s": num_read / seconds, "eta_s": self._seconds_left()}
+        values |= {
+            "tokens": progress.tokens,
+            "tokens_per_s": num_read / seconds,
+            "eta_s": progress.seconds_left(self.config),
+        }
         if self.peak_flops is not None:
             values["mfu"] = self.flops_per_token * num_read / seconds / (self.peak_flops * self.world.size)
         self.telemetry.log(progress.step, values, write=progress.step % self.config.log_steps == 0)
-
-    def _seconds_left(self) -> float:
-        """To the end of the last step, with the evaluations and saves to come, each as long as the last of its kind."""
-        progress, last = self.progress, self.config.max_steps
-        evaluations = num_left(progress.step, last, self.config.eval_steps_used) * progress.eval_seconds
-        saves = num_left(progress.step, last, self.config.save_steps) * progress.save_seconds
-        return progress.seconds / progress.step * (last - progress.step) + evaluations + saves
 
     def _check_counted(self, num_tokens: int) -> None:
         """Raises `InputError` after many steps in a row, or a whole run, in which no token counted."""

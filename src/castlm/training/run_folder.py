@@ -15,12 +15,13 @@ import os
 import secrets
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import World
-from castlm.files.atomic_file import atomic_file, atomic_write_json, flush_folder, write_flushed
+from castlm.files.atomic_file import atomic_file, atomic_write_json, atomic_write_text, flush_folder, write_flushed
 from castlm.files.disk import disk_full_is_said
 from castlm.files.output import read_result
 from castlm.files.owned import OUTPUT, PROBE, RESULT, command_of, discard, is_of_a_start, is_of_run, read_record
@@ -90,6 +91,25 @@ class RunFolder:
             self._undo_interrupted()
             raise
         flush_folder(self.path)
+
+    @contextlib.contextmanager
+    def begun(self, config: TrainConfig) -> Iterator[None]:
+        """As `begin`; after an error in the block, which may open trackers, the folder is as it was before."""
+        record = self.path / OUTPUT
+        earlier = record.read_text(encoding="utf-8") if record.is_file() else None
+        self.begin(config)
+        try:
+            yield
+        except BaseException:
+            for made_by_tracker in ("tensorboard", "wandb"):
+                discard(self.path, made_by_tracker)
+            (self.path / "config.yaml").unlink(missing_ok=True)
+            if earlier is None:
+                record.unlink()
+            else:
+                atomic_write_text(record, earlier)
+            self._undo_interrupted()
+            raise
 
     def _set_aside(self) -> None:
         """Moves the earlier run's files to `replaced/<run_id>`, after a copy of its record."""
