@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,24 @@ def test_each_method_gives_what_it_gives_with_the_whole_model(llama, tmp_path, t
     whole = prune(llama, text, tmp_path / "whole", *PLAIN, *options, memory="model")
     assert_same(whole, prune(llama, text, tmp_path / "block", *PLAIN, *options))
     assert not (tmp_path / "block.partial").exists()
+
+
+def test_the_statistics_of_the_basis_are_gone_when_a_block_is_solved(llama, tmp_path, text, monkeypatch):
+    see, solve, seen = by_block.block_statistics, by_block.prune_block, []
+
+    def block_statistics(*args):
+        statistics = see(*args)
+        seen.extend(map(weakref.ref, statistics.values()))
+        return statistics
+
+    def prune_block(*args):
+        assert seen
+        assert not any(reference() for reference in seen)
+        return solve(*args)
+
+    monkeypatch.setattr(by_block, "block_statistics", block_statistics)
+    monkeypatch.setattr(by_block, "prune_block", prune_block)
+    prune(llama, text, tmp_path / "out")
 
 
 def test_magnitude_refuses_a_text_that_it_would_not_read(llama, tmp_path, text, capsys):

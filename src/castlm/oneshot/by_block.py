@@ -310,7 +310,7 @@ class _Walk:
             if self.turns is not None and inside:
                 statistics = block_statistics(inside, inputs, num_sequences)
                 wiring = describe(self.run_.model)  # of the weights that are in memory now
-                _, note = self.turns.turn_(wiring.blocks[index], statistics, inputs)
+                note = self.turns.turn_(wiring.blocks[index], statistics, inputs)[1]
                 self.state.changes = self.turns.changes()
                 if note:
                     self.state.notes.append(f"block {index}: {note}")
