@@ -81,9 +81,15 @@ def test_shifted_targets_have_a_phase_and_stay_beside_the_solver():
     assert shifted.components["solver"] == 4 * (6 * HIDDEN * NEURONS + 4 * NEURONS**2)
 
 
-def test_wanda_needs_vectors_only_and_magnitude_has_no_plan():
-    plan = plan_prune_memory(CONFIG, method="wanda", num_sequences=4, seq_len=32)
-    assert plan.components["statistics"] == 4 * (3 * HIDDEN + NEURONS)
+def test_wanda_needs_vectors_only_where_the_basis_stays_and_magnitude_has_no_plan():
+    plain = plan_prune_memory(CONFIG, method="wanda", num_sequences=4, seq_len=32, **PLAIN)
+    assert plain.components["statistics"] == 4 * (3 * HIDDEN + NEURONS)
+    turned = plan_prune_memory(CONFIG, method="wanda", num_sequences=4, seq_len=32)
+    assert turned.components["statistics"] == plain.components["statistics"]
+    of_sparsegpt = plan_prune_memory(CONFIG, num_sequences=4, seq_len=32)
+    for phase in ("basis", "statistics"):
+        without_process = (plan.phases[phase] - plan.components["process"] for plan in (turned, of_sparsegpt))
+        assert len({*without_process}) == 1, phase
     with pytest.raises(InputError, match="reads no calibration text"):
         plan_prune_memory(CONFIG, method="magnitude")
 

@@ -178,6 +178,8 @@ def _of_a_block(
         "solver": 4 * solver,
         "basis": 0 if basis.is_off or structured else 4 * max(_turn(read, basis) for read in model.reads),
     }
+    if parts["basis"]:  # is chosen by SparseGPT's statistics, whatever solves the layers after that
+        parts["statistics of the basis"] = 4 * sum(read.columns**2 for read in model.reads)
     if refinements.needs_dense_twin:
         parts["dense block"] = 4 * model.block
     if refinements.shifts_targets:
@@ -193,8 +195,8 @@ def _phases(parts: dict[str, int], memory: str, embeddings: int) -> dict[str, in
     """Bytes at each moment that can be the peak; `embeddings` is all outside the blocks, as stored."""
     held = parts["process"] + parts["weights"]
     static = held + parts["hidden states"] + parts.get("dense block", 0)
-    seen = static + parts["statistics"]
-    phases = {"statistics": seen + parts["activations"], "solve": seen + parts["solver"]}
+    seen, turned = static + parts["statistics"], static + parts.get("statistics of the basis", 0)
+    phases = {"statistics": max(seen, turned) + parts["activations"], "solve": seen + parts["solver"]}
     if memory == "block":  # beside the embeddings stands the file that they are read from, or a block
         phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])
     else:
@@ -202,7 +204,7 @@ def _phases(parts: dict[str, int], memory: str, embeddings: int) -> dict[str, in
     if "gradients" in parts:
         phases["gradients"] = held + parts["gradients"] + parts["kept for backward"]
     if parts["basis"]:
-        phases["basis"] = seen + parts["basis"]
+        phases["basis"] = turned + parts["basis"]
     if "targets" in parts:
         phases["targets"] = seen + parts["targets"]
     if "reconstruction" in parts:
