@@ -108,6 +108,16 @@ def test_bad_input_is_named():
         advise(LLAMA_1B, find_device("a100"), tokens=1, dtype="fp8")
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_a_dtype_that_a_cpu_lacks_is_refused_with_those_that_the_command_takes(dtype, tmp_path, capsys):
+    if native.kernels() is None:
+        pytest.skip("the C++ kernels are not built")
+    folder = save_tiny(tmp_path / "m", "llama")
+    capsys.readouterr()
+    assert main(["advise", str(folder), "--device", "this", "--dtype", dtype]) == 2
+    assert f"has no {dtype}: choose one of fp32, bf16, fp16\n" in capsys.readouterr().err
+
+
 def test_every_published_figure_is_of_a_known_device_and_has_a_source():
     assert all(row.device in DEVICES and row.source and row.speedup > 0 for row in EVIDENCE)
     assert {cell.device for cell in kernel_times()} <= set(DEVICES)

@@ -248,6 +248,19 @@ def test_dtype_casts_everything_first(tmp_path):
     assert load_model(tmp_path / "packed").model.config.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_value_that_does_not_fit_the_dtype_is_no_damage(name, tmp_path, capsys):
+    source = pruned_folder(tmp_path / "source", dtype=torch.float32)
+    tensors = tensors_of(source)
+    place = tuple(tensors[name].nonzero()[0].tolist())
+    tensors[name][place] = -1e5
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    command = ["pack", str(source), "--output-dir", str(tmp_path / "packed"), "--dtype"]
+    assert main([*command, "fp16"]) == 2
+    assert capsys.readouterr().err.endswith(f"{name}: a value of 1e+05 does not fit fp16: pass --dtype bf16\n")
+    assert main([*command, "bf16"]) == 0
+
+
 # ---- damage
 
 

@@ -133,6 +133,15 @@ def test_a_model_is_packed_in_memory(folders):
 
 
 @needs_kernels
+@pytest.mark.parametrize("layer", ["lm_head", "model.layers.1.mlp.up_proj"])
+def test_a_model_whose_weights_do_not_fit_a_dtype_is_not_packed_in_it(layer):
+    model = tiny_model("llama")
+    model.get_submodule(layer).weight.data[0, 0] = 1e5
+    with pytest.raises(InputError, match=r"a value of 1e\+05 does not fit fp16: pass --dtype bf16"):
+        pack_model_(model, 0, 0, dtype=torch.float16)
+
+
+@needs_kernels
 def test_layers_that_are_not_sparse_are_packed_dense_and_others_are_refused_before_any_is_replaced():
     model = tiny_model("llama", intermediate_size=50)
     down = [f"model.layers.{index}.mlp.down_proj" for index in (0, 1)]
@@ -422,12 +431,14 @@ def test_serve_refuses_an_address_before_it_loads_a_model(folders, capsys):
             ["--port", "99999"],
             ["--port", str(taken.getsockname()[1])],
             ["--host", "no.such.host.invalid"],
+            ["--host", "a..b"],
+            ["--host", "a" * 70],
         ):
             assert main(["serve", str(folders[1]), *options]) == 2
     said = capsys.readouterr().err.splitlines()
     assert "port 99999 is out of range: it must be from 1 to 65535" in said[0]
     assert all("cannot listen on" in line and "choose another host or port" in line for line in said[1:])
-    assert len(said) == 3
+    assert len(said) == 5
 
 
 def test_serve_refuses_weights_that_are_missing_before_the_server_starts(folders, tmp_path, monkeypatch, capsys):

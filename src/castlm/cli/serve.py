@@ -97,8 +97,8 @@ def _check_address(host: str, port: int) -> None:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         socket.create_server(address, family=family).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:  # UnicodeError: of the codec for names of hosts
+        reason = getattr(error, "strerror", None) or str(error.__cause__ or error)
         raise InputError(f"cannot listen on {host}, port {port} ({reason}): choose another host or port") from error
 
 

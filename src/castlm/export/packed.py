@@ -32,7 +32,7 @@ from castlm.files.reading import read_json_object, user_path
 from castlm.files.stored import INDEX, SINGLE
 from castlm.inference import format
 from castlm.inference.format import PackedSpec
-from castlm.inference.packed import PackedTensor, equal_as_packed, pack, pack_integers, unpack
+from castlm.inference.packed import PackedTensor, cast_weight, equal_as_packed, pack, pack_integers, unpack
 from castlm.inference.rounding import round_rows
 from castlm.models.layout import QUANT_METHOD
 
@@ -121,7 +121,10 @@ def pack_folder(
 def _packed_tensors(name: str, tensor: Tensor, plan: PackPlan, dtype: str | None) -> Iterator[tuple[str, Tensor]]:
     """What is written of one tensor of the source, with the dtypes and shapes of `plan.layout`."""
     if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(FLOATS[dtype])
+        try:
+            tensor = cast_weight(tensor, FLOATS[dtype])
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
     spec = plan.specs.get(name)
     if spec is None:
         yield name, tensor

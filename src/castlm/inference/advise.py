@@ -17,6 +17,7 @@ from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.pattern import Pattern
 from castlm.core.sparsify import is_sparse_linear
+from castlm.dtypes import FLOATS
 from castlm.export.cut_sizes import sizes_after, sizes_of
 from castlm.inference.devices import Device
 from castlm.inference.published import KERNEL_SOURCE, Evidence, evidence
@@ -211,7 +212,7 @@ def advise(
     possible = formats or (cpu_formats if device.family == "cpu" else gpu_formats)(dtype)
     formats = [form for form in possible if supports(device, form)]
     if not formats or formats[0].name != dtype:
-        raise InputError(f"{device.name} has no {dtype}: choose one of {', '.join(device.peak)}")
+        raise InputError(f"{device.name} has no {dtype}: choose one of {', '.join(_dtypes_of(device))}")
     timed = seconds or (lambda form, shape, count: layer_seconds(device, form, shape, count))
     rows = [_row(shape, count, formats, timed, tokens, dtype) for shape, count in shapes.blocks.items()]
     head = timed(formats[0], shapes.head, tokens) if shapes.head else 0.0
@@ -228,6 +229,11 @@ def advise(
         evidence(device.name, tokens),
         _notes(device, formats, seconds is not None, shapes.num_expert_weights),
     )
+
+
+def _dtypes_of(device: Device) -> list[str]:
+    """The dtypes that a model can be served in on a device; the peaks of a CPU have other names among them."""
+    return list(FLOATS if device.family == "cpu" else device.peak)
 
 
 def _row(shape: Shape, count: int, formats: Sequence[Format], timed: Seconds, tokens: int, dtype: str) -> Row:

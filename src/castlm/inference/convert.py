@@ -23,7 +23,7 @@ from castlm.inference.layers import (
     prepare_layers_,
     table_spec,
 )
-from castlm.inference.packed import PackedTensor, pack, pack_integers
+from castlm.inference.packed import PackedTensor, cast_weight, pack, pack_integers
 from castlm.inference.rounding import round_rows
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def pack_model_(
     model.float()  # norms and biases stay so
     for name in names:
         layer = model.get_submodule(name)
-        weight = layer.weight.detach().to(dtype)
+        weight = cast_weight(layer.weight.detach(), dtype)
         spec = PackedSpec(*weight.shape, 0, 0, FLOAT_NAMES[dtype])
         packed = pack(weight, n, m) if name in sparse else PackedTensor(spec, weight, None, None)
         model.set_submodule(name, pack_linear(layer, packed))
@@ -93,7 +93,7 @@ def _cast_tables_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     tied = _is_tied(model)
     for table in (embedding, output):
         if isinstance(table, (nn.Embedding, nn.Linear)):
-            table.weight = nn.Parameter(table.weight.to(dtype), requires_grad=False)
+            table.weight = nn.Parameter(cast_weight(table.weight, dtype), requires_grad=False)
     if tied:
         output.weight = embedding.weight
 

@@ -17,6 +17,7 @@ from castlm.dtypes import FLOAT_NAMES
 from castlm.inference.format import INT4_GROUP, PackedSpec
 
 _BITS = {2: torch.int16, 4: torch.int32}
+_WIDER = {"fp16": "bf16", "bf16": "fp32"}  # in range
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,19 @@ class PackedTensor:
         """What is stored, by suffix."""
         named = {"values": self.values, "mask": self.mask, "scales": self.scales}
         return {suffix: tensor for suffix, tensor in named.items() if tensor is not None}
+
+
+def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in bf16, fp16 or fp32.
+
+    Raises:
+        InputError: a finite value that is infinite in `dtype`, such as 1e5 in fp16.
+    """
+    cast = weight.to(dtype)
+    name = FLOAT_NAMES[dtype]
+    if name in _WIDER and bool(cast.isinf().any()) and bool((wide := weight.float()).isfinite().all()):
+        raise InputError(f"a value of {float(wide.abs().max()):.3g} does not fit {name}: pass --dtype {_WIDER[name]}")
+    return cast
 
 
 def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
