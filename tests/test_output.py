@@ -209,6 +209,27 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
         pass
 
 
+def test_a_folder_alone_that_can_be_written_is_enough_for_a_run(tmp_path, monkeypatch):
+    """As a volume mounted at /out, for a user who may not write in /. A result takes its name beside the folder."""
+    out = tmp_path / "out"
+    out.mkdir()
+    mkdir = Path.mkdir
+
+    def refusing(self: Path, *arguments, **options) -> None:
+        if self.parent == tmp_path and self != out:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        mkdir(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refusing)
+    for command in LAYOUT:
+        with claimed(out, command) as folder:
+            assert folder == out
+    told = f"cannot write {tmp_path}, where the result is written before it becomes {out}: Permission denied"
+    with pytest.raises(InputError, match=told), claimed(out, "result"):
+        pass
+    assert list(out.iterdir()) == []
+
+
 # ---- inputs
 
 

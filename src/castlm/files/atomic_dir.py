@@ -29,14 +29,20 @@ _PROBE_SECONDS = 60
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 
 
-def make_writable(folder: Path) -> None:
-    """Creates `folder` and checks that entries can be created in it and beside it. Raises `OSError`."""
+def make_writable(folder: Path, *, beside: bool = True) -> None:
+    """Creates `folder` and checks that entries can be created in it. Raises `OSError`, which names where they cannot.
+
+    Args:
+        beside: check this beside `folder` too, as a result needs it that takes its name when it is whole.
+    """
     check_name(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for place in (folder, folder.parent):
+    for place in (folder, folder.parent) if beside else (folder,):
         probe = place / f"{PROBE}{os.getpid()}-{secrets.token_hex(4)}"
         try:
             probe.mkdir()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(place)) from error
         finally:
             with contextlib.suppress(FileNotFoundError):
                 probe.rmdir()

@@ -72,9 +72,11 @@ def claimed(
                 existed = final.is_dir()
             if existed and not resume and not os.path.lexists(final / LOCK):  # else who holds it is said first
                 _refuse_content(final, command, overwrite)
-            make_writable(final)
+            make_writable(final, beside=command == "result")  # which alone is renamed over the folder
         except OSError as error:
-            raise InputError(f"cannot write {final}: {error.strerror}; choose another output folder") from error
+            failed = final if error.filename is None else Path(error.filename)
+            why = f", where the result is written before it becomes {final}" if failed == final.parent else ""
+            raise InputError(f"cannot write {failed}{why}: {error.strerror}; choose another output folder") from error
         with locked(final, command):
             remove_stale_temporaries(final.parent, final.name)
             if not resume:
