@@ -115,6 +115,16 @@ def test_n_of_m_is_solved_in_what_is_left():
     assert torch.equal((small == 0).sum(1), torch.full((32,), 24))
 
 
+def test_more_damping_than_asked_for_is_said_of_n_of_m_in_what_is_left():
+    few = TOKENS[:1, :16]  # of which no Hessian has full rank
+    model = tiny_model("llama")
+    report = prune_oneshot_(model, "flap", pattern="channels:0.75+2:4", calibration=few, damping=0.0)
+    assert report.raised_damping == dict.fromkeys(sparse_linears(model)[0], 0.01)
+    assert "14 of 14 layers took more damping than 0, up to 0.01" in report.notes()
+    plain = prune_oneshot_(tiny_model("llama"), "flap", pattern="channels:0.75", calibration=few, damping=0.0)
+    assert not plain.raised_damping
+
+
 def test_gradients_are_those_of_a_plain_backward_pass_that_runs_each_block_again():
     model, plain = tiny_model("llama"), tiny_model("llama")
     layers, _ = sparse_linears(model, "channels:0.5")

@@ -235,16 +235,16 @@ class _Pruning:
             dense = {name: layers[name].weight.float().clone() for name in unit}
             for name, weight in dense.items():
                 check_finite_weight(name, weight)
-            for name, new in self._solved(unit, dense, inputs).items():
+            for name, (new, damping) in self._solved(unit, dense, inputs).items():
                 layers[name].weight.copy_(new)
                 error = _relative_error(dense[name], new, inputs[name].gram) if name in inputs else None
                 shape, zeros = tuple(new.shape), int((new == 0).sum())
-                self.report.layers.append(LayerResult(name, shape, zeros, error, damping=self.to.damping))
+                self.report.layers.append(LayerResult(name, shape, zeros, error, damping=damping))
 
     def _solved(
         self, unit: tuple[str, ...], dense: dict[str, Tensor], inputs: Mapping[str, InputStatistic]
-    ) -> dict[str, Tensor]:
-        """The new weights of one unit group."""
+    ) -> dict[str, tuple[Tensor, float]]:
+        """The new weights of one unit group, each with the damping that it took."""
         pattern, outer, weights = self.pattern, self.outer, list(dense.values())
         if len(unit) == 1 and not isinstance(outer, Blocks):  # n:m alone
             whole = torch.ones_like(weights[0], dtype=torch.bool)
@@ -258,7 +258,8 @@ class _Pruning:
                     new = self._refitted(new, weight, inputs[name].gram)
                 elif name == unit[-1]:
                     new[:, mask[0]] = solve_columns(weight, mask[0], inputs[name].gram, damping)
-            solved[name] = self._groups_in(new, mask, inputs.get(name)) if isinstance(pattern, Combined) else new
+            groups = isinstance(pattern, Combined)
+            solved[name] = self._groups_in(new, mask, inputs.get(name)) if groups else (new, self.to.damping)
         return solved
 
     def _score(
@@ -272,14 +273,16 @@ class _Pruning:
     def _refitted(self, new: Tensor, target: Tensor, gram: Tensor) -> Tensor:
         return refit(new, target, damped(gram, max(self.to.damping, MIN_DAMPING)), self.to.refit_iterations)
 
-    def _groups_in(self, weight: Tensor, mask: Tensor, statistic: InputStatistic | None) -> Tensor:
-        """n:m in what `mask` leaves of a weight; groups run through its rows and columns that are not whole zeros."""
+    def _groups_in(self, weight: Tensor, mask: Tensor, statistic: InputStatistic | None) -> tuple[Tensor, float]:
+        """n:m in what `mask` leaves of a weight, and the damping that it took; groups run through its rows and columns
+        that are not whole zeros.
+        """
         assert isinstance(self.pattern, Combined)
-        inner = self.pattern.inner
+        inner, damping = self.pattern.inner, self.to.damping
         if isinstance(self.pattern.outer, Blocks):
             new = weight.masked_fill(~inner.mask(weight), 0)
             refits = statistic is not None and self.to.refit_iterations
-            return self._refitted(new, weight, statistic.gram) if refits and statistic is not None else new
+            return (self._refitted(new, weight, statistic.gram) if refits and statistic is not None else new), damping
         rows, columns = mask.any(1), mask.any(0)
         small = weight[rows][:, columns].contiguous()
         if statistic is None:
@@ -287,9 +290,9 @@ class _Pruning:
         else:
             gram = statistic.gram[columns][:, columns]
             inner.check_shape(small.shape)
-            new, _ = sparsegpt(small, gram.clone(), inner.n, inner.m, self.to.damping, _BLOCK_COLUMNS)
+            new, damping = sparsegpt(small, gram.clone(), inner.n, inner.m, damping, _BLOCK_COLUMNS)
             new = self._refitted(new, small, gram) if self.to.refit_iterations else new
-        return torch.zeros_like(weight).masked_scatter_(mask, new)
+        return torch.zeros_like(weight).masked_scatter_(mask, new), damping
 
 
 def solve_columns(weight: Tensor, kept: Tensor, gram: Tensor, damping: float) -> Tensor:
