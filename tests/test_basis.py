@@ -224,6 +224,21 @@ def test_only_layers_that_are_pruned_count():
     assert [change.what for change in report.changes] == ["MLP neurons permuted"]
 
 
+def test_a_stream_that_no_pruned_layer_reads_is_neither_folded_nor_untied():
+    model, said = family_model("gemma"), []
+    before = {name: p.clone() for name, p in model.named_parameters() if "norm" in name or "embed" in name}
+    writers = lambda module, fqn: fqn.endswith(("o_proj", "down_proj"))  # noqa: E731
+    options = BasisOptions(rotate="residual", rotation_iterations=5)
+    report = change_basis_(model, TOKENS, options, filter_fn=writers, say=said.append)
+    assert "residual stream: not rotated, for no layer that is pruned reads it" in said
+    assert not report.untied
+    assert report.stream_basis is None
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for name, p in model.named_parameters():
+        if name in before:
+            torch.testing.assert_close(p, before[name])
+
+
 def test_the_search_finds_the_best_of_all_groupings_of_eight_columns():
     score = torch.rand(16, 8, generator=torch.Generator().manual_seed(1)).square()
     best = max(

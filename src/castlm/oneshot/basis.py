@@ -226,12 +226,15 @@ class _Turning:
 
     def _turn_stream(self, sample: Tensor, before: Tensor) -> None:
         """Rotates the stream, or permutes it where it is not rotated; undoes what moves the logits."""
-        if self.stream.rotates and self.stream.is_read:
-            rotated = Change("residual stream rotated")
-            if not self.stream.rotate_(rotated, self.options.rotation_iterations, self._step):
+        if self.stream.rotates:
+            why_not = "no layer that is pruned reads it"
+            if self.stream.is_read:
+                rotated, why_not = Change("residual stream rotated"), "the error of its layers would not fall"
+                self.stream.rotate_(rotated, self.options.rotation_iterations, self._step)
+                self.report.changes.append(rotated)
+            if self.stream.undo is None:
                 self.stream.unfold_()
-                self.report.notes.append("residual stream: not rotated, for the error of its layers would not fall")
-            self.report.changes.append(rotated)
+                self.report.notes.append(f"residual stream: not rotated, for {why_not}")
         if self.options.permute and self.stream.undo is None and self.stream.is_read and not self.wiring.ends:
             permuted = Change("residual stream permuted")
             self.stream.permute_(permuted)

@@ -123,8 +123,8 @@ class Stream:
             self.basis, back = order, order.argsort()
             self.undo = lambda: self._turn_(lambda matrix: matrix[..., back], lambda gain: gain[back])
 
-    def rotate_(self, change: Change, iterations: int, alive: Callable[[], None]) -> bool:
-        """Rotates the folded stream, if that lowers the mean error of the layers that read it; says whether."""
+    def rotate_(self, change: Change, iterations: int, alive: Callable[[], None]) -> None:
+        """Rotates the folded stream, if that lowers the mean error of the layers that read it."""
         readers, hidden = self._readers(), self.wiring.hidden
         terms = [Term(weight, s.inverse, s.energy(weight), "in", (0,)) for s, weights in readers for weight in weights]
         terms += self.written
@@ -144,7 +144,7 @@ class Stream:
             [(s.rotated(rotation[None], (0,)), [weight @ rotation for weight in weights]) for s, weights in readers]
         )
         if not change.decide(before, after):
-            return False
+            return
         self._turn_(lambda matrix: matrix.float() @ rotation, lambda gain: gain)
 
         def undo() -> None:
@@ -152,7 +152,6 @@ class Stream:
             self.unfold_()
 
         self.basis, self.undo = rotation, undo
-        return True
 
     def _readers(self) -> list[tuple[Statistic, list[Tensor]]]:
         """The weights that are pruned among those that read the stream, by their input and with its statistic."""
