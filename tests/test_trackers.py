@@ -1,6 +1,7 @@
 """Trackers and uploads, with stubs of the clients: what they are told, and what is refused before a run."""
 
 import dataclasses
+import importlib
 import importlib.machinery
 import json
 import sys
@@ -29,7 +30,7 @@ class Client(types.ModuleType):
 
     def __init__(self, name: str, api_key: str | None = None) -> None:
         super().__init__(name)
-        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, importlib.machinery.BuiltinImporter, origin="a stub")
         self.api = types.SimpleNamespace(api_key=api_key)
         self.started: list[dict] = []
         self.logged: list[tuple[int, dict]] = []
@@ -106,6 +107,19 @@ def test_a_tracker_that_is_missing_or_fails_is_one_line(clients, tmp_path, monke
     with pytest.raises(InputError, match="report_to trackio"):
         open_trackers(["tensorboard", "trackio"], TrackedRun(tmp_path, "a1", {}, 0))
     assert len(closed) == 1
+
+
+def test_a_folder_named_as_a_tracker_is_not_a_package(tmp_path, monkeypatch):
+    for name in trackers.TRACKERS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    importlib.invalidate_caches()
+    assert chosen_trackers(["auto"]) == []
+    for report_to in (["wandb"], ["auto", "wandb"], ["wandb", "auto"]):
+        with pytest.raises(InputError, match="report_to wandb: it is not installed"):
+            chosen_trackers(report_to)
+    assert chosen_trackers(["none", "wandb"]) == []
 
 
 def test_a_run_that_overwrites_another_is_another_run_of_the_trackers(clients, text, tmp_path):

@@ -113,12 +113,16 @@ def chosen_trackers(report_to: Sequence[str]) -> list[str]:
     """
     if "none" in report_to:
         return []
-    if "auto" in report_to:
-        return [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
-    missing = [name for name in report_to if importlib.util.find_spec(name) is None]
-    if missing:
+    named = [name for name in dict.fromkeys(report_to) if name != "auto"]
+    if missing := [name for name in named if not _is_installed(name)]:
         raise InputError(f"report_to {missing[0]}: it is not installed: pip install {' '.join(missing)}")
-    return list(dict.fromkeys(report_to))
+    return [name for name in TRACKERS if _is_installed(name)] if "auto" in report_to else named
+
+
+def _is_installed(name: str) -> bool:
+    """Whether the package `name` is there, and not just a folder of that name where Python looks for packages."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.loader is not None and spec.origin is not None
 
 
 def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
