@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <vector>
 
 #include "plain.h"
 #include "pool.h"
@@ -63,8 +62,6 @@ int32_t level() { return level_in_use().load(std::memory_order_relaxed); }
 using namespace castlm;
 
 namespace {
-
-bool checked(const uint8_t* packed, int64_t bytes, Header& of);
 
 int64_t data_bytes(const Header& of) {
   if (of.layout != kRows)

@@ -1,5 +1,5 @@
 // How a weight lies in memory while it is multiplied by: a header, then the data in one of three layouts. The buffer is
-// built for the processor at hand (`repack` in kernels.cpp) and never written to a file.
+// built for the processor at hand (`repack` in repack.cpp) and never written to a file.
 
 #pragma once
 
@@ -98,15 +98,6 @@ INLINE float float16_to_float(uint16_t bits) {
   if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
   // 2^112 moves the exponent, subnormal numbers included
   return from_bits(sign | to_bits(from_bits(magnitude << 13) * from_bits(0x77800000)));
-}
-INLINE uint16_t float_to_float16(float value) {
-  const uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000;
-  const uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
-  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to infinity
-  if (magnitude < 0x38800000)  // subnormal: the sum rounds to a multiple of 2^-24
-    return uint16_t(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000));
-  return uint16_t(sign | ((magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13));
 }
 
 // Where a panel holds kept value `slot` of `group` (16 of four columns) of row `row`: the two bits of its column within

@@ -1,7 +1,7 @@
 """The C++ kernels of this folder, called through ctypes: a weight becomes a buffer, and x is multiplied by it.
 
 They are built when castlm is installed, and left out where there is no C++ compiler then: `kernels()` says so. The
-signatures are those of `kernels.cpp`, which checks every size again.
+signatures are those of `kernels.cpp` and `decoder.cpp`, which check every size again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from castlm.dtypes import FLOATS
 NOT_BUILT = "the C++ kernels were not built: install castlm again on a machine with a C++ compiler"
 
 VALUES = {"bf16": 0, "fp16": 1, "fp32": 2, "int8": 3, "int4": 4}
-"""Codes of the stored values, as `kernels.cpp` has them."""
+"""Codes of the stored values, as `Values` of matrix.h has them."""
 
 LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2}
 """Codes of the layouts in memory; "best" is the fastest that this processor and the pattern allow."""
