@@ -94,6 +94,18 @@ def read_yaml_mapping_of(config: TrainConfig, tmp_path: Path) -> dict:
     return read_yaml_mapping(file)
 
 
+NOT_DEFAULT = [{"method": method} for method in METHODS] + [{"decay": decay} for decay in DECAYS]
+
+
+@pytest.mark.parametrize("fields", NOT_DEFAULT)
+def test_no_option_of_a_runs_own_yaml_is_without_effect(fields, tmp_path):
+    config = TrainConfig(**REQUIRED | fields)
+    again = TrainConfig.from_mapping(read_yaml_mapping_of(config, tmp_path))
+    assert without_effect(again) == without_effect(config)
+    assert again.as_dict() == config.as_dict()
+    assert config.is_begun_as(again)
+
+
 def test_a_recipe_is_overridden_by_what_is_given():
     config = TrainConfig.from_mapping({**REQUIRED, "recipe": "paper", "seq_len": 77})
     assert config.seq_len == 77

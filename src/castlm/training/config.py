@@ -152,6 +152,11 @@ class TrainConfig(  # the fields of the last base come first
         return self.decay_end if self.decay_end is not None else (0.3 if self.starts_at_zero else 0.1)
 
     @property
+    def reads_decay_end(self) -> bool:
+        """Whether `decay_end` has an effect."""
+        return "decay_end" in METHODS[self.method].options and DECAYS[self.decay].uses_decay_end
+
+    @property
     def eval_steps_used(self) -> int:
         """`eval_steps`, or its default for this run."""
         return self.eval_steps or max(1, self.max_steps // 10)
@@ -175,7 +180,8 @@ class TrainConfig(  # the fields of the last base come first
         found_later |= {"max_steps", "num_train_epochs"} if self.num_train_epochs is not None else set()
         found_later |= {"lam"} if self.lam == "auto" else set()
         found_later |= {"left_dense"} if self.is_finetuning else set()
-        return all(getattr(begun, name) == value for name, value in self.as_dict().items() if name not in found_later)
+        written = begun.as_dict()
+        return all(written[name] == value for name, value in self.as_dict().items() if name not in found_later)
 
     @property
     def datasets(self) -> dict[str, float]:
@@ -227,8 +233,12 @@ class TrainConfig(  # the fields of the last base come first
         return dataclasses.asdict(self) | used
 
     def as_yaml(self) -> str:
-        """The run as a file for `--config`, in sections, without `resume` and `overwrite`."""
-        values = {name: list(v) if isinstance(v, tuple) else v for name, v in self.as_dict().items()}
+        """The run as a file for `--config`, in sections, without `resume` and `overwrite`.
+
+        A default that the run does not read is not filled in, so that the file does not look as if it had been given.
+        """
+        used = self.as_dict() | ({} if self.reads_decay_end else {"decay_end": self.decay_end})
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in used.items()}
         sections = {
             title: {name: values[name] for name in section_fields(section) if name not in ("resume", "overwrite")}
             for title, section in SECTIONS.items()

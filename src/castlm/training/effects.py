@@ -42,7 +42,7 @@ def _splits_local_text(config: TrainConfig) -> bool:
 
 
 EFFECTS: dict[str, Effect] = {
-    "decay_end": Effect(lambda c: _decays(c) and DECAYS[c.decay].uses_decay_end, "a decay that ends before the run"),
+    "decay_end": Effect(lambda c: c.reads_decay_end, "a decay that ends before the run"),
     "lam": Effect(lambda c: _decays(c) and DECAYS[c.decay].needs_lam, "a decay that uses lam"),
     "ignore_decay_budget": Effect(lambda c: _decays(c) and DECAYS[c.decay].reduces, "a decay"),
     "lora_r": Effect(lambda c: c.adapter != "none", "adapter shira or lora"),
