@@ -242,14 +242,37 @@ def test_a_start_that_fails_keeps_the_law_of_the_same_runs(sweep, drawn, tmp_pat
     sweep()
     law = tmp_path / "out" / "law.json"
     before = law.read_text()
-    file = next((tmp_path / "out" / "runs").glob("*/model/castlm.json"))
+    of_runs = (tmp_path / "out" / "runs").glob("*/model/castlm.json")
+    file = min(of_runs, key=lambda file: json.loads(file.read_text())["train_tokens"])
     record = file.read_text()
     file.write_text("{")
     code, said = sweep()
     assert (code, said["status"], law.read_text()) == (1, "failed", before)
-    assert "is that of an earlier start" in capsys.readouterr().out
+    assert "law.json is that of 5 budgets: nothing was run" in capsys.readouterr().out
     file.write_text(record)
     assert sweep()[0] == 0
+
+
+@pytest.mark.parametrize("at", [4, 5])  # the budget whose runs fail
+def test_a_law_of_fewer_budgets_does_not_replace_that_of_an_earlier_start(at, sweep, drawn, tmp_path, capsys):
+    _, said = sweep("--within", "1e-9")
+    law = tmp_path / "out" / "law.json"
+    before = law.read_text()
+    for record in (tmp_path / "out" / "runs").glob("*/model/castlm.json"):
+        if json.loads(record.read_text())["train_tokens"] == said["budgets"][at]:
+            record.write_text("{")
+    assert sweep("--within", "1e-9")[0] == 1
+    assert law.read_text() == before
+    assert "law.json, of an earlier start with 6 budgets (castlm plan predict)" in capsys.readouterr().out
+
+
+def test_the_last_law_of_a_start_is_said_to_be_of_its_budgets(sweep, drawn, tmp_path, capsys):
+    drawn.bend, drawn.fail_at = {1782 * STEP: 0.5}, 10  # no law fits five budgets, and the sixth fails
+    code, said = sweep()
+    assert (code, said["status"]) == (1, "failed")
+    assert said["steps"][-1]["no_law"]
+    assert json.loads((tmp_path / "out" / "law.json").read_text())["num_budgets"] == 4
+    assert "law.json is that of 4 budgets: L_inf is at its bound" in capsys.readouterr().out
 
 
 def test_another_sweep_is_refused_or_replaced(sweep, drawn, tmp_path, capsys):

@@ -7,10 +7,9 @@ budget is narrow enough, the largest budget, which costs most, is not run.
 from __future__ import annotations
 
 import math
-import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from castlm.compare.config import CompareConfig
 from castlm.compare.plan import Plan, Say
@@ -24,11 +23,11 @@ from castlm.files.reading import read_json_object
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS
 from castlm.planning.budgets import check_budgets, geometric_budgets, listed_budgets
+from castlm.planning.sweep_step import TITLE, Step, interval_text
 from castlm.training.config import flatten
 
 if TYPE_CHECKING:
     from castlm.planning.law import Law
-    from castlm.planning.predict import Prediction
 
 
 @dataclass
@@ -107,55 +106,6 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
     with continued(runs.root, "sweep"):
         runs.claim()
         return runs.run()
-
-
-@dataclass(frozen=True)
-class Step:
-    """A budget that was run."""
-
-    tokens: int
-    perplexities: list[float]
-    """Of its runs, by seed."""
-    predicted: Prediction | None
-    """Of the mean of its runs, by the law of the smaller budgets, before they ran."""
-    largest: Prediction | None = None
-    """Of one run at the largest budget, by the law of all budgets so far."""
-    no_law: str | None = None
-    """Why they carry no law."""
-
-    @property
-    def perplexity(self) -> float:
-        """Geometric mean over its runs."""
-        return math.exp(statistics.fmean(map(math.log, self.perplexities)))
-
-    @property
-    def inside(self) -> bool | None:
-        """Whether the mean fell in the interval that was predicted of it."""
-        return None if self.predicted is None else self.predicted.low <= self.perplexity <= self.predicted.high
-
-    @property
-    def width(self) -> float:
-        """Of the interval of the largest budget, as a share of its prediction."""
-        return math.inf if self.largest is None else (self.largest.high - self.largest.low) / self.largest.perplexity
-
-    def settles(self, within: float) -> bool:
-        """Whether the largest budget need not be run any more."""
-        return self.inside is True and self.width < within
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"perplexity": self.perplexity, "inside": self.inside, "width": self.width}
-
-    def __str__(self) -> str:
-        inside = {None: "", True: "inside", False: "outside"}[self.inside]
-        width = "" if self.largest is None else f"{self.width:.2%}"
-        columns = f"{self.tokens:>14,}{self.perplexity:>12.4f}  {_interval(self.predicted):<30}{inside:<10}"
-        largest = f"no law: {self.no_law}" if self.no_law else f"{_interval(self.largest):<30}{width:>8}"
-        return f"{columns}{largest}".rstrip()
-
-
-TITLE = (
-    f"{'tokens':>14}{'perplexity':>12}  {'predicted (90 %)':<30}{'':<10}{'largest, predicted (90 %)':<30}{'width':>8}"
-)
 
 
 class Sweep:
@@ -296,18 +246,30 @@ class Sweep:
         self.say(verdict)
         if status == "predicted":
             share = self.saved / (self.spent + self.saved)
-            self.say(f"largest budget, {self.budgets[-1]:,} tokens: perplexity {_interval(self.steps[-1].largest)}")
+            self.say(f"largest budget, {self.budgets[-1]:,} tokens: perplexity {interval_text(self.steps[-1].largest)}")
             self.say(f"{self.spent:,} tokens trained, {self.saved:,} saved: {share:.0%} of the sweep")
+        held = self.budgets_of_file
         if self.law is None:
             reason = self.steps[-1].no_law or "too few budgets" if self.steps else "nothing was run"
-            kept = f"{self.law_file} is that of an earlier start" if self.law_file.is_file() else "no law.json"
-            self.say(f"{kept}: {reason}")
+            self.say(f"{f'{self.law_file} is that of {held} budgets' if held else 'no law.json'}: {reason}")
             return 1
-        self.say(f"law: {self.law_file} (castlm plan predict)")
+        origin = f", of an earlier start with {held} budgets" if held > self.law.num_budgets else ""
+        self.say(f"law: {self.law_file}{origin} (castlm plan predict)")
         return 1 if status == "failed" else 0
 
+    @property
+    def budgets_of_file(self) -> int:
+        """Number of budgets that law.json was fitted to; 0 where there is none that can be read."""
+        try:
+            return int(read_json_object(self.law_file)["num_budgets"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
     def write(self, status: str, verdict: str | None = None) -> None:
-        """Writes sweep.json and a new law; that of an earlier start of the same runs stays until they are complete."""
+        """Writes sweep.json, and law.json unless an earlier start of the same runs left one of more budgets.
+
+        Where all budgets have run and carry no law, law.json is removed.
+        """
         content = {
             "status": status,
             "verdict": verdict,
@@ -323,9 +285,9 @@ class Sweep:
             "runs": self.folders,
         }
         atomic_write_json(self.root / "sweep.json", content)
-        if self.law is not None:
+        if self.law is not None and self.law.num_budgets >= self.budgets_of_file:
             atomic_write_json(self.law_file, self.law.as_dict())
-        elif status == "complete":
+        elif self.law is None and status == "complete":
             self.law_file.unlink(missing_ok=True)
 
 
@@ -344,7 +306,3 @@ def _method(config: str | None) -> str:
     if method not in RETRAINING:
         raise InputError(f"method {method} has no training budget to sweep: use one of {', '.join(RETRAINING)}")
     return method
-
-
-def _interval(found: Prediction | None) -> str:
-    return "" if found is None else f"{found.perplexity:.4f} ({found.low:.4f} to {found.high:.4f})"
