@@ -238,6 +238,14 @@ def test_target_below_the_floor_cannot_be_reached(law):
             tokens_for(law, target)
 
 
+def test_a_target_that_no_budget_reaches_is_refused_in_one_line():
+    slow = [Point(tokens, math.exp(3.0 * (tokens / 1e5) ** -0.02)) for tokens in (1e5, 2e5, 4e5, 8e5)]
+    with pytest.raises(
+        InputError, match=r"perplexity 1.0000001 needs more than 1e\+30 tokens by this law: give a larger"
+    ):
+        tokens_for(fit_law(slow, "loglinear"), 1.0000001)
+
+
 def test_gpu_hours():
     assert gpu_hours(7.2e6, 1000) == pytest.approx(2)
     with pytest.raises(InputError, match="tokens_per_s"):

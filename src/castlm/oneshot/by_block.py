@@ -89,7 +89,8 @@ def prune_by_block(
     """Prunes a model whose weights stay on disk, and writes each block to `block_file` of `run.folder`.
 
     The masks and weights are those of `change_basis_` and `prune_oneshot_`, except that the basis of a block is chosen
-    on the inputs that the pruned blocks before it give, and that the residual stream keeps its basis.
+    on the inputs that the pruned blocks before it give, on all of the calibration text (`sequences_needed` may take a
+    part of it), and that the residual stream keeps its basis.
 
     Memory: one block in fp32, the statistics of its inputs, and the work of the solver on the widest of them; a second
     copy of the block where the dense model is followed, and four more where blocks are reconstructed. Disk: twice the

@@ -80,7 +80,8 @@ def learn_rotations(
 ) -> Tensor:
     """Rotations (num, size, size) that lower the predicted loss of `terms`, starting from the identity.
 
-    Each iteration costs two products of at most 512 rows of every term with a rotation, and one (size, size) solve.
+    Each iteration costs two products with a rotation of at most 512 rows of every term whose columns turn, and of the
+    whole weight of one whose rows do, and one (size, size) solve.
 
     Args:
         keep_mean: only rotations that leave the vector of ones in place, and with it the mean that LayerNorm subtracts.

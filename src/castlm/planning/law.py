@@ -62,10 +62,10 @@ class Law:
     intervals: dict[str, tuple[float, float]]
     """90 % interval of each fitted parameter and of r2."""
     noise: float
-    """Standard deviation of the log loss of one run around the law, times what few points ask for: Student's t over the
-    normal quantile."""
+    """Standard deviation of the log loss of one run around the law."""
     noise_of_budget: float
-    """The part of `noise` that all runs of a token budget share: seeds do not average it out."""
+    """The part of `noise` that all runs of a token budget share: seeds do not average it out. It is widened by what few
+    budgets ask for, Student's t over the normal quantile; the rest of `noise`, between seeds, is not."""
     num_points: int
     num_budgets: int
     tokens_range: tuple[float, float]

@@ -86,7 +86,7 @@ def tokens_for(law: Law, target_ppl: float, params: float | None = None) -> Toke
     """The budget that reaches `target_ppl` on average over seeds: D = (B / (ln target - floor))^(1 / beta).
 
     Raises:
-        InputError: `target_ppl` is not above 1, or a joint law got no `params`.
+        InputError: `target_ppl` is not above 1, a joint law got no `params`, or no budget is as large as the answer.
     """
     if not 1 < target_ppl < MOST_TOKENS:
         raise InputError(f"the target perplexity must be above 1 and below {MOST_TOKENS:g}, got {short(target_ppl)}")
@@ -99,6 +99,10 @@ def tokens_for(law: Law, target_ppl: float, params: float | None = None) -> Toke
     tokens[reached] = (B[reached] / margin[reached]) ** (1 / beta[reached])
     low, high = interval(tokens[1:])
     value = float(tokens[0]) if reached[0] else None
+    if value is not None and not value < MOST_TOKENS:
+        raise InputError(
+            f"perplexity {target_ppl:.10g} needs more than {MOST_TOKENS:g} tokens by this law: give a larger target"
+        )
     return TokensNeeded(target_ppl, value, low, high, float(np.exp(floor[0])), float(reached[1:].mean()))
 
 
