@@ -89,8 +89,13 @@ def stop_and_resume(straight: TrainConfig, step: int) -> Path:
 
 
 def metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in the folder of a run."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    """The rows of metrics.jsonl in the folder of a run, which hold nothing but JSON: no NaN and no Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:

@@ -133,6 +133,20 @@ def test_the_page_of_a_running_run_says_how_far_it_is(running):
     assert main(["report", str(running), "--sample", "yes"]) == 2
 
 
+@pytest.mark.parametrize("upto", ["the last evaluation", "all"])
+def test_a_page_of_a_run_that_diverged(upto, running):
+    """metrics.jsonl has null where a perplexity is not finite."""
+    rows = [json.loads(line) for line in (running / "metrics.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if "perplexity" in row]
+    for row in measured if upto == "all" else measured[-1:]:
+        row |= {"perplexity": None, "prune_now_ppl": None, "sparse_weight_ratio": None}
+    (running / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["report", str(running)]) == 0
+    page = (running / "report.html").read_text()
+    assert "Training loss" in page
+    assert "nan" not in page.lower().split("</style>")[-1]
+
+
 @pytest.mark.parametrize("figure", ['"step": "a"', '"step": null', '"perplexity": "x"', '"tokens": [1]'])
 def test_a_figure_that_is_no_number_is_named_with_its_line(running, figure, capsys):
     with (running / "metrics.jsonl").open("a") as file:

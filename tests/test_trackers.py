@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.machinery
 import json
+import math
 import sys
 import threading
 import types
@@ -18,6 +19,7 @@ from castlm.export import hub
 from castlm.files.owned import OUTPUT
 from castlm.training import trackers
 from castlm.training.loop import train
+from castlm.training.metrics_file import evaluations, read_metrics, read_series
 from castlm.training.run import Run
 from castlm.training.telemetry import Telemetry
 from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
@@ -186,6 +188,19 @@ def test_a_tracker_that_fails_during_a_run_does_not_stop_it(at, tmp_path, capsys
     assert told == ([1] if at == "log" else [1, 2, "close"])
     assert capsys.readouterr().err.count("Broken gets no more figures (no route to host)") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_figure_that_is_not_finite_is_null_in_the_file_and_inf_for_its_readers(tmp_path):
+    figures = {"perplexity": math.inf, "prune_now_ppl": math.nan}
+    telemetry = Telemetry(tmp_path, 2, is_main=True, start_step=0)
+    with telemetry:
+        telemetry.evaluated(1, figures, {"masked_share": {"a": math.nan}, "masked_histogram": [1, 2]})
+    row = {"step": 1, "perplexity": None, "prune_now_ppl": None, "masked_share": {"a": None}}
+    assert metrics(tmp_path) == [{**row, "masked_histogram": [1, 2]}]
+    (read,) = read_metrics(tmp_path)
+    assert (read["perplexity"], read["prune_now_ppl"]) == (math.inf, math.inf)
+    assert evaluations([read]) == []
+    assert read_series(tmp_path, "perplexity") == [(1, math.inf)]
 
 
 # ------------------------------------------------------------------------------------------------------------- hub

@@ -20,7 +20,7 @@ _NUMBERS = {"step", "tokens", "loss", "perplexity", "prune_now_ppl", "dense_ppl"
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """All rows of a run's `metrics.jsonl`, in file order.
+    """All rows of a run's `metrics.jsonl`, in file order. Figures that were not finite, which are null there, are inf.
 
     Args:
         run: the folder of the run, or the file. A last line cut short by a kill is dropped.
@@ -48,7 +48,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
             if not is_unknown and (type(value) not in (int, float) or (type(value) is int and abs(value) >= 2**63)):
                 shown = repr(value)[:40]
                 raise InputError(f"{path}, line {number}: {name} is {shown}, a number was expected")
-        rows.append(row)
+        rows.append({name: math.inf if value is None else value for name, value in row.items()})
     return rows
 
 

@@ -1,7 +1,7 @@
 """What a run reports while it runs: a live line on the screen, metrics.jsonl, and the trackers of `report_to`.
 
-Only the main rank writes. A resumed run first cuts metrics.jsonl back to its checkpoint, so that the file reads as if
-the run had never been stopped.
+Only the main rank writes. In metrics.jsonl, a figure that is not finite is null. A resumed run first cuts the file back
+to its checkpoint, so that it reads as if the run had never been stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 from castlm.core.errors import InputError
-from castlm.files.atomic_file import atomic_write_text
+from castlm.files.atomic_file import atomic_write_text, plain_json
 from castlm.files.disk import is_disk_full
 from castlm.progress import Screen
 from castlm.training.trackers import Tracker
@@ -131,7 +131,8 @@ class Telemetry:
     def _write(self, step: int, values: dict[str, float], details: dict[str, Any] | None = None) -> None:
         assert self._file is not None
         try:
-            print(json.dumps({"step": step, **values, **(details or {})}), file=self._file, flush=True)
+            row = plain_json({"step": step, **values, **(details or {})})
+            print(json.dumps(row, allow_nan=False), file=self._file, flush=True)
         except OSError as error:
             why = "the disk is full" if is_disk_full(error) else error.strerror
             raise InputError(f"{self._file.name} cannot be written: {why}; free some space and resume") from error
