@@ -94,6 +94,12 @@ def read_yaml_mapping_of(config: TrainConfig, tmp_path: Path) -> dict:
     return read_yaml_mapping(file)
 
 
+@pytest.mark.parametrize(("max_steps", "num_evaluations"), [(1, 1), (9, 9), (10, 10), (11, 6), (19, 10), (1000, 10)])
+def test_a_run_is_evaluated_at_most_ten_times(max_steps, num_evaluations):
+    every = TrainConfig(**REQUIRED, max_steps=max_steps).eval_steps_used
+    assert len({max_steps, *range(every, max_steps + 1, every)}) == num_evaluations
+
+
 NOT_DEFAULT = [{"method": method} for method in METHODS] + [{"decay": decay} for decay in DECAYS]
 
 

@@ -159,7 +159,7 @@ class TrainConfig(  # the fields of the last base come first
     @property
     def eval_steps_used(self) -> int:
         """`eval_steps`, or its default for this run."""
-        return self.eval_steps or max(1, self.max_steps // 10)
+        return self.eval_steps or -(-self.max_steps // 10)
 
     @property
     def hidden_loss_weight(self) -> float:

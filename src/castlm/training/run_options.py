@@ -30,7 +30,7 @@ class EvaluationOptions:
     """Maximum number of tokens that are evaluated, of each text. 0 evaluates all of them."""
 
     eval_steps: int = 0
-    """Steps between evaluations. 0 evaluates ten times in a run."""
+    """Steps between evaluations. 0 is a tenth of the run, rounded up."""
 
     def bounds(self) -> Iterator[Bound]:
         yield "eval_dataset", self.eval_dataset != (), "at least one text"
