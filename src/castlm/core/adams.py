@@ -76,9 +76,10 @@ class AdamS(Optimizer):
         moments: `"fp32"`, `"bf16"` (the first moment) or `"8bit"` (both), which need less memory; see
             `castlm.core.moments`.
         weight_decay: decoupled weight decay, as in AdamW, of groups with `"sparse": False`; unused by sparse groups.
-        fused: run the update and the refresh in one pass over memory. None uses the C++ kernels for float32 parameters
-            on a CPU if they are compiled. True requires them on a CPU, and uses `torch.compile` on other devices. False
-            runs torch operators. All follow the same equations; the last bits may differ.
+        fused: run the update in one pass over memory. None uses the C++ kernels for float32 parameters on a CPU if they
+            are compiled. True requires them on a CPU, and uses `torch.compile` on other devices, for the refresh of the
+            masks too. False runs torch operators. All follow the same equations; the last bits may differ. The refresh
+            on a CPU takes its C++ kernel whatever `fused` is, because its result is the same.
 
     State of a sparse parameter (out, in), or (experts, out, in): `step` () float32, `exp_avg` and `exp_avg_sq` as
     `new_moments` makes them, and `mask` (..., out, ceil(in / 8)) uint8, one bit per weight, 1 = kept, as `pack_mask`

@@ -101,8 +101,8 @@ class RuntimeOptions:
     """Recompute activations in the backward pass: about a third more time, far less memory."""
 
     fused_optimizer: Literal["auto", "on", "off"] = "auto"
-    """One-pass AdamS: C++ kernels on a CPU, torch.compile on a GPU. auto uses it on a CPU if the kernels are built and
-    on a GPU from 10M parameters."""
+    """Update of AdamS in one pass: C++ kernels on a CPU, torch.compile on a GPU. auto uses it on a CPU if the kernels
+    are built and on a GPU from 10M parameters; off runs torch operators. Masks take their C++ kernel in any case."""
 
     torch_compile: bool = False
     """Compile the transformer blocks of student and teacher with torch.compile, on a GPU."""
