@@ -254,6 +254,7 @@ def test_yaml_that_is_refused(content, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         read_yaml_mapping(file)
     assert "\n" not in str(error.value)
+    assert str(error.value).count(str(file)) == 1
 
 
 def test_what_is_not_a_file_is_refused_at_once(tmp_path):

@@ -36,6 +36,8 @@ def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
         _check_events(text, source)
         loader = _loader(source)(text)
         content = loader.get_single_data()
+    except InputError:  # which is a ValueError, and says the file and the line
+        raise
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
