@@ -41,7 +41,7 @@ from castlm.planning.points import read_points
 from castlm.planning.predict import predict_perplexity, tokens_for
 from castlm.planning.watch import watch_run
 from castlm.training.config import TrainConfig
-from castlm.training.metrics_file import read_evaluations
+from castlm.training.metrics_file import evaluations, read_metrics
 
 from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json
 from .tiny import save_tiny
@@ -322,7 +322,7 @@ def test_law(changes, tokens, target):
 )
 def test_metrics_of_a_run(here, rows, config, target):
     folder = put(new(here), metrics__jsonl=b"\n".join([*map(to_json, METRICS), *rows]), config__yaml=config)
-    answers(read_evaluations, folder)
+    answers(lambda run: evaluations(read_metrics(run)), folder)
     answers(watch_run, folder, target)
 
 
@@ -466,7 +466,7 @@ def test_pipes_sockets_devices_and_folders_are_refused_at_once(here, monkeypatch
         "x" * 5000,
         "",
     ):
-        for read in (open_regular, open_documents, read_yaml_mapping, verify, read_evaluations, watch_run, plan):
+        for read in (open_regular, open_documents, read_yaml_mapping, verify, read_metrics, watch_run, plan):
             assert isinstance(answers(read, name), InputError), (read, name)
         assert isinstance(answers(read_points, [name]), InputError)
     server.close()

@@ -7,7 +7,7 @@ import pytest
 
 from castlm.core.errors import DivergedError, InputError
 from castlm.planning.watch import backtest_run, extrapolate_run, watch_run
-from castlm.training.metrics_file import read_evaluations
+from castlm.training.metrics_file import evaluations, read_metrics
 
 TOKENS = 4096  # a step
 # A real run: stories260K made 2:4 in 150 steps of 8 x 512 tokens of TinyStories, horizon decay until step 75, defaults.
@@ -141,7 +141,7 @@ def split(row):
 def test_run_folder_is_read(tmp_path):
     seen = real_rows()[1:25]
     write_run(tmp_path, [line for row in seen for line in split(row)])
-    assert read_evaluations(tmp_path) == seen
+    assert evaluations(read_metrics(tmp_path)) == seen
     report = watch_run(tmp_path, target_ppl=6.0)
     assert report == extrapolate_run(seen, total_steps=150, target_ppl=6.0)
     assert report.verdict == "will miss"
@@ -151,7 +151,7 @@ def test_a_run_that_logs_seldom_is_read_as_one_that_logs_each_step(tmp_path):
     seen = real_rows()[1:]
     lines = [line for row in seen for line in split(row)]
     write_run(tmp_path, [line for line in lines if "loss" not in line or line["step"] % 50 == 0 or line["step"] == 5])
-    found = read_evaluations(tmp_path)
+    found = evaluations(read_metrics(tmp_path))
     assert [row["alpha"] for row in found] == pytest.approx([row["alpha"] for row in seen])
 
 
@@ -159,7 +159,7 @@ def test_evaluations_that_are_not_finite_are_left_out(tmp_path):
     seen = real_rows()[1:25]
     rows = [{**row, "prune_now_ppl": bad} for row, bad in zip(seen, (math.inf, math.nan, None))] + seen[3:]
     write_run(tmp_path, [line for row in rows for line in split(row)])
-    assert read_evaluations(tmp_path) == seen[3:]
+    assert evaluations(read_metrics(tmp_path)) == seen[3:]
     assert watch_run(tmp_path).predicted is not None
 
 
@@ -188,13 +188,13 @@ def test_a_row_cut_off_by_a_kill_is_dropped_and_any_other_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     text = path.read_text()
     path.write_text(text[:-20])
-    assert len(read_evaluations(tmp_path)) == len(real_rows()) - 1
+    assert len(evaluations(read_metrics(tmp_path))) == len(real_rows()) - 1
     path.write_text("[1]\n" + text)
     with pytest.raises(InputError, match="line 1: a JSON object was expected"):
-        read_evaluations(tmp_path)
+        read_metrics(tmp_path)
     path.write_text("{oops\n" + text)
     with pytest.raises(InputError, match="line 1: not a JSON object"):
-        read_evaluations(tmp_path)
+        read_metrics(tmp_path)
 
 
 def test_folder_that_is_no_run_is_named(tmp_path):

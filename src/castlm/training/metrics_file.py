@@ -52,15 +52,6 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_evaluations(run: str | Path) -> list[dict[str, Any]]:
-    """`evaluations` of the rows of a run.
-
-    Raises:
-        InputError: as `read_metrics`.
-    """
-    return evaluations(read_metrics(run))
-
-
 def evaluations(metrics: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The evaluation rows, those with a finite `prune_now_ppl`. Each gets the `alpha` of its step, which grows in
     proportion to the steps done until it is 1; a run logs it every `log_steps`."""
