@@ -207,3 +207,15 @@ def test_a_failed_save_names_its_own_step(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("castlm.training.checkpoint._remove", full)
     with pytest.raises(InputError, match=r"step 4 could not be saved .*: the disk is full; the last whole"):
         saver.save(4, state(4.0), {**MANIFEST, "figures": {}})
+
+
+def test_an_error_of_one_rank_alone_does_not_wait_for_the_others(tmp_path, monkeypatch):
+    saver = Saver(tmp_path, 1, ALONE, background=True, say=lambda text: None)
+    saver.save(4, state(4.0), {**MANIFEST, "figures": {}})
+    several = World(0, 2, torch.device("cpu"), mesh=object())
+    monkeypatch.setattr(World, "gather", lambda *_: pytest.fail("it waits for the other ranks"))
+    saver.world = several
+    saver.finish_despite_error()
+    monkeypatch.setattr(World, "gather", lambda self, value: [value, value])
+    saver.finish_despite_error(on_all_ranks=True)
+    assert list(checkpoint_steps(tmp_path)) == [4]
