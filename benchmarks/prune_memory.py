@@ -54,6 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     "SparseGPT as published": AS_PUBLISHED,
     "refit": {"mask_iterations": 0, "refit_iterations": 2},
     "the default": {},
+    "wanda": {"method": "wanda"},
     "shifted targets": {**AS_PUBLISHED, "target_asymmetry": 0.01, "stream_correction": 0.01},
     "reconstruction": {**AS_PUBLISHED, "reconstruct_epochs": 2, "reconstruct_rate": 1e-5},
 }
@@ -98,6 +99,7 @@ def predicted_peak(command: PruneCommand) -> int:
     return plan_prune_memory(
         command.model,
         memory="block",
+        method=command.method or "sparsegpt",
         num_sequences=command.num_sequences,
         seq_len=command.seq_len,
         basis=part_of(command, BasisOptions),
