@@ -7,7 +7,7 @@ import torch
 
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Channels, nm_mask
-from castlm.oneshot import prune
+from castlm.oneshot import dense_twin, prune
 from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, improve_masks
 from castlm.oneshot.dense_twin import Shift
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
@@ -105,6 +105,36 @@ def test_the_shifted_target_is_least_squares_towards_the_dense_output_and_the_lo
         goal = x @ weight.T + asymmetry * (dense - x) @ weight.T + correction * lost
         expected = torch.linalg.lstsq(x, goal).solution.T
         torch.testing.assert_close(shift.target(weight, x.T @ x, asymmetry, correction), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_target_is_solved_with_the_statistics_of_the_inputs_that_were_shifted(monkeypatch):
+    """Which are those behind the layers of the block that are pruned already, whose inputs were others before."""
+    shift, target = dense_twin.DenseTwin.shift, Shift.target
+    captured, taken, given = dense_twin._captured, [], []
+
+    def capture(block, run, paths):
+        found = captured(block, run, paths)
+        taken.append(found[0])
+        return found
+
+    def shifted(self, name):
+        taken.clear()
+        found = shift(self, name)
+        found.gram = sum(x.T @ x for x in taken[::2]) * self.scale  # the dense block comes second
+        return found
+
+    def solve(self, weight, hessian, *factors):
+        given.append((hessian, self.gram))
+        return target(self, weight, hessian, *factors)
+
+    monkeypatch.setattr(dense_twin, "_captured", capture)
+    monkeypatch.setattr(dense_twin.DenseTwin, "shift", shifted)
+    monkeypatch.setattr(Shift, "target", solve)
+    refinements = Refinements(target_asymmetry=0.5, stream_correction=0.5)
+    prune_oneshot_(linear_model("llama"), "sparsegpt", calibration=TOKENS, refinements=refinements)
+    assert len(given) == 8  # inputs of two blocks
+    for hessian, gram in given:
+        torch.testing.assert_close(hessian - hessian.diag().diag(), gram - gram.diag().diag(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_target_that_leaves_the_dense_weight_far_behind_is_refused():

@@ -21,8 +21,8 @@ from castlm.oneshot.hidden_states import HiddenStates
 from castlm.oneshot.walk import BlockInputs
 
 _MOST_GROWTH = 10
-"""Of the norm of a target relative to that of the dense weight. With factors of 0.5 it was at most 1.1 on stories260K;
-with factors of 1 the targets grow from block to block without a limit."""
+"""Of the norm of a target relative to that of the dense weight. It was at most 1.07 with factors of 0.5 and 1.35 with
+factors of 1 on stories260K, from 16 and 128 sequences of 256 tokens."""
 
 
 class DenseTwin:

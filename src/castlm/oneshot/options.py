@@ -93,7 +93,8 @@ class Refinements(_Bounded):
 
     target_asymmetry: float = 0.0
     """How far the target of a layer goes from its dense output on the pruned model's inputs, 0, to that in the dense
-    model, 1. Two passes over the calibration text for each input of a transformer block. 0.5 is a good value."""
+    model, 1. Three passes over the calibration text for each input of a transformer block, whose statistics are
+    staged then. 0.5 is a good value."""
 
     stream_correction: float = 0.0
     """Share of the residual stream's loss that the layers which write it make up for, in the same passes."""

@@ -62,7 +62,7 @@ def extrapolate_run(
     share most of their noise.
 
     Args:
-        rows: evaluation rows in order, as `read_evaluations` gives them: `step`, `tokens`, `prune_now_ppl`, `alpha`.
+        rows: evaluation rows in order, as `evaluations` gives them: `step`, `tokens`, `prune_now_ppl`, `alpha`.
         total_steps, final_tokens: the end of the run; one of them is needed.
         target_ppl: the perplexity that the run should reach.
         decay: decay of the run. "horizon" ends before the run does, and only the curve after it is used; any other
