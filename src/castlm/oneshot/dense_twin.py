@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from castlm.core.errors import InputError
 from castlm.oneshot.hidden_states import HiddenStates
-from castlm.oneshot.walk import BlockInputs
+from castlm.oneshot.walk import BlockInputs, StopForward
 
 _MOST_GROWTH = 10
 """Of the norm of a target relative to that of the dense weight. It was at most 1.07 with factors of 0.5 and 1.35 with
@@ -122,7 +122,7 @@ class Shift:
 
 
 def _captured(block: nn.Module, run: Callable[[nn.Module], Tensor], paths: list[str]) -> list[Tensor]:
-    """The inputs (tokens, columns) of modules of a block in one pass, fp32."""
+    """The inputs (tokens, columns) of modules of a block in one pass, fp32; the pass ends where it has them all."""
     found: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         for path in paths:
@@ -130,7 +130,10 @@ def _captured(block: nn.Module, run: Callable[[nn.Module], Tensor], paths: list[
             def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 found[path] = hidden.reshape(-1, hidden.shape[-1]).float()
+                if len(found) == len(paths):
+                    raise StopForward
 
             hooks.enter_context(block.get_submodule(path).register_forward_pre_hook(keep, with_kwargs=True))
-        run(block)
+        with suppress(StopForward):
+            run(block)
     return [found[path] for path in paths]
