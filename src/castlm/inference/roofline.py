@@ -151,12 +151,11 @@ def _many_rows(
     return ManyRows(more_than, by_kernel(peak), by_kernel(preparation))
 
 
-_GEMM = dict.fromkeys(("bf16", "fp16", "fp32"), (0.9, 0.9))
+_FLOATS = ("bf16", "fp16", "fp32")
+_GEMM = dict.fromkeys(_FLOATS, (0.9, 0.9))
 MANY_ROWS = {
     "avx2": _many_rows(128, {**_GEMM, "int8": (1.0, 1.5), "int4": (0.8, 1.3)}),
-    "avx512": _many_rows(
-        128, {**dict.fromkeys(("bf16", "fp16", "fp32"), (0.9, 1.1)), "int8": (1.6, 2.3), "int4": (1.1, 1.8)}
-    ),
+    "avx512": _many_rows(128, {**dict.fromkeys(_FLOATS, (0.9, 1.1)), "int8": (1.6, 2.3), "int4": (1.1, 1.8)}),
     "avx512 intel": _many_rows(128, {**_GEMM, "int8": (0.8, 1.2), "int4": (0.6, 1.1)}),
     "amx": _many_rows(
         12,

@@ -7,7 +7,6 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
-from castlm.core.experts import SparseLayer, is_layer
+from castlm.core.experts import is_layer
 from castlm.core.pattern import Pattern
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
@@ -26,7 +25,7 @@ from castlm.core.unit_masks import gathers
 from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import World
 from castlm.files.owned import RESULT, read_record
-from castlm.methods.base import MethodConfig, Retraining
+from castlm.methods.base import Retraining
 from castlm.models.io import load_model
 from castlm.oneshot.options import UNIT_SCORES
 from castlm.oneshot.solvers import SOLVERS
@@ -46,7 +45,8 @@ class Start:
     """Weights (out, in) of the sparse layers, at n:m, by layer."""
     dense: dict[str, Tensor] = field(default_factory=dict)
     """Parameters that stay dense, by name, of the dense model in its new basis or of the given model; empty where they
-    are the dense model's own. The weights of sparse layers are among them only if the run `keeps_dense_values`."""
+    are the dense model's own. The weights of sparse layers are among them only in a new basis, if the run
+    `keeps_dense_values`."""
     stream_basis: Tensor | None = None
     """The basis in which the model of `dense` has its residual stream; None if it is the dense model's own."""
     record: dict[str, Any] = field(default_factory=dict)
@@ -129,7 +129,8 @@ def _prune(
             basis = oneshot.change_basis_(model, calibration, images, say=note, progress=world.reported(progress))
         start.stream_basis = basis.stream_basis
         if basis.changes or config.reconstruct_epochs:
-            replaced = _replaced(config, sparse_linears(model, pattern, filter_fn)[0])
+            layers = {} if config.keeps_dense_values else sparse_linears(model, pattern, filter_fn)[0]
+            replaced = {weight_parameter(layer) for layer in layers.values()}
             kept = {name: p for name, p in model.named_parameters() if p not in replaced}
             start.dense = {name: p.detach().to("cpu", copy=True) for name, p in kept.items()}
         with shown_progress(f"starting from {solver}, blocks") as progress:
@@ -206,8 +207,6 @@ def _read_the_rest(
                 f"init_from {name} is written in another basis ({', '.join(changes)}), in which masked weights have no "
                 "dense values to begin at: prune it with --rotate off --no-permute"
             )
-        dense = dict(source.whole_model().named_parameters())
-        start.dense |= {each: dense[each].detach() for each in of_layers}
     if config.hidden_loss_weight:
         try:
             start.stream_basis = basis_between(source.embeddings(), given.get_input_embeddings().weight.detach())
@@ -218,16 +217,11 @@ def _read_the_rest(
         start.record = {"basis": {"untied": untied, "stream_basis": shape}}
 
 
-def _replaced(config: MethodConfig, layers: Mapping[str, SparseLayer]) -> set[Tensor]:
-    """The weights of which `Retraining.start_layer_` keeps no dense value."""
-    return set() if config.keeps_dense_values else {weight_parameter(layer) for layer in layers.values()}
-
-
 @torch.no_grad()
 def start_(model: nn.Module, method: Retraining, start: Start, world: World) -> None:
     """Gives the model the weights of the main rank's `start`, each rank its rows.
 
-    All parameters whose values are not replaced get them in the new basis; then what is zero in `start.pruned` is
+    The parameters in `start.dense` get their values there, the others stay; then what is zero in `start.pruned` is
     masked and what is kept gets its value there. What becomes of the masked weights is up to the method.
     """
 
@@ -237,11 +231,9 @@ def start_(model: nn.Module, method: Retraining, start: Start, world: World) -> 
     def rows_of(weights: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
         return whole_of(weights, name, parameter)[own_rows(parameter)].to(parameter.device)
 
-    if world.on_main(lambda: bool(start.dense)):
-        replaced = _replaced(method.config, method.layers)
-        for name, parameter in model.named_parameters():
-            if parameter not in replaced and ".parametrizations." not in dense_name(name):  # else a weight scale
-                local(parameter).copy_(rows_of(start.dense, dense_name(name), parameter))
+    by_name = {dense_name(name): parameter for name, parameter in model.named_parameters()}
+    for name in world.on_main(lambda: list(start.dense)):
+        local(by_name[name]).copy_(rows_of(start.dense, name, by_name[name]))
     for unit in method.pattern.units(method.layers):
         parameters = [weight_parameter(method.layers[name]) for name in unit]
         weights = [whole_of(start.pruned, name, parameter) for name, parameter in zip(unit, parameters)]
