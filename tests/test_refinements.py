@@ -15,6 +15,7 @@ from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.reconstruct import reconstruct_
 from castlm.oneshot.solvers import damped, refit, whole_hessian
 from castlm.oneshot.sparsegpt import sparsegpt
+from castlm.oneshot.walk import BlockInputs
 from tests.tiny import VOCAB_SIZE, linear_model
 
 OFF = {"mask_iterations": 0, "refit_iterations": 0}
@@ -185,6 +186,19 @@ def test_staged_statistics_are_those_of_the_layers_pruned_before(monkeypatch):
         model(input_ids=TOKENS, use_cache=False)
     x = entered[0].flatten(0, 1)
     torch.testing.assert_close(seen[name], 2 / len(TOKENS) * x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_staged_statistics_take_one_pass_over_the_text_for_each_input(monkeypatch):
+    tokens = torch.randint(0, 64, (96, 32))  # several batches
+    model = linear_model("llama")
+    down = model.model.layers[0].mlp.down_proj
+    called = []
+    with down.register_forward_pre_hook(lambda _, args: called.append(len(args[0]))):
+        prune_oneshot_(model, "sparsegpt", calibration=tokens, refinements=Refinements(staged_statistics=True))
+    num_batches = len(BlockInputs(model, list(model.model.layers), tokens).batches)
+    assert num_batches > 2
+    # reading the blocks' calls, finding the inputs, the first pass of three other inputs, its own pass, the next block
+    assert len(called) == 1 + 1 + 3 + num_batches + num_batches
 
 
 @pytest.mark.parametrize("learning_rate", [1e-2, 10.0])

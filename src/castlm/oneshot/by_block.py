@@ -39,10 +39,10 @@ from castlm.models.architecture import eval_mode
 from castlm.models.layout import stored_transposed
 from castlm.oneshot.basis import BasisReport, BlockTurns, block_statistics, wiring_or_note
 from castlm.oneshot.block_basis import Change
-from castlm.oneshot.dense_twin import DenseTwin
+from castlm.oneshot.dense_twin import DenseTwin, dense_twin, follow_dense
 from castlm.oneshot.families import describe
 from castlm.oneshot.hidden_states import HiddenStates
-from castlm.oneshot.prune import check_prune, dense_twin, follow_dense, prune_block, prune_layers
+from castlm.oneshot.prune import check_prune, prune_block, prune_layers
 from castlm.oneshot.reconstruct import Reconstruction
 from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import SOLVERS

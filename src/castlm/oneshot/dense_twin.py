@@ -15,9 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
+from castlm.core.experts import SparseLayer
+from castlm.oneshot.families import describe
 from castlm.oneshot.hidden_states import HiddenStates
+from castlm.oneshot.options import Refinements
+from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
 from castlm.oneshot.walk import BlockInputs, StopForward
 
 _MOST_GROWTH = 10
@@ -137,3 +142,62 @@ def _captured(block: nn.Module, run: Callable[[nn.Module], Tensor], paths: list[
         with suppress(StopForward):
             run(block)
     return [found[path] for path in paths]
+
+
+def dense_twin(
+    model: PreTrainedModel,
+    inputs: BlockInputs,
+    stack: str,
+    num_sequences: int,
+    refinements: Refinements,
+    states: HiddenStates | None = None,
+) -> DenseTwin | None:
+    """The dense model beside the one that is pruned, if the refinements need it; `states` as those of `DenseTwin`."""
+    if not refinements.needs_dense_twin:
+        return None
+    probes = _stream_probes(model, stack) if refinements.stream_correction else {}
+    return DenseTwin(inputs, stack, num_sequences, probes, states)
+
+
+def follow_dense(
+    inside: Mapping[str, SparseLayer], twin: DenseTwin, refinements: Refinements, is_last: bool
+) -> list[Reconstruction]:
+    """Reconstructs the current block, which is pruned, if that is asked for, and takes the twin to the next one.
+
+    Returns:
+        What the reconstruction did, one or none.
+    """
+    if is_last and not refinements.reconstruct_epochs:
+        return []
+    outputs = twin.outputs()
+    reconstructs = refinements.reconstruct_epochs and inside
+    done = [_reconstruct(inside, twin.inputs, outputs, refinements)] if reconstructs else []
+    twin.advance(outputs)
+    return done
+
+
+def _reconstruct(
+    inside: Mapping[str, SparseLayer], inputs: BlockInputs, outputs: Sequence[Tensor], refinements: Refinements
+) -> Reconstruction:
+    """Reconstructs the current block."""
+    return reconstruct_(
+        inputs.blocks[inputs.index],
+        lambda block, hidden, batch: inputs.call(batch).run(block, hidden),
+        inputs.batches,
+        outputs,
+        {layer.weight: layer.weight != 0 for layer in inside.values()},
+        epochs=refinements.reconstruct_epochs,
+        learning_rate=refinements.reconstruct_rate,
+    )
+
+
+def _stream_probes(model: PreTrainedModel, stack: str) -> dict[str, str]:
+    """By the layers that write the residual stream: the module of their block whose input it is; "" is the block."""
+    wiring, probes = describe(model), {}
+    for index, block in enumerate(wiring.blocks):
+        modules = {module: path for path, module in model.get_submodule(f"{stack}.{index}").named_modules()}
+        _, (norm_of_mlp, _) = block.reads
+        assert norm_of_mlp is not None, "check_prune refuses families without it"
+        probes[block.attention.output.layer] = ""
+        probes |= {mlp.down.layer: modules[norm_of_mlp.module] for mlp in block.mlps}
+    return probes

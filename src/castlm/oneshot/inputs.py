@@ -133,6 +133,17 @@ def see_inputs(
     return list(dict.fromkeys(watch.found.values()))
 
 
+def input_groups(layers: Mapping[str, SparseLayer], inputs: BlockInputs) -> list[list[str]]:
+    """The names of the current block's `layers` by the tensor that enters them, in the order of the calls.
+
+    Only as many batches are run as it takes to reach all layers: one, unless experts are linear layers.
+    """
+    watch = _Watch(layers, inputs, SOLVERS["magnitude"], 0)
+    watch.round(lambda *_: None, until_reached=True)
+    check_reached(layers, watch.found)
+    return [entry.names for entry in dict.fromkeys(watch.found.values())]
+
+
 class _Watch:
     """Hooks on the layers of the current block, for a round over all batches."""
 
@@ -140,6 +151,7 @@ class _Watch:
         self, layers: Mapping[str, SparseLayer], inputs: BlockInputs, accumulator: Accumulator, num_sequences: int
     ) -> None:
         self.inputs, self.accumulator, self.num_sequences = inputs, accumulator, num_sequences
+        self.wanted = layers.keys()
         self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
         block = inputs.blocks[inputs.index]
         self.routed = {experts: Routed(experts, wanted) for experts, wanted in experts_of(block, layers).items()}
@@ -151,9 +163,16 @@ class _Watch:
         self.num_calls, self.last_call = 0, 0
 
     def round(
-        self, see: Callable[[Routed, tuple[Any, ...], dict[str, Any], Take], None], outputs: list[Tensor] | None = None
+        self,
+        see: Callable[[Routed, tuple[Any, ...], dict[str, Any], Take], None],
+        outputs: list[Tensor] | None = None,
+        until_reached: bool = False,
     ) -> None:
-        """Runs the block on all batches; `see` is what happens when a module of experts is called."""
+        """Runs the block on all batches, or until all layers are reached.
+
+        Args:
+            see: what happens when a module of experts is called.
+        """
         self.last_call = 0 if outputs is None else -1
 
         def before_experts(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -184,6 +203,8 @@ class _Watch:
                 for seen in self.found.values():
                     if isinstance(seen, LayerInput):
                         seen.current = None
+                if until_reached and self.wanted <= self.found.keys():
+                    break
 
     def see_routed(self, routed: Routed, args: tuple[Any, ...], kwargs: dict[str, Any], take: Take) -> None:
         routed.see(args, kwargs, take)

@@ -100,8 +100,8 @@ class Refinements(_Bounded):
     """Share of the residual stream's loss that the layers which write it make up for, in the same passes."""
 
     staged_statistics: bool = False
-    """Take the statistics of a layer after the layers before it in its transformer block are pruned: three more passes
-    over the text."""
+    """Take the statistics of a layer after the layers before it in its transformer block are pruned. Each input of a
+    transformer block has a pass over the text, which ends there, and its statistics are held alone."""
 
     mask_iterations: int = 16
     """ADMM iterations that choose better masks than SparseGPT, which decides from left to right. Each costs as much as
@@ -127,6 +127,11 @@ class Refinements(_Bounded):
     @property
     def shifts_targets(self) -> bool:
         return self.target_asymmetry > 0 or self.stream_correction > 0
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether statistics are staged; a shift is of the inputs that it is solved with."""
+        return self.staged_statistics or self.shifts_targets
 
     @property
     def needs_dense_twin(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -24,9 +24,8 @@ from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.models.architecture import eval_mode
 from castlm.oneshot.admm import improve_masks
 from castlm.oneshot.calibration import check_calibration
-from castlm.oneshot.dense_twin import DenseTwin, Shift
+from castlm.oneshot.dense_twin import DenseTwin, Shift, dense_twin, follow_dense
 from castlm.oneshot.families import describe
-from castlm.oneshot.hidden_states import HiddenStates
 from castlm.oneshot.inputs import (
     ERROR_TOKENS,
     ExpertInputs,
@@ -34,10 +33,10 @@ from castlm.oneshot.inputs import (
     check_finite_input,
     check_finite_weight,
     check_plain_weights,
+    input_groups,
     see_inputs,
 )
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements, check_damping
-from castlm.oneshot.reconstruct import Reconstruction, reconstruct_
 from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
 from castlm.oneshot.solvers import MIN_DAMPING, SOLVERS, Pruned, Settings, Solver, damped, refit, whole_hessian
 from castlm.oneshot.units import UnitSettings, prune_units_
@@ -244,80 +243,37 @@ def prune_block(
     """
     if twin is not None:
         twin.enter()
+    if not inside:
+        return []
     results: list[LayerResult] = []
-    seen = see_inputs(inside, inputs, solver, num_sequences) if inside else []
-    for number, entry in enumerate(seen):
-        chosen = {name: inside[name] for name in entry.names}
-        if (refinements.staged_statistics or refinements.shifts_targets) and number > 0:  # a shift is of this X alone
-            (entry,) = see_inputs(chosen, inputs, solver, num_sequences)
+    for names in input_groups(inside, inputs) if refinements.is_staged else [list(inside)]:
+        group = {name: inside[name] for name in names}
+        results += _prune_group(group, inputs, num_sequences, solver, to, refinements, twin)
+    return results
+
+
+def _prune_group(
+    group: Mapping[str, SparseLayer],
+    inputs: BlockInputs,
+    num_sequences: int,
+    solver: Solver,
+    to: Settings,
+    refinements: Refinements,
+    twin: DenseTwin | None,
+) -> list[LayerResult]:
+    """Prunes layers of the current block by statistics of one pass, which are held until it returns."""
+    results: list[LayerResult] = []
+    for entry in see_inputs(group, inputs, solver, num_sequences):
+        layers = {name: group[name] for name in entry.names}
         if isinstance(entry, ExpertInputs):
-            (layer,) = chosen.values()
+            (layer,) = layers.values()
             assert isinstance(layer, ExpertLinear)
             results.append(_prune_experts(layer, entry, solver, to, refinements))
             continue
         shift = twin.shift(entry.names[0]) if twin is not None and refinements.shifts_targets else None
-        weights = {name: layer.weight for name, layer in chosen.items()}
+        weights = {name: layer.weight for name, layer in layers.items()}
         results += prune_layers(weights, entry, solver, to, refinements, shift)
     return results
-
-
-def dense_twin(
-    model: PreTrainedModel,
-    inputs: BlockInputs,
-    stack: str,
-    num_sequences: int,
-    refinements: Refinements,
-    states: HiddenStates | None = None,
-) -> DenseTwin | None:
-    """The dense model beside the one that is pruned, if the refinements need it; `states` as those of `DenseTwin`."""
-    if not refinements.needs_dense_twin:
-        return None
-    probes = _stream_probes(model, stack) if refinements.stream_correction else {}
-    return DenseTwin(inputs, stack, num_sequences, probes, states)
-
-
-def follow_dense(
-    inside: Mapping[str, SparseLayer], twin: DenseTwin, refinements: Refinements, is_last: bool
-) -> list[Reconstruction]:
-    """Reconstructs the current block, which is pruned, if that is asked for, and takes the twin to the next one.
-
-    Returns:
-        What the reconstruction did, one or none.
-    """
-    if is_last and not refinements.reconstruct_epochs:
-        return []
-    outputs = twin.outputs()
-    reconstructs = refinements.reconstruct_epochs and inside
-    done = [_reconstruct(inside, twin.inputs, outputs, refinements)] if reconstructs else []
-    twin.advance(outputs)
-    return done
-
-
-def _reconstruct(
-    inside: Mapping[str, SparseLayer], inputs: BlockInputs, outputs: Sequence[Tensor], refinements: Refinements
-) -> Reconstruction:
-    """Reconstructs the current block."""
-    return reconstruct_(
-        inputs.blocks[inputs.index],
-        lambda block, hidden, batch: inputs.call(batch).run(block, hidden),
-        inputs.batches,
-        outputs,
-        {layer.weight: layer.weight != 0 for layer in inside.values()},
-        epochs=refinements.reconstruct_epochs,
-        learning_rate=refinements.reconstruct_rate,
-    )
-
-
-def _stream_probes(model: PreTrainedModel, stack: str) -> dict[str, str]:
-    """By the layers that write the residual stream: the module of their block whose input it is; "" is the block."""
-    wiring, probes = describe(model), {}
-    for index, block in enumerate(wiring.blocks):
-        modules = {module: path for path, module in model.get_submodule(f"{stack}.{index}").named_modules()}
-        _, (norm_of_mlp, _) = block.reads
-        assert norm_of_mlp is not None, "check_prune refuses families without it"
-        probes[block.attention.output.layer] = ""
-        probes |= {mlp.down.layer: modules[norm_of_mlp.module] for mlp in block.mlps}
-    return probes
 
 
 def check_prune(
