@@ -1,5 +1,7 @@
 """The memory plan of `castlm prune` against the closed form of a LLaMA block, and the limits between its two ways."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -67,6 +69,12 @@ def test_a_reconstruction_holds_a_dense_block_gradients_moments_and_the_best_wei
         assert plan.phases["reconstruction"] == held + plan.components["reconstruction"]
     assert plans["block"].disk == 4 * 4 * 4 * 32 * HIDDEN
     assert plans["model"].components["hidden states"] == 3 * 4 * 4 * 32 * HIDDEN
+
+
+def test_staged_statistics_are_those_of_one_input():
+    staged = replace(NO_REFINEMENTS, staged_statistics=True)
+    plan = plan_prune_memory(CONFIG, num_sequences=4, seq_len=32, basis=PLAIN["basis"], refinements=staged)
+    assert plan.components["statistics"] == 4 * NEURONS**2
 
 
 def test_shifted_targets_have_a_phase_and_stay_beside_the_solver():

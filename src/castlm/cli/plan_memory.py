@@ -128,7 +128,7 @@ class MemoryCommand(Refinements, BasisOptions, MemoryOptions):  # the fields of 
             num_sequences=self.calibration_sequences,
             seq_len=self.seq_len,
             basis=part_of(self, BasisOptions),
-            refinements=part_of(self, Refinements).for_solver(method, pattern),
+            refinements=part_of(self, Refinements),
         )
         print(plan.table())
         return 0

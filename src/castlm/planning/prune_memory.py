@@ -124,9 +124,9 @@ def plan_prune_memory(
         InputError: an unreadable config, not a causal LM, nothing to prune, or a method, a memory or a rotation that
             there is no plan for.
     """
-    config, basis, refinements = read_config(config), basis or BasisOptions(), refinements or Refinements()
-    pattern = as_pattern(pattern)
+    config, basis, pattern = read_config(config), basis or BasisOptions(), as_pattern(pattern)
     _check(method, memory, pattern, basis)
+    refinements = (refinements or Refinements()).for_solver(method, pattern)
     basis.check()
     refinements.check()
     model = _model(config, pattern)
@@ -172,8 +172,9 @@ def _of_a_block(
     structured = is_structured(pattern)
     axes = 2 if structured else SOLVERS[method].axes
     solver = _units(model.reads) if structured else max(_solve(r, axes, refinements, pattern) for r in model.reads)
+    of_reads = [read.columns**axes for read in model.reads]
     parts = {
-        "statistics": 4 * sum(read.columns**axes for read in model.reads),
+        "statistics": 4 * (max(of_reads) if refinements.is_staged and not structured else sum(of_reads)),
         "activations": 4 * tokens * (_BLOCKS_OF_WIDTHS * model.widest // 2 + 4 * model.hidden),
         "solver": 4 * solver,
         "basis": 0 if basis.is_off or structured else 4 * max(_turn(read, basis) for read in model.reads),
