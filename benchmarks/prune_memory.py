@@ -49,7 +49,13 @@ class Shape(NamedTuple):
 
 SHAPES = {"0.3B": Shape(1024, 2816, 16, 32_000), "3B": Shape(3072, 8192, 24, 128_256)}
 
-AS_PUBLISHED = {"rotate": "off", "permute": False, "mask_iterations": 0, "refit_iterations": 0}
+AS_PUBLISHED = {
+    "rotate": "off",
+    "permute": False,
+    "staged_statistics": False,
+    "mask_iterations": 0,
+    "refit_iterations": 0,
+}
 CASES: dict[str, dict[str, Any]] = {
     "SparseGPT as published": AS_PUBLISHED,
     "refit": {"mask_iterations": 0, "refit_iterations": 2},

@@ -33,7 +33,14 @@ class Preset:
 
 # Two of the decays may not bring masked weights to zero within the budget; these presets show what happens then.
 _ANY_BUDGET = {"method": "cast", "ignore_decay_budget": True}
-SPARSEGPT = {"init_from": "sparsegpt", "rotate": "off", "permute": False, "mask_iterations": 0, "refit_iterations": 0}
+SPARSEGPT = {
+    "init_from": "sparsegpt",
+    "rotate": "off",
+    "permute": False,
+    "staged_statistics": False,
+    "mask_iterations": 0,
+    "refit_iterations": 0,
+}
 """The start of the rivals: SparseGPT as published."""
 # The strongest recipe without castlm's own parts.
 _PUBLISHED = {**SPARSEGPT, "hidden_weight": 0.0}
@@ -66,7 +73,8 @@ PRESETS: dict[str, Preset] = {
             "no decay": {**_ANY_BUDGET, "decay": "none"},
             "additive decay": {**_ANY_BUDGET, "decay": "additive"},
             "proportional decay": {**_ANY_BUDGET, "decay": "proportional"},
-            "no change of basis": {"method": "cast", **SPARSEGPT},
+            "no change of basis": {"method": "cast", "rotate": "off", "permute": False},
+            "SparseGPT as published": {"method": "cast", **SPARSEGPT},
             "mask of Wanda": {"method": "cast", "init_from": "wanda"},
             "mask of magnitude": {"method": "cast", **_MAGNITUDE},
             "mask of magnitude, interval 1": {"method": "cast", **_MAGNITUDE, "mask_interval": 1},

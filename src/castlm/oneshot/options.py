@@ -99,9 +99,10 @@ class Refinements(_Bounded):
     stream_correction: float = 0.0
     """Share of the residual stream's loss that the layers which write it make up for, in the same passes."""
 
-    staged_statistics: bool = False
-    """Take the statistics of a layer after the layers before it in its transformer block are pruned. Each input of a
-    transformer block has a pass over the text, which ends there, and its statistics are held alone."""
+    staged_statistics: bool = True
+    """Take the statistics of a layer after the layers before it in its transformer block are pruned, as
+    --true-sequential of SparseGPT's published code does. Each input of a transformer block has a pass over the text,
+    which ends there."""
 
     mask_iterations: int = 16
     """ADMM iterations that choose better masks than SparseGPT, which decides from left to right. Each costs as much as
@@ -172,5 +173,5 @@ class Refinements(_Bounded):
         yield "reconstruct_rate", self.reconstruct_rate > 0, "above 0"
 
 
-NO_REFINEMENTS = Refinements(mask_iterations=0, refit_iterations=0)
+NO_REFINEMENTS = Refinements(staged_statistics=False, mask_iterations=0, refit_iterations=0)
 """SparseGPT as published."""

@@ -1,9 +1,10 @@
 """One-shot n:m pruning with a calibration text: magnitude, Wanda and SparseGPT, written from their papers.
 
-The order is that of the published code. For each transformer block in turn, the inputs of all its layers are collected
-while the block is still dense, then all layers are pruned, then the outputs of the pruned block become the inputs of
-the next. Layers that read the same tensor (q, k, v; gate, up) share one statistic and one Cholesky factorization, and
-SparseGPT solves group by group, all rows at once, instead of column by column.
+The order is that of the published code. In one transformer block after another, the inputs of all layers are collected
+while the block is still dense, or with staged statistics those of a layer when the layers before it are pruned; then
+the outputs of the pruned block become the inputs of the next. Layers that read the same tensor (q, k, v; gate, up)
+share one statistic and one Cholesky factorization, and SparseGPT solves group by group, all rows at once, instead of
+column by column.
 """
 
 from __future__ import annotations
