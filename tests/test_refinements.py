@@ -7,9 +7,11 @@ import torch
 
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Channels, nm_mask
+from castlm.core.sparsify import sparse_linears
 from castlm.oneshot import dense_twin, prune
 from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, improve_masks
 from castlm.oneshot.dense_twin import Shift
+from castlm.oneshot.inputs import input_groups
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.reconstruct import reconstruct_
@@ -199,6 +201,39 @@ def test_staged_statistics_take_one_pass_over_the_text_for_each_input(monkeypatc
     assert num_batches > 2
     # reading the blocks' calls, finding the inputs, the first pass of three other inputs, its own pass, the next block
     assert len(called) == 1 + 1 + 3 + num_batches + num_batches
+
+
+class LinearExperts(torch.nn.Module):
+    """Experts that are modules of their own, as in the code of some hub repositories; the tokens take turns."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([copy.deepcopy(mlp) for _ in range(3)])
+
+    def forward(self, x):
+        out = torch.empty_like(x)
+        for number, expert in enumerate(self.experts):
+            out[:, number::3] = expert(x[:, number::3])
+        return out
+
+
+def test_layers_that_read_one_after_another_have_a_pass_each():
+    model = linear_model("opt")
+    inside = {name: layer for name, layer in sparse_linears(model)[0].items() if ".layers.0." in name}
+    groups = input_groups(inside, BlockInputs(model, list(model.model.decoder.layers), TOKENS))
+    assert [name.split(".")[-1] for names in groups for name in names][-3:] == ["out_proj", "fc1", "fc2"]
+    assert [len(names) for names in groups] == [3, 1, 1, 1]
+
+
+def test_experts_that_are_linear_layers_share_a_pass():
+    model = linear_model("llama")
+    blocks = list(model.model.layers)
+    blocks[0].mlp = LinearExperts(blocks[0].mlp)
+    inside = {name: layer for name, layer in sparse_linears(model)[0].items() if ".layers.0." in name}
+    groups = input_groups(inside, BlockInputs(model, blocks, TOKENS))
+    kinds = [sorted({name.split(".")[-1] for name in names}) for names in groups]
+    assert kinds == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert [len(names) for names in groups] == [3, 1, 6, 3]
 
 
 @pytest.mark.parametrize("learning_rate", [1e-2, 10.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, Protocol
@@ -136,12 +137,17 @@ def see_inputs(
 def input_groups(layers: Mapping[str, SparseLayer], inputs: BlockInputs) -> list[list[str]]:
     """The names of the current block's `layers` by the tensor that enters them, in the order of the calls.
 
-    Only as many batches are run as it takes to reach all layers: one, unless experts are linear layers.
+    Layers that differ in the number of a module alone, as those of parallel experts, are in one group. Only as many
+    batches are run as it takes to reach all layers: one, unless experts are linear layers.
     """
     watch = _Watch(layers, inputs, SOLVERS["magnitude"], 0)
     watch.round(lambda *_: None, until_reached=True)
     check_reached(layers, watch.found)
-    return [entry.names for entry in dict.fromkeys(watch.found.values())]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for entry in dict.fromkeys(watch.found.values()):
+        alike = tuple(re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in entry.names)
+        groups.setdefault(alike, []).extend(entry.names)
+    return list(groups.values())
 
 
 class _Watch:
