@@ -17,6 +17,7 @@ from castlm.core.pattern import count_nm_violations, nm_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears
 from castlm.oneshot import walk as calibration_module
+from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.calibration import calibration_length, draw_calibration
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.prune import prune_oneshot_
@@ -179,6 +180,26 @@ def test_passes_have_about_the_same_number_of_sequences(monkeypatch, num_sequenc
     monkeypatch.setattr(calibration_module, "PASS_TOKENS_CPU", 8 * 16)
     found = calibration_module.batch_size(torch.zeros(num_sequences, 16), torch.device("cpu"))
     assert found == size
+
+
+def test_passes_in_bf16_multiply_in_it_and_leave_all_else_in_fp32():
+    seen = {"bf16": [], "fp32": []}
+    for precision, dtypes in seen.items():
+        model = linear_model("llama")
+        block = model.model.layers[1]
+        block.mlp.up_proj.register_forward_hook(lambda _, args, output, to=dtypes: to.append(output.dtype))
+        block.register_forward_pre_hook(lambda _, args, to=dtypes: to.append(args[0].dtype))
+        basis = change_basis_(model, tokens(), precision=precision)
+        assert not basis.notes
+        report = prune_oneshot_(
+            model, "sparsegpt", calibration=tokens(), refinements=Refinements(reconstruct_epochs=1), precision=precision
+        )
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        seen[precision] = set(dtypes), report
+    assert seen["fp32"][0] == {torch.float32}
+    assert seen["bf16"][0] == {torch.float32, torch.bfloat16}
+    for narrow, wide in zip(*(report.layers for _, report in seen.values()), strict=True):
+        assert narrow.error == pytest.approx(wide.error, rel=0.2)
 
 
 def test_magnitude_needs_no_calibration_and_measures_with_one():

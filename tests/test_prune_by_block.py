@@ -63,7 +63,8 @@ def test_the_result_is_that_of_the_whole_model_bit_for_bit(tmp_path, text, famil
     [
         ["--method", "wanda"],
         ["--method", "magnitude"],
-        ["--staged-statistics"],
+        ["--no-staged-statistics"],
+        ["--precision", "bf16"],
         ["--reconstruct-epochs", "2"],
         ["--target-asymmetry", "0.5", "--stream-correction", "0.3"],
     ],

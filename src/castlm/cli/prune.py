@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +37,7 @@ def solver_names() -> Iterable[str]:
     return dict.fromkeys((*SOLVERS, *UNIT_SCORES))
 
 
-_OF_CALIBRATION = ("calibration", "column", "chat_template_path")
+_OF_CALIBRATION = ("calibration", "column", "chat_template_path", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,10 @@ class PruneOptions:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses CUDA if there is a GPU."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the passes over the calibration text; the solvers compute in fp32. auto: bf16 where the hardware multiplies it
+    faster and the model is not tiny."""
 
     memory: Literal["auto", "model", "block"] = "auto"
     """What is in memory: the whole model in fp32, or one transformer block of it, with the hidden states of the text in
@@ -163,6 +167,17 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         )
         return True
 
+    def _in_precision(self, start: OneshotStart, model: PreTrainedModel, device: str) -> OneshotStart:
+        import torch
+
+        from castlm.hardware import choose_precision, why_slow
+        from castlm.progress import note
+
+        precision = choose_precision(self.precision, torch.device(device), model.config)
+        if slow := why_slow(precision, torch.device(device)):
+            note(slow)
+        return replace(start, precision=precision)
+
     def _calibration(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Documents | HubDocuments | None
     ) -> tuple[Tensor | None, Images, dict[str, Any]]:
@@ -210,6 +225,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         check_export(model, start.pattern)
         _, left_dense = sparse_linears(model, start.pattern)
         blocks, images, calibration = self._calibration(model, loaded.tokenizer, text)
+        start = self._in_precision(start, model, device)
         model.to(device)
         basis = None
         if blocks is not None:
@@ -255,6 +271,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         check_outside_blocks(checkpoint, stack)
         with continued(partial, "prune"):
             blocks, _, calibration = self._calibration(loaded.model, loaded.tokenizer, text)
+            start = self._in_precision(start, loaded.model, device)
             dtype = save_dtype(self.save_dtype, loaded.dtype)
             places = [place for place in checkpoint.places.values() if isinstance(place, Place)]
             files = sorted({place.file for place in places})
@@ -320,8 +337,8 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         """The content of castlm.json that is this command's."""
         from castlm.oneshot.start import start_record
 
-        of_start = start_record(basis, report)
-        return {"base_model": self.model, "method": start.method, "calibration": calibration, **of_start}
+        text = {**calibration, "precision": start.precision} if calibration else {}
+        return {"base_model": self.model, "method": start.method, "calibration": text, **start_record(basis, report)}
 
 
 def partial_folder(folder: Path) -> Path:

@@ -99,7 +99,9 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
         data_config=config.calibration_config,
     )
     sequences, _ = calibration_sequences(calibration, loaded.tokenizer, config.num_sequences, length, config.seed)
-    report = prune_oneshot_(model, config.method, pattern=pattern, calibration=sequences, seed=config.seed)
+    report = prune_oneshot_(
+        model, config.method, pattern=pattern, calibration=sequences, seed=config.seed, precision=precision
+    )
     pruned = perplexity(model, held_out, seq_len=config.seq_len, autocast_dtype=autocast_dtype).perplexity
     model.to("cpu")
     record = {

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ def change_basis_(
     filter_fn: FilterFn = is_sparse_linear,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    precision: str = "fp32",
 ) -> BasisReport:
     """Turns the axes of a dense `model` in place, as `options` say.
 
@@ -94,6 +96,7 @@ def change_basis_(
         filter_fn: which layers are going to be pruned, as for `sparse_linears`; only their errors count.
         say: called with a line about each kind of change, and about what is left out or undone.
         progress: called with (steps done, steps in all).
+        precision: of the pass, as for `prune_oneshot_`.
 
     Raises:
         InputError: a family that does not allow what is asked for; under "auto" this is said and left out.
@@ -115,7 +118,8 @@ def change_basis_(
         was_tied = is_tied(model)
         assert isinstance(pattern, NM)
         with eval_mode(model):
-            _Turning(model, wiring, options, pattern, report, progress).run(calibration, images, layers)
+            turning = _Turning(model, wiring, options, pattern, report, progress)
+            turning.run(calibration, images, layers, precision)
         report.untied = was_tied and not is_tied(model)
     report.seconds = time.perf_counter() - started
     for line in report.lines():
@@ -159,14 +163,15 @@ class BlockTurns:
             The statistics in the new basis, and why the block was left as it was, if it was.
         """
         options, hidden, untouched = self.options, next(iter(inputs)), dict(statistics)
-        before, undo = inputs.run(hidden, 0), []
+        outputs = partial(inputs.call(0).run, inputs.blocks[inputs.index], hidden)  # the tolerance is of their dtype
+        before, undo = outputs(), []
         if options.rotates_values or options.permute:
             iterations = options.rotation_iterations if options.rotates_values else 0
             undo += turn_values_(block.attention, statistics, self.pattern, self.values, iterations)
         if options.permute:
             undo += turn_mlps_(block.mlps, statistics, self.pattern, self.mlps)
         if undo:
-            moved = _distance(before, inputs.run(hidden, 0))
+            moved = _distance(before, outputs())
             if not moved <= tolerance_of(before.dtype):
                 for weight, old in undo:
                     weight.copy_(old)
@@ -199,7 +204,7 @@ class _Turning:
         self.done = 0
         self.total = len(wiring.blocks) + (options.rotation_iterations if self.stream.rotates else 0)
 
-    def run(self, calibration: Tensor, images: Images, layers: Mapping[str, SparseLayer]) -> None:
+    def run(self, calibration: Tensor, images: Images, layers: Mapping[str, SparseLayer], precision: str) -> None:
         sample = calibration[:1, :_CHECK_TOKENS].to(self.model.device)
         before = self._logits(sample)
         if self.stream.rotates:
@@ -207,7 +212,7 @@ class _Turning:
         stack, blocks = block_stack(self.model, layers)
         calibration = calibration[: sequences_needed(layers, *calibration.shape, self.stream.rotates)]
         images = None if images is None else images[: len(calibration)]
-        inputs = BlockInputs(self.model, blocks, calibration, images=images)
+        inputs = BlockInputs(self.model, blocks, calibration, images=images, precision=precision)
         for index, block in enumerate(self.wiring.blocks):
             inside = {name: layer for name, layer in layers.items() if name.startswith(f"{stack}.{index}.")}
             outputs: list[Tensor] | None = [] if inside and index + 1 < len(blocks) else None

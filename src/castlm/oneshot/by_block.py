@@ -204,6 +204,7 @@ def _options(run: BlockPrune) -> dict[str, Any]:
         "method": run.start.method,
         "pattern": str(run.start.pattern),
         "damping": run.start.damping,
+        "precision": run.start.precision,
         **asdict(run.start.basis),
         **asdict(run.start.refinements),
         "dtype": dtype_name(run.dtype),
@@ -288,7 +289,8 @@ class _Walk:
         )
         with disk_full_is_said(run.folder, _REMEDY):
             with self.stored.passing():
-                inputs = BlockInputs(run.model, self.stored.blocks, calibration, ours, self.state.done)
+                blocks, precision = self.stored.blocks, run.start.precision
+                inputs = BlockInputs(run.model, blocks, calibration, ours, self.state.done, precision=precision)
             refinements, stack = run.start.refinements, self.stored.stack
             twin = dense_twin(run.model, inputs, stack, len(calibration), refinements, theirs)
             if twin is None:

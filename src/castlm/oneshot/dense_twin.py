@@ -63,7 +63,7 @@ class DenseTwin:
 
     def outputs(self) -> Sequence[Tensor]:
         """What the dense block gives for each batch of the dense model."""
-        given = (self.inputs.call(i).run(self.block, hidden) for i, hidden in enumerate(self.batches))
+        given = (self.inputs.run(hidden, i, self.block) for i, hidden in enumerate(self.batches))
         if self.states is None:
             return list(given)
         for i, output in enumerate(given):
@@ -85,9 +85,8 @@ class DenseTwin:
         modules = [name.removeprefix(f"{self.stack}.{self.inputs.index}.")] + ([] if probe is None else [probe])
         sparse_block = self.inputs.blocks[self.inputs.index]
         for number, (sparse, dense) in enumerate(zip(self.inputs.batches, self.batches)):
-            call = self.inputs.call(number)
-            ours = _captured(sparse_block, lambda block, h=sparse, call=call: call.run(block, h), modules)
-            theirs = _captured(self.block, lambda block, h=dense, call=call: call.run(block, h), modules)
+            ours = _captured(sparse_block, lambda block, h=sparse, i=number: self.inputs.run(h, i, block), modules)
+            theirs = _captured(self.block, lambda block, h=dense, i=number: self.inputs.run(h, i, block), modules)
             x = ours[0] * self.scale
             shift.input = shift.input + (theirs[0] - ours[0]).T @ x
             if probe is not None:
@@ -182,7 +181,7 @@ def _reconstruct(
     """Reconstructs the current block."""
     return reconstruct_(
         inputs.blocks[inputs.index],
-        lambda block, hidden, batch: inputs.call(batch).run(block, hidden),
+        lambda block, hidden, batch: inputs.run(hidden, batch, block),
         inputs.batches,
         outputs,
         {layer.weight: layer.weight != 0 for layer in inside.values()},

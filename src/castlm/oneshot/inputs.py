@@ -76,9 +76,10 @@ class LayerInput:
         self.statistic = accumulator.zeros(x)
 
     def add(self, x: Tensor, accumulator: Accumulator, num_sequences: int) -> None:
-        """Takes x (..., in) into the statistic."""
+        """Takes x (..., in) into the statistic, which is fp32 also where the block runs under autocast."""
         if accumulator.add is not None:
-            accumulator.add(self.statistic, x.reshape(-1, x.shape[-1]).float(), num_sequences)
+            with torch.autocast(x.device.type, enabled=False):
+                accumulator.add(self.statistic, x.reshape(-1, x.shape[-1]).float(), num_sequences)
 
 
 class ExpertInputs:

@@ -135,6 +135,7 @@ def prune_oneshot_(
     seed: int = 0,
     filter_fn: FilterFn = is_sparse_linear,
     progress: Callable[[int, int], None] | None = None,
+    precision: str = "fp32",
 ) -> OneshotReport:
     """Prunes a model to a pattern in place, without training.
 
@@ -156,6 +157,8 @@ def prune_oneshot_(
         seed: of method "random".
         filter_fn: which layers, as for `sparse_linears`.
         progress: called with (blocks done, blocks in all).
+        precision: of the passes over the calibration text: "fp32", in which they run in the dtype of the weights, or
+            "bf16", in which autocast multiplies in bf16. Statistics and solvers are fp32.
 
     Raises:
         InputError: an unknown method, a bad pattern or number, no calibration where one is needed, tokens the model
@@ -180,6 +183,7 @@ def prune_oneshot_(
             to=settings,
             filter_fn=filter_fn,
             progress=progress,
+            precision=precision,
         )
     started = time.perf_counter()
     to = Settings(pattern, damping, block_size)
@@ -197,7 +201,9 @@ def prune_oneshot_(
             report.layers += prune_layers({name: layer.weight}, None, kind, to)
     else:
         with eval_mode(model):
-            _prune_blocks(model, layers, calibration, images, kind, to, refinements, report, progress)
+            _, blocks = block_stack(model, layers)
+            inputs = BlockInputs(model, blocks, calibration, images=images, precision=precision)
+            _prune_blocks(model, layers, inputs, len(calibration), kind, to, refinements, report, progress)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -205,8 +211,8 @@ def prune_oneshot_(
 def _prune_blocks(
     model: PreTrainedModel,
     layers: Mapping[str, SparseLayer],
-    calibration: Tensor,
-    images: Images,
+    inputs: BlockInputs,
+    num_sequences: int,
     solver: Solver,
     to: Settings,
     refinements: Refinements,
@@ -215,10 +221,9 @@ def _prune_blocks(
 ) -> None:
     stack, blocks = block_stack(model, layers)
     of_block = layers_by_block(stack, len(blocks), layers)
-    inputs = BlockInputs(model, blocks, calibration, images=images)
-    twin = dense_twin(model, inputs, stack, len(calibration), refinements)
+    twin = dense_twin(model, inputs, stack, num_sequences, refinements)
     for index, inside in enumerate(of_block):
-        report.layers += prune_block(inside, inputs, len(calibration), solver, to, refinements, twin)
+        report.layers += prune_block(inside, inputs, num_sequences, solver, to, refinements, twin)
         is_last = index + 1 == len(of_block)
         if twin is not None:
             report.reconstructions += follow_dense(inside, twin, refinements, is_last)

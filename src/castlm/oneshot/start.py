@@ -41,6 +41,8 @@ class OneshotStart:
     """Of method "random"."""
     filter_fn: FilterFn = is_sparse_linear
     """Which layers are pruned, as for `sparse_linears`."""
+    precision: str = "fp32"
+    """Of the passes over the calibration text, as for `prune_oneshot_`."""
 
     def __post_init__(self) -> None:
         self.refinements.check()
@@ -92,6 +94,7 @@ class OneshotStart:
             filter_fn=self.filter_fn,
             say=say,
             progress=progress,
+            precision=self.precision,
         )
 
     def prune_(
@@ -109,6 +112,7 @@ class OneshotStart:
             seed=self.seed,
             filter_fn=self.filter_fn,
             progress=progress,
+            precision=self.precision,
         )
 
 

@@ -23,6 +23,7 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import Blocks, Combined, Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.core.structured import Structured
+from castlm.hardware import autocast
 from castlm.models.architecture import eval_mode
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.inputs import check_finite_weight, check_plain_weights, check_reached
@@ -118,6 +119,7 @@ def prune_units_(
     to: UnitSettings = UnitSettings(),  # noqa: B008  # it cannot change
     filter_fn: FilterFn = is_sparse_linear,
     progress: Callable[[int, int], None] | None = None,
+    precision: str = "fp32",
 ) -> OneshotReport:
     """Prunes a model to a structured pattern in place: what is masked is zero, and still there.
 
@@ -127,7 +129,7 @@ def prune_units_(
     Args:
         score: a name in `SCORES`.
         calibration: int64, (num_sequences, seq_len). Scores that need none are refitted only where it is given.
-        images: as for `prune_oneshot_`.
+        images, precision: as for `prune_oneshot_`.
 
     Raises:
         InputError: another score, no calibration where one is needed, a pattern that does not fit, weights that are
@@ -145,11 +147,11 @@ def prune_units_(
         if SCORES[score].needs == "gradients" and scored:
             assert calibration is not None
             of_taylor = None if images is None else images[:TAYLOR_SEQUENCES]
-            work.rank(scored, loss_gradients(model, scored, calibration[:TAYLOR_SEQUENCES], of_taylor))
+            work.rank(scored, loss_gradients(model, scored, calibration[:TAYLOR_SEQUENCES], of_taylor, precision))
         if calibration is None:
             work.prune_(layers, {})
         else:
-            for inside, inputs in walk(model, layers, calibration, images, progress):
+            for inside, inputs in walk(model, layers, calibration, images, progress, precision):
                 if inside:
                     work.prune_(inside, see_statistics(inside, inputs))
     report.seconds = time.perf_counter() - started
@@ -158,7 +160,11 @@ def prune_units_(
 
 @torch.enable_grad()
 def loss_gradients(
-    model: PreTrainedModel, layers: Mapping[str, nn.Linear], sequences: Tensor, images: Images = None
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Linear],
+    sequences: Tensor,
+    images: Images = None,
+    precision: str = "fp32",
 ) -> dict[str, Tensor]:
     """The gradient of the mean loss over `sequences` (num_sequences, seq_len) by the weight of each layer.
 
@@ -179,7 +185,8 @@ def loss_gradients(
             for ids, beside in zip(batches, images or [{}] * len(batches), strict=True):
                 labels = ids if images is None else ids.masked_fill(ids == image_token, -100)
                 given = {name: tensor.to(model.device) for name, tensor in beside.items()}
-                output: Any = model(input_ids=ids, labels=labels, use_cache=False, **given)
+                with autocast(model.device, precision):
+                    output: Any = model(input_ids=ids, labels=labels, use_cache=False, **given)
                 (output.loss * (len(ids) / len(sequences))).backward()
         found = {name: weight.grad.detach() for name, weight in weights.items() if weight.grad is not None}
     finally:

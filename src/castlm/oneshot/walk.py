@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from castlm.core.blocks import stack_name
 from castlm.core.errors import InputError
+from castlm.hardware import autocast
 
 T = TypeVar("T")
 
@@ -57,16 +58,17 @@ def walk(
     calibration: Tensor,
     images: Images = None,
     progress: Callable[[int, int], None] | None = None,
+    precision: str = "fp32",
 ) -> Iterator[tuple[dict[str, T], BlockInputs]]:
     """The layers of one block after another, each with what enters it once the caller has changed those before.
 
     Args:
-        calibration, images: as for `BlockInputs`.
+        calibration, images, precision: as for `BlockInputs`.
         progress: called with (blocks done, blocks in all).
     """
     stack, blocks = block_stack(model, layers)
     of_block = layers_by_block(stack, len(blocks), layers)
-    inputs = BlockInputs(model, blocks, calibration, images=images)
+    inputs = BlockInputs(model, blocks, calibration, images=images, precision=precision)
     for done, inside in enumerate(of_block, 1):
         yield inside, inputs
         if done < len(of_block):
@@ -108,6 +110,8 @@ class BlockInputs:
         batches: where the hidden states are held, (batch, seq, hidden) each; a list if not given. What it holds already
             is what enters the block `index`.
         images: of each sequence.
+        precision: "bf16" runs the blocks under autocast, which multiplies in bf16; what passes between them keeps its
+            dtype.
 
     Raises:
         InputError: a model that passes more than hidden states between its blocks, or calls them otherwise than once
@@ -122,8 +126,9 @@ class BlockInputs:
         batches: MutableSequence[Tensor] | None = None,
         index: int = 0,
         images: Images = None,
+        precision: str = "fp32",
     ) -> None:
-        self.blocks, self.index = blocks, index
+        self.blocks, self.index, self.precision = blocks, index, precision
         self.batches: MutableSequence[Tensor] = [] if batches is None else batches
         self._passes: list[_Pass] = []  # of each batch; those of one shape share their calls
         self._adds: bool | None = None  # whether something is added between blocks, known after the first images
@@ -149,9 +154,11 @@ class BlockInputs:
         """How the current block is called with a batch, counted from 0."""
         return self._passes[batch].calls[self.index]
 
-    def run(self, hidden: Tensor, batch: int) -> Tensor:
-        """The current block on one batch."""
-        return self.call(batch).run(self.blocks[self.index], hidden)
+    def run(self, hidden: Tensor, batch: int, block: nn.Module | None = None) -> Tensor:
+        """The current block, or a `block` in its place, on one batch."""
+        with autocast(hidden.device, self.precision):
+            output = self.call(batch).run(block or self.blocks[self.index], hidden)
+        return output.to(hidden.dtype)
 
     def advance(self, outputs: Sequence[Tensor] | None = None) -> None:
         """Puts what enters the next block for each batch in its place, and goes on to it.

@@ -25,6 +25,7 @@ from castlm.core.unit_masks import gathers
 from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import World
 from castlm.files.owned import RESULT, read_record
+from castlm.hardware import choose_precision
 from castlm.methods.base import Retraining
 from castlm.models.io import load_model
 from castlm.oneshot.options import UNIT_SCORES
@@ -121,7 +122,8 @@ def _prune(
     num_sequences, length = config.calibration_sequences, config.seq_len
     model = source.whole_model().to(world.device)
     try:
-        oneshot = OneshotStart.of(config, solver, pattern, seed=config.seed, filter_fn=filter_fn)
+        precision = choose_precision(config.precision, world.device, model.config)
+        oneshot = OneshotStart.of(config, solver, pattern, seed=config.seed, filter_fn=filter_fn, precision=precision)
         calibration, images = calibration_sequences(
             text.documents, source.tokenizer, num_sequences, length, config.seed, text.processor, note
         )
