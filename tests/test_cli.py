@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from castlm.cli.main import Command, main
+from castlm.cli.options import result_folder
 from castlm.core.errors import DivergedError
 from tests.slow import slow
 from tests.tiny import save_tiny
@@ -20,6 +21,14 @@ def castlm(arguments, model, unbuffered="", **streams):
     command = [sys.executable, "-m", "castlm", *(argument.format(model=model) for argument in arguments)]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}  # where it is set, no print waits for the end
     return subprocess.run(command, text=True, env=environment, **streams)
+
+
+def test_a_run_is_found_where_the_shell_does_not_expand_its_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    assert result_folder("~/run") == str(tmp_path / "run" / "model")
+    assert result_folder("hub/name") == "hub/name"
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=" ".join)

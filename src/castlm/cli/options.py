@@ -150,10 +150,11 @@ def result_folder(path: str) -> str:
     Raises:
         InputError: a folder that may not be read.
     """
-    inner = Path(path) / "model"
-    if Path(path).is_dir() and not os.access(path, os.R_OK | os.X_OK):
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
         raise InputError(f"cannot read {path}: Permission denied: change its permissions")
-    return str(inner) if (inner / "config.json").is_file() and not (Path(path) / "config.json").exists() else path
+    inner = folder / "model"
+    return str(inner) if (inner / "config.json").is_file() and not (folder / "config.json").exists() else path
 
 
 def refuse_given(options: Any, names: Iterable[str], why: str) -> None:
