@@ -226,6 +226,6 @@ def test_the_figure_of_the_start_shows_the_gaps_of_its_table(tmp_path):
     assert plot.read_text() == (results / "stories260k-start.svg").read_text()
     gaps = gap_figure.read_gaps(page.read_text())
     assert gaps["finetune, plain"][100] == 0.570
-    assert gaps["the default, cast"][6400] == 0.167
+    assert gaps["the default, cast"][6400] == 0.161
     with pytest.raises(InputError, match="no table with a column `variant`"):
         gap_figure.read_gaps("| variant | ppl |\n|---|---|\n| a | 3.2 (+0.570) |\n")

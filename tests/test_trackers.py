@@ -279,7 +279,7 @@ def test_a_run_uploads_its_verified_model(endpoint, text, tmp_path, capsys):
 
 def test_a_run_that_diverged_does_not_replace_what_is_on_the_hub(endpoint, text, tmp_path, capsys):
     model = str(save_tiny(tmp_path / "llama"))
-    over = {"init_from": "magnitude", "learning_rate": 20.0, "push_to_hub": True, "hub_model_id": "me/run"}
+    over = {"init_from": "magnitude", "learning_rate": 2.0, "push_to_hub": True, "hub_model_id": "me/run"}
     config = small(model, text, tmp_path / "run", **over)
     assert train(config)["verdict"]["problem"] == "DIVERGED"
     result = tmp_path / "run" / "model"
