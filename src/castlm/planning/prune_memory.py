@@ -224,7 +224,7 @@ def _solve(read: _Read, axes: int, refinements: Refinements, pattern: Pattern) -
     kept = int(masks or refits or refinements.shifts_targets)
     solve = (4 + kept) * size + (2 + kept) * square
     # For better masks, first the eigenvectors of the damped Hessian are found, then a part of the rows is solved for.
-    find, solve_rows = 3 * size + 7 * square, 7 * size + 4 * min(read.rows, ADMM_ROWS) * read.columns + 3 * square
+    find, solve_rows = 3 * size + 5 * square, 7 * size + 4 * min(read.rows, ADMM_ROWS) * read.columns + 3 * square
     improve = max(find, solve_rows) if masks else 0
     refit = 3 * size + 7 * min(read.rows, REFIT_ROWS) * read.columns + 2 * square if refits else 0
     shifted = size + square if refinements.shifts_targets else 0  # what they were shifted by
@@ -252,8 +252,9 @@ def _kept_by_model(model: _Model) -> int:
 
 def _turn(read: _Read, basis: BasisOptions) -> int:
     """Elements that a permutation of the input's neurons holds beside weights and statistics."""
-    # The permuted Hessian, and of 512 rows solved with it: a copy, its factor, that transposed, and the products.
-    return (5 * read.columns**2 + 6 * read.size) if basis.permute or basis.rotates_values else 0
+    # The permuted Hessian, and of 512 rows solved with it: a copy, its factor, that transposed, and the products, beside
+    # the permuted weight. After that, new and old values of three matrices, which take less.
+    return (5 * read.columns**2 + 2 * read.size) if basis.permute or basis.rotates_values else 0
 
 
 def _model(config: PretrainedConfig, pattern: Pattern) -> _Model:
