@@ -252,8 +252,8 @@ def _kept_by_model(model: _Model) -> int:
 
 def _turn(read: _Read, basis: BasisOptions) -> int:
     """Elements that a permutation of the input's neurons holds beside weights and statistics."""
-    # The permuted Hessian, and of 512 rows solved with it: a copy, its factor, that transposed, and the products, beside
-    # the permuted weight. After that, new and old values of three matrices, which take less.
+    # The permuted Hessian, and of 512 rows solved with it: a copy, its factor, that transposed, and the products,
+    # beside the permuted weight. After that, new and old values of three matrices, which take less.
     return (5 * read.columns**2 + 2 * read.size) if basis.permute or basis.rotates_values else 0
 
 
