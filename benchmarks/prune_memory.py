@@ -30,6 +30,7 @@ from benchmarks.machine import machine, proc_status, write_json
 from castlm.cli.main import main as castlm
 from castlm.cli.options import command_line
 from castlm.cli.prune import PruneCommand
+from castlm.compare.presets import SPARSEGPT
 from castlm.core.blocks import in_block
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.planning.prune_memory import plan_prune_memory
@@ -49,13 +50,7 @@ class Shape(NamedTuple):
 
 SHAPES = {"0.3B": Shape(1024, 2816, 16, 32_000), "3B": Shape(3072, 8192, 24, 128_256)}
 
-AS_PUBLISHED = {
-    "rotate": "off",
-    "permute": False,
-    "staged_statistics": False,
-    "mask_iterations": 0,
-    "refit_iterations": 0,
-}
+AS_PUBLISHED = {name: value for name, value in SPARSEGPT.items() if name != "init_from"}
 CASES: dict[str, dict[str, Any]] = {
     "SparseGPT as published": AS_PUBLISHED,
     "refit": {"mask_iterations": 0, "refit_iterations": 2},

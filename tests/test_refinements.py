@@ -190,7 +190,7 @@ def test_staged_statistics_are_those_of_the_layers_pruned_before(monkeypatch):
     torch.testing.assert_close(seen[name], 2 / len(TOKENS) * x.T @ x, rtol=1e-4, atol=1e-4)
 
 
-def test_staged_statistics_take_one_pass_over_the_text_for_each_input(monkeypatch):
+def test_staged_statistics_take_one_pass_over_the_text_for_each_input():
     tokens = torch.randint(0, 64, (96, 32))  # several batches
     model = linear_model("llama")
     down = model.model.layers[0].mlp.down_proj

@@ -6,7 +6,7 @@ Commands and configs inherit them. Importing this module does not import torch, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 from castlm.core.combined import is_structured
@@ -155,7 +155,7 @@ class Refinements(_Bounded):
                 raise InputError(
                     f"{others[0]} does nothing with {pattern}, which has refit_iterations alone: leave it out"
                 )
-            return self
+            return replace(NO_REFINEMENTS, refit_iterations=self.refit_iterations)
         if solver == "sparsegpt":
             if "reconstruct_rate" in asked and not self.reconstruct_epochs:
                 raise InputError("reconstruct_rate does nothing without reconstruct_epochs: leave it out or set both")

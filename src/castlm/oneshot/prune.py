@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -201,27 +201,26 @@ def prune_oneshot_(
             report.layers += prune_layers({name: layer.weight}, None, kind, to)
     else:
         with eval_mode(model):
-            _, blocks = block_stack(model, layers)
+            stack, blocks = block_stack(model, layers)
             inputs = BlockInputs(model, blocks, calibration, images=images, precision=precision)
-            _prune_blocks(model, layers, inputs, len(calibration), kind, to, refinements, report, progress)
+            twin = dense_twin(model, inputs, stack, len(calibration), refinements)
+            of_block = layers_by_block(stack, len(blocks), layers)
+            _prune_blocks(of_block, inputs, len(calibration), kind, to, refinements, twin, report, progress)
     report.seconds = time.perf_counter() - started
     return report
 
 
 def _prune_blocks(
-    model: PreTrainedModel,
-    layers: Mapping[str, SparseLayer],
+    of_block: Sequence[Mapping[str, SparseLayer]],
     inputs: BlockInputs,
     num_sequences: int,
     solver: Solver,
     to: Settings,
     refinements: Refinements,
+    twin: DenseTwin | None,
     report: OneshotReport,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    stack, blocks = block_stack(model, layers)
-    of_block = layers_by_block(stack, len(blocks), layers)
-    twin = dense_twin(model, inputs, stack, num_sequences, refinements)
     for index, inside in enumerate(of_block):
         report.layers += prune_block(inside, inputs, num_sequences, solver, to, refinements, twin)
         is_last = index + 1 == len(of_block)

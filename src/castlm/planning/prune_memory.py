@@ -174,7 +174,7 @@ def _of_a_block(
     solver = _units(model.reads) if structured else max(_solve(r, axes, refinements, pattern) for r in model.reads)
     of_reads = [read.columns**axes for read in model.reads]
     parts = {
-        "statistics": 4 * (max(of_reads) if refinements.is_staged and not structured else sum(of_reads)),
+        "statistics": 4 * (max(of_reads) if refinements.is_staged else sum(of_reads)),
         "activations": 4 * tokens * (_BLOCKS_OF_WIDTHS * model.widest // 2 + 4 * model.hidden),
         "solver": 4 * solver,
         "basis": 0 if basis.is_off or structured else 4 * max(_turn(read, basis) for read in model.reads),
