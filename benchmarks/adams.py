@@ -53,20 +53,19 @@ def step_rows(quick: bool, repeats: int = 7, device: str = "cpu", clock: str = "
 
 
 def moments_rows(quick: bool, repeats: int = 5, clock: str = "wall") -> list[Row]:
-    """AdamS with its moments in fewer bits against AdamS with fp32 ones: time of a step, and bytes of state."""
+    """AdamS with 8-bit moments against AdamS with fp32 ones: time of a step, and bytes of state."""
     optimizers = {}
-    for moments in ("fp32", "bf16", "8bit"):
+    for moments in ("fp32", "8bit"):
         sparse, dense = llama_parameters(1 if quick else 4, 2048 if quick else 8192)
         groups = [{"params": sparse, "sparse": True}, {"params": dense}]
         optimizers[moments] = AdamS(groups, total_steps=10**6, mask_interval=0, moments=moments, fused=True)
     times = interleaved({name: optimizer.step for name, optimizer in optimizers.items()}, repeats, clock)
     held = {name: state_bytes(optimizer) for name, optimizer in optimizers.items()}
-    rows = []
-    for name, label in (("bf16", "bf16 first moment"), ("8bit", "8-bit moments")):
-        rows.append(ratio_row(f"AdamS step, {label}", "fp32 moments", times[name], times["fp32"], ""))
-        ratio = held[name] / held["fp32"]
-        rows.append(Row(f"AdamS state, {label}", "fp32 moments", ratio, ratio, ratio, detail={"bytes": held}))
-    return rows
+    ratio = held["8bit"] / held["fp32"]
+    return [
+        ratio_row("AdamS step, 8-bit moments", "fp32 moments", times["8bit"], times["fp32"], ""),
+        Row("AdamS state, 8-bit moments", "fp32 moments", ratio, ratio, ratio, detail={"bytes": held}),
+    ]
 
 
 def state_row(adams: AdamS, adamw: torch.optim.Optimizer) -> Row:

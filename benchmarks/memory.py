@@ -41,7 +41,6 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-41M, checkpointing": {**LLAMA, "gradient_checkpointing": True},
     "llama-41M, accumulation": {**LLAMA, "accumulation": 2},
     "llama-41M, no teacher": {**LLAMA, "teacher": False},
-    "llama-41M, bf16 moments": {**LLAMA, "moments": "bf16"},
     "llama-41M, 8-bit moments": {**LLAMA, "moments": "8bit"},
     "llama-41M, bf16": {**LLAMA, "compute_dtype": "bf16"},
     "llama-41M, bf16, checkpointing": {**LLAMA, "compute_dtype": "bf16", "gradient_checkpointing": True},

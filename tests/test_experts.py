@@ -107,7 +107,7 @@ def test_a_linear_router_stays_dense_and_experts_of_unknown_orientation_name_the
     assert "linearize_experts_" in dense["layers.0.experts.up_proj"]
 
 
-WAYS = {"torch": {"fused": False}, "fused": {}, "8-bit": {"moments": "8bit"}, "bf16": {"moments": "bf16"}}
+WAYS = {"torch": {"fused": False}, "fused": {}, "8-bit": {"moments": "8bit"}}
 
 
 @pytest.mark.parametrize("way", WAYS)

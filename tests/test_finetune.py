@@ -253,7 +253,7 @@ def test_the_model_of_a_run_and_its_recorded_pattern_are_found(sparse, tmp_path)
     model = tmp_path / "run" / "model"
     shutil.copytree(sparse, model)
     given = [str(tmp_path / "run"), "--dataset", "text", "--output-dir", "out"]
-    for recorded, kept in (("1:4", "1:4"), ("channels:0.75+2:4", "2:4"), ("blocks:4x4:0.5", "blocks:4x4:0.5")):
+    for recorded, kept in (("1:4", "1:4"), ("channels:0.75+2:4", "2:4")):
         (model / "castlm.json").write_text(json.dumps({"pattern": recorded}))
         config, _ = parse_finetune(given)
         assert (config.model, config.init_from, config.pattern) == (str(model), str(model), kept)

@@ -63,29 +63,27 @@ def test_blocks_lie_within_rows():
     assert block_size(torch.empty(4096)) == block_size(torch.empty(8, 64)) == 0
 
 
-@pytest.mark.parametrize(("moments", "bytes_a_weight"), [("bf16", 6 + 1 / 8), ("8bit", 2 + 8 / 128 + 1 / 8)])
-def test_bytes_of_state(moments, bytes_a_weight):
+def test_bytes_of_state():
     weight = parameters()[0]
-    state = optimizer_of([weight, parameters()[1]], moments).state[weight]
+    state = optimizer_of([weight, parameters()[1]], "8bit").state[weight]
     held = sum(t.numel() * t.element_size() for name, t in state.items() if name != "step")
-    assert held == weight.numel() * bytes_a_weight
+    assert held == weight.numel() * (2 + 8 / 128 + 1 / 8)
 
 
-@pytest.mark.parametrize(("moments", "tolerance"), [("bf16", 0.01), ("8bit", 0.05)])
-def test_steps_stay_close_to_those_with_fp32_moments(moments, tolerance):
+def test_steps_stay_close_to_those_with_fp32_moments():
     exact, coarse = parameters(), parameters()
     start = parameters()
-    one, other = optimizer_of(exact, "fp32"), optimizer_of(coarse, moments)
+    one, other = optimizer_of(exact, "fp32"), optimizer_of(coarse, "8bit")
     steps(exact, one, 0, 20)
     steps(coarse, other, 0, 20)
     for a, b, first in zip(exact, coarse, start):
-        assert (a - b).norm() <= tolerance * (a - first).norm()
+        assert (a - b).norm() <= 0.05 * (a - first).norm()
         torch.testing.assert_close(one.momentum(a), other.momentum(b), rtol=0.05, atol=0.05)
     assert torch.equal(other.mask(coarse[0]), coarse[0] != 0)
 
 
 @needs_kernels
-@pytest.mark.parametrize(("moments", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-5), ("8bit", 1e-3)])
+@pytest.mark.parametrize(("moments", "tolerance"), [("fp32", 1e-5), ("8bit", 1e-3)])
 def test_fused_steps_equal_the_plain_ones(moments, tolerance):
     plain, fused = parameters(), parameters()
     one, other = optimizer_of(plain, moments), optimizer_of(fused, moments, fused=True)
@@ -133,10 +131,9 @@ def test_compiled_steps_equal_the_plain_ones(monkeypatch):
 
 
 @pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_kernels)])
-@pytest.mark.parametrize("moments", ["bf16", "8bit"])
-def test_state_dict_resumes_bitwise(moments, fused):
+def test_state_dict_resumes_bitwise(fused):
     straight, resumed = parameters(), parameters()
-    first, second = (optimizer_of(params, moments, fused=fused) for params in (straight, resumed))
+    first, second = (optimizer_of(params, "8bit", fused=fused) for params in (straight, resumed))
     steps(straight, first, 0, 7)
     for a, b in zip(straight, resumed):
         b.data.copy_(a.data)

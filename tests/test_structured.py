@@ -1,4 +1,4 @@
-"""Channels, heads, tiles and their combinations with n:m: grammar, masks, AdamS, the methods' forward masks."""
+"""Channels, heads and their combinations with n:m: grammar, masks, AdamS, the methods' forward masks."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from torch import nn
 from castlm.core.adams import AdamS
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM, Blocks, Channels, Combined, Pattern
+from castlm.core.pattern import NM, Channels, Combined, Pattern
 from castlm.core.shards import local
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
 from castlm.core.structured import cut
@@ -17,7 +17,7 @@ from castlm.models.architecture import linearize_conv1d_
 from tests.fused import needs_kernels
 from tests.tiny import tiny_model
 
-TEXTS = ("channels:0.5", "heads:0.5", "blocks:8x16:0.5", "channels:0.75+2:4", "heads:0.5+2:4", "blocks:8x16:0.5+2:4")
+TEXTS = ("channels:0.5", "heads:0.5", "channels:0.75+2:4", "heads:0.5+2:4")
 
 
 def weights_of(model, *names, layer=0):
@@ -49,13 +49,12 @@ def test_the_text_of_a_pattern_parses_back(text):
 
 def test_a_share_may_begin_with_the_point():
     assert Pattern.parse("channels:.25") == Channels(0.25)
-    assert Pattern.parse("blocks:32x16:.5") == Blocks(32, 16, 0.5)
     assert Pattern.parse("channels:0.75+2:4") == Combined(Channels(0.75), NM(2, 4))
 
 
 NO_PATTERNS = (
     *("channels", "channels:", "channels:1", "channels:1.5", "channels:-0.5", "channels:0.0", "channels:0.5:1"),
-    *("heads:half", "heads:0.5 ", "blocks:0.5", "blocks:32:0.5", "blocks:0x4:0.5", "blocks:4x4:0", "blocks:4x4:2:4"),
+    *("heads:half", "heads:0.5 ", "blocks:32x32:0.5"),
     *("channels:0.5+", "channels:0.5+heads:0.5", "2:4+channels:0.5", "channels:0.5+4:2", "channels:0.5+2:4+2:4"),
     *("channels:0.50000", "channels:\u0660.5", "channels:5e-1", "channels:nan"),
 )
@@ -93,17 +92,6 @@ def test_a_kv_head_is_masked_with_its_query_heads():
     assert torch.equal(masks[1], kept_kv[:, None].expand_as(k))
     assert torch.equal(masks[2], kept_kv[:, None].expand_as(v))
     assert torch.equal(masks[3], kept_q.expand_as(o))
-
-
-def test_tiles_are_masked_whole_and_the_largest_stay():
-    weight = torch.zeros(4, 8)
-    weight[:2, 4:] = 1
-    weight[2:, :4] = 2
-    weight[0, 0] = 2.5
-    mask = Blocks(2, 4, 0.5).mask(weight)
-    assert mask.tolist() == [[False] * 4 + [True] * 4] * 2 + [[True] * 4 + [False] * 4] * 2
-    assert Blocks(2, 4, 0.5).violations(weight) == 1
-    assert Blocks(2, 4, 0.5).violations(weight * mask) == 0
 
 
 def test_n_of_m_is_counted_in_what_is_left_after_the_cut():
@@ -221,11 +209,6 @@ def test_shares_that_keep_all_or_nothing_and_nan_are_refused():
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match="contains NaN"):
         prune_(model, "channels:0.5")
-
-
-def test_tiles_that_do_not_fit_leave_a_layer_dense():
-    _, dense = sparse_linears(tiny_model("llama", intermediate_size=72), "blocks:16x16:0.5")
-    assert dense["model.layers.0.mlp.gate_proj"] == "its shape 72x32 does not divide into tiles of 16x16"
 
 
 def test_masks_of_units_may_be_written_to():

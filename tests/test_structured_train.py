@@ -26,7 +26,6 @@ from tests.tiny import save_tiny
         slow({"pattern": "channels:0.5"}),
         slow({"pattern": "heads:0.5", "init_from": "magnitude"}),
         {"pattern": "channels:0.75+2:4", "init_from": "flap"},
-        {"pattern": "blocks:8x16:0.5", "init_from": "wanda"},
         slow({"pattern": "channels:0.5", "method": "finetune", "init_from": "random"}),
         {"pattern": "heads:0.5+2:4", "method": "ste"},
     ],
@@ -91,7 +90,7 @@ def test_runs_that_could_not_be_exported_are_refused_before_they_train(llama, te
 def test_the_default_start_of_structured_patterns_is_calibrated():
     config = TrainConfig("model", "text", "run", pattern="channels:0.5", calibration_sequences=8)
     assert config.start == "flap"
-    starts = {"heads:0.5": "taylor", "blocks:8x16:0.5+2:4": "wanda", "2:4": "sparsegpt"}
+    starts = {"heads:0.5": "taylor", "2:4": "sparsegpt"}
     assert {text: replace(config, pattern=text).start for text in starts} == starts
     assert without_effect(config) == {}
     methods = {"finetune": "flap", "srste": "magnitude"}

@@ -74,14 +74,14 @@ def test_the_table_is_sorted_and_names_what_to_use():
 @needs_kernels
 def test_zeros_are_left_out_of_the_bytes_and_cut_channels_are_not_there(dense, result):
     sizes = {}
-    for pattern in ("2:4", "channels:0.5", "channels:0.5+2:4", "blocks:16x16:0.5"):
+    for pattern in ("2:4", "channels:0.5", "channels:0.5+2:4"):
         folder = str(result(pattern.replace(":", "_"), pattern, 8.0) / "model")
         sizes[pattern], speeds = decode(Candidate("r", folder, pattern, 8.0))
         assert len(speeds) == tradeoff.REPEATS
         assert min(speeds) > 0
     whole, _ = decode(Candidate("dense", str(dense), None, 6.0))
     assert sizes["channels:0.5+2:4"] < sizes["channels:0.5"] < whole
-    assert sizes["2:4"] < whole == sizes["blocks:16x16:0.5"]
+    assert sizes["2:4"] < whole
 
 
 @needs_kernels

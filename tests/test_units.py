@@ -89,7 +89,7 @@ def test_kept_columns_are_the_least_squares_solution():
     torch.testing.assert_close(new, solution, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("text", ["channels:0.5", "heads:0.5", "blocks:8x16:0.5", "channels:0.75+2:4", "heads:0.5+2:4"])
+@pytest.mark.parametrize("text", ["channels:0.5", "heads:0.5", "channels:0.75+2:4", "heads:0.5+2:4"])
 @pytest.mark.parametrize("score", ["flap", "taylor"])
 def test_every_pattern_is_pruned_and_least_squares_lower_the_error(text, score):
     errors = []
@@ -192,8 +192,6 @@ def test_castlm_prune_cuts_and_records_the_score(files, tmp_path, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "`intermediate_size` from 64 to 32" in card
     assert "it needs no kernels of its own" in card
-    assert prune(files, tmp_path / "tiles", "--pattern", "blocks:8x16:0.5", "--method", "random") == 0
-    assert "8 x 16 weights" in (tmp_path / "tiles" / "README.md").read_text()
     capsys.readouterr()
     for arguments, reason in (
         (["--pattern", "channels:0.5", "--method", "sparsegpt"], "does not rank the units"),
@@ -230,8 +228,6 @@ def test_plans_and_advice_know_the_patterns_or_refuse_them(files, capsys):
     advise = ["advise", dense, "--device", "h100", "--pattern"]
     assert main([*advise, "channels:0.5"]) == 0
     assert "times as fast as those of the whole model" in capsys.readouterr().out
-    assert main([*advise, "blocks:8x16:0.5"]) == 2
-    assert "advise knows 2:4" in capsys.readouterr().err
     points = [Point(tokens=10.0**i, perplexity=9.0 - i, pattern=("2:4", "heads:0.5")[i % 2]) for i in range(1, 7)]
     with pytest.raises(InputError, match="points of 2 patterns"):
         fit_law(points, "power")

@@ -10,7 +10,6 @@ from castlm.cli.train import FileOptions, PageOptions, run_training
 from castlm.cli.verify import recorded_pattern
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.export.cut_sizes import cut_pattern
 from castlm.export.unit_count import groups_of
 from castlm.fields import COMMAND_LINE, checked
 from castlm.training.config import flatten, read_layers
@@ -47,8 +46,7 @@ def _of_result(config: FinetuneConfig, has_pattern: bool) -> FinetuneConfig:
     recorded = None if has_pattern else recorded_pattern(model)
     pattern = config.pattern
     if recorded is not None:
-        whole = Pattern.parse(recorded)
-        left = whole if cut_pattern(whole) is None else groups_of(whole)
+        left = groups_of(Pattern.parse(recorded))
         if left is None:
             raise InputError(f"{config.model} is {recorded}, a smaller dense model: fine-tune it like any dense one")
         pattern = str(left)

@@ -54,7 +54,7 @@ class MemoryOptions:
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute type of the forward and backward pass."""
 
-    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
+    moments: Literal["fp32", "8bit"] = "fp32"
     """Storage of Adam's moments."""
 
     init_from: str | None = None

@@ -52,7 +52,7 @@ class PruneOptions:
 
     method: str | None = choice(None, solver_names)
     """Solver that chooses the masked weights: sparsegpt (the default; it also updates the kept ones), wanda, magnitude.
-    Structured patterns rank their units by flap (the default of channels), taylor (of heads), wanda (of tiles),
+    Structured patterns rank their units by flap (the default of channels), taylor (of heads), wanda,
     magnitude or random."""
 
     calibration: str | None = None
@@ -68,7 +68,7 @@ class PruneOptions:
 
     pattern: str = "2:4"
     """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern as
-    channels:0.5, heads:0.5, blocks:32x32:0.5, channels:0.75+2:4."""
+    channels:0.5, heads:0.5, channels:0.75+2:4."""
 
     num_sequences: int = field(default=128, metadata={"at_least": 1})
     """Calibration sequences."""

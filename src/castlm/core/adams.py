@@ -73,8 +73,7 @@ class AdamS(Optimizer):
         decay: `"horizon"`, `"proportional"`, `"additive"` or `"none"`, see `castlm.core.decay`.
         decay_end: share of `T` after which `"horizon"` has every masked weight at zero, 0 < decay_end <= 1.
         second_moment: `"gradient"` (not with a decay that needs `lam`) or `"mix"`. None uses `"gradient"` if it can.
-        moments: `"fp32"`, `"bf16"` (the first moment) or `"8bit"` (both), which need less memory; see
-            `castlm.core.moments`.
+        moments: `"fp32"`, or `"8bit"`, which needs 6 bytes less for each weight; see `castlm.core.moments`.
         weight_decay: decoupled weight decay, as in AdamW, of groups with `"sparse": False`; unused by sparse groups.
         fused: run the update in one pass over memory. None uses the C++ kernels for float32 parameters on a CPU if they
             are compiled. True requires them on a CPU, and uses `torch.compile` on other devices, for the refresh of the

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.core.pattern_base import Pattern
-from castlm.core.structured import Blocks, Channels, Heads, Structured, cut
+from castlm.core.structured import Channels, Heads, Structured, cut
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Combined(Pattern):
     def parse_form(cls, text: str) -> Combined | None:
         first, plus, second = text.partition("+")
         inner = NM.parse_form(second) if plus else None
-        outer = next((found for kind in (Channels, Heads, Blocks) if (found := kind.parse_form(first))), None)
+        outer = next((found for kind in (Channels, Heads) if (found := kind.parse_form(first))), None)
         if inner is None or outer is None:
             return None
         # the columns of down are the kept channels; of o they are whole heads, whose size mostly divides by m
@@ -52,21 +52,17 @@ class Combined(Pattern):
         return units + [(name,) for name in names if name not in grouped]
 
     def misfit(self, shape: Sequence[int]) -> str | None:
-        outer = self.outer.misfit(shape) if isinstance(self.outer, Blocks) else None
-        return outer or self.inner.misfit(shape)
+        return self.inner.misfit(shape)
 
     def mask(self, weight: Tensor) -> Tensor:
-        if not isinstance(self.outer, Blocks):
-            raise InputError(f"pattern {self} masks several weights together: use unit_masks")
-        self.check_shape(weight.shape)
-        return self.unit_masks([weight])[0]
+        raise InputError(f"pattern {self} masks several weights together: use unit_masks")
 
     def violations(self, weight: Tensor) -> int:
-        """Of tiles and groups, where the units are tiles; else 0, and `unit_violations` counts."""
-        return self.unit_violations([weight]) if isinstance(self.outer, Blocks) else 0
+        """Returns 0: a single weight does not determine the number of kept units; `unit_violations` counts."""
+        return 0
 
     def unit_masks(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        if self._is_alone(weights):
+        if len(weights) == 1:  # a layer outside of the units of `outer`
             return [self.inner.mask(weight) for weight in weights]
         return self.masks_within(self.outer.kept_units(weights), weights)
 
@@ -75,8 +71,6 @@ class Combined(Pattern):
         import torch
 
         outer = self.outer.expand(kept, weights)
-        if isinstance(self.outer, Blocks):
-            return [mask & self.inner.mask(weight) for mask, weight in zip(outer, weights)]
         masks = []
         for weight, mask in zip(weights, outer):
             small = self.inner.mask(cut(weight, mask))
@@ -84,17 +78,11 @@ class Combined(Pattern):
         return masks
 
     def unit_violations(self, weights: Sequence[Tensor]) -> int:
-        if self._is_alone(weights):
+        if len(weights) == 1:
             return sum(self.inner.violations(weight) for weight in weights)
         found = self.outer.unit_violations(weights)
-        if isinstance(self.outer, Blocks):
-            return found + sum(self.inner.violations(weight) for weight in weights)
         outer = self.outer.expand(self.outer.kept_units(weights), weights)
         return found + sum(self.inner.violations(cut(weight, mask)) for weight, mask in zip(weights, outer))
-
-    def _is_alone(self, weights: Sequence[Tensor]) -> bool:
-        """Whether these are the weights of a layer outside of the units of `outer`."""
-        return len(weights) == 1 and not isinstance(self.outer, Blocks)
 
 
 def is_structured(pattern: Pattern) -> bool:

@@ -25,8 +25,8 @@
 extern "C" {
 
 // The part of one parameter on this rank, contiguous. Each row of `mask` starts at a byte, and `width` is the number of
-// weights in such a row; where rows fill whole bytes, the parameter is passed as a single row. `exp_avg` is fp32 or
-// bf16. Both moments are uint8 if `block` is not 0, with one scale for each `block` weights.
+// weights in such a row; where rows fill whole bytes, the parameter is passed as a single row. The moments are fp32, or
+// uint8 if `block` is not 0, with one scale for each `block` weights.
 struct Parameter {
   float* weight;
   const float* grad;
@@ -108,31 +108,14 @@ void for_each_run(const Parameter* parameters, int64_t count, int64_t size, int 
   for (std::thread& other : others) other.join();
 }
 
-using BFloat16 = uint16_t;
-
-INLINE float load(float value) { return value; }
-INLINE float load(BFloat16 value) {
-  const uint32_t bits = uint32_t(value) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, 4);
-  return wide;
-}
-INLINE void store(float& to, float value) { to = value; }
-INLINE void store(BFloat16& to, float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest);
-}
-
 // Updates `count` weights, at most 32, with their bits of the mask.
-template <bool square_mix, class First>
-INLINE void update_word(float* __restrict weight, const float* __restrict grad, First* __restrict exp_avg,
+template <bool square_mix>
+INLINE void update_word(float* __restrict weight, const float* __restrict grad, float* __restrict exp_avg,
                         float* __restrict exp_avg_sq, uint32_t kept_bits, int64_t count,
                         Hyper hyper) {
   for (int k = 0; k < count; ++k) {
     const bool kept = kept_bits >> k & 1;
-    const float g = grad[k], w = weight[k], old = load(exp_avg[k]), old_sq = exp_avg_sq[k];
+    const float g = grad[k], w = weight[k], old = exp_avg[k], old_sq = exp_avg_sq[k];
     const float momentum = old + (g - old) * hyper.one_less_beta1;
     const float sign = w > 0 ? 1.0f : w < 0 ? -1.0f : 0.0f;
     const float mix = kept ? momentum : momentum * hyper.keep + hyper.pull * sign;
@@ -140,13 +123,13 @@ INLINE void update_word(float* __restrict weight, const float* __restrict grad, 
     const float second = old_sq + (squared - old_sq) * hyper.one_less_beta2;
     const float moved = w - hyper.rate * mix / (__builtin_sqrtf(second) + hyper.eps);
     weight[k] = kept ? moved : moved * hyper.remaining;
-    store(exp_avg[k], momentum);
+    exp_avg[k] = momentum;
     exp_avg_sq[k] = second;
   }
 }
 
-template <bool square_mix, class First>
-INLINE void update_words(float* weight, const float* grad, First* exp_avg, float* exp_avg_sq, const uint8_t* mask,
+template <bool square_mix>
+INLINE void update_words(float* weight, const float* grad, float* exp_avg, float* exp_avg_sq, const uint8_t* mask,
                          int64_t count, Hyper hyper) {
   for (int64_t i = 0; i < count; i += 32) {
     const int64_t length = std::min<int64_t>(32, count - i);
@@ -161,8 +144,7 @@ INLINE void update_words(float* weight, const float* grad, First* exp_avg, float
   }
 }
 
-template <class First>
-INLINE void update_run(float* weight, const float* grad, First* exp_avg, float* exp_avg_sq, const uint8_t* mask,
+INLINE void update_run(float* weight, const float* grad, float* exp_avg, float* exp_avg_sq, const uint8_t* mask,
                        int64_t count, Hyper hyper, bool square_mix) {
   if (square_mix)
     update_words<true>(weight, grad, exp_avg, exp_avg_sq, mask, count, hyper);
@@ -304,13 +286,6 @@ EACH_CPU static void update_fp32(const Run& run, const Hyper& hyper, bool square
              run.mask(), run.length(), hyper, square_mix);
 }
 
-EACH_CPU static void update_bf16(const Run& run, const Hyper& hyper, bool square_mix) {
-  const Parameter& p = run.of;
-  const int64_t at = run.at();
-  update_run(p.weight + at, p.grad + at, static_cast<BFloat16*>(p.exp_avg) + at,
-             static_cast<float*>(p.exp_avg_sq) + at, run.mask(), run.length(), hyper, square_mix);
-}
-
 EACH_CPU static void update_8bit(const Run& run, const Hyper& hyper, bool square_mix, const Codes* maps) {
   const Parameter& p = run.of;
   const uint8_t* mask = run.mask();
@@ -339,17 +314,15 @@ EACH_CPU static Refreshed refresh_8(const float* weight, uint8_t* mask, int64_t 
 
 extern "C" {
 
-int32_t castlm_kernels_version = 1;  // of these structures and signatures; `native.py` expects its own number
+int32_t castlm_kernels_version = 2;  // of these structures and signatures; `native.py` expects its own number
 
-// `castlm.core.update.adams_update` of all parameters, in place. The first moments are bf16 if `bf16` is set and there
-// are no scales. `maps` holds the codes of the first moment and of the second.
-void castlm_update(const Parameter* parameters, int64_t count, const Hyper* hyper, int square_mix, int bf16,
-                   const Codes* maps, int num_threads) {
+// `castlm.core.update.adams_update` of all parameters, in place. `maps` holds the codes of the first moment and of the
+// second.
+void castlm_update(const Parameter* parameters, int64_t count, const Hyper* hyper, int square_mix, const Codes* maps,
+                   int num_threads) {
   for_each_run(parameters, count, kRun, num_threads, [=](const Run& run) {
     if (run.of.block)
       update_8bit(run, *hyper, square_mix, maps);
-    else if (bf16)
-      update_bf16(run, *hyper, square_mix);
     else
       update_fp32(run, *hyper, square_mix);
   });

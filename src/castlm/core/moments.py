@@ -1,4 +1,4 @@
-"""How AdamS stores its two moments: in fp32, the first in bf16, or both in 8 bits with a scale per block of weights.
+"""How AdamS stores its two moments: in the dtype of the weight, or in 8 bits with a scale per block of weights.
 
 The 8-bit codes are those of bitsandbytes and torchao (dynamic map, block-wise: Dettmers et al. 2021, arXiv 2110.02861).
 They are computed by arithmetic that vectorizes instead of looked up in a table, and stored as plain tensors whose rows
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from castlm.core.shards import like_rows, local
 
-MOMENTS = ("fp32", "bf16", "8bit")
+MOMENTS = ("fp32", "8bit")
 MOMENT_KEYS = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
 LONGEST_BLOCK, _SHORTEST = 256, 32  # weights that share a scale
 _LEAST = 4096  # a parameter with fewer weights keeps its moments in its own dtype
@@ -33,11 +33,8 @@ def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
     """
     block = block_size(param) if moments == "8bit" else 0
     if not block:
-        first = torch.bfloat16 if moments == "bf16" else param.dtype
-        return {
-            "exp_avg": torch.zeros_like(param, dtype=first, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
-        }
+        zeros = (torch.zeros_like(param, memory_format=torch.preserve_format) for _ in range(2))
+        return dict(zip(("exp_avg", "exp_avg_sq"), zeros))
     *rows, width = local(param).shape
     state = {}
     for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):

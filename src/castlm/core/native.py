@@ -21,7 +21,7 @@ NOT_BUILT = "the C++ kernels were not compiled: reinstall castlm on a machine wi
 MOST_GROUPED = 256
 """The largest m of an n:m pattern for which the kernels make masks."""
 
-_VERSION = 1  # of kernels.cpp
+_VERSION = 2  # of kernels.cpp
 _POINTERS = ("weight", "grad", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "mask")
 _NUM_HYPER = 7
 
@@ -57,7 +57,7 @@ def load_kernels(path: str) -> ctypes.CDLL:
         raise InputError(f"{path} belongs to another version of castlm: reinstall castlm")
     parameters, number = ctypes.POINTER(_Parameter), ctypes.c_int
     hyper, maps = ctypes.POINTER(ctypes.c_float), ctypes.POINTER(_Codes)
-    library.castlm_update.argtypes = [parameters, ctypes.c_int64, hyper, number, number, maps, number]
+    library.castlm_update.argtypes = [parameters, ctypes.c_int64, hyper, number, maps, number]
     library.castlm_update.restype = None
     library.castlm_refresh.argtypes = [parameters, ctypes.c_int64, number, number, number]
     library.castlm_refresh.restype = ctypes.c_int64
@@ -110,12 +110,8 @@ def update_(
     if len({mask is None for mask in masks}) > 1:
         raise InputError("the fused update takes either sparse or dense parameters in one call")
     in_8bit = "exp_avg_scale" in moments
-    first = moments["exp_avg"][0].dtype if moments["exp_avg"] and not in_8bit else torch.float32
-    if first not in (torch.float32, torch.bfloat16):
-        raise InputError(f"the fused update keeps the first moment in float32 or bfloat16, not {first}")
-    dtypes = {"grad": torch.float32, "exp_avg": first, "exp_avg_sq": torch.float32}
-    if in_8bit:
-        dtypes |= {"exp_avg": torch.uint8, "exp_avg_sq": torch.uint8}
+    stored = torch.uint8 if in_8bit else torch.float32
+    dtypes = {"grad": torch.float32, "exp_avg": stored, "exp_avg_sq": stored}
     parameters = _parameters(weights, masks)
     for name, column in (("grad", grads), *moments.items()):
         if len(column) != len(weights):
@@ -131,7 +127,6 @@ def update_(
         len(parameters),
         (ctypes.c_float * _NUM_HYPER)(*hyper),
         second_moment == "mix" and masks[0] is not None,
-        first == torch.bfloat16,
         _maps(),
         torch.get_num_threads(),
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from castlm.core.combined import Combined
 from castlm.core.nm import NM
 from castlm.core.pattern_base import Pattern
-from castlm.core.structured import Blocks, Channels, Heads
+from castlm.core.structured import Channels, Heads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = [
     "NM",
     "PATTERNS",
-    "Blocks",
     "Channels",
     "Combined",
     "Heads",
@@ -30,7 +29,7 @@ __all__ = [
     "nm_mask",
 ]
 
-PATTERNS: tuple[type[Pattern], ...] = (NM, Channels, Heads, Blocks, Combined)
+PATTERNS: tuple[type[Pattern], ...] = (NM, Channels, Heads, Combined)
 """The patterns that `Pattern.parse` tries, in this order."""
 Pattern.table = PATTERNS
 

@@ -1,9 +1,9 @@
-"""Patterns that mask whole units: MLP channels, KV groups of attention heads, and tiles.
+"""Patterns that mask whole units: MLP channels, and KV groups of attention heads.
 
-A unit lies in one weight (a tile) or in several at once (a channel is a row of gate and of up, and a column of down).
-All units of a layer are ranked by one number each, and the number that is kept is the same in every layer. Channels and
-heads that are masked can be cut out at the end, which `castlm.export.cut` does; biases need no mask for that, because
-nothing of a unit reaches the output once its columns of the last weight are zero.
+A unit lies in several weights at once: a channel is a row of gate and of up, and a column of down. All units of a
+transformer block are ranked by one number each, and every block keeps the same number of them. Masked units are cut out
+of the model at the end, which `castlm.export.cut` does; biases need no mask for that, because nothing of a unit reaches
+the output once its columns of the last weight are zero.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ class Structured(Pattern):
     kept: float
     multiple: int
     """What the number of kept units divides by."""
-    cuts: ClassVar[bool] = False
-    """Whether a masked unit can be removed from the model, as `castlm.export.cut` does."""
 
     def __post_init__(self) -> None:
         if not 0 < self.kept < 1:
@@ -135,7 +133,6 @@ class Channels(Structured):
 
     form: ClassVar[str] = "channels:SHARE (MLP channels, SHARE of them kept)"
     outside: ClassVar[str] = "not of the channels of an MLP"
-    cuts: ClassVar[bool] = True
     parts: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("gate_proj", "up_proj", "down_proj"),
         ("fc1", "fc2"),
@@ -182,7 +179,6 @@ class Heads(Structured):
 
     form: ClassVar[str] = "heads:SHARE (KV heads with their query heads)"
     outside: ClassVar[str] = "not of the heads of an attention with weights of its own for q, k, v"
-    cuts: ClassVar[bool] = True
     parts: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("q_proj", "k_proj", "v_proj", "o_proj"),
         ("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -233,64 +229,6 @@ class Heads(Structured):
         *inner, out = weights
         of_rows = [kept.repeat_interleave(rows.shape[0] // len(kept))[:, None].expand_as(rows) for rows in inner]
         return [*of_rows, kept.repeat_interleave(out.shape[1] // len(kept)).expand_as(out)]
-
-
-@dataclass(frozen=True)
-class Blocks(Structured):
-    """Tiles of `rows` x `columns` weights, the same share of every weight.
-
-    Examples:
-        >>> import torch
-        >>> Blocks(1, 2, 0.5).unit_masks([torch.tensor([[1.0, 1.0, 0.0, 3.0]])])[0]
-        tensor([[False, False,  True,  True]])
-    """
-
-    rows: int
-    columns: int
-    kept: float
-    multiple: int = field(default=1, compare=False, repr=False)
-
-    form: ClassVar[str] = "blocks:ROWSxCOLUMNS:SHARE (tiles of each weight)"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rows < 1 or self.columns < 1:
-            raise InputError(f"pattern {self} has tiles without weights: try blocks:32x32:0.5")
-
-    def __str__(self) -> str:
-        return f"blocks:{self.rows}x{self.columns}:{self.kept:g}"
-
-    @classmethod
-    def parse_form(cls, text: str) -> Blocks | None:
-        found = re.fullmatch(r"blocks:([0-9]{1,5})x([0-9]{1,5}):(\S+)", text)
-        if not found or not _FRACTION.fullmatch(found[3]):
-            return None
-        return cls(int(found[1]), int(found[2]), float(found[3]))
-
-    def misfit(self, shape: Sequence[int]) -> str | None:
-        if len(shape) != 2 or shape[0] % self.rows or shape[1] % self.columns:
-            return f"its shape {'x'.join(map(str, shape))} does not divide into tiles of {self.rows}x{self.columns}"
-        tiles = shape[0] // self.rows * (shape[1] // self.columns)
-        return None if 0 < round(self.kept * tiles) < tiles else f"it has only {tiles} tiles"
-
-    def mask(self, weight: Tensor) -> Tensor:
-        self.check_shape(weight.shape)
-        return self.unit_masks([weight])[0]
-
-    def violations(self, weight: Tensor) -> int:
-        """The number of tiles of `weight` with a non-zero beyond those that the pattern keeps."""
-        self.check_shape(weight.shape)
-        return self.unit_violations([weight])
-
-    def sums(self, values: Sequence[Tensor]) -> Tensor:
-        (weight,) = values
-        height, width = weight.shape
-        return weight.reshape(height // self.rows, self.rows, width // self.columns, self.columns).sum((1, 3)).flatten()
-
-    def expand(self, kept: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-        (weight,) = weights
-        tiles = kept.view(weight.shape[0] // self.rows, -1)
-        return [tiles.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)]
 
 
 def cut(weight: Tensor, mask: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def adams_update(
     hyper: Tensor,
     second_moment: str = "mix",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One AdamS step on tensors of one shape and dtype (`exp_avg` may be bfloat16); plain Adam without `mask`.
+    """One AdamS step on tensors of one shape and dtype; plain Adam without `mask`.
 
     CAST, arXiv 2509.25996, Alg. 1 and Eq. 7-8, with our `"horizon"` decay and `"gradient"` second moment.
 
@@ -45,7 +45,6 @@ def adams_update(
         where weights are kept; of the raw gradient if `mask` is None or `second_moment` is `"gradient"`).
     """
     rate, eps, one_less_beta1, one_less_beta2, pull, keep, remaining = hyper.unbind()
-    exp_avg = exp_avg.to(weight.dtype)
     exp_avg = exp_avg + (grad - exp_avg) * one_less_beta1
     mix = exp_avg if mask is None else torch.where(mask, exp_avg, exp_avg * keep + pull * weight.sign())
     to_square = grad if mask is None or second_moment == "gradient" else mix

@@ -16,7 +16,7 @@ import yaml
 from castlm.core.blocks import in_block
 from castlm.core.pattern import NM, Pattern
 from castlm.export.cut_sizes import unit_of
-from castlm.export.unit_count import groups_of, tiles_of
+from castlm.export.unit_count import groups_of
 from castlm.names import markdown, markdown_code
 
 _HUB_SOURCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<rest>@\S+| \(.+\))?")  # as `Loaded.source` names it
@@ -75,10 +75,6 @@ _STORED_ZEROS = (
     "The zeros are stored, so the files are as large as those of the dense model and load wherever it does. Faster or\n"
     "smaller inference needs kernels for the pattern, such as `torch.sparse.to_sparse_semi_structured` for 2:4 on an "
     "NVIDIA\nGPU."
-)
-_STORED_TILES = (
-    "The zeros are stored, so the files are as large as those of the dense model and load wherever it does. Faster or\n"
-    "smaller inference needs kernels for sparse tiles."
 )
 
 
@@ -154,27 +150,20 @@ def _cut_text(cut: Mapping[str, Any] | None) -> list[str]:
 
 
 def _meaning(pattern: Pattern) -> list[str]:
-    """What the pattern says of the weights that are stored."""
-    groups, tiles = groups_of(pattern), tiles_of(pattern)
-    found = []
-    if tiles is not None:
-        size = f"{tiles.rows} x {tiles.columns}"
-        found.append(
-            f"each linear layer inside the transformer blocks is divided into tiles of {size} weights, of which "
-            f"{tiles.kept:.2%} are non-zero."
-        )
-    if groups is not None:
-        found.append(
-            f"of every {groups.m}\nconsecutive weights along the input axis of each linear layer inside the "
-            f"transformer blocks, at most {groups.n} are non-zero."
-        )
-    return found
+    """The sentences that the pattern adds about the stored weights."""
+    groups = groups_of(pattern)
+    if groups is None:
+        return []
+    return [
+        f"of every {groups.m}\nconsecutive weights along the input axis of each linear layer inside the "
+        f"transformer blocks, at most {groups.n} are non-zero."
+    ]
 
 
 def _storage(pattern: Pattern, is_cut: bool) -> str:
-    if is_cut and groups_of(pattern) is None:
+    if groups_of(pattern) is None:
         return "The model is dense and smaller than its base: it needs no kernels of its own."
-    return _STORED_ZEROS if groups_of(pattern) else _STORED_TILES
+    return _STORED_ZEROS
 
 
 def _hub_model(source: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import Blocks, Channels, Combined, Heads, Pattern
+from castlm.core.pattern import Channels, Combined, Heads, Pattern
 
 _GATED = (
     *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3", "granite", "seed_oss", "ernie4_5"),
@@ -27,7 +27,7 @@ HEADS = frozenset(_GATED) - {"helium", "olmo", "olmo2", "olmo3", "cohere", "stab
 
 
 def cut_pattern(pattern: Pattern) -> Channels | Heads | None:
-    """What `pattern` cuts out of a model; None if it only sets weights to zero.
+    """The part of `pattern` that is cut out of a model; None if it only sets weights to zero.
 
     Examples:
         >>> str(cut_pattern(Pattern.parse("channels:0.75+2:4")))
@@ -43,7 +43,7 @@ def check_family(pattern: Pattern, model_type: object) -> None:
     if isinstance(outer, Channels) and model_type not in CHANNELS:
         raise InputError(
             f"pattern {pattern}: castlm cannot cut channels out of {model_type}, only out of "
-            f"{', '.join(sorted(CHANNELS))}; use 2:4 or blocks:32x32:0.5"
+            f"{', '.join(sorted(CHANNELS))}; use 2:4"
         )
     if isinstance(outer, Heads) and model_type not in HEADS:
         raise InputError(
@@ -99,4 +99,4 @@ def unit_of(pattern: Pattern) -> str:
     """What is counted in a model of this pattern, in the plural."""
     if isinstance(pattern, Combined):
         return f"{unit_of(pattern.outer)} and groups"
-    return {Channels: "channels", Heads: "KV heads", Blocks: "tiles"}.get(type(pattern), "groups")
+    return {Channels: "channels", Heads: "KV heads"}.get(type(pattern), "groups")

@@ -24,7 +24,7 @@ from castlm.export.folder import is_packed, read_config, read_manifest, stored_t
 from castlm.export.pack_plan import PackPlan, plan_pack
 from castlm.export.packed_card import packed_card, unpacked_card
 from castlm.export.stream import write_safetensors
-from castlm.export.unit_count import groups_of, tiles_of
+from castlm.export.unit_count import groups_of
 from castlm.export.verify import verify
 from castlm.files.atomic_dir import atomic_dir
 from castlm.files.atomic_file import atomic_write_json
@@ -163,7 +163,7 @@ def _write_rest(source: Path, folder: Path, plan: PackPlan, n: int, m: int) -> N
     atomic_write_json(folder / "config.json", config)
     manifest = read_manifest(source)
     recorded = Pattern.parse(str(manifest.get("pattern") or f"{n}:{m}"))
-    is_counted = groups_of(recorded) == NM(n, m) and tiles_of(recorded) is None  # by `verify`, in a packed folder
+    is_counted = groups_of(recorded) == NM(n, m)  # by `verify`, in a packed folder
     manifest["pattern"] = str(recorded) if is_counted else f"{n}:{m}"
     manifest["packed"] = {"format": format.VERSION, "castlm": __version__}
     manifest.pop("files", None)  # of the source

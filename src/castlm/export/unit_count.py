@@ -1,4 +1,4 @@
-"""What `verify` counts of structured patterns: tiles with a non-zero, and the channels or heads left of the base."""
+"""The channels or heads that a model has left of its base, which `verify` counts for structured patterns."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM, Blocks, Channels, Combined, Heads, Pattern
+from castlm.core.pattern import NM, Channels, Combined, Heads, Pattern
 from castlm.export.cut_sizes import cut_pattern, sizes_after, sizes_of
 from castlm.export.report import LayerReport, VerifyReport
 from castlm.files.reading import read_json_object, user_path
-from castlm.files.stored import StoredTensor, magnitude_chunks
 
 _SAME = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
 """Fields in which a model that is cut does not differ from its base."""
@@ -23,29 +20,6 @@ def groups_of(pattern: Pattern) -> NM | None:
     """The n:m part of a pattern; None if it has none."""
     inner = pattern.inner if isinstance(pattern, Combined) else pattern
     return inner if isinstance(inner, NM) else None
-
-
-def tiles_of(pattern: Pattern) -> Blocks | None:
-    """The part of a pattern that masks tiles; None if it has none."""
-    outer = pattern.outer if isinstance(pattern, Combined) else pattern
-    return outer if isinstance(outer, Blocks) else None
-
-
-def count_tiles(layer: LayerReport, tensor: StoredTensor, tiles: Blocks) -> None:
-    """Adds the tiles of a 2-D weight to its report: one violation for each with a non-zero beyond the share."""
-    transposed = layer.axis == 0
-    shape = tensor.shape[::-1] if transposed else tensor.shape
-    if reason := tiles.misfit(shape):
-        layer.problem = reason
-        return
-    height, width = (tiles.columns, tiles.rows) if transposed else (tiles.rows, tiles.columns)
-    columns = tensor.shape[1]
-    total, alive = tensor.shape[0] // height * (columns // width), 0
-    for bits in magnitude_chunks(tensor, height * columns):
-        grid = (bits != 0).reshape(-1, height, columns // width, width)
-        alive += int(np.count_nonzero(grid.any((1, 3))))
-    layer.num_groups += total
-    layer.num_violations += max(0, alive - tiles.num_kept(total))
 
 
 def base_config(

@@ -24,7 +24,7 @@ from castlm.export.folder import is_packed, read_config, stored_tensors
 from castlm.export.layers import check_layers
 from castlm.export.packed_count import Packed, count_packed_layer, take_packed
 from castlm.export.report import LayerReport, VerifyReport
-from castlm.export.unit_count import base_config, count_tiles, count_units, groups_of, tiles_of
+from castlm.export.unit_count import base_config, count_units, groups_of
 from castlm.files.reading import read_json_object, user_path
 from castlm.files.stored import FLOATS, SINGLE, StoredTensor, count_non_finite, magnitude_chunks, non_finite_of
 from castlm.inference import format
@@ -45,8 +45,8 @@ def verify(
 ) -> VerifyReport:
     """Counts every n:m group of a Hugging Face checkpoint: a folder, sharded or not, or one .safetensors file.
 
-    Of a structured pattern it counts the tiles with a non-zero, or the channels and heads that are left of those of the
-    dense model; a model in which they are zero but not cut out does not have the pattern.
+    For a structured pattern it counts the channels or heads that are left of those of the dense model. A model in which
+    they are zero but not cut out does not have the pattern.
 
     The pattern applies to every 2-D weight inside the transformer blocks, whatever its name, except embeddings and the
     norms of queries and keys. Groups run along the input axis, which is the first one where the family stores Conv1D
@@ -231,16 +231,17 @@ def _method(config: Mapping[str, Any]) -> str:
 
 
 def _count(tensor: StoredTensor, pattern: Pattern, axis: int, packed: Packed | None) -> LayerReport:
-    """Counts what one tensor holds of `pattern`: values, groups and tiles. Units are counted over all layers."""
-    groups, tiles = groups_of(pattern), tiles_of(pattern)
+    """Counts the values of one tensor, and the groups of the n:m part of `pattern`.
+
+    Units are counted over all layers, by `count_units`.
+    """
+    groups = groups_of(pattern)
     if packed is not None:
-        if groups is None or tiles is not None:
+        if groups is None:
             raise InputError(f"{tensor.name} is packed, which is for n:m: verify {pattern} before the model is packed")
         return count_packed_layer(tensor, packed, groups)
     layer = LayerReport(tensor.name, tensor.shape, tensor.dtype, axis)
     _count_groups(layer, tensor, groups)
-    if tiles is not None:
-        count_tiles(layer, tensor, tiles)
     return layer
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
-from castlm.core.pattern import Blocks, Channels, Combined, Heads, Pattern
+from castlm.core.pattern import Channels, Combined, Heads, Pattern
 from castlm.fields import Bound
 
 T = TypeVar("T")
@@ -20,7 +20,7 @@ UNIT_SCORES = ("magnitude", "wanda", "flap", "taylor", "random")
 """How the units of structured patterns can be ranked: the rows of `castlm.oneshot.units.SCORES`."""
 CALIBRATED = ("sparsegpt", *(name for name in UNIT_SCORES if name != "magnitude"))
 """Starts that read calibration text."""
-_DEFAULT_STARTS: dict[type, str] = {Channels: "flap", Heads: "taylor", Blocks: "wanda"}
+_DEFAULT_STARTS: dict[type, str] = {Channels: "flap", Heads: "taylor"}
 # docs/results/structured.md has the figures that decided
 
 

@@ -1,4 +1,4 @@
-"""One-shot pruning of whole units: which channels, KV heads or tiles stay, and what the others' work becomes.
+"""One-shot pruning of whole units: which channels or KV heads stay, and what the others' work becomes.
 
 Every score is a sum over the weights of a unit. For each transformer block in turn, the inputs of its layers are
 collected while it is still dense; then its units are ranked and those that go are set to zero. With `refit_iterations`,
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import Blocks, Combined, Pattern
+from castlm.core.pattern import Combined, Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.core.structured import Structured
 from castlm.hardware import autocast
@@ -103,7 +103,7 @@ class UnitSettings(NamedTuple):
     damping: float = 0.01
     """Share of the mean of the diagonal of X^T X that is added to it, for the least squares."""
     refit_iterations: int = 0
-    """0 leaves the kept weights as they are, as published. Tiles and n:m take as many steps of conjugate gradients;
+    """0 leaves the kept weights as they are, as published. n:m takes as many steps of conjugate gradients;
     the columns that are left of an output layer are solved for exactly."""
     seed: int = 0
 
@@ -253,18 +253,15 @@ class _Pruning:
     ) -> dict[str, tuple[Tensor, float]]:
         """The new weights of one unit group, each with the damping that it took."""
         pattern, outer, weights = self.pattern, self.outer, list(dense.values())
-        if len(unit) == 1 and not isinstance(outer, Blocks):  # n:m alone
+        if len(unit) == 1:  # n:m alone
             whole = torch.ones_like(weights[0], dtype=torch.bool)
             return {name: self._groups_in(dense[name], whole, inputs.get(name)) for name in unit}
         kept = outer.best(self.scores.pop(unit) if unit in self.scores else self._score(dense, inputs, {}))
         damping, solved = max(self.to.damping, MIN_DAMPING), {}
         for name, weight, mask in zip(unit, weights, outer.expand(kept, weights)):
             new = weight.masked_fill(~mask, 0)
-            if self.to.refit_iterations and name in inputs:
-                if isinstance(outer, Blocks):
-                    new = self._refitted(new, weight, inputs[name].gram)
-                elif name == unit[-1]:
-                    new[:, mask[0]] = solve_columns(weight, mask[0], inputs[name].gram, damping)
+            if self.to.refit_iterations and name in inputs and name == unit[-1]:
+                new[:, mask[0]] = solve_columns(weight, mask[0], inputs[name].gram, damping)
             groups = isinstance(pattern, Combined)
             solved[name] = self._groups_in(new, mask, inputs.get(name)) if groups else (new, self.to.damping)
         return solved
@@ -286,10 +283,6 @@ class _Pruning:
         """
         assert isinstance(self.pattern, Combined)
         inner, damping = self.pattern.inner, self.to.damping
-        if isinstance(self.pattern.outer, Blocks):
-            new = weight.masked_fill(~inner.mask(weight), 0)
-            refits = statistic is not None and self.to.refit_iterations
-            return (self._refitted(new, weight, statistic.gram) if refits and statistic is not None else new), damping
         rows, columns = mask.any(1), mask.any(0)
         small = weight[rows][:, columns].contiguous()
         if statistic is None:

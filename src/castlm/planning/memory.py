@@ -131,7 +131,7 @@ def plan_memory(
     With P parameters, S of them sparse, R ranks, c bytes of the compute type, T = micro_batch * seq_len tokens, hidden
     size H, vocabulary V and L blocks of P_b parameters each:
 
-    - weights 4P/R, gradients 4P/R, moments 8P/R (bf16: 6P/R; 8bit: 2P/R and 8/R for each block of a matrix, 8P/R of
+    - weights 4P/R, gradients 4P/R, moments 8P/R (8bit: 2P/R and 8/R for each block of a matrix, 8P/R of
       the rest), masks 1/4 S/R (the current and the first, in bits), teacher P/R in its own type;
     - activations: L times what autograd saves in one block, found by tracing. In fp32 a LLaMA block of inner size I,
       with as many key as query heads, saves 4T (10H + 4I): input, normalised input and output of both norms; q, k, v
@@ -159,7 +159,7 @@ def plan_memory(
         hidden_states: whether the teacher's hidden states are distilled; no effect without a teacher.
         compute_dtype: "bf16" or "fp32", of the forward and backward pass; master weights are fp32.
         chunk_tokens: tokens whose logits are in memory at once (default of the loss: 1,024 on a GPU, 192 on a CPU).
-        moments: "fp32", "bf16" or "8bit", as `AdamS` has them.
+        moments: "fp32" or "8bit", as `AdamS` has them.
         calibration_tokens: tokens of calibration text of the start (SparseGPT or Wanda); 0 if it needs none, which
             leaves no phase `start`.
         gpu_gib: memory of a card in GiB, to check whether the run fits. The plan is then of the card's memory, without

@@ -36,8 +36,8 @@ class ModelOptions:
 
     pattern: str = field(default="2:4", kw_only=True)
     """n:m, where n of every m consecutive weights along the input axis are kept. Or a share of whole units, as
-    channels:0.5 (of the MLPs), heads:0.5 (KV heads with their query heads), blocks:32x32:0.5 (tiles); each with n:m as
-    channels:0.75+2:4. Channels and heads are cut out in the end."""
+    channels:0.5 (of the MLPs) or heads:0.5 (KV heads with their query heads), each with n:m as in channels:0.75+2:4.
+    Channels and heads are cut out in the end."""
 
     left_dense: tuple[str, ...] = field(default=(), kw_only=True)
     """More layers to leave dense: every layer whose name contains one of these texts."""
@@ -149,7 +149,7 @@ class StartOptions(Refinements, BasisOptions):
     init_from: str | None = essential(None)
     """Start of the run: magnitude, wanda, sparsegpt, or an n:m model (folder or hub id) whose masks and weights are
     taken. Structured patterns: magnitude, wanda, flap, taylor or random. The default for cast and finetune is
-    sparsegpt, flap for channels, taylor for heads and wanda for tiles; for the other methods it is magnitude."""
+    sparsegpt, flap for channels and taylor for heads; for the other methods it is magnitude."""
 
     calibration_sequences: int = 128
     """Training sequences that the start is calibrated on, except for magnitude and random."""
@@ -235,9 +235,8 @@ class OptimizerOptions:
     """What AdamS squares for its second moment: the gradient, as Adam does, or the paper's mix. The default is
     gradient wherever the decay allows it."""
 
-    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
-    """Storage of Adam's moments. bf16 stores the first moment in two bytes, 8bit both moments in one: about 2 and 6
-    bytes less per weight."""
+    moments: Literal["fp32", "8bit"] = "fp32"
+    """Storage of Adam's moments. 8bit stores each moment in one byte: about 6 bytes less per weight."""
 
     def bounds(self) -> Iterator[Bound]:
         yield "max_steps", 1 <= self.max_steps <= 10**9, "between 1 and 1000000000"
