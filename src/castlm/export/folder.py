@@ -66,8 +66,6 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
         return _one_file(path)
     if (path / "adapter_config.json").exists():
         raise InputError(f"{path} holds an adapter, not a model: merge it into its base model first")
-    if config.get("transformers_weights") is not None:
-        raise InputError(f"{path / 'config.json'} names other weights in transformers_weights: remove that entry")
     names = (packed.FILE, packed.INDEX) if is_packed(config) else (SINGLE, INDEX)
     single, index = (path / name for name in names)
     if single.exists():

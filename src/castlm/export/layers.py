@@ -1,221 +1,151 @@
-"""Which linear layers a checkpoint must hold, so that a missing or renamed one is noticed and not passed over.
+"""Asks transformers what it would load of a model folder: the weight files and the layers of the model.
 
-For the common families the names and shapes follow from config.json by `FAMILIES`, without torch. For the others
-transformers loads the checkpoint on the meta device, where weights take no memory, and says what it misses.
+`verify` counts what lies in the files, which says nothing where transformers opens other files or fills layers with
+random numbers. So the config and the model are made by transformers itself, on the meta device, where weights take no
+memory; a file without a config.json is compared with itself.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from castlm.core.blocks import is_block_linear, is_stacked_experts, is_tower
 from castlm.core.errors import InputError
 from castlm.files.stored import StoredTensor
-from castlm.models.layout import stored_transposed
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Config = Mapping[str, Any]
-Shape = tuple[int, int]
+
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
+"""Files that transformers takes for parts of a distributed checkpoint, before it looks for model.safetensors."""
 
 
-class Family(NamedTuple):
-    """Names of the linear layers of one `model_type`, and the fields of config.json that their sizes follow from."""
-
-    base: str
-    """What checkpoints of the model without its head leave out: `model.`, `transformer.`."""
-    block: str
-    """The list of transformer blocks, after `base`."""
-    layers: Mapping[str, tuple[str, str]]
-    """(out, in) by the name of a layer in a block: names of sizes, see `_sizes`."""
-    fields: Mapping[str, str]
-    """The family's own name of a field, by LLaMA's, where it differs."""
-    defaults: frozenset[str] = frozenset()
-    """Fields whose absence has the meaning that it has for LLaMA; for others the absence of a field is not guessed."""
-
-
-_ATTENTION = {"self_attn.q_proj": ("q", "h"), "self_attn.k_proj": ("kv", "h"), "self_attn.v_proj": ("kv", "h")}
-_LLAMA = {
-    **_ATTENTION,
-    "self_attn.o_proj": ("h", "q"),
-    "mlp.gate_proj": ("i", "h"),
-    "mlp.up_proj": ("i", "h"),
-    "mlp.down_proj": ("h", "i"),
-}
-_HEAD_DIM, _KV = "head_dim", "num_key_value_heads"
-
-
-def _llama(*defaults: str) -> Family:
-    return Family("model.", "layers", _LLAMA, {}, frozenset(defaults))
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": _llama(_HEAD_DIM, _KV),
-    "mistral": _llama(_HEAD_DIM),
-    "qwen2": _llama(_HEAD_DIM),
-    "qwen3": _llama(),
-    "gemma": _llama(),
-    "gemma2": _llama(),
-    "olmo": _llama(_HEAD_DIM),
-    "olmo2": _llama(_HEAD_DIM),
-    "smollm3": _llama(_HEAD_DIM),
-    "granite": _llama(_HEAD_DIM),
-    "phi3": Family(
-        "model.",
-        "layers",
-        {
-            "self_attn.qkv_proj": ("qkv", "h"),
-            "self_attn.o_proj": ("h", "q"),
-            "mlp.gate_up_proj": ("2i", "h"),
-            "mlp.down_proj": ("h", "i"),
-        },
-        {},
-        frozenset({_HEAD_DIM}),
-    ),
-    "gpt_neox": Family(
-        "gpt_neox.",
-        "layers",
-        {
-            "attention.query_key_value": ("3h", "h"),
-            "attention.dense": ("h", "h"),
-            "mlp.dense_h_to_4h": ("i", "h"),
-            "mlp.dense_4h_to_h": ("h", "i"),
-        },
-        {},
-    ),
-    "gpt2": Family(
-        "transformer.",
-        "h",
-        {
-            "attn.c_attn": ("3h", "h"),
-            "attn.c_proj": ("h", "h"),
-            "mlp.c_fc": ("i", "h"),
-            "mlp.c_proj": ("h", "i"),
-        },
-        {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "intermediate_size": "n_inner"},
-        frozenset({"intermediate_size"}),
-    ),
-    "opt": Family(
-        "model.",
-        "decoder.layers",
-        {
-            "self_attn.q_proj": ("h", "h"),
-            "self_attn.k_proj": ("h", "h"),
-            "self_attn.v_proj": ("h", "h"),
-            "self_attn.out_proj": ("h", "h"),
-            "fc1": ("i", "h"),
-            "fc2": ("h", "i"),
-        },
-        {"intermediate_size": "ffn_dim"},
-    ),
-}
-
-
-def check_layers(
-    path: Path,
-    tensors: Mapping[str, StoredTensor],
-    config: Config,
-    trust_config: bool,
-    ignored: Collection[str] = (),
-) -> str:
-    """Checks that a checkpoint holds every linear layer of its transformer blocks, and no other.
+def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config, ignored: Collection[str] = ()) -> str:
+    """Checks that transformers loads `tensors`, and that they are every linear layer of the model, and no other.
 
     Args:
-        path: of the checkpoint, for messages and for transformers.
-        config: the content of config.json; empty where there is none.
-        trust_config: whether config.json describes `tensors`; else the blocks are only compared with each other.
-        ignored: names of tensors that may be there and that config.json does not describe.
+        path: of the model folder.
+        tensors: what is stored there.
+        config: the content of config.json.
+        ignored: names of tensors that may be there and that the model does not have.
 
     Returns:
         What the layers were compared with, in words.
 
     Raises:
-        InputError: a layer is missing, is not described by config.json, or has another shape.
+        InputError: config.json sends transformers to other weights, or a layer is missing, has no place in the model,
+            or has another shape.
     """
-    if trust_config:
-        _refuse_absurd_counts(path, len(tensors), config)
-        family = FAMILIES.get(config["model_type"]) if isinstance(config.get("model_type"), str) else None
-        sizes = _sizes(family, config) if family else None
-        if family and sizes:
-            _compare(path, tensors, _expected(family, sizes, config), ignored)
-            return "config.json"
-        if not config.get("auto_map"):
-            _ask_transformers(path, tensors, ignored)
-            return "transformers"
-    _check_uniform(path, tensors)
-    return "each other"
-
-
-def _sizes(family: Family, config: Config) -> dict[str, int] | None:
-    """Sizes by name, with `h` hidden, `i` inner, `q` and `kv` all heads together; None where a field is not there."""
-
-    def field(name: str, default: Any = None) -> Any:
-        value = config.get(family.fields.get(name, name))
-        return default if value is None and name in family.defaults else value
-
-    hidden, heads = field("hidden_size"), config.get("num_attention_heads", config.get("n_head"))
-    if not _positive(hidden, heads, field("num_hidden_layers")):
-        return None
-    inner = field("intermediate_size", 4 * hidden)
-    sizes = {"h": hidden, "i": inner, "3h": 3 * hidden, "blocks": field("num_hidden_layers")}
-    used = {name for pair in family.layers.values() for name in pair}
-    if used & {"q", "kv", "qkv"}:
-        kv_heads, head_dim = field(_KV, heads), field(_HEAD_DIM, hidden // heads)
-        if not _positive(kv_heads, head_dim):
-            return None
-        sizes |= {"q": heads * head_dim, "kv": kv_heads * head_dim, "qkv": (heads + 2 * kv_heads) * head_dim}
-    return {**sizes, "2i": 2 * inner} if _positive(inner) else None
-
-
-def _positive(*values: Any) -> bool:
-    return all(type(value) is int and value > 0 for value in values)
-
-
-def _expected(family: Family, sizes: Mapping[str, int], config: Config) -> tuple[str, dict[str, Shape]]:
-    """The base prefix, and the stored shape of every layer's weight by its name."""
-    shapes = {}
-    for block in range(sizes["blocks"]):
-        for layer, (out, in_) in family.layers.items():
-            name = f"{family.base}{family.block}.{block}.{layer}.weight"
-            shape = (sizes[out], sizes[in_])
-            shapes[name] = shape[::-1] if stored_transposed(config["model_type"], name) else shape
-    return family.base, shapes
-
-
-def _compare(
-    path: Path,
-    tensors: Mapping[str, StoredTensor],
-    expected: tuple[str, dict[str, Shape]],
-    ignored: Collection[str],
-) -> None:
-    base, shapes = expected
-    if not any(name in tensors for name in shapes):  # a checkpoint of the model without its head
-        shapes = {name.removeprefix(base): shape for name, shape in shapes.items()}
-    missing = [name for name in shapes if name not in tensors]
-    if missing:
-        raise InputError(f"{path} lacks {_some(missing)} that its config.json asks for: fetch or write it again")
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
-            raise InputError(
-                f"{name} of {path} has the shape {tensors[name].shape}, and its config.json asks for {shape}: "
-                "they do not belong together"
-            )
-    _refuse_more(path, tensors, tensors.keys() - shapes.keys() - set(ignored))
-
-
-def _refuse_more(path: Path, tensors: Mapping[str, StoredTensor], others: Iterable[str]) -> None:
-    """Refuses the linear layers among the tensors that config.json does not describe."""
-    linear = (
+    check_redirections(path, config)
+    _refuse_absurd_counts(path, len(tensors), config)
+    if config.get("auto_map"):  # of a model with code of its own nobody here knows the layers
+        check_uniform(path, tensors)
+        return "each other"
+    unexpected = load_on_meta(path, config)
+    linear = [
         name
-        for name in others
-        if any(is_of(name, tensors[name].shape) for is_of in (is_block_linear, is_stacked_experts))
-    )
-    if more := sorted(linear):
+        for name in sorted(tensors.keys() & unexpected - set(ignored))
+        if is_block_linear(name, tensors[name].shape) or is_stacked_experts(name, tensors[name].shape)
+    ]
+    if linear:
         raise InputError(
-            f"{path} holds {_some(more)}, which its config.json does not describe: fetch or write it again"
+            f"{path} holds {_some(linear)}, which its config.json does not describe: fetch or write it again"
         )
+    return "transformers"
+
+
+def check_redirections(folder: Path, config: Config) -> None:
+    """Refuses what makes transformers read other files than config.json and the weights beside it.
+
+    `configuration_files` names another config.json, `transformers_weights` other weights. An `attribute_map` gives
+    fields other names, at any depth.
+    """
+    for key in ("configuration_files", "transformers_weights", "attribute_map"):
+        if any(name == key and value is not None for name, value in _fields(config)):
+            raise InputError(f"{folder / 'config.json'} names other weights or fields in {key}: remove that entry")
+    if any("quantization_config" in dict(_fields(value)) for value in config.values() if isinstance(value, dict)):
+        raise InputError(f"{folder / 'config.json'} hides a quantization_config in another entry: remove it")
+    if parts := [file.name for file in folder.iterdir() if _DISTRIBUTED.match(file.name)]:
+        raise InputError(f"{folder} holds {parts[0]}, a part of a distributed checkpoint: save the whole model")
+
+
+def load_on_meta(folder: Path, described: Config) -> set[str]:
+    """Loads the model folder without its data, as the class that its config.json names.
+
+    Args:
+        described: the content of config.json.
+
+    Returns:
+        The names of the stored tensors that the class does not have.
+
+    Raises:
+        InputError: transformers does not know the class, or would load other weights, or a weight is missing or has
+            another shape.
+    """
+    from transformers import AutoConfig
+
+    from castlm.models.opening import quiet_transformers
+
+    try:
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            _check_config_object(folder, config, described)
+            _, info = _class_of(folder, config).from_pretrained(
+                folder,
+                config=config,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+    except InputError:
+        raise
+    except Exception as error:  # every config fails in its own way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"transformers cannot say which layers {folder} should hold: {reason}") from error
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise InputError(
+            f"{name} of {folder} has the shape {tuple(stored)}, and its config.json asks for {tuple(expected)}: "
+            "they do not belong together"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"{folder} lacks {_some(missing)} that its config.json asks for: fetch or write it again")
+    return set(info["unexpected_keys"])
+
+
+def _check_config_object(folder: Path, config: PretrainedConfig, described: Config) -> None:
+    """Refuses a config that transformers reads otherwise than `verify` does, in what decides about the weights."""
+    text = config.get_text_config(decoder=True)
+    if any(getattr(part, "transformers_weights", None) is not None for part in (config, text)):
+        raise InputError(f"{folder / 'config.json'} names other weights in transformers_weights: remove that entry")
+    quantization = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    if (quantization or None) != (described.get("quantization_config") or None):
+        raise InputError(f"{folder / 'config.json'} names two quantization_config: fetch or write it again")
+    if config.model_type != described.get("model_type"):
+        raise InputError(f"{folder / 'config.json'} names no model_type, or two: fetch or write it again")
+
+
+def _class_of(folder: Path, config: PretrainedConfig) -> type[PreTrainedModel]:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")]
+    kind = getattr(transformers, str(named[0]), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise InputError(f"{folder}: transformers has no architecture {named[0]!r}: which layers it holds is unknown")
+    if kind.config_class is not type(config):
+        raise InputError(f"{folder} is a {config.model_type} by its model_type, but names {named[0]}: write it again")
+    return kind
 
 
 def _some(names: list[str]) -> str:
@@ -235,19 +165,12 @@ def _refuse_absurd_counts(path: Path, num_tensors: int, config: Config) -> None:
 
 
 def _fields(config: Config) -> list[tuple[str, Any]]:
-    """The fields of a config and of the configs in it, such as `text_config`."""
-    inner = [pair for value in config.values() if isinstance(value, dict) for pair in value.items()]
+    """The fields of a config and of all configs in it, such as `text_config`."""
+    inner = [pair for value in config.values() if isinstance(value, dict) for pair in _fields(value)]
     return [*config.items(), *inner]
 
 
-def _ask_transformers(path: Path, tensors: Mapping[str, StoredTensor], ignored: Collection[str]) -> None:
-    from castlm.export.meta import check_on_meta
-
-    unexpected = check_on_meta(path if path.is_dir() else path.parent)
-    _refuse_more(path, tensors, tensors.keys() & unexpected - set(ignored))
-
-
-def _check_uniform(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+def check_uniform(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Refuses transformer blocks that do not all hold the same layers, or whose numbers leave one out."""
     blocks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name, tensor in tensors.items():

@@ -54,7 +54,7 @@ def plan_pack(source: Path, n: int, m: int, dtype: str | None, head: str | None)
     """
     config, stored = _read_source(source)
     if not config.get("auto_map"):  # of code of its own nobody here knows the layers
-        check_layers(source, stored, config, trust_config=True)
+        check_layers(source, stored, config)
     model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in stored.items()})
     left_dense = read_left_dense(source / "castlm.json")
     cast = None if dtype is None else FLOATS[dtype]

@@ -2,8 +2,8 @@
 
 Every group of every linear layer and expert inside the transformer blocks is counted, and every float of the checkpoint
 is checked for NaN and infinity. What transformers would load is what is counted: other weights beside it, a missing
-layer, and containers that cannot be counted are refused or reported. Common families need neither torch nor
-transformers, and memory stays at a few chunks of a tensor, whatever the size of the model.
+layer, and containers that cannot be counted are refused or reported. transformers itself says which weights and layers
+those are. Memory stays at a few chunks of a tensor, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import NM, Pattern
 from castlm.export.cut_sizes import cut_pattern
 from castlm.export.folder import is_packed, read_config, stored_tensors
-from castlm.export.layers import check_layers
+from castlm.export.layers import check_layers, check_redirections, check_uniform
 from castlm.export.packed_count import Packed, count_packed_layer, take_packed
 from castlm.export.report import LayerReport, VerifyReport
 from castlm.export.unit_count import base_config, count_units, groups_of
@@ -126,6 +126,8 @@ def _compare_layers(
     ignored: Collection[str],
 ) -> str:
     if include is not None:
+        if path.is_dir():
+            check_redirections(path, config)
         return "nothing: include names the layers"
     if known_layers is None:
         if path.is_dir() and not config:
@@ -133,8 +135,10 @@ def _compare_layers(
                 f"{path} has no config.json, so its layers are unknown: copy that of the model, or verify one "
                 ".safetensors file by its own path"
             )
-        described = bool(config) and (path.is_dir() or path.name in (SINGLE, format.FILE))
-        return check_layers(path, tensors, config, trust_config=described, ignored=ignored)
+        if path.is_dir() or (config and path.name == (format.FILE if is_packed(config) else SINGLE)):
+            return check_layers(path if path.is_dir() else path.parent, tensors, config, ignored)
+        check_uniform(path, tensors)
+        return "each other"
     if missing := sorted(set(known_layers) - tensors.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{path} lacks {missing[0]}{more}: write it again")
