@@ -548,16 +548,6 @@ def test_a_full_disk_leaves_nothing(pruned, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verify_of_a_packed_folder_imports_no_torch(pruned, tmp_path):
-    pack_folder(pruned, tmp_path / "packed")
-    code = (
-        "import sys\nfrom castlm.export.verify import verify\n"
-        f"assert verify({str(tmp_path / 'packed')!r}).ok\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_save_tiny_is_no_packed_folder(tmp_path):
     folder = save_tiny(tmp_path / "model")
     assert read_specs([folder / "model.safetensors"]) == {}
