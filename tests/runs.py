@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,11 +102,39 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def assert_close_weights(one: str | Path, other: str | Path, atol: float, rtol: float = 0.0) -> None:
-    ours, theirs = weights(one), weights(other)
+SUM_NOISE = 1e-6
+"""Largest difference of most weights between two runs whose gradients are sums in another order (1 or 2 ranks, 8 x 1 or
+1 x 8 sequences): fp32 gradients then differ by about 1e-6 of the largest of their tensor."""
+
+SUM_NOISE_OF_ADAM = 3e-5
+"""Largest difference of any weight between two such runs, at a learning rate of 1e-3 and up to 8 steps.
+
+Adam divides by the size of the gradient, and so amplifies the noise where a gradient is nearly zero. Measured on
+`tiny_model("gemma")`: a weight with a gradient of 9e-9, about `adam_epsilon`, moves by 2.1e-6 between one rank and two,
+and by 7e-7 between 2 x 6 and 4 x 3 sequences in one process. A weight that gets another rank's row or a token twice
+moves by a share of the learning rate, 1e-4 and more."""
+
+
+def assert_same_but_for_sums(
+    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], atol: float = SUM_NOISE_OF_ADAM
+) -> None:
+    """Checks that two runs ended alike but for the order in which their gradients were summed.
+
+    99 % of the weights differ by at most `SUM_NOISE`, or a thirtieth of `atol` if that is larger, and none by more than
+    `atol`.
+    """
     assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(theirs[name], ours[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+    differences = {name: (theirs[name].float() - ours[name].float()).abs() for name in ours}
+    for name, difference in differences.items():
+        assert difference.max() <= atol, f"{name} differs by {difference.max():.2g}"
+    together = torch.cat([difference.flatten() for difference in differences.values()])
+    noisy = (together > max(SUM_NOISE, atol / 30)).float().mean()
+    assert noisy <= 0.01, f"{noisy:.1%} of the weights differ by more than the noise of a sum"
+
+
+def assert_same_runs_but_for_sums(one: str | Path, other: str | Path, atol: float = SUM_NOISE_OF_ADAM) -> None:
+    """`assert_same_but_for_sums` of two model folders."""
+    assert_same_but_for_sums(weights(one), weights(other), atol)
 
 
 def assert_equal_weights(one: str | Path, other: str | Path) -> None:
