@@ -35,13 +35,11 @@ from castlm.files.yaml_file import parse_yaml_mapping, read_yaml_mapping, to_yam
 from castlm.inference.format import PackedSpec
 from castlm.models.io import load_model
 from castlm.names import markdown, markdown_code, printable
-from castlm.planning.law import FORMS, Law
+from castlm.planning.law import FORMS, Law, predict_perplexity, tokens_for
 from castlm.planning.memory import plan_memory
 from castlm.planning.points import read_points
-from castlm.planning.predict import predict_perplexity, tokens_for
-from castlm.planning.watch import watch_run
 from castlm.training.config import TrainConfig
-from castlm.training.metrics_file import evaluations, read_metrics
+from castlm.training.metrics_file import read_metrics
 
 from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json
 from .tiny import save_tiny
@@ -315,15 +313,10 @@ def test_law(changes, tokens, target):
 
 
 @fuzz
-@given(
-    rows=st.lists(st.sampled_from(METRICS).flatmap(objects), max_size=4),
-    config=damaged(RUN_YAML.encode()) | st.just(RUN_YAML.encode()),
-    target=st.none() | st.floats(),
-)
-def test_metrics_of_a_run(here, rows, config, target):
-    folder = put(new(here), metrics__jsonl=b"\n".join([*map(to_json, METRICS), *rows]), config__yaml=config)
-    answers(lambda run: evaluations(read_metrics(run)), folder)
-    answers(watch_run, folder, target)
+@given(rows=st.lists(st.sampled_from(METRICS).flatmap(objects), max_size=4))
+def test_metrics_of_a_run(here, rows):
+    folder = put(new(here), metrics__jsonl=b"\n".join([*map(to_json, METRICS), *rows]))
+    answers(read_metrics, folder)
 
 
 @fuzz
@@ -397,7 +390,7 @@ def test_plans_of_a_comparison(here, tiny, common, variant, more, seeds):
 
 @fuzz
 @given(
-    command=st.sampled_from(["verify", "plan predict", "plan fit", "plan watch", "plan memory", "train", "nothing"]),
+    command=st.sampled_from(["verify", "plan predict", "plan fit", "plan memory", "train", "nothing"]),
     arguments=st.lists(
         st.sampled_from(
             ["--json", "--pattern", "--config", "--tokens", "--form", "--seq-len", "2:4", "/dev/null", "-1"]
@@ -466,7 +459,7 @@ def test_pipes_sockets_devices_and_folders_are_refused_at_once(here, monkeypatch
         "x" * 5000,
         "",
     ):
-        for read in (open_regular, open_documents, read_yaml_mapping, verify, read_metrics, watch_run, plan):
+        for read in (open_regular, open_documents, read_yaml_mapping, verify, read_metrics, plan):
             assert isinstance(answers(read, name), InputError), (read, name)
         assert isinstance(answers(read_points, [name]), InputError)
     server.close()
@@ -484,7 +477,7 @@ def test_a_pipe_in_a_model_folder_is_refused_before_transformers_opens_it(here):
 
 def test_every_command_says_in_one_line_what_is_wrong_with_its_names(here, capsys, monkeypatch):
     monkeypatch.chdir(new(here))
-    for command in ("verify", "train --dataset a --output-dir o --model", "eval --text a", "plan watch", "plan fit"):
+    for command in ("verify", "train --dataset a --output-dir o --model", "eval --text a", "plan fit"):
         for name in ("~nosuchuser/x", "\udcff", "x" * 5000, "\x1b[2J"):
             assert main([*command.split(), name]) == 2
             line = capsys.readouterr().err

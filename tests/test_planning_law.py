@@ -11,10 +11,9 @@ import pytest
 from castlm.core.errors import InputError
 from castlm.planning import fit
 from castlm.planning.fit import fit_law
-from castlm.planning.law import Law
+from castlm.planning.law import Law, duration, gpu_hours, predict_perplexity, readable, tokens_for
 from castlm.planning.law_plot import plot_law
 from castlm.planning.points import Point, read_points
-from castlm.planning.predict import duration, gpu_hours, predict_perplexity, readable, tokens_for
 
 L_INF, BETA = 1.6, 0.4
 AMPLITUDE = 0.8 * 1e6**BETA  # 0.8 nats above the floor at a million tokens

@@ -15,8 +15,7 @@ from castlm.core.errors import InputError
 from castlm.files.atomic_dir import add_file_list
 from castlm.planning import fit
 from castlm.planning.budgets import check_budgets, geometric_budgets
-from castlm.planning.law import Law
-from castlm.planning.predict import predict_perplexity
+from castlm.planning.law import Law, predict_perplexity
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from castlm.training.run import Run as TrainingRun

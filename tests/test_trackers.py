@@ -19,7 +19,7 @@ from castlm.export import hub
 from castlm.files.owned import OUTPUT
 from castlm.training import trackers
 from castlm.training.loop import train
-from castlm.training.metrics_file import evaluations, read_metrics, read_series
+from castlm.training.metrics_file import read_metrics, read_series
 from castlm.training.run import Run
 from castlm.training.telemetry import Telemetry
 from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
@@ -199,7 +199,6 @@ def test_a_figure_that_is_not_finite_is_null_in_the_file_and_inf_for_its_readers
     assert metrics(tmp_path) == [{**row, "masked_histogram": [1, 2]}]
     (read,) = read_metrics(tmp_path)
     assert (read["perplexity"], read["prune_now_ppl"]) == (math.inf, math.inf)
-    assert evaluations([read]) == []
     assert read_series(tmp_path, "perplexity") == [(1, math.inf)]
 
 

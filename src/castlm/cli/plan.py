@@ -25,7 +25,6 @@ COMMANDS: dict[str, PlanCommand] = {
     "sweep": PlanCommand("plan_sweep", "main", "find the scaling law of a model and text with the fewest runs"),
     "fit": PlanCommand("plan_law", "fit", "fit a scaling law to finished runs"),
     "predict": PlanCommand("plan_law", "predict", "predict a perplexity, or the tokens it takes, from a law"),
-    "watch": PlanCommand("plan_watch", "main", "predict where a running run will end"),
 }
 
 

@@ -27,7 +27,7 @@ class CheckOptions:
 def main(arguments: list[str]) -> int:
     config, given = parse_train(arguments, "plan check", CheckOptions)
     options = CheckOptions(**given)
-    from castlm.planning.predict import check_price
+    from castlm.planning.law import check_price
 
     if options.price_per_hour is not None:
         check_price(options.price_per_hour, 1 if options.devices is None else options.devices)
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
 
 def report(config: TrainConfig, options: CheckOptions, found: Calibration, world_size: int) -> int:
     """Prints what the steps showed. Returns the exit code: 1 if the masked weights cannot reach zero."""
-    from castlm.planning.predict import duration, gpu_hours
+    from castlm.planning.law import duration, gpu_hours
 
     by_headroom = sorted(found.layers.items(), key=lambda item: item[1].headroom)
     has_headroom = config.decay != "horizon"  # which reaches zero by construction, whatever the learning rate is

@@ -83,8 +83,7 @@ class PredictCommand:
     """What an hour of that GPU costs; gives the cost beside the hours."""
 
     def run(self) -> int:
-        from castlm.planning.law import Law
-        from castlm.planning.predict import check_price, duration, gpu_hours, predict_perplexity, readable, tokens_for
+        from castlm.planning.law import Law, check_price, duration, gpu_hours, predict_perplexity, readable, tokens_for
 
         if (self.tokens is None) == (self.target_ppl is None):
             raise InputError("give one of --tokens and --target-ppl")

@@ -40,8 +40,7 @@ def check_budgets(budgets: Sequence[int], form: str) -> None:
     Raises:
         InputError: too few, too near each other, or over too short a range.
     """
-    from castlm.planning.fit import MIN_BUDGETS, MIN_SPREAD
-    from castlm.planning.solve import SAME_BUDGET
+    from castlm.planning.fit import MIN_BUDGETS, MIN_SPREAD, SAME_BUDGET
 
     least = MIN_BUDGETS[form] + 1
     if len(budgets) < least:

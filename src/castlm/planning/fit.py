@@ -1,7 +1,8 @@
 """Fits the scaling law of sparse quality to finished runs.
 
 A fit reports how far it can be trusted (intervals, and a prediction of the largest token budget from the others), and
-is refused if the data does not support it.
+is refused if the data does not support it. The numerical part works on centred logs, where amplitude and exponent are
+nearly uncorrelated.
 """
 
 from __future__ import annotations
@@ -9,27 +10,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from castlm.core.errors import InputError
-from castlm.planning.law import FORMS, NAMES, Holdout, Law, interval
+from castlm.planning.law import FORMS, NAMES, Array, Holdout, Law, interval
 from castlm.planning.points import Point
-from castlm.planning.solve import (
-    MAX_EXPONENT,
-    MIN_EXPONENT,
-    Array,
-    Data,
-    descend,
-    log_loss,
-    make_data,
-    noise_parts,
-    redraw,
-    solve_from_grid,
-)
 
 MIN_BUDGETS = {"loglinear": 3, "power": 4, "joint": 3}
 MIN_SPREAD = 4.0
+"""Least ratio of the largest token budget to the smallest."""
+SAME_BUDGET = 0.02
+"""Budgets within 2 % count as one."""
+
+MIN_EXPONENT, MAX_EXPONENT = 0.01, 4.0
+WIDE_DELTA, HUBER_DELTA = 2e-2, 1e-3
+"""Huber's delta of the first pass, and the least of the second: residuals of log loss. 1e-3 is that of Hoffmann et al.
+(2022)."""
+NUM_STARTS = 5
+"""Points of the grid of starts from which the solver descends: those with the smallest loss."""
 
 
 def fit_law(
@@ -40,12 +42,11 @@ def fit_law(
     seed: int = 0,
     leave_largest_out: bool = True,
     without_largest: Law | None = None,
-    min_spread: float = MIN_SPREAD,
 ) -> Law:
     """Fit `form` to `points` of one method (and, unless `joint`, of one model size).
 
-    The objective is the Huber loss of the residuals of log loss, minimised from a grid of starts as in Hoffmann et al.
-    (2022), Approach 3, and polished by scipy. Its delta is 1.345 robust standard deviations of the residuals of a
+    The objective is the Huber loss of the residuals of log loss, minimised from the best of a grid of starts as in
+    Hoffmann et al. (2022), Approach 3. Its delta is 1.345 robust standard deviations of the residuals of a
     first pass, and at least their 1e-3. Amplitudes are fitted as logs, at the geometric mean of the token budgets;
     L_inf is fitted as it is, so that a fit at its bound 0 can be detected. Bounds: 0 <= L_inf <= the lowest loss (mean
     over seeds), 0.01 <= beta, a <= 4.
@@ -53,20 +54,22 @@ def fit_law(
     Intervals (90 %) come from `num_draws` refits to data drawn around the fitted law: deviations between seeds are
     resampled within their token budget, and the remaining scatter of the means is resampled over token budgets. Both
     are corrected for the degrees of freedom of the fit, the latter also by Student's t, so an interval is wide if there
-    is only one budget more than there are parameters. `min_spread` is the least ratio of the largest token budget to
-    the smallest. `without_largest` is the law that the same call gave for the points without the largest budget, where
-    it is known; otherwise `leave_largest_out` fits it.
+    is only one budget more than there are parameters.
+
+    Args:
+        leave_largest_out: whether the largest budget is predicted by a law of the others, as `Law.holdout`.
+        without_largest: that law, where an earlier call gave it; otherwise it is fitted here.
 
     Raises:
         InputError: fewer than 3 (loglinear, joint) or 4 (power) distinct budgets; budgets within a factor of
-            `min_spread`; for joint fewer than 3 sizes or 6 (size, budget) pairs, or sizes and budgets that grow
+            `MIN_SPREAD`; for joint fewer than 3 sizes or 6 (size, budget) pairs, or sizes and budgets that grow
             together; several methods, patterns, base models or sizes mixed; a value that is not finite and positive;
             loss that does not fall with tokens; L_inf or an exponent at its bound.
     """
     if form not in FORMS:
         raise InputError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
     data = _as_data(points, form)
-    _check_design(data, form, MIN_BUDGETS[form], min_spread)
+    _check_design(data, form, MIN_BUDGETS[form], MIN_SPREAD)
     law = replace(_fit(data, form, num_draws, seed), runs_of=_common(points))
     if not leave_largest_out:
         return law
@@ -169,7 +172,7 @@ def _fit(data: Data, form: str, num_draws: int, seed: int) -> Law:
     noise = noise_parts(data, data.y - fitted, len(free))
     rng = np.random.default_rng(seed)
     drawn = fitted + np.array([redraw(data, noise, rng) for _ in range(num_draws)])  # (num_draws, num_points)
-    refits = descend(np.tile(theta, (num_draws, 1)), data, drawn, free, lowest, delta)
+    refits = np.array([minimise(theta, data, y, free, lowest, delta) for y in drawn])  # (num_draws, 5)
     draws, r2s = _uncentred(refits, data), _r2(drawn, log_loss(refits, data))
     low, high = float(np.exp(data.x0 + data.x.min())), float(np.exp(data.x0 + data.x.max()))
     return Law(
@@ -232,3 +235,167 @@ def _leave_largest_out(data: Data, form: str, num_draws: int, seed: int, law: La
         inside=float(((measured >= low) & (measured <= high)).mean()),
         num_budgets=law.num_budgets,
     )
+
+
+class Data(NamedTuple):
+    """Points to fit, each array (num_points,)."""
+
+    x: Array
+    """log tokens - x0."""
+    z: Array
+    """log params - z0; zeros when the size plays no part."""
+    y: Array
+    """log loss, loss in nats."""
+    budget: NDArray[np.int64]
+    """Index of the distinct token budget."""
+    cell: NDArray[np.int64]
+    """Index of the distinct (budget, size); the points of a cell differ by seed only."""
+    x0: float
+    z0: float
+
+
+def make_data(x: Array, z: Array, y: Array) -> Data:
+    """Centre `x` (log tokens) and `z` (log params), and number the budgets and cells."""
+    order = np.argsort(x, kind="stable")
+    budget = np.empty(len(x), dtype=np.int64)
+    budget[order] = np.cumsum(np.diff(x[order], prepend=x[order][:1]) > SAME_BUDGET)
+    size = np.unique(z, return_inverse=True)[1]
+    cell = np.unique(budget * (len(x) + 1) + size, return_inverse=True)[1]
+    x0, z0 = float(x.mean()), float(z.mean())
+    return Data(x - x0, z - z0, y, budget, cell, x0, z0)
+
+
+def log_loss(theta: Array, data: Data) -> Array:
+    """Log loss (..., num_points) of theta (..., 5): L_inf, log B', beta, log A', a, amplitudes at the data's centre."""
+    L_inf, log_b, beta, log_a, a = np.moveaxis(theta, -1, 0)[..., None]
+    return np.log(L_inf + np.exp(log_b - beta * data.x) + np.exp(log_a - a * data.z))
+
+
+def _jacobian(theta: Array, data: Data) -> Array:
+    """(..., num_points, 5)."""
+    L_inf, log_b, beta, log_a, a = np.moveaxis(theta, -1, 0)[..., None]
+    g, h = np.exp(log_b - beta * data.x), np.exp(log_a - a * data.z)
+    parts = np.stack([np.ones_like(g), g, -data.x * g, h, -data.z * h], axis=-1)
+    return parts / (L_inf + g + h)[..., None]
+
+
+def _huber(residual: Array, delta: float) -> Array:
+    size = np.abs(residual) / delta
+    return np.where(size <= 1, size**2, 2 * size - 1).sum(-1)
+
+
+def _bounds(lowest: float) -> tuple[Array, Array]:
+    low = np.array([0.0, -40.0, MIN_EXPONENT, -40.0, MIN_EXPONENT])
+    return low, np.array([lowest, 10.0, MAX_EXPONENT, 10.0, MAX_EXPONENT])
+
+
+def minimise(theta: Array, data: Data, y: Array, free: list[int], lowest: float, delta: float) -> Array:
+    """The minimum (5,) of the Huber loss next to `theta` (5,), by scipy's bounded least squares.
+
+    Args:
+        y: (num_points,), the log losses to fit: the data's own, or a bootstrap sample of them.
+        free: the parameters to fit, as places in NAMES; the others stay as they are in `theta`.
+    """
+    from scipy.optimize import least_squares  # takes as long to import as the rest of planning
+
+    def full(values: Array) -> Array:
+        whole = theta.copy()
+        whole[free] = values
+        return whole
+
+    low, high = (bound[free] for bound in _bounds(lowest))
+    result = least_squares(
+        lambda values: log_loss(full(values), data) - y,
+        np.clip(theta[free], low, high),
+        jac=lambda values: _jacobian(full(values), data)[:, free],
+        bounds=(low, high),
+        method="dogbox",
+        loss="huber",
+        f_scale=delta,
+        max_nfev=100,
+    )
+    return full(result.x)
+
+
+def solve_from_grid(data: Data, free: list[int], lowest: float) -> tuple[Array, float]:
+    """The minimum from the best of a grid of starts, then again with a delta that suits the residuals.
+
+    Returns:
+        theta, (5,), and that delta: 1.345 robust standard deviations of the residuals, at least `HUBER_DELTA`.
+    """
+    starts = np.array(_grid(data, free, lowest))  # (num_starts, 5)
+    best = np.argsort(_huber(log_loss(starts, data) - data.y, WIDE_DELTA), kind="stable")[:NUM_STARTS]
+    solved = np.array([minimise(start, data, data.y, free, lowest, WIDE_DELTA) for start in starts[best]])
+    theta = solved[np.argmin(_huber(log_loss(solved, data) - data.y, WIDE_DELTA))]
+    residual = data.y - log_loss(theta, data)
+    freedom = max(1, len(residual) - len(free))
+    scale = 1.4826 * float(np.median(np.abs(residual))) * math.sqrt(len(residual) / freedom)
+    delta = max(HUBER_DELTA, 1.345 * scale)
+    return minimise(theta, data, data.y, free, lowest, delta), delta
+
+
+def _grid(data: Data, free: list[int], lowest: float) -> list[Array]:
+    """Floors x exponents (x shares of the excess loss that are the size's), with the amplitudes that fit them best."""
+    floors = (0.0, 0.3, 0.6, 0.8, 0.9, 0.97) if 0 in free else (0.0,)
+    shares = (0.2, 0.5, 0.8) if 3 in free else (0.0,)
+    exponents = (0.1, 0.2, 0.4, 0.8, 1.6)
+    starts = []
+    for floor in floors:
+        excess = np.log(np.maximum(np.exp(data.y) - floor * lowest, 1e-3 * lowest))
+        for beta in exponents:
+            for share in shares:
+                log_b = math.log(1 - share) + float(np.median(excess + beta * data.x))
+                for a in exponents if share else (0.0,):
+                    log_a = math.log(share) + float(np.median(excess + a * data.z)) if share else -math.inf
+                    starts.append(np.array([floor * lowest, log_b, beta, log_a, a]))
+    return starts
+
+
+class Noise(NamedTuple):
+    """What a bootstrap sample is drawn from; standard deviations are those of log loss."""
+
+    between: Array
+    """(num_cells,): deviation of each cell's mean from the law, beyond what its seeds explain."""
+    within: list[Array]
+    """One array a cell: the deviations of its seeds from their mean (of all cells' seeds, where it has only one)."""
+
+    @property
+    def one_run(self) -> float:
+        """Standard deviation of a single run about the law."""
+        return math.hypot(self.of_budget, math.sqrt(float(np.mean([(w**2).mean() for w in self.within]))))
+
+    @property
+    def of_budget(self) -> float:
+        """The part of it that the runs of one cell share."""
+        return math.sqrt(float((self.between**2).mean()))
+
+
+def noise_parts(data: Data, residual: Array, num_free: int) -> Noise:
+    """Split residuals into two levels, each widened for its degrees of freedom; `between` by Student's t as well."""
+    from scipy.stats import t
+
+    cells = np.unique(data.cell)
+    groups = [residual[data.cell == cell] for cell in cells]
+    means = np.array([group.mean() for group in groups])
+    seeds = [(g - g.mean()) * math.sqrt(len(g) / (len(g) - 1)) for g in groups if len(g) > 1]
+    pooled = np.concatenate(seeds) if seeds else np.zeros(1)
+    of_seeds = iter(seeds)
+    within = [next(of_seeds) if len(group) > 1 else pooled for group in groups]
+    freedom = len(cells) - num_free
+    spread = float(means @ means) / max(1, freedom)
+    if freedom < 1 or spread == 0:  # the curve goes through every budget: only the seeds speak
+        return Noise(np.zeros(len(cells)), within)
+    from_seeds = float(np.mean([(w**2).mean() / len(g) for w, g in zip(within, groups)]))
+    beyond = math.sqrt(max(0.0, 1 - from_seeds / spread) * len(cells) / freedom)
+    student = float(t.ppf(0.95, freedom) / NormalDist().inv_cdf(0.95))
+    return Noise(means * beyond * student, within)
+
+
+def redraw(data: Data, noise: Noise, rng: np.random.Generator) -> Array:
+    """One bootstrap sample of the residuals, (num_points,); random signs keep it without bias."""
+    size = len(noise.between)
+    sample = (rng.choice(noise.between, size) * rng.choice([-1.0, 1.0], size))[data.cell]
+    for cell, pool in enumerate(noise.within):
+        members = np.flatnonzero(data.cell == cell)
+        sample[members] += rng.choice(pool, len(members))
+    return sample

@@ -117,7 +117,7 @@ def _finished_runs(folder: Path) -> list[Path]:
     compared = {file.parent for file in tables}  # their tables leave out the trials of learning rates
     finished = [file for file in sorted(folder.glob("**/castlm.json")) if compared.isdisjoint(file.parents)] + tables
     if not finished and (folder / "metrics.jsonl").is_file():
-        raise InputError(f"{folder}: an unfinished run (no castlm.json): resume it, or use `plan watch`")
+        raise InputError(f"{folder}: an unfinished run (no castlm.json): resume it")
     if not finished:
         raise InputError(f"{folder}: no finished run in it (no castlm.json)")
     return finished

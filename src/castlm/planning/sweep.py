@@ -214,8 +214,8 @@ class Sweep:
     def take(self, perplexities: list[float]) -> None:
         """Appends the step of the next budget, with the law of all so far and what it says of the largest."""
         from castlm.planning.fit import MIN_BUDGETS, fit_law
+        from castlm.planning.law import predict_perplexity
         from castlm.planning.points import read_points
-        from castlm.planning.predict import predict_perplexity
 
         tokens = self.budgets[len(self.steps)]
         predicted = None if self.law is None else predict_perplexity(self.law, tokens, num_runs=self.command.seeds)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from castlm.planning.predict import Prediction
+    from castlm.planning.law import Prediction
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
-"""Reads a run's metrics.jsonl, which `castlm.training.telemetry` writes. No torch here: planning does without."""
+"""Reads a run's metrics.jsonl, which `castlm.training.telemetry` writes and which planning reads without torch."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,24 +49,6 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
                 raise InputError(f"{path}, line {number}: {name} is {shown}, a number was expected")
         rows.append({name: math.inf if value is None else value for name, value in row.items()})
     return rows
-
-
-def evaluations(metrics: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The evaluation rows, those with a finite `prune_now_ppl`. Each gets the `alpha` of its step, which grows in
-    proportion to the steps done until it is 1; a run logs it every `log_steps`."""
-    rows, alpha, logged = [], None, 0
-    for row in metrics:
-        if "alpha" in row:
-            alpha, logged = row["alpha"], row["step"]
-        if has_finite_perplexity(row):
-            now = alpha if alpha is None or logged < 2 else min(1.0, alpha * ((row["step"] - 1) / (logged - 1)))
-            rows.append(row if now is None else {**row, "alpha": now})
-    return rows
-
-
-def has_finite_perplexity(row: Mapping[str, Any]) -> bool:
-    """Whether a row is an evaluation of a model that has not diverged."""
-    return math.isfinite(row.get("prune_now_ppl") or math.nan)
 
 
 def read_series(run: str | Path, key: str) -> list[tuple[float, float]]:
