@@ -9,6 +9,7 @@ The table has a column `variant` and one for each number of steps, `100 steps`, 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from castlm.compare.plots import gap_chart
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_text
-from castlm.report.charts import Series, standalone
+from castlm.report.charts import Series
 
 _STEPS = re.compile(r"([\d,]+) steps")
 _GAP = re.compile(r"\(([+-]\d\.\d+)\)$")
@@ -50,12 +51,13 @@ def _cells(line: str) -> list[str]:
 
 
 def draw(gaps: dict[str, dict[int, float]], tokens_per_step: int) -> str:
-    """An SVG file: the gap over training tokens, a line for each variant."""
+    """An SVG file: the gap over training tokens, a line for each variant. A comment in it holds the gaps as JSON."""
     lines = [
         Series(name, [(steps * tokens_per_step, gap) for steps, gap in sorted(row.items())], index, marks=True)
         for index, (name, row) in enumerate(gaps.items())
     ]
-    return standalone(gap_chart(lines))
+    head, svg = gap_chart(lines).split("<svg", 1)
+    return f"{head}<!-- {json.dumps(gaps)} -->\n<svg{svg}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

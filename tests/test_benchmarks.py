@@ -1,6 +1,7 @@
 """The cheapest rows of `python -m benchmarks`, without thresholds: that they run and say what they measured."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -223,7 +224,8 @@ def test_the_figure_of_the_start_shows_the_gaps_of_its_table(tmp_path):
     results, plot = Path(__file__).parents[1] / "docs" / "results", tmp_path / "plot.svg"
     page = results / "stories260k-start.md"
     gap_figure.main([str(page), "--tokens-per-step", "512", "--plot", str(plot)])
-    assert plot.read_text() == (results / "stories260k-start.svg").read_text()
+    drawn, stored = (re.search("<!-- (.*) -->", file.read_text()) for file in (plot, results / "stories260k-start.svg"))
+    assert drawn[1] == stored[1]  # the lines around it are matplotlib's, which differ between its versions
     gaps = gap_figure.read_gaps(page.read_text())
     assert gaps["finetune, plain"][100] == 0.570
     assert gaps["the default, cast"][6400] == 0.161

@@ -22,7 +22,7 @@ from castlm.compare.plan import Plan
 from castlm.compare.plan import compare as run_comparison
 from castlm.compare.plots import PLOTS
 from castlm.compare.presets import PRESETS, SPARSEGPT
-from castlm.compare.report import explain, stamp
+from castlm.compare.report import WIDTH, cells, explain, fitting, stamp
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, last_line, run_key, run_process, with_key, zero_shot_key
 from castlm.compare.summary import spread, starts_note, summarize, tokens_note, verdict
@@ -124,13 +124,16 @@ def test_runs_once_and_says_what_was_measured(files, tmp_path, in_process, capsy
     assert html.count("<svg") == 2  # gaps and learning curves
     assert table["verdict"] in html
     for name in ("gaps", "losses"):
-        assert "<style>" in (tmp_path / "out" / f"{name}.svg").read_text()
+        assert (tmp_path / "out" / f"{name}.svg").read_text().startswith("<?xml")
     assert "http-equiv" not in html
     assert "src=" not in html
     assert [rows[name]["start"] for name in rows] == ["sparsegpt", "sparsegpt", "dense", "dense"]
     assert rows["srste"]["options"] == {"hidden_weight": 15.0, "srste_lam": 5e-3}  # the control has none
     assert set(rows["cast"]["options"]) == {"decay", "decay_end", "hidden_weight", "mask_interval", "scale_groups"}
-    assert "| cast | sparsegpt | 384 |" in (tmp_path / "out" / "table.md").read_text()
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| cast | sparsegpt |" in text
+    assert "The same in every row that has it: tokens 384, rate 0.0001, seeds 1." in text
+    assert max(len(line) for line in text.splitlines() if line.startswith("|")) <= 100
     assert not list((tmp_path / "out").glob("runs/*/checkpoints"))
 
     again, table_again = compare(files, tmp_path, **asked)
@@ -400,9 +403,34 @@ def test_a_variant_with_another_batch_has_a_gap_and_a_curve_over_tokens(files, t
         lines = [{"step": s, "tokens": 0, "prune_now_ppl": 9.0 - s, "perplexity": 9.0 - s} for s in (0, 4)]
         (run.folder(tmp_path) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         results.append(Result(run, {"perplexity": {"pruned": 7.0, "dense": 4.0}}, run.folder(tmp_path)))
-    picture = PLOTS["losses"](summarize(results), results)
+    picture = PLOTS["losses"](summarize(results), results)["losses"]
     assert all(name in picture.svg for name in runs_of)
     assert "training tokens" in picture.svg
+
+
+def test_steps_give_the_token_budget_of_the_options_that_all_runs_share(files, tmp_path):
+    (tmp_path / "variants.yaml").write_text("cast: {}\nlarge: {per_device_train_batch_size: 3}\n")
+    asked = {"variants": str(tmp_path / "variants.yaml"), "budget_tokens": None}
+    plan = Plan(command(files, tmp_path, **asked, max_steps=6), str)
+    (budget,) = plan.budgets("large")
+    assert budget == 6 * 64
+    assert plan.make("large", budget, 0, None).tokens == 4 * 96
+    for neither_or_both in ({}, {"budget_tokens": 384, "max_steps": 6}):
+        with pytest.raises(InputError, match="one of --budget-tokens and --max-steps"):
+            Plan(command(files, tmp_path, **{**asked, **neither_or_both}), str)
+
+
+def test_a_table_for_a_terminal_fits_and_leaves_the_rest_to_the_page():
+    results = [fake(name, 100, seed, 7.0 + seed / 7) for name in ("gradual_magnitude", "dense") for seed in (0, 1)]
+    for result in results:
+        result.record |= {"peak_memory_bytes": 2**30, "train_seconds": 1000.0, "mask": {"flip_rate": 0.1}}
+    page = cells(summarize(results))
+    table, note = fitting(page)
+    assert table.width <= WIDTH < page.width
+    assert {"variant", "pruned", "gap to dense control"} <= set(table.headings)
+    assert {"tokens", "seeds", "flip rate", "options"} <= set(page.headings) - set(table.headings)
+    assert "seeds 2" in note
+    assert "flip rate" in note.partition("table.html also has ")[2]
 
 
 def test_starts_of_one_solver_with_other_options_are_not_said_to_be_the_same():
@@ -433,9 +461,9 @@ def test_an_infinite_gap_is_neither_ranked_nor_drawn():
     rows = summarize([fake("dense", 100, 0, 5.0), fake("cast", 100, 0, 7.0), fake("ste", 100, 0, math.inf)])
     assert verdict(rows).endswith("cast has the smallest gap to the dense control, +0.3365 nats per token.")
     for chart in ("gaps", "budgets"):
-        svg = PLOTS[chart](rows, []).svg
-        assert "ste" not in svg
-        assert "cast" in svg
+        svg = PLOTS[chart](rows, [])[chart].svg
+        assert ">ste<" not in svg
+        assert ">cast<" in svg
 
 
 def test_a_run_that_fell_short_is_not_said_to_have_diverged():

@@ -14,8 +14,8 @@ from castlm.compare import runs
 from castlm.core.errors import InputError
 from castlm.files.atomic_dir import add_file_list
 from castlm.planning import fit
-from castlm.planning.budgets import check_budgets, geometric_budgets
 from castlm.planning.law import Law, predict_perplexity
+from castlm.planning.sweep import check_budgets, geometric_budgets
 from castlm.training.config import TrainConfig
 from castlm.training.loop import train
 from castlm.training.run import Run as TrainingRun
@@ -384,3 +384,26 @@ def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
     assert len(killed["steps"]) == 4
     assert killed["steps"][-1]["predicted"] is not None
     assert not list(tmp_path.glob("killed/runs/dense*"))
+
+
+def test_finished_runs_of_another_folder_are_not_run_again(sweep, drawn, tmp_path):
+    _, first = sweep()
+    done = list(drawn.done)
+    code, second = sweep("--runs-from", str(tmp_path / "out"), folder="second")
+    assert code == 0
+    assert drawn.done == done
+    assert second["steps"] == first["steps"]
+    assert not (tmp_path / "second" / "runs").exists()
+    sweep("--runs-from", str(tmp_path / "out"), "--seeds", "3", folder="third")
+    assert [run for run in drawn.done if run not in done] == [(steps, 2) for steps, seed in done if seed == 0]
+
+
+def test_a_prediction_reads_the_runs_of_a_sweep_as_it_reads_their_law(sweep, drawn, tmp_path, capsys):
+    sweep()
+    said = []
+    for name in ("out/law.json", "out", "out/runs"):
+        capsys.readouterr()
+        assert main(["plan", "predict", str(tmp_path / name), "--tokens", "1e6"]) == 0
+        said.append(capsys.readouterr().out.splitlines()[-1])
+    assert said[0].startswith("1e+06 tokens: perplexity ")
+    assert len(set(said)) == 1

@@ -17,16 +17,17 @@ def show(report: Report) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from castlm.compare.report import WIDTH
     from castlm.progress import Screen
 
     table = Table(title=report.question, title_justify="left")
-    for heading in report.headings:
-        table.add_column(heading, justify="left" if heading in ("variant", "start", "options") else "right")
-    for line in report.lines:
+    for heading in report.table.headings:
+        table.add_column(heading, justify="left" if heading in ("variant", "start") else "right")
+    for line in report.table.lines:
         table.add_row(*map(Text, line))
     console = Screen(highlight=False)
     if not console.is_terminal:  # a log has no width
-        console = Screen(highlight=False, width=240)
+        console = Screen(highlight=False, width=WIDTH)
     console.print(table)
     for text in (*report.warnings, *report.notes, report.verdict, f"report: {report.files[0]}"):
         console.print(text, markup=False, soft_wrap=True)

@@ -22,7 +22,7 @@ class PlanCommand(NamedTuple):
 COMMANDS: dict[str, PlanCommand] = {
     "check": PlanCommand("plan_check", "main", "run the first steps: will the run converge, and what does it cost?"),
     "memory": PlanCommand("plan_memory", "main", "predict the memory on each rank from the model's config"),
-    "sweep": PlanCommand("plan_sweep", "main", "find the scaling law of a model and text with the fewest runs"),
+    "sweep": PlanCommand("plan_law", "sweep", "find the scaling law of a model and text with the fewest runs"),
     "fit": PlanCommand("plan_law", "fit", "fit a scaling law to finished runs"),
     "predict": PlanCommand("plan_law", "predict", "predict a perplexity, or the tokens it takes, from a law"),
 }

@@ -1,17 +1,21 @@
-"""`castlm plan fit` and `castlm plan predict`: a scaling law from finished runs, and what it predicts."""
+"""`castlm plan sweep`, `plan fit` and `plan predict`: a scaling law from few runs, and what it predicts."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from castlm.cli.json_report import check_json_path
-from castlm.cli.options import parse, write_json
+from castlm.cli.options import command_line, parse, to_stderr, to_stdout, write_json
 from castlm.core.errors import InputError
 from castlm.fields import positional
 from castlm.files.reading import read_json
 from castlm.names import printable
+
+if TYPE_CHECKING:
+    from castlm.planning.law import Law
 
 
 @dataclass
@@ -62,10 +66,17 @@ class FitCommand:
 
 @dataclass
 class PredictCommand:
-    """What a fitted law promises: the perplexity of a budget, or the tokens that a perplexity needs."""
+    """Predict the perplexity of a token budget, or the tokens that a perplexity needs, by the law of finished runs."""
 
-    law: str = positional()
-    """JSON written by `castlm plan fit --json`."""
+    runs: tuple[str, ...] = positional()
+    """Law written by `castlm plan fit --json` or `plan sweep`, or the runs to fit one to, as `castlm plan fit` takes
+    them: folders of runs, of `castlm compare` or `plan sweep`, and CSVs."""
+
+    form: Literal["power", "loglinear", "joint"] = "power"
+    """Form of the law that is fitted to runs."""
+
+    method: str | None = None
+    """Only the runs of this method."""
 
     tokens: float | None = None
     """Training tokens to predict the perplexity of."""
@@ -83,7 +94,7 @@ class PredictCommand:
     """What an hour of that GPU costs; gives the cost beside the hours."""
 
     def run(self) -> int:
-        from castlm.planning.law import Law, check_price, duration, gpu_hours, predict_perplexity, readable, tokens_for
+        from castlm.planning.law import check_price, duration, gpu_hours, predict_perplexity, readable, tokens_for
 
         if (self.tokens is None) == (self.target_ppl is None):
             raise InputError("give one of --tokens and --target-ppl")
@@ -93,10 +104,10 @@ class PredictCommand:
                 raise InputError(f"price_per_hour is {self.price_per_hour:g} of unknown hours: give --tokens-per-s too")
         if self.tokens_per_s is not None:
             gpu_hours(1, self.tokens_per_s)  # checks the number, before half of the answer is printed
-        law = Law.from_dict(read_json(self.law))
+        law = self.law()
         if self.params is not None and law.form != "joint":
             raise InputError(
-                f"params {self.params:g} is for a joint law, and {self.law} is a {law.form} law: leave it out"
+                f"params {self.params:g} is for a joint law, and {self.runs[0]} is a {law.form} law: leave it out"
             )
         if law.runs_of:
             print("law of " + ", ".join(f"{name} {printable(value)}" for name, value in law.runs_of.items()))
@@ -117,6 +128,25 @@ class PredictCommand:
             if self.price_per_hour is not None:
                 print(f"cost: {hours * self.price_per_hour:,.2f}, at {self.price_per_hour:g} an hour")
         return 0 if tokens is not None else 1
+
+    def law(self) -> Law:
+        """The law that is named, or that of the runs."""
+        from castlm.planning.fit import fit_law
+        from castlm.planning.law import Law
+        from castlm.planning.points import read_points
+
+        file = Path(self.runs[0])
+        content = read_json(file) if len(self.runs) == 1 and file.suffix == ".json" else None
+        if isinstance(content, dict) and "form" in content:
+            return Law.from_dict(content)
+        return fit_law(read_points(self.runs, method=self.method), self.form, leave_largest_out=False)
+
+
+def sweep(arguments: list[str]) -> int:
+    from castlm.planning.sweep import SweepConfig, sweep
+
+    config = parse(SweepConfig, arguments, "plan sweep")
+    return sweep(config, command_line("plan sweep", config), to_stdout, to_stderr)
 
 
 def fit(arguments: list[str]) -> int:

@@ -31,6 +31,9 @@ _OF_COMPARE += ("overwrite",)
 _OF_ALL = ("seq_len", "eval_tokens", "eval_split", "eval_config", "assistant_only_loss")
 """Options that decide what a perplexity is of: perplexities that differ in one are not compared."""
 
+_OF_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "seq_len")
+"""Options whose product is the tokens of an optimizer step."""
+
 _OF_ONESHOT = ("pattern", "seq_len", "eval_tokens", "column", "assistant_only_loss", "chat_template_path", "device")
 _OF_ONESHOT += ("trust_remote_code", "revision", "eval_split", "eval_config", "precision")
 """Options of `castlm train` that one-shot rows have as well."""
@@ -101,6 +104,7 @@ class Plan:
             self.preset = ALL_UNITS if is_structured(_pattern_of(self.common)) else ALL
         self.variants = self._variants()
         self._check_patterns()
+        self.largest_budget = self._largest_budget()
         self.hashes = self._hashes()
         for name in self.variants:  # a mistake in any of them is reported before the first one runs
             for tokens in self.budgets(name):
@@ -151,6 +155,17 @@ class Plan:
         if all(fields["method"] != "dense" for fields in variants.values()):
             variants["dense"] = {"method": "dense"}
         return variants
+
+    def _largest_budget(self) -> int:
+        """The token budget: given as such, or as steps of the options that all runs share."""
+        command = self.command
+        if (command.budget_tokens is None) == (command.max_steps is None):
+            raise InputError("how long is a run? Give one of --budget-tokens and --max-steps")
+        if command.budget_tokens is not None:
+            return command.budget_tokens
+        named = {"model": command.model, "dataset": command.dataset, "output_dir": command.output_dir}
+        shared = {name: self.common[name] for name in _OF_STEP if name in self.common}
+        return int(command.max_steps or 0) * _tokens_per_step(TrainConfig.from_mapping({**named, **shared}, ""))
 
     def _check_patterns(self) -> None:
         """Raises `InputError` for one-shot methods that are not for the pattern."""
@@ -203,7 +218,7 @@ class Plan:
         """Token budgets of a variant; 0 for a one-shot method."""
         if self.variants[name]["method"] in ONESHOT:
             return [0]
-        return [round(share * self.command.budget_tokens) for share in self.preset.budget_shares]
+        return [round(share * self.largest_budget) for share in self.preset.budget_shares]
 
     @property
     def num_runs(self) -> int:
@@ -277,7 +292,7 @@ class Plan:
         if rate is not None:
             fields["learning_rate"] = rate
         config = TrainConfig.from_mapping(fields, f"variant {name}")
-        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.seq_len
+        batch = _tokens_per_step(config)
         steps = budget // batch
         if steps < 1:
             raise InputError(f"a budget of {budget} tokens is less than one step of {batch}: raise it")
@@ -329,6 +344,10 @@ class Plan:
         content |= {"method": fields["method"], **named, **self._calibration_text()}
         content |= {"num_sequences": self.command.num_sequences}
         return with_key(Run(name, 0, 0, content), self.hashes)
+
+
+def _tokens_per_step(config: TrainConfig) -> int:
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * config.seq_len
 
 
 def _pattern_of(fields: Mapping[str, Any]) -> Pattern:

@@ -1,23 +1,42 @@
-"""The charts of `castlm compare`, each a function from its rows and runs to a picture for the page."""
+"""The charts of `castlm compare`: each function turns rows and runs into pictures, by the stem of their file."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from castlm.compare.summary import has_gap
 from castlm.methods.table import METHODS
-from castlm.report.charts import WHOLE, Level, Series, dot_chart, heat_map, line_chart
-from castlm.report.html import Picture
+from castlm.report.charts import WHOLE, Level, Picture, Series, dot_chart, heat_map, line_chart
 from castlm.training.metrics_file import read_series
 
 if TYPE_CHECKING:
     from castlm.compare.results import Result
 
 Rows = list[dict[str, Any]]
-Plot = Callable[[Rows, "list[Result]"], "Picture | None"]
+Plot = Callable[[Rows, "list[Result]"], dict[str, Picture]]
 GAP = "ln(perplexity / dense control)"
+
+MASK_CHARTS = {
+    "flip_rate": (
+        "Mask flips",
+        "flip rate per step",
+        "The share of the mask entries that the last refresh changed, divided by the steps between, mean over seeds.",
+    ),
+    "initial_flip_rate": (
+        "Mask flips since step 0",
+        "flips since step 0",
+        "The share of the mask entries that differ from those of step 0, mean over seeds.",
+    ),
+    "sparse_weight_ratio": (
+        "Kept share",
+        "kept share",
+        "sum |kept| / sum |all| in the sparse layers, mean over seeds; 1 means that nothing is left to prune.",
+    ),
+}
+"""Title, label and caption by the figure that a run logs."""
 
 
 def _colours(rows: Rows) -> dict[str, int]:
@@ -25,11 +44,11 @@ def _colours(rows: Rows) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
 
 
-def gaps(rows: Rows, results: list[Result]) -> Picture | None:
-    """The gap to the dense control: a dot for each seed and a bar at the mean, the best on top."""
+def gaps(rows: Rows, results: list[Result]) -> dict[str, Picture]:
+    """The gap to the dense control: a dot for each seed, a bar at their mean and a band of a standard deviation."""
     shown = sorted(filter(has_gap, rows), key=lambda row: row["gap"].mean)
     if not shown:
-        return None
+        return {}
     means, colours = [row["gap"].mean for row in shown], _colours(rows)
     wide_range = min(means) > 0 and max(means) > 10 * min(means)
     svg = dot_chart(
@@ -37,9 +56,14 @@ def gaps(rows: Rows, results: list[Result]) -> Picture | None:
         x_label=GAP,
         log_x=wide_range,
     )
-    return Picture(
-        "Gap to the dense control", svg, "A dot for each seed, a bar at their mean. Left is better.", wide=True
+    picture = Picture(
+        "Gap to the dense control",
+        svg,
+        "A dot for each seed, a bar at their mean, a band of one standard deviation. Left is better; rows whose bands "
+        "overlap are not told apart by these seeds.",
+        wide=True,
     )
+    return {"gaps": picture}
 
 
 def _label(row: dict[str, Any], rows: Rows) -> str:
@@ -47,19 +71,20 @@ def _label(row: dict[str, Any], rows: Rows) -> str:
     return f"{row['variant']}, {row['tokens']:,} tokens" if several and row["tokens"] else row["variant"]
 
 
-def losses(rows: Rows, results: list[Result]) -> Picture | None:
-    """Perplexity after the prune over training tokens: one line per variant, the mean over its seeds."""
+def losses(rows: Rows, results: list[Result]) -> dict[str, Picture]:
+    """Perplexity after the prune over training tokens: one line per variant, with a band over its seeds."""
     largest = max((r.run.budget for r in results), default=0)
     runs = [r for r in results if r.run.budget == largest and largest]
     lines = []
     for name, index in _colours(rows).items():
         of_name = [r for r in runs if r.run.variant == name]
         key = "perplexity" if of_name and of_name[0].run.config["method"] == "dense" else "prune_now_ppl"
-        points = [(step * _tokens_per_step(of_name[0]), value) for step, value in _mean_series(of_name, key)]
+        found = _over_seeds(of_name, key)
+        points = [(step * _tokens_per_step(of_name[0]), mean) for step, mean, _ in found]
         if len(points) > 1:
-            lines.append(Series(name, points, index, marks=True))
+            lines.append(Series(name, points, index, marks=True, spread=[std for _, _, std in found]))
     if not lines:
-        return None
+        return {}
     values = [y for line in lines for _, y in line.points]
     svg = line_chart(
         lines,
@@ -69,58 +94,58 @@ def losses(rows: Rows, results: list[Result]) -> Picture | None:
         width=WHOLE,
         height=340,
     )
-    caption = "Perplexity of the evaluation text, mean over seeds, at the largest token budget."
-    return Picture("Learning curves", svg, caption, wide=True)
+    caption = (
+        "Perplexity of the evaluation text at the largest token budget: mean over seeds, with a band of one standard "
+        "deviation."
+    )
+    return {"losses": Picture("Learning curves", svg, caption, wide=True)}
 
 
 def _tokens_per_step(result: Result) -> int:
     return int(result.run.tokens // result.run.config["max_steps"])
 
 
-def _mean_series(results: list[Result], key: str) -> list[tuple[float, float]]:
-    """(step, mean over the runs) at the steps that all of them have."""
+def _over_seeds(results: list[Result], key: str) -> list[tuple[float, float, float]]:
+    """(step, mean over the runs, standard deviation) at the steps that all of them have."""
     series = [dict(read_series(r.folder, key)) for r in results]
     if not series:
         return []
     steps = sorted(set.intersection(*(set(one) for one in series)))
-    return [(step, statistics.fmean(one[step] for one in series)) for step in steps]
+    values = {step: [one[step] for one in series] for step in steps}
+    return [(step, statistics.fmean(found), _deviation(found)) for step, found in values.items()]
 
 
-def time(rows: Rows, results: list[Result]) -> Picture | None:
-    """Flips since step 0 and the kept share over the run, as means over seeds."""
+def _deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 for a single value or one that is not finite."""
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
+
+
+def masks(rows: Rows, results: list[Result]) -> dict[str, Picture]:
+    """Flips per step, flips since step 0 and the kept share over the run, with a band over the seeds."""
     shown = [r for r in results if r.run.tokens and r.run.config["method"] != "dense"]
-    colours = _colours(rows)
-    parts = []
-    for key, label in (
-        ("flip_rate", "flip rate per step"),
-        ("initial_flip_rate", "flips since step 0"),
-        ("sparse_weight_ratio", "kept share"),
-    ):
+    pictures = {}
+    for key, (title, label, caption) in MASK_CHARTS.items():
         lines = []
-        for name, index in colours.items():
+        for name, index in _colours(rows).items():
             of_name = [r for r in shown if r.run.variant == name]
-            points = _mean_series(of_name, key)
-            if key == "flip_rate" and points:
+            found = _over_seeds(of_name, key)
+            if key == "flip_rate" and found:
                 every = _steps_between_refreshes(of_name[0].run.config)
-                points = [(step, value / every) for step, value in points if step]
-            if points:
-                lines.append(Series(name, points, index))
+                found = [(step, mean / every, std / every) for step, mean, std in found if step]
+            if found:
+                points = [(step, mean) for step, mean, _ in found]
+                lines.append(Series(name, points, index, spread=[std for _, _, std in found]))
         if any(value for line in lines for _, value in line.points):
-            parts.append(line_chart(lines, x_label="step", y_label=label, width=WHOLE, height=220))
-    if not parts:
-        return None
-    caption = (
-        "Flip rate: the share of the mask entries that the last refresh changed, divided by the steps between. "
-        "Kept share: sum |kept| / sum |all| in the sparse layers; 1 means that nothing is left to prune."
-    )
-    return Picture("Masks over time", "".join(parts), caption, wide=True)
+            svg = line_chart(lines, x_label="step", y_label=label, width=WHOLE, height=220)
+            pictures[key] = Picture(title, svg, caption, wide=True)
+    return pictures
 
 
 def _steps_between_refreshes(config: dict[str, Any]) -> int:
     return int(config["mask_interval"]) if "mask_interval" in METHODS[config["method"]].options else 1
 
 
-def histograms(rows: Rows, results: list[Result]) -> Picture | None:
+def histograms(rows: Rows, results: list[Result]) -> dict[str, Picture]:
     """Magnitudes of masked weights just before the prune: a row per variant, all seeds together."""
     totals: dict[str, list[int]] = {}
     edges: list[float] = []
@@ -132,7 +157,7 @@ def histograms(rows: Rows, results: list[Result]) -> Picture | None:
             old = totals.get(result.run.variant, [0] * len(counts))
             totals[result.run.variant] = [a + b for a, b in zip(old, counts)]
     if not totals:
-        return None
+        return {}
     used = [0, *(i for i in range(1, len(edges)) if any(counts[i] / sum(counts) > 1e-3 for counts in totals.values()))]
     used = [0, *range(used[1], used[-1] + 1)] if len(used) > 1 else used
     labels = ["zero" if i == 0 else f"{edges[i - 1]:.0e}" if (i - 1) % 4 == 0 else "" for i in used]
@@ -151,7 +176,7 @@ def histograms(rows: Rows, results: list[Result]) -> Picture | None:
         f"{name}: {counts[0] / sum(counts):.1%} exactly zero, median {_median(counts[0], counts[1:], edges):.1e}"
         for name, counts in totals.items()
     ]
-    return Picture("Where masked weights end", svg, "; ".join(parts) + ".", wide=True)
+    return {"histograms": Picture("Where masked weights end", svg, "; ".join(parts) + ".", wide=True)}
 
 
 def _median(zeros: int, counts: list[int], edges: list[float]) -> float:
@@ -166,21 +191,25 @@ def _median(zeros: int, counts: list[int], edges: list[float]) -> float:
     return edges[-1]
 
 
-def budgets(rows: Rows, results: list[Result]) -> Picture | None:
+def budgets(rows: Rows, results: list[Result]) -> dict[str, Picture]:
     """The gap to the control of the same token budget against the budget, a line per variant."""
     colours = _colours(rows)
     shown = list(filter(has_gap, rows))
     names = dict.fromkeys(row["variant"] for row in shown if row["tokens"])
     if not names:
-        return None
+        return {}
     lines = []
     for name in names:
         of_name = [row for row in shown if row["variant"] == name]
-        lines.append(Series(name, [(r["tokens"], r["gap"].mean) for r in of_name], colours[name], marks=True))
+        points = [(r["tokens"], r["gap"].mean) for r in of_name]
+        lines.append(Series(name, points, colours[name], marks=True, spread=[r["gap"].std or 0.0 for r in of_name]))
     levels = [Level(row["variant"], row["gap"].mean) for row in shown if not row["tokens"]]
     svg = gap_chart(lines, levels)
-    caption = "Means over seeds. Dotted: one-shot methods, against the control of the largest budget."
-    return Picture("Gap over token budgets", svg, caption, wide=True)
+    caption = (
+        "Means over seeds, with a band of one standard deviation. Dotted: one-shot methods, against the control of the "
+        "largest budget."
+    )
+    return {"budgets": Picture("Gap over token budgets", svg, caption, wide=True)}
 
 
 def gap_chart(lines: Sequence[Series], levels: Sequence[Level] = ()) -> str:
@@ -198,4 +227,4 @@ def gap_chart(lines: Sequence[Series], levels: Sequence[Level] = ()) -> str:
     )
 
 
-PLOTS: dict[str, Plot] = {"gaps": gaps, "losses": losses, "time": time, "histograms": histograms, "budgets": budgets}
+PLOTS: dict[str, Plot] = {"gaps": gaps, "losses": losses, "masks": masks, "histograms": histograms, "budgets": budgets}

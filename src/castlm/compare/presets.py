@@ -54,13 +54,13 @@ PRESETS: dict[str, Preset] = {
     "oscillation": Preset(
         "Does the mask settle? SR-STE against CAST",
         {"srste": {"method": "srste", **_MAGNITUDE}, "cast": {"method": "cast", **_MAGNITUDE}},
-        plots=("time",),
+        plots=("masks",),
         evaluations=20,
     ),
     "decay": Preset(
         "Where do masked weights end? Additive, proportional and horizon decay",
         {kind: {**_ANY_BUDGET, **_MAGNITUDE, "decay": kind} for kind in ("additive", "proportional", "horizon")},
-        plots=("histograms", "time"),
+        plots=("histograms", "masks"),
         evaluations=10,
     ),
     "parts": Preset(

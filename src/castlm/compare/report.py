@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,7 +30,7 @@ from castlm.versions import library_versions
 if TYPE_CHECKING:
     from castlm.compare.presets import Preset
     from castlm.compare.results import Result
-    from castlm.report.html import Picture
+    from castlm.report.charts import Picture
 
 
 class Column(NamedTuple):
@@ -43,6 +43,8 @@ class Column(NamedTuple):
     meaning: str
     factor: float = 1.0
     """To the unit of the heading."""
+    page_only: bool = False
+    """Whether only the page and table.json have it."""
 
 
 COLUMNS = (
@@ -71,21 +73,36 @@ COLUMNS = (
         "+.4f",
         "ln(perplexity / perplexity of the dense model before any training). Training alone can make it negative.",
     ),
-    Column("flip_rate", "flip rate", ".1e", "Share of the mask entries that the last refresh of the masks changed."),
     Column(
-        "initial_flip_rate", "flips since step 0", ".2%", "Share of the mask entries that differ from those of step 0."
+        "flip_rate",
+        "flip rate",
+        ".1e",
+        "Share of the mask entries that the last refresh of the masks changed.",
+        page_only=True,
+    ),
+    Column(
+        "initial_flip_rate",
+        "flips since step 0",
+        ".2%",
+        "Share of the mask entries that differ from those of step 0.",
+        page_only=True,
     ),
     Column(
         "sparse_weight_ratio",
         "kept share",
         ".4f",
         "sum |kept weights| / sum |all weights| of the sparse layers before the prune; 1: nothing left to prune.",
+        page_only=True,
     ),
     Column(
-        "start_tokens", "start, tokens", ",.0f", "Tokens that the start read before step 0; empty for one-shot methods."
+        "start_tokens",
+        "start, tokens",
+        ",.0f",
+        "Tokens that the start read before step 0; empty for one-shot methods.",
+        page_only=True,
     ),
-    Column("start_seconds", "start, s", ".0f", "Seconds that the start took before step 0."),
     Column("train_seconds", "time, s", ".0f", "Seconds of the optimizer steps; of one-shot methods, of the pruning."),
+    Column("start_seconds", "start, s", ".0f", "Seconds that the start took before step 0."),
     Column(
         "peak_memory_bytes", "peak memory, MiB", ".0f", "The most memory that the process of the run held.", 1 / 2**20
     ),
@@ -101,15 +118,43 @@ LEADING = {
 }
 
 
+WIDTH = 100
+"""Characters that a line of the table in table.md and on a terminal takes, as far as the names of variants allow."""
+WIDEST_CELL = 32
+
+OPTIONAL = ("peak memory, MiB", "start, s", "time, s", "before the prune", "start", "seeds", "gap to original")
+"""Columns that are left to the page where the table would be wider, the first of them first."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A table as text: its headings, and the cells of each row."""
+
+    headings: list[str]
+    lines: list[list[str]]
+
+    def without(self, dropped: Collection[str]) -> Cells:
+        """The table without some of its columns."""
+        kept = [number for number, heading in enumerate(self.headings) if heading not in dropped]
+        return Cells([self.headings[i] for i in kept], [[line[i] for i in kept] for line in self.lines])
+
+    @property
+    def width(self) -> int:
+        """Characters of a line, with a bar and two spaces for each column; a longer cell is wrapped."""
+        columns = zip(self.headings, *self.lines)
+        return 1 + sum(3 + min(WIDEST_CELL, max(map(len, column))) for column in columns)
+
+
 @dataclass(frozen=True)
 class Report:
     """A finished report."""
 
     question: str
     verdict: str
-    headings: list[str]
-    lines: list[list[str]]
-    """The cells of the table as text, a list per row."""
+    page: Cells
+    """The whole table, for the page."""
+    table: Cells
+    """What fits into `WIDTH` characters, for a terminal and for table.md."""
     warnings: list[str]
     """Runs that failed, diverged or fell short."""
     notes: list[str]
@@ -186,8 +231,8 @@ def _raised_damping(final: list[Result]) -> list[str]:
     return lines
 
 
-def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The headings of the table, and a list of cells for each row."""
+def cells(rows: list[dict[str, Any]]) -> Cells:
+    """The whole table."""
     tasks = list(dict.fromkeys(name for row in rows for name in row["zero_shot"]))
     shown = [column for column in COLUMNS if _is_shown(column, rows)]
     headings = ["variant", "start", "tokens", "rate", "seeds", *(c.heading for c in shown), *tasks, "options"]
@@ -206,7 +251,27 @@ def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
                 options_text(row["options"]),
             ]
         )
-    return headings, lines
+    return Cells(headings, lines)
+
+
+def fitting(page: Cells) -> tuple[Cells, str]:
+    """The columns that a line of `WIDTH` characters has room for, and a note on the others.
+
+    Tokens, rates and seeds that all trained runs share stand in the note. The options are in the page.
+    """
+    shared = {}
+    for name in ("tokens", "rate", "seeds"):
+        values = {line[page.headings.index(name)] for line in page.lines} - {"", "0"}
+        if len(values) <= 1:
+            shared[name] = "".join(values)
+    table = page.without({"options", *shared, *(column.heading for column in COLUMNS if column.page_only)})
+    for name in OPTIONAL:
+        if table.width > WIDTH:
+            table = table.without({name})
+    same = ", ".join(f"{name} {value}" for name, value in shared.items() if value)
+    left = [name for name in page.headings if name not in table.headings and not shared.get(name)]
+    note = f"The same in every row that has it: {same}. " if same else ""
+    return table, f"{note}table.html also has {', '.join(left)}." if left else note.strip()
 
 
 def _is_shown(column: Column, rows: list[dict[str, Any]]) -> bool:
@@ -233,10 +298,11 @@ def glossary(headings: Sequence[str]) -> list[tuple[str, str]]:
 def markdown(report: Report, command: str) -> str:
     """The report as Markdown."""
     is_text = {"variant", "start", "options"}
-    rule = ["---" if name in is_text else "---:" for name in report.headings]
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (report.headings, rule, *report.lines)]
+    headings = report.table.headings
+    rule = ["---" if name in is_text else "---:" for name in headings]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (headings, rule, *report.table.lines)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    columns = "\n".join(f"- **{name}**: {meaning}" for name, meaning in glossary(report.headings))
+    columns = "\n".join(f"- **{name}**: {meaning}" for name, meaning in glossary(headings))
     warnings = [f"- {warning}" for warning in report.warnings]
     return (
         "\n\n".join([f"# {report.question}", report.verdict, f"`{command}`", table, *warnings, *report.notes, columns])
@@ -260,26 +326,27 @@ def write_report(
         untouched: zero-shot rows of the model before any training.
     """
     from castlm.compare.plots import PLOTS
-    from castlm.report.charts import standalone
+    from castlm.report.charts import can_draw
     from castlm.report.html import render
 
     rows, facts = summarize(results), stamp(results)
     final = [r for r in results if not r.trial]
-    drawn = {name: PLOTS[name](rows, final) for name in dict.fromkeys((*preset.plots, "losses"))}
-    pictures = {name: picture for name, picture in drawn.items() if picture is not None}
+    pictures: dict[str, Picture] = {}
+    for name in dict.fromkeys((*preset.plots, "losses")) if can_draw() else ():
+        pictures |= PLOTS[name](rows, final)
     report = _report(root, preset, rows, results, facts, untouched, pictures)
     facts["sha256"] = dict(hashes)
     atomic_write_json(root / "table.json", _as_json(report, command, rows, results, facts, untouched))
     atomic_write_text(root / "table.md", markdown(report, command))
     for name, picture in pictures.items():
-        atomic_write_text(root / f"{name}.svg", standalone(picture.svg))
+        atomic_write_text(root / f"{name}.svg", picture.svg)
     page = render(
         "compare.html.jinja",
         title=report.question,
         report=report,
         command=command,
         pictures=pictures.values(),
-        glossary=glossary(report.headings),
+        glossary=glossary(report.page.headings),
         best=next(iter(ranked(rows)), None),
     )
     atomic_write_text(root / "table.html", page)
@@ -295,7 +362,9 @@ def _report(
     untouched: Sequence[dict[str, Any]],
     pictures: Mapping[str, Picture],
 ) -> Report:
-    notes = [note for note in (starts_note(rows), tokens_note(rows), *explain(facts, results)) if note]
+    page = cells(rows)
+    table, columns_note = fitting(page)
+    notes = [note for note in (columns_note, starts_note(rows), tokens_note(rows), *explain(facts, results)) if note]
     if untouched:
         notes.append(zero_shot_note(untouched))
     warnings = [f"failed: {row['variant']}, {error}" for row in rows for error in row["errors"]]
@@ -307,7 +376,7 @@ def _report(
         if r.trial and "error" in r.record
     ]
     files = [root / name for name in ("table.html", "table.md", "table.json", *(f"{name}.svg" for name in pictures))]
-    return Report(preset.question, verdict(rows), *cells(rows), warnings, notes, files)
+    return Report(preset.question, verdict(rows), page, table, warnings, notes, files)
 
 
 def _as_json(

@@ -6,15 +6,19 @@ budget is narrow enough, the largest budget, which costs most, is not run.
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from castlm.compare.config import CompareConfig
 from castlm.compare.plan import Plan, Say
 from castlm.compare.presets import RETRAINING
-from castlm.compare.runs import read_record
+from castlm.compare.results import Result
+from castlm.compare.runs import Run, read_record
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import continued
@@ -22,12 +26,13 @@ from castlm.files.owned import discard
 from castlm.files.reading import read_json_object
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS
-from castlm.planning.budgets import check_budgets, geometric_budgets, listed_budgets
-from castlm.planning.sweep_step import TITLE, Step, interval_text
 from castlm.training.config import flatten
 
 if TYPE_CHECKING:
-    from castlm.planning.law import Law
+    from castlm.planning.law import Law, Prediction
+
+SMALLEST_SHARE = 1 / 64
+"""Of the smallest budget in the largest, unless it is given."""
 
 
 @dataclass
@@ -83,8 +88,66 @@ class SweepConfig:
     eval_tokens: int | None = None
     """Maximum number of tokens that are evaluated. 0 evaluates all of them."""
 
+    runs_from: tuple[str, ...] = ()
+    """Folders of `castlm compare` or of other sweeps, whose finished runs are used instead of running them again. Runs
+    are the same if all their options, model and texts are."""
+
     overwrite: bool = False
     """Replace another sweep in output_dir. Runs that both sweeps share are kept."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A budget that was run."""
+
+    tokens: int
+    perplexities: list[float]
+    """Of its runs, by seed."""
+    predicted: Prediction | None
+    """Of the mean of its runs, by the law of the smaller budgets, before they ran."""
+    largest: Prediction | None = None
+    """Of one run at the largest budget, by the law of all budgets so far."""
+    no_law: str | None = None
+    """Why they carry no law."""
+
+    @property
+    def perplexity(self) -> float:
+        """Geometric mean over its runs."""
+        return math.exp(statistics.fmean(map(math.log, self.perplexities)))
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the mean fell in the interval that was predicted of it."""
+        return None if self.predicted is None else self.predicted.low <= self.perplexity <= self.predicted.high
+
+    @property
+    def width(self) -> float:
+        """Of the interval of the largest budget, as a share of its prediction."""
+        return math.inf if self.largest is None else (self.largest.high - self.largest.low) / self.largest.perplexity
+
+    def settles(self, within: float) -> bool:
+        """Whether the largest budget need not be run any more."""
+        return self.inside is True and self.width < within
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"perplexity": self.perplexity, "inside": self.inside, "width": self.width}
+
+    def __str__(self) -> str:
+        inside = {None: "", True: "inside", False: "outside"}[self.inside]
+        width = "" if self.largest is None else f"{self.width:.2%}"
+        columns = f"{self.tokens:>14,}{self.perplexity:>12.4f}  {interval_text(self.predicted):<30}{inside:<10}"
+        largest = f"no law: {self.no_law}" if self.no_law else f"{interval_text(self.largest):<30}{width:>8}"
+        return f"{columns}{largest}".rstrip()
+
+
+TITLE = (
+    f"{'tokens':>14}{'perplexity':>12}  {'predicted (90 %)':<30}{'':<10}{'largest, predicted (90 %)':<30}{'width':>8}"
+)
+
+
+def interval_text(found: Prediction | None) -> str:
+    """A perplexity with its interval; nothing for None."""
+    return "" if found is None else f"{found.perplexity:.4f} ({found.low:.4f} to {found.high:.4f})"
 
 
 def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
@@ -144,6 +207,7 @@ class Sweep:
         self.runs = [[self.plan.make(self.method, t, seed, None) for seed in range(command.seeds)] for t in asked]
         self.budgets = [runs[0].tokens for runs in self.runs]
         check_budgets(self.budgets, command.form)
+        self.results: list[Result] = []
         self.steps: list[Step] = []
         self.law: Law | None = None
 
@@ -184,7 +248,7 @@ class Sweep:
         self.say(f"{self.method}, {self.command.seeds} seeds, {self.command.form} law, in {self.root}")
         self.say(TITLE)
         for runs in self.runs:
-            results = [self.plan.measure(run, self.root) for run in runs]
+            results = [self.measure(run) for run in runs]
             for result in results:
                 if "error" in result.record:
                     goes_on = "" if result.record.get("exit_code") == 1 else "; the same command goes on"  # 1: diverged
@@ -192,7 +256,7 @@ class Sweep:
                 if math.isinf(result.perplexity) or result.problem == "diverged":
                     reason = result.record.get("verdict", {}).get("reason", "it has no finite perplexity")
                     return self.end("failed", f"stopped: {result.run} diverged: {reason}; lower learning_rate")
-            self.take([result.perplexity for result in results])
+            self.take(results)
             self.say(str(self.steps[-1]))
             if self.steps[-1].settles(self.command.within) and not self.has_run_largest():
                 break
@@ -211,7 +275,16 @@ class Sweep:
         """Whether an earlier start, with another `within` or `form`, went on to the end."""
         return all(read_record(run.folder(self.root)) is not None for run in self.runs[-1])
 
-    def take(self, perplexities: list[float]) -> None:
+    def measure(self, run: Run) -> Result:
+        """The result of a run, from a folder of `runs_from` that has it finished, or from this sweep's own."""
+        for other in map(Path, self.command.runs_from):
+            for folder in other.glob(f"runs/*-{run.key}"):
+                if (record := read_record(folder, run.config)) is not None:
+                    self.plan.say(f"{run}: {folder}")
+                    return Result(run, record, folder)
+        return self.plan.measure(run, self.root)
+
+    def take(self, results: list[Result]) -> None:
         """Appends the step of the next budget, with the law of all so far and what it says of the largest."""
         from castlm.planning.fit import MIN_BUDGETS, fit_law
         from castlm.planning.law import predict_perplexity
@@ -220,15 +293,16 @@ class Sweep:
         tokens = self.budgets[len(self.steps)]
         predicted = None if self.law is None else predict_perplexity(self.law, tokens, num_runs=self.command.seeds)
         smaller, self.law, largest, no_law = self.law, None, None, None
-        done = self.runs[: len(self.steps) + 1]
-        if len(done) >= MIN_BUDGETS[self.command.form]:
+        self.results += results
+        if len(self.steps) + 1 >= MIN_BUDGETS[self.command.form]:
             try:
-                files = [run.folder(self.root) / "model" / "castlm.json" for runs in done for run in runs]
+                files = [result.folder / "model" / "castlm.json" for result in self.results]
                 self.law = fit_law(read_points(files), self.command.form, without_largest=smaller)
                 if tokens != self.budgets[-1]:
                     largest = predict_perplexity(self.law, self.budgets[-1])
             except InputError as error:
                 no_law = str(error)
+        perplexities = [result.perplexity for result in results]
         self.steps.append(Step(tokens, perplexities, predicted, largest, no_law))
 
     @property
@@ -306,3 +380,52 @@ def _method(config: str | None) -> str:
     if method not in RETRAINING:
         raise InputError(f"method {method} has no training budget to sweep: use one of {', '.join(RETRAINING)}")
     return method
+
+
+def geometric_budgets(largest: float, smallest: float | None, num: int) -> list[int]:
+    """`num` budgets, each by the same factor above the one before; `smallest` None is a 64th of `largest`.
+
+    Raises:
+        InputError: fewer than 2, or bounds that are not positive numbers in order.
+    """
+    smallest = largest * SMALLEST_SHARE if smallest is None else smallest
+    if not 0 < smallest < largest < math.inf:
+        raise InputError(f"budgets from {smallest:g} to {largest:g} tokens: the largest must be above the smallest")
+    if num < 2:
+        raise InputError(f"budgets is {num}: it must be at least 2")
+    factor = (largest / smallest) ** (1 / (num - 1))
+    return [round(smallest * factor**i) for i in range(num)]
+
+
+def listed_budgets(text: str) -> list[int]:
+    """Numbers with commas, in ascending order. Raises InputError when one is none."""
+    try:
+        return sorted(int(float(number)) for number in text.split(","))
+    except (ValueError, OverflowError):
+        raise InputError(f"tokens {text!r} are not numbers: write --tokens 1e5,3e5,1e6") from None
+
+
+def check_budgets(budgets: Sequence[int], form: str) -> None:
+    """Refuses ascending budgets whose smaller ones could never predict the largest.
+
+    Raises:
+        InputError: too few, too near each other, or over too short a range.
+    """
+    from castlm.planning.fit import MIN_BUDGETS, MIN_SPREAD, SAME_BUDGET
+
+    least = MIN_BUDGETS[form] + 1
+    if len(budgets) < least:
+        other = "loglinear"
+        remedy = f", or use --form {other}" if len(budgets) > MIN_BUDGETS[other] else ""
+        raise InputError(
+            f"{len(budgets)} budgets: the {form} form needs {least} to predict the largest from the others; give more "
+            f"budgets{remedy}"
+        )
+    for one, following in itertools.pairwise(budgets):
+        if math.log(following / one) <= SAME_BUDGET:
+            raise InputError(f"budgets of {one:,} and {following:,} tokens, in whole steps, are one: set them apart")
+    if budgets[-2] < MIN_SPREAD * budgets[0]:
+        raise InputError(
+            f"budgets below the largest go from {budgets[0]:,} to {budgets[-2]:,} tokens: a law needs a factor of "
+            f"{MIN_SPREAD:g} between them; start from a smaller one"
+        )

@@ -1,43 +1,66 @@
-"""Charts as inline SVG: lines, dots and heat maps. Colours are CSS variables, so that one file fits light and dark.
+"""Charts of the pages and result folders: lines with bands, dots and heat maps, drawn by matplotlib as SVG.
 
-No global state, no drawing library, nothing fetched: a chart is a string, the same for the same figures.
+matplotlib is in the extra `report`. `Picture.inline` puts a chart into a page, where it follows the page's colours.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import TYPE_CHECKING, Any
 
-from castlm.report.scales import Scale, short
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-NUM_COLOURS = 8
+NEEDS_MATPLOTLIB = "Charts need matplotlib: pip install '.[report]' in the clone of castlm."
+
 HALF, WHOLE = 560, 1150
 """Widths of a chart that takes half of the page or all of it, in pixels, so that all text has the same size."""
-LIGHT = ("#2a78d6", "#e0662f", "#159a6a", "#b98100", "#c84f86", "#6a5bd0", "#5d7a1f", "#d2413f")
-DARK = ("#5b9df0", "#f08a57", "#3fbf8d", "#dba83a", "#e58ab1", "#a396f2", "#9cba5a", "#ee7a77")
+PIXELS_PER_INCH = 96
 
-_VARIABLES = "--ink:{ink};--muted:{muted};--line:{line};--paper:{paper};" + "".join(
-    f"--c{i}:{{colours[{i}]}};" for i in range(NUM_COLOURS)
-)
-COLOURS = (
-    ":root{color-scheme:light dark;"
-    + _VARIABLES.format(ink="#1d1d1b", muted="#6a6963", line="#e3e2dc", paper="#fcfcfa", colours=LIGHT)
-    + "}@media (prefers-color-scheme:dark){:root{"
-    + _VARIABLES.format(ink="#eceae4", muted="#a19f97", line="#35342f", paper="#191917", colours=DARK)
-    + "}}"
-)
-"""CSS variables of ink, paper, lines and the colours of series, for light and dark."""
+LIGHT = {"ink": "#1d1d1b", "muted": "#6a6963", "line": "#e3e2dc", "paper": "#fcfcfa", "card": "#ffffff"}
+DARK = {"ink": "#eceae4", "muted": "#a19f97", "line": "#35342f", "paper": "#191917", "card": "#21211e"}
+LIGHT_SERIES = ("#2a78d6", "#e0662f", "#159a6a", "#b98100", "#c84f86", "#6a5bd0", "#5d7a1f", "#d2413f")
+DARK_SERIES = ("#5b9df0", "#f08a57", "#3fbf8d", "#dba83a", "#e58ab1", "#a396f2", "#9cba5a", "#ee7a77")
+LIGHT |= {f"c{i}": value for i, value in enumerate(LIGHT_SERIES)}
+DARK |= {f"c{i}": value for i, value in enumerate(DARK_SERIES)}
 
-CHART_CSS = (
-    "svg.chart{font:12px system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;display:block;width:100%;"
-    "height:auto;overflow:visible}svg.chart text{fill:var(--muted)}svg.chart .name{fill:var(--ink)}"
-    "svg.chart .grid{stroke:var(--line);stroke-width:1}svg.chart .axis{stroke:var(--muted);stroke-width:1}"
-    "svg.chart .series{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}"
-    "svg.chart .faint{stroke-width:1;opacity:.35}svg.chart .mark{stroke:var(--paper);stroke-width:1.5}"
-    "svg.chart .dashed{stroke-dasharray:2 4}"
+
+def _variables(colours: dict[str, str]) -> str:
+    return "".join(f"--{name}:{value};" for name, value in colours.items())
+
+
+PAGE_COLOURS = (
+    f":root{{color-scheme:light dark;{_variables(LIGHT)}}}"
+    f"@media (prefers-color-scheme:dark){{:root{{{_variables(DARK)}}}}}"
 )
+"""CSS variables of ink, paper, cards, lines and the colours of series, for light and dark pages."""
+
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.parse_math": False,  # a $ in the name of a file is a $
+    "text.color": LIGHT["ink"],
+    "axes.edgecolor": LIGHT["muted"],
+    "axes.labelcolor": LIGHT["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "grid.color": LIGHT["line"],
+    "xtick.color": LIGHT["muted"],
+    "ytick.color": LIGHT["muted"],
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "castlm",  # the same figures give the same file
+}
 
 
 @dataclass(frozen=True)
@@ -50,27 +73,52 @@ class Series:
     faint: bool = False
     """Thin and pale: single values behind a smoothed line. It is not in the legend."""
     marks: bool = False
-    """A dot at every point, with its values as a tooltip."""
+    """A dot at every point."""
+    spread: Sequence[float] = ()
+    """Half the height of a band around each point, such as the standard deviation over seeds."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """A horizontal line across a chart."""
+    """A dotted horizontal line across a chart."""
 
     name: str
     value: float
 
 
-def colour(index: int) -> str:
-    """The CSS colour of series number `index`."""
-    return f"var(--c{index % NUM_COLOURS})"
+@dataclass(frozen=True)
+class Picture:
+    """A chart with its heading and its caption."""
+
+    title: str
+    svg: str
+    """A whole SVG file, in the light colours."""
+    caption: str
+    wide: bool = False
+    """Whether it spans the whole page."""
+
+    @property
+    def inline(self) -> str:
+        """The chart as an element of a page, in the page's colours."""
+        svg = self.svg[self.svg.index("<svg") :].replace("<svg", '<svg class="chart" role="img"', 1)
+        svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # an id may be in a page only once
+        for name, value in LIGHT.items():
+            svg = svg.replace(value, f"var(--{name})")
+        return svg
 
 
-def standalone(svg: str) -> str:
-    """A chart as an SVG file of its own, with its style inside."""
-    head, rest = svg.split(">", 1)
-    background = '<rect width="100%" height="100%" fill="var(--paper)"/>'
-    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{COLOURS}{CHART_CSS}</style>{background}{rest}'
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def short(value: float) -> str:
+    """A number as an axis shows it: 0.05, 12, 3.5k, 1.2M, 1e-06."""
+    size = abs(value)
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return "0" if value == 0 else f"{value:.3g}" if size >= 1e-3 else f"{value:.0e}"
 
 
 def line_chart(
@@ -85,104 +133,87 @@ def line_chart(
     width: int = HALF,
     height: int = 270,
 ) -> str:
-    """Lines over a common x axis.
+    """Lines over a common x axis, as an SVG file. Points that are not finite are left out.
 
     Args:
         y_label: stands above the axis, so that it reads horizontally.
-        levels: horizontal lines, each labelled at its right end.
         from_zero: whether a linear y axis includes 0.
     """
-    shown = [s for s in series if s.points]
-    xs = [x for s in shown for x, _ in s.points]
-    ys = [y for s in shown for _, y in s.points] + [level.value for level in levels] + [0.0] * (from_zero and not log_y)
-    left, right, top, bottom = 52, 96 if levels else 14, 46, height - 38
-    x = Scale.of(xs, left, width - right, log=log_x, pad=0.02 if log_x else 0.0)
-    y = Scale.of(ys, bottom, top, log=log_y)
-    parts = [*_axes(x, y, x_label, y_label), *_levels(levels, y, left, width - right)]
-    for line in sorted(shown, key=lambda s: not s.faint):
-        parts.append(_line(line, x, y))
-    parts.append(_legend([s for s in shown if not s.faint], left))
-    return _svg(width, height, parts)
 
+    def draw(axes: Axes) -> None:
+        for line in series:
+            spreads = line.spread or [0.0] * len(line.points)
+            found = [(x, y, half) for (x, y), half in zip(line.points, spreads) if math.isfinite(y)]
+            if not found:
+                continue
+            x, y, half = zip(*found)
+            colour = LIGHT_SERIES[line.colour % len(LIGHT_SERIES)]
+            axes.plot(
+                x,
+                y,
+                color=colour,
+                linestyle="-" if line.colour < len(LIGHT_SERIES) else "--",  # from here on, colours repeat
+                linewidth=0.8 if line.faint else 1.5,
+                alpha=0.35 if line.faint else 1.0,
+                marker="o" if line.marks or len(found) == 1 else "",
+                markersize=5,
+                zorder=2 if line.faint else 3,
+                label=None if line.faint else line.name,
+            )
+            if any(half):
+                low, high = ([b + sign * h for b, h in zip(y, half)] for sign in (-1, 1))
+                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        for level in levels:
+            axes.axhline(level.value, color=LIGHT["muted"], linestyle=":", linewidth=1.2)
+            axes.annotate(level.name, (1.01, level.value), xycoords=("axes fraction", "data"), va="center")
+        _scale(axes, "x", log_x)
+        _scale(axes, "y", log_y)
+        if from_zero and not log_y:
+            bottom, top = axes.get_ylim()
+            axes.set_ylim(min(bottom, 0.0), max(top, 0.0))
+        axes.set_xlabel(x_label, loc="right")
+        axes.set_title(y_label, loc="left", fontsize=9, color=LIGHT["muted"])
+        named = len(axes.get_legend_handles_labels()[1])
+        if 1 < named <= 3:
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=named, borderaxespad=0.2)
+        elif named > 3:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.12 if levels else 1.01, 1))
 
-def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> list[str]:
-    parts = []
-    for tick in y.ticks():
-        at = y.at(tick)
-        parts.append(f'<line class="grid" x1="{x.start}" x2="{x.end}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{x.start - 8}" y="{at + 4:.1f}" text-anchor="end">{short(tick)}</text>')
-    parts.append(f'<line class="axis" x1="{x.start}" x2="{x.end}" y1="{y.start}" y2="{y.start}"/>')
-    for tick in x.ticks():
-        at = x.at(tick)
-        parts.append(f'<text x="{at:.1f}" y="{y.start + 17}" text-anchor="middle">{short(tick)}</text>')
-    parts.append(f'<text x="{x.end}" y="{y.start + 33}" text-anchor="end">{escape(x_label)}</text>')
-    parts.append(f'<text x="0" y="12">{escape(y_label)}</text>')
-    return parts
-
-
-def _levels(levels: Sequence[Level], y: Scale, left: float, right: float) -> list[str]:
-    parts, last = [], math.inf
-    for level in sorted(levels, key=lambda one: one.value):
-        at = y.at(level.value)
-        last = text_at = min(at + 4, last - 14)  # labels do not overlap
-        parts.append(f'<line class="axis dashed" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="name" x="{right + 6}" y="{text_at:.1f}">{escape(level.name)}</text>')
-    return parts
-
-
-def _line(line: Series, x: Scale, y: Scale) -> str:
-    points = [(a, b) for a, b in line.points if math.isfinite(b)]
-    path = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in points)
-    kind = "series" + " faint" * line.faint
-    parts = [f'<polyline class="{kind}" stroke="{colour(line.colour)}" points="{path}"/>']
-    if line.marks or len(points) == 1:
-        for a, b in points:
-            title = f"<title>{escape(line.name)}: {b:.5g} at {a:,.6g}</title>"
-            at = f'cx="{x.at(a):.1f}" cy="{y.at(b):.1f}"'
-            parts.append(f'<circle class="mark" {at} r="4" fill="{colour(line.colour)}">{title}</circle>')
-    return "".join(parts)
-
-
-def _legend(series: Sequence[Series], left: float) -> str:
-    parts, at = [], left
-    for line in series if len(series) > 1 else ():
-        parts.append(f'<line class="series" stroke="{colour(line.colour)}" x1="{at}" x2="{at + 18}" y1="30" y2="30"/>')
-        parts.append(f'<text class="name" x="{at + 24}" y="34">{escape(line.name)}</text>')
-        at += 40 + 6.6 * len(line.name)
-    return "".join(parts)
+    return _svg(draw, width, height)
 
 
 def dot_chart(rows: Sequence[tuple[str, Sequence[float], int]], *, x_label: str, log_x: bool = False) -> str:
-    """A row per label with a dot for each value and a bar at their mean.
+    """A row per label with a dot for each value, a bar at their mean and a band of one standard deviation.
+
+    A linear axis begins at 0, so that the distance between two rows can be judged by their size.
 
     Args:
         rows: (label, values, colour), the first row on top.
     """
-    width, left, step = WHOLE, min(300, 20 + 7 * max(len(label) for label, _, _ in rows)), 30
-    height = 26 + step * len(rows) + 36
-    x = Scale.of([v for _, values, _ in rows for v in values], left, width - 70, log=log_x)
-    bottom = 14 + step * len(rows)
-    parts = []
-    for tick in x.ticks():
-        at = x.at(tick)
-        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="6" y2="{bottom}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{short(tick)}</text>')
-    for number, (label, values, index) in enumerate(rows):
-        y, mean = 20 + step * number, math.fsum(values) / len(values)
-        parts.append(f'<text class="name" x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(label)}</text>')
-        at = x.at(mean)
-        parts.append(
-            f'<line stroke="{colour(index)}" stroke-width="3" x1="{at:.1f}" x2="{at:.1f}" y1="{y - 9}" y2="{y + 9}"/>'
-        )
-        for value in values:
-            title = f"<title>{escape(label)}: {value:.5g}</title>"
-            parts.append(
-                f'<circle class="mark" cx="{x.at(value):.1f}" cy="{y}" r="5" fill="{colour(index)}" '
-                f'fill-opacity=".75">{title}</circle>'
-            )
-        parts.append(f'<text x="{x.at(max(values)) + 12:.1f}" y="{y + 4}">{mean:.4g}</text>')
-    parts.append(f'<text x="{x.end}" y="{bottom + 33}" text-anchor="end">{escape(x_label)}</text>')
-    return _svg(width, height, parts)
+
+    def draw(axes: Axes) -> None:
+        for number, (_, values, index) in enumerate(rows):
+            colour, mean = LIGHT_SERIES[index % len(LIGHT_SERIES)], math.fsum(values) / len(values)
+            half = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+            band = (max(mean - half, min(values) / 2) if log_x else mean - half, mean + half)
+            axes.plot(band, (number, number), color=colour, alpha=0.2, linewidth=12, solid_capstyle="butt")
+            axes.plot(values, [number] * len(values), "o", color=colour, alpha=0.75, markersize=6)
+            axes.plot(mean, number, "|", color=colour, markersize=14, markeredgewidth=2.5)
+            text = {"textcoords": "offset points", "va": "center", "color": LIGHT["muted"]}
+            axes.annotate(f"{mean:.4g}", (max(*values, band[1]), number), xytext=(9, 0), **text)
+        axes.set_yticks(range(len(rows)), [label for label, _, _ in rows], color=LIGHT["ink"])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(False, axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        _scale(axes, "x", log_x)
+        if not log_x:
+            left, right = axes.get_xlim()
+            axes.set_xlim(min(left, 0.0), max(right, 0.0))
+        axes.margins(x=0.1)
+        axes.set_xlabel(x_label, loc="right")
+
+    return _svg(draw, WHOLE, 26 + 30 * len(rows) + 36)
 
 
 def heat_map(
@@ -199,7 +230,7 @@ def heat_map(
     cell_height: int = 26,
     width: int = HALF,
 ) -> str:
-    """A table of cells whose colour grows with the value; each cell has its value as a tooltip.
+    """A table of cells whose colour grows with the value, as an SVG file.
 
     Args:
         values: (rows, columns); None leaves a cell empty.
@@ -209,51 +240,67 @@ def heat_map(
         from_zero: whether the colour scale begins at 0; else at the smallest value.
         power: exponent of the colour scale; 0.5 makes small values more visible.
     """
-    left, top = 20 + 7 * max(map(len, row_labels), default=0), 26
-    cell = (width - left - 4) / max(1, len(column_labels))
-    gap = 2 if cell > 12 and cell_height > 12 else 0
-    found = [v for row in values for v in row if v is not None]
+    found = [value for row in values for value in row if value is not None]
     low = 0.0 if from_zero else min(found, default=0.0)
     span = max(found, default=0.0) - low or 1.0
-    parts = [f'<text x="0" y="12">{escape(y_label)}</text>', _heat_legend(low, low + span, form, width)]
-    for number, (row, label) in enumerate(zip(values, row_labels)):
-        y = top + number * cell_height
-        middle = y + cell_height / 2 + 4
-        parts.append(f'<text class="name" x="{left - 8}" y="{middle:.1f}" text-anchor="end">{escape(label)}</text>')
-        for column, value in enumerate(row):
-            if value is None:
-                continue
-            share, x = (max(0.0, value - low) / span) ** power, left + column * cell
-            title = f"<title>{escape(label)} {escape(column_labels[column])}: {value:{form}}</title>"
-            parts.append(
-                f'<rect x="{x + gap / 2:.2f}" y="{y + gap / 2:g}" width="{max(cell - gap, 0.5):.2f}" '
-                f'height="{cell_height - gap}" rx="{gap}" fill="var(--c0)" fill-opacity="{0.06 + 0.94 * share:.3f}">'
-                f"{title}</rect>"
-            )
-            text = format(value, form)
-            if in_cells and cell > 7.5 * len(text):
-                ink = ' style="fill:var(--paper)"' if share > 0.5 else ' class="name"'
-                at = f'x="{x + cell / 2:.1f}" y="{middle:.1f}" text-anchor="middle" font-size="11"'
-                parts.append(f"<text {at}{ink}>{text}</text>")
-    bottom = top + len(values) * cell_height
-    every = max(1, math.ceil(max(map(len, column_labels), default=1) * 8 / max(cell, 0.1)))
-    for column, label in enumerate(column_labels):
-        if column % every == 0:
-            x = left + (column + 0.5) * cell
-            parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{escape(label)}</text>')
-    parts.append(f'<text x="{width - 4}" y="{bottom + 32}" text-anchor="end">{escape(x_label)}</text>')
-    return _svg(width, bottom + 40, parts)
+    cell = (width - 20 - 7 * max(map(len, row_labels), default=0)) / max(1, len(column_labels))  # pixels, about
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.patches import Rectangle
+
+        for number, row in enumerate(values):
+            for column, value in enumerate(row):
+                if value is None:
+                    continue
+                share = (max(0.0, value - low) / span) ** power
+                face = (LIGHT_SERIES[0], 0.06 + 0.94 * share)
+                axes.add_patch(Rectangle((column - 0.48, number - 0.46), 0.96, 0.92, facecolor=face, linewidth=0))
+                text = format(value, form)
+                if in_cells and cell > 7.5 * len(text):
+                    ink = LIGHT["paper" if share > 0.5 else "ink"]
+                    axes.text(column, number, text, ha="center", va="center", color=ink, fontsize=8)
+        every = max(1, math.ceil(8 * max(map(len, column_labels), default=1) / max(cell, 0.1)))
+        shown = range(0, len(column_labels), every)
+        axes.set_xticks(shown, [column_labels[column] for column in shown])
+        axes.set_yticks(range(len(row_labels)), row_labels)
+        axes.set_xlim(-0.5, len(column_labels) - 0.5)
+        axes.set_ylim(len(values) - 0.5, -0.5)
+        axes.grid(False)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel(x_label, loc="right")
+        axes.set_title(f"{y_label}, {low:{form}} to {low + span:{form}}", loc="left", fontsize=9, color=LIGHT["muted"])
+
+    return _svg(draw, width, 66 + cell_height * len(values))
 
 
-def _heat_legend(low: float, high: float, form: str, width: int) -> str:
-    boxes = [
-        f'<rect x="{width - 110 + i * 10}" y="4" width="10" height="9" fill="var(--c0)" '
-        f'fill-opacity="{0.06 + 0.94 * i / 5:.2f}"/>'
-        for i in range(6)
-    ]
-    first = f'<text x="{width - 116}" y="12" text-anchor="end">{low:{form}}</text>'
-    return first + "".join(boxes) + f'<text x="{width - 44}" y="12">{high:{form}}</text>'
+def _scale(axes: Axes, which: str, log: bool) -> None:
+    """Gives an axis its scale and round numbers as ticks."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    if log:
+        axes.set(**{f"{which}scale": "log"})
+        low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(5))
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
-def _svg(width: float, height: float, parts: Sequence[str]) -> str:
-    return f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img">{"".join(parts)}</svg>'
+def _svg(draw: Any, width: float, height: float) -> str:
+    """The SVG file of a figure of `width` x `height` pixels, into whose only axes `draw` draws."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), layout="constrained")
+        draw(figure.add_subplot())
+        return save_svg(figure)
+
+
+def save_svg(figure: Figure) -> str:
+    """The SVG file of a figure, without a date."""
+    with io.StringIO() as file:
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", metadata=nothing, facecolor=LIGHT["card"])
+        return file.getvalue()

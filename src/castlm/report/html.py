@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from castlm.report.charts import CHART_CSS, COLOURS
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A chart with its heading and its caption."""
-
-    title: str
-    svg: str
-    caption: str
-    wide: bool = False
-    """Whether it spans the whole page."""
+from castlm.report.charts import NEEDS_MATPLOTLIB, PAGE_COLOURS, can_draw
 
 
 def render(template: str, **content: Any) -> str:
@@ -25,4 +13,5 @@ def render(template: str, **content: Any) -> str:
 
     loader = PackageLoader("castlm.report", "templates")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template).render(colours=COLOURS, chart_css=CHART_CSS, **content)
+    no_charts = "" if can_draw() else NEEDS_MATPLOTLIB
+    return environment.get_template(template).render(colours=PAGE_COLOURS, no_charts=no_charts, **content)

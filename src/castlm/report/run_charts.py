@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import re
 
-from castlm.report.charts import WHOLE, Level, Series, heat_map, line_chart
-from castlm.report.html import Picture
+from castlm.report.charts import WHOLE, Level, Picture, Series, heat_map, line_chart, short
 from castlm.report.run_data import RunData
-from castlm.report.scales import short
 from castlm.training.metrics_file import HISTOGRAM_EDGES
 
 SMALLEST_SHARE = 1e-3

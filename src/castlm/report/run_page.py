@@ -14,9 +14,9 @@ from castlm.files.atomic_file import atomic_write_text
 from castlm.files.reading import read_bytes
 from castlm.methods.table import METHODS
 from castlm.report import run_charts
+from castlm.report.charts import can_draw, short
 from castlm.report.html import render
 from castlm.report.run_data import RunData
-from castlm.report.scales import short
 from castlm.training.config import TrainConfig
 from castlm.training.verdict import final_perplexity, problem, verdict
 
@@ -47,16 +47,6 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
         refresh: whether a browser loads the page again every few seconds while the run goes on.
     """
     config, total = run.config, int(run.config.get("max_steps", 0))
-    sections = [
-        {"title": "Quality", "pictures": run_charts.perplexity(run) + run_charts.loss(run)},
-        {
-            "title": "Masks",
-            "pictures": run_charts.masks(run) + run_charts.masked_weights(run),
-            "text": _masks_text(run),
-        },
-        {"title": "Layers", "pictures": run_charts.layers(run)},
-        {"title": "Machine", "pictures": run_charts.machine(run)},
-    ]
     changed, defaults = _settings(config)
     return render(
         "run.html.jinja",
@@ -66,13 +56,24 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
         progress=None if run.is_finished or not total else run.step / total,
         refresh=REFRESH_SECONDS if refresh and not run.is_finished else None,
         tiles=_tiles(run),
-        sections=sections,
+        sections=_sections(run) if can_draw() else [],
         sample=sample,
         changed=changed,
         defaults=defaults,
         measured=_measured(run),
         glossary=GLOSSARY,
     )
+
+
+def _sections(run: RunData) -> list[dict[str, Any]]:
+    """The charts under their headings; a section without charts is left out of the page."""
+    masks = run_charts.masks(run) + run_charts.masked_weights(run)
+    return [
+        {"title": "Quality", "pictures": run_charts.perplexity(run) + run_charts.loss(run)},
+        {"title": "Masks", "pictures": masks, "text": _masks_text(run)},
+        {"title": "Layers", "pictures": run_charts.layers(run)},
+        {"title": "Machine", "pictures": run_charts.machine(run)},
+    ]
 
 
 def write_run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: bool = False) -> Path:
