@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets is imported
@@ -10,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too: e
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else torch.compile starts processes that import torch
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +66,15 @@ def lessons() -> Iterator[list[tuple[int, ...]]]:
 
     with teacher_batches() as read:
         yield read
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says what was skipped and why, where everybody looks: in the last lines."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
+    )
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"skipped {count}: {reason}")
 
 
 LONGEST_FIRST = (

@@ -11,7 +11,7 @@ from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_
 from castlm.inference import native
 from castlm.inference.convert import pack_model_
-from castlm.inference.decode import DecoderState, TokenTimes, decode, decoding_method, greedy
+from castlm.inference.decode import DecoderState, TokenTimes, decode, decoding_method, greedy, step_together
 from castlm.inference.generate import generate_text
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -121,6 +121,29 @@ def test_attention_of_heads_that_share_keys_is_that_of_torch(level, group, head_
                 torch.testing.assert_close(step, exact, rtol=1e-4, atol=1e-4)
     finally:
         native.use_level(before)
+
+
+@pytest.mark.parametrize(
+    ("family", "over"), [("llama", {"attention_bias": True}), ("mistral", {"sliding_window": 4}), ("qwen3", {})]
+)
+def test_sequences_decoded_together_have_the_logits_that_each_has_alone(family, over):
+    model = packed_model(family, **over)
+    prompts = [IDS[:, :2], IDS, IDS[:, :4], IDS[:, :1], IDS[:, 2:]]
+
+    def states() -> list[DecoderState]:
+        outputs = [model(ids, use_cache=True) for ids in prompts]
+        caches = [output.get("past_key_values", output.get("cache")) for output in outputs]
+        return [DecoderState(model, cache, 12) for cache in caches]
+
+    with torch.inference_mode():
+        alone, together = states(), states()
+        for token in ([1, 2, 3, 4, 5], [200, 13, 99, 7, 8]):
+            each = torch.cat([state.step(torch.tensor([t])) for state, t in zip(alone, token)])
+            torch.testing.assert_close(step_together(together, torch.tensor(token)), each, rtol=1e-5, atol=1e-5)
+        assert [state.length for state in together] == [4, 8, 6, 3, 6]
+        together[1].length = 12
+        with pytest.raises(InputError, match="token 12 does not fit a cache of 12"):
+            step_together(together, torch.tensor([0] * 5))
 
 
 def test_attention_does_not_depend_on_threads():

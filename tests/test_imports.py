@@ -12,7 +12,7 @@ import castlm
 ROOT = Path(castlm.__file__).parent
 TIERS = (
     ("cli", "__main__"),
-    ("compare", "planning", "report"),
+    ("compare", "planning", "report", "serving"),
     ("training",),
     ("methods", "oneshot", "data", "distributed", "export", "evaluation", "inference"),
     ("models", "hardware"),

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import math
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.integrations import accelerate
 
-from castlm.cli import serve
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.sparsify import is_sparse_linear, prune_
@@ -35,7 +29,6 @@ from castlm.inference.format import FILE, read_specs, to_metadata
 from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule
 from castlm.models.io import load_model
 from castlm.report.sample import complete
-from tests.ranks import free_port
 from tests.slow import slow
 from tests.test_packed import change, flip_bit, pruned_folder
 from tests.tiny import FAMILIES, save_tiny, tiny_model
@@ -423,70 +416,3 @@ def test_pack_takes_the_pattern_that_the_model_records(tmp_path, capsys):
     (source / "castlm.json").write_text(json.dumps({"pattern": "2:8"}))
     assert main(["pack", str(source), "--output-dir", str(tmp_path / "packed")]) == 0
     assert "verified 2:8" in capsys.readouterr().out
-
-
-def test_serve_refuses_an_address_before_it_loads_a_model(folders, capsys):
-    with socket.create_server(("localhost", 0)) as taken:
-        for options in (
-            ["--port", "99999"],
-            ["--port", str(taken.getsockname()[1])],
-            ["--host", "no.such.host.invalid"],
-            ["--host", "a..b"],
-            ["--host", "a" * 70],
-        ):
-            assert main(["serve", str(folders[1]), *options]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert "port 99999 is out of range: it must be from 1 to 65535" in said[0]
-    assert all("cannot listen on" in line and "choose another host or port" in line for line in said[1:])
-    assert len(said) == 5
-
-
-def test_serve_refuses_weights_that_are_missing_before_the_server_starts(folders, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
-    incomplete = shutil.copytree(folders[0], tmp_path / "incomplete")
-    weights = load_file(incomplete / "model.safetensors")
-    lost = next(name for name in weights if "mlp" in name)
-    del weights[lost]
-    save_file(weights, incomplete / "model.safetensors", metadata={"format": "pt"})
-    assert main(["serve", str(incomplete), "--port", str(free_port())]) == 2
-    assert f"lack {lost}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (SystemExit(1), None)])
-def test_serve_ends_the_process_at_once_after_a_signal(stop, code, folders, monkeypatch):
-    registered = []
-
-    def stopped(**options):
-        raise stop
-
-    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
-    monkeypatch.setitem(sys.modules, "transformers.cli.serve", SimpleNamespace(Serve=stopped))
-    monkeypatch.setattr(atexit, "register", lambda *call: registered.append(call))
-    with pytest.raises(type(stop)):
-        serve.main([str(folders[1]), "--port", str(free_port())])
-    assert registered == ([] if code is None else [(os._exit, code)])
-
-
-def test_serve_answers_the_openai_client(folders, tmp_path):
-    openai = pytest.importorskip("openai", reason="the extra castlm[serve] is not installed")
-    pytest.importorskip("uvicorn", reason="the extra castlm[serve] is not installed")
-    port = free_port()
-    command = [sys.executable, "-m", "castlm", "serve", str(folders[1]), "--port", str(port), "--threads", "1"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    log = (tmp_path / "log").open("w")
-    server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
-        for _ in range(600):
-            assert server.poll() is None, (tmp_path / "log").read_text()
-            try:
-                client.models.list()
-                break
-            except openai.APIConnectionError:
-                time.sleep(0.2)
-        answer = client.completions.create(model=str(folders[1]), prompt="Story", max_tokens=5)
-        assert answer.usage.completion_tokens == 5
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(30)
-        log.close()

@@ -1,27 +1,27 @@
-"""`castlm serve`: transformers' OpenAI-compatible server, which loads packed folders once castlm is imported."""
+"""`castlm serve`: the OpenAI API over a model, plain or packed, decoded as `castlm generate` does."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import dataclasses
-import os
+import importlib.util
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from castlm.cli.options import parse, result_folder, use_threads
 from castlm.core.errors import InputError
 from castlm.fields import positional
-from castlm.signals import TERMINATED
 
 
 @dataclass
 class ServeCommand:
-    """Serve a model, plain or packed, over the OpenAI API: chat completions, completions, responses."""
+    """Serve a model, plain or packed, over the OpenAI API: chat completions and completions, streamed or not."""
 
     path: str = positional()
-    """Folder, plain or packed, run of `castlm train`, or hub id."""
+    """Folder, plain or packed, run of `castlm train`, hub id, GGUF file, or "demo"."""
+
+    served_model_name: str | None = None
+    """Name that requests give as `model`. The default is the last part of the folder, or the hub id."""
 
     host: str = "localhost"
     """Address to listen on."""
@@ -36,58 +36,44 @@ class ServeCommand:
     """Run Python code that comes with a hub model."""
 
     def run(self) -> int:
-        from transformers.utils.import_utils import is_serve_available
-
-        from castlm.inference.generate import dtype_to_run
-        from castlm.models.io import load_weights
-        from castlm.models.opening import open_model
-        from castlm.progress import note
-
+        missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise InputError(f"serving needs {' and '.join(missing)}: pip install {' '.join(missing)}")
         _check_address(self.host, self.port)
-        if not is_serve_available():
-            raise InputError(
-                "serving needs fastapi, uvicorn, pydantic and openai: pip install '.[serve]' in the clone of castlm"
-            )
-        path = result_folder(self.path)
-        where, config, tokenizer = open_model(path, trust_remote_code=self.trust_remote_code)
-        if where.gguf:
-            raise InputError(f"{self.path} is a GGUF file: serve a model folder")
-        if not tokenizer.chat_template:
-            note("the model has no chat template: /v1/chat/completions and /v1/responses fail, use /v1/completions")
         use_threads(self.threads)
-        dtype = dtype_to_run(config, note)
-        # The server of transformers fills missing weights with random numbers, so they are checked first.
-        load_weights(where, config, dtype=dtype, trust_remote_code=self.trust_remote_code)
-        from transformers.cli.serve import Serve
+        import uvicorn
 
-        print(
-            f"castlm: model {where.target} at http://{self.host}:{self.port}/v1, until Ctrl-C (twice during a request)",
-            flush=True,
+        from castlm.inference.generate import load_to_generate
+        from castlm.progress import note
+        from castlm.serving.app import make_app
+        from castlm.serving.engine import Engine
+
+        path = result_folder(self.path)
+        model, tokenizer = load_to_generate(path, as_stored=False, trust_remote_code=self.trust_remote_code, say=note)
+        if not tokenizer.chat_template:
+            note("the model has no chat template: /v1/chat/completions answers 400, use /v1/completions")
+        engine = Engine(model, tokenizer, say=note)
+        name = self.served_model_name or default_name(self.path)
+        config = uvicorn.Config(
+            make_app(engine, name),
+            host=self.host,
+            port=self.port,
+            log_level="warning",
+            limit_concurrency=256,
+            timeout_graceful_shutdown=1,
         )
-        with _ending_at_once():
-            Serve(
-                force_model=where.target,
-                host=self.host,
-                port=self.port,
-                dtype=dtype,
-                trust_remote_code=self.trust_remote_code,
-            )
+        print(f"castlm: model {name} at http://{self.host}:{self.port}/v1, until Ctrl-C", flush=True)
+        try:
+            uvicorn.Server(config).run()
+        finally:
+            engine.close()
         return 0
 
 
-@contextlib.contextmanager
-def _ending_at_once() -> Iterator[None]:
-    """After Ctrl-C or SIGTERM in the block, the process ends with its exit code and without Python's own clean-up.
-
-    A thread of the server that still generates would abort the process during that clean-up.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
-        if code in (130, TERMINATED):
-            atexit.register(os._exit, code)
-        raise
+def default_name(path: str) -> str:
+    """The name that a server gives a model: the last part of its folder or file; a hub id as it is."""
+    place = Path(path).expanduser()
+    return place.resolve().name if place.exists() else path
 
 
 def _check_address(host: str, port: int) -> None:

@@ -94,6 +94,14 @@ class Chat:
         """
         return self._render([{"role": "user", "content": content}], None, prompt=reply)
 
+    def reply_to(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """A conversation as the chat template renders it, with the header that asks the assistant for an answer.
+
+        Raises:
+            InputError: as `user_turn`.
+        """
+        return self._render(messages, None, prompt=True)
+
     def _template(self) -> str:
         try:
             return str(self._tokenizer.get_chat_template())

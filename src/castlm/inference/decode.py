@@ -10,7 +10,7 @@ import copy
 import ctypes
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -243,12 +243,28 @@ class DecoderState:
         Raises:
             InputError: the cache is full.
         """
-        embedding = self.model.model.embed_tokens(token)
-        logits = torch.empty(1, self.model.lm_head.out_features, **_HOST)
-        if not native.decode(ctypes.addressof(self._of), embedding, self.length, logits):
-            raise InputError(f"token {self.length} does not fit a cache of {self._of.capacity}")
-        self.length += 1
-        return logits
+        return step_together([self], token)
+
+
+def step_together(states: Sequence[DecoderState], tokens: Tensor) -> Tensor:
+    """Logits (count, vocabulary) in fp32 after one of `tokens` (count,) in each of the sequences of one model.
+
+    The weights are read once for all of them. Each token joins the cache of its sequence. The kernels of one row and of
+    several may sum in another order, so the logits are those of `step` to within rounding.
+
+    Raises:
+        InputError: a cache is full.
+    """
+    model = states[0].model
+    logits = torch.empty(len(states), model.lm_head.out_features, **_HOST)
+    addresses, positions = [ctypes.addressof(state._of) for state in states], [state.length for state in states]
+    embeddings = model.model.embed_tokens(tokens).contiguous()
+    if not native.decode(addresses, positions, embeddings, logits):
+        full = next(state for state in states if state.length >= state._of.capacity)
+        raise InputError(f"token {full.length} does not fit a cache of {full._of.capacity}")
+    for state in states:
+        state.length += 1
+    return logits
 
 
 def decode(

@@ -1,5 +1,6 @@
-// One token through a decoder with packed weights: RMS norms, rotary embedding, attention over a cache, gated MLP, output
-// head. Between the layers of a small model, Python takes longer than the multiplications do; here nothing comes between.
+// One token of one or more sequences through a decoder with packed weights: RMS norms, rotary embedding, attention over a
+// cache, gated MLP, output head. Between the layers of a small model, Python takes longer than the multiplications do;
+// here nothing comes between.
 
 #include "decoder.h"
 
@@ -45,81 +46,112 @@ void rotate(float* head, const float* cosines, const float* sines, int64_t head_
   }
 }
 
+// One token of each of `count` sequences of one model: a weight is read once for all of them, each has its own cache.
+//
+//   x, normed, added   (count, hidden)          query, mixed   (count, heads * head_dim)
+//   gate, up           (count, intermediate)    key, value     (count, kv_heads * head_dim)
 class Step {
  public:
-  Step(const Decoder& of, int64_t position, int threads) : of_(of), position_(position), threads_(threads) {}
+  Step(const Decoder* const* sequences, const int64_t* positions, int64_t count, int threads)
+      : of_(*sequences[0]), sequences_(sequences), positions_(positions), count_(count), threads_(threads) {}
 
   // False where a size does not fit.
-  bool run(const float* embedding, float* logits) {
-    const int64_t heads = of_.heads * of_.head_dim;
-    x_.assign(embedding, embedding + of_.hidden);
-    normed_.resize(of_.hidden), added_.resize(of_.hidden), query_.resize(heads), mixed_.resize(heads);
-    key_.resize(of_.kv_heads * of_.head_dim), value_.resize(of_.kv_heads * of_.head_dim);
-    gate_.resize(of_.intermediate), up_.resize(of_.intermediate);
+  bool run(const float* embeddings, float* logits) {
+    const int64_t heads = count_ * of_.heads * of_.head_dim, kv_heads = count_ * of_.kv_heads * of_.head_dim;
+    x_.assign(embeddings, embeddings + count_ * of_.hidden);
+    normed_.resize(x_.size()), added_.resize(x_.size()), query_.resize(heads), mixed_.resize(heads);
+    key_.resize(kv_heads), value_.resize(kv_heads);
+    gate_.resize(count_ * of_.intermediate), up_.resize(count_ * of_.intermediate);
     for (int64_t i = 0; i < of_.num_layers; ++i)
-      if (!attention(of_.layers[i]) || !mlp(of_.layers[i])) return false;
-    rms_norm(x_.data(), of_.norm, of_.hidden, of_.epsilon, normed_.data());
+      if (!attention(i) || !mlp(of_.layers[i])) return false;
+    norm_all(of_.norm);
     return multiply(of_.head, normed_, logits);
   }
 
  private:
   bool multiply(const Weight& by, const std::vector<float>& x, float* y) {
     const auto* from = reinterpret_cast<const uint8_t*>(x.data());
-    if (int64_t(x.size()) != by.columns) return false;
-    if (castlm::multiply(by.packed, by.bytes, from, 0, 1, by.columns, reinterpret_cast<uint8_t*>(y), by.rows, threads_))
-      return false;
-    if (by.bias) add_to(y, by.bias, by.rows);
+    if (int64_t(x.size()) != count_ * by.columns) return false;
+    auto* to = reinterpret_cast<uint8_t*>(y);
+    if (castlm::multiply(by.packed, by.bytes, from, 0, count_, by.columns, to, by.rows, threads_)) return false;
+    for (int64_t s = 0; by.bias && s < count_; ++s) add_to(y + s * by.rows, by.bias, by.rows);
     return true;
   }
   bool multiply(const Weight& by, const std::vector<float>& x, std::vector<float>& y) {
-    return by.rows == int64_t(y.size()) && multiply(by, x, y.data());
+    return count_ * by.rows == int64_t(y.size()) && multiply(by, x, y.data());
   }
 
-  void place_heads(const DecoderLayer& layer, const float* norm, std::vector<float>& all) {
-    const int64_t at = position_ * of_.head_dim;
-    for (float* head = all.data(); head < all.data() + all.size(); head += of_.head_dim) {
-      if (norm) rms_norm(head, norm, of_.head_dim, of_.epsilon, head);
-      if (layer.cosines) rotate(head, layer.cosines + at, layer.sines + at, of_.head_dim);
+  void norm_all(const float* weight) {
+    for (int64_t s = 0; s < count_; ++s) {
+      const int64_t at = s * of_.hidden;
+      rms_norm(&x_[at], weight, of_.hidden, of_.epsilon, &normed_[at]);
     }
   }
 
-  bool attention(const DecoderLayer& layer) {
-    rms_norm(x_.data(), layer.attention_norm, of_.hidden, of_.epsilon, normed_.data());
-    if (!multiply(layer.q, normed_, query_) || !multiply(layer.k, normed_, key_) || !multiply(layer.v, normed_, value_))
+  // Norm and rotary embedding of the `heads` heads (count, heads, head_dim) that each sequence has.
+  void place_heads(int64_t index, int64_t heads, bool is_key, std::vector<float>& all) {
+    for (int64_t s = 0; s < count_; ++s) {
+      const DecoderLayer& layer = sequences_[s]->layers[index];
+      const int64_t at = positions_[s] * of_.head_dim;
+      const float* norm = is_key ? layer.k_norm : layer.q_norm;
+      for (int64_t h = 0; h < heads; ++h) {
+        float* head = &all[(s * heads + h) * of_.head_dim];
+        if (norm) rms_norm(head, norm, of_.head_dim, of_.epsilon, head);
+        if (layer.cosines) rotate(head, layer.cosines + at, layer.sines + at, of_.head_dim);
+      }
+    }
+  }
+
+  bool attention(int64_t index) {
+    const DecoderLayer& shared = of_.layers[index];
+    norm_all(shared.attention_norm);
+    if (!multiply(shared.q, normed_, query_) || !multiply(shared.k, normed_, key_) ||
+        !multiply(shared.v, normed_, value_))
       return false;
-    place_heads(layer, layer.q_norm, query_);
-    place_heads(layer, layer.k_norm, key_);
-    const int64_t width = of_.head_dim, stride = of_.capacity * width;
-    const int64_t length = layer.window ? std::min(layer.window, position_ + 1) : position_ + 1;
+    place_heads(index, of_.heads, false, query_);
+    place_heads(index, of_.kv_heads, true, key_);
+    for (int64_t s = 0; s < count_; ++s) attend(index, s);
+    if (!multiply(shared.o, mixed_, added_)) return false;
+    add_to(x_.data(), added_.data(), int64_t(x_.size()));
+    return true;
+  }
+
+  // Puts the new key and value into the cache of a sequence, and attends to it.
+  void attend(int64_t index, int64_t s) {
+    const DecoderLayer& layer = sequences_[s]->layers[index];
+    const int64_t width = of_.head_dim, stride = sequences_[s]->capacity * width, position = positions_[s];
+    const int64_t length = layer.window ? std::min(layer.window, position + 1) : position + 1;
+    const float *query = &query_[s * of_.heads * width], *key = &key_[s * of_.kv_heads * width];
+    const float* value = &value_[s * of_.kv_heads * width];
+    float* mixed = &mixed_[s * of_.heads * width];
     for (int64_t head = 0; head < of_.kv_heads; ++head) {
-      std::copy_n(&key_[head * width], width, layer.keys + head * stride + position_ * width);
-      std::copy_n(&value_[head * width], width, layer.values + head * stride + position_ * width);
+      std::copy_n(key + head * width, width, layer.keys + head * stride + position * width);
+      std::copy_n(value + head * width, width, layer.values + head * stride + position * width);
     }
     const int64_t most = std::max<int64_t>(1, length * width * of_.kv_heads / kCachePerThread);
     const int64_t group = of_.heads / of_.kv_heads, parts = (group + kMostTogether - 1) / kMostTogether;
     in_parallel(of_.kv_heads * parts, 1, std::min<int64_t>(threads_, most), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        const int64_t shared = i / parts, begin = i % parts * group / parts, end = (i % parts + 1) * group / parts;
-        const int64_t at = (shared * group + begin) * width, from = shared * stride + (position_ + 1 - length) * width;
-        attend_of(end - begin)(&query_[at], layer.keys + from, layer.values + from, length, width, of_.scale, &mixed_[at]);
+        const int64_t kv_head = i / parts, begin = i % parts * group / parts, end = (i % parts + 1) * group / parts;
+        const int64_t at = (kv_head * group + begin) * width, from = kv_head * stride + (position + 1 - length) * width;
+        attend_of(end - begin)(query + at, layer.keys + from, layer.values + from, length, width, of_.scale, mixed + at);
       }
     });
-    if (!multiply(layer.o, mixed_, added_)) return false;
-    add_to(x_.data(), added_.data(), of_.hidden);
-    return true;
   }
 
   bool mlp(const DecoderLayer& layer) {
-    rms_norm(x_.data(), layer.mlp_norm, of_.hidden, of_.epsilon, normed_.data());
+    norm_all(layer.mlp_norm);
     if (!multiply(layer.gate, normed_, gate_) || !multiply(layer.up, normed_, up_)) return false;
-    silu_times(gate_.data(), up_.data(), of_.intermediate);
+    silu_times(gate_.data(), up_.data(), int64_t(gate_.size()));
     if (!multiply(layer.down, gate_, added_)) return false;
-    add_to(x_.data(), added_.data(), of_.hidden);
+    add_to(x_.data(), added_.data(), int64_t(x_.size()));
     return true;
   }
 
-  const Decoder& of_;
-  const int64_t position_;
+  const Decoder& of_;  // what the sequences share: weights and sizes
+  const Decoder* const* sequences_;
+  const int64_t* positions_;
+  const int64_t count_;
   const int threads_;
   std::vector<float> x_, normed_, added_, query_, key_, value_, mixed_, gate_, up_;
 };
@@ -129,12 +161,19 @@ class Step {
 
 extern "C" {
 
-// The logits (head.rows,) of the token whose embedding is `embedding` (hidden,), at `position` after as many in the
-// cache, which takes its keys and values.
-int castlm_decode(const castlm::Decoder* of, const float* embedding, int64_t position, float* logits, int threads) {
+// The logits (count, head.rows) of one token of each sequence, whose embeddings are (count, hidden), at `positions` after
+// as many in the sequence's cache, which takes their keys and values. The sequences are of one model.
+int castlm_decode(const castlm::Decoder* const* sequences, const int64_t* positions, int64_t count,
+                  const float* embeddings, float* logits, int threads) {
   using namespace castlm;
-  if (position < 0 || position >= of->capacity || of->kv_heads < 1 || of->heads % of->kv_heads || of->head_dim % 2)
-    return kBadSize;
-  return guarded([&] { return Step(*of, position, threads).run(embedding, logits) ? kOk : kBadSize; });
+  if (count < 1) return kBadSize;
+  for (int64_t s = 0; s < count; ++s) {
+    const Decoder& of = *sequences[s];
+    if (positions[s] < 0 || positions[s] >= of.capacity || of.kv_heads < 1 || of.heads % of.kv_heads || of.head_dim % 2)
+      return kBadSize;
+  }
+  return guarded([&] {
+    return Step(sequences, positions, count, threads).run(embeddings, logits) ? kOk : kBadSize;
+  });
 }
 }

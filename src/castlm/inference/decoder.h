@@ -1,4 +1,5 @@
-// What `decode.py` describes of a model, so that one call computes the logits of one token. Pointers belong to Python.
+// What `decode.py` describes of a model and a sequence, so that one call computes the logits of one token of each sequence.
+// Pointers belong to Python.
 
 #pragma once
 

@@ -195,7 +195,7 @@ int castlm::multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int
 extern "C" {
 
 extern const int32_t castlm_inference_version;
-const int32_t castlm_inference_version = 5;
+const int32_t castlm_inference_version = 6;
 
 // The level in use.
 int castlm_level() { return level(); }

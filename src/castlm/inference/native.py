@@ -13,6 +13,7 @@ import mmap
 import os
 import struct
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ LEVELS = ("plain", "neon", "avx2", "avx512", "amx")
 
 _DTYPES = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
-_VERSION = 5  # of kernels.cpp
+_VERSION = 6  # of kernels.cpp
 _HEADER = struct.Struct("4i")  # what a buffer begins with: its magic number, layout, values and n
 _HEADER_BYTES, _TILE_ROWS, _TILE_COLUMNS = 64, 4, 64  # of a dense matrix, as matrix.h has them
 _HUGE_PAGE = 1 << 21
@@ -58,7 +59,7 @@ def load_kernels(file: str) -> ctypes.CDLL:
     library.castlm_packed_bytes.argtypes, library.castlm_packed_bytes.restype = matrix, size
     library.castlm_repack.argtypes = [*matrix, pointer, size, pointer, size, pointer, size, pointer, size, number]
     library.castlm_multiply.argtypes = [pointer, size, pointer, number, size, size, pointer, size, number]
-    library.castlm_decode.argtypes = [pointer, pointer, size, pointer, number]
+    library.castlm_decode.argtypes = [pointer, pointer, size, pointer, pointer, number]
     library.castlm_unpack.argtypes = [pointer, size, size, size, pointer, size, number]
     if os.environ.get(_LEVEL_VARIABLE):
         _use_level(library, os.environ[_LEVEL_VARIABLE])
@@ -261,21 +262,24 @@ def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
         raise InputError(f"rows {first} to {last} of shape {tuple(out.shape)} do not fit this packed weight")
 
 
-def decode(decoder: int, embedding: Tensor, position: int, logits: Tensor) -> bool:
-    """Computes the logits of one token by `castlm_decode`; False where a size does not fit.
+def decode(decoders: Sequence[int], positions: Sequence[int], embeddings: Tensor, logits: Tensor) -> bool:
+    """Computes the logits of one token of each sequence by `castlm_decode`; False where a size does not fit.
 
     Args:
-        decoder: address of a `Decoder` as decoder.h has it.
-        embedding: of the token, (..., hidden) fp32, contiguous.
-        position: the number of tokens before it.
-        logits: (..., vocabulary) fp32, contiguous; written.
+        decoders: the address of a `Decoder`, as decoder.h has it, of each of `count` sequences of one model.
+        positions: the number of tokens before the new one, of each.
+        embeddings: of the tokens, (count, hidden) fp32, contiguous.
+        logits: (count, vocabulary) fp32, contiguous; written.
 
     Raises:
         MemoryError: there is no memory for the activations.
     """
-    assert embedding.dtype == logits.dtype == torch.float32  # `DecoderState` makes both
-    library, threads = _library(), torch.get_num_threads()
-    code = library.castlm_decode(decoder, embedding.data_ptr(), position, logits.data_ptr(), threads)
+    assert embeddings.dtype == logits.dtype == torch.float32
+    assert embeddings.is_contiguous()
+    assert logits.is_contiguous()
+    library, threads, count = _library(), torch.get_num_threads(), len(decoders)
+    addresses, places = (ctypes.c_void_p * count)(*decoders), (ctypes.c_int64 * count)(*positions)
+    code = library.castlm_decode(addresses, places, count, embeddings.data_ptr(), logits.data_ptr(), threads)
     _check_memory(code)
     return not code
 

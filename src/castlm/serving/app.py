@@ -1,0 +1,421 @@
+"""The OpenAI API over an `Engine`: chat completions and completions, whole or streamed, checked before the model runs.
+
+Whatever a request holds, it is answered: 413 where its body is too long for any prompt of the model, 400 where a field
+makes no sense, 404 for another model, 429 where too many wait. A field that is not supported is refused and not
+ignored. A client that goes away ends its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from castlm.core.errors import InputError, is_out_of_memory
+from castlm.data.chat import Chat
+from castlm.files.reading import parse_json
+from castlm.models.architecture import vocab_size
+from castlm.serving.engine import Answer, BusyError, Engine
+
+_BYTES_PER_TOKEN = 32  # of the body, for each token of the context: JSON may write a character as \u1234
+_LEAST_BODY = 1 << 16
+_BODY_SECONDS = 30.0  # for a client to send its body
+_MAX_TOKENS = 512  # where a request does not say
+_MOST_STOPS = 4
+_MOST_MESSAGES = 1000
+
+_IGNORED = {"user", "metadata", "store", "service_tier", "stream_options", "prompt_cache_key", "safety_identifier"}
+"""Fields that say nothing about the text."""
+_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False, 0),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+"""Fields of the API that are not supported, and the values that ask for nothing."""
+_READ = {"model", "temperature", "top_p", "seed", "stop", "stream", "max_tokens"}
+
+
+class RefusedError(Exception):
+    """A request that is answered with `status` and a sentence."""
+
+    def __init__(self, status: int, message: str, parameter: str | None = None):
+        super().__init__(message)
+        self.status, self.parameter = status, parameter
+
+    def response(self) -> JSONResponse:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": str(self), "type": kind, "param": self.parameter, "code": self.status}
+        return JSONResponse({"error": error}, self.status)
+
+
+def make_app(engine: Engine, name: str) -> Starlette:
+    """The ASGI application.
+
+    Args:
+        name: of the model, which requests give as `model`.
+    """
+    api = _Api(engine, name)
+
+    async def say_refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RefusedError)
+        return error.response()
+
+    async def say_http(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return RefusedError(error.status_code, f"{error.detail}: see /v1/models, /v1/completions, /health").response()
+
+    return Starlette(
+        routes=[
+            Route("/health", api.health),
+            Route("/v1/models", api.models),
+            Route("/v1/models/{name:path}", api.model),
+            Route("/v1/completions", api.completions, methods=["POST"]),
+            Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+        ],
+        exception_handlers={RefusedError: say_refused, HTTPException: say_http},
+    )
+
+
+@dataclass(frozen=True)
+class _Wording:
+    """How the two kinds of completion name their parts."""
+
+    id: str
+    whole: str
+    piece: str
+    wrap: Callable[[str], dict[str, Any]]
+    wrap_piece: Callable[[str], dict[str, Any]]
+
+
+_TEXT = _Wording("cmpl", "text_completion", "text_completion", lambda text: {"text": text}, lambda text: {"text": text})
+_CHAT = _Wording(
+    "chatcmpl",
+    "chat.completion",
+    "chat.completion.chunk",
+    lambda text: {"message": {"role": "assistant", "content": text}},
+    lambda text: {"delta": {"content": text} if text else {}},
+)
+
+
+class _Api:
+    """The handlers, named after the routes."""
+
+    def __init__(self, engine: Engine, name: str):
+        self.engine, self.name, self.started = engine, name, int(time.time())
+        self.tokenizer = engine.tokenizer
+        self.chat = Chat(engine.tokenizer)
+        self.most_bytes = max(_LEAST_BODY, _BYTES_PER_TOKEN * engine.context)
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._described())
+
+    async def completions(self, request: Request) -> Response:
+        body = await self._body(request)
+        _check_fields(body, {"prompt"})
+        ids = await run_in_threadpool(self._prompt_ids, body.get("prompt"))
+        return await self._answer(request, body, ids, _TEXT)
+
+    async def chat_completions(self, request: Request) -> Response:
+        body = await self._body(request)
+        _check_fields(body, {"messages", "max_completion_tokens"})
+        if not self.tokenizer.chat_template:
+            raise RefusedError(400, "the model has no chat template: use /v1/completions")
+        ids = await run_in_threadpool(self._chat_ids, body.get("messages"))
+        return await self._answer(request, body, ids, _CHAT)
+
+    def _described(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "castlm"}
+
+    def _check_model(self, name: Any) -> None:
+        if name != self.name:
+            raise RefusedError(404, f"there is no model {name!r:.200}: this server has {self.name!r}", "model")
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """The JSON object of a request, of no more than `most_bytes`."""
+        too_long = RefusedError(
+            413, f"the body exceeds {self.most_bytes:,} bytes, more than the context of {self.engine.context:,} tokens"
+        )
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > self.most_bytes:
+            raise too_long
+        content = bytearray()
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                async for part in request.stream():
+                    content += part
+                    if len(content) > self.most_bytes:
+                        raise too_long
+        except TimeoutError:
+            raise RefusedError(408, f"the body did not come within {_BODY_SECONDS:g} seconds") from None
+        except ClientDisconnect:
+            raise RefusedError(400, "the client went away") from None
+        try:
+            body = parse_json(bytes(content), "the body")
+        except InputError as error:
+            raise RefusedError(400, str(error)) from None
+        if not isinstance(body, dict):
+            raise RefusedError(400, f"the body is a JSON {type(body).__name__}: an object is needed")
+        if body.get("model") is not None:
+            self._check_model(body["model"])
+        return body
+
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+            prompt = prompt[0]
+        if isinstance(prompt, str):
+            return self._tokenize(prompt, "prompt", add_special_tokens=True)
+        size = vocab_size(self.engine.model.config)
+        if not isinstance(prompt, list) or not all(type(token) is int and 0 <= token < size for token in prompt):
+            raise RefusedError(400, f"prompt must be one text, or a list of token ids from 0 to {size - 1}", "prompt")
+        return prompt
+
+    def _chat_ids(self, messages: Any) -> list[int]:
+        if not isinstance(messages, list) or not 1 <= len(messages) <= _MOST_MESSAGES:
+            raise RefusedError(400, f"messages must be a list of 1 to {_MOST_MESSAGES} messages", "messages")
+        try:
+            text = self.chat.reply_to([_checked_message(message) for message in messages])
+        except InputError as error:
+            raise RefusedError(400, str(error), "messages") from None
+        return self._tokenize(text, "messages", add_special_tokens=False)
+
+    def _tokenize(self, text: str, field: str, add_special_tokens: bool) -> list[int]:
+        _check_text(text, field)
+        return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    async def _answer(self, request: Request, body: Mapping[str, Any], ids: list[int], wording: _Wording) -> Response:
+        stream = body.get("stream")
+        if not isinstance(stream, bool | None):
+            raise RefusedError(400, "stream must be true or false", "stream")
+        pieces: asyncio.Queue[str] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def hear(text: str) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
+                loop.call_soon_threadsafe(pieces.put_nowait, text)
+
+        answer = _request(body, ids, self.engine.context)
+        answer.heard = hear
+        try:
+            self.engine.submit(answer)
+        except BusyError as error:
+            raise RefusedError(429, str(error)) from None
+        reply = _Reply(answer, pieces, wording, self.name)
+        if stream:
+            options = body.get("stream_options")
+            usage = isinstance(options, dict) and options.get("include_usage") is True
+            return _Events(self.engine, answer, reply.events(usage))
+        return await self._whole(request, reply)
+
+    async def _whole(self, request: Request, reply: _Reply) -> Response:
+        """The response once the answer has ended, unless the client goes away before."""
+        text = asyncio.ensure_future(reply.text())
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait({text, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not text.done():
+                raise RefusedError(400, "the client went away")
+            return JSONResponse(reply.whole(text.result()))
+        finally:
+            self.engine.cancel(reply.answer)
+            text.cancel()
+            gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has gone away; its body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Reply:
+    """An answer in the words of the API."""
+
+    def __init__(self, answer: Answer, pieces: asyncio.Queue[str], wording: _Wording, model: str):
+        self.answer, self.pieces, self.wording, self.model = answer, pieces, wording, model
+        self.head = {"id": f"{wording.id}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    async def _texts(self) -> AsyncIterator[str]:
+        while text := await self.pieces.get():
+            yield text
+        if self.answer.reason == "error":
+            raise _failure(self.answer.error)
+        if self.answer.reason == "cancelled":
+            raise RefusedError(503, "the server ends")
+
+    async def text(self) -> str:
+        return "".join([text async for text in self._texts()])
+
+    def whole(self, text: str) -> dict[str, Any]:
+        choice = {"index": 0, **self.wording.wrap(text), "finish_reason": self.answer.reason, "logprobs": None}
+        return {**self.head, "object": self.wording.whole, "choices": [choice], "usage": self._usage()}
+
+    async def events(self, include_usage: bool) -> AsyncIterator[str]:
+        """The answer as server-sent events; the last one is [DONE]."""
+        if self.wording is _CHAT:
+            yield self._event({"delta": {"role": "assistant", "content": ""}}, None)
+        try:
+            async for text in self._texts():
+                yield self._event(self.wording.wrap_piece(text), None)
+        except RefusedError as error:  # the status has been sent
+            yield f"data: {bytes(error.response().body).decode()}\n\n"
+            return
+        yield self._event(self.wording.wrap_piece(""), self.answer.reason)
+        if include_usage:
+            yield f"data: {json.dumps({**self._piece(), 'choices': [], 'usage': self._usage()})}\n\n"
+        yield "data: [DONE]\n\n"
+
+    def _piece(self) -> dict[str, Any]:
+        return {**self.head, "object": self.wording.piece}
+
+    def _event(self, part: Mapping[str, Any], reason: str | None) -> str:
+        choice = {"index": 0, **part, "finish_reason": reason, "logprobs": None}
+        return f"data: {json.dumps({**self._piece(), 'choices': [choice]})}\n\n"
+
+    def _usage(self) -> dict[str, int]:
+        prompt, new = self.answer.num_prompt, len(self.answer.tokens)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+class _Events(StreamingResponse):
+    """A stream whose end, also by a client that goes away, ends the request."""
+
+    def __init__(self, engine: Engine, answer: Answer, events: AsyncIterator[str]):
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self.engine, self.answer = engine, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self.stream_response(send))
+        gone = asyncio.ensure_future(_gone(Request(scope, receive)))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.engine.cancel(self.answer)
+            sending.cancel()
+            gone.cancel()
+
+
+def _failure(error: Exception | None) -> RefusedError:
+    if error is not None and is_out_of_memory(error):
+        return RefusedError(503, "there is not enough memory for this request: try a shorter one")
+    if isinstance(error, InputError):
+        return RefusedError(400, str(error))
+    return RefusedError(500, f"the model failed ({type(error).__name__}): the server's log says more")
+
+
+def _check_fields(body: Mapping[str, Any], more: set[str]) -> None:
+    """Refuses fields that would be ignored."""
+    for name, value in body.items():
+        if name in _READ | more | _IGNORED or value is None:
+            continue
+        if name not in _DEFAULTS:
+            raise RefusedError(400, f"the field {name!r:.200} is not known: leave it out")
+        if value not in _DEFAULTS[name]:
+            raise RefusedError(400, f"{name} is not supported: leave it out", name)
+
+
+def _checked_message(message: Any) -> dict[str, Any]:
+    """A message with its text as a string; parts of text are joined."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise RefusedError(400, "a message is an object with a role and a content", "messages")
+    content = message.get("content")
+    if isinstance(content, list):
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
+        if not all(isinstance(text, str) for text in texts):
+            raise RefusedError(400, "a content is a text, or a list of parts of the type text", "messages")
+        content = "".join(texts)
+    if not isinstance(content, str):
+        raise RefusedError(400, "a content is a text, or a list of parts of the type text", "messages")
+    _check_text(message["role"] + content, "messages")
+    return {"role": message["role"], "content": content}
+
+
+def _check_text(text: str, field: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RefusedError(400, f"{field} holds half of a surrogate pair, which is no text", field) from None
+
+
+def _number(body: Mapping[str, Any], name: str, default: float, least: float, most: float) -> float:
+    value = default if body.get(name) is None else body[name]
+    if type(value) not in (int, float) or not least <= value <= most:  # NaN is not
+        raise RefusedError(400, f"{name} must be a number from {least:g} to {most:g}", name)
+    return float(value)
+
+
+def _whole_number(body: Mapping[str, Any], name: str, default: int | None, most: int) -> int | None:
+    value = default if body.get(name) is None else body[name]
+    if value is not None and (type(value) is not int or not 0 <= value <= most):
+        raise RefusedError(400, f"{name} must be a whole number from 0 to {most}", name)
+    return value
+
+
+def _request(body: Mapping[str, Any], ids: list[int], context: int) -> Answer:
+    """The request for the engine, with every number in its range."""
+    if not ids:
+        raise RefusedError(400, "the prompt is empty: give some text")
+    room = context - len(ids)
+    if room < 1:
+        raise RefusedError(
+            400, f"the prompt of {len(ids):,} tokens leaves no room in the context of {context:,}: shorten it"
+        )
+    name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    wanted = _whole_number(body, name, min(_MAX_TOKENS, room), 1 << 53)
+    assert wanted is not None
+    if not 1 <= wanted <= room:
+        raise RefusedError(
+            400,
+            f"{name} {wanted} must be from 1 to {room}: the prompt has {len(ids):,} of the {context:,} tokens of the "
+            "context",
+            name,
+        )
+    temperature = _number(body, "temperature", 1.0, 0.0, 2.0)
+    stop = body.get("stop")
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
+        raise RefusedError(400, "stop must be a text, or a list of texts, none of them empty", "stop")
+    if len(stops) > _MOST_STOPS or sum(map(len, stops)) > 1024:
+        raise RefusedError(400, f"stop must be at most {_MOST_STOPS} texts, of 1,024 characters together", "stop")
+    return Answer(
+        torch.tensor([ids]),
+        wanted,
+        temperature if temperature >= 1e-6 else 0.0,
+        max(_number(body, "top_p", 1.0, 0.0, 1.0), math.ulp(1.0)),
+        _whole_number(body, "seed", None, (1 << 63) - 1),
+        tuple(stops),
+    )

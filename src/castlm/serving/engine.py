@@ -1,0 +1,347 @@
+"""Decodes the requests of a server: several sequences together, a token of each in one call of castlm's decoder.
+
+One thread owns the model. In each round it takes in a request if there is room, reads the next part of one prompt, and
+decodes one token of every sequence whose prompt has been read. So a long prompt delays the others by one part of it,
+and a sequence that ends makes room at once. Models that castlm's decoder does not take are run by transformers'
+`generate`, one request at a time.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from castlm.core.errors import InputError, is_out_of_memory
+from castlm.inference.decode import ONE_SEQUENCE, DecoderState, decoding_method, step_together
+from castlm.models.architecture import context_length
+
+MOST_TOGETHER = 8
+"""Sequences that are decoded together."""
+MOST_WAITING = 64
+"""Requests that wait for their turn; more are refused."""
+_PROMPT_PART = 512  # tokens of a prompt between two tokens of the other sequences
+_UNLIMITED = 32_768  # tokens of a sequence where the model sets no limit
+
+
+_log = logging.getLogger(__name__)
+
+
+class BusyError(Exception):
+    """More requests wait than the engine keeps."""
+
+
+@dataclass(eq=False)
+class Answer:
+    """A request, and the text that has come of it.
+
+    Attributes:
+        ids: the prompt, (1, num_tokens).
+        max_new_tokens: at least 1; prompt and answer fit the model's context.
+        temperature: 0 takes the most probable token each time.
+        top_p: the share of probability that is sampled from.
+        seed: of the samples; None draws one.
+        stop: texts that end the answer; they are no part of it.
+        heard: called from the engine's thread with each new text, and with an empty one at the end.
+        tokens: that were generated.
+        reason: why the answer ended: "stop", "length", "cancelled" or "error"; None before.
+        error: what went wrong.
+    """
+
+    ids: Tensor
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    heard: Callable[[str], None] = lambda text: None
+    tokens: list[int] = field(default_factory=list)
+    reason: str | None = None
+    error: Exception | None = None
+    is_cancelled: bool = False
+    _held: str = ""
+    _first: int = 0
+    _read: int = 0
+
+    @property
+    def num_prompt(self) -> int:
+        """The tokens of the prompt."""
+        return self.ids.shape[1]
+
+    @property
+    def num_cached(self) -> int:
+        """The tokens that the sequence may have in its cache."""
+        return self.num_prompt + self.max_new_tokens
+
+    def take(self, token: int, tokenizer: PreTrainedTokenizerBase, reason: str | None) -> None:
+        """Adds a token. Text is handed on once no later token can change it or make it part of a stop text.
+
+        Args:
+            reason: why this token is the last one; None where it is not.
+        """
+        self.tokens.append(token)
+        # Decoded from a few tokens before, because a tokenizer drops the space that a text begins with.
+        before = tokenizer.decode(self.tokens[self._first : self._read], skip_special_tokens=True)
+        text = tokenizer.decode(self.tokens[self._first :], skip_special_tokens=True)
+        if reason is not None or not text.endswith("\ufffd"):  # else half a character
+            self._held += text[len(before) :]
+            self._first, self._read = self._read, len(self.tokens)
+        found = [at for at in map(self._held.find, self.stop) if at >= 0]
+        if found:
+            self._held, reason = self._held[: min(found)], "stop"
+        kept = 0 if reason else max((_overlap(self._held, stop) for stop in self.stop), default=0)
+        ready, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        if ready:
+            self.heard(ready)
+        if reason is not None:
+            self.finish(reason)
+
+    def finish(self, reason: str, error: Exception | None = None) -> None:
+        if self.reason is None:
+            self.reason, self.error = reason, error
+            self.heard("")
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class _Sequence:
+    """An answer whose prompt is read or that is being decoded."""
+
+    def __init__(self, model: PreTrainedModel, answer: Answer, options: dict[str, Any]):
+        self.model, self.answer = model, answer
+        self.ids, self.unread = answer.ids, answer.ids
+        self.cached: dict[str, Cache] = {}
+        self.logits: Tensor | None = None
+        self.state: DecoderState | None = None
+        self.random = torch.Generator()
+        self.random.seed() if answer.seed is None else self.random.manual_seed(answer.seed)
+        prepared = model.generate(custom_generate=_settings, **options)
+        self.processor: LogitsProcessorList = prepared[0]
+        self.criteria: StoppingCriteriaList = prepared[1]
+        self.config: GenerationConfig = prepared[2]
+
+    def read_part(self) -> None:
+        """Runs the next part of the prompt, and with the last one prepares decoding."""
+        part, self.unread = self.unread[:, :_PROMPT_PART], self.unread[:, _PROMPT_PART:]
+        output = self.model(part, use_cache=True, logits_to_keep=1, **self.cached)
+        self.cached = {name: value for name, value in output.items() if isinstance(value, Cache)}
+        if self.unread.numel() == 0:
+            self.state = DecoderState(self.model, next(iter(self.cached.values())), self.answer.num_cached)
+            self.logits, self.cached = output.logits[:, -1].float(), {}
+
+    def choose(self, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> Tensor:
+        """The next token (1,), which joins the answer; `ends` are the tokens that end a text."""
+        scores = self.processor(self.ids, self.logits)
+        if self.config.do_sample:
+            token = torch.multinomial(scores.softmax(-1), 1, generator=self.random)[0]
+        else:
+            token = scores.argmax(-1)
+        self.ids = torch.cat([self.ids, token[None]], dim=1)
+        is_last = bool(self.criteria(self.ids, scores).all())
+        is_cut = len(self.answer.tokens) + 1 == self.answer.max_new_tokens and int(token) not in ends
+        self.answer.take(int(token), tokenizer, ("length" if is_cut else "stop") if is_last else None)
+        return token
+
+
+def _settings(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **_: Any,
+) -> tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig]:
+    """What `generate` makes of a request and of the model's generation config, before it would decode."""
+    return logits_processor, stopping_criteria, generation_config
+
+
+class _Listener(BaseStreamer, StoppingCriteria):
+    """Hands the tokens of `generate` to an answer one token late, when it is known whether another one follows.
+
+    As a stopping criterion it ends `generate` where the answer ends.
+    """
+
+    def __init__(self, answer: Answer, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]):
+        self.answer, self.tokenizer, self.ends = answer, tokenizer, ends
+        self.is_prompt = True
+        self.last: int | None = None
+
+    def put(self, value: Tensor) -> None:
+        if not self.is_prompt:
+            self._take(None)
+            self.last = int(value)
+        self.is_prompt = False
+
+    def end(self) -> None:
+        is_cut = len(self.answer.tokens) + 1 == self.answer.max_new_tokens and self.last not in self.ends
+        self._take("length" if is_cut else "stop")
+
+    def _take(self, reason: str | None) -> None:
+        if self.last is not None and self.answer.reason is None and not self.answer.is_cancelled:
+            self.answer.take(self.last, self.tokenizer, reason)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        is_over = self.answer.reason is not None or self.answer.is_cancelled
+        return torch.full((input_ids.shape[0],), is_over, device=input_ids.device, dtype=torch.bool)
+
+
+class Engine:
+    """Answers requests with one model, in a thread of its own.
+
+    Args:
+        model: as `castlm.inference.generate.load_to_generate` gives it.
+        say: takes a line that says why castlm's decoder is not used.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.context = context_length(model.config) or _UNLIMITED
+        eos = model.generation_config.eos_token_id
+        self._ends = frozenset([eos] if isinstance(eos, int) else eos or ())
+        self._is_together = decoding_method(model, say=say, **ONE_SEQUENCE) is not None
+        self._waiting: collections.deque[Answer] = collections.deque()
+        self._sequences: list[_Sequence] = []
+        self._is_closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="castlm-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, answer: Answer) -> None:
+        """Queues a request.
+
+        Raises:
+            BusyError: too many wait.
+        """
+        assert answer.max_new_tokens >= 1
+        assert answer.num_cached <= self.context
+        with self._changed:
+            if len(self._waiting) >= MOST_WAITING:
+                raise BusyError(f"{MOST_WAITING} requests wait already: try again later")
+            self._waiting.append(answer)
+            self._changed.notify()
+
+    def cancel(self, answer: Answer) -> None:
+        """Ends a request at the next token; nothing of one that has ended."""
+        answer.is_cancelled = True
+        with self._changed:
+            if answer in self._waiting:
+                self._waiting.remove(answer)
+
+    def close(self) -> None:
+        """Ends the thread after the token that it computes, and every request."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._sequences or self._is_closed):
+                    self._changed.wait()
+                if self._is_closed:
+                    break
+                admitted = self._next_admitted()
+            with torch.inference_mode():
+                if admitted is not None:
+                    self._guarded(admitted, self._admit)
+                self._advance()
+        for answer in [*self._waiting, *(sequence.answer for sequence in self._sequences)]:
+            answer.finish("cancelled")
+
+    def _next_admitted(self) -> Answer | None:
+        """Takes the first request from the queue if its tokens fit: all caches together hold two contexts."""
+        held = sum(sequence.answer.num_cached for sequence in self._sequences)
+        if not self._waiting or len(self._sequences) >= MOST_TOGETHER:
+            return None
+        return self._waiting.popleft() if held + self._waiting[0].num_cached <= 2 * self.context else None
+
+    def _admit(self, answer: Answer) -> None:
+        answer.ids = answer.ids.to(self.model.device)
+        tokenizer = self.tokenizer
+        sampling: dict[str, Any] = {"do_sample": False}
+        if answer.temperature > 0:
+            sampling = {"do_sample": True, "temperature": answer.temperature, "top_p": answer.top_p}
+        options = {
+            "input_ids": answer.ids,
+            "attention_mask": torch.ones_like(answer.ids),
+            "max_new_tokens": answer.max_new_tokens,
+            "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            "tokenizer": tokenizer,  # for stop_strings of the generation config
+            **ONE_SEQUENCE,
+            **sampling,
+        }
+        if self._is_together:
+            self._sequences.append(_Sequence(self.model, answer, options))
+            return
+        listener = _Listener(answer, tokenizer, self._ends)
+        with torch.random.fork_rng(devices=[answer.ids.device] if answer.ids.is_cuda else []):
+            torch.seed() if answer.seed is None else torch.manual_seed(answer.seed)
+            self.model.generate(streamer=listener, stopping_criteria=StoppingCriteriaList([listener]), **options)
+        answer.finish("cancelled")  # if it has not ended otherwise
+
+    def _advance(self) -> None:
+        """Reads a part of the first prompt that is not read yet, and decodes a token of every other sequence."""
+        for sequence in self._sequences:
+            if sequence.answer.is_cancelled:
+                sequence.answer.finish("cancelled")
+        self._keep_unfinished()
+        for sequence in [s for s in self._sequences if s.state is None][:1]:
+            self._guarded(sequence.answer, lambda _, s=sequence: s.read_part())
+        chosen: list[tuple[_Sequence, Tensor]] = []
+        for sequence in [s for s in self._sequences if s.logits is not None]:
+            self._guarded(
+                sequence.answer, lambda _, s=sequence: chosen.append((s, s.choose(self.tokenizer, self._ends)))
+            )
+        live = [(sequence, token) for sequence, token in chosen if sequence.answer.reason is None]
+        if live:
+            tokens = torch.cat([token for _, token in live])
+            try:
+                logits = step_together([s.state for s, _ in live if s.state is not None], tokens)
+            except Exception as error:
+                for sequence, _ in live:
+                    _fail(sequence.answer, error)
+            else:
+                for row, (sequence, _) in enumerate(live):
+                    sequence.logits = logits[row : row + 1]
+        self._keep_unfinished()
+
+    def _keep_unfinished(self) -> None:
+        self._sequences = [sequence for sequence in self._sequences if sequence.answer.reason is None]
+
+    def _guarded(self, answer: Answer, act: Callable[[Answer], Any]) -> None:
+        """Runs `act`; what fails ends this answer, and not the engine."""
+        try:
+            act(answer)
+        except Exception as error:
+            _fail(answer, error)
+
+
+def _fail(answer: Answer, error: Exception) -> None:
+    if not isinstance(error, InputError) and not is_out_of_memory(error):
+        _log.error("a request failed", exc_info=error)
+    answer.finish("error", error)

@@ -1,0 +1,400 @@
+"""`castlm serve`: every request is answered with a status and a sentence, and good ones as `castlm generate` does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx2 as httpx
+import pytest
+import torch
+
+from castlm.cli.main import main
+from castlm.cli.serve import default_name
+from castlm.core.sparsify import prune_
+from castlm.inference import native
+from castlm.inference.convert import pack_model_
+from castlm.inference.generate import generate_text
+from castlm.serving import engine as engine_module
+from castlm.serving.app import make_app
+from castlm.serving.engine import Answer, BusyError, Engine
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def model_and_tokenizer(packed: bool = True):
+    model, tokenizer = tiny_model("llama", max_position_embeddings=256).eval(), tiny_tokenizer()
+    if packed:
+        prune_(model)
+        pack_model_(model, 2, 4, dtype=torch.float32)
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model, tokenizer = model_and_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return model, tokenizer
+
+
+@pytest.fixture
+def engine(loaded) -> Iterator[Engine]:
+    engine = Engine(*loaded)
+    yield engine
+    engine.close()
+
+
+def ask(engine: Engine, *requests: tuple[str, str, object]) -> list[httpx.Response]:
+    """The responses to requests that are sent at the same time: method, path, and JSON or bytes."""
+
+    async def send() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(make_app(engine, "tiny"), raise_app_exceptions=True)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+            return await asyncio.gather(
+                *(
+                    client.request(method, path, content=body if isinstance(body, bytes) else json.dumps(body).encode())
+                    for method, path, body in requests
+                )
+            )
+
+    return asyncio.run(send())
+
+
+def complete(engine: Engine, **body: object) -> httpx.Response:
+    return ask(engine, ("POST", "/v1/completions", {"model": "tiny", "prompt": "Story", "temperature": 0} | body))[0]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_answers_are_those_of_generate(packed):
+    model, tokenizer = model_and_tokenizer(packed)
+    prompts = ["Story 1", "a", "Once upon a time " * 3, "xyz" * 20, "Story", "b" * 90]
+    expected = [
+        generate_text(model, tokenizer, tokenizer(prompt, return_tensors="pt")["input_ids"], max_new_tokens=20 + i)
+        for i, prompt in enumerate(prompts)
+    ]
+    engine = Engine(model, tokenizer)
+    try:
+        bodies = [{"prompt": p, "max_tokens": 20 + i, "temperature": 0} for i, p in enumerate(prompts)]
+        found = [r.json() for r in ask(engine, *(("POST", "/v1/completions", body) for body in bodies))]
+    finally:
+        engine.close()
+    assert [r["usage"]["completion_tokens"] for r in found] == [e.new_tokens for e in expected]
+    assert [r["choices"][0]["text"] for r in found] == [e.text for e in expected]
+    assert all(r["choices"][0]["finish_reason"] in ("length", "stop") for r in found)
+
+
+def test_a_long_prompt_is_read_in_parts(monkeypatch, loaded):
+    monkeypatch.setattr(engine_module, "_PROMPT_PART", 16)
+    model, tokenizer = loaded
+    ids = tokenizer("abcdefgh " * 12, return_tensors="pt")["input_ids"]
+    expected = generate_text(model, tokenizer, ids, max_new_tokens=8)
+    engine = Engine(model, tokenizer)
+    try:
+        assert complete(engine, prompt=ids[0].tolist(), max_tokens=8).json()["choices"][0]["text"] == expected.text
+    finally:
+        engine.close()
+
+
+def test_a_stream_holds_the_same_text(engine):
+    whole = complete(engine, max_tokens=12).json()
+    streamed = complete(engine, max_tokens=12, stream=True, stream_options={"include_usage": True})
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    events = [line.removeprefix("data: ") for line in streamed.text.split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    assert chunks.pop()["usage"] == whole["usage"]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["choices"][0]["text"]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+
+
+def test_chat_and_models(engine):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "seed": 3}
+    one, other, stream, models, model, health = ask(
+        engine,
+        ("POST", "/v1/chat/completions", body | {"max_completion_tokens": 9}),
+        ("POST", "/v1/chat/completions", body | {"max_tokens": 9}),
+        ("POST", "/v1/chat/completions", body | {"max_tokens": 9, "stream": True}),
+        ("GET", "/v1/models", {}),
+        ("GET", "/v1/models/tiny", {}),
+        ("GET", "/health", {}),
+    )
+    answer = one.json()["choices"][0]["message"]
+    assert answer["role"] == "assistant"
+    assert answer == other.json()["choices"][0]["message"]  # the seed decides
+    deltas = [json.loads(e[6:])["choices"][0]["delta"] for e in stream.text.split("\n\n")[:-2]]
+    assert "".join(delta.get("content", "") for delta in deltas) == answer["content"]
+    assert models.json()["data"][0]["id"] == model.json()["id"] == "tiny"
+    assert health.status_code == 200
+
+
+def test_stop_texts_end_an_answer_and_are_no_part_of_it(engine):
+    text = complete(engine, max_tokens=20).json()["choices"][0]["text"]
+    stop = text[5:8]
+    for stream in (False, True):
+        found = complete(engine, max_tokens=20, stop=["never", stop], stream=stream)
+        events = [json.loads(e[6:]) for e in found.text.split("\n\n")[:-2]] if stream else [found.json()]
+        assert "".join(event["choices"][0]["text"] for event in events) == text[: text.index(stop)]
+        assert events[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+GOOD = {"prompt": "a", "max_tokens": 2}
+BAD = [
+    (b"{", 400),
+    (b"", 400),
+    (b"[1]", 400),
+    (b'"a"', 400),
+    (b"\xff\xfe", 400),
+    (b"[" * 60_000, 400),
+    (b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", 400),
+    (b"x" * 70_000, 413),
+    ({"prompt": "a" * 70_000}, 413),
+    ({"prompt": "a" * 500}, 400),
+    ({"prompt": None}, 400),
+    ({}, 400),
+    ({"prompt": ""}, 400),
+    ({"prompt": []}, 400),
+    ({"prompt": ["a", "b"]}, 400),
+    ({"prompt": [10**9]}, 400),
+    ({"prompt": [-1]}, 400),
+    ({"prompt": [1.5]}, 400),
+    ({"prompt": [True]}, 400),
+    ({"prompt": {"a": 1}}, 400),
+    (b'{"prompt": "\\ud800"}', 400),
+    (b'{"\\ud800": 1, "prompt": "a"}', 400),
+    (b'{"model": "\\ud800", "prompt": "a"}', 404),
+    (GOOD | {"model": "other"}, 404),
+    (GOOD | {"model": ["tiny"]}, 404),
+    *((GOOD | {"max_tokens": value}, 400) for value in (0, -1, 1.5, "9", 10**9, 1 << 70, True, [1], float("nan"))),
+    *((GOOD | {"temperature": value}, 400) for value in (-1, 3, "hot", float("nan"), float("inf"), [0], True)),
+    *((GOOD | {"top_p": value}, 400) for value in (-1, 1.1, "a", float("nan"))),
+    *((GOOD | {"seed": value}, 400) for value in (-1, 1.5, "a", 1 << 70)),
+    *((GOOD | {"stop": value}, 400) for value in ("", [""], [1], 3, ["a"] * 9, ["a" * 2000], {})),
+    *((GOOD | {"stream": value}, 400) for value in (1, "yes", [])),
+    *((GOOD | {name: 2}, 400) for name in ("n", "best_of", "logprobs", "frequency_penalty", "presence_penalty")),
+    (GOOD | {"echo": True}, 400),
+    (GOOD | {"suffix": "b"}, 400),
+    (GOOD | {"logit_bias": {"5": 100}}, 400),
+    (GOOD | {"temprature": 1}, 400),
+]
+BAD_CHAT = [
+    {},
+    {"messages": None},
+    {"messages": []},
+    {"messages": "hi"},
+    {"messages": ["hi"]},
+    {"messages": [{"role": "user"}]},
+    {"messages": [{"role": 1, "content": "a"}]},
+    {"messages": [{"role": "user", "content": 3}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+    {"messages": [{"role": "user", "content": "a" * 400}]},
+    {"messages": [{"role": "user", "content": "\ud800"}]},
+    {"messages": [{"role": "user", "content": "a"}] * 1001},
+    {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]},
+    {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}},
+    {"messages": [{"role": "user", "content": "a"}], "prompt": "a"},
+]
+
+
+def test_bad_requests_are_answered_with_a_sentence_before_the_model_runs(engine, monkeypatch):
+    monkeypatch.setattr(engine, "submit", lambda answer: pytest.fail("it reached the model"))
+    requests = [("POST", "/v1/completions", body) for body, _ in BAD]
+    requests += [("POST", "/v1/chat/completions", body) for body in BAD_CHAT]
+    requests += [("GET", "/v1/completions", {}), ("POST", "/v1/models", {}), ("GET", "/no", {}), ("GET", "/", {})]
+    expected = [status for _, status in BAD] + [400] * len(BAD_CHAT) + [405, 405, 404, 404]
+    for request, response, status in zip(requests, ask(engine, *requests), expected):
+        assert response.status_code == status, (request, response.text)
+        assert len(response.json()["error"]["message"].split()) > 3
+        assert "Traceback" not in response.text
+
+
+def test_another_model_is_answered_with_the_name_of_this_one(engine):
+    assert "'tiny'" in complete(engine, model="other").json()["error"]["message"]
+
+
+def test_a_model_without_a_chat_template_says_what_to_use():
+    engine = Engine(*model_and_tokenizer())
+    try:
+        body = {"messages": [{"role": "user", "content": "a"}]}
+        response = ask(engine, ("POST", "/v1/chat/completions", body))[0]
+    finally:
+        engine.close()
+    assert response.status_code == 400
+    assert "/v1/completions" in response.json()["error"]["message"]
+
+
+def test_what_fails_in_the_model_ends_one_request_and_not_the_engine(engine, monkeypatch):
+    def fail(*args: object) -> None:
+        raise RuntimeError("secret of the machine")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module._Sequence, "read_part", fail)
+        response = complete(engine)
+        assert response.status_code == 500
+        assert "secret" not in response.text
+        assert "secret" not in complete(engine, stream=True).text
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "step_together", fail)
+        assert complete(engine).status_code == 500
+    assert complete(engine).status_code == 200
+
+
+def test_the_queue_and_the_caches_are_bounded(loaded, monkeypatch):
+    engine, seen = Engine(*loaded), []
+    try:
+        step = engine_module.step_together
+
+        def watched(states, tokens):
+            seen.append((len(states), sum(s.answer.num_cached for s in engine._sequences)))
+            return step(states, tokens)
+
+        monkeypatch.setattr(engine_module, "step_together", watched)
+        monkeypatch.setattr(engine_module, "MOST_WAITING", 20)
+        ids, answers, refused = torch.tensor([[5, 6, 7]]), [], 0
+        for _ in range(40):
+            answer = Answer(ids, 60)
+            try:
+                engine.submit(answer)
+                answers.append(answer)
+            except BusyError:
+                refused += 1
+        deadline = time.monotonic() + 60
+        while any(answer.reason is None for answer in answers) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert {answer.reason for answer in answers} == {"length"}
+        assert refused >= 40 - 20 - engine_module.MOST_TOGETHER
+        assert max(count for count, _ in seen) == engine_module.MOST_TOGETHER
+        assert max(tokens for _, tokens in seen) <= 2 * engine.context
+        assert {tuple(answer.tokens) for answer in answers} == {tuple(answers[0].tokens)}
+    finally:
+        engine.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    folder = tmp_path_factory.mktemp("served") / "small"
+    save_tiny(folder)
+    port = free_port()
+    command = [sys.executable, "-m", "castlm", "serve", str(folder), "--port", str(port), "--threads", "1"]
+    process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE)
+    url = f"http://localhost:{port}"
+    for _ in range(600):
+        assert process.poll() is None
+        try:
+            httpx.get(f"{url}/health")
+            break
+        except httpx.ConnectError:
+            time.sleep(0.2)
+    yield url, process
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+
+
+def test_the_openai_client_is_answered(server):
+    import openai
+
+    client = openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0)
+    assert client.models.list().data[0].id == "small"
+    answer = client.completions.create(model="small", prompt="Story", max_tokens=5, temperature=0)
+    assert answer.usage.completion_tokens == 5
+    pieces = client.completions.create(model="small", prompt="Story", max_tokens=5, temperature=0, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == answer.choices[0].text
+    with pytest.raises(openai.NotFoundError, match="'small'"):
+        client.completions.create(model="large", prompt="Story")
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        client.chat.completions.create(model="small", messages=[{"role": "user", "content": "a"}])
+
+
+def test_a_client_that_goes_away_ends_its_request(server):
+    """Sixty long answers that nobody waits for, then one that somebody does: it comes at once."""
+    port = int(server[0].rsplit(":", 1)[1])
+    for stream in (False, True) * 30:
+        body = json.dumps({"prompt": "a", "max_tokens": 250, "stream": stream}).encode()
+        with socket.create_connection(("localhost", port)) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            connection.sendall(head + body)
+    started = time.monotonic()
+    response = httpx.post(f"{server[0]}/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=60)
+    assert response.status_code == 200
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.slow
+def test_ten_clients_for_a_minute(server):
+    """Good and bad requests at the same time: each good one is answered, and memory does not grow."""
+    url, process = server
+    until, failures, counts = time.monotonic() + 60, [], [0] * 10
+
+    def client(number: int) -> None:
+        while time.monotonic() < until:
+            body, status = [(GOOD, 200), *BAD][(number + counts[number]) % (len(BAD) + 1) if number % 2 else 0]
+            content = body if isinstance(body, bytes) else json.dumps(body).replace("tiny", "small").encode()
+            response = httpx.post(f"{url}/v1/completions", content=content, timeout=60)
+            counts[number] += 1
+            if response.status_code != status:
+                failures.append((body, response.status_code, response.text))
+
+    def resident() -> int:
+        with open(f"/proc/{process.pid}/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(10)]
+    for thread in threads:
+        thread.start()
+    time.sleep(15)
+    before = resident()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert min(counts) > 0
+    assert resident() < before + (64 << 20)
+
+
+def test_names_of_served_models(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    assert [default_name(name) for name in (".", f"{tmp_path}/run/", "org/model")] == ["run", "run", "org/model"]
+
+
+def test_serve_refuses_an_address_before_it_loads_a_model(tmp_path, capsys):
+    with socket.create_server(("localhost", 0)) as taken:
+        for options in (
+            ["--port", "99999"],
+            ["--port", str(taken.getsockname()[1])],
+            ["--host", "no.such.host.invalid"],
+            ["--host", "a..b"],
+            ["--host", "a" * 70],
+        ):
+            assert main(["serve", str(tmp_path), *options]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "port 99999 is out of range" in said[0]
+    assert all("cannot listen on" in line for line in said[1:])
+    assert len(said) == 5
+
+
+def test_serve_names_the_packages_that_are_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["serve", str(tmp_path)]) == 2
+    assert "pip install starlette uvicorn" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
+def test_castlm_decoder_answers_several_requests_together(engine):
+    assert engine._is_together
