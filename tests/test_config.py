@@ -296,12 +296,6 @@ def test_options_that_are_refused(arguments, message, capsys):
     assert message in refusal(["train", *arguments], capsys)
 
 
-def test_an_argument_that_is_given_as_an_option_is_refused_with_how_to_write_it(capsys):
-    for command in ("finetune", "quantize"):
-        said = refusal([command, "--model", "m", "--output-dir", "o"], capsys)
-        assert f"--model is not an option: write castlm {command} MODEL, without --" in said
-
-
 def test_hugging_face_spelling_and_both_sides_of_a_switch():
     base = ["--model=m", "--dataset=d", "--output_dir=o", "--learning_rate", "1e-5"]
     config, _ = parse_train([*base, "--no-prefetch", "--resume", "--no-resume", "--left-dense", "a", "b"])

@@ -47,6 +47,7 @@ def read_arguments(
     Raises:
         InputError: an unknown option, one that another command reads, or one without its value.
     """
+    arguments = _model_in_place(kinds, arguments)
     before_dashes = list(arguments)[: arguments.index("--")] if "--" in arguments else arguments
     if "--help-all" in before_dashes or {"-h", "--help"} & set(before_dashes):
         print(help_text(kinds, name, everything="--help-all" in before_dashes, about=about))
@@ -68,6 +69,20 @@ def read_arguments(
         named = [field for field in fields if field not in unnamed]
         raise InputError(f"{unknown(option[2:], named, COMMAND_LINE)} (castlm {name} --help lists the options)")
     return vars(parser.parse_args(arguments))
+
+
+def _model_in_place(kinds: Sequence[type[Any]], arguments: Sequence[str]) -> list[str]:
+    """`arguments` with `--model X` as plain X, where a command takes its model without `--`: both forms do."""
+    fields = [field for kind in kinds for field in offered(kind)]
+    models = [field for field in fields if field.metadata.get("positional") and field.name in ("model", "path")]
+    found = list(arguments)
+    options = found[: found.index("--")] if "--" in found else found
+    for at, argument in enumerate(options if models else []):
+        if argument.startswith("--model="):
+            return [argument.removeprefix("--model="), *found[:at], *found[at + 1 :]]
+        if argument == "--model" and at + 1 < len(found):
+            return [found[at + 1], *found[:at], *found[at + 2 :]]
+    return found
 
 
 class _Parser(argparse.ArgumentParser):

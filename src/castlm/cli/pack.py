@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
-from castlm.cli.options import parse, result_folder
+from castlm.cli.options import parse
 from castlm.cli.verify import recorded_pattern
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
@@ -41,9 +41,10 @@ class PackCommand:
         from castlm.export.packed import pack_folder
         from castlm.export.unit_count import groups_of
         from castlm.files.output import claimed
+        from castlm.models.locate import local_folder
         from castlm.progress import shown_progress
 
-        source = result_folder(self.path)
+        source = str(local_folder(self.path))
         named = self.pattern or recorded_pattern(source) or "2:4"
         pattern = groups_of(Pattern.parse(named))
         if pattern is None:

@@ -115,9 +115,12 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         from castlm.data.documents import open_documents
         from castlm.files.output import claimed
         from castlm.hardware import choose_device
+        from castlm.models.locate import local_folder
         from castlm.oneshot.start import OneshotStart
 
         pattern = Pattern.parse(self.pattern)
+        if self.memory == "block":
+            local_folder(self.model)
         device, text = choose_device(self.device), None
         structured = is_structured(pattern)
         method = self.method or default_start(pattern)

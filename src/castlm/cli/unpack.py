@@ -1,4 +1,4 @@
-"""`castlm unpack`: a packed model as a plain Hugging Face folder again."""
+"""`castlm unpack`: a packed model, or a GGUF file, as a plain Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from castlm.fields import positional
 
 @dataclass
 class UnpackCommand:
-    """Write a packed model as a plain Hugging Face folder, zeros stored, which loads without castlm."""
+    """Write a packed model or a GGUF file as a plain Hugging Face folder, zeros stored, which loads without castlm."""
 
     path: str = positional()
-    """Folder that `castlm pack` wrote."""
+    """Folder that `castlm pack` wrote, GGUF file, or "demo"."""
 
     output_dir: str = dataclasses.field(kw_only=True)
     """Folder for the plain model."""
@@ -25,13 +25,19 @@ class UnpackCommand:
     def run(self) -> int:
         from castlm.export.packed import unpack_folder
         from castlm.files.output import claimed
+        from castlm.models.io import convert_gguf
+        from castlm.models.locate import local_folder, locate
         from castlm.progress import shown_progress
 
-        with (
-            claimed(self.output_dir, "result", overwrite=self.overwrite, inputs={"path": self.path}) as folder,
-            shown_progress("unpack, tensors") as progress,
-        ):
-            count = unpack_folder(self.path, folder, overwrite=True, progress=progress)
+        is_gguf = bool(locate(self.path, needs_weights=False).gguf)
+        source = self.path if is_gguf else str(local_folder(self.path))
+        with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs={"path": self.path}) as folder:
+            if is_gguf:
+                convert_gguf(source, folder)
+                print(f"{folder}: {self.path} in bf16")
+                return 0
+            with shown_progress("unpack, tensors") as progress:
+                count = unpack_folder(source, folder, overwrite=True, progress=progress)
         print(f"{folder}: {count} tensors unpacked")
         return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from castlm.cli.json_report import check_json_path
-from castlm.cli.options import parse, result_folder, write_json
+from castlm.cli.options import parse, write_json
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import positional
@@ -33,14 +33,24 @@ class VerifyCommand:
     def run(self) -> int:
         from castlm.export.verify import verify
 
-        path = result_folder(self.path)
+        path = _counted(self.path)
         check_json_path(self.json, path)
         pattern = Pattern.parse(self.pattern or recorded_pattern(path) or "2:4")
-        report = verify(path, pattern, base=None if self.base is None else result_folder(self.base))
+        report = verify(path, pattern, base=None if self.base is None else _counted(self.base))
         write_json(self.json, report.as_dict())
         if self.json != "-":
             print(report.text())
         return 0 if report.ok else 1
+
+
+def _counted(name: str) -> str:
+    """The folder or safetensors file that `name` refers to: a run's model, a hub model in the cache."""
+    from castlm.models.locate import local_folder, model_in
+
+    place = user_path(name)
+    if place.is_dir():
+        return str(model_in(place))
+    return name if place.exists() and place.suffix != ".gguf" else str(local_folder(name))
 
 
 def recorded_pattern(path: str) -> str | None:

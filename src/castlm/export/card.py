@@ -69,7 +69,8 @@ _IMPORTS = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
 _PACKED_IMPORTS = f"import castlm\n{_IMPORTS}"
 _STORED_PACKED = (
     "The weights are stored without their zeros, in castlm's packed format, which `import castlm` registers with\n"
-    "transformers. `castlm unpack PATH --output-dir OUT` writes a plain model folder, which loads anywhere."
+    "transformers (`pip install castlm`); without it transformers finds no weights here.\n"
+    "`castlm unpack PATH --output-dir OUT` writes a plain model folder, which loads anywhere."
 )
 _STORED_ZEROS = (
     "The zeros are stored, so the files are as large as those of the dense model and load wherever it does. Faster or\n"

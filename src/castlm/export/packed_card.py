@@ -15,7 +15,8 @@ from castlm.export.card import model_card
 
 _HEAD = """{front_matter}# {name}, packed {pattern}
 
-The {pattern} sparse weights of this model are stored without their zeros, in castlm's packed format. Python:
+The {pattern} sparse weights of this model are stored without their zeros, in castlm's packed format. Without castlm
+(`pip install castlm`), transformers finds no weights here. Python:
 
 ```python
 import castlm  # registers the format with transformers

@@ -22,6 +22,7 @@ from transformers.utils.hub import cached_file
 
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS, STORED
+from castlm.files.atomic_dir import atomic_dir
 from castlm.files.stored import INDEX, SINGLE, read_header, read_weight_map, shard_files
 from castlm.models.architecture import auto_class, is_vision_language, linearize_
 from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD, stored_transposed
@@ -197,6 +198,13 @@ def save_model(
         model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
     copy_processor(model.config, folder)
+
+
+def convert_gguf(name: str | Path, folder: Path) -> None:
+    """Writes the model of a GGUF file, dequantized and rounded to bf16, as a folder, in place of what that holds."""
+    loaded = load_model(name, dtype=None)
+    with atomic_dir(folder, overwrite=True) as temporary:
+        save_model(loaded.model, loaded.tokenizer, temporary)
 
 
 def copy_processor(config: PretrainedConfig, folder: str | Path) -> None:

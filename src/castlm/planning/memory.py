@@ -24,7 +24,7 @@ from castlm.core.sparsify import sparse_linears
 from castlm.export.cut import check_cut
 from castlm.files.reading import read_json_object, user_path
 from castlm.models.architecture import is_vision_language, shape_model
-from castlm.models.opening import check_num_layers
+from castlm.models.opening import check_num_layers, open_config
 from castlm.planning.activations import Saved, Settings, block_kinds, trace
 
 GIB = 2**30
@@ -223,15 +223,16 @@ def _check_known(**names: tuple[str, Collection[str]]) -> None:
 
 
 def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
-    """The config itself, or the one in a JSON file or in a folder's `config.json`; nothing is downloaded.
+    """The config itself, that of a JSON file, or that of a model, whose weights are not needed.
 
     Raises:
-        InputError: no such file, not JSON, or a family that transformers does not know.
+        InputError: no such file or model, not JSON, or a family that transformers does not know.
     """
     if isinstance(config, PretrainedConfig):
         return config
     path = user_path(config)
-    path = path / "config.json" if path.is_dir() else path
+    if path.suffix != ".json":
+        return open_config(config)
     fields = read_json_object(path)
     try:
         made: PretrainedConfig = AutoConfig.for_model(**fields)

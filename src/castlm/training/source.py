@@ -21,6 +21,9 @@ from castlm.distributed.world import World
 from castlm.methods.table import class_of
 from castlm.models.architecture import check_head, context_length, vocab_size
 from castlm.models.io import Loaded, load_model
+from castlm.models.locate import locate
+from castlm.oneshot.options import UNIT_SCORES
+from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.stream_basis import untie_
 from castlm.training.config import TrainConfig
 
@@ -79,6 +82,8 @@ def open_source(config: TrainConfig, world: World) -> Source:
             architecture that cannot be distilled.
     """
     options = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+    if config.start not in (*SOLVERS, *UNIT_SCORES):
+        locate(config.start)  # in the first second, and not after the dense model was loaded
     shards = world.mesh is not None and not class_of(config.method, config.adapter).whole_copies
     opened = open_sharded(config.model, **options) if shards else None
     loaded, stored = (load_model(config.model, **options), None) if opened is None else opened

@@ -1,0 +1,121 @@
+"""A model has one name in every command: a folder, a run, a packed folder, a GGUF file or a hub id."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from castlm.cli.main import main
+from castlm.cli.options import read_arguments
+from castlm.cli.pack import PackCommand
+from castlm.core.errors import InputError
+from castlm.core.sparsify import prune_
+from castlm.export.packed import pack_folder
+from castlm.models.io import load_model
+from castlm.models.locate import local_folder, locate
+from castlm.planning.memory import read_config
+from tests.test_models import write_gguf
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory) -> dict[str, str]:
+    """The same sparse model under each kind of name."""
+    top = tmp_path_factory.mktemp("names")
+    model = tiny_model("llama")
+    prune_(model)
+    model.save_pretrained(top / "folder")
+    tiny_tokenizer().save_pretrained(top / "folder")
+    shutil.copytree(top / "folder", top / "run" / "model")
+    (top / "run" / "config.yaml").write_text("model: folder\n")
+    pack_folder(top / "folder", top / "packed")
+    write_gguf(top / "tiny.gguf", model)
+    return {
+        **{kind: str(top / kind) for kind in ("folder", "run", "packed")},
+        "safetensors": str(top / "folder/model.safetensors"),
+        "gguf": str(top / "tiny.gguf"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["folder", "run", "packed", "gguf"])
+def test_every_kind_of_name_is_loaded(names, kind):
+    loaded = load_model(names[kind])
+    assert sum(parameter.numel() for parameter in loaded.model.parameters()) > 0
+    assert loaded.source == (names[kind] + "/model" if kind == "run" else names[kind])
+    assert read_config(names[kind]).hidden_size == 32
+
+
+@pytest.mark.parametrize("kind", ["folder", "run", "packed", "safetensors"])
+@pytest.mark.parametrize("form", [[], ["--model"]])
+def test_verify_counts_every_kind_with_and_without_an_option(names, kind, form, capsys):
+    assert main(["verify", *form, names[kind]]) == 0
+    assert "2:4 holds" in capsys.readouterr().out
+
+
+def test_a_model_is_given_with_an_option_or_without():
+    for arguments in (
+        ["x", "--output-dir", "o"],
+        ["--output-dir", "o", "--model", "x"],
+        ["--model=x", "--output-dir=o"],
+    ):
+        assert read_arguments([PackCommand], arguments, "pack") == {"path": "x", "output_dir": "o"}
+    with pytest.raises(InputError, match="unrecognized arguments: y"):
+        read_arguments([PackCommand], ["y", "--model", "x"], "pack")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["pack", "MODEL", "--output-dir", "OUT"],
+        ["verify", "MODEL"],
+        ["prune", "--model", "MODEL", "--method", "magnitude", "--memory", "block", "--output-dir", "OUT"],
+    ],
+)
+def test_what_needs_a_folder_says_in_the_first_second_how_to_make_one(names, command, tmp_path, capsys):
+    for name, remedy in ((names["gguf"], f"castlm unpack {names['gguf']}"), ("some/model", "hf download some/model")):
+        started = time.monotonic()
+        values = {"MODEL": name, "OUT": str(tmp_path / "out")}
+        assert main([values.get(word, word) for word in command]) == 2
+        assert remedy in capsys.readouterr().err
+        assert time.monotonic() - started < 5  # without a model in memory; the machine of a test may be busy
+        assert not (tmp_path / "out").exists()
+
+
+def test_unpack_writes_a_gguf_file_as_a_folder(names, tmp_path, capsys):
+    assert main(["unpack", names["gguf"], "--output-dir", str(tmp_path / "plain")]) == 0
+    found = load_model(tmp_path / "plain").model.state_dict()
+    expected = load_model(names["gguf"]).model.state_dict()
+    assert all(torch.equal(found[name], tensor.bfloat16().float()) for name, tensor in expected.items())
+    assert load_file(tmp_path / "plain/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_a_start_that_is_no_model_is_refused_before_the_dense_model_is_loaded(
+    names, text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("castlm.training.source.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    (tmp_path / "empty").mkdir()
+    command = ["train", "--model", names["folder"], "--dataset", text, "--output-dir", str(tmp_path / "run")]
+    for start in (str(tmp_path / "empty"), str(tmp_path / "no.gguf")):
+        assert main([*command, "--init-from", start, "--max-steps", "2", "--seq-len", "16"]) == 2
+        assert start in capsys.readouterr().err
+
+
+def test_a_run_without_a_model_says_how_to_finish_it(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(InputError, match="--resume"):
+        locate(tmp_path)
+
+
+def test_a_packed_folder_says_what_loads_it(names):
+    config = json.loads((Path(names["packed"]) / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "castlm"
+    card = (Path(names["packed"]) / "README.md").read_text()
+    assert "import castlm" in card
+    assert "pip install" in card
+    assert local_folder(names["packed"]) == Path(names["packed"])
