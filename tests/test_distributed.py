@@ -885,3 +885,24 @@ def test_bad_weights_are_refused_by_every_rank(fault, text, tmp_path):
     message = {"NaN": "mlp.down_proj.weight of {} holds NaN", "missing": "the weights of {} lack model.layers.1.mlp"}
     assert message[fault].format(tmp_path / "model") in said(tmp_path / "log", 2)
     assert "Traceback" not in said(tmp_path / "log", 2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "0"}, "RANK is set and WORLD_SIZE is not"),
+        ({"WORLD_SIZE": "1"}, "WORLD_SIZE is set and RANK is not"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set and RANK is not"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR is not"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK = 1 of WORLD_SIZE = 1"),
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK = 'x' is no number"),
+        ({"RANK": "-1", "WORLD_SIZE": "1"}, "RANK = '-1' is no number"),
+    ],
+)
+def test_ranks_that_torchrun_would_not_start_are_refused(variables, said, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=said):
+        init_world("cpu", "full")

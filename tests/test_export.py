@@ -16,6 +16,7 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import count_nm_violations
 from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears
+from castlm.dtypes import bytes_of
 from castlm.export import hf
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
@@ -266,3 +267,12 @@ def test_experts_that_are_no_layers_in_memory_are_left_dense_under_their_names_o
     assert report.ok
     assert all("self_attn" in layer.name for layer in report.sparse_layers)
     assert any("experts" in layer.name for layer in report.layers)
+
+
+def test_a_tensor_of_one_column_of_another_has_its_own_bytes():
+    column = torch.arange(8.0).to(torch.bfloat16).view(4, 2)[:1, 1:]  # (1, 1), of strides (2, 1)
+    slanted = torch.arange(8.0).to(torch.bfloat16).as_strided((1,), (2,), 3)
+    assert bytes_of(column).tolist() == bytes_of(torch.tensor([1.0]).bfloat16()).tolist()
+    assert bytes_of(slanted).tolist() == bytes_of(torch.tensor([3.0]).bfloat16()).tolist()
+    assert bytes_of(torch.arange(6.0).view(2, 3).T).view(torch.float32).tolist() == [0, 3, 1, 4, 2, 5]
+    assert bytes_of(torch.empty(0, 3)).numel() == 0

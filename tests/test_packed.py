@@ -555,3 +555,22 @@ def test_save_tiny_is_no_packed_folder(tmp_path):
 def test_a_spec_lists_what_is_stored():
     assert PackedSpec(3, 20, 2, 4, "bf16").tensors() == {"values": ("BF16", (3, 10)), "mask": ("U8", (3, 3))}
     assert PackedSpec(3, 12, 1, 4, "int4").tensors()["values"] == ("U8", (3, 2))
+
+
+def test_a_weight_that_is_packed_and_plain_is_refused_by_unpack(pruned, tmp_path):
+    folder = tmp_path / "packed"
+    pack_folder(pruned, folder)
+    file = folder / "castlm.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    stem = next(name for name in tensors if name.endswith(".values")).removesuffix(".values")
+    save_file(tensors | {f"{stem}.weight": torch.zeros(8, 8)}, file, metadata=metadata)
+    with pytest.raises(InputError, match=f"{stem}.weight is stored packed and plain"):
+        unpack_folder(folder, tmp_path / "out")
+
+
+def test_a_file_name_that_is_not_utf8_is_refused(pruned, tmp_path):
+    source = shutil.copytree(pruned, tmp_path / "source")
+    Path(os.fsdecode(os.fsencode(source) + b"/a\xff.txt")).touch()
+    with pytest.raises(InputError, match="is not UTF-8: rename it"):
+        pack_folder(source, tmp_path / "packed")

@@ -312,3 +312,9 @@ def test_a_failed_upload_says_how_to_send_the_result(endpoint, tmp_path, monkeyp
     monkeypatch.setattr(Hub, "do_POST", lambda self: self.answer({"error": "no"}, 403))
     with pytest.raises(InputError, match=f"the result is whole: hf upload me/run {tmp_path} sends it"):
         hub.push(tmp_path, "me/run", private=False)
+
+
+def test_none_and_a_tracker_contradict_each_other():
+    assert chosen_trackers(["none"]) == []
+    with pytest.raises(InputError, match="report_to none and wandb"):
+        chosen_trackers(["none", "wandb"])

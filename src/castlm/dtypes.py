@@ -24,3 +24,12 @@ STORED = {
 }
 """The dtypes that a model file may hold, by their names in safetensors."""
 STORED_NAMES = {dtype: name for name, dtype in STORED.items()}
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, uint8, 1-D on the CPU; a view of it where it lies there without gaps.
+
+    An axis of size 1 may have any stride, which `flatten` keeps and `view` refuses.
+    """
+    dense = tensor.detach().cpu().contiguous()
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)

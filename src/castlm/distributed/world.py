@@ -230,8 +230,7 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
             hybrid mesh.
     """
     kind = choose_device(device)
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank, size, local_rank = _torchrun_numbers()
     here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         _check_own_gpu(rank, local_rank)
@@ -253,6 +252,28 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
         shards = per_node if sharding == "hybrid" else 1
         mesh = init_device_mesh(kind, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
     return World(rank, size, here, mesh, control, saving, timeout_s)
+
+
+def _torchrun_numbers() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without it 0, 1 and 0.
+
+    Raises:
+        InputError: one of them is set alone or makes no sense.
+    """
+    needed = ["RANK", "WORLD_SIZE"]
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        needed += ["MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in needed if name not in os.environ]
+    if missing and len(missing) < len(needed):
+        found = next(name for name in needed if name in os.environ)
+        raise InputError(f"{found} is set and {missing[0]} is not: start the ranks by torchrun, or unset {found}")
+    numbers = {name: os.environ.get(name, default) for name, default in zip((*needed[:2], "LOCAL_RANK"), "010")}
+    if strange := [name for name, value in numbers.items() if not (value.isascii() and value.isdecimal())]:
+        raise InputError(f"{strange[0]} = {numbers[strange[0]]!r} is no number: start the ranks by torchrun")
+    rank, size, local_rank = map(int, numbers.values())
+    if rank >= size:
+        raise InputError(f"RANK = {rank} of WORLD_SIZE = {size}: ranks are numbered from 0")
+    return rank, size, local_rank
 
 
 def _check_own_gpu(rank: int, local_rank: int) -> None:

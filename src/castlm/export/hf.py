@@ -23,6 +23,7 @@ from castlm.core.errors import InputError
 from castlm.core.experts import is_layer
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.dtypes import bytes_of
 from castlm.export.card import model_card
 from castlm.export.cut import check_cut, cut_model
 from castlm.export.cut_sizes import cut_pattern
@@ -236,5 +237,4 @@ def equal_in_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bits; -0.0 and +0.0 differ."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    flat = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (one, other))
-    return torch.equal(*flat)
+    return torch.equal(bytes_of(one), bytes_of(other))

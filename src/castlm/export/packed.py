@@ -28,6 +28,7 @@ from castlm.export.unit_count import groups_of
 from castlm.export.verify import verify
 from castlm.files.atomic_dir import atomic_dir
 from castlm.files.atomic_file import atomic_write_json
+from castlm.files.output import refuse_undecodable
 from castlm.files.reading import read_json_object, user_path
 from castlm.files.stored import INDEX, SINGLE
 from castlm.inference import format
@@ -179,6 +180,7 @@ def _copy_small_files(source: Path, folder: Path) -> None:
     for path in sorted([*source.iterdir(), *source.glob(f"{CHAT_TEMPLATE_DIR}/*.jinja")]):
         is_other = path.name != "castlm.json" and not path.name.endswith(_WEIGHTS)  # both are written by other means
         if path.is_file() and not path.name.startswith(".") and is_other:
+            refuse_undecodable({"the file": path})
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
@@ -204,6 +206,8 @@ def unpack_folder(
     specs = format.read_specs(paths)
     if not specs:
         raise InputError(f"{source} is not a packed model folder: `castlm pack` writes one")
+    if twice := [name for stem, spec in specs.items() if (name := spec.tensor_name(stem)) in stored]:
+        raise InputError(f"{twice[0]} is stored packed and plain: pack the model again")
     integers_as = _dtype_of(config)
     parts = {f"{name}.{suffix}" for name, spec in specs.items() for suffix in spec.tensors()}
     weight_map: dict[str, str] = {}

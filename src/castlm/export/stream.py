@@ -7,10 +7,9 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from castlm.dtypes import STORED, STORED_NAMES
+from castlm.dtypes import STORED, STORED_NAMES, bytes_of
 
 _BYTES = {name: dtype.itemsize for name, dtype in STORED.items()}
 _ALIGNMENT = 8  # of the data, as safetensors pads its header
@@ -39,5 +38,5 @@ def write_safetensors(
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors:
             assert (STORED_NAMES[tensor.dtype], tuple(tensor.shape)) == left.pop(name), name
-            stream.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+            stream.write(memoryview(bytes_of(tensor).numpy()))
     assert not left, left

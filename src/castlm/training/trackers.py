@@ -112,6 +112,8 @@ def chosen_trackers(report_to: Sequence[str]) -> list[str]:
         InputError: a named package is not installed.
     """
     if "none" in report_to:
+        if others := [name for name in report_to if name != "none"]:
+            raise InputError(f"report_to none and {others[0]}: name one of them")
         return []
     named = [name for name in dict.fromkeys(report_to) if name != "auto"]
     if missing := [name for name in named if not _is_installed(name)]:
