@@ -171,7 +171,7 @@ class Law:
             "there are no draws": not len(self.draws),
             "a parameter or draw is negative": bool((rows < 0).any()),
             "beta is not above 0": bool((rows[:, NAMES.index("beta")] <= 0).any()),
-            f"noise is {self.noise}": not 0 <= self.noise < math.inf,
+            f"noise is {self.noise}": not 0 <= self.noise <= 100,  # nats of loss
             f"noise_of_budget is {self.noise_of_budget}": not 0 <= self.noise_of_budget <= self.noise,
             f"tokens_range is {self.tokens_range}": not 0 < low <= high < math.inf,
         }
