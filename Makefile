@@ -18,8 +18,8 @@ demo: setup
 	$(BIN)/castlm demo --output-dir demo-output --overwrite
 
 test: setup lint
-	$(BIN)/python -m pytest -n 3 --dist worksteal  # some tests wait for processes of their own
 	$(BIN)/python -m pytest --doctest-modules src/castlm
+	$(BIN)/python -m pytest -n 3 --dist worksteal  # some tests wait for processes of their own; ends with what was skipped
 
 test-slow: setup  # more ranks, families, options and moments of a kill than `make test` tries; CI runs both
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m slow

@@ -1,0 +1,176 @@
+"""Tokens per second of `castlm serve` for 1, 4 and 8 clients, beside `castlm generate`, and its memory under load.
+
+    python -m benchmarks.serving MODEL [--threads N] [--new-tokens N] [--minutes 10] [--json OUT]
+
+The speed: every client sends the same prompt and waits for its answer. The load, for `--minutes`: ten clients at the
+same time, of which half send requests that must be refused (a body that is too long, no JSON, a prompt beyond the
+context, numbers that make no sense) or go away in the middle of an answer. Every good request must be answered. One
+process serves from the beginning to the end; its resident memory is printed once in a tenth of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.machine import machine, write_json
+
+PROMPT = "Once upon a time there was a little girl who lived near the forest, and one day"
+CLIENTS = (1, 4, 8)
+BAD: list[bytes] = [
+    b"{",
+    b"\xff" * 100,
+    b"x" * 1_000_000,
+    json.dumps({"prompt": "word " * 20_000, "max_tokens": 5}).encode(),
+    json.dumps({"prompt": "a", "max_tokens": -1}).encode(),
+    json.dumps({"prompt": "a", "max_tokens": 10**9}).encode(),
+    json.dumps({"prompt": "a", "temperature": "hot"}).encode(),
+    json.dumps({"prompt": "a", "model": "another"}).encode(),
+    json.dumps({"prompt": [10**9]}).encode(),
+]
+
+
+@contextlib.contextmanager
+def served(model: str, threads: int) -> Iterator[tuple[int, int]]:
+    """Starts `castlm serve`; yields its port and process id."""
+    with socket.create_server(("localhost", 0)) as found:
+        port = int(found.getsockname()[1])
+    command = [sys.executable, "-m", "castlm", "serve", model, "--port", str(port), "--threads", str(threads)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        while True:
+            assert process.poll() is None, "the server has ended"
+            with contextlib.suppress(OSError):
+                if post(port, b"", "GET", "/health")[0] == 200:
+                    break
+            time.sleep(0.2)
+        yield port, process.pid
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def post(port: int, body: bytes, method: str = "POST", path: str = "/v1/completions") -> tuple[int, dict[str, Any]]:
+    """The status and the JSON of one answer."""
+    connection = http.client.HTTPConnection("localhost", port, timeout=600)
+    try:
+        connection.request(method, path, body)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def good(tokens: int) -> bytes:
+    return json.dumps({"prompt": PROMPT, "max_tokens": tokens, "temperature": 0}).encode()
+
+
+def serving_speed(port: int, clients: int, tokens: int) -> float:
+    """New tokens per second over all clients, prompts included."""
+    counts: list[int] = []
+
+    def client() -> None:
+        counts.append(post(port, good(tokens))[1]["usage"]["completion_tokens"])
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / (time.perf_counter() - started)
+
+
+def generate_speed(model: str, threads: int, tokens: int) -> tuple[float, float]:
+    """`castlm generate`: new tokens per second with the prompt, and without it as it prints them."""
+    options = ["--raw", "--max-new-tokens", str(tokens), "--threads", str(threads)]
+    command = [sys.executable, "-m", "castlm", "generate", model, "--prompt", PROMPT, *options]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.search(r"prompt in ([\d.]+) s, (\d+) new tokens, ([\d.]+) a second", said)
+    assert found is not None, said
+    prompt, new, speed = float(found[1]), int(found[2]), float(found[3])
+    return new / (prompt + (new - 1) / speed), speed
+
+
+def resident(pid: int) -> float:
+    """MiB of memory of a process."""
+    with open(f"/proc/{pid}/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def load(port: int, pid: int, minutes: float, tokens: int) -> dict[str, Any]:
+    """Ten clients with mixed requests; what they were answered, and the memory of the server over time."""
+    until = time.monotonic() + 60 * minutes
+    statuses: Counter[str] = Counter()
+
+    def client(number: int) -> None:
+        turn = number
+        while time.monotonic() < until:
+            turn += 1
+            if number % 2 == 0:
+                statuses[f"good {post(port, good(tokens))[0]}"] += 1
+            elif turn % 4 == 0:  # goes away in the middle
+                with socket.create_connection(("localhost", port)) as connection:
+                    body = good(tokens)
+                    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+                    connection.sendall(head.encode() + body)
+                    time.sleep(0.2)
+                statuses["gone"] += 1
+            else:
+                try:
+                    statuses[f"bad {post(port, BAD[turn % len(BAD)])[0]}"] += 1
+                except OSError:  # the server closed the connection before the whole of a long body was sent
+                    statuses["bad closed"] += 1
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(10)]
+    for thread in threads:
+        thread.start()
+    memory = []
+    for _ in range(10):
+        time.sleep(6 * minutes)
+        memory.append(round(resident(pid)))
+        print(
+            f"{len(memory) * minutes / 10:5.1f} min  {memory[-1]:6,} MiB  {dict(sorted(statuses.items()))}", flush=True
+        )
+    for thread in threads:
+        thread.join()
+    return {"minutes": minutes, "answers": dict(sorted(statuses.items())), "memory_mib": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    whole, alone = generate_speed(options.model, options.threads, options.new_tokens)
+    print(f"castlm generate: {whole:.1f} tokens/s with the prompt, {alone:.1f} after it")
+    result: dict[str, Any] = {"machine": machine(), "generate": whole, "generate_after_prompt": alone, "serve": {}}
+    with served(options.model, options.threads) as (port, pid):
+        serving_speed(port, 1, 8)  # warms up
+        for clients in CLIENTS:
+            result["serve"][clients] = serving_speed(port, clients, options.new_tokens)
+            print(f"castlm serve, {clients} clients: {result['serve'][clients]:.1f} tokens/s", flush=True)
+        if options.minutes:
+            result["load"] = load(port, pid, options.minutes, options.new_tokens // 4)
+    if options.json:
+        write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()
