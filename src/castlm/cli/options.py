@@ -165,11 +165,11 @@ def result_folder(path: str) -> str:
     Raises:
         InputError: a folder that may not be read.
     """
+    from castlm.models.locate import model_in
+
     folder = Path(path).expanduser()
-    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
-        raise InputError(f"cannot read {path}: Permission denied: change its permissions")
-    inner = folder / "model"
-    return str(inner) if (inner / "config.json").is_file() and not (folder / "config.json").exists() else path
+    found = model_in(folder) if folder.is_dir() else folder
+    return path if found == folder else str(found)
 
 
 def refuse_given(options: Any, names: Iterable[str], why: str) -> None:

@@ -46,7 +46,7 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
     """
     check_redirections(path, config)
     _refuse_absurd_counts(path, len(tensors), config)
-    if config.get("auto_map"):  # of a model with code of its own nobody here knows the layers
+    if config.get("auto_map") and not _is_native(config):  # nobody here knows the layers of its own code
         check_uniform(path, tensors)
         return "each other"
     unexpected = load_on_meta(path, config)
@@ -60,6 +60,18 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
             f"{path} holds {_some(linear)}, which its config.json does not describe: fetch or write it again"
         )
     return "transformers"
+
+
+def _is_native(config: Config) -> bool:
+    """Whether transformers has the model, so that it loads without the code that comes with it."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    named = config.get("architectures")
+    classes = named if isinstance(named, list) else []
+    return config.get("model_type") in CONFIG_MAPPING_NAMES and all(
+        hasattr(transformers, str(name)) for name in classes
+    )
 
 
 def check_redirections(folder: Path, config: Config) -> None:
