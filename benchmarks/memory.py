@@ -61,10 +61,10 @@ def measure(case: dict[str, Any], folder: Path, world: Any) -> dict[str, float]:
     from benchmarks.machine import proc_status
     from castlm.hardware import keep_freed_memory
     from castlm.training.config import TrainConfig
-    from castlm.training.run import Run
+    from castlm.training.train import begin_run
 
-    def start(model: str, name: str) -> Run:
-        config = TrainConfig(
+    def start(model: str, name: str) -> Any:
+        config = TrainConfig.of(
             model=model,
             dataset=str(folder / "text.txt"),
             output_dir=str(folder / name),
@@ -80,7 +80,7 @@ def measure(case: dict[str, Any], folder: Path, world: Any) -> dict[str, float]:
             report_to=("none",),
             device="cpu",
         )
-        return Run(config, world)
+        return begin_run(config, world)
 
     start(str(folder / "tiny"), "warm").train_step()
     gc.collect()

@@ -29,9 +29,12 @@ from benchmarks.machine import machine, write_json
 from castlm.cli.demo import write_texts
 from castlm.distributed.world import init_world
 from castlm.hardware import autocast, keep_freed_memory, peak_memory
+from castlm.methods.options import OptimizerOptions
 from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
+from castlm.training.options import TeacherOptions
 from castlm.training.run import Run
+from castlm.training.train import begin_run
 
 
 def bare_step(student, teacher, optimizer, batches, precision, eta):
@@ -64,7 +67,7 @@ def timed(run, *arguments):
 
 def castlm_side(args: argparse.Namespace, scratch: Path) -> Run:
     text, held_out = write_texts(scratch / "text")
-    config = TrainConfig(
+    config = TrainConfig.of(
         model=args.model,
         dataset=str(text),
         eval_dataset=str(held_out),
@@ -79,7 +82,7 @@ def castlm_side(args: argparse.Namespace, scratch: Path) -> Run:
         device=args.device,
         report_to=("none",),
     )
-    return Run(config, init_world(args.device, "full"))
+    return begin_run(config, init_world(args.device, "full"))
 
 
 def bare_side(args: argparse.Namespace, teacher_dtype: torch.dtype) -> tuple[nn.Module, nn.Module, torch.optim.AdamW]:
@@ -88,28 +91,28 @@ def bare_side(args: argparse.Namespace, teacher_dtype: torch.dtype) -> tuple[nn.
     if args.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     teacher = copy.deepcopy(student).to(teacher_dtype).eval().requires_grad_(False)
-    return student, teacher, torch.optim.AdamW(student.parameters(), lr=TrainConfig.learning_rate, fused=True)
+    return student, teacher, torch.optim.AdamW(student.parameters(), lr=OptimizerOptions.learning_rate, fused=True)
 
 
 def compare_speed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     keep_freed_memory()  # as castlm train does; it serves both sides
     run = castlm_side(args, scratch)
-    bare = bare_side(args, next(run.parts.objective.teacher.parameters()).dtype)
+    bare = bare_side(args, next(run.objective.teacher.parameters()).dtype)
     seconds: dict[str, list[float]] = {"castlm": [], "bare": []}
-    position = run.parts.text.loader.state_dict()
+    position = run.text.loader.state_dict()
     for step in range(args.steps + 1):
         seconds["castlm"].append(timed(run.train_step))
-        run.parts.text.loader.load_state_dict(position)  # the same batch for both
-        batch = next(run.parts.text.loader)
-        position = run.parts.text.loader.state_dict()
+        run.text.loader.load_state_dict(position)  # the same batch for both
+        batch = next(run.text.loader)
+        position = run.text.loader.state_dict()
         batches = [(batch["input_ids"].to(args.device), batch["labels"].to(args.device))]
-        seconds["bare"].append(timed(bare_step, *bare, batches, run.parts.evaluator.precision, run.config.eta))
+        seconds["bare"].append(timed(bare_step, *bare, batches, run.evaluator.precision, run.config.teacher.eta))
         print(f"step {step}: castlm {seconds['castlm'][-1]:.2f} s, bare {seconds['bare'][-1]:.2f} s", flush=True)
     tokens = args.batch * args.seq_len
     rows = {name: tokens / statistics.median(times[1:]) for name, times in seconds.items()}
     ratio = rows["castlm"] / rows["bare"]
-    precision = run.parts.evaluator.precision
-    print(f"\n{args.model}, {args.batch} x {args.seq_len} tokens, {precision}, optimizer {run.parts.optimizer_text}")
+    precision = run.evaluator.precision
+    print(f"\n{args.model}, {args.batch} x {args.seq_len} tokens, {precision}, optimizer {run.optimizer_text}")
     print(f"castlm {rows['castlm']:,.0f} tokens/s, bare loop {rows['bare']:,.0f} tokens/s: {ratio:.3f} of it")
     return {"tokens_per_s": rows, "ratio": ratio, "seconds": seconds, "precision": precision}
 
@@ -139,14 +142,14 @@ def show_peak(args: argparse.Namespace, scratch: Path) -> None:
     if args.side == "castlm":
         keep_freed_memory()
         run = castlm_side(args, scratch)
-        precision, teacher_dtype = run.parts.evaluator.precision, next(run.parts.objective.teacher.parameters()).dtype
+        precision, teacher_dtype = run.evaluator.precision, next(run.objective.teacher.parameters()).dtype
         step = run.train_step
     else:
         precision, teacher_dtype = args.precision, getattr(torch, args.teacher_dtype)
         bare = bare_side(args, teacher_dtype)
         ids = torch.arange(args.batch * args.seq_len, device=args.device).view(args.batch, -1)
         ids %= bare[0].config.vocab_size
-        step = functools.partial(bare_step, *bare, [(ids, ids)], precision, TrainConfig.eta)
+        step = functools.partial(bare_step, *bare, [(ids, ids)], precision, TeacherOptions.eta)
     step()
     gc.collect()
     if args.device == "cuda":

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ PATIENCE_S = 120  # on a machine that does other things too
 def train_as_a_command(config: TrainConfig) -> int:
     """The exit code of `castlm train`; an error is one line."""
     from castlm.training.interrupt import Interrupted
-    from castlm.training.loop import train
+    from castlm.training.train import train
 
     try:
         train(config)
@@ -71,7 +71,7 @@ class Ground:
 
     def new_run(self, **over: Any) -> TrainConfig:
         self.num_runs += 1
-        return replace(self.config, output_dir=str(self.folder / f"run-{self.num_runs}"), **over)
+        return self.config.changed(output_dir=str(self.folder / f"run-{self.num_runs}"), **over)
 
     def start(self, config: TrainConfig, **environment: str) -> tuple[list[BaseProcess], Path]:
         log = self.folder / f"log-{time.monotonic_ns()}"
@@ -101,12 +101,12 @@ def wait_for(condition: Callable[[], bool], ranks: list[BaseProcess]) -> bool:
 
 
 def num_rows(config: TrainConfig) -> int:
-    metrics = Path(config.output_dir) / "metrics.jsonl"
+    metrics = Path(config.checkpoint.output_dir) / "metrics.jsonl"
     return metrics.read_text().count("\n") if metrics.is_file() else 0
 
 
 def is_saving(config: TrainConfig, step: int) -> bool:
-    return (Path(config.output_dir) / "checkpoints" / f".step-{step:08d}.tmp").is_dir()
+    return (Path(config.checkpoint.output_dir) / "checkpoints" / f".step-{step:08d}.tmp").is_dir()
 
 
 def check_kill(ground: Ground, seed: int, victims: list[int], during_save: bool) -> str:
@@ -114,8 +114,8 @@ def check_kill(ground: Ground, seed: int, victims: list[int], during_save: bool)
     chance = random.Random(seed)
     config = ground.new_run(async_save=chance.random() < 0.5)
     ranks, log = ground.start(config)
-    step = 2 * chance.randint(1, config.max_steps // 2)
-    moment = chance.randint(0, config.max_steps)
+    step = 2 * chance.randint(1, config.optimizer.max_steps // 2)
+    moment = chance.randint(0, config.optimizer.max_steps)
     if moment == 0 and not during_save:
         victims = [0, 1]  # before they have met, no rank can know of the other: torchrun ends it
     came = wait_for(lambda: is_saving(config, step) if during_save else num_rows(config) >= moment, ranks)
@@ -133,7 +133,7 @@ def check_kill(ground: Ground, seed: int, victims: list[int], during_save: bool)
 
 def check_sigterm(ground: Ground, victims: list[int]) -> str:
     """Pre-emption: all ranks save, exit with 0 within the grace time, also when one alone is told."""
-    config = ground.new_run(save_steps=0, max_steps=ground.config.max_steps)
+    config = ground.new_run(save_steps=0, max_steps=ground.config.optimizer.max_steps)
     ranks, log = ground.start(config)
     assert wait_for(lambda: num_rows(config) >= 3, ranks), said(log, 2)
     started = time.monotonic()
@@ -168,7 +168,7 @@ def check_hang(ground: Ground, victim: int, timeout_s: float) -> str:
 def check_torchrun(ground: Ground) -> str:
     """`torchrun --max-restarts` brings a run home of which a rank is killed."""
     config = ground.new_run()
-    folder = Path(config.output_dir)
+    folder = Path(config.checkpoint.output_dir)
     arguments = ["--nproc-per-node", "2", "--max-restarts", "2", "--standalone", "-m", "castlm", "train"]
     file = ground.folder / "elastic.yaml"
     file.write_text(config.as_yaml())

@@ -15,7 +15,7 @@ for name in (
     "transformers.models.gemma.modeling_gemma",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
-    "castlm.training.loop",
+    "castlm.training.train",
 ):
     import_module(name)
 for name in ("peft", "torch.utils.tensorboard"):

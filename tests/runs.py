@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
-from castlm.training.loop import train
 from castlm.training.objective import Objective
 from castlm.training.run import Run
+from castlm.training.train import train
 
 
 def small(model: str, dataset: str, output_dir: Path, **over: Any) -> TrainConfig:
@@ -35,7 +34,7 @@ def small(model: str, dataset: str, output_dir: Path, **over: Any) -> TrainConfi
         "eval_steps": 4,
         "learning_rate": 1e-3,
     }
-    return TrainConfig(model, dataset, str(output_dir), **{**fields, **over})
+    return TrainConfig.of(model, dataset, str(output_dir), **{**fields, **over})
 
 
 @contextlib.contextmanager
@@ -79,12 +78,12 @@ def stop_and_resume(straight: TrainConfig, step: int) -> Path:
     Returns:
         The folder of that run, beside the first.
     """
-    folder = Path(straight.output_dir).with_name("killed")
-    killed = replace(straight, output_dir=str(folder))
+    folder = Path(straight.checkpoint.output_dir).with_name("killed")
+    killed = straight.changed(output_dir=str(folder))
     train_until(killed, step)
-    assert max(checkpoint_steps(folder / "checkpoints")) == step - step % straight.save_steps
-    train(replace(killed, resume=True))
-    assert_equal_weights(Path(straight.output_dir) / "model", folder / "model")
+    assert max(checkpoint_steps(folder / "checkpoints")) == step - step % straight.checkpoint.save_steps
+    train(killed.changed(resume=True))
+    assert_equal_weights(Path(straight.checkpoint.output_dir) / "model", folder / "model")
     return folder
 
 

@@ -1,7 +1,6 @@
 """Runs on conversations: the loss is over the tokens of the assistant, on any ranks, resumed, from a cache, in eval."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +8,8 @@ from torch.nn.functional import log_softmax
 
 from castlm.cli.main import main
 from castlm.distributed.world import init_world
-from castlm.training.loop import train
 from castlm.training.objective import Objective
-from castlm.training.run import Run
+from castlm.training.train import begin_run, train
 from tests.chats import CHATML, MARKED, chat_tokenizer, save_chat_model, talks, turn, write_rows, write_talks
 from tests.ranks import run_ranks
 from tests.refusals import assert_refused
@@ -34,7 +32,7 @@ def of_chat(llama, chat, folder, **over):
 
 
 def test_the_loss_is_that_of_the_assistants_tokens_by_hand(llama, chat, tmp_path):
-    parts = Run(of_chat(llama, chat, tmp_path / "run"), init_world("cpu", "full")).parts
+    parts = begin_run(of_chat(llama, chat, tmp_path / "run"), init_world("cpu", "full")).parts
     student, teacher = tiny_model("llama", seed=1), tiny_model("llama")
     objective = Objective(student, teacher, 0.5, 2.0, apart=True)
     batch = next(parts.text.loader)
@@ -107,7 +105,7 @@ def test_a_teacher_cache_serves_another_labelling_of_the_same_text_and_no_other_
     everything = of_chat(llama, chat, tmp_path / "two", assistant_only_loss=False, **fields)
     train(everything)
     assert "no teacher is loaded" in capsys.readouterr().err
-    train(replace(everything, output_dir=str(tmp_path / "three"), teacher_cache=None, hidden_weight=0.0))
+    train(everything.changed(output_dir=str(tmp_path / "three"), teacher_cache=None, hidden_weight=0.0))
     assert_equal_weights(tmp_path / "two" / "model", tmp_path / "three" / "model")
     (tmp_path / "other.jinja").write_text(CHATML.replace("system", "s").replace("'\n'", "'\n\n'"))
     train(of_chat(llama, chat, tmp_path / "four", chat_template_path=str(tmp_path / "other.jinja"), **fields))
@@ -121,9 +119,9 @@ def test_another_template_is_not_resumed_and_a_given_one_is_saved(llama, chat, t
     train_until(config, 3)
     (tmp_path / "marked.jinja").write_text(MARKED + " ")
     with pytest.raises(Exception, match="chat_template_sha256"):
-        train(replace(config, resume=True))
+        train(config.changed(resume=True))
     (tmp_path / "marked.jinja").write_text(MARKED)
-    train(replace(config, resume=True))
+    train(config.changed(resume=True))
     assert type(chat_tokenizer()).from_pretrained(tmp_path / "run" / "model").chat_template == MARKED
 
 
@@ -133,7 +131,7 @@ def test_options_of_conversations_are_reported_where_every_text_is_plain(llama, 
     options = {"assistant_only_loss": False, "chat_template_path": str(tmp_path / "mine.jinja")}
     lines = ("no effect: assistant_only_loss = False", f"no effect: chat_template_path = {tmp_path / 'mine.jinja'}")
     for name, dataset, held_out in (("a", text, text), ("b", text, chat), ("c", chat, text)):
-        Run(of_chat(llama, dataset, tmp_path / name, eval_dataset=held_out, **options), init_world("cpu", "full"))
+        begin_run(of_chat(llama, dataset, tmp_path / name, eval_dataset=held_out, **options), init_world("cpu", "full"))
         said = capsys.readouterr().err
         assert [line in said for line in lines] == [name == "a"] * 2
 

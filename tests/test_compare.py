@@ -356,7 +356,7 @@ def test_a_published_start_is_as_published_unless_the_options_say_otherwise(file
 def fake(variant: str, budget: int, seed: int, ppl: float, trial: bool = False, tokens: int | None = None) -> Result:
     fields = {"method": variant, "seed": seed, "learning_rate": 1e-3}
     if variant in METHODS:
-        fields = TrainConfig("model", "text", "run", **fields).as_dict()
+        fields = TrainConfig.of("model", "text", "run", **fields).as_dict()
     run = Run(variant, budget, budget if tokens is None else tokens, fields)
     key = "trained" if variant == "dense" else "pruned"
     record = {"perplexity": {key: ppl, "before_prune": ppl}, "train_seconds": 2.0}

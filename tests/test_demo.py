@@ -27,7 +27,7 @@ def test_a_demo_that_was_stopped_says_how_to_go_on_and_does(tiny_demo, capsys, m
     steps, original = [], Run.train_step
 
     def train_step(self):
-        steps.append((self.config.method, self.progress.step))
+        steps.append((self.config.method.method, self.progress.step))
         original(self)
         if steps == [("cast", 0), ("cast", 1), ("dense", 0)]:
             os.kill(os.getpid(), signal.SIGINT)

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel
 
-import castlm.training.loop as loop
+import castlm.training.train as loop
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.masks import unpack_mask
@@ -44,14 +44,12 @@ from castlm.models.io import load_model
 from castlm.training import finish, source, trackers
 from castlm.training.checkpoint import Saver, checkpoint_steps
 from castlm.training.config import TrainConfig
-from castlm.training.lam import calibrate, resolve_lam
-from castlm.training.loop import train
 from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective, make_teacher, pruned
-from castlm.training.run import Run
+from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder
-from castlm.training.setup import local_masks
 from castlm.training.trackers import TrackedRun
+from castlm.training.train import begin_run, calibrate, train, with_values_found
 from tests.faults import Ground, check_hang, check_kill, check_sigterm, train_as_a_command
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, said, small, start_ranks, wait_ranks
 from tests.runs import assert_same_runs_but_for_sums, metrics, train_until
@@ -78,7 +76,7 @@ def train_uneven(config: TrainConfig) -> None:
         return batch | {"labels": labels}
 
     def keep_masks(run: finish.TrainedRun) -> dict[str, Any]:
-        masks = {run.parts.names[p]: whole(mask) for p, mask in run.parts.method.masks().items()}
+        masks = {run.names[p]: whole(mask) for p, mask in run.method.masks().items()}
         if run.world.is_main:
             torch.save(masks, run.folder.parent / "masks.pt")
         return original_finish(run)
@@ -286,7 +284,7 @@ def train_after_a_slow_start(config: TrainConfig, whole_model: bool) -> None:
     load = source.load_model
 
     def slowly(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(1.1 * config.timeout_s)
+        time.sleep(1.1 * config.runtime.timeout_s)
         return load(*args, **kwargs)
 
     if whole_model:
@@ -407,15 +405,15 @@ def test_a_weight_that_is_not_stepped_stops_the_run(gemma, text, tmp_path, monke
 
 
 def keep_initial_masks(config: TrainConfig) -> None:
-    world = init_world("cpu", config.sharding)
-    run = Run(config, world)
-    assert len(run.parts.initial_masks) == 14
-    before = [whole(packed) for packed in run.parts.initial_masks.values()]
+    world = init_world("cpu", config.runtime.sharding)
+    run = begin_run(config, world)
+    assert len(run.initial_masks) == 14
+    before = [whole(packed) for packed in run.initial_masks.values()]
     for (param, mask), packed in zip(run.method.masks().items(), before):
         assert packed.dtype == torch.uint8
         assert packed.numel() == param.numel() / 8
         assert torch.equal(unpack_mask(packed, param.shape[1]), whole(mask))
-    for packed in run.parts.initial_masks.values():
+    for packed in run.initial_masks.values():
         local(packed).bitwise_xor_(1)  # one bit of eight
     run.evaluate()
     assert run.progress.figures["0"]["initial_flip_rate"] == 1 / 8
@@ -427,8 +425,8 @@ def test_masks_of_step_0_are_kept_as_bits(gemma, text, tmp_path):
 
 
 def count_masked(config: TrainConfig, num_masked: int) -> None:
-    world = init_world("cpu", config.sharding)
-    histogram = masked_histogram(local_masks(Run(config, world).method.masks()), world)
+    world = init_world("cpu", config.runtime.sharding)
+    histogram = masked_histogram(local_masks(begin_run(config, world).method.masks()), world)
     assert histogram["zeros"] + sum(histogram["counts"]) == num_masked
     close_world(world)
 
@@ -442,8 +440,8 @@ def test_masked_weights_are_counted_once(sharding, gemma, text, tmp_path):
 
 
 def calibrate_lam(config: TrainConfig, file: Path) -> None:
-    world = init_world("cpu", config.sharding)
-    lam = resolve_lam(config, world).lam
+    world = init_world("cpu", config.runtime.sharding)
+    lam = with_values_found(config, world).method.lam
     assert set(world.gather(lam)) == {lam}
     layers = calibrate(config, world, steps=1).layers
     assert all(other == layers for other in world.gather(layers))
@@ -489,7 +487,7 @@ def test_resumed_on_other_numbers_of_ranks(straight, over, stops, gemma, text, t
     for ranks, stop, sharding in stops:
         fields = {"save_steps": 2, "resume": stop > 2, "sharding": sharding, **over}
         config = small(gemma, text, tmp_path / "run", ranks, **fields)
-        start = (train, ranks, config) if stop == config.max_steps else (train_until, ranks, config, stop)
+        start = (train, ranks, config) if stop == config.optimizer.max_steps else (train_until, ranks, config, stop)
         run_ranks(*start, folder=tmp_path, environment={"LOCAL_WORLD_SIZE": min(ranks, 2)})
         saved = checkpoint_steps(tmp_path / "run" / "checkpoints")
         assert max(saved) == stop
@@ -522,8 +520,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(gemma, text, tmp_path, m
     seen = []
     finish_save = Saver.finish
     monkeypatch.setattr(Saver, "finish", lambda self: (seen.append(bool(self._pending)), finish_save(self)))
-    train(replace(config, output_dir=str(tmp_path / "async"), async_save=True))
-    run = Run(replace(config, output_dir=str(tmp_path / "other")), init_world("cpu", "full"))
+    train(config.changed(output_dir=str(tmp_path / "async"), async_save=True))
+    run = begin_run(config.changed(output_dir=str(tmp_path / "other")), init_world("cpu", "full"))
     for step in (4, 6):
         states = []
         for name in ("sync", "async"):
@@ -562,7 +560,7 @@ def test_a_rank_that_cannot_write_stops_all_with_the_last_checkpoint_whole(backg
     assert list(checkpoint_steps(folder)) == [2]
     assert not list(folder.glob(".step*"))
     if background:
-        run_ranks(train, 2, replace(config, resume=True), folder=tmp_path)  # and goes on from it
+        run_ranks(train, 2, config.changed(resume=True), folder=tmp_path)  # and goes on from it
         assert verify(tmp_path / "run" / "model").ok
 
 
@@ -595,7 +593,7 @@ def test_folder_that_became_read_only(gemma, text, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "save", save)
     try:
         config = small(gemma, text, tmp_path / "run", 1, max_steps=6, save_steps=2, eval_steps=6, async_save=False)
-        run = Run(config, init_world("cpu", "full"))
+        run = begin_run(config, init_world("cpu", "full"))
         run.saver.folder = mount / "checkpoints"
         with run.telemetry, pytest.raises(InputError, match=r"step 4 could not be saved .*Read-only.*step-00000002"):
             loop.loop(run, loop.Interrupt())
@@ -612,8 +610,8 @@ def test_recipes_are_read_and_make_the_published_batch(file):
 
     config, _ = parse_train(["--config", str(file), "--dataset", "d", "--output-dir", "o"])
     ranks = int(file.stem.rsplit("-", 1)[1].split("x")[0])
-    assert ranks * config.per_device_train_batch_size * config.gradient_accumulation_steps == 256
-    assert config.seq_len == 4096
+    assert ranks * config.optimizer.per_device_train_batch_size * config.optimizer.gradient_accumulation_steps == 256
+    assert config.data.seq_len == 4096
 
 
 # ---------------------------------------------------------------------- export
@@ -677,7 +675,7 @@ def export_slowly(config: TrainConfig) -> None:
     add_file_list = atomic_dir_module.add_file_list
 
     def slowly(folder: Path) -> None:
-        time.sleep(1.1 * config.timeout_s)
+        time.sleep(1.1 * config.runtime.timeout_s)
         add_file_list(folder)
 
     atomic_dir_module.add_file_list = slowly

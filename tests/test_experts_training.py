@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from castlm.cli.main import main
 from castlm.core.pattern import is_nm_sparse
+from castlm.core.sparsify import is_sparse_linear
 from castlm.export.verify import verify
 from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
-from castlm.training.loop import train
-from castlm.training.setup import is_sparse_linear
+from castlm.training.train import train
 from tests.ranks import run_ranks
 from tests.runs import assert_same_but_for_sums, stop_and_resume
 from tests.slow import slow
@@ -44,7 +44,7 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 def config(model: str, text: str, folder: Path, **over) -> TrainConfig:
     over = {"per_device_train_batch_size": 4, "cross_document_attention": "gpt_oss" in model, **over}
-    return TrainConfig(model, text, str(folder), **{**OPTIONS, **over})
+    return TrainConfig.of(model, text, str(folder), **{**OPTIONS, **over})
 
 
 def assert_sparse(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import warnings
@@ -21,7 +20,7 @@ from castlm.core.errors import InputError
 from castlm.distributed.world import is_main_rank
 from castlm.training.config import TrainConfig
 from castlm.training.finetune import FinetuneConfig
-from castlm.training.loop import train
+from castlm.training.train import train
 from tests.ranks import run_ranks
 from tests.runs import assert_equal_weights, assert_same_but_for_sums, stop_and_resume, train_until, weights
 from tests.slow import slow
@@ -52,7 +51,7 @@ def small(model: str, dataset: str, output_dir: Path, **over: Any) -> FinetuneCo
         "learning_rate": 1e-3,
         "lora_r": 4,
     }
-    return FinetuneConfig(model, dataset, str(output_dir), **(fields | over))
+    return FinetuneConfig.of(model, dataset, str(output_dir), **(fields | over))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +147,7 @@ def test_two_ranks_train_as_one(sparse, text, tmp_path):
 def test_layers_left_dense_in_the_model_stay_dense(text, tmp_path):
     dense = save_tiny(tmp_path / "dense")
     train(
-        TrainConfig(
+        TrainConfig.of(
             str(dense), text, str(tmp_path / "cast"), init_from="magnitude", max_steps=2, seq_len=32, eval_tokens=64,
             left_dense=("layers.1.mlp.up_proj",), decay_end=1.0, save_steps=0,
         )
@@ -177,7 +176,7 @@ def test_what_is_not_fine_tuning_is_refused(sparse, text, tmp_path):
         with pytest.raises(InputError, match=reason):
             small(sparse, text, tmp_path / "run", **over)
     with pytest.raises(InputError, match="use castlm finetune MODEL"):
-        train(TrainConfig(sparse, text, str(tmp_path / "run"), method="finetune", adapter="shira", seq_len=32))
+        train(TrainConfig.of(sparse, text, str(tmp_path / "run"), method="finetune", adapter="shira", seq_len=32))
     pytest.importorskip("peft")
     with pytest.raises(InputError, match=r"r = 99 asks for .* use r <= 5"):
         train(small(sparse, text, tmp_path / "run", adapter="shira", lora_r=99))
@@ -189,14 +188,14 @@ def on_two_ranks(request, sparse, text, tmp_path_factory) -> FinetuneConfig:
     pytest.importorskip("peft")
     fields = {"adapter": request.param, "sharding": "replicate", "eta": 0.5, "save_steps": 2}
     config = small(sparse, text, tmp_path_factory.mktemp("two") / "run-2", per_device_train_batch_size=2, **fields)
-    run_ranks(train, 2, config, folder=Path(config.output_dir).parent)
+    run_ranks(train, 2, config, folder=Path(config.checkpoint.output_dir).parent)
     return config
 
 
 def test_an_adapter_on_two_ranks_is_that_of_one(on_two_ranks, sparse, tmp_path):
     """Each rank has a copy of the model, and the gradients of the adapter are averaged."""
     one_rank = {"output_dir": str(tmp_path / "run-1"), "per_device_train_batch_size": 4, "save_steps": 0}
-    run_ranks(train, 1, dataclasses.replace(on_two_ranks, **one_rank), folder=tmp_path)
+    run_ranks(train, 1, on_two_ranks.changed(**one_rank), folder=tmp_path)
     runs = {1: tmp_path / "run-1", 2: Path(on_two_ranks.output_dir)}
     for part in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         one, two = (load_file(runs[ranks] / part) for ranks in (1, 2))
@@ -211,9 +210,9 @@ def test_an_adapter_on_two_ranks_is_that_of_one(on_two_ranks, sparse, tmp_path):
 
 
 def test_an_adapter_is_resumed_on_two_ranks_bit_for_bit(on_two_ranks, tmp_path):
-    config = dataclasses.replace(on_two_ranks, output_dir=str(tmp_path / "resumed"))
+    config = on_two_ranks.changed(output_dir=str(tmp_path / "resumed"))
     run_ranks(train_until, 2, config, 4, folder=tmp_path)
-    run_ranks(train, 2, dataclasses.replace(config, resume=True), folder=tmp_path)
+    run_ranks(train, 2, config.changed(resume=True), folder=tmp_path)
     assert_equal_weights(Path(on_two_ranks.output_dir) / "model", tmp_path / "resumed" / "model")
 
 
@@ -233,9 +232,14 @@ def test_an_adapter_is_not_sharded(sparse, text, tmp_path):
 def test_the_command_line_has_the_options_that_matter(capsys):
     given = ["model", "--dataset", "text", "--output-dir", "run"]
     assert parse_finetune(given)[0].learning_rate == 5e-5
-    assert parse_finetune([*given, "--adapter", "shira"])[0].learning_rate == 5e-4
+    assert parse_finetune([*given, "--adapter", "shira"])[0].optimizer.learning_rate == 5e-4
     config, page = parse_finetune([*given, "--adapter", "shira", "--learning-rate", "1e-5", "--no-report"])
-    assert (config.learning_rate, config.eta, config.init_from, page) == (1e-5, 0.0, "model", False)
+    assert (config.optimizer.learning_rate, config.teacher.eta, config.start.init_from, page) == (
+        1e-5,
+        0.0,
+        "model",
+        False,
+    )
     for option in ("--decay", "--no-permute"):
         assert main(["finetune", *given, option]) == 2
         assert f"{option}: leave it out, or use castlm train" in capsys.readouterr().err
@@ -254,7 +258,7 @@ def test_the_model_of_a_run_and_its_recorded_pattern_are_found(sparse, tmp_path)
     for recorded, kept in (("1:4", "1:4"), ("channels:0.75+2:4", "2:4")):
         (model / "castlm.json").write_text(json.dumps({"pattern": recorded}))
         config, _ = parse_finetune(given)
-        assert (config.model, config.init_from, config.pattern) == (str(model), str(model), kept)
+        assert (config.model.model, config.start.init_from, config.model.pattern) == (str(model), str(model), kept)
         assert parse_finetune([*given, "--pattern", "4:8"])[0].pattern == "4:8"
     (model / "castlm.json").write_text(json.dumps({"pattern": "channels:0.5"}))
     with pytest.raises(InputError, match=r"is channels:0\.5, a smaller dense model: fine-tune it like any dense one"):
@@ -292,7 +296,7 @@ def test_a_packed_model_trains_as_the_plain_one_does(sparse, text, tmp_path):
         assert all(parameter.requires_grad for parameter in castlm.load_model(model).model.parameters())
         train(small(model, text, tmp_path / name / "finetune", max_steps=2, report_to=("none",)))
         fields = {"method": "dense", "max_steps": 2, "seq_len": 32, "eval_tokens": 512, "save_steps": 0}
-        train(TrainConfig(model, text, str(tmp_path / name / "dense"), **fields, report_to=("none",)))
+        train(TrainConfig.of(model, text, str(tmp_path / name / "dense"), **fields, report_to=("none",)))
     for run in ("finetune", "dense"):
         assert_equal_weights(*(tmp_path / name / run / "model" for name in models))
 
@@ -304,7 +308,7 @@ def test_what_was_cut_out_stays_on_record(text, tmp_path):
     pattern = ["--pattern", "channels:0.75+2:4"]
     assert main(["prune", "--model", str(dense), "--output-dir", cut, *base, *pattern, "--device", "cpu"]) == 0
     config, _ = parse_finetune([cut, "--dataset", text, "--output-dir", str(tmp_path / "run"), "--max-steps", "1"])
-    train(dataclasses.replace(config, seq_len=32, eval_tokens=256, save_steps=0, report_to=("none",)))
+    train(config.changed(seq_len=32, eval_tokens=256, save_steps=0, report_to=("none",)))
     assert main(["verify", str(tmp_path / "run"), *pattern]) == 0
 
 

@@ -43,7 +43,7 @@ FOREIGN = ("thesis.txt", "checkpoints/notes.txt", "model/README-mine.md", "repla
 def train_and_die(config: TrainConfig, moment: int | None) -> int:
     """Trains; the process kills itself before its `moment`-th operation on the output folder."""
     left = iter(range(moment if moment is not None else sys.maxsize))
-    folder = os.path.realpath(config.output_dir)
+    folder = os.path.realpath(config.checkpoint.output_dir)
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if not event.startswith(("os.", "open", "shutil.")) or event in ("os.kill", "os.listdir", "os.scandir"):
@@ -70,11 +70,11 @@ class Ground:
         (folder / "text.txt").write_text(TEXT)
         save_tiny(folder / "dense")
         sizes = {"max_steps": 4, "save_steps": 1, "seq_len": 32, "per_device_train_batch_size": 2, "eval_tokens": 128}
-        config = TrainConfig(
+        config = TrainConfig.of(
             *(str(folder / "dense"), str(folder / "text.txt"), str(folder / "straight-0")),
             **{**sizes, "eval_steps": 4, "calibration_sequences": 2, "rotation_iterations": 10, "device": "cpu"},
         )
-        self.configs = [replace(config, seed=seed, output_dir=str(folder / f"straight-{seed}")) for seed in (0, 1)]
+        self.configs = [config.changed(seed=seed, output_dir=str(folder / f"straight-{seed}")) for seed in (0, 1)]
         self.weights = []
         for one in self.configs:
             code, text = self.run(one)

@@ -17,7 +17,7 @@ from castlm.inference.quantize import quantize_
 from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.oneshot.prune import prune_oneshot_
-from castlm.training.run import Run
+from castlm.training.train import begin_run
 from tests.pretend_gpu import PretendTensor, pretend_gpu
 from tests.runs import small
 from tests.tiny import save_tiny, tiny_model
@@ -44,9 +44,9 @@ def test_devices_do_not_mix(gpu):
 def test_a_step_an_evaluation_and_a_checkpoint_of_a_run(gpu, text, tmp_path):
     model = str(save_tiny(tmp_path / "llama"))
     options = {"init_from": "magnitude", "max_steps": 2, "mask_interval": 1, "eval_tokens": 128}
-    run = Run(small(model, text, tmp_path / "run", **options), init_world("auto", "full"))
+    run = begin_run(small(model, text, tmp_path / "run", **options), init_world("auto", "full"))
     assert run.model.device.type == "cuda"
-    assert run.parts.evaluator.precision == "bf16"
+    assert run.evaluator.precision == "bf16"
     run.train_step()
     run.evaluate()
     run.save()

@@ -48,7 +48,7 @@ def test_masked_weights_get_no_gradient_and_the_masks_stay_from_the_second_half_
 
 @pytest.mark.parametrize(("method", "found"), [("gradual_magnitude", [70.0, 60.0]), ("cast", []), ("dense", [])])
 def test_a_run_is_judged_by_what_it_measured_since_every_group_is_masked(method, found):
-    config = TrainConfig("m", "d", "o", method=method, max_steps=40, mask_interval=5)
+    config = TrainConfig.of("m", "d", "o", method=method, max_steps=40, mask_interval=5)
     perplexities = {0: 5.0, 20: 40.0, 24: 50.0, 25: 70.0, 30: 60.0, 40: 55.0}
     figures = {str(step): {"perplexity": value} for step, value in perplexities.items()}
     if method != "dense":

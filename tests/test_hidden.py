@@ -9,7 +9,7 @@ from castlm.distributed.world import init_world
 from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.options import BasisOptions
 from castlm.training.objective import Objective, make_teacher
-from castlm.training.run import Run
+from castlm.training.train import begin_run
 from tests.runs import small
 from tests.tiny import VOCAB_SIZE, tiny_model
 
@@ -117,14 +117,14 @@ def test_the_same_function_in_another_basis_is_at_no_distance(rotate):
 
 def test_hidden_states_are_distilled_by_default_and_resumed_in_their_basis(llama, text, tmp_path):
     options = {"rotate": "residual", "rotation_iterations": 5, "calibration_sequences": 4, "save_steps": 2}
-    straight = Run(small(llama, text, tmp_path / "run", **options), init_world("cpu", "full"))
+    straight = begin_run(small(llama, text, tmp_path / "run", **options), init_world("cpu", "full"))
     for _ in range(2):
         straight.train_step()
     straight.save()
     straight.saver.finish()
     straight.train_step()
-    again = Run(small(llama, text, tmp_path / "run", resume=True, **options), init_world("cpu", "full"))
-    assert torch.equal(again.parts.objective.stream_basis, straight.parts.objective.stream_basis)
+    again = begin_run(small(llama, text, tmp_path / "run", resume=True, **options), init_world("cpu", "full"))
+    assert torch.equal(again.objective.stream_basis, straight.objective.stream_basis)
     again.train_step()
     for (name, one), (_, other) in zip(straight.model.named_parameters(), again.model.named_parameters()):
         assert torch.equal(one, other), name
@@ -132,7 +132,7 @@ def test_hidden_states_are_distilled_by_default_and_resumed_in_their_basis(llama
 
 def test_gradient_checkpointing_changes_nothing(llama, text, tmp_path):
     runs = [
-        Run(small(llama, text, tmp_path / str(saves), gradient_checkpointing=saves), init_world("cpu", "full"))
+        begin_run(small(llama, text, tmp_path / str(saves), gradient_checkpointing=saves), init_world("cpu", "full"))
         for saves in (False, True)
     ]
     for run in runs:

@@ -7,7 +7,6 @@ import contextlib
 import gzip
 import io
 import json
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +46,7 @@ from castlm.oneshot.options import Refinements
 from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.walk import BlockInputs, block_stack
 from castlm.training.config import TrainConfig
-from castlm.training.loop import train
+from castlm.training.train import train
 from tests.ranks import run_ranks
 from tests.refusals import assert_refused
 from tests.runs import assert_same_but_for_sums, train_until
@@ -392,9 +391,9 @@ def test_castlm_train_prune_and_eval_on_images(vlm, dataset, trained, tmp_path, 
 
 @pytest.mark.parametrize("vlm", [VISION[-1]], indirect=True)
 def test_a_run_on_images_resumes_exactly(vlm, dataset, trained, tmp_path):
-    config = TrainConfig(str(vlm), str(dataset), str(tmp_path / "resumed"), **OPTIONS)
+    config = TrainConfig.of(str(vlm), str(dataset), str(tmp_path / "resumed"), **OPTIONS)
     train_until(config, 3)
-    train(replace(config, resume=True))
+    train(config.changed(resume=True))
     straight, resumed = (load_file(run / "model" / "model.safetensors") for run in (trained, tmp_path / "resumed"))
     for name, tensor in straight.items():
         assert torch.equal(resumed[name], tensor), name
@@ -404,7 +403,10 @@ def test_a_run_on_images_resumes_exactly(vlm, dataset, trained, tmp_path):
 def test_two_ranks_on_images_are_one(vlm, dataset, trained, tmp_path):
     over = {"per_device_train_batch_size": 2}
     run_ranks(
-        train, 2, TrainConfig(str(vlm), str(dataset), str(tmp_path / "ranks"), **{**OPTIONS, **over}), folder=tmp_path
+        train,
+        2,
+        TrainConfig.of(str(vlm), str(dataset), str(tmp_path / "ranks"), **{**OPTIONS, **over}),
+        folder=tmp_path,
     )
     one, ranks = (load_file(run / "model" / "model.safetensors") for run in (trained, tmp_path / "ranks"))
     assert_same_but_for_sums(one, ranks)
@@ -418,7 +420,7 @@ def test_a_rank_without_images_does_not_wait_for_one_with_some(llava, dataset, t
     data.write_text("\n".join([lines[1], *[lines[2]] * 7]))
     over = {"per_device_train_batch_size": 1, "eval_dataset": str(dataset), "save_steps": 0, "calibration_sequences": 2}
     run_ranks(
-        train, 2, TrainConfig(str(llava), str(data), str(tmp_path / "run"), **{**OPTIONS, **over}), folder=tmp_path
+        train, 2, TrainConfig.of(str(llava), str(data), str(tmp_path / "run"), **{**OPTIONS, **over}), folder=tmp_path
     )
     assert verify(tmp_path / "run" / "model").ok
 
@@ -456,7 +458,7 @@ def test_training_on_images_teaches_their_colors(llava, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     over = {"eta": 0.0, "max_steps": 60, "eval_steps": 60, "save_steps": 0, "learning_rate": 1e-2, "seq_len": 24}
     over |= {"method": "dense", "eval_dataset": str(data)}
-    train(TrainConfig(str(llava), str(data), str(tmp_path / "run"), **{**OPTIONS, **over}))
+    train(TrainConfig.of(str(llava), str(data), str(tmp_path / "run"), **{**OPTIONS, **over}))
     record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
     assert record["perplexity"]["trained"] < 1.2, record["perplexity"]
 

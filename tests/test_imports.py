@@ -93,7 +93,7 @@ def test_no_import_runs_up():
 
 def test_the_search_finds_a_cycle_and_an_arrow_that_runs_up():
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
-    assert arrows_up({"castlm.core.masks": {"castlm.training.loop"}}) == ["castlm.core.masks -> castlm.training.loop"]
+    assert arrows_up({"castlm.core.masks": {"castlm.training.train"}}) == ["castlm.core.masks -> castlm.training.train"]
 
 
 def test_core_imports_torch_and_the_standard_library_alone():

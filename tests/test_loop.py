@@ -9,9 +9,9 @@ import pytest
 from castlm.core.errors import DivergedError, InputError
 from castlm.training import checkpoint
 from castlm.training.checkpoint import checkpoint_steps
-from castlm.training.loop import train
 from castlm.training.run import Run
 from castlm.training.teacher_cache import TeacherCache
+from castlm.training.train import train
 from tests.runs import small
 
 
@@ -50,7 +50,7 @@ def fail_after_save(monkeypatch, breaks: Callable[[Run], None]) -> None:
 
 
 def break_data(run: Run) -> None:
-    run.parts.text.loader = iter(map(raising(InputError("line 7 is damaged")), [0]))
+    run.text.loader = iter(map(raising(InputError("line 7 is damaged")), [0]))
 
 
 ERRORS = {
@@ -71,7 +71,7 @@ ERRORS = {
         r"metrics\.jsonl cannot be written",
     ),
     "an error of torch": (
-        lambda run: setattr(run.parts.objective, "forward", raising(RuntimeError("out of memory"))),
+        lambda run: setattr(run.objective, "forward", raising(RuntimeError("out of memory"))),
         RuntimeError,
         "out of memory",
     ),

@@ -18,8 +18,8 @@ from castlm.data.packing import PackedSequences
 from castlm.distributed.world import init_world
 from castlm.training import text as text_module
 from castlm.training.config import TrainConfig
-from castlm.training.loop import train
 from castlm.training.text import open_training_text
+from castlm.training.train import train
 from tests.runs import metrics, small, stop_and_resume
 from tests.tiny import EOS, TEXT, save_tiny, tiny_tokenizer
 
@@ -90,20 +90,20 @@ def test_sequences_of_a_mixture_resume_exactly_on_any_number_of_ranks():
 
 def test_weights_are_read_from_the_names():
     def of(*names: str) -> dict[str, float]:
-        return TrainConfig("m", names, "o").datasets
+        return TrainConfig.of("m", names, "o").data.datasets
 
     assert of("a.txt:0.7", "b.jsonl:3") == {"a.txt": 0.7, "b.jsonl": 3.0}
     assert of("a.txt", "owner/name@v1:0.5") == {"a.txt": 1.0, "owner/name@v1": 0.5}
     assert of("a.txt:-2", "b.txt") == {"a.txt": -2.0, "b.txt": 1.0}  # which a mixture refuses
-    assert TrainConfig("m", ["a:1"], "o").dataset == "a:1"  # a single text has no weight
+    assert TrainConfig.of("m", ["a:1"], "o").data.dataset == "a:1"  # a single text has no weight
     for names, message in ((("a", "a:2"), "names a text twice"), (("a", ""), "is not text or a list"), ((), "dataset")):
         with pytest.raises(InputError, match=message):
             of(*names)
     with pytest.raises(InputError, match="eval_dataset names a text twice: give it once"):
-        TrainConfig("m", "a", "o", eval_dataset=("b", "c", "b"))
+        TrainConfig.of("m", "a", "o", eval_dataset=("b", "c", "b"))
     for more in ({"num_train_epochs": 1}, {"repeat_sequences": True}):
         with pytest.raises(InputError, match="needs a single dataset"):
-            TrainConfig("m", ("a", "b"), "o", **more)
+            TrainConfig.of("m", ("a", "b"), "o", **more)
     with pytest.raises(InputError, match="weight 0 is not above 0"):
         mixture(1, 0)
 

@@ -10,9 +10,7 @@ from castlm.cli.main import main
 from castlm.distributed.world import init_world
 from castlm.planning.law_plot import check_plot
 from castlm.training.config import TrainConfig
-from castlm.training.lam import calibrate
-from castlm.training.loop import train
-from castlm.training.run import Run
+from castlm.training.train import begin_run, calibrate, train
 from tests.refusals import assert_refused
 from tests.runs import small
 from tests.tiny import save_tiny
@@ -31,12 +29,12 @@ def given(tmp_path_factory) -> tuple[str, str]:
 def test_calibration_measures_the_momentum_of_the_run_itself(given, tmp_path):
     config = small(*given, tmp_path / "run", decay="proportional", max_steps=30, ignore_decay_budget=True)
     found = calibrate(config, init_world("cpu", "full"), steps=4)
-    run = Run(config, init_world("cpu", "full"))
+    run = begin_run(config, init_world("cpu", "full"))
     for _ in range(4):
         run.train_step()
     name, layer = next(iter(run.method.layers.items()))
     momentum = run.optimizer.state[layer.parametrizations.weight.original]["exp_avg"]
-    expected = math.sqrt(momentum.square().mean()) / (1 - config.adam_betas[0] ** 4)
+    expected = math.sqrt(momentum.square().mean()) / (1 - config.optimizer.adam_betas[0] ** 4)
     assert found.layers[name].momentum_rms == pytest.approx(expected, rel=1e-5)
     assert found.tokens_per_step == 4 * 32
     assert len(found.layers) == 14
@@ -193,4 +191,4 @@ def test_bad_input_is_one_line_and_exit_2(arguments, named, capsys):
 
 
 def test_lam_auto_is_an_option():
-    assert TrainConfig("m", "d", "o", lam="auto").lam == "auto"
+    assert TrainConfig.of("m", "d", "o", lam="auto").method.lam == "auto"

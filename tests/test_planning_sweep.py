@@ -17,8 +17,8 @@ from castlm.planning import fit
 from castlm.planning.law import Law, predict_perplexity
 from castlm.planning.sweep import check_budgets, geometric_budgets
 from castlm.training.config import TrainConfig
-from castlm.training.loop import train
 from castlm.training.run import Run as TrainingRun
+from castlm.training.train import train
 from tests.tiny import TEXT, save_tiny
 
 STEP = 64  # tokens
@@ -362,7 +362,7 @@ def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
     original, steps = TrainingRun.train_step, []
 
     def until_killed(self):
-        if self.config.max_steps == 8 and self.progress.step == 5:
+        if self.config.optimizer.max_steps == 8 and self.progress.step == 5:
             raise Killed
         original(self)
 

@@ -6,7 +6,7 @@ import torch
 from castlm.core.errors import InputError
 from castlm.data.positions import document_positions
 from castlm.training.objective import Objective
-from castlm.training.setup import set_up
+from castlm.training.train import set_up
 from tests.tiny import FAMILIES, tiny_model
 
 END = 0

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -311,12 +310,12 @@ def test_a_run_without_a_sparse_start_has_diverged_if_it_rose_and_not_if_it_is_m
 
 
 def test_options_of_a_variant_are_those_that_have_an_effect():
-    common = TrainConfig("model", "text", "run", eta=0.5)
+    common = TrainConfig.of("model", "text", "run", eta=0.5)
     runs = {
         "cast": common,
-        "paper's decay": replace(common, decay="proportional", ignore_decay_budget=True),
-        "plain": replace(common, method="finetune", eta=0.0),
-        "srste": replace(common, method="srste"),
+        "paper's decay": common.changed(decay="proportional", ignore_decay_budget=True),
+        "plain": common.changed(method="finetune", eta=0.0),
+        "srste": common.changed(method="srste"),
     }
     variants = {name: run.as_dict() for name, run in runs.items()} | {"magnitude": {"method": "magnitude", "seed": 0}}
     options = options_of(variants)

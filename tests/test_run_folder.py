@@ -31,7 +31,7 @@ def full() -> None:
 
 
 def config_of(folder: Path, **fields) -> TrainConfig:
-    return TrainConfig("model", "text.txt", str(folder), **fields)
+    return TrainConfig.of("model", "text.txt", str(folder), **fields)
 
 
 def finished_run(folder: Path) -> TrainConfig:
@@ -134,8 +134,8 @@ def test_a_first_start_that_is_killed_is_repeated(tmp_path, monkeypatch):
         monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
         if folder.is_dir() and not is_empty(folder):
             assert command_of(folder) == "train"
-            assert again.overwrite
-        with claimed(folder, "train", overwrite=again.overwrite) as claim:
+            assert again.checkpoint.overwrite
+        with claimed(folder, "train", overwrite=again.checkpoint.overwrite) as claim:
             RunFolder(claim).begin(again)
         assert foreign_names(folder) == [], moment
         moment += 1
@@ -149,8 +149,8 @@ def test_a_restart_does_not_resume_the_result_that_its_run_replaces(tmp_path, mo
         RunFolder(claim).begin(config)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     again = after_restart(config)
-    assert again.overwrite
-    assert not again.resume
+    assert again.checkpoint.overwrite
+    assert not again.checkpoint.resume
 
 
 @pytest.mark.parametrize("begins", [False, True])
@@ -166,7 +166,7 @@ def test_a_restart_resumes_its_own_job_alone(begins, tmp_path, monkeypatch):
         (saved / "manifest.json").touch()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     again = after_restart(config)
-    assert (again.resume, again.overwrite) == (begins, not begins)
+    assert (again.checkpoint.resume, again.checkpoint.overwrite) == (begins, not begins)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-3")
     assert after_restart(config) == config
 

@@ -1,7 +1,6 @@
 """`castlm sample --teacher-cache`: what it leaves behind is what the first epoch of a run would have written."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,8 @@ from castlm.data.documents import open_documents
 from castlm.distributed.world import init_world
 from castlm.training import teacher_pass
 from castlm.training.config import TrainConfig
-from castlm.training.loop import train
-from castlm.training.run import Run
 from castlm.training.teacher_pass import fill_teacher_cache
+from castlm.training.train import begin_run, train
 from tests.chats import save_chat_model
 from tests.refusals import assert_refused
 from tests.runs import assert_equal_weights, small
@@ -86,24 +84,24 @@ def test_repeated_sequences_serve_more_than_one_epoch(llama, own, tmp_path, less
     config = run_on(llama, own, tmp_path, repeat_sequences=True, max_steps=300)
     num_sequences = fill_teacher_cache(config)
     assert 2 * num_sequences < 300 * 4
-    run = Run(config, init_world("cpu", "full"))
-    assert run.parts.objective.teacher is None
+    run = begin_run(config, init_world("cpu", "full"))
+    assert run.objective.teacher is None
     read = len(lessons)
     for _ in range(2 * num_sequences // 4):
         run.train_step()
     assert len(lessons) == read
-    once = replace(config, output_dir=str(tmp_path / "once"), repeat_sequences=False)
+    once = config.changed(output_dir=str(tmp_path / "once"), repeat_sequences=False)
     fill_teacher_cache(once)
-    assert Run(once, init_world("cpu", "full")).parts.objective.teacher is not None
+    assert begin_run(once, init_world("cpu", "full")).objective.teacher is not None
 
 
 @pytest.mark.slow
 def test_a_run_over_a_whole_repeated_epoch_leaves_a_cache_for_all(llama, own, tmp_path):
     config = run_on(llama, own, tmp_path, repeat_sequences=True)
-    num_sequences = fill_teacher_cache(replace(config, teacher_cache=str(tmp_path / "other")))
-    train(replace(config, max_steps=-(-num_sequences // 4)))
-    longer = Run(replace(config, output_dir=str(tmp_path / "longer")), init_world("cpu", "full"))
-    assert longer.parts.objective.teacher is None
+    num_sequences = fill_teacher_cache(config.changed(teacher_cache=str(tmp_path / "other")))
+    train(config.changed(max_steps=-(-num_sequences // 4)))
+    longer = begin_run(config.changed(output_dir=str(tmp_path / "longer")), init_world("cpu", "full"))
+    assert longer.objective.teacher is None
 
 
 def test_a_stopped_pass_goes_on_with_what_is_missing(llama, tmp_path, lessons, capsys, monkeypatch):

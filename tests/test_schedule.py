@@ -15,21 +15,20 @@ from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
 from castlm.distributed.sharding import compile_blocks_, uncompile_blocks_
 from castlm.distributed.world import init_world
+from castlm.methods.options import SCHEDULES
 from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
-from castlm.training.flops import peak_flops
-from castlm.training.lr_shapes import SCHEDULES
-from castlm.training.run import Run
-from castlm.training.schedule import learning_rate, num_left
-from castlm.training.text import resolve_epochs
+from castlm.training.metrics import peak_flops
+from castlm.training.run import num_left
+from castlm.training.train import begin_run, with_values_found
 from tests.runs import metrics, small
 from tests.tiny import TEXT, tiny_model
 
 
 def rates(kind: str, **over) -> list[float]:
     fields = {"max_steps": 100, "learning_rate": 1.0, "warmup_ratio": 0.1, "min_lr_ratio": 0.1, **over}
-    config = TrainConfig("m", "d", "o", lr_scheduler_type=kind, **fields)
-    return [learning_rate(step, config) for step in range(100)] + [learning_rate(100, config)]
+    config = TrainConfig.of("m", "d", "o", lr_scheduler_type=kind, **fields)
+    return [config.optimizer.learning_rate_at(step) for step in range(100)] + [config.optimizer.learning_rate_at(100)]
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
@@ -54,14 +53,14 @@ def test_schedules_have_the_shape_of_their_name():
 def test_weight_decay_is_decoupled_and_spares_norms_and_sparse_weights(llama, text, tmp_path):
     def after_one_step(weight_decay: float) -> tuple[dict, dict, float, set]:
         config = small(llama, text, tmp_path / f"run-{weight_decay}", weight_decay=weight_decay, warmup_ratio=0.0)
-        run = Run(config, init_world("cpu", "full"))
-        before = {name: param.detach().clone() for param, name in run.parts.names.items()}
+        run = begin_run(config, init_world("cpu", "full"))
+        before = {name: param.detach().clone() for param, name in run.names.items()}
         run.train_step()
         sparse = {name for name in before if name.endswith("weight.original")}
         return (
             before,
-            {name: param.detach() for param, name in run.parts.names.items()},
-            learning_rate(0, config),
+            {name: param.detach() for param, name in run.names.items()},
+            config.optimizer.learning_rate_at(0),
             sparse,
         )
 
@@ -78,11 +77,11 @@ def test_weight_decay_is_decoupled_and_spares_norms_and_sparse_weights(llama, te
 def test_epochs_are_as_many_steps_as_their_tokens_fill(llama, text, tmp_path):
     config = small(llama, text, tmp_path / "run", eval_dataset=text, max_steps=300, num_train_epochs=2.5)
     tokens = len(token_ids(open_documents(text), load_model(llama).tokenizer))
-    found = resolve_epochs(config, init_world("cpu", "full"))
+    found = with_values_found(config, init_world("cpu", "full")).optimizer
     assert found.max_steps == pytest.approx(2.5 * tokens / (32 * 4), abs=1)
     assert found.num_train_epochs is None
     with pytest.raises(InputError, match="max_steps and num_train_epochs both set"):
-        TrainConfig("m", "d", "o", max_steps=10, num_train_epochs=1)
+        TrainConfig.of("m", "d", "o", max_steps=10, num_train_epochs=1)
 
 
 def test_a_run_of_epochs_ends_and_says_its_steps(llama, tmp_path):
@@ -104,7 +103,7 @@ def test_a_run_of_epochs_ends_and_says_its_steps(llama, tmp_path):
 
 
 def test_utilization_counts_the_matrices_once_and_needs_a_known_peak(llama, text, tmp_path, monkeypatch):
-    run = Run(small(llama, text, tmp_path / "run", eta=0.0), init_world("cpu", "full"))
+    run = begin_run(small(llama, text, tmp_path / "run", eta=0.0), init_world("cpu", "full"))
     config = run.model.config
     linears = sum(m.in_features * m.out_features for m in run.model.modules() if isinstance(m, torch.nn.Linear))
     assert run.flops_per_token == 6 * linears + 12 * config.num_hidden_layers * config.hidden_size * 32
@@ -136,7 +135,7 @@ def test_time_left_counts_the_evaluations_and_saves_to_come(llama, text, tmp_pat
         assert num_left(step, last, every) == len(to_come)
     assert num_left(1, 8, 0) == 0
     config = small(llama, text, tmp_path / "run", eta=0.0, max_steps=8, eval_steps=3, save_steps=4, log_steps=1)
-    run = Run(config, init_world("cpu", "full"))
+    run = begin_run(config, init_world("cpu", "full"))
     run.progress.eval_seconds, run.progress.save_seconds = 1000.0, 10.0
     run.train_step()
     row = metrics(tmp_path / "run")[-1]
@@ -149,18 +148,18 @@ def test_time_left_counts_the_evaluations_and_saves_to_come(llama, text, tmp_pat
 @pytest.mark.slow
 def test_compiled_blocks_train_alike_and_a_cpu_refuses_them(llama, text, tmp_path):
     with pytest.raises(InputError, match="torch_compile is for a GPU"):
-        Run(small(llama, text, tmp_path / "run", torch_compile=True), init_world("cpu", "full"))
-    run = Run(small(llama, text, tmp_path / "run"), init_world("cpu", "full"))
+        begin_run(small(llama, text, tmp_path / "run", torch_compile=True), init_world("cpu", "full"))
+    run = begin_run(small(llama, text, tmp_path / "run"), init_world("cpu", "full"))
     ids = torch.arange(64).view(2, 32)
-    eager = run.parts.objective(ids, ids, 64).loss
+    eager = run.objective(ids, ids, 64).loss
     graphs = []
 
     def backend(graph, inputs):  # traced by dynamo, not compiled by inductor
         graphs.append(graph)
         return graph.forward
 
-    compile_blocks_(run.parts.objective, backend=backend)
-    compiled = run.parts.objective(ids, ids, 64).loss
+    compile_blocks_(run.objective, backend=backend)
+    compiled = run.objective(ids, ids, 64).loss
     compiled.backward()
     torch.testing.assert_close(compiled, eager)
     assert (
@@ -206,8 +205,8 @@ def test_prune_and_verify_take_the_options_of_train(llama, text, tmp_path, capsy
 
 def test_left_dense_that_matches_nothing_is_refused(llama, text, tmp_path):
     with pytest.raises(InputError, match="left_dense dwon is in the name of no sparse layer"):
-        Run(small(llama, text, tmp_path / "run", left_dense=("dwon",)), init_world("cpu", "full"))
-    run = Run(small(llama, text, tmp_path / "run", left_dense=("down_proj",)), init_world("cpu", "full"))
+        begin_run(small(llama, text, tmp_path / "run", left_dense=("dwon",)), init_world("cpu", "full"))
+    run = begin_run(small(llama, text, tmp_path / "run", left_dense=("down_proj",)), init_world("cpu", "full"))
     assert len(run.method.layers) == 12
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,7 @@ from castlm.core.errors import InputError
 from castlm.distributed.world import init_world
 from castlm.models.io import load_model
 from castlm.oneshot.stream_basis import basis_between
-from castlm.training.loop import train
-from castlm.training.run import Run
+from castlm.training.train import begin_run, train
 from tests.faults import train_as_a_command
 from tests.ranks import start_ranks, wait_ranks
 from tests.runs import metrics, small, stop_and_resume
@@ -56,9 +54,9 @@ def test_a_pruned_model_in_another_basis_is_where_the_run_starts(case, text, tmp
     family, options, shape = CASES[case]
     model = uneven(tmp_path / "dense") if family == "uneven" else save_tiny(tmp_path / "dense", family)
     given = prune(model, tmp_path / "pruned", text, *options)
-    run = Run(small(str(model), text, tmp_path / "run", init_from=given), init_world("cpu", "full"))
+    run = begin_run(small(str(model), text, tmp_path / "run", init_from=given), init_world("cpu", "full"))
     torch.testing.assert_close(logits(run.model), logits(load_model(given).model))
-    basis = run.parts.objective.stream_basis
+    basis = run.objective.stream_basis
     if shape is not None:
         assert list(basis.shape) == shape
         dense, turned = (load_model(str(f)).model.get_input_embeddings().weight for f in (model, given))
@@ -69,9 +67,9 @@ def test_the_result_of_a_run_is_where_the_next_one_starts(llama, text, tmp_path)
     """With its embeddings and norms, which training has moved."""
     train(small(llama, text, tmp_path / "first", learning_rate=1e-2))
     given = str(tmp_path / "first" / "model")
-    run = Run(small(llama, text, tmp_path / "second", init_from=given), init_world("cpu", "full"))
+    run = begin_run(small(llama, text, tmp_path / "second", init_from=given), init_world("cpu", "full"))
     torch.testing.assert_close(logits(run.model), logits(load_model(given).model))
-    assert run.parts.objective.stream_basis is None
+    assert run.objective.stream_basis is None
 
 
 def test_a_run_from_a_folder_in_another_basis_resumes_exactly(text, tmp_path):
@@ -87,7 +85,7 @@ def test_two_ranks_start_from_a_folder_in_another_basis(text, tmp_path):
     given = prune(model, tmp_path / "pruned", text)
     configs = [small(str(model), text, tmp_path / name, init_from=given, device="cpu") for name in ("one", "two")]
     train(configs[0])
-    halves = replace(configs[1], per_device_train_batch_size=2)
+    halves = configs[1].changed(per_device_train_batch_size=2)
     assert wait_ranks(start_ranks(train_as_a_command, 2, halves, log=tmp_path / "log"), 120) == [0, 0]
     rows = [[row["loss"] for row in metrics(tmp_path / name) if "loss" in row] for name in ("one", "two")]
     assert rows[1] == pytest.approx(rows[0], rel=1e-4)
@@ -98,7 +96,7 @@ def test_masked_weights_without_dense_values_in_the_given_basis_are_refused(text
     given = prune(model, tmp_path / "pruned", text)
     config = small(str(model), text, tmp_path / "run", init_from=given, decay="proportional")
     with pytest.raises(InputError, match=r"another basis \(.*residual stream permuted.*\), in which masked weights"):
-        Run(config, init_world("cpu", "full"))
+        begin_run(config, init_world("cpu", "full"))
 
 
 def test_the_basis_of_a_stream_is_read_off_the_embeddings():

@@ -14,7 +14,7 @@ from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_, sparse_param_groups
 from castlm.distributed.world import close_world, init_world
 from castlm.export.verify import verify
-from castlm.training.loop import train
+from castlm.training.train import train
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, small
 from tests.runs import assert_close_weights, train_until
 from tests.slow import slow

@@ -1,7 +1,5 @@
 """Structured patterns through the loop: what is masked is cut out, with every kind of decay; bad runs are refused."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,8 +11,7 @@ from castlm.core.sparsify import prune_
 from castlm.export.verify import verify
 from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
-from castlm.training.effects import without_effect
-from castlm.training.loop import train
+from castlm.training.train import train
 from tests.runs import small
 from tests.slow import slow, slow_but
 from tests.tiny import save_tiny
@@ -64,13 +61,13 @@ def test_a_run_may_start_from_a_model_whose_units_are_zero(llama, text, tmp_path
     config = small(
         llama, text, tmp_path / "run", max_steps=2, pattern="channels:0.5", init_from=str(tmp_path / "zeros")
     )
-    train(replace(config, learning_rate=1e-9))
+    train(config.changed(learning_rate=1e-9))
     small_model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     kept = model.model.layers[0].mlp.down_proj.weight.ne(0).any(0)
     expected = model.model.layers[0].mlp.down_proj.weight[:, kept]
     torch.testing.assert_close(small_model.model.layers[0].mlp.down_proj.weight, expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(InputError, match=r"is not heads:0\.5 in"):
-        train(replace(config, pattern="heads:0.5", output_dir=str(tmp_path / "other")))
+        train(config.changed(pattern="heads:0.5", output_dir=str(tmp_path / "other")))
 
 
 def test_runs_that_could_not_be_exported_are_refused_before_they_train(llama, text, tmp_path):
@@ -88,10 +85,10 @@ def test_runs_that_could_not_be_exported_are_refused_before_they_train(llama, te
 
 
 def test_the_default_start_of_structured_patterns_is_calibrated():
-    config = TrainConfig("model", "text", "run", pattern="channels:0.5", calibration_sequences=8)
-    assert config.start == "flap"
+    config = TrainConfig.of("model", "text", "run", pattern="channels:0.5", calibration_sequences=8)
+    assert config.start.init_from == "flap"
     starts = {"heads:0.5": "taylor", "2:4": "sparsegpt"}
-    assert {text: replace(config, pattern=text).start for text in starts} == starts
-    assert without_effect(config) == {}
+    assert {text: config.changed(pattern=text).start.init_from for text in starts} == starts
+    assert config.without_effect() == {}
     methods = {"finetune": "flap", "srste": "magnitude"}
-    assert {name: replace(config, method=name).start for name in methods} == methods
+    assert {name: config.changed(method=name).start.init_from for name in methods} == methods

@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,8 @@ from castlm.core.top_tokens import TopTokens
 from castlm.distributed.world import World, init_world
 from castlm.training import teacher_cache
 from castlm.training.config import TrainConfig
-from castlm.training.loop import train
-from castlm.training.run import Run
 from castlm.training.teacher_cache import TeacherCache
+from castlm.training.train import begin_run, train
 from tests.ranks import run_ranks
 from tests.runs import assert_equal_weights, metrics, small, teacher_batches
 from tests.slow import slow_but
@@ -53,7 +51,7 @@ def trained(taught, config, tmp_path):
 
 
 def in_folder(config, tmp_path, name, **over):
-    return replace(config, output_dir=str(tmp_path / name), **over)
+    return config.changed(output_dir=str(tmp_path / name), **over)
 
 
 def test_a_run_from_the_cache_is_the_run_of_the_teacher(trained, tmp_path, lessons, capsys):
@@ -69,39 +67,39 @@ def test_a_run_from_the_cache_is_the_run_of_the_teacher(trained, tmp_path, lesso
 
 def test_another_run_over_the_same_text_needs_no_teacher(trained, tmp_path, lessons):
     shorter = in_folder(trained, tmp_path, "shorter", max_steps=6, learning_rate=3e-3, method="srste")
-    run = Run(shorter, init_world("cpu", "full"))
-    assert run.parts.objective.teacher is None
-    longer = Run(in_folder(trained, tmp_path, "longer", max_steps=9), init_world("cpu", "full"))
-    assert longer.parts.objective.teacher is not None
+    run = begin_run(shorter, init_world("cpu", "full"))
+    assert run.objective.teacher is None
+    longer = begin_run(in_folder(trained, tmp_path, "longer", max_steps=9), init_world("cpu", "full"))
+    assert longer.objective.teacher is not None
 
 
 def test_resumed_run_is_the_straight_run_and_covers_it(config, tmp_path, lessons):
     straight = in_folder(config, tmp_path, "straight", teacher_cache=None, hidden_weight=0.0)
     train(straight)
-    run = Run(config, init_world("cpu", "full"))
+    run = begin_run(config, init_world("cpu", "full"))
     for _ in range(5):
         run.train_step()
     run.save()
     run.saver.finish()
-    train(replace(config, resume=True))
+    train(config.changed(resume=True))
     assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "run" / "model")
     (known,) = (tmp_path / "cache").glob("coverage-*.json")
     assert json.loads(known.read_text()) == {"blocks": 32}
 
 
 def test_a_run_that_goes_on_with_a_new_cache_covers_nothing(config, tmp_path):
-    run = Run(config, init_world("cpu", "full"))
+    run = begin_run(config, init_world("cpu", "full"))
     for _ in range(5):
         run.train_step()
     run.save()
     run.saver.finish()
-    train(replace(config, resume=True, teacher_cache=str(tmp_path / "other")))
+    train(config.changed(resume=True, teacher_cache=str(tmp_path / "other")))
     assert not list((tmp_path / "other").glob("coverage-*.json"))
 
 
 def test_epochs_that_repeat_are_taught_once(config, tmp_path, lessons):
     (tmp_path / "short.txt").write_text("a few words of a text, \n" * 30)
-    train(replace(config, dataset=str(tmp_path / "short.txt"), eval_fraction=0.3, repeat_sequences=True))
+    train(config.changed(dataset=str(tmp_path / "short.txt"), eval_fraction=0.3, repeat_sequences=True))
     assert 0 < len(lessons) < 8
 
 
@@ -178,7 +176,7 @@ def test_corrupt_records_are_named(content, trained, tmp_path):
 
 
 def test_a_block_is_for_those_who_may_read_the_folder(config, tmp_path):
-    train(replace(config, max_steps=1, ignore_decay_budget=True))
+    train(config.changed(max_steps=1, ignore_decay_budget=True))
     block = next((tmp_path / "cache" / "blocks").glob("*/*.safetensors"))
     assert block.stat().st_mode & 0o666 == block.parent.stat().st_mode & 0o666
     assert sorted(path.suffix for path in block.parent.iterdir()) == [".safetensors"]
@@ -196,14 +194,14 @@ def test_a_full_disk_is_told(config, tmp_path, monkeypatch):
 
 def test_what_makes_no_sense_is_refused(config, tmp_path):
     with pytest.raises(InputError, match="set teacher_top_k"):
-        replace(config, teacher_top_k=0)
+        config.changed(teacher_top_k=0)
     with pytest.raises(InputError, match="eta > 0"):
-        replace(config, eta=0.0)
+        config.changed(eta=0.0)
     with pytest.raises(InputError, match="exceeds the model's 264 tokens"):
-        train(replace(config, teacher_top_k=10**6))
+        train(config.changed(teacher_top_k=10**6))
     (tmp_path / "taken").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*taken: File exists; choose another"):
-        train(replace(config, teacher_cache=str(tmp_path / "taken")))
+        train(config.changed(teacher_cache=str(tmp_path / "taken")))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="no teacher cache"):
@@ -215,10 +213,10 @@ def test_ranks_write_and_read_as_one_rank_does(trained, tmp_path):
     """Two ranks read what one has written, and one rank reads what two have written."""
     ranks = in_folder(trained, tmp_path, "ranks", per_device_train_batch_size=2)
     run_ranks(train, 2, ranks, folder=tmp_path)
-    fresh = replace(ranks, output_dir=str(tmp_path / "fresh"), teacher_cache=str(tmp_path / "cache2"))
+    fresh = ranks.changed(output_dir=str(tmp_path / "fresh"), teacher_cache=str(tmp_path / "cache2"))
     run_ranks(train, 2, fresh, folder=tmp_path)
-    one = Run(in_folder(trained, tmp_path, "one", teacher_cache=fresh.teacher_cache), init_world("cpu", "full"))
-    assert one.parts.objective.teacher is None
+    one = begin_run(in_folder(trained, tmp_path, "one", teacher_cache=fresh.teacher_cache), init_world("cpu", "full"))
+    assert one.objective.teacher is None
     losses = []
     for name in ("run", "ranks", "fresh"):
         rows = metrics(tmp_path / name)

@@ -1,6 +1,5 @@
 """Trackers and uploads, with stubs of the clients: what they are told, and what is refused before a run."""
 
-import dataclasses
 import importlib
 import importlib.machinery
 import json
@@ -18,11 +17,10 @@ from castlm.distributed.world import init_world
 from castlm.export import hub
 from castlm.files.owned import OUTPUT
 from castlm.training import trackers
-from castlm.training.loop import train
 from castlm.training.metrics_file import read_metrics, read_series
-from castlm.training.run import Run
 from castlm.training.telemetry import Telemetry
 from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
+from castlm.training.train import begin_run, train
 from tests.runs import metrics, small
 from tests.tiny import save_tiny
 
@@ -129,7 +127,7 @@ def test_a_run_that_overwrites_another_is_another_run_of_the_trackers(clients, t
     config = small(model, text, tmp_path / "run", init_from="magnitude", report_to=("wandb",))
     for overwrite in (False, True):
         world = init_world("cpu", "full")
-        run = Run(dataclasses.replace(config, overwrite=overwrite), world)
+        run = begin_run(config.changed(overwrite=overwrite), world)
         with run.telemetry:
             pass
     first, second = (options["id"] for options in clients["wandb"].started)
@@ -149,22 +147,22 @@ def test_a_tracker_that_fails_at_the_start_leaves_the_folder_as_it_was(clients, 
         raise ConnectionError("no route to host")
 
     config = small(llama, text, tmp_path / "run", max_steps=2, save_steps=2, init_from="magnitude")
-    refused = dataclasses.replace(config, report_to=("tensorboard", "wandb"))
+    refused = config.changed(report_to=("tensorboard", "wandb"))
     works = clients["wandb"].init
     monkeypatch.setattr(clients["wandb"], "init", fail)
     with pytest.raises(InputError, match="report_to wandb: no route to host"):
         train(refused)
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(clients["wandb"], "init", works)
-    train(dataclasses.replace(refused, report_to=("auto",)))
+    train(refused.changed(report_to=("auto",)))
     before = names_in(tmp_path / "run")
     record = (tmp_path / "run" / OUTPUT).read_bytes()
     monkeypatch.setattr(clients["wandb"], "init", fail)
     with pytest.raises(InputError, match="report_to wandb: no route to host"):
-        train(dataclasses.replace(refused, overwrite=True, seed=1))
+        train(refused.changed(overwrite=True, seed=1))
     assert names_in(tmp_path / "run") == before
     assert (tmp_path / "run" / OUTPUT).read_bytes() == record
-    train(dataclasses.replace(refused, resume=True))  # of the earlier run, which is finished
+    train(refused.changed(resume=True))  # of the earlier run, which is finished
 
 
 @pytest.mark.parametrize("at", ["log", "close"])
@@ -272,7 +270,7 @@ def test_a_run_uploads_its_verified_model(endpoint, text, tmp_path, capsys):
     (commit,) = Hub.commits
     sent = {entry["value"]["path"] for entry in commit if entry["key"] == "file"}
     assert sent == {path.name for path in (tmp_path / "run" / "model").iterdir()}
-    train(dataclasses.replace(config, resume=True))  # as after a kill during the upload
+    train(config.changed(resume=True))  # as after a kill during the upload
     assert len(Hub.commits) == 2
 
 
@@ -284,7 +282,7 @@ def test_a_run_that_diverged_does_not_replace_what_is_on_the_hub(endpoint, text,
     result = tmp_path / "run" / "model"
     told = f"not uploaded, because the run diverged; hf upload me/run {result} sends the result nevertheless"
     assert told in capsys.readouterr().err
-    train(dataclasses.replace(config, resume=True))
+    train(config.changed(resume=True))
     assert told in capsys.readouterr().err
     assert Hub.commits == []
 

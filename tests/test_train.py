@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from castlm.core.sparsify import weight_parameter
 from castlm.data.tokens import token_ids
 from castlm.distributed.world import init_world
 from castlm.export.verify import verify
+from castlm.methods.options import OptimizerOptions
 from castlm.models.io import load_model
 from castlm.oneshot import start
 from castlm.oneshot.basis import change_basis_
@@ -34,11 +34,10 @@ from castlm.signals import ending_on_sigterm
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.interrupt import Interrupt, Interrupted
-from castlm.training.loop import train
 from castlm.training.objective import pruned
 from castlm.training.run import Run
 from castlm.training.run_folder import RunFolder, after_restart
-from castlm.training.schedule import learning_rate
+from castlm.training.train import begin_run, train
 from tests.ranks import start_command, wait_ranks
 from tests.runs import assert_close_weights, assert_equal_weights, metrics, small, stop_and_resume, train_until
 from tests.slow import slow, slow_but
@@ -90,7 +89,7 @@ def test_accumulation_is_one_large_batch(llama, text, tmp_path):
 def test_resumed_run_is_the_straight_run_bit_for_bit(fields, llama, text, tmp_path):
     straight = small(llama, text, tmp_path / "straight", **fields, save_steps=5)
     train(straight)
-    killed = replace(straight, output_dir=str(stop_and_resume(straight, 7)), resume=True)
+    killed = straight.changed(output_dir=str(stop_and_resume(straight, 7)), resume=True)
     rows = [metrics(tmp_path / name) for name in ("straight", "killed")]
     of_the_machine = ("tokens_per_s", "eta_s", "peak_memory_bytes")
     one, other = ([{k: v for k, v in row.items() if k not in of_the_machine} for row in r] for r in rows)
@@ -113,7 +112,7 @@ def stopped(llama, text, tmp_path_factory) -> TrainConfig:
 def test_another_run_is_not_resumed(change, stopped):
     name = "world_batch" if "per_device_train_batch_size" in change else next(iter(change))
     with pytest.raises(InputError, match=name):
-        train(replace(stopped, resume=True, **change))
+        train(stopped.changed(resume=True, **change))
 
 
 def test_changed_data_is_not_resumed(llama, tmp_path):
@@ -123,7 +122,7 @@ def test_changed_data_is_not_resumed(llama, tmp_path):
     train_until(config, 3)
     data.write_text(TEXT + "More.")
     with pytest.raises(InputError, match=r"eval_sha256|dataset_sha256"):
-        train(replace(config, resume=True))
+        train(config.changed(resume=True))
 
 
 def test_corrupt_checkpoint_is_named(llama, text, tmp_path):
@@ -134,7 +133,7 @@ def test_corrupt_checkpoint_is_named(llama, text, tmp_path):
     content[len(content) // 2] ^= 0xFF
     file.write_bytes(content)
     with pytest.raises(InputError, match="corrupt"):
-        train(replace(config, resume=True))
+        train(config.changed(resume=True))
 
 
 @pytest.mark.parametrize("pattern", ["2:4", slow("channels:0.5+2:4")])
@@ -212,12 +211,12 @@ def test_budget_stops_a_run_that_cannot_reach_zero(llama, text, tmp_path):
     config = small(llama, text, tmp_path / "run", decay="proportional")
     with pytest.raises(InputError, match="horizon"):
         train(config)
-    record = train(replace(config, ignore_decay_budget=True, overwrite=True))
+    record = train(config.changed(ignore_decay_budget=True, overwrite=True))
     assert record["mask"]["largest_masked"] > 0.01
 
 
 def test_prune_now_leaves_the_weights_as_they_were(llama, text, tmp_path):
-    run = Run(small(llama, text, tmp_path / "run"), init_world("cpu", "full"))
+    run = begin_run(small(llama, text, tmp_path / "run"), init_world("cpu", "full"))
     run.train_step()
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     run.evaluate()
@@ -226,7 +225,7 @@ def test_prune_now_leaves_the_weights_as_they_were(llama, text, tmp_path):
         assert torch.equal(p, before[name]), name
 
 
-EPOCHS = {"num_train_epochs": 0.5, "max_steps": TrainConfig.max_steps}
+EPOCHS = {"num_train_epochs": 0.5, "max_steps": OptimizerOptions.max_steps}
 
 
 @pytest.mark.parametrize("given", [EPOCHS, {"decay": "proportional", "lam": "auto"}])
@@ -234,19 +233,19 @@ def test_a_restart_knows_its_run_though_options_were_filled_in(given, llama, tex
     config = small(llama, text, tmp_path / "run", **given)
     filled_in = {"num_train_epochs": None, "max_steps": 7} if "lam" not in given else {"lam": 0.01}
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(replace(config, **filled_in).as_yaml())
+    (tmp_path / "run" / "config.yaml").write_text(config.changed(**filled_in).as_yaml())
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert after_restart(config).overwrite
-    assert not after_restart(replace(config, learning_rate=0.5)).overwrite
+    assert after_restart(config).checkpoint.overwrite
+    assert not after_restart(config.changed(learning_rate=0.5)).checkpoint.overwrite
 
 
 @pytest.mark.parametrize("method", ["finetune", "srste", "cast"])
 def test_an_evaluation_measures_twice_only_what_a_prune_would_change(method, llama, text, tmp_path, monkeypatch):
-    run = Run(small(llama, text, tmp_path / "run", method=method), init_world("cpu", "full"))
+    run = begin_run(small(llama, text, tmp_path / "run", method=method), init_world("cpu", "full"))
     run.train_step()
     measured = []
-    whole = run.parts.evaluator.perplexity
-    monkeypatch.setattr(run.parts.evaluator, "perplexity", lambda: measured.append(whole()) or measured[-1])
+    whole = run.evaluator.perplexity
+    monkeypatch.setattr(run.evaluator, "perplexity", lambda: measured.append(whole()) or measured[-1])
     run.evaluate()
     with pruned(run.method.masks()):
         assert run.progress.figures["1"]["prune_now_ppl"] == whole()
@@ -263,9 +262,9 @@ def dense_perplexity(llama, text, tmp_path_factory) -> float:
 @pytest.mark.parametrize("initial", [slow("wanda"), "sparsegpt"])
 def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, dense_perplexity, llama, text, tmp_path):
     config = small(llama, text, tmp_path / "run", init_from=initial, calibration_sequences=4)
-    run = Run(config, init_world("cpu", "full"))
+    run = begin_run(config, init_world("cpu", "full"))
     loaded = load_model(llama)
-    ids = token_ids(run.parts.text.documents, loaded.tokenizer, limit=16 * 4 * 32)
+    ids = token_ids(run.text.documents, loaded.tokenizer, limit=16 * 4 * 32)
     sequences = draw_calibration(ids, 4, 32, seed=0)
     change_basis_(loaded.model, sequences, part_of(config, BasisOptions), pattern=Pattern.parse("2:4"))
     refinements = {"refinements": part_of(config, Refinements)} if initial == "sparsegpt" else {}
@@ -276,7 +275,7 @@ def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, dense
         assert torch.equal(masks[weight], pruned != 0), name
         assert torch.equal(weight[masks[weight]], pruned[pruned != 0]), name
         assert not weight[~masks[weight]].any(), name
-    record = train(replace(config, overwrite=True))
+    record = train(config.changed(overwrite=True))
     assert 0 <= record["mask"]["initial_flip_rate"] < 0.2  # some may come back for others
     assert record["mask"]["largest_masked"] == 0
     assert record["perplexity"]["dense"] == pytest.approx(dense_perplexity)
@@ -294,7 +293,7 @@ def sparse(llama, tmp_path_factory) -> str:
 def test_initial_mask_of_a_model_is_where_the_run_starts(llama, sparse, text, tmp_path):
     """One pruned by magnitude has the masks of magnitude, and zeros where a run from magnitude has dense weights."""
     runs = [
-        Run(small(llama, text, tmp_path / str(n), init_from=start, mask_interval=100), init_world("cpu", "full"))
+        begin_run(small(llama, text, tmp_path / str(n), init_from=start, mask_interval=100), init_world("cpu", "full"))
         for n, start in enumerate(("magnitude", sparse))
     ]
     masks, theirs = (
@@ -311,27 +310,27 @@ def test_initial_mask_of_a_model_is_where_the_run_starts(llama, sparse, text, tm
 @pytest.fixture(scope="module")
 def cast(llama, text, tmp_path_factory) -> Run:
     """A run of CAST before its first step."""
-    return Run(small(llama, text, tmp_path_factory.mktemp("cast") / "run"), init_world("cpu", "full"))
+    return begin_run(small(llama, text, tmp_path_factory.mktemp("cast") / "run"), init_world("cpu", "full"))
 
 
 @pytest.mark.parametrize("method", ["ste", "srste", "ast"])
 def test_rivals_start_from_the_same_weights(method, cast, llama, text, tmp_path):
     """As the one-shot method leaves them, masked ones at zero; what is masked may come back."""
     config = small(llama, text, tmp_path / "rival", method=method, mask_interval=1, init_from="sparsegpt")
-    rival = Run(config, init_world("cpu", "full"))
-    assert rival.parts.dense_perplexity == pytest.approx(cast.parts.dense_perplexity)
+    rival = begin_run(config, init_world("cpu", "full"))
+    assert rival.dense_perplexity == pytest.approx(cast.dense_perplexity)
     for (weight, mask), (theirs, their_mask) in zip(cast.method.masks().items(), rival.method.masks().items()):
         assert torch.equal(mask, their_mask)
         assert torch.equal(weight * mask, theirs)
-    for _ in range(config.max_steps):
+    for _ in range(config.optimizer.max_steps):
         rival.train_step()
     rival.evaluate()
-    assert rival.progress.figures[str(config.max_steps)]["initial_flip_rate"] > 0
+    assert rival.progress.figures[str(config.optimizer.max_steps)]["initial_flip_rate"] > 0
 
 
 def test_cast_starts_from_sparsegpt_unless_told_otherwise():
-    assert TrainConfig("m", "d", "o").start == "sparsegpt"
-    assert TrainConfig("m", "d", "o", method="srste").start == "magnitude"
+    assert TrainConfig.of("m", "d", "o").start.init_from == "sparsegpt"
+    assert TrainConfig.of("m", "d", "o", method="srste").start.init_from == "magnitude"
     paper, _ = parse_train(["--model=m", "--dataset=d", "--output-dir=o", "--recipe=paper"])
     assert paper.start == "magnitude"
 
@@ -362,8 +361,8 @@ def test_a_model_that_sparsegpt_cannot_prune_is_told_what_can(llama, text, tmp_p
 
 
 def test_schedule():
-    config = TrainConfig("m", "d", "o", max_steps=100, learning_rate=1.0, warmup_ratio=0.1, min_lr_ratio=0.1)
-    rates = [learning_rate(t, config) for t in range(101)]
+    config = TrainConfig.of("m", "d", "o", max_steps=100, learning_rate=1.0, warmup_ratio=0.1, min_lr_ratio=0.1)
+    rates = [config.optimizer.learning_rate_at(t) for t in range(101)]
     assert rates[0] == pytest.approx(1 / 11)
     assert max(rates) == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.55)
@@ -374,7 +373,12 @@ def test_recipe_config_file_and_options_in_this_order(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model: m\ndataset: d\noutput_dir: o\nrecipe: paper\nseq_len: 77\neta: 0.25\n")
     config, _ = parse_train(["--config", str(file), "--eta", "0.75"])
-    assert (config.decay, config.lam, config.seq_len, config.eta) == ("proportional", 4e-7, 77, 0.75)
+    assert (config.method.decay, config.method.lam, config.data.seq_len, config.teacher.eta) == (
+        "proportional",
+        4e-7,
+        77,
+        0.75,
+    )
 
 
 BAD = {
@@ -424,20 +428,20 @@ def finished(llama, text, folder, **over) -> TrainConfig:
 def test_a_finished_run_is_resumed_as_itself_alone(llama, text, tmp_path):
     config = finished(llama, text, tmp_path / "run")
     record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
-    assert train(replace(config, resume=True)) == record
+    assert train(config.changed(resume=True)) == record
     changes = ({"max_steps": 60}, {"learning_rate": 1e-2}, {"per_device_train_batch_size": 2}, {"save_dtype": "bf16"})
     for change in changes:  # save_dtype may differ as long as the result is not written
         with pytest.raises(InputError, match="not the run that was saved"):
-            train(replace(config, resume=True, **change))
+            train(config.changed(resume=True, **change))
     weights = tmp_path / "run" / "model" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(InputError, match=r"model\.safetensors is missing or has changed since castlm wrote it: remove"):
-        train(replace(config, resume=True))
+        train(config.changed(resume=True))
     weights.unlink()
     with pytest.raises(InputError, match="is missing"):
-        train(replace(config, resume=True))
+        train(config.changed(resume=True))
 
 
 def test_a_text_under_another_name_is_the_same_text(llama, text, tmp_path, monkeypatch):
@@ -448,15 +452,15 @@ def test_a_text_under_another_name_is_the_same_text(llama, text, tmp_path, monke
     other = {"dataset": os.path.relpath(text), "eval_dataset": "held_out.txt"}
     Path("held_out.txt").write_text(Path(text).read_text()[:-1])
     with pytest.raises(InputError, match=r"eval_sha256 \w+ -> \w+"):
-        train(replace(config, resume=True, **other))
+        train(config.changed(resume=True, **other))
     shutil.copy(text, held_out)
-    assert train(replace(config, resume=True, **other))["verdict"]["ok"]
+    assert train(config.changed(resume=True, **other))["verdict"]["ok"]
 
 
 def test_overwrite_keeps_the_old_result_until_the_new_one_is_whole(llama, text, tmp_path):
     config = finished(llama, text, tmp_path / "run")
     old = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
-    new = replace(config, overwrite=True, seed=1)
+    new = config.changed(overwrite=True, seed=1)
 
     def tree() -> list[str]:
         return sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "run").rglob("*") if not p.name.startswith("."))
@@ -464,16 +468,16 @@ def test_overwrite_keeps_the_old_result_until_the_new_one_is_whole(llama, text, 
     before = tree()
     for bad in ({"model": "/nowhere"}, {"dataset": "/nowhere.txt"}, {"seq_len": 4096}, {"teacher_top_k": 10**6}):
         with pytest.raises(InputError):
-            train(replace(new, **bad))
+            train(new.changed(**bad))
         assert tree() == before
     train_until(new, 1)
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == old
     (aside,) = (tmp_path / "run" / "replaced").iterdir()
     assert {"checkpoints", "config.yaml", "metrics.jsonl"} <= {entry.name for entry in aside.iterdir()}
-    train_until(replace(new, seed=2), 1)  # an overwrite of what overwrote
+    train_until(new.changed(seed=2), 1)  # an overwrite of what overwrote
     assert len(list((tmp_path / "run" / "replaced").iterdir())) == 2
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == old
-    train(replace(new, seed=2, overwrite=False, resume=True))
+    train(new.changed(seed=2, overwrite=False, resume=True))
     assert json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())["config"]["seed"] == 2
     assert not (tmp_path / "run" / "replaced").exists()
 
@@ -485,7 +489,7 @@ def test_parts_of_a_checkpoint_that_was_being_removed_go_with_the_next_save(llam
     (checkpoints / "step-00000001").mkdir()
     (checkpoints / "step-00000001" / "__0_0.distcp").write_bytes(b"part")
     (checkpoints / "step-00000003").write_text("somebody's")
-    train(replace(config, resume=True))
+    train(config.changed(resume=True))
     assert not (checkpoints / "step-00000001").exists()
     assert (checkpoints / "step-00000003").read_text() == "somebody's"
 
@@ -502,7 +506,7 @@ def test_a_signal_while_the_folder_changes_waits_for_a_step_and_saves(llama, tex
     with pytest.raises(
         Interrupted, match=r"stopped after step 1, saved; continue with: castlm train --config \S+ --resume"
     ):
-        train(replace(config, overwrite=True))
+        train(config.changed(overwrite=True))
     assert list(checkpoint_steps(tmp_path / "run" / "checkpoints")) == [1]
 
 
@@ -614,6 +618,6 @@ def test_a_run_is_not_resumed_on_other_weights(text, tmp_path):
     train_until(config, 3)
     save_tiny(tmp_path / "model", seed=1)
     with pytest.raises(InputError, match=r"not the run that was saved \(model_fingerprint"):
-        train(replace(config, resume=True))
+        train(config.changed(resume=True))
     save_tiny(tmp_path / "model")
-    train(replace(config, resume=True))
+    train(config.changed(resume=True))

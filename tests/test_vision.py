@@ -23,7 +23,7 @@ from castlm.models.io import load_model
 from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.options import BasisOptions
 from castlm.training.config import TrainConfig
-from castlm.training.loop import train
+from castlm.training.train import train
 from tests.ranks import run_ranks
 from tests.slow import slow_but
 from tests.tiny import VISION, save_tiny, tiny_model
@@ -147,8 +147,8 @@ def test_castlm_train_on_text_keeps_the_tower(models, text, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_train_a_vision_language_model_as_one_does(models, text, tmp_path):
     model, over = str(models["qwen2_vl"]), {**OPTIONS, "init_from": "magnitude"}
-    run_ranks(train, 2, TrainConfig(model, text, str(tmp_path / "two"), **over), folder=tmp_path)
-    train(TrainConfig(model, text, str(tmp_path / "one"), **over | {"per_device_train_batch_size": 8}))
+    run_ranks(train, 2, TrainConfig.of(model, text, str(tmp_path / "two"), **over), folder=tmp_path)
+    train(TrainConfig.of(model, text, str(tmp_path / "one"), **over | {"per_device_train_batch_size": 8}))
     assert_same_tower(tmp_path / "two" / "model", models["qwen2_vl"])
     one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()

@@ -32,7 +32,7 @@ _HOME = {
     "castlm.training.callback": ("PatternCallback",),
     "castlm.training.config": ("TrainConfig",),
     "castlm.training.finetune": ("FinetuneConfig",),
-    "castlm.training.loop": ("train",),
+    "castlm.training.train": ("train",),
 }
 register()
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

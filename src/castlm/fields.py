@@ -18,7 +18,8 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from castlm.core.errors import InputError
@@ -77,6 +78,28 @@ def positional(**more: Any) -> Any:
     return dataclasses.field(metadata={"positional": True, **more})
 
 
+def parsed(default: Any, parse: Callable[[Any], Any]) -> Any:
+    """A field whose text `parse` turns into an object; the object itself, which `default` is, passes unchanged."""
+    return dataclasses.field(default=default, kw_only=True, metadata={"parse": parse})
+
+
+class Bounded:
+    """A dataclass of options that checks their ranges when it is made."""
+
+    def out_of_range(self) -> Iterator[Bound]:
+        """The range of each option that has one."""
+        return iter(())
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises `InputError` for an option that is out of range."""
+        for name, in_range, allowed in self.out_of_range():
+            if not in_range:
+                raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {allowed}")
+
+
 def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
     """The names that a field takes; None if any text will do."""
     found = field.metadata.get("choices")
@@ -125,21 +148,21 @@ def build(kind: type[T], values: Mapping[str, Any], source: str = "") -> T:
     Raises:
         InputError: an unknown or missing name, or a value of the wrong type, named with `source`.
     """
-    found = checked(kind, values, source)
-    check_complete(kind, found, source)
+    found = checked([kind], values, source)
+    check_complete([kind], found, source)
     return kind(**found)
 
 
-def check_complete(kind: type[Any], values: Mapping[str, Any], source: str = "") -> None:
-    """Raises `InputError` if `values` lack a required field."""
-    for field in dataclasses.fields(kind):
+def check_complete(kinds: Iterable[type[Any]], values: Mapping[str, Any], source: str = "") -> None:
+    """Raises `InputError` if `values` lack a required field of one of the dataclasses `kinds`."""
+    for field in itertools.chain.from_iterable(map(dataclasses.fields, kinds)):
         if is_required(field) and field.name not in values:
             is_option = source == COMMAND_LINE and not field.metadata.get("positional")
             raise InputError(f"{field.name} is missing: give {label(field.name, source) if is_option else field.name}")
 
 
-def checked(kind: type[Any], values: Mapping[str, Any], source: str = "") -> dict[str, Any]:
-    """`values` converted to the types of the fields of `kind`.
+def checked(kinds: Sequence[type[Any]], values: Mapping[str, Any], source: str = "") -> dict[str, Any]:
+    """`values` converted to the types of the fields of the dataclasses `kinds`.
 
     Args:
         source: the file that the values were read from, or `COMMAND_LINE`; it begins the message of an error.
@@ -147,13 +170,17 @@ def checked(kind: type[Any], values: Mapping[str, Any], source: str = "") -> dic
     Raises:
         InputError: a name that is not a field, or a value of the wrong type.
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: (kind, field) for kind in kinds for field in dataclasses.fields(kind)}
     found = {}
     for name, value in values.items():
         if name not in fields:
             raise InputError(unknown(name, fields, source))
-        found[name] = convert(label(name, source), value, hints_of(kind)[name], choices_of(fields[name]))
-        least = fields[name].metadata.get("at_least")
+        kind, field = fields[name]
+        if parse := field.metadata.get("parse"):
+            found[name] = parse(value)
+            continue
+        found[name] = convert(label(name, source), value, hints_of(kind)[name], choices_of(field))
+        least = field.metadata.get("at_least")
         if least is not None and found[name] is not None and found[name] < least:
             raise InputError(f"{label(name, source)} = {found[name]} is out of range: it must be at least {least}")
     return found
@@ -233,7 +260,8 @@ def _described(option: Any) -> str:
         return f"one of {', '.join(map(str, names))}" if len(names) > 1 else str(names[0])
     if typing.get_origin(option) is tuple:
         return "a list"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[option]
+    described = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "text"}
+    return described.get(option, "null")
 
 
 def _shown(value: Any) -> str:
@@ -248,7 +276,8 @@ def _converted(value: Any, option: Any) -> Any:
         raise _WrongTypeError
     if typing.get_origin(option) is tuple:
         return _as_tuple(value, typing.get_args(option))
-    return {int: _as_int, float: _as_float, bool: _as_bool, str: _as_text, type(None): _as_null}[option](value)
+    readers = {int: _as_int, float: _as_float, bool: _as_bool, str: _as_text, Path: _as_path, type(None): _as_null}
+    return readers[option](value)
 
 
 def _as_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -315,3 +344,7 @@ def _as_text(value: Any) -> str:
     if value.startswith("~") and os.path.expanduser(value) == value:
         raise _WrongTypeError("there is no such user")
     return value
+
+
+def _as_path(value: Any) -> Path:
+    return Path(_as_text(value))

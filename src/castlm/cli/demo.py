@@ -33,8 +33,8 @@ from castlm.progress import Screen, note
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.interrupt import Interrupted
-from castlm.training.loop import train
 from castlm.training.run_folder import RunFolder
+from castlm.training.train import train
 
 HELD_OUT = 8  # one topic in 8
 PROMPT = "The for statement is used to"
@@ -55,7 +55,7 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
 def demo_config(folder: Path, max_steps: int, method: str, resume: bool = False) -> TrainConfig:
     texts = folder / "text"
     start = {"calibration_sequences": 64, "rotation_iterations": 50, "mask_iterations": 8} if method == "castlm" else {}
-    return TrainConfig(
+    return TrainConfig.of(
         model=DEMO,
         dataset=str(texts / "train.jsonl"),
         eval_dataset=str(texts / "held_out.jsonl"),

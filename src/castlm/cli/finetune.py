@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from castlm.cli.options import read_arguments, result_folder
@@ -12,8 +11,9 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.export.unit_count import groups_of
 from castlm.fields import COMMAND_LINE, checked
-from castlm.training.config import flatten, read_layers
+from castlm.training.config import read_layers, sections_of
 from castlm.training.finetune import FinetuneConfig
+from castlm.training.options import ModelOptions
 
 
 def parse_finetune(arguments: Sequence[str]) -> tuple[FinetuneConfig, bool]:
@@ -25,32 +25,36 @@ def parse_finetune(arguments: Sequence[str]) -> tuple[FinetuneConfig, bool]:
         The config, and whether to write the page of the run.
 
     Raises:
-        InputError: whatever `read_arguments`, `read_yaml_mapping` or `FinetuneConfig` refuses.
+        InputError: whatever `read_arguments`, `read_yaml_mapping` or `FinetuneConfig` refuses; castlm.json names no
+            pattern, or one that left no zeros in the model.
     """
-    given = read_arguments([FinetuneConfig, FileOptions, PageOptions], arguments, "finetune")
+    sections = [
+        (title, kind) for title, kind in sections_of(FinetuneConfig).items() if title not in ("method", "start")
+    ]
+    sections += [("options", FileOptions), ("options", PageOptions)]
+    given = read_arguments(sections, arguments, "finetune", FinetuneConfig)
     paths = given.pop("config", [])
-    page = checked(PageOptions, {"report": given.pop("report")} if "report" in given else {}, COMMAND_LINE)
-    layers = [*read_layers(paths), (COMMAND_LINE, given)]
-    config = FinetuneConfig.from_layers(layers)
-    has_pattern = any("pattern" in flatten(values, source) for source, values in layers)
-    return _of_result(config, has_pattern), bool(page.get("report", True))
+    page = checked([PageOptions], {"report": given.pop("report")} if "report" in given else {}, COMMAND_LINE)
+    config = FinetuneConfig.from_layers([*read_layers(paths), (COMMAND_LINE, given)])
+    model = result_folder(config.model.model)
+    pattern = config.model.pattern if "pattern" in config.given else _pattern_of(model)
+    config = config.changed(model=model, init_from=model, pattern=pattern)
+    return config, bool(page.get("report", True))
 
 
-def _of_result(config: FinetuneConfig, has_pattern: bool) -> FinetuneConfig:
-    """`config` with the model folder of a run in place of the run, and the recorded pattern where none is given.
+def _pattern_of(model: str) -> Pattern:
+    """The pattern that the zeros of a model have, by its castlm.json; 2:4 where it has none.
 
     Raises:
         InputError: castlm.json names no pattern, or one that left no zeros in the model.
     """
-    model = result_folder(config.model)
-    recorded = None if has_pattern else recorded_pattern(model)
-    pattern = config.pattern
-    if recorded is not None:
-        left = groups_of(Pattern.parse(recorded))
-        if left is None:
-            raise InputError(f"{config.model} is {recorded}, a smaller dense model: fine-tune it like any dense one")
-        pattern = str(left)
-    return dataclasses.replace(config, model=model, init_from=model, pattern=pattern)
+    recorded = recorded_pattern(model)
+    if recorded is None:
+        return ModelOptions.pattern
+    left = groups_of(Pattern.parse(recorded))
+    if left is None:
+        raise InputError(f"{model} is {recorded}, a smaller dense model: fine-tune it like any dense one")
+    return left
 
 
 def main(arguments: list[str]) -> int:

@@ -20,60 +20,40 @@ _SHORT = 24
 """Commands with at most this many options, or none that is marked as essential, describe them all in `--help`."""
 
 
-def help_text(kinds: Sequence[type[Any]], name: str, everything: bool, about: type[Any] | None = None) -> str:
-    """The help of a command whose options are the fields of `kinds`.
+Sections = Sequence[tuple[str, type[Any]]]
+"""Dataclasses whose fields are the options of a command, each under the title of its section; titles may repeat."""
+
+
+def help_text(sections: Sections, name: str, everything: bool, about: type[Any]) -> str:
+    """The help of a command.
 
     Args:
-        about: the one whose docstring says what the command does; by default the first.
+        about: the class whose docstring tells what the command does.
         everything: describe all options; otherwise those beyond the essential ones are only named, if there are many.
     """
-    groups = _groups(kinds)
-    fields = [field for _, fields in groups for field in fields]
-    positional = [field for field in fields if field.metadata.get("positional")]
-    usage = " ".join(["usage: castlm", name, *(field.name.upper() for field in positional), "[OPTIONS]"])
-    summary = " ".join(_summary(about or kinds[0]).split())
+    groups: dict[str, list[tuple[type[Any], dataclasses.Field[Any]]]] = {}
+    for title, kind in sections:
+        groups.setdefault(title, []).extend((kind, field) for field in dataclasses.fields(kind))
+    options = [option for members in groups.values() for option in members]
+    positional = [field.name.upper() for _, field in options if field.metadata.get("positional")]
+    usage = " ".join(["usage: castlm", name, *positional, "[OPTIONS]"])
+    summary = " ".join(str(about.__doc__).partition("\n\n")[0].split())
     lines = [usage, "", *_wrap(summary), ""]
-    essential = [field for field in fields if field.metadata.get("essential")]
-    if everything or len(fields) <= _SHORT or not essential:
-        for title, members in groups:
-            lines += [f"{title}:", *(line for kind_field in members for line in _described(kinds, kind_field)), ""]
+    essential = [option for option in options if option[1].metadata.get("essential")]
+    if everything or len(options) <= _SHORT or not essential:
+        for title, members in groups.items():
+            lines += [f"{title}:", *(line for option in members for line in _described(*option)), ""]
         return "\n".join(lines).rstrip()
-    essential.sort(key=lambda field: not is_required(field))
-    lines += ["most important options:", *(line for field in essential for line in _described(kinds, field)), ""]
-    for title, members in groups:
-        names = "  ".join(_option(field, hints_of(_owner(kinds, field))[field.name]) for field in members)
+    essential.sort(key=lambda option: not is_required(option[1]))
+    lines += ["most important options:", *(line for option in essential for line in _described(*option)), ""]
+    for title, members in groups.items():
+        names = "  ".join(_option(field, hints_of(kind)[field.name]) for kind, field in members)
         lines += _wrap(names, initial_indent=f"{title + ':':13}", subsequent_indent=" " * 13)
     return "\n".join([*lines, "", f"castlm {name} --help-all describes every option."])
 
 
 def _wrap(text: str, width: int = WIDTH, **indents: str) -> list[str]:
     return textwrap.wrap(text, width, break_on_hyphens=False, **indents)
-
-
-def _summary(kind: type[Any]) -> str:
-    return str(kind.__doc__).partition("\n\n")[0]
-
-
-def _owner(kinds: Sequence[type[Any]], field: dataclasses.Field[Any]) -> type[Any]:
-    return next(kind for kind in kinds if field.name in hints_of(kind))
-
-
-def _groups(kinds: Sequence[type[Any]]) -> list[tuple[str, list[dataclasses.Field[Any]]]]:
-    """The options under the title of their section, those of a kind without sections under "options"."""
-    groups: dict[str, list[dataclasses.Field[Any]]] = {}
-    for kind in kinds:
-        sections: dict[str, type[Any]] = getattr(kind, "SECTIONS", {})
-        of_name = {field.name: title for title, part in sections.items() for field in dataclasses.fields(part)}
-        for title in sections:
-            groups.setdefault(title, [])
-        for field in offered(kind):
-            groups.setdefault(of_name.get(field.name, "options"), []).append(field)
-    return [(title, members) for title, members in groups.items() if members]
-
-
-def offered(kind: type[Any]) -> list[dataclasses.Field[Any]]:
-    """The fields of a dataclass that are options of its command: all but those in its `UNUSED`."""
-    return [field for field in dataclasses.fields(kind) if field.name not in getattr(kind, "UNUSED", ())]
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> str:
@@ -83,8 +63,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> str:
     return f"--no-{dashes}" if hint is bool and default_of(field) else f"--{dashes}"
 
 
-def _described(kinds: Sequence[type[Any]], field: dataclasses.Field[Any]) -> list[str]:
-    kind = _owner(kinds, field)
+def _described(kind: type[Any], field: dataclasses.Field[Any]) -> list[str]:
     hint = hints_of(kind)[field.name]
     head = f"  {_option(field, hint)} {'' if field.metadata.get('positional') else _values(field, hint)}".rstrip()
     text = f"{docs_of(kind).get(field.name, '')} {_default(field, hint)}".strip()
@@ -115,7 +94,7 @@ def _type(hint: Any) -> str:
         return names[-1] if names[-1] == f"{names[0]} ..." else "|".join(names)  # one or several
     if origin is tuple:
         return f"{_type(parts[0])} ..." if parts[-1] is ... else " ".join(map(_type, parts))
-    return {int: "INT", float: "FLOAT", str: "TEXT"}[hint]
+    return {int: "INT", float: "FLOAT"}.get(hint, "TEXT")
 
 
 def _default(field: dataclasses.Field[Any], hint: Any) -> str:

@@ -14,11 +14,11 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from castlm.cli.help import help_text, offered
+from castlm.cli.help import Sections, help_text
 from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, build, default_of, given, hints_of, is_required, unknown
 from castlm.names import printable
@@ -32,41 +32,36 @@ def parse(kind: type[T], arguments: Sequence[str], name: str) -> T:
     Raises:
         InputError: an unknown or missing option, or a value of the wrong type.
     """
-    return build(kind, read_arguments([kind], arguments, name), COMMAND_LINE)
+    return build(kind, read_arguments([("options", kind)], arguments, name, about=kind), COMMAND_LINE)
 
 
-def read_arguments(
-    kinds: Sequence[type[Any]], arguments: Sequence[str], name: str, about: type[Any] | None = None
-) -> dict[str, Any]:
+def read_arguments(sections: Sections, arguments: Sequence[str], name: str, about: type[Any]) -> dict[str, Any]:
     """The options that were given, by field name, as text that is not checked yet. The last of several values counts.
 
     Args:
-        kinds: dataclasses whose fields are the options; their docstrings and sections make up the help.
-        about: the one whose docstring says what the command does; by default the first.
+        sections: the fields of their dataclasses are the options.
+        about: the class whose docstring tells what the command does, for the help.
 
     Raises:
-        InputError: an unknown option, one that another command reads, or one without its value.
+        InputError: an unknown option, or one without its value.
     """
     arguments = _model_in_place(kinds, arguments)
     before_dashes = list(arguments)[: arguments.index("--")] if "--" in arguments else arguments
     if "--help-all" in before_dashes or {"-h", "--help"} & set(before_dashes):
-        print(help_text(kinds, name, everything="--help-all" in before_dashes, about=about))
+        print(help_text(sections, name, everything="--help-all" in before_dashes, about=about))
         raise SystemExit(0)
     parser = _Parser(prog=f"castlm {name}", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    fields = {field.name: (kind, field) for kind in kinds for field in offered(kind)}
-    for kind, field in fields.values():
+    fields = [(kind, field) for _, kind in sections for field in dataclasses.fields(kind)]
+    for kind, field in fields:
         _add(parser, field, hints_of(kind)[field.name])
-    elsewhere = {field: command for kind in kinds for field, command in getattr(kind, "UNUSED", {}).items()}
+    unnamed = [field.name for _, field in fields if field.metadata.get("positional")]
+    named = [field.name for _, field in fields if field.name not in unnamed]
     for argument in before_dashes:
         option = argument.partition("=")[0]
         if not option.startswith("--") or option in parser._option_string_actions:
             continue
-        if command := elsewhere.get(option.removeprefix("--").removeprefix("no-").replace("-", "_")):
-            raise InputError(f"castlm {name} does not read {option}: leave it out, or use castlm {command}")
-        unnamed = [field.name for _, field in fields.values() if field.metadata.get("positional")]
         if option[2:] in unnamed:
             raise InputError(f"{option} is not an option: write castlm {name} {option[2:].upper()}, without --")
-        named = [field for field in fields if field not in unnamed]
         raise InputError(f"{unknown(option[2:], named, COMMAND_LINE)} (castlm {name} --help lists the options)")
     return vars(parser.parse_args(arguments))
 
@@ -121,12 +116,17 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: A
 
 def command_line(name: str, options: Any) -> str:
     """The command that a dataclass of options was read from, without the options at their defaults."""
+    values = {field.name: (field, getattr(options, field.name)) for field in dataclasses.fields(options)}
+    return command_of(name, {n: v for n, (f, v) in values.items() if is_required(f) or v != default_of(f)})
+
+
+def command_of(name: str, given: Mapping[str, Any]) -> str:
+    """The command with these options."""
     words = ["castlm", *name.split()]
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if value is None or (not is_required(field) and value == default_of(field)):
+    for field_name, value in given.items():
+        if value is None:
             continue
-        option = f"--{field.name.replace('_', '-')}"
+        option = f"--{field_name.replace('_', '-')}"
         if isinstance(value, bool):
             words.append(option if value else option.replace("--", "--no-", 1))
         elif isinstance(value, tuple):

@@ -33,12 +33,13 @@ def main(arguments: list[str]) -> int:
         check_price(options.price_per_hour, 1 if options.devices is None else options.devices)
     elif options.devices is not None:
         raise InputError(f"devices is {options.devices} without a price: give --price-per-hour too")
-    if config.method != "cast":
-        raise InputError(f"method {config.method} has no decay to check: plan check is for method cast")
+    if not config.method.row.decays:
+        raise InputError(f"method {config.method.method} has no decay to check: plan check is for method cast")
     from castlm.distributed.world import closing, init_world
-    from castlm.training.lam import calibrate
+    from castlm.training.train import calibrate
 
-    with closing(init_world(config.device, config.sharding, config.timeout_s)) as world:
+    runtime = config.runtime
+    with closing(init_world(runtime.device, runtime.sharding, runtime.timeout_s)) as world:
         found = calibrate(config, world)
     return report(config, options, found, world.size) if world.is_main else 0
 
@@ -48,16 +49,17 @@ def report(config: TrainConfig, options: CheckOptions, found: Calibration, world
     from castlm.planning.law import duration, gpu_hours
 
     by_headroom = sorted(found.layers.items(), key=lambda item: item[1].headroom)
-    has_headroom = config.decay != "horizon"  # which reaches zero by construction, whatever the learning rate is
+    has_headroom = config.method.decay != "horizon"  # which reaches zero by construction, whatever the learning rate is
     print(f"{'layer':<48}{'momentum rms':>14}{'99 % of masked':>16}" + f"{'headroom':>10}" * has_headroom)
     for name, layer in by_headroom[:10]:
         row = f"{name:<48}{layer.momentum_rms:>14.2e}{layer.budget.quantiles[2]:>16.3f}"
         print(row + f"{layer.headroom:>9.2f}x" * has_headroom)
     if len(by_headroom) > 10:
         print(f"... and {len(by_headroom) - 10} layers" + " with more headroom" * has_headroom)
-    hours = gpu_hours(config.max_steps * found.tokens_per_step, found.tokens_per_s)
+    max_steps = config.optimizer.max_steps
+    hours = gpu_hours(max_steps * found.tokens_per_step, found.tokens_per_s)
     print(f"lam from the momentum's rms over {found.steps} steps: {found.lam:.2e}")
-    print(f"{found.tokens_per_s:,.0f} tokens/s: {duration(hours)} for {config.max_steps} steps of training alone")
+    print(f"{found.tokens_per_s:,.0f} tokens/s: {duration(hours)} for {max_steps} steps of training alone")
     if found.start_seconds:
         steps = found.start_seconds * found.tokens_per_s / found.tokens_per_step
         print(f"start: {found.start_seconds:,.1f} s before step 0, as long as {steps:,.0f} steps")

@@ -12,7 +12,7 @@ from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
-from castlm.training.sections import HIDDEN_WEIGHT
+from castlm.training.options import HIDDEN_WEIGHT
 
 _OF_TRAINING = ("gpu", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "scale_groups")
 _OF_TRAINING += ("gradient_checkpointing", "precision", "moments", "eta", "hidden_weight")

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from castlm.cli.options import command_line, parse, refuse_given, result_folder
+from castlm.cli.options import command_of, parse, refuse_given, result_folder
 from castlm.core.errors import InputError
 from castlm.fields import positional
 from castlm.training.config import TrainConfig
@@ -139,7 +139,7 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
         )
         if self.teacher_cache is not None:
             self._fill_cache(config)
-        print(f"train on it with: {command_line('train', config)}")
+        print(f"train on it with: {command_of('train', config.given)}")
         return 0
 
     def _train_config(self) -> TrainConfig:
@@ -157,7 +157,7 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
         if self.teacher_cache is not None:
             options |= {name: getattr(self, name) for name in (*_CACHE_OPTIONS, "seed", "device")}
             options |= {} if self.repeat_sequences else {"num_train_epochs": 1}  # what the cache serves
-        return TrainConfig(result_folder(self.path), self.output_file, "RUN", **options)
+        return TrainConfig.of(result_folder(self.path), self.output_file, "RUN", **options)
 
     def _fill_cache(self, config: TrainConfig) -> None:
         from castlm.progress import note, shown_progress
@@ -171,10 +171,10 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
                 f"the text is finished, {self.teacher_cache} is not: the same command with --resume goes on from there"
             )
             raise
-        serves = "any number of steps" if config.repeat_sequences else "one epoch"
+        serves = "any number of steps" if config.data.repeat_sequences else "one epoch"
         print(
-            f"{self.teacher_cache}: the teacher's top {config.teacher_top_k} tokens for {num_sequences:,} sequences of "
-            f"{config.seq_len} tokens, for {serves} without a teacher"
+            f"{self.teacher_cache}: the teacher's top {self.teacher_top_k} tokens for {num_sequences:,} sequences of "
+            f"{self.seq_len} tokens, for {serves} without a teacher"
         )
 
     def _sample(self, file: Any, options: Any, prompts: list[str] | None) -> dict[str, Any]:

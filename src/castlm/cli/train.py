@@ -6,12 +6,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from castlm.cli.options import read_arguments
 from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, checked, choice, essential
-from castlm.training.config import RECIPES, TrainConfig, read_layers
+from castlm.training.config import RECIPES, TrainConfig, read_layers, sections_of
 
 
 @dataclass
@@ -46,8 +47,8 @@ def parse_train(
     """The options of `castlm train`: the recipe, then the files of `--config` in their order, then the command line.
 
     Args:
-        more: a dataclass of further options of the command `name`; for another command than `train` its docstring says
-            what that does.
+        more: a dataclass of further options of the command `name`; for another command than `train` its docstring
+            tells what that does.
 
     Returns:
         The config, and the options of `more` that were given.
@@ -55,12 +56,14 @@ def parse_train(
     Raises:
         InputError: whatever `read_arguments`, `read_yaml_mapping` or `TrainConfig` refuses.
     """
-    kinds = [TrainConfig, RecipeOptions, *([more] if more else [])]
-    given = read_arguments(kinds, arguments, name, about=None if name == "train" else more)
+    sections = [(title, kind) for title, kind in sections_of(TrainConfig).items() if title != "adapter"]
+    sections += [("options", RecipeOptions), *([("options", more)] if more else [])]
+    about = TrainConfig if more is None or name == "train" else more
+    given = read_arguments(sections, arguments, name, about)
     paths = given.pop("config", [])
     extra = {field.name: given.pop(field.name) for field in fields(more) if field.name in given} if more else {}
     config = TrainConfig.from_layers([*read_layers(paths), (COMMAND_LINE, given)])
-    return config, checked(more, extra, COMMAND_LINE) if more else {}
+    return config, checked([more], extra, COMMAND_LINE) if more else {}
 
 
 def main(arguments: list[str]) -> int:
@@ -73,20 +76,20 @@ def run_training(config: TrainConfig, report: bool) -> int:
     from castlm.distributed.world import is_main_rank
     from castlm.hardware import keep_freed_memory
     from castlm.training.interrupt import Interrupted
-    from castlm.training.loop import train
+    from castlm.training.train import train
 
     keep_freed_memory()
     try:
         record = train(config)
         if report and is_main_rank():
-            _write_page(config.output_dir)
+            _write_page(config.checkpoint.output_dir)
     except Interrupted as stop:
         print(f"castlm: {stop}", file=sys.stderr)
         return stop.exit_code
     return 0 if record.get("verdict", {}).get("ok", True) else 1
 
 
-def _write_page(folder: str) -> None:
+def _write_page(folder: Path) -> None:
     """Writes the page of the run. A page that cannot be written does not fail a run whose model is there."""
     from castlm.cli.report import write_report
     from castlm.progress import note

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from castlm.files.output import continued
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS
 from castlm.oneshot.options import UNIT_SCORES, default_start
-from castlm.training.config import TrainConfig, flatten
+from castlm.training.config import TrainConfig, sections_of, without_sections
 
 Say = Callable[[str], None]
 
@@ -92,7 +91,7 @@ class Plan:
         self.rates = [_rate(r) for r in command.learning_rates.split(",")] if command.learning_rates else []
         if command.tuning_dataset and not self.rates:
             raise InputError("tuning_dataset chooses between learning rates: give --learning-rates 1e-4,3e-4")
-        self.common = flatten(read_yaml_mapping(command.config), command.config) if command.config else {}
+        self.common = without_sections(read_yaml_mapping(command.config), command.config) if command.config else {}
         if taken := [name for name in _OF_COMPARE if name in self.common]:
             raise InputError(f"{command.config} sets {taken[0]}, which castlm compare sets for each run: take it out")
         for name in ("seq_len", "per_device_train_batch_size", "eval_tokens"):
@@ -139,7 +138,7 @@ class Plan:
                 if not str(name).strip():
                     raise InputError(f"{command.variants} has a variant without a name: give it one")
                 start = variants.get(name, {"method": name if name in known else "cast"})
-                variants[name] = {**start, **flatten(fields or {}, f"{command.variants}: variant {name}")}
+                variants[name] = {**start, **without_sections(fields or {}, f"{command.variants}: variant {name}")}
         for name, fields in variants.items():
             if not isinstance(fields["method"], str):
                 raise InputError(f"variant {name}: method = {fields['method']!r} is not text: use {', '.join(known)}")
@@ -296,16 +295,15 @@ class Plan:
         steps = budget // batch
         if steps < 1:
             raise InputError(f"a budget of {budget} tokens is less than one step of {batch}: raise it")
-        config = dataclasses.replace(
-            config,
+        config = config.changed(
             max_steps=steps,
-            eval_steps=config.eval_steps or max(1, steps // self.preset.evaluations),
-            save_steps=config.save_steps if "save_steps" in fields else max(1, steps // 4),
+            eval_steps=config.evaluation.eval_steps or max(1, steps // self.preset.evaluations),
+            save_steps=config.checkpoint.save_steps if "save_steps" in fields else max(1, steps // 4),
             save_total_limit=1,
         )
         content = {k: v for k, v in config.as_dict().items() if k not in ("output_dir", "resume", "overwrite")}
-        if config.start not in ONESHOT:
-            hashes = {**hashes, "init_from": content_hash(config.start, None, trust_remote_code=self._trusts)}
+        if config.start.name not in ONESHOT:
+            hashes = {**hashes, "init_from": content_hash(config.start.name, None, trust_remote_code=self._trusts)}
         return with_key(Run(name, budget, steps * batch, content), hashes)
 
     def zero_shot(self, model: str, digest: str, folder: Path) -> list[dict[str, Any]]:
@@ -336,7 +334,10 @@ class Plan:
         if unused := [option for option in self.variants[name] if option not in (*_OF_ONESHOT, "method")]:
             raise InputError(f"variant {name}: {unused[0]} is no option of {fields['method']} here: take it out")
         # checked as options of `castlm train`: the class of the one-shot runs imports torch, which planning avoids
-        content = checked(TrainConfig, {k: v for k, v in fields.items() if k in _OF_ONESHOT}, f"variant {name}")
+        sections = list(sections_of(TrainConfig).values())
+        content = checked(sections, {k: v for k, v in fields.items() if k in _OF_ONESHOT}, f"variant {name}")
+        if "pattern" in content:
+            content["pattern"] = str(content["pattern"])
         if fields.get("left_dense"):
             raise InputError(
                 f"left_dense is for training, and {fields['method']} prunes every layer: leave one of the two out"
@@ -347,7 +348,7 @@ class Plan:
 
 
 def _tokens_per_step(config: TrainConfig) -> int:
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * config.seq_len
+    return config.optimizer.sequences_per_step(1) * config.data.seq_len
 
 
 def _pattern_of(fields: Mapping[str, Any]) -> Pattern:

@@ -10,8 +10,7 @@ from typing import Any
 from castlm.compare.presets import ONESHOT
 from castlm.methods.table import METHODS
 from castlm.training.config import WITHOUT_EFFECT, TrainConfig
-from castlm.training.effects import EFFECTS
-from castlm.training.sections import StartOptions
+from castlm.training.options import StartOptions
 
 SHOWN_ELSEWHERE = {"method", "seed", "learning_rate", "init_from", "max_steps", "eval_steps", "model", "revision"}
 SHOWN_ELSEWHERE |= {"dataset", "eval_dataset", "calibration"}
@@ -45,7 +44,7 @@ def _options(config: Mapping[str, Any], differing: list[str]) -> dict[str, Any]:
     if method in ONESHOT:
         return {} if method == "magnitude" else {"num_sequences": config.get("num_sequences")}
     run = TrainConfig.from_mapping({**config, "output_dir": method})  # which no effect depends on
-    own = [name for name in METHODS[method].options if name not in EFFECTS or EFFECTS[name].when(run)]
+    own = [name for name in METHODS[method].options if run.reads(name)]
     return {name: config[name] for name in (*own, *differing) if config.get(name) is not None}
 
 

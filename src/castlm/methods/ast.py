@@ -14,8 +14,8 @@ class AST(SRSTE):
 
     @property
     def mask_every(self) -> int:  # type: ignore[override]
-        return self.config.mask_interval
+        return self.options.mask_interval
 
     def before_update(self, step: int) -> None:
-        ramp = min(1.0, step / (0.25 * self.config.max_steps))
-        self.add_decay_(self.config.srste_lam * ramp)
+        ramp = min(1.0, step / (0.25 * self.optimizer_options.max_steps))
+        self.add_decay_(self.options.srste_lam * ramp)

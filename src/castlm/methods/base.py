@@ -6,10 +6,11 @@ optimizer and the two hooks that the loop calls at each step.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,34 +19,8 @@ from torch.nn.utils import parametrize
 from castlm.core.adams import AdamS
 from castlm.core.pattern import Pattern
 from castlm.core.sparsify import FilterFn, masks_by_unit, sparse_linears, sparse_param_groups, weight_parameter
-
-
-class MethodConfig(Protocol):
-    """The fields of `TrainConfig` that methods read."""
-
-    max_steps: int
-    learning_rate: float
-    adam_betas: tuple[float, float]
-    adam_epsilon: float
-    moments: str
-    second_moment: str | None
-    decay: str
-    decay_end_used: float
-    starts_at_zero: bool
-    keeps_dense_values: bool
-    lam: Any
-    mask_interval: int
-    srste_lam: float
-    scale_groups: int
-    weight_decay: float
-    model: str
-    adapter: str
-    lora_r: int
-    seed: int
-
-    @property
-    def start(self) -> str:
-        """What the run starts from: a one-shot solver's name or an n:m model."""
+from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
+from castlm.methods.table import METHODS
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -82,6 +57,10 @@ class Retraining:
 
     The loop sets the learning rate, calls `before_forward` and `before_update` at each step, and steps `optimizer`.
 
+    Args:
+        start: `init_from` of the run: magnitude, a one-shot solver, or an n:m model.
+        seed: of what the method draws.
+
     Attributes:
         optimizer: AdamS over all parameters; dense groups are plain Adam. Available after `build_optimizer`.
         layers: the sparse layers by name; empty for the dense control.
@@ -96,14 +75,27 @@ class Retraining:
     mask_every: int | None = None  # steps between refreshes of the forward mask
     mask_interval = 0  # steps between refreshes of AdamS's masks; 0: never
 
-    def __init__(self, model: nn.Module, config: MethodConfig, pattern: Pattern, filter_fn: FilterFn) -> None:
-        self.config, self.pattern, self.filter_fn = config, pattern.for_model(model), filter_fn
+    def __init__(
+        self,
+        model: nn.Module,
+        pattern: Pattern,
+        filter_fn: FilterFn,
+        *,
+        method: MethodOptions,
+        optimizer: OptimizerOptions,
+        adapter: AdapterOptions,
+        start: str,
+        seed: int,
+    ) -> None:
+        self.pattern, self.filter_fn = pattern.for_model(model), filter_fn
+        self.options, self.optimizer_options, self.adapter = method, optimizer, adapter
+        self.start, self.seed = start, seed
         self.layers, self.left_dense = sparse_linears(model, pattern, filter_fn)
         self._flips: Tensor | int = 0
         self.prepare(model)
 
     @classmethod
-    def check(cls, config: MethodConfig) -> None:
+    def check(cls, method: MethodOptions, optimizer: OptimizerOptions) -> None:
         """Raises `InputError` for options with which the run could not end in n:m masks."""
 
     def build_optimizer(self, model: nn.Module, fused: bool) -> AdamS:
@@ -115,21 +107,21 @@ class Retraining:
 
     def optimize(self, groups: list[dict[str, Any]], fused: bool) -> AdamS:
         """Builds the optimizer over groups of parameters with their `param_names`."""
-        config = self.config
-        if config.weight_decay:
+        options, optimizer = self.options, self.optimizer_options
+        if optimizer.weight_decay:
             groups = [part for group in groups for part in self._with_weight_decay(group)]
         self.optimizer = AdamS(
             groups,
-            lr=config.learning_rate,
-            betas=config.adam_betas,
-            eps=config.adam_epsilon,
-            lam=config.lam,
-            total_steps=config.max_steps,
+            lr=optimizer.learning_rate,
+            betas=optimizer.adam_betas,
+            eps=optimizer.adam_epsilon,
+            lam=options.lam,
+            total_steps=optimizer.max_steps,
             mask_interval=self.mask_interval,
-            decay=config.decay,
-            decay_end=config.decay_end_used,
-            second_moment=config.second_moment,
-            moments=config.moments,
+            decay=options.decay,
+            decay_end=options.decay_end,
+            second_moment=optimizer.second_moment,
+            moments=optimizer.moments,
             fused=fused,
         )
         return self.optimizer
@@ -150,7 +142,7 @@ class Retraining:
         others = [(p, n) for p, n in named if n not in names]
         if not decayed:
             return [group]
-        parts = [(decayed, self.config.weight_decay), (others, 0.0)]
+        parts = [(decayed, self.optimizer_options.weight_decay), (others, 0.0)]
         return [
             {**group, "params": [p for p, _ in part], "param_names": [n for _, n in part], "weight_decay": decay}
             for part, decay in parts
@@ -243,3 +235,12 @@ class Retraining:
 def forward_mask(layer: nn.Linear) -> Tensor:
     """The mask of a layer that `Retraining.prepare` parametrized: (out, in), bool, True = kept."""
     return layer.get_buffer("parametrizations.weight.0.mask")
+
+
+def class_of(method: str, adapter: str) -> type[Retraining]:
+    """Imports the class that trains with `method` of `METHODS`: the whole model, or an adapter of it."""
+    module, name = METHODS[method].module, METHODS[method].class_name
+    if adapter != "none":
+        module, name = "finetune_adapter", "FinetuneAdapter"
+    found: type[Retraining] = getattr(importlib.import_module(f"castlm.methods.{module}"), name)
+    return found

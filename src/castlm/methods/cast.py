@@ -19,18 +19,20 @@ class Cast(Retraining):
 
     @property
     def mask_interval(self) -> int:  # type: ignore[override]
-        refreshes = self.config.starts_at_zero or self.config.start == "magnitude"
-        return self.config.mask_interval if refreshes else 0
+        refreshes = self.start == "magnitude" or self.options.starts_at_zero(self.start, self.pattern)
+        return self.options.mask_interval if refreshes else 0
 
     def prepare(self, model: nn.Module) -> None:
-        if self.config.scale_groups:
-            add_weight_scaling(model, self.config.scale_groups, pattern=self.pattern, filter_fn=self.filter_fn)
+        if self.options.scale_groups:
+            add_weight_scaling(model, self.options.scale_groups, pattern=self.pattern, filter_fn=self.filter_fn)
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
         """Sets the kept weights and the mask. Masked weights start at zero or at their dense values."""
         parameter = weight_parameter(layer)
         self.optimizer.set_mask(parameter, mask)
-        masked = local(parameter) if self.config.keeps_dense_values else torch.zeros_like(weight)
+        masked = (
+            local(parameter) if self.options.keeps_dense_values(self.start, self.pattern) else torch.zeros_like(weight)
+        )
         local(parameter).copy_(torch.where(mask, weight, masked))
 
     def masks(self) -> dict[Tensor, Tensor]:

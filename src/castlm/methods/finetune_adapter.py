@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.adams import AdamS
-from castlm.core.errors import InputError
 from castlm.core.sparsify import weight_parameter
 from castlm.files.atomic_dir import atomic_dir
 from castlm.methods.adapters import add_adapter_, masked_lora_config, shira_config
-from castlm.methods.base import MethodConfig
 from castlm.methods.finetune import Finetune
 
 
@@ -24,22 +22,15 @@ class FinetuneAdapter(Finetune):
 
     whole_copies = True  # as PEFT reads positions and whole weights in its forward pass
 
-    @classmethod
-    def check(cls, config: MethodConfig) -> None:
-        if config.start != config.model:
-            raise InputError(
-                f"adapter {config.adapter} is trained over a model that is n:m already: use castlm finetune MODEL"
-            )
-
     def prepare(self, model: nn.Module) -> None:
         chosen = {"pattern": self.pattern, "filter_fn": self.filter_fn}
-        if self.config.adapter == "shira":
-            config = shira_config(model, self.config.lora_r, random_seed=self.config.seed, **chosen)
+        if self.adapter.adapter == "shira":
+            config = shira_config(model, self.adapter.lora_r, random_seed=self.seed, **chosen)
         else:
-            config = masked_lora_config(model, self.config.lora_r, **chosen)
+            config = masked_lora_config(model, self.adapter.lora_r, **chosen)
         self._masks = {weight_parameter(layer): layer.weight.detach() != 0 for layer in self.layers.values()}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)  # of LoRA's first matrix
+            torch.manual_seed(self.seed)  # of LoRA's first matrix
             self.peft_model = add_adapter_(model, config)
 
     def build_optimizer(self, model: nn.Module, fused: bool) -> AdamS:

@@ -8,7 +8,8 @@ from torch import nn
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM
 from castlm.core.sparsify import weight_parameter
-from castlm.methods.base import MethodConfig, Retraining
+from castlm.methods.base import Retraining
+from castlm.methods.options import MethodOptions, OptimizerOptions
 
 
 class GradualMagnitude(Retraining):
@@ -26,11 +27,11 @@ class GradualMagnitude(Retraining):
         return frozenset({"prune_now_ppl"})
 
     @classmethod
-    def check(cls, config: MethodConfig) -> None:
-        half, last = config.max_steps / 2, config.max_steps - 1
-        if last // config.mask_interval * config.mask_interval < half:
+    def check(cls, method: MethodOptions, optimizer: OptimizerOptions) -> None:
+        interval, steps = method.mask_interval, optimizer.max_steps
+        if (steps - 1) // interval * interval < steps / 2:
             raise InputError(
-                f"mask_interval {config.mask_interval} leaves no mask refresh in the second half of {config.max_steps} "
+                f"mask_interval {interval} leaves no mask refresh in the second half of {steps} "
                 "steps, from when gradual_magnitude is n:m: lower mask_interval or raise max_steps"
             )
 
@@ -43,10 +44,10 @@ class GradualMagnitude(Retraining):
         self._set_share(0.0)
 
     def before_forward(self, step: int) -> None:
-        if step % self.config.mask_interval:
+        if step % self.options.mask_interval:
             return
-        half = 0.5 * self.config.max_steps
-        if step - self.config.mask_interval >= half:  # the last refresh made every group n:m
+        half = 0.5 * self.optimizer_options.max_steps
+        if step - self.options.mask_interval >= half:  # the last refresh made every group n:m
             self._flips = 0
         else:
             self._set_share(1 - (1 - min(1.0, step / half)) ** 3)

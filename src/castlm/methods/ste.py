@@ -18,7 +18,7 @@ class SRSTE(STE):
     """STE whose gradient also decays the masked weights (Zhou et al. 2021, arXiv 2102.04010, Eq. 9)."""
 
     def before_update(self, step: int) -> None:
-        self.add_decay_(self.config.srste_lam)
+        self.add_decay_(self.options.srste_lam)
 
     @torch.no_grad()
     def add_decay_(self, coefficient: float) -> None:

@@ -1,12 +1,8 @@
-"""The table of training methods. Classes are imported on demand, so that the names are known without torch."""
+"""The table of training methods: what is known of each without torch. `base.class_of` imports the class."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from castlm.methods.base import Retraining
+from typing import NamedTuple
 
 
 class Method(NamedTuple):
@@ -18,18 +14,19 @@ class Method(NamedTuple):
     title: str
     """What the method is, in a few words, for reports."""
     options: tuple[str, ...] = ()
-    """Fields of `TrainConfig` that this method reads and others may not."""
+    """Options that this method reads and others may not."""
     starts_dense: bool = False
     """Whether the method has no start other than the dense model."""
     published_start: str = "magnitude"
     """The start of the paper that the method comes from."""
     starts_solved: bool = False
     """Whether `castlm train` starts it from a one-shot solver where `init_from` is not given."""
-
-    def load(self) -> type[Retraining]:
-        """Imports the class of the method."""
-        found: type[Retraining] = getattr(importlib.import_module(f"castlm.methods.{self.module}"), self.class_name)
-        return found
+    is_sparse: bool = True
+    """Whether its result has the pattern."""
+    decays: bool = False
+    """Whether AdamS decays masked weights, so that `decay` and its options have an effect."""
+    keeps_mask: bool = False
+    """Whether its mask is that of the start, so that it can fine-tune a model that is sparse already."""
 
 
 METHODS: dict[str, Method] = {
@@ -39,6 +36,7 @@ METHODS: dict[str, Method] = {
         "CAST: dense forward pass, AdamS decays the masked weights (arXiv 2509.25996)",
         ("decay", "decay_end", "lam", "mask_interval", "scale_groups", "second_moment"),
         starts_solved=True,
+        decays=True,
     ),
     "finetune": Method(
         "finetune",
@@ -47,6 +45,7 @@ METHODS: dict[str, Method] = {
         ("adapter", "lora_r"),
         published_start="sparsegpt",
         starts_solved=True,
+        keeps_mask=True,
     ),
     "ste": Method("ste", "STE", "straight-through estimator, a new mask at every step (arXiv 1308.3432)"),
     "srste": Method("ste", "SRSTE", "STE with a decay of the masked weights (arXiv 2102.04010)", ("srste_lam",)),
@@ -58,12 +57,11 @@ METHODS: dict[str, Method] = {
         ("mask_interval",),
         starts_dense=True,
     ),
-    "dense": Method("dense", "Dense", "the dense control: the same training without sparsity", starts_dense=True),
+    "dense": Method(
+        "dense",
+        "Dense",
+        "the dense control: the same training without sparsity",
+        starts_dense=True,
+        is_sparse=False,
+    ),
 }
-
-
-def class_of(method: str, adapter: str) -> type[Retraining]:
-    """The class that trains with `method` of `METHODS`: the whole model, or an adapter of it."""
-    if adapter == "none":
-        return METHODS[method].load()
-    return Method("finetune_adapter", "FinetuneAdapter", "").load()

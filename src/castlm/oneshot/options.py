@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Channels, Combined, Heads, Pattern
-from castlm.fields import Bound
+from castlm.fields import Bound, Bounded
 
 T = TypeVar("T")
 
@@ -46,22 +46,8 @@ def check_damping(damping: float) -> None:
         raise InputError(f"damping = {damping} is out of range: it must be between 0 and 1")
 
 
-class _Bounded:
-    """Options that know their ranges."""
-
-    def out_of_range(self) -> Iterator[Bound]:
-        """The range of each option."""
-        raise NotImplementedError
-
-    def check(self) -> None:
-        """Raises `InputError` for an option that is out of range."""
-        for name, in_range, allowed in self.out_of_range():
-            if not in_range:
-                raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {allowed}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class BasisOptions(_Bounded):
+class BasisOptions(Bounded):
     """Which axes of the dense model are turned before it is pruned; its function stays as it is."""
 
     rotate: Literal["auto", "off", "values", "residual"] = "auto"
@@ -88,7 +74,7 @@ class BasisOptions(_Bounded):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refinements(_Bounded):
+class Refinements(Bounded):
     """What is done beyond SparseGPT as published."""
 
     target_asymmetry: float = 0.0

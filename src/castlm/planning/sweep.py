@@ -26,7 +26,7 @@ from castlm.files.owned import discard
 from castlm.files.reading import read_json_object
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS
-from castlm.training.config import flatten
+from castlm.training.config import without_sections
 
 if TYPE_CHECKING:
     from castlm.planning.law import Law, Prediction
@@ -376,7 +376,7 @@ def _ask(command: SweepConfig) -> list[int]:
 
 
 def _method(config: str | None) -> str:
-    method = str((flatten(read_yaml_mapping(config), config) if config else {}).get("method", "cast"))
+    method = str((without_sections(read_yaml_mapping(config), config) if config else {}).get("method", "cast"))
     if method not in RETRAINING:
         raise InputError(f"method {method} has no training budget to sweep: use one of {', '.join(RETRAINING)}")
     return method

@@ -11,7 +11,7 @@ from castlm.core.errors import InputError
 from castlm.files.owned import is_of_run
 from castlm.files.reading import read_json_object
 from castlm.files.yaml_file import read_yaml_mapping
-from castlm.training.config import flatten
+from castlm.training.config import without_sections
 from castlm.training.metrics_file import read_metrics
 
 
@@ -106,5 +106,5 @@ def read_run(path: str | Path) -> RunData:
     record = read_json_object(file) if file.exists() else None
     if record is not None and not is_of_run(record, folder):
         record = None
-    config = flatten(read_yaml_mapping(folder / "config.yaml"), str(folder / "config.yaml"))
+    config = without_sections(read_yaml_mapping(folder / "config.yaml"), str(folder / "config.yaml"))
     return RunData(folder, config, read_metrics(folder), record)

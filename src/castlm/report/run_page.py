@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.core.pattern import Pattern
 from castlm.files.atomic_file import atomic_write_text
 from castlm.files.reading import read_bytes
 from castlm.methods.table import METHODS
@@ -17,7 +18,7 @@ from castlm.report import run_charts
 from castlm.report.charts import can_draw, short
 from castlm.report.html import render
 from castlm.report.run_data import RunData
-from castlm.training.config import TrainConfig
+from castlm.training.config import TrainConfig, sections_of
 from castlm.training.verdict import final_perplexity, problem, verdict
 
 REFRESH_SECONDS = 10
@@ -189,7 +190,7 @@ def _masks_text(run: RunData) -> str:
 def _settings(config: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Names and values of the settings that differ from the defaults, and of those that do not."""
     defaults: dict[str, Any] = {}
-    for field in dataclasses.fields(TrainConfig):
+    for field in (field for section in sections_of(TrainConfig).values() for field in dataclasses.fields(section)):
         if field.default is not dataclasses.MISSING:
             defaults[field.name] = field.default
         elif field.default_factory is not dataclasses.MISSING:
@@ -202,7 +203,7 @@ def _settings(config: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Pattern) else value
 
 
 def _text(value: Any) -> str:

@@ -17,7 +17,7 @@ from castlm.files.reading import read_json_object
 from castlm.inference.decode import ONE_SEQUENCE
 from castlm.models.io import load_model
 from castlm.report.run_data import RunData
-from castlm.training.config import weighted_texts
+from castlm.training.options import weighted_texts
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 LARGEST_PARAMS = 1_000_000_000

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
@@ -75,6 +76,16 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._half_removed = _half_removed(folder) if world.is_main else []  # the main rank publishes, and removes
         self._pending: tuple[int, str, Future[dict[str, tuple[int, int]]]] | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Publishes the checkpoint that is being written, also after an error, unless a single rank has it."""
+        if kind is None:
+            self.finish()
+        elif issubclass(kind, Exception):
+            self.finish_despite_error()
 
     def save(self, step: int, tensors: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         """Saves the state of `step`, after finishing the save before it.

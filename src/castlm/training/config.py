@@ -1,34 +1,32 @@
 """TrainConfig: the options of a run as a Python object, a YAML file and a command line. Importing it is instant.
 
-Defaults that depend on other options are properties, so that `dataclasses.replace` never carries a derived value over.
+A config has a section for each component that reads options. Options have flat names on the command line, in YAML and
+in Python; a default that depends on other options is filled in when a config is made.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, NamedTuple, Self
 
 from castlm.core.combined import is_structured
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
-from castlm.fields import check_complete, checked, choices_of, convert, hints_of, label, unknown
+from castlm.fields import check_complete, checked, convert, default_of, hints_of, is_required, label
 from castlm.files.yaml_file import read_yaml_mapping, to_yaml
+from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.methods.table import METHODS
-from castlm.oneshot.options import CALIBRATED, UNIT_SCORES, Refinements, default_start, part_of
-from castlm.training.sections import (
+from castlm.oneshot.options import CALIBRATED, UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
+from castlm.training.options import (
     HIDDEN_WEIGHT,
-    SECTIONS,
     CheckpointOptions,
     DataOptions,
     EvaluationOptions,
-    MethodOptions,
     ModelOptions,
-    OptimizerOptions,
     RuntimeOptions,
     StartOptions,
     TeacherOptions,
@@ -36,243 +34,6 @@ from castlm.training.sections import (
 
 Layer = tuple[str, Mapping[str, Any]]
 """Where values come from, and the values by name."""
-
-
-def weighted_texts(dataset: str | Sequence[str]) -> dict[str, float]:
-    """Training texts with their weights, as the option `dataset` names them.
-
-    Examples:
-        >>> weighted_texts(["a.txt:0.7", "b.jsonl"])
-        {'a.txt': 0.7, 'b.jsonl': 1.0}
-    """
-    if isinstance(dataset, str):
-        return {dataset: 1.0}
-    found: dict[str, float] = {}
-    for text in dataset:
-        name, _, weight = text.rpartition(":")
-        has_weight = bool(name) and re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", weight) is not None
-        found[name if has_weight else text] = float(weight) if has_weight else 1.0
-    return found
-
-
-@dataclass(frozen=True)
-class TrainConfig(  # the fields of the last base come first
-    RuntimeOptions,
-    CheckpointOptions,
-    EvaluationOptions,
-    OptimizerOptions,
-    TeacherOptions,
-    StartOptions,
-    MethodOptions,
-    DataOptions,
-    ModelOptions,
-):
-    """Turn a dense causal LM into an n:m sparse one by continued training (CAST, arXiv 2509.25996).
-
-    Option names are Hugging Face's where the meaning is the same. `dataclasses.replace` makes a changed copy.
-
-    Raises:
-        InputError: a value of the wrong type or out of range, or options that exclude each other.
-
-    Examples:
-        >>> config = TrainConfig("my-model", "text.jsonl", "run", learning_rate=1e-4)
-        >>> config.start, dataclasses.replace(config, method="srste").start
-        ('sparsegpt', 'magnitude')
-    """
-
-    SECTIONS: ClassVar[dict[str, type]] = SECTIONS
-    # Options that the command line of `castlm train` leaves out, each with the command that reads it.
-    UNUSED: ClassVar[dict[str, str]] = dict.fromkeys(("adapter", "lora_r"), "finetune")
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = convert(field.name, getattr(self, field.name), hints_of(type(self))[field.name], choices_of(field))
-            object.__setattr__(self, field.name, value)
-        for name in ("dataset", "eval_dataset"):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) == 1:
-                object.__setattr__(self, name, value[0])
-        for section in SECTIONS.values():
-            for name, right, remedy in section.bounds(self):  # type: ignore[attr-defined]
-                if not right:
-                    raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {remedy}")
-        pattern = Pattern.parse(self.pattern)
-        if self.start in (UNIT_SCORES if is_structured(pattern) else CALIBRATED):
-            part_of(self, Refinements).for_solver(self.start, pattern)
-        if self.init_from not in (None, "magnitude") and METHODS[self.method].starts_dense:
-            raise InputError(f"init_from {self.init_from}: method {self.method} starts dense, leave it out")
-        if self.rotate in ("values", "residual") and self.start not in ("wanda", "sparsegpt"):
-            raise InputError(f"rotate {self.rotate} needs a calibrated start: set init_from to sparsegpt or wanda")
-        if self.teacher_cache and not (self.teacher_top_k and self.eta):
-            raise InputError("teacher_cache stores the teacher's top-k tokens: set teacher_top_k (64, say) and eta > 0")
-        if self.hidden_weight and (self.teacher_cache or not self.eta):
-            remedy = "set eta above 0" if not self.eta else "a teacher_cache holds no hidden states, leave it out"
-            raise InputError(f"hidden_weight {self.hidden_weight:g} needs the teacher at work: {remedy}, or use 0")
-        if self.num_train_epochs is not None and self.max_steps != OptimizerOptions.max_steps:
-            raise InputError("max_steps and num_train_epochs both set the length of the run: give one")
-        if isinstance(self.dataset, tuple):
-            if len(self.datasets) < len(self.dataset):
-                raise InputError("dataset names a text twice: give it once, with a larger weight")
-            if self.repeat_sequences or self.num_train_epochs is not None:
-                option = "repeat_sequences" if self.repeat_sequences else "num_train_epochs"
-                raise InputError(f"{option} needs a single dataset: a mixture has no epochs, its texts have their own")
-        if len(set(self.eval_datasets)) < len(self.eval_datasets):
-            raise InputError("eval_dataset names a text twice: give it once")
-        if self.resume and self.overwrite:
-            raise InputError("resume and overwrite exclude each other: choose one")
-
-    @property
-    def start(self) -> str:
-        """Where the run starts: `init_from`, or the default of the method."""
-        if self.init_from is None and METHODS[self.method].starts_solved:
-            return default_start(Pattern.parse(self.pattern))
-        return self.init_from or "magnitude"  # as in the papers of the other methods
-
-    @property
-    def starts_at_zero(self) -> bool:
-        """Whether CAST's masked weights start at zero: from a given n:m mask, with a decay that ends at zero.
-
-        A refresh by magnitude then keeps the mask of the start at first, and a masked weight comes back where training
-        makes it larger than a kept one. A unit that is zero as a whole has no gradient and could not come back: the
-        units of structured patterns decay from their dense values under a fixed mask.
-        """
-        is_given = (
-            self.method == "cast" and self.start != "magnitude" and not is_structured(Pattern.parse(self.pattern))
-        )
-        return is_given and DECAYS[self.decay].exact_zero
-
-    @property
-    def keeps_dense_values(self) -> bool:
-        """Whether the masked weights of a given start begin at their dense values: CAST's that do not start at zero."""
-        return self.method == "cast" and not self.starts_at_zero
-
-    @property
-    def decay_end_used(self) -> float:
-        """`decay_end`, or its default for this run."""
-        return self.decay_end if self.decay_end is not None else (0.3 if self.starts_at_zero else 0.1)
-
-    @property
-    def reads_decay_end(self) -> bool:
-        """Whether `decay_end` has an effect."""
-        return "decay_end" in METHODS[self.method].options and DECAYS[self.decay].uses_decay_end
-
-    @property
-    def eval_steps_used(self) -> int:
-        """`eval_steps`, or its default for this run."""
-        return self.eval_steps or -(-self.max_steps // 10)
-
-    @property
-    def hidden_loss_weight(self) -> float:
-        """Weight of the distance of hidden states: `hidden_weight`, or its default for this run."""
-        if self.hidden_weight is not None:
-            return self.hidden_weight
-        is_default = self.eta > 0 and not self.teacher_cache and self.method != "dense" and not self.is_finetuning
-        return HIDDEN_WEIGHT if is_default else 0.0
-
-    @property
-    def is_finetuning(self) -> bool:
-        """Whether the run starts from a model that is n:m already, and not from a dense one."""
-        return self.method == "finetune" and self.init_from == self.model
-
-    def is_begun_as(self, begun: TrainConfig) -> bool:
-        """Whether a run with these options writes down `begun` once those that depend on text and model are known."""
-        found_later = {"resume", "overwrite"}
-        found_later |= {"max_steps", "num_train_epochs"} if self.num_train_epochs is not None else set()
-        found_later |= {"lam"} if self.lam == "auto" else set()
-        found_later |= {"left_dense"} if self.is_finetuning else set()
-        written = begun.as_dict()
-        return all(written[name] == value for name, value in self.as_dict().items() if name not in found_later)
-
-    @property
-    def datasets(self) -> dict[str, float]:
-        """The training texts with their weights; a single one has the weight 1."""
-        return weighted_texts(self.dataset)
-
-    @property
-    def eval_datasets(self) -> tuple[str, ...]:
-        """The evaluation texts; empty if a part of the training documents is held out."""
-        texts = self.eval_dataset or ()
-        return (texts,) if isinstance(texts, str) else texts
-
-    @property
-    def hub_repo(self) -> str:
-        """The repository that `push_to_hub` uploads to."""
-        return self.hub_model_id or Path(self.output_dir).absolute().name
-
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any], source: str = "") -> TrainConfig:
-        """The config that a mapping describes, by option or in sections.
-
-        Args:
-            mapping: `{"max_steps": 300}` and `{"optimizer": {"max_steps": 300}}` mean the same. `recipe` names values
-                of `RECIPES` that the others override.
-            source: the file of the mapping, for error messages.
-
-        Raises:
-            InputError: an unknown or missing option, one that is given twice, or whatever `TrainConfig` refuses.
-        """
-        return cls.from_layers([(source, mapping)])
-
-    @classmethod
-    def from_layers(cls, layers: Iterable[Layer]) -> TrainConfig:
-        """As `from_mapping`, for several mappings with their sources; later ones override earlier ones."""
-        values: dict[str, Any] = {}
-        recipe, source = "castlm", ""
-        for source, mapping in layers:
-            flat = flatten(mapping, source)
-            if "recipe" in flat:
-                recipe = convert(label("recipe", source), flat.pop("recipe"), str, tuple(RECIPES))
-            values |= checked(cls, flat, source)
-        values = {**RECIPES[recipe], **values}
-        check_complete(cls, values, source)
-        return cls(**values)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Every option of the run by name, with the defaults that depend on others filled in."""
-        used = {"init_from": self.start, "hidden_weight": self.hidden_loss_weight, "decay_end": self.decay_end_used}
-        return dataclasses.asdict(self) | used
-
-    def as_yaml(self) -> str:
-        """The run as a file for `--config`, in sections, without `resume` and `overwrite`.
-
-        A default that the run does not read is not filled in, so that the file does not look as if it had been given.
-        """
-        used = self.as_dict() | ({} if self.reads_decay_end else {"decay_end": self.decay_end})
-        values = {name: list(v) if isinstance(v, tuple) else v for name, v in used.items()}
-        sections = {
-            title: {name: values[name] for name in section_fields(section) if name not in ("resume", "overwrite")}
-            for title, section in SECTIONS.items()
-        }
-        return to_yaml(sections)
-
-
-def section_fields(section: type) -> list[str]:
-    """The names of the options of a section."""
-    return [field.name for field in dataclasses.fields(section)]
-
-
-def flatten(mapping: Mapping[str, Any], source: str = "") -> dict[str, Any]:
-    """`mapping` without sections: `{"optimizer": {"max_steps": 9}}` becomes `{"max_steps": 9}`.
-
-    Raises:
-        InputError: an option in a section where it does not belong, or one that is given twice.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        items = value if isinstance(value, Mapping) and key in SECTIONS else {key: value}
-        for name, item in items.items():
-            if items is value and name not in section_fields(SECTIONS[key]):
-                raise InputError(f"{unknown(name, section_fields(SECTIONS[key]), source)} (section {key})")
-            if name in flat:
-                raise InputError(f"{label(name, source)} is given twice: once is enough")
-            flat[name] = item
-    return flat
-
-
-def read_layers(paths: Iterable[str]) -> list[Layer]:
-    """The YAML files of `--config`, for `TrainConfig.from_layers`."""
-    return [(path, read_yaml_mapping(path)) for path in paths]
-
 
 RECIPES: dict[str, dict[str, Any]] = {
     "castlm": {},
@@ -296,6 +57,321 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 """Values that `recipe` stands for; an option that is given as well overrides them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Turn a dense causal LM into an n:m sparse one by continued training (CAST, arXiv 2509.25996).
+
+    `TrainConfig.of` makes one from options, whose names are Hugging Face's where the meaning is the same, and
+    `config.changed(learning_rate=1e-5)` makes a changed copy. Each attribute is a section, whose fields are options.
+
+    Raises:
+        InputError: a value of the wrong type or out of range, or options that exclude each other.
+
+    Examples:
+        >>> config = TrainConfig.of("my-model", "text.jsonl", "run", learning_rate=1e-4)
+        >>> config.optimizer.learning_rate
+        0.0001
+        >>> config.start.init_from, config.changed(method="srste").start.init_from
+        ('sparsegpt', 'magnitude')
+    """
+
+    model: ModelOptions
+    data: DataOptions
+    method: MethodOptions
+    start: StartOptions
+    adapter: AdapterOptions
+    teacher: TeacherOptions
+    optimizer: OptimizerOptions
+    evaluation: EvaluationOptions
+    checkpoint: CheckpointOptions
+    runtime: RuntimeOptions
+    given: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """The options that were given, by name. `changed` fills the defaults that depend on them in again."""
+
+    @classmethod
+    def of(cls, model: str | Path, dataset: str | Iterable[str], output_dir: str | Path, **options: Any) -> Self:
+        """The config with these options; see `castlm train --help-all` for all of them."""
+        return cls.from_mapping({"model": model, "dataset": dataset, "output_dir": output_dir, **options})
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], source: str = "") -> Self:
+        """The config that a mapping describes, by option or in sections.
+
+        Args:
+            mapping: `{"max_steps": 300}` and `{"optimizer": {"max_steps": 300}}` mean the same. `recipe` names values
+                of `RECIPES` that the others override.
+            source: the file of the mapping, for error messages.
+
+        Raises:
+            InputError: an unknown or missing option, one that is given twice, or whatever `TrainConfig` refuses.
+        """
+        return cls.from_layers([(source, mapping)])
+
+    @classmethod
+    def from_layers(cls, layers: Iterable[Layer]) -> Self:
+        """As `from_mapping`, for several mappings with their sources; later ones override earlier ones."""
+        values: dict[str, Any] = {}
+        recipe, source = "castlm", ""
+        for source, mapping in layers:
+            options = without_sections(mapping, source)
+            if "recipe" in options:
+                recipe = convert(label("recipe", source), options.pop("recipe"), str, tuple(RECIPES))
+            values |= checked(list(sections_of(cls).values()), options, source)
+        values = {**RECIPES[recipe], **values}
+        check_complete(sections_of(cls).values(), values, source)
+        return cls._made(values)
+
+    def changed(self, **options: Any) -> Self:
+        """A copy with other values of these options."""
+        values = checked(list(sections_of(type(self)).values()), options)
+        return self._made({**self.given, **values})
+
+    @classmethod
+    def _made(cls, values: Mapping[str, Any]) -> Self:
+        """The config of checked values."""
+        sections = {
+            title: kind(**{name: values[name] for name in names_of(kind) if name in values})
+            for title, kind in sections_of(cls).items()
+        }
+        return cls(**sections, given=values)
+
+    def __post_init__(self) -> None:
+        self._fill_in()
+        self._check()
+
+    def _fill_in(self) -> None:
+        """Fills in the defaults that depend on options of another section."""
+        method, pattern = self.method, self.model.pattern
+        start = self.start.init_from
+        if start is None:  # magnitude is the start in the papers of the other methods
+            start = default_start(pattern) if method.row.starts_solved else "magnitude"
+            object.__setattr__(self, "start", dataclasses.replace(self.start, init_from=start))
+        if method.decay_end is None:
+            decay_end = 0.3 if method.starts_at_zero(start, pattern) else 0.1
+            object.__setattr__(self, "method", dataclasses.replace(method, decay_end=decay_end))
+        if self.teacher.hidden_weight is None:
+            has_teacher = self.teacher.eta > 0 and self.teacher.teacher_cache is None
+            compares = has_teacher and method.row.is_sparse and not self.is_finetuning
+            weight = HIDDEN_WEIGHT if compares else 0.0
+            object.__setattr__(self, "teacher", dataclasses.replace(self.teacher, hidden_weight=weight))
+
+    def _check(self) -> None:
+        """Raises `InputError` for options of several sections that exclude each other."""
+        start, pattern, teacher = self.start.name, self.model.pattern, self.teacher
+        if start in (UNIT_SCORES if is_structured(pattern) else CALIBRATED):
+            part_of(self.start, Refinements).for_solver(start, pattern)
+        if start != "magnitude" and self.method.row.starts_dense:
+            raise InputError(f"init_from {start}: method {self.method.method} starts dense, leave it out")
+        if self.adapter.adapter != "none" and not self.is_finetuning:
+            raise InputError(
+                f"adapter {self.adapter.adapter} is trained over a model that is n:m already: use castlm finetune MODEL"
+            )
+        if self.start.rotate in ("values", "residual") and start not in ("wanda", "sparsegpt"):
+            raise InputError(
+                f"rotate {self.start.rotate} needs a calibrated start: set init_from to sparsegpt or wanda"
+            )
+        if teacher.teacher_cache and not (teacher.teacher_top_k and teacher.eta):
+            raise InputError("teacher_cache stores the teacher's top-k tokens: set teacher_top_k (64, say) and eta > 0")
+        if teacher.hidden_weight and (teacher.teacher_cache or not teacher.eta):
+            remedy = "set eta above 0" if not teacher.eta else "a teacher_cache holds no hidden states, leave it out"
+            raise InputError(f"hidden_weight {teacher.hidden_weight:g} needs the teacher at work: {remedy}, or use 0")
+        if self.optimizer.num_train_epochs is not None:
+            if self.optimizer.max_steps != OptimizerOptions.max_steps:
+                raise InputError("max_steps and num_train_epochs both set the length of the run: give one")
+            if isinstance(self.data.dataset, tuple):
+                raise InputError("num_train_epochs needs a single dataset: a mixture has no epochs, give max_steps")
+
+    @property
+    def is_finetuning(self) -> bool:
+        """Whether the run starts from a model that is n:m already, and not from a dense one."""
+        return self.method.row.keeps_mask and self.start.init_from == self.model.model
+
+    def is_begun_as(self, begun: TrainConfig) -> bool:
+        """Whether a run with these options writes down `begun` once those that depend on text and model are known."""
+        found_later = {"resume", "overwrite"}
+        found_later |= {"max_steps", "num_train_epochs"} if self.optimizer.num_train_epochs is not None else set()
+        found_later |= {"lam"} if self.method.lam == "auto" else set()
+        found_later |= {"left_dense"} if self.is_finetuning else set()
+        written = begun.as_dict()
+        return all(written[name] == value for name, value in self.as_dict().items() if name not in found_later)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every option by its flat name, as text, numbers and tuples, with the defaults that depend on others."""
+        return {
+            name: _plain(getattr(getattr(self, title), name))
+            for title, kind in sections_of(type(self)).items()
+            for name in names_of(kind)
+        }
+
+    def as_yaml(self) -> str:
+        """The run as a file for `--config`, in sections, without `resume` and `overwrite`.
+
+        A default that the run does not read is not filled in, so that the file does not look as if it had been given.
+        """
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in self.as_dict().items()}
+        if not self.method.reads_decay_end:
+            values["decay_end"] = self.given.get("decay_end")
+        sections = {
+            title: {name: values[name] for name in names_of(kind) if name not in ("resume", "overwrite")}
+            for title, kind in sections_of(type(self)).items()
+        }
+        return to_yaml(sections)
+
+    def reads(self, option: str) -> bool:
+        """Whether an option has an effect in this run, as far as that depends on others."""
+        readers = [method for method, row in METHODS.items() if option in row.options]
+        return (not readers or self.method.method in readers) and (option not in EFFECTS or EFFECTS[option].when(self))
+
+    def without_effect(self, has_chat: bool = True) -> dict[str, str]:
+        """The options that were changed from their default and have no effect in this run, each with the reason.
+
+        Args:
+            has_chat: whether any text of the run holds conversations.
+
+        Examples:
+            >>> TrainConfig.of("model", "text.jsonl", "run", eta=0.0, temperature=2.0).without_effect()
+            {'temperature': 'temperature = 2.0 has an effect only with eta above 0'}
+        """
+        defaults = {f.name: f for kind in sections_of(type(self)).values() for f in dataclasses.fields(kind)}
+        found = {}
+        for name, value in self.given.items():
+            if is_required(defaults[name]) or value in (None, default_of(defaults[name])):
+                continue
+            readers = [method for method, row in METHODS.items() if name in row.options]
+            if readers and self.method.method not in readers:
+                needs = f"method {' or '.join(readers)}"
+            elif name in OF_CHAT and not has_chat:
+                needs = OF_CHAT[name]
+            elif name in EFFECTS and not EFFECTS[name].when(self):
+                needs = EFFECTS[name].needs
+            else:
+                continue
+            found[name] = f"{name} = {value} has an effect only with {needs}"
+        return found
+
+
+def sections_of(kind: type[TrainConfig]) -> dict[str, type[Any]]:
+    """The sections of a config by their titles, in the order of the help."""
+    hints = hints_of(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.name != "given"}
+
+
+def names_of(section: type[Any]) -> list[str]:
+    """The names of the options of a section."""
+    return [f.name for f in dataclasses.fields(section)]
+
+
+def without_sections(mapping: Mapping[str, Any], source: str = "") -> dict[str, Any]:
+    """Options by name, as a file may group them: `{"optimizer": {"max_steps": 9}}` becomes `{"max_steps": 9}`.
+
+    Raises:
+        InputError: an option that is given twice, or one that castlm no longer has and that is not off.
+    """
+    found: dict[str, Any] = {}
+    for key, value in mapping.items():
+        is_section = isinstance(value, Mapping) and key in sections_of(TrainConfig)
+        for name, item in value.items() if is_section else [(key, value)]:
+            if name in found:
+                raise InputError(f"{label(name, source)} is given twice: once is enough")
+            found[name] = item
+    return found
+
+
+def read_layers(paths: Iterable[str]) -> list[Layer]:
+    """The YAML files of `--config`, for `TrainConfig.from_layers`."""
+    return [(path, read_yaml_mapping(path)) for path in paths]
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, (Pattern, Path)) else value
+
+
+# --------------------------------------------------------------------------------------- options without an effect
+
+
+class Effect(NamedTuple):
+    """When an option has an effect."""
+
+    when: Callable[[TrainConfig], bool]
+    needs: str
+    """The same in words, as the end of "... has an effect only with"."""
+
+
+def _turns_axes(config: TrainConfig) -> bool:
+    return config.start.name in CALIBRATED and not is_structured(config.model.pattern)
+
+
+def _refreshes_masks(config: TrainConfig) -> bool:
+    start = config.start.name
+    return start == "magnitude" or config.method.starts_at_zero(start, config.model.pattern)
+
+
+def _is_on_hub(dataset: str) -> bool:
+    from castlm.data.documents import find_files  # imports numpy, which `--help` does without
+
+    return find_files(dataset) is None
+
+
+def _any_on_hub(datasets: Iterable[str]) -> bool:
+    return any(map(_is_on_hub, datasets))
+
+
+def _splits_local_text(config: TrainConfig) -> bool:
+    """Whether a fraction of a text is held out. Of a stream, whose length is not known, a number of documents is."""
+    return config.evaluation.eval_dataset is None and not all(map(_is_on_hub, config.data.datasets))
+
+
+EFFECTS: dict[str, Effect] = {
+    "decay_end": Effect(lambda c: c.method.reads_decay_end, "a decay that ends before the run"),
+    "lam": Effect(lambda c: c.method.reads_lam, "a decay that uses lam"),
+    "ignore_decay_budget": Effect(lambda c: c.method.row.decays and DECAYS[c.method.decay].reduces, "a decay"),
+    "lora_r": Effect(lambda c: c.adapter.adapter != "none", "adapter shira or lora"),
+    "mask_interval": Effect(
+        lambda c: not c.method.row.decays or _refreshes_masks(c),
+        "init_from magnitude, or an n:m pattern whose decay is horizon",
+    ),
+    "calibration_sequences": Effect(lambda c: c.start.name in CALIBRATED, f"init_from {' or '.join(CALIBRATED)}"),
+    **dict.fromkeys(
+        names_of(Refinements),
+        Effect(lambda c: c.start.name in CALIBRATED, "init_from sparsegpt"),
+    ),
+    "refit_iterations": Effect(
+        lambda c: c.start.name in CALIBRATED,
+        "init_from sparsegpt, or a structured pattern with a score that reads text",
+    ),
+    **dict.fromkeys(
+        names_of(BasisOptions),
+        Effect(_turns_axes, "an n:m pattern from a calibrated start: init_from sparsegpt or wanda"),
+    ),
+    "rotation_iterations": Effect(
+        lambda c: _turns_axes(c) and c.start.rotates_values,
+        "a rotation: rotate other than off, and an n:m pattern with init_from sparsegpt or wanda",
+    ),
+    "temperature": Effect(lambda c: c.teacher.eta > 0, "eta above 0"),
+    "teacher_top_k": Effect(lambda c: c.teacher.eta > 0, "eta above 0"),
+    "min_lr_ratio": Effect(lambda c: c.optimizer.lr_scheduler_type != "constant", "a learning rate that falls"),
+    "hub_model_id": Effect(lambda c: c.checkpoint.push_to_hub, "push_to_hub"),
+    "hub_private_repo": Effect(lambda c: c.checkpoint.push_to_hub, "push_to_hub"),
+    "dataset_split": Effect(lambda c: _any_on_hub(c.data.datasets), "a dataset of the hub"),
+    "eval_fraction": Effect(
+        _splits_local_text, "a held-out part of local text: no eval_dataset, and no stream of the hub"
+    ),
+    "eval_split": Effect(lambda c: _any_on_hub(c.evaluation.eval_datasets), "an eval_dataset of the hub"),
+    "eval_config": Effect(lambda c: c.evaluation.eval_dataset is not None, "an eval_dataset"),
+    "left_dense": Effect(lambda c: c.method.row.is_sparse, "a method that makes weights sparse"),
+    "pattern": Effect(lambda c: c.method.row.is_sparse, "a method that makes weights sparse"),
+    "save_total_limit": Effect(lambda c: c.checkpoint.save_steps > 0, "save_steps above 0"),
+    "async_save": Effect(lambda c: c.checkpoint.save_steps > 0, "save_steps above 0"),
+}
+"""The options whose effect depends on others. Those of a method are in its row of `METHODS`."""
+
+OF_CHAT = {
+    "assistant_only_loss": "conversations, and the texts are plain",
+    "chat_template_path": "conversations, and the texts are plain; the template is saved with the result",
+}
+"""The options whose effect depends on the texts."""
 
 # What the result of a run does not depend on.
 WITHOUT_EFFECT = frozenset(

@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from castlm.core.blocks import is_tower
 from castlm.core.masks import unpack_mask
 from castlm.data.scored import ScoredText
 from castlm.distributed.sharding import reshard_
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import images_of, sequences_of
 from castlm.hardware import autocast
+from castlm.inference.devices import device_of
 from castlm.training.metrics_file import HISTOGRAM_EDGES
 from castlm.training.objective import Objective
 
@@ -161,3 +163,35 @@ def masked_shares(masks: Mapping[Tensor, Tensor], world: World) -> list[float]:
     sums = [torch.stack([(w * ~mask).square().sum(), w.square().sum()]).double() for w, mask in masks.items()]
     found: list[list[float]] = world.sum(torch.stack(sums)).tolist()
     return [masked / whole if whole else 0.0 for masked, whole in found]
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The peak of a device in FLOP/s; None where it is not known, as of CPUs and in fp32."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    record = device_of(torch.cuda.get_device_name(device))
+    return None if record is None else record.peak["bf16"]
+
+
+def flops_per_token(names: Mapping[Tensor, str], model_config: Any, seq_len: int, has_teacher: bool) -> float:
+    """FLOPs of one training token: `6 N + 12 L H T` for the student, and a third of it for a teacher's forward pass.
+
+    Model FLOP/s utilization (MFU, arXiv 2204.02311) is their number per second over the peak of the device.
+
+    N counts the weight matrices (of experts as many as a token takes, of a vision tower none) without the input
+    embedding unless it is also the head, L the transformer blocks, H is the hidden size and T the sequence length.
+    Recomputation for gradient checkpointing does not count.
+
+    Args:
+        names: name of every trained parameter. Sharded ones count whole.
+    """
+    config = model_config.get_text_config()
+    embedding = 0 if model_config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    active = getattr(config, "num_experts_per_tok", 1)
+    matrices = sum(
+        p.numel() * (min(1.0, active / len(p)) if p.dim() == 3 else 1)
+        for p, name in names.items()
+        if p.dim() > 1 and name.endswith(("weight", "weight.original")) and not is_tower(name)
+    )
+    training = 6 * (matrices - embedding) + 12 * config.num_hidden_layers * config.hidden_size * seq_len
+    return training * (4 / 3 if has_teacher else 1)

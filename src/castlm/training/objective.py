@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from castlm.core.blocks import is_tower
@@ -21,6 +23,10 @@ from castlm.core.hidden import hidden_distance, in_stream_basis
 from castlm.core.sparsify import transformer_blocks
 from castlm.core.top_tokens import TopTokens, top_tokens
 from castlm.data.positions import document_mask
+from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
+from castlm.distributed.sharding import is_sharded, reshard_, shard_
+from castlm.distributed.world import World
+from castlm.hardware import autocast
 from castlm.models.architecture import backbone, check_head, output_head
 from castlm.training.teacher_cache import TeacherCache
 
@@ -215,6 +221,15 @@ class Objective(nn.Module):
             self.cache.put(input_ids, top, position_ids)
         return top, output
 
+    def trained_parameters(self) -> dict[Tensor, str]:
+        """Names of the student's parameters. FSDP leaves the root's parameters unsharded after a forward pass, so that
+        a later walk over the model would find other tensors than those that the optimizer steps."""
+        names: dict[Tensor, str] = {param: name for name, param in self.student.named_parameters()}
+        if is_sharded(self):
+            whole = [name for param, name in names.items() if not isinstance(param, DTensor)]
+            assert not whole, f"{whole[0]} is not sharded"
+        return names
+
     def prove_head(self) -> None:
         """`check_head` of the student, as a forward of this module, in which sharded weights are whole."""
         check_head(self.student)
@@ -222,6 +237,38 @@ class Objective(nn.Module):
 
 def _without_hidden(loss: DistillationLoss) -> TrainingLoss:
     return TrainingLoss(*loss, torch.zeros_like(loss.ce))
+
+
+def shard_objective_(
+    objective: Objective, stored: Checkpoint | None, precision: str, world: World, whole_copies: bool
+) -> None:
+    """Shards student and teacher, and among several ranks reads each rank's rows; or leaves each rank its copy."""
+    if stored is None:
+        objective.to(world.device)
+    if not whole_copies:
+        shard_(objective, world, precision)
+    if stored is not None:
+        materialize_(objective, world.device)
+        load_rows_(objective.student, stored, world)
+        if objective.teacher is not None:
+            load_rows_(objective.teacher, stored, world)
+    if is_sharded(objective):
+        register_fsdp_forward_method(objective, "prove_head")
+        register_fsdp_forward_method(objective, "check_documents_apart")
+    with autocast(world.device, precision):  # what is gathered in bf16 multiplies nothing else
+        if stored is not None:
+            objective.prove_head()
+        objective.check_documents_apart()
+    reshard_(objective)  # else the root goes on with these weights after a checkpoint is loaded
+
+
+def checkpoint_activations_(model: PreTrainedModel) -> None:
+    """Lets `model` compute its activations again in the backward pass."""
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.24 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
 
 @torch.no_grad()

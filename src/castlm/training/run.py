@@ -1,10 +1,11 @@
-"""A run in progress: one optimizer step, an evaluation, a checkpoint. `castlm.training.loop` puts them in order."""
+"""A run in progress: one optimizer step, an evaluation, a checkpoint. `castlm.training.train` puts them in order."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,123 +15,197 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.adams import AdamS
-from castlm.core.decay import decay_alpha
+from castlm.core.budget import DecayBudget
 from castlm.core.errors import DivergedError, InputError
-from castlm.core.pattern import Pattern
+from castlm.core.experts import num_weights
 from castlm.core.shards import local
 from castlm.core.sparsify import dense_name
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.sharding import average_gradients_, sum_over_replicas_
 from castlm.distributed.world import World
-from castlm.hardware import autocast, peak_memory
+from castlm.hardware import autocast, describe, peak_memory, why_slow
 from castlm.methods.base import Retraining
 from castlm.models.architecture import vocab_size
 from castlm.training.checkpoint import Saver, check_same_run, checkpoint_steps, load_checkpoint, read_manifest
 from castlm.training.config import TrainConfig
-from castlm.training.finish import TrainedRun
-from castlm.training.flops import flops_per_token, peak_flops
-from castlm.training.metrics import mask_figures, masked_histogram, masked_shares
-from castlm.training.objective import pruned
+from castlm.training.metrics import (
+    Evaluator,
+    flops_per_token,
+    mask_figures,
+    masked_histogram,
+    masked_shares,
+    peak_flops,
+)
+from castlm.training.objective import Objective, pruned
 from castlm.training.run_folder import RunFolder
-from castlm.training.run_progress import Progress
-from castlm.training.schedule import hidden_weight, learning_rate
-from castlm.training.setup import global_batch, introduction, local_masks, set_up
+from castlm.training.source import Source
 from castlm.training.telemetry import Telemetry
-from castlm.training.trackers import TrackedRun, Tracker, chosen_trackers, open_trackers
+from castlm.training.text import TrainingText
+from castlm.training.trackers import TrackedRun, Tracker, open_trackers
 
 _MOST_UNCOUNTED = 100
 """Steps in a row in which no token counts, after which a run ends."""
 
 
-class Run:
-    """A run: its parts, its progress, and what it writes.
+def num_left(step: int, last: int, every: int) -> int:
+    """How many multiples of `every` (0: none) there are from `step` on up to `last`, which always counts as one.
 
-    The parts are made first, with all their checks; only then does anything in the output folder change.
-
-    Args:
-        config: `lam` is a number by now.
-        announce: say what the run consists of.
-        before_writing: called when all checks have passed, before anything in the output folder changes.
-
-    Raises:
-        InputError: anything that the user can put right; the output folder is as it was.
+    Examples:
+        >>> num_left(1, last=10, every=4)  # at 4, 8 and 10
+        3
     """
+    return -(-last // every) - (step - 1) // every if every else 0
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        world: World,
-        *,
-        announce: bool = True,
-        before_writing: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.config, self.world = config, world
-        self.folder = RunFolder(config.output_dir)
-        trackers = world.on_main(lambda: chosen_trackers(config.report_to))
-        resume_from = world.on_main(lambda: self.folder.newest_checkpoint(config)) if config.resume else None
-        resumed = None if resume_from is None else world.on_main(lambda: read_manifest(resume_from)["start"])
-        self.parts = set_up(config, world, resumed=resumed)
-        self.progress = Progress()
-        if resume_from is not None:
-            self._restore(resume_from)
-        before_writing()
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Evaluations by step."""
+    first_step: int = 0
+    """The step that this process started from."""
+    eval_seconds: float = 0.0
+    save_seconds: float = 0.0
+    """Seconds of the last evaluation, and of the last save, in this process."""
+
+    def seconds_left(self, last: int, *, eval_steps: int, save_steps: int) -> float:
+        """Seconds to the end of step `last`, with the evaluations and saves to come, each as long as the last one."""
+        evaluations = num_left(self.step, last, eval_steps) * self.eval_seconds
+        saves = num_left(self.step, last, save_steps) * self.save_seconds
+        return self.seconds / self.step * (last - self.step) + evaluations + saves
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run: what it consists of, how far it has come, and what it writes once it has begun."""
+
+    config: TrainConfig
+    world: World
+    folder: RunFolder
+    source: Source
+    text: TrainingText
+    objective: Objective
+    """Student and teacher."""
+    method: Retraining
+    optimizer: AdamS
+    optimizer_text: str
+    """How the optimizer runs, in words."""
+    evaluator: Evaluator
+    names: dict[Tensor, str]
+    """Name of every trained parameter; collected right after sharding, when each is a DTensor among several ranks."""
+    initial_masks: dict[str, Tensor]
+    """The masks of step 0 in bits, by parameter name."""
+    dense_perplexity: float | None
+    """Perplexity of the dense model, if step 0 does not compute with its weights any more."""
+    start: dict[str, Any]
+    """The record of the start; empty if it is magnitude."""
+    budget: DecayBudget | None = None
+    trackers: Sequence[str] = ()
+    resumed_from: Path | None = None
+    progress: Progress = field(default_factory=Progress)
+    telemetry: Telemetry = field(init=False)
+    saver: Saver = field(init=False)
+    self_check: SelfCheck = field(init=False)
+    _uncounted: int = field(default=0, init=False)
+    """Steps in a row in which no token counted."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.source.model
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.optimizer.max_steps
+
+    def begin(self, *, announce: bool = True) -> None:
+        """Makes the output folder this run's, and opens its logs. From here on something is written.
+
+        Args:
+            announce: tell what the run consists of.
+        """
+        options = self.config.checkpoint
         self.progress.first_step = self.progress.step
-        self._uncounted = 0  # steps in a row
         watched = self.method.layers if self.method.decays else {}
-        pattern = Pattern.parse(config.pattern)
-        self.self_check = SelfCheck(self.optimizer, watched, pattern, world)
+        self.self_check = SelfCheck(self.optimizer, watched, self.config.model.pattern, self.world)
         opened: list[Tracker] = []
 
         def open_folder_and_trackers() -> None:
-            with contextlib.nullcontext() if resume_from is not None else self.folder.begun(config):
-                tracked = TrackedRun(self.folder.path, self.folder.run_id, config.as_dict(), self.progress.step)
-                opened.extend(open_trackers(trackers, tracked))
+            is_new = self.resumed_from is None
+            with self.folder.begun(self.config) if is_new else contextlib.nullcontext():
+                of = TrackedRun(self.folder.path, self.folder.run_id, self.config.as_dict(), self.progress.step)
+                opened.extend(open_trackers(self.trackers, of))
 
-        world.on_main(open_folder_and_trackers, beats=True)
+        self.world.on_main(open_folder_and_trackers, beats=True)
         self.telemetry = Telemetry(
             self.folder.path,
-            config.max_steps,
-            is_main=world.is_main,
+            self.total_steps,
+            is_main=self.world.is_main,
             start_step=self.progress.step,
             trackers=opened,
             hidden=self.method.fixed_figures,
         )
-        has_teacher = self.parts.objective.teacher is not None
-        self.flops_per_token = flops_per_token(self.parts.names, self.model.config, config.seq_len, has_teacher)
-        self.peak_flops = peak_flops(world.device, self.parts.evaluator.precision)
-        keep, say = config.save_total_limit, self.telemetry.say
-        self.saver = Saver(self.folder.checkpoints, keep, world, background=config.async_save, say=say)
-        for line in introduction(config, self.parts, world) if announce else ():
-            self.telemetry.say(line)
-        if trackers and announce:
-            self.telemetry.say(f"metrics: metrics.jsonl, {', '.join(trackers)}")
-        if resume_from is not None:
-            self.telemetry.say(f"resuming {resume_from}")
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self.parts.source.model
-
-    @property
-    def method(self) -> Retraining:
-        return self.parts.method
-
-    @property
-    def optimizer(self) -> AdamS:
-        return self.parts.optimizer
+        say = self.telemetry.say
+        self.saver = Saver(
+            self.folder.checkpoints, options.save_total_limit, self.world, background=options.async_save, say=say
+        )
+        if announce:
+            for line in self.introduction():
+                say(line)
+            if self.trackers:
+                say(f"metrics: metrics.jsonl, {', '.join(self.trackers)}")
+        if self.resumed_from is not None:
+            say(f"resuming {self.resumed_from}")
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a resumed run has to share with the saved one besides its config."""
+        """What a resumed run must share with the saved one besides its config."""
         return {
-            "world_batch": global_batch(self.config, self.world),
-            "model_fingerprint": self.parts.source.fingerprint,
-            "dataset_sha256": self.parts.text.train_sha256,
-            "eval_sha256": self.parts.text.eval_sha256,
-            "precision_used": self.parts.evaluator.precision,
-            **({"chat_template_sha256": template} if (template := self.parts.text.template_sha256) else {}),
+            "world_batch": self.config.optimizer.sequences_per_step(self.world.size),
+            "model_fingerprint": self.source.fingerprint,
+            "dataset_sha256": self.text.train_sha256,
+            "eval_sha256": self.text.eval_sha256,
+            "precision_used": self.evaluator.precision,
+            **({"chat_template_sha256": template} if (template := self.text.template_sha256) else {}),
         }
+
+    def introduction(self) -> Iterator[str]:
+        """The lines that a run begins with."""
+        config, method, teacher = self.config, self.method, self.config.teacher
+        where = describe(self.world.device, self.world.size, self.evaluator.precision, self.optimizer_text)
+        yield f"{self.source.loaded.source}: {where}"
+        if slow := why_slow(self.evaluator.precision, self.world.device):
+            yield slow
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in method.left_dense.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            yield f"left dense: {shown} ({reason})"
+        sparse = sum(map(num_weights, method.layers.values()))
+        total = sum(p.numel() for p in self.names if config.adapter.adapter == "none" or not p.requires_grad)
+        masks = f"{config.model.pattern} from {config.start.name}" if method.layers else "no masks"
+        if config.adapter.adapter != "none":
+            trained = sum(p.numel() for p in self.names if p.requires_grad)
+            masks += f", adapter {config.adapter.adapter} of {trained:,} weights"
+        yield f"{config.method.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
+        if self.text.documents.is_chat:
+            which = "the assistant's tokens count" if config.data.assistant_only_loss else "all tokens count"
+            what = "conversations with images" if self.text.documents.has_images else "conversations"
+            yield f"{what}: {which} in the loss; the perplexity is over {self.text.held_out.tokens} tokens"
+        if teacher.teacher_cache:
+            here = "every sequence is in the cache: no teacher is loaded"
+            kept = here if self.objective.teacher is None else "missing sequences are added"
+            yield f"teacher: top {teacher.teacher_top_k} tokens, cached in {teacher.teacher_cache} ({kept})"
+        if teacher.hidden_weight:
+            yield f"hidden states: their distance to the teacher's has weight {teacher.hidden_weight:g}, falling to 0"
+        if self.budget is not None:
+            yield self.budget.explain()
+        yield from (f"no effect: {reason}" for reason in config.without_effect(self.text.has_chat).values())
 
     def train_step(self) -> None:
         """One optimizer step, with its log line.
@@ -140,12 +215,13 @@ class Run:
             InputError: a token outside the vocabulary; or no token has counted for long.
         """
         config, step, started = self.config, self.progress.step, time.perf_counter()
-        seed = np.random.SeedSequence([config.seed, step, self.world.rank]).generate_state(1, np.uint64)
+        optimizer = config.optimizer
+        seed = np.random.SeedSequence([config.data.seed, step, self.world.rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))  # of the step, so that no generator's state has to be saved
-        lr = learning_rate(step, config)
+        lr = optimizer.learning_rate_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        micro_batches = [next(self.parts.text.loader) for _ in range(config.gradient_accumulation_steps)]
+        micro_batches = [next(self.text.loader) for _ in range(optimizer.gradient_accumulation_steps)]
         check_vocabulary(torch.stack([b["input_ids"] for b in micro_batches]), vocab_size(self.model.config))
         counts = [[b["labels"].numel(), int((b["labels"] != -100).sum())] for b in micro_batches]
         read, num_tokens = self.world.sum(torch.tensor(counts).sum(dim=0).to(self.world.device))
@@ -161,11 +237,11 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
         values = {"loss": total, "ce": ce, "kl": kl, "lr": lr, "grad_norm": grad_norm}
-        if config.hidden_loss_weight:
+        if config.teacher.hidden_weight:
             values["hidden"] = hidden
         if self.method.decays:
-            values["alpha"] = decay_alpha(step, config.max_steps, config.decay, config.decay_end_used)
-        if self.parts.text.documents.is_chat:
+            values["alpha"] = config.method.alpha(step, self.total_steps)
+        if self.text.documents.is_chat:
             values["loss_tokens"] = int(num_tokens)
         self._log_step(values, num_read=int(read), seconds=time.perf_counter() - started)
 
@@ -175,12 +251,12 @@ class Run:
         Args:
             num_tokens: that count in the loss, on all ranks.
         """
-        objective, device = self.parts.objective, self.world.device
+        objective, device = self.objective, self.world.device
         try:
             self.method.before_forward(self.progress.step)
         except InputError as error:  # NaN has no rank among the weights of a group
             raise DivergedError(self._diverged(str(error))) from error
-        objective.hidden_weight = hidden_weight(self.progress.step, self.config)
+        objective.hidden_weight = self.config.teacher.hidden_weight_at(self.progress.step, self.total_steps)
         objective.train()
         if objective.teacher is not None:
             objective.teacher.eval()
@@ -189,34 +265,38 @@ class Run:
         for number, batch in enumerate(micro_batches):
             if self.world.num_replicas > 1 and number in (0, last):
                 sum_over_replicas_(objective, now=number == last)
-            with autocast(device, self.parts.evaluator.precision):
+            with autocast(device, self.evaluator.precision):
                 ids, labels, positions = (batch[name].to(device) for name in ("input_ids", "labels", "position_ids"))
                 images = {name: tensor.to(device) for name, tensor in batch.get("images", {}).items()}
                 loss = objective(ids, labels, num_tokens, positions, images=images)
             (loss.loss * self.world.size).backward()  # averaged over ranks; the loss is normalised already
             sums += torch.stack(loss).detach().float()
-        average_gradients_(objective, self.parts.names, self.world)
+        average_gradients_(objective, self.names, self.world)
         return sums
 
     def _log_step(self, values: dict[str, float], num_read: int, seconds: float) -> None:
         """Counts a step that is done, and logs it with its speed."""
-        progress = self.progress
+        progress, options = self.progress, self.config.checkpoint
         progress.step += 1
         progress.tokens += num_read
         progress.seconds += seconds
+        eval_steps = self.config.evaluation.steps_between(self.total_steps)
         values |= {
             "tokens": progress.tokens,
             "tokens_per_s": num_read / seconds,
-            "eta_s": progress.seconds_left(self.config),
+            "eta_s": progress.seconds_left(self.total_steps, eval_steps=eval_steps, save_steps=options.save_steps),
         }
-        if self.peak_flops is not None:
-            values["mfu"] = self.flops_per_token * num_read / seconds / (self.peak_flops * self.world.size)
-        self.telemetry.log(progress.step, values, write=progress.step % self.config.log_steps == 0)
+        peak = peak_flops(self.world.device, self.evaluator.precision)
+        if peak is not None:
+            has_teacher = self.objective.teacher is not None
+            per_token = flops_per_token(self.names, self.model.config, self.config.data.seq_len, has_teacher)
+            values["mfu"] = per_token * num_read / seconds / (peak * self.world.size)
+        self.telemetry.log(progress.step, values, write=progress.step % options.log_steps == 0)
 
     def _check_counted(self, num_tokens: int) -> None:
         """Raises `InputError` after many steps in a row, or a whole run, in which no token counted."""
         self._uncounted = 0 if num_tokens else self._uncounted + 1
-        if self._uncounted >= min(_MOST_UNCOUNTED, self.config.max_steps - self.progress.first_step):
+        if self._uncounted >= min(_MOST_UNCOUNTED, self.total_steps - self.progress.first_step):
             self.saver.finish_despite_error(on_all_ranks=True)
             raise InputError(
                 f"step {self.progress.step + 1}: no token has counted in the loss of {self._uncounted} steps: raise "
@@ -224,10 +304,10 @@ class Run:
             )
 
     def _clip(self) -> float:
-        gradients = [p.grad for p in self.parts.names if p.grad is not None]
+        gradients = [p.grad for p in self.names if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if self.config.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.parts.names, self.config.max_grad_norm, norm)
+        if max_norm := self.config.optimizer.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.names, max_norm, norm)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _diverged(self, what: str, on_all_ranks: bool = False) -> str:
@@ -239,20 +319,20 @@ class Run:
     def evaluate(self) -> None:
         """Perplexity of the forward pass as it is, and of the model as the prune would leave it now."""
         started = time.perf_counter()
-        values = {"tokens": self.progress.tokens, "perplexity": self.parts.evaluator.perplexity()}
+        values = {"tokens": self.progress.tokens, "perplexity": self.evaluator.perplexity()}
         masks = local_masks(self.method.masks())
         if masks:
-            initial = [local(mask) for mask in self.parts.initial_masks.values()]  # in the order of `masks`
+            initial = [local(mask) for mask in self.initial_masks.values()]  # in the order of `masks`
             state = mask_figures(masks, initial, self.method.flips(), self.world)
             values["prune_now_ppl"] = values["perplexity"]
             if state["largest_masked"] != 0 and not self.method.masks_forward:  # otherwise the prune changes nothing
                 with pruned(masks):
-                    values["prune_now_ppl"] = self.parts.evaluator.perplexity()
+                    values["prune_now_ppl"] = self.evaluator.perplexity()
             values |= state
-        if self.progress.step == 0 and self.parts.dense_perplexity is not None:
-            values["dense_ppl"] = self.parts.dense_perplexity
-        for name, part in self.parts.text.eval_parts.items():
-            values[f"perplexity/{name}"] = self.parts.evaluator.perplexity(part)
+        if self.progress.step == 0 and self.dense_perplexity is not None:
+            values["dense_ppl"] = self.dense_perplexity
+        for name, part in self.text.eval_parts.items():
+            values[f"perplexity/{name}"] = self.evaluator.perplexity(part)
         self.progress.figures[str(self.progress.step)] = values
         self.telemetry.evaluated(self.progress.step, values, self._details(masks))
         self.progress.eval_seconds = time.perf_counter() - started
@@ -264,21 +344,21 @@ class Run:
         if masks:
             details["masked_histogram"] = [histogram["zeros"], *histogram["counts"]]
         if self.progress.step == 0 and masks:
-            names = [dense_name(name).removesuffix(".weight") for name in self.parts.initial_masks]
+            names = [dense_name(name).removesuffix(".weight") for name in self.initial_masks]
             details["masked_share"] = dict(zip(names, masked_shares(masks, self.world)))
         return details
 
     def tensors(self) -> dict[str, Any]:
         """All tensors of a checkpoint, by name, as views: loading fills them in place."""
-        trained = {name: param for param, name in self.parts.names.items() if param.requires_grad}
+        trained = {name: param for param, name in self.names.items() if param.requires_grad}
         state = {name: self.optimizer.state[param] for name, param in trained.items()}
         weights = {name: param.detach() for name, param in trained.items()}
-        basis = self.parts.objective.stream_basis
+        basis = self.objective.stream_basis
         return {
             "model": weights,
             "optimizer": state,
             "method": self.method.tensors(),
-            "initial_masks": self.parts.initial_masks,
+            "initial_masks": self.initial_masks,
             **({} if basis is None else {"start": {"stream_basis": basis}}),
         }
 
@@ -290,11 +370,11 @@ class Run:
         manifest = {
             "config": self.config.as_dict(),
             "facts": self.facts,
-            "data": self.parts.text.loader.state_dict(),
+            "data": self.text.loader.state_dict(),
             "tokens": self.progress.tokens,
             "seconds": self.progress.seconds,
             "figures": self.progress.figures,
-            "start": self.parts.start,
+            "start": self.start,
             "flips": int(self.world.sum(flips)) // self.world.num_replicas,
         }
         self.saver.save(self.progress.step, self.tensors(), manifest)
@@ -302,33 +382,29 @@ class Run:
 
     def cover_teacher_cache(self) -> None:
         """Records which sequences the teacher cache holds by now."""
-        if self.parts.objective.cache is not None:
-            batch = global_batch(self.config, self.world)
-            whole_epoch = self.config.repeat_sequences and self.parts.text.loader.state_dict()["epoch"] > 0
+        if self.objective.cache is not None:
+            batch = self.config.optimizer.sequences_per_step(self.world.size)
+            whole_epoch = self.config.data.repeat_sequences and self.text.loader.state_dict()["epoch"] > 0
             first, last = self.progress.first_step * batch, self.progress.step * batch
-            self.parts.objective.cache.cover(first, last, every_epoch=whole_epoch)
+            self.objective.cache.cover(first, last, every_epoch=whole_epoch)
 
-    def result(self) -> TrainedRun:
-        """What `finish` needs to know of the run."""
-        progress = self.progress
-        return TrainedRun(
-            self.config,
-            self.world,
-            self.folder,
-            self.parts,
-            progress.figures,
-            progress.tokens,
-            progress.seconds,
-            self.telemetry.say,
-        )
+    def restore(self, path: Path) -> None:
+        """Continues from a checkpoint.
 
-    def _restore(self, path: Path) -> None:
+        Raises:
+            InputError: it is of another run, corrupt, or has no usable position in the data.
+        """
         check_same_run(read_manifest(path), self.config.as_dict(), self.facts)
         manifest = load_checkpoint(path, self.tensors(), self.world)
         try:
-            self.parts.text.loader.load_state_dict(manifest["data"])
+            self.text.loader.load_state_dict(manifest["data"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise InputError(f"{path} has no usable position in the data ({error}): remove it") from error
         self.progress = Progress(manifest["step"], manifest["tokens"], manifest["seconds"], manifest["figures"])
         first_shard = self.world.shard_index == 0  # one rank of each replica says what all of them changed
         self.method.restore_flips(manifest["flips"] if first_shard else 0)
+
+
+def local_masks(masks: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """This rank's part of every sparse weight, with its mask."""
+    return {local(p.data): local(mask) for p, mask in masks.items()}

@@ -8,7 +8,6 @@ killed run that overwrites is resumed like any other: a result belongs to the ru
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -146,8 +145,8 @@ class RunFolder:
             raise InputError(f"{self.path} holds no whole checkpoint: start it without resume")
         path = whole[max(whole)]
         model = read_manifest(path)["config"].get("model")
-        if model != config.model:
-            raise InputError(f"{path} is of the model {model}, not {config.model}: use that one")
+        if model != config.model.model:
+            raise InputError(f"{path} is of the model {model}, not {config.model.model}: use that one")
         return path
 
     def is_finished(self) -> bool:
@@ -166,7 +165,7 @@ class RunFolder:
         batch = record.get("world_batch")
         written = record.get("config", {})
         facts = {"save_dtype": written.get("save_dtype")} | ({} if batch is None else {"world_batch": batch})
-        now = {"save_dtype": config.save_dtype} | ({} if batch is None else {"world_batch": world_batch})
+        now = {"save_dtype": config.checkpoint.save_dtype} | ({} if batch is None else {"world_batch": world_batch})
         check_same_run({"config": written, "facts": facts}, config.as_dict(), now)
         self.drop_replaced()
         return record
@@ -195,14 +194,14 @@ def after_restart(config: TrainConfig) -> TrainConfig:
     Raises:
         InputError: `overwrite` with restarts of a job that has no id.
     """
-    if config.overwrite and _job() == _NO_JOB and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+    if config.checkpoint.overwrite and _job() == _NO_JOB and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise InputError(
             "overwrite with --max-restarts: a restart cannot tell this job's run from the one that it replaces; give "
             "torchrun a --rdzv-id that is new for each job"
         )
-    if config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+    if config.checkpoint.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return config
-    folder = RunFolder(config.output_dir)
+    folder = RunFolder(config.checkpoint.output_dir)
     if folder.job != _job():
         return config
     try:
@@ -211,11 +210,11 @@ def after_restart(config: TrainConfig) -> TrainConfig:
         has_record_alone = command_of(folder.path) == "train" and all(
             entry.name == OUTPUT or is_of_a_start(entry.name) for entry in folder.path.iterdir()
         )
-        return dataclasses.replace(config, overwrite=True) if has_record_alone else config
+        return config.changed(overwrite=True) if has_record_alone else config
     if not config.is_begun_as(begun):
         return config
     has_saved = bool(checkpoint_steps(folder.checkpoints)) or folder.is_finished()
-    return dataclasses.replace(config, resume=has_saved, overwrite=not has_saved)
+    return config.changed(resume=has_saved, overwrite=not has_saved)
 
 
 def check_shared(folder: Path, world: World) -> None:

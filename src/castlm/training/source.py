@@ -14,18 +14,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from castlm.core.blocks import is_tower
 from castlm.core.errors import InputError
-from castlm.data.chat import with_template
 from castlm.distributed.fingerprint import fingerprint
 from castlm.distributed.loading import Checkpoint, check_one_snapshot, open_sharded, opened_files
 from castlm.distributed.world import World
-from castlm.methods.table import class_of
 from castlm.models.architecture import check_head, context_length, vocab_size
 from castlm.models.io import Loaded, load_model
-from castlm.models.locate import locate
-from castlm.oneshot.options import UNIT_SCORES
-from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.stream_basis import untie_
-from castlm.training.config import TrainConfig
+from castlm.training.options import ModelOptions
 
 
 @dataclass
@@ -74,38 +69,36 @@ class Source:
         return copy.deepcopy(self.model) if self.stored is None else load_model(self.name, **self.options).model
 
 
-def open_source(config: TrainConfig, world: World) -> Source:
-    """Opens the model of `config` and checks that it fits the config.
+def open_source(options: ModelOptions, world: World, *, whole_copies: bool = False) -> Source:
+    """Opens the model of a run.
+
+    Args:
+        whole_copies: each of several ranks holds the whole model, instead of its rows.
 
     Raises:
-        InputError: as `load_model`; other weights on another rank; sequences longer than the model's context; an
-            architecture that cannot be distilled.
+        InputError: as `load_model`; other weights on another rank; an architecture that cannot be distilled.
     """
-    options = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
-    if config.start not in (*SOLVERS, *UNIT_SCORES):
-        locate(config.start)  # in the first second, and not after the dense model was loaded
-    shards = world.mesh is not None and not class_of(config.method, config.adapter).whole_copies
-    opened = open_sharded(config.model, **options) if shards else None
-    loaded, stored = (load_model(config.model, **options), None) if opened is None else opened
-    check_one_snapshot(config.model, config.revision, world)
+    loading = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
+    opened = None
+    if world.mesh is not None and not whole_copies:
+        opened = open_sharded(options.model, **loading)
+    loaded, stored = (load_model(options.model, **loading), None) if opened is None else opened
+    check_one_snapshot(options.model, options.revision, world)
     found = fingerprint(loaded.model) if stored is None else stored.fingerprint()
-    world.check_alike({f"other weights of {config.model}": found})
-    with_template(loaded.tokenizer, config.chat_template_path)
-    model = loaded.model
-    check_sizes(config, model.config)
+    world.check_alike({f"other weights of {options.model}": found})
     if stored is None:
-        check_head(model)
-    for parameter_name, parameter in model.named_parameters():
+        check_head(loaded.model)
+    for parameter_name, parameter in loaded.model.named_parameters():
         if is_tower(parameter_name):  # no text reaches them
             parameter.requires_grad_(False)
-    return Source(loaded, stored, options, config.model, found)
+    return Source(loaded, stored, loading, options.model, found)
 
 
-def check_sizes(config: TrainConfig, of_model: PretrainedConfig) -> None:
-    """Raises `InputError` where `config` asks for more positions or tokens than the model has."""
+def check_sizes(of_model: PretrainedConfig, *, seq_len: int, teacher_top_k: int) -> None:
+    """Raises `InputError` where a run asks for more positions or tokens than its model has."""
     longest = context_length(of_model)
-    if longest is not None and config.seq_len > longest:
-        raise InputError(f"seq_len {config.seq_len} exceeds the model's {longest} positions: lower it")
+    if longest is not None and seq_len > longest:
+        raise InputError(f"seq_len {seq_len} exceeds the model's {longest} positions: lower it")
     vocab = vocab_size(of_model)
-    if config.teacher_top_k > vocab:
-        raise InputError(f"teacher_top_k {config.teacher_top_k} exceeds the model's {vocab} tokens: lower it")
+    if teacher_top_k > vocab:
+        raise InputError(f"teacher_top_k {teacher_top_k} exceeds the model's {vocab} tokens: lower it")

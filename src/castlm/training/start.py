@@ -33,7 +33,7 @@ from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.start import OneshotStart, start_record
 from castlm.oneshot.stream_basis import basis_between, is_tied
 from castlm.progress import note, shown_progress
-from castlm.training.config import TrainConfig
+from castlm.training.options import StartOptions
 from castlm.training.source import Source
 from castlm.training.text import TrainingText
 
@@ -78,14 +78,27 @@ def stream_basis(start: Start, world: World) -> Tensor | None:
     return (basis.long() if basis.dim() == 1 else basis).to(world.device)
 
 
-def make_start(
-    config: TrainConfig,
-    source: Source,
-    text: TrainingText,
-    pattern: Pattern,
-    filter_fn: FilterFn,
-    world: World,
-) -> Start:
+@dataclass(frozen=True)
+class StartOf:
+    """What a start depends on beside its own options."""
+
+    pattern: Pattern
+    filter_fn: FilterFn
+    """Which layers become sparse."""
+    seq_len: int
+    """Tokens of a calibration sequence."""
+    seed: int
+    precision: str
+    """As the option `precision`, for the passes over the calibration text."""
+    keeps_dense_values: bool
+    """Whether masked weights begin at their dense values."""
+    is_finetuning: bool
+    """Whether the model of the run is its own start."""
+    compares_hidden: bool
+    """Whether the run compares hidden states with the teacher's, for which it needs the basis of the stream."""
+
+
+def make_start(options: StartOptions, of: StartOf, source: Source, text: TrainingText, world: World) -> Start:
     """Makes the start that `init_from` asks for, on the main rank.
 
     Raises:
@@ -95,43 +108,35 @@ def make_start(
     start = Start()
 
     def make() -> dict[str, Any]:
-        if config.start in (UNIT_SCORES if is_structured(pattern) else SOLVERS):
-            _prune(start, config, source, text, pattern, filter_fn, world)
+        if options.name in (UNIT_SCORES if is_structured(of.pattern) else SOLVERS):
+            _prune(start, options, of, source, text, world)
         else:
-            _read(start, config, source, pattern, filter_fn)
+            _read(start, options.name, of, source)
         return start.record
 
     start.record = world.on_main(make, beats=True)  # loading a large model and each block may take long
     return start
 
 
-def _prune(
-    start: Start,
-    config: TrainConfig,
-    source: Source,
-    text: TrainingText,
-    pattern: Pattern,
-    filter_fn: FilterFn,
-    world: World,
-) -> None:
+def _prune(start: Start, options: StartOptions, of: StartOf, source: Source, text: TrainingText, world: World) -> None:
     """Changes the basis of a copy of the model and prunes it, calibrated on the start of the training text.
 
     The model itself stays as it is.
     """
-    solver = str(config.start)
-    num_sequences, length = config.calibration_sequences, config.seq_len
+    solver, pattern, filter_fn = options.name, of.pattern, of.filter_fn
+    num_sequences, length = options.calibration_sequences, of.seq_len
     model = source.whole_model().to(world.device)
     try:
-        precision = choose_precision(config.precision, world.device, model.config)
-        oneshot = OneshotStart.of(config, solver, pattern, seed=config.seed, filter_fn=filter_fn, precision=precision)
+        precision = choose_precision(of.precision, world.device, model.config)
+        oneshot = OneshotStart.of(options, solver, pattern, seed=of.seed, filter_fn=filter_fn, precision=precision)
         calibration, images = calibration_sequences(
-            text.documents, source.tokenizer, num_sequences, length, config.seed, text.processor, note
+            text.documents, source.tokenizer, num_sequences, length, of.seed, text.processor, note
         )
         with shown_progress("changing the basis, steps") as progress:
             basis = oneshot.change_basis_(model, calibration, images, say=note, progress=world.reported(progress))
         start.stream_basis = basis.stream_basis
-        if basis.changes or config.reconstruct_epochs:
-            layers = {} if config.keeps_dense_values else sparse_linears(model, pattern, filter_fn)[0]
+        if basis.changes or options.reconstruct_epochs:
+            layers = {} if of.keeps_dense_values else sparse_linears(model, pattern, filter_fn)[0]
             replaced = {weight_parameter(layer) for layer in layers.values()}
             kept = {name: p for name, p in model.named_parameters() if p not in replaced}
             start.dense = {name: p.detach().to("cpu", copy=True) for name, p in kept.items()}
@@ -143,7 +148,7 @@ def _prune(
         note(line)
     if world.mesh is not None:
         model.to("cpu")  # it is sent to the other ranks from there, and leaves the device to training
-    if config.reconstruct_epochs:
+    if options.reconstruct_epochs:
         start.dense |= {name: p.detach().cpu() for name, p in model.named_parameters() if p.dim() < 2}  # the norms
     start.pruned = {layer.name: model.get_submodule(layer.name).weight.detach() for layer in report.layers}
     start.record = {
@@ -154,17 +159,17 @@ def _prune(
     }
 
 
-def _read(start: Start, config: TrainConfig, source: Source, pattern: Pattern, filter_fn: FilterFn) -> None:
+def _read(start: Start, name: str, of: StartOf, source: Source) -> None:
     """Reads the n:m model that `init_from` names: its sparse layers, and all else where it is not the dense model's."""
-    name = str(config.start)
-    options = source.options if config.is_finetuning else {"trust_remote_code": config.trust_remote_code}
-    is_loaded = config.is_finetuning and source.stored is None
+    pattern = of.pattern
+    options = source.options if of.is_finetuning else {"trust_remote_code": source.options["trust_remote_code"]}
+    is_loaded = of.is_finetuning and source.stored is None
     try:
         model = source.model if is_loaded else load_model(name, **options).model
     except InputError as error:
         known = ", ".join(UNIT_SCORES if is_structured(pattern) else SOLVERS)
         raise InputError(f"init_from {name}, neither one of {known} nor a model: {error}") from None
-    layers, _ = sparse_linears(source.model, pattern, filter_fn)
+    layers, _ = sparse_linears(source.model, pattern, of.filter_fn)
     found = dict(model.named_modules())
     weights: dict[str, Tensor] = {}
     for layer_name, layer in layers.items():
@@ -176,21 +181,20 @@ def _read(start: Start, config: TrainConfig, source: Source, pattern: Pattern, f
     bound = pattern.for_model(source.model)
     for unit in bound.units(weights):
         if bound.unit_violations([weights[name] for name in unit]):
-            given = name if config.is_finetuning else f"init_from {name}"
+            given = name if of.is_finetuning else f"init_from {name}"
             raise InputError(
                 f"{given} is not {pattern} in {unit[-1]}: give its own pattern, prune it first (castlm prune), or name "
                 "the layer in left_dense"
             )
     start.pruned = weights
-    if not config.is_finetuning:
-        _read_the_rest(start, config, source, model, {f"{name}.weight" for name in layers})
+    if not of.is_finetuning:
+        _read_the_rest(start, name, of, source, model, {f"{layer}.weight" for layer in layers})
 
 
 def _read_the_rest(
-    start: Start, config: TrainConfig, source: Source, given: PreTrainedModel, of_layers: set[str]
+    start: Start, name: str, of: StartOf, source: Source, given: PreTrainedModel, of_layers: set[str]
 ) -> None:
     """Takes what stays dense from the given model, which may be written in another basis, or trained."""
-    name = str(config.start)
     ours = {each: parameter.shape for each, parameter in source.model.named_parameters()}
     theirs = dict(given.named_parameters())
     untied = is_tied(source.model) and not is_tied(given)
@@ -199,9 +203,9 @@ def _read_the_rest(
         ours |= {each: head.shape for each, parameter in theirs.items() if parameter is head}
     for each in sorted(ours.keys() | theirs.keys()):
         if each not in ours or each not in theirs or ours[each] != theirs[each].shape:
-            raise InputError(f"init_from {name} and {config.model} differ in the shape of {each}: another model")
+            raise InputError(f"init_from {name} and {source.name} differ in the shape of {each}: another model")
     start.dense = {each: parameter.detach() for each, parameter in theirs.items() if each not in of_layers}
-    if config.keeps_dense_values:
+    if of.keeps_dense_values:
         basis = read_record(Path(name) / RESULT).get("basis") or {}
         changes = [change["what"] for change in basis.get("changes", []) if change["num_kept"]]
         if changes:
@@ -209,7 +213,7 @@ def _read_the_rest(
                 f"init_from {name} is written in another basis ({', '.join(changes)}), in which masked weights have no "
                 "dense values to begin at: prune it with --rotate off --no-permute"
             )
-    if config.hidden_loss_weight:
+    if of.compares_hidden:
         try:
             start.stream_basis = basis_between(source.embeddings(), given.get_input_embeddings().weight.detach())
         except InputError as error:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from castlm.core.errors import InputError
 from castlm.data.documents import open_documents
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.world import World, init_world
@@ -21,24 +22,26 @@ from castlm.models.architecture import vocab_size
 from castlm.models.opening import open_config
 from castlm.training.config import TrainConfig
 from castlm.training.objective import Objective, as_teacher_
+from castlm.training.options import DataOptions, TeacherOptions
 from castlm.training.source import check_sizes, open_source
 from castlm.training.teacher_cache import TeacherCache
 from castlm.training.text import TrainingText, open_training_text
 
 
-def open_teacher_cache(config: TrainConfig, text: TrainingText, vocab_size: int, world: World) -> TeacherCache | None:
-    """The cache of a run; None where it has none."""
-    if config.teacher_cache is None:
+def open_teacher_cache(
+    options: TeacherOptions, data: DataOptions, text: TrainingText, vocab_size: int, world: World
+) -> TeacherCache | None:
+    """The cache of a run; None where it has none.
+
+    Raises:
+        InputError: as `TeacherCache`; a text with images, of which a cache knows the tokens alone.
+    """
+    if options.teacher_cache is None:
         return None
-    stream = [
-        text.train_sha256,
-        config.seed,
-        config.seq_len,
-        config.repeat_sequences,
-        config.column,
-        text.template_sha256,
-    ]
-    return TeacherCache(config.teacher_cache, stream, vocab_size, world)
+    if text.documents.has_images:
+        raise InputError("teacher_cache knows a sequence by its tokens, and the text has images: leave it out")
+    stream = [text.train_sha256, data.seed, data.seq_len, data.repeat_sequences, data.column, text.template_sha256]
+    return TeacherCache(options.teacher_cache, stream, vocab_size, world)
 
 
 def teacher_dtype(precision: str) -> torch.dtype:
@@ -46,8 +49,10 @@ def teacher_dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def claim_teacher_cache(cache: TeacherCache, config: TrainConfig, model: nn.Module, precision: str) -> None:
-    """`TeacherCache.claim` for the teacher of `config`.
+def claim_teacher_cache(
+    cache: TeacherCache, options: TeacherOptions, data: DataOptions, model: nn.Module, precision: str
+) -> None:
+    """`TeacherCache.claim` for the teacher of a run.
 
     Args:
         model: still has the weights of the teacher, in fp32.
@@ -55,9 +60,9 @@ def claim_teacher_cache(cache: TeacherCache, config: TrainConfig, model: nn.Modu
     cache.claim(
         model,
         dtype=str(teacher_dtype(precision)),
-        top_k=config.teacher_top_k,
-        temperature=config.temperature,
-        cross_document_attention=config.cross_document_attention,
+        top_k=options.teacher_top_k,
+        temperature=options.temperature,
+        cross_document_attention=data.cross_document_attention,
     )
 
 
@@ -68,12 +73,13 @@ def check_teacher_pass(config: TrainConfig) -> None:
         InputError: an evaluation text that cannot be opened, a folder that cannot be made or is no teacher cache, or
             more positions or tokens than the model has.
     """
-    of_model = open_config(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
-    check_sizes(config, of_model)
-    for text in config.eval_datasets:
-        open_documents(text, column=config.column)
-    assert config.teacher_cache is not None
-    TeacherCache(config.teacher_cache, [], 0, init_world(config.device, config.sharding))
+    model, teacher = config.model, config.teacher
+    of_model = open_config(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    check_sizes(of_model, seq_len=config.data.seq_len, teacher_top_k=teacher.teacher_top_k)
+    for text in config.evaluation.eval_datasets:
+        open_documents(text, column=config.data.column)
+    assert teacher.teacher_cache is not None
+    TeacherCache(teacher.teacher_cache, [], 0, init_world(config.runtime.device, config.runtime.sharding))
 
 
 @torch.no_grad()
@@ -93,20 +99,23 @@ def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None]
     Raises:
         InputError: as for a run: a model or text that cannot be read, a cache of another teacher, a full disk.
     """
-    world = init_world(config.device, config.sharding)
-    source = open_source(config, world)
+    runtime, data, options = config.runtime, config.data, config.teacher
+    world = init_world(runtime.device, runtime.sharding)
+    source = open_source(config.model, world)
     vocab = vocab_size(source.model.config)
-    text = open_training_text(config, source.tokenizer, vocab, world)
-    precision = choose_precision(config.precision, world.device, source.model.config)
-    cache = open_teacher_cache(config, text, vocab, world)
+    check_sizes(source.model.config, seq_len=data.seq_len, teacher_top_k=options.teacher_top_k)
+    rows = config.optimizer.per_device_train_batch_size
+    text = open_training_text(config.model, data, config.evaluation, source.tokenizer, vocab, world, rows_per_rank=rows)
+    precision = choose_precision(runtime.precision, world.device, source.model.config)
+    cache = open_teacher_cache(options, data, text, vocab, world)
     assert cache is not None
-    claim_teacher_cache(cache, config, source.model, precision)
-    teacher, apart = as_teacher_(source.model, teacher_dtype(precision)), not config.cross_document_attention
-    objective = Objective(teacher, teacher, config.eta, config.temperature, config.teacher_top_k, cache, apart)
+    claim_teacher_cache(cache, options, data, source.model, precision)
+    teacher, apart = as_teacher_(source.model, teacher_dtype(precision)), not data.cross_document_attention
+    objective = Objective(teacher, teacher, options.eta, options.temperature, options.teacher_top_k, cache, apart)
     objective.to(world.device).eval()
     with autocast(world.device, precision):
         objective.check_documents_apart()
-    total = math.ceil(text.loader.sequences.tokens_per_epoch() / config.seq_len)
+    total = math.ceil(text.loader.sequences.tokens_per_epoch() / data.seq_len)
     done, is_whole = 0, False
     while not is_whole:
         batch = next(text.loader)
@@ -115,6 +124,6 @@ def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None]
             ids, positions = (batch[name].to(world.device) for name in ("input_ids", "position_ids"))
             objective.fill_cache(ids, positions)
         done, is_whole = done + len(ids), text.loader.state_dict()["epoch"] > 0
-        cache.cover(0, done, every_epoch=is_whole and config.repeat_sequences)
+        cache.cover(0, done, every_epoch=is_whole and data.repeat_sequences)
         progress(min(done, total), total)
     return done

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from castlm.distributed.world import World
 from castlm.evaluation.perplexity import sequences_of
 from castlm.models.opening import open_model, open_processor
 from castlm.progress import note
-from castlm.training.config import TrainConfig
+from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions
 
 
 @dataclass
@@ -53,57 +53,59 @@ class TrainingText:
     """Prepares the images of the texts, where any has some."""
 
 
-def resolve_epochs(config: TrainConfig, world: World) -> TrainConfig:
-    """`config` with the `max_steps` that its `num_train_epochs` amount to, rounded up.
+def steps_of_epochs(
+    model: ModelOptions, data: DataOptions, evaluation: EvaluationOptions, num_epochs: float, global_batch: int
+) -> int:
+    """The optimizer steps that `num_epochs` over the training documents take, rounded up.
+
+    Args:
+        global_batch: sequences of a step, on all ranks together.
 
     Raises:
-        InputError: the dataset is streamed from the hub, so that its length is not known, or the run is too long.
+        InputError: the dataset is streamed from the hub, so that its length is not known.
     """
-
-    def num_tokens(documents: Documents) -> int:
-        _, _, tokenizer = open_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
-        return _packed(config, documents, with_template(tokenizer, config.chat_template_path)).tokens_per_epoch()
-
-    def steps() -> int:
-        documents, _ = _open_splits(config)
-        if not isinstance(documents, Documents):
-            raise InputError(f"num_train_epochs: {config.dataset} is streamed, its length is not known: give max_steps")
-        tokens = len(documents) * config.seq_len if documents.has_images else num_tokens(documents)
-        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
-        return max(1, math.ceil(float(config.num_train_epochs or 0) * tokens / (batch * config.seq_len)))
-
-    return replace(config, max_steps=world.on_main(steps, beats=True), num_train_epochs=None)
+    documents, _ = _open_splits(data, evaluation)
+    if not isinstance(documents, Documents):
+        raise InputError(f"num_train_epochs: {data.dataset} is streamed, its length is not known: give max_steps")
+    if documents.has_images:
+        tokens = len(documents) * data.seq_len
+    else:
+        _, _, tokenizer = open_model(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
+        tokens = _packed(data, documents, with_template(tokenizer, data.chat_template_path)).tokens_per_epoch()
+    return max(1, math.ceil(num_epochs * tokens / (global_batch * data.seq_len)))
 
 
-def _open_splits(config: TrainConfig, share: Share = ALONE) -> tuple[AnyDocuments, list[Documents | HubDocuments]]:
+def _open_splits(
+    data: DataOptions, evaluation: EvaluationOptions, share: Share = ALONE
+) -> tuple[AnyDocuments, list[Documents | HubDocuments]]:
     """The training documents, and the texts of the evaluation."""
-    found = partial(open_documents, column=config.column, share=share)
-    hub = {"split": config.dataset_split, "data_config": config.dataset_config}
-    parts = [found(text, **hub) for text in config.datasets]
-    hub = {"split": config.eval_split, "data_config": config.eval_config}
-    held_out = [found(text, **hub) for text in config.eval_datasets]
+    found = partial(open_documents, column=data.column, share=share)
+    hub = {"split": data.dataset_split, "data_config": data.dataset_config}
+    parts = [found(text, **hub) for text in data.datasets]
+    hub = {"split": evaluation.eval_split, "data_config": evaluation.eval_config}
+    held_out = [found(text, **hub) for text in evaluation.eval_datasets]
     if not held_out:
-        splits = [split_documents(part, config.eval_fraction, config.seed) for part in parts]
+        splits = [split_documents(part, evaluation.eval_fraction, data.seed) for part in parts]
         parts, held_out = [part for part, _ in splits], [part for _, part in splits]
-    mixed = parts[0] if len(parts) == 1 else Mixture(parts, list(config.datasets.values()))
+    mixed = parts[0] if len(parts) == 1 else Mixture(parts, list(data.datasets.values()))
     return mixed, held_out
 
 
 def _with_images(
-    config: TrainConfig, documents: AnyDocuments, processor: ProcessorMixin, say: Callable[[str], None]
+    data: DataOptions, documents: AnyDocuments, processor: ProcessorMixin, say: Callable[[str], None]
 ) -> ImageSequences:
     return ImageSequences(
         documents,
-        ImageEncoder(processor, config.assistant_only_loss),
-        seq_len=config.seq_len,
-        seed=config.seed,
-        repeat=config.repeat_sequences,
+        ImageEncoder(processor, data.assistant_only_loss),
+        seq_len=data.seq_len,
+        seed=data.seed,
+        repeat=data.repeat_sequences,
         say=say,
     )
 
 
 def _packed(
-    config: TrainConfig,
+    data: DataOptions,
     documents: Documents | HubDocuments,
     tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None] = lambda text: None,
@@ -111,16 +113,16 @@ def _packed(
     return PackedSequences(
         documents,
         tokenizer,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        repeat=config.repeat_sequences,
-        assistant_only=config.assistant_only_loss,
+        seq_len=data.seq_len,
+        seed=data.seed,
+        repeat=data.repeat_sequences,
+        assistant_only=data.assistant_only_loss,
         say=say,
     )
 
 
 def _sequences(
-    config: TrainConfig,
+    data: DataOptions,
     documents: AnyDocuments,
     tokenizer: PreTrainedTokenizerBase,
     processor: ProcessorMixin | None,
@@ -128,15 +130,16 @@ def _sequences(
 ) -> PackedSequences | MixedSequences | ImageSequences:
     """The sequences of the training documents; the main rank alone says what is left out of a text without images."""
     if processor is not None and documents.has_images:  # each rank sees the images of its own rows alone
-        return _with_images(config, documents, processor, note)
+        return _with_images(data, documents, processor, note)
     say = note if world.is_main else lambda text: None
     if isinstance(documents, Mixture):
-        return MixedSequences([_packed(config, part, tokenizer, say) for part in documents.parts], documents.weights)
-    return _packed(config, documents, tokenizer, say)
+        return MixedSequences([_packed(data, part, tokenizer, say) for part in documents.parts], documents.weights)
+    return _packed(data, documents, tokenizer, say)
 
 
 def _scored_parts(
-    config: TrainConfig,
+    data: DataOptions,
+    evaluation: EvaluationOptions,
     held_out: Sequence[Documents | HubDocuments],
     tokenizer: PreTrainedTokenizerBase,
     processor: ProcessorMixin | None,
@@ -144,16 +147,16 @@ def _scored_parts(
 ) -> dict[str, ScoredText]:
     """The tokens of each evaluation text by its name; raises `InputError` for one that cannot be evaluated."""
     # Of a part of the training text, a sample: the same for every seed of a run, as its hash is.
-    seed = None if config.eval_datasets else 0
-    options = {"assistant_only": config.assistant_only_loss, "processor": processor, "seed": seed}
-    parts = {text.name: scored_text(text, tokenizer, config.eval_tokens or None, **options) for text in held_out}
+    seed = None if evaluation.eval_datasets else 0
+    options = {"assistant_only": data.assistant_only_loss, "processor": processor, "seed": seed}
+    parts = {text.name: scored_text(text, tokenizer, evaluation.eval_tokens or None, **options) for text in held_out}
     for name, part in parts.items():
         if len(part.ids) < 2:
             raise InputError(f"the evaluation text {name} has {len(part.ids)} tokens: give more")
         check_vocabulary(part.ids, vocab_size)
-        if not sequences_of(part, config.seq_len, config.seq_len):
+        if not sequences_of(part, data.seq_len, data.seq_len):
             raise InputError(
-                f"no token of the evaluation text {name} that counts is within seq_len {config.seq_len}: raise seq_len"
+                f"no token of the evaluation text {name} that counts is within seq_len {data.seq_len}: raise seq_len"
             )
     return parts
 
@@ -165,29 +168,38 @@ def _by_short_name(parts: dict[str, ScoredText]) -> dict[str, ScoredText]:
 
 
 def open_training_text(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, world: World
+    model: ModelOptions,
+    data: DataOptions,
+    evaluation: EvaluationOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    world: World,
+    *,
+    rows_per_rank: int,
 ) -> TrainingText:
-    """Opens the datasets of `config` and tokenizes the held-out text.
+    """Opens the texts of a run and tokenizes the held-out text.
+
+    Args:
+        tokenizer: gets the chat template of `data`, if that names one.
+        rows_per_rank: sequences of a batch.
 
     Raises:
-        InputError: a dataset that cannot be opened, too little text, token ids outside the vocabulary, or images with a
-            teacher cache, which knows a sequence by its tokens.
+        InputError: a text that cannot be opened, too little text, or token ids outside the vocabulary.
     """
-    documents, held_out = _open_splits(config, Share(world.rank, world.size, world.gather))
-    if config.teacher_cache is not None and documents.has_images:
-        raise InputError("teacher_cache knows a sequence by its tokens, and the text has images: leave it out")
+    with_template(tokenizer, data.chat_template_path)
+    documents, held_out = _open_splits(data, evaluation, Share(world.rank, world.size, world.gather))
     processor = None
     if any(text.has_images for text in (documents, *held_out)):
-        options = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
-        processor = open_processor(config.model, tokenizer, **options)
+        options = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
+        processor = open_processor(model.model, tokenizer, **options)
     loader = BatchLoader(
-        _sequences(config, documents, tokenizer, processor, world),
-        rows_per_rank=config.per_device_train_batch_size,
+        _sequences(data, documents, tokenizer, processor, world),
+        rows_per_rank=rows_per_rank,
         rank=world.rank,
         world_size=world.size,
-        prefetch=config.prefetch,
+        prefetch=data.prefetch,
     )
-    parts = _scored_parts(config, held_out, tokenizer, processor, vocab_size)
+    parts = _scored_parts(data, evaluation, held_out, tokenizer, processor, vocab_size)
     train_sha256 = documents.text_hash()
     eval_sha256 = joined_digest([text.text_hash() for text in held_out])
     world.check_alike({"another training text": train_sha256, "another evaluation text": eval_sha256})

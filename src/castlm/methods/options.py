@@ -1,0 +1,206 @@
+"""The options that training methods read: the method itself, an adapter, the optimizer with its schedule.
+
+Importing this module does not import torch, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from castlm.core.combined import is_structured
+from castlm.core.decay import DECAYS, decay_alpha
+from castlm.core.pattern import Pattern
+from castlm.fields import Bound, Bounded, choice, essential
+from castlm.methods.table import METHODS, Method
+
+STABLE = 0.8
+"""Fraction of the run after which `warmup_stable_decay` falls."""
+
+Shape = Callable[[float, float], float]
+"""The height of the schedule, from 1 at the start to 0 at the end. Its arguments are the progress since the warm-up and
+the progress of the whole run, both in [0, 1]."""
+
+SCHEDULES: dict[str, Shape] = {
+    "cosine": lambda progress, overall: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress, overall: 1 - progress,
+    "constant": lambda progress, overall: 1.0,
+    "warmup_stable_decay": lambda progress, overall: min(1.0, (1 - overall) / (1 - STABLE)),
+}
+"""By the names of `transformers`; the learning rate is `min_lr_ratio + (1 - min_lr_ratio) * height` of its peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions(Bounded):
+    """How the model becomes sparse."""
+
+    method: str = choice("cast", METHODS)
+    """Training method: CAST, one of its rivals, or the dense control."""
+
+    decay: str = choice("horizon", DECAYS)
+    """How CAST decays masked weights to zero; see AdamS."""
+
+    decay_end: float | None = None
+    """Fraction of max_steps after which "horizon" has every masked weight at zero and the mask is final. The default is
+    0.3 for n:m from a given mask, else 0.1."""
+
+    lam: float | Literal["auto"] = 4e-7
+    """Decay coefficient of "proportional" and "additive", about the size of the gradient. auto measures the momentum
+    first."""
+
+    mask_interval: int = 10
+    """Steps between mask refreshes (T1), as long as masked weights decay. From a given mask they start at zero and come
+    back where they grow larger than kept ones; structured patterns keep a given mask."""
+
+    srste_lam: float = 5e-3
+    """Decay coefficient of the methods srste and ast: the gradient of a masked weight gains srste_lam times the weight.
+    Our tables use 0.005 for SmolLM2-135M and 0.05 for stories260K."""
+
+    scale_groups: int = 2
+    """Learnable scale factors per weight row, folded into the weights at the end. 0 turns weight scaling off."""
+
+    ignore_decay_budget: bool = False
+    """Run even if the decay budget says that masked weights cannot reach zero."""
+
+    def out_of_range(self) -> Iterator[Bound]:
+        yield "decay_end", self.decay_end is None or 0 < self.decay_end <= 1, "in (0, 1]"
+        yield "lam", self.lam == "auto" or float(self.lam) >= 0, "at least 0, or auto"
+        yield "srste_lam", self.srste_lam >= 0, "at least 0"
+        yield "mask_interval", self.mask_interval >= 1, "at least 1"
+        yield "scale_groups", self.scale_groups >= 0, "at least 0"
+
+    @property
+    def row(self) -> Method:
+        """The row of the method in the table."""
+        return METHODS[self.method]
+
+    @property
+    def reads_lam(self) -> bool:
+        """Whether `lam` has an effect."""
+        return self.row.decays and DECAYS[self.decay].needs_lam
+
+    @property
+    def reads_decay_end(self) -> bool:
+        """Whether `decay_end` has an effect."""
+        return self.row.decays and DECAYS[self.decay].uses_decay_end
+
+    def starts_at_zero(self, start: str, pattern: Pattern) -> bool:
+        """Whether masked weights that decay start at zero: from a given n:m mask, with a decay that ends at zero.
+
+        A refresh by magnitude then keeps the mask of the start at first, and a masked weight comes back where training
+        makes it larger than a kept one. A unit that is zero as a whole has no gradient and could not come back: the
+        units of structured patterns decay from their dense values under a fixed mask.
+
+        Args:
+            start: as `init_from`.
+        """
+        is_given = self.row.decays and start != "magnitude" and not is_structured(pattern)
+        return is_given and DECAYS[self.decay].exact_zero
+
+    def keeps_dense_values(self, start: str, pattern: Pattern) -> bool:
+        """Whether masked weights begin at their dense values: those that decay and do not start at zero."""
+        return self.row.decays and not self.starts_at_zero(start, pattern)
+
+    def alpha(self, step: int, max_steps: int) -> float:
+        """The ramp of the decay before the 0-based `step`."""
+        assert self.decay_end is not None
+        return decay_alpha(step, max_steps, self.decay, self.decay_end)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions(Bounded):
+    """What is trained of a sparse model."""
+
+    adapter: Literal["none", "shira", "lora"] = essential("none")
+    """What is trained. none: all weights that are not zero. shira, lora: a PEFT adapter that keeps every zero when it
+    is merged; it is written to `output_dir/adapter` too."""
+
+    lora_r: int = 16
+    """Size of the adapter: as many trained weights as LoRA of this rank has."""
+
+    def out_of_range(self) -> Iterator[Bound]:
+        yield "lora_r", self.lora_r >= 1, "at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions(Bounded):
+    """Optimizer, schedule and batch."""
+
+    max_steps: int = essential(300)
+    """Optimizer steps, the horizon T of the method. It cannot change on resume."""
+
+    num_train_epochs: float | None = None
+    """Passes over the training documents, instead of max_steps, which is then computed before the run."""
+
+    learning_rate: float = essential(3e-4)
+    """Peak learning rate."""
+
+    per_device_train_batch_size: int = essential(8)
+    """Sequences per device and micro-step."""
+
+    gradient_accumulation_steps: int = 1
+    """Micro-steps per optimizer step."""
+
+    lr_scheduler_type: str = choice("cosine", SCHEDULES)
+    """Learning rate after the warm-up: cosine or linear down to min_lr_ratio, constant, or warmup_stable_decay, which
+    is constant until the last fifth of the run and then falls linearly."""
+
+    warmup_ratio: float = 0.05
+    """Fraction of max_steps in which the learning rate rises linearly from 0."""
+
+    min_lr_ratio: float = 0.1
+    """The learning rate ends at this fraction of its peak."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay (as AdamW) of the dense weight matrices: embeddings, head and layers left dense; in the
+    dense control all of them. Norms, biases, scale factors and sparse weights are not decayed."""
+
+    adam_betas: tuple[float, float] = (0.5, 0.99)
+    """Decay rates of Adam's moments."""
+
+    adam_epsilon: float = 1e-8
+    """Added to the square root of the second moment."""
+
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down. 0 turns clipping off."""
+
+    second_moment: Literal["gradient", "mix"] | None = None
+    """What AdamS squares for its second moment: the gradient, as Adam does, or the paper's mix. The default is
+    gradient wherever the decay allows it."""
+
+    moments: Literal["fp32", "8bit"] = "fp32"
+    """Storage of Adam's moments. 8bit stores each moment in one byte: about 6 bytes less per weight."""
+
+    def out_of_range(self) -> Iterator[Bound]:
+        yield "max_steps", 1 <= self.max_steps <= 10**9, "between 1 and 1000000000"
+        yield "num_train_epochs", self.num_train_epochs is None or 0 < self.num_train_epochs <= 10**6, "above 0"
+        yield "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0"
+        yield "weight_decay", self.weight_decay >= 0, "at least 0"
+        yield "per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"
+        yield "gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"
+        yield "warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1)"
+        yield "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "between 0 and 1"
+        yield "adam_betas", all(0 <= beta < 1 for beta in self.adam_betas), "in [0, 1)"
+        yield "adam_epsilon", self.adam_epsilon > 0, "above 0"
+        yield "max_grad_norm", self.max_grad_norm >= 0, "at least 0"
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of the 0-based `step`: linear from 0 over the warm-up, then as `lr_scheduler_type` says."""
+        warmup = round(self.warmup_ratio * self.max_steps)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1, self.max_steps - warmup)
+        height = SCHEDULES[self.lr_scheduler_type](progress, step / self.max_steps)
+        return self.learning_rate * (self.min_lr_ratio + (1 - self.min_lr_ratio) * height)
+
+    def sequences_per_step(self, num_ranks: int) -> int:
+        """Sequences of an optimizer step, on all ranks together."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * num_ranks
+
+
+def schedule(optimizer: OptimizerOptions, method: MethodOptions) -> tuple[list[float], list[float]]:
+    """The learning rate and the ramp of the decay at each step of a run."""
+    steps = range(optimizer.max_steps)
+    return [optimizer.learning_rate_at(t) for t in steps], [method.alpha(t, optimizer.max_steps) for t in steps]

@@ -1,0 +1,328 @@
+"""The options of a run in sections, one dataclass each, beside those of `castlm.methods.options`.
+
+A component takes the sections that it reads, and nothing else of the config. The docstring after a field is its help
+text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from castlm.core.errors import InputError
+from castlm.core.nm import NM
+from castlm.core.pattern import Pattern, as_pattern
+from castlm.fields import Bound, Bounded, essential, parsed
+from castlm.oneshot.options import BasisOptions, Refinements
+
+SEQ_LEN = 512
+"""Tokens per sequence, wherever a command trains or plans a training."""
+HIDDEN_WEIGHT = 15.0
+"""Default weight of the distance of hidden states; docs/results/stories260k-start.md has what it was chosen by."""
+
+
+@dataclass(frozen=True)
+class ModelOptions(Bounded):
+    """The dense model, and which of its layers become sparse."""
+
+    model: str = essential()
+    """Dense causal LM: a local Hugging Face folder, hub id, GGUF file, or "demo" (SmolLM2-135M-Instruct)."""
+
+    revision: str | None = field(default=None, kw_only=True)
+    """Branch, tag or commit of a hub model."""
+
+    trust_remote_code: bool = field(default=False, kw_only=True)
+    """Run the Python code that comes with a hub model."""
+
+    pattern: Pattern = parsed(NM(2, 4), as_pattern)
+    """n:m, where n of every m consecutive weights along the input axis are kept. Or a share of whole units, as
+    channels:0.5 (of the MLPs) or heads:0.5 (KV heads with their query heads), each with n:m as in channels:0.75+2:4.
+    Channels and heads are cut out in the end."""
+
+    left_dense: tuple[str, ...] = field(default=(), kw_only=True)
+    """More layers to leave dense: every layer whose name contains one of these texts."""
+
+    def out_of_range(self) -> Iterator[Bound]:
+        yield "left_dense", all(part.strip() for part in self.left_dense), "parts of names"
+
+
+@dataclass(frozen=True)
+class DataOptions(Bounded):
+    """The training text."""
+
+    dataset: str | tuple[str, ...] = essential()
+    """Training text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub name (streamed). Several
+    are mixed by their weights, which are shares of the tokens: a.txt:0.7 b.jsonl:0.3, or equally without weights. A
+    .txt file is one document, or several separated by <|endoftext|>."""
+
+    column: str | None = field(default=None, kw_only=True)
+    """Column of .jsonl and .parquet that holds the text, or messages. By default it is found: messages, prompt with
+    completion, or text. Images of messages are in the column images, or image."""
+
+    assistant_only_loss: bool = field(default=True, kw_only=True)
+    """In the loss and the perplexity, count only the assistant's tokens of a conversation, and only the completion of a
+    prompt. Plain text counts in full."""
+
+    chat_template_path: str | None = field(default=None, kw_only=True)
+    """File with a Jinja chat template to use, and to save, in place of the tokenizer's own."""
+
+    dataset_split: str = field(default="train", kw_only=True)
+    """Split of a hub dataset."""
+
+    dataset_config: str | None = field(default=None, kw_only=True)
+    """Configuration of a hub dataset."""
+
+    seq_len: int = essential(SEQ_LEN)
+    """Tokens per sequence."""
+
+    cross_document_attention: bool = field(default=False, kw_only=True)
+    """Let the documents that share a training sequence attend to each other, as if they were one text."""
+
+    repeat_sequences: bool = field(default=False, kw_only=True)
+    """Cut every epoch into the same sequences, in the same order, so that teacher_cache serves all epochs after the
+    first."""
+
+    seed: int = field(default=0, kw_only=True)
+    """Seed of the data order, the dropout and the held-out split."""
+
+    prefetch: bool = field(default=True, kw_only=True)
+    """Tokenize the next batch in a thread during the current step."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset, tuple) and len(self.dataset) == 1:
+            object.__setattr__(self, "dataset", self.dataset[0])
+        super().__post_init__()
+        if isinstance(self.dataset, tuple):
+            if len(self.datasets) < len(self.dataset):
+                raise InputError("dataset names a text twice: give it once, with a larger weight")
+            if self.repeat_sequences:
+                raise InputError(
+                    "repeat_sequences needs a single dataset: the texts of a mixture have their own epochs"
+                )
+
+    @property
+    def datasets(self) -> dict[str, float]:
+        """The training texts with their weights; a single one has the weight 1."""
+        return weighted_texts(self.dataset)
+
+    def out_of_range(self) -> Iterator[Bound]:
+        yield "dataset", bool(self.dataset), "at least one text"
+        yield "seq_len", self.seq_len >= 2, "at least 2"
+        yield "seed", self.seed >= 0, "at least 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(Refinements, BasisOptions):
+    """The sparse weights and masks before step 0."""
+
+    init_from: str | None = essential(None)
+    """Start of the run: magnitude, wanda, sparsegpt, or an n:m model (folder or hub id) whose masks and weights are
+    taken. Structured patterns: magnitude, wanda, flap, taylor or random. The default for cast and finetune is
+    sparsegpt, flap for channels and taylor for heads; for the other methods it is magnitude."""
+
+    calibration_sequences: int = 128
+    """Training sequences that the start is calibrated on, except for magnitude and random."""
+
+    def out_of_range(self) -> Iterator[Bound]:
+        yield "calibration_sequences", self.calibration_sequences >= 1, "at least 1"
+        yield from BasisOptions.out_of_range(self)
+        yield from Refinements.out_of_range(self)
+
+    @property
+    def name(self) -> str:
+        """The start that a run uses: a config fills `init_from` in where it is not given."""
+        assert self.init_from is not None
+        return self.init_from
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherOptions(Bounded):
+    """Distillation from the dense model."""
+
+    eta: float = 2 / 3
+    """Weight of the KL divergence to the dense teacher in the loss, 0 to 1. 0 trains without a teacher."""
+
+    hidden_weight: float | None = None
+    """Weight of the distance between the hidden states of student and teacher behind each transformer block. It falls
+    linearly to 0 over the run. The default is 15 where the student is sparse and a teacher is at work: not with eta 0,
+    a teacher_cache (which holds no hidden states), method dense, or castlm finetune."""
+
+    temperature: float = 1.0
+    """Temperature of the KL divergence, which is multiplied by its square."""
+
+    teacher_top_k: int = 0
+    """Distill from the teacher's top-k tokens; the rest of the distribution is pooled into one bucket. 0 uses the full
+    distribution."""
+
+    teacher_cache: str | None = None
+    """Folder that stores the teacher's top-k tokens, 8 bytes each, for later epochs and runs on the same text."""
+
+    def hidden_weight_at(self, step: int, max_steps: int) -> float:
+        """The weight of the distance of hidden states at the 0-based `step`: linear from its full value down to 0.
+
+        At first the teacher's hidden states are the nearest target that each block has; in the end a sparse model does
+        better with hidden states of its own.
+        """
+        assert self.hidden_weight is not None
+        return self.hidden_weight * (1 - step / max_steps)
+
+    def out_of_range(self) -> Iterator[Bound]:
+        yield "eta", 0 <= self.eta <= 1, "between 0 and 1"
+        yield "hidden_weight", self.hidden_weight is None or self.hidden_weight >= 0, "at least 0"
+        yield "temperature", self.temperature > 0, "above 0"
+        yield "teacher_top_k", self.teacher_top_k >= 0, "at least 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(Bounded):
+    """Perplexity during the run."""
+
+    eval_dataset: str | tuple[str, ...] | None = essential(None)
+    """Text for the perplexity. With several texts, each is reported; the main figure is over all of them. Without it,
+    eval_fraction of the training documents are held out."""
+
+    eval_split: str = "validation"
+    """Split of an eval_dataset on the hub."""
+
+    eval_config: str | None = None
+    """Configuration of an eval_dataset on the hub."""
+
+    eval_fraction: float = 0.02
+    """Fraction of the documents that is held out if there is no eval_dataset."""
+
+    eval_tokens: int = 32768
+    """Maximum number of tokens that are evaluated, of each text. 0 evaluates all of them."""
+
+    eval_steps: int = 0
+    """Steps between evaluations. 0 is a tenth of the run, rounded up."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eval_dataset, tuple) and len(self.eval_dataset) == 1:
+            object.__setattr__(self, "eval_dataset", self.eval_dataset[0])
+        super().__post_init__()
+        if len(set(self.eval_datasets)) < len(self.eval_datasets):
+            raise InputError("eval_dataset names a text twice: give it once")
+
+    @property
+    def eval_datasets(self) -> tuple[str, ...]:
+        """The evaluation texts; empty if a part of the training documents is held out."""
+        texts = self.eval_dataset or ()
+        return (texts,) if isinstance(texts, str) else texts
+
+    def steps_between(self, max_steps: int) -> int:
+        """`eval_steps`, or its default for a run of `max_steps`."""
+        return self.eval_steps or -(-max_steps // 10)
+
+    def out_of_range(self) -> Iterator[Bound]:
+        yield "eval_dataset", self.eval_dataset != (), "at least one text"
+        yield "eval_fraction", 0 < self.eval_fraction < 1, "between 0 and 1"
+        yield "eval_tokens", self.eval_tokens == 0 or self.eval_tokens >= 2, "0 for all, or at least 2"
+        yield "eval_steps", self.eval_steps >= 0, "at least 0"
+
+
+@dataclass(frozen=True)
+class CheckpointOptions(Bounded):
+    """The output folder, checkpoints and logs."""
+
+    output_dir: Path = essential()
+    """New folder for the run. The verified model is written to `output_dir/model`."""
+
+    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = field(default="source", kw_only=True)
+    """What the result is written in. source: what the dense model is stored in."""
+
+    save_steps: int = field(default=100, kw_only=True)
+    """Steps between checkpoints; there is one at the end too. 0 saves only on Ctrl-C and SIGTERM."""
+
+    save_total_limit: int = field(default=2, kw_only=True)
+    """Number of checkpoints that are kept."""
+
+    async_save: bool = field(default=True, kw_only=True)
+    """Write checkpoints while training goes on. It takes one more copy of weights and moments in host memory."""
+
+    resume: bool = field(default=False, kw_only=True)
+    """Continue from the newest whole checkpoint in output_dir."""
+
+    overwrite: bool = field(default=False, kw_only=True)
+    """Replace an earlier run in output_dir."""
+
+    log_steps: int = field(default=1, kw_only=True)
+    """Steps between lines in metrics.jsonl."""
+
+    report_to: tuple[Literal["auto", "tensorboard", "wandb", "trackio", "none"], ...] = field(
+        default=("auto",), kw_only=True
+    )
+    """Trackers that get the metrics besides metrics.jsonl. auto uses every one that is installed."""
+
+    push_to_hub: bool = field(default=False, kw_only=True)
+    """Upload the verified model to the Hugging Face Hub when the run ends, unless it diverged or fell short."""
+
+    hub_model_id: str | None = field(default=None, kw_only=True)
+    """Repository to upload to, owner/name. The default is the name of output_dir."""
+
+    hub_private_repo: bool = field(default=False, kw_only=True)
+    """Make the repository private if it is created."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume and self.overwrite:
+            raise InputError("resume and overwrite exclude each other: choose one")
+
+    @property
+    def hub_repo(self) -> str:
+        """The repository that `push_to_hub` uploads to."""
+        return self.hub_model_id or self.output_dir.absolute().name
+
+    def out_of_range(self) -> Iterator[Bound]:
+        yield "save_steps", self.save_steps >= 0, "at least 0"
+        yield "save_total_limit", self.save_total_limit >= 1, "at least 1"
+        yield "log_steps", self.log_steps >= 1, "at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions(Bounded):
+    """Device, precision and ranks."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto uses CUDA if there is a GPU."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type of the forward and backward pass; master weights are fp32. auto uses bf16 where it is fast."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time, far less memory."""
+
+    fused_optimizer: Literal["auto", "on", "off"] = "auto"
+    """Update of AdamS in one pass: C++ kernels on a CPU, torch.compile on a GPU. auto uses it on a CPU if the kernels
+    are built and on a GPU from 10M parameters; off runs torch operators. Masks take their C++ kernel in any case."""
+
+    torch_compile: bool = False
+    """Compile the transformer blocks of student and teacher with torch.compile, on a GPU."""
+
+    sharding: Literal["full", "replicate", "hybrid"] = "full"
+    """Under torchrun: FSDP2 over all ranks, one copy per rank, or FSDP2 within a node and copies across nodes."""
+
+    timeout_s: float = 600
+    """Under torchrun: seconds that a rank waits for the others before the run stops and names the missing ones."""
+
+    def out_of_range(self) -> Iterator[Bound]:
+        yield "timeout_s", 0 < self.timeout_s <= 10**9, "above 0 and at most 1000000000"
+
+
+def weighted_texts(dataset: str | Sequence[str]) -> dict[str, float]:
+    """Training texts with their weights, as the option `dataset` names them.
+
+    Examples:
+        >>> weighted_texts(["a.txt:0.7", "b.jsonl"])
+        {'a.txt': 0.7, 'b.jsonl': 1.0}
+    """
+    if isinstance(dataset, str):
+        return {dataset: 1.0}
+    found: dict[str, float] = {}
+    for text in dataset:
+        name, _, weight = text.rpartition(":")
+        has_weight = bool(name) and re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", weight) is not None
+        found[name if has_weight else text] = float(weight) if has_weight else 1.0
+    return found

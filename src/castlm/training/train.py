@@ -1,0 +1,396 @@
+"""train(): from a dense model to a verified n:m model.
+
+`train` and `set_up` are the recipe, from top to bottom; each line of them hands a section of the config to the
+component that reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from castlm.core.budget import DecayBudget, decay_budget
+from castlm.core.decay import DECAYS
+from castlm.core.errors import InputError, is_out_of_memory
+from castlm.core.masks import pack_mask
+from castlm.core.shards import like_rows, local
+from castlm.core.sparsify import FilterFn, is_sparse_linear
+from castlm.distributed.mask_check import masked_samples
+from castlm.distributed.sharding import compile_blocks_
+from castlm.distributed.world import DIAGNOSIS_S, World, closing, init_world, is_of_a_collective
+from castlm.export.hf import check_export
+from castlm.export.hub import check_login, push
+from castlm.files.output import claimed
+from castlm.hardware import check_compile, choose_fused, choose_precision, collect_garbage
+from castlm.methods.base import Retraining, class_of
+from castlm.methods.options import MethodOptions, OptimizerOptions, schedule
+from castlm.models.architecture import vocab_size
+from castlm.models.locate import locate
+from castlm.oneshot.options import UNIT_SCORES
+from castlm.oneshot.solvers import SOLVERS
+from castlm.progress import note
+from castlm.training.checkpoint import checkpoint_steps, read_manifest
+from castlm.training.config import TrainConfig
+from castlm.training.finetune import layers_left_dense
+from castlm.training.finish import finish
+from castlm.training.interrupt import Interrupt
+from castlm.training.lam import PLACEHOLDER_LAM, STEPS, Calibration, measure
+from castlm.training.metrics import Evaluator
+from castlm.training.objective import Objective, checkpoint_activations_, make_teacher, shard_objective_
+from castlm.training.options import CheckpointOptions
+from castlm.training.run import Run, local_masks
+from castlm.training.run_folder import RunFolder, after_restart, check_shared
+from castlm.training.source import check_sizes, open_source
+from castlm.training.start import Start, StartOf, is_untied, make_start, start_, stream_basis
+from castlm.training.teacher_pass import claim_teacher_cache, open_teacher_cache, teacher_dtype
+from castlm.training.text import open_training_text, steps_of_epochs
+from castlm.training.trackers import chosen_trackers
+from castlm.training.verdict import problem
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Runs `config` from its dense model to the verified result in `output_dir/model`.
+
+    Returns:
+        The record of the run, which is also the result's castlm.json.
+
+    Raises:
+        InputError: anything that the user can put right; nothing is half-written.
+        Interrupted: after Ctrl-C or SIGTERM; its message tells what is saved and how to resume.
+    """
+    runtime = config.runtime
+    with (
+        Interrupt() as interrupt,
+        closing(init_world(runtime.device, runtime.sharding, runtime.timeout_s)) as world,
+        naming_missing_ranks(world),
+        contextlib.ExitStack() as stack,
+    ):
+        config = world.on_main(lambda: after_restart(config))
+        world.on_main(lambda: stack.enter_context(_claimed(config)) and None, beats=True)
+        output, folder = config.checkpoint, RunFolder(config.checkpoint.output_dir)
+        check_shared(folder.path, world)
+        if output.push_to_hub:
+            world.on_main(lambda: check_login(output.hub_repo))
+        config = with_values_found(config, world)
+        if world.on_main(lambda: output.resume and folder.is_finished()):
+            batch = config.optimizer.sequences_per_step(world.size)
+            record = world.on_main(lambda: folder.finished_record(config, batch), beats=True)
+            if world.is_main:
+                note(f"{folder.model} is finished already")
+        else:
+            run = set_up(config, world)
+            interrupt.start_training()
+            run.begin()
+            last, progress = config.optimizer.max_steps, run.progress
+            eval_steps, save_steps = config.evaluation.steps_between(last), output.save_steps
+            saved = progress.step or None
+            with run.telemetry:
+                with run.saver:
+                    if progress.step == 0:
+                        run.evaluate()
+                    while progress.step < last:
+                        world.meet(f"step {progress.step + 1}")
+                        run.saver.finish_if_written()
+                        run.train_step()
+                        is_last = progress.step == last
+                        if progress.step % eval_steps == 0 or is_last:
+                            run.evaluate()
+                        if save_steps and (progress.step % save_steps == 0 or is_last):
+                            run.save()
+                            saved = progress.step
+                        if world.any(interrupt.requested):
+                            if saved != progress.step:
+                                run.save()
+                            run.saver.finish()
+                            raise interrupt.stopped(progress.step, folder.path)
+                run.cover_teacher_cache()
+                interrupt.start_export()
+                record = finish(run)
+                world.on_main(folder.drop_replaced, beats=True)
+        if output.push_to_hub:  # of a finished run too, which may have been stopped here
+            upload(folder.model, output.hub_repo, record, world, private=output.hub_private_repo)
+        return record
+
+
+def set_up(config: TrainConfig, world: World) -> Run:
+    """Makes what a run consists of, in the order in which it can go wrong, from its checkpoint if it is resumed.
+
+    Nothing in the output folder changes. The order of the last part is fixed: teacher, method (which parametrizes),
+    shards, optimizer, start.
+
+    Args:
+        config: `lam` is a number by now.
+
+    Raises:
+        InputError: anything that the user can put right.
+    """
+    data, teacher_options, optimizer_options, runtime = config.data, config.teacher, config.optimizer, config.runtime
+    folder, pattern = RunFolder(config.checkpoint.output_dir), config.model.pattern
+    method_class = class_of(config.method.method, config.adapter.adapter)
+    method_class.check(config.method, optimizer_options)
+    check_compile(runtime.torch_compile, world.device)
+    if world.size > 1:
+        world.check_all(_why_one_process(config.method.method, config.adapter.adapter, method_class, runtime.sharding))
+    trackers = world.on_main(lambda: chosen_trackers(config.checkpoint.report_to))
+    checkpoint, resumed = None, None
+    if config.checkpoint.resume:
+        checkpoint = world.on_main(lambda: folder.newest_checkpoint(config))
+        resumed = world.on_main(lambda: read_manifest(checkpoint)["start"])
+
+    # model and text
+    if config.start.name not in (*SOLVERS, *UNIT_SCORES):
+        locate(config.start.name)  # in the first second, and not after the dense model was loaded
+    source = open_source(config.model, world, whole_copies=method_class.whole_copies)
+    model, vocab = source.model, vocab_size(source.model.config)
+    check_sizes(model.config, seq_len=data.seq_len, teacher_top_k=teacher_options.teacher_top_k)
+    check_left_dense(config.model.left_dense, model)
+    rows = optimizer_options.per_device_train_batch_size
+    text = open_training_text(config.model, data, config.evaluation, source.tokenizer, vocab, world, rows_per_rank=rows)
+    precision = choose_precision(runtime.precision, world.device, model.config)
+    filter_fn = filter_of(config.model.left_dense)
+    if config.method.row.is_sparse:
+        check_export(model, pattern, filter_fn)
+
+    # start
+    has_start = resumed is None and config.start.name != "magnitude"
+    start = Start(record=resumed or {})
+    if has_start:
+        of = StartOf(
+            pattern=pattern,
+            filter_fn=filter_fn,
+            seq_len=data.seq_len,
+            seed=data.seed,
+            precision=runtime.precision,
+            keeps_dense_values=config.method.keeps_dense_values(config.start.name, pattern),
+            is_finetuning=config.is_finetuning,
+            compares_hidden=bool(teacher_options.hidden_weight),
+        )
+        start = make_start(config.start, of, source, text, world)
+
+    # teacher, objective, method
+    cache = open_teacher_cache(teacher_options, data, text, vocab, world)
+    if cache is not None:
+        num_sequences = optimizer_options.max_steps * optimizer_options.sequences_per_step(world.size)
+        cache.complete = cache.covers(num_sequences)
+    has_teacher = teacher_options.eta > 0 and not (cache and cache.complete)
+    teacher = make_teacher(model, teacher_dtype(precision)) if has_teacher else None
+    if is_untied(start.record):
+        source.untie_()
+    method = method_class(
+        model,
+        pattern,
+        filter_fn,
+        method=config.method,
+        optimizer=optimizer_options,
+        adapter=config.adapter,
+        start=config.start.name,
+        seed=data.seed,
+    )
+    if runtime.gradient_checkpointing:
+        checkpoint_activations_(model)
+    objective = Objective(
+        model,
+        teacher,
+        teacher_options.eta,
+        teacher_options.temperature,
+        teacher_options.teacher_top_k,
+        cache,
+        apart=not data.cross_document_attention,
+        hidden_weight=float(teacher_options.hidden_weight or 0.0),
+    )
+    if runtime.torch_compile:
+        compile_blocks_(objective)
+    shard_objective_(objective, source.stored, precision, world, method.whole_copies)
+    names = objective.trained_parameters()
+    if cache is not None:
+        claim_teacher_cache(cache, teacher_options, data, model, precision)
+
+    # optimizer, step 0
+    fused, optimizer_text = choose_fused(runtime.fused_optimizer, world.device, sum(p.numel() for p in names))
+    optimizer = method.build_optimizer(model, fused)
+    evaluator = Evaluator(objective, text.held_out, data.seq_len, rows, precision, world)
+    dense_perplexity = None
+    if resumed is None:
+        if (has_start or method.starts_sparse) and not config.is_finetuning:
+            with method.unmasked():
+                dense_perplexity = evaluator.perplexity()
+        if has_start:
+            start_(model, method, start, world)
+        else:
+            method.start_from_magnitude_()
+    if teacher_options.hidden_weight:
+        objective.stream_basis = stream_basis(start, world)
+    masks = method.masks()
+    run = Run(
+        config=config,
+        world=world,
+        folder=folder,
+        source=source,
+        text=text,
+        objective=objective,
+        method=method,
+        optimizer=optimizer,
+        optimizer_text=optimizer_text,
+        evaluator=evaluator,
+        names=names,
+        initial_masks={names[p]: like_rows(pack_mask(local(m)), p) for p, m in masks.items()},
+        dense_perplexity=dense_perplexity,
+        start=start.record,
+        budget=_decay_budget(config.method, optimizer_options, method, local_masks(masks), world),
+        trackers=trackers,
+        resumed_from=checkpoint,
+    )
+    if checkpoint is not None:
+        run.restore(checkpoint)
+    return run
+
+
+def begin_run(config: TrainConfig, world: World, *, announce: bool = True) -> Run:
+    """A run with its output folder and logs, before its first step; for those who take the steps themselves."""
+    run = set_up(config, world)
+    run.begin(announce=announce)
+    return run
+
+
+def with_values_found(config: TrainConfig, world: World) -> TrainConfig:
+    """`config` with the values that depend on files: the layers left dense, the steps of its epochs, `lam`."""
+    if config.is_finetuning:
+        config = config.changed(left_dense=world.on_main(lambda: layers_left_dense(config.model)))
+    epochs = config.optimizer.num_train_epochs
+    if epochs is not None:
+        batch = config.optimizer.sequences_per_step(world.size)
+        steps = world.on_main(
+            lambda: steps_of_epochs(config.model, config.data, config.evaluation, epochs, batch), beats=True
+        )
+        config = config.changed(max_steps=steps, num_train_epochs=None)
+    if config.method.lam != "auto":
+        return config
+    lam = world.on_main(lambda: _saved_lam(config.checkpoint))
+    if lam is None and config.method.reads_lam:
+        lam = calibrate(config, world).lam
+    return config.changed(lam=0.0 if lam is None else lam)  # 0 where nothing reads it
+
+
+def _saved_lam(options: CheckpointOptions) -> float | None:
+    """The `lam` of the checkpoint that a run is resumed from; None where there is none."""
+    whole = checkpoint_steps(RunFolder(options.output_dir).checkpoints) if options.resume else {}
+    if not whole:
+        return None
+    lam = read_manifest(whole[max(whole)])["config"].get("lam")
+    return float(lam) if isinstance(lam, (int, float)) else 0.0
+
+
+def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibration:
+    """Runs the first `steps` steps of `config` in a scratch folder and measures them.
+
+    Nothing of it is kept, but for what it adds to the `teacher_cache` of `config`, which the run reads.
+
+    Raises:
+        InputError: whatever the run itself would raise, and a method or decay that has no masked weights to judge.
+    """
+    with tempfile.TemporaryDirectory(prefix="castlm-calibrate-") as scratch:
+        scratch_config = config.changed(
+            output_dir=Path(scratch) / "run",
+            lam=PLACEHOLDER_LAM if config.method.lam == "auto" else config.method.lam,
+            ignore_decay_budget=True,
+            report_to=("none",),
+            push_to_hub=False,
+            resume=False,
+            overwrite=False,
+        )
+        run = begin_run(scratch_config, world, announce=False)
+        found = measure(run, steps)
+        del run
+        collect_garbage(world.device.type)
+    return found
+
+
+def _decay_budget(
+    options: MethodOptions,
+    optimizer: OptimizerOptions,
+    method: Retraining,
+    masks: dict[Tensor, Tensor],
+    world: World,
+) -> DecayBudget | None:
+    """Whether the masked weights of a run reach zero; None where none decay.
+
+    Raises:
+        InputError: they do not, and `ignore_decay_budget` is off.
+    """
+    if not method.decays or not DECAYS[options.decay].reduces:
+        return None
+    budget = decay_budget(masked_samples(masks, world), *schedule(optimizer, options), options.decay)
+    if not budget.reaches_zero and not options.ignore_decay_budget:
+        raise InputError(f"{budget.explain()} (ignore_decay_budget runs it all the same)")
+    return budget
+
+
+def filter_of(left_dense: Sequence[str]) -> FilterFn:
+    """Which modules a run makes sparse: those of `is_sparse_linear` without `left_dense`."""
+
+    def is_sparse(module: nn.Module, fqn: str) -> bool:
+        return is_sparse_linear(module, fqn) and not any(part in fqn for part in left_dense)
+
+    return is_sparse
+
+
+def check_left_dense(left_dense: Sequence[str], model: nn.Module) -> None:
+    """Raises `InputError` if a part of `left_dense` is in the name of no layer that could be sparse."""
+    names = [name for name, module in model.named_modules() if is_sparse_linear(module, name)]
+    for part in left_dense:
+        if not any(part in name for name in names):
+            raise InputError(f"left_dense {part} is in the name of no sparse layer: they are named like {names[-1]}")
+
+
+def _why_one_process(method: str, adapter: str, method_class: type[Retraining], sharding: str) -> str | None:
+    """Why a method cannot run on several ranks with these options; None if it can."""
+    if method_class.masks_forward:
+        return f"method {method} masks whole weights in the forward pass: run it in one process"
+    if method_class.whole_copies and sharding != "replicate":
+        return (
+            f"sharding {sharding}: adapter {adapter} needs the whole model on each rank: set "
+            "sharding replicate, or adapter none"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def naming_missing_ranks(world: World) -> Iterator[None]:
+    """Names the rank that hangs or has ended where a collective fails; torch names an address, if anything."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error) or not is_of_a_collective(error):  # of this rank
+            raise
+        missing = world.missing(min(DIAGNOSIS_S, world.timeout_s))
+        if not missing:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{missing} hangs or has ended; torchrun --max-restarts starts it again ({reason})") from error
+
+
+def _claimed(config: TrainConfig) -> contextlib.AbstractContextManager[Path]:
+    """The output folder, locked by the main rank for all."""
+    inputs = {"model": config.model.model, "teacher_cache": config.teacher.teacher_cache}
+    inputs |= {f"dataset {text}": text for text in config.data.datasets}
+    inputs |= {f"eval_dataset {text}": text for text in config.evaluation.eval_datasets}
+    inputs["init_from"] = config.start.init_from
+    output = config.checkpoint
+    return claimed(output.output_dir, "train", overwrite=output.overwrite, resume=output.resume, inputs=inputs)
+
+
+def upload(model: Path, repo: str, record: dict[str, Any], world: World, *, private: bool) -> None:
+    """Uploads the result, unless its verdict is that it is no use: a good one may be in the repository."""
+    if wrong := problem(record.get("verdict", {})):
+        if world.is_main:
+            note(f"not uploaded, because the run {wrong}; hf upload {repo} {model} sends the result nevertheless")
+        return
+    url = world.on_main(functools.partial(push, model, repo, private=private), beats=True)
+    if world.is_main:
+        note(f"uploaded: {url}")
