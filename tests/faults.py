@@ -83,7 +83,9 @@ class Ground:
         self.compare(config)
 
     def compare(self, config: TrainConfig) -> None:
-        one, other = (load_file(Path(c.output_dir) / "model" / "model.safetensors") for c in (self.config, config))
+        one, other = (
+            load_file(Path(c.checkpoint.output_dir) / "model" / "model.safetensors") for c in (self.config, config)
+        )
         assert one.keys() == other.keys()
         for name in one:
             assert one[name].tobytes() == other[name].tobytes(), f"{name} differs from the undisturbed run"

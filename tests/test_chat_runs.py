@@ -32,10 +32,10 @@ def of_chat(llama, chat, folder, **over):
 
 
 def test_the_loss_is_that_of_the_assistants_tokens_by_hand(llama, chat, tmp_path):
-    parts = begin_run(of_chat(llama, chat, tmp_path / "run"), init_world("cpu", "full")).parts
+    run = begin_run(of_chat(llama, chat, tmp_path / "run"), init_world("cpu", "full"))
     student, teacher = tiny_model("llama", seed=1), tiny_model("llama")
     objective = Objective(student, teacher, 0.5, 2.0, apart=True)
-    batch = next(parts.text.loader)
+    batch = next(run.text.loader)
     ids, labels, positions = batch["input_ids"], batch["labels"], batch["position_ids"]
     real = labels != -100
     assert 0.1 < real.float().mean() < 0.8

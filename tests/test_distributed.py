@@ -525,7 +525,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(gemma, text, tmp_path, m
     for step in (4, 6):
         states = []
         for name in ("sync", "async"):
-            run._restore(checkpoint_steps(tmp_path / name / "checkpoints")[step])
+            run.restore(checkpoint_steps(tmp_path / name / "checkpoints")[step])
             states.append(copy.deepcopy(run.tensors()))
         for part in ("model", "initial_masks"):
             for name, tensor in states[0][part].items():

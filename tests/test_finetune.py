@@ -17,6 +17,7 @@ import castlm
 from castlm.cli.finetune import parse_finetune
 from castlm.cli.main import main
 from castlm.core.errors import InputError
+from castlm.core.nm import NM
 from castlm.distributed.world import is_main_rank
 from castlm.training.config import TrainConfig
 from castlm.training.finetune import FinetuneConfig
@@ -231,7 +232,7 @@ def test_an_adapter_is_not_sharded(sparse, text, tmp_path):
 
 def test_the_command_line_has_the_options_that_matter(capsys):
     given = ["model", "--dataset", "text", "--output-dir", "run"]
-    assert parse_finetune(given)[0].learning_rate == 5e-5
+    assert parse_finetune(given)[0].optimizer.learning_rate == 5e-5
     assert parse_finetune([*given, "--adapter", "shira"])[0].optimizer.learning_rate == 5e-4
     config, page = parse_finetune([*given, "--adapter", "shira", "--learning-rate", "1e-5", "--no-report"])
     assert (config.optimizer.learning_rate, config.teacher.eta, config.start.init_from, page) == (
@@ -258,8 +259,8 @@ def test_the_model_of_a_run_and_its_recorded_pattern_are_found(sparse, tmp_path)
     for recorded, kept in (("1:4", "1:4"), ("channels:0.75+2:4", "2:4")):
         (model / "castlm.json").write_text(json.dumps({"pattern": recorded}))
         config, _ = parse_finetune(given)
-        assert (config.model.model, config.start.init_from, config.model.pattern) == (str(model), str(model), kept)
-        assert parse_finetune([*given, "--pattern", "4:8"])[0].pattern == "4:8"
+        assert (config.model.model, config.start.init_from, str(config.model.pattern)) == (str(model), str(model), kept)
+        assert parse_finetune([*given, "--pattern", "4:8"])[0].model.pattern == NM(4, 8)
     (model / "castlm.json").write_text(json.dumps({"pattern": "channels:0.5"}))
     with pytest.raises(InputError, match=r"is channels:0\.5, a smaller dense model: fine-tune it like any dense one"):
         parse_finetune(given)

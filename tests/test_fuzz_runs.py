@@ -13,7 +13,6 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,7 +78,7 @@ class Ground:
         for one in self.configs:
             code, text = self.run(one)
             assert code == 0, text
-            self.weights.append((Path(one.output_dir) / "model" / "model.safetensors").read_bytes())
+            self.weights.append((Path(one.checkpoint.output_dir) / "model" / "model.safetensors").read_bytes())
         self.inputs = self.digest_of_inputs()
 
     def digest_of_inputs(self) -> dict[str, str]:
@@ -115,8 +114,7 @@ def machine(ground: Ground) -> type[RuleBasedStateMachine]:
             moment=st.one_of(st.none(), st.integers(0, 400)),
         )
         def start(self, which: int, how: str, moment: int | None) -> None:
-            config = replace(
-                ground.configs[which],
+            config = ground.configs[which].changed(
                 output_dir=str(self.folder),
                 resume=how == "resume",
                 overwrite=how == "overwrite",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from castlm.core.pattern import NM, count_nm_violations
 from castlm.core.sparsify import is_sparse_linear, weight_parameter
 from castlm.methods.base import forward_mask
 from castlm.methods.gradual import GradualMagnitude
+from castlm.methods.options import MethodOptions
 from castlm.training.config import TrainConfig
 from castlm.training.finish import perplexities_when_sparse
 from tests.tiny import VOCAB_SIZE, tiny_model
@@ -22,7 +21,16 @@ def test_masked_weights_get_no_gradient_and_the_masks_stay_from_the_second_half_
     options = {"model": "m", "dataset": "d", "output_dir": "o", "method": "gradual_magnitude"}
     config = TrainConfig.from_mapping(options | {"max_steps": 40, "mask_interval": 5, "learning_rate": 0.05}, "test")
     model = tiny_model("llama")
-    method = GradualMagnitude(model, config, NM(2, 4), is_sparse_linear)
+    method = GradualMagnitude(
+        model,
+        NM(2, 4),
+        is_sparse_linear,
+        method=config.method,
+        optimizer=config.optimizer,
+        adapter=config.adapter,
+        start=config.start.name,
+        seed=0,
+    )
     optimizer = method.build_optimizer(model, fused=False)
     layer = next(iter(method.layers.values()))
     shares, last = [], None
@@ -48,10 +56,9 @@ def test_masked_weights_get_no_gradient_and_the_masks_stay_from_the_second_half_
 
 @pytest.mark.parametrize(("method", "found"), [("gradual_magnitude", [70.0, 60.0]), ("cast", []), ("dense", [])])
 def test_a_run_is_judged_by_what_it_measured_since_every_group_is_masked(method, found):
-    config = TrainConfig.of("m", "d", "o", method=method, max_steps=40, mask_interval=5)
+    options = MethodOptions(method=method, mask_interval=5)
     perplexities = {0: 5.0, 20: 40.0, 24: 50.0, 25: 70.0, 30: 60.0, 40: 55.0}
     figures = {str(step): {"perplexity": value} for step, value in perplexities.items()}
     if method != "dense":
         figures = {step: figure | {"prune_now_ppl": figure["perplexity"]} for step, figure in figures.items()}
-    run = SimpleNamespace(config=config, figures=figures, is_sparse=method != "dense")
-    assert perplexities_when_sparse(run) == found
+    assert perplexities_when_sparse(options, 40, figures) == found

@@ -127,6 +127,12 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text
     assert min(parts) < last["perplexity"] < max(parts)
 
 
+def text_of(config, world):
+    return open_training_text(
+        config.model, config.data, config.evaluation, tiny_tokenizer(), 264, world, rows_per_rank=4
+    )
+
+
 def test_evaluation_texts_of_one_name_are_told_apart_by_their_paths(text, tmp_path):
     model, names = str(save_tiny(tmp_path / "llama")), []
     for name in ("one/same.txt", "two/same.txt", "other.txt"):
@@ -136,7 +142,7 @@ def test_evaluation_texts_of_one_name_are_told_apart_by_their_paths(text, tmp_pa
         names.append(str(file))
     config = small(model, text, tmp_path / "run", eval_dataset=tuple(names))
     world = init_world("cpu", "full")
-    found = open_training_text(config, tiny_tokenizer(), 264, world)
+    found = text_of(config, world)
     assert list(found.eval_parts) == [names[0], names[1], "other.txt"]
 
 
@@ -147,11 +153,6 @@ def test_the_held_out_tokens_of_a_hub_dataset_are_the_same_for_every_seed(tmp_pa
     documents = HubDocuments(stream, Columns("text", "text"), "name", "identity", has_images=False)
     monkeypatch.setattr(text_module, "open_documents", lambda *args, **kwargs: documents)
     model, world = str(save_tiny(tmp_path / "llama")), init_world("cpu", "full")
-    found = [
-        open_training_text(
-            small(model, "name", tmp_path / "run", seed=seed, eval_tokens=300), tiny_tokenizer(), 264, world
-        )
-        for seed in (0, 1)
-    ]
+    found = [text_of(small(model, "name", tmp_path / "run", seed=seed, eval_tokens=300), world) for seed in (0, 1)]
     assert found[0].eval_sha256 == found[1].eval_sha256
     assert found[0].held_out.ids.equal(found[1].held_out.ids)

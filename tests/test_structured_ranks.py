@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -60,7 +58,7 @@ def test_ranks_are_one_rank_and_a_run_is_resumed_on_another_number(fields, ranks
     train(small(gemma, text, tmp_path / "one", 1, **fields))
     two = small(gemma, text, tmp_path / "two", 2, save_steps=4, **fields)
     run_ranks(train_until, 2, two, 4, folder=tmp_path)
-    others = replace(small(gemma, text, tmp_path / "two", ranks, save_steps=4, **fields), resume=True)
+    others = small(gemma, text, tmp_path / "two", ranks, save_steps=4, resume=True, **fields)
     if ranks == 1:
         train(others)
     else:

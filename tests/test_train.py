@@ -332,7 +332,7 @@ def test_cast_starts_from_sparsegpt_unless_told_otherwise():
     assert TrainConfig.of("m", "d", "o").start.init_from == "sparsegpt"
     assert TrainConfig.of("m", "d", "o", method="srste").start.init_from == "magnitude"
     paper, _ = parse_train(["--model=m", "--dataset=d", "--output-dir=o", "--recipe=paper"])
-    assert paper.start == "magnitude"
+    assert paper.start.init_from == "magnitude"
 
 
 BAD_START = {

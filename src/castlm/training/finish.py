@@ -6,7 +6,7 @@ import contextlib
 import math
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from castlm.export.hf import export_model
 from castlm.files.atomic_dir import atomic_dir
 from castlm.files.atomic_file import atomic_write_json
 from castlm.hardware import peak_memory
+from castlm.methods.options import MethodOptions
 from castlm.models.architecture import auto_class, linearize_
 from castlm.models.io import parameters_in, save_dtype, save_model
 from castlm.oneshot.options import UNIT_SCORES
@@ -177,18 +178,19 @@ def finished_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
         trained = run.progress.figures[str(run.total_steps)]["perplexity"]
         record |= {"pattern": None, "perplexity": {**record["perplexity"], "trained": trained}}
         record |= {"versions": model_versions()}  # an export adds its own
-    return record | {"verdict": verdict(record["perplexity"], perplexities_when_sparse(run))}
+    earlier = perplexities_when_sparse(run.config.method, run.total_steps, run.progress.figures)
+    return record | {"verdict": verdict(record["perplexity"], earlier)}
 
 
-def perplexities_when_sparse(run: Run) -> list[float]:
+def perplexities_when_sparse(
+    method: MethodOptions, max_steps: int, figures: Mapping[str, Mapping[str, float]]
+) -> list[float]:
     """The perplexities before the end of a run that becomes sparse on the way, from when every group was n:m: from the
     first mask refresh of its second half on. Empty for runs that start sparse, and for the dense control."""
-    method = run.config.method
     if not (method.row.is_sparse and method.row.starts_dense):
         return []
-    first = run.total_steps / 2 + method.mask_interval
-    figures = run.progress.figures.items()
-    return [values["prune_now_ppl"] for step, values in figures if first <= int(step) < run.total_steps]
+    first = max_steps / 2 + method.mask_interval
+    return [values["prune_now_ppl"] for step, values in figures.items() if first <= int(step) < max_steps]
 
 
 def say_result(run: Run, record: dict[str, Any]) -> None:

@@ -111,6 +111,9 @@ class Run:
     telemetry: Telemetry = field(init=False)
     saver: Saver = field(init=False)
     self_check: SelfCheck = field(init=False)
+    flops_per_token: float = field(init=False)
+    peak_flops: float | None = field(init=False)
+    """The peak of a device in FLOP/s, where it is known."""
     _uncounted: int = field(default=0, init=False)
     """Steps in a row in which no token counted."""
 
@@ -132,6 +135,9 @@ class Run:
         self.progress.first_step = self.progress.step
         watched = self.method.layers if self.method.decays else {}
         self.self_check = SelfCheck(self.optimizer, watched, self.config.model.pattern, self.world)
+        has_teacher, seq_len = self.objective.teacher is not None, self.config.data.seq_len
+        self.flops_per_token = flops_per_token(self.names, self.model.config, seq_len, has_teacher)
+        self.peak_flops = peak_flops(self.world.device, self.evaluator.precision)
         opened: list[Tracker] = []
 
         def open_folder_and_trackers() -> None:
@@ -286,11 +292,8 @@ class Run:
             "tokens_per_s": num_read / seconds,
             "eta_s": progress.seconds_left(self.total_steps, eval_steps=eval_steps, save_steps=options.save_steps),
         }
-        peak = peak_flops(self.world.device, self.evaluator.precision)
-        if peak is not None:
-            has_teacher = self.objective.teacher is not None
-            per_token = flops_per_token(self.names, self.model.config, self.config.data.seq_len, has_teacher)
-            values["mfu"] = per_token * num_read / seconds / (peak * self.world.size)
+        if self.peak_flops is not None:
+            values["mfu"] = self.flops_per_token * num_read / seconds / (self.peak_flops * self.world.size)
         self.telemetry.log(progress.step, values, write=progress.step % options.log_steps == 0)
 
     def _check_counted(self, num_tokens: int) -> None:
