@@ -38,7 +38,7 @@ from castlm.names import markdown, markdown_code, printable
 from castlm.planning.law import FORMS, Law, predict_perplexity, tokens_for
 from castlm.planning.memory import plan_memory
 from castlm.planning.points import read_points
-from castlm.training.config import TrainConfig
+from castlm.training.config import TrainConfig, sections_of
 from castlm.training.metrics_file import read_metrics
 
 from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json
@@ -354,11 +354,13 @@ def test_yaml_that_would_grow_is_refused():
 
 def option_values() -> st.SearchStrategy[dict[str, object]]:
     """Values for the options of a run: of the right type, of another one, or out of range."""
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    sections = sections_of(TrainConfig).values()
+    fields = {field.name: field for section in sections for field in dataclasses.fields(section)}
+    hints = {name: hint for section in sections for name, hint in hints_of(section).items()} | {"pattern": str}
 
     def values(name: str) -> st.SearchStrategy[object]:
         choices = choices_of(fields[name])
-        typed = st.from_type(hints_of(TrainConfig)[name]) if choices is None else st.sampled_from(choices)
+        typed = st.from_type(hints[name]) if choices is None else st.sampled_from(choices)
         return typed | VALUES
 
     pair = st.sampled_from(sorted(fields)).flatmap(lambda name: st.tuples(st.just(name), values(name)))
