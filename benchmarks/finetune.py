@@ -57,7 +57,6 @@ WAYS = (
     Way("dense, all weights", dense=True),
     Way("2:4, all kept weights"),
     Way("2:4, SHiRA on kept weights", adapter=castlm.shira_config),
-    Way("2:4, LoRA under the mask", adapter=castlm.masked_lora_config),
     Way("2:4, plain LoRA, merged", adapter=plain_lora),
     Way("2:4, plain LoRA, merged, pruned by magnitude", adapter=plain_lora, after=prune_again),
     Way("2:4, plain LoRA, merged, pruned by the old mask", adapter=plain_lora, after=restore_zeros),

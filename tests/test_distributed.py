@@ -315,7 +315,7 @@ def test_ranks_with_other_weights_of_the_model_are_refused(sharding, text, tmp_p
     for rank in range(2):
         save_tiny(tmp_path / str(rank) / "model", "llama", seed=rank)
     log = tmp_path / "log"
-    whole = {"sharding": "replicate", "adapter": "lora", "eta": 0.0, "method": "finetune", "init_from": "model"}
+    whole = {"sharding": "replicate", "adapter": "shira", "eta": 0.0, "method": "finetune", "init_from": "model"}
     config = small("model", text, tmp_path / "run", 2, **(START if sharding == "full" else whole))
     assert wait_ranks(start_ranks(train_on_a_disk_of_its_own, 2, config, tmp_path, log=log), 60) == [2, 2]
     assert "rank 1 has other weights of model than rank 0: give all of them" in Path(f"{log}.0").read_text()

@@ -28,7 +28,7 @@ from castlm.distributed.world import World
 from castlm.export import hf
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
-from castlm.methods.keep import keep_pattern_
+from castlm.methods.adapters import keep_pattern_
 from castlm.models.io import load_model, save_model
 from castlm.models.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, experts_input_axis
 from tests.tiny import EXPERTS, linear_model, save_tiny, tiny_model, tiny_tokenizer

@@ -150,16 +150,12 @@ def adapted(config_of, model=None, **options):
     for name, parameter in found.named_parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-            assert "lora_" in name or "shira_" in name
+            assert "shira_" in name
     return found
 
 
-ADAPTERS = [castlm.shira_config, castlm.masked_lora_config]
-
-
-@pytest.mark.parametrize("config_of", ADAPTERS)
-def test_the_merge_of_an_adapter_keeps_every_zero_and_computes_the_same(config_of):
-    before, model = sparse_model(), adapted(config_of)
+def test_the_merge_of_an_adapter_keeps_every_zero_and_computes_the_same():
+    before, model = sparse_model(), adapted(castlm.shira_config)
     logits = model(input_ids=IDS).logits
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(input_ids=IDS).logits, logits, rtol=1e-4, atol=1e-4)
@@ -170,10 +166,9 @@ def test_the_merge_of_an_adapter_keeps_every_zero_and_computes_the_same(config_o
         assert not torch.equal(weight, layer.weight), name
 
 
-@pytest.mark.parametrize("config_of", ADAPTERS)
-def test_an_adapter_of_a_bf16_model_trains_and_merges(config_of):
+def test_an_adapter_of_a_bf16_model_trains_and_merges():
     """PEFT holds the adapter of such a model in fp32."""
-    model = adapted(config_of, model=sparse_model().bfloat16())
+    model = adapted(castlm.shira_config, model=sparse_model().bfloat16())
     output = model(input_ids=IDS, labels=IDS)
     output.loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
@@ -184,9 +179,8 @@ def test_an_adapter_of_a_bf16_model_trains_and_merges(config_of):
     assert (merged(input_ids=IDS).logits - expected).norm() < 0.05 * expected.norm()
 
 
-@pytest.mark.parametrize("config_of", ADAPTERS)
-def test_an_adapter_is_as_large_as_lora_of_its_rank(config_of):
-    model = adapted(config_of)
+def test_an_adapter_is_as_large_as_lora_of_its_rank():
+    model = adapted(castlm.shira_config)
     wanted = sum(4 * sum(layer.weight.shape) for layer in sparse_linears(sparse_model())[0].values())
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == wanted
 
@@ -200,27 +194,15 @@ def test_shira_is_saved_and_loaded_by_peft_alone(tmp_path):
     castlm.keep_pattern_(loaded.merge_and_unload())
 
 
-def test_masked_lora_is_saved_by_peft_and_needs_its_config_to_be_loaded(tmp_path):
-    peft = pytest.importorskip("peft")
-    model, base = adapted(castlm.masked_lora_config), sparse_model()
-    model.save_pretrained(tmp_path)
-    config = castlm.masked_lora_config(base, r=4)
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path, config=config)
-    assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
-    plain = peft.PeftModel.from_pretrained(sparse_model(), tmp_path)
-    assert not torch.allclose(plain(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=0.1)
-
-
-@pytest.mark.parametrize("config_of", ADAPTERS)
-def test_sft_trainer_trains_an_adapter_that_keeps_the_pattern(config_of, tmp_path):
+def test_sft_trainer_trains_an_adapter_that_keeps_the_pattern(tmp_path):
     model, callback = sparse_model(), castlm.PatternCallback()
-    trainer = sft_train(model, tmp_path, callback, config_of(model, r=4))
+    trainer = sft_train(model, tmp_path, callback, castlm.shira_config(model, r=4))
     assert callback.kept.num_checks == 4
     trainer.save_model(str(tmp_path / "adapter"))
     assert any(
         value.any()
         for name, value in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()
-        if "lora_B" in name or "shira_weight" in name
+        if "shira_weight" in name
     )
     trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
     assert castlm.verify(tmp_path / "merged").ok
@@ -249,25 +231,6 @@ def test_an_adapter_of_a_dense_model_or_too_large_is_refused():
         castlm.shira_config(tiny_model("llama"))
     with pytest.raises(InputError, match=r"r = 99 asks for 4,752 weights of .*k_proj, which keeps 256: use r <= 5"):
         castlm.shira_config(sparse_model(), r=99)
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"lora_dropout": 0.1}, r"lora_dropout = 0\.1"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' fills the zeros"),
-        ({"use_dora": True}, "DoraLinearVariant is not possible under a mask"),
-    ],
-)
-def test_an_option_of_lora_that_a_mask_does_not_allow_is_refused(options, reason):
-    with pytest.raises(InputError, match=reason):
-        adapted(castlm.masked_lora_config, **options)
-    assert castlm.masked_lora_config(sparse_model(), init_lora_weights="gaussian").r == 16
-
-
-def test_masked_lora_refuses_several_adapters_in_a_batch():
-    with pytest.raises(InputError, match="adapter_names are not possible"):
-        adapted(castlm.masked_lora_config).eval()(input_ids=IDS, adapter_names=["default"] * len(IDS))
 
 
 def train_ddp_or_fsdp2(engine: str) -> None:

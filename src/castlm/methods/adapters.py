@@ -1,4 +1,8 @@
-"""PEFT adapters whose merge keeps every zero of a sparse model: SHiRA on kept positions, and LoRA under the mask.
+"""Sparse models in other training loops, and PEFT adapters whose merge keeps every zero of them.
+
+`keep_pattern_` guards the zeros of a model under any optimizer. Which layers were left dense on purpose is read from
+the castlm.json of the folder that the model was loaded from, so that a layer which has lost its pattern is never taken
+for one of them.
 
 The merge of plain LoRA adds a dense matrix to the weight, which fills its zeros. SHiRA (Bhardwaj et al. 2024, arXiv
 2406.13175) trains single weights at fixed positions; here these are positions that the pattern keeps. PEFT saves them
@@ -7,21 +11,152 @@ with the adapter, so that it loads and merges it without castlm. peft is importe
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from castlm.core.adams import AdamS
+from castlm.core.checks import check_placement
 from castlm.core.errors import InputError
-from castlm.core.keep import KeptPattern
+from castlm.core.experts import SparseLayer
+from castlm.core.keep import KeptPattern, summed
 from castlm.core.pattern import Pattern, as_pattern
-from castlm.core.sparsify import FilterFn
-from castlm.methods.keep import adapted_layers, check_pattern, pattern_layers, plain_name
+from castlm.core.shards import local
+from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears, weight_parameter
+from castlm.export.verify import left_dense_reason, read_left_dense
+from castlm.files.atomic_dir import atomic_dir
+from castlm.methods.finetune import Finetune
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, ShiraConfig
+    from peft import ShiraConfig
+
+
+def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: FilterFn | None = None) -> KeptPattern:
+    """Keeps every zero of the sparse layers of `model` at zero under any optimizer, in place.
+
+    Call it once, before training; where `fully_shard` is used, after it. The masks are the zeros that the weights have
+    now. Their gradients, and so their moments, stay zero, and after each optimizer step the zeros are counted. A copy
+    of the model is not guarded.
+
+    Args:
+        model: n:m sparse; a transformers model, or one with PEFT adapters.
+        pattern: what the sparse layers must have now.
+        filter_fn: `filter_fn(module, fqn)` says which linear layers are sparse. The default is all of the transformer
+            blocks, except those that the castlm.json of the model's folder lists as left dense.
+
+    Returns:
+        The guard. `check()` counts the zeros at any other time, and `remove()` ends it.
+
+    Raises:
+        InputError: a layer that does not have the pattern, or whose weight is flattened or sharded across its groups;
+            sparse experts in a 3-D parameter that `castlm.linearize_experts_` has not made layers;
+            a GPT-2 that was not loaded by `castlm.load_model`, which turns its Conv1D into linear layers.
+            Later, at the optimizer step that breaks the pattern: the tensor and the number of weights.
+
+    Examples:
+        >>> import castlm
+        >>> layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        >>> model = nn.ModuleDict({"layers": layers})
+        >>> _ = castlm.prune_(model)
+        >>> kept = castlm.keep_pattern_(model)
+        >>> kept.masks()["layers.0"].float().mean()
+        tensor(0.5000)
+    """
+    pattern = as_pattern(pattern).for_model(model)
+    layers = pattern_layers(model, pattern, filter_fn)
+    check_pattern(layers, pattern)
+    return KeptPattern(layers)
+
+
+def check_pattern(layers: Mapping[str, SparseLayer], pattern: Pattern) -> None:
+    """Raises `InputError` unless all weights of `layers` have the pattern. Under FSDP2 all ranks call it."""
+    weights = {name: weight_parameter(layer).detach() for name, layer in layers.items()}
+    if any(weight.dim() < 2 for weight in weights.values()):
+        return  # `KeptPattern` says why it cannot keep them
+    for weight in weights.values():
+        check_placement(weight, pattern)
+    units = pattern.units(weights)
+    firsts = [weights[unit[0]] for unit in units]
+    counts = [pattern.unit_violations([local(weights[name]) for name in unit]) for unit in units]
+    totals = summed(firsts, [torch.tensor(count, device=weight.device) for weight, count in zip(firsts, counts)])
+    found = {unit[0]: (unit, total) for unit, total in zip(units, totals) if total}
+    if found:
+        name, (_, total) = next(iter(found.items()))
+        num_layers = sum(len(unit) for unit, _ in found.values())
+        raise InputError(
+            f"{num_layers} of {len(weights)} layers are not {pattern}, first {name} with {total:,} places that hold "
+            "more non-zeros: prune the model first (castlm prune), or exclude layers that are dense on purpose with "
+            "filter_fn"
+        )
+
+
+def pattern_layers(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | None = None) -> dict[str, SparseLayer]:
+    """The layers of a model that have, or should have, the pattern; by their name without what PEFT adds to it.
+
+    Raises:
+        InputError: there are none.
+    """
+    adapters = _adapter_parts(model)
+    left_dense = _left_dense(model)
+
+    def is_sparse(module: nn.Module, fqn: str) -> bool:
+        if fqn in adapters:
+            return False
+        if filter_fn is not None:
+            return filter_fn(module, fqn)
+        return is_sparse_linear(module, fqn) and left_dense_reason(f"{plain_name(fqn)}.weight", left_dense) is None
+
+    layers, dense = sparse_linears(model, pattern, is_sparse)
+    parameters = dict(model.named_parameters())
+    for name in dense:
+        weight = parameters.get(name)
+        if weight is not None and weight.dim() == 3 and 4 * int(weight.count_nonzero()) < 3 * weight.numel():
+            raise InputError(
+                f"{name} holds sparse experts in a 3-D parameter: call castlm.linearize_experts_(model) first, before "
+                "the optimizer is made, or load the model with castlm.load_model"
+            )
+    return {plain_name(fqn): layer for fqn, layer in layers.items()}
+
+
+def plain_name(fqn: str) -> str:
+    """The name of a layer in the base model.
+
+    Examples:
+        >>> plain_name("base_model.model.model.layers.0.mlp.up_proj.base_layer")
+        'model.layers.0.mlp.up_proj'
+    """
+    return fqn.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that PEFT has wrapped with an adapter, by their name in `model`; none where PEFT is not in use."""
+    if "peft" not in sys.modules:
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _adapter_parts(model: nn.Module) -> set[str]:
+    """The names of the modules that belong to an adapter, and not to the base model."""
+    parts = set()
+    for name, layer in adapted_layers(model).items():
+        base = f"{name}.base_layer"
+        for inner, _ in layer.named_modules(prefix=name):
+            if inner != name and inner != base and not inner.startswith(f"{base}."):
+                parts.add(inner)
+    return parts
+
+
+def _left_dense(model: nn.Module) -> Mapping[str, str]:
+    """What the castlm.json of the folder that a transformers model was loaded from lists as left dense."""
+    source = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return read_left_dense(Path(source) / "castlm.json") if source and Path(source).is_dir() else {}
 
 
 def shira_config(
@@ -78,53 +213,6 @@ def shira_config(
     return config
 
 
-def masked_lora_config(
-    model: nn.Module,
-    r: int = 16,
-    *,
-    pattern: Pattern | str = "2:4",
-    filter_fn: FilterFn | None = None,
-    **options: Any,
-) -> LoraConfig:
-    """A `peft.LoraConfig` for a sparse model whose update is `mask * (B A)`, so that its merge keeps every zero.
-
-    LoRA is that of arXiv 2106.09685; the mask is that of the zeros of each weight.
-
-    PEFT saves such an adapter as LoRA, without the mask: pass a config of this function to `PeftModel.from_pretrained`
-    when it is loaded, with the options that the adapter was trained with. PEFT reads none of them from the folder then,
-    and another `lora_alpha` would scale the update without an error.
-
-    Args:
-        model: n:m sparse.
-        r: rank.
-        pattern: as for `keep_pattern_`.
-        filter_fn: as for `keep_pattern_`.
-        options: further fields of `LoraConfig`, without dropout, without the variants of LoRA (DoRA), and
-            with an `init_lora_weights` that leaves the weights of the model as they are.
-
-    Raises:
-        InputError: peft is not installed, the model is not n:m sparse, or an option that is not possible under a mask.
-
-    Examples::
-
-        peft_model = peft.get_peft_model(model, castlm.masked_lora_config(model, r=16))
-        peft_model.save_pretrained("adapter")
-        ...
-        peft_model = peft.PeftModel.from_pretrained(model, "adapter", config=castlm.masked_lora_config(model, r=16))
-    """
-    peft = _peft()
-    layers = _sparse_layers(model, pattern, filter_fn)
-    if options.get("lora_dropout"):
-        raise InputError(f"lora_dropout = {options['lora_dropout']} is not possible under a mask: leave it at 0")
-    if (initial := options.get("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal", "eva"):
-        raise InputError(f"init_lora_weights = {initial!r} fills the zeros of the model: leave it out, or use gaussian")
-    from castlm.methods.masked_lora import MaskedLoraLinear
-
-    config = peft.LoraConfig(r=r, target_modules=list(layers), **{"lora_alpha": r, **options})
-    config._register_custom_module({nn.Linear: MaskedLoraLinear})
-    return config
-
-
 def add_adapter_(model: nn.Module, config: Any) -> Any:
     """`peft.get_peft_model`: replaces layers of `model` in place, and returns the `PeftModel` around it."""
     with warnings.catch_warnings():
@@ -152,11 +240,9 @@ def _keeps(layer: nn.Module, mask: Tensor) -> bool:
     """Whether the update of an adapted layer is zero where `mask` is False."""
     from peft.tuners.shira.layer import ShiraLayer
 
-    from castlm.methods.masked_lora import MaskedLoraLinear
-
-    if isinstance(layer, ShiraLayer):
-        return all(bool(mask[tuple(at.long().to(mask.device))].all()) for at in layer.shira_indices.values())
-    return isinstance(layer, MaskedLoraLinear)
+    return isinstance(layer, ShiraLayer) and all(
+        bool(mask[tuple(at.long().to(mask.device))].all()) for at in layer.shira_indices.values()
+    )
 
 
 def kept_positions(generator: torch.Generator) -> Callable[..., Tensor]:
@@ -185,3 +271,37 @@ def _peft() -> Any:
     except ImportError:
         raise InputError("adapters need peft: pip install '.[peft]' in the clone of castlm") from None
     return peft
+
+
+class FinetuneAdapter(Finetune):
+    """SHiRA on kept positions, over a frozen model that is n:m already.
+
+    The adapter is written to `adapter/` in the output folder, as PEFT writes it, before it is merged.
+    """
+
+    whole_copies = True  # as PEFT reads positions and whole weights in its forward pass
+
+    def prepare(self, model: nn.Module) -> None:
+        config = shira_config(
+            model, self.adapter.lora_r, pattern=self.pattern, filter_fn=self.filter_fn, random_seed=self.seed
+        )
+        self._masks = {weight_parameter(layer): layer.weight.detach() != 0 for layer in self.layers.values()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.peft_model = add_adapter_(model, config)
+
+    def build_optimizer(self, model: nn.Module, fused: bool) -> AdamS:
+        self._masks = {p: mask.to(p.device) for p, mask in self._masks.items()}  # the model has moved since `prepare`
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        group = {"params": [p for _, p in named], "param_names": [name for name, _ in named], "sparse": False}
+        return self.optimize([group], fused)
+
+    def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
+        """Nothing: the model is its own start."""
+
+    def save_parts(self, folder: Path) -> None:
+        with atomic_dir(folder / "adapter", overwrite=True) as temporary:
+            self.peft_model.save_pretrained(temporary)
+
+    def fold_(self) -> None:
+        self.peft_model.merge_and_unload()

@@ -113,9 +113,9 @@ class MethodOptions(Bounded):
 class AdapterOptions(Bounded):
     """What is trained of a sparse model."""
 
-    adapter: Literal["none", "shira", "lora"] = essential("none")
-    """What is trained. none: all weights that are not zero. shira, lora: a PEFT adapter that keeps every zero when it
-    is merged; it is written to `output_dir/adapter` too."""
+    adapter: Literal["none", "shira"] = essential("none")
+    """What is trained. none: all weights that are not zero. shira: a PEFT adapter that keeps every zero when it is
+    merged; it is written to `output_dir/adapter` too."""
 
     lora_r: int = 16
     """Size of the adapter: as many trained weights as LoRA of this rank has."""

@@ -11,8 +11,7 @@ from castlm.core.errors import InputError
 from castlm.core.keep import KeptPattern
 from castlm.core.pattern import Pattern, as_pattern
 from castlm.core.sparsify import FilterFn
-from castlm.methods.adapters import check_adapters
-from castlm.methods.keep import keep_pattern_
+from castlm.methods.adapters import check_adapters, keep_pattern_
 
 
 class PatternCallback(TrainerCallback):

@@ -327,7 +327,7 @@ EFFECTS: dict[str, Effect] = {
     "decay_end": Effect(lambda c: c.method.reads_decay_end, "a decay that ends before the run"),
     "lam": Effect(lambda c: c.method.reads_lam, "a decay that uses lam"),
     "ignore_decay_budget": Effect(lambda c: c.method.row.decays and DECAYS[c.method.decay].reduces, "a decay"),
-    "lora_r": Effect(lambda c: c.adapter.adapter != "none", "adapter shira or lora"),
+    "lora_r": Effect(lambda c: c.adapter.adapter != "none", "adapter shira"),
     "mask_interval": Effect(
         lambda c: not c.method.row.decays or _refreshes_masks(c),
         "init_from magnitude, or an n:m pattern whose decay is horizon",
