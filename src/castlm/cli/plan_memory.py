@@ -11,8 +11,9 @@ from castlm.cli.options import parse, refuse_given
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
+from castlm.methods.options import MethodOptions, OptimizerOptions
 from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
-from castlm.training.options import HIDDEN_WEIGHT
+from castlm.training.options import HIDDEN_WEIGHT, SEQ_LEN, StartOptions, TeacherOptions
 
 _OF_TRAINING = ("gpu", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "scale_groups")
 _OF_TRAINING += ("gradient_checkpointing", "precision", "moments", "eta", "hidden_weight")
@@ -33,10 +34,10 @@ class MemoryOptions:
     world_size: int = field(default=1, metadata=_AT_LEAST_1)
     """Ranks that shard the run."""
 
-    seq_len: int = field(default=4096, metadata=_AT_LEAST_1)
+    seq_len: int = field(default=SEQ_LEN, metadata=_AT_LEAST_1)
     """Tokens per sequence."""
 
-    per_device_train_batch_size: int = field(default=1, metadata=_AT_LEAST_1)
+    per_device_train_batch_size: int = field(default=OptimizerOptions.per_device_train_batch_size, metadata=_AT_LEAST_1)
     """Sequences per device and micro-step."""
 
     gradient_accumulation_steps: int = field(default=1, metadata=_AT_LEAST_1)
@@ -45,7 +46,7 @@ class MemoryOptions:
     pattern: str = "2:4"
     """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern."""
 
-    scale_groups: int = field(default=2, metadata={"at_least": 0})
+    scale_groups: int = field(default=MethodOptions.scale_groups, metadata={"at_least": 0})
     """Learnable scale factors per weight row. 0 turns weight scaling off."""
 
     gradient_checkpointing: bool = False
@@ -54,17 +55,17 @@ class MemoryOptions:
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute type of the forward and backward pass."""
 
-    moments: Literal["fp32", "8bit"] = "fp32"
+    moments: Literal["fp32", "8bit"] = OptimizerOptions.moments
     """Storage of Adam's moments."""
 
     init_from: str | None = None
     """Start of the run, as in `castlm train`. Unless it is magnitude or a model, the first rank holds the whole model
     before step 0."""
 
-    calibration_sequences: int = field(default=128, metadata=_AT_LEAST_1)
+    calibration_sequences: int = field(default=StartOptions.calibration_sequences, metadata=_AT_LEAST_1)
     """Sequences that the scores are calibrated on, of all but magnitude and random."""
 
-    eta: float = field(default=2 / 3, metadata={"at_least": 0})
+    eta: float = field(default=TeacherOptions.eta, metadata={"at_least": 0})
     """Weight of the KL divergence to the teacher. 0 trains without a teacher."""
 
     hidden_weight: float = field(default=HIDDEN_WEIGHT, metadata={"at_least": 0})

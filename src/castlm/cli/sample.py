@@ -9,7 +9,9 @@ from typing import Any, Literal
 from castlm.cli.options import command_of, parse, refuse_given, result_folder
 from castlm.core.errors import InputError
 from castlm.fields import positional
+from castlm.methods.options import OptimizerOptions
 from castlm.training.config import TrainConfig
+from castlm.training.options import SEQ_LEN
 
 
 @dataclass
@@ -82,10 +84,10 @@ class CacheOptions:
     teacher_top_k: int = 64
     """Tokens of the teacher that are stored at each position, 8 bytes each."""
 
-    seq_len: int = 512
+    seq_len: int = SEQ_LEN
     """Tokens per training sequence."""
 
-    per_device_train_batch_size: int = 8
+    per_device_train_batch_size: int = OptimizerOptions.per_device_train_batch_size
     """Sequences that the teacher reads at the same time, as in the run."""
 
     repeat_sequences: bool = False

@@ -28,6 +28,7 @@ from castlm.hardware import choose_device, choose_precision, peak_memory
 from castlm.models.io import load_model
 from castlm.oneshot.calibration import calibration_length
 from castlm.oneshot.prune import prune_oneshot_
+from castlm.training.options import SEQ_LEN
 
 
 @dataclass
@@ -40,7 +41,7 @@ class OneshotConfig:
     eval_dataset: str
     output_dir: str = ""
     pattern: str = "2:4"
-    seq_len: int = 512
+    seq_len: int = SEQ_LEN
     """Of the evaluation; calibration sequences have the model's context, at most 2,048 tokens."""
     num_sequences: int = 128
     eval_tokens: int = 32768
