@@ -18,7 +18,7 @@ from castlm.core.pattern import Pattern
 from castlm.fields import checked, convert
 from castlm.files.output import continued
 from castlm.files.yaml_file import read_yaml_mapping
-from castlm.methods.table import METHODS
+from castlm.methods.table import METHODS, is_control
 from castlm.oneshot.options import UNIT_SCORES, default_start
 from castlm.training.config import TrainConfig, sections_of, without_sections
 
@@ -149,9 +149,9 @@ class Plan:
                     f"variant {name} sets {taken[0]}, which changes what its perplexity is of: set it for all variants "
                     "in --config"
                 )
-        if (method := variants.get("dense", {"method": "dense"})["method"]) != "dense":
+        if not is_control(method := variants.get("dense", {"method": "dense"})["method"]):
             raise InputError(f"variant dense: method = {method!r}, but the name is the dense control's: rename it")
-        if all(fields["method"] != "dense" for fields in variants.values()):
+        if not any(is_control(fields["method"]) for fields in variants.values()):
             variants["dense"] = {"method": "dense"}
         return variants
 

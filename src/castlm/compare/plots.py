@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from castlm.compare.summary import has_gap
-from castlm.methods.table import METHODS
+from castlm.methods.table import METHODS, is_control
 from castlm.report.charts import WHOLE, Level, Picture, Series, dot_chart, heat_map, line_chart
 from castlm.training.metrics_file import read_series
 
@@ -78,7 +78,7 @@ def losses(rows: Rows, results: list[Result]) -> dict[str, Picture]:
     lines = []
     for name, index in _colours(rows).items():
         of_name = [r for r in runs if r.run.variant == name]
-        key = "perplexity" if of_name and of_name[0].run.config["method"] == "dense" else "prune_now_ppl"
+        key = "perplexity" if of_name and is_control(of_name[0].run.config["method"]) else "prune_now_ppl"
         found = _over_seeds(of_name, key)
         points = [(step * _tokens_per_step(of_name[0]), mean) for step, mean, _ in found]
         if len(points) > 1:
@@ -122,7 +122,7 @@ def _deviation(values: Sequence[float]) -> float:
 
 def masks(rows: Rows, results: list[Result]) -> dict[str, Picture]:
     """Flips per step, flips since step 0 and the kept share over the run, with a band over the seeds."""
-    shown = [r for r in results if r.run.tokens and r.run.config["method"] != "dense"]
+    shown = [r for r in results if r.run.tokens and not is_control(r.run.config["method"])]
     pictures = {}
     for key, (title, label, caption) in MASK_CHARTS.items():
         lines = []

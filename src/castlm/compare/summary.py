@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.compare.settings import START_OPTIONS, options_of, options_text, start_of
+from castlm.methods.table import is_control
 
 if TYPE_CHECKING:
     from castlm.compare.results import Result
@@ -43,7 +44,7 @@ def summarize(results: list[Result]) -> list[dict[str, Any]]:
     control of each.
     """
     final = [r for r in results if not r.trial]
-    dense = [r.run.variant for r in final if r.run.config["method"] == "dense"]
+    dense = [r.run.variant for r in final if is_control(r.run.config["method"])]
     control = "dense" if "dense" in dense else next(iter(dense), None)
     controls = {
         (r.run.budget, r.run.seed): r.perplexity
@@ -149,7 +150,7 @@ def ranked(rows: list[dict[str, Any]]) -> list[int]:
 
 def has_gap(row: dict[str, Any]) -> bool:
     """Whether the gap of a row is ranked and drawn: not that of the control, and not one that is infinite."""
-    return row["gap"] is not None and math.isfinite(row["gap"].mean) and row["method"] != "dense"
+    return row["gap"] is not None and math.isfinite(row["gap"].mean) and not is_control(row["method"])
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:

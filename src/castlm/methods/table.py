@@ -65,3 +65,8 @@ METHODS: dict[str, Method] = {
         is_sparse=False,
     ),
 }
+
+
+def is_control(method: object) -> bool:
+    """Whether `method` is a dense control: training without sparsity. One-shot methods, which are in no row, are not."""
+    return method in METHODS and not METHODS[str(method)].is_sparse

@@ -13,7 +13,7 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.files.atomic_file import atomic_write_text
 from castlm.files.reading import read_bytes
-from castlm.methods.table import METHODS
+from castlm.methods.table import METHODS, is_control
 from castlm.report import run_charts
 from castlm.report.charts import can_draw, short
 from castlm.report.html import render
@@ -101,7 +101,7 @@ def _short_name(model: Any) -> str:
 
 
 def _pattern(run: RunData) -> str:
-    return "the dense control" if run.config.get("method") == "dense" else f"{run.config.get('pattern')} sparse"
+    return "the dense control" if is_control(run.config.get("method")) else f"{run.config.get('pattern')} sparse"
 
 
 def _eyebrow(run: RunData) -> str:
@@ -135,7 +135,7 @@ def _sentence(run: RunData, found: dict[str, Any]) -> str:
     final, dense, one_shot = final_perplexity(known), known.get("dense"), known.get("one_shot")
     if not found["ok"] or final is None or dense is None:
         return f"{found['reason']}."
-    if run.config.get("method") == "dense":
+    if is_control(run.config.get("method")):
         return f"Perplexity {final:.3f} after the same training without sparsity; {dense:.3f} before."
     pattern = run.config.get("pattern")
     sentence = f"Perplexity {final:.3f} at {pattern}, {final / dense:.2f} times the dense model's {dense:.3f}"
