@@ -68,5 +68,5 @@ METHODS: dict[str, Method] = {
 
 
 def is_control(method: object) -> bool:
-    """Whether `method` is a dense control: training without sparsity. One-shot methods, which are in no row, are not."""
+    """Whether `method` is a dense control: training without sparsity. One-shot methods are not."""
     return method in METHODS and not METHODS[str(method)].is_sparse
