@@ -39,7 +39,7 @@ from castlm.planning.law import FORMS, Law, predict_perplexity, tokens_for
 from castlm.planning.memory import plan_memory
 from castlm.planning.points import read_points
 from castlm.training.config import TrainConfig, sections_of
-from castlm.training.metrics_file import read_metrics
+from castlm.training.record import read_metrics
 
 from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json
 from .tiny import save_tiny

@@ -21,7 +21,7 @@ from castlm.report.run_data import read_run
 from castlm.report.run_page import run_page
 from castlm.report.sample import read_sample
 from castlm.training.config import TrainConfig
-from castlm.training.verdict import verdict
+from castlm.training.record import verdict
 from tests.tiny import TEXT, save_tiny
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

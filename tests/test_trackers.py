@@ -17,7 +17,7 @@ from castlm.distributed.world import init_world
 from castlm.export import hub
 from castlm.files.owned import OUTPUT
 from castlm.training import trackers
-from castlm.training.metrics_file import read_metrics, read_series
+from castlm.training.record import read_metrics, read_series
 from castlm.training.telemetry import Telemetry
 from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
 from castlm.training.train import begin_run, train

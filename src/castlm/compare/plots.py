@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from castlm.compare.summary import has_gap
 from castlm.methods.table import METHODS, is_control
 from castlm.report.charts import WHOLE, Level, Picture, Series, dot_chart, heat_map, line_chart
-from castlm.training.metrics_file import read_series
+from castlm.training.record import read_series
 
 if TYPE_CHECKING:
     from castlm.compare.results import Result

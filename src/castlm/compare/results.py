@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.compare.runs import Run
-from castlm.training.verdict import final_perplexity, problem
+from castlm.training.record import final_perplexity, problem
 
 
 @dataclass

@@ -23,7 +23,7 @@ from castlm.hardware import in_own_process
 from castlm.inference.convert import pack_model_
 from castlm.inference.decode import TokenTimes, greedy
 from castlm.models.io import load_model
-from castlm.training.verdict import MEASURED_ALIKE, final_perplexity
+from castlm.training.record import MEASURED_ALIKE, final_perplexity
 
 ROUNDS = 2
 """How often the models take turns, each time in a new process."""

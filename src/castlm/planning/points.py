@@ -17,7 +17,7 @@ from castlm.core.errors import InputError
 from castlm.files.owned import command_of
 from castlm.files.reading import parse_json, read_text, user_path
 from castlm.progress import note
-from castlm.training.verdict import MEASURED_ALIKE, final_perplexity, problem
+from castlm.training.record import MEASURED_ALIKE, final_perplexity, problem
 
 # The first name of each pair is a CSV column's, the second what a run's castlm.json calls the same thing.
 _TOKENS = ("tokens", "train_tokens")

@@ -7,7 +7,7 @@ import re
 
 from castlm.report.charts import WHOLE, Level, Picture, Series, heat_map, line_chart, short
 from castlm.report.run_data import RunData
-from castlm.training.metrics_file import HISTOGRAM_EDGES
+from castlm.training.record import HISTOGRAM_EDGES
 
 SMALLEST_SHARE = 1e-3
 """A range of magnitudes is shown if it ever holds this share of the masked weights."""

@@ -12,7 +12,7 @@ from castlm.files.owned import is_of_run
 from castlm.files.reading import read_json_object
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.training.config import without_sections
-from castlm.training.metrics_file import read_metrics
+from castlm.training.record import read_metrics
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from castlm.report.charts import can_draw, short
 from castlm.report.html import render
 from castlm.report.run_data import RunData
 from castlm.training.config import TrainConfig, sections_of
-from castlm.training.verdict import final_perplexity, problem, verdict
+from castlm.training.record import final_perplexity, problem, verdict
 
 REFRESH_SECONDS = 10
 _MARKS = b'<meta name="generator" content="castlm">', b'<div class="eyebrow">castlm '

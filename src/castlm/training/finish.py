@@ -32,8 +32,8 @@ from castlm.oneshot.solvers import SOLVERS
 from castlm.training.finetune import cut_of_source
 from castlm.training.metrics import held_out_perplexity, masked_histogram
 from castlm.training.objective import Objective
+from castlm.training.record import verdict
 from castlm.training.run import Run, local_masks
-from castlm.training.verdict import verdict
 from castlm.versions import model_versions
 
 

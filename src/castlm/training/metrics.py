@@ -19,8 +19,8 @@ from castlm.distributed.world import World
 from castlm.evaluation.perplexity import images_of, sequences_of
 from castlm.hardware import autocast
 from castlm.inference.devices import device_of
-from castlm.training.metrics_file import HISTOGRAM_EDGES
 from castlm.training.objective import Objective
+from castlm.training.record import HISTOGRAM_EDGES
 
 
 @dataclass

@@ -44,6 +44,7 @@ from castlm.training.lam import PLACEHOLDER_LAM, STEPS, Calibration, measure
 from castlm.training.metrics import Evaluator
 from castlm.training.objective import Objective, checkpoint_activations_, make_teacher, shard_objective_
 from castlm.training.options import CheckpointOptions
+from castlm.training.record import problem
 from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder, after_restart, check_shared
 from castlm.training.source import check_sizes, open_source
@@ -51,7 +52,6 @@ from castlm.training.start import Start, StartOf, is_untied, make_start, start_,
 from castlm.training.teacher_pass import claim_teacher_cache, open_teacher_cache, teacher_dtype
 from castlm.training.text import open_training_text, steps_of_epochs
 from castlm.training.trackers import chosen_trackers
-from castlm.training.verdict import problem
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
