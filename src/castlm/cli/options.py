@@ -45,17 +45,17 @@ def read_arguments(sections: Sections, arguments: Sequence[str], name: str, abou
     Raises:
         InputError: an unknown option, or one without its value.
     """
-    arguments = _model_in_place(kinds, arguments)
+    fields = [(kind, field) for _, kind in sections for field in dataclasses.fields(kind)]
+    unnamed = [field.name for _, field in fields if field.metadata.get("positional")]
+    named = [field.name for _, field in fields if field.name not in unnamed]
+    arguments = _model_in_place(unnamed, arguments)
     before_dashes = list(arguments)[: arguments.index("--")] if "--" in arguments else arguments
     if "--help-all" in before_dashes or {"-h", "--help"} & set(before_dashes):
         print(help_text(sections, name, everything="--help-all" in before_dashes, about=about))
         raise SystemExit(0)
     parser = _Parser(prog=f"castlm {name}", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    fields = [(kind, field) for _, kind in sections for field in dataclasses.fields(kind)]
     for kind, field in fields:
         _add(parser, field, hints_of(kind)[field.name])
-    unnamed = [field.name for _, field in fields if field.metadata.get("positional")]
-    named = [field.name for _, field in fields if field.name not in unnamed]
     for argument in before_dashes:
         option = argument.partition("=")[0]
         if not option.startswith("--") or option in parser._option_string_actions:
@@ -66,10 +66,9 @@ def read_arguments(sections: Sections, arguments: Sequence[str], name: str, abou
     return vars(parser.parse_args(arguments))
 
 
-def _model_in_place(kinds: Sequence[type[Any]], arguments: Sequence[str]) -> list[str]:
+def _model_in_place(unnamed: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """`arguments` with `--model X` as plain X, where a command takes its model without `--`: both forms do."""
-    fields = [field for kind in kinds for field in offered(kind)]
-    models = [field for field in fields if field.metadata.get("positional") and field.name in ("model", "path")]
+    models = {"model", "path"}.intersection(unnamed)
     found = list(arguments)
     options = found[: found.index("--")] if "--" in found else found
     for at, argument in enumerate(options if models else []):
