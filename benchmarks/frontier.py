@@ -44,7 +44,7 @@ from castlm.inference.packed import kept_mask, pack_integers
 from castlm.inference.quantize import QuantizeReport, quantize_
 from castlm.inference.rounding import round_rows
 from castlm.models.io import Loaded, load_model, parameters_in, save_model
-from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.start import prune_oneshot_
 
 
 class Format(NamedTuple):

@@ -30,9 +30,10 @@ from castlm.evaluation.perplexity import perplexity
 from castlm.hardware import keep_freed_memory
 from castlm.models.io import load_model
 from castlm.oneshot.calibration import calibration_length, draw_calibration
-from castlm.oneshot.prune import prune_oneshot_
 from castlm.oneshot.solvers import SOLVERS
-from castlm.oneshot.walk import BlockCall, block_stack
+from castlm.oneshot.source import block_stack
+from castlm.oneshot.start import prune_oneshot_
+from castlm.oneshot.walk import BlockCall
 
 
 class _FirstBlock(Exception):  # noqa: N818

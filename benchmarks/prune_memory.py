@@ -56,7 +56,6 @@ CASES: dict[str, dict[str, Any]] = {
     "refit": {"mask_iterations": 0, "refit_iterations": 2},
     "the default": {},
     "wanda": {"method": "wanda"},
-    "shifted targets": {**AS_PUBLISHED, "target_asymmetry": 0.01, "stream_correction": 0.01},
     "reconstruction": {**AS_PUBLISHED, "reconstruct_epochs": 2, "reconstruct_rate": 1e-5},
 }
 

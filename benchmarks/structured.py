@@ -37,7 +37,7 @@ from castlm.evaluation.perplexity import perplexity
 from castlm.export.cut_sizes import cut_pattern, sizes_after, sizes_of
 from castlm.models.io import load_model
 from castlm.oneshot.options import UNIT_SCORES, Refinements
-from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.start import prune_oneshot_
 
 PROMPT, NEW_TOKENS = 256, 32
 SEQUENCES = 128

@@ -12,15 +12,17 @@ from castlm.core.pattern import NM
 from castlm.core.sparsify import sparse_linears
 from castlm.models.architecture import linearize_, linearize_conv1d_
 from castlm.oneshot import basis, permutation
-from castlm.oneshot.basis import block_statistics, change_basis_, sequences_needed
+from castlm.oneshot.block_basis import statistics_of
 from castlm.oneshot.families import LAYOUTS, describe
-from castlm.oneshot.options import BasisOptions, Refinements
+from castlm.oneshot.inputs import see_inputs
+from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.permutation import find_permutation, kept_score
-from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.residual import Stream
 from castlm.oneshot.rotation import Term, complement_of_ones, learn_rotations, solved_error
-from castlm.oneshot.solvers import damped
-from castlm.oneshot.stream_basis import Stream
-from castlm.oneshot.walk import BlockInputs, block_stack
+from castlm.oneshot.solvers import SOLVERS, damped
+from castlm.oneshot.source import block_stack
+from castlm.oneshot.start import change_basis_, prune_oneshot_
+from castlm.oneshot.walk import BlockInputs
 from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_model
 
@@ -58,7 +60,7 @@ def test_a_rotated_model_computes_what_it_did_and_its_layers_lose_less(family):
     before = logits(model)
     report = change_basis_(model, TOKENS, BasisOptions(rotate="residual", rotation_iterations=10))
     assert distance(logits(model), before) < 1e-5
-    assert report.logits_moved < 1e-5
+    assert report.moved < 1e-5
     by_kind = {change.what: change for change in report.changes}
     assert {"values rotated", "residual stream rotated"} <= by_kind.keys()
     assert all(change.after < change.before and change.num_kept for change in report.changes)
@@ -153,21 +155,15 @@ def test_each_way_to_put_a_block_together_computes_the_same_in_a_new_basis(famil
     assert distance(logits(model), before) < 1e-5
     assert not report.notes
     kept = {change.what for change in report.changes if change.num_kept}
-    stream_ = "residual stream rotated" if rotates else "residual stream permuted"
-    assert kept == {"values rotated", "MLP neurons permuted", stream_}
-
-
-def test_the_error_of_the_stream_is_not_corrected_where_attention_and_mlp_run_in_parallel():
-    with pytest.raises(InputError, match=r"stream_correction is not for phi, which runs attention and MLP in parallel"):
-        prune_oneshot_(model_of("phi"), "sparsegpt", calibration=TOKENS, refinements=Refinements(stream_correction=0.5))
+    assert kept == {"values rotated", "MLP neurons permuted"} | ({"residual stream rotated"} if rotates else set())
 
 
 def test_a_pruned_model_is_closer_to_the_dense_one_in_the_new_basis():
     errors = {}
     for rotate in ("off", "values", "residual"):
         model = family_model("llama")
-        change_basis_(model, TOKENS, BasisOptions(rotate=rotate, permute=rotate != "off", rotation_iterations=20))
-        report = prune_oneshot_(model, "sparsegpt", calibration=TOKENS)
+        options = BasisOptions(rotate=rotate, permute=rotate != "off", rotation_iterations=20)
+        report = prune_oneshot_(model, "sparsegpt", calibration=TOKENS, basis=options)
         errors[rotate] = sum(layer.error for layer in report.layers)
     assert errors["residual"] < errors["values"] < errors["off"]
 
@@ -212,7 +208,9 @@ def test_a_change_that_moves_the_outputs_is_undone_and_said(rotate, monkeypatch)
     before = logits(model)
     report = change_basis_(model, TOKENS, BasisOptions(rotate=rotate, rotation_iterations=5), say=said.append)
     assert distance(logits(model), before) < 1e-5
-    assert sum("left as it was" in line for line in said) == 3  # two blocks and the stream
+    assert sum("left as it was" in line for line in said) == (
+        3 if rotate == "residual" else 2
+    )  # two blocks and the stream
     assert not report.untied
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
@@ -281,36 +279,21 @@ def test_the_complement_of_ones_is_orthonormal():
     assert float(frame.sum(0).abs().max()) < 1e-6
 
 
-def test_a_basis_reads_as_much_text_as_its_widest_layer_needs():
-    model = tiny_model("llama")
-    layers, _ = sparse_linears(model, NM(2, 4))  # inputs of 32 and 64
-    assert sequences_needed(layers, num_sequences=256, seq_len=2) == 128
-    assert sequences_needed(layers, num_sequences=256, seq_len=32) == basis.MIN_SEQUENCES
-    assert sequences_needed(layers, num_sequences=8, seq_len=2) == 8
-    assert sequences_needed(layers, num_sequences=256, seq_len=32, rotates_stream=True) == 256
-
-
 @torch.no_grad()
 def test_experts_count_among_the_readers_of_the_residual_stream():
     model = family_model("mixtral")
     linearize_(model)
     layers, _ = sparse_linears(model)
     wiring = describe(model)
-    stream = Stream(model, wiring, NM(2, 4), rotates=False)
+    stream = Stream(model, wiring, NM(2, 4))
     inputs = BlockInputs(model, block_stack(model, layers)[1], TOKENS)
     inside = {name: layer for name, layer in layers.items() if name.startswith("model.layers.0.")}
     seen: list[torch.Tensor] = []
     hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 32)))
-    stream.see(wiring.blocks[0], block_statistics(inside, inputs, len(TOKENS)))
+    entries = see_inputs(inside, inputs, SOLVERS["sparsegpt"], len(TOKENS))
+    stream.see(wiring.blocks[0], statistics_of(entries))
     hook.remove()
     _, of_mlp = stream._readers()
     assert len(of_mlp[1]) == 2 * 4  # gate and up of four experts; the router stays dense
-    x = torch.cat(seen[: len(inputs.batches)])
+    x = torch.cat(seen[: len(inputs)])
     torch.testing.assert_close(of_mlp[0].hessian, 2 * 2 / len(TOKENS) * x.T @ x, rtol=1e-4, atol=1e-4)  # two a token
-
-
-def test_a_basis_of_experts_reads_all_of_the_text():
-    model = family_model("mixtral")
-    linearize_(model)
-    layers, _ = sparse_linears(model, NM(2, 4))
-    assert sequences_needed(layers, num_sequences=128, seq_len=2048) == 128

@@ -14,9 +14,8 @@ from castlm.core.top_tokens import top_tokens
 from castlm.distributed.world import init_world
 from castlm.evaluation.perplexity import perplexity
 from castlm.inference.quantize import quantize_
-from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
-from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.start import change_basis_, prune_oneshot_
 from castlm.training.train import begin_run
 from tests.pretend_gpu import PretendTensor, pretend_gpu
 from tests.runs import small

@@ -6,8 +6,8 @@ import torch
 from castlm.core.errors import InputError
 from castlm.core.hidden import hidden_distance, in_stream_basis
 from castlm.distributed.world import init_world
-from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.options import BasisOptions
+from castlm.oneshot.start import change_basis_
 from castlm.training.objective import Objective, make_teacher
 from castlm.training.train import begin_run
 from tests.runs import small

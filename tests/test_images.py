@@ -43,8 +43,9 @@ from castlm.models.io import load_model
 from castlm.models.opening import open_processor
 from castlm.names import printable
 from castlm.oneshot.options import Refinements
-from castlm.oneshot.prune import prune_oneshot_
-from castlm.oneshot.walk import BlockInputs, block_stack
+from castlm.oneshot.source import block_stack
+from castlm.oneshot.start import prune_oneshot_
+from castlm.oneshot.walk import BlockInputs
 from castlm.training.config import TrainConfig
 from castlm.training.train import train
 from tests.ranks import run_ranks
@@ -312,9 +313,9 @@ def test_the_solver_sees_the_images(vlm, dataset):
     layers, _ = sparse_linears(loaded.model)
     _, blocks = block_stack(loaded.model, layers)
     with torch.no_grad():
-        inputs = BlockInputs(loaded.model, blocks, ids, images=images)
+        inputs = BlockInputs(loaded.model, blocks, ids, extras=images)
         inputs.advance()
-    assert len(inputs.batches) == 4
+    assert len(inputs) == 4
     for number, batch in enumerate(inputs):  # what enters the second block of the model itself
         seen: list[torch.Tensor] = []
         hook = blocks[1].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
@@ -322,13 +323,13 @@ def test_the_solver_sees_the_images(vlm, dataset):
         hook.remove()
         torch.testing.assert_close(batch, seen[0], rtol=1e-5, atol=1e-5)
     twin = load_model(vlm).model
-    refinements = Refinements(target_asymmetry=0.5, reconstruct_epochs=1)
-    report = prune_oneshot_(twin, "sparsegpt", calibration=ids, images=images, refinements=refinements)
+    refinements = Refinements(reconstruct_epochs=1)
+    report = prune_oneshot_(twin, "sparsegpt", calibration=ids, extras=images, refinements=refinements)
     assert all(block.after <= block.before for block in report.reconstructions)
-    many = prune_oneshot_(load_model(vlm).model, "magnitude", calibration=ids.repeat(40, 1), images=images * 40)
+    many = prune_oneshot_(load_model(vlm).model, "magnitude", calibration=ids.repeat(40, 1), extras=images * 40)
     assert all(layer.error is not None for layer in many.layers)
     blind = load_model(vlm).model
-    prune_oneshot_(loaded.model, "sparsegpt", calibration=ids, images=images)
+    prune_oneshot_(loaded.model, "sparsegpt", calibration=ids, extras=images)
     prune_oneshot_(blind, "sparsegpt", calibration=ids)
     name = next(iter(layers))
     assert is_nm_sparse(loaded.model.get_submodule(name).weight)
@@ -342,7 +343,7 @@ def test_scores_of_tiles_see_the_images(llava, dataset, score):
         ids, images = calibration_sequences(open_documents(dataset), loaded.tokenizer, 4, 64, 0, processor)
         seen = None if number is None else [{**of, "pixel_values": of["pixel_values"] * number} for of in images if of]
         chosen = ids[[row for row, of in enumerate(images) if of]]
-        prune_oneshot_(loaded.model, score, pattern="blocks:8x8:0.5", calibration=chosen, images=seen)
+        prune_oneshot_(loaded.model, score, pattern="blocks:8x8:0.5", calibration=chosen, extras=seen)
         layers, _ = sparse_linears(loaded.model)
         return torch.cat([layer.weight.detach().flatten() for layer in layers.values()])
 

@@ -40,10 +40,8 @@ def test_the_whole_model_takes_all_blocks_the_text_and_a_second_model():
     model = plan_prune_memory(CONFIG, memory="model", num_sequences=4, seq_len=32, **PLAIN)
     total = LAYERS * BLOCK + 2 * VOCAB * HIDDEN + HIDDEN
     assert model.components["weights"] == 4 * total
-    assert model.components["hidden states"] == 4 * 4 * 32 * HIDDEN
     assert model.phases["verify"] - model.components["process"] == 2 * 4 * total
-    assert model.disk == 0
-    assert block.components["hidden states"] == 0
+    assert model.disk == block.disk == 2 * 4 * 4 * 32 * HIDDEN
 
 
 def test_more_blocks_cost_no_memory_by_block():
@@ -53,7 +51,7 @@ def test_more_blocks_cost_no_memory_by_block():
     assert few == many
 
 
-def test_a_reconstruction_holds_a_dense_block_gradients_moments_and_the_best_weights():
+def test_a_reconstruction_holds_gradients_moments_and_the_best_weights():
     refinements = Refinements(mask_iterations=0, refit_iterations=0, reconstruct_epochs=1)
     plans = {
         memory: plan_prune_memory(
@@ -63,30 +61,16 @@ def test_a_reconstruction_holds_a_dense_block_gradients_moments_and_the_best_wei
     }
     passed = 32 * 32
     for plan in plans.values():
-        assert plan.components["dense block"] == 4 * BLOCK
         assert plan.components["reconstruction"] == 17 * BLOCK + 4 * passed * (4 * NEURONS + 10 * HIDDEN)
-        held = sum(plan.components[name] for name in ("process", "weights", "hidden states", "dense block"))
+        held = sum(plan.components[name] for name in ("process", "weights"))
         assert plan.phases["reconstruction"] == held + plan.components["reconstruction"]
-    assert plans["block"].disk == 4 * 4 * 4 * 32 * HIDDEN
-    assert plans["model"].components["hidden states"] == 3 * 4 * 4 * 32 * HIDDEN
+        assert plan.disk == 4 * 4 * 4 * 32 * HIDDEN
 
 
 def test_staged_statistics_are_those_of_one_input():
     staged = replace(NO_REFINEMENTS, staged_statistics=True)
     plan = plan_prune_memory(CONFIG, num_sequences=4, seq_len=32, basis=PLAIN["basis"], refinements=staged)
     assert plan.components["statistics"] == 4 * NEURONS**2
-
-
-def test_shifted_targets_have_a_phase_and_stay_beside_the_solver():
-    shifted = plan_prune_memory(
-        CONFIG,
-        num_sequences=4,
-        seq_len=32,
-        basis=PLAIN["basis"],
-        refinements=Refinements(mask_iterations=0, refit_iterations=0, target_asymmetry=0.5),
-    )
-    assert shifted.components["targets"] == 4 * (4 * NEURONS**2 + 6 * HIDDEN * NEURONS)
-    assert shifted.components["solver"] == 4 * (6 * HIDDEN * NEURONS + 4 * NEURONS**2)
 
 
 def test_wanda_needs_vectors_only_where_the_basis_stays_and_magnitude_has_no_plan():

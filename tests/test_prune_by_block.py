@@ -1,4 +1,4 @@
-"""`castlm prune --memory block`: the same result as with the whole model, after a kill at any moment too."""
+"""A prune gives the same result with one block or the whole model in memory, after a kill at any moment too."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from castlm.cli import prune as command
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.pattern import NM
-from castlm.export import from_blocks
-from castlm.oneshot import by_block
-from castlm.oneshot.hidden_states import HiddenStates
-from castlm.oneshot.stored_model import StoredModel
+from castlm.oneshot import prune as command_module
+from castlm.oneshot import start as start_module
+from castlm.oneshot.folder import HiddenStates, StartFolder
+from castlm.oneshot.source import StoredModel
 from tests.ranks import start_process, wait_ranks
 from tests.slow import slow
 from tests.tiny import save_tiny, tiny_model
@@ -52,45 +52,44 @@ def assert_same(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", slow("gemma"), "gpt2", slow("opt")])
 def test_the_result_is_that_of_the_whole_model_bit_for_bit(tmp_path, text, family):
     model = save_tiny(tmp_path / "dense", family)
-    whole = prune(model, text, tmp_path / "whole", *PLAIN, memory="model")
-    by_block_ = prune(model, text, tmp_path / "block", *PLAIN)
-    assert_same(whole, by_block_)
+    whole = prune(model, text, tmp_path / "whole", memory="model")
+    assert_same(whole, prune(model, text, tmp_path / "block"))
     assert not (tmp_path / "block.partial").exists()
 
 
 @pytest.mark.parametrize(
     "options",
     [
+        PLAIN,
         ["--method", "wanda"],
         ["--method", "magnitude"],
         ["--no-staged-statistics"],
         ["--precision", "bf16"],
         ["--reconstruct-epochs", "2"],
-        ["--target-asymmetry", "0.5", "--stream-correction", "0.3"],
     ],
 )
 def test_each_method_gives_what_it_gives_with_the_whole_model(llama, tmp_path, text, options):
-    whole = prune(llama, text, tmp_path / "whole", *PLAIN, *options, memory="model")
-    assert_same(whole, prune(llama, text, tmp_path / "block", *PLAIN, *options))
+    whole = prune(llama, text, tmp_path / "whole", *options, memory="model")
+    assert_same(whole, prune(llama, text, tmp_path / "block", *options))
     assert not (tmp_path / "block.partial").exists()
 
 
-def test_the_statistics_of_the_basis_are_gone_when_a_block_is_solved(llama, tmp_path, text, monkeypatch):
-    see, solve, seen = by_block.block_statistics, by_block.prune_block, []
+def test_only_the_statistics_that_are_solved_next_are_held(llama, tmp_path, text, monkeypatch):
+    """Those of the other inputs, which chose the basis, are gone when the first layers are solved."""
+    turn, solve, seen = start_module.turn_block_, start_module.prune_layers, []
 
-    def block_statistics(*args):
-        statistics = see(*args)
-        seen.extend(map(weakref.ref, statistics.values()))
-        return statistics
+    def turn_block_(block, statistics, *args):
+        turn(block, statistics, *args)
+        seen[:] = [weakref.ref(statistic.hessian) for statistic in {id(s): s for s in statistics.values()}.values()]
 
-    def prune_block(*args):
-        assert seen
-        assert not any(reference() for reference in seen)
+    def prune_layers(*args):
+        assert sum(reference() is not None for reference in seen) <= 1
         return solve(*args)
 
-    monkeypatch.setattr(by_block, "block_statistics", block_statistics)
-    monkeypatch.setattr(by_block, "prune_block", prune_block)
+    monkeypatch.setattr(start_module, "turn_block_", turn_block_)
+    monkeypatch.setattr(start_module, "prune_layers", prune_layers)
     prune(llama, text, tmp_path / "out")
+    assert len(seen) == 4
 
 
 def test_magnitude_refuses_a_text_that_it_would_not_read(llama, tmp_path, text, capsys):
@@ -117,7 +116,7 @@ def test_an_unfinished_prune_is_not_continued_with_another_column(llama, tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(HiddenStates, "go_on", stop)
+        patch.setattr(HiddenStates, "move_on", stop)
         with pytest.raises(KeyboardInterrupt):
             prune(llama, str(rows), tmp_path / "out", *PLAIN, "--column", "text")
     arguments = ["--model", str(llama), "--calibration", str(rows), "--output-dir", str(tmp_path / "out")]
@@ -140,14 +139,14 @@ class Killed(BaseException):
 
 
 MOMENTS = {
-    "before the record": (by_block._State, "write"),
-    "behind the record": (HiddenStates, "go_on"),
-    "before a block is written": (by_block, "_write_block"),
+    "before the record": (StartFolder, "record"),
+    "behind the record": (HiddenStates, "move_on"),
+    "before a block is written": (StartFolder, "write_block"),
     "behind a block's file": (HiddenStates, "flush"),
     "while the hidden states are written": (HiddenStates, "__setitem__"),
     "while the text enters": (HiddenStates, "insert"),
     "while a block is read": (StoredModel, "_value"),
-    "before the export": (from_blocks, "export_blocks"),
+    "before the export": (command_module, "export_blocks"),
 }
 
 
@@ -206,15 +205,14 @@ def test_a_prune_killed_while_it_follows_the_dense_model_goes_on_to_the_same_res
 
 def prune_and_die(*arguments) -> None:
     """Ends as by SIGKILL behind the second block."""
-    write_block = by_block._write_block
+    write_block = StartFolder.write_block
 
-    def killed(run, block, index, prefix):
-        file = write_block(run, block, index, prefix)
+    def killed(folder, index, tensors):
+        write_block(folder, index, tensors)
         if index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return file
 
-    by_block._write_block = killed
+    StartFolder.write_block = killed
     prune(*arguments)
 
 
@@ -226,11 +224,11 @@ def test_a_process_that_was_killed_goes_on(llama, straight, tmp_path, text):
 
 
 def unfinished(llama, tmp_path, text, monkeypatch, *options: str) -> Path:
-    def stop(self) -> None:
+    def stop(*_) -> None:
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(HiddenStates, "go_on", stop)
+        patched.setattr(HiddenStates, "move_on", stop)
         with pytest.raises(Killed):
             prune(llama, text, tmp_path / "out", *options)
     return tmp_path / "out.partial"
@@ -238,7 +236,7 @@ def unfinished(llama, tmp_path, text, monkeypatch, *options: str) -> Path:
 
 def test_other_options_do_not_continue_an_earlier_prune(llama, tmp_path, text, monkeypatch):
     unfinished(llama, tmp_path, text, monkeypatch)
-    with pytest.raises(InputError, match=r"unfinished prune with damping = 0.01, and it is 0.1 now"):
+    with pytest.raises(InputError, match=r"unfinished start with damping = 0.01, and it is 0.1 now"):
         prune(llama, text, tmp_path / "out", "--damping", "0.1")
     assert (tmp_path / "out.partial" / "progress.json").exists()
 
@@ -247,7 +245,7 @@ def test_overwrite_goes_on_after_a_kill(llama, straight, tmp_path, text, monkeyp
     unfinished(llama, tmp_path, text, monkeypatch, "--overwrite")
     capsys.readouterr()
     assert_same(straight, prune(llama, text, tmp_path / "out", "--overwrite"))
-    assert "going on after 1 of 3 blocks" in capsys.readouterr().err
+    assert "continuing after 1 of 3" in capsys.readouterr().err
 
 
 def test_overwrite_starts_again_with_other_options_or_a_damaged_record(llama, straight, tmp_path, text, monkeypatch):
@@ -272,7 +270,7 @@ def test_overwrite_reads_nothing_of_an_earlier_start_on_more_text(llama, tmp_pat
 def test_a_damaged_record_is_named(llama, tmp_path, text, monkeypatch):
     partial = unfinished(llama, tmp_path, text, monkeypatch)
     record = json.loads((partial / "progress.json").read_text())
-    del record["layers"]
+    del record["results"]
     (partial / "progress.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"progress.json is damaged"):
         prune(llama, text, tmp_path / "out")
@@ -334,12 +332,13 @@ def test_a_bad_index_is_named_in_one_line(tmp_path, text, index, memory):
 def test_a_folder_of_the_user_named_as_an_unfinished_prune_changes_nothing(llama, tmp_path, text):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").write_text("mine")
-    prune(llama, text, tmp_path / "out", memory="auto")
+    with pytest.raises(InputError, match="castlm has no record of"):
+        prune(llama, text, tmp_path / "out", memory="auto")
     assert (tmp_path / "out.partial" / "mine").read_text() == "mine"
 
 
 def test_a_block_is_held_where_the_model_does_not_fit(llama, tmp_path, text, monkeypatch, capsys):
-    monkeypatch.setattr("castlm.hardware.available_memory", lambda device: 1000.0)
+    monkeypatch.setattr("castlm.oneshot.prune.available_memory", lambda device: 1000.0)
     prune(llama, text, tmp_path / "out", memory="auto")
     assert "one transformer block at a time is in memory" in capsys.readouterr().err
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 4
@@ -348,6 +347,6 @@ def test_a_block_is_held_where_the_model_does_not_fit(llama, tmp_path, text, mon
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_block_is_held_where_the_model_does_not_fit_on_the_gpu(device, llama, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 2000))
-    options = command.PruneCommand(model=str(llama), output_dir=str(tmp_path / "out"))
-    assert options._holds_a_block(tmp_path / "out", NM(2, 4), device) == (device == "cuda")
+    memory = command_module.choose_memory(str(llama), None, tmp_path / "out", NM(2, 4), device)
+    assert memory == ("block" if device == "cuda" else "model")
     assert ("one transformer block at a time is in memory" in capsys.readouterr().err) == (device == "cuda")

@@ -18,7 +18,6 @@ from castlm import hardware
 from castlm.cli.main import main
 from castlm.cli.train import parse_train
 from castlm.core.errors import DivergedError, InputError
-from castlm.core.pattern import Pattern
 from castlm.core.sparsify import weight_parameter
 from castlm.data.tokens import token_ids
 from castlm.distributed.world import init_world
@@ -26,10 +25,9 @@ from castlm.export.verify import verify
 from castlm.methods.options import OptimizerOptions
 from castlm.models.io import load_model
 from castlm.oneshot import start
-from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.calibration import draw_calibration
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
-from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.start import prune_oneshot_
 from castlm.signals import ending_on_sigterm
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
@@ -266,9 +264,8 @@ def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, dense
     loaded = load_model(llama)
     ids = token_ids(run.text.documents, loaded.tokenizer, limit=16 * 4 * 32)
     sequences = draw_calibration(ids, 4, 32, seed=0)
-    change_basis_(loaded.model, sequences, part_of(config, BasisOptions), pattern=Pattern.parse("2:4"))
-    refinements = {"refinements": part_of(config, Refinements)} if initial == "sparsegpt" else {}
-    prune_oneshot_(loaded.model, initial, calibration=sequences, **refinements)
+    options = {"refinements": part_of(config, Refinements)} if initial == "sparsegpt" else {}
+    prune_oneshot_(loaded.model, initial, calibration=sequences, basis=part_of(config, BasisOptions), **options)
     masks = run.optimizer.masks()
     for name, layer in run.method.layers.items():
         pruned, weight = loaded.model.get_submodule(name).weight, weight_parameter(layer)
@@ -354,7 +351,7 @@ def test_a_model_that_sparsegpt_cannot_prune_is_told_what_can(llama, text, tmp_p
     def refuse(*args, **kwargs):
         raise InputError("no calibration token reaches model.layers.0.mlp.experts.3.w1")
 
-    monkeypatch.setattr(start, "prune_oneshot_", refuse)
+    monkeypatch.setattr(start.Start, "make_", refuse)
     with pytest.raises(InputError, match=r"init_from sparsegpt: no .*experts\.3\.w1; init_from magnitude does"):
         train(small(llama, text, tmp_path / "run", init_from=None))
     assert not (tmp_path / "run" / "config.yaml").exists()

@@ -11,7 +11,7 @@ from castlm.core.pattern import NM, Pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.core.structured import cut
 from castlm.oneshot.options import UNIT_SCORES, Refinements
-from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.start import prune_oneshot_
 from castlm.oneshot.unit_inputs import InputStatistic
 from castlm.oneshot.units import SCORES, loss_gradients, solve_columns
 from castlm.planning.fit import fit_law
@@ -162,7 +162,7 @@ def test_what_cannot_be_scored_is_refused():
     with pytest.raises(InputError, match="score flap needs a calibration text"):
         prune_oneshot_(model, "flap", pattern="channels:0.5")
     with pytest.raises(InputError, match=r"does nothing with channels:0\.5"):
-        Refinements(target_asymmetry=0.5).for_solver("flap", Pattern.parse("channels:0.5"))
+        Refinements(mask_iterations=4).for_solver("flap", Pattern.parse("channels:0.5"))
     with pytest.raises(InputError, match="damping = -1 is out of range: it must be between 0 and 1"):
         prune_oneshot_(model, "magnitude", pattern="channels:0.5", damping=-1)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
@@ -198,7 +198,7 @@ def test_castlm_prune_cuts_and_records_the_score(files, tmp_path, capsys):
         (["--pattern", "2:4", "--method", "flap"], "there is no one-shot method 'flap'"),
         (["--reconstruct-epochs", "1", "--num-sequences", "1"], "give at least 2"),
         (["--pattern", "heads:0.9"], "keeps all of 2 units"),
-        (["--pattern", "channels:0.5", "--target-asymmetry", "0.5"], "which has refit_iterations alone"),
+        (["--pattern", "channels:0.5", "--mask-iterations", "4"], "which has refit_iterations alone"),
     ):
         assert prune(files, tmp_path / "no", *arguments) == 2
         said = capsys.readouterr().err

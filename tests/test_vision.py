@@ -20,8 +20,8 @@ from castlm.export.verify import verify
 from castlm.inference import native
 from castlm.models.architecture import auto_class, check_head, is_vision_language
 from castlm.models.io import load_model
-from castlm.oneshot.basis import change_basis_
 from castlm.oneshot.options import BasisOptions
+from castlm.oneshot.start import change_basis_
 from castlm.training.config import TrainConfig
 from castlm.training.train import train
 from tests.ranks import run_ranks

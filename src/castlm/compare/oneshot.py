@@ -27,7 +27,7 @@ from castlm.files.owned import OUTPUT
 from castlm.hardware import choose_device, choose_precision, peak_memory
 from castlm.models.io import load_model
 from castlm.oneshot.calibration import calibration_length
-from castlm.oneshot.prune import prune_oneshot_
+from castlm.oneshot.start import prune_oneshot_
 from castlm.training.options import SEQ_LEN
 
 

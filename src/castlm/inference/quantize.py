@@ -26,6 +26,7 @@ from castlm.oneshot.inputs import ExpertInputs, LayerInput, check_finite_input, 
 from castlm.oneshot.options import check_damping
 from castlm.oneshot.report import few_experts_record, relative_error
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
+from castlm.oneshot.source import MemoryModel
 from castlm.oneshot.walk import walk
 
 
@@ -167,8 +168,10 @@ def _walk(
     report: QuantizeReport,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    for inside, inputs in walk(model, layers, calibration, progress=progress):
-        for seen in see_inputs(inside, inputs, SOLVERS["sparsegpt"], len(calibration)) if inside else ():
+    told = progress or (lambda done, total: None)
+    for step in walk(MemoryModel(model, layers), layers, calibration, progress=told):
+        inside = step.inside
+        for seen in see_inputs(inside, step.inputs, SOLVERS["sparsegpt"], len(calibration)) if inside else ():
             entries = [seen] if isinstance(seen, LayerInput) else [of for _, of in sorted(seen.experts.items())]
             weights = {k: v for name in seen.names for k, v in matrices(name, inside[name]).items()}
             for entry in entries:

@@ -6,7 +6,7 @@ embedding to be untied.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from castlm.core.pattern import NM
 from castlm.oneshot.families import Attention, Matrix, Mlp
+from castlm.oneshot.inputs import ExpertInputs, LayerInput
 from castlm.oneshot.permutation import find_permutation
 from castlm.oneshot.rotation import DAMPING, Term, learn_rotations, solved_error, turn_columns
-from castlm.oneshot.solvers import damped, row_energies
+from castlm.oneshot.solvers import damped, row_energies, whole_hessian
 from castlm.oneshot.sparsegpt import lower_factor
 
 _RATE = 0.05  # of Adam, for the skew matrix of a rotation
@@ -52,10 +53,10 @@ class Change:
 
 
 class Statistic:
-    """The Hessian of a layer's input, and what is derived from it once."""
+    """The Hessian (in, in) of a layer's input with a sample (tokens, in) of it, and what is derived from it once."""
 
-    def __init__(self, hessian: Tensor) -> None:
-        self.hessian = hessian
+    def __init__(self, hessian: Tensor, sample: Tensor) -> None:
+        self.hessian, self.sample = hessian, sample
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -81,19 +82,24 @@ class Statistic:
         return weight.square() / self.inverse_diagonal / self.energy(weight)
 
     def permuted(self, order: Tensor) -> Statistic:
-        return Statistic(self.hessian[order][:, order])
+        return Statistic(self.hessian[order][:, order], self.sample[:, order])
 
     def rotated(self, rotations: Tensor, parts: tuple[int, ...]) -> Statistic:
         halfway = turn_columns(self.hessian, rotations, parts)
-        return Statistic(turn_columns(halfway.T, rotations, parts))
-
-    def scaled(self, factors: Tensor) -> Statistic:
-        """Of the input times `factors` (in,)."""
-        return Statistic(self.hessian * factors * factors[:, None])
+        return Statistic(turn_columns(halfway.T, rotations, parts), turn_columns(self.sample, rotations, parts))
 
 
 Statistics = dict[str, Statistic]
 """By the name of the layer; layers that read the same input share one. Layers that stay dense have none."""
+
+
+def statistics_of(entries: Iterable[LayerInput | ExpertInputs]) -> Statistics:
+    """The statistics of SparseGPT's entries of a block; those of experts under the name of the layer and a number."""
+    found: Statistics = {}
+    for entry in entries:
+        for seen in entry.experts.values() if isinstance(entry, ExpertInputs) else [entry]:
+            found |= dict.fromkeys(seen.names, Statistic(whole_hessian(seen.statistic), seen.sample))
+    return found
 
 
 def turn_values_(attention: Attention, statistics: Statistics, pattern: NM, change: Change, iterations: int) -> Undo:

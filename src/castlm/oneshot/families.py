@@ -102,9 +102,9 @@ class Wiring:
     embeddings: list[Tensor] = field(default_factory=list)
     """(tokens or positions, hidden) each; what they hold is added to the stream."""
     fixed_norms: list[Norm] = field(default_factory=list)
-    """Normalize what a block writes: their gains allow a permutation of the stream, but no rotation."""
+    """Normalize what a block writes: their gains act on single channels, which a rotation would mix."""
     ends: str | None = None
-    """Why the stream's basis cannot be changed: something outside the blocks projects it. It is then not permuted."""
+    """Why the stream's basis cannot be changed: something outside the blocks projects it."""
 
     @property
     def reads(self) -> list[Read]:
@@ -123,15 +123,6 @@ class Wiring:
             return self.ends
         if self.fixed_norms:
             return "the gains of the norms behind its sublayers act on single channels"
-        return None
-
-    @property
-    def correction_obstacle(self) -> str | None:
-        """Why the error of the residual stream cannot be corrected layer by layer; None where it can."""
-        if self.fixed_norms:
-            return "normalizes what a layer writes to the stream"
-        if any(len(block.reads) == 1 for block in self.blocks):
-            return "runs attention and MLP in parallel"
         return None
 
 

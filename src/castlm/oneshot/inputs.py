@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from castlm.core.errors import InputError
 from castlm.core.experts import SparseLayer
 from castlm.oneshot.routed import Routed, Take, check_neurons, experts_of
-from castlm.oneshot.solvers import SOLVERS, whole_hessian
+from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.walk import BlockInputs, StopForward
 
 ERROR_TOKENS = 256
@@ -109,18 +109,14 @@ def see_inputs(
     inputs: BlockInputs,
     accumulator: Accumulator,
     num_sequences: int,
-    outputs: list[Tensor] | None = None,
 ) -> list[LayerInput | ExpertInputs]:
-    """Runs the current block, still dense, on all batches, and gives what enters `layers`, in the order of the calls.
+    """Runs the current block on all batches, and returns what enters `layers`, in the order of the calls.
 
     From the second pass on a block ends where it has called all of them: what comes after changes no statistic. Experts
     with few tokens make a second round over all batches.
-
-    Args:
-        outputs: takes in what the block gives for each batch; each pass then goes to the end.
     """
     watch = _Watch(layers, inputs, accumulator, num_sequences)
-    watch.round(watch.see_routed, outputs)
+    watch.round(watch.see_routed)
     few = {experts: routed.few for experts, routed in watch.routed.items() if routed.few}
     for experts, chosen in few.items():
         for name in watch.routed[experts].wanted.values():
@@ -135,19 +131,26 @@ def see_inputs(
     return list(dict.fromkeys(watch.found.values()))
 
 
-def input_groups(layers: Mapping[str, SparseLayer], inputs: BlockInputs) -> list[list[str]]:
-    """The names of the current block's `layers` by the tensor that enters them, in the order of the calls.
+def inputs_in_order(layers: Mapping[str, SparseLayer], inputs: BlockInputs) -> list[LayerInput | ExpertInputs]:
+    """As `see_inputs` without statistics: which layers read the same input, and in which order.
 
-    Layers that differ in the number of a module alone, as those of parallel experts, are in one group. Only as many
-    batches are run as it takes to reach all layers: one, unless experts are linear layers.
+    Runs only as many batches as it takes to reach all layers: one, unless experts are linear layers.
     """
     watch = _Watch(layers, inputs, SOLVERS["magnitude"], 0)
     watch.round(lambda *_: None, until_reached=True)
     check_reached(layers, watch.found)
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for entry in dict.fromkeys(watch.found.values()):
+    return list(dict.fromkeys(watch.found.values()))
+
+
+def grouped(entries: Iterable[LayerInput | ExpertInputs]) -> list[list[LayerInput | ExpertInputs]]:
+    """Inputs of a block in groups whose layers are pruned together.
+
+    Inputs of layers that differ in the number of a module alone, as those of parallel experts, are in one group.
+    """
+    groups: dict[tuple[str, ...], list[LayerInput | ExpertInputs]] = {}
+    for entry in entries:
         alike = tuple(re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in entry.names)
-        groups.setdefault(alike, []).extend(entry.names)
+        groups.setdefault(alike, []).append(entry)
     return list(groups.values())
 
 
@@ -172,7 +175,6 @@ class _Watch:
     def round(
         self,
         see: Callable[[Routed, tuple[Any, ...], dict[str, Any], Take], None],
-        outputs: list[Tensor] | None = None,
         until_reached: bool = False,
     ) -> None:
         """Runs the block on all batches, or until all layers are reached.
@@ -180,7 +182,7 @@ class _Watch:
         Args:
             see: what happens when a module of experts is called.
         """
-        self.last_call = 0 if outputs is None else -1
+        self.last_call = 0
 
         def before_experts(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             routed = self.routed[experts]
@@ -200,9 +202,7 @@ class _Watch:
             for number, hidden in enumerate(self.inputs):
                 self.num_calls = 0
                 with suppress(StopForward):
-                    output = self.inputs.run(hidden, number)
-                    if outputs is not None:
-                        outputs.append(output)
+                    self.inputs.run(hidden, number)
                 if self.last_call == 0:  # experts are not all called in every pass: then no pass ends early
                     num_layers = len(self.layers) + len(self.experts)
                     all_called = self.num_calls == len(self.found) == num_layers
@@ -238,21 +238,3 @@ class _Watch:
         self.num_calls += calls
         if self.num_calls == self.last_call:
             raise StopForward
-
-
-def input_hessians(
-    layers: Mapping[str, SparseLayer], inputs: BlockInputs, num_sequences: int, outputs: list[Tensor] | None = None
-) -> dict[str, Tensor]:
-    """2/num_sequences X^T X (in, in) of what enters each of the current block's `layers`, by name.
-
-    Layers that read the same input share one tensor. Experts have one each, under the name of the layer and a number.
-    `outputs` is that of `see_inputs`.
-    """
-    entries = see_inputs(layers, inputs, SOLVERS["sparsegpt"], num_sequences, outputs)
-    return {
-        name: hessian
-        for entry in entries
-        for seen in (entry.experts.values() if isinstance(entry, ExpertInputs) else [entry])
-        for hessian in [whole_hessian(seen.statistic)]
-        for name in seen.names
-    }

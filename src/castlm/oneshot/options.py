@@ -51,12 +51,12 @@ class BasisOptions(Bounded):
     """Which axes of the dense model are turned before it is pruned; its function stays as it is."""
 
     rotate: Literal["auto", "off", "values", "residual"] = "auto"
-    """Rotations before wanda or sparsegpt. values: the values of each attention head, at the cost of one pass over 128
-    calibration sequences or more. residual: the residual stream as well, which folds the norms' gains and unties tied
-    embeddings. auto: values where the model's family is known."""
+    """Rotations before wanda or sparsegpt. values: the values of each attention head. residual: the residual stream as
+    well, which folds the norms' gains, unties tied embeddings, and reads the text once more. auto: values where the
+    model's family is known."""
 
     permute: bool = True
-    """Permute the MLP neurons before the prune, and the residual stream and the values if they are not rotated."""
+    """Permute the MLP neurons before the prune, and the values of attention heads if they are not rotated."""
 
     rotation_iterations: int = 100
     """Steps in which each rotation is learned."""
@@ -73,17 +73,12 @@ class BasisOptions(Bounded):
         return self.rotate == "off" and not self.permute
 
 
+NO_BASIS = BasisOptions(rotate="off", permute=False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Refinements(Bounded):
     """What is done beyond SparseGPT as published."""
-
-    target_asymmetry: float = 0.0
-    """How far the target of a layer goes from its dense output on the pruned model's inputs, 0, to that in the dense
-    model, 1. Three passes over the calibration text for each input of a transformer block, whose statistics are
-    staged then. 0.5 is a good value."""
-
-    stream_correction: float = 0.0
-    """Share of the residual stream's loss that the layers which write it make up for, in the same passes."""
 
     staged_statistics: bool = True
     """Take the statistics of a layer after the layers before it in its transformer block are pruned, as
@@ -110,19 +105,6 @@ class Refinements(Bounded):
         if self.refit_iterations is not None:
             return self.refit_iterations
         return 0 if self.mask_iterations and not is_structured(pattern) else 20
-
-    @property
-    def shifts_targets(self) -> bool:
-        return self.target_asymmetry > 0 or self.stream_correction > 0
-
-    @property
-    def is_staged(self) -> bool:
-        """Whether statistics are staged; a shift is of the inputs that it is solved with."""
-        return self.staged_statistics or self.shifts_targets
-
-    @property
-    def needs_dense_twin(self) -> bool:
-        return self.shifts_targets or self.reconstruct_epochs > 0
 
     def for_solver(self, solver: str, pattern: Pattern) -> Refinements:
         """These for "sparsegpt", and none for a solver that has nothing to refine.
@@ -151,8 +133,6 @@ class Refinements(Bounded):
         return NO_REFINEMENTS
 
     def out_of_range(self) -> Iterator[Bound]:
-        yield "target_asymmetry", 0 <= self.target_asymmetry <= 1, "between 0 and 1"
-        yield "stream_correction", 0 <= self.stream_correction <= 1, "between 0 and 1"
         yield "mask_iterations", 0 <= self.mask_iterations <= 10_000, "between 0 and 10,000"
         yield "refit_iterations", self.refit_iterations is None or self.refit_iterations >= 0, "at least 0"
         yield "reconstruct_epochs", self.reconstruct_epochs >= 0, "at least 0"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from castlm.oneshot.block_basis import Change
 from castlm.oneshot.reconstruct import Reconstruction
 
 
@@ -32,8 +33,37 @@ class LayerResult:
     instead."""
     num_zero_inputs: int = 0
     """1 where the calibration text leaves the whole input at 0 and the mask is by magnitude; of experts how many."""
-    is_left_unshifted: bool = False
-    """Whether shifted targets were asked for, and the layer, of experts, has its own."""
+
+
+@dataclass
+class BasisReport:
+    """What the changes of basis of a start did."""
+
+    changes: list[Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What was left out or undone, and why."""
+    untied: bool = False
+    """Whether the output head has got a weight of its own."""
+    moved: float = 0.0
+    """Largest difference of a block's output, or of a logit, relative to the largest."""
+    seconds: float = 0.0
+    stream_basis: Tensor | None = None
+    """The rotation (hidden, hidden) of the residual stream; None if it stayed."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for JSON, with the shape of `stream_basis` in its place."""
+        shape = None if self.stream_basis is None else list(self.stream_basis.shape)
+        return asdict(replace(self, stream_basis=None)) | {"stream_basis": shape}
+
+    def lines(self) -> list[str]:
+        return [*map(str, self.changes), *self.notes]
+
+    def of(self, what: str) -> Change:
+        """The change of that name, which may have been tried in earlier blocks."""
+        found = next((change for change in self.changes if change.what == what), None)
+        if found is None:
+            self.changes.append(found := Change(what))
+        return found
 
 
 @dataclass
@@ -52,6 +82,28 @@ class OneshotReport:
     reconstructions: list[Reconstruction] = field(default_factory=list)
     """By block, where blocks are reconstructed."""
     seconds: float = 0.0
+    """All that is not the basis."""
+    basis: BasisReport = field(default_factory=BasisReport)
+
+    def saved(self) -> dict[str, Any]:
+        """What is known of the finished blocks, for JSON."""
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "reconstructions": [asdict(block) for block in self.reconstructions],
+            "seconds": self.seconds,
+            "changes": [asdict(change) for change in self.basis.changes],
+            "notes": self.basis.notes,
+            "moved": self.basis.moved,
+            "basis_seconds": self.basis.seconds,
+        }
+
+    def restore_(self, saved: Mapping[str, Any]) -> None:
+        """Takes over what an earlier process has `saved`."""
+        self.layers = [LayerResult(**{**layer, "shape": tuple(layer["shape"])}) for layer in saved["layers"]]
+        self.reconstructions = [Reconstruction(**block) for block in saved["reconstructions"]]
+        self.seconds, self.basis.seconds = saved["seconds"], saved["basis_seconds"]
+        self.basis.changes = [Change(**change) for change in saved["changes"]]
+        self.basis.notes, self.basis.moved = list(saved["notes"]), saved["moved"]
 
     @property
     def zero_fraction(self) -> float:
@@ -86,21 +138,20 @@ class OneshotReport:
                 f"the calibration text leaves the whole input of {', '.join([*found][:3])}"
                 f"{f' and {len(found) - 3} others' if len(found) > 3 else ''} at 0: masked by magnitude there"
             )
-        if unshifted := sum(result.is_left_unshifted for result in self.layers):
-            lines.append(
-                f"target_asymmetry and stream_correction do nothing for experts: {unshifted} of {len(self.layers)} "
-                "layers are solved without them"
-            )
         return lines
 
     def record(self) -> dict[str, Any]:
-        """What castlm.json says of it: nothing of a damping or of experts that a method or a model does not have."""
+        """The content of castlm.json about the start; no damping or experts where a method or a model has none."""
         damping = {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}
         zero_inputs = {"masked_by_magnitude": self.zero_inputs} if self.zero_inputs else {}
-        return damping | few_experts_record(self.few_experts) | zero_inputs
+        times = {"basis": self.basis.as_dict(), "prune_seconds": round(self.seconds, 2)}
+        return times | damping | few_experts_record(self.few_experts) | zero_inputs
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
+        """The whole report for JSON."""
+        basis = self.basis.as_dict()
+        found = asdict(replace(self, basis=BasisReport()))
+        return found | {"basis": basis, "zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
 
 
 def few_experts_note(few: Mapping[str, int]) -> str:

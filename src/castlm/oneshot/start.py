@@ -1,48 +1,86 @@
-"""How a start is made of a dense model: a change of basis, then the one-shot solver."""
+"""The start: sparse weights and masks before step 0, made of a dense model in one walk over its transformer blocks.
+
+In each block in turn, the basis is chosen by what enters the block's layers, the layers are pruned, the block is tuned
+towards its dense outputs where that is asked for, and its outputs enter the next block. With staged statistics, a layer
+is solved by what enters it once the layers before it are pruned; layers that read the same tensor (q, k, v; gate, up)
+share one statistic.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.combined import is_structured
-from castlm.core.pattern import Pattern
+from castlm.core.errors import InputError
+from castlm.core.experts import ExpertLinear, SparseLayer
+from castlm.core.pattern import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
-from castlm.oneshot.basis import BasisReport, change_basis_
-from castlm.oneshot.options import BasisOptions, Refinements, check_damping, part_of
-from castlm.oneshot.prune import check_prune, prune_oneshot_
-from castlm.oneshot.report import OneshotReport
-from castlm.oneshot.solvers import Settings
-from castlm.oneshot.walk import Images
+from castlm.models.architecture import eval_mode
+from castlm.oneshot.basis import turn_block_, wiring_or_note
+from castlm.oneshot.block_basis import statistics_of
+from castlm.oneshot.calibration import check_calibration
+from castlm.oneshot.families import describe
+from castlm.oneshot.folder import StartFolder
+from castlm.oneshot.inputs import (
+    ERROR_TOKENS,
+    ExpertInputs,
+    LayerInput,
+    check_plain_weights,
+    grouped,
+    inputs_in_order,
+    see_inputs,
+)
+from castlm.oneshot.options import NO_BASIS, NO_REFINEMENTS, BasisOptions, Refinements, check_damping, part_of
+from castlm.oneshot.reconstruct import reconstruct_
+from castlm.oneshot.report import BasisReport, OneshotReport
+from castlm.oneshot.residual import rotate_residual_
+from castlm.oneshot.solve import prune_experts, prune_layers
+from castlm.oneshot.solvers import SOLVERS, Settings
+from castlm.oneshot.source import MemoryModel, StoredModel
+from castlm.oneshot.units import UnitSettings, prune_units_
+from castlm.oneshot.walk import Extras, Step, walk
 
+BLOCK_COLUMNS = 128
+"""Columns of SparseGPT between two full matmuls: a matter of speed alone."""
+_SHORT = 10.0  # seconds of a start that is not announced
+
+Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
-"""Called with (parts done, parts in all)."""
+"""Called with (blocks done, blocks in all)."""
+Seen = list[LayerInput | ExpertInputs]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneshotStart:
-    """The basis in which a model is pruned, by which method, and to which pattern.
+class Start:
+    """How a start is made: the basis, the solver, its refinements and the pattern.
 
     Raises:
         InputError: an option that is out of range.
     """
 
-    method: str
+    method: str | None
+    """A name in `SOLVERS`, or in `SCORES` of a structured pattern; None changes the basis alone."""
     pattern: Pattern
-    basis: BasisOptions
-    refinements: Refinements
+    basis: BasisOptions = NO_BASIS
+    refinements: Refinements = NO_REFINEMENTS
     damping: float = 0.01
-    """Of SparseGPT."""
+    """SparseGPT: share of the mean of the diagonal of H that is added to it."""
+    block_columns: int = BLOCK_COLUMNS
     seed: int = 0
     """Of method "random"."""
     filter_fn: FilterFn = is_sparse_linear
     """Which layers are pruned, as for `sparse_linears`."""
     precision: str = "fp32"
-    """Of the passes over the calibration text, as for `prune_oneshot_`."""
+    """Of the passes over the calibration text: "fp32", in which they run in the dtype of the weights, or "bf16", in
+    which autocast multiplies in bf16. Statistics and solvers are fp32."""
 
     def __post_init__(self) -> None:
         self.refinements.check()
@@ -50,7 +88,7 @@ class OneshotStart:
         check_damping(self.damping)
 
     @classmethod
-    def of(cls, options: Any, method: str, pattern: Pattern, **others: Any) -> OneshotStart:
+    def of(cls, options: Any, method: str, pattern: Pattern, **others: Any) -> Start:
         """The start by `options`, which have the fields of `BasisOptions` and `Refinements`.
 
         Args:
@@ -63,63 +101,355 @@ class OneshotStart:
         basis = part_of(options, BasisOptions)
         return cls(method=method, pattern=pattern, basis=basis, refinements=refinements, **others)
 
-    @property
-    def settings(self) -> Settings:
-        """Of n:m."""
-        return Settings(self.pattern, self.damping, 128)
+    def options(self) -> dict[str, Any]:
+        """What the result depends on beside the model and the text, for JSON."""
+        return {
+            "method": self.method,
+            "pattern": str(self.pattern),
+            "damping": self.damping,
+            "seed": self.seed,
+            "precision": self.precision,
+            **asdict(self.basis),
+            **asdict(self.refinements),
+        }
 
-    def change_basis_(
+    @torch.no_grad()
+    def make_(
         self,
-        model: PreTrainedModel,
-        calibration: Tensor,
-        images: Images,
+        source: MemoryModel | StoredModel,
+        calibration: Tensor | None = None,
+        extras: Extras = None,
         *,
-        say: Callable[[str], None],
-        progress: Progress,
-    ) -> BasisReport:
-        """`castlm.oneshot.basis.change_basis_` with these options, which are those of `prune_` that follows.
+        folder: StartFolder | None = None,
+        say: Say = lambda line: None,
+        progress: Progress = lambda done, total: None,
+    ) -> OneshotReport:
+        """Prunes a model in place, or block by block into `folder` where it stays on disk; both give the same bits.
+
+        Memory beyond the model, or one block of it: the hidden states of the calibration text (in `folder`, where there
+        is one), and the statistics of one block (SparseGPT: a fp32 matrix (in, in) for each distinct input).
+
+        Args:
+            calibration: int64, (num_sequences, seq_len), as from `draw_calibration`. Magnitude needs none.
+            extras: for each sequence what the model's forward takes beside its tokens.
+            folder: what is finished is recorded there, and a start that was killed continues.
+            say: called with a line about what was changed, left out or undone, and how long it takes.
 
         Raises:
-            InputError: as `prune_`, of n:m, before the work of the change of basis.
+            InputError: an unknown method, a bad pattern or number, no calibration where one is needed, tokens the model
+                cannot take, nothing to prune, a weight or an input of a layer that is not finite, or a model that
+                cannot be followed block by block.
         """
-        if not is_structured(self.pattern):
-            layers, _ = sparse_linears(model, self.pattern, self.filter_fn)
-            check_prune(model, self.method, layers, calibration, self.settings, self.refinements)
-        return change_basis_(
-            model,
-            calibration,
-            self.basis,
-            images=images,
-            pattern=self.pattern,
-            filter_fn=self.filter_fn,
-            say=say,
-            progress=progress,
-            precision=self.precision,
+        assert self.method is not None or folder is None
+        model = source.model
+        if is_structured(self.pattern):
+            return self._prune_units_(model, calibration, extras, folder, progress)
+        layers, left_dense = sparse_linears(model, self.pattern, self.filter_fn)
+        self._check(source, layers, calibration)
+        num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
+        asked = self.damping if self.method == "sparsegpt" else None
+        report = OneshotReport(
+            str(self.method), str(self.pattern), num_sequences, seq_len, asked, left_dense=left_dense
         )
+        turns = False
+        if calibration is not None:
+            wiring, note = wiring_or_note(model, self.pattern, self.basis)
+            turns = wiring is not None
+            with eval_mode(model), _timed(report.basis):
+                if wiring is not None and self.basis.rotate == "residual":
+                    assert isinstance(source, MemoryModel)
+                    assert isinstance(self.pattern, NM)
+                    what = wiring, layers, calibration, extras, self.pattern, self.basis.rotation_iterations
+                    rotate_residual_(source, *what, self.precision, report.basis)
+            report.basis.notes += [note] if note else []
+        if folder is not None and folder.done:
+            report.restore_(folder.results)
+            say(
+                f"continuing after {folder.done} of {len(source.blocks)} transformer blocks, which are in {folder.path}"
+            )
+        told = _announced(progress, say)
+        with eval_mode(model):
+            for step in walk(
+                source,
+                layers,
+                calibration,
+                extras=extras,
+                precision=self.precision,
+                follows_dense=self.refinements.reconstruct_epochs > 0,
+                folder=folder,
+                results=report.saved,
+                progress=told,
+            ):
+                self._make_block_(source, step, turns, report)
+        report.basis.changes = [change for change in report.basis.changes if change.num_tried]
+        for line in report.basis.lines():
+            say(line)
+        return report
 
-    def prune_(
-        self, model: PreTrainedModel, calibration: Tensor | None, images: Images, *, progress: Progress
+    def _make_block_(self, source: MemoryModel | StoredModel, step: Step, turns: bool, report: OneshotReport) -> None:
+        """Changes the basis of the current block, prunes it, and reconstructs its outputs."""
+        inputs = step.inputs
+        if not step.inside:
+            return
+        if inputs is None:
+            settings, solver = self._settings, SOLVERS[str(self.method)]
+            for name, layer in step.inside.items():
+                report.layers += prune_layers({name: layer.weight}, None, solver, settings)
+            return
+        turned: Seen = []
+        if turns:
+            with _timed(report.basis):
+                turned = self._turn_(source, step, report.basis)
+        source.keep_dense(step.inside)
+        if self.method is None:
+            return
+        with _timed(report):
+            for seen in self._inputs(step, turned):
+                report.layers += self._prune_(step.inside, seen)
+            if self.refinements.reconstruct_epochs:
+                block = reconstruct_(
+                    inputs.blocks[inputs.index],
+                    lambda _, hidden, batch: inputs.run(hidden, batch),
+                    inputs,
+                    step.dense_outputs,
+                    {layer.weight: layer.weight != 0 for layer in step.inside.values()},
+                    epochs=self.refinements.reconstruct_epochs,
+                    learning_rate=self.refinements.reconstruct_rate,
+                )
+                report.reconstructions.append(block)
+
+    def _turn_(self, source: MemoryModel | StoredModel, step: Step, report: BasisReport) -> Seen:
+        """Changes the basis of the current block; returns the inputs of its layers in the new one, in their order."""
+        assert step.inputs is not None
+        assert isinstance(self.pattern, NM)
+        seen = see_inputs(step.inside, step.inputs, SOLVERS["sparsegpt"], step.inputs.num_sequences)
+        statistics = statistics_of(seen)
+        wiring = describe(source.model)  # of the weights that are in memory now
+        turn_block_(wiring.blocks[step.index], statistics, step.inputs, self.basis, self.pattern, report)
+        reads_norms = self.method is not None and SOLVERS[self.method].axes == 1  # Wanda
+        for entry in seen:
+            for part in entry.experts.values() if isinstance(entry, ExpertInputs) else [entry]:
+                found = statistics[part.names[0]]
+                part.statistic, part.sample = found.hessian, found.sample
+                if reads_norms:
+                    part.statistic = found.hessian.diagonal() / 2
+        return seen
+
+    def _inputs(self, step: Step, turned: Seen) -> Iterator[Seen]:
+        """Yields the inputs of layers that are pruned next, until all layers of the block are.
+
+        Args:
+            turned: all of them, measured before any layer is pruned; emptied, so that only what is needed is held.
+        """
+        inside, inputs, solver = step.inside, step.inputs, SOLVERS[str(self.method)]
+        assert inputs is not None
+        if not self.refinements.staged_statistics:
+            yield turned or see_inputs(inside, inputs, solver, inputs.num_sequences)
+            return
+        groups = grouped(turned or inputs_in_order(inside, inputs))
+        names = [[name for entry in group for name in entry.names] for group in groups]
+        first = groups[0] if turned else []  # no layer before it changes its inputs
+        turned.clear()
+        del groups
+        for number, group in enumerate(names):
+            layers = {name: inside[name] for name in group}
+            yield first if number == 0 and first else see_inputs(layers, inputs, solver, inputs.num_sequences)
+            first = []
+
+    def _prune_(self, inside: Mapping[str, SparseLayer], seen: Seen) -> list[Any]:
+        """Prunes the layers that read the inputs `seen`."""
+        solver, results = SOLVERS[str(self.method)], []
+        for entry in seen:
+            if isinstance(entry, ExpertInputs):
+                layer = inside[entry.names[0]]
+                assert isinstance(layer, ExpertLinear)
+                results.append(prune_experts(layer, entry, solver, self._settings, self.refinements))
+            else:
+                weights = {name: inside[name].weight for name in entry.names}
+                results += prune_layers(weights, entry, solver, self._settings, self.refinements)
+        return results
+
+    @property
+    def _settings(self) -> Settings:
+        return Settings(self.pattern, self.damping, self.block_columns)
+
+    def _prune_units_(
+        self,
+        model: PreTrainedModel,
+        calibration: Tensor | None,
+        extras: Extras,
+        folder: StartFolder | None,
+        progress: Progress,
     ) -> OneshotReport:
-        """`castlm.oneshot.prune.prune_oneshot_` with these options."""
-        return prune_oneshot_(
+        settings = UnitSettings(self.damping, self.refinements.num_refits(self.pattern), self.seed)
+        return prune_units_(
             model,
-            self.method,
-            pattern=self.pattern,
+            str(self.method),
+            self.pattern,
             calibration=calibration,
-            images=images,
-            damping=self.damping,
-            refinements=self.refinements,
-            seed=self.seed,
+            images=extras,
+            to=settings,
             filter_fn=self.filter_fn,
+            folder=None if self.method == "random" else folder,  # whose choice depends on how many were drawn before
             progress=progress,
             precision=self.precision,
         )
 
+    def _check(
+        self, source: MemoryModel | StoredModel, layers: Mapping[str, SparseLayer], calibration: Tensor | None
+    ) -> None:
+        """Raises `InputError` for what cannot be used, before anything is changed."""
+        method, refinements = self.method, self.refinements
+        if method is not None and method not in SOLVERS:
+            raise InputError(f"there is no one-shot method {method!r}: choose one of {', '.join(SOLVERS)}")
+        if method == "sparsegpt" and not isinstance(self.pattern, NM):
+            raise InputError(f"SparseGPT prunes to n:m patterns, not to {self.pattern}: use wanda or magnitude")
+        if self.block_columns < 1:
+            raise InputError(f"block_columns = {self.block_columns} is out of range: it must be at least 1")
+        if self.basis.rotate == "residual" and isinstance(source, StoredModel):
+            raise InputError("rotate residual needs the whole model in memory: use rotate values, or memory model")
+        check_plain_weights(layers, "pruning")
+        if calibration is not None:
+            check_calibration(source.model, calibration)
+            if refinements.reconstruct_epochs and len(calibration) < 2:
+                raise InputError("reconstruct_epochs holds a calibration sequence out: give at least 2")
+        elif method is None or SOLVERS[method].add is not None:
+            raise InputError(f"method {method} needs a calibration text: pass calibration, from draw_calibration")
+        if refinements != NO_REFINEMENTS and method != "sparsegpt":
+            raise InputError(f"refinements are for method sparsegpt, not for {method}: leave them out")
 
-def start_record(basis: BasisReport | None, report: OneshotReport) -> dict[str, Any]:
-    """What castlm.json says of a start; `basis` is None where the method reads no calibration text."""
-    return {
-        "basis": None if basis is None else basis.as_dict(),
-        "prune_seconds": round(report.seconds, 2),
-        **report.record(),
-    }
+
+class _timed:  # noqa: N801
+    """Adds the time of the block to `report.seconds`."""
+
+    def __init__(self, report: BasisReport | OneshotReport) -> None:
+        self.report = report
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.report.seconds += time.perf_counter() - self.started
+
+
+def _announced(progress: Progress, say: Say) -> Progress:
+    """`progress`, which after the first block also says how long the others will take."""
+    started, is_first = time.perf_counter(), True
+
+    def told(done: int, total: int) -> None:
+        nonlocal is_first
+        seconds = (time.perf_counter() - started) * (total - done)
+        if is_first and seconds > _SHORT:
+            say(f"the start takes about {_readable(seconds)} more: {total - done} of {total} transformer blocks")
+        is_first = False
+        progress(done, total)
+
+    return told
+
+
+def _readable(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+
+
+def prune_oneshot_(
+    model: PreTrainedModel,
+    method: str,
+    *,
+    pattern: Pattern | str = "2:4",
+    calibration: Tensor | None = None,
+    extras: Extras = None,
+    damping: float = 0.01,
+    block_size: int = BLOCK_COLUMNS,
+    basis: BasisOptions = NO_BASIS,
+    refinements: Refinements = NO_REFINEMENTS,
+    seed: int = 0,
+    filter_fn: FilterFn = is_sparse_linear,
+    progress: Progress | None = None,
+    precision: str = "fp32",
+) -> OneshotReport:
+    """Prunes a model to a pattern in place, without training; by default by the method as published.
+
+    The weights keep their dtype. `castlm.oneshot.units.prune_units_` prunes structured patterns, with the methods
+    in its `SCORES`; method taylor holds the gradient of every weight that may be pruned.
+
+    Args:
+        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`; of a structured pattern a name in `SCORES`.
+        calibration: int64, (num_sequences, seq_len), as from `draw_calibration`. Magnitude needs none; where it is
+            given one, its first 256 tokens serve for the reconstruction errors.
+        extras: for each sequence what the model's forward takes beside its tokens, as images.
+        damping, seed, filter_fn, precision: as in `Start`.
+        block_size: SparseGPT: columns between two full matmuls; a matter of speed only.
+        basis: changes of basis; none by default.
+        refinements: what is done beyond SparseGPT as published; nothing by default. Of these, structured patterns read
+            `refit_iterations`.
+        progress: called with (blocks done, blocks in all).
+
+    Raises:
+        InputError: as `Start.make_`. Once pruning has begun, the blocks before the one named are pruned already.
+
+    Reference: Wanda, arXiv 2306.11695; SparseGPT, arXiv 2301.00774.
+
+    Examples:
+        >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)  # doctest: +SKIP
+        >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)  # doctest: +SKIP
+    """
+    start = Start(
+        method=method,
+        pattern=as_pattern(pattern),
+        basis=basis,
+        refinements=refinements,
+        damping=damping,
+        block_columns=block_size,
+        seed=seed,
+        filter_fn=filter_fn,
+        precision=precision,
+    )
+    layers, _ = sparse_linears(model, start.pattern, filter_fn)
+    if (
+        method == "magnitude"
+        and calibration is not None
+        and calibration.dim() == 2
+        and not is_structured(start.pattern)
+    ):
+        num_sequences = math.ceil(ERROR_TOKENS / calibration.shape[1])
+        calibration, extras = calibration[:num_sequences], extras and extras[:num_sequences]
+    return start.make_(MemoryModel(model, layers), calibration, extras, progress=progress or (lambda done, total: None))
+
+
+def change_basis_(
+    model: PreTrainedModel,
+    calibration: Tensor,
+    options: BasisOptions | None = None,
+    *,
+    extras: Extras = None,
+    pattern: Pattern | str = "2:4",
+    filter_fn: FilterFn = is_sparse_linear,
+    say: Say = lambda line: None,
+    progress: Progress = lambda done, total: None,
+    precision: str = "fp32",
+) -> BasisReport:
+    """Changes the basis of a dense model in place, as `options` say, and prunes nothing.
+
+    Args:
+        calibration, extras, precision: as for `prune_oneshot_`.
+        filter_fn: which layers are going to be pruned, as for `sparse_linears`; only their errors count.
+        say: called with a line about each kind of change, and about what is left out or undone.
+        progress: called with (blocks done, blocks in all).
+
+    Raises:
+        InputError: a family that does not allow what is asked for; "auto" leaves its basis as it is and says so.
+
+    Examples:
+        >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)  # doctest: +SKIP
+        >>> change_basis_(model, tokens, say=print)  # doctest: +SKIP
+    """
+    start = Start(
+        method=None,
+        pattern=as_pattern(pattern),
+        basis=options or BasisOptions(),
+        filter_fn=filter_fn,
+        precision=precision,
+    )
+    layers, _ = sparse_linears(model, start.pattern, filter_fn)
+    report = start.make_(MemoryModel(model, layers), calibration, extras, say=say, progress=progress)
+    return replace(report.basis)

@@ -26,13 +26,15 @@ from castlm.core.structured import Structured
 from castlm.hardware import autocast
 from castlm.models.architecture import eval_mode
 from castlm.oneshot.calibration import check_calibration
+from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.inputs import check_finite_weight, check_plain_weights, check_reached
 from castlm.oneshot.options import check_damping
 from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import MIN_DAMPING, damped, refit, row_energies
+from castlm.oneshot.source import MemoryModel, block_stack
 from castlm.oneshot.sparsegpt import sparsegpt
 from castlm.oneshot.unit_inputs import InputStatistic, see_statistics
-from castlm.oneshot.walk import Images, block_stack, walk
+from castlm.oneshot.walk import Extras, walk
 
 TAYLOR_SEQUENCES = 32
 """Calibration sequences that the Taylor score runs backward."""
@@ -115,10 +117,11 @@ def prune_units_(
     pattern: Pattern,
     *,
     calibration: Tensor | None = None,
-    images: Images = None,
+    images: Extras = None,
     to: UnitSettings = UnitSettings(),  # noqa: B008  # it cannot change
     filter_fn: FilterFn = is_sparse_linear,
-    progress: Callable[[int, int], None] | None = None,
+    folder: StartFolder | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     precision: str = "fp32",
 ) -> OneshotReport:
     """Prunes a model to a structured pattern in place: what is masked is zero, and still there.
@@ -151,9 +154,21 @@ def prune_units_(
         if calibration is None:
             work.prune_(layers, {})
         else:
-            for inside, inputs in walk(model, layers, calibration, images, progress, precision):
-                if inside:
-                    work.prune_(inside, see_statistics(inside, inputs))
+            if folder is not None and folder.done:
+                report.restore_(folder.results)
+            source = MemoryModel(model, layers)
+            for step in walk(
+                source,
+                layers,
+                calibration,
+                extras=images,
+                precision=precision,
+                folder=folder,
+                results=report.saved,
+                progress=progress,
+            ):
+                if step.inside:
+                    work.prune_(step.inside, see_statistics(step.inside, step.inputs))
     report.seconds = time.perf_counter() - started
     return report
 
@@ -163,7 +178,7 @@ def loss_gradients(
     model: PreTrainedModel,
     layers: Mapping[str, nn.Linear],
     sequences: Tensor,
-    images: Images = None,
+    images: Extras = None,
     precision: str = "fp32",
 ) -> dict[str, Tensor]:
     """The gradient of the mean loss over `sequences` (num_sequences, seq_len) by the weight of each layer.

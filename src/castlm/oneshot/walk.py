@@ -1,4 +1,4 @@
-"""Calibration text for one-shot pruning: its sequences, and what they feed to one transformer block after another.
+"""The walk of a start over the transformer blocks, and what the calibration text feeds to one after another.
 
 What is alive at a time is the input of one block for all sequences, in the model's dtype; it does not grow with depth.
 """
@@ -6,19 +6,19 @@ What is alive at a time is the input of one block for all sequences, in the mode
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import ExitStack, suppress
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from castlm.core.blocks import stack_name
 from castlm.core.errors import InputError
+from castlm.core.experts import SparseLayer
 from castlm.hardware import autocast
-
-T = TypeVar("T")
+from castlm.oneshot.folder import HiddenStates, StartFolder
+from castlm.oneshot.source import MemoryModel, StoredModel, layers_by_block
 
 # Tokens a forward pass: short sequences go together, as calling the operators costs too. On a CPU with 1 MiB of L2,
 # 2,048 are a tenth slower than 1,024 (SmolLM2-135M): what passes between operators no longer fits the cache.
@@ -26,55 +26,80 @@ PASS_TOKENS_CPU = 1024
 _PASS_TOKENS_ACCELERATOR = 8192
 
 
-def block_stack(model: nn.Module, layer_names: Iterable[str]) -> tuple[str, list[nn.Module]]:
-    """The stack that the named layers lie in: its name, as `model.layers`, and its blocks in order.
+class Step(NamedTuple):
+    """One transformer block of a walk, in memory, with what enters it once the blocks before it are changed."""
 
-    Raises:
-        InputError: layers outside numbered blocks, or in more than one stack.
-    """
-    stacks = set()
-    for name in layer_names:
-        stack = stack_name(name)
-        if stack is None:
-            raise InputError(f"{name} is in no transformer block: let filter_fn choose layers inside the blocks only")
-        stacks.add(stack)
-    if len(stacks) > 1:
-        raise InputError(f"the layers lie in several stacks ({', '.join(sorted(stacks))}): choose one with filter_fn")
-    (stack,) = stacks
-    return stack, list(model.get_submodule(stack).children())
-
-
-def layers_by_block(stack: str, num_blocks: int, layers: Mapping[str, T]) -> list[dict[str, T]]:
-    """The layers of each block of `stack`, up to the last block that has any: what comes after it need not be run."""
-    found = [{k: v for k, v in layers.items() if k.startswith(f"{stack}.{index}.")} for index in range(num_blocks)]
-    while not found[-1]:
-        found.pop()
-    return found
+    index: int
+    inside: dict[str, SparseLayer]
+    """Its layers that the walk is about."""
+    inputs: BlockInputs | None
+    """None without calibration text, and behind the last block that has such layers."""
+    dense_outputs: Sequence[Tensor]
+    """What the block gives in the dense model for each batch, where that is followed."""
 
 
 def walk(
-    model: PreTrainedModel,
-    layers: Mapping[str, T],
-    calibration: Tensor,
-    images: Images = None,
-    progress: Callable[[int, int], None] | None = None,
+    source: MemoryModel | StoredModel,
+    layers: Mapping[str, SparseLayer],
+    calibration: Tensor | None,
+    *,
+    extras: Extras = None,
     precision: str = "fp32",
-) -> Iterator[tuple[dict[str, T], BlockInputs]]:
-    """The layers of one block after another, each with what enters it once the caller has changed those before.
+    follows_dense: bool = False,
+    folder: StartFolder | None = None,
+    results: Callable[[], dict[str, Any]] = dict,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Step]:
+    """Yields one transformer block after another, which the caller may change before it asks for the next.
+
+    With a `folder`, each finished block is recorded there, and the walk begins behind those that an earlier process has
+    finished.
 
     Args:
-        calibration, images, precision: as for `BlockInputs`.
+        calibration, extras, precision: as for `BlockInputs`.
+        follows_dense: runs the text through the dense blocks too, each before it is changed.
+        results: what the record holds about the finished blocks.
         progress: called with (blocks done, blocks in all).
     """
-    stack, blocks = block_stack(model, layers)
-    of_block = layers_by_block(stack, len(blocks), layers)
-    inputs = BlockInputs(model, blocks, calibration, images=images, precision=precision)
-    for done, inside in enumerate(of_block, 1):
-        yield inside, inputs
-        if done < len(of_block):
-            inputs.advance()
-        if progress is not None:
-            progress(done, len(of_block))
+    num_blocks = len(source.blocks)
+    of_block = layers_by_block(source.stack, num_blocks, layers)
+    last = max(index for index, inside in enumerate(of_block) if inside)
+    first = 0 if folder is None else folder.done
+    inputs = None
+    if calibration is not None and first <= last:
+        states = [_states(source, calibration, extras, folder, name) for name in ("hidden", "dense")]
+        with nullcontext() if folder is None else folder.writing(), source.entering():
+            inputs = BlockInputs(source.model, source.blocks, calibration, states[0], first, extras, precision)
+        if follows_dense:
+            inputs.follow_dense(states[1])
+    for index in range(first):
+        assert folder is not None
+        source.restore_(index, folder.read_block(index))
+    for index in range(first, num_blocks):
+        inputs = inputs if index <= last else None
+        with source.block(index), nullcontext() if folder is None else folder.writing():
+            yield Step(index, of_block[index], inputs, inputs.dense_outputs() if inputs and follows_dense else ())
+            if folder is not None:
+                folder.write_block(index, source.finished(index))
+            if inputs is not None and index < last:
+                inputs.advance()
+        if folder is not None:
+            streams = [] if inputs is None else inputs.streams
+            folder.record(index + 1, results(), streams, has_next=index < last)
+        progress(index + 1, num_blocks)
+
+
+def _states(
+    source: MemoryModel | StoredModel, calibration: Tensor, extras: Extras, folder: StartFolder | None, name: str
+) -> MutableSequence[Tensor]:
+    """Where hidden states are held: on disk, with those that enter the next block to do, or in a list."""
+    if folder is None:
+        return []
+    size = 1 if extras is not None else batch_size(calibration, source.device)
+    shape = size, calibration.shape[1], source.model.config.get_text_config().hidden_size
+    dtype = source.model.dtype if isinstance(source, MemoryModel) else torch.float32
+    num_batches = math.ceil(len(calibration) / size) if folder.done else 0
+    return HiddenStates(folder.path, name, shape, dtype, source.device, folder.done, num_batches)
 
 
 class BlockCall(NamedTuple):
@@ -87,29 +112,29 @@ class BlockCall(NamedTuple):
         return _hidden_of(block(hidden, *self.args, **self.kwargs))
 
 
-Images = Sequence[Mapping[str, Tensor]] | None
-"""For each calibration sequence what the model's forward takes beside its tokens; None of a text without images."""
+Extras = Sequence[Mapping[str, Tensor]] | None
+"""For each calibration sequence what the model's forward takes beside its tokens; None where it takes tokens alone."""
 
 
 class StopForward(Exception):  # noqa: N818
     """Ends a forward pass from within, once what was wanted of it is there."""
 
 
-class BlockInputs:
-    """The hidden states that enter the current block, and how each block is called.
+class BlockInputs(Sequence[Tensor]):
+    """The hidden states that enter the current block, a batch (batch, seq, hidden) each, and how each block is called.
 
     Taken from forward passes of the model itself, so that embeddings, masks (which can differ between blocks, as with
     sliding windows) and rotary tables are those of the model. The first pass goes through all blocks, and also checks
     that nothing but the hidden states runs from block to block; the others end at the first block.
 
-    With images, each sequence has a pass of its own, through all blocks where rotary tables depend on its images
+    Sequences with extras, as images, have a pass of their own, through all blocks where rotary tables depend on them
     (Qwen2-VL) or features of them are added to some tokens between blocks (Qwen3-VL).
 
     Args:
         calibration: int64, (num_sequences, seq_len).
-        batches: where the hidden states are held, (batch, seq, hidden) each; a list if not given. What it holds already
-            is what enters the block `index`.
-        images: of each sequence.
+        states: where the outputs of the block before the current one are held; a list if not given. What it holds
+            already enters the block `index`.
+        extras: for each sequence what the model's forward takes beside its tokens.
         precision: "bf16" runs the blocks under autocast, which multiplies in bf16; what passes between them keeps its
             dtype.
 
@@ -123,63 +148,81 @@ class BlockInputs:
         model: PreTrainedModel,
         blocks: Sequence[nn.Module],
         calibration: Tensor,
-        batches: MutableSequence[Tensor] | None = None,
+        states: MutableSequence[Tensor] | None = None,
         index: int = 0,
-        images: Images = None,
+        extras: Extras = None,
         precision: str = "fp32",
     ) -> None:
         self.blocks, self.index, self.precision = blocks, index, precision
-        self.batches: MutableSequence[Tensor] = [] if batches is None else batches
+        self.states: MutableSequence[Tensor] = [] if states is None else states
+        self.dense: MutableSequence[Tensor] = []
+        """The same of the dense model, where it is followed."""
+        self.num_sequences = len(calibration)
         self._passes: list[_Pass] = []  # of each batch; those of one shape share their calls
-        self._adds: bool | None = None  # whether something is added between blocks, known after the first images
-        is_filled = bool(self.batches)
-        self._batch_size = 1 if images is not None else batch_size(calibration, model.device)
-        if images is not None:
-            assert not is_filled, "hidden states of images are not held on disk"
-            for ids, of_sequence in zip(calibration.to(model.device).split(1), images, strict=True):
-                of_device = {name: tensor.to(model.device) for name, tensor in of_sequence.items()}
-                self._enter(model, ids, of_device, keep=True)
-            return
-        for ids in calibration.to(model.device).split(self._batch_size):
-            if is_filled and self._passes and len(ids) == self._batch_size:  # one pass of each shape, for the calls
-                self._passes.append(self._passes[0])
-            else:
+        self._adds: bool | None = None  # whether something is added between blocks, known after the first extras
+        is_filled = bool(self.states)
+        self._batch_size = 1 if extras is not None else batch_size(calibration, model.device)
+        batches = calibration.to(model.device).split(self._batch_size)
+        for ids, beside in zip(batches, extras or [None] * len(batches), strict=True):
+            if beside is None and is_filled and self._passes and len(ids) == self._batch_size:
+                self._passes.append(self._passes[0])  # one pass of each shape, for the calls
+            elif beside is None:
                 self._enter(model, ids, None, keep=not is_filled)
+            else:
+                on_device = {name: tensor.to(model.device) for name, tensor in beside.items()}
+                self._enter(model, ids, on_device, keep=not is_filled)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """(batch, seq, hidden) each."""
-        return iter(self.batches)
+    def __len__(self) -> int:
+        return len(self._passes)
+
+    def __getitem__(self, batch: Any) -> Any:
+        if not 0 <= batch < len(self):
+            raise IndexError(batch)
+        return self._entering(self.states[batch], batch)
 
     def call(self, batch: int) -> BlockCall:
         """How the current block is called with a batch, counted from 0."""
         return self._passes[batch].calls[self.index]
 
-    def run(self, hidden: Tensor, batch: int, block: nn.Module | None = None) -> Tensor:
-        """The current block, or a `block` in its place, on one batch."""
+    def run(self, hidden: Tensor, batch: int) -> Tensor:
+        """The output of the current block for the hidden states (batch, seq, hidden) of a batch."""
         with autocast(hidden.device, self.precision):
-            output = self.call(batch).run(block or self.blocks[self.index], hidden)
+            output = self.call(batch).run(self.blocks[self.index], hidden)
         return output.to(hidden.dtype)
 
-    def advance(self, outputs: Sequence[Tensor] | None = None) -> None:
-        """Puts what enters the next block for each batch in its place, and goes on to it.
+    def follow_dense(self, states: MutableSequence[Tensor]) -> None:
+        """Holds what enters the current block in the dense model in `states`, unless it is there already."""
+        self.dense = states
+        if not len(states):
+            states.extend(self.states)
 
-        Args:
-            outputs: what the current block gives, where that is known; else the block runs.
-        """
-        for i, hidden in enumerate(self.batches):
-            self.batches[i] = self.entering_next(self.run(hidden, i) if outputs is None else outputs[i], i)
+    def dense_outputs(self) -> Sequence[Tensor]:
+        """What the current block, still dense, gives for each batch of the dense model; it takes the inputs' place."""
+        for batch, hidden in enumerate(self.dense):
+            self.dense[batch] = self.run(self._entering(hidden, batch), batch)
+        return self.dense.of_next_block() if isinstance(self.dense, HiddenStates) else self.dense
+
+    def advance(self) -> None:
+        """Runs the current block on each batch, and moves to the next."""
+        for batch, hidden in enumerate(self):
+            self.states[batch] = self.run(hidden, batch)
         self.index += 1
 
-    def entering_next(self, output: Tensor, batch: int) -> Tensor:
-        """What enters the next block where the current one gives `output`."""
-        added = self._passes[batch].added.get(self.index + 1)
+    @property
+    def streams(self) -> list[HiddenStates]:
+        """The hidden states that are on disk."""
+        return [states for states in (self.states, self.dense) if isinstance(states, HiddenStates)]
+
+    def _entering(self, output: Tensor, batch: int) -> Tensor:
+        """What enters the current block where the one before it has given `output`."""
+        added = self._passes[batch].added.get(self.index)
         if added is None:
             return output
         entering = output.clone()
         entering[0, added.tokens] += added.values
         return entering
 
-    def _enter(self, model: PreTrainedModel, ids: Tensor, images: dict[str, Tensor] | None, keep: bool) -> None:
+    def _enter(self, model: PreTrainedModel, ids: Tensor, extras: dict[str, Tensor] | None, keep: bool) -> None:
         passed_on: list[Tensor] = []  # what the last block called gave back
         here = _Pass([], {})
         first = self._passes[0].calls if self._passes else None
@@ -189,7 +232,7 @@ class BlockInputs:
             hidden, call = _split_call(args, kwargs)
             in_order = index == len(here.calls)
             if in_order and index > 0 and not _same(hidden, output := passed_on.pop()):
-                added = None if images is None else _added(output, hidden)
+                added = None if extras is None else _added(output, hidden)
                 in_order = added is not None
                 if added is not None:
                     here.added[index] = added
@@ -200,14 +243,14 @@ class BlockInputs:
                 )
             if index == 0:
                 is_like_first = first is not None and _same(call, first[0])
-                if not (first is None or is_like_first or is_of_another_shape) and images is None:
+                if not (first is None or is_like_first or is_of_another_shape) and extras is None:
                     raise InputError(
                         f"the blocks of {type(model).__name__} take arguments that change with the text: "
                         "pruning block by block cannot follow it, use magnitude without calibration"
                     )
                 if keep:
-                    self.batches.append(hidden)
-                if is_like_first and (not images or self._adds is False):
+                    self.states.append(hidden)
+                if is_like_first and (not extras or self._adds is False):
                     raise StopForward
             here.calls.append(call)
 
@@ -220,12 +263,12 @@ class BlockInputs:
                 )
                 hooks.enter_context(block.register_forward_hook(lambda _, __, out: passed_on.append(_hidden_of(out))))
             with suppress(StopForward):
-                model.base_model(input_ids=ids, use_cache=False, **(images or {}))
+                model.base_model(input_ids=ids, use_cache=False, **(extras or {}))
         if not here.calls:  # as in the first pass
             assert first is not None
             self._passes.append(_Pass(first, {}))
             return
-        if images:
+        if extras:
             self._adds = bool(here.added)
         if len(here.calls) < len(self.blocks):
             raise InputError(f"{type(model).__name__} runs only {len(here.calls)} of its {len(self.blocks)} blocks")

@@ -26,8 +26,9 @@ from castlm.models.architecture import auto_class, backbone, linearize_conv1d_
 from castlm.oneshot.admm import ADMM_ROWS
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS
+from castlm.oneshot.source import block_stack
 from castlm.oneshot.units import BACKWARD_TOKENS, SCORES
-from castlm.oneshot.walk import PASS_TOKENS_CPU, block_stack
+from castlm.oneshot.walk import PASS_TOKENS_CPU
 from castlm.planning.activations import as_config_error
 from castlm.planning.memory import GIB, read_config
 
@@ -107,10 +108,10 @@ def plan_prune_memory(
     """The peak memory of `castlm prune` on a CPU.
 
     The phases: `enter` (the text passes through the embeddings, and once through the blocks), `statistics` (the
-    inputs of a block are seen), `basis` (the neurons of its MLP are permuted), `targets` (those of the layers are
-    shifted), `solve`, `reconstruction`, and with the whole model in memory `verify` (the result is read back beside
-    it). Structured patterns have no `basis`, and with the method taylor `gradients` (a backward pass of the whole
-    model, whose blocks are run again). Blocks are taken to be alike.
+    inputs of a block are seen), `basis` (the neurons of its MLP are permuted), `solve`, `reconstruction`, and with
+    the whole model in memory `verify` (the result is read back beside it). Structured patterns have no `basis`, and
+    with the method taylor `gradients` (a backward pass of the whole model, whose blocks are run again). Blocks are
+    taken to be alike.
 
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
@@ -132,18 +133,17 @@ def plan_prune_memory(
     model = _model(config, pattern)
     tokens = max(PASS_TOKENS_CPU // seq_len, 1) * seq_len
     states = 4 * num_sequences * seq_len * model.hidden
-    twin = refinements.needs_dense_twin
     parts = {
         "process": resident_memory(),
         "weights": 4 * (model.block if memory == "block" else model.total),
-        "hidden states": states * (3 if twin else 1) if memory == "model" else 0,  # a twin's, and those that leave it
         **_of_a_block(model, tokens, method, pattern, basis, refinements),
     }
     if method == "taylor":
         backward = max(BACKWARD_TOKENS // seq_len, 1) * seq_len
         parts["gradients"] = 4 * model.num_layers * sum(read.size for read in model.reads)
         parts["kept for backward"] = 4 * backward * _kept_by_model(model)
-    on_disk = states * (4 if twin else 2) if memory == "block" else 0
+    # What enters a block and what leaves it, also in the dense model where that is followed.
+    on_disk = states * (4 if refinements.reconstruct_epochs else 2)
     return PruneMemoryPlan(parts, _phases(parts, memory, model.outside * dtype.itemsize), on_disk)
 
 
@@ -174,17 +174,13 @@ def _of_a_block(
     solver = _units(model.reads) if structured else max(_solve(r, axes, refinements, pattern) for r in model.reads)
     of_reads = [read.columns**axes for read in model.reads]
     parts = {
-        "statistics": 4 * (max(of_reads) if refinements.is_staged else sum(of_reads)),
+        "statistics": 4 * (max(of_reads) if refinements.staged_statistics else sum(of_reads)),
         "activations": 4 * tokens * (_BLOCKS_OF_WIDTHS * model.widest // 2 + 4 * model.hidden),
         "solver": 4 * solver,
         "basis": 0 if basis.is_off or structured else 4 * max(_turn(read, basis) for read in model.reads),
     }
     if parts["basis"]:  # is chosen by SparseGPT's statistics, whatever solves the layers after that
         parts["statistics of the basis"] = 4 * sum(read.columns**2 for read in model.reads)
-    if refinements.needs_dense_twin:
-        parts["dense block"] = 4 * model.block
-    if refinements.shifts_targets:
-        parts["targets"] = 4 * max(_shift(read) for read in model.reads)
     if refinements.reconstruct_epochs:
         # The masks, a byte each; gradients, two moments and the best weights beside what is saved for the backward
         # pass, or beside the new best weights that replace them.
@@ -195,8 +191,7 @@ def _of_a_block(
 def _phases(parts: dict[str, int], memory: str, embeddings: int) -> dict[str, int]:
     """Bytes at each moment that can be the peak; `embeddings` is all outside the blocks, as stored."""
     held = parts["process"] + parts["weights"]
-    static = held + parts["hidden states"] + parts.get("dense block", 0)
-    seen, turned = static + parts["statistics"], static + parts.get("statistics of the basis", 0)
+    seen, turned = held + parts["statistics"], held + parts.get("statistics of the basis", 0)
     phases = {"statistics": max(seen, turned) + parts["activations"], "solve": seen + parts["solver"]}
     if memory == "block":  # beside the embeddings stands the file that they are read from, or a block
         phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])
@@ -206,10 +201,8 @@ def _phases(parts: dict[str, int], memory: str, embeddings: int) -> dict[str, in
         phases["gradients"] = held + parts["gradients"] + parts["kept for backward"]
     if parts["basis"]:
         phases["basis"] = turned + parts["basis"]
-    if "targets" in parts:
-        phases["targets"] = seen + parts["targets"]
     if "reconstruction" in parts:
-        phases["reconstruction"] = static + parts["reconstruction"]
+        phases["reconstruction"] = held + parts["reconstruction"]
     return phases
 
 
@@ -221,21 +214,13 @@ def _solve(read: _Read, axes: int, refinements: Refinements, pattern: Pattern) -
     # Weight as given, without dead columns, transposed, and what is lost so far; the factor of the Hessian and the
     # products with it. For what comes after, the target and the Hessian are kept beside them.
     masks, refits = refinements.mask_iterations > 0, refinements.num_refits(pattern) > 0
-    kept = int(masks or refits or refinements.shifts_targets)
+    kept = int(masks or refits)
     solve = (4 + kept) * size + (2 + kept) * square
     # For better masks, first the eigenvectors of the damped Hessian are found, then a part of the rows is solved for.
     find, solve_rows = 3 * size + 5 * square, 7 * size + 4 * min(read.rows, ADMM_ROWS) * read.columns + 3 * square
     improve = max(find, solve_rows) if masks else 0
     refit = 3 * size + 7 * min(read.rows, REFIT_ROWS) * read.columns + 2 * square if refits else 0
-    shifted = size + square if refinements.shifts_targets else 0  # what they were shifted by
-    return shifted + max(solve, improve, refit)
-
-
-def _shift(read: _Read) -> int:
-    """Elements that shifted targets take beside weights and statistics while they are solved for."""
-    # The cross products with the input and the stream, the damped Hessian and its factor; the weight as given, the
-    # right side twice, the solution and the target.
-    return 4 * read.columns**2 + 6 * read.size
+    return max(solve, improve, refit)
 
 
 def _units(reads: list[_Read]) -> int:

@@ -19,7 +19,7 @@ from castlm.distributed.loading import Checkpoint, check_one_snapshot, open_shar
 from castlm.distributed.world import World
 from castlm.models.architecture import check_head, context_length, vocab_size
 from castlm.models.io import Loaded, load_model
-from castlm.oneshot.stream_basis import untie_
+from castlm.oneshot.residual import untie_
 from castlm.training.options import ModelOptions
 
 

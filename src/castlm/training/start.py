@@ -29,9 +29,10 @@ from castlm.hardware import choose_precision
 from castlm.methods.base import Retraining
 from castlm.models.io import load_model
 from castlm.oneshot.options import UNIT_SCORES
+from castlm.oneshot.residual import basis_between, is_tied
 from castlm.oneshot.solvers import SOLVERS
-from castlm.oneshot.start import OneshotStart, start_record
-from castlm.oneshot.stream_basis import basis_between, is_tied
+from castlm.oneshot.source import MemoryModel
+from castlm.oneshot.start import Start
 from castlm.progress import note, shown_progress
 from castlm.training.options import StartOptions
 from castlm.training.source import Source
@@ -39,7 +40,7 @@ from castlm.training.text import TrainingText
 
 
 @dataclass
-class Start:
+class StartWeights:
     """What a run starts from instead of the dense model and its magnitudes. Weights are on the main rank only."""
 
     pruned: dict[str, Tensor] = field(default_factory=dict)
@@ -64,7 +65,7 @@ def start_seconds(record: dict[str, Any]) -> float:
     return float(record.get("basis", {}).get("seconds", 0.0)) + float(record.get("prune_seconds", 0.0))
 
 
-def stream_basis(start: Start, world: World) -> Tensor | None:
+def stream_basis(start: StartWeights, world: World) -> Tensor | None:
     """The basis in which the student has its residual stream, on every rank; for a resumed run a tensor to load into.
 
     A rotation (hidden, hidden) fp32 or a permutation (hidden,) int64, as `castlm.core.hidden.in_stream_basis` takes it.
@@ -98,14 +99,14 @@ class StartOf:
     """Whether the run compares hidden states with the teacher's, for which it needs the basis of the stream."""
 
 
-def make_start(options: StartOptions, of: StartOf, source: Source, text: TrainingText, world: World) -> Start:
+def make_start(options: StartOptions, of: StartOf, source: Source, text: TrainingText, world: World) -> StartWeights:
     """Makes the start that `init_from` asks for, on the main rank.
 
     Raises:
         InputError: on the main rank, whatever the one-shot solver refuses, or a start that is not this model at n:m;
             the other ranks raise `SystemExit`.
     """
-    start = Start()
+    start = StartWeights()
 
     def make() -> dict[str, Any]:
         if options.name in (UNIT_SCORES if is_structured(of.pattern) else SOLVERS):
@@ -118,48 +119,45 @@ def make_start(options: StartOptions, of: StartOf, source: Source, text: Trainin
     return start
 
 
-def _prune(start: Start, options: StartOptions, of: StartOf, source: Source, text: TrainingText, world: World) -> None:
-    """Changes the basis of a copy of the model and prunes it, calibrated on the start of the training text.
-
-    The model itself stays as it is.
-    """
+def _prune(
+    start: StartWeights, options: StartOptions, of: StartOf, source: Source, text: TrainingText, world: World
+) -> None:
+    """Prunes a copy of the model, calibrated on the start of the training text. The model itself stays as it is."""
     solver, pattern, filter_fn = options.name, of.pattern, of.filter_fn
     num_sequences, length = options.calibration_sequences, of.seq_len
     model = source.whole_model().to(world.device)
     try:
         precision = choose_precision(of.precision, world.device, model.config)
-        oneshot = OneshotStart.of(options, solver, pattern, seed=of.seed, filter_fn=filter_fn, precision=precision)
-        calibration, images = calibration_sequences(
+        how = Start.of(options, solver, pattern, seed=of.seed, filter_fn=filter_fn, precision=precision)
+        calibration, extras = calibration_sequences(
             text.documents, source.tokenizer, num_sequences, length, of.seed, text.processor, note
         )
-        with shown_progress("changing the basis, steps") as progress:
-            basis = oneshot.change_basis_(model, calibration, images, say=note, progress=world.reported(progress))
-        start.stream_basis = basis.stream_basis
-        if basis.changes or options.reconstruct_epochs:
-            layers = {} if of.keeps_dense_values else sparse_linears(model, pattern, filter_fn)[0]
-            replaced = {weight_parameter(layer) for layer in layers.values()}
-            kept = {name: p for name, p in model.named_parameters() if p not in replaced}
-            start.dense = {name: p.detach().to("cpu", copy=True) for name, p in kept.items()}
-        with shown_progress(f"starting from {solver}, blocks") as progress:
-            report = oneshot.prune_(model, calibration, images, progress=world.reported(progress))
+        layers, _ = sparse_linears(model, pattern, filter_fn)
+        blocks = MemoryModel(model, layers, keeps_dense=of.keeps_dense_values)
+        with shown_progress(f"starting from {solver}, transformer blocks") as progress:
+            report = how.make_(blocks, calibration, extras, say=note, progress=world.reported(progress))
     except InputError as error:
         raise InputError(f"init_from {solver}: {error}; init_from magnitude does without") from None
     for line in report.notes():
         note(line)
     if world.mesh is not None:
         model.to("cpu")  # it is sent to the other ranks from there, and leaves the device to training
-    if options.reconstruct_epochs:
-        start.dense |= {name: p.detach().cpu() for name, p in model.named_parameters() if p.dim() < 2}  # the norms
-    start.pruned = {layer.name: model.get_submodule(layer.name).weight.detach() for layer in report.layers}
+    start.stream_basis = report.basis.stream_basis
+    pruned = {name: weight_parameter(layer) for name, layer in layers.items()}
+    start.pruned = {name: parameter.detach() for name, parameter in pruned.items()}
+    replaced = set(pruned.values())
+    start.dense = {name: p.detach() for name, p in model.named_parameters() if p not in replaced}
+    if report.basis.changes:
+        start.dense |= {f"{name}.weight": weight for name, weight in blocks.dense.items()}
     start.record = {
         "calibration_tokens": calibration.numel(),
-        **start_record(basis, report),
+        **report.record(),
         "layer_errors": {layer.name: layer.error for layer in report.layers},
         "reconstructions": [asdict(block) for block in report.reconstructions],
     }
 
 
-def _read(start: Start, name: str, of: StartOf, source: Source) -> None:
+def _read(start: StartWeights, name: str, of: StartOf, source: Source) -> None:
     """Reads the n:m model that `init_from` names: its sparse layers, and all else where it is not the dense model's."""
     pattern = of.pattern
     options = source.options if of.is_finetuning else {"trust_remote_code": source.options["trust_remote_code"]}
@@ -192,7 +190,7 @@ def _read(start: Start, name: str, of: StartOf, source: Source) -> None:
 
 
 def _read_the_rest(
-    start: Start, name: str, of: StartOf, source: Source, given: PreTrainedModel, of_layers: set[str]
+    start: StartWeights, name: str, of: StartOf, source: Source, given: PreTrainedModel, of_layers: set[str]
 ) -> None:
     """Takes what stays dense from the given model, which may be written in another basis, or trained."""
     ours = {each: parameter.shape for each, parameter in source.model.named_parameters()}
@@ -224,7 +222,7 @@ def _read_the_rest(
 
 
 @torch.no_grad()
-def start_(model: nn.Module, method: Retraining, start: Start, world: World) -> None:
+def start_(model: nn.Module, method: Retraining, start: StartWeights, world: World) -> None:
     """Gives the model the weights of the main rank's `start`, each rank its rows.
 
     The parameters in `start.dense` get their values there, the others stay; then what is zero in `start.pruned` is

@@ -48,7 +48,7 @@ from castlm.training.record import problem
 from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder, after_restart, check_shared
 from castlm.training.source import check_sizes, open_source
-from castlm.training.start import Start, StartOf, is_untied, make_start, start_, stream_basis
+from castlm.training.start import StartOf, StartWeights, is_untied, make_start, start_, stream_basis
 from castlm.training.teacher_pass import claim_teacher_cache, open_teacher_cache, teacher_dtype
 from castlm.training.text import open_training_text, steps_of_epochs
 from castlm.training.trackers import chosen_trackers
@@ -159,7 +159,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
 
     # start
     has_start = resumed is None and config.start.name != "magnitude"
-    start = Start(record=resumed or {})
+    start = StartWeights(record=resumed or {})
     if has_start:
         of = StartOf(
             pattern=pattern,

@@ -1,52 +1,102 @@
-"""The changes of basis of the residual stream: a permutation, or a rotation with the norms' gains folded away.
+"""The rotation of the residual stream, with the norms' gains folded away (`rotate residual`, off by default).
 
-A norm's gain acts on single channels, so that only a permutation of the stream passes it. Folding moves each gain into
-the layers that read the norm, and for LayerNorm divides its bias by the gain: then RMSNorm lets every rotation pass,
-and LayerNorm every rotation that leaves the vector of ones in place, for its mean is along that vector.
+A norm's gain acts on single channels. Folding moves each gain into the layers that read the norm, and for LayerNorm
+divides its bias by the gain: then RMSNorm lets every rotation pass, and LayerNorm every rotation that leaves the vector
+of ones in place, for its mean is along that vector (SliceGPT, Ashkboos et al. 2024). It needs a pass over the whole
+dense model, in memory, before the walk of a start begins.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
+from castlm.core.experts import SparseLayer
 from castlm.core.pattern import NM
-from castlm.oneshot.block_basis import Change, Statistic, Statistics
+from castlm.oneshot.basis import distance, tolerance_of
+from castlm.oneshot.block_basis import Change, Statistic, Statistics, statistics_of
 from castlm.oneshot.families import Block, Matrix, Norm, Wiring
-from castlm.oneshot.permutation import find_permutation
+from castlm.oneshot.inputs import see_inputs
+from castlm.oneshot.report import BasisReport
 from castlm.oneshot.rotation import Term, learn_rotations, solved_errors
+from castlm.oneshot.solvers import SOLVERS
+from castlm.oneshot.source import MemoryModel
+from castlm.oneshot.walk import Extras, walk
 
 _RATE = 0.03  # of Adam, for the skew matrix of the rotation
-_SCORE_ROWS = 4096  # of all layers together that a permutation is chosen by
 _SMALLEST_GAIN = 1e-6
-_PERMUTES, _FARTHEST = 0.9, 0.5  # each column's largest entry; the distance of embeddings that training has changed
+_CHECK_TOKENS = 256
+_IDENTITY = 0.9  # least entry on the diagonal of a rotation that is taken for the identity
+_FARTHEST = 0.5  # largest relative distance of embeddings that training has changed
+
+
+@torch.no_grad()
+def rotate_residual_(
+    source: MemoryModel,
+    wiring: Wiring,
+    layers: Mapping[str, SparseLayer],
+    calibration: Tensor,
+    extras: Extras,
+    pattern: NM,
+    iterations: int,
+    precision: str,
+    report: BasisReport,
+) -> None:
+    """Rotates the residual stream of a dense model in place, if that lowers the mean error of the layers that read it.
+
+    Memory beyond the model: two fp32 matrices (hidden, hidden) for each norm of the stream.
+
+    Args:
+        layers: those that are going to be pruned.
+        report: gets what was done.
+
+    Raises:
+        InputError: a family or a model that does not allow it.
+    """
+    model = source.model
+    stream = Stream(model, wiring, pattern)
+    if obstacle := stream.obstacle():
+        raise InputError(f"the residual stream of {wiring.family} cannot be rotated: {obstacle}; use rotate values")
+    sample = calibration[:1, :_CHECK_TOKENS].to(model.device)
+    before = model(input_ids=sample, use_cache=False).logits
+    stream.fold_()
+    for step in walk(source, layers, calibration, extras=extras, precision=precision):
+        entries = see_inputs(step.inside, step.inputs, SOLVERS["sparsegpt"], len(calibration)) if step.inside else []
+        stream.see(wiring.blocks[step.index], statistics_of(entries))
+    why_not, change = "no layer that is pruned reads it", report.of("residual stream rotated")
+    if stream.is_read:
+        why_not = "the error of its layers would not fall"
+        stream.rotate_(change, iterations)
+    if stream.rotation is None:
+        stream.unfold_()
+        report.notes.append(f"residual stream: not rotated, for {why_not}")
+        return
+    moved = distance(before, model(input_ids=sample, use_cache=False).logits)
+    if moved <= tolerance_of(model.dtype):
+        report.stream_basis, report.untied, report.moved = stream.rotation, stream.was_tied, moved
+        return
+    stream.undo_()
+    report.notes.append(f"residual stream: left as it was, for the logits moved by {moved:.1g}")
 
 
 class Stream:
-    """The residual stream of a model, with the statistics of all that reads it.
+    """The residual stream of a model, with the statistics of all that reads it."""
 
-    Args:
-        wiring: of `model`.
-        rotates: whether it is going to be rotated.
-    """
-
-    def __init__(self, model: PreTrainedModel, wiring: Wiring, pattern: NM, rotates: bool) -> None:
-        self.model, self.wiring, self.pattern, self.rotates = model, wiring, pattern, rotates
+    def __init__(self, model: PreTrainedModel, wiring: Wiring, pattern: NM) -> None:
+        self.model, self.wiring, self.pattern = model, wiring, pattern
         self.gains: list[Tensor] = []
         self.was_tied = False
         self.read: list[Statistic | None] = []
         """By the entries of `wiring.reads`; None where all that reads the norm stays dense."""
         self.pruned: set[str] = set()
         self.written: list[Term] = []
-        self.undo: Callable[[], None] | None = None
-        """Undoes the change of the stream's basis, up to rounding; None while there is none."""
-        self.basis: Tensor | None = None
-        """The change itself, as `castlm.core.hidden.in_stream_basis` takes it; None while there is none."""
+        self.rotation: Tensor | None = None
+        """(hidden, hidden); None while there is none."""
 
     @property
     def norms(self) -> list[tuple[Norm, list[Matrix]]]:
@@ -88,70 +138,45 @@ class Stream:
                 norm.bias.mul_(gain)
             for matrix in readers:
                 matrix.weight.div_(gain)
-        self.read = [s if s is None else s.scaled(gain) for s, gain in zip(self.read, self.gains)]
         if self.was_tied:
             tie_(self.model)
 
     def see(self, block: Block, statistics: Statistics) -> None:
-        """Keeps all of the statistics of what a block reads; for a rotation, the diagonals of what it writes too."""
-        for matrix in (block.attention.output, *(mlp.down for mlp in block.mlps)) if self.rotates else ():
+        """Keeps the statistics of what a block reads, and the diagonals of the inputs of what writes the stream."""
+        for matrix in (block.attention.output, *(mlp.down for mlp in block.mlps)):
             if matrix.layer in statistics:
                 statistic, weight = statistics[matrix.layer], matrix.weight.float()
                 self.written.append(Term(weight, statistic.inverse_diagonal, statistic.energy(weight), "out", (0,)))
         for _, readers in block.reads:
-            found = (statistics[matrix.layer].hessian for matrix in readers if matrix.layer in statistics)
-            seen = list({id(hessian): hessian for hessian in found}.values())
+            found = (statistics[matrix.layer] for matrix in readers if matrix.layer in statistics)
+            seen = list({id(statistic): statistic for statistic in found}.values())
             # experts read a part of the tokens each: their sum counts a token as often as it is routed
-            self.read.append(Statistic(functools.reduce(torch.add, seen)) if seen else None)
+            total = functools.reduce(torch.add, (statistic.hessian for statistic in seen)) if seen else None
+            self.read.append(None if total is None else Statistic(total, seen[0].sample))
         self.pruned |= statistics.keys()
 
-    def permute_(self, change: Change) -> None:
-        """Permutes the stream, if that lowers the mean error of the layers that read it."""
-        readers = self._readers()
-        rows = max(1, _SCORE_ROWS // sum(len(weights) for _, weights in readers))
-        generator = torch.Generator().manual_seed(0)
-        scores = []
-        for statistic, weights in readers:
-            for weight in weights:
-                chosen = torch.randperm(len(weight), generator=generator)[:rows].to(weight.device)
-                scores.append(statistic.importance(weight)[chosen] * (len(weight) / len(chosen)))
-        order = find_permutation(torch.cat(scores), self.pattern).to(scores[0].device)
-        before = self._error(readers)
-        after = self._error([(s.permuted(order), [weight[:, order] for weight in weights]) for s, weights in readers])
-        if change.decide(before, after):
-            self._turn_(lambda matrix: matrix[..., order], lambda gain: gain[order])
-            self.basis, back = order, order.argsort()
-            self.undo = lambda: self._turn_(lambda matrix: matrix[..., back], lambda gain: gain[back])
-
-    def rotate_(self, change: Change, iterations: int, alive: Callable[[], None]) -> None:
+    def rotate_(self, change: Change, iterations: int) -> None:
         """Rotates the folded stream, if that lowers the mean error of the layers that read it."""
         readers, hidden = self._readers(), self.wiring.hidden
         terms = [Term(weight, s.inverse, s.energy(weight), "in", (0,)) for s, weights in readers for weight in weights]
         terms += self.written
         keep_mean = any(norm.is_layer_norm for norm, _ in self.norms)
         (rotation,) = learn_rotations(
-            terms,
-            1,
-            hidden,
-            self.pattern,
-            iterations=iterations,
-            learning_rate=_RATE,
-            keep_mean=keep_mean,
-            alive=alive,
+            terms, 1, hidden, self.pattern, iterations=iterations, learning_rate=_RATE, keep_mean=keep_mean
         )
         before = self._error(readers)
         after = self._error(
             [(s.rotated(rotation[None], (0,)), [weight @ rotation for weight in weights]) for s, weights in readers]
         )
-        if not change.decide(before, after):
-            return
-        self._turn_(lambda matrix: matrix.float() @ rotation, lambda gain: gain)
+        if change.decide(before, after):
+            self._turn_(rotation)
+            self.rotation = rotation
 
-        def undo() -> None:
-            self._turn_(lambda matrix: matrix.float() @ rotation.T, lambda gain: gain)
-            self.unfold_()
-
-        self.basis, self.undo = rotation, undo
+    def undo_(self) -> None:
+        """Undoes `rotate_` and `fold_`, up to rounding."""
+        assert self.rotation is not None
+        self._turn_(self.rotation.T)
+        self.unfold_()
 
     def _readers(self) -> list[tuple[Statistic, list[Tensor]]]:
         """The weights that are pruned among those that read the stream, by their input and with its statistic."""
@@ -166,22 +191,21 @@ class Stream:
         errors = [error for s, weights in readers for error in solved_errors(weights, s.hessian, self.pattern)]
         return sum(errors) / len(errors)
 
-    def _turn_(self, turn: Callable[[Tensor], Tensor], turn_gain: Callable[[Tensor], Tensor]) -> None:
-        """Applies a change of basis `turn` of the last axis to all that touches the stream, in place."""
+    def _turn_(self, rotation: Tensor) -> None:
+        """Applies a rotation to the last axis of all that touches the folded stream, in place."""
         embeddings = list(self.wiring.embeddings)
         if not is_tied(self.model):
             embeddings.append(self.model.get_output_embeddings().weight.data)
         columns = embeddings + [matrix.weight for _, readers in self.wiring.reads for matrix in readers]
         for weight in columns:
-            weight.copy_(turn(weight))
+            weight.copy_(weight.float() @ rotation)
+        biases = [norm.bias for norm, _ in self.norms]
         for matrix in self.wiring.writes:
-            matrix.weight.copy_(turn(matrix.weight.T).T)
-            if matrix.bias is not None:
-                matrix.bias.copy_(turn(matrix.bias))
-        for norm in [norm for norm, _ in self.norms] + self.wiring.fixed_norms:
-            norm.weight.copy_(turn_gain(norm.weight))
-            if norm.bias is not None:
-                norm.bias.copy_(turn(norm.bias))
+            matrix.weight.copy_((matrix.weight.T.float() @ rotation).T)
+            biases.append(matrix.bias)
+        for bias in biases:
+            if bias is not None:
+                bias.copy_(bias.float() @ rotation)
 
 
 def _gain(norm: Norm) -> Tensor:
@@ -195,8 +219,7 @@ def basis_between(dense: Tensor, given: Tensor) -> Tensor | None:
     have one too.
 
     Returns:
-        What `castlm.core.hidden.in_stream_basis` takes: a permutation (hidden,) int64 where Q is one, else Q (hidden,
-        hidden) fp32; None for the identity.
+        Q (hidden, hidden) fp32; None for the identity.
 
     Raises:
         InputError: no rotation brings the embeddings near each other.
@@ -205,14 +228,11 @@ def basis_between(dense: Tensor, given: Tensor) -> Tensor | None:
     dense, given = dense[::step].double(), given[::step].double()
     left, _, right = torch.linalg.svd(dense.T @ given)
     rotation = left @ right
-    largest, permutation = rotation.max(dim=0)
-    is_permutation = bool((largest > _PERMUTES).all())
-    turned = dense[:, permutation] if is_permutation else dense @ rotation
+    is_identity = bool((rotation.diagonal() > _IDENTITY).all())
+    turned = dense if is_identity else dense @ rotation
     if not (turned - given).norm() <= _FARTHEST * given.norm():
         raise InputError("its embeddings are not those of the dense model in another basis")
-    if not is_permutation:
-        return rotation.float()
-    return None if torch.equal(permutation, torch.arange(len(permutation))) else permutation
+    return None if is_identity else rotation.float()
 
 
 def is_tied(model: PreTrainedModel) -> bool:

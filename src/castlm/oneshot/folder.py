@@ -1,0 +1,200 @@
+"""The work of a start on disk, so that a process killed at any moment loses at most one transformer block's work.
+
+A folder holds a file of weights for each finished block, the hidden states that enter the next one, and a record, which
+is written last. Hidden states are read and written with plain calls: a memory-mapped file would count as the process's
+own memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from castlm.core.errors import InputError
+from castlm.export.hf import equal_in_bits
+from castlm.files.atomic_file import (
+    atomic_file,
+    atomic_write_json,
+    flush_file,
+    is_whole,
+    read_json_mapping,
+    size_and_crc,
+)
+from castlm.files.disk import disk_full_is_said
+
+PROGRESS = "progress.json"
+_REMEDY = "free some space and run the same command again to continue"
+
+
+class StartFolder:
+    """The folder of one start.
+
+    Args:
+        path: exists, and is written by this process alone.
+        options: what the result depends on, for JSON. An earlier start with other options is not continued.
+        restart: begin again where the earlier start has other options or is damaged.
+
+    Raises:
+        InputError: an earlier start that cannot be continued, without `restart`.
+    """
+
+    def __init__(self, path: Path, options: Mapping[str, Any], restart: bool = False) -> None:
+        self.path, self.options = path, dict(options)
+        self.done = 0
+        """Finished blocks."""
+        self.results: dict[str, Any] = {}
+        """What the record holds about them."""
+        self._files: dict[str, Any] = {}  # size and CRC-32 by name: finished blocks, and what enters the next
+        try:
+            self._read()
+        except InputError:
+            if not restart:
+                raise
+            self.done, self.results, self._files = 0, {}, {}
+
+    def _read(self) -> None:
+        file, remedy = self.path / PROGRESS, "overwrite it, or delete its folder to start again"
+        if not file.exists():
+            return
+        record = read_json_mapping(file, remedy)
+        then = record.get("options", {})
+        for name, value in self.options.items():
+            if then.get(name) != value:
+                raise InputError(
+                    f"{self.path} holds an unfinished start with {name} = {str(then.get(name))[:100]}, and it is "
+                    f"{str(value)[:100]} now: use the same options to continue, overwrite it to start again, or delete "
+                    "that folder"
+                )
+        try:
+            done, results, files = int(record["done"]), dict(record["results"]), dict(record["files"])
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{file} is damaged: {remedy}") from None
+        for name, expected in files.items():
+            if not is_whole(self.path / name, expected):
+                raise InputError(f"{self.path / name} is missing or damaged: {remedy}")
+        self.done, self.results, self._files = done, results, files
+
+    def block_file(self, index: int) -> Path:
+        return self.path / f"block-{index:05d}.safetensors"
+
+    def read_block(self, index: int) -> dict[str, Tensor]:
+        with safe_open(self.block_file(index), "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
+
+    def write_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Writes the weights of a finished block, reads them back and compares them bit for bit."""
+        file = self.block_file(index)
+        with self.writing(), atomic_file(file) as temporary:
+            save_file(dict(tensors), temporary, metadata={"format": "pt"})
+            flush_file(temporary)
+        for name, found in self.read_block(index).items():
+            if not equal_in_bits(found, tensors[name]):
+                raise InputError(f"{name} has other values in {file} than in memory: the disk or memory is faulty")
+
+    def record(self, done: int, results: dict[str, Any], streams: Sequence[HiddenStates], has_next: bool) -> None:
+        """Records that `done` blocks are finished, and moves to the next.
+
+        Args:
+            streams: the hidden states, which have been written for the next block if it `has_next`.
+        """
+        written = [self.block_file(done - 1)]
+        if has_next:
+            for states in streams:
+                states.flush()
+                written.append(states.file(done))
+        earlier = {name: known for name, known in self._files.items() if name.startswith("block-")}
+        self._files = earlier | {file.name: size_and_crc(file) for file in written}
+        self.done, self.results = done, results
+        record = {"options": self.options, "done": done, "results": results, "files": self._files}
+        with self.writing():
+            atomic_write_json(self.path / PROGRESS, record)
+        for states in streams:
+            states.move_on(has_next)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turns a full disk into one line with the remedy."""
+        with disk_full_is_said(self.path, _REMEDY):
+            yield
+
+
+class HiddenStates(MutableSequence[Tensor]):
+    """Batches of one shape and dtype, in `folder/NAME-00000.bin` for the first block, and so on.
+
+    The last batch can have fewer sequences. Reading gives what enters the block `index`; writing goes to the file of
+    the next, and `move_on` makes that the current one. A kill at any moment leaves the file of `index` whole. The first
+    batch that is written empties its file, which may be of an earlier start.
+
+    Args:
+        shape: of a batch, (batch, seq, hidden).
+        index: of the block whose inputs are in the file already, `num_batches` of them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        index: int = 0,
+        num_batches: int = 0,
+    ) -> None:
+        self.folder, self.name, self.shape, self.dtype, self.device = folder, name, shape, dtype, device
+        self.index, self.num_batches = index, num_batches
+        self.batch_bytes = dtype.itemsize * math.prod(shape)
+
+    def file(self, index: int) -> Path:
+        return self.folder / f"{self.name}-{index:05d}.bin"
+
+    def of_next_block(self) -> HiddenStates:
+        """What enters the next block, once it is written."""
+        like = self.shape, self.dtype, self.device
+        return HiddenStates(self.folder, self.name, *like, self.index + 1, self.num_batches)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < self.num_batches:
+            raise IndexError(number)
+        stored = np.fromfile(self.file(self.index), np.uint8, self.batch_bytes, offset=number * self.batch_bytes)
+        return torch.from_numpy(stored).view(self.dtype).view(-1, *self.shape[1:]).to(self.device)
+
+    def __setitem__(self, number: Any, value: Any) -> None:
+        self._write(self.file(self.index + 1), number, value)
+
+    def insert(self, index: int, value: Tensor) -> None:
+        """Adds a batch at the end, to the file of `index`."""
+        assert index == self.num_batches, "batches are added at the end"
+        self._write(self.file(self.index), index, value)
+        self.num_batches += 1
+
+    def __delitem__(self, number: Any) -> None:
+        raise NotImplementedError("batches are not removed")
+
+    def flush(self) -> None:
+        """Waits until what enters the next block is on the disk."""
+        flush_file(self.file(self.index + 1))
+
+    def move_on(self, has_next: bool) -> None:
+        """Deletes the file of this block, and moves to the next; deletes that as well if there is none."""
+        self.file(self.index).unlink(missing_ok=True)
+        self.index += 1
+        if not has_next:
+            self.file(self.index).unlink(missing_ok=True)
+
+    def _write(self, file: Path, number: int, value: Tensor) -> None:
+        with file.open("r+b" if number else "wb") as opened:
+            opened.seek(number * self.batch_bytes)
+            stored = value.to("cpu", self.dtype).contiguous().view(torch.uint8)
+            opened.write(memoryview(stored.numpy()).cast("B"))

@@ -1,0 +1,233 @@
+"""Where the walk of a start takes its transformer blocks from: a model in memory, or the safetensors files of one.
+
+One-shot pruning never needs more than one block: the text passes through the embeddings once, and then through block
+after block. Both sources give the same blocks, so that the results agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from castlm.core.blocks import stack_name
+from castlm.core.errors import InputError
+from castlm.core.experts import SparseLayer
+from castlm.distributed.loading import Checkpoint, opened_files
+from castlm.models.layout import stored_transposed
+
+
+def block_stack(model: nn.Module, layer_names: Iterable[str]) -> tuple[str, list[nn.Module]]:
+    """The stack that the named layers lie in: its name, as `model.layers`, and its blocks in order.
+
+    Raises:
+        InputError: layers outside numbered blocks, or in more than one stack.
+    """
+    stacks = set()
+    for name in layer_names:
+        stack = stack_name(name)
+        if stack is None:
+            raise InputError(f"{name} is in no transformer block: let filter_fn choose layers inside the blocks only")
+        stacks.add(stack)
+    if len(stacks) > 1:
+        raise InputError(f"the layers lie in several stacks ({', '.join(sorted(stacks))}): choose one with filter_fn")
+    (stack,) = stacks
+    return stack, list(model.get_submodule(stack).children())
+
+
+def layers_by_block(stack: str, num_blocks: int, layers: Mapping[str, T]) -> list[dict[str, T]]:
+    """The layers of each block of `stack`."""
+    return [{k: v for k, v in layers.items() if k.startswith(f"{stack}.{index}.")} for index in range(num_blocks)]
+
+
+class MemoryModel:
+    """A model that is in memory whole, and is changed in place.
+
+    Args:
+        layers: the names of those that are pruned; they tell the list of transformer blocks.
+        keeps_dense: hold the weights of these layers as they are before they are pruned, in their new basis.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Iterable[str], keeps_dense: bool = False) -> None:
+        self.model, self.device = model, model.device
+        self.stack, self.blocks = block_stack(model, layers)
+        self.keeps_dense = keeps_dense
+        self.dense: dict[str, Tensor] = {}
+        """On the CPU, by the name of the layer."""
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Yields a transformer block."""
+        yield self.blocks[index]
+
+    @contextmanager
+    def entering(self) -> Iterator[None]:
+        """Allows a call of `model.base_model` inside."""
+        yield
+
+    def keep_dense(self, layers: Mapping[str, SparseLayer]) -> None:
+        """Takes in the weights of layers that are about to be pruned, where that is asked for."""
+        if self.keeps_dense:
+            self.dense |= {name: layer.weight.detach().to("cpu", copy=True) for name, layer in layers.items()}
+
+    def finished(self, index: int) -> dict[str, Tensor]:
+        """The weights of a finished block by their names in the model, and its dense ones where they are held."""
+        dense = {f"{_DENSE}{k}": v for k, v in self.dense.items() if k.startswith(f"{self.stack}.{index}.")}
+        return dense | {name: p.detach().cpu().contiguous() for name, p in self._parameters(index).items()}
+
+    def restore_(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Gives a block the weights that `finished` gave for it."""
+        self.dense |= {name.removeprefix(_DENSE): t for name, t in tensors.items() if name.startswith(_DENSE)}
+        with torch.no_grad():
+            for name, parameter in self._parameters(index).items():
+                parameter.copy_(tensors[name])
+
+    def _parameters(self, index: int) -> dict[str, nn.Parameter]:
+        return {f"{self.stack}.{index}.{name}": p for name, p in self.blocks[index].named_parameters()}
+
+
+T = TypeVar("T")
+
+_DENSE = "dense:"  # before the names of dense weights in the file of a block
+
+Held = list[tuple[nn.Module, str, nn.Parameter]]
+"""Parameters that are in memory: the module, the name in it, and the one on the meta device that stood there."""
+
+
+class StoredModel:
+    """A model on the meta device, with the files that its weights lie in.
+
+    Args:
+        model: as `castlm.distributed.loading.open_sharded` gives it: parameters on the meta device, buffers real.
+        layers: the names of those that are pruned; they tell the list of transformer blocks.
+        device: where the weights are read to, in fp32.
+        dtype: of the weights of finished blocks.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        layers: Iterable[str],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.checkpoint, self.device, self.dtype = model, checkpoint, device, dtype
+        self.stack, self.blocks = block_stack(model, layers)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Holds one transformer block in memory.
+
+        Raises:
+            InputError: a file that cannot be read, or a weight that is not finite.
+        """
+        held = self._read(self.blocks[index], f"{self.stack}.{index}.")
+        try:
+            yield self.blocks[index]
+        finally:
+            _drop(held)
+
+    @contextmanager
+    def entering(self) -> Iterator[None]:
+        """Lets `model.base_model` be called: what is outside the blocks is held, each block while it is at work.
+
+        Plain embeddings are held in the dtype that they are stored in, as they are the greatest part of it.
+        """
+        with ExitStack() as stack:
+            stack.callback(_drop, self._read_outside(stack))
+            for index, block in enumerate(self.blocks):
+                block.forward = self._loading(index, block.forward)
+                stack.callback(block.__dict__.pop, "forward")
+            yield
+
+    def finished(self, index: int) -> dict[str, Tensor]:
+        """The weights of a block that is in memory, as a file of the model holds them, in `dtype`."""
+        tensors = {}
+        for name, parameter in self.blocks[index].named_parameters(prefix=f"{self.stack}.{index}"):
+            value = parameter.detach().to(self.dtype)
+            transposed = stored_transposed(self.model.config.model_type, name)
+            tensors[name] = (value.T if transposed else value).contiguous().cpu()
+        return tensors
+
+    def keep_dense(self, layers: Mapping[str, SparseLayer]) -> None:
+        """Does nothing: training, which needs dense weights, has the model in memory."""
+
+    def restore_(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Does nothing: a finished block is not needed again."""
+
+    def _loading(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def loaded(*args: Any, **kwargs: Any) -> Any:
+            with self.block(index):
+                return forward(*args, **kwargs)
+
+        return loaded
+
+    def _read_outside(self, stack: ExitStack) -> Held:
+        inside, base, held = set(self.blocks), self.model.base_model, []
+        names = {module: name for name, module in self.model.named_modules()}
+        pending = [base]
+        while pending:
+            module = pending.pop()
+            plain_embedding = type(module) is nn.Embedding
+            held += self._read(module, f"{names[module]}.".removeprefix("."), recurse=False, widen=not plain_embedding)
+            if plain_embedding:
+                hook = module.register_forward_hook(lambda _, __, output: output.float())
+                stack.callback(hook.remove)
+            pending += [child for child in module.children() if child not in inside]
+        return held
+
+    def _read(self, module: nn.Module, prefix: str, recurse: bool = True, widen: bool = True) -> Held:
+        """Reads the parameters of a module whose names in the model begin with `prefix`."""
+        held: Held = []
+        for name, parameter in list(module.named_parameters(recurse=recurse)):
+            parent, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(parent)
+            value = self._value(prefix + name)
+            value = value.to(self.device, torch.float32 if widen else None).contiguous()
+            held.append((owner, leaf, parameter))
+            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        return held
+
+    def _value(self, name: str) -> Tensor:
+        place = self.checkpoint.places[name]
+        try:
+            with opened_files() as read:
+                value = place.read(read, slice(None))
+        except Exception as error:  # safetensors' own type
+            raise InputError(f"{name} of {self.checkpoint.source} cannot be read: {error}") from None
+        _check_finite(name, value, self.checkpoint)
+        return value
+
+
+def outside_blocks(checkpoint: Checkpoint, stack: str) -> Iterator[tuple[str, Tensor]]:
+    """The stored weights outside the blocks of `stack` by name, one at a time, as the files hold them."""
+    for name, place in checkpoint.places.items():
+        if not name.startswith(f"{stack}."):
+            with opened_files() as read:
+                yield name, place.read(read, slice(None))
+
+
+def check_outside_blocks(checkpoint: Checkpoint, stack: str) -> None:
+    """Raises `InputError` where a weight outside the blocks is not finite, before the blocks are worked on."""
+    for name, value in outside_blocks(checkpoint, stack):
+        _check_finite(name, value, checkpoint)
+
+
+def _check_finite(name: str, value: Tensor, checkpoint: Checkpoint) -> None:
+    if not all(math.isfinite(bound) for bound in torch.aminmax(value)):  # `isfinite` would take three copies
+        raise InputError(f"{name} of {checkpoint.source} holds NaN or infinity: the checkpoint is damaged")
+
+
+def _drop(held: Held) -> None:
+    """Puts the parameters on the meta device back."""
+    for owner, leaf, parameter in held:
+        owner._parameters[leaf] = parameter
