@@ -1,10 +1,9 @@
-"""How often `castlm advise` is right, on the cells that others published and on cells measured on this processor.
+"""How often `castlm advise` is right about a GPU, on the cells that others published.
 
     python -m benchmarks.advisor [--fit]
 
 A cell is a layer, a number of tokens and two formats. It counts where they differ by more than 5 %; the advice is right
-where it names the faster one. `--fit` fits the constants of `roofline.KERNELS` again (scipy): those of GPUs to
-published.csv, those of CPUs to what is measured here.
+where it names the faster one. `--fit` fits the constants of `roofline.KERNELS` again (scipy) to published.csv.
 """
 
 from __future__ import annotations
@@ -15,15 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from benchmarks.rows import Row
-from castlm.inference.devices import Device, find_device
-from castlm.inference.published import KernelTime, kernel_times
-from castlm.inference.roofline import KERNELS, MANY_ROWS, Format, Kernel, cpu_formats, gpu_formats, layer_seconds
-from castlm.inference.this_device import CpuTimer, this_cpu
-
-SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096))
-TOKENS = (1, 4, 16, 256)
-PAIRS = (("bf16", "2:4 bf16"), ("int8", "2:4 int8"), ("int4", "2:4 int4"), ("int8", "2:4 bf16"), ("torch bf16", "bf16"))
-"""Choices that a user has on a CPU; each is a cell by shape and tokens."""
+from castlm.inference.devices import find_device
+from castlm.inference.roofline import KERNELS, Kernel, KernelTime, gpu_formats, kernel_times, layer_seconds
 
 GOAL = ">= 0.9"
 NOTICEABLE = math.log(1.05)
@@ -49,40 +41,13 @@ def published_row(cells: Sequence[KernelTime] | None = None) -> Row:
     return replace(row, against="published kernel times")
 
 
-Cells = dict[tuple[tuple[int, int], int], dict[str, float]]
-"""Seconds by format, by shape and tokens."""
-
-
-def measured_cells(shapes: Sequence[tuple[int, int]] = SHAPES) -> Cells:
-    """Every format of a layer on this CPU, the weights cold."""
-    formats = cpu_formats("bf16")
-    timer = CpuTimer(formats)
-    return {
-        (shape, tokens): {form.name: timer.seconds(form, shape, tokens) for form in formats}
-        for shape in shapes
-        for tokens in TOKENS
-    }
-
-
-def measured_row(cells: Cells | None = None, device: Device | None = None) -> Row:
-    """The roofline of this CPU against what its kernels take."""
-    cells = measured_cells() if cells is None else cells
-    devices = {tokens: device or this_cpu(tokens) for _, tokens in cells}
-    forms = {form.name: form for form in cpu_formats("bf16")}
-    pairs = []
-    for (shape, tokens), seconds in cells.items():
-        advised = {name: layer_seconds(devices[tokens], form, shape, tokens) for name, form in forms.items()}
-        pairs += [(seconds[a] / seconds[b], advised[a] / advised[b]) for a, b in PAIRS]
-    return replace(right(pairs), part=f"advice, one of two formats, {len(pairs)} cells", against="timed on this CPU")
-
-
 def rows(quick: bool = False) -> list[Row]:
-    return [published_row(), measured_row(measured_cells(SHAPES[:1] if quick else SHAPES))]
+    return [published_row()]
 
 
 def kernels_fitted() -> Iterator[tuple[tuple[str, str, bool], Kernel, float]]:
     """The constants of each kernel that fit its times best, with the mean error of the logarithm."""
-    for key in sorted(k for k in KERNELS if k[0] != "cpu"):
+    for key in sorted(KERNELS):
         family, dtype, sparse = key
         cells = [c for c in kernel_times() if (find_device(c.device).family, c.dtype) == (family, dtype)]
         times = [cell.sparse_us if sparse else cell.dense_us for cell in cells]
@@ -91,16 +56,6 @@ def kernels_fitted() -> Iterator[tuple[tuple[str, str, bool], Kernel, float]]:
             return [predicted(cell, sparse, kernel) for cell in cells]
 
         yield key, *best_kernel(at, times)
-    device = this_cpu()
-    most = MANY_ROWS[device.level].more_than if device.level in MANY_ROWS else max(TOKENS)
-    measured = {cell: seconds for cell, seconds in measured_cells().items() if cell[1] <= most}
-    for form in cpu_formats("bf16"):
-        times = [seconds[form.name] for seconds in measured.values()]
-
-        def on_cpu(kernel: Kernel, form: Format = form) -> list[float]:
-            return [layer_seconds(device, form, shape, tokens, kernel) for shape, tokens in measured]
-
-        yield ("cpu", form.name.removeprefix("2:4 "), form.sparse), *best_kernel(on_cpu, times)
 
 
 def best_kernel(times_at: Callable[[Kernel], list[float]], times: Sequence[float]) -> tuple[Kernel, float]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -35,10 +36,12 @@ from castlm.core.sparsify import is_sparse_linear
 from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
+from castlm.dtypes import STORED
 from castlm.evaluation.perplexity import perplexity
 from castlm.evaluation.zero_shot import zero_shot
 from castlm.inference.convert import onto_kernels_, pack_model_
 from castlm.inference.decode import greedy
+from castlm.inference.formats import PackedSpec
 from castlm.inference.layers import pack_linear
 from castlm.inference.packed import kept_mask, pack_integers
 from castlm.inference.quantize import QuantizeReport, quantize_
@@ -91,15 +94,9 @@ def stored_bytes(model: nn.Module, form: Format, sparse: bool) -> int:
     if form.head:
         table = model.get_output_embeddings().weight
         rest -= table.numel() - 4 * len(table)
-    bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[form.values]
-    total = 0.0
-    for layer in layers.values():
-        rows, columns = layer.weight.shape
-        kept = columns // 2 if sparse else columns
-        mask = -(-columns // 8) if sparse else 0
-        scales = {"int8": 4, "int4": 2 * -(-columns // 64)}.get(form.values, 0)
-        total += rows * (-(-kept * bits // 8) + mask + scales)
-    return rest + int(total)
+    pattern = (2, 4) if sparse else (0, 0)
+    specs = [PackedSpec(*layer.weight.shape, *pattern, form.values) for layer in layers.values()]
+    return rest + sum(math.prod(size) * STORED[dtype].itemsize for s in specs for dtype, size in s.tensors().values())
 
 
 def rounded(model: PreTrainedModel, values: str, calibration: Tensor) -> tuple[PreTrainedModel, QuantizeReport | None]:

@@ -31,8 +31,8 @@ from castlm.hardware import has_fast_bf16
 from castlm.inference import native
 from castlm.inference.convert import pack_model_
 from castlm.inference.decode import greedy
-from castlm.inference.format import PackedSpec
-from castlm.inference.op import packed_linear
+from castlm.inference.formats import PackedSpec
+from castlm.inference.layers import packed_linear
 from castlm.inference.packed import PackedTensor, pack, pack_integers
 from castlm.inference.rounding import round_rows
 from castlm.models.io import load_model, save_model
@@ -50,7 +50,9 @@ def packed_copies(packed: PackedTensor) -> Callable[[Tensor], Tensor]:
     arena = native.allocate(step * max(2, COPIES_BYTES // step))
     buffers = [arena[at : at + size] for at in range(0, len(arena), step)]
     for buffer in buffers:
-        native.repack_(buffer, packed.values, packed.mask, packed.scales, spec.values, spec.n, spec.m, spec.columns)
+        native.repack_(
+            buffer, packed.values, packed.mask_bits, packed.scales, spec.values, spec.n, spec.m, spec.columns
+        )
     turn = itertools.cycle(buffers)
     return lambda x: packed_linear(x, next(turn), spec.rows)
 

@@ -24,8 +24,8 @@ from castlm.core.pattern import nm_mask
 from castlm.dtypes import FLOATS
 from castlm.hardware import keep_freed_memory
 from castlm.inference import native
-from castlm.inference.format import INT4_GROUP, PackedSpec
-from castlm.inference.op import multiply_by_gemm
+from castlm.inference.formats import INT4_GROUP, PackedSpec
+from castlm.inference.layers import multiply_by_gemm
 from castlm.inference.packed import PackedTensor, pack, pack_integers
 
 FORMATS = [(values, n) for values in ("bf16", "fp16", "int8", "int4") for n in (2, 1, 0)]
@@ -52,7 +52,7 @@ def random_buffer(values: str, n: int, shape: tuple[int, int]) -> Tensor:
         scales = torch.ones(shape[0], groups, dtype=torch.float32 if values == "int8" else torch.bfloat16)
         packed = pack_integers(codes * mask, scales, values, n, m, mask if n else None)
     buffer = native.allocate(native.packed_bytes(values, n, m, *shape))
-    native.repack_(buffer, packed.values, packed.mask, packed.scales, values, n, m, shape[1])
+    native.repack_(buffer, packed.values, packed.mask_bits, packed.scales, values, n, m, shape[1])
     return buffer
 
 

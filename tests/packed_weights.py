@@ -12,8 +12,8 @@ from torch import Tensor
 from castlm.core.pattern import nm_mask
 from castlm.dtypes import FLOATS
 from castlm.inference import native
-from castlm.inference.format import PackedSpec
-from castlm.inference.op import packed_linear
+from castlm.inference.formats import PackedSpec
+from castlm.inference.layers import packed_linear
 from castlm.inference.packed import PackedTensor, pack, pack_integers, unpack
 
 PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (2, 3), (0, 0)]
@@ -48,7 +48,9 @@ def buffer_of(packed: PackedTensor, layout: str = "best") -> Tensor:
     spec = packed.spec
     size = native.packed_bytes(spec.values, spec.n, spec.m, spec.rows, spec.columns, layout)
     buffer = native.allocate(size)
-    native.repack_(buffer, packed.values, packed.mask, packed.scales, spec.values, spec.n, spec.m, spec.columns, layout)
+    native.repack_(
+        buffer, packed.values, packed.mask_bits, packed.scales, spec.values, spec.n, spec.m, spec.columns, layout
+    )
     return buffer
 
 

@@ -1,18 +1,31 @@
 """The advisor: its shapes, its roofline against what others measured, and what it says."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from benchmarks import advisor
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.inference import native, this_device
-from castlm.inference.advise import Shapes, advise, layer_shapes, shapes_of
-from castlm.inference.devices import DEVICES, Device, find_device
-from castlm.inference.published import EVIDENCE, evidence, kernel_times
-from castlm.inference.roofline import cpu_formats, gpu_formats, layer_seconds
+from castlm.export.packed import pack_folder
+from castlm.files.stored import read_header
+from castlm.inference import advise as advise_module
+from castlm.inference import native
+from castlm.inference.advise import (
+    Option,
+    Ranked,
+    Ranking,
+    Shapes,
+    layer_shapes,
+    num_bytes,
+    options,
+    rank,
+    shapes_of,
+    time_layer,
+)
+from castlm.inference.devices import DEVICES, find_device
+from castlm.inference.formats import FILE, FORMATS, PackedSpec
+from castlm.inference.roofline import EVIDENCE, advise, evidence, gpu_formats, kernel_times, layer_seconds
 from tests.tiny import save_tiny, tiny_model
 
 LLAMA_1B = Shapes({(2048, 2048): 32, (512, 2048): 32, (8192, 2048): 32, (2048, 8192): 16}, (128256, 2048))
@@ -21,7 +34,7 @@ LLAMA_7B = Shapes({(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}, (32
 
 def test_shapes_come_from_the_config_alone(tmp_path):
     folder = save_tiny(tmp_path / "m", "llama")
-    expected = Shapes({(32, 32): 4, (16, 32): 4, (64, 32): 4, (32, 64): 2}, (264, 32))
+    expected = Shapes({(32, 32): 4, (16, 32): 4, (64, 32): 4, (32, 64): 2}, (264, 32), 0, False, 5 * 32)
     for file in folder.iterdir():
         if file.name != "config.json":
             file.unlink()
@@ -148,8 +161,8 @@ def test_the_command_prints_the_table_and_writes_json(tmp_path, capsys):
     [
         (["--device", "tpu"], "no record of the device 'tpu'"),
         (["--device", "a100", "--dtype", "fp8"], "a100 has no fp8"),
-        (["--device", "a100", "--measure"], "--measure times the device at hand"),
-        (["--device", "a100", "--tokens", "0"], "--tokens = 0 is out of range: it must be at least 1"),
+        (["--device", "a100", "--pattern", "4:8"], "GPUs have hardware for 2:4 alone"),
+        (["--tokens", "-1"], "--tokens = -1 is out of range: it must be at least 0"),
     ],
 )
 def test_the_command_complains_in_one_line(tmp_path, capsys, options, complaint):
@@ -175,60 +188,82 @@ def test_fp32_on_a_gpu_is_not_advised_on(tmp_path, capsys):
     assert "h100 has no fp32" in capsys.readouterr().err
 
 
-def test_a_cpu_is_timed_and_advised_on_with_the_kernels_of_castlm(tmp_path, capsys):
-    if native.kernels() is None:
-        pytest.skip("the C++ kernels are not built")
+needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(advise_module, "_COLD_BYTES", 1 << 16)
+    monkeypatch.setattr(advise_module, "SECONDS", 0.0)
+    monkeypatch.setattr(advise_module.rank, "__kwdefaults__", advise_module.rank.__kwdefaults__ | {"seconds": 0.0})
+
+
+@needs_kernels
+def test_on_a_cpu_every_format_is_timed_for_one_token_a_batch_and_a_prompt(quick, tmp_path, capsys):
     folder = save_tiny(tmp_path / "m", "llama", hidden_size=64, intermediate_size=128, head_dim=16)
-    capsys.readouterr()
-    assert main(["advise", str(folder), "--device", "this", "--tokens", "1", "--json", "-"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert set(found["speedup"]) == {form.name for form in cpu_formats("bf16")}
-    assert found["source"] == "roofline"
+    (folder / "castlm.json").write_text(
+        json.dumps({"pattern": "2:4", "perplexity": {"dense": 12.5, "pruned": 14.25}, "proof": {}})
+    )
+    assert main(["advise", str(folder), "--json", str(tmp_path / "a.json")]) == 0
+    printed = capsys.readouterr()
+    report = json.loads((tmp_path / "a.json").read_text())
+    names = [row["name"] for row in report["rows"]]
+    assert {
+        f"{kind} {values}" for kind in ("dense", "2:4") for values in ("bf16", "int8, int8 head", "int4, int8 head")
+    } <= set(names)
+    for row in report["rows"]:
+        assert set(row["seconds"]) == set(advise_module.WORKLOADS)
+        assert all(seconds > 0 for seconds in row["seconds"].values())
+        assert row["name"] in printed.out
+    assert report["verdict"] in printed.out
+    assert "at equal bytes dense int4" in report["verdict"]
+    assert "12.50" in printed.out
 
 
-def test_the_cpu_timer_multiplies_by_every_format(monkeypatch):
+@needs_kernels
+def test_bytes_are_those_of_the_packed_files(tmp_path):
+    folder = save_tiny(tmp_path / "m", "llama")
+    tiny_model("llama").bfloat16().save_pretrained(folder)
+    shapes = shapes_of(str(folder))
+    for head in (None, "int8"):
+        pack_folder(folder, tmp_path / f"p{head}", 0, 0, head=head)
+        stored = read_header(tmp_path / f"p{head}" / FILE).values()
+        option = Option("bf16", head=head or "bf16")
+        assert num_bytes(option, shapes, "bf16") == sum(tensor.num_bytes for tensor in stored)
+
+
+def made_up(**speeds):
+    """A ranking in which an option takes 1 / speed seconds; dense bf16 has the speed 1."""
+    rows = []
+    for option in options("bf16"):
+        first, *others = speeds.get(option.name.replace(" ", "_").replace(":", "of").replace(",", ""), (1, 1, 1))
+        seconds = {name: 1 / s for name, s in zip(advise_module.WORKLOADS, (first, *others))}
+        rows.append(Ranked(option, seconds, int(1e6 * FORMATS[option.values].bits)))
+    return Ranking("made up", "bf16", rows)
+
+
+def test_the_verdict_names_dense_int4_for_one_sequence_and_2_4_where_products_count():
+    found = made_up(dense_int4_int8_head=(2.1, 1, 0.9), **{"2of4_int8_int8_head": (1.5, 2.75, 1.3)})
+    assert found.verdict.startswith("For one token, use dense int4, int8 head: it is 2.10 times as fast as dense bf16")
+    assert "for a prompt of 512, 2:4 int8, int8 head is 1.30 times as fast as dense" in found.verdict
+    slow = made_up(**{"2of4_int8_int8_head": (0.5, 0.5, 0.5)})
+    assert "it does not pay" in slow.verdict
+
+
+@needs_kernels
+def test_layers_that_the_pattern_does_not_fit_count_as_dense(quick):
+    ranking = rank(Shapes({(64, 30): 2}), dtype="fp32", workloads={"one token": 1}, seconds=0.0)
+    seconds = {row.option.name: row.seconds["one token"] for row in ranking.rows}
+    assert seconds["2:4 fp32"] == seconds["dense fp32"]
+    with pytest.raises(InputError, match="0 tokens"):
+        rank(Shapes({(64, 64): 1}), workloads={"none": 0})
+
+
+def test_a_large_layer_is_timed_by_a_part_of_its_rows(monkeypatch):
     if native.kernels() is None:
-        pytest.skip("the C++ kernels are not built")
-    monkeypatch.setattr(this_device, "_COLD_BYTES", 1 << 16)
-    monkeypatch.setattr(this_device, "_ROUNDS", 1)
-    for dtype in ("bf16", "fp16", "fp32"):
-        timer = this_device.CpuTimer(cpu_formats(dtype))
-        assert all(timer.seconds(form, (64, 128), 4) > 0 for form in timer.formats)
-    device = this_device.this_cpu()
-    assert device.bandwidth > 0
-    advice = advise(Shapes({(64, 128): 1, (64, 30): 1}), device, tokens=1, dtype="fp32")
-    assert advice.rows[1].best == "fp32"
-
-
-def test_a_prompt_on_a_cpu_takes_what_its_kernels_for_many_rows_take():
-    peak = dict.fromkeys(("bf16", "int8", "int4"), 1e11)
-    avx2 = Device("this", "cpu", 1e10, peak, peak, "made up", level="avx2")
-    forms = {form.name: form for form in cpu_formats("bf16")}
-
-    def seconds(device: Device, name: str, tokens: int) -> float:
-        return layer_seconds(device, forms[name], (2048, 2048), tokens)
-
-    assert seconds(avx2, "bf16", 1) / seconds(avx2, "2:4 bf16", 1) > 1.5
-    assert seconds(avx2, "bf16", 512) == seconds(avx2, "2:4 bf16", 512)  # both are unpacked for the library's GEMM
-    assert seconds(avx2, "int8", 512) / seconds(avx2, "2:4 int8", 512) == pytest.approx(1.5)
-    intel = replace(avx2, level="avx512 intel")  # whose GEMM is as fast as the kernels
-    assert seconds(intel, "bf16", 512) == seconds(intel, "2:4 bf16", 512)
-    amx = replace(avx2, level="amx")
-    assert seconds(amx, "2:4 bf16", 1) == seconds(avx2, "2:4 bf16", 1)
-    assert seconds(avx2, "2:4 bf16", 512) / seconds(amx, "2:4 bf16", 512) > 2
-    assert seconds(amx, "2:4 bf16", 512) / seconds(amx, "2:4 bf16", 16) < 20  # of 32: tiles are arranged once in each
-    assert seconds(amx, "torch bf16", 512) == seconds(avx2, "torch bf16", 512)
-    fast_torch = replace(amx, peak=(faster := {**peak, "torch bf16": 1e12}), sparse_peak=faster)
-    text = advise(LLAMA_1B, fast_torch, tokens=512).text()
-    assert "torch bf16, which needs no packing, is 2.70x as fast as castlm's dense layers." in text
-    assert "needs no packing" not in advise(LLAMA_1B, amx, tokens=512).text()
-
-
-def test_the_benchmark_row_counts_noticeable_cells_alone():
-    device = Device("this", "cpu", 1e10, dict.fromkeys(("bf16", "int8", "int4"), 3e10), {}, "made up")
-    device = replace(device, sparse_peak=device.peak)
-    forms = {form.name: form for form in cpu_formats("bf16")}
-    truth = {((576, 576), 1): {n: layer_seconds(device, form, (576, 576), 1) for n, form in forms.items()}}
-    assert advisor.measured_row(truth, device).value == 1
-    upside_down = {key: {n: 1 / s for n, s in cell.items()} for key, cell in truth.items()}
-    assert advisor.measured_row(upside_down, device).value == 0
+        pytest.skip(native.NOT_BUILT)
+    monkeypatch.setattr(advise_module, "_MOST_WEIGHTS", 64 * 64)
+    monkeypatch.setattr(advise_module, "_COLD_BYTES", 1 << 12)
+    seen = []
+    monkeypatch.setattr(advise_module, "_race", lambda weights, x, seconds: seen.append(weights) or {"x": 1.0})
+    assert time_layer({"x": PackedSpec(640, 64, 0, 0, "bf16")}, (640, 64), [1], 0.0) == {1: {"x": 10.0}}

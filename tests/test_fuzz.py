@@ -32,7 +32,7 @@ from castlm.export.verify import verify
 from castlm.fields import choices_of, hints_of
 from castlm.files.reading import open_regular
 from castlm.files.yaml_file import parse_yaml_mapping, read_yaml_mapping, to_yaml
-from castlm.inference.format import PackedSpec
+from castlm.inference.formats import PackedSpec
 from castlm.models.io import load_model
 from castlm.names import markdown, markdown_code, printable
 from castlm.planning.law import FORMS, Law, predict_perplexity, tokens_for

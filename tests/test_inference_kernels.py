@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS
 from castlm.inference import native
-from castlm.inference.op import DIRECT_ROWS, packed_linear
+from castlm.inference.layers import DIRECT_ROWS, packed_linear
 from castlm.inference.packed import pack_integers, unpack
 from tests.packed_weights import PATTERNS, buffer_of, check_product, kernels_of, random_packed
 
@@ -184,8 +184,8 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(InputError, match="does not fit this packed weight"):
             packed_linear(torch.empty(num_rows, 0), buffer, 12)
     with pytest.raises(InputError, match="keep exactly 2 of every 4"):
-        native.repack_(buffer, packed.values, packed.mask ^ 1, None, "bf16", 2, 4, 64)
-    for values, mask in ((packed.values[:, 1:], packed.mask), (packed.values, packed.mask[:, 1:])):
+        native.repack_(buffer, packed.values, packed.mask_bits ^ 1, None, "bf16", 2, 4, 64)
+    for values, mask in ((packed.values[:, 1:], packed.mask_bits), (packed.values, packed.mask_bits[:, 1:])):
         with pytest.raises(InputError, match="values, mask and scales do not fit"):
             native.repack_(buffer, values, mask, None, spec.values, 2, 4, 64)
 
@@ -216,10 +216,10 @@ def test_tensors_that_the_kernels_cannot_read_are_refused():
     for name, change in (
         ("values", {"values": packed.values.to("meta")}),
         ("values", {"values": packed.values.half()}),
-        ("the mask", {"mask": packed.mask.bool()}),
+        ("the mask", {"mask": packed.mask_bits.bool()}),
         ("the buffer", {"buffer": buffer.to("meta")}),
     ):
-        given = {"buffer": buffer, "values": packed.values, "mask": packed.mask} | change
+        given = {"buffer": buffer, "values": packed.values, "mask": packed.mask_bits} | change
         with pytest.raises(InputError, match=f"the kernels take {name} as contiguous"):
             native.repack_(**given, scales=None, kind="bf16", n=2, m=4, columns=64)
 

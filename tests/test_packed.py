@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from castlm.cli.main import main
 from castlm.cli.verify import recorded_pattern
@@ -30,10 +30,10 @@ from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
 from castlm.files.atomic_dir import remove_stale_temporaries
-from castlm.inference.format import FILE, INDEX, METADATA_KEY, PackedSpec, read_specs
+from castlm.inference.formats import FILE, INDEX, METADATA_KEY, PackedSpec, read_specs
 from castlm.inference.packed import equal_as_packed, pack, pack_integers, unpack
 from castlm.models.io import load_model, save_model
-from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, TEXT, save_tiny, tiny_model, tiny_tokenizer
 
 PATTERNS = [(2, 4), (1, 4), (4, 8), (3, 4), (1, 2), (2, 3), (5, 16)]
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -224,7 +224,8 @@ def test_layers_left_dense_stay_dense(tmp_path):
     with pytest.raises(InputError, match=f"{name}: .* is not 2:4"):
         pack_folder(source, tmp_path / "packed")
     (source / "castlm.json").write_text(json.dumps({"left_dense": {"model.layers.0.mlp.up_proj": "a test"}}))
-    assert pack_folder(source, tmp_path / "packed").num_packed == 13
+    assert pack_folder(source, tmp_path / "packed").num_packed == 14
+    assert read_specs([tmp_path / "packed" / FILE])[name.removesuffix(".weight")].pattern == "dense"
     report = verify(tmp_path / "packed")
     assert report.ok
     assert report.totals()["left_dense"] == 1
@@ -275,8 +276,8 @@ def change(packed: Path, to: Path, change_fn) -> Path:
     return to
 
 
-def flip_bit(tensors, metadata):
-    tensors["model.layers.0.mlp.up_proj.mask"][0, 0] ^= 1
+def other_code(tensors, metadata):
+    tensors["model.layers.0.mlp.up_proj.mask"][0, 0] = 255  # codes 7, 7 and 3: no mask of 2:4 has the number 7
 
 
 def nan_value(tensors, metadata):
@@ -303,7 +304,7 @@ def broken_json(tensors, metadata):
 @pytest.mark.parametrize(
     ("damage", "code", "words"),
     [
-        (flip_bit, 1, "do not keep exactly 2 of 4"),
+        (other_code, 1, "do not keep exactly 2 of 4"),
         (nan_value, 1, "1 values not finite"),
         (lose_mask, 2, "lacks model.layers.0.mlp.up_proj.mask"),
         (cut_values, 2, "expected BF16"),
@@ -321,7 +322,7 @@ def test_verify_finds_every_kind_of_damage(damage, code, words, pruned, tmp_path
         assert output.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("damage", [flip_bit, lose_mask, cut_values, newer_version, broken_json])
+@pytest.mark.parametrize("damage", [other_code, lose_mask, cut_values, newer_version, broken_json])
 def test_damaged_files_are_not_unpacked(damage, pruned, tmp_path, capsys):
     pack_folder(pruned, tmp_path / "packed")
     folder = change(tmp_path / "packed", tmp_path / "changed", damage)
@@ -359,7 +360,6 @@ def test_hostile_metadata_are_refused(pruned, tmp_path):
             good | {"pattern": "2:3"},
             good | {"pattern": "x"},
             good | {"values": "fp64"},
-            good | {"pattern": None},
             {},
             None,
         ]
@@ -574,3 +574,117 @@ def test_a_file_name_that_is_not_utf8_is_refused(pruned, tmp_path):
     Path(os.fsdecode(os.fsencode(source) + b"/a\xff.txt")).touch()
     with pytest.raises(InputError, match="is not UTF-8: rename it"):
         pack_folder(source, tmp_path / "packed")
+
+
+# ---- other weights than those that are verified
+
+
+@pytest.mark.parametrize(
+    "named", ["sub/castlm.safetensors", "./castlm.safetensors", "a/../castlm.safetensors", "other.safetensors", 3, None]
+)
+def test_weights_of_other_names_are_neither_verified_nor_loaded(named, pruned, tmp_path, capsys):
+    folder = tmp_path / "packed"
+    pack_folder(pruned, folder)
+    for place in (folder / "sub", folder / "a"):
+        place.mkdir()
+        shutil.copy(folder / FILE, place / FILE)
+    shutil.copy(folder / FILE, folder / "other.safetensors") if named == "other.safetensors" else None
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["weights"] = named
+    (folder / "config.json").write_text(json.dumps(config))
+    for command in (["verify"], ["unpack", "--output-dir", str(tmp_path / "back")], ["generate", "--prompt", "a"]):
+        assert main([command[0], str(folder), *command[1:]]) == 2, command
+    assert not (tmp_path / "back").exists()
+    with pytest.raises(InputError, match="names the weights"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def drop_entry(tensors, metadata):
+    content = json.loads(metadata[METADATA_KEY])
+    del content["tensors"]["model.layers.0.mlp.up_proj"]
+    metadata[METADATA_KEY] = json.dumps(content)
+
+
+def test_a_layer_without_its_metadata_is_refused_and_not_filled_with_random_numbers(pruned, tmp_path, capsys):
+    pack_folder(pruned, tmp_path / "packed")
+    folder = change(tmp_path / "packed", tmp_path / "changed", drop_entry)
+    for command in (["verify"], ["unpack", "--output-dir", str(tmp_path / "back")], ["generate", "--prompt", "a"]):
+        assert main([command[0], str(folder), *command[1:]]) == 2, command
+    with pytest.raises(InputError, match=r"do not name model.layers.0.mlp.up_proj.values"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_an_index_that_leaves_its_folder_is_refused_by_every_reader(absolute, pruned, tmp_path, capsys):
+    folder, other = tmp_path / "packed", tmp_path / "other"
+    pack_folder(pruned, folder)
+    shutil.copytree(folder, other)
+    file = str(other / FILE) if absolute else f"../other/{FILE}"
+    with safe_open(folder / FILE, framework="pt") as opened:
+        names = list(opened.keys())
+    (folder / FILE).unlink()
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, file)}))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["weights"] = INDEX
+    (folder / "config.json").write_text(json.dumps(config))
+    for command in (["verify"], ["unpack", "--output-dir", str(tmp_path / "back")], ["generate", "--prompt", "a"]):
+        assert main([command[0], str(folder), *command[1:]]) == 2, command
+    with pytest.raises(InputError, match="outside its folder"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_scales_with_which_integers_are_infinite_are_refused(kind, pruned, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text(TEXT)
+    text = (
+        ["--calibration", str(tmp_path / "t.txt"), "--seq-len", "32", "--num-sequences", "2"] if kind == "int4" else []
+    )
+    command = ["quantize", str(pruned), "--kind", kind, "--packed", "--output-dir", str(tmp_path / "packed"), *text]
+    assert main(command) == 0
+
+    def huge(tensors, metadata):
+        tensors["model.layers.0.mlp.up_proj.scales"][0] = 3e38
+
+    folder = change(tmp_path / "packed", tmp_path / "changed", huge)
+    assert main(["verify", str(folder)]) == 1
+    assert main(["unpack", str(folder), "--output-dir", str(tmp_path / "back")]) == 2
+    assert not (tmp_path / "back").exists()
+    assert main(["generate", str(folder), "--prompt", "a"]) == 2
+
+
+@pytest.mark.parametrize("head", [None, "int8"])
+def test_pack_unpack_pack_gives_the_same_file(head, pruned, tmp_path):
+    pack_folder(pruned, tmp_path / "one", head=head)
+    unpack_folder(tmp_path / "one", tmp_path / "back")
+    pack_folder(tmp_path / "back", tmp_path / "two", head=head)
+    assert (tmp_path / "one" / FILE).read_bytes() == (tmp_path / "two" / FILE).read_bytes()
+
+
+# ---- dense models
+
+
+def test_a_dense_model_is_packed_and_comes_back(tmp_path, capsys):
+    source = save_tiny(tmp_path / "dense", "llama")
+    tiny_model("llama").bfloat16().save_pretrained(source)
+    assert main(["pack", str(source), "--output-dir", str(tmp_path / "packed")]) == 0
+    assert "14 tensors packed dense" in capsys.readouterr().out
+    assert {spec.pattern for spec in read_specs([tmp_path / "packed" / FILE]).values()} == {"dense"}
+    unpack_folder(tmp_path / "packed", tmp_path / "back")
+    ours, theirs = tensors_of(tmp_path / "back"), tensors_of(source)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in theirs)
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_dense_model_with_nan_is_refused(tmp_path, capsys):
+    source = save_tiny(tmp_path / "dense", "llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    assert main(["pack", str(source), "--output-dir", str(tmp_path / "packed")]) == 2
+    assert "model.norm.weight" in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()

@@ -19,7 +19,7 @@ from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
 from castlm.inference import native
-from castlm.inference.format import FILE, PackedSpec, read_specs, to_metadata
+from castlm.inference.formats import FILE, PackedSpec, read_specs, to_metadata
 from castlm.models.io import load_model
 from tests.slow import slow
 from tests.tiny import EXPERTS, tiny_model, tiny_tokenizer

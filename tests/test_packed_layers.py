@@ -8,8 +8,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from castlm.core.pattern import nm_mask
 from castlm.inference import native
-from castlm.inference.layers import PackedEmbedding, PackedLinear, pack_linear, prepare_layers_
-from castlm.inference.op import DIRECT_ROWS, packed_linear
+from castlm.inference.layers import (
+    DIRECT_ROWS,
+    PackedEmbedding,
+    PackedLinear,
+    pack_linear,
+    packed_linear,
+    prepare_layers_,
+)
 from castlm.inference.packed import pack, unpack
 from tests.packed_weights import buffer_of, random_packed
 

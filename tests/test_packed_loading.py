@@ -25,12 +25,12 @@ from castlm.export.packed import pack_folder
 from castlm.inference import decode, generate, native
 from castlm.inference.convert import pack_model_
 from castlm.inference.decode import greedy
-from castlm.inference.format import FILE, read_specs, to_metadata
+from castlm.inference.formats import FILE, read_specs, to_metadata
 from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule
 from castlm.models.io import load_model
 from castlm.report.sample import complete
 from tests.slow import slow
-from tests.test_packed import change, flip_bit, pruned_folder
+from tests.test_packed import change, other_code, pruned_folder
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
 IDS = torch.tensor([[5, 80, 200, 13, 99, 100]])
@@ -272,7 +272,7 @@ def test_castlm_registers_before_transformers_is_imported_or_after_and_loading_f
 
 
 def test_damaged_files_are_refused(folders, tmp_path):
-    folder = change(folders[1], tmp_path / "changed", flip_bit)
+    folder = change(folders[1], tmp_path / "changed", other_code)
     with pytest.raises(InputError, match="keep exactly 2 of every 4"):
         AutoModelForCausalLM.from_pretrained(folder)
 

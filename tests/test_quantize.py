@@ -5,7 +5,9 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
@@ -13,11 +15,12 @@ from castlm.core.pattern import is_nm_sparse
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.data import calibration as calibration_module
+from castlm.export import quantized
 from castlm.export.packed import unpack_folder
 from castlm.export.verify import verify
+from castlm.inference.formats import read_specs
 from castlm.inference.quantize import quantize_
 from castlm.inference.rounding import round_int4
-from castlm.models import io as models_io
 from castlm.models.architecture import linearize_conv1d_
 from castlm.models.io import load_model
 from castlm.oneshot.calibration import draw_calibration
@@ -80,7 +83,7 @@ def test_a_bf16_model_stays_bf16_and_the_report_is_exact():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(InputError, match="there is no format 'int2': choose one of int8, fp8, int4"):
+    with pytest.raises(InputError, match="there is no rounding to 'int2': choose one of int8, int4, fp8"):
         quantize_(pruned_model(), "int2")
     with pytest.raises(InputError, match="int4 needs a calibration text"):
         quantize_(pruned_model(), "int4")
@@ -132,15 +135,14 @@ def test_the_command_writes_a_verified_folder(kind, sparse_folder, tmp_path, cap
     assert ("text_sha256" in record["quantized"]) == (kind == "int4")
 
 
-@pytest.mark.parametrize("pattern", ["channels:0.75+2:4", "blocks:8x16:0.5+2:4"])
-def test_a_structured_pattern_with_groups_stays_on_record_and_verifies(pattern, tmp_path):
+def test_a_structured_pattern_with_groups_stays_on_record_and_verifies(tmp_path):
+    pattern = "channels:0.75+2:4"
     model, sparse = str(save_tiny(tmp_path / "dense", "llama")), str(tmp_path / "sparse")
     assert main(["prune", "--model", model, "--output-dir", sparse, "--method", "magnitude", "--pattern", pattern]) == 0
     for out, options in ((tmp_path / "plain", []), (tmp_path / "packed", ["--packed"])):
         assert main(["quantize", sparse, "--output-dir", str(out), *options]) == 0
-        recorded = "2:4" if "blocks" in pattern and options else pattern  # a packed file holds no tiles
-        assert json.loads((out / "castlm.json").read_text())["pattern"] == recorded
-        assert recorded in (out / "README.md").read_text()
+        assert json.loads((out / "castlm.json").read_text())["pattern"] == pattern
+        assert pattern in (out / "README.md").read_text()
         assert main(["verify", str(out)]) == 0
 
 
@@ -210,7 +212,7 @@ def test_rounding_by_rows_holds_a_bf16_model_as_it_is_stored_and_writes_the_byte
         return load
 
     for name, dtype in (("stored", None), ("fp32", torch.float32)):
-        monkeypatch.setattr(models_io, "load_model", loaded_in(dtype))
+        monkeypatch.setattr(quantized, "load_model", loaded_in(dtype))
         assert main(["quantize", str(out), "--kind", kind, "--output-dir", str(tmp_path / name)]) == 0
     assert asked == [None, None]
     stored, fp32 = (load_file(tmp_path / name / "model.safetensors") for name in ("stored", "fp32"))
@@ -223,18 +225,18 @@ def test_rounding_by_rows_holds_a_bf16_model_as_it_is_stored_and_writes_the_byte
     ("options", "complaint"),
     [
         (["--kind", "fp8", "--packed"], "the packed format holds int8 and int4"),
-        (["--head", "int8"], "--head int8 is of the packed format: pass --packed, or leave it out"),
-        (["--kind", "int4"], "int4 needs a calibration text: pass --calibration FILE"),
-        (["--calibration", "x.txt"], "calibration x.txt is of int4, and kind is int8: leave it out"),
+        (["--head", "int8"], "--head int8 is for the packed format: pass --packed, or leave it out"),
+        (["--kind", "int4"], "int4 needs a calibration text: see --calibration"),
+        (["--calibration", "x.txt"], "int8 needs no calibration text"),
         (["--damping", "2"], "damping = 2.0 is out of range: it must be between 0 and 1"),
-        (["--column", "story"], "column story is of int4, and kind is int8: leave it out"),
+        (["--column", "story"], "--column is for int4"),
         (["--chat-template-path", "no.jinja"], "no.jinja"),
         (
             ["--pattern", "1:4"],
             "is not 1:4 in model.layers.0.self_attn.q_proj: pass its own pattern, or prune it first",
         ),
         (["--pattern", "4:2"], "4:2"),
-        (["--seq-len", "128"], "seq_len 128 is of int4, and kind is int8: leave it out"),
+        (["--seq-len", "128"], "--seq-len is for int4"),
         (["--num-sequences", "0"], "--num-sequences = 0 is out of range: it must be at least 1"),
     ],
 )
@@ -253,7 +255,7 @@ def test_a_damaged_list_of_dense_layers_is_refused_before_the_model_is_loaded(
 ):
     record = json.loads((sparse_folder / "castlm.json").read_text())
     (sparse_folder / "castlm.json").write_text(json.dumps(record | {"left_dense": damaged}))
-    monkeypatch.setattr(models_io, "load_model", lambda *args, **options: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(quantized, "load_model", lambda *args, **options: pytest.fail("the model was loaded"))
     capsys.readouterr()
     assert main(["quantize", str(sparse_folder), "--output-dir", str(tmp_path / "out")]) == 2
     assert "castlm.json: left_dense is a" in capsys.readouterr().err
@@ -297,7 +299,49 @@ def test_a_run_does_not_lose_its_model_to_a_quantized_one(tmp_path, capsys):
     assert (sparse / "model.safetensors").read_bytes() == before
 
 
-def test_a_dense_model_needs_a_pattern(tmp_path, capsys):
-    folder = save_tiny(tmp_path / "dense", "llama")
-    assert main(["quantize", str(folder), "--output-dir", str(tmp_path / "out")]) == 2
-    assert "has no pattern in a castlm.json: check the path, or pass --pattern 2:4" in capsys.readouterr().err
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_dense_model_is_quantized_packed_with_an_int8_head_and_runs(kind, tmp_path, capsys):
+    dense, packed = save_tiny(tmp_path / "dense", "llama"), tmp_path / "packed"
+    (tmp_path / "t.txt").write_text(TEXT)
+    command = ["quantize", str(dense), "--kind", kind, "--packed", "--head", "int8", "--output-dir", str(packed)]
+    if kind == "int4":
+        command += ["--calibration", str(tmp_path / "t.txt"), "--seq-len", "64", "--num-sequences", "4"]
+    assert main(command) == 0
+    assert "dense" in capsys.readouterr().out
+    assert json.loads((packed / "castlm.json").read_text())["pattern"] is None
+    specs = read_specs([packed / "castlm.safetensors"])
+    assert {spec.pattern for spec in specs.values()} == {"dense"}
+    assert {spec.values for stem, spec in specs.items() if stem != "lm_head"} == {kind}
+    assert specs["lm_head"].values == "int8"
+    eval_options = ["--text", str(tmp_path / "t.txt"), "--seq-len", "64"]
+    figures = []
+    for folder in (dense, packed):
+        assert main(["eval", str(folder), *eval_options, "--json", str(tmp_path / "e.json")]) == 0
+        figures.append(json.loads((tmp_path / "e.json").read_text())["perplexity"])
+    assert abs(figures[1] / figures[0] - 1) < 0.05
+    assert main(["generate", str(packed), "--prompt", "Once", "--max-new-tokens", "4"]) == 0
+    assert main(["quantize", str(dense), "--output-dir", str(tmp_path / "plain")]) == 0
+    assert json.loads((tmp_path / "plain" / "castlm.json").read_text())["quantized"]["kind"] == "int8"
+    assert not list(packed.glob(".*"))
+
+
+def test_eval_of_a_packed_folder_measures_what_generate_computes(sparse_folder, tmp_path):
+    (tmp_path / "t.txt").write_text(TEXT)
+    packed = tmp_path / "packed"
+    assert main(["quantize", str(sparse_folder), "--packed", "--head", "int8", "--output-dir", str(packed)]) == 0
+    command = ["eval", str(packed), "--text", str(tmp_path / "t.txt"), "--seq-len", "64", "--eval-tokens", "64"]
+    assert main([*command, "--json", str(tmp_path / "e.json")]) == 0
+    model, ids = AutoModelForCausalLM.from_pretrained(packed), tiny_tokenizer()(TEXT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(ids[:, :64]).logits
+    expected = F.cross_entropy(logits[0, :-1], ids[0, 1:64]).exp().item()
+    assert json.loads((tmp_path / "e.json").read_text())["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_2_4_model_without_a_record_is_found_to_be_one(tmp_path, capsys):
+    sparse = prune_tiny(tmp_path, "llama")
+    (sparse / "castlm.json").unlink()
+    assert main(["quantize", str(sparse), "--output-dir", str(tmp_path / "out")]) == 0
+    assert "2:4 verified" in capsys.readouterr().out
+    assert main(["quantize", str(sparse), "--pattern", "dense", "--output-dir", str(tmp_path / "other")]) == 0
+    assert "2:4" not in capsys.readouterr().out

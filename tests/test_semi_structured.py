@@ -8,7 +8,7 @@ from torch import nn
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_, sparse_linears
-from castlm.inference import this_device, to_semi_structured_
+from castlm.inference import semi_structured, to_semi_structured_
 from castlm.inference.cuda_backends import Cusparselt, backend_for, int8_rows
 from tests.stub_backend import StubBackend, StubLinear
 from tests.tiny import tiny_model
@@ -90,8 +90,8 @@ def test_the_gpu_timer_counts_a_layer_that_does_not_run_as_dense(failing, monkey
     backend = StubBackend(
         lambda variant, *_: {"dense": 3.0, "2:4 a": 1.0}[variant], variants=["2:4 a"], failing=failing
     )
-    monkeypatch.setattr(this_device, "backend_for", lambda dtype, device: backend)
-    timer = this_device.GpuTimer("bf16")
+    monkeypatch.setattr(semi_structured, "backend_for", lambda dtype, device: backend)
+    timer = semi_structured.GpuTimer("bf16")
     timer._device = torch.device("cpu")
     sparse = next(form for form in timer.formats if form.sparse)
     assert timer.seconds(sparse, (64, 64), 4) == 3.0

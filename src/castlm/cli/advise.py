@@ -1,8 +1,9 @@
-"""`castlm advise`: whether 2:4 pays off for a model on a device, and which of finished results does."""
+"""`castlm advise`: which format to run a model in here, or on a GPU, and which of finished results pays off."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from castlm.cli.json_report import check_json_path
@@ -14,33 +15,31 @@ from castlm.fields import positional
 if TYPE_CHECKING:
     from typing import Any
 
-    from castlm.inference.advise import Advice
-    from castlm.inference.devices import Device
-    from castlm.inference.this_device import CpuTimer, GpuTimer
-
 
 @dataclass
 class AdviseCommand:
-    """Say which layers of a model should be dense, 2:4 or something else on a device, before anything is trained."""
+    """Say how fast and how large a model is in every format, dense and n:m, and what to use when.
+
+    On this CPU every format is timed, in about a minute. A GPU is estimated, or timed where it is at hand.
+    """
 
     model: str = positional()
     """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; only its config is read."""
 
-    tokens: int = field(default=1, metadata={"at_least": 1})
-    """Rows that a layer sees at once: the batch size in decode, the tokens of all prompts in prefill."""
+    tokens: int = field(default=0, metadata={"at_least": 0})
+    """Rows that a layer sees at once: the batch size in decode, the tokens of all prompts in prefill. 0 takes 1, 8 and
+    512 on a CPU, and 1 on a GPU."""
 
     dtype: Literal["bf16", "fp16", "fp32", "int8", "fp8"] = "bf16"
     """What the model is served in now; every format is compared with it."""
 
     device: str = "this"
-    """A GPU such as h100, a100-40gb, l40s or rtx4090 (an unknown name lists all), or "this" for the one at hand."""
-
-    measure: bool = False
-    """Time the layers on the device at hand instead of estimating them."""
+    """A GPU such as h100, a100-40gb, l40s or rtx4090 (an unknown name lists all), whose times are estimated, or "this"
+    for the GPU or CPU at hand, which is timed."""
 
     pattern: str = "2:4"
-    """2:4, or channels and heads that are cut out, as channels:0.5: the advice is then on the smaller model, with its
-    speed beside that of the whole one."""
+    """n:m (2:4 on a GPU), or channels and heads that are cut out, as channels:0.5: the advice is then on the smaller
+    model, with its speed beside that of the whole one."""
 
     results: tuple[str, ...] = ()
     """Runs of `castlm train`, or their model folders: compare them and the dense model at equal perplexity, by bytes
@@ -54,26 +53,71 @@ class AdviseCommand:
 
     def run(self) -> int:
         from castlm.export.cut_sizes import cut_pattern
-        from castlm.inference.devices import find_device
+        from castlm.inference.semi_structured import this_gpu
 
         check_json_path(self.json, result_folder(self.model), *self.results)
         if self.results:
             return self._compare_results()
         pattern = Pattern.parse(self.pattern)
         cut = None if cut_pattern(pattern) is None else pattern
+        if cut is None and not isinstance(pattern, NM):
+            raise InputError(f"pattern {pattern}: advise knows n:m, and channels and heads that are cut out")
+        if self.device != "this" or this_gpu() is not None:
+            return self._on_gpu(pattern, cut)
+        return self._on_cpu(pattern, cut)
+
+    def _on_cpu(self, pattern: Pattern, cut: Pattern | None) -> int:
+        from castlm.inference.advise import SECONDS, WORKLOADS, rank, shapes_of
+        from castlm.progress import note, shown_progress
+
+        name = result_folder(self.model)
+        shapes = shapes_of(name, self.trust_remote_code, cut)
+        workloads = {f"{self.tokens} tokens": self.tokens} if self.tokens else WORKLOADS
+        num_shapes = len(shapes.blocks) + (shapes.head is not None)
+        expected = 1.5 * SECONDS * (1 if cut is None else 2)
+        note(f"timing {num_shapes} layer shapes in every format takes about {expected:.0f} s")
+        with shown_progress("advise, layer shapes") as progress:
+            options = {"dtype": self.dtype, "workloads": workloads, "progress": progress}
+            found = rank(
+                shapes,
+                pattern=pattern if isinstance(pattern, NM) else None,
+                perplexities=_perplexities(name, self.dtype),
+                **options,
+            )
+            report, lines = found.as_dict(), [found.text()]
+            if cut is not None:
+                whole = rank(shapes_of(name, self.trust_remote_code), pattern=None, **options)
+                speeds = {w: whole.base.seconds[w] / found.base.seconds[w] for w in workloads}
+                report |= {"pattern": self.pattern, "cut_speedup": speeds}
+                said = ", ".join(f"{speed:.2f} for {workload}" for workload, speed in speeds.items())
+                lines.append(f"{pattern}: dense in {self.dtype}, times as fast as the whole model: {said}")
+        return self._show(report, "\n".join(lines))
+
+    def _on_gpu(self, pattern: Pattern, cut: Pattern | None) -> int:
+        from castlm.inference.advise import shapes_of
+        from castlm.inference.devices import find_device
+        from castlm.inference.roofline import advise
+        from castlm.inference.semi_structured import GpuTimer, this_gpu
+
         if cut is None and pattern != NM(2, 4):
-            raise InputError(f"pattern {pattern}: advise knows 2:4, and channels and heads that are cut out")
-        timer: CpuTimer | GpuTimer | None = None
-        if self.device == "this":
-            device, timer = self._this_device()
-        elif self.measure:
-            raise InputError(f"--measure times the device at hand: leave out --device {self.device}")
-        else:
-            device = find_device(self.device)
-        found = self._advise(device, timer, cut)
+            raise InputError(f"pattern {pattern}: GPUs have hardware for 2:4 alone")
+        device = this_gpu() if self.device == "this" else find_device(self.device)
+        assert device is not None
+        timer = GpuTimer(self.dtype) if self.device == "this" else None
+        found, *whole = (
+            advise(
+                shapes_of(result_folder(self.model), self.trust_remote_code, left),
+                device,
+                tokens=self.tokens or 1,
+                dtype=self.dtype,
+                formats=timer.formats if timer else None,
+                seconds=timer.seconds if timer else None,
+            )
+            for left in ([None] if cut is None else [cut, None])
+        )
         report, lines = found.as_dict(), [found.text()]
-        if cut is not None:
-            before, after = (advice.totals[self.dtype] for advice in (self._advise(device, timer, None), found))
+        if whole:
+            before, after = whole[0].totals[self.dtype], found.totals[self.dtype]
             report |= {"pattern": self.pattern, "seconds_before_cut": before, "cut_speedup": before / after}
             lines.append(
                 f"{pattern}: dense in {self.dtype}, the layers and the head that are left are {before / after:.2f} "
@@ -98,32 +142,22 @@ class AdviseCommand:
         report = as_dict(measure(chosen, note))
         return self._show(report, text(report))
 
-    def _advise(self, device: Device, timer: CpuTimer | GpuTimer | None, cut: Pattern | None) -> Advice:
-        from castlm.inference.advise import advise, shapes_of
 
-        return advise(
-            shapes_of(result_folder(self.model), self.trust_remote_code, cut),
-            device,
-            tokens=self.tokens,
-            dtype=self.dtype,
-            formats=timer.formats if timer else None,
-            seconds=timer.seconds if timer else None,
-        )
-
-    def _this_device(self) -> tuple[Device, CpuTimer | GpuTimer | None]:
-        """The record of the device at hand, and with --measure what times layers on it."""
-        from castlm.inference.native import check_built
-        from castlm.inference.roofline import cpu_formats
-        from castlm.inference.this_device import CpuTimer, GpuTimer, this_cpu, this_gpu
-
-        gpu = this_gpu()
-        if gpu is not None:
-            return gpu, GpuTimer(self.dtype) if self.measure else None
-        check_built()
-        return this_cpu(self.tokens), CpuTimer(cpu_formats(self.dtype)) if self.measure else None
+_ADVICE = ("tokens", "dtype", "device", "pattern", "trust_remote_code")
 
 
-_ADVICE = ("tokens", "dtype", "device", "measure", "pattern", "trust_remote_code")
+def _perplexities(name: str, dtype: str) -> dict[str, float]:
+    """The perplexities that the castlm.json of a result records, by the names of the formats that they are of."""
+    from castlm.export.folder import read_manifest
+    from castlm.training.verdict import final_perplexity
+
+    record = read_manifest(Path(name)) if Path(name).is_dir() else {}
+    found = record.get("perplexity")
+    if not isinstance(found, dict):
+        return {}
+    final = final_perplexity(found)
+    known = {f"dense {dtype}": found.get("dense"), f"{record.get('pattern')} {dtype}": final}
+    return {option: float(value) for option, value in known.items() if value is not None}
 
 
 def main(arguments: list[str]) -> int:

@@ -101,10 +101,16 @@ class EvalCommand:
         from castlm.progress import shown_progress
 
         keep_freed_memory()
-        loaded = load_model(result_folder(self.path), trust_remote_code=self.trust_remote_code, revision=self.revision)
+        device = choose_device(self.device)
+        loaded = load_model(
+            result_folder(self.path),
+            trust_remote_code=self.trust_remote_code,
+            revision=self.revision,
+            unpack=device != "cpu",  # what castlm generate computes is what is measured
+        )
         with_template(loaded.tokenizer, self.chat_template_path)
         model = loaded.model
-        model.to(choose_device(self.device))
+        model.to(device)
         precision = choose_precision(self.precision, model.device, model.config)
         if slow := why_slow(precision, model.device):
             to_stderr(slow)

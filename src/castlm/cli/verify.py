@@ -64,7 +64,10 @@ def recorded_pattern(path: str) -> str | None:
     if not file.is_file():
         return None
     try:
-        return str(read_json_object(file)["pattern"])
+        found = read_json_object(file)["pattern"]
+        if found is None:
+            raise InputError(f"{path} is a dense model: give --pattern 2:4 to count its groups all the same")
+        return str(found)
     except KeyError:
         raise InputError(f"{file} names no pattern: give --pattern 2:4") from None
 

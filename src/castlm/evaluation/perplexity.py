@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -22,8 +23,11 @@ from castlm.data.documents import open_documents
 from castlm.data.images import join_images
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import IGNORED, check_vocabulary
-from castlm.models.architecture import backbone, context_length, eval_mode, output_head
+from castlm.inference.layers import PackedLinear
+from castlm.models.architecture import backbone, context_length, eval_mode, logit_scale, output_head
 from castlm.versions import library_versions
+
+_HEAD_ROWS = 192  # tokens whose logits are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +86,12 @@ def perplexity(
             outside 1..seq_len, or a loss that is not finite (the message names the sequence).
     """
     stride = seq_len if stride is None else stride
-    head, device = output_head(model), model.device
+    packed_head = model.get_output_embeddings()
+    head = None if isinstance(packed_head, PackedLinear) else output_head(model)
+    device = model.device
     text = text if isinstance(text, ScoredText) else ScoredText.of(text)
     _check(model, text.ids, seq_len, stride, batch_size)
-    check_vocabulary(text.ids, head.weight.shape[0])
+    check_vocabulary(text.ids, packed_head.out_features if head is None else head.weight.shape[0])
 
     sequences = sequences_of(text, seq_len, stride)
     total, done, scored = 0.0, 0, 0
@@ -100,7 +106,10 @@ def perplexity(
             images = images_of(text, batch, device)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
                 hidden = backbone(model)(input_ids=input_ids, use_cache=False, **images).last_hidden_state
-                nll = distillation_loss(hidden[:, :-1], head, labels, eta=0, num_tokens=1).loss.item()
+                if head is None:
+                    nll = _packed_nll(model, hidden[:, :-1], labels)
+                else:
+                    nll = distillation_loss(hidden[:, :-1], head, labels, eta=0, num_tokens=1).loss.item()
             if not math.isfinite(nll):
                 raise InputError(
                     f"the loss is {nll} in tokens {batch[0].begin} to {batch[-1].end} of the text: the model has "
@@ -121,6 +130,17 @@ def perplexity(
         seq_len=min(seq_len, max(end - begin for begin, end in text.stretches)),
         stride=stride,
     )
+
+
+def _packed_nll(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> float:
+    """The summed loss through a packed head, which castlm's kernels compute as they do in `castlm generate`."""
+    head, (scale, softcap), total = model.get_output_embeddings(), logit_scale(model.config), 0.0
+    for x, y in zip(hidden.flatten(0, 1).split(_HEAD_ROWS), labels.flatten().split(_HEAD_ROWS)):
+        logits = head(x).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        total += F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum").item()
+    return total
 
 
 def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int, batch_size: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from castlm.core.errors import InputError
 from castlm.files.reading import check_regular, read_json_object
 from castlm.files.stored import INDEX, SINGLE, StoredTensor, read_header, read_weight_map, shard_files
-from castlm.inference import format as packed
+from castlm.inference import formats
 from castlm.models.layout import QUANT_METHOD
 
 _WEIGHTS = re.compile(
@@ -66,8 +66,12 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
         return _one_file(path)
     if (path / "adapter_config.json").exists():
         raise InputError(f"{path} holds an adapter, not a model: merge it into its base model first")
-    names = (packed.FILE, packed.INDEX) if is_packed(config) else (SINGLE, INDEX)
+    names = (formats.FILE, formats.INDEX) if is_packed(config) else (SINGLE, INDEX)
     single, index = (path / name for name in names)
+    if is_packed(config):
+        named = config["quantization_config"].get("weights", formats.FILE)
+        if named != (single if single.exists() else index).name:
+            raise InputError(f"{path / 'config.json'} names the weights {named!r}, which castlm does not write")
     if single.exists():
         files, tensors = [single.name], read_header(single)
     elif index.exists():
@@ -86,8 +90,8 @@ def is_packed(config: Mapping[str, Any]) -> bool:
 
 def _one_file(file: Path) -> dict[str, StoredTensor]:
     tensors = read_header(file)
-    for index in (file.parent / INDEX, file.parent / packed.INDEX):
-        is_whole = file.name in (SINGLE, packed.FILE)
+    for index in (file.parent / INDEX, file.parent / formats.INDEX):
+        is_whole = file.name in (SINGLE, formats.FILE)
         if index.is_file() and not is_whole and file.name in read_weight_map(index).values():
             raise InputError(f"{file} is one of several files of a model: verify the folder {file.parent}")
     return tensors

@@ -120,7 +120,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def new_manifest(pattern: Pattern, left_dense: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
+def new_manifest(pattern: Pattern | str, left_dense: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
     """The content of castlm.json, except the key `proof`."""
     return {
         "schema_version": SCHEMA_VERSION,

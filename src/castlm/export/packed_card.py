@@ -15,8 +15,8 @@ from castlm.export.card import model_card
 
 _HEAD = """{front_matter}# {name}, packed {pattern}
 
-The {pattern} sparse weights of this model are stored without their zeros, in castlm's packed format. Without castlm
-(`pip install castlm`), transformers finds no weights here. Python:
+The weights of this model are stored in castlm's packed format{zeros}. Without castlm (`pip install castlm`),
+transformers finds no weights here. Python:
 
 ```python
 import castlm  # registers the format with transformers
@@ -44,7 +44,12 @@ def packed_card(source: Path, manifest: Mapping[str, Any], pattern: str) -> str:
         return card
     before = _read_card(source)
     front_matter = _front_matter(before)
-    head = _HEAD.format(front_matter=front_matter, name=source.resolve().name, pattern=pattern)
+    head = _HEAD.format(
+        front_matter=front_matter,
+        name=source.resolve().name,
+        pattern=pattern,
+        zeros="" if pattern == "dense" else ", without their zeros",
+    )
     body = before.removeprefix(front_matter)
     return f"{head}{_BELOW}{body}" if body.strip() else head
 

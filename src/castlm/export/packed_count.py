@@ -11,7 +11,7 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import NM
 from castlm.export.report import LayerReport
 from castlm.files.stored import FLOATS, StoredTensor, byte_chunks, count_non_finite, magnitude_chunks
-from castlm.inference.format import PackedSpec, read_specs
+from castlm.inference.formats import FORMATS, PackedSpec, read_specs
 
 
 class Packed(NamedTuple):
@@ -19,6 +19,17 @@ class Packed(NamedTuple):
 
     spec: PackedSpec
     parts: Mapping[str, StoredTensor]
+
+    def num_non_finite(self) -> int:
+        """Values and scales that are NaN or infinite, and scales with which the largest integer is infinite."""
+        found = sum(map(count_non_finite, self.parts.values()))
+        if found or "scales" not in self.parts:
+            return found
+        scales = self.parts["scales"]
+        bits = np.concatenate([chunk.astype(np.uint32) for chunk in magnitude_chunks(scales)])
+        magnitudes = (bits if scales.dtype == "F32" else bits << 16).view(np.float32)
+        largest = np.float64(np.finfo(np.float32).max) / (FORMATS[self.spec.values].largest + 1)
+        return int(np.count_nonzero(magnitudes > largest))
 
 
 def take_packed(tensors: dict[str, StoredTensor]) -> dict[str, Packed]:
@@ -28,7 +39,7 @@ def take_packed(tensors: dict[str, StoredTensor]) -> dict[str, Packed]:
         The packed tensors by that name. In `tensors` they have the shape that they have unpacked.
 
     Raises:
-        InputError: as `castlm.inference.format.read_specs`.
+        InputError: as `castlm.inference.formats.read_specs`.
     """
     packed = {}
     for stem, spec in read_specs(sorted({tensor.file for tensor in tensors.values()})).items():
@@ -36,7 +47,7 @@ def take_packed(tensors: dict[str, StoredTensor]) -> dict[str, Packed]:
         shape, name = spec.unpacked_shape, spec.tensor_name(stem)
         if name in tensors:
             raise InputError(f"{name} is stored packed and plain: pack the model again")
-        dtype = "F32" if spec.values in ("int8", "int4") else parts["values"].dtype
+        dtype = "F32" if spec.rounded else parts["values"].dtype
         tensors[name] = parts["values"]._replace(name=name, dtype=dtype, shape=shape)
         packed[name] = Packed(spec, parts)
     return packed
@@ -46,9 +57,9 @@ def count_packed_layer(tensor: StoredTensor, packed: Packed, pattern: NM) -> Lay
     """Counts a layer from its mask; a kept value that is zero counts as a zero."""
     spec = packed.spec
     layer = LayerReport(tensor.name, tensor.shape, spec.values, axis=len(tensor.shape) - (2 if spec.transposed else 1))
-    layer.num_non_finite = sum(map(count_non_finite, packed.parts.values()))
+    layer.num_non_finite = packed.num_non_finite()
     if not spec.m:
-        layer.problem = "dense: quantized, and packed without a mask"
+        layer.problem = "dense: packed without a mask"
         return layer
     layer.num_zeros = spec.rows * spec.columns - _nonzeros(spec, packed.parts["values"])
     if spec.columns % pattern.m:
@@ -81,8 +92,8 @@ def count_packed(spec: PackedSpec, mask: StoredTensor, m: int, n: int) -> Packed
     values belong to other columns than the mask says.
     """
     groups = violations = most = num_damaged = 0
-    for chunk in byte_chunks(mask, -(-spec.columns // 8)):
-        bits = np.unpackbits(chunk.reshape(-1, -(-spec.columns // 8)), axis=1, bitorder="little")
+    for chunk in byte_chunks(mask, mask.shape[1]):
+        bits = np.unpackbits(spec.mask_to_bits(chunk.reshape(-1, mask.shape[1])), axis=1, bitorder="little")
         num_damaged += int(np.count_nonzero(bits[:, spec.columns :]))
         kept = np.ascontiguousarray(bits[:, : spec.columns])
         num_damaged += int(np.count_nonzero(_sums(kept, spec.m) != spec.n))

@@ -27,7 +27,7 @@ from castlm.export.report import LayerReport, VerifyReport
 from castlm.export.unit_count import base_config, count_units, groups_of
 from castlm.files.reading import read_json_object, user_path
 from castlm.files.stored import FLOATS, SINGLE, StoredTensor, count_non_finite, magnitude_chunks, non_finite_of
-from castlm.inference import format
+from castlm.inference import formats
 from castlm.models.layout import OLD_BUFFERS, experts_input_axis, guess_model_type, stored_transposed
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
@@ -108,8 +108,7 @@ def verify(
         if len(tensor.shape) >= 2:
             shape = f"{len(tensor.shape)}-D of shape {'x'.join(map(str, tensor.shape))}, {tensor.dtype}"
             (report.uncounted if why_dense is None else report.dense)[name] = why_dense or shape
-        stored = packed[name].parts.values() if name in packed else [tensor]
-        if num_non_finite := sum(map(count_non_finite, stored)):
+        if num_non_finite := packed[name].num_non_finite() if name in packed else count_non_finite(tensor):
             report.non_finite_elsewhere[name] = num_non_finite
     if cuts:
         count_units(report, config, dense_config, where)
@@ -135,7 +134,7 @@ def _compare_layers(
                 f"{path} has no config.json, so its layers are unknown: copy that of the model, or verify one "
                 ".safetensors file by its own path"
             )
-        if path.is_dir() or (config and path.name == (format.FILE if is_packed(config) else SINGLE)):
+        if path.is_dir() or (config and path.name == (formats.FILE if is_packed(config) else SINGLE)):
             return check_layers(path if path.is_dir() else path.parent, tensors, config, ignored)
         check_uniform(path, tensors)
         return "each other"

@@ -1,50 +1,76 @@
-"""Whether 2:4 pays off for a model on a device, before anyone trains or rents: by layer shape and as a whole.
+"""Which format to run a model in on this CPU: every format timed here, with its bytes, and its perplexity where known.
 
-The times are a roofline's (`roofline.py`), or measured here. The model is never loaded: its config gives the shapes.
+The layers are those of the model's config, filled with random numbers: nothing is downloaded or trained. Each shape is
+timed in every format in turns, with as many copies of the weight as the caches do not hold, as in a model. Attention,
+norms and caches are left out; they take the same time in every format. GPUs are estimated by `roofline.py`.
 """
 
 from __future__ import annotations
 
 import math
+import platform
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
-from castlm.core.pattern import Pattern
+from castlm.core.pattern import NM, Pattern, nm_mask
 from castlm.core.sparsify import is_sparse_linear
-from castlm.dtypes import FLOATS
+from castlm.dtypes import FLOATS, STORED
 from castlm.export.cut_sizes import sizes_after, sizes_of
-from castlm.inference.devices import Device
-from castlm.inference.published import KERNEL_SOURCE, Evidence, evidence
-from castlm.inference.roofline import Format, cpu_formats, gpu_formats, is_assumed, layer_seconds, supports
+from castlm.hardware import has_fast_bf16
+from castlm.inference import native
+from castlm.inference.formats import FORMATS, PackedSpec
+from castlm.inference.layers import packed_linear
+from castlm.inference.packed import PackedTensor, pack, pack_integers
 
 Shape = tuple[int, int]
-Seconds = Callable[[Format, Shape, int], float]
-"""`seconds(form, (out_features, in_features), tokens)` of one layer."""
+"""(out_features, in_features)."""
 
 NOTICEABLE = 1.05
 """A gain below this is within the spread of measurements, and is not advised."""
 
+TWO_OF_FOUR = NM(2, 4)
+
+WORKLOADS = {"one token": 1, "batch of 8": 8, "prompt of 512": 512}
+"""Rows that a layer sees at once; the head sees one of a prompt."""
+
+TRANSFORMERS = "transformers"
+SECONDS = 30.0
+"""How long all shapes are timed by default, without making the weights."""
+
+_COLD_BYTES = 48 << 20  # more than most last caches: each call finds its weight in memory, as in a model
+_MOST_WEIGHTS = 4 << 20  # of a timed layer: of a larger one a part of the rows is timed
+_LEAST_ROUNDS = 3
+
 
 @dataclass(frozen=True)
 class Shapes:
-    """The linear layers of a model."""
+    """The weights of a model by shape."""
 
     blocks: Mapping[Shape, int]
-    """How many layers inside the transformer blocks have the shape (out_features, in_features)."""
+    """How many linear layers inside the transformer blocks have the shape."""
     head: Shape | None = None
-    """The output head, which stays dense."""
+    """The output head."""
     num_expert_weights: int = 0
     """Weights of experts, which are left out: how many tokens each sees depends on the router."""
+    is_tied: bool = True
+    """Whether the embedding is the head's table."""
+    num_others: int = 0
+    """Weights that are neither in `blocks`, in the tables of embedding and head, nor of experts."""
 
 
-def layer_shapes(model: nn.Module) -> Shapes:
-    """The shapes of a model's linear layers; the model may be on the meta device.
+def layer_shapes(model: PreTrainedModel) -> Shapes:
+    """The shapes of a model's weights; the model may be on the meta device.
 
     Raises:
         InputError: no linear layer inside numbered blocks.
@@ -53,9 +79,14 @@ def layer_shapes(model: nn.Module) -> Shapes:
     blocks = Counter(_shape(m) for name, m in linears.items() if is_sparse_linear(m, name))
     if not blocks:
         raise InputError(f"{type(model).__name__} has no linear layer inside transformer blocks: nothing to advise on")
-    outside = [_shape(m) for name, m in linears.items() if not is_sparse_linear(m, name)]
+    outside = [m for name, m in linears.items() if not is_sparse_linear(m, name)]
+    head = max(outside, key=lambda m: m.weight.numel(), default=None)
     experts = sum(m.weight.numel() for m in model.modules() if isinstance(m, ExpertLinear))
-    return Shapes(dict(blocks), max(outside, key=math.prod, default=None), experts)
+    tables = {id(model.get_input_embeddings().weight), id(None if head is None else head.weight)}
+    others = sum(p.numel() for p in model.parameters() if id(p) not in tables) - experts
+    others -= sum(math.prod(shape) * count for shape, count in blocks.items())
+    is_tied = bool(model.config.get_text_config().tie_word_embeddings)
+    return Shapes(dict(blocks), None if head is None else _shape(head), experts, is_tied, others)
 
 
 def _shape(layer: nn.Linear) -> Shape:
@@ -81,181 +112,318 @@ def shapes_of(name: str, trust_remote_code: bool = False, cut: Pattern | None = 
     return layer_shapes(shape_model(config, trust_remote_code=trust_remote_code))
 
 
-@dataclass(frozen=True)
-class Row:
-    """One layer shape in every format."""
+# ---- what is compared
 
-    shape: Shape
-    count: int
+
+@dataclass(frozen=True)
+class Option:
+    """A way to store and multiply the linear layers of a model."""
+
+    values: str
+    """A name of `FORMATS`."""
+    n: int = 0
+    m: int = 0
+    """The pattern; both 0 of dense layers."""
+    head: str = "bf16"
+    """Values of the output head and of an embedding tied to it."""
+    by_torch: bool = False
+    """Whether torch multiplies, as transformers runs a plain folder, and not castlm's kernels."""
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.m > 0
+
+    @property
+    def name(self) -> str:
+        if self.by_torch:
+            return f"{TRANSFORMERS}, {self.values}"
+        head = ", int8 head" if self.head == "int8" else ""
+        return f"{f'{self.n}:{self.m}' if self.m else 'dense'} {self.values}{head}"
+
+    def spec(self, shape: Shape, values: str | None = None) -> PackedSpec:
+        """How a layer is stored; a width that m does not divide is dense."""
+        n, m = (self.n, self.m) if self.m and shape[1] % self.m == 0 else (0, 0)
+        return PackedSpec(*shape, n, m, values or self.values)
+
+
+def options(dtype: str = "bf16", pattern: NM | None = TWO_OF_FOUR) -> list[Option]:
+    """What a model could be on a CPU: as transformers runs it, dense in `dtype`, int8 and int4, and n:m in the three.
+
+    Args:
+        dtype: "bf16", "fp16" or "fp32", of what is not rounded.
+        pattern: None leaves the sparse ones out.
+    """
+    patterns = [(0, 0)] if pattern is None else [(0, 0), (pattern.n, pattern.m)]
+    rounded = [form.name for form in FORMATS.values() if form.rounds and form.kernel is not None]
+    by_torch = "bf16" if dtype == "bf16" and has_fast_bf16() else "fp32"
+    found = [Option(by_torch, head=by_torch, by_torch=True)]
+    for n, m in patterns:
+        found += [Option(dtype, n, m, head=dtype), *(Option(values, n, m, head="int8") for values in rounded)]
+    return found
+
+
+def num_bytes(option: Option, shapes: Shapes, dtype: str) -> int:
+    """Bytes of a model's weights in a file, without experts."""
+    blocks = sum(count * _bytes_of(option.spec(shape)) for shape, count in shapes.blocks.items())
+    head = 0 if shapes.head is None else _bytes_of(PackedSpec(*shapes.head, 0, 0, option.head))
+    width = FORMATS[option.values if option.by_torch else dtype].bits // 8
+    embedding = 0 if shapes.is_tied or shapes.head is None else math.prod(shapes.head) * width
+    return blocks + head + embedding + shapes.num_others * width
+
+
+def _bytes_of(spec: PackedSpec) -> int:
+    return sum(math.prod(shape) * STORED[dtype].itemsize for dtype, shape in spec.tensors().values())
+
+
+# ---- timing
+
+Multiply = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def time_layer(specs: Mapping[str, PackedSpec | torch.dtype], shape: Shape, rows: Sequence[int], seconds: float) -> Any:
+    """Times one layer in several formats in turns.
+
+    Args:
+        specs: how castlm's kernels have the weight, or the dtype in which torch has it, by name.
+        shape: of the weight.
+        rows: of the inputs, each a measurement.
+        seconds: for each of them, at least three rounds.
+
+    Returns:
+        The least seconds of one multiplication, by the number of rows and the name.
+    """
+    share = min(1.0, _MOST_WEIGHTS / math.prod(shape))
+    out = max(4, int(shape[0] * share) // 4 * 4) if share < 1 else shape[0]
+    weights = {name: _cold_weights(spec, (out, shape[1])) for name, spec in specs.items()}
+    return {
+        count: {name: s * shape[0] / out for name, s in _race(weights, torch.randn(count, shape[1]), seconds).items()}
+        for count in rows
+    }
+
+
+def _race(weights: Mapping[str, list[Multiply]], x: Tensor, seconds: float) -> dict[str, float]:
+    """The least seconds of one multiplication by each, A B A B; every call by another copy of the weight."""
+    times: dict[str, list[float]] = {name: [] for name in weights}
+    began, number = time.perf_counter(), 0
+    while number < _LEAST_ROUNDS or time.perf_counter() - began < seconds:
+        for name, copies in weights.items():
+            count = max(1, math.ceil(len(copies) / len(x) / 2))  # fewer where the multiplications take longer
+            chosen = [copies[(number * count + i) % len(copies)] for i in range(count)]
+            started = time.perf_counter()
+            for multiply in chosen:
+                multiply(x)
+            times[name].append((time.perf_counter() - started) / count)
+        number += 1
+    return {name: min(found[1:]) for name, found in times.items()}  # the first round warms up
+
+
+def _cold_weights(spec: PackedSpec | torch.dtype, shape: Shape) -> list[Multiply]:
+    """Functions of x (tokens, in) that multiply it by a random weight: as many copies as fill the caches."""
+    rows, columns = shape
+    if isinstance(spec, torch.dtype):
+        weight = torch.randn(rows, columns).to(spec)
+        copies = [weight.clone() for _ in range(max(2, math.ceil(_COLD_BYTES / weight.nbytes)))]
+        return [lambda x, weight=one: F.linear(x.to(weight.dtype), weight) for one in copies]  # type: ignore[misc]
+    packed = _random_packed(rows, columns, spec.n, spec.m, spec.values)
+    size = native.packed_bytes(spec.values, spec.n, spec.m, rows, columns)
+    step = -(-size // 64) * 64  # aligned as those of a model
+    buffers = native.allocate(step * max(2, math.ceil(_COLD_BYTES / step))).view(-1, step)[:, :size]
+    parts = packed.values, packed.mask_bits, packed.scales
+    native.repack_(buffers[0], *parts, spec.values, spec.n, spec.m, columns)
+    buffers[1:] = buffers[0]
+    return [lambda x, buffer=one: packed_linear(x, buffer, rows) for one in buffers]  # type: ignore[misc]
+
+
+def _random_packed(rows: int, columns: int, n: int, m: int, values: str) -> PackedTensor:
+    weight, form = torch.randn(rows, columns), FORMATS[values]
+    mask = nm_mask(weight, n, m) if m else None
+    if mask is not None:
+        weight.masked_fill_(~mask, 0)
+    if form.rounds:
+        scales = torch.ones(rows, form.num_scales(columns), dtype=STORED[form.scale])
+        codes = weight.clamp(-1, 1).mul(form.largest).round().to(torch.int8)
+        return pack_integers(codes, scales, values, n, m, mask)
+    weight = weight.to(FLOATS[values])
+    return pack(weight, n, m) if m else PackedTensor(PackedSpec(rows, columns, 0, 0, values), weight, None, None)
+
+
+# ---- the ranking
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One option for a model, measured."""
+
+    option: Option
     seconds: Mapping[str, float]
-    """Of one layer, by the name of the format."""
-    best: str
-    """The fastest format that keeps the weights as they are: dense or 2:4. Dense unless 2:4 is noticeably faster."""
+    """All linear layers and the head, by workload."""
+    num_bytes: int
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True)
-class Advice:
-    """The answer for one model, device, dtype and number of tokens."""
+class Ranking:
+    """Every option for a model on this CPU, the fastest for one token first."""
 
     device: str
     dtype: str
-    tokens: int
-    source: str
-    """Where the times come from: "roofline" or "measured here"."""
-    rows: Sequence[Row]
-    head_seconds: float
-    totals: Mapping[str, float]
-    """Seconds of all layers and the dense head, by format."""
-    formats: Sequence[Format]
-    evidence: Sequence[Evidence] = field(default_factory=tuple)
+    rows: Sequence[Ranked]
     notes: Sequence[str] = field(default_factory=tuple)
 
-    def speedup(self, name: str) -> float:
-        """How many times as fast as dense the whole model is, if all its layers are stored as `name`."""
-        return self.totals[self.dtype] / self.totals[name]
+    @property
+    def workloads(self) -> list[str]:
+        return list(self.rows[0].seconds)
 
     @property
-    def mixed_speedup(self) -> float:
-        """The speed-up if each layer is dense or 2:4, whichever is faster: what `to_semi_structured_` does."""
-        best = self.head_seconds + sum(row.count * row.seconds[row.best] for row in self.rows)
-        return self.totals[self.dtype] / best
+    def base(self) -> Ranked:
+        """Dense in `dtype` by castlm's kernels: what speeds are relative to."""
+        return next(row for row in self.rows if row.option == Option(self.dtype, head=self.dtype))
+
+    def speedup(self, row: Ranked, workload: str) -> float:
+        """How many times as fast as `base`."""
+        return self.base.seconds[workload] / row.seconds[workload]
+
+    def best(self, sparse: bool, workload: str) -> Ranked:
+        """The fastest dense or n:m row; ties within the noise go to the one with fewer bytes."""
+        rows = [row for row in self.rows if row.option.is_sparse == sparse and not row.option.by_torch]
+        least = min(row.seconds[workload] for row in rows)
+        close = [row for row in rows if row.seconds[workload] <= NOTICEABLE * least]
+        return min(close, key=lambda row: row.num_bytes)
 
     @property
     def verdict(self) -> str:
-        """One sentence on 2:4 in the model's own dtype."""
-        sparse = f"2:4 {self.dtype}"
-        where = f"at {self.tokens:,} token{'s' * (self.tokens > 1)} on {self.device}"
-        if sparse not in self.totals:
-            return f"Do not use 2:4 for speed: {self.device} has no hardware for it in {self.dtype}."
-        whole, mixed = self.speedup(sparse), self.mixed_speedup
-        if mixed < NOTICEABLE:
-            kind = "slower than" if whole < 1 / NOTICEABLE else "no faster than"
-            return f"Do not use 2:4 for speed {where}: the linear layers are {kind} dense ({whole:.2f}x)."
-        if mixed > whole * 1.01:
-            return f"Use 2:4 {where} in some layers only: {mixed:.2f}x of dense, {whole:.2f}x if all are 2:4."
-        return f"Use 2:4 {where}: the linear layers run {whole:.2f}x as fast as dense."
+        """Two sentences: what to use for one sequence, and for prompts and batches."""
+        first, *many = self.workloads
+        dense = self.best(False, first)
+        text = (
+            f"For {first}, use {dense.option.name}: it is {self.speedup(dense, first):.2f} times as fast as "
+            f"{self.base.option.name} and takes {dense.num_bytes / 1e6:,.0f} MB"
+        )
+        if not any(row.option.is_sparse for row in self.rows):
+            return f"{text}."
+        sparse = self.best(True, first)
+        text += (
+            f"; {sparse.option.name} is {self.speedup(sparse, first):.2f} times as fast and takes "
+            f"{sparse.num_bytes / 1e6:,.0f} MB, but at equal bytes dense int4 has the lower perplexity after a short "
+            "recovery."
+        )
+        gains = []
+        for workload in many:
+            one, other = self.best(True, workload), self.best(False, workload)
+            ratio = other.seconds[workload] / one.seconds[workload]
+            words = f"for a {workload}, {one.option.name} is {ratio:.2f} times as fast as {other.option.name}"
+            gains.append((ratio, words))
+        if not gains:
+            return text
+        pays = any(ratio >= NOTICEABLE for ratio, _ in gains)
+        use = "use it where they are the cost and its perplexity is good enough" if pays else "it does not pay for them"
+        found = " and ".join(words for _, words in gains)
+        return f"{text} {found[0].upper()}{found[1:]}: {use}."
 
     def as_dict(self) -> dict[str, Any]:
-        """The advice as plain JSON."""
-        rows = [asdict(row) | {"shape": list(row.shape), "seconds": dict(row.seconds)} for row in self.rows]
+        """The ranking as plain JSON."""
+        rows = [
+            {
+                **asdict(row),
+                "name": row.option.name,
+                "speedup": {name: self.speedup(row, name) for name in row.seconds},
+            }
+            for row in self.rows
+        ]
         return {
             "device": self.device,
             "dtype": self.dtype,
-            "tokens": self.tokens,
-            "source": self.source,
             "verdict": self.verdict,
-            "speedup": {form.name: self.speedup(form.name) for form in self.formats},
-            "mixed_speedup": self.mixed_speedup,
             "rows": rows,
-            "evidence": [asdict(found) for found in self.evidence],
             "notes": list(self.notes),
         }
 
     def text(self) -> str:
-        """A table of the shapes, the verdict, what was published, and what the figures rest on."""
-        names = [form.name for form in self.formats]
-        table = [["layer (out x in)", "layers", f"{names[0]} us", *names[1:], "advice"]]
+        """A table with the speeds relative to dense `dtype`, the verdict, and what the figures rest on."""
+        known = any(row.perplexity is not None for row in self.rows)
+        table = [["format", "MB", *self.workloads, *(["perplexity"] if known else [])]]
         for row in self.rows:
-            dense = row.seconds[names[0]]
-            ratios = [f"{dense / row.seconds[name]:.2f}x" for name in names[1:]]
-            shape = f"{row.shape[0]} x {row.shape[1]}"
-            table.append([shape, str(row.count), f"{dense * 1e6:.1f}", *ratios, row.best])
-        whole = [f"{self.speedup(name):.2f}x" for name in names[1:]]
-        table.append(["all, with a dense head", "", f"{self.totals[names[0]] * 1e6:.0f}", *whole, ""])
+            speeds = [f"{self.speedup(row, name):.2f}x" for name in self.workloads]
+            value = [] if not known else ["" if row.perplexity is None else f"{row.perplexity:.2f}"]
+            table.append([row.option.name, f"{row.num_bytes / 1e6:,.1f}", *speeds, *value])
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
-        lines += ["", self.verdict]
-        others = [form.name for form in self.formats[1:] if form.changes_weights]
-        if others:
-            best = max(others, key=self.speedup)
-            if self.speedup(best) > max(NOTICEABLE, self.mixed_speedup):
-                lines.append(f"Faster still is {best}, {self.speedup(best):.2f}x of dense; it rounds the weights.")
-        torch = next((form.name for form in self.formats if form.kernel == "torch"), None)
-        if torch and self.speedup(torch) > NOTICEABLE * self.mixed_speedup:
-            lines.append(
-                f"{torch}, which needs no packing, is {self.speedup(torch):.2f}x as fast as castlm's dense layers."
-            )
-        if self.evidence:
-            sources = list(dict.fromkeys(found.source for found in self.evidence))
-            lines += ["", "Published, in units of dense in the same dtype where not said otherwise:"]
-            lines += [
-                f"  {found.speedup:.2f}x  {found.device}: {found.what} [{sources.index(found.source) + 1}]"
-                for found in self.evidence
-            ]
-            lines += [f"  [{number}] {source}" for number, source in enumerate(sources, 1)]
-        return "\n".join([*lines, "", *self.notes])
+        return "\n".join([*lines, "", self.verdict, "", *self.notes])
 
 
-def advise(
+def rank(
     shapes: Shapes,
-    device: Device,
     *,
-    tokens: int,
     dtype: str = "bf16",
-    formats: Sequence[Format] | None = None,
-    seconds: Seconds | None = None,
-) -> Advice:
-    """Compares what each layer could be on a device.
+    pattern: NM | None = TWO_OF_FOUR,
+    workloads: Mapping[str, int] = WORKLOADS,
+    seconds: float = SECONDS,
+    perplexities: Mapping[str, float] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Ranking:
+    """Times all linear layers of a model in every option on this CPU.
 
     Args:
         shapes: of `layer_shapes` or `shapes_of`.
-        tokens: rows of a layer's input at once: the batch size in decode, all tokens of the prompts in prefill.
-        dtype: what the model is served in now; the formats are compared with it.
-        formats: what a layer could be, the dense format of `dtype` first; all that the device has when not given.
-        seconds: times a layer on this device; a roofline when not given.
+        dtype: of what is not rounded: bf16, fp16 or fp32.
+        pattern: of the sparse options; None compares dense ones alone.
+        workloads: rows of a layer's input by name.
+        seconds: how long the shapes are timed in all; each is timed in at least three rounds.
+        perplexities: by the name of an option, where they are known.
+        progress: called with (shapes done, in all).
 
     Raises:
-        InputError: `tokens` below 1, or a dtype that the device cannot compute in.
+        InputError: kernels that were not built, another dtype, or a workload without rows.
     """
-    if tokens < 1:
-        raise InputError(f"{tokens} tokens: give at least 1, the rows that a layer sees at once")
-    possible = formats or (cpu_formats if device.family == "cpu" else gpu_formats)(dtype)
-    formats = [form for form in possible if supports(device, form)]
-    if not formats or formats[0].name != dtype:
-        raise InputError(f"{device.name} has no {dtype}: choose one of {', '.join(_dtypes_of(device))}")
-    timed = seconds or (lambda form, shape, count: layer_seconds(device, form, shape, count))
-    rows = [_row(shape, count, formats, timed, tokens, dtype) for shape, count in shapes.blocks.items()]
-    head = timed(formats[0], shapes.head, tokens) if shapes.head else 0.0
-    totals = {form.name: head + sum(row.count * row.seconds[form.name] for row in rows) for form in formats}
-    return Advice(
-        device.name,
-        dtype,
-        tokens,
-        "measured here" if seconds else "roofline",
-        rows,
-        head,
-        totals,
-        formats,
-        evidence(device.name, tokens),
-        _notes(device, formats, seconds is not None, shapes.num_expert_weights),
-    )
+    native.check_built()
+    if dtype not in FLOATS:
+        raise InputError(f"this CPU has no {dtype}: choose one of {', '.join(FLOATS)}")
+    if min(workloads.values()) < 1:
+        raise InputError(f"{min(workloads.values())} tokens: give at least 1, the rows that a layer sees at once")
+    compared = options(dtype, pattern)
+    totals = {option: dict.fromkeys(workloads, 0.0) for option in compared}
+    parts = [(shape, count, False) for shape, count in shapes.blocks.items()]
+    parts += [(shapes.head, 1, True)] if shapes.head else []
+    for done, (shape, count, is_head) in enumerate(parts, 1):
+        rows = {name: 1 if is_head and name.startswith("prompt") else number for name, number in workloads.items()}
+        named: dict[str, PackedSpec | torch.dtype] = {}
+        for option in compared:
+            spec = PackedSpec(*shape, 0, 0, option.head) if is_head else option.spec(shape)
+            named[_key(option, spec)] = FLOATS[option.values] if option.by_torch else spec
+        distinct = sorted(set(rows.values()))
+        found = time_layer(named, shape, distinct, seconds / len(parts) / len(distinct))
+        for option in compared:
+            spec = PackedSpec(*shape, 0, 0, option.head) if is_head else option.spec(shape)
+            for name, number in rows.items():
+                totals[option][name] += count * found[number][_key(option, spec)]
+        if progress is not None:
+            progress(done, len(parts))
+    known = perplexities or {}
+    ranked = [
+        Ranked(option, totals[option], num_bytes(option, shapes, dtype), known.get(option.name)) for option in compared
+    ]
+    first = next(iter(workloads))
+    return Ranking(cpu_name(), dtype, sorted(ranked, key=lambda row: row.seconds[first]), _notes(shapes))
 
 
-def _dtypes_of(device: Device) -> list[str]:
-    """The dtypes that a model can be served in on a device; the peaks of a CPU have other names among them."""
-    return list(FLOATS if device.family == "cpu" else device.peak)
+def _key(option: Option, spec: PackedSpec) -> str:
+    return option.name if option.by_torch else f"{spec.pattern} {spec.values}"
 
 
-def _row(shape: Shape, count: int, formats: Sequence[Format], timed: Seconds, tokens: int, dtype: str) -> Row:
-    fits = [form for form in formats if not form.sparse or shape[1] % 4 == 0]
-    found = {form.name: timed(form, shape, tokens) for form in fits}
-    for form in formats:  # a layer that cannot be 2:4 stays what it is
-        found.setdefault(form.name, found[dtype])
-    sparse = f"2:4 {dtype}"
-    is_better = sparse in found and found[dtype] / found[sparse] >= NOTICEABLE
-    return Row(shape, count, found, sparse if is_better else dtype)
-
-
-def _notes(device: Device, formats: Sequence[Format], measured: bool, num_expert_weights: int) -> list[str]:
-    notes = []
-    if num_expert_weights:
-        notes.append(f"The {num_expert_weights:,} weights of the experts are not in these figures.")
-    if measured:
-        return [*notes, f"Times: measured here ({device.source})."]
-    notes += [f"Times: a roofline of {device.source}; attention, norms and caches are left out."]
-    if device.family != "cpu":
-        notes.append(f"Kernels: {KERNEL_SOURCE}.")
-    assumed = [form.name for form in formats if is_assumed(device, form)]
-    if assumed:
-        notes.append(f"No times of {', '.join(assumed)} on {device.family} are published: the shares of bf16 stand in.")
+def _notes(shapes: Shapes) -> list[str]:
+    notes = [
+        f"Speed of the linear layers and the head, timed on {cpu_name()}, {torch.get_num_threads()} threads; "
+        "attention, norms and caches are left out.",
+        "MB of the weights in a file. Perplexity against bytes and speed: docs/results/frontier.md.",
+    ]
+    if shapes.num_expert_weights:
+        notes.insert(0, f"The {shapes.num_expert_weights:,} weights of the experts are not in these figures.")
     return notes
+
+
+def cpu_name() -> str:
+    """The model name of this processor."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -13,7 +13,7 @@ from castlm.core.pattern import NM
 from castlm.core.sparsify import is_sparse_linear
 from castlm.dtypes import FLOAT_NAMES
 from castlm.inference import native
-from castlm.inference.format import PackedSpec
+from castlm.inference.formats import PackedSpec
 from castlm.inference.layers import (
     PackedEmbedding,
     PackedLinear,

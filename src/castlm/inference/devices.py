@@ -1,6 +1,6 @@
-"""What a device can do at most: bytes and operations per second, each from its vendor's public data sheet.
+"""GPUs by name: memory, and bytes and operations per second at most, each from its vendor's public data sheet.
 
-A roofline needs nothing else. How close real kernels come to these figures is in `roofline.KERNELS`.
+How close real kernels come to these figures is in `roofline.KERNELS`.
 """
 
 from __future__ import annotations
@@ -19,22 +19,19 @@ class Device:
 
     name: str
     family: str
-    """Devices of one family run the same kernels: "ampere", "ada", "hopper", "blackwell", "cpu"."""
+    """Devices of one family run the same kernels: "ampere", "ada", "hopper", "blackwell"."""
     bandwidth: float
     """Memory bandwidth, bytes per second."""
     peak: Mapping[str, float]
     """Dense operations per second by compute dtype; a multiply-add counts as two."""
     sparse_peak: Mapping[str, float]
-    """The same with 2:4 weights, counted in the operations of the dense product; empty without hardware support."""
+    """The same with 2:4 weights, counted in the operations of the dense product."""
     source: str
     """Where the figures come from."""
     cuda_name: str = ""
     """A regular expression for the end of what `torch.cuda.get_device_name` calls it."""
     memory_gib: float | None = None
     """Memory that torch reports, in GiB; None where it is not known."""
-    level: str = ""
-    """Of a CPU: the instruction set of castlm's kernels, a name of `native.LEVELS`, or "avx512 intel", since the GEMM
-    of Intel's processors is faster."""
 
 
 def _device(

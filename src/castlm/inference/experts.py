@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from castlm.core.errors import InputError
 from castlm.core.experts import PROJECTIONS, ExpertLinear
-from castlm.inference.format import PackedSpec
+from castlm.inference.formats import PackedSpec
 from castlm.inference.layers import PackedLinear, PackedModule
 from castlm.inference.packed import PackedTensor, unpack
 from castlm.models.conversion import loaded_name, stored_rows

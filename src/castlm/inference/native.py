@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.dtypes import FLOATS
+from castlm.dtypes import STORED
+from castlm.inference.formats import FORMATS
 
 NOT_BUILT = "the C++ kernels were not built: install castlm again on a machine with a C++ compiler"
 
-VALUES = {"bf16": 0, "fp16": 1, "fp32": 2, "int8": 3, "int4": 4}
+VALUES = {form.name: form.kernel for form in FORMATS.values() if form.kernel is not None}
 """Codes of the stored values, as `Values` of matrix.h has them."""
 
 LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2}
@@ -32,7 +33,7 @@ LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2}
 LEVELS = ("plain", "neon", "avx2", "avx512", "amx")
 """Instruction sets that there are kernels for, as `Level` of matrix.h has them."""
 
-_DTYPES = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
+_DTYPES = {name: STORED[FORMATS[name].stored] for name in VALUES}
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
 _VERSION = 6  # of kernels.cpp
 _HEADER = struct.Struct("4i")  # what a buffer begins with: its magic number, layout, values and n

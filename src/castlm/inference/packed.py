@@ -13,8 +13,8 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.core.masks import pack_mask, rank_mask, unpack_mask
 from castlm.core.pattern import NM
-from castlm.dtypes import FLOAT_NAMES
-from castlm.inference.format import INT4_GROUP, PackedSpec
+from castlm.dtypes import FLOAT_NAMES, STORED
+from castlm.inference.formats import FORMATS, PackedSpec
 
 _BITS = {2: torch.int16, 4: torch.int32}
 _WIDER = {"fp16": "bf16", "bf16": "fp32"}  # in range
@@ -22,7 +22,7 @@ _WIDER = {"fp16": "bf16", "bf16": "fp32"}  # in range
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A weight in the packed format: see `castlm.inference.format` for shapes and dtypes."""
+    """A weight in the packed format: see `castlm.inference.formats` for shapes and dtypes."""
 
     spec: PackedSpec
     values: Tensor
@@ -33,6 +33,11 @@ class PackedTensor:
         """What is stored, by suffix."""
         named = {"values": self.values, "mask": self.mask, "scales": self.scales}
         return {suffix: tensor for suffix, tensor in named.items() if tensor is not None}
+
+    @property
+    def mask_bits(self) -> Tensor | None:
+        """The mask bit by bit, as `castlm.core.masks.pack_mask` has it; None of a dense tensor."""
+        return None if self.mask is None else torch.from_numpy(self.spec.mask_to_bits(self.mask.cpu().numpy()))
 
 
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,11 +93,23 @@ def pack(weight: Tensor, n: int, m: int, *, transposed: bool = False, experts: i
     mask = kept_mask(weight, n, m)
     rows, columns = weight.shape
     spec = PackedSpec(rows, columns, n, m, FLOAT_NAMES[weight.dtype], transposed, experts)
-    return PackedTensor(spec, weight[mask].view(rows, spec.kept), pack_mask(mask), None)
+    return PackedTensor(spec, weight[mask].view(rows, spec.kept), _stored_mask(mask, spec), None)
+
+
+def _stored_mask(mask: Tensor, spec: PackedSpec) -> Tensor:
+    return torch.from_numpy(spec.mask_to_stored(pack_mask(mask).cpu().numpy()))
 
 
 def pack_integers(
-    codes: Tensor, scales: Tensor, values: str, n: int, m: int, mask: Tensor | None = None, *, transposed: bool = False
+    codes: Tensor,
+    scales: Tensor,
+    values: str,
+    n: int,
+    m: int,
+    mask: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    experts: int = 0,
 ) -> PackedTensor:
     """Packs a quantized weight: `codes * scales`, with the codes zero wherever the mask is.
 
@@ -107,20 +124,19 @@ def pack_integers(
         InputError: codes out of range, scales of another shape or dtype or not finite, or as `kept_mask`.
     """
     rows, columns = codes.shape
-    spec = PackedSpec(rows, columns, n, m, values, transposed)
-    group_dtype = torch.float32 if values == "int8" else torch.bfloat16
-    shape = (rows, 1 if values == "int8" else -(-columns // INT4_GROUP))
-    if tuple(scales.shape) != shape or scales.dtype != group_dtype or not bool(torch.isfinite(scales).all()):
-        raise InputError(
-            f"scales are {scales.dtype} {tuple(scales.shape)}: {values} takes finite {group_dtype} {shape}"
-        )
+    spec = PackedSpec(rows, columns, n, m, values, transposed, experts)
+    dtype, shape = STORED[FORMATS[values].scale], spec.tensors()["scales"][1]
+    if tuple(scales.shape) != shape or scales.dtype != dtype or not bool(torch.isfinite(scales).all()):
+        raise InputError(f"scales are {scales.dtype} {tuple(scales.shape)}: {values} takes finite {dtype} {shape}")
     if codes.dtype != torch.int8 or (values == "int4" and not bool(((codes >= -8) & (codes <= 7)).all())):
         raise InputError(f"codes are {codes.dtype}: give int8, within -8..7 of int4")
     if m and mask is None:
         mask = kept_mask(codes.float(), n, m)
+    if m and mask is not None and bool((codes.masked_fill(mask, 0) != 0).any()):
+        raise InputError("there are codes where the mask keeps nothing: pack the model that was quantized")
     kept = codes if mask is None or not m else codes[mask].view(rows, spec.kept)
     stored = _join_halves(kept) if values == "int4" else kept.contiguous()
-    return PackedTensor(spec, stored, pack_mask(mask) if m and mask is not None else None, scales)
+    return PackedTensor(spec, stored, _stored_mask(mask, spec) if m and mask is not None else None, scales)
 
 
 def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -135,8 +151,9 @@ def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
     if spec.values == "int4":
         values = _split_halves(values, spec.kept)
     weight = values
-    if packed.mask is not None:
-        mask = unpack_mask(packed.mask, spec.columns)
+    bits = packed.mask_bits
+    if bits is not None:
+        mask = unpack_mask(bits, spec.columns).to(values.device)
         groups = mask.view(spec.rows, -1, spec.m).sum(-1, dtype=torch.int32)
         if not bool((groups == spec.n).all()):
             raise InputError(f"the mask does not keep exactly {spec.n} of every {spec.m} weights: the file is damaged")
@@ -144,8 +161,8 @@ def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
         weight[mask] = values.reshape(-1)
     if packed.scales is not None:
         scales = packed.scales.float()
-        if spec.values == "int4":
-            scales = scales.repeat_interleave(INT4_GROUP, dim=1)[:, : spec.columns]
+        if group := FORMATS[spec.values].group:
+            scales = scales.repeat_interleave(group, dim=1)[:, : spec.columns]
         weight = (weight.float() * scales).add_(0.0)
     return weight if dtype is None else weight.to(dtype)
 

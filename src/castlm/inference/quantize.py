@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, SparseLayer
 from castlm.core.sparsify import FilterFn, is_sparse_linear
-from castlm.inference.rounding import KINDS, Rounded, round_int4, round_rows
+from castlm.inference.formats import FORMATS, ROUNDED
+from castlm.inference.rounding import Rounded, round_int4, round_rows
 from castlm.models.architecture import eval_mode
 from castlm.models.conversion import stored_rows, stored_shapes
 from castlm.oneshot.calibration import check_calibration
@@ -100,7 +101,7 @@ def quantize_(
     started = time.perf_counter()
     layers = _layers(model, kind, filter_fn, damping)
     report = QuantizeReport(kind)
-    if kind == "int4":
+    if FORMATS[kind].needs_text:
         if calibration is None:
             raise InputError("int4 needs a calibration text: pass calibration, from draw_calibration")
         check_calibration(model, calibration)
@@ -150,8 +151,8 @@ def stored_layers(model: PreTrainedModel, layers: Mapping[str, Rounded]) -> dict
 
 
 def _layers(model: PreTrainedModel, kind: str, filter_fn: FilterFn, damping: float) -> dict[str, SparseLayer]:
-    if kind not in KINDS:
-        raise InputError(f"there is no format {kind!r}: choose one of {', '.join(KINDS)}")
+    if kind not in ROUNDED:
+        raise InputError(f"there is no rounding to {kind!r}: choose one of {', '.join(ROUNDED)}")
     check_damping(damping)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, ExpertLinear)) and filter_fn(m, n)}
     if not layers:

@@ -22,11 +22,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS, STORED
-from castlm.files.stored import read_header
+from castlm.files.stored import read_header, read_weight_map
 from castlm.inference import native
 from castlm.inference.convert import can_pack_tables, onto_kernels_
 from castlm.inference.experts import replace_experts_, take_stacks_apart_, unpack_experts_
-from castlm.inference.format import FILE, VERSION, PackedSpec, read_specs
+from castlm.inference.formats import FILE, INDEX, VERSION, VERSIONS, PackedSpec, read_specs
 from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule
 from castlm.models.conversion import loaded_name, possible_names
 from castlm.models.layout import QUANT_METHOD
@@ -68,9 +68,13 @@ class CastlmQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         config = self.quantization_config
-        if config.version != VERSION:
+        if config.version not in VERSIONS:
             raise InputError(
                 f"the model is in packed format {config.version!r}, this castlm reads {VERSION}: upgrade it"
+            )
+        if config.weights not in (FILE, INDEX):
+            raise InputError(
+                f"quantization_config names the weights {config.weights!r}: only {FILE} or {INDEX} is read"
             )
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -102,6 +106,9 @@ class CastlmQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        folder = Path(model.config.name_or_path)
+        if self.quantization_config.weights == INDEX and (folder / INDEX).is_file():
+            read_weight_map(folder / INDEX)  # refuses names outside the folder
         specs = read_specs(checkpoint_files or [])
         if not specs:
             raise InputError(f"{', '.join(checkpoint_files or [])} holds no packed weights: run castlm pack again")
@@ -122,7 +129,7 @@ class CastlmQuantizer(HfQuantizer):
             module = model.get_submodule(path)
             assert isinstance(module, PackedModule)
             module.read_from_({suffix: tensors[f"{name}.{suffix}"] for suffix in module.spec.tensors()})
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())  # `read_specs` has found all of them
         model._keys_to_ignore_on_load_unexpected = ignored | {r"\.(values|mask|scales)$"}
 
     def _replace(self, model: PreTrainedModel, name: str, spec: PackedSpec) -> str:

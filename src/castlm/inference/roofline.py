@@ -1,23 +1,29 @@
-"""How long one linear layer takes, from the bytes it moves and the operations it does.
+"""Whether 2:4 pays off on a GPU, before anyone trains or rents: by a roofline that is fitted to published times.
 
     seconds = launch + max(bytes / (bandwidth * b), operations / (peak * p), in_features * serial)
 
 `launch`, `b`, `p` and `serial` belong to a kernel. The last term is what a plain roofline lacks: with few tokens and a
 narrow layer there are fewer output tiles than processors, and each tile walks through all input features by itself.
-Its share is why 2:4 loses on small layers: cuSPARSELt has a longer launch and walks more slowly than cuBLASLt.
+Its share is why 2:4 loses on small layers: cuSPARSELt has a longer launch and walks more slowly than cuBLASLt. On a CPU
+nothing is estimated: `castlm.inference.advise` measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+import csv
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from typing import Any
 
+from castlm.core.errors import InputError
+from castlm.inference.advise import NOTICEABLE, Shape, Shapes
 from castlm.inference.devices import Device
 
 
 @dataclass(frozen=True)
-class Format:
+class GpuFormat:
     """A way to store and multiply a weight."""
 
     name: str
@@ -26,47 +32,25 @@ class Format:
     compute: str
     """The dtype of the product, a key of `Device.peak`."""
     sparse: bool = False
-    kernel: str = ""
-    """Which kernels run it, where `compute` and `sparse` do not tell: "torch", or "int8 weights" and "int4 weights" of
-    torchao's weight-only kernels."""
     changes_weights: bool = False
     """Whether the weights are rounded, so that perplexity changes too."""
 
 
-def gpu_formats(dtype: str) -> list[Format]:
+def gpu_formats(dtype: str) -> list[GpuFormat]:
     """The dense format of `dtype` first, then what else a layer could be on a GPU.
 
     2:4 keeps half of the values and two bits of metadata for each of them.
     """
     bits = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8": 8}
     formats = [
-        Format(dtype, bits[dtype], dtype),
-        Format(f"2:4 {dtype}", bits[dtype] / 2 + 1, dtype, sparse=True),
+        GpuFormat(dtype, bits[dtype], dtype),
+        GpuFormat(f"2:4 {dtype}", bits[dtype] / 2 + 1, dtype, sparse=True),
     ]
     for other in ("int8", "fp8"):
         if bits[dtype] == 16:
-            formats.append(Format(other, 8, other, changes_weights=True))
-            formats.append(Format(f"2:4 {other}", 5, other, sparse=True, changes_weights=True))
-    if dtype in ("bf16", "fp16"):
-        formats.append(Format("int8 weights", 8, dtype, kernel="int8 weights", changes_weights=True))
-        formats.append(Format("int4 weights", 4.25, dtype, kernel="int4 weights", changes_weights=True))
+            formats.append(GpuFormat(other, 8, other, changes_weights=True))
+            formats.append(GpuFormat(f"2:4 {other}", 5, other, sparse=True, changes_weights=True))
     return formats
-
-
-def cpu_formats(dtype: str) -> list[Format]:
-    """The dense format of `dtype` first, by castlm's kernel, then what else a layer could be on a CPU."""
-    bits = {"fp32": 32, "bf16": 16, "fp16": 16}
-    if dtype not in bits:
-        return []
-    return [
-        Format(dtype, bits[dtype], dtype),
-        Format(f"2:4 {dtype}", bits[dtype] / 2 + 1, dtype, sparse=True),
-        Format("int8", 8, "int8", changes_weights=True),
-        Format("2:4 int8", 5, "int8", sparse=True, changes_weights=True),
-        Format("int4", 4.25, "int4", changes_weights=True),
-        Format("2:4 int4", 3.25, "int4", sparse=True, changes_weights=True),
-        Format(f"torch {dtype}", bits[dtype], dtype, kernel="torch"),
-    ]
 
 
 @dataclass(frozen=True)
@@ -96,16 +80,6 @@ KERNELS: dict[tuple[str, str, bool], Kernel] = {
     ("ampere", "int8", True): _kernel(9.65, 3.04, 0.733, 0.593),
     ("blackwell", "bf16", False): _kernel(5.68, 0.074, 0.638, 0.707),
     ("blackwell", "bf16", True): _kernel(6.79, 0.381, 0.652, 0.587),
-    ("cpu", "bf16", False): _kernel(0, 0, 1.40, 1.10),
-    ("cpu", "bf16", True): _kernel(0, 0, 1.35, 2.10),
-    ("cpu", "fp32", False): _kernel(0, 0, 1.40, 0.90),
-    ("cpu", "fp32", True): _kernel(0, 0, 1.35, 1.80),
-    ("cpu", "int8", False): _kernel(0, 0, 1.40, 2.24),
-    ("cpu", "int8", True): _kernel(0, 0, 1.40, 3.45),
-    ("cpu", "int4", False): _kernel(0, 0, 1.12, 2.00),
-    ("cpu", "int4", True): _kernel(0, 0, 1.12, 3.60),
-    ("cpu", "torch bf16", False): _kernel(0, 0, 0.80, 1.00),
-    ("cpu", "torch fp32", False): _kernel(0, 0, 1.10, 1.00),
     ("hopper", "bf16", False): _kernel(1.03, 0, 0.852, 0.623),
     ("hopper", "bf16", True): _kernel(6.48, 3.69, 0.687, 0.481),
     ("hopper", "fp8", False): _kernel(0.423, 2.77, 0.857, 0.561),
@@ -113,100 +87,27 @@ KERNELS: dict[tuple[str, str, bool], Kernel] = {
     ("hopper", "int8", False): _kernel(0.059, 4.43, 0.795, 0.646),
     ("hopper", "int8", True): _kernel(3.41, 0.013, 0.805, 0.452),
 }
-"""By family, compute dtype and 2:4 or not, fitted by `python -m benchmarks.advisor --fit` with the least mean absolute
-error of the logarithm. GPUs: cuBLASLt and cuSPARSELt with their best algorithm, to published.csv; error 0.03 to 0.17.
-CPU: the kernels of castlm and torch's on an AMD EPYC (Zen 3, AVX2), bandwidths rounded to what an idle machine gave and
-peaks to two runs beside other work, which the roofline misses by 15 to 48 %. A share above 1 is of what torch reaches:
-castlm's kernels read from huge pages, 2:4 skips half of the multiplications, and int8 has more lanes than fp32. The
-peak of torch's bf16 is measured by itself (`this_cpu`): with units for it, it is more than four times as high."""
-
-
-@dataclass(frozen=True)
-class ManyRows:
-    """What castlm's CPU kernels reach where an input has many rows, as a prompt has."""
-
-    more_than: int
-    """Rows up to which `KERNELS` holds."""
-    peak: Mapping[tuple[str, bool], float]
-    """Share of the device's peak by compute dtype and 2:4 or not."""
-    preparation: Mapping[tuple[str, bool], float]
-    """Rows whose multiplication at the device's peak takes as long as what each weight needs before."""
-
-    def share(self, compute: str, sparse: bool, rows: int) -> float:
-        """Share of the device's peak with `rows` rows."""
-        key = compute, sparse
-        return 1 / (1 / self.peak[key] + self.preparation.get(key, 0.0) / rows)
-
-
-def _many_rows(
-    more_than: int,
-    peak: Mapping[str, tuple[float, float]],
-    preparation: Mapping[str, tuple[float, float]] = MappingProxyType({}),
-) -> ManyRows:
-    """Of pairs, dense and 2:4, by compute dtype."""
-
-    def by_kernel(pairs: Mapping[str, tuple[float, float]]) -> dict[tuple[str, bool], float]:
-        return {(compute, sparse): pair[sparse] for compute, pair in pairs.items() for sparse in (False, True)}
-
-    return ManyRows(more_than, by_kernel(peak), by_kernel(preparation))
-
-
-_FLOATS = ("bf16", "fp16", "fp32")
-_GEMM = dict.fromkeys(_FLOATS, (0.9, 0.9))
-MANY_ROWS = {
-    "avx2": _many_rows(128, {**_GEMM, "int8": (1.0, 1.5), "int4": (0.8, 1.3)}),
-    "avx512": _many_rows(128, {**dict.fromkeys(_FLOATS, (0.9, 1.1)), "int8": (1.6, 2.3), "int4": (1.1, 1.8)}),
-    "avx512 intel": _many_rows(128, {**_GEMM, "int8": (0.8, 1.2), "int4": (0.6, 1.1)}),
-    "amx": _many_rows(
-        12,
-        {**_GEMM, "bf16": (2.2, 2.2), "int8": (3.5, 3.5), "int4": (3.5, 3.5)},
-        {"bf16": (22, 12), "int8": (10, 9), "int4": (8, 8)},
-    ),
-}
-"""By `Device.level`, from docs/performance.md (`benchmarks.levels` on a Zen 3, a Zen 4 and an Emerald Rapids): the
-speed of the kernels in units of the GEMM over the unpacked weight, of which unpacking takes a tenth. What AMX needs to
-arrange a weight in tiles is from the cells of `benchmarks.advisor` with 16 and 256 rows."""
-
-WEIGHT_ONLY = {"int8 weights": 0.56 / 0.70, "int4 weights": 0.37 / 0.70}
-"""Bandwidth of torchao's weight-only kernels in units of the dense bf16 one, on an A100 with Llama-3-8B at one token:
-1151 and 763 GB/s of 1436 (README of torchao/sparsity). They multiply in the dtype of the activations, and split the
-input features among processors, so that they have no serial part."""
+"""By family, compute dtype and 2:4 or not: cuBLASLt and cuSPARSELt with their best algorithm, fitted to published.csv
+by `python -m benchmarks.advisor --fit` with the least mean absolute error of the logarithm (0.03 to 0.17)."""
 
 _ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 2, "fp8": 1}
 
 
-def is_assumed(device: Device, form: Format) -> bool:
+def is_assumed(device: Device, form: GpuFormat) -> bool:
     """Whether no kernel times of the format are published for the device's family, and those of bf16 stand in."""
     return (device.family, _compute(form), form.sparse) not in KERNELS
 
 
-def supports(device: Device, form: Format) -> bool:
-    """Whether the device has hardware for the format."""
-    return form.compute in (device.sparse_peak if form.sparse else device.peak)
+def _compute(form: GpuFormat) -> str:
+    return {"fp16": "bf16"}.get(form.compute, form.compute)
 
 
-def torch_product(dtype: str) -> str:
-    """The key in `Device.peak` of torch's own products of a dtype, where castlm's kernels compute it in another way."""
-    return f"torch {dtype}"
-
-
-def _compute(form: Format) -> str:
-    compute = {"fp16": "bf16"}.get(form.compute, form.compute)
-    return torch_product(compute) if form.kernel == "torch" else compute
-
-
-def kernel_of(device: Device, form: Format) -> Kernel:
+def kernel_of(device: Device, form: GpuFormat) -> Kernel:
     """The kernel that runs `form` on `device`."""
-    compute = "bf16" if is_assumed(device, form) else _compute(form)
-    kernel = KERNELS[device.family, compute, form.sparse]
-    if form.kernel in WEIGHT_ONLY:
-        return Kernel(kernel.launch, 0.0, kernel.bandwidth * WEIGHT_ONLY[form.kernel], kernel.peak)
-    return kernel
+    return KERNELS[device.family, "bf16" if is_assumed(device, form) else _compute(form), form.sparse]
 
 
-def layer_seconds(
-    device: Device, form: Format, shape: tuple[int, int], tokens: int, kernel: Kernel | None = None
-) -> float:
+def layer_seconds(device: Device, form: GpuFormat, shape: Shape, tokens: int, kernel: Kernel | None = None) -> float:
     """Seconds of one linear layer.
 
     Args:
@@ -216,13 +117,7 @@ def layer_seconds(
     """
     out_features, in_features = shape
     kernel = kernel or kernel_of(device, form)
-    peaks = device.sparse_peak if form.sparse else device.peak
-    peak = peaks[form.compute] * kernel.peak
-    many_rows = MANY_ROWS.get(device.level)
-    if form.kernel == "torch":
-        peak = peaks.get(torch_product(form.compute), peaks[form.compute]) * kernel.peak
-    elif many_rows and tokens > many_rows.more_than:
-        peak = peaks[form.compute] * many_rows.share(form.compute, form.sparse, tokens)
+    peak = (device.sparse_peak if form.sparse else device.peak)[form.compute] * kernel.peak
     weight = out_features * in_features * form.bits / 8
     of_output = 4 if form.compute == "fp32" else 2
     moved = weight + tokens * (in_features * _ACTIVATION_BYTES[form.compute] + out_features * of_output)
@@ -232,3 +127,281 @@ def layer_seconds(
         operations / peak,
         in_features * kernel.serial,
     )
+
+
+# ---- what others have measured: kernel times that calibrate the roofline, and ratios shown beside its answer
+
+
+KERNEL_SOURCE = (
+    "Shao et al. 2026, SlideSparse, arXiv 2603.05232: github.com/bcacdwk/vllmbench, "
+    "slidesparse/benchmark_kernel/*/alg_search_results (cuBLASLt and cuSPARSELt, best algorithm, torch 2.9, CUDA 12.9)"
+)
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One published cell: a linear layer, or several as a sum, dense and 2:4, in microseconds."""
+
+    device: str
+    dtype: str
+    shapes: tuple[tuple[int, int], ...]
+    """(out_features, in_features) of each layer."""
+    tokens: int
+    dense_us: float
+    sparse_us: float
+
+    @property
+    def speedup(self) -> float:
+        return self.dense_us / self.sparse_us
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One published ratio: how many times as fast as dense in the same dtype, unless `what` says otherwise."""
+
+    device: str
+    what: str
+    speedup: float
+    source: str
+    decode: bool = False
+    """Whether it is about few tokens at once."""
+
+
+@functools.cache
+def kernel_times() -> tuple[KernelTime, ...]:
+    """The rows of published.csv."""
+    text = files("castlm.inference").joinpath("published.csv").read_text(encoding="utf-8")
+    return tuple(
+        KernelTime(
+            row["device"],
+            row["dtype"],
+            tuple(_shape(layer) for layer in row["layers"].split("+")),
+            int(row["tokens"]),
+            float(row["dense_us"]),
+            float(row["sparse_us"]),
+        )
+        for row in csv.DictReader(text.splitlines())
+    )
+
+
+def _shape(text: str) -> tuple[int, int]:
+    out_features, _, in_features = text.partition("x")
+    return int(out_features), int(in_features)
+
+
+_APPENDIX = "arXiv 2603.05232, github.com/bcacdwk/vllmbench, slidesparse/tools/appendix_tables"
+
+EVIDENCE: tuple[Evidence, ...] = (
+    Evidence("h100-pcie", "2:4 bf16, the layers of Llama-3.2-1B, 64 tokens", 0.74, _APPENDIX, decode=True),
+    Evidence("h100-pcie", "2:4 bf16, the layers of Qwen2.5-7B, 64 tokens", 1.03, _APPENDIX, decode=True),
+    Evidence("h100-pcie", "2:4 bf16, the layers of Qwen2.5-14B, 64 tokens", 1.20, _APPENDIX, decode=True),
+    Evidence("h100-pcie", "2:4 bf16, the layers of Llama-3.2-1B, 4,096 tokens", 1.43, _APPENDIX),
+    Evidence("h100-pcie", "2:4 bf16, the layers of Qwen2.5-7B, 4,096 tokens", 1.65, _APPENDIX),
+    Evidence("h100-pcie", "2:4 fp8, vLLM decode of Llama-3.2-1B, batch 64", 1.00, _APPENDIX, decode=True),
+    Evidence("h100-pcie", "2:4 fp8, vLLM decode of Qwen2.5-7B, batch 64", 1.09, _APPENDIX, decode=True),
+    Evidence("h100-pcie", "2:4 fp8, vLLM prefill of Qwen2.5-7B, 4,096 tokens", 1.24, _APPENDIX),
+    Evidence("h100-pcie", "2:4 int8, vLLM decode of Qwen2.5-7B, batch 64", 1.24, _APPENDIX, decode=True),
+    Evidence("h100", "2:4 bf16 CUTLASS, 768 x 4096 x 4096", 0.62, "github.com/NVIDIA/cutlass/issues/1335"),
+    Evidence("a100-pcie", "2:4 bf16, the layers of Llama-3.2-1B, 64 tokens", 1.25, _APPENDIX, decode=True),
+    Evidence("a100-pcie", "2:4 bf16, the layers of Qwen2.5-7B, 64 tokens", 1.49, _APPENDIX, decode=True),
+    Evidence("a100-pcie", "2:4 bf16, the layers of Qwen2.5-7B, 4,096 tokens", 1.36, _APPENDIX),
+    Evidence("a100-pcie", "2:4 int8, vLLM decode of Qwen2.5-7B, batch 64", 1.25, _APPENDIX, decode=True),
+    Evidence("a100", "2:4 fp16 cuSPARSELt, 4096 x 4096 x 4096", 1.11, "github.com/NVIDIA/CUDALibrarySamples/issues/57"),
+    Evidence("b200", "2:4 bf16, the layers of Llama-3.2-1B, 64 tokens", 1.14, _APPENDIX, decode=True),
+    Evidence("b200", "2:4 bf16, the layers of Qwen2.5-7B, 64 tokens", 1.48, _APPENDIX, decode=True),
+    Evidence("b200", "2:4 bf16, the layers of Qwen2.5-7B, 4,096 tokens", 1.70, _APPENDIX),
+    Evidence("b200", "2:4 fp8, vLLM decode of Qwen2.5-7B, batch 64", 1.11, _APPENDIX, decode=True),
+    Evidence("rtx4090", "2:4 bf16, the layers of Llama-3.2-1B, 64 tokens", 1.27, _APPENDIX, decode=True),
+    Evidence("rtx4090", "2:4 bf16, the layers of Qwen2.5-7B, 64 tokens", 1.87, _APPENDIX, decode=True),
+    Evidence("rtx4090", "2:4 bf16, the layers of Qwen2.5-7B, 4,096 tokens", 1.38, _APPENDIX),
+    Evidence(
+        "rtx4090",
+        "2:4 fp16 in eager torch 2.2, decode of Llama-2-7B, 1 token",
+        0.88,
+        "github.com/pytorch/tutorials/issues/3505",
+        decode=True,
+    ),
+)
+"""Published ratios; a value below 1 is a loss."""
+
+
+def evidence(device: str, tokens: int) -> list[Evidence]:
+    """What was published of this device or its other form (h100 and h100-pcie) and of as few, or as many, tokens."""
+    base = device.partition("-")[0]
+    base = {"h200": "h100"}.get(base, base)
+    return [row for row in EVIDENCE if row.device.partition("-")[0] == base and row.decode == (tokens <= 64)]
+
+
+# ---- the advice
+
+
+Seconds = Callable[[GpuFormat, Shape, int], float]
+"""`seconds(form, (out_features, in_features), tokens)` of one layer."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer shape in every format."""
+
+    shape: Shape
+    count: int
+    seconds: Mapping[str, float]
+    """Of one layer, by the name of the format."""
+    best: str
+    """The fastest format that keeps the weights as they are: dense or 2:4. Dense unless 2:4 is noticeably faster."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The answer for one model, device, dtype and number of tokens."""
+
+    device: str
+    dtype: str
+    tokens: int
+    source: str
+    """Where the times come from: "roofline" or "measured here"."""
+    rows: Sequence[Row]
+    head_seconds: float
+    totals: Mapping[str, float]
+    """Seconds of all layers and the dense head, by format."""
+    formats: Sequence[GpuFormat]
+    evidence: Sequence[Evidence] = field(default_factory=tuple)
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def speedup(self, name: str) -> float:
+        """How many times as fast as dense the whole model is, if all its layers are stored as `name`."""
+        return self.totals[self.dtype] / self.totals[name]
+
+    @property
+    def mixed_speedup(self) -> float:
+        """The speed-up if each layer is dense or 2:4, whichever is faster: what `to_semi_structured_` does."""
+        best = self.head_seconds + sum(row.count * row.seconds[row.best] for row in self.rows)
+        return self.totals[self.dtype] / best
+
+    @property
+    def verdict(self) -> str:
+        """One sentence on 2:4 in the model's own dtype."""
+        sparse = f"2:4 {self.dtype}"
+        where = f"at {self.tokens:,} token{'s' * (self.tokens > 1)} on {self.device}"
+        if sparse not in self.totals:
+            return f"Do not use 2:4 for speed: {self.device} has no hardware for it in {self.dtype}."
+        whole, mixed = self.speedup(sparse), self.mixed_speedup
+        if mixed < NOTICEABLE:
+            kind = "slower than" if whole < 1 / NOTICEABLE else "no faster than"
+            return f"Do not use 2:4 for speed {where}: the linear layers are {kind} dense ({whole:.2f}x)."
+        if mixed > whole * 1.01:
+            return f"Use 2:4 {where} in some layers only: {mixed:.2f}x of dense, {whole:.2f}x if all are 2:4."
+        return f"Use 2:4 {where}: the linear layers run {whole:.2f}x as fast as dense."
+
+    def as_dict(self) -> dict[str, Any]:
+        """The advice as plain JSON."""
+        rows = [asdict(row) | {"shape": list(row.shape), "seconds": dict(row.seconds)} for row in self.rows]
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "tokens": self.tokens,
+            "source": self.source,
+            "verdict": self.verdict,
+            "speedup": {form.name: self.speedup(form.name) for form in self.formats},
+            "mixed_speedup": self.mixed_speedup,
+            "rows": rows,
+            "evidence": [asdict(found) for found in self.evidence],
+            "notes": list(self.notes),
+        }
+
+    def text(self) -> str:
+        """A table of the shapes, the verdict, what was published, and what the figures rest on."""
+        names = [form.name for form in self.formats]
+        table = [["layer (out x in)", "layers", f"{names[0]} us", *names[1:], "advice"]]
+        for row in self.rows:
+            dense = row.seconds[names[0]]
+            ratios = [f"{dense / row.seconds[name]:.2f}x" for name in names[1:]]
+            shape = f"{row.shape[0]} x {row.shape[1]}"
+            table.append([shape, str(row.count), f"{dense * 1e6:.1f}", *ratios, row.best])
+        whole = [f"{self.speedup(name):.2f}x" for name in names[1:]]
+        table.append(["all, with a dense head", "", f"{self.totals[names[0]] * 1e6:.0f}", *whole, ""])
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
+        lines += ["", self.verdict]
+        others = [form.name for form in self.formats[1:] if form.changes_weights]
+        if others:
+            best = max(others, key=self.speedup)
+            if self.speedup(best) > max(NOTICEABLE, self.mixed_speedup):
+                lines.append(f"Faster still is {best}, {self.speedup(best):.2f}x of dense; it rounds the weights.")
+        if self.evidence:
+            sources = list(dict.fromkeys(found.source for found in self.evidence))
+            lines += ["", "Published, in units of dense in the same dtype where not said otherwise:"]
+            lines += [
+                f"  {found.speedup:.2f}x  {found.device}: {found.what} [{sources.index(found.source) + 1}]"
+                for found in self.evidence
+            ]
+            lines += [f"  [{number}] {source}" for number, source in enumerate(sources, 1)]
+        return "\n".join([*lines, "", *self.notes])
+
+
+def advise(
+    shapes: Shapes,
+    device: Device,
+    *,
+    tokens: int,
+    dtype: str = "bf16",
+    formats: Sequence[GpuFormat] | None = None,
+    seconds: Seconds | None = None,
+) -> Advice:
+    """Compares what each layer could be on a device.
+
+    Args:
+        shapes: of `layer_shapes` or `shapes_of`.
+        tokens: rows of a layer's input at once: the batch size in decode, all tokens of the prompts in prefill.
+        dtype: what the model is served in now; the formats are compared with it.
+        formats: what a layer could be, the dense format of `dtype` first; all that the device has when not given.
+        seconds: times a layer on this device; a roofline when not given.
+
+    Raises:
+        InputError: `tokens` below 1, or a dtype that the device cannot compute in.
+    """
+    if tokens < 1:
+        raise InputError(f"{tokens} tokens: give at least 1, the rows that a layer sees at once")
+    formats = [f for f in formats or gpu_formats(dtype) if f.compute in device.peak]
+    if not formats or formats[0].name != dtype:
+        raise InputError(f"{device.name} has no {dtype}: choose one of {', '.join(device.peak)}")
+    timed = seconds or (lambda form, shape, count: layer_seconds(device, form, shape, count))
+    rows = [_row(shape, count, formats, timed, tokens, dtype) for shape, count in shapes.blocks.items()]
+    head = timed(formats[0], shapes.head, tokens) if shapes.head else 0.0
+    totals = {form.name: head + sum(row.count * row.seconds[form.name] for row in rows) for form in formats}
+    return Advice(
+        device.name,
+        dtype,
+        tokens,
+        "measured here" if seconds else "roofline",
+        rows,
+        head,
+        totals,
+        formats,
+        evidence(device.name, tokens),
+        _notes(device, formats, seconds is not None, shapes.num_expert_weights),
+    )
+
+
+def _row(shape: Shape, count: int, formats: Sequence[GpuFormat], timed: Seconds, tokens: int, dtype: str) -> Row:
+    fits = [form for form in formats if not form.sparse or shape[1] % 4 == 0]
+    found = {form.name: timed(form, shape, tokens) for form in fits}
+    for form in formats:  # a layer that cannot be 2:4 stays what it is
+        found.setdefault(form.name, found[dtype])
+    sparse = f"2:4 {dtype}"
+    is_better = sparse in found and found[dtype] / found[sparse] >= NOTICEABLE
+    return Row(shape, count, found, sparse if is_better else dtype)
+
+
+def _notes(device: Device, formats: Sequence[GpuFormat], measured: bool, num_expert_weights: int) -> list[str]:
+    notes = []
+    if num_expert_weights:
+        notes.append(f"The {num_expert_weights:,} weights of the experts are not in these figures.")
+    if measured:
+        return [*notes, f"Times: measured here ({device.source})."]
+    notes += [f"Times: a roofline of {device.source}; attention, norms and caches are left out."]
+    notes.append(f"Kernels: {KERNEL_SOURCE}.")
+    assumed = [form.name for form in formats if is_assumed(device, form)]
+    if assumed:
+        notes.append(f"No times of {', '.join(assumed)} on {device.family} are published: the shares of bf16 stand in.")
+    return notes

@@ -16,12 +16,9 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.inference.format import INT4_GROUP
+from castlm.inference.formats import FORMATS, INT4_GROUP
 from castlm.oneshot.sparsegpt import upper_factor
 
-KINDS = ("int8", "fp8", "int4")
-
-_INT8, _FP8 = 127, 448.0  # the largest int8, symmetric; the largest float8_e4m3fn
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 
 
@@ -39,8 +36,8 @@ class Rounded:
     def dequantized(self) -> Tensor:
         """(rows, columns), fp32. Every zero is 0.0: -0.0 takes room in the packed format, which may have to drop it."""
         scales = self.scales
-        if self.kind == "int4":
-            scales = scales.repeat_interleave(INT4_GROUP, dim=1)[:, : self.codes.shape[1]]
+        if group := FORMATS[self.kind].group:
+            scales = scales.repeat_interleave(group, dim=1)[:, : self.codes.shape[1]]
         return (self.codes.float() * scales).add_(0.0)
 
     def cpu(self) -> Rounded:
@@ -60,17 +57,16 @@ def round_rows(weight: Tensor, kind: str) -> Rounded:
         weight: (rows, columns), any float dtype.
 
     Raises:
-        InputError: NaN or infinity in the weight, or another kind.
+        InputError: NaN or infinity in the weight.
     """
-    if kind not in ("int8", "fp8"):
-        raise InputError(f"{kind!r} is not rounded by rows: choose int8 or fp8")
+    assert kind in ("int8", "fp8"), kind
     weight = weight.float()
     if not weight.isfinite().all():
         raise InputError("the weight has NaN or infinity: no scale of it means anything")
-    largest = _INT8 if kind == "int8" else _FP8
+    largest = FORMATS[kind].largest
     scales = (weight.abs().amax(1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = weight / scales
-    codes = scaled.round().to(torch.int8) if kind == "int8" else scaled.clamp(-_FP8, _FP8).to(torch.float8_e4m3fn)
+    codes = scaled.round().to(torch.int8) if kind == "int8" else scaled.clamp(-largest, largest).to(torch.float8_e4m3fn)
     return Rounded(kind, codes, scales)
 
 

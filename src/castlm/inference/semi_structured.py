@@ -6,6 +6,7 @@ is converted on faith: what does not win the timing at the stated number of toke
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import is_nm_sparse
+from castlm.core.pattern import is_nm_sparse, nm_mask
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.inference.cuda_backends import backend_for
+from castlm.inference.devices import DEVICES, Device, device_of
+from castlm.inference.roofline import GpuFormat
 
 MARGIN = 0.98
 """A sparse layer replaces a dense one if it takes at most this share of its time; closer calls are noise."""
@@ -181,3 +184,59 @@ def _input_for(layer: nn.Linear, tokens: int) -> Tensor:
     return torch.randn(
         tokens, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype, generator=generator
     )
+
+
+def this_gpu() -> Device | None:
+    """The record of the CUDA device at hand; None where there is none.
+
+    Raises:
+        InputError: a device without a record.
+    """
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    record = device_of(name)
+    if record is None:
+        raise InputError(f"there is no record of {name}: pass --device with the nearest of {', '.join(DEVICES)}")
+    return record
+
+
+class GpuTimer:
+    """Times layers on the CUDA device at hand, each shape once, dense against every sparse variant.
+
+    Layers are in the dtype asked for, and in bf16 for fp8, which takes no other.
+    """
+
+    def __init__(self, dtype: str) -> None:
+        """`formats`: dense and 2:4 in `dtype`, 2:4 int8, and 2:4 fp8 where torchao and the device have it.
+
+        Raises:
+            InputError: another dtype than bf16 and fp16.
+        """
+        if dtype not in ("bf16", "fp16"):
+            raise InputError(f"--measure times bf16 and fp16 on a GPU, not {dtype}: leave it out for a roofline")
+        self._device, self._dtype = torch.device("cuda"), {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        self._found: dict[tuple[tuple[int, int], int, str], dict[str, float]] = {}
+        self.formats = [GpuFormat(dtype, 16, dtype), GpuFormat(f"2:4 {dtype}", 9, dtype, sparse=True)]
+        self.formats.append(GpuFormat("2:4 int8", 5, "int8", sparse=True, changes_weights=True))
+        with contextlib.suppress(InputError):
+            backend_for("fp8", self._device)
+            self.formats.append(GpuFormat("2:4 fp8", 5, "fp8", sparse=True, changes_weights=True))
+
+    @torch.no_grad()
+    def seconds(self, form: GpuFormat, shape: tuple[int, int], tokens: int) -> float:
+        """The fastest variant of `form`, or the dense layer; a layer that cannot be converted counts as dense."""
+        kind = form.compute if form.changes_weights else "same"
+        key = (shape, tokens, kind)
+        if key not in self._found:
+            dtype = torch.bfloat16 if kind == "fp8" else self._dtype
+            layer = torch.nn.Linear(shape[1], shape[0], bias=False, device=self._device, dtype=dtype)
+            if shape[1] % 4 == 0:
+                layer.weight.masked_fill_(~nm_mask(layer.weight), 0)
+            x = torch.randn(tokens, shape[1], device=self._device, dtype=dtype)
+            backend = backend_for(kind, self._device)
+            can = shape[1] % 4 == 0 and backend.why_not(layer) is None
+            self._found[key] = race_variants(layer, x, backend).seconds if can else backend.race({"dense": layer}, x)
+        found = self._found[key]
+        sparse_only = [value for name, value in found.items() if name != "dense"]
+        return min(sparse_only, default=found["dense"]) if form.sparse else found["dense"]

@@ -130,10 +130,16 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
         raise InputError(f"{type(model).__name__} is not supported: its output head is a {type(linear).__name__}")
-    config = model.config.get_text_config()  # its `to_dict` is a deep copy, which each step would make twice
+    scale, softcap = logit_scale(model.config)
+    return OutputHead(linear.weight, linear.bias, softcap, scale)
+
+
+def logit_scale(config: PretrainedConfig) -> tuple[float, float | None]:
+    """What a model multiplies the product of its head by, and the bound of its logits; see `OutputHead`."""
+    config = config.get_text_config()  # its `to_dict` is a deep copy, which each step would make twice
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return OutputHead(linear.weight, linear.bias, getattr(config, "final_logit_softcapping", None), scale)
+    return scale, getattr(config, "final_logit_softcapping", None)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS, STORED
 from castlm.files.atomic_dir import atomic_dir
 from castlm.files.stored import INDEX, SINGLE, read_header, read_weight_map, shard_files
-from castlm.models.architecture import auto_class, is_vision_language, linearize_
+from castlm.models.architecture import auto_class, is_vision_language, linearize_, vocab_size
 from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD, stored_transposed
 from castlm.models.locate import Location, cached_snapshot, find
 from castlm.models.opening import (
@@ -55,6 +55,7 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    unpack: bool = True,
 ) -> Loaded:
     """Loads a causal language model, or a vision-language model, and its tokenizer.
 
@@ -66,6 +67,8 @@ def load_model(
         dtype: of the loaded weights, whatever dtype they are stored in; None keeps that.
         trust_remote_code: run the model's own Python code.
         revision: branch, tag or commit of a hub id.
+        unpack: make the layers of a packed folder dense ones; else castlm's kernels compute them on a CPU, as in
+            `castlm generate`, and they do not train.
 
     Returns:
         A record with `model`, `tokenizer`, `source`, and `dtype`, which the weights are stored in.
@@ -76,16 +79,19 @@ def load_model(
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     stored = stored_dtype(where, config)
-    unpack_on_load_(config)
+    runs_packed = quantization_method(config) == QUANT_METHOD and not unpack
+    if unpack:
+        unpack_on_load_(config)
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
     model = load_weights(where, config, dtype=dtype or stored, **options)
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    num_embeddings = vocab_size(config) if runs_packed else model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > num_embeddings:
         raise InputError(
             f"the tokenizer of {where} has {tokenizer.vocab_size} entries, its model {num_embeddings}: "
             "they do not belong together"
         )
-    linearize_(model)
+    if not runs_packed:
+        linearize_(model)
     source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
     return Loaded(model.eval(), tokenizer, source, stored)
 

@@ -1,0 +1,167 @@
+"""`castlm quantize`: a model rounded to int8, float8 or int4, written as a plain or a packed folder, and verified."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from castlm.core.errors import InputError
+from castlm.core.pattern import NM, Pattern
+from castlm.core.sparsify import sparse_linears
+from castlm.data.calibration import calibration_sequences
+from castlm.data.chat import with_template
+from castlm.data.documents import open_documents
+from castlm.export.cut_sizes import cut_pattern
+from castlm.export.folder import read_manifest
+from castlm.export.hf import export_model
+from castlm.export.packed import pack_into, write_dense
+from castlm.export.unit_count import groups_of
+from castlm.export.verify import left_dense_reason, read_left_dense
+from castlm.files.atomic_dir import atomic_dir
+from castlm.inference.quantize import QuantizeReport, quantize_, stored_layers
+from castlm.models.io import Loaded, load_model, save_dtype
+from castlm.oneshot.calibration import calibration_length
+
+_NOT_PASSED_ON = (
+    *("schema_version", "versions", "proof", "left_dense", "figures", "perplexity", "dtype", "files"),
+    *("packed", "quantized"),
+)
+"""Entries of castlm.json that do not hold for the quantized model, or are written again."""
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The text that int4 reads, and the sequences that are drawn from it."""
+
+    text: str
+    """A file, folder, glob or hub dataset."""
+    column: str | None = None
+    num_sequences: int = 64
+    seq_len: int = 512
+    seed: int = 0
+
+
+@torch.no_grad()
+def quantize_folder(
+    name: str,
+    folder: Path,
+    kind: str,
+    *,
+    pattern: Pattern | None,
+    calibration: CalibrationText | None = None,
+    packed: bool = False,
+    head: str | None = None,
+    damping: float = 0.01,
+    chat_template_path: str | None = None,
+    dtype: str = "source",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> QuantizeReport:
+    """Rounds the linear layers of a model, zeros kept, and writes the result to `folder`, which is replaced.
+
+    Args:
+        name: a model folder, hub id, GGUF file or "demo".
+        folder: the output: a plain model folder with the rounded values, or a packed one.
+        kind: "int8" or "fp8", the nearest by rows; or "int4", GPTQ in groups of 64 columns.
+        pattern: of the model, which is verified before and after; None of a dense model.
+        calibration: int4 needs it.
+        packed: store the integers and scales in castlm's packed format.
+        head: with `packed`, "int8" rounds the output head, and an embedding tied to it, too.
+        damping: int4: share of the mean diagonal that is added to the Hessian.
+        chat_template_path: a Jinja file to use, and to save, in place of the tokenizer's own template.
+        dtype: "bf16", "fp16" or "fp32" of the values of a plain folder; "source" is what the model is stored in.
+        progress: called with (blocks or layers done, in all).
+
+    Returns:
+        Codes, scales and errors by layer.
+
+    Raises:
+        InputError: a model that has not the pattern, a kind that cannot be packed, a calibration text that is missing
+            or not wanted, or what loading, rounding and writing refuse. `folder` is then as it was.
+    """
+    if packed and kind == "fp8":
+        raise InputError("the packed format holds int8 and int4: leave --packed out for fp8")
+    if head is not None and not packed:
+        raise InputError(f"--head {head} is for the packed format: pass --packed, or leave it out")
+    if (calibration is not None) != (kind == "int4"):
+        raise InputError(f"{kind} needs {'a' if kind == 'int4' else 'no'} calibration text: see --calibration")
+    groups = None if pattern is None else groups_of(pattern)
+    if pattern is not None and groups is None:
+        raise InputError(f"{name} is {pattern}, which has no n:m to keep: pass --pattern of an n:m model, or dense")
+    manifest, listed = read_manifest(Path(name)), read_left_dense(Path(name) / "castlm.json")
+    documents = None if calibration is None else open_documents(calibration.text, column=calibration.column)
+    # GPTQ computes in fp32; rounding by rows takes fp32 a layer at a time, and what is written is the same.
+    held = None if kind != "int4" and dtype == "source" else torch.float32
+    loaded = load_model(name, dtype=held, trust_remote_code=trust_remote_code)
+    with_template(loaded.tokenizer, chat_template_path)
+    left_dense: dict[str, str] = {}
+    if groups is not None:
+        layers, left_dense = sparse_linears(loaded.model, groups)
+        left_dense |= listed
+        for layer, module in layers.items():
+            is_sparse = left_dense_reason(f"{layer}.weight", left_dense) is None
+            if is_sparse and groups.violations(module.weight):
+                raise InputError(f"{name} is not {groups} in {layer}: pass its own pattern, or prune it first")
+    tokens: Tensor | None = None
+    text: dict[str, Any] = {}
+    if documents is not None and calibration is not None:
+        length = min(calibration.seq_len, calibration_length(loaded.model))
+        drawn = calibration.num_sequences, length, calibration.seed
+        tokens, _ = calibration_sequences(documents, loaded.tokenizer, *drawn, say=say)
+        text = {"text": calibration.text, "text_sha256": documents.text_hash(), "seed": calibration.seed}
+    loaded.model.to(device)
+    report = quantize_(loaded.model, kind, calibration=tokens, damping=damping, progress=progress)
+    loaded.model.to("cpu")
+    passed_on = {key: value for key, value in manifest.items() if key not in _NOT_PASSED_ON}
+    record = {"base_model": name, **passed_on, "quantized": {"source": name, **report.record(), **text}}
+    stored_as = save_dtype(dtype, loaded.dtype)
+    if not packed:
+        _write_plain(loaded, folder, pattern, left_dense, record, stored_as)
+        return report
+    n, m = (groups.n, groups.m) if groups is not None else (0, 0)
+    with atomic_dir(folder, overwrite=True) as temporary:
+        plain = temporary / ".plain" / folder.name
+        try:
+            _write_plain(loaded, plain, pattern, left_dense, record, stored_as, keep_rejected=False)
+            pack_into(temporary, plain, n, m, head=head, integers=stored_layers(loaded.model, report.layers))
+        except InputError as error:  # of a folder that is gone by the time a person reads it
+            raise InputError(str(error).replace(str(plain), name).replace(str(temporary), str(folder))) from error
+        shutil.rmtree(plain.parent)
+    return report
+
+
+def _write_plain(
+    loaded: Loaded,
+    folder: Path,
+    pattern: Pattern | None,
+    left_dense: Mapping[str, str],
+    record: Mapping[str, Any],
+    dtype: torch.dtype,
+    *,
+    keep_rejected: bool = True,
+) -> None:
+    """Writes the rounded model as a plain folder with castlm.json, and verifies it."""
+    if pattern is None:
+        with atomic_dir(folder, overwrite=True) as temporary:
+            write_dense(loaded.model, loaded.tokenizer, temporary, record, dtype)
+        return
+    groups: NM | None = groups_of(pattern)
+    export_model(
+        loaded.model,
+        loaded.tokenizer,
+        folder,
+        pattern=pattern if cut_pattern(pattern) is None or groups is None else groups,  # it is cut already
+        left_dense=left_dense,
+        record=record | {"pattern": str(pattern)},
+        overwrite=True,
+        dtype=dtype,
+        keep_rejected=keep_rejected,
+    )

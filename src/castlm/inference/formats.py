@@ -1,0 +1,327 @@
+"""The numeric formats of weights, and the packed file format as a reader without torch and transformers needs it.
+
+`FORMATS` is the table: a new format is a record here, its rounding (`rounding.py`) and its kernels (`matrix.h`).
+
+A packed tensor `X.weight` of shape (out, in) is stored in safetensors as
+- `X.values`, (out, in / m * n): the kept values of each row in the order of their columns, exactly n of every m, as
+  bf16, fp16, fp32 or int8; or uint8 (out, ceil(in / m * n / 2)) of int4, two's complement, the earlier value in the low
+  half.
+- `X.mask`, uint8: which weights are kept. Where m is 2, 4 or 8, each group is a code: its number among the masks that
+  keep n of m, in the order of the masks as binary numbers whose bit i is column i. A code has as few bits as the
+  numbers need (3 at 2:4, 7 at 4:8, 5 at 6:8, 2 at 3:4); the codes of a row follow each other without gaps from the
+  lowest bit on, and a row begins at a byte. For other m, bit i of byte j is column 8 j + i, and 0 past `in`.
+- `X.scales`, of int8 fp32 (out, 1), of int4 bf16 (out, ceil(in / 64)): a value times its scale is the weight.
+A dense tensor has no mask. The order is the same for every processor; `native.repack_` makes the one in which this
+processor reads.
+
+The entry "castlm" of the file's metadata is JSON: {"version": 2, "tensors": {X: {"shape", "pattern", "values",
+"transposed"}}}. A transposed tensor is one that transformers stores (in, out). A 3-D tensor that holds the matrices
+of all experts of a block has "experts", their number, and the shape (experts * out, in); its X is its whole name, even
+where that ends in `.weight`. Version 1, which is still read, stores the mask bit by bit for every m.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from castlm.core.errors import InputError
+
+FILE = "castlm.safetensors"
+"""The weight file of a packed folder. transformers does not look for this name: without castlm it finds no weights."""
+
+INDEX = "castlm.safetensors.index.json"
+"""Where there are several files, which one holds each tensor."""
+
+VERSION = 2
+VERSIONS = (1, 2)
+"""The versions that are read."""
+METADATA_KEY = "castlm"
+
+_MOST_COLUMNS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Format:
+    """A numeric format of weights.
+
+    Attributes:
+        name: in options and records.
+        stored: safetensors' name of the dtype of the values in a file.
+        bits: of a value.
+        kernel: its code in `Values` of matrix.h; None without kernels and without a packed form.
+        scale: safetensors' name of the dtype of the scales; empty where values are the weights themselves.
+        group: columns of a row that share a scale; 0 is the whole row.
+        largest: end of the grid that values are rounded to, in units of the scale.
+        needs_text: whether its rounding reads a calibration text.
+    """
+
+    name: str
+    stored: str
+    bits: int
+    kernel: int | None
+    scale: str = ""
+    group: int = 0
+    largest: float = math.inf
+    needs_text: bool = False
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded to a grid with scales."""
+        return bool(self.scale)
+
+    def num_scales(self, columns: int) -> int:
+        """Scales of a row of `columns` weights."""
+        return -(-columns // self.group) if self.group else 1
+
+    def bits_per_weight(self, n: int, m: int) -> float:
+        """Bits that each weight of an n:m layer takes in a file, without the scales of whole rows; m = 0 is dense."""
+        share, mask = (n / m, mask_bits(n, m) / 8) if m else (1.0, 0.0)
+        return self.bits * share + mask + (16 / self.group if self.group else 0)
+
+
+INT4_GROUP = 64
+
+FORMATS = {
+    form.name: form
+    for form in (
+        Format("bf16", "BF16", 16, 0),
+        Format("fp16", "F16", 16, 1),
+        Format("fp32", "F32", 32, 2),
+        Format("int8", "I8", 8, 3, "F32", largest=127),
+        Format("int4", "U8", 4, 4, "BF16", INT4_GROUP, largest=7, needs_text=True),
+        Format("fp8", "F8_E4M3", 8, None, "F32", largest=448),
+    )
+}
+ROUNDED = tuple(form.name for form in FORMATS.values() if form.rounds)
+"""What `castlm quantize` rounds to."""
+PACKABLE = tuple(form.name for form in FORMATS.values() if form.kernel is not None)
+"""What the packed format holds."""
+
+
+@dataclass(frozen=True)
+class PackedSpec:
+    """The metadata of one packed tensor.
+
+    Attributes:
+        rows, columns: shape (out, in) of the weight.
+        n, m: the pattern; both 0 of a dense tensor.
+        values: a name of PACKABLE.
+        transposed: whether the unpacked file stores the weight (in, out).
+        experts: the number of experts whose matrices lie one below the other in `rows`; 0 of a single matrix.
+        bitmap: whether the mask is stored bit by bit though m is 2, 4 or 8, as in version 1.
+    """
+
+    rows: int
+    columns: int
+    n: int
+    m: int
+    values: str
+    transposed: bool = False
+    experts: int = 0
+    bitmap: bool = False
+
+    @property
+    def pattern(self) -> str:
+        """n:m, or "dense"."""
+        return f"{self.n}:{self.m}" if self.m else "dense"
+
+    @property
+    def unpacked_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor in the unpacked file."""
+        rows = self.rows // self.experts if self.experts else self.rows
+        matrix = (self.columns, rows) if self.transposed else (rows, self.columns)
+        return (self.experts, *matrix) if self.experts else matrix
+
+    def stem(self, tensor_name: str) -> str:
+        """The name in the packed file of the tensor that has the name `tensor_name` in the unpacked one."""
+        return tensor_name if self.experts else tensor_name.removesuffix(".weight")
+
+    def tensor_name(self, stem: str) -> str:
+        """The name in the unpacked file; the opposite of `stem`."""
+        return stem if self.experts else f"{stem}.weight"
+
+    @property
+    def kept(self) -> int:
+        """Values of a row."""
+        return self.columns // self.m * self.n if self.m else self.columns
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the values are integers with scales."""
+        return FORMATS[self.values].rounds
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, int]]]:
+        """dtype and shape of the stored tensors, by suffix: "values", "mask", "scales"."""
+        form = FORMATS[self.values]
+        width = -(-self.kept // 2) if form.bits == 4 else self.kept
+        stored = {"values": (form.stored, (self.rows, width))}
+        if self.m:
+            bits = 8 if self.bitmap else mask_bits(self.n, self.m)
+            stored["mask"] = ("U8", (self.rows, -(-self._mask_bytes * bits // 8)))
+        if form.rounds:
+            stored["scales"] = (form.scale, (self.rows, form.num_scales(self.columns)))
+        return stored
+
+    @property
+    def _mask_bytes(self) -> int:
+        return -(-self.columns // 8)
+
+    def mask_to_bits(self, stored: np.ndarray) -> np.ndarray:
+        """The mask bit by bit, uint8 (rows, ceil(columns / 8)), of rows of the stored one.
+
+        A code that no mask has gives eight masked columns, so that its groups keep too few.
+        """
+        bits = mask_bits(self.n, self.m)
+        if self.bitmap or bits == 8:
+            return stored
+        rows, eights = len(stored), -(-self._mask_bytes // 8)  # of 64 columns, whose codes take `bits` bytes
+        words = np.zeros((rows, eights, 8), np.uint8)
+        padded = np.pad(stored, ((0, 0), (0, eights * bits - stored.shape[1])))
+        words[:, :, :bits] = padded.reshape(rows, eights, bits)
+        word, table = words.view("<u8")[:, :, 0].copy(), _masks_of_codes(self.n, self.m)
+        for k in range(8):
+            words[:, :, k] = table[(word >> np.uint64(k * bits)).astype(np.uint8) & np.uint8((1 << bits) - 1)]
+        return self._cleared(words.reshape(rows, -1)[:, : self._mask_bytes])
+
+    def _cleared(self, mask: np.ndarray) -> np.ndarray:
+        mask = np.ascontiguousarray(mask)
+        if self.columns % 8:
+            mask[:, -1] &= (1 << self.columns % 8) - 1
+        return mask
+
+    def mask_to_stored(self, mask: np.ndarray) -> np.ndarray:
+        """The stored mask of one bit by bit that keeps exactly n of every m, uint8 (rows, ceil(columns / 8))."""
+        bits = mask_bits(self.n, self.m)
+        if self.bitmap or bits == 8:
+            return mask
+        rows, eights = len(mask), -(-self._mask_bytes // 8)
+        codes = np.zeros((rows, eights * 8), np.uint64)
+        codes[:, : self._mask_bytes] = _codes_of_masks(self.n, self.m)[mask]
+        shifts = np.arange(0, 8 * bits, bits, dtype=np.uint64)
+        words = (codes.reshape(rows, eights, 8) << shifts).sum(axis=2, dtype="<u8")
+        stored = words[:, :, None].view(np.uint8)[:, :, :bits].reshape(rows, -1)
+        return np.ascontiguousarray(stored[:, : -(-self._mask_bytes * bits // 8)])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "shape": [self.rows, self.columns],
+            "pattern": self.pattern if self.m else None,
+            "values": self.values,
+            "transposed": self.transposed,
+            **({"experts": self.experts} if self.experts else {}),
+        }
+
+
+def mask_bits(n: int, m: int) -> int:
+    """Bits that the mask of 8 columns takes in a file: 8 where m does not divide 8, and no codes are used."""
+    return 8 // m * (math.comb(m, n) - 1).bit_length() if 8 % m == 0 else 8
+
+
+@functools.cache
+def _masks_of_codes(n: int, m: int) -> np.ndarray:
+    """The mask of 8 columns by the codes of their groups, the first group in the lowest bits: 2:4 has 64 entries.
+
+    Entries with a code that no mask has are 0.
+    """
+    masks = [mask for mask in range(1 << m) if mask.bit_count() == n]
+    bits = (len(masks) - 1).bit_length()
+    table = np.zeros(1 << mask_bits(n, m), np.uint8)
+    for groups in itertools.product(range(len(masks)), repeat=8 // m):
+        code = sum(number << i * bits for i, number in enumerate(groups))
+        table[code] = sum(masks[number] << i * m for i, number in enumerate(groups))
+    return table
+
+
+@functools.cache
+def _codes_of_masks(n: int, m: int) -> np.ndarray:
+    """The codes of 8 columns by their mask; groups past the last column, which keep nothing, have the code 0."""
+    masks = [mask for mask in range(1 << m) if mask.bit_count() == n]
+    bits = (len(masks) - 1).bit_length()
+    codes = np.zeros(256, np.uint8)
+    for mask in range(256):
+        groups = [mask >> i * m & (1 << m) - 1 for i in range(8 // m)]
+        codes[mask] = sum(masks.index(g) << i * bits for i, g in enumerate(groups) if g in masks)
+    return codes
+
+
+def to_metadata(specs: Mapping[str, PackedSpec]) -> dict[str, str]:
+    """The metadata of a file that holds the tensors of `specs`, by X."""
+    tensors = {name: spec.as_dict() for name, spec in specs.items()}
+    return {"format": "pt", METADATA_KEY: json.dumps({"version": VERSION, "tensors": tensors})}
+
+
+def read_specs(files: Iterable[str | Path]) -> dict[str, PackedSpec]:
+    """The packed tensors of some files, by X; none of files that castlm did not pack.
+
+    Raises:
+        InputError: a file that is not readable, metadata of another version or damaged, stored tensors that are
+            missing or of another shape or dtype than the metadata say, or values that the metadata do not name.
+    """
+    specs: dict[str, PackedSpec] = {}
+    unnamed: list[str] = []
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                text = (opened.metadata() or {}).get(METADATA_KEY)
+                found = {} if text is None else _parse(text, file)
+                _check_stored(opened, found, file)
+                named = {f"{name}.values" for name in found}
+                unnamed += [name for name in opened.keys() if name.endswith(".values") and name not in named]  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is corrupt or cut short ({error}): fetch it again") from error
+        specs.update(found)
+    if specs and unnamed:
+        raise InputError(f"the castlm metadata of {file} do not name {unnamed[0]}: pack the model again")
+    return specs
+
+
+def _parse(text: str, file: str | Path) -> dict[str, PackedSpec]:
+    try:
+        content = json.loads(text)
+        version = content["version"]
+        if version in VERSIONS:
+            return {name: _spec(entry, version == 1) for name, entry in content["tensors"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"the castlm metadata of {file} are damaged: pack the model again") from error
+    raise InputError(f"{file} is in packed format {version!r}, and this castlm reads {VERSION}: upgrade castlm")
+
+
+def _spec(entry: Mapping[str, Any], bitmap: bool) -> PackedSpec:
+    rows, columns = entry["shape"]
+    n, m = (int(number) for number in entry["pattern"].split(":")) if entry["pattern"] is not None else (0, 0)
+    values, transposed = entry["values"], entry["transposed"]
+    experts = entry.get("experts", 0)
+    numbers = (rows, columns, n, m, experts)
+    if not (all(type(number) is int for number in numbers) and type(transposed) is bool and values in PACKABLE):
+        raise ValueError
+    if not (0 < rows <= _MOST_COLUMNS and 0 < columns <= _MOST_COLUMNS):
+        raise ValueError
+    if (m and (not 1 <= n < m or columns % m)) or (not m and n):
+        raise ValueError
+    if experts < 0 or (experts and rows % experts):
+        raise ValueError
+    return PackedSpec(rows, columns, n, m, values, transposed, experts, bitmap)
+
+
+def _check_stored(opened: Any, specs: Mapping[str, PackedSpec], file: str | Path) -> None:
+    present = set(opened.keys())
+    for name, spec in specs.items():
+        for suffix, (dtype, shape) in spec.tensors().items():
+            if f"{name}.{suffix}" not in present:
+                raise InputError(f"{file} lacks {name}.{suffix}: pack the model again")
+            stored = opened.get_slice(f"{name}.{suffix}")
+            if stored.get_dtype() != dtype or tuple(stored.get_shape()) != shape:
+                found = f"{stored.get_dtype()} {tuple(stored.get_shape())}"
+                raise InputError(
+                    f"{name}.{suffix} in {file} is {found}, expected {dtype} {shape}: pack the model again"
+                )
