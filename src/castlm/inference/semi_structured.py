@@ -214,7 +214,7 @@ class GpuTimer:
             InputError: another dtype than bf16 and fp16.
         """
         if dtype not in ("bf16", "fp16"):
-            raise InputError(f"--measure times bf16 and fp16 on a GPU, not {dtype}: leave it out for a roofline")
+            raise InputError(f"a GPU at hand is timed in bf16 and fp16, not {dtype}: estimate it by --device")
         self._device, self._dtype = torch.device("cuda"), {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
         self._found: dict[tuple[tuple[int, int], int, str], dict[str, float]] = {}
         self.formats = [GpuFormat(dtype, 16, dtype), GpuFormat(f"2:4 {dtype}", 9, dtype, sparse=True)]
