@@ -79,6 +79,13 @@ def test_yaml_takes_options_flat_or_in_sections():
     assert TrainConfig.from_mapping(flat) == TrainConfig.from_mapping(sections)
 
 
+def test_a_file_of_an_older_run_is_read_where_what_is_gone_was_off():
+    older = {"start": {"init_from": "wanda", "target_asymmetry": 0.0}, "method": {"adapter": "none", "lora_r": 16}}
+    assert TrainConfig.from_mapping(REQUIRED | older).start.init_from == "wanda"
+    with pytest.raises(InputError, match="adapter = 'lora' is not one of none, shira"):
+        TrainConfig.from_mapping(REQUIRED | {"method": {"adapter": "lora"}})
+
+
 def test_a_config_survives_its_own_yaml(tmp_path):
     config = TrainConfig.of("m", "d", "o", pattern="4:8", left_dense=("--odd", "x"), adam_betas=(0.9, 0.95), lam="auto")
     again = TrainConfig.from_mapping(read_yaml_mapping_of(config, tmp_path))

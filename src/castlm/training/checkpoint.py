@@ -36,7 +36,7 @@ from castlm.files.atomic_file import (
 )
 from castlm.files.disk import is_disk_full
 from castlm.training.checkpoint_storage import DATA_FILE, METADATA, JsonReader, JsonWriter
-from castlm.training.config import FREE_ON_RESUME
+from castlm.training.config import FREE_ON_RESUME, is_retired
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -322,8 +322,9 @@ def check_same_run(manifest: Mapping[str, Any], config: Mapping[str, Any], facts
     """
     before = manifest["facts"]
     free = FREE_ON_RESUME | {k for k, fact in _BY_CONTENT.items() if fact in before and before[fact] == facts.get(fact)}
-    saved = {k: v for k, v in manifest["config"].items() if k not in free} | before
-    now = {k: v for k, v in json.loads(json.dumps(config)).items() if k not in free} | dict(facts)
+    then, given = manifest["config"], json.loads(json.dumps(config))
+    saved = {k: v for k, v in then.items() if k not in free and not is_retired(k, v)} | before
+    now = {k: v for k, v in given.items() if k not in free and not is_retired(k, v)} | dict(facts)
     changed = [f"{k} {saved.get(k)} -> {now.get(k)}" for k in sorted(saved | now) if saved.get(k) != now.get(k)]
     if changed:
         raise InputError(

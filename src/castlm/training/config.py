@@ -267,16 +267,23 @@ def without_sections(mapping: Mapping[str, Any], source: str = "") -> dict[str, 
     """Options by name, as a file may group them: `{"optimizer": {"max_steps": 9}}` becomes `{"max_steps": 9}`.
 
     Raises:
-        InputError: an option that is given twice, or one that castlm no longer has and that is not off.
+        InputError: an option that is given twice.
     """
     found: dict[str, Any] = {}
     for key, value in mapping.items():
         is_section = isinstance(value, Mapping) and key in sections_of(TrainConfig)
         for name, item in value.items() if is_section else [(key, value)]:
+            if is_retired(name, item):
+                continue
             if name in found:
                 raise InputError(f"{label(name, source)} is given twice: once is enough")
             found[name] = item
     return found
+
+
+def is_retired(name: str, value: Any) -> bool:
+    """Whether an option of an older run is one that castlm no longer has, and was off."""
+    return name in RETIRED and value == RETIRED[name]
 
 
 def read_layers(paths: Iterable[str]) -> list[Layer]:
@@ -372,6 +379,9 @@ OF_CHAT = {
     "chat_template_path": "conversations, and the texts are plain; the template is saved with the result",
 }
 """The options whose effect depends on the texts."""
+
+RETIRED: dict[str, Any] = {"target_asymmetry": 0.0, "stream_correction": 0.0}
+"""Options that castlm had, with the value that turned them off, which the files of older runs may still name."""
 
 # What the result of a run does not depend on.
 WITHOUT_EFFECT = frozenset(
