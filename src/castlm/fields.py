@@ -53,7 +53,7 @@ OTHER_NAMES = {
     "bf16": "precision",
     "fp16": "precision",
 }
-"""What other libraries and earlier versions call an option, for the suggestion in an error."""
+"""The names of options in other libraries and earlier versions, for the suggestion in an error."""
 
 
 def choice(default: str | None, choices: Choices, **more: Any) -> Any:
@@ -187,7 +187,7 @@ def checked(kinds: Sequence[type[Any]], values: Mapping[str, Any], source: str =
 
 
 def label(name: str, source: str) -> str:
-    """How an error names an option."""
+    """The name of an option in an error."""
     if source == COMMAND_LINE:
         return f"--{name.replace('_', '-')}"
     return f"{source}: {name}" if source else name

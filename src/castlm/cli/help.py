@@ -77,7 +77,7 @@ def _described(kind: type[Any], field: dataclasses.Field[Any]) -> list[str]:
 
 
 def _values(field: dataclasses.Field[Any], hint: Any) -> str:
-    """What follows the option, in words: `INT`, `FLOAT|auto`, `cast|ste`."""
+    """The values that follow the option: `INT`, `FLOAT|auto`, `cast|ste`."""
     if hint is bool:
         return ""
     if names := choices_of(field):

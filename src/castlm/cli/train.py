@@ -17,7 +17,7 @@ from castlm.training.config import RECIPES, TrainConfig, read_layers, sections_o
 
 @dataclass
 class FileOptions:
-    """Where options come from besides the command line."""
+    """Files of options."""
 
     config: tuple[str, ...] = essential((), append=True)
     """YAML file of options; those on the command line override it. If it is given several times, later files override
@@ -35,7 +35,7 @@ class RecipeOptions(FileOptions):
 
 @dataclass
 class PageOptions:
-    """What `castlm train` does when the run is finished."""
+    """The page that `castlm train` writes when the run is finished."""
 
     report: bool = True
     """Write report.html, a page with charts and a sample of text, into output_dir when the run is finished."""

@@ -154,7 +154,7 @@ def _adapter_parts(model: nn.Module) -> set[str]:
 
 
 def _left_dense(model: nn.Module) -> Mapping[str, str]:
-    """What the castlm.json of the folder that a transformers model was loaded from lists as left dense."""
+    """The layers left dense, with the reasons, by the castlm.json of the folder that a model was loaded from."""
     source = getattr(getattr(model, "config", None), "_name_or_path", "")
     return read_left_dense(Path(source) / "castlm.json") if source and Path(source).is_dir() else {}
 

@@ -1,4 +1,4 @@
-"""Plain training of what was kept: the simplest rival, and what every other method has to beat."""
+"""Plain training of the kept weights: the simplest rival, which every other method must beat."""
 
 from __future__ import annotations
 

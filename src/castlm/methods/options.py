@@ -34,7 +34,7 @@ SCHEDULES: dict[str, Shape] = {
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions(Bounded):
-    """How the model becomes sparse."""
+    """The method by which the model becomes sparse."""
 
     method: str = choice("cast", METHODS)
     """Training method: CAST, one of its rivals, or the dense control."""
@@ -111,7 +111,7 @@ class MethodOptions(Bounded):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions(Bounded):
-    """What is trained of a sparse model."""
+    """The part of a sparse model that is trained."""
 
     adapter: Literal["none", "shira"] = essential("none")
     """What is trained. none: all weights that are not zero. shira: a PEFT adapter that keeps every zero when it is

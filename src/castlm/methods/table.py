@@ -12,7 +12,7 @@ class Method(NamedTuple):
     """Module in `castlm.methods`."""
     class_name: str
     title: str
-    """What the method is, in a few words, for reports."""
+    """The method in a few words, for reports."""
     options: tuple[str, ...] = ()
     """Options that this method reads and others may not."""
     starts_dense: bool = False
@@ -26,7 +26,7 @@ class Method(NamedTuple):
     decays: bool = False
     """Whether AdamS decays masked weights, so that `decay` and its options have an effect."""
     keeps_mask: bool = False
-    """Whether its mask is that of the start, so that it can fine-tune a model that is sparse already."""
+    """Whether it keeps the mask of the start, so that it can fine-tune a model that is sparse already."""
 
 
 METHODS: dict[str, Method] = {

@@ -55,7 +55,7 @@ def checkpoint_steps(folder: Path) -> dict[int, Path]:
 
 
 def _half_removed(folder: Path) -> list[Path]:
-    """What a run that was killed has left of checkpoints that it was removing."""
+    """The remains of checkpoints that a run was removing when it was killed."""
     whole = checkpoint_steps(folder).values()
     named = [entry for entry in folder.glob("step-*") if _NAME.fullmatch(entry.name) and entry not in whole]
     return [entry for entry in named if entry.is_dir() and not entry.is_symlink()]
@@ -144,7 +144,7 @@ class Saver:
         self.say(f"saved {self.folder / f'step-{step:08d}'}")
 
     def finish_despite_error(self, *, on_all_ranks: bool = False) -> None:
-        """As `finish`, before an error ends the run: a checkpoint that cannot be saved is said and raises nothing.
+        """As `finish`, before an error ends the run: a checkpoint that cannot be saved is reported and raises nothing.
 
         Args:
             on_all_ranks: whether all ranks have the error. One that a single rank has leaves the checkpoint unfinished,
@@ -297,7 +297,7 @@ _EXPECTED: dict[str, Callable[[Any], bool]] = {
     "figures": lambda value: _is_mapping(value, lambda row: _is_mapping(row, lambda x: x is None or _is_number(x))),
     "files": lambda value: _is_file_list(value) and METADATA in value,
 }
-"""What each field of a manifest has to be."""
+"""A test for each field of a manifest."""
 
 
 _BY_CONTENT = {
@@ -313,9 +313,9 @@ def check_same_run(manifest: Mapping[str, Any], config: Mapping[str, Any], facts
 
     Args:
         manifest: of the checkpoint; its `config` and `facts` are compared.
-        config: of this start, as a dict; every field outside `FREE_ON_RESUME` has to be as it was saved, but for the
+        config: the options of this start; each outside `FREE_ON_RESUME` must be as it was saved, except for the
             name of a text whose hash is a fact and the same.
-        facts: what else has to be equal: text hashes, global batch.
+        facts: what else must be equal: text hashes, global batch.
 
     Raises:
         InputError: lists every difference.

@@ -33,7 +33,7 @@ from castlm.training.options import (
 )
 
 Layer = tuple[str, Mapping[str, Any]]
-"""Where values come from, and the values by name."""
+"""The source of values, as a file or the command line, and the values by name."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "castlm": {},
@@ -299,7 +299,7 @@ def _plain(value: Any) -> Any:
 
 
 class Effect(NamedTuple):
-    """When an option has an effect."""
+    """The condition under which an option has an effect."""
 
     when: Callable[[TrainConfig], bool]
     needs: str

@@ -35,7 +35,7 @@ class SparseModelOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class FixedMaskOptions(MethodOptions):
-    """How the model is trained: with a fixed mask."""
+    """The method of fine-tuning: a fixed mask."""
 
     method: str = "finetune"
 
@@ -64,7 +64,7 @@ class FinetuneOptimizerOptions(OptimizerOptions):
 class FinetuneConfig(TrainConfig):
     """Fine-tune an n:m sparse model on your text. Every zero of it stays zero, and the result is verified.
 
-    The options are those of `TrainConfig`; the defaults are those of fine-tuning: no teacher, Adam's usual betas, a
+    The options are those of `TrainConfig`; some defaults differ: no teacher, Adam's usual betas, a
     lower learning rate. `castlm.train` runs it.
 
     Raises:

@@ -37,7 +37,7 @@ class LayerCalibration:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `steps` steps showed. `lam` is the median momentum rms over the layers: "the order of the gradient"."""
+    """The figures of the first steps. `lam` is the median momentum rms over the layers: "the order of the gradient"."""
 
     layers: dict[str, LayerCalibration]
     lam: float

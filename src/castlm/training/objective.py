@@ -42,7 +42,7 @@ class TrainingLoss(NamedTuple):
 
 
 class _Output(NamedTuple):
-    """What a model makes of a batch."""
+    """The output of a model for a batch."""
 
     states: Tensor
     """(batch, seq, hidden), after the final norm."""

@@ -16,7 +16,7 @@ HISTOGRAM_EDGES = tuple(10 ** (quarter / 4) for quarter in range(-48, 5))
 
 
 _NUMBERS = {"step", "tokens", "loss", "perplexity", "prune_now_ppl", "dense_ppl", "alpha"}
-"""What readers compute with."""
+"""The figures that readers compute with."""
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -72,16 +72,16 @@ _DIVERGED = {"problem": "DIVERGED", "remedy": "lower learning_rate"}
 _FELL_SHORT = {"problem": "FELL SHORT", "remedy": "train for more steps"}
 
 MEASURED_ALIKE = ("seq_len", "stride", "text_sha256", "num_tokens", "tokens")
-"""What of `record["measured"]` two perplexities have in common if they can be compared."""
+"""The entries of `record["measured"]` in which two perplexities must agree to be compared."""
 
 
 def final_perplexity(perplexities: Mapping[str, Any]) -> Any:
-    """Of the result of a run, from `record["perplexity"]`: pruned, or the dense control's; None if it has none."""
+    """The perplexity of a run's result, from `record["perplexity"]`: pruned, or the dense control's; else None."""
     return perplexities.get("pruned", perplexities.get("trained"))
 
 
 def problem(verdict: Mapping[str, Any]) -> str | None:
-    """What is wrong with a run, by its `verdict`: "diverged" or "fell short"; None if nothing is."""
+    """The problem of a run, by its `verdict`: "diverged" or "fell short"; None if it has none."""
     return None if verdict.get("ok", True) else str(verdict.get("problem", "diverged")).lower()
 
 

@@ -49,7 +49,7 @@ _MOST_UNCOUNTED = 100
 
 
 def num_left(step: int, last: int, every: int) -> int:
-    """How many multiples of `every` (0: none) there are from `step` on up to `last`, which always counts as one.
+    """The number of multiples of `every` (0: none) from `step` on up to `last`, which always counts as one.
 
     Examples:
         >>> num_left(1, last=10, every=4)  # at 4, 8 and 10
@@ -60,7 +60,7 @@ def num_left(step: int, last: int, every: int) -> int:
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """The progress of a run."""
 
     step: int = 0
     tokens: int = 0
@@ -94,7 +94,7 @@ class Run:
     method: Retraining
     optimizer: AdamS
     optimizer_text: str
-    """How the optimizer runs, in words."""
+    """The engine of the optimizer, in words."""
     evaluator: Evaluator
     names: dict[Tensor, str]
     """Name of every trained parameter; collected right after sharding, when each is a DTensor among several ranks."""
@@ -169,7 +169,7 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a resumed run must share with the saved one besides its config."""
+        """The facts, besides the config, in which a resumed run must equal the saved one."""
         return {
             "world_batch": self.config.optimizer.sequences_per_step(self.world.size),
             "model_fingerprint": self.source.fingerprint,
@@ -341,7 +341,7 @@ class Run:
         self.progress.eval_seconds = time.perf_counter() - started
 
     def _details(self, masks: dict[Tensor, Tensor]) -> dict[str, Any]:
-        """What metrics.jsonl holds of an evaluation beside single figures."""
+        """The lists and dictionaries of an evaluation for metrics.jsonl."""
         histogram = masked_histogram(masks, self.world)
         details: dict[str, Any] = {"peak_memory_bytes": peak_memory(self.world.device.type)}
         if masks:
@@ -368,7 +368,7 @@ class Run:
     def save(self) -> None:
         started = time.perf_counter()
         self.saver.finish()
-        self.cover_teacher_cache()  # before the save, so that a resumed run goes on no later than the cache ends
+        self.cover_teacher_cache()  # before the save, so that a resumed run continues no later than the cache ends
         flips = torch.tensor(float(self.method.flips()), device=self.world.device, dtype=torch.float64)
         manifest = {
             "config": self.config.as_dict(),

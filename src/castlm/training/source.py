@@ -29,13 +29,13 @@ class Source:
 
     loaded: Loaded
     stored: Checkpoint | None
-    """Where each parameter lies, while the model is still without weights; None for a model in memory."""
+    """The place of each parameter on the disk, while the model has no weights; None for a model in memory."""
     options: dict[str, Any]
     """Keyword arguments of `load_model`."""
     name: str
     """As the config has it."""
     fingerprint: str
-    """Of its weights, the same on all ranks."""
+    """A hash of its weights, the same on all ranks."""
 
     @property
     def model(self) -> PreTrainedModel:

@@ -92,7 +92,7 @@ class TeacherCache:
         return self.world.on_main(covers)
 
     def _covered(self) -> tuple[int, bool]:
-        """How many sequences are here, counted from the start of the stream, and whether those of every epoch are."""
+        """The number of sequences here, from the start of the stream, and whether they serve every epoch."""
         if not self._coverage.is_file():
             return 0, False
         record = read_json_mapping(self._coverage, "remove it, to load the teacher")
@@ -199,7 +199,7 @@ class TeacherCache:
 
 
 def _rows(input_ids: Tensor, position_ids: Tensor | None) -> list[Tensor]:
-    """What a sequence is found by: its token ids, (seq,), or (2, seq) with its positions where documents are apart."""
+    """The keys of sequences: their token ids, (seq,), or (2, seq) with positions where documents are apart."""
     if position_ids is None:
         return list(input_ids.cpu())
     return list(torch.stack([input_ids, position_ids], dim=1).cpu())

@@ -34,7 +34,7 @@ def open_teacher_cache(
     """The cache of a run; None where it has none.
 
     Raises:
-        InputError: as `TeacherCache`; a text with images, of which a cache knows the tokens alone.
+        InputError: as `TeacherCache`; a text with images: a cache knows a sequence by its tokens alone.
     """
     if options.teacher_cache is None:
         return None
@@ -45,7 +45,7 @@ def open_teacher_cache(
 
 
 def teacher_dtype(precision: str) -> torch.dtype:
-    """What the teacher's weights are held in."""
+    """The dtype of the teacher's weights."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -86,8 +86,8 @@ def check_teacher_pass(config: TrainConfig) -> None:
 def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
     """Lets the teacher read the sequences of the first epoch of `config` that its cache lacks, on this process.
 
-    Each batch is recorded when it is done, so that a pass that was stopped is started again and goes on. A sequence
-    that is there is checked and not read again.
+    Each batch is recorded when it is done, so that a pass that was stopped continues when it is started again. The
+    teacher does not read a sequence again that is there and whole.
 
     Args:
         config: with a `teacher_cache`.

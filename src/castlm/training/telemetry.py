@@ -1,4 +1,4 @@
-"""What a run reports while it runs: a live line on the screen, metrics.jsonl, and the trackers of `report_to`.
+"""The reports of a run in progress: a live line on the screen, metrics.jsonl, and the trackers of `report_to`.
 
 Only the main rank writes. In metrics.jsonl, a figure that is not finite is null. A resumed run first cuts the file back
 to its checkpoint, so that it reads as if the run had never been stopped.
@@ -139,7 +139,7 @@ class Telemetry:
         self._report(lambda tracker: tracker.log(values, step))
 
     def _report(self, action: Callable[[Tracker], None]) -> None:
-        """A tracker that fails, as by a lost connection, is dropped with a line, and the run goes on."""
+        """A tracker that fails, as by a lost connection, is dropped with a line, and the run continues."""
         for tracker in list(self._trackers):
             try:
                 action(tracker)

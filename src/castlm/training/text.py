@@ -33,7 +33,7 @@ from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions
 
 @dataclass
 class TrainingText:
-    """What a run trains and is evaluated on."""
+    """The text that a run trains on, and the text of its evaluation."""
 
     documents: AnyDocuments
     """Training documents, without the held-out ones."""
@@ -48,7 +48,7 @@ class TrainingText:
     train_sha256: str
     eval_sha256: str
     template_sha256: str | None
-    """Of the chat template that the training documents are rendered with; None if they are plain text."""
+    """Hash of the chat template that the training documents are rendered with; None if they are plain text."""
     processor: ProcessorMixin | None = None
     """Prepares the images of the texts, where any has some."""
 

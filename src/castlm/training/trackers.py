@@ -18,7 +18,7 @@ PROJECT = "castlm"
 
 
 class Tracker(Protocol):
-    """What the training loop asks of a tracker."""
+    """The interface of a tracker."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Reports the figures of a step."""
