@@ -304,7 +304,8 @@ def test_later_files_and_then_options_override(tmp_path):
         (["--max-steps"], "expected one argument"),
         (["--model", "m"], "dataset is missing: give --dataset"),
         (["extra"], "unrecognized arguments: extra"),
-        (["--adapter", "shira"], "there is no option --adapter"),  # of castlm finetune
+        (["--adapter", "shira"], "castlm train does not read --adapter: leave it out, or use castlm finetune"),
+        (["--lora_r=4"], "castlm train does not read --lora_r"),
         (["--adam-betas", "0.9"], "expected 2 arguments"),
         (["--moments", "4bit"], "--moments = '4bit' is not one of fp32, 8bit; did you mean 8bit?"),
     ],

@@ -11,7 +11,7 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.export.unit_count import groups_of
 from castlm.fields import COMMAND_LINE, checked
-from castlm.training.config import read_layers, sections_of
+from castlm.training.config import names_of, read_layers, sections_of
 from castlm.training.finetune import FinetuneConfig
 from castlm.training.options import ModelOptions
 
@@ -28,11 +28,11 @@ def parse_finetune(arguments: Sequence[str]) -> tuple[FinetuneConfig, bool]:
         InputError: whatever `read_arguments`, `read_yaml_mapping` or `FinetuneConfig` refuses; castlm.json names no
             pattern, or one that left no zeros in the model.
     """
-    sections = [
-        (title, kind) for title, kind in sections_of(FinetuneConfig).items() if title not in ("method", "start")
-    ]
-    sections += [("options", FileOptions), ("options", PageOptions)]
-    given = read_arguments(sections, arguments, "finetune", FinetuneConfig)
+    all_sections = sections_of(FinetuneConfig)
+    of_train = [all_sections.pop("method"), all_sections.pop("start")]
+    sections = [*all_sections.items(), ("options", FileOptions), ("options", PageOptions)]
+    elsewhere = {option: "train" for section in of_train for option in names_of(section)}
+    given = read_arguments(sections, arguments, "finetune", FinetuneConfig, elsewhere)
     paths = given.pop("config", [])
     page = checked([PageOptions], {"report": given.pop("report")} if "report" in given else {}, COMMAND_LINE)
     config = FinetuneConfig.from_layers([*read_layers(paths), (COMMAND_LINE, given)])

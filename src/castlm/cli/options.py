@@ -35,15 +35,22 @@ def parse(kind: type[T], arguments: Sequence[str], name: str) -> T:
     return build(kind, read_arguments([("options", kind)], arguments, name, about=kind), COMMAND_LINE)
 
 
-def read_arguments(sections: Sections, arguments: Sequence[str], name: str, about: type[Any]) -> dict[str, Any]:
+def read_arguments(
+    sections: Sections,
+    arguments: Sequence[str],
+    name: str,
+    about: type[Any],
+    elsewhere: Mapping[str, str] = types.MappingProxyType({}),
+) -> dict[str, Any]:
     """The options that were given, by field name, as text that is not checked yet. The last of several values counts.
 
     Args:
         sections: the fields of their dataclasses are the options.
         about: the class whose docstring tells what the command does, for the help.
+        elsewhere: options of another command, each with its name.
 
     Raises:
-        InputError: an unknown option, or one without its value.
+        InputError: an unknown option, one of another command, or one without its value.
     """
     fields = [(kind, field) for _, kind in sections for field in dataclasses.fields(kind)]
     unnamed = [field.name for _, field in fields if field.metadata.get("positional")]
@@ -62,6 +69,8 @@ def read_arguments(sections: Sections, arguments: Sequence[str], name: str, abou
             continue
         if option[2:] in unnamed:
             raise InputError(f"{option} is not an option: write castlm {name} {option[2:].upper()}, without --")
+        if command := elsewhere.get(option[2:].removeprefix("no-").replace("-", "_")):
+            raise InputError(f"castlm {name} does not read {option}: leave it out, or use castlm {command}")
         raise InputError(f"{unknown(option[2:], named, COMMAND_LINE)} (castlm {name} --help lists the options)")
     return vars(parser.parse_args(arguments))
 

@@ -12,7 +12,7 @@ from typing import Any
 from castlm.cli.options import read_arguments
 from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, checked, choice, essential
-from castlm.training.config import RECIPES, TrainConfig, read_layers, sections_of
+from castlm.training.config import RECIPES, TrainConfig, names_of, read_layers, sections_of
 
 
 @dataclass
@@ -56,10 +56,11 @@ def parse_train(
     Raises:
         InputError: whatever `read_arguments`, `read_yaml_mapping` or `TrainConfig` refuses.
     """
-    sections = [(title, kind) for title, kind in sections_of(TrainConfig).items() if title != "adapter"]
-    sections += [("options", RecipeOptions), *([("options", more)] if more else [])]
+    all_sections = sections_of(TrainConfig)
+    elsewhere = dict.fromkeys(names_of(all_sections.pop("adapter")), "finetune")
+    sections = [*all_sections.items(), ("options", RecipeOptions), *([("options", more)] if more else [])]
     about = TrainConfig if more is None or name == "train" else more
-    given = read_arguments(sections, arguments, name, about)
+    given = read_arguments(sections, arguments, name, about, elsewhere)
     paths = given.pop("config", [])
     extra = {field.name: given.pop(field.name) for field in fields(more) if field.name in given} if more else {}
     config = TrainConfig.from_layers([*read_layers(paths), (COMMAND_LINE, given)])
