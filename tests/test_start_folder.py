@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.distributed.world import init_world
 from castlm.models.io import load_model
+from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.residual import basis_between
 from castlm.training.train import begin_run, train
 from tests.faults import train_as_a_command
 from tests.ranks import start_ranks, wait_ranks
-from tests.runs import metrics, small, stop_and_resume
+from tests.runs import assert_equal_weights, metrics, small, stop_and_resume
 from tests.tiny import save_tiny
 
 
@@ -100,3 +102,30 @@ def test_the_basis_of_a_stream_is_read_off_the_embeddings():
     torch.testing.assert_close(basis_between(dense, dense @ rotation), rotation)
     with pytest.raises(InputError, match="not those of the dense model in another basis"):
         basis_between(dense, torch.randn(400, 24, generator=generator))
+
+
+@pytest.mark.parametrize("moment", ["record", "write_block"])
+@pytest.mark.parametrize("decay", ["horizon", "proportional"])
+def test_a_run_killed_in_its_start_continues_to_the_same_result(moment, decay, llama, text, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """Stands for a SIGKILL: nothing may catch it and go on."""
+
+    over = {"decay": decay, "init_from": "sparsegpt", "ignore_decay_budget": True}
+    train(small(llama, text, tmp_path / "straight", **over))
+    method, calls = getattr(StartFolder, moment), 0
+
+    def killed(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise Killed
+        return method(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StartFolder, moment, killed)
+        with pytest.raises(Killed):
+            train(small(llama, text, tmp_path / "run", **over))
+    assert json.loads((tmp_path / "run.partial" / "progress.json").read_text())["done"] == 1
+    train(small(llama, text, tmp_path / "run", **over))
+    assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "run" / "model")
+    assert not (tmp_path / "run.partial").exists()

@@ -35,6 +35,11 @@ PROGRESS = "progress.json"
 _REMEDY = "free some space and run the same command again to continue"
 
 
+def partial_folder(folder: Path) -> Path:
+    """Where the work of a start is held until the result of the command is whole: beside its output `folder`."""
+    return folder.with_name(f"{folder.name}.partial")
+
+
 class StartFolder:
     """The folder of one start.
 

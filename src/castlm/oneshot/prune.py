@@ -38,7 +38,7 @@ from castlm.models.architecture import is_vision_language
 from castlm.models.io import Loaded, fp32_bytes, load_model, save_dtype
 from castlm.models.opening import open_processor
 from castlm.oneshot.calibration import calibration_length
-from castlm.oneshot.folder import PROGRESS, StartFolder
+from castlm.oneshot.folder import PROGRESS, StartFolder, partial_folder
 from castlm.oneshot.report import OneshotReport
 from castlm.oneshot.source import MemoryModel, StoredModel, check_outside_blocks, outside_blocks
 from castlm.oneshot.start import Start
@@ -200,11 +200,6 @@ def choose_memory(model: str, revision: str | None, folder: Path, pattern: Patte
         "block at a time is in memory (memory block)"
     )
     return "block"
-
-
-def partial_folder(folder: Path) -> Path:
-    """Where the work of a prune is held until the result is verified: beside the result."""
-    return folder.with_name(f"{folder.name}.partial")
 
 
 def _stamps(checkpoint: Checkpoint) -> list[list[Any]]:

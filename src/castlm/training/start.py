@@ -7,6 +7,7 @@ others.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,13 @@ from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_pa
 from castlm.core.unit_masks import gathers
 from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import World
-from castlm.files.owned import RESULT, read_record
+from castlm.files.output import continued
+from castlm.files.owned import RESULT, command_of, discard, read_record
+from castlm.files.reading import user_path
 from castlm.hardware import choose_precision
 from castlm.methods.base import Retraining
 from castlm.models.io import load_model
+from castlm.oneshot.folder import StartFolder, partial_folder
 from castlm.oneshot.options import UNIT_SCORES
 from castlm.oneshot.residual import basis_between, is_tied
 from castlm.oneshot.solvers import SOLVERS
@@ -99,8 +103,22 @@ class StartOf:
     """Whether the run compares hidden states with the teacher's, for which it needs the basis of the stream."""
 
 
-def make_start(options: StartOptions, of: StartOf, source: Source, text: TrainingText, world: World) -> StartWeights:
+def make_start(
+    options: StartOptions,
+    of: StartOf,
+    source: Source,
+    text: TrainingText,
+    world: World,
+    output_dir: str | Path,
+    overwrite: bool = False,
+) -> StartWeights:
     """Makes the start that `init_from` asks for, on the main rank.
+
+    Finished transformer blocks are held in `partial_folder(output_dir)`, from which the start of a run that was killed
+    before its first checkpoint continues. It stays until `drop_partial`.
+
+    Args:
+        overwrite: begin again where that folder holds a start with other options, or a damaged one.
 
     Raises:
         InputError: on the main rank, whatever the one-shot solver refuses, or a start that is not this model at n:m;
@@ -110,7 +128,9 @@ def make_start(options: StartOptions, of: StartOf, source: Source, text: Trainin
 
     def make() -> dict[str, Any]:
         if options.name in (UNIT_SCORES if is_structured(of.pattern) else SOLVERS):
-            _prune(start, options, of, source, text, world)
+            partial = partial_folder(user_path(output_dir))
+            with continued(partial, "prune"):
+                _prune(start, options, of, source, text, world, partial, overwrite)
         else:
             _read(start, options.name, of, source)
         return start.record
@@ -119,8 +139,22 @@ def make_start(options: StartOptions, of: StartOf, source: Source, text: Trainin
     return start
 
 
+def drop_partial(output_dir: str | Path) -> None:
+    """Deletes the work of the start of a run that is finished."""
+    partial = partial_folder(user_path(output_dir))
+    if command_of(partial) == "prune":
+        discard(partial)
+
+
 def _prune(
-    start: StartWeights, options: StartOptions, of: StartOf, source: Source, text: TrainingText, world: World
+    start: StartWeights,
+    options: StartOptions,
+    of: StartOf,
+    source: Source,
+    text: TrainingText,
+    world: World,
+    partial: Path,
+    overwrite: bool,
 ) -> None:
     """Prunes a copy of the model, calibrated on the start of the training text. The model itself stays as it is."""
     solver, pattern, filter_fn = options.name, of.pattern, of.filter_fn
@@ -133,9 +167,18 @@ def _prune(
             text.documents, source.tokenizer, num_sequences, length, of.seed, text.processor, note
         )
         layers, _ = sparse_linears(model, pattern, filter_fn)
+        depends_on = {
+            "weights": source.fingerprint,
+            "tokens_sha256": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
+            "keeps_dense": of.keeps_dense_values,
+            "layers": sorted(layers),
+            **how.options(),
+        }
+        folder = StartFolder(partial, depends_on, restart=overwrite)
         blocks = MemoryModel(model, layers, keeps_dense=of.keeps_dense_values)
-        with shown_progress(f"starting from {solver}, transformer blocks") as progress:
-            report = how.make_(blocks, calibration, extras, say=note, progress=world.reported(progress))
+        with shown_progress(f"starting from {solver}, transformer blocks", before=folder.done) as progress:
+            told = world.reported(progress)
+            report = how.make_(blocks, calibration, extras, folder=folder, say=note, progress=told)
     except InputError as error:
         raise InputError(f"init_from {solver}: {error}; init_from magnitude does without") from None
     for line in report.notes():

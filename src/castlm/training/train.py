@@ -48,7 +48,7 @@ from castlm.training.record import problem
 from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder, after_restart, check_shared
 from castlm.training.source import check_sizes, open_source
-from castlm.training.start import StartOf, StartWeights, is_untied, make_start, start_, stream_basis
+from castlm.training.start import StartOf, StartWeights, drop_partial, is_untied, make_start, start_, stream_basis
 from castlm.training.teacher_pass import claim_teacher_cache, open_teacher_cache, teacher_dtype
 from castlm.training.text import open_training_text, steps_of_epochs
 from castlm.training.trackers import chosen_trackers
@@ -113,6 +113,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 interrupt.start_export()
                 record = finish(run)
                 world.on_main(folder.drop_replaced, beats=True)
+                world.on_main(lambda: drop_partial(folder.path))
         if output.push_to_hub:  # of a finished run too, which may have been stopped here
             upload(folder.model, output.hub_repo, record, world, private=output.hub_private_repo)
         return record
@@ -171,7 +172,8 @@ def set_up(config: TrainConfig, world: World) -> Run:
             is_finetuning=config.is_finetuning,
             compares_hidden=bool(teacher_options.hidden_weight),
         )
-        start = make_start(config.start, of, source, text, world)
+        output = config.checkpoint
+        start = make_start(config.start, of, source, text, world, output.output_dir, output.overwrite)
 
     # teacher, objective, method
     cache = open_teacher_cache(teacher_options, data, text, vocab, world)
