@@ -35,7 +35,7 @@ from castlm.cli.options import result_folder
 from castlm.core.sparsify import is_sparse_linear
 from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
-from castlm.data.tokens import token_ids
+from castlm.data.tokens import Encoder, token_ids
 from castlm.dtypes import STORED
 from castlm.evaluation.perplexity import perplexity
 from castlm.evaluation.zero_shot import zero_shot
@@ -149,7 +149,9 @@ Decoders = dict[str, Callable[[Tensor], object]]
 def castlm_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Decoders]:
     """Dense and 2:4 in every format of castlm, printed as they come."""
     documents, length = open_documents(options.calibration), options.calibration_len
-    calibration, _ = calibration_sequences(documents, loaded.tokenizer, options.sequences, length)
+    calibration, _ = calibration_sequences(
+        documents, Encoder(loaded.tokenizer, assistant_only=False), options.sequences, length
+    )
     if options.sparse:
         sparse = load_model(result_folder(options.sparse)).model
     else:

@@ -32,7 +32,7 @@ from benchmarks.rows import interleaved
 from castlm.core.pattern import Pattern
 from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
-from castlm.data.tokens import token_ids
+from castlm.data.tokens import Encoder, token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.export.cut_sizes import cut_pattern, sizes_after, sizes_of
 from castlm.models.io import load_model
@@ -180,7 +180,8 @@ def score_rows(
     """Perplexity after one-shot pruning by pattern and score: without least squares and with, for each seed."""
     loaded = load_model(model)
     documents = open_documents(calibration)
-    drawn = [calibration_sequences(documents, loaded.tokenizer, SEQUENCES, seq_len, seed)[0] for seed in range(seeds)]
+    encoder = Encoder(loaded.tokenizer, assistant_only=False)
+    drawn = [calibration_sequences(documents, encoder, SEQUENCES, seq_len, seed)[0] for seed in range(seeds)]
     ids = token_ids(open_documents(text), loaded.tokenizer)
     found: dict[tuple[str, str], list[list[float]]] = {}
     for pattern, score in itertools.product(patterns, UNIT_SCORES):

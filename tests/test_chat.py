@@ -2,6 +2,8 @@
 
 import json
 import re
+import resource
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import torch
 
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
+from castlm.data.columns import Kind
 from castlm.data.documents import open_documents, split_documents
 from castlm.data.loader import BatchLoader
 from castlm.data.packing import PackedSequences
@@ -165,7 +168,7 @@ def test_columns_are_recognized_alike_in_json_lines_gzip_and_parquet(row, tmp_pa
     texts = [[piece.text for piece in open_documents(file).pieces(None)] for file in files]
     assert texts[0] == texts[1] == texts[2]
     assert len(texts[0]) == 7
-    assert all(piece.is_chat for piece in open_documents(tmp_path).pieces(1))
+    assert all(piece.kind is Kind.CHAT for piece in open_documents(tmp_path).pieces(1))
     assert counted(json.loads(texts[0][0]))
 
 
@@ -181,13 +184,13 @@ def test_rows_of_nulls_do_not_decide_what_a_column_holds(tmp_path, suffix):
         path.write_bytes(gzip.compress(data) if suffix == "jsonl.gz" else data)
     pieces = list(open_documents(path, column="chat").pieces(None))
     assert len(pieces) == 2
-    assert all(piece.is_chat for piece in pieces)
+    assert all(piece.kind is Kind.CHAT for piece in pieces)
 
 
 def test_text_and_messages_in_different_rows_are_refused(tmp_path):
     rows = [{"messages": None, "text": None}, {"messages": None, "text": "a"}, {"messages": TALK, "text": None}]
     assert len(open_documents(write_rows(tmp_path / "a.jsonl", rows[:2]))) == 1
-    assert open_documents(write_rows(tmp_path / "a.jsonl", [rows[0], rows[2]])).is_chat
+    assert open_documents(write_rows(tmp_path / "a.jsonl", [rows[0], rows[2]])).kind is Kind.CHAT
     for order in (rows, rows[::-1]):
         with pytest.raises(InputError, match=r"line [23]: the columns .* could both be meant: choose one with column"):
             open_documents(write_rows(tmp_path / "a.jsonl", order))
@@ -257,7 +260,7 @@ def test_plain_text_and_conversations_are_two_datasets(tmp_path):
 
 def test_empty_conversations_are_dropped_and_counted_as_blank_documents_are(tmp_path):
     documents = open_documents(write_rows(tmp_path / "a.jsonl", [GOOD, {"messages": []}, {"messages": None}]))
-    assert (len(documents), documents.num_empty) == (1, 2)
+    assert len(documents) == 1
     with pytest.raises(InputError, match="a single conversation cannot be held out"):
         split_documents(documents, 0.5, seed=0)
 
@@ -289,7 +292,7 @@ def test_a_template_that_does_not_fit_is_refused_with_what_was_found(case, tmp_p
     template, messages, message = REFUSED[case]
     documents = open_documents(write_talks(tmp_path / "a.jsonl", [messages]))
     with pytest.raises(InputError, match=message) as caught:
-        PackedSequences(documents, chat_tokenizer(template), seq_len=4, seed=0)
+        PackedSequences(documents, Encoder(chat_tokenizer(template)), seq_len=4, seed=0)
     assert "\n" not in str(caught.value)
 
 
@@ -299,11 +302,46 @@ def test_a_tokenizer_without_offsets_is_refused():
         Chat(slow)(json.dumps(GOOD))
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the memory of a process is limited on Linux alone")
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10**10 }}",
+        "{{ 'a' | center(10**10) }}",
+        "{% for m in messages if m.role == 'assistant' %}{{ m.content * 10**10 }}{% endfor %}",
+    ],
+)
+def test_a_template_that_takes_all_memory_is_refused(template):
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(InputError, match="it takes more than 512 MiB of memory"):
+        Chat(chat_tokenizer(template), assistant_only=False)(json.dumps(GOOD))
+    assert resource.getrlimit(resource.RLIMIT_AS) == limit
+
+
+def test_a_conversation_of_thousands_of_messages_is_refused_where_it_would_take_minutes():
+    messages = [{"role": role, "content": f"{role} {i}"} for i in range(600) for role in ("user", "assistant")]
+    document = json.dumps({"messages": messages})
+    with pytest.raises(InputError, match="has 1,200 messages, more than 512"):
+        Chat(chat_tokenizer())(document)
+    assert len(Chat(chat_tokenizer(), assistant_only=False)(document).ids) > 1200
+    assert sum(Chat(chat_tokenizer(MARKED))(document).counts) > 600
+
+
+def test_messages_that_are_rendered_differently_are_looked_for_together():
+    messages = [{"role": role, "content": f"{role} {i}"} for i in range(20) for role in ("user", "assistant")]
+    tokenizer, calls = chat_tokenizer(CHATML.replace("message['content']", "message['content'] | upper")), []
+    render = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda *args, **options: calls.append(args) or render(*args, **options)
+    Chat(tokenizer, assistant_only=False)(json.dumps({"messages": messages}))
+    assert len(calls) <= 4  # two to see whether it reads texts
+
+
 # Packing
 
 
-def packed(path, seq_len=64, **options):
-    return PackedSequences(open_documents(path), TOKENIZER, seq_len=seq_len, seed=3, **options)
+def packed(path, seq_len=64, assistant_only=True, **options):
+    encoder = Encoder(TOKENIZER, assistant_only=assistant_only)
+    return PackedSequences(open_documents(path), encoder, seq_len=seq_len, seed=3, **options)
 
 
 @pytest.fixture(scope="module")
@@ -312,8 +350,8 @@ def path(tmp_path_factory):
 
 
 def sequences(stream, count):
-    rows = iter(stream)
-    return [next(rows) for _ in range(count)]
+    batches = [stream.take(1).batch(stream.seq_len) for _ in range(count)]
+    return [{name: tensor[0] for name, tensor in batch.items()} for batch in batches]
 
 
 def same(one, other):
@@ -366,7 +404,8 @@ def test_ranks_share_the_sequences_of_one(path):
 def test_a_conversation_of_100k_tokens_goes_through_its_sequences_with_one_line(tmp_path):
     long = talk(*(f"turn {number} " + "x" * 1000 for number in range(100)))
     path, said = write_talks(tmp_path / "a.jsonl", [talk("a", "b"), long, long]), []
-    rows = list(packed(path, 256, epochs=1, say=said.append))
+    stream = packed(path, 256, say=said.append)
+    rows = sequences(stream, stream.tokens_per_epoch() // 256)
     assert len(rows) * 256 > 200_000
     (line,) = said
     assert re.match(r"a conversation of 10\d,\d+ tokens is longer than seq_len 256: each of its sequences", line)
@@ -381,7 +420,7 @@ def test_a_conversation_of_100k_tokens_goes_through_its_sequences_with_one_line(
 def test_perplexity_is_over_the_assistants_tokens_of_each_conversation_by_itself(tmp_path):
     model, conversations = tiny_model("llama"), talks(5)
     path = write_talks(tmp_path / "a.jsonl", conversations)
-    text = scored_text(path, TOKENIZER)
+    text = scored_text(open_documents(path), Encoder(TOKENIZER))
     result = perplexity(model, text, seq_len=200, batch_size=3)
     total, count = 0.0, 0
     for messages in conversations:
@@ -392,14 +431,15 @@ def test_perplexity_is_over_the_assistants_tokens_of_each_conversation_by_itself
         total, count = total + float(nll[counts].double().sum()), count + int(counts.sum())
     assert result.num_tokens == count
     assert result.loss == pytest.approx(total / count, rel=1e-5)
-    everything = perplexity(model, scored_text(path, TOKENIZER, assistant_only=False), seq_len=200)
+    all_count = Encoder(TOKENIZER, assistant_only=False)
+    everything = perplexity(model, scored_text(open_documents(path), all_count), seq_len=200)
     assert everything.num_tokens > 2 * count
-    assert (text.tokens, text.is_chat) == ("assistant", True)
+    assert (text.tokens, text.by_document) == ("assistant", True)
 
 
 def test_plain_text_and_conversations_are_scored_as_by_themselves(path):
     model, plain = tiny_model("llama"), ScoredText.of(torch.arange(100) % 250)
-    chat = scored_text(path, TOKENIZER, limit=400)
+    chat = scored_text(open_documents(path), Encoder(TOKENIZER), limit=400)
     one, other, both = (perplexity(model, t, seq_len=64) for t in (plain, chat, ScoredText.joined([plain, chat])))
     assert both.num_tokens == one.num_tokens + other.num_tokens
     mean = (one.loss * one.num_tokens + other.loss * other.num_tokens) / both.num_tokens
@@ -411,8 +451,8 @@ def test_plain_text_and_conversations_are_scored_as_by_themselves(path):
 def test_the_end_of_text_of_a_template_is_not_repeated():
     ends = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
     for assistant_only in (True, False):
-        encoder = Encoder(chat_tokenizer(ends), None, assistant_only)
-        tokens = encoder.conversation(encoder.chat(json.dumps({"messages": TALK})))
+        encoder = Encoder(chat_tokenizer(ends), assistant_only=assistant_only)
+        tokens = encoder.conversation(json.dumps({"messages": TALK}))
         ids, labels = list(tokens.ids), list(tokens.labels)
         assert ids[-1] == EOS_ID
         assert ids[-2] != EOS_ID
@@ -422,7 +462,7 @@ def test_the_end_of_text_of_a_template_is_not_repeated():
 def test_text_without_a_token_of_the_assistant_is_refused(tmp_path):
     path = write_talks(tmp_path / "a.jsonl", [talk("a" * 100, "b")])
     with pytest.raises(InputError, match="no token of the assistant among the first 20"):
-        scored_text(path, TOKENIZER, limit=20)
+        scored_text(open_documents(path), Encoder(TOKENIZER), limit=20)
 
 
 def test_calibration_text_is_rendered(path):

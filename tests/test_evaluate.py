@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from castlm.cli.evaluate import EvalCommand
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.data.scored import ScoredText
-from castlm.data.tokens import token_ids
+from castlm.data.documents import open_documents
+from castlm.data.scored import ScoredText, scored_sequences
+from castlm.data.tokens import Encoder, token_ids
 from castlm.distributed.world import World
-from castlm.evaluation.perplexity import evaluate_file, perplexity, scored_sequences
+from castlm.evaluation.perplexity import evaluate_text, perplexity
+from castlm.models.architecture import context_length
 from castlm.models.io import load_model
 from castlm.training.metrics import sequences
 
-from .tiny import FAMILIES, tiny_model, tiny_tokenizer
+from .tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 TINYSTORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinystories.txt"
 
@@ -109,13 +111,28 @@ def test_ranks_share_the_windows_of_a_run(length, num_batches):
     for rank in range(2):
         batches = list(sequences(ScoredText.of(ids), 8, 3, World(rank, 2, torch.device("cpu"), None)))
         assert len(batches) == num_batches
-        for input_ids, labels, images in batches:
-            assert images == {}
-            real = labels != -100
-            assert torch.equal(labels[real], input_ids[real] + 1)
-            scored += labels[real].tolist()
+        for batch in batches:
+            assert [*batch] == ["input_ids", "labels"]
+            real = batch["labels"] != -100
+            assert torch.equal(batch["labels"][real], batch["input_ids"][real] + 1)
+            scored += batch["labels"][real].tolist()
     expected = [t for found in scored_sequences(length, 8, 8) for t in range(found.first_scored, found.end)]
     assert sorted(scored) == expected == [t for t in range(length) if t % 8]
+
+
+def test_the_default_context_is_the_models_own_where_that_is_shorter_than_1024():
+    model = tiny_model("llama")
+    assert context_length(model.config) == 256
+    assert perplexity(model, some_ids(400)).seq_len == 256
+
+
+def test_the_name_of_a_text_cannot_write_to_the_terminal(tmp_path, capsys):
+    folder, text = save_tiny(tmp_path / "model"), tmp_path / "a\x1b[2Jb.txt"
+    text.write_text("some text of a few words")
+    assert main(["eval", str(folder), "--text", str(text), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "a\\x1b[2Jb.txt" in out
 
 
 def test_the_batch_size_does_not_change_the_figure():
@@ -186,13 +203,15 @@ def test_refusals_are_one_line_with_the_value(ids, options, message):
     assert "\n" not in str(raised.value)
 
 
-def test_evaluate_file_records_what_the_figure_depends_on(tmp_path):
+def test_evaluate_text_records_what_the_figure_depends_on(tmp_path):
     text = "Once upon a time, there was a héron.\n" * 9
     file = tmp_path / "story.txt"
     file.write_text(text, encoding="utf-8")
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     tokenizer.name_or_path = "some/tokenizer"
-    record = json.loads(json.dumps(evaluate_file(model, tokenizer, file, 64, 48)))
+    record = json.loads(
+        json.dumps(evaluate_text(model, open_documents(file), Encoder(tokenizer), seq_len=64, stride=48))
+    )
     ids = torch.tensor(tokenizer(text)["input_ids"])
     assert torch.equal(token_ids(file, tokenizer), ids)
     assert record["perplexity"] == perplexity(model, ids, seq_len=64, stride=48).perplexity
@@ -204,12 +223,11 @@ def test_evaluate_file_records_what_the_figure_depends_on(tmp_path):
 
 
 def test_a_missing_or_broken_text_is_refused(tmp_path):
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     with pytest.raises(InputError, match=r"nowhere\.txt"):
-        evaluate_file(model, tokenizer, tmp_path / "nowhere.txt")
+        open_documents(tmp_path / "nowhere.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     with pytest.raises(InputError, match="UTF-8"):
-        evaluate_file(model, tokenizer, tmp_path / "latin.txt")
+        open_documents(tmp_path / "latin.txt")
 
 
 @pytest.mark.slow
@@ -220,7 +238,7 @@ def test_stories260k_on_tinystories(stories260k, tmp_path):
     text = TINYSTORIES.read_text(encoding="utf-8")
     held_out = tmp_path / "last15.txt"
     held_out.write_text(text[int(0.85 * len(text)) :], encoding="utf-8")
-    record = evaluate_file(loaded.model, loaded.tokenizer, held_out, seq_len=256, batch_size=8)
+    record = evaluate_text(loaded.model, open_documents(held_out), Encoder(loaded.tokenizer), seq_len=256, batch_size=8)
     nats = windows_side_by_side(loaded.model, token_ids(held_out, loaded.tokenizer), 256)
     assert record["loss"] == pytest.approx(float(nats.mean()), rel=1e-6)
     assert record["perplexity"] == pytest.approx(

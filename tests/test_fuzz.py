@@ -26,7 +26,7 @@ from castlm.cli.main import COMMANDS, main
 from castlm.compare.config import CompareConfig
 from castlm.compare.plan import Plan
 from castlm.core.errors import InputError
-from castlm.data.documents import open_documents, split_documents, text_hash
+from castlm.data.documents import open_documents, split_documents
 from castlm.export.card import model_card
 from castlm.export.verify import verify
 from castlm.fields import choices_of, hints_of
@@ -253,7 +253,7 @@ def gzipped(content: bytes) -> bytes:
 
 def read_all(path: Path) -> None:
     documents = open_documents(path)
-    text_hash(documents)
+    documents.text_hash()
     list(documents.pieces(0))
     split_documents(documents, 0.5, 0)
 

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,18 +30,20 @@ from castlm.core.errors import InputError
 from castlm.core.pattern import is_nm_sparse
 from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
-from castlm.data.columns import find_columns, has_images
+from castlm.data.columns import Kind, find_columns
 from castlm.data.documents import open_documents
-from castlm.data.image_columns import BYTES
-from castlm.data.image_sequences import ImageSequences
-from castlm.data.images import ImageEncoder, ImageInputs, ImageTokens, join_images, open_image
+from castlm.data.extra import Extra, join_extra
+from castlm.data.images import reader as image_reader
+from castlm.data.images.columns import BYTES
+from castlm.data.images.reader import open_processor, read_image
+from castlm.data.images.sequences import ImageSequences
 from castlm.data.loader import BatchLoader
 from castlm.data.mixture import Mixture
 from castlm.data.scored import scored_text
+from castlm.data.tokens import Encoder, Tokens
 from castlm.evaluation.perplexity import perplexity
 from castlm.export.verify import verify
 from castlm.models.io import load_model
-from castlm.models.opening import open_processor
 from castlm.names import printable
 from castlm.oneshot.options import Refinements
 from castlm.oneshot.source import block_stack
@@ -121,19 +124,21 @@ def dataset(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encoder(llava) -> ImageEncoder:
+def encoder(llava) -> Encoder:
     return encoder_of(llava)
 
 
-def encoder_of(model: Path, assistant_only: bool = True) -> ImageEncoder:
-    return ImageEncoder(open_processor(model, load_model(model).tokenizer), assistant_only)
+def encoder_of(model: Path, assistant_only: bool = True) -> Encoder:
+    tokenizer = load_model(model).tokenizer
+    return Encoder(tokenizer, assistant_only=assistant_only, processor=open_processor(model, tokenizer))
 
 
-def logits_of(model: PreTrainedModel, tokens: ImageTokens) -> torch.Tensor:
-    """Of a conversation alone, (num_tokens - 1, vocab)."""
-    images = join_images([tokens.images], len(tokens.ids) - 1)
+def loss_of(model: PreTrainedModel, tokens: Tokens) -> torch.Tensor:
+    """The summed loss of a conversation alone."""
+    ids, labels = (torch.from_numpy(array).long() for array in (tokens.ids, tokens.labels))
     with torch.no_grad():
-        return model(input_ids=tokens.ids[None, :-1], **images).logits[0]
+        logits = model(input_ids=ids[None, :-1], **join_extra([tokens.extra], len(ids) - 1)).logits[0]
+    return F.cross_entropy(logits, labels[1:], reduction="sum")
 
 
 def document_of(row: dict[str, Any], folder: Path | None = None) -> str:
@@ -144,27 +149,27 @@ def document_of(row: dict[str, Any], folder: Path | None = None) -> str:
 def test_the_tokens_are_those_of_the_processor_and_the_assistant_counts(vlm, dataset):
     encoder = encoder_of(vlm)
     row = json.loads(dataset.read_text().splitlines()[0])
-    tokens = encoder(document_of(row, dataset.parent))
+    tokens = encoder.conversation(document_of(row, dataset.parent))
     processor = AutoProcessor.from_pretrained(vlm)
     messages = [row["messages"][0], {"role": "assistant", "content": [{"type": "text", "text": "red, red"}]}]
     images = [Image.open(dataset.parent / name).convert("RGB") for name in row["images"]]
     text = processor.apply_chat_template(messages)
     theirs = processor(text=text, images=images, return_tensors="pt", add_special_tokens=False)
     assert tokens.ids.tolist() == [*theirs["input_ids"][0].tolist(), EOS_ID]
-    assert tokens.images is not None
-    torch.testing.assert_close(tokens.images.by_image["pixel_values"], theirs["pixel_values"])
+    assert tokens.extra is not None
+    torch.testing.assert_close(tokens.extra.by_item["pixel_values"], theirs["pixel_values"])
     counted = tokens.labels[tokens.labels != -100]
     assert processor.tokenizer.decode(counted) == "red, red<|endoftext|>"
     places = [i for i, token in enumerate(tokens.ids.tolist()) if token == 260]
     assert len(places) == 8
     assert processor.tokenizer.convert_ids_to_tokens(260) in IMAGE_TOKENS.values()
-    assert tokens.images.end == places[-1] + 1
-    assert {*tokens.images.by_token} == {*theirs.keys()} & {"mm_token_type_ids"}
+    assert tokens.extra.end == places[-1] + 1
+    assert {*tokens.extra.by_token} == {*theirs.keys()} & {"mm_token_type_ids"}
 
 
 def test_all_tokens_but_those_of_images_count_on_request(llava, dataset):
     row = json.loads(dataset.read_text().splitlines()[1])
-    tokens = encoder_of(llava, assistant_only=False)(document_of(row, dataset.parent))
+    tokens = encoder_of(llava, assistant_only=False).conversation(document_of(row, dataset.parent))
     assert (tokens.labels == -100).sum() == 4
     assert tokens.labels[-1] == EOS_ID
 
@@ -174,14 +179,16 @@ def test_images_of_a_column_without_parts_come_before_the_first_text(dataset, en
     parts = {"messages": [user(PICTURE, "color"), assistant("blue")], "images": ["blue.png"]}
     inline = {"messages": [user({"type": "image", "path": "blue.png"}, "color"), assistant("blue")]}
     of_llava = {"messages": [{"role": "user", "content": "<image>color"}, assistant("blue")], "images": ["blue.png"]}
-    found = [encoder(document_of(row, dataset.parent)).ids.tolist() for row in (plain, parts, inline, of_llava)]
+    found = [
+        encoder.conversation(document_of(row, dataset.parent)).ids.tolist() for row in (plain, parts, inline, of_llava)
+    ]
     assert found[0] == found[1] == found[2] == found[3]
 
 
 def test_the_token_of_an_image_in_a_text_is_refused(dataset, encoder):
     row = {"messages": [user("what does <image> mean?"), assistant("a token")]}
     with pytest.raises(InputError, match="has 0 images, and 1 tokens that stand for one"):
-        encoder(document_of(row, dataset.parent))
+        encoder.conversation(document_of(row, dataset.parent))
 
 
 def test_images_are_found_in_any_row_and_either_column(dataset, tmp_path):
@@ -193,17 +200,18 @@ def test_images_are_found_in_any_row_and_either_column(dataset, tmp_path):
     zipped.write_bytes(gzip.compress(path.read_bytes()))
     for file in (path, zipped):
         documents = open_documents(file)
-        assert documents.has_images
-        assert [has_images(piece.text) for piece in documents.pieces(None)] == [False, False, True, True]
+        assert documents.kind is Kind.WITH_EXTRA
+        kinds = [Kind.CHAT, Kind.CHAT, Kind.WITH_EXTRA, Kind.WITH_EXTRA]
+        assert [piece.kind for piece in documents.pieces(None)] == kinds
     named = open_documents(path, column="messages")  # which leaves the other columns out
-    assert not named.has_images
+    assert named.kind is Kind.CHAT
 
 
 def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (64, 32)).save(tmp_path / "photo.jpg", exif=exif)
-    assert open_image(str(tmp_path / "photo.jpg"), "").size == (32, 64)
+    assert read_image(str(tmp_path / "photo.jpg")).size == (32, 64)
 
 
 def test_the_shares_of_a_mixture_are_of_the_text_alone(dataset, tmp_path):
@@ -231,15 +239,14 @@ def test_bytes_in_parquet_are_the_same_as_files(dataset, encoder, tmp_path):
         packed.append({"messages": messages, "images": images})
     pq.write_table(pa.Table.from_pylist(packed), tmp_path / "data.parquet", row_group_size=7)
     ours, theirs = open_documents(dataset), open_documents(tmp_path / "data.parquet")
-    assert ours.has_images
-    assert theirs.has_images
+    assert ours.kind is theirs.kind is Kind.WITH_EXTRA
     for one, other in zip(ours.pieces(None), theirs.pieces(None), strict=True):
-        a, b = encoder(one.text), encoder(other.text)
+        a, b = encoder.conversation(one.text), encoder.conversation(other.text)
         assert a.ids.tolist() == b.ids.tolist()
-        assert (a.images is None) == (b.images is None)
-        if a.images is not None and b.images is not None:
+        assert (a.extra is None) == (b.extra is None)
+        if a.extra is not None and b.extra is not None:
             assert BYTES in other.text
-            assert torch.equal(a.images.by_image["pixel_values"], b.images.by_image["pixel_values"])
+            assert torch.equal(a.extra.by_item["pixel_values"], b.extra.by_item["pixel_values"])
 
 
 def test_a_batch_gives_the_loss_of_its_conversations(vlm, dataset):
@@ -248,12 +255,10 @@ def test_a_batch_gives_the_loss_of_its_conversations(vlm, dataset):
     loader = BatchLoader(ImageSequences(documents, encoder, seq_len=64, seed=3), rows_per_rank=6)
     batch = next(loader)
     with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], **batch["images"]).logits
-    theirs = []
-    for piece in list(documents.pieces(3))[:6]:
-        tokens = encoder(piece.text)
-        theirs.append(F.cross_entropy(logits_of(model, tokens), tokens.labels[1:], reduction="sum"))
-    ours = [F.cross_entropy(row, labels, reduction="sum") for row, labels in zip(logits, batch["labels"])]
+        labels = batch.pop("labels")
+        logits = model(**batch).logits
+    theirs = [loss_of(model, encoder.conversation(piece.text)) for piece in list(documents.pieces(3))[:6]]
+    ours = [F.cross_entropy(row, targets, reduction="sum") for row, targets in zip(logits, labels)]
     torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-4, atol=1e-4)
 
 
@@ -287,14 +292,12 @@ def test_a_conversation_that_is_too_long_is_cut_or_left_out_and_said(dataset, en
 
 
 def test_the_perplexity_is_that_of_the_conversations_with_their_images(vlm, dataset):
-    loaded = load_model(vlm)
-    processor = open_processor(vlm, loaded.tokenizer)
-    text = scored_text(open_documents(dataset), loaded.tokenizer, processor=processor)
+    loaded, encoder, total, count = load_model(vlm), encoder_of(vlm), 0.0, 0
+    text = scored_text(open_documents(dataset), encoder)
     result = perplexity(loaded.model, text, seq_len=64)
-    encoder, total, count = ImageEncoder(processor), 0.0, 0
     for piece in open_documents(dataset).pieces(None):
-        tokens = encoder(piece.text)
-        total += float(F.cross_entropy(logits_of(loaded.model, tokens), tokens.labels[1:], reduction="sum"))
+        tokens = encoder.conversation(piece.text)
+        total += float(loss_of(loaded.model, tokens))
         count += int((tokens.labels[1:] != -100).sum())
     assert result.num_tokens == count
     assert result.loss == pytest.approx(total / count, rel=1e-4)
@@ -305,8 +308,7 @@ def test_the_perplexity_is_that_of_the_conversations_with_their_images(vlm, data
 
 def test_the_solver_sees_the_images(vlm, dataset):
     loaded = load_model(vlm)
-    processor = open_processor(vlm, loaded.tokenizer)
-    ids, images = calibration_sequences(open_documents(dataset), loaded.tokenizer, 4, 64, 0, processor)
+    ids, images = calibration_sequences(open_documents(dataset), encoder_of(vlm), 4, 64)
     assert ids.shape == (4, 64)
     assert images is not None
     assert any(images)
@@ -337,17 +339,16 @@ def test_the_solver_sees_the_images(vlm, dataset):
 
 
 @pytest.mark.parametrize("score", ["wanda", "taylor"])
-def test_scores_of_tiles_see_the_images(llava, dataset, score):
+def test_scores_of_channels_see_the_images(llava, dataset, score):
     def pruned(number: int | None) -> torch.Tensor:
         loaded = load_model(llava)
-        ids, images = calibration_sequences(open_documents(dataset), loaded.tokenizer, 4, 64, 0, processor)
+        ids, images = calibration_sequences(open_documents(dataset), encoder_of(llava), 4, 64)
         seen = None if number is None else [{**of, "pixel_values": of["pixel_values"] * number} for of in images if of]
         chosen = ids[[row for row, of in enumerate(images) if of]]
-        prune_oneshot_(loaded.model, score, pattern="blocks:8x8:0.5", calibration=chosen, extras=seen)
+        prune_oneshot_(loaded.model, score, pattern="channels:0.5", calibration=chosen, extras=seen)
         layers, _ = sparse_linears(loaded.model)
         return torch.cat([layer.weight.detach().flatten() for layer in layers.values()])
 
-    processor = open_processor(llava, load_model(llava).tokenizer)
     seen = pruned(1)
     assert torch.equal(seen, pruned(1))
     assert not torch.equal(seen, pruned(-1))
@@ -497,7 +498,39 @@ def test_a_file_that_is_no_image_is_refused_by_name(dataset, encoder, tmp_path):
     row = {"messages": [user(PICTURE), assistant("red")], "images": ["torn.png"]}
     named = r"cannot read the image .*torn.png: .*; remove the row of the conversation that begins 'red'"
     with pytest.raises(InputError, match=named):
-        encoder(document_of(row, tmp_path))
+        encoder.conversation(document_of(row, tmp_path))
+
+
+def test_an_image_that_is_small_as_a_file_and_large_in_memory_is_refused(dataset, encoder, monkeypatch, tmp_path):
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "large.png")
+    with pytest.raises(InputError, match=r"large.png: it has 169,000,000 pixels, more than 64,000,000"):
+        read_image(str(tmp_path / "large.png"))
+    monkeypatch.setattr(image_reader, "MOST_PIXELS", 2 * 32 * 32 - 1)
+    row = json.loads(dataset.read_text().splitlines()[0])
+    with pytest.raises(InputError, match="images of the conversation that begins 'which\\? and' have 2,048 pixels"):
+        encoder.conversation(document_of(row, dataset.parent))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # which Pillow hands to Ghostscript
+        b"\0\0\0\x20ftypavif\0\0\0\0avifmif1" + bytes(100),
+        b"RIFF\x04\0\0\0WEBPVP8 ",
+        b"",
+    ],
+)
+def test_no_decoder_but_those_of_pixels_sees_a_file_and_none_ends_in_more_than_a_line(content, tmp_path):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"^cannot read the image .*a\.png: .+$") as caught:
+        read_image(str(tmp_path / "a.png"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_named_pipe_is_no_image_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(InputError, match="named pipe"):
+        read_image(str(tmp_path / "a.png"))
 
 
 def test_a_bad_image_does_not_end_a_run(llava, dataset, tmp_path, capsys):
@@ -557,7 +590,7 @@ def test_what_cannot_be_done_with_images_is_refused_by_name(llava, dataset, text
 def test_a_template_that_reads_parts_alone_gets_text_in_parts(llava, tmp_path):
     tokenizer, chat = load_model(llava).tokenizer, tmp_path / "chat.jsonl"
     chat.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}, assistant("there")]}) + "\n")
-    text = scored_text(open_documents(chat), tokenizer)
+    text = scored_text(open_documents(chat), Encoder(tokenizer))
     assert tokenizer.decode(text.ids) == "user:hello<|endoftext|>\nassistant:there<|endoftext|>\n<|endoftext|>"
     assert tokenizer.decode(text.labels[text.labels != -100]) == "there<|endoftext|>"
 
@@ -577,9 +610,9 @@ def test_a_stream_of_the_hub_gives_the_same_images(dataset, encoder, monkeypatch
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: whole.to_iterable_dataset())
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: SimpleNamespace(sha="abc"))
     documents = open_documents("some/name")
-    assert documents.has_images
-    found = [encoder(piece.text) for piece in documents.pieces(None)]
-    assert [0 if t.images is None else len(t.images.by_image["pixel_values"]) for t in found] == [2, 1, 0] * 8
+    assert documents.kind is Kind.WITH_EXTRA
+    found = [encoder.conversation(piece.text) for piece in documents.pieces(None)]
+    assert [0 if t.extra is None else len(t.extra.by_item["pixel_values"]) for t in found] == [2, 1, 0] * 8
     sequences = ImageSequences(documents, encoder, seq_len=64, seed=0)
     first = sequences.take(30).batch(64)["input_ids"]
     resumed = ImageSequences(open_documents("some/name"), encoder, seq_len=64, seed=0)
@@ -637,7 +670,7 @@ def test_tokens_that_merge_with_those_around_an_image_are_told_apart(dataset):
         "assistant:", "assistant\n"
     )
     row = {"messages": [user(PICTURE, "color"), assistant("red")], "images": ["red.png"]}
-    tokens = ImageEncoder(processor)(document_of(row, dataset.parent))
+    tokens = Encoder(merging, processor=processor).conversation(document_of(row, dataset.parent))
     assert 301 in tokens.ids.tolist()
     assert merging.decode(tokens.labels[tokens.labels != -100]) == "red<|endoftext|>"
 
@@ -645,19 +678,20 @@ def test_tokens_that_merge_with_those_around_an_image_are_told_apart(dataset):
 @pytest.mark.parametrize("family", ["idefics3", "gemma3", "llava_next", "pixtral"])
 def test_the_assistant_is_found_whatever_a_processor_puts_around_images(family, dataset):
     row = json.loads(dataset.read_text().splitlines()[0])
-    tokens = ImageEncoder(processor_of(family))(document_of(row, dataset.parent))
+    processor = processor_of(family)
+    tokens = Encoder(processor.tokenizer, processor=processor).conversation(document_of(row, dataset.parent))
     assert processor_of(family).tokenizer.decode(tokens.labels[tokens.labels != -100]) == "red, red<|endoftext|>"
-    text = processor_of(family).tokenizer.decode(tokens.ids[: tokens.images.end] if tokens.images else [])
+    text = processor_of(family).tokenizer.decode(tokens.ids[: tokens.extra.end] if tokens.extra else [])
     assert text.startswith("user:which? ")
     assert text.count(" and ") == 1
     assert len(text) > 60
 
 
 def test_features_of_other_sizes_are_filled_up_with_zeros():
-    a = ImageInputs({"tiles": torch.ones(1, 2, 3)}, {"kinds": torch.ones(4, dtype=torch.long)}, 4)
-    b = ImageInputs({"tiles": torch.ones(2, 3, 3)}, {"kinds": torch.ones(6, dtype=torch.long)}, 5)
-    joined = join_images([a, None, b], 5)
+    a = Extra({"tiles": torch.ones(1, 2, 3)}, {"kinds": torch.ones(4, dtype=torch.long)}, 4)
+    b = Extra({"tiles": torch.ones(2, 3, 3)}, {"kinds": torch.ones(6, dtype=torch.long)}, 5)
+    joined = join_extra([a, None, b], 5)
     assert joined["tiles"].shape == (3, 3, 3)
     assert joined["tiles"].sum(dim=(1, 2)).tolist() == [6, 9, 9]
     assert joined["kinds"].sum(dim=1).tolist() == [4, 0, 5]
-    assert join_images([None, None], 5) == {}
+    assert join_extra([None, None], 5) == {}

@@ -13,8 +13,9 @@ from castlm.data.columns import Columns
 from castlm.data.documents import Documents
 from castlm.data.hub import HubDocuments
 from castlm.data.loader import BatchLoader
-from castlm.data.mixture import MixedRow, MixedSequences, Mixture
-from castlm.data.packing import PackedSequences
+from castlm.data.mixture import Mixture
+from castlm.data.packing import MixedRow, MixedSequences, PackedSequences
+from castlm.data.tokens import Encoder
 from castlm.distributed.world import init_world
 from castlm.training import text as text_module
 from castlm.training.config import TrainConfig
@@ -36,7 +37,7 @@ def mixture(*weights: float) -> Mixture:
 def sequences(*weights: float) -> MixedSequences:
     parts = mixture(*weights).parts
     return MixedSequences(
-        [PackedSequences(part, tiny_tokenizer(), seq_len=16, seed=0) for part in parts],
+        [PackedSequences(part, Encoder(tiny_tokenizer()), seq_len=16, seed=0) for part in parts],
         weights,
     )
 
@@ -56,11 +57,11 @@ def test_shares_of_the_tokens_hold_at_every_point_however_long_the_documents_are
 
 
 def test_calibration_takes_from_each_text_its_share_of_the_sequences_in_turns():
-    drawn, _ = calibration_sequences(mixture(2, 1, 1), tiny_tokenizer(), 8, 16)
+    drawn, _ = calibration_sequences(mixture(2, 1, 1), Encoder(tiny_tokenizer()), 8, 16)
     words = [tiny_tokenizer().decode(row.tolist()).replace(EOS, "")[0] for row in drawn]
     assert "".join(words) == "abcaabca"
     with pytest.raises(InputError, match=r"b: the calibration text has 10.* tokens and a sequence takes 200"):
-        calibration_sequences(mixture(1, 1), tiny_tokenizer(), 8, 200)
+        calibration_sequences(mixture(1, 1), Encoder(tiny_tokenizer()), 8, 200)
 
 
 @pytest.mark.parametrize("start", range(0, 60, 7))
@@ -150,7 +151,7 @@ def test_the_held_out_tokens_of_a_hub_dataset_are_the_same_for_every_seed(tmp_pa
     def stream():
         return Dataset.from_list([{"text": f"<{number:04}>"} for number in range(300)]).to_iterable_dataset()
 
-    documents = HubDocuments(stream, Columns("text", "text"), "name", "identity", has_images=False)
+    documents = HubDocuments(stream, Columns("text", "text"), "name", "identity")
     monkeypatch.setattr(text_module, "open_documents", lambda *args, **kwargs: documents)
     model, world = str(save_tiny(tmp_path / "llama")), init_world("cpu", "full")
     found = [text_of(small(model, "name", tmp_path / "run", seed=seed, eval_tokens=300), world) for seed in (0, 1)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from castlm.core.errors import InputError
-from castlm.data.positions import document_positions
+from castlm.data.packing import document_positions
 from castlm.training.objective import Objective
 from castlm.training.train import set_up
 from tests.tiny import FAMILIES, tiny_model

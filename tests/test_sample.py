@@ -10,6 +10,7 @@ import torch
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.data import sample_file
+from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.data.sample_file import finished_samples, open_samples, sample
 from castlm.data.sampling import Sampler, SamplingOptions, read_prompts
@@ -199,11 +200,11 @@ def test_the_same_continuation_of_another_prompt_is_no_duplicate(tmp_path):
 def test_what_is_written_is_recognized_as_training_text(llama, tmp_path):
     path = tmp_path / "a.jsonl"
     written(path, sampler_of())
-    assert not open_documents(path).is_chat
+    assert open_documents(path).kind is Kind.TEXT
     (tmp_path / "q.txt").write_text("What?\nWhy?\n")
     chat = ["sample", llama, "--chat", "--prompts", str(tmp_path / "q.txt"), "--num-tokens", "400"]
     assert main([*chat, "--max-new-tokens", "200", "--output-file", str(tmp_path / "c.jsonl")]) == 0
-    assert open_documents(tmp_path / "c.jsonl").is_chat
+    assert open_documents(tmp_path / "c.jsonl").kind is Kind.CHAT
 
 
 # The command
@@ -248,7 +249,7 @@ def test_ctrl_c_says_what_is_saved_and_how_to_go_on(llama, tmp_path, capsys, mon
 
     monkeypatch.setattr(Sampler, "batch", stopped)
     assert main(command(llama, tmp_path / "a.jsonl")) == 130
-    assert "8 texts are saved; the same command with --resume goes on" in capsys.readouterr().err
+    assert "8 texts are saved; the same command with --resume continues" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line_and_nothing_is_overwritten(llama, tmp_path, capsys):
@@ -332,6 +333,19 @@ def test_a_kill_between_the_name_and_the_record_leaves_a_finished_file(tmp_path,
     assert found is not None
     assert found == json.loads(record.read_text()) == {**found, "finished": True}
     written(path, sampler_of(), overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "edit", [{"settings": [1]}, {"settings": 1}, {"samples": 10**6}, {"tokens": "7"}, {"batches": -1}]
+)
+def test_an_edited_record_is_not_resumed(edit, tmp_path):
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        written(path, sampler_of(), stop_after=2)
+    record = path.with_name("a.jsonl.castlm.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | edit))
+    with pytest.raises(InputError, match="is corrupt"):
+        written(path, sampler_of(), resume=True)
 
 
 def test_a_changed_part_or_another_setting_is_not_resumed(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from castlm.cli.main import main
+from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.distributed.world import init_world
 from castlm.training import teacher_pass
@@ -64,7 +65,7 @@ def content(folder) -> dict[str, bytes]:
 def test_the_cache_is_that_of_the_first_epoch_and_a_run_needs_no_teacher(llama, tmp_path, lessons, more):
     path = tmp_path / "own.jsonl"
     assert main(command(llama, path, *cached(tmp_path, *more))) == 0
-    assert open_documents(path).is_chat == ("--chat" in more)
+    assert (open_documents(path).kind is Kind.CHAT) == ("--chat" in more)
     from_sample, num_read = content(tmp_path / "cache"), len(lessons)
     assert num_read > 5
     over = {"repeat_sequences": "--repeat-sequences" in more, "precision": "bf16" if "bf16" in more else "auto"}
@@ -115,7 +116,7 @@ def test_a_stopped_pass_goes_on_with_what_is_missing(llama, tmp_path, lessons, c
     with monkeypatch.context() as patch:
         patch.setattr(teacher_pass, "check_vocabulary", stopped)
         assert main(command(llama, path, *cached(tmp_path))) == 130
-    assert "the same command with --resume goes on" in capsys.readouterr().err
+    assert "the same command with --resume continues" in capsys.readouterr().err
     (known,) = (tmp_path / "cache").glob("coverage-*.json")
     assert json.loads(known.read_text()) == {"blocks": 12}
     text = path.read_bytes()
@@ -191,4 +192,4 @@ def test_another_teacher_is_refused_and_the_text_stays(llama, own, tmp_path, cap
     assert main(command(llama, own, *cached(tmp_path, "--teacher-top-k", "4"), "--resume")) == 2
     said = capsys.readouterr().err
     assert "another teacher (top_k 8 -> 4" in said
-    assert "the same command with --resume goes on from there" in said
+    assert "the same command with --resume continues there" in said

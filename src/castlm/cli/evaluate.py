@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, refuse_given, result_folder, to_stderr, write_json
 from castlm.core.errors import InputError
 from castlm.fields import positional
-
-if TYPE_CHECKING:
-    from transformers import ProcessorMixin
-
-    from castlm.models.io import Loaded
-
+from castlm.names import printable
 
 _OF_TEXT = ("eval_split", "eval_config", "eval_tokens", "column", "assistant_only_loss", "seq_len", "stride")
 
@@ -44,13 +37,14 @@ class EvalCommand:
     """Column of .jsonl and .parquet that holds the text, or messages. By default it is found."""
 
     assistant_only_loss: bool = True
-    """Of conversations, score the tokens of the assistant alone."""
+    """Score only the assistant's tokens of a conversation."""
 
     chat_template_path: str | None = None
     """File with a Jinja chat template to use in place of the tokenizer's own."""
 
-    seq_len: int = 1024
-    """Tokens of context; figures at different lengths cannot be compared."""
+    seq_len: int | None = None
+    """Tokens of context, by default 1024 or the model's own if that is shorter; figures at different lengths cannot be
+    compared."""
 
     stride: int | None = None
     """Tokens between the starts of two sequences. The default, seq_len, scores every sequence by itself."""
@@ -95,19 +89,22 @@ class EvalCommand:
         import torch
 
         from castlm.data.chat import with_template
-        from castlm.evaluation.perplexity import evaluate_file
+        from castlm.data.documents import open_documents
+        from castlm.data.tokens import open_encoder
+        from castlm.evaluation.perplexity import evaluate_text
         from castlm.hardware import choose_device, choose_precision, keep_freed_memory, why_slow
         from castlm.models.io import load_model
         from castlm.progress import shown_progress
 
+        if self.text is not None:
+            documents = open_documents(
+                self.text, column=self.column, split=self.eval_split, data_config=self.eval_config
+            )
         keep_freed_memory()
         device = choose_device(self.device)
-        loaded = load_model(
-            result_folder(self.path),
-            trust_remote_code=self.trust_remote_code,
-            revision=self.revision,
-            unpack=device != "cpu",  # what castlm generate computes is what is measured
-        )
+        name = result_folder(self.path)
+        code: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
+        loaded = load_model(name, unpack=device != "cpu", **code)  # what castlm generate computes is what is measured
         with_template(loaded.tokenizer, self.chat_template_path)
         model = loaded.model
         model.to(device)
@@ -117,17 +114,14 @@ class EvalCommand:
         dtype = torch.bfloat16 if precision == "bf16" else None
         figures: dict[str, Any] = {"model": self.path}
         if self.text is not None:
+            assistant_only = self.assistant_only_loss
+            encoder = open_encoder([documents], loaded.tokenizer, name, assistant_only=assistant_only, **code)
             with shown_progress("perplexity, sequences") as progress:
-                figures |= evaluate_file(
+                figures |= evaluate_text(
                     model,
-                    loaded.tokenizer,
-                    self.text,
-                    column=self.column,
-                    split=self.eval_split,
-                    data_config=self.eval_config,
+                    documents,
+                    encoder,
                     limit=self.eval_tokens or None,
-                    assistant_only=self.assistant_only_loss,
-                    open_processor=self._processor_of(loaded),
                     seq_len=self.seq_len,
                     stride=self.stride,
                     autocast_dtype=dtype,
@@ -142,17 +136,12 @@ class EvalCommand:
             self._print(figures)
         return 0
 
-    def _processor_of(self, loaded: Loaded) -> Callable[[], ProcessorMixin]:
-        from castlm.models.opening import open_processor
-
-        options = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
-        return partial(open_processor, result_folder(self.path), loaded.tokenizer, **options)
-
     def _print(self, figures: dict[str, Any]) -> None:
         if "perplexity" in figures:
             which = "" if figures["tokens"] == "all" else f"{figures['tokens']} "
+            text = printable(self.text)
             print(
-                f"perplexity {figures['perplexity']:.4f}  ({figures['num_tokens']:,} {which}tokens of {self.text}, "
+                f"perplexity {figures['perplexity']:.4f}  ({figures['num_tokens']:,} {which}tokens of {text}, "
                 f"context {figures['seq_len']}, stride {figures['stride']})"
             )
         for row in figures.get("zero_shot", {}).get("results", []):

@@ -42,8 +42,8 @@ class GenerateCommand:
     """Run Python code that comes with a hub model."""
 
     def run(self) -> int:
-        from castlm.inference.generate import encode_prompt, encode_with_images, generate_text, load_to_generate
-        from castlm.models.opening import open_processor
+        from castlm.data.images.reader import encode_image_prompt, open_processor
+        from castlm.inference.generate import encode_prompt, generate_text, load_to_generate
         from castlm.progress import note
 
         use_threads(self.threads)
@@ -51,14 +51,14 @@ class GenerateCommand:
         model, tokenizer = load_to_generate(name, as_stored=False, say=note, **code)
         if self.image:
             processor = open_processor(name, tokenizer, **code)
-            ids, images = encode_with_images(processor, self.prompt, self.image, self.raw)
+            ids, extra = encode_image_prompt(processor, self.prompt, self.image, self.raw)
         else:
-            ids, images = encode_prompt(tokenizer, self.prompt, self.raw), {}
+            ids, extra = encode_prompt(tokenizer, self.prompt, self.raw), {}
         done = generate_text(
             model,
             tokenizer,
             ids,
-            images=images,
+            extra=extra,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,

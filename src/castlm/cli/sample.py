@@ -16,7 +16,7 @@ from castlm.training.options import SEQ_LEN
 
 @dataclass
 class SampleOptions:
-    """What is sampled, and how."""
+    """Options of the text and of the sampling."""
 
     path: str = positional()
     """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"."""
@@ -55,7 +55,7 @@ class SampleOptions:
     """Leading characters that are compared: texts that share them count as duplicates. 0 compares whole texts."""
 
     seed: int = 0
-    """Of the samples, and of the order of the sequences in teacher_cache."""
+    """Seed of the samples, and of the order of the sequences in teacher_cache."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses CUDA if there is a GPU, in the dtype of the model. The CPU computes in fp32."""
@@ -169,9 +169,7 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
             with shown_progress("reading with the teacher, sequences", rate="sequences/s") as progress:
                 num_sequences = fill_teacher_cache(config, progress)
         except (InputError, KeyboardInterrupt, SystemExit):
-            note(
-                f"the text is finished, {self.teacher_cache} is not: the same command with --resume goes on from there"
-            )
+            note(f"the text is finished, {self.teacher_cache} is not: the same command with --resume continues there")
             raise
         serves = "any number of steps" if config.data.repeat_sequences else "one epoch"
         print(
@@ -205,7 +203,7 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
                 return sample(sampler, file, num_tokens=self.num_tokens, progress=progress, say=note)
         except (KeyboardInterrupt, SystemExit):
             if file.batches:
-                note(f"{file.samples:,} texts are saved; the same command with --resume goes on")
+                note(f"{file.samples:,} texts are saved; the same command with --resume continues")
             raise
 
 

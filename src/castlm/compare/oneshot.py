@@ -17,8 +17,9 @@ from castlm.core.pattern import Pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
 from castlm.data.chat import with_template
-from castlm.data.documents import open_documents, text_hash
+from castlm.data.documents import open_documents
 from castlm.data.scored import scored_text
+from castlm.data.tokens import Encoder
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import check_export, export_model
 from castlm.files.atomic_file import atomic_write_json
@@ -86,8 +87,8 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
     documents = open_documents(
         config.eval_dataset, column=config.column, split=config.eval_split, data_config=config.eval_config
     )
-    limit, assistant_only = config.eval_tokens or None, config.assistant_only_loss
-    held_out = scored_text(documents, loaded.tokenizer, limit, assistant_only=assistant_only)
+    encoder = Encoder(loaded.tokenizer, assistant_only=config.assistant_only_loss)
+    held_out = scored_text(documents, encoder, config.eval_tokens or None)
     check_export(model, pattern)
     _, left_dense = sparse_linears(model, pattern)
     model.to(device)
@@ -99,7 +100,7 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
         split=config.calibration_split,
         data_config=config.calibration_config,
     )
-    sequences, _ = calibration_sequences(calibration, loaded.tokenizer, config.num_sequences, length, config.seed)
+    sequences, _ = calibration_sequences(calibration, encoder, config.num_sequences, length, config.seed)
     report = prune_oneshot_(
         model, config.method, pattern=pattern, calibration=sequences, seed=config.seed, precision=precision
     )
@@ -114,7 +115,7 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
             loaded.tokenizer,
             seq_len=config.seq_len,
             text=config.eval_dataset,
-            text_sha256=text_hash(documents),
+            text_sha256=documents.text_hash(),
             held_out=held_out,
             precision=precision,
         ),

@@ -6,21 +6,17 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
+from castlm.data.columns import Kind
 from castlm.data.documents import Documents
-from castlm.data.image_sequences import AnyDocuments, conversation_of
-from castlm.data.images import ImageEncoder, fits, join_images
-from castlm.data.mixture import Mixture, turns_by_share
+from castlm.data.extra import join_extra
+from castlm.data.mixture import AnyDocuments, Mixture, turns_by_share
 from castlm.data.tokens import Encoder, Tokens, up_to
 from castlm.oneshot.calibration import draw_calibration
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 CALIBRATION_POOL = 16
 """Times the sequences that are read of a text: enough to draw from, without reading all of a long one."""
@@ -28,11 +24,10 @@ CALIBRATION_POOL = 16
 
 def calibration_sequences(
     documents: AnyDocuments,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     num_sequences: int,
     seq_len: int,
     seed: int = 0,
-    processor: ProcessorMixin | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
     """Sequences of a text, as `draw_calibration` draws them of its first `CALIBRATION_POOL` times as many tokens.
@@ -42,7 +37,7 @@ def calibration_sequences(
     drawn whole, each followed by the text of others up to the end of its sequence.
 
     Args:
-        processor: prepares images; see `castlm.models.opening.open_processor`.
+        encoder: see `castlm.data.tokens.open_encoder`; which tokens count does not matter.
         say: called with a line if there are fewer conversations than sequences, or if what is read is the start of a
             much longer file.
 
@@ -51,20 +46,19 @@ def calibration_sequences(
         text without images. With images there may be fewer: as many as there are conversations whose images fit.
 
     Raises:
-        InputError: as `draw_calibration`; no conversation fits; or images without a processor.
+        InputError: as `draw_calibration` and `Encoder`; or no conversation fits.
     """
-    if documents.has_images and processor is not None:
-        encoder = ImageEncoder(processor, assistant_only=False)
-        ids, images = _with_images(documents, encoder, num_sequences, seq_len, seed)
+    if documents.kind is Kind.WITH_EXTRA:
+        ids, extra = _with_extra(documents, encoder, num_sequences, seq_len, seed)
         if len(ids) < num_sequences:
             say(
                 f"calibration: {len(ids)} conversations have images that fit into {seq_len} tokens, not {num_sequences}"
             )
-        return ids, images
+        return ids, extra
     if isinstance(documents, Mixture):
-        return _of_each(documents, tokenizer, num_sequences, seq_len, seed, say), None
+        return _of_each(documents, encoder, num_sequences, seq_len, seed, say), None
     limit = CALIBRATION_POOL * num_sequences * seq_len
-    encoder, num_read = Encoder(tokenizer, None, assistant_only=False), 0
+    num_read = 0
 
     def parts() -> Iterator[Tokens]:
         nonlocal num_read
@@ -74,7 +68,7 @@ def calibration_sequences(
     ids = torch.from_numpy(up_to(limit, parts()).ids).long()
     if isinstance(documents, Documents) and len(ids) == limit:
         if (scattered := documents.scattered()) is not None:
-            ids = _sample(scattered, tokenizer, limit, seed)
+            ids = _sample(scattered, encoder, limit, seed)
         elif num_read < len(documents) / CALIBRATION_POOL:
             say(
                 f"calibration: sequences come from the first {num_read:,} of the {len(documents):,} documents of "
@@ -85,7 +79,7 @@ def calibration_sequences(
 
 def _of_each(
     documents: Mixture,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     num_sequences: int,
     seq_len: int,
     seed: int,
@@ -97,40 +91,39 @@ def _of_each(
     for number in sorted(set(turns)):
         part = documents.parts[number]
         try:
-            ids, _ = calibration_sequences(part, tokenizer, turns.count(number), seq_len, seed, say=say)
+            ids, _ = calibration_sequences(part, encoder, turns.count(number), seq_len, seed, say=say)
             drawn[number] = iter(ids)
         except InputError as error:
             raise InputError(f"{part.name}: {error}") from error
     return torch.stack([next(drawn[number]) for number in turns])
 
 
-def _sample(documents: Documents, tokenizer: PreTrainedTokenizerBase, limit: int, seed: int) -> Tensor:
+def _sample(documents: Documents, encoder: Encoder, limit: int, seed: int) -> Tensor:
     """About `limit` tokens from `CALIBRATION_POOL` documents or more, if there are as many: int64, (num_tokens,)."""
     most = math.ceil(limit / min(CALIBRATION_POOL, len(documents)))
-    encoder = Encoder(tokenizer, None, assistant_only=False)
     tokens = up_to(limit, (part.part(slice(most)) for part in encoder.joined(documents, seed)))
     return torch.from_numpy(tokens.ids).long()
 
 
-def _with_images(
-    documents: AnyDocuments, encoder: ImageEncoder, num_sequences: int, seq_len: int, seed: int
+def _with_extra(
+    documents: AnyDocuments, encoder: Encoder, num_sequences: int, seq_len: int, seed: int
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     pieces = islice(documents.pieces(None), CALIBRATION_POOL * num_sequences)
-    found = [conversation_of(piece, documents.name) for piece in pieces]
+    found = [piece.text for piece in pieces]
     random.Random(seed).shuffle(found)
-    ids, images = list[Tensor](), list[dict[str, Tensor]]()
+    ids, extra = list[Tensor](), list[dict[str, Tensor]]()
     for number, document in enumerate(found):
-        tokens = encoder(document)
-        if not fits(tokens.images, seq_len):
+        tokens = encoder.conversation(document)
+        if tokens.extra is not None and not tokens.extra.fits(seq_len):
             continue
         row, following = tokens.ids[:seq_len].tolist(), number
         while len(row) < seq_len:
             following = (following + 1) % len(found)
             row += encoder.text_alone(found[following])
         ids.append(torch.tensor(row[:seq_len]))
-        images.append(join_images([tokens.images], seq_len))
+        extra.append(join_extra([tokens.extra], seq_len))
         if len(ids) == num_sequences:
             break
     if not ids:
         raise InputError(f"{documents.name}: the images of no conversation fit into {seq_len} tokens: raise seq_len")
-    return torch.stack(ids), images
+    return torch.stack(ids), extra

@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.core.errors import InputError
@@ -21,8 +25,12 @@ if TYPE_CHECKING:
 
 _PROBE = "castlm"
 """A text that a template which reads texts repeats."""
-_STAND_IN = "9041735286"
-"""What a message is replaced by to see whether a template renders it: no template changes digits."""
+_STAND_IN = 9041735286
+"""A message is replaced by this plus its number to see whether a template renders it: none changes digits."""
+MOST_MESSAGES = 512
+"""Messages of a conversation whose template has no generation marks: each turn is rendered with all turns before it."""
+TEMPLATE_BYTES = 512 << 20
+"""Memory that a chat template may take: it is a program of whoever made the model, and may build any text."""
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -73,6 +81,12 @@ class Chat:
         whole = self._whole(messages, tools)
         spans = [(0, len(whole))]
         if self._assistant_only:
+            if len(messages) > MOST_MESSAGES:
+                raise InputError(
+                    f"the conversation that begins {_begin(messages)} has {len(messages):,} messages, more than "
+                    f"{MOST_MESSAGES}: divide it, mark what the assistant writes with {{% generation %}} in the "
+                    "template (chat_template_path), or set assistant_only_loss to false"
+                )
             turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
             turns = [number for number in turns if number >= len(prompt)]
             spans = [self._turn(whole, messages, number, tools) for number in turns]
@@ -84,7 +98,7 @@ class Chat:
         return self._render(_messages(content), content.get("tools"))
 
     def user_turn(self, content: str | list[dict[str, Any]], reply: bool = False) -> str:
-        """What a user says, as the chat template renders it; with `reply`, and the header that asks for an answer.
+        """The turn of a user as the chat template renders it, with `reply` also the header that asks for an answer.
 
         Args:
             content: a text, or parts of types `text` and `image`.
@@ -112,8 +126,8 @@ class Chat:
             ) from error
 
     def _as_read(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """`messages` with lists of parts for texts, if the template reads nothing else: it would leave texts out
-        without a word, as those of some vision-language models do."""
+        """`messages` with lists of parts for texts, if the template reads nothing else: the templates of some
+        vision-language models leave texts out without an error."""
         if self._reads_text is None:
             as_text, as_parts = self._probe(_PROBE), self._probe([{"type": "text", "text": _PROBE}])
             self._reads_text = _PROBE in as_text or _PROBE not in as_parts or "{'" in as_parts  # a list, printed
@@ -128,17 +142,20 @@ class Chat:
 
     def _probe(self, content: Any) -> str:
         try:
-            return str(self._tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
-        except Exception:  # whatever a template does: it says so again for the conversation itself
+            return self._apply([{"role": "user", "content": content}])
+        except Exception:  # of any type; the conversation itself meets it again
             return ""
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool = False) -> str:
         self._template()
         try:
-            options = {"tools": tools, "add_generation_prompt": prompt, "tokenize": False}
-            return str(self._tokenizer.apply_chat_template(self._as_read(messages), **options))
+            return self._apply(self._as_read(messages), tools=tools, add_generation_prompt=prompt)
         except Exception as error:  # whatever a template does: it is a program
             raise self._refused(messages, error) from error
+
+    def _apply(self, messages: list[Mapping[str, Any]], **options: Any) -> str:
+        with _bounded_memory(TEMPLATE_BYTES):
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     def _whole(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
         """A rendered conversation that has every message.
@@ -146,35 +163,49 @@ class Chat:
         A message that is not found as it was written may have been rendered differently; another one in its place
         tells.
         """
-        whole, at = self._render(messages, tools), 0
+        whole = self._render(messages, tools)
+        self._check_whole(whole, messages, tools)
+        return whole
+
+    def _check_whole(self, whole: str, messages: Sequence[Mapping[str, Any]], tools: Any) -> None:
+        """Raises `InputError` if the rendered conversation `whole` lacks a message."""
+        at = 0
+        missing: list[int] = []
         for number, message in enumerate(messages):
             for text in _texts_of(message):
                 found = whole.find(text.strip(), at)
-                if found < 0 and not self._reads(messages, number, tools):
-                    raise InputError(
-                        f"the chat template leaves out the text of message {number + 1} ({message['role']}) of the "
-                        f"conversation that begins {_begin(messages)}: remove it, or give a template that renders it "
-                        "(chat_template_path)"
-                    )
-                at = found + len(text.strip()) if found >= 0 else at
-        return whole
+                if found >= 0:
+                    at = found + len(text.strip())
+                elif number not in missing[-1:]:
+                    missing.append(number)
+        if missing and (number := self._left_out(messages, missing, tools)) is not None:
+            raise InputError(
+                f"the chat template leaves out the text of message {number + 1} ({messages[number]['role']}) of the "
+                f"conversation that begins {_begin(messages)}: remove it, or give a template that renders it "
+                "(chat_template_path)"
+            )
 
-    def _reads(self, messages: Sequence[Mapping[str, Any]], number: int, tools: Any) -> bool:
-        """Whether the template renders what message `number` says."""
-        content = messages[number]["content"]
-        if not isinstance(content, str):
-            content = [part if part["type"] != "text" else {**part, "text": _STAND_IN} for part in content]
-        else:
-            content = _STAND_IN
-        replaced = [*messages[:number], {**messages[number], "content": content}, *messages[number + 1 :]]
+    def _left_out(self, messages: Sequence[Mapping[str, Any]], numbers: Sequence[int], tools: Any) -> int | None:
+        """The first of the messages `numbers` that the template does not render."""
+        replaced = list(messages)
+        for number in numbers:
+            content, text = messages[number]["content"], str(_STAND_IN + number)
+            if isinstance(content, str):
+                content = text
+            else:
+                content = [part if part["type"] != "text" else {**part, "text": text} for part in content]
+            replaced[number] = {**messages[number], "content": content}
         try:
-            return _STAND_IN in self._render(replaced, tools)
-        except InputError:  # it reads the message, and refuses the other one
-            return True
+            whole = self._render(replaced, tools)
+        except InputError:  # it reads the messages, and refuses the others
+            return None
+        return next((number for number in numbers if str(_STAND_IN + number) not in whole), None)
 
     def _refused(self, messages: Sequence[Mapping[str, Any]], error: Exception) -> InputError:
         roles = ", ".join(str(message["role"]) for message in messages[:6])
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, MemoryError):
+            reason = f"it takes more than {TEMPLATE_BYTES >> 20} MiB of memory"
         return InputError(
             f"the chat template cannot render the conversation that begins {_begin(messages)} (roles {roles}): {reason}"
         )
@@ -182,6 +213,7 @@ class Chat:
     def _marked(self, messages: list[Any], tools: Any) -> Rendered:
         """By the `{% generation %}` marks of the template."""
         self._check_fast()
+        whole = self._render(messages, tools)
         options = {"tools": tools, "return_dict": True, "return_assistant_tokens_mask": True}
         try:
             found = self._tokenizer.apply_chat_template(self._as_read(messages), **options)
@@ -193,11 +225,11 @@ class Chat:
                 f"the generation marks of the chat template cover no token of the conversation that begins "
                 f"{_begin(messages)}: correct the template (chat_template_path), or set assistant_only_loss to false"
             )
-        self._whole(messages, tools)
+        self._check_whole(whole, messages, tools)
         return Rendered(found["input_ids"], counts, True)
 
     def _turn(self, whole: str, messages: list[Any], number: int, tools: Any) -> tuple[int, int]:
-        """Where the turn `number` of the assistant lies in the rendered conversation, without what surrounds it."""
+        """Begin and end of the turn `number` of the assistant in the rendered conversation."""
         if number == 0:
             raise InputError(
                 f"the conversation that begins {_begin(messages)} starts with the assistant, and the chat template has "
@@ -220,7 +252,7 @@ class Chat:
         return self._counted(whole, [span], is_rendered=False)
 
     def _counted(self, text: str, spans: list[tuple[int, int]], is_rendered: bool) -> Rendered:
-        """The tokens of a text, of which those count that overlap one of the spans."""
+        """The tokens of a text. Those count that overlap one of the spans."""
         if not self._assistant_only:
             ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return Rendered(ids, [True] * len(ids), is_rendered)
@@ -239,6 +271,30 @@ class Chat:
                 f"{type(self._tokenizer).__name__} does not tell which characters a token stands for, so that the "
                 "assistant's tokens cannot be found: use a fast tokenizer, or set assistant_only_loss to false"
             )
+
+
+@contextmanager
+def _bounded_memory(num_bytes: int) -> Iterator[None]:
+    """Inside the block, an allocation of more than `num_bytes` fails with a MemoryError.
+
+    The limit is on the address space of the process, so that it holds for the main thread alone, which renders while no
+    other thread computes, and on Linux alone.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not sys.platform.startswith("linux"):
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + num_bytes
+    if soft == resource.RLIM_INFINITY or limit < soft:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _messages(content: Mapping[str, Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Which columns of a row hold the document: a text, a conversation, with images or without, or prompt and completion.
+"""Finds the columns of a row that hold its document: a text, a conversation, or prompt and completion.
 
 The names of the columns are TRL's. A conversation is checked here, where its line is known, and travels on as JSON
 until `castlm.data.chat` renders it with the template of a tokenizer.
@@ -8,50 +8,72 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from castlm.core.errors import InputError
-from castlm.data.image_columns import IMAGE_COLUMNS, collect_images, message_content
+from castlm.data.images.columns import IMAGE_COLUMNS, IMAGE_PART, collect_images, message_content
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _NEITHER = ("video", "videos", "audio", "audios")
-"""Columns that would be lost without a word."""
+"""Columns that would be lost without an error."""
 _TEXT_COLUMNS = ("messages", "text")
-"""Columns that hold a document by themselves, of which a dataset has one."""
+"""Columns that hold a document by themselves; a dataset has one of them."""
 CUT_COLUMN = "is_cut"
-"""Of texts that `castlm sample` writes: true where `max_new_tokens` cut the text off."""
+"""Column beside texts that `castlm sample` writes: true where `max_new_tokens` cut the text off."""
+MOST_CHARACTERS = 16 << 20
+"""Characters of a row's text, which is tokenized at once and takes some 40 times its size meanwhile."""
+_IMAGES = '{"images": '
+"""Beginning of the JSON of a conversation with images."""
 _MESSAGE = "each with a role and its content"
+
+
+class Kind(IntEnum):
+    """The kind of a document. A dataset is of the largest kind among its documents."""
+
+    TEXT = 0
+    """Plain text."""
+    CHAT = 1
+    """A conversation, as JSON that `castlm.data.chat` reads."""
+    WITH_EXTRA = 2
+    """A conversation that brings tensors beside its tokens, such as images; see `castlm.data.extra`."""
 
 
 class Document(NamedTuple):
     """A row as a document."""
 
     text: str
-    """Of a conversation its JSON; "" where the row is blank."""
+    """The JSON of a conversation, or the text itself; "" where the row is blank."""
     is_cut: bool = False
     """Whether a plain text was cut off, so that the end-of-text behind it does not count."""
+    kind: Kind = Kind.TEXT
 
 
 class Columns(NamedTuple):
-    """What the rows of a dataset hold."""
+    """The columns of a dataset that hold its documents."""
 
-    kind: Literal["text", "messages", "prompt"]
+    form: Literal["text", "messages", "prompt"]
     name: str
-    """Of the column; "prompt" has its completion in the column `completion`."""
+    """Name of the column; "prompt" has its completion in the column `completion`."""
     images: tuple[str, ...] = ()
     """Columns that may hold the images of a conversation; the first of them with a value counts."""
     folder: Path | None = None
-    """That relative paths of images start from."""
+    """Folder that relative paths of images start from."""
     refused: tuple[str, ...] = ()
-    """Columns that would be lost without a word."""
-    skips_images: bool = False
-    """Whether the images of a row are left out, and not even counted."""
+    """Columns that would be lost without an error."""
 
     @property
     def is_chat(self) -> bool:
-        """Whether a document is JSON for `castlm.data.chat`, and not the text itself."""
-        return self.kind != "text"
+        """Whether a document is the JSON of a conversation, and not the text itself."""
+        return self.form != "text"
+
+    def kind_of(self, holds: Mapping[str, str]) -> Kind:
+        """The kind that the documents of a dataset can have whose columns hold `holds`; see `find_columns`."""
+        if not self.is_chat:
+            return Kind.TEXT
+        brings = any(holds.get(name, "NoneType") != "NoneType" for name in self.images)
+        return Kind.WITH_EXTRA if brings else Kind.CHAT
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -61,52 +83,59 @@ class Columns(NamedTuple):
     @property
     def text_columns(self) -> tuple[str, ...]:
         """`read` without images."""
-        return (self.name, *(("completion",) if self.kind == "prompt" else ()), *(("tools",) if self.is_chat else ()))
+        return (self.name, *(("completion",) if self.form == "prompt" else ()), *(("tools",) if self.is_chat else ()))
 
-    def document(self, row: Mapping[str, Any], where: str) -> Document:
+    def document(self, row: Mapping[str, Any], where: str, text_alone: bool = False) -> Document:
         """The document of a row.
 
         Args:
             where: file and line, for messages.
+            text_alone: leave the images of the row out, whose columns it may lack.
 
         Raises:
             InputError: the row has no such column, or the column holds something else.
         """
         if self.name not in row:
             raise InputError(f"{where}: no column {self.name!r}; there are: {', '.join(row)[:400] or 'none'}")
-        return Document(self._text(row, where), not self.is_chat and row.get(CUT_COLUMN) is True)
-
-    def _text(self, row: Mapping[str, Any], where: str) -> str:
-        value = row[self.name]
         if beside := next((name for name in self.refused if row.get(name)), None):
             raise InputError(self.lost(beside, where))
-        if value is None and self.kind != "prompt":
+        if self.is_chat:
+            return self._conversation(row, where, text_alone)
+        return Document(self._text(row[self.name], where), row.get(CUT_COLUMN) is True)
+
+    def _text(self, value: Any, where: str) -> str:
+        if value is None:
             return ""
-        if self.kind == "text":
-            if not isinstance(value, str):
-                raise InputError(f"{where}: column {self.name!r} holds a {_type(value)}: strings are needed")
-            return _encodable(value, where)
-        if self.kind == "messages":
-            content: dict[str, Any] = {"messages": _checked(value, self.name, where)}
-            if not content["messages"]:
-                return ""
-            if all(message["role"] != "assistant" for message in content["messages"]):
+        if not isinstance(value, str):
+            raise InputError(f"{where}: column {self.name!r} holds a {_type(value)}: strings are needed")
+        return _checked_text(value, where)
+
+    def _conversation(self, row: Mapping[str, Any], where: str, text_alone: bool) -> Document:
+        if self.form == "messages":
+            messages = [] if row[self.name] is None else _checked(row[self.name], self.name, where)
+            content: dict[str, Any] = {"messages": messages}
+            if not messages:
+                return Document("")
+            if all(message["role"] != "assistant" for message in messages):
                 raise InputError(f"{where}: no message of the assistant in the conversation: remove it, or add a reply")
         else:
             content = _prompt_and_completion(row, where)
             if not content:
-                return ""
+                return Document("")
         if tools := row.get("tools"):
             content["tools"] = _tools(tools, where)
-        if self.skips_images:
-            return _encodable(json.dumps(content, ensure_ascii=False), where)
+        if text_alone:
+            text = _checked_text(json.dumps(content, ensure_ascii=False), where)
+            return Document(text, kind=Kind.WITH_EXTRA if IMAGE_PART in text else Kind.CHAT)
         listed = next((row[name] for name in self.images if row.get(name)), None)
-        if images := collect_images(_messages_of(content, listed, where), listed, self.folder, where):
-            content = {"images": images, **content}
-        return _encodable(json.dumps(content, ensure_ascii=False), where)
+        images = collect_images(_messages_of(content, listed, where), listed, self.folder, where)
+        text = _checked_text(json.dumps(content, ensure_ascii=False), where)
+        if not images:
+            return Document(text, kind=Kind.CHAT)
+        return Document(f"{_IMAGES}{json.dumps(images)}, {text[1:]}", kind=Kind.WITH_EXTRA)
 
     def lost(self, column: str, where: str) -> str:
-        """What is wrong where a column that is not read holds something."""
+        """The error where a column that is not read holds something."""
         if column in _TEXT_COLUMNS:
             return _ambiguous((column, self.name), where)
         if column in IMAGE_COLUMNS:
@@ -116,16 +145,11 @@ class Columns(NamedTuple):
         return f"{where}: the column {column!r} {what} name the column of the text with column to leave it out"
 
 
-def has_images(document: str) -> bool:
-    """Whether a document, as `Columns.document` gives it, is a conversation with images."""
-    return document.startswith('{"images"')
-
-
 def text_length(document: str) -> int:
     """Number of characters of a document without its images."""
-    if not has_images(document):
+    if not document.startswith(_IMAGES):
         return len(document)
-    begin = len('{"images": ')
+    begin = len(_IMAGES)
     _, end = json.JSONDecoder().raw_decode(document, begin)
     return len(document) - (end - begin)
 
@@ -197,7 +221,7 @@ def _ambiguous(names: Sequence[str], where: str) -> str:
 
 
 def types_of(row: Mapping[str, Any]) -> dict[str, str]:
-    """What the columns of a row hold, for `find_columns`."""
+    """The type of each column of a row, for `find_columns`."""
     return {name: _type(value) for name, value in row.items()}
 
 
@@ -274,7 +298,12 @@ def _tools(tools: Any, where: str) -> Sequence[Any]:
     return found
 
 
-def _encodable(text: str, where: str) -> str:
+def _checked_text(text: str, where: str) -> str:
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(
+            f"{where}: a text of {len(text):,} characters, more than {MOST_CHARACTERS:,}: divide it, or put it into a "
+            ".txt file, which is read in pieces"
+        )
     if not text.isascii():
         try:
             text.encode()

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Document
+from castlm.data.columns import Document, Kind
 from castlm.data.hub import HubDocuments, open_hub
 from castlm.data.json_rows import ALONE, Share
 from castlm.data.parquet import ParquetRows
@@ -30,7 +30,6 @@ from castlm.data.readers import (
     open_text,
     texts_in_memory,
 )
-from castlm.files.owned import sha256_file
 from castlm.files.reading import check_regular, user_path
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
@@ -49,12 +48,7 @@ class Documents:
 
     def __init__(self, sources: Sequence[Source], pool: Pool, name: str) -> None:
         self.name = name
-        self.num_empty = sum(source.num_empty for source in sources)
-        """Blank documents that were dropped. Blank rows of a parquet file are found and dropped during reading."""
-        self.is_chat = any(source.is_chat for source in sources)
-        """Whether the documents are conversations."""
-        self.has_images = any(source.has_images for source in sources)
-        """Whether any of them has images."""
+        self.kind = max(source.kind for source in sources)
         self._sources, self._pool = list(sources), pool
         self._piece = np.arange(sum(len(source.last) for source in sources))
         self._last = np.concatenate([source.last for source in sources])
@@ -85,9 +79,9 @@ class Documents:
         start = position or 0
         for here, index in enumerate(order[start:].tolist(), start):
             first, last = index == 0 or bool(self._last[index - 1]), bool(self._last[index])
-            text, is_cut = self._read(index)
+            text, is_cut, kind = self._read(index)
             if not (first and last) or (text and not text.isspace()):
-                yield Piece(text, first, last, here, self.is_chat, is_cut)
+                yield Piece(text, first, last, here, is_cut, kind)
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of the pieces, shape (num_pieces,), int64; the pieces of one document stay together.
@@ -133,7 +127,11 @@ class Documents:
         return part
 
     def text_hash(self) -> str:
-        """See `text_hash`."""
+        """A SHA-256 in hexadecimal that changes with the text; a resumed run compares it.
+
+        For one file it is what `sha256sum` prints, for several the hash of their digests in order. A part made by
+        `split_documents` has its own.
+        """
         digest = joined_digest([source.sha256() for source in self._sources])
         return hashlib.sha256(digest.encode() + self._selection).hexdigest() if self._selection else digest
 
@@ -179,13 +177,13 @@ def open_documents(
         sources = [_open_file(file, column, pool, share) for file in files]
     except OSError as error:
         raise InputError(f"cannot read {error.filename or dataset}: {error.strerror or error}") from error
-    if len({source.is_chat for source in sources}) > 1:
-        chat, text = (next(f for f, source in zip(files, sources) if source.is_chat is what) for what in (True, False))
-        raise InputError(f"{chat} holds conversations and {text} plain text: give them as two datasets")
+    plain = [file for file, source in zip(files, sources) if source.kind is Kind.TEXT]
+    if 0 < len(plain) < len(files):
+        other = next(file for file in files if file not in plain)
+        raise InputError(f"{other} holds conversations and {plain[0]} plain text: give them as two datasets")
     documents = Documents(sources, pool, str(dataset))
     if len(documents) == 0:
-        blank = f" ({documents.num_empty} blank ones)" if documents.num_empty else ""
-        raise InputError(f"{dataset}: no document with text in it{blank}; give it some text")
+        raise InputError(f"{dataset}: no document with text in it; give it some text")
     return documents
 
 
@@ -260,7 +258,7 @@ def split_documents(
 
 
 def _split_one(documents: Documents, holdout_fraction: float) -> tuple[Documents, Documents]:
-    if documents.is_chat:
+    if documents.kind is not Kind.TEXT:
         raise InputError(
             f"{documents.name}: a single conversation cannot be held out and trained on: give eval_dataset"
         )
@@ -276,18 +274,6 @@ def _split_one(documents: Documents, holdout_fraction: float) -> tuple[Documents
     if not text[:cut].strip() or not text[cut:].strip():
         raise InputError(f"{documents.name}: {len(text)} characters are too few to hold out {holdout_fraction}")
     return Documents.from_texts([text[:cut]], documents.name), Documents.from_texts([text[cut:]], documents.name)
-
-
-def text_hash(dataset: str | Path | Documents | HubDocuments) -> str:
-    """A SHA-256 in hexadecimal that changes with the text; a resumed run compares it.
-
-    For one file it is what `sha256sum` prints, for several the hash of their digests in order. A part made by
-    `split_documents` has its own. For a hub dataset it is the hash of name, revision, config, split and column.
-    """
-    if isinstance(dataset, Documents | HubDocuments):
-        return dataset.text_hash()
-    files = find_files(dataset)
-    return open_documents(dataset).text_hash() if files is None else joined_digest([sha256_file(f) for f in files])
 
 
 def joined_digest(digests: Sequence[str]) -> str:

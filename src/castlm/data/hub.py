@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Columns, find_columns, has_images, is_undecided, types_of
+from castlm.data.columns import Columns, Kind, find_columns, is_undecided, types_of
 from castlm.data.readers import Piece, Position
 
 HUB_BUFFER = 1000  # documents of a stream that are held and shuffled together
-_IMAGES_BUFFER = 64  # where they hold images
+_SMALL_BUFFER = 64  # where they hold images
 
 
 class HubDocuments:
@@ -26,17 +26,15 @@ class HubDocuments:
         open_stream: returns a new `datasets.IterableDataset` of the same rows each time; copies of one would share its
             position.
         columns: what a row holds.
-        identity: name, revision, config, split and column, of which `text_hash` is the hash.
-        has_images: whether rows have images.
+        identity: name, revision, config, split and column, which `text_hash` hashes.
+        kind: of the documents, where rows bring more than `columns` tells.
     """
 
-    num_empty = 0
-
     def __init__(
-        self, open_stream: Callable[[], Any], columns: Columns, name: str, identity: str, has_images: bool = False
+        self, open_stream: Callable[[], Any], columns: Columns, name: str, identity: str, kind: Kind | None = None
     ) -> None:
-        self.name, self.is_chat, self.has_images = name, columns.is_chat, has_images
-        self._buffer = _IMAGES_BUFFER if self.has_images else HUB_BUFFER
+        self.name, self.kind = name, columns.kind_of({}) if kind is None else kind
+        self._buffer = _SMALL_BUFFER if self.kind is Kind.WITH_EXTRA else HUB_BUFFER
         self._open_stream, self._columns, self._identity = open_stream, columns, identity
 
     def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
@@ -52,10 +50,10 @@ class HubDocuments:
             if seed is not None:
                 order = np.argsort(np.random.default_rng([seed, epoch, buffer]).random(len(documents)), kind="stable")
             for index, row in enumerate(order[start:].tolist(), start):
-                text, is_cut = documents[row]
+                text, is_cut, kind = documents[row]
                 if text and not text.isspace():
                     here = {"stream": state, "buffer": buffer, "index": index}
-                    yield Piece(text, True, True, here, self.is_chat, is_cut)
+                    yield Piece(text, True, True, here, is_cut, kind)
             state, buffer, start = stream.state_dict(), buffer + 1, 0
 
     def split(self, num_held_out: int) -> tuple[HubDocuments, HubDocuments]:
@@ -67,13 +65,13 @@ class HubDocuments:
                 self._columns,
                 self.name,
                 f"{self._identity} {cut} {num_held_out}",
-                self.has_images,
+                self.kind,
             )
 
         return part("skip"), part("take")
 
     def text_hash(self) -> str:
-        """See `text_hash`."""
+        """The hash of name, revision, config, split and column; see `Documents.text_hash`."""
         return hashlib.sha256(self._identity.encode()).hexdigest()
 
 
@@ -104,7 +102,7 @@ def open_hub(name: str, column: str | None, split: str, data_config: str | None)
     if row is None:
         raise InputError(f"{name}: split {split!r} is empty; name another split")
     columns = find_columns(types_of(row), column, name)
-    document = columns.document(row, f"{name}, its first row with a text").text
-    with_images = has_images(document) or any(image in (stream.features or row) for image in columns.images)
+    document = columns.document(row, f"{name}, its first row with a text")
+    kind = max(document.kind, columns.kind_of(dict.fromkeys(stream.features or row, "a feature")))
     identity = f"{repository}@{revision} {data_config} {split} {columns.name}"
-    return HubDocuments(open_stream, columns, name, identity, columns.is_chat and with_images)
+    return HubDocuments(open_stream, columns, name, identity, kind)

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Columns, Document, find_columns, has_images, is_undecided, types_of
+from castlm.data.columns import Columns, Document, Kind, find_columns, is_undecided, types_of
 from castlm.files.reading import parse_json
 
 
 class Share(NamedTuple):
-    """Which part of the lines this process checks, where several open the same files."""
+    """The part of the lines that this process checks, where several open the same files."""
 
     rank: int = 0
     size: int = 1
@@ -25,17 +25,15 @@ class Share(NamedTuple):
 
 
 ALONE = Share()
-"""Of a process that checks all lines."""
+"""The share of a process that checks all lines."""
 
 
 class LineIndex(NamedTuple):
-    """The lines that hold a document: two int64 arrays, (num_documents,), and a count."""
+    """The lines that hold a document: two int64 arrays, (num_documents,)."""
 
     start: np.ndarray
-    """Of each line, in bytes."""
+    """First byte of each line."""
     stop: np.ndarray
-    num_empty: int
-    """Blank documents, which have no place in the arrays."""
 
 
 class JsonRows:
@@ -44,12 +42,8 @@ class JsonRows:
     def __init__(self, column: str | None, folder: Path, share: Share) -> None:
         self._column, self._folder, self._share = column, folder, share
         self._columns: Columns | None = None
-        self.has_images = False
-        """Whether any line that was read has some; after `index`, whether any line of the file has."""
-
-    @property
-    def is_chat(self) -> bool:
-        return self._columns is not None and self._columns.is_chat
+        self.kind = Kind.TEXT
+        """Kind of the lines that were read; after `index`, of the whole file."""
 
     def index(self, lines: Iterable[bytes], path: Path) -> LineIndex:
         """Finds the lines of a file, and checks them together with the other ranks.
@@ -71,16 +65,16 @@ class JsonRows:
                 starts.append(at)
                 stops.append(at + len(line))
             at += len(line)
-        found = self._share.gather((wrong, len(starts), blank, self.has_images))
+        found = self._share.gather((wrong, len(starts), blank, self.kind))
         if first := min((line for rank in found for line in rank[0]), default=None):
             raise InputError(first[1])
         if other := next((rank for rank, (_, count, _, _) in enumerate(found) if count != found[0][1]), None):
             raise InputError(f"{path} has other lines on rank {other} than on rank 0: give all ranks the same files")
-        self.has_images = any(rank[3] for rank in found)
+        self.kind = max(rank[3] for rank in found)
         keep = np.ones(len(starts), dtype=bool)
         keep[[place for rank in found for place in rank[2]]] = False
         start, stop = (np.asarray(places, dtype=np.int64)[keep] for places in (starts, stops))
-        return LineIndex(start, stop, int((~keep).sum()))
+        return LineIndex(start, stop)
 
     def read(self, line: bytes, where: str) -> Document:
         """The document of a line.
@@ -99,6 +93,7 @@ class JsonRows:
             if is_undecided(holds := types_of(row), self._column):
                 return Document("")
             self._columns = find_columns(holds, self._column, where, self._folder)
+            self.kind = self._columns.kind_of({})
         document = self._columns.document(row, where)
-        self.has_images |= self.is_chat and has_images(document.text)
+        self.kind = max(self.kind, document.kind)
         return document

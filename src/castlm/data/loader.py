@@ -3,23 +3,55 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from castlm.data.image_sequences import ImageSequences
-from castlm.data.mixture import MixedSequences
-from castlm.data.packing import PackedSequences
+from castlm.data.columns import Kind
+from castlm.data.images.sequences import ImageSequences
+from castlm.data.mixture import AnyDocuments, Mixture
+from castlm.data.packing import MixedSequences, PackedSequences
+from castlm.data.tokens import Encoder
+
+Sequences = PackedSequences | MixedSequences | ImageSequences
+
+
+def open_sequences(
+    documents: AnyDocuments,
+    encoder: Encoder,
+    *,
+    seq_len: int,
+    seed: int,
+    repeat: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Sequences:
+    """The training sequences of any documents: packed, or one a document where they bring more than tokens.
+
+    Args:
+        encoder: copied, as a fast tokenizer that two threads use at a time may raise "Already borrowed".
+        repeat: every epoch has the sequences of the first.
+        say: called with lines on documents that are too long or cannot be prepared.
+    """
+    encoder = copy.deepcopy(encoder)
+    options: dict[str, Any] = {"seq_len": seq_len, "seed": seed, "repeat": repeat, "say": say}
+    if documents.kind is Kind.WITH_EXTRA:
+        return ImageSequences(documents, encoder, **options)
+    if isinstance(documents, Mixture):
+        return MixedSequences(
+            [PackedSequences(part, encoder, **options) for part in documents.parts], documents.weights
+        )
+    return PackedSequences(documents, encoder, **options)
 
 
 class BatchLoader:
-    """One rank's rows of each global micro-batch of `PackedSequences`, `MixedSequences` or `ImageSequences`.
+    """One rank's rows of each global micro-batch of the sequences that `open_sequences` gives.
 
     With R ranks of b rows, global batch g holds the sequences `[g*R*b, (g+1)*R*b)`, and rank r its rows
-    `[r*b, (r+1)*b)`: dicts of `input_ids`, `labels` and `position_ids`, int64, shape (rows_per_rank, seq_len), and of
-    `images` where there are some. Every rank tokenizes all text, and prepares its own images alone. `state_dict` is the
+    `[r*b, (r+1)*b)`: dicts of `input_ids` and `labels`, int64, shape (rows_per_rank, seq_len), with `position_ids` for
+    packed documents or with other tensors for the model's forward. Every rank tokenizes all text, and prepares the
+    images of its own rows alone. `state_dict` is the
     position after the last batch that was returned, whatever has been prepared ahead. It is the same on every rank and
-    may be loaded with another `rows_per_rank`, `rank` and `world_size`. The last batch is dropped if it is incomplete
-    (only with `PackedSequences(epochs=...)`).
+    may be loaded with another `rows_per_rank`, `rank` and `world_size`.
 
     Args:
         prefetch: prepare the next batch in a thread meanwhile (fast tokenizers release the interpreter lock).
@@ -27,18 +59,16 @@ class BatchLoader:
 
     def __init__(
         self,
-        sequences: PackedSequences | MixedSequences | ImageSequences,
+        sequences: Sequences,
         *,
         rows_per_rank: int,
         rank: int = 0,
         world_size: int = 1,
         prefetch: bool = False,
     ) -> None:
-        if rows_per_rank < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"rows_per_rank {rows_per_rank}, rank {rank} of {world_size}: there are no such rows")
         self.sequences, self.rows_per_rank, self.rank, self.world_size = sequences, rows_per_rank, rank, world_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
-        self._ahead: Future[tuple[dict[str, Any], dict[str, Any]] | None] | None = None
+        self._ahead: Future[tuple[dict[str, Any], dict[str, Any]]] | None = None
         self._position = sequences.state_dict()
 
     def __iter__(self) -> BatchLoader:
@@ -46,17 +76,13 @@ class BatchLoader:
 
     def __next__(self) -> dict[str, Any]:
         item = self._ahead.result() if self._ahead is not None else self._next()
-        if item is None:
-            raise StopIteration
         if self._thread is not None:
             self._ahead = self._thread.submit(self._next)
         batch, self._position = item
         return batch
 
-    def _next(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    def _next(self) -> tuple[dict[str, Any], dict[str, Any]]:
         row = self.sequences.take(self.world_size * self.rows_per_rank)
-        if row is None:
-            return None
         first = self.rank * self.rows_per_rank
         batch = row.batch(self.sequences.seq_len, slice(first, first + self.rows_per_rank))
         return batch, self.sequences.state_dict()

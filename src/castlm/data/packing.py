@@ -3,35 +3,77 @@
 The position names the next token (epoch, document, token) and no rank, so a run can be resumed on any number of ranks.
 torchdata's `StatefulDataLoader` saves the state of its worker processes instead; here the state is six numbers that
 travel with each batch.
+
+transformers builds a block-diagonal attention mask when the position ids of a sequence start again at 0 and there is no
+other mask (`find_packed_sequence_indices` in its masking_utils), so that the position ids alone keep documents apart.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
 
 from castlm.core.errors import InputError
+from castlm.data.columns import Kind
 from castlm.data.documents import Documents
 from castlm.data.hub import HubDocuments
-from castlm.data.positions import Resumable, document_positions
+from castlm.data.mixture import furthest_behind
 from castlm.data.readers import Piece
 from castlm.data.tokens import IGNORED, Encoder, Tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Tokenized together: enough to keep a fast tokenizer's threads busy, little enough that no step waits long.
 _BATCH_PIECES = 64
 _BATCH_CHARS = 128 << 10
 
 _Encoded = tuple[int, Any, Tokens]  # epoch, position and tokens of a piece
+
+
+class Resumable:
+    """Sequences that continue from a saved position of the same seed, seq_len and repeat."""
+
+    seed: int
+    seq_len: int
+    repeat: bool
+    num_taken: int
+    """Sequences before the next one, those before a saved position too."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the next sequence, as plain JSON, the same on every rank."""
+        epoch, document, token = self._position()
+        return {
+            "epoch": epoch,
+            "document": copy.deepcopy(document),
+            "token": token,
+            "sequences": self.num_taken,
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "repeat": self.repeat,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a saved position.
+
+        Raises:
+            InputError: the position was saved with another seed, seq_len or repeat.
+        """
+        for name in ("seed", "seq_len", "repeat"):
+            before, now = state.get(name, False), getattr(self, name)
+            if before != now:
+                raise InputError(f"the data position was saved with {name} {before}, not {now}: keep {name}")
+        self._go_to(state)
+
+    def _position(self) -> tuple[int, Any, int]:
+        """Epoch, position of a document as its reader gives it, and a number of tokens in it."""
+        raise NotImplementedError
+
+    def _go_to(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
 
 
 class Row(NamedTuple):
@@ -52,24 +94,21 @@ class Row(NamedTuple):
         return {"input_ids": ids, "labels": labels, "position_ids": document_positions(begins)}
 
 
-class PackedSequences(Resumable, IterableDataset):
+class PackedSequences(Resumable):
     """Sequences of `seq_len` tokens: documents shuffled by (seed, epoch), an end-of-text after each, nothing dropped.
 
-    Yields dicts of `input_ids`, `labels` and `position_ids`, int64 of shape (seq_len,). The labels are already shifted:
-    `labels[i]` is the token after `input_ids[i]`. Consecutive sequences share one token, so that each token is a label
-    once. The positions start again at 0 with each document. A document starts with a beginning-of-text token if its
-    tokenizer adds one. The last sequence of an epoch is filled up with the start of the next. Iterating again continues
-    after the last sequence.
+    The labels are shifted: `labels[i]` is the token after `input_ids[i]`. Consecutive sequences share one token:
+    each token is a label once. The positions start again at 0 with each document. A document starts with a token for
+    the beginning of a text if its tokenizer adds one. The last sequence of an epoch is filled up with the start of the
+    next; there is no last epoch.
 
     A conversation that does not fit into what is left of a sequence starts the next one, and the rest is filled with
-    end-of-text tokens that do not count. A conversation longer than `seq_len` starts a sequence and goes on in the
-    following ones, each of which sees its own part alone, as in a long document.
+    end-of-text tokens that do not count. A conversation longer than `seq_len` starts a sequence and continues in
+    the following ones; each sees its own part alone, as in a long document.
 
     Args:
-        eos_token_id: the token that ends a document; default: `end_of_text_id(tokenizer)`.
-        epochs: number of epochs, or None for no end. The last incomplete sequence of the last epoch is dropped.
+        encoder: of one document at a time; this class alone uses it.
         repeat: every epoch has the sequences of the first, in its order; the last incomplete one of each is dropped.
-        assistant_only: of a conversation, only the tokens of the assistant count; see `castlm.data.chat`.
         say: called with a line when the first conversation longer than `seq_len` is met.
 
     Raises:
@@ -79,35 +118,23 @@ class PackedSequences(Resumable, IterableDataset):
     def __init__(
         self,
         documents: Documents | HubDocuments,
-        tokenizer: PreTrainedTokenizerBase,
+        encoder: Encoder,
         *,
         seq_len: int,
         seed: int,
-        eos_token_id: int | None = None,
-        epochs: int | None = None,
         repeat: bool = False,
-        assistant_only: bool = True,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        if seq_len < 1 or seed < 0:
-            raise InputError(f"seq_len {seq_len} must be at least 1 and seed {seed} at least 0")
-        self.documents, self.seq_len, self.seed, self.epochs = documents, seq_len, seed, epochs
-        self.repeat, self._say, self._has_said = repeat, say, False
-        self._encoder = Encoder(tokenizer, eos_token_id, assistant_only)
+        self.documents, self.seq_len, self.seed, self.repeat = documents, seq_len, seed, repeat
+        self._say, self._has_said = say, False
+        self._encoder = encoder
         self._go_to({"epoch": 0, "document": None, "token": 0, "sequences": 0})
         self._fill(seq_len + 1)  # raises before a run if the text is too short
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if (worker := get_worker_info()) is not None and worker.num_workers > 1:
-            raise InputError(f"{worker.num_workers} workers would each yield the whole stream: use one or BatchLoader")
-        while (row := self.take(1)) is not None:
-            yield {name: tensor[0] for name, tensor in row.batch(self.seq_len).items()}
-
-    def take(self, num_sequences: int) -> Row | None:
-        """The next sequences; sequence i starts at `i * seq_len`. None if fewer are left in the last epoch."""
+    def take(self, num_sequences: int) -> Row:
+        """The next sequences; sequence i starts at `i * seq_len`."""
         used = num_sequences * self.seq_len
-        if not self._fill(used + 1):
-            return None
+        self._fill(used + 1)
         parts, missing = [], used + 1
         for _, _, tokens in self._pending:
             start = self._token if not parts else 0
@@ -119,21 +146,17 @@ class PackedSequences(Resumable, IterableDataset):
         self._token += used
         while self._token >= len(self._pending[0][2].ids):
             self._token -= len(self._pending.popleft()[2].ids)
-        self._num_sequences += num_sequences
-        ids, labels, begins = (torch.from_numpy(array) for array in Tokens.joined(parts))
-        return Row(ids.long(), labels.long(), begins)
-
-    @property
-    def num_taken(self) -> int:
-        """How many sequences were taken before the next one, those before a saved position too."""
-        return self._num_sequences
+        self.num_taken += num_sequences
+        found = Tokens.joined(parts)
+        ids, labels = torch.from_numpy(found.ids).long(), torch.from_numpy(found.labels).long()
+        return Row(ids, labels, torch.from_numpy(found.begins))
 
     def tokens_per_epoch(self) -> int:
         """Number of tokens of one epoch. Reads and tokenizes all documents once; the position stays as it is."""
         return sum(_num_tokens(batch) for batch in self._encode(0, 0, None, 0))
 
     def _position(self) -> tuple[int, Any, int]:
-        """Of the next sequence's first token."""
+        """The position of the next sequence's first token."""
         epoch, document = self._pending[0][:2] if self._pending else self._start
         return epoch, document, self._token
 
@@ -141,24 +164,21 @@ class PackedSequences(Resumable, IterableDataset):
         # Tokenized and not yet used up; `_token` is an offset in the first.
         self._pending: deque[_Encoded] = deque()
         self._start = (state["epoch"], copy.deepcopy(state["document"]))
-        self._token, self._num_sequences = state["token"], state["sequences"]
+        self._token, self.num_taken = state["token"], state["sequences"]
         self._available = -self._token
         self._reader = self._read()
 
-    def _fill(self, num_tokens: int) -> bool:
+    def _fill(self, num_tokens: int) -> None:
         while self._available < num_tokens:
-            batch = next(self._reader, None)
-            if batch is None:
-                return False
+            batch = next(self._reader)
             self._pending.extend(batch)
             self._available += _num_tokens(batch)
-        return True
 
     def _read(self) -> Iterator[list[_Encoded]]:
         epoch, position = self._start
         skipped = self._token  # tokens of the first piece that earlier sequences hold
         place = -skipped % self.seq_len  # of the next token in its sequence
-        while self.epochs is None or epoch < self.epochs:
+        while True:
             whole, num_tokens = position is None, 0
             batches = self._encode(epoch, 0 if self.repeat else epoch, position, place)
             for batch in self._whole_sequences(batches, skipped) if self.repeat else batches:
@@ -179,7 +199,7 @@ class PackedSequences(Resumable, IterableDataset):
             batch = []
             for piece, tokens in zip(pieces, self._encoder(pieces)):
                 if len(tokens.ids):
-                    found = self._with_filler(tokens, place) if piece.is_chat else tokens
+                    found = self._with_filler(tokens, place) if piece.kind is not Kind.TEXT else tokens
                     place = (place + len(found.ids)) % self.seq_len
                     batch.append((epoch, piece.position, found))
             yield batch
@@ -232,3 +252,84 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
             batch, num_chars = [], 0
     if batch:
         yield batch
+
+
+class MixedRow(NamedTuple):
+    """Sequences of several texts."""
+
+    rows: list[Row]
+    """Rows of one sequence each."""
+
+    def batch(self, seq_len: int, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """See `Row.batch`."""
+        batches = [row.batch(seq_len) for row in self.rows[rows]]
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+class MixedSequences:
+    """Sequences of several texts, each packed by itself, in fixed shares of the tokens.
+
+    The next sequence comes from the text that is furthest behind its share, so that the shares hold at every point of a
+    run, however long the documents are, and no random number needs to be saved.
+
+    Args:
+        parts: the sequences of each text, without an end and of one length.
+        weights: the share of each.
+    """
+
+    def __init__(self, parts: Sequence[PackedSequences], weights: Sequence[float]) -> None:
+        self.seq_len = parts[0].seq_len
+        self._parts, self._weights = list(parts), list(weights)
+
+    def take(self, num_sequences: int) -> MixedRow:
+        """The next sequences."""
+        rows: list[Row] = []
+        while len(rows) < num_sequences:
+            number = furthest_behind([part.num_taken for part in self._parts], self._weights)
+            rows.append(self._parts[number].take(1))
+        return MixedRow(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in each text, as plain JSON; the same on every rank."""
+        taken = sum(part.num_taken for part in self._parts)
+        return {"sequences": taken, "texts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a saved position of the same texts.
+
+        Raises:
+            InputError: the position was saved with another seed or seq_len.
+        """
+        for part, position in zip(self._parts, state["texts"], strict=True):
+            part.load_state_dict(position)
+
+
+def document_positions(begins: Tensor) -> Tensor:
+    """The position of each token in its own document.
+
+    Args:
+        begins: bool, (batch, seq), for example (8, 512): whether a token is the first of a document.
+
+    Returns:
+        int64, (batch, seq). The first document of a row starts at 0, even if an earlier row holds its beginning.
+
+    Examples:
+        >>> document_positions(torch.tensor([[0, 0, 0, 1, 0, 1, 1]]).bool())
+        tensor([[0, 1, 2, 0, 1, 0, 0]])
+    """
+    index = torch.arange(begins.shape[1], device=begins.device).expand_as(begins)
+    return index - torch.where(begins, index, 0).cummax(dim=1).values
+
+
+def document_mask(positions: Tensor) -> Tensor:
+    """The causal mask in which no token attends to another document, for models that do not derive it from positions.
+
+    Args:
+        positions: (batch, seq), from `document_positions`.
+
+    Returns:
+        bool, (batch, 1, seq, seq), True = attends.
+    """
+    document = (positions == 0).cumsum(dim=1)
+    same = document[:, :, None] == document[:, None, :]
+    return torch.tril(same)[:, None]

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Columns, Document, find_columns
-from castlm.data.image_columns import IMAGE_PART
+from castlm.data.columns import Document, Kind, find_columns
 from castlm.data.readers import Pool
 from castlm.files.owned import sha256_file
 from castlm.files.reading import check_regular
@@ -28,7 +27,7 @@ class ParquetRows:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._path, self._pool, self.num_empty = path, pool, 0
+        self._path, self._pool = path, pool
         check_regular(path)
         try:
             file = pq.ParquetFile(path, memory_map=True)
@@ -37,12 +36,9 @@ class ParquetRows:
             raise InputError(f"{path}: not a whole parquet file ({_one_line(error)}): fetch it again") from error
         holds = {field.name: _arrow_kind(field.type) for field in schema}
         self._columns = find_columns(holds, column, str(path), path.parent)
-        self.is_chat = self._columns.is_chat
-        self.has_images = self.is_chat and any(
-            holds.get(image, "NoneType") != "NoneType" for image in self._columns.images
-        )
+        self.kind = self._columns.kind_of(holds)
         name = self._columns.name
-        if not self.is_chat and holds[name] != "str":
+        if self.kind is Kind.TEXT and holds[name] != "str":
             raise InputError(f"{path}: column {name!r} holds {holds[name]}: strings are needed")
         self._read_names = [name for name in self._columns.read if name in holds]
         groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
@@ -56,25 +52,24 @@ class ParquetRows:
         leaves = [i for i, at in enumerate(paths) if any((at + ".").startswith(n + ".") for n in self._read_names)]
         sizes = [sum(group.column(leaf).total_uncompressed_size for leaf in leaves) for group in groups]
         self.unit_bytes = np.asarray(sizes, dtype=np.int64)
-        if self.is_chat:
-            text_alone = self._columns._replace(skips_images=True)
+        if self.kind is not Kind.TEXT:
             names = [name for name in self._columns.text_columns if name in holds]
             for unit, first in enumerate(self._first.tolist()):
                 table = self._read(unit, names)
                 for row in range(len(table)):
-                    self.has_images |= IMAGE_PART in self._document(table, row, first + row, text_alone).text
+                    self.kind = max(self.kind, self._document(table, row, first + row, text_alone=True).kind)
 
     def read(self, piece: int) -> Document:
         unit = int(self.unit[piece])
         table = self._pool.get((id(self), unit), int(self.unit_bytes[unit]), lambda: self._read(unit, self._read_names))
-        return self._document(table, int(piece - self._first[unit]), piece, self._columns)
+        return self._document(table, int(piece - self._first[unit]), piece)
 
-    def _document(self, table: Any, row: int, number: int, columns: Columns) -> Document:
+    def _document(self, table: Any, row: int, number: int, text_alone: bool = False) -> Document:
         try:
             values = {name: table.column(name)[row].as_py() for name in table.column_names}
         except UnicodeDecodeError as error:
             raise InputError(f"{self._path}: row {number} is not UTF-8 ({error.reason}): convert the file") from error
-        return columns.document(values, f"{self._path}, row {number}")
+        return self._columns.document(values, f"{self._path}, row {number}", text_alone)
 
     def _read(self, unit: int, names: list[str]) -> Any:
         import pyarrow as pa
@@ -92,7 +87,7 @@ class ParquetRows:
 
 
 def _arrow_kind(kind: Any) -> str:
-    """What a column of an arrow type holds, in the words of `find_columns`."""
+    """The type of a column of an arrow type, in the words of `find_columns`."""
     import pyarrow as pa
 
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind

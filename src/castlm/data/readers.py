@@ -1,7 +1,7 @@
 """Reads the documents of one file in place, any of them by its number, without a copy on disk and in little memory.
 
 Plain text and JSON lines are memory-mapped, a gzip file is entered at seek points, a parquet file (elsewhere) by
-row groups. What has to be decompressed is kept in a `Pool` of bounded size that all files share.
+row groups. Decompressed parts are kept in a `Pool` of bounded size that all files share.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Document
+from castlm.data.columns import Document, Kind
 from castlm.data.json_rows import JsonRows, Share
 from castlm.files.owned import sha256_file
 from castlm.files.reading import open_regular
@@ -31,7 +31,8 @@ SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 256 << 10  # a longer document of a text file is read and tokenized in pieces of about this size
 SEGMENT_BYTES = 8 << 20  # between two seek points of a gzip file
 READ_BYTES = 1 << 20
-MAX_LINE_BYTES = 1 << 30  # of a JSON line: a compressed file may hold one that does not fit in memory
+CHUNK_BYTES = 16 << 20  # decompressed at a time, as a file may be 1,000 times smaller than its text
+MAX_LINE_BYTES = 64 << 20  # of a JSON line, with the images in it
 
 _INK = re.compile(rb"\S")
 # Tokenizers split at these places themselves, so the tokens are those of the whole text, as `castlm.data.tokens` shows
@@ -55,9 +56,9 @@ class Piece(NamedTuple):
     """Whether it is the last piece of its document."""
     position: Position
     """The argument with which `pieces` starts at this piece again, as plain JSON."""
-    is_chat: bool = False
     is_cut: bool = False
     """Whether the document was cut off there, so that the end-of-text behind it does not count."""
+    kind: Kind = Kind.TEXT
 
 
 class Source(Protocol):
@@ -65,16 +66,13 @@ class Source(Protocol):
 
     `last` (bool, num_pieces): whether the piece ends its document. `unit` (int64, num_pieces): the unit of
     decompression that it belongs to. `unit_bytes` (int64, num_units): memory that the decompressed unit takes, 0 where
-    nothing is decompressed. `num_empty`: the number of blank documents, which are dropped. `is_chat`: whether the texts
-    are conversations as JSON. `has_images`: whether any of these has images.
+    nothing is decompressed. `kind`: the largest among its documents. Blank documents are dropped.
     """
 
     last: np.ndarray
     unit: np.ndarray
     unit_bytes: np.ndarray
-    num_empty: int
-    is_chat: bool
-    has_images: bool
+    kind: Kind
 
     def read(self, piece: int) -> Document: ...
 
@@ -113,16 +111,14 @@ class Spans:
         stop: Sequence[int] | np.ndarray,
         last: Sequence[bool] | np.ndarray,
         decode: Callable[[bytes], Document],
-        num_empty: int = 0,
         path: Path | None = None,
     ) -> None:
         self._buffer, self._decode, self._path = buffer, decode, path
-        self.is_chat = self.has_images = False
+        self.kind = Kind.TEXT
         self._start, self._stop = np.asarray(start, dtype=np.int64), np.asarray(stop, dtype=np.int64)
         self.last = np.asarray(last, dtype=bool)
         self.unit = np.cumsum(self.last) - self.last  # every document is a unit of its own
         self.unit_bytes = np.zeros(int(self.last.sum()), dtype=np.int64)
-        self.num_empty = num_empty
 
     def read(self, piece: int) -> Document:
         return self._decode(self._buffer[self._start[piece] : self._stop[piece]])
@@ -171,10 +167,9 @@ def _trim(buffer: bytes | mmap.mmap, start: int, stop: int) -> tuple[int, int]:
 
 def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]], path: Path | None = None) -> Spans:
     """Drops blank documents and splits long ones at line starts, else between words, else not at all."""
-    starts, stops, last, num_empty = array("q"), array("q"), [], 0
+    starts, stops, last = array("q"), array("q"), []
     for start, stop in documents:
         if not _INK.search(buffer, start, stop):
-            num_empty += 1
             continue
         while stop - start > 2 * PIECE_BYTES:
             near = start + PIECE_BYTES, start + 2 * PIECE_BYTES
@@ -189,18 +184,18 @@ def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]], pat
         starts.append(start)
         stops.append(stop)
         last.append(True)
-    return Spans(buffer, starts, stops, last, lambda span: Document(span.decode()), num_empty, path)
+    return Spans(buffer, starts, stops, last, lambda span: Document(span.decode()), path)
 
 
 def open_json_lines(path: Path, column: str | None, share: Share) -> Spans:
     """A file with one JSON object per line."""
     rows = JsonRows(column, path.parent, share)
-    with open_regular(path) as lines:
-        found = rows.index(lines, path)
+    with open_regular(path) as file:
+        found = rows.index(split_lines(iter(partial(file.read, READ_BYTES), b""), path), path)
     last = np.ones(len(found.start), dtype=bool)
     decode = partial(rows.read, where=str(path))
-    spans = Spans(_map(path), found.start, found.stop, last, decode, found.num_empty, path)
-    spans.is_chat, spans.has_images = rows.is_chat, rows.has_images
+    spans = Spans(_map(path), found.start, found.stop, last, decode, path)
+    spans.kind = rows.kind
     return spans
 
 
@@ -212,11 +207,11 @@ class GzipJsonLines:
         # For each segment: where it starts in the decompressed text and in the file, and the decompressor there.
         self._points: list[tuple[int, int, Any]] = [(0, 0, None)]
         try:
-            self._start, self._stop, self.num_empty = self._rows.index(_split_lines(self._scan()), path)
+            self._start, self._stop = self._rows.index(split_lines(self._scan(), path), path)
         except (zlib.error, EOFError, OSError) as error:
             raise InputError(f"{path}: not a whole gzip file ({error}): fetch or compress it again") from error
         begins = np.asarray([point[0] for point in self._points])
-        self.is_chat, self.has_images = self._rows.is_chat, self._rows.has_images
+        self.kind = self._rows.kind
         self.last = np.ones(len(self._start), dtype=bool)
         self.unit = np.searchsorted(begins, self._start, side="right") - 1
         ends = begins.copy()  # a line belongs to the segment that it starts in, and may reach into the next
@@ -228,7 +223,7 @@ class GzipJsonLines:
         for chunk, offset, inflater in _inflate(self._path):
             yield chunk
             total += len(chunk)
-            if total - self._points[-1][0] >= SEGMENT_BYTES:
+            if offset is not None and total - self._points[-1][0] >= SEGMENT_BYTES:
                 self._points.append((total, offset, inflater.copy()))
 
     def read(self, piece: int) -> Document:
@@ -252,38 +247,50 @@ class GzipJsonLines:
         return sha256_file(self._path)
 
 
-def _inflate(path: Path, offset: int = 0, inflater: Any = None) -> Iterator[tuple[bytes, int, Any]]:
-    """Chunks of a gzip file (of several members, too), each with the file offset and the decompressor after it."""
+def _inflate(path: Path, offset: int = 0, inflater: Any = None) -> Iterator[tuple[bytes, int | None, Any]]:
+    """Chunks of a gzip file (of several members, too), and the decompressor after each.
+
+    An empty chunk comes behind what `READ_BYTES` of the file expand to, with the offset to continue from.
+    """
     inflater = inflater.copy() if inflater else zlib.decompressobj(wbits=31)
     with open_regular(path) as file:
         file.seek(offset)
         while raw := file.read(READ_BYTES):
-            parts = []
-            while raw:
+            chunk = b""
+            while raw or len(chunk) == CHUNK_BYTES:  # then the decompressor may hold more
                 if inflater.eof:
                     raw = raw.lstrip(b"\0")  # padding after a member is allowed
                     if not raw:
                         break
                     inflater = zlib.decompressobj(wbits=31)
-                parts.append(inflater.decompress(raw))
-                raw = inflater.unused_data
-            yield b"".join(parts), file.tell(), inflater
+                chunk = inflater.decompress(raw, CHUNK_BYTES)
+                raw = inflater.unconsumed_tail or inflater.unused_data
+                yield chunk, None, inflater
+            yield b"", file.tell(), inflater
     if not inflater.eof:
         raise EOFError("it ends too early")
 
 
-def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    begun: list[bytes] = []
+def split_lines(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """The lines of a file, with their ends.
+
+    Raises:
+        InputError: one is longer than `MAX_LINE_BYTES`; no more than that of it is held.
+    """
+    begun, number = list[bytes](), 1
     num_begun = 0
     for chunk in chunks:
         *whole, rest = chunk.split(b"\n")
         for line in whole:
             yield b"".join([*begun, line, b"\n"])
-            begun, num_begun = [], 0
+            begun, num_begun, number = [], 0, number + 1
         begun.append(rest)
         num_begun += len(rest)
         if num_begun > MAX_LINE_BYTES:
-            raise OSError(f"a line is longer than {MAX_LINE_BYTES:,} bytes")
+            raise InputError(
+                f"{path}, line {number} is longer than {MAX_LINE_BYTES:,} bytes: divide it, or put a long text into a "
+                ".txt file, which is read in pieces"
+            )
     if line := b"".join(begun):
         yield line
 

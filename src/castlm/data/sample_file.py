@@ -1,6 +1,6 @@
 """The file that samples go into: without duplicates, whole after a kill, and never another's file overwritten.
 
-While the work goes on the rows are in `NAME.part`. `NAME.castlm.json` says how many batches and bytes of it are whole;
+During the work the rows are in `NAME.part`. `NAME.castlm.json` says how many batches and bytes of it are whole;
 it is written after each batch, and what a kill left behind those bytes is cut off. The finished file takes its name in
 one step, and its record stays beside it.
 """
@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from castlm.files.owned import read_record, sha256_file
 from castlm.files.reading import user_path
 
 FEW_SAMPLES = 32
-"""Texts before it is said that most of them are left out."""
+"""Texts before a line reports that most of them are left out."""
 
 PATIENCE = 20
 """Batches in a row without a new text after which the work stops."""
@@ -100,9 +101,10 @@ class SampleFile:
         """
         record = read_json_mapping(self.record_file, f"remove it and {self.part}, and start again")
         _check_settings(self.part, self.settings, record)
+        corrupt = InputError(f"{self.record_file} is corrupt: remove it and {self.part}, and start again")
         counts = {name: record.get(name) for name in _COUNTS}
         if any(type(count) is not int or count < 0 for count in counts.values()):
-            raise InputError(f"{self.record_file} is corrupt: remove it and {self.part}, and start again")
+            raise corrupt
         for name, count in counts.items():
             setattr(self, name, count)
         self.replaces = record.get("replaces")
@@ -116,10 +118,12 @@ class SampleFile:
         if left or self._digest.hexdigest() != record.get("sha256"):
             raise InputError(f"{self.part} has changed since castlm wrote it: remove it, and start again")
         with self.part.open("rb") as file:
-            for _ in range(self.samples):
-                row = json.loads(file.readline())
-                prompt = prompt_of(row["sample"])
-                self.is_new(prompt, generated_of(row, prompt))
+            rows = [json.loads(line) for line in islice(file, self.samples)]
+        if len(rows) != self.samples:
+            raise corrupt
+        for row in rows:
+            prompt = prompt_of(row["sample"])
+            self.is_new(prompt, generated_of(row, prompt))
 
 
 _COUNTS = ("batches", "samples", "tokens", "bytes", "duplicates", "cut", "dropped")
@@ -127,7 +131,9 @@ _COUNTS = ("batches", "samples", "tokens", "bytes", "duplicates", "cut", "droppe
 
 def _check_settings(file: Path, settings: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """Raises `InputError` if the record of `file` has other settings."""
-    mine, theirs = json.loads(json.dumps(settings)), record.get("settings") or {}
+    mine, theirs = json.loads(json.dumps(settings)), record.get("settings")
+    if not isinstance(theirs, dict):
+        raise InputError(f"the record of {file} is corrupt, it has no settings: remove both, and start again")
     names = [name for name in sorted(mine | theirs) if theirs.get(name) != mine.get(name)]
     changed = [f"{name} {theirs.get(name)} -> {mine.get(name)}" for name in names]
     if changed:
@@ -154,13 +160,15 @@ def finished_samples(path: str | Path, settings: Mapping[str, Any], num_tokens: 
     _check_settings(path, settings, record)
     if not is_whole:
         raise InputError(f"{path} is not as castlm wrote it: move it away, or name another file")
-    if record.get("tokens", 0) < num_tokens:
+    if type(record.get("tokens")) is not int:
+        raise InputError(f"{_record(path)} is corrupt: remove it and {path}, and start again")
+    if record["tokens"] < num_tokens:
         raise InputError(f"{path} is finished with {record['tokens']:,} tokens: lower num_tokens, or overwrite it")
     return record
 
 
 def generated_of(row: Mapping[str, Any], prompt: str) -> str:
-    """What of a row the model wrote: all but its prompt."""
+    """The text of a row that the model wrote: all but its prompt."""
     if "text" in row:
         return str(row["text"]).removeprefix(prompt)
     user, assistant = (str(message["content"]) for message in row["messages"])

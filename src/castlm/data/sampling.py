@@ -1,6 +1,6 @@
 """Training text that a model writes itself, where there is no other: from nothing, after prompts, or as conversations.
 
-The work is divided into batches, each with its own prompts and its own seed, so that a run that was stopped goes on
+The work is divided into batches, each with its own prompts and its own seed, so that a run that was stopped continues
 with the next batch as if it had never stopped, on the same device with the same version of torch.
 
 A conversation is sampled as in Magpie (arXiv 2406.08464): the model continues its chat template where a user would
@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
-from castlm.data.columns import CUT_COLUMN
+from castlm.data.columns import CUT_COLUMN, Kind
 from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder
 from castlm.files.reading import read_text
@@ -35,7 +35,7 @@ _SENTINEL = "castlm-user-turn"
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a batch is sampled."""
+    """The settings of a batch."""
 
     max_new_tokens: int = 256
     temperature: float = 1.0
@@ -63,7 +63,7 @@ class Sample(NamedTuple):
     """A document that the model wrote."""
 
     row: dict[str, Any]
-    """Of the file: `text` and `is_cut`, which is true where the model did not end it, or `messages`."""
+    """Row of the file: `text` and `is_cut`, which is true where the model did not end it, or `messages`."""
     num_tokens: int
     """The prompt and what was generated."""
     is_whole: bool
@@ -72,7 +72,7 @@ class Sample(NamedTuple):
 
 class _Continued(NamedTuple):
     ids: list[int]
-    """What was generated, without the token that ended it."""
+    """The generated tokens without the one that ended them."""
     is_whole: bool
 
 
@@ -100,7 +100,7 @@ class Sampler:
     ) -> None:
         self.model, self.tokenizer, self.options, self.chat = model, tokenizer, options, chat
         self.prompts = list(prompts) if prompts is not None else None
-        encoder = Encoder(tokenizer, None)
+        encoder = Encoder(tokenizer)
         self._template = encoder.chat
         self._first = encoder.bos or [encoder.eos]
         ends = model.generation_config.eos_token_id
@@ -131,7 +131,7 @@ class Sampler:
             return self._talk(prompts) if self.chat else self._write(prompts)
 
     def prompt_of(self, place: int) -> str:
-        """What sample number `place`, counted over the batches, continues; "" without prompts."""
+        """The prompt of sample number `place`, counted over the batches; "" without prompts."""
         return self.prompts[place % len(self.prompts)] if self.prompts is not None else ""
 
     def _write(self, prompts: list[str]) -> list[Sample]:
@@ -182,7 +182,7 @@ class Sampler:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _after(self, begin: list[int], ids: list[int]) -> str:
-        """What `ids` say behind `begin`: some tokenizers leave out the space before the first word they decode."""
+        """The text of `ids` behind `begin`: some tokenizers leave out the space before the first word they decode."""
         before, whole = self._decode(begin), self._decode(begin + ids)
         return whole[len(before) :] if whole.startswith(before) else self._decode(ids)
 
@@ -218,7 +218,7 @@ class Sampler:
 
 
 def _user_turn(tokenizer: PreTrainedTokenizerBase, template: Chat) -> tuple[str, int]:
-    """What the chat template writes before a user's first turn, and the token with which it ends the turn.
+    """The text that the chat template puts before a user's first turn, and the token that ends the turn.
 
     Raises:
         InputError: there is no template, or it has no such token.
@@ -245,7 +245,7 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
         prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     else:
         documents = open_documents(path, column=column)
-        if documents.is_chat:
+        if documents.kind is not Kind.TEXT:
             raise InputError(f"{path} holds conversations: name a column of texts")
         prompts = [piece.text for piece in documents.pieces(None)]
     if not prompts:

@@ -1,38 +1,44 @@
-"""The tokens of an evaluation text, which of them are scored, and where a sequence has to start again."""
+"""The tokens of an evaluation text, which of them are scored, and the sequences that a model reads them in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.data.chat import begin_of
-from castlm.data.documents import Documents, open_documents
+from castlm.data.columns import Kind
+from castlm.data.documents import Documents
+from castlm.data.extra import Extra, join_extra
 from castlm.data.hub import HubDocuments
-from castlm.data.images import ImageEncoder, ImageInputs, ImageTokens
 from castlm.data.readers import Position
-from castlm.data.tokens import IGNORED, Encoder, first_tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from castlm.data.tokens import IGNORED, Encoder, Tokens, first_tokens
 
 ALL, ASSISTANT = "all", "assistant"
 
 
-class ScoredImages(NamedTuple):
-    """The images of a conversation, prepared each time they are needed: those of a whole text may not fit in memory."""
+class ScoredExtra(NamedTuple):
+    """The tensors that a document brings, prepared each time: those of a whole text may not fit in memory."""
 
-    load: Callable[[], ImageInputs | None]
+    load: Callable[[], Extra | None]
     end: int
-    """Number of tokens up to the end of the last image."""
+    """Number of tokens up to the end of the last that the tensors belong to."""
     begin: str
-    """The first words of the conversation, for messages."""
+    """The first words of the document, for messages."""
+
+
+class Scored(NamedTuple):
+    """The part of a text that one forward pass sees: the tokens begin .. end-1."""
+
+    begin: int
+    end: int
+    first_scored: int  # scores the tokens first_scored .. end-1
+    stretch: int = 0  # of the text, in which it lies
 
 
 @dataclass(frozen=True)
@@ -44,116 +50,158 @@ class ScoredText:
     labels: Tensor
     """int64, (num_tokens,): the same, not shifted, and -100 where a token is not scored."""
     starts: tuple[int, ...] = (0,)
-    """Where a sequence begins in any case: at each conversation, and at the first token."""
+    """Tokens that always begin a sequence: the first token, and that of each conversation."""
     tokens: str = ALL
-    """Which tokens are scored, in words: "all" or "assistant"; of several kinds of text both."""
-    images: tuple[ScoredImages | None, ...] = ()
-    """Of each part that begins at one of `starts`; empty of a text without images."""
-    is_chat: bool = False
+    """The tokens that are scored, in words: "all" or "assistant"; both for several kinds of text."""
+    extra: tuple[ScoredExtra | None, ...] = ()
+    """For each part that begins at one of `starts`; empty where no document brings anything beside its tokens."""
+    by_document: bool = False
     """Whether it consists of conversations, each scored by itself."""
 
     @classmethod
     def of(cls, ids: Tensor) -> ScoredText:
-        """A plain text, of which every token is scored."""
+        """A plain text, every token of which is scored."""
         return cls(ids, ids)
 
     @classmethod
     def joined(cls, parts: Sequence[ScoredText]) -> ScoredText:
-        """Several texts as one, each of which begins a sequence."""
+        """Several texts as one; each begins a sequence."""
         starts: list[int] = []
-        images: list[ScoredImages | None] = []
+        extra: list[ScoredExtra | None] = []
         at = 0
         for part in parts:
             starts += [at + start for start in part.starts]
-            images += part.images or [None] * len(part.starts)
+            extra += part.extra or [None] * len(part.starts)
             at += len(part.ids)
         ids, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "labels"))
         tokens = " and ".join(dict.fromkeys(part.tokens for part in parts))
-        is_chat = any(part.is_chat for part in parts)
-        return cls(ids, labels, tuple(starts), tokens, tuple(images) if any(images) else (), is_chat)
+        by_document = any(part.by_document for part in parts)
+        return cls(ids, labels, tuple(starts), tokens, tuple(extra) if any(extra) else (), by_document)
 
     @property
     def stretches(self) -> list[tuple[int, int]]:
         """Begin and end of each part that is scored by itself."""
         return list(zip(self.starts, (*self.starts[1:], len(self.ids))))
 
+    def sequences(self, seq_len: int, stride: int) -> list[Scored]:
+        """The sequences of the text, each within one stretch, without those that score nothing.
+
+        Only the first sequence of a conversation with images is scored, as the others do not see them.
+
+        Raises:
+            InputError: images that do not fit into a sequence.
+        """
+        found: list[Scored] = []
+        for number, (begin, end) in enumerate(self.stretches):
+            parts = scored_sequences(end - begin, seq_len, stride)
+            if self.extra and (extra := self.extra[number]) is not None:
+                if extra.end > seq_len:
+                    raise InputError(
+                        f"the images of the conversation that begins {extra.begin} end at token {extra.end:,}, after "
+                        f"seq_len {seq_len}: raise seq_len, or leave it out of the evaluation text"
+                    )
+                parts = parts[:1]
+            found += [Scored(begin + p.begin, begin + p.end, begin + p.first_scored, number) for p in parts]
+        return [
+            s for s in found if not self.by_document or bool((self.labels[s.first_scored : s.end] != IGNORED).any())
+        ]
+
+    def batch(self, sequences: Sequence[Scored], width: int, rows: int | None = None) -> dict[str, Tensor]:
+        """`input_ids` and shifted `labels`, int64, (rows, width), and what the model's forward takes beside them.
+
+        Labels are -100 past the end of a sequence, and where a token is not scored.
+
+        Args:
+            sequences: one a row.
+            width: tokens of a row, as many as the longest sequence has, or more.
+            rows: rows of the batch; the last ones score nothing. Default: one a sequence.
+        """
+        rows = len(sequences) if rows is None else rows
+        input_ids = self.ids.new_zeros(rows, width)
+        labels = torch.full_like(input_ids, IGNORED)
+        for row, targets, (begin, end, first, _) in zip(input_ids, labels, sequences):
+            row[: end - begin] = self.ids[begin:end]
+            targets[first - begin - 1 : end - begin - 1] = self.labels[first:end]
+        extra: list[Extra | None] = [None] * rows
+        if self.extra:
+            for row, sequence in enumerate(sequences):
+                held = self.extra[sequence.stretch]
+                extra[row] = None if held is None else held.load()
+        return {"input_ids": input_ids, "labels": labels, **join_extra(extra, width)}
+
+
+def scored_sequences(num_tokens: int, seq_len: int, stride: int) -> list[Scored]:
+    """The sequences of `num_tokens` tokens, one every `stride`, without those that score nothing."""
+    sequences, seen = [], 0
+    for begin in range(0, num_tokens, stride):
+        end = min(begin + seq_len, num_tokens)
+        first_scored = max(seen, begin + 1)  # nothing predicts a sequence's first token
+        if first_scored < end:
+            sequences.append(Scored(begin, end, first_scored))
+        if end == num_tokens:
+            break
+        seen = end
+    return sequences
+
 
 def scored_text(
-    documents: Documents | HubDocuments | str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    limit: int | None = None,
-    *,
-    assistant_only: bool = True,
-    processor: ProcessorMixin | None = None,
-    seed: int | None = None,
+    documents: Documents | HubDocuments, encoder: Encoder, limit: int | None = None, *, seed: int | None = None
 ) -> ScoredText:
     """The tokens of an evaluation text, in file order.
 
     Args:
+        encoder: says which tokens of conversations are scored.
         limit: at most this many tokens, from the start. A conversation with images is not cut there.
         seed: of a text that is longer, take documents in the order of this seed, not those at its start.
-        assistant_only: of conversations, score the tokens of the assistant alone.
-        processor: prepares the images of conversations that have some; see `castlm.models.opening.open_processor`.
 
     Raises:
-        InputError: as `open_documents` and `castlm.data.chat.Chat`; or no token of the assistant is within `limit`.
+        InputError: as `Encoder`; or no token of the assistant is within `limit`.
     """
-    if isinstance(documents, str | Path):
-        documents = open_documents(documents)
-    if documents.has_images and processor is not None:
-        return _with_images(documents, ImageEncoder(processor, assistant_only), limit, assistant_only, seed)
-    tokens = first_tokens(documents, Encoder(tokenizer, None, assistant_only), limit, seed)
-    ids = torch.from_numpy(tokens.ids).long()
-    labels = torch.from_numpy(tokens.labels).long()
-    if not documents.is_chat:
-        return ScoredText(ids, labels)
-    text = ScoredText(
-        ids,
-        labels,
+    if documents.kind is Kind.TEXT:
+        tokens = first_tokens(documents, encoder, limit, seed)
+        return ScoredText(torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.labels).long())
+    extra: tuple[ScoredExtra | None, ...] = ()
+    if documents.kind is Kind.WITH_EXTRA:
+        tokens, extra = _with_extra(documents, encoder, limit, seed)
+    else:
+        tokens = first_tokens(documents, encoder, limit, seed)
+    if (tokens.labels == IGNORED).all():
+        count = len(tokens.ids)
+        raise InputError(f"{documents.name}: no token of the assistant among the first {count}: give more text")
+    return ScoredText(
+        torch.from_numpy(tokens.ids).long(),
+        torch.from_numpy(tokens.labels).long(),
         tuple(tokens.begins.nonzero()[0].tolist()),
-        ASSISTANT if assistant_only else ALL,
-        is_chat=True,
+        ASSISTANT if encoder.assistant_only else ALL,
+        extra,
+        by_document=True,
     )
-    return _checked(text, documents)
 
 
-def _with_images(
-    documents: Documents | HubDocuments,
-    encoder: ImageEncoder,
-    limit: int | None,
-    assistant_only: bool,
-    seed: int | None,
-) -> ScoredText:
-    found: list[ImageTokens] = []
-    images, starts, count = list[ScoredImages | None](), list[int](), 0
+def _with_extra(
+    documents: Documents | HubDocuments, encoder: Encoder, limit: int | None, seed: int | None
+) -> tuple[Tokens, tuple[ScoredExtra | None, ...]]:
+    """The tokens of whole conversations up to `limit`, and what each brings beside them."""
+    found, extra, count = list[Tokens](), list[ScoredExtra | None](), 0
     for piece in documents.pieces(seed):
-        tokens = encoder(piece.text)
-        starts.append(count)
-        if tokens.images is None:
-            images.append(None)
+        tokens = encoder.conversation(piece.text)
+        if tokens.extra is None:
+            extra.append(None)
         else:
             again = piece.position if isinstance(documents, Documents) else piece.text  # a stream is not read again
-            load = partial(_images_of, encoder, documents, again, seed)
-            images.append(ScoredImages(load, tokens.images.end, begin_of(piece.text)))
-        found.append(tokens._replace(images=None))
+            load = partial(_load, encoder, documents, again, seed)
+            extra.append(ScoredExtra(load, tokens.extra.end, begin_of(piece.text)))
+        found.append(tokens._replace(extra=None))
         count += len(tokens.ids)
         if limit is not None and count >= limit:
             break
-    ids, labels = torch.cat([tokens.ids for tokens in found]), torch.cat([tokens.labels for tokens in found])
-    which = ASSISTANT if assistant_only else ALL
-    return _checked(ScoredText(ids, labels, tuple(starts), which, tuple(images), is_chat=True), documents)
+    return Tokens.joined(found), tuple(extra)
 
 
-def _images_of(
-    encoder: ImageEncoder, documents: Documents | HubDocuments, document: str | Position, seed: int | None
-) -> ImageInputs | None:
-    """The images of a conversation, given by its JSON or, of local documents, by its position."""
+def _load(
+    encoder: Encoder, documents: Documents | HubDocuments, document: str | Position, seed: int | None
+) -> Extra | None:
+    """The tensors of a conversation, given by its JSON or, for local documents, by its position."""
     if not isinstance(document, str):
         document = next(documents.pieces(seed, position=document)).text
-    return encoder(document).images
-
-
-def _checked(text: ScoredText, documents: Documents | HubDocuments) -> ScoredText:
-    if not (text.labels != IGNORED).any():
-        raise InputError(f"{documents.name}: no token of the assistant among the first {len(text.ids)}: give more text")
-    return text
+    return encoder.conversation(document).extra

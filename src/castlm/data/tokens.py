@@ -13,12 +13,16 @@ from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat, Rendered
+from castlm.data.columns import Kind
 from castlm.data.documents import Documents, open_documents
+from castlm.data.extra import Extra
 from castlm.data.hub import HubDocuments
+from castlm.data.images.reader import ImageReader, open_processor
+from castlm.data.mixture import AnyDocuments
 from castlm.data.readers import Piece
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 # The separator of documents in pretraining, for models whose `eos_token` has become the end of a chat turn.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
@@ -37,6 +41,8 @@ class Tokens(NamedTuple):
     """int32: the ids themselves, not shifted, and -100 where a token does not count."""
     begins: np.ndarray
     """bool: whether the token is the first of a document."""
+    extra: Extra | None = None
+    """The tensors that the document brings beside its tokens."""
 
     @classmethod
     def of(cls, ids: list[int], counts: list[bool] | None, first: bool) -> Tokens:
@@ -50,22 +56,32 @@ class Tokens(NamedTuple):
 
     @staticmethod
     def joined(parts: list[Tokens]) -> Tokens:
-        return Tokens(*(np.concatenate(arrays) for arrays in zip(*parts)))
+        ids, labels, begins, _ = zip(*parts)
+        return Tokens(np.concatenate(ids), np.concatenate(labels), np.concatenate(begins))
 
 
 class Encoder:
-    """Token ids of pieces, with the tokens that start and end a document.
+    """Turns documents of any kind into token ids and the mask of the tokens that count.
 
     Args:
         assistant_only: of a conversation, only the tokens of the assistant count; see `castlm.data.chat`.
+        eos_token_id: the token that ends a document; default: `end_of_text_id(tokenizer)`.
+        processor: prepares what documents bring beside their tokens; see `open_encoder`.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, eos_token_id: int | None, assistant_only: bool = True
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        assistant_only: bool = True,
+        eos_token_id: int | None = None,
+        processor: ProcessorMixin | None = None,
     ) -> None:
         # A copy: a fast tokenizer that another thread uses meanwhile may raise "Already borrowed".
         self._tokenizer = copy.deepcopy(tokenizer)
-        self.chat, self._assistant_only = Chat(self._tokenizer, assistant_only), assistant_only
+        self.chat, self.assistant_only = Chat(self._tokenizer, assistant_only), assistant_only
+        self._images = ImageReader(processor, assistant_only) if processor is not None else None
+        self.tokenizer_name = str(tokenizer.name_or_path)
         self.eos = end_of_text_id(tokenizer) if eos_token_id is None else eos_token_id
         bos = tokenizer.bos_token_id
         self.bos = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
@@ -75,9 +91,9 @@ class Encoder:
         self._first = self.bos if self.bos != [self.eos] else []  # where it is the end-of-text of the document before
 
     def __call__(self, pieces: list[Piece]) -> list[Tokens]:
-        texts = iter(self._ids_of([piece for piece in pieces if not piece.is_chat]))
+        texts = iter(self._ids_of([piece for piece in pieces if piece.kind is Kind.TEXT]))
         return [
-            self.conversation(self.chat(piece.text)) if piece.is_chat else self._text(piece, next(texts))
+            self._text(piece, next(texts)) if piece.kind is Kind.TEXT else self.conversation(piece.text)
             for piece in pieces
         ]
 
@@ -102,15 +118,31 @@ class Encoder:
             found[number] = ids[len(head) : stop] if is_apart else self.plain([piece.text])[0]
         return found
 
-    def conversation(self, rendered: Rendered) -> Tokens:
+    def conversation(self, document: str) -> Tokens:
+        """The tokens of a conversation, given as JSON, with what it brings beside them.
+
+        Raises:
+            InputError: as `Chat` and `castlm.data.images.reader.ImageReader`.
+        """
+        if self._images is None:
+            return self._with_end(self.chat(document))
+        rendered, extra = self._images(document)
+        return self._with_end(rendered)._replace(extra=extra)
+
+    def text_alone(self, document: str) -> list[int]:
+        """The token ids of a conversation without what it brings beside them, with an end-of-text behind them."""
+        assert self._images is not None
+        return [*self._images.text_alone(document), self.eos]
+
+    def _with_end(self, rendered: Rendered) -> Tokens:
         """The end-of-text that a template does not know is the end of a completion, and no part of a conversation.
         Where a template ends with it, it is not repeated."""
         ids, counts, is_rendered = rendered
         if is_rendered and ids and ids[-1] == self.eos:
             return Tokens.of(list(ids), list(counts), True)
         first = [] if is_rendered else self._first
-        ends = not is_rendered or not self._assistant_only
-        return Tokens.of([*first, *ids, self.eos], [not self._assistant_only] * len(first) + [*counts, ends], True)
+        ends = not is_rendered or not self.assistant_only
+        return Tokens.of([*first, *ids, self.eos], [not self.assistant_only] * len(first) + [*counts, ends], True)
 
     def plain(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -129,14 +161,38 @@ class Encoder:
         it from the one before, and no end-of-text behind it where it is plain text."""
         before, counts, begins = self.bos, True, True
         for piece in documents.pieces(seed):
-            if piece.is_chat:
-                yield self.conversation(self.chat(piece.text))
+            if piece.kind is not Kind.TEXT:
+                yield self.conversation(piece.text)
                 before, counts, begins = self.bos, True, True
                 continue
             (ids,) = self._ids_of([piece])
             ids = before * piece.first + ids
             yield Tokens.of(ids, None if counts else [False, *[True] * (len(ids) - 1)], begins)
             before, counts, begins = [self.eos, *self._first], not piece.is_cut, False
+
+
+def open_encoder(
+    texts: Iterable[AnyDocuments],
+    tokenizer: PreTrainedTokenizerBase,
+    model: str,
+    *,
+    assistant_only: bool = True,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Encoder:
+    """The encoder of these texts for a model; what prepares images is opened where a text has some.
+
+    Args:
+        tokenizer: the model's; without a chat template it gets the one of the model's processor.
+        model: name of the model, with the options that it was loaded with.
+
+    Raises:
+        InputError: a text has images, and the model reads none, or its processor cannot be loaded.
+    """
+    processor = None
+    if any(text.kind is Kind.WITH_EXTRA for text in texts):
+        processor = open_processor(model, tokenizer, trust_remote_code=trust_remote_code, revision=revision)
+    return Encoder(tokenizer, assistant_only=assistant_only, processor=processor)
 
 
 def token_ids(
@@ -158,7 +214,8 @@ def token_ids(
     """
     if isinstance(documents, str | Path):
         documents = open_documents(documents)
-    tokens = first_tokens(documents, Encoder(tokenizer, eos_token_id, assistant_only=False), limit)
+    encoder = Encoder(tokenizer, assistant_only=False, eos_token_id=eos_token_id)
+    tokens = first_tokens(documents, encoder, limit)
     return torch.from_numpy(tokens.ids).long()
 
 
@@ -177,7 +234,7 @@ def first_tokens(
 
 
 def up_to(limit: int | None, parts: Iterable[Tokens]) -> Tokens:
-    """The first `limit` tokens of `parts`, of which no more are read than that takes."""
+    """The first `limit` tokens of `parts`; no more parts are read than that takes."""
     found, count = [Tokens.of([], None, False)], 0
     for part in parts:
         found.append(part)

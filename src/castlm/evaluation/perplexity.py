@@ -7,27 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.distill import distillation_loss
 from castlm.core.errors import InputError
-from castlm.data.documents import open_documents
-from castlm.data.images import join_images
-from castlm.data.scored import ScoredText, scored_text
-from castlm.data.tokens import IGNORED, check_vocabulary
+from castlm.data.documents import Documents
+from castlm.data.hub import HubDocuments
+from castlm.data.scored import Scored, ScoredText, scored_text
+from castlm.data.tokens import IGNORED, Encoder, check_vocabulary
 from castlm.inference.layers import PackedLinear
 from castlm.models.architecture import backbone, context_length, eval_mode, logit_scale, output_head
 from castlm.versions import library_versions
 
 _HEAD_ROWS = 192  # tokens whose logits are in memory at once
+SEQ_LEN = 1024
+"""Tokens per sequence unless another number is given, of models whose context has as many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ def perplexity(
     model: PreTrainedModel,
     text: Tensor | ScoredText,
     *,
-    seq_len: int = 1024,
+    seq_len: int | None = None,
     stride: int | None = None,
     batch_size: int = 1,
     autocast_dtype: torch.dtype | None = None,
@@ -73,7 +75,7 @@ def perplexity(
     Args:
         text: token ids of a plain text, int64, (num_tokens,), on any device; or a `ScoredText`, whose conversations are
             each a text of their own.
-        seq_len: tokens per sequence, at most the model's `max_position_embeddings`.
+        seq_len: tokens per sequence, at most the model's context; default: 1,024, or its context if that is shorter.
         batch_size: sequences per forward pass. It changes speed and memory, not the perplexity.
         autocast_dtype: for example `torch.bfloat16`; None computes in the model's dtype.
         progress: called with (sequences done, number of sequences) after each batch.
@@ -85,6 +87,8 @@ def perplexity(
         InputError: fewer than 2 tokens, ids outside the vocabulary, a `seq_len` above the model's limit, a stride
             outside 1..seq_len, or a loss that is not finite (the message names the sequence).
     """
+    if seq_len is None:
+        seq_len = min(SEQ_LEN, context_length(model.config) or SEQ_LEN)
     stride = seq_len if stride is None else stride
     packed_head = model.get_output_embeddings()
     head = None if isinstance(packed_head, PackedLinear) else output_head(model)
@@ -93,19 +97,16 @@ def perplexity(
     _check(model, text.ids, seq_len, stride, batch_size)
     check_vocabulary(text.ids, packed_head.out_features if head is None else head.weight.shape[0])
 
-    sequences = sequences_of(text, seq_len, stride)
+    sequences = text.sequences(seq_len, stride)
     total, done, scored = 0.0, 0, 0
     with eval_mode(model):
         for batch in _batches(sequences, batch_size):
-            input_ids = torch.stack([text.ids[w.begin : w.end] for w in batch]).to(device)
-            labels = torch.stack([text.labels[w.begin + 1 : w.end] for w in batch])
-            for row, sequence in zip(labels, batch):
-                row[: sequence.first_scored - sequence.begin - 1] = IGNORED
-            scored += int((labels != IGNORED).sum())
-            labels = labels.to(device)
-            images = images_of(text, batch, device)
+            tensors = text.batch(batch, batch[0].end - batch[0].begin)
+            scored += int((tensors["labels"] != IGNORED).sum())
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+            labels = tensors.pop("labels")[:, :-1]  # nothing follows the last token
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                hidden = backbone(model)(input_ids=input_ids, use_cache=False, **images).last_hidden_state
+                hidden = backbone(model)(**tensors, use_cache=False).last_hidden_state
                 if head is None:
                     nll = _packed_nll(model, hidden[:, :-1], labels)
                 else:
@@ -163,68 +164,6 @@ def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int,
         raise InputError(f"batch_size is {batch_size}: it must be at least 1")
 
 
-class Scored(NamedTuple):
-    """The part of a text that one forward pass sees: the tokens begin .. end-1."""
-
-    begin: int
-    end: int
-    first_scored: int  # scores the tokens first_scored .. end-1
-    stretch: int = 0  # of the text, in which it lies
-
-
-def scored_sequences(num_tokens: int, seq_len: int, stride: int) -> list[Scored]:
-    """The sequences of a text of `num_tokens`, as `perplexity` describes them, without those that score nothing."""
-    sequences, seen = [], 0
-    for begin in range(0, num_tokens, stride):
-        end = min(begin + seq_len, num_tokens)
-        first_scored = max(seen, begin + 1)  # nothing predicts a sequence's first token
-        if first_scored < end:
-            sequences.append(Scored(begin, end, first_scored))
-        if end == num_tokens:
-            break
-        seen = end
-    return sequences
-
-
-def sequences_of(text: ScoredText, seq_len: int, stride: int) -> list[Scored]:
-    """The sequences of a text, each within a conversation where it has some, without those that score nothing.
-
-    Of a conversation with images the first sequence alone is scored, as the others do not see them.
-
-    Raises:
-        InputError: images that do not fit into a sequence.
-    """
-    found: list[Scored] = []
-    for number, (begin, end) in enumerate(text.stretches):
-        parts = scored_sequences(end - begin, seq_len, stride)
-        if text.images and (images := text.images[number]) is not None:
-            if images.end > seq_len:
-                raise InputError(
-                    f"the images of the conversation that begins {images.begin} end at token {images.end:,}, after "
-                    f"seq_len {seq_len}: raise seq_len, or leave it out of the evaluation text"
-                )
-            parts = parts[:1]
-        found += [Scored(begin + p.begin, begin + p.end, begin + p.first_scored, number) for p in parts]
-    return [s for s in found if not text.is_chat or bool((text.labels[s.first_scored : s.end] != IGNORED).any())]
-
-
-def images_of(
-    text: ScoredText, sequences: Sequence[Scored | None], device: torch.device, width: int | None = None
-) -> dict[str, Tensor]:
-    """What the forward of a model takes beside the tokens of a batch, on `device`; empty of a text without images.
-
-    Args:
-        sequences: one a row; None for a row that scores nothing.
-        width: tokens of a row; by default those of the first sequence.
-    """
-    if not text.images:
-        return {}
-    found = [None if s is None else text.images[s.stretch] for s in sequences]
-    width = next(s.end - s.begin for s in sequences if s is not None) if width is None else width
-    joined = join_images([None if images is None else images.load() for images in found], width)
-    return {name: tensor.to(device) for name, tensor in joined.items()}
-
-
 def _batches(sequences: list[Scored], batch_size: int) -> Iterator[list[Scored]]:
     """Batches of one length each. The last sequence may be shorter, and padding would change what it attends to."""
     for _, equal in groupby(sequences, key=lambda sequence: sequence.end - sequence.begin):
@@ -253,46 +192,36 @@ def measured_on(
         "text": text,
         "text_sha256": text_sha256,
         "num_tokens": len(held_out.ids),
-        **({"tokens": held_out.tokens} if held_out.is_chat else {}),
+        **({"tokens": held_out.tokens} if held_out.by_document else {}),
         "tokenizer": str(tokenizer.name_or_path),
         "precision": precision,
     }
 
 
-def evaluate_file(
+def evaluate_text(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text_file: str | Path,
-    seq_len: int = 1024,
-    stride: int | None = None,
+    documents: Documents | HubDocuments,
+    encoder: Encoder,
     *,
-    column: str | None = None,
-    split: str = "validation",
-    data_config: str | None = None,
     limit: int | None = None,
-    assistant_only: bool = True,
-    open_processor: Callable[[], ProcessorMixin] | None = None,
+    seq_len: int | None = None,
+    stride: int | None = None,
     batch_size: int = 1,
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """The `perplexity` of a file with everything that it depends on, as `castlm eval --json` writes it.
+    """The `perplexity` of a text with everything that it depends on, as `castlm eval --json` writes it.
 
-    `text_sha256` is what `sha256sum` prints for the file. `text_tokens` counts all of its tokens, `num_tokens` the
+    `text_sha256` is what `sha256sum` prints for a file. `text_tokens` counts all of its tokens, `num_tokens` the
     scored, and `tokens` says which those are.
 
     Args:
-        split, data_config: of a hub dataset.
         limit: most tokens of the text; None takes all.
-        assistant_only: of conversations, score the tokens of the assistant alone.
-        open_processor: opens what prepares the images of conversations that have some.
 
     Raises:
-        InputError: see `perplexity` and `open_documents`.
+        InputError: see `perplexity` and `scored_text`.
     """
-    documents = open_documents(text_file, column=column, split=split, data_config=data_config)
-    processor = open_processor() if documents.has_images and open_processor is not None else None
-    text = scored_text(documents, tokenizer, limit, assistant_only=assistant_only, processor=processor)
+    text = scored_text(documents, encoder, limit)
     result = perplexity(
         model,
         text,
@@ -303,11 +232,11 @@ def evaluate_file(
         progress=progress,
     )
     return result.as_dict() | {
-        "text": Path(text_file).name,
+        "text": Path(documents.name).name,
         "text_sha256": documents.text_hash(),
         "text_tokens": len(text.ids),
         "tokens": text.tokens,
-        "tokenizer": tokenizer.name_or_path,
+        "tokenizer": encoder.tokenizer_name,
         "dtype": str(autocast_dtype or model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "versions": library_versions("torch", "transformers"),

@@ -17,6 +17,7 @@ from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
 from castlm.data.chat import with_template
 from castlm.data.documents import open_documents
+from castlm.data.tokens import Encoder
 from castlm.export.cut_sizes import cut_pattern
 from castlm.export.folder import read_manifest
 from castlm.export.hf import export_model
@@ -115,7 +116,8 @@ def quantize_folder(
     if documents is not None and calibration is not None:
         length = min(calibration.seq_len, calibration_length(loaded.model))
         drawn = calibration.num_sequences, length, calibration.seed
-        tokens, _ = calibration_sequences(documents, loaded.tokenizer, *drawn, say=say)
+        encoder = Encoder(loaded.tokenizer, assistant_only=False)
+        tokens, _ = calibration_sequences(documents, encoder, *drawn, say=say)
         text = {"text": calibration.text, "text_sha256": documents.text_hash(), "seed": calibration.seed}
     loaded.model.to(device)
     report = quantize_(loaded.model, kind, calibration=tokens, damping=damping, progress=progress)

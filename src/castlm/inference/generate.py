@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextStreamer
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
-from castlm.data.images import prepare, read_image
 from castlm.hardware import choose_device, has_fast_bf16
 from castlm.inference.decode import ONE_SEQUENCE, TokenTimes, decoding_method
 from castlm.models.architecture import context_length
@@ -101,27 +99,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) ->
     return ids.to(torch.int64)
 
 
-def encode_with_images(
-    processor: ProcessorMixin, prompt: str, paths: Sequence[str], raw: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """A prompt about images: its token ids (1, num_tokens), and what the model's forward takes beside them.
-
-    Args:
-        processor: as `castlm.models.opening.open_processor` gives it.
-        paths: of the images, which come before the text in the user's turn.
-        raw: take the prompt as it is; it holds what stands for the images then.
-
-    Raises:
-        InputError: an image that cannot be read, a template that refuses the turn, or a processor that cannot take it.
-    """
-    images = [read_image(path) for path in paths]
-    parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
-    parts += [{"type": "text", "text": prompt}] if prompt else []
-    text = prompt if raw else Chat(processor.tokenizer).user_turn(parts, reply=True)
-    found = dict(prepare(processor, text, images, repr(prompt[:40])))
-    return found.pop("input_ids"), {k: v for k, v in found.items() if isinstance(v, Tensor) and k != "attention_mask"}
-
-
 class _Stream(TextStreamer):
     """Hands finished words to `write`, and notes when the tokens came."""
 
@@ -144,7 +121,7 @@ def generate_text(
     tokenizer: PreTrainedTokenizerBase,
     input_ids: Tensor,
     *,
-    images: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, Tensor] | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
@@ -154,7 +131,7 @@ def generate_text(
     """Continues `input_ids` (1, num_tokens), calling `write` with text as it comes.
 
     Args:
-        images: what the model's forward takes beside the tokens, from `encode_with_images`.
+        extra: what the model's forward takes beside the tokens.
         temperature: 0 takes the most probable token each time; at least 1e-6 samples.
         seed: of the samples.
         say: takes a line that says why a packed model does not decode in one call for each token.
@@ -176,8 +153,8 @@ def generate_text(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = input_ids.to(model.device)
-    dtypes = {name: model.dtype if t.is_floating_point() else t.dtype for name, t in (images or {}).items()}
-    beside = {name: t.to(ids.device, dtypes[name]) for name, t in (images or {}).items()}
+    dtypes = {name: model.dtype if t.is_floating_point() else t.dtype for name, t in (extra or {}).items()}
+    beside = {name: t.to(ids.device, dtypes[name]) for name, t in (extra or {}).items()}
     with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
         torch.manual_seed(seed)
         output = model.generate(

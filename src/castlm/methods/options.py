@@ -175,7 +175,11 @@ class OptimizerOptions(Bounded):
 
     def out_of_range(self) -> Iterator[Bound]:
         yield "max_steps", 1 <= self.max_steps <= 10**9, "between 1 and 1000000000"
-        yield "num_train_epochs", self.num_train_epochs is None or 0 < self.num_train_epochs <= 10**6, "above 0"
+        yield (
+            "num_train_epochs",
+            self.num_train_epochs is None or 0 < self.num_train_epochs <= 1000,
+            "above 0 and at most 1,000",
+        )
         yield "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0"
         yield "weight_decay", self.weight_decay >= 0, "at least 0"
         yield "per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"

@@ -6,7 +6,6 @@ What transformers raises or reports on the way, of any type and many lines, beco
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import re
 from collections.abc import Iterator, Mapping
@@ -15,11 +14,9 @@ from typing import Any
 
 from transformers import (
     AutoConfig,
-    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
-    ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
@@ -60,40 +57,6 @@ def open_config(name: str | Path, *, trust_remote_code: bool = False, revision: 
     """
     where = find(name, revision, needs_weights=False)
     return _load_config(where, trust_remote_code, revision)[0]
-
-
-def open_processor(
-    name: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-) -> ProcessorMixin:
-    """What prepares the images of a vision-language model, with `tokenizer` in the place of its own.
-
-    Args:
-        tokenizer: that of the model. Without a chat template it gets that of the processor.
-
-    Raises:
-        InputError: the model reads no images, or its processor cannot be loaded.
-    """
-    where = find(name, revision)
-    config, options = _load_config(where, trust_remote_code, revision)
-    if not is_vision_language(config):
-        raise InputError(
-            f"{where} is a {config.model_type}, which reads no images: give a vision-language model, or leave the "
-            "images out (those of a dataset by naming the column of its conversations)"
-        )
-    if importlib.util.find_spec("PIL") is None:
-        raise InputError("images need Pillow: install the extra vision of castlm")
-    with quiet(where), as_input_error(where):
-        processor = AutoProcessor.from_pretrained(where.target, **options)
-    if not isinstance(processor, ProcessorMixin):
-        raise InputError(f"{where} holds no processor of images: copy {' and '.join(PROCESSOR_FILES[:2])} into it")
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = processor.chat_template
-    processor.tokenizer = tokenizer
-    return processor
 
 
 def _load_config(

@@ -20,6 +20,7 @@ from castlm.data.calibration import calibration_sequences
 from castlm.data.chat import with_template
 from castlm.data.documents import Documents
 from castlm.data.hub import HubDocuments
+from castlm.data.tokens import open_encoder
 from castlm.distributed.fingerprint import fingerprint
 from castlm.distributed.loading import Checkpoint, Place, open_sharded
 from castlm.export.from_blocks import export_blocks
@@ -36,7 +37,6 @@ from castlm.hardware import (
 )
 from castlm.models.architecture import is_vision_language
 from castlm.models.io import Loaded, fp32_bytes, load_model, save_dtype
-from castlm.models.opening import open_processor
 from castlm.oneshot.calibration import calibration_length
 from castlm.oneshot.folder import PROGRESS, StartFolder, partial_folder
 from castlm.oneshot.report import OneshotReport
@@ -160,12 +160,10 @@ class Prune:
         with_template(tokenizer, self.chat_template_path)
         if self.text is None:
             return None, None, {}
-        seq_len, seed, processor = self.seq_len or calibration_length(model), self.start.seed, None
-        if self.text.has_images:
-            options: Any = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
-            processor = open_processor(self.model, tokenizer, **options)
-        found = calibration_sequences(self.text, tokenizer, self.num_sequences, seq_len, seed, processor, note)
-        sequences, extras = found
+        seq_len, seed = self.seq_len or calibration_length(model), self.start.seed
+        options: Any = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
+        encoder = open_encoder([self.text], tokenizer, self.model, assistant_only=False, **options)
+        sequences, extras = calibration_sequences(self.text, encoder, self.num_sequences, seq_len, seed, note)
         record = {
             "text": self.text_name,
             "text_sha256": self.text.text_hash(),

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
 from castlm.data.chat import with_template
+from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
 from castlm.files.atomic_file import atomic_write_json
@@ -56,7 +57,7 @@ def write_sample(run: RunData) -> dict[str, Any]:
     names = [("Dense model", str(config["model"])), (f"After {config['method']}", str(run.folder / "model"))]
     hub = {"split": config.get(f"{of}_split", "train"), "data_config": config.get(f"{of}_config")}
     documents = open_documents(text, column=config.get("column"), **hub)
-    if documents.has_images:
+    if documents.kind is Kind.WITH_EXTRA:
         raise InputError(f"{text} has images, and the sample continues text alone")
     models: list[dict[str, str]] = []
     prompt = ""

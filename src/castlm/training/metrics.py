@@ -16,7 +16,6 @@ from castlm.core.masks import unpack_mask
 from castlm.data.scored import ScoredText
 from castlm.distributed.sharding import reshard_
 from castlm.distributed.world import World
-from castlm.evaluation.perplexity import images_of, sequences_of
 from castlm.hardware import autocast
 from castlm.inference.devices import device_of
 from castlm.training.objective import Objective
@@ -63,38 +62,29 @@ def held_out_perplexity(
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     objective.eval()
     with autocast(world.device, precision):
-        for input_ids, labels, images in sequences(text, seq_len, batch, world):
-            ids, targets = input_ids.to(world.device), labels.to(world.device)
-            nll = objective(ids, targets, 1, ce_only=True, images=images).ce
-            sums += torch.stack([nll.double(), (labels != -100).sum().to(nll.device).double()])
+        for tensors in sequences(text, seq_len, batch, world):
+            on_device = {name: tensor.to(world.device) for name, tensor in tensors.items()}
+            nll = objective(num_tokens=1, ce_only=True, **on_device).ce
+            sums += torch.stack([nll.double(), (on_device["labels"] != -100).sum().double()])
     reshard_(objective)
     total, count = world.sum(sums)
     return float((total / count).exp())
 
 
-def sequences(
-    text: ScoredText, seq_len: int, batch: int, world: World
-) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-    """This rank's sequences of `text` as batches (input_ids, labels, images), the first two (batch, seq_len).
+def sequences(text: ScoredText, seq_len: int, batch: int, world: World) -> Iterator[dict[str, Tensor]]:
+    """This rank's sequences of `text` as batches of `batch` rows; see `ScoredText.batch`.
 
-    Labels are -100 past the end of a sequence and where a token is not scored. Every rank gets the same number of
-    batches; the last ones are filled up with sequences that score nothing. Conversations are sorted by length, and
-    their batches are no longer than their longest. The images are what the model's forward takes beside the tokens.
+    Every rank gets the same number of batches; the last ones are filled up with rows that score nothing. Documents that
+    are scored by themselves are sorted by length, and their batches are no longer than their longest.
     """
-    found = sequences_of(text, seq_len, seq_len)
-    if text.is_chat:
+    found = text.sequences(seq_len, seq_len)
+    if text.by_document:
         found.sort(key=lambda sequence: sequence.begin - sequence.end)
     per_step = batch * world.size
     for step in range(0, len(found), per_step):
-        width = found[step].end - found[step].begin if text.is_chat else seq_len
-        input_ids = text.ids.new_zeros(batch, width)
-        labels = torch.full_like(input_ids, -100)
+        width = found[step].end - found[step].begin if text.by_document else seq_len
         start = step + world.rank * batch
-        own = found[start : start + batch]
-        for row, targets, (begin, end, first, _) in zip(input_ids, labels, own):
-            row[: end - begin] = text.ids[begin:end]
-            targets[first - begin - 1 : end - begin - 1] = text.labels[first:end]
-        yield input_ids, labels, images_of(text, [*own, *[None] * (batch - len(own))], world.device, width)
+        yield text.batch(found[start : start + batch], width, rows=batch)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from castlm.core.errors import InputError
 from castlm.core.hidden import hidden_distance, in_stream_basis
 from castlm.core.sparsify import transformer_blocks
 from castlm.core.top_tokens import TopTokens, top_tokens
-from castlm.data.positions import document_mask
+from castlm.data.packing import document_mask
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.sharding import is_sharded, reshard_, shard_
 from castlm.distributed.world import World
@@ -52,7 +52,7 @@ class _Output(NamedTuple):
 
 class Objective(nn.Module):
     """`forward(input_ids, labels, num_tokens)` -> the distillation loss of a batch (batch, seq), labels shifted.
-    `images` is what a vision-language model takes beside the tokens.
+    Further tensors are passed on to the forwards of student and teacher.
 
     `(1 - eta) CE + eta T^2 KL + hidden_weight D`, with D the `hidden_distance` behind all transformer blocks. Tokens
     whose label is -100 count in none of the three.
@@ -102,21 +102,22 @@ class Objective(nn.Module):
         num_tokens: int | Tensor,
         position_ids: Tensor | None = None,
         ce_only: bool = False,
-        images: dict[str, Tensor] | None = None,
+        **extra: Tensor,
     ) -> TrainingLoss:
-        if images or ce_only or not self.apart:  # with images, the model itself knows where each token stands
+        if ce_only or not self.apart:
             position_ids = None
+        inputs = self._inputs(input_ids, position_ids) | extra
         settings = {"eta": self.eta, "temperature": self.temperature, "num_tokens": num_tokens}
         compares_hidden = self.hidden_weight > 0 and not ce_only
-        ours = self._output(self.student, input_ids, position_ids, compares_hidden, images)
+        ours = self._output(self.student, inputs, compares_hidden)
         head = output_head(self.student)
         if ce_only or self.eta == 0:
             return _without_hidden(distillation_loss(ours.states, head, labels, eta=0.0, num_tokens=num_tokens))
         if self.top_k:
-            found, theirs = self._top_tokens(input_ids, position_ids, compares_hidden, images)
+            found, theirs = self._top_tokens(inputs, position_ids, compares_hidden)
             loss = distillation_loss(ours.states, head, labels, teacher_top=found, **settings)
         else:
-            theirs = self._teacher_output(input_ids, position_ids, compares_hidden, images)
+            theirs = self._teacher_output(inputs, compares_hidden)
             loss = distillation_loss(ours.states, head, labels, theirs.states, output_head(self.teacher), **settings)
         if not compares_hidden:
             return _without_hidden(loss)
@@ -169,15 +170,7 @@ class Objective(nn.Module):
         except (TypeError, ValueError, RuntimeError):  # the model takes no position ids, or no such mask
             return False
 
-    def _output(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        stream: bool,
-        images: dict[str, Tensor] | None = None,
-    ) -> _Output:
-        inputs = self._inputs(input_ids, position_ids) | (images or {})
+    def _output(self, model: PreTrainedModel, inputs: dict[str, Tensor], stream: bool) -> _Output:
         self._kept = [] if stream else None
         states = backbone(model)(**inputs, use_cache=False).last_hidden_state
         kept, self._kept = self._kept, None  # what a checkpoint computes again in the backward pass is not kept
@@ -189,32 +182,24 @@ class Objective(nn.Module):
             self._kept.append(output if isinstance(output, Tensor) else output[0])
 
     @torch.no_grad()
-    def _teacher_output(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        stream: bool = False,
-        images: dict[str, Tensor] | None = None,
-    ) -> _Output:
+    def _teacher_output(self, inputs: dict[str, Tensor], stream: bool) -> _Output:
         assert self.teacher is not None
-        return self._output(self.teacher, input_ids, position_ids, stream, images)
+        return self._output(self.teacher, inputs, stream)
 
     def fill_cache(self, input_ids: Tensor, position_ids: Tensor | None) -> None:
         """Lets the teacher read a batch (batch, seq), unless the cache holds all of it."""
-        self._top_tokens(input_ids, position_ids if self.apart else None, stream=False)
+        position_ids = position_ids if self.apart else None
+        self._top_tokens(self._inputs(input_ids, position_ids), position_ids, stream=False)
 
     def _top_tokens(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        stream: bool,
-        images: dict[str, Tensor] | None = None,
+        self, inputs: dict[str, Tensor], position_ids: Tensor | None, stream: bool
     ) -> tuple[TopTokens, _Output | None]:
         """The teacher's most probable tokens, and its output if it was run."""
+        input_ids = inputs["input_ids"]
         found = self.cache.get(input_ids, position_ids) if self.cache is not None else None
         if found is not None:
             return found, None
-        output = self._teacher_output(input_ids, position_ids, stream, images)
+        output = self._teacher_output(inputs, stream)
         assert self.teacher is not None
         top = top_tokens(output.states, output_head(self.teacher), self.top_k, self.temperature)
         if self.cache is not None:

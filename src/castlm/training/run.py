@@ -199,10 +199,8 @@ class Run:
             trained = sum(p.numel() for p in self.names if p.requires_grad)
             masks += f", adapter {config.adapter.adapter} of {trained:,} weights"
         yield f"{config.method.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
-        if self.text.documents.is_chat:
-            which = "the assistant's tokens count" if config.data.assistant_only_loss else "all tokens count"
-            what = "conversations with images" if self.text.documents.has_images else "conversations"
-            yield f"{what}: {which} in the loss; the perplexity is over {self.text.held_out.tokens} tokens"
+        if self.text.is_masked:
+            yield self.text.explain()
         if teacher.teacher_cache:
             here = "every sequence is in the cache: no teacher is loaded"
             kept = here if self.objective.teacher is None else "missing sequences are added"
@@ -211,7 +209,9 @@ class Run:
             yield f"hidden states: their distance to the teacher's has weight {teacher.hidden_weight:g}, falling to 0"
         if self.budget is not None:
             yield self.budget.explain()
-        yield from (f"no effect: {reason}" for reason in config.without_effect(self.text.has_chat).values())
+        yield from (
+            f"no effect: {reason}" for reason in config.without_effect(has_chat=not self.text.is_plain).values()
+        )
 
     def train_step(self) -> None:
         """One optimizer step, with its log line.
@@ -247,7 +247,7 @@ class Run:
             values["hidden"] = hidden
         if self.method.decays:
             values["alpha"] = config.method.alpha(step, self.total_steps)
-        if self.text.documents.is_chat:
+        if self.text.is_masked:
             values["loss_tokens"] = int(num_tokens)
         self._log_step(values, num_read=int(read), seconds=time.perf_counter() - started)
 
@@ -272,9 +272,7 @@ class Run:
             if self.world.num_replicas > 1 and number in (0, last):
                 sum_over_replicas_(objective, now=number == last)
             with autocast(device, self.evaluator.precision):
-                ids, labels, positions = (batch[name].to(device) for name in ("input_ids", "labels", "position_ids"))
-                images = {name: tensor.to(device) for name, tensor in batch.get("images", {}).items()}
-                loss = objective(ids, labels, num_tokens, positions, images=images)
+                loss = objective(num_tokens=num_tokens, **{name: tensor.to(device) for name, tensor in batch.items()})
             (loss.loss * self.world.size).backward()  # averaged over ranks; the loss is normalised already
             sums += torch.stack(loss).detach().float()
         average_gradients_(objective, self.names, self.world)

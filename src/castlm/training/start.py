@@ -163,9 +163,7 @@ def _prune(
     try:
         precision = choose_precision(of.precision, world.device, model.config)
         how = Start.of(options, solver, pattern, seed=of.seed, filter_fn=filter_fn, precision=precision)
-        calibration, extras = calibration_sequences(
-            text.documents, source.tokenizer, num_sequences, length, of.seed, text.processor, note
-        )
+        calibration, extras = calibration_sequences(text.documents, text.encoder, num_sequences, length, of.seed, note)
         layers, _ = sparse_linears(model, pattern, filter_fn)
         depends_on = {
             "weights": source.fingerprint,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from castlm.core.errors import InputError
+from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.world import World, init_world
@@ -38,7 +39,7 @@ def open_teacher_cache(
     """
     if options.teacher_cache is None:
         return None
-    if text.documents.has_images:
+    if text.documents.kind is Kind.WITH_EXTRA:
         raise InputError("teacher_cache knows a sequence by its tokens, and the text has images: leave it out")
     stream = [text.train_sha256, data.seed, data.seq_len, data.repeat_sequences, data.column, text.template_sha256]
     return TeacherCache(options.teacher_cache, stream, vocab_size, world)

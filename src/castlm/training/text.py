@@ -10,23 +10,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
 from castlm.data.chat import with_template
+from castlm.data.columns import Kind
 from castlm.data.documents import Documents, joined_digest, open_documents, split_documents
 from castlm.data.hub import HubDocuments
-from castlm.data.image_sequences import AnyDocuments, ImageSequences
-from castlm.data.images import ImageEncoder
 from castlm.data.json_rows import ALONE, Share
-from castlm.data.loader import BatchLoader
-from castlm.data.mixture import MixedSequences, Mixture
-from castlm.data.packing import PackedSequences
+from castlm.data.loader import BatchLoader, Sequences, open_sequences
+from castlm.data.mixture import AnyDocuments, Mixture
+from castlm.data.packing import MixedSequences
 from castlm.data.scored import ScoredText, scored_text
-from castlm.data.tokens import check_vocabulary
+from castlm.data.tokens import Encoder, check_vocabulary, open_encoder
 from castlm.distributed.world import World
-from castlm.evaluation.perplexity import sequences_of
-from castlm.models.opening import open_model, open_processor
+from castlm.models.opening import open_model
 from castlm.progress import note
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions
 
@@ -43,14 +41,30 @@ class TrainingText:
     """Tokens of all evaluation texts."""
     eval_parts: dict[str, ScoredText]
     """Tokens of each evaluation text by its file name, or its path where names meet; empty if there is only one."""
-    has_chat: bool
-    """Whether any of these texts holds conversations."""
+    kind: Kind
+    """The largest of all these texts."""
+    encoder: Encoder
+    """Turns them into tokens. The loader has a copy of its own."""
     train_sha256: str
     eval_sha256: str
     template_sha256: str | None
-    """Hash of the chat template that the training documents are rendered with; None if they are plain text."""
-    processor: ProcessorMixin | None = None
-    """Prepares the images of the texts, where any has some."""
+    """Hash of the chat template that the training documents are rendered with; None for plain text."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all texts are plain, those of the evaluation too."""
+        return self.kind is Kind.TEXT
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the loss may leave tokens of the training documents out."""
+        return self.documents.kind is not Kind.TEXT
+
+    def explain(self) -> str:
+        """One line on which tokens of conversations count."""
+        which = "the assistant's tokens count" if self.encoder.assistant_only else "all tokens count"
+        what = "conversations with images" if self.documents.kind is Kind.WITH_EXTRA else "conversations"
+        return f"{what}: {which} in the loss; the perplexity is over {self.held_out.tokens} tokens"
 
 
 def steps_of_epochs(
@@ -67,11 +81,11 @@ def steps_of_epochs(
     documents, _ = _open_splits(data, evaluation)
     if not isinstance(documents, Documents):
         raise InputError(f"num_train_epochs: {data.dataset} is streamed, its length is not known: give max_steps")
-    if documents.has_images:
-        tokens = len(documents) * data.seq_len
-    else:
-        _, _, tokenizer = open_model(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
-        tokens = _packed(data, documents, with_template(tokenizer, data.chat_template_path)).tokens_per_epoch()
+    _, _, tokenizer = open_model(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    encoder = _encoder(model, data, [documents], with_template(tokenizer, data.chat_template_path))
+    sequences = _sequences(data, documents, encoder, lambda line: None)
+    assert not isinstance(sequences, MixedSequences)  # a mixture has no end
+    tokens = sequences.tokens_per_epoch()
     return max(1, math.ceil(num_epochs * tokens / (global_batch * data.seq_len)))
 
 
@@ -91,70 +105,41 @@ def _open_splits(
     return mixed, held_out
 
 
-def _with_images(
-    data: DataOptions, documents: AnyDocuments, processor: ProcessorMixin, say: Callable[[str], None]
-) -> ImageSequences:
-    return ImageSequences(
-        documents,
-        ImageEncoder(processor, data.assistant_only_loss),
-        seq_len=data.seq_len,
-        seed=data.seed,
-        repeat=data.repeat_sequences,
-        say=say,
-    )
-
-
-def _packed(
-    data: DataOptions,
-    documents: Documents | HubDocuments,
-    tokenizer: PreTrainedTokenizerBase,
-    say: Callable[[str], None] = lambda text: None,
-) -> PackedSequences:
-    return PackedSequences(
-        documents,
+def _encoder(
+    model: ModelOptions, data: DataOptions, texts: Sequence[AnyDocuments], tokenizer: PreTrainedTokenizerBase
+) -> Encoder:
+    return open_encoder(
+        texts,
         tokenizer,
-        seq_len=data.seq_len,
-        seed=data.seed,
-        repeat=data.repeat_sequences,
+        model.model,
         assistant_only=data.assistant_only_loss,
-        say=say,
+        trust_remote_code=model.trust_remote_code,
+        revision=model.revision,
     )
 
 
-def _sequences(
-    data: DataOptions,
-    documents: AnyDocuments,
-    tokenizer: PreTrainedTokenizerBase,
-    processor: ProcessorMixin | None,
-    world: World,
-) -> PackedSequences | MixedSequences | ImageSequences:
-    """The sequences of the training documents; the main rank alone says what is left out of a text without images."""
-    if processor is not None and documents.has_images:  # each rank sees the images of its own rows alone
-        return _with_images(data, documents, processor, note)
-    say = note if world.is_main else lambda text: None
-    if isinstance(documents, Mixture):
-        return MixedSequences([_packed(data, part, tokenizer, say) for part in documents.parts], documents.weights)
-    return _packed(data, documents, tokenizer, say)
+def _sequences(data: DataOptions, documents: AnyDocuments, encoder: Encoder, say: Callable[[str], None]) -> Sequences:
+    return open_sequences(
+        documents, encoder, seq_len=data.seq_len, seed=data.seed, repeat=data.repeat_sequences, say=say
+    )
 
 
 def _scored_parts(
     data: DataOptions,
     evaluation: EvaluationOptions,
     held_out: Sequence[Documents | HubDocuments],
-    tokenizer: PreTrainedTokenizerBase,
-    processor: ProcessorMixin | None,
+    encoder: Encoder,
     vocab_size: int,
 ) -> dict[str, ScoredText]:
     """The tokens of each evaluation text by its name; raises `InputError` for one that cannot be evaluated."""
     # Of a part of the training text, a sample: the same for every seed of a run, as its hash is.
     seed = None if evaluation.eval_datasets else 0
-    options = {"assistant_only": data.assistant_only_loss, "processor": processor, "seed": seed}
-    parts = {text.name: scored_text(text, tokenizer, evaluation.eval_tokens or None, **options) for text in held_out}
+    parts = {text.name: scored_text(text, encoder, evaluation.eval_tokens or None, seed=seed) for text in held_out}
     for name, part in parts.items():
         if len(part.ids) < 2:
             raise InputError(f"the evaluation text {name} has {len(part.ids)} tokens: give more")
         check_vocabulary(part.ids, vocab_size)
-        if not sequences_of(part, data.seq_len, data.seq_len):
+        if not part.sequences(data.seq_len, data.seq_len):
             raise InputError(
                 f"no token of the evaluation text {name} that counts is within seq_len {data.seq_len}: raise seq_len"
             )
@@ -188,18 +173,17 @@ def open_training_text(
     """
     with_template(tokenizer, data.chat_template_path)
     documents, held_out = _open_splits(data, evaluation, Share(world.rank, world.size, world.gather))
-    processor = None
-    if any(text.has_images for text in (documents, *held_out)):
-        options = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
-        processor = open_processor(model.model, tokenizer, **options)
+    encoder = _encoder(model, data, [documents, *held_out], tokenizer)
+    # the ranks read the same text, but each prepares the images of its own rows alone
+    says = world.is_main or documents.kind is Kind.WITH_EXTRA
     loader = BatchLoader(
-        _sequences(data, documents, tokenizer, processor, world),
+        _sequences(data, documents, encoder, note if says else lambda line: None),
         rows_per_rank=rows_per_rank,
         rank=world.rank,
         world_size=world.size,
         prefetch=data.prefetch,
     )
-    parts = _scored_parts(data, evaluation, held_out, tokenizer, processor, vocab_size)
+    parts = _scored_parts(data, evaluation, held_out, encoder, vocab_size)
     train_sha256 = documents.text_hash()
     eval_sha256 = joined_digest([text.text_hash() for text in held_out])
     world.check_alike({"another training text": train_sha256, "another evaluation text": eval_sha256})
@@ -208,9 +192,9 @@ def open_training_text(
         loader,
         ScoredText.joined(list(parts.values())),
         _by_short_name(parts) if len(parts) > 1 else {},
-        any(text.is_chat for text in (documents, *held_out)),
+        max(text.kind for text in (documents, *held_out)),
+        encoder,
         train_sha256,
         eval_sha256,
-        hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if documents.is_chat else None,
-        processor,
+        hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if documents.kind is not Kind.TEXT else None,
     )

@@ -1,7 +1,7 @@
 """The images of a conversation: which part of a message stands for each, and where each one lies.
 
 They are checked here, where their line is known, and travel on in the JSON of the conversation, as the path of a file
-or, from parquet and the hub, as the bytes themselves; `castlm.data.images` opens them.
+or, from parquet and the hub, as the bytes themselves; `castlm.data.images.reader` opens them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from castlm.files.reading import user_path
 
 IMAGE_COLUMNS = ("images", "image")
 BYTES = "data:image;base64,"
-"""What begins an image that is given by its bytes and not by its path."""
+"""Beginning of an image that is given by its bytes and not by its path."""
 IMAGE_PART = '{"type": "image"'
-"""What begins such a part in the JSON of a conversation."""
+"""Beginning of an image part in the JSON of a conversation."""
 _PLACEHOLDER = "<image>"
 _SOURCES = ("image", "path", "url")
 """Keys of the part of a message under which its image may lie."""

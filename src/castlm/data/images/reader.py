@@ -8,71 +8,95 @@ not say which tokens the assistant wrote; those are found in the conversation be
 from __future__ import annotations
 
 import base64
-import binascii
 import copy
+import importlib.util
 import io
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
+from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from castlm.core.errors import InputError
-from castlm.data.chat import Rendered, begin_of
-from castlm.data.image_columns import BYTES, message_content
-from castlm.data.tokens import Encoder
+from castlm.data.chat import Chat, Rendered, begin_of
+from castlm.data.extra import Extra
+from castlm.data.images.columns import BYTES, message_content
+from castlm.files.reading import open_regular
+from castlm.models.architecture import is_vision_language
+from castlm.models.locate import find
+from castlm.models.opening import PROCESSOR_FILES, as_input_error, open_config, quiet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 _OF_TEXT = ("input_ids", "attention_mask")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Formats that hold pixels; JPEG includes MPO. Pillow hands EPS, which is a program, to Ghostscript."""
+MOST_PIXELS_OF_ONE = 64_000_000
+"""Pixels of an image, whose file may be 10,000 times smaller. Processors scale images down to a few million."""
+MOST_PIXELS = 256_000_000
+"""Pixels of all images of a conversation, which are in memory together."""
 
 
-class ImageInputs(NamedTuple):
-    """What a model's forward takes beside the tokens of one conversation."""
+def open_processor(
+    name: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> ProcessorMixin:
+    """The processor of a vision-language model, with `tokenizer` in the place of its own.
 
-    by_image: dict[str, Tensor]
-    """As `pixel_values`: joined along the first dimension, whatever it counts."""
-    by_token: dict[str, Tensor]
-    """As `mm_token_type_ids`: one number a token, (num_tokens,)."""
-    end: int
-    """Number of tokens up to the end of the last image."""
+    Args:
+        tokenizer: the model's; without a chat template it gets the processor's.
+
+    Raises:
+        InputError: the model reads no images, or its processor cannot be loaded.
+    """
+    where = find(name, revision)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    config = open_config(name, **options)
+    if not is_vision_language(config):
+        raise InputError(
+            f"{where} is a {config.model_type}, which reads no images: give a vision-language model, or leave the "
+            "images out (those of a dataset by naming the column of its conversations)"
+        )
+    if importlib.util.find_spec("PIL") is None:
+        raise InputError("images need Pillow: install the extra vision of castlm")
+    with quiet(where), as_input_error(where):
+        processor = AutoProcessor.from_pretrained(where.target, **options, **where.local)
+    if not isinstance(processor, ProcessorMixin):
+        raise InputError(f"{where} holds no processor of images: copy {' and '.join(PROCESSOR_FILES[:2])} into it")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processor.chat_template
+    processor.tokenizer = tokenizer
+    return processor
 
 
-class ImageTokens(NamedTuple):
-    """The tokens of a conversation."""
-
-    ids: Tensor
-    """int64, (num_tokens,)."""
-    labels: Tensor
-    """int64: the ids themselves, not shifted, and -100 where a token does not count, as those of images never do."""
-    images: ImageInputs | None
-    """None without images."""
-
-
-class ImageEncoder:
+class ImageReader:
     """Tokens and images of the conversations that `castlm.data.columns` checks.
 
     Args:
-        processor: as `castlm.models.opening.open_processor` gives it.
+        processor: as `open_processor` gives it.
         assistant_only: only the tokens of the assistant count; see `castlm.data.chat`.
     """
 
-    def __init__(self, processor: ProcessorMixin, assistant_only: bool = True) -> None:
+    def __init__(self, processor: ProcessorMixin, assistant_only: bool) -> None:
         self._processor = copy.deepcopy(processor)  # a thread prepares batches while another evaluates
         self._tokenizer = self._processor.tokenizer
-        self._encoder = Encoder(self._tokenizer, None, assistant_only)
-        self._chat, self.eos = self._encoder.chat, self._encoder.eos
+        self._chat = Chat(self._tokenizer, assistant_only)
         known = self._tokenizer.get_vocab()
         names = (getattr(processor, name, None) for name in ("boi_token", "image_token"))
         self._placeholders = {name: known[name] for name in names if name in known}
 
-    def __call__(self, document: str) -> ImageTokens:
-        """The tokens of a conversation, given as JSON, with an end-of-text behind them.
+    def __call__(self, document: str) -> tuple[Rendered, Extra | None]:
+        """The tokens of a conversation, given as JSON, and what its images add to them; None without images.
+
+        The tokens that stand for an image never count.
 
         Raises:
             InputError: as `Chat`; an image that cannot be read; a text that has more or fewer placeholders than there
@@ -89,19 +113,19 @@ class ImageEncoder:
                 "template (chat_template_path)"
             )
         if not sources:
-            return self._of(rendered, None)
-        images = [open_image(source, begin) for source in sources]
+            return rendered, None
+        images = open_images(sources, begin)
         text = self._chat.text(plain)
         found, expanded = self._prepare(text, images, begin)
         ids = found["input_ids"][0].tolist()
         counts, end = self._counts(text, rendered, expanded, ids)
         tensors = {name: value for name, value in found.items() if isinstance(value, Tensor) and name not in _OF_TEXT}
         by_token = {name: value[0] for name, value in tensors.items() if value.shape == (1, len(ids))}
-        by_image = {name: value for name, value in tensors.items() if name not in by_token}
-        return self._of(Rendered(ids, counts, rendered.is_rendered), ImageInputs(by_image, by_token, end))
+        by_item = {name: value for name, value in tensors.items() if name not in by_token}
+        return Rendered(ids, counts, rendered.is_rendered), Extra(by_item, by_token, end)
 
     def text_alone(self, document: str) -> list[int]:
-        """The tokens of a conversation without its images, with an end-of-text behind them."""
+        """The token ids of a conversation without its images."""
         content = json.loads(document)
         content.pop("images", None)
         for messages in (content.get(name) for name in ("messages", "prompt", "completion")):
@@ -109,18 +133,14 @@ class ImageEncoder:
                 if isinstance(message.get("content"), list):
                     message["content"] = message_content([p for p in message["content"] if p["type"] == "text"], "")
         ids = self._chat(json.dumps(content)).ids
-        return [*(token for token in ids if token not in self._placeholders.values()), self.eos]
+        return [token for token in ids if token not in self._placeholders.values()]
 
     @property
     def _name(self) -> str:
         return type(self._processor).__name__
 
-    def _of(self, rendered: Rendered, images: ImageInputs | None) -> ImageTokens:
-        ids, labels, _ = self._encoder.conversation(rendered)
-        return ImageTokens(torch.from_numpy(ids).long(), torch.from_numpy(labels).long(), images)
-
     def _prepare(self, text: str, images: list[Image], begin: str) -> tuple[Mapping[str, Any], str]:
-        """What the processor makes of a text and its images, and the text with the images put in."""
+        """The tensors that the processor makes from a text and its images, and the text with the images put in."""
         watched = _Watched(self._tokenizer)
         self._processor.tokenizer = watched
         try:
@@ -129,7 +149,7 @@ class ImageEncoder:
             self._processor.tokenizer = self._tokenizer
 
     def _counts(self, text: str, rendered: Rendered, expanded: str, ids: list[int]) -> tuple[list[bool], int]:
-        """Which tokens of the `expanded` text count, as those of the rendered `text` do, and where the last image ends.
+        """Whether each token of the `expanded` text counts, as in the rendered `text`, and the end of the last image.
 
         By characters: around an image, tokens may be merged otherwise than in the text alone.
         """
@@ -157,7 +177,7 @@ class ImageEncoder:
 
 
 def prepare(processor: ProcessorMixin, text: str, images: Sequence[Image], begin: str) -> Mapping[str, Any]:
-    """What the processor of a model makes of a text, which a chat template has rendered, and its images.
+    """The tensors that a processor makes from a text, which a chat template has rendered, and its images.
 
     Raises:
         InputError: it cannot; the message has the first words of the conversation, `begin`.
@@ -171,6 +191,27 @@ def prepare(processor: ProcessorMixin, text: str, images: Sequence[Image], begin
         name = type(processor).__name__
         raise InputError(f"{name} cannot prepare the conversation that begins {begin}: {reason}") from error
     return found
+
+
+def encode_image_prompt(
+    processor: ProcessorMixin, prompt: str, paths: Sequence[str], raw: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A prompt about images: its token ids (1, num_tokens), and what the model's forward takes beside them.
+
+    Args:
+        processor: as `open_processor` gives it.
+        paths: of the images, which come before the text in the user's turn.
+        raw: take the prompt as it is; it holds what stands for the images then.
+
+    Raises:
+        InputError: an image that cannot be read, a template that refuses the turn, or a processor that cannot take it.
+    """
+    images = [read_image(path) for path in paths]
+    parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
+    parts += [{"type": "text", "text": prompt}] if prompt else []
+    text = prompt if raw else Chat(processor.tokenizer).user_turn(parts, reply=True)
+    found = dict(prepare(processor, text, images, repr(prompt[:40])))
+    return found.pop("input_ids"), {k: v for k, v in found.items() if isinstance(v, Tensor) and k != "attention_mask"}
 
 
 class _Watched:
@@ -188,7 +229,7 @@ class _Watched:
 
 
 def _align(text: str, expanded: str, placeholders: Sequence[str]) -> list[tuple[int, int, int]] | None:
-    """Where the stretches of `text` between its images lie in `expanded`: begin, length and how far each is moved.
+    """The stretches of `text` between its images: begin, length, and how far each is moved in `expanded`.
 
     None if they do not all lie there, in their order.
     """
@@ -205,58 +246,49 @@ def _align(text: str, expanded: str, placeholders: Sequence[str]) -> list[tuple[
     return pieces
 
 
-def open_image(source: str, begin: str) -> Image:
-    """As `read_image`, of the conversation that begins with the words `begin`, which an error names too."""
-    try:
-        return read_image(source)
-    except InputError as error:
-        raise InputError(f"{error}; remove the row of the conversation that begins {begin}") from error
+def open_images(sources: Sequence[str], begin: str) -> list[Image]:
+    """The images of the conversation that begins with the words `begin`, which an error names; see `read_image`.
+
+    Raises:
+        InputError: as `read_image`, or they have more than `MOST_PIXELS` together.
+    """
+    images: list[Image] = []
+    for source in sources:
+        try:
+            images.append(read_image(source))
+        except InputError as error:
+            raise InputError(f"{error}; remove the row of the conversation that begins {begin}") from error
+        if (total := sum(image.width * image.height for image in images)) > MOST_PIXELS:
+            raise InputError(
+                f"the images of the conversation that begins {begin} have {total:,} pixels together, more than "
+                f"{MOST_PIXELS:,}: scale them down"
+            )
+    return images
 
 
 def read_image(source: str) -> Image:
     """An image, RGB, turned as its camera says.
 
     Args:
-        source: a path, or bytes as `castlm.data.image_columns.collect_images` gives them.
+        source: a path, or bytes as `castlm.data.images.columns.collect_images` gives them.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, is in no format of `FORMATS`, or has more than `MOST_PIXELS_OF_ONE`.
     """
     from PIL import Image, ImageOps
 
+    is_inline = source.startswith(BYTES)
+    where = "in the dataset" if is_inline else source
     try:
-        file = io.BytesIO(base64.b64decode(source.removeprefix(BYTES))) if source.startswith(BYTES) else source
-        with Image.open(file) as image:
+        data = io.BytesIO(base64.b64decode(source.removeprefix(BYTES))) if is_inline else open_regular(source)
+        Image.init()
+        known = [name for name in FORMATS if name in Image.OPEN]  # some builds of Pillow lack AVIF
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+        with data as file, Image.open(file, formats=known) as image:
+            pixels = image.width * image.height
+            if pixels > MOST_PIXELS_OF_ONE:  # known before any of them is decoded
+                raise InputError(f"it has {pixels:,} pixels, more than {MOST_PIXELS_OF_ONE:,}: scale it down")
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
-        where = "in the dataset" if source.startswith(BYTES) else source
+    except Exception as error:  # a decoder is a program, with errors of many types
         reason = re.sub(r" <_io.*?>", " it", " ".join(str(error).split())[:200])
         raise InputError(f"cannot read the image {where}: {reason}") from error
-
-
-def join_images(rows: Sequence[ImageInputs | None], width: int) -> dict[str, Tensor]:
-    """What the forward of a model takes beside the tokens of a batch, `width` tokens a row; empty without images.
-
-    Tensors of images that differ in another dimension than the first, as in their number of tiles, are filled up with
-    zeros, as processors do it.
-    """
-    joined: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for row in rows if row is not None for name in row.by_image):
-        parts = [row.by_image[name] for row in rows if row is not None and name in row.by_image]
-        largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts))]
-        joined[name] = torch.cat([_filled(part, largest) for part in parts])
-    for name in dict.fromkeys(name for row in rows if row is not None for name in row.by_token):
-        empty = torch.zeros(0, dtype=next(row.by_token[name].dtype for row in rows if row is not None))
-        found = [empty if row is None else row.by_token[name][:width] for row in rows]
-        joined[name] = torch.stack([F.pad(row, (0, width - len(row))) for row in found])
-    return joined
-
-
-def _filled(part: Tensor, sizes: Sequence[int]) -> Tensor:
-    missing = [size - own for size, own in zip(sizes, part.shape[1:])]
-    return F.pad(part, [n for size in reversed(missing) for n in (0, size)])
-
-
-def fits(images: ImageInputs | None, num_tokens: int) -> bool:
-    """Whether all images lie within the first `num_tokens` tokens."""
-    return images is None or images.end <= num_tokens

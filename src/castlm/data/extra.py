@@ -1,0 +1,52 @@
+"""Tensors that a model's forward takes beside the tokens, such as images: their way from documents to batches.
+
+A document brings an `Extra`; a batch is a dict in which the joined tensors stand beside `input_ids` and `labels`, and
+whoever runs a model passes them on as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Extra(NamedTuple):
+    """The tensors that one document brings beside its tokens."""
+
+    by_item: dict[str, Tensor]
+    """Tensors that are joined along the first dimension, whatever it counts: `pixel_values`."""
+    by_token: dict[str, Tensor]
+    """Tensors of one number a token, (num_tokens,): `mm_token_type_ids`."""
+    end: int
+    """Number of tokens up to the end of the last that the tensors belong to."""
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether all that the tensors belong to lies within the first `num_tokens` tokens."""
+        return self.end <= num_tokens
+
+
+def join_extra(rows: Sequence[Extra | None], width: int) -> dict[str, Tensor]:
+    """The tensors of a batch by the name of their argument, `width` tokens a row; empty where no row brings any.
+
+    Tensors that differ in another dimension than the first, as in their number of tiles, are filled up with zeros, as
+    processors do it.
+    """
+    joined: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for row in rows if row is not None for name in row.by_item):
+        parts = [row.by_item[name] for row in rows if row is not None and name in row.by_item]
+        largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts))]
+        joined[name] = torch.cat([_filled(part, largest) for part in parts])
+    for name in dict.fromkeys(name for row in rows if row is not None for name in row.by_token):
+        empty = torch.zeros(0, dtype=next(row.by_token[name].dtype for row in rows if row is not None))
+        found = [empty if row is None else row.by_token[name][:width] for row in rows]
+        joined[name] = torch.stack([F.pad(row, (0, width - len(row))) for row in found])
+    return joined
+
+
+def _filled(part: Tensor, sizes: Sequence[int]) -> Tensor:
+    missing = [size - own for size, own in zip(sizes, part.shape[1:])]
+    return F.pad(part, [n for size in reversed(missing) for n in (0, size)])
