@@ -119,7 +119,9 @@ def test_a_folder_named_as_a_tracker_is_not_a_package(tmp_path, monkeypatch):
     for report_to in (["wandb"], ["auto", "wandb"], ["wandb", "auto"]):
         with pytest.raises(InputError, match="report_to wandb: it is not installed"):
             chosen_trackers(report_to)
-    assert chosen_trackers(["none", "wandb"]) == []
+    assert chosen_trackers(["none"]) == []
+    with pytest.raises(InputError, match="report_to none and wandb"):
+        chosen_trackers(["none", "wandb"])
 
 
 def test_a_run_that_overwrites_another_is_another_run_of_the_trackers(clients, text, tmp_path):
