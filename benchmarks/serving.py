@@ -1,6 +1,6 @@
 """Tokens per second of `castlm serve` for 1, 4 and 8 clients, beside `castlm generate`, and its memory under load.
 
-    python -m benchmarks.serving MODEL [--threads N] [--new-tokens N] [--minutes 10] [--json OUT]
+    python -m benchmarks.serving MODEL [--threads N] [--new-tokens N] [--minutes 10] [--clock wall|cpu]
 
 The speed: every client sends the same prompt and waits for its answer. The load, for `--minutes`: ten clients at the
 same time, of which half send requests that must be refused (a body that is too long, no JSON, a prompt beyond the
@@ -105,6 +105,38 @@ def generate_speed(model: str, threads: int, tokens: int) -> tuple[float, float]
     return new / (prompt + (new - 1) / speed), speed
 
 
+def cpu_speeds(model: str, threads: int, tokens: int) -> dict[str, float]:
+    """New tokens per second of processor time, prompts included, in this process: other work does not change them."""
+    import torch
+
+    from castlm.inference.generate import generate_text, load_to_generate
+    from castlm.serving.engine import Answer, Engine
+
+    torch.set_num_threads(threads)
+    loaded, tokenizer = load_to_generate(model, as_stored=False)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    engine = Engine(loaded, tokenizer)
+
+    def serve(clients: int, count: int) -> int:
+        answers = [Answer(ids, count) for _ in range(clients)]
+        for answer in answers:
+            engine.submit(answer)
+        while any(answer.reason is None for answer in answers):
+            time.sleep(0.01)
+        return sum(len(answer.tokens) for answer in answers)
+
+    serve(1, 2)  # warms up
+    started = time.process_time()
+    count = generate_text(loaded, tokenizer, ids, max_new_tokens=tokens).new_tokens
+    speeds = {"generate": count / (time.process_time() - started)}
+    for clients in CLIENTS:
+        started = time.process_time()
+        count = serve(clients, tokens)
+        speeds[f"serve, {clients} clients"] = count / (time.process_time() - started)
+    engine.close()
+    return speeds
+
+
 def resident(pid: int) -> float:
     """MiB of memory of a process."""
     with open(f"/proc/{pid}/statm") as statm:
@@ -157,7 +189,12 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--json")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: no server and no load")
     options = parser.parse_args()
+    if options.clock == "cpu":
+        for name, speed in cpu_speeds(options.model, options.threads, options.new_tokens).items():
+            print(f"{name}: {speed:.0f} tokens per second of processor time")
+        return
     whole, alone = generate_speed(options.model, options.threads, options.new_tokens)
     print(f"castlm generate: {whole:.1f} tokens/s with the prompt, {alone:.1f} after it")
     result: dict[str, Any] = {"machine": machine(), "generate": whole, "generate_after_prompt": alone, "serve": {}}

@@ -227,6 +227,7 @@ class Engine:
         self._sequences: list[_Sequence] = []
         self._is_closed = False
         self._changed = threading.Condition()
+        self._num_threads = torch.get_num_threads()  # each thread of Python's has a number of its own
         self._thread = threading.Thread(target=self._run, name="castlm-engine", daemon=True)
         self._thread.start()
 
@@ -259,6 +260,7 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
+        torch.set_num_threads(self._num_threads)
         while True:
             with self._changed:
                 while not (self._waiting or self._sequences or self._is_closed):
