@@ -149,7 +149,7 @@ _ADVICE = ("tokens", "dtype", "device", "pattern", "trust_remote_code")
 def _perplexities(name: str, dtype: str) -> dict[str, float]:
     """The perplexities that the castlm.json of a result records, by the names of the formats that they are of."""
     from castlm.export.folder import read_manifest
-    from castlm.training.verdict import final_perplexity
+    from castlm.training.record import final_perplexity
 
     record = read_manifest(Path(name)) if Path(name).is_dir() else {}
     found = record.get("perplexity")
