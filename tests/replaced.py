@@ -1,6 +1,6 @@
 """Replaces a folder and dies at each moment of it. A small process of its own: a fork of pytest's takes 50 ms.
 
-python -m tests.replaced FOLDER [--no-exchange]
+python -m tests.replaced FOLDER
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import sys
 from itertools import count
 from pathlib import Path
 
-from castlm.files import atomic_dir as atomic_dir_module
-from castlm.files.atomic_dir import atomic_dir, remove_stale_temporaries
+from castlm.files.atomic_dir import atomic_dir
+from castlm.files.output import check_output
 
 
 def replace_and_die(final: Path, moment: int) -> bool:
@@ -23,7 +23,7 @@ def replace_and_die(final: Path, moment: int) -> bool:
         steps = iter(range(moment))
 
         def hook(event: str, arguments: tuple) -> None:
-            on_files = event.startswith(("os.", "open", "shutil.", "ctypes.dlsym")) and event != "os.kill"
+            on_files = event.startswith(("os.", "open", "shutil.")) and event != "os.kill"
             if on_files and next(steps, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -37,23 +37,24 @@ def replace_and_die(final: Path, moment: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def main(folder: Path, exchanges: bool) -> None:
-    """Prints a row for each moment: whether the folder was there, what lay beside it after a clean-up, what it held."""
-    final = folder / "out"
-    if not exchanges:
-        atomic_dir_module._exchange = lambda one, other: False
+def main(folder: Path) -> None:
+    """Prints a row for each moment: what lay there after a check of the next start, and what each folder held."""
     for moment in count():
-        with atomic_dir(final, overwrite=True) as old:
-            for name in "ab":
-                (old / name).write_text("old")
+        final = folder / str(moment) / "out"
+        for version in ("older", "old"):
+            with atomic_dir(final, overwrite=True) as earlier:
+                for name in "ab":
+                    (earlier / name).write_text(version)
         killed = replace_and_die(final, moment)
-        was_there = final.exists()
-        remove_stale_temporaries(folder, "out")
-        beside = sorted(entry.name for entry in folder.iterdir())
-        print(json.dumps([was_there, beside, [(final / name).read_text() for name in "ab"]]))
+        check_output(final, overwrite=True)
+        held = {
+            entry.name: [(entry / name).read_text() for name in "ab" if (entry / name).exists()]
+            for entry in final.parent.iterdir()
+        }
+        print(json.dumps(held))
         if not killed:
             return
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "--no-exchange" not in sys.argv)
+    main(Path(sys.argv[1]))

@@ -24,12 +24,21 @@ from castlm.compare.plots import PLOTS
 from castlm.compare.presets import PRESETS, SPARSEGPT
 from castlm.compare.report import WIDTH, cells, explain, fitting, stamp
 from castlm.compare.results import Result
-from castlm.compare.runs import Run, content_hash, last_line, run_key, run_process, with_key, zero_shot_key
+from castlm.compare.runs import (
+    Run,
+    content_hash,
+    last_line,
+    refuse_running,
+    run_key,
+    run_process,
+    with_key,
+    zero_shot_key,
+)
 from castlm.compare.summary import spread, starts_note, summarize, tokens_note, verdict
 from castlm.core.errors import InputError
 from castlm.core.sparsify import sparse_linears
 from castlm.data import documents
-from castlm.files.output import continued, locked
+from castlm.files.output import begin_output, output_folder
 from castlm.methods.table import METHODS
 from castlm.models.io import load_model
 from castlm.oneshot import sparsegpt
@@ -674,19 +683,17 @@ def test_zero_shot_of_every_result_and_of_the_model_as_it_came(files, tmp_path, 
 
 def test_one_comparison_at_a_time(tmp_path):
     with (
-        continued(tmp_path / "out", "compare"),
+        output_folder(tmp_path / "out", "compare", resume=True),
         pytest.raises(InputError, match=rf"in use by process {os.getpid()} on \S+ \(castlm compare\)"),
-        continued(tmp_path / "out", "compare"),
+        output_folder(tmp_path / "out", "compare", resume=True),
     ):
         pass
     with (
-        locked(prepare(tmp_path / "out" / "runs" / "cast-1"), "train"),  # a run that a killed comparison has left
+        output_folder(tmp_path / "out" / "runs" / "cast-1", "train"),  # a run that a killed comparison has left
         pytest.raises(InputError, match=r"cast-1 is in use .*castlm train"),
-        continued(tmp_path / "out", "compare"),
     ):
-        pass
-    with continued(tmp_path / "out", "compare"):
-        pass
+        refuse_running(tmp_path / "out")
+    refuse_running(tmp_path / "out")
 
 
 def prepare(folder: Path) -> Path:
@@ -696,7 +703,7 @@ def prepare(folder: Path) -> Path:
 
 def test_a_folder_of_something_else_is_not_compared_in(files, tmp_path, in_process):
     (prepare(tmp_path / "out") / "table.md").write_text("my own table")
-    with pytest.raises(InputError, match="no record of"):
+    with pytest.raises(InputError, match="holds something else"):
         compare(files, tmp_path, methods="magnitude")
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["table.md"]
     assert (tmp_path / "out" / "table.md").read_text() == "my own table"
@@ -772,7 +779,8 @@ def test_a_model_is_known_by_all_that_can_matter(name, tmp_path):
 def test_a_comparison_inside_its_model_s_folder_leaves_the_model_as_it_was(tmp_path):
     model = save_tiny(tmp_path / "model")
     before = content_hash(str(model), None)
-    with continued(model / "out", "compare") as out:
+    with output_folder(model / "out", "compare", resume=True) as out:
+        begin_output(out, "compare", resume=True)
         (out / "runs").mkdir()
         (out / "runs" / "cast.yaml").write_text("of no effect")
         assert content_hash(str(model), None) == before

@@ -672,13 +672,13 @@ def test_export_tensor_by_tensor(text, tmp_path):
 
 def export_slowly(config: TrainConfig) -> None:
     """Trains; listing the files of the result takes longer than `timeout_s`."""
-    add_file_list = atomic_dir_module.add_file_list
+    record_output = atomic_dir_module.record_output
 
-    def slowly(folder: Path) -> None:
+    def slowly(folder: Path, **about: Any) -> None:
         time.sleep(1.1 * config.runtime.timeout_s)
-        add_file_list(folder)
+        record_output(folder, **about)
 
-    atomic_dir_module.add_file_list = slowly
+    atomic_dir_module.record_output = slowly
     train(config)
 
 

@@ -16,15 +16,22 @@ from pathlib import Path
 import pytest
 
 from castlm.core.errors import InputError
-from castlm.files import atomic_dir as atomic_dir_module
-from castlm.files.atomic_dir import atomic_dir, make_writable, remove_stale_temporaries
+from castlm.files.atomic_dir import atomic_dir
 from castlm.files.atomic_file import atomic_file, atomic_write_json
 from castlm.files.disk import disk_full_is_said, is_disk_full
-from castlm.files.owned import sha256_file
+from castlm.files.output import check_output
+from castlm.files.reading import sha256_file
+from castlm.files.record import OUTPUT, read_result
 
 
 def entries(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
+
+
+def write(final: Path, **files: str) -> None:
+    with atomic_dir(final, overwrite=True) as folder:
+        for name, text in files.items():
+            (folder / name).write_text(text)
 
 
 # ---- atomic_dir
@@ -41,56 +48,66 @@ def test_atomic_dir_appears_when_whole(tmp_path):
     assert entries(final.parent) == ["out"]
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_atomic_dir_replaces_with_overwrite_alone(tmp_path, monkeypatch, exchange):
-    if not exchange:
-        monkeypatch.setattr(atomic_dir_module, "_exchange", lambda one, other: False)
+def test_atomic_dir_replaces_with_overwrite_alone(tmp_path):
     final = tmp_path / "out"
-    for version, overwrite in (("1", False), ("2", True)):
+    for version, overwrite in (("1", False), ("2", True), ("3", True)):
         with atomic_dir(final, overwrite) as folder:
             (folder / version).write_text(version)
-    assert entries(final) == ["2", "castlm.json"]  # nothing of the old is mixed in
-    assert entries(tmp_path) == ["out"]
+    assert entries(final) == ["3", OUTPUT]  # nothing of the old is mixed in
+    assert entries(tmp_path) == ["out", "out.previous"]
+    assert entries(tmp_path / "out.previous") == ["2", OUTPUT]
     with pytest.raises(InputError, match="already holds something"), atomic_dir(final):
         pytest.fail("the block must not be entered")
-    assert entries(tmp_path) == ["out"]
+    assert entries(tmp_path) == ["out", "out.previous"]
 
 
-def test_exchange_is_one_system_call_here(tmp_path):
-    if sys.platform != "linux":
-        pytest.skip("renameat2 is Linux")
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).touch()
-    if not atomic_dir_module._exchange(tmp_path / "a", tmp_path / "b"):
-        pytest.skip("this file system has no RENAME_EXCHANGE")
-    assert entries(tmp_path / "a") == ["b"]
-    assert entries(tmp_path / "b") == ["a"]
-    with pytest.raises(FileNotFoundError):
-        atomic_dir_module._exchange(tmp_path / "a", tmp_path / "none")
+@pytest.mark.parametrize("how", ["added", "changed", "link", "in a folder", "no record", "name"])
+def test_nothing_that_others_put_there_is_ever_deleted(tmp_path, capsys, how):
+    final, mine = tmp_path / "out", tmp_path / "out" / "thesis.txt"
+    write(final, a="old", b="old")
+    if how == "added":
+        mine.write_text("mine")
+    elif how == "changed":
+        mine = final / "b"
+        mine.write_text("my")  # of another size
+        mine.write_text("our")  # of the same size, at another time
+    elif how == "link":
+        (tmp_path / "elsewhere").write_text("mine")
+        mine.symlink_to(tmp_path / "elsewhere")
+    elif how == "in a folder":
+        mine = final / "mine" / "thesis.txt"
+        mine.parent.mkdir()
+        mine.write_text("mine")
+    elif how == "no record":
+        (final / OUTPUT).unlink()
+        mine = final / "a"
+    elif how == "name":  # one that JSON cannot hold
+        mine = final / os.fsdecode(b"caf\xe9")
+        mine.write_text("mine")
+    text, name = mine.read_text(), mine.relative_to(final)
+    for version in "234":
+        write(final, a=version)
+    assert (final / "a").read_text() == "4"
+    assert (tmp_path / "out.previous" / "a").read_text() == "3"
+    assert (tmp_path / "out.previous-2" / name).read_text() == text
+    others = ["elsewhere"] if how == "link" else []
+    assert entries(tmp_path) == sorted(["out", "out.previous", "out.previous-2", *others])
+    assert f"{tmp_path / 'out.previous-2'} now" in capsys.readouterr().err
 
 
-def test_what_castlm_did_not_write_outlives_a_replacement(tmp_path, capsys):
-    """A file that came into the folder after the check is kept, and the new result takes its place all the same."""
-    with atomic_dir(tmp_path / "out") as folder:
-        (folder / "a").write_text("old")
-        (folder / "b").write_text("old")
-    with atomic_dir(tmp_path / "out", overwrite=True) as folder:
-        (tmp_path / "out" / "thesis.txt").write_text("mine")
-        (tmp_path / "out" / "b").write_text("my own b")
-        (folder / "a").write_text("new")
-    assert (tmp_path / "out" / "a").read_text() == "new"
-    assert entries(tmp_path) == ["out", "out.kept"]
-    assert entries(tmp_path / "out.kept") == ["b", "thesis.txt"]
-    assert (tmp_path / "out.kept" / "b").read_text() == "my own b"
-    assert "castlm did not write it" in capsys.readouterr().err
+def test_a_kill_while_an_old_result_is_deleted_leaves_what_the_next_start_deletes(tmp_path):
+    for version in "12":
+        write(tmp_path / "out", a=version, b=version, c=version)
+    (tmp_path / "out.previous" / "a").unlink()
+    write(tmp_path / "out", a="3")
+    assert entries(tmp_path) == ["out", "out.previous"]
+    assert (tmp_path / "out.previous" / "a").read_text() == "2"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
 def test_atomic_dir_leaves_the_old_on_any_error(tmp_path, error):
     final = tmp_path / "out"
-    with atomic_dir(final) as folder:
-        (folder / "a").write_text("old")
+    write(final, a="old")
 
     def fail() -> None:
         with atomic_dir(final, overwrite=True) as folder:
@@ -103,11 +120,9 @@ def test_atomic_dir_leaves_the_old_on_any_error(tmp_path, error):
     assert entries(tmp_path) == ["out"]
 
 
-def test_fallback_puts_the_old_back_when_the_second_rename_fails(tmp_path, monkeypatch):
+def test_the_old_comes_back_when_the_second_rename_fails(tmp_path, monkeypatch):
     final = tmp_path / "out"
-    with atomic_dir(final) as folder:
-        (folder / "a").write_text("old")
-    monkeypatch.setattr(atomic_dir_module, "_exchange", lambda one, other: False)
+    write(final, a="old")
     rename = os.rename
 
     def failing(source, target):
@@ -116,19 +131,35 @@ def test_fallback_puts_the_old_back_when_the_second_rename_fails(tmp_path, monke
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OSError, match="Input/output"), atomic_dir(final, overwrite=True) as folder:
-        (folder / "a").write_text("new")
+    with pytest.raises(OSError, match="Input/output"):
+        write(final, a="new")
     assert (final / "a").read_text() == "old"
     assert entries(tmp_path) == ["out"]
+
+
+def test_a_folder_that_cannot_be_renamed_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "out", a="old")
+    rename = os.rename
+
+    def failing(source, target):
+        if str(target).endswith(".previous"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), source)  # a mount point
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(InputError, match=f"{tmp_path / 'out'} cannot be renamed"):
+        write(tmp_path / "out", a="new")
+    assert (tmp_path / "out" / "a").read_text() == "old"
 
 
 def test_a_link_is_followed(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    with atomic_dir(tmp_path / "link") as folder:
-        (folder / "a").write_text("1")
+    for version in "12":
+        write(tmp_path / "link", a=version)
     assert (tmp_path / "link").is_symlink()
-    assert entries(tmp_path / "real") == ["a", "castlm.json"]
+    assert entries(tmp_path) == ["link", "real", "real.previous"]
+    assert (tmp_path / "real" / "a").read_text() == "2"
 
 
 def test_files_are_as_readable_as_their_folder(tmp_path):
@@ -155,46 +186,60 @@ def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
     assert after == [str(tmp_path)]
 
 
-@pytest.mark.parametrize("exchanges", [True, False])
-def test_sigkill_at_every_moment_leaves_the_old_or_the_new(exchanges, tmp_path):
-    command = [sys.executable, "-m", "tests.replaced", str(tmp_path), *([] if exchanges else ["--no-exchange"])]
+def test_sigkill_at_every_moment_loses_neither_the_old_nor_the_new(tmp_path):
+    command = [sys.executable, "-m", "tests.replaced", str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
     seen = []
-    for was_there, beside, versions in map(json.loads, done.stdout.splitlines()):
-        assert was_there or not exchanges  # without any help
-        assert beside == ["out"]
-        assert len(set(versions)) == 1
-        seen.append(versions[0])
-    assert seen == sorted(seen, reverse=True)  # old up to one moment, new from there on
-    assert seen.count("old") > 10
-    assert seen.count("new") > 3
-
-
-def test_a_result_moved_aside_comes_back(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    writer = f"{dead.pid}@{socket.gethostname()}"
-    (tmp_path / f".out.old-{writer}").mkdir()
-    (tmp_path / f".out.old-{writer}" / "a").write_text("old")
-    (tmp_path / f".out.tmp-{writer}").mkdir()
-    remove_stale_temporaries(tmp_path, "out")
-    assert entries(tmp_path) == ["out"]
-    assert (tmp_path / "out" / "a").read_text() == "old"
+    for held in map(json.loads, done.stdout.splitlines()):
+        names = sorted(held)
+        if names == ["out.previous"]:  # between the two renames
+            assert held["out.previous"] == ["old", "old"]
+        else:
+            assert names in (["out"], ["out", "out.previous"])  # the older one, or what is left of it
+            assert held["out"] in (["old", "old"], ["new", "new"])
+            assert held["out"][0] == "old" or held["out.previous"] == ["old", "old"]
+        seen.append(held.get("out", [None])[0])
+    middle = seen.index(None) if None in seen else seen.index("new")
+    assert set(seen[:middle]) == {"old"}
+    assert set(filter(None, seen[middle:])) == {"new"}
+    assert middle > 10
 
 
 def test_stale_is_what_no_live_process_writes(tmp_path):
     here = socket.gethostname()
-    keep = [
-        f".out.tmp-{os.getppid()}@{here}",
-        ".out.tmp-notes",
-        f".other.tmp-1@{here}",
-        f".out.old-{os.getppid()}@{here}",
-    ]
-    keep += [f".out.tmp-{os.getpid()}@another-machine"]
-    for name in [*keep, f".out.tmp-{os.getpid()}@{here}"]:
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    keep = [f".out.tmp-{pid}-01@{here}" for pid in (os.getppid(), os.getpid())]
+    keep += [f".other.tmp-{dead.pid}-01@{here}", ".out.tmp-notes", f".out.tmp-{dead.pid}-01@another-machine"]
+    for name in [*keep, f".out.tmp-{dead.pid}-01@{here}"]:
         (tmp_path / name).mkdir()
-    remove_stale_temporaries(tmp_path, "out")
+    check_output(tmp_path / "out")
     assert entries(tmp_path) == sorted(keep)
+
+
+def test_a_record_cannot_name_what_is_outside(tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text("x")
+    about = [1, data.stat().st_mtime_ns]
+    write(tmp_path / "out", a="1")
+    (tmp_path / "out" / OUTPUT).write_text(json.dumps({"files": {"../data.txt": about, str(data): about}}))
+    for version in "23":
+        write(tmp_path / "out", a=version)
+    assert data.read_text() == "x"
+
+
+def test_a_result_is_read_only_while_its_files_are_there(tmp_path):
+    write(tmp_path / "out", **{"castlm.json": "{}", "weights": "1234"})
+    assert read_result(tmp_path / "out") == {}
+    shutil.copytree(tmp_path / "out", tmp_path / "copied", copy_function=shutil.copyfile)  # with other times
+    assert read_result(tmp_path / "copied") == {}
+    (tmp_path / "out" / "weights").write_text("1235")
+    with pytest.raises(InputError, match="weights is missing or has changed"):
+        read_result(tmp_path / "out")
+    for record in ("", "{", "[]", '{"files": 3}', '{"files": {"a": null}}', '{"files": {"a": [1, 2]}}'):
+        (tmp_path / "out" / OUTPUT).write_text(record)
+        with pytest.raises(InputError):
+            read_result(tmp_path / "out")
 
 
 @pytest.fixture
@@ -285,61 +330,10 @@ def test_sha256_file(tmp_path):
     assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
 
 
-# ---- what castlm did not write, at any moment
-
-
-@pytest.mark.parametrize("exchange", [True, False])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")])
-def test_a_stop_right_after_the_exchange_keeps_what_castlm_did_not_write(tmp_path, monkeypatch, exchange, error):
-    final = tmp_path / "out"
-    with atomic_dir(final) as folder:
-        (folder / "a").write_text("1")
-    if not exchange:
-        monkeypatch.setattr(atomic_dir_module, "_exchange", lambda one, other: False)
-    flush = atomic_dir_module.flush_folder
-
-    def stop(folder: Path) -> None:
-        if folder == tmp_path:
-            raise error
-        flush(folder)
-
-    def replace() -> None:
-        with atomic_dir(final, overwrite=True) as folder:
-            (folder / "a").write_text("2")
-            (final / "thesis.txt").write_text("mine")
-            monkeypatch.setattr(atomic_dir_module, "flush_folder", stop)
-
-    with pytest.raises(type(error)):
-        replace()
-    assert (final / "a").read_text() == "2"
-    assert (tmp_path / "out.kept" / "thesis.txt").read_text() == "mine"
-    assert entries(tmp_path) == ["out", "out.kept"]
-
-
-def test_a_kill_while_the_old_result_is_deleted_keeps_what_castlm_did_not_write(tmp_path, monkeypatch):
-    final = tmp_path / "out"
-    with atomic_dir(final) as folder:
-        (folder / "a").write_text("1")
-    pid = os.fork()
-    if not pid:
-        try:
-            monkeypatch.setattr(os, "rename", lambda *paths: os.kill(os.getpid(), signal.SIGKILL))
-            with atomic_dir(final, overwrite=True) as folder:
-                (folder / "a").write_text("2")
-                (final / "thesis.txt").write_text("mine")
-        finally:
-            os._exit(1)
-    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-    assert (final / "a").read_text() == "2"
-    remove_stale_temporaries(tmp_path, "out")
-    assert (tmp_path / "out.kept" / "thesis.txt").read_text() == "mine"
-    assert entries(tmp_path) == ["out", "out.kept"]
-
-
 def test_a_name_that_leaves_no_room_for_a_temporary_one_is_refused(tmp_path):
     for name in ("n" * 250, "ä" * 122):
         with pytest.raises(InputError, match="bytes too long for this file system: choose a shorter one"):
-            make_writable(tmp_path / "new" / name)
+            check_output(tmp_path / name)
         with (
             pytest.raises(InputError, match="bytes too long for this file system"),
             atomic_dir(tmp_path / name),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import shutil
 import signal
 import sys
@@ -27,8 +28,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from castlm.files.output import read_result
-from castlm.files.owned import HOLDER, LOCK
+from castlm.files.record import LOCK, command_of, read_result
 from castlm.training.checkpoint import checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
 from tests.faults import train_as_a_command
@@ -36,7 +36,7 @@ from tests.fuzzing import EXAMPLES
 from tests.ranks import said, start_ranks, wait_ranks
 from tests.tiny import TEXT, save_tiny
 
-FOREIGN = ("thesis.txt", "checkpoints/notes.txt", "model/README-mine.md", "replaced/x/data.txt")
+FOREIGN = ("thesis.txt", "checkpoints/notes.txt", "model/README-mine.md")
 
 
 def train_and_die(config: TrainConfig, moment: int | None) -> int:
@@ -57,7 +57,7 @@ def train_and_die(config: TrainConfig, moment: int | None) -> int:
 
 def digest(folder: Path) -> dict[str, str]:
     """What is in a folder, without locks."""
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (LOCK, HOLDER))
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != LOCK)
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -102,7 +102,8 @@ def machine(ground: Ground) -> type[RuleBasedStateMachine]:
         @initialize()
         def begin(self) -> None:
             self.folder = Path(tempfile.mkdtemp(dir=ground.folder)) / "out"
-            self.foreign: dict[str, str] = {}
+            self.foreign: list[str] = []
+            self.number_put = 0
             self.had_result = False
 
         def teardown(self) -> None:
@@ -130,38 +131,33 @@ def machine(ground: Ground) -> type[RuleBasedStateMachine]:
                 assert text.count("castlm: error: ") == 1, text
                 assert digest(self.folder) == before if before else not self.folder.exists(), text
                 assert not can_resume, text
-                if how == "overwrite":
-                    assert self.foreign, f"overwrite is refused: {text}"
                 if how == "new":
                     assert before, text
+                elif command_of(self.folder) is not None or not before:
+                    assert how == "resume", f"overwrite is refused: {text}"
 
         @precondition(lambda self: self.folder.is_dir())
         @rule(name=st.sampled_from(FOREIGN))
         def put(self, name: str) -> None:
-            if (self.folder / name).parent.is_dir():
-                (self.folder / name).write_text(name)
-                self.foreign[name] = name
-
-        @precondition(lambda self: self.foreign)
-        @rule(data=st.data())
-        def take_away(self, data: st.DataObject) -> None:
-            name = data.draw(st.sampled_from(sorted(self.foreign)))
-            (self.folder / name).unlink()
-            del self.foreign[name]
+            if (self.folder / name).parent.is_dir() and not (self.folder / name).exists():
+                self.number_put += 1
+                self.foreign.append(f"{name}, number {self.number_put}")
+                (self.folder / name).write_text(self.foreign[-1])
 
         @invariant()
         def nothing_is_lost(self) -> None:
             if not hasattr(self, "folder"):
                 return
             assert ground.digest_of_inputs() == ground.inputs
-            for name, content in self.foreign.items():
-                assert (self.folder / name).read_text() == content
-            has_result = (self.folder / "model").is_dir() and (self.folder / "model" / "castlm.json").is_file()
-            assert has_result or not self.had_result, "the result is gone"
-            self.had_result = has_result
-            if has_result:
-                read_result(self.folder / "model")
-                assert any(self.result_is(which) for which in (0, 1)), "the model is of neither config"
+            names = {Path(name).name for name in FOREIGN}
+            left = {file.read_text() for file in self.folder.parent.rglob("*") if file.name in names}
+            assert left >= set(self.foreign), "a file of others is gone"
+            results = [file.parent for file in self.folder.parent.glob("*/model/castlm.json")]
+            assert results or not self.had_result, "the result is gone"
+            self.had_result = bool(results)
+            for model in results:
+                read_result(model)
+                assert (model / "model.safetensors").read_bytes() in ground.weights, "the model is of neither config"
             for path in checkpoint_steps(self.folder / "checkpoints").values():
                 read_manifest(path)
 
@@ -182,3 +178,21 @@ def test_any_order_of_starts_and_kills_loses_nothing(ground):
         machine(ground),
         settings=settings(max_examples=1 + EXAMPLES // 10, stateful_step_count=8, deadline=None),
     )
+
+
+@pytest.mark.slow
+def test_ten_kills_from_the_first_second_on_end_in_the_bits_of_a_straight_run(ground):
+    """As a scheduler repeats one command with --resume, whatever had been written before."""
+    chance = random.Random(0)
+    config = ground.configs[0].changed(output_dir=ground.folder / "killed", resume=True)
+    started = time.monotonic()
+    ground.run(config.changed(output_dir=ground.folder / "timed"))
+    seconds = time.monotonic() - started
+    for number in range(10):
+        (process,) = start_ranks(train_and_die, 1, config, None, log=ground.folder / f"log-kill-{number}")
+        process.join(chance.uniform(0.0, seconds))
+        process.kill()
+        process.join()
+    code, text = ground.run(config)
+    assert code == 0, text
+    assert (ground.folder / "killed" / "model" / "model.safetensors").read_bytes() == ground.weights[0]

@@ -1,7 +1,8 @@
-"""Output folders: only castlm's own files are deleted, no input is overwritten, and one process has a folder."""
+"""Output folders: nothing of others is lost, no input is overwritten, and one process has a folder."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -14,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from castlm.core.errors import InputError
-from castlm.files.atomic_dir import add_file_list
-from castlm.files.output import claimed, continued, locked, read_result, refuse_inputs_inside
-from castlm.files.owned import LAYOUT, OUTPUT, command_of, content, discard, foreign_names
+from castlm.files.atomic_dir import atomic_dir
+from castlm.files.output import begin_output, check_output, output_folder, record_file, refuse_inputs_inside
+from castlm.files.record import LOCK, OUTPUT, command_of, unrecorded
 
 
 def write(file: Path, text: str = "x") -> Path:
@@ -25,187 +26,224 @@ def write(file: Path, text: str = "x") -> Path:
     return file
 
 
-def train_folder(folder: Path) -> Path:
-    """What a killed run that replaced a finished one leaves."""
-    write(folder / OUTPUT, json.dumps({"command": "train", "run_id": "1", "files": {}}))
-    for name in (
-        *("sample.json", "wandb/run-20261126_101010-ab/files/config.yaml"),
-        *(f"wandb/run-20261126_101010-ab/logs/{name}.log" for name in ("debug", "debug-internal")),
-        *("metrics.jsonl", "tensorboard/events.out.tfevents.1.host.2.0", "checkpoints/step-00000002/manifest.json"),
-        *("checkpoints/step-00000002/__0_0.distcp", "checkpoints/.step-00000004.tmp/__1_0.distcp"),
-        *(".model.tmp-1@host/model.safetensors", ".config.yaml.tmp-1-ab", ".castlm.lock"),
-    ):
-        write(folder / name)
-    for link, target in (
-        ("latest-run", ""),
-        ("debug.log", "/logs/debug.log"),
-        ("debug-internal.log", "/logs/gone.log"),
-    ):
-        (folder / "wandb" / link).symlink_to(f"run-20261126_101010-ab{target}")
-    write(folder / "model" / "model.safetensors")
-    add_file_list(folder / "model")
-    write(folder / "replaced" / "0" / "metrics.jsonl")
-    write(folder / "replaced" / "0" / OUTPUT, json.dumps({"command": "train"}))
-    return folder
+def run(folder: Path, text: str, *, error: BaseException | None = None, **options: bool) -> None:
+    """A run that writes `text` to `folder`, and ends with `error`."""
+    with output_folder(folder, "train", **options) as claimed:
+        begin_output(claimed, "train", {"config.yaml": text}, resume=options.get("resume", False))
+        write(claimed / "checkpoints" / "step" / "weights", text)
+        if error is not None:
+            raise error
 
 
-FOREIGN = (
-    *("thesis.txt", "checkpoints/notes.txt", "checkpoints/step-00000002/notes.txt", "model/notes.md", "mine/a/b.txt"),
-    *(
-        "wandb/mine.txt",
-        "checkpoints/step-00000002/__a.py",
-        "checkpoints/step-00000002-best/manifest.json",
-        "tensorboard/mine",
-        "replaced/0/data.txt",
-        "replaced/data.txt",
-        "checkpoints/.step-00000003.tmp/mine.txt",
-        ".hidden",
-    ),
-)
+def begin_and_fail(folder: Path, **options: bool) -> None:
+    with output_folder(folder, "train", **options) as claimed:
+        begin_output(claimed, "train", {"config.yaml": "2"}, resume=options.get("resume", False))
+        raise ZeroDivisionError
 
 
-def test_everything_that_a_run_leaves_is_its_own(tmp_path):
-    folder = train_folder(tmp_path / "run")
-    assert foreign_names(folder) == []
-    assert discard(folder) == []
-    assert not folder.exists()
+def tree(folder: Path) -> dict[str, str]:
+    """What is below `folder`, without records and locks."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in (OUTPUT, LOCK)]
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_what_a_user_put_there_is_named_and_stays(name, tmp_path):
-    folder = train_folder(tmp_path / "run")
-    write(folder / name, "mine")
-    with (
-        pytest.raises(InputError, match=f"'{name}', which castlm did not write"),
-        claimed(folder, "train", overwrite=True),
-    ):
-        pass
-    assert discard(folder) == [name]
-    assert [path.name for path in folder.rglob("*") if path.is_file()] == [Path(name).name]
-    assert (folder / name).read_text() == "mine"
+def weights(folder: Path) -> str:
+    return (folder / "checkpoints" / "step" / "weights").read_text()
 
 
-def test_a_result_that_was_edited_is_foreign(tmp_path):
-    folder = train_folder(tmp_path / "run")
-    (folder / "model" / "model.safetensors").write_text("y")
-    assert foreign_names(folder) == ["model/model.safetensors"]
+# ---- overwrite
 
 
-def test_links_are_foreign_and_are_not_followed(tmp_path):
-    folder = train_folder(tmp_path / "run")
-    data = write(tmp_path / "data" / "a.txt")
-    (folder / "tensorboard" / "events.out.tfevents.link").symlink_to(data)
-    (folder / "checkpoints" / "step-00000003").symlink_to(data.parent)
-    (folder / "wandb" / "debug-mine.log").symlink_to(data)
-    foreign = ["checkpoints/step-00000003", "tensorboard/events.out.tfevents.link", "wandb/debug-mine.log"]
-    assert foreign_names(folder) == foreign
-    assert discard(folder) == foreign
-    assert data.read_text() == "x"
+def test_an_overwritten_run_is_renamed_and_deleted_when_the_next_is_finished(tmp_path):
+    for text in "123":
+        run(tmp_path / "run", text, overwrite=True)
+    assert (weights(tmp_path / "run"), weights(tmp_path / "run.previous")) == ("3", "2")
+    assert sorted(os.listdir(tmp_path)) == ["run", "run.previous"]
+    assert unrecorded(tmp_path / "run") == {}
 
 
-def test_a_link_of_wandb_is_removed_and_not_followed(tmp_path):
-    folder = train_folder(tmp_path / "run")
-    data = write(tmp_path / "data" / "a.txt")
-    (folder / "wandb" / "latest-run").unlink()
-    (folder / "wandb" / "latest-run").symlink_to(data.parent)
-    assert discard(folder) == []
-    assert not folder.exists()
-    assert data.read_text() == "x"
-    bare = tmp_path / "bare"
-    (bare / "wandb").mkdir(parents=True)
-    (bare / "wandb" / "latest-run").symlink_to(data.parent)
-    assert foreign_names(bare) == ["wandb/latest-run"]
+def test_a_finished_run_outlives_any_number_of_starts_that_fail(tmp_path):
+    run(tmp_path / "run", "good")
+    for text in "123":
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "run", text, error=ZeroDivisionError(), overwrite=True)
+    assert weights(tmp_path / "run.previous") == "good"
+    assert (weights(tmp_path / "run"), weights(tmp_path / "run.unfinished")) == ("3", "2")
+    run(tmp_path / "run", "better", overwrite=True)
+    assert weights(tmp_path / "run.previous") == "good"
+    assert sorted(os.listdir(tmp_path)) == ["run", "run.previous", "run.unfinished"]
 
 
-def test_the_output_of_another_command_within_is_foreign(tmp_path):
-    folder = train_folder(tmp_path / "run")
-    write(folder / "my-prune" / "model.safetensors")
-    add_file_list(folder / "my-prune")
-    assert foreign_names(folder) == ["my-prune/castlm.json", "my-prune/model.safetensors"]
+@pytest.mark.parametrize("name", ["thesis.txt", "checkpoints/step/notes.txt", "mine/a/b.txt", ".hidden", "config.yaml"])
+def test_what_a_user_put_there_is_never_deleted(name, tmp_path):
+    """Also when the run is resumed, and so written to by castlm, in between."""
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", "1", error=KeyboardInterrupt())
+    write(tmp_path / "run" / name, "mine")
+    with output_folder(tmp_path / "run", "train", resume=True) as folder:
+        begin_output(folder, "train", resume=True)
+        write(folder / "model", "1")
+    assert list(unrecorded(tmp_path / "run")) == [name]
+    for text in "234":
+        run(tmp_path / "run", text, overwrite=True)
+    assert (tmp_path / "run.previous-2" / name).read_text() == "mine"
+    assert (weights(tmp_path / "run"), weights(tmp_path / "run.previous")) == ("4", "3")
 
 
-@pytest.mark.parametrize(
-    "record", ["", "{", "[]", "[" * 100_000, '{"command": "rm"}', '{"command": ["train"]}', '{"files": 3}']
-)
+def test_nothing_is_renamed_before_the_run_begins(tmp_path):
+    run(tmp_path / "run", "1")
+    before = tree(tmp_path)
+    with output_folder(tmp_path / "run", "train", overwrite=True):
+        assert tree(tmp_path) == before
+    with pytest.raises(ZeroDivisionError), output_folder(tmp_path / "run", "train", overwrite=True):
+        raise ZeroDivisionError
+    assert tree(tmp_path) == before
+
+
+def test_a_run_that_fails_before_it_has_written_gives_the_name_back(tmp_path):
+    run(tmp_path / "run", "1")
+    before = tree(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        begin_and_fail(tmp_path / "run", overwrite=True)
+    assert tree(tmp_path) == before
+    run(tmp_path / "run", "2", overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["run", "run.previous"]
+
+
+def test_the_output_of_another_command_can_be_overwritten_and_stays_too(tmp_path):
+    with atomic_dir(tmp_path / "out") as folder:
+        write(folder / "model.safetensors", "pruned")
+    run(tmp_path / "out", "1", overwrite=True)
+    assert tree(tmp_path / "out.previous") == {"model.safetensors": "pruned"}
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", "[" * 100_000, '{"command": ["train"]}', '{"files": 3}'])
 def test_a_folder_without_a_whole_record_is_not_overwritten(record, tmp_path):
     write(tmp_path / "run" / OUTPUT, record)
     write(tmp_path / "run" / "metrics.jsonl")
-    with pytest.raises(InputError, match="no record of what"), claimed(tmp_path / "run", "train", overwrite=True):
+    with pytest.raises(InputError, match="no record"), output_folder(tmp_path / "run", "train", overwrite=True):
         pass
+    with pytest.raises(InputError, match="no record"):
+        check_output(tmp_path / "run", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [OUTPUT, "metrics.jsonl"]
 
 
-def test_a_record_cannot_name_what_is_outside(tmp_path):
-    data = write(tmp_path / "data.txt")
-    write(tmp_path / "run" / "castlm.json", json.dumps({"files": {"../data.txt": "0", str(data): "0"}}))
-    assert discard(tmp_path / "run") == []
-    assert data.read_text() == "x"
-    for name in ("../data.txt", str(data)):
-        write(tmp_path / "run" / "castlm.json", json.dumps({"files": {name: "0"}}))
-        with pytest.raises(InputError, match="missing or has changed"):
-            read_result(tmp_path / "run")
+@pytest.mark.parametrize("moment", range(30))
+def test_a_kill_at_any_moment_of_an_overwriting_start_loses_nothing(moment, tmp_path):
+    run(tmp_path / "run", "1")
+    pid = os.fork()
+    if not pid:
+        steps = iter(range(moment))
+
+        def hook(event: str, arguments: tuple) -> None:
+            if event.startswith(("os.", "open")) and event != "os.kill" and next(steps, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        try:
+            run(tmp_path / "run", "2", overwrite=True)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    held = {folder.name: tree(folder) for folder in tmp_path.iterdir() if not folder.name.startswith(".")}
+    assert {"config.yaml": "1", "checkpoints/step/weights": "1"} in held.values()
+    run(tmp_path / "run", "3", overwrite=True)
+    assert weights(tmp_path / "run") == "3"
+    assert "1" in (weights(tmp_path / name) for name in ("run.previous",))
+    assert not [name for name in os.listdir(tmp_path) if ".tmp-" in name]
 
 
-def test_overwrite_is_for_the_same_command(tmp_path):
-    for command in LAYOUT:
-        write(tmp_path / command / OUTPUT, json.dumps({"command": command}))
-        assert command_of(tmp_path / command) == command
-        with claimed(tmp_path / command, command, overwrite=True):
+def test_the_page_of_a_run_is_recorded_and_nothing_else_is(tmp_path):
+    run(tmp_path / "run", "1")
+    write(tmp_path / "run" / "thesis.txt")
+    record_file(write(tmp_path / "run" / "report.html"))
+    assert list(unrecorded(tmp_path / "run")) == ["thesis.txt"]
+
+
+# ---- resume
+
+
+def test_resume_continues_what_is_there_and_starts_where_nothing_is(tmp_path):
+    run(tmp_path / "new", "1", resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", "1", error=KeyboardInterrupt())
+    with output_folder(tmp_path / "run", "train", resume=True) as folder:
+        begin_output(folder, "train", resume=True)
+        assert weights(folder) == "1"
+    assert json.loads((tmp_path / "run" / OUTPUT).read_text())["complete"]
+    assert sorted(os.listdir(tmp_path)) == ["new", "run"]
+
+
+def test_resume_is_for_the_same_command(tmp_path):
+    run(tmp_path / "run", "1")
+    write(tmp_path / "other" / "thesis.txt")
+    for folder in (tmp_path / "run", tmp_path / "other"):
+        before = tree(folder)
+        with pytest.raises(InputError, match="something else"), output_folder(folder, "compare", resume=True):
             pass
-        for other in {*LAYOUT, "result"} - {command}:
-            with (
-                pytest.raises(InputError, match=f"another command .{command}"),
-                claimed(tmp_path / command, other, overwrite=True),
-            ):
-                pass
+        assert tree(folder) == before
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_command_that_can_continue_says_so_when_it_is_stopped(stop, tmp_path, capsys):
+    with pytest.raises(stop):
+        run(tmp_path / "run", "1", error=stop(), resume=True)
+    assert f"what is done is in {tmp_path / 'run'}" in capsys.readouterr().err
 
 
 # ---- folders that cannot be used
 
 
 def test_a_folder_and_its_parents_are_made(tmp_path):
-    with claimed(tmp_path / "a" / "b", "result") as folder:
+    with output_folder(tmp_path / "a" / "b", "train") as folder:
         assert folder == tmp_path / "a" / "b"
         assert folder.is_dir()
+    assert not folder.exists()  # nothing was begun in it
+    assert check_output(tmp_path / "c" / "d") == tmp_path / "c" / "d"
     (tmp_path / "empty").mkdir()
-    with claimed(tmp_path / "empty", "result"):
+    with output_folder(tmp_path / "empty", "train"):
         pass
     assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_what_is_taken_is_refused(tmp_path):
     write(tmp_path / "file")
-    for path, options, reason in (
-        (tmp_path / "file", {"overwrite": True}, "is a file"),
-        (tmp_path / "file" / "below", {}, "Not a directory"),
-        (tmp_path, {}, "already holds something"),
-        (tmp_path, {"overwrite": True}, "no record of what castlm wrote"),
+    for path, overwrite, reason in (
+        (tmp_path / "file", True, "is a file"),
+        (tmp_path / "file" / "below", False, "cannot write"),
+        (tmp_path, False, "already holds something"),
+        (tmp_path, True, "no record"),
     ):
-        with pytest.raises(InputError, match=reason), claimed(path, "result", **options):
+        with pytest.raises(InputError, match=reason), output_folder(path, "train", overwrite=overwrite):
             pass
+        with pytest.raises(InputError, match=reason):
+            check_output(path, overwrite=overwrite)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_home_and_the_working_folder_are_not_overwritten(tmp_path, monkeypatch):
+def test_home_the_working_folder_and_mount_points_are_not_overwritten(tmp_path, monkeypatch):
     here = tmp_path / "here"
-    write(here / "model.safetensors")
-    add_file_list(here)
+    run(here, "1")
     monkeypatch.chdir(here)
-    with pytest.raises(InputError, match="is the working folder"), claimed(".", "result", overwrite=True):
+    with pytest.raises(InputError, match="working folder"), output_folder(".", "train", overwrite=True):
         pass
     monkeypatch.chdir("/")
-    monkeypatch.setenv("HOME", str(here))
-    with pytest.raises(InputError, match="or your home"), claimed("~", "result", overwrite=True):
-        pass
+    with monkeypatch.context() as patch:
+        patch.setenv("HOME", str(here))
+        with pytest.raises(InputError, match="your home"):
+            check_output("~", overwrite=True)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == here)
+    with pytest.raises(InputError, match="mount point"):
+        check_output(here, overwrite=True)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
-    with pytest.raises(InputError, match="cannot write /proc/castlm"), claimed("/proc/castlm", "result"):
-        pass
+    with pytest.raises(InputError, match="cannot write /proc"):
+        check_output("/proc/castlm")
     if os.geteuid() == 0:
         pytest.skip("root writes through permissions")
     tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match="Permission denied"), claimed(tmp_path / "out", "result"):
+    with pytest.raises(InputError, match="Permission denied"), output_folder(tmp_path / "out", "train"):
         pass
 
 
@@ -213,21 +251,20 @@ def test_a_folder_alone_that_can_be_written_is_enough_for_a_run(tmp_path, monkey
     """As a volume mounted at /out, for a user who may not write in /. A result takes its name beside the folder."""
     out = tmp_path / "out"
     out.mkdir()
-    mkdir = Path.mkdir
+    mkdir = os.mkdir
 
-    def refusing(self: Path, *arguments, **options) -> None:
-        if self.parent == tmp_path and self != out:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
-        mkdir(self, *arguments, **options)
+    def refusing(path, *arguments, **options) -> None:
+        if Path(path).parent == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        mkdir(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "mkdir", refusing)
-    for command in LAYOUT:
-        with claimed(out, command) as folder:
-            assert folder == out
-    told = f"cannot write {tmp_path}, where the result is written before it becomes {out}: Permission denied"
-    with pytest.raises(InputError, match=told), claimed(out, "result"):
-        pass
-    assert list(out.iterdir()) == []
+    monkeypatch.setattr(os, "mkdir", refusing)
+    with pytest.raises(InputError, match=f"cannot write {tmp_path}, where out is to be: Permission denied"):
+        check_output(out)
+    run(out, "1")
+    with pytest.raises(InputError, match="Permission denied"), output_folder(out, "train", overwrite=True):
+        pytest.fail("it is found out before the work")
+    assert weights(out) == "1"
 
 
 # ---- inputs
@@ -253,7 +290,7 @@ def test_an_input_in_the_output_folder_is_refused(how, tmp_path, monkeypatch):
     for folder in (out, tmp_path / "link", Path("out")):
         with (
             pytest.raises(InputError, match=r"dataset .* is in the output folder"),
-            claimed(folder, "train", overwrite=True, inputs={"model": None, "dataset": value}),
+            output_folder(folder, "train", overwrite=True, inputs={"model": None, "dataset": value}),
         ):
             pass
     assert data.read_text() == "x"
@@ -267,7 +304,7 @@ def test_other_inputs_are_not_refused(tmp_path):
 
 @pytest.mark.parametrize("path", ["", "a\0b", "~nosuchuser/out", os.fsdecode(b"caf\xe9")])
 def test_unusable_names_are_one_line(path):
-    with pytest.raises(InputError), claimed(path, "train"):
+    with pytest.raises(InputError), output_folder(path, "train"):
         pass
 
 
@@ -277,9 +314,10 @@ def test_unusable_names_are_one_line(path):
 def hold(folder: Path) -> subprocess.Popen[str]:
     """A process that holds the lock of `folder`."""
     program = f"""
-from castlm.files.output import claimed
+from castlm.files.output import begin_output, output_folder
 import time
-with claimed({str(folder)!r}, "train"):
+with output_folder({str(folder)!r}, "train", overwrite=True) as claimed:
+    begin_output(claimed, "train")
     print("held", flush=True)
     time.sleep(60)
 """
@@ -289,100 +327,64 @@ with claimed({str(folder)!r}, "train"):
     return process
 
 
-@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
-def test_a_folder_in_use_is_refused_until_its_process_ends(options, tmp_path):
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_folder_in_use_is_refused_until_its_process_ends(earlier, tmp_path, capfd):
+    if earlier:  # which the process sets aside
+        run(tmp_path / "run", "1")
     process = hold(tmp_path / "run")
     try:
-        write(tmp_path / "run" / OUTPUT, json.dumps({"command": "train"}))
-        with (
-            pytest.raises(InputError, match=rf"in use by process {process.pid} on \S+ \(castlm train\)"),
-            claimed(tmp_path / "run", "train", **options),
-        ):
-            pass
-        assert (tmp_path / "run" / OUTPUT).is_file()
+        used = rf"in use by process {process.pid} on \S+ \(castlm train\)"
+        for options in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(InputError, match=used), output_folder(tmp_path / "run", "train", **options):
+                pass
+        with pytest.raises(InputError, match=used):
+            check_output(tmp_path / "run", overwrite=True)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        try:
-            with claimed(tmp_path / "run", "train", resume=True):
-                break
-        except InputError:
-            time.sleep(0.01)
-    else:
-        pytest.fail("the lock of a dead process blocks")
+        with contextlib.suppress(InputError), output_folder(tmp_path / "run", "train", resume=True):
+            return
+        time.sleep(0.01)
+    pytest.fail("the lock of a dead process blocks")
 
 
-def test_a_stale_record_of_a_holder_does_not_block(tmp_path):
-    write(tmp_path / "run" / ".castlm.holder.json", json.dumps({"pid": os.getpid(), "host": "here"}))
-    write(tmp_path / "run" / ".castlm.lock", "")
-    with locked(tmp_path / "run", "train"):
-        pass
+def test_a_stale_lock_does_not_block(tmp_path):
+    write(tmp_path / "run" / LOCK, f"process {os.getpid()} on here (castlm train)")
+    run(tmp_path / "run", "1")
 
 
 def test_a_start_that_fails_leaves_no_trace(tmp_path):
-    with pytest.raises(ZeroDivisionError), claimed(tmp_path / "run", "train"):
-        raise ZeroDivisionError
-    assert not list(tmp_path.iterdir())
-    write(tmp_path / "run" / "thesis.txt")
-    with pytest.raises(ZeroDivisionError), claimed(tmp_path / "run", "train", resume=True):
-        raise ZeroDivisionError
-    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["thesis.txt"]
-    assert content(tmp_path / "run").owned == []
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(ZeroDivisionError), output_folder(tmp_path / "run", "train", **options):
+            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError):
+            begin_and_fail(tmp_path / "run", **options)
+        assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": True}])
-def test_a_start_that_fails_leaves_no_lock_in_an_earlier_result(options, tmp_path):
-    write(tmp_path / "out" / "castlm.json", "{}")
-    add_file_list(tmp_path / "out")
-    with pytest.raises(ZeroDivisionError), claimed(tmp_path / "out", "result", **options):
-        raise ZeroDivisionError
-    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["castlm.json"]
+def test_a_full_disk_at_the_start_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    run(tmp_path / "run", "1")
+    before = tree(tmp_path)
 
-
-def test_a_full_disk_at_the_start_leaves_no_trace(tmp_path, monkeypatch):
-    def full(self, *_, **__):
+    def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
-        with pytest.raises(InputError, match="No space left on device"), claimed(tmp_path / "run", "train"):
-            pass
-    assert not list(tmp_path.iterdir())
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(InputError, match="disk full"):
+            run(tmp_path / "run", "2", overwrite=True)
+        with pytest.raises(InputError, match="disk full"):
+            run(tmp_path / "new", "2")
+    assert tree(tmp_path) == before
+    assert command_of(tmp_path / "run") == "train"
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_a_command_that_can_go_on_says_so_when_it_is_stopped(stop, tmp_path, capsys):
-    def stopped():
-        with continued(tmp_path / "run", "compare") as folder:
-            (folder / "table.md").write_text("begun")
-            raise stop
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    with pytest.raises(stop):
-        stopped()
-    assert f"what is done is in {tmp_path / 'run'}: the same command goes on from there" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, InputError])
-def test_a_folder_in_which_nothing_was_written_before_an_error_is_free_again(stop, tmp_path, capsys):
-    with pytest.raises(stop), continued(tmp_path / "run", "compare"):
-        raise stop
-    assert not list(tmp_path.iterdir())
-    assert "goes on from there" not in capsys.readouterr().err
-    (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / OUTPUT).write_text('{"command": "compare"}')
-    with pytest.raises(stop), continued(tmp_path / "killed", "compare"):
-        raise stop
-    assert not list((tmp_path / "killed").iterdir())
-
-
-def test_an_interrupt_after_a_folder_to_go_on_in_is_deleted_is_passed_on(tmp_path):
-    def stopped():
-        with continued(tmp_path / "run", "compare") as folder:
-            discard(folder)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stopped()
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("fcntl.flock", none)
+    run(tmp_path / "run", "1")
+    assert "without locks" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import yaml
 from castlm.cli.main import main
 from castlm.compare import runs
 from castlm.core.errors import InputError
-from castlm.files.atomic_dir import add_file_list
+from castlm.files.record import record_output
 from castlm.planning import fit
 from castlm.planning.law import Law, predict_perplexity
 from castlm.planning.sweep import check_budgets, geometric_budgets
@@ -95,7 +95,7 @@ class Drawn:
         record["perplexity"] = {"pruned": self.perplexity(tokens, seed)}
         record |= {} if self.verdict is None else {"verdict": self.verdict}
         (folder / "castlm.json").write_text(json.dumps(record))
-        add_file_list(folder)
+        record_output(folder, command="result", checksums=True)
         (folder.parent / "castlm-output.json").write_text('{"command": "train"}')
         return 0
 
@@ -298,7 +298,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(files, drawn, tmp_path
     arguments = ["plan", "sweep", *files, "--output-dir", str(tmp_path / "out"), "--largest-tokens", str(LARGEST)]
     assert main(arguments) == 2
     assert main([*arguments, "--overwrite"]) == 2
-    assert "already holds something that castlm has no record of" in capsys.readouterr().err
+    assert "holds something else than an output of castlm sweep" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main([*arguments, "--output-dir", str(tmp_path / "file")]) == 2
     assert not drawn.done

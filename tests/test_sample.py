@@ -268,9 +268,8 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(llama, tmp_path, capsy
     cases = [
         (command(llama, path), "already exists: name another file or pass overwrite"),
         (command(llama, other, "--overwrite"), "is not as castlm wrote it"),
-        (command(llama, path, "--resume"), "is finished: there is nothing to resume"),
-        (command(llama, other, "--resume"), "is not castlm's: there is nothing to resume"),
-        (command(llama, tmp_path / "b.jsonl", "--resume"), "has not been begun"),
+        (command(llama, path, "--resume", "--num-tokens", "10000"), "lower num_tokens, or overwrite it"),
+        (command(llama, other, "--resume"), "already exists"),
         (command(llama, path, "--resume", "--overwrite"), "exclude each other"),
         (command(llama, tmp_path / "b.txt"), "does not end in .jsonl"),
         (command(llama, tmp_path / "no" / "b.jsonl"), "name a file in an existing folder"),
@@ -327,8 +326,6 @@ def test_a_kill_between_the_name_and_the_record_leaves_a_finished_file(tmp_path,
         with pytest.raises(KeyboardInterrupt):
             written(path, sampler_of())
     assert json.loads(record.read_text())["finished"] is False
-    with pytest.raises(InputError, match="is finished: there is nothing to resume"):
-        written(path, sampler_of(), resume=True)
     found = finished_samples(path, {"seed": 0}, 150)
     assert found is not None
     assert found == json.loads(record.read_text()) == {**found, "finished": True}
@@ -346,6 +343,36 @@ def test_an_edited_record_is_not_resumed(edit, tmp_path):
     record.write_text(json.dumps(json.loads(record.read_text()) | edit))
     with pytest.raises(InputError, match="is corrupt"):
         written(path, sampler_of(), resume=True)
+
+
+def test_resume_starts_where_nothing_is_and_reads_what_is_finished(llama, tmp_path):
+    path, more = tmp_path / "a.jsonl", ("--num-tokens", "50", "--resume")
+    assert main(command(llama, path, *more)) == 0
+    before = path.stat().st_mtime_ns
+    assert main(command(llama, path, *more)) == 0
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_file_of_others_at_the_name_of_the_output_is_never_overwritten(when, tmp_path):
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        written(path, sampler_of(), stop_after=2)
+    if when == "before":
+        path.write_text("mine")
+        with pytest.raises(InputError, match="is not as castlm wrote it"):
+            written(path, sampler_of(), resume=True)
+    else:
+        with open_samples(path, {"seed": 0}, dedup_prefix=5, resume=True) as file:
+            file.restore(sampler_of().prompt_of)
+            path.write_text("mine")
+            with pytest.raises(InputError, match="is not castlm's: move it away"):
+                sample(sampler_of(), file, num_tokens=150)
+    assert path.read_text() == "mine"
+    path.unlink()
+    written(path, sampler_of(), resume=True)
+    written(tmp_path / "straight.jsonl", sampler_of())
+    assert path.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
 
 
 def test_a_changed_part_or_another_setting_is_not_resumed(tmp_path):

@@ -150,7 +150,7 @@ def test_the_command_that_is_printed_trains_without_a_teacher(llama, own, tmp_pa
     printed = capsys.readouterr().out.rpartition("castlm train ")[2].split()
     printed[printed.index("RUN")] = str(tmp_path / "run")
     more = ("--init-from", "magnitude", "--save-steps", "0", "--no-report", "--ignore-decay-budget")
-    assert main(["train", *printed, *more]) in (0, 1)
+    assert main(["train", *printed, *more]) == 0
     assert len(lessons) == num_read
     assert "no teacher is loaded" in capsys.readouterr().err
 
@@ -181,7 +181,6 @@ def test_bad_input_is_one_line(llama, own, tmp_path, capsys):
         (command(llama, own, *cache, "--resume", "--top-p", "0.5"), "was sampled differently (top_p 1.0 -> 0.5)"),
         (command(llama, own, *cache, "--resume", "--num-tokens", "10000"), "lower num_tokens, or overwrite it"),
         (command(llama, changed, *cache, "--resume"), "is not as castlm wrote it"),
-        (command(llama, tmp_path / "a.jsonl", *cache, "--resume"), "has not been begun"),
     ]
     assert_refused(cases, capsys)
     assert not (tmp_path / "a.jsonl.part").exists()

@@ -22,6 +22,7 @@ from castlm.core.sparsify import weight_parameter
 from castlm.data.tokens import token_ids
 from castlm.distributed.world import init_world
 from castlm.export.verify import verify
+from castlm.files.output import begin_output
 from castlm.methods.options import OptimizerOptions
 from castlm.models.io import load_model
 from castlm.oneshot import start
@@ -29,15 +30,16 @@ from castlm.oneshot.calibration import draw_calibration
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.start import prune_oneshot_
 from castlm.signals import ending_on_sigterm
+from castlm.training import run_folder
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.interrupt import Interrupt, Interrupted
 from castlm.training.objective import pruned
 from castlm.training.run import Run
-from castlm.training.run_folder import RunFolder, after_restart
+from castlm.training.run_folder import after_restart
 from castlm.training.train import begin_run, train
 from tests.ranks import start_command, wait_ranks
-from tests.runs import assert_close_weights, assert_equal_weights, metrics, small, stop_and_resume, train_until
+from tests.runs import assert_equal_weights, assert_same_runs_but_for_sums, metrics, small, stop_and_resume, train_until
 from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, TEXT, save_tiny
 
@@ -66,7 +68,7 @@ def test_accumulation_is_one_large_batch(llama, text, tmp_path):
     common = {"eta": 0.5, "max_steps": 4, "decay_end": 1.0}
     train(small(llama, text, tmp_path / "a", per_device_train_batch_size=8, **common))
     train(small(llama, text, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8, **common))
-    assert_close_weights(tmp_path / "a" / "model", tmp_path / "b" / "model", rtol=1e-4, atol=2e-5)
+    assert_same_runs_but_for_sums(tmp_path / "a" / "model", tmp_path / "b" / "model")
 
 
 @pytest.mark.parametrize(
@@ -460,23 +462,33 @@ def test_overwrite_keeps_the_old_result_until_the_new_one_is_whole(llama, text, 
     new = config.changed(overwrite=True, seed=1)
 
     def tree() -> list[str]:
-        return sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "run").rglob("*") if not p.name.startswith("."))
+        return sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if not p.name.startswith("."))
 
     before = tree()
     for bad in ({"model": "/nowhere"}, {"dataset": "/nowhere.txt"}, {"seq_len": 4096}, {"teacher_top_k": 10**6}):
         with pytest.raises(InputError):
             train(new.changed(**bad))
         assert tree() == before
+    previous = tmp_path / "run.previous" / "model" / "model.safetensors"
     train_until(new, 1)
-    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == old
-    (aside,) = (tmp_path / "run" / "replaced").iterdir()
-    assert {"checkpoints", "config.yaml", "metrics.jsonl"} <= {entry.name for entry in aside.iterdir()}
+    assert previous.read_bytes() == old
     train_until(new.changed(seed=2), 1)  # an overwrite of what overwrote
-    assert len(list((tmp_path / "run" / "replaced").iterdir())) == 2
-    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == old
+    assert previous.read_bytes() == old
     train(new.changed(seed=2, overwrite=False, resume=True))
     assert json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())["config"]["seed"] == 2
-    assert not (tmp_path / "run" / "replaced").exists()
+    assert previous.read_bytes() == old
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.previous", "run.unfinished"]
+
+
+def test_the_config_of_an_overwritten_run_may_be_the_config_that_overwrites(llama, text, tmp_path):
+    finished(llama, text, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    before = config.read_bytes()
+    arguments = ["--config", str(config), "--output-dir", str(tmp_path / "run")]
+    assert main(["train", *arguments, "--overwrite"]) == 0
+    assert (tmp_path / "run.previous" / "config.yaml").read_bytes() == before
+    assert main(["train", *arguments, "--model", str(tmp_path / "run" / "model"), "--overwrite"]) == 2
+    assert config.is_file()
 
 
 def test_parts_of_a_checkpoint_that_was_being_removed_go_with_the_next_save(llama, text, tmp_path):
@@ -493,13 +505,12 @@ def test_parts_of_a_checkpoint_that_was_being_removed_go_with_the_next_save(llam
 
 def test_a_signal_while_the_folder_changes_waits_for_a_step_and_saves(llama, text, tmp_path, monkeypatch):
     config = finished(llama, text, tmp_path / "run")
-    begin = RunFolder.begin
 
-    def stopped(self, config):
-        begin(self, config)
+    def stopped(*about, **more):
+        begin_output(*about, **more)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(RunFolder, "begin", stopped)
+    monkeypatch.setattr(run_folder, "begin_output", stopped)
     with pytest.raises(
         Interrupted, match=r"stopped after step 1, saved; continue with: castlm train --config \S+ --resume"
     ):
@@ -508,15 +519,13 @@ def test_a_signal_while_the_folder_changes_waits_for_a_step_and_saves(llama, tex
 
 
 def test_a_signal_that_a_library_swallows_ends_the_run_after_its_first_step(llama, text, tmp_path, monkeypatch):
-    begin = RunFolder.begin
-
-    def swallowing(self, config):
+    def swallowing(*about, **more):
         with contextlib.suppress(Interrupted):
             os.kill(os.getpid(), signal.SIGTERM)
-        begin(self, config)
+        begin_output(*about, **more)
 
     monkeypatch.setattr(Interrupt, "start_training", lambda self: None)
-    monkeypatch.setattr(RunFolder, "begin", swallowing)
+    monkeypatch.setattr(run_folder, "begin_output", swallowing)
     with pytest.raises(Interrupted, match="stopped after step 1, saved"):
         train(small(llama, text, tmp_path / "run", init_from="magnitude"))
 

@@ -11,7 +11,6 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -23,17 +22,13 @@ from rich.table import Table
 from castlm.cli.demo_payoff import payoff_table
 from castlm.cli.options import command_line, parse
 from castlm.core.sparsify import prune_
-from castlm.files.atomic_file import atomic_write_json
-from castlm.files.output import claimed, continued
-from castlm.files.owned import OUTPUT, read_record
+from castlm.files.output import begin_output, output_folder
 from castlm.hardware import keep_freed_memory
 from castlm.models.io import Loaded, load_model
 from castlm.models.locate import DEMO
 from castlm.progress import Screen, note
-from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.interrupt import Interrupted
-from castlm.training.run_folder import RunFolder
 from castlm.training.train import train
 
 HELD_OUT = 8  # one topic in 8
@@ -52,7 +47,7 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
     return train_file, eval_file
 
 
-def demo_config(folder: Path, max_steps: int, method: str, resume: bool = False) -> TrainConfig:
+def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
     texts = folder / "text"
     start = {"calibration_sequences": 64, "rotation_iterations": 50, "mask_iterations": 8} if method == "castlm" else {}
     return TrainConfig.of(
@@ -67,22 +62,19 @@ def demo_config(folder: Path, max_steps: int, method: str, resume: bool = False)
         eval_tokens=4096,
         eval_steps=max_steps,
         save_steps=0,
-        resume=resume,
-        overwrite=not resume,
+        resume=True,
         **start,
     )
 
 
 def run_demo(folder: Path, max_steps: int, overwrite: bool, resume: bool) -> None:
     """Trains castlm and the dense control, and prints what they reach, what they cost to run, and a text of each."""
-    claim = continued(folder, "demo") if resume else claimed(folder, "demo", overwrite=overwrite)
-    with claim as claimed_folder:
-        begun = read_record(claimed_folder / OUTPUT).get("begun", []) if resume else []
-        _run_demo(claimed_folder, max_steps, begun)
+    with output_folder(folder, "demo", overwrite=overwrite, resume=resume) as claimed:
+        begin_output(claimed, "demo", resume=resume)
+        _run_demo(claimed, max_steps)
 
 
-def _run_demo(folder: Path, max_steps: int, begun: Collection[str]) -> None:
-    """`begun` are the runs of an earlier start, which go on or are finished."""
+def _run_demo(folder: Path, max_steps: int) -> None:
     started = time.monotonic()
     console = Screen(highlight=False, soft_wrap=True)
     write_texts(folder / "text")
@@ -90,10 +82,7 @@ def _run_demo(folder: Path, max_steps: int, begun: Collection[str]) -> None:
     for number, method in enumerate(("castlm", "dense"), 1):
         what = "dense to 2:4" if method == "castlm" else "the dense control, with the same training"
         console.print(f"[{number}/2] {what}: {max_steps} steps of 512 tokens", markup=False)
-        run = RunFolder(folder / method)
-        goes_on = method in begun and (run.is_finished() or bool(checkpoint_steps(run.checkpoints)))
-        atomic_write_json(folder / OUTPUT, {"command": "demo", "begun": sorted({*begun, *records, method})})
-        records[method] = train(demo_config(folder, max_steps, method, goes_on))
+        records[method] = train(demo_config(folder, max_steps, method))
     console.print(results_table(records["castlm"], records["dense"]))
     completions(console, folder)
     result, packed = folder / "castlm" / "model", folder / "packed"
@@ -162,10 +151,10 @@ class DemoCommand:
     """Optimizer steps of 512 tokens, for castlm and for the dense control each."""
 
     resume: bool = False
-    """Go on where an earlier start was stopped."""
+    """Continue where an earlier start was stopped, or start."""
 
     overwrite: bool = False
-    """Replace what output_dir holds."""
+    """Start again; what output_dir holds becomes OUTPUT_DIR.previous."""
 
     def run(self) -> int:
         keep_freed_memory()

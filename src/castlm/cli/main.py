@@ -53,7 +53,7 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0: done. 1: the answer is no (a pattern does not hold, a run diverged or fell short, a run of `compare` failed). 2:
+    0: done. 1: the answer is no (a pattern does not hold, a run diverged, a run of `compare` failed). 2:
     bad input, or output that cannot be written, in one line. 130: after Ctrl-C. 141, as for a process that SIGPIPE
     ends: nobody reads the output any more (`castlm ... | head -1`).
 

@@ -39,19 +39,15 @@ class PackCommand:
     def run(self) -> int:
         from castlm.export.packed import pack_folder, pattern_of
         from castlm.export.unit_count import groups_of
-        from castlm.files.output import claimed
+        from castlm.files.output import check_output
         from castlm.progress import shown_progress
 
         pattern = pattern_of(self.path, self.pattern)
         groups = None if pattern is None else groups_of(pattern)
         if pattern is not None and groups is None:
             raise InputError(f"{self.path} is {pattern}, which has no n:m to pack: pass --pattern n:m, or dense")
-        with (
-            claimed(
-                self.output_dir, "result", overwrite=self.overwrite, inputs={"path": result_folder(self.path)}
-            ) as folder,
-            shown_progress("pack, tensors") as progress,
-        ):
+        folder = check_output(self.output_dir, overwrite=self.overwrite, inputs={"path": result_folder(self.path)})
+        with shown_progress("pack, tensors") as progress:
             report = pack_folder(
                 self.path,
                 folder,

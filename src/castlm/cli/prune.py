@@ -100,7 +100,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
 
     def run(self) -> int:
         from castlm.data.documents import open_documents
-        from castlm.files.output import claimed
+        from castlm.files.output import check_output
         from castlm.hardware import choose_device
         from castlm.models.locate import local_folder
         from castlm.oneshot.prune import Prune, choose_memory
@@ -126,27 +126,27 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             text = open_documents(self.calibration, column=self.column)
         start = Start.of(self, method, pattern, damping=self.damping, seed=self.seed)
         inputs = {"model": self.model, "calibration": self.calibration}
-        with claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder:
-            memory = self.memory
-            if memory == "auto":
-                memory = choose_memory(self.model, self.revision, folder, pattern, device)
-            prune = Prune(
-                model=self.model,
-                start=start,
-                text=text,
-                text_name=self.calibration,
-                num_sequences=self.num_sequences,
-                seq_len=self.seq_len,
-                device=device,
-                memory=memory,
-                precision=self.precision,
-                save_dtype=self.save_dtype,
-                chat_template_path=self.chat_template_path,
-                revision=self.revision,
-                trust_remote_code=self.trust_remote_code,
-                overwrite=self.overwrite,
-            )
-            report = prune.run(folder)
+        folder = check_output(self.output_dir, overwrite=self.overwrite, inputs=inputs)
+        memory = self.memory
+        if memory == "auto":
+            memory = choose_memory(self.model, self.revision, folder, pattern, device)
+        prune = Prune(
+            model=self.model,
+            start=start,
+            text=text,
+            text_name=self.calibration,
+            num_sequences=self.num_sequences,
+            seq_len=self.seq_len,
+            device=device,
+            memory=memory,
+            precision=self.precision,
+            save_dtype=self.save_dtype,
+            chat_template_path=self.chat_template_path,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            overwrite=self.overwrite,
+        )
+        report = prune.run(folder)
         for line in report.notes():
             print(line)
         measure = f"castlm eval {shlex.quote(str(folder))} --text FILE"

@@ -71,7 +71,7 @@ class QuantizeCommand:
     def run(self) -> int:
         from castlm.export.packed import pattern_of
         from castlm.export.quantized import CalibrationText, quantize_folder
-        from castlm.files.output import claimed
+        from castlm.files.output import check_output
         from castlm.hardware import choose_device, keep_freed_memory
         from castlm.oneshot.options import check_damping
         from castlm.oneshot.report import few_experts_note
@@ -88,10 +88,8 @@ class QuantizeCommand:
         source = result_folder(self.model)
         pattern = pattern_of(source, self.pattern)
         inputs = {"model": source, "calibration": self.calibration}
-        with (
-            claimed(self.output_dir, "result", overwrite=self.overwrite, inputs=inputs) as folder,
-            shown_progress(f"{self.kind}, {'blocks' if calibration else 'layers'}") as progress,
-        ):
+        folder = check_output(self.output_dir, overwrite=self.overwrite, inputs=inputs)
+        with shown_progress(f"{self.kind}, {'blocks' if calibration else 'layers'}") as progress:
             report = quantize_folder(
                 source,
                 folder,

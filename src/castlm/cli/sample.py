@@ -61,7 +61,7 @@ class SampleOptions:
     """auto uses CUDA if there is a GPU, in the dtype of the model. The CPU computes in fp32."""
 
     resume: bool = False
-    """Go on where an earlier start with the same options was stopped."""
+    """Continue where an earlier start with the same options was stopped, or start."""
 
     overwrite: bool = False
     """Replace a file that castlm sample wrote."""
@@ -123,7 +123,7 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
         free = {"output_file", "num_tokens", "resume", "overwrite", "trust_remote_code", *_CACHE_OPTIONS}
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         record = None
-        if self.resume and self.teacher_cache is not None:
+        if self.resume:
             record = finished_samples(self.output_file, settings, self.num_tokens)
         if record is None:
             with open_samples(

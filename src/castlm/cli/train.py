@@ -77,6 +77,7 @@ def run_training(config: TrainConfig, report: bool) -> int:
     from castlm.distributed.world import is_main_rank
     from castlm.hardware import keep_freed_memory
     from castlm.training.interrupt import Interrupted
+    from castlm.training.record import problem
     from castlm.training.train import train
 
     keep_freed_memory()
@@ -87,7 +88,7 @@ def run_training(config: TrainConfig, report: bool) -> int:
     except Interrupted as stop:
         print(f"castlm: {stop}", file=sys.stderr)
         return stop.exit_code
-    return 0 if record.get("verdict", {}).get("ok", True) else 1
+    return 1 if problem(record.get("verdict", {})) == "diverged" else 0
 
 
 def _write_page(folder: Path) -> None:

@@ -11,7 +11,7 @@ class CompareConfig:
     """Compare ways to n:m in one harness: same start, data, teacher, token budget and seeds, one table.
 
     A dense control with the same training is always among the runs. Finished runs are not repeated. The exit code is 1
-    if a run failed, diverged or fell short; the table says why.
+    if a run failed or diverged; the table says why, and which runs fell short.
     """
 
     model: str

@@ -22,9 +22,7 @@ from castlm.data.scored import scored_text
 from castlm.data.tokens import Encoder
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import check_export, export_model
-from castlm.files.atomic_file import atomic_write_json
-from castlm.files.output import claimed
-from castlm.files.owned import OUTPUT
+from castlm.files.output import begin_output, output_folder
 from castlm.hardware import choose_device, choose_precision, peak_memory
 from castlm.models.io import load_model
 from castlm.oneshot.calibration import calibration_length
@@ -71,8 +69,8 @@ def run_oneshot(config: OneshotConfig) -> dict[str, Any]:
         InputError: as `load_model`, `open_documents`, `prune_oneshot_` and `export_model`.
     """
     inputs = {name: getattr(config, name) for name in ("model", "calibration", "eval_dataset")}
-    with claimed(config.output_dir, "oneshot", overwrite=True, inputs=inputs) as folder:
-        atomic_write_json(folder / OUTPUT, {"command": "oneshot"})
+    with output_folder(config.output_dir, "oneshot", resume=True, inputs=inputs) as folder:
+        begin_output(folder, "oneshot", resume=True)
         return _prune(config, folder / "model")
 
 

@@ -11,12 +11,12 @@ from castlm.compare.config import CompareConfig
 from castlm.compare.presets import ALL, ALL_UNITS, ONESHOT, ONESHOT_GROUPS, PRESETS, RETRAINING, SPARSEGPT
 from castlm.compare.report import Report, write_report
 from castlm.compare.results import Result
-from castlm.compare.runs import Run, content_hash, execute, with_key, zero_shot_key, zero_shot_rows
+from castlm.compare.runs import Run, content_hash, execute, refuse_running, with_key, zero_shot_key, zero_shot_rows
 from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.fields import checked, convert
-from castlm.files.output import continued
+from castlm.files.output import begin_output, output_folder
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS, is_control
 from castlm.oneshot.options import UNIT_SCORES, default_start
@@ -46,7 +46,7 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
         say: is told of each run.
 
     Returns:
-        The exit code, 1 if a run or a zero-shot evaluation failed or a run diverged or fell short, and the report.
+        The exit code, 1 if a run or a zero-shot evaluation failed or a run diverged, and the report.
 
     Raises:
         InputError: whatever `Plan` refuses, a model that no run could open, or another comparison is at work in the
@@ -61,7 +61,9 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
     root = Path(config.output_dir)
     say(f"{plan.preset.question}  {len(plan.variants)} variants, {plan.num_runs} runs, in {root}")
     results: list[Result] = []
-    with continued(root, "compare"):
+    with output_folder(root, "compare", resume=True):
+        begin_output(root, "compare", resume=True)
+        refuse_running(root)
         for name in plan.variants:
             for tokens in plan.budgets(name):
                 results += plan.settle(name, tokens, root)
@@ -72,7 +74,7 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
                 model = str(result.folder / "model")
                 result.zero_shot = plan.zero_shot(model, result.run.key, result.folder)
     report = write_report(root, plan.preset, results, command, plan.hashes, untouched)
-    has_failed = any("error" in r.record or (r.problem is not None and not r.trial) for r in results)
+    has_failed = any("error" in r.record or (r.problem == "diverged" and not r.trial) for r in results)
     return (1 if plan.has_failed or has_failed else 0), report
 
 

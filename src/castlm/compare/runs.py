@@ -24,9 +24,11 @@ import castlm
 from castlm.compare.presets import ONESHOT
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_text, read_json_mapping
-from castlm.files.output import read_result
-from castlm.files.owned import RESULT, command_of, discard, has_checkpoint, sha256_file
+from castlm.files.output import refuse_locked
+from castlm.files.reading import sha256_file
+from castlm.files.record import OUTPUT, RESULT, command_of, read_result
 from castlm.models.locate import cached_snapshot, locate
+from castlm.training.checkpoint import remove_checkpoints
 from castlm.training.config import WITHOUT_EFFECT
 
 # Fields that always name a model or a text; the key has the hash of what they name.
@@ -94,7 +96,7 @@ def files_of(model: Path) -> list[Path]:
     for root, folders, names in os.walk(model):
         inside = [Path(root, name) for name in folders if not name.startswith(".")]
         folders[:] = [folder.name for folder in inside if command_of(folder) is None]
-        found += [Path(root, name) for name in names if not name.startswith(".") and name != RESULT]
+        found += [Path(root, name) for name in names if not name.startswith(".") and name not in (RESULT, OUTPUT)]
     return sorted(file for file in found if file.is_file() and file.suffix.lower() not in _NOT_CONTENT)
 
 
@@ -114,7 +116,7 @@ def run_key(config: dict[str, Any], hashes: dict[str, str]) -> str:
     return _digest([fields, named, castlm.__version__])[:12]
 
 
-def read_record(folder: Path, config: dict[str, Any] | None = None) -> dict[str, Any] | None:
+def read_finished(folder: Path, config: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """The record of a finished run; None where there is none.
 
     Args:
@@ -146,12 +148,11 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """
     folder = run.folder(root)
     try:
-        record = read_record(folder, run.config)
+        record = read_finished(folder, run.config)
     except InputError as error:
         return {"error": str(error)}
     if record is not None:
-        if (folder / "checkpoints").is_dir():  # killed before they were removed
-            discard(folder, below="checkpoints")
+        remove_checkpoints(folder / "checkpoints")  # where a kill came before
         return record
     folder.parent.mkdir(parents=True, exist_ok=True)
     config_file = folder.with_suffix(".yaml")
@@ -159,8 +160,7 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     if run.is_oneshot:
         command = ["castlm.cli.oneshot", str(config_file)]
     else:
-        resume = has_checkpoint(folder)
-        fields |= {"resume": resume, "overwrite": not resume}
+        fields["resume"] = True
         command = ["castlm", "train", "--no-report", "--config", str(config_file)]
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
     atomic_write_text(config_file, yaml.safe_dump(plain, sort_keys=False))
@@ -168,14 +168,20 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     log = folder.with_suffix(".log")
     code = run_process(command, log)
     try:
-        record = read_record(folder)
+        record = read_finished(folder)
     except InputError as error:
         return {"error": str(error)}
     if record is None or (code and record.get("verdict", {}).get("ok", True)):
         return {"error": f"exit code {code}: {last_line(log)} (all of it: {log})", "exit_code": code}
-    discard(folder, below="checkpoints")
+    remove_checkpoints(folder / "checkpoints")
     say(f"  done in {time.monotonic() - started:.0f} s")
     return record
+
+
+def refuse_running(root: Path) -> None:
+    """Raises `InputError` while a run that a killed comparison has started in `root` is still at work."""
+    for folder in sorted(root.glob("runs/*/")):
+        refuse_locked(folder)
 
 
 def run_process(arguments: Sequence[str], log: Path) -> int:

@@ -10,8 +10,7 @@ import numpy as np
 from castlm.core.errors import InputError
 from castlm.data.columns import Document, Kind, find_columns
 from castlm.data.readers import Pool
-from castlm.files.owned import sha256_file
-from castlm.files.reading import check_regular
+from castlm.files.reading import check_regular, sha256_file
 
 MAX_ROWS = 1 << 30
 

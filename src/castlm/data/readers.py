@@ -24,8 +24,7 @@ import numpy as np
 from castlm.core.errors import InputError
 from castlm.data.columns import Document, Kind
 from castlm.data.json_rows import JsonRows, Share
-from castlm.files.owned import sha256_file
-from castlm.files.reading import open_regular
+from castlm.files.reading import open_regular, sha256_file
 
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 256 << 10  # a longer document of a text file is read and tokenized in pieces of about this size

@@ -22,8 +22,7 @@ from castlm.core.errors import InputError
 from castlm.data.sampling import Sample, Sampler
 from castlm.files.atomic_file import atomic_write_json, flush_folder, read_json_mapping
 from castlm.files.disk import is_disk_full
-from castlm.files.owned import read_record, sha256_file
-from castlm.files.reading import user_path
+from castlm.files.reading import read_record, sha256_file, user_path
 
 FEW_SAMPLES = 32
 """Texts before a line reports that most of them are left out."""
@@ -81,7 +80,13 @@ class SampleFile:
         self._write_record(finished=False)
 
     def finish(self) -> dict[str, Any]:
-        """Gives the file its name, and returns its record."""
+        """Gives the file its name, and returns its record.
+
+        Raises:
+            InputError: another file has come to be there.
+        """
+        if self.path.exists() and sha256_file(self.path) != self.replaces:
+            raise InputError(f"{self.path} is not castlm's: move it away and resume; the text is in {self.part}")
         os.replace(self.part, self.path)
         flush_folder(self.path.parent)
         return self._write_record(finished=True)
@@ -94,11 +99,13 @@ class SampleFile:
         return record
 
     def restore(self, prompt_of: Callable[[int], str]) -> None:
-        """Goes on where an earlier start was stopped.
+        """Continues where an earlier start was stopped, if there was one.
 
         Raises:
-            InputError: there is none, it had other settings, or its rows have changed.
+            InputError: it had other settings, or its rows have changed.
         """
+        if not self.record_file.is_file():
+            return
         record = read_json_mapping(self.record_file, f"remove it and {self.part}, and start again")
         _check_settings(self.part, self.settings, record)
         corrupt = InputError(f"{self.record_file} is corrupt: remove it and {self.part}, and start again")
@@ -107,7 +114,6 @@ class SampleFile:
             raise corrupt
         for name, count in counts.items():
             setattr(self, name, count)
-        self.replaces = record.get("replaces")
         if not self.bytes:
             return
         left = self.bytes
@@ -200,11 +206,11 @@ def open_samples(
 
     Args:
         settings: what the samples depend on; `resume` compares it.
+        resume: continue an unfinished file, or begin one.
         dedup_prefix: characters after which two texts with the same beginning count as one; 0 compares whole texts.
 
     Raises:
-        InputError: the file exists (without `overwrite`), is not castlm's, another process writes it, or there is
-            nothing to resume.
+        InputError: the file exists (without `overwrite`), is not castlm's, or another process writes it.
     """
     path = user_path(path)
     if path.suffix != ".jsonl":
@@ -228,20 +234,17 @@ def open_samples(
 def _replaced(path: Path, overwrite: bool, resume: bool) -> str | None:
     """Checks that nothing is in the way, and returns the SHA-256 of the finished file that will be replaced."""
     record = read_record(_record(path))
-    if resume:
-        is_lost = bool(record.get("bytes")) and not _part(path).is_file()
-        if is_lost or record.get("finished") is not False:
-            done = "has not been begun" if not path.is_file() else "is finished" if record else "is not castlm's"
-            raise InputError(f"{path} {done}: there is nothing to resume")
-        return None
-    if _part(path).exists():
-        if not overwrite:
-            raise InputError(f"{_part(path)} is there, from a start that was stopped: pass resume, or overwrite")
+    if resume and record.get("finished") is False:
+        if record.get("bytes") and not _part(path).is_file():
+            raise InputError(f"{_part(path)} is gone: remove {_record(path)} to start again")
+    elif _part(path).exists():
         if not record:
             raise InputError(f"{_part(path)} has no record of castlm beside it: move it away")
+        if not overwrite:
+            raise InputError(f"{_part(path)} is there, from a start that was stopped: pass resume, or overwrite")
     if not path.exists():
         return None
-    if not overwrite:
+    if not (overwrite or (resume and record.get("finished") is False)):
         raise InputError(f"{path} already exists: name another file or pass overwrite")
     digest = sha256_file(path)
     if digest not in (record.get("sha256"), record.get("replaces")):

@@ -19,8 +19,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
-from castlm.files.owned import sha256_file
-from castlm.files.reading import read_text, user_path
+from castlm.files.reading import read_text, sha256_file, user_path
 from castlm.versions import library_versions
 
 SHIPPED = Path(__file__).parent / "tasks"

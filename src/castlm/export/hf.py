@@ -29,9 +29,10 @@ from castlm.export.cut import check_cut, cut_model
 from castlm.export.cut_sizes import cut_pattern
 from castlm.export.report import VerifyReport
 from castlm.export.verify import verify
-from castlm.files.atomic_dir import add_file_list, atomic_dir, unused_name
+from castlm.files.atomic_dir import atomic_dir
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.reading import user_path
+from castlm.files.record import record_output, unused_name
 from castlm.files.stored import INDEX
 from castlm.models.architecture import eval_mode
 from castlm.models.conversion import stored_shapes
@@ -161,7 +162,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], num_parameters: int
 def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
     """Keeps a result that failed its verification beside `folder`; returns the error that says why and where."""
     kept = unused_name(folder.with_name(f"{folder.name}.rejected"))
-    add_file_list(temporary)
+    record_output(temporary, command="result", complete=True)
     temporary.rename(kept)
     return InputError(f"{str(failed(error)).replace(str(temporary), str(kept))} (kept as {kept})")
 

@@ -47,6 +47,7 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
             folder_path=folder,
             repo_id=created.repo_id,
             commit_message="Sparse model, verified by castlm",
+            ignore_patterns=["castlm-output.json"],  # of this disk alone
             delete_patterns=["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
         )
     except Exception as error:  # of the HTTP client, which differs by the version of huggingface_hub

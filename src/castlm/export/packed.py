@@ -37,6 +37,7 @@ from castlm.files.atomic_dir import atomic_dir
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import refuse_undecodable
 from castlm.files.reading import read_json_object, user_path
+from castlm.files.record import OUTPUT, RESULT
 from castlm.files.stored import INDEX, SINGLE, StoredTensor, count_non_finite
 from castlm.inference import formats
 from castlm.inference.convert import can_pack_tables
@@ -428,7 +429,6 @@ def _write_rest(source: Path, folder: Path, plan: _Plan, pattern: NM | None) -> 
         is_counted = groups_of(recorded) == pattern  # by `verify`, in a packed folder
         manifest["pattern"] = str(recorded if is_counted else pattern)
     manifest["packed"] = {"format": formats.VERSION, "castlm": __version__}
-    manifest.pop("files", None)  # of the source
     atomic_write_json(folder / "castlm.json", manifest)
     (folder / "README.md").write_text(packed_card(source, manifest, name), encoding="utf-8")
     if len(plan.files) > 1:
@@ -439,7 +439,7 @@ def _write_rest(source: Path, folder: Path, plan: _Plan, pattern: NM | None) -> 
 
 def _copy_small_files(source: Path, folder: Path) -> None:
     for path in sorted([*source.iterdir(), *source.glob(f"{CHAT_TEMPLATE_DIR}/*.jinja")]):
-        is_other = path.name != "castlm.json" and not path.name.endswith(_WEIGHTS)  # both are written by other means
+        is_other = path.name not in (RESULT, OUTPUT) and not path.name.endswith(_WEIGHTS)  # written by other means
         if path.is_file() and not path.name.startswith(".") and is_other:
             refuse_undecodable({"the file": path})
             copy = folder / path.relative_to(source)
@@ -515,7 +515,6 @@ def unpack_folder(
         manifest = read_manifest(source)
         if manifest:
             manifest.pop("packed", None)
-            manifest.pop("files", None)  # of the packed folder
             atomic_write_json(temporary / "castlm.json", manifest)
         (temporary / "README.md").unlink(missing_ok=True)  # it describes the packed folder
         if card := unpacked_card(source, manifest):

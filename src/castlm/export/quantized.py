@@ -30,7 +30,7 @@ from castlm.models.io import Loaded, load_model, save_dtype
 from castlm.oneshot.calibration import calibration_length
 
 _NOT_PASSED_ON = (
-    *("schema_version", "versions", "proof", "left_dense", "figures", "perplexity", "dtype", "files"),
+    *("schema_version", "versions", "proof", "left_dense", "figures", "perplexity", "dtype"),
     *("packed", "quantized"),
 )
 """Entries of castlm.json that do not hold for the quantized model, or are written again."""

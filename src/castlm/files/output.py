@@ -1,164 +1,302 @@
-"""The output folder of a command: checked, locked while the command runs, and overwritten only where castlm wrote.
+"""The output folder of a command: checked before any work, locked while a run is at work in it, and never lost.
 
-All checks happen before anything in the folder changes.
+A command with one result writes it by `atomic_dir`, after `check_output`. A run works in its folder for hours: it holds
+`output_folder`, and begins by `begin_output` once all checks have passed. Nothing in the folder changes before that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import fcntl
 import glob
-import json
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from castlm.core.errors import InputError
-from castlm.files.atomic_dir import make_writable, refuse_taken, remove_stale_temporaries
-from castlm.files.atomic_file import atomic_file, atomic_write_json, read_json_mapping
-from castlm.files.owned import (
-    HOLDER,
+from castlm.files.atomic_dir import check_name
+from castlm.files.atomic_file import atomic_write_text, flush_folder, remove_stale, temporary_name
+from castlm.files.disk import disk_full_is_said
+from castlm.files.reading import read_record
+from castlm.files.record import (
     LOCK,
     OUTPUT,
-    RESULT,
-    changed_file,
     command_of,
-    has_checkpoint,
     is_empty,
-    is_of_a_start,
-    read_record,
+    list_files,
+    record_output,
+    set_aside,
+    unrecorded,
+    update_record,
 )
 from castlm.progress import note
 
+Inputs = Mapping[str, str | Path | None]
+
+
+def check_output(path: str | Path, *, overwrite: bool = False, inputs: Inputs | None = None) -> Path:
+    """Checks, before any work, that a result can be written to the folder `path`; returns it with links resolved.
+
+    Args:
+        overwrite: accept an earlier output of castlm there, which the result will replace.
+        inputs: what the command reads, by option. A value that is not a local path, or a glob of such, is ignored.
+
+    Raises:
+        InputError: the folder holds an input, or lies where one would be overwritten; it holds something else; a run
+            is at work in it; or it cannot be written.
+    """
+    final = _resolve(path, inputs or {})
+    _refuse_content(final, overwrite)
+    refuse_locked(final)
+    _check_beside(final)
+    return final
+
 
 @contextlib.contextmanager
-def claimed(
+def output_folder(
     path: str | Path,
     command: str,
     *,
     overwrite: bool = False,
     resume: bool = False,
-    inputs: Mapping[str, str | Path | None] | None = None,
+    inputs: Inputs | None = None,
 ) -> Iterator[Path]:
-    """Claims the output folder `path` for the time of the block, and yields it with links resolved.
+    """Locks the folder `path` for a run of `command`, and yields it with links resolved.
 
-    The folder is made where it is missing. What it holds is not touched here.
+    The folder is made where it is missing. What it holds is not touched before `begin_output`. At the end, its record
+    lists the files that it holds then. A start that fails before it has written anything leaves no trace.
 
     Args:
-        command: a key of `castlm.files.owned.LAYOUT`, or "result" for a single finished result.
-        overwrite: accept what an earlier `command` left there, if every file in it is castlm's.
-        resume: accept any content; the caller checks whether it can go on from it.
-        inputs: what the command reads, by option. A value that is not a local path, or a glob of such, is ignored.
+        overwrite: accept an earlier output of castlm, which `begin_output` sets aside.
+        resume: accept an earlier output of `command`, to be continued, or an empty folder.
+        inputs: as `check_output`.
 
     Raises:
-        InputError: the folder holds an input, or lies where one would be overwritten; it holds something else;
-            another process has it; or it cannot be written.
+        InputError: as `check_output`.
     """
-    final = _real(path)
-    inputs = inputs or {}
-    refuse_undecodable({"output_dir": path, **inputs})
-    refuse_inputs_inside(final, inputs)
+    final = _resolve(path, inputs or {})
     existed = final.is_dir()
-    try:
+    if not existed:
+        _check_beside(final)
+        final.mkdir(exist_ok=True)
+    with _locked(final, command):
+        before = read_record(final / OUTPUT).get("begun")
         try:
-            if os.path.lexists(final) and not existed:
-                raise InputError(f"{final} is a file: name a folder for the output")
-            if not existed and final.parent.is_dir():  # nobody can hold its lock
-                remove_stale_temporaries(final.parent, final.name)
-                existed = final.is_dir()
-            if existed and not resume and not os.path.lexists(final / LOCK):  # else who holds it is said first
-                _refuse_content(final, command, overwrite)
-            make_writable(final, beside=command == "result")  # which alone is renamed over the folder
-        except OSError as error:
-            failed = final if error.filename is None else Path(error.filename)
-            why = f", where the result is written before it becomes {final}" if failed == final.parent else ""
-            raise InputError(f"cannot write {failed}{why}: {error.strerror}; choose another output folder") from error
-        with locked(final, command):
-            remove_stale_temporaries(final.parent, final.name)
             if not resume:
-                _refuse_content(final, command, overwrite)
+                _refuse_content(final, overwrite)
+                if not is_empty(final):
+                    _check_beside(final)
+            elif not is_empty(final) and command_of(final) != command:
+                raise InputError(
+                    f"{final} holds something else than an output of castlm {command}: name another folder"
+                )
             yield final
-            if final.is_dir() and command_of(final) is None:
-                _unlink_lock(final)
-    finally:
-        if not existed:
-            with contextlib.suppress(OSError):  # unless something came to be in it
-                final.rmdir()
+            if read_record(final / OUTPUT).get("begun") not in (None, before):
+                update_record(final, complete=True)
+        except BaseException as error:
+            if read_record(final / OUTPUT).get("begun") not in (None, before):
+                _end_early(final, may_continue=isinstance(error, KeyboardInterrupt | SystemExit), resumes=resume)
+            raise
+        finally:
+            if final.is_dir() and is_empty(final):
+                for left in final.iterdir():
+                    left.rmdir() if left.is_dir() else left.unlink()
+                if not existed or before is not None:  # what was there has served its purpose
+                    final.rmdir()
+            elif command_of(final) is None:  # it holds what others have put there
+                (final / LOCK).unlink(missing_ok=True)
 
 
-def _real(path: str | Path) -> Path:
+def begin_output(
+    folder: Path, command: str, files: Mapping[str, str] | None = None, *, resume: bool = False, **about: Any
+) -> None:
+    """Makes `folder` that of a run which begins, or continues, now; the caller has it from `output_folder`.
+
+    With `resume`, and where the folder is empty, the run works in what is there. Otherwise the earlier output is set
+    aside: a new folder with the record and `files` is made beside it and takes its name.
+
+    Args:
+        files: texts that the folder begins with, by name.
+        about: further entries of the record.
+
+    Raises:
+        InputError: the disk is full, or the earlier output cannot be renamed.
+    """
+    folder, files = Path(os.path.realpath(folder)), files or {}
+    about |= {"command": command, "begun": datetime.datetime.now(datetime.UTC).isoformat(), "complete": False}
+    about |= {"begins_with": sorted(files)}
+    with disk_full_is_said(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume:
+            earlier = {name: value for name, value in read_record(folder / OUTPUT).items() if name != "files"}
+            _write_start(folder, files, {**earlier, **about, "foreign": unrecorded(folder)})
+        elif is_empty(folder):
+            _write_start(folder, files, about)
+        else:
+            new = folder.with_name(temporary_name(folder.name))
+            new.mkdir()
+            try:
+                _write_start(new, files, about)
+                _take_place(new, folder)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+
+
+def _write_start(folder: Path, files: Mapping[str, str], about: dict[str, Any]) -> None:
+    """Writes the record first: by it, a folder that a kill leaves half begun is castlm's."""
+    record_output(folder, **about)
+    for name, text in files.items():
+        atomic_write_text(folder / name, text)
+    update_record(folder)
+
+
+def _take_place(new: Path, folder: Path) -> None:
+    """Gives `new` the name of `folder`, whose content is set aside, and the lock that this process holds on it."""
+    if (folder / LOCK).exists():
+        try:
+            os.link(folder / LOCK, new / LOCK)
+        except OSError:  # a file system without hard links
+            os.rename(folder / LOCK, new / LOCK)
+    earlier = set_aside(folder)
+    try:
+        os.rename(new, folder)
+    except BaseException:
+        if not os.path.lexists(folder):
+            os.rename(earlier, folder)
+        raise
+    (earlier / LOCK).unlink(missing_ok=True)
+    flush_folder(folder.parent)
+    update_record(folder, earlier=earlier.name)
+    note(f"the earlier output is {earlier} now")
+
+
+def _end_early(folder: Path, *, may_continue: bool, resumes: bool) -> None:
+    """Brings the record up to date after an error; takes the begin back where nothing was written since."""
+    record = read_record(folder / OUTPUT)
+    if set(list_files(folder)) <= set(record.get("begins_with", ())):
+        _undo_begin(folder, record.get("earlier"))
+        return
+    with contextlib.suppress(OSError, InputError):  # the disk is full
+        update_record(folder)
+    if may_continue:
+        again = "the same command" if resumes else "--resume"
+        note(f"what is done is in {folder}: {again} continues there")
+
+
+def _undo_begin(folder: Path, earlier: str | None) -> None:
+    for name in [*list_files(folder), OUTPUT]:
+        (folder / name).unlink(missing_ok=True)
+    if earlier is not None and folder.with_name(earlier).is_dir():
+        (folder / LOCK).unlink(missing_ok=True)
+        folder.rmdir()
+        os.rename(folder.with_name(earlier), folder)
+
+
+def _resolve(path: str | Path, inputs: Inputs) -> Path:
+    """`path` with links resolved, once it can be recorded, is no file and holds no input."""
     if not str(path):
         raise InputError("the output folder has no name: pass output_dir")
+    refuse_undecodable({"output_dir": path, **inputs})
     try:
-        return Path(os.path.realpath(Path(path).expanduser()))
+        final = Path(os.path.realpath(Path(path).expanduser()))
+        is_file = os.path.lexists(final) and not final.is_dir()
     except (RuntimeError, ValueError, OSError) as error:  # an unknown home, a NUL byte, a loop of links
         raise InputError(f"the output folder {str(path)!r} is not a usable path: {error}") from None
+    if is_file:
+        raise InputError(f"{final} is a file: name a folder for the output")
+    refuse_inputs_inside(final, inputs)
+    return final
 
 
-def _refuse_content(final: Path, command: str, overwrite: bool) -> None:
+def _refuse_content(final: Path, overwrite: bool) -> None:
+    """Refuses what `final` holds, unless `overwrite` is set and castlm can rename it and has a record there."""
     if is_empty(final):
         return
     if not overwrite:
-        resumes = "resume, " if has_checkpoint(final) else ""
+        resumes = "resume, " if "begun" in read_record(final / OUTPUT) else ""
         raise InputError(f"{final} already holds something: pass {resumes}overwrite or another output folder")
-    found = command_of(final)
-    if found is None:
+    here = Path.cwd().resolve()
+    if final in (here, *here.parents, Path.home().resolve()) or os.path.ismount(final):
         raise InputError(
-            f"{final} has no record of what castlm wrote there, so that it cannot be overwritten: move it away, or "
-            "choose another output folder"
+            f"{final} cannot be renamed, because it is the working folder, a folder above it, your home or a mount "
+            "point: choose another output folder"
         )
-    if found != command:
-        raise InputError(f"{final} holds the output of another command ({found}): choose another output folder")
-    refuse_taken(final, overwrite=True)
+    if command_of(final) is None:
+        raise InputError(
+            f"{final} has no record of castlm, which overwrites only its own: choose another output folder"
+        )
+
+
+def _check_beside(final: Path) -> None:
+    """Checks that folders can be made beside `final`, and removes what killed writers have left there."""
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        check_name(final)
+        with tempfile.TemporaryDirectory(prefix=".castlm-", dir=final.parent):
+            remove_stale(final, os.listdir(final.parent))
+    except OSError as error:
+        raise InputError(
+            f"cannot write {final.parent}, where {final.name} is to be: {error.strerror}; choose another output folder"
+        ) from error
 
 
 @contextlib.contextmanager
-def continued(path: str | Path, command: str) -> Iterator[Path]:
-    """As `claimed`, of a folder in which `command` goes on where an earlier start of it has stopped.
+def _locked(folder: Path, command: str) -> Iterator[None]:
+    """Holds the lock of `folder`. One process of a run takes it, for all of its ranks.
 
-    After an error before anything is written in it, the folder is free again.
+    It is the kernel's (flock), so that it ends with the process, however that ends. On NFS version 4 and on most
+    cluster file systems it also holds between machines, until the lease of one that crashes ends after about 90 s.
 
     Raises:
-        InputError: as `claimed`; the folder holds something else; or a run that the earlier start has left is at work.
+        InputError: another process holds it: its number, machine and command.
     """
-    with claimed(path, command, resume=True) as folder:
-        if not _is_continued(folder, command):
-            atomic_write_json(folder / OUTPUT, {"command": command})
-        for run in sorted(folder.glob("runs/*/")):
-            refuse_locked(run)
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; choose another output folder") from error
+    try:
         try:
-            yield folder
-        except BaseException as error:
-            names = os.listdir(folder) if folder.is_dir() else []  # it may be deleted by now
-            if all(name == OUTPUT or is_of_a_start(name) for name in names):
-                (folder / OUTPUT).unlink(missing_ok=True)
-            elif isinstance(error, (KeyboardInterrupt, SystemExit)):
-                note(f"what is done is in {folder}: the same command goes on from there")
-            raise
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            raise InputError(f"{folder} is in use by {holder}: wait for it, or choose another output folder") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            note(f"{folder} is on a file system without locks: start no other command in it meanwhile")
+        if not os.fstat(descriptor).st_nlink:
+            raise InputError(f"{folder} was in use until now: start again")
+        with contextlib.suppress(OSError):  # the disk is full
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} (castlm {command})".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def _is_continued(final: Path, command: str) -> bool:
-    """Whether `final` holds an earlier start of `command`; False where it is empty; `InputError` for anything else."""
-    if is_empty(final):
-        return False
-    if (found := command_of(final)) != command:
-        what = "something that castlm has no record of" if found is None else f"the output of another command ({found})"
-        raise InputError(f"{final} already holds {what}: choose another output folder")
-    return True
+def refuse_locked(folder: Path) -> None:
+    """Raises `InputError` when another process holds the lock of `folder`."""
+    if (folder / LOCK).is_file():
+        with _locked(folder, "check"):
+            pass
 
 
-def _unlink_lock(folder: Path) -> None:
-    """Takes the lock, which this process holds, out of a folder in which nothing of castlm came to be."""
-    with contextlib.suppress(OSError):
-        for name in (HOLDER, LOCK):
-            (folder / name).unlink(missing_ok=True)
+def record_file(file: Path) -> None:
+    """Adds a file that castlm has written into a finished run to its record; a run at work lists it at its end."""
+    if (file.parent / OUTPUT).is_file():
+        with contextlib.suppress(InputError), _locked(file.parent, "report"):
+            foreign = unrecorded(file.parent)
+            foreign.pop(file.name, None)
+            update_record(file.parent, foreign=foreign)
 
 
-def refuse_undecodable(paths: Mapping[str, str | Path | None]) -> None:
+def refuse_undecodable(paths: Inputs) -> None:
     """Refuses names that are not UTF-8, which the files of the result could not hold.
 
     Raises:
@@ -171,7 +309,7 @@ def refuse_undecodable(paths: Mapping[str, str | Path | None]) -> None:
             raise InputError(f"{option} {os.fsencode(str(value))!r} is not UTF-8: rename it") from None
 
 
-def refuse_inputs_inside(final: Path, inputs: Mapping[str, str | Path | None]) -> None:
+def refuse_inputs_inside(final: Path, inputs: Inputs) -> None:
     """Refuses an output folder that is an input of the same command, or that holds one.
 
     Links, `..`, bind mounts and other names of the same folder are seen through.
@@ -180,14 +318,9 @@ def refuse_inputs_inside(final: Path, inputs: Mapping[str, str | Path | None]) -
         InputError: names the option and the input.
     """
     for option, value in inputs.items():
-        if value is None or not str(value):
-            continue
-        for path in _local_paths(str(value)):
+        for path in _local_paths(str(value or "")):
             if any(_is_same(folder, final) for folder in (path, *path.parents)):
-                raise InputError(
-                    f"{option} {value} is in the output folder {final}, where it could be overwritten: choose another "
-                    "output_dir"
-                )
+                raise InputError(f"{option} {value} is in the output folder {final}: choose another output_dir")
 
 
 def _local_paths(value: str) -> list[Path]:
@@ -195,9 +328,9 @@ def _local_paths(value: str) -> list[Path]:
     try:
         given = Path(value).expanduser()
         names = [given, *(map(Path, glob.iglob(str(given), recursive=True)) if glob.has_magic(value) else ())]
-        names = [name for name in names if os.path.lexists(name)]
+        names = [name for name in names if value and os.path.lexists(name)]
         links = [Path(os.path.realpath(name.parent)) / name.name for name in names]
-        return list(dict.fromkeys([*(Path(os.path.realpath(name)) for name in names), *links]))
+        return [*(Path(os.path.realpath(name)) for name in names), *links]
     except (RuntimeError, ValueError, OSError):
         return []  # not a path; the command says what is wrong with it
 
@@ -207,79 +340,3 @@ def _is_same(one: Path, other: Path) -> bool:
         return one == other or os.path.samefile(one, other)
     except OSError:
         return False
-
-
-@contextlib.contextmanager
-def locked(folder: Path, command: str) -> Iterator[None]:
-    """Holds the lock of an output folder. One process of a run takes it, for all of its ranks.
-
-    The lock is the kernel's (`flock`, through filelock), so that it ends with the process, however that ends: nothing
-    stale ever blocks. On NFS version 4 and on most cluster file systems it also holds between machines, and there the
-    lock of a machine that crashes ends with its lease, after about 90 seconds. A file system without `flock` gets a
-    marker file with the process's number instead, which filelock checks on the same machine only. After an error, its
-    file stays only in a folder of which a record says that it is a run's.
-
-    Raises:
-        InputError: another process holds it: its number, machine and command.
-    """
-    lock = filelock.FileLock(folder / LOCK, timeout=0, thread_local=False)
-    try:
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise InputError(
-                f"{folder} is in use by {_holder(folder)}: wait for it, or choose another output folder"
-            ) from None
-        except OSError as error:
-            raise InputError(f"cannot lock {folder}: {error.strerror}; choose another output folder") from error
-        _say_who(folder, command)
-        yield
-    except BaseException:
-        if lock.is_locked and command_of(folder) in (None, "result"):
-            _unlink_lock(folder)
-        raise
-    finally:
-        if lock.is_locked:
-            with contextlib.suppress(OSError):
-                (folder / HOLDER).unlink(missing_ok=True)
-            lock.release()
-
-
-def refuse_locked(folder: Path) -> None:
-    """Raises `InputError` when another process holds the lock of `folder`."""
-    if (folder / LOCK).is_file():
-        with locked(folder, "check"):
-            pass
-
-
-def _say_who(folder: Path, command: str) -> None:
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "started": started}
-    try:
-        with atomic_file(folder / HOLDER) as temporary:
-            temporary.write_text(json.dumps(holder), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; choose another output folder") from error
-
-
-def _holder(folder: Path) -> str:
-    holder = read_record(folder / HOLDER)
-    if not holder:
-        return "another process"
-    return f"process {holder.get('pid')} on {holder.get('host')} (castlm {holder.get('command')})"
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """The castlm.json of a finished result, whose files are found to be as castlm wrote them.
-
-    Raises:
-        InputError: castlm.json is corrupt, or a file that it lists is missing or has changed.
-    """
-    remedy = f"remove {folder} and run it again"
-    record = read_json_mapping(folder / RESULT, remedy)
-    files = record.get("files")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise InputError(f"{folder / RESULT} lists no files, so that the result cannot be checked: {remedy}")
-    if name := changed_file(folder, files):
-        raise InputError(f"{folder / name} is missing or has changed since castlm wrote it: {remedy}")
-    return record

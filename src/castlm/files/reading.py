@@ -8,6 +8,7 @@ paths that `check_regular` has passed.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -31,25 +32,20 @@ def user_path(path: str | Path) -> Path:
 
     Raises:
         InputError: an empty path, one with a null character, the home folder of a user who does not exist, a path that
-            is too long, or one that may not be accessed. Whether the path exists is not checked.
+            is too long, or one that may not be accessed. It need not exist.
     """
     text = os.fspath(path)
     if not text:
         raise InputError("a path is empty: name a file or a folder")
-    if "\0" in text:
-        raise InputError(f"the path {text!r} contains a null character: name a file or a folder")
     try:
         path = Path(text).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"the home folder in {text!r} cannot be determined: write the path in full") from error
-    try:
         os.stat(path)
     except OSError as error:
         if error.errno not in _ABSENT:  # `Path.exists` and its like raise these
             raise InputError(f"cannot access {str(path)[:200]}: {_reason(error)}") from error
-    except ValueError as error:  # a surrogate that stands for no byte
+    except (RuntimeError, ValueError) as error:  # no home, a null character, a lone surrogate
         raise InputError(f"the path {text!r} cannot be used: {_reason(error)}") from error
-    return path
+    return Path(path)
 
 
 def check_regular(path: str | Path) -> Path:
@@ -75,22 +71,13 @@ def check_regular_entries(folder: Path) -> None:
         InputError: an entry is a named pipe, socket or device, or the folder cannot be listed.
     """
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    with os.scandir(entry.path) as inner:
-                        _refuse_special([item for item in inner if not item.is_dir()])
-                else:
-                    _refuse_special([entry])
+        for parent in (folder, *filter(Path.is_dir, folder.iterdir())):
+            for entry in parent.iterdir():
+                # a link to nothing is no file either, and whoever needs the file reports that it is missing
+                if entry.exists() and not entry.is_dir():
+                    check_regular(entry)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or folder}: {_reason(error)}") from error
-
-
-def _refuse_special(entries: list[os.DirEntry[str]]) -> None:
-    for entry in entries:
-        # a link to nothing is not a file either, and whoever needs the file says that it is missing
-        if not entry.is_file() and os.path.exists(entry.path):
-            check_regular(entry.path)
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -172,6 +159,25 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object")
     return content
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file that castlm wrote; empty where there is none or it cannot be read."""
+    try:
+        if os.path.islink(path) or not os.path.isfile(path):
+            return {}
+        return read_json_object(path)
+    except InputError:
+        return {}
+
+
+def sha256_file(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal, read a chunk at a time."""
+    digest = hashlib.sha256()
+    with open_regular(path) as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _reason(error: BaseException) -> str:

@@ -30,6 +30,7 @@ from castlm.files.atomic_file import (
     size_and_crc,
 )
 from castlm.files.disk import disk_full_is_said
+from castlm.files.record import OUTPUT
 
 PROGRESS = "progress.json"
 _REMEDY = "free some space and run the same command again to continue"
@@ -38,6 +39,13 @@ _REMEDY = "free some space and run the same command again to continue"
 def partial_folder(folder: Path) -> Path:
     """Where the work of a start is held until the result of the command is whole: beside its output `folder`."""
     return folder.with_name(f"{folder.name}.partial")
+
+
+def remove_work(folder: Path) -> None:
+    """Deletes what a `StartFolder` has written, now that the result is whole; other files in `folder` stay."""
+    for pattern in (PROGRESS, "block-?????.safetensors", "*-?????.bin", OUTPUT):
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 class StartFolder:

@@ -25,9 +25,9 @@ from castlm.distributed.fingerprint import fingerprint
 from castlm.distributed.loading import Checkpoint, Place, open_sharded
 from castlm.export.from_blocks import export_blocks
 from castlm.export.hf import check_export, dtype_name, export_model
-from castlm.files.output import continued
-from castlm.files.owned import command_of, discard
+from castlm.files.output import begin_output, output_folder
 from castlm.files.reading import read_json_object
+from castlm.files.record import command_of
 from castlm.hardware import (
     available_memory,
     choose_precision,
@@ -38,7 +38,7 @@ from castlm.hardware import (
 from castlm.models.architecture import is_vision_language
 from castlm.models.io import Loaded, fp32_bytes, load_model, save_dtype
 from castlm.oneshot.calibration import calibration_length
-from castlm.oneshot.folder import PROGRESS, StartFolder, partial_folder
+from castlm.oneshot.folder import PROGRESS, StartFolder, partial_folder, remove_work
 from castlm.oneshot.report import OneshotReport
 from castlm.oneshot.source import MemoryModel, StoredModel, check_outside_blocks, outside_blocks
 from castlm.oneshot.start import Start
@@ -80,9 +80,10 @@ class Prune:
         if self.text is None and self.memory == "model":
             return self._run(folder, None)
         partial = partial_folder(folder)
-        with continued(partial, "prune"):
+        with output_folder(partial, "prune", resume=True):
+            begin_output(partial, "prune", resume=True)
             report = self._run(folder, partial)
-            discard(partial)
+            remove_work(partial)
         return report
 
     def _run(self, folder: Path, partial: Path | None) -> OneshotReport:

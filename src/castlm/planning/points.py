@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.files.owned import command_of
 from castlm.files.reading import parse_json, read_text, user_path
+from castlm.files.record import command_of
 from castlm.progress import note
 from castlm.training.record import MEASURED_ALIKE, final_perplexity, problem
 

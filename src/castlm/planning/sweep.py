@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,12 +19,12 @@ from castlm.compare.config import CompareConfig
 from castlm.compare.plan import Plan, Say
 from castlm.compare.presets import RETRAINING
 from castlm.compare.results import Result
-from castlm.compare.runs import Run, read_record
+from castlm.compare.runs import Run, read_finished, refuse_running
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_json
-from castlm.files.output import continued
-from castlm.files.owned import discard
-from castlm.files.reading import read_json_object
+from castlm.files.output import begin_output, output_folder
+from castlm.files.reading import read_json_object, read_record
+from castlm.files.record import OUTPUT, unrecorded
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS
 from castlm.training.config import without_sections
@@ -93,7 +94,7 @@ class SweepConfig:
     are the same if all their options, model and texts are."""
 
     overwrite: bool = False
-    """Replace another sweep in output_dir. Runs that both sweeps share are kept."""
+    """Start another sweep in output_dir. The earlier one becomes OUTPUT_DIR.previous, but for shared runs."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
     """
     runs = Sweep(config, command, say, progress)
     runs.plan.check_model()
-    with continued(runs.root, "sweep"):
+    with output_folder(runs.root, "sweep", resume=True):
+        refuse_running(runs.root)
         runs.claim()
         return runs.run()
 
@@ -224,6 +226,7 @@ class Sweep:
         """
         file = self.root / "sweep.json"
         if not file.is_file():
+            begin_output(self.root, "sweep", resume=True)
             self.write("running")
             return
         try:
@@ -232,16 +235,21 @@ class Sweep:
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{file} is not that of a sweep: remove it or choose another output folder") from None
         if old == self.folders:
+            begin_output(self.root, "sweep", resume=True)
             return
         if not self.command.overwrite:
             raise InputError(f"{self.root} holds a sweep of other runs ({line}): choose another folder or --overwrite")
-        for name in {Path(name).name for name in old} - set(self.folders):
-            folder = self.root / "runs" / name
-            discard(folder)
-            for suffix in (".yaml", ".log"):
-                folder.with_suffix(suffix).unlink(missing_ok=True)
-        self.law_file.unlink(missing_ok=True)
+        begin_output(self.root, "sweep", foreign=unrecorded(self.root))
+        self._take_back(Path(os.path.realpath(self.root)).with_name(read_record(self.root / OUTPUT)["earlier"]))
         self.write("running")
+
+    def _take_back(self, earlier: Path) -> None:
+        """Moves the runs that both sweeps share from the earlier one, which is set aside."""
+        (self.root / "runs").mkdir()
+        for name in self.folders:
+            for file in (name, f"{name}.yaml", f"{name}.log"):
+                if (earlier / "runs" / file).exists():
+                    os.rename(earlier / "runs" / file, self.root / "runs" / file)
 
     def run(self) -> int:
         """Runs the budgets in order until the largest is predicted well enough or has run. Returns the exit code."""
@@ -273,13 +281,13 @@ class Sweep:
 
     def has_run_largest(self) -> bool:
         """Whether an earlier start, with another `within` or `form`, went on to the end."""
-        return all(read_record(run.folder(self.root)) is not None for run in self.runs[-1])
+        return all(read_finished(run.folder(self.root)) is not None for run in self.runs[-1])
 
     def measure(self, run: Run) -> Result:
         """The result of a run, from a folder of `runs_from` that has it finished, or from this sweep's own."""
         for other in map(Path, self.command.runs_from):
             for folder in other.glob(f"runs/*-{run.key}"):
-                if (record := read_record(folder, run.config)) is not None:
+                if (record := read_finished(folder, run.config)) is not None:
                     self.plan.say(f"{run}: {folder}")
                     return Result(run, record, folder)
         return self.plan.measure(run, self.root)

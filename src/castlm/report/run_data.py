@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.files.owned import is_of_run
 from castlm.files.reading import read_json_object
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.training.config import without_sections
@@ -104,7 +103,5 @@ def read_run(path: str | Path) -> RunData:
         raise InputError(f"{path} holds no run: give the output_dir of castlm train")
     file = folder / "model" / "castlm.json"
     record = read_json_object(file) if file.exists() else None
-    if record is not None and not is_of_run(record, folder):
-        record = None
     config = without_sections(read_yaml_mapping(folder / "config.yaml"), str(folder / "config.yaml"))
     return RunData(folder, config, read_metrics(folder), record)

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import math
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.core.pattern import Pattern
 from castlm.files.atomic_file import atomic_write_text
+from castlm.files.output import record_file
 from castlm.files.reading import read_bytes
 from castlm.methods.table import METHODS, is_control
 from castlm.report import run_charts
@@ -19,7 +21,7 @@ from castlm.report.charts import can_draw, short
 from castlm.report.html import render
 from castlm.report.run_data import RunData
 from castlm.training.config import TrainConfig, sections_of
-from castlm.training.record import final_perplexity, problem, verdict
+from castlm.training.record import CLOSE_FACTOR, final_perplexity, problem, verdict
 
 REFRESH_SECONDS = 10
 _MARKS = b'<meta name="generator" content="castlm">', b'<div class="eyebrow">castlm '
@@ -93,6 +95,7 @@ def write_run_page(run: RunData, sample: dict[str, Any] | None = None, *, refres
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(f"the files of {run.folder} hold values that castlm does not write ({reason})") from error
     atomic_write_text(file, page.encode("utf-8", "backslashreplace").decode())
+    record_file(file)
     return file
 
 
@@ -126,8 +129,14 @@ def _verdict(run: RunData) -> dict[str, str]:
     if not run.is_finished:
         sentence = f"Step {run.step:,} of {run.config.get('max_steps', 0):,}. So far: {_sentence(run, found)}"
         return {"kind": "running" if found["ok"] else "bad", "badge": "running", "sentence": sentence}
-    kind = "good" if found["ok"] else "bad"
+    kind = "bad" if not found["ok"] else "good" if _is_close(known) else "done"
     return {"kind": kind, "badge": problem(found) or "done", "sentence": _sentence(run, found)}
+
+
+def _is_close(known: Mapping[str, float]) -> bool:
+    """Whether the result is good, and not only better than its start; so is one without a dense model to compare."""
+    final, dense = final_perplexity(known), known.get("dense")
+    return dense is None or (final is not None and final <= CLOSE_FACTOR * dense)
 
 
 def _sentence(run: RunData, found: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
 from castlm.files.atomic_file import atomic_write_json
+from castlm.files.output import record_file
 from castlm.files.reading import read_json_object
 from castlm.inference.decode import ONE_SEQUENCE
 from castlm.models.io import load_model
@@ -77,6 +78,7 @@ def write_sample(run: RunData) -> dict[str, Any]:
         "models": models,
     }
     atomic_write_json(run.folder / "sample.json", sample)
+    record_file(run.folder / "sample.json")
     return sample
 
 

@@ -201,6 +201,14 @@ def _remove(checkpoint: Path) -> None:
         checkpoint.rmdir()
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Deletes the checkpoints of a run that is finished; other files in `folder` stay."""
+    for checkpoint in [*checkpoint_steps(folder).values(), *_half_removed(folder)]:
+        _remove(checkpoint)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def _write(write: Callable[[], Any], folder: Path, rank: int) -> dict[str, tuple[int, int]]:
     """Writes this rank's part; returns size and CRC-32 of its files, by name."""
     write()

@@ -243,10 +243,10 @@ class CheckpointOptions(Bounded):
     """Write checkpoints while training goes on. It takes one more copy of weights and moments in host memory."""
 
     resume: bool = field(default=False, kw_only=True)
-    """Continue from the newest whole checkpoint in output_dir."""
+    """Continue from the newest whole checkpoint in output_dir, or start if there is none."""
 
     overwrite: bool = field(default=False, kw_only=True)
-    """Replace an earlier run in output_dir."""
+    """Start again; an earlier output in output_dir becomes OUTPUT_DIR.previous."""
 
     log_steps: int = field(default=1, kw_only=True)
     """Steps between lines in metrics.jsonl."""

@@ -65,6 +65,8 @@ def read_series(run: str | Path, key: str) -> list[tuple[float, float]]:
 
 FAR_FACTOR = 10.0
 """A result whose perplexity is more than this many times the dense model's is no use, even if it improved."""
+CLOSE_FACTOR = 2.0
+"""A result within this many times the dense model's perplexity is shown as good, in green."""
 RISE_FACTOR = 2.0
 """Such a run diverged if it had no sparse start, and ended at more than this many times its own earlier perplexity."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +37,7 @@ from castlm.training.metrics import (
     peak_flops,
 )
 from castlm.training.objective import Objective, pruned
-from castlm.training.run_folder import RunFolder
+from castlm.training.run_folder import RunFolder, check_shared
 from castlm.training.source import Source
 from castlm.training.telemetry import Telemetry
 from castlm.training.text import TrainingText
@@ -141,12 +140,13 @@ class Run:
         opened: list[Tracker] = []
 
         def open_folder_and_trackers() -> None:
-            is_new = self.resumed_from is None
-            with self.folder.begun(self.config) if is_new else contextlib.nullcontext():
+            with self.folder.begun(self.config):
                 of = TrackedRun(self.folder.path, self.folder.run_id, self.config.as_dict(), self.progress.step)
                 opened.extend(open_trackers(self.trackers, of))
 
         self.world.on_main(open_folder_and_trackers, beats=True)
+        if options.overwrite:
+            check_shared(self.folder.path, self.world)  # it is another folder of the same name now
         self.telemetry = Telemetry(
             self.folder.path,
             self.total_steps,
@@ -166,6 +166,8 @@ class Run:
                 say(f"metrics: metrics.jsonl, {', '.join(self.trackers)}")
         if self.resumed_from is not None:
             say(f"resuming {self.resumed_from}")
+        elif options.resume:
+            say(f"{self.folder.path} holds no checkpoint yet: starting at step 0")
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -1,17 +1,12 @@
-"""The output folder of a training run: what a start finds there, what an overwrite sets aside, when it is finished.
-
-With `overwrite`, nothing of the earlier run is deleted before the new result is whole. Its model stays in `model/`; its
-config, metrics and checkpoints are moved to `replaced/<run_id>/`. When the new model has taken its name, both go. A
-killed run that overwrites is resumed like any other: a result belongs to the run whose `run_id` is in its castlm.json.
-"""
+"""The output folder of a training run: what it holds of an earlier start, how it begins, and when it is finished."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,19 +15,15 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import World
-from castlm.files.atomic_file import atomic_file, atomic_write_json, atomic_write_text, flush_folder, write_flushed
-from castlm.files.disk import disk_full_is_said
-from castlm.files.output import read_result
-from castlm.files.owned import OUTPUT, PROBE, RESULT, command_of, discard, is_of_a_start, is_of_run, read_record
-from castlm.files.reading import user_path
+from castlm.files.output import begin_output
+from castlm.files.reading import read_record, user_path
+from castlm.files.record import OUTPUT, PROBE, RESULT, read_result
 from castlm.files.yaml_file import read_yaml_mapping
-from castlm.progress import note
 from castlm.training.checkpoint import check_same_run, checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
 
-_ASIDE = "replaced"
-_STAYS = (OUTPUT, "model", _ASIDE)  # castlm-output.json is replaced by the new run's
 _NO_JOB = "none"  # the default of --rdzv-id; on a single node torchrun generates one instead
+_OF_TRACKERS = ("tensorboard", "wandb")
 
 
 class RunFolder:
@@ -52,97 +43,44 @@ class RunFolder:
 
     @property
     def run_id(self) -> str | None:
-        """Of the run whose config, metrics and checkpoints are here."""
+        """The id of the run that has begun here, which trackers know it by."""
         found = read_record(self.path / OUTPUT).get("run_id")
         return found if isinstance(found, str) and found.isalnum() else None
 
-    @property
-    def job(self) -> str | None:
-        """The job of torchrun that has begun this run; None if none has."""
-        found = read_record(self.path / OUTPUT).get("job")
-        return found if isinstance(found, str) else None
-
-    def begin(self, config: TrainConfig) -> None:
-        """Makes this the folder of a new run, and sets aside what an earlier one has left.
-
-        The folder is the new run's from the moment that its record stands. An error or a kill before that leaves the
-        record of the earlier run, to which `_undo_interrupted` moves everything back. What takes room is written first.
-
-        Raises:
-            InputError: the disk is full.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._undo_interrupted()
-        text = config.as_yaml()
-        files = {"config.yaml": hashlib.sha256(text.encode()).hexdigest()}
-        names = {"command": "train", "run_id": secrets.token_hex(8), "job": _job()}
-        record = json.dumps({**names, "files": files}, indent=2)
-        try:
-            with (
-                disk_full_is_said(self.path),
-                atomic_file(self.path / "config.yaml") as new_config,  # takes its name after the record has
-                atomic_file(self.path / OUTPUT) as new_record,
-            ):
-                write_flushed(new_config, text)
-                write_flushed(new_record, f"{record}\n")
-                self._set_aside()
-        except BaseException:
-            self._undo_interrupted()
-            raise
-        flush_folder(self.path)
-
     @contextlib.contextmanager
     def begun(self, config: TrainConfig) -> Iterator[None]:
-        """As `begin`; after an error in the block, which may open trackers, the folder is as it was before."""
-        record = self.path / OUTPUT
-        earlier = record.read_text(encoding="utf-8") if record.is_file() else None
-        self.begin(config)
+        """Makes this the folder of `config`, and sets an earlier output aside unless `config.checkpoint.resume`.
+
+        After an error in the block, which opens trackers, what they have made goes.
+
+        Raises:
+            InputError: as `begin_output`.
+        """
+        has_saved = config.checkpoint.resume and (self.is_finished() or bool(checkpoint_steps(self.checkpoints)))
+        files = {} if has_saved else {"config.yaml": config.as_yaml()}
+        run_id = (config.checkpoint.resume and self.run_id) or secrets.token_hex(8)
+        begin_output(self.path, "train", files, resume=config.checkpoint.resume, run_id=run_id, job=_job())
+        made = [name for name in _OF_TRACKERS if not (self.path / name).exists()]
         try:
             yield
         except BaseException:
-            for made_by_tracker in ("tensorboard", "wandb"):
-                discard(self.path, made_by_tracker)
-            (self.path / "config.yaml").unlink(missing_ok=True)
-            if earlier is None:
-                record.unlink()
-            else:
-                atomic_write_text(record, earlier)
-            self._undo_interrupted()
+            for name in made:
+                shutil.rmtree(self.path / name, ignore_errors=True)
             raise
 
-    def _set_aside(self) -> None:
-        """Moves the earlier run's files to `replaced/<run_id>`, after a copy of its record."""
-        left = [entry for entry in self.path.iterdir() if entry.name not in _STAYS and not entry.name.startswith(".")]
-        if not left:
-            return
-        aside = self.path / _ASIDE / (self.run_id or secrets.token_hex(8))
-        aside.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(aside / OUTPUT, read_record(self.path / OUTPUT))
-        for entry in left:
-            os.rename(entry, aside / entry.name)
-        flush_folder(self.path)
-
-    def _undo_interrupted(self) -> None:
-        """Moves back what a start was setting aside when it was killed: the record here is still the earlier run's."""
-        aside = self.path / _ASIDE / (self.run_id or "-")
-        if aside.is_dir():
-            for entry in aside.iterdir():
-                if entry.name != OUTPUT and not os.path.lexists(self.path / entry.name):
-                    os.rename(entry, self.path / entry.name)
-            discard(aside)
-        with contextlib.suppress(OSError):  # there is none, or another run's files are set aside too
-            aside.parent.rmdir()
-
-    def newest_checkpoint(self, config: TrainConfig) -> Path:
-        """The checkpoint to resume from.
+    def newest_checkpoint(self, config: TrainConfig) -> Path | None:
+        """The checkpoint that `config` resumes from; None where an earlier start has saved nothing yet.
 
         Raises:
-            InputError: there is none, or it is of another model or castlm.
+            InputError: the earlier start was of another run.
         """
-        self._undo_interrupted()
         whole = checkpoint_steps(self.checkpoints)
         if not whole:
-            raise InputError(f"{self.path} holds no whole checkpoint: start it without resume")
+            begun = self.path / "config.yaml"
+            if begun.is_file():
+                saved = TrainConfig.from_mapping(read_yaml_mapping(begun), str(begun)).as_dict()
+                check_same_run({"config": json.loads(json.dumps(saved)), "facts": {}}, config.as_dict(), {})
+            return None
         path = whole[max(whole)]
         model = read_manifest(path)["config"].get("model")
         if model != config.model.model:
@@ -150,9 +88,8 @@ class RunFolder:
         return path
 
     def is_finished(self) -> bool:
-        """Whether `model/` is the result of the run whose checkpoints are here, and not of one that it replaces."""
-        record = read_record(self.model / RESULT)
-        return bool(record) and is_of_run(record, self.path)
+        """Whether the result is there. It gets its name when it is whole."""
+        return (self.model / RESULT).is_file()
 
     def finished_record(self, config: TrainConfig, world_batch: int) -> dict[str, Any]:
         """The record of the finished run, once its config and its files are found to be as they were.
@@ -160,24 +97,13 @@ class RunFolder:
         Raises:
             InputError: `config` describes another run, or a file of the result is missing or has changed.
         """
-        self._undo_interrupted()
         record = read_result(self.model)
         batch = record.get("world_batch")
         written = record.get("config", {})
         facts = {"save_dtype": written.get("save_dtype")} | ({} if batch is None else {"world_batch": batch})
         now = {"save_dtype": config.checkpoint.save_dtype} | ({} if batch is None else {"world_batch": world_batch})
         check_same_run({"config": written, "facts": facts}, config.as_dict(), now)
-        self.drop_replaced()
         return record
-
-    def drop_replaced(self) -> None:
-        """Deletes what was set aside, now that the new result is whole; what castlm did not write stays."""
-        folder = self.path / _ASIDE
-        for aside in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if left := discard(aside):
-                note(f"castlm did not write {left[0]!r} in {aside}: it stays there")
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def _job() -> str | None:
@@ -188,8 +114,8 @@ def _job() -> str | None:
 def after_restart(config: TrainConfig) -> TrainConfig:
     """`config` as `torchrun --max-restarts` needs it when it starts the ranks again.
 
-    A run that an earlier start of this job has begun is resumed, or started from step 0 where it has saved nothing. The
-    folder of another run, which this one may replace, is left to the checks of a first start.
+    A run that an earlier start of this job has begun is resumed. The folder of another run, which this one may replace,
+    is left to the checks of a first start.
 
     Raises:
         InputError: `overwrite` with restarts of a job that has no id.
@@ -199,22 +125,11 @@ def after_restart(config: TrainConfig) -> TrainConfig:
             "overwrite with --max-restarts: a restart cannot tell this job's run from the one that it replaces; give "
             "torchrun a --rdzv-id that is new for each job"
         )
-    if config.checkpoint.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
-        return config
-    folder = RunFolder(config.checkpoint.output_dir)
-    if folder.job != _job():
-        return config
-    try:
-        begun = TrainConfig.from_mapping(read_yaml_mapping(str(folder.path / "config.yaml")))
-    except InputError:
-        has_record_alone = command_of(folder.path) == "train" and all(
-            entry.name == OUTPUT or is_of_a_start(entry.name) for entry in folder.path.iterdir()
-        )
-        return config.changed(overwrite=True) if has_record_alone else config
-    if not config.is_begun_as(begun):
-        return config
-    has_saved = bool(checkpoint_steps(folder.checkpoints)) or folder.is_finished()
-    return config.changed(resume=has_saved, overwrite=not has_saved)
+    record = read_record(RunFolder(config.checkpoint.output_dir).path / OUTPUT)
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if is_restart and "begun" in record and record.get("job") == _job():
+        return config.changed(resume=True, overwrite=False)
+    return config
 
 
 def check_shared(folder: Path, world: World) -> None:

@@ -25,13 +25,13 @@ from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_pa
 from castlm.core.unit_masks import gathers
 from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import World
-from castlm.files.output import continued
-from castlm.files.owned import RESULT, command_of, discard, read_record
-from castlm.files.reading import user_path
+from castlm.files.output import begin_output, output_folder
+from castlm.files.reading import read_record, user_path
+from castlm.files.record import RESULT, command_of
 from castlm.hardware import choose_precision
 from castlm.methods.base import Retraining
 from castlm.models.io import load_model
-from castlm.oneshot.folder import StartFolder, partial_folder
+from castlm.oneshot.folder import StartFolder, partial_folder, remove_work
 from castlm.oneshot.options import UNIT_SCORES
 from castlm.oneshot.residual import basis_between, is_tied
 from castlm.oneshot.solvers import SOLVERS
@@ -129,7 +129,8 @@ def make_start(
     def make() -> dict[str, Any]:
         if options.name in (UNIT_SCORES if is_structured(of.pattern) else SOLVERS):
             partial = partial_folder(user_path(output_dir))
-            with continued(partial, "prune"):
+            with output_folder(partial, "prune", resume=True):
+                begin_output(partial, "prune", resume=True)
                 _prune(start, options, of, source, text, world, partial, overwrite)
         else:
             _read(start, options.name, of, source)
@@ -143,7 +144,8 @@ def drop_partial(output_dir: str | Path) -> None:
     """Deletes the work of the start of a run that is finished."""
     partial = partial_folder(user_path(output_dir))
     if command_of(partial) == "prune":
-        discard(partial)
+        with output_folder(partial, "prune", resume=True):
+            remove_work(partial)
 
 
 def _prune(

@@ -82,7 +82,7 @@ class Telemetry:
         if not is_main:
             return
         path = output_dir / "metrics.jsonl"
-        cut_back(path, start_step)
+        cut_back(path, start_step or -1)  # of a start that has saved nothing, the row of step 0 goes too
         self._file = path.open("a", encoding="utf-8")
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, shown="", eta="")
         self._last_print = time.monotonic()

@@ -26,7 +26,7 @@ from castlm.distributed.sharding import compile_blocks_
 from castlm.distributed.world import DIAGNOSIS_S, World, closing, init_world, is_of_a_collective
 from castlm.export.hf import check_export
 from castlm.export.hub import check_login, push
-from castlm.files.output import claimed
+from castlm.files.output import output_folder
 from castlm.hardware import check_compile, choose_fused, choose_precision, collect_garbage
 from castlm.methods.base import Retraining, class_of
 from castlm.methods.options import MethodOptions, OptimizerOptions, schedule
@@ -80,7 +80,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config = with_values_found(config, world)
         if world.on_main(lambda: output.resume and folder.is_finished()):
             batch = config.optimizer.sequences_per_step(world.size)
-            record = world.on_main(lambda: folder.finished_record(config, batch), beats=True)
+            record = world.on_main(lambda: finished(folder, config, batch), beats=True)
             if world.is_main:
                 note(f"{folder.model} is finished already")
         else:
@@ -112,10 +112,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 run.cover_teacher_cache()
                 interrupt.start_export()
                 record = finish(run)
-                world.on_main(folder.drop_replaced, beats=True)
                 world.on_main(lambda: drop_partial(folder.path))
         if output.push_to_hub:  # of a finished run too, which may have been stopped here
             upload(folder.model, output.hub_repo, record, world, private=output.hub_private_repo)
+        return record
+
+
+def finished(folder: RunFolder, config: TrainConfig, world_batch: int) -> dict[str, Any]:
+    """The record of a run that is finished, and may have been killed right after that."""
+    record = folder.finished_record(config, world_batch)
+    with folder.begun(config):
         return record
 
 
@@ -142,7 +148,8 @@ def set_up(config: TrainConfig, world: World) -> Run:
     checkpoint, resumed = None, None
     if config.checkpoint.resume:
         checkpoint = world.on_main(lambda: folder.newest_checkpoint(config))
-        resumed = world.on_main(lambda: read_manifest(checkpoint)["start"])
+        if checkpoint is not None:
+            resumed = world.on_main(lambda: read_manifest(checkpoint)["start"])
 
     # model and text
     if config.start.name not in (*SOLVERS, *UNIT_SCORES):
@@ -384,7 +391,7 @@ def _claimed(config: TrainConfig) -> contextlib.AbstractContextManager[Path]:
     inputs |= {f"eval_dataset {text}": text for text in config.evaluation.eval_datasets}
     inputs["init_from"] = config.start.init_from
     output = config.checkpoint
-    return claimed(output.output_dir, "train", overwrite=output.overwrite, resume=output.resume, inputs=inputs)
+    return output_folder(output.output_dir, "train", overwrite=output.overwrite, resume=output.resume, inputs=inputs)
 
 
 def upload(model: Path, repo: str, record: dict[str, Any], world: World, *, private: bool) -> None:

@@ -1,0 +1,158 @@
+"""The record of an output folder, castlm-output.json: which command wrote it, and what it held at the end.
+
+`--overwrite` renames the earlier output. It deletes an output only if that was renamed before and holds nothing but
+files of the size and time that its record gives, so that no list of what each command writes is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from castlm.core.errors import InputError
+from castlm.files.atomic_file import atomic_write_json, is_whole, read_json_mapping, size_and_crc
+from castlm.files.reading import read_record
+from castlm.progress import note
+
+OUTPUT = "castlm-output.json"
+"""The record: `command`, `complete`, `files`, and what the command adds, as `run_id` and the `job` of torchrun."""
+
+RESULT = "castlm.json"
+"""What castlm writes about a model, in its folder."""
+
+LOCK = ".castlm.lock"
+"""The lock of a folder in which a run is at work; its text says who holds it."""
+
+PROBE = ".castlm-probe-"
+"""Prefix of the empty folder by which the ranks of a run find out whether they share a disk."""
+
+_OF_A_START = (LOCK, PROBE, f".{OUTPUT}.tmp-")
+
+
+def command_of(folder: Path) -> str | None:
+    """The command whose output `folder` holds; "result" for a model folder; None where castlm did not write it."""
+    command = read_record(folder / OUTPUT).get("command")
+    if isinstance(command, str):
+        return command
+    return "result" if read_record(folder / RESULT) else None
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether `folder` is not there, or holds only what a killed start leaves before it has begun."""
+    return not folder.is_dir() or all(name.startswith(_OF_A_START) for name in os.listdir(folder))
+
+
+def list_files(folder: Path) -> dict[str, list[int]]:
+    """Size and time of change (ns) of every file below `folder`, except its record and lock; links are not followed."""
+    found, pending = {}, [folder]
+    while pending:
+        for entry in os.scandir(pending.pop()):
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(Path(entry.path))
+            else:
+                about = entry.stat(follow_symlinks=False)
+                found[os.path.relpath(entry.path, folder)] = [about.st_size, about.st_mtime_ns]
+    return {name: about for name, about in found.items() if name not in (OUTPUT, LOCK)}
+
+
+def unrecorded(folder: Path) -> dict[str, list[int]]:
+    """Of `list_files`, those that are not as the record of `folder` gives them: what others have put or changed there,
+    and what a killed process wrote last."""
+    known = _listed(folder)
+    return {name: about for name, about in list_files(folder).items() if known.get(name, [])[:2] != about}
+
+
+def _listed(folder: Path) -> dict[str, list[int]]:
+    """The files that the record of `folder` lists; empty where it is not as castlm writes it."""
+    listed = read_record(folder / OUTPUT).get("files")
+    is_right = isinstance(listed, dict) and all(isinstance(about, list) for about in listed.values())
+    return listed if is_right else {}
+
+
+def record_output(folder: Path, *, checksums: bool = False, **about: Any) -> None:
+    """Writes the record of `folder`: `about`, and the files that it holds, with `checksums` for `read_result`.
+
+    Files in the entry `foreign` that have not changed since are not listed: castlm did not write them.
+    """
+    foreign = about.get("foreign", {})
+    files = {name: entry for name, entry in list_files(folder).items() if foreign.get(name) != entry}
+    is_utf8 = {name: name == name.encode(errors="replace").decode() for name in files}  # castlm writes no others
+    listed = {name: files[name] for name in sorted(files) if is_utf8[name]}
+    if checksums:
+        listed = {name: [*entry, size_and_crc(folder / name)[1]] for name, entry in listed.items()}
+    atomic_write_json(folder / OUTPUT, {**about, "files": listed})
+
+
+def update_record(folder: Path, **about: Any) -> None:
+    """Lists the files that `folder` holds by now, and changes the entries `about` of its record."""
+    record_output(folder, **{**read_record(folder / OUTPUT), **about})
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames an output to NAME.previous, or to NAME.unfinished where it has no result yet.
+
+    An earlier output of that name is deleted if it is as castlm left it, and otherwise renamed, which a line reports.
+    So what is finished stays until the next one is.
+
+    Returns:
+        Where it is now.
+
+    Raises:
+        InputError: the system refuses, as for a mount point.
+    """
+    is_finished = read_record(folder / OUTPUT).get("complete", True) or (folder / "model" / RESULT).is_file()
+    kind = "previous" if is_finished else "unfinished"
+    aside = folder.with_name(f"{folder.name}.{kind}")
+    try:
+        if not aside.is_symlink() and read_record(aside / OUTPUT) and not unrecorded(aside):
+            _delete(aside)
+        if os.path.lexists(aside):
+            kept = unused_name(aside)
+            os.rename(aside, kept)
+            note(f"{aside} holds files that castlm did not write or that have changed since: it is {kept} now")
+        os.rename(folder, aside)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be renamed to {aside}: {error.strerror}; choose another folder") from error
+    return aside
+
+
+def _delete(folder: Path) -> None:
+    """Deletes the files of an output, its record last, which after a kill still tells that the rest is castlm's."""
+    for name in list_files(folder):
+        (folder / name).unlink()
+    for parent, folders, _ in os.walk(folder, topdown=False):
+        for name in folders:
+            with contextlib.suppress(OSError):  # somebody has just put a file there
+                os.rmdir(Path(parent, name))
+    for name in (LOCK, OUTPUT):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def unused_name(path: Path) -> Path:
+    """`path`, or the first of `path`-2, `path`-3, ... that does not exist."""
+    number, free = 1, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The castlm.json of a finished model folder, whose files are found to be as castlm wrote them, by their CRC-32.
+
+    Raises:
+        InputError: castlm.json or the record is corrupt, or a file is missing or has changed.
+    """
+    remedy = f"remove {folder} and run it again"
+    result = read_json_mapping(folder / RESULT, remedy)
+    listed = _listed(folder)
+    if not listed:
+        raise InputError(f"{folder / OUTPUT} lists no files: {remedy}")
+    for name, about in listed.items():
+        if not is_whole(folder / name, [*about[:1], *about[2:]]):
+            raise InputError(f"{folder / name} is missing or has changed since castlm wrote it: {remedy}")
+    return result
