@@ -101,3 +101,11 @@ def test_memory_that_ran_out_is_said_with_a_remedy(error, remedy, monkeypatch, c
     said = capsys.readouterr().err
     assert said.startswith("castlm: error: not enough memory (")
     assert remedy in said
+
+
+@pytest.mark.parametrize(("problem", "code"), [(None, 0), ("FELL SHORT", 0), ("DIVERGED", 1)])
+def test_a_run_that_saved_a_verified_model_exits_with_0_unless_it_diverged(problem, code, monkeypatch, tmp_path):
+    found = {"ok": problem is None, **({} if problem is None else {"problem": problem})}
+    monkeypatch.setattr("castlm.training.train.train", lambda config: {"verdict": found})
+    arguments = ["--model", "m", "--dataset", "d", "--output-dir", str(tmp_path / "run"), "--no-report"]
+    assert main(["train", *arguments]) == code

@@ -191,6 +191,16 @@ def test_the_page_of_a_diverged_run_says_so(running, finished):
     assert "ABOVE the one-shot start (5.000)" in page
 
 
+@pytest.mark.parametrize(("pruned", "kind"), [(3.0, "good"), (9.4, "done")])
+def test_the_badge_is_green_only_where_the_result_is_close_to_the_dense_model(pruned, kind, running, finished):
+    shutil.copytree(finished / "model", running / "model")
+    file = running / "model" / "castlm.json"
+    record = json.loads(file.read_text())
+    record["perplexity"] = {"dense": 2.0, "one_shot": 50.0, "before_prune": pruned, "pruned": pruned}
+    file.write_text(json.dumps(record | {"verdict": verdict(record["perplexity"])}))
+    assert f'<span class="badge {kind}">done</span>' in run_page(read_run(running))
+
+
 def test_a_page_that_castlm_did_not_write_is_not_replaced(running, tmp_path):
     (tmp_path / "mine.txt").write_text("my own page")
     page = running / "report.html"
