@@ -37,8 +37,7 @@ from benchmarks.machine import machine, write_json
 from benchmarks.masks import refresh_rows, topk_mask
 from benchmarks.rows import Row, interleaved, ratio_row
 from castlm.core.adams import AdamS
-from castlm.core.masks import pack_mask, unpack_mask
-from castlm.core.pattern import NM, nm_mask
+from castlm.core.nm import NM, nm_mask, pack_mask, unpack_mask
 from castlm.core.sparsify import prune_
 from castlm.inference.cuda_backends import backend_for
 from castlm.inference.semi_structured import Backend, to_semi_structured_

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import proc_status
 from benchmarks.rows import Row, Times, interleaved, ratio_row
-from castlm.core.pattern import nm_mask
+from castlm.core.nm import nm_mask
 from castlm.core.sparsify import prune_
 from castlm.export.packed import pack_folder
 from castlm.hardware import has_fast_bf16

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.machine import machine, write_json
 from benchmarks.rows import CLOCKS, interleaved
-from castlm.core.pattern import nm_mask
+from castlm.core.nm import nm_mask
 from castlm.dtypes import FLOATS
 from castlm.hardware import keep_freed_memory
 from castlm.inference import native

@@ -11,8 +11,7 @@ from torch.ao.pruning import WeightNormSparsifier
 
 from benchmarks.rows import Row, interleaved, llama_parameters, ratio_row
 from castlm.core.adams import AdamS
-from castlm.core.masks import rank_mask
-from castlm.core.pattern import nm_mask
+from castlm.core.nm import nm_mask, rank_mask
 
 PATTERNS = torch.tensor([[float(j in kept) for j in range(4)] for kept in combinations(range(4), 2)])  # (6, 4)
 

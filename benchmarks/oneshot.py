@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.machine import machine, write_json
-from castlm.core.pattern import NM
+from castlm.core.nm import NM
 from castlm.core.sparsify import sparse_linears
 from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import perplexity

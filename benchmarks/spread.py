@@ -147,7 +147,9 @@ def count(tree: Path) -> dict[str, float]:
     rows |= {concept: len(files_that_name(sources, concept)) for concept in CONCEPTS}
     return rows | {
         "functions that take the whole TrainConfig": len(takes_whole_config(sources)),
-        "`Pattern.parse(` calls": sum(text.count("Pattern.parse(") for text in texts),
+        "calls that parse a pattern": sum(
+            len(re.findall(r"\b(?:Pattern\.parse|parse_pattern)\(", text)) for text in texts
+        ),
         "files outside methods/ that compare a method's name": len(compares_methods(sources)),
         "`raise InputError`": sum(text.count("raise InputError") for text in texts),
         "median lines of a function": median_function(sources),

@@ -29,15 +29,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from benchmarks.machine import machine, write_json
 from benchmarks.rows import interleaved
-from castlm.core.pattern import Pattern
 from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder, token_ids
 from castlm.evaluation.perplexity import perplexity
-from castlm.export.cut_sizes import cut_pattern, sizes_after, sizes_of
 from castlm.models.io import load_model
-from castlm.oneshot.options import UNIT_SCORES, Refinements
+from castlm.oneshot.options import Refinements
 from castlm.oneshot.start import prune_oneshot_
+from castlm.patterns import parse_pattern
+from castlm.structured.pattern import SCORED_BY
+from castlm.structured.sizes import sizes_after, sizes_of
 
 PROMPT, NEW_TOKENS = 256, 32
 SEQUENCES = 128
@@ -147,8 +148,8 @@ def plot(runs: dict[Key, list[dict[str, Any]]], file: str) -> None:
 
 def cut_config(config: PretrainedConfig, pattern: str) -> PretrainedConfig:
     """The config of what is left of a model; of patterns that cut nothing out, itself."""
-    made, parsed = copy.deepcopy(config), Pattern.parse(pattern)
-    if cut_pattern(parsed) is not None:
+    made, parsed = copy.deepcopy(config), parse_pattern(pattern)
+    if parsed.cut_out is not None:
         for name, value in sizes_after(parsed, sizes_of(parsed, config.to_dict())).items():
             setattr(made, name, value)
     return made
@@ -184,7 +185,7 @@ def score_rows(
     drawn = [calibration_sequences(documents, encoder, SEQUENCES, seq_len, seed)[0] for seed in range(seeds)]
     ids = token_ids(open_documents(text), loaded.tokenizer)
     found: dict[tuple[str, str], list[list[float]]] = {}
-    for pattern, score in itertools.product(patterns, UNIT_SCORES):
+    for pattern, score in itertools.product(patterns, SCORED_BY):
         for iterations in (0, None):  # without, and the default
             values = []
             for seed in range(seeds):

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from castlm.core import native
 from castlm.core.errors import InputError
-from castlm.core.masks import pack_mask, refresh_mask_
 from castlm.core.moments import MOMENT_KEYS, new_moments
-from castlm.core.pattern import nm_mask
+from castlm.core.nm import nm_mask, pack_mask, refresh_mask_
 from castlm.core.update import adams_update
 
 VALUES = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-38, 3.4e38, math.inf, -math.inf, math.nan]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from castlm.core.pattern import nm_mask
+from castlm.core.nm import nm_mask
 from castlm.dtypes import FLOATS
 from castlm.inference import native
 from castlm.inference.formats import PackedSpec

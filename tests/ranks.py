@@ -30,6 +30,7 @@ from tqdm import tqdm
 from castlm.core.adams import AdamS
 from castlm.core.shards import whole
 from castlm.core.sparsify import prune_
+from castlm.patterns import parse_pattern
 from castlm.training.config import TrainConfig
 from tests import runs
 
@@ -185,7 +186,7 @@ def assert_pruned_alike(
     plain: nn.Module, sharded: nn.Module, masks: Sequence[dict[Tensor, Tensor]], pattern: str = "2:4"
 ) -> None:
     for model, of_model in zip((plain, sharded), masks):
-        prune_(model, pattern, masks=of_model)
+        prune_(model, parse_pattern(pattern), masks=of_model)
     for p, q in zip(plain.parameters(), sharded.parameters()):
         assert torch.equal(whole(q), p)
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from castlm.core import apply, native
+from castlm.core import native, update
 from castlm.core.adams import AdamS
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
-from castlm.core.masks import unpack_mask
-from castlm.core.pattern import NM, nm_mask
+from castlm.core.nm import NM, nm_mask, unpack_mask
 from tests.fused import needs_kernels, through_torch_compile
 from tests.reference import ReferenceAdamS
 from tests.slow import slow
@@ -151,7 +150,7 @@ def test_horizon_reaches_exact_zero_at_decay_end_and_stays(lam):
 def test_fused_path_equals_the_plain_one(way, monkeypatch):
     """Widths in whole bytes and not, one and many of a size, large dense tensors and small; masks agree to the bit."""
     torch.manual_seed(0)
-    monkeypatch.setattr(apply, "_CALL", 2)
+    monkeypatch.setattr(update, "_CALL", 2)
     shapes = [(6, 16), (4, 8), (3, 12), *[(8, 24)] * 3, (5,), (260, 260), (2, 3)]
     plain = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     fused = copy.deepcopy(plain)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from castlm.core.errors import InputError
 from castlm.core.hidden import in_stream_basis
-from castlm.core.pattern import NM
+from castlm.core.nm import NM
 from castlm.core.sparsify import sparse_linears
 from castlm.models.architecture import linearize_, linearize_conv1d_
 from castlm.oneshot import basis, permutation

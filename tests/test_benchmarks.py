@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from castlm.cli.main import main
 from castlm.core import native
 from castlm.core.errors import InputError
-from castlm.core.pattern import nm_mask
+from castlm.core.nm import nm_mask
 from castlm.distributed.world import init_world
 from castlm.inference import native as inference_native
 from tests.ranks import start_command, wait_ranks

@@ -10,14 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
 from castlm.core.sparsify import prune_, sparse_linears
-from castlm.export.cut import TOLERANCE, check_cut, cut_model
-from castlm.export.cut_sizes import CHANNELS, HEADS, sizes_of
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
 from castlm.models.architecture import linearize_
 from castlm.models.io import load_model
+from castlm.patterns import parse_pattern
+from castlm.structured.cut import TOLERANCE, check_cut, cut_model
+from castlm.structured.sizes import CHANNELS, HEADS, sizes_of
 from tests.slow import slow_but
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -35,7 +35,7 @@ def model_of(family):
 
 def exported(model, text, folder):
     """`model` pruned to a pattern and exported."""
-    pattern = Pattern.parse(text)
+    pattern = parse_pattern(text)
     _, left_dense = sparse_linears(model, pattern)
     prune_(model, pattern)
     return export_model(model, tiny_tokenizer(), folder, pattern=pattern, left_dense=left_dense, record={})
@@ -90,15 +90,15 @@ def test_what_is_left_has_the_other_pattern(text, tmp_path):
 )
 def test_families_without_a_config_for_it_are_refused_by_name(family, text):
     with pytest.raises(InputError, match=f"out of {family}"):
-        check_cut(model_of(family), Pattern.parse(text))
-    check_cut(model_of(family), Pattern.parse("2:4"))
+        check_cut(model_of(family), parse_pattern(text))
+    check_cut(model_of(family), parse_pattern("2:4"))
 
 
 def test_a_number_of_heads_that_the_family_has_no_config_for_is_refused_before_anything_is_trained():
     model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8)
     with pytest.raises(InputError, match=r"leaves 3 of 4 KV heads.*use heads:0\.25, heads:0\.5$"):
-        check_cut(model, Pattern.parse("heads:0.75"))  # 32 channels do not divide by 6 heads
-    check_cut(model, Pattern.parse("heads:0.5"))
+        check_cut(model, parse_pattern("heads:0.75"))  # 32 channels do not divide by 6 heads
+    check_cut(model, parse_pattern("heads:0.5"))
 
 
 def test_a_short_context_is_no_obstacle(tmp_path):
@@ -109,12 +109,12 @@ def test_a_short_context_is_no_obstacle(tmp_path):
 
 def test_a_block_whose_units_stay_dense_is_refused():
     with pytest.raises(InputError, match="each of the 2 transformer blocks"):
-        check_cut(model_of("llama"), Pattern.parse("channels:0.5"), lambda module, fqn: "layers.0." in fqn)
+        check_cut(model_of("llama"), parse_pattern("channels:0.5"), lambda module, fqn: "layers.0." in fqn)
 
 
 def test_a_model_whose_units_are_not_zero_is_not_cut():
     with pytest.raises(InputError, match="prune the model first"):
-        cut_model(model_of("llama"), Pattern.parse("channels:0.5"))
+        cut_model(model_of("llama"), parse_pattern("channels:0.5"))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_verify_counts_against_the_base(kind, folders, capsys):
 
 def test_a_model_that_is_not_cut_does_not_have_the_pattern(folders, tmp_path):
     model = load_model(str(folders / "dense")).model
-    prune_(model, "channels:0.5")
+    prune_(model, parse_pattern("channels:0.5"))
     model.save_pretrained(tmp_path / "zeros")
     report = verify(tmp_path / "zeros", "channels:0.5", base=str(folders / "dense"))
     assert not report.ok
@@ -187,7 +187,7 @@ def test_verify_refuses_another_base_and_layers_that_were_not_cut_together(folde
 
 def test_sizes_that_are_no_numbers_are_refused():
     with pytest.raises(InputError, match="intermediate_size = None"):
-        sizes_of(Pattern.parse("channels:0.5"), {"model_type": "llama"})
-    assert sizes_of(Pattern.parse("channels:0.5"), {"model_type": "gpt2", "n_embd": 8, "n_inner": None}) == {
+        sizes_of(parse_pattern("channels:0.5"), {"model_type": "llama"})
+    assert sizes_of(parse_pattern("channels:0.5"), {"model_type": "gpt2", "n_embd": 8, "n_inner": None}) == {
         "n_inner": 32
     }

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 import castlm.training.train as loop
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
-from castlm.core.masks import unpack_mask
+from castlm.core.nm import unpack_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.shards import local, whole
 from castlm.core.sparsify import sparse_linears, sparse_param_groups

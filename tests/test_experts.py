@@ -20,7 +20,7 @@ from castlm.core.blocks import is_block_linear, is_router, is_stacked_experts, o
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, linearize_experts_
-from castlm.core.pattern import NM, is_nm_sparse
+from castlm.core.nm import NM, is_nm_sparse
 from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups, weight_parameter
 from castlm.distributed.loading import load_rows_, materialize_, open_sharded

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.core.pattern import is_nm_sparse
+from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import sparse_linears
 from castlm.export.verify import verify
 from castlm.oneshot.inputs import ExpertInputs, see_inputs

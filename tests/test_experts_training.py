@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from castlm.cli.main import main
-from castlm.core.pattern import is_nm_sparse
+from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import is_sparse_linear
 from castlm.export.verify import verify
 from castlm.models.io import load_model

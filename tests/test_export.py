@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import count_nm_violations
+from castlm.core.nm import count_nm_violations
 from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.dtypes import bytes_of

@@ -12,8 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from castlm.core.masks import pack_mask, unpack_mask
-from castlm.core.pattern import nm_mask
+from castlm.core.nm import nm_mask, pack_mask, unpack_mask
 from castlm.dtypes import STORED
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify

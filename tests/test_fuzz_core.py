@@ -12,8 +12,8 @@ from torch import nn
 from castlm.core.adams import AdamS
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
-from castlm.core.masks import pack_mask, rank_mask, unpack_mask
-from castlm.core.pattern import NM, Pattern, nm_mask
+from castlm.core.nm import NM, nm_mask, pack_mask, rank_mask, unpack_mask
+from castlm.patterns import parse_pattern
 from tests import kernel_cases as cases
 from tests.fused import needs_kernels
 from tests.reference import keep
@@ -46,11 +46,11 @@ def test_packed_masks_unpack_to_themselves(rows, width, seed):
 @given(st.one_of(st.text(max_size=12), st.from_regex(r"\A-?[0-9]{1,3}:-?[0-9]{1,3}\Z"), st.integers(), st.none()))
 def test_any_text_is_a_pattern_or_an_error_of_one_line(text):
     try:
-        pattern = Pattern.parse(text)
+        pattern = parse_pattern(text)
     except InputError as error:
         cases.check_message(error)
         return
-    assert Pattern.parse(str(pattern)) == pattern
+    assert parse_pattern(str(pattern)) == pattern
     assert 1 <= pattern.n < pattern.m
 
 

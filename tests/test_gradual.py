@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from castlm.core.pattern import NM, count_nm_violations
+from castlm.core.nm import NM, count_nm_violations
 from castlm.core.sparsify import is_sparse_linear, weight_parameter
 from castlm.methods.base import forward_mask
 from castlm.methods.gradual import GradualMagnitude

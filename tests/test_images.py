@@ -27,7 +27,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from castlm.cli.main import main
 from castlm.core.blocks import is_tower
 from castlm.core.errors import InputError
-from castlm.core.pattern import is_nm_sparse
+from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
 from castlm.data.columns import Kind, find_columns

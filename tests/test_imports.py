@@ -14,7 +14,7 @@ TIERS = (
     ("cli", "__main__"),
     ("compare", "planning", "report", "serving"),
     ("training",),
-    ("methods", "oneshot", "data", "distributed", "export", "evaluation", "inference"),
+    ("methods", "oneshot", "data", "distributed", "export", "evaluation", "inference", "structured", "patterns"),
     ("models", "hardware"),
     ("files", "fields", "progress", "signals"),
     ("names", "versions", "dtypes"),
@@ -93,7 +93,7 @@ def test_no_import_runs_up():
 
 def test_the_search_finds_a_cycle_and_an_arrow_that_runs_up():
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
-    assert arrows_up({"castlm.core.masks": {"castlm.training.train"}}) == ["castlm.core.masks -> castlm.training.train"]
+    assert arrows_up({"castlm.core.nm": {"castlm.training.train"}}) == ["castlm.core.nm -> castlm.training.train"]
 
 
 def test_core_imports_torch_and_the_standard_library_alone():

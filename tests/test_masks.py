@@ -6,16 +6,20 @@ import torch
 
 from castlm.core import native
 from castlm.core.errors import InputError
-from castlm.core.masks import (
+from castlm.core.nm import (
+    NM,
     bits_of_a_word,
+    count_nm_violations,
     flip_rate,
+    is_nm_sparse,
+    nm_mask,
     pack_mask,
     refresh_mask_,
     sparse_weight_ratio,
     unpack_mask,
     unpack_words,
 )
-from castlm.core.pattern import NM, Pattern, count_nm_violations, is_nm_sparse, nm_mask
+from castlm.patterns import parse_pattern
 from tests.fused import needs_kernels
 from tests.reference import keep
 
@@ -35,6 +39,40 @@ def test_mask_equals_reference(n, m, kind, dtype):
     assert mask.dtype == torch.bool
     assert mask.tolist() == [keep(row, n, m) for row in weight.tolist()]
     assert (mask.view(-1, m).sum(1) == n).all()
+
+
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+REAL = (torch.bool, *INTEGERS, *FLOATS, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 5), (20, 40)])
+@pytest.mark.parametrize("dtype", REAL)
+def test_every_real_dtype_has_the_mask_of_the_reference(dtype, n, m):
+    """All bit patterns of a dtype, with its extremes in many groups: abs of the smallest integer overflows."""
+    generator = torch.Generator().manual_seed(0)
+    if dtype == torch.bool:
+        weight = torch.rand(40, 2 * m, generator=generator) < 0.5
+    else:
+        bits = torch.randint(0, 256, (40, 2 * m * dtype.itemsize), dtype=torch.uint8, generator=generator)
+        weight = bits.view(dtype)
+        if dtype in INTEGERS:
+            ends = torch.tensor([torch.iinfo(dtype).min, torch.iinfo(dtype).max, 0, 1], dtype=dtype)
+            weight[20:] = ends[torch.randint(0, 4, weight[20:].shape, generator=generator)]
+        else:
+            weight = torch.where(weight.double().isfinite(), weight.double(), 1.0).to(dtype)
+            weight[20:, ::3] = -0.0
+    mask = nm_mask(weight, n, m)
+    assert mask.tolist() == [keep(row, n, m) for row in weight.tolist()]
+    nonzero = [[value != 0 for value in row[i : i + m]] for row in weight.tolist() for i in range(0, len(row), m)]
+    assert count_nm_violations(weight, n, m) == sum(sum(group) > n for group in nonzero)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nan_raises_in_every_dtype_that_has_one(dtype):
+    weight = torch.ones(4, 8).index_put((torch.tensor([1]), torch.tensor([2])), torch.tensor(float("nan"))).to(dtype)
+    with pytest.raises(InputError, match="NaN"):
+        nm_mask(weight)
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 3, 8), (0, 8), (5, 4)])
@@ -63,12 +101,12 @@ def test_bad_pattern_raises(n, m):
 @pytest.mark.parametrize("pattern", ["4:2", "0:4", "2", "2:4:8", "a:b", "", "2:", "-2:4", "2.0:4"])
 def test_bad_pattern_text_raises(pattern):
     with pytest.raises(InputError, match="2:4"):
-        Pattern.parse(pattern)
+        parse_pattern(pattern)
 
 
 def test_pattern_text():
-    assert Pattern.parse("2:4") == NM(2, 4)
-    assert str(Pattern.parse("12:16")) == "12:16"
+    assert parse_pattern("2:4") == NM(2, 4)
+    assert str(parse_pattern("12:16")) == "12:16"
 
 
 def test_width_and_nan_raise():

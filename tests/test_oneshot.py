@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.core.masks import rank_mask
-from castlm.core.pattern import count_nm_violations, nm_mask
+from castlm.core.nm import count_nm_violations, nm_mask, rank_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears
 from castlm.oneshot import walk as calibration_module

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from castlm.cli.main import main
 from castlm.cli.verify import recorded_pattern
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern, nm_mask
+from castlm.core.nm import nm_mask
 from castlm.core.sparsify import prune_
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
@@ -33,6 +33,7 @@ from castlm.files.output import check_output
 from castlm.inference.formats import FILE, INDEX, METADATA_KEY, PackedSpec, read_specs
 from castlm.inference.packed import equal_as_packed, pack, pack_integers, unpack
 from castlm.models.io import load_model, save_model
+from castlm.patterns import parse_pattern
 from tests.tiny import FAMILIES, TEXT, save_tiny, tiny_model, tiny_tokenizer
 
 PATTERNS = [(2, 4), (1, 4), (4, 8), (3, 4), (1, 2), (2, 3), (5, 16)]
@@ -474,7 +475,7 @@ def test_every_chat_template_goes_with_the_model(pruned, tmp_path):
 
 def test_the_card_of_a_result_goes_with_it(tmp_path, capsys):
     model = tiny_model("llama", intermediate_size=64)
-    pattern = Pattern.parse("channels:0.75+2:4")
+    pattern = parse_pattern("channels:0.75+2:4")
     prune_(model, pattern)
     record = {"base_model": "owner/base", "license": "mit", "verdict": {"ok": False, "reason": "it is bad"}}
     plain, packed, back = (tmp_path / name for name in ("plain", "packed", "back"))

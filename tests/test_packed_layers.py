@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from castlm.core.pattern import nm_mask
+from castlm.core.nm import nm_mask
 from castlm.inference import native
 from castlm.inference.layers import (
     DIRECT_ROWS,

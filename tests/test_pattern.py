@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from castlm.core import pattern as patterns
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM, Pattern, nm_mask
+from castlm.core.nm import NM, Pattern, nm_mask
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
+from castlm.patterns import parse_pattern
 from tests.fused import needs_kernels
 from tests.reference import keep
 from tests.tiny import tiny_model
@@ -24,15 +24,8 @@ class ColumnBlocks(Pattern):
 
     size: int
 
-    form = "columns:SIZE"
-
     def __str__(self):
         return f"columns:{self.size}"
-
-    @classmethod
-    def parse_form(cls, text):
-        kind, _, size = text.partition(":")
-        return cls(int(size)) if kind == "columns" and size.isdigit() else None
 
     def misfit(self, shape):
         return f"its width {shape[-1]} does not divide by {2 * self.size}" if shape[-1] % (2 * self.size) else None
@@ -53,29 +46,23 @@ class ColumnBlocks(Pattern):
 class Channels(Pattern):
     """Half of the channels of an MLP: a channel is a row of gate and up, and a column of down."""
 
-    form = "channels"
-
     def __str__(self):
         return "channels"
-
-    @classmethod
-    def parse_form(cls, text):
-        return cls() if text == "channels" else None
 
     def misfit(self, shape):
         return None
 
-    def units(self, names):
+    def joint_layers(self, names):
         gates = [name for name in names if name.endswith("gate_proj")]
         return [tuple(gate.replace("gate", part) for part in ("gate", "up", "down")) for gate in gates]
 
-    def unit_masks(self, weights):
+    def joint_masks(self, weights):
         gate, up, down = (weight.detach().abs() for weight in weights)
         scores = gate.sum(1) + up.sum(1) + down.sum(0)
         kept = scores >= scores.median()
         return [kept[:, None].expand_as(gate), kept[:, None].expand_as(up), kept.expand_as(down)]
 
-    def unit_violations(self, weights):
+    def joint_violations(self, weights):
         gate, up, down = weights
         alive = gate.ne(0).any(1) | up.ne(0).any(1) | down.ne(0).any(0)
         return max(0, int(alive.sum()) - (len(alive) // 2 + 1))
@@ -94,20 +81,19 @@ def steps(optimizer, params, count):
         optimizer.step()
 
 
-def test_a_pattern_that_is_one_class_works_everywhere(monkeypatch):
-    monkeypatch.setattr(Pattern, "table", (*patterns.PATTERNS, ColumnBlocks))
+def test_a_pattern_that_is_one_class_works_everywhere():
+    pattern = ColumnBlocks(16)
     model = tiny_model("llama")
-    layers, dense = sparse_linears(model, "columns:16")
+    layers, dense = sparse_linears(model, pattern)
     assert len(layers) == 14
-    assert sparse_linears(tiny_model("llama", intermediate_size=72), "columns:16")[1] == {
+    assert sparse_linears(tiny_model("llama", intermediate_size=72), pattern)[1] == {
         **dense,
         **{f"model.layers.{i}.mlp.down_proj": "its width 72 does not divide by 32" for i in (0, 1)},
     }
-    optimizer = AdamS(sparse_param_groups(model, "columns:16"), lr=0.1, total_steps=20, decay_end=0.5, mask_interval=3)
+    optimizer = AdamS(sparse_param_groups(model, pattern), lr=0.1, total_steps=20, decay_end=0.5, mask_interval=3)
     saved = optimizer.state_dict()
     assert saved["param_groups"][0]["pattern"] == "columns:16"
     optimizer.load_state_dict(saved)
-    pattern = Pattern.parse("columns:16")
     before = optimizer.masks()
     steps(optimizer, list(model.parameters()), 20)
     weight = layers["model.layers.0.mlp.up_proj"].weight
@@ -118,7 +104,7 @@ def test_a_pattern_that_is_one_class_works_everywhere(monkeypatch):
     assert pattern.violations(weight) == 0
     model = tiny_model("llama")
     assert pattern.violations(model.model.layers[1].mlp.up_proj.weight) > 0
-    prune_(model, "columns:16")
+    prune_(model, pattern)
     assert all(pattern.violations(layer.weight) == 0 for layer in sparse_linears(model, pattern)[0].values())
 
 
@@ -129,7 +115,7 @@ def test_a_pattern_masks_several_weights_together():
         return ".mlp." in fqn and isinstance(module, nn.Linear)
 
     groups = sparse_param_groups(model, Channels(), is_mlp)
-    assert sorted(i for unit in groups[0]["units"] for i in unit) == list(range(6))
+    assert sorted(i for unit in groups[0]["joint"] for i in unit) == list(range(6))
     optimizer = AdamS(groups, lr=0.1, total_steps=10, decay_end=0.5, mask_interval=2)
     optimizer.load_state_dict(optimizer.state_dict())
     steps(optimizer, list(model.parameters()), 10)
@@ -138,31 +124,30 @@ def test_a_pattern_masks_several_weights_together():
         gate, up, down = (optimizer.mask(weight) for weight in weights)
         assert torch.equal(gate[:, 0], up[:, 0])
         assert torch.equal(gate[:, 0], down[0])
-        assert Channels().unit_violations(weights) == 0
+        assert Channels().joint_violations(weights) == 0
     model = tiny_model("llama")
     prune_(model, Channels(), filter_fn=is_mlp)
     mlp = model.model.layers[0].mlp
     assert torch.equal(mlp.gate_proj.weight.ne(0).any(1), mlp.down_proj.weight.ne(0).any(0))
 
 
-def test_parse_names_every_form(monkeypatch):
-    monkeypatch.setattr(Pattern, "table", (*patterns.PATTERNS, ColumnBlocks))
-    assert Pattern.parse("columns:8") == ColumnBlocks(8)
-    with pytest.raises(InputError, match=r"n:m .*, columns:SIZE"):
-        Pattern.parse("nothing")
-    with pytest.raises(InputError, match="'columns:8' is not of the form n:m"):
-        NM.parse("columns:8")
+def test_parse_names_the_text_and_every_form():
+    with pytest.raises(InputError, match=r"'nothing'.*channels:SHARE.*heads:SHARE"):
+        parse_pattern("nothing")
+    with pytest.raises(InputError, match=r"'channels:0\.5'.*n:m"):
+        NM.parse("channels:0.5")
+    assert parse_pattern(NM(1, 4)) == NM(1, 4)
 
 
 @pytest.mark.parametrize("text", [124, None, 2.4, True, b"2:4", ("2", "4"), "2:" + "9" * 5000, "٢:٤", " 2:4", "2 :4"])
 def test_other_things_than_a_pattern_are_refused_in_one_line(text):
     with pytest.raises(InputError, match="2:4") as raised:
-        Pattern.parse(text)
+        parse_pattern(text)
     assert "\n" not in str(raised.value)
 
 
 def test_a_pattern_is_frozen_hashed_and_compared_by_value():
-    pattern = Pattern.parse("2:4")
+    pattern = parse_pattern("2:4")
     with pytest.raises(AttributeError):
         pattern.n = 3
     assert {pattern, NM(2, 4)} == {NM(2, 4)}
@@ -206,5 +191,5 @@ def test_a_transposed_or_expanded_weight_has_the_mask_of_its_copy():
 
 
 def test_what_parses_a_pattern_does_not_import_torch():
-    code = "import sys, castlm.core.pattern, castlm.core.decay, castlm.core.blocks; assert 'torch' not in sys.modules"
+    code = "import sys, castlm.patterns, castlm.core.decay, castlm.core.blocks; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

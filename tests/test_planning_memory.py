@@ -14,10 +14,11 @@ from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.moments import MOMENT_KEYS, MOMENTS
-from castlm.core.pattern import NM, Pattern
+from castlm.core.nm import NM
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_param_groups
 from castlm.models.architecture import backbone, linearize_, shape_model
+from castlm.patterns import parse_pattern
 from castlm.planning import activations, memory
 from castlm.planning.activations import Settings, saved_bytes, trace
 from castlm.planning.memory import DTYPES, GIB, plan_memory, read_config
@@ -145,7 +146,7 @@ def test_weights_kept_for_backward_are_those_of_the_pattern(pattern):
     config = llama()
     plan = plan_memory(config, seq_len=32, micro_batch=1, pattern=pattern, compute_dtype="fp32")
     model = shape_model(config)
-    add_weight_scaling(model, 2, pattern=Pattern.parse(pattern))
+    add_weight_scaling(model, 2, pattern=parse_pattern(pattern))
     scaled = [module for module in model.modules() if parametrize.is_parametrized(module, "weight")]
     products = 4 * sum(layer.parametrizations.weight.original.numel() for layer in scaled)
     assert plan.components["weights kept for backward"] == pytest.approx(products, rel=0.01)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from castlm.cli import prune as command
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM
+from castlm.core.nm import NM
 from castlm.oneshot import prune as command_module
 from castlm.oneshot import start as start_module
 from castlm.oneshot.folder import HiddenStates, StartFolder

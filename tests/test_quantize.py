@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.core.pattern import is_nm_sparse
+from castlm.core.nm import is_nm_sparse
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.data import calibration as calibration_module

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM, Channels, nm_mask
+from castlm.core.nm import NM, nm_mask
 from castlm.core.sparsify import sparse_linears
 from castlm.oneshot import start
 from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, improve_masks
@@ -17,6 +17,7 @@ from castlm.oneshot.solvers import damped, refit, whole_hessian
 from castlm.oneshot.sparsegpt import sparsegpt
 from castlm.oneshot.start import prune_oneshot_
 from castlm.oneshot.walk import BlockInputs
+from castlm.structured.pattern import Channels
 from tests.tiny import VOCAB_SIZE, linear_model
 
 OFF = {"mask_iterations": 0, "refit_iterations": 0}

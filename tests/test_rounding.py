@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import nm_mask
+from castlm.core.nm import nm_mask
 from castlm.inference.packed import pack_integers, unpack
 from castlm.inference.rounding import INT4_GROUP, Rounded, round_int4, round_rows
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
-from castlm.core.pattern import is_nm_sparse, nm_mask
+from castlm.core.nm import is_nm_sparse, nm_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
 from castlm.models.architecture import linearize_conv1d_

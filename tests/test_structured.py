@@ -9,11 +9,12 @@ from torch import nn
 from castlm.core.adams import AdamS
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM, Channels, Combined, Pattern
+from castlm.core.nm import NM
 from castlm.core.shards import local
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
-from castlm.core.structured import cut
 from castlm.models.architecture import linearize_conv1d_
+from castlm.patterns import parse_pattern
+from castlm.structured.pattern import Channels, Combined, left_of
 from tests.fused import needs_kernels
 from tests.tiny import tiny_model
 
@@ -32,7 +33,7 @@ ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 def stepped(model, text, steps=10, seed=0, **options):
     """A model after some steps of AdamS with random gradients, and the optimizer."""
     torch.manual_seed(seed)
-    groups = sparse_param_groups(model, text)
+    groups = sparse_param_groups(model, parse_pattern(text))
     optimizer = AdamS(groups, lr=0.05, total_steps=steps, mask_interval=3, **{"decay_end": 0.5, **options})
     for _ in range(steps):
         for param in model.parameters():
@@ -43,13 +44,13 @@ def stepped(model, text, steps=10, seed=0, **options):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_text_of_a_pattern_parses_back(text):
-    assert str(Pattern.parse(text)) == text
-    assert Pattern.parse(str(Pattern.parse(text))) == Pattern.parse(text)
+    assert str(parse_pattern(text)) == text
+    assert parse_pattern(str(parse_pattern(text))) == parse_pattern(text)
 
 
 def test_a_share_may_begin_with_the_point():
-    assert Pattern.parse("channels:.25") == Channels(0.25)
-    assert Pattern.parse("channels:0.75+2:4") == Combined(Channels(0.75), NM(2, 4))
+    assert parse_pattern("channels:.25") == Channels(0.25)
+    assert parse_pattern("channels:0.75+2:4") == Combined(Channels(0.75), NM(2, 4))
 
 
 NO_PATTERNS = (
@@ -63,7 +64,7 @@ NO_PATTERNS = (
 @pytest.mark.parametrize("text", NO_PATTERNS)
 def test_other_texts_are_refused_in_one_line(text):
     with pytest.raises(InputError) as raised:
-        Pattern.parse(text)
+        parse_pattern(text)
     assert "\n" not in str(raised.value)
 
 
@@ -71,7 +72,7 @@ def test_a_channel_is_masked_in_all_its_weights_by_its_norm():
     gate, up, down = weights_of(tiny_model("llama"), *MLP)
     norms = [float(sum(w.detach().square().sum() for w in (gate[i], up[i], down[:, i]))) for i in range(64)]
     best = sorted(range(64), key=lambda i: -norms[i])[:32]
-    for mask, axis in zip(Channels(0.5).unit_masks([gate, up, down]), (0, 0, 1)):
+    for mask, axis in zip(Channels(0.5).joint_masks([gate, up, down]), (0, 0, 1)):
         rows = mask if axis == 0 else mask.T
         assert [i for i in range(64) if rows[i].all()] == sorted(best)
         assert not rows[[i for i in range(64) if i not in best]].any()
@@ -79,11 +80,11 @@ def test_a_channel_is_masked_in_all_its_weights_by_its_norm():
 
 def test_a_kv_head_is_masked_with_its_query_heads():
     model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=4)
-    pattern = Pattern.parse("heads:0.25").for_model(model)
+    pattern = parse_pattern("heads:0.25").for_model(model)
     q, k, v, o = weights_of(model, *ATTENTION)  # 8 heads of 8, 4 KV heads
     with torch.no_grad():
         v[16:24] *= 100  # KV head 2, which query heads 4 and 5 read
-    masks = pattern.unit_masks([q, k, v, o])
+    masks = pattern.joint_masks([q, k, v, o])
     kept_q = torch.zeros(64, dtype=torch.bool)
     kept_q[32:48] = True
     kept_kv = torch.zeros(32, dtype=torch.bool)
@@ -96,14 +97,14 @@ def test_a_kv_head_is_masked_with_its_query_heads():
 
 def test_n_of_m_is_counted_in_what_is_left_after_the_cut():
     model = tiny_model("llama")
-    pattern = Pattern.parse("channels:0.75+2:4")
+    pattern = parse_pattern("channels:0.75+2:4")
     prune_(model, pattern)
     gate, up, down = weights_of(model, *MLP)
     kept = pattern.outer.kept_units([gate, up, down])
     assert int(kept.sum()) == 48
     for weight, mask in zip((gate, up, down), pattern.outer.expand(kept, (gate, up, down))):
-        assert NM(2, 4).violations(cut(weight, mask)) == 0
-        assert int((cut(weight, mask) == 0).sum()) == cut(weight, mask).numel() // 2
+        assert NM(2, 4).violations(left_of(weight, mask)) == 0
+        assert int((left_of(weight, mask) == 0).sum()) == left_of(weight, mask).numel() // 2
     assert NM(2, 4).violations(down) > 0  # in the layout before the cut
     for weight in weights_of(model, *ATTENTION):
         assert NM(2, 4).violations(weight) == 0
@@ -112,14 +113,16 @@ def test_n_of_m_is_counted_in_what_is_left_after_the_cut():
 @pytest.mark.parametrize("text", TEXTS)
 def test_pruned_weights_have_no_violation_and_the_dense_ones_have(text):
     model = tiny_model("llama")
-    pattern = Pattern.parse(text).for_model(model)
-    layers, dense = sparse_linears(model, text)
+    pattern = parse_pattern(text).for_model(model)
+    layers, dense = sparse_linears(model, parse_pattern(text))
 
     def violations():
-        return [pattern.unit_violations([layers[name].weight for name in unit]) for unit in pattern.units(layers)]
+        return [
+            pattern.joint_violations([layers[name].weight for name in unit]) for unit in pattern.joint_layers(layers)
+        ]
 
     assert min(violations()) > 0
-    assert sorted(prune_(model, text)) == sorted(layers)
+    assert sorted(prune_(model, parse_pattern(text))) == sorted(layers)
     assert max(violations()) == 0
     assert any(name.startswith("model.layers") for name in dense) == (text in ("channels:0.5", "heads:0.5"))
 
@@ -129,12 +132,12 @@ def test_adams_leaves_nothing_of_a_masked_unit(text):
     model = tiny_model("llama")
     optimizer = stepped(model, text)
     pattern = optimizer.param_groups[0]["pattern"]
-    layers, _ = sparse_linears(model, text)
+    layers, _ = sparse_linears(model, parse_pattern(text))
     assert optimizer.flips() >= 0
-    for unit in pattern.units(layers):
+    for unit in pattern.joint_layers(layers):
         weights = [layers[name].weight for name in unit]
-        assert pattern.unit_violations(weights) == 0
-        assert pattern.unit_violations([optimizer.mask(weight) for weight in weights]) == 0
+        assert pattern.joint_violations(weights) == 0
+        assert pattern.joint_violations([optimizer.mask(weight) for weight in weights]) == 0
     optimizer.load_state_dict(optimizer.state_dict())
 
 
@@ -152,7 +155,7 @@ def test_every_decay_runs_fused_with_the_result_of_the_operators(text, decay):
 
 def test_a_saved_mask_that_parts_a_unit_is_refused():
     model = tiny_model("llama")
-    optimizer = AdamS(sparse_param_groups(model, "channels:0.5"), total_steps=10)
+    optimizer = AdamS(sparse_param_groups(model, parse_pattern("channels:0.5")), total_steps=10)
     saved = optimizer.state_dict()
     mask = saved["state"][0]["mask"]
     mask.fill_(255)
@@ -162,13 +165,13 @@ def test_a_saved_mask_that_parts_a_unit_is_refused():
 
 def test_prune_refuses_masks_that_part_a_unit_and_changes_nothing():
     model = tiny_model("llama")
-    optimizer = AdamS(sparse_param_groups(model, "channels:0.5"), total_steps=10)
+    optimizer = AdamS(sparse_param_groups(model, parse_pattern("channels:0.5")), total_steps=10)
     masks = optimizer.masks()
     first = next(iter(masks))
     masks[first] = torch.ones_like(masks[first])
     before = first.detach().clone()
     with pytest.raises(InputError, match=r"are not channels:0\.5 together"):
-        prune_(model, "channels:0.5", masks=masks)
+        prune_(model, parse_pattern("channels:0.5"), masks=masks)
     assert torch.equal(before, first)
 
 
@@ -178,7 +181,7 @@ def test_layers_that_are_no_unit_or_have_lost_a_part_of_theirs_stay_dense():
     def not_down_0(module, fqn):
         return isinstance(module, nn.Linear) and "layers" in fqn and "layers.0.mlp.down" not in fqn
 
-    layers, dense = sparse_linears(model, "channels:0.5", not_down_0)
+    layers, dense = sparse_linears(model, parse_pattern("channels:0.5"), not_down_0)
     assert sorted(layers) == [f"model.layers.1.mlp.{part}_proj" for part in ("down", "gate", "up")]
     assert dense["model.layers.0.mlp.gate_proj"] == Channels.outside
     assert dense["model.layers.0.self_attn.q_proj"] == Channels.outside
@@ -189,15 +192,15 @@ def test_the_channels_of_gpt2_and_opt_are_found(family, parts):
     model = tiny_model(family)
     linearize_conv1d_(model)
     blocks = "transformer.h" if family == "gpt2" else "model.decoder.layers"
-    layers, _ = sparse_linears(model, "channels:0.5")
+    layers, _ = sparse_linears(model, parse_pattern("channels:0.5"))
     assert sorted(layers) == [f"{blocks}.{i}.{part}" for i in (0, 1) for part in parts]
 
 
 def test_heads_without_q_k_and_v_of_their_own_are_refused():
     with pytest.raises(InputError, match="GPT2LMHeadModel has not: use channels"):
-        sparse_linears(tiny_model("gpt2"), "heads:0.5")
+        sparse_linears(tiny_model("gpt2"), parse_pattern("heads:0.5"))
     with pytest.raises(InputError, match="call for_model"):
-        Pattern.parse("heads:0.5").unit_masks([torch.ones(8, 8)] * 4)
+        parse_pattern("heads:0.5").joint_masks([torch.ones(8, 8)] * 4)
 
 
 def test_shares_that_keep_all_or_nothing_and_nan_are_refused():
@@ -208,11 +211,11 @@ def test_shares_that_keep_all_or_nothing_and_nan_are_refused():
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match="contains NaN"):
-        prune_(model, "channels:0.5")
+        prune_(model, parse_pattern("channels:0.5"))
 
 
 def test_masks_of_units_may_be_written_to():
-    optimizer = AdamS(sparse_param_groups(tiny_model("llama"), "channels:0.5"), total_steps=10)
+    optimizer = AdamS(sparse_param_groups(tiny_model("llama"), parse_pattern("channels:0.5")), total_steps=10)
     param = next(iter(optimizer.sparse_params()))
     optimizer.set_mask(param, optimizer.mask(param))
     assert local(optimizer.state[param]["mask"]).is_contiguous()

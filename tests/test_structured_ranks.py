@@ -12,6 +12,7 @@ from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_, sparse_param_groups
 from castlm.distributed.world import close_world, init_world
 from castlm.export.verify import verify
+from castlm.patterns import parse_pattern
 from castlm.training.train import train
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, small
 from tests.runs import assert_same_runs_but_for_sums, train_until
@@ -27,7 +28,7 @@ def train_on_dtensors(text: str) -> None:
         fully_shard(layer, mesh=world.mesh)
     fully_shard(sharded, mesh=world.mesh)
     optimizers = [
-        AdamS(sparse_param_groups(model, text), lr=1e-2, total_steps=8, mask_interval=2, decay_end=1.0)
+        AdamS(sparse_param_groups(model, parse_pattern(text)), lr=1e-2, total_steps=8, mask_interval=2, decay_end=1.0)
         for model in (plain, sharded)
     ]
     one, other = masks_after_steps(plain, sharded, optimizers, world.mesh, 5)
@@ -36,7 +37,7 @@ def train_on_dtensors(text: str) -> None:
     optimizers[1].load_state_dict(optimizers[1].state_dict())
     first = next(iter(other))
     with pytest.raises(InputError, match="together"):
-        prune_(sharded, text, masks={**other, first: torch.ones_like(other[first])})
+        prune_(sharded, parse_pattern(text), masks={**other, first: torch.ones_like(other[first])})
     assert_pruned_alike(plain, sharded, (one, other), text)
     close_world(world)
 

@@ -6,10 +6,10 @@ from transformers import AutoModelForCausalLM
 
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
 from castlm.core.sparsify import prune_
 from castlm.export.verify import verify
 from castlm.models.io import load_model
+from castlm.patterns import parse_pattern
 from castlm.training.config import TrainConfig
 from castlm.training.train import train
 from tests.runs import small
@@ -53,7 +53,7 @@ def test_every_decay_trains_channels_that_are_refreshed(decay, llama, text, tmp_
 
 
 def test_a_run_may_start_from_a_model_whose_units_are_zero(llama, text, tmp_path):
-    pattern = Pattern.parse("channels:0.5")
+    pattern = parse_pattern("channels:0.5")
     model = load_model(llama).model
     prune_(model, pattern)
     model.save_pretrained(tmp_path / "zeros")

@@ -8,11 +8,11 @@ from castlm.cli.main import main
 from castlm.compare import tradeoff
 from castlm.compare.tradeoff import Candidate, Measured, as_dict, at_equal_perplexity, candidates, decode, text
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.export.hf import export_model
 from castlm.inference import native
 from castlm.models.io import load_model
+from castlm.patterns import parse_pattern
 from tests.tiny import save_tiny
 
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="the C++ kernels are not built")
@@ -33,7 +33,7 @@ def result(dense, tmp_path):
     """Makes a folder as `castlm train` leaves it, of a pattern and perplexity."""
 
     def made(name, pattern, perplexity, **measured):
-        loaded, kind = load_model(str(dense)), Pattern.parse(pattern)
+        loaded, kind = load_model(str(dense)), parse_pattern(pattern)
         _, left_dense = sparse_linears(loaded.model, kind)
         prune_(loaded.model, kind)
         figures = {"dense": 6.0, "pruned": perplexity}

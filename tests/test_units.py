@@ -7,15 +7,16 @@ import torch
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM, Pattern
+from castlm.core.nm import NM
 from castlm.core.sparsify import sparse_linears
-from castlm.core.structured import cut
-from castlm.oneshot.options import UNIT_SCORES, Refinements
+from castlm.oneshot.options import Refinements
 from castlm.oneshot.start import prune_oneshot_
-from castlm.oneshot.unit_inputs import InputStatistic
-from castlm.oneshot.units import SCORES, loss_gradients, solve_columns
+from castlm.patterns import parse_pattern
 from castlm.planning.fit import fit_law
 from castlm.planning.points import Point
+from castlm.structured.inputs import InputStatistic
+from castlm.structured.pattern import SCORED_BY, left_of
+from castlm.structured.prune import SCORES, loss_gradients, solve_columns
 from tests.tiny import TEXT, VOCAB_SIZE, save_tiny, tiny_model
 
 TOKENS = torch.randint(0, VOCAB_SIZE, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -59,10 +60,10 @@ def kept_channels(model, block=0):
 
 
 def test_the_names_of_the_scores_are_known_without_torch():
-    assert tuple(SCORES) == UNIT_SCORES
+    assert tuple(SCORES) == SCORED_BY
 
 
-@pytest.mark.parametrize("score", [name for name in UNIT_SCORES if name != "random"])
+@pytest.mark.parametrize("score", [name for name in SCORED_BY if name != "random"])
 def test_the_channels_with_the_highest_score_stay(score):
     model = tiny_model("llama")
     best = expected(score, tiny_model("llama")).argsort(descending=True)[:32]
@@ -95,11 +96,11 @@ def test_every_pattern_is_pruned_and_least_squares_lower_the_error(text, score):
     errors = []
     for refinements in (NO_REFIT, Refinements()):
         model = tiny_model("llama")
-        pattern = Pattern.parse(text).for_model(model)
+        pattern = parse_pattern(text).for_model(model)
         report = prune_oneshot_(model, score, pattern=text, calibration=TOKENS, refinements=refinements)
-        layers, _ = sparse_linears(model, text)
-        for unit in pattern.units(layers):
-            assert pattern.unit_violations([layers[name].weight for name in unit]) == 0
+        layers, _ = sparse_linears(model, parse_pattern(text))
+        for unit in pattern.joint_layers(layers):
+            assert pattern.joint_violations([layers[name].weight for name in unit]) == 0
         errors.append(sum(layer.error for layer in report.layers if ".layers.0." in layer.name))
         assert {layer.name for layer in report.layers} == set(layers)
     assert 0 < errors[1] < errors[0]
@@ -109,7 +110,7 @@ def test_n_of_m_is_solved_in_what_is_left():
     model = tiny_model("llama")
     prune_oneshot_(model, "flap", pattern="channels:0.75+2:4", calibration=TOKENS)
     down = model.model.layers[0].mlp.down_proj.weight
-    small = cut(down, kept_channels(model).expand_as(down))
+    small = left_of(down, kept_channels(model).expand_as(down))
     assert small.shape == (32, 48)
     assert NM(2, 4).violations(small) == 0
     assert torch.equal((small == 0).sum(1), torch.full((32,), 24))
@@ -127,7 +128,7 @@ def test_more_damping_than_asked_for_is_said_of_n_of_m_in_what_is_left():
 
 def test_gradients_are_those_of_a_plain_backward_pass_that_runs_each_block_again():
     model, plain = tiny_model("llama"), tiny_model("llama")
-    layers, _ = sparse_linears(model, "channels:0.5")
+    layers, _ = sparse_linears(model, parse_pattern("channels:0.5"))
     calls = []
     hook = next(iter(layers.values())).register_forward_pre_hook(lambda *_: calls.append(1))
     found = loss_gradients(model, layers, TOKENS)
@@ -141,7 +142,7 @@ def test_gradients_are_those_of_a_plain_backward_pass_that_runs_each_block_again
 def test_gradients_leave_the_model_as_it_was():
     model = tiny_model("llama")
     model.model.embed_tokens.weight.requires_grad_(False)
-    layers, _ = sparse_linears(model, "channels:0.5")
+    layers, _ = sparse_linears(model, parse_pattern("channels:0.5"))
     found = loss_gradients(model, layers, TOKENS)
     assert found.keys() == layers.keys()
     assert all(p.grad is None for p in model.parameters())
@@ -162,7 +163,7 @@ def test_what_cannot_be_scored_is_refused():
     with pytest.raises(InputError, match="score flap needs a calibration text"):
         prune_oneshot_(model, "flap", pattern="channels:0.5")
     with pytest.raises(InputError, match=r"does nothing with channels:0\.5"):
-        Refinements(mask_iterations=4).for_solver("flap", Pattern.parse("channels:0.5"))
+        Refinements(mask_iterations=4).for_solver("flap", parse_pattern("channels:0.5"))
     with pytest.raises(InputError, match="damping = -1 is out of range: it must be between 0 and 1"):
         prune_oneshot_(model, "magnitude", pattern="channels:0.5", damping=-1)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")

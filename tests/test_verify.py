@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import count_nm_violations, nm_mask
+from castlm.core.nm import count_nm_violations, nm_mask
 from castlm.export.verify import verify
 from castlm.files import stored
 from castlm.models.layout import guess_model_type, stored_transposed

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from castlm.cli.main import main
 from castlm.core.blocks import is_block_linear, is_tower
 from castlm.core.errors import InputError
-from castlm.core.pattern import is_nm_sparse
+from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.data.columns import find_columns
 from castlm.export.verify import verify

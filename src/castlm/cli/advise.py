@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, refuse_given, result_folder, write_json
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM, Pattern
+from castlm.core.nm import NM, Pattern
 from castlm.fields import positional
+from castlm.patterns import parse_pattern
 
 if TYPE_CHECKING:
     from typing import Any
@@ -52,14 +53,13 @@ class AdviseCommand:
     """Run Python code that comes with a hub model."""
 
     def run(self) -> int:
-        from castlm.export.cut_sizes import cut_pattern
         from castlm.inference.semi_structured import this_gpu
 
         check_json_path(self.json, result_folder(self.model), *self.results)
         if self.results:
             return self._compare_results()
-        pattern = Pattern.parse(self.pattern)
-        cut = None if cut_pattern(pattern) is None else pattern
+        pattern = parse_pattern(self.pattern)
+        cut = None if pattern.cut_out is None else pattern
         if cut is None and not isinstance(pattern, NM):
             raise InputError(f"pattern {pattern}: advise knows n:m, and channels and heads that are cut out")
         if self.device != "this" or this_gpu() is not None:

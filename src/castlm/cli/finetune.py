@@ -8,9 +8,9 @@ from castlm.cli.options import read_arguments, result_folder
 from castlm.cli.train import FileOptions, PageOptions, run_training
 from castlm.cli.verify import recorded_pattern
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
-from castlm.export.unit_count import groups_of
+from castlm.core.nm import Pattern
 from castlm.fields import COMMAND_LINE, checked
+from castlm.patterns import parse_pattern
 from castlm.training.config import names_of, read_layers, sections_of
 from castlm.training.finetune import FinetuneConfig
 from castlm.training.options import ModelOptions
@@ -51,7 +51,7 @@ def _pattern_of(model: str) -> Pattern:
     recorded = recorded_pattern(model)
     if recorded is None:
         return ModelOptions.pattern
-    left = groups_of(Pattern.parse(recorded))
+    left = parse_pattern(recorded).nm
     if left is None:
         raise InputError(f"{model} is {recorded}, a smaller dense model: fine-tune it like any dense one")
     return left

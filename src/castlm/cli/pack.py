@@ -38,12 +38,11 @@ class PackCommand:
 
     def run(self) -> int:
         from castlm.export.packed import pack_folder, pattern_of
-        from castlm.export.unit_count import groups_of
         from castlm.files.output import check_output
         from castlm.progress import shown_progress
 
         pattern = pattern_of(self.path, self.pattern)
-        groups = None if pattern is None else groups_of(pattern)
+        groups = None if pattern is None else pattern.nm
         if pattern is not None and groups is None:
             raise InputError(f"{self.path} is {pattern}, which has no n:m to pack: pass --pattern n:m, or dense")
         folder = check_output(self.output_dir, overwrite=self.overwrite, inputs={"path": result_folder(self.path)})

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from castlm.cli.options import parse, refuse_given
-from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
 from castlm.methods.options import MethodOptions, OptimizerOptions
-from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
+from castlm.oneshot.options import BasisOptions, Refinements, part_of
+from castlm.patterns import parse_pattern
 from castlm.training.options import HIDDEN_WEIGHT, SEQ_LEN, StartOptions, TeacherOptions
 
 _OF_TRAINING = ("gpu", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "scale_groups")
@@ -100,7 +99,7 @@ class MemoryCommand(Refinements, BasisOptions, MemoryOptions):  # the fields of 
             world_size=self.world_size,
             seq_len=self.seq_len,
             micro_batch=self.per_device_train_batch_size,
-            pattern=Pattern.parse(self.pattern),
+            pattern=parse_pattern(self.pattern),
             scale_groups=self.scale_groups,
             accumulation=self.gradient_accumulation_steps,
             gradient_checkpointing=self.gradient_checkpointing,
@@ -119,11 +118,11 @@ class MemoryCommand(Refinements, BasisOptions, MemoryOptions):  # the fields of 
         from castlm.planning.prune_memory import plan_prune_memory
 
         refuse_given(self, _OF_TRAINING, "is of a training run: leave it out with --prune")
-        pattern = Pattern.parse(self.pattern)
-        method = self.init_from or default_start(pattern)
+        pattern = parse_pattern(self.pattern)
+        method = self.init_from or pattern.default_solver
         plan = plan_prune_memory(
             self.model,
-            memory="model" if is_structured(pattern) else self.memory,
+            memory=self.memory if pattern.cut_out is None else "model",
             method=method,
             pattern=pattern,
             num_sequences=self.calibration_sequences,
@@ -136,7 +135,7 @@ class MemoryCommand(Refinements, BasisOptions, MemoryOptions):  # the fields of 
 
     def _prunes(self) -> bool:
         """Whether the first rank prunes the whole model before step 0."""
-        known = UNIT_SCORES if is_structured(Pattern.parse(self.pattern)) else ("magnitude", "wanda", "sparsegpt")
+        known = parse_pattern(self.pattern).solvers
         if self.init_from is None or self.init_from in known:
             return self.init_from != "magnitude"
         if not Path(self.init_from).expanduser().is_dir():

@@ -8,18 +8,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from castlm.cli.options import parse, refuse_given
-from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
 from castlm.fields import choice
-from castlm.oneshot.options import UNIT_SCORES, BasisOptions, Refinements, default_start
+from castlm.oneshot.options import BasisOptions, Refinements
+from castlm.patterns import SOLVERS, parse_pattern
 
 
 def solver_names() -> Iterable[str]:
-    """The rows of the table of solvers, which imports torch, and the scores of structured patterns."""
-    from castlm.oneshot.solvers import SOLVERS
-
-    return dict.fromkeys((*SOLVERS, *UNIT_SCORES))
+    """The one-shot methods of all patterns."""
+    return SOLVERS
 
 
 _OF_CALIBRATION = ("calibration", "column", "chat_template_path", "precision")
@@ -106,23 +103,23 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         from castlm.oneshot.prune import Prune, choose_memory
         from castlm.oneshot.start import Start
 
-        pattern = Pattern.parse(self.pattern)
+        pattern = parse_pattern(self.pattern)
         if self.memory == "block":
             local_folder(self.model)
         device, text = choose_device(self.device), None
-        structured = is_structured(pattern)
-        method = self.method or default_start(pattern)
+        method = self.method or pattern.default_solver
         if method == "magnitude" and self.rotate in ("values", "residual"):
             raise InputError(f"rotate {self.rotate} needs a calibration text: use method sparsegpt or wanda")
-        needs_text = method not in (("magnitude", "random") if structured else ("magnitude",))
+        needs_text = method not in ("magnitude", "random")
+        takes_text = needs_text or pattern.cut_out is not None  # what is left of a layer without its units is refitted
         if needs_text and self.calibration is None:
             raise InputError(
                 f"method {method} needs a calibration text: give --calibration FILE, or --method magnitude"
             )
-        if not (needs_text or structured):
+        if not takes_text:
             why = f"is for a method that reads a text, and {method} reads none: leave it out, or use wanda or sparsegpt"
             refuse_given(self, _OF_CALIBRATION, why)
-        if self.calibration is not None and (needs_text or structured):
+        if self.calibration is not None and takes_text:
             text = open_documents(self.calibration, column=self.column)
         start = Start.of(self, method, pattern, damping=self.damping, seed=self.seed)
         inputs = {"model": self.model, "calibration": self.calibration}

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, write_json
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
 from castlm.fields import positional
 from castlm.files.reading import read_json_object, user_path
+from castlm.patterns import parse_pattern
 
 
 @dataclass
@@ -35,7 +35,7 @@ class VerifyCommand:
 
         path = _counted(self.path)
         check_json_path(self.json, path)
-        pattern = Pattern.parse(self.pattern or recorded_pattern(path) or "2:4")
+        pattern = parse_pattern(self.pattern or recorded_pattern(path) or "2:4")
         report = verify(path, pattern, base=None if self.base is None else _counted(self.base))
         write_json(self.json, report.as_dict())
         if self.json != "-":

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from castlm.core.pattern import Pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
 from castlm.data.chat import with_template
@@ -27,6 +26,7 @@ from castlm.hardware import choose_device, choose_precision, peak_memory
 from castlm.models.io import load_model
 from castlm.oneshot.calibration import calibration_length
 from castlm.oneshot.start import prune_oneshot_
+from castlm.patterns import parse_pattern
 from castlm.training.options import SEQ_LEN
 
 
@@ -75,7 +75,7 @@ def run_oneshot(config: OneshotConfig) -> dict[str, Any]:
 
 
 def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
-    pattern = Pattern.parse(config.pattern)
+    pattern = parse_pattern(config.pattern)
     loaded = load_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
     model = loaded.model
     with_template(loaded.tokenizer, config.chat_template_path)

@@ -12,14 +12,14 @@ from castlm.compare.presets import ALL, ALL_UNITS, ONESHOT, ONESHOT_GROUPS, PRES
 from castlm.compare.report import Report, write_report
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, execute, refuse_running, with_key, zero_shot_key, zero_shot_rows
-from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
+from castlm.core.nm import NM, Pattern
 from castlm.fields import checked, convert
 from castlm.files.output import begin_output, output_folder
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS, is_control
-from castlm.oneshot.options import UNIT_SCORES, default_start
+from castlm.oneshot.options import UNIT_SCORES
+from castlm.patterns import parse_pattern
 from castlm.training.config import TrainConfig, sections_of, without_sections
 
 Say = Callable[[str], None]
@@ -102,7 +102,7 @@ class Plan:
         if command.preset:
             self.preset = PRESETS[command.preset]
         else:
-            self.preset = ALL_UNITS if is_structured(_pattern_of(self.common)) else ALL
+            self.preset = ALL_UNITS if not isinstance(_pattern_of(self.common), NM) else ALL
         self.variants = self._variants()
         self._check_patterns()
         self.largest_budget = self._largest_budget()
@@ -171,7 +171,7 @@ class Plan:
     def _check_patterns(self) -> None:
         """Raises `InputError` for one-shot methods that are not for the pattern."""
         for name, fields in self.variants.items():
-            structured = is_structured(_pattern_of({**self.common, **fields}))
+            structured = not isinstance(_pattern_of({**self.common, **fields}), NM)
             fitting = UNIT_SCORES if structured else ONESHOT_GROUPS
             if fields["method"] in ONESHOT and fields["method"] not in fitting:
                 kind = "structured" if structured else "n:m"
@@ -277,7 +277,7 @@ class Plan:
         if starts_dense and "init_from" not in self.variants[name]:
             fields.pop("init_from", None)  # the start of all runs is for the methods that have one
         elif fields["method"] in METHODS and "init_from" not in fields:
-            start = default_start(_pattern_of(fields))
+            start = _pattern_of(fields).default_solver
             if self.command.published_starts:
                 start = METHODS[fields["method"]].published_start
                 fields = {**(SPARSEGPT if start == "sparsegpt" else {}), **fields}
@@ -356,7 +356,7 @@ def _tokens_per_step(config: TrainConfig) -> int:
 def _pattern_of(fields: Mapping[str, Any]) -> Pattern:
     """The pattern of a run with these options; what is no text is refused where the options are checked."""
     pattern = fields.get("pattern")
-    return Pattern.parse(pattern if isinstance(pattern, str) else "2:4")
+    return parse_pattern(pattern if isinstance(pattern, str) else "2:4")
 
 
 def _rate(text: str) -> float:

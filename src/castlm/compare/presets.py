@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from castlm.core.nm import Pattern
 from castlm.methods.table import METHODS
-from castlm.oneshot.options import UNIT_SCORES
+from castlm.patterns import SOLVERS
 
 RETRAINING = tuple(METHODS)
-ONESHOT_GROUPS = ("magnitude", "wanda", "sparsegpt")
-"""The one-shot methods of n:m patterns."""
-ONESHOT = (*ONESHOT_GROUPS, *(name for name in UNIT_SCORES if name not in ONESHOT_GROUPS))
-"""All of them, with those that rank the units of structured patterns."""
+ONESHOT = SOLVERS
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,10 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
-ALL = Preset("Which way to n:m is best?", {name: {"method": name} for name in (*ONESHOT_GROUPS, *RETRAINING)})
-_OF_UNITS = tuple(name for name in RETRAINING if name != "gradual_magnitude")
-ALL_UNITS = Preset("Which way to fewer units is best?", {name: {"method": name} for name in (*UNIT_SCORES, *_OF_UNITS)})
+
+def every_method(pattern: Pattern) -> Preset:
+    """The preset where no other is asked for: all one-shot and retraining methods of a pattern."""
+    retraining = [name for name in RETRAINING if pattern.nm is pattern or name != "gradual_magnitude"]
+    return Preset(
+        f"Which way to {pattern} is best?", {name: {"method": name} for name in (*pattern.solvers, *retraining)}
+    )

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import torch
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
-from castlm.export.unit_count import groups_of
 from castlm.files.reading import read_json_object
 from castlm.hardware import in_own_process
 from castlm.inference.convert import pack_model_
 from castlm.inference.decode import TokenTimes, greedy
 from castlm.models.io import load_model
+from castlm.patterns import parse_pattern
 from castlm.training.record import MEASURED_ALIKE, final_perplexity
 
 ROUNDS = 2
@@ -141,7 +140,7 @@ def measure(chosen: Sequence[Candidate], say: Callable[[str], None]) -> list[Mea
 def decode(candidate: Candidate) -> tuple[int, list[float]]:
     """Bytes of the weights on castlm's kernels, and tokens per second of each repetition, without its prompt."""
     model = load_model(candidate.folder).model
-    nm = groups_of(Pattern.parse(candidate.pattern)) if candidate.pattern else None
+    nm = parse_pattern(candidate.pattern).nm if candidate.pattern else None
     pack_model_(model, *((nm.n, nm.m) if nm else (0, 0)), left_dense=candidate.left_dense)
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     ids = torch.arange(1, PROMPT + 1)[None] % model.config.get_text_config().vocab_size

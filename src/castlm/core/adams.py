@@ -1,12 +1,14 @@
 """AdamS: Adam whose masked weights decay to zero while the forward pass stays dense.
 
-The optimizer loops over the update in `castlm.core.update`. The mask is optimizer state: it is up to `mask_interval`
-steps old, so it cannot be recomputed from the weights on resume.
+The optimizer loops over the update in `castlm.core.update`, and checks a parameter group once, when it is added. The
+mask is optimizer state: it is up to `mask_interval` steps old, so it cannot be recomputed from the weights on resume.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,23 +17,22 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from castlm.core import native
-from castlm.core.apply import Update
-from castlm.core.checks import (
-    check_gradient,
-    check_keys,
-    check_options,
-    check_parameter,
-    check_saved,
-    check_sparse_parameter,
-)
 from castlm.core.decay import DECAYS
 from castlm.core.errors import DivergedError, InputError
-from castlm.core.masks import pack_mask, unpack_mask
-from castlm.core.moments import from_codes, new_moments
-from castlm.core.pattern import NM, Pattern, as_pattern
+from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, new_moments
+from castlm.core.nm import NM, Pattern, as_pattern, pack_mask, refresh_masks_, replace_, unpack_mask
 from castlm.core.shards import flat, like_rows, local
-from castlm.core.unit_masks import gathers, own_unit_masks, refresh_gathered_
-from castlm.core.update import hyperparameters
+from castlm.core.update import SECOND_MOMENTS, hyperparameters, update_
+
+_TRAINED = (torch.float32, torch.float64, torch.bfloat16)  # float16 rounds eps and small squared gradients to 0
+_LARGEST = torch.finfo(torch.float32).max
+_OUTSIDE = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
+"""Keys of a parameter group that torch, its schedulers and users add, beside the options of AdamS."""
+EXACT_ON_RESUME = (
+    *("sparse", "pattern", "total_steps", "mask_interval"),
+    *("decay", "decay_end", "second_moment", "moments"),
+)
+"""The options that may not change between saving and loading, because the method depends on them."""
 
 
 class AdamS(Optimizer):
@@ -43,10 +44,10 @@ class AdamS(Optimizer):
 
         mu_t  = b1 mu_{t-1} + (1 - b1) g_t
         mix_t = mu_t                                          where kept
-        mix_t = (1 - a_t) mu_t + a_t lam sign(W_{t-1})        where masked, decay="proportional" (the paper's)
+        mix_t = (1 - a_t) mu_t + a_t lam sign(W_{t-1})        where masked, decay="proportional" (the paper's, Eq. 7)
         mix_t = mu_t + a_t lam sign(W_{t-1})                  where masked, decay="additive" (its ablation)
         mix_t = (1 - a_t) mu_t                                where masked, decay="horizon" (ours)
-        v_t   = b2 v_{t-1} + (1 - b2) mix_t^2                 second_moment="mix" (the paper's)
+        v_t   = b2 v_{t-1} + (1 - b2) mix_t^2                 second_moment="mix" (the paper's, Eq. 8)
         v_t   = b2 v_{t-1} + (1 - b2) g_t^2                   second_moment="gradient" (ours)
         W_t   = W_{t-1} - lr (mix_t / (1 - b1^(t+1))) / (sqrt(v_t / (1 - b2^(t+1))) + eps)
         W_t   = W_t (1 - a_{t+1}) / (1 - a_t)                 where masked, decay="horizon", in which
@@ -87,11 +88,12 @@ class AdamS(Optimizer):
     Gradients of another real dtype are converted to the parameter's.
 
     Raises:
-        InputError: an option of the wrong type or out of range; no group has `"sparse"`; a parameter is complex,
-            float16, not contiguous or not dense; a sparse parameter is not 2-D or 3-D, not float32 or float64, does not
-            fit its pattern, is sharded along its groups or contains NaN; `fused=True` is not possible. From `step`: a
-            sparse parameter has no gradient, or a gradient or parameter has another shape, layout or device. From
-            `load_state_dict`: the saved options, shapes or dtypes differ, or a saved mask is not of the pattern.
+        InputError: when a group is added: an option of the wrong type or out of range; no group has `"sparse"`; a
+            parameter is complex, float16, not contiguous or not dense; a sparse parameter is not 2-D or 3-D, not
+            float32 or float64, does not fit its pattern, is sharded along its groups or contains NaN; `fused=True` is
+            not possible. From `step`: a sparse parameter has no gradient, or a gradient or parameter has another shape,
+            layout or device than before. From `load_state_dict`: the saved options, shapes or dtypes differ, or a saved
+            mask is not of the pattern.
 
     Examples:
         >>> import torch
@@ -147,12 +149,12 @@ class AdamS(Optimizer):
             "weight_decay": weight_decay,
             "sparse": False,
             "pattern": NM(2, 4),
-            "units": None,
+            "joint": None,
         }
         super().__init__(groups, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, as in torch; see the class for what a group may hold and what is refused."""
+        """Adds a group of parameters, as in torch. The class lists the keys of a group and the errors."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -167,26 +169,22 @@ class AdamS(Optimizer):
         group["pattern"] = as_pattern(group["pattern"])
         if group["second_moment"] is None and isinstance(group["decay"], str) and group["decay"] in DECAYS:
             group["second_moment"] = "mix" if DECAYS[group["decay"]].needs_lam else "gradient"
-        check_keys(group)
-        check_options(group)
+        unknown = [key for key in group if key not in _OPTIONS and key not in _OUTSIDE]
+        if unknown:
+            raise InputError(f"AdamS has no option {unknown[0]!r} for a parameter group, only {', '.join(_OPTIONS)}")
+        _check_options(group)
         if len(set(group["params"])) != len(group["params"]):
             raise InputError("a parameter appears twice in a parameter group of AdamS: pass each once")
         for param in group["params"]:
-            check_parameter(param)
+            _check_parameter(param)
             if self._fused and param.device.type == "cpu":
                 native.check_runs_on(local(param))
             if group["sparse"]:
-                check_sparse_parameter(param, group["pattern"])
+                _check_sparse_parameter(param, group["pattern"])
             self.state[param] |= {"step": torch.tensor(0.0), **new_moments(param, group["moments"])}
-        for unit in self._units(group) if group["sparse"] else ():
-            for param, mask in zip(unit, own_unit_masks(group["pattern"], unit)):
+        for params in _joint_params(group) if group["sparse"] else ():
+            for param, mask in zip(params, group["pattern"].own_masks(params)):
                 self.state[param]["mask"] = like_rows(pack_mask(mask), param)
-
-    def _units(self, group: dict[str, Any]) -> list[list[Tensor]]:
-        """The parameters of a sparse group by unit."""
-        params = group["params"]
-        units = group["units"]
-        return [[param] for param in params] if units is None else [[params[i] for i in unit] for unit in units]
 
     def _pattern_of(self, param: Tensor) -> Pattern:
         for group in self.param_groups:
@@ -211,7 +209,7 @@ class AdamS(Optimizer):
             InputError: another shape or dtype, or a mask that keeps more than the pattern does.
         """
         pattern = self._pattern_of(param)
-        pattern.check_mask(local(mask), local(param).shape, count=not gathers(pattern, [param]))
+        pattern.check_mask(local(mask), local(param).shape, count=not pattern.gathers([param]))
         local(self.state[param]["mask"]).copy_(pack_mask(local(mask)))
 
     def momentum(self, param: Tensor) -> Tensor:
@@ -240,19 +238,19 @@ class AdamS(Optimizer):
 
     @torch.no_grad()
     def refresh_masks(self, group: dict[str, Any]) -> None:
-        """Recomputes the masks of a sparse group from `|W|`. Raises `InputError` if a weight is NaN."""
-        if gathers(group["pattern"], group["params"]):
-            units = self._units(group)
-            packed = [[local(self.state[p]["mask"]) for p in unit] for unit in units]
-            self._flips = refresh_gathered_(group["pattern"], units, packed)
-            return
-        units = [unit for unit in self._units(group) if any(local(p).numel() for p in unit)]  # a rank may hold no rows
-        if not units:
-            self._flips = 0
-            return
-        weights = [[local(p) for p in unit] for unit in units]
-        masks = [[local(self.state[p]["mask"]) for p in unit] for unit in units]
-        self._flips, has_nan = group["pattern"].refresh_(weights, masks, bool(self._fused))
+        """Recomputes the masks of a sparse group from `|W|` (CAST, Eq. 6). Raises `InputError` if a weight is NaN."""
+        pattern, has_nan = group["pattern"], False
+        self._flips = 0
+        if isinstance(pattern, NM):
+            params = [p for p in group["params"] if local(p).numel()]  # a rank may hold no rows of a parameter
+            if params:
+                weights = [local(param) for param in params]
+                masks = [local(self.state[param]["mask"]) for param in params]
+                self._flips, has_nan = refresh_masks_(weights, masks, pattern.n, pattern.m, bool(self._fused))
+        else:
+            for params in _joint_params(group):
+                for param, mask in zip(params, pattern.own_masks(params)):
+                    self._flips = self._flips + replace_(local(self.state[param]["mask"]), pack_mask(mask))
         if has_nan:
             raise DivergedError(
                 "a sparse weight is NaN, so the run has diverged: start it again with a lower learning rate"
@@ -270,7 +268,7 @@ class AdamS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._check_group(group)
+            self._check_gradients(group)
         flips: list[Tensor | int] = []
         for group in filter(self._is_refresh_due, self.param_groups):
             self.refresh_masks(group)
@@ -286,11 +284,10 @@ class AdamS(Optimizer):
             return False
         return int(self.state[group["params"][0]]["step"]) % int(group["mask_interval"]) == 0
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_options(group)
+    def _check_gradients(self, group: dict[str, Any]) -> None:
         for param in group["params"]:
             if param.grad is not None:
-                check_gradient(param, self.state[param])
+                _check_gradient(param, self.state[param])
             elif group["sparse"]:
                 raise InputError(
                     f"a sparse parameter of shape {tuple(param.shape)} has no gradient, so its masked weights would "
@@ -304,15 +301,26 @@ class AdamS(Optimizer):
                 state = self.state[param]
                 key = int(state["step"]), param.device, param.dtype, "exp_avg_scale" in state
                 alike.setdefault(key, []).append(param)
-        for (step, _, _, in_8bit), params in alike.items():
-            second_moment = group["second_moment"] if group["sparse"] else "gradient"
-            hyper = hyperparameters(group, step)
+        for (step, *_), params in alike.items():
             here = [p for p in params if local(p).numel()]  # a rank may hold no rows of a parameter
             if group["weight_decay"] and not group["sparse"]:
                 torch._foreach_mul_([flat(p) for p in here], 1 - float(group["lr"]) * group["weight_decay"])
             if here:
-                Update(self.state, group["sparse"], in_8bit, hyper, second_moment, self._fused).apply_(here)
+                self._update(group, here, step)
             torch._foreach_add_([self.state[param]["step"] for param in params], 1)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], step: int) -> None:
+        """Updates the rows that this rank holds of parameters of one dtype, device and step."""
+        states = [self.state[param] for param in params]
+        update_(
+            [local(param).detach() for param in params],
+            [local(param.grad).to(param.dtype).contiguous() for param in params if param.grad is not None],
+            {key: [local(state[key]) for state in states] for key in MOMENT_KEYS if key in states[0]},
+            [local(state["mask"]) if group["sparse"] else None for state in states],
+            hyperparameters(group, step),
+            group["second_moment"] if group["sparse"] else "gradient",
+            self._fused,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the options, as in torch. Patterns are saved as text, so that no class has to be unpickled."""
@@ -327,16 +335,189 @@ class AdamS(Optimizer):
             InputError: the saved state is of another run, or its shapes, dtypes or masks do not fit. Nothing has been
                 changed then.
         """
-        saved_state = check_saved(state_dict, self.param_groups, self.state)
-        kept = [(group["pattern"], group["units"]) for group in self.param_groups]
+        saved_state = self._checked(state_dict)
+        kept = [(group["pattern"], group["joint"]) for group in self.param_groups]
         states = {param: dict(state) for param, state in self.state.items()}
         super().load_state_dict(state_dict)
-        for group, (pattern, units) in zip(self.param_groups, kept):
-            group["pattern"], group["units"] = pattern, units
+        for group, (pattern, joint) in zip(self.param_groups, kept):
+            group["pattern"], group["joint"] = pattern, joint
         for param, saved in saved_state.items():  # torch casts state to the parameter's dtype, which may round it
             for key, tensor in states[param].items():
                 value = torch.as_tensor(saved[key])
                 self.state[param][key] = value.to(device=tensor.device, dtype=tensor.dtype)
 
+    def _checked(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Mapping[str, Any]]:
+        """The saved state of each parameter, after checking that all of it fits this optimizer."""
+        sizes = [[len(group["params"]) for group in of] for of in (state_dict["param_groups"], self.param_groups)]
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                f"the saved optimizer state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}: load "
+                "the state of the same model"
+            )
+        found: dict[Tensor, Mapping[str, Any]] = {}
+        for saved, group in zip(state_dict["param_groups"], self.param_groups):
+            own = {**group, "pattern": str(group["pattern"])}
+            changed = [f"{k} {saved.get(k)} -> {own[k]}" for k in EXACT_ON_RESUME if saved.get(k) != own[k]]
+            if changed:
+                raise InputError(
+                    f"the saved optimizer state is of another run ({', '.join(changed)}): use the options of that run"
+                )
+            _check_options({**group, **saved, **{key: group[key] for key in ("params", "pattern", "joint")}})
+            for i, param in zip(saved["params"], group["params"]):
+                found[param] = state_dict["state"].get(i, {})
+                _check_saved(found[param], self.state[param], f"parameter {i}")
+            if group["sparse"]:
+                self._check_masks(group, found)
+        return found
+
+    def _check_masks(self, group: dict[str, Any], saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Checks the saved masks of a sparse group; counts patterns across rows only where a rank holds all rows."""
+        pattern: Pattern = group["pattern"]
+        for params in _joint_params(group):
+            masks = [unpack_mask(local(saved[param]["mask"]), param.shape[-1]) for param in params]
+            gathers = pattern.gathers(params)  # no collective here, where one rank alone may have been refused
+            for param, mask in zip(params, masks):
+                pattern.check_mask(mask, local(param).shape, count=not gathers)
+            if len(params) > 1 and not gathers:
+                pattern.check_joint_masks(masks)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_fused": self._fused, "_flips": self._flips}
+
+
+def _joint_params(group: dict[str, Any]) -> list[list[Tensor]]:
+    """The parameters of a sparse group, in lists of those that are masked together."""
+    params, joint = group["params"], group["joint"]
+    return [[param] for param in params] if joint is None else [[params[i] for i in part] for part in joint]
+
+
+def _is_number(value: object) -> bool:
+    """Whether `value` is a finite real number that float32 can hold, and not a bool or a text."""
+    if isinstance(value, bool | str | bytes | Tensor) or not hasattr(type(value), "__float__"):
+        return False
+    return math.isfinite(value) and abs(value) <= _LARGEST  # type: ignore[arg-type]
+
+
+def _is_rate(value: object) -> bool:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    return _is_number(value) and value >= 0  # type: ignore[operator]
+
+
+def _is_count(value: object, least: int) -> bool:
+    return not isinstance(value, bool | Tensor) and hasattr(type(value), "__index__") and operator.index(value) >= least  # type: ignore[arg-type]
+
+
+def _are_betas(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
+
+
+def _one_of(names: Any) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}"
+
+
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (_is_rate, "a finite number >= 0"),
+    "betas": (_are_betas, "two numbers in [0, 1)"),
+    "eps": (lambda v: _is_number(v) and v >= 0, "a finite number >= 0"),
+    "lam": (lambda v: _is_number(v) and v >= 0, "a finite number >= 0"),
+    "weight_decay": (lambda v: _is_number(v) and v >= 0, "a finite number >= 0"),
+    "total_steps": (lambda v: _is_count(v, 1), "an integer >= 1"),
+    "mask_interval": (lambda v: _is_count(v, 0), "an integer >= 0"),
+    "decay": _one_of(DECAYS),
+    "decay_end": (lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
+    "second_moment": _one_of(SECOND_MOMENTS),
+    "moments": _one_of(MOMENTS),
+    "sparse": (lambda v: isinstance(v, bool), "True or False"),
+    "pattern": (lambda v: isinstance(v, Pattern), "a pattern such as 2:4"),
+    "joint": (lambda v: v is None or isinstance(v, list | tuple), "None, or lists of positions in params"),
+}
+"""For each option of a parameter group: a check of its value, and the allowed values in words."""
+
+
+def _check_options(group: Mapping[str, Any]) -> None:
+    for name, (is_allowed, wanted) in _OPTIONS.items():
+        if not is_allowed(group[name]):
+            raise InputError(f"AdamS: {name} = {group[name]!r} is not allowed: it must be {wanted}")
+    if group["second_moment"] == "gradient" and DECAYS[group["decay"]].needs_lam:
+        raise InputError(
+            f"AdamS: second_moment = 'gradient' is not allowed with decay {group['decay']!r}, whose lam would be lost "
+            "beside the gradient: use mix"
+        )
+    joint = group["joint"]
+    if joint is not None and sorted(i for part in joint for i in part) != list(range(len(group["params"]))):
+        raise InputError("AdamS: joint must name every position in the params of the group once")
+
+
+def _check_parameter(param: Tensor) -> None:
+    shape = tuple(param.shape)
+    if param.dtype not in _TRAINED:
+        raise InputError(f"a parameter of shape {shape} is {param.dtype}: AdamS trains float32, float64 and bfloat16")
+    if param.layout != torch.strided:
+        raise InputError(f"a parameter of shape {shape} has layout {param.layout}: AdamS takes dense tensors")
+    if not local(param).is_contiguous():
+        raise InputError(
+            f"a parameter of shape {shape} has strides {param.stride()}: make it contiguous before it is given to AdamS"
+        )
+
+
+def _check_sparse_parameter(param: Tensor, pattern: Pattern) -> None:
+    shape = tuple(param.shape)
+    if param.dim() not in (2, 3):
+        raise InputError(
+            f"a sparse parameter has shape {shape}, not (out, in) or (experts, out, in): sharding that flattens "
+            "parameters (FSDP1, DeepSpeed ZeRO) cuts groups apart; use FSDP2 fully_shard"
+        )
+    if param.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"a sparse parameter of shape {shape} is {param.dtype}, which rounds the decay away: keep fp32 master "
+            "weights and use autocast or FSDP mixed precision"
+        )
+    pattern.check_shape(shape)
+    pattern.check_placement(param)
+
+
+def _check_gradient(param: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Raises `InputError` if a parameter has changed since AdamS was built, or its gradient does not belong to it.
+
+    Checked at each step, because a model that is converted or moved meanwhile would train wrongly without an error.
+    """
+    grad = param.grad
+    assert grad is not None
+    moment, second = state["exp_avg"], state["exp_avg_sq"]
+    is_dtype = param.dtype == second.dtype or (second.dtype == torch.uint8 and param.dtype in _TRAINED)
+    is_placed = param.shape == moment.shape and param.device == moment.device
+    if not (is_dtype and is_placed and local(param).is_contiguous()):
+        raise InputError(
+            f"a parameter is {param.dtype} {tuple(param.shape)} on {param.device} with strides {param.stride()}, but "
+            f"was {second.dtype} {tuple(moment.shape)} on {moment.device}, contiguous, when AdamS was built: convert "
+            "or move the model before building the optimizer"
+        )
+    placed_alike = getattr(grad, "placements", None) == getattr(param, "placements", None)
+    is_dense = grad.layout == torch.strided and grad.dtype.is_floating_point
+    if not (is_dense and placed_alike and grad.shape == param.shape and grad.device == param.device):
+        raise InputError(
+            f"a parameter of shape {tuple(param.shape)} on {param.device} has a gradient of shape {tuple(grad.shape)} "
+            f"on {grad.device}, {grad.dtype}, layout {grad.layout}: AdamS takes real, dense gradients with the shape "
+            "and placement of the parameter"
+        )
+
+
+def _check_saved(saved: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> None:
+    """Raises `InputError` unless the saved state of a parameter has the names, shapes and dtypes of its `state`."""
+    if set(saved) != set(state):
+        raise InputError(
+            f"the saved state of {where} holds {', '.join(sorted(map(str, saved)))}, not {', '.join(sorted(state))}: "
+            "load the state of the same model and options"
+        )
+    for name, tensor in state.items():
+        value = saved[name]
+        if name == "step":
+            if not (_is_rate(value) and float(value).is_integer()):
+                raise InputError(f"the saved step of {where} is {value!r}, not a number of steps: the state is damaged")
+        elif not isinstance(value, Tensor) or value.shape != tensor.shape or value.dtype != tensor.dtype:
+            given = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise InputError(
+                f"the saved {name} of {where} is {given}, not {tensor.dtype} {tuple(tensor.shape)}: load the state of "
+                "the same model and options"
+            )

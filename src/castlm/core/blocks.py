@@ -1,4 +1,4 @@
-"""What a sparse weight of a transformer block is, told from names and shapes. The only place that decides it.
+"""Tells from names and shapes which weights of a transformer block may become sparse. The only place that decides it.
 
 It is the matrix (out, in) of a linear layer, or the 3-D parameter that holds that matrix for all experts of a block.
 
@@ -88,7 +88,7 @@ def is_router(module: str) -> bool:
     """Whether a module chooses experts for a token, or weighs the shared one. Routers are small, and stay dense.
 
     They are `gate`, `router` or `shared_expert_gate` in transformers, or a part of such a module. Gates of attention
-    have the same name and are linear layers like any other, unless they are those of its experts (JetMoE).
+    have the same name and are linear layers like any other, unless its heads are experts (JetMoE).
 
     Examples:
         >>> is_router("model.layers.3.mlp.gate"), is_router("model.layers.3.mlp.gate_proj")
@@ -111,7 +111,7 @@ def is_stacked_experts(name: str, shape: Sequence[int]) -> bool:
 
 
 def owners_of_experts(names: Iterable[str]) -> set[str]:
-    """The modules of a checkpoint that hold experts: what is called a router elsewhere is a layer like any other."""
+    """The modules of a checkpoint that hold experts. Elsewhere, a layer with a router's name is no router."""
     return {name[: part.start()] for name in names for part in _EXPERTS.finditer(name)}
 
 

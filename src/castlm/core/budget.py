@@ -20,7 +20,7 @@ QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
 @dataclass(frozen=True)
 class DecayBudget:
-    """How far masked weights can travel, and how far they have to, in units of a weight.
+    """The distance that masked weights can travel, and the distance to zero, in units of a weight.
 
     Args:
         decay: the decay rule, a name in `castlm.core.decay.DECAYS`.
@@ -79,7 +79,7 @@ def decay_budget(
         decay: the decay rule.
 
     Returns:
-        The decay budget `sum_t lr_t * a_t`, and the quantiles of the masked weights that it has to cover.
+        The decay budget `sum_t lr_t * a_t`, and the quantiles of the masked weights, which it must cover.
 
     Raises:
         InputError: lists of different lengths, an unknown decay, or no masked weight.

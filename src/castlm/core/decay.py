@@ -19,14 +19,14 @@ def _until_decay_end(step: int, total_steps: int, decay_end: float) -> float:
 
 @dataclass(frozen=True)
 class Decay:
-    """How one rule changes the update of a masked weight. All functions take and return plain floats.
+    """A rule that changes the update of a masked weight. All functions take and return plain floats.
 
     Args:
         ramp: `a_t` from `(step, total_steps, decay_end)`: 0 at the start, 1 at full strength.
         needs_lam: whether the rule uses `lam`. Such a rule reaches zero only if the learning rates allow it.
         exact_zero: whether every masked weight is exactly zero once `a_t` is 1.
         uses_decay_end: whether `decay_end` changes the ramp.
-        pull: what is added to the momentum times the sign of the weight, from `(a_t, lam)`.
+        pull: the factor of the weight's sign, which is added to the momentum, from `(a_t, lam)`.
         keep: the factor of the momentum, from `a_t`.
         remaining: the factor of the weight after the step, from `(a_t, a_{t+1})`.
     """
@@ -51,17 +51,18 @@ DECAYS: dict[str, Decay] = {
         needs_lam=False,
         exact_zero=True,
         uses_decay_end=True,
-        keep=lambda alpha: 1 - alpha,
+        keep=lambda alpha: 1 - alpha,  # mix = (1 - a_t) mu
+        # The factors of all steps multiply to 1 - a_t: a weight that its gradient leaves alone falls along the ramp.
         remaining=lambda alpha, alpha_next: (1 - alpha_next) / (1 - alpha) if alpha < 1 else 0.0,
     ),
-    "proportional": Decay(
+    "proportional": Decay(  # Eq. 7 of the paper: mix = (1 - a) mu + a lam sign(W)
         ramp=_over_the_run,
         needs_lam=True,
         exact_zero=False,
         pull=lambda alpha, lam: alpha * lam,
         keep=lambda alpha: 1 - alpha,
     ),
-    "additive": Decay(
+    "additive": Decay(  # its ablation: mix = mu + a lam sign(W)
         ramp=_over_the_run,
         needs_lam=True,
         exact_zero=False,

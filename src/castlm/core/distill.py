@@ -59,7 +59,7 @@ def distillation_loss(
         ignore_index: the label of tokens that do not count.
 
     Returns:
-        The loss and its parts: three 0-dimensional tensors in nats per token, of which only `loss` has a gradient.
+        The loss and its parts: three 0-dimensional tensors in nats per token. Only `loss` has a gradient.
 
     Raises:
         InputError: shapes or vocabularies that do not match, a missing teacher, a number out of range, or fp16 matmuls
@@ -278,25 +278,26 @@ def _chunk_(student: Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_gr
     That gradient is `(1-eta) (p - onehot) + eta T (p_T - q_T)`, with p the student's and q the teacher's probabilities.
     """
     eta, T = plan.eta, plan.temperature
-    labels = plan.labels[rows, None]
+    labels = plan.labels[rows, None]  # (192, 1)
     p = p_T = logits_(student, rows, buffers.student, buffers.narrow, buffers.tanh if needs_grad else None)
     if plan.teacher is not None and T != 1:
         p_T = log_softmax_(torch.div(p, T, out=buffers.tempered))
-    log_softmax_(p)
+    log_softmax_(p)  # (192, 49152), in place of the logits, as all that follows: nothing of this size is allocated
     ce = -p.gather(1, labels)[:, 0]
     kl = torch.zeros_like(ce)
     if plan.teacher is not None:
         q_T = _teacher_log_probs_(plan, rows, p_T, buffers)
         torch.sub(q_T, p_T, out=buffers.scratch)
         q_T.exp_()
-        kl = buffers.scratch.mul_(q_T).sum(-1) * T**2
+        kl = buffers.scratch.mul_(q_T).sum(-1) * T**2  # Eq. 13: sum of q (log q - log p)
     if needs_grad:
         p.exp_()
         if plan.teacher is not None and T == 1:
-            p.sub_(q_T, alpha=eta)
+            p.sub_(q_T, alpha=eta)  # (1-eta) p + eta (p - q) = p - eta q
         elif plan.teacher is not None:
+            # d KL_T / d logits = (p_T - q_T) / T, and the loss multiplies the KL by T^2 (Hinton et al. 2015)
             p.mul_(1 - eta).add_(p_T.exp_().sub_(q_T), alpha=eta * T)
-        p.scatter_(1, labels, p.gather(1, labels) - (1 - eta))
+        p.scatter_(1, labels, p.gather(1, labels) - (1 - eta))  # - (1-eta) onehot
     return ce, kl
 
 

@@ -44,20 +44,6 @@ class ExpertLinear(nn.Module):
         return f"experts={self.num_experts}, out_features={self.out_features}, in_features={self.in_features}{stored}"
 
 
-SparseLayer = nn.Linear | ExpertLinear
-"""What may become sparse: a module with `weight` (..., out, in), `in_features` and `out_features`."""
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module has a weight (..., out, in) that the pattern may apply to."""
-    return isinstance(module, (nn.Linear, ExpertLinear))
-
-
-def num_weights(layer: nn.Linear | ExpertLinear) -> int:
-    """The number of weights of a layer, over all experts."""
-    return layer.out_features * layer.in_features * (layer.num_experts if isinstance(layer, ExpertLinear) else 1)
-
-
 @torch.no_grad()
 def linearize_experts_(model: nn.Module) -> list[str]:
     """Holds every 3-D expert weight inside the transformer blocks as an `ExpertLinear`, in place.

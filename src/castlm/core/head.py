@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class OutputHead(NamedTuple):
-    """How hidden states become logits: `z = (h @ weight.T + bias) * scale`, then `softcap * tanh(z / softcap)`."""
+    """The map from hidden states to logits: `z = (h @ weight.T + bias) * scale`, then `softcap * tanh(z / softcap)`."""
 
     weight: Tensor
     """(vocab, hidden)."""
@@ -72,13 +72,13 @@ def log_probs_(side: Side, rows: slice, out: Tensor, narrow: Tensor, temperature
 
 
 def matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of autocast if it is enabled, else that of `hidden`."""
+    """The dtype of autocast if it is enabled, else the dtype of `hidden`."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def default_chunk_tokens(device: torch.device) -> int:
-    """How many tokens have their logits in memory at once.
+    """The number of tokens whose logits are in memory at once.
 
     The gradient of the head moves 8*vocab*hidden bytes per chunk for 2*chunk*vocab*hidden FLOP. On a CPU the time falls
     little beyond 128 tokens while memory grows (measured). An accelerator performs some 200 FLOP per byte, according

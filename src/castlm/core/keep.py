@@ -21,10 +21,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from castlm.core.errors import InputError
-from castlm.core.experts import SparseLayer
-from castlm.core.masks import pack_mask, unpack_mask
+from castlm.core.nm import pack_mask, unpack_mask
 from castlm.core.shards import local
-from castlm.core.sparsify import weight_parameter
+from castlm.core.sparsify import SparseLayer, weight_parameter
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class KeptPattern:
         self._handles: list[RemovableHandle] = []
         self._num_steps = 0
         self.num_checks = 0
-        """How often the zeros have been counted."""
+        """The number of times that the zeros have been counted."""
         for name, layer in layers.items():
             parameter = weight_parameter(layer)
             if parameter.dim() not in (2, 3):
@@ -146,7 +145,7 @@ class KeptPattern:
 
 
 _GUARDS: weakref.WeakKeyDictionary[nn.Module, list[KeptPattern]] = weakref.WeakKeyDictionary()
-"""Keeps a guard for as long as one of its layers, whether or not the caller keeps what `keep_pattern_` returned."""
+"""Keeps a guard alive while any of its layers exists, whether or not the caller holds on to it."""
 
 
 def _after_step(guard: weakref.ref[KeptPattern]) -> Any:

@@ -1,7 +1,23 @@
 // The AdamS step and the refresh of its masks on a CPU, each in one pass over memory. These are plain loops that a
 // compiler vectorizes. torch.compile does the same on a GPU, but on a CPU it neither reads every m-th weight in vectors
-// nor tests the bits of a mask in registers. `update.py`, `masks.py` and `moments.py` hold the same arithmetic in torch,
+// nor tests the bits of a mask in registers. `update.py`, `nm.py` and `moments.py` hold the same arithmetic in torch,
 // and the tests compare the two. Pointers are not checked here: `native.py` checks every tensor before it calls.
+//
+// Memory of one parameter, (rows, width), and what one turn of the innermost loops takes of it, at 2:4:
+//
+//   weight      | w0   w1   w2   w3 | w4   w5   w6   w7 | ...  w31 | w32 ...    4 bytes a weight, row after row
+//   grad        | g0   g1   g2   g3 | ...                                       4 bytes
+//   exp_avg     | mu0  mu1  mu2 mu3 | ...                                       4 bytes, or 1 byte (a code) in 8 bits
+//   exp_avg_sq  | v0   v1   v2   v3 | ...                                       4 bytes, or 1 byte
+//   scales      | s0                                        (8 bits only)       4 bytes for each block of 32 to 256
+//   mask        | b0 b1 b2 b3 b4 b5 b6 b7 | b8 ... b15 | b16 ... | b24 ... b31  1 bit a weight, bit k of byte j: 8j + k
+//               '-- group 0 -- group 1 --'
+//
+//   update_word  takes 32 weights and one 32-bit word of the mask: 4 vectors of 8 lanes on AVX2, whose bits of the word
+//                become lanes of ones or zeros. It reads 16 and writes 12 bytes a weight, and is bound by that traffic.
+//   keep_codes   takes one group of m weights at a time: lane g of the vector for place j holds |w| of weight j of group
+//                g, so that the m (m - 1) / 2 comparisons of a group compare a whole vector of groups. It writes one byte
+//                a group; 8 / m of them make a byte of the mask.
 
 #include <algorithm>
 #include <atomic>
@@ -108,7 +124,12 @@ void for_each_run(const Parameter* parameters, int64_t count, int64_t size, int 
   for (std::thread& other : others) other.join();
 }
 
-// Updates `count` weights, at most 32, with their bits of the mask.
+// Updates `count` weights, at most 32, with their bits of the mask:
+//
+//   kept_bits  31 ............ 3 2 1 0     lane of weight k = bit k
+//   mix        mu where the bit is 1, else keep * mu + pull * sign(w)
+//
+// CAST, arXiv 2509.25996, Alg. 1; the names of `Hyper` are those of `castlm.core.update.hyperparameters`.
 template <bool square_mix>
 INLINE void update_word(float* __restrict weight, const float* __restrict grad, float* __restrict exp_avg,
                         float* __restrict exp_avg_sq, uint32_t kept_bits, int64_t count,
@@ -116,13 +137,13 @@ INLINE void update_word(float* __restrict weight, const float* __restrict grad, 
   for (int k = 0; k < count; ++k) {
     const bool kept = kept_bits >> k & 1;
     const float g = grad[k], w = weight[k], old = exp_avg[k], old_sq = exp_avg_sq[k];
-    const float momentum = old + (g - old) * hyper.one_less_beta1;
+    const float momentum = old + (g - old) * hyper.one_less_beta1;  // mu_t, of the raw gradient
     const float sign = w > 0 ? 1.0f : w < 0 ? -1.0f : 0.0f;
-    const float mix = kept ? momentum : momentum * hyper.keep + hyper.pull * sign;
-    const float squared = square_mix ? mix * mix : g * g;
+    const float mix = kept ? momentum : momentum * hyper.keep + hyper.pull * sign;  // Eq. 7
+    const float squared = square_mix ? mix * mix : g * g;                           // Eq. 8, or Adam's
     const float second = old_sq + (squared - old_sq) * hyper.one_less_beta2;
     const float moved = w - hyper.rate * mix / (__builtin_sqrtf(second) + hyper.eps);
-    weight[k] = kept ? moved : moved * hyper.remaining;
+    weight[k] = kept ? moved : moved * hyper.remaining;  // "horizon"
     exp_avg[k] = momentum;
     exp_avg_sq[k] = second;
   }
@@ -131,15 +152,15 @@ INLINE void update_word(float* __restrict weight, const float* __restrict grad, 
 template <bool square_mix>
 INLINE void update_words(float* weight, const float* grad, float* exp_avg, float* exp_avg_sq, const uint8_t* mask,
                          int64_t count, Hyper hyper) {
-  for (int64_t i = 0; i < count; i += 32) {
-    const int64_t length = std::min<int64_t>(32, count - i);
+  for (int64_t at = 0; at < count; at += 32) {
+    const int64_t length = std::min<int64_t>(32, count - at);
     uint32_t kept = 0xffffffff;
-    if (length == 32) {
-      if (mask) std::memcpy(&kept, mask + i / 8, 4);
-      update_word<square_mix>(weight + i, grad + i, exp_avg + i, exp_avg_sq + i, kept, 32, hyper);
+    if (length == 32) {  // a constant count, so that the compiler unrolls the whole word
+      if (mask) std::memcpy(&kept, mask + at / 8, 4);
+      update_word<square_mix>(weight + at, grad + at, exp_avg + at, exp_avg_sq + at, kept, 32, hyper);
     } else {
-      if (mask) std::memcpy(&kept, mask + i / 8, (length + 7) / 8);
-      update_word<square_mix>(weight + i, grad + i, exp_avg + i, exp_avg_sq + i, kept, length, hyper);
+      if (mask) std::memcpy(&kept, mask + at / 8, (length + 7) / 8);
+      update_word<square_mix>(weight + at, grad + at, exp_avg + at, exp_avg_sq + at, kept, length, hyper);
     }
   }
 }
@@ -152,27 +173,34 @@ INLINE void update_run(float* weight, const float* grad, float* exp_avg, float* 
     update_words<false>(weight, grad, exp_avg, exp_avg_sq, mask, count, hyper);
 }
 
+// A block of `count` moments: one byte each, and one scale.
+//
+//   code     0 ......... 127 ........ 255     of the first moment; of the second, 0 is 0 and 255 is 1
+//   value  -0.993 ....... 0 .......... 1      seven decades of values, each with twice as many codes as the one below
+//   moment = value[code] * scale              scale = the largest |moment| of the block
 INLINE void decode(const uint8_t* codes, float scale, const Codes& map, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = map.value[codes[i]] * scale;
+  for (int64_t k = 0; k < count; ++k) to[k] = map.value[codes[k]] * scale;
 }
 
-// Writes the nearest code of each value, and returns the scale: the largest magnitude.
+// Writes the nearest code of each value, and returns the scale: the largest magnitude. A search in the table would be a
+// chain of loads for each value; the pieces of the map are straight lines, so that code = value * slope - offset of the
+// piece that the value lies in, which vectorizes.
 INLINE float encode(const float* values, const Codes& map, uint8_t* to, int64_t count) {
-  int32_t largest_bits = 0;  // of magnitudes, whose order is that of their bits
-  for (int64_t i = 0; i < count; ++i) {
+  int32_t largest_bits = 0;  // of magnitudes, which have the order of their bits
+  for (int64_t k = 0; k < count; ++k) {
     int32_t bits;
-    std::memcpy(&bits, values + i, 4);
+    std::memcpy(&bits, values + k, 4);
     largest_bits = std::max(largest_bits, bits & 0x7fffffff);
   }
   float scale;
   std::memcpy(&scale, &largest_bits, 4);
   scale = scale < 1e-30f ? 1e-30f : scale;
-  for (int64_t i = 0; i < count; ++i) {
-    const float value = values[i] / scale, magnitude = std::fabs(value);
+  for (int64_t k = 0; k < count; ++k) {
+    const float value = values[k] / scale, magnitude = std::fabs(value);
     float per_value = 0, offset = 0, last = 0;
 #pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) {
-      const Piece& piece = map.pieces[k];
+    for (int decade = 0; decade < 8; ++decade) {  // the last one with `least` below the magnitude counts
+      const Piece& piece = map.pieces[decade];
       const bool in_piece = magnitude >= piece.least;
       per_value = in_piece ? piece.per_value : per_value;
       offset = in_piece ? piece.offset : offset;
@@ -182,44 +210,50 @@ INLINE float encode(const float* values, const Codes& map, uint8_t* to, int64_t 
     float index = ((magnitude * per_value - offset) + to_whole) - to_whole;
     index = index < last ? index : last;
     const int32_t code = map.zero + int32_t(value < 0 ? -index : index);
-    to[i] = uint8_t(code < 0 ? 0 : code);
+    to[k] = uint8_t(code < 0 ? 0 : code);  // there is a code for 1 but none for -1
   }
   return scale;
 }
 
-// Writes one code for each group of m weights: bit j is set if weight j is among the n kept. The rank of a weight is
-// the number of weights that beat it; the earlier of two equal weights wins. Returns the bits of the largest magnitude.
+// Writes one code for each group of m weights: bit k is set if the weight at place k is among the n kept. The rank of a
+// weight is the number of weights that beat it; the earlier of two equal weights wins. Returns the bits of the largest
+// magnitude. At 2:4, n = 2:
+//
+//   group      |  1.0  -3.0   2.0   2.0 |      magnitudes are compared as integers: the bits of |w| have its order
+//   starts at     0     1     2     3          every weight is beaten by all that come before it,
+//   rank          3     0     1     2          and a comparison that the later weight wins moves one to the earlier
+//   code            0b0110                     places 1 and 2
 template <int m>
 INLINE int32_t keep_codes(const float* weight, int64_t num_groups, int n, uint8_t* codes) {
   int32_t largest = 0;
-  for (int64_t g = 0; g < num_groups; ++g) {
+  for (int64_t group = 0; group < num_groups; ++group) {
     int32_t magnitude[m], rank[m];
 #pragma GCC unroll 8
-    for (int j = 0; j < m; ++j) {
-      std::memcpy(&magnitude[j], weight + g * m + j, 4);
-      magnitude[j] &= 0x7fffffff;
-      rank[j] = j;
-      largest = std::max(largest, magnitude[j]);
+    for (int place = 0; place < m; ++place) {
+      std::memcpy(&magnitude[place], weight + group * m + place, 4);
+      magnitude[place] &= 0x7fffffff;  // without the sign bit
+      rank[place] = place;
+      largest = std::max(largest, magnitude[place]);
     }
 #pragma GCC unroll 8
-    for (int j = 1; j < m; ++j)
+    for (int later = 1; later < m; ++later)
 #pragma GCC unroll 8
-      for (int i = 0; i < j; ++i) {
-        const int32_t later_wins = magnitude[j] > magnitude[i];
-        rank[i] += later_wins;
-        rank[j] -= later_wins;
+      for (int earlier = 0; earlier < later; ++earlier) {
+        const int32_t later_wins = magnitude[later] > magnitude[earlier];
+        rank[earlier] += later_wins;
+        rank[later] -= later_wins;
       }
     int32_t code = 0;
 #pragma GCC unroll 8
-    for (int j = 0; j < m; ++j) code |= rank[j] < n ? 1 << j : 0;
-    codes[g] = uint8_t(code);
+    for (int place = 0; place < m; ++place) code |= rank[place] < n ? 1 << place : 0;
+    codes[group] = uint8_t(code);
   }
   return largest;
 }
 
 struct Refreshed {
   int64_t flips = 0;
-  int32_t largest = 0;  // bits of the largest magnitude, which are above those of infinity for NaN
+  int32_t largest = 0;  // bits of the largest magnitude; a NaN has more than infinity
 };
 
 INLINE void replace(uint8_t* mask, const uint8_t* fresh, int64_t num_bytes, Refreshed& result) {
@@ -233,23 +267,27 @@ INLINE void replace(uint8_t* mask, const uint8_t* fresh, int64_t num_bytes, Refr
   std::memcpy(mask, fresh, num_bytes);
 }
 
-// For an m that divides 8. `count` is a multiple of 8, except at the end of a row that ends within a byte.
+// For an m that divides 8. `count` is a multiple of 8, except at the end of a row that ends within a byte. 4,096 weights
+// at a time, so that codes (1 byte a group) and new mask (1 bit a weight) stay in the first-level cache:
+//
+//   codes  | c0: 4 bits | c1: 4 bits | c2 ...       m = 4: byte 0 of the mask = c0 | c1 << 4
 template <int m>
 INLINE Refreshed refresh_run(const float* weight, uint8_t* mask, int64_t count, int n) {
   constexpr int64_t bytes = 512;
   Refreshed result;
   uint8_t codes[bytes * 8 / m], fresh[bytes];
-  for (int64_t i = 0; i < count; i += 8 * bytes) {
-    const int64_t length = std::min(8 * bytes, count - i), num_groups = length / m, num_bytes = (length + 7) / 8;
-    result.largest = std::max(result.largest, keep_codes<m>(weight + i, num_groups, n, codes));
-    std::fill(codes + num_groups, codes + num_bytes * (8 / m), 0);
-    for (int64_t b = 0; b < num_bytes; ++b) {
-      int32_t byte = 0;
+  constexpr int groups_a_byte = 8 / m;
+  for (int64_t at = 0; at < count; at += 8 * bytes) {
+    const int64_t length = std::min(8 * bytes, count - at), num_groups = length / m, num_bytes = (length + 7) / 8;
+    result.largest = std::max(result.largest, keep_codes<m>(weight + at, num_groups, n, codes));
+    std::fill(codes + num_groups, codes + num_bytes * groups_a_byte, 0);
+    for (int64_t byte = 0; byte < num_bytes; ++byte) {
+      int32_t bits = 0;
 #pragma GCC unroll 8
-      for (int k = 0; k < 8 / m; ++k) byte |= codes[b * (8 / m) + k] << (k * m);
-      fresh[b] = uint8_t(byte);
+      for (int k = 0; k < groups_a_byte; ++k) bits |= codes[byte * groups_a_byte + k] << (k * m);
+      fresh[byte] = uint8_t(bits);
     }
-    replace(mask + i / 8, fresh, num_bytes, result);
+    replace(mask + at / 8, fresh, num_bytes, result);
   }
   return result;
 }
@@ -259,19 +297,22 @@ Refreshed refresh_any(const float* weight, uint8_t* mask, int64_t count, int n, 
   Refreshed result;
   int32_t magnitude[kGroup];
   uint8_t fresh[kGroup];
-  for (int64_t i = 0; i < count; i += 8 * m) {
-    const int64_t length = std::min<int64_t>(8 * m, count - i), num_bytes = (length + 7) / 8;
+  for (int64_t at = 0; at < count; at += 8 * m) {
+    const int64_t length = std::min<int64_t>(8 * m, count - at), num_bytes = (length + 7) / 8;
     std::fill(fresh, fresh + num_bytes, 0);
-    for (int64_t g = 0; g < length; g += m) {
-      std::memcpy(magnitude, weight + i + g, 4 * m);
-      for (int j = 0; j < m; ++j) result.largest = std::max(result.largest, magnitude[j] &= 0x7fffffff);
-      for (int j = 0; j < m; ++j) {
+    for (int64_t group = 0; group < length; group += m) {
+      std::memcpy(magnitude, weight + at + group, 4 * m);
+      for (int place = 0; place < m; ++place)
+        result.largest = std::max(result.largest, magnitude[place] &= 0x7fffffff);
+      for (int place = 0; place < m; ++place) {
+        const int32_t own = magnitude[place];
         int rank = 0;
-        for (int k = 0; k < m; ++k) rank += k < j ? magnitude[k] >= magnitude[j] : magnitude[k] > magnitude[j];
-        if (rank < n) fresh[(g + j) / 8] |= 1 << ((g + j) % 8);
+        for (int other = 0; other < m; ++other)
+          rank += other < place ? magnitude[other] >= own : magnitude[other] > own;
+        if (rank < n) fresh[(group + place) / 8] |= 1 << ((group + place) % 8);
       }
     }
-    replace(mask + i / 8, fresh, num_bytes, result);
+    replace(mask + at / 8, fresh, num_bytes, result);
   }
   return result;
 }
@@ -328,7 +369,7 @@ void castlm_update(const Parameter* parameters, int64_t count, const Hyper* hype
   });
 }
 
-// `castlm.core.masks.refresh_mask_` of all parameters. Returns how many entries changed, or -1 if a weight is NaN.
+// `castlm.core.nm.refresh_mask_` of all parameters. Returns how many entries changed, or -1 if a weight is NaN.
 int64_t castlm_refresh(const Parameter* parameters, int64_t count, int n, int m, int num_threads) {
   std::atomic<int64_t> flips{0};
   std::atomic<bool> has_nan{false};

@@ -1,8 +1,8 @@
-"""How AdamS stores its two moments: in the dtype of the weight, or in 8 bits with a scale per block of weights.
+"""The two moments of AdamS as stored: in the dtype of the weight, or in 8 bits with a scale per block of weights.
 
-The 8-bit codes are those of bitsandbytes and torchao (dynamic map, block-wise: Dettmers et al. 2021, arXiv 2110.02861).
-They are computed by arithmetic that vectorizes instead of looked up in a table, and stored as plain tensors whose rows
-match those of the weight, so that they are sharded and saved like all other state.
+The 8-bit codes are the same as in bitsandbytes and torchao (dynamic map, block-wise: Dettmers et al. 2021, arXiv
+2110.02861). They are computed by arithmetic that vectorizes instead of looked up in a table, and stored as plain
+tensors whose rows match the rows of the weight, so that they are sharded and saved like all other state.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
 
 
 def block_size(param: Tensor) -> int:
-    """How many weights share a scale: the largest power of 2, 32 to 256, that divides the width, or 0 if none does."""
+    """The number of weights that share a scale: the largest power of 2, 32 to 256, that divides the width, or 0."""
     if param.dim() not in (2, 3) or param.numel() < _LEAST:
         return 0
     block = min(LONGEST_BLOCK, param.shape[-1] & -param.shape[-1])

@@ -133,7 +133,7 @@ def update_(
 
 
 def refresh_(weights: Sequence[Tensor], masks: Sequence[Tensor], n: int, m: int) -> tuple[int, bool]:
-    """`castlm.core.masks.refresh_mask_` of several contiguous weights (..., width).
+    """`castlm.core.nm.refresh_mask_` of several contiguous weights (..., width).
 
     Returns:
         The number of entries that changed, which is -1 if a weight contains NaN, and whether one does.
@@ -169,7 +169,7 @@ def _parameters(weights: Sequence[Tensor], masks: Sequence[Tensor | None]) -> ct
 
 
 def _pointer(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
-    """The address of `tensor`, after checking that it is what the kernels take it for."""
+    """The address of `tensor`, after checking its dtype, size, device and layout."""
     is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
     if not is_plain or tensor.device.type != "cpu" or tensor.dtype != dtype or tensor.numel() != numel:
         raise InputError(
@@ -183,7 +183,7 @@ def _pointer(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
 
 
 def _block_size(weight: Tensor, scale: Tensor, known: int) -> int:
-    """The number of weights that share a scale; `known` is that of the other moment, or 0."""
+    """The number of weights that share a scale; `known` is the same number of the other moment, or 0."""
     block = weight.numel() // max(1, scale.numel())
     fits = block * scale.numel() == weight.numel() and 8 <= block <= LONGEST_BLOCK and weight.shape[-1] % block == 0
     if not fits or block & (block - 1) or known not in (0, block):  # the kernels cut a weight at multiples of 65,536

@@ -1,17 +1,163 @@
-"""The n:m pattern: n of every m consecutive weights along the input axis are kept."""
+"""n:m sparsity, whole: the pattern and its text, masks by magnitude, their bits in memory, and counting.
+
+An n:m mask keeps exactly n of every m consecutive weights along the input axis, even where magnitudes tie. Ranks are
+counted by comparisons and the earlier of two equal weights wins, so the mask is the same on every device and in every
+dtype; `topk` and unstable sorts do not guarantee this.
+
+Importing this module does not import torch, so that commands which only parse a pattern, and `castlm verify`, start at
+once. The functions that need torch import it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from castlm.core.errors import InputError
-from castlm.core.pattern_base import Pattern
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
+
+
+class Pattern(ABC):
+    """A rule that says which weights are kept. Subclasses are frozen dataclasses, and `str(pattern)` parses back.
+
+    By default each weight has a mask of its own, and a subclass defines `misfit`, `mask` and `violations`. A pattern
+    that masks several weights together (a channel of an MLP is a row of two weights and a column of a third) also
+    overrides `joint_layers`, `joint_masks` and `joint_violations`.
+    """
+
+    independent_rows: ClassVar[bool] = False
+    """Whether the mask of a row depends on that row alone, so that a weight may be sharded by rows."""
+    zeros_can_return: ClassVar[bool] = True
+    """Whether a masked weight that is zero still gets a gradient, by which a refresh of the mask may keep it again."""
+    outside: ClassVar[str] = "not a layer of the pattern"
+    """Why a layer that `joint_layers` leaves out stays dense."""
+    solvers: ClassVar[tuple[str, ...]] = ("magnitude", "wanda")
+    """The one-shot methods that prune to the pattern."""
+    calibrated: ClassVar[tuple[str, ...]] = ("wanda",)
+    """Those of `solvers` that need calibration text."""
+
+    @property
+    def default_solver(self) -> str:
+        """The one-shot method to start from where no other is asked for. Figures in docs/results decided it."""
+        return self.solvers[0]
+
+    @property
+    def nm(self) -> NM | None:
+        """The n:m part of the pattern; None if there is none."""
+        return None
+
+    @property
+    def cut_out(self) -> Pattern | None:
+        """The part whose masked weights are cut out of the model on export; None if all of them stay, as zeros."""
+        return None
+
+    @property
+    def counted(self) -> str:
+        """The things that `verify` counts, in the plural."""
+        return "groups"
+
+    @abstractmethod
+    def misfit(self, shape: Sequence[int]) -> str | None:
+        """Why a weight of this shape cannot have the pattern, as a clause; None if it can."""
+
+    @abstractmethod
+    def mask(self, weight: Tensor) -> Tensor:
+        """The mask of `weight` (out, in) by magnitude: bool, of the same shape, True = kept.
+
+        Raises:
+            InputError: the shape does not fit the pattern, or `weight` contains NaN.
+        """
+
+    @abstractmethod
+    def violations(self, weight: Tensor) -> int:
+        """The number of places in `weight` (out, in) with more non-zeros than the pattern allows. NaN is a non-zero."""
+
+    def for_model(self, model: nn.Module) -> Pattern:
+        """Binds the pattern to a model, such as to the size of its heads; by default returns itself."""
+        return self
+
+    def joint_layers(self, names: Iterable[str]) -> list[tuple[str, ...]]:
+        """Groups the layers of a model by which are masked together, in the order that `joint_masks` expects."""
+        return [(name,) for name in names]
+
+    def joint_masks(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The masks of weights that are masked together; see `mask`."""
+        return [self.mask(weight) for weight in weights]
+
+    def joint_violations(self, weights: Sequence[Tensor]) -> int:
+        """The number of violations in weights that are masked together; see `violations`."""
+        return sum(self.violations(weight) for weight in weights)
+
+    def gathers(self, params: Sequence[Tensor]) -> bool:
+        """Whether the masks of `params` are made of whole weights that no rank holds, by all ranks together."""
+        from torch.distributed.tensor import DTensor
+
+        return not self.independent_rows and any(isinstance(param, DTensor) for param in params)
+
+    def own_masks(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """`joint_masks` for the rows of `params` that this rank holds.
+
+        If `gathers(params)`, the weights are gathered and all ranks call this; the masks are then bit for bit those
+        that a single process makes.
+        """
+        from castlm.core.shards import local, own_rows, whole
+
+        if not self.gathers(params):
+            return self.joint_masks([local(param.detach()) for param in params])
+        masks = self.joint_masks([whole(param.detach()) for param in params])
+        return [mask[own_rows(param)] for mask, param in zip(masks, params)]
+
+    def check_placement(self, param: Tensor) -> None:
+        """Raises `InputError` if a DTensor is sharded in another way than by rows."""
+        from castlm.core.shards import splits_rows
+
+        if placement := splits_rows(param):
+            raise InputError(
+                f"a sparse parameter of shape {tuple(param.shape)} is placed as {placement}, which splits groups of "
+                f"{self}: shard sparse weights by rows, Shard(0)"
+            )
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raises `InputError` if a weight of this shape cannot have the pattern."""
+        reason = self.misfit(shape)
+        if reason:
+            raise InputError(
+                f"a weight of shape {tuple(shape)} cannot be {self} sparse: {reason}; leave the layer dense or choose "
+                "another pattern"
+            )
+
+    def check_mask(self, mask: Tensor, shape: Sequence[int], count: bool = True) -> None:
+        """Raises `InputError` unless `mask` is a bool tensor of this shape that keeps no more than the pattern does.
+
+        Args:
+            count: whether to count the kept weights. The rows of one rank do not suffice for every pattern.
+        """
+        import torch
+
+        if mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape):
+            raise InputError(
+                f"a mask of shape {tuple(mask.shape)} and {mask.dtype} does not fit a weight of shape {tuple(shape)}: "
+                "pass a torch.bool mask of the weight's shape, True where a weight is kept"
+            )
+        if count and (violations := self.violations(mask)):
+            raise InputError(
+                f"a mask of shape {tuple(shape)} is not {self}: it keeps too many weights in {violations:,} places"
+            )
+
+    def check_joint_masks(self, masks: Sequence[Tensor]) -> None:
+        """Raises `InputError` if the masks of weights that are masked together keep more than the pattern does."""
+        violations = self.joint_violations(masks)
+        if violations:
+            shapes = ", ".join(str(tuple(mask.shape)) for mask in masks)
+            raise InputError(
+                f"the masks of shapes {shapes} are not {self} together: they keep too much in {violations:,} places"
+            )
 
 
 @dataclass(frozen=True)
@@ -35,8 +181,9 @@ class NM(Pattern):
     n: int
     m: int
 
-    form: ClassVar[str] = "n:m (n weights kept of every m)"
     independent_rows: ClassVar[bool] = True
+    solvers: ClassVar[tuple[str, ...]] = ("magnitude", "wanda", "sparsegpt")
+    calibrated: ClassVar[tuple[str, ...]] = ("wanda", "sparsegpt")
 
     def __post_init__(self) -> None:
         if not (type(self.n) is int and type(self.m) is int and 1 <= self.n < self.m):
@@ -48,11 +195,24 @@ class NM(Pattern):
         return f"{self.n}:{self.m}"
 
     @classmethod
-    def parse_form(cls, text: str) -> NM | None:
-        n, colon, m = text.partition(":")
+    def parse(cls, text: object) -> NM:
+        """The pattern that a text such as "2:4" describes.
+
+        Raises:
+            InputError: a text of another form, or numbers that are not 1 <= n < m.
+        """
+        n, colon, m = text.partition(":") if isinstance(text, str) else ("", "", "")
         if not colon or not all(part.isascii() and part.isdigit() and len(part) <= 9 for part in (n, m)):
-            return None
+            raise InputError(f"pattern {text!r} is not n:m (n weights kept of every m): try 2:4")
         return cls(int(n), int(m))
+
+    @property
+    def default_solver(self) -> str:
+        return "sparsegpt"
+
+    @property
+    def nm(self) -> NM:
+        return self
 
     def misfit(self, shape: Sequence[int]) -> str | None:
         if not shape:
@@ -74,20 +234,321 @@ class NM(Pattern):
             bool, the shape of `weight`, True where a weight is kept: exactly `n` in every group. Of equal magnitudes
             the earlier ones are kept.
         """
-        from castlm.core.masks import largest_mask
-
         self.check_shape(weight.shape)
         return largest_mask(weight.detach(), self.n, self.m)
 
     def violations(self, weight: Tensor) -> int:
         """The number of groups of `weight` (..., width) that hold more than `n` non-zeros. NaN is a non-zero."""
         self.check_shape(weight.shape)
+        # (576, 1536) -> (576, 384, 4)
         groups = weight.reshape(*weight.shape[:-1], weight.shape[-1] // self.m, self.m)
         return int((groups.count_nonzero(dim=-1) > self.n).sum())
 
-    def refresh_(
-        self, units: Sequence[Sequence[Tensor]], packed: Sequence[Sequence[Tensor]], compile: bool = False
-    ) -> tuple[Tensor | int, bool]:
-        from castlm.core.masks import refresh_masks_
 
-        return refresh_masks_([*chain(*units)], [*chain(*packed)], self.n, self.m, compile)
+def as_pattern(pattern: Pattern | str) -> Pattern:
+    """`pattern` itself, or the n:m pattern of a text such as "2:4"; other patterns are passed as objects."""
+    return pattern if isinstance(pattern, Pattern) else NM.parse(pattern)
+
+
+def nm_mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
+    """The mask that keeps the `n` largest `|weight|` of every `m` consecutive weights.
+
+    Args:
+        weight: (..., width), any real dtype; `width` divides by `m`.
+
+    Returns:
+        bool, the shape of `weight`, True where a weight is kept.
+
+    Raises:
+        InputError: a pattern that is not 1 <= n < m, a width that does not divide by `m`, or NaN in `weight`.
+
+    Examples:
+        >>> import torch
+        >>> nm_mask(torch.tensor([1.0, -3.0, 2.0, 2.0]))
+        tensor([False,  True,  True, False])
+    """
+    return NM(n, m).mask(weight)
+
+
+def count_nm_violations(weight: Tensor, n: int = 2, m: int = 4) -> int:
+    """The number of groups of `weight` (..., width) that hold more than `n` non-zeros. NaN is a non-zero.
+
+    Raises:
+        InputError: a bad pattern, or a width that does not divide by `m`.
+
+    Examples:
+        >>> import torch
+        >>> count_nm_violations(torch.tensor([[1.0, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0, 4.0]]))
+        1
+    """
+    return NM(n, m).violations(weight)
+
+
+def is_nm_sparse(weight: Tensor, n: int = 2, m: int = 4) -> bool:
+    """Whether every group of `weight` (..., width) holds at most `n` non-zeros.
+
+    Raises:
+        InputError: as `count_nm_violations`.
+
+    Examples:
+        >>> import torch
+        >>> is_nm_sparse(torch.tensor([0.0, 0.0, 1.0, 2.0]))
+        True
+    """
+    return count_nm_violations(weight, n, m) == 0
+
+
+_MOST_COMPARED = 32  # weights of a group; comparisons grow with its square, and sorting longer groups is faster
+
+
+def rank_mask(score: Tensor, n: int, m: int) -> Tensor:
+    """Keeps the `n` highest scores of each `m` in `score` (..., width). Does not check for NaN.
+
+    The rank of a weight is the number of weights in its group that beat it. A later element beats an earlier one only
+    if its score is strictly larger, so ranks are a permutation and exactly `n` of them are below `n`. Up to m = 32 the
+    function consists of comparisons and byte sums, which `torch.compile` turns into one pass over `score`.
+    """
+    import torch
+
+    groups = score.reshape(*score.shape[:-1], score.shape[-1] // m, m)  # (4096, 11008) -> (4096, 2752, 4)
+    if m > _MOST_COMPARED:
+        best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).flatten(-2)
+    scores = groups.unbind(-1)  # m views of (..., groups)
+    if (n, m) == (2, 4):
+        return torch.stack(_two_of_four(*scores), dim=-1).flatten(-2)
+    rank = [torch.zeros_like(scores[0], dtype=torch.uint8) for _ in range(m)]
+    for j in range(1, m):
+        for i in range(j):
+            later_wins = scores[j] > scores[i]
+            rank[i] += later_wins
+            rank[j] += ~later_wins
+    return torch.stack([r < n for r in rank], dim=-1).flatten(-2)
+
+
+def _two_of_four(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> list[Tensor]:
+    """2:4 by pairs: 4 comparisons of a group instead of 6, and no sums.
+
+    If the smaller weight of a pair beats the larger of the other pair, the whole pair is kept. Otherwise each pair
+    keeps its larger weight.
+    """
+    import torch
+
+    b_wins, d_wins = b > a, d > c
+    first = torch.minimum(a, b) >= torch.maximum(c, d)  # the earlier pair also wins a tie
+    second = torch.minimum(c, d) > torch.maximum(a, b)
+    return [
+        first | ~(second | b_wins),
+        first | (~second & b_wins),
+        second | ~(first | d_wins),
+        second | (~first & d_wins),
+    ]
+
+
+def by_magnitude(weight: Tensor) -> Tensor:
+    """A tensor whose elements are ordered as those of `|weight|`, for any real dtype; NaN stays NaN.
+
+    Raises:
+        InputError: `weight` is complex.
+    """
+    import torch
+
+    dtype = weight.dtype
+    if weight.is_complex():
+        raise InputError(f"a weight is {dtype}: masks by magnitude are made of real weights")
+    if dtype.is_floating_point:
+        return (weight.to(torch.float32) if dtype.itemsize == 1 else weight).abs()  # torch does not compare fp8
+    if dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
+        # abs(-128) overflows in int8. The smaller of w and -w is -|w|, which does not, and ~x is -x - 1: |w| - 1.
+        return ~torch.minimum(weight, -weight)
+    if dtype == torch.uint64:
+        return weight.view(torch.int64) ^ torch.iinfo(torch.int64).min  # the same order in int64, which torch compares
+    return weight.to(torch.int64)  # bool and the other unsigned integers
+
+
+def largest_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """The mask of the `n` largest `|weight|` of each `m`: bool, the shape of `weight` (..., width).
+
+    fp32 tensors on a CPU take the C++ kernel where it is built. The result is the same.
+
+    Raises:
+        InputError: `weight` is complex or contains NaN.
+    """
+    import torch
+
+    from castlm.core import native
+
+    if weight.numel() and m <= native.MOST_GROUPED and native.runs_on(weight):
+        packed = weight.new_zeros((*weight.shape[:-1], -(-weight.shape[-1] // 8)), dtype=torch.uint8)
+        _, has_nan = native.refresh_([weight.contiguous()], [packed], n, m)
+        mask = unpack_mask(packed, weight.shape[-1])
+    else:
+        magnitude = by_magnitude(weight)
+        has_nan = magnitude.is_floating_point() and bool(magnitude.sum().isnan())
+        mask = rank_mask(magnitude, n, m)
+    if has_nan:
+        raise InputError(f"the weight of shape {tuple(weight.shape)} contains NaN: it cannot be ranked by magnitude")
+    return mask
+
+
+# Eight bytes of 0 and 1 as one little-endian int64: byte k of the eight becomes bit k ("Bit Twiddling Hacks").
+_GATHER = 0x0102040810204080
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Packs a bool mask (..., width) into bits, (..., ceil(width / 8)) uint8.
+
+    Bit k of byte j is column 8 j + k, and the bits past `width` are 0. This is the layout of
+    `numpy.packbits(mask, axis=-1, bitorder="little")`.
+
+    Examples:
+        >>> import torch
+        >>> pack_mask(torch.tensor([True, False, False, True]))
+        tensor([9], dtype=torch.uint8)
+    """
+    import torch
+    import torch.nn.functional as F
+
+    if mask.shape[-1] == 0:
+        return mask.to(torch.uint8)
+    whole = F.pad(mask.to(torch.uint8, memory_format=torch.contiguous_format), (0, -mask.shape[-1] % 8))
+    return ((whole.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
+
+
+def unpack_mask(packed: Tensor, width: int) -> Tensor:
+    """The bool mask (..., width) whose `pack_mask` is `packed` (..., ceil(width / 8)).
+
+    Examples:
+        >>> import torch
+        >>> unpack_mask(torch.tensor([9], dtype=torch.uint8), 4)
+        tensor([ True, False, False,  True])
+    """
+    import torch
+
+    eights = _eight_bools(packed.device).index_select(0, packed.reshape(-1).to(torch.int32))
+    return eights.view(torch.bool).view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :width].contiguous()
+
+
+@functools.cache
+def bits_of_a_word(device: torch.device) -> Tensor:
+    """(32,) int32, where element k has only bit k set."""
+    import torch
+
+    return torch.tensor([1 << bit for bit in range(31)] + [-(1 << 31)], dtype=torch.int32, device=device)
+
+
+def unpack_words(words: Tensor, bits: Tensor) -> Tensor:
+    """The bool mask (num_words, 32) of packed bits viewed as (num_words,) int32. `bits` is `bits_of_a_word`.
+
+    In a compiled loop this mask stays in registers, while `unpack_mask` would write it to memory and read it again.
+    """
+    return (words.unsqueeze(1) & bits) != 0
+
+
+@functools.cache
+def _eight_bools(device: torch.device) -> Tensor:
+    """(256,) int64, where the eight bytes of element k are the bits of k as bools."""
+    import torch
+
+    every_byte = torch.arange(256, dtype=torch.int32, device=device)
+    return unpack_words(every_byte, bits_of_a_word(device)[:8]).view(torch.int64).view(-1)
+
+
+def _num_bits(byte: Tensor) -> Tensor:
+    """The number of bits set in each element, 0 to 255, of an int32 tensor."""
+    pairs = byte - ((byte >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return (fours + (fours >> 4)) & 0xF
+
+
+def replace_(packed: Tensor, new: Tensor) -> Tensor:
+    """Overwrites a packed mask and returns how many entries changed, 0-dimensional."""
+    import torch
+
+    flips = _num_bits((new ^ packed).to(torch.int32)).sum()
+    packed.copy_(new)
+    return flips
+
+
+def refresh_mask_(weight: Tensor, packed: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """Recomputes the packed mask of `weight` (out, in), in place in `packed` (out, ceil(in / 8)).
+
+    Returns:
+        The number of entries that changed, and whether `weight` contains NaN; both 0-dimensional.
+    """
+    magnitude = weight.abs()
+    flips = replace_(packed, pack_mask(rank_mask(magnitude, n, m)))
+    return flips, magnitude.sum().isnan()
+
+
+def refresh_masks_(
+    weights: Sequence[Tensor], packed: Sequence[Tensor], n: int, m: int, compile: bool = False
+) -> tuple[Tensor | int, bool]:
+    """`refresh_mask_` of several contiguous weights.
+
+    fp32 weights on a CPU take the C++ kernel where it is built; others go through `torch.compile` if `compile` is set.
+
+    Returns:
+        The total number of entries that changed, and whether a weight contains NaN.
+    """
+    import torch
+
+    from castlm.core import native
+
+    if m <= native.MOST_GROUPED and all(map(native.runs_on, weights)):
+        return native.refresh_(weights, packed, n, m)
+    refresh = compiled(refresh_mask_) if compile else refresh_mask_
+    results = [refresh(weight.detach(), mask.detach(), n, m) for weight, mask in zip(weights, packed)]
+    flips, has_nan = (torch.stack(column) for column in zip(*results))
+    return flips.sum(), bool(has_nan.any())
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` through `torch.compile`, with one compilation for all shapes."""
+    import torch
+
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def flip_rate(old_mask: Tensor, new_mask: Tensor) -> float:
+    """The share of mask entries that changed, 0 to 1 (CAST, arXiv 2509.25996, App. C). 0 for empty masks.
+
+    Raises:
+        InputError: masks of different shapes.
+
+    Examples:
+        >>> import torch
+        >>> flip_rate(torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False]))
+        0.5
+    """
+    if old_mask.shape != new_mask.shape:
+        raise InputError(f"masks of shapes {tuple(old_mask.shape)} and {tuple(new_mask.shape)} cannot be compared")
+    return float((old_mask != new_mask).count_nonzero() / max(1, old_mask.numel()))
+
+
+def sparse_weight_ratio(weight: Tensor, mask: Tensor) -> float:
+    """`|weight * mask|_1 / |weight|_1`, 0 to 1: 1 when all masked weights are zero (CAST, arXiv 2509.25996, App. C).
+
+    An all-zero weight gives 1.
+
+    Args:
+        weight: any shape and real dtype; summed in float64.
+        mask: bool, of the same shape, True = kept.
+
+    Raises:
+        InputError: a mask of another shape.
+
+    Examples:
+        >>> import torch
+        >>> sparse_weight_ratio(torch.tensor([3.0, 1.0]), torch.tensor([True, False]))
+        0.75
+    """
+    import torch
+
+    if weight.shape != mask.shape:
+        raise InputError(f"a mask of shape {tuple(mask.shape)} is not for a weight of shape {tuple(weight.shape)}")
+    magnitude = weight.detach().abs()
+    total = magnitude.sum(dtype=torch.float64)
+    kept = (magnitude * mask).sum(dtype=torch.float64)
+    return float(kept / total) if total > 0 else 1.0

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from castlm.core.errors import InputError
-from castlm.core.experts import is_layer
-from castlm.core.pattern import Pattern
-from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.core.nm import Pattern
+from castlm.core.sparsify import FilterFn, is_layer, is_sparse_linear, sparse_linears
 
 
 def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:

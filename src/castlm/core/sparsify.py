@@ -1,7 +1,7 @@
 """Which parameters of a model become sparse, the optimizer's groups for them, and the prune.
 
-The scope is that of CAST and the methods it is compared with: linear layers inside the transformer blocks. Embeddings
-and the output head stay dense. Every weight that stays dense is listed with the reason.
+The scope is the same as in CAST and the methods it is compared with: linear layers inside the transformer blocks.
+Embeddings and the output head stay dense. Every weight that stays dense is listed with the reason.
 """
 
 from __future__ import annotations
@@ -15,15 +15,25 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from castlm.core.blocks import block_name, in_block, is_router, is_tower
-from castlm.core.checks import check_placement
 from castlm.core.errors import InputError
-from castlm.core.experts import ExpertLinear, SparseLayer, is_layer
-from castlm.core.masks import pack_mask, unpack_mask
-from castlm.core.pattern import NM, Pattern, as_pattern
+from castlm.core.experts import ExpertLinear
+from castlm.core.nm import NM, Pattern, as_pattern, pack_mask, unpack_mask
 from castlm.core.shards import local, whole
-from castlm.core.unit_masks import gathers, own_unit_masks
+
+SparseLayer = nn.Linear | ExpertLinear
+"""A layer that may become sparse: a module with `weight` (..., out, in), `in_features` and `out_features`."""
 
 FilterFn = Callable[[nn.Module, str], bool]
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module has a weight (..., out, in) that the pattern may apply to."""
+    return isinstance(module, (nn.Linear, ExpertLinear))
+
+
+def num_weights(layer: nn.Linear | ExpertLinear) -> int:
+    """The number of weights of a layer, over all experts."""
+    return layer.out_features * layer.in_features * (layer.num_experts if isinstance(layer, ExpertLinear) else 1)
 
 
 def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
@@ -93,7 +103,7 @@ def sparse_linears(
             reason = _why_dense(module, fqn, name, param)
             if reason:
                 dense[f"{fqn}.{name}".lstrip(".")] = reason
-    inside = {name for unit in pattern.units(sparse) for name in unit}
+    inside = {name for names in pattern.joint_layers(sparse) for name in names}
     dense |= {name: pattern.outside for name in sparse if name not in inside}
     sparse = {name: layer for name, layer in sparse.items() if name in inside}
     if not sparse:
@@ -133,7 +143,7 @@ def _why_dense(module: nn.Module, fqn: str, name: str, param: Tensor) -> str | N
 def weight_parameter(layer: SparseLayer) -> Tensor:
     """The trained weight of a layer, (out, in) or (experts, out, in).
 
-    It is the one under the weight scaling or forward mask of the layer, if it has one.
+    Under weight scaling, or a mask in the forward pass, returns the tensor beneath the parametrization.
     """
     if parametrize.is_parametrized(layer, "weight"):
         return layer.get_parameter("parametrizations.weight.original")
@@ -156,7 +166,7 @@ def sparse_param_groups(
     """The two parameter groups of a model for `AdamS`: sparse weights, and all other trainable parameters.
 
     Each group has `param_names` beside `params`. The sparse group has `"sparse": True`, `"pattern"` and, for a pattern
-    that masks several weights together, `"units"`.
+    that masks several weights together, `"joint"`.
 
     Args:
         pattern: a `Pattern` or its text.
@@ -177,10 +187,11 @@ def sparse_param_groups(
     chosen = [(name, p) for name, p in named if id(p) in sparse]
     others = [(name, p) for name, p in named if id(p) not in sparse]
     position = {sparse[id(p)]: i for i, (_, p) in enumerate(chosen)}
-    units = [[position[name] for name in unit if name in position] for unit in pattern.units(layers)]
-    together = [unit for unit in units if unit] if any(len(unit) > 1 for unit in units) else None
+    joint = [[position[name] for name in names if name in position] for names in pattern.joint_layers(layers)]
+    joint = [positions for positions in joint if positions]
+    alone = not any(len(positions) > 1 for positions in joint)
     return [
-        {**_group(chosen), "sparse": True, "pattern": pattern, "units": together},
+        {**_group(chosen), "sparse": True, "pattern": pattern, "joint": None if alone else joint},
         {**_group(others), "sparse": False},
     ]
 
@@ -222,32 +233,29 @@ def prune_(
     layers, _ = sparse_linears(model, pattern, filter_fn)
     weights = {name: weight_parameter(layer) for name, layer in layers.items()}
     for name, weight in weights.items():
-        check_placement(weight, pattern)
+        pattern.check_placement(weight)
         if masks is not None and weight not in masks:
             raise InputError(f"there is no mask for {name}: pass the masks of the optimizer that trained this model")
         if masks is not None:
-            pattern.check_mask(local(masks[weight]), local(weight).shape, count=not gathers(pattern, [weight]))
-    for unit in pattern.units(weights):
-        if masks is not None and (len(unit) > 1 or gathers(pattern, [weights[name] for name in unit])):
-            pattern.check_unit_masks([whole(masks[weights[name]]) for name in unit])
-    packed = _magnitude_masks(weights, pattern) if masks is None else {}
+            pattern.check_mask(local(masks[weight]), local(weight).shape, count=not pattern.gathers([weight]))
+    for names in pattern.joint_layers(weights):
+        if masks is not None and (len(names) > 1 or pattern.gathers([weights[name] for name in names])):
+            pattern.check_joint_masks([whole(masks[weights[name]]) for name in names])
+    # All masks before any weight changes, as a NaN is only found while its mask is made.
+    by_magnitude = magnitude_masks(weights, pattern) if masks is None else ()
+    packed = {name: pack_mask(mask) for name, mask in by_magnitude}
     for name, weight in weights.items():
         mask = local(masks[weight]) if masks is not None else unpack_mask(packed[name], weight.shape[-1])
-        # masked_fill and not a product, because 0 * -1 is -0, whose bits differ from those of 0
+        # masked_fill and not a product, because 0 * -1 is -0, which has other bits than 0
         local(weight).masked_fill_(~mask.to(weight.device), 0.0)
     return list(layers)
 
 
-def masks_by_unit(weights: Mapping[str, Tensor], pattern: Pattern) -> Iterator[tuple[str, Tensor]]:
-    """The mask by magnitude of each weight (out, in), unit by unit, with its name, of the rows that this rank holds.
+def magnitude_masks(weights: Mapping[str, Tensor], pattern: Pattern) -> Iterator[tuple[str, Tensor]]:
+    """Yields the name of each weight (out, in) and its mask by magnitude, for the rows that this rank holds.
 
     Raises:
         InputError: a weight does not fit the pattern, or contains NaN.
     """
-    for unit in pattern.units(weights):
-        yield from zip(unit, own_unit_masks(pattern, [weights[name] for name in unit]))
-
-
-def _magnitude_masks(weights: Mapping[str, Tensor], pattern: Pattern) -> dict[str, Tensor]:
-    """All masks before any weight changes, packed, as a NaN is only found while its mask is made."""
-    return {name: pack_mask(mask) for name, mask in masks_by_unit(weights, pattern)}
+    for names in pattern.joint_layers(weights):
+        yield from zip(names, pattern.own_masks([weights[name] for name in names]))

@@ -14,7 +14,7 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.core.head import OutputHead, Side, default_chunk_tokens, log_probs_, matmul_dtype
 
-_LEAST = 1e-7  # the smallest probability of the bucket, about what fp32 can tell from 0
+_LEAST = 1e-7  # the smallest probability of the teacher's bucket: log-probabilities in fp32 do not tell less from 0
 
 
 class TopTokens(NamedTuple):
@@ -46,7 +46,7 @@ def top_tokens(
         hidden: (..., hidden), after the final norm.
         head: the teacher's output head.
         k: number of tokens, from 1 to the size of the vocabulary.
-        temperature: that of the loss, above 0.
+        temperature: the same as in the loss, above 0.
         chunk_tokens: as in `distillation_loss`, as is the dtype of the matmuls.
 
     Returns:
@@ -93,7 +93,19 @@ def spread_(teacher_top: TopTokens, student: Tensor, out: Tensor) -> Tensor:
     (tokens, vocab), so that only its sum contributes to the KL.
     """
     tokens = teacher_top.tokens.to(torch.int64)
-    rest = 1 - teacher_top.log_probs.exp().sum(-1, keepdim=True)
-    rest_of_student = 1 - student.gather(1, tokens).exp_().sum(-1, keepdim=True)
-    torch.add(student, rest.clamp_(min=_LEAST).log_() - rest_of_student.clamp_(min=_LEAST).log_(), out=out)
+    rest = (1 - teacher_top.log_probs.exp().sum(-1, keepdim=True)).clamp_(min=_LEAST).log_()  # (tokens, 1)
+    rest_of_student = _log_sum_of_others(student, tokens, out)
+    torch.add(student, rest - rest_of_student, out=out)
     return out.scatter_(1, tokens, teacher_top.log_probs.to(out.dtype))
+
+
+def _log_sum_of_others(log_probs: Tensor, tokens: Tensor, scratch: Tensor) -> Tensor:
+    """Returns the log of the probability of all tokens but `tokens` (tokens, k): (tokens, 1); -inf if there are none.
+
+    It is a sum over the others and not 1 minus the sum over `tokens`: where a student is sure, that difference is
+    rounding noise, which would make the KL negative and its gradient zero. `scratch` (tokens, vocab) is overwritten,
+    so that nothing of this size is allocated.
+    """
+    others = scratch.copy_(log_probs).scatter_(1, tokens, float("-inf"))
+    largest = others.amax(-1, keepdim=True).clamp_(min=torch.finfo(others.dtype).min)  # -inf - -inf would be NaN
+    return others.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest)

@@ -1,24 +1,29 @@
-"""The arithmetic of an AdamS step on plain tensors: one pure update function, and the loop over stored state.
+"""The AdamS step: its equations as one pure function on plain tensors, and the update of many parameters in place.
 
-`tests/reference.py` holds the equations weight by weight, and `kernels.cpp` the same arithmetic for CPUs.
+`tests/reference.py` holds the same equations weight by weight in Python, and `kernels.cpp` for CPUs. The optimizer in
+`adams.py` chooses the parameters and the numbers; nothing here knows of groups, state or ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from castlm.core import native
 from castlm.core.decay import DECAYS, decay_alpha
-from castlm.core.masks import unpack_words
 from castlm.core.moments import from_codes, to_codes_
+from castlm.core.nm import bits_of_a_word, compiled, unpack_mask, unpack_words
 
 SECOND_MOMENTS = ("gradient", "mix")
 
-# Columns of several parameters: weights, gradients, first moments, second moments, each tensor (numel,). With 8-bit
-# moments each tensor is (blocks, block), and each column of moments is followed by one of scales (blocks,).
+_SMALL = 65_536  # dense tensors with fewer weights are updated together, as one tensor
+_CALL = 8  # tensors of one size that one call of the compiled update takes
+
+# By kind: weights, gradients, first moments, second moments; one flat tensor for each parameter. With 8-bit moments the
+# tensors are (blocks, block), and each list of moments is followed by one of scales (blocks,).
 Columns = list[list[Tensor]]
 
 
@@ -45,19 +50,25 @@ def adams_update(
         where weights are kept; of the raw gradient if `mask` is None or `second_moment` is `"gradient"`).
     """
     rate, eps, one_less_beta1, one_less_beta2, pull, keep, remaining = hyper.unbind()
+    # Alg. 1: mu_t = b1 mu_{t-1} + (1 - b1) g_t. The decay never enters it.
     exp_avg = exp_avg + (grad - exp_avg) * one_less_beta1
+    # Eq. 7: mix_t = mu_t where kept, (1 - a_t) mu_t + a_t lam sign(W_{t-1}) where masked; sign(0) = 0.
     mix = exp_avg if mask is None else torch.where(mask, exp_avg, exp_avg * keep + pull * weight.sign())
-    to_square = grad if mask is None or second_moment == "gradient" else mix
-    exp_avg_sq = exp_avg_sq + (to_square.square() - exp_avg_sq) * one_less_beta2
+    # Eq. 8: v_t = b2 v_{t-1} + (1 - b2) mix_t^2; ours squares g_t, so that lr means what it does in Adam.
+    squared = grad if mask is None or second_moment == "gradient" else mix
+    exp_avg_sq = exp_avg_sq + (squared.square() - exp_avg_sq) * one_less_beta2
+    # Alg. 1: W_t = W_{t-1} - lr (mix_t / (1 - b1^(t+1))) / (sqrt(v_t / (1 - b2^(t+1))) + eps), see `hyperparameters`.
     weight = weight - rate * mix / (exp_avg_sq.sqrt() + eps)
+    # "horizon": W_t (1 - a_{t+1}) / (1 - a_t) where masked, which is exactly 0 once a_{t+1} = 1.
     return (weight if mask is None else torch.where(mask, weight, weight * remaining)), exp_avg, exp_avg_sq
 
 
-def hyperparameters(group: dict[str, Any], step: int) -> list[float]:
+def hyperparameters(group: Mapping[str, Any], step: int) -> list[float]:
     """The seven numbers that `adams_update` needs of a parameter group at the 0-based `step = t`.
 
-    With r the square root of `1 - beta2^(t+1)`, in this order: the rate `lr r / (1 - beta1^(t+1))`; `eps r`;
-    `1 - beta1`; `1 - beta2`; and `pull`, `keep` and `remaining` of the decay rule (`castlm.core.decay.Decay`).
+    In this order, with r the square root of `1 - beta2^(t+1)`: the rate `lr r / (1 - beta1^(t+1))`; `eps r`;
+    `1 - beta1`; `1 - beta2`; and `pull`, `keep` and `remaining` of the decay rule (`castlm.core.decay.Decay`). Both
+    bias corrections are in the rate and eps: sqrt(v / r^2) + eps = (sqrt(v) + eps r) / r.
     """
     beta1, beta2 = group["betas"]
     decay = DECAYS[group["decay"]]
@@ -70,8 +81,59 @@ def hyperparameters(group: dict[str, Any], step: int) -> list[float]:
     return [rate, group["eps"] * root, 1 - beta1, 1 - beta2, *masked]
 
 
-def update_(columns: Columns, masks: Sequence[Tensor | None], in_8bit: bool, hyper: Tensor, second_moment: str) -> None:
-    """`adams_update` of each parameter in `columns`, in place."""
+def update_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    moments: Mapping[str, Sequence[Tensor]],
+    masks: Sequence[Tensor | None],
+    hyper: Sequence[float],
+    second_moment: str,
+    fused: bool | None,
+) -> None:
+    """`adams_update` of several parameters, in place: by the C++ kernels, `torch.compile` or torch operators.
+
+    Args:
+        weights: contiguous and not empty, of one dtype and device; (..., out, in) if there is a mask.
+        grads: as `weights`.
+        moments: by their names in the optimizer state, as `castlm.core.moments.new_moments` makes them; all parameters
+            have the same kind.
+        masks: (..., out, ceil(in / 8)) uint8 as `pack_mask` makes them, or None for all parameters.
+        hyper: of `hyperparameters`.
+        fused: as in `castlm.core.adams.AdamS`.
+    """
+    if fused is not False and all(map(native.runs_on, weights)):
+        native.update_(weights, grads, moments, masks, hyper, second_moment)
+        return
+    in_8bit = "exp_avg_scale" in moments
+    columns = _columns(weights, grads, moments)
+    numbers = torch.tensor(hyper, dtype=torch.promote_types(weights[0].dtype, torch.float32), device=weights[0].device)
+    rest: Any = in_8bit, numbers, second_moment
+    run: Any = compiled(update_each_) if fused else update_each_
+    together = [i for i, w in enumerate(weights) if masks[i] is None and w.numel() < _SMALL and not in_8bit]
+    alone = [i for i in range(len(weights)) if i not in set(together)]
+    # In 8 bits, and without compilation, several parameters in one call would only hold more new moments at a time.
+    for some in _by_size(alone, weights) if fused and not in_8bit else ([i] for i in alone):
+        chosen = [[column[i] for i in some] for column in columns]
+        packed = [masks[i] for i in some]
+        if fused and masks[some[0]] is not None and all(_fills_words(weights[i]) for i in some):
+            words = [mask.view(-1).view(torch.int32).detach() for mask in packed if mask is not None]
+            compiled(update_words_)(chosen, words, bits_of_a_word(words[0].device), *rest)
+        else:
+            widths = [weights[i].shape[-1] if weights[i].dim() else 0 for i in some]
+            run(chosen, [None if m is None else unpack_mask(m, w).view(-1) for m, w in zip(packed, widths)], *rest)
+    if together:
+        chosen = [[column[i] for i in together] for column in columns]
+        joined = [[torch.cat(column)] for column in chosen]
+        run(joined, [None], *rest)
+        sizes = [weight.numel() for weight in chosen[0]]
+        for k in (0, 2, 3):  # all but the gradients
+            torch._foreach_copy_(chosen[k], torch.split(joined[k][0], sizes))
+
+
+def update_each_(
+    columns: Columns, masks: Sequence[Tensor | None], in_8bit: bool, hyper: Tensor, second_moment: str
+) -> None:
+    """`adams_update` of each parameter in `columns`, in place. Masks are bool, (numel,)."""
     for weight, grad, *held, mask in zip(*columns, masks):
         mask = None if mask is None else mask.view(weight.shape)
         if in_8bit:
@@ -90,5 +152,42 @@ def update_(columns: Columns, masks: Sequence[Tensor | None], in_8bit: bool, hyp
 
 
 def update_words_(columns: Columns, packed: Sequence[Tensor], bits: Tensor, *rest: Any) -> None:
-    """`update_` with packed masks that are viewed as words of 32 weights, see `unpack_words`; for `torch.compile`."""
-    update_(columns, [unpack_words(words, bits) for words in packed], *rest)
+    """`update_each_` with packed masks viewed as words of 32 weights, see `unpack_words`; for `torch.compile`."""
+    update_each_(columns, [unpack_words(words, bits) for words in packed], *rest)
+
+
+def _columns(weights: Sequence[Tensor], grads: Sequence[Tensor], moments: Mapping[str, Sequence[Tensor]]) -> Columns:
+    """Flat views of all tensors; (blocks, block) where moments are in 8 bits, with scales (blocks,)."""
+    scales = moments.get("exp_avg_scale")
+    columns = [list(map(_flat, column)) for column in (weights, grads, *moments.values())]
+    if scales is None:
+        return columns
+    return [
+        column if name.endswith("_scale") else [t.view(scale.numel(), -1) for t, scale in zip(column, scales)]
+        for name, column in zip(("weight", "grad", *moments), columns)
+    ]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """(numel,), sharing memory. Detached, and so not a view for autograd: `torch.compile` guards the shape of a view's
+    base and would recompile for each new shape."""
+    return tensor.view(-1).detach()
+
+
+def _fills_words(weight: Tensor) -> bool:
+    return weight.shape[-1] % 8 == 0 and weight.numel() % 32 == 0
+
+
+def _by_size(positions: Sequence[int], weights: Sequence[Tensor]) -> Iterator[list[int]]:
+    """`positions` in lists of `_CALL` of one size, and the rest one by one.
+
+    Two compilations then serve all sizes, and the cost of calling a compiled function, as much as an update of
+    100,000 weights, is paid once for eight.
+    """
+    by_size: dict[int, list[int]] = {}
+    for i in positions:
+        by_size.setdefault(weights[i].numel(), []).append(i)
+    for same in by_size.values():
+        whole = len(same) // _CALL * _CALL
+        yield from (same[i : i + _CALL] for i in range(0, whole, _CALL))
+        yield from ([i] for i in same[whole:])

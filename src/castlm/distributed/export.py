@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
-from castlm.core.pattern import Pattern
+from castlm.core.nm import Pattern
 from castlm.core.scaling import scale_weight
 from castlm.core.shards import local, whole
 from castlm.distributed.loading import empty_model, load_rows_, materialize_, open_sharded

@@ -14,17 +14,16 @@ from torch import Tensor
 
 from castlm.core.adams import AdamS
 from castlm.core.blocks import block_name
-from castlm.core.experts import SparseLayer, num_weights
-from castlm.core.pattern import NM, Pattern
+from castlm.core.nm import NM, Pattern
 from castlm.core.shards import local, own_rows, whole
-from castlm.core.sparsify import weight_parameter
+from castlm.core.sparsify import SparseLayer, num_weights, weight_parameter
 from castlm.distributed.world import World
 
 _ROWS = 1024  # sorted at a time
 
 
 def sorted_mask(weight: Tensor, pattern: NM) -> Tensor:
-    """The mask of (..., out, in) by a stable sort of each group; `core.masks` counts comparisons instead."""
+    """The mask of (..., out, in) by a stable sort of each group; `core.nm` counts comparisons instead."""
     n, m = pattern.n, pattern.m
     masks = []
     for rows in weight.detach().abs().flatten(0, -2).split(_ROWS):

@@ -14,10 +14,9 @@ from typing import Any
 import yaml
 
 from castlm.core.blocks import in_block
-from castlm.core.pattern import NM, Pattern
-from castlm.export.cut_sizes import unit_of
-from castlm.export.unit_count import groups_of
+from castlm.core.nm import NM, Pattern
 from castlm.names import markdown, markdown_code
+from castlm.patterns import parse_pattern
 
 _HUB_SOURCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<rest>@\S+| \(.+\))?")  # as `Loaded.source` names it
 _COLUMNS = {
@@ -81,7 +80,7 @@ _STORED_ZEROS = (
 
 def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     """The README.md of an exported folder, from its name and the content of its castlm.json (see `export_model`)."""
-    pattern = Pattern.parse(manifest["pattern"])
+    pattern = parse_pattern(manifest["pattern"])
     source, license_id = str(manifest.get("base_model") or ""), manifest.get("license")
     hub_id, rest = _hub_model(source)
     base_name = (hub_id or _public(source)).split("/")[-1]
@@ -95,10 +94,10 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     }
     proof = manifest["proof"]
     cut = manifest.get("cut")
-    is_dense = bool(cut) and groups_of(pattern) is None
+    is_dense = bool(cut) and pattern.nm is None
     counts = (
         f"That is {proof['zero_fraction']:.2%} zeros in {proof['layers']} layers of {proof['weights']:,} weights, "
-        f"and {proof['violations']} violations in {proof['groups']:,} {unit_of(pattern)}."
+        f"and {proof['violations']} violations in {proof['groups']:,} {pattern.counted}."
     )
     if "cut" in proof:
         total = proof["cut"] + proof["weights"]
@@ -152,7 +151,7 @@ def _cut_text(cut: Mapping[str, Any] | None) -> list[str]:
 
 def _meaning(pattern: Pattern) -> list[str]:
     """The sentences that the pattern adds about the stored weights."""
-    groups = groups_of(pattern)
+    groups = pattern.nm
     if groups is None:
         return []
     return [
@@ -162,7 +161,7 @@ def _meaning(pattern: Pattern) -> list[str]:
 
 
 def _storage(pattern: Pattern, is_cut: bool) -> str:
-    if groups_of(pattern) is None:
+    if pattern.nm is None:
         return "The model is dense and smaller than its base: it needs no kernels of its own."
     return _STORED_ZEROS
 

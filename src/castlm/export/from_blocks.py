@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from castlm.core.pattern import Pattern
+from castlm.core.nm import Pattern
 from castlm.dtypes import STORED_NAMES
 from castlm.export.hf import (
     dtype_name,

@@ -20,13 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.blocks import is_block_linear, is_stacked_experts
 from castlm.core.errors import InputError
-from castlm.core.experts import is_layer
-from castlm.core.pattern import Pattern, as_pattern
-from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.core.nm import Pattern
+from castlm.core.sparsify import FilterFn, is_layer, is_sparse_linear, sparse_linears
 from castlm.dtypes import bytes_of
 from castlm.export.card import model_card
-from castlm.export.cut import check_cut, cut_model
-from castlm.export.cut_sizes import cut_pattern
 from castlm.export.report import VerifyReport
 from castlm.export.verify import verify
 from castlm.files.atomic_dir import atomic_dir
@@ -37,6 +34,8 @@ from castlm.files.stored import INDEX
 from castlm.models.architecture import eval_mode
 from castlm.models.conversion import stored_shapes
 from castlm.models.io import copy_processor, load_model, parameters_in, save_model
+from castlm.patterns import parse_pattern
+from castlm.structured.cut import check_cut, cut_model
 from castlm.versions import model_versions
 
 SCHEMA_VERSION = 1
@@ -98,9 +97,9 @@ def export_model(
         if parametrize.is_parametrized(module):
             raise InputError(f"{name} is still parametrized: call fold_weight_scaling(model) before the export")
     folder = Path(os.path.realpath(user_path(folder)))
-    pattern = as_pattern(pattern)
+    pattern = parse_pattern(pattern)
     manifest = new_manifest(pattern, left_dense, {**record, "dtype": dtype_name(dtype or model.dtype)})
-    if cut_pattern(pattern) is not None:
+    if pattern.cut_out is not None:
         model, done = cut_model(model, pattern)
         manifest["cut"] = asdict(done)
         manifest["num_params"] = sum(p.numel() for p in model.parameters())

@@ -23,7 +23,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 from castlm import __version__
 from castlm.core.blocks import is_block_linear, is_stacked_experts
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM, Pattern, is_nm_sparse
+from castlm.core.nm import NM, Pattern, is_nm_sparse
 from castlm.dtypes import FLOATS, STORED, STORED_NAMES
 from castlm.export.folder import is_packed, read_config, read_manifest, stored_tensors
 from castlm.export.hf import dtype_name, new_manifest
@@ -31,7 +31,6 @@ from castlm.export.layers import check_layers
 from castlm.export.packed_card import packed_card, unpacked_card
 from castlm.export.packed_count import take_packed
 from castlm.export.stream import write_safetensors
-from castlm.export.unit_count import groups_of
 from castlm.export.verify import left_dense_reason, read_left_dense, verify
 from castlm.files.atomic_dir import atomic_dir
 from castlm.files.atomic_file import atomic_write_json
@@ -50,6 +49,7 @@ from castlm.models.io import load_model, parameters_in, save_model
 from castlm.models.layout import QUANT_METHOD, experts_input_axis, guess_model_type, stored_transposed
 from castlm.models.locate import cached_snapshot, local_folder, locate
 from castlm.models.opening import open_config
+from castlm.patterns import parse_pattern
 
 DENSE = "dense"
 """In place of a pattern."""
@@ -203,13 +203,13 @@ def pattern_of(name: str | Path, given: str | None) -> Pattern | None:
         given: n:m, a structured pattern, or "dense".
     """
     if given is not None:
-        return None if given == DENSE else Pattern.parse(given)
+        return None if given == DENSE else parse_pattern(given)
     where = locate(name, needs_weights=False)
     folder = cached_snapshot(where.target, None) if where.is_hub else Path(where.target)
     if folder is None or where.gguf:
         return None
     if "pattern" in (manifest := read_manifest(folder)):
-        return None if manifest["pattern"] is None else Pattern.parse(str(manifest["pattern"]))
+        return None if manifest["pattern"] is None else parse_pattern(str(manifest["pattern"]))
     stored = stored_tensors(folder, read_config(folder))
     first = next((tensor for name, tensor in stored.items() if is_block_linear(name, tensor.shape)), None)
     if first is None or first.shape[1] % 4:
@@ -425,8 +425,8 @@ def _write_rest(source: Path, folder: Path, plan: _Plan, pattern: NM | None) -> 
         manifest["pattern"] = None
         manifest.pop("proof", None)  # that of a pattern
     else:
-        recorded = Pattern.parse(str(manifest.get("pattern") or pattern))
-        is_counted = groups_of(recorded) == pattern  # by `verify`, in a packed folder
+        recorded = parse_pattern(str(manifest.get("pattern") or pattern))
+        is_counted = recorded.nm == pattern  # by `verify`, in a packed folder
         manifest["pattern"] = str(recorded if is_counted else pattern)
     manifest["packed"] = {"format": formats.VERSION, "castlm": __version__}
     atomic_write_json(folder / "castlm.json", manifest)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM
+from castlm.core.nm import NM
 from castlm.export.report import LayerReport
 from castlm.files.stored import FLOATS, StoredTensor, byte_chunks, count_non_finite, magnitude_chunks
 from castlm.inference.formats import FORMATS, PackedSpec, read_specs

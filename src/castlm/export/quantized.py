@@ -12,17 +12,15 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM, Pattern
+from castlm.core.nm import NM, Pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
 from castlm.data.chat import with_template
 from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder
-from castlm.export.cut_sizes import cut_pattern
 from castlm.export.folder import read_manifest
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_into, write_dense
-from castlm.export.unit_count import groups_of
 from castlm.export.verify import left_dense_reason, read_left_dense
 from castlm.files.atomic_dir import atomic_dir
 from castlm.inference.quantize import QuantizeReport, quantize_, stored_layers
@@ -94,7 +92,7 @@ def quantize_folder(
         raise InputError(f"--head {head} is for the packed format: pass --packed, or leave it out")
     if (calibration is not None) != (kind == "int4"):
         raise InputError(f"{kind} needs {'a' if kind == 'int4' else 'no'} calibration text: see --calibration")
-    groups = None if pattern is None else groups_of(pattern)
+    groups = None if pattern is None else pattern.nm
     if pattern is not None and groups is None:
         raise InputError(f"{name} is {pattern}, which has no n:m to keep: pass --pattern of an n:m model, or dense")
     manifest, listed = read_manifest(Path(name)), read_left_dense(Path(name) / "castlm.json")
@@ -155,12 +153,12 @@ def _write_plain(
         with atomic_dir(folder, overwrite=True) as temporary:
             write_dense(loaded.model, loaded.tokenizer, temporary, record, dtype)
         return
-    groups: NM | None = groups_of(pattern)
+    groups: NM | None = pattern.nm
     export_model(
         loaded.model,
         loaded.tokenizer,
         folder,
-        pattern=pattern if cut_pattern(pattern) is None or groups is None else groups,  # it is cut already
+        pattern=pattern if pattern.cut_out is None or groups is None else groups,  # it is cut already
         left_dense=left_dense,
         record=record | {"pattern": str(pattern)},
         overwrite=True,

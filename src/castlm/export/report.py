@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from castlm.core.pattern import Pattern
-from castlm.export.cut_sizes import unit_of
+from castlm.core.nm import Pattern
 from castlm.names import printable
 
 _DENSE = 0.1
@@ -137,7 +136,7 @@ class VerifyReport:
         rest = f", {totals['left_dense']} left dense" if totals["left_dense"] else ""
         rest += f", {totals['uncounted']} not counted" if totals["uncounted"] else ""
         rest += f", {totals['non_finite']:,} values not finite" if totals["non_finite"] else ""
-        counted = f"{totals['violations']:,} of {totals['groups']:,} {unit_of(self.pattern)} violate it"
+        counted = f"{totals['violations']:,} of {totals['groups']:,} {self.pattern.counted} violate it"
         zeros = f"{totals['zero_fraction']:.2%} zeros"
         if self.base:
             share = totals["cut"] / max(1, totals["cut"] + totals["weights"])

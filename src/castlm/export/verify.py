@@ -18,17 +18,17 @@ import numpy as np
 
 from castlm.core.blocks import in_block, is_block_linear, is_router, is_stacked_experts, is_tower, owners_of_experts
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM, Pattern
-from castlm.export.cut_sizes import cut_pattern
+from castlm.core.nm import NM, Pattern
 from castlm.export.folder import is_packed, read_config, stored_tensors
 from castlm.export.layers import check_layers, check_redirections, check_uniform
 from castlm.export.packed_count import Packed, count_packed_layer, take_packed
 from castlm.export.report import LayerReport, VerifyReport
-from castlm.export.unit_count import base_config, count_units, groups_of
 from castlm.files.reading import read_json_object, user_path
 from castlm.files.stored import FLOATS, SINGLE, StoredTensor, count_non_finite, magnitude_chunks, non_finite_of
 from castlm.inference import formats
 from castlm.models.layout import OLD_BUFFERS, experts_input_axis, guess_model_type, stored_transposed
+from castlm.patterns import parse_pattern
+from castlm.structured.count import base_config, count_units
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
 """Ends of tensor names that hold a packed weight: of GPTQ and AWQ, compressed-tensors, torchao."""
@@ -74,12 +74,12 @@ def verify(
             loads, a missing or an additional layer, weights packed by others or of integers, a bad pattern, or no layer
             that the pattern applies to.
     """
-    pattern = Pattern.parse(str(pattern))
+    pattern = parse_pattern(str(pattern))
     path = user_path(path)
     folder = path if path.is_dir() else path.parent
     config = read_config(folder)
     tensors = stored_tensors(path, config)
-    cuts = cut_pattern(pattern) is not None
+    cuts = pattern.cut_out is not None
     if base is not None and not cuts:
         raise InputError(f"--base is for patterns that cut channels or heads out, not for {pattern}: leave it out")
     dense_config, where = base_config(base, config, folder / "castlm.json", pattern) if cuts else ({}, "")
@@ -238,7 +238,7 @@ def _count(tensor: StoredTensor, pattern: Pattern, axis: int, packed: Packed | N
 
     Units are counted over all layers, by `count_units`.
     """
-    groups = groups_of(pattern)
+    groups = pattern.nm
     if packed is not None:
         if groups is None:
             raise InputError(f"{tensor.name} is packed, which is for n:m: verify {pattern} before the model is packed")

@@ -23,15 +23,15 @@ from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
-from castlm.core.pattern import NM, Pattern, nm_mask
+from castlm.core.nm import NM, Pattern, nm_mask
 from castlm.core.sparsify import is_sparse_linear
 from castlm.dtypes import FLOATS, STORED
-from castlm.export.cut_sizes import sizes_after, sizes_of
 from castlm.hardware import has_fast_bf16
 from castlm.inference import native
 from castlm.inference.formats import FORMATS, PackedSpec
 from castlm.inference.layers import packed_linear
 from castlm.inference.packed import PackedTensor, pack, pack_integers
+from castlm.structured.sizes import sizes_after, sizes_of
 
 Shape = tuple[int, int]
 """(out_features, in_features)."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM
+from castlm.core.nm import NM
 from castlm.core.sparsify import is_sparse_linear
 from castlm.dtypes import FLOAT_NAMES
 from castlm.inference import native

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.core.masks import pack_mask, rank_mask, unpack_mask
-from castlm.core.pattern import NM
+from castlm.core.nm import NM, pack_mask, rank_mask, unpack_mask
 from castlm.dtypes import FLOAT_NAMES, STORED
 from castlm.inference.formats import FORMATS, PackedSpec
 
@@ -36,7 +35,7 @@ class PackedTensor:
 
     @property
     def mask_bits(self) -> Tensor | None:
-        """The mask bit by bit, as `castlm.core.masks.pack_mask` has it; None of a dense tensor."""
+        """The mask bit by bit, as `castlm.core.nm.pack_mask` has it; None of a dense tensor."""
         return None if self.mask is None else torch.from_numpy(self.spec.mask_to_bits(self.mask.cpu().numpy()))
 
 

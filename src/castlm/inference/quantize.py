@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.core.experts import ExpertLinear, SparseLayer
-from castlm.core.sparsify import FilterFn, is_sparse_linear
+from castlm.core.experts import ExpertLinear
+from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear
 from castlm.inference.formats import FORMATS, ROUNDED
 from castlm.inference.rounding import Rounded, round_int4, round_rows
 from castlm.models.architecture import eval_mode

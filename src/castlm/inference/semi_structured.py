@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import is_nm_sparse, nm_mask
+from castlm.core.nm import is_nm_sparse, nm_mask
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.inference.cuda_backends import backend_for
 from castlm.inference.devices import DEVICES, Device, device_of

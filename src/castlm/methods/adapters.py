@@ -21,16 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.adams import AdamS
-from castlm.core.checks import check_placement
 from castlm.core.errors import InputError
-from castlm.core.experts import SparseLayer
 from castlm.core.keep import KeptPattern, summed
-from castlm.core.pattern import Pattern, as_pattern
+from castlm.core.nm import Pattern
 from castlm.core.shards import local
-from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears, weight_parameter
+from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears, weight_parameter
 from castlm.export.verify import left_dense_reason, read_left_dense
 from castlm.files.atomic_dir import atomic_dir
 from castlm.methods.finetune import Finetune
+from castlm.patterns import parse_pattern
 
 if TYPE_CHECKING:
     from peft import ShiraConfig
@@ -67,7 +66,7 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
         >>> kept.masks()["layers.0"].float().mean()
         tensor(0.5000)
     """
-    pattern = as_pattern(pattern).for_model(model)
+    pattern = parse_pattern(pattern).for_model(model)
     layers = pattern_layers(model, pattern, filter_fn)
     check_pattern(layers, pattern)
     return KeptPattern(layers)
@@ -79,10 +78,10 @@ def check_pattern(layers: Mapping[str, SparseLayer], pattern: Pattern) -> None:
     if any(weight.dim() < 2 for weight in weights.values()):
         return  # `KeptPattern` says why it cannot keep them
     for weight in weights.values():
-        check_placement(weight, pattern)
-    units = pattern.units(weights)
+        pattern.check_placement(weight)
+    units = pattern.joint_layers(weights)
     firsts = [weights[unit[0]] for unit in units]
-    counts = [pattern.unit_violations([local(weights[name]) for name in unit]) for unit in units]
+    counts = [pattern.joint_violations([local(weights[name]) for name in unit]) for unit in units]
     totals = summed(firsts, [torch.tensor(count, device=weight.device) for weight, count in zip(firsts, counts)])
     found = {unit[0]: (unit, total) for unit, total in zip(units, totals) if total}
     if found:
@@ -259,7 +258,7 @@ def kept_positions(generator: torch.Generator) -> Callable[..., Tensor]:
 
 
 def _sparse_layers(model: nn.Module, pattern: Pattern | str, filter_fn: FilterFn | None) -> dict[str, nn.Linear]:
-    pattern = as_pattern(pattern).for_model(model)
+    pattern = parse_pattern(pattern).for_model(model)
     layers = pattern_layers(model, pattern, filter_fn)
     check_pattern(layers, pattern)
     return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}  # PEFT adapts no experts

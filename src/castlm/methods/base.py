@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from castlm.core.adams import AdamS
-from castlm.core.pattern import Pattern
-from castlm.core.sparsify import FilterFn, masks_by_unit, sparse_linears, sparse_param_groups, weight_parameter
+from castlm.core.nm import Pattern
+from castlm.core.sparsify import FilterFn, magnitude_masks, sparse_linears, sparse_param_groups, weight_parameter
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.methods.table import METHODS
 
@@ -158,7 +158,7 @@ class Retraining:
         """The mask by magnitude of the rows of every sparse layer that this rank holds."""
         weights = {name: weight_parameter(layer) for name, layer in self.layers.items()}
         # contiguous, as the masks of a unit may share their memory
-        return {self.layers[name]: mask.contiguous() for name, mask in masks_by_unit(weights, self.pattern)}
+        return {self.layers[name]: mask.contiguous() for name, mask in magnitude_masks(weights, self.pattern)}
 
     @contextmanager
     def unmasked(self) -> Iterator[None]:

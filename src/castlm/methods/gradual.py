@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM
+from castlm.core.nm import NM
 from castlm.core.sparsify import weight_parameter
 from castlm.methods.base import Retraining
 from castlm.methods.options import MethodOptions, OptimizerOptions

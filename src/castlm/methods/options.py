@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from castlm.core.combined import is_structured
 from castlm.core.decay import DECAYS, decay_alpha
-from castlm.core.pattern import Pattern
+from castlm.core.nm import Pattern
 from castlm.fields import Bound, Bounded, choice, essential
 from castlm.methods.table import METHODS, Method
 
@@ -96,7 +95,7 @@ class MethodOptions(Bounded):
         Args:
             start: as `init_from`.
         """
-        is_given = self.row.decays and start != "magnitude" and not is_structured(pattern)
+        is_given = self.row.decays and start != "magnitude" and pattern.zeros_can_return
         return is_given and DECAYS[self.decay].exact_zero
 
     def keeps_dense_values(self, start: str, pattern: Pattern) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from castlm.core.pattern import Pattern
+from castlm.core.nm import Pattern
 from castlm.oneshot.solvers import better_rows
 
 FIRST_PENALTY, LAST_PENALTY = 0.1, 1.0

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM, Pattern
+from castlm.core.nm import NM, Pattern
 from castlm.oneshot.block_basis import Statistics, turn_mlps_, turn_values_
 from castlm.oneshot.families import Block, Wiring, describe
 from castlm.oneshot.options import BasisOptions

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from castlm.core.pattern import NM
+from castlm.core.nm import NM
 from castlm.oneshot.families import Attention, Matrix, Mlp
 from castlm.oneshot.inputs import ExpertInputs, LayerInput
 from castlm.oneshot.permutation import find_permutation

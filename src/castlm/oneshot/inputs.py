@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from castlm.core.errors import InputError
-from castlm.core.experts import SparseLayer
+from castlm.core.sparsify import SparseLayer
 from castlm.oneshot.routed import Routed, Take, check_neurons, experts_of
 from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.walk import BlockInputs, StopForward
@@ -56,7 +56,7 @@ def check_finite_input(names: str, statistic: Tensor) -> None:
 
 
 class Accumulator(Protocol):
-    """What is summed up over all that enters a layer: a `Solver`, or a `castlm.oneshot.unit_inputs.UnitAccumulator`."""
+    """What is summed up over all that enters a layer: a `Solver`, or a `castlm.structured.inputs.UnitAccumulator`."""
 
     @property
     def add(self) -> Callable[[Any, Tensor, int], None] | None:

@@ -9,30 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
-from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
-from castlm.core.pattern import Channels, Combined, Heads, Pattern
+from castlm.core.nm import Pattern
 from castlm.fields import Bound, Bounded
 
 T = TypeVar("T")
 
-UNIT_SCORES = ("magnitude", "wanda", "flap", "taylor", "random")
-"""How the units of structured patterns can be ranked: the rows of `castlm.oneshot.units.SCORES`."""
-CALIBRATED = ("sparsegpt", *(name for name in UNIT_SCORES if name != "magnitude"))
-"""Starts that read calibration text."""
-_DEFAULT_STARTS: dict[type, str] = {Channels: "flap", Heads: "taylor"}
-# docs/results/structured.md has the figures that decided
-
-
-def default_start(pattern: Pattern) -> str:
-    """The one-shot method that a pattern is pruned by where no other is asked for.
-
-    Examples:
-        >>> default_start(Pattern.parse("2:4")), default_start(Pattern.parse("channels:0.75+2:4"))
-        ('sparsegpt', 'flap')
-    """
-    outer = pattern.outer if isinstance(pattern, Combined) else pattern
-    return _DEFAULT_STARTS.get(type(outer), "sparsegpt")
+CALIBRATED = ("sparsegpt", "wanda", "flap", "taylor", "random")
+"""Starts that read calibration text, of all patterns."""
 
 
 def part_of(options: Any, section: type[T]) -> T:
@@ -104,7 +88,7 @@ class Refinements(Bounded):
         """`refit_iterations`, or its default for `pattern`; structured patterns have no `mask_iterations`."""
         if self.refit_iterations is not None:
             return self.refit_iterations
-        return 0 if self.mask_iterations and not is_structured(pattern) else 20
+        return 0 if self.mask_iterations and pattern.cut_out is None else 20
 
     def for_solver(self, solver: str, pattern: Pattern) -> Refinements:
         """These for "sparsegpt", and none for a solver that has nothing to refine.
@@ -118,7 +102,7 @@ class Refinements(Bounded):
             for option in fields(self)
             if getattr(self, option.name) not in (option.default, getattr(NO_REFINEMENTS, option.name))
         ]
-        if is_structured(pattern):
+        if pattern.cut_out is not None:
             if others := [name for name in asked if name != "refit_iterations"]:
                 raise InputError(
                     f"{others[0]} does nothing with {pattern}, which has refit_iterations alone: leave it out"

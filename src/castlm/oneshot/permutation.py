@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from castlm.core.pattern import NM
+from castlm.core.nm import NM
 
 _ROUNDS = 20
 _PATIENCE = 6  # rounds without a gain after which the search ends

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
-from castlm.core.pattern import Pattern
+from castlm.core.nm import Pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
 from castlm.data.chat import with_template
@@ -139,7 +138,7 @@ class Prune:
             # Solvers and changes of basis compute in fp32; magnitude alone needs no more than what is stored.
             return load_model(self.model, dtype=None if self.text is None else torch.float32, **options), None
         return_freed_memory()
-        if is_structured(self.start.pattern):
+        if self.start.pattern.cut_out is not None:
             raise InputError(f"pattern {self.start.pattern} is chosen over the whole model: use memory model")
         opened = open_sharded(self.model, **options)
         if opened is None:
@@ -185,7 +184,7 @@ class Prune:
 
 def choose_memory(model: str, revision: str | None, folder: Path, pattern: Pattern, device: str) -> Memory:
     """Whether the whole model or one block of it is in memory, where neither is asked for; says why it is a block."""
-    if is_structured(pattern):
+    if pattern.cut_out is not None:
         return "model"
     partial = partial_folder(folder)
     if command_of(partial) == "prune" and (partial / PROGRESS).is_file():

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.core.experts import SparseLayer
-from castlm.core.pattern import NM
+from castlm.core.nm import NM
+from castlm.core.sparsify import SparseLayer
 from castlm.oneshot.basis import distance, tolerance_of
 from castlm.oneshot.block_basis import Change, Statistic, Statistics, statistics_of
 from castlm.oneshot.families import Block, Matrix, Norm, Wiring

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from castlm.core.pattern import NM
+from castlm.core.nm import NM
 from castlm.oneshot.solvers import row_energies
 from castlm.oneshot.sparsegpt import sparsegpt
 

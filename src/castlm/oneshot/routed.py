@@ -1,8 +1,8 @@
-"""What the experts of a transformer block read: each the tokens that the router gives it.
+"""The inputs of the experts of a transformer block: each reads the tokens that the router gives it.
 
 An expert that sees fewer tokens than its input has columns leaves the solvers a singular statistic. Such an expert is
-calibrated on all tokens of the text, as if each were routed to it: that is its own basis of neurons, which no statistic
-of other experts is.
+calibrated on all tokens of the text, as if each were routed to it: its down-projection then has statistics of its own
+neurons, which the statistics of other experts cannot replace.
 """
 
 from __future__ import annotations
@@ -84,22 +84,23 @@ class Routed:
             take("down_proj", expert, self.neurons(expert, tokens))
 
     def neurons(self, expert: int, x: Tensor) -> Tensor:
-        """(tokens, inner): what the down-projection of an expert reads for x (tokens, hidden)."""
+        """The input (tokens, inner) of the down-projection of an expert for x (tokens, hidden)."""
         experts: Any = self.experts
         bias = experts.get_parameter(f"{self.up}_bias")[expert] if self.has_bias else None
         out = F.linear(x, self.layers[self.up].weight[expert], bias)
-        return experts._apply_gate(out) if self.gated else experts.act_fn(out)
+        inner: Tensor = experts._apply_gate(out) if self.gated else experts.act_fn(out)
+        return inner
 
 
 def check_neurons(routed: Routed) -> None:
-    """Checks on one expert that `Routed.neurons` is what the module itself computes.
+    """Checks on one expert that `Routed.neurons` gives the same as the module itself.
 
     Raises:
-        InputError: it is not, so that the down-projections would be calibrated on something else.
+        InputError: it does not, so that the down-projections would be calibrated on other inputs.
     """
     experts, up = routed.experts, routed.layers[routed.up]
     if getattr(experts, "has_post_expert_norm", False):
-        return  # what is normalized is the output, which no projection reads
+        return  # the norm applies to the output, which no projection reads
     like = up.weight
     x = torch.randn(1, up.in_features, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     one = torch.ones(1, 1, device=like.device)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from castlm.core.pattern import NM, Pattern
+from castlm.core.nm import NM, Pattern
 from castlm.oneshot.sparsegpt import sparsegpt
 
 MIN_DAMPING = 1e-3

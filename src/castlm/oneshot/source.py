@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from castlm.core.blocks import stack_name
 from castlm.core.errors import InputError
-from castlm.core.experts import SparseLayer
+from castlm.core.sparsify import SparseLayer
 from castlm.distributed.loading import Checkpoint, opened_files
 from castlm.models.layout import stored_transposed
 

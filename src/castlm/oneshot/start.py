@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
-from castlm.core.experts import ExpertLinear, SparseLayer
-from castlm.core.pattern import NM, Pattern, as_pattern
-from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.core.experts import ExpertLinear
+from castlm.core.nm import NM, Pattern
+from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
 from castlm.models.architecture import eval_mode
 from castlm.oneshot.basis import turn_block_, wiring_or_note
 from castlm.oneshot.block_basis import statistics_of
@@ -45,8 +44,9 @@ from castlm.oneshot.residual import rotate_residual_
 from castlm.oneshot.solve import prune_experts, prune_layers
 from castlm.oneshot.solvers import SOLVERS, Settings
 from castlm.oneshot.source import MemoryModel, StoredModel
-from castlm.oneshot.units import UnitSettings, prune_units_
 from castlm.oneshot.walk import Extras, Step, walk
+from castlm.patterns import parse_pattern
+from castlm.structured.prune import UnitSettings, prune_units_
 
 BLOCK_COLUMNS = 128
 """Columns of SparseGPT between two full matmuls: a matter of speed alone."""
@@ -142,7 +142,7 @@ class Start:
         """
         assert self.method is not None or folder is None
         model = source.model
-        if is_structured(self.pattern):
+        if self.pattern.cut_out is not None:
             return self._prune_units_(model, calibration, extras, folder, progress)
         layers, left_dense = sparse_linears(model, self.pattern, self.filter_fn)
         self._check(source, layers, calibration)
@@ -369,7 +369,7 @@ def prune_oneshot_(
 ) -> OneshotReport:
     """Prunes a model to a pattern in place, without training; by default by the method as published.
 
-    The weights keep their dtype. `castlm.oneshot.units.prune_units_` prunes structured patterns, with the methods
+    The weights keep their dtype. `castlm.structured.prune.prune_units_` prunes structured patterns, with the methods
     in its `SCORES`; method taylor holds the gradient of every weight that may be pruned.
 
     Args:
@@ -395,7 +395,7 @@ def prune_oneshot_(
     """
     start = Start(
         method=method,
-        pattern=as_pattern(pattern),
+        pattern=parse_pattern(pattern),
         basis=basis,
         refinements=refinements,
         damping=damping,
@@ -405,12 +405,7 @@ def prune_oneshot_(
         precision=precision,
     )
     layers, _ = sparse_linears(model, start.pattern, filter_fn)
-    if (
-        method == "magnitude"
-        and calibration is not None
-        and calibration.dim() == 2
-        and not is_structured(start.pattern)
-    ):
+    if method == "magnitude" and calibration is not None and calibration.dim() == 2 and isinstance(start.pattern, NM):
         num_sequences = math.ceil(ERROR_TOKENS / calibration.shape[1])
         calibration, extras = calibration[:num_sequences], extras and extras[:num_sequences]
     return start.make_(MemoryModel(model, layers), calibration, extras, progress=progress or (lambda done, total: None))
@@ -445,7 +440,7 @@ def change_basis_(
     """
     start = Start(
         method=None,
-        pattern=as_pattern(pattern),
+        pattern=parse_pattern(pattern),
         basis=options or BasisOptions(),
         filter_fn=filter_fn,
         precision=precision,

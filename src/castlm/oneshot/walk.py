@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.core.experts import SparseLayer
+from castlm.core.sparsify import SparseLayer
 from castlm.hardware import autocast
 from castlm.oneshot.folder import HiddenStates, StartFolder
 from castlm.oneshot.source import MemoryModel, StoredModel, layers_by_block

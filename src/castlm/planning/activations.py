@@ -27,7 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
+from castlm.core.nm import Pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import transformer_blocks
 from castlm.distributed.sharding import beside_linears, is_gathered_narrow

@@ -16,16 +16,17 @@ from transformers import AutoConfig, PretrainedConfig
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
-from castlm.core.experts import ExpertLinear, SparseLayer, num_weights
+from castlm.core.experts import ExpertLinear
 from castlm.core.moments import MOMENTS, new_moments
-from castlm.core.pattern import Pattern, as_pattern
+from castlm.core.nm import Pattern
 from castlm.core.scaling import add_weight_scaling
-from castlm.core.sparsify import sparse_linears
-from castlm.export.cut import check_cut
+from castlm.core.sparsify import SparseLayer, num_weights, sparse_linears
 from castlm.files.reading import read_json_object, user_path
 from castlm.models.architecture import is_vision_language, shape_model
 from castlm.models.opening import check_num_layers, open_config
+from castlm.patterns import parse_pattern
 from castlm.planning.activations import Saved, Settings, block_kinds, trace
+from castlm.structured.cut import check_cut
 
 GIB = 2**30
 WORLD_SIZES = tuple(2**i for i in range(13))
@@ -186,7 +187,7 @@ def plan_memory(
     run = Settings(
         seq_len=seq_len,
         micro_batch=micro_batch,
-        pattern=as_pattern(pattern),
+        pattern=parse_pattern(pattern),
         scale_groups=scale_groups,
         accumulates=accumulation > 1,
         checkpointing=gradient_checkpointing,

@@ -16,10 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from castlm.core.blocks import in_block
-from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
 from castlm.core.experts import linearize_experts_
-from castlm.core.pattern import Pattern, as_pattern
+from castlm.core.nm import Pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.hardware import resident_memory
 from castlm.models.architecture import auto_class, backbone, linearize_conv1d_
@@ -27,10 +26,11 @@ from castlm.oneshot.admm import ADMM_ROWS
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS
 from castlm.oneshot.source import block_stack
-from castlm.oneshot.units import BACKWARD_TOKENS, SCORES
 from castlm.oneshot.walk import PASS_TOKENS_CPU
+from castlm.patterns import parse_pattern
 from castlm.planning.activations import as_config_error
 from castlm.planning.memory import GIB, read_config
+from castlm.structured.prune import BACKWARD_TOKENS, SCORES
 
 _BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at once: gate, up, and their products
 
@@ -125,7 +125,7 @@ def plan_prune_memory(
         InputError: an unreadable config, not a causal LM, nothing to prune, or a method, a memory or a rotation that
             there is no plan for.
     """
-    config, basis, pattern = read_config(config), basis or BasisOptions(), as_pattern(pattern)
+    config, basis, pattern = read_config(config), basis or BasisOptions(), parse_pattern(pattern)
     _check(method, memory, pattern, basis)
     refinements = (refinements or Refinements()).for_solver(method, pattern)
     basis.check()
@@ -148,7 +148,7 @@ def plan_prune_memory(
 
 
 def _check(method: str, memory: str, pattern: Pattern, basis: BasisOptions) -> None:
-    structured = is_structured(pattern)
+    structured = pattern.cut_out is not None
     scores = [name for name, score in SCORES.items() if score.needs]
     known = scores if structured else [name for name, solver in SOLVERS.items() if solver.add is not None]
     if method not in known:
@@ -169,7 +169,7 @@ def _of_a_block(
     Args:
         tokens: of a forward pass.
     """
-    structured = is_structured(pattern)
+    structured = pattern.cut_out is not None
     axes = 2 if structured else SOLVERS[method].axes
     solver = _units(model.reads) if structured else max(_solve(r, axes, refinements, pattern) for r in model.reads)
     of_reads = [read.columns**axes for read in model.reads]

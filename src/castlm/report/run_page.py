@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
+from castlm.core.nm import Pattern
 from castlm.files.atomic_file import atomic_write_text
 from castlm.files.output import record_file
 from castlm.files.reading import read_bytes

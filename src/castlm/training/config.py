@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from castlm.core.combined import is_structured
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
-from castlm.core.pattern import Pattern
+from castlm.core.nm import NM, Pattern
 from castlm.fields import check_complete, checked, convert, default_of, hints_of, is_required, label
 from castlm.files.yaml_file import read_yaml_mapping, to_yaml
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.methods.table import METHODS
-from castlm.oneshot.options import CALIBRATED, UNIT_SCORES, BasisOptions, Refinements, default_start, part_of
+from castlm.oneshot.options import CALIBRATED, BasisOptions, Refinements, part_of
 from castlm.training.options import (
     HIDDEN_WEIGHT,
     CheckpointOptions,
@@ -146,7 +145,7 @@ class TrainConfig:
         method, pattern = self.method, self.model.pattern
         start = self.start.init_from
         if start is None:  # magnitude is the start in the papers of the other methods
-            start = default_start(pattern) if method.row.starts_solved else "magnitude"
+            start = pattern.default_solver if method.row.starts_solved else "magnitude"
             object.__setattr__(self, "start", dataclasses.replace(self.start, init_from=start))
         if method.decay_end is None:
             decay_end = 0.3 if method.starts_at_zero(start, pattern) else 0.1
@@ -160,7 +159,7 @@ class TrainConfig:
     def _check(self) -> None:
         """Raises `InputError` for options of several sections that exclude each other."""
         start, pattern, teacher = self.start.name, self.model.pattern, self.teacher
-        if start in (UNIT_SCORES if is_structured(pattern) else CALIBRATED):
+        if start in pattern.solvers and start != "magnitude":
             part_of(self.start, Refinements).for_solver(start, pattern)
         if start != "magnitude" and self.method.row.starts_dense:
             raise InputError(f"init_from {start}: method {self.method.method} starts dense, leave it out")
@@ -307,7 +306,7 @@ class Effect(NamedTuple):
 
 
 def _turns_axes(config: TrainConfig) -> bool:
-    return config.start.name in CALIBRATED and not is_structured(config.model.pattern)
+    return config.start.name in CALIBRATED and isinstance(config.model.pattern, NM)
 
 
 def _refreshes_masks(config: TrainConfig) -> bool:

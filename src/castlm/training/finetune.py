@@ -9,13 +9,13 @@ from typing import Any
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
-from castlm.core.nm import NM
-from castlm.core.pattern import Pattern, as_pattern
+from castlm.core.nm import NM, Pattern
 from castlm.export.folder import read_manifest
 from castlm.export.verify import read_left_dense
 from castlm.fields import essential, parsed, positional
 from castlm.methods.options import MethodOptions, OptimizerOptions
 from castlm.models.locate import cached_snapshot, locate
+from castlm.patterns import parse_pattern
 from castlm.training.config import TrainConfig
 from castlm.training.options import ModelOptions, TeacherOptions
 
@@ -29,7 +29,7 @@ class SparseModelOptions(ModelOptions):
     model: str = positional(essential=True)
     """n:m sparse causal LM: a folder, plain or packed, or a hub id. Its zeros are the mask."""
 
-    pattern: Pattern = parsed(NM(2, 4), as_pattern)
+    pattern: Pattern = parsed(NM(2, 4), parse_pattern)
     """Pattern that the model has, and keeps. On the command line the default is that of the model's castlm.json."""
 
 

@@ -19,7 +19,6 @@ from castlm.core.sparsify import prune_
 from castlm.distributed.export import ShardedResult, export_sharded
 from castlm.distributed.sharding import free_blocks_, is_sharded, uncompile_blocks_
 from castlm.evaluation.perplexity import measured_on, perplexity
-from castlm.export.cut_sizes import cut_pattern
 from castlm.export.hf import export_model
 from castlm.files.atomic_dir import atomic_dir
 from castlm.files.atomic_file import atomic_write_json
@@ -27,8 +26,6 @@ from castlm.hardware import peak_memory
 from castlm.methods.options import MethodOptions
 from castlm.models.architecture import auto_class, linearize_
 from castlm.models.io import parameters_in, save_dtype, save_model
-from castlm.oneshot.options import UNIT_SCORES
-from castlm.oneshot.solvers import SOLVERS
 from castlm.training.finetune import cut_of_source
 from castlm.training.metrics import held_out_perplexity, masked_histogram
 from castlm.training.objective import Objective
@@ -53,7 +50,7 @@ def finish(run: Run) -> dict[str, Any]:
         prune_(run.model, pattern, masks=masks, filter_fn=run.method.filter_fn)
     del masks
     free_training_state_(run)
-    is_cut = bool(run.method.layers) and cut_pattern(pattern) is not None  # which takes the whole model
+    is_cut = bool(run.method.layers) and pattern.cut_out is not None  # which takes the whole model
     with failing_as_diverged(run):
         if run.source.stored is not None and not is_remote_code(run.model) and not is_cut:
             record = export_sharded(sharded_result(run), finished_record(run, histogram))
@@ -226,7 +223,7 @@ def run_record(run: Run) -> dict[str, Any]:
         precision=run.evaluator.precision,
     )
     start = config.start.name
-    is_solved = start in (*SOLVERS, *UNIT_SCORES)
+    is_solved = start in config.model.pattern.solvers
     labels = {
         "start": f"{config.model.pattern}, before fine-tuning",
         "dense": "dense",

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from castlm.core.blocks import is_tower
-from castlm.core.masks import unpack_mask
+from castlm.core.nm import unpack_mask
 from castlm.data.scored import ScoredText
 from castlm.distributed.sharding import reshard_
 from castlm.distributed.world import World

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from castlm.core.errors import InputError
-from castlm.core.nm import NM
-from castlm.core.pattern import Pattern, as_pattern
+from castlm.core.nm import NM, Pattern
 from castlm.fields import Bound, Bounded, essential, parsed
 from castlm.oneshot.options import BasisOptions, Refinements
+from castlm.patterns import parse_pattern
 
 SEQ_LEN = 512
 """Tokens per sequence, wherever a command trains or plans a training."""
@@ -37,7 +37,7 @@ class ModelOptions(Bounded):
     trust_remote_code: bool = field(default=False, kw_only=True)
     """Run the Python code that comes with a hub model."""
 
-    pattern: Pattern = parsed(NM(2, 4), as_pattern)
+    pattern: Pattern = parsed(NM(2, 4), parse_pattern)
     """n:m, where n of every m consecutive weights along the input axis are kept. Or a share of whole units, as
     channels:0.5 (of the MLPs) or heads:0.5 (KV heads with their query heads), each with n:m as in channels:0.75+2:4.
     Channels and heads are cut out in the end."""

@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from castlm.core.adams import AdamS
 from castlm.core.budget import DecayBudget
 from castlm.core.errors import DivergedError, InputError
-from castlm.core.experts import num_weights
 from castlm.core.shards import local
-from castlm.core.sparsify import dense_name
+from castlm.core.sparsify import dense_name, num_weights
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.sharding import average_gradients_, sum_over_replicas_

@@ -16,13 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from castlm.core.combined import is_structured
 from castlm.core.errors import InputError
-from castlm.core.experts import is_layer
-from castlm.core.pattern import Pattern
+from castlm.core.nm import Pattern
 from castlm.core.shards import local, own_rows
-from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
-from castlm.core.unit_masks import gathers
+from castlm.core.sparsify import FilterFn, dense_name, is_layer, sparse_linears, weight_parameter
 from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import World
 from castlm.files.output import begin_output, output_folder
@@ -32,9 +29,7 @@ from castlm.hardware import choose_precision
 from castlm.methods.base import Retraining
 from castlm.models.io import load_model
 from castlm.oneshot.folder import StartFolder, partial_folder, remove_work
-from castlm.oneshot.options import UNIT_SCORES
 from castlm.oneshot.residual import basis_between, is_tied
-from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.source import MemoryModel
 from castlm.oneshot.start import Start
 from castlm.progress import note, shown_progress
@@ -127,7 +122,7 @@ def make_start(
     start = StartWeights()
 
     def make() -> dict[str, Any]:
-        if options.name in (UNIT_SCORES if is_structured(of.pattern) else SOLVERS):
+        if options.name in of.pattern.solvers:
             partial = partial_folder(user_path(output_dir))
             with output_folder(partial, "prune", resume=True):
                 begin_output(partial, "prune", resume=True)
@@ -208,7 +203,7 @@ def _read(start: StartWeights, name: str, of: StartOf, source: Source) -> None:
     try:
         model = source.model if is_loaded else load_model(name, **options).model
     except InputError as error:
-        known = ", ".join(UNIT_SCORES if is_structured(pattern) else SOLVERS)
+        known = ", ".join(pattern.solvers)
         raise InputError(f"init_from {name}, neither one of {known} nor a model: {error}") from None
     layers, _ = sparse_linears(source.model, pattern, of.filter_fn)
     found = dict(model.named_modules())
@@ -220,8 +215,8 @@ def _read(start: StartWeights, name: str, of: StartOf, source: Source) -> None:
         weight = theirs.weight.detach()
         weights[layer_name] = weight
     bound = pattern.for_model(source.model)
-    for unit in bound.units(weights):
-        if bound.unit_violations([weights[name] for name in unit]):
+    for unit in bound.joint_layers(weights):
+        if bound.joint_violations([weights[name] for name in unit]):
             given = name if of.is_finetuning else f"init_from {name}"
             raise InputError(
                 f"{given} is not {pattern} in {unit[-1]}: give its own pattern, prune it first (castlm prune), or name "
@@ -281,15 +276,15 @@ def start_(model: nn.Module, method: Retraining, start: StartWeights, world: Wor
     by_name = {dense_name(name): parameter for name, parameter in model.named_parameters()}
     for name in world.on_main(lambda: list(start.dense)):
         local(by_name[name]).copy_(rows_of(start.dense, name, by_name[name]))
-    for unit in method.pattern.units(method.layers):
+    for unit in method.pattern.joint_layers(method.layers):
         parameters = [weight_parameter(method.layers[name]) for name in unit]
         weights = [whole_of(start.pruned, name, parameter) for name, parameter in zip(unit, parameters)]
         own = [own_rows(parameter) for parameter in parameters]
         rows = [weight[part].to(p.device) for weight, part, p in zip(weights, own, parameters)]
-        if gathers(method.pattern, parameters):
-            whole_masks = method.pattern.unit_masks(weights)
+        if method.pattern.gathers(parameters):
+            whole_masks = method.pattern.joint_masks(weights)
             masks = [mask[part].to(p.device) for mask, part, p in zip(whole_masks, own, parameters)]
         else:
-            masks = method.pattern.unit_masks(rows)
+            masks = method.pattern.joint_masks(rows)
         for name, weight, mask in zip(unit, rows, masks):
             method.start_layer_(method.layers[name], weight, mask)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from castlm.core.budget import DecayBudget, decay_budget
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError, is_out_of_memory
-from castlm.core.masks import pack_mask
+from castlm.core.nm import pack_mask
 from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.distributed.mask_check import masked_samples
@@ -32,8 +32,7 @@ from castlm.methods.base import Retraining, class_of
 from castlm.methods.options import MethodOptions, OptimizerOptions, schedule
 from castlm.models.architecture import vocab_size
 from castlm.models.locate import locate
-from castlm.oneshot.options import UNIT_SCORES
-from castlm.oneshot.solvers import SOLVERS
+from castlm.patterns import SOLVERS
 from castlm.progress import note
 from castlm.training.checkpoint import checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
@@ -152,7 +151,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
             resumed = world.on_main(lambda: read_manifest(checkpoint)["start"])
 
     # model and text
-    if config.start.name not in (*SOLVERS, *UNIT_SCORES):
+    if config.start.name not in SOLVERS:
         locate(config.start.name)  # in the first second, and not after the dense model was loaded
     source = open_source(config.model, world, whole_copies=method_class.whole_copies)
     model, vocab = source.model, vocab_size(source.model.config)

@@ -1,4 +1,4 @@
-"""What enters the layers of a transformer block, as sums over the calibration text: for scores and least squares."""
+"""Statistics of the inputs of a transformer block's layers over the calibration text, for scores and least squares."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from castlm.oneshot.walk import BlockInputs
 
 @dataclass
 class InputStatistic:
-    """Sums over what enters a layer: tokens, columns, and products of two columns."""
+    """Sums over the inputs of a layer: tokens, columns, and products of two columns."""
 
     gram: Tensor
     """X^T X, (in, in)."""
     total: Tensor
-    """Of each column, fp64, (in,)."""
+    """The sum of each column, fp64, (in,)."""
     squares: Tensor
-    """Of each column, fp64, (in,): the variance is a small difference of large numbers where a mean is large."""
+    """The sum of squares of each column, in fp64 (in,): where a mean is large, the variance is a small difference."""
     num_tokens: int = 0
 
     @property
@@ -31,7 +31,7 @@ class InputStatistic:
 
     @property
     def variance(self) -> Tensor:
-        """Of each column over the tokens."""
+        """The variance of each column over the tokens."""
         num_tokens = max(1, self.num_tokens)
         return (self.squares / num_tokens - (self.total / num_tokens).square()).clamp(min=0).float()
 
@@ -61,7 +61,7 @@ class UnitAccumulator:
 
 
 def see_statistics(layers: Mapping[str, nn.Linear], inputs: BlockInputs) -> dict[str, InputStatistic]:
-    """What enters each of the current block's `layers`, by name; layers that read the same input share one statistic.
+    """The statistics of the inputs of the current block's `layers`, by name; layers with the same input share one.
 
     Raises:
         InputError: a layer that no calibration token reaches, or an input that is not finite.

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import Channels, Combined, Heads, Pattern
+from castlm.core.nm import Pattern
+from castlm.structured.pattern import Channels, Heads
 
 _GATED = (
     *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3", "granite", "seed_oss", "ernie4_5"),
@@ -26,20 +27,9 @@ HEADS = frozenset(_GATED) - {"helium", "olmo", "olmo2", "olmo3", "cohere", "stab
 """The families whose config has a head size of its own, and whose norms do not run across heads."""
 
 
-def cut_pattern(pattern: Pattern) -> Channels | Heads | None:
-    """The part of `pattern` that is cut out of a model; None if it only sets weights to zero.
-
-    Examples:
-        >>> str(cut_pattern(Pattern.parse("channels:0.75+2:4")))
-        'channels:0.75'
-    """
-    outer = pattern.outer if isinstance(pattern, Combined) else pattern
-    return outer if isinstance(outer, Channels | Heads) else None
-
-
 def check_family(pattern: Pattern, model_type: object) -> None:
     """Raises `InputError` if models of the family have no config without the units that `pattern` cuts out."""
-    outer = cut_pattern(pattern)
+    outer = pattern.cut_out
     if isinstance(outer, Channels) and model_type not in CHANNELS:
         raise InputError(
             f"pattern {pattern}: castlm cannot cut channels out of {model_type}, only out of "
@@ -59,17 +49,17 @@ def sizes_of(pattern: Pattern, config: Mapping[str, Any]) -> dict[str, int]:
         InputError: another family than those that can be cut, or a field that is not a positive integer.
 
     Examples:
-        >>> sizes_of(Pattern.parse("channels:0.5"), {"model_type": "llama", "intermediate_size": 172})
+        >>> sizes_of(Channels(0.5), {"model_type": "llama", "intermediate_size": 172})
         {'intermediate_size': 172}
     """
     check_family(pattern, config.get("model_type"))
-    outer = cut_pattern(pattern)
+    outer = pattern.cut_out
     if isinstance(outer, Channels):
         field = CHANNELS[str(config["model_type"])]
         value = config.get(field)
         if value is None and field == "n_inner":
             value = 4 * config.get("n_embd", 0)
-        found = {field: value}
+        found: dict[str, Any] = {field: value}
     else:
         heads = config.get("num_attention_heads")
         kv_heads = config.get("num_key_value_heads") or heads
@@ -85,18 +75,11 @@ def sizes_after(pattern: Pattern, sizes: Mapping[str, int]) -> dict[str, int]:
     """The sizes of `sizes_of` in the model that is cut.
 
     Examples:
-        >>> sizes_after(Pattern.parse("heads:0.5"), {"num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8})
+        >>> sizes_after(Heads(0.5), {"num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8})
         {'num_key_value_heads': 2, 'num_attention_heads': 4, 'head_dim': 8}
     """
-    outer = cut_pattern(pattern)
-    assert outer is not None
+    outer = pattern.cut_out
+    assert isinstance(outer, Channels | Heads)
     (units, number), *rest = sizes.items()
     kept = outer.num_kept(number)
     return {units: kept, **{name: n // number * kept if name == "num_attention_heads" else n for name, n in rest}}
-
-
-def unit_of(pattern: Pattern) -> str:
-    """What is counted in a model of this pattern, in the plural."""
-    if isinstance(pattern, Combined):
-        return f"{unit_of(pattern.outer)} and groups"
-    return {Channels: "channels", Heads: "KV heads"}.get(type(pattern), "groups")

@@ -7,19 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import NM, Channels, Combined, Heads, Pattern
-from castlm.export.cut_sizes import cut_pattern, sizes_after, sizes_of
+from castlm.core.nm import Pattern
 from castlm.export.report import LayerReport, VerifyReport
 from castlm.files.reading import read_json_object, user_path
+from castlm.structured.pattern import Channels, Heads
+from castlm.structured.sizes import sizes_after, sizes_of
 
 _SAME = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
 """Fields in which a model that is cut does not differ from its base."""
-
-
-def groups_of(pattern: Pattern) -> NM | None:
-    """The n:m part of a pattern; None if it has none."""
-    inner = pattern.inner if isinstance(pattern, Combined) else pattern
-    return inner if isinstance(inner, NM) else None
 
 
 def base_config(
@@ -57,33 +52,33 @@ def base_config(
 
 def count_units(report: VerifyReport, config: Mapping[str, Any], base: Mapping[str, Any], where: str) -> None:
     """Adds the channels or heads of every layer to `report`: a violation for each above what the share allows."""
-    outer = cut_pattern(report.pattern)
-    assert outer is not None
+    outer = report.pattern.cut_out
+    assert isinstance(outer, Channels | Heads)
     before = sizes_of(report.pattern, base)
     allowed = sizes_after(report.pattern, before)
     number, limit = next(iter(before.values())), next(iter(allowed.values()))
     report.base = where
     layers = {layer.name.removesuffix(".weight"): layer for layer in report.layers}
-    units = outer.units(layers)
-    for unit in units:
-        members = [layers[name] for name in unit]
+    blocks = outer.joint_layers(layers)
+    for names in blocks:
+        members = [layers[name] for name in names]
         found = _units_in(members, outer, before)
         for layer in members:
             layer.num_groups += number
             layer.num_violations += max(0, found - limit)
             layer.cut = max(0, layer.numel * number // found - layer.numel) if found else 0
-    inside = {name for unit in units for name in unit}
-    if groups_of(report.pattern) is None:
+    inside = {name for names in blocks for name in names}
+    if report.pattern.nm is None:
         for name, layer in layers.items():
             if name not in inside and layer.left_dense is None:
                 layer.left_dense = outer.outside
     num_blocks = base.get("num_hidden_layers", base.get("n_layer"))
-    if len(units) != num_blocks:
-        raise InputError(f"{report.path} has layers of {len(units)} units, and its base has {num_blocks} blocks")
+    if len(blocks) != num_blocks:
+        raise InputError(f"{report.path} has units in {len(blocks)} blocks, and its base has {num_blocks} blocks")
 
 
 def _units_in(layers: list[LayerReport], outer: Channels | Heads, base: Mapping[str, int]) -> int:
-    """The number of units that the layers of one block hold, all of which have to agree.
+    """The number of units that the layers of one block hold; all of them must hold the same number.
 
     Raises:
         InputError: they do not.

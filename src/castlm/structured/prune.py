@@ -1,4 +1,4 @@
-"""One-shot pruning of whole units: which channels or KV heads stay, and what the others' work becomes.
+"""One-shot pruning of whole units: chooses the channels or KV heads that stay, and makes up for the others.
 
 Every score is a sum over the weights of a unit. For each transformer block in turn, the inputs of its layers are
 collected while it is still dense; then its units are ranked and those that go are set to zero. With `refit_iterations`,
@@ -20,9 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import Combined, Pattern
+from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
-from castlm.core.structured import Structured
 from castlm.hardware import autocast
 from castlm.models.architecture import eval_mode
 from castlm.oneshot.calibration import check_calibration
@@ -33,8 +32,9 @@ from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import MIN_DAMPING, damped, refit, row_energies
 from castlm.oneshot.source import MemoryModel, block_stack
 from castlm.oneshot.sparsegpt import sparsegpt
-from castlm.oneshot.unit_inputs import InputStatistic, see_statistics
 from castlm.oneshot.walk import Extras, walk
+from castlm.structured.inputs import InputStatistic, see_statistics
+from castlm.structured.pattern import Channels, Combined, Heads
 
 TAYLOR_SEQUENCES = 32
 """Calibration sequences that the Taylor score runs backward."""
@@ -44,7 +44,7 @@ _BLOCK_COLUMNS = 128  # of SparseGPT
 
 
 class Seen(NamedTuple):
-    """What is known of a layer when its units are scored; None where the score does not need it."""
+    """The facts about a layer from which its units are scored; None where the score does not need it."""
 
     weight: Tensor
     writes: bool
@@ -94,13 +94,13 @@ SCORES: dict[str, Score] = {
     "taylor": Score(_taylor, "gradients"),
     "random": Score(_random),
 }
-"""How units are ranked: the L2 norm of their weights; the energy of what they add to the stream, as in Wanda (Sun et
+"""The scores of units: the L2 norm of their weights; the energy of what they add to the stream, as in Wanda (Sun et
 al. 2023, arXiv 2306.11695); its variance, as in FLAP (An et al. 2023, arXiv 2312.11983); |w dL/dw|, as in LLM-Pruner
 (Ma et al. 2023, arXiv 2305.11627); and by chance, as the control."""
 
 
 class UnitSettings(NamedTuple):
-    """What is done beside the choice of units."""
+    """Options beside the choice of units."""
 
     damping: float = 0.01
     """Share of the mean of the diagonal of X^T X that is added to it, for the least squares."""
@@ -124,10 +124,10 @@ def prune_units_(
     progress: Callable[[int, int], None] = lambda done, total: None,
     precision: str = "fp32",
 ) -> OneshotReport:
-    """Prunes a model to a structured pattern in place: what is masked is zero, and still there.
+    """Prunes a model to a structured pattern in place: masked units are zero, and still there.
 
-    With n:m as well, SparseGPT chooses within what is left, or magnitude without a calibration text. The errors in the
-    report are those of each layer on the whole calibration text.
+    With n:m as well, SparseGPT chooses within what is left, or magnitude without a calibration text. The report
+    has the error of each layer on the whole calibration text.
 
     Args:
         score: a name in `SCORES`.
@@ -140,13 +140,14 @@ def prune_units_(
     """
     started = time.perf_counter()
     pattern = pattern.for_model(model)
-    layers, left_dense = sparse_linears(model, pattern, filter_fn)
+    found, left_dense = sparse_linears(model, pattern, filter_fn)
+    layers = {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}  # experts stay dense
     _check(model, score, pattern, layers, calibration, to)
     num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
     report = OneshotReport(score, str(pattern), num_sequences, seq_len, to.damping, left_dense=left_dense)
     with eval_mode(model):
         work = _Pruning(score, pattern, to, report, torch.Generator().manual_seed(to.seed))
-        scored = {name: layers[name] for unit in work.outer.units(layers) for name in unit}
+        scored = {name: layers[name] for names in work.outer.joint_layers(layers) for name in names}
         if SCORES[score].needs == "gradients" and scored:
             assert calibration is not None
             of_taylor = None if images is None else images[:TAYLOR_SEQUENCES]
@@ -183,7 +184,7 @@ def loss_gradients(
 ) -> dict[str, Tensor]:
     """The gradient of the mean loss over `sequences` (num_sequences, seq_len) by the weight of each layer.
 
-    With `images`, the tokens that stand for them do not count in the loss. A gradient is the sum of those of several
+    With `images`, the tokens that stand for them do not count in the loss. A gradient is summed over several
     passes, so all are held until the last one; activations, which take more memory, are recomputed block by block.
     """
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
@@ -192,7 +193,7 @@ def loss_gradients(
         parameter.grad = None
     weights = {name: layer.weight.requires_grad_(True) for name, layer in layers.items()}
     size = 1 if images is not None else max(1, BACKWARD_TOKENS // sequences.shape[1])
-    batches = sequences.to(model.device).split(size)
+    batches: Any = sequences.to(model.device).split(size)  # type: ignore[no-untyped-call]
     image_token = getattr(model.config, "image_token_id", -1)
     _, blocks = block_stack(model, layers)
     try:
@@ -215,7 +216,7 @@ def loss_gradients(
 @contextmanager
 def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, the activations of `blocks` are not kept for the backward pass, which runs each block again."""
-    own = [vars(block).get("forward") for block in blocks]  # some libraries replace that of the class
+    own = [vars(block).get("forward") for block in blocks]  # some libraries replace the method of the class
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     try:
@@ -237,45 +238,45 @@ class _Pruning:
     report: OneshotReport
     generator: torch.Generator
     scores: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
-    """Of unit groups that were ranked before their inputs are seen, (units,)."""
+    """The scores of units that were ranked before their inputs are seen, (units,), by layers."""
 
     @property
-    def outer(self) -> Structured:
-        outer = self.pattern.outer if isinstance(self.pattern, Combined) else self.pattern
-        assert isinstance(outer, Structured)
+    def outer(self) -> Channels | Heads:
+        outer = self.pattern.cut_out
+        assert isinstance(outer, Channels | Heads)
         return outer
 
     def rank(self, layers: Mapping[str, nn.Linear], gradients: Mapping[str, Tensor]) -> None:
         """Scores the units of all `layers` by the gradients of their weights, which are not needed after that."""
-        for unit in self.outer.units(layers):
-            weights = {name: layers[name].weight.float() for name in unit}
-            self.scores[unit] = self._score(weights, {}, gradients)
+        for names in self.outer.joint_layers(layers):
+            weights = {name: layers[name].weight.float() for name in names}
+            self.scores[names] = self._score(weights, {}, gradients)
 
     def prune_(self, layers: Mapping[str, nn.Linear], inputs: Mapping[str, InputStatistic]) -> None:
-        """Prunes the units of `layers`, of which `inputs` knows what enters them, or nothing."""
-        for unit in self.pattern.units(layers):
-            dense = {name: layers[name].weight.float().clone() for name in unit}
+        """Prunes the units of `layers`; `inputs` has the statistics of their inputs, or is empty."""
+        for names in self.pattern.joint_layers(layers):
+            dense = {name: layers[name].weight.float().clone() for name in names}
             for name, weight in dense.items():
                 check_finite_weight(name, weight)
-            for name, (new, damping) in self._solved(unit, dense, inputs).items():
+            for name, (new, damping) in self._solved(names, dense, inputs).items():
                 layers[name].weight.copy_(new)
                 error = _relative_error(dense[name], new, inputs[name].gram) if name in inputs else None
                 shape, zeros = tuple(new.shape), int((new == 0).sum())
                 self.report.layers.append(LayerResult(name, shape, zeros, error, damping=damping))
 
     def _solved(
-        self, unit: tuple[str, ...], dense: dict[str, Tensor], inputs: Mapping[str, InputStatistic]
+        self, names: tuple[str, ...], dense: dict[str, Tensor], inputs: Mapping[str, InputStatistic]
     ) -> dict[str, tuple[Tensor, float]]:
-        """The new weights of one unit group, each with the damping that it took."""
+        """The new weights of layers that are masked together, each with the damping that it took."""
         pattern, outer, weights = self.pattern, self.outer, list(dense.values())
-        if len(unit) == 1:  # n:m alone
+        if len(names) == 1:  # n:m alone
             whole = torch.ones_like(weights[0], dtype=torch.bool)
-            return {name: self._groups_in(dense[name], whole, inputs.get(name)) for name in unit}
-        kept = outer.best(self.scores.pop(unit) if unit in self.scores else self._score(dense, inputs, {}))
+            return {name: self._groups_in(dense[name], whole, inputs.get(name)) for name in names}
+        kept = outer.best(self.scores.pop(names) if names in self.scores else self._score(dense, inputs, {}))
         damping, solved = max(self.to.damping, MIN_DAMPING), {}
-        for name, weight, mask in zip(unit, weights, outer.expand(kept, weights)):
+        for name, weight, mask in zip(names, weights, outer.expand(kept, weights)):
             new = weight.masked_fill(~mask, 0)
-            if self.to.refit_iterations and name in inputs and name == unit[-1]:
+            if self.to.refit_iterations and name in inputs and name == names[-1]:
                 new[:, mask[0]] = solve_columns(weight, mask[0], inputs[name].gram, damping)
             groups = isinstance(pattern, Combined)
             solved[name] = self._groups_in(new, mask, inputs.get(name)) if groups else (new, self.to.damping)
@@ -284,7 +285,7 @@ class _Pruning:
     def _score(
         self, weights: Mapping[str, Tensor], inputs: Mapping[str, InputStatistic], gradients: Mapping[str, Tensor]
     ) -> Tensor:
-        """The scores of the units of one group, whose last layer writes, (units,)."""
+        """The scores of the units of some layers, (units,); the last layer writes to the stream."""
         *_, last = weights
         seen = [Seen(w, n == last, inputs.get(n), gradients.get(n), self.generator) for n, w in weights.items()]
         return self.outer.sums([SCORES[self.score].values(layer) for layer in seen])
@@ -329,7 +330,8 @@ def solve_columns(weight: Tensor, kept: Tensor, gram: Tensor, damping: float) ->
     """
     inside = damped(gram[kept][:, kept], damping)
     lost = weight[:, ~kept] @ gram[~kept][:, kept]
-    return weight[:, kept] + torch.linalg.solve(inside, lost.T).T
+    new: Tensor = weight[:, kept] + torch.linalg.solve(inside, lost.T).T
+    return new
 
 
 def _relative_error(old: Tensor, new: Tensor, gram: Tensor) -> float:

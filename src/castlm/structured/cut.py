@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.core.pattern import Heads, Pattern
+from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears, transformer_blocks
-from castlm.core.structured import Structured
-from castlm.export.cut_sizes import check_family, cut_pattern, sizes_after, sizes_of
 from castlm.models.architecture import context_length, eval_mode, linearize_
+from castlm.structured.pattern import Channels, Heads
+from castlm.structured.sizes import check_family, sizes_after, sizes_of
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit, between the masked model and the one that is cut, in
@@ -31,7 +31,7 @@ _PROBE_TOKENS = 64
 
 @dataclass(frozen=True)
 class Cut:
-    """What `cut_model` did."""
+    """The record of a cut."""
 
     before: dict[str, int]
     """Fields of config.json by name, in the base."""
@@ -49,12 +49,12 @@ def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is
         InputError: a family without a config for the smaller model, a block in which the units stay dense, or a share
             that keeps all units or none, or of heads a number that the family's config does not allow.
     """
-    outer = cut_pattern(pattern)
+    outer = pattern.cut_out
     if outer is None:
         return
     check_family(pattern, model.config.model_type)
     layers, _ = sparse_linears(model, pattern, filter_fn)
-    num_blocks, num_found = len(transformer_blocks(model)), len(outer.units(layers))
+    num_blocks, num_found = len(transformer_blocks(model)), len(outer.joint_layers(layers))
     if num_found != num_blocks:
         raise InputError(
             f"pattern {pattern} needs its units in each of the {num_blocks} transformer blocks, as one config "
@@ -77,7 +77,7 @@ def _config_after(model: PreTrainedModel, pattern: Pattern) -> PretrainedConfig:
     if (reason := _refusal(config)) is None:
         return config
     (units, number), *_ = sizes.items()
-    assert isinstance(cut_pattern(pattern), Heads)  # only of heads a config asks for more than a size
+    assert isinstance(pattern.cut_out, Heads)  # only of heads a config asks for more than a size
     others = {k: _with_sizes(model.config, sizes_after(Heads(k / number), sizes)) for k in range(1, number)}
     fitting = [k for k, other in others.items() if _refusal(other) is None]
     shares = ", ".join(f"heads:{k / number:.3g}" for k in fitting) or "channels:0.5"
@@ -105,7 +105,7 @@ def _refusal(config: PretrainedConfig) -> str | None:
 
 @torch.no_grad()
 def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel, Cut]:
-    """A new model without the units of a masked `model` that are zero, with a config that says so.
+    """Returns a new model without the units of `model` that are zero, with a config of the new sizes.
 
     Args:
         model: pruned to `pattern` and folded; it stays as it is.
@@ -115,18 +115,18 @@ def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel
         The smaller model, in the dtype and on the device of `model`, and what was done.
 
     Raises:
-        InputError: whatever `check_cut` refuses, or the logits differ by more than `TOLERANCE` (fp32), because a unit
+        InputError: as `check_cut`, or the logits differ by more than `TOLERANCE` (fp32), because a unit
             that is cut was not zero.
     """
     check_cut(model, pattern)
-    outer = cut_pattern(pattern)
-    assert outer is not None
-    outer = outer.for_model(model)
+    assert pattern.cut_out is not None
+    outer = pattern.cut_out.for_model(model)
+    assert isinstance(outer, Channels | Heads)
     before = sizes_of(pattern, model.config.to_dict())
     after = sizes_after(pattern, before)
     config = _config_after(model, pattern)
     with torch.random.fork_rng(devices=[]):  # its random weights are replaced
-        small = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        small = AutoModelForCausalLM.from_config(config, dtype=model.dtype)  # type: ignore[no-untyped-call]
     linearize_(small)
     small.load_state_dict(_small_state(model, pattern, outer))
     small = small.to(model.device)
@@ -137,14 +137,14 @@ def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel
     return small, Cut(before, after, moved)
 
 
-def _small_state(model: PreTrainedModel, pattern: Pattern, outer: Structured) -> Mapping[str, Tensor]:
+def _small_state(model: PreTrainedModel, pattern: Pattern, outer: Channels | Heads) -> Mapping[str, Tensor]:
     """The state dict of `model` without the rows and columns of the units that are zero."""
     layers, _ = sparse_linears(model, pattern)
     state = model.state_dict()
-    for unit in outer.units(layers):
-        weights = [layers[name].weight for name in unit]
+    for names in outer.joint_layers(layers):
+        weights = [layers[name].weight for name in names]
         kept = outer.kept_units(weights)
-        for name, mask in zip(unit, outer.expand(kept, weights)):
+        for name, mask in zip(names, outer.expand(kept, weights)):
             rows, columns = mask.any(1), mask.any(0)
             state[f"{name}.weight"] = state[f"{name}.weight"][rows][:, columns].clone()
             if f"{name}.bias" in state:
@@ -160,7 +160,8 @@ def _logits_moved(model: PreTrainedModel, small: PreTrainedModel) -> float:
     def logits(of: nn.Module) -> Tensor:
         with eval_mode(of):
             found: Any = of(input_ids=ids, use_cache=False)
-        return found.logits.float()
+        scores: Tensor = found.logits.float()
+        return scores
 
     whole = logits(model)
     return float((logits(small) - whole).abs().max() / whole.abs().max())

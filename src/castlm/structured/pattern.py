@@ -1,0 +1,342 @@
+"""Patterns that mask whole units: MLP channels or KV groups of attention heads, alone or with n:m in what is left.
+
+A unit lies in several weights at once: a channel is a row of gate and of up, and a column of down. All units of a
+transformer block are ranked by one number each, and every block keeps the same number of them. Masked units are cut out
+of the model at the end, by `castlm.structured.cut`; biases need no mask for that, because nothing of a unit reaches
+the output once its columns of the last weight are zero.
+
+Importing this module does not import torch, so that commands which only parse a pattern start at once.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from castlm.core.errors import InputError
+from castlm.core.nm import NM, Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_SHARE = re.compile(r"0?\.\d{1,4}")
+SCORED_BY = ("magnitude", "wanda", "flap", "taylor", "random")
+"""The scores by which units can be ranked: the rows of `castlm.structured.prune.SCORES`."""
+
+
+class Units(Pattern):
+    """A pattern whose units are ranked by one score each. `kept` of them stay, in every block the same number.
+
+    Raises:
+        InputError: `kept` is not between 0 and 1.
+    """
+
+    kept: float
+    multiple: int
+    """A divisor of the number of units that stay."""
+
+    zeros_can_return: ClassVar[bool] = False  # in a unit that is zero as a whole, no weight gets a gradient
+    solvers: ClassVar[tuple[str, ...]] = SCORED_BY
+    calibrated: ClassVar[tuple[str, ...]] = ("wanda", "flap", "taylor")
+    parts: ClassVar[tuple[tuple[str, ...], ...]]
+    """Last names of the layers that hold a unit, in order; the last layer writes to the residual stream."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kept < 1:
+            raise InputError(f"pattern {self} keeps {self.kept:g} of its units: it must be between 0 and 1, as 0.5")
+
+    @property
+    def cut_out(self) -> Units:
+        return self
+
+    @abstractmethod
+    def sums(self, values: Sequence[Tensor]) -> Tensor:
+        """The sum of `values` by unit, (units,); there is one tensor for each weight, of its shape."""
+
+    @abstractmethod
+    def expand(self, kept: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The masks of the weights that keep the units `kept` (units,), bool."""
+
+    def num_kept(self, num_units: int) -> int:
+        """Returns how many of `num_units` stay: the nearest number to `kept * num_units` that divides by `multiple`.
+
+        Raises:
+            InputError: that is none of them or all.
+
+        Examples:
+            >>> Channels(0.5).num_kept(172), Channels(0.75, multiple=4).num_kept(172)
+            (86, 128)
+        """
+        number = round(self.kept * num_units / self.multiple) * self.multiple
+        if not 0 < number < num_units:
+            what = "all" if number else "none"
+            raise InputError(f"pattern {self} keeps {what} of {num_units} units: choose another share")
+        return number
+
+    def best(self, scores: Tensor) -> Tensor:
+        """The units with the highest scores (units,), as a bool mask; of equal ones the earlier are kept.
+
+        Raises:
+            InputError: a score is NaN.
+        """
+        import torch
+
+        if scores.isnan().any():
+            raise InputError("a weight contains NaN: its units cannot be ranked")
+        best = scores.argsort(descending=True, stable=True)[: self.num_kept(len(scores))]
+        return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True)
+
+    def kept_units(self, weights: Sequence[Tensor]) -> Tensor:
+        """The units with the largest L2 norms, (units,) bool. In pruned weights these are the ones that are left."""
+        return self.best(self.sums([weight.detach().float().square() for weight in weights]))
+
+    def misfit(self, shape: Sequence[int]) -> str | None:
+        return None if len(shape) == 2 else f"it has {len(shape)} dimensions, not 2"
+
+    def mask(self, weight: Tensor) -> Tensor:
+        raise InputError(f"pattern {self} masks several weights together: use joint_masks")
+
+    def violations(self, weight: Tensor) -> int:
+        """Returns 0: one weight alone does not show which units are kept; `joint_violations` counts."""
+        return 0
+
+    def joint_layers(self, names: Iterable[str]) -> list[tuple[str, ...]]:
+        """The layers that lie in one module and have the last names of one of `parts`, in the order of that."""
+        known = dict.fromkeys(names)
+        found = []
+        for name in known:
+            stem, dot, last = name.rpartition(".")
+            for part in self.parts:
+                layers = tuple(f"{stem}{dot}{other}" for other in part)
+                if last == part[0] and all(layer in known for layer in layers):
+                    found.append(layers)
+        return found
+
+    def joint_masks(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        return self.expand(self.kept_units(weights), weights)
+
+    def joint_violations(self, weights: Sequence[Tensor]) -> int:
+        """The number of units with a non-zero beyond those that the pattern keeps."""
+        alive = self.sums([weight.ne(0).float() for weight in weights])
+        return max(0, int(alive.count_nonzero()) - self.num_kept(len(alive)))
+
+
+@dataclass(frozen=True)
+class Channels(Units):
+    """Hidden channels of the MLPs: a row of each weight that reads the stream, and a column of the one that writes it.
+
+    Examples:
+        >>> import torch
+        >>> gate, up, down = torch.tensor([[1.0], [3.0]]), torch.ones(2, 1), torch.ones(1, 2)
+        >>> [mask.tolist() for mask in Channels(0.5).joint_masks([gate, up, down])]
+        [[[False], [True]], [[False], [True]], [[False, True]]]
+    """
+
+    kept: float
+    multiple: int = field(default=1, compare=False, repr=False)
+
+    outside: ClassVar[str] = "not of the channels of an MLP"
+    parts: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("gate_proj", "up_proj", "down_proj"),
+        ("fc1", "fc2"),
+        ("c_fc", "c_proj"),
+        ("dense_h_to_4h", "dense_4h_to_h"),
+    )
+
+    def __str__(self) -> str:
+        return f"channels:{self.kept:g}"
+
+    @property
+    def default_solver(self) -> str:
+        return "flap"
+
+    @property
+    def counted(self) -> str:
+        return "channels"
+
+    def sums(self, values: Sequence[Tensor]) -> Tensor:
+        *inner, down = values  # (1536, 576) twice, (576, 1536)
+        total = down.sum(0)
+        for rows in inner:
+            total = total + rows.sum(1)
+        return total
+
+    def expand(self, kept: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        *inner, down = weights
+        return [*(kept[:, None].expand_as(rows) for rows in inner), kept.expand_as(down)]
+
+
+@dataclass(frozen=True)
+class Heads(Units):
+    """KV groups of the attention: the rows of a KV head in k and v, and all rows of q and columns of o that read it.
+
+    Args:
+        kept: the share of the KV heads that stays.
+        head_dim: of the model; `for_model` fills it in.
+    """
+
+    kept: float
+    multiple: int = field(default=1, compare=False, repr=False)
+    head_dim: int = field(default=0, compare=False, repr=False)
+
+    outside: ClassVar[str] = "not of the heads of an attention with weights of its own for q, k, v"
+    parts: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
+    )
+
+    def __str__(self) -> str:
+        return f"heads:{self.kept:g}"
+
+    @property
+    def default_solver(self) -> str:
+        return "taylor"
+
+    @property
+    def counted(self) -> str:
+        return "KV heads"
+
+    def for_model(self, model: nn.Module) -> Heads:
+        """Returns the pattern with the head size of `model`, which its attention modules hold.
+
+        Raises:
+            InputError: no attention with weights of its own for q, k and v, or heads of different sizes.
+        """
+        names = [name for name, _ in model.named_modules()]
+        owners = {q.rpartition(".")[0] for q, *_ in self.joint_layers(names)}
+        sizes = {getattr(model.get_submodule(owner), "head_dim", None) for owner in owners}
+        if len(sizes) != 1 or not isinstance(size := sizes.pop(), int):
+            raise InputError(
+                f"pattern {self} needs an attention with q, k and v of their own and one head_dim, which "
+                f"{type(model).__name__} has not: use channels:0.5"
+            )
+        return replace(self, head_dim=size)
+
+    def num_heads(self, weights: Sequence[Tensor]) -> int:
+        """The number of KV heads of the weights (q, k, v, o)."""
+        if not self.head_dim:
+            raise InputError(f"pattern {self} does not know the size of a head: call for_model(model) first")
+        return weights[1].shape[0] // self.head_dim
+
+    def sums(self, values: Sequence[Tensor]) -> Tensor:
+        *inner, out = values  # (576, 576), (192, 576) twice, (576, 576): 3 KV heads of 64, each with 3 query heads
+        number = self.num_heads(values)
+        total = out.sum(0).view(number, -1).sum(1)
+        for rows in inner:
+            total = total + rows.sum(1).view(number, -1).sum(1)
+        return total
+
+    def expand(self, kept: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        *inner, out = weights
+        of_rows = [kept.repeat_interleave(rows.shape[0] // len(kept))[:, None].expand_as(rows) for rows in inner]
+        return [*of_rows, kept.repeat_interleave(out.shape[1] // len(kept)).expand_as(out)]
+
+
+@dataclass(frozen=True)
+class Combined(Pattern):
+    """Units, and n:m in what is left of their weights; layers without units are n:m alone.
+
+    Groups of m run through the weights as they are after the cut: in down, through the kept channels.
+    """
+
+    outer: Channels | Heads
+    inner: NM
+
+    zeros_can_return: ClassVar[bool] = False
+    solvers: ClassVar[tuple[str, ...]] = SCORED_BY
+    calibrated: ClassVar[tuple[str, ...]] = Units.calibrated
+
+    def __str__(self) -> str:
+        return f"{self.outer}+{self.inner}"
+
+    @property
+    def default_solver(self) -> str:
+        return self.outer.default_solver
+
+    @property
+    def nm(self) -> NM:
+        return self.inner
+
+    @property
+    def cut_out(self) -> Channels | Heads:
+        return self.outer
+
+    @property
+    def counted(self) -> str:
+        return f"{self.outer.counted} and groups"
+
+    def for_model(self, model: nn.Module) -> Combined:
+        outer = self.outer.for_model(model)
+        assert isinstance(outer, Channels | Heads)
+        return replace(self, outer=outer)
+
+    def misfit(self, shape: Sequence[int]) -> str | None:
+        return self.inner.misfit(shape)
+
+    def mask(self, weight: Tensor) -> Tensor:
+        raise InputError(f"pattern {self} masks several weights together: use joint_masks")
+
+    def violations(self, weight: Tensor) -> int:
+        """Returns 0: one weight alone does not show which units are kept; `joint_violations` counts."""
+        return 0
+
+    def joint_layers(self, names: Iterable[str]) -> list[tuple[str, ...]]:
+        names = list(names)
+        joint = self.outer.joint_layers(names)
+        inside = {name for layers in joint for name in layers}
+        return joint + [(name,) for name in names if name not in inside]
+
+    def joint_masks(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        if len(weights) == 1:  # a layer without units
+            return [self.inner.mask(weights[0])]
+        return self.masks_within(self.outer.kept_units(weights), weights)
+
+    def masks_within(self, kept: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The masks that keep n of m in what is left of `weights` when only the units `kept` (units,) stay."""
+        import torch
+
+        masks = []
+        for weight, mask in zip(weights, self.outer.expand(kept, weights)):
+            small = self.inner.mask(left_of(weight, mask))
+            masks.append(torch.zeros_like(mask).masked_scatter_(mask, small))
+        return masks
+
+    def joint_violations(self, weights: Sequence[Tensor]) -> int:
+        if len(weights) == 1:
+            return self.inner.violations(weights[0])
+        masks = self.outer.expand(self.outer.kept_units(weights), weights)
+        of_groups = sum(self.inner.violations(left_of(weight, mask)) for weight, mask in zip(weights, masks))
+        return self.outer.joint_violations(weights) + of_groups
+
+
+def parse(text: str) -> Units | Combined | None:
+    """The pattern that a text such as "channels:0.5" or "heads:0.5+2:4" describes; None if it has another form.
+
+    Raises:
+        InputError: a number that is out of range.
+    """
+    units, plus, groups = text.partition("+")
+    kind, _, share = units.partition(":")
+    if kind not in ("channels", "heads") or not _SHARE.fullmatch(share):
+        return None
+    outer = Channels(float(share)) if kind == "channels" else Heads(float(share))
+    if not plus:
+        return outer
+    inner = NM.parse(groups)
+    # The columns of down are the kept channels; the columns of o are whole heads, whose size mostly divides by m.
+    return Combined(replace(outer, multiple=inner.m) if isinstance(outer, Channels) else outer, inner)
+
+
+def left_of(weight: Tensor, mask: Tensor) -> Tensor:
+    """The rows and columns of `weight` (out, in) that `mask` (out, in) does not mask whole.
+
+    Examples:
+        >>> import torch
+        >>> left_of(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[True, False], [True, False]]))
+        tensor([[1],
+                [3]])
+    """
+    return weight[mask.any(1)][:, mask.any(0)]
