@@ -143,6 +143,7 @@ class Start:
         assert self.method is not None or folder is None
         model = source.model
         if self.pattern.cut_out is not None:
+            wiring_or_note(model, self.pattern, self.basis)  # refuses a rotation, which is for n:m
             return self._prune_units_(model, calibration, extras, folder, progress)
         layers, left_dense = sparse_linears(model, self.pattern, self.filter_fn)
         self._check(source, layers, calibration)
