@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from castlm.compare.config import CompareConfig
-from castlm.compare.presets import ALL, ALL_UNITS, ONESHOT, ONESHOT_GROUPS, PRESETS, RETRAINING, SPARSEGPT
+from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, SPARSEGPT, every_method
 from castlm.compare.report import Report, write_report
 from castlm.compare.results import Result
 from castlm.compare.runs import Run, content_hash, execute, refuse_running, with_key, zero_shot_key, zero_shot_rows
 from castlm.core.errors import InputError
-from castlm.core.nm import NM, Pattern
+from castlm.core.nm import Pattern
 from castlm.fields import checked, convert
 from castlm.files.output import begin_output, output_folder
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS, is_control
-from castlm.oneshot.options import UNIT_SCORES
 from castlm.patterns import parse_pattern
 from castlm.training.config import TrainConfig, sections_of, without_sections
 
@@ -102,7 +101,7 @@ class Plan:
         if command.preset:
             self.preset = PRESETS[command.preset]
         else:
-            self.preset = ALL_UNITS if not isinstance(_pattern_of(self.common), NM) else ALL
+            self.preset = every_method(_pattern_of(self.common))
         self.variants = self._variants()
         self._check_patterns()
         self.largest_budget = self._largest_budget()
@@ -171,12 +170,10 @@ class Plan:
     def _check_patterns(self) -> None:
         """Raises `InputError` for one-shot methods that are not for the pattern."""
         for name, fields in self.variants.items():
-            structured = not isinstance(_pattern_of({**self.common, **fields}), NM)
-            fitting = UNIT_SCORES if structured else ONESHOT_GROUPS
-            if fields["method"] in ONESHOT and fields["method"] not in fitting:
-                kind = "structured" if structured else "n:m"
-                raise InputError(f"variant {name}: method {fields['method']} is not for {kind} patterns: leave it out")
-            if self.command.preset == "structured" and not structured:
+            pattern = _pattern_of({**self.common, **fields})
+            if fields["method"] in ONESHOT and fields["method"] not in pattern.solvers:
+                raise InputError(f"variant {name}: method {fields['method']} is not for {pattern}: leave it out")
+            if self.command.preset == "structured" and pattern.cut_out is None:
                 raise InputError("preset structured needs a structured pattern: set pattern: channels:0.5 in --config")
 
     def _hashes(self) -> dict[str, str]:
