@@ -89,7 +89,7 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
     held_out = scored_text(documents, encoder, config.eval_tokens or None)
     check_export(model, pattern)
     _, left_dense = sparse_linears(model, pattern)
-    model.to(device)
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps it
     dense = perplexity(model, held_out, seq_len=config.seq_len, autocast_dtype=autocast_dtype).perplexity
     length = calibration_length(model)
     calibration = open_documents(
@@ -103,7 +103,7 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
         model, config.method, pattern=pattern, calibration=sequences, seed=config.seed, precision=precision
     )
     pruned = perplexity(model, held_out, seq_len=config.seq_len, autocast_dtype=autocast_dtype).perplexity
-    model.to("cpu")
+    model.to("cpu")  # type: ignore[arg-type]
     record = {
         "base_model": config.model,
         "method": config.method,

@@ -10,8 +10,16 @@ from typing import Any
 from castlm.compare.config import CompareConfig
 from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, SPARSEGPT, every_method
 from castlm.compare.report import Report, write_report
-from castlm.compare.results import Result
-from castlm.compare.runs import Run, content_hash, execute, refuse_running, with_key, zero_shot_key, zero_shot_rows
+from castlm.compare.runs import (
+    Result,
+    Run,
+    content_hash,
+    execute,
+    refuse_running,
+    with_key,
+    zero_shot_key,
+    zero_shot_rows,
+)
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.fields import checked, convert
@@ -23,8 +31,10 @@ from castlm.training.config import TrainConfig, sections_of, without_sections
 
 Say = Callable[[str], None]
 
-_OF_COMPARE = ("model", "dataset", "eval_dataset", "output_dir", "seed", "max_steps", "num_train_epochs", "resume")
-_OF_COMPARE += ("overwrite",)
+_OF_COMPARE = (
+    *("model", "dataset", "eval_dataset", "output_dir", "seed"),
+    *("max_steps", "num_train_epochs", "resume", "overwrite"),
+)
 """Options of a run that a comparison sets itself."""
 _OF_ALL = ("seq_len", "eval_tokens", "eval_split", "eval_config", "assistant_only_loss")
 """Options that decide what a perplexity is of: perplexities that differ in one are not compared."""
@@ -32,8 +42,10 @@ _OF_ALL = ("seq_len", "eval_tokens", "eval_split", "eval_config", "assistant_onl
 _OF_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "seq_len")
 """Options whose product is the tokens of an optimizer step."""
 
-_OF_ONESHOT = ("pattern", "seq_len", "eval_tokens", "column", "assistant_only_loss", "chat_template_path", "device")
-_OF_ONESHOT += ("trust_remote_code", "revision", "eval_split", "eval_config", "precision")
+_OF_ONESHOT = (
+    *("pattern", "seq_len", "eval_tokens", "column", "assistant_only_loss", "chat_template_path", "device"),
+    *("trust_remote_code", "revision", "eval_split", "eval_config", "precision"),
+)
 """Options of `castlm train` that one-shot rows have as well."""
 
 

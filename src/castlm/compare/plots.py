@@ -13,7 +13,7 @@ from castlm.report.charts import WHOLE, Level, Picture, Series, dot_chart, heat_
 from castlm.training.record import read_series
 
 if TYPE_CHECKING:
-    from castlm.compare.results import Result
+    from castlm.compare.runs import Result
 
 Rows = list[dict[str, Any]]
 Plot = Callable[[Rows, "list[Result]"], dict[str, Picture]]

@@ -29,7 +29,7 @@ from castlm.versions import library_versions
 
 if TYPE_CHECKING:
     from castlm.compare.presets import Preset
-    from castlm.compare.results import Result
+    from castlm.compare.runs import Result
     from castlm.report.charts import Picture
 
 

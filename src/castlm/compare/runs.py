@@ -30,6 +30,7 @@ from castlm.files.record import OUTPUT, RESULT, command_of, read_result
 from castlm.models.locate import cached_snapshot, locate
 from castlm.training.checkpoint import remove_checkpoints
 from castlm.training.config import WITHOUT_EFFECT
+from castlm.training.record import final_perplexity, problem
 
 # Fields that always name a model or a text; the key has the hash of what they name.
 NAMED = ("model", "revision", "dataset", "eval_dataset", "calibration")
@@ -62,6 +63,30 @@ class Run:
     def __str__(self) -> str:
         rate = "" if self.is_oneshot else f", rate {self.config['learning_rate']:g}, {self.tokens:,} tokens"
         return f"{self.variant}, seed {self.seed}{rate}"
+
+
+@dataclass
+class Result:
+    """A run and what came of it."""
+
+    run: Run
+    record: dict[str, Any]
+    """The content of its castlm.json, or `{"error": ...}`."""
+    folder: Path
+    trial: bool = False
+    """Only a candidate for the learning rate: no row of the table."""
+    zero_shot: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def perplexity(self) -> float:
+        """Of the pruned model, of the dense control as trained; infinite when the run failed."""
+        value = final_perplexity(self.record.get("perplexity", {}))
+        return float("inf") if value is None else float(value)
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with it by its own verdict, "diverged" or "fell short"; None if nothing is."""
+        return problem(self.record.get("verdict", {}))
 
 
 # Files beside a model that no result depends on: documents, castlm's own record, and formats that castlm does not read.

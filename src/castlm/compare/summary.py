@@ -11,7 +11,7 @@ from castlm.compare.settings import START_OPTIONS, options_of, options_text, sta
 from castlm.methods.table import is_control
 
 if TYPE_CHECKING:
-    from castlm.compare.results import Result
+    from castlm.compare.runs import Result
 
 
 class Spread(NamedTuple):
@@ -88,11 +88,11 @@ def _row(
         "gap": spread(gaps.values()),
         "gap_seeds": list(gaps),
         "gap_untouched": over(lambda r: math.log(r.perplexity / untouched) if untouched else None),
-        **{
-            key: over(lambda r, key=key: r.record.get("mask", {}).get(key))
-            for key in ("flip_rate", "initial_flip_rate", "sparse_weight_ratio")
-        },
-        **{key: over(lambda r, key=key: r.record.get(key)) for key in ("train_seconds", "peak_memory_bytes")},
+        "flip_rate": over(lambda r: _mask_figure(r, "flip_rate")),
+        "initial_flip_rate": over(lambda r: _mask_figure(r, "initial_flip_rate")),
+        "sparse_weight_ratio": over(lambda r: _mask_figure(r, "sparse_weight_ratio")),
+        "train_seconds": over(lambda r: r.record.get("train_seconds")),
+        "peak_memory_bytes": over(lambda r: r.record.get("peak_memory_bytes")),
         "start_tokens": over(lambda r: (r.record.get("start") or {}).get("calibration_tokens")),
         "start_seconds": over(lambda r: _start_seconds(r.record.get("start") or {})),
         "zero_shot": _zero_shot(done),
@@ -102,9 +102,14 @@ def _row(
     }
 
 
+def _mask_figure(result: Result, key: str) -> float | None:
+    figure: float | None = result.record.get("mask", {}).get(key)
+    return figure
+
+
 def _gaps(done: list[Result], controls: dict[tuple[int, int], float], largest: int) -> dict[int, float]:
     """The gap by the seed of the control: that of the run, or each of them if the method depends on no seed."""
-    gaps = {}
+    gaps: dict[int, float] = {}
     for result in done:
         budget = result.run.budget or largest
         of_budget = {seed: value for (tokens, seed), value in controls.items() if tokens == budget}

@@ -86,7 +86,7 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
         record = read_json_object(file)
         perplexities = record.get("perplexity")
         value = final_perplexity(perplexities) if isinstance(perplexities, dict) else None
-        if value is None:
+        if perplexities is None or value is None:
             raise InputError(f"{file}: no perplexity of the result; name a finished run of castlm train")
         measured = {key: record.get("measured", {}).get(key) for key in MEASURED_ALIKE}
         harness = harness or measured

@@ -49,7 +49,8 @@ def _experts_together(experts: Any, hidden: Tensor, index: Tensor, weights: Tens
     out = experts._apply_gate(out) if experts.has_gate else experts.act_fn(out)
     out = out @ (experts.down_proj[0] if flip else experts.down_proj[0].mT)
     out = (out * weights.flatten()[:, None])[index.flatten()]
-    return out.view(*index.shape, -1).sum(dim=1).to(hidden.dtype)
+    summed: Tensor = out.view(*index.shape, -1).sum(dim=1).to(hidden.dtype)
+    return summed
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,9 @@ def saved_bytes(
     config = copy.deepcopy(config)
     config.get_text_config().num_hidden_layers = num_layers
     with FakeTensorMode(), as_config_error(config):
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         attention = _ATTENTION if kind is None or kind._supports_sdpa else "eager"
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=torch.float32, attn_implementation=attention
         )
         model.config._experts_implementation = _EXPERTS

@@ -174,10 +174,15 @@ def _fit(data: Data, form: str, num_draws: int, seed: int) -> Law:
     drawn = fitted + np.array([redraw(data, noise, rng) for _ in range(num_draws)])  # (num_draws, num_points)
     refits = np.array([minimise(theta, data, y, free, lowest, delta) for y in drawn])  # (num_draws, 5)
     draws, r2s = _uncentred(refits, data), _r2(drawn, log_loss(refits, data))
+    L_inf, B, beta, A, a = map(float, _uncentred(theta, data))
     low, high = float(np.exp(data.x0 + data.x.min())), float(np.exp(data.x0 + data.x.max()))
     return Law(
         form=form,
-        **dict(zip(NAMES, map(float, _uncentred(theta, data)))),
+        L_inf=L_inf,
+        B=B,
+        beta=beta,
+        A=A,
+        a=a,
         r2=float(_r2(data.y, fitted)),
         intervals={name: interval(draws[:, NAMES.index(name)]) for name in FORMS[form]} | {"r2": interval(r2s)},
         noise=noise.one_run,
@@ -268,7 +273,7 @@ def make_data(x: Array, z: Array, y: Array) -> Data:
 def log_loss(theta: Array, data: Data) -> Array:
     """Log loss (..., num_points) of theta (..., 5): L_inf, log B', beta, log A', a, amplitudes at the data's centre."""
     L_inf, log_b, beta, log_a, a = np.moveaxis(theta, -1, 0)[..., None]
-    return np.log(L_inf + np.exp(log_b - beta * data.x) + np.exp(log_a - a * data.z))
+    return np.asarray(np.log(L_inf + np.exp(log_b - beta * data.x) + np.exp(log_a - a * data.z)))
 
 
 def _jacobian(theta: Array, data: Data) -> Array:
@@ -276,12 +281,12 @@ def _jacobian(theta: Array, data: Data) -> Array:
     L_inf, log_b, beta, log_a, a = np.moveaxis(theta, -1, 0)[..., None]
     g, h = np.exp(log_b - beta * data.x), np.exp(log_a - a * data.z)
     parts = np.stack([np.ones_like(g), g, -data.x * g, h, -data.z * h], axis=-1)
-    return parts / (L_inf + g + h)[..., None]
+    return np.asarray(parts / (L_inf + g + h)[..., None])
 
 
 def _huber(residual: Array, delta: float) -> Array:
     size = np.abs(residual) / delta
-    return np.where(size <= 1, size**2, 2 * size - 1).sum(-1)
+    return np.asarray(np.where(size <= 1, size**2, 2 * size - 1).sum(-1))
 
 
 def _bounds(lowest: float) -> tuple[Array, Array]:
@@ -394,7 +399,7 @@ def noise_parts(data: Data, residual: Array, num_free: int) -> Noise:
 def redraw(data: Data, noise: Noise, rng: np.random.Generator) -> Array:
     """One bootstrap sample of the residuals, (num_points,); random signs keep it without bias."""
     size = len(noise.between)
-    sample = (rng.choice(noise.between, size) * rng.choice([-1.0, 1.0], size))[data.cell]
+    sample: Array = (rng.choice(noise.between, size) * rng.choice([-1.0, 1.0], size))[data.cell]
     for cell, pool in enumerate(noise.within):
         members = np.flatnonzero(data.cell == cell)
         sample[members] += rng.choice(pool, len(members))

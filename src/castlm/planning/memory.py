@@ -9,9 +9,10 @@ import math
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from castlm.core.blocks import in_block
@@ -332,7 +333,7 @@ def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
     num_layers = config.get_text_config().num_hidden_layers
     in_blocks = sum(p.numel() for name, p in model.named_parameters() if in_block(name))
     sparse = [num_weights(layer) for layer in layers.values()]
-    embedding = model.get_input_embeddings().weight
+    vocab, hidden = cast("Tensor", model.get_input_embeddings().weight).shape
     return _Sizes(
         total=sum(p.numel() for p in model.parameters()),
         sparse=sum(sparse),
@@ -342,8 +343,8 @@ def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
         largest_solved=max(layer.out_features * layer.in_features for layer in layers.values()),
         widest=max(max(layer.out_features, layer.in_features) for layer in layers.values()),
         widest_input=max(layer.in_features for layer in layers.values()),
-        hidden=embedding.shape[1],
-        vocab=embedding.shape[0],
+        hidden=hidden,
+        vocab=vocab,
         num_layers=num_layers,
         inputs=sum(_num_matrices(layer) * layer.in_features**2 for layer in layers.values()) // num_layers,
         kinds=block_kinds(model, num_layers),

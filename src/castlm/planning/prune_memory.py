@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -246,7 +246,7 @@ def _model(config: PretrainedConfig, pattern: Pattern) -> _Model:
     num_layers = config.get_text_config().num_hidden_layers
     whole, one = _fake_model(config, num_layers), _fake_model(config, 1)
     reads, block = _reads_of_a_block(one, pattern)
-    vocab, hidden = map(int, whole.get_input_embeddings().weight.shape)
+    vocab, hidden = map(int, cast("Tensor", whole.get_input_embeddings().weight).shape)
     widest = max(max(p.shape) for name, p in one.named_parameters() if in_block(name))
     kept = _BLOCKS_OF_WIDTHS * widest + 10 * hidden
     return _Model(reads, hidden, num_layers, block, sum(p.numel() for p in whole.parameters()), kept, vocab)
@@ -256,7 +256,7 @@ def _fake_model(config: PretrainedConfig, num_layers: int) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config.get_text_config().num_hidden_layers = num_layers
     with FakeTensorMode(), as_config_error(config):
-        model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
         linearize_conv1d_(model)
     return model
 
@@ -277,8 +277,8 @@ def _reads_of_a_block(model: PreTrainedModel, pattern: Pattern) -> tuple[list[_R
         seen.append((x, [layer]))
 
     hooks = [layer.register_forward_pre_hook(lambda module, args: before(module, args[0])) for layer in layers.values()]
-    embeddings = model.get_input_embeddings().weight
-    with embeddings.fake_mode, torch.no_grad(), as_config_error(model.config):  # type: ignore[attr-defined]
+    embeddings: Any = model.get_input_embeddings().weight
+    with embeddings.fake_mode, torch.no_grad(), as_config_error(model.config):
         backbone(model)(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
     for hook in hooks:
         hook.remove()

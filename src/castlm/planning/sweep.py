@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from castlm.compare.config import CompareConfig
 from castlm.compare.plan import Plan, Say
 from castlm.compare.presets import RETRAINING
-from castlm.compare.results import Result
-from castlm.compare.runs import Run, read_finished, refuse_running
+from castlm.compare.runs import Result, Run, read_finished, refuse_running
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import begin_output, output_folder

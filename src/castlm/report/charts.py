@@ -41,7 +41,7 @@ PAGE_COLOURS = (
 )
 """CSS variables of ink, paper, cards, lines and the colours of series, for light and dark pages."""
 
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -199,8 +199,10 @@ def dot_chart(rows: Sequence[tuple[str, Sequence[float], int]], *, x_label: str,
             axes.plot(band, (number, number), color=colour, alpha=0.2, linewidth=12, solid_capstyle="butt")
             axes.plot(values, [number] * len(values), "o", color=colour, alpha=0.75, markersize=6)
             axes.plot(mean, number, "|", color=colour, markersize=14, markeredgewidth=2.5)
-            text = {"textcoords": "offset points", "va": "center", "color": LIGHT["muted"]}
-            axes.annotate(f"{mean:.4g}", (max(*values, band[1]), number), xytext=(9, 0), **text)
+            place = (max(*values, band[1]), number)
+            axes.annotate(
+                f"{mean:.4g}", place, xytext=(9, 0), textcoords="offset points", va="center", color=LIGHT["muted"]
+            )
         axes.set_yticks(range(len(rows)), [label for label, _, _ in rows], color=LIGHT["ink"])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(False, axis="y")

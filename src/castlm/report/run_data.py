@@ -86,7 +86,7 @@ class RunData:
         errors = start.get("layer_errors") or {}
         if errors:
             return errors, "error"
-        shares = next((row["masked_share"] for row in self.rows if "masked_share" in row), {})
+        shares: dict[str, float] = next((row["masked_share"] for row in self.rows if "masked_share" in row), {})
         return (shares, "share") if any(shares.values()) else ({}, "")
 
 

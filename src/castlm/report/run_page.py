@@ -204,7 +204,8 @@ def _settings(config: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple
             defaults[field.name] = field.default
         elif field.default_factory is not dataclasses.MISSING:
             defaults[field.name] = field.default_factory()
-    changed, same = [], []
+    changed: list[tuple[str, str]] = []
+    same: list[tuple[str, str]] = []
     for name, value in config.items():
         is_default = name in defaults and _plain(defaults[name]) == _plain(value)
         (same if is_default else changed).append((name, _text(value)))

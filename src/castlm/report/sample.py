@@ -87,7 +87,7 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
     """The text that greedy decoding appends to `prompt` (num_tokens,)."""
     input_ids = prompt[None].to(model.device)
     prefix = str(tokenizer.decode(prompt, skip_special_tokens=True))
-    ids = model.generate(
+    ids = model.generate(  # type: ignore[operator]
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=new_tokens,
