@@ -1,4 +1,4 @@
-"""How often `castlm advise` is right about a GPU, on the cells that others published.
+"""Counts how often `castlm advise` is right about a GPU, on the cells that others published.
 
     python -m benchmarks.advisor [--fit]
 
@@ -28,7 +28,7 @@ def predicted(cell: KernelTime, sparse: bool, kernel: Kernel | None = None) -> f
 
 
 def right(pairs: Iterable[tuple[float, float]]) -> Row:
-    """Of (true speed-up, advised speed-up), the share whose sides of 1 agree, among those with a noticeable truth."""
+    """The share of (true, advised) speed-ups on the same side of 1, among noticeable true ones."""
     counted = [(true, advised) for true, advised in pairs if abs(math.log(true)) > NOTICEABLE]
     share = sum((true > 1) == (advised > 1) for true, advised in counted) / len(counted)
     return Row(f"advice, dense or 2:4, {len(counted)} cells", "", share, share, share, GOAL)

@@ -65,7 +65,7 @@ WAYS = (
 
 @dataclass
 class Setting:
-    """What all ways share."""
+    """Settings that all ways share."""
 
     dense: PreTrainedModel
     sparse: PreTrainedModel

@@ -1,16 +1,16 @@
-"""What a user decides by: quality, bytes and speed of one model in every format, dense and 2:4: a table and a plot.
+"""Quality, bytes and speed of one model in every format, dense and 2:4: a table and a plot.
 
     python -m benchmarks.frontier --text TEXT --calibration TEXT [--model demo] [--sparse FOLDER] [--json O] [--plot O]
                                   [--tasks-from FOLDER [--tasks arc_easy] [--limit 200]] [--llama-cpp SOURCES]
 
 Without `--sparse` the 2:4 model is the dense one pruned by SparseGPT, without training; with it, a folder or a run of
 castlm train. Weights are rounded as `castlm quantize` rounds them; perplexity and zero-shot accuracy are of the rounded
-weights in fp32. Bytes are those of the tensors in a file: packed layers, embedding and head in bf16 (fp32 for fp32),
+weights in fp32. Bytes count the tensors in a file: packed layers, embedding and head in bf16 (fp32 for fp32),
 norms. Speed is greedy decoding of one sequence in turns, A B A B, by castlm's kernels and in its loop, fp32 by
 transformers alone.
 
 `--llama-cpp` adds the dense model as llama.cpp's Q8_0 and Q4_0; `benchmarks/llamacpp.py` says what it needs. Their
-perplexity and speed are those of llama.cpp, their zero-shot accuracy that of the same rounded weights in fp32.
+perplexity and speed are measured in llama.cpp, their zero-shot accuracy with the same rounded weights in fp32.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from castlm.oneshot.start import prune_oneshot_
 
 
 class Format(NamedTuple):
-    """How weights are stored."""
+    """A way to store weights."""
 
     values: str
-    """Of the layers: fp32, bf16, int8 or int4."""
+    """Format of the layers: fp32, bf16, int8 or int4."""
     head: str | None = None
     """int8: of the head, with the embedding tied to it, as in llama.cpp's formats. None: fp32 with fp32, else bf16."""
 

@@ -46,7 +46,7 @@ def read_gaps(page: str) -> dict[str, dict[int, float]]:
 
 
 def _cells(line: str) -> list[str]:
-    """Of a row of a table, without bold and code marks; empty where the line is none."""
+    """The cells of a row of a table, without bold and code marks; empty where the line is none."""
     return [cell.strip().replace("**", "").replace("`", "") for cell in line.strip().split("|")[1:-1]]
 
 

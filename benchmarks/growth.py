@@ -1,4 +1,4 @@
-"""How the time and the memory of a training step grow: with the model, the sequence, the batch and the ranks.
+"""Time and memory of a training step as they grow with the model, the sequence, the batch and the ranks.
 
     python -m benchmarks.growth [--quick] [--axis NAME ...] [--json OUT] [--plot OUT.png]
 
@@ -24,7 +24,7 @@ from benchmarks.machine import machine, write_json
 from benchmarks.memory import DEFAULTS, LLAMA, MEDIUM, MIB, measure_in_child
 
 Axes = dict[str, list[tuple[str, dict[str, Any]]]]
-"""What grows, and its points: label and case."""
+"""The axes of growth, and the points on each: label and case."""
 
 
 def llama(hidden: int, layers: int) -> dict[str, Any]:

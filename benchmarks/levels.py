@@ -32,7 +32,7 @@ FORMATS = [(values, n) for values in ("bf16", "fp16", "int8", "int4") for n in (
 FEW_ROWS, MANY_ROWS = (1, 2, 4, 8, 16, 32, 128), 1024
 CACHED, SHAPES = (512, 1024), ((2048, 2048), (1536, 576))
 PRODUCTS = 1 << 27
-"""Of a contestant in a round, at least: some milliseconds."""
+"""Least seconds of a contestant in a round."""
 
 Runs = Mapping[str, tuple[str, Callable[[], object]]]
 """Contestants by name: the level, and what to do under it."""

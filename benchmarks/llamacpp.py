@@ -74,7 +74,7 @@ class LlamaCpp:
             atexit.register(model.close)  # Python's own clean-up comes too late for it
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Of one sequence, (num_tokens,) at most `seq_len`: fp32, (num_tokens, vocabulary)."""
+        """The logits of one sequence, (num_tokens,) at most `seq_len`: fp32, (num_tokens, vocabulary)."""
         self._scoring.reset()
         self._scoring.eval(ids.tolist())
         return torch.from_numpy(self._scoring.scores[: len(ids)].copy())

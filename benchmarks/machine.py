@@ -1,4 +1,4 @@
-"""What a figure was measured on: every benchmark writes it beside its results."""
+"""Describes the machine of a measurement: every benchmark writes it beside its results."""
 
 from __future__ import annotations
 

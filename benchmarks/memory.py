@@ -103,7 +103,7 @@ def measure(case: dict[str, Any], folder: Path, world: Any) -> dict[str, float]:
 
 
 def measure_in_child(cases: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """What `measure` returns of each case, one after the other in a process of their own, or in as many as the first
+    """The results of `measure` for each case, one after the other in a process of their own, or in as many as the first
     case has ranks: of the first rank. Exits where one fails."""
     with tempfile.TemporaryDirectory() as folder:
         for number, case in enumerate(cases):

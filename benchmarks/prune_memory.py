@@ -40,7 +40,7 @@ SEQUENCES, SEQ_LEN = 4, 256
 
 
 class Shape(NamedTuple):
-    """Of a Llama with 8 KV heads and tied embeddings."""
+    """Sizes of a Llama with 8 KV heads and tied embeddings."""
 
     hidden: int
     inner: int

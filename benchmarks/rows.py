@@ -19,7 +19,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 @dataclass
 class Row:
-    """What was measured against what, as a ratio.
+    """A measurement of one contestant against another, as a ratio.
 
     Attributes:
         value: the ratio; median of the rounds where there are several.
@@ -81,7 +81,7 @@ def ratio_row(
 
 
 def llama_shapes(layers: int, hidden: int = 576, inner: int = 1536, kv: int = 192) -> list[tuple[int, int]]:
-    """The sparse weights (out, in) of a LLaMA; those of SmolLM2-135M with 30 layers."""
+    """The sparse weights (out, in) of a LLaMA; with 30 layers, SmolLM2-135M's."""
     block = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
     return ([*block, (inner, hidden), (inner, hidden), (hidden, inner)]) * layers
 

@@ -1,4 +1,4 @@
-"""How far each concept of castlm is spread over its source files, as one table per source tree.
+"""Counts how far each concept of castlm is spread over its source files, as one table for source trees.
 
 `python -m benchmarks.spread [TREE ...]` counts the trees that are named, or this one. Identifiers are Python's tokens,
 so that a word in a docstring or a comment does not count. The counts are directions to look in, not limits: lines that
@@ -32,7 +32,7 @@ CONCEPTS = {
     CHAT: r"chat|assistant",
     ADAPTERS: r"adapter|lora|shira",
 }
-"""What an identifier of each concept matches. `uint8` is the type of bytes and bits, and no numeric format."""
+"""Patterns of the identifiers of each concept. `uint8` is the type of bytes and bits, and no numeric format."""
 
 ROOMS = {
     IMAGES: r"data/images/|data/image",

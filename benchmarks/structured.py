@@ -1,4 +1,4 @@
-"""What a structured pattern buys: perplexity against parameters, bytes and CPU speed, and decay against cut at step 0.
+"""The gains of structured patterns: perplexity against parameters, bytes and CPU speed; decay against cut.
 
     python -m benchmarks.structured --runs FOLDER [FOLDER ...] [--plot O] [--json O]
     python -m benchmarks.structured --shape CONFIG [--patterns channels:0.5 ...]
@@ -46,7 +46,7 @@ SEQUENCES = 128
 
 
 class Key(NamedTuple):
-    """What the runs of a row have in common."""
+    """Settings that the runs of a row share."""
 
     pattern: str
     start: str
@@ -57,7 +57,7 @@ class Key(NamedTuple):
 
     @property
     def way(self) -> str:
-        """How it was trained, in words."""
+        """The training in words."""
         names = {"cast": f"decay over {self.decay_end:.0%}", "finetune": "cut", "dense": "dense control"}
         return names.get(self.method, self.method)
 
@@ -157,7 +157,7 @@ def cut_config(config: PretrainedConfig, pattern: str) -> PretrainedConfig:
 
 @torch.no_grad()
 def speeds(config: PretrainedConfig, patterns: list[str], repeats: int = 7) -> dict[str, dict[str, float]]:
-    """How many times as fast as the dense model each one is, with random weights: median over the rounds."""
+    """The speed-up over the dense model of each one, with random weights: median over the rounds."""
     models = {"dense": AutoModelForCausalLM.from_config(config).eval()}
     models |= {pattern: AutoModelForCausalLM.from_config(cut_config(config, pattern)).eval() for pattern in patterns}
     ids = torch.randint(config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))

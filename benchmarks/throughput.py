@@ -127,7 +127,7 @@ def compare_peak(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak_in_child(side: str, precision: str, teacher_dtype: str) -> tuple[int, str, str]:
-    """What `show_peak` prints of one side in a process of its own."""
+    """The output of `show_peak` for one side, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:], "--side", side]
     command += ["--precision", precision, "--teacher-dtype", teacher_dtype]
     child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

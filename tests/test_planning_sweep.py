@@ -1,4 +1,4 @@
-"""castlm plan sweep: when it stops, what it writes, and that a killed one goes on. All but one test draw their runs."""
+"""castlm plan sweep: when it stops, what it writes, and a killed one continues. All but one test draw their runs."""
 
 import json
 import math
@@ -199,7 +199,7 @@ def test_a_failed_run_stops_the_sweep_and_is_tried_again(sweep, drawn, capsys):
     assert code == 1
     assert said["status"] == "failed"
     assert "the disk is full" in said["verdict"]
-    assert said["verdict"].endswith("; the same command goes on")
+    assert said["verdict"].endswith("; the same command continues")
     assert len(said["steps"]) == 1
     drawn.fail_at = None
     code, said = sweep()

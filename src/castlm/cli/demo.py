@@ -75,6 +75,7 @@ def run_demo(folder: Path, max_steps: int, overwrite: bool, resume: bool) -> Non
 
 
 def _run_demo(folder: Path, max_steps: int) -> None:
+    """Runs both trainings and prints the tables."""
     started = time.monotonic()
     console = Screen(highlight=False, soft_wrap=True)
     write_texts(folder / "text")

@@ -1,4 +1,4 @@
-"""The last table of `castlm demo`: what the 2:4 result saves in file size, memory and time against the dense model.
+"""The last table of `castlm demo`: the savings of the 2:4 result in file size, memory and time against the dense model.
 
 Every model runs in a process of its own, so that each has its own peak of memory.
 """
@@ -28,7 +28,7 @@ class Case(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What one process measured."""
+    """The figures of one process."""
 
     tokens_per_second: float
     peak_bytes: int

@@ -91,7 +91,7 @@ class PredictCommand:
     """Measured throughput of one GPU (or CPU), to give hours."""
 
     price_per_hour: float | None = None
-    """What an hour of that GPU costs; gives the cost beside the hours."""
+    """Price of an hour of that GPU; adds the cost to the hours."""
 
     def run(self) -> int:
         from castlm.planning.law import check_price, duration, gpu_hours, predict_perplexity, readable, tokens_for
@@ -130,7 +130,7 @@ class PredictCommand:
         return 0 if tokens is not None else 1
 
     def law(self) -> Law:
-        """The law that is named, or that of the runs."""
+        """The law in the file, or the law of the runs."""
         from castlm.planning.fit import fit_law
         from castlm.planning.law import Law
         from castlm.planning.points import read_points

@@ -25,7 +25,7 @@ _AT_LEAST_1 = {"at_least": 1}
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
-    """What is planned."""
+    """Options of the planned run."""
 
     model: str
     """Hugging Face folder, or a config .json such as configs/models/*.json."""

@@ -27,7 +27,7 @@ class CompareConfig:
     """Folder of the runs and of table.md, table.json and table.html. Give it again to continue."""
 
     budget_tokens: int | None = None
-    """Training tokens of each run; with `--preset budgets`, those of the largest runs."""
+    """Training tokens of each run; with `--preset budgets`, the budget of the largest runs."""
 
     max_steps: int | None = field(default=None, metadata={"at_least": 1})
     """Optimizer steps of each run, instead of --budget-tokens. A variant with larger steps makes fewer of them, so that

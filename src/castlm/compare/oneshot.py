@@ -41,7 +41,7 @@ class OneshotConfig:
     output_dir: str = ""
     pattern: str = "2:4"
     seq_len: int = SEQ_LEN
-    """Of the evaluation; calibration sequences have the model's context, at most 2,048 tokens."""
+    """Tokens per sequence of the evaluation. Calibration sequences have the model's context, at most 2,048 tokens."""
     num_sequences: int = 128
     eval_tokens: int = 32768
     column: str | None = None
@@ -53,7 +53,7 @@ class OneshotConfig:
     eval_config: str | None = None
     device: str = "auto"
     precision: str = "auto"
-    """Of the evaluation."""
+    """Compute type of the evaluation."""
     seed: int = 0
     trust_remote_code: bool = False
     revision: str | None = None

@@ -216,8 +216,8 @@ class Plan:
         return {"model": model, **digests}
 
     def _calibration_text(self) -> dict[str, Any]:
-        """What one-shot rows calibrate on, by the names of `OneshotConfig`: by default the training text, read as the
-        runs read it."""
+        """The calibration text of one-shot rows, by the names of `OneshotConfig`: by default the training text, read
+        as the runs read it."""
         if self.command.calibration is not None:
             return {"calibration": self.command.calibration}
         hub = {"calibration_split": "dataset_split", "calibration_config": "dataset_config"}
@@ -277,7 +277,7 @@ class Plan:
         """The run of a variant.
 
         Args:
-            budget: training tokens, of which it takes the whole steps.
+            budget: training tokens, rounded down to whole steps.
             rate: learning rate; None for the one of the options.
             tuning: whether it is measured on the tuning text.
         """

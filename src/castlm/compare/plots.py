@@ -28,7 +28,7 @@ MASK_CHARTS = {
     "initial_flip_rate": (
         "Mask flips since step 0",
         "flips since step 0",
-        "The share of the mask entries that differ from those of step 0, mean over seeds.",
+        "The share of the mask entries that differ from the masks of step 0, mean over seeds.",
     ),
     "sparse_weight_ratio": (
         "Kept share",

@@ -15,7 +15,7 @@ ONESHOT = SOLVERS
 
 @dataclass(frozen=True)
 class Preset:
-    """What `castlm compare --preset` runs, and the charts of its report."""
+    """The variants of `castlm compare --preset`, and the charts of its report."""
 
     question: str
     """The heading of the report."""

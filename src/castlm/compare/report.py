@@ -37,7 +37,7 @@ class Column(NamedTuple):
     """A column of figures in the table."""
 
     key: str
-    """Of the row."""
+    """The figure's name in a row of `summarize`."""
     heading: str
     form: str
     meaning: str
@@ -84,7 +84,7 @@ COLUMNS = (
         "initial_flip_rate",
         "flips since step 0",
         ".2%",
-        "Share of the mask entries that differ from those of step 0.",
+        "Share of the mask entries that differ from the masks of step 0.",
         page_only=True,
     ),
     Column(
@@ -154,7 +154,7 @@ class Report:
     page: Cells
     """The whole table, for the page."""
     table: Cells
-    """What fits into `WIDTH` characters, for a terminal and for table.md."""
+    """The columns that fit into `WIDTH` characters, for a terminal and for table.md."""
     warnings: list[str]
     """Runs that failed, diverged or fell short."""
     notes: list[str]
@@ -162,7 +162,7 @@ class Report:
 
 
 def stamp(results: list[Result]) -> dict[str, Any]:
-    """What all figures were measured on: text, sequence length, tokenizer, versions, machine and date."""
+    """The conditions of all figures: text, sequence length, tokenizer, versions, machine and date."""
     record = next((r.record for r in results if "measured" in r.record and not r.trial), {})
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
@@ -182,7 +182,7 @@ def stamp(results: list[Result]) -> dict[str, Any]:
 
 
 def _versions(results: list[Result]) -> dict[str, str]:
-    """By package, the versions that the runs were made with, or those of this process where no run records any."""
+    """The versions of the packages that the runs used; this process's where no run records any."""
     recorded = [r.record["versions"] for r in results if "versions" in r.record]
     made = recorded or [library_versions("torch", "transformers")]
     return {name: " and ".join(sorted({versions[name] for versions in made})) for name in made[0]}
@@ -192,7 +192,7 @@ def explain(facts: dict[str, Any], results: list[Result]) -> list[str]:
     """The lines under the table: what its figures were measured on."""
     final = [r for r in results if not r.trial]
     untouched = untouched_perplexity(final)
-    scored = f", of which those of the {facts['tokens']} are scored," if facts.get("tokens") == "assistant" else ""
+    scored = f" (only the {facts['tokens']}'s are scored)" if facts.get("tokens") == "assistant" else ""
     lines = [
         f"Perplexity on {facts.get('num_tokens', 0):,} tokens{scored} of {facts.get('text')} (sha256 "
         f"{str(facts.get('text_sha256'))[:16]}), seq_len {facts.get('seq_len')}, stride {facts.get('stride')}, "
@@ -275,7 +275,7 @@ def fitting(page: Cells) -> tuple[Cells, str]:
 
 
 def _is_shown(column: Column, rows: list[dict[str, Any]]) -> bool:
-    """Whether a column says something: flips of masks that never change, and a prune that changes nothing, do not."""
+    """Whether a column tells rows apart; flips of masks that never change, and a prune without effect, do not."""
     figures = [(row[column.key], row["pruned"]) for row in rows if row[column.key] is not None]
     if column.key in ("flip_rate", "initial_flip_rate"):
         return any(figure.mean for figure, _ in figures)

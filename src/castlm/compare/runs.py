@@ -79,13 +79,13 @@ class Result:
 
     @property
     def perplexity(self) -> float:
-        """Of the pruned model, of the dense control as trained; infinite when the run failed."""
+        """Perplexity of the pruned model, or of the trained dense control; infinite when the run failed."""
         value = final_perplexity(self.record.get("perplexity", {}))
         return float("inf") if value is None else float(value)
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with it by its own verdict, "diverged" or "fell short"; None if nothing is."""
+        """The problem that the run's own verdict names: "diverged", "fell short" or None."""
         return problem(self.record.get("verdict", {}))
 
 
@@ -116,7 +116,7 @@ def content_hash(model: str, revision: str | None, *, trust_remote_code: bool = 
 
 
 def files_of(model: Path) -> list[Path]:
-    """The files of a model folder that its content hash covers, in order; not those of castlm's outputs inside it."""
+    """The files of a model folder that its content hash covers, in order, without castlm's outputs inside it."""
     found = []
     for root, folders, names in os.walk(model):
         inside = [Path(root, name) for name in folders if not name.startswith(".")]
@@ -228,7 +228,7 @@ def run_process(arguments: Sequence[str], log: Path) -> int:
 
 def last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("castlm: error: ") if lines else "it said nothing"
+    return lines[-1].removeprefix("castlm: error: ") if lines else "it printed nothing"
 
 
 def zero_shot_key(model: str, tasks: str, folder: str | None, limit: int | None) -> str:

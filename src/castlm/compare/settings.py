@@ -15,11 +15,11 @@ from castlm.training.options import StartOptions
 SHOWN_ELSEWHERE = {"method", "seed", "learning_rate", "init_from", "max_steps", "eval_steps", "model", "revision"}
 SHOWN_ELSEWHERE |= {"dataset", "eval_dataset", "calibration"}
 START_OPTIONS = {option.name for option in fields(StartOptions)}
-"""What makes one start another, beside its name."""
+"""Options that distinguish starts of one name."""
 
 
 def start_of(config: Mapping[str, Any]) -> str:
-    """Where a run starts: "dense", a one-shot method, or the name of a model folder."""
+    """The start of a run: "dense", a one-shot method, or the name of a model folder."""
     method = str(config["method"])
     if method in ONESHOT or METHODS[method].starts_dense:
         return "dense"

@@ -1,4 +1,4 @@
-"""What a comparison found: a row for each variant and token budget, with figures over seeds, and a verdict."""
+"""The result of a comparison: a row for each variant and token budget, with figures over seeds, and a verdict."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _mask_figure(result: Result, key: str) -> float | None:
 
 
 def _gaps(done: list[Result], controls: dict[tuple[int, int], float], largest: int) -> dict[int, float]:
-    """The gap by the seed of the control: that of the run, or each of them if the method depends on no seed."""
+    """The gaps by seed of the control: the run's own seed, or every seed if the method depends on none."""
     gaps: dict[int, float] = {}
     for result in done:
         budget = result.run.budget or largest
@@ -123,7 +123,7 @@ def _reasons(done: list[Result], problem: str) -> list[str]:
 
 
 def _start_seconds(start: dict[str, Any]) -> float | None:
-    """What the start took: the change of the basis and the pruning with its reconstruction."""
+    """Seconds of the start: the change of basis, and the pruning with its reconstruction."""
     parts = [(start.get("basis") or {}).get("seconds"), start.get("prune_seconds")]
     known = [float(part) for part in parts if part is not None]
     return sum(known) if known else None
@@ -154,7 +154,7 @@ def ranked(rows: list[dict[str, Any]]) -> list[int]:
 
 
 def has_gap(row: dict[str, Any]) -> bool:
-    """Whether the gap of a row is ranked and drawn: not that of the control, and not one that is infinite."""
+    """Whether a row is ranked and drawn: it has a finite gap and is not a dense control."""
     return row["gap"] is not None and math.isfinite(row["gap"].mean) and not is_control(row["method"])
 
 
@@ -171,7 +171,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 
 
 def _lead(best: dict[str, Any], second: dict[str, Any]) -> str:
-    """How far `second` is behind: over the seeds that both have, or between the means if they share fewer than two.
+    """A phrase on how far `second` is behind, over the seeds that both have, or else between the means.
 
     Seeds do not tell two rows apart if the 95 % interval of the difference, by Student's t, includes zero.
     """
@@ -198,12 +198,12 @@ def _lead(best: dict[str, Any], second: dict[str, Any]) -> str:
 
 
 def _standard_error(values: Collection[float]) -> float:
-    """Of the mean of at least two values."""
+    """The standard error of the mean of at least two values."""
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def tokens_note(rows: list[dict[str, Any]]) -> str:
-    """What the runs of a token budget trained on, where variants have steps of different sizes."""
+    """A note on the tokens of each run, where variants have steps of different sizes."""
     found: dict[int, dict[int, list[str]]] = {}
     for row in rows:
         found.setdefault(row["budget"], {}).setdefault(row["tokens"], []).append(row["variant"])
@@ -230,7 +230,7 @@ def _start_text(row: dict[str, Any]) -> str:
 
 
 def zero_shot_note(untouched: Sequence[dict[str, Any]]) -> str:
-    """How zero-shot figures were measured, and those of the model before any training (at least one)."""
+    """A note on how zero-shot figures were measured, with the figures of the model before any training."""
     figures = [f"{row['task']} {row['metric']} {row['value']:.3f}" for row in untouched]
     counts = [f" ({row['num_docs']} questions)" if row["num_docs"] else "" for row in untouched]
     version = (untouched[0].get("versions") or {}).get("lm-eval")

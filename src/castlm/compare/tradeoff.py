@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +26,10 @@ from castlm.patterns import parse_pattern
 from castlm.training.record import MEASURED_ALIKE, final_perplexity
 
 ROUNDS = 2
-"""How often the models take turns, each time in a new process."""
-REPEATS = 3
-"""Of the decoding in a process."""
-PROMPT, NEW_TOKENS = 32, 64
+"""Turns of each model, each in a new process."""
+REPEATS = 2
+"""Repetitions of the decoding in a process."""
+PROMPT, NEW_TOKENS = 32, 32
 SAME = 0.01
 """Perplexities that differ by at most this share count as equal: the spread of two seeds of a short run."""
 
@@ -56,7 +57,7 @@ class Measured:
     pattern: str
     perplexity: float
     num_bytes: int
-    """Of all weights as they are held to decode."""
+    """Bytes of all weights as they are held to decode."""
     tokens_per_second: float
     """Greedy decoding of one sequence, median of the repetitions in all rounds."""
 
@@ -93,7 +94,7 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
         if measured != harness:
             differing = [f"{key} {mine}, not {harness[key]}" for key, mine in measured.items() if mine != harness[key]]
             raise InputError(
-                f"{file}: its perplexity was measured otherwise than that of {results[0]} ({'; '.join(differing)}): "
+                f"{file}: its perplexity was measured otherwise than the one of {results[0]} ({'; '.join(differing)}): "
                 "compare runs of one text and context"
             )
         of = str(record.get("base_model", model))
@@ -103,7 +104,7 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
         dense = own if dense is None else dense
         if dense is not None and abs(own - dense) > SAME * dense:
             raise InputError(
-                f"{file}: its dense model has perplexity {own:.4g}, and that of another result {dense:.4g}: name "
+                f"{file}: its dense model has perplexity {own:.4g}, and the one of another result {dense:.4g}: name "
                 "results of one model"
             )
         left_dense = frozenset(record.get("left_dense") or ())
@@ -125,11 +126,14 @@ def measure(chosen: Sequence[Candidate], say: Callable[[str], None]) -> list[Mea
     """Bytes and speeds, the candidates in turns, each time in a process of its own."""
     speeds: dict[str, list[float]] = {candidate.folder: [] for candidate in chosen}
     sizes: dict[str, int] = {}
-    for number in range(ROUNDS):
-        say(f"decoding with {len(chosen)} models, round {number + 1} of {ROUNDS}")
-        for candidate in chosen:
-            sizes[candidate.folder], found = in_own_process(decode, candidate)
-            speeds[candidate.folder] += found
+    turns = [candidate for _ in range(ROUNDS) for candidate in chosen]
+    say(f"decoding {NEW_TOKENS} tokens with {len(chosen)} models, {ROUNDS} turns each")
+    started = time.monotonic()
+    for done, candidate in enumerate(turns, 1):
+        sizes[candidate.folder], found = in_own_process(decode, candidate)
+        speeds[candidate.folder] += found
+        if done == 1:
+            say(f"about {(time.monotonic() - started) * (len(turns) - 1):.0f} s to go")
     return [
         Measured(c.name, c.pattern or "dense", c.perplexity, sizes[c.folder], statistics.median(speeds[c.folder]))
         for c in chosen

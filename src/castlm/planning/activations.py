@@ -1,4 +1,4 @@
-"""What autograd keeps of a forward pass, in bytes, found by running blocks of the real model on fake tensors.
+"""Counts the bytes that autograd keeps of a forward pass, by running blocks of the real model on fake tensors.
 
 No formula holds for more than one family. Fake tensors have shapes and no storage: nothing is computed.
 """
@@ -70,7 +70,7 @@ class Settings:
     moments: str
     calibration_tokens: int
     on_card: bool
-    """Whether a rank's memory is that of its GPU, apart from the host's."""
+    """Whether the plan is of a GPU's memory, apart from the host's."""
     fused: bool
 
     @property
@@ -84,13 +84,13 @@ class Saved(NamedTuple):
     block: int
     """Activations of one block, on average."""
     block_weights: int
-    """Of one block, on average, whatever the number of tokens: weights cast to the compute type, products `W * A`."""
+    """Weights of one block cast to the compute type, and products `W * A`, on average; tokens do not matter."""
     rest: int
     """Outside the blocks."""
 
 
 def block_kinds(model: PreTrainedModel, num_layers: int) -> tuple[Hashable, ...]:
-    """What tells one kind of transformer block from another: the names and shapes of its parameters."""
+    """A key for each transformer block, equal for blocks whose parameters have the same names and shapes."""
     blocks = transformer_blocks(model)
     stack_of = {name: name.rpartition(".")[0] for name in blocks}
     whole = [name for name in blocks if [*stack_of.values()].count(stack_of[name]) == num_layers]
@@ -172,7 +172,7 @@ def _narrow_linears_(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def as_config_error(config: PretrainedConfig) -> Iterator[None]:
-    """What transformers says of a config that it cannot build, as one line, without the traceback that torch logs."""
+    """Turns the error of a config that transformers cannot build into one line, without torch's traceback."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

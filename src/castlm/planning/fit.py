@@ -28,7 +28,7 @@ SAME_BUDGET = 0.02
 
 MIN_EXPONENT, MAX_EXPONENT = 0.01, 4.0
 WIDE_DELTA, HUBER_DELTA = 2e-2, 1e-3
-"""Huber's delta of the first pass, and the least of the second: residuals of log loss. 1e-3 is that of Hoffmann et al.
+"""Huber's delta of the first pass, and the least of the second: residuals of log loss. 1e-3 is from Hoffmann et al.
 (2022)."""
 NUM_STARTS = 5
 """Points of the grid of starts from which the solver descends: those with the smallest loss."""
@@ -357,7 +357,7 @@ def _grid(data: Data, free: list[int], lowest: float) -> list[Array]:
 
 
 class Noise(NamedTuple):
-    """What a bootstrap sample is drawn from; standard deviations are those of log loss."""
+    """The deviations that a bootstrap sample is drawn from, in log loss."""
 
     between: Array
     """(num_cells,): deviation of each cell's mean from the law, beyond what its seeds explain."""

@@ -78,9 +78,9 @@ class Law:
     """(num_draws, 5): bootstrap refits, columns as in NAMES."""
     holdout: Holdout | None = None
     holdout_reason: str = ""
-    """Why `holdout` is None, if it is."""
+    """The reason if `holdout` is None."""
     runs_of: dict[str, str] = field(default_factory=dict)
-    """What the runs have in common, as far as it is known: `method`, `pattern`, `base_model` and `harness`."""
+    """The `method`, `pattern`, `base_model` and `harness` that the runs share, as far as they are known."""
 
     def loss(self, tokens: ArrayLike, params: ArrayLike | None = None) -> Array:
         """Predicted ln(perplexity), in the broadcast shape of the arguments; `params` is for the joint law."""
@@ -211,9 +211,9 @@ class Prediction:
     low: float
     high: float
     beyond: float
-    """How many times `tokens` exceeds the largest fitted budget (1 inside the range)."""
+    """Ratio of `tokens` to the largest fitted budget (1 inside the range)."""
     below: float
-    """How many times the smallest fitted budget exceeds `tokens` (1 inside the range)."""
+    """Ratio of the smallest fitted budget to `tokens` (1 inside the range)."""
 
 
 @dataclass(frozen=True)

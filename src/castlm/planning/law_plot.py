@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from castlm.files.atomic_file import atomic_file
 from castlm.files.disk import disk_full_is_said
 from castlm.planning.law import Law, interval
 from castlm.planning.points import Point
+from castlm.report.charts import NEEDS_MATPLOTLIB, can_draw
 
 _FORMATS = (".pdf", ".png", ".svg")
 _CREATOR = "castlm plan fit"
@@ -27,8 +27,8 @@ def check_plot(path: str | Path) -> None:
         InputError: matplotlib is not installed, the suffix of `path` is not one of `_FORMATS`, its folder is not there,
             or it is a file that is no plot of a law.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("the residual plot needs matplotlib: pip install '.[report]' in the clone of castlm")
+    if not can_draw():
+        raise InputError(NEEDS_MATPLOTLIB)
     if Path(path).suffix.lower() not in _FORMATS:
         raise InputError(f"{path} has no suffix of a plot format: use one of {', '.join(_FORMATS)}")
     if not Path(path).absolute().parent.is_dir():

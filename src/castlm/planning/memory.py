@@ -42,11 +42,11 @@ class _Sizes(NamedTuple):
     total: int
     sparse: int
     block: int
-    """Of one transformer block, on average."""
+    """Parameters of one transformer block, on average."""
     largest: int
     largest_sparse: int
     largest_solved: int
-    """Weights that a one-shot solver has before it at once; of experts those of one."""
+    """Weights that a one-shot solver holds at once: one layer's, or one expert's."""
     widest: int
     """Largest input or output width of a sparse layer."""
     widest_input: int
@@ -58,7 +58,7 @@ class _Sizes(NamedTuple):
     moments: int
     """Bytes of both moments of all parameters, with the scales of 8-bit moments."""
     kinds: tuple[Hashable, ...]
-    """Of each transformer block what its parameters are."""
+    """A key for each transformer block; see `block_kinds`."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from castlm.training.record import MEASURED_ALIKE, final_perplexity, problem
 _TOKENS = ("tokens", "train_tokens")
 _PARAMS = ("params", "num_params")
 _COLUMNS = ("tokens", "perplexity", "params", "seed", "method", "pattern", "base_model", "dense_perplexity")
-"""What is read of a CSV; its other columns are ignored."""
+"""Columns of a CSV that are read; others are ignored."""
 
 MAX_POINTS = 2_000
 """More rows are refused: the bootstrap refits every point 200 times, and no one has finished as many runs."""

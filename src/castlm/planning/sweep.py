@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from castlm.planning.law import Law, Prediction
 
 SMALLEST_SHARE = 1 / 64
-"""Of the smallest budget in the largest, unless it is given."""
+"""The smallest budget as a share of the largest, unless it is given."""
 
 
 @dataclass
@@ -102,13 +102,13 @@ class Step:
 
     tokens: int
     perplexities: list[float]
-    """Of its runs, by seed."""
+    """Perplexities of its runs, by seed."""
     predicted: Prediction | None
-    """Of the mean of its runs, by the law of the smaller budgets, before they ran."""
+    """Prediction of the mean of its runs, by the law of the smaller budgets."""
     largest: Prediction | None = None
-    """Of one run at the largest budget, by the law of all budgets so far."""
+    """Prediction of one run at the largest budget, by the law of all budgets so far."""
     no_law: str | None = None
-    """Why they carry no law."""
+    """The reason if the budgets so far carry no law."""
 
     @property
     def perplexity(self) -> float:
@@ -122,7 +122,7 @@ class Step:
 
     @property
     def width(self) -> float:
-        """Of the interval of the largest budget, as a share of its prediction."""
+        """Width of the interval of the largest budget, as a share of its prediction."""
         return math.inf if self.largest is None else (self.largest.high - self.largest.low) / self.largest.perplexity
 
     def settles(self, within: float) -> bool:
@@ -232,7 +232,7 @@ class Sweep:
             held = read_json_object(file)
             old, line = [str(name) for name in held["runs"]], str(held["command"])
         except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{file} is not that of a sweep: remove it or choose another output folder") from None
+            raise InputError(f"{file} was not written by a sweep: remove it or choose another output folder") from None
         if old == self.folders:
             begin_output(self.root, "sweep", resume=True)
             return
@@ -258,8 +258,10 @@ class Sweep:
             results = [self.measure(run) for run in runs]
             for result in results:
                 if "error" in result.record:
-                    goes_on = "" if result.record.get("exit_code") == 1 else "; the same command goes on"  # 1: diverged
-                    return self.end("failed", f"stopped: {result.run}: {result.record['error']}{goes_on}")
+                    remedy = (
+                        "" if result.record.get("exit_code") == 1 else "; the same command continues"
+                    )  # 1: diverged
+                    return self.end("failed", f"stopped: {result.run}: {result.record['error']}{remedy}")
                 if math.isinf(result.perplexity) or result.problem == "diverged":
                     reason = result.record.get("verdict", {}).get("reason", "it has no finite perplexity")
                     return self.end("failed", f"stopped: {result.run} diverged: {reason}; lower learning_rate")
@@ -275,8 +277,8 @@ class Sweep:
                 f"the largest was not run: {last.tokens:,} tokens fell inside the predicted interval, and "
                 f"{last.width:.2%} is narrower than {self.command.within:.2%}",
             )
-        said = {None: "not predicted", True: "inside the predicted interval", False: "outside the predicted interval"}
-        return self.end("complete", f"the largest was run: perplexity {last.perplexity:.4f}, {said[last.inside]}")
+        held = {None: "not predicted", True: "inside the predicted interval", False: "outside the predicted interval"}
+        return self.end("complete", f"the largest was run: perplexity {last.perplexity:.4f}, {held[last.inside]}")
 
     def has_run_largest(self) -> bool:
         """Whether an earlier start, with another `within` or `form`, went on to the end."""
@@ -332,7 +334,7 @@ class Sweep:
         held = self.budgets_of_file
         if self.law is None:
             reason = self.steps[-1].no_law or "too few budgets" if self.steps else "nothing was run"
-            self.say(f"{f'{self.law_file} is that of {held} budgets' if held else 'no law.json'}: {reason}")
+            self.say(f"{f'{self.law_file} is the law of {held} budgets' if held else 'no law.json'}: {reason}")
             return 1
         origin = f", of an earlier start with {held} budgets" if held > self.law.num_budgets else ""
         self.say(f"law: {self.law_file}{origin} (castlm plan predict)")

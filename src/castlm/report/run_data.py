@@ -1,4 +1,4 @@
-"""What the folder of a run says about it, finished or not: config.yaml, metrics.jsonl and the result's castlm.json."""
+"""Reads the folder of a run, finished or not: config.yaml, metrics.jsonl and the result's castlm.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RunData:
     rows: list[dict[str, Any]]
     """The rows of metrics.jsonl."""
     record: dict[str, Any] | None
-    """The content of castlm.json; None while the run goes on."""
+    """The content of castlm.json; None while the run is not finished."""
 
     @property
     def is_finished(self) -> bool:

@@ -1,4 +1,4 @@
-"""The HTML page of a run: what came of it in one sentence, then the charts, a sample of text and the settings."""
+"""The HTML page of a run: its verdict in one sentence, then the charts, a sample of text and the settings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GLOSSARY = (
     ("Flip", "An entry of a mask that a refresh changes, from kept to masked or back."),
     (
         "KL to the teacher",
-        "How far the predictions are from those of the dense model, the teacher of the distillation.",
+        "Distance of the predictions from the predictions of the dense model, which is the teacher.",
     ),
 )
 
@@ -47,7 +47,7 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
 
     Args:
         sample: as `castlm.report.sample.sample_text` returns it.
-        refresh: whether a browser loads the page again every few seconds while the run goes on.
+        refresh: whether a browser loads the page again every few seconds until the run ends.
     """
     config, total = run.config, int(run.config.get("max_steps", 0))
     changed, defaults = _settings(config)
@@ -191,7 +191,7 @@ def _duration(seconds: float) -> str:
 
 
 def _masks_text(run: RunData) -> str:
-    """Why a chart of flips is missing, if it is."""
+    """A note where the masks did not change, so that there is no chart of flips."""
     flips = [value for key in ("flip_rate", "initial_flip_rate") for _, value in run.series(key)]
     return "The masks did not change during this run." if flips and not any(flips) else ""
 
