@@ -22,6 +22,7 @@ NEEDS_MATPLOTLIB = "Charts need matplotlib: pip install '.[report]' in the clone
 HALF, WHOLE = 560, 1150
 """Widths of a chart that takes half of the page or all of it, in pixels, so that all text has the same size."""
 PIXELS_PER_INCH = 96
+LONGEST_NAME = 40
 
 LIGHT = {"ink": "#1d1d1b", "muted": "#6a6963", "line": "#e3e2dc", "paper": "#fcfcfa", "card": "#ffffff"}
 DARK = {"ink": "#eceae4", "muted": "#a19f97", "line": "#35342f", "paper": "#191917", "card": "#21211e"}
@@ -121,6 +122,11 @@ def short(value: float) -> str:
     return "0" if value == 0 else f"{value:.3g}" if size >= 1e-3 else f"{value:.0e}"
 
 
+def clipped(name: str) -> str:
+    """A name that leaves room for the chart beside it."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
 def line_chart(
     series: Sequence[Series],
     *,
@@ -158,7 +164,7 @@ def line_chart(
                 marker="o" if line.marks or len(found) == 1 else "",
                 markersize=5,
                 zorder=2 if line.faint else 3,
-                label=None if line.faint else line.name,
+                label=None if line.faint else clipped(line.name),
             )
             if any(half):
                 low, high = ([b + sign * h for b, h in zip(y, half)] for sign in (-1, 1))
@@ -203,7 +209,7 @@ def dot_chart(rows: Sequence[tuple[str, Sequence[float], int]], *, x_label: str,
             axes.annotate(
                 f"{mean:.4g}", place, xytext=(9, 0), textcoords="offset points", va="center", color=LIGHT["muted"]
             )
-        axes.set_yticks(range(len(rows)), [label for label, _, _ in rows], color=LIGHT["ink"])
+        axes.set_yticks(range(len(rows)), [clipped(label) for label, _, _ in rows], color=LIGHT["ink"])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(False, axis="y")
         axes.spines["left"].set_visible(False)
@@ -264,7 +270,7 @@ def heat_map(
         every = max(1, math.ceil(8 * max(map(len, column_labels), default=1) / max(cell, 0.1)))
         shown = range(0, len(column_labels), every)
         axes.set_xticks(shown, [column_labels[column] for column in shown])
-        axes.set_yticks(range(len(row_labels)), row_labels)
+        axes.set_yticks(range(len(row_labels)), [clipped(label) for label in row_labels])
         axes.set_xlim(-0.5, len(column_labels) - 0.5)
         axes.set_ylim(len(values) - 0.5, -0.5)
         axes.grid(False)
