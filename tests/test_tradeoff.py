@@ -110,9 +110,7 @@ def test_results_of_another_dense_model_are_refused(tmp_path):
 
     one, same, other = candidate("one", 6.0), candidate("same", 6.01), candidate("other", 7.0)
     assert [c.perplexity for c in candidates("an/id", [one, same])] == [6.0, 8.0, 8.0]
-    with pytest.raises(
-        InputError, match=r"its dense model has perplexity 7, and that of another result 6: name results"
-    ):
+    with pytest.raises(InputError, match=r"has perplexity 7, .* another result 6: name results"):
         candidates("an/id", [one, other])
 
 
