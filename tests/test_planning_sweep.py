@@ -247,7 +247,7 @@ def test_a_start_that_fails_keeps_the_law_of_the_same_runs(sweep, drawn, tmp_pat
     file.write_text("{")
     code, said = sweep()
     assert (code, said["status"], law.read_text()) == (1, "failed", before)
-    assert "law.json is that of 5 budgets: nothing was run" in capsys.readouterr().out
+    assert "law.json is the law of 5 budgets: nothing was run" in capsys.readouterr().out
     file.write_text(record)
     assert sweep()[0] == 0
 
@@ -271,7 +271,7 @@ def test_the_last_law_of_a_start_is_said_to_be_of_its_budgets(sweep, drawn, tmp_
     assert (code, said["status"]) == (1, "failed")
     assert said["steps"][-1]["no_law"]
     assert json.loads((tmp_path / "out" / "law.json").read_text())["num_budgets"] == 4
-    assert "law.json is that of 4 budgets: L_inf is at its bound" in capsys.readouterr().out
+    assert "law.json is the law of 4 budgets: L_inf is at its bound" in capsys.readouterr().out
 
 
 def test_another_sweep_is_refused_or_replaced(sweep, drawn, tmp_path, capsys):
