@@ -29,7 +29,9 @@ KINDS = {".py", ".md", ".cpp", ".h", ".yaml"}
 
 def texts(tree: Path) -> dict[str, str]:
     """The tracked files of these kinds, by path; this file, which lists the tics, is left out."""
-    names = subprocess.run(["git", "ls-files"], cwd=tree, check=True, capture_output=True, text=True).stdout.splitlines()
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=tree, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     return {
         name: (tree / name).read_text()
         for name in names

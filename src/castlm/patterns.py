@@ -1,16 +1,23 @@
-"""The texts of all sparsity patterns. A new pattern is a subclass of `castlm.core.nm.Pattern` and a line here.
+"""The texts of all sparsity patterns. A new pattern is a subclass of `castlm.core.nm.Pattern` and a row of `PARSERS`.
 
 Importing this module does not import torch, so that commands which only parse a pattern start at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.structured import pattern as structured
 
-SOLVERS = tuple(dict.fromkeys((*NM.solvers, *structured.SCORED_BY)))
-"""The one-shot methods of all patterns; `Pattern.solvers` are those of one."""
+PARSERS: list[Callable[[str], Pattern | None]] = [structured.parse]
+"""Each returns the pattern of a text, or None for a text of another form; n:m is tried after them."""
+
+
+def all_solvers() -> tuple[str, ...]:
+    """The one-shot methods of castlm's patterns; `Pattern.solvers` are those of one."""
+    return tuple(dict.fromkeys((*NM.solvers, *structured.SCORED_BY)))
 
 
 def parse_pattern(text: Pattern | str) -> Pattern:
@@ -29,7 +36,7 @@ def parse_pattern(text: Pattern | str) -> Pattern:
         return text
     if not isinstance(text, str):
         raise InputError(f"pattern {text!r} is not a text: try 2:4")
-    found = structured.parse(text)
+    found = next((pattern for parse in PARSERS if (pattern := parse(text))), None)
     if found is None and text[:1].isalpha():
         raise InputError(
             f"pattern {text!r} is neither n:m nor channels:SHARE (of the MLP channels that are kept) or heads:SHARE "

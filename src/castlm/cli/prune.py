@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,12 +10,7 @@ from castlm.cli.options import parse, refuse_given
 from castlm.core.errors import InputError
 from castlm.fields import choice
 from castlm.oneshot.options import BasisOptions, Refinements
-from castlm.patterns import SOLVERS, parse_pattern
-
-
-def solver_names() -> Iterable[str]:
-    """The one-shot methods of all patterns."""
-    return SOLVERS
+from castlm.patterns import all_solvers, parse_pattern
 
 
 _OF_CALIBRATION = ("calibration", "column", "chat_template_path", "precision")
@@ -32,7 +26,7 @@ class PruneOptions:
     output_dir: str
     """Folder for the pruned model."""
 
-    method: str | None = choice(None, solver_names)
+    method: str | None = choice(None, all_solvers)
     """Solver that chooses the masked weights: sparsegpt (the default; it also updates the kept ones), wanda, magnitude.
     Structured patterns rank their units by flap (the default of channels), taylor (of heads), wanda,
     magnitude or random."""

@@ -7,10 +7,10 @@ from typing import Any
 
 from castlm.core.nm import Pattern
 from castlm.methods.table import METHODS
-from castlm.patterns import SOLVERS
+from castlm.patterns import all_solvers
 
 RETRAINING = tuple(METHODS)
-ONESHOT = SOLVERS
+ONESHOT = all_solvers()
 
 
 @dataclass(frozen=True)

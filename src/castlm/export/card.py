@@ -90,7 +90,7 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         **({"license": license_id} if license_id else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["castlm", "sparsity", _tag(pattern)],
+        "tags": ["castlm", "sparsity", *_tags(pattern)],
     }
     proof = manifest["proof"]
     cut = manifest.get("cut")
@@ -116,7 +116,7 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         meaning="".join(_sentences([*_cut_text(cut), *_meaning(pattern)])),
         counts=counts,
         imports=_PACKED_IMPORTS if manifest.get("packed") else _IMPORTS,
-        storage=_STORED_PACKED if manifest.get("packed") else _storage(pattern, bool(cut)),
+        storage=_STORED_PACKED if manifest.get("packed") else _storage(pattern),
         dense="All that is left is dense." if is_dense else "Embeddings and the output head are dense.",
         left_dense="" if is_dense else _left_dense(manifest["left_dense"]),
         figures=_figures([*(manifest.get("figures") or []), *_as_written(manifest)]),
@@ -128,8 +128,10 @@ def _short(pattern: Pattern) -> str:
     return f"{pattern.n} of {pattern.m}" if isinstance(pattern, NM) else str(pattern)
 
 
-def _tag(pattern: Pattern) -> str:
-    return f"{pattern.n}of{pattern.m}-sparse" if isinstance(pattern, NM) else "structured-pruning"
+def _tags(pattern: Pattern) -> list[str]:
+    if isinstance(pattern, NM):
+        return [f"{pattern.n}of{pattern.m}-sparse"]
+    return ["structured-pruning"] if pattern.cut_out else []
 
 
 def _sentences(parts: list[str]) -> list[str]:
@@ -153,15 +155,15 @@ def _meaning(pattern: Pattern) -> list[str]:
     """The sentences that the pattern adds about the stored weights."""
     groups = pattern.nm
     if groups is None:
-        return []
+        return [] if pattern.cut_out else [f"its linear layers inside the transformer blocks are {pattern}."]
     return [
         f"of every {groups.m}\nconsecutive weights along the input axis of each linear layer inside the "
         f"transformer blocks, at most {groups.n} are non-zero."
     ]
 
 
-def _storage(pattern: Pattern, is_cut: bool) -> str:
-    if pattern.nm is None:
+def _storage(pattern: Pattern) -> str:
+    if pattern.cut_out and pattern.nm is None:
         return "The model is dense and smaller than its base: it needs no kernels of its own."
     return _STORED_ZEROS
 

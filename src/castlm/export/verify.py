@@ -245,7 +245,20 @@ def _count(tensor: StoredTensor, pattern: Pattern, axis: int, packed: Packed | N
         return count_packed_layer(tensor, packed, groups)
     layer = LayerReport(tensor.name, tensor.shape, tensor.dtype, axis)
     _count_groups(layer, tensor, groups)
+    if groups is None and pattern.cut_out is None:
+        _count_whole(layer, tensor, pattern)
     return layer
+
+
+def _count_whole(layer: LayerReport, tensor: StoredTensor, pattern: Pattern) -> None:
+    """Counts the violations of a pattern of a user's own, which gets the non-zeros of the whole matrix as a mask."""
+    import torch  # castlm's own patterns are counted without it
+
+    nonzero = np.concatenate([bits != 0 for bits in magnitude_chunks(tensor)]).reshape(tensor.shape)
+    mask = torch.from_numpy(nonzero if layer.axis == 1 else nonzero.T)  # (out, in)
+    layer.problem = pattern.misfit(mask.shape)
+    layer.num_groups = mask.numel()
+    layer.num_violations = 0 if layer.problem else pattern.violations(mask)
 
 
 def _count_groups(layer: LayerReport, tensor: StoredTensor, pattern: NM | None) -> None:

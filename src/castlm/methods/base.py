@@ -241,6 +241,6 @@ def class_of(method: str, adapter: str) -> type[Retraining]:
     """Imports the class that trains with `method` of `METHODS`: the whole model, or an adapter of it."""
     module, name = METHODS[method].module, METHODS[method].class_name
     if adapter != "none":
-        module, name = "adapters", "FinetuneAdapter"
-    found: type[Retraining] = getattr(importlib.import_module(f"castlm.methods.{module}"), name)
+        module, name = "castlm.methods.adapters", "FinetuneAdapter"
+    found: type[Retraining] = getattr(importlib.import_module(module), name)
     return found

@@ -9,7 +9,7 @@ class Method(NamedTuple):
     """A row of `METHODS`."""
 
     module: str
-    """Module in `castlm.methods`."""
+    """Module with the class, by its full name; a file of your own is imported alike."""
     class_name: str
     title: str
     """The method in a few words, for reports."""
@@ -31,7 +31,7 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "cast": Method(
-        "cast",
+        "castlm.methods.cast",
         "Cast",
         "CAST: dense forward pass, AdamS decays the masked weights (arXiv 2509.25996)",
         ("decay", "decay_end", "lam", "mask_interval", "scale_groups", "second_moment"),
@@ -39,7 +39,7 @@ METHODS: dict[str, Method] = {
         decays=True,
     ),
     "finetune": Method(
-        "finetune",
+        "castlm.methods.finetune",
         "Finetune",
         "fine-tuning with a fixed mask, masked weights at zero (as in arXiv 2310.06927)",
         ("adapter", "lora_r"),
@@ -47,18 +47,22 @@ METHODS: dict[str, Method] = {
         starts_solved=True,
         keeps_mask=True,
     ),
-    "ste": Method("ste", "STE", "straight-through estimator, a new mask at every step (arXiv 1308.3432)"),
-    "srste": Method("ste", "SRSTE", "STE with a decay of the masked weights (arXiv 2102.04010)", ("srste_lam",)),
+    "ste": Method(
+        "castlm.methods.ste", "STE", "straight-through estimator, a new mask at every step (arXiv 1308.3432)"
+    ),
+    "srste": Method(
+        "castlm.methods.ste", "SRSTE", "STE with a decay of the masked weights (arXiv 2102.04010)", ("srste_lam",)
+    ),
     "ast": Method("ast", "AST", "SR-STE with an annealed decay (arXiv 2407.20584)", ("srste_lam", "mask_interval")),
     "gradual_magnitude": Method(
-        "gradual",
+        "castlm.methods.gradual",
         "GradualMagnitude",
         "gradual magnitude pruning, group by group (arXiv 1710.01878)",
         ("mask_interval",),
         starts_dense=True,
     ),
     "dense": Method(
-        "dense",
+        "castlm.methods.dense",
         "Dense",
         "the dense control: the same training without sparsity",
         starts_dense=True,

@@ -15,9 +15,6 @@ from castlm.fields import Bound, Bounded
 
 T = TypeVar("T")
 
-CALIBRATED = ("sparsegpt", "wanda", "flap", "taylor", "random")
-"""Starts that read calibration text, of all patterns."""
-
 
 def part_of(options: Any, section: type[T]) -> T:
     """The fields of the dataclass `section` out of `options`, which have more."""

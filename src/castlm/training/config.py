@@ -19,7 +19,7 @@ from castlm.fields import check_complete, checked, convert, default_of, hints_of
 from castlm.files.yaml_file import read_yaml_mapping, to_yaml
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.methods.table import METHODS
-from castlm.oneshot.options import CALIBRATED, BasisOptions, Refinements, part_of
+from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.training.options import (
     HIDDEN_WEIGHT,
     CheckpointOptions,
@@ -305,8 +305,12 @@ class Effect(NamedTuple):
     """The same in words, as the end of "... has an effect only with"."""
 
 
+def _reads_text(config: TrainConfig) -> bool:
+    return config.start.name in config.model.pattern.solvers and config.start.name != "magnitude"
+
+
 def _turns_axes(config: TrainConfig) -> bool:
-    return config.start.name in CALIBRATED and isinstance(config.model.pattern, NM)
+    return _reads_text(config) and isinstance(config.model.pattern, NM)
 
 
 def _refreshes_masks(config: TrainConfig) -> bool:
@@ -338,13 +342,13 @@ EFFECTS: dict[str, Effect] = {
         lambda c: not c.method.row.decays or _refreshes_masks(c),
         "init_from magnitude, or an n:m pattern whose decay is horizon",
     ),
-    "calibration_sequences": Effect(lambda c: c.start.name in CALIBRATED, f"init_from {' or '.join(CALIBRATED)}"),
+    "calibration_sequences": Effect(_reads_text, "a start that reads text, such as init_from sparsegpt"),
     **dict.fromkeys(
         names_of(Refinements),
-        Effect(lambda c: c.start.name in CALIBRATED, "init_from sparsegpt"),
+        Effect(_reads_text, "init_from sparsegpt"),
     ),
     "refit_iterations": Effect(
-        lambda c: c.start.name in CALIBRATED,
+        _reads_text,
         "init_from sparsegpt, or a structured pattern with a score that reads text",
     ),
     **dict.fromkeys(

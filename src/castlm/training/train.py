@@ -32,7 +32,7 @@ from castlm.methods.base import Retraining, class_of
 from castlm.methods.options import MethodOptions, OptimizerOptions, schedule
 from castlm.models.architecture import vocab_size
 from castlm.models.locate import locate
-from castlm.patterns import SOLVERS
+from castlm.patterns import all_solvers
 from castlm.progress import note
 from castlm.training.checkpoint import checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
@@ -151,7 +151,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
             resumed = world.on_main(lambda: read_manifest(checkpoint)["start"])
 
     # model and text
-    if config.start.name not in SOLVERS:
+    if config.start.name not in all_solvers():
         locate(config.start.name)  # in the first second, and not after the dense model was loaded
     source = open_source(config.model, world, whole_copies=method_class.whole_copies)
     model, vocab = source.model, vocab_size(source.model.config)
