@@ -12,7 +12,6 @@ from castlm.fields import choice
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.patterns import all_solvers, parse_pattern
 
-
 _OF_CALIBRATION = ("calibration", "column", "chat_template_path", "precision")
 
 
