@@ -52,6 +52,64 @@ INLINE __m256 load_step(const uint8_t* panel, int step, int half) {
   return load_contiguous<values>(panel + 32 + kStep * (4 * (step / 2) + 2 * half + step % 2));
 }
 
+INLINE __m256i load_bytes(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
+
+INLINE float sum_of(__m256 v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_hadd_ps(half, half);
+  return _mm_cvtss_f32(_mm_hadd_ps(half, half));
+}
+
+// ---- integers
+
+template <int n, bool is_int4>
+constexpr int integer_panel_bytes() { return is_int4 ? 32 + 64 + 16 / n : 160; }
+
+// The byte of each group's first column, for each of its kept weights: 16 columns of a lane are four groups.
+template <int n>
+INLINE __m256i first_of_groups() {
+  return n == 2 ? _mm256_set1_epi64x(0x0c0c080804040000) : _mm256_set1_epi32(0x0c080400);
+}
+
+// Sums of pairs of products, int16. `vpmaddubsw` takes one unsigned factor: |w| times x with the sign of w.
+INLINE __m256i dot_bytes(__m256i magnitude, __m256i w, __m256i x) {
+  return _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, w));
+}
+
+// bf16 in the high half of `bits`, in every lane.
+INLINE __m256 high_halves(uint32_t bits) {
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi32(int(bits)), _mm256_set1_epi32(int(0xffff0000))));
+}
+
+// The bf16 scales of a panel's rows for each half of them, in the lanes that hold their sums.
+template <int n>
+INLINE void row_scales(const uint8_t* at, __m256* scales) {
+  for (int p = 0; p < 2; p++) {
+    int64_t four;  // bf16
+    std::memcpy(&four, at + (n == 1 ? 8 * p : 0), 8);
+    const int a = n == 1 ? 0 : 4 * p, step = n == 1 ? 2 : 0, c = n == 1 ? 4 : 4 * p + 2;  // bytes of the rows of a lane
+    const auto lane = [](int byte) { return (byte + 1) << 24 | byte << 16 | 0x8080; };
+    const __m128i order = _mm_setr_epi32(lane(a), lane(a + step), lane(c), lane(c + step));
+    scales[p] = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(four), _mm256_broadcastsi128_si256(order)));
+  }
+}
+
+// The rows of a tile for row `b` of the BT that `sums` are of: 4, or 8 of 1:4.
+template <int n>
+INLINE void tile_sums(const __m256* sums, int BT, int b, float* rows) {
+  if (n == 0) {
+    for (int r = 0; r < 4; r++) rows[r] = sum_of(sums[r * BT + b]);
+    return;
+  }
+  __m128 half[2];
+  for (int h = 0; h < 2; h++) {
+    const __m256 v = sums[h * BT + b];
+    half[h] = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  }
+  _mm_storeu_ps(rows, n == 2 ? _mm_hadd_ps(half[0], half[1]) : half[0]);
+  if (n == 1) _mm_storeu_ps(rows + 4, half[1]);
+}
+
 }  // namespace castlm
 END_TARGET
 #endif

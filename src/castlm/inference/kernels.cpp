@@ -155,12 +155,15 @@ void multiply_in_batches(const Header& of, int32_t level, const uint8_t* data, c
                          float* sums, int64_t ldy, int threads) {
   const int64_t tiles = of.tiles(), tile_bytes = std::max<int64_t>(1, of.data_bytes / tiles);
   int64_t part = std::max<int64_t>(1, tiles / (threads * 4));
+  const bool by_prompt = level == kAvx2 && avx2_prompt_gains(of, batch);
+  const int64_t most = by_prompt ? kPromptRows : kMaxBatch;  // rows of x at once
   if (batch > kMaxBatch) part = std::min(part, std::max<int64_t>(1, kChunkBytes / tile_bytes));
   if (threads == 1 && batch <= kMaxBatch) part = tiles;
   in_parallel(tiles, part, threads, [&](int64_t first, int64_t last) {
-    for (int64_t b = 0; b < x.batch; b += kMaxBatch) {
-      const Activations some = rows_from(of, x, b, std::min(kMaxBatch, x.batch - b));
-      const Multiply kernel = level == kAvx512 ? avx512_multiply(of, some.batch)
+    for (int64_t b = 0; b < x.batch; b += most) {
+      const Activations some = rows_from(of, x, b, std::min(most, x.batch - b));
+      const Multiply kernel = by_prompt ? avx2_prompt(of)
+                              : level == kAvx512 ? avx512_multiply(of, some.batch)
                               : level == kAvx2 ? avx2_multiply(of, some.batch)
                               : level == kNeon ? neon_multiply(of, some.batch)
                                                : plain_multiply;

@@ -68,15 +68,6 @@ INLINE void panels_of_floats(const uint8_t* panel, int64_t stride, int64_t block
 
 // ---- 2:4 and 1:4 of int8 and int4
 
-INLINE __m256i dot_bytes(__m256i magnitude, __m256i w, __m256i x) {
-  return _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, w));
-}
-
-// bf16 in the high half of `bits`, in every lane.
-INLINE __m256 high_halves(uint32_t bits) {
-  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi32(int(bits)), _mm256_set1_epi32(int(0xffff0000))));
-}
-
 // Pairs of int8 products added to `sum`, of int4 as int16 (at most 4 * 15 * 127), of int8 as int32.
 template <bool is_int4>
 INLINE __m256i add_pairs(const __m256i* sum, __m256i pairs, __m256i ones) {
@@ -85,24 +76,12 @@ INLINE __m256i add_pairs(const __m256i* sum, __m256i pairs, __m256i ones) {
   return sum ? _mm256_add_epi32(*sum, wide) : wide;
 }
 
-template <int n>
-INLINE void row_scales(const uint8_t* at, __m256* scales) {
-  for (int p = 0; p < 2; p++) {
-    int64_t four;  // bf16
-    std::memcpy(&four, at + (n == 1 ? 8 * p : 0), 8);
-    const int a = n == 1 ? 0 : 4 * p, step = n == 1 ? 2 : 0, c = n == 1 ? 4 : 4 * p + 2;  // bytes of the rows of a lane
-    const auto lane = [](int byte) { return (byte + 1) << 24 | byte << 16 | 0x8080; };
-    const __m128i order = _mm_setr_epi32(lane(a), lane(a + step), lane(c), lane(c + step));
-    scales[p] = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(four), _mm256_broadcastsi128_si256(order)));
-  }
-}
-
 template <int n, bool is_int4, int BT>
 INLINE void panels_of_integers(const uint8_t* panel, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
                     int64_t ld_scales, __m256* sums) {
-  constexpr int kBytes = is_int4 ? 32 + 64 + 16 / n : 160;
+  constexpr int kBytes = integer_panel_bytes<n, is_int4>();
   const __m256i low_two = _mm256_set1_epi8(3), low_four = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
-  const __m256i group = n == 2 ? _mm256_set1_epi64x(0x0c0c080804040000) : _mm256_set1_epi32(0x0c080400);
+  const __m256i group = first_of_groups<n>();
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 a[2][BT];
   for (int p = 0; p < 2; p++)
@@ -147,12 +126,6 @@ INLINE void panels_of_integers(const uint8_t* panel, int64_t blocks, const int8_
 }
 
 // ---- dense rows, four at a time in blocks of 64 columns
-
-INLINE float sum_of(__m256 v) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  half = _mm_hadd_ps(half, half);
-  return _mm_cvtss_f32(_mm_hadd_ps(half, half));
-}
 
 // R rows from `row` on, of each of T tiles `stride` bytes apart, by BT rows of x, which is in pairs for bf16.
 template <int values, int R, int BT, int T, bool in_parts>
@@ -248,22 +221,6 @@ INLINE void add_blocks(const Header& of, const uint8_t* panel, int64_t stride, i
                                           is_int4 ? x.offsets + at * blocks + k : nullptr, blocks, sums + r * BT);
     }
   }
-}
-
-// The rows of a tile for row `b` of the BT that `sums` are of: 4, or 8 of 1:4.
-template <int n>
-INLINE void tile_sums(const __m256* sums, int BT, int b, float* rows) {
-  if (n == 0) {
-    for (int r = 0; r < 4; r++) rows[r] = sum_of(sums[r * BT + b]);
-    return;
-  }
-  __m128 half[2];
-  for (int h = 0; h < 2; h++) {
-    const __m256 v = sums[h * BT + b];
-    half[h] = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  }
-  _mm_storeu_ps(rows, n == 2 ? _mm_hadd_ps(half[0], half[1]) : half[0]);
-  if (n == 1) _mm_storeu_ps(rows + 4, half[1]);
 }
 
 #include "tiles.h"

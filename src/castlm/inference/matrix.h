@@ -23,6 +23,7 @@ namespace castlm {
 constexpr uint32_t kMagic = 0x6e6d3031;
 constexpr int64_t kBlock = 64;  // columns that share a panel, a scale of int4, and a scale of int8 activations
 constexpr int64_t kMaxBatch = 16;  // rows of x that are multiplied at once
+constexpr int64_t kPromptRows = 64;  // the same of `avx2_prompt`: as int8, 4,096 columns of them are half of a 512 KiB cache
 constexpr int64_t kHeaderBytes = 64;
 
 enum Values : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kInt4 = 4 };
@@ -160,6 +161,9 @@ extern const bool is_intel;  // whether the processor is Intel's
 bool has_amx();
 Multiply neon_multiply(const Header&, int64_t batch);
 Multiply avx2_multiply(const Header&, int64_t batch);
+// The AVX2 kernel of integers for many rows of x, up to `kPromptRows` at once, a multiple of 4; and whether it is faster.
+Multiply avx2_prompt(const Header&);
+bool avx2_prompt_gains(const Header&, int64_t batch);
 Multiply avx512_multiply(const Header&, int64_t batch);
 bool avx512_gains(const Header&, int64_t batch);  // whether it is faster than AVX2
 int64_t avx2_expand(const Header&, const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to);

@@ -1,0 +1,222 @@
+// Integer weights times many rows of x (prompts, large batches) with AVX2.
+//
+// A single row of x is bound by the bytes of the weights, so that `kernels_avx2.cpp` decodes them anew for every four rows.
+// Many rows are bound by instructions. Here the weights of a tile are decoded once per `kPromptRows` rows of x into what the
+// instructions take, in a buffer that stays in the first-level cache:
+//
+//   n:m, a panel (4 rows by 64 columns of 2:4, 8 rows of 1:4), a record for each half of its rows:
+//     | control 0 | magnitude 0 | signed 0 | control 1 | magnitude 1 | signed 1 | scales (int4) |     32 bytes each
+//       columns 0..31: which byte of x each kept weight meets, |w|, w         columns 32..63
+//   dense, a record for each of the four rows of a block of 64 columns:
+//     | w 0 | magnitude 0 | w 1 | magnitude 1 |  of int8,  | w + 8, columns 0..31 | columns 32..63 | scale |  of int4
+//
+// One record then meets four rows of x. For 32 kept weights, which stand for 64 columns of 2:4, that is a shuffle of x,
+// a sign, a product (`vpmaddubsw`), a widening sum (`vpmaddwd`) and an addition. The sums run in the order of
+// `kernels_avx2.cpp`, so that both give the same bits.
+
+#include "avx2.h"
+
+#if defined(CASTLM_AVX2)
+
+BEGIN_TARGET("avx2,fma,f16c")
+
+namespace castlm {
+namespace {
+
+constexpr int kRowsAtOnce = 4;        // rows of x that share a record while it is in registers
+constexpr int64_t kDecodedBlocks = 16;  // blocks of 64 columns that are decoded at once: 12 KiB of 2:4
+
+INLINE __m256i load(const void* at) { return _mm256_load_si256(static_cast<const __m256i*>(at)); }
+INLINE __m256i load_x(const int8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
+INLINE void store(uint8_t*& to, __m256i bytes) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), bytes), to += 32; }
+
+// ---- n:m
+
+template <bool is_int4>
+constexpr int64_t panel_record() { return is_int4 ? 7 * 32 : 6 * 32; }
+
+// Decodes `blocks` panels: the records of the first half of their rows, then the others.
+template <int n, bool is_int4>
+INLINE void decode_panels(const uint8_t* panel, int64_t blocks, uint8_t* decoded) {
+  const __m256i low_two = _mm256_set1_epi8(3), low_four = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
+  const __m256i group = first_of_groups<n>();
+  for (int64_t block = 0; block < blocks; block++, panel += integer_panel_bytes<n, is_int4>()) {
+    const __m256i meta = load_bytes(panel);
+    __m256 scales[2];
+    if (is_int4) row_scales<n>(panel + 96, scales);
+    for (int half = 0; half < 2; half++) {
+      uint8_t* to = decoded + (half * blocks + block) * panel_record<is_int4>();
+      for (int columns = 0; columns < 2; columns++) {  // 0..31 and 32..63
+        const int step = 2 * half + columns;
+        __m256i w = load_bytes(panel + 32 + 32 * (is_int4 ? half : step));
+        if (is_int4) w = _mm256_sub_epi8(_mm256_and_si256(columns ? _mm256_srli_epi16(w, 4) : w, low_four), eight);
+        store(to, _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(meta, 2 * step), low_two), group));
+        store(to, _mm256_abs_epi8(w));
+        store(to, w);
+      }
+      if (is_int4) store(to, _mm256_castps_si256(scales[half]));
+    }
+  }
+}
+
+// The records of one half times four rows of x, added to `sums`: 8 floats for each row of x.
+template <bool is_int4>
+INLINE void multiply_panels(const uint8_t* record, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
+                            int64_t ld_scales, float* sums) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256 sum[kRowsAtOnce];
+  for (int b = 0; b < kRowsAtOnce; b++) sum[b] = _mm256_load_ps(sums + 8 * b);
+  for (int64_t block = 0; block < blocks; block++, record += panel_record<is_int4>(), x += kBlock, scales++) {
+    const __m256i control[2] = {load(record), load(record + 96)};
+    const __m256i magnitude[2] = {load(record + 32), load(record + 128)};
+    const __m256i w[2] = {load(record + 64), load(record + 160)};
+#pragma GCC unroll 4
+    for (int b = 0; b < kRowsAtOnce; b++) {
+      const int8_t* row = x + b * ldx;
+      const __m256i first = dot_bytes(magnitude[0], w[0], _mm256_shuffle_epi8(load_x(row), control[0]));
+      const __m256i second = dot_bytes(magnitude[1], w[1], _mm256_shuffle_epi8(load_x(row + 32), control[1]));
+      const __m256i total = is_int4 ? _mm256_madd_epi16(_mm256_add_epi16(first, second), ones)  // at most 4 * 8 * 127
+                                    : _mm256_add_epi32(_mm256_madd_epi16(first, ones), _mm256_madd_epi16(second, ones));
+      __m256 scale = _mm256_broadcast_ss(scales + b * ld_scales);
+      if (is_int4) scale = _mm256_mul_ps(scale, _mm256_castsi256_ps(load(record + 192)));
+      sum[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, sum[b]);
+    }
+  }
+  for (int b = 0; b < kRowsAtOnce; b++) _mm256_store_ps(sums + 8 * b, sum[b]);
+}
+
+// ---- dense
+
+template <bool is_int4>
+constexpr int64_t dense_record() { return is_int4 ? 3 * 32 : 4 * 32; }
+
+// Decodes `blocks` blocks of four rows: the records of the first row, then those of the others.
+template <bool is_int4>
+INLINE void decode_rows(const uint8_t* row, int64_t blocks, uint8_t* decoded) {
+  constexpr int kBytes = is_int4 ? 34 : 64;
+  const __m256i low_four = _mm256_set1_epi8(15);
+  for (int64_t block = 0; block < blocks; block++)
+    for (int r = 0; r < 4; r++, row += kBytes) {
+      uint8_t* to = decoded + (r * blocks + block) * dense_record<is_int4>();
+      for (int columns = 0; columns < 2; columns++) {
+        const __m256i bytes = load_bytes(row + (is_int4 ? 0 : 32 * columns));
+        if (is_int4) store(to, _mm256_and_si256(columns ? _mm256_srli_epi16(bytes, 4) : bytes, low_four));
+        else store(to, bytes), store(to, _mm256_abs_epi8(bytes));
+      }
+      if (is_int4) store(to, _mm256_castps_si256(high_halves(load32(row + 30))));
+    }
+}
+
+// The records of one row times four rows of x. `offsets` takes off the 8 that int4 have added.
+template <bool is_int4>
+INLINE void multiply_row(const uint8_t* record, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
+                         const int32_t* offsets, int64_t ld_scales, float* sums) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256 sum[kRowsAtOnce];
+  for (int b = 0; b < kRowsAtOnce; b++) sum[b] = _mm256_load_ps(sums + 8 * b);
+  for (int64_t block = 0; block < blocks; block++, record += dense_record<is_int4>(), x += kBlock, scales++) {
+    const __m256i w[2] = {load(record), load(record + (is_int4 ? 32 : 64))};
+    const __m256i magnitude[2] = {load(record + 32), load(record + (is_int4 ? 64 : 96))};  // of int4 the second is the scale
+#pragma GCC unroll 4
+    for (int b = 0; b < kRowsAtOnce; b++) {
+      const __m256i v[2] = {load_x(x + b * ldx), load_x(x + b * ldx + 32)};
+      __m256 scale = _mm256_broadcast_ss(scales + b * ld_scales);
+      __m256i total;
+      if (is_int4) {
+        const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w[0], v[0]), _mm256_maddubs_epi16(w[1], v[1]));
+        const int32_t offset = offsets[block + b * ld_scales];
+        total = _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), _mm256_castsi128_si256(_mm_cvtsi32_si128(offset)));
+        scale = _mm256_mul_ps(_mm256_castsi256_ps(magnitude[1]), scale);
+      } else {
+        total = _mm256_add_epi32(_mm256_madd_epi16(dot_bytes(magnitude[0], w[0], v[0]), ones),
+                                 _mm256_madd_epi16(dot_bytes(magnitude[1], w[1], v[1]), ones));
+      }
+      sum[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, sum[b]);
+    }
+  }
+  for (int b = 0; b < kRowsAtOnce; b++) _mm256_store_ps(sums + 8 * b, sum[b]);
+}
+
+// ---- tiles
+
+// The outputs of a tile for one of four rows of x: what the 8 lanes of its sums add up to, in the order of `tile_sums`.
+template <int n, int parts>
+INLINE void add_lanes(const float (&sums)[parts][kRowsAtOnce * 8], int b, __m128* outputs) {
+  __m128 four[parts];
+  for (int part = 0; part < parts; part++) {
+    const __m256 lanes = _mm256_load_ps(sums[part] + 8 * b);
+    four[part] = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+  }
+  if constexpr (n == 0) outputs[0] = _mm_hadd_ps(_mm_hadd_ps(four[0], four[1]), _mm_hadd_ps(four[2], four[3]));
+  if constexpr (n == 1) outputs[0] = four[0], outputs[1] = four[1];
+  if constexpr (n == 2) outputs[0] = _mm_hadd_ps(four[0], four[1]);
+}
+
+// As `Multiply`, for up to `kPromptRows` rows of x. n = 0 is dense.
+template <int n, int values>
+void multiply_prompt(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
+                     int64_t last) {
+  constexpr bool is_int4 = values == kInt4;
+  constexpr int kParts = n ? 2 : 4;  // halves of a panel, or rows
+  constexpr int kTileRows = n == 1 ? 8 : 4;
+  constexpr int64_t kRecord = n ? panel_record<is_int4>() : dense_record<is_int4>();
+  alignas(64) uint8_t decoded[kParts * kDecodedBlocks * kRecord];
+  alignas(64) float sums[kPromptRows / kRowsAtOnce][kParts][kRowsAtOnce * 8];
+  const int64_t blocks = of.blocks(), width = of.padded(), bytes = of.panel_bytes();
+  const float* row_scales_of_int8 = reinterpret_cast<const float*>(data + of.tiles() * blocks * bytes);
+  for (int64_t tile = first; tile < last; tile++) {
+    std::memset(sums, 0, x.batch / kRowsAtOnce * sizeof sums[0]);
+    for (int64_t k = 0; k < blocks; k += kDecodedBlocks) {
+      const int64_t count = blocks - k < kDecodedBlocks ? blocks - k : kDecodedBlocks;
+      const uint8_t* weights = data + (tile * blocks + k) * bytes;
+      if constexpr (n > 0) decode_panels<n, is_int4>(weights, count, decoded);
+      else decode_rows<is_int4>(weights, count, decoded);
+      for (int64_t b = 0; b < x.batch; b += kRowsAtOnce)
+        for (int part = 0; part < kParts; part++) {
+          const uint8_t* records = decoded + part * count * kRecord;
+          const int8_t* narrow = x.narrow + b * width + k * kBlock;
+          const float* scales = x.scales + b * blocks + k;
+          float* to = sums[b / kRowsAtOnce][part];
+          if constexpr (n > 0) multiply_panels<is_int4>(records, count, narrow, width, scales, blocks, to);
+          else multiply_row<is_int4>(records, count, narrow, width, scales,
+                                     is_int4 ? x.offsets + b * blocks + k : nullptr, blocks, to);
+        }
+    }
+    const int64_t row = tile * kTileRows, num_rows = of.rows - row < kTileRows ? of.rows - row : kTileRows;
+    for (int64_t b = 0; b < x.batch; b++) {
+      __m128 outputs[kTileRows / 4];
+      add_lanes<n>(sums[b / kRowsAtOnce], int(b % kRowsAtOnce), outputs);
+      for (int four = 0; four < kTileRows / 4; four++) {
+        const int64_t at = row + 4 * four;
+        if (!is_int4) outputs[four] = _mm_mul_ps(outputs[four], _mm_loadu_ps(row_scales_of_int8 + at));
+        if (num_rows == kTileRows) _mm_storeu_ps(y + b * ldy + at, outputs[four]);
+      }
+      if (num_rows < kTileRows) std::memcpy(y + b * ldy + row, outputs, num_rows * 4);
+    }
+  }
+}
+
+template <int values>
+Multiply prompt_kernel(const Header& of) {
+  return of.n == 0 ? multiply_prompt<0, values> : of.n == 1 ? multiply_prompt<1, values> : multiply_prompt<2, values>;
+}
+
+}  // namespace
+
+bool avx2_prompt_gains(const Header& of, int64_t batch) { return of.values >= kInt8 && batch > kMaxBatch; }
+
+Multiply avx2_prompt(const Header& of) {
+  return of.values == kInt4 ? prompt_kernel<kInt4>(of) : prompt_kernel<kInt8>(of);
+}
+
+}  // namespace castlm
+END_TARGET
+
+#else
+
+namespace castlm {
+bool avx2_prompt_gains(const Header&, int64_t) { return false; }
+Multiply avx2_prompt(const Header&) { return nullptr; }
+}  // namespace castlm
+
+#endif
