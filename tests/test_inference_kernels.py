@@ -154,15 +154,26 @@ def test_the_level_is_chosen_by_name_or_in_the_environment(level, monkeypatch):
 def test_many_rows_are_as_few_rows_where_the_kernels_take_them(values, n, m, level):
     packed = random_packed(values, n, m, 24, 128)
     buffer, x = buffer_of(packed), torch.randn(1029, 128)
-    integers = 128 if values == "int8" or values == "int4" else 0
-    by_avx512 = 128 if n == 1 or (n == 2 and not native.is_intel()) else integers
+    is_integer = values == "int8" or values == "int4"
+    by_avx512 = 128 if n == 1 or (n == 2 and not native.is_intel()) or is_integer else 0
     by_amx = by_avx512 if values == "fp16" else 512
     most = native.rows_at_a_time(buffer)
-    assert most == {"avx2": integers, "avx512": by_avx512, "amx": by_amx}.get(level, 0)
+    assert most == {"avx2": 512 if is_integer else 0, "avx512": by_avx512, "amx": by_amx}.get(level, 0)
     in_parts = torch.cat([packed_linear(part, buffer, 24) for part in x.split(most or DIRECT_ROWS)])
     whole = packed_linear(x, buffer, 24)
     assert torch.equal(whole, in_parts) if most else torch.allclose(whole, in_parts, atol=1e-6 * whole.abs().max())
     assert torch.equal(packed_linear(x.half(), buffer, 24), packed_linear(x.half().float(), buffer, 24).half())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(24, 128), (21, 1100), (8, 64)])
+@pytest.mark.parametrize(("values", "n", "m"), itertools.product(("int8", "int4"), (2, 1, 0), (4,)))
+def test_a_prompt_of_integers_has_the_bits_of_four_rows(values, n, m, rows, columns, level):
+    """Prompts have kernels of their own with AVX2, for up to 64 rows at once; 1,100 columns are decoded in two parts."""
+    buffer = buffer_of(random_packed(values, n, m if n else 0, rows, columns))
+    x = torch.randn(103, columns)
+    in_fours = torch.cat([packed_linear(part, buffer, rows) for part in x.split(4)])
+    for many in (17, 64, 65, 103):
+        assert torch.equal(packed_linear(x[:many], buffer, rows), in_fours[:many])
 
 
 def test_what_does_not_fit_is_refused():

@@ -220,7 +220,9 @@ def rows_at_a_time(packed: Tensor) -> int:
     if used == "amx" and (is_integer or values == VALUES["bf16"]):
         return 512
     floats_gain = used != "avx2" and layout == LAYOUTS["panels"] and (n == 1 or not is_intel())
-    return 128 if is_integer or floats_gain else 0
+    if is_integer:
+        return 512 if used == "avx2" else 128
+    return 128 if floats_gain else 0
 
 
 def multiply(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
