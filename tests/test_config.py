@@ -18,6 +18,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.fields import COMMAND_LINE, build, convert, docs_of, positional, suggest
 from castlm.files.yaml_file import read_yaml_mapping
+from castlm.methods.base import Retraining, class_of
 from castlm.methods.table import METHODS, Method
 from castlm.training.config import EFFECTS, OF_CHAT, RECIPES, TrainConfig, names_of, sections_of
 
@@ -58,6 +59,12 @@ OPTIONS = [name for section in sections_of(TrainConfig).values() for name in nam
 def test_options_of_effects_and_methods_exist():
     assert set(EFFECTS) | set(OF_CHAT) <= set(OPTIONS)
     assert {option for row in METHODS.values() for option in row.options} <= set(OPTIONS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_row_names_the_class_of_a_method(method):
+    """A row's module is its full name: `ast` alone would be the module of Python."""
+    assert issubclass(class_of(method, "none"), Retraining)
 
 
 def test_every_option_is_in_one_section_and_has_help():
@@ -412,7 +419,7 @@ def test_values_keep_their_type():
 
 
 def test_a_method_and_a_decay_are_added_in_their_table_alone(monkeypatch, capsys):
-    monkeypatch.setitem(METHODS, "toy", Method("dense", "Dense", "a toy", starts_dense=True))
+    monkeypatch.setitem(METHODS, "toy", Method("castlm.methods.dense", "Dense", "a toy", starts_dense=True))
     monkeypatch.setitem(DECAYS, "toy", Decay(ramp=lambda *_: 0.0, needs_lam=False, exact_zero=False))
     config, _ = parse_train(["--model=m", "--dataset=d", "--output-dir=o", "--method", "toy", "--decay", "toy"])
     assert (config.method.method, config.method.decay) == ("toy", "toy")

@@ -53,7 +53,12 @@ METHODS: dict[str, Method] = {
     "srste": Method(
         "castlm.methods.ste", "SRSTE", "STE with a decay of the masked weights (arXiv 2102.04010)", ("srste_lam",)
     ),
-    "ast": Method("ast", "AST", "SR-STE with an annealed decay (arXiv 2407.20584)", ("srste_lam", "mask_interval")),
+    "ast": Method(
+        "castlm.methods.ast",
+        "AST",
+        "SR-STE with an annealed decay (arXiv 2407.20584)",
+        ("srste_lam", "mask_interval"),
+    ),
     "gradual_magnitude": Method(
         "castlm.methods.gradual",
         "GradualMagnitude",
