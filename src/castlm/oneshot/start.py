@@ -378,7 +378,7 @@ def prune_oneshot_(
         calibration: int64, (num_sequences, seq_len), as from `draw_calibration`. Magnitude needs none; where it is
             given one, its first 256 tokens serve for the reconstruction errors.
         extras: for each sequence what the model's forward takes beside its tokens, as images.
-        damping, seed, filter_fn, precision: as in `Start`.
+        damping: see `Start`, as for `seed`, `filter_fn` and `precision`.
         block_size: SparseGPT: columns between two full matmuls; a matter of speed only.
         basis: changes of basis; none by default.
         refinements: what is done beyond SparseGPT as published; nothing by default. Of these, structured patterns read
