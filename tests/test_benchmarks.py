@@ -2,12 +2,13 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
-from benchmarks import frontier, gap_figure, gpu, growth, levels, memory, structured
+from benchmarks import frontier, gap_figure, gpu, growth, levels, memory, structured, tics
 from benchmarks.masks import apex_mask, topk_mask
 from benchmarks.rows import Row, interleaved, ratio_row
 from safetensors.torch import load_file
@@ -231,3 +232,15 @@ def test_the_figure_of_the_start_shows_the_gaps_of_its_table(tmp_path):
     assert gaps["the default, cast"][6400] == 0.161
     with pytest.raises(InputError, match="no table with a column `variant`"):
         gap_figure.read_gaps("| variant | ppl |\n|---|---|\n| a | 3.2 (+0.570) |\n")
+
+
+def test_tics_are_counted_in_the_files_that_git_tracks(tmp_path, capsys):
+    (tmp_path / "a.py").write_text('"""Of one layer."""\n"""What it says so goes on."""\n')
+    (tmp_path / "b.md").write_text("that of a, those of b, of which what is\n")
+    for name in ("c.txt", "untracked.md"):
+        (tmp_path / name).write_text("that of\n")
+    for command in (["init", "-q"], ["add", "a.py", "b.md", "c.txt"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert list(tics.count(tmp_path).values()) == [1, 1, 0, 2, 1, 1, 1, 1]
+    tics.main([str(tmp_path), "--where"])
+    assert "b.md:1: that of a" in capsys.readouterr().out
