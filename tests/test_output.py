@@ -179,7 +179,7 @@ def test_resume_is_for_the_same_command(tmp_path):
     write(tmp_path / "other" / "thesis.txt")
     for folder in (tmp_path / "run", tmp_path / "other"):
         before = tree(folder)
-        with pytest.raises(InputError, match="something else"), output_folder(folder, "compare", resume=True):
+        with pytest.raises(InputError, match="no output of castlm"), output_folder(folder, "compare", resume=True):
             pass
         assert tree(folder) == before
 

@@ -1,1 +1,1 @@
-"""The commands, one file each: the only place that knows argv."""
+"""The commands, one file each. Nothing else reads argv."""

@@ -1,4 +1,4 @@
-"""`castlm advise`: which format to run a model in here, or on a GPU, and which of finished results pays off."""
+"""`castlm advise`: recommends a format for a model on this CPU or a GPU, and compares finished results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class AdviseCommand:
-    """Say how fast and how large a model is in every format, dense and n:m, and what to use when.
+    """Show the speed and size of a model in every format, dense and n:m, and which to use for what.
 
     On this CPU every format is timed, in about a minute. A GPU is estimated, or timed where it is at hand.
     """
@@ -28,26 +28,30 @@ class AdviseCommand:
     """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; only its config is read."""
 
     tokens: int = field(default=0, metadata={"at_least": 0})
-    """Rows that a layer sees at once: the batch size in decode, the tokens of all prompts in prefill. 0 takes 1, 8 and
-    512 on a CPU, and 1 on a GPU."""
+    """Rows of a layer's input: the batch size when decoding, or all prompt tokens in prefill. 0 takes 1, 8 and 512 on a
+    CPU, and 1 on a GPU.
+    """
 
     dtype: Literal["bf16", "fp16", "fp32", "int8", "fp8"] = "bf16"
-    """What the model is served in now; every format is compared with it."""
+    """Dtype in which the model is served now; speeds are relative to it."""
 
     device: str = "this"
-    """A GPU such as h100, a100-40gb, l40s or rtx4090 (an unknown name lists all), whose times are estimated, or "this"
-    for the GPU or CPU at hand, which is timed."""
+    """"this" times the GPU or CPU of this machine. A name such as h100, a100-40gb, l40s or rtx4090 estimates that GPU
+    (an unknown name lists all).
+    """
 
     pattern: str = "2:4"
-    """n:m (2:4 on a GPU), or channels and heads that are cut out, as channels:0.5: the advice is then on the smaller
-    model, with its speed beside that of the whole one."""
+    """n:m (2:4 on a GPU), or a structured pattern such as channels:0.5. The advice is then for the smaller, cut model,
+    and compares its speed with the whole model.
+    """
 
     results: tuple[str, ...] = ()
-    """Runs of `castlm train`, or their model folders: compare them and the dense model at equal perplexity, by bytes
-    and decoding speed measured on this CPU in bf16. Their perplexities must be of the same text."""
+    """Runs of `castlm train`, or their model folders, to compare with the dense model at equal perplexity: bytes, and
+    decoding speed on this CPU in bf16. All must be evaluated on the same text.
+    """
 
     json: str | None = None
-    """Write the advice there; "-" prints it instead of the table."""
+    """File for the advice as JSON; "-" prints it instead of the table."""
 
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model."""
@@ -147,7 +151,7 @@ _ADVICE = ("tokens", "dtype", "device", "pattern", "trust_remote_code")
 
 
 def _perplexities(name: str, dtype: str) -> dict[str, float]:
-    """The perplexities that the castlm.json of a result records, by the names of the formats that they are of."""
+    """The perplexities in the castlm.json of a result, by the name of their format."""
     from castlm.export.folder import read_manifest
     from castlm.training.record import final_perplexity
 

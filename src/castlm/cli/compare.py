@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show(report: Report) -> None:
-    """Prints the table, the verdict and where the report is."""
+    """Prints the table, the verdict and the path of the report."""
     from rich.table import Table
     from rich.text import Text
 
@@ -26,7 +26,7 @@ def show(report: Report) -> None:
     for line in report.table.lines:
         table.add_row(*map(Text, line))
     console = Screen(highlight=False)
-    if not console.is_terminal:  # a log has no width
+    if not console.is_terminal:  # a log has no width to wrap at
         console = Screen(highlight=False, width=WIDTH)
     console.print(table)
     for text in (*report.warnings, *report.notes, report.verdict, f"report: {report.files[0]}"):

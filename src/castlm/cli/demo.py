@@ -1,4 +1,4 @@
-"""`castlm demo`: the main job on a real model that comes with pip, on the text that comes with Python.
+"""`castlm demo`: trains a real model that comes with pip on text that comes with Python.
 
 SmolLM2-135M-Instruct is made 2:4 on the Python language reference; whole topics are held out for evaluation. The dense
 control gets the same training, because continued training alone helps on a narrow text.
@@ -37,7 +37,9 @@ NEW_TOKENS = 40
 
 
 def write_texts(folder: Path) -> tuple[Path, Path]:
-    """The language reference as .jsonl, a topic a document: for training, and held out by the hash of its name."""
+    """Writes the language reference as .jsonl, one topic per document; the hash of a topic's name decides whether it is
+    held out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     train_file, eval_file = folder / "train.jsonl", folder / "held_out.jsonl"
     with train_file.open("w", encoding="utf-8") as train_out, eval_file.open("w", encoding="utf-8") as eval_out:
@@ -68,7 +70,7 @@ def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
 
 
 def run_demo(folder: Path, max_steps: int, overwrite: bool, resume: bool) -> None:
-    """Trains castlm and the dense control, and prints what they reach, what they cost to run, and a text of each."""
+    """Trains with castlm and the dense control; prints their perplexities, costs of inference and texts."""
     with output_folder(folder, "demo", overwrite=overwrite, resume=resume) as claimed:
         begin_output(claimed, "demo", resume=resume)
         _run_demo(claimed, max_steps)
@@ -100,7 +102,7 @@ def _run_demo(folder: Path, max_steps: int) -> None:
 
 
 def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
-    """The perplexities with their logarithmic distance to the dense model."""
+    """A table of the perplexities and their log distance to the dense model."""
     ppl = sparse["perplexity"]
     measured = sparse["measured"]
     table = Table(
@@ -143,19 +145,19 @@ def complete(loaded: Loaded) -> str:
 
 @dataclass
 class DemoCommand:
-    """Train the embedded SmolLM2-135M-Instruct to a verified 2:4 model, and compare it with the dense one."""
+    """Train the bundled SmolLM2-135M-Instruct to a verified 2:4 model, and compare it with the dense one."""
 
     output_dir: str = "demo-output"
     """Folder for the runs and the result."""
 
     max_steps: int = 25
-    """Optimizer steps of 512 tokens, for castlm and for the dense control each."""
+    """Optimizer steps of 512 tokens, each for castlm and for the dense control."""
 
     resume: bool = False
-    """Continue where an earlier start was stopped, or start."""
+    """Continue an interrupted start; without one, start."""
 
     overwrite: bool = False
-    """Start again; what output_dir holds becomes OUTPUT_DIR.previous."""
+    """Start again; the earlier output becomes OUTPUT_DIR.previous."""
 
     def run(self) -> int:
         keep_freed_memory()

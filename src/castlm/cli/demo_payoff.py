@@ -1,6 +1,6 @@
-"""The last table of `castlm demo`: the savings of the 2:4 result in file size, memory and time against the dense model.
+"""The last table of `castlm demo`: file size, memory and time of the 2:4 result against the dense model.
 
-Every model runs in a process of its own, so that each has its own peak of memory.
+Every model runs in its own process, so that each has its own peak of memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Measured(NamedTuple):
 
 
 def payoff_table(dense: Path, sparse: Path, packed: Path, prompt: str, say: Callable[[str], None]) -> tuple[Table, str]:
-    """Packs `sparse` to `packed`, and compares it with `dense` and with itself unpacked.
+    """Packs `sparse` to `packed`, and compares the packed model with `dense`.
 
     Returns:
         The table, and the text that the packed model generates.

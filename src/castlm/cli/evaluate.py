@@ -16,13 +16,13 @@ _OF_TEXT = ("eval_split", "eval_config", "eval_tokens", "column", "assistant_onl
 
 @dataclass
 class EvalCommand:
-    """Perplexity of a model on a text, or its zero-shot accuracies on tasks of lm-eval, or both."""
+    """Measure the perplexity of a model on a text, its zero-shot accuracy on tasks of lm-eval, or both."""
 
     path: str = positional()
     """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"."""
 
     text: str | None = None
-    """Text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub dataset."""
+    """Text to evaluate on: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub dataset."""
 
     eval_split: str = "validation"
     """Split of a hub dataset."""
@@ -34,38 +34,40 @@ class EvalCommand:
     """Maximum number of tokens of the text. 0 scores all of it."""
 
     column: str | None = None
-    """Column of .jsonl and .parquet that holds the text, or messages. By default it is found."""
+    """Column of .jsonl and .parquet with the text, or with chat messages. By default it is detected."""
 
     assistant_only_loss: bool = True
     """Score only the assistant's tokens of a conversation."""
 
     chat_template_path: str | None = None
-    """File with a Jinja chat template to use in place of the tokenizer's own."""
+    """Jinja chat template to use instead of the tokenizer's own."""
 
     seq_len: int | None = None
-    """Tokens of context, by default 1024 or the model's own if that is shorter; figures at different lengths cannot be
-    compared."""
+    """Tokens per sequence. The default is 1024, or the model's context length if that is shorter. Perplexities at
+    different lengths cannot be compared.
+    """
 
     stride: int | None = None
-    """Tokens between the starts of two sequences. The default, seq_len, scores every sequence by itself."""
+    """Tokens between the starts of two sequences. The default is seq_len: sequences do not overlap."""
 
     tasks: str | None = None
-    """Tasks of lm-eval, with commas: piqa,arc_easy. Without examples, without a chat template."""
+    """Tasks of lm-eval, separated by commas, such as piqa,arc_easy; run without examples and without a chat template.
+    """
 
     tasks_from: str | None = None
     """Folder with local files of the tasks, instead of the hub."""
 
     limit: int | None = None
-    """At most this many questions of each task."""
+    """Maximum number of questions per task."""
 
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """Compute type of the forward pass; auto: bf16 where it is fast."""
+    """Compute type of the forward pass. auto: bf16 if the hardware multiplies it faster."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses CUDA if there is a GPU."""
 
     json: str | None = None
-    """Write the figures there; "-" prints them as JSON."""
+    """File for the figures as JSON; "-" prints them."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
@@ -104,7 +106,7 @@ class EvalCommand:
         device = choose_device(self.device)
         name = result_folder(self.path)
         code: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
-        loaded = load_model(name, unpack=device != "cpu", **code)  # what castlm generate computes is what is measured
+        loaded = load_model(name, unpack=device != "cpu", **code)  # measures the computation of castlm generate
         with_template(loaded.tokenizer, self.chat_template_path)
         model = loaded.model
         model.to(device)

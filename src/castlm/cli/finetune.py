@@ -1,4 +1,4 @@
-"""`castlm finetune`: an n:m sparse model in, one that is fine-tuned and still n:m out."""
+"""`castlm finetune`: fine-tunes an n:m sparse model, which stays n:m."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from castlm.training.options import ModelOptions
 def parse_finetune(arguments: Sequence[str]) -> tuple[FinetuneConfig, bool]:
     """The options of `castlm finetune`: the files of `--config` in their order, then the command line.
 
-    The pattern of the model's castlm.json is the default, and a run of `castlm train` stands for its model folder.
+    The default pattern is the one in the model's castlm.json. A run of `castlm train` stands for its model folder.
 
     Returns:
         The config, and whether to write the page of the run.
@@ -43,7 +43,7 @@ def parse_finetune(arguments: Sequence[str]) -> tuple[FinetuneConfig, bool]:
 
 
 def _pattern_of(model: str) -> Pattern:
-    """The pattern that the zeros of a model have, by its castlm.json; 2:4 where it has none.
+    """The pattern of a model's zeros, by its castlm.json; 2:4 without one.
 
     Raises:
         InputError: castlm.json names no pattern, or one that left no zeros in the model.

@@ -12,34 +12,34 @@ from castlm.names import LAYOUT, printable
 
 @dataclass
 class GenerateCommand:
-    """Continue a prompt, or answer it where the model has a chat template, and print the text as it comes."""
+    """Continue a prompt, or answer it if the model has a chat template, and print the text as it comes."""
 
     path: str = positional()
     """Folder, plain or packed, run of `castlm train`, hub id, GGUF file, or "demo"."""
 
     prompt: str = field(kw_only=True)
-    """What to continue or to answer."""
+    """Text to continue or to answer."""
 
     image: tuple[str, ...] = field(default=(), kw_only=True)
     """Images that the prompt is about, for a vision-language model."""
 
     max_new_tokens: int = field(default=128, metadata={"at_least": 1})
-    """Tokens after which the text is cut."""
+    """Maximum number of new tokens."""
 
     temperature: float = field(default=0.0, metadata={"at_least": 0})
-    """0 takes the most probable token each time; above 0 samples."""
+    """0 always takes the most probable token; above 0, tokens are sampled."""
 
     seed: int = 0
     """Of the samples."""
 
     raw: bool = False
-    """Continue the prompt as it is, without the chat template."""
+    """Continue the prompt as it is, without a chat template."""
 
     threads: int = field(default=0, metadata={"at_least": 0})
     """Processor threads; 0 leaves the number to torch."""
 
     trust_remote_code: bool = False
-    """Run Python code that comes with a hub model."""
+    """Run the Python code that comes with a hub model."""
 
     def run(self) -> int:
         from castlm.data.images.reader import encode_image_prompt, open_processor

@@ -17,19 +17,19 @@ from castlm.fields import choices_of, default_of, docs_of, hints_of, is_required
 WIDTH = 100
 _INDENT = 30
 _SHORT = 24
-"""Commands with at most this many options, or none that is marked as essential, describe them all in `--help`."""
+"""`--help` describes all options of a command with at most this many, or without essential ones."""
 
 
 Sections = Sequence[tuple[str, type[Any]]]
-"""Dataclasses whose fields are the options of a command, each under the title of its section; titles may repeat."""
+"""Dataclasses of a command's options, by the title of their section; titles may repeat."""
 
 
 def help_text(sections: Sections, name: str, everything: bool, about: type[Any]) -> str:
     """The help of a command.
 
     Args:
-        about: the class whose docstring tells what the command does.
-        everything: describe all options; otherwise those beyond the essential ones are only named, if there are many.
+        about: the class whose docstring describes the command.
+        everything: describe all options; otherwise only name the inessential ones, if there are many.
     """
     groups: dict[str, list[tuple[type[Any], dataclasses.Field[Any]]]] = {}
     for title, kind in sections:
@@ -77,7 +77,7 @@ def _described(kind: type[Any], field: dataclasses.Field[Any]) -> list[str]:
 
 
 def _values(field: dataclasses.Field[Any], hint: Any) -> str:
-    """The values that follow the option: `INT`, `FLOAT|auto`, `cast|ste`."""
+    """The values that an option takes: `INT`, `FLOAT|auto`, `cast|ste`."""
     if hint is bool:
         return ""
     if names := choices_of(field):

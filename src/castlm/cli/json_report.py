@@ -10,7 +10,7 @@ from castlm.files.reading import check_regular, read_json_object, user_path
 
 _FOLDER_OF_A_MODEL = ("config.json", "castlm.json", "config.yaml", "metrics.jsonl")
 _RECORDS = ("castlm-output.json", "progress.json", "*.castlm.json", "*.jsonl")
-"""Files that are no reports though they may hold a JSON object: castlm's own records, and texts."""
+"""Files that may hold a JSON object but are not reports: castlm's records, and texts."""
 
 
 def check_json_path(path: str | None, *inputs: str) -> None:
@@ -20,8 +20,8 @@ def check_json_path(path: str | None, *inputs: str) -> None:
         inputs: paths that the command reads.
 
     Raises:
-        InputError: the folder does not exist or cannot be written, or a file exists that is not a report: one that the
-            command reads, one in the folder of a model or a run, or one that is not a JSON object.
+        InputError: the folder does not exist or cannot be written; or a file exists that the command reads, that lies
+            in the folder of a model or a run, or that is not a JSON report.
     """
     if path is None or path == "-":
         return

@@ -30,18 +30,18 @@ COMMANDS: dict[str, Command] = {
     "finetune": Command("finetune", "fine-tune an n:m sparse model; every zero stays"),
     "prune": Command("prune", "prune one-shot, without training: magnitude, Wanda, SparseGPT"),
     "eval": Command("evaluate", "measure the perplexity of a model on a text, or its zero-shot accuracy"),
-    "compare": Command("compare", "run CAST and its rivals in one harness and print one table"),
-    "sample": Command("sample", "let a model write training text, where there is no data"),
-    "report": Command("report", "write an HTML page about a run: verdict, charts, sample of text"),
-    "plan": Command("plan", "predict convergence, perplexity, hours and memory before a run"),
+    "compare": Command("compare", "train CAST and its rivals under equal conditions and print one table"),
+    "sample": Command("sample", "let a model write its own training text, if you have no data"),
+    "report": Command("report", "write an HTML page about a run: verdict, charts, sample text"),
+    "plan": Command("plan", "predict convergence, perplexity, hours and memory of a run"),
     "quantize": Command("quantize", "round a model, sparse or dense, to int8, fp8 or int4; every zero stays"),
-    "advise": Command("advise", "time every format of a model here, dense and n:m, and say what to use when"),
+    "advise": Command("advise", "time every format of a model here, dense and n:m, and tell which to use for what"),
     "verify": Command("verify", "count every n:m group of a model folder"),
     "pack": Command("pack", "store a model for castlm's CPU kernels; an n:m one without its zeros"),
     "unpack": Command("unpack", "write a packed model as a plain model folder again"),
     "generate": Command("generate", "continue a prompt with a model, plain or packed"),
     "serve": Command("serve", "serve a model, plain or packed, over the OpenAI API"),
-    "demo": Command("demo", "run the main job on the embedded SmolLM2-135M-Instruct, in minutes, on a laptop"),
+    "demo": Command("demo", "train the bundled SmolLM2-135M-Instruct to 2:4 on a laptop, in minutes"),
 }
 
 
@@ -53,9 +53,9 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0: done. 1: the answer is no (a pattern does not hold, a run diverged, a run of `compare` failed). 2:
-    bad input, or output that cannot be written, in one line. 130: after Ctrl-C. 141, as for a process that SIGPIPE
-    ends: nobody reads the output any more (`castlm ... | head -1`).
+    0: done. 1: the answer is no (a pattern does not hold, a run diverged, a run of `compare` failed). 2: bad input, or
+    output that cannot be written, reported in one line. 130: after Ctrl-C. 141: nobody reads the output any more
+    (`castlm ... | head -1`), as after SIGPIPE.
 
     Every other exception is reported in one line too, with exit code 2; CASTLM_TRACEBACK=1 shows the traceback.
     """
@@ -65,10 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
             return _main(sys.argv[1:] if arguments is None else arguments)
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # else it fails at exit, with a traceback
+                sys.stdout.flush()  # an unflushed error would show a traceback at exit
     except BrokenPipeError:
         _discard(sys.stdout)
-        _discard(sys.stderr)  # the one that failed may have been this
+        _discard(sys.stderr)  # stderr itself may be the stream that failed
         return 141
     except OSError as error:
         if os.environ.get("CASTLM_TRACEBACK"):
@@ -103,17 +103,17 @@ def _check_utf8(arguments: list[str]) -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """What is left in `stream` goes nowhere; else it fails once more at exit."""
+    """Discards the rest of `stream`, which would otherwise fail again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _is_output_full(error: Exception) -> bool:
-    """Of what is printed; a file that cannot be written has a name, or is an InputError."""
+    """Whether the standard output is full. An error of a file would have its name, or be an InputError."""
     return isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _describe(error: BaseException) -> str:
-    """An exception in words: what it says itself, if it is meant for a user."""
+    """Describes an exception in one line: its own message, if that is meant for a user."""
     if isinstance(error, InputError):
         return str(error)
     if is_out_of_memory(error):
@@ -166,7 +166,7 @@ def _main(arguments: list[str]) -> int:
         print("castlm: stopped", file=sys.stderr)
         return 130
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # how a library written in Rust reports its own bug
+        if type(error).__name__ != "PanicException":  # a Rust library panicked
             raise
         _complain(_describe(error))
         return 2

@@ -1,7 +1,7 @@
 """The command line of a dataclass: one option per field, read by argparse and checked by `castlm.fields`.
 
-argparse and not tyro, which reports errors only as boxes on stderr and cannot leave options out of `--help`: argparse
-lets `error` be overridden, so that every error is one line with the option that was probably meant.
+Uses argparse instead of tyro, which reports errors as boxes on stderr and cannot hide options from `--help`. In
+argparse `error` can be overridden, so every error is one line with the option that was probably meant.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def read_arguments(
     about: type[Any],
     elsewhere: Mapping[str, str] = types.MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The options that were given, by field name, as text that is not checked yet. The last of several values counts.
+    """The given options by field name, as unchecked text. The last of several values counts.
 
     Args:
-        sections: the fields of their dataclasses are the options.
-        about: the class whose docstring tells what the command does, for the help.
+        sections: dataclasses whose fields are the options.
+        about: the class whose docstring describes the command in the help.
         elsewhere: options of another command, each with its name.
 
     Raises:
@@ -76,7 +76,7 @@ def read_arguments(
 
 
 def _model_in_place(unnamed: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """`arguments` with `--model X` as plain X, where a command takes its model without `--`: both forms do."""
+    """Accepts `--model X` in commands that take their model as a plain argument X."""
     models = {"model", "path"}.intersection(unnamed)
     found = list(arguments)
     options = found[: found.index("--")] if "--" in found else found
@@ -108,13 +108,15 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: A
     if field.metadata.get("positional"):
         parser.add_argument(field.name, nargs="+" if is_list else None)
         return
-    names = dict.fromkeys(f"--{form}" for form in (field.name.replace("_", "-"), field.name))  # HF writes _
+    names = dict.fromkeys(
+        f"--{form}" for form in (field.name.replace("_", "-"), field.name)
+    )  # Hugging Face's options have _
     if hint is bool:
         negated = [f"--no-{form[2:]}" for form in names]
         parser.add_argument(*names, *negated, dest=field.name, action=_Switch, nargs=0)
     elif field.metadata.get("append"):
         parser.add_argument(*names, dest=field.name, action="append")
-    elif is_list and kinds[-1] is ...:  # repeated, it goes on
+    elif is_list and kinds[-1] is ...:  # if repeated, appends
         parser.add_argument(*names, dest=field.name, nargs="+" if is_union else "*", action="extend")
     elif is_list:
         parser.add_argument(*names, dest=field.name, nargs=len(kinds))
@@ -123,7 +125,7 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: A
 
 
 def command_line(name: str, options: Any) -> str:
-    """The command that a dataclass of options was read from, without the options at their defaults."""
+    """The command line that gives a dataclass of options, without options at their defaults."""
     values = {field.name: (field, getattr(options, field.name)) for field in dataclasses.fields(options)}
     return command_of(name, {n: v for n, (f, v) in values.items() if is_required(f) or v != default_of(f)})
 
@@ -168,7 +170,7 @@ def use_threads(number: int) -> None:
 
 
 def result_folder(path: str) -> str:
-    """A run's `model` folder when `path` is a run of `castlm train`, else `path`.
+    """The `model` folder if `path` is a run of `castlm train`, otherwise `path`.
 
     Raises:
         InputError: a folder that may not be read.
@@ -181,7 +183,7 @@ def result_folder(path: str) -> str:
 
 
 def refuse_given(options: Any, names: Iterable[str], why: str) -> None:
-    """Raises `InputError`, the option and `why`, if one of the fields `names` of `options` is not at its default."""
+    """Raises `InputError` with the option and `why` if one of the fields `names` differs from its default."""
     if found := given(options, names):
         raise InputError(f"--{found[0].replace('_', '-')} {why}")
 

@@ -14,7 +14,9 @@ from castlm.fields import positional
 
 @dataclass
 class PackCommand:
-    """Write a model for castlm's CPU kernels: a 2:4 layer in bf16 takes 0.55 of its bytes, a dense one keeps them."""
+    """Write a model for castlm's CPU kernels. A 2:4 layer in bf16 shrinks to 0.55 of its bytes; a dense one keeps its
+    size.
+    """
 
     path: str = positional()
     """Model folder in Hugging Face format, run of `castlm train`, hub id, GGUF file, or "demo"; n:m or dense."""
@@ -23,18 +25,18 @@ class PackCommand:
     """Folder for the packed model."""
 
     pattern: str | None = None
-    """n:m, at most n non-zeros in every m along the input axis, or dense; by default that of castlm.json, else 2:4 if
-    the first layer is, else dense."""
+    """n:m, at most n non-zeros in every m along the input axis, or dense. The default is the pattern in castlm.json;
+    without one, 2:4 if the first layer has it, otherwise dense.
+    """
 
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Cast all weights to this dtype first; by default they stay as they are stored, bit for bit, except that -0.0 may
-    become 0.0."""
+    """Cast all weights to this dtype first. By default they keep their bits, except that -0.0 may become 0.0."""
 
     head: Literal["int8"] | None = None
-    """int8: round the output head, and an embedding tied to it, to int8 with a scale for each row."""
+    """int8 rounds the output head, and an embedding tied to it, with one scale per row."""
 
     overwrite: bool = False
-    """Replace what output_dir holds."""
+    """Replace an earlier result in output_dir."""
 
     def run(self) -> int:
         from castlm.export.packed import pack_folder, pattern_of

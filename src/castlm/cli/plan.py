@@ -1,4 +1,4 @@
-"""`castlm plan`: a table of its commands. Each is imported when it is asked for."""
+"""`castlm plan`: the table of its commands, which are imported on use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from castlm.core.errors import InputError
 
 
 class PlanCommand(NamedTuple):
-    """A row of `COMMANDS`: the function in `castlm.cli` that takes the arguments, and its line of help."""
+    """A row of `COMMANDS`: the function in `castlm.cli` that takes the arguments, and its help line."""
 
     module: str
     function: str
@@ -22,9 +22,9 @@ class PlanCommand(NamedTuple):
 COMMANDS: dict[str, PlanCommand] = {
     "check": PlanCommand("plan_check", "main", "run the first steps: will the run converge, and what does it cost?"),
     "memory": PlanCommand("plan_memory", "main", "predict the memory on each rank from the model's config"),
-    "sweep": PlanCommand("plan_law", "sweep", "find the scaling law of a model and text with the fewest runs"),
+    "sweep": PlanCommand("plan_law", "sweep", "find the scaling law of a model and text with few runs"),
     "fit": PlanCommand("plan_law", "fit", "fit a scaling law to finished runs"),
-    "predict": PlanCommand("plan_law", "predict", "predict a perplexity, or the tokens it takes, from a law"),
+    "predict": PlanCommand("plan_law", "predict", "predict a perplexity, or the tokens that it takes, from a law"),
 }
 
 

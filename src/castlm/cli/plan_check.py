@@ -1,4 +1,4 @@
-"""`castlm plan check`: will a run converge, how long does it take, and which lam suits it?"""
+"""`castlm plan check`: predicts whether a run converges and how long it takes, and estimates lam."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class CheckOptions:
-    """Run the first steps of a training, discard them, and say whether the run will converge and what it costs."""
+    """Run and discard the first steps of a training, to predict whether it will converge and its cost."""
 
     price_per_hour: float | None = None
     """Price of one device per hour; adds the cost of the run."""
 
     devices: int | None = None
-    """Devices to pay for, if the run stays as fast as measured here. The default is one per rank."""
+    """Number of devices to pay for, at the speed measured here. The default is one per rank."""
 
 
 def main(arguments: list[str]) -> int:
@@ -45,11 +45,11 @@ def main(arguments: list[str]) -> int:
 
 
 def report(config: TrainConfig, options: CheckOptions, found: Calibration, world_size: int) -> int:
-    """Prints what the steps showed. Returns the exit code: 1 if the masked weights cannot reach zero."""
+    """Prints the findings. Returns the exit code: 1 if the masked weights cannot reach zero."""
     from castlm.planning.law import duration, gpu_hours
 
     by_headroom = sorted(found.layers.items(), key=lambda item: item[1].headroom)
-    has_headroom = config.method.decay != "horizon"  # which reaches zero by construction, whatever the learning rate is
+    has_headroom = config.method.decay != "horizon"  # reaches zero by construction, at any learning rate
     print(f"{'layer':<48}{'momentum rms':>14}{'99 % of masked':>16}" + f"{'headroom':>10}" * has_headroom)
     for name, layer in by_headroom[:10]:
         row = f"{name:<48}{layer.momentum_rms:>14.2e}{layer.budget.quantiles[2]:>16.3f}"

@@ -1,4 +1,4 @@
-"""`castlm plan sweep`, `plan fit` and `plan predict`: a scaling law from few runs, and what it predicts."""
+"""`castlm plan sweep`, `plan fit` and `plan predict`: a scaling law from few runs, and its predictions."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class FitCommand:
-    """Fit the scaling law of finished runs: loss(D) = L_inf + B * D^-beta, in nats a token over training tokens."""
+    """Fit a scaling law to finished runs: loss(D) = L_inf + B * D^-beta, in nats per token, for D training tokens."""
 
     runs: tuple[str, ...] = positional()
     """Run folders, folders of runs, compare results (.json), or CSVs: tokens,perplexity[,params][,seed][,method]."""
 
     form: Literal["power", "loglinear", "joint"] = "power"
-    """power; loglinear for short ranges; joint in parameters and tokens."""
+    """power: with a floor L_inf. loglinear: without a floor, for a short range of budgets. joint: in parameters and
+    tokens.
+    """
 
     method: str | None = None
-    """Only the runs of this method."""
+    """Use only the runs of this method."""
 
     json: str | None = None
-    """Write the law there, for `castlm plan predict`; "-" prints it."""
+    """File for the law, for `castlm plan predict`; "-" prints it."""
 
     plot: str | None = None
-    """Write a picture of fit and residuals there (.pdf, .png or .svg)."""
+    """File for a plot of the fit and its residuals (.pdf, .png or .svg)."""
 
     def run(self) -> int:
         from castlm.planning.fit import fit_law
@@ -66,20 +68,21 @@ class FitCommand:
 
 @dataclass
 class PredictCommand:
-    """Predict the perplexity of a token budget, or the tokens that a perplexity needs, by the law of finished runs."""
+    """Predict the perplexity of a token budget, or the tokens that a perplexity needs, from a scaling law."""
 
     runs: tuple[str, ...] = positional()
-    """Law written by `castlm plan fit --json` or `plan sweep`, or the runs to fit one to, as `castlm plan fit` takes
-    them: folders of runs, of `castlm compare` or `plan sweep`, and CSVs."""
+    """A law from `castlm plan fit --json` or `plan sweep`, or the runs to fit one to: folders of runs, of `castlm
+    compare` or `plan sweep`, or CSVs.
+    """
 
     form: Literal["power", "loglinear", "joint"] = "power"
-    """Form of the law that is fitted to runs."""
+    """Form of the law, if it is fitted here; see `castlm plan fit`."""
 
     method: str | None = None
-    """Only the runs of this method."""
+    """Use only the runs of this method."""
 
     tokens: float | None = None
-    """Training tokens to predict the perplexity of."""
+    """Training tokens to predict the perplexity for."""
 
     target_ppl: float | None = None
     """Perplexity to find the training tokens for."""
@@ -88,10 +91,10 @@ class PredictCommand:
     """Parameters of the model, for a joint law."""
 
     tokens_per_s: float | None = None
-    """Measured throughput of one GPU (or CPU), to give hours."""
+    """Measured throughput of one GPU or CPU; adds the hours of training."""
 
     price_per_hour: float | None = None
-    """Price of an hour of that GPU; adds the cost to the hours."""
+    """Price of one hour of that device; adds the cost."""
 
     def run(self) -> int:
         from castlm.planning.law import check_price, duration, gpu_hours, predict_perplexity, readable, tokens_for
@@ -101,7 +104,9 @@ class PredictCommand:
         if self.price_per_hour is not None:
             check_price(self.price_per_hour)
             if self.tokens_per_s is None:
-                raise InputError(f"price_per_hour is {self.price_per_hour:g} of unknown hours: give --tokens-per-s too")
+                raise InputError(
+                    f"price_per_hour is {self.price_per_hour:g}, but the hours are unknown: give --tokens-per-s too"
+                )
         if self.tokens_per_s is not None:
             gpu_hours(1, self.tokens_per_s)  # checks the number, before half of the answer is printed
         law = self.law()
@@ -130,7 +135,7 @@ class PredictCommand:
         return 0 if tokens is not None else 1
 
     def law(self) -> Law:
-        """The law in the file, or the law of the runs."""
+        """Reads the law from the file, or fits one to the runs."""
         from castlm.planning.fit import fit_law
         from castlm.planning.law import Law
         from castlm.planning.points import read_points

@@ -16,9 +16,9 @@ from castlm.training.options import HIDDEN_WEIGHT, SEQ_LEN, StartOptions, Teache
 
 _OF_TRAINING = ("gpu", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "scale_groups")
 _OF_TRAINING += ("gradient_checkpointing", "precision", "moments", "eta", "hidden_weight")
-"""Options that say nothing of `castlm prune`."""
+"""Options without effect on `castlm prune`."""
 _OF_PRUNE = ("memory", *(option.name for section in (BasisOptions, Refinements) for option in fields(section)))
-"""Options that the memory of a training run does not depend on, whose start holds the whole model."""
+"""Options without effect on the memory of a training run, whose start holds the whole model."""
 
 _AT_LEAST_1 = {"at_least": 1}
 
@@ -62,36 +62,37 @@ class MemoryOptions:
     before step 0."""
 
     calibration_sequences: int = field(default=StartOptions.calibration_sequences, metadata=_AT_LEAST_1)
-    """Sequences that the scores are calibrated on, of all but magnitude and random."""
+    """Calibration sequences of the start; magnitude and random read none."""
 
     eta: float = field(default=TeacherOptions.eta, metadata={"at_least": 0})
     """Weight of the KL divergence to the teacher. 0 trains without a teacher."""
 
     hidden_weight: float = field(default=HIDDEN_WEIGHT, metadata={"at_least": 0})
-    """Weight of the distance to the teacher's hidden states. 0 compares none, as eta 0 does."""
+    """Weight of the distance to the teacher's hidden states. 0 turns it off, and so does eta 0."""
 
     prune: bool = False
-    """Predict `castlm prune` on a CPU instead, for calibration_sequences of seq_len tokens."""
+    """Predict `castlm prune` on a CPU instead of a training run."""
 
     memory: Literal["model", "block"] = "block"
-    """With --prune, what is held: the whole model, or one transformer block. A structured pattern takes the whole
-    model."""
+    """With --prune: keep the whole model in memory, or one transformer block. Structured patterns need the whole model.
+    """
 
     gpu: str | None = None
-    """Card that the run should fit on: h100, a100, ..., or a number of GiB."""
+    """GPU that the run should fit on: h100, a100, ..., or a number of GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryCommand(Refinements, BasisOptions, MemoryOptions):  # the fields of the last base come first
-    """Predict the bytes on each rank of a run from the model's config alone; no weights are needed. The options mean
-    the same as in `castlm train`. With --prune the run is a `castlm prune`, whose --method is --init-from here."""
+    """Predict the memory of each rank of a run, from the model's config alone, without weights. Options mean the same
+    as in `castlm train`. With --prune, predict `castlm prune`; its --method is --init-from here.
+    """
 
     def run(self) -> int:
         from castlm.planning.memory import plan_memory
 
         if self.prune:
             return self._run_prune()
-        refuse_given(self, _OF_PRUNE, "is counted with --prune alone: give that too, or leave it out")
+        refuse_given(self, _OF_PRUNE, "is for --prune: give that too, or leave it out")
         gib = None if self.gpu is None else _gib(self.gpu)
         prunes = self._prunes()
         plan = plan_memory(
@@ -117,7 +118,7 @@ class MemoryCommand(Refinements, BasisOptions, MemoryOptions):  # the fields of 
     def _run_prune(self) -> int:
         from castlm.planning.prune_memory import plan_prune_memory
 
-        refuse_given(self, _OF_TRAINING, "is of a training run: leave it out with --prune")
+        refuse_given(self, _OF_TRAINING, "is for a training run: leave it out with --prune")
         pattern = parse_pattern(self.pattern)
         method = self.init_from or pattern.default_solver
         plan = plan_prune_memory(

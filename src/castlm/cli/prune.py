@@ -31,15 +31,15 @@ class PruneOptions:
     magnitude or random."""
 
     calibration: str | None = None
-    """Text that all methods but magnitude and random need: a file, folder, glob or hub dataset, as --dataset of castlm
-    train."""
+    """Calibration text, for all methods except magnitude and random: a file, folder, glob or hub dataset, as --dataset
+    of castlm train.
+    """
 
     column: str | None = None
-    """Column of .jsonl and .parquet that holds the text, or messages, which the chat template renders. By default it is
-    found."""
+    """Column of .jsonl and .parquet with the text, or with chat messages. By default it is detected."""
 
     chat_template_path: str | None = None
-    """File with a Jinja chat template to use, and to save, in place of the tokenizer's own."""
+    """Jinja chat template to use, and to save, instead of the tokenizer's own."""
 
     pattern: str = "2:4"
     """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern as
@@ -49,27 +49,29 @@ class PruneOptions:
     """Calibration sequences."""
 
     seq_len: int = field(default=0, metadata={"at_least": 0})
-    """Tokens per calibration sequence. 0 takes the model's context, at most 2,048."""
+    """Tokens per calibration sequence. 0 is the model's context length, at most 2,048."""
 
     seed: int = 0
-    """Seed of the draw of calibration sequences."""
+    """Seed for drawing calibration sequences."""
 
     damping: float = 0.01
-    """SparseGPT: fraction of the mean diagonal that is added to the Hessian."""
+    """SparseGPT: add this fraction of the mean diagonal to the Hessian."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses CUDA if there is a GPU."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the passes over the calibration text; the solvers compute in fp32. auto: bf16 where the hardware multiplies it
-    faster and the model is not tiny."""
+    """Compute type of the passes over the calibration text; solvers compute in fp32. auto: bf16 if the hardware
+    multiplies it faster and the model is not tiny.
+    """
 
     memory: Literal["auto", "model", "block"] = "auto"
-    """What is in memory: the whole model in fp32, or one transformer block of it; the result is the same. auto: a block
-    where the model does not fit, on the GPU if there is one."""
+    """Keep the whole model in memory in fp32, or one transformer block at a time; the result is the same. auto: block
+    if the model does not fit, in GPU memory if there is a GPU.
+    """
 
     save_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
-    """What the result is written in; source: what the model is stored in."""
+    """Dtype of the written result. source: the dtype of the stored model."""
 
     overwrite: bool = False
     """Replace an earlier result in output_dir."""
@@ -85,7 +87,7 @@ class PruneOptions:
 class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of the last base come first
     """Prune a model one-shot, without training, and verify the result.
 
-    Finished transformer blocks are held in OUTPUT_DIR.partial: after a kill, the same command continues.
+    Finished transformer blocks are kept in OUTPUT_DIR.partial, so that the same command continues after a kill.
     """
 
     def run(self) -> int:
@@ -104,7 +106,9 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         if method == "magnitude" and self.rotate in ("values", "residual"):
             raise InputError(f"rotate {self.rotate} needs a calibration text: use method sparsegpt or wanda")
         needs_text = method not in ("magnitude", "random")
-        takes_text = needs_text or pattern.cut_out is not None  # what is left of a layer without its units is refitted
+        takes_text = (
+            needs_text or pattern.cut_out is not None
+        )  # the rest of a layer is refitted after its units are removed
         if needs_text and self.calibration is None:
             raise InputError(
                 f"method {method} needs a calibration text: give --calibration FILE, or --method magnitude"

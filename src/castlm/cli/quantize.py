@@ -14,7 +14,7 @@ _OF_INT4 = ("column", "num_sequences", "seq_len", "seed", "damping")
 
 @dataclass
 class QuantizeCommand:
-    """Round the linear layers of a model to int8, fp8 or int4, keep every zero of an n:m one, and verify the result."""
+    """Round the linear layers of a model to int8, fp8 or int4, and verify the result. Zeros of an n:m model stay."""
 
     model: str = positional()
     """Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; n:m or dense."""
@@ -23,50 +23,54 @@ class QuantizeCommand:
     """Folder for the quantized model."""
 
     kind: Literal["int8", "fp8", "int4"] = "int8"
-    """int8 and fp8 round each row to the nearest; int4 rounds groups of 64 columns by GPTQ with a calibration text."""
+    """int8 and fp8 round to the nearest, with one scale per row. int4 has a scale for every 64 columns of a row and
+    rounds by GPTQ, which needs a calibration text.
+    """
 
     packed: bool = False
-    """Write int8 or int4 in the packed format, codes and scales without the zeros, in place of a plain model folder."""
+    """Write codes and scales without zeros, in castlm's packed format (int8 or int4), instead of a plain model folder.
+    """
 
     head: Literal["int8"] | None = None
-    """With --packed: int8 rounds the output head, and an embedding tied to it, to int8 with a scale for each row."""
+    """With --packed, int8 also rounds the output head, and an embedding tied to it, with one scale per row."""
 
     calibration: str | None = None
-    """Text for int4: a file, folder, glob or hub dataset, as --dataset of castlm train."""
+    """Calibration text of int4: a file, folder, glob or hub dataset, as --dataset of castlm train."""
 
     column: str | None = None
-    """Column of .jsonl and .parquet that holds the text, or messages, which the chat template renders. By default it is
-    found."""
+    """Column of .jsonl and .parquet with the text, or with chat messages. By default it is detected."""
 
     chat_template_path: str | None = None
-    """File with a Jinja chat template to use, and to save, in place of the tokenizer's own."""
+    """Jinja chat template to use, and to save, instead of the tokenizer's own."""
 
     pattern: str | None = None
-    """n:m of the model, or dense; by default that of its castlm.json, else 2:4 if its first layer is, else dense."""
+    """n:m of the model, or dense. The default is the pattern in its castlm.json; without one, 2:4 if the first layer
+    has it, otherwise dense.
+    """
 
     num_sequences: int = field(default=64, metadata={"at_least": 1})
     """Calibration sequences."""
 
     seq_len: int = field(default=512, metadata={"at_least": 1})
-    """Their length in tokens, at most the model's context."""
+    """Tokens per calibration sequence, at most the model's context length."""
 
     seed: int = 0
-    """Seed of the draw of calibration sequences."""
+    """Seed for drawing calibration sequences."""
 
     damping: float = 0.01
-    """int4: share of the mean diagonal that is added to the Hessian."""
+    """int4: add this fraction of the mean diagonal to the Hessian."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses CUDA if there is a GPU."""
 
     save_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
-    """What the dequantized values are written in; source: what the model is stored in."""
+    """Dtype of the dequantized values in a plain folder. source: the dtype of the stored model."""
 
     overwrite: bool = False
-    """Replace what output_dir holds."""
+    """Replace an earlier result in output_dir."""
 
     trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
+    """Run the Python code that comes with a hub model."""
 
     def run(self) -> int:
         from castlm.export.packed import pattern_of

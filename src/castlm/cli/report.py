@@ -16,16 +16,16 @@ from castlm.progress import note
 
 @dataclass
 class ReportCommand:
-    """Write report.html into the folder of a run: verdict, charts, a sample of text and the settings."""
+    """Write report.html into the folder of a run: verdict, charts, sample text and settings."""
 
     run_folder: str = positional()
     """Output folder of `castlm train`."""
 
     sample: Literal["auto", "yes", "no"] = "auto"
-    """Generate text with the dense and the sparse model; auto: up to a billion parameters."""
+    """Include text by the dense and the sparse model. auto: for models up to a billion parameters."""
 
     watch: bool = False
-    """Write the page again every few seconds until the run ends; a browser that shows it reloads it."""
+    """Rewrite the page every few seconds until the run ends; an open browser tab reloads it."""
 
     def run(self) -> int:
         from castlm.report.run_data import read_run
@@ -46,7 +46,7 @@ class ReportCommand:
 
 
 def write_report(folder: str | Path, sample: Literal["auto", "yes", "no"] = "auto") -> Path:
-    """Writes the page of a run, with a sample of text if the run is finished and its models can be read.
+    """Writes the page of a run, with a sample text if the run is finished and its models can be read.
 
     Raises:
         InputError: the folder holds no run, or `sample` is "yes" and there can be none.

@@ -1,4 +1,4 @@
-"""`castlm sample`: training text from the dense model itself, for those who have no data."""
+"""`castlm sample`: lets the dense model write training text, for users without data."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class SampleOptions:
     """File to write, .jsonl, with one document or conversation on a line."""
 
     num_tokens: int = field(default=1_000_000, metadata={"at_least": 1})
-    """Tokens to write, without the duplicates that are left out."""
+    """Number of tokens to write, not counting duplicates, which are dropped."""
 
     chat: bool = False
-    """Write conversations in the chat template, the turn of a user and the answer, instead of plain text."""
+    """Write conversations, a user's turn and an answer, in the chat template instead of plain text."""
 
     prompts: str | None = None
-    """Texts to continue, or with --chat to answer: .txt with one on each line, .jsonl, .parquet or a hub dataset."""
+    """Texts to continue, or with --chat to answer: a .txt file with one per line, .jsonl, .parquet or a hub dataset."""
 
     column: str | None = None
     """Column that holds the prompts in .jsonl and .parquet."""
@@ -40,28 +40,28 @@ class SampleOptions:
     """File with a Jinja chat template to use in place of the tokenizer's own."""
 
     max_new_tokens: int = 256
-    """Tokens after which a text is cut. A conversation with a turn that is cut is left out."""
+    """Maximum number of tokens of a text. A conversation with a turn that reaches it is dropped."""
 
     temperature: float = 1.0
-    """Above 1 makes rare tokens more likely, below 1 less."""
+    """Sampling temperature: above 1, rare tokens become more likely; below 1, less likely."""
 
     top_p: float = 1.0
-    """Sample from the most probable tokens that make up this probability; 1 samples from all."""
+    """Sample from the most probable tokens that together have this probability. 1 samples from all tokens."""
 
     batch_size: int = 16
-    """Texts that are written at the same time."""
+    """Number of texts that are sampled together."""
 
     dedup_prefix: int = field(default=200, metadata={"at_least": 0})
-    """Leading characters that are compared: texts that share them count as duplicates. 0 compares whole texts."""
+    """Number of leading characters to compare: texts that share them are duplicates. 0 compares whole texts."""
 
     seed: int = 0
     """Seed of the samples, and of the order of the sequences in teacher_cache."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto uses CUDA if there is a GPU, in the dtype of the model. The CPU computes in fp32."""
+    """auto uses CUDA if there is a GPU. A GPU computes in the model's dtype, a CPU in fp32."""
 
     resume: bool = False
-    """Continue where an earlier start with the same options was stopped, or start."""
+    """Continue an interrupted start with the same options; without one, start."""
 
     overwrite: bool = False
     """Replace a file that castlm sample wrote."""
@@ -75,27 +75,29 @@ class SampleOptions:
 
 @dataclass(kw_only=True)
 class CacheOptions:
-    """The teacher's tokens for the text, left behind for `castlm train`, whose options have the same names."""
+    """Stores the teacher's predictions for the text, for `castlm train`, whose options have the same names."""
 
     teacher_cache: str | None = None
-    """Folder to fill with the teacher's top-k tokens for the first epoch of castlm train on the text, which then loads
-    no teacher."""
+    """Folder for the teacher's top-k tokens of one epoch of the text. castlm train reads them instead of loading a
+    teacher.
+    """
 
     teacher_top_k: int = 64
-    """Tokens of the teacher that are stored at each position, 8 bytes each."""
+    """Number of teacher tokens to store at each position, 8 bytes each."""
 
     seq_len: int = SEQ_LEN
     """Tokens per training sequence."""
 
     per_device_train_batch_size: int = OptimizerOptions.per_device_train_batch_size
-    """Sequences that the teacher reads at the same time, as in the run."""
+    """Sequences per forward pass of the teacher, as in the run."""
 
     repeat_sequences: bool = False
-    """Cut every epoch into the same sequences, so that teacher_cache serves all epochs."""
+    """Use the same sequences in every epoch, so that teacher_cache serves all epochs."""
 
     eval_dataset: str | None = None
-    """Text for the perplexity of the run. Without it, the run holds out a part of the sampled documents, which
-    teacher_cache leaves out."""
+    """Text for the perplexity of the run. The default holds out some of the sampled documents, which teacher_cache then
+    skips.
+    """
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute type of the teacher in the run."""
@@ -104,7 +106,8 @@ class CacheOptions:
 @dataclass
 class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base come first
     """Let a model write text to train on: documents, continuations of prompts, or conversations. After Ctrl-C or a
-    kill, the same command with --resume continues."""
+    kill, the same command with --resume continues.
+    """
 
     def run(self) -> int:
         from castlm.data.sample_file import finished_samples, open_samples
@@ -152,13 +155,13 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
         """
         if self.teacher_cache is None:
             refuse_given(
-                self, _CACHE_OPTIONS, "is of a teacher cache: name its folder by --teacher-cache, or leave it out"
+                self, _CACHE_OPTIONS, "is for a teacher cache: give its folder by --teacher-cache, or leave it out"
             )
         passed_on = ("chat_template_path", "revision", "trust_remote_code")
         options: dict[str, Any] = {name: getattr(self, name) for name in passed_on}
         if self.teacher_cache is not None:
             options |= {name: getattr(self, name) for name in (*_CACHE_OPTIONS, "seed", "device")}
-            options |= {} if self.repeat_sequences else {"num_train_epochs": 1}  # what the cache serves
+            options |= {} if self.repeat_sequences else {"num_train_epochs": 1}  # the first epoch, or all
         return TrainConfig.of(result_folder(self.path), self.output_file, "RUN", **options)
 
     def _fill_cache(self, config: TrainConfig) -> None:

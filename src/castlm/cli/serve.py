@@ -21,7 +21,7 @@ class ServeCommand:
     """Folder, plain or packed, run of `castlm train`, hub id, GGUF file, or "demo"."""
 
     served_model_name: str | None = None
-    """Name that requests give as `model`. The default is the last part of the folder, or the hub id."""
+    """Name of the model in requests. The default is the last part of the folder, or the hub id."""
 
     host: str = "localhost"
     """Address to listen on."""
@@ -33,7 +33,7 @@ class ServeCommand:
     """Processor threads; 0 leaves the number to torch."""
 
     trust_remote_code: bool = False
-    """Run Python code that comes with a hub model."""
+    """Run the Python code that comes with a hub model."""
 
     def run(self) -> int:
         missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
@@ -71,7 +71,7 @@ class ServeCommand:
 
 
 def default_name(path: str) -> str:
-    """The name that a server gives a model: the last part of its folder or file; a hub id as it is."""
+    """The default name of a served model: the last part of its folder or file, or its hub id."""
     place = Path(path).expanduser()
     return place.resolve().name if place.exists() else path
 
@@ -83,7 +83,7 @@ def _check_address(host: str, port: int) -> None:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         socket.create_server(address, family=family).close()
-    except (OSError, UnicodeError) as error:  # UnicodeError: of the codec for names of hosts
+    except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
         reason = getattr(error, "strerror", None) or str(error.__cause__ or error)
         raise InputError(f"cannot listen on {host}, port {port} ({reason}): choose another host or port") from error
 

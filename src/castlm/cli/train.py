@@ -1,4 +1,4 @@
-"""`castlm train`: a dense model in, a verified n:m one out."""
+"""`castlm train`: trains a dense model to a verified n:m one."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class FileOptions:
     """Files of options."""
 
     config: tuple[str, ...] = essential((), append=True)
-    """YAML file of options; those on the command line override it. If it is given several times, later files override
-    earlier ones."""
+    """YAML file of options, overridden by the command line. Later files override earlier ones."""
 
 
 @dataclass
 class RecipeOptions(FileOptions):
-    """Files of options, and what they start from."""
+    """Files of options, and the values that they override."""
 
     recipe: str = choice("castlm", RECIPES)
-    """Values that the other options start from. castlm: our defaults. paper: decay, rates, eta, batch and length as
-    published for LLaMA2-7B, with Adam's usual betas."""
+    """Base values of all options. castlm: our defaults. paper: decay, learning rates, eta, batch and length as
+    published for LLaMA2-7B, with Adam's usual betas.
+    """
 
 
 @dataclass
@@ -38,7 +38,7 @@ class PageOptions:
     """The page that `castlm train` writes when the run is finished."""
 
     report: bool = True
-    """Write report.html, a page with charts and a sample of text, into output_dir when the run is finished."""
+    """Write report.html, a page with charts and a sample text, into output_dir when the run is finished."""
 
 
 def parse_train(
@@ -47,8 +47,8 @@ def parse_train(
     """The options of `castlm train`: the recipe, then the files of `--config` in their order, then the command line.
 
     Args:
-        more: a dataclass of further options of the command `name`; for another command than `train` its docstring
-            tells what that does.
+        more: a dataclass of further options of the command `name`; its docstring describes a command other than
+            `train`.
 
     Returns:
         The config, and the options of `more` that were given.
@@ -92,7 +92,7 @@ def run_training(config: TrainConfig, report: bool) -> int:
 
 
 def _write_page(folder: Path) -> None:
-    """Writes the page of the run. A page that cannot be written does not fail a run whose model is there."""
+    """Writes the page of the run. An error here is reported but does not fail a finished run."""
     from castlm.cli.report import write_report
     from castlm.progress import note
 

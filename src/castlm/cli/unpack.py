@@ -11,7 +11,7 @@ from castlm.fields import positional
 
 @dataclass
 class UnpackCommand:
-    """Write a packed model or a GGUF file as a plain Hugging Face folder, zeros stored, which loads without castlm."""
+    """Write a packed model or a GGUF file as a plain Hugging Face folder, which loads without castlm."""
 
     path: str = positional()
     """Folder that `castlm pack` wrote, GGUF file, or "demo"."""
@@ -20,7 +20,7 @@ class UnpackCommand:
     """Folder for the plain model."""
 
     overwrite: bool = False
-    """Replace what output_dir holds."""
+    """Replace an earlier result in output_dir."""
 
     def run(self) -> int:
         from castlm.export.packed import unpack_folder

@@ -14,8 +14,9 @@ from castlm.patterns import parse_pattern
 
 @dataclass
 class VerifyCommand:
-    """Count every group of every sparse layer of a model folder. The exit code is 0 if all have the pattern, and 1 if
-    not."""
+    """Count every group of every sparse layer of a model folder. The exit code is 0 if all have the pattern, otherwise
+    1.
+    """
 
     path: str = positional()
     """Folder in Hugging Face format, run of `castlm train`, or one .safetensors file."""
@@ -25,10 +26,10 @@ class VerifyCommand:
     the pattern in the folder's castlm.json, or 2:4 without one."""
 
     base: str | None = None
-    """Folder of the dense model that channels or heads were cut out of. The default is the sizes in castlm.json."""
+    """Folder of the dense model before channels or heads were cut out. The default takes its sizes from castlm.json."""
 
     json: str | None = None
-    """Write the report there; "-" prints it instead of the table."""
+    """File for the report as JSON; "-" prints it instead of the table."""
 
     def run(self) -> int:
         from castlm.export.verify import verify
@@ -54,7 +55,7 @@ def _counted(name: str) -> str:
 
 
 def recorded_pattern(path: str) -> str | None:
-    """The pattern that the castlm.json of a model folder, or of a file in one, names; None without such a file.
+    """The pattern in the castlm.json of a model folder, or of the folder of a file; None without a castlm.json.
 
     Raises:
         InputError: the file cannot be read, or names no pattern.
