@@ -57,5 +57,5 @@ def test_a_folder_of_something_else_is_not_resumed(tiny_demo, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     assert main(["demo", "--output-dir", tiny_demo, "--resume"]) == 2
-    assert "holds something else than an output of castlm demo" in capsys.readouterr().err
+    assert "no output of castlm demo" in capsys.readouterr().err
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["mine.txt"]

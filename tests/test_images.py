@@ -480,7 +480,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [user({"type": "video", "path": "a.mp4"}), assistant("x")], "images": []},
         "has a part of type 'video'",
     ),
-    "plain text": ({"messages": None, "text": "a caption", "images": ["red.png"]}, "lies beside plain text"),
+    "plain text": ({"messages": None, "text": "a caption", "images": ["red.png"]}, "column 'images'"),
 }
 
 
@@ -558,7 +558,7 @@ def test_columns_of_any_row_that_would_be_lost_are_refused(dataset):
     with pytest.raises(InputError, match="the column 'videos' is neither text nor images"):
         columns.document(first | {"videos": ["a.mp4"]}, "line 2")
     columns = find_columns({"text": "str"}, None, "a.jsonl")
-    with pytest.raises(InputError, match="the column 'image' lies beside plain text"):
+    with pytest.raises(InputError, match="column 'image'"):
         columns.document({"text": "a", "image": "red.png"}, "line 2")
     assert find_columns({"text": "str"}, "text", "a").document({"text": "a", "image": "red.png"}, "line 2").text == "a"
 

@@ -188,7 +188,7 @@ def test_resume_is_for_the_same_command(tmp_path):
 def test_a_command_that_can_continue_says_so_when_it_is_stopped(stop, tmp_path, capsys):
     with pytest.raises(stop):
         run(tmp_path / "run", "1", error=stop(), resume=True)
-    assert f"what is done is in {tmp_path / 'run'}" in capsys.readouterr().err
+    assert f"is in {tmp_path / 'run'}" in capsys.readouterr().err
 
 
 # ---- folders that cannot be used

@@ -298,7 +298,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(files, drawn, tmp_path
     arguments = ["plan", "sweep", *files, "--output-dir", str(tmp_path / "out"), "--largest-tokens", str(LARGEST)]
     assert main(arguments) == 2
     assert main([*arguments, "--overwrite"]) == 2
-    assert "holds something else than an output of castlm sweep" in capsys.readouterr().err
+    assert "no output of castlm sweep" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main([*arguments, "--output-dir", str(tmp_path / "file")]) == 2
     assert not drawn.done

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The dtypes that the weights of a result can have, by their names in options."""
+"""The dtypes of a result's weights, by their names in options."""
 FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 STORED = {
@@ -22,12 +22,12 @@ STORED = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The dtypes that a model file may hold, by their names in safetensors."""
+"""The dtypes of stored tensors, by their names in safetensors."""
 STORED_NAMES = {dtype: name for name, dtype in STORED.items()}
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor, uint8, 1-D on the CPU; a view of it where it lies there without gaps.
+    """The bytes of a tensor, uint8, 1-D on the CPU; a view if the tensor is contiguous on the CPU.
 
     An axis of size 1 may have any stride, which `flatten` keeps and `view` refuses.
     """

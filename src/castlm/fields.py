@@ -1,7 +1,7 @@
 """Values from YAML, JSON, Python or a command line, checked against the types of a dataclass.
 
-Every way to give an option goes through `checked`, so that all of them accept and refuse the same values, with the same
-one-line errors. Nothing here imports torch.
+Options from every source pass `checked`, so that all sources accept and refuse the same values, with the same one-line
+errors. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from castlm.core.errors import InputError
 T = TypeVar("T")
 Choices = Iterable[str] | Callable[[], Iterable[str]]
 Bound = tuple[str, bool, str]
-"""A field, whether its value is allowed, and what is allowed."""
+"""A field, whether its value is allowed, and the allowed range in words."""
 
 COMMAND_LINE = "the command line"
-"""The `source` of values that were typed as options: errors then write `--max-steps`, not `max_steps`."""
+"""The `source` of options on the command line: errors then write `--max-steps` instead of `max_steps`."""
 
 OTHER_NAMES = {
     "initial_mask": "init_from",
@@ -66,7 +66,7 @@ def choice(default: str | None, choices: Choices, **more: Any) -> Any:
 
 
 def essential(default: Any = dataclasses.MISSING, **more: Any) -> Any:
-    """A field among the ten options that `--help` describes in full; positional in Python if it has no default."""
+    """A field that `--help` describes in full, one of about ten; required if it has no default."""
     metadata = {"essential": True, **more}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
@@ -79,7 +79,7 @@ def positional(**more: Any) -> Any:
 
 
 def parsed(default: Any, parse: Callable[[Any], Any]) -> Any:
-    """A field whose text `parse` turns into an object; the object itself, which `default` is, passes unchanged."""
+    """A field whose text `parse` turns into an object. Objects, such as `default`, pass unchanged."""
     return dataclasses.field(default=default, kw_only=True, metadata={"parse": parse})
 
 
@@ -101,7 +101,7 @@ class Bounded:
 
 
 def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
-    """The names that a field takes; None if any text will do."""
+    """The names that a field accepts; None if it accepts any text."""
     found = field.metadata.get("choices")
     return None if found is None else tuple(found() if callable(found) else found)
 
@@ -116,7 +116,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def given(options: Any, names: Iterable[str]) -> list[str]:
-    """Which of the fields `names` of a dataclass of options are not at their default."""
+    """Those of the fields `names` that differ from their default."""
     fields = {field.name: field for field in dataclasses.fields(options)}
     return [name for name in names if getattr(options, name) != default_of(fields[name])]
 
@@ -129,7 +129,7 @@ def hints_of(kind: type[Any]) -> dict[str, Any]:
 
 @functools.cache
 def docs_of(kind: type[Any]) -> dict[str, str]:
-    """The docstring that follows each field in the source of a dataclass and of its bases, in one line each."""
+    """The docstrings after the fields of a dataclass and its bases, in one line each."""
     docs: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -165,7 +165,7 @@ def checked(kinds: Sequence[type[Any]], values: Mapping[str, Any], source: str =
     """`values` converted to the types of the fields of the dataclasses `kinds`.
 
     Args:
-        source: the file that the values were read from, or `COMMAND_LINE`; it begins the message of an error.
+        source: the file of the values, or `COMMAND_LINE`; errors begin with it.
 
     Raises:
         InputError: a name that is not a field, or a value of the wrong type.
@@ -194,7 +194,7 @@ def label(name: str, source: str) -> str:
 
 
 def unknown(name: str, known: Iterable[str], source: str = "") -> str:
-    """The error for a name that is not an option, with the option that was probably meant."""
+    """The error for an unknown option; suggests the most similar one."""
     meant = suggest(str(name), known)
     plain = "" if source == COMMAND_LINE else source
     remedy = f"; did you mean {label(meant, source if source == COMMAND_LINE else '')}?" if meant else ""
@@ -203,8 +203,8 @@ def unknown(name: str, known: Iterable[str], source: str = "") -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str | None:
-    """The option of `known` that `name` was probably meant to be: a name in other libraries, the initials of an
-    option, or a typing error.
+    """The option in `known` that a user probably meant by `name`: a name in other libraries, initials, or a typing
+    error.
 
     Examples:
         >>> suggest("lr", ["max_steps", "learning_rate"])
@@ -222,11 +222,12 @@ def suggest(name: str, known: Iterable[str]) -> str | None:
 
 
 def convert(label: str, value: Any, hint: Any, choices: tuple[str, ...] | None = None) -> Any:
-    """`value` as the type `hint`. Text is read as the type asks, so that an option and a quoted YAML value are alike.
+    """Converts `value` to the type `hint`. Text is parsed by that type, so that options and quoted YAML values behave
+    alike.
 
     Raises:
-        InputError: `value` is of another type; for numbers also NaN, infinity and integers of more than 64 bits, for
-            text also an empty one, one that is not UTF-8 and one with a NUL.
+        InputError: `value` is of another type; a number is NaN, infinite or has more than 64 bits; or a text is empty,
+            not UTF-8 or holds a NUL.
     """
     if choices is not None:
         hint = Union[(Literal[choices], *(option for option in typing.get_args(hint) if option is type(None)))]
@@ -243,7 +244,7 @@ def convert(label: str, value: Any, hint: Any, choices: tuple[str, ...] | None =
 
 
 class _WrongTypeError(Exception):
-    """A value does not have a type; the text says why, where that is not obvious."""
+    """A value is not of the type asked for; the text gives the reason unless it is obvious."""
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -322,7 +323,7 @@ def _as_float(value: Any) -> float:
     except (ValueError, OverflowError):
         raise _WrongTypeError from None
     if not math.isfinite(number):
-        raise _WrongTypeError("it has to be finite")
+        raise _WrongTypeError("it must be finite")
     return number
 
 

@@ -1,4 +1,4 @@
-"""What this machine can do, decided once at the start of a run and said: compute type, optimizer, device."""
+"""Chooses device, compute type and optimizer for this machine, once at the start of a run, and describes the choice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 # Below this width the casts of bf16 autocast cost more than its matmuls save on a CPU.
 SMALLEST_BF16_WIDTH = 256
-# Below as many parameters torch.compile takes longer than it saves in a usual run.
+# Below this number of parameters, torch.compile takes longer than it saves in a usual run.
 SMALLEST_COMPILED = 10_000_000
 _CGROUP_MEMORY = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -33,7 +33,7 @@ _CGROUP_MEMORY = (
 
 
 def choose_device(wanted: str) -> str:
-    """ "cpu" or "cuda" for the option `device`; "auto" is CUDA if there is a GPU.
+    """Resolves the option `device` to "cpu" or "cuda"; "auto" is CUDA if there is a GPU.
 
     Raises:
         InputError: CUDA was asked for and torch sees no GPU.
@@ -44,10 +44,11 @@ def choose_device(wanted: str) -> str:
 
 
 def choose_precision(wanted: str, device: torch.device, model_config: Any) -> str:
-    """ "fp32" or "bf16"; for "auto" bf16 where the hardware multiplies it faster and the model is not tiny.
+    """Resolves `precision` to "fp32" or "bf16"; "auto" is bf16 if the hardware multiplies it faster and the model is
+    not tiny.
 
     Raises:
-        InputError: bf16 on a GPU that has none.
+        InputError: bf16 on a GPU without bf16.
     """
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -65,7 +66,7 @@ def has_fast_bf16() -> bool:
 
 
 def why_slow(precision: str, device: torch.device) -> str:
-    """Why `precision` is slow on `device`, for a person; empty where it is not."""
+    """A warning if `precision` is slow on `device`; otherwise empty."""
     if precision == "bf16" and device.type == "cpu" and not has_fast_bf16():
         return "slow: this CPU has no bf16 units, and may multiply bf16 many times slower than fp32: use precision fp32"
     return ""
@@ -84,10 +85,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 
 def choose_fused(wanted: str, device: torch.device, num_params: int) -> tuple[bool, str]:
-    """Whether AdamS runs fused, and that in words for a person.
+    """Whether AdamS runs fused, and a description of the choice.
 
     Raises:
-        InputError: `wanted` is "on", and what it takes is not there.
+        InputError: `wanted` is "on", and the compiler or kernels are missing.
     """
     if wanted == "off":
         return False, "not fused"
@@ -104,10 +105,10 @@ def choose_fused(wanted: str, device: torch.device, num_params: int) -> tuple[bo
 
 @functools.cache
 def _why_not_compile(device: torch.device) -> str:
-    """Why torch.compile does not work here, found out by compiling one addition; empty where it does."""
+    """Compiles one addition to test torch.compile; returns the error, or nothing if it works."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # what is missing shows in many types: no compiler, no Triton, no Python headers
+    except Exception as error:  # a missing compiler, Triton or Python header each raises another type
         reason = str(error).strip() or type(error).__name__
         return f"torch.compile does not work here: {reason.splitlines()[0]}"
     return ""
@@ -117,18 +118,18 @@ def _why_not_compile(device: torch.device) -> str:
 def keep_freed_memory() -> bool:
     """Makes malloc keep freed memory for the rest of this process; returns whether it could (glibc).
 
-    By default malloc returns buffers as large as a weight's gradient to the system, and every step has their pages
-    mapped and zeroed again.
+    By default malloc returns large buffers, such as a weight's gradient, to the system, so every step maps and zeroes
+    their pages again.
     """
     return _set_malloc(mmap_threshold=2**30, trim_threshold=-1)  # -1: never
 
 
 @functools.cache
 def return_freed_memory() -> bool:
-    """Makes malloc return freed memory to the system at once, for the rest of this process, where memory is scarce;
-    returns whether it could (glibc).
+    """Makes malloc return freed memory to the system at once, for the rest of this process; returns whether it could
+    (glibc).
 
-    By default it keeps what was smaller than a threshold that rises with every freed buffer, up to 32 MiB.
+    By default it keeps smaller buffers, below a threshold that rises with every freed one, up to 32 MiB.
     """
     return _set_malloc(mmap_threshold=2**20, trim_threshold=2**20)
 
@@ -144,7 +145,7 @@ def _set_malloc(mmap_threshold: int, trim_threshold: int) -> bool:
 
 
 def describe(device: torch.device, num_ranks: int, precision: str, optimizer: str) -> str:
-    """One line on where and how a run computes."""
+    """Describes device, precision and optimizer of a run in one line."""
     if device.type == "cuda":
         where = f"{num_ranks} x {torch.cuda.get_device_name(device)}"
     else:
@@ -153,16 +154,16 @@ def describe(device: torch.device, num_ranks: int, precision: str, optimizer: st
 
 
 def in_own_process(function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)` in a new process: with a peak of memory of its own, and nothing left of what ran before."""
+    """Runs `function(*args)` in a new process, with its own peak of memory and nothing of earlier work in it."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def available_memory(device: str = "cpu") -> float:
-    """Bytes that this process can still take without swapping: of the machine, of the control group it is in and, with
-    the device "cuda", of the GPU.
+    """Bytes that this process can still allocate without swapping: the least of the machine, its control group and, for
+    "cuda", the GPU.
 
-    Infinity where the system does not tell.
+    Infinity if the system does not tell.
     """
     free = [torch.cuda.mem_get_info()[0] if device == "cuda" else math.inf]
     with contextlib.suppress(OSError, StopIteration, ValueError):
@@ -175,7 +176,7 @@ def available_memory(device: str = "cpu") -> float:
 
 
 def resident_memory() -> int:
-    """Bytes of this process in memory now; 0 where the system does not tell."""
+    """Bytes of this process in memory now; 0 if the system does not tell."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return 0
@@ -184,21 +185,21 @@ def resident_memory() -> int:
 
 
 def collect_garbage(device: str) -> None:
-    """Frees what only reference cycles hold, as an optimizer or a whole run, and gives it back to the GPU."""
+    """Frees objects in reference cycles, such as an optimizer or a whole run, and returns their GPU memory."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def peak_memory(device: str) -> int:
-    """Bytes that this process held at most: on the GPU as torch allocated them, else resident."""
+    """Peak bytes of this process: allocated by torch on a GPU, resident otherwise."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")  # not ru_maxrss first: on Linux a new process starts from its parent's peak
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
-    import resource  # not there on Windows
+    import resource  # missing on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

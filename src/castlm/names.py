@@ -1,4 +1,4 @@
-"""How names that others chose are shown: tensor names, paths and figures' labels may hold terminal escapes or Markdown.
+"""Escapes names from other sources for display: tensor names, paths and labels may hold terminal escapes or Markdown.
 
 A terminal escape in a tensor's name can rewrite what a report says above it; a `|` or a link breaks a table.
 """
@@ -8,16 +8,16 @@ from __future__ import annotations
 import re
 
 LAYOUT = "\n\t\u00a0\u3000\u200c\u200d"
-"""Characters that text of a language model may hold: line breaks, spaces, and joiners of letters and emoji."""
+"""Characters that stay in text of a language model: line breaks, spaces, and joiners of letters and emoji."""
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$!&])")
 
 
 def printable(text: object, keep: str = "") -> str:
-    r"""`text` without control characters, so also in one line: each becomes an escape such as `\x1b` or `\u202e`.
+    r"""`text` in one line, with control characters as escapes such as `\x1b` or `\u202e`.
 
-    Escaped are control characters, line breaks, bidirectional and zero-width marks, and surrogates that stand for bytes
-    which are not UTF-8.
+    Escapes control characters, line breaks, bidirectional and zero-width marks, and surrogates of bytes that are not
+    UTF-8.
 
     Args:
         keep: characters that stay, such as line breaks in the text of a model.
@@ -34,7 +34,7 @@ def printable(text: object, keep: str = "") -> str:
 
 
 def markdown(text: object) -> str:
-    r"""`text` as it reads in a paragraph or a table cell of Markdown, with nothing of it taken for markup or HTML.
+    r"""Escapes `text` for a paragraph or table cell of Markdown, so that nothing in it is read as markup or HTML.
 
     >>> markdown("a|b <script>")
     'a\\|b \\<script\\>'
@@ -43,7 +43,7 @@ def markdown(text: object) -> str:
 
 
 def markdown_code(text: object) -> str:
-    r"""`text` as inline code of Markdown, whatever backticks it holds; `|` is escaped for tables.
+    r"""`text` as inline code of Markdown; handles backticks, and escapes `|` for tables.
 
     >>> markdown_code("a`b")
     '``a`b``'

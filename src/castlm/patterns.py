@@ -12,11 +12,11 @@ from castlm.core.nm import NM, Pattern
 from castlm.structured import pattern as structured
 
 PARSERS: list[Callable[[str], Pattern | None]] = [structured.parse]
-"""Each returns the pattern of a text, or None for a text of another form; n:m is tried after them."""
+"""Functions that return the pattern of a text, or None for a text of another form; n:m is tried last."""
 
 
 def all_solvers() -> tuple[str, ...]:
-    """The one-shot methods of castlm's patterns; `Pattern.solvers` are those of one."""
+    """The one-shot methods of all patterns; `Pattern.solvers` lists them for one."""
     return tuple(dict.fromkeys((*NM.solvers, *structured.SCORED_BY)))
 
 

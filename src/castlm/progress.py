@@ -1,6 +1,4 @@
-"""What is said on stderr outside the training loop: notes, and how far long work is, as a bar on a terminal and
-elsewhere as a line now and then.
-"""
+"""Notes and progress on stderr, outside the training loop: a bar on a terminal, otherwise an occasional line."""
 
 from __future__ import annotations
 
@@ -19,19 +17,19 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class Screen(Console):
-    """rich's, but that a pipe which nobody reads ends the command as `castlm.cli.main.main` says, and not with 1."""
+    """rich.Console that leaves broken pipes to `castlm.cli.main.main`, instead of exiting with 1."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 def note(text: str) -> None:
-    """One line."""
+    """Prints one line."""
     print(f"castlm: {printable(text)}", file=sys.stderr, flush=True)
 
 
 class _Rate(TextColumn):
-    """The speed of a task, which rich knows after the second update."""
+    """Shows the speed of a task, once rich knows it (after the second update)."""
 
     def __init__(self, unit: str) -> None:
         super().__init__(unit)
@@ -43,11 +41,11 @@ class _Rate(TextColumn):
 
 @contextmanager
 def shown_progress(what: str, rate: str | None = None, before: int = 0) -> Iterator[Callable[[int, int], None]]:
-    """Yields `told(done, total)`, to be called after each part of the work.
+    """Yields `told(done, total)`, which the caller calls after each part of the work.
 
     Args:
-        what: the work and its parts, as "perplexity, sequences".
-        rate: also shows the parts done in a second, with this unit, as "tokens/s".
+        what: the work and its unit, such as "perplexity, sequences".
+        rate: also show the speed, with this unit, such as "tokens/s".
         before: parts that an earlier start has done.
     """
     console = Screen(stderr=True, highlight=False)

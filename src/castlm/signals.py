@@ -1,4 +1,4 @@
-"""SIGTERM ends a command with a message, as Ctrl-C does, instead of without a word."""
+"""Makes SIGTERM end a command with a message, as Ctrl-C does."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ TERMINATED = 128 + signal.SIGTERM
 """The exit code."""
 
 _AGAIN_S = 0.01
-"""By then the code that has ignored an exception has usually ended."""
+"""Seconds until a signal is sent again; by then the code that ignored the exception has usually ended."""
 
 
 @contextmanager
 def ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM raises `SystemExit(TERMINATED)` in the block, so that temporary files go and child processes are told.
+    """Makes SIGTERM raise `SystemExit(TERMINATED)` in the block, so that temporary files are removed and child
+    processes told.
 
-    Where a library replaces that exception, or the `KeyboardInterrupt` of Ctrl-C, by an error of its own, the block
-    still ends with the exception of the signal. Does nothing outside the main thread, which alone receives signals.
+    If a library replaces that exception, or the `KeyboardInterrupt` of Ctrl-C, by its own error, the block still ends
+    with the exception of the signal. Does nothing outside the main thread, since only that receives signals.
     """
     raised: list[BaseException] = []
 
@@ -56,13 +57,13 @@ def ending_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def sent_again(signal_of: Callable[[BaseException | None], int | None]) -> Iterator[None]:
-    """In the block, a signal is sent again where Python has ignored the exception that its handler raised.
+    """Sends a signal again if Python ignored the exception that its handler raised in the block.
 
-    Python prints and ignores what is raised in a destructor or in the callback of a weak reference, which its import
-    machinery has, too. A signal that arrives there would be lost, with a traceback.
+    Python prints and ignores exceptions in destructors and weak reference callbacks, which its import machinery uses
+    too. A signal that arrives there would be lost, with a traceback.
 
     Args:
-        signal_of: the signal whose handler has raised an ignored exception; None for an exception of something else.
+        signal_of: returns the signal whose handler raised an ignored exception; None for any other exception.
     """
     others = sys.unraisablehook
 

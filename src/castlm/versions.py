@@ -18,5 +18,5 @@ def library_versions(*packages: str) -> dict[str, str]:
 
 
 def model_versions() -> dict[str, str]:
-    """Versions of what wrote a model, for its castlm.json."""
+    """Versions of the libraries that write a model, for its castlm.json."""
     return library_versions("torch", "transformers", "safetensors")

@@ -19,7 +19,7 @@ from castlm.data.tokens import Encoder, Tokens, up_to
 from castlm.oneshot.calibration import draw_calibration
 
 CALIBRATION_POOL = 16
-"""Times the sequences that are read of a text: enough to draw from, without reading all of a long one."""
+"""Sequences are drawn from this many times their tokens, so that a long text need not be read whole."""
 
 
 def calibration_sequences(
@@ -30,11 +30,11 @@ def calibration_sequences(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
-    """Sequences of a text, as `draw_calibration` draws them of its first `CALIBRATION_POOL` times as many tokens.
+    """Draws calibration sequences, by `draw_calibration`, from the first `CALIBRATION_POOL` times as many tokens.
 
-    Where that is not all of a text in several files, or of one with documents that are read in pieces, these tokens are
-    taken from all over it. Of a mixture, each text gives its share of the sequences. Conversations with images are
-    drawn whole, each followed by the text of others up to the end of its sequence.
+    If a longer text has several files, or documents that are read in pieces, these tokens come from all parts of it.
+    Each text of a mixture gives its share of the sequences. A conversation with images is drawn whole; text of other
+    conversations fills the rest of its sequence.
 
     Args:
         encoder: see `castlm.data.tokens.open_encoder`; which tokens count does not matter.
@@ -42,8 +42,8 @@ def calibration_sequences(
             much longer file.
 
     Returns:
-        int64, (num_sequences, seq_len), and for each of them what the model's forward takes beside it, or None for a
-        text without images. With images there may be fewer: as many as there are conversations whose images fit.
+        int64, (num_sequences, seq_len), and for each sequence the further arguments of the model's forward, or None for
+        a text without images. With images there may be fewer: one for each conversation whose images fit.
 
     Raises:
         InputError: as `draw_calibration` and `Encoder`; or no conversation fits.
@@ -85,7 +85,7 @@ def _of_each(
     seed: int,
     say: Callable[[str], None],
 ) -> Tensor:
-    """The share of each text in the sequences, in turns: what uses only the first of them uses all texts."""
+    """Takes the sequences of the texts in turns, by share, so that the first few sequences cover all texts."""
     turns = turns_by_share(documents.weights, num_sequences)
     drawn: dict[int, Iterator[Tensor]] = {}
     for number in sorted(set(turns)):

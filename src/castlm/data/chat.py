@@ -1,9 +1,9 @@
 """Renders conversations with a tokenizer's chat template, and finds the tokens that the assistant wrote.
 
-Where the template marks them with `{% generation %}`, the marks decide. Otherwise a turn of the assistant is what the
-rendered conversation gains by it: the text up to the turn, with the header that asks for a reply, and the text with the
-turn must both be beginnings of the whole. A template that renders a turn differently once others follow (Qwen3 drops
-its reasoning) is refused, because no text of a shorter conversation says then where the turn lies.
+Where the template marks them with `{% generation %}`, the marks decide. Otherwise the conversation is rendered twice
+more, up to the assistant's turn with the header that asks for a reply, and up to the end of the turn. Both texts must
+be prefixes of the whole; the difference is the turn. A template that renders a turn differently once others follow
+(Qwen3 drops its reasoning) is refused, because the shorter texts then do not locate the turn.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "castlm"
-"""A text that a template which reads texts repeats."""
+"""A probe that shows whether a template renders message content given as a string."""
 _STAND_IN = 9041735286
-"""A message is replaced by this plus its number to see whether a template renders it: none changes digits."""
+"""Replaces a message, with its number appended, to see whether a template renders it; no template changes digits."""
 MOST_MESSAGES = 512
-"""Messages of a conversation whose template has no generation marks: each turn is rendered with all turns before it."""
+"""Most messages of a conversation without generation marks, whose turns are each rendered with all turns before."""
 TEMPLATE_BYTES = 512 << 20
-"""Memory that a chat template may take: it is a program of whoever made the model, and may build any text."""
+"""Most memory for rendering: a chat template is a program by the model's author and may build any text."""
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -41,13 +41,13 @@ class Rendered(NamedTuple):
     counts: list[bool]
     """Whether the assistant wrote the token; all are True if every token counts."""
     is_rendered: bool
-    """Whether a chat template put it together, with its own first and last tokens."""
+    """Whether a chat template rendered it, which adds its own first and last tokens."""
 
 
 class Chat:
     """Renders and tokenizes the conversations that `castlm.data.columns` checks.
 
-    Of `messages`, the turns of the assistant count, with the token that ends each; of `prompt` and `completion`, the
+    In `messages` the assistant's turns count, each with the token that ends it; in `prompt` and `completion`, the
     completion. A token counts if any of its characters does, as in transformers.
 
     Args:
@@ -63,8 +63,8 @@ class Chat:
         """The tokens of a conversation, given as JSON.
 
         Raises:
-            InputError: the tokenizer has no template, its template refuses the conversation or leaves out the text of
-                a message, or it does not tell which tokens the assistant wrote; or the conversation has images, which
+            InputError: the tokenizer has no template; the template refuses the conversation, leaves out a message, or
+                does not show which tokens the assistant wrote; or the conversation has images, which
                 `castlm.data.images` reads.
         """
         content = json.loads(document)
@@ -98,7 +98,7 @@ class Chat:
         return self._render(_messages(content), content.get("tools"))
 
     def user_turn(self, content: str | list[dict[str, Any]], reply: bool = False) -> str:
-        """The turn of a user as the chat template renders it, with `reply` also the header that asks for an answer.
+        """Renders a user's turn by the chat template; with `reply`, also the header that asks for an answer.
 
         Args:
             content: a text, or parts of types `text` and `image`.
@@ -109,7 +109,7 @@ class Chat:
         return self._render([{"role": "user", "content": content}], None, prompt=reply)
 
     def reply_to(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """A conversation as the chat template renders it, with the header that asks the assistant for an answer.
+        """Renders a conversation by the chat template, with the header that asks the assistant for an answer.
 
         Raises:
             InputError: as `user_turn`.
@@ -126,8 +126,9 @@ class Chat:
             ) from error
 
     def _as_read(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """`messages` with lists of parts for texts, if the template reads nothing else: the templates of some
-        vision-language models leave texts out without an error."""
+        """`messages` with each text as a list of parts, if the template reads only those: some vision-language
+        templates drop plain texts without an error.
+        """
         if self._reads_text is None:
             as_text, as_parts = self._probe(_PROBE), self._probe([{"type": "text", "text": _PROBE}])
             self._reads_text = _PROBE in as_text or _PROBE not in as_parts or "{'" in as_parts  # a list, printed
@@ -143,14 +144,14 @@ class Chat:
     def _probe(self, content: Any) -> str:
         try:
             return self._apply([{"role": "user", "content": content}])
-        except Exception:  # of any type; the conversation itself meets it again
+        except Exception:  # of any type; rendering the conversation raises it again
             return ""
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool = False) -> str:
         self._template()
         try:
             return self._apply(self._as_read(messages), tools=tools, add_generation_prompt=prompt)
-        except Exception as error:  # whatever a template does: it is a program
+        except Exception as error:  # a template is a program and may raise anything
             raise self._refused(messages, error) from error
 
     def _apply(self, messages: list[Mapping[str, Any]], **options: Any) -> str:
@@ -158,10 +159,10 @@ class Chat:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     def _whole(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
-        """A rendered conversation that has every message.
+        """Checks that a rendered conversation has every message, and returns it.
 
-        A message that is not found as it was written may have been rendered differently; another one in its place
-        tells.
+        A template may rewrite a message, so one that is not found verbatim is replaced by a marker and looked for
+        again.
         """
         whole = self._render(messages, tools)
         self._check_whole(whole, messages, tools)
@@ -211,7 +212,7 @@ class Chat:
         )
 
     def _marked(self, messages: list[Any], tools: Any) -> Rendered:
-        """By the `{% generation %}` marks of the template."""
+        """Finds the assistant's tokens by the `{% generation %}` marks of the template."""
         self._check_fast()
         whole = self._render(messages, tools)
         options = {"tools": tools, "return_dict": True, "return_assistant_tokens_mask": True}
@@ -252,7 +253,7 @@ class Chat:
         return self._counted(whole, [span], is_rendered=False)
 
     def _counted(self, text: str, spans: list[tuple[int, int]], is_rendered: bool) -> Rendered:
-        """The tokens of a text. Those count that overlap one of the spans."""
+        """The tokens of a text; a token counts if it overlaps one of the spans."""
         if not self._assistant_only:
             ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return Rendered(ids, [True] * len(ids), is_rendered)
@@ -277,8 +278,8 @@ class Chat:
 def _bounded_memory(num_bytes: int) -> Iterator[None]:
     """Inside the block, an allocation of more than `num_bytes` fails with a MemoryError.
 
-    The limit is on the address space of the process, so that it holds for the main thread alone, which renders while no
-    other thread computes, and on Linux alone.
+    The limit is on the address space of the whole process. It is therefore set only on Linux and in the main thread,
+    which renders while no other thread computes.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or not sys.platform.startswith("linux"):
@@ -323,10 +324,10 @@ def _begin(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> PreTrainedTokenizerBase:
-    """`tokenizer` with the chat template in the file `path`, if there is one; it is also saved with the result.
+    """Gives `tokenizer` the chat template in the file `path`, if given; it is also saved with the result.
 
     Raises:
-        InputError: the file cannot be read, or is empty. What is wrong in a template shows when it renders.
+        InputError: the file cannot be read, or is empty. Mistakes in a template appear when it renders.
     """
     if path is None:
         return tokenizer

@@ -21,11 +21,11 @@ _NEITHER = ("video", "videos", "audio", "audios")
 _TEXT_COLUMNS = ("messages", "text")
 """Columns that hold a document by themselves; a dataset has one of them."""
 CUT_COLUMN = "is_cut"
-"""Column beside texts that `castlm sample` writes: true where `max_new_tokens` cut the text off."""
+"""Column that `castlm sample` writes beside a text: true if `max_new_tokens` cut the text off."""
 MOST_CHARACTERS = 16 << 20
-"""Characters of a row's text, which is tokenized at once and takes some 40 times its size meanwhile."""
+"""Most characters of a row's text, which is tokenized at once and takes about 40 times its size meanwhile."""
 _IMAGES = '{"images": '
-"""Beginning of the JSON of a conversation with images."""
+"""Prefix of the JSON of a conversation with images."""
 _MESSAGE = "each with a role and its content"
 
 
@@ -37,7 +37,7 @@ class Kind(IntEnum):
     CHAT = 1
     """A conversation, as JSON that `castlm.data.chat` reads."""
     WITH_EXTRA = 2
-    """A conversation that brings tensors beside its tokens, such as images; see `castlm.data.extra`."""
+    """A conversation with tensors beside its tokens, such as images; see `castlm.data.extra`."""
 
 
 class Document(NamedTuple):
@@ -59,17 +59,17 @@ class Columns(NamedTuple):
     images: tuple[str, ...] = ()
     """Columns that may hold the images of a conversation; the first of them with a value counts."""
     folder: Path | None = None
-    """Folder that relative paths of images start from."""
+    """Base folder of relative image paths."""
     refused: tuple[str, ...] = ()
     """Columns that would be lost without an error."""
 
     @property
     def is_chat(self) -> bool:
-        """Whether a document is the JSON of a conversation, and not the text itself."""
+        """Whether a document is the JSON of a conversation instead of a text."""
         return self.form != "text"
 
     def kind_of(self, holds: Mapping[str, str]) -> Kind:
-        """The kind that the documents of a dataset can have whose columns hold `holds`; see `find_columns`."""
+        """The kind of documents in a dataset with these columns; `holds` as for `find_columns`."""
         if not self.is_chat:
             return Kind.TEXT
         brings = any(holds.get(name, "NoneType") != "NoneType" for name in self.images)
@@ -77,7 +77,7 @@ class Columns(NamedTuple):
 
     @property
     def read(self) -> tuple[str, ...]:
-        """The columns that a document is made of, where the dataset has them."""
+        """The columns to read for a document, as far as the dataset has them."""
         return (*self.text_columns, *self.images, *(() if self.is_chat else (CUT_COLUMN,)))
 
     @property
@@ -90,7 +90,7 @@ class Columns(NamedTuple):
 
         Args:
             where: file and line, for messages.
-            text_alone: leave the images of the row out, whose columns it may lack.
+            text_alone: ignore images; the row may lack their columns.
 
         Raises:
             InputError: the row has no such column, or the column holds something else.
@@ -135,13 +135,13 @@ class Columns(NamedTuple):
         return Document(f"{_IMAGES}{json.dumps(images)}, {text[1:]}", kind=Kind.WITH_EXTRA)
 
     def lost(self, column: str, where: str) -> str:
-        """The error where a column that is not read holds something."""
+        """The error for an unread column that holds something."""
         if column in _TEXT_COLUMNS:
             return _ambiguous((column, self.name), where)
         if column in IMAGE_COLUMNS:
-            what = "lies beside plain text, and images are read with conversations: give messages, or"
+            what = "needs conversations, and this dataset has plain text: give messages, or"
         else:
-            what = "is neither text nor images, and castlm trains on these alone:"
+            what = "is neither text nor images, which castlm cannot train on:"
         return f"{where}: the column {column!r} {what} name the column of the text with column to leave it out"
 
 
@@ -155,7 +155,7 @@ def text_length(document: str) -> int:
 
 
 def is_undecided(holds: Mapping[str, str], column: str | None) -> bool:
-    """Whether a row has nothing in the columns that could hold its document, so that it does not say what others hold.
+    """Whether a row is empty in every column that could hold its document, so that it does not show the type of others.
 
     Args:
         holds, column: as for `find_columns`.
@@ -170,20 +170,20 @@ def find_columns(holds: Mapping[str, str], column: str | None, where: str, folde
     """The columns of a dataset.
 
     Args:
-        holds: for each column what its values are: "str", "list", "NoneType" or another type, as `types_of` says of a
-            row that is not `is_undecided`.
-        column: the column to use, and no column of images; None finds `messages`, `prompt` with `completion`, or
-            `text`, with images beside conversations.
-        folder: that relative paths of images start from; None where there are no files.
+        holds: the type of each column's values ("str", "list", "NoneType" or another), as `types_of` gives it for a row
+            that is not `is_undecided`.
+        column: the only column to use, without images; None finds `messages`, `prompt` with `completion`, or `text`,
+            and images beside conversations.
+        folder: base of relative image paths; None if there are no files.
 
     Raises:
-        InputError: there is no such column, more than one could be meant, or images, videos or audio lie beside a text
-            and no column is named.
+        InputError: there is no such column, more than one could be meant, or the dataset has images, videos or audio
+            beside a text and `column` is None.
     """
     found = _find_text(holds, column, where)
     if column is not None:
         return found
-    others = tuple(name for name in _TEXT_COLUMNS if name != found.name)  # empty in the rows that were looked at
+    others = tuple(name for name in _TEXT_COLUMNS if name != found.name)  # empty in the rows that were read so far
     if found.is_chat:
         found = found._replace(images=IMAGE_COLUMNS, folder=folder, refused=(*_NEITHER, *others))
     else:
@@ -288,7 +288,9 @@ def _messages_of(content: Mapping[str, Any], listed: Any, where: str) -> list[di
 
 
 def _tools(tools: Any, where: str) -> Sequence[Any]:
-    """The schemas of a `tools` column, which may hold them as JSON because parquet would unify them."""
+    """The schemas of a `tools` column, possibly as JSON text, because parquet would merge the types of different
+    schemas.
+    """
     try:
         found = json.loads(tools) if isinstance(tools, str) else tools
     except ValueError:

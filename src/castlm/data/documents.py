@@ -1,7 +1,7 @@
 """Opens a dataset, local or on the Hugging Face Hub, as documents in a reproducible random order.
 
-Local files are read in place (`readers`), where `datasets.load_dataset` would first copy them, decompressed, to the
-disk. A hub dataset is streamed.
+Local files are read in place (`readers`); `datasets.load_dataset` would first copy them, decompressed, to the disk. A
+hub dataset is streamed.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Documents:
     def _order(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of the pieces, shape (num_pieces,), int64; the pieces of one document stay together.
 
-        All documents are shuffled together, except those that have to be decompressed: of these, randomly chosen units
-        of up to `SHUFFLE_BYTES` are shuffled together, then the next.
+        All documents are shuffled together, except compressed ones: random units of up to `SHUFFLE_BYTES` are shuffled
+        together, one batch of units after another.
         """
         rng = np.random.default_rng([seed, epoch])  # random() alone has the same stream in every version of numpy
         unit_order = np.argsort(rng.random(len(self._unit_bytes)), kind="stable")
@@ -110,7 +110,7 @@ class Documents:
         return source.read(piece - int(self._source_ends[which]) + len(source.last))
 
     def _select(self, keep: np.ndarray) -> Documents:
-        """The pieces where `keep` (bool, num_pieces) is True. A document may lose its end, not its start or middle."""
+        """Keeps the pieces where `keep` (bool, num_pieces) is True; a document may only lose its end."""
         part = copy.copy(self)
         part._piece, part._last, part._unit = self._piece[keep], self._last[keep].copy(), self._unit[keep]
         part._last[-1:] = True
@@ -118,8 +118,7 @@ class Documents:
         return part
 
     def scattered(self) -> Documents | None:
-        """Each piece as a document, so that `pieces` takes them from all over the text; None for documents of one file
-        that are single pieces, as the rows of a JSON lines file are."""
+        """Makes each piece a document, so that `pieces` draws from all of a text; None if that changes nothing."""
         if len(self._sources) == 1 and self._last.all():
             return None
         part = copy.copy(self)
@@ -129,8 +128,8 @@ class Documents:
     def text_hash(self) -> str:
         """A SHA-256 in hexadecimal that changes with the text; a resumed run compares it.
 
-        For one file it is what `sha256sum` prints, for several the hash of their digests in order. A part made by
-        `split_documents` has its own.
+        For one file it equals the output of `sha256sum`; for several it hashes their digests in order. A part made by
+        `split_documents` has its own hash.
         """
         digest = joined_digest([source.sha256() for source in self._sources])
         return hashlib.sha256(digest.encode() + self._selection).hexdigest() if self._selection else digest
@@ -277,5 +276,5 @@ def _split_one(documents: Documents, holdout_fraction: float) -> tuple[Documents
 
 
 def joined_digest(digests: Sequence[str]) -> str:
-    """The digest of a single text, or the SHA-256 of those of several in order."""
+    """The digest of a single text, or the SHA-256 of several digests in order."""
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

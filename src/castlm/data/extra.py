@@ -1,7 +1,7 @@
-"""Tensors that a model's forward takes beside the tokens, such as images: their way from documents to batches.
+"""Carries tensors that a model's forward takes beside the tokens, such as images, from documents to batches.
 
-A document brings an `Extra`; a batch is a dict in which the joined tensors stand beside `input_ids` and `labels`, and
-whoever runs a model passes them on as they are.
+A document brings an `Extra`. A batch is a dict with the joined tensors beside `input_ids` and `labels`; code that runs
+a model passes all of them to its forward.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ class Extra(NamedTuple):
     """The tensors that one document brings beside its tokens."""
 
     by_item: dict[str, Tensor]
-    """Tensors that are joined along the first dimension, whatever it counts: `pixel_values`."""
+    """Tensors to join along the first dimension, such as `pixel_values`."""
     by_token: dict[str, Tensor]
     """Tensors of one number a token, (num_tokens,): `mm_token_type_ids`."""
     end: int
-    """Number of tokens up to the end of the last that the tensors belong to."""
+    """Number of tokens up to and including the last one that the tensors belong to."""
 
     def fits(self, num_tokens: int) -> bool:
-        """Whether all that the tensors belong to lies within the first `num_tokens` tokens."""
+        """Whether the tensors belong to the first `num_tokens` tokens alone."""
         return self.end <= num_tokens
 
 
 def join_extra(rows: Sequence[Extra | None], width: int) -> dict[str, Tensor]:
     """The tensors of a batch by the name of their argument, `width` tokens a row; empty where no row brings any.
 
-    Tensors that differ in another dimension than the first, as in their number of tiles, are filled up with zeros, as
-    processors do it.
+    Tensors that differ in a dimension other than the first, for example in their number of tiles, are padded with
+    zeros, as processors do.
     """
     joined: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for row in rows if row is not None for name in row.by_item):

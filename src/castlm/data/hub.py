@@ -1,4 +1,4 @@
-"""A dataset of the Hugging Face Hub, streamed as documents: nothing is downloaded that is not read."""
+"""Streams a dataset of the Hugging Face Hub as documents: only what is read is downloaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from castlm.data.columns import Columns, Kind, find_columns, is_undecided, types
 from castlm.data.readers import Piece, Position
 
 HUB_BUFFER = 1000  # documents of a stream that are held and shuffled together
-_SMALL_BUFFER = 64  # where they hold images
+_SMALL_BUFFER = 64  # for documents with images
 
 
 class HubDocuments:
@@ -23,11 +23,11 @@ class HubDocuments:
     images.
 
     Args:
-        open_stream: returns a new `datasets.IterableDataset` of the same rows each time; copies of one would share its
-            position.
+        open_stream: returns a new `datasets.IterableDataset` of the same rows at each call; copies of one would share
+            its position.
         columns: what a row holds.
         identity: name, revision, config, split and column, which `text_hash` hashes.
-        kind: of the documents, where rows bring more than `columns` tells.
+        kind: the kind of the documents, if rows bring more than `columns` tells.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class HubDocuments:
             state, buffer, start = stream.state_dict(), buffer + 1, 0
 
     def split(self, num_held_out: int) -> tuple[HubDocuments, HubDocuments]:
-        """All documents but the first `num_held_out`, and those."""
+        """Splits off the first `num_held_out` documents; returns the others, then those."""
 
         def part(cut: str) -> HubDocuments:
             return HubDocuments(
@@ -76,7 +76,7 @@ class HubDocuments:
 
 
 def _undecoded(load: Callable[[], Any]) -> Any:
-    """A stream whose images stay bytes, as in a file."""
+    """A stream that leaves images as bytes, as in a file."""
     stream = load()
     return stream if stream.features is None else stream.decode(False)
 

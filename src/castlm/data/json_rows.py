@@ -37,13 +37,13 @@ class LineIndex(NamedTuple):
 
 
 class JsonRows:
-    """The documents in the lines of a file; the first row that holds one says in which columns they are."""
+    """The documents in the lines of a file; the first row with a document determines the columns."""
 
     def __init__(self, column: str | None, folder: Path, share: Share) -> None:
         self._column, self._folder, self._share = column, folder, share
         self._columns: Columns | None = None
         self.kind = Kind.TEXT
-        """Kind of the lines that were read; after `index`, of the whole file."""
+        """Kind of the lines read so far; after `index`, of the whole file."""
 
     def index(self, lines: Iterable[bytes], path: Path) -> LineIndex:
         """Finds the lines of a file, and checks them together with the other ranks.

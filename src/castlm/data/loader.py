@@ -25,7 +25,7 @@ def open_sequences(
     repeat: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Sequences:
-    """The training sequences of any documents: packed, or one a document where they bring more than tokens.
+    """Opens the training sequences of documents: packed text, or one sequence per conversation with images.
 
     Args:
         encoder: copied, as a fast tokenizer that two threads use at a time may raise "Already borrowed".
@@ -46,12 +46,11 @@ def open_sequences(
 class BatchLoader:
     """One rank's rows of each global micro-batch of the sequences that `open_sequences` gives.
 
-    With R ranks of b rows, global batch g holds the sequences `[g*R*b, (g+1)*R*b)`, and rank r its rows
-    `[r*b, (r+1)*b)`: dicts of `input_ids` and `labels`, int64, shape (rows_per_rank, seq_len), with `position_ids` for
-    packed documents or with other tensors for the model's forward. Every rank tokenizes all text, and prepares the
-    images of its own rows alone. `state_dict` is the
-    position after the last batch that was returned, whatever has been prepared ahead. It is the same on every rank and
-    may be loaded with another `rows_per_rank`, `rank` and `world_size`.
+    With R ranks of b rows, global batch g holds the sequences `[g*R*b, (g+1)*R*b)`, and rank r its rows `[r*b,
+    (r+1)*b)`: dicts of `input_ids` and `labels`, int64, shape (rows_per_rank, seq_len), with `position_ids` for packed
+    documents or with other tensors for the model's forward. Every rank tokenizes all text, but prepares only the images
+    of its own rows. `state_dict` is the position after the last batch that was returned, whatever has been prepared
+    ahead. It is the same on every rank and may be loaded with another `rows_per_rank`, `rank` and `world_size`.
 
     Args:
         prefetch: prepare the next batch in a thread meanwhile (fast tokenizers release the interpreter lock).

@@ -36,7 +36,7 @@ class Mixture:
         self.kind = max(part.kind for part in parts)
 
     def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
-        """Conversations without an end, in fixed shares of the characters, as `Documents.pieces`.
+        """An endless stream of conversations in fixed shares of the characters; see `Documents.pieces`.
 
         The next one comes from the text that is furthest behind its share. A text that ends starts its next epoch, in
         another order; `epoch` counts from the epoch of each text.
@@ -60,7 +60,7 @@ class Mixture:
             used[number] += text_length(piece.text)
 
     def _open(self, number: int, seed: int | None, epoch: int, position: Position, is_used: bool) -> Iterator[Piece]:
-        """The pieces of a text from `position` on, or from the one after it if that `is_used`."""
+        """The pieces of a text, starting at `position`, or after it if that piece `is_used`."""
         pieces = self.parts[number].pieces(seed, epoch, position)
         if is_used:
             next(pieces, None)
@@ -73,9 +73,9 @@ class Mixture:
 
 
 def furthest_behind(used: Sequence[float], weights: Sequence[float]) -> int:
-    """The number of the text that has had the least of its share.
+    """The number of the text that is furthest behind its share.
 
-    The half makes the counts equal rounded shares: a text of small weight does not come first.
+    Adding one half makes the counts equal rounded shares, so a text of small weight does not come first.
     """
     return min(range(len(used)), key=lambda number: (used[number] + 0.5) / weights[number])
 

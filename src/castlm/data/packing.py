@@ -1,11 +1,11 @@
 """Packs documents into sequences of tokens, in one order for all ranks, with a position that can be saved and restored.
 
-The position names the next token (epoch, document, token) and no rank, so a run can be resumed on any number of ranks.
-torchdata's `StatefulDataLoader` saves the state of its worker processes instead; here the state is six numbers that
-travel with each batch.
+The position is that of the next token (epoch, document, token), independent of ranks, so a run can be resumed on any
+number of ranks. torchdata's `StatefulDataLoader` saves the state of its worker processes instead; here the state is six
+numbers that travel with each batch.
 
-transformers builds a block-diagonal attention mask when the position ids of a sequence start again at 0 and there is no
-other mask (`find_packed_sequence_indices` in its masking_utils), so that the position ids alone keep documents apart.
+Position ids alone keep documents apart: transformers builds a block-diagonal attention mask when the position ids of a
+sequence restart at 0 and no other mask is given (`find_packed_sequence_indices` in its masking_utils).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Resumable:
     seq_len: int
     repeat: bool
     num_taken: int
-    """Sequences before the next one, those before a saved position too."""
+    """Number of sequences before the next one, including those before a saved position."""
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the next sequence, as plain JSON, the same on every rank."""
@@ -97,14 +97,14 @@ class Row(NamedTuple):
 class PackedSequences(Resumable):
     """Sequences of `seq_len` tokens: documents shuffled by (seed, epoch), an end-of-text after each, nothing dropped.
 
-    The labels are shifted: `labels[i]` is the token after `input_ids[i]`. Consecutive sequences share one token:
-    each token is a label once. The positions start again at 0 with each document. A document starts with a token for
-    the beginning of a text if its tokenizer adds one. The last sequence of an epoch is filled up with the start of the
-    next; there is no last epoch.
+    The labels are shifted: `labels[i]` is the token after `input_ids[i]`. Consecutive sequences share one token, so
+    that each token is a label once. The positions start again at 0 with each document. A document starts with a token
+    for the beginning of a text if its tokenizer adds one. The last sequence of an epoch is filled up with the start of
+    the next; there is no last epoch.
 
-    A conversation that does not fit into what is left of a sequence starts the next one, and the rest is filled with
-    end-of-text tokens that do not count. A conversation longer than `seq_len` starts a sequence and continues in
-    the following ones; each sees its own part alone, as in a long document.
+    A conversation that does not fit into the rest of a sequence starts the next one, and end-of-text tokens that do not
+    count fill the rest. A conversation longer than `seq_len` starts a sequence and continues in the following ones;
+    each sees its own part alone, as in a long document.
 
     Args:
         encoder: of one document at a time; this class alone uses it.
@@ -177,7 +177,7 @@ class PackedSequences(Resumable):
     def _read(self) -> Iterator[list[_Encoded]]:
         epoch, position = self._start
         skipped = self._token  # tokens of the first piece that earlier sequences hold
-        place = -skipped % self.seq_len  # of the next token in its sequence
+        place = -skipped % self.seq_len  # place of the next token in its sequence
         while True:
             whole, num_tokens = position is None, 0
             batches = self._encode(epoch, 0 if self.repeat else epoch, position, place)
@@ -205,7 +205,7 @@ class PackedSequences(Resumable):
             yield batch
 
     def _with_filler(self, conversation: Tokens, place: int) -> Tokens:
-        """`conversation` after as many tokens as leave it a sequence of its own, if it does not fit into this one."""
+        """`conversation`, preceded by filler up to the next sequence if it does not fit into this one."""
         count = len(conversation.ids)
         if count > self.seq_len and not self._has_said:
             self._has_said = True
@@ -219,7 +219,7 @@ class PackedSequences(Resumable):
         return Tokens.joined([filler._replace(labels=np.full_like(filler.ids, IGNORED)), conversation])
 
     def _whole_sequences(self, batches: Iterator[list[_Encoded]], skipped: int) -> Iterator[list[_Encoded]]:
-        """`batches` of one epoch without the tokens at its end that do not fill a sequence."""
+        """`batches` of one epoch, without the last tokens that do not fill a sequence."""
         num_tokens, held, num_held = -skipped, deque[list[_Encoded]](), 0
         for batch in batches:
             held.append(batch)
@@ -269,11 +269,11 @@ class MixedRow(NamedTuple):
 class MixedSequences:
     """Sequences of several texts, each packed by itself, in fixed shares of the tokens.
 
-    The next sequence comes from the text that is furthest behind its share, so that the shares hold at every point of a
-    run, however long the documents are, and no random number needs to be saved.
+    The next sequence comes from the text that is furthest behind its share. So the shares hold at every point of a run,
+    whatever the lengths of the documents, and no random state needs to be saved.
 
     Args:
-        parts: the sequences of each text, without an end and of one length.
+        parts: the sequences of each text: endless, and of one length.
         weights: the share of each.
     """
 

@@ -1,4 +1,4 @@
-"""Reads the documents of a parquet file, as `castlm.data.readers` does of the others."""
+"""Reads the documents of a parquet file; `castlm.data.readers` reads the other types."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ MAX_ROWS = 1 << 30
 class ParquetRows:
     """The documents of a parquet file; a row group is decoded as a whole, and blank rows are empty pieces.
 
-    Conversations are all read once, so that a bad one is found before the run, as in a file of JSON lines; their images
-    are not.
+    Opening reads all conversations once, without images, so that a bad one is found before the run, as in JSON lines.
     """
 
     def __init__(self, path: Path, column: str | None, pool: Pool) -> None:
@@ -76,7 +75,7 @@ class ParquetRows:
 
         try:
             table = pq.ParquetFile(self._path).read_row_group(unit, columns=names)
-            table.validate(full=True)  # else a corrupt offset is read out of bounds
+            table.validate(full=True)  # otherwise a corrupt offset would read out of bounds
             return table
         except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{self._path}: row group {unit} cannot be read ({_one_line(error)})") from error

@@ -1,7 +1,7 @@
 """Reads the documents of one file in place, any of them by its number, without a copy on disk and in little memory.
 
-Plain text and JSON lines are memory-mapped, a gzip file is entered at seek points, a parquet file (elsewhere) by
-row groups. Decompressed parts are kept in a `Pool` of bounded size that all files share.
+Plain text and JSON lines are memory-mapped. A gzip file is read from seek points, a parquet file
+(`castlm.data.parquet`) by row groups. All files share a `Pool` of bounded size for decompressed parts.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ class Piece(NamedTuple):
     last: bool
     """Whether it is the last piece of its document."""
     position: Position
-    """The argument with which `pieces` starts at this piece again, as plain JSON."""
+    """The `position` with which `pieces` starts at this piece again, as plain JSON."""
     is_cut: bool = False
-    """Whether the document was cut off there, so that the end-of-text behind it does not count."""
+    """Whether the document was cut off, so that the end-of-text after it does not count."""
     kind: Kind = Kind.TEXT
 
 
 class Source(Protocol):
     """The pieces of one file, numbered from 0. A document is one piece or a few consecutive ones.
 
-    `last` (bool, num_pieces): whether the piece ends its document. `unit` (int64, num_pieces): the unit of
-    decompression that it belongs to. `unit_bytes` (int64, num_units): memory that the decompressed unit takes, 0 where
-    nothing is decompressed. `kind`: the largest among its documents. Blank documents are dropped.
+    `last` (bool, num_pieces): whether the piece ends its document. `unit` (int64, num_pieces): its unit of
+    decompression. `unit_bytes` (int64, num_units): memory of the decompressed unit, 0 if the file is not compressed.
+    `kind`: the largest kind among the documents. Blank documents are dropped.
     """
 
     last: np.ndarray
@@ -199,7 +199,7 @@ def open_json_lines(path: Path, column: str | None, share: Share) -> Spans:
 
 
 class GzipJsonLines:
-    """Gzipped JSON lines, entered in the middle: a copy of the decompressor is kept every `SEGMENT_BYTES`."""
+    """Gzipped JSON lines with random access: a copy of the decompressor is kept every `SEGMENT_BYTES`."""
 
     def __init__(self, path: Path, column: str | None, pool: Pool, share: Share) -> None:
         self._path, self._rows, self._pool = path, JsonRows(column, path.parent, share), pool
@@ -249,7 +249,7 @@ class GzipJsonLines:
 def _inflate(path: Path, offset: int = 0, inflater: Any = None) -> Iterator[tuple[bytes, int | None, Any]]:
     """Chunks of a gzip file (of several members, too), and the decompressor after each.
 
-    An empty chunk comes behind what `READ_BYTES` of the file expand to, with the offset to continue from.
+    After the text of each `READ_BYTES` of the file comes an empty chunk, with the offset to continue from.
     """
     inflater = inflater.copy() if inflater else zlib.decompressobj(wbits=31)
     with open_regular(path) as file:
@@ -274,7 +274,7 @@ def split_lines(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
     """The lines of a file, with their ends.
 
     Raises:
-        InputError: one is longer than `MAX_LINE_BYTES`; no more than that of it is held.
+        InputError: a line is longer than `MAX_LINE_BYTES`, which bounds the memory that it takes.
     """
     begun, number = list[bytes](), 1
     num_begun = 0

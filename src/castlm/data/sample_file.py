@@ -1,8 +1,8 @@
-"""The file that samples go into: without duplicates, whole after a kill, and never another's file overwritten.
+"""Writes samples to a file: without duplicates, whole after a kill, and without overwriting files of others.
 
-During the work the rows are in `NAME.part`. `NAME.castlm.json` says how many batches and bytes of it are whole;
-it is written after each batch, and what a kill left behind those bytes is cut off. The finished file takes its name in
-one step, and its record stays beside it.
+Rows go into `NAME.part` first. `NAME.castlm.json`, written after each batch, records the number of complete batches and
+bytes; after a kill, bytes beyond that are cut off. The finished file gets its name in one rename, and its record stays
+beside it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from castlm.files.disk import is_disk_full
 from castlm.files.reading import read_record, sha256_file, user_path
 
 FEW_SAMPLES = 32
-"""Texts before a line reports that most of them are left out."""
+"""Number of texts after which a line may report that most of them are left out."""
 
 PATIENCE = 20
-"""Batches in a row without a new text after which the work stops."""
+"""Consecutive batches without a new text after which sampling stops."""
 
 
 class SampleFile:
@@ -42,7 +42,7 @@ class SampleFile:
         self._digest = hashlib.sha256()
 
     def is_new(self, prompt: str, generated: str) -> bool:
-        """Whether no earlier text was the same, or began with the same `dedup_prefix` characters after its prompt."""
+        """Whether no earlier text is the same or has the same first `dedup_prefix` characters after its prompt."""
         keys = [_hash("whole", prompt, generated)]
         if self.dedup_prefix:
             keys.append(_hash("prefix", prompt, generated[: self.dedup_prefix]))
@@ -83,10 +83,12 @@ class SampleFile:
         """Gives the file its name, and returns its record.
 
         Raises:
-            InputError: another file has come to be there.
+            InputError: another file of that name has appeared.
         """
         if self.path.exists() and sha256_file(self.path) != self.replaces:
-            raise InputError(f"{self.path} is not castlm's: move it away and resume; the text is in {self.part}")
+            raise InputError(
+                f"{self.path} was not written by castlm: move it away and resume; the text is in {self.part}"
+            )
         os.replace(self.part, self.path)
         flush_folder(self.path.parent)
         return self._write_record(finished=True)
@@ -99,7 +101,7 @@ class SampleFile:
         return record
 
     def restore(self, prompt_of: Callable[[int], str]) -> None:
-        """Continues where an earlier start was stopped, if there was one.
+        """Continues an earlier, interrupted start, if there was one.
 
         Raises:
             InputError: it had other settings, or its rows have changed.
@@ -147,7 +149,7 @@ def _check_settings(file: Path, settings: Mapping[str, Any], record: Mapping[str
 
 
 def finished_samples(path: str | Path, settings: Mapping[str, Any], num_tokens: int) -> dict[str, Any] | None:
-    """The record of a finished file; None where the file at `path` is not finished, or not there.
+    """The record of a finished file; None if the file at `path` is unfinished or missing.
 
     Raises:
         InputError: it has other settings or fewer tokens, or has changed since it was written.
@@ -174,7 +176,7 @@ def finished_samples(path: str | Path, settings: Mapping[str, Any], num_tokens: 
 
 
 def generated_of(row: Mapping[str, Any], prompt: str) -> str:
-    """The text of a row that the model wrote: all but its prompt."""
+    """The part of a row's text that the model wrote, without the prompt."""
     if "text" in row:
         return str(row["text"]).removeprefix(prompt)
     user, assistant = (str(message["content"]) for message in row["messages"])
@@ -202,11 +204,11 @@ def open_samples(
     overwrite: bool = False,
     resume: bool = False,
 ) -> Iterator[SampleFile]:
-    """The file at `path` for new samples, locked for the time of the block.
+    """Opens the file at `path` for new samples and holds its lock during the block.
 
     Args:
-        settings: what the samples depend on; `resume` compares it.
-        resume: continue an unfinished file, or begin one.
+        settings: everything that the samples depend on; `resume` compares them.
+        resume: continue an unfinished file, if there is one.
         dedup_prefix: characters after which two texts with the same beginning count as one; 0 compares whole texts.
 
     Raises:
@@ -295,7 +297,7 @@ def sample(
 
 
 def _counted(file: SampleFile, found: Sample | None, place: int, prompt: str) -> dict[str, Any] | None:
-    """The row of a sample, with its number; None for one that is dropped. Either way it is counted."""
+    """Counts a sample and returns its row with its number; None if it is dropped."""
     if found is None or not generated_of(found.row, prompt).strip():
         file.dropped += 1
         return None

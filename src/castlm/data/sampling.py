@@ -1,10 +1,10 @@
 """Training text that a model writes itself, where there is no other: from nothing, after prompts, or as conversations.
 
-The work is divided into batches, each with its own prompts and its own seed, so that a run that was stopped continues
-with the next batch as if it had never stopped, on the same device with the same version of torch.
+The work is divided into batches, each with its own prompts and seed. An interrupted run therefore continues with the
+next batch and writes the same text as an uninterrupted one, on the same device and version of torch.
 
-A conversation is sampled as in Magpie (arXiv 2406.08464): the model continues its chat template where a user would
-write, and then answers itself.
+Conversations are sampled as in Magpie (arXiv 2406.08464): the model continues its chat template at the user's turn,
+then answers itself.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class Sample(NamedTuple):
     """A document that the model wrote."""
 
     row: dict[str, Any]
-    """Row of the file: `text` and `is_cut`, which is true where the model did not end it, or `messages`."""
+    """The row of the file: `messages`, or `text` with `is_cut` (true if the model did not end the text)."""
     num_tokens: int
     """The prompt and what was generated."""
     is_whole: bool
-    """Whether the model ended it, before `max_new_tokens` did."""
+    """Whether the model ended the text before `max_new_tokens` cut it."""
 
 
 class _Continued(NamedTuple):
@@ -81,8 +81,8 @@ class Sampler:
 
     Args:
         model: in eval mode.
-        prompts: texts to continue, or with `chat` what the user says; used in order, again and again. None starts from
-            the token that a document begins with, or with `chat` samples the turn of the user too.
+        prompts: texts to continue, or with `chat` the user's turns; used in order, repeatedly. None starts from the
+            token that begins a document; with `chat` it samples the user's turn too.
         chat: sample conversations of one turn each, in the tokenizer's chat template.
 
     Raises:
@@ -116,9 +116,9 @@ class Sampler:
             self._check_room(self._begin(prompt))
 
     def batch(self, number: int) -> Sequence[Sample | None]:
-        """The samples of a batch, in order; the same for the same number and options.
+        """Samples a batch, in order; the same number and options give the same samples.
 
-        With `chat`, a conversation in which a turn is empty or does not end is None.
+        With `chat`, a conversation with an empty or unfinished turn is None.
         """
         size = self.options.batch_size
         prompts = [""] * size
@@ -182,7 +182,7 @@ class Sampler:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _after(self, begin: list[int], ids: list[int]) -> str:
-        """The text of `ids` behind `begin`: some tokenizers leave out the space before the first word they decode."""
+        """The text of `ids`, decoded together with `begin`: some tokenizers drop the space before the first word."""
         before, whole = self._decode(begin), self._decode(begin + ids)
         return whole[len(before) :] if whole.startswith(before) else self._decode(ids)
 
@@ -205,7 +205,10 @@ class Sampler:
             eos_token_id=self._ends,
             pad_token_id=self._ends[0],
         )
-        own, self.model.generation_config = self.model.generation_config, config  # whose settings fill in what is unset
+        own, self.model.generation_config = (
+            self.model.generation_config,
+            config,
+        )  # transformers would fill unset options from it
         try:
             output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         finally:

@@ -1,4 +1,4 @@
-"""The tokens of an evaluation text, which of them are scored, and the sequences that a model reads them in."""
+"""The tokens of an evaluation text, a label for each scored one, and the sequences that a model reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALL, ASSISTANT = "all", "assistant"
 
 
 class ScoredExtra(NamedTuple):
-    """The tensors that a document brings, prepared each time: those of a whole text may not fit in memory."""
+    """Prepares the tensors of a document on each use: all tensors of a text may not fit in memory."""
 
     load: Callable[[], Extra | None]
     end: int
@@ -33,7 +33,7 @@ class ScoredExtra(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The part of a text that one forward pass sees: the tokens begin .. end-1."""
+    """One sequence of a forward pass: the tokens begin .. end-1 of the text."""
 
     begin: int
     end: int
@@ -48,19 +48,19 @@ class ScoredText:
     ids: Tensor
     """int64, (num_tokens,)."""
     labels: Tensor
-    """int64, (num_tokens,): the same, not shifted, and -100 where a token is not scored."""
+    """int64, (num_tokens,): the token ids, not shifted, and -100 where a token is not scored."""
     starts: tuple[int, ...] = (0,)
-    """Tokens that always begin a sequence: the first token, and that of each conversation."""
+    """Positions that always begin a sequence: the first token of the text and of each conversation."""
     tokens: str = ALL
-    """The tokens that are scored, in words: "all" or "assistant"; both for several kinds of text."""
+    """Names the scored tokens: "all" or "assistant"; both for several kinds of text."""
     extra: tuple[ScoredExtra | None, ...] = ()
-    """For each part that begins at one of `starts`; empty where no document brings anything beside its tokens."""
+    """Tensors beside the tokens, by position in `starts`; empty if no document has any."""
     by_document: bool = False
-    """Whether it consists of conversations, each scored by itself."""
+    """Whether the text consists of conversations, each scored separately."""
 
     @classmethod
     def of(cls, ids: Tensor) -> ScoredText:
-        """A plain text, every token of which is scored."""
+        """Wraps a plain text; all its tokens are scored."""
         return cls(ids, ids)
 
     @classmethod
@@ -80,13 +80,13 @@ class ScoredText:
 
     @property
     def stretches(self) -> list[tuple[int, int]]:
-        """Begin and end of each part that is scored by itself."""
+        """Begin and end of each part that is scored separately."""
         return list(zip(self.starts, (*self.starts[1:], len(self.ids))))
 
     def sequences(self, seq_len: int, stride: int) -> list[Scored]:
         """The sequences of the text, each within one stretch, without those that score nothing.
 
-        Only the first sequence of a conversation with images is scored, as the others do not see them.
+        Only the first sequence of a conversation with images is scored, since the others do not contain the images.
 
         Raises:
             InputError: images that do not fit into a sequence.
@@ -109,12 +109,12 @@ class ScoredText:
     def batch(self, sequences: Sequence[Scored], width: int, rows: int | None = None) -> dict[str, Tensor]:
         """`input_ids` and shifted `labels`, int64, (rows, width), and what the model's forward takes beside them.
 
-        Labels are -100 past the end of a sequence, and where a token is not scored.
+        Labels are -100 after the end of a sequence and where a token is not scored.
 
         Args:
             sequences: one a row.
-            width: tokens of a row, as many as the longest sequence has, or more.
-            rows: rows of the batch; the last ones score nothing. Default: one a sequence.
+            width: tokens of a row, at least the length of the longest sequence.
+            rows: rows of the batch, padded with rows that score nothing. Default: one per sequence.
         """
         rows = len(sequences) if rows is None else rows
         input_ids = self.ids.new_zeros(rows, width)

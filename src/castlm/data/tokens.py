@@ -33,7 +33,7 @@ IGNORED = -100
 
 
 class Tokens(NamedTuple):
-    """The tokens of a piece: three arrays, (num_tokens,)."""
+    """The tokens of a piece, as three arrays of shape (num_tokens,)."""
 
     ids: np.ndarray
     """int32."""
@@ -46,7 +46,7 @@ class Tokens(NamedTuple):
 
     @classmethod
     def of(cls, ids: list[int], counts: list[bool] | None, first: bool) -> Tokens:
-        """Args: `counts`: which tokens count, None for all; `first`: whether a document begins with them."""
+        """From token ids; `counts`: which tokens count (None: all); `first`: whether a document begins here."""
         array, begins = np.asarray(ids, dtype=np.int32), np.zeros(len(ids), dtype=bool)
         begins[:1] = first
         return cls(array, array if counts is None else np.where(counts, array, IGNORED).astype(np.int32), begins)
@@ -64,9 +64,9 @@ class Encoder:
     """Turns documents of any kind into token ids and the mask of the tokens that count.
 
     Args:
-        assistant_only: of a conversation, only the tokens of the assistant count; see `castlm.data.chat`.
+        assistant_only: count only the assistant's tokens of a conversation; see `castlm.data.chat`.
         eos_token_id: the token that ends a document; default: `end_of_text_id(tokenizer)`.
-        processor: prepares what documents bring beside their tokens; see `open_encoder`.
+        processor: prepares images; see `open_encoder`.
     """
 
     def __init__(
@@ -104,10 +104,11 @@ class Encoder:
         return Tokens.of(ids, [*[True] * (len(ids) - 1), False] if piece.is_cut else None, piece.first)
 
     def _ids_of(self, pieces: list[Piece]) -> list[list[int]]:
-        """The tokens of pieces of plain text, as in the whole text. A piece in the middle of one is tokenized behind a
-        line break, because some tokenizers put a space before the first word that they are given. One that ends with a
-        line break is tokenized before a letter, because GPT-2's joins the line breaks at the end of what it is given,
-        where the last one before a word is a token of its own."""
+        """Tokenizes pieces of plain text to the same tokens as the whole text would give. A piece from the middle of a
+        text is tokenized after a line break, because some tokenizers put a space before the first word of their input.
+        A piece that ends with a line break is tokenized before a letter, because GPT-2 joins line breaks at the end of
+        its input, while before a word the last one is its own token.
+        """
         before = ["" if piece.first else "\n" for piece in pieces]
         after = ["a" if piece.text.endswith("\n") and not piece.last else "" for piece in pieces]
         found = self.plain([start + piece.text + end for start, piece, end in zip(before, pieces, after)])
@@ -130,13 +131,14 @@ class Encoder:
         return self._with_end(rendered)._replace(extra=extra)
 
     def text_alone(self, document: str) -> list[int]:
-        """The token ids of a conversation without what it brings beside them, with an end-of-text behind them."""
+        """The token ids of a conversation without its images, followed by an end-of-text token."""
         assert self._images is not None
         return [*self._images.text_alone(document), self.eos]
 
     def _with_end(self, rendered: Rendered) -> Tokens:
-        """The end-of-text that a template does not know is the end of a completion, and no part of a conversation.
-        Where a template ends with it, it is not repeated."""
+        """Appends an end-of-text token unless the template ended with one. It counts as the end of a completion, but
+        not as part of a conversation.
+        """
         ids, counts, is_rendered = rendered
         if is_rendered and ids and ids[-1] == self.eos:
             return Tokens.of(list(ids), list(counts), True)
@@ -152,13 +154,14 @@ class Encoder:
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # else it warns that a document is longer than the context
+            verbose=False,  # silences its warning about documents longer than the context
         )
         return encoded["input_ids"]
 
     def joined(self, documents: Documents | HubDocuments, seed: int | None = None) -> Iterator[Tokens]:
-        """The pieces of the documents in file order, or shuffled by `seed`. Each document has before it what separates
-        it from the one before, and no end-of-text behind it where it is plain text."""
+        """The pieces of the documents, in file order or shuffled by `seed`. The separator stands before each document;
+        the last plain text has no end-of-text after it.
+        """
         before, counts, begins = self.bos, True, True
         for piece in documents.pieces(seed):
             if piece.kind is not Kind.TEXT:
@@ -180,7 +183,7 @@ def open_encoder(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Encoder:
-    """The encoder of these texts for a model; what prepares images is opened where a text has some.
+    """Opens the encoder of these texts for a model, with an image processor if a text has images.
 
     Args:
         tokenizer: the model's; without a chat template it gets the one of the model's processor.
@@ -204,8 +207,8 @@ def token_ids(
 ) -> Tensor:
     """The tokens of documents in file order, joined with end-of-text: int64, shape (num_tokens,).
 
-    For one document this is what `tokenizer(text)` returns, without what a tokenizer puts after a text, so perplexities
-    agree with the usual protocol. A long document of a text file is tokenized in pieces of about 256 KiB up to `limit`.
+    One document gives the ids of `tokenizer(text)` without any token that the tokenizer appends, so perplexities agree
+    with the usual protocol. A long document of a text file is tokenized in pieces of about 256 KiB up to `limit`.
     Conversations are rendered with the chat template.
 
     Args:
@@ -225,7 +228,7 @@ def first_tokens(
     """The first `limit` tokens of `Encoder.joined`, or all of them.
 
     Args:
-        seed: of a text that is longer, take documents in the order of this seed, not those at its start.
+        seed: if the text is longer, take documents in the order of this seed instead of the first ones.
     """
     tokens = up_to(limit, encoder.joined(documents))
     if seed is not None and len(tokens.ids) == limit:
@@ -234,7 +237,7 @@ def first_tokens(
 
 
 def up_to(limit: int | None, parts: Iterable[Tokens]) -> Tokens:
-    """The first `limit` tokens of `parts`; no more parts are read than that takes."""
+    """The first `limit` tokens of `parts`; stops reading parts once it has them."""
     found, count = [Tokens.of([], None, False)], 0
     for part in parts:
         found.append(part)

@@ -1,6 +1,7 @@
 """Folders that are whole at any moment: a kill, a full disk or a power cut leaves the old one or the new one.
 
-A folder is written beside its final place, flushed to the disk, and renamed; what it replaces is renamed, not deleted.
+A folder is written beside its final place, flushed to the disk, and renamed. The folder that it replaces is renamed,
+not deleted.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from castlm.files.record import is_empty, record_output, set_aside
 def atomic_dir(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `final` to write into, renamed to `final` when the block ends without an error.
 
-    It gets a record of its files, and all of them are flushed to the disk before. What `final` held is renamed to
-    NAME.previous; see `set_aside`. On any error, Ctrl-C too, the temporary folder is removed and `final` is as it was.
+    Before the rename, its files are recorded and flushed to the disk. An earlier `final` becomes NAME.previous; see
+    `set_aside`. On any error, including Ctrl-C, the temporary folder is removed and `final` stays unchanged.
 
     Raises:
         InputError: `final` holds something (without `overwrite`), its name is too long, or the disk is full.
@@ -55,7 +56,7 @@ def refuse_taken(final: Path, overwrite: bool) -> None:
 
 
 def check_name(final: Path) -> None:
-    """Raises `InputError` where the names that writing `final` takes beside it are too long for the file system."""
+    """Raises `InputError` if the temporary names beside `final` would be too long for the file system."""
     longest = max(temporary_name(final.name), f"{final.name}.unfinished-99", key=lambda name: len(os.fsencode(name)))
     excess = len(os.fsencode(longest)) - os.pathconf(final.parent, "PC_NAME_MAX")
     if excess > 0:
@@ -66,7 +67,7 @@ def check_name(final: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Renames `temporary` to `final`. A kill between the two renames leaves the earlier folder under its other name."""
+    """Renames `temporary` to `final`. A kill between the two renames leaves the earlier folder as NAME.previous."""
     aside = set_aside(final) if final.is_dir() and any(final.iterdir()) else None
     try:
         os.rename(temporary, final)

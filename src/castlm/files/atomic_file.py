@@ -24,12 +24,12 @@ from castlm.files.reading import read_json_object
 
 
 def temporary_name(name: str) -> str:
-    """A name to write `name` under, which tells what a killed process has left from what a live one writes."""
+    """A temporary name for `name` that tells the files of killed processes from those of live ones."""
     return f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}@{socket.gethostname()}"
 
 
 def remove_stale(path: Path, names: Iterable[str]) -> None:
-    """Deletes those of the `names` beside `path` that writers of it on this machine which no longer live have left."""
+    """Deletes the files among `names` beside `path` that dead writers on this machine left."""
     prefix = f".{path.name}.tmp-"
     for name in names:
         pid, _, host = name.removeprefix(prefix).partition("@")
@@ -41,7 +41,7 @@ def remove_stale(path: Path, names: Iterable[str]) -> None:
 
 @functools.cache  # it takes 15 ms to list 20,000 files
 def _listed_once(folder: Path) -> list[str]:
-    with contextlib.suppress(OSError):  # one that may not be listed
+    with contextlib.suppress(OSError):  # the folder may not be listed
         return [name for name in os.listdir(folder) if ".tmp-" in name]
     return []
 
@@ -62,12 +62,12 @@ def _is_alive(pid: str) -> bool:
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` to write, renamed over it when the block ends without an error; else removed.
 
-    Not flushed to the disk: that is the writer's, where a power cut matters. What writers of `path` left that were
-    killed before this process first wrote into the folder is removed.
+    Does not flush to the disk: the writer does where a power cut matters. The first write of a process into a folder
+    also removes files that killed writers of `path` left.
     """
     if os.path.lexists(path) and not os.path.isfile(path):  # such as /dev/stdout, a link to a pipe
         raise InputError(f"{path} is not a regular file: name another file")
-    path = Path(os.path.realpath(path))  # of a link, the file behind it is replaced
+    path = Path(os.path.realpath(path))  # follow a link and replace its target
     remove_stale(path, _listed_once(path.parent))
     temporary = path.with_name(temporary_name(path.name))
     try:
@@ -124,12 +124,12 @@ def flush_folder(folder: Path) -> None:
 
 
 def widen_access(path: Path, folder: Path) -> None:
-    """Lets those read and write `path` who may do so in `folder`: safetensors >= 0.8 leaves a file to its owner."""
+    """Gives `path` the read and write permissions of `folder`: safetensors >= 0.8 writes files for the owner alone."""
     os.chmod(path, path.stat().st_mode | folder.stat().st_mode & 0o666)
 
 
 def read_json_mapping(path: str | Path, remedy: str) -> dict[str, Any]:
-    """As `castlm.files.reading.read_json_object`, for a file that castlm itself wrote: errors end with the `remedy`."""
+    """Reads a JSON object that castlm wrote, as `castlm.files.reading.read_json_object`; errors end with `remedy`."""
     try:
         return read_json_object(path)
     except InputError as error:
@@ -137,7 +137,7 @@ def read_json_mapping(path: str | Path, remedy: str) -> dict[str, Any]:
 
 
 def size_and_crc(path: Path) -> tuple[int, int]:
-    """Bytes and CRC-32 of a file, which tell a file that a crash or a disk has damaged from what was written."""
+    """Bytes and CRC-32 of a file, to detect damage by a crash or a disk."""
     crc = size = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 24):
@@ -151,7 +151,7 @@ def is_whole(path: Path, expected: Any) -> bool:
 
 
 def plain_json(content: Any) -> Any:
-    """`content` as JSON can hold it: inf and NaN become None, paths become strings, tuples lists."""
+    """`content` in JSON's types: inf and NaN become None, paths strings, tuples lists."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, dict):

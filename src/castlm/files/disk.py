@@ -1,4 +1,4 @@
-"""A disk that is full, or does not take so large a file, said in one line."""
+"""Reports a full disk, or a file over the size limit, in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from castlm.core.errors import InputError
 
 @contextlib.contextmanager
 def disk_full_is_said(path: str | Path, remedy: str = "free some space or choose another folder") -> Iterator[None]:
-    """Raises `InputError` where the disk is full, with the `remedy`, or a file larger than is allowed; others pass."""
+    """Raises `InputError` for a full disk, with the `remedy`, and for a file over the size limit; other errors pass."""
     try:
         yield
     except Exception as error:
@@ -25,12 +25,12 @@ def disk_full_is_said(path: str | Path, remedy: str = "free some space or choose
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` or what caused it is a full disk or quota; safetensors reports it in words, not as an OSError."""
+    """Whether `error` or a cause of it is a full disk or quota; safetensors reports this as a text, not an OSError."""
     return _is_of(error, (errno.ENOSPC, errno.EDQUOT), ("No space left on device",))
 
 
 def _is_of(error: BaseException, codes: tuple[int, ...], words: tuple[str, ...] = ()) -> bool:
-    """Whether `error` or one of its causes is an OSError with one of `codes`, or says so in `words`."""
+    """Whether `error` or one of its causes is an OSError with one of `codes`, or has `words` in its message."""
     cause: BaseException | None = error
     words += tuple(f"os error {code})" for code in codes)  # of safetensors
     while cause is not None:

@@ -1,7 +1,7 @@
-"""The output folder of a command: checked before any work, locked while a run is at work in it, and never lost.
+"""The output folder of a command: checked before any work, locked during a run, and never lost.
 
-A command with one result writes it by `atomic_dir`, after `check_output`. A run works in its folder for hours: it holds
-`output_folder`, and begins by `begin_output` once all checks have passed. Nothing in the folder changes before that.
+A command with one result calls `check_output`, then writes with `atomic_dir`. A run that works in its folder for hours
+holds `output_folder` and calls `begin_output` once all checks have passed; before that, nothing in the folder changes.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def check_output(path: str | Path, *, overwrite: bool = False, inputs: Inputs | 
     """Checks, before any work, that a result can be written to the folder `path`; returns it with links resolved.
 
     Args:
-        overwrite: accept an earlier output of castlm there, which the result will replace.
-        inputs: what the command reads, by option. A value that is not a local path, or a glob of such, is ignored.
+        overwrite: accept an earlier output of castlm, which the result will replace.
+        inputs: what the command reads, by option. Values other than local paths and globs are ignored.
 
     Raises:
-        InputError: the folder holds an input, or lies where one would be overwritten; it holds something else; a run
-            is at work in it; or it cannot be written.
+        InputError: the folder holds an input or lies inside one, holds something else, is in use by a run, or cannot be
+            written.
     """
     final = _resolve(path, inputs or {})
     _refuse_content(final, overwrite)
@@ -69,11 +69,11 @@ def output_folder(
 ) -> Iterator[Path]:
     """Locks the folder `path` for a run of `command`, and yields it with links resolved.
 
-    The folder is made where it is missing. What it holds is not touched before `begin_output`. At the end, its record
-    lists the files that it holds then. A start that fails before it has written anything leaves no trace.
+    Makes the folder if it is missing, and leaves its content alone until `begin_output`. At the end, its record lists
+    its files. A start that fails before it has written anything leaves no trace.
 
     Args:
-        overwrite: accept an earlier output of castlm, which `begin_output` sets aside.
+        overwrite: accept an earlier output of castlm, which `begin_output` renames.
         resume: accept an earlier output of `command`, to be continued, or an empty folder.
         inputs: as `check_output`.
 
@@ -93,9 +93,7 @@ def output_folder(
                 if not is_empty(final):
                     _check_beside(final)
             elif not is_empty(final) and command_of(final) != command:
-                raise InputError(
-                    f"{final} holds something else than an output of castlm {command}: name another folder"
-                )
+                raise InputError(f"{final} holds no output of castlm {command}, but other files: name another folder")
             yield final
             if read_record(final / OUTPUT).get("begun") not in (None, before):
                 update_record(final, complete=True)
@@ -107,22 +105,22 @@ def output_folder(
             if final.is_dir() and is_empty(final):
                 for left in final.iterdir():
                     left.rmdir() if left.is_dir() else left.unlink()
-                if not existed or before is not None:  # what was there has served its purpose
+                if not existed or before is not None:  # the finished result replaces the unfinished output
                     final.rmdir()
-            elif command_of(final) is None:  # it holds what others have put there
+            elif command_of(final) is None:  # it holds files of others
                 (final / LOCK).unlink(missing_ok=True)
 
 
 def begin_output(
     folder: Path, command: str, files: Mapping[str, str] | None = None, *, resume: bool = False, **about: Any
 ) -> None:
-    """Makes `folder` that of a run which begins, or continues, now; the caller has it from `output_folder`.
+    """Begins or continues a run in `folder`, which the caller got from `output_folder`.
 
-    With `resume`, and where the folder is empty, the run works in what is there. Otherwise the earlier output is set
-    aside: a new folder with the record and `files` is made beside it and takes its name.
+    With `resume`, or in an empty folder, the run uses the folder as it is. Otherwise a new folder with the record and
+    `files` takes the name, and the earlier output is renamed.
 
     Args:
-        files: texts that the folder begins with, by name.
+        files: texts to write first, by file name.
         about: further entries of the record.
 
     Raises:
@@ -149,7 +147,7 @@ def begin_output(
 
 
 def _write_start(folder: Path, files: Mapping[str, str], about: dict[str, Any]) -> None:
-    """Writes the record first: by it, a folder that a kill leaves half begun is castlm's."""
+    """Writes the record first, so that a folder left half begun by a kill is recognized as castlm's."""
     record_output(folder, **about)
     for name, text in files.items():
         atomic_write_text(folder / name, text)
@@ -157,7 +155,7 @@ def _write_start(folder: Path, files: Mapping[str, str], about: dict[str, Any]) 
 
 
 def _take_place(new: Path, folder: Path) -> None:
-    """Gives `new` the name of `folder`, whose content is set aside, and the lock that this process holds on it."""
+    """Renames `folder` aside and gives `new` its name and the lock that this process holds."""
     if (folder / LOCK).exists():
         try:
             os.link(folder / LOCK, new / LOCK)
@@ -177,7 +175,7 @@ def _take_place(new: Path, folder: Path) -> None:
 
 
 def _end_early(folder: Path, *, may_continue: bool, resumes: bool) -> None:
-    """Brings the record up to date after an error; takes the begin back where nothing was written since."""
+    """Updates the record after an error; undoes the begin if nothing was written since."""
     record = read_record(folder / OUTPUT)
     if set(list_files(folder)) <= set(record.get("begins_with", ())):
         _undo_begin(folder, record.get("earlier"))
@@ -186,7 +184,7 @@ def _end_early(folder: Path, *, may_continue: bool, resumes: bool) -> None:
         update_record(folder)
     if may_continue:
         again = "the same command" if resumes else "--resume"
-        note(f"what is done is in {folder}: {again} continues there")
+        note(f"the work so far is in {folder}: {again} continues there")
 
 
 def _undo_begin(folder: Path, earlier: str | None) -> None:
@@ -199,7 +197,7 @@ def _undo_begin(folder: Path, earlier: str | None) -> None:
 
 
 def _resolve(path: str | Path, inputs: Inputs) -> Path:
-    """`path` with links resolved, once it can be recorded, is no file and holds no input."""
+    """Resolves links in `path`; refuses a name that cannot be recorded, a file, or a folder that holds an input."""
     if not str(path):
         raise InputError("the output folder has no name: pass output_dir")
     refuse_undecodable({"output_dir": path, **inputs})
@@ -215,7 +213,7 @@ def _resolve(path: str | Path, inputs: Inputs) -> Path:
 
 
 def _refuse_content(final: Path, overwrite: bool) -> None:
-    """Refuses what `final` holds, unless `overwrite` is set and castlm can rename it and has a record there."""
+    """Refuses a folder that is not empty, unless `overwrite` is set and castlm can rename its own earlier output."""
     if is_empty(final):
         return
     if not overwrite:
@@ -234,7 +232,7 @@ def _refuse_content(final: Path, overwrite: bool) -> None:
 
 
 def _check_beside(final: Path) -> None:
-    """Checks that folders can be made beside `final`, and removes what killed writers have left there."""
+    """Checks that folders can be made beside `final`, and removes leftovers of killed writers."""
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         check_name(final)
@@ -248,13 +246,13 @@ def _check_beside(final: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path, command: str) -> Iterator[None]:
-    """Holds the lock of `folder`. One process of a run takes it, for all of its ranks.
+    """Holds the lock of `folder` during the block. One process of a run takes it for all ranks.
 
-    It is the kernel's (flock), so that it ends with the process, however that ends. On NFS version 4 and on most
-    cluster file systems it also holds between machines, until the lease of one that crashes ends after about 90 s.
+    The lock is a `flock` of the kernel, so it ends with the process, even after a kill. On NFS 4 and most cluster file
+    systems it also holds between machines; after a crash it ends with the lease, in about 90 s.
 
     Raises:
-        InputError: another process holds it: its number, machine and command.
+        InputError: another process holds it; names its number, machine and command.
     """
     try:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -288,7 +286,7 @@ def refuse_locked(folder: Path) -> None:
 
 
 def record_file(file: Path) -> None:
-    """Adds a file that castlm has written into a finished run to its record; a run at work lists it at its end."""
+    """Adds a file that castlm wrote into a finished run to its record; a running one lists its files at its end."""
     if (file.parent / OUTPUT).is_file():
         with contextlib.suppress(InputError), _locked(file.parent, "report"):
             foreign = unrecorded(file.parent)
@@ -297,7 +295,7 @@ def record_file(file: Path) -> None:
 
 
 def refuse_undecodable(paths: Inputs) -> None:
-    """Refuses names that are not UTF-8, which the files of the result could not hold.
+    """Refuses names that are not UTF-8, because the records of the result could not hold them.
 
     Raises:
         InputError: names the option.
@@ -310,9 +308,9 @@ def refuse_undecodable(paths: Inputs) -> None:
 
 
 def refuse_inputs_inside(final: Path, inputs: Inputs) -> None:
-    """Refuses an output folder that is an input of the same command, or that holds one.
+    """Refuses an output folder that is or holds an input of the same command.
 
-    Links, `..`, bind mounts and other names of the same folder are seen through.
+    Resolves links, `..`, bind mounts and other names of the same folder.
 
     Raises:
         InputError: names the option and the input.
@@ -324,7 +322,7 @@ def refuse_inputs_inside(final: Path, inputs: Inputs) -> None:
 
 
 def _local_paths(value: str) -> list[Path]:
-    """The local files or folders that an option names, with links resolved; and, of a file behind a link, the link."""
+    """The local files or folders that an option names, with links resolved; for a link to a file, the link too."""
     try:
         given = Path(value).expanduser()
         names = [given, *(map(Path, glob.iglob(str(given), recursive=True)) if glob.has_magic(value) else ())]
@@ -332,7 +330,7 @@ def _local_paths(value: str) -> list[Path]:
         links = [Path(os.path.realpath(name.parent)) / name.name for name in names]
         return [*(Path(os.path.realpath(name)) for name in names), *links]
     except (RuntimeError, ValueError, OSError):
-        return []  # not a path; the command says what is wrong with it
+        return []  # not a path; the command itself reports it
 
 
 def _is_same(one: Path, other: Path) -> bool:

@@ -1,8 +1,7 @@
 """Read files that others wrote: only regular files, only valid text and JSON, and one `InputError` for anything else.
 
-A named pipe or a device would hang or never end, `open` follows both without a word, and `json` reports bad input by
-five types of exception. Every reader of castlm opens its files here; libraries that open files themselves are given
-paths that `check_regular` has passed.
+Reading a named pipe or a device could hang or never end, and `json` reports bad input by five types of exception. Every
+reader of castlm opens its files here; libraries that open files themselves get paths that passed `check_regular`.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ def user_path(path: str | Path) -> Path:
     """`path` with `~` and `~user` expanded.
 
     Raises:
-        InputError: an empty path, one with a null character, the home folder of a user who does not exist, a path that
-            is too long, or one that may not be accessed. It need not exist.
+        InputError: the path is empty, too long, holds a null character, names the home of an unknown user, or may not
+            be accessed. It need not exist.
     """
     text = os.fspath(path)
     if not text:
@@ -73,7 +72,7 @@ def check_regular_entries(folder: Path) -> None:
     try:
         for parent in (folder, *filter(Path.is_dir, folder.iterdir())):
             for entry in parent.iterdir():
-                # a link to nothing is no file either, and whoever needs the file reports that it is missing
+                # a dangling link passes: the reader of the file reports that it is missing
                 if entry.exists() and not entry.is_dir():
                     check_regular(entry)
     except OSError as error:
@@ -88,7 +87,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     """
     path = check_regular(path)
     try:
-        # not blocking, and checked once more: the path may name another file by now
+        # not blocking, and checked again: the path may have changed meanwhile
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         raise InputError(f"cannot read {path}: {_reason(error)}") from error
@@ -150,7 +149,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
-    """The object of a JSON file.
+    """The content of a JSON file that holds an object.
 
     Raises:
         InputError: as `read_json`, or the file holds another type.
@@ -181,6 +180,6 @@ def sha256_file(path: str | Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """In one line, without the path that an `OSError` repeats."""
+    """The error in one line, without the path that an `OSError` repeats."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(reason.split())[:200]

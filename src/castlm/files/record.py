@@ -1,7 +1,7 @@
 """The record of an output folder, castlm-output.json: which command wrote it, and what it held at the end.
 
-`--overwrite` renames the earlier output. It deletes an output only if that was renamed before and holds nothing but
-files of the size and time that its record gives, so that no list of what each command writes is needed.
+`--overwrite` renames the earlier output. An output that was renamed before is deleted, but only if all its files have
+the size and time in its record. So no list of the files that each command writes is needed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ OUTPUT = "castlm-output.json"
 """The record: `command`, `complete`, `files`, and what the command adds, as `run_id` and the `job` of torchrun."""
 
 RESULT = "castlm.json"
-"""What castlm writes about a model, in its folder."""
+"""The record of a model, in its folder."""
 
 LOCK = ".castlm.lock"
-"""The lock of a folder in which a run is at work; its text says who holds it."""
+"""The lock of a folder in use by a run; its text names the holder."""
 
 PROBE = ".castlm-probe-"
 """Prefix of the empty folder by which the ranks of a run find out whether they share a disk."""
@@ -32,7 +32,7 @@ _OF_A_START = (LOCK, PROBE, f".{OUTPUT}.tmp-")
 
 
 def command_of(folder: Path) -> str | None:
-    """The command whose output `folder` holds; "result" for a model folder; None where castlm did not write it."""
+    """The command that wrote `folder`; "result" for a model folder; None if castlm did not write it."""
     command = read_record(folder / OUTPUT).get("command")
     if isinstance(command, str):
         return command
@@ -40,7 +40,7 @@ def command_of(folder: Path) -> str | None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether `folder` is not there, or holds only what a killed start leaves before it has begun."""
+    """Whether `folder` is missing, or holds only the leftovers of a start that was killed before it began."""
     return not folder.is_dir() or all(name.startswith(_OF_A_START) for name in os.listdir(folder))
 
 
@@ -58,23 +58,24 @@ def list_files(folder: Path) -> dict[str, list[int]]:
 
 
 def unrecorded(folder: Path) -> dict[str, list[int]]:
-    """Of `list_files`, those that are not as the record of `folder` gives them: what others have put or changed there,
-    and what a killed process wrote last."""
+    """The files of `folder` that differ from its record: added or changed by others, or written last by a killed
+    process.
+    """
     known = _listed(folder)
     return {name: about for name, about in list_files(folder).items() if known.get(name, [])[:2] != about}
 
 
 def _listed(folder: Path) -> dict[str, list[int]]:
-    """The files that the record of `folder` lists; empty where it is not as castlm writes it."""
+    """The files that the record of `folder` lists; empty if the record is malformed."""
     listed = read_record(folder / OUTPUT).get("files")
     is_right = isinstance(listed, dict) and all(isinstance(about, list) for about in listed.values())
     return listed if is_right else {}
 
 
 def record_output(folder: Path, *, checksums: bool = False, **about: Any) -> None:
-    """Writes the record of `folder`: `about`, and the files that it holds, with `checksums` for `read_result`.
+    """Writes the record of `folder`: the entries `about` and its files, with `checksums` for `read_result`.
 
-    Files in the entry `foreign` that have not changed since are not listed: castlm did not write them.
+    Unchanged files of the entry `foreign` are not listed, because castlm did not write them.
     """
     foreign = about.get("foreign", {})
     files = {name: entry for name, entry in list_files(folder).items() if foreign.get(name) != entry}
@@ -86,18 +87,18 @@ def record_output(folder: Path, *, checksums: bool = False, **about: Any) -> Non
 
 
 def update_record(folder: Path, **about: Any) -> None:
-    """Lists the files that `folder` holds by now, and changes the entries `about` of its record."""
+    """Lists the current files of `folder` in its record, and updates its entries `about`."""
     record_output(folder, **{**read_record(folder / OUTPUT), **about})
 
 
 def set_aside(folder: Path) -> Path:
-    """Renames an output to NAME.previous, or to NAME.unfinished where it has no result yet.
+    """Renames an output to NAME.previous, or to NAME.unfinished if it has no result yet.
 
-    An earlier output of that name is deleted if it is as castlm left it, and otherwise renamed, which a line reports.
-    So what is finished stays until the next one is.
+    An earlier output of that name is deleted if nobody changed it; otherwise it is renamed, and a line reports this. So
+    a finished result stays until the next one is finished.
 
     Returns:
-        Where it is now.
+        Its new path.
 
     Raises:
         InputError: the system refuses, as for a mount point.
@@ -111,7 +112,7 @@ def set_aside(folder: Path) -> Path:
         if os.path.lexists(aside):
             kept = unused_name(aside)
             os.rename(aside, kept)
-            note(f"{aside} holds files that castlm did not write or that have changed since: it is {kept} now")
+            note(f"{aside} holds files that castlm did not write, or that have changed: it is now {kept}")
         os.rename(folder, aside)
     except OSError as error:
         raise InputError(f"{folder} cannot be renamed to {aside}: {error.strerror}; choose another folder") from error
@@ -119,7 +120,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def _delete(folder: Path) -> None:
-    """Deletes the files of an output, its record last, which after a kill still tells that the rest is castlm's."""
+    """Deletes the files of an output, its record last: after a kill it still marks the rest as castlm's."""
     for name in list_files(folder):
         (folder / name).unlink()
     for parent, folders, _ in os.walk(folder, topdown=False):
@@ -142,7 +143,7 @@ def unused_name(path: Path) -> Path:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """The castlm.json of a finished model folder, whose files are found to be as castlm wrote them, by their CRC-32.
+    """Checks the files of a finished model folder by CRC-32, and returns its castlm.json.
 
     Raises:
         InputError: castlm.json or the record is corrupt, or a file is missing or has changed.

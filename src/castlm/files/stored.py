@@ -1,9 +1,9 @@
 """Read the tensors of a safetensors file as they are stored: the header, and the bits of a tensor chunk by chunk.
 
 The safetensors library opens each file first, so that a header it rejects is rejected here. The data is read without
-it, since numpy has no bf16 and torch takes a second to import. Zero, infinity and NaN need no arithmetic: without its
-sign bit a float is ordered like the unsigned integer of its bits.
-Format: 8 bytes little-endian header length, a JSON header, the data (github.com/huggingface/safetensors).
+it, because numpy has no bf16 and importing torch takes a second. Zero, infinity and NaN need no arithmetic: without the
+sign bit, floats are ordered like the unsigned integers of their bits. Format: 8 bytes little-endian header length, a
+JSON header, the data (github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from castlm.core.errors import InputError
 from castlm.files.reading import open_regular, parse_json, read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""The files that transformers loads a model from: one with all weights, or what names several."""
+"""The files that transformers loads a model from: one file with all weights, or an index of several."""
 
 CHUNK_BYTES = 1 << 22  # stays in the cache between the passes over it
 
@@ -47,7 +47,7 @@ _BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E5M2", "F8_E4M3"), 1)
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor is stored: `num_bytes` at `offset` of `file`, row-major, with safetensors' name of its dtype."""
+    """The place of a tensor: `num_bytes` at `offset` of `file`, row-major; `dtype` as safetensors names it."""
 
     name: str
     dtype: str
@@ -57,7 +57,7 @@ class StoredTensor(NamedTuple):
     num_bytes: int
 
     def rows(self, begin: int, end: int) -> StoredTensor:
-        """A part of its rows, as a tensor of its own."""
+        """Some of its rows, as a separate tensor."""
         width = self.num_bytes // self.shape[0]
         shape, offset = (end - begin, *self.shape[1:]), self.offset + begin * width
         return self._replace(shape=shape, offset=offset, num_bytes=(end - begin) * width)
@@ -96,7 +96,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: the file cannot be read, is not a safetensors file, or is shorter or longer than its header says.
     """
-    open_regular(file).close()  # what safetensors says of a file that may not be read does not tell why
+    open_regular(file).close()  # safetensors' own message for an unreadable file does not tell why
     try:
         with safe_open(file, "np"):  # validates the header, and reads no data
             pass
@@ -189,13 +189,13 @@ def _read_into(stream: Any, chunk: np.ndarray, tensor: StoredTensor) -> None:
 
 
 def non_finite_of(bits: np.ndarray, dtype: str) -> int:
-    """How many of the floats that `magnitude_chunks` gave are NaN or infinite."""
+    """The number of NaN and infinite values in a chunk of `magnitude_chunks`."""
     threshold = bits.dtype.type(FLOATS[dtype].non_finite)
     return int(np.count_nonzero(bits >= threshold)) if bits.max() >= threshold else 0
 
 
 def count_non_finite(tensor: StoredTensor) -> int:
-    """How many values of a tensor are NaN or infinite; 0 of integers."""
+    """The number of NaN and infinite values of a tensor; 0 for integers."""
     if tensor.dtype not in FLOATS:
         return 0
     return sum(non_finite_of(bits, tensor.dtype) for bits in magnitude_chunks(tensor))

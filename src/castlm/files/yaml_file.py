@@ -1,7 +1,7 @@
-"""YAML as a user means it: the rules of YAML 1.2 for numbers and booleans, and nothing that can surprise.
+"""Reads YAML as a user means it, with the rules of YAML 1.2 for numbers and booleans.
 
 PyYAML follows YAML 1.1, in which `2:4` is 124 (base 60), `1e-4` is text, `010` is 8, `no` is false and a date is an
-object. Here they are text, a number, text, text and text; `castlm.fields` then reads text as the option asks.
+object. Here `1e-4` is a number and the others are text, which `castlm.fields` converts to the type of the option.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
-    """As `read_yaml_mapping`, of text that was read from `source`."""
+    """As `read_yaml_mapping`, for text that was read from `source`."""
     import yaml
 
     try:
         _check_events(text, source)
         loader = _loader(source)(text)
         content = loader.get_single_data()
-    except InputError:  # which is a ValueError, and says the file and the line
+    except InputError:  # a ValueError too, which already names the file and the line
         raise
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
@@ -51,7 +51,7 @@ def to_yaml(content: Mapping[str, Any]) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Quotes text that would be read back as another value: line breaks are folded, `1e-4` is a number."""
+        """Quotes text that would be read back as another value, such as `1e-4` or a text with line breaks."""
 
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
         is_plain = value.isprintable() and isinstance(_plain_value(value), str)
@@ -73,7 +73,7 @@ def _read_text(path: str | Path) -> str:
 
 
 def _check_events(text: str, source: str) -> None:
-    """Refuses what makes a small file large or deep, before anything is built from it."""
+    """Refuses aliases, tags and deep nesting, which can make a small file huge, before building anything."""
     import yaml
 
     depth = 0
@@ -97,7 +97,7 @@ _PLAIN = {
 
 
 def _plain_value(text: str) -> Any:
-    """The value of a scalar without quotes; whatever is not clearly a number, boolean or null is text."""
+    """The value of a scalar without quotes: a number, boolean, null, or else text."""
     kind = next((kind for kind, form in _PLAIN.items() if form.fullmatch(text)), "text")
     if kind == "bool":
         return text.lower() == "true"
@@ -108,7 +108,7 @@ def _loader(source: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Builds mappings, lists and scalars, and resolves nothing else."""
+        """Builds mappings, lists and scalars alone."""
 
         yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
@@ -124,7 +124,7 @@ def _loader(source: str) -> Any:
             for key, value in node.value:
                 line = key.start_mark.line + 1
                 if not isinstance(key, yaml.ScalarNode):
-                    raise InputError(f"{source}, line {line}: a key has to be text")
+                    raise InputError(f"{source}, line {line}: a key must be text")
                 if key.value in found:
                     raise InputError(f"{source}, line {line}: the key {key.value} is there twice: keep one")
                 found[key.value] = self.construct_object(value)

@@ -1,7 +1,6 @@
-"""What a loaded model is made of: its class, its context length, its backbone and output head, its linear layers.
+"""The parts of a loaded model: class, context length, backbone, output head and linear layers.
 
-GPT-2's Conv1D layers become `nn.Linear`, and the 3-D weights of experts `ExpertLinear`, so that no other module has to
-handle them.
+GPT-2's Conv1D layers become `nn.Linear` and 3-D expert weights `ExpertLinear`, so other modules need not handle them.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from castlm.models.layout import stored_transposed
 
 
 def is_vision_language(config: PretrainedConfig) -> bool:
-    """Whether a config is that of a model that reads images beside text, of `AutoModelForImageTextToText`."""
+    """Whether the config describes a vision-language model (`AutoModelForImageTextToText`)."""
     named = config.architectures or [None]
     of_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
     return of_images is not None and named[0] in (of_images, None) and not config.is_encoder_decoder
 
 
 def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
-    """The class of transformers whose `from_pretrained` and `from_config` make the model of a config."""
+    """The auto class of transformers that loads the model of a config."""
     return AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM
 
 
 def shape_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a config without weights, on the meta device and made of layers: for its shapes and classes.
+    """Builds the model of a config on the meta device, linearized, to read its shapes and classes.
 
-    `castlm.distributed.loading.empty_model` is one that weights are read into.
+    To read weights into a model, use `castlm.distributed.loading.empty_model`.
 
     Raises:
         InputError: transformers builds no model of the config.
@@ -53,7 +52,7 @@ def shape_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
 
 
 def vocab_size(config: PretrainedConfig) -> int:
-    """The number of tokens of a model; of a vision-language model, that of its language model."""
+    """The vocabulary size of a model; for a vision-language model, of its language model."""
     return int(config.get_text_config().vocab_size)
 
 
@@ -95,7 +94,7 @@ def linearize_conv1d_(model: PreTrainedModel) -> list[str]:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts `model` in eval mode while the block runs, and then each module back into the mode that it had."""
+    """Puts `model` in eval mode during the block, then restores the mode of each module."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -135,7 +134,7 @@ def output_head(model: PreTrainedModel) -> OutputHead:
 
 
 def logit_scale(config: PretrainedConfig) -> tuple[float, float | None]:
-    """What a model multiplies the product of its head by, and the bound of its logits; see `OutputHead`."""
+    """The factor that a model applies to its logits, and their bound; see `OutputHead`."""
     config = config.get_text_config()  # its `to_dict` is a deep copy, which each step would make twice
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite

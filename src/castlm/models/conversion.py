@@ -1,7 +1,7 @@
-"""What transformers makes of a weight on its way to the disk: other names, and one matrix for each expert.
+"""Maps weights in memory to files as transformers does: other names, and one matrix for each expert.
 
-`from_pretrained` puts the experts of most families together and `save_pretrained` takes them apart again. Both follow
-transformers' own table of conversions, and so does everything here: no family is named.
+`from_pretrained` stacks the experts of most families and `save_pretrained` takes them apart again. Both follow
+transformers' table of conversions, and so does this module, which names no family.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the loader of packed folders is imported while transformers
 
 
 class StoredRows(NamedTuple):
-    """A matrix on disk that holds rows of one expert."""
+    """A stored matrix with rows of one expert."""
 
     name: str
     expert: int
@@ -34,18 +34,18 @@ def as_stored(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Te
 
 
 def state_dict_name(module: nn.Module, fqn: str) -> str:
-    """The name in the state dict of the weight of the layer `fqn`: that of experts has no `.weight`."""
+    """The name of a layer's weight in the state dict; names of experts have no `.weight`."""
     return fqn if isinstance(module, ExpertLinear) else f"{fqn}.weight"
 
 
 def state_dict_key(model: nn.Module, parameter_name: str) -> str:
-    """The name in the state dict of a parameter: that of experts has no `.weight`."""
+    """The name of a parameter in the state dict; names of experts have no `.weight`."""
     module, _, leaf = parameter_name.rpartition(".")
     return state_dict_name(model.get_submodule(module), module) if leaf == "weight" else parameter_name
 
 
 def stored_shapes(model: PreTrainedModel, fqn: str, layer: nn.Module) -> dict[str, torch.Size]:
-    """The shapes of the tensors in which the files hold the weight of the layer `fqn`, by their names."""
+    """The shapes of the stored tensors that hold the weight of layer `fqn`, by name."""
     weight = weight_parameter(layer)  # not `layer.weight`, which gathers a scaled weight from all ranks
     shape = weight.mT.shape if isinstance(layer, ExpertLinear) and layer.transposed else weight.shape
     stored = as_stored(model, state_dict_name(layer, fqn), torch.empty(shape, device="meta"))
@@ -53,9 +53,9 @@ def stored_shapes(model: PreTrainedModel, fqn: str, layer: nn.Module) -> dict[st
 
 
 def stored_rows(model: PreTrainedModel, fqn: str, layer: ExpertLinear) -> list[StoredRows] | None:
-    """Where the files hold the rows of each expert; None where they hold them together, or in another way.
+    """The place of each expert's rows in the files; None if the files do not store experts one by one.
 
-    A column of row numbers goes through the conversion, so that its result says which rows it holds.
+    Sends a column of row numbers through the conversion; the result shows the place of each row.
     """
     if layer.transposed:
         return None
@@ -74,9 +74,7 @@ def stored_rows(model: PreTrainedModel, fqn: str, layer: ExpertLinear) -> list[S
 
 
 def loaded_name(model: PreTrainedModel, name: str) -> str:
-    """Where `from_pretrained` looks for the module or tensor that the files call `name`; without the backbone's prefix
-    where they leave it out.
-    """
+    """The module or tensor that `from_pretrained` fills from the stored `name`; that may lack the backbone's prefix."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
 
@@ -85,6 +83,6 @@ def loaded_name(model: PreTrainedModel, name: str) -> str:
 
 
 def possible_names(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
-    """What the module or tensor `name` may be called, in a file or a model: the backbone's prefix is there or not."""
+    """The names that a module or tensor may have in a file or a model: with and without the backbone's prefix."""
     prefix = f"{model.base_model_prefix}."
     return name, prefix + name, name.removeprefix(prefix)

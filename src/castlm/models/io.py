@@ -1,7 +1,7 @@
 """Loads and saves Hugging Face models: a loaded model is complete and finite, a saved one has its family's layout.
 
-Where weights are missing, transformers warns and continues with random numbers; here that is an error. Between load and
-save the layers are those that `castlm.models.architecture.linearize_` makes.
+transformers fills missing weights with random numbers and only warns; here they are an error. Between load and save,
+layers are as `castlm.models.architecture.linearize_` makes them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Loaded:
     source: str
     """The folder, hub id (with `@revision` if one was given) or file, for the record of a run."""
     dtype: torch.dtype = torch.float32
-    """What the weights are stored in, whatever `model` holds them in."""
+    """The dtype of the stored weights; `model` may hold them in another."""
 
 
 def load_model(
@@ -64,14 +64,14 @@ def load_model(
     Args:
         name: a folder in Hugging Face format, plain or packed (unpacked), a hub id, a `.gguf` file (dequantized) or
             "demo".
-        dtype: of the loaded weights, whatever dtype they are stored in; None keeps that.
+        dtype: dtype of the loaded weights; None keeps the stored one.
         trust_remote_code: run the model's own Python code.
         revision: branch, tag or commit of a hub id.
-        unpack: make the layers of a packed folder dense ones; else castlm's kernels compute them on a CPU, as in
-            `castlm generate`, and they do not train.
+        unpack: turn the layers of a packed folder into dense ones. Otherwise castlm's CPU kernels run them, as in
+            `castlm generate`, without gradients.
 
     Returns:
-        A record with `model`, `tokenizer`, `source`, and `dtype`, which the weights are stored in.
+        A record with `model`, `tokenizer`, `source`, and `dtype` of the stored weights.
 
     Raises:
         InputError: the model does not exist, is not a causal language model, is quantized or an adapter, has no
@@ -97,7 +97,7 @@ def load_model(
 
 
 def unpack_on_load_(config: PretrainedConfig) -> bool:
-    """Has the weights of a packed folder unpacked to dense layers when they are loaded; says whether it is one."""
+    """If the config is that of a packed folder, makes loading unpack it to dense layers; returns whether it is."""
     is_packed = quantization_method(config) == QUANT_METHOD
     if is_packed:
         config.quantization_config = {**config.quantization_config, "dequantize": True}
@@ -108,7 +108,7 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
     """The model of an opened location, from safetensors or GGUF alone.
 
     Args:
-        options: further ones of `from_pretrained`.
+        options: further options of `from_pretrained`.
 
     Raises:
         InputError: weights that are pickled, corrupt, missing, left over, of another shape or not finite.
@@ -127,7 +127,7 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
             config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            adapter_kwargs=dict(where.local),  # peft, if installed, looks for an adapter: not on the hub then
+            adapter_kwargs=dict(where.local),  # peft, if installed, would look for an adapter on the hub
             **weights,
             **where.local,
             **options,
@@ -137,7 +137,7 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
 
 
 def fp32_bytes(name: str, revision: str | None = None) -> int:
-    """What a model takes in fp32; 0 where it is not in safetensors on this machine."""
+    """Bytes of a model in fp32; 0 if it is not in safetensors on this machine."""
     where = find(name, revision)
     folder = cached_snapshot(name, revision) if where.is_hub else Path(where.target)
     files = [] if folder is None or where.gguf else sorted(folder.glob("*.safetensors"))
@@ -145,9 +145,9 @@ def fp32_bytes(name: str, revision: str | None = None) -> int:
 
 
 def stored_dtype(where: Location, config: PretrainedConfig) -> torch.dtype:
-    """What the weights of a model are stored in, by its config, or else by the largest tensor of its first file.
+    """The dtype of the stored weights, by the config or else by the largest tensor of the first file.
 
-    GGUF counts as bf16: what it was made of had 16 bits in nearly every case, and its own blocks have fewer.
+    GGUF counts as bf16: its source had 16 bits in nearly every case, and its own blocks have fewer.
     """
     if where.gguf:
         return torch.bfloat16
@@ -163,15 +163,16 @@ def stored_dtype(where: Location, config: PretrainedConfig) -> torch.dtype:
 
 
 def save_dtype(wanted: str, stored: torch.dtype) -> torch.dtype:
-    """The dtype of a result: that of the source model for "source", else the one of `FLOATS`."""
+    """The dtype of a result: for "source" the dtype of the source model, otherwise the one of that name."""
     return stored if wanted == "source" else FLOATS[wanted]
 
 
 @contextlib.contextmanager
 def parameters_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Within the block the parameters of `model` are in `dtype`; after it in what they were, with the values rounded.
+    """Converts the parameters of `model` to `dtype` during the block; afterwards they have their own dtype and rounded
+    values.
 
-    Buffers stay: rotary frequencies are computed in fp32, whatever the weights are in. None changes nothing.
+    Buffers keep their dtype, because rotary frequencies are computed in fp32. None changes nothing.
     """
     before = {p: p.dtype for p in model.parameters() if dtype is not None and p.is_floating_point()}
     for parameter in before:
@@ -207,14 +208,14 @@ def save_model(
 
 
 def convert_gguf(name: str | Path, folder: Path) -> None:
-    """Writes the model of a GGUF file, dequantized and rounded to bf16, as a folder, in place of what that holds."""
+    """Writes the model of a GGUF file, dequantized and rounded to bf16, as a folder; replaces its content."""
     loaded = load_model(name, dtype=None)
     with atomic_dir(folder, overwrite=True) as temporary:
         save_model(loaded.model, loaded.tokenizer, temporary)
 
 
 def copy_processor(config: PretrainedConfig, folder: str | Path) -> None:
-    """Copies what prepares the images of a vision-language model into `folder`, from where its config was loaded."""
+    """Copies the image processor of a vision-language model from its source into `folder`."""
     if not is_vision_language(config) or not config.name_or_path:
         return
     options: dict[str, Any] = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
@@ -225,7 +226,7 @@ def copy_processor(config: PretrainedConfig, folder: str | Path) -> None:
 
 
 def restored_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict in the layout of the model's family on disk: the weights of Conv1D are copied to (in, out).
+    """The state dict in the layout of the model's family on disk: Conv1D weights are copied to (in, out).
 
     Raises:
         InputError: a parametrized weight, such as an unfolded weight scaling.

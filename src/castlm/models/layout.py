@@ -1,4 +1,4 @@
-"""How transformers and castlm store the weights of a model, by names and shapes alone.
+"""The storage layout of weights in transformers and castlm, by names and shapes alone.
 
 Neither torch nor transformers is imported: their import takes longer than most readers of these names do.
 """
@@ -35,7 +35,7 @@ EXPERTS_IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "llama4", "llama
 """`config.json` model types whose 3-D experts are stored (experts, in, out); all others have (experts, out, in)."""
 
 EXPERTS_EITHER_WAY = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
-"""Model types whose checkpoints have one or the other, and transformers tells them apart by their sizes."""
+"""Model types whose checkpoints have either order, which transformers tells apart by their sizes."""
 
 
 def experts_input_axis(config: Mapping[str, Any], name: str, shape: tuple[int, int, int]) -> int | None:
@@ -59,7 +59,7 @@ def experts_input_axis(config: Mapping[str, Any], name: str, shape: tuple[int, i
 
 
 def guess_model_type(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """`"gpt2"` where a fused attention projection is (d, 3d), which only Conv1D is; for files without a config.json.
+    """For files without a config.json: `"gpt2"` if a fused attention projection is (d, 3d), as only Conv1D stores it.
 
     GPT-BigCode has the same names over `nn.Linear`, with (3d, d) or (d + 2*head, d).
     """

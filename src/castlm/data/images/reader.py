@@ -1,8 +1,8 @@
 """Conversations with images, as the processor of a vision-language model prepares them.
 
-A processor puts a run of tokens in the place of each image and makes the tensors that the vision tower reads. It does
-not say which tokens the assistant wrote; those are found in the conversation before the images are put in
-(`castlm.data.chat`) and carried over by aligning the two texts.
+A processor replaces each image by a run of tokens and makes the tensors that the vision tower reads. It does not tell
+which tokens the assistant wrote: `castlm.data.chat` finds them before the images are inserted, and aligning the two
+texts carries them over.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _OF_TEXT = ("input_ids", "attention_mask")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that hold pixels; JPEG includes MPO. Pillow hands EPS, which is a program, to Ghostscript."""
 MOST_PIXELS_OF_ONE = 64_000_000
-"""Pixels of an image, whose file may be 10,000 times smaller. Processors scale images down to a few million."""
+"""Most pixels of one image (its file may be 10,000 times smaller). Processors scale images down to a few million."""
 MOST_PIXELS = 256_000_000
-"""Pixels of all images of a conversation, which are in memory together."""
+"""Most pixels of all images of a conversation, which are in memory together."""
 
 
 def open_processor(
@@ -140,7 +140,7 @@ class ImageReader:
         return type(self._processor).__name__
 
     def _prepare(self, text: str, images: list[Image], begin: str) -> tuple[Mapping[str, Any], str]:
-        """The tensors that the processor makes from a text and its images, and the text with the images put in."""
+        """The tensors that the processor makes from a text and its images, and the text with images inserted."""
         watched = _Watched(self._tokenizer)
         self._processor.tokenizer = watched
         try:
@@ -149,9 +149,9 @@ class ImageReader:
             self._processor.tokenizer = self._tokenizer
 
     def _counts(self, text: str, rendered: Rendered, expanded: str, ids: list[int]) -> tuple[list[bool], int]:
-        """Whether each token of the `expanded` text counts, as in the rendered `text`, and the end of the last image.
+        """Whether each token of the `expanded` text counts, as it does in `rendered`, and the end of the last image.
 
-        By characters: around an image, tokens may be merged otherwise than in the text alone.
+        Compares characters, because tokens around an image may merge differently than in the text alone.
         """
         before, after = (
             self._tokenizer(t, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -200,8 +200,8 @@ def encode_image_prompt(
 
     Args:
         processor: as `open_processor` gives it.
-        paths: of the images, which come before the text in the user's turn.
-        raw: take the prompt as it is; it holds what stands for the images then.
+        paths: the images, which come before the text in the user's turn.
+        raw: take the prompt as it is, with its own image placeholders.
 
     Raises:
         InputError: an image that cannot be read, a template that refuses the turn, or a processor that cannot take it.
@@ -215,7 +215,7 @@ def encode_image_prompt(
 
 
 class _Watched:
-    """A tokenizer that remembers the text it is given, which a processor does not tell."""
+    """Wraps a tokenizer to record the text that a processor gives it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer, self.text = tokenizer, ""
@@ -229,9 +229,9 @@ class _Watched:
 
 
 def _align(text: str, expanded: str, placeholders: Sequence[str]) -> list[tuple[int, int, int]] | None:
-    """The stretches of `text` between its images: begin, length, and how far each is moved in `expanded`.
+    """The stretches of `text` between its images: begin, length, and shift in `expanded`.
 
-    None if they do not all lie there, in their order.
+    None if `expanded` does not contain all of them in this order.
     """
     pieces, at = list[tuple[int, int, int]](), 0
     cuts = [match.span() for match in re.finditer("|".join(map(re.escape, placeholders)), text)]
@@ -267,7 +267,7 @@ def open_images(sources: Sequence[str], begin: str) -> list[Image]:
 
 
 def read_image(source: str) -> Image:
-    """An image, RGB, turned as its camera says.
+    """Reads an image as RGB, rotated by its EXIF orientation.
 
     Args:
         source: a path, or bytes as `castlm.data.images.columns.collect_images` gives them.
@@ -286,7 +286,7 @@ def read_image(source: str) -> Image:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
         with data as file, Image.open(file, formats=known) as image:
             pixels = image.width * image.height
-            if pixels > MOST_PIXELS_OF_ONE:  # known before any of them is decoded
+            if pixels > MOST_PIXELS_OF_ONE:  # checked before any image is decoded
                 raise InputError(f"it has {pixels:,} pixels, more than {MOST_PIXELS_OF_ONE:,}: scale it down")
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # a decoder is a program, with errors of many types

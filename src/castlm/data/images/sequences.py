@@ -1,7 +1,7 @@
 """Sequences of conversations with images: one conversation each, with what the vision tower reads.
 
-Several documents are not packed into a sequence, as `castlm.data.packing` does with text: the position of an image
-among them would depend on the model, and a processor prepares one conversation at a time.
+Unlike text (`castlm.data.packing`), conversations are not packed together: the positions around an image depend on the
+model, and a processor prepares one conversation at a time.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ class _Sequence(NamedTuple):
 
 
 class ImageRow(NamedTuple):
-    """Consecutive conversations, whose images are prepared when a batch is made of them."""
+    """Consecutive conversations; `batch` prepares their images."""
 
     pieces: list[Piece]
     encode: Callable[[Piece], _Sequence]
 
     def batch(self, seq_len: int, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """`input_ids` and shifted `labels`, int64, (num_sequences, seq_len), and what the model's forward takes beside
-        them; no `position_ids`, which the model derives from the images. `rows` selects some sequences."""
+        """`input_ids` and shifted `labels`, int64, (num_sequences, seq_len), and the further arguments of the model's
+        forward; no `position_ids`, which the model derives from the images. `rows` selects some sequences.
+        """
         found = [self.encode(piece) for piece in self.pieces[rows]]
         return {
             "input_ids": torch.stack([sequence.ids[:-1] for sequence in found]),
@@ -52,8 +53,8 @@ class ImageRow(NamedTuple):
 class ImageSequences(Resumable):
     """Sequences of `seq_len` tokens: conversations shuffled by (seed, epoch), each in a sequence of its own.
 
-    What is left of a sequence is filled with end-of-text tokens that do not count. A longer conversation is cut. One
-    whose images do not fit or cannot be prepared keeps its place and counts for nothing.
+    End-of-text tokens that do not count fill the rest of a sequence. A longer conversation is cut. A conversation whose
+    images do not fit or cannot be prepared keeps its sequence, but none of its tokens count.
 
     Args:
         documents: conversations, with images or without.
@@ -88,7 +89,7 @@ class ImageSequences(Resumable):
         return len(self.documents) * self.seq_len
 
     def _position(self) -> tuple[int, Position, int]:
-        """The last conversation, with a 1, or the next, with a 0."""
+        """The last conversation and 1, or the next conversation and 0."""
         epoch, position, is_used = self._at
         return epoch, position, int(is_used)
 
@@ -113,7 +114,7 @@ class ImageSequences(Resumable):
         try:
             tokens = self._encoder.conversation(piece.text)
         except InputError as error:
-            if piece.kind is not Kind.WITH_EXTRA:  # what is wrong is not in a file beside the dataset
+            if piece.kind is not Kind.WITH_EXTRA:  # no image file can be the cause
                 raise
             self._say_once(str(error), f"a conversation does not count: {error}")
             return self._filled(None)
@@ -134,7 +135,7 @@ class ImageSequences(Resumable):
         return self._filled(tokens)
 
     def _filled(self, tokens: Tokens | None) -> _Sequence:
-        """`tokens` cut, or filled up with end-of-text tokens that do not count; None gives these alone."""
+        """`tokens` cut to length, or padded with end-of-text tokens that do not count; None gives only padding."""
         count, eos = self.seq_len + 1, self._encoder.eos
         if tokens is None:
             return _Sequence(torch.full((count,), eos), torch.full((count,), IGNORED), None)
