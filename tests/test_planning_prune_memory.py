@@ -128,9 +128,9 @@ def test_the_command_prints_the_phases_and_the_peak(tmp_path, capsys):
         command.main([*arguments, "--reconstruct-epochs", "-1"])
     with pytest.raises(InputError, match="the memory of rotate residual is not known"):
         command.main([*arguments, "--rotate", "residual"])
-    with pytest.raises(InputError, match="--reconstruct-epochs is counted with --prune alone"):
+    with pytest.raises(InputError, match="--reconstruct-epochs is for --prune"):
         command.main(["--model", str(folder), "--reconstruct-epochs", "2"])
-    with pytest.raises(InputError, match="--world-size is of a training run"):
+    with pytest.raises(InputError, match="--world-size is for a training run"):
         command.main([*arguments, "--world-size", "8"])
 
 
