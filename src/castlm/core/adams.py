@@ -57,13 +57,13 @@ class AdamS(Optimizer):
     decays nothing. The mask is recomputed from `|W|` at the start of every `mask_interval`-th step. Parameter groups
     with `"sparse": False` get plain Adam.
 
-    The square of the momentum lags behind the momentum: with `"mix"` the first step is `1 / (1 - b1)` times `lr`, and
-    all steps are larger than Adam's at the same rate. With `"gradient"` a learning rate means what it does in Adam, but
-    a `lam` would be lost beside the gradient.
+    With `"mix"`, `v` averages squares of the momentum, which are smaller than squares of single gradients: the first
+    step is `lr / (1 - b1)`, and all steps are larger than Adam's at the same rate. With `"gradient"`, a learning rate
+    has the same meaning as in Adam, but a `lam` would vanish beside the gradient.
 
     Args:
-        params: parameter groups, at least one of which has the key `"sparse"`. A group with `"sparse": True` has masks
-            of its `"pattern"` ("2:4" by default). `castlm.sparse_param_groups(model)` makes the groups of a model.
+        params: parameter groups; at least one has the key `"sparse"`. A group with `"sparse": True` has masks of its
+            `"pattern"` ("2:4" by default). `castlm.sparse_param_groups(model)` makes the groups of a model.
         lr: learning rate.
         total_steps: the number of steps `T` over which the decay is planned. It may not change on resume.
         betas: decay rates of the two moments.
@@ -270,6 +270,7 @@ class AdamS(Optimizer):
         for group in self.param_groups:
             self._check_gradients(group)
         flips: list[Tensor | int] = []
+        # Alg. 1: every T1 steps the mask is made anew at the top of the step, so that step 0 has a true mask.
         for group in filter(self._is_refresh_due, self.param_groups):
             self.refresh_masks(group)
             flips.append(self._flips)
@@ -323,7 +324,7 @@ class AdamS(Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The state and the options, as in torch. Patterns are saved as text, so that no class has to be unpickled."""
+        """The state and the options, as in torch. Patterns are saved as text, so that loading unpickles no class."""
         saved = super().state_dict()
         groups = [{**group, "pattern": str(group["pattern"])} for group in saved["param_groups"]]
         return {**saved, "param_groups": groups}
@@ -341,7 +342,9 @@ class AdamS(Optimizer):
         super().load_state_dict(state_dict)
         for group, (pattern, joint) in zip(self.param_groups, kept):
             group["pattern"], group["joint"] = pattern, joint
-        for param, saved in saved_state.items():  # torch casts state to the parameter's dtype, which may round it
+        # torch has cast all state to the dtype of its parameter: packed masks and 8-bit codes are floats now. So each
+        # tensor is taken again from the saved state.
+        for param, saved in saved_state.items():
             for key, tensor in states[param].items():
                 value = torch.as_tensor(saved[key])
                 self.state[param][key] = value.to(device=tensor.device, dtype=tensor.dtype)
@@ -375,7 +378,7 @@ class AdamS(Optimizer):
         pattern: Pattern = group["pattern"]
         for params in _joint_params(group):
             masks = [unpack_mask(local(saved[param]["mask"]), param.shape[-1]) for param in params]
-            gathers = pattern.gathers(params)  # no collective here, where one rank alone may have been refused
+            gathers = pattern.gathers(params)  # no collective call: another rank may have raised already, and not come
             for param, mask in zip(params, masks):
                 pattern.check_mask(mask, local(param).shape, count=not gathers)
             if len(params) > 1 and not gathers:

@@ -1,6 +1,6 @@
 """Tells from names and shapes which weights of a transformer block may become sparse. The only place that decides it.
 
-It is the matrix (out, in) of a linear layer, or the 3-D parameter that holds that matrix for all experts of a block.
+Such a weight is the matrix (out, in) of a linear layer, or the 3-D parameter with that matrix of all experts.
 
 Importing this module does not import torch: `castlm verify` reads a checkpoint in less time than that import takes.
 `castlm.core.sparsify.is_sparse_linear` is the same rule for a module that exists.
@@ -33,7 +33,7 @@ _EXPERTS = re.compile(rf"(?:\.(?:shared_)?experts?|{_OF_GRANITE})(?=\.|$)")
 def block_name(name: str) -> str | None:
     """The transformer block that a module or tensor is in: the part of its name up to the first number.
 
-    Experts inside a block have numbers too; the first number is that of the block.
+    Experts inside a block have numbers too; the first number is the block's.
 
     Examples:
         >>> block_name("model.layers.3.mlp.experts.7.up_proj.weight")
@@ -74,7 +74,7 @@ def in_block(name: str) -> bool:
 def is_tower(name: str) -> bool:
     """Whether a module or tensor is outside the language model: in the vision tower of a VLM, or its projector.
 
-    They stay dense: text says nothing about them. Told by the names before the number of a block.
+    They stay dense, because text says nothing about their weights. The names before the block's number decide.
 
     Examples:
         >>> is_tower("model.vision_tower.encoder.layers.0.mlp.fc1"), is_tower("model.language_model.layers.0.mlp.fc1")
@@ -111,14 +111,14 @@ def is_stacked_experts(name: str, shape: Sequence[int]) -> bool:
 
 
 def owners_of_experts(names: Iterable[str]) -> set[str]:
-    """The modules of a checkpoint that hold experts. Elsewhere, a layer with a router's name is no router."""
+    """The modules of a checkpoint that hold experts. A layer with a router's name outside them is not a router."""
     return {name[: part.start()] for name in names for part in _EXPERTS.finditer(name)}
 
 
 def is_block_linear(name: str, shape: Sequence[int]) -> bool:
     """Whether a stored tensor is the weight of a linear layer inside a transformer block that may become sparse.
 
-    Routers of experts, vision towers and projectors are left out.
+    It is False for routers of experts, vision towers and projectors.
 
     Args:
         name: the name of the tensor in the checkpoint.

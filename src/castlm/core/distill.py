@@ -320,21 +320,21 @@ class _Gradients:
 
     def add_(self, student: Side, token_weights: Tensor, rows: slice, buffers: _Buffers) -> None:
         grad = buffers.student
-        if student.softcap is not None:
+        if student.softcap is not None:  # d (c tanh(z / c)) / dz = 1 - tanh(z / c)^2
             torch.ops.aten.tanh_backward.grad_input(grad, buffers.tanh, grad_input=grad)
-        scaled = token_weights * self.head.scale
+        scaled = token_weights * self.head.scale  # dz / d(h @ weight.T + bias), and the mean over tokens: (192,)
         if self.bias is not None:
             self.bias += scaled @ grad
         if buffers.narrow.numel():
             grad = buffers.narrow.copy_(grad)
         if self.hidden is not None:
-            self.hidden[rows] = torch.mm(grad, student.weight_t.t()) * scaled[:, None]
+            self.hidden[rows] = torch.mm(grad, student.weight_t.t()) * scaled[:, None]  # (192, 49152) @ (49152, 576)
         if self.weight is not None:
-            # student.hidden already includes scale / softcap
+            # student.hidden already includes scale / softcap, so that only softcap is multiplied back
             capped = token_weights * (student.softcap or 1.0)
             hidden = (student.hidden[rows] * capped[:, None]).to(grad.dtype)
             if grad.dtype == self.weight.dtype:
-                self.weight.addmm_(grad.t(), hidden)
+                self.weight.addmm_(grad.t(), hidden)  # (49152, 192) @ (192, 576), summed over the chunks
             else:
                 self.weight += torch.mm(grad.t(), hidden)
 

@@ -53,9 +53,8 @@ def linearize_experts_(model: nn.Module) -> list[str]:
     `...experts.gate_up_proj.weight`. Calling the function again changes nothing. Call it before the optimizer is built
     and before `fully_shard`.
 
-    Only modules that state their orientation by `is_transposed` are changed, as all do that transformers' decorator
-    `use_experts_implementation` has made; it is never guessed from a shape. The experts of other modules stay as they
-    are, and dense.
+    Changes only modules that state their orientation in `is_transposed`, as transformers' decorator
+    `use_experts_implementation` does: a shape such as (8, 64, 64) does not tell it. Other experts stay dense.
 
     Returns:
         The names of the new modules.
@@ -101,7 +100,8 @@ def expert_layers(experts: nn.Module) -> dict[str, ExpertLinear]:
 
 
 def _show_weights(experts: nn.Module, args: Any) -> None:
-    """For the time of a forward pass, `experts.gate_up_proj` is the tensor that the code of the model expects."""
+    """During a forward pass, makes `experts.gate_up_proj` the tensor that the code of the model expects."""
+    # An instance attribute wins over `nn.Module.__getattr__`, which would return the `ExpertLinear`.
     vars(experts).update({name: layer() for name, layer in expert_layers(experts).items()})
 
 

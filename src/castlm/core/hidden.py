@@ -82,7 +82,8 @@ class _Distance(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         ours, theirs, weights = ctx.saved_tensors
         difference, ratio, power = _compare(ours, theirs)
-        per_token = 2 * grad * weights / (power * (1 + ratio))
+        # d log(1 + |s - t|^2 / |t|^2) / ds = 2 (s - t) / (|t|^2 (1 + ratio))
+        per_token = 2 * grad * weights / (power * (1 + ratio))  # (8, 512)
         return difference.mul_(per_token[..., None]).to(ours.dtype), None, None
 
 

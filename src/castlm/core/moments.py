@@ -47,7 +47,7 @@ def block_size(param: Tensor) -> int:
     """The number of weights that share a scale: the largest power of 2, 32 to 256, that divides the width, or 0."""
     if param.dim() not in (2, 3) or param.numel() < _LEAST:
         return 0
-    block = min(LONGEST_BLOCK, param.shape[-1] & -param.shape[-1])
+    block = min(LONGEST_BLOCK, param.shape[-1] & -param.shape[-1])  # the lowest bit that is set: 576 -> 64
     return block if block >= _SHORTEST else 0
 
 
@@ -103,7 +103,7 @@ def to_codes_(new: Tensor, codes: Tensor, scale: Tensor, signed: bool) -> None:
     index = torch.zeros_like(value)
     for first, last, slope, intercept, least in code_pieces(signed):
         nearest = torch.full_like(value, first)
-        if slope:
+        if slope:  # the piece's line, value = index * slope + intercept, solved for the index
             nearest = (magnitude * (1 / slope) - intercept / slope).round().clamp(first, last)
         index = torch.where(magnitude >= least, nearest, index)
     if signed:

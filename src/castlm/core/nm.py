@@ -346,7 +346,7 @@ def _two_of_four(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> list[Tensor]:
 
 
 def by_magnitude(weight: Tensor) -> Tensor:
-    """A tensor whose elements are ordered as those of `|weight|`, for any real dtype; NaN stays NaN.
+    """A tensor with the same order as `|weight|`, for any real dtype; NaN stays NaN.
 
     Raises:
         InputError: `weight` is complex.
@@ -412,7 +412,8 @@ def pack_mask(mask: Tensor) -> Tensor:
     if mask.shape[-1] == 0:
         return mask.to(torch.uint8)
     whole = F.pad(mask.to(torch.uint8, memory_format=torch.contiguous_format), (0, -mask.shape[-1] % 8))
-    return ((whole.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
+    eights = whole.view(torch.int64)  # (1536, 576) uint8 -> (1536, 72)
+    return ((eights * _GATHER) >> 56).to(torch.uint8)  # the highest byte of the product holds the eight bits
 
 
 def unpack_mask(packed: Tensor, width: int) -> Tensor:
@@ -425,6 +426,7 @@ def unpack_mask(packed: Tensor, width: int) -> Tensor:
     """
     import torch
 
+    # Looked up and not shifted: one read of 8 bools per byte. (1536, 72) uint8 -> (110592,) int64 -> (1536, 576) bool
     eights = _eight_bools(packed.device).index_select(0, packed.reshape(-1).to(torch.int32))
     return eights.view(torch.bool).view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :width].contiguous()
 
@@ -455,7 +457,8 @@ def _eight_bools(device: torch.device) -> Tensor:
 
 
 def _num_bits(byte: Tensor) -> Tensor:
-    """The number of bits set in each element, 0 to 255, of an int32 tensor."""
+    """The number of bits set in each element, 0 to 255, of an int32 tensor; torch has no operator for it."""
+    # Adds up neighbours in place: bits to sums of 2, to sums of 4, to sums of 8 ("Bit Twiddling Hacks").
     pairs = byte - ((byte >> 1) & 0x55)
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return (fours + (fours >> 4)) & 0xF

@@ -28,7 +28,7 @@ def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
     """
     groups = scale.shape[-1]  # -1 would be ambiguous on a rank that holds no rows
     blocks = weight.view(*weight.shape[:-1], groups, weight.shape[-1] // groups)  # (1536, 576) -> (1536, 2, 288)
-    return (blocks * scale.unsqueeze(-1)).flatten(-2)
+    return (blocks * scale.unsqueeze(-1)).flatten(-2)  # Eq. 11-12: (1536, 2, 288) * (1536, 2, 1) -> (1536, 576)
 
 
 class WeightScaling(nn.Module):
@@ -60,7 +60,7 @@ def add_weight_scaling(
 
     Args:
         groups: blocks of columns per row, at least 1. Must divide the width of every sparse layer.
-        pattern: a `Pattern` or its text, which decides what layers become sparse.
+        pattern: a `Pattern` or its text; the layers that fit it become sparse.
         filter_fn: as in `sparse_linears`.
 
     Returns:

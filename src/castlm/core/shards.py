@@ -51,7 +51,7 @@ def own_rows(tensor: Tensor) -> slice:
 
 
 def splits_rows(tensor: Tensor) -> str | None:
-    """The placement of a DTensor that is not sharded by rows, along dim 0, alone; None for all other tensors."""
+    """The first placement of a DTensor that splits its rows, as Shard(1) does; None if there is none."""
     for placement in tensor.placements if isinstance(tensor, DTensor) else ():
         if not (placement.is_replicate() or placement == Shard(0)):
             return str(placement)

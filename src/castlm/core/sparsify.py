@@ -39,8 +39,8 @@ def num_weights(layer: nn.Linear | ExpertLinear) -> int:
 def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
     """The default `filter_fn`: an `nn.Linear` inside a numbered transformer block, as `model.layers.3.mlp.up_proj`.
 
-    So is the `ExpertLinear` that `linearize_experts_` makes of 3-D experts. The router that chooses them is not, nor
-    are the vision tower and the projector of a vision-language model.
+    It also takes the `ExpertLinear` that `linearize_experts_` makes of 3-D experts. It leaves dense the router that
+    chooses them, and the vision tower and the projector of a vision-language model.
 
     Examples:
         >>> is_sparse_linear(nn.Linear(8, 8), "model.layers.3.mlp.up_proj")
@@ -68,7 +68,7 @@ def sparse_linears(
 
     Args:
         pattern: a `Pattern` or its text.
-        filter_fn: `filter_fn(module, fqn)` says whether a module is meant to be sparse. It is asked for every linear
+        filter_fn: `filter_fn(module, fqn)` says whether a module is meant to be sparse. It is called for every linear
             layer and every `ExpertLinear`.
 
     Returns:

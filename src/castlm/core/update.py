@@ -52,9 +52,9 @@ def adams_update(
     rate, eps, one_less_beta1, one_less_beta2, pull, keep, remaining = hyper.unbind()
     # Alg. 1: mu_t = b1 mu_{t-1} + (1 - b1) g_t. The decay never enters it.
     exp_avg = exp_avg + (grad - exp_avg) * one_less_beta1
-    # Eq. 7: mix_t = mu_t where kept, (1 - a_t) mu_t + a_t lam sign(W_{t-1}) where masked; sign(0) = 0.
+    # Eq. 7: mix_t = mu_t where kept, (1 - a_t) mu_t + a_t lam sign(W_{t-1}) where masked; sign(0) = 0. (1536, 576)
     mix = exp_avg if mask is None else torch.where(mask, exp_avg, exp_avg * keep + pull * weight.sign())
-    # Eq. 8: v_t = b2 v_{t-1} + (1 - b2) mix_t^2; ours squares g_t, so that lr means what it does in Adam.
+    # Eq. 8: v_t = b2 v_{t-1} + (1 - b2) mix_t^2; ours squares g_t, so that lr has the same meaning as in Adam.
     squared = grad if mask is None or second_moment == "gradient" else mix
     exp_avg_sq = exp_avg_sq + (squared.square() - exp_avg_sq) * one_less_beta2
     # Alg. 1: W_t = W_{t-1} - lr (mix_t / (1 - b1^(t+1))) / (sqrt(v_t / (1 - b2^(t+1))) + eps), see `hyperparameters`.
@@ -64,7 +64,7 @@ def adams_update(
 
 
 def hyperparameters(group: Mapping[str, Any], step: int) -> list[float]:
-    """The seven numbers that `adams_update` needs of a parameter group at the 0-based `step = t`.
+    """The seven numbers of a parameter group for `adams_update` at the 0-based `step = t`.
 
     In this order, with r the square root of `1 - beta2^(t+1)`: the rate `lr r / (1 - beta1^(t+1))`; `eps r`;
     `1 - beta1`; `1 - beta2`; and `pull`, `keep` and `remaining` of the decay rule (`castlm.core.decay.Decay`). Both

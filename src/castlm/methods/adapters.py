@@ -1,12 +1,11 @@
 """Sparse models in other training loops, and PEFT adapters whose merge keeps every zero of them.
 
-`keep_pattern_` guards the zeros of a model under any optimizer. Which layers were left dense on purpose is read from
-the castlm.json of the folder that the model was loaded from, so that a layer which has lost its pattern is never taken
-for one of them.
+`keep_pattern_` guards the zeros of a model under any optimizer. The castlm.json of the folder that the model was loaded
+from lists the layers that are dense on purpose, so a layer that has lost its pattern is never mistaken for one of them.
 
 The merge of plain LoRA adds a dense matrix to the weight, which fills its zeros. SHiRA (Bhardwaj et al. 2024, arXiv
-2406.13175) trains single weights at fixed positions; here these are positions that the pattern keeps. PEFT saves them
-with the adapter, so that it loads and merges it without castlm. peft is imported when a config is made.
+2406.13175) trains single weights at fixed positions; here these are positions that the pattern keeps. PEFT saves the
+positions with the adapter, so it loads and merges the adapter without castlm. peft is imported when a config is made.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
 
     Args:
         model: n:m sparse; a transformers model, or one with PEFT adapters.
-        pattern: what the sparse layers must have now.
-        filter_fn: `filter_fn(module, fqn)` says which linear layers are sparse. The default is all of the transformer
-            blocks, except those that the castlm.json of the model's folder lists as left dense.
+        pattern: the pattern that the sparse layers must already have.
+        filter_fn: `filter_fn(module, fqn)` says which linear layers are sparse. By default all layers inside the
+            transformer blocks, except those listed as left dense in the castlm.json of the model's folder.
 
     Returns:
         The guard. `check()` counts the zeros at any other time, and `remove()` ends it.
@@ -95,10 +94,10 @@ def check_pattern(layers: Mapping[str, SparseLayer], pattern: Pattern) -> None:
 
 
 def pattern_layers(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | None = None) -> dict[str, SparseLayer]:
-    """The layers of a model that have, or should have, the pattern; by their name without what PEFT adds to it.
+    """The layers of a model that should have the pattern, by their names in the base model, see `plain_name`.
 
     Raises:
-        InputError: there are none.
+        InputError: there is no such layer, or experts in a 3-D parameter that is not an `ExpertLinear`.
     """
     adapters = _adapter_parts(model)
     left_dense = _left_dense(model)
@@ -133,7 +132,7 @@ def plain_name(fqn: str) -> str:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that PEFT has wrapped with an adapter, by their name in `model`; none where PEFT is not in use."""
+    """The layers that PEFT has wrapped with an adapter, by their name in `model`; empty if PEFT is not imported."""
     if "peft" not in sys.modules:
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -142,7 +141,7 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _adapter_parts(model: nn.Module) -> set[str]:
-    """The names of the modules that belong to an adapter, and not to the base model."""
+    """The names of the modules that belong to adapters and not to the base model."""
     parts = set()
     for name, layer in adapted_layers(model).items():
         base = f"{name}.base_layer"
@@ -178,7 +177,7 @@ def shira_config(
             LoRA of rank r has, and at most all of them.
         pattern: as for `keep_pattern_`.
         filter_fn: as for `keep_pattern_`.
-        random_seed: of the draw of the positions.
+        random_seed: seed with which the positions are drawn.
         options: further fields of `ShiraConfig`.
 
     Raises:
@@ -215,8 +214,8 @@ def shira_config(
 def add_adapter_(model: nn.Module, config: Any) -> Any:
     """`peft.get_peft_model`: replaces layers of `model` in place, and returns the `PeftModel` around it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of transformers about itself
-        torch.sparse_coo_tensor(torch.zeros(2, 1), torch.zeros(1), (1, 1))  # torch warns once about those of SHiRA
+        warnings.simplefilter("ignore")  # transformers warns about its own code
+        torch.sparse_coo_tensor(torch.zeros(2, 1), torch.zeros(1), (1, 1))  # torch warns about sparse tensors once
         return _peft().get_peft_model(model, config)
 
 
@@ -273,12 +272,12 @@ def _peft() -> Any:
 
 
 class FinetuneAdapter(Finetune):
-    """SHiRA on kept positions, over a frozen model that is n:m already.
+    """SHiRA on kept positions of a frozen model that is already n:m.
 
-    The adapter is written to `adapter/` in the output folder, as PEFT writes it, before it is merged.
+    Before the merge, PEFT saves the adapter in `adapter/` in the output folder.
     """
 
-    whole_copies = True  # as PEFT reads positions and whole weights in its forward pass
+    whole_copies = True  # PEFT's forward pass indexes whole weights, which a rank with some rows does not have
 
     def prepare(self, model: nn.Module) -> None:
         config = shira_config(
@@ -296,7 +295,7 @@ class FinetuneAdapter(Finetune):
         return self.optimize([group], fused)
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
-        """Nothing: the model is its own start."""
+        """Does nothing: training starts from the model as it is."""
 
     def save_parts(self, folder: Path) -> None:
         with atomic_dir(folder / "adapter", overwrite=True) as temporary:

@@ -1,4 +1,4 @@
-"""The interface of a training method: what it does to the model, the gradient and the masks.
+"""The interface of a training method: its changes to the model, the gradient and the masks.
 
 Data, teacher, token budget, seed and schedule belong to the loop and are the same for every method. A method owns its
 optimizer and the two hooks that the loop calls at each step.
@@ -59,7 +59,7 @@ class Retraining:
 
     Args:
         start: `init_from` of the run: magnitude, a one-shot solver, or an n:m model.
-        seed: of what the method draws.
+        seed: seed of the random choices of the method.
 
     Attributes:
         optimizer: AdamS over all parameters; dense groups are plain Adam. Available after `build_optimizer`.
@@ -127,10 +127,7 @@ class Retraining:
         return self.optimizer
 
     def _with_weight_decay(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        """A group of parameters as two: the dense weight matrices, which decay, and what does not.
-
-        Sparse weights, scale factors, norms and biases do not decay.
-        """
+        """Splits a group in two: dense weight matrices with weight decay, and all other parameters without."""
         sparse = {weight_parameter(layer) for layer in self.layers.values()}
         named = list(zip(group["params"], group["param_names"]))
         decayed = [
@@ -174,7 +171,7 @@ class Retraining:
                 forward_mask(layer).copy_(mask)
 
     def start_from_magnitude_(self) -> None:
-        """Prunes by magnitude at step 0, if the method begins with masked weights at zero."""
+        """Prunes by magnitude at step 0, if the method begins with masked weights at zero. By default does nothing."""
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
         """Sets the weight and the mask of a layer at step 0, with masked weights at zero.
@@ -216,12 +213,10 @@ class Retraining:
         """Changes the gradients after the backward pass and the clipping."""
 
     def save_parts(self, folder: Path) -> None:
-        """Writes what the method trains beside the weights into the output folder of the run, when training is
-        finished. The main rank calls it.
-        """
+        """Writes further results of the method, such as an adapter, into the output folder. The main rank calls it."""
 
     def fold_(self) -> None:
-        """Merges into the weights what the method trains beside them, when training is finished."""
+        """Merges further trained parameters, such as an adapter, into the weights after training."""
 
     def masks(self) -> dict[Tensor, Tensor]:
         """The mask of every sparse parameter, True = kept."""

@@ -1,4 +1,4 @@
-"""CAST, continuous adaptive sparse training (arXiv 2509.25996): the method that this package is about."""
+"""CAST, continuous adaptive sparse training (arXiv 2509.25996): the method of this package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Cast(Retraining):
             add_weight_scaling(model, self.options.scale_groups, pattern=self.pattern, filter_fn=self.filter_fn)
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
-        """Sets the kept weights and the mask. Masked weights start at zero or at their dense values."""
+        """Sets the mask and the kept weights. Masked weights start at zero, or keep their dense values and decay."""
         parameter = weight_parameter(layer)
         self.optimizer.set_mask(parameter, mask)
         masked = (

@@ -23,7 +23,7 @@ class Finetune(Retraining):
     starts_sparse = True
 
     def prepare(self, model: nn.Module) -> None:
-        """Nothing: the forward pass is dense, and its masked weights are zero."""
+        """Does nothing: masked weights are zero, so the forward pass needs no mask."""
 
     def build_optimizer(self, model: nn.Module, fused: bool) -> AdamS:
         self._masks: dict[Tensor, Tensor] = {}
@@ -44,7 +44,7 @@ class Finetune(Retraining):
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
         parameter = weight_parameter(layer)
-        self._masks[parameter].copy_(mask & (weight != 0))  # of a group with more zeros than it needs, all stay
+        self._masks[parameter].copy_(mask & (weight != 0))  # a group may have more zeros than it needs: all stay zero
         local(parameter).copy_(weight * mask)
 
     def masks(self) -> dict[Tensor, Tensor]:

@@ -16,8 +16,8 @@ class GradualMagnitude(Retraining):
     """Gradual magnitude pruning of whole groups of m weights.
 
     The sparsity s follows the cubic schedule of Zhu & Gupta 2017 (arXiv 1710.01878) over the first half of the run. At
-    sparsity s, the share s / (1 - n/m) of the groups is n:m, those first that lose the least magnitude; the other
-    groups are still dense. As there, masked weights get no gradient, and the masks stay once every group is n:m.
+    sparsity s, the share s / (1 - n/m) of the groups is n:m: the groups that lose the least magnitude. The others are
+    still dense. As in that paper, masked weights get no gradient, and the masks stay once every group is n:m.
     """
 
     passes_gradient = False
@@ -50,7 +50,7 @@ class GradualMagnitude(Retraining):
         if step - self.options.mask_interval >= half:  # the last refresh made every group n:m
             self._flips = 0
         else:
-            self._set_share(1 - (1 - min(1.0, step / half)) ** 3)
+            self._set_share(1 - (1 - min(1.0, step / half)) ** 3)  # Zhu & Gupta, Eq. 1
 
     @torch.no_grad()
     def _set_share(self, share: float) -> None:
@@ -59,7 +59,7 @@ class GradualMagnitude(Retraining):
         for layer in self.layers.values():
             weight = weight_parameter(layer)
             mask = self.pattern.mask(weight)
-            lost = (weight.abs() * ~mask).view(-1, m).sum(dim=1)
+            lost = (weight.abs() * ~mask).view(-1, m).sum(dim=1)  # (1536, 576) -> (221184, 4) -> (221184,)
             whole = lost.argsort(stable=True)[round(share * len(lost)) :]
             mask.view(-1, m)[whole] = True
             new[layer] = mask

@@ -19,8 +19,8 @@ STABLE = 0.8
 """Fraction of the run after which `warmup_stable_decay` falls."""
 
 Shape = Callable[[float, float], float]
-"""The height of the schedule, from 1 at the start to 0 at the end. Its arguments are the progress since the warm-up and
-the progress of the whole run, both in [0, 1]."""
+"""The height of the schedule, from 1 at the start to 0 at the end, as a function of the progress since the warm-up and
+of the progress of the whole run, both in [0, 1]."""
 
 SCHEDULES: dict[str, Shape] = {
     "cosine": lambda progress, overall: 0.5 * (1 + math.cos(math.pi * progress)),
@@ -39,7 +39,7 @@ class MethodOptions(Bounded):
     """Training method: CAST, one of its rivals, or the dense control."""
 
     decay: str = choice("horizon", DECAYS)
-    """How CAST decays masked weights to zero; see AdamS."""
+    """Rule by which CAST decays masked weights to zero; see AdamS."""
 
     decay_end: float | None = None
     """Fraction of max_steps after which "horizon" has every masked weight at zero and the mask is final. The default is
@@ -50,8 +50,8 @@ class MethodOptions(Bounded):
     first."""
 
     mask_interval: int = 10
-    """Steps between mask refreshes (T1), as long as masked weights decay. From a given mask they start at zero and come
-    back where they grow larger than kept ones; structured patterns keep a given mask."""
+    """Steps between mask refreshes (T1), as long as masked weights decay. From a given mask, masked weights start at
+    zero, and a refresh keeps those that have grown larger than kept ones; structured patterns keep a given mask."""
 
     srste_lam: float = 5e-3
     """Decay coefficient of the methods srste and ast: the gradient of a masked weight gains srste_lam times the weight.
@@ -86,11 +86,11 @@ class MethodOptions(Bounded):
         return self.row.decays and DECAYS[self.decay].uses_decay_end
 
     def starts_at_zero(self, start: str, pattern: Pattern) -> bool:
-        """Whether masked weights that decay start at zero: from a given n:m mask, with a decay that ends at zero.
+        """Whether masked weights start at zero: from a given n:m mask, with a decay that ends at zero.
 
-        A refresh by magnitude then keeps the mask of the start at first, and a masked weight comes back where training
-        makes it larger than a kept one. A unit that is zero as a whole has no gradient and could not come back: the
-        units of structured patterns decay from their dense values under a fixed mask.
+        A refresh by magnitude then keeps the mask of the start at first, and keeps a masked weight again once training
+        has made it larger than a kept one. A unit that is zero as a whole has no gradient and could never return, so
+        the units of structured patterns decay from their dense values under a fixed mask.
 
         Args:
             start: as `init_from`.
@@ -99,7 +99,7 @@ class MethodOptions(Bounded):
         return is_given and DECAYS[self.decay].exact_zero
 
     def keeps_dense_values(self, start: str, pattern: Pattern) -> bool:
-        """Whether masked weights begin at their dense values: those that decay and do not start at zero."""
+        """Whether masked weights begin at their dense values and decay."""
         return self.row.decays and not self.starts_at_zero(start, pattern)
 
     def alpha(self, step: int, max_steps: int) -> float:
@@ -113,8 +113,8 @@ class AdapterOptions(Bounded):
     """The part of a sparse model that is trained."""
 
     adapter: Literal["none", "shira"] = essential("none")
-    """What is trained. none: all weights that are not zero. shira: a PEFT adapter that keeps every zero when it is
-    merged; it is written to `output_dir/adapter` too."""
+    """Trained part of the model. none: all weights that are not zero. shira: a PEFT adapter that keeps every zero when
+    it is merged; it is also saved in `output_dir/adapter`."""
 
     lora_r: int = 16
     """Size of the adapter: as many trained weights as LoRA of this rank has."""
@@ -166,7 +166,7 @@ class OptimizerOptions(Bounded):
     """Gradient norm above which gradients are scaled down. 0 turns clipping off."""
 
     second_moment: Literal["gradient", "mix"] | None = None
-    """What AdamS squares for its second moment: the gradient, as Adam does, or the paper's mix. The default is
+    """Second moment of AdamS: averaged squares of the gradient, as in Adam, or of the paper's mix. The default is
     gradient wherever the decay allows it."""
 
     moments: Literal["fp32", "8bit"] = "fp32"

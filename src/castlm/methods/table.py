@@ -1,4 +1,4 @@
-"""The table of training methods: what is known of each without torch. `base.class_of` imports the class."""
+"""The table of training methods: the facts that need no torch. `base.class_of` imports the class."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Method(NamedTuple):
     """A row of `METHODS`."""
 
     module: str
-    """Module with the class, by its full name; a file of your own is imported alike."""
+    """Full name of the module with the class; your own file is imported by its name, too."""
     class_name: str
     title: str
     """The method in a few words, for reports."""

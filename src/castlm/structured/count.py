@@ -1,4 +1,4 @@
-"""The channels or heads that a model has left of its base, which `verify` counts for structured patterns."""
+"""Counts the channels or heads that a cut model still has of its base: `verify` for structured patterns."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from castlm.structured.pattern import Channels, Heads
 from castlm.structured.sizes import sizes_after, sizes_of
 
 _SAME = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
-"""Fields in which a model that is cut does not differ from its base."""
+"""Fields of config.json that are equal in a cut model and its base."""
 
 
 def base_config(
     base: str | None, config: Mapping[str, Any], record: Path, pattern: Pattern
 ) -> tuple[dict[str, Any], str]:
-    """The config.json of the model that units were cut out of, and where it is from, in words.
+    """The config.json of the model before the cut, and its source in words.
 
     Args:
-        base: the folder of that model; None takes the sizes that castlm.json records.
-        config: of the model that is verified.
-        record: its castlm.json.
+        base: the folder of the model before the cut; None takes the sizes recorded in castlm.json.
+        config: config.json of the model that is verified.
+        record: the path of its castlm.json.
 
     Raises:
         InputError: neither names the sizes, or the base is another model.
@@ -51,7 +51,7 @@ def base_config(
 
 
 def count_units(report: VerifyReport, config: Mapping[str, Any], base: Mapping[str, Any], where: str) -> None:
-    """Adds the channels or heads of every layer to `report`: a violation for each above what the share allows."""
+    """Adds the channels or heads of every layer to `report`; each unit above the share is one violation."""
     outer = report.pattern.cut_out
     assert isinstance(outer, Channels | Heads)
     before = sizes_of(report.pattern, base)
@@ -78,10 +78,10 @@ def count_units(report: VerifyReport, config: Mapping[str, Any], base: Mapping[s
 
 
 def _units_in(layers: list[LayerReport], outer: Channels | Heads, base: Mapping[str, int]) -> int:
-    """The number of units that the layers of one block hold; all of them must hold the same number.
+    """The number of units in the layers of one block.
 
     Raises:
-        InputError: they do not.
+        InputError: the layers hold different numbers of units, or a part of one.
     """
     shapes = [layer.shape[::-1] if layer.axis == 0 else layer.shape for layer in layers]
     per_row = [1] * len(shapes)

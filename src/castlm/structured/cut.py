@@ -1,7 +1,7 @@
 """Cuts masked channels and heads out of a model: the result is a smaller dense model that loads anywhere as it is.
 
-A unit whose weights are zero adds nothing to the residual stream, so that removing it changes the output by no more
-than the rounding of sums with fewer terms. That is measured on every model that is cut.
+A unit whose weights are zero adds nothing to the residual stream, so removing it changes the output only by rounding in
+shorter sums. Every cut measures that difference.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Cut:
 
 
 def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is_sparse_linear) -> None:
-    """Checks, before anything is trained, that what `pattern` masks can be cut out of `model` in the end.
+    """Checks before training that the units of `pattern` can be cut out of `model` afterwards.
 
     Patterns that only set weights to zero always pass.
 
     Raises:
-        InputError: a family without a config for the smaller model, a block in which the units stay dense, or a share
-            that keeps all units or none, or of heads a number that the family's config does not allow.
+        InputError: a family without a config for the smaller model, a block in which the units stay dense, a share that
+            keeps all units or none, or a number of heads that the family's config does not allow.
     """
     outer = pattern.cut_out
     if outer is None:
@@ -57,8 +57,8 @@ def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is
     num_blocks, num_found = len(transformer_blocks(model)), len(outer.joint_layers(layers))
     if num_found != num_blocks:
         raise InputError(
-            f"pattern {pattern} needs its units in each of the {num_blocks} transformer blocks, as one config "
-            f"describes them all, and finds them in {num_found}: leave no part of them dense"
+            f"pattern {pattern} needs its units in each of the {num_blocks} transformer blocks, because one config "
+            f"describes them all, but {num_found} have them: make all of their layers sparse"
         )
     if type(model).__module__.startswith("transformers_modules"):
         raise InputError(f"pattern {pattern} cannot be cut out of a model with code of its own: use 2:4")
@@ -77,7 +77,7 @@ def _config_after(model: PreTrainedModel, pattern: Pattern) -> PretrainedConfig:
     if (reason := _refusal(config)) is None:
         return config
     (units, number), *_ = sizes.items()
-    assert isinstance(pattern.cut_out, Heads)  # only of heads a config asks for more than a size
+    assert isinstance(pattern.cut_out, Heads)  # configs restrict no size but the number of heads
     others = {k: _with_sizes(model.config, sizes_after(Heads(k / number), sizes)) for k in range(1, number)}
     fitting = [k for k, other in others.items() if _refusal(other) is None]
     shares = ", ".join(f"heads:{k / number:.3g}" for k in fitting) or "channels:0.5"
@@ -95,7 +95,7 @@ def _with_sizes(config: PretrainedConfig, sizes: Mapping[str, int]) -> Pretraine
 
 
 def _refusal(config: PretrainedConfig) -> str | None:
-    """Why transformers refuses a config; None where it does not."""
+    """The reason why transformers refuses a config; None if it accepts it."""
     try:
         config.validate()
     except (StrictDataclassError, ValueError) as error:
@@ -112,11 +112,10 @@ def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel
         pattern: one that cuts: channels or heads, alone or with n:m.
 
     Returns:
-        The smaller model, in the dtype and on the device of `model`, and what was done.
+        The smaller model, in the dtype and on the device of `model`, and the record of the cut.
 
     Raises:
-        InputError: as `check_cut`, or the logits differ by more than `TOLERANCE` (fp32), because a unit
-            that is cut was not zero.
+        InputError: as `check_cut`, or the logits differ by more than `TOLERANCE` (fp32), because a unit was not zero.
     """
     check_cut(model, pattern)
     assert pattern.cut_out is not None
@@ -145,7 +144,7 @@ def _small_state(model: PreTrainedModel, pattern: Pattern, outer: Channels | Hea
         weights = [layers[name].weight for name in names]
         kept = outer.kept_units(weights)
         for name, mask in zip(names, outer.expand(kept, weights)):
-            rows, columns = mask.any(1), mask.any(0)
+            rows, columns = mask.any(1), mask.any(0)  # of down (576, 1536): all 576 rows, the 768 kept columns
             state[f"{name}.weight"] = state[f"{name}.weight"][rows][:, columns].clone()
             if f"{name}.bias" in state:
                 state[f"{name}.bias"] = state[f"{name}.bias"][rows].clone()

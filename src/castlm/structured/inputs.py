@@ -1,4 +1,4 @@
-"""Statistics of the inputs of a transformer block's layers over the calibration text, for scores and least squares."""
+"""Sums over the inputs of a block's layers on the calibration text, for the scores of units and for least squares."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class InputStatistic:
     total: Tensor
     """The sum of each column, fp64, (in,)."""
     squares: Tensor
-    """The sum of squares of each column, in fp64 (in,): where a mean is large, the variance is a small difference."""
+    """The sum of squares of each column, fp64, (in,): with a large mean, the variance is a small difference of sums."""
     num_tokens: int = 0
 
     @property
@@ -44,7 +44,7 @@ class InputStatistic:
 
     @classmethod
     def like(cls, x: Tensor) -> InputStatistic:
-        """The statistic of no token yet, for inputs like `x` (..., in), on its device."""
+        """An empty statistic for inputs like `x` (..., in), on its device."""
         width = x.shape[-1]
         sums = x.new_zeros(width, dtype=torch.float64)
         return cls(x.new_zeros(width, width, dtype=torch.float32), sums, sums.clone())

@@ -1,4 +1,4 @@
-"""Patterns that mask whole units: MLP channels or KV groups of attention heads, alone or with n:m in what is left.
+"""Patterns that mask whole units: MLP channels or KV groups of attention heads, alone or combined with n:m.
 
 A unit lies in several weights at once: a channel is a row of gate and of up, and a column of down. All units of a
 transformer block are ranked by one number each, and every block keeps the same number of them. Masked units are cut out
@@ -28,7 +28,7 @@ SCORED_BY = ("magnitude", "wanda", "flap", "taylor", "random")
 
 
 class Units(Pattern):
-    """A pattern whose units are ranked by one score each. `kept` of them stay, in every block the same number.
+    """Ranks units by one score each and keeps the share `kept` of them, the same number in every block.
 
     Raises:
         InputError: `kept` is not between 0 and 1.
@@ -64,7 +64,7 @@ class Units(Pattern):
         """Returns how many of `num_units` stay: the nearest number to `kept * num_units` that divides by `multiple`.
 
         Raises:
-            InputError: that is none of them or all.
+            InputError: the number is 0 or `num_units`.
 
         Examples:
             >>> Channels(0.5).num_kept(172), Channels(0.75, multiple=4).num_kept(172)
@@ -90,7 +90,7 @@ class Units(Pattern):
         return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True)
 
     def kept_units(self, weights: Sequence[Tensor]) -> Tensor:
-        """The units with the largest L2 norms, (units,) bool. In pruned weights these are the ones that are left."""
+        """The units with the largest L2 norms, (units,) bool. In pruned weights these are the units that were kept."""
         return self.best(self.sums([weight.detach().float().square() for weight in weights]))
 
     def misfit(self, shape: Sequence[int]) -> str | None:
@@ -104,7 +104,7 @@ class Units(Pattern):
         return 0
 
     def joint_layers(self, names: Iterable[str]) -> list[tuple[str, ...]]:
-        """The layers that lie in one module and have the last names of one of `parts`, in the order of that."""
+        """Groups the layers of one module whose last names are one entry of `parts`, in the order of that entry."""
         known = dict.fromkeys(names)
         found = []
         for name in known:
@@ -119,7 +119,7 @@ class Units(Pattern):
         return self.expand(self.kept_units(weights), weights)
 
     def joint_violations(self, weights: Sequence[Tensor]) -> int:
-        """The number of units with a non-zero beyond those that the pattern keeps."""
+        """The number of units with a non-zero, minus the number that the pattern keeps; at least 0."""
         alive = self.sums([weight.ne(0).float() for weight in weights])
         return max(0, int(alive.count_nonzero()) - self.num_kept(len(alive)))
 
@@ -171,11 +171,11 @@ class Channels(Units):
 
 @dataclass(frozen=True)
 class Heads(Units):
-    """KV groups of the attention: the rows of a KV head in k and v, and all rows of q and columns of o that read it.
+    """KV groups of the attention: the rows of a KV head in k and v, and the rows of q and columns of o of its queries.
 
     Args:
         kept: the share of the KV heads that stays.
-        head_dim: of the model; `for_model` fills it in.
+        head_dim: the size of a head; `for_model` fills it in.
     """
 
     kept: float
@@ -200,7 +200,7 @@ class Heads(Units):
         return "KV heads"
 
     def for_model(self, model: nn.Module) -> Heads:
-        """Returns the pattern with the head size of `model`, which its attention modules hold.
+        """Returns the pattern with the head size of `model`, read from its attention modules.
 
         Raises:
             InputError: no attention with weights of its own for q, k and v, or heads of different sizes.
@@ -210,8 +210,8 @@ class Heads(Units):
         sizes = {getattr(model.get_submodule(owner), "head_dim", None) for owner in owners}
         if len(sizes) != 1 or not isinstance(size := sizes.pop(), int):
             raise InputError(
-                f"pattern {self} needs an attention with q, k and v of their own and one head_dim, which "
-                f"{type(model).__name__} has not: use channels:0.5"
+                f"pattern {self} needs an attention with separate q, k and v and one head_dim, and "
+                f"{type(model).__name__} has none: use channels:0.5"
             )
         return replace(self, head_dim=size)
 
@@ -237,9 +237,9 @@ class Heads(Units):
 
 @dataclass(frozen=True)
 class Combined(Pattern):
-    """Units, and n:m in what is left of their weights; layers without units are n:m alone.
+    """Whole units, then n:m in the weights of the kept ones; layers without units are n:m only.
 
-    Groups of m run through the weights as they are after the cut: in down, through the kept channels.
+    Groups of m are counted in the weights after the cut: in down, m consecutive columns of kept channels.
     """
 
     outer: Channels | Heads
@@ -295,7 +295,7 @@ class Combined(Pattern):
         return self.masks_within(self.outer.kept_units(weights), weights)
 
     def masks_within(self, kept: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The masks that keep n of m in what is left of `weights` when only the units `kept` (units,) stay."""
+        """The masks of `weights` that keep n of every m weights of the units `kept` (units,)."""
         import torch
 
         masks = []
@@ -331,7 +331,7 @@ def parse(text: str) -> Units | Combined | None:
 
 
 def left_of(weight: Tensor, mask: Tensor) -> Tensor:
-    """The rows and columns of `weight` (out, in) that `mask` (out, in) does not mask whole.
+    """`weight` (out, in) without the rows and columns that `mask` (out, in) masks entirely.
 
     Examples:
         >>> import torch

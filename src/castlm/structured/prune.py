@@ -1,8 +1,8 @@
-"""One-shot pruning of whole units: chooses the channels or KV heads that stay, and makes up for the others.
+"""One-shot pruning of whole units: chooses the channels or KV heads to keep, and lets the kept weights compensate.
 
 Every score is a sum over the weights of a unit. For each transformer block in turn, the inputs of its layers are
-collected while it is still dense; then its units are ranked and those that go are set to zero. With `refit_iterations`,
-the weights that are left of the output layer are solved for by least squares on the calibration text.
+collected while it is still dense; then its units are ranked, and the lowest are set to zero. With `refit_iterations`,
+the kept columns of the output layer are solved for by least squares on the calibration text.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from castlm.structured.inputs import InputStatistic, see_statistics
 from castlm.structured.pattern import Channels, Combined, Heads
 
 TAYLOR_SEQUENCES = 32
-"""Calibration sequences that the Taylor score runs backward."""
+"""Calibration sequences on which the Taylor score computes the gradient of the loss."""
 BACKWARD_TOKENS = 2048
-"""Tokens of a pass of it, or one sequence."""
+"""Tokens of one of its backward passes; at least one sequence."""
 _BLOCK_COLUMNS = 128  # of SparseGPT
 
 
 class Seen(NamedTuple):
-    """The facts about a layer from which its units are scored; None where the score does not need it."""
+    """The facts about a layer from which its units are scored; a fact that the score does not need is None."""
 
     weight: Tensor
     writes: bool
-    """Whether it is the layer through which its units reach the rest of the model."""
+    """Whether the layer writes to the residual stream."""
     input: InputStatistic | None
     gradient: Tensor | None
     generator: torch.Generator
-    """On the CPU, of the random score."""
+    """The random numbers of the score "random", on the CPU."""
 
 
 class Score(NamedTuple):
@@ -61,7 +61,7 @@ class Score(NamedTuple):
     values: Callable[[Seen], Tensor]
     """The share of each weight (out, in) of a layer in the score of its unit."""
     needs: str = ""
-    """"inputs" or "gradients", which take a calibration text; "" of a score that takes none."""
+    """"inputs" or "gradients", both of which need calibration text; "" if the score needs none."""
 
 
 def _magnitude(seen: Seen) -> Tensor:
@@ -69,7 +69,7 @@ def _magnitude(seen: Seen) -> Tensor:
 
 
 def _of_columns(seen: Seen, per_column: Callable[[InputStatistic], Tensor]) -> Tensor:
-    """`W_ij^2` times a figure of input column j, in the layer that its units write through; 0 in the others."""
+    """`W_ij^2` times a figure of input column j, in the layer that writes to the residual stream; 0 in the others."""
     if not seen.writes:
         return torch.zeros_like(seen.weight)
     assert seen.input is not None
@@ -94,19 +94,19 @@ SCORES: dict[str, Score] = {
     "taylor": Score(_taylor, "gradients"),
     "random": Score(_random),
 }
-"""The scores of units: the L2 norm of their weights; the energy of what they add to the stream, as in Wanda (Sun et
-al. 2023, arXiv 2306.11695); its variance, as in FLAP (An et al. 2023, arXiv 2312.11983); |w dL/dw|, as in LLM-Pruner
-(Ma et al. 2023, arXiv 2305.11627); and by chance, as the control."""
+"""The scores of units: the L2 norm of their weights; the energy of their contribution to the stream, as in Wanda (Sun
+et al. 2023, arXiv 2306.11695); its variance, as in FLAP (An et al. 2023, arXiv 2312.11983); |w dL/dw|, as in LLM-Pruner
+(Ma et al. 2023, arXiv 2305.11627); and random numbers, as the control."""
 
 
 class UnitSettings(NamedTuple):
     """Options beside the choice of units."""
 
     damping: float = 0.01
-    """Share of the mean of the diagonal of X^T X that is added to it, for the least squares."""
+    """Share of the mean diagonal of X^T X that is added to the diagonal, for the least squares."""
     refit_iterations: int = 0
-    """0 leaves the kept weights as they are, as published. n:m takes as many steps of conjugate gradients;
-    the columns that are left of an output layer are solved for exactly."""
+    """Steps of conjugate gradients on n:m weights; 0 leaves the kept weights as they are, as published. Above 0, the
+    kept columns of an output layer are solved for exactly."""
     seed: int = 0
 
 
@@ -124,19 +124,20 @@ def prune_units_(
     progress: Callable[[int, int], None] = lambda done, total: None,
     precision: str = "fp32",
 ) -> OneshotReport:
-    """Prunes a model to a structured pattern in place: masked units are zero, and still there.
+    """Sets the masked units of a structured pattern to zero, in place; `castlm.structured.cut` removes them.
 
-    With n:m as well, SparseGPT chooses within what is left, or magnitude without a calibration text. The report
+    Combined with n:m, SparseGPT prunes the kept units further, or magnitude if there is no calibration text. The report
     has the error of each layer on the whole calibration text.
 
     Args:
         score: a name in `SCORES`.
-        calibration: int64, (num_sequences, seq_len). Scores that need none are refitted only where it is given.
+        calibration: int64, (num_sequences, seq_len). Without it, only scores that need none work, and nothing is
+            refitted.
         images, precision: as for `prune_oneshot_`.
 
     Raises:
-        InputError: another score, no calibration where one is needed, a pattern that does not fit, weights that are
-            not finite, or a model that cannot be followed block by block.
+        InputError: an unknown score, a score that needs calibration text without one, a pattern that does not fit,
+            weights that are not finite, or a model that cannot be followed block by block.
     """
     started = time.perf_counter()
     pattern = pattern.for_model(model)
@@ -182,10 +183,10 @@ def loss_gradients(
     images: Extras = None,
     precision: str = "fp32",
 ) -> dict[str, Tensor]:
-    """The gradient of the mean loss over `sequences` (num_sequences, seq_len) by the weight of each layer.
+    """The gradient of the mean loss over `sequences` (num_sequences, seq_len) for the weight of each layer.
 
-    With `images`, the tokens that stand for them do not count in the loss. A gradient is summed over several
-    passes, so all are held until the last one; activations, which take more memory, are recomputed block by block.
+    With `images`, image tokens do not count in the loss. The gradients of all layers are held at the same time, because
+    they are summed over several passes; activations take more memory and are recomputed block by block.
     """
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     for parameter in before:
@@ -215,7 +216,7 @@ def loss_gradients(
 
 @contextmanager
 def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, the activations of `blocks` are not kept for the backward pass, which runs each block again."""
+    """Inside the context, the backward pass runs each of `blocks` again instead of keeping its activations."""
     own = [vars(block).get("forward") for block in blocks]  # some libraries replace the method of the class
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -230,7 +231,7 @@ def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 @dataclass
 class _Pruning:
-    """One pruning at work, block after block."""
+    """The state of one pruning while it moves from block to block."""
 
     score: str
     pattern: Pattern
@@ -238,7 +239,7 @@ class _Pruning:
     report: OneshotReport
     generator: torch.Generator
     scores: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
-    """The scores of units that were ranked before their inputs are seen, (units,), by layers."""
+    """The scores (units,) that were computed before the walk, by the names of the layers."""
 
     @property
     def outer(self) -> Channels | Heads:
@@ -247,13 +248,13 @@ class _Pruning:
         return outer
 
     def rank(self, layers: Mapping[str, nn.Linear], gradients: Mapping[str, Tensor]) -> None:
-        """Scores the units of all `layers` by the gradients of their weights, which are not needed after that."""
+        """Scores the units of all `layers` by the gradients of their weights, which can be freed afterwards."""
         for names in self.outer.joint_layers(layers):
             weights = {name: layers[name].weight.float() for name in names}
             self.scores[names] = self._score(weights, {}, gradients)
 
     def prune_(self, layers: Mapping[str, nn.Linear], inputs: Mapping[str, InputStatistic]) -> None:
-        """Prunes the units of `layers`; `inputs` has the statistics of their inputs, or is empty."""
+        """Prunes the units of `layers`; `inputs` holds the statistics of their inputs, or is empty."""
         for names in self.pattern.joint_layers(layers):
             dense = {name: layers[name].weight.float().clone() for name in names}
             for name, weight in dense.items():
@@ -267,7 +268,7 @@ class _Pruning:
     def _solved(
         self, names: tuple[str, ...], dense: dict[str, Tensor], inputs: Mapping[str, InputStatistic]
     ) -> dict[str, tuple[Tensor, float]]:
-        """The new weights of layers that are masked together, each with the damping that it took."""
+        """The new weights of layers that are masked together, each with its damping."""
         pattern, outer, weights = self.pattern, self.outer, list(dense.values())
         if len(names) == 1:  # n:m alone
             whole = torch.ones_like(weights[0], dtype=torch.bool)
@@ -285,7 +286,7 @@ class _Pruning:
     def _score(
         self, weights: Mapping[str, Tensor], inputs: Mapping[str, InputStatistic], gradients: Mapping[str, Tensor]
     ) -> Tensor:
-        """The scores of the units of some layers, (units,); the last layer writes to the stream."""
+        """The scores (units,) of the units in `weights`, whose last entry writes to the residual stream."""
         *_, last = weights
         seen = [Seen(w, n == last, inputs.get(n), gradients.get(n), self.generator) for n, w in weights.items()]
         return self.outer.sums([SCORES[self.score].values(layer) for layer in seen])
@@ -294,13 +295,14 @@ class _Pruning:
         return refit(new, target, damped(gram, max(self.to.damping, MIN_DAMPING)), self.to.refit_iterations)
 
     def _groups_in(self, weight: Tensor, mask: Tensor, statistic: InputStatistic | None) -> tuple[Tensor, float]:
-        """n:m in what `mask` leaves of a weight, and the damping that it took; groups run through its rows and columns
-        that are not whole zeros.
+        """Prunes the kept rows and columns of a weight to n:m; returns the new weight and SparseGPT's damping.
+
+        Groups of m are counted as they lie after the cut.
         """
         assert isinstance(self.pattern, Combined)
         inner, damping = self.pattern.inner, self.to.damping
         rows, columns = mask.any(1), mask.any(0)
-        small = weight[rows][:, columns].contiguous()
+        small = weight[rows][:, columns].contiguous()  # (576, 1536) -> (576, 768)
         if statistic is None:
             new = small.masked_fill(~inner.mask(small), 0)
         else:
@@ -312,10 +314,10 @@ class _Pruning:
 
 
 def solve_columns(weight: Tensor, kept: Tensor, gram: Tensor, damping: float) -> Tensor:
-    """The columns `kept` (in,) of `weight` (out, in) that come closest to its outputs without the others.
+    """New values for the columns `kept` (in,) of `weight` (out, in) that best replace the whole weight.
 
-    The minimum of |X weight^T - X_kept new^T|^2 over `new`, with `damping` times the mean of the diagonal as a ridge
-    around the old columns.
+    They minimize |X weight^T - X_kept new^T|^2, with `damping` times the mean diagonal as a ridge around the old
+    columns.
 
     Args:
         gram: X^T X, (in, in).
@@ -328,8 +330,8 @@ def solve_columns(weight: Tensor, kept: Tensor, gram: Tensor, damping: float) ->
         >>> solve_columns(torch.tensor([[1.0, 3.0]]), torch.tensor([True, False]), x.T @ x, damping=0.0)
         tensor([[4.]])
     """
-    inside = damped(gram[kept][:, kept], damping)
-    lost = weight[:, ~kept] @ gram[~kept][:, kept]
+    inside = damped(gram[kept][:, kept], damping)  # (768, 768)
+    lost = weight[:, ~kept] @ gram[~kept][:, kept]  # the outputs of the lost columns, seen by the kept ones: (576, 768)
     new: Tensor = weight[:, kept] + torch.linalg.solve(inside, lost.T).T
     return new
 

@@ -1,4 +1,4 @@
-"""Which fields of config.json hold the sizes that a cut changes, by family. Importing it imports neither torch nor HF.
+"""The fields of config.json that hold the sizes a cut changes, by family. Imports neither torch nor transformers.
 
 A family that is not listed has no config for a model without some of its channels or heads, or none that was tested.
 """
@@ -46,7 +46,7 @@ def sizes_of(pattern: Pattern, config: Mapping[str, Any]) -> dict[str, int]:
     """The sizes in config.json that the cut of `pattern` changes or fixes, the number of units first.
 
     Raises:
-        InputError: another family than those that can be cut, or a field that is not a positive integer.
+        InputError: a family that cannot be cut, or a field that is not a positive integer.
 
     Examples:
         >>> sizes_of(Channels(0.5), {"model_type": "llama", "intermediate_size": 172})
